@@ -1,0 +1,1 @@
+"""Floor 1: storage, manifests, table schemas, settings, progress and the Ray cluster."""

@@ -1,0 +1,29 @@
+"""The exceptions that cross a floor, as one tree.
+
+    UnclipError            a failure: one line, exit code 1
+    ├── CallerError        a caller's mistake (recipe, argument, path): one line, exit code 2
+    ├── StorageError       a ROOT that cannot be read or written, a full disk
+    └── DataError          input that is broken where it must not be (a shard that lies, no sample left)
+
+Every message names the culprit and the mend in one line; the command line prints it without a traceback.
+"""
+
+
+class UnclipError(Exception):
+    """A failure that a person can act on; the message is one line."""
+
+    exit_code = 1
+
+
+class CallerError(UnclipError, ValueError):
+    """A mistake in a recipe, an argument or a path."""
+
+    exit_code = 2
+
+
+class StorageError(UnclipError, OSError):
+    """A root that cannot be read or written, or has no space left."""
+
+
+class DataError(UnclipError):
+    """Input data that is broken where it must not be."""

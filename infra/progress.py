@@ -1,0 +1,79 @@
+"""Progress of a long step: one line that is rewritten on a terminal, a line now and then in a log file.
+
+Writes to stderr only, so that `--json` output on stdout stays clean. Knows nothing of stages, Ray or Prefect.
+"""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self, TextIO
+
+TERMINAL_EVERY_S = 0.2
+LOG_EVERY_S = 10.0
+
+
+def duration(seconds: float) -> str:
+    """Write seconds for people: `8 s`, `2 min 6 s`, `3 h 20 min`."""
+    whole = int(round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class Progress:
+    """Shows how far a step is, at which rate it goes and how long it still takes.
+
+    `update(done)` takes the absolute count; the rate counts from the first update of this process, so that a resumed step does
+    not claim the speed of work done before. `note` is a short text behind the figures (a loss, say).
+    """
+
+    def __init__(self, label: str, total: int | None, unit: str = "images", stream: TextIO | None = None) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.stream = stream or sys.stderr
+        self.is_terminal = self.stream.isatty()
+        self.started_s = self.shown_s = time.monotonic()
+        self.done = 0
+        self.first: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._show("", last=True)
+        elif self.is_terminal:
+            self.stream.write("\n")
+
+    def update(self, done: int, note: str = "") -> None:
+        """Say that `done` units are finished by now."""
+        if self.first is None:
+            self.first = done
+        self.done = done
+        every = TERMINAL_EVERY_S if self.is_terminal else LOG_EVERY_S
+        if time.monotonic() - self.shown_s >= every:
+            self._show(note)
+
+    def _show(self, note: str, last: bool = False) -> None:
+        now = time.monotonic()
+        elapsed = max(now - self.started_s, 1e-9)
+        rate = (self.done - (self.first or 0)) / elapsed
+        parts = [f"{self.label:<10}", f"{self.done:,}/{self.total:,}" if self.total else f"{self.done:,}", self.unit]
+        if self.total:
+            parts.append(f"{self.done / self.total:4.0%}")
+        if rate > 0:
+            parts.append(f"{rate:,.1f}/s" if rate < 10 else f"{rate:,.0f}/s")
+        if last:
+            parts.append(f"in {duration(elapsed)}")
+        elif self.total and rate > 0:
+            parts.append(f"{duration((self.total - self.done) / rate)} left")
+        if note:
+            parts.append(note)
+        line = "  ".join(parts)
+        if self.is_terminal:
+            self.stream.write(f"\r\x1b[2K{line}" + ("\n" if last else ""))
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+        self.shown_s = now
