@@ -1,0 +1,271 @@
+"""The diffusion process: schedules, q(x_t | x_0), its posterior, the three parametrisations and the simple loss.
+
+The only place that knows what a network's output means ("x_0", "eps" or "v"); samplers and the likelihood see `denoise(x_t, t) -> x_0`.
+Time t is an integer in 1..T as in Ho et al. 2020; `alpha_bar[t]` is indexed by it and `alpha_bar[0]` is exactly 1, so t = 0 is the data.
+Legend: B batch, T diffusion steps; x_0, x_t, eps, v have shape (B, ...) and t has shape (B,).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+Parametrisation = Literal["x_0", "eps", "v"]
+PARAMETRISATIONS: tuple[Parametrisation, ...] = ("x_0", "eps", "v")
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""`denoise(x_t, t) -> x_0`: the expected data given the noised data, t an int64 tensor (B,)."""
+
+DenoiseLearned = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`denoise(x_t, t) -> (x_0, fraction)`: log variance lies at `fraction` in [0, 1] from log posterior variance to log beta."""
+
+BETA_MAX = 0.999  # the clip of Nichol & Dhariwal 2021: a last step of beta = 1 would divide by zero
+T_OF_DDPM = 1000  # the T for which the linear schedule's usual betas are meant
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """How much of the data is left at every t: `alpha_bar`, float64 (T + 1,), from exactly 1 at t = 0 strictly down to above 0 at t = T.
+
+    Raises ValueError naming the first t at which that does not hold.
+    """
+
+    alpha_bar: Tensor
+
+    def __post_init__(self) -> None:
+        alpha_bar = self.alpha_bar
+        if alpha_bar.ndim != 1 or len(alpha_bar) < 2 or alpha_bar.dtype != torch.float64:
+            raise ValueError(
+                f"alpha_bar is {alpha_bar.dtype} {tuple(alpha_bar.shape)}: give a float64 vector of T + 1 values, T at least 1"
+            )
+        if alpha_bar[0] != 1:
+            raise ValueError(f"alpha_bar[0] = {alpha_bar[0]:.6g}: t = 0 is the data, put an exact 1 in front")
+        bad = ~((alpha_bar[1:] > 0) & (alpha_bar[1:] < alpha_bar[:-1]))  # also true for NaN
+        if bad.any():
+            t = int(bad.nonzero()[0]) + 1
+            raise ValueError(
+                f"alpha_bar[{t}] = {alpha_bar[t]:.6g} after alpha_bar[{t - 1}] = {alpha_bar[t - 1]:.6g}: "
+                "alpha_bar must fall strictly and stay above 0; check the betas (each in (0, 1)) or take fewer steps"
+            )
+
+    @classmethod
+    def from_betas(cls, beta: Tensor) -> Self:
+        """Build from beta_1..beta_T, float64 (T,), each in (0, 1)."""
+        return cls(torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)]))
+
+    @classmethod
+    def linear(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Self:
+        """Ho et al. 2020: beta from 1e-4 to 0.02 over T = 1000; for another T the betas scale with 1000 / T, so that the path stays."""
+        scale = T_OF_DDPM / _positive(T)
+        return cls.from_betas(torch.linspace(scale * beta_1, scale * beta_T, T, dtype=torch.float64).clamp(max=BETA_MAX))
+
+    @classmethod
+    def cosine(cls, T: int = 1000, s: float = 0.008) -> Self:
+        """Nichol & Dhariwal 2021, eq. 17: alpha_bar = f(t) / f(0), f = cos^2, each beta clipped at 0.999."""
+        f = torch.cos((torch.linspace(0, 1, _positive(T) + 1, dtype=torch.float64) + s) / (1 + s) * (math.pi / 2)) ** 2
+        return cls.from_betas((1 - f[1:] / f[:-1]).clamp(max=BETA_MAX))
+
+    @classmethod
+    def constant(cls, rate: float, end: float = 1e-4) -> Self:
+        """One diffusion rate beta at every step, and as many steps as alpha_bar needs to fall to `end` (Sohl-Dickstein et al. 2015).
+
+        A rate near 1 is a map in one step, a low one is slow to sample: T = ln(end) / ln(1 - rate), rounded up.
+        """
+        if not (0 < rate < 1 and 0 < end < 1):
+            raise ValueError(f"diffusion rate = {rate:g}, end = {end:g}: both must lie between 0 and 1")
+        T = max(1, math.ceil(math.log(end) / math.log1p(-rate) - 1e-9))
+        return cls.from_betas(torch.full((T,), rate, dtype=torch.float64))
+
+    def rescaled(self, T: int) -> "Schedule":
+        """Walk the same path in another number of steps: alpha_bar at t is the old one at t * T_old / T, beta constant within a step."""
+        position = torch.arange(_positive(T) + 1, dtype=torch.float64) * (self.T / T)
+        left = position.long().clamp(max=self.T - 1)
+        log_alpha_bar = self.alpha_bar.log()
+        return Schedule(torch.exp(log_alpha_bar[left] + (position - left) * log_alpha_bar.diff()[left]))
+
+    def shifted(self, factor: float) -> "Schedule":
+        """Multiply SNR by factor^2 at every t (Hoogeboom et al. 2023, eq. 5): factor = 64 / side_px adds noise for larger images."""
+        if not factor > 0:
+            raise ValueError(f"shift = {factor:g}: it multiplies a noise level, give a positive number")
+        log_snr = self.log_snr[1:] + 2 * math.log(factor)
+        return Schedule(torch.cat([torch.ones(1, dtype=torch.float64), torch.sigmoid(log_snr)]))
+
+    @property
+    def T(self) -> int:  # noqa: N802
+        """The number of diffusion steps; t runs over 1..T."""
+        return len(self.alpha_bar) - 1
+
+    @cached_property
+    def sqrt_alpha_bar(self) -> Tensor:
+        """The factor of x_0 in x_t, float64 (T + 1,)."""
+        return self.alpha_bar.sqrt()
+
+    @cached_property
+    def sqrt_one_minus_alpha_bar(self) -> Tensor:
+        """The factor of eps in x_t, float64 (T + 1,)."""
+        return (1 - self.alpha_bar).sqrt()
+
+    @cached_property
+    def log_snr(self) -> Tensor:
+        """log(alpha_bar / (1 - alpha_bar)), float64 (T + 1,); infinite at t = 0."""
+        return torch.logit(self.alpha_bar)
+
+    def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4); t = 0 gives x_0 itself."""
+        _check(x_0, t, eps)
+        check_t(t, self.T, lowest=0)
+        return (at(self.sqrt_alpha_bar, t, x_0) * x_0).addcmul_(at(self.sqrt_one_minus_alpha_bar, t, x_0), eps)
+
+    def draw_t(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw t uniformly from 1..T, int64 (count,), on the CPU."""
+        return torch.randint(1, self.T + 1, (count,), generator=generator)
+
+
+def _positive(T: int) -> int:
+    if T < 1:
+        raise ValueError(f"T = {T}: a schedule needs at least one step")
+    return T
+
+
+def _check(x: Tensor, t: Tensor, other: Tensor) -> None:
+    if x.shape != other.shape or t.shape != x.shape[:1]:
+        shapes = f"{tuple(x.shape)} and {tuple(other.shape)} with t {tuple(t.shape)}"
+        raise ValueError(f"shapes {shapes}: the first two must be equal, and t one integer a sample")
+
+
+def check_t(t: Tensor, T: int, lowest: int = 1) -> None:
+    """Raise ValueError unless every t is an integer in lowest..T; on an accelerator `at`'s gather does it, without a wait."""
+    if t.is_floating_point():
+        raise ValueError(f"t is {t.dtype}: time is an integer in {lowest}..{T}")
+    if t.device.type == "cpu" and t.numel() and not lowest <= int(t.min()) <= int(t.max()) <= T:
+        raise ValueError(f"t spans {int(t.min())}..{int(t.max())}: it must lie in {lowest}..{T}")
+
+
+def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """Look up a float64 table (T + 1,) at t (B,) as (B, 1, ...), float32 or better, to multiply with `like` (B, ...)."""
+    values = table.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
+    return values.gather(0, t.to(like.device, torch.int64)).view(-1, *[1] * (like.ndim - 1))
+
+
+def posterior_coefficients(alpha_bar_t: float, alpha_bar_s: float) -> tuple[float, float, float]:
+    """Factors of x_0 and x_t in the mean of q(x_s | x_t, x_0), and its variance, for any s < t (Ho et al. 2020, eq. 6-7, with s = t - 1).
+
+    Takes float64 tensors of equal shape as well.
+    """
+    alpha = alpha_bar_t / alpha_bar_s
+    of_x_0 = alpha_bar_s**0.5 * (1 - alpha) / (1 - alpha_bar_t)
+    of_x_t = alpha**0.5 * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+    return of_x_0, of_x_t, (1 - alpha) * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+
+
+def posterior(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (B, ...) and variance (B, 1, ...) of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7); the variance is 0 at t = 1."""
+    _check(x_0, t, x_t)
+    check_t(t, schedule.T)
+    of_x_0, of_x_t, variance = (at(table, t - 1, x_t) for table in posterior_tables(schedule))
+    return (of_x_0 * x_0).addcmul_(of_x_t, x_t), variance
+
+
+def posterior_tables(schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
+    """`posterior_coefficients` for every t = 1..T with s = t - 1, float64 (T,) each; entry t - 1 belongs to t."""
+    return posterior_coefficients(schedule.alpha_bar[1:], schedule.alpha_bar[:-1])  # type: ignore[arg-type, return-value]
+
+
+def _known(parametrisation: str) -> None:
+    if parametrisation not in PARAMETRISATIONS:
+        raise ValueError(f"parametrisation = {parametrisation!r}: choose one of {', '.join(PARAMETRISATIONS)}")
+
+
+def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor, parametrisation: Parametrisation) -> Tensor:
+    """What a network must predict: x_0, eps or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022)."""
+    _known(parametrisation)
+    _check(x_0, t, eps)
+    if parametrisation == "x_0":
+        return x_0
+    if parametrisation == "eps":
+        return eps
+    return (at(schedule.sqrt_alpha_bar, t, eps) * eps).addcmul_(at(schedule.sqrt_one_minus_alpha_bar, t, eps), x_0, value=-1)
+
+
+def to_x_0(schedule: Schedule, x_t: Tensor, t: Tensor, prediction: Tensor, parametrisation: Parametrisation) -> Tensor:
+    """Read x_0 out of a network's prediction; allocates one batch at most.
+
+    From eps: (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar); from v: sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v.
+    """
+    _known(parametrisation)
+    _check(x_t, t, prediction)
+    if parametrisation == "x_0":
+        return prediction
+    signal, noise = at(schedule.sqrt_alpha_bar, t, x_t), at(schedule.sqrt_one_minus_alpha_bar, t, x_t)
+    if parametrisation == "eps":
+        return (x_t / signal).addcmul_(noise / signal, prediction, value=-1)
+    return (signal * x_t).addcmul_(noise, prediction, value=-1)
+
+
+def to_eps(schedule: Schedule, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+    """The noise that leads from x_0 to x_t: (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar), t at least 1."""
+    _check(x_t, t, x_0)
+    check_t(t, schedule.T)
+    signal, noise = at(schedule.sqrt_alpha_bar, t, x_t), at(schedule.sqrt_one_minus_alpha_bar, t, x_t)
+    return (x_t / noise).addcmul_(signal / noise, x_0, value=-1)
+
+
+def as_denoise(
+    network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, parametrisation: Parametrisation, clip: float | None = None
+) -> Denoise:
+    """Turn `network(x_t, t) -> prediction` into `denoise(x_t, t) -> x_0`, clamped to [-clip, clip] where given.
+
+    Under guidance leave `clip` to `samplers.guided`: clamping must come after the extrapolation.
+    """
+    _known(parametrisation)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        return _clamped(to_x_0(schedule, x_t, t, prediction := network(x_t, t), parametrisation), prediction, clip)
+
+    return denoise
+
+
+def as_denoise_learned(
+    network: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    schedule: Schedule,
+    parametrisation: Parametrisation,
+    clip: float | None = None,
+) -> DenoiseLearned:
+    """The same for a network that learns its variance: `network(x_t, t) -> (prediction, fraction)`, fraction in [0, 1] from small to large."""
+    _known(parametrisation)
+
+    def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        prediction, fraction = network(x_t, t)
+        return _clamped(to_x_0(schedule, x_t, t, prediction, parametrisation), prediction, clip), fraction
+
+    return denoise
+
+
+def _clamped(x_0: Tensor, prediction: Tensor, clip: float | None) -> Tensor:
+    if clip is None:
+        return x_0
+    return x_0.clamp(-clip, clip) if x_0 is prediction else x_0.clamp_(-clip, clip)  # the network's own tensor is not ours to change
+
+
+def min_snr_weight(schedule: Schedule, t: Tensor, gamma: float = 5.0, parametrisation: Parametrisation = "eps") -> Tensor:
+    """Weight (B,) of a sample's squared error, so that every parametrisation has the x_0 loss min(SNR, gamma) |x_0 - x_0'|^2.
+
+    Hang et al. 2023 (arXiv 2303.09556), section 3.4: min(SNR, gamma) for x_0, / SNR for eps, / (SNR + 1) for v.
+    """
+    _known(parametrisation)
+    check_t(t, schedule.T)
+    snr = schedule.log_snr.exp()
+    per = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[parametrisation]
+    return (snr.clamp(max=gamma) / per).float().to(t.device)[t]
+
+
+def simple_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error over the batch, float32 (Ho et al. 2020, eq. 14), each sample times its weight (B,) where given."""
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}: the shapes must be equal")
+    error = (prediction.float() - target.float()).square().flatten(1).mean(1)  # (B,)
+    return (error if weight is None else weight * error).mean()
