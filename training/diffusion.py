@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from torch import Tensor
 Parametrisation = Literal["x_0", "eps", "v"]
 PARAMETRISATIONS: tuple[Parametrisation, ...] = ("x_0", "eps", "v")
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
-"""`denoise(x_t, t) -> x_0`: the expected data given the noised data, t an int64 tensor (B,)."""
+Prediction = Tensor | tuple[Tensor, Tensor]
+"""A tensor, or where the variance is learned a pair of it and `fraction` in [0, 1], which goes from the small variance to the large."""
 
-DenoiseLearned = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`denoise(x_t, t) -> (x_0, fraction)`: log variance lies at `fraction` in [0, 1] from log posterior variance to log beta."""
+Denoise = Callable[[Tensor, Tensor], Prediction]
+"""`denoise(x_t, t) -> x_0`: the expected data given the noised data, in a fresh tensor; t is an int64 tensor (B,)."""
+
+Number = TypeVar("Number", float, Tensor)  # a float64 value, or a float64 tensor of them
 
 BETA_MAX = 0.999  # the clip of Nichol & Dhariwal 2021: a last step of beta = 1 would divide by zero
 T_OF_DDPM = 1000  # the T for which the linear schedule's usual betas are meant
@@ -151,11 +153,8 @@ def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     return values.gather(0, t.to(like.device, torch.int64)).view(-1, *[1] * (like.ndim - 1))
 
 
-def posterior_coefficients(alpha_bar_t: float, alpha_bar_s: float) -> tuple[float, float, float]:
-    """Factors of x_0 and x_t in the mean of q(x_s | x_t, x_0), and its variance, for any s < t (Ho et al. 2020, eq. 6-7, with s = t - 1).
-
-    Takes float64 tensors of equal shape as well.
-    """
+def posterior_coefficients(alpha_bar_t: Number, alpha_bar_s: Number) -> tuple[Number, Number, Number]:
+    """Factors of x_0 and x_t in the mean of q(x_s | x_t, x_0), and its variance, for any s < t (Ho et al. 2020, eq. 6-7)."""
     alpha = alpha_bar_t / alpha_bar_s
     of_x_0 = alpha_bar_s**0.5 * (1 - alpha) / (1 - alpha_bar_t)
     of_x_t = alpha**0.5 * (1 - alpha_bar_s) / (1 - alpha_bar_t)
@@ -172,7 +171,7 @@ def posterior(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[
 
 def posterior_tables(schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
     """`posterior_coefficients` for every t = 1..T with s = t - 1, float64 (T,) each; entry t - 1 belongs to t."""
-    return posterior_coefficients(schedule.alpha_bar[1:], schedule.alpha_bar[:-1])  # type: ignore[arg-type, return-value]
+    return posterior_coefficients(schedule.alpha_bar[1:], schedule.alpha_bar[:-1])
 
 
 def _known(parametrisation: str) -> None:
@@ -215,40 +214,27 @@ def to_eps(schedule: Schedule, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
 
 
 def as_denoise(
-    network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, parametrisation: Parametrisation, clip: float | None = None
+    network: Callable[[Tensor, Tensor], Prediction], schedule: Schedule, parametrisation: Parametrisation, clip: float | None = None
 ) -> Denoise:
     """Turn `network(x_t, t) -> prediction` into `denoise(x_t, t) -> x_0`, clamped to [-clip, clip] where given.
 
-    Under guidance leave `clip` to `samplers.guided`: clamping must come after the extrapolation.
+    A pair (prediction, fraction) becomes (x_0, fraction). Under guidance leave `clip` to `guided`: it must come after the extrapolation.
     """
     _known(parametrisation)
 
-    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        return _clamped(to_x_0(schedule, x_t, t, prediction := network(x_t, t), parametrisation), prediction, clip)
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        prediction, fraction = split(network(x_t, t))
+        x_0 = to_x_0(schedule, x_t, t, prediction, parametrisation)
+        if clip is not None:  # in place, unless the tensor is the network's own
+            x_0 = x_0.clamp(-clip, clip) if x_0 is prediction else x_0.clamp_(-clip, clip)
+        return x_0 if fraction is None else (x_0, fraction)
 
     return denoise
 
 
-def as_denoise_learned(
-    network: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    schedule: Schedule,
-    parametrisation: Parametrisation,
-    clip: float | None = None,
-) -> DenoiseLearned:
-    """The same for a network that learns its variance: `network(x_t, t) -> (prediction, fraction)`, fraction in [0, 1] from small to large."""
-    _known(parametrisation)
-
-    def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        prediction, fraction = network(x_t, t)
-        return _clamped(to_x_0(schedule, x_t, t, prediction, parametrisation), prediction, clip), fraction
-
-    return denoise
-
-
-def _clamped(x_0: Tensor, prediction: Tensor, clip: float | None) -> Tensor:
-    if clip is None:
-        return x_0
-    return x_0.clamp(-clip, clip) if x_0 is prediction else x_0.clamp_(-clip, clip)  # the network's own tensor is not ours to change
+def split(prediction: Prediction) -> tuple[Tensor, Tensor | None]:
+    """Part a prediction from its variance fraction, which is None where the variance is not learned."""
+    return prediction if isinstance(prediction, tuple) else (prediction, None)
 
 
 def min_snr_weight(schedule: Schedule, t: Tensor, gamma: float = 5.0, parametrisation: Parametrisation = "eps") -> Tensor:
