@@ -7,6 +7,7 @@ or a table, and know no network; `measure_x_0_error` calls one to fill the analy
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,22 +71,16 @@ def log_variance_bounds(schedule: Schedule, variance: Variance, x_0_error: Tenso
 
 @torch.no_grad()
 def measure_x_0_error(denoise: Denoise, x_0: Tensor, schedule: Schedule, points: int = 32, generator: Noise = None) -> Tensor:
-    """Mean squared error per dimension of `denoise` on data x_0 (B, ...), at `points` times and linear in t between them.
+    """Mean squared error per dimension of `denoise` on data x_0 (B, ...), at `points` times; error / (1 - alpha_bar) is linear between.
 
     Returns float64 (T + 1,), 0 at t = 0. A few hundred samples are enough: it is one number a time, averaged over all dimensions.
     """
-    times = torch.linspace(1, schedule.T, min(points, schedule.T)).round().long()
-    errors = torch.empty(len(times), dtype=torch.float64)
+    times = torch.linspace(1, schedule.T, max(2, min(points, schedule.T))).round().long().unique()
+    ratios = torch.empty(len(times), dtype=torch.float64)
     for i, t in enumerate(times):
         t_batch = t.expand(len(x_0)).to(x_0.device)
         x_t = schedule.q_sample(x_0, t_batch, noise_like(x_0, generator))
-        errors[i] = (split(denoise(x_t, t_batch))[0] - x_0).double().square().mean()
-    t = torch.arange(schedule.T + 1)
-    right = torch.searchsorted(times, t).clamp(1, max(1, len(times) - 1))
-    if len(times) == 1:
-        return torch.where(t == 0, 0.0, errors[0])
-    left = right - 1
-    along = (t - times[left]).double() / (times[right] - times[left])
-    table = torch.lerp(errors[left], errors[right], along)
-    table[0] = 0
-    return table
+        error = (split(denoise(x_t, t_batch))[0] - x_0).double().square().mean()
+        ratios[i] = error.cpu() / (1 - schedule.alpha_bar[t])
+    ratio = np.interp(np.arange(schedule.T + 1), times.numpy(), ratios.numpy())
+    return torch.from_numpy(ratio) * (1 - schedule.alpha_bar)
