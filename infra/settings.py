@@ -3,12 +3,19 @@
 A section lives beside the code that it configures; `flows/config.py` collects the sections into one recipe.
 """
 
+from typing import Any, ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
     """One section of a recipe."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
+    outside_key: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change how a stage works but not what it makes (threads, time limits): changing one makes nothing stale."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+    def keyed(self) -> dict[str, Any]:
+        """Return the fields that a stage's content key depends on, JSON-able."""
+        return self.model_dump(mode="json", exclude=set(self.outside_key))

@@ -1,0 +1,63 @@
+"""The command line `unclip`: parses, prints, and sets the exit code (2 for a caller's mistake, 1 for a failure, 130 when interrupted).
+
+Nothing heavy is imported before a command needs it, so that `--help` and a run whose stages are all current answer at once. Results
+go to stdout (`--json`: one object), everything else to stderr.
+"""
+
+import os
+import sys
+
+import typer
+
+from flows import making, using
+from infra.errors import UnclipError
+
+app = typer.Typer(
+    name="unclip",
+    help="From URL lists of image-text pairs to a text-to-image system, a search index and a report.",
+    epilog="Any command takes --debug, which shows the traceback of an error.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+train = typer.Typer(help="Train one model, with what it needs.", no_args_is_help=True, rich_markup_mode=None)
+
+app.command()(making.run)
+app.command()(making.status)
+for _stage in ("ingest", "curate", "embed", "index", "evaluate"):
+    app.command(_stage, help=f"Run the stage {_stage}, with what it needs.")(making.verb(_stage))
+for _stage in ("clip", "prior", "decoder"):
+    train.command(_stage, help=f"Train the {_stage}, with what it needs.")(making.verb(_stage))
+app.add_typer(train, name="train")
+app.command()(using.search)
+app.command()(using.generate)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    is_debug = "--debug" in given
+    try:
+        code = app([each for each in given if each != "--debug"], standalone_mode=False) or 0
+    except typer.TyperException as error:
+        code = _complain(error.format_message(), error.exit_code)
+    except UnclipError as error:
+        if is_debug:
+            raise
+        code = _complain(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _complain("interrupted; the same command goes on from here", 130)
+    except BrokenPipeError:  # the reader of stdout (`| head`) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0
+    except Exception as error:
+        if is_debug:
+            raise
+        code = _complain(f"{type(error).__name__}: {error} (--debug shows the traceback)", 1)
+    sys.exit(code)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"unclip: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,163 @@
+"""The commands that make things: `run`, `status` and one verb per stage.
+
+A run whose stages are all current is answered from the manifests; only otherwise do Prefect and Ray start.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from flows.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, open_for, print_json, run_name
+from infra.errors import UnclipError
+from infra.storage import Root
+
+STILL = "Say what would run, with parameter counts, and run nothing."
+
+
+def run(
+    recipe: Recipe,
+    root: RootUri = DEFAULT_ROOT,
+    name: Name = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=STILL)] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the whole pipeline; stages that are current are skipped."""
+    _make(recipe, root, name, overrides, address, [], dry_run, as_json)
+
+
+def verb(stage: str) -> Callable[..., None]:
+    """Return the command that runs one stage and what it needs."""
+
+    def command(
+        recipe: Recipe,
+        root: RootUri = DEFAULT_ROOT,
+        name: Name = None,
+        overrides: Overrides = None,
+        address: Address = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help=STILL)] = False,
+        as_json: Json = False,
+    ) -> None:
+        _make(recipe, root, name, overrides, address, [stage], dry_run, as_json)
+
+    return command
+
+
+def status(
+    recipe: Recipe,
+    root: RootUri = DEFAULT_ROOT,
+    name: Name = None,
+    overrides: Overrides = None,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Read every committed file and compare it with its manifest.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say of every stage whether it is current, stale (and why) or missing."""
+    from flows.runs import plan_summary
+    from flows.stages import STAGES, plan
+    from infra import manifests
+    from infra.errors import StorageError
+
+    config, _ = load_config(recipe, overrides)
+    opened = open_for(root, for_writing=False)
+    plans = plan(opened, config, STAGES)
+    result = plan_summary(opened, run_name(recipe, name), plans)
+    if as_json:
+        print_json(result)
+    else:
+        _print_stages(result)
+    if checksums:
+        for each in plans:
+            broken = manifests.verify(each.committed) if each.committed else []
+            if broken:
+                raise StorageError(f"{each.committed.uri if each.committed else ''}: {broken[0]}; remove that folder and run again")
+
+
+def _make(
+    recipe: str,
+    root: str,
+    name: str | None,
+    overrides: Sequence[str] | None,
+    address: str | None,
+    targets: list[str],
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from flows.runs import plan_summary, summary, write_run
+    from flows.stages import STAGES, StageResult, plan, with_needs
+    from infra import manifests
+
+    chosen = run_name(recipe, name)
+    started = manifests.now()
+    config, given = load_config(recipe, list(overrides or []), address)
+    opened = open_for(root, for_writing=not dry_run)
+    plans = plan(opened, config, with_needs(targets, STAGES) if targets else STAGES)
+    if dry_run:
+        result = plan_summary(opened, chosen, plans)
+        print_json(result) if as_json else _print_stages(result)
+        return
+    done = {each.stage.name: each.committed for each in plans if each.state == "current" and each.committed}
+    if len(done) == len(plans):
+        record = write_run(opened, chosen, recipe, started, done)
+        results = [StageResult(stage, committed.key, "current", 0.0, committed) for stage, committed in done.items()]
+        result = summary(opened, chosen, results, record["report"])
+    else:
+        result = _run_flow(opened, root, recipe, chosen, given, targets)
+    print_json(result) if as_json else _print_stages(result)
+
+
+def _run_flow(opened: Root, root: str, recipe: str, name: str, overrides: list[str], targets: list[str]) -> dict[str, Any]:
+    """Run the flow with Prefect's, Ray's and other chatter in a log file, and return its result."""
+    from flows.prefect_server import prefect_server
+    from infra.terminal import quiet_terminal
+
+    logs = (opened.folder or opened.scratch) / "logs"
+    with quiet_terminal(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
+        # Prefect's console handlers would otherwise find the terminal.
+        os.environ.update(
+            {"PREFECT_LOGGING_HANDLERS_CONSOLE_STREAM": "ext://sys.stdout", "PREFECT_LOGGING_HANDLERS_DEBUG_STREAM": "ext://sys.stdout"}
+        )
+        print(f"run {name} in {opened.uri}, log {log}", file=sys.stderr, flush=True)
+        try:
+            with prefect_server(opened.scratch / "prefect"):
+                from flows.pipeline import run_pipeline
+
+                scratch = None if opened.folder else str(opened.scratch)
+                try:
+                    return run_pipeline(recipe, root, name, overrides, targets, scratch)
+                finally:
+                    _drain_prefect()
+        except UnclipError as error:
+            raise type(error)(f"{_stage_of(error)}{error}") from error
+        except Exception as error:
+            logging.getLogger("unclip").exception("the run failed")
+            last_line = (str(error).strip().splitlines() or [""])[-1]
+            raise UnclipError(f"{_stage_of(error)}{type(error).__name__}: {last_line}; the whole story is in {log}") from error
+
+
+def _drain_prefect() -> None:
+    """Let Prefect send what it still holds while its server is there; afterwards it would complain on the terminal."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=10)
+    EventsWorker.drain_all(timeout=10)
+
+
+def _stage_of(error: BaseException) -> str:
+    notes = getattr(error, "__notes__", [])
+    return f"{notes[0]}: " if notes else ""
+
+
+def _print_stages(result: dict[str, Any]) -> None:
+    print(f"run {result['run']} in {result['root']}")
+    for each in result["stages"]:
+        took = f"{each['seconds']:8.1f} s" if each.get("seconds") else ""
+        print(f"{each['stage']:<10}{each['state']:<9}{each['key']}  {each.get('why', '')}{took}".rstrip())
+    if result["report"]:
+        print(f"report    {result['report']}")

@@ -1,0 +1,87 @@
+"""The Prefect flow: one task per stage, in dependency order, with retries.
+
+Prefect shows and schedules; what is done is decided by the manifests alone. Entrypoint of deployments: `flows/pipeline.py:run_pipeline`.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.logging import get_run_logger
+from prefect.tasks import Task
+
+from flows.runs import summary, write_run
+from flows.stages import STAGES, Stage, StageResult, run_stage, with_needs
+from infra import manifests
+from infra.cluster import Cluster
+from infra.errors import UnclipError
+from infra.progress import duration
+from infra.storage import Root, open_root
+
+HOPELESS = (UnclipError, AssertionError, AttributeError, ImportError, NameError, NotImplementedError, TypeError)
+
+
+def is_worth_retrying(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Say whether trying again may help: not after a caller's mistake, bad data, a full disk or a fault in our code."""
+    error = state.data if isinstance(state.data, BaseException) else None
+    return not isinstance(error, HOPELESS)
+
+
+@task(retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=is_worth_retrying, cache_policy=NO_CACHE, persist_result=False)
+def make_stage(make: Callable[[], StageResult]) -> StageResult:
+    """Bring one stage up to date."""
+    return make()
+
+
+@flow(name="unclip", flow_run_name="{name}", persist_result=False, retries=0)
+def run_pipeline(
+    recipe: str, root: str, name: str, overrides: list[str] | None = None, targets: list[str] | None = None, scratch: str | None = None
+) -> dict[str, Any]:
+    """Run a recipe into a ROOT and return what `unclip run --json` prints; `targets` are the stages wanted, by default all."""
+    from flows.config import load_recipe  # with torch and faiss, which the tests of the flow itself do without
+
+    config = load_recipe(recipe, overrides or [])
+    opened = open_root(root, Path(scratch) if scratch else None)
+    return run_stages(config, opened, name, recipe, with_needs(targets, STAGES) if targets else STAGES)
+
+
+def run_stages(config: Any, root: Root, name: str, recipe: str, stages: Sequence[Stage]) -> dict[str, Any]:
+    """Run the stages as tasks of the flow around it, record the run and leave its artifacts."""
+    started = manifests.now()
+    done: dict[str, StageResult] = {}
+    with Cluster(config.cluster) as cluster:
+        for stage in stages:
+            inputs = {need: done[need].committed for need in stage.needs}
+            make = partial(_make, stage, root, config, inputs, cluster)
+            done[stage.name] = make_stage.with_options(name=stage.name, task_run_name=stage.name)(make)
+    record = write_run(root, name, recipe, started, {stage: result.committed for stage, result in done.items()})
+    result = summary(root, name, list(done.values()), record["report"])
+    create_table_artifact(table=result["stages"], key="stages", description=f"{name} in {root.uri}")
+    if record["report"]:
+        create_link_artifact(link=record["report"], link_text="report", key="report", description=f"{name} in {root.uri}")
+    return result
+
+
+def _make(stage: Stage, root: Root, config: Any, inputs: Any, cluster: Cluster) -> StageResult:
+    try:
+        result = run_stage(stage, root, config, inputs, cluster, _say)
+    except Exception as error:
+        cluster.stop()  # a retry starts with a fresh Ray
+        error.add_note(stage.name)
+        raise
+    counts = result.committed.manifest["counts"]
+    dropped = sum(counts["dropped"].values())
+    took = f"current  {result.key}" if result.state == "current" else f"ran      {result.key}  in {duration(result.seconds)}"
+    _say(f"{stage.name:<10}{took}  out {counts['out']:,}" + (f", dropped {dropped:,}" if dropped else ""))
+    return result
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+    get_run_logger().info(line)

@@ -1,0 +1,99 @@
+"""The Prefect server of one run: started on loopback for the run, gone with it, its state under ROOT and its chatter in the run's log.
+
+Where `PREFECT_API_URL` is set that server is used and nothing is started. Prefect's own ephemeral server would outlive a run that is
+killed and write to the user's home; this one gets a signal from the kernel when its parent dies.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from infra.errors import UnclipError
+
+START_LIMIT_S = 120
+PR_SET_PDEATHSIG = 1
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_LOGGING_COLORS": "false",
+    "PREFECT_CLI_COLORS": "false",
+}
+
+
+@contextmanager
+def prefect_server(home: Path) -> Iterator[str]:
+    """Give this process a Prefect API while the block runs and return its URL; `home` keeps Prefect's database.
+
+    Sets environment variables that Prefect reads at import, so enter it before `import prefect`. Raises UnclipError if it does not start.
+    """
+    os.environ.update(QUIET)
+    given = os.environ.get("PREFECT_API_URL")
+    if given:
+        yield given
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    ours = {"PREFECT_HOME": str(home), "PREFECT_PROFILES_PATH": str(home / "profiles.toml")}
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1"]
+    server = subprocess.Popen(
+        [*command, "--port", str(port), "--log-level", "error", "--lifespan", "on"],
+        env={**os.environ, **ours, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=1,  # the log while `quiet_terminal` is open
+        stderr=2,
+        preexec_fn=_die_with_parent,
+    )
+    before = {name: os.environ.get(name) for name in (*ours, "PREFECT_API_URL")}
+    try:
+        _wait_until_healthy(server, url)
+        os.environ.update(ours)
+        os.environ["PREFECT_API_URL"] = url
+        yield url
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        server.terminate()
+        try:
+            server.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
+    limit = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < limit:
+        if server.poll() is not None:
+            raise UnclipError(
+                f"Prefect's server stopped with exit code {server.returncode} while starting: see the run's log under ROOT/logs"
+            )
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise UnclipError(f"Prefect's server did not answer within {START_LIMIT_S} s: see the run's log under ROOT/logs")

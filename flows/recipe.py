@@ -1,0 +1,130 @@
+"""Reads a TOML recipe into a tree, applies `--set` overrides, and says in one line what a section's model refuses.
+
+Knows no section: `flows/config.py` brings the model. Reads recipe files only.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from infra.errors import CallerError
+
+Model = TypeVar("Model", bound=BaseModel)
+BUILT_IN = Path(__file__).parent / "recipes"
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe: a path, or the name of one that comes with us (`quickstart`). Raises CallerError."""
+    given = Path(name)
+    if given.is_file():
+        return given
+    built_in = BUILT_IN / f"{given.stem}.toml"
+    if str(given) in (given.stem, built_in.name) and built_in.is_file():
+        return built_in
+    known = sorted(path.stem for path in BUILT_IN.glob("*.toml"))
+    raise CallerError(f"there is no recipe {name}: give a TOML file or one of {', '.join(known)}")
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the recipe's sections as a tree, its `extends` resolved and the overrides (`clip.width=256`) applied. Raises CallerError."""
+    tree = _read(path, ())
+    for override in overrides:
+        _apply(tree, override)
+    return tree
+
+
+def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in below:
+        raise CallerError(f"{path.name} extends itself")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CallerError(f"{path} is not TOML: {error}") from None
+    except OSError as error:
+        raise CallerError(f"cannot read {path}: {error.strerror}") from None
+    extends = tree.pop("extends", None)
+    if extends is None:
+        return tree
+    if not isinstance(extends, str):
+        raise CallerError(f"{path.name}: extends = {extends!r}: must be the name of a recipe")
+    beside = path.parent / extends
+    return _merged(_read(beside if beside.is_file() else find_recipe(extends), (*below, path.resolve())), tree)
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    tree = dict(under)
+    for name, value in over.items():
+        old = tree.get(name)
+        tree[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    parts = name.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise CallerError(f"--set {override}: must look like section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise CallerError(f"--set {override}: {part} is a value, not a section")
+    node[parts[-1]] = value
+
+
+def validated(tree: Mapping[str, Any], model: type[Model], source: str) -> Model:
+    """Return the tree as `model`, types strict as in TOML. Raises CallerError that names `source`, section, key, value and what is allowed."""
+    try:
+        # As JSON, because there the strict mode lets an array stand for a tuple but no text for a number.
+        return model.model_validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        complaints = [_complaint(each, model) for each in error.errors(include_url=False)]
+    more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
+    raise CallerError(f"{source}: {complaints[0]}{more}")
+
+
+def _complaint(error: Any, model: type[BaseModel]) -> str:
+    place = [str(part) for part in error["loc"]]
+    section, keys = place[0] if place else "", place[1:]
+    kind, message = error["type"], str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    if kind == "extra_forbidden":
+        if not keys:
+            return f"[{section}]: no such section{_nearest(section, model.model_fields, '[{}]')}"
+        return f"[{section}] {'.'.join(keys)}: no such key{_nearest(keys[-1], _fields(model, place[:-1]), '{}')}"
+    if kind == "missing":
+        return f"[{section}] {'.'.join(keys)}: must be given"
+    if not keys:
+        return f"[{section}]: {message}" if section else message
+    shown = json.dumps(error["input"], default=str)
+    return f"[{section}] {'.'.join(keys)} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {message}"
+
+
+def _nearest(name: str, known: Iterable[str], form: str) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f", did you mean {form.format(near[0])}?"
+    return f"; there are {', '.join(form.format(each) for each in names)}" if names else ""
+
+
+def _fields(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """Return the field names of the section at `path`, through `X | None`."""
+    here: Any = model
+    for name in path:
+        field = here.model_fields.get(name)
+        if field is None:
+            return []
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not kinds:
+            return []
+        here = kinds[0]
+    return list(here.model_fields)

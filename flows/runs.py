@@ -1,0 +1,66 @@
+"""The record of a run, `ROOT/runs/<name>.json`: which keys belong together, for those who come after (search, generate, reports).
+
+A record points at committed folders; the manifests stay the truth. Knows nothing of how a run was made.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flows.stages import StagePlan, StageResult
+from infra import manifests, storage
+from infra.errors import CallerError
+from infra.manifests import Committed
+from infra.storage import Root
+
+REPORT = "report.html"
+
+
+def write_run(root: Root, name: str, recipe: str, started: str, committed: Mapping[str, Committed]) -> dict[str, Any]:
+    """Write the record of a run that is complete as far as it went, and return it."""
+    record = {
+        "name": name,
+        "recipe": recipe,
+        "started": started,
+        "finished": manifests.now(),
+        "stages": {stage: each.key for stage, each in committed.items()},
+        "report": report_of(committed),
+    }
+    storage.write_json(root, f"runs/{name}.json", record)
+    return record
+
+
+def report_of(committed: Mapping[str, Committed]) -> str | None:
+    """Return where the report is, or None before `evaluate`."""
+    return f"{committed['evaluate'].uri}/{REPORT}" if "evaluate" in committed else None
+
+
+def find_run(root: Root, name: str | None = None) -> dict[str, Any]:
+    """Return the record of the named run, by default of the one that finished last. Raises CallerError where there is none."""
+    names = [name] if name else [file.removesuffix(".json") for file in storage.list_names(root, "runs") if file.endswith(".json")]
+    records = [record for record in (storage.read_json(root, f"runs/{each}.json") for each in names) if record]
+    if not records:
+        raise CallerError(f"{root.uri} has no run{f' {name}' if name else ''}: make one with `unclip run quickstart --root {root.uri}`")
+    latest: dict[str, Any] = max(records, key=lambda record: record["finished"])
+    return latest
+
+
+def committed_of(root: Root, record: Mapping[str, Any], stage: str) -> Committed:
+    """Return the folder of one stage of a run. Raises CallerError where the run did not come that far."""
+    key = record["stages"].get(stage)
+    committed = manifests.find(root, stage, key) if key else None
+    if committed is None:
+        raise CallerError(f"run {record['name']} in {root.uri} has no {stage}: run `unclip run {record['recipe']} --root {root.uri}`")
+    return committed
+
+
+def summary(root: Root, name: str, results: Sequence[StageResult], report: str | None) -> dict[str, Any]:
+    """Return what `unclip run --json` prints."""
+    stages = [{"stage": each.stage, "key": each.key, "state": each.state, "seconds": round(each.seconds, 3)} for each in results]
+    return {"run": name, "root": root.uri, "report": report, "stages": stages}
+
+
+def plan_summary(root: Root, name: str, plans: Sequence[StagePlan]) -> dict[str, Any]:
+    """Return what `unclip status --json` prints."""
+    stages = [{"stage": each.stage.name, "key": each.key, "state": each.state, "why": each.why} for each in plans]
+    current = {each.stage.name: each.committed for each in plans if each.state == "current" and each.committed}
+    return {"run": name, "root": root.uri, "report": report_of(current), "stages": stages}

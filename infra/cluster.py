@@ -1,0 +1,97 @@
+"""The Ray cluster of a run: started or joined once, when the first stage needs it, and left when the run ends.
+
+A run whose stages are all current never starts Ray. Stops only what it started itself. Knows nothing of stages; the floors above
+submit their work through `ray` once `Cluster.start()` has returned.
+"""
+
+import os
+from types import TracebackType
+from typing import ClassVar, Self
+
+from pydantic import Field
+
+from infra.errors import UnclipError
+from infra.settings import Section
+
+
+class ClusterConfig(Section):
+    """Where the work runs and with how many workers; nothing here changes what a stage makes."""
+
+    address: str = ""
+    """Ray address (`auto`, `ray://host:10001` or `host:6379`); empty starts a small Ray on this machine for the run."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """CPU cores for the local Ray; by default all that this process may use."""
+    clip_workers: int = Field(default=1, ge=1)
+    """Processes that train CLIP data-parallel."""
+    embed_workers: int = Field(default=1, ge=1)
+    """Processes that embed."""
+    prior_workers: int = Field(default=1, ge=1)
+    """Processes that train the prior."""
+    decoder_workers: int = Field(default=1, ge=1)
+    """Processes that train the decoder."""
+    upsampler_workers: int = Field(default=1, ge=1)
+    """Processes that train an up-sampler."""
+    cpus_per_worker: float = Field(default=1, gt=0)
+    """CPU cores that Ray keeps free for each worker; a worker uses as many torch threads, rounded down but at least one."""
+    use_gpu: bool = False
+    """Give each worker one GPU."""
+    object_store_memory_bytes: int = Field(default=200 << 20, ge=80 << 20)
+    """Shared memory of the local Ray's object store; the stages pass files, so little is needed."""
+    max_failures: int = Field(default=2, ge=0)
+    """How often a training group is restarted from its last checkpoint before the stage fails (Ray's own default is 0)."""
+
+    outside_key: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("address", "num_cpus", "cpus_per_worker", "use_gpu", "object_store_memory_bytes", "max_failures"),
+            *("clip_workers", "embed_workers", "prior_workers", "decoder_workers", "upsampler_workers"),
+        }
+    )
+
+
+class Cluster:
+    """Ray for one run. `start()` is cheap when Ray runs already; leaving the block stops only a Ray that it started."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+        self.is_ours = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start Ray on this machine, or join the cluster at `[cluster] address`. Raises UnclipError where neither works."""
+        # Read by Ray and gRPC when they are imported, so before the import below.
+        for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "GRPC_VERBOSITY": "NONE", "RAY_BACKEND_LOG_LEVEL": "error"}.items():
+            os.environ.setdefault(name, value)
+        import ray
+
+        if ray.is_initialized():
+            return
+        quiet = {"log_to_driver": False, "logging_level": "error"}
+        try:
+            if self.config.address:
+                ray.init(address=self.config.address, **quiet)
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=self.config.num_cpus or len(os.sched_getaffinity(0)),
+                    object_store_memory=self.config.object_store_memory_bytes,
+                    include_dashboard=False,
+                    **quiet,
+                )
+        except Exception as error:
+            where = f"reach Ray at {self.config.address}" if self.config.address else "start Ray on this machine"
+            detail = " ".join(str(error).split())[:300]
+            raise UnclipError(f"cannot {where}: {detail}; check [cluster] address and RAY_AUTH_MODE") from error
+        self.is_ours = True
+
+    def stop(self) -> None:
+        """Leave the cluster; a Ray that `start()` started on this machine ends with all its processes."""
+        if self.is_ours:
+            import ray
+
+            ray.shutdown()
+            self.is_ours = False

@@ -1,0 +1,259 @@
+"""Committed stage folders: content keys, manifests, and the commit that makes a folder exist.
+
+`ROOT/<stage>/<key>/` exists once its `manifest.json` does. In a local ROOT the whole folder is made aside, synced and renamed into
+place; in an object store the files go below an attempt's own prefix, which the manifest names, and the manifest is put last and only
+if there is none. Readers go through `Committed.local()` and never join paths by hand. Knows nothing of what the stages do.
+"""
+
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from infra import storage
+from infra.errors import DataError
+from infra.storage import Root
+
+MANIFEST = "manifest.json"
+PACKAGES = ("unclip", "torch", "ray", "prefect", "img2dataset", "faiss-cpu", "pyarrow", "numpy", "tokenizers", "safetensors", "pydantic")
+UPLOAD_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Committed:
+    """One committed folder of a stage; reading it never waits for a writer."""
+
+    root: Root
+    stage: str
+    key: str
+    manifest: dict[str, Any]
+
+    @property
+    def uri(self) -> str:
+        """Where the folder is, for people and outside tools."""
+        return storage.uri_of(self.root, f"{self.stage}/{self.key}/{self.manifest['prefix']}".rstrip("/"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the names and contents of the files: equal digests mean equal folders."""
+        return str(self.manifest["digest"])
+
+    def local(self) -> Path:
+        """Return a local folder with the files: the folder itself, or a download that is checked and kept in the scratch folder.
+
+        Raises DataError where a download does not match the manifest.
+        """
+        if self.root.folder:
+            return self.root.folder / self.stage / self.key
+        kept = self.root.scratch / "cache" / self.stage / f"{self.key}-{self.digest[:8]}"
+        if kept.is_dir():
+            return kept
+        aside = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}")
+        with storage.one_line_errors(aside):
+            try:
+                self._download(aside)
+                aside.rename(kept)
+            except OSError:
+                if not kept.is_dir():  # else another process has downloaded the same folder first
+                    raise
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+        return kept
+
+    def _download(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
+            list(
+                pool.map(lambda f: storage.download(self.root, f"{_prefix(self)}/{f['path']}", folder / f["path"]), self.manifest["files"])
+            )
+        (folder / MANIFEST).write_bytes(storage.json_bytes(self.manifest))
+        broken = _differences(folder, self.manifest["files"])
+        if broken:
+            raise DataError(f"{self.uri}: {broken[0]}; run again to download it again, or remove the folder to make it again")
+
+
+def _prefix(committed: Committed) -> str:
+    return f"{committed.stage}/{committed.key}/{committed.manifest['prefix']}".rstrip("/")
+
+
+def content_key(stage: str, version: int, sections: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Return 16 hex digits that name what a stage makes: a hash of its name, code version, config sections and the keys of its inputs."""
+    what = {"stage": stage, "version": version, "sections": dict(sections), "inputs": dict(inputs)}
+    return hashlib.sha256(storage.json_bytes(what)).hexdigest()[:16]
+
+
+def find(root: Root, stage: str, key: str) -> Committed | None:
+    """Return the committed folder of that key, or None; a folder without a manifest does not exist."""
+    manifest = storage.read_json(root, f"{stage}/{key}/{MANIFEST}")
+    return Committed(root, stage, key, manifest) if manifest is not None else None
+
+
+def newest(root: Root, stage: str) -> Committed | None:
+    """Return the folder of a stage that was committed last, under whatever key, or None."""
+    found = (find(root, stage, key) for key in storage.list_names(root, stage))
+    return max((each for each in found if each), key=lambda each: each.manifest["finished"], default=None)
+
+
+def damage(committed: Committed) -> str:
+    """Return the first file that is missing or has another size than the manifest says, or ""; reads no contents."""
+    sizes = storage.file_sizes(committed.root, _prefix(committed))
+    for file in committed.manifest["files"]:
+        if file["path"] not in sizes:
+            return f"{file['path']} is missing"
+        if sizes[file["path"]] != file["bytes"]:
+            return f"{file['path']} has {sizes[file['path']]:,} bytes, not {file['bytes']:,}"
+    return ""
+
+
+def verify(committed: Committed) -> list[str]:
+    """Read every file of a folder and return what differs from the manifest's sizes and checksums; an empty list is good."""
+    folder = committed.root.folder
+    if folder:
+        return _differences(folder / committed.stage / committed.key, committed.manifest["files"])
+    wrong = damage(committed)
+    if wrong:
+        return [wrong]
+    files = [
+        (f["path"], f["sha256"], storage.read_bytes(committed.root, f"{_prefix(committed)}/{f['path']}"))
+        for f in committed.manifest["files"]
+    ]
+    return [f"{path} has another checksum" for path, sha256, data in files if hashlib.sha256(data).hexdigest() != sha256]
+
+
+def _differences(folder: Path, files: list[dict[str, Any]]) -> list[str]:
+    wrong = []
+    for file in files:
+        path = folder / file["path"]
+        if not path.is_file():
+            wrong.append(f"{file['path']} is missing")
+        elif path.stat().st_size != file["bytes"]:
+            wrong.append(f"{file['path']} has {path.stat().st_size:,} bytes, not {file['bytes']:,}")
+        elif _sha256(path) != file["sha256"]:
+            wrong.append(f"{file['path']} has another checksum")
+    return wrong
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results may depend on."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def now() -> str:
+    """Return the time in UTC, sortable as text, to the microsecond."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def commit(root: Root, stage: str, key: str, out: Path, facts: Mapping[str, Any], replaces: str | None = None) -> Committed:
+    """Make the files in `out` the committed folder of `stage` and `key`, and return it.
+
+    `facts` are the manifest's own part (config, input keys, counts, times). Where a folder of that key is committed already it stays and
+    is returned, unless its attempt is the one in `replaces` (a damaged folder). `out` is gone afterwards. Raises StorageError.
+    """
+    with storage.one_line_errors(out):
+        files = [
+            {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(out.rglob("*"))
+            if path.is_file()
+        ]
+    attempt = secrets.token_hex(6)
+    manifest = {
+        "stage": stage,
+        "key": key,
+        **facts,
+        "files": files,
+        "digest": hashlib.sha256(storage.json_bytes(files)).hexdigest(),
+        "packages": package_versions(),
+        "attempt": attempt,
+        "prefix": "" if root.folder else attempt,
+        "finished": now(),
+    }
+    if root.folder:
+        committed = _commit_by_rename(root, root.folder, stage, key, out, manifest, replaces)
+    else:
+        committed = _commit_by_put(root, stage, key, out, manifest, replaces)
+    shutil.rmtree(out, ignore_errors=True)
+    return committed
+
+
+def _commit_by_rename(
+    root: Root, folder: Path, stage: str, key: str, out: Path, manifest: dict[str, Any], replaces: str | None
+) -> Committed:
+    target = folder / stage / key
+    with storage.one_line_errors(target):
+        (out / MANIFEST).write_bytes(storage.json_bytes(manifest))
+        _sync_tree(out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            existing = find(root, stage, key)
+            if existing and existing.manifest["attempt"] != replaces:
+                return existing
+            target.rename(out.with_name(f"{out.name}.replaced"))
+        try:
+            out.rename(target)
+        except OSError:
+            existing = find(root, stage, key)
+            if existing is None:
+                raise
+            return existing  # a writer without our lock (another machine) was first
+        _sync(target.parent)
+    shutil.rmtree(out.with_name(f"{out.name}.replaced"), ignore_errors=True)
+    return Committed(root, stage, key, manifest)
+
+
+def _commit_by_put(root: Root, stage: str, key: str, out: Path, manifest: dict[str, Any], replaces: str | None) -> Committed:
+    attempt = manifest["prefix"]
+    place, name = f"{stage}/{key}", f"{stage}/{key}/{MANIFEST}"
+    with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
+        list(pool.map(lambda f: storage.upload(root, out / f["path"], f"{place}/{attempt}/{f['path']}"), manifest["files"]))
+    sent = Committed(root, stage, key, manifest)
+    wrong = damage(sent)
+    if wrong:
+        raise DataError(f"{sent.uri}: {wrong} after the upload; run the same command again")
+    existing = find(root, stage, key)
+    if existing and existing.manifest["attempt"] == replaces:
+        storage.remove(root, name)
+    try:
+        storage.create_bytes(root, name, storage.json_bytes(manifest))
+    except FileExistsError:
+        storage.remove(root, f"{place}/{attempt}")
+        first = find(root, stage, key)
+        assert first, "a manifest that refused ours is there"
+        return first
+    for other in storage.list_names(root, place):  # attempts that were killed, and those that can only be refused now
+        if other not in (attempt, MANIFEST):
+            storage.remove(root, f"{place}/{other}")
+    return sent
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _sync(Path(parent) / name)
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

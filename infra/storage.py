@@ -1,0 +1,254 @@
+"""A ROOT on any fsspec store, as plain functions over names relative to it (`runs/quickstart.json`).
+
+A local folder is written through the operating system (rename, fsync), everything else through fsspec (a whole object appears at
+once, `create` is conditional). Knows nothing of stages and manifests. Every failure leaves as one line: `StorageError` or `CallerError`.
+"""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from infra.errors import CallerError, StorageError, UnclipError
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
+
+
+@dataclass(frozen=True)
+class Root:
+    """A store and the place in it that holds everything of one ROOT."""
+
+    uri: str
+    fs: fsspec.AbstractFileSystem
+    path: str
+    folder: Path | None
+    """The folder itself where ROOT is local, else None."""
+    scratch: Path
+    """A local folder for what is not committed; inside ROOT where ROOT is local."""
+
+
+def open_root(uri: str, scratch: Path | None = None, for_writing: bool = True) -> Root:
+    """Open a ROOT: a folder, `file://…` or any fsspec URL such as `s3://bucket/prefix`.
+
+    `scratch` is the local folder for unfinished work; a store that is not local needs one. Credentials come from the environment only.
+    Raises CallerError for an URL that cannot be a ROOT, StorageError for one that cannot be read or (`for_writing`) written.
+    """
+    try:
+        fs, path = url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise CallerError(f"--root {uri}: {error}; give a folder or an URL such as s3://bucket/prefix") from None
+    if isinstance(fs, LocalFileSystem):
+        folder = Path(path).absolute()
+        if folder.exists() and not folder.is_dir():
+            raise CallerError(f"--root {uri} is a file: give a folder")
+        root = Root(str(folder), fs, str(folder), folder, scratch or folder / "work")
+    else:
+        if "@" in uri.partition("://")[2]:
+            raise CallerError("--root must not hold credentials: give them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)")
+        if scratch is None:
+            raise CallerError(f"--root {uri}: a store that is not a local folder needs a scratch folder")
+        root = Root(uri.rstrip("/"), fs, path.rstrip("/"), None, scratch)
+    if for_writing:
+        _probe(root)
+    return root
+
+
+def _probe(root: Root) -> None:
+    """Write and remove one small file, so that a ROOT that cannot be written is known before any work."""
+    name = f"work/.probe-{secrets.token_hex(4)}"
+    try:
+        with one_line_errors(root.uri):
+            root.scratch.mkdir(parents=True, exist_ok=True)
+            write_bytes(root, name, b"unclip")
+            remove(root, name)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"cannot write {root.uri}: {error.strerror or error}; choose another --root, or make the bucket first"
+        ) from error
+
+
+@contextmanager
+def one_line_errors(where: str | Path) -> Iterator[None]:
+    """Turn a full disk, a refused write and a store that fails into a StorageError that names the place and the mend.
+
+    A missing file stays FileNotFoundError: its absence is an answer.
+    """
+    try:
+        yield
+    except (UnclipError, FileNotFoundError):
+        raise
+    except Exception as error:
+        line = complaint(error, where)
+        if line is None:
+            raise
+        raise StorageError(line) from error
+
+
+def complaint(error: BaseException, where: str | Path) -> str | None:
+    """Return the line for an error that has to do with storage, or None for any other.
+
+    Looks through causes, because a full disk reaches us wrapped by Arrow, safetensors or Ray.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        number = seen.errno if isinstance(seen, OSError) else None
+        named = getattr(seen, "filename", None)
+        place = str(named) if isinstance(named, str | Path) else str(where)
+        if number in FULL_DISK or any(words in str(seen) for words in FULL_DISK_WORDS):
+            return f"no space left to write {place}: free some space and run the same command again (what is committed is kept)"
+        if number in REFUSED or isinstance(seen, PermissionError):
+            return f"cannot write {place}: {os.strerror(number) if number else seen}; choose another --root or change its rights"
+        seen = seen.__cause__ or seen.__context__
+    module = type(error).__module__.partition(".")[0]
+    if module in ("botocore", "aiobotocore", "s3fs", "aiohttp", "fsspec") or (isinstance(error, OSError) and "://" in str(where)):
+        detail = " ".join(str(error).split()) or type(error).__name__
+        return f"cannot use {where}: {detail}; check the URL, the credentials in the environment and the network"
+    return None
+
+
+def join(root: Root, name: str) -> str:
+    """Return the store's own path of `name`."""
+    return f"{root.path}/{name}" if name else root.path
+
+
+def uri_of(root: Root, name: str) -> str:
+    """Return what people and other tools open."""
+    return f"{root.uri}/{name}"
+
+
+def exists(root: Root, name: str) -> bool:
+    """Say whether a file or folder of that name is there."""
+    return bool((root.folder / name).exists() if root.folder else root.fs.exists(join(root, name)))
+
+
+def read_bytes(root: Root, name: str) -> bytes:
+    """Read one whole file; raises FileNotFoundError where there is none."""
+    if root.folder:
+        return (root.folder / name).read_bytes()
+    with one_line_errors(uri_of(root, name)):
+        return bytes(root.fs.cat_file(join(root, name)))
+
+
+def read_json(root: Root, name: str) -> Any | None:
+    """Read a JSON file; None where there is none. Raises StorageError for one that is not JSON."""
+    try:
+        return json.loads(read_bytes(root, name))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StorageError(f"{uri_of(root, name)} is not JSON ({error}): remove it and run again") from None
+
+
+def write_bytes(root: Root, name: str, data: bytes) -> None:
+    """Write a file so that readers see the old one or the new one, never a part."""
+    if root.folder is None:
+        with one_line_errors(uri_of(root, name)):
+            root.fs.pipe_file(join(root, name), data)
+        return
+    target = root.folder / name
+    with one_line_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        try:
+            with aside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def write_json(root: Root, name: str, value: Any) -> None:
+    """Write a JSON file as `write_bytes` does."""
+    write_bytes(root, name, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return JSON for people and for hashing: sorted keys, indented, one newline at the end."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def create_bytes(root: Root, name: str, data: bytes) -> None:
+    """Write an object only where none is (If-None-Match on S3); raises FileExistsError where one is. Not for local folders."""
+    assert root.folder is None, "a local folder commits by rename"
+    path = join(root, name)
+    with one_line_errors(uri_of(root, name)):
+        try:
+            root.fs.pipe_file(path, data, mode="create")
+            return
+        except FileExistsError:
+            pass
+        except OSError:
+            # Some servers answer 412 without saying which condition failed: then the object itself is the answer.
+            if not root.fs.exists(path):
+                raise
+    raise FileExistsError(uri_of(root, name))
+
+
+def list_names(root: Root, name: str) -> list[str]:
+    """Return the names directly below `name`, sorted, those that start with a dot left out; empty where there is nothing."""
+    if root.folder:
+        folder = root.folder / name
+        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")) if folder.is_dir() else []
+    with one_line_errors(uri_of(root, name)):
+        try:
+            # Another writer may have changed the listing since this process last looked.
+            paths = root.fs.ls(join(root, name), detail=False, refresh=True)
+        except FileNotFoundError:
+            return []
+    names = {str(path).rstrip("/").rpartition("/")[2] for path in paths}
+    return sorted(entry for entry in names if entry and not entry.startswith("."))
+
+
+def file_sizes(root: Root, name: str) -> dict[str, int]:
+    """Return the sizes in bytes of all files at any depth below `name`, by their names relative to it."""
+    if root.folder:
+        base = root.folder / name
+        return {str(path.relative_to(base)): path.stat().st_size for path in base.rglob("*") if path.is_file()}
+    base_path = join(root, name).strip("/")
+    with one_line_errors(uri_of(root, name)):
+        root.fs.invalidate_cache()
+        found = root.fs.find(join(root, name), detail=True)
+    return {str(path).strip("/")[len(base_path) + 1 :]: int(entry["size"]) for path, entry in found.items()}
+
+
+def upload(root: Root, source: Path, name: str) -> None:
+    """Copy one local file into a store that is not local."""
+    with one_line_errors(uri_of(root, name)):
+        root.fs.put_file(str(source), join(root, name))
+
+
+def download(root: Root, name: str, target: Path) -> None:
+    """Copy one file of a store that is not local into a local file."""
+    with one_line_errors(uri_of(root, name)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        root.fs.get_file(join(root, name), str(target))
+
+
+def remove(root: Root, name: str) -> None:
+    """Remove a file or a folder with all that is in it; nothing happens where there is none."""
+    if root.folder:
+        target = root.folder / name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            target.unlink(missing_ok=True)
+        return
+    with one_line_errors(uri_of(root, name)):
+        try:
+            root.fs.rm(join(root, name), recursive=True)
+        except FileNotFoundError:
+            return

@@ -1,0 +1,64 @@
+"""Keeps what libraries and their processes print away from the person's terminal, in a log file.
+
+While `quiet_terminal` is open, file descriptors 1 and 2 (and so every child process and every C++ library) write to the log, as does
+`print`; only what our own code writes to `sys.stderr` reaches the terminal, and a copy of it stands in the log.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import TextIOBase
+from pathlib import Path
+from typing import TextIO
+
+
+class _Tee(TextIOBase):
+    """Writes to the terminal and to the log; progress lines that a terminal rewrites stay out of the log."""
+
+    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+        self.terminal, self.log = terminal, log
+
+    def write(self, text: str) -> int:
+        self.terminal.write(text)
+        if "\r" not in text or text.endswith("\n"):
+            self.log.write(text.replace("\r\x1b[2K", ""))
+        return len(text)
+
+    def flush(self) -> None:
+        self.terminal.flush()
+        self.log.flush()
+
+    def isatty(self) -> bool:
+        return self.terminal.isatty()
+
+    def fileno(self) -> int:
+        return self.log.fileno()
+
+
+@contextmanager
+def quiet_terminal(log_path: Path) -> Iterator[Path]:
+    """Send everything but our own `sys.stderr` lines to `log_path` (appended) while the block runs."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept_out, kept_err = os.dup(1), os.dup(2)
+    root_logger = logging.getLogger()
+    with log_path.open("a", buffering=1) as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
+        handler = logging.StreamHandler(log)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        root_logger.addHandler(handler)
+        logging.captureWarnings(True)
+        try:
+            with redirect_stdout(log), redirect_stderr(_Tee(terminal, log)):
+                yield log_path
+        finally:
+            logging.captureWarnings(False)
+            root_logger.removeHandler(handler)
+            os.dup2(kept_out, 1)
+            os.dup2(kept_err, 2)
+            os.close(kept_out)
+            os.close(kept_err)

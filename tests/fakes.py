@@ -1,0 +1,89 @@
+"""Stages that are quick but write real files: the house is tested with them, without torch, Ray and downloads.
+
+`python -m tests.fakes ROOT [--prefect]` runs them in a process of its own, which the tests then kill.
+"""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from flows.stages import Counts, Stage, StageJob, run_stage
+from infra.cluster import Cluster, ClusterConfig
+from infra.settings import Section
+from infra.storage import Root, open_root
+
+CHUNKS = 12
+
+
+class FakeSection(Section):
+    """A section with one key that matters and one that does not."""
+
+    word: str = "a"
+    """Stands in every file."""
+    seconds: float = Field(default=0, ge=0)
+    """How long the stage takes."""
+    outside_key = frozenset({"seconds"})
+
+
+class FakeConfig(Section):
+    """Three sections for four stages."""
+
+    data: FakeSection = FakeSection()
+    clip: FakeSection = FakeSection()
+    prior: FakeSection = FakeSection()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+def write_chunks(job: StageJob) -> Counts:
+    """Write CHUNKS files that depend on the config and on every input file; resumes from the chunks in `work`."""
+    section = getattr(job.config, {"embed": "clip"}.get(job.stage, job.stage))
+    seed = hashlib.sha256(section.word.encode())
+    for name in sorted(job.inputs):
+        for path in sorted(job.inputs[name].local().rglob("*.bin")):
+            seed.update(path.read_bytes())
+    resumed = sum(1 for _ in job.work.glob("*.done"))
+    for index in range(CHUNKS):
+        time.sleep(section.seconds / CHUNKS)
+        data = hashlib.sha256(seed.digest() + bytes([index])).digest() * 3000
+        (job.out / "parts").mkdir(exist_ok=True)
+        (job.out / "parts" / f"{index:02d}.bin").write_bytes(data)
+        (job.work / f"{index:02d}.done").touch()
+    return {"in": CHUNKS, "out": CHUNKS, "dropped": {}, "resumed": resumed}
+
+
+FAKES = (
+    Stage("data", (), ("data",), 1, write_chunks),
+    Stage("clip", ("data",), ("clip",), 1, write_chunks),
+    Stage("embed", ("data", "clip"), (), 1, write_chunks),
+    Stage("prior", ("embed",), ("prior",), 1, write_chunks),
+)
+
+
+def run_all(root: Root, config: Any, stages: tuple[Stage, ...] = FAKES, say: Any = print) -> dict[str, Any]:
+    """Run the stages without Prefect and return their results by name."""
+    done: dict[str, Any] = {}
+    with Cluster(config.cluster) as cluster:
+        for stage in stages:
+            done[stage.name] = run_stage(stage, root, config, {name: done[name].committed for name in stage.needs}, cluster, say)
+    return done
+
+
+if __name__ == "__main__":
+    slow = FakeSection(seconds=float(sys.argv[2]))
+    slow_config = FakeConfig(data=slow, clip=slow, prior=slow)
+    if "--prefect" in sys.argv:
+        from flows.prefect_server import prefect_server
+
+        with prefect_server(Path(sys.argv[1]) / "work" / "prefect"):
+            from prefect import flow
+
+            from flows.pipeline import run_stages
+
+            opened = open_root(sys.argv[1])
+            flow(name="fakes")(lambda: run_stages(slow_config, opened, "fakes", "fakes", FAKES))()
+    else:
+        run_all(open_root(sys.argv[1]), slow_config)
