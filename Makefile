@@ -1,0 +1,59 @@
+# One way to do each thing. `make run` on a fresh machine sets up and runs the quickstart; the second time it ends in seconds.
+VENV ?= .venv
+ROOT ?= unclip-data
+RECIPE ?= flows/recipes/quickstart.toml
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+PYTHON := $(shell command -v python3.11 || command -v python3)
+
+export NO_ALBUMENTATIONS_UPDATE := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+
+.PHONY: setup run test lint format bench peers clean constraints
+
+setup: $(READY)
+
+# torch first, so that a CPU build chosen by the index stays; then everything at the versions that were tested together.
+# img2dataset requires the PyPI backport `dataclasses`, which shadows the standard library's module in Prefect's server and stops it
+# (`dataclass() got an unexpected keyword argument 'slots'`): it goes right after the install.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip uninstall --quiet --yes dataclasses 2>/dev/null || true
+	touch $(READY)
+
+run: setup
+	$(BIN)/unclip run $(RECIPE) --root $(ROOT)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python -m tests.benchmarks
+
+# The tools that a user would pick instead, each in an environment of its own, for `make bench` to run beside ours.
+peers: setup
+	$(BIN)/python -m tests.benchmarks.peers
+
+# Only what can be made again; ROOT with its data and models stays.
+clean:
+	rm -rf .pytest_cache .ruff_cache .mypy_cache build out
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+constraints: setup
+	{ echo "# Exact versions that were tested together (Python 3.11). Regenerate: make constraints"; \
+	  $(BIN)/pip freeze --exclude-editable --exclude dataclasses | sed 's/+cpu$$//' | grep -v ' @ '; } > constraints.new
+	mv constraints.new constraints.txt
+	touch $(READY)
