@@ -82,7 +82,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def validated(tree: Mapping[str, Any], model: type[Model], source: str) -> Model:
-    """Return the tree as `model`, types strict as in TOML. Raises CallerError that names `source`, section, key, value and what is allowed."""
+    """Return the tree as `model`, types strict as in TOML.
+
+    Raises CallerError: one line that names `source`, section, key, value and what is allowed.
+    """
     try:
         # As JSON, because there the strict mode lets an array stand for a tuple but no text for a number.
         return model.model_validate_json(json.dumps(tree, default=str), strict=True)

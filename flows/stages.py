@@ -196,7 +196,8 @@ def run_stage(
         if existing and not fault(existing, list(given.values())):
             return StageResult(stage.name, key, "current", time.monotonic() - clock, existing)
         out, work = _folders(root, stage, key)
-        counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster))
+        with storage.one_line_errors(out):
+            counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster))
         assert counts.keys() >= {"in", "out", "dropped"}, f"{stage.name} must count what came in, went out and was dropped"
         facts = {
             "stage_version": stage.version,

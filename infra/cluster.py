@@ -4,6 +4,7 @@ A run whose stages are all current never starts Ray. Stops only what it started 
 submit their work through `ray` once `Cluster.start()` has returned.
 """
 
+import logging
 import os
 from types import TracebackType
 from typing import ClassVar, Self
@@ -70,22 +71,20 @@ class Cluster:
 
         if ray.is_initialized():
             return
-        quiet = {"log_to_driver": False, "logging_level": "error"}
+        is_local = not self.config.address
         try:
-            if self.config.address:
-                ray.init(address=self.config.address, **quiet)
-            else:
-                ray.init(
-                    address="local",
-                    num_cpus=self.config.num_cpus or len(os.sched_getaffinity(0)),
-                    object_store_memory=self.config.object_store_memory_bytes,
-                    include_dashboard=False,
-                    **quiet,
-                )
+            ray.init(
+                address=self.config.address or "local",
+                num_cpus=(self.config.num_cpus or len(os.sched_getaffinity(0))) if is_local else None,
+                object_store_memory=self.config.object_store_memory_bytes if is_local else None,
+                include_dashboard=False if is_local else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         except Exception as error:
-            where = f"reach Ray at {self.config.address}" if self.config.address else "start Ray on this machine"
+            where = "start Ray on this machine" if is_local else f"reach Ray at {self.config.address}"
             detail = " ".join(str(error).split())[:300]
-            raise UnclipError(f"cannot {where}: {detail}; check [cluster] address and RAY_AUTH_MODE") from error
+            raise UnclipError(f"cannot {where}: {detail}; check the section [cluster] and RAY_AUTH_MODE") from error
         self.is_ours = True
 
     def stop(self) -> None:

@@ -1,0 +1,231 @@
+"""What is current is skipped, what is stale says why, and a run that is killed or has no space loses nothing committed."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flows.stages import Stage, StageJob, plan, run_stage, with_needs
+from infra import manifests, storage
+from infra.cluster import Cluster, ClusterConfig
+from infra.errors import CallerError, StorageError
+from infra.storage import Root
+from tests.fakes import FAKES, FakeConfig, FakeSection, run_all, write_chunks
+from tests.test_storage import full_disk  # noqa: F401  (a fixture)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Root:
+    """An empty local ROOT."""
+    return storage.open_root(str(tmp_path / "root"))
+
+
+def states(root: Root, config: FakeConfig, stages: tuple[Stage, ...] = FAKES) -> dict[str, tuple[str, str]]:
+    """Return state and reason of every stage."""
+    return {each.stage.name: (each.state, each.why) for each in plan(root, config, stages)}
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return the checksum of every file below a folder, unfinished work left out."""
+    kept = (path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] not in ("work", "logs", "runs"))
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def test_a_second_run_does_nothing(root: Root) -> None:
+    assert {state for state, _ in states(root, FakeConfig()).values()} == {"missing"}
+    first = run_all(root, FakeConfig())
+    before = file_hashes(Path(root.uri))
+    second = run_all(root, FakeConfig())
+    assert {each.state for each in first.values()} == {"ran"} and {each.state for each in second.values()} == {"current"}
+    assert file_hashes(Path(root.uri)) == before and {state for state, _ in states(root, FakeConfig()).values()} == {"current"}
+
+
+def test_a_changed_key_makes_its_stage_and_all_behind_it_stale_and_says_why(root: Root) -> None:
+    run_all(root, FakeConfig())
+    changed = FakeConfig(clip=FakeSection(word="b"))
+    assert states(root, changed) == {
+        "data": ("current", ""),
+        "clip": ("stale", "[clip] word: 'a' -> 'b'"),
+        "embed": ("stale", "clip changed"),
+        "prior": ("stale", "embed changed"),
+    }
+    results = run_all(root, changed)
+    assert [results[name].state for name in ("data", "clip", "embed", "prior")] == ["current", "ran", "ran", "ran"]
+    assert {state for state, _ in states(root, FakeConfig()).values()} == {"current"}  # the old keys are still there
+
+
+def test_a_key_outside_the_content_key_makes_nothing_stale(root: Root) -> None:
+    run_all(root, FakeConfig())
+    slower = FakeConfig(clip=FakeSection(seconds=0.1), cluster=ClusterConfig(num_cpus=7))
+    assert {state for state, _ in states(root, slower).values()} == {"current"}
+
+
+def test_a_raised_code_version_makes_its_stage_stale(root: Root) -> None:
+    run_all(root, FakeConfig())
+    newer = (FAKES[0], replace(FAKES[1], version=2), *FAKES[2:])
+    assert states(root, FakeConfig(), newer)["clip"] == ("stale", "code version 1 -> 2")
+
+
+def test_a_file_that_is_gone_or_cut_makes_the_stage_again_under_the_same_key(root: Root) -> None:
+    first = run_all(root, FakeConfig())
+    file = first["clip"].committed.local() / "parts" / "03.bin"
+    for harm in (file.unlink, lambda: os.truncate(file, 10)):
+        harm()
+        why = states(root, FakeConfig())["clip"][1]
+        assert why in ("parts/03.bin is missing", "parts/03.bin has 10 bytes, not 96,000")
+        again = run_all(root, FakeConfig())
+        assert again["clip"].key == first["clip"].key and again["clip"].state == "ran"
+        assert manifests.verify(again["clip"].committed) == []
+        # It came out the same, so what was made from it still stands.
+        assert again["embed"].state == again["prior"].state == "current"
+
+
+def test_a_stage_made_again_with_another_result_makes_those_behind_it_again(root: Root) -> None:
+    run_all(root, FakeConfig())
+    before = file_hashes(Path(root.uri) / "embed")
+    storage.remove(root, "clip")
+
+    def other_weights(job: StageJob) -> dict[str, object]:
+        counts = write_chunks(job)
+        (job.out / "parts" / "00.bin").write_bytes(b"trained again, came out otherwise")
+        return counts
+
+    stages = (FAKES[0], replace(FAKES[1], run=other_weights), *FAKES[2:])
+    assert states(root, FakeConfig(), stages)["embed"] == ("stale", "clip will be made again")
+    results = run_all(root, FakeConfig(), stages)
+    assert [results[name].state for name in ("data", "clip", "embed", "prior")] == ["current", "ran", "ran", "ran"]
+    assert file_hashes(Path(root.uri) / "embed").keys() == before.keys() and file_hashes(Path(root.uri) / "embed") != before
+    assert {state for state, _ in states(root, FakeConfig(), stages).values()} == {"current"}
+
+
+def test_a_stage_runs_with_what_it_needs_and_an_unknown_one_is_named() -> None:
+    assert [stage.name for stage in with_needs(["embed"], FAKES)] == ["data", "clip", "embed"]
+    with pytest.raises(CallerError, match="there is no stage embbed: choose from data, clip, embed, prior"):
+        with_needs(["embbed"], FAKES)
+
+
+def test_a_stage_that_fails_commits_nothing_and_goes_on_from_its_work_folder(root: Root) -> None:
+    def fails(job: StageJob) -> dict[str, object]:
+        write_chunks(job)
+        raise RuntimeError("the cable was pulled")
+
+    with pytest.raises(RuntimeError, match="cable"):
+        run_all(root, FakeConfig(), (replace(FAKES[0], run=fails),))
+    assert states(root, FakeConfig())["data"] == ("missing", "")
+    result = run_all(root, FakeConfig())["data"]
+    assert result.committed.manifest["counts"]["resumed"] == 12
+    assert not (root.scratch / "data" / result.key).exists() and list((root.scratch / "aside").iterdir()) == []
+
+
+def test_a_manifest_holds_what_lineage_needs(root: Root) -> None:
+    manifest = run_all(root, FakeConfig())["embed"].committed.manifest
+    assert manifest["inputs"].keys() == {"data", "clip"} and manifest["config"]["clip"]["word"] == "a"
+    assert manifest["counts"] == {"in": 12, "out": 12, "dropped": {}, "resumed": 0} and manifest["stage_version"] == 1
+    assert manifest["started"] < manifest["finished"] and manifest["packages"].keys() >= {"python", "numpy", "torch"}
+    assert all(file.keys() == {"path", "bytes", "sha256"} for file in manifest["files"])
+
+
+def test_stages_run_the_same_on_an_object_store(tmp_path: Path) -> None:
+    root = storage.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
+    local = storage.open_root(str(tmp_path / "root"))
+    there, here = run_all(root, FakeConfig()), run_all(local, FakeConfig())
+    assert [there[name].committed.digest for name in there] == [here[name].committed.digest for name in here]
+    assert {each.state for each in run_all(root, FakeConfig()).values()} == {"current"}
+
+
+def test_a_full_disk_is_one_line_and_nothing_committed_is_lost(full_disk: Path) -> None:  # noqa: F811
+    root = storage.open_root(str(full_disk))
+    seen = {}
+
+    def fills(job: StageJob) -> dict[str, object]:
+        seen["before"] = file_hashes(full_disk)
+        for index in range(100):
+            (job.out / f"{index}.bin").write_bytes(b"x" * 100_000)
+        return {"in": 0, "out": 0, "dropped": {}}
+
+    small = Stage("small", (), (), 1, lambda job: (job.out / "a").write_bytes(b"x") and {"in": 1, "out": 1, "dropped": {}})
+    big = Stage("big", ("small",), (), 1, fills)
+    with pytest.raises(StorageError, match=r"no space left to write .*/aside/big-.*free some space and run the same command again"):
+        run_all(root, FakeConfig(), (small, big))
+    assert file_hashes(full_disk) == seen["before"]
+    assert states(root, FakeConfig(), (small, big)) == {"small": ("current", ""), "big": ("missing", "")}
+    freed = replace(big, run=small.run)
+    assert run_all(root, FakeConfig(), (small, freed))["big"].state == "ran"  # what the full disk left aside is gone first
+
+
+def kills() -> Iterator[float]:
+    """Moments at which to kill, in seconds after the start, over the whole length of a run and a little more."""
+    chance = random.Random(0)
+    yield from (chance.uniform(0.2, 2.6) for _ in range(12))
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_loses_nothing_and_mixes_nothing(tmp_path: Path) -> None:
+    whole = storage.open_root(str(tmp_path / "whole"))
+    run_all(whole, FakeConfig())
+    folder = tmp_path / "killed"
+    kept: dict[str, str] = {}
+    command = [sys.executable, "-m", "tests.fakes", str(folder)]
+    for moment in kills():
+        process = subprocess.Popen([*command, "0.6"], cwd=Path(__file__).parent.parent)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if not folder.exists():
+            continue
+        root = storage.open_root(str(folder), for_writing=False)
+        now = {name: digest for name, digest in file_hashes(folder).items() if name.count("/") >= 2}
+        assert kept.items() <= now.items()  # nothing committed changed or went
+        for name in now:
+            stage, key = name.split("/")[:2]
+            committed = manifests.find(root, stage, key)
+            assert committed and manifests.verify(committed) == []  # no half folder under a final name
+        kept = now
+        if len(kept) == 4 * 13:
+            # All committed: begin anew, so that the later moments fall into a run as well.
+            for stage in ("data", "clip", "embed", "prior"):
+                storage.remove(root, stage)
+            kept = {}
+    subprocess.run([*command, "0"], cwd=Path(__file__).parent.parent, check=True)
+    root = storage.open_root(str(folder))
+    for stage in FAKES:
+        ours, theirs = manifests.newest(root, stage.name), manifests.newest(whole, stage.name)
+        assert ours and theirs and (ours.key, ours.digest) == (theirs.key, theirs.digest)
+    assert list((folder / "work" / "aside").iterdir()) == []
+    assert {state for state, _ in states(root, FakeConfig()).values()} == {"current"}
+
+
+def test_two_runs_at_once_make_each_folder_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.fakes", str(tmp_path / "root"), "0.5"]
+    runs = [subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert any("is being made by another run" in each for each in said)
+    root = storage.open_root(str(tmp_path / "root"))
+    for stage in FAKES:
+        assert len(storage.list_names(root, stage.name)) == 1
+        committed = manifests.newest(root, stage.name)
+        assert committed and committed.manifest["counts"]["resumed"] == 0 and manifests.verify(committed) == []
+    assert list((root.scratch / "aside").iterdir()) == []
+
+
+def test_a_committed_stage_is_left_when_another_writer_commits_first(root: Root) -> None:
+    def slow(job: StageJob) -> dict[str, object]:
+        counts = write_chunks(job)
+        other = root.scratch / "aside" / "other-machine"
+        other.mkdir(parents=True)
+        (other / "a").write_text("first")
+        manifests.commit(root, job.stage, job.key, other, {"input_digests": {}, "counts": counts})
+        return counts
+
+    with Cluster(ClusterConfig()) as cluster:
+        result = run_stage(replace(FAKES[0], run=slow), root, FakeConfig(), {}, cluster, print)
+    assert (result.committed.local() / "a").read_text() == "first" and manifests.verify(result.committed) == []
