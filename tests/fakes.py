@@ -1,9 +1,12 @@
 """Stages that are quick but write real files: the house is tested with them, without torch, Ray and downloads.
 
-`python -m tests.fakes ROOT [--prefect]` runs them in a process of its own, which the tests then kill.
+`python -m tests.fakes ROOT SECONDS` runs them in a process of its own; `--kill-at N` has it end by SIGKILL at its N-th file operation
+in ROOT, `--count` writes down how many there are, `--prefect` runs them as a flow.
 """
 
 import hashlib
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -72,18 +75,42 @@ def run_all(root: Root, config: Any, stages: tuple[Stage, ...] = FAKES, say: Any
     return done
 
 
-if __name__ == "__main__":
-    slow = FakeSection(seconds=float(sys.argv[2]))
-    slow_config = FakeConfig(data=slow, clip=slow, prior=slow)
-    if "--prefect" in sys.argv:
+OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "fcntl.lockf"}
+
+
+def watch_operations(folder: Path, kill_at: int) -> list[str]:
+    """Kill this process just before its `kill_at`-th file operation in `folder`; return the list that they are noted in."""
+    seen: list[str] = []
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in OPERATIONS and (event == "fcntl.lockf" or str(arguments[0]).startswith(str(folder))):
+            seen.append(event)
+            if len(seen) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(note)
+    return seen
+
+
+def main(folder: Path, seconds: float, flags: list[str]) -> None:
+    """Run the fakes as the flags say."""
+    slow = FakeSection(seconds=seconds)
+    config = FakeConfig(data=slow, clip=slow, prior=slow)
+    operations = watch_operations(folder, int(flags[1]) if "--kill-at" in flags else 0)
+    if "--prefect" in flags:
         from flows.prefect_server import prefect_server
 
-        with prefect_server(Path(sys.argv[1]) / "work" / "prefect"):
+        with prefect_server(folder / "work" / "prefect"):
             from prefect import flow
 
             from flows.pipeline import run_stages
 
-            opened = open_root(sys.argv[1])
-            flow(name="fakes")(lambda: run_stages(slow_config, opened, "fakes", "fakes", FAKES))()
+            flow(name="fakes")(lambda: run_stages(config, open_root(str(folder)), "fakes", "fakes", FAKES))()
     else:
-        run_all(open_root(sys.argv[1]), slow_config)
+        run_all(open_root(str(folder)), config)
+    if "--count" in flags:
+        (folder / "operations").write_text(str(len(operations)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])

@@ -6,8 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +18,8 @@ from infra.errors import CallerError, StorageError
 from infra.storage import Root
 from tests.fakes import FAKES, FakeConfig, FakeSection, run_all, write_chunks
 from tests.test_storage import full_disk  # noqa: F401  (a fixture)
+
+HERE = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -151,7 +151,11 @@ def test_a_full_disk_is_one_line_and_nothing_committed_is_lost(full_disk: Path) 
             (job.out / f"{index}.bin").write_bytes(b"x" * 100_000)
         return {"in": 0, "out": 0, "dropped": {}}
 
-    small = Stage("small", (), (), 1, lambda job: (job.out / "a").write_bytes(b"x") and {"in": 1, "out": 1, "dropped": {}})
+    def writes_one(job: StageJob) -> dict[str, object]:
+        (job.out / "a").write_bytes(b"x")
+        return {"in": 1, "out": 1, "dropped": {}}
+
+    small = Stage("small", (), (), 1, writes_one)
     big = Stage("big", ("small",), (), 1, fills)
     with pytest.raises(StorageError, match=r"no space left to write .*/aside/big-.*free some space and run the same command again"):
         run_all(root, FakeConfig(), (small, big))
@@ -161,51 +165,49 @@ def test_a_full_disk_is_one_line_and_nothing_committed_is_lost(full_disk: Path) 
     assert run_all(root, FakeConfig(), (small, freed))["big"].state == "ran"  # what the full disk left aside is gone first
 
 
-def kills() -> Iterator[float]:
-    """Moments at which to kill, in seconds after the start, over the whole length of a run and a little more."""
-    chance = random.Random(0)
-    yield from (chance.uniform(0.2, 2.6) for _ in range(12))
+def fake_run(folder: Path, *more: str) -> int:
+    """Run the fake stages in a process of their own and return its exit code, -9 when it was killed."""
+    return subprocess.run([sys.executable, "-m", "tests.fakes", str(folder), "0", *more], cwd=HERE, stdout=subprocess.DEVNULL).returncode
+
+
+def assert_whole(folder: Path) -> dict[str, str]:
+    """Check that every committed folder is whole and return the checksums of what is committed."""
+    root = storage.open_root(str(folder), for_writing=False)
+    hashes = file_hashes(folder)
+    for name in hashes:
+        stage, key = name.split("/")[:2]
+        committed = manifests.find(root, stage, key)
+        assert committed and manifests.verify(committed) == [], f"{stage}/{key} is half a folder"
+    return hashes
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_loses_nothing_and_mixes_nothing(tmp_path: Path) -> None:
+def test_a_run_killed_at_any_file_operation_loses_nothing_and_mixes_nothing(tmp_path: Path) -> None:
     whole = storage.open_root(str(tmp_path / "whole"))
-    run_all(whole, FakeConfig())
-    folder = tmp_path / "killed"
-    kept: dict[str, str] = {}
-    command = [sys.executable, "-m", "tests.fakes", str(folder)]
-    for moment in kills():
-        process = subprocess.Popen([*command, "0.6"], cwd=Path(__file__).parent.parent)
-        time.sleep(moment)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if not folder.exists():
-            continue
-        root = storage.open_root(str(folder), for_writing=False)
-        now = {name: digest for name, digest in file_hashes(folder).items() if name.count("/") >= 2}
-        assert kept.items() <= now.items()  # nothing committed changed or went
-        for name in now:
-            stage, key = name.split("/")[:2]
-            committed = manifests.find(root, stage, key)
-            assert committed and manifests.verify(committed) == []  # no half folder under a final name
-        kept = now
-        if len(kept) == 4 * 13:
-            # All committed: begin anew, so that the later moments fall into a run as well.
-            for stage in ("data", "clip", "embed", "prior"):
-                storage.remove(root, stage)
-            kept = {}
-    subprocess.run([*command, "0"], cwd=Path(__file__).parent.parent, check=True)
-    root = storage.open_root(str(folder))
-    for stage in FAKES:
-        ours, theirs = manifests.newest(root, stage.name), manifests.newest(whole, stage.name)
-        assert ours and theirs and (ours.key, ours.digest) == (theirs.key, theirs.digest)
-    assert list((folder / "work" / "aside").iterdir()) == []
-    assert {state for state, _ in states(root, FakeConfig()).values()} == {"current"}
+    assert fake_run(tmp_path / "whole", "--count") == 0
+    operations = int((tmp_path / "whole" / "operations").read_text())
+    assert operations > 150
+    chance, committed_at_kill = random.Random(0), set()
+    for number in sorted(chance.sample(range(1, operations), 18)):
+        folder = tmp_path / f"killed-{number}"
+        assert fake_run(folder, "--kill-at", str(number)) == -signal.SIGKILL
+        kept = assert_whole(folder)
+        committed_at_kill.add(len(kept) // 13)
+        assert fake_run(folder, "--kill-at", str(chance.randrange(1, operations))) in (0, -signal.SIGKILL)  # and once more
+        assert kept.items() <= assert_whole(folder).items()  # nothing committed has changed or gone
+        assert fake_run(folder) == 0
+        assert kept.items() <= assert_whole(folder).items()
+        root = storage.open_root(str(folder))
+        for stage in FAKES:
+            ours, theirs = manifests.newest(root, stage.name), manifests.newest(whole, stage.name)
+            assert ours and theirs and (ours.key, ours.digest) == (theirs.key, theirs.digest)
+        assert list((folder / "work" / "aside").iterdir()) == []
+    assert committed_at_kill == {0, 1, 2, 3, 4} or committed_at_kill == {0, 1, 2, 3}  # the moments lay all over the run
 
 
 def test_two_runs_at_once_make_each_folder_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.fakes", str(tmp_path / "root"), "0.5"]
-    runs = [subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    runs = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     said = [run.communicate()[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0]
     assert any("is being made by another run" in each for each in said)
