@@ -1,0 +1,290 @@
+"""Fetch one picture over HTTP with the manners and the suspicion that the open internet asks for.
+
+Bounded in time, bytes and declared pixels; connections are reused per thread; every address is checked at the moment of connecting,
+redirect targets included, and the connection goes to the checked address (so a name that resolves differently the next time gains
+nothing). What fails, fails as `FetchError` with one of the reasons below. Knows nothing of shards. Proxies are not used.
+"""
+
+import http.client
+import io
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from urllib.parse import quote, urljoin, urlsplit
+
+from PIL import Image
+
+USER_AGENT = "unclip/0.1 (image-text dataset builder; honours X-Robots-Tag)"
+MAX_REDIRECTS = 5
+CHUNK_BYTES = 1 << 16
+FORBIDDING = frozenset(("noai", "noimageai", "noindex", "noimageindex", "none"))
+
+# Reasons that another try may mend.
+PASSING = frozenset(("timeout", "unreachable", "http_error", "cut_short"))
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+class FetchError(Exception):
+    """A picture that cannot be had: `reason` is counted, `detail` is for people."""
+
+    def __init__(self, reason: str, detail: str, may_pass: bool | None = None) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+        self.may_pass = reason in PASSING if may_pass is None else may_pass
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Limits of one fetch. `loopback` is the host:port of our own static server, the one private address that is always allowed."""
+
+    timeout_s: float
+    retries: int
+    max_bytes: int
+    max_pixels: int
+    allow_private: bool
+    loopback: str = ""
+
+
+def fetch_image(url: str, rules: Rules) -> bytes:
+    """Return the bytes of the image at `url`, looked at but not decoded; raises FetchError."""
+    for attempt in range(rules.retries + 1):
+        try:
+            body = fetch(url, rules)
+            break
+        except FetchError as error:
+            if not error.may_pass or attempt == rules.retries:
+                raise
+            time.sleep(0.2 * 2**attempt)
+    look_at(body, rules.max_pixels)
+    return body
+
+
+def fetch(url: str, rules: Rules) -> bytes:
+    """GET `url`, following redirects, within the rules."""
+    deadline = time.monotonic() + rules.timeout_s
+    for _ in range(MAX_REDIRECTS + 1):
+        answer = get(url, rules, deadline)
+        if isinstance(answer, bytes):
+            return answer
+        url = urljoin(url, answer)
+    raise FetchError("http_error", f"more than {MAX_REDIRECTS} redirects", may_pass=False)
+
+
+def get(url: str, rules: Rules, deadline: float) -> bytes | str:
+    """Make one request; returns the body, or the target of a redirect."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise FetchError("host_refused", f"scheme {parts.scheme or 'none'!r}: only http and https are fetched")
+    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{quote(parts.query, safe='/%:@!$&()*+,;=?~')}" if parts.query else "")
+    try:
+        origin = (parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+        return exchange(origin, target, rules, deadline)
+    except FetchError:
+        raise
+    except ssl.SSLCertVerificationError as error:
+        raise FetchError("unreachable", f"certificate: {error.verify_message}", may_pass=False) from error
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
+            raise FetchError("timeout", f"no whole answer in {rules.timeout_s:g} s") from error
+        if isinstance(error, http.client.IncompleteRead):
+            raise FetchError("cut_short", "the connection closed before the body was whole") from error
+        raise FetchError("unreachable", str(error) or type(error).__name__) from error
+    except ValueError as error:  # UnicodeError too: a host name or port that is none
+        raise FetchError("bad_url", str(error)) from error
+
+
+def exchange(origin: tuple[str, str, int], target: str, rules: Rules, deadline: float) -> bytes | str:
+    """Send one request on this thread's connection to the host, and once more on a fresh one if the kept one has died meanwhile."""
+    while True:
+        kept = connections().pop(origin, None)
+        connection = kept or connect(origin, rules, deadline)
+        sock = connection.sock
+        assert sock is not None
+        try:
+            with reaped_at(deadline, sock):
+                sock.settimeout(left(deadline))
+                connection.request("GET", target, headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*;q=0.1"})
+                response = connection.getresponse()
+                answer = read(response, sock, rules, deadline)
+        except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
+            connection.close()
+            if kept is None or time.monotonic() >= deadline:
+                raise
+            continue
+        except BaseException as error:
+            if not (isinstance(error, FetchError) and response.isclosed()):
+                connection.close()
+            elif connection.sock is not None:
+                connections()[origin] = connection
+            raise
+        if response.isclosed() and connection.sock is not None:
+            connections()[origin] = connection
+        else:
+            connection.close()
+        return answer
+
+
+def read(response: http.client.HTTPResponse, sock: socket.socket, rules: Rules, deadline: float) -> bytes | str:
+    """Read a response within the limits; returns its body, or its redirect target."""
+    if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
+        swallow(response)
+        return response.headers["Location"]
+    if response.status != 200:
+        swallow(response)
+        passing = response.status in (408, 425, 429) or response.status >= 500
+        raise FetchError(
+            "http_404" if response.status in (404, 410) else "http_error", f"HTTP {response.status} {response.reason}", passing
+        )
+    if is_forbidden(response.headers.get_all("X-Robots-Tag", [])):
+        raise FetchError("robots", "X-Robots-Tag forbids it")
+    declared = response.length
+    if declared is not None and declared > rules.max_bytes:
+        raise FetchError("too_large", f"{declared:,} bytes declared, {rules.max_bytes:,} allowed")
+    chunks: list[bytes] = []
+    total = 0
+    while chunk := response.read1(CHUNK_BYTES):
+        chunks.append(chunk)
+        total += len(chunk)
+        if total > rules.max_bytes:
+            raise FetchError("too_large", f"more than the {rules.max_bytes:,} bytes allowed")
+        sock.settimeout(left(deadline))
+    if response.length:
+        raise FetchError("cut_short", f"{response.length:,} of {declared:,} bytes never came")
+    response.close()
+    return b"".join(chunks)
+
+
+def swallow(response: http.client.HTTPResponse) -> None:
+    """Read a short body that nobody wants, so that the connection can be used again."""
+    if response.length is not None and response.length <= CHUNK_BYTES:
+        response.read()
+
+
+def is_forbidden(values: list[str]) -> bool:
+    """Whether an X-Robots-Tag without a user agent, or for all, forbids this use."""
+    for value in values:
+        agent, colon, rest = value.partition(":")
+        if colon and agent.strip().lower() not in ("*", "unclip"):
+            continue
+        if FORBIDDING & {word.strip().lower() for word in (rest if colon else value).split(",")}:
+            return True
+    return False
+
+
+def connect(origin: tuple[str, str, int], rules: Rules, deadline: float) -> http.client.HTTPConnection:
+    """Resolve, check every address, and connect to one that was checked."""
+    scheme, host, port = origin
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise FetchError("unreachable", f"{host}: {error.strerror}") from error
+    addresses = [entry[4] for entry in found]
+    if not rules.allow_private and f"{host}:{port}" != rules.loopback:
+        for address in addresses:
+            if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global:
+                raise FetchError("host_refused", f"{host} is at {address[0]}, a private, loopback or otherwise reserved address")
+    sock = socket.create_connection((str(addresses[0][0]), port), timeout=left(deadline))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if scheme == "https":
+        with reaped_at(deadline, sock):
+            sock = tls().wrap_socket(sock, server_hostname=host)
+    connection = http.client.HTTPConnection(host, port)
+    connection.sock = sock
+    connection.auto_open = 0  # never reconnect behind the check's back
+    return connection
+
+
+def look_at(body: bytes, max_pixels: int) -> None:
+    """Judge an image by its header and its end, without decoding it; raises FetchError.
+
+    OpenCV decodes half a picture without complaint, so that the end has to be checked: PNG's last chunk, JPEG's end marker behind
+    its last scan, WebP's declared length.
+    """
+    try:
+        with Image.open(io.BytesIO(body)) as image:
+            kind, (width, height) = image.format, image.size
+    except Image.DecompressionBombError as error:
+        raise FetchError("too_large", str(error)) from error
+    except Exception as error:  # Pillow's parsers raise many types on hostile bytes
+        if body.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM")):
+            raise FetchError("decode_error", "the image's header is broken") from error
+        start = body[:40].decode("latin-1").strip()
+        raise FetchError("not_an_image", f"{len(body):,} bytes that start with {start!r}") from error
+    if width * height > max_pixels:
+        raise FetchError("too_large", f"{width} x {height} pixels declared, {max_pixels:,} allowed")
+    is_whole = {
+        "PNG": lambda: b"IEND" in body[-64:],
+        "JPEG": lambda: body.rfind(b"\xff\xd9") > body.rfind(b"\xff\xda"),
+        "WEBP": lambda: int.from_bytes(body[4:8], "little") + 8 <= len(body),
+    }.get(kind or "")
+    if is_whole and not is_whole():
+        raise FetchError("decode_error", f"truncated {kind} of {len(body):,} bytes")
+
+
+_local = threading.local()
+_open_sockets: dict[int, tuple[float, socket.socket]] = {}
+_reaper_lock = threading.Lock()
+
+
+def connections() -> dict[tuple[str, str, int], http.client.HTTPConnection]:
+    """This thread's idle connections."""
+    if not hasattr(_local, "connections"):
+        _local.connections = {}
+    kept: dict[tuple[str, str, int], http.client.HTTPConnection] = _local.connections
+    while len(kept) > 4:
+        kept.pop(next(iter(kept))).close()
+    return kept
+
+
+def tls() -> ssl.SSLContext:
+    """This thread's TLS settings: the system's certificates, checked."""
+    if not hasattr(_local, "tls"):
+        _local.tls = ssl.create_default_context()
+    context: ssl.SSLContext = _local.tls
+    return context
+
+
+def left(deadline: float) -> float:
+    """Return the seconds until the deadline; raises TimeoutError behind it."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds
+
+
+class reaped_at:  # noqa: N801 (reads as a statement: with reaped_at(deadline, sock))
+    """Context manager: shuts the socket down at the deadline, whatever its peer drips until then (headers and TLS included)."""
+
+    def __init__(self, deadline: float, sock: socket.socket) -> None:
+        self.deadline, self.sock = deadline, sock
+
+    def __enter__(self) -> None:
+        start_reaper()
+        _open_sockets[id(self)] = (self.deadline, self.sock)
+
+    def __exit__(self, *_: object) -> None:
+        _open_sockets.pop(id(self), None)
+
+
+def start_reaper() -> None:
+    """Start the one thread that shuts overdue sockets, if it does not run yet."""
+    with _reaper_lock:
+        if not any(thread.name == "reaper" for thread in threading.enumerate()):
+            threading.Thread(target=reap, name="reaper", daemon=True).start()
+
+
+def reap() -> None:
+    while True:
+        time.sleep(0.25)
+        now = time.monotonic()
+        for deadline, sock in list(_open_sockets.values()):
+            if now >= deadline:
+                try:
+                    sock.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass  # closed already

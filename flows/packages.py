@@ -1,0 +1,116 @@
+"""Fetch npm packages into a cache folder and unpack them safely.
+
+A package is named `name@version`, fetched with the npm client (`npm pack`: no install, no scripts run) and unpacked once. Knows
+nothing of pictures or captions. Writes CACHE/<name>@<version>/ and nothing outside it; a folder there is always whole.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+from infra.errors import CallerError, DataError, UnclipError
+
+MAX_FILES = 100_000
+MAX_UNPACKED_BYTES = 2 * 2**30
+PACK_TIMEOUT_S = 300
+SPEC = re.compile(r"((?:@[a-z0-9._~-]+/)?[a-z0-9._~-]+)@(\d[0-9A-Za-z.+-]*)")
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Split `name@version` into its parts; the version is exact, so that a recipe means the same pictures tomorrow."""
+    match = SPEC.fullmatch(spec)
+    if not match or ".." in spec:
+        raise CallerError(f"[data] package {spec!r} must be written name@version with an exact version, such as openmoji@17.0.0")
+    return match[1], match[2]
+
+
+def package_folder(spec: str, cache: Path, retries: int = 2) -> Path:
+    """Return the unpacked package's folder, fetching it when the cache lacks it.
+
+    Raises CallerError when npm is missing or the package cannot be had, DataError when the archive is hostile or broken.
+    """
+    name, version = split_spec(spec)
+    folder = cache / f"{name.replace('/', '__')}@{version}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
+        archive = pack(spec, Path(scratch), retries)
+        unpacked = Path(scratch) / "unpacked"
+        unpack(archive, unpacked)
+        try:
+            unpacked.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run was faster, and its copy is as good
+                raise
+    return folder
+
+
+def pack(spec: str, into: Path, retries: int) -> Path:
+    """Run `npm pack` and return the tarball's path."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise CallerError(f"[data] package {spec} needs the npm client, which is not on PATH: install Node.js with npm")
+    problem = ""
+    for attempt in range(retries + 1):
+        if attempt:
+            time.sleep(2**attempt)
+        try:
+            done = subprocess.run(
+                [npm, "pack", spec, "--silent", "--ignore-scripts"], cwd=into, capture_output=True, text=True, timeout=PACK_TIMEOUT_S
+            )
+        except subprocess.TimeoutExpired:
+            problem = f"npm gave no answer in {PACK_TIMEOUT_S} s"
+            continue
+        archives = sorted(into.glob("*.tgz"))
+        if done.returncode == 0 and archives:
+            return archives[0]
+        problem = complaint(done.stderr + "\n" + done.stdout)
+        if "E404" in problem or "ETARGET" in problem:
+            break
+    raise CallerError(f"[data] package {spec} cannot be had: {problem}")
+
+
+def complaint(text: str) -> str:
+    """Pick the line of npm's output that says what is wrong; `--silent` often leaves none."""
+    lines = [re.sub(r"^npm (error|ERR!) ?", "", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line]
+    coded = [line for line in lines if re.match(r"code E[A-Z0-9]+", line)]
+    told = [line for line in lines if not line.startswith(("code ", "A complete log", "errno ", "syscall "))]
+    return " ".join(dict.fromkeys(coded[:1] + told[:1])) or "npm failed without a word (is the version right, and the registry reachable?)"
+
+
+def unpack(archive: Path, into: Path, max_files: int = MAX_FILES, max_bytes: int = MAX_UNPACKED_BYTES) -> None:
+    """Unpack an npm tarball: regular files only, below `into`, within the limits; the leading `package/` is taken off.
+
+    Links and devices are left out. A path that leaves the folder, or an archive over the limits, raises DataError.
+    """
+    into.mkdir(parents=True)
+    root = into.resolve()
+    files = total_bytes = 0
+    try:
+        with tarfile.open(archive, "r|gz") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                parts = Path(member.name).parts[1:]
+                path = root.joinpath(*parts)
+                if not parts or ".." in parts or os.path.isabs(member.name) or not path.resolve().is_relative_to(root):
+                    raise DataError(f"package archive {archive.name} holds the unsafe path {member.name!r}: it is refused whole")
+                files, total_bytes = files + 1, total_bytes + member.size
+                if files > max_files or total_bytes > max_bytes:
+                    raise DataError(f"package archive {archive.name} unpacks to more than {max_files} files or {max_bytes} bytes: refused")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                source = tar.extractfile(member)
+                assert source is not None
+                with path.open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        if isinstance(error, UnclipError):
+            raise
+        raise DataError(f"package archive {archive.name} does not read: {error}") from error

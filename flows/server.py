@@ -1,0 +1,100 @@
+"""A static file server on loopback, for sources whose pictures lie in a folder and shall still travel over HTTP.
+
+Serves named mounts (`/<mount>/<path>`) read-only; knows nothing of packages or captions. Bound to 127.0.0.1 only.
+"""
+
+import mimetypes
+import threading
+from collections.abc import Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import quote, unquote, urlsplit
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers GET and HEAD below the server's mounts."""
+
+    protocol_version = "HTTP/1.1"  # keep-alive: a connection a picture would halve the rate
+    disable_nagle_algorithm = True
+    wbufsize = -1  # one write, and so one packet, for headers and body
+    timeout = 60
+    server: "Mounts"
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def answer(self, with_body: bool) -> None:
+        path = self.server.locate(self.path)
+        try:
+            body = path.read_bytes() if path else None
+        except OSError:
+            body = None
+        if path is None or body is None:
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", mimetypes.guess_type(path.name)[0] or "application/octet-stream")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+        self.wfile.flush()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def version_string(self) -> str:
+        return "unclip"
+
+
+class Mounts(ThreadingHTTPServer):
+    """The listening socket and the folders that it may serve."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, mounts: Mapping[str, Path], port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.roots = {name: folder.resolve() for name, folder in mounts.items()}
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # a client that hangs up is no event
+
+    def locate(self, target: str) -> Path | None:
+        """Return the file behind a request target, or None: nothing outside a mount is ever reached, links included."""
+        path = unquote(urlsplit(target).path)
+        for name, root in self.roots.items():
+            if path.startswith(f"/{name}/") and "\0" not in path:
+                file = (root / path[len(name) + 2 :].lstrip("/")).resolve()
+                return file if file.is_relative_to(root) and file.is_file() else None
+        return None
+
+
+class StaticServer:
+    """Context manager: serves `mounts` (name to folder) in a thread; `base` is the URL to prefix."""
+
+    def __init__(self, mounts: Mapping[str, Path]) -> None:
+        self.mounts = mounts
+
+    def __enter__(self) -> Self:
+        self.server = Mounts(self.mounts)
+        self.base = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+def url_path(mount: str, path: str) -> str:
+    """Return the path part of the URL of `path` below `mount`, quoted."""
+    return f"/{quote(mount)}/{quote(path)}"

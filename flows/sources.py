@@ -1,0 +1,331 @@
+"""Where image-text pairs come from: the recipe's section [data], and one table of URLs and captions made from it.
+
+Three kinds of source yield rows of the schema URLS: picture packages of npm, URL lists (parquet, csv, tsv, jsonl on any fsspec
+path) and folders of images beside `.txt` captions. Packages and folders are served on loopback, so that every picture travels
+the way a URL list's does. Knows nothing of downloading or shards.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from flows.captions import Labels
+from flows.packages import package_folder, split_spec
+from flows.pictures import read_package
+from flows.server import url_path
+from infra.errors import CallerError, DataError
+from infra.settings import Section
+from infra.tables import DROPPED, URLS, sample_key
+
+BATCH_ROWS = 10_000
+BLOCK_ROWS = 100_000
+IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+
+
+class PackagesSource(Section):
+    """Pictures that npm packages ship, captioned with Unicode's names."""
+
+    kind: Literal["packages"]
+    packages: tuple[str, ...] = Field(min_length=1)
+    """Packages as name@version; `flows/pictures.py` lists the ones that have a reader."""
+    words: str = "emojibase-data@17.0.0"
+    """The package of names and keywords."""
+    svg_px: int = Field(96, ge=16, le=2048)
+    """Longer side in pixels at which SVGs are rendered."""
+
+
+class UrlsSource(Section):
+    """A list of URLs and captions; every column but these two may be absent."""
+
+    kind: Literal["urls"]
+    path: str = Field(min_length=1)
+    """File or glob on any fsspec path: `list.parquet`, `s3://bucket/lists/*.jsonl`."""
+    format: Literal["auto", "parquet", "csv", "tsv", "jsonl"] = "auto"
+    """File format; `auto` goes by the suffix, `.gz` allowed on the text formats."""
+    url_column: str = "url"
+    caption_column: str = "caption"
+    captions_column: str = ""
+    """Column with a list of further phrasings; "" for none, as for the columns below."""
+    licence_column: str = ""
+    concept_column: str = ""
+    """Splits go by the concept; without the column every row is a concept of its own."""
+    style_column: str = ""
+    category_column: str = ""
+    subcategory_column: str = ""
+    licence: str = ""
+    """Licence of all rows that name none."""
+
+
+class FolderSource(Section):
+    """Images in a local folder, each beside a `.txt` of the same name: its first line is the caption, further lines are phrasings."""
+
+    kind: Literal["folder"]
+    path: str = Field(min_length=1)
+    licence: str = ""
+    style: str = ""
+
+
+Source = Annotated[PackagesSource | UrlsSource | FolderSource, Field(discriminator="kind")]
+
+
+class DataConfig(Section):
+    """Section [data]: which pairs, and how they are downloaded."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    """The sources, read in this order; a URL that two of them name is taken once, from the first."""
+    cache: str = "~/.cache/unclip"
+    """Local folder for fetched packages and rendered pictures; safe to delete."""
+    image_size_px: int = Field(64, ge=8, le=2048)
+    """Side of the stored images in pixels."""
+    resize: Literal["border", "center_crop", "keep_ratio", "keep_ratio_largest"] = "border"
+    """img2dataset's resize mode; `border` keeps the whole picture and pads it to a square with white."""
+    encode: Literal["png", "jpg", "webp"] = "png"
+    """Format of the stored images; png is lossless and, at 64 px, no larger."""
+    images_per_shard: int = Field(1000, ge=1, le=100_000)
+    """Rows of the URL table per shard."""
+    processes: int = Field(2, ge=1, le=256)
+    """Download processes."""
+    threads: int = Field(16, ge=1, le=1024)
+    """Simultaneous requests of each process."""
+    timeout_s: float = Field(10, gt=0, le=600)
+    """Limit for one request from connecting to the last byte, in seconds."""
+    retries: int = Field(2, ge=0, le=10)
+    """Tries after the first for what may pass (time-outs, 429, 5xx, a broken connection), with growing pauses; and for npm."""
+    retry_passes: int = Field(1, ge=0, le=10)
+    """Passes over the rows that still failed so, once all others are done."""
+    max_image_bytes: int = Field(20 * 2**20, ge=1)
+    """A response above this many bytes is dropped as too_large, unread."""
+    max_image_pixels: int = Field(50_000_000, ge=1)
+    """An image that declares more pixels is dropped as too_large, undecoded: a decompression bomb."""
+    min_success: float = Field(0.2, ge=0, le=1)
+    """Smallest share of the URLs that must become images; below it the stage fails."""
+    allow_private: bool = False
+    """Whether URLs may lead to private, loopback and link-local addresses; the sources served on loopback need it not."""
+    seed: int = 0
+    """Order of the rows: shuffled in blocks of 100,000, so that neighbours do not all ask one host."""
+
+
+@dataclass
+class Mounts:
+    """The local folders behind a table's loopback URLs, by mount name; a JSON file keeps them for a resumed run."""
+
+    folders: dict[str, Path] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({name: str(folder) for name, folder in self.folders.items()}))
+
+    @classmethod
+    def load(cls, path: Path) -> "Mounts":
+        return cls({name: Path(folder) for name, folder in json.loads(path.read_text()).items()})
+
+
+Row = dict[str, Any]
+
+
+def row(url: str, origin: str, captions: list[str], **columns: str) -> Row:
+    """Make a row of the schema URLS; a missing concept is the row's own key."""
+    phrasings = [text for text in dict.fromkeys(caption.strip() for caption in captions) if text]
+    caption = phrasings[0] if phrasings else ""
+    key = sample_key(origin, caption)
+    rest = {name: columns.get(name, "") for name in ("licence", "style", "category", "subcategory")}
+    return {
+        "key": key, "url": url, "origin": origin, "caption": caption, "captions": phrasings, "concept": columns.get("concept") or key, **rest
+    }  # fmt: skip
+
+
+def package_rows(source: PackagesSource, config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iterator[Row]:
+    """Yield the pictures of all packages of a source; mounts their folders."""
+    labels = Labels(package_folder(source.words, cache / "packages", config.retries))
+    for spec in source.packages:
+        name, _ = split_spec(spec)
+        folder = package_folder(spec, cache / "packages", config.retries)
+        rendered = cache / "rendered" / f"{folder.name}@{source.svg_px}px"
+        pictures = read_package(spec, folder, labels, rendered, source.svg_px)
+        mounts.folders |= {name: folder, f"rendered/{name}": rendered}
+        for picture in pictures:
+            mount, root = (name, folder) if picture.file.is_relative_to(folder) else (f"rendered/{name}", rendered)
+            yield row(
+                base + url_path(mount, picture.file.relative_to(root).as_posix()),
+                f"npm:{spec}/{picture.origin}",
+                list(picture.captions),
+                licence=picture.licence,
+                concept=picture.concept,
+                style=picture.style,
+                category=picture.category,
+                subcategory=picture.subcategory,
+            )
+
+
+def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row]:
+    """Yield the images of a folder, sub-folders included; an image without its `.txt` has an empty caption."""
+    root = Path(source.path).expanduser()
+    if not root.is_dir():
+        raise CallerError(f"[data] folder {source.path!r} is not there: give a folder of images beside .txt captions")
+    mount = f"folder{len(mounts.folders)}"
+    mounts.folders[mount] = root
+    for file in sorted(root.rglob("*")):
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
+            text = file.with_suffix(".txt")
+            lines = text.read_text(errors="replace").splitlines() if text.is_file() else []
+            relative = file.relative_to(root).as_posix()
+            yield row(base + url_path(mount, relative), f"folder:{relative}", lines, licence=source.licence, style=source.style)
+
+
+def listed_rows(source: UrlsSource) -> Iterator[Row]:
+    """Yield the rows of a URL list, file after file, a batch in memory at a time.
+
+    Raises CallerError for a path, a format or a column that is not there, DataError for a file that does not parse.
+    """
+    try:
+        files = fsspec.open_files(source.path, "rb", compression="infer")
+    except (OSError, ValueError, ImportError) as error:
+        raise CallerError(f"[data] URL list {source.path!r} cannot be opened: {error}") from error
+    if not files:
+        raise CallerError(f"[data] URL list {source.path!r} matches no file")
+    wanted = {
+        "url": source.url_column, "caption": source.caption_column, "captions": source.captions_column, "licence": source.licence_column,
+        "concept": source.concept_column, "style": source.style_column, "category": source.category_column,
+        "subcategory": source.subcategory_column,
+    }  # fmt: skip
+    wanted = {ours: theirs for ours, theirs in wanted.items() if theirs}
+    for file in files:
+        try:
+            with file as stream:
+                for batch in read_batches(stream, file_format(source, file.path)):
+                    missing = [theirs for theirs in wanted.values() if theirs not in batch.schema.names]
+                    if missing:
+                        raise CallerError(
+                            f"[data] URL list {file.path} has no column {missing[0]!r}: it has {', '.join(batch.schema.names)}"
+                        )
+                    columns = {ours: batch.column(theirs).to_pylist() for ours, theirs in wanted.items()}
+                    for values in zip(*columns.values(), strict=True):
+                        yield listed_row(dict(zip(columns, values, strict=True)), source)
+        except FileNotFoundError as error:
+            raise CallerError(f"[data] URL list {file.path} is not there") from error
+        except (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"URL list {file.path} does not parse: {str(error).splitlines()[0]}") from error
+
+
+def listed_row(values: Row, source: UrlsSource) -> Row:
+    url = str(values.pop("url") or "").strip()
+    further = values.pop("captions", None) or []
+    captions = [str(values.pop("caption") or ""), *([further] if isinstance(further, str) else map(str, further))]
+    texts = {name: str(value) for name, value in values.items() if value is not None}
+    return row(url, url, captions, **{"licence": source.licence, **texts})
+
+
+def file_format(source: UrlsSource, path: str) -> str:
+    """Return the format of one file of a list."""
+    if source.format != "auto":
+        return source.format
+    suffix = Path(path.removesuffix(".gz")).suffix.lower().lstrip(".")
+    known = {"parquet": "parquet", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl"}
+    if suffix not in known:
+        raise CallerError(f"[data] URL list {path}: set format = parquet, csv, tsv or jsonl, the suffix does not tell")
+    return known[suffix]
+
+
+def read_batches(stream: Any, kind: str) -> Iterator[pa.RecordBatch]:
+    """Read a table as record batches without ever holding the whole of it."""
+    if kind == "parquet":
+        yield from pq.ParquetFile(stream).iter_batches(BATCH_ROWS)
+    elif kind == "jsonl":
+        lines: list[Row] = []
+        for line in stream:
+            if line.strip():
+                lines.append(json.loads(line))
+            if len(lines) == BATCH_ROWS:
+                yield batch_of(lines)
+                lines = []
+        if lines:
+            yield batch_of(lines)
+    else:
+        parse = pyarrow.csv.ParseOptions(delimiter="\t" if kind == "tsv" else ",", newlines_in_values=True)
+        # Text throughout: a caption "007" must not become the number 7.
+        names = first_line_names(stream, parse.delimiter)
+        convert = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True)
+        yield from pyarrow.csv.open_csv(stream, parse_options=parse, convert_options=convert)
+
+
+def batch_of(lines: list[Row]) -> pa.RecordBatch:
+    names = dict.fromkeys(name for line in lines for name in line)
+    return pa.RecordBatch.from_pydict({name: [line.get(name) for line in lines] for name in names})
+
+
+def first_line_names(stream: Any, delimiter: str) -> list[str]:
+    header = stream.readline().decode().strip("\r\n\ufeff")
+    stream.seek(0)
+    return [name.strip('"') for name in header.split(delimiter)]
+
+
+def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = "http://127.0.0.1") -> int:
+    """Write OUT/urls.parquet (schema URLS), OUT/dropped.parquet (DROPPED) and OUT/mounts.json; return the number of rows in urls.parquet.
+
+    `base` is the prefix of URLs that are served on loopback. Rows without a URL or a caption, and rows whose URL stood before, are
+    dropped and counted. Memory: one block of rows, and 8 bytes for each URL.
+    """
+    mounts = Mounts()
+    seen = np.empty(0, np.uint64)
+    kept = 0
+    with pq.ParquetWriter(out / "urls.parquet", URLS) as urls, pq.ParquetWriter(out / "dropped.parquet", DROPPED) as dropped:
+        for number, block in enumerate(blocks(all_rows(config, cache, base, mounts))):
+            is_new, seen = new_urls([item["url"] for item in block], seen)
+            good: list[Row] = []
+            bad: list[Row] = []
+            for item, new in zip(block, is_new, strict=True):
+                reason = "empty_url" if not item["url"] else "empty_caption" if not item["caption"] else "" if new else "duplicate_url"
+                if reason:
+                    bad.append({"key": item["key"], "origin": item["origin"], "reason": reason, "detail": item["url"]})
+                else:
+                    good.append(item)
+            random.Random(f"{config.seed} {number}").shuffle(good)
+            urls.write_table(pa.Table.from_pylist(good, URLS))
+            dropped.write_table(pa.Table.from_pylist(bad, DROPPED))
+            kept += len(good)
+    mounts.save(out / "mounts.json")
+    return kept
+
+
+def new_urls(urls: list[str], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which URLs of a block stand for the first time, and the sorted 64-bit hashes seen so far, this block's included.
+
+    At 10 million URLs the chance that two different ones share a hash is 3 in a million.
+    """
+    hashes = np.array([int.from_bytes(hashlib.blake2b(url.encode(), digest_size=8).digest()) for url in urls], np.uint64)
+    is_new = np.zeros(len(urls), bool)
+    is_new[np.unique(hashes, return_index=True)[1]] = True
+    is_new &= ~np.isin(hashes, seen)
+    return is_new, np.union1d(seen, hashes)
+
+
+def all_rows(config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iterator[Row]:
+    """Yield the rows of all sources in their order."""
+    for source in config.sources:
+        if isinstance(source, PackagesSource):
+            yield from package_rows(source, config, cache, base, mounts)
+        elif isinstance(source, FolderSource):
+            yield from folder_rows(source, base, mounts)
+        else:
+            yield from listed_rows(source)
+
+
+def blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    block: list[Row] = []
+    for item in rows:
+        block.append(item)
+        if len(block) == BLOCK_ROWS:
+            yield block
+            block = []
+    if block:
+        yield block
