@@ -5,12 +5,15 @@ go to stdout (`--json`: one object), everything else to stderr.
 """
 
 import os
+import signal
 import sys
 
 import typer
 
 from flows import making, using
 from infra.errors import UnclipError
+
+INTERRUPTED = 128 + signal.SIGINT
 
 app = typer.Typer(
     name="unclip",
@@ -47,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code = _complain(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _complain("interrupted; the same command goes on from here", 130)
+        code = INTERRUPTED
     except BrokenPipeError:  # the reader of stdout (`| head`) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
@@ -55,6 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
         if is_debug:
             raise
         code = _complain(f"{type(error).__name__}: {error} (--debug shows the traceback)", 1)
+    if code == INTERRUPTED:  # typer returns it as well
+        _complain("interrupted; the same command goes on from here", code)
     sys.exit(code)
 
 

@@ -74,6 +74,8 @@ def _make(stage: Stage, root: Root, config: Any, inputs: Any, cluster: Cluster) 
     except Exception as error:
         cluster.stop()  # a retry starts with a fresh Ray
         error.add_note(stage.name)
+        if not isinstance(error, UnclipError):
+            get_run_logger().error("this attempt failed", exc_info=True)  # Prefect keeps the story of the last one only
         raise
     counts = result.committed.manifest["counts"]
     dropped = sum(counts["dropped"].values())

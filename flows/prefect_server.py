@@ -51,13 +51,16 @@ def prefect_server(home: Path) -> Iterator[str]:
         stdin=subprocess.DEVNULL,
         stdout=1,  # the log while `quiet_terminal` is open
         stderr=2,
+        start_new_session=True,  # a Ctrl-C is for us: without its server Prefect would retry for a minute instead of ending
         preexec_fn=_die_with_parent,
     )
     before = {name: os.environ.get(name) for name in (*ours, "PREFECT_API_URL")}
     try:
-        _wait_until_healthy(server, url)
         os.environ.update(ours)
         os.environ["PREFECT_API_URL"] = url
+        import prefect.flows  # noqa: F401  (takes seconds, as the server's start does: both at once)
+
+        _wait_until_healthy(server, url)
         yield url
     finally:
         for name, value in before.items():

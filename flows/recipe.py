@@ -90,25 +90,37 @@ def validated(tree: Mapping[str, Any], model: type[Model], source: str) -> Model
         # As JSON, because there the strict mode lets an array stand for a tuple but no text for a number.
         return model.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
-        complaints = [_complaint(each, model) for each in error.errors(include_url=False)]
-    more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
-    raise CallerError(f"{source}: {complaints[0]}{more}")
+        # A key that does not exist is often why another one is missing: name it first.
+        found = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    raise CallerError(f"{source}: {_complaint(found[0], tree, model)}{more}")
 
 
-def _complaint(error: Any, model: type[BaseModel]) -> str:
-    place = [str(part) for part in error["loc"]]
-    section, keys = place[0] if place else "", place[1:]
+def _complaint(error: Any, tree: Mapping[str, Any], model: type[BaseModel]) -> str:
+    section, *keys = _written(error["loc"], tree) or [""]
+    place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
     kind, message = error["type"], str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     if kind == "extra_forbidden":
         if not keys:
-            return f"[{section}]: no such section{_nearest(section, model.model_fields, '[{}]')}"
-        return f"[{section}] {'.'.join(keys)}: no such key{_nearest(keys[-1], _fields(model, place[:-1]), '{}')}"
+            return f"[{section}]: no such section{_nearest(str(section), model.model_fields, '[{}]')}"
+        return f"[{section}] {place}: no such key{_nearest(str(keys[-1]), _fields(model, [section, *keys[:-1]]), '{}')}"
     if kind == "missing":
-        return f"[{section}] {'.'.join(keys)}: must be given"
+        return f"[{section}] {place}: must be given"
     if not keys:
         return f"[{section}]: {message}" if section else message
     shown = json.dumps(error["input"], default=str)
-    return f"[{section}] {'.'.join(keys)} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {message}"
+    return f"[{section}] {place} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {message}"
+
+
+def _written(location: Sequence[str | int], tree: Any) -> list[str | int]:
+    """Return the location as the recipe has it, without the tags that pydantic puts in for the alternatives of a union."""
+    written, here = [], tree
+    for part in location:
+        if isinstance(here, dict) and part not in here and part != location[-1]:
+            continue
+        written.append(part)
+        here = here[part] if isinstance(here, list) and isinstance(part, int) else here.get(part) if isinstance(here, dict) else None
+    return written
 
 
 def _nearest(name: str, known: Iterable[str], form: str) -> str:
@@ -119,15 +131,18 @@ def _nearest(name: str, known: Iterable[str], form: str) -> str:
     return f"; there are {', '.join(form.format(each) for each in names)}" if names else ""
 
 
-def _fields(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """Return the field names of the section at `path`, through `X | None`."""
-    here: Any = model
+def _fields(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Return the field names of the sections that may stand at `path`."""
+    models = [model]
     for name in path:
-        field = here.model_fields.get(name)
-        if field is None:
-            return []
-        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not kinds:
-            return []
-        here = kinds[0]
-    return list(here.model_fields)
+        if isinstance(name, str):
+            fields = [each.model_fields[name] for each in models if name in each.model_fields]
+            models = [found for field in fields for found in _models(field.annotation)]
+    return list(dict.fromkeys(name for each in models for name in each.model_fields))
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections named anywhere in a type: through `X | None`, tuples and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _models(argument)]

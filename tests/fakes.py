@@ -16,6 +16,7 @@ from pydantic import Field
 
 from flows.stages import Counts, Stage, StageJob, run_stage
 from infra.cluster import Cluster, ClusterConfig
+from infra.errors import CallerError
 from infra.settings import Section
 from infra.storage import Root, open_root
 
@@ -42,12 +43,19 @@ class FakeConfig(Section):
 
 
 def write_chunks(job: StageJob) -> Counts:
-    """Write CHUNKS files that depend on the config and on every input file; resumes from the chunks in `work`."""
+    """Write CHUNKS files that depend on the config and on every input file; some words make it fail."""
     section = getattr(job.config, {"embed": "clip"}.get(job.stage, job.stage))
     seed = hashlib.sha256(section.word.encode())
     for name in sorted(job.inputs):
         for path in sorted(job.inputs[name].local().rglob("*.bin")):
             seed.update(path.read_bytes())
+    if section.word == "broken":
+        raise AssertionError("one line\nand the reason on another")
+    if section.word == "refused":
+        raise CallerError("[fake] word = refused: choose another")
+    if section.word == "flaky" and not (job.work / "tried").exists():
+        (job.work / "tried").touch()
+        raise ConnectionResetError("the store hung up")
     resumed = sum(1 for _ in job.work.glob("*.done"))
     for index in range(CHUNKS):
         time.sleep(section.seconds / CHUNKS)
