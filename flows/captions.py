@@ -1,43 +1,64 @@
 """Captions for pictures that come with a name: several phrasings that a person would type, the clean name first.
 
-Names and keywords of emoji are Unicode's own (CLDR, by way of the package emojibase-data), keyed by *concept*: the code points in
-lower-case hex without the variation selector, so that every vendor's drawing of one emoji shares one concept and one name.
+Phrasings say only what is true of the picture by its name, its group or its measured colour. Knows nothing of files and packages;
+the same input always gives the same captions.
 """
 
-import json
 import re
-import unicodedata
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
 
 MAX_PHRASINGS = 10
-
-CATEGORIES = {
-    "smileys-emotion": "Smileys & Emotion",
-    "people-body": "People & Body",
-    "animals-nature": "Animals & Nature",
-    "food-drink": "Food & Drink",
-    "travel-places": "Travel & Places",
-    "activities": "Activities",
-    "objects": "Objects",
-    "symbols": "Symbols",
-    "flags": "Flags",
-}
+MIN_PHRASINGS = 6
 
 STYLE_PHRASES = {
-    "google": "a Google style {}",
-    "twitter": "a Twitter style {}",
-    "fluent-3d": "a 3D render of {a}",
-    "fluent-flat": "a flat drawing of {a}",
-    "noto-v1": "an old Google style {}",
-    "emojione": "an EmojiOne style {}",
-    "emojione-v1": "an old EmojiOne style {}",
-    "openmoji": "a drawing of {a} with black outlines",
-    "game-icons": "a black and white silhouette of {a}",
-    "lucide": "a black line icon of {a}",
-    "streamline": "a freehand sketch of {a}",
-    "flags": "a flat rectangular {}",
+    "google": "a Google style {name}",
+    "twitter": "a Twitter style {name}",
+    "fluent-3d": "a 3D render of {article}",
+    "fluent-flat": "a flat drawing of {article}",
+    "noto-v1": "an old Google style {name}",
+    "emojione": "an EmojiOne style {name}",
+    "emojione-v1": "an old EmojiOne style {name}",
+    "openmoji": "a drawing of {article} with black outlines",
+    "game-icons": "a black silhouette of {article}",
+    "lucide": "a black line drawing of {article}",
+    "streamline": "a freehand sketch of {article}",
+    "flags": "a flat {name}",
 }
+
+# Unicode's labels that name an idea, and what all vendors draw for it.
+DEPICTED = {
+    "badminton": "badminton racket and shuttlecock",
+    "bowling": "bowling ball and pins",
+    "breast-feeding": "woman feeding baby at the breast",
+    "brick": "brick wall",
+    "construction": "construction barrier",
+    "cooking": "frying pan with egg",
+    "cricket game": "cricket bat and ball",
+    "dashing away": "dash cloud",
+    "dizzy": "dizzy star",
+    "field hockey": "field hockey stick and ball",
+    "foggy": "foggy weather",
+    "horse racing": "jockey on a horse",
+    "ice hockey": "ice hockey stick and puck",
+    "lacrosse": "lacrosse stick",
+    "locked": "closed padlock",
+    "locked with key": "closed padlock with key",
+    "locked with pen": "closed padlock with pen",
+    "mate": "mate drink",
+    "metro": "metro train",
+    "ping pong": "ping pong paddle and ball",
+    "rolling on the floor laughing": "laughing face rolling on the floor",
+    "star-struck": "star-struck face",
+    "station": "train station",
+    "tennis": "tennis racket and ball",
+    "unlocked": "open padlock",
+    "wedding": "wedding chapel",
+}
+
+# Words that make a sign or a symbol of a name, by subcategory, unless the name already ends in one of ENDINGS.
+SUFFIXES = {"warning": "sign", "transport-sign": "sign", "math": "sign", "religion": "symbol"}
+ENDINGS = ("sign", "symbol", "worship", "menorah", "cross", "bicycles", "room")
+SYMBOLS = frozenset(("copyright", "information", "registered", "wireless", "high voltage", "trade mark"))
 
 # What the members of a subcategory are, where that can be said of all of them.
 KINDS = {
@@ -77,167 +98,158 @@ KINDS = {
     "zodiac": "a zodiac sign",
 }
 
-UNCOUNTED = frozenset(
-    "bread broccoli butter clothing corn fire fog garlic ginger ice lightning luggage mail money music okra poop popcorn "
-    "rice salt sake seafood snow spaghetti sushi tempura thread toast wind wood yarn medicine hot_springs".split()
+# Vendors agree that the faces of these subcategories are yellow, these words apart.
+YELLOW_FACES = frozenset(
+    (
+        "face-smiling", "face-affection", "face-tongue", "face-hand", "face-neutral-skeptical", "face-sleepy", "face-unwell", "face-hat",
+        "face-glasses", "face-concerned",
+    )
+)  # fmt: skip
+NOT_YELLOW = ("nauseated", "hot face", "cold face", "vomiting", "exploding", "clouds", "dotted", "distorted")
+COLOUR_WORDS = frozenset(
+    ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "grey", "gray", "white", "golden", "colored")
 )
 
+PLURALS = {"man": "men", "woman": "women", "boy": "boys", "girl": "girls", "adult": "adults", "child": "children"}
+NUMBERS = {2: "two", 3: "three", 4: "four"}
 
-@dataclass(frozen=True)
-class Label:
-    """What Unicode says about one emoji."""
-
-    text: str
-    tags: tuple[str, ...]
-    category: str
-    subcategory: str
-
-
-def concept_of(code_points: str) -> str:
-    """Return the concept id of code points written `1F1EB-FE0F-…`: lower case, no leading zeros, no variation selector."""
-    return "-".join(part for part in (p.lstrip("0") for p in code_points.lower().split("-")) if part != "fe0f")
-
-
-def flag_concept(iso_code: str) -> str:
-    """Return the concept of a country's flag: its regional-indicator pair; a subdivision's (`gb-eng`) is the black flag with tags."""
-    letters = iso_code.lower().replace("-", "")
-    if len(letters) == 2:
-        return "-".join(f"{0x1F1E6 + ord(letter) - ord('a'):x}" for letter in letters)
-    return "-".join(["1f3f4", *(f"{0xE0000 + ord(letter):x}" for letter in letters), "e007f"])
+SINGULAR_STARTS = frozenset(("person", "man", "woman", "face", "boy", "girl", "child", "jockey"))
+SINGULARS_IN_S = frozenset(("bus", "rhinoceros", "moss", "chess", "lens", "canvas", "gas", "minibus", "trolleybus"))
+PLURALS_NOT_IN_S = frozenset(("people", "men", "women", "skis", "teeth", "feet"))
+UNCOUNTED = frozenset(
+    (
+        "bacon", "bread", "broccoli", "butter", "clothing", "customs", "fire", "fog", "food", "garlic", "ice", "liquid",
+        "luggage", "mail", "milk", "money", "points", "popcorn", "rice", "sake", "salt", "seafood", "snow", "soap", "spaghetti", "sushi",
+        "thread", "weather", "wood", "yarn", "ZZZ",
+    )
+)  # fmt: skip
+NO_KEYWORDS = frozenset(("not", "no", "what", "who", "hey", "you", "feels", "where", "me", "know", "yes", "ok", "this", "sir", "and", "or"))
 
 
-def slug(text: str) -> str:
-    """Return `text` as words joined by hyphens, ASCII and lower case: the form that icon sets use for file names."""
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower().replace("'", "")
-    return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")
-
-
-class Labels:
-    """Labels by concept, and concepts by slug for sets that name their files in words."""
-
-    def __init__(self, folder: Path) -> None:
-        """Read an unpacked emojibase-data package."""
-        english = folder / "en"
-        groups = json.loads((folder / "meta" / "groups.json").read_text())
-        self.by_concept: dict[str, Label] = {}
-        self.by_slug: dict[str, str] = {}
-        for entry in json.loads((english / "data.json").read_text()):
-            concept = concept_of(entry["hexcode"])
-            group = groups["groups"].get(str(entry.get("group")), "")
-            label = Label(
-                text=entry["label"].replace("’", "'"),
-                tags=tuple(tag.replace("’", "'") for tag in entry.get("tags") or ()),
-                category=CATEGORIES.get(group, ""),
-                subcategory=groups["subgroups"].get(str(entry.get("subgroup")), ""),
-            )
-            if not label.category:
-                continue  # skin tones, hair pieces and single regional indicators are no pictures of something
-            self.by_concept[concept] = label
-            self.by_slug.setdefault(slug(label.text), concept)
-        for file in sorted((english / "shortcodes").glob("*.json")):
-            for code, names in json.loads(file.read_text()).items():
-                concept = concept_of(code)
-                if concept in self.by_concept:
-                    for name in [names] if isinstance(names, str) else names:
-                        self.by_slug.setdefault(slug(name), concept)
-
-
-def clean_name(label: str) -> str:
-    """Turn a CLDR label into what a person would say: `flag: France` to `flag of France`, `man: beard` to `man with beard`."""
-    text = re.sub(r"[“”]", "", label)
+def clean_name(label: str, subcategory: str = "") -> str:
+    """Turn a CLDR label into what a person would say: `flag: France` to `flag of France`, `man: beard` to `man with a beard`."""
+    text = re.sub(r"[“”!]", "", label.replace("’", "'"))
     text = re.sub(r"\s*\(.*?\)", "", text).replace(" & ", " and ")
+    if text.startswith(("Tokyo", "mount ")):
+        text = text.title()
     head, colon, tail = text.partition(": ")
     if not colon:
-        return text
+        text = DEPICTED.get(text, text)
+        if text in SYMBOLS:
+            return f"{text} symbol"
+        suffix = SUFFIXES.get(subcategory)
+        return f"{text} {suffix}" if suffix and not text.endswith(ENDINGS) else text
+    members = tail.split(", ")
     if head == "flag":
         return f"flag of {tail}"
     if head == "keycap":
         return f"keycap {tail}"
-    if head in ("family", "kiss", "couple with heart"):
-        *first, last = tail.split(", ")
-        return f"{head}, {', '.join(first)} and {last}" if first else f"{head}, {last}"
+    if all(member in PLURALS for member in members):
+        return f"{head}{ {'kiss': ' between', 'family': ' of'}.get(head, ',') } {counted(members)}"
     if tail == "bald":
         return f"bald {head}"
-    if tail == "facing right":
-        return f"{head} facing right"
-    return f"{head} with {'a ' if tail == 'beard' else ''}{tail}"
+    return f"{head} facing right" if tail == "facing right" else f"{head} with {'a ' if tail == 'beard' else ''}{tail}"
+
+
+def counted(members: list[str]) -> str:
+    """Write `man, girl, girl` as `a man and two girls`."""
+    words = [with_article(who) if n == 1 else f"{NUMBERS[n]} {PLURALS[who]}" for who, n in Counter(members).items()]
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def with_article(name: str) -> str:
     """Put `a`, `an`, `the` or nothing before a name, whichever English asks for."""
-    first, last = name.split()[0], name.split()[-1]
-    head = re.split(r" (?:with|of|in|on|behind|and|showing|from|without) ", name)[0].split()[-1]
-    if name.startswith("flag of "):
+    if name.startswith("flag of ") or name in ("Statue of Liberty", "milky way"):
         return f"the {name}"
-    if first.lower() in ("no", "two", "three", "person's", "the") or last in UNCOUNTED:
+    head = re.split(r" (?:with|of|in|on|behind|and|at|showing|from|without|over|curving|for|between) ", name)[0].split()
+    first, last = head[0], head[-1]
+    if first in SINGULAR_STARTS:
+        return f"a {name}"
+    if first in ("no", "input", "shaved") or {first, last} & PLURALS_NOT_IN_S or last in UNCOUNTED or name.endswith(("o'clock", "-thirty")):
         return name
-    if head.endswith("s") and not head.endswith(("ss", "us", "is")) and head not in ("bus", "cross", "compass", "swiss"):
+    is_proper = all(re.match(r"[A-Z][a-z]+\.?$|[A-Z][a-z]$", word) for word in head)
+    if is_proper:
         return name
-    if head in ("people", "men", "women", "hands", "feet", "teeth"):
+    is_plural = last.endswith("s") and not last.endswith(("ss", "us", "is")) and last not in SINGULARS_IN_S
+    if is_plural:
         return name
-    vowel = first[0].lower() in "aeiou" and not re.match(r"(?:uni|eu|one\b|ewe|use|ufo)", first.lower())
-    spelt = first.isupper() and len(first) <= 3 and first[0] in "AEFHILMNORSX"
-    return f"{'an' if vowel or spelt else 'a'} {name}"
+    return f"{'an' if sounds_like_vowel(first) else 'a'} {name}"
 
 
-def phrasings(name: str, style: str, tags: tuple[str, ...] = (), category: str = "", subcategory: str = "") -> list[str]:
-    """Return 6 to 10 captions, the clean name first; the same input always gives the same list."""
+def sounds_like_vowel(word: str) -> bool:
+    """Whether `an` goes before a word: by sound, so `an hourglass`, `a unicorn`, `an NG button`, `an x-ray`."""
+    if word.isupper() and (len(word) == 1 or not set(word) & set("AEIOU") or word == "SOS"):
+        return word[0] in "AEFHILMNORSX"
+    lower = word.lower()
+    if lower.startswith(("hour", "honest", "x-")):
+        return True
+    return lower[0] in "aeiou" and not re.match(r"uni|eu|one\b|ewe|use|ufo|uk", lower)
+
+
+def phrasings(
+    name: str, style: str = "", tags: tuple[str, ...] = (), category: str = "", subcategory: str = "", colour: str = ""
+) -> list[str]:
+    """Return 6 to 10 captions, the clean name first.
+
+    `colour` is the picture's measured main colour, or ""; `tags` are keywords, the best first.
+    """
     article = with_article(name)
-    found = [name, article]
     if name.startswith("flag of "):
-        country = name.removeprefix("flag of ")
-        found += [f"the {country} flag", f"the national flag of {country}", f"a flag of {country}", "a flag", country]
-    elif re.match(r"keycap \d+$", name):
-        found += [f"the number {name.split()[1]}", f"the digit {name.split()[1]} on a key"]
-    elif subcategory == "time" and "o'clock" in name:
-        found += [f"a clock showing {name}", "a clock"]
-    elif subcategory == "time" and name.endswith("-thirty"):
-        found += [f"a clock showing half past {name.removesuffix('-thirty')}", "a clock"]
-    elif is_yellow_face(name, subcategory):
-        found += [f"a yellow {name}", "a yellow face", f"a {name} smiley" if "smiling" in name else f"a {name} emoticon"]
-    found += [f"{article} emoji" if category else f"{article} symbol", f"an icon of {article}", f"a picture of {article}"]
+        found = flag_phrasings(name.removeprefix("flag of "), is_country=subcategory != "subdivision-flag")
+        noun = f"the {name.removeprefix('flag of ')} flag"
+    else:
+        found = [name, article, *special_phrasings(name, subcategory)]
+        noun = article
+        if is_yellow_face(name, subcategory):
+            colour = "yellow"
+        if colour and category not in ("People & Body", "Flags") and not COLOUR_WORDS & set(re.split(r"[ -]", name.lower())):
+            found.append(with_article(f"{colour} {name}"))
+    found += [f"{noun} {'emoji' if category else 'icon'}", f"an icon of {article}", f"a picture of {article}"]
     if style in STYLE_PHRASES:
-        found.append(STYLE_PHRASES[style].format(name, a=article))
-    words = [tag for tag in tags if is_word(tag) and tag.lower() not in name.lower()]
+        found.append(STYLE_PHRASES[style].format(name=name, article=article))
+    words = [tag for tag in tags if is_word(tag) and tag.lower() not in name.lower() and not name.lower().startswith("flag of ")]
     if words:
         found.append(f"{name}, {', '.join(words[:2])}")
-    if len(words) > 3:
-        found.append(f"{name}, {', '.join(words[2:4])}")
     kind = KINDS.get(subcategory)
     if kind and kind.split()[-1] not in name:
         found.append(f"{article}, {kind}")
-    if category and len(found) < MAX_PHRASINGS:
-        found.append(f"{name}, {category.lower().replace('&', 'and')}")
-    for filler in (f"one {name}", f"a small picture of {article}", f"a drawing of {article}"):
-        if len(found) < 6:
+    if len(words) > 3:
+        found.append(f"{name}, {', '.join(words[2:4])}")
+    found = list(dict.fromkeys(found))
+    for filler in (f"a small picture of {article}", f"a drawing of {article}", f"an image of {article}"):
+        if len(found) < MIN_PHRASINGS:
             found.append(filler)
-    return list(dict.fromkeys(found))[:MAX_PHRASINGS]
+    if category:
+        found[MAX_PHRASINGS - 1 :] = [f"{name}, {category.lower().replace('&', 'and')}"]
+    return found[:MAX_PHRASINGS]
 
 
-def is_word(tag: str) -> bool:
-    """Whether a keyword reads as a word and not as a code (`CN`, `:D`, `4`)."""
-    return bool(re.fullmatch(r"[a-z][a-z' -]{2,24}", tag))
+def flag_phrasings(place: str, is_country: bool) -> list[str]:
+    """Return how people ask for a place's flag."""
+    national = [f"the national flag of {place}"] if is_country else []
+    return [f"flag of {place}", f"the flag of {place}", f"the {place} flag", f"{place} flag", *national, "a flag", place]
 
 
-# Vendors agree on these colours; every other face of the subcategories below is yellow.
-NOT_YELLOW = (
-    "nauseated",
-    "hot face",
-    "cold face",
-    "enraged",
-    "symbols on mouth",
-    "horns",
-    "angry",
-    "vomiting",
-    "exploding",
-    "clouds",
-    "dotted",
-)
-YELLOW_FACES = (
-    "face-smiling face-affection face-tongue face-hand face-neutral-skeptical face-sleepy face-unwell face-hat face-glasses face-concerned"
-).split()
+def special_phrasings(name: str, subcategory: str) -> list[str]:
+    """Return what else people say for some groups of names."""
+    if digit := re.fullmatch(r"keycap (\d+)", name):
+        return [f"the number {digit[1]}", f"the digit {digit[1]} on a key"]
+    if subcategory == "time" and (hour := re.fullmatch(r"(\w+)(?: o'clock|-thirty)", name)):
+        return [f"a clock showing {name}", f"a clock showing half past {hour[1]}" if name.endswith("thirty") else "a clock"]
+    if subcategory == "zodiac":
+        return [f"the zodiac sign {name}"]
+    if subcategory == "face-smiling" and "face" in name:
+        return ["a yellow smiling face", "a smiley"]
+    if subcategory == "country-flag" or subcategory == "flag":
+        return ["a flag"]
+    return []
 
 
 def is_yellow_face(name: str, subcategory: str) -> bool:
     """Whether an emoji is one of the plain yellow faces."""
     return subcategory in YELLOW_FACES and "face" in name and not any(word in name for word in NOT_YELLOW)
+
+
+def is_word(tag: str) -> bool:
+    """Whether a keyword reads as a word and not as a code (`CN`, `:D`, `4`)."""
+    return bool(re.fullmatch(r"[a-z][a-z' -]{2,24}", tag)) and tag not in NO_KEYWORDS

@@ -17,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
@@ -28,7 +28,9 @@ from infra.tables import DROPPED, KEEP
 
 MAX_PHRASINGS = 16
 BATCH_ROWS = 10_000
-HELD_OUT_FIRST = {"held_out_concept": 0, "held_out_style": 0, "train": 1}
+# What decides who stays of equal images: held-out ones, so that a duplicate across splits leaves the training split; then the lowest key.
+RANK = np.dtype([("image", "S16"), ("is_train", "?"), ("key", "S16")])
+JOINERS = "\u200c\u200d"
 
 Counts = dict[str, Any]
 Row = dict[str, Any]
@@ -56,57 +58,67 @@ class CurateConfig(Section):
 def run(config: CurateConfig, ingest: Path, out: Path) -> Counts:
     """Write the keep list of an ingest folder and return the counts; `in` = `out` + all that was dropped.
 
-    Memory: 25 bytes for each pair. Raises DataError for a shard that does not read, or when nothing is left to train on.
+    Rows are in the order of shards, within a shard of keys: the same images give the same list. Memory: a shard's rows, and some 50
+    bytes for each pair. Raises DataError for a shard that does not read, or when nothing is left to train on.
     """
     out.mkdir(parents=True, exist_ok=True)
     shards = sorted((ingest / "shards").glob("*.tar"), key=lambda shard: int(shard.stem))
     if not shards:
         raise DataError(f"{ingest / 'shards'} holds no shard: run the ingest stage first")
-    total = sum(pq.ParquetFile(shard.with_suffix(".parquet")).metadata.num_rows for shard in shards)
     candidates = out / "candidates.parquet"
-    hashes: list[bytes] = []
-    ranks: list[tuple[int, str]] = []
+    with pq.ParquetWriter(out / "dropped.parquet", DROPPED) as dropped:
+        seen, ranks, reasons = write_candidates(config, shards, candidates, dropped)
+        is_kept = keepers(ranks) if config.drop_duplicates else np.ones(len(ranks), bool)
+        splits: Counter[str] = Counter()
+        start = 0
+        with pq.ParquetWriter(out / "keep.parquet", KEEP) as keep:
+            for batch in pq.ParquetFile(candidates).iter_batches(BATCH_ROWS):
+                mask = pa.array(is_kept[start : start + batch.num_rows])
+                start += batch.num_rows
+                kept, doubled = batch.filter(mask), batch.filter(pc.invert(mask))
+                splits.update(kept.column("split").to_pylist())
+                keep.write_batch(kept)
+                dropped.write_table(duplicates(doubled))
+                reasons["duplicate"] += doubled.num_rows
+    candidates.unlink()
+    assert seen == splits.total() + reasons.total()
+    told = {"dropped": dict(sorted((+reasons).items())), "splits": dict(sorted(splits.items()))}
+    if not splits["train"]:
+        raise DataError(f"no pair is left to train on of {seen:,} (dropped: {told['dropped']}, splits: {told['splits']}): loosen [curate]")
+    return {"in": seen, "out": splits.total(), **told}
+
+
+def write_candidates(
+    config: CurateConfig, shards: list[Path], path: Path, dropped: pq.ParquetWriter
+) -> tuple[int, np.ndarray, Counter[str]]:
+    """Judge every image of the shards; returns how many there were, the ranks of those that passed, the others' reasons."""
+    ranks: list[np.ndarray] = []
     reasons: Counter[str] = Counter()
     seen = 0
-    with pq.ParquetWriter(out / "dropped.parquet", DROPPED) as dropped:
-        with pq.ParquetWriter(candidates, KEEP) as writer, Progress("curate", total) as progress:
-            for shard in shards:
-                good: list[Row] = []
-                bad: list[Row] = []
-                for row, reason in judged(shard, config):
-                    seen += 1
-                    if reason:
-                        bad.append({"key": row["key"], "origin": row["origin"], "reason": reason, "detail": f"{shard.name}/{row['member']}"})
-                    else:
-                        good.append(row)
-                hashes += [bytes.fromhex(row["sha256"])[:16] for row in good]
-                ranks += [(HELD_OUT_FIRST[row["split"]], row["key"]) for row in good]
-                reasons.update(row["reason"] for row in bad)
-                writer.write_table(pa.Table.from_pylist(good, KEEP))
-                dropped.write_table(pa.Table.from_pylist(bad, DROPPED))
-                progress.update(seen)
-        keeper = keepers(hashes, ranks) if config.drop_duplicates else [True] * len(hashes)
-        splits: Counter[str] = Counter()
-        with pq.ParquetWriter(out / "keep.parquet", KEEP) as keep:
-            start = 0
-            for batch in pq.ParquetFile(candidates).iter_batches(BATCH_ROWS):
-                mask = pa.array(keeper[start : start + batch.num_rows], pa.bool_())
-                start += batch.num_rows
-                kept, doubled = batch.filter(mask), batch.filter(pa.compute.invert(mask))
-                keep.write_batch(kept)
-                splits.update(kept.column("split").to_pylist())
-                reasons["duplicate"] += doubled.num_rows
-                dropped.write_table(duplicates(doubled))
-    candidates.unlink()
-    kept_rows = sum(splits.values())
-    assert seen == kept_rows + sum(reasons.values())
-    if not splits["train"]:
-        raise DataError(f"no pair is left to train on ({seen:,} read; dropped: {dict(reasons)}; splits: {dict(splits)}): see [curate]")
-    return {"in": seen, "out": kept_rows, "dropped": {k: v for k, v in sorted(reasons.items()) if v}, "splits": dict(sorted(splits.items()))}
+    total = sum(pq.ParquetFile(shard.with_suffix(".parquet")).metadata.num_rows for shard in shards)
+    with pq.ParquetWriter(path, KEEP) as writer, Progress("curate", total) as progress:
+        for shard in shards:
+            judgements = sorted(judged(shard, config), key=lambda judgement: judgement[0]["key"])
+            good = [row for row, reason in judgements if not reason]
+            bad = [
+                {"key": row["key"], "origin": row["origin"], "reason": reason, "detail": f"{shard.name}/{row['member']}"}
+                for row, reason in judgements
+                if reason
+            ]
+            writer.write_table(pa.Table.from_pylist(good, KEEP))
+            dropped.write_table(pa.Table.from_pylist(bad, DROPPED))
+            ranks.append(np.array([(bytes.fromhex(row["sha256"])[:16], row["split"] == "train", row["key"]) for row in good], RANK))
+            reasons.update(row["reason"] for row in bad)
+            seen += len(judgements)
+            progress.update(seen)
+    return seen, np.concatenate(ranks), reasons
 
 
 def judged(shard: Path, config: CurateConfig) -> Iterator[tuple[Row, str]]:
-    """Yield (row of KEEP, reason to drop it or "") for every image of a shard, reading the tar once from front to back."""
+    """Yield (row of KEEP, reason to drop it or "") for every image of a shard, reading the tar once from front to back.
+
+    Raises DataError when tar and parquet disagree or the tar does not read whole.
+    """
     table = pq.read_table(shard.with_suffix(".parquet"))
     told = {item["key"]: item for item in table.to_pylist() if item["status"] == "success"}
     try:
@@ -117,17 +129,17 @@ def judged(shard: Path, config: CurateConfig) -> Iterator[tuple[Row, str]]:
                     continue
                 stream = tar.extractfile(member)
                 if stream is None or key not in told:
-                    raise DataError(f"shard {shard} holds {member.name}, of which its parquet knows nothing")
+                    raise DataError(f"shard {shard} holds {member.name}, of which its parquet knows nothing: run the ingest stage again")
                 yield judge(stream.read(), told.pop(key), shard.name, member, config)
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"shard {shard} does not read: {error}") from error
+        raise DataError(f"shard {shard} does not read ({error}): run the ingest stage again") from error
     if told:
-        raise DataError(f"shard {shard} lacks {len(told)} images that its parquet names, such as {next(iter(told))}")
+        raise DataError(f"shard {shard} lacks {len(told)} images that its parquet names, such as {min(told)}: run the ingest stage again")
 
 
 def judge(image: bytes, item: Row, shard: str, member: tarfile.TarInfo, config: CurateConfig) -> tuple[Row, str]:
     """Make the KEEP row of one image and say why it must go, or ""."""
-    captions = list(dict.fromkeys(filter(None, (clean(text, config.max_caption_chars) for text in item["captions"]))))
+    captions = [text for text in dict.fromkeys(clean(caption, config.max_caption_chars) for caption in item["captions"]) if text]
     row = {
         "key": item["sample"],
         **{name: item[name] for name in ("origin", "licence", "concept", "style", "category", "subcategory")},
@@ -154,13 +166,22 @@ def judge(image: bytes, item: Row, shard: str, member: tarfile.TarInfo, config: 
 
 
 def clean(caption: str, max_chars: int) -> str:
-    """Return a caption in Unicode's NFC, without control characters, single-spaced, cut at a word when too long."""
-    text = unicodedata.normalize("NFC", caption)
-    text = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Zs") else c for c in text if unicodedata.category(c) not in ("Cf", "Cs", "Co", "Cn"))
+    """Return a caption in Unicode's NFC, single-spaced, without control and invisible format characters, cut at a word when too long.
+
+    The joiners of Persian, of Indic scripts and of emoji sequences stay.
+    """
+    text = "".join(printable(character) for character in unicodedata.normalize("NFC", caption))
     text = " ".join(text.split())
     if len(text) > max_chars:
         text = re.sub(r"\s+\S*$", "", text[: max_chars + 1])[:max_chars]
     return text
+
+
+def printable(character: str) -> str:
+    kind = unicodedata.category(character)
+    if kind in ("Cc", "Zl", "Zp", "Zs"):
+        return " "
+    return "" if kind in ("Cf", "Cs") and character not in JOINERS else character
 
 
 def split_of(concept: str, style: str, config: CurateConfig) -> str:
@@ -171,18 +192,17 @@ def split_of(concept: str, style: str, config: CurateConfig) -> str:
     return "held_out_concept" if hashed < config.held_out_concept_fraction * 2**64 else "train"
 
 
-def keepers(hashes: list[bytes], ranks: list[tuple[int, str]]) -> list[bool]:
-    """Return which of the images stay: of equal ones the best ranked, so that a duplicate across splits leaves the training split."""
-    best: dict[bytes, tuple[int, str]] = {}
-    for image, rank in zip(hashes, ranks, strict=True):
-        best[image] = min(rank, best.get(image, rank))
-    return [best[image] == rank for image, rank in zip(hashes, ranks, strict=True)]
+def keepers(ranks: np.ndarray) -> np.ndarray:
+    """Return which of the images (RANK) stay: the first of each group of equal ones, in RANK's order."""
+    order = np.argsort(ranks, order=("image", "is_train", "key"))
+    images = ranks["image"][order]
+    is_kept = np.zeros(len(ranks), bool)
+    is_kept[order[np.concatenate([[True], images[1:] != images[:-1]])[: len(ranks)]]] = True
+    return is_kept
 
 
 def duplicates(batch: pa.RecordBatch) -> pa.Table:
-    """Write the rows of dropped.parquet for exact duplicates."""
-    rows = [
-        {"key": key, "origin": origin, "reason": "duplicate", "detail": f"sha256 {sha256}"}
-        for key, origin, sha256 in zip(*(batch.column(name).to_pylist() for name in ("key", "origin", "sha256")), strict=True)
-    ]
+    """Return the rows of dropped.parquet for exact duplicates."""
+    columns = zip(*(batch.column(name).to_pylist() for name in ("key", "origin", "sha256")), strict=True)
+    rows = [{"key": key, "origin": origin, "reason": "duplicate", "detail": f"sha256 {sha256}"} for key, origin, sha256 in columns]
     return pa.Table.from_pylist(rows, DROPPED)

@@ -5,6 +5,7 @@ redirect targets included, and the connection goes to the checked address (so a 
 nothing). What fails, fails as `FetchError` with one of the reasons below. Knows nothing of shards. Proxies are not used.
 """
 
+import contextlib
 import http.client
 import io
 import ipaddress
@@ -12,30 +13,30 @@ import socket
 import ssl
 import threading
 import time
-import warnings
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
 from PIL import Image
 
 USER_AGENT = "unclip/0.1 (image-text dataset builder; honours X-Robots-Tag)"
+QUERY_SAFE = "/%:@!$&'()*+,;=?~"
 MAX_REDIRECTS = 5
 CHUNK_BYTES = 1 << 16
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORBIDDING = frozenset(("noai", "noimageai", "noindex", "noimageindex", "none"))
 
-# Reasons that another try may mend.
-PASSING = frozenset(("timeout", "unreachable", "http_error", "cut_short"))
+TRY_LATER = (408, 425, 429)
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# Reasons that another try may mend.
+PASSING = frozenset(("timeout", "unreachable", "http_unavailable", "cut_short"))
 
 
 class FetchError(Exception):
     """A picture that cannot be had: `reason` is counted, `detail` is for people."""
 
-    def __init__(self, reason: str, detail: str, may_pass: bool | None = None) -> None:
+    def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
-        self.may_pass = reason in PASSING if may_pass is None else may_pass
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def fetch_image(url: str, rules: Rules) -> bytes:
             body = fetch(url, rules)
             break
         except FetchError as error:
-            if not error.may_pass or attempt == rules.retries:
+            if error.reason not in PASSING or attempt == rules.retries:
                 raise
             time.sleep(0.2 * 2**attempt)
     look_at(body, rules.max_pixels)
@@ -72,22 +73,24 @@ def fetch(url: str, rules: Rules) -> bytes:
         if isinstance(answer, bytes):
             return answer
         url = urljoin(url, answer)
-    raise FetchError("http_error", f"more than {MAX_REDIRECTS} redirects", may_pass=False)
+    raise FetchError("http_error", f"more than {MAX_REDIRECTS} redirects")
 
 
 def get(url: str, rules: Rules, deadline: float) -> bytes | str:
     """Make one request; returns the body, or the target of a redirect."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise FetchError("host_refused", f"scheme {parts.scheme or 'none'!r}: only http and https are fetched")
-    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{quote(parts.query, safe='/%:@!$&()*+,;=?~')}" if parts.query else "")
     try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https"):
+            raise FetchError("host_refused", f"scheme {parts.scheme or 'none'!r}: only http and https are fetched")
+        if not parts.hostname:
+            raise FetchError("bad_url", "it names no host")
+        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{quote(parts.query, safe=QUERY_SAFE)}" if parts.query else "")
         origin = (parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
         return exchange(origin, target, rules, deadline)
     except FetchError:
         raise
     except ssl.SSLCertVerificationError as error:
-        raise FetchError("unreachable", f"certificate: {error.verify_message}", may_pass=False) from error
+        raise FetchError("bad_certificate", error.verify_message) from error
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
             raise FetchError("timeout", f"no whole answer in {rules.timeout_s:g} s") from error
@@ -136,10 +139,9 @@ def read(response: http.client.HTTPResponse, sock: socket.socket, rules: Rules, 
         return response.headers["Location"]
     if response.status != 200:
         swallow(response)
-        passing = response.status in (408, 425, 429) or response.status >= 500
-        raise FetchError(
-            "http_404" if response.status in (404, 410) else "http_error", f"HTTP {response.status} {response.reason}", passing
-        )
+        is_passing = response.status in TRY_LATER or response.status >= 500
+        reason = "http_404" if response.status in (404, 410) else "http_unavailable" if is_passing else "http_error"
+        raise FetchError(reason, f"HTTP {response.status} {response.reason}")
     if is_forbidden(response.headers.get_all("X-Robots-Tag", [])):
         raise FetchError("robots", "X-Robots-Tag forbids it")
     declared = response.length
@@ -183,12 +185,12 @@ def connect(origin: tuple[str, str, int], rules: Rules, deadline: float) -> http
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise FetchError("unreachable", f"{host}: {error.strerror}") from error
-    addresses = [entry[4] for entry in found]
+    addresses = list(dict.fromkeys(entry[4][0] for entry in found))
     if not rules.allow_private and f"{host}:{port}" != rules.loopback:
         for address in addresses:
-            if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global:
-                raise FetchError("host_refused", f"{host} is at {address[0]}, a private, loopback or otherwise reserved address")
-    sock = socket.create_connection((str(addresses[0][0]), port), timeout=left(deadline))
+            if not is_public(str(address)):
+                raise FetchError("host_refused", f"{host} is at {address}, a private, loopback or otherwise reserved address")
+    sock = dial([str(address) for address in addresses], port, deadline)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if scheme == "https":
         with reaped_at(deadline, sock):
@@ -199,6 +201,32 @@ def connect(origin: tuple[str, str, int], rules: Rules, deadline: float) -> http
     return connection
 
 
+def dial(addresses: list[str], port: int, deadline: float) -> socket.socket:
+    """Connect to the first address that answers; one that is silent leaves time for the others."""
+    for position, address in enumerate(addresses):
+        remaining = left(deadline)
+        try:
+            return socket.create_connection((address, port), timeout=remaining / (len(addresses) - position))
+        except OSError:
+            if position == len(addresses) - 1:
+                raise
+    raise FetchError("unreachable", "the name has no address")
+
+
+def is_public(address: str) -> bool:
+    """Whether an address lies in the open internet; an IPv4 address wrapped in IPv6 (mapped, 6to4, NAT64, Teredo) is judged itself."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        wrapped = [found.ipv4_mapped, found.sixtofour, *(found.teredo or ())]
+        if found in ipaddress.ip_network("64:ff9b::/96") or found in ipaddress.ip_network("::/96"):
+            wrapped.append(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF))
+        if any(inner is not None and not is_public(str(inner)) for inner in wrapped):
+            return False
+        if found.ipv4_mapped:
+            return True
+    return found.is_global and not found.is_multicast
+
+
 def look_at(body: bytes, max_pixels: int) -> None:
     """Judge an image by its header and its end, without decoding it; raises FetchError.
 
@@ -206,7 +234,7 @@ def look_at(body: bytes, max_pixels: int) -> None:
     its last scan, WebP's declared length.
     """
     try:
-        with Image.open(io.BytesIO(body)) as image:
+        with Image.open(io.BytesIO(body), formats=FORMATS) as image:
             kind, (width, height) = image.format, image.size
     except Image.DecompressionBombError as error:
         raise FetchError("too_large", str(error)) from error
@@ -284,7 +312,5 @@ def reap() -> None:
         now = time.monotonic()
         for deadline, sock in list(_open_sockets.values()):
             if now >= deadline:
-                try:
+                with contextlib.suppress(OSError):  # closed already
                     sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # closed already

@@ -32,6 +32,7 @@ from infra.tables import DROPPED, URLS
 
 MAX_ATTEMPTS = 3
 START_LIMIT_S = 300
+SILENCE_LIMIT_S = 60
 FEED = pa.schema([field.with_name("sample") if field.name == "key" else field for field in URLS])
 
 Counts = dict[str, Any]
@@ -58,8 +59,7 @@ def run(config: DataConfig, out: Path, work: Path) -> Counts:
                 break
             make_shards(feeds, work / "shards", settings, workers, config, "download" if number == 0 else f"retry {number}")
             first_number += len(feeds)
-    counts = finish(config, table, work / "shards", first_number, out)
-    return counts
+    return finish(config, table, work / "shards", first_number, out)
 
 
 def url_table(config: DataConfig, work: Path) -> Path:
@@ -156,6 +156,7 @@ class Worker:
         self.feed: tuple[int, Path, int] | None = None
         self.rows = 0
         self.heard_s = time.monotonic()
+        self.is_ready = False
         threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:
@@ -219,7 +220,7 @@ def make_shards(
     total = sum(feed[2] for feed in feeds)
     finished = total - sum(feed[2] for feed in todo)
     attempts: Counter[int] = Counter()
-    silence_s = START_LIMIT_S + (config.timeout_s + 1) * (config.retries + 1) * 4
+    silence_s = SILENCE_LIMIT_S + 4 * (config.timeout_s + 1) * (config.retries + 1)
 
     def next_for(worker: Worker) -> None:
         worker.feed = None
@@ -247,6 +248,7 @@ def make_shards(
             if line:
                 worker.heard_s = time.monotonic()
                 word, _, rest = line.partition(" ")
+                worker.is_ready = True
                 if word == "rows":
                     worker.rows += int(rest)
                 elif word == "done" and worker.feed:
@@ -261,8 +263,11 @@ def make_shards(
                     again(worker, "the download process died")
                     workers.end(worker)
                     next_for(workers.start())
-            for worker in [w for w in workers.all if w.feed and time.monotonic() - w.heard_s > silence_s]:
-                again(worker, f"the download process was silent for {silence_s:.0f} s")
+            for worker in list(workers.all):
+                limit_s = silence_s if worker.is_ready else START_LIMIT_S
+                if worker.feed is None or time.monotonic() - worker.heard_s < limit_s:
+                    continue
+                again(worker, f"the download process was silent for {limit_s:.0f} s")
                 workers.end(worker)
                 next_for(workers.start())
             progress.update(finished + sum(worker.rows for worker in workers.all if worker.feed))

@@ -4,7 +4,6 @@ A package is named `name@version`, fetched with the npm client (`npm pack`: no i
 nothing of pictures or captions. Writes CACHE/<name>@<version>/ and nothing outside it; a folder there is always whole.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -39,6 +38,9 @@ def package_folder(spec: str, cache: Path, retries: int = 2) -> Path:
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
+    for leftover in cache.glob(".fetch-*"):
+        if time.time() - leftover.stat().st_mtime > 86_400:  # of a killed run; a younger one may be another run's
+            shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
         archive = pack(spec, Path(scratch), retries)
         unpacked = Path(scratch) / "unpacked"
@@ -62,7 +64,11 @@ def pack(spec: str, into: Path, retries: int) -> Path:
             time.sleep(2**attempt)
         try:
             done = subprocess.run(
-                [npm, "pack", spec, "--silent", "--ignore-scripts"], cwd=into, capture_output=True, text=True, timeout=PACK_TIMEOUT_S
+                [npm, "pack", spec, "--loglevel=error", "--ignore-scripts"],
+                cwd=into,
+                capture_output=True,
+                text=True,
+                timeout=PACK_TIMEOUT_S,
             )
         except subprocess.TimeoutExpired:
             problem = f"npm gave no answer in {PACK_TIMEOUT_S} s"
@@ -70,19 +76,22 @@ def pack(spec: str, into: Path, retries: int) -> Path:
         archives = sorted(into.glob("*.tgz"))
         if done.returncode == 0 and archives:
             return archives[0]
-        problem = complaint(done.stderr + "\n" + done.stdout)
-        if "E404" in problem or "ETARGET" in problem:
+        problem = complaint(done.stderr)
+        if problem.startswith(("E404", "ETARGET")):
             break
     raise CallerError(f"[data] package {spec} cannot be had: {problem}")
 
 
 def complaint(text: str) -> str:
-    """Pick the line of npm's output that says what is wrong; `--silent` often leaves none."""
+    """Pick from npm's error output its code and the first line that says what is wrong."""
     lines = [re.sub(r"^npm (error|ERR!) ?", "", line).strip() for line in text.splitlines()]
-    lines = [line for line in lines if line]
-    coded = [line for line in lines if re.match(r"code E[A-Z0-9]+", line)]
-    told = [line for line in lines if not line.startswith(("code ", "A complete log", "errno ", "syscall "))]
-    return " ".join(dict.fromkeys(coded[:1] + told[:1])) or "npm failed without a word (is the version right, and the registry reachable?)"
+    code = next((line.removeprefix("code ") for line in lines if line.startswith("code ")), "")
+    said = next(
+        (re.sub(r"^(notarget|404) ", "", line) for line in lines if line and not re.match(r"(code|errno|syscall) |A complete log", line)),
+        "",
+    )
+    said = re.sub(r"https?://\S+", lambda url: url[0].partition("?")[0], said)
+    return f"{code}: {said}" if code else said or "npm failed without a word"
 
 
 def unpack(archive: Path, into: Path, max_files: int = MAX_FILES, max_bytes: int = MAX_UNPACKED_BYTES) -> None:
@@ -96,13 +105,14 @@ def unpack(archive: Path, into: Path, max_files: int = MAX_FILES, max_bytes: int
     try:
         with tarfile.open(archive, "r|gz") as tar:
             for member in tar:
+                files += 1
                 if not member.isfile():
                     continue
                 parts = Path(member.name).parts[1:]
                 path = root.joinpath(*parts)
-                if not parts or ".." in parts or os.path.isabs(member.name) or not path.resolve().is_relative_to(root):
+                if not parts or ".." in parts or member.name.startswith("/") or not path.resolve().is_relative_to(root):
                     raise DataError(f"package archive {archive.name} holds the unsafe path {member.name!r}: it is refused whole")
-                files, total_bytes = files + 1, total_bytes + member.size
+                total_bytes += member.size
                 if files > max_files or total_bytes > max_bytes:
                     raise DataError(f"package archive {archive.name} unpacks to more than {max_files} files or {max_bytes} bytes: refused")
                 path.parent.mkdir(parents=True, exist_ok=True)

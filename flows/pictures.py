@@ -14,7 +14,9 @@ from pathlib import Path
 
 import resvg_py
 
-from flows.captions import Labels, clean_name, concept_of, flag_concept, phrasings, slug
+from flows.captions import clean_name, phrasings
+from flows.colours import main_colour
+from flows.labels import Labels, concept_of, flag_concept, slug
 from flows.packages import split_spec
 from infra.errors import CallerError
 
@@ -167,26 +169,19 @@ def read_package(spec: str, folder: Path, labels: Labels, rendered: Path, svg_px
         if not SKIN_TONE.search(drawing.concept):
             drawings.setdefault(drawing.origin, drawing)
     render([d for d in drawings.values() if d.svg], rendered, svg_px)
-    return [describe(drawing, family, labels, rendered) for drawing in drawings.values()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and rendering leave the interpreter free
+        return list(pool.map(lambda drawing: describe(drawing, family, labels, rendered), drawings.values()))
 
 
 def describe(drawing: Drawing, family: Family, labels: Labels, rendered: Path) -> Picture:
     """Put words to a drawing: Unicode's label where the concept has one, else the package's own name."""
     label = labels.by_concept.get(drawing.concept)
-    name = clean_name(label.text if label else drawing.name or drawing.concept)
-    tags = label.tags if label else drawing.tags
-    category = label.category if label else drawing.category
     subcategory = label.subcategory if label else ""
-    return Picture(
-        file=drawing.file or rendered / rendered_name(drawing),
-        origin=drawing.origin,
-        concept=drawing.concept,
-        style=family.style,
-        licence=family.licence,
-        category=category,
-        subcategory=subcategory,
-        captions=tuple(phrasings(name, family.style, tags, category, subcategory)),
-    )
+    name = clean_name(label.text if label else drawing.name or drawing.concept, subcategory)
+    category = label.category if label else drawing.category
+    file = drawing.file or rendered / rendered_name(drawing)
+    captions = phrasings(name, family.style, label.tags if label else drawing.tags, category, subcategory, main_colour(file))
+    return Picture(file, drawing.origin, drawing.concept, family.style, family.licence, category, subcategory, tuple(captions))
 
 
 def rendered_name(drawing: Drawing) -> str:
@@ -196,7 +191,7 @@ def rendered_name(drawing: Drawing) -> str:
 def render(drawings: list[Drawing], rendered: Path, svg_px: int) -> None:
     """Render what is not in the cache yet; an SVG that does not render is left out of the folder (a 404 later, and counted there)."""
     rendered.mkdir(parents=True, exist_ok=True)
-    present = set(os.listdir(rendered))
+    present = {file.name for file in rendered.iterdir()}
 
     def draw(drawing: Drawing) -> None:
         name = rendered_name(drawing)

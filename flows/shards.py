@@ -14,16 +14,20 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+import cv2
+import numpy as np
 import pyarrow.ipc
 import pyarrow.parquet as pq
 from img2dataset import downloader as img2dataset_downloader
 from img2dataset.downloader import Downloader
 from img2dataset.resizer import Resizer
 from img2dataset.writer import WebDatasetSampleWriter
+from PIL import Image
 
 from flows.fetch import FetchError, Rules, fetch_image
 
@@ -98,7 +102,10 @@ def fetcher(settings: dict[str, Any], tick: Callable[[int], None]) -> Callable[.
         nonlocal done
         key, url = row
         try:
-            body, problem = fetch_image(actual + url.removeprefix(recorded) if url.startswith(recorded + "/") else url, rules), None
+            body, problem = (
+                eight_bit(fetch_image(actual + url.removeprefix(recorded) if url.startswith(recorded + "/") else url, rules)),
+                None,
+            )
         except FetchError as error:
             body, problem = None, str(error)
         done += 1
@@ -107,6 +114,14 @@ def fetcher(settings: dict[str, Any], tick: Callable[[int], None]) -> Callable[.
         return key, io.BytesIO(body) if body is not None else None, problem
 
     return download_image_with_retry
+
+
+def eight_bit(body: bytes) -> bytes:
+    """Return a 16-bit PNG as an 8-bit one: img2dataset's alpha matting takes 255 for white."""
+    if not body.startswith(b"\x89PNG") or body[24] != 16:
+        return body
+    image = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_UNCHANGED)
+    return body if image is None else cv2.imencode(".png", (image // 257).astype(np.uint8))[1].tobytes()
 
 
 def check_shard(stem: Path, feed: Path) -> None:
@@ -139,6 +154,7 @@ def end_with_parent() -> None:
 def main() -> None:
     """Serve shards: `{"feed", "number", "folder", "settings"}` a line in; `ready`, `rows N`, `done N` or `failed N why` a line out."""
     end_with_parent()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged by our own limit
     answers: TextIO = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # img2dataset prints; its words go to the log that stderr is
     lock = threading.Lock()

@@ -20,11 +20,12 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from flows.captions import Labels
+from flows.labels import Labels
 from flows.packages import package_folder, split_spec
 from flows.pictures import read_package
 from flows.server import url_path
 from infra.errors import CallerError, DataError
+from infra.progress import Progress
 from infra.settings import Section
 from infra.tables import DROPPED, URLS, sample_key
 
@@ -76,11 +77,33 @@ class FolderSource(Section):
     style: str = ""
 
 
+def content_of(source: PackagesSource | UrlsSource | FolderSource) -> str:
+    """Return what tells one state of a source's files from another, without reading them; "" for packages, whose version does."""
+    if isinstance(source, PackagesSource):
+        return ""
+    digest = hashlib.sha256()
+    try:
+        if isinstance(source, UrlsSource):
+            files = fsspec.open_files(source.path, "rb")
+            marks = [f"{file.path} {file.fs.ukey(file.path)}" for file in files]
+        else:
+            root = Path(source.path).expanduser()
+            stats = ((file, file.stat()) for file in sorted(root.rglob("*")) if file.is_file())
+            marks = [f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
+    except (OSError, ValueError, ImportError):
+        return "unreadable"  # reading it says why
+    for mark in marks:
+        digest.update(mark.encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
 Source = Annotated[PackagesSource | UrlsSource | FolderSource, Field(discriminator="kind")]
 
 
 class DataConfig(Section):
     """Section [data]: which pairs, and how they are downloaded."""
+
+    outside_key = frozenset(("cache", "processes", "threads", "timeout_s", "retries", "retry_passes", "min_success"))
 
     sources: tuple[Source, ...] = Field(min_length=1)
     """The sources, read in this order; a URL that two of them name is taken once, from the first."""
@@ -115,6 +138,10 @@ class DataConfig(Section):
     seed: int = 0
     """Order of the rows: shuffled in blocks of 100,000, so that neighbours do not all ask one host."""
 
+    def keyed(self) -> dict[str, Any]:
+        """Return the fields that the stage's key depends on, and what state the sources' files are in: a longer list is another input."""
+        return super().keyed() | {"content": [content_of(source) for source in self.sources]}
+
 
 @dataclass
 class Mounts:
@@ -134,14 +161,18 @@ Row = dict[str, Any]
 
 
 def row(url: str, origin: str, captions: list[str], **columns: str) -> Row:
-    """Make a row of the schema URLS; a missing concept is the row's own key."""
-    phrasings = [text for text in dict.fromkeys(caption.strip() for caption in captions) if text]
+    """Make a row of the schema URLS; a missing concept is the row's own key. Lone surrogates, which no file can hold, become `?`."""
+    texts = {name: encodable(text) for name, text in {"licence": "", "style": "", "category": "", "subcategory": "", **columns}.items()}
+    phrasings = [text for text in dict.fromkeys(encodable(caption).strip() for caption in captions) if text]
     caption = phrasings[0] if phrasings else ""
+    url, origin = encodable(url), encodable(origin)
     key = sample_key(origin, caption)
-    rest = {name: columns.get(name, "") for name in ("licence", "style", "category", "subcategory")}
-    return {
-        "key": key, "url": url, "origin": origin, "caption": caption, "captions": phrasings, "concept": columns.get("concept") or key, **rest
-    }  # fmt: skip
+    concept = texts.pop("concept", "") or key
+    return {"key": key, "url": url, "origin": origin, "caption": caption, "captions": phrasings, "concept": concept, **texts}
+
+
+def encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def package_rows(source: PackagesSource, config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iterator[Row]:
@@ -172,14 +203,16 @@ def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row
     root = Path(source.path).expanduser()
     if not root.is_dir():
         raise CallerError(f"[data] folder {source.path!r} is not there: give a folder of images beside .txt captions")
-    mount = f"folder{len(mounts.folders)}"
+    mount = root.resolve().name
+    while mount in mounts.folders:
+        mount += "-again"
     mounts.folders[mount] = root
     for file in sorted(root.rglob("*")):
         if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
             text = file.with_suffix(".txt")
             lines = text.read_text(errors="replace").splitlines() if text.is_file() else []
             relative = file.relative_to(root).as_posix()
-            yield row(base + url_path(mount, relative), f"folder:{relative}", lines, licence=source.licence, style=source.style)
+            yield row(base + url_path(mount, relative), f"folder:{mount}/{relative}", lines, licence=source.licence, style=source.style)
 
 
 def listed_rows(source: UrlsSource) -> Iterator[Row]:
@@ -220,9 +253,9 @@ def listed_rows(source: UrlsSource) -> Iterator[Row]:
 def listed_row(values: Row, source: UrlsSource) -> Row:
     url = str(values.pop("url") or "").strip()
     further = values.pop("captions", None) or []
-    captions = [str(values.pop("caption") or ""), *([further] if isinstance(further, str) else map(str, further))]
+    captions = [values.pop("caption"), *([further] if isinstance(further, str) else further)]
     texts = {name: str(value) for name, value in values.items() if value is not None}
-    return row(url, url, captions, **{"licence": source.licence, **texts})
+    return row(url, url, [str(caption) for caption in captions if caption is not None], **{"licence": source.licence, **texts})
 
 
 def file_format(source: UrlsSource, path: str) -> str:
@@ -244,7 +277,10 @@ def read_batches(stream: Any, kind: str) -> Iterator[pa.RecordBatch]:
         lines: list[Row] = []
         for line in stream:
             if line.strip():
-                lines.append(json.loads(line))
+                item = json.loads(line)
+                if not isinstance(item, dict):
+                    raise pa.ArrowInvalid(f"a line is no object: {line[:40]!r}")
+                lines.append(item)
             if len(lines) == BATCH_ROWS:
                 yield batch_of(lines)
                 lines = []
@@ -278,8 +314,12 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = "htt
     mounts = Mounts()
     seen = np.empty(0, np.uint64)
     kept = 0
-    with pq.ParquetWriter(out / "urls.parquet", URLS) as urls, pq.ParquetWriter(out / "dropped.parquet", DROPPED) as dropped:
-        for number, block in enumerate(blocks(all_rows(config, cache, base, mounts))):
+    with (
+        pq.ParquetWriter(out / "urls.parquet", URLS) as urls,
+        pq.ParquetWriter(out / "dropped.parquet", DROPPED) as dropped,
+        Progress("sources", None, "rows") as progress,
+    ):
+        for number, block in enumerate(blocks(shown(all_rows(config, cache, base, mounts), progress))):
             is_new, seen = new_urls([item["url"] for item in block], seen)
             good: list[Row] = []
             bad: list[Row] = []
@@ -318,6 +358,13 @@ def all_rows(config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iter
             yield from folder_rows(source, base, mounts)
         else:
             yield from listed_rows(source)
+
+
+def shown(rows: Iterator[Row], progress: Progress) -> Iterator[Row]:
+    """Pass rows on and show how many there are."""
+    for number, item in enumerate(rows, 1):
+        progress.update(number)
+        yield item
 
 
 def blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:

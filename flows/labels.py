@@ -1,0 +1,81 @@
+"""Unicode's names and keywords of emoji, keyed by concept.
+
+A *concept* is an emoji's code points in lower-case hex without the variation selector, so that every vendor's drawing of one emoji
+shares one concept, one name and one side of a split. Reads an unpacked emojibase-data package (CLDR's labels).
+"""
+
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+CATEGORIES = {
+    "smileys-emotion": "Smileys & Emotion",
+    "people-body": "People & Body",
+    "animals-nature": "Animals & Nature",
+    "food-drink": "Food & Drink",
+    "travel-places": "Travel & Places",
+    "activities": "Activities",
+    "objects": "Objects",
+    "symbols": "Symbols",
+    "flags": "Flags",
+}
+
+
+@dataclass(frozen=True)
+class Label:
+    """What Unicode says about one emoji."""
+
+    text: str
+    tags: tuple[str, ...]
+    category: str
+    subcategory: str
+
+
+def concept_of(code_points: str) -> str:
+    """Return the concept id of code points written `1F1EB-FE0F-…`: lower case, no leading zeros, no variation selector."""
+    return "-".join(part for part in (p.lstrip("0") for p in code_points.lower().split("-")) if part != "fe0f")
+
+
+def flag_concept(iso_code: str) -> str:
+    """Return the concept of a country's flag: its regional-indicator pair; a subdivision's (`gb-eng`) is the black flag with tags."""
+    letters = iso_code.lower().replace("-", "")
+    if len(letters) == 2:
+        return "-".join(f"{0x1F1E6 + ord(letter) - ord('a'):x}" for letter in letters)
+    return "-".join(["1f3f4", *(f"{0xE0000 + ord(letter):x}" for letter in letters), "e007f"])
+
+
+def slug(text: str) -> str:
+    """Return `text` as words joined by hyphens, ASCII and lower case: the form that icon sets use for file names."""
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower().replace("'", "")
+    return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")
+
+
+class Labels:
+    """Labels by concept, and concepts by slug for sets that name their files in words."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read an unpacked emojibase-data package."""
+        english = folder / "en"
+        groups = json.loads((folder / "meta" / "groups.json").read_text())
+        self.by_concept: dict[str, Label] = {}
+        self.by_slug: dict[str, str] = {}
+        for entry in json.loads((english / "data.json").read_text()):
+            concept = concept_of(entry["hexcode"])
+            label = Label(
+                text=entry["label"],
+                tags=tuple(tag.replace("’", "'") for tag in entry.get("tags") or ()),
+                category=CATEGORIES.get(groups["groups"].get(str(entry.get("group")), ""), ""),
+                subcategory=groups["subgroups"].get(str(entry.get("subgroup")), ""),
+            )
+            if not label.category:
+                continue  # skin tones, hair pieces and single regional indicators are no pictures of something
+            self.by_concept[concept] = label
+            self.by_slug.setdefault(slug(label.text.replace("’", "")), concept)
+        for file in sorted((english / "shortcodes").glob("*.json")):
+            for code, names in json.loads(file.read_text()).items():
+                concept = concept_of(code)
+                if concept in self.by_concept:
+                    for name in [names] if isinstance(names, str) else names:
+                        self.by_slug.setdefault(slug(name), concept)
