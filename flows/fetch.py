@@ -155,6 +155,7 @@ def read(response: http.client.HTTPResponse, sock: socket.socket, rules: Rules, 
         if total > rules.max_bytes:
             raise FetchError("too_large", f"more than the {rules.max_bytes:,} bytes allowed")
         sock.settimeout(left(deadline))
+    left(deadline)  # an end that the reaper made is none
     if response.length:
         raise FetchError("cut_short", f"{response.length:,} of {declared:,} bytes never came")
     response.close()

@@ -1,0 +1,164 @@
+"""What the internet does to a fetch comes out as one of a few reasons, within the limits of time, bytes, pixels and addresses."""
+
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from flows import fetch
+from flows.fetch import FetchError, Rules, fetch_image, is_public
+from tests.hostile_server import Server, encoded, picture
+
+RULES = Rules(timeout_s=1.0, retries=0, max_bytes=200_000, max_pixels=10**7, allow_private=True)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as running:
+        yield running
+
+
+def reason(url: str, rules: Rules = RULES) -> str:
+    with pytest.raises(FetchError) as caught:
+        fetch_image(url, rules)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("path", ["good/1.png", "jpeg/1.jpg", "redirect/1.png", "other_agent/1.png", "flaky/1.png"])
+def test_a_good_image_arrives_byte_for_byte(server: Server, path: str) -> None:
+    suffix = ".jpg" if "jpeg" in path else ".png"
+    assert fetch_image(f"{server.base}/{path}", replace(RULES, retries=1)) == encoded(picture(1), suffix)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("missing/1.png", "http_404"),
+        ("forbidden/1.png", "http_error"),
+        ("dead/1.png", "http_unavailable"),
+        ("html/1.png", "not_an_image"),
+        ("truncated/1.png", "decode_error"),
+        ("truncated_jpeg/1.jpg", "decode_error"),
+        ("broken_header/1.png", "decode_error"),
+        ("bomb/1.png", "too_large"),
+        ("declared_large/1.png", "too_large"),
+        ("endless/1.png", "too_large"),
+        ("slow_body/1.png", "timeout"),
+        ("slow_headers/1.png", "timeout"),
+        ("silent/1.png", "timeout"),
+        ("cut/1.png", "cut_short"),
+        ("nonsense/1.png", "unreachable"),
+        ("noindex/1.png", "robots"),
+        ("loop/1.png", "http_error"),
+        ("to_file/1.png", "host_refused"),
+    ],
+)
+def test_every_fault_has_its_reason(server: Server, path: str, expected: str) -> None:
+    start = time.monotonic()
+    assert reason(f"{server.base}/{path}") == expected
+    assert time.monotonic() - start < 2.5
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("file:///etc/hostname", "host_refused"),
+        ("ftp://127.0.0.1/a.png", "host_refused"),
+        ("not a url", "host_refused"),
+        ("http:///a.png", "bad_url"),
+        ("http://[::1/a.png", "bad_url"),
+        ("http://127.0.0.1:99999/a.png", "bad_url"),
+        (f"http://{'a' * 300}.test/a.png", "bad_url"),
+        ("http://127.0.0.1:1/a.png", "unreachable"),
+        ("http://no-such-host.invalid/a.png", "unreachable"),
+    ],
+)
+def test_an_url_that_leads_nowhere_has_its_reason(url: str, expected: str) -> None:
+    assert reason(url) == expected
+
+
+def test_a_404_is_asked_once_and_a_503_again(server: Server) -> None:
+    for path in ("/missing/7.png", "/dead/7.png"):
+        reason(f"{server.base}{path}", replace(RULES, retries=2, timeout_s=5))
+    assert (server.asked["/missing/7.png"], server.asked["/dead/7.png"]) == (1, 3)
+
+
+def test_one_connection_serves_many_requests_even_after_errors(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    dialled = []
+    monkeypatch.setattr(fetch, "dial", lambda *args, original=fetch.dial: dialled.append(1) or original(*args))
+    fetch.connections().clear()
+    for number in range(10):
+        fetch_image(f"{server.base}/good/{number}.png", RULES)
+        reason(f"{server.base}/missing/{number}.png")
+    assert len(dialled) == 1
+
+
+def test_a_kept_connection_that_the_server_closed_is_replaced() -> None:
+    with Server() as first:
+        fetch_image(f"{first.base}/good/1.png", RULES)
+        kept = next(iter(fetch.connections().values()))
+        assert kept.sock is not None
+        kept.sock.shutdown(socket.SHUT_RDWR)
+        assert fetch_image(f"{first.base}/good/2.png", RULES) == encoded(picture(2))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255",
+        "::1", "::", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
+    ],
+)  # fmt: skip
+def test_reserved_addresses_are_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+def test_open_addresses_are_public(address: str) -> None:
+    assert is_public(address)
+
+
+def test_private_addresses_are_refused_by_name_number_and_redirect(server: Server) -> None:
+    port = server.server_address[1]
+    rules = replace(RULES, allow_private=False, loopback=f"127.0.0.1:{port}")
+    assert fetch_image(f"{server.base}/good/1.png", rules)  # our own static server
+    before = server.asked.total()
+    for url in (f"http://localhost:{port}/good/1.png", f"http://2130706433:{port}/good/1.png", f"http://[::1]:{port}/good/1.png"):
+        assert reason(url, rules) == "host_refused"
+    assert server.asked.total() == before
+    assert reason(f"{server.base}/away/1.png", rules) == "host_refused"
+    assert server.asked["/good/1.png"] >= 1
+    assert server.asked.total() == before + 1  # the redirect itself; its target was never asked
+
+
+def test_a_name_is_resolved_once_and_the_checked_address_is_dialled(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that answers with a public address to the check and with a private one to the connection (rebinding) gains nothing."""
+    answers = iter(["93.184.216.34", "127.0.0.1"])
+    dialled: list[str] = []
+
+    def resolve(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers), port))]
+
+    def dial(addresses: list[str], port: int, deadline: float) -> socket.socket:
+        dialled.extend(addresses)
+        raise OSError("no route")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(fetch, "dial", dial)
+    assert reason("http://rebinding.test/a.png", replace(RULES, allow_private=False)) == "unreachable"
+    assert dialled == ["93.184.216.34"]
+
+
+def test_a_name_with_one_private_address_among_public_ones_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("93.184.216.34", "10.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    assert reason("http://mixed.test/a.png", replace(RULES, allow_private=False)) == "host_refused"
+
+
+def test_an_address_that_does_not_answer_gives_way_to_the_next(server: Server) -> None:
+    sock = fetch.dial(["127.0.0.9", "127.0.0.1"], server.server_address[1], time.monotonic() + 2)
+    assert sock.getpeername()[0] == "127.0.0.1"
+    sock.close()
