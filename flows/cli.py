@@ -66,3 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _complain(message: str, code: int) -> int:
     print(f"unclip: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
+
+
+if __name__ == "__main__":
+    main()

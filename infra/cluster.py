@@ -6,6 +6,7 @@ submit their work through `ray` once `Cluster.start()` has returned.
 
 import logging
 import os
+import socket
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -13,6 +14,8 @@ from pydantic import Field
 
 from infra.errors import UnclipError
 from infra.settings import Section
+
+KNOCK_LIMIT_S = 10
 
 
 class ClusterConfig(Section):
@@ -73,6 +76,7 @@ class Cluster:
             return
         is_local = not self.config.address
         try:
+            _knock(self.config.address)
             ray.init(
                 address=self.config.address or "local",
                 num_cpus=(self.config.num_cpus or len(os.sched_getaffinity(0))) if is_local else None,
@@ -94,3 +98,10 @@ class Cluster:
 
             ray.shutdown()
             self.is_ours = False
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens at `host:port`: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_LIMIT_S).close()

@@ -1,0 +1,73 @@
+"""Ray starts when it is first needed, once, and what was started goes again, also after a SIGKILL."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from infra.cluster import Cluster, ClusterConfig
+from infra.errors import UnclipError
+
+HERE = Path(__file__).parent.parent
+SMALL = ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20)
+USE = """
+import os, signal, sys
+from infra.cluster import Cluster, ClusterConfig
+with Cluster(ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20)) as cluster:
+    assert "ray" not in sys.modules
+    cluster.start()
+    cluster.start()
+    import ray
+    @ray.remote
+    def work():
+        print("from a worker")
+        return 41
+    assert ray.get(work.remote()) == 41 and ray.cluster_resources()["CPU"] == 2
+    session = ray._private.worker.global_worker.node.get_session_dir_path()
+    os.write(1, session.encode())
+    if len(sys.argv) > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+assert not ray.is_initialized()
+"""
+
+
+def raylets(session: str) -> list[str]:
+    """Return the command lines that name the session: its raylet, GCS and workers."""
+    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    return [line for line in shown.splitlines() if session in line]
+
+
+def gone(session: str, within_s: float) -> bool:
+    """Wait for the processes of a session to end."""
+    limit = time.monotonic() + within_s
+    while raylets(session) and time.monotonic() < limit:
+        time.sleep(0.2)
+    return not raylets(session)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True])
+def test_ray_is_quiet_and_leaves_with_its_run(killed: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", USE, *["kill"] * killed], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (-9 if killed else 0), done.stderr
+    session = done.stdout
+    assert session.startswith("/") and "\n" not in session and "from a worker" not in done.stdout + done.stderr
+    assert gone(session, 10)
+
+
+def test_a_cluster_that_is_never_needed_never_imports_ray() -> None:
+    code = "import sys\nfrom infra.cluster import *\nwith Cluster(ClusterConfig()): pass\nprint('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_cluster_that_does_not_answer_is_one_line_and_soon() -> None:
+    clock = time.monotonic()
+    with pytest.raises(UnclipError, match=r"cannot reach Ray at 127\.0\.0\.1:1: .*check the section \[cluster\]") as caught:
+        Cluster(SMALL.model_copy(update={"address": "127.0.0.1:1"})).start()
+    assert "\n" not in str(caught.value) and time.monotonic() - clock < 20
+
+
+def test_nothing_in_the_section_changes_what_a_stage_makes() -> None:
+    assert SMALL.keyed() == {}
