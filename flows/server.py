@@ -68,11 +68,14 @@ class Mounts(ThreadingHTTPServer):
 
     def locate(self, target: str) -> Path | None:
         """Return the file behind a request target, or None: nothing outside a mount is ever reached, links included."""
-        path = unquote(urlsplit(target).path)
-        for name, root in self.roots.items():
-            if path.startswith(f"/{name}/") and "\0" not in path:
-                file = (root / path[len(name) + 2 :].lstrip("/")).resolve()
-                return file if file.is_relative_to(root) and file.is_file() else None
+        try:
+            path = unquote(urlsplit(target).path)
+            for name, root in self.roots.items():
+                if path.startswith(f"/{name}/"):
+                    file = (root / path[len(name) + 2 :].lstrip("/")).resolve()
+                    return file if file.is_relative_to(root) and file.is_file() else None
+        except (ValueError, OSError, RuntimeError):  # no URL, a NUL, a name too long, links in a ring
+            pass
         return None
 
 

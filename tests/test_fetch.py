@@ -87,8 +87,14 @@ def test_a_404_is_asked_once_and_a_503_again(server: Server) -> None:
 
 
 def test_one_connection_serves_many_requests_even_after_errors(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    dialled = []
-    monkeypatch.setattr(fetch, "dial", lambda *args, original=fetch.dial: dialled.append(1) or original(*args))
+    dialled: list[list[str]] = []
+    original = fetch.dial
+
+    def dial(addresses: list[str], port: int, deadline: float) -> socket.socket:
+        dialled.append(addresses)
+        return original(addresses, port, deadline)
+
+    monkeypatch.setattr(fetch, "dial", dial)
     fetch.connections().clear()
     for number in range(10):
         fetch_image(f"{server.base}/good/{number}.png", RULES)

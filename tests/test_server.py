@@ -1,0 +1,91 @@
+"""The loopback server gives what lies in its mounts, fast and over kept connections, and nothing else."""
+
+import http.client
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.server import StaticServer, url_path
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[StaticServer]:
+    served = tmp_path / "served"
+    (served / "deep er").mkdir(parents=True)
+    (served / "a.png").write_bytes(b"picture")
+    (served / "deep er" / "ü #1%?.png").write_bytes(b"odd name")
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "served-too").mkdir()
+    (tmp_path / "served-too" / "b.txt").write_text("secret")
+    (served / "link.png").symlink_to(tmp_path / "secret.txt")
+    (served / "loop").symlink_to(served / "loop")
+    with StaticServer({"@scope/pictures": served}) as running:
+        yield running
+
+
+def raw(server: StaticServer, target: str, method: str = "GET") -> tuple[int, bytes]:
+    """Ask for a target exactly as written, which no client library would send."""
+    with socket.create_connection(("127.0.0.1", int(server.base.rpartition(":")[2])), timeout=5) as sock:
+        sock.sendall(f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+def test_files_are_served_by_mount_and_quoted_path(server: StaticServer) -> None:
+    for path, body in (("a.png", b"picture"), ("deep er/ü #1%?.png", b"odd name")):
+        with urllib.request.urlopen(server.base + url_path("@scope/pictures", path)) as response:
+            assert response.read() == body
+            assert response.headers["Content-Type"] == "image/png"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../secret.txt", "..%2fsecret.txt", "%2e%2e/secret.txt", "deep%20er/../../secret.txt", "../served-too/b.txt", "link.png",
+        "/etc/passwd", "%2fetc/passwd", "a.png%00", "a" * 300, "loop", "", "deep%20er", "missing.png",
+    ],
+)  # fmt: skip
+def test_nothing_outside_the_mount_is_served(server: StaticServer, path: str) -> None:
+    status, body = raw(server, f"/@scope/pictures/{path}")
+    assert status == 404
+    assert b"secret" not in body
+
+
+@pytest.mark.parametrize("target", ["/", "/secret.txt", "/@scope", "/@scope/other/a.png", "*", "http://[::1/a"])
+def test_nothing_outside_all_mounts_is_served(server: StaticServer, target: str) -> None:
+    assert raw(server, target)[0] == 404
+
+
+def test_head_gives_the_length_alone(server: StaticServer) -> None:
+    assert raw(server, "/@scope/pictures/a.png", "HEAD") == (200, b"")
+
+
+def test_it_listens_on_loopback_only(server: StaticServer) -> None:
+    assert server.server.server_address[0] == "127.0.0.1"
+
+
+def test_it_is_gone_when_the_context_is_left(tmp_path: Path) -> None:
+    with StaticServer({"m": tmp_path}) as running:
+        pass
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(running.base, timeout=2)
+
+
+def test_kept_connections_carry_many_requests(server: StaticServer) -> None:
+    port = int(server.base.rpartition(":")[2])
+    before = threading.active_count()
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    start = time.monotonic()
+    for _ in range(300):
+        connection.request("GET", "/@scope/pictures/a.png")
+        assert connection.getresponse().read() == b"picture"
+        assert threading.active_count() == before + 1
+    assert time.monotonic() - start < 3  # with Nagle's algorithm and delayed acknowledgements it would be 12
+    connection.close()
