@@ -176,7 +176,16 @@ def test_simple_loss_weighs_samples_and_runs_in_float32() -> None:
     prediction, target = torch.zeros(2, 4, dtype=torch.bfloat16), torch.full((2, 4), 3.0)
     assert simple_loss(prediction, target) == 9
     assert simple_loss(prediction, target, torch.tensor([1.0, 0.0])) == 4.5
-    assert simple_loss(prediction, target).dtype == torch.float32
+    loss = simple_loss(prediction, torch.full((2, 4), 1.01, dtype=torch.bfloat16))
+    assert loss.dtype == torch.float32
+    assert loss == float(torch.tensor(1.01, dtype=torch.bfloat16)) ** 2  # bfloat16 has no room for the square
+
+
+def test_a_bfloat16_batch_is_noised_in_float32() -> None:
+    x_0, eps = torch.ones(1, 2, dtype=torch.bfloat16), torch.zeros(1, 2, dtype=torch.bfloat16)
+    x_t = Schedule.linear().q_sample(x_0, torch.tensor([10]), eps)
+    assert x_t.dtype == torch.float32
+    assert float(x_t[0, 0]) == pytest.approx(float(Schedule.linear().alpha_bar[10].sqrt()), rel=1e-6)
 
 
 def test_clipping_leaves_the_networks_own_tensor_alone() -> None:
@@ -187,6 +196,13 @@ def test_clipping_leaves_the_networks_own_tensor_alone() -> None:
         assert isinstance(x_0, Tensor)
         assert x_0.abs().max() <= 1
         assert (own == 4).all()
+
+
+def test_a_variance_fraction_passes_through() -> None:
+    x_t, t, fraction = torch.randn(2, 3), torch.tensor([5, 900]), torch.rand(2, 3)
+    pair = as_denoise(lambda x_t, t: (x_t, fraction), Schedule.cosine(), "v")(x_t, t)
+    assert pair[1] is fraction
+    assert torch.equal(pair[0], as_denoise(lambda x_t, t: x_t, Schedule.cosine(), "v")(x_t, t))
 
 
 def test_a_bfloat16_network_is_read_in_float32() -> None:

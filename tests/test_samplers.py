@@ -12,7 +12,7 @@ from torch import Tensor
 from infra.errors import DataError
 from training.diffusion import Denoise, Schedule, as_denoise, to_eps
 from training.noise import generators, noise
-from training.samplers import ancestral, ddim, ddim_invert, dpm_solver, guided, threshold, timesteps
+from training.samplers import _Network, ancestral, ddim, ddim_invert, dpm_solver, guided, threshold, timesteps
 
 LINEAR, COSINE = Schedule.linear(), Schedule.cosine()
 MEAN = torch.tensor([0.5, -0.3, 0.1], dtype=torch.float64)
@@ -241,7 +241,7 @@ def test_ddim_inversion_recovers_the_noise() -> None:
     torch.testing.assert_close(ddim_invert(gaussian(COSINE), x_0, COSINE, 500, refinements=9), x_T, rtol=0, atol=1e-6)
 
 
-def test_inversion_then_sampling_reconstructs_better_with_steps_and_refinements(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inversion_then_sampling_reconstructs_better_with_steps_and_refinements() -> None:
     denoise = mixture_denoise(COSINE)
     x_0 = MIXTURE[torch.arange(64) % 4] + 0.1 * start(64, 2, seed=5)
     table = {}
@@ -249,8 +249,7 @@ def test_inversion_then_sampling_reconstructs_better_with_steps_and_refinements(
         for refinements in (0, 2):
             x_T = ddim_invert(denoise, x_0, COSINE, steps, refinements)
             table[steps, refinements] = psnr(ddim(denoise, x_T, COSINE, steps), x_0)
-    with capsys.disabled():
-        print("\nPSNR in dB, (steps, refinements):", {key: round(value, 1) for key, value in table.items()})
+    print("PSNR in dB by (steps, refinements):", {key: round(value, 1) for key, value in table.items()})  # shown by pytest -s
     assert table[10, 0] < table[50, 0] < table[250, 0]
     assert table[250, 0] > 30
     for steps in (50, 100, 250):
@@ -371,6 +370,9 @@ EXTRA = {  # peak of what a run holds beside x_t and the network's newest output
     "ancestral learned": (lambda f, x: ancestral(lambda a, t: (f(a, t), a), x, COSINE, 6, "learned"), 1),
     "ddim_invert": (lambda f, x: ddim_invert(f, x, COSINE, 6), 1),
     "ddim_invert refined": (lambda f, x: ddim_invert(f, x, COSINE, 6, refinements=2), 1),
+    # the network's own batch is doubled here: two in, two out in place of one
+    "guided": (lambda f, x: ddim(guided(f, 2.0), x, COSINE, 6), 3),
+    "guided, dynamic threshold": (lambda f, x: ddim(guided(f, 2.0, dynamic_threshold=0.9), x, COSINE, 6), 3),
     "v to x_0": (lambda f, x: ddim(as_denoise(f, COSINE, "v", clip=1.0), x, COSINE, 6), 1),
 }
 
@@ -424,6 +426,27 @@ def test_nan_from_the_network_is_named_with_step_and_t() -> None:
     for sampler in (ddim, ancestral, lambda *a: dpm_solver(*a, spacing="uniform")):
         with pytest.raises(DataError, match=r"NaN or infinity at step 2 \(t = 600 of 1000\)"):
             sampler(denoise, start(2, 5), COSINE, 5)
+
+
+def test_nan_is_named_at_the_end_where_no_step_may_wait() -> None:
+    """On an accelerator the sums of all steps are read at once."""
+    calls = _Network(network, COSINE)
+    calls.sums = [(0, 1000, torch.tensor(1.0)), (1, 750, torch.tensor(math.inf)), (2, 500, torch.tensor(math.nan))]
+    with pytest.raises(DataError, match=r"step 1 \(t = 750"):
+        calls.finish()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+def test_samples_on_an_accelerator_are_those_of_the_cpu() -> None:
+    for sampler, options in ((ancestral, {}), (ddim, {"eta": 0.7})):
+        on_cpu, on_gpu = (
+            sampler(network, noise((3, 8), own := generators(range(3)), device), COSINE, 20, generator=own, **options).cpu()
+            for device in ("cpu", "cuda")
+        )
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=1e-4)
+    with pytest.raises(DataError, match=r"step 2 \(t = 600"):
+        ddim(lambda x_t, t: torch.where(t[:, None] <= 600, math.nan, network(x_t, t)), torch.zeros(2, 5, device="cuda"), COSINE, 5)
 
 
 @pytest.mark.parametrize(

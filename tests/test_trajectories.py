@@ -91,6 +91,7 @@ def test_interpolation_changes_the_weight_alone_along_a_row() -> None:
     out = interpolate_in_x_t(gaussian, first, second, SCHEDULE, [500], columns=3, steps=100)[0, 0]
     torch.testing.assert_close(out[1], (out[0] + out[2]) / 2, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(out[0], out[2], atol=0.1)
+    assert torch.equal(out, interpolate_in_x_t(gaussian, first, second, SCHEDULE, [500], columns=3, steps=100)[0, 0])
 
 
 def test_a_run_from_t_takes_its_share_of_the_steps() -> None:

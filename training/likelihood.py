@@ -100,7 +100,7 @@ def hybrid_loss(
     simple = simple_loss(prediction, training_target(schedule, x_0, eps, t, parametrisation), weight)
     x_t = schedule.q_sample(x_0, t, eps)
     with torch.no_grad():
-        predicted_x_0 = to_x_0(schedule, x_t, t, prediction.detach(), parametrisation)
+        predicted_x_0 = to_x_0(schedule, x_t, t, prediction, parametrisation)
     log_variance = _log_variance(schedule, "learned", None, t, x_t, fraction)
     return simple + LAMBDA_VLB * schedule.T * vlb_term(schedule, x_0, x_t, t, predicted_x_0, log_variance, levels).mean()
 

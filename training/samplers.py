@@ -211,6 +211,7 @@ def guided(denoise: Denoise, w: float, dynamic_threshold: float | None = None, c
             )
         conditioned, free = x_0.chunk(2)
         x_0 = torch.lerp(free, conditioned, w)
+        del conditioned, free  # their memory serves for the threshold
         if dynamic_threshold is not None:
             x_0 = threshold(x_0, dynamic_threshold)
         elif clip is not None:
@@ -223,8 +224,8 @@ def guided(denoise: Denoise, w: float, dynamic_threshold: float | None = None, c
 def threshold(x_0: Tensor, quantile: float) -> Tensor:
     """Clamp each sample, in place, to its own quantile of |x_0|, at least 1, and divide by it (Saharia et al. 2022, section 2.3)."""
     size = x_0[0].numel()
-    limit = x_0.abs().flatten(1).kthvalue(max(1, math.ceil(quantile * size)), dim=1).values.clamp_(min=1)
-    limit = limit.view(-1, *[1] * (x_0.ndim - 1))
+    above = size - max(1, math.ceil(quantile * size)) + 1  # a few: kthvalue and quantile would sort it all, in three times the memory
+    limit = x_0.abs().flatten(1).topk(above, dim=1).values[:, -1].clamp(min=1).view(-1, *[1] * (x_0.ndim - 1))
     return x_0.clamp_(-limit, limit).div_(limit)
 
 
