@@ -461,6 +461,8 @@ def test_samples_on_an_accelerator_are_those_of_the_cpu() -> None:
         (lambda x: ddim(lambda x_t, t: x_t[:, :2], x, COSINE, 10), r"gave \(2, 2\) for \(2, 5\) at step 0 \(t = 1000\)"),
         (lambda x: ddim(network, x[0], COSINE, 10), r"x is torch.float64 \(5,\)"),
         (lambda x: ddim(network, x.long(), COSINE, 10), "floating-point batch"),
+        (lambda x: ancestral(network, x, COSINE, 0), "take 1 to 1000 steps"),
+        (lambda x: ancestral(network, x, COSINE, start=0), r"start = 0: it must lie in 1\.\.1000"),
         (lambda x: ancestral(network, x, COSINE, 10, "learned"), r"no fraction at step 0 \(t = 1000\)"),
         (lambda x: ancestral(network, x, COSINE, 10, "analytic"), "take it from measure_x_0_error"),
         (lambda x: ancestral(network, x, COSINE, 10, generator=generators([1])), "1 generators for a batch of 2"),

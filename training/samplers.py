@@ -67,7 +67,7 @@ def ancestral(
     variance: "small", "large", "learned" (denoise returns (x_0, fraction)) or "analytic" (needs `x_0_error` from measure_x_0_error).
     """
     check_variance(variance, x_0_error, schedule)
-    times = timesteps(schedule, steps or start or schedule.T, spacing, start)
+    times = timesteps(schedule, (start or schedule.T) if steps is None else steps, spacing, start)
     x_t, network = _begin(x_T), _Network(denoise, schedule)
     for step, (t, s) in enumerate(pairwise(times)):
         x_0, fraction = network(step, t, x_t, callback)
