@@ -7,23 +7,36 @@ While `quiet_terminal` is open, file descriptors 1 and 2 (and so every child pro
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import TextIOBase
 from pathlib import Path
 from typing import TextIO
 
+from infra.progress import LOG_EVERY_S
+
+CLEAR_LINE = "\x1b[2K"
+
 
 class _Tee(TextIOBase):
-    """Writes to the terminal and to the log; progress lines that a terminal rewrites stay out of the log."""
+    """Writes to the terminal and, by whole lines, to the log; of a line that a terminal rewrites the log gets one now and then."""
 
     def __init__(self, terminal: TextIO, log: TextIO) -> None:
         self.terminal, self.log = terminal, log
+        self.line = ""
+        self.noted_s = time.monotonic()
 
     def write(self, text: str) -> int:
         self.terminal.write(text)
-        if "\r" not in text or text.endswith("\n"):
-            self.log.write(text.replace("\r\x1b[2K", ""))
+        *whole, self.line = (self.line + text).split("\n")
+        for line in whole:
+            self.log.write(_as_last_written(line) + "\n")
+        if "\r" in self.line:
+            self.line = "\r" + _as_last_written(self.line)
+            if time.monotonic() - self.noted_s >= LOG_EVERY_S:
+                self.log.write(self.line[1:] + "\n")
+                self.noted_s = time.monotonic()
         return len(text)
 
     def flush(self) -> None:
@@ -35,6 +48,10 @@ class _Tee(TextIOBase):
 
     def fileno(self) -> int:
         return self.log.fileno()
+
+
+def _as_last_written(line: str) -> str:
+    return line.rpartition("\r")[2].removeprefix(CLEAR_LINE)
 
 
 @contextmanager

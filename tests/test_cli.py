@@ -144,10 +144,10 @@ def test_a_run_that_is_current_records_itself_and_needs_no_prefect(fakes: Path, 
 
 def test_the_latest_run_is_the_one_that_finished_last(tmp_path: Path) -> None:
     root = storage.open_root(str(tmp_path))
-    for name in ("b", "a", "b"):
+    for name in ("b", "c", "a"):
         write_run(root, name, "r.toml", "", {})
-    assert find_run(root)["name"] == "b"
-    assert find_run(root, "a")["name"] == "a"
+    assert find_run(root)["name"] == "a"
+    assert find_run(root, "c")["name"] == "c"
 
 
 def test_pictures_carry_their_prompt_seed_and_settings_and_stand_in_the_grid(tmp_path: Path) -> None:

@@ -1,8 +1,13 @@
 """What libraries print goes to the log; what we say goes to the terminal and stands in the log too."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from infra import terminal
 
 CHATTER = """
 import logging, os, subprocess, sys, warnings
@@ -47,3 +52,14 @@ def test_only_our_own_lines_reach_the_terminal(tmp_path: Path) -> None:
 def test_the_terminal_is_back_after_an_error(tmp_path: Path) -> None:
     out, err = chatter(tmp_path / "run.log", "boom")
     assert out == "before\n" and "RuntimeError: boom" in err
+
+
+def test_the_log_gets_a_rewritten_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal_, log, clock = io.StringIO(), io.StringIO(), iter([0.0, 1.0, 12.0, 12.0, 13.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    tee = terminal._Tee(terminal_, log)
+    for percent in (1, 2, 3):
+        tee.write(f"\r\x1b[2K{percent} %")
+    tee.write("\r\x1b[2K100 %\n")
+    assert log.getvalue() == "2 %\n100 %\n"
+    assert terminal_.getvalue() == "\r\x1b[2K1 %\r\x1b[2K2 %\r\x1b[2K3 %\r\x1b[2K100 %\n"
