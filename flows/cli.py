@@ -12,6 +12,7 @@ import typer
 
 from flows import making, using
 from infra.errors import UnclipError
+from infra.storage import complaint
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if is_debug:
             raise
-        code = _complain(f"{type(error).__name__}: {error} (--debug shows the traceback)", 1)
+        code = _complain(complaint(error, "there") or f"{type(error).__name__}: {error} (--debug shows the traceback)", 1)
     if code == INTERRUPTED:  # typer returns it as well
         _complain("interrupted; the same command goes on from here", code)
     sys.exit(code)

@@ -196,8 +196,12 @@ def run_stage(
         if existing and not fault(existing, list(given.values())):
             return StageResult(stage.name, key, "current", time.monotonic() - clock, existing)
         out, work = _folders(root, stage, key)
-        with storage.one_line_errors(out):
-            counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster))
+        try:
+            with storage.one_line_errors(out):
+                counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster))
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)  # what may have filled the disk
+            raise
         assert counts.keys() >= {"in", "out", "dropped"}, f"{stage.name} must count what came in, went out and was dropped"
         facts = {
             "stage_version": stage.version,

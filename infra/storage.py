@@ -5,6 +5,7 @@ once, `create` is conditional). Knows nothing of stages and manifests. Every fai
 """
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -23,6 +24,7 @@ from infra.errors import CallerError, StorageError, UnclipError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+PIECE_BYTES = 8 << 20
 FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
 
 
@@ -109,7 +111,10 @@ def complaint(error: BaseException, where: str | Path) -> str | None:
         if number in FULL_DISK or any(words in str(seen) for words in FULL_DISK_WORDS):
             return f"no space left to write {place}: free some space and run the same command again (what is committed is kept)"
         if number in REFUSED or isinstance(seen, PermissionError):
-            return f"cannot write {place}: {os.strerror(number) if number else seen}; choose another --root or change its rights"
+            reason = os.strerror(number) if number else seen
+            if "://" in str(where):
+                return f"cannot write {where}: {reason}; check the credentials in the environment and what they may do"
+            return f"cannot write {place}: {reason}; choose another --root or change its rights"
         seen = seen.__cause__ or seen.__context__
     module = type(error).__module__.partition(".")[0]
     if module in ("botocore", "aiobotocore", "s3fs", "aiohttp", "fsspec") or (isinstance(error, OSError) and "://" in str(where)):
@@ -149,6 +154,17 @@ def read_json(root: Root, name: str) -> Any | None:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StorageError(f"{uri_of(root, name)} is not JSON ({error}): remove it and run again") from None
+
+
+def sha256_of(root: Root, name: str) -> str:
+    """Read a file piece by piece and return its SHA-256."""
+    with one_line_errors(uri_of(root, name)):
+        file: Any = (root.folder / name).open("rb") if root.folder else root.fs.open(join(root, name), "rb")
+        digest = hashlib.sha256()
+        with file:
+            while piece := file.read(PIECE_BYTES):
+                digest.update(piece)
+        return digest.hexdigest()
 
 
 def write_bytes(root: Root, name: str, data: bytes) -> None:

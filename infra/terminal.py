@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import TextIOBase
 from pathlib import Path
 from typing import TextIO
@@ -19,10 +19,30 @@ from infra.progress import LOG_EVERY_S
 CLEAR_LINE = "\x1b[2K"
 
 
+class _Log(TextIOBase):
+    """The log as a stream that takes everything and never fails: a disk that is full must not keep us from saying so."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            os.write(self.handle, text.encode(errors="backslashreplace"))
+        return len(text)
+
+    def fileno(self) -> int:
+        return self.handle
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            os.close(self.handle)
+
+
 class _Tee(TextIOBase):
     """Writes to the terminal and, by whole lines, to the log; of a line that a terminal rewrites the log gets one now and then."""
 
-    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+    def __init__(self, terminal: TextIO, log: TextIOBase) -> None:
         self.terminal, self.log = terminal, log
         self.line = ""
         self.noted_s = time.monotonic()
@@ -41,7 +61,6 @@ class _Tee(TextIOBase):
 
     def flush(self) -> None:
         self.terminal.flush()
-        self.log.flush()
 
     def isatty(self) -> bool:
         return self.terminal.isatty()
@@ -62,17 +81,19 @@ def quiet_terminal(log_path: Path) -> Iterator[Path]:
     sys.stderr.flush()
     kept_out, kept_err = os.dup(1), os.dup(2)
     root_logger = logging.getLogger()
-    with log_path.open("a", buffering=1) as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
+    with closing(_Log(log_path)) as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
         handler = logging.StreamHandler(log)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         root_logger.addHandler(handler)
         logging.captureWarnings(True)
+        raises, logging.raiseExceptions = logging.raiseExceptions, False
         try:
             with redirect_stdout(log), redirect_stderr(_Tee(terminal, log)):
                 yield log_path
         finally:
+            logging.raiseExceptions = raises
             logging.captureWarnings(False)
             root_logger.removeHandler(handler)
             os.dup2(kept_out, 1)

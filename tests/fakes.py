@@ -51,6 +51,9 @@ def write_chunks(job: StageJob) -> Counts:
             seed.update(path.read_bytes())
     if section.word == "broken":
         raise AssertionError("one line\nand the reason on another")
+    if section.word == "huge":
+        for index in range(100_000):
+            (job.work / f"{index}.huge").write_bytes(b"x" * 50_000)
     if section.word == "refused":
         raise CallerError("[fake] word = refused: choose another")
     if section.word == "flaky" and not (job.work / "tried").exists():

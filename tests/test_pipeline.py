@@ -14,6 +14,7 @@ import pytest
 
 from flows.prefect_server import prefect_server
 from infra import manifests, storage
+from tests.test_storage import full_disk  # noqa: F401  (a fixture)
 
 HERE = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -117,6 +118,18 @@ def test_a_failure_is_one_line_with_the_stage_the_reason_and_the_log(recipe: Pat
     assert last.startswith("unclip: clip: AssertionError: and the reason on another; the whole story is in ")
     log = Path(last.rpartition(" ")[2]).read_text()
     assert "Traceback" not in err and "Traceback" in log and "in write_chunks" in log
+
+
+def test_a_full_disk_is_one_line_also_when_neither_log_nor_prefect_can_write(recipe: Path, full_disk: Path) -> None:  # noqa: F811
+    subprocess.run(["mount", "-o", "remount,size=30m", str(full_disk)], check=True)
+    recipe.write_text('[clip]\nword = "huge"\n')
+    code, out, err = finished(start(recipe, "--root", str(full_disk)))
+    assert (code, out) == (1, "") and len(err.splitlines()) == 3
+    assert err.splitlines()[-1].startswith("unclip: clip: no space left to write ")
+    storage.remove(storage.open_root(str(full_disk), for_writing=False), "work/clip")
+    recipe.write_text("")
+    code, out, err = finished(start(recipe, "--root", str(full_disk), "--json"))
+    assert code == 0 and [each["state"] for each in json.loads(out)["stages"]] == ["current", "ran", "ran", "ran"]
 
 
 def test_an_interrupted_run_says_so_in_one_line_and_leaves_no_process(recipe: Path) -> None:
