@@ -85,15 +85,52 @@ def run_curate(job: StageJob) -> Counts:
     return curate.run(job.config.curate, job.inputs["ingest"].local(), job.out)
 
 
+def run_clip(job: StageJob) -> Counts:
+    from training import jobs
+
+    job.cluster.start()
+    ingest, curate = job.inputs["ingest"].local(), job.inputs["curate"].local()
+    return jobs.train_clip(job.config.tokenizer, job.config.clip, job.config.cluster, ingest, curate, job.out, job.work)
+
+
+def run_embed(job: StageJob) -> Counts:
+    from training import embed
+
+    job.cluster.start()
+    ingest, curate, clip = (job.inputs[name].local() for name in ("ingest", "curate", "clip"))
+    return embed.run(job.config.embed, job.config.cluster, ingest, curate, clip, job.inputs["clip"].key, job.out, job.work)
+
+
 def run_index(job: StageJob) -> Counts:
     from indexing import index
 
     return index.build(job.config.index, job.inputs["embed"].local(), job.out)
 
 
+def run_prior(job: StageJob) -> Counts:
+    from training import jobs
+
+    job.cluster.start()
+    clip, embed = job.inputs["clip"].local(), job.inputs["embed"].local()
+    return jobs.train_prior(job.config.prior, job.config.cluster, clip, embed, job.out, job.work)
+
+
+def run_decoder(job: StageJob) -> Counts:
+    from training import jobs
+
+    job.cluster.start()
+    ingest, clip, embed = (job.inputs[name].local() for name in ("ingest", "clip", "embed"))
+    return jobs.train_decoder(job.config.decoder, job.config.cluster, ingest, clip, embed, job.out, job.work)
+
+
 STAGES = (
     Stage("ingest", (), ("data",), 1, run_ingest),
     Stage("curate", ("ingest",), ("curate",), 1, run_curate),
+    Stage("clip", ("ingest", "curate"), ("tokenizer", "clip"), 1, run_clip),
+    Stage("embed", ("ingest", "curate", "clip"), ("embed",), 1, run_embed),
+    Stage("index", ("embed",), ("index",), 1, run_index),
+    Stage("prior", ("clip", "embed"), ("prior",), 1, run_prior),
+    Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder),
 )
 
 
