@@ -204,12 +204,13 @@ def phrasings(
             colour = "yellow"
         if colour and category not in ("People & Body", "Flags") and not COLOUR_WORDS & set(re.split(r"[ -]", name.lower())):
             found.append(with_article(f"{colour} {name}"))
-    found += [f"{noun} {'emoji' if category else 'icon'}", f"an icon of {article}", f"a picture of {article}"]
+    found += [f"{noun} {'emoji' if category else 'icon'}", f"an icon of {article}"]
     if style in STYLE_PHRASES:
         found.append(STYLE_PHRASES[style].format(name=name, article=article))
     words = [tag for tag in tags if is_word(tag) and tag.lower() not in name.lower() and not name.lower().startswith("flag of ")]
     if words:
         found.append(f"{name}, {', '.join(words[:2])}")
+    found.append(f"a picture of {article}")
     kind = KINDS.get(subcategory)
     if kind and kind.split()[-1] not in name:
         found.append(f"{article}, {kind}")

@@ -35,6 +35,8 @@ START_LIMIT_S = 300
 SILENCE_LIMIT_S = 60
 FEED = pa.schema([field.with_name("sample") if field.name == "key" else field for field in URLS])
 
+WORKER = [sys.executable, "-m", "flows.shards"]
+
 Counts = dict[str, Any]
 
 
@@ -149,7 +151,7 @@ class Worker:
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         with log.open("ab") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "flows.shards"],
+                [*WORKER, str(os.getpid())],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, bufsize=1, env=environment, start_new_session=True,
             )  # fmt: skip
         self.heard = heard

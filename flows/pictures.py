@@ -7,7 +7,7 @@ out: they are near-duplicates of their concept. Knows nothing of URLs, shards or
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a reader finds before words are put to it: an image file, or SVG text to render under `stem`."""
+    """What a reader finds before words are put to it: an image file, or SVG text to render."""
 
     origin: str
     concept: str
@@ -56,7 +56,7 @@ class Family:
 
     style: str
     licence: str
-    read: object
+    read: Callable[[Path, Labels], Iterator[Drawing]]
 
 
 def read_datasource(folder: Path, labels: Labels) -> Iterator[Drawing]:
@@ -165,7 +165,7 @@ def read_package(spec: str, folder: Path, labels: Labels, rendered: Path, svg_px
         raise CallerError(f"[data] no reader knows the package {name!r}: the known ones are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     drawings: dict[str, Drawing] = {}
-    for drawing in family.read(folder, labels):  # type: ignore[operator]
+    for drawing in family.read(folder, labels):
         if not SKIN_TONE.search(drawing.concept):
             drawings.setdefault(drawing.origin, drawing)
     render([d for d in drawings.values() if d.svg], rendered, svg_px)

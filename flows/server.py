@@ -100,4 +100,4 @@ class StaticServer:
 
 def url_path(mount: str, path: str) -> str:
     """Return the path part of the URL of `path` below `mount`, quoted."""
-    return f"/{quote(mount)}/{quote(path)}"
+    return quote(f"/{mount}/{path}", safe="/@")

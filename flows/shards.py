@@ -2,7 +2,8 @@
 
 `make_shard` takes img2dataset's own parts (Downloader, Resizer, tar and parquet writers) and puts `flows.fetch` in the place of its
 unbounded download function. It writes aside and renames the tar last: a tar under its final name is whole. Run as
-`python -m flows.shards`, it takes one JSON line per shard on stdin and answers on stdout; it ends when its parent does.
+`python -m flows.shards PARENT`, it takes one JSON line per shard on stdin and answers on stdout; it ends when
+the process PARENT does.
 """
 
 import contextlib
@@ -139,21 +140,22 @@ def check_shard(stem: Path, feed: Path) -> None:
         raise RuntimeError(f"{asked} rows asked, {len(status)} recorded, {status.count('success')} succeeded, {members} stored")
 
 
-def end_with_parent() -> None:
+def end_with(parent: int) -> None:
     """End this process when its parent is gone, so that a killed run leaves no downloader behind."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
+    if os.getppid() != parent:  # it died while this process was still starting
+        os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:
     """Serve shards: `{"feed", "number", "folder", "settings"}` a line in; `ready`, `rows N`, `done N` or `failed N why` a line out."""
-    end_with_parent()
+    end_with(parent=int(sys.argv[1]))
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged by our own limit
     answers: TextIO = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # img2dataset prints; its words go to the log that stderr is

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 from pydantic import Field
 
@@ -24,12 +23,12 @@ from flows.labels import Labels
 from flows.packages import package_folder, split_spec
 from flows.pictures import read_package
 from flows.server import url_path
-from infra.errors import CallerError, DataError
+from flows.url_lists import UrlsSource, read_lists
+from infra.errors import CallerError
 from infra.progress import Progress
 from infra.settings import Section
 from infra.tables import DROPPED, URLS, sample_key
 
-BATCH_ROWS = 10_000
 BLOCK_ROWS = 100_000
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 
@@ -44,28 +43,6 @@ class PackagesSource(Section):
     """The package of names and keywords."""
     svg_px: int = Field(96, ge=16, le=2048)
     """Longer side in pixels at which SVGs are rendered."""
-
-
-class UrlsSource(Section):
-    """A list of URLs and captions; every column but these two may be absent."""
-
-    kind: Literal["urls"]
-    path: str = Field(min_length=1)
-    """File or glob on any fsspec path: `list.parquet`, `s3://bucket/lists/*.jsonl`."""
-    format: Literal["auto", "parquet", "csv", "tsv", "jsonl"] = "auto"
-    """File format; `auto` goes by the suffix, `.gz` allowed on the text formats."""
-    url_column: str = "url"
-    caption_column: str = "caption"
-    captions_column: str = ""
-    """Column with a list of further phrasings; "" for none, as for the columns below."""
-    licence_column: str = ""
-    concept_column: str = ""
-    """Splits go by the concept; without the column every row is a concept of its own."""
-    style_column: str = ""
-    category_column: str = ""
-    subcategory_column: str = ""
-    licence: str = ""
-    """Licence of all rows that name none."""
 
 
 class FolderSource(Section):
@@ -216,93 +193,13 @@ def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row
 
 
 def listed_rows(source: UrlsSource) -> Iterator[Row]:
-    """Yield the rows of a URL list, file after file, a batch in memory at a time.
-
-    Raises CallerError for a path, a format or a column that is not there, DataError for a file that does not parse.
-    """
-    try:
-        files = fsspec.open_files(source.path, "rb", compression="infer")
-    except (OSError, ValueError, ImportError) as error:
-        raise CallerError(f"[data] URL list {source.path!r} cannot be opened: {error}") from error
-    if not files:
-        raise CallerError(f"[data] URL list {source.path!r} matches no file")
-    wanted = {
-        "url": source.url_column, "caption": source.caption_column, "captions": source.captions_column, "licence": source.licence_column,
-        "concept": source.concept_column, "style": source.style_column, "category": source.category_column,
-        "subcategory": source.subcategory_column,
-    }  # fmt: skip
-    wanted = {ours: theirs for ours, theirs in wanted.items() if theirs}
-    for file in files:
-        try:
-            with file as stream:
-                for batch in read_batches(stream, file_format(source, file.path)):
-                    missing = [theirs for theirs in wanted.values() if theirs not in batch.schema.names]
-                    if missing:
-                        raise CallerError(
-                            f"[data] URL list {file.path} has no column {missing[0]!r}: it has {', '.join(batch.schema.names)}"
-                        )
-                    columns = {ours: batch.column(theirs).to_pylist() for ours, theirs in wanted.items()}
-                    for values in zip(*columns.values(), strict=True):
-                        yield listed_row(dict(zip(columns, values, strict=True)), source)
-        except FileNotFoundError as error:
-            raise CallerError(f"[data] URL list {file.path} is not there") from error
-        except (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"URL list {file.path} does not parse: {str(error).splitlines()[0]}") from error
-
-
-def listed_row(values: Row, source: UrlsSource) -> Row:
-    url = str(values.pop("url") or "").strip()
-    further = values.pop("captions", None) or []
-    captions = [values.pop("caption"), *([further] if isinstance(further, str) else further)]
-    texts = {name: str(value) for name, value in values.items() if value is not None}
-    return row(url, url, [str(caption) for caption in captions if caption is not None], **{"licence": source.licence, **texts})
-
-
-def file_format(source: UrlsSource, path: str) -> str:
-    """Return the format of one file of a list."""
-    if source.format != "auto":
-        return source.format
-    suffix = Path(path.removesuffix(".gz")).suffix.lower().lstrip(".")
-    known = {"parquet": "parquet", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl"}
-    if suffix not in known:
-        raise CallerError(f"[data] URL list {path}: set format = parquet, csv, tsv or jsonl, the suffix does not tell")
-    return known[suffix]
-
-
-def read_batches(stream: Any, kind: str) -> Iterator[pa.RecordBatch]:
-    """Read a table as record batches without ever holding the whole of it."""
-    if kind == "parquet":
-        yield from pq.ParquetFile(stream).iter_batches(BATCH_ROWS)
-    elif kind == "jsonl":
-        lines: list[Row] = []
-        for line in stream:
-            if line.strip():
-                item = json.loads(line)
-                if not isinstance(item, dict):
-                    raise pa.ArrowInvalid(f"a line is no object: {line[:40]!r}")
-                lines.append(item)
-            if len(lines) == BATCH_ROWS:
-                yield batch_of(lines)
-                lines = []
-        if lines:
-            yield batch_of(lines)
-    else:
-        parse = pyarrow.csv.ParseOptions(delimiter="\t" if kind == "tsv" else ",", newlines_in_values=True)
-        # Text throughout: a caption "007" must not become the number 7.
-        names = first_line_names(stream, parse.delimiter)
-        convert = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True)
-        yield from pyarrow.csv.open_csv(stream, parse_options=parse, convert_options=convert)
-
-
-def batch_of(lines: list[Row]) -> pa.RecordBatch:
-    names = dict.fromkeys(name for line in lines for name in line)
-    return pa.RecordBatch.from_pydict({name: [line.get(name) for line in lines] for name in names})
-
-
-def first_line_names(stream: Any, delimiter: str) -> list[str]:
-    header = stream.readline().decode().strip("\r\n\ufeff")
-    stream.seek(0)
-    return [name.strip('"') for name in header.split(delimiter)]
+    """Yield the rows of a URL list."""
+    for values in read_lists(source):
+        url = str(values.pop("url") or "").strip()
+        further = values.pop("captions", None) or []
+        captions = [values.pop("caption"), *([further] if isinstance(further, str) else further)]
+        texts = {name: str(value) for name, value in values.items() if value is not None}
+        yield row(url, url, [str(caption) for caption in captions if caption is not None], **{"licence": source.licence, **texts})
 
 
 def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = "http://127.0.0.1") -> int:

@@ -1,0 +1,298 @@
+"""Ingest over a real server: every fault is a counted drop, and no way of killing it loses or doubles an image."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from flows import curate, ingest
+from flows.curate import CurateConfig
+from flows.sources import DataConfig
+from infra.errors import CallerError, DataError, StorageError
+from infra.tables import DROPPED, URLS
+from tests.hostile_server import Server, picture
+from tests.picture_packages import use_fake_npm
+
+GOOD = (
+    [f"good/{n}.png" for n in range(40)] + [f"jpeg/{n}.jpg" for n in range(40, 50)] + ["redirect/50.png", "flaky/51.png", "flaky3/52.png"]
+)
+BAD = {
+    "missing/100.png": "http_404",
+    "missing/101.png": "http_404",
+    "forbidden/102.png": "http_error",
+    "html/103.png": "not_an_image",
+    "truncated/104.png": "decode_error",
+    "truncated_jpeg/105.jpg": "decode_error",
+    "bomb/106.png": "too_large",
+    "declared_large/107.png": "too_large",
+    "endless/108.png": "too_large",
+    "slow_body/109.png": "timeout",
+    "dead/110.png": "http_unavailable",
+    "cut/111.png": "cut_short",
+    "noindex/112.png": "robots",
+    "to_file/113.png": "host_refused",
+}
+
+
+def write_list(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"kind": "urls", "path": str(path)}
+
+
+def config_for(*sources: dict[str, Any], **changes: Any) -> DataConfig:
+    settings = {
+        "image_size_px": 32, "images_per_shard": 20, "processes": 2, "threads": 8, "timeout_s": 1.0, "retries": 1, "allow_private": True,
+        "max_image_bytes": 500_000, **changes,
+    }  # fmt: skip
+    return DataConfig.model_validate({"sources": sources, **settings})
+
+
+def stored(out: Path) -> dict[str, np.ndarray]:
+    """Return the pictures of all shards by caption, having checked that tars and parquets tell the same."""
+    pictures: dict[str, np.ndarray] = {}
+    names = sorted(path.name for path in (out / "shards").iterdir())
+    assert names == sorted(f"{stem}{suffix}" for stem in {name.split(".")[0] for name in names} for suffix in (".parquet", ".tar"))
+    for shard in sorted((out / "shards").glob("*.tar")):
+        told = [row["caption"] for row in pq.read_table(shard.with_suffix(".parquet")).to_pylist() if row["status"] == "success"]
+        with tarfile.open(shard) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        captions = {name[:-4]: data.decode() for name, data in files.items() if name.endswith(".txt")}
+        assert sorted(captions.values()) == sorted(told)
+        for key, caption in captions.items():
+            assert caption not in pictures, "stored twice"
+            pictures[caption] = cv2.imdecode(np.frombuffer(files[f"{key}.png"], np.uint8), cv2.IMREAD_COLOR)
+    return pictures
+
+
+def workers_of(pid: int) -> list[int]:
+    """Return the download processes that are children of a process."""
+    return [
+        child for child in map(int, (entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit())) if parent_of(child) == pid
+    ]
+
+
+def parent_of(pid: int) -> int:
+    """Return the parent of a living download process, 0 for any other."""
+    try:
+        is_worker = b"flows.shards" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return 0
+    return int(parent) if is_worker and state != "Z" else 0
+
+
+def wait_until(holds: Any, limit_s: float = 60) -> None:
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any], Server, str]]:
+    """One run over everything that can go wrong: (out folder, counts, server, what was printed)."""
+    folder = tmp_path_factory.mktemp("hostile")
+    with Server() as server:
+        rows = [{"url": f"{server.base}/{path}", "caption": path} for path in [*GOOD, *BAD]]
+        rows += [rows[0], {"url": f"{server.base}/good/200.png", "caption": " "}, {"url": "", "caption": "no url"}]
+        rows += [{"url": "file:///etc/hostname", "caption": "a file"}, {"url": "http://127.0.0.1:1/x.png", "caption": "nobody there"}]
+        source = write_list(folder / "list.jsonl", rows)
+        counts = ingest.run(config_for(source), folder / "out", folder / "work")
+        yield folder / "out", counts, server, (folder / "work" / "img2dataset.log").read_text()
+
+
+def test_all_good_images_are_stored_and_look_right(hostile: tuple[Path, dict[str, Any], Server, str]) -> None:
+    pictures = stored(hostile[0])
+    assert set(pictures) == set(GOOD)
+    for caption, found in pictures.items():
+        number = int("".join(c for c in caption.split("/")[1] if c.isdigit()))
+        expected = cv2.resize(picture(number), (32, 32), interpolation=cv2.INTER_AREA)
+        assert np.abs(found.astype(int) - expected).mean() < 4
+
+
+def test_every_fault_is_counted_under_its_reason(hostile: tuple[Path, dict[str, Any], Server, str]) -> None:
+    out, counts, _, _ = hostile
+    expected = Counter([*BAD.values(), "duplicate_url", "empty_caption", "empty_url", "host_refused", "unreachable"])
+    assert counts["dropped"] == expected
+    assert counts["out"] == len(GOOD)
+    assert counts["in"] == counts["out"] + sum(expected.values())
+    dropped = pq.read_table(out / "dropped.parquet")
+    assert dropped.schema.equals(DROPPED)
+    told = {row["origin"].split("/", 3)[-1]: row["reason"] for row in dropped.to_pylist()}
+    assert {path: told[path] for path in BAD} == BAD
+    assert all(row["detail"] for row in dropped.to_pylist() if row["reason"] != "empty_url")
+
+
+def test_what_may_pass_is_asked_again_in_a_later_pass_and_the_rest_is_not(hostile: tuple[Path, dict[str, Any], Server, str]) -> None:
+    asked = hostile[2].asked
+    assert asked["/missing/100.png"] == asked["/forbidden/102.png"] == asked["/html/103.png"] == asked["/good/0.png"] == 1
+    assert asked["/flaky/51.png"] == 2  # the second try at once
+    assert asked["/flaky3/52.png"] == 4  # two tries in each of two passes
+    assert asked["/dead/110.png"] == 4
+
+
+def test_the_url_table_holds_what_was_asked(hostile: tuple[Path, dict[str, Any], Server, str]) -> None:
+    table = pq.read_table(hostile[0] / "urls.parquet")
+    assert table.schema.equals(URLS)
+    assert table.num_rows == len(GOOD) + len(BAD) + 2
+
+
+def test_the_terminal_sees_progress_and_the_log_no_error(hostile: tuple[Path, dict[str, Any], Server, str]) -> None:
+    assert "Traceback" not in hostile[3]
+
+
+def test_curate_reads_what_ingest_wrote(hostile: tuple[Path, dict[str, Any], Server, str], tmp_path: Path) -> None:
+    counts = curate.run(CurateConfig(held_out_concept_fraction=0), hostile[0], tmp_path)
+    assert counts["in"] == len(GOOD) and counts["out"] == len(GOOD)
+
+
+def test_packages_and_folders_travel_over_loopback_without_leave_for_private_addresses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_fake_npm(tmp_path / "npm", monkeypatch)
+    (tmp_path / "mine").mkdir()
+    cv2.imwrite(str(tmp_path / "mine" / "a.png"), picture(1))
+    (tmp_path / "mine" / "a.txt").write_text("a disc\n")
+    with Server() as server:
+        config = config_for(
+            {"kind": "packages", "packages": ["emoji-datasource-google@16.0.0", "@iconify-json/fluent-emoji-flat@1.2.6"]},
+            {"kind": "folder", "path": str(tmp_path / "mine")},
+            write_list(tmp_path / "list.jsonl", [{"url": f"{server.base}/good/1.png", "caption": "from a private address"}]),
+            allow_private=False,
+            cache=str(tmp_path / "cache"),
+        )
+        counts = ingest.run(config, tmp_path / "out", tmp_path / "work")
+        assert not server.asked
+    assert counts["dropped"] == {"host_refused": 1, "http_404": 1}  # the second is an SVG that does not render
+    assert Counter(Counter(row["caption"] for row in read_shards(tmp_path / "out")).values()) == {2: 3, 1: 3}
+
+
+def read_shards(out: Path) -> list[dict[str, Any]]:
+    return [
+        row
+        for shard in sorted((out / "shards").glob("*.parquet"))
+        for row in pq.read_table(shard).to_pylist()
+        if row["status"] == "success"
+    ]
+
+
+def test_too_few_images_are_one_line_with_the_commonest_reason_and_an_example(tmp_path: Path) -> None:
+    with Server() as server:
+        paths = [*(f"missing/{n}.png" for n in range(8)), "html/1.png", "good/1.png"]
+        source = write_list(tmp_path / "list.jsonl", [{"url": f"{server.base}/{path}", "caption": "x"} for path in paths])
+        with pytest.raises(
+            DataError, match=r"only 1 of 10 URLs became images.*min_success.*mostly http_404 \(8\), such as http://"
+        ) as caught:
+            ingest.run(config_for(source, min_success=0.5), tmp_path / "out", tmp_path / "work")
+        assert "\n" not in str(caught.value)
+        asked = server.asked.total()
+        counts = ingest.run(config_for(source, min_success=0.1), tmp_path / "out", tmp_path / "work")
+        assert (counts["out"], server.asked.total()) == (1, asked)  # what is known is not asked again
+
+
+def test_sources_without_a_single_pair_are_one_line(tmp_path: Path) -> None:
+    source = write_list(tmp_path / "list.jsonl", [{"url": "http://h/a.png", "caption": ""}] * 2)
+    with pytest.raises(DataError, match=r"name no URL with a caption \(empty_caption 2\)"):
+        ingest.run(config_for(source), tmp_path / "out", tmp_path / "work")
+
+
+def test_a_source_that_is_not_there_leaves_no_process_behind(tmp_path: Path) -> None:
+    with pytest.raises(CallerError):
+        ingest.run(config_for({"kind": "folder", "path": str(tmp_path / "nowhere")}), tmp_path / "out", tmp_path / "work")
+    assert workers_of(os.getpid()) == []
+
+
+def long_list(tmp_path: Path, server: Server, count: int = 120) -> DataConfig:
+    rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(count)]
+    return config_for(write_list(tmp_path / "list.jsonl", rows), threads=2, images_per_shard=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_or_stuck_worker_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blow: signal.Signals) -> None:
+    monkeypatch.setattr(ingest, "SILENCE_LIMIT_S", -12)  # 4 s with the settings below
+    with Server(delay_s=0.05) as server:
+        config = long_list(tmp_path, server)
+        results: list[dict[str, Any]] = []
+        thread = threading.Thread(target=lambda: results.append(ingest.run(config, tmp_path / "out", tmp_path / "work")))
+        thread.start()
+        wait_until(lambda: server.asked.total() >= 30)
+        os.kill(workers_of(os.getpid())[0], blow)
+        thread.join(timeout=90)
+        assert not thread.is_alive()
+    assert results[0]["out"] == 120 and results[0]["dropped"] == {}
+    assert len(stored(tmp_path / "out")) == 120
+    assert workers_of(os.getpid()) == []
+
+
+def test_a_shard_that_kills_every_worker_ends_the_run_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_list(tmp_path / "list.jsonl", [{"url": "http://127.0.0.1:1/a.png", "caption": "x"}])
+    monkeypatch.setattr(ingest, "WORKER", [sys.executable, "-c", "import sys; sys.stdin.readline()"])
+    with pytest.raises(DataError, match=r"shard 00000 failed 3 times, at last so: the download process died \(details in .*log\)"):
+        ingest.run(config_for(source), tmp_path / "out", tmp_path / "work")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_list(tmp_path / "list.jsonl", [{"url": "http://127.0.0.1:1/a.png", "caption": "x"}])
+    says = (
+        "import sys; sys.stdin.readline(); print('failed 0 OSError: [Errno 28] No space left on device', flush=True); sys.stdin.readline()"
+    )
+    monkeypatch.setattr(ingest, "WORKER", [sys.executable, "-c", says])
+    with pytest.raises(StorageError, match="no space left"):
+        ingest.run(config_for(source), tmp_path / "out", tmp_path / "work")
+
+
+RUN = """
+import sys
+from pathlib import Path
+from flows import ingest
+from flows.sources import DataConfig
+ingest.run(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    """The run gets SIGKILL, its download processes do not: they must end by themselves and leave nothing half-made under a final name."""
+    moments = random.Random(0)
+    with Server(delay_s=0.03) as server:
+        config = long_list(tmp_path, server)
+        shards = tmp_path / "work" / "shards"
+        kills = 0
+        for attempt in range(12):
+            out = tmp_path / f"out-{attempt}"
+            run = subprocess.Popen([sys.executable, "-c", RUN, config.model_dump_json(), str(out), str(tmp_path / "work")])
+            before = server.asked.total()
+            goal = moments.choice([0, 0, 5, 15, 30, 50])
+            start, limit_s = time.monotonic(), moments.uniform(0.2, 2.0) if goal == 0 else 60
+            while run.poll() is None and server.asked.total() - before < max(goal, 1) and time.monotonic() - start < limit_s:
+                time.sleep(0.01)
+            if run.poll() is not None or kills == 6:
+                break
+            workers = workers_of(run.pid)
+            run.kill()
+            run.wait()
+            kills += 1
+            for tar in shards.glob("*.tar"):  # what stands under a final name is whole at any moment
+                with tarfile.open(tar) as opened:
+                    assert sum(member.name.endswith(".png") for member in opened) == 20
+            wait_until(lambda workers=workers: not any(map(parent_of, workers)), 20)
+        assert run.wait(timeout=120) == 0
+        assert kills >= 3
+        assert set(stored(out)) == {str(n) for n in range(120)}
+        finished_once = 120 + kills * 2 * 20  # each kill may cost the two shards in the making, no more
+        assert server.asked.total() <= finished_once
