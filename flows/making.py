@@ -99,6 +99,9 @@ def _make(
     plans = plan(opened, config, with_needs(targets, STAGES) if targets else STAGES)
     if dry_run:
         result = plan_summary(opened, chosen, plans)
+        for shown, each in zip(result["stages"], plans, strict=True):
+            if each.stage.parameters:
+                shown["parameters"] = each.stage.parameters(config)
         print_json(result) if as_json else _print_stages(result)
         return
     done = {each.stage.name: each.committed for each in plans if each.state == "current" and each.committed}
@@ -157,7 +160,9 @@ def _stage_of(error: BaseException) -> str:
 def _print_stages(result: dict[str, Any]) -> None:
     print(f"run {result['run']} in {result['root']}")
     for each in result["stages"]:
+        size = f"{each['parameters'] / 1e6:.2f} M parameters" if "parameters" in each else ""
         took = f"{each['seconds']:8.1f} s" if each.get("seconds") else ""
-        print(f"{each['stage']:<10}{each['state']:<9}{each['key']}  {each.get('why', '')}{took}".rstrip())
+        notes = ", ".join(note for note in (size, each.get("why", ""), took) if note)
+        print(f"{each['stage']:<10}{each['state']:<9}{each['key']}  {notes}".rstrip())
     if result["report"]:
         print(f"report    {result['report']}")

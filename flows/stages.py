@@ -49,6 +49,8 @@ class Stage:
     sections: tuple[str, ...]
     version: int
     run: Callable[[StageJob], Counts]
+    parameters: Callable[[Any], int] | None = None
+    """Counts the parameters of the model that the stage would train under a config, where it trains one."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +125,32 @@ def run_decoder(job: StageJob) -> Counts:
     return jobs.train_decoder(job.config.decoder, job.config.cluster, ingest, clip, embed, job.out, job.work)
 
 
+def clip_parameters(config: "RunConfig") -> int:
+    from training import clip
+
+    return clip.count_parameters(config.clip, config.tokenizer.vocab_size)
+
+
+def prior_parameters(config: "RunConfig") -> int:
+    from training import prior
+
+    return prior.count_parameters(config.prior, config.clip, config.tokenizer.vocab_size)
+
+
+def decoder_parameters(config: "RunConfig") -> int:
+    from training import decoder
+
+    return decoder.count_parameters(config.decoder, config.clip, config.tokenizer.vocab_size)
+
+
 STAGES = (
     Stage("ingest", (), ("data",), 1, run_ingest),
     Stage("curate", ("ingest",), ("curate",), 1, run_curate),
-    Stage("clip", ("ingest", "curate"), ("tokenizer", "clip"), 1, run_clip),
+    Stage("clip", ("ingest", "curate"), ("tokenizer", "clip"), 1, run_clip, clip_parameters),
     Stage("embed", ("ingest", "curate", "clip"), ("embed",), 1, run_embed),
     Stage("index", ("embed",), ("index",), 1, run_index),
-    Stage("prior", ("clip", "embed"), ("prior",), 1, run_prior),
-    Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder),
+    Stage("prior", ("clip", "embed"), ("prior",), 1, run_prior, prior_parameters),
+    Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, decoder_parameters),
 )
 
 

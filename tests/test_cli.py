@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import flows.stages
 from flows.cli import main
 from flows.png import GAP_PX, write_pictures
 from flows.runs import find_run, write_run
 from infra import storage
 from infra.errors import CallerError
 from tests import fake_cli
-from tests.fakes import FakeConfig, FakeSection, run_all
+from tests.fakes import FAKES, FakeConfig, FakeSection, run_all
 
 HERE = Path(__file__).parent.parent
 
@@ -25,8 +27,6 @@ HERE = Path(__file__).parent.parent
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The fake stages behind the commands, and a recipe for them in the working directory."""
-    import flows.stages
-
     monkeypatch.setitem(sys.modules, "flows.config", sys.modules.get("flows.config"))
     monkeypatch.setattr(flows.stages, "STAGES", flows.stages.STAGES)
     monkeypatch.delenv("UNCLIP_ROOT", raising=False)
@@ -127,9 +127,15 @@ def test_status_with_checksums_finds_a_changed_byte(fakes: Path, capsys: pytest.
     assert code == 1 and "parts/05.bin has another checksum" in err and err.count("\n") == 1
 
 
-def test_a_dry_run_runs_nothing(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_counts_parameters_and_runs_nothing(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = replace(FAKES[1], parameters=lambda config: 1_234_567 * len(config.clip.word))
+    flows.stages.STAGES = (FAKES[0], model, *FAKES[2:])  # type: ignore[assignment]
     code, out, _ = ran(capsys, "run", "fake.toml", "--dry-run", "--json")
-    assert code == 0 and {each["state"] for each in json.loads(out)["stages"]} == {"missing"}
+    stages = json.loads(out)["stages"]
+    assert code == 0 and {each["state"] for each in stages} == {"missing"}
+    assert [each.get("parameters") for each in stages] == [None, 1_234_567, None, None]
+    code, out, _ = ran(capsys, "run", "fake.toml", "--dry-run", "--set", "clip.word=aa")
+    assert code == 0 and "2.47 M parameters" in out
     assert not (fakes / "unclip-data").exists()
 
 
