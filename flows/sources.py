@@ -240,10 +240,13 @@ def new_urls(urls: list[str], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     At 10 million URLs the chance that two different ones share a hash is 3 in a million.
     """
     hashes = np.array([int.from_bytes(hashlib.blake2b(url.encode(), digest_size=8).digest()) for url in urls], np.uint64)
+    first, position = np.unique(hashes, return_index=True)
+    place = np.searchsorted(seen, first)
+    is_known = np.zeros(len(first), bool)
+    is_known[place < len(seen)] = seen[place[place < len(seen)]] == first[place < len(seen)]
     is_new = np.zeros(len(urls), bool)
-    is_new[np.unique(hashes, return_index=True)[1]] = True
-    is_new &= ~np.isin(hashes, seen)
-    return is_new, np.union1d(seen, hashes)
+    is_new[position[~is_known]] = True
+    return is_new, np.insert(seen, place[~is_known], first[~is_known])  # one copy; sorting all again would grow with every block
 
 
 def all_rows(config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iterator[Row]:

@@ -86,6 +86,11 @@ def test_a_404_is_asked_once_and_a_503_again(server: Server) -> None:
     assert (server.asked["/missing/7.png"], server.asked["/dead/7.png"]) == (1, 3)
 
 
+def test_an_image_of_more_pixels_than_allowed_is_too_large_whatever_its_bytes(server: Server) -> None:
+    assert reason(f"{server.base}/good/1.png", replace(RULES, max_pixels=48 * 48 - 1)) == "too_large"
+    assert fetch_image(f"{server.base}/good/1.png", replace(RULES, max_pixels=48 * 48))
+
+
 def test_one_connection_serves_many_requests_even_after_errors(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     dialled: list[list[str]] = []
     original = fetch.dial

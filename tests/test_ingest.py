@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from flows import curate, ingest
+from flows import curate, ingest, sources
 from flows.curate import CurateConfig
 from flows.sources import DataConfig
 from infra.errors import CallerError, DataError, StorageError
@@ -214,6 +214,19 @@ def test_a_source_that_is_not_there_leaves_no_process_behind(tmp_path: Path) -> 
     with pytest.raises(CallerError):
         ingest.run(config_for({"kind": "folder", "path": str(tmp_path / "nowhere")}), tmp_path / "out", tmp_path / "work")
     assert workers_of(os.getpid()) == []
+
+
+def test_shards_have_equal_counts_whatever_the_blocks_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BLOCK_ROWS", 7)
+    lists = [
+        write_list(tmp_path / f"{name}.jsonl", [{"url": f"http://h/{name}{n}.png", "caption": "x"} for n in range(count)])
+        for name, count in (("a", 9), ("b", 1), ("c", 13))
+    ]
+    assert sources.write_url_table(config_for(*lists), tmp_path, tmp_path) == 23
+    feeds = ingest.write_feeds(pq.ParquetFile(tmp_path / "urls.parquet"), tmp_path / "pass-0", 10, 5)
+    assert [(number, rows) for number, _, rows in feeds] == [(10, 5), (11, 5), (12, 5), (13, 5), (14, 3)]
+    again = ingest.write_feeds(pq.ParquetFile(tmp_path / "urls.parquet"), tmp_path / "pass-0", 10, 5)
+    assert again == feeds
 
 
 def long_list(tmp_path: Path, server: Server, count: int = 120) -> DataConfig:
