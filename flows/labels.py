@@ -34,8 +34,9 @@ class Label:
 
 
 def concept_of(code_points: str) -> str:
-    """Return the concept id of code points written `1F1EB-FE0F-…`: lower case, no leading zeros, no variation selector."""
-    return "-".join(part for part in (p.lstrip("0") for p in code_points.lower().split("-")) if part != "fe0f")
+    """Return the concept id of code points written `1F1EB-FE0F-…` or with underscores: lower case, no leading zeros, no variation selector."""
+    parts = code_points.lower().replace("_", "-").split("-")
+    return "-".join(part for part in (each.lstrip("0") for each in parts) if part != "fe0f")
 
 
 def flag_concept(iso_code: str) -> str:

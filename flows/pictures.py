@@ -71,7 +71,9 @@ def read_datasource(folder: Path, labels: Labels) -> Iterator[Drawing]:
 def read_code_point_files(folder: Path, labels: Labels) -> Iterator[Drawing]:
     """Pictures named by their code points below `assets/` (@lobehub/fluent-emoji-3d)."""
     for file in sorted((folder / "assets").iterdir()):
-        yield Drawing(f"assets/{file.name}", concept_of(file.stem), file=file)
+        concept = concept_of(file.stem)
+        if concept in labels.by_concept:  # else nothing says what it shows
+            yield Drawing(f"assets/{file.name}", concept, file=file)
 
 
 def read_iconify(folder: Path, labels: Labels) -> Iterator[Drawing]:

@@ -58,7 +58,7 @@ def write_google(folder: Path) -> None:
 
 def write_fluent_3d(folder: Path) -> None:
     (folder / "assets").mkdir(parents=True)
-    for number, code in enumerate(["2764-fe0f", "1f34e", "1f44b", "1f44b-1f3fb"]):
+    for number, code in enumerate(["2764-fe0f", "1f34e", "1f44b", "1f44b-1f3fb", "1f9ff-1f9ff"]):
         cv2.imwrite(str(folder / "assets" / f"{code}.webp"), drawing(number + 20, 256))
 
 
