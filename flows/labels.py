@@ -34,7 +34,7 @@ class Label:
 
 
 def concept_of(code_points: str) -> str:
-    """Return the concept id of code points written `1F1EB-FE0F-…` or with underscores: lower case, no leading zeros, no variation selector."""
+    """Return the concept of code points joined by `-` or `_`: lower case, no leading zeros, no variation selector."""
     parts = code_points.lower().replace("_", "-").split("-")
     return "-".join(part for part in (each.lstrip("0") for each in parts) if part != "fe0f")
 

@@ -92,7 +92,7 @@ def read_iconify_words(folder: Path, labels: Labels) -> Iterator[Drawing]:
     icons = json.loads((folder / "icons.json").read_text())
     metadata = folder / "metadata.json"
     listed = json.loads(metadata.read_text()).get("categories", {}) if metadata.is_file() else {}
-    tags = {name: group.lower() for group, names in listed.items() for name in names}
+    tags = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", group).lower() for group, names in listed.items() for name in names}
     for name in icons["icons"]:
         words = re.sub(r"(?:-\d+|-rectangle|-(?:bold|thin))+$", "", name)
         concept = labels.by_slug.get(words, words)

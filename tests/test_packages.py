@@ -108,7 +108,9 @@ def test_only_a_name_with_an_exact_version_is_a_package(spec: str) -> None:
         split_spec(spec)
 
 
-@pytest.mark.parametrize("name", ["package/../../evil", "package/a/../../../evil", "/package/../evil", "/abs/evil", "package", "package/sub/../evil"])
+@pytest.mark.parametrize(
+    "name", ["package/../../evil", "package/a/../../../evil", "/package/../evil", "/abs/evil", "package", "package/sub/../evil"]
+)
 def test_a_path_that_leaves_the_folder_refuses_the_whole_archive(tmp_path: Path, name: str) -> None:
     bad = archive(tmp_path / "bad.tgz", [("package/fine", b"1"), (name, b"evil")])
     with pytest.raises(DataError, match="unsafe path"):

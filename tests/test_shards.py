@@ -30,8 +30,7 @@ def settings(base: str, **changes: Any) -> dict[str, Any]:
 
 def write_feed(path: Path, names: list[str]) -> Path:
     rows = [
-        dict.fromkeys(COLUMNS, "")
-        | {"captions": [name], "caption": name, "sample": f"key {name}", "url": f"http://127.0.0.1:80/m/{name}"}
+        dict.fromkeys(COLUMNS, "") | {"captions": [name], "caption": name, "sample": f"key {name}", "url": f"http://127.0.0.1:80/m/{name}"}
         for name in names
     ]
     with pa.ipc.new_file(path, ingest.FEED) as writer:
