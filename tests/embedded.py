@@ -1,0 +1,41 @@
+"""Writes a small embed folder: clustered unit vectors, texts near their pictures, metadata in the same order."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.tables import EMBEDDED
+
+
+def vectors(count: int, dim: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float16]]:
+    """Return float16 unit vectors (N, D) around forty centres."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(40, dim))
+    made = centres[rng.integers(0, 40, count)] + 0.7 * rng.normal(size=(count, dim))
+    return np.asarray(made / np.linalg.norm(made, axis=1, keepdims=True), np.float16)
+
+
+def write_embed(folder: Path, count: int = 1500, dim: int = 32, parts: int = 2, copies: int = 1) -> np.ndarray[Any, np.dtype[np.float16]]:
+    """Write the folder in `parts` files of each kind and return the image vectors; each picture stands there `copies` times in a row."""
+    image = np.repeat(vectors(-(-count // copies), dim), copies, axis=0)[:count]
+    text = vectors(count, dim, seed=1)
+    rows = [
+        dict.fromkeys(EMBEDDED.names, "")
+        | {"key": f"k{i:06d}", "origin": f"https://example.org/{i}.png", "caption": f"picture {i}", "captions": [f"picture {i}"]}
+        | {"sha256": hashlib.sha256(str(i // copies).encode()).hexdigest(), "offset": i, "size_bytes": 1, "width_px": 8, "height_px": 8}
+        for i in range(count)
+    ]
+    for name in ("img_emb", "text_emb", "metadata"):
+        (folder / name).mkdir(parents=True)
+    for part, ids in enumerate(np.array_split(np.arange(count), parts)):
+        np.save(folder / "img_emb" / f"img_emb_{part:04d}.npy", image[ids])
+        np.save(folder / "text_emb" / f"text_emb_{part:04d}.npy", text[ids])
+        table = pa.Table.from_pylist([rows[i] for i in ids], schema=EMBEDDED)
+        pq.write_table(table, folder / "metadata" / f"metadata_{part:04d}.parquet")
+    (folder / "facts.json").write_text(json.dumps({"clip_key": "abc", "dim": dim, "count": count}))
+    return image

@@ -1,0 +1,223 @@
+"""The index agrees with brute force whatever its kind, its rows stay with their metadata, and bad queries are refused."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from indexing.index import FLAT_BELOW, MODALITIES, Index, IndexConfig, build, choose_factory, hot_bytes
+from infra.errors import CallerError, DataError
+from tests.embedded import vectors, write_embed
+
+COUNT, DIM = 1500, 32
+FACTORIES = ("Flat", "IVF38,Flat", "IVF38,SQ8", "IVF38,RaBitQfs,Refine(SQ8)")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    faiss.omp_set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def embed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("embed")
+    write_embed(folder, COUNT, DIM)
+    return folder
+
+
+@pytest.fixture(scope="module", params=FACTORIES)
+def folder(request: pytest.FixtureRequest, embed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    faiss.omp_set_num_threads(1)
+    out = tmp_path_factory.mktemp("index")
+    build(IndexConfig(factory=request.param, queries=64), embed, out)
+    return out
+
+
+def exact(embed: Path, modality: str) -> np.ndarray:
+    name = {"image": "img_emb", "text": "text_emb"}[modality]
+    return np.concatenate([np.load(file) for file in sorted((embed / name).glob("*.npy"))]).astype(np.float32)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_every_kind_finds_what_brute_force_finds(folder: Path, embed: Path, modality: str) -> None:
+    queries = vectors(50, DIM, seed=7).astype(np.float32)
+    scores, rows = Index.open(folder).search(queries, 10, modality)
+    truth = queries @ exact(embed, modality).T
+    best = np.argsort(-truth, axis=1)[:, :10]
+    shared = [len(set(found) & set(right)) / 10 for found, right in zip(rows.tolist(), best.tolist(), strict=True)]
+    assert np.mean(shared) >= 0.9
+    assert (np.diff(scores, axis=1) <= 1e-6).all()
+    assert np.allclose(scores, np.take_along_axis(truth, rows, axis=1), atol=0.03)
+
+
+def test_flat_is_exact(embed: Path, tmp_path: Path) -> None:
+    counts = build(IndexConfig(), embed, tmp_path)
+    queries = vectors(50, DIM, seed=7).astype(np.float32)
+    scores, _ = Index.open(tmp_path).search(queries, 10)
+    assert np.allclose(scores, -np.sort(-(queries @ exact(embed, "image").T), axis=1)[:, :10], atol=1e-5)
+    assert counts == {"in": COUNT, "out": COUNT, "dropped": {}, "factory": "Flat", "recall": 1.0}
+
+
+def test_the_reported_recall_is_that_of_the_opened_index(folder: Path, embed: Path) -> None:
+    facts = json.loads((folder / "index.json").read_text())
+    sampled = np.sort(np.random.default_rng(0).choice(COUNT, 64, replace=False))
+    truth = exact(embed, "image")
+    recalls = []
+    for modality in MODALITIES:  # queries of both kinds on the image index
+        queries = exact(embed, modality)[sampled]
+        _, rows = Index.open(folder).search(queries, 10)
+        best = np.argsort(-(queries @ truth.T), axis=1)[:, :10]
+        recalls.append(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), best.tolist(), strict=True)]))
+    assert facts["image"]["recall@10"] == pytest.approx(min(recalls), abs=0.01)
+    assert facts["recall@10"] == min(facts[modality]["recall@10"] for modality in MODALITIES)
+    assert facts["target_met"] and facts["recall@10"] >= 0.95
+    assert facts["bytes"] == sum((folder / f"{modality}.index").stat().st_size for modality in MODALITIES)
+
+
+def test_a_higher_target_probes_more_cells(embed: Path, tmp_path: Path) -> None:
+    nprobes = []
+    for target in (0.3, 0.999):
+        out = tmp_path / str(target)
+        out.mkdir()
+        build(IndexConfig(factory="IVF38,Flat", recall_target=target, queries=64), embed, out)
+        nprobes.append(json.loads((out / "index.json").read_text())["nprobe"])
+    assert nprobes[0] < nprobes[1] <= 38
+
+
+def test_every_row_stands_beside_its_metadata(folder: Path, embed: Path) -> None:
+    index = Index.open(folder)
+    rows = np.array([COUNT - 1, 0, COUNT // 2 - 1, COUNT // 2, 3])  # out of order and across both files
+    _, found = index.search(exact(embed, "image")[rows], 1)
+    assert found[:, 0].tolist() == rows.tolist()
+    assert [row["key"] for row in index.metadata(found[:, 0])] == [f"k{row:06d}" for row in rows]
+    assert index.clip_key == "abc"
+
+
+@pytest.mark.parametrize("row", [-1, COUNT])
+def test_metadata_refuses_a_row_that_is_not_there(folder: Path, row: int) -> None:
+    with pytest.raises(IndexError, match=f"row {row}"):
+        Index.open(folder).metadata([0, row])
+
+
+@pytest.mark.parametrize("k", [500, COUNT, COUNT + 1, 10**9])
+def test_a_large_k_gives_every_row_at_most_once(folder: Path, k: int) -> None:
+    scores, rows = Index.open(folder).search(vectors(3, DIM, seed=5), k)
+    wanted = min(k, COUNT)
+    assert scores.shape == rows.shape == (3, wanted)
+    assert rows.min() >= 0
+    assert all(len(set(each)) == wanted for each in rows.tolist())
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        (np.full((1, DIM), np.nan), "NaN"),
+        (np.full((1, DIM), np.inf), "infinity"),
+        (np.ones((1, DIM + 1)), r"\(1, 33\)"),
+        (np.ones(DIM), r"shape \(32,\)"),
+        (np.ones((1, 1, DIM)), r"\(1, 1, 32\)"),
+        ([["a"] * DIM], "numbers"),
+        ([[1.0], [1.0, 2.0]], "numbers"),
+        (None, "shape"),
+    ],
+)
+def test_a_bad_query_is_refused_in_one_line(folder: Path, query: object, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as refused:
+        Index.open(folder).search(query, 5)  # type: ignore[arg-type]
+    assert "\n" not in str(refused.value)
+
+
+def test_a_bad_k_or_modality_is_refused(folder: Path) -> None:
+    index = Index.open(folder)
+    with pytest.raises(ValueError, match="k = 0"):
+        index.search(np.ones((1, DIM)), 0)
+    with pytest.raises(ValueError, match="sound"):
+        index.search(np.ones((1, DIM)), 1, "sound")  # type: ignore[arg-type]
+
+
+def test_no_queries_give_no_rows(folder: Path) -> None:
+    scores, rows = Index.open(folder).search(np.empty((0, DIM)), 5)
+    assert scores.shape == rows.shape == (0, 5)
+
+
+def test_threads_share_an_index(folder: Path) -> None:
+    index = Index.open(folder)
+    queries = vectors(40, DIM, seed=3).astype(np.float32)
+    alone = [index.search(query[None], k)[1].tolist() for query in queries for k in (3, 800)]
+    with ThreadPoolExecutor(4) as pool:
+        together = pool.map(lambda asked: index.search(asked[0][None], asked[1])[1].tolist(), [(q, k) for q in queries for k in (3, 800)])
+        assert list(together) == alone
+
+
+def test_the_rule_takes_the_largest_kind_that_fits() -> None:
+    assert choose_factory(FLAT_BELOW - 1, 512, 2**31) == "Flat"
+    assert choose_factory(FLAT_BELOW, 512, 2**31) == "IVF512,Flat"
+    assert choose_factory(200_000, 512, 2**30) == "IVF1789,Flat"
+    assert choose_factory(200_000, 512, 2**28) == "IVF1789,SQ8"
+    assert choose_factory(200_000, 512, 2**26) == "IVF1789,RaBitQfs,Refine(SQ8)"
+    with pytest.raises(CallerError, match=r"memory_bytes = 1000 .* set it to (\d+) or more") as refused:
+        choose_factory(200_000, 512, 1000)
+    named = int(str(refused.value).split("set it to ")[1].split()[0])
+    assert choose_factory(200_000, 512, named) == "IVF1789,RaBitQfs,Refine(SQ8)"
+
+
+@pytest.mark.parametrize("count", [1, 2, 38, 39, 100])
+def test_few_vectors_build_whatever_the_memory(tmp_path: Path, count: int) -> None:
+    write_embed(tmp_path / "embed", count, 16, parts=1)
+    for memory in {2 * hot_bytes(kind, count, 16) for kind in ("Flat", f"IVF{max(1, count // 39)},SQ8")}:
+        out = tmp_path / str(memory)
+        out.mkdir()
+        build(IndexConfig(memory_bytes=memory), tmp_path / "embed", out)
+        assert Index.open(out).search(np.ones((1, 16)), 10)[1].shape == (1, min(10, count))
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_the_rule_knows_what_a_kind_takes(embed: Path, factory: str) -> None:
+    index = faiss.index_factory(DIM, factory.removesuffix(",Refine(SQ8)"), faiss.METRIC_INNER_PRODUCT)
+    given = exact(embed, "image")
+    index.train(given)
+    index.add(given)
+    assert len(faiss.serialize_index(index)) == pytest.approx(hot_bytes(factory, COUNT, DIM), rel=0.1)
+
+
+@pytest.mark.parametrize("factory", ["HNSW32", "IVF0,Flat", "IVF16", "IVF16,PQ8", "flat", "Flat\n"])
+def test_an_unknown_factory_is_refused(factory: str) -> None:
+    with pytest.raises(ValidationError):
+        IndexConfig(factory=factory)
+
+
+def test_more_cells_than_vectors_are_refused(embed: Path, tmp_path: Path) -> None:
+    with pytest.raises(CallerError, match="factory = IVF2000,Flat"):
+        build(IndexConfig(factory="IVF2000,Flat"), embed, tmp_path)
+
+
+def test_embeddings_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    write_embed(tmp_path, 100, 16)
+    facts = {"clip_key": "abc", "dim": 16, "count": 100}
+    for wrong, says in (({"count": 0}, "nothing to index"), ({"count": 99}, "99 vectors"), ({"dim": 8}, "of 8")):
+        (tmp_path / "facts.json").write_text(json.dumps(facts | wrong))
+        with pytest.raises(DataError, match=says):
+            build(IndexConfig(), tmp_path, tmp_path)
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    np.save(tmp_path / "text_emb" / "text_emb_0001.npy", np.full((50, 16), np.nan, np.float16))
+    with pytest.raises(DataError, match="NaN"):
+        build(IndexConfig(), tmp_path, tmp_path)
+    (tmp_path / "metadata" / "metadata_0001.parquet").unlink()
+    with pytest.raises(DataError, match="50 rows of metadata for 100"):
+        build(IndexConfig(), tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["index.json", "image.index", "metadata.arrow"])
+def test_a_damaged_folder_is_not_opened(embed: Path, tmp_path: Path, file: str) -> None:
+    build(IndexConfig(), embed, tmp_path)
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="build it again"):
+        Index.open(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(DataError, match="build it again"):
+        Index.open(tmp_path)
