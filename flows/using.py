@@ -35,18 +35,13 @@ def search(
     record = find_run(opened, run)
     index_folder, clip_folder = committed_of(opened, record, "index").local(), committed_of(opened, record, "clip").local()
     from indexing.index import Index
-
+    from indexing.search import search as nearest
     from training import embed
 
-    query = embed.embed_texts(clip_folder, [text]) if text is not None else embed.embed_images(clip_folder, [image])
-    index = Index.open(index_folder)
-    scores, rows = index.search(query, k)
-    found = [
-        {"key": row["key"], "score": round(float(score), 4), "caption": row["caption"], "url": row["origin"]}
-        for score, row in zip(scores[0], index.metadata(rows[0]), strict=True)
-    ]
+    query = embed.embed_images(clip_folder, [image]) if image is not None else embed.embed_texts(clip_folder, [text or ""])
+    found = nearest(Index.open(index_folder), query, k)
     if as_json:
-        print_json(found)
+        print_json([each | {"score": round(each["score"], 4)} for each in found])
         return
     for each in found:
         print(f"{each['score']:.3f}  {each['caption']}  {each['url']}")
