@@ -1,0 +1,53 @@
+"""Hands the evaluation what it needs from both sisters: manifests and metrics, the trained system's callables, embeddings and shards.
+
+No figure is computed here: `indexing.evaluate` does that, and knows the models only as plain callables.
+"""
+
+import json
+from typing import Any
+
+from flows.stages import Counts, StageJob
+from infra.progress import Progress
+
+TRAINED = ("clip", "prior", "decoder")
+
+
+def run(job: StageJob) -> Counts:
+    """Evaluate the run's models on the held-out pairs and write `report.html`, `report.json` and the pictures."""
+    from indexing.evaluate import evaluate
+
+    from training.generate import Unclip
+
+    folders = {name: committed.local() for name, committed in job.inputs.items()}
+    model = Unclip.load(folders["clip"], folders["prior"], folders["decoder"])
+    config = job.config.evaluate
+    metrics = {name: read_metrics(folders[name] / "metrics.jsonl") for name in TRAINED}
+    stages = [committed.manifest for committed in job.inputs.values()]
+    with Progress("evaluate", None, "pictures drawn") as progress:
+        drawn = 0
+
+        def generate(prompts: list[str], count: int, seed: int) -> Any:
+            nonlocal drawn
+            pictures = model.generate(prompts, count, seed, config.steps, config.guidance)
+            drawn += len(prompts) * count
+            progress.update(drawn)
+            return pictures
+
+        figures = evaluate(
+            config,
+            {"config": job.config.model_dump(mode="json")},
+            stages,
+            metrics,
+            folders["embed"],
+            folders["ingest"] / "shards",
+            model.encode_texts,
+            model.encode_images,
+            generate,
+            job.out,
+        )
+    return {"in": job.inputs["embed"].manifest["counts"]["out"], "out": drawn, "dropped": {}, "figures": figures["zero_shot"]}
+
+
+def read_metrics(path: Any) -> list[dict[str, Any]]:
+    """Read a `metrics.jsonl` whole."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

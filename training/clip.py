@@ -1,0 +1,201 @@
+"""CLIP: an image and a text tower, their symmetric contrastive loss, and how a trained one is read and written.
+
+Two image towers: the paper's ViT, and a small residual convolutional net, which learns far more in minutes on a CPU at 32 px.
+Knows nothing of files of pictures, Ray or the index.
+Legend: B batch, N tokens, D width, E embedding dimensions, C channels.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from infra.settings import Section
+from training.loop import LoopConfig
+from training.parallel import gather
+from training.tokenizer import END, PAD, Tokenizer
+from training.transformer import Block, TextEncoder
+
+LOGIT_SCALE_START, LOGIT_SCALE_MAX = math.log(1 / 0.07), math.log(100)  # Radford et al. 2021, section 2.5
+PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
+
+
+class ClipConfig(LoopConfig):
+    """The two towers and their training (Radford et al. 2021)."""
+
+    image_size_px: int = Field(default=32, ge=16, le=1024)
+    """Side of the pictures that the image tower sees; others are resized by area."""
+    image_tower: Literal["conv", "vit"] = "conv"
+    """`conv`: residual convolutions, for small pictures and budgets; `vit`: the vision transformer."""
+    width: int = Field(default=64, ge=16, le=8192)
+    """Image tower: channels at half the picture's side (conv; doubled twice further down), or the transformer's width (vit)."""
+    depth: int = Field(default=2, ge=1, le=64)
+    """Image tower: residual blocks at each of three resolutions (conv), or transformer blocks (vit; unCLIP: 32)."""
+    patch_px: int = Field(default=8, ge=1, le=64)
+    """Side of a patch (vit only; unCLIP: 16)."""
+    text_width: int = Field(default=128, ge=16, le=8192)
+    """Width of the text tower; unCLIP: 1024."""
+    text_depth: int = Field(default=2, ge=1, le=64)
+    """Blocks of the text tower; unCLIP: 24."""
+    embed_dim: int = Field(default=128, ge=8, le=4096)
+    """Dimensions of the shared embedding."""
+    style_captions: bool = True
+    """Train on all phrasings of a picture, one drawn anew each time it is seen; otherwise on the first one only."""
+
+
+class ConvTower(nn.Module):
+    """Residual 3x3 convolutions at a half, a quarter and an eighth of the side, averaged over places."""
+
+    def __init__(self, width: int, depth: int, embed_dim: int) -> None:
+        super().__init__()
+        widths = (width, 2 * width, 4 * width)
+        self.stem = nn.Conv2d(3, width, 4, stride=2, padding=1)
+        stages: list[nn.Module] = []
+        before = width
+        for place, after in enumerate(widths):
+            if place:
+                stages.append(nn.Conv2d(before, after, 2, stride=2))
+            stages += [ConvBlock(after) for _ in range(depth)]
+            before = after
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.LayerNorm(before)
+        self.project = nn.Linear(before, embed_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, 3, S, S) to (B, E)."""
+        x = self.stages(self.stem(x.contiguous(memory_format=torch.channels_last)))
+        return self.project(self.norm(x.mean((2, 3))))  # (B, C, S/8, S/8) -> (B, C) -> (B, E)
+
+
+class ConvBlock(nn.Module):
+    """norm, conv, GELU, conv; the last starts at zero, so that a deep tower starts as a shallow one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.conv_1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv_2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, S, S) to the same shape."""
+        return x + self.conv_2(F.gelu(self.conv_1(self.norm(x))))
+
+
+class VitTower(nn.Module):
+    """The vision transformer of CLIP: patches, a class token, pre-norm blocks, read at the class token."""
+
+    def __init__(self, side_px: int, patch_px: int, width: int, depth: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch_px, stride=patch_px, bias=False)
+        self.class_token = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.positions = nn.Parameter(torch.randn((side_px // patch_px) ** 2 + 1, width) * width**-0.5)
+        self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.blocks = nn.Sequential(*(Block(width, is_causal=False) for _ in range(depth)))
+        self.project = nn.Linear(width, embed_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, 3, S, S) to (B, E)."""
+        x = self.patches(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1) + self.positions
+        return self.project(self.norm_out(self.blocks(self.norm_in(x))[:, 0]))
+
+
+class CLIP(nn.Module):
+    """Embeds pictures and texts into one space; `encode_*` return unit vectors in float32."""
+
+    def __init__(self, config: ClipConfig, vocab_size: int, context: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.context = config, vocab_size, context
+        self.image: nn.Module
+        if config.image_tower == "conv":
+            self.image = ConvTower(config.width, config.depth, config.embed_dim).to(memory_format=torch.channels_last)
+        else:
+            self.image = VitTower(config.image_size_px, config.patch_px, config.width, config.depth, config.embed_dim)
+        self.text = TextEncoder(vocab_size, context, config.text_width, config.text_depth)
+        self.text_project = nn.Linear(config.text_width, config.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_START))
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Embed pictures, float (B, 3, S, S) in [-1, 1], as unit vectors (B, E)."""
+        x = (pixels * 0.5 + (0.5 - PIXEL_MEAN)) / PIXEL_STD
+        return F.normalize(self.image(x).float(), dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Embed texts, ids (B, N), read at the end-of-text token, as unit vectors (B, E)."""
+        hidden = self.text(ids)
+        ends = (ids == END).int().argmax(1)
+        return F.normalize(self.text_project(hidden[torch.arange(len(ids)), ends]).float(), dim=-1)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the temperature at or above 1 / 100 (Radford et al. 2021, section 2.5); call after every step."""
+        self.logit_scale.clamp_(max=LOGIT_SCALE_MAX)
+
+
+def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric cross entropy over the cosine similarities of all workers' pairs (Radford et al. 2021, fig. 3).
+
+    image and text are this worker's unit vectors (b, E). Each worker scores its own rows against everybody's columns, so memory is
+    linear in the global batch, and the mean over workers is the single-process loss with the same gradients.
+    """
+    all_image, all_text, first = gather(image), gather(text), _first_row(len(image))
+    target = torch.arange(first, first + len(image), device=image.device)
+    scale = logit_scale.exp()
+    return (F.cross_entropy(scale * image @ all_text.T, target) + F.cross_entropy(scale * text @ all_image.T, target)) / 2
+
+
+def _first_row(count: int) -> int:
+    dist = torch.distributed
+    return dist.get_rank() * count if dist.is_available() and dist.is_initialized() else 0
+
+
+def to_pixels(images: Tensor, side_px: int) -> Tensor:
+    """Turn pictures, uint8 (B, H, W, 3), into float32 (B, 3, S, S) in [-1, 1], resized by area where the side differs."""
+    x = images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return x if x.shape[-2:] == (side_px, side_px) else F.interpolate(x, (side_px, side_px), mode="area")
+
+
+def count_parameters(config: ClipConfig, vocab_size: int, context: int = 77) -> int:
+    """Count the parameters of both towers without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in CLIP(config, vocab_size, context).parameters())
+
+
+def load(folder: Path) -> tuple[CLIP, Tokenizer]:
+    """Read a trained CLIP (its averaged weights) and its tokenizer from a `clip` stage's folder, in evaluation mode."""
+    facts = json.loads((folder / "config.json").read_text())
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    model = CLIP(ClipConfig.model_validate(facts["clip"]), facts["vocab_size"], facts["context"])
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    return model.eval().requires_grad_(False), tokenizer
+
+
+@torch.no_grad()
+def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: list[str], batch: int = 512) -> Tensor:
+    """Embed texts in batches of like length (no padding work), unit vectors float32 (len(texts), E) on the CPU."""
+    device = model.logit_scale.device
+    ids = tokenizer(texts)
+    lengths = (ids != PAD).sum(1)
+    order = lengths.argsort()
+    found = torch.empty(len(texts), model.config.embed_dim)
+    for start in range(0, len(texts), batch):
+        rows = order[start : start + batch]
+        found[rows] = model.encode_text(ids[rows, : int(lengths[rows].max())].to(device)).cpu()
+    return found
+
+
+@torch.no_grad()
+def embed_images(model: CLIP, images: Tensor, batch: int = 512) -> Tensor:
+    """Embed pictures, uint8 (B, H, W, 3), as unit vectors float32 (B, E) on the CPU."""
+    device = model.logit_scale.device
+    found = [torch.empty(0, model.config.embed_dim)]
+    for part in images.split(batch):
+        found.append(model.encode_image(to_pixels(part.to(device), model.config.image_size_px)).cpu())
+    return torch.cat(found)

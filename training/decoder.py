@@ -1,0 +1,250 @@
+"""The decoder: a U-Net that draws a picture from a CLIP image embedding z_i and a caption (unCLIP, section 2.1; GLIDE's U-Net).
+
+z_i is added to the timestep embedding and becomes extra context tokens behind the caption's; image tokens attend to both. The network
+predicts v. Knows nothing of CLIP's weights and of files.
+Legend: B batch, N context tokens, D width, E embedding dimensions, C channels, S side, H heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from training import samplers
+from training.clip import ClipConfig
+from training.diffusion import Schedule, as_denoise, min_snr_weight, simple_loss, training_target
+from training.loop import LoopConfig, Step
+from training.noise import generators, noise
+from training.prior import NULL_TEXT
+from training.tokenizer import PAD
+from training.transformer import TextEncoder, heads_of, time_features
+
+DROP_Z, DROP_TEXT, TIME, NOISE = 1, 2, 3, 4  # streams of randomness in a step
+GROUPS = 8
+
+
+class DecoderConfig(LoopConfig):
+    """The decoder and its training (unCLIP, table 3: 3.5B parameters at 64 px)."""
+
+    image_size_px: int = Field(default=32, ge=8, le=1024)
+    """Side of the pictures that it draws; unCLIP: 64."""
+    patch_px: int = Field(default=2, ge=1, le=8)
+    """Pixels folded into channels at the entrance and unfolded at the exit: 2 makes every step four times cheaper. unCLIP: 1."""
+    width: int = Field(default=64, ge=GROUPS, le=4096)
+    """Channels at the first resolution; unCLIP: 512."""
+    multiples: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1, max_length=6)
+    """Channels at each resolution, times `width`, halving the side each time; unCLIP: 1, 2, 3, 4."""
+    depth: int = Field(default=1, ge=1, le=8)
+    """Residual blocks at each resolution; unCLIP: 3."""
+    attention_px: tuple[int, ...] = (8, 4)
+    """Sides (after folding) at which places attend to each other and to the context; unCLIP: 32, 16, 8."""
+    text_width: int = Field(default=128, ge=16, le=8192)
+    """Width of the caption encoder; unCLIP: 2048."""
+    text_depth: int = Field(default=1, ge=0, le=64)
+    """Blocks of the caption encoder; unCLIP: 24."""
+    z_tokens: int = Field(default=4, ge=0, le=64)
+    """Context tokens made from z_i."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """In the residual blocks; unCLIP: 0.1."""
+    T: int = Field(default=1000, ge=2, le=100_000)
+    """Diffusion steps of the cosine schedule."""
+    min_snr_gamma: float = Field(default=5.0, gt=0)
+    """Bound of the signal-to-noise weight (Hang et al. 2023)."""
+    z_drop: float = Field(default=0.1, ge=0, le=1)
+    """Share of samples trained without z_i."""
+    text_drop: float = Field(default=0.5, ge=0, le=1)
+    """Share of samples trained without caption."""
+    sampling_steps: int = Field(default=20, ge=1, le=1000)
+    """Steps of DPM-Solver++ at sampling; unCLIP: 250 ancestral ones."""
+    guidance: float = Field(default=2.0, ge=0, le=50)
+    """Classifier-free guidance at sampling; 1 is none."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch is conditioned on, computed once for all steps: z_i's part of the time embedding, context tokens, which are real."""
+
+    added: Tensor  # (B, 4D)
+    context: Tensor  # (B, N, D_text)
+    is_key: Tensor  # bool (B, N)
+
+
+class ResBlock(nn.Module):
+    """norm, conv, modulation by the time embedding, conv; the last starts at zero (Dhariwal & Nichol 2021)."""
+
+    def __init__(self, before: int, after: int, added: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.GroupNorm(GROUPS, before), nn.GroupNorm(GROUPS, after)
+        self.conv_1, self.conv_2 = nn.Conv2d(before, after, 3, padding=1), nn.Conv2d(after, after, 3, padding=1)
+        self.modulate = nn.Linear(added, 2 * after)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+        nn.init.zeros_(self.conv_2.weight)
+
+    def forward(self, x: Tensor, added: Tensor) -> Tensor:
+        """Map (B, C, S, S) to (B, C', S, S)."""
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        scale, shift = self.modulate(added)[:, :, None, None].chunk(2, 1)
+        h = self.conv_2(self.dropout(F.silu(self.norm_2(h) * (1 + scale) + shift)))
+        return self.skip(x) + h
+
+
+class ContextAttention(nn.Module):
+    """Places attend to each other and to the context tokens in one softmax (GLIDE)."""
+
+    def __init__(self, width: int, text_width: int) -> None:
+        super().__init__()
+        self.heads = heads_of(width)
+        self.norm, self.norm_context = nn.GroupNorm(GROUPS, width), nn.LayerNorm(text_width)
+        self.qkv, self.kv = nn.Linear(width, 3 * width), nn.Linear(text_width, 2 * width)
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        """Map (B, C, S, S) to the same shape."""
+        B, C, S, _ = x.shape
+        places = self.norm(x).flatten(2).transpose(1, 2)  # (B, S*S, C)
+        q, k, v = self.qkv(places).view(B, S * S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        k_c, v_c = self.kv(self.norm_context(condition.context)).view(B, -1, 2, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        mask = torch.cat([condition.is_key.new_ones(B, S * S), condition.is_key], 1)[:, None, None]
+        y = F.scaled_dot_product_attention(q, torch.cat([k, k_c], 2), torch.cat([v, v_c], 2), attn_mask=mask.expand(B, 1, S * S, -1))
+        y = self.out(y.transpose(1, 2).reshape(B, S * S, C))
+        return x + y.transpose(1, 2).reshape(B, C, S, S)
+
+
+class Decoder(nn.Module):
+    """The U-Net with its caption encoder and its sampling."""
+
+    def __init__(self, config: DecoderConfig, embed_dim: int, vocab_size: int, context: int) -> None:
+        super().__init__()
+        self.config, self.schedule = config, Schedule.cosine(config.T)
+        added, widths = 4 * config.width, [config.width * multiple for multiple in config.multiples]
+        self.text = TextEncoder(vocab_size, context, config.text_width, config.text_depth)
+        self.null_z = nn.Parameter(torch.randn(embed_dim) * embed_dim**-0.5)
+        self.z_to_added = nn.Linear(embed_dim, added)
+        self.z_to_tokens = nn.Linear(embed_dim, config.z_tokens * config.text_width)
+        self.text_to_added = nn.Linear(config.text_width, added)
+        self.time = nn.Sequential(nn.Linear(config.width, added), nn.SiLU(), nn.Linear(added, added))
+        self.z_scale = embed_dim**0.5
+        folded = 3 * config.patch_px**2
+        self.enter = nn.Conv2d(folded, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        side, before, skips = config.image_size_px // config.patch_px, widths[0], [widths[0]]
+        for place, after in enumerate(widths):
+            for _ in range(config.depth):
+                self.down.append(self._level(before, after, side, added))
+                before = after
+                skips.append(after)
+            if place < len(widths) - 1:
+                self.down.append(nn.Conv2d(after, after, 3, stride=2, padding=1))
+                skips.append(after)
+                side //= 2
+        self.middle = nn.ModuleList([self._level(before, before, side, added), ResBlock(before, before, added, config.dropout)])
+        for place, after in reversed(list(enumerate(widths))):
+            for _ in range(config.depth + 1):
+                self.up.append(self._level(before + skips.pop(), after, side, added))
+                before = after
+            if place:
+                self.up.append(Upsample(before))
+                side *= 2
+        self.norm, self.leave = nn.GroupNorm(GROUPS, before), nn.Conv2d(before, folded, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)
+        self.to(memory_format=torch.channels_last)
+
+    def _level(self, before: int, after: int, side: int, added: int) -> nn.Module:
+        config = self.config
+        block = ResBlock(before, after, added, config.dropout)
+        return nn.ModuleList([block, ContextAttention(after, config.text_width)]) if side in config.attention_px else block
+
+    def condition(self, z_i: Tensor, ids: Tensor, drop_z: Tensor | None = None, drop_text: Tensor | None = None) -> Condition:
+        """Encode unit vectors z_i (B, E) and caption ids (B, N); dropped rows, bool (B,), get the null z and the empty caption."""
+        z = z_i * self.z_scale
+        if drop_z is not None:
+            z = torch.where(drop_z[:, None], self.null_z * self.z_scale, z)
+        if drop_text is not None:
+            null = torch.full_like(ids, PAD)
+            null[:, :2] = NULL_TEXT.to(ids.device)
+            ids = torch.where(drop_text[:, None], null, ids)
+        is_word = ids != PAD
+        hidden = self.text(ids)
+        pooled = (hidden * is_word[..., None]).sum(1) / is_word.sum(1, keepdim=True)
+        tokens = self.z_to_tokens(z).view(len(z), self.config.z_tokens, -1)
+        context = torch.cat([hidden, tokens], 1)
+        is_key = torch.cat([is_word, is_word.new_ones(len(z), self.config.z_tokens)], 1)
+        return Condition(self.z_to_added(z) + self.text_to_added(pooled), context, is_key)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Predict v, float32 (B, 3, S, S), from noised pictures in [-1, 1] (B, 3, S, S) and times (B,)."""
+        added = F.silu(self.time(time_features(t, self.config.width)) + condition.added)
+        x = F.pixel_unshuffle(x_t, self.config.patch_px).contiguous(memory_format=torch.channels_last)
+        x = self.enter(x)
+        skips = [x]
+        for layer in self.down:
+            x = self._run(layer, x, added, condition)
+            skips.append(x)
+        for layer in self.middle:
+            x = self._run(layer, x, added, condition)
+        for layer in self.up:
+            if not isinstance(layer, Upsample):
+                x = torch.cat([x, skips.pop()], 1)
+            x = self._run(layer, x, added, condition)
+        x = self.leave(F.silu(self.norm(x)))
+        return F.pixel_shuffle(x, self.config.patch_px).float().contiguous()
+
+    @staticmethod
+    def _run(layer: nn.Module, x: Tensor, added: Tensor, condition: Condition) -> Tensor:
+        if isinstance(layer, nn.ModuleList):
+            return layer[1](layer[0](x, added), condition)
+        return layer(x, added) if isinstance(layer, ResBlock) else layer(x)
+
+    def loss(self, step: Step, x_0: Tensor, z_i: Tensor, ids: Tensor) -> Tensor:
+        """Min-SNR weighted loss of pictures x_0 in [-1, 1], (b, 3, S, S), with unit vectors z_i (b, E) and caption ids (b, N)."""
+        config, device = self.config, x_0.device
+        drop_z, drop_text = step.uniform(DROP_Z) < config.z_drop, step.uniform(DROP_TEXT) < config.text_drop
+        t = (1 + step.uniform(TIME) * config.T).long().clamp_(max=config.T).to(device)
+        eps = step.normal(NOISE, *x_0.shape[1:]).to(device)
+        prediction = self(
+            self.schedule.q_sample(x_0, t, eps), t, self.condition(z_i, ids, drop_z.to(device), drop_text.to(device))
+        )
+        target = training_target(self.schedule, x_0, eps, t, "v")
+        return simple_loss(prediction, target, min_snr_weight(self.schedule, t, config.min_snr_gamma, "v"))
+
+    @torch.no_grad()
+    def sample(
+        self, z_i: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, guidance: float | None = None
+    ) -> Tensor:
+        """Draw a picture, float32 (B, 3, S, S) in [-1, 1], for every row of z_i (B, E), ids (B, N) and seeds; rows do not affect each other."""
+        w = self.config.guidance if guidance is None else guidance
+        S = self.config.image_size_px
+        x_T = noise((len(z_i), 3, S, S), generators(seeds), z_i.device)
+        denoise = self.guided_denoise(z_i, ids, w)
+        return samplers.dpm_solver(denoise, x_T, self.schedule, steps or self.config.sampling_steps).clamp_(-1, 1)
+
+    def guided_denoise(self, z_i: Tensor, ids: Tensor, w: float) -> samplers.Denoise:
+        """Return `denoise(x_t, t) -> x_0` under these conditions, guided with weight w in one network call a step."""
+        if w == 1:
+            condition = self.condition(z_i, ids)
+            return as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, "v", clip=1.0)
+        drop = torch.arange(2 * len(z_i), device=z_i.device) >= len(z_i)
+        condition = self.condition(z_i.repeat(2, 1), ids.repeat(2, 1), drop, drop)
+        return samplers.guided(as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, "v"), w, clip=1.0)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, S, S) to (B, C, 2S, 2S)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def count_parameters(config: DecoderConfig, clip: ClipConfig, vocab_size: int, context: int = 77) -> int:
+    """Count the decoder's parameters without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Decoder(config, clip.embed_dim, vocab_size, context).parameters())

@@ -1,0 +1,103 @@
+"""Embeds every kept picture and its first caption with the run's frozen CLIP, in clip-retrieval's layout.
+
+Reads curate's keep list, ingest's shards and a `clip` folder; writes `img_emb/`, `text_emb/` (float16, unit rows), `metadata/` and
+`facts.json`. Parts are embedded by Ray tasks and renamed into place, so a killed run keeps the parts it has.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from pydantic import Field
+
+from infra.cluster import ClusterConfig
+from infra.errors import CallerError, DataError
+from infra.progress import Progress
+from infra.settings import Section
+from training import clip as clip_model
+from training.pictures import Pictures, decode, read_table
+
+
+class EmbedConfig(Section):
+    """How embeddings are made."""
+
+    rows_per_part: int = Field(default=100_000, ge=1)
+    """Rows of one file of embeddings."""
+    batch_size: int = Field(default=256, ge=1)
+    """Pictures or captions that go through CLIP at once."""
+
+    outside_key: ClassVar[frozenset[str]] = frozenset({"batch_size"})
+
+
+def run(
+    config: EmbedConfig, cluster: ClusterConfig, ingest: Path, curate: Path, clip: Path, clip_key: str, out: Path, work: Path
+) -> dict[str, Any]:
+    """Embed all of the keep list on the running Ray; returns the counts."""
+    import ray
+
+    table = read_table(curate / "keep.parquet")
+    if not table.num_rows:
+        raise CallerError("curate kept no pair: loosen [curate] or give [data] more sources")
+    parts = range(0, table.num_rows, config.rows_per_part)
+    for folder in ("img_emb", "text_emb", "metadata"):
+        (out / folder).mkdir(parents=True)
+    threads = max(1, int(cluster.cpus_per_worker))
+    task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu), max_retries=3)(_embed_part)
+    waiting = [
+        task.remote(config, number, start, threads, cluster.use_gpu, ingest, curate, clip, out, work) for number, start in enumerate(parts)
+    ]
+    done = 0
+    with Progress("embed", table.num_rows, "pairs") as progress:
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=1)
+            done += sum(ray.get(ready))
+            progress.update(done)
+    dim = int(np.load(out / "img_emb" / "img_emb_0000.npy", mmap_mode="r").shape[1])
+    (out / "facts.json").write_text(json.dumps({"clip_key": clip_key, "dim": dim, "count": table.num_rows}, indent=1))
+    return {"in": table.num_rows, "out": table.num_rows, "dropped": {}, "dim": dim}
+
+
+def _embed_part(
+    config: EmbedConfig, number: int, start: int, threads: int, use_gpu: bool, ingest: Path, curate: Path, clip: Path, out: Path, work: Path
+) -> int:
+    """Embed one part unless a killed attempt left it whole in `work`; returns its rows."""
+    torch.set_num_threads(threads)
+    table = read_table(curate / "keep.parquet").slice(start, config.rows_per_part)
+    names = [f"img_emb/img_emb_{number:04}.npy", f"text_emb/text_emb_{number:04}.npy", f"metadata/metadata_{number:04}.parquet"]
+    if not all((work / Path(name).name).exists() for name in names):
+        model, tokenizer = clip_model.load(clip)
+        model.to("cuda" if use_gpu else "cpu")
+        pictures = Pictures(table, ingest / "shards", model.config.image_size_px)
+        rows = torch.arange(len(pictures)).split(config.batch_size)
+        images = torch.cat([clip_model.embed_images(model, pictures[part], config.batch_size) for part in rows])
+        texts = clip_model.embed_texts(model, tokenizer, table["caption"].to_pylist(), config.batch_size)
+        for name, vectors in zip(names, (images, texts), strict=False):
+            with (work / "part.tmp").open("wb") as file:
+                np.save(file, vectors.numpy().astype(np.float16))
+            (work / "part.tmp").replace(work / Path(name).name)
+        pq.write_table(table, work / "table.tmp")
+        (work / "table.tmp").replace(work / Path(names[2]).name)
+    for name in names:
+        (out / name).write_bytes((work / Path(name).name).read_bytes())
+    return table.num_rows
+
+
+def embed_texts(clip: Path, texts: list[str]) -> np.ndarray:
+    """Embed texts with the CLIP of a `clip` folder, float32 (B, D)."""
+    model, tokenizer = clip_model.load(clip)
+    return clip_model.embed_texts(model, tokenizer, texts).numpy()
+
+
+def embed_images(clip: Path, files: Sequence[Path]) -> np.ndarray:
+    """Embed picture files with the CLIP of a `clip` folder, float32 (B, D). Raises CallerError naming a file that is no picture."""
+    model, _ = clip_model.load(clip)
+    side_px = model.config.image_size_px
+    try:
+        pictures = [torch.from_numpy(decode(file.read_bytes(), side_px, str(file))) for file in files]
+    except DataError as error:
+        raise CallerError(str(error)) from None
+    return clip_model.embed_images(model, torch.stack(pictures)).numpy()

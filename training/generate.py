@@ -1,0 +1,71 @@
+"""Text to image with a trained run: caption -> z_t -> prior -> z_i -> decoder -> picture. Plain torch: no Ray, no Prefect, no network.
+
+Every picture depends on its prompt, its seed and its place among that prompt's pictures alone.
+"""
+
+import json
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from training import clip as clip_model
+from training.clip import CLIP
+from training.decoder import Decoder, DecoderConfig
+from training.prior import Prior, PriorConfig
+from training.tokenizer import Tokenizer
+
+BATCH = 64
+SEED_STRIDE = 1_000_003
+
+
+class Unclip:
+    """A trained text-to-image system."""
+
+    def __init__(self, clip: CLIP, tokenizer: Tokenizer, prior: Prior, decoder: Decoder) -> None:
+        self.clip, self.tokenizer, self.prior, self.decoder = clip, tokenizer, prior, decoder
+
+    @classmethod
+    def load(cls, clip: Path, prior: Path, decoder: Path, device: str = "cpu") -> Self:
+        """Read the folders of the stages `clip`, `prior` and `decoder` (their averaged weights)."""
+        model, tokenizer = clip_model.load(clip)
+        facts = json.loads((prior / "config.json").read_text())
+        a_prior = Prior(PriorConfig.model_validate(facts["prior"]), facts["embed_dim"], facts["vocab_size"], facts["context"])
+        a_prior.load_state_dict(load_file(prior / "weights.safetensors"))
+        facts = json.loads((decoder / "config.json").read_text())
+        a_decoder = Decoder(DecoderConfig.model_validate(facts["decoder"]), facts["embed_dim"], facts["vocab_size"], facts["context"])
+        a_decoder.load_state_dict(load_file(decoder / "weights.safetensors"))
+        parts = [part.eval().requires_grad_(False).to(device) for part in (model, a_prior, a_decoder)]
+        return cls(parts[0], tokenizer, parts[1], parts[2])
+
+    def generate(
+        self, prompts: list[str], count: int = 1, seed: int = 0, steps: int | None = None, guidance: float | None = None
+    ) -> np.ndarray:
+        """Draw `count` pictures of each prompt, uint8 (P, count, S, S, 3) RGB; equal arguments give equal pictures."""
+        device = self.decoder.null_z.device
+        z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(device)
+        ids = self.tokenizer(prompts).to(device)
+        rows = torch.arange(len(prompts)).repeat_interleave(count)
+        seeds = [seed * SEED_STRIDE + place for place in range(count)] * len(prompts)
+        pictures: list[Tensor] = []
+        for start in range(0, len(rows), BATCH):
+            part, own = rows[start : start + BATCH], seeds[start : start + BATCH]
+            z_i = self.prior.sample(z_t[part], ids[part], own)
+            pictures.append(self.decoder.sample(z_i, ids[part], own, steps, guidance))
+        return to_images(torch.cat(pictures)).reshape(len(prompts), count, *(self.decoder.config.image_size_px,) * 2, 3)
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        """Embed texts as unit vectors float32 (B, E)."""
+        return clip_model.embed_texts(self.clip, self.tokenizer, texts).numpy()
+
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        """Embed pictures, uint8 (B, H, W, 3), as unit vectors float32 (B, E)."""
+        return clip_model.embed_images(self.clip, torch.from_numpy(images)).numpy()
+
+
+def to_images(x: Tensor) -> np.ndarray:
+    """Turn pictures in [-1, 1], (B, 3, S, S), into uint8 (B, S, S, 3)."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,0 +1,256 @@
+"""The Ray Train jobs: section -> data and model -> `loop.run`, for CLIP, the prior and the decoder.
+
+Each `train_*` runs on the Ray that the caller started, shows progress, and leaves `config.json`, `weights.safetensors` (averaged),
+`raw.safetensors`, `tokenizer.json` and `metrics.jsonl` in `out`. State for resuming lies in `work`, which all workers must see.
+The `fit_*` functions are the worker's side; they know Ray no more than a bare script does.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from infra.cluster import ClusterConfig
+from infra.errors import DataError, UnclipError
+from infra.progress import Progress
+from training import clip as clip_model
+from training import embeddings, loop
+from training.clip import CLIP, ClipConfig, contrastive_loss, to_pixels
+from training.decoder import Decoder, DecoderConfig
+from training.loop import LoopConfig, Step
+from training.parallel import world
+from training.pictures import Pictures, read_table
+from training.prior import Prior, PriorConfig
+from training.tokenizer import Tokenizer, TokenizerConfig
+
+PHRASING, SHIFT = 11, 12  # streams of randomness in a step
+SHIFT_PX = 2
+
+
+def train_clip(
+    tokenizer: TokenizerConfig, config: ClipConfig, cluster: ClusterConfig, ingest: Path, curate: Path, out: Path, work: Path
+) -> dict[str, Any]:
+    """Train CLIP on the keep list's training pairs; the tokenizer is fitted to their captions first."""
+    table = read_table(curate / "keep.parquet", "train")
+    if not table.num_rows:
+        raise DataError("curate kept no pair for training: loosen [curate] or give [data] more sources")
+    if not (work / "tokenizer.json").exists():
+        fitted = Tokenizer.fit((caption for captions in table["captions"].to_pylist() for caption in captions), tokenizer)
+        fitted.save(work / "tokenizer.tmp")
+        (work / "tokenizer.tmp").replace(work / "tokenizer.json")
+    paths = {"ingest": str(ingest), "curate": str(curate)}
+    _train("clip", fit_clip, config, cluster, cluster.clip_workers, paths, out, work)
+    return {"in": table.num_rows, "out": table.num_rows, "dropped": {}, **_outcome(out)}
+
+
+def train_prior(config: PriorConfig, cluster: ClusterConfig, clip: Path, embed: Path, out: Path, work: Path) -> dict[str, Any]:
+    """Train the diffusion prior on the embeddings, CLIP frozen."""
+    count = _start_from_clip(clip, embed, work)
+    _train("prior", fit_prior, config, cluster, cluster.prior_workers, {"clip": str(clip), "embed": str(embed)}, out, work)
+    return {"in": count, "out": count, "dropped": {}, **_outcome(out)}
+
+
+def train_decoder(
+    config: DecoderConfig, cluster: ClusterConfig, ingest: Path, clip: Path, embed: Path, out: Path, work: Path
+) -> dict[str, Any]:
+    """Train the decoder on pictures and their embeddings, CLIP frozen."""
+    count = _start_from_clip(clip, embed, work)
+    paths = {"ingest": str(ingest), "clip": str(clip), "embed": str(embed)}
+    _train("decoder", fit_decoder, config, cluster, cluster.decoder_workers, paths, out, work)
+    return {"in": count, "out": count, "dropped": {}, **_outcome(out)}
+
+
+def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The worker's side of `train_clip`."""
+    table = read_table(paths["curate"] / "keep.parquet", "train")
+    tokenizer = Tokenizer.load(work / "tokenizer.json")
+    pictures = Pictures(table, paths["ingest"] / "shards", config.image_size_px)
+    phrasings = table["captions"].to_pylist() if config.style_captions else [[caption] for caption in table["caption"].to_pylist()]
+    texts = embeddings.Captions(phrasings, tokenizer)
+    torch.manual_seed(config.seed)
+    model = CLIP(config, tokenizer.vocab_size, tokenizer.context).to(device)
+
+    def loss_of(step: Step) -> Tensor:
+        rows = step.samples(len(pictures))
+        ids, _ = texts.draw(rows, step.uniform(PHRASING))
+        pixels = to_pixels(pictures[rows].to(device), config.image_size_px)
+        return contrastive_loss(
+            model.encode_image(shifted(pixels, step.uniform(SHIFT, 2))), model.encode_text(ids.to(device)), model.logit_scale
+        )
+
+    return model, loop.run(model, config, loss_of, work, model.clamp_logit_scale)
+
+
+def fit_prior(config: PriorConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The worker's side of `train_prior`."""
+    clip, tokenizer = clip_model.load(paths["clip"])
+    table, z_i = embeddings.read(paths["embed"], "train")
+    texts = embeddings.Captions(table["captions"].to_pylist(), tokenizer)
+    z_t = texts.embed(clip.to(device))
+    torch.manual_seed(config.seed)
+    model = Prior(config, z_i.shape[1], tokenizer.vocab_size, tokenizer.context).to(device)
+
+    def loss_of(step: Step) -> Tensor:
+        rows = step.samples(len(z_i))
+        ids, phrasing = texts.draw(rows, step.uniform(PHRASING))
+        return model.loss(step, z_i[rows].to(device), z_t[phrasing].to(device), ids.to(device))
+
+    return model, loop.run(model, config, loss_of, work)
+
+
+def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The worker's side of `train_decoder`."""
+    tokenizer = Tokenizer.load(paths["clip"] / "tokenizer.json")
+    table, z_i = embeddings.read(paths["embed"], "train")
+    pictures = Pictures(table, paths["ingest"] / "shards", config.image_size_px)
+    texts = embeddings.Captions(table["captions"].to_pylist(), tokenizer)
+    torch.manual_seed(config.seed)
+    model = Decoder(config, z_i.shape[1], tokenizer.vocab_size, tokenizer.context).to(device)
+
+    def loss_of(step: Step) -> Tensor:
+        rows = step.samples(len(z_i))
+        ids, _ = texts.draw(rows, step.uniform(PHRASING))
+        x_0 = to_pixels(pictures[rows].to(device), config.image_size_px)
+        return model.loss(step, x_0, z_i[rows].to(device), ids.to(device))
+
+    return model, loop.run(model, config, loss_of, work)
+
+
+def shifted(pixels: Tensor, draw: Tensor) -> Tensor:
+    """Move each picture (B, 3, S, S) by up to SHIFT_PX, white coming in; `draw` in [0, 1) is (B, 2)."""
+    B, _, S, _ = pixels.shape
+    padded = nn.functional.pad(pixels, [SHIFT_PX] * 4, value=1.0)
+    place = (draw * (2 * SHIFT_PX + 1)).long().to(pixels.device)  # (B, 2)
+    span = torch.arange(S, device=pixels.device)
+    rows, columns = (place[:, :1] + span)[:, :, None], (place[:, 1:] + span)[:, None, :]
+    return padded.permute(0, 2, 3, 1)[torch.arange(B, device=pixels.device)[:, None, None], rows, columns].permute(0, 3, 1, 2)
+
+
+Fit = Callable[[Any, dict[str, Path], Path, str], tuple[nn.Module, dict[str, Tensor]]]
+
+
+def _start_from_clip(clip: Path, embed: Path, work: Path) -> int:
+    shutil.copyfile(clip / "tokenizer.json", work / "tokenizer.json")
+    count = read_table(embed / "metadata", "train").num_rows
+    if not count:
+        raise DataError("no embedded pair is in the training split: loosen [curate] or give [data] more sources")
+    return count
+
+
+def _train(
+    name: str, fit: Fit, config: LoopConfig, cluster: ClusterConfig, workers: int, paths: dict[str, str], out: Path, work: Path
+) -> None:
+    """Run `fit` on `workers` Ray Train workers, restarted from the last state when one is lost; then move the results to `out`."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "fit": fit.__name__,
+            "section": config.model_dump_json(),
+            "paths": paths,
+            "work": str(work),
+            "threads": max(1, int(cluster.cpus_per_worker)),
+        },
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=f"{name}-{time.time_ns():x}",  # a fresh name: our own state in `work` says where to resume, not Ray's
+            storage_path=str((work / "ray").absolute()),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=60),
+    )
+    with Progress(name, config.images, "images") as progress:
+        over = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(work / "metrics.jsonl", progress, over), daemon=True)
+        watcher.start()
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _plain(name, error) from error
+        finally:
+            over.set()
+            watcher.join()
+    for file in ("config.json", "weights.safetensors", "raw.safetensors", "tokenizer.json", "metrics.jsonl"):
+        shutil.copyfile(work / file, out / file)
+
+
+def _worker(job: dict[str, Any]) -> None:
+    """What every Ray Train worker runs."""
+    import ray.train
+
+    torch.set_num_threads(job["threads"])
+    fit: Fit = {"fit_clip": fit_clip, "fit_prior": fit_prior, "fit_decoder": fit_decoder}[job["fit"]]
+    section: type[LoopConfig] = {"fit_clip": ClipConfig, "fit_prior": PriorConfig, "fit_decoder": DecoderConfig}[job["fit"]]
+    config, work = section.model_validate_json(job["section"]), Path(job["work"])
+    device = "cuda" if torch.cuda.is_available() and ray.train.torch.get_device().type == "cuda" else "cpu"
+    model, averaged = fit(config, {name: Path(path) for name, path in job["paths"].items()}, work, device)
+    if world()[0] == 0:
+        write_model(job["fit"].removeprefix("fit_"), model, averaged, config, work)
+    ray.train.report({"images_seen": config.images})
+
+
+def write_model(name: str, model: nn.Module, averaged: dict[str, Tensor], config: LoopConfig, work: Path) -> None:
+    """Write `config.json` and the weights, averaged and raw, each renamed into place."""
+    tokenizer = Tokenizer.load(work / "tokenizer.json")
+    embed_dim = getattr(model, "null_z", getattr(model, "null_text", None))
+    facts = {
+        name: config.model_dump(mode="json"),
+        "vocab_size": tokenizer.vocab_size,
+        "context": tokenizer.context,
+        "embed_dim": len(embed_dim) if embed_dim is not None else config.model_dump()["embed_dim"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    for file, state in (("weights.safetensors", averaged), ("raw.safetensors", model.state_dict())):
+        aside = work / f"{file}.{os.getpid()}.tmp"
+        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, aside)
+        aside.replace(work / file)
+    (work / "config.json").write_text(json.dumps(facts, indent=1))
+
+
+def _watch(metrics: Path, progress: Progress, over: threading.Event) -> None:
+    """Show the newest row of the metrics file until told that it is over."""
+    while True:
+        ended = over.wait(0.5)
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if lines and lines[-1].endswith("}"):
+            row = json.loads(lines[-1])
+            progress.update(row["images_seen"], f"loss {row['loss']:.3f}")
+        if ended:
+            return
+
+
+def _outcome(out: Path) -> dict[str, Any]:
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    return {
+        "parameters": json.loads((out / "config.json").read_text())["parameters"],
+        "images_seen": last["images_seen"],
+        "loss": last["loss"],
+        "train_seconds": last["seconds"],
+    }
+
+
+def _plain(name: str, error: Exception) -> UnclipError:
+    """Turn what Ray Train raises into our own error: the worker's DataError as it is, anything else in one line."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        for inner in getattr(cause, "worker_failures", {}).values():
+            if isinstance(inner, UnclipError) or isinstance(getattr(inner, "cause", None), UnclipError):
+                return DataError(str(getattr(inner, "cause", inner)))
+            cause = inner
+        cause = cause.__cause__
+    return UnclipError(f"training {name} failed: {' '.join(str(error).split())[:400]}; the whole of it is in the log")
+
+

@@ -1,0 +1,226 @@
+"""The training loop that every model shares: plain torch, no Ray, no files but its own state and metrics.
+
+A step's samples, noise and dropouts are functions of seed and samples seen alone, never of the number of workers, so a run that was
+killed resumes exactly where its last state stands. Writes `state.pt` (renamed into place) and `metrics.jsonl` into the work folder.
+Progress counts images seen. Legend: B global batch, b this worker's part of it.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar, Literal, TextIO
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from infra.errors import DataError
+from infra.settings import Section
+from training.parallel import average, average_gradients, world
+
+
+class LoopConfig(Section):
+    """How a model is trained; every model's section has these fields."""
+
+    images: int = Field(default=100_000, ge=1)
+    """Length of the training in images (or pairs) seen."""
+    batch_size: int = Field(default=256, ge=1)
+    """Global batch, over all workers."""
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    """Peak of the cosine schedule."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the training in which the rate rises linearly to its peak."""
+    weight_decay: float = Field(default=0.05, ge=0, le=10)
+    """Decoupled weight decay, on matrices only: gains, biases and embeddings' scales have none."""
+    beta_2: float = Field(default=0.98, gt=0, lt=1)
+    """Adam's second decay rate; the first is 0.9."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the averaged weights at the end; it grows towards this from 0.1 in the first steps."""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """Arithmetic of the network; losses, norms and the optimiser stay in float32."""
+    seed: int = Field(default=0, ge=0)
+    """Of the weights, the order of samples and all noise."""
+    state_every_s: float = Field(default=20, gt=0)
+    """How often the state is written from which a killed run resumes, in seconds."""
+
+    outside_key: ClassVar[frozenset[str]] = frozenset({"state_every_s"})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step as one worker sees it."""
+
+    number: int
+    first: int
+    """Samples seen before this step, by all workers."""
+    batch_size: int
+    seed: int
+    rank: int
+    workers: int
+
+    @property
+    def b(self) -> int:
+        """This worker's samples."""
+        return self.batch_size // self.workers
+
+    def samples(self, count: int) -> Tensor:
+        """Return this worker's sample indices, int64 (b,), out of `count`: every epoch is a permutation drawn from seed and epoch."""
+        first = self.first + self.rank * self.b
+        return order(count, self.seed, first, self.b)
+
+    def generator(self, stream: int) -> torch.Generator:
+        """Return the generator of one kind of randomness in this step, equal on every worker."""
+        return torch.Generator().manual_seed(((self.seed * 1_000_003 + stream) * 2_147_483_629 + self.number) % 2**63)
+
+    def normal(self, stream: int, *shape: int) -> Tensor:
+        """Draw N(0, 1), float32 (b, *shape): drawn for the global batch, so that a sample's noise does not depend on the workers."""
+        return self._mine(torch.randn(self.batch_size, *shape, generator=self.generator(stream)))
+
+    def uniform(self, stream: int, *shape: int) -> Tensor:
+        """Draw from [0, 1), float32 (b, *shape), likewise."""
+        return self._mine(torch.rand(self.batch_size, *shape, generator=self.generator(stream)))
+
+    def _mine(self, x: Tensor) -> Tensor:
+        return x[self.rank * self.b : (self.rank + 1) * self.b]
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
+
+
+def order(count: int, seed: int, first: int, number: int) -> Tensor:
+    """Return the samples at places first..first + number of the endless stream of shuffled epochs, int64 (number,)."""
+    parts = []
+    while number > 0:
+        epoch, place = divmod(first, count)
+        part = _permutation(count, seed, epoch)[place : place + number]
+        parts.append(part)
+        first, number = first + len(part), number - len(part)
+    return torch.cat(parts)
+
+
+def learning_rate(config: LoopConfig, images_seen: int) -> float:
+    """Linear warm-up, then a cosine down to nothing (Loshchilov & Hutter 2017)."""
+    done = images_seen / config.images
+    if done < config.warmup:
+        return config.learning_rate * done / config.warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - config.warmup) / (1 - config.warmup))))
+
+
+def make_optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
+    """AdamW, fused, with weight decay on matrices and kernels only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta_2), eps=config.adam_eps, fused=True)
+
+
+def run(
+    model: nn.Module,
+    config: LoopConfig,
+    loss_of: Callable[[Step], Tensor],
+    work: Path,
+    after_step: Callable[[], None] | None = None,
+) -> dict[str, Tensor]:
+    """Train the model in place and return its averaged (EMA) weights; resumes from `work/state.pt` where that exists.
+
+    `loss_of(step)` returns the mean loss over this worker's b samples. Called by every worker with equal arguments. Raises DataError
+    when the loss is no longer finite.
+    """
+    rank, workers = world()
+    if config.batch_size % workers:
+        raise DataError(f"batch_size {config.batch_size} cannot be shared by {workers} workers: choose a multiple")
+    device_type = next(model.parameters()).device.type
+    optimizer = make_optimizer(model, config)
+    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    seen, spent_s = _resume(work, model, optimizer, ema)
+    steps = math.ceil(config.images / config.batch_size)
+    started_s = saved_s = logged_s = time.monotonic()
+    with _metrics(work, seen) if rank == 0 else contextlib.nullcontext() as metrics:
+        for number in range(seen // config.batch_size, steps):
+            step = Step(number, number * config.batch_size, config.batch_size, config.seed, rank, workers)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step.first + config.batch_size)
+            torch.manual_seed(config.seed * 1_000_003 + number * workers + rank)  # dropout
+            with torch.autocast(device_type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = loss_of(step)
+            loss.backward()
+            average_gradients(model)
+            nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            if after_step:
+                after_step()
+            _average_weights(ema, model, min(config.ema_decay, (1 + number) / (10 + number)))
+            seen, last = step.first + config.batch_size, number == steps - 1
+            now = time.monotonic()
+            if last or number % 10 == 0:
+                value = float(average(loss.detach()))
+                if not math.isfinite(value):
+                    raise DataError(f"the loss is {value} after {seen:,} images: lower learning_rate (now {config.learning_rate:g})")
+                if metrics and (last or now - logged_s >= 0.5):
+                    row = {"images_seen": seen, "loss": round(value, 6), "seconds": round(spent_s + now - started_s, 2)}
+                    metrics.write(json.dumps(row) + "\n")
+                    metrics.flush()
+                    logged_s = now
+            if rank == 0 and (last or now - saved_s >= config.state_every_s):
+                _save(work, model, optimizer, ema, seen, spent_s + now - started_s)
+                saved_s = time.monotonic()
+    return ema
+
+
+@torch.no_grad()
+def _average_weights(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    state = model.state_dict()
+    names = [name for name in ema if ema[name].is_floating_point()]
+    torch._foreach_lerp_([ema[name] for name in names], [state[name] for name in names], 1 - decay)
+
+
+def _save(work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor], seen: int, seconds: float) -> None:
+    """Write the state aside and rename it: a kill leaves the old one or the new one."""
+    aside = work / f"state.{os.getpid()}.tmp"
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "images_seen": seen, "seconds": seconds}
+    torch.save(state, aside)
+    aside.replace(work / "state.pt")
+
+
+def _resume(work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor]) -> tuple[int, float]:
+    """Load the last state into place, if there is one; return the images seen and the seconds spent by then."""
+    path = work / "state.pt"
+    if not path.exists():
+        return 0, 0.0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    for name, value in state["ema"].items():
+        ema[name].copy_(value)
+    return state["images_seen"], state["seconds"]
+
+
+@contextlib.contextmanager
+def _metrics(work: Path, seen: int) -> Iterator[TextIO]:
+    """Open `metrics.jsonl` for appending, without the rows of steps that a killed run made after its last state."""
+    path = work / "metrics.jsonl"
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut
+                row = json.loads(line)
+                if row["images_seen"] <= seen:
+                    kept.append(json.dumps(row) + "\n")
+    path.write_text("".join(kept))
+    with path.open("a") as file:
+        yield file

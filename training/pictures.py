@@ -1,0 +1,87 @@
+"""Reads a run's pictures by the keep list: straight from their place in the tar shards, decoded ahead by threads, cached when small.
+
+Reads curate's `keep.parquet` (or embed's metadata, the same schema) and ingest's `shards/`. Every picture's bytes are checked against
+the keep list's SHA-256 as they are read.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from infra.errors import DataError
+
+READERS = 4
+CACHE_BYTES = 4 << 30
+
+
+def read_table(path: Path, split: str | None = None) -> pa.Table:
+    """Read a keep list (a parquet file, or a folder of them in name order), one split of it if named."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    table = pa.concat_tables([pq.read_table(file) for file in files])
+    return table if split is None else table.filter(pa.compute.equal(table["split"], split))
+
+
+def decode(data: bytes, side_px: int, name: str) -> np.ndarray:
+    """Decode a picture to RGB, uint8 (S, S, 3): on white where it is transparent or not square, resized by area. Raises DataError."""
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if picture is None or picture.dtype != np.uint8:
+        raise DataError(f"{name} is not an 8-bit picture that can be read: give a PNG, JPEG or WebP file")
+    if picture.ndim == 2:
+        picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
+    if picture.shape[2] == 4:
+        alpha = picture[..., 3:].astype(np.float32) / 255
+        picture = (picture[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+    height, width = picture.shape[:2]
+    if height != width:
+        top, left = max(width - height, 0) // 2, max(height - width, 0) // 2
+        bottom, right = max(width - height, 0) - top, max(height - width, 0) - left
+        picture = cv2.copyMakeBorder(picture, top, bottom, left, right, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    if picture.shape[0] != side_px:
+        picture = cv2.resize(picture, (side_px, side_px), interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(picture[..., ::-1])
+
+
+class Pictures:
+    """The pictures of a table's rows at one side length; `pictures[rows]` is uint8 (len(rows), S, S, 3) on the CPU."""
+
+    def __init__(self, table: pa.Table, shards: Path, side_px: int) -> None:
+        self.shards, self.side_px = shards, side_px
+        self.places: list[dict[str, Any]] = table.select(["shard", "member", "offset", "size_bytes", "sha256"]).to_pylist()
+        self.readers = ThreadPoolExecutor(READERS)
+        self.cache: Tensor | None = None
+        if len(self.places) * side_px * side_px * 3 <= CACHE_BYTES:
+            cache = torch.empty(len(self.places), side_px, side_px, 3, dtype=torch.uint8)
+            for row, picture in enumerate(self.readers.map(self._read, range(len(self.places)))):
+                cache[row] = torch.from_numpy(picture)
+            self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, rows: Tensor | Sequence[int]) -> Tensor:
+        wanted = torch.as_tensor(rows)
+        if self.cache is not None:
+            return self.cache[wanted]
+        return torch.from_numpy(np.stack(list(self.readers.map(self._read, wanted.tolist()))))
+
+    def _read(self, row: int) -> np.ndarray:
+        place = self.places[row]
+        name = f"{place['shard']}/{place['member']}"
+        try:
+            with (self.shards / place["shard"]).open("rb") as file:
+                file.seek(place["offset"])
+                data = file.read(place["size_bytes"])
+        except FileNotFoundError:
+            raise DataError(f"shard {place['shard']} is missing from {self.shards}: delete that ingest folder and run again") from None
+        if hashlib.sha256(data).hexdigest() != place["sha256"]:
+            raise DataError(f"{name} is not what curate saw (SHA-256 differs): delete that ingest folder and run again")
+        return decode(data, self.side_px, name)

@@ -1,0 +1,109 @@
+"""The diffusion prior: from a caption and its CLIP text embedding z_t to a CLIP image embedding z_i (unCLIP, section 2.2).
+
+A causal transformer over [text tokens, z_t, timestep, noised z_i, query]; the query's output predicts z_i itself. Embeddings are
+scaled to unit variance by a factor computed from the data. Knows nothing of pictures and files.
+Legend: B batch, N tokens, D width, E embedding dimensions.
+"""
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from training import samplers
+from training.clip import ClipConfig
+from training.diffusion import Schedule, as_denoise
+from training.loop import LoopConfig, Step
+from training.noise import generators, noise
+from training.tokenizer import PAD
+from training.transformer import Block, time_features
+
+NULL_TEXT = torch.tensor([1, 2])  # start, end: what a dropped caption becomes
+DROP, TIME, NOISE = 1, 2, 3  # streams of randomness in a step
+
+
+class PriorConfig(LoopConfig):
+    """The prior and its training (unCLIP, table 3: width 2048, depth 24, 1B parameters)."""
+
+    width: int = Field(default=256, ge=32, le=8192)
+    """Width of the transformer."""
+    depth: int = Field(default=4, ge=1, le=64)
+    """Blocks of the transformer."""
+    T: int = Field(default=1000, ge=2, le=100_000)
+    """Diffusion steps of the cosine schedule."""
+    text_drop: float = Field(default=0.1, ge=0, le=1)
+    """Share of samples trained without caption and z_t."""
+    sampling_steps: int = Field(default=24, ge=1, le=1000)
+    """Steps at sampling; unCLIP: 64."""
+    best_of: int = Field(default=2, ge=1, le=64)
+    """Candidates drawn for each z_i; the one with the largest dot product with z_t is kept. unCLIP: 2."""
+
+
+class Prior(nn.Module):
+    """Predicts z_i from a noised one; works on scaled embeddings, `scale` times a unit vector."""
+
+    scale: Tensor
+
+    def __init__(self, config: PriorConfig, embed_dim: int, vocab_size: int, context: int) -> None:
+        super().__init__()
+        D = config.width
+        self.config, self.schedule = config, Schedule.cosine(config.T)
+        self.tokens = nn.Embedding(vocab_size, D)
+        self.positions = nn.Parameter(torch.randn(context + 4, D) * 0.01)
+        self.from_text, self.from_noised = nn.Linear(embed_dim, D), nn.Linear(embed_dim, D)
+        self.from_time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+        self.query = nn.Parameter(torch.randn(D) * 0.02)
+        self.null_text = nn.Parameter(torch.zeros(embed_dim))
+        self.blocks = nn.ModuleList(Block(D, is_causal=True) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(D)
+        self.out = nn.Linear(D, embed_dim)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.register_buffer("scale", torch.tensor(float(embed_dim) ** 0.5))
+
+    def forward(self, x_t: Tensor, t: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
+        """Predict the scaled z_i, (B, E), from a noised one (B, E), times (B,), scaled z_t (B, E) and caption ids (B, N)."""
+        N = ids.shape[1]
+        last = torch.stack([self.from_text(z_t), self.from_time(time_features(t, self.config.width)), self.from_noised(x_t)], 1)
+        x = torch.cat([self.tokens(ids), last, self.query.expand(len(ids), 1, -1)], 1)  # (B, N + 4, D)
+        x = x + torch.cat([self.positions[4 : N + 4], self.positions[:4]])
+        is_key = torch.cat([ids != PAD, torch.ones(len(ids), 4, dtype=torch.bool, device=ids.device)], 1)
+        for block in self.blocks:
+            x = block(x, is_key)
+        return self.out(self.norm(x[:, -1])).float()
+
+    def loss(self, step: Step, z_i: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
+        """Mean squared error on the scaled z_i; z_i and z_t are unit vectors (b, E), ids (b, N)."""
+        dropped = (step.uniform(DROP) < self.config.text_drop).to(z_t.device)
+        t = (1 + step.uniform(TIME) * self.config.T).long().clamp_(max=self.config.T).to(z_t.device)
+        x_0 = z_i * self.scale
+        x_t = self.schedule.q_sample(x_0, t, step.normal(NOISE, x_0.shape[1]).to(x_0.device))
+        return F.mse_loss(self(x_t, t, *self.with_drops(z_t, ids, dropped)), x_0)
+
+    def with_drops(self, z_t: Tensor, ids: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scaled z_t and ids, with the null text where `dropped`, bool (B,)."""
+        null = torch.full_like(ids, PAD)
+        null[:, :2] = NULL_TEXT.to(ids.device)
+        return torch.where(dropped[:, None], self.null_text, z_t * self.scale), torch.where(dropped[:, None], null, ids)
+
+    @torch.no_grad()
+    def sample(self, z_t: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, best_of: int | None = None) -> Tensor:
+        """Draw one z_i, a unit vector, for every row of z_t (B, E), ids (B, N) and seeds: the best of several by its dot product with z_t.
+
+        A row's result depends on its own seed and text alone, not on the batch.
+        """
+        best_of = best_of or self.config.best_of
+        rows = torch.arange(len(z_t)).repeat_interleave(best_of)
+        scaled, text = z_t[rows] * self.scale, ids[rows]
+        draws = generators([seed * best_of + place for seed in seeds for place in range(best_of)])
+        x_T = noise((len(rows), z_t.shape[1]), draws, z_t.device)
+        denoise = as_denoise(lambda x_t, t: self(x_t, t, scaled, text), self.schedule, "x_0")
+        z_i = samplers.ddim(denoise, x_T, self.schedule, steps or self.config.sampling_steps, eta=1.0, generator=draws)
+        z_i = F.normalize(z_i, dim=-1).view(len(z_t), best_of, -1)
+        best = (z_i * z_t[:, None]).sum(-1).argmax(1)
+        return z_i[torch.arange(len(z_t)), best]
+
+
+def count_parameters(config: PriorConfig, clip: ClipConfig, vocab_size: int, context: int = 77) -> int:
+    """Count the prior's parameters without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Prior(config, clip.embed_dim, vocab_size, context).parameters())

@@ -1,0 +1,78 @@
+"""The pre-norm transformer block that CLIP's towers, the prior and the decoder's caption encoder share.
+
+Legend: B batch, N tokens, D width, H heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEAD_WIDTH = 64
+
+
+def heads_of(width: int) -> int:
+    """Return the number of heads: 64 channels each as in CLIP and unCLIP, 32 in small models."""
+    return max(1, width // (HEAD_WIDTH if width >= 4 * HEAD_WIDTH else HEAD_WIDTH // 2))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention through the fused kernel."""
+
+    def __init__(self, width: int, is_causal: bool) -> None:
+        super().__init__()
+        self.heads, self.is_causal = heads_of(width), is_causal
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, is_key: Tensor | None = None) -> Tensor:
+        """Map (B, N, D) to (B, N, D); `is_key`, bool (B, N), says which tokens may be attended to (all, unless given)."""
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        if is_key is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
+        else:
+            mask = is_key[:, None, None, :].expand(B, 1, N, N)
+            if self.is_causal:
+                mask = mask & torch.ones(N, N, dtype=torch.bool, device=x.device).tril()
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).reshape(B, N, D))
+
+
+class Block(nn.Module):
+    """Attention and a four times wider perceptron, each added to what came in."""
+
+    def __init__(self, width: int, is_causal: bool) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, is_causal)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, is_key: Tensor | None = None) -> Tensor:
+        """Map (B, N, D) to (B, N, D); `is_key` as in Attention."""
+        x = x + self.attention(self.norm_1(x), is_key)
+        return x + self.mlp(self.norm_2(x))
+
+
+class TextEncoder(nn.Module):
+    """Token and position embeddings and a causal transformer; padding behind a text cannot reach it, so no mask is needed."""
+
+    def __init__(self, vocab_size: int, context: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, width)
+        self.positions = nn.Parameter(torch.randn(context, width) * 0.01)
+        self.blocks = nn.Sequential(*(Block(width, is_causal=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ids (B, N) to hidden states (B, N, D)."""
+        return self.norm(self.blocks(self.tokens(ids) + self.positions[: ids.shape[1]]))
+
+
+def time_features(t: Tensor, width: int) -> Tensor:
+    """Sines and cosines of t, int (B,), at `width / 2` frequencies from 1 to 1/10,000 (Vaswani et al. 2017), float32 (B, width)."""
+    half = width // 2
+    angle = t.float()[:, None] * torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+    return torch.cat([angle.cos(), angle.sin()], 1)
