@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: setup run test lint format bench peers clean constraints
+.PHONY: setup run test lint format bench clean constraints
 
 setup: $(READY)
 
@@ -42,10 +42,6 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks
-
-# The tools that a user would pick instead, each in an environment of its own, for `make bench` to run beside ours.
-peers: setup
-	$(BIN)/python -m tests.benchmarks.peers
 
 # Only what can be made again; ROOT with its data and models stays.
 clean:

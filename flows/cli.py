@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from flows import making, using
+from flows import lecture, making, using
 from infra.errors import UnclipError
 from infra.storage import complaint
 
@@ -26,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 train = typer.Typer(help="Train one model, with what it needs.", no_args_is_help=True, rich_markup_mode=None)
+diffusion = typer.Typer(help="Diffusion on data small enough to see whole.", no_args_is_help=True, rich_markup_mode=None)
 
 app.command()(making.run)
 app.command()(making.status)
@@ -36,6 +37,8 @@ for _stage in ("clip", "prior", "decoder"):
 app.add_typer(train, name="train")
 app.command()(using.search)
 app.command()(using.generate)
+diffusion.command()(lecture.swiss_roll)
+app.add_typer(diffusion, name="diffusion")
 
 
 def main(arguments: list[str] | None = None) -> None:

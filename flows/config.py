@@ -5,20 +5,22 @@ The only place that checks agreement across sections. Reads recipe files; knows 
 
 from collections.abc import Sequence
 
+from flows.curate import CurateConfig
+from flows.recipe import find_recipe, read_recipe, validated
+from flows.sources import DataConfig
 from indexing.evaluate import EvaluateConfig
 from indexing.index import IndexConfig
+from infra.cluster import ClusterConfig
+from infra.errors import CallerError
+from infra.settings import Section
 from training.clip import ClipConfig
 from training.decoder import DecoderConfig
 from training.embed import EmbedConfig
 from training.prior import PriorConfig
 from training.tokenizer import TokenizerConfig
 
-from flows.curate import CurateConfig
-from flows.recipe import find_recipe, read_recipe, validated
-from flows.sources import DataConfig
-from infra.cluster import ClusterConfig
-from infra.errors import CallerError
-from infra.settings import Section
+CONV_FOLD = 8
+"""The convolutional image tower halves a picture's side three times."""
 
 
 class RunConfig(Section):
@@ -51,5 +53,43 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def find_disagreement(config: RunConfig) -> str:
-    """Return what two sections contradict each other in, naming both and the mend, or ""."""
+    """Return what two keys contradict each other in, naming both and the mend, or ""."""
+    return _size_disagreement(config) or _worker_disagreement(config)
+
+
+def _size_disagreement(config: RunConfig) -> str:
+    data, clip, decoder = config.data, config.clip, config.decoder
+    for name, side_px in (("clip", clip.image_size_px), ("decoder", decoder.image_size_px)):
+        if side_px > data.image_size_px:
+            return (
+                f"[{name}] image_size_px = {side_px} but [data] image_size_px = {data.image_size_px}: "
+                "pictures would be enlarged, lower the first or raise the second"
+            )
+    if clip.image_tower == "vit" and clip.image_size_px % clip.patch_px:
+        return (
+            f"[clip] image_size_px = {clip.image_size_px} but [clip] patch_px = {clip.patch_px}: the first must be a multiple of the second"
+        )
+    if clip.image_tower == "conv" and clip.image_size_px % CONV_FOLD:
+        return f'[clip] image_size_px = {clip.image_size_px} but [clip] image_tower = "conv": it must be a multiple of {CONV_FOLD}'
+    fold = decoder.patch_px * 2 ** (len(decoder.multiples) - 1)
+    if decoder.image_size_px % fold:
+        return (
+            f"[decoder] image_size_px = {decoder.image_size_px} but [decoder] patch_px = {decoder.patch_px} with "
+            f"{len(decoder.multiples)} multiples: it must be a multiple of {fold}"
+        )
+    return ""
+
+
+def _worker_disagreement(config: RunConfig) -> str:
+    cluster = config.cluster
+    trained = (
+        ("clip", config.clip.batch_size, cluster.clip_workers),
+        ("prior", config.prior.batch_size, cluster.prior_workers),
+        ("decoder", config.decoder.batch_size, cluster.decoder_workers),
+    )
+    for name, batch_size, workers in trained:
+        if batch_size % workers:
+            return (
+                f"[{name}] batch_size = {batch_size} but [cluster] {name}_workers = {workers}: the first must be a multiple of the second"
+            )
     return ""

@@ -15,7 +15,6 @@ TRAINED = ("clip", "prior", "decoder")
 def run(job: StageJob) -> Counts:
     """Evaluate the run's models on the held-out pairs and write `report.html`, `report.json` and the pictures."""
     from indexing.evaluate import evaluate
-
     from training.generate import Unclip
 
     folders = {name: committed.local() for name, committed in job.inputs.items()}

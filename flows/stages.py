@@ -125,6 +125,12 @@ def run_decoder(job: StageJob) -> Counts:
     return jobs.train_decoder(job.config.decoder, job.config.cluster, ingest, clip, embed, job.out, job.work)
 
 
+def run_evaluate(job: StageJob) -> Counts:
+    from flows import evaluation  # which imports this module
+
+    return evaluation.run(job)
+
+
 def clip_parameters(config: "RunConfig") -> int:
     from training import clip
 
@@ -151,6 +157,7 @@ STAGES = (
     Stage("index", ("embed",), ("index",), 1, run_index),
     Stage("prior", ("clip", "embed"), ("prior",), 1, run_prior, prior_parameters),
     Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, decoder_parameters),
+    Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 1, run_evaluate),
 )
 
 

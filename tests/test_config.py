@@ -62,6 +62,34 @@ def test_a_mistake_is_one_line(override: str, message: str) -> None:
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["decoder.image_size_px=128"], "[decoder] image_size_px = 128 but [data] image_size_px = 64: pictures would be enlarged"),
+        (["clip.image_size_px=96"], "[clip] image_size_px = 96 but [data] image_size_px = 64: pictures would be enlarged"),
+        (
+            ["decoder.image_size_px=20"],
+            "[decoder] image_size_px = 20 but [decoder] patch_px = 2 with 3 multiples: it must be a multiple of 8",
+        ),
+        (["decoder.multiples=[1,2,2,2,2,2]"], "with 6 multiples: it must be a multiple of 64"),
+        (["clip.image_size_px=20"], '[clip] image_size_px = 20 but [clip] image_tower = "conv": it must be a multiple of 8'),
+        (["clip.image_tower=vit", "clip.patch_px=5"], "[clip] image_size_px = 32 but [clip] patch_px = 5: the first must be a multiple"),
+        (["clip.batch_size=30", "cluster.clip_workers=4"], "[clip] batch_size = 30 but [cluster] clip_workers = 4: the first must be"),
+        (["cluster.prior_workers=5"], "[prior] batch_size = 128 but [cluster] prior_workers = 5: the first must be"),
+        (["cluster.decoder_workers=3"], "[decoder] batch_size = 64 but [cluster] decoder_workers = 3: the first must be"),
+    ],
+)
+def test_keys_that_disagree_are_both_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(CallerError) as caught:
+        load_recipe("quickstart", overrides)
+    assert str(caught.value).startswith("quickstart.toml: [") and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", [["clip.image_tower=vit", "clip.image_size_px=20", "clip.patch_px=5"], ["cluster.clip_workers=4"]])
+def test_keys_that_agree_are_taken(overrides: list[str]) -> None:
+    load_recipe("quickstart", overrides)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_says_its_command_hardware_and_time(path: Path) -> None:
     header = path.read_text().partition("\n[")[0]
