@@ -70,7 +70,7 @@ def generate(
     stages = {stage: committed_of(opened, record, stage) for stage in ("clip", "prior", "decoder")}
     from training.generate import Unclip
 
-    model = Unclip.load(*(committed.local() for committed in stages.values()))
+    model = Unclip.load(stages["clip"].local(), stages["prior"].local(), stages["decoder"].local())
     images = model.generate(prompts, count, seed, steps, guidance)
     settings = {
         "run": record["name"],

@@ -14,7 +14,7 @@ LOG_EVERY_S = 10.0
 
 def duration(seconds: float) -> str:
     """Write seconds for people: `8 s`, `2 min 6 s`, `3 h 20 min`."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:

@@ -16,7 +16,6 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from infra.settings import Section
 from training.loop import LoopConfig
 from training.parallel import gather
 from training.tokenizer import END, PAD, Tokenizer
@@ -115,7 +114,7 @@ class CLIP(nn.Module):
         self.config, self.vocab_size, self.context = config, vocab_size, context
         self.image: nn.Module
         if config.image_tower == "conv":
-            self.image = ConvTower(config.width, config.depth, config.embed_dim).to(memory_format=torch.channels_last)
+            self.image = ConvTower(config.width, config.depth, config.embed_dim).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         else:
             self.image = VitTower(config.image_size_px, config.patch_px, config.width, config.depth, config.embed_dim)
         self.text = TextEncoder(vocab_size, context, config.text_width, config.text_depth)

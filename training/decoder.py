@@ -151,7 +151,7 @@ class Decoder(nn.Module):
                 side *= 2
         self.norm, self.leave = nn.GroupNorm(GROUPS, before), nn.Conv2d(before, folded, 3, padding=1)
         nn.init.zeros_(self.leave.weight)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _level(self, before: int, after: int, side: int, added: int) -> nn.Module:
         config = self.config
@@ -205,17 +205,13 @@ class Decoder(nn.Module):
         drop_z, drop_text = step.uniform(DROP_Z) < config.z_drop, step.uniform(DROP_TEXT) < config.text_drop
         t = (1 + step.uniform(TIME) * config.T).long().clamp_(max=config.T).to(device)
         eps = step.normal(NOISE, *x_0.shape[1:]).to(device)
-        prediction = self(
-            self.schedule.q_sample(x_0, t, eps), t, self.condition(z_i, ids, drop_z.to(device), drop_text.to(device))
-        )
+        prediction = self(self.schedule.q_sample(x_0, t, eps), t, self.condition(z_i, ids, drop_z.to(device), drop_text.to(device)))
         target = training_target(self.schedule, x_0, eps, t, "v")
         return simple_loss(prediction, target, min_snr_weight(self.schedule, t, config.min_snr_gamma, "v"))
 
     @torch.no_grad()
-    def sample(
-        self, z_i: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, guidance: float | None = None
-    ) -> Tensor:
-        """Draw a picture, float32 (B, 3, S, S) in [-1, 1], for every row of z_i (B, E), ids (B, N) and seeds; rows do not affect each other."""
+    def sample(self, z_i: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, guidance: float | None = None) -> Tensor:
+        """Draw a picture, float32 (B, 3, S, S) in [-1, 1], for every row of z_i (B, E), ids (B, N) and seeds; rows are independent."""
         w = self.config.guidance if guidance is None else guidance
         S = self.config.image_size_px
         x_T = noise((len(z_i), 3, S, S), generators(seeds), z_i.device)

@@ -38,8 +38,9 @@ class Unclip:
         facts = json.loads((decoder / "config.json").read_text())
         a_decoder = Decoder(DecoderConfig.model_validate(facts["decoder"]), facts["embed_dim"], facts["vocab_size"], facts["context"])
         a_decoder.load_state_dict(load_file(decoder / "weights.safetensors"))
-        parts = [part.eval().requires_grad_(False).to(device) for part in (model, a_prior, a_decoder)]
-        return cls(parts[0], tokenizer, parts[1], parts[2])
+        for part in (model, a_prior, a_decoder):
+            part.eval().requires_grad_(False).to(device)
+        return cls(model, tokenizer, a_prior, a_decoder)
 
     def generate(
         self, prompts: list[str], count: int = 1, seed: int = 0, steps: int | None = None, guidance: float | None = None

@@ -190,8 +190,12 @@ def _worker(job: dict[str, Any]) -> None:
     import ray.train
 
     torch.set_num_threads(job["threads"])
-    fit: Fit = {"fit_clip": fit_clip, "fit_prior": fit_prior, "fit_decoder": fit_decoder}[job["fit"]]
-    section: type[LoopConfig] = {"fit_clip": ClipConfig, "fit_prior": PriorConfig, "fit_decoder": DecoderConfig}[job["fit"]]
+    fits: dict[str, tuple[Fit, type[LoopConfig]]] = {
+        "fit_clip": (fit_clip, ClipConfig),
+        "fit_prior": (fit_prior, PriorConfig),
+        "fit_decoder": (fit_decoder, DecoderConfig),
+    }
+    fit, section = fits[job["fit"]]
     config, work = section.model_validate_json(job["section"]), Path(job["work"])
     device = "cuda" if torch.cuda.is_available() and ray.train.torch.get_device().type == "cuda" else "cpu"
     model, averaged = fit(config, {name: Path(path) for name, path in job["paths"].items()}, work, device)
@@ -252,5 +256,3 @@ def _plain(name: str, error: Exception) -> UnclipError:
             cause = inner
         cause = cause.__cause__
     return UnclipError(f"training {name} failed: {' '.join(str(error).split())[:400]}; the whole of it is in the log")
-
-

@@ -58,6 +58,7 @@ class Tokenizer:
     def load(cls, path: Path) -> "Tokenizer":
         """Read `tokenizer.json`; the context length is the truncation stored in it."""
         engine = Engine.from_file(str(path))
+        assert engine.truncation is not None, f"{path} has no context length"
         return cls(engine, engine.truncation["max_length"])
 
     def save(self, path: Path) -> None:
