@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
@@ -22,20 +22,18 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from indexing.embeddings import CHUNK_ROWS, Floats, Rows, chunks, open_parts, read_facts, take
 from infra.errors import CallerError, DataError
 from infra.settings import Section
 from infra.tables import EMBEDDED
 
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
-Floats = NDArray[np.float32]
-Rows = NDArray[np.int64]
 
 FLAT_BELOW = 20_000
 """Up to here brute force answers in about a millisecond, exactly."""
 POINTS_PER_CELL = 39
 """FAISS warns of poor centroids below this many training vectors for each."""
-CHUNK_ROWS = 65_536
 DEPTHS = (1, 10, 100)
 """The k at which recall is measured; the middle one is held against the target."""
 SAME_SCORE = 1e-5
@@ -106,18 +104,17 @@ def build(config: IndexConfig, embed: Path, out: Path) -> dict[str, Any]:
     kind of index cannot reach even with every cell probed is no error: "target_met" is false. Raises DataError for embeddings that
     are empty, not finite or do not match their facts or metadata, CallerError for a factory that does not suit them.
     """
-    facts = json.loads((embed / "facts.json").read_text())
-    count, dim = int(facts["count"]), int(facts["dim"])
+    clip_key, count, dim = read_facts(embed)
     if count == 0:
         raise DataError(f"{embed}: no embeddings, so there is nothing to index")
-    parts = {"image": _open_parts(embed / "img_emb", count, dim), "text": _open_parts(embed / "text_emb", count, dim)}
+    parts = {"image": open_parts(embed / "img_emb", count, dim), "text": open_parts(embed / "text_emb", count, dim)}
     _write_metadata(embed / "metadata", out / "metadata.arrow", count)
     factory = choose_factory(count, dim, config.memory_bytes) if config.factory == "auto" else config.factory
     if _cells(factory) > count:
         raise CallerError(f"[index] factory = {factory} has more cells than there are vectors ({count}): name fewer, or auto")
     rng = np.random.default_rng(config.seed)
     sampled = np.sort(rng.choice(count, min(config.queries, count), replace=False))
-    queries = {modality: _take(parts[modality], sampled) for modality in MODALITIES}
+    queries = {modality: take(parts[modality], sampled) for modality in MODALITIES}
     figures: dict[str, dict[str, Any]] = {}
     threads_before = faiss.omp_get_max_threads()
     if config.threads:
@@ -134,7 +131,7 @@ def build(config: IndexConfig, embed: Path, out: Path) -> dict[str, Any]:
     worse: dict[str, Any] = {f"recall@{k}": min(each[f"recall@{k}"] for each in both) for k in DEPTHS}
     worse |= {name: max(each[name] for each in both) for name in ("nprobe", "k_factor", "latency_p50_ms", "latency_p99_ms")}
     recall = worse["recall@10"]
-    facts = {"dim": dim, "count": count, "factory": factory, "clip_key": facts["clip_key"], **worse}
+    facts = {"dim": dim, "count": count, "factory": factory, "clip_key": clip_key, **worse}
     facts |= {"bytes": sum(each["bytes"] for each in both), "target_met": all(each["target_met"] for each in both), **figures}
     (out / "index.json").write_text(json.dumps(facts, indent=1) + "\n")
     return {"in": count, "out": count, "dropped": {}, "factory": factory, "recall": recall}
@@ -206,30 +203,6 @@ def _cells(factory: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _open_parts(folder: Path, count: int, dim: int) -> list[NDArray[Any]]:
-    """Memory-map the .npy files of a folder in order of name."""
-    parts = [np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))]
-    if any(part.ndim != 2 or part.shape[1] != dim for part in parts) or sum(len(part) for part in parts) != count:
-        raise DataError(f"{folder}: arrays of shapes {[part.shape for part in parts]}, where facts.json says {count} vectors of {dim}")
-    return parts
-
-
-def _chunks(parts: Sequence[NDArray[Any]]) -> Iterator[Floats]:
-    for part in parts:
-        for start in range(0, len(part), CHUNK_ROWS):
-            yield np.ascontiguousarray(part[start : start + CHUNK_ROWS], dtype=np.float32)
-
-
-def _take(parts: Sequence[NDArray[Any]], rows: Rows) -> Floats:
-    """Return the vectors of the rows (any shape), one more axis: (..., D)."""
-    ends = np.cumsum([len(part) for part in parts])
-    taken = np.empty((*rows.shape, parts[0].shape[1]), np.float32)
-    for part, end in zip(parts, ends, strict=True):
-        inside = (rows >= end - len(part)) & (rows < end)
-        taken[inside] = part[rows[inside] - (end - len(part))]
-    return taken
-
-
 def _write_metadata(folder: Path, file: Path, count: int) -> None:
     rows = 0
     with pa.OSFile(os.fspath(file), "wb") as sink, pa.ipc.new_file(sink, EMBEDDED) as writer:
@@ -250,8 +223,8 @@ def _fill(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
         inverted.cp.seed = seed % 2**31
         inverted.cp.min_points_per_centroid = 1  # too few is either the rule's choice or the recipe's: no warning on the terminal
         size = min(count, cells * inverted.cp.max_points_per_centroid)
-        index.train(_take(parts, np.sort(np.random.default_rng(seed).choice(count, size, replace=False))))
-    for chunk in _chunks(parts):
+        index.train(take(parts, np.sort(np.random.default_rng(seed).choice(count, size, replace=False))))
+    for chunk in chunks(parts):
         if not np.isfinite(chunk).all():
             raise DataError("the embeddings hold NaN or infinity: embed again")
         index.add(chunk)
@@ -284,7 +257,7 @@ def _search(index: Any, queries: Floats, k: int, nprobe: int, k_factor: int) -> 
 def _brute_force(parts: Sequence[NDArray[Any]], queries: Floats, k: int) -> Floats:
     """Return the k best exact scores (B, k), best first."""
     best = np.empty((len(queries), 0), np.float32)
-    for chunk in _chunks(parts):
+    for chunk in chunks(parts):
         best = np.concatenate([best, queries @ chunk.T], axis=1)
         best = -np.partition(-best, min(k, best.shape[1]) - 1, axis=1)[:, :k]
     return -np.sort(-best, axis=1)
@@ -292,7 +265,7 @@ def _brute_force(parts: Sequence[NDArray[Any]], queries: Floats, k: int) -> Floa
 
 def _recall(parts: Sequence[NDArray[Any]], queries: Floats, rows: Rows, truth: Floats) -> float:
     """Return the share of the found rows (B, k) that score, exactly, no less than the k-th best of `truth` (B, >= k)."""
-    exact = np.einsum("bd,bkd->bk", queries, _take(parts, rows))
+    exact = np.einsum("bd,bkd->bk", queries, take(parts, rows))
     return float((exact >= truth[:, rows.shape[1] - 1, None] - SAME_SCORE).mean())
 
 

@@ -1,0 +1,60 @@
+"""Reads the embed stage's folder: vectors memory-mapped from its `.npy` parts, their metadata from parquet, in one row order.
+
+What a vector stands for is in the metadata only. Legend: N rows, D dimensions.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from infra.errors import DataError
+
+Floats = NDArray[np.float32]
+Rows = NDArray[np.int64]
+
+CHUNK_ROWS = 65_536
+
+
+def read_facts(embed: Path) -> tuple[str, int, int]:
+    """Return (clip_key, count, dim) of an embed folder."""
+    facts = json.loads((embed / "facts.json").read_text())
+    return facts["clip_key"], int(facts["count"]), int(facts["dim"])
+
+
+def open_parts(folder: Path, count: int, dim: int) -> list[NDArray[Any]]:
+    """Memory-map the .npy files of a folder in order of name. Raises DataError unless they hold (count, dim) together."""
+    parts = [np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))]
+    if any(part.ndim != 2 or part.shape[1] != dim for part in parts) or sum(len(part) for part in parts) != count:
+        raise DataError(f"{folder}: arrays of shapes {[part.shape for part in parts]}, where facts.json says {count} vectors of {dim}")
+    return parts
+
+
+def chunks(parts: Sequence[NDArray[Any]]) -> Iterator[Floats]:
+    """Yield all rows in order, (at most CHUNK_ROWS, D) float32 at a time."""
+    for part in parts:
+        for start in range(0, len(part), CHUNK_ROWS):
+            yield np.ascontiguousarray(part[start : start + CHUNK_ROWS], dtype=np.float32)
+
+
+def take(parts: Sequence[NDArray[Any]], rows: Rows) -> Floats:
+    """Return the vectors of the rows (any shape), one more axis: (..., D)."""
+    ends = np.cumsum([len(part) for part in parts])
+    taken = np.empty((*rows.shape, parts[0].shape[1]), np.float32)
+    for part, end in zip(parts, ends, strict=True):
+        inside = (rows >= end - len(part)) & (rows < end)
+        taken[inside] = part[rows[inside] - (end - len(part))]
+    return taken
+
+
+def read_metadata(folder: Path, columns: Sequence[str], count: int) -> pa.Table:
+    """Read these columns of the metadata, one row for each vector. Raises DataError for another number of rows."""
+    table = pa.concat_tables([pq.read_table(file, columns=list(columns)) for file in sorted(folder.glob("*.parquet"))])
+    if table.num_rows != count:
+        raise DataError(f"{folder}: {table.num_rows} rows of metadata for {count} vectors")
+    return table
