@@ -1,0 +1,82 @@
+"""The whole pipeline through the real command line, with real Prefect, Ray and two CLIP workers, on shapes that are drawn here."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flows.stages import STAGES
+from infra import storage
+from tests.test_stages import assert_whole
+from tests.tiny import prepare, ran
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the tiny recipe ran to its end."""
+    folder = tmp_path_factory.mktemp("tiny")
+    drawn = prepare(folder)
+    code, out, err = ran(folder, "run", "tiny.toml", "--root", "root", "--json")
+    assert code == 0, err
+    stages = json.loads(out)["stages"]
+    assert [each["stage"] for each in stages] == [stage.name for stage in STAGES]
+    assert {each["state"] for each in stages} == {"ran"}
+    assert "Traceback" not in err and len(assert_whole(folder / "root")) > 20
+    manifest = json.loads((folder / "root" / "ingest" / stages[0]["key"] / "manifest.json").read_text())
+    assert manifest["counts"]["out"] == drawn
+    return folder
+
+
+def test_the_report_is_there(folder: Path) -> None:
+    record = json.loads((folder / "root" / "runs" / "tiny.json").read_text())
+    report = Path(record["report"])
+    assert report.name == "report.html" and "<html" in report.read_text().lower()
+    result = json.loads((report.parent / "report.json").read_text())
+    assert result.keys() >= {"run", "stages", "zero_shot", "retrieval", "generation"}
+    assert list((report.parent / "pictures").glob("*.png"))
+
+
+def test_a_second_run_and_status_find_everything_current_in_seconds(folder: Path) -> None:
+    for command in ("run", "status"):
+        clock = time.monotonic()
+        code, out, err = ran(folder, command, "tiny.toml", "--root", "root", "--json")
+        assert code == 0 and err == "" and time.monotonic() - clock < 20
+        result = json.loads(out)
+        assert {each["state"] for each in result["stages"]} == {"current"} and result["report"].endswith("/report.html")
+
+
+def test_search_finds_by_text_and_by_picture(folder: Path) -> None:
+    for query in (["a red disc"], ["--image", "pictures/filled/red-disc-1_0.png"]):
+        code, out, err = ran(folder, "search", *query, "--root", "root", "-k", "5", "--json")
+        assert (code, err) == (0, "")
+        found = json.loads(out)
+        assert len(found) == 5 and all(each.keys() >= {"key", "score", "caption", "url"} for each in found)
+        assert [each["score"] for each in found] == sorted((each["score"] for each in found), reverse=True)
+
+
+def test_generate_draws_the_same_for_the_same_seed(folder: Path) -> None:
+    drawn = {}
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        code, text, err = ran(
+            folder, "generate", "a red disc", "--count", "2", "--seed", str(seed), "--out", out, "--root", "root", "--json"
+        )
+        assert code == 0, err
+        result = json.loads(text)
+        assert result.keys() == {"seed", "settings", "files", "grid"} and len(result["files"]) == 2
+        drawn[out] = [Image.open(folder / file).convert("RGB").tobytes() for file in result["files"]]
+        assert len(drawn[out][0]) == 16 * 16 * 3
+    assert drawn["a"] == drawn["b"] and not set(drawn["a"]) & set(drawn["c"]) and drawn["a"][0] != drawn["a"][1]
+
+
+def test_a_recipe_with_a_mistake_is_one_line_and_changes_nothing(folder: Path) -> None:
+    root = storage.open_root(str(folder / "root"), for_writing=False)
+    before = {stage.name: storage.list_names(root, stage.name) for stage in STAGES}
+    (folder / "bad.toml").write_text('extends = "tiny.toml"\n[clip]\nwidht = 3\n')
+    code, out, err = ran(folder, "run", "bad.toml", "--root", "root")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("unclip: bad.toml: [clip] widht: no such key, did you mean width?")
+    assert before == {stage.name: storage.list_names(root, stage.name) for stage in STAGES}
