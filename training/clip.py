@@ -147,7 +147,8 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor
     all_image, all_text, first = gather(image), gather(text), _first_row(len(image))
     target = torch.arange(first, first + len(image), device=image.device)
     scale = logit_scale.exp()
-    return (F.cross_entropy(scale * image @ all_text.T, target) + F.cross_entropy(scale * text @ all_image.T, target)) / 2
+    with torch.autocast(image.device.type, enabled=False):  # bfloat16 would round a logit near 100 to a multiple of 0.5
+        return (F.cross_entropy(scale * image @ all_text.T, target) + F.cross_entropy(scale * text @ all_image.T, target)) / 2
 
 
 def _first_row(count: int) -> int:

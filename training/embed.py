@@ -76,11 +76,11 @@ def _embed_part(
         images = torch.cat([clip_model.embed_images(model, pictures[part], config.batch_size) for part in rows])
         texts = clip_model.embed_texts(model, tokenizer, table["caption"].to_pylist(), config.batch_size)
         for name, vectors in zip(names, (images, texts), strict=False):
-            with (work / "part.tmp").open("wb") as file:
+            with (work / f"part_{number:04}.tmp").open("wb") as file:
                 np.save(file, vectors.numpy().astype(np.float16))
-            (work / "part.tmp").replace(work / Path(name).name)
-        pq.write_table(table, work / "table.tmp")
-        (work / "table.tmp").replace(work / Path(names[2]).name)
+            (work / f"part_{number:04}.tmp").replace(work / Path(name).name)
+        pq.write_table(table, work / f"table_{number:04}.tmp")
+        (work / f"table_{number:04}.tmp").replace(work / Path(names[2]).name)
     for name in names:
         (out / name).write_bytes((work / Path(name).name).read_bytes())
     return table.num_rows

@@ -34,6 +34,7 @@ class Tokenizer:
     def __init__(self, engine: Engine, context: int) -> None:
         self.engine, self.context = engine, context
         engine.enable_truncation(context)  # the template's start and end count
+        engine.encode_special_tokens = True  # a caption that spells "<|pad|>" means the characters
 
     @classmethod
     def fit(cls, captions: Iterable[str], config: TokenizerConfig) -> "Tokenizer":

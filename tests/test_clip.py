@@ -1,0 +1,118 @@
+"""CLIP's loss is the paper's, both towers can learn, and a written model is the one that is read."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from training import clip
+from training.clip import CLIP, LOGIT_SCALE_MAX, ClipConfig, contrastive_loss, to_pixels
+from training.jobs import write_model
+from training.tokenizer import PAD, Tokenizer, TokenizerConfig
+
+TEXTS = ["red", "a green disc", "a blue square on a white ground", "black", "two yellow crosses", "a heart", "an apple, half eaten", "grey"]
+Tower = Literal["conv", "vit"]
+TOWERS: list[Tower] = ["conv", "vit"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.fit(TEXTS, TokenizerConfig(vocab_size=300, context=16))
+
+
+def tiny(tower: Tower, tokenizer: Tokenizer) -> CLIP:
+    torch.manual_seed(0)
+    config = ClipConfig(image_tower=tower, image_size_px=16, width=16, depth=1, text_width=32, text_depth=1, embed_dim=16)
+    return CLIP(config, tokenizer.vocab_size, tokenizer.context)
+
+
+def images(count: int, side: int = 16) -> Tensor:
+    return torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_loss_is_the_mean_of_both_log_softmaxes_on_the_diagonal() -> None:
+    image, text = (torch.nn.functional.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
+    scale = torch.tensor(1.3)
+    expected = 0.0
+    for a, b in ((image, text), (text, image)):
+        for row in range(6):
+            weights = [float((scale.exp() * (a[row] * b[column]).sum()).exp()) for column in range(6)]
+            expected -= float(torch.tensor(weights[row] / sum(weights)).log()) / 12
+    assert float(contrastive_loss(image, text, scale)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_one_batch_is_learnt_by_heart(tower: Tower, tokenizer: Tokenizer) -> None:
+    model, pixels, ids = tiny(tower, tokenizer), to_pixels(images(8), 16), tokenizer(TEXTS)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = contrastive_loss(model.encode_image(pixels), model.encode_text(ids), model.logit_scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] > 1.5 and losses[-1] < 0.1
+    scores = model.encode_image(pixels) @ model.encode_text(ids).T
+    assert scores.argmax(1).tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_embeddings_are_unit_vectors(tower: Tower, tokenizer: Tokenizer) -> None:
+    model = tiny(tower, tokenizer)
+    for vectors in (clip.embed_images(model, images(5, 20)), clip.embed_texts(model, tokenizer, TEXTS)):
+        assert vectors.dtype == torch.float32 and vectors.shape[1] == 16
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)))
+
+
+def test_logit_scale_is_clamped_from_above_only(tokenizer: Tokenizer) -> None:
+    model = tiny("conv", tokenizer)
+    for value, expected in ((9.0, LOGIT_SCALE_MAX), (-1.0, -1.0)):
+        model.logit_scale.data.fill_(value)
+        model.clamp_logit_scale()
+        assert model.logit_scale.item() == pytest.approx(expected)
+    assert pytest.approx(100) == torch.tensor(LOGIT_SCALE_MAX).exp().item()
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_written_model_is_the_one_that_is_read(tower: Tower, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = tiny(tower, tokenizer).eval()
+    tokenizer.save(tmp_path / "tokenizer.json")
+    averaged = {name: value + 0.01 for name, value in model.state_dict().items()}
+    write_model("clip", model, averaged, model.config, tmp_path)
+    found, found_tokenizer = clip.load(tmp_path)
+    assert not found.training and not any(p.requires_grad for p in found.parameters())
+    model.load_state_dict(averaged)  # the averaged weights are what is served
+    assert clip.embed_images(found, images(3)).equal(clip.embed_images(model, images(3)))
+    assert clip.embed_texts(found, found_tokenizer, TEXTS).equal(clip.embed_texts(model, tokenizer, TEXTS))
+
+
+def test_a_texts_embedding_depends_on_that_text_alone(tokenizer: Tokenizer) -> None:
+    model = tiny("conv", tokenizer).eval()
+    together = clip.embed_texts(model, tokenizer, TEXTS)
+    alone = torch.cat([clip.embed_texts(model, tokenizer, [text]) for text in TEXTS])
+    by_three = clip.embed_texts(model, tokenizer, TEXTS, batch=3)
+    ids = tokenizer(TEXTS)
+    padded = model.encode_text(torch.cat([ids, torch.full((len(ids), 16 - ids.shape[1]), PAD)], 1)).detach()
+    for other in (alone, by_three, padded):
+        torch.testing.assert_close(other, together, atol=1e-5, rtol=0)
+    assert float((together[0] - together[1]).norm()) > 0.01
+    assert clip.embed_texts(model, tokenizer, []).shape == (0, 16)
+
+
+def test_loss_stays_in_float32_under_autocast() -> None:
+    image, text = (torch.nn.functional.normalize(torch.randn(64, 16), dim=-1) for _ in range(2))
+    scale = torch.tensor(LOGIT_SCALE_MAX)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = contrastive_loss(image, text, scale)
+    torch.testing.assert_close(found, contrastive_loss(image, text, scale), rtol=1e-5, atol=0)
+
+
+def test_pictures_are_scaled_to_minus_one_to_one_and_resized_by_area() -> None:
+    picture = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    picture[:, :2, :2] = 255
+    x = to_pixels(picture, 2)
+    assert x.shape == (1, 3, 2, 2)
+    assert x[0, 0].tolist() == [[1, -1], [-1, -1]]

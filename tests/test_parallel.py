@@ -1,0 +1,68 @@
+"""Several workers say what one would: gathered loss, averaged gradients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.clip import contrastive_loss
+from training.parallel import average, average_gradients, gather, world
+
+B, E = 8, 5
+
+
+class Pair(nn.Module):
+    """Two linear towers and a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(E, E), nn.Linear(E, E)
+        self.logit_scale = nn.Parameter(torch.tensor(1.5))
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Contrastive loss of this worker's rows."""
+        return contrastive_loss(F.normalize(self.image(x), dim=-1), F.normalize(self.text(y), dim=-1), self.logit_scale)
+
+
+def prepared() -> tuple[Pair, Tensor, Tensor]:
+    torch.manual_seed(3)
+    return Pair(), torch.randn(B, E), torch.randn(B, E)
+
+
+def work(rank: int, workers: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers)
+    assert world() == (rank, workers)
+    model, x, y = prepared()
+    mine = slice(rank * B // workers, (rank + 1) * B // workers)
+    assert gather(x[mine]).equal(x)
+    loss = model.loss(x[mine], y[mine])
+    loss.backward()
+    average_gradients(model)
+    found = {name: p.grad for name, p in model.named_parameters()}
+    torch.save({"loss": average(loss.detach()), **found}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_have_the_loss_and_the_gradients_of_one(workers: int, tmp_path: Path) -> None:
+    mp.spawn(work, (workers, tmp_path), workers)
+    model, x, y = prepared()
+    loss = model.loss(x, y)
+    loss.backward()
+    expected = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+    assert "logit_scale" in expected and all(float(each.abs().max()) > 1e-4 for each in expected.values())
+    for rank in range(workers):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_one_worker_says_nothing() -> None:
+    x = torch.randn(3, requires_grad=True)
+    assert world() == (0, 1) and gather(x) is x and average(x) is x
