@@ -119,7 +119,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, embed_dim: int, vocab_size: int, context: int) -> None:
         super().__init__()
-        self.config, self.schedule = config, Schedule.cosine(config.T)
+        self.config = config
+        with torch.device("cpu"):  # its values are checked, which `count_parameters`' meta device cannot do
+            self.schedule = Schedule.cosine(config.T)
         added, widths = 4 * config.width, [config.width * multiple for multiple in config.multiples]
         self.text = TextEncoder(vocab_size, context, config.text_width, config.text_depth)
         self.null_z = nn.Parameter(torch.randn(embed_dim) * embed_dim**-0.5)

@@ -32,7 +32,7 @@ def read_table(path: Path, split: str | None = None) -> pa.Table:
 
 def decode(data: bytes, side_px: int, name: str) -> np.ndarray:
     """Decode a picture to RGB, uint8 (S, S, 3): on white where it is transparent or not square, resized by area. Raises DataError."""
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None  # OpenCV raises on nothing
     if picture is None or picture.dtype != np.uint8:
         raise DataError(f"{name} is not an 8-bit picture that can be read: give a PNG, JPEG or WebP file")
     if picture.ndim == 2:

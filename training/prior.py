@@ -47,7 +47,9 @@ class Prior(nn.Module):
     def __init__(self, config: PriorConfig, embed_dim: int, vocab_size: int, context: int) -> None:
         super().__init__()
         D = config.width
-        self.config, self.schedule = config, Schedule.cosine(config.T)
+        self.config = config
+        with torch.device("cpu"):  # its values are checked, which `count_parameters`' meta device cannot do
+            self.schedule = Schedule.cosine(config.T)
         self.tokens = nn.Embedding(vocab_size, D)
         self.positions = nn.Parameter(torch.randn(context + 4, D) * 0.01)
         self.from_text, self.from_noised = nn.Linear(embed_dim, D), nn.Linear(embed_dim, D)
