@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,9 +15,8 @@ from infra import storage
 from tests.test_stages import assert_whole
 from tests.tiny import LIMIT_S, prepare, ran, start
 
-KILLS = 3
-MOMENTS_S = (6, 30)
-"""A kill falls this long after its run started: from ingest's start-up to the middle of a training."""
+KILLS = (("run", 15), ("curate", 12), ("index", 20))
+"""After which line on the terminal, and at most how many seconds later: in start-up or ingest, in CLIP, in the prior or decoder."""
 
 
 @pytest.mark.slow
@@ -25,21 +25,18 @@ def test_a_run_killed_at_random_moments_goes_on_and_ends_whole(tmp_path: Path, m
     prepare(tmp_path)
     chance = random.Random()
     kept: dict[str, str] = {}
-    moments = [round(chance.uniform(*MOMENTS_S), 2) for _ in range(KILLS)]
-    print(f"killed after {moments} s")
-    for moment_s in moments:
-        process = start(tmp_path, "run", "tiny.toml", "--root", "root")
-        time.sleep(moment_s)
-        process.kill()  # the leader alone, as the kernel short of memory does: its children must notice by themselves
-        _, err = process.communicate(timeout=60)
-        assert process.returncode in (-signal.SIGKILL, 0), err
-        after = assert_whole(tmp_path / "root") if (tmp_path / "root").exists() else {}
-        assert kept.items() <= after.items(), f"killed after {moments} s, a committed file has changed or gone"
+    moments = []
+    for line, limit_s in KILLS:
+        moments.append((line, round(chance.uniform(0, limit_s), 2)))
+        print("killed", *moments[-1])
+        kill(start(tmp_path, "run", "tiny.toml", "--root", "root"), *moments[-1])
+        after = assert_whole(tmp_path / "root")
+        assert kept.items() <= after.items(), f"killed {moments}: a committed file has changed or gone"
         kept = after
     code, out, err = ran(tmp_path, "run", "tiny.toml", "--root", "root", "--json")
-    assert code == 0, f"killed after {moments} s: {err}"
+    assert code == 0, f"killed {moments}: {err}"
     after = assert_whole(tmp_path / "root")
-    assert kept.items() <= after.items(), f"killed after {moments} s, a committed file has changed or gone"
+    assert kept.items() <= after.items(), f"killed {moments}: a committed file has changed or gone"
     committed = {name.split("/")[0] for name in kept if name.endswith("/manifest.json")}
     assert {each["stage"] for each in json.loads(out)["stages"] if each["state"] == "current"} == committed
     monkeypatch.chdir(tmp_path)
@@ -47,3 +44,14 @@ def test_a_run_killed_at_random_moments_goes_on_and_ends_whole(tmp_path: Path, m
     assert [each.state for each in plan(root, load_recipe("tiny.toml"), STAGES)] == ["current"] * len(STAGES)
     assert all(len(storage.list_names(root, stage.name)) == 1 for stage in STAGES)  # every key was made once
     assert list((tmp_path / "root" / "work" / "aside").iterdir()) == []
+
+
+def kill(process: "subprocess.Popen[str]", line: str, delay_s: float) -> None:
+    """Kill a run some time after a line on its terminal; the leader alone, as a kernel short of memory does: its children must notice."""
+    assert process.stderr
+    while process.stderr.readline().split(" ")[0] != line:
+        assert process.poll() is None, f"the run ended before the line {line}"
+    time.sleep(delay_s)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGKILL, 0)
