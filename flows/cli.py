@@ -43,6 +43,7 @@ app.add_typer(diffusion, name="diffusion")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP; infra/cluster.py says why
     given = sys.argv[1:] if arguments is None else arguments
     is_debug = "--debug" in given
     try:
