@@ -176,7 +176,7 @@ def run(
                     metrics.write(json.dumps(row) + "\n")
                     metrics.flush()
                     logged_s = now
-            if rank == 0 and (last or now - saved_s >= config.state_every_s):
+            if rank == 0 and (last or now - saved_s >= config.state_every_s) and math.isfinite(float(loss.detach())):
                 _save(work, model, optimizer, ema, seen, spent_s + now - started_s)
                 saved_s = time.monotonic()
     return ema
@@ -221,6 +221,8 @@ def _metrics(work: Path, seen: int) -> Iterator[TextIO]:
                 row = json.loads(line)
                 if row["images_seen"] <= seen:
                     kept.append(json.dumps(row) + "\n")
-    path.write_text("".join(kept))
+    aside = work / f"metrics.{os.getpid()}.tmp"
+    aside.write_text("".join(kept))
+    aside.replace(path)
     with path.open("a") as file:
         yield file
