@@ -1,0 +1,113 @@
+"""Charts as inline SVG for reports: a training curve with axes, and a figure with its interval on a scale.
+
+Colours are the page's (`currentColor` and its custom properties), so that charts follow light and dark. Knows numbers only.
+"""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+WIDTH, HEIGHT = 360, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
+LOG_ABOVE = 8
+"""A loss that falls by more than this factor is drawn on a logarithmic scale."""
+STRIP_WIDTH, STRIP_HEIGHT = 160, 16
+SMOOTHING = 0.1
+"""Weight of a new point in the line that is drawn over the points."""
+
+
+def curve(points: Sequence[tuple[float, float]], x_label: str, y_label: str, title: str) -> str:
+    """Draw (x, y) pairs in order of x as an SVG: the points as a faint line, their exponential mean above it; axes with round ticks."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    is_log = min(ys) > 0 and max(ys) / min(ys) > LOG_ABOVE
+    y_ticks = log_ticks(min(ys), max(ys)) if is_log else ticks(min(ys), max(ys), 4)
+    x_ticks = ticks(0, max(xs), 4)
+    y_low, y_high = min([*ys, *y_ticks]), max([*ys, *y_ticks])
+    x_high = max(xs) or 1
+
+    def x_at(x: float) -> float:
+        return LEFT + x / x_high * (WIDTH - LEFT - RIGHT)
+
+    def y_at(y: float) -> float:
+        share = (math.log(y / y_low) / math.log(y_high / y_low)) if is_log else (y - y_low) / ((y_high - y_low) or 1)
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def line(values: Sequence[float], name: str) -> str:
+        places = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(xs, values, strict=True))
+        return f'<polyline class="{name}" points="{places}"/>'
+
+    scale = f"{y_label}{', log scale' if is_log else ''}"
+    parts = [
+        f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f"<title>{escape(title)}</title>",
+    ]
+    for tick in y_ticks:
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" y2="{y_at(tick):.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y_at(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>')
+    for tick in x_ticks:
+        anchor = "end" if x_at(tick) > WIDTH - 2 * RIGHT else "middle"
+        parts.append(f'<line class="tick" x1="{x_at(tick):.1f}" x2="{x_at(tick):.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>')
+        parts.append(f'<text x="{x_at(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{short(tick)}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
+    parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
+    parts.append(f'<text class="label" x="{LEFT + 6}" y="{TOP + 8}">{escape(scale)}</text>')
+    parts += [line(ys, "points"), line(smoothed(ys), "mean"), "</svg>"]
+    return "".join(parts)
+
+
+def strip(value: float, low: float | None, high: float | None, chance: float | None) -> str:
+    """Draw a share as a dot with its interval as a bar, on a scale from 0 to 100 %, chance as a tick across."""
+    middle = STRIP_HEIGHT / 2
+
+    def at(share: float) -> float:
+        return round(5 + min(max(share, 0.0), 1.0) * (STRIP_WIDTH - 10), 1)
+
+    parts = [
+        f'<svg class="strip" viewBox="0 0 {STRIP_WIDTH} {STRIP_HEIGHT}" width="{STRIP_WIDTH}" height="{STRIP_HEIGHT}" aria-hidden="true">'
+    ]
+    parts.append(f'<line class="rule" x1="{at(0)}" x2="{at(1)}" y1="{middle}" y2="{middle}"/>')
+    parts += [f'<line class="rule" x1="{at(each)}" x2="{at(each)}" y1="{middle - 3}" y2="{middle + 3}"/>' for each in (0, 0.5, 1)]
+    if chance is not None:
+        parts.append(f'<line class="chance" x1="{at(chance)}" x2="{at(chance)}" y1="1" y2="{STRIP_HEIGHT - 1}"/>')
+    if low is not None and high is not None:
+        parts.append(f'<line class="interval" x1="{at(low)}" x2="{at(high)}" y1="{middle}" y2="{middle}"/>')
+    parts += [f'<circle class="dot" cx="{at(value)}" cy="{middle}" r="3.5"/>', "</svg>"]
+    return "".join(parts)
+
+
+def ticks(low: float, high: float, about: int) -> list[float]:
+    """Return round numbers (1, 2 or 5 times a power of ten apart) within low..high, roughly `about` of them; one where they are equal."""
+    if high <= low:
+        return [low]
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten within low..high, only the powers where there would be many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        found = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+        if len(found) <= 6:
+            break
+    return found or [low, high]
+
+
+def short(number: float) -> str:
+    """Write a tick: 50k, 1.2M, 0.05."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:.4g}"
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Return the exponential mean of the values, each corrected for its start."""
+    mean, weight, found = 0.0, 0.0, []
+    for value in values:
+        mean, weight = mean + SMOOTHING * (value - mean), weight + SMOOTHING * (1 - weight)
+        found.append(mean / weight)
+    return found

@@ -1,0 +1,187 @@
+"""The evaluation of a run: zero-shot classification and retrieval on held-out pairs, generated pictures, and the report of it all.
+
+Knows the models only as callables and the run only as manifests, metrics, embeddings and shards. Writes report.json (its schema is
+report.schema.json), report.html and pictures/*.png.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+
+from indexing import report
+from indexing.embeddings import Rows, take
+from indexing.generation import EncodeImages, Generate
+from indexing.held_out import Embedded, Pairs, licences, open_embedded, read_pairs, seen_in_training
+from indexing.retrieval import retrieval
+from indexing.samples import generation, write_shown
+from indexing.zero_shot import EncodeTexts, class_embeddings, member_scores, score
+from infra.settings import Section
+from infra.tables import SPLITS
+
+HELD_OUT = tuple(split for split in SPLITS if split != "train")
+EXAMPLES, EXAMPLE_RESULTS = 6, 5
+
+
+class EvaluateConfig(Section):
+    """[evaluate]: what is drawn, how classes are put into words, and how many pairs the figures rest on."""
+
+    prompts: tuple[str, ...] = Field(
+        default=(
+            *("a red heart", "a yellow smiling face", "the flag of Japan", "a green apple", "a cat face", "a blue car"),
+            *("the moon", "a slice of pizza", "a dog face", "a house", "the sun", "a four leaf clover"),
+        ),
+        min_length=1,
+        max_length=256,
+    )
+    """What is drawn; the report says of each whether it stands among the training captions."""
+    count: int = Field(default=6, ge=1, le=64)
+    """Pictures of each prompt."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the drawn pictures, of what is sampled and of the bootstrap."""
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    """Denoising steps of the decoder; by default the decoder's own."""
+    guidance: float | None = Field(default=None, ge=0, le=50)
+    """Strength of the decoder's guidance; by default the decoder's own."""
+    templates: tuple[str, ...] = Field(
+        default=("{}", "a {}", "a picture of a {}", "an icon of a {}", "a drawing of a {}", "a {} emoji"), min_length=1
+    )
+    """Prompts around a class name, averaged in embedding space (CLIP, section 3.1.4); {} stands for the name."""
+    resamples: int = Field(default=2000, ge=100, le=100_000)
+    """Bootstrap resamples behind each 95 % interval."""
+    pairs_at_most: int = Field(default=10_000, ge=1)
+    """Pairs of a held-out split that are judged, drawn by the seed when there are more."""
+    pixel_pool: int = Field(default=20_000, ge=1)
+    """Training pictures that samples are compared with pixel by pixel, drawn by the seed when there are more."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_say_something(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(prompt.strip() for prompt in prompts):
+            raise ValueError("a prompt is empty")
+        return prompts
+
+    @field_validator("templates")
+    @classmethod
+    def _templates_have_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"{template!r} must hold {{}} once, where the class name goes")
+        return templates
+
+
+def evaluate(
+    config: EvaluateConfig,
+    run_facts: Mapping[str, Any],
+    stage_manifests: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Sequence[Mapping[str, Any]]],
+    embed: Path,
+    shards: Path,
+    encode_texts: EncodeTexts,
+    encode_images: EncodeImages,
+    generate: Generate,
+    out: Path,
+) -> dict[str, Any]:
+    """Evaluate a run, write report.json, report.html and the pictures into `out`, and return what report.json holds.
+
+    `run_facts` holds the resolved `config` of the run and whatever else is to be told of it; `metrics` the rows of metrics.jsonl of each
+    trained stage. `encode_texts(list of N) -> (N, D)` and `encode_images(uint8 (N, H, W, 3)) -> (N, D)` give unit vectors,
+    `generate(prompts, count, seed) -> uint8 (P, count, H, W, 3)`. A split without pairs is no error: its figures say so.
+    """
+    embedded = open_embedded(embed)
+    pairs = {split: read_pairs(embedded, split, config.pairs_at_most, config.seed) for split in HELD_OUT}
+    facts = {
+        "run": report.run_facts(run_facts, stage_manifests)
+        | {"data": seen_in_training(embedded, HELD_OUT), "licences": licences(embedded)},
+        "stages": [report.stage_facts(manifest, metrics.get(manifest["stage"], ())) for manifest in stage_manifests],
+        "zero_shot": {split: zero_shot(config, pairs[split], embedded, encode_texts) for split in HELD_OUT},
+        "retrieval": {split: retrieve(config, pairs[split], shards, out / "pictures") for split in HELD_OUT},
+        "generation": generation(
+            config.prompts,
+            config.count,
+            config.seed,
+            config.resamples,
+            config.pixel_pool,
+            embedded,
+            pairs["held_out_concept"],
+            shards,
+            encode_texts,
+            encode_images,
+            generate,
+            out,
+        )
+        | {"steps": config.steps, "guidance": config.guidance},
+    }
+    (out / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    (out / "report.html").write_text(report.render(facts, out))
+    return facts
+
+
+def zero_shot(config: EvaluateConfig, pairs: Pairs, embedded: Embedded, encode_texts: EncodeTexts) -> dict[str, Any]:
+    """Return the scores of a split's pictures by category and subcategory, each in its own words and by its members, and by name.
+
+    The classes of the first two are all that occur in any split, their members the first captions of training pairs; the classes of the
+    last are the split's own first captions.
+    """
+    found: dict[str, Any] = {}
+    for label in ("category", "subcategory", "name"):
+        phrases = [row["caption"] if label == "name" else class_phrase(row[label]) for row in pairs.rows]
+        every = set(phrases) if label == "name" else {class_phrase(each) for each in embedded.table[label].unique().to_pylist()}
+        names = sorted(every - {""})
+        labelled = [place for place, phrase in enumerate(phrases) if phrase]
+        if not labelled or len(names) < 2:
+            why = "no pairs" if not pairs.rows else f"no pair has a {label}" if not labelled else f"one {label} only: nothing to tell apart"
+            found[label] = {"n": len(labelled), "classes": len(names), "note": why}
+            continue
+        numbers = {name: number for number, name in enumerate(names)}
+        labels = [numbers[phrases[place]] for place in labelled]
+        groups = [pairs.groups[place] for place in labelled]
+        images = pairs.images[labelled]
+        by_words = images @ class_embeddings(encode_texts, names, config.templates).T
+        found[label] = score(by_words, labels, names, groups, config.resamples, config.seed)
+        rows, classes = class_members(embedded, label, numbers) if label != "name" else (np.zeros(0, np.int64),) * 2
+        if len(rows):
+            by_members = member_scores(images, take(embedded.text_parts, rows), classes, len(names))
+            found[f"{label}_by_members"] = score(by_members, labels, names, groups, config.resamples, config.seed) | {"members": len(rows)}
+    return found
+
+
+def class_members(embedded: Embedded, label: str, numbers: Mapping[str, int]) -> tuple[Rows, NDArray[np.int64]]:
+    """Return the rows of the training pairs whose first captions speak for a class, each caption once in each class, and the classes."""
+    rows = embedded.rows("train")
+    train = embedded.table.take(rows)
+    members: dict[tuple[int, str], int] = {}
+    for row, name, caption in zip(rows.tolist(), train[label].to_pylist(), train["caption"].to_pylist(), strict=True):
+        if phrase := class_phrase(name):
+            members.setdefault((numbers[phrase], caption), row)
+    return np.array(list(members.values()), np.int64), np.array([number for number, _ in members], np.int64)
+
+
+def class_phrase(label: str) -> str:
+    """Turn a class label into words: "Food & Drink" is asked for as "food and drink", "animal-bird" as "animal bird"."""
+    return " ".join(label.lower().replace("&", " and ").replace("-", " ").replace("_", " ").split())
+
+
+def retrieve(config: EvaluateConfig, pairs: Pairs, shards: Path, folder: Path) -> dict[str, Any]:
+    """Return a split's recall both ways, and some captions, drawn by the seed, with the pictures found for them."""
+    if not pairs.rows:
+        return {"n": 0, "note": "no pairs"}
+    pictures, captions = [row["sha256"] for row in pairs.rows], [row["caption"] for row in pairs.rows]
+    found = retrieval(pairs.images, pairs.texts, pictures, captions, pairs.groups, config.resamples, config.seed)
+    _, first = np.unique(pictures, return_index=True)
+    _, asked = np.unique(captions, return_index=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    found["examples"] = []
+    for query in np.random.default_rng(config.seed).permutation(asked)[:EXAMPLES]:
+        right = {picture for picture, caption in zip(pictures, captions, strict=True) if caption == captions[query]}
+        best = first[np.argsort(-(pairs.images[first] @ pairs.texts[query]), kind="stable")[:EXAMPLE_RESULTS]]
+        results = [
+            {"picture": write_shown(pairs.rows[place], shards, folder), "caption": captions[place], "is_right": pictures[place] in right}
+            for place in best
+        ]
+        found["examples"].append({"caption": captions[query], "results": results})
+    return found

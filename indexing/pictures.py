@@ -1,0 +1,84 @@
+"""Pictures of the evaluation: read by the keep list from ingest's shards, shown side by side, written as PNG.
+
+Knows nothing of models. A picture is uint8 (S, S, 3) RGB.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from infra.errors import DataError
+
+Pixels = NDArray[np.uint8]
+
+GAP_PX = 4
+LINE_PX = 16
+INK, PAPER = (34, 37, 43), (255, 255, 255)
+
+
+def read_picture(row: Mapping[str, Any], shards: Path, side_px: int) -> Pixels:
+    """Read the picture of a row (schema infra.tables.KEEP) as a square of that side: on white where it is transparent or not square.
+
+    Raises DataError where the shard does not hold it.
+    """
+    name = f"{row['shard']}/{row['member']}"
+    try:
+        with (shards / row["shard"]).open("rb") as file:
+            file.seek(row["offset"])
+            data = file.read(row["size_bytes"])
+    except OSError as error:
+        raise DataError(f"cannot read {name} in {shards} ({error.strerror}): delete that ingest folder and run again") from error
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    if picture is None or picture.dtype != np.uint8:
+        raise DataError(f"{name} is not an 8-bit picture: delete that ingest folder and run again")
+    return square(picture, side_px)
+
+
+def square(picture: NDArray[Any], side_px: int) -> Pixels:
+    """Turn a decoded picture (grey, BGR or BGRA) into an RGB square, white around it, resized by area."""
+    if picture.ndim == 2:
+        picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
+    if picture.shape[2] == 4:
+        alpha = picture[..., 3:].astype(np.float32) / 255
+        picture = (picture[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    canvas = np.full((side, side, 3), 255, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas[top : top + height, left : left + width] = picture
+    if side != side_px:
+        canvas = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA).astype(np.uint8)
+    return np.ascontiguousarray(canvas[..., ::-1])
+
+
+def sheet(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], scale: int = 2) -> Pixels:
+    """Return rows of equal squares on white as one picture (H, W, 3), each row below its title; pixels enlarged `scale` times."""
+    side_px = scale * rows[0][0].shape[0]
+    width = max(len(row) for row in rows) * (side_px + GAP_PX) + GAP_PX
+    height = len(rows) * (LINE_PX + side_px + GAP_PX) + GAP_PX
+    page = Image.new("RGB", (width, height), PAPER)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(LINE_PX - 4)
+    for line, (row, title) in enumerate(zip(rows, titles, strict=True)):
+        top = GAP_PX + line * (LINE_PX + side_px + GAP_PX)
+        draw.text((GAP_PX, top), _fitting(title, font, width - 2 * GAP_PX), fill=INK, font=font)
+        for column, picture in enumerate(row):
+            shown = Image.fromarray(picture).resize((side_px, side_px), Image.Resampling.NEAREST)
+            page.paste(shown, (GAP_PX + column * (side_px + GAP_PX), top + LINE_PX))
+    return np.asarray(page)
+
+
+def _fitting(text: str, font: Any, width_px: int) -> str:
+    text = " ".join(text.split())
+    while text and font.getlength(text) > width_px:
+        text = text[:-1]
+    return text
+
+
+def write_png(picture: Pixels, file: Path) -> None:
+    """Write a picture; equal pictures give equal files."""
+    Image.fromarray(picture).save(file, optimize=True)
