@@ -8,28 +8,29 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 26, 38
 LOG_ABOVE = 8
 """A loss that falls by more than this factor is drawn on a logarithmic scale."""
-STRIP_WIDTH, STRIP_HEIGHT = 160, 16
-SMOOTHING = 0.1
-"""Weight of a new point in the line that is drawn over the points."""
+STRIP_WIDTH, STRIP_HEIGHT = 120, 16
+SMOOTHED_SHARE = 1 / 20
+"""How many of the points make one of the line that is drawn over them."""
 
 
 def curve(points: Sequence[tuple[float, float]], x_label: str, y_label: str, title: str) -> str:
-    """Draw (x, y) pairs in order of x as an SVG: the points as a faint line, their exponential mean above it; axes with round ticks."""
+    """Draw (x, y) pairs in order of x as an SVG: the points as a faint line, their running mean above it; axes with round ticks."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     is_log = min(ys) > 0 and max(ys) / min(ys) > LOG_ABOVE
-    y_ticks = log_ticks(min(ys), max(ys)) if is_log else ticks(min(ys), max(ys), 4)
-    x_ticks = ticks(0, max(xs), 4)
-    y_low, y_high = min([*ys, *y_ticks]), max([*ys, *y_ticks])
+    step = round_step(max(ys) - min(ys), 4)
+    low, high = (min(ys), max(ys)) if is_log else (math.floor(min(ys) / step) * step, math.ceil(max(ys) / step) * step)
+    y_ticks = log_ticks(low, high) if is_log else ticks(low, high, step)
+    x_ticks = ticks(0, max(xs), round_step(max(xs), 4))
     x_high = max(xs) or 1
 
     def x_at(x: float) -> float:
         return LEFT + x / x_high * (WIDTH - LEFT - RIGHT)
 
     def y_at(y: float) -> float:
-        share = (math.log(y / y_low) / math.log(y_high / y_low)) if is_log else (y - y_low) / ((y_high - y_low) or 1)
+        share = math.log(y / low) / math.log(high / low) if is_log else (y - low) / ((high - low) or 1)
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
     def line(values: Sequence[float], name: str) -> str:
@@ -50,7 +51,7 @@ def curve(points: Sequence[tuple[float, float]], x_label: str, y_label: str, tit
         parts.append(f'<text x="{x_at(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{short(tick)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
     parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
-    parts.append(f'<text class="label" x="{LEFT + 6}" y="{TOP + 8}">{escape(scale)}</text>')
+    parts.append(f'<text class="label" x="{LEFT}" y="{TOP - 12}">{escape(scale)}</text>')
     parts += [line(ys, "points"), line(smoothed(ys), "mean"), "</svg>"]
     return "".join(parts)
 
@@ -75,15 +76,17 @@ def strip(value: float, low: float | None, high: float | None, chance: float | N
     return "".join(parts)
 
 
-def ticks(low: float, high: float, about: int) -> list[float]:
-    """Return round numbers (1, 2 or 5 times a power of ten apart) within low..high, roughly `about` of them; one where they are equal."""
-    if high <= low:
-        return [low]
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)]
+def round_step(span: float, about: int) -> float:
+    """Return 1, 2 or 5 times a power of ten that divides a span into roughly `about` parts; 1 for no span."""
+    if span <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(span / about))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= span / about * 0.999)
+
+
+def ticks(low: float, high: float, step: float) -> list[float]:
+    """Return the multiples of a step within low..high."""
+    return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -105,9 +108,7 @@ def short(number: float) -> str:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return the exponential mean of the values, each corrected for its start."""
-    mean, weight, found = 0.0, 0.0, []
-    for value in values:
-        mean, weight = mean + SMOOTHING * (value - mean), weight + SMOOTHING * (1 - weight)
-        found.append(mean / weight)
-    return found
+    """Return the mean of each value and its neighbours on both sides, fewer of them at the ends."""
+    reach = int(len(values) * SMOOTHED_SHARE / 2)
+    around = [min(reach, place, len(values) - 1 - place) for place in range(len(values))]
+    return [sum(values[place - near : place + near + 1]) / (2 * near + 1) for place, near in enumerate(around)]
