@@ -37,7 +37,8 @@ def test_the_schema_is_one() -> None:
 
 
 def test_a_perfect_model_is_perfect(tmp_path: Path) -> None:
-    write_run(tmp_path, usual_rows())
+    rows = usual_rows()
+    write_run(tmp_path, [rows[place] for place in np.random.default_rng(0).permutation(len(rows))])
     report = run(tmp_path)
     for split, n, names in (("held_out_concept", 8, 4), ("held_out_style", 16, 16)):
         named = report["zero_shot"][split]["name"]
@@ -46,6 +47,11 @@ def test_a_perfect_model_is_perfect(tmp_path: Path) -> None:
         found = report["retrieval"][split]
         assert (found["pictures"], found["captions"]) == (n, names)
         assert found["image_to_text"]["recall@1"]["value"] == found["text_to_image"]["recall@1"]["value"] == 1.0
+        for example in found["examples"]:
+            assert [each["is_right"] for each in example["results"]] == [
+                each["caption"] == example["caption"] for each in example["results"]
+            ]
+            assert example["results"][0]["is_right"]
     assert report["zero_shot"]["held_out_concept"]["category"]["classes"] == 2
     drawn = report["generation"]
     assert (drawn["n"], drawn["side_px"]) == (6, 16)

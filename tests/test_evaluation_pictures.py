@@ -43,13 +43,13 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_sheet_shows_every_picture_below_its_title(tmp_path: Path) -> None:
-    pictures = [[draw(row * 3 + column, "plain", 8) for column in range(3)] for row in range(2)]
-    made = sheet(pictures, ["a red heart", "ein Herz " * 30], scale=2)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
+    made = sheet(list(pictures), ["a red heart", "ein Herz " * 30], scale=2)
     assert made.shape == (2 * (16 + 16 + 4) + 4, 3 * 20 + 4, 3)
     for row in range(2):
         for column in range(3):
             top, left = 4 + row * 36 + 16, 4 + column * 20
-            assert (made[top : top + 16, left : left + 16] == pictures[row][column][0, 0]).all()
+            assert np.array_equal(made[top : top + 16, left : left + 16], pictures[row, column].repeat(2, 0).repeat(2, 1))
     assert (made[4:20] != 255).any()  # the title
     write_png(made, tmp_path / "sheet.png")
     assert np.array_equal(cv2.imread(str(tmp_path / "sheet.png"))[..., ::-1], made)

@@ -35,10 +35,17 @@ def test_a_pair_without_a_concept_stands_for_itself(tmp_path: Path) -> None:
 
 
 def test_what_training_saw_is_counted(tmp_path: Path) -> None:
-    write_run(tmp_path, [*usual_rows(), row(3, "plain", "held_out_concept"), row(4, "plain", "held_out_concept", concept="")])
+    write_run(
+        tmp_path,
+        [
+            *usual_rows(),
+            row(3, "plain", "held_out_concept"),
+            *(row(4, "plain", split, concept="") for split in ("train", "held_out_concept")),
+        ],
+    )
     counts = seen_in_training(open_embedded(tmp_path / "embed"), HELD_OUT)
     assert counts == {
-        "train": {"pairs": 24},
+        "train": {"pairs": 25},
         "held_out_concept": {"pairs": 10, "picture_in_training": 0, "concept_in_training": 1},
         "held_out_style": {"pairs": 16, "picture_in_training": 0, "concept_in_training": 12},
     }

@@ -42,6 +42,13 @@ def test_the_interval_holds_the_truth_nineteen_times_in_twenty() -> None:
     assert 0.9 <= held / 300 <= 0.985
 
 
+def test_groups_of_unequal_size_do_not_widen_the_interval() -> None:
+    sizes = np.random.default_rng(0).integers(1, 30, 50)
+    hits = np.concatenate([[0, 1] * size for size in sizes])  # half of every group, whatever its size
+    figure = mean_figure(hits, np.repeat(np.arange(50), 2 * sizes), 500, seed=0)
+    assert (figure["low"], figure["high"]) == pytest.approx((0.5, 0.5))
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_unanimous_groups_still_have_a_width(value: float) -> None:
     figure = mean_figure([value] * 40, np.repeat(np.arange(10), 4), 500, seed=0)

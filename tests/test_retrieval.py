@@ -36,6 +36,8 @@ def test_recall_agrees_with_counting_one_by_one() -> None:
         to_image = [captions[c] in [words[place] for place in np.argsort(-(images @ texts[first[c]]))[:k]] for c in range(len(captions))]
         assert found["image_to_text"][f"recall@{k}"]["value"] == pytest.approx(np.mean(to_text))
         assert found["text_to_image"][f"recall@{k}"]["value"] == pytest.approx(np.mean(to_image))
+    chances = [1 - stats.hypergeom(count, words.count(caption), 5).pmf(0) for caption in captions]
+    assert found["text_to_image"]["recall@5"]["chance"] == pytest.approx(np.mean(chances))
     assert (found["n"], found["pictures"], found["captions"]) == (count, count, len(captions))
     assert found["text_to_image"]["recall@1"]["n"] == len(captions)
 
