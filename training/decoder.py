@@ -1,7 +1,7 @@
 """The decoder: a U-Net that draws a picture from a CLIP image embedding z_i and a caption (unCLIP, section 2.1; GLIDE's U-Net).
 
 z_i is added to the timestep embedding and becomes extra context tokens behind the caption's; image tokens attend to both. The network
-predicts v. Knows nothing of CLIP's weights and of files.
+predicts x_0 unless told otherwise. Knows nothing of CLIP's weights and of files.
 Legend: B batch, N context tokens, D width, E embedding dimensions, C channels, S side, H heads.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from training import samplers
 from training.clip import ClipConfig
-from training.diffusion import Schedule, as_denoise, min_snr_weight, simple_loss, training_target
+from training.diffusion import Parametrisation, Schedule, as_denoise, min_snr_weight, simple_loss, training_target
 from training.loop import LoopConfig, Step
 from training.noise import generators, noise
 from training.prior import NULL_TEXT
@@ -50,6 +50,8 @@ class DecoderConfig(LoopConfig):
     """In the residual blocks; unCLIP: 0.1."""
     T: int = Field(default=1000, ge=2, le=100_000)
     """Diffusion steps of the cosine schedule."""
+    parametrisation: Parametrisation = "x_0"
+    """What the network predicts. A small one that folds pixels draws cleaner with `x_0`: it need not carry the noise through its middle."""
     min_snr_gamma: float = Field(default=5.0, gt=0)
     """Bound of the signal-to-noise weight (Hang et al. 2023)."""
     z_drop: float = Field(default=0.1, ge=0, le=1)
@@ -178,7 +180,7 @@ class Decoder(nn.Module):
         return Condition(self.z_to_added(z) + self.text_to_added(pooled), context, is_key)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Predict v, float32 (B, 3, S, S), from noised pictures in [-1, 1] (B, 3, S, S) and times (B,)."""
+        """Predict as `parametrisation` says, float32 (B, 3, S, S), from noised pictures in [-1, 1] (B, 3, S, S) and times (B,)."""
         added = F.silu(self.time(time_features(t, self.config.width)) + condition.added)
         x = F.pixel_unshuffle(x_t, self.config.patch_px).contiguous(memory_format=torch.channels_last)
         x = self.enter(x)
@@ -208,8 +210,8 @@ class Decoder(nn.Module):
         t = (1 + step.uniform(TIME) * config.T).long().clamp_(max=config.T).to(device)
         eps = step.normal(NOISE, *x_0.shape[1:]).to(device)
         prediction = self(self.schedule.q_sample(x_0, t, eps), t, self.condition(z_i, ids, drop_z.to(device), drop_text.to(device)))
-        target = training_target(self.schedule, x_0, eps, t, "v")
-        return simple_loss(prediction, target, min_snr_weight(self.schedule, t, config.min_snr_gamma, "v"))
+        target = training_target(self.schedule, x_0, eps, t, config.parametrisation)
+        return simple_loss(prediction, target, min_snr_weight(self.schedule, t, config.min_snr_gamma, config.parametrisation))
 
     @torch.no_grad()
     def sample(self, z_i: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, guidance: float | None = None) -> Tensor:
@@ -224,10 +226,10 @@ class Decoder(nn.Module):
         """Return `denoise(x_t, t) -> x_0` under these conditions, guided with weight w in one network call a step."""
         if w == 1:
             condition = self.condition(z_i, ids)
-            return as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, "v", clip=1.0)
+            return as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, self.config.parametrisation, clip=1.0)
         drop = torch.arange(2 * len(z_i), device=z_i.device) >= len(z_i)
         condition = self.condition(z_i.repeat(2, 1), ids.repeat(2, 1), drop, drop)
-        return samplers.guided(as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, "v"), w, clip=1.0)
+        return samplers.guided(as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, self.config.parametrisation), w, clip=1.0)
 
 
 class Upsample(nn.Module):
