@@ -80,6 +80,7 @@ def render(facts: Mapping[str, Any], folder: Path) -> str:
         "curve": lambda stage: Markup(charts.curve(stage["curve"], "images seen", "loss", f"Loss of {stage['stage']}")),
         "picture": lambda name: picture_uri(folder, name),
         "verdict": verdict,
+        "fact": fact,
         "interval": interval,
     }
     return environment.get_template("report.html").render(**facts, recipe=toml_text(facts["run"].get("config", {})))
@@ -111,6 +112,11 @@ def number(value: float | None, digits: int | None = None) -> str:
     if value is None:
         return "–"
     return f"{value:,}" if digits is None else f"{value:,.{digits}f}"
+
+
+def fact(value: Any) -> str:
+    """Write what a stage counted: whole numbers with separators, others to four digits."""
+    return f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def megabytes(size: int) -> str:

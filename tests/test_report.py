@@ -42,7 +42,8 @@ def make(folder: Path, rows: list[dict[str, Any]], prompts: tuple[str, ...] = ("
     write_run(folder, rows)
     (folder / "out").mkdir()
     metrics = {"clip": [{"images_seen": 100 * step, "loss": 5 / step, "seconds": step} for step in range(1, 60)]}
-    stages = [manifest("ingest"), manifest("clip", {"ingest": "abc"}, **{"in": 24, "out": 24, "dropped": {}})]
+    counted = {"in": 24, "out": 24, "dropped": {}, "parameters": 1670417, "loss": 0.9409561, "splits": {"train": 1}}
+    stages = [manifest("ingest"), manifest("clip", {"ingest": "abc"}, **counted)]
     config = EvaluateConfig(prompts=prompts, count=2, resamples=200)
     return evaluate(
         *(config, {"config": CONFIG, **facts}, stages, metrics, folder / "embed", folder / "shards"),
