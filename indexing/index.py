@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
@@ -148,6 +150,7 @@ class Index:
         self.dim: int = facts["dim"]
         self.count: int = facts["count"]
         self._indexes = {each: faiss.read_index(str(folder / f"{each}.index"), faiss.IO_FLAG_MMAP_IFC) for each in MODALITIES}
+        self._direct_map = threading.Lock()
         reader = pa.ipc.open_file(pa.memory_map(os.fspath(folder / "metadata.arrow")))
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._ends = np.cumsum([batch.num_rows for batch in self._batches])  # (batches,)
@@ -196,6 +199,27 @@ class Index:
             start = int(self._ends[batch]) - self._batches[batch].num_rows
             found += self._batches[batch].slice(row - start, 1).to_pylist()
         return found
+
+    def row_of(self, key: str) -> int:
+        """Return the first row of the sample with that key. Raises KeyError where there is none."""
+        start = 0
+        for batch in self._batches:
+            place = pc.index(batch["key"], key).as_py()
+            if place >= 0:
+                return start + int(place)
+            start += batch.num_rows
+        raise KeyError(key)
+
+    def vectors(self, rows: Sequence[int] | Rows, modality: Modality = "image") -> Floats:
+        """Return the vectors of the rows (B, D) as the index holds them: exact, or as its codes can tell. Raises IndexError."""
+        index = self._indexes[modality]
+        wanted = np.asarray(rows, np.int64).reshape(-1)
+        if ((wanted < 0) | (wanted >= self.count)).any():
+            raise IndexError(f"rows {wanted.tolist()} are not all in 0..{self.count - 1}")
+        with self._direct_map:
+            if isinstance(index, faiss.IndexIVF) and index.direct_map.no():
+                index.make_direct_map()  # eight bytes a row, only for those who ask
+            return np.stack([index.reconstruct(int(row)) for row in wanted]) if len(wanted) else np.empty((0, self.dim), np.float32)
 
 
 def _cells(factory: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from indexing.index import Index, Modality
+from infra.errors import CallerError
 
 
 def search(index: Index, vectors: ArrayLike, k: int, modality: Modality = "image") -> list[dict[str, Any]]:
@@ -28,3 +29,18 @@ def search(index: Index, vectors: ArrayLike, k: int, modality: Modality = "image
         if len(distinct) >= k or fetch >= index.count:
             return list(distinct.values())[:k]
         fetch *= 2
+
+
+def search_key(index: Index, key: str, k: int) -> list[dict[str, Any]]:
+    """Return the k pictures nearest to that of the sample with this key, as `search` does, the picture itself left out.
+
+    Raises CallerError for a key that is not in the index.
+    """
+    try:
+        row = index.row_of(key)
+    except KeyError:
+        raise CallerError(f"no sample in the index has the key {key!r}: `unclip search --json` prints keys") from None
+    own = index.metadata([row])[0]["sha256"]
+    found = search(index, index.vectors([row]), k + 1)
+    pictures = [index.metadata([index.row_of(each["key"])])[0]["sha256"] for each in found]
+    return [each for each, picture in zip(found, pictures, strict=True) if picture != own][:k]

@@ -97,6 +97,22 @@ def test_every_row_stands_beside_its_metadata(folder: Path, embed: Path) -> None
     assert index.clip_key == "abc"
 
 
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_a_sample_is_found_by_its_key_with_its_vector(folder: Path, embed: Path, modality: str) -> None:
+    index = Index.open(folder)
+    rows = [COUNT - 1, 0, COUNT // 2, 3]
+    assert [index.row_of(f"k{row:06d}") for row in rows] == rows
+    assert np.allclose(index.vectors(rows, modality), exact(embed, modality)[rows], atol=0.02)
+    assert index.vectors([]).shape == (0, DIM)
+    with pytest.raises(KeyError, match="k9"):
+        index.row_of("k9")
+    for wrong in (-1, COUNT):
+        with pytest.raises(IndexError, match=str(wrong)):
+            index.vectors([0, wrong])
+    _, found = index.search(index.vectors(rows), 1)
+    assert found[:, 0].tolist() == rows
+
+
 @pytest.mark.parametrize("row", [-1, COUNT])
 def test_metadata_refuses_a_row_that_is_not_there(folder: Path, row: int) -> None:
     with pytest.raises(IndexError, match=f"row {row}"):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from indexing.index import Index, IndexConfig, build
-from indexing.search import search
+from indexing.search import search, search_key
+from infra.errors import CallerError
 from tests.embedded import vectors, write_embed
 
 COUNT, DIM, COPIES = 600, 32, 12
@@ -57,3 +58,16 @@ def test_the_text_index_can_be_searched(index: Index) -> None:
 def test_only_one_query_is_taken(index: Index, count: int) -> None:
     with pytest.raises(ValueError, match=f"one query, not {count}"):
         search(index, np.ones((count, DIM)), 5)
+
+
+def test_more_like_a_sample_leaves_that_picture_out(index: Index, tmp_path: Path) -> None:
+    image = write_embed(tmp_path, COUNT, DIM, copies=COPIES).astype(np.float32)
+    own = 7 * COPIES + 5  # not the first copy of its picture
+    right = np.argsort(-(image[::COPIES] @ image[own]))[1:5]
+    found = search_key(index, f"k{own:06d}", 4)
+    assert [int(each["key"][1:]) // COPIES for each in found] == right.tolist()
+
+
+def test_a_key_that_is_not_there_is_a_callers_mistake(index: Index) -> None:
+    with pytest.raises(CallerError, match="'nobody'"):
+        search_key(index, "nobody", 4)
