@@ -1,12 +1,18 @@
 """The decoder learns a batch by heart, draws what z_i says, and a row's picture is its own."""
 
+from itertools import combinations
+
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 
+from training import samplers
 from training.clip import ClipConfig
 from training.decoder import Decoder, DecoderConfig, count_parameters
+from training.diffusion import min_snr_weight, simple_loss, split
+from training.likelihood import bits_per_dim
 from training.loop import Step
 from training.tokenizer import END, PAD, START
 
@@ -143,3 +149,104 @@ def test_guidance_moves_away_from_the_unconditional_prediction() -> None:
 
 def test_parameters_are_counted_without_a_model() -> None:
     assert count_parameters(CONFIG, ClipConfig(embed_dim=E), VOCABULARY, CONTEXT) == sum(p.numel() for p in untrained().parameters())
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_a_weight_that_needs_one_half_asks_for_one_half(guidance: float) -> None:
+    model, z_i, ids = untrained(), *batch(3)[:2]
+    sizes: list[int] = []
+    model.register_forward_hook(lambda module, given, out: sizes.append(len(given[0])))
+    x_t, t = torch.randn(3, 3, SIDE, SIDE), torch.tensor([1, 50, 100])
+    x_0 = model.guided_denoise(z_i, ids, guidance)(x_t, t)
+    assert sizes == [3]
+    near = model.guided_denoise(z_i, ids, guidance + 1e-6)(x_t, t)  # both halves, blended
+    torch.testing.assert_close(x_0, near, atol=1e-4, rtol=0)
+
+
+# Learned variance
+
+
+def heteroscedastic(count: int, seed: int) -> Tensor:
+    """Draw 8-bit pictures of which the left half is known and the right half is noise: their x_0 is uncertain in one place only."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=generator)
+    levels[..., : SIDE // 2] = 128
+    return levels / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def with_variance() -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(CONFIG.model_copy(update={"learned_variance": True}), E, VOCABULARY, CONTEXT)
+    z_i, ids, _ = batch(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for number in range(120):
+        loss = model.loss(Step(number, 0, 32, 0, 0, 1), heteroscedastic(32, number), z_i.repeat(32, 1), ids.repeat(32, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_a_learned_variance_is_larger_where_x_0_is_uncertain_and_saves_bits(with_variance: Decoder) -> None:
+    model, x_0 = with_variance, heteroscedastic(16, 10_000)
+    z_i, ids = (each.repeat(16, *[1] * (each.ndim - 1)) for each in batch(1)[:2])
+    condition, t = model.condition(z_i, ids), torch.full((16,), 30)
+    with torch.no_grad():
+        _, fraction = model(model.schedule.q_sample(x_0, t, torch.randn_like(x_0)), t, condition)
+    assert 0 <= float(fraction.min()) <= float(fraction.max()) <= 1
+    known, noisy = fraction[..., : SIDE // 2].mean(), fraction[..., SIDE // 2 :].mean()
+    assert float(noisy) > float(known) + 0.1
+    learned, small = (
+        bits_per_dim([(x_0, model.guided_denoise(z_i, ids, 1.0))], model.schedule, variance, draws=20)["bits_per_dim"]
+        for variance in ("learned", "small")
+    )
+    assert learned < 0.9 * small
+
+
+@pytest.mark.parametrize("sampler", ["dpm_solver", "ddim", "ancestral"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_every_sampler_draws_with_a_learned_variance(with_variance: Decoder, sampler: str, guidance: float) -> None:
+    model = Decoder(with_variance.config.model_copy(update={"sampler": sampler}), E, VOCABULARY, CONTEXT).eval()
+    model.load_state_dict(with_variance.state_dict())
+    z_i, ids = (each.repeat(2, *[1] * (each.ndim - 1)) for each in batch(1)[:2])
+    both = model.sample(z_i, ids, [1, 2], steps=50, guidance=guidance)
+    alone = model.sample(z_i[1:], ids[1:], [2], steps=50, guidance=guidance)
+    torch.testing.assert_close(alone[0], both[1], atol=1e-3, rtol=0)
+    assert 1.5 * float(both[..., : SIDE // 2].std()) < float(both[..., SIDE // 2 :].std())
+
+
+def test_samplers_differ_and_ancestral_sampling_takes_the_learned_variance(with_variance: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    true = samplers.ancestral
+
+    def spy(denoise: object, x_T: Tensor, schedule: object, steps: int, variance: str, **options: object) -> Tensor:
+        taken.append(variance)
+        return true(denoise, x_T, schedule, steps, variance, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(samplers, "ancestral", spy)
+    z_i, ids, _ = batch(1)
+    drawn = []
+    for model in (with_variance, untrained()):
+        for sampler in ("dpm_solver", "ddim", "ancestral"):
+            other = Decoder(model.config.model_copy(update={"sampler": sampler}), E, VOCABULARY, CONTEXT).eval()
+            other.load_state_dict(model.state_dict())
+            drawn.append(other.sample(z_i, ids, [3]))
+    assert taken == ["learned", "small"]
+    assert all(float((a - b).abs().max()) > 1e-2 for a, b in combinations(drawn, 2))
+
+
+def test_without_a_learned_variance_the_loss_is_the_weighted_simple_one() -> None:
+    model, (z_i, ids, pictures) = untrained(), batch(4)
+    seen: list[tuple[Tensor, Tensor]] = []
+    model.register_forward_hook(lambda module, given, out: seen.append((given[1], out)))
+    with torch.no_grad():
+        loss = model.loss(Step(0, 0, 4, 0, 0, 1), pictures, z_i, ids)
+    ((t, prediction),) = seen
+    assert split(prediction)[1] is None
+    assert loss == simple_loss(prediction, pictures, min_snr_weight(model.schedule, t, 5.0, "x_0"))
+
+
+def test_more_sampling_steps_than_diffusion_steps_are_refused() -> None:
+    with pytest.raises(ValidationError, match="sampling_steps = 20 but T = 10"):
+        DecoderConfig(T=10)

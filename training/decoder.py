@@ -6,23 +6,37 @@ Legend: B batch, N context tokens, D width, E embedding dimensions, C channels, 
 """
 
 from dataclasses import dataclass
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from training import samplers
 from training.clip import ClipConfig
-from training.diffusion import Parametrisation, Schedule, as_denoise, min_snr_weight, simple_loss, training_target
+from training.diffusion import (
+    Denoise,
+    Parametrisation,
+    Prediction,
+    Schedule,
+    as_denoise,
+    min_snr_weight,
+    simple_loss,
+    split,
+    training_target,
+)
+from training.likelihood import hybrid_loss
 from training.loop import LoopConfig, Step
 from training.noise import generators, noise
 from training.prior import NULL_TEXT
 from training.tokenizer import PAD
 from training.transformer import TextEncoder, heads_of, time_features
+from training.variance import Variance
 
 DROP_Z, DROP_TEXT, TIME, NOISE = 1, 2, 3, 4  # streams of randomness in a step
 GROUPS = 8
+Sampler = Literal["dpm_solver", "ddim", "ancestral"]
 
 
 class DecoderConfig(LoopConfig):
@@ -54,14 +68,24 @@ class DecoderConfig(LoopConfig):
     """What the network predicts. A small one that folds pixels draws cleaner with `x_0`: it need not carry the noise through its middle."""
     min_snr_gamma: float = Field(default=5.0, gt=0)
     """Bound of the signal-to-noise weight (Hang et al. 2023)."""
+    learned_variance: bool = False
+    """Predict the variance of every reverse step too, trained by L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021); unCLIP: yes."""
     z_drop: float = Field(default=0.1, ge=0, le=1)
     """Share of samples trained without z_i."""
     text_drop: float = Field(default=0.5, ge=0, le=1)
     """Share of samples trained without caption."""
+    sampler: Sampler = "dpm_solver"
+    """DPM-Solver++(2M) and DDIM take the same way in any number of steps; ancestral ones add noise and want many. unCLIP: ancestral."""
     sampling_steps: int = Field(default=20, ge=1, le=1000)
-    """Steps of DPM-Solver++ at sampling; unCLIP: 250 ancestral ones."""
+    """Steps at sampling; unCLIP: 250 ancestral ones."""
     guidance: float = Field(default=2.0, ge=0, le=50)
     """Classifier-free guidance at sampling; 1 is none."""
+
+    @model_validator(mode="after")
+    def _steps_fit_into_the_schedule(self) -> Self:
+        if self.sampling_steps > self.T:
+            raise ValueError(f"sampling_steps = {self.sampling_steps} but T = {self.T}: take at most T steps")
+        return self
 
 
 @dataclass(frozen=True)
@@ -153,7 +177,8 @@ class Decoder(nn.Module):
             if place:
                 self.up.append(Upsample(before))
                 side *= 2
-        self.norm, self.leave = nn.GroupNorm(GROUPS, before), nn.Conv2d(before, folded, 3, padding=1)
+        self.norm = nn.GroupNorm(GROUPS, before)
+        self.leave = nn.Conv2d(before, folded * (2 if config.learned_variance else 1), 3, padding=1)
         nn.init.zeros_(self.leave.weight)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -179,8 +204,16 @@ class Decoder(nn.Module):
         is_key = torch.cat([is_word, is_word.new_ones(len(z), self.config.z_tokens)], 1)
         return Condition(self.z_to_added(z) + self.text_to_added(pooled), context, is_key)
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Predict as `parametrisation` says, float32 (B, 3, S, S), from noised pictures in [-1, 1] (B, 3, S, S) and times (B,)."""
+    @property
+    def variance(self) -> Variance:
+        """Return the variance that an ancestral step takes: what was learned, or the posterior's."""
+        return "learned" if self.config.learned_variance else "small"
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """Predict as `parametrisation` says, float32 (B, 3, S, S), from noised pictures in [-1, 1] (B, 3, S, S) and times (B,).
+
+        Where the variance is learned, its fraction in [0, 1] comes beside, of the same shape.
+        """
         added = F.silu(self.time(time_features(t, self.config.width)) + condition.added)
         x = F.pixel_unshuffle(x_t, self.config.patch_px).contiguous(memory_format=torch.channels_last)
         x = self.enter(x)
@@ -195,7 +228,11 @@ class Decoder(nn.Module):
                 x = torch.cat([x, skips.pop()], 1)
             x = self._run(layer, x, added, condition)
         x = self.leave(F.silu(self.norm(x)))
-        return F.pixel_shuffle(x, self.config.patch_px).float().contiguous()
+        x = F.pixel_shuffle(x, self.config.patch_px).float()
+        if not self.config.learned_variance:
+            return x.contiguous()
+        prediction, fraction = x.chunk(2, 1)  # half-way between the bounds at the start, since `leave` starts at zero
+        return prediction.contiguous(), fraction.sigmoid()
 
     @staticmethod
     def _run(layer: nn.Module, x: Tensor, added: Tensor, condition: Condition) -> Tensor:
@@ -204,32 +241,43 @@ class Decoder(nn.Module):
         return layer(x, added) if isinstance(layer, ResBlock) else layer(x)
 
     def loss(self, step: Step, x_0: Tensor, z_i: Tensor, ids: Tensor) -> Tensor:
-        """Min-SNR weighted loss of pictures x_0 in [-1, 1], (b, 3, S, S), with unit vectors z_i (b, E) and caption ids (b, N)."""
+        """Min-SNR weighted loss of pictures x_0 in [-1, 1], (b, 3, S, S), with unit vectors z_i (b, E) and caption ids (b, N).
+
+        Where the variance is learned, 0.001 L_vlb is added, which teaches that alone.
+        """
         config, device = self.config, x_0.device
         drop_z, drop_text = step.uniform(DROP_Z) < config.z_drop, step.uniform(DROP_TEXT) < config.text_drop
         t = (1 + step.uniform(TIME) * config.T).long().clamp_(max=config.T).to(device)
         eps = step.normal(NOISE, *x_0.shape[1:]).to(device)
-        prediction = self(self.schedule.q_sample(x_0, t, eps), t, self.condition(z_i, ids, drop_z.to(device), drop_text.to(device)))
-        target = training_target(self.schedule, x_0, eps, t, config.parametrisation)
-        return simple_loss(prediction, target, min_snr_weight(self.schedule, t, config.min_snr_gamma, config.parametrisation))
+        condition = self.condition(z_i, ids, drop_z.to(device), drop_text.to(device))
+        prediction, fraction = split(self(self.schedule.q_sample(x_0, t, eps), t, condition))
+        weight = min_snr_weight(self.schedule, t, config.min_snr_gamma, config.parametrisation)
+        if fraction is not None:
+            return hybrid_loss(self.schedule, x_0, eps, t, prediction, fraction, config.parametrisation, weight)
+        return simple_loss(prediction, training_target(self.schedule, x_0, eps, t, config.parametrisation), weight)
 
     @torch.no_grad()
     def sample(self, z_i: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, guidance: float | None = None) -> Tensor:
         """Draw a picture, float32 (B, 3, S, S) in [-1, 1], for every row of z_i (B, E), ids (B, N) and seeds; rows are independent."""
         w = self.config.guidance if guidance is None else guidance
-        S = self.config.image_size_px
-        x_T = noise((len(z_i), 3, S, S), generators(seeds), z_i.device)
-        denoise = self.guided_denoise(z_i, ids, w)
-        return samplers.dpm_solver(denoise, x_T, self.schedule, steps or self.config.sampling_steps).clamp_(-1, 1)
+        S, own = self.config.image_size_px, generators(seeds)
+        x_T = noise((len(z_i), 3, S, S), own, z_i.device)
+        denoise, count = self.guided_denoise(z_i, ids, w), steps or self.config.sampling_steps
+        if self.config.sampler == "ancestral":
+            return samplers.ancestral(denoise, x_T, self.schedule, count, self.variance, generator=own).clamp_(-1, 1)
+        sampler = samplers.ddim if self.config.sampler == "ddim" else samplers.dpm_solver
+        return sampler(denoise, x_T, self.schedule, count).clamp_(-1, 1)
 
-    def guided_denoise(self, z_i: Tensor, ids: Tensor, w: float) -> samplers.Denoise:
-        """Return `denoise(x_t, t) -> x_0` under these conditions, guided with weight w in one network call a step."""
-        if w == 1:
-            condition = self.condition(z_i, ids)
-            return as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, self.config.parametrisation, clip=1.0)
+    def guided_denoise(self, z_i: Tensor, ids: Tensor, w: float) -> Denoise:
+        """Return `denoise(x_t, t) -> x_0` under these conditions, guided with weight w in one network call; w = 0 tells it nothing."""
+        parametrisation = self.config.parametrisation
+        if w in (0, 1):  # one of the two halves is all that counts
+            free = torch.full((len(z_i),), w == 0, device=z_i.device)
+            condition = self.condition(z_i, ids, free, free)
+            return as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, parametrisation, clip=1.0)
         drop = torch.arange(2 * len(z_i), device=z_i.device) >= len(z_i)
         condition = self.condition(z_i.repeat(2, 1), ids.repeat(2, 1), drop, drop)
-        return samplers.guided(as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, self.config.parametrisation), w, clip=1.0)
+        return samplers.guided(as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, parametrisation), w, clip=1.0)
 
 
 class Upsample(nn.Module):
