@@ -12,6 +12,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from infra import storage
-from infra.errors import DataError
+from infra.errors import DataError, StorageError
 from infra.storage import Root
 
 MANIFEST = "manifest.json"
 PACKAGES = ("unclip", "torch", "ray", "prefect", "img2dataset", "faiss-cpu", "pyarrow", "numpy", "tokenizers", "safetensors", "pydantic")
 UPLOAD_THREADS = 8
+DOWNLOAD_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,20 @@ class Committed:
     def _download(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
-            list(
-                pool.map(lambda f: storage.download(self.root, f"{_prefix(self)}/{f['path']}", folder / f["path"]), self.manifest["files"])
-            )
-        (folder / MANIFEST).write_bytes(storage.json_bytes(self.manifest))
-        broken = _differences(folder, self.manifest["files"])
+            broken = [wrong for wrong in pool.map(lambda file: self._download_one(file, folder), self.manifest["files"]) if wrong]
         if broken:
             raise DataError(f"{self.uri}: {broken[0]}; run again to download it again, or remove the folder to make it again")
+        (folder / MANIFEST).write_bytes(storage.json_bytes(self.manifest))
+
+    def _download_one(self, file: dict[str, Any], folder: Path) -> str:
+        """Download a file, again where it arrives otherwise than the manifest says; return what is wrong with it at last, or ""."""
+        wrong: list[str] = []
+        for _ in range(DOWNLOAD_TRIES):
+            storage.download(self.root, f"{_prefix(self)}/{file['path']}", folder / file["path"])
+            wrong = _differences(folder, [file])
+            if not wrong:
+                return ""
+        return wrong[0]
 
 
 def _prefix(committed: Committed) -> str:
@@ -122,11 +131,13 @@ def verify(committed: Committed) -> list[str]:
     if wrong:
         return [wrong]
     files = committed.manifest["files"]
-    return [
-        f"{f['path']} has another checksum"
-        for f in files
-        if storage.sha256_of(committed.root, f"{_prefix(committed)}/{f['path']}") != f["sha256"]
-    ]
+    return [f"{f['path']} has another checksum" for f in files if not _is_stored(committed, f)]
+
+
+def _is_stored(committed: Committed, file: dict[str, Any]) -> bool:
+    """Read a file from a store and say whether it is what the manifest says; a byte that only the network turned gets another try."""
+    name = f"{_prefix(committed)}/{file['path']}"
+    return any(storage.sha256_of(committed.root, name) == file["sha256"] for _ in range(DOWNLOAD_TRIES))
 
 
 def _differences(folder: Path, files: list[dict[str, Any]]) -> list[str]:
@@ -223,25 +234,31 @@ def _commit_by_rename(
 def _commit_by_put(root: Root, stage: str, key: str, out: Path, manifest: dict[str, Any], replaces: str | None) -> Committed:
     attempt = manifest["prefix"]
     place, name = f"{stage}/{key}", f"{stage}/{key}/{MANIFEST}"
-    with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
-        list(pool.map(lambda f: storage.upload(root, out / f["path"], f"{place}/{attempt}/{f['path']}"), manifest["files"]))
     sent = Committed(root, stage, key, manifest)
-    wrong = damage(sent)
-    if wrong:
-        raise DataError(f"{sent.uri}: {wrong} after the upload; run the same command again")
-    existing = find(root, stage, key)
+    try:
+        with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
+            list(pool.map(lambda f: storage.upload(root, out / f["path"], f"{place}/{attempt}/{f['path']}"), manifest["files"]))
+        wrong = damage(sent)
+        existing = find(root, stage, key)
+        if wrong and (existing is None or existing.manifest["attempt"] == replaces):
+            raise DataError(f"{sent.uri}: {wrong} after the upload; run the same command again")
+    except BaseException:
+        with suppress(StorageError):  # the store that has just failed; the next commit of this key clears what is left
+            storage.remove(root, f"{place}/{attempt}")
+        raise
     if existing and existing.manifest["attempt"] == replaces:
         storage.remove(root, name)
-    try:
+    with suppress(FileExistsError):
         storage.create_bytes(root, name, storage.json_bytes(manifest))
-    except FileExistsError:
+    first = find(root, stage, key)
+    assert first, "a manifest was put, or one that refused it is there"
+    if first.manifest["attempt"] != attempt:  # not ours, and not ours either whose answer was lost on the way
         storage.remove(root, f"{place}/{attempt}")
-        first = find(root, stage, key)
-        assert first, "a manifest that refused ours is there"
         return first
     for other in storage.list_names(root, place):  # attempts that were killed, and those that can only be refused now
         if other not in (attempt, MANIFEST):
             storage.remove(root, f"{place}/{other}")
+    storage.abort_uploads(root, place)
     return sent
 
 

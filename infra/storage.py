@@ -1,7 +1,8 @@
 """A ROOT on any fsspec store, as plain functions over names relative to it (`runs/quickstart.json`).
 
 A local folder is written through the operating system (rename, fsync), everything else through fsspec (a whole object appears at
-once, `create` is conditional). Knows nothing of stages and manifests. Every failure leaves as one line: `StorageError` or `CallerError`.
+once, `create` is conditional); what a network does now and then (503, a cut connection, a flipped byte that the store's checksum
+shows) is tried again. Knows nothing of stages and manifests. Every failure leaves as one line: `StorageError` or `CallerError`.
 """
 
 import errno
@@ -21,10 +22,16 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from infra.errors import CallerError, StorageError, UnclipError
+from infra.patience import patiently
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 PIECE_BYTES = 8 << 20
+S3_OPTIONS = {
+    "use_listings_cache": False,  # other processes write the same bucket
+    "skip_instance_cache": True,  # fsspec would hand out a client with the credentials of an earlier environment
+    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 4}},  # backs off with jitter
+}
 FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
 
 
@@ -48,7 +55,7 @@ def open_root(uri: str, scratch: Path | None = None, for_writing: bool = True) -
     Raises CallerError for an URL that cannot be a ROOT, StorageError for one that cannot be read or (`for_writing`) written.
     """
     try:
-        fs, path = url_to_fs(uri)
+        fs, path = url_to_fs(uri, **S3_OPTIONS) if uri.startswith(("s3://", "s3a://")) else url_to_fs(uri)
     except (ValueError, ImportError) as error:
         raise CallerError(f"--root {uri}: {error}; give a folder or an URL such as s3://bucket/prefix") from None
     if isinstance(fs, LocalFileSystem):
@@ -135,7 +142,10 @@ def uri_of(root: Root, name: str) -> str:
 
 def exists(root: Root, name: str) -> bool:
     """Say whether a file or folder of that name is there."""
-    return bool((root.folder / name).exists() if root.folder else root.fs.exists(join(root, name)))
+    if root.folder:
+        return (root.folder / name).exists()
+    with one_line_errors(uri_of(root, name)):
+        return bool(patiently(lambda: root.fs.exists(join(root, name))))
 
 
 def read_bytes(root: Root, name: str) -> bytes:
@@ -143,7 +153,7 @@ def read_bytes(root: Root, name: str) -> bytes:
     if root.folder:
         return (root.folder / name).read_bytes()
     with one_line_errors(uri_of(root, name)):
-        return bytes(root.fs.cat_file(join(root, name)))
+        return bytes(patiently(lambda: root.fs.cat_file(join(root, name))))
 
 
 def read_json(root: Root, name: str) -> Any | None:
@@ -158,7 +168,8 @@ def read_json(root: Root, name: str) -> Any | None:
 
 def sha256_of(root: Root, name: str) -> str:
     """Read a file piece by piece and return its SHA-256."""
-    with one_line_errors(uri_of(root, name)):
+
+    def read() -> str:
         file: Any = (root.folder / name).open("rb") if root.folder else root.fs.open(join(root, name), "rb")
         digest = hashlib.sha256()
         with file:
@@ -166,12 +177,15 @@ def sha256_of(root: Root, name: str) -> str:
                 digest.update(piece)
         return digest.hexdigest()
 
+    with one_line_errors(uri_of(root, name)):
+        return patiently(read)
+
 
 def write_bytes(root: Root, name: str, data: bytes) -> None:
     """Write a file so that readers see the old one or the new one, never a part."""
     if root.folder is None:
         with one_line_errors(uri_of(root, name)):
-            root.fs.pipe_file(join(root, name), data)
+            patiently(lambda: root.fs.pipe_file(join(root, name), data))
         return
     target = root.folder / name
     with one_line_errors(target):
@@ -198,19 +212,28 @@ def json_bytes(value: Any) -> bytes:
 
 
 def create_bytes(root: Root, name: str, data: bytes) -> None:
-    """Write an object only where none is (If-None-Match on S3); raises FileExistsError where one is. Not for local folders."""
+    """Write an object only where none is (If-None-Match on S3); raises FileExistsError where one is. Not for local folders.
+
+    Where the answer to the write was lost, the object that refuses the second try may be the caller's own: the caller must look.
+    """
     assert root.folder is None, "a local folder commits by rename"
     path = join(root, name)
-    with one_line_errors(uri_of(root, name)):
+
+    def create() -> bool:
         try:
             root.fs.pipe_file(path, data, mode="create")
-            return
+            return True
         except FileExistsError:
-            pass
+            return False
         except OSError:
             # Some servers answer 412 without saying which condition failed: then the object itself is the answer.
-            if not root.fs.exists(path):
-                raise
+            if root.fs.exists(path):
+                return False
+            raise
+
+    with one_line_errors(uri_of(root, name)):
+        if patiently(create):
+            return
     raise FileExistsError(uri_of(root, name))
 
 
@@ -222,7 +245,7 @@ def list_names(root: Root, name: str) -> list[str]:
     with one_line_errors(uri_of(root, name)):
         try:
             # Another writer may have changed the listing since this process last looked.
-            paths = root.fs.ls(join(root, name), detail=False, refresh=True)
+            paths = patiently(lambda: root.fs.ls(join(root, name), detail=False, refresh=True))
         except FileNotFoundError:
             return []
     names = {str(path).rstrip("/").rpartition("/")[2] for path in paths}
@@ -237,21 +260,21 @@ def file_sizes(root: Root, name: str) -> dict[str, int]:
     base_path = join(root, name).strip("/")
     with one_line_errors(uri_of(root, name)):
         root.fs.invalidate_cache()
-        found = root.fs.find(join(root, name), detail=True)
+        found = patiently(lambda: root.fs.find(join(root, name), detail=True))
     return {str(path).strip("/")[len(base_path) + 1 :]: int(entry["size"]) for path, entry in found.items()}
 
 
 def upload(root: Root, source: Path, name: str) -> None:
     """Copy one local file into a store that is not local."""
     with one_line_errors(uri_of(root, name)):
-        root.fs.put_file(str(source), join(root, name))
+        patiently(lambda: root.fs.put_file(str(source), join(root, name)))
 
 
 def download(root: Root, name: str, target: Path) -> None:
     """Copy one file of a store that is not local into a local file."""
     with one_line_errors(uri_of(root, name)):
         target.parent.mkdir(parents=True, exist_ok=True)
-        root.fs.get_file(join(root, name), str(target))
+        patiently(lambda: root.fs.get_file(join(root, name), str(target)))
 
 
 def remove(root: Root, name: str) -> None:
@@ -265,6 +288,21 @@ def remove(root: Root, name: str) -> None:
         return
     with one_line_errors(uri_of(root, name)):
         try:
-            root.fs.rm(join(root, name), recursive=True)
+            patiently(lambda: root.fs.rm(join(root, name), recursive=True))
         except FileNotFoundError:
             return
+
+
+def abort_uploads(root: Root, name: str) -> int:
+    """End the multipart uploads below `name` that nobody will finish, and return how many; they are invisible, and a store bills them."""
+    if "s3" not in root.fs.protocol:
+        return 0
+    bucket, prefix, _ = root.fs.split_path(join(root, name))
+    with one_line_errors(uri_of(root, name)):
+        try:
+            left = [each for each in patiently(lambda: root.fs.list_multipart_uploads(bucket)) if each["Key"].startswith(f"{prefix}/")]
+        except PermissionError:  # a right of its own on S3; without it the bucket's lifecycle rule has to clear them
+            return 0
+        for each in left:
+            root.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=each["Key"], UploadId=each["UploadId"])
+    return len(left)

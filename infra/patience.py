@@ -1,0 +1,43 @@
+"""Trying again what a store or its network failed at for a reason that may pass.
+
+Every client library has its own exceptions for the same few events, and some are wrapped in OSError with a number; what is told by
+type name here needs no import of a client that a local ROOT does without.
+"""
+
+import errno
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+TRIES = 6
+FIRST_PAUSE_S = 0.25
+FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError)
+NUMBERS = (errno.EBUSY, errno.EIO, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.ETIMEDOUT)
+NAMES = (
+    *("FlexibleChecksumError", "HTTPClientError", "ResponseParserError", "ConnectionError", "ConnectionClosedError"),
+    *("EndpointConnectionError", "ReadTimeoutError", "ConnectTimeoutError", "ClientPayloadError", "ServerDisconnectedError"),
+)
+WORDS = ("did not match what we received", "IncompleteBody", "RequestTimeout", "SlowDown")
+
+Answer = TypeVar("Answer")
+
+
+def patiently(action: Callable[[], Answer]) -> Answer:
+    """Do what may be done twice, and again after doubling pauses (8 s in all) while it fails for a reason that may pass."""
+    for number in range(TRIES):
+        try:
+            return action()
+        except Exception as error:
+            if number == TRIES - 1 or not is_passing(error):
+                raise
+            time.sleep(FIRST_PAUSE_S * 2**number)
+    raise AssertionError("the last try returns or raises")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Say whether a failure may pass: one of the network, the store's load or a flipped byte, not of rights, names or space."""
+    if isinstance(error, FINAL):
+        return False
+    if isinstance(error, TimeoutError) or type(error).__name__ in NAMES or any(words in str(error) for words in WORDS):
+        return True
+    return isinstance(error, OSError) and error.errno in NUMBERS
