@@ -19,6 +19,7 @@ from indexing.generation import EncodeImages, Generate
 from indexing.held_out import Embedded, Pairs, licences, open_embedded, read_pairs, seen_in_training
 from indexing.retrieval import retrieval
 from indexing.samples import generation, write_shown
+from indexing.sections import MakeSection
 from indexing.zero_shot import EncodeTexts, class_embeddings, member_scores, score
 from infra.settings import Section
 from infra.tables import SPLITS
@@ -85,12 +86,14 @@ def evaluate(
     encode_images: EncodeImages,
     generate: Generate,
     out: Path,
+    sections: Sequence[MakeSection] = (),
 ) -> dict[str, Any]:
     """Evaluate a run, write report.json, report.html and the pictures into `out`, and return what report.json holds.
 
     `run_facts` holds the resolved `config` of the run and whatever else is to be told of it; `metrics` the rows of metrics.jsonl of each
     trained stage. `encode_texts(list of N) -> (N, D)` and `encode_images(uint8 (N, H, W, 3)) -> (N, D)` give unit vectors,
-    `generate(prompts, count, seed) -> uint8 (P, count, H, W, 3)`. A split without pairs is no error: its figures say so.
+    `generate(prompts, count, seed) -> uint8 (P, count, H, W, 3)`. A split without pairs is no error: its figures say so. `sections` measure
+    the rest of the report, in its order (indexing.sections).
     """
     embedded = open_embedded(embed)
     pairs = {split: read_pairs(embedded, split, config.pairs_at_most, config.seed) for split in HELD_OUT}
@@ -115,6 +118,7 @@ def evaluate(
             out,
         )
         | {"steps": config.steps, "guidance": config.guidance},
+        "sections": [make(out) for make in sections],
     }
     (out / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     (out / "report.html").write_text(report.render(facts, out))

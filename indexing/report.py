@@ -9,13 +9,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from indexing import charts
+from indexing import charts, plots
 from infra.progress import duration
 
 HERE = Path(__file__).parent
@@ -78,12 +79,20 @@ def render(facts: Mapping[str, Any], folder: Path) -> str:
     environment.globals |= {
         "strip": lambda figure: Markup(charts.strip(figure["value"], figure["low"], figure["high"], figure.get("chance"))),
         "curve": lambda stage: Markup(charts.curve(stage["curve"], "images seen", "loss", f"Loss of {stage['stage']}")),
-        "picture": lambda name: picture_uri(folder, name),
+        "picture": partial(picture_uri, folder),
         "verdict": verdict,
         "fact": fact,
         "interval": interval,
+        "plot": plot,
+        "figure_text": figure_text,
+        "figure_bounds": figure_bounds,
     }
     return environment.get_template("report.html").render(**facts, recipe=toml_text(facts["run"].get("config", {})))
+
+
+def plot(chart: Mapping[str, Any]) -> Markup:
+    """Return a section's chart as markup of our own."""
+    return Markup(plots.plot(chart))
 
 
 def picture_uri(folder: Path, name: str) -> str:
@@ -105,6 +114,18 @@ def interval(figure: Mapping[str, Any], as_percent: bool = True) -> str:
         return "–"
     scale = 100 if as_percent else 1
     return f"{scale * figure['low']:.1f} to {scale * figure['high']:.1f}"
+
+
+def figure_text(figure: Mapping[str, Any]) -> str:
+    """Write a figure's value: a share (the usual unit) in percent, anything else as a number of three or four digits."""
+    if figure.get("unit", "share") == "share":
+        return percent(figure["value"])
+    return "–" if figure["value"] is None else f"{figure['value']:,.1f}" if abs(figure["value"]) >= 100 else f"{figure['value']:.3g}"
+
+
+def figure_bounds(figure: Mapping[str, Any]) -> str:
+    """Write a figure's 95 % interval in its unit."""
+    return " to ".join(figure_text({**figure, "value": figure[bound]}).removesuffix(" %") for bound in ("low", "high"))
 
 
 def number(value: float | None, digits: int | None = None) -> str:

@@ -27,7 +27,7 @@ def run(folder: Path, config: EvaluateConfig | None = None, texts: Any = encode_
     written = json.loads((out / "report.json").read_text())
     jsonschema.Draft202012Validator(SCHEMA).validate(written)
     assert written == json.loads(json.dumps(returned))
-    assert list(written) == ["run", "stages", "zero_shot", "retrieval", "generation"]
+    assert list(written) == ["run", "stages", "zero_shot", "retrieval", "generation", "sections"]
     assert (out / "report.html").read_text().rstrip().endswith("</html>")
     return written
 
