@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from flows import lecture, making, using
+from flows import lecture, making, manipulating, using
 from infra.errors import UnclipError
 from infra.storage import complaint
 
@@ -37,6 +37,10 @@ for _stage in ("clip", "prior", "decoder"):
 app.add_typer(train, name="train")
 app.command()(using.search)
 app.command()(using.generate)
+app.command()(manipulating.vary)
+app.command()(manipulating.interpolate)
+app.command()(manipulating.textdiff)
+app.command()(manipulating.reconstruct)
 diffusion.command()(lecture.swiss_roll)
 app.add_typer(diffusion, name="diffusion")
 

@@ -1,17 +1,43 @@
-"""The commands that use what a run made: `search` and `generate`.
+"""The commands that use what a run made: `search` and `generate`; and what the other such commands share with them.
 
 They resolve a run through `ROOT/runs/`, by default the one that finished last.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
 from infra.errors import CallerError
+from infra.manifests import Committed
+from infra.storage import Root
+
+if TYPE_CHECKING:
+    from training.generate import Unclip
 
 RunName = Annotated[str | None, typer.Option("--run", metavar="NAME", help="Which run's models and index; by default the last one's.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31, help="The same seed gives the same pictures.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", min=0, max=50, help="Strength of the guidance; by default the recipe's.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the grid and the pictures go.")]
+
+
+def load_system(opened: Root, run: str | None, more: tuple[str, ...] = ()) -> "tuple[Unclip, dict[str, Any], dict[str, Committed]]":
+    """Return a run's models, its record, and the folders of their stages and of `more`."""
+    from flows.runs import committed_of, find_run
+
+    record = find_run(opened, run)
+    stages = {stage: committed_of(opened, record, stage) for stage in ("clip", "prior", "decoder", *more)}
+    from training.generate import Unclip
+
+    return Unclip.load(stages["clip"].local(), stages["prior"].local(), stages["decoder"].local()), record, stages
+
+
+def spoken(command: str, text: str) -> str:
+    """Return a text of the command line, which may hold bytes that are no text. Raises CallerError where it says nothing."""
+    if not text.strip():
+        raise CallerError(f"{command}: a caption or prompt is empty")
+    return text.encode("utf-8", "replace").decode()
 
 
 def search(
@@ -50,27 +76,17 @@ def search(
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; each prompt is one row of the grid.")],
     count: Annotated[int, typer.Option("--count", min=1, max=256, help="Pictures of each prompt.")] = 4,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same pictures.")] = 0,
+    seed: Seed = 0,
     steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps; by default the recipe's.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", min=0, max=50, help="Strength of the guidance; by default the recipe's.")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the grid and the pictures go.")] = Path("out"),
+    guidance: Guidance = None,
+    out: Out = Path("out"),
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from text: one grid, and every picture as a PNG that knows its prompt, seed and settings."""
-    if not all(prompt.strip() for prompt in prompts):
-        raise CallerError("generate: a prompt is empty")
-    from flows.runs import committed_of, find_run
-
-    opened = open_for(root, for_writing=False)
-    record = find_run(opened, run)
-    stages = {stage: committed_of(opened, record, stage) for stage in ("clip", "prior", "decoder")}
-    from training.generate import Unclip
-
-    model = Unclip.load(stages["clip"].local(), stages["prior"].local(), stages["decoder"].local())
+    prompts = [spoken("generate", prompt) for prompt in prompts]
+    model, record, stages = load_system(open_for(root, for_writing=False), run)
     images = model.generate(prompts, count, seed, steps, guidance)
     settings = {
         "run": record["name"],

@@ -14,7 +14,8 @@ from PIL import Image
 
 import flows.stages
 from flows.cli import main
-from flows.png import GAP_PX, write_pictures
+from flows.grid import GAP_PX
+from flows.png import write_pictures
 from flows.runs import find_run, write_run
 from infra import storage
 from infra.errors import CallerError
@@ -76,9 +77,16 @@ def test_nothing_heavy_is_imported_before_a_command_needs_it() -> None:
         (["search", "--image", "nope.png"], "--image nope.png: there is no such file"),
         (["search", "a red heart"], "has no run: make one with `unclip run"),
         (["search", "x", "-k", "0"], "Invalid value for '-k'"),
-        (["generate", ""], "generate: a prompt is empty"),
+        (["generate", ""], "generate: a caption or prompt is empty"),
         (["generate", "x", "--count", "0"], "Invalid value for '--count'"),
         (["generate", "x", "--run", "nope"], "has no run nope"),
+        (["vary", "nope.png"], "nope.png: there is no such file"),
+        (["vary", "."], ".: there is no such file"),
+        (["interpolate", "fake.toml", "nope.png"], "nope.png: there is no such file"),
+        (["textdiff", "fake.toml", "a cat", "a cat"], "there is no difference to follow"),
+        (["textdiff", "fake.toml", "", "a cat"], "textdiff: a caption or prompt is empty"),
+        (["textdiff", "fake.toml", "a cat", "a dog", "--theta", "2"], "Invalid value for '--theta'"),
+        (["reconstruct", "fake.toml", "--pca-dims", "3,x"], "--pca-dims 3,x: give up to 64 whole numbers"),
     ],
 )
 def test_a_callers_mistake_is_one_line_and_exit_code_2(
@@ -165,6 +173,6 @@ def test_pictures_carry_their_prompt_seed_and_settings_and_stand_in_the_grid(tmp
         assert np.array_equal(np.asarray(picture), images[1, 1])
         assert picture.info["prompt"] == "Ünïcode / ../ path" and picture.info["seed"] == "7" and picture.info["guidance"] == "null"
     with Image.open(grid) as picture:
-        assert picture.size == (3 * 10 + 2 * GAP_PX, 2 * 8 + GAP_PX)
-        assert np.array_equal(np.asarray(picture)[8 + GAP_PX :, 20 + 2 * GAP_PX :], images[1, 2])
+        last = np.asarray(picture)[-(8 * 10 + GAP_PX) : -GAP_PX, -(10 * 10 + GAP_PX) : -GAP_PX]  # enlarged ten times
+        assert np.array_equal(last[::10, ::10], images[1, 2]) and np.array_equal(last[9::10, 9::10], images[1, 2])
         assert json.loads(str(picture.info["prompts"])) == ["a red heart", "Ünïcode / ../ path"]

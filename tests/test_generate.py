@@ -6,39 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from training.clip import CLIP, ClipConfig
-from training.decoder import Decoder, DecoderConfig
+from tests.small_systems import PROMPTS, E, write_system
 from training.generate import Unclip, to_images
-from training.jobs import write_model
-from training.prior import Prior, PriorConfig
-from training.tokenizer import Tokenizer, TokenizerConfig
-
-E = 16
-PROMPTS = ["a red heart", "blue", "two green apples on a white table"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the folders of three untrained models whose every layer matters."""
-    root = tmp_path_factory.mktemp("run")
-    tokenizer = Tokenizer.fit(PROMPTS, TokenizerConfig(vocab_size=280, context=32))
-    torch.manual_seed(0)
-    clip = ClipConfig(image_size_px=16, width=16, depth=1, text_width=32, text_depth=1, embed_dim=E)
-    prior = PriorConfig(width=32, depth=1, T=50, sampling_steps=4)
-    decoder = DecoderConfig(
-        image_size_px=8, width=16, multiples=(1,), attention_px=(4,), text_width=32, text_depth=1, T=50, sampling_steps=4
-    )
-    sizes = (tokenizer.vocab_size, tokenizer.context)
-    models = {"clip": CLIP(clip, *sizes), "prior": Prior(prior, E, *sizes), "decoder": Decoder(decoder, E, *sizes)}
-    for (name, model), config in zip(models.items(), (clip, prior, decoder), strict=True):
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.ndim > 1 and not p.any():
-                    p.normal_(std=0.1)
-        (root / name).mkdir()
-        tokenizer.save(root / name / "tokenizer.json")
-        write_model(name, model, model.state_dict(), config, root / name)
-    return root
+    return write_system(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

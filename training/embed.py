@@ -15,11 +15,11 @@ import torch
 from pydantic import Field
 
 from infra.cluster import ClusterConfig
-from infra.errors import CallerError, DataError
+from infra.errors import CallerError
 from infra.progress import Progress
 from infra.settings import Section
 from training import clip as clip_model
-from training.pictures import Pictures, decode, read_table
+from training.pictures import Pictures, read_file, read_table
 
 
 class EmbedConfig(Section):
@@ -95,9 +95,5 @@ def embed_texts(clip: Path, texts: list[str]) -> np.ndarray:
 def embed_images(clip: Path, files: Sequence[Path]) -> np.ndarray:
     """Embed picture files with the CLIP of a `clip` folder, float32 (B, D). Raises CallerError naming a file that is no picture."""
     model, _ = clip_model.load(clip)
-    side_px = model.config.image_size_px
-    try:
-        pictures = [torch.from_numpy(decode(file.read_bytes(), side_px, str(file))) for file in files]
-    except DataError as error:
-        raise CallerError(str(error)) from None
+    pictures = [torch.from_numpy(read_file(file, model.config.image_size_px)) for file in files]
     return clip_model.embed_images(model, torch.stack(pictures)).numpy()

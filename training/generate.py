@@ -42,13 +42,17 @@ class Unclip:
             part.eval().requires_grad_(False).to(device)
         return cls(model, tokenizer, a_prior, a_decoder)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.decoder.null_z.device
+
     def generate(
         self, prompts: list[str], count: int = 1, seed: int = 0, steps: int | None = None, guidance: float | None = None
     ) -> np.ndarray:
         """Draw `count` pictures of each prompt, uint8 (P, count, S, S, 3) RGB; equal arguments give equal pictures."""
-        device = self.decoder.null_z.device
-        z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(device)
-        ids = self.tokenizer(prompts).to(device)
+        z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(self.device)
+        ids = self.tokenizer(prompts).to(self.device)
         rows = torch.arange(len(prompts)).repeat_interleave(count)
         seeds = [seed * SEED_STRIDE + place for place in range(count)] * len(prompts)
         pictures: list[Tensor] = []

@@ -5,6 +5,8 @@ the keep list's SHA-256 as they are read.
 """
 
 import hashlib
+import struct
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from infra.errors import DataError
+from infra.errors import CallerError, DataError
 
 READERS = 4
 CACHE_BYTES = 4 << 30
+FILE_BYTES, FILE_PIXELS, FILE_SIDE_PX = 64 << 20, 64 << 20, 4096
+FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def read_table(path: Path, split: str | None = None) -> pa.Table:
@@ -35,6 +40,11 @@ def decode(data: bytes, side_px: int, name: str) -> np.ndarray:
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None  # OpenCV raises on nothing
     if picture is None or picture.dtype != np.uint8:
         raise DataError(f"{name} is not an 8-bit picture that can be read: give a PNG, JPEG or WebP file")
+    return as_square(picture, side_px)
+
+
+def as_square(picture: np.ndarray, side_px: int) -> np.ndarray:
+    """Turn a decoded picture, uint8 grey, BGR or BGRA, into an RGB square of that side, as `decode` says."""
     if picture.ndim == 2:
         picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
     if picture.shape[2] == 4:
@@ -48,6 +58,47 @@ def decode(data: bytes, side_px: int, name: str) -> np.ndarray:
     if picture.shape[0] != side_px:
         picture = cv2.resize(picture, (side_px, side_px), interpolation=cv2.INTER_AREA)
     return np.ascontiguousarray(picture[..., ::-1])
+
+
+def read_file(file: Path, side_px: int) -> np.ndarray:
+    """Read a person's picture file as an RGB square, uint8 (S, S, 3), upright and on white. Raises CallerError in one line.
+
+    The file may be hostile: its size and the size that its header tells are bounded before a pixel is decoded.
+    """
+    try:
+        if not file.is_file():
+            raise CallerError(f"{file}: there is no such file")
+        if file.stat().st_size > FILE_BYTES:
+            raise CallerError(f"{file} has {file.stat().st_size >> 20} MiB: give a picture of at most {FILE_BYTES >> 20} MiB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows
+            with Image.open(file, formats=FORMATS) as opened:
+                if opened.width * opened.height > FILE_PIXELS:
+                    raise CallerError(f"{file} is {opened.width} x {opened.height} pixels: give one of at most {FILE_PIXELS >> 20} million")
+                if opened.mode in ("I", "F") or opened.mode.startswith("I;"):
+                    raise CallerError(f"{file} has more than 8 bits a channel: save it with 8")
+                opened.thumbnail((FILE_SIDE_PX, FILE_SIDE_PX), Image.Resampling.BOX)  # a thin one made square would need its side squared
+                upright = ImageOps.exif_transpose(opened)
+                picture = Image.new("RGB", upright.size, "white")
+                picture.paste(
+                    upright.convert("RGB"), mask=upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+                )
+    except CallerError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        KeyError,
+        IndexError,
+        TypeError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__  # Pillow's messages hold the whole header
+        raise CallerError(f"{file} cannot be read as a picture ({reason}): give a PNG, JPEG or WebP file") from None
+    return as_square(np.asarray(picture)[..., ::-1], side_px)
 
 
 class Pictures:

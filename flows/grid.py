@@ -1,0 +1,56 @@
+"""A labelled grid of pictures: what stands in every column and row is written beside it.
+
+Pictures are uint8 (H, W, 3) RGB of one size. Knows nothing of models and files.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+GAP_PX, LINE_PX, FONT_PX = 4, 18, 13
+CELL_PX = 96
+"""Smaller pictures are enlarged by whole pixels to about this side, so that labels fit and pixels stay to be seen."""
+INK, PAPER = (34, 37, 43), (255, 255, 255)
+
+
+def labelled(images: NDArray[np.uint8], columns: Sequence[str], rows: Sequence[str]) -> NDArray[np.uint8]:
+    """Return pictures (R, C, H, W, 3) as one picture, `rows` written above each row and `columns` below the last one.
+
+    A label that does not fit is cut; an empty sequence writes nothing.
+    """
+    R, C, height, width, _ = images.shape
+    assert len(rows) in (0, R) and len(columns) in (0, C), "a label for every row and column, or none"
+    scale = max(1, round(CELL_PX / width))
+    cell = (width * scale, height * scale)
+    above, below = (LINE_PX if rows else 0), (LINE_PX if columns else 0)
+    size = (C * (cell[0] + GAP_PX) + GAP_PX, R * (above + cell[1] + GAP_PX) + GAP_PX + below)
+    page = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(page)
+    for r in range(R):
+        top = GAP_PX + r * (above + cell[1] + GAP_PX)
+        if rows:
+            _write(draw, rows[r], GAP_PX, top, size[0] - 2 * GAP_PX)
+        for c in range(C):
+            shown = Image.fromarray(images[r, c]).resize(cell, Image.Resampling.NEAREST)
+            page.paste(shown, (GAP_PX + c * (cell[0] + GAP_PX), top + above))
+    for c, label in enumerate(columns):
+        _write(draw, label, GAP_PX + c * (cell[0] + GAP_PX), size[1] - LINE_PX, cell[0])
+    return np.asarray(page)
+
+
+def _write(draw: ImageDraw.ImageDraw, text: str, left: int, top: int, width_px: int) -> None:
+    """Write one line, cut to the width."""
+    text = " ".join(text.split())[:400]  # measuring a prompt of megabytes would take minutes
+    while text and _font().getlength(text) > width_px:
+        text = text[:-1]
+    draw.text((left, top), text, fill=INK, font=_font())
+
+
+@lru_cache(maxsize=1)
+def _font() -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(FONT_PX)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return font
