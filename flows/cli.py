@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from flows import lecture, making, manipulating, using
+from flows import export, lecture, making, manipulating, using
 from infra.errors import UnclipError
 from infra.storage import complaint
 
@@ -41,6 +41,7 @@ app.command()(manipulating.vary)
 app.command()(manipulating.interpolate)
 app.command()(manipulating.textdiff)
 app.command()(manipulating.reconstruct)
+app.command()(export.export)
 diffusion.command()(lecture.swiss_roll)
 app.add_typer(diffusion, name="diffusion")
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from infra.errors import CallerError
 from training import clip as clip_model
 from training.clip import CLIP
 from training.decoder import Decoder, DecoderConfig
@@ -29,8 +30,12 @@ class Unclip:
         self.clip, self.tokenizer, self.prior, self.decoder = clip, tokenizer, prior, decoder
 
     @classmethod
-    def load(cls, clip: Path, prior: Path, decoder: Path, device: str = "cpu") -> Self:
-        """Read the folders of the stages `clip`, `prior` and `decoder` (their averaged weights)."""
+    def load(cls, folder: Path | str, prior: Path | None = None, decoder: Path | None = None, device: str = "cpu") -> Self:
+        """Read an exported folder; or, given all three, those of the stages `clip`, `prior` and `decoder`. Averaged weights in both cases.
+
+        Raises CallerError where the folder is neither.
+        """
+        clip, prior, decoder = _folders(Path(folder), prior, decoder)
         model, tokenizer = clip_model.load(clip)
         facts = json.loads((prior / "config.json").read_text())
         a_prior = Prior(PriorConfig.model_validate(facts["prior"]), facts["embed_dim"], facts["vocab_size"], facts["context"])
@@ -69,6 +74,15 @@ class Unclip:
     def encode_images(self, images: np.ndarray) -> np.ndarray:
         """Embed pictures, uint8 (B, H, W, 3), as unit vectors float32 (B, E)."""
         return clip_model.embed_images(self.clip, torch.from_numpy(images)).numpy()
+
+
+def _folders(folder: Path, prior: Path | None, decoder: Path | None) -> tuple[Path, Path, Path]:
+    """Return the folders of the three models."""
+    parts = (folder, prior, decoder) if prior and decoder else (folder / "clip", folder / "prior", folder / "decoder")
+    for part in parts:
+        if not (part / "config.json").is_file():
+            raise CallerError(f"{part} holds no model: give a folder that `unclip export` made")
+    return parts
 
 
 def to_images(x: Tensor) -> np.ndarray:
