@@ -1,8 +1,8 @@
 """Where image-text pairs come from: the recipe's section [data], and one table of URLs and captions made from it.
 
-Three kinds of source yield rows of the schema URLS: picture packages of npm, URL lists (parquet, csv, tsv, jsonl on any fsspec
-path) and folders of images beside `.txt` captions. Packages and folders are served on loopback, so that every picture travels
-the way a URL list's does. Knows nothing of downloading or shards.
+Four kinds of source yield rows of the schema URLS: picture packages of npm, URL lists (parquet, csv, tsv, jsonl on any fsspec
+path), folders of images beside `.txt` captions, and drawn scenes. All but the lists are served on loopback, so that every picture
+travels the way a URL list's does. Knows nothing of downloading or shards.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from flows.drawn_scenes import DRAWING, ScenesSource, draw_all
 from flows.labels import Labels
 from flows.packages import package_folder, split_spec
 from flows.pictures import read_package
@@ -54,10 +55,12 @@ class FolderSource(Section):
     style: str = ""
 
 
-def content_of(source: PackagesSource | UrlsSource | FolderSource) -> str:
+def content_of(source: PackagesSource | UrlsSource | FolderSource | ScenesSource) -> str:
     """Return what tells one state of a source's files from another, without reading them; "" for packages, whose version does."""
     if isinstance(source, PackagesSource):
         return ""
+    if isinstance(source, ScenesSource):
+        return f"drawing {DRAWING}"
     digest = hashlib.sha256()
     try:
         if isinstance(source, UrlsSource):
@@ -74,7 +77,7 @@ def content_of(source: PackagesSource | UrlsSource | FolderSource) -> str:
     return digest.hexdigest()[:16]
 
 
-Source = Annotated[PackagesSource | UrlsSource | FolderSource, Field(discriminator="kind")]
+Source = Annotated[PackagesSource | UrlsSource | FolderSource | ScenesSource, Field(discriminator="kind")]
 
 
 class DataConfig(Section):
@@ -192,6 +195,22 @@ def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row
             yield row(base + url_path(mount, relative), f"folder:{mount}/{relative}", lines, licence=source.licence, style=source.style)
 
 
+def scene_rows(source: ScenesSource, config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iterator[Row]:
+    """Yield the drawn pictures of a source; its concept, by which splits go, is what the scene shows."""
+    for drawn in draw_all(source, config.image_size_px, cache):
+        mount = f"scenes/{drawn.file.parent.name}"
+        mounts.folders[mount] = drawn.file.parent
+        yield row(
+            base + url_path(mount, drawn.file.name),
+            f"{mount}/{drawn.number}",
+            list(drawn.captions),
+            licence="CC0-1.0",
+            style="scenes",
+            concept=drawn.concept,
+            category=drawn.row,
+        )
+
+
 def listed_rows(source: UrlsSource) -> Iterator[Row]:
     """Yield the rows of a URL list."""
     for values in read_lists(source):
@@ -256,6 +275,8 @@ def all_rows(config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iter
             yield from package_rows(source, config, cache, base, mounts)
         elif isinstance(source, FolderSource):
             yield from folder_rows(source, base, mounts)
+        elif isinstance(source, ScenesSource):
+            yield from scene_rows(source, config, cache, base, mounts)
         else:
             yield from listed_rows(source)
 
