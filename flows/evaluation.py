@@ -4,10 +4,17 @@ No figure is computed here: `indexing.evaluate` does that, and knows the models 
 """
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flows.stages import Counts, StageJob
 from infra.progress import Progress
+
+if TYPE_CHECKING:
+    from indexing.relations import Score
+    from indexing.sections import MakeSection, Section
+    from training.generate import Unclip
 
 TRAINED = ("clip", "prior", "decoder")
 
@@ -43,8 +50,35 @@ def run(job: StageJob) -> Counts:
             model.encode_images,
             generate,
             job.out,
+            sections_of(job, model, folders),
         )
     return {"in": job.inputs["embed"].manifest["counts"]["out"], "out": drawn, "dropped": {}, "figures": figures["zero_shot"]}
+
+
+def sections_of(job: StageJob, model: "Unclip", folders: Mapping[str, Path]) -> list["MakeSection"]:
+    """Return what the report measures besides, in the order of the page; each is run when its turn comes."""
+    from indexing.held_out import open_embedded
+    from indexing.reading import text_reader
+    from indexing.relations import relations
+    from training.search import search
+
+    config = job.config.evaluate
+    made: list[MakeSection] = []
+    if config.relations is not None:
+        asked = config.relations
+
+        def draw(
+            prompts: list[str], members: int, seed: int, steps: int, score: "Score | None", keep: int, checks: tuple[float, ...]
+        ) -> Any:
+            return search(model, prompts, members, seed, steps, config.guidance, score, keep, checks)
+
+        def related(out: Path) -> "Section":
+            embedded = open_embedded(folders["embed"])
+            models = (model.encode_texts, model.encode_images, draw, text_reader())
+            return relations(asked, embedded, *models, config.resamples, config.seed, out)
+
+        made.append(related)
+    return made
 
 
 def read_metrics(path: Any) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from indexing import report
 from indexing.embeddings import Rows, take
 from indexing.generation import EncodeImages, Generate
 from indexing.held_out import Embedded, Pairs, licences, open_embedded, read_pairs, seen_in_training
+from indexing.relations import RelationsConfig
 from indexing.retrieval import retrieval
 from indexing.samples import generation, write_shown
 from indexing.sections import MakeSection
@@ -58,6 +59,9 @@ class EvaluateConfig(Section):
     """Pairs of a held-out split that are judged, drawn by the seed when there are more."""
     pixel_pool: int = Field(default=20_000, ge=1)
     """Training pictures that samples are compared with pixel by pixel, drawn by the seed when there are more."""
+
+    relations: RelationsConfig | None = None
+    """Scenes to be drawn and judged, where the run has learned some; nothing by default."""
 
     @field_validator("prompts")
     @classmethod

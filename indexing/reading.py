@@ -1,0 +1,33 @@
+"""A reader of text in pictures, for judging what is written: the packaged OCR of the extra `evaluation`, where it is installed."""
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+ENLARGED_PX = 256
+MARGIN_PX = 48
+
+
+def text_reader() -> Callable[[NDArray[np.uint8]], str] | None:
+    """Return a function from a picture, uint8 (S, S, 3) RGB, to the text in it, or None where no OCR is installed."""
+    return read_text if find_spec("rapidocr_onnxruntime") else None
+
+
+def read_text(picture: NDArray[np.uint8]) -> str:
+    """Read a small picture: enlarged, on a wide white margin, which the detector of text wants; "" where it finds none."""
+    large = cv2.resize(picture, (ENLARGED_PX, ENLARGED_PX), interpolation=cv2.INTER_CUBIC)
+    large = cv2.copyMakeBorder(large, *(MARGIN_PX,) * 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    found, _ = _engine()(np.ascontiguousarray(large[..., ::-1]), use_cls=False)
+    return " ".join(text for _, text, _ in found or [])
+
+
+@cache
+def _engine() -> Any:
+    from rapidocr_onnxruntime import RapidOCR
+
+    return RapidOCR(intra_op_num_threads=1, inter_op_num_threads=1)

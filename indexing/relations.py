@@ -1,0 +1,261 @@
+"""Relational reasoning, counting and writing of a system, and what search at inference adds (unCLIP, fig. 14 to 16; GenEval's rows).
+
+Prompts are the run's own scenes, trained and held-out ones apart; judges are exact. Success is shown against the decoder's calls that a
+returned picture cost. Models are callables. Legend: P prompts, M samples of each.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from indexing import scenes, sections
+from indexing.generation import EncodeImages
+from indexing.held_out import Embedded
+from indexing.intervals import Figure, mean_figure
+from indexing.judges import Judge, ReadText, best_of, judge_of
+from indexing.pictures import sheet, write_png
+from indexing.scenes import Scene
+from indexing.zero_shot import EncodeTexts, unit
+from infra.settings import Section
+
+Score = Callable[[NDArray[np.uint8], NDArray[np.int64]], NDArray[Any]]
+Draw = Callable[[list[str], int, int, int, Score | None, int, tuple[float, ...]], NDArray[np.uint8]]
+"""(prompts, M, seed, steps, score, keep, checks) -> uint8 (P, M, S, S, 3); without a score every sample is on its own."""
+
+MADE_OF = {"train": "trained", "held_out_concept": "held out"}
+OPEN_SCENES = tuple(Scene((scenes.Thing(shape),)) for shape in scenes.SHAPES) + tuple(
+    Scene((scenes.Thing(a), scenes.Thing(b))) for a, b in (("circle", "square"), ("circle", "triangle"), ("square", "triangle"))
+)
+"""GenEval's first two rows, which no colour binds."""
+SHOWN = 8
+
+
+class RelationsConfig(Section):
+    """[evaluate.relations]: how many scenes are asked for and how far search goes."""
+
+    prompts_per_row: int = Field(default=8, ge=1, le=500)
+    """Scenes of each row, trained ones and held-out ones each."""
+    samples: int = Field(default=8, ge=2, le=256)
+    """Samples of each; best of n and the beams go up to as many."""
+    steps: int = Field(default=20, ge=2, le=1000)
+    """Steps of each, by DDIM with eta = 1."""
+    searched: tuple[str, ...] = ("position", "attribution", "counting", "24-puzzle", "cube")
+    """Rows on which beams are tried."""
+    keep: int = Field(default=2, ge=1, le=64)
+    """Members of a beam that survive a check."""
+    checks: tuple[float, ...] = (0.3, 0.45, 0.6, 0.75)
+    """When a beam is checked, as shares of the steps."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt of the harness."""
+
+    prompt: str
+    row: str
+    made_of: str
+    judge: Judge
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Samples of all prompts, judged (P, M): `share` of what was asked for, CLIP's cosine."""
+
+    pictures: NDArray[np.uint8]
+    share: NDArray[np.float64]
+    cosine: NDArray[np.float64]
+
+    @property
+    def is_right(self) -> NDArray[np.float64]:
+        return (self.share >= 1).astype(np.float64)
+
+
+def asked(config: RelationsConfig, embedded: Embedded, read_text: ReadText | None, seed: int) -> list[Asked]:
+    """Draw prompts of each row from what the run trained on and from what it held out; what no judge can judge is left out."""
+    found: list[Asked] = []
+    rng = np.random.default_rng(seed)
+    for split, made_of in MADE_OF.items():
+        rows = embedded.table.take(embedded.rows(split)).select(["concept", "category"]).to_pylist()
+        by_row: dict[str, set[str]] = {}
+        for each in rows:
+            by_row.setdefault(each["category"], set()).add(each["concept"])
+        if split == "train" and any(scenes.parse(concept) for concepts in by_row.values() for concept in concepts):
+            for scene in OPEN_SCENES:
+                by_row.setdefault(scene.row, set()).add(scene.caption)
+        for row, concepts in sorted(by_row.items()):
+            for concept in rng.permutation(sorted(concepts))[: config.prompts_per_row].tolist():
+                judge = judge_of(concept, read_text)
+                if judge:
+                    found.append(Asked(concept, row, made_of, judge))
+    return found
+
+
+def relations(
+    config: RelationsConfig,
+    embedded: Embedded,
+    encode_texts: EncodeTexts,
+    encode_images: EncodeImages,
+    draw: Draw,
+    read_text: ReadText | None,
+    resamples: int,
+    seed: int,
+    out: Path,
+) -> sections.Section:
+    """Measure plain sampling, best of n and beams, and return the report's section; writes pictures into `out` / pictures."""
+    prompts = asked(config, embedded, read_text, seed)
+    title = "Relations, counts and writing, and what search adds"
+    if not prompts:
+        return sections.section(title, ["Not measured: the run has no scenes that a judge here can judge."])
+
+    def measured(some: Sequence[Asked], members: int, steps: int, by: str) -> Measured:
+        texts = unit(np.asarray(encode_texts([each.prompt for each in some]), np.float32))
+
+        def cosines(pictures: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[Any]:
+            return np.einsum("bd,bd->b", unit(np.asarray(encode_images(pictures), np.float32)), texts[places])
+
+        def shares(pictures: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[Any]:
+            return np.array([some[place].judge(picture) for picture, place in zip(pictures, places, strict=True)])
+
+        score = {"": None, "CLIP": cosines, "checker": shares}[by]
+        pictures = draw([each.prompt for each in some], members, seed, steps, score, config.keep if by else members, config.checks)
+        flat, places = pictures.reshape(-1, *pictures.shape[2:]), np.repeat(np.arange(len(some)), members)
+        by_prompt = (len(some), members)
+        return Measured(pictures, shares(flat, places).reshape(by_prompt), cosines(flat, places).reshape(by_prompt))
+
+    M = config.samples
+    plain = measured(prompts, M, config.steps, "")
+    rows = [row for row in (*scenes.ROWS, *sorted({each.row for each in prompts} - set(scenes.ROWS))) if any(e.row == row for e in prompts)]
+    head = ["Row", "Prompts", "A sample", f"Best of {M} by CLIP", f"Best of {M} by the checker", "CLIP prefers the right one"]
+    tables = []
+    for made_of in MADE_OF.values():
+        cells: list[list[sections.Cell]] = [
+            [row, int(chosen.sum()), *_row_figures(plain, chosen, M, resamples, seed)]
+            for row in rows
+            if (chosen := np.array([each.row == row and each.made_of == made_of for each in prompts])).any()
+        ]
+        if cells:
+            tables.append(sections.table(f"Pictures that show exactly what was asked for: scenes {made_of}", head, cells))
+    charts, pictures = [], []
+    for row in rows:
+        chosen = np.array([each.row == row for each in prompts])
+        if row in config.searched:
+            charts.append(_searched(config, [each for each in prompts if each.row == row], plain, chosen, measured, row, resamples, seed))
+        pictures.append(_shown(prompts, plain, chosen, row, out))
+    if (blind := _told_apart(prompts, encode_texts, encode_images, plain.pictures.shape[2], resamples, seed)) is not None:
+        tables.append(blind)
+    text = [
+        f"The prompts are scenes; each is drawn {M} times in {config.steps} steps. A checker that sees pixels only says whether a picture "
+        "shows exactly the things asked for, in number, colour and relation, and nothing else; the word of a sign is read by OCR. Trained "
+        "scenes were seen as such in training; held-out ones only in their parts.",
+        "A sample's share is a plain sample's chance. Best of n takes the sample that a judge likes best, exact over all subsets of the "
+        "samples. A beam scores the pictures that half-denoised samples are heading for and copies the best. The checker as a judge is "
+        "the test itself: it bounds what search can give; CLIP is what one has where there is no checker. The last column: of two "
+        "samples of a prompt, one right and one wrong, how often CLIP scores the right one higher; 50 % is blind.",
+        f"Costs are calls of the decoder for one returned picture, a guided call counted once. Seed {seed}, guidance the decoder's own.",
+    ]
+    if read_text is None:
+        text.append("Writing is not measured: no reader of text is installed (the extra `evaluation` brings one).")
+    return sections.section(title, text, tables, pictures, charts)
+
+
+def _row_figures(plain: Measured, chosen: NDArray[np.bool_], M: int, resamples: int, seed: int) -> list[Figure]:
+    right, cosine = plain.is_right[chosen], plain.cosine[chosen]
+    groups = np.arange(len(right))
+    found = [
+        mean_figure(right.ravel(), np.repeat(groups, M), resamples, seed),
+        mean_figure([best_of(c, r, M) for c, r in zip(cosine, right, strict=True)], groups, resamples, seed),
+        mean_figure(right.max(1), groups, resamples, seed),
+    ]
+    pairs = [(c[r == 1][:, None] > c[r == 0]).mean() for c, r in zip(cosine, right, strict=True) if 0 < r.mean() < 1]
+    return [*found, mean_figure(pairs, np.arange(len(pairs)), resamples, seed, chance=0.5)]
+
+
+def _searched(
+    config: RelationsConfig,
+    some: list[Asked],
+    plain: Measured,
+    chosen: NDArray[np.bool_],
+    measured: Callable[[Sequence[Asked], int, int, str], Measured],
+    row: str,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the chart of success against calls for one row."""
+    right, share, cosine = plain.is_right[chosen], plain.share[chosen], plain.cosine[chosen]
+    groups, M = np.arange(len(some)), config.samples
+    budgets = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= M]
+
+    def over_prompts(values: Sequence[float] | NDArray[Any]) -> Figure:
+        return mean_figure(values, groups, resamples, seed)
+
+    one = over_prompts(right.mean(1))
+    longer = measured(some, 1, config.steps * budgets[-1], "")
+    series: dict[str, list[tuple[float, Figure]]] = {
+        "one sample, more steps": [(config.steps, one), (config.steps * budgets[-1], over_prompts(longer.is_right[:, 0]))],
+    }
+    for by, scores in (("CLIP", cosine), ("checker", share)):
+        series[f"best of n by {by}"] = [
+            (n * config.steps, over_prompts([best_of(s, r, n) for s, r in zip(scores, right, strict=True)])) for n in budgets
+        ]
+        points: list[tuple[float, Figure]] = [(config.steps, one)]
+        for n in budgets:
+            if n > config.keep and n % config.keep == 0:
+                found = measured(some, n, config.steps, by)
+                judged = found.cosine if by == "CLIP" else found.share
+                values = [best_of(s, r, n) for s, r in zip(judged, found.is_right, strict=True)]
+                points.append((n * config.steps, over_prompts(values)))
+        series[f"beam by {by}"] = points
+    return sections.lines(f"Success against compute: {row}", "decoder calls for one returned picture", "right", series, is_log_x=True)
+
+
+def _shown(prompts: Sequence[Asked], plain: Measured, chosen: NDArray[np.bool_], row: str, out: Path) -> dict[str, Any]:
+    """Write the first prompts of a row with all their samples, right ones framed, and return the picture."""
+    places = np.flatnonzero(chosen)[:SHOWN]
+    framed = [[_framed(plain.pictures[p, m], bool(plain.is_right[p, m])) for m in range(plain.pictures.shape[1])] for p in places]
+    titles = [f"{prompts[p].prompt} ({prompts[p].made_of}): {int(plain.is_right[p].sum())} of {plain.pictures.shape[1]}" for p in places]
+    folder = out / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"relations-{row.replace(' ', '-')}.png"
+    write_png(sheet(framed, titles), folder / name)
+    return sections.picture(f"pictures/{name}", f"Samples for {row}: {'; '.join(titles)}", f"{row}: right ones are framed green", True)
+
+
+def _framed(picture: NDArray[np.uint8], is_right: bool) -> NDArray[np.uint8]:
+    framed = np.pad(picture, ((1, 1), (1, 1), (0, 0)), constant_values=225)
+    if is_right:
+        framed[[0, -1]] = framed[:, [0, -1]] = (40, 160, 70)
+    return framed
+
+
+def _told_apart(
+    prompts: Sequence[Asked], encode_texts: EncodeTexts, encode_images: EncodeImages, side_px: int, resamples: int, seed: int
+) -> dict[str, Any] | None:
+    """Return how often CLIP prefers a drawn scene's caption to the one with its two things, or their colours, exchanged."""
+    cells: list[list[sections.Cell]] = []
+    for row in ("position", "attribution"):
+        pairs = [(scene, exchanged(scene)) for each in prompts if each.row == row and (scene := scenes.parse(each.prompt))]
+        if not pairs:
+            continue
+        drawn = np.stack([scenes.draw(scene, side_px, np.random.default_rng([seed, place])) for place, (scene, _) in enumerate(pairs)])
+        images = unit(np.asarray(encode_images(drawn), np.float32))
+        texts = [unit(np.asarray(encode_texts([pair[side].caption for pair in pairs]), np.float32)) for side in (0, 1)]
+        true, false = (np.einsum("bd,bd->b", images, text) for text in texts)
+        cells.append([row, len(pairs), mean_figure(true > false, np.arange(len(pairs)), resamples, seed, chance=0.5)])
+    if not cells:
+        return None
+    return sections.table(
+        "Does CLIP see relations? A drawn scene's caption against the exchanged one", ["Row", "Scenes", "Own caption preferred"], cells
+    )
+
+
+def exchanged(scene: Scene) -> Scene:
+    """Return the scene with its two things exchanged in a relation, or with their colours exchanged side by side."""
+    first, second = scene.things
+    if scene.relation:
+        return Scene((second, first), scene.relation)
+    return Scene((scenes.Thing(first.shape, second.colour), scenes.Thing(second.shape, first.colour)))

@@ -1,0 +1,132 @@
+"""The harness gives a perfect drawer everything and a wrong one nothing, finds a blind CLIP blind, and search pays where it should."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from indexing import scenes
+from indexing.held_out import open_embedded
+from indexing.relations import RelationsConfig, asked, exchanged, relations
+from indexing.scenes import Scene, Thing, parse
+from tests.pictured import row, write_run
+
+CONFIG = RelationsConfig(prompts_per_row=3, samples=4, steps=10, searched=("position",))
+CAPTIONS = {
+    "position": [
+        "a red circle on top of a blue square",
+        "a blue square inside a green circle",
+        "a red square to the left of a blue circle",
+    ],
+    "attribution": ["a blue square and a red circle", "a green triangle and a red square"],
+    "counting": ["three blue circles", "two red squares"],
+    "writing": ["a sign that says cat"],
+}
+
+
+def write(folder: Path) -> Any:
+    rows = [
+        row(number, "plain", split, caption=caption, concept=parse(caption).concept, category=name)  # type: ignore[union-attr]
+        for name, captions in CAPTIONS.items()
+        for number, caption in enumerate(captions)
+        for split in [("held_out_concept" if number else "train")]
+    ]
+    write_run(folder, rows)
+    return open_embedded(folder / "embed")
+
+
+def texts_of(texts: list[str]) -> np.ndarray:
+    """Embed a text as a direction of its own."""
+    return np.stack([np.random.default_rng(sum(text.encode())).normal(size=8) for text in texts]).astype(np.float32)
+
+
+def blind(pictures: np.ndarray) -> np.ndarray:
+    """Embed a picture by its brightness alone."""
+    return np.stack([np.random.default_rng(int(picture.sum())).normal(size=8) for picture in pictures]).astype(np.float32)
+
+
+def drawer(chance: float, calls: list[tuple[int, int, bool]]) -> Any:
+    """Draw what is asked for with this chance, else its exchange; a beam is right twice as often."""
+
+    def draw(prompts: list[str], members: int, seed: int, steps: int, score: Any, keep: int, checks: tuple[float, ...]) -> np.ndarray:
+        calls.append((members, steps, score is not None))
+        made = []
+        for prompt in prompts:
+            for member in range(members):
+                rng = np.random.default_rng([seed, sum(prompt.encode()), member])
+                scene = parse(prompt)
+                assert scene is not None
+                is_right = rng.uniform() < (chance if score is None else 2 * chance)
+                made.append(scenes.draw(scene if is_right else Scene(word="no"), 32, rng))
+        if score is not None:
+            scores = score(np.stack(made), np.repeat(np.arange(len(prompts)), members))
+            assert scores.shape == (len(prompts) * members,)
+        return np.stack(made).reshape(len(prompts), members, 32, 32, 3)
+
+    return draw
+
+
+def measured(folder: Path, chance: float, calls: list[tuple[int, int, bool]] | None = None) -> Any:
+    embedded = write(folder)
+    found = relations(CONFIG, embedded, texts_of, blind, drawer(chance, calls if calls is not None else []), None, 200, 0, folder / "out")
+    assert all((folder / "out" / each["picture"]).is_file() for each in found["pictures"])
+    return found
+
+
+def test_a_perfect_drawer_has_every_row(tmp_path: Path) -> None:
+    calls: list[tuple[int, int, bool]] = []
+    found = measured(tmp_path, 1.0, calls)
+    trained, held_out = found["tables"][:2]
+    assert [each[0] for each in trained["rows"]] == ["single object", "two objects", "counting", "position", "attribution"]
+    assert [each[0] for each in held_out["rows"]] == ["counting", "position", "attribution"]
+    assert all(figure["value"] == 1 for table in (trained, held_out) for each in table["rows"] for figure in each[2:5])
+    assert calls == [(4, 10, False), (1, 40, False), (4, 10, True), (4, 10, True)]  # equal calls: one long sample, four short ones, beams
+    assert any("Writing is not measured" in each for each in found["text"])
+
+
+def test_a_wrong_drawer_has_none(tmp_path: Path) -> None:
+    found = measured(tmp_path, 0.0)
+    assert all(figure["value"] == 0 for table in found["tables"][:2] for each in table["rows"] for figure in each[2:5])
+    assert found["tables"][0]["rows"][0][5]["value"] is None  # nothing right to prefer
+
+
+def test_search_by_the_checker_beats_one_sample_and_a_blind_clip_does_not_help(tmp_path: Path) -> None:
+    found = measured(tmp_path, 0.4)
+    (chart,) = found["charts"]
+    series = {name: {point["x"]: point["value"] for point in points} for name, points in chart["series"].items()}
+    assert set(series["best of n by checker"]) == {10, 20, 40} and set(series["one sample, more steps"]) == {10, 40}
+    assert series["best of n by checker"][40] >= series["best of n by checker"][20] > series["best of n by checker"][10]
+    assert series["beam by checker"][40] >= series["best of n by checker"][40]
+    for table in found["tables"][:2]:
+        for each in table["rows"]:
+            assert each[4]["value"] >= each[2]["value"]
+    assert found["tables"][2]["rows"][0][:2] == ["position", 3]
+
+
+def test_prompts_are_the_splits_own_and_an_ocr_brings_writing_in(tmp_path: Path) -> None:
+    embedded = write(tmp_path)
+    without = asked(CONFIG, embedded, None, 0)
+    assert {each.prompt for each in without if each.made_of == "held out"} == {parse(c).concept for cs in CAPTIONS.values() for c in cs[1:]}  # type: ignore[union-attr]
+    assert not [each for each in without if each.row == "writing"]
+    within = [each for each in asked(CONFIG, embedded, lambda picture: "cat", 0) if each.row == "writing"]
+    assert [each.prompt for each in within] == ["a sign that says cat"] and within[0].judge(np.zeros((8, 8, 3), np.uint8)) == 1
+
+
+def test_a_run_without_scenes_says_so(tmp_path: Path) -> None:
+    write_run(tmp_path, [row(1, "plain", "held_out_concept")])
+    found = relations(CONFIG, open_embedded(tmp_path / "embed"), texts_of, blind, drawer(1, []), None, 200, 0, tmp_path / "out")
+    assert "no scenes" in found["text"][0] and not found["tables"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "turned"),
+    [
+        ("a red circle on top of a blue square", "a blue square on top of a red circle"),
+        ("a red circle and a blue square", "a blue circle and a red square"),
+    ],
+)
+def test_exchanging(caption: str, turned: str) -> None:
+    scene = parse(caption)
+    assert scene is not None and exchanged(scene).caption == turned and exchanged(exchanged(scene)) == scene
+    assert Thing("circle", "red") in scene.things
