@@ -26,7 +26,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 train = typer.Typer(help="Train one model, with what it needs.", no_args_is_help=True, rich_markup_mode=None)
-diffusion = typer.Typer(help="Diffusion on data small enough to see whole.", no_args_is_help=True, rich_markup_mode=None)
+diffusion = typer.Typer(
+    help="The lecture's pictures: the Swiss roll, and what a decoder's x_t holds.", no_args_is_help=True, rich_markup_mode=None
+)
 
 app.command()(making.run)
 app.command()(making.status)
@@ -43,6 +45,9 @@ app.command()(manipulating.textdiff)
 app.command()(manipulating.reconstruct)
 app.command()(export.export)
 diffusion.command()(lecture.swiss_roll)
+diffusion.command()(lecture.across_time)
+diffusion.command()(lecture.shared_latents)
+diffusion.command()(lecture.interpolate)
 app.add_typer(diffusion, name="diffusion")
 
 

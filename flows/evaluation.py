@@ -5,6 +5,7 @@ No figure is computed here: `indexing.evaluate` does that, and knows the models 
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +58,14 @@ def run(job: StageJob) -> Counts:
 
 def sections_of(job: StageJob, model: "Unclip", folders: Mapping[str, Path]) -> list["MakeSection"]:
     """Return what the report measures besides, in the order of the page; each is run when its turn comes."""
+    from flows import decoder_section
     from indexing.held_out import open_embedded
     from indexing.reading import text_reader
     from indexing.relations import relations
     from training.search import search
 
     config = job.config.evaluate
-    made: list[MakeSection] = []
+    made: list[MakeSection] = [partial(decoder_section.section, config, model, folders["embed"], folders["ingest"] / "shards")]
     if config.relations is not None:
         asked = config.relations
 

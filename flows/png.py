@@ -50,8 +50,13 @@ def write_grid(
                 _write(file, picture, {"row_label": rows[r], "column_label": columns[c], "seed": seed, **settings})
                 files.append(file)
         grid = out / f"{slug(name)}-seed{seed}-grid.png"
-        _write(grid, labelled(images, columns, rows), {"row_labels": list(rows), "column_labels": list(columns), "seed": seed, **settings})
+        write_sheet(images, rows, columns, grid, {"seed": seed, **settings})
     return files, grid
+
+
+def write_sheet(images: np.ndarray, rows: Sequence[str], columns: Sequence[str], file: Path, facts: Mapping[str, Any]) -> None:
+    """Write `images`, uint8 (R, C, H, W, 3), as one picture with its labels, which knows them and `facts`."""
+    _write(file, labelled(images, columns, rows), {"row_labels": list(rows), "column_labels": list(columns), **facts})
 
 
 def slug(text: str) -> str:

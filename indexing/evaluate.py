@@ -59,9 +59,38 @@ class EvaluateConfig(Section):
     """Pairs of a held-out split that are judged, drawn by the seed when there are more."""
     pixel_pool: int = Field(default=20_000, ge=1)
     """Training pictures that samples are compared with pixel by pixel, drawn by the seed when there are more."""
-
+    latent_prompts: int = Field(default=3, ge=1, le=64)
+    """How many of the prompts are followed from noise to picture."""
+    latent_pictures: int = Field(default=4, ge=0, le=64)
+    """Held-out pictures whose x_t is drawn from again, and that are blended two by two in x_t space; 0 leaves both out."""
+    latent_times: tuple[float, ...] = Field(default=(0.25, 0.5, 0.75), min_length=1, max_length=8)
+    """The t of those, as shares of the decoder's T."""
+    latent_steps: int = Field(default=32, ge=1, le=1000)
+    """Sampler steps from T to 0 for these pictures; a start at t takes its share of them."""
+    likelihood_pictures: int = Field(default=64, ge=0, le=100_000)
+    """Held-out pictures behind the decoder's bits per dimension; 0 leaves it out."""
+    likelihood_draws: int = Field(default=8, ge=1, le=1000)
+    """Times t at which the bound's terms are drawn for each of them."""
+    inversion_pictures: int = Field(default=4, ge=0, le=1000)
+    """Held-out pictures that are carried to noise and back; 0 leaves it out."""
+    inversion_steps: tuple[int, ...] = Field(default=(10, 25, 50), min_length=1, max_length=16)
+    """DDIM steps of that way, one row of the report each; counts above the decoder's T are left out."""
     relations: RelationsConfig | None = None
     """Scenes to be drawn and judged, where the run has learned some; nothing by default."""
+
+    @field_validator("latent_times")
+    @classmethod
+    def _times_are_shares(cls, times: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < time <= 1 for time in times):
+            raise ValueError("a time is a share of T, above 0 and at most 1")
+        return times
+
+    @field_validator("inversion_steps")
+    @classmethod
+    def _steps_are_counts(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if not all(1 <= each <= 1000 for each in steps):
+            raise ValueError("a step count lies in 1..1000")
+        return steps
 
     @field_validator("prompts")
     @classmethod
