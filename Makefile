@@ -4,6 +4,7 @@ ROOT ?= unclip-data
 RECIPE ?= flows/recipes/quickstart.toml
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PEERS ?= .peers
 PYTHON := $(shell command -v python3.11 || command -v python3)
 
 export NO_ALBUMENTATIONS_UPDATE := 1
@@ -11,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: setup run test lint format bench clean constraints
+.PHONY: setup run test lint format bench peers clean constraints
 
 setup: $(READY)
 
@@ -42,6 +43,17 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks
+
+# What we are compared with, each in an environment of its own, since they pin other versions; tests and benchmarks that need a peer
+# skip themselves where it is missing. open_clip imports torchvision, of which a CUDA build may be all there is: tests/peers/open_clip.py copes.
+peers: $(PEERS)/open_clip/ready
+
+$(PEERS)/open_clip/ready: tests/peers/open_clip.txt tests/peers/open_clip_itself.txt
+	test -x $(PEERS)/open_clip/bin/python || $(PYTHON) -m venv $(PEERS)/open_clip
+	$(PEERS)/open_clip/bin/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(PEERS)/open_clip/bin/pip install --quiet --disable-pip-version-check -r tests/peers/open_clip.txt
+	$(PEERS)/open_clip/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/peers/open_clip_itself.txt
+	touch $@
 
 # Only what can be made again; ROOT with its data and models stays.
 clean:

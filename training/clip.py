@@ -46,6 +46,8 @@ class ClipConfig(LoopConfig):
     """Dimensions of the shared embedding."""
     style_captions: bool = True
     """Train on all phrasings of a picture, one drawn anew each time it is seen; otherwise on the first one only."""
+    broken_pictures: OnBroken = "stop"
+    """What to do about pictures whose shard is missing, cut or altered: `stop` with one line, or `skip` them, counted in the manifest."""
 
 
 class ConvTower(nn.Module):

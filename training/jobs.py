@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from infra.cluster import ClusterConfig
 from infra.errors import DataError, UnclipError
 from infra.progress import Progress
 from training import clip as clip_model
-from training import embeddings, loop
+from training import embeddings, loop, shards
 from training.clip import CLIP, ClipConfig, contrastive_loss, to_pixels
 from training.decoder import Decoder, DecoderConfig
 from training.loop import LoopConfig, Step
@@ -42,13 +43,14 @@ def train_clip(
     table = read_table(curate / "keep.parquet", "train")
     if not table.num_rows:
         raise DataError("curate kept no pair for training: loosen [curate] or give [data] more sources")
+    dropped = shards.settle(table, ingest / "shards", config.broken_pictures, work)
     if not (work / "tokenizer.json").exists():
         fitted = Tokenizer.fit((caption for captions in table["captions"].to_pylist() for caption in captions), tokenizer)
         fitted.save(work / "tokenizer.tmp")
         (work / "tokenizer.tmp").replace(work / "tokenizer.json")
     paths = {"ingest": str(ingest), "curate": str(curate)}
     _train("clip", fit_clip, config, cluster, cluster.clip_workers, paths, out, work)
-    return {"in": table.num_rows, "out": table.num_rows, "dropped": {}, **_outcome(out)}
+    return {"in": table.num_rows, "out": table.num_rows - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
 
 
 def train_prior(config: PriorConfig, cluster: ClusterConfig, clip: Path, embed: Path, out: Path, work: Path) -> dict[str, Any]:
@@ -63,14 +65,16 @@ def train_decoder(
 ) -> dict[str, Any]:
     """Train the decoder on pictures and their embeddings, CLIP frozen."""
     count = _start_from_clip(clip, embed, work)
+    dropped = shards.settle(read_table(embed / "metadata", "train"), ingest / "shards", config.broken_pictures, work)
     paths = {"ingest": str(ingest), "clip": str(clip), "embed": str(embed)}
     _train("decoder", fit_decoder, config, cluster, cluster.decoder_workers, paths, out, work)
-    return {"in": count, "out": count, "dropped": {}, **_outcome(out)}
+    return {"in": count, "out": count - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
 
 
 def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_clip`."""
     table = read_table(paths["curate"] / "keep.parquet", "train")
+    table = table.filter(pa.array(shards.is_kept(table, work)))
     tokenizer = Tokenizer.load(work / "tokenizer.json")
     pictures = Pictures(table, paths["ingest"] / "shards", config.image_size_px)
     phrasings = table["captions"].to_pylist() if config.style_captions else [[caption] for caption in table["caption"].to_pylist()]
@@ -82,6 +86,7 @@ def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str
         rows = step.samples(len(pictures))
         ids, _ = texts.draw(rows, step.uniform(PHRASING))
         pixels = to_pixels(pictures[rows].to(device), config.image_size_px)
+        pictures.read_ahead(step.next().samples(len(pictures)))
         return contrastive_loss(
             model.encode_image(shifted(pixels, step.uniform(SHIFT, 2))), model.encode_text(ids.to(device)), model.logit_scale
         )
@@ -110,6 +115,8 @@ def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, devic
     """The worker's side of `train_decoder`."""
     tokenizer = Tokenizer.load(paths["clip"] / "tokenizer.json")
     table, z_i = embeddings.read(paths["embed"], "train")
+    kept = shards.is_kept(table, work)
+    table, z_i = table.filter(pa.array(kept)), z_i[torch.from_numpy(kept)]
     pictures = Pictures(table, paths["ingest"] / "shards", config.image_size_px)
     texts = embeddings.Captions(table["captions"].to_pylist(), tokenizer)
     torch.manual_seed(config.seed)
@@ -119,6 +126,7 @@ def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, devic
         rows = step.samples(len(z_i))
         ids, _ = texts.draw(rows, step.uniform(PHRASING))
         x_0 = to_pixels(pictures[rows].to(device), config.image_size_px)
+        pictures.read_ahead(step.next().samples(len(pictures)))
         return model.loss(step, x_0, z_i[rows].to(device), ids.to(device))
 
     return model, loop.run(model, config, loss_of, work)
@@ -153,31 +161,36 @@ def _train(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={
-            "fit": fit.__name__,
-            "section": config.model_dump_json(),
-            "paths": paths,
-            "work": str(work),
-            "threads": max(1, int(cluster.cpus_per_worker)),
-        },
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.use_gpu, resources_per_worker=resources),
-        run_config=RunConfig(
-            name=f"{name}-{time.time_ns():x}",  # a fresh name: our own state in `work` says where to resume, not Ray's
-            storage_path=str((work / "ray").absolute()),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-        ),
-        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=60),
-    )
     with Progress(name, config.images, "images") as progress:
         over = threading.Event()
         watcher = threading.Thread(target=_watch, args=(work / "metrics.jsonl", progress, over), daemon=True)
         watcher.start()
         try:
-            trainer.fit()
-        except Exception as error:
-            raise _plain(name, error) from error
+            for left in reversed(range(cluster.max_failures + 1)):
+                trainer = TorchTrainer(
+                    _worker,
+                    train_loop_config={
+                        "fit": fit.__name__,
+                        "section": config.model_dump_json(),
+                        "paths": paths,
+                        "work": str(work),
+                        "threads": max(1, int(cluster.cpus_per_worker)),
+                    },
+                    scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.use_gpu, resources_per_worker=resources),
+                    run_config=RunConfig(
+                        name=f"{name}-{time.time_ns():x}",  # a fresh name: our own state in `work` says where to resume, not Ray's
+                        storage_path=str((work / "ray").absolute()),
+                        failure_config=FailureConfig(max_failures=0),  # Ray would repeat a worker's plain error as well
+                    ),
+                    torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=60),
+                )
+                try:
+                    trainer.fit()
+                    break
+                except Exception as error:
+                    own = _own_error(error)
+                    if own or not left:
+                        raise own or UnclipError(_one_line(name, error)) from error
         finally:
             over.set()
             watcher.join()
@@ -244,15 +257,20 @@ def _outcome(out: Path) -> dict[str, Any]:
     }
 
 
-def _plain(name: str, error: Exception) -> UnclipError:
-    """Turn what Ray Train raises into our own error: the worker's DataError as it is, anything else in one line."""
+def _own_error(error: BaseException) -> UnclipError | None:
+    """Return the error of ours that a worker raised, if that is why Ray Train failed: a restart would only meet it again."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
         for inner in getattr(cause, "worker_failures", {}).values():
-            if isinstance(inner, UnclipError) or isinstance(getattr(inner, "cause", None), UnclipError):
-                return DataError(str(getattr(inner, "cause", inner)))
-            cause = inner
+            own = getattr(inner, "cause", inner)
+            if isinstance(own, UnclipError):
+                return type(own)(str(own))
         cause = cause.__cause__
-    return UnclipError(f"training {name} failed: {' '.join(str(error).split())[:400]}; the whole of it is in the log")
+    return None
+
+
+def _one_line(name: str, error: BaseException) -> str:
+    """Say why Ray Train failed in one line."""
+    return f"training {name} failed: {' '.join(str(error).split())[:400]}; the whole of it is in the log"

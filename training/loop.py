@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal, TextIO
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from infra.errors import DataError
 from infra.settings import Section
-from training.parallel import average, average_gradients, world
+from training.parallel import agree, average, average_gradients, world
 
 
 class LoopConfig(Section):
@@ -77,6 +77,10 @@ class Step:
         """Return this worker's sample indices, int64 (b,), out of `count`: every epoch is a permutation drawn from seed and epoch."""
         first = self.first + self.rank * self.b
         return order(count, self.seed, first, self.b)
+
+    def next(self) -> "Step":
+        """Return the step after this one."""
+        return replace(self, number=self.number + 1, first=self.first + self.batch_size)
 
     def generator(self, stream: int) -> torch.Generator:
         """Return the generator of one kind of randomness in this step, equal on every worker."""
@@ -147,6 +151,8 @@ def run(
     optimizer = make_optimizer(model, config)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     seen, spent_s = _resume(work, model, optimizer, ema)
+    if not agree(seen):
+        raise DataError(f"the workers found different states in {work}: it must be one folder that all of them see")
     steps = math.ceil(config.images / config.batch_size)
     started_s = saved_s = logged_s = time.monotonic()
     with _metrics(work, seen) if rank == 0 else contextlib.nullcontext() as metrics:

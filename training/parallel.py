@@ -59,3 +59,14 @@ def average(value: Tensor) -> Tensor:
     value = value.clone()
     dist.all_reduce(value)
     return value / count
+
+
+def agree(number: int) -> bool:
+    """Say whether all workers hold the same number."""
+    rank, count = world()
+    if count == 1:
+        return True
+    numbers = torch.zeros(count, dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    numbers[rank] = number
+    dist.all_reduce(numbers)
+    return bool((numbers == number).all())

@@ -8,7 +8,7 @@ import hashlib
 import struct
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ READERS = 4
 CACHE_BYTES = 4 << 30
 FILE_BYTES, FILE_PIXELS, FILE_SIDE_PX = 64 << 20, 64 << 20, 4096
 FORMATS = ("PNG", "JPEG", "WEBP")
+MEND = 'delete that ingest folder and run again, or set broken_pictures = "skip" in this stage\'s section'
 
 
 def read_table(path: Path, split: str | None = None) -> pa.Table:
@@ -109,6 +110,7 @@ class Pictures:
         self.places: list[dict[str, Any]] = table.select(["shard", "member", "offset", "size_bytes", "sha256"]).to_pylist()
         self.readers = ThreadPoolExecutor(READERS)
         self.cache: Tensor | None = None
+        self.ahead: dict[int, Future[np.ndarray]] = {}
         if len(self.places) * side_px * side_px * 3 <= CACHE_BYTES:
             cache = torch.empty(len(self.places), side_px, side_px, 3, dtype=torch.uint8)
             for row, picture in enumerate(self.readers.map(self._read, range(len(self.places)))):
@@ -122,7 +124,14 @@ class Pictures:
         wanted = torch.as_tensor(rows)
         if self.cache is not None:
             return self.cache[wanted]
-        return torch.from_numpy(np.stack(list(self.readers.map(self._read, wanted.tolist()))))
+        self.read_ahead(wanted)
+        found = {row: self.ahead.pop(row).result() for row in set(wanted.tolist())}
+        return torch.from_numpy(np.stack([found[row] for row in wanted.tolist()]))
+
+    def read_ahead(self, rows: Tensor) -> None:
+        """Begin to read and decode the rows that will be asked for next, so that a step never waits for them."""
+        if self.cache is None:
+            self.ahead |= {row: self.readers.submit(self._read, row) for row in dict.fromkeys(rows.tolist()) if row not in self.ahead}
 
     def _read(self, row: int) -> np.ndarray:
         place = self.places[row]
@@ -132,7 +141,9 @@ class Pictures:
                 file.seek(place["offset"])
                 data = file.read(place["size_bytes"])
         except FileNotFoundError:
-            raise DataError(f"shard {place['shard']} is missing from {self.shards}: delete that ingest folder and run again") from None
+            raise DataError(f"shard {place['shard']} is missing from {self.shards}: {MEND}") from None
+        if len(data) < place["size_bytes"]:
+            raise DataError(f"shard {place['shard']} in {self.shards} ends before {place['member']} does: {MEND}")
         if hashlib.sha256(data).hexdigest() != place["sha256"]:
-            raise DataError(f"{name} is not what curate saw (SHA-256 differs): delete that ingest folder and run again")
+            raise DataError(f"{name} is not what curate saw (SHA-256 differs): {MEND}")
         return decode(data, self.side_px, name)
