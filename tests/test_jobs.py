@@ -1,35 +1,39 @@
-"""The training jobs on a real Ray: from a keep list to the weights of CLIP, prior and decoder, and a killed worker costs nothing."""
+"""The training jobs on a real Ray: a killed worker or driver costs nothing, a worker's own error is told at once."""
 
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from flows import curate
 from infra.cluster import Cluster, ClusterConfig
 from infra.errors import DataError
-from tests.test_curate import NO_HELD_OUT, item, write_shard
-from training import embed, jobs
-from training.clip import ClipConfig
-from training.decoder import DecoderConfig
-from training.embed import EmbedConfig
-from training.generate import Unclip
-from training.prior import PriorConfig
+from tests.kept import COUNT, TINY, write_kept
+from training import jobs
 from training.tokenizer import TokenizerConfig
 
-COUNT = 24
 CLUSTER = ClusterConfig(num_cpus=2, clip_workers=2)
-CLIP = ClipConfig(image_size_px=16, width=16, depth=1, text_width=32, text_depth=1, embed_dim=16, images=160, batch_size=8)
-PRIOR = PriorConfig(width=32, depth=1, T=50, sampling_steps=4, images=80, batch_size=8)
-DECODER = DecoderConfig(image_size_px=16, width=16, multiples=(1,), attention_px=(), T=50, sampling_steps=4, images=80, batch_size=8)
-FILES = {"config.json", "weights.safetensors", "raw.safetensors", "tokenizer.json", "metrics.jsonl"}
+TOKENIZER = TokenizerConfig(vocab_size=280)
+LONG = TINY.model_copy(update={"images": 6_000, "state_every_s": 0.1})
+DRIVER = """
+import sys
+from pathlib import Path
+from infra.cluster import Cluster
+from tests.test_jobs import CLUSTER, LONG, TOKENIZER
+from training import jobs
+root, out, work = map(Path, sys.argv[1:])
+with Cluster(CLUSTER) as cluster:
+    cluster.start()
+    jobs.train_clip(TOKENIZER, LONG, CLUSTER, root / "ingest", root / "curate", out, work)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +44,16 @@ def cluster() -> Iterator[ClusterConfig]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write an ingest and a curate folder of a few drawings."""
-    root = tmp_path_factory.mktemp("data")
-    write_shard(root / "ingest", 0, [item(number) for number in range(COUNT)])
-    curate.run(NO_HELD_OUT, root / "ingest", root / "curate")
-    return root
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_kept(tmp_path_factory.mktemp("kept"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: ClusterConfig, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train CLIP with two workers and nothing in the way; return its folder."""
+    out, work = folders(tmp_path_factory.mktemp("undisturbed"), "clip")
+    jobs.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
+    return out
 
 
 def folders(root: Path, name: str) -> tuple[Path, Path]:
@@ -55,6 +63,16 @@ def folders(root: Path, name: str) -> tuple[Path, Path]:
     return root / "out" / name, root / "work" / name
 
 
+def is_same(out: Path, other: Path) -> bool:
+    """Say whether two runs ended with the same bits, averaged and raw, and went through the same states."""
+    for file in ("weights.safetensors", "raw.safetensors"):
+        a, b = load_file(out / file), load_file(other / file)
+        if a.keys() != b.keys() or not all(a[name].equal(b[name]) for name in a):
+            return False
+    seen = [json.loads(line)["images_seen"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return seen == sorted(set(seen)) and seen[-1] == LONG.images
+
+
 def test_moved_pictures_keep_their_content_and_let_white_in() -> None:
     pixels = torch.randn(3, 3, 8, 8)
     draw = torch.tensor([[0.5, 0.5], [0.0, 0.5], [0.5, 0.99]])
@@ -62,27 +80,6 @@ def test_moved_pictures_keep_their_content_and_let_white_in() -> None:
     assert still.equal(pixels[0])
     assert down[:, 2:].equal(pixels[1, :, :-2]) and bool((down[:, :2] == 1).all())
     assert left[:, :, :-2].equal(pixels[2, :, :, 2:]) and bool((left[:, :, -2:] == 1).all())
-
-
-@pytest.mark.slow
-def test_every_model_is_trained_from_a_keep_list(cluster: ClusterConfig, data: Path, tmp_path: Path) -> None:
-    ingest, curated = data / "ingest", data / "curate"
-    clip, work = folders(tmp_path, "clip")
-    counts = jobs.train_clip(TokenizerConfig(vocab_size=280), CLIP, cluster, ingest, curated, clip, work)
-    assert (counts["in"], counts["images_seen"]) == (COUNT, CLIP.images) and np.isfinite(counts["loss"])
-    embedded, work = folders(tmp_path, "embed")
-    assert embed.run(EmbedConfig(rows_per_part=10), cluster, ingest, curated, clip, "key", embedded, work)["out"] == COUNT
-    vectors = [np.load(file) for file in sorted((embedded / "img_emb").iterdir())]
-    assert [len(part) for part in vectors] == [10, 10, 4]
-    assert np.allclose(np.linalg.norm(np.concatenate(vectors).astype(np.float32), axis=1), 1, atol=1e-2)
-    assert json.loads((embedded / "facts.json").read_text()) == {"clip_key": "key", "dim": 16, "count": COUNT}
-    prior, work = folders(tmp_path, "prior")
-    assert jobs.train_prior(PRIOR, cluster, clip, embedded, prior, work)["images_seen"] == PRIOR.images
-    decoder, work = folders(tmp_path, "decoder")
-    assert jobs.train_decoder(DECODER, cluster, ingest, clip, embedded, decoder, work)["images_seen"] == DECODER.images
-    for out in (clip, prior, decoder):
-        assert {path.name for path in out.iterdir()} == FILES
-    assert Unclip.load(clip, prior, decoder).generate(["thing 1"], count=2).shape == (1, 2, 16, 16, 3)
 
 
 def train_worker_processes() -> list[int]:
@@ -106,35 +103,66 @@ def ours(pid: int) -> bool:
     return False
 
 
+def once_mid_epoch(work: Path, act: Callable[[], bool], until_s: float = 90) -> int:
+    """Do `act` as soon as a state lies in the middle of an epoch; return the images seen by that state, 0 if the time is over."""
+    until = time.monotonic() + until_s
+    while time.monotonic() < until:
+        time.sleep(0.02)
+        if (work / "state.pt").exists():
+            seen: int = torch.load(work / "state.pt")["images_seen"]
+            if seen % COUNT and act():
+                return seen
+    return 0
+
+
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_training_ends_where_it_should(cluster: ClusterConfig, data: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
+    cluster: ClusterConfig, root: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     out, work = folders(tmp_path, "clip")
-    config = CLIP.model_copy(update={"images": 4_000, "state_every_s": 0.1})
-    killed: list[tuple[int, int]] = []
+    killed: list[int] = []
 
-    def kill_one() -> None:
-        until = time.monotonic() + 60
-        while not killed and time.monotonic() < until:
-            time.sleep(0.05)
-            if (work / "state.pt").exists() and (workers := train_worker_processes()):
-                os.kill(workers[0], signal.SIGKILL)
-                killed.append((workers[0], torch.load(work / "state.pt")["images_seen"]))
+    def kill() -> bool:
+        workers = train_worker_processes()
+        if workers:
+            os.kill(workers[0], signal.SIGKILL)
+        return bool(workers)
 
-    killer = threading.Thread(target=kill_one)
+    killer = threading.Thread(target=lambda: killed.append(once_mid_epoch(work, kill)))
     killer.start()
-    counts = jobs.train_clip(TokenizerConfig(vocab_size=280), config, cluster, data / "ingest", data / "curate", out, work)
+    counts = jobs.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
     killer.join()
-    assert killed and killed[0][1] < config.images, "the kill came too late to prove anything"
-    assert counts["images_seen"] == config.images
-    seen = [json.loads(line)["images_seen"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert seen == sorted(set(seen)) and seen[-1] == config.images
+    assert 0 < killed[0] < LONG.images, "the kill came too late to prove anything"
+    assert counts["images_seen"] == LONG.images
+    assert is_same(out, undisturbed)
 
 
 @pytest.mark.slow
-def test_a_workers_own_error_is_what_the_caller_sees(cluster: ClusterConfig, data: Path, tmp_path: Path) -> None:
+def test_a_killed_driver_is_started_again_and_the_weights_are_the_same(
+    cluster: ClusterConfig, root: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     out, work = folders(tmp_path, "clip")
-    once = cluster.model_copy(update={"max_failures": 0})
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(root), str(out), str(work)], env=environment, start_new_session=True)
+
+    def kill() -> bool:
+        driver.kill()  # the driver alone: its Ray must notice
+        return True
+
+    try:
+        seen = once_mid_epoch(work, kill)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert 0 < seen < LONG.images and not (out / "weights.safetensors").exists()
+    jobs.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
+    assert is_same(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_workers_own_error_reaches_the_caller_at_once(cluster: ClusterConfig, root: Path, tmp_path: Path) -> None:
+    out, work = folders(tmp_path, "clip")
     with pytest.raises(DataError, match="batch_size 9 cannot be shared by 2 workers"):
-        jobs.train_clip(
-            TokenizerConfig(vocab_size=280), CLIP.model_copy(update={"batch_size": 9}), once, data / "ingest", data / "curate", out, work
-        )
+        odd = TINY.model_copy(update={"batch_size": 9})
+        jobs.train_clip(TOKENIZER, odd, cluster, root / "ingest", root / "curate", out, work)
+    assert len(list((work / "ray").iterdir())) == 1, "a restart would only have met the same error"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from training.loop import LoopConfig
 from training.parallel import gather
+from training.soundness import OnBroken
 from training.tokenizer import END, PAD, Tokenizer
 from training.transformer import Block, TextEncoder
 

@@ -30,6 +30,7 @@ from training.likelihood import hybrid_loss
 from training.loop import LoopConfig, Step
 from training.noise import generators, noise
 from training.prior import NULL_TEXT
+from training.soundness import OnBroken
 from training.tokenizer import PAD
 from training.transformer import TextEncoder, heads_of, time_features
 from training.variance import Variance
@@ -80,6 +81,8 @@ class DecoderConfig(LoopConfig):
     """Steps at sampling; unCLIP: 250 ancestral ones."""
     guidance: float = Field(default=2.0, ge=0, le=50)
     """Classifier-free guidance at sampling; 1 is none."""
+    broken_pictures: OnBroken = "stop"
+    """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them, counted in the manifest."""
 
     @model_validator(mode="after")
     def _steps_fit_into_the_schedule(self) -> Self:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pydantic import Field
@@ -19,7 +20,9 @@ from infra.errors import CallerError
 from infra.progress import Progress
 from infra.settings import Section
 from training import clip as clip_model
+from training import soundness
 from training.pictures import Pictures, read_file, read_table
+from training.soundness import OnBroken
 
 
 class EmbedConfig(Section):
@@ -29,6 +32,8 @@ class EmbedConfig(Section):
     """Rows of one file of embeddings."""
     batch_size: int = Field(default=256, ge=1)
     """Pictures or captions that go through CLIP at once."""
+    broken_pictures: OnBroken = "stop"
+    """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them, counted in the manifest."""
 
     outside_key: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
@@ -42,6 +47,9 @@ def run(
     table = read_table(curate / "keep.parquet")
     if not table.num_rows:
         raise CallerError("curate kept no pair: loosen [curate] or give [data] more sources")
+    found = table.num_rows
+    dropped = soundness.settle(table, ingest / "shards", config.broken_pictures, work)
+    table = table.filter(pa.array(soundness.is_kept(table, work)))
     parts = range(0, table.num_rows, config.rows_per_part)
     for folder in ("img_emb", "text_emb", "metadata"):
         (out / folder).mkdir(parents=True)
@@ -58,7 +66,7 @@ def run(
             progress.update(done)
     dim = int(np.load(out / "img_emb" / "img_emb_0000.npy", mmap_mode="r").shape[1])
     (out / "facts.json").write_text(json.dumps({"clip_key": clip_key, "dim": dim, "count": table.num_rows}, indent=1))
-    return {"in": table.num_rows, "out": table.num_rows, "dropped": {}, "dim": dim}
+    return {"in": found, "out": table.num_rows, "dropped": dropped, "dim": dim}
 
 
 def _embed_part(
@@ -66,7 +74,8 @@ def _embed_part(
 ) -> int:
     """Embed one part unless a killed attempt left it whole in `work`; returns its rows."""
     torch.set_num_threads(threads)
-    table = read_table(curate / "keep.parquet").slice(start, config.rows_per_part)
+    table = read_table(curate / "keep.parquet")
+    table = table.filter(pa.array(soundness.is_kept(table, work))).slice(start, config.rows_per_part)
     names = [f"img_emb/img_emb_{number:04}.npy", f"text_emb/text_emb_{number:04}.npy", f"metadata/metadata_{number:04}.parquet"]
     if not all((work / Path(name).name).exists() for name in names):
         model, tokenizer = clip_model.load(clip)

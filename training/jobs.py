@@ -6,6 +6,7 @@ The `fit_*` functions are the worker's side; they know Ray no more than a bare s
 """
 
 import json
+import logging
 import os
 import shutil
 import threading
@@ -23,7 +24,7 @@ from infra.cluster import ClusterConfig
 from infra.errors import DataError, UnclipError
 from infra.progress import Progress
 from training import clip as clip_model
-from training import embeddings, loop, shards
+from training import embeddings, loop, soundness
 from training.clip import CLIP, ClipConfig, contrastive_loss, to_pixels
 from training.decoder import Decoder, DecoderConfig
 from training.loop import LoopConfig, Step
@@ -43,7 +44,7 @@ def train_clip(
     table = read_table(curate / "keep.parquet", "train")
     if not table.num_rows:
         raise DataError("curate kept no pair for training: loosen [curate] or give [data] more sources")
-    dropped = shards.settle(table, ingest / "shards", config.broken_pictures, work)
+    dropped = soundness.settle(table, ingest / "shards", config.broken_pictures, work)
     if not (work / "tokenizer.json").exists():
         fitted = Tokenizer.fit((caption for captions in table["captions"].to_pylist() for caption in captions), tokenizer)
         fitted.save(work / "tokenizer.tmp")
@@ -65,7 +66,7 @@ def train_decoder(
 ) -> dict[str, Any]:
     """Train the decoder on pictures and their embeddings, CLIP frozen."""
     count = _start_from_clip(clip, embed, work)
-    dropped = shards.settle(read_table(embed / "metadata", "train"), ingest / "shards", config.broken_pictures, work)
+    dropped = soundness.settle(read_table(embed / "metadata", "train"), ingest / "shards", config.broken_pictures, work)
     paths = {"ingest": str(ingest), "clip": str(clip), "embed": str(embed)}
     _train("decoder", fit_decoder, config, cluster, cluster.decoder_workers, paths, out, work)
     return {"in": count, "out": count - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
@@ -74,7 +75,7 @@ def train_decoder(
 def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_clip`."""
     table = read_table(paths["curate"] / "keep.parquet", "train")
-    table = table.filter(pa.array(shards.is_kept(table, work)))
+    table = table.filter(pa.array(soundness.is_kept(table, work)))
     tokenizer = Tokenizer.load(work / "tokenizer.json")
     pictures = Pictures(table, paths["ingest"] / "shards", config.image_size_px)
     phrasings = table["captions"].to_pylist() if config.style_captions else [[caption] for caption in table["caption"].to_pylist()]
@@ -115,7 +116,7 @@ def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, devic
     """The worker's side of `train_decoder`."""
     tokenizer = Tokenizer.load(paths["clip"] / "tokenizer.json")
     table, z_i = embeddings.read(paths["embed"], "train")
-    kept = shards.is_kept(table, work)
+    kept = soundness.is_kept(table, work)
     table, z_i = table.filter(pa.array(kept)), z_i[torch.from_numpy(kept)]
     pictures = Pictures(table, paths["ingest"] / "shards", config.image_size_px)
     texts = embeddings.Captions(table["captions"].to_pylist(), tokenizer)
@@ -191,6 +192,9 @@ def _train(
                     own = _own_error(error)
                     if own or not left:
                         raise own or UnclipError(_one_line(name, error)) from error
+                    logging.getLogger("unclip").warning(
+                        "%s; it goes on from its last state, %d restarts left", _one_line(name, error), left
+                    )
         finally:
             over.set()
             watcher.join()

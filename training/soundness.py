@@ -52,7 +52,9 @@ def settle(table: pa.Table, shards: Path, on_broken: OnBroken, work: Path) -> di
         aside.replace(decided)
     counts = Counter(json.loads(decided.read_text()).values())
     if counts.total() == table.num_rows:
-        raise DataError(f"none of {table.num_rows} pictures in {shards} can be read ({dict(counts)}): delete that ingest folder and run again")
+        raise DataError(
+            f"none of {table.num_rows} pictures in {shards} can be read ({dict(counts)}): delete that ingest folder and run again"
+        )
     return dict(sorted(counts.items()))
 
 
