@@ -13,8 +13,7 @@ from flows.stages import Counts, StageJob
 from infra.progress import Progress
 
 if TYPE_CHECKING:
-    from indexing.relations import Score
-    from indexing.sections import MakeSection, Section
+    from indexing.sections import MakeSection
     from training.generate import Unclip
 
 TRAINED = ("clip", "prior", "decoder")
@@ -58,28 +57,14 @@ def run(job: StageJob) -> Counts:
 
 def sections_of(job: StageJob, model: "Unclip", folders: Mapping[str, Path]) -> list["MakeSection"]:
     """Return what the report measures besides, in the order of the page; each is run when its turn comes."""
-    from flows import decoder_section
-    from indexing.held_out import open_embedded
-    from indexing.reading import text_reader
-    from indexing.relations import relations
-    from training.search import search
+    from flows import attack_section, decoder_section, relations_section
 
-    config = job.config.evaluate
-    made: list[MakeSection] = [partial(decoder_section.section, config, model, folders["embed"], folders["ingest"] / "shards")]
+    config, embed, shards = job.config.evaluate, folders["embed"], folders["ingest"] / "shards"
+    made: list[MakeSection] = [partial(decoder_section.section, config, model, embed, shards)]
+    if config.typographic is not None:
+        made.append(partial(attack_section.section, config.typographic, config, model, embed, shards))
     if config.relations is not None:
-        asked = config.relations
-
-        def draw(
-            prompts: list[str], members: int, seed: int, steps: int, score: "Score | None", keep: int, checks: tuple[float, ...]
-        ) -> Any:
-            return search(model, prompts, members, seed, steps, config.guidance, score, keep, checks)
-
-        def related(out: Path) -> "Section":
-            embedded = open_embedded(folders["embed"])
-            models = (model.encode_texts, model.encode_images, draw, text_reader())
-            return relations(asked, embedded, *models, config.resamples, config.seed, out)
-
-        made.append(related)
+        made.append(partial(relations_section.section, config.relations, config, model, embed))
     return made
 
 

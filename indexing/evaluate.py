@@ -21,6 +21,7 @@ from indexing.relations import RelationsConfig
 from indexing.retrieval import retrieval
 from indexing.samples import generation, write_shown
 from indexing.sections import MakeSection
+from indexing.typographic import TypographicConfig
 from indexing.zero_shot import EncodeTexts, class_embeddings, member_scores, score
 from infra.settings import Section
 from infra.tables import SPLITS
@@ -75,6 +76,9 @@ class EvaluateConfig(Section):
     """Held-out pictures that are carried to noise and back; 0 leaves it out."""
     inversion_steps: tuple[int, ...] = Field(default=(10, 25, 50), min_length=1, max_length=16)
     """DDIM steps of that way, one row of the report each; counts above the decoder's T are left out."""
+
+    typographic: TypographicConfig | None = TypographicConfig()
+    """Words written on held-out pictures."""
     relations: RelationsConfig | None = None
     """Scenes to be drawn and judged, where the run has learned some; nothing by default."""
 

@@ -60,6 +60,14 @@ def near(a: np.ndarray, b: np.ndarray, by: int = 1) -> bool:
     return a.shape == b.shape and int(np.abs(a.astype(int) - b.astype(int)).max()) <= by
 
 
+def test_variations_from_the_embedding_alone_are_of_their_own_picture(model: Unclip) -> None:
+    varied = manipulate.variations(model, pictures(), 3, 0, STEPS)
+    assert varied.shape == (2, 3, 8, 8, 3)
+    away = np.abs(varied[:, :, None].astype(float) - manipulate.as_drawn(model, pictures())[None, None]).mean((3, 4, 5))  # (2, 3, 2)
+    assert (away.argmin(2) == np.arange(2)[:, None]).all()
+    assert not np.array_equal(varied[:, 0], varied[:, 1]) and np.array_equal(varied, manipulate.variations(model, pictures(), 3, 0, STEPS))
+
+
 def test_inversion_gives_the_picture_back_and_says_how_well(model: Unclip, latents: Latents) -> None:
     shown = manipulate.as_drawn(model, pictures())
     assert min(latents.psnr_db) > 34 and latents.x_T.shape == (2, 3, 8, 8)

@@ -80,6 +80,17 @@ def draw(
     return np.concatenate(pictures)
 
 
+def variations(
+    model: Unclip, pictures: np.ndarray, count: int, seed: int = 0, steps: int = STEPS, guidance: float | None = None
+) -> np.ndarray:
+    """Draw what the decoder makes of each picture's z_i alone, from noise of its own, (B, count, S, S, 3)."""
+    S = model.decoder.config.image_size_px
+    z_i = embed(model, pictures).repeat_interleave(count, 0)
+    seeds = [seed * SEED_STRIDE + place for place in range(count)] * len(pictures)
+    drawn = draw(model, z_i, noise((len(z_i), 3, S, S), generators(seeds), model.device), steps, guidance)
+    return drawn.reshape(len(pictures), count, S, S, 3)
+
+
 def vary(
     model: Unclip, latents: Latents, eta: float, count: int, seed: int = 0, steps: int = STEPS, guidance: float | None = None
 ) -> np.ndarray:
