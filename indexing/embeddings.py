@@ -52,6 +52,12 @@ def take(parts: Sequence[NDArray[Any]], rows: Rows) -> Floats:
     return taken
 
 
+def unit(vectors: Floats) -> Floats:
+    """Return the rows at length one; a row of zeros stays."""
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+
+
 def read_metadata(folder: Path, columns: Sequence[str], count: int) -> pa.Table:
     """Read these columns of the metadata, one row for each vector. Raises DataError for another number of rows."""
     table = pa.concat_tables([pq.read_table(file, columns=list(columns)) for file in sorted(folder.glob("*.parquet"))])

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.embeddings import Floats, Rows, take
+from indexing.embeddings import Floats, Rows, take, unit
 from indexing.generation import EncodeImages, Generate, clip_scores, nearest_by_embedding, nearest_by_pixels, pair_clip_score
 from indexing.held_out import Embedded, Pairs, trained_captions
 from indexing.intervals import mean_figure
 from indexing.pictures import Pixels, read_picture, sheet, write_png
-from indexing.zero_shot import EncodeTexts, unit
+from indexing.zero_shot import EncodeTexts
 
 SHOWN_PX = 64
 READERS = 4

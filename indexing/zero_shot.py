@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.embeddings import Floats
+from indexing.embeddings import Floats, unit
 from indexing.intervals import class_mean_figure, mean_figure
 
 EncodeTexts = Callable[[list[str]], NDArray[Any]]
@@ -28,12 +28,6 @@ def class_embeddings(encode_texts: EncodeTexts, names: Sequence[str], templates:
     prompts = [template.replace("{}", name) for name in names for template in templates]
     vectors = unit(np.asarray(encode_texts(prompts), np.float32))  # (C * T, D)
     return unit(vectors.reshape(len(names), len(templates), -1).mean(1))  # (C, D)
-
-
-def unit(vectors: Floats) -> Floats:
-    """Return the rows at length one; a row of zeros stays."""
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
 
 
 def member_scores(images: Floats, members: Floats, class_of: NDArray[np.int64], count: int) -> Floats:

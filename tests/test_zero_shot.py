@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from indexing.zero_shot import class_embeddings, member_scores, ranks, score, unit
+from indexing.embeddings import unit
+from indexing.zero_shot import class_embeddings, member_scores, ranks, score
 from tests.embedded import vectors
 
 

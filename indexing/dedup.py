@@ -1,0 +1,98 @@
+"""Deduplication: which pictures are copies of others, by their bytes, by their look and by what CLIP sees, and which copy stays.
+
+Pure functions. Each returns `keeper` (N,): the row that stays for each row, its own number where it stays itself. A row goes only if it
+is near to a row that stays, never over a chain of likenesses. Rows are judged in a given `order`, the best first: what must stay
+(evaluation pictures, say), then what is worth more. Rows outside the order are left alone. Legend: N rows.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from indexing.embeddings import Rows
+from indexing.neighbours import Found, NearPictures, NearVectors
+
+BLOCK_ROWS = 4096
+HASHED_PX, HASH_SIDE, THUMB_PX = 32, 8, 8
+
+
+def exact(contents: Sequence[Hashable], order: Rows) -> Rows:
+    """Group rows with equal contents (SHA-256 digests)."""
+    keeper = np.arange(len(contents))
+    first: dict[Hashable, int] = {}
+    for row in order.tolist():
+        keeper[row] = first.setdefault(contents[row], row)
+    return keeper
+
+
+def perceptual(hashes: NDArray[np.uint64], thumbs: NDArray[np.uint8], order: Rows, max_bits: int = 6, max_rms: float = 12) -> Rows:
+    """Group pictures that look alike: pHash at most `max_bits` of 64 apart, 8 px copies at most `max_rms` of 255 (see look_of)."""
+    return _kept_first(len(hashes), order, NearPictures(hashes, thumbs, max_bits, max_rms).find)
+
+
+def semantic(parts: Sequence[NDArray[Any]], threshold: float, order: Rows, seed: int = 0) -> Rows:
+    """Group embeddings ((n, D) parts, memory-mapped or not) with a cosine of at least the threshold."""
+    return _kept_first(sum(len(part) for part in parts), order, NearVectors(parts, threshold, seed).find)
+
+
+def chained(first: Rows, second: Rows) -> Rows:
+    """Return the keepers after two passes, the second of which judged only what the first had kept."""
+    return second[first]
+
+
+def kept(keeper: Rows) -> Rows:
+    """Return the rows that stay, ascending."""
+    return np.flatnonzero(keeper == np.arange(len(keeper)))
+
+
+def groups(keeper: Rows) -> list[tuple[int, list[int]]]:
+    """Return (the row that stays, the rows that go for it) of every group with copies, the largest groups first."""
+    gone = np.flatnonzero(keeper != np.arange(len(keeper)))
+    found: dict[int, list[int]] = {}
+    for row in gone.tolist():
+        found.setdefault(int(keeper[row]), []).append(row)
+    return sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+
+
+def look_of(picture: NDArray[np.uint8]) -> tuple[np.uint64, NDArray[np.uint8]]:
+    """Return the 64-bit perceptual hash and the 8 px colour copy of an RGB picture (H, W, 3).
+
+    The hash is pHash: of the grey 32 px picture's cosine transform the 8 x 8 lowest frequencies, each above their median or not.
+    """
+    small = cv2.resize(picture, (HASHED_PX, HASHED_PX), interpolation=cv2.INTER_AREA)
+    grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    low = cv2.dct(grey)[:HASH_SIDE, :HASH_SIDE]
+    thumb = cv2.resize(small, (THUMB_PX, THUMB_PX), interpolation=cv2.INTER_AREA).astype(np.uint8)
+    return np.packbits(low > np.median(low)).view(np.uint64)[0], thumb
+
+
+def _kept_first(count: int, order: Rows, find: Callable[[Rows, Rows], Found]) -> Rows:
+    """Go through the rows in order; one that is near to a row kept so far goes, for the nearest of those."""
+    keeper = np.arange(count)
+    stays = np.zeros(count, bool)
+    for start in range(0, len(order), BLOCK_ROWS):
+        block, before = order[start : start + BLOCK_ROWS], order[:start]
+        found = find(block, before[stays[before]])
+        _drop_for_nearest(keeper, block, before[stays[before]], found)
+        rest = block[keeper[block] == block]
+        stays[rest] = True
+        found = find(rest, rest)
+        is_earlier = found.member < found.query
+        by_query = np.lexsort((-found.nearness[is_earlier], found.query[is_earlier]))
+        query, member = found.query[is_earlier][by_query], found.member[is_earlier][by_query]
+        starts = np.flatnonzero(np.diff(query, prepend=-1))
+        for first, last in zip(starts, [*starts[1:], len(query)], strict=True):
+            near = rest[member[first:last]]
+            near = near[stays[near]]
+            if len(near):
+                keeper[rest[query[first]]] = near[0]
+                stays[rest[query[first]]] = False
+    return keeper
+
+
+def _drop_for_nearest(keeper: Rows, queries: Rows, members: Rows, found: Found) -> None:
+    ascending = np.argsort(found.nearness, kind="stable")
+    keeper[queries[found.query[ascending]]] = members[found.member[ascending]]  # the last writer is the nearest
