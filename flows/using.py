@@ -43,31 +43,39 @@ def spoken(command: str, text: str) -> str:
 def search(
     text: Annotated[str | None, typer.Argument(metavar="TEXT", help="What the pictures should show.")] = None,
     image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="Search with a picture instead of a text.")] = None,
+    key: Annotated[str | None, typer.Option("--key", metavar="KEY", help="More like the sample with this key.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many results.")] = 10,
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Search the pictures of a run by text or by picture."""
-    if (text is None) == (image is None):
-        raise CallerError('search needs a text or --image FILE, one of them: unclip search "a red heart"')
+    """Search the pictures of a run by text, by picture or by another of its pictures."""
+    if sum(each is not None for each in (text, image, key)) != 1:
+        raise CallerError('search needs a text, --image FILE or --key KEY, one of them: unclip search "a red heart"')
     if text is not None and not text.strip():
         raise CallerError("search: the text is empty")
     if image is not None and not image.is_file():
         raise CallerError(f"--image {image}: there is no such file")
-    from flows.runs import committed_of, find_run
-
-    opened = open_for(root, for_writing=False)
-    record = find_run(opened, run)
-    index_folder, clip_folder = committed_of(opened, record, "index").local(), committed_of(opened, record, "clip").local()
-    from indexing.index import Index
-    from indexing.search import search as nearest
+    from flows.living import open_view
     from training import embed
 
-    query = embed.embed_images(clip_folder, [image]) if image is not None else embed.embed_texts(clip_folder, [text or ""])
-    found = nearest(Index.open(index_folder), query, k)
+    view, known = open_view(open_for(root, for_writing=False), run)
+    without: frozenset[str] = frozenset()
+    if key is not None:
+        own = view.find_key(key)
+        if own is None:
+            raise CallerError(f"no sample in the index has the key {key!r}: `unclip search --json` prints keys")
+        query, without = view.vector(own), frozenset({own.facts["sha256"]})
+    elif image is not None:
+        query = embed.embed_images(known.clip.local(), [image])[0]
+    else:
+        query = embed.embed_texts(known.clip.local(), [spoken("search", text or "")])[0]
+    found = [
+        {"key": hit.facts["key"], "score": round(hit.score, 4), "caption": hit.facts["caption"], "url": hit.facts["origin"]}
+        for hit in view.search(query, k, without=without)
+    ]
     if as_json:
-        print_json([each | {"score": round(each["score"], 4)} for each in found])
+        print_json(found)
         return
     for each in found:
         print(f"{each['score']:.3f}  {each['caption']}  {each['url']}")

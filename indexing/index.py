@@ -168,11 +168,14 @@ class Index:
                 f"{folder} holds no index that can be opened ({' '.join(str(error).split())[-150:]}): build it again"
             ) from error
 
-    def search(self, vectors: ArrayLike, k: int, modality: Modality = "image") -> tuple[Floats, Rows]:
-        """Return the scores (B, k') and rows (B, k') of the k' = min(k, count) nearest vectors by inner product, best first.
+    def search(
+        self, vectors: ArrayLike, k: int, modality: Modality = "image", allowed: NDArray[np.bool_] | None = None
+    ) -> tuple[Floats, Rows]:
+        """Return the scores (B, k') and rows (B, k') of the k' nearest vectors by inner product, best first.
 
-        `vectors` is (B, D), L2-normalised; scores are approximate where the factory compresses. Raises ValueError for a query that is
-        not finite or not (B, D), for k below 1 and for an unknown modality.
+        `vectors` is (B, D), L2-normalised; scores are approximate where the factory compresses. With `allowed` (count,) only the rows
+        where it is true are looked at; k' is the lesser of k and the rows looked at. Raises ValueError for a query that is not finite or
+        not (B, D), for k below 1 and for an unknown modality.
         """
         try:
             queries = np.ascontiguousarray(vectors, dtype=np.float32)
@@ -187,18 +190,37 @@ class Index:
         if modality not in MODALITIES:
             raise ValueError(f"modality = {modality!r}: it must be image or text")
         own = self.facts[modality]
-        return _search(self._indexes[modality], queries, min(k, self.count), own["nprobe"], own["k_factor"])
+        index, nprobe = self._indexes[modality], own["nprobe"]
+        if allowed is None or allowed.all():
+            return _search(index, queries, min(k, self.count), nprobe, own["k_factor"])
+        looked_at = int(allowed.sum())
+        if looked_at == 0:
+            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        bits = np.packbits(allowed, bitorder="little")  # FAISS keeps a pointer only
+        selector_class: Any = faiss.IDSelectorBitmap  # its type stub knows the C++ signature only
+        if nprobe:  # as many of the rows looked at as without a selection
+            nprobe = min(faiss.extract_index_ivf(index).nlist, math.ceil(nprobe * self.count / looked_at))
+        return _search(index, queries, min(k, looked_at), nprobe, own["k_factor"], selector_class(bits))
 
-    def metadata(self, rows: Sequence[int] | Rows) -> list[dict[str, Any]]:
+    def metadata(self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names) -> list[dict[str, Any]]:
         """Return the metadata (schema infra.tables.EMBEDDED) of the rows, in their order. Raises IndexError outside 0..count-1."""
-        found = []
-        for row in map(int, rows):
-            if not 0 <= row < self.count:
-                raise IndexError(f"row {row} is not in 0..{self.count - 1}")
-            batch = int(np.searchsorted(self._ends, row, side="right"))
-            start = int(self._ends[batch]) - self._batches[batch].num_rows
-            found += self._batches[batch].slice(row - start, 1).to_pylist()
+        wanted = np.asarray(rows, np.int64).reshape(-1)
+        outside = (wanted < 0) | (wanted >= self.count)
+        if outside.any():
+            raise IndexError(f"row {wanted[outside][0]} is not in 0..{self.count - 1}")
+        found: list[dict[str, Any]] = [{}] * len(wanted)
+        batch_of = np.searchsorted(self._ends, wanted, side="right")
+        for number in np.unique(batch_of).tolist():
+            batch, places = self._batches[number], np.flatnonzero(batch_of == number)
+            inside = pa.array(wanted[places] - (int(self._ends[number]) - batch.num_rows))
+            taken = {name: batch.column(name).take(inside).to_pylist() for name in columns}
+            for at, place in enumerate(places.tolist()):
+                found[place] = {name: values[at] for name, values in taken.items()}
         return found
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return one column of the metadata (count,)."""
+        return pa.chunked_array([batch.column(name) for batch in self._batches], EMBEDDED.field(name).type)
 
     def row_of(self, key: str) -> int:
         """Return the first row of the sample with that key. Raises KeyError where there is none."""
@@ -255,16 +277,18 @@ def _fill(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
     return index
 
 
-def _search(index: Any, queries: Floats, k: int, nprobe: int, k_factor: int) -> tuple[Floats, Rows]:
-    """Search with this many probed cells, and with more where they hold fewer than k vectors; k is at most ntotal."""
+def _search(index: Any, queries: Floats, k: int, nprobe: int, k_factor: int, selector: Any = None) -> tuple[Floats, Rows]:
+    """Search with this many probed cells, and with more where they hold fewer than k vectors; k is at most what the selector lets by."""
     if len(queries) == 0:
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
     if nprobe == 0:
-        return cast(tuple[Floats, Rows], index.search(queries, k))
+        flat_params = faiss.SearchParameters()
+        flat_params.sel = selector
+        return cast(tuple[Floats, Rows], index.search(queries, k, params=flat_params))
     cells = faiss.extract_index_ivf(index).nlist
     # parameters of the query, not of the index: several threads share it
     cell_params = faiss.SearchParametersIVF()
-    cell_params.nprobe = nprobe
+    cell_params.nprobe, cell_params.sel = nprobe, selector
     params: Any = cell_params
     if k_factor:
         params = faiss.IndexRefineSearchParameters()
@@ -274,7 +298,7 @@ def _search(index: Any, queries: Floats, k: int, nprobe: int, k_factor: int) -> 
     short = (rows < 0).any(axis=1)
     if short.any():
         assert nprobe < cells, "with every cell probed every vector is found"
-        scores[short], rows[short] = _search(index, queries[short], k, min(cells, 2 * nprobe), k_factor)
+        scores[short], rows[short] = _search(index, queries[short], k, min(cells, 2 * nprobe), k_factor, selector)
     return scores, rows
 
 

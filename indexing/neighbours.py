@@ -70,7 +70,8 @@ class NearVectors:
     def find(self, queries: Rows, members: Rows) -> Found:
         """Return the pairs of query and member rows with a cosine of at least the threshold; a row is no neighbour of itself."""
         if len(queries) * len(members) <= ALL_PAIRS_UP_TO:
-            found = [np.nonzero(self.sketches[queries] @ self.sketches[members].T >= self.threshold - ROUNDING)]
+            query, member = np.nonzero(self.sketches[queries] @ self.sketches[members].T >= self.threshold - ROUNDING)
+            found = [(query, member)]
         else:
             found = self._candidates(queries, members)
         query = np.concatenate([np.zeros(0, np.int64), *(each[0] for each in found)])

@@ -5,7 +5,7 @@ Reads curate's keep list, ingest's shards and a `clip` folder; writes `img_emb/`
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,3 +106,19 @@ def embed_images(clip: Path, files: Sequence[Path]) -> np.ndarray:
     model, _ = clip_model.load(clip)
     pictures = [torch.from_numpy(read_file(file, model.config.image_size_px)) for file in files]
     return clip_model.embed_images(model, torch.stack(pictures)).numpy()
+
+
+def encoders(clip: Path) -> tuple[Callable[[list[str]], np.ndarray], Callable[[np.ndarray], np.ndarray], int]:
+    """Load the CLIP of a `clip` folder once: return what embeds texts, what embeds uint8 squares (B, S, S, 3), and their side S.
+
+    Both return float32 (B, D) and may be called from any thread.
+    """
+    model, tokenizer = clip_model.load(clip)
+
+    def texts(given: list[str]) -> np.ndarray:
+        return clip_model.embed_texts(model, tokenizer, given).numpy()
+
+    def images(given: np.ndarray) -> np.ndarray:
+        return clip_model.embed_images(model, torch.from_numpy(given)).numpy()
+
+    return texts, images, model.config.image_size_px

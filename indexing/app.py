@@ -1,0 +1,301 @@
+"""The HTTP service: the search page, our own routes and clip-retrieval's protocol over one `Service`.
+
+Reads nothing but what the service holds: no path of a request reaches the file system. `make_app` returns the ASGI application, `run`
+serves it with uvicorn. What clients may send is in indexing.asked, who may send it in indexing.guard.
+"""
+
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import Path as InPath
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
+from starlette.concurrency import run_in_threadpool
+
+from indexing import uploads
+from indexing.asked import KnnQuestion, MetadataQuestion, Question, Token
+from indexing.embeddings import Floats, unit
+from indexing.guard import COOKIE, Guard, is_token
+from indexing.service import ServeConfig, Service, Version
+from indexing.texts import Texts
+from indexing.view import CHOICES, NEAR, Hit, View, make_filter
+from infra.errors import DataError
+
+HERE = Path(__file__).parent
+PAGE = {
+    "/": ("search.html", "text/html; charset=utf-8"),
+    "/search.js": ("search.js", "text/javascript; charset=utf-8"),
+    "/search.css": ("search.css", "text/css; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+PROTOCOL_COLUMNS = ("url", "caption", "key", "licence", "style", "category", "split", "width_px", "height_px")
+FACET_VALUES = 200
+
+Key = Annotated[str, InPath(max_length=200)]
+
+
+def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) -> FastAPI:
+    """Return the application; it closes the service when it ends."""
+    registry = CollectorRegistry()
+    batches = Histogram("unclip_text_batch", "Texts encoded at once.", registry=registry, buckets=(1, 2, 4, 8, 16, 32))
+    texts = Texts(batches.observe)
+    for name, what, value in (
+        ("unclip_index_samples", "Samples that can be found.", lambda: service.current().view.count),
+        ("unclip_index_segments", "Index folders that are searched.", lambda: len(service.current().view.segments)),
+        ("unclip_index_swaps", "How often another version took over.", lambda: service.swaps),
+        ("unclip_text_cache_hits", "Texts whose vector was remembered.", lambda: texts.hits),
+        ("unclip_text_cache_misses", "Texts that had to be encoded.", lambda: texts.misses),
+    ):
+        Gauge(name, what, registry=registry).set_function(value)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+        texts.close()
+
+    app = FastAPI(title="unclip search", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(
+        Guard, token=config.token, rate=config.rate, burst=config.burst, body_bytes=config.body_bytes, registry=registry, log=log
+    )
+    app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
+    _add_page(app)
+
+    @app.get("/healthz")
+    def healthz() -> dict[str, Any]:
+        """Say that the service answers, and from what."""
+        view = service.current().view
+        return {"status": "ok", "run": service.parts.name, "samples": view.count, "segments": len(view.segments), "clip": view.clip}
+
+    @app.get("/metrics", response_class=Response)
+    def metrics() -> Response:
+        """Return counters and times in Prometheus's text form."""
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.post("/session", status_code=204)
+    def session(given: Token, request: Request) -> Response:
+        """Keep the token in a cookie that no script can read, for the page and its pictures."""
+        if config.token is None:
+            return Response(status_code=204)
+        if not is_token(given.token, config.token):
+            raise HTTPException(401, "that is not the token")
+        answer = Response(status_code=204)
+        is_https = request.url.scheme == "https"
+        answer.set_cookie(COOKIE, config.token, httponly=True, samesite="strict", secure=is_https, max_age=30 * 86_400)
+        return answer
+
+    @app.get("/facets")
+    def facets() -> dict[str, dict[str, int]]:
+        """Count the samples of each licence, style, category and split: what a query can be filtered by."""
+        return {name: dict(list(values.items())[:FACET_VALUES]) for name, values in service.current().view.facets().items()}
+
+    @app.post("/search")
+    async def search(asked: Question) -> dict[str, Any]:
+        """Find the samples nearest to a text, a picture, an embedding or another sample."""
+        if asked.k > config.max_results:
+            raise HTTPException(422, f"k: at most {config.max_results}")
+        if asked.offset + asked.k > config.max_depth:
+            raise HTTPException(422, f"offset + k: at most {config.max_depth}")
+        version = service.current()
+        view = version.view
+        if asked.clip is not None and asked.clip != view.clip:
+            raise HTTPException(409, f"the index was made by CLIP {view.clip}, the query by {asked.clip}: embed it with the index's own")
+        given = [name for name in ("text", "image", "image_url", "embedding", "key") if getattr(asked, name) is not None]
+        if len(given) != 1:
+            raise HTTPException(422, "give one of text, image, image_url, embedding and key")
+        query, without = await _query(service, texts, version, asked.text, asked.image, asked.image_url, asked.embedding, asked.key)
+        chosen = _refused(
+            make_filter, {name: getattr(asked, name) for name in CHOICES if getattr(asked, name)}, asked.min_side_px, asked.max_side_px
+        )
+        near = None if asked.near_copies else NEAR
+        hits = _refused(view.search, query, asked.k, asked.modality, chosen, asked.offset, near, without)
+        return {"clip": view.clip, "samples": view.count, "offset": asked.offset, "results": [_result(hit) for hit in hits]}
+
+    @app.get("/sample/{key}")
+    def sample(key: Key) -> dict[str, Any]:
+        """Return what is known of one sample."""
+        return {
+            name: value for name, value in _found(service.current().view, key).facts.items() if name not in ("shard", "member", "offset")
+        }
+
+    @app.get("/thumbnail/{key}", response_class=Response)
+    async def thumbnail(key: Key) -> Response:
+        """Return a sample's picture, as it is stored, at most 256 pixels wide."""
+        view = service.current().view
+        hit = _found(view, key)
+        try:
+            drawn = await run_in_threadpool(service.thumbnail, view, hit)
+        except DataError as error:
+            service.parts.report(str(error))
+            raise HTTPException(404, "its picture cannot be read") from None
+        return Response(drawn, media_type="image/png", headers={"cache-control": "private, max-age=60"})
+
+    @app.get("/indices-list")
+    def indices_list() -> list[str]:
+        """clip-retrieval's protocol: the names of the indexes."""
+        return [service.parts.name]
+
+    @app.post("/knn-service")
+    async def knn_service(asked: KnnQuestion) -> list[dict[str, Any]]:
+        """clip-retrieval's protocol: the nearest samples; the first `num_images` with their metadata, all with their number."""
+        _check_name(asked.indice_name, service)
+        version = service.current()
+        view = version.view
+        given = [asked.text, asked.image, asked.image_url, asked.embedding_input]
+        if sum(each is not None and each != "" for each in given) != 1:
+            raise HTTPException(422, "give one of text, image, image_url and embedding_input")
+        k = min(max(asked.num_images, asked.num_result_ids), config.max_results)
+        if k == 0:
+            return []
+        query, without = await _query(
+            service, texts, version, asked.text or None, asked.image or None, asked.image_url or None, asked.embedding_input, None
+        )
+        hits = _refused(view.search, query, k, asked.modality, make_filter({}), 0, NEAR if asked.deduplicate else None, without)
+        return [
+            {**(_metadata(hit) if place < asked.num_images else {}), "id": number, "similarity": hit.score}
+            for place, (hit, number) in enumerate(zip(hits, view.numbers(hits), strict=True))
+        ]
+
+    @app.post("/metadata")
+    def metadata(asked: MetadataQuestion) -> list[dict[str, Any]]:
+        """clip-retrieval's protocol: the metadata of samples by number; those that are gone are left out."""
+        _check_name(asked.indice_name, service)
+        view = service.current().view
+        wanted = asked.ids[: config.max_results]
+        return [{"id": number, "metadata": _metadata(hit)} for number in wanted for hit in view.find_number(number)[:1]]
+
+    return app
+
+
+def run(service: Service, config: ServeConfig, ready: Callable[[str], None]) -> None:
+    """Serve until interrupted; `ready` is told the address once it answers."""
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                port = self.servers[0].sockets[0].getsockname()[1]
+                host = f"[{config.host}]" if ":" in config.host else config.host
+                ready(f"http://{host}:{port}")
+
+    Server(
+        uvicorn.Config(
+            make_app(service, config),
+            host=config.host,
+            port=config.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=30,
+            h11_max_incomplete_event_size=64 << 10,
+            limit_concurrency=512,
+        )
+    ).run()
+
+
+def _add_page(app: FastAPI) -> None:
+    for path, (name, kind) in PAGE.items():
+        body = (HERE / name).read_bytes()
+
+        def answer(body: bytes = body, kind: str = kind) -> Response:
+            return Response(body, media_type=kind, headers={"cache-control": "no-cache"})
+
+        app.add_api_route(path, answer, methods=["GET"], include_in_schema=False, response_model=None)
+
+
+async def _query(
+    service: Service,
+    texts: Texts,
+    version: Version,
+    text: str | None,
+    image: str | None,
+    image_url: str | None,
+    embedding: Sequence[float] | None,
+    key: str | None,
+) -> tuple[Floats, frozenset[str]]:
+    """Return the query's unit vector (D,) and the pictures (SHA-256) that are no answer to it."""
+    view, encoders = version.view, version.encoders
+    if text is not None:
+        if not text.strip():
+            raise HTTPException(422, "text: it is empty")
+        return await texts.vector(encoders.texts, encoders.clip, text.strip()), frozenset()
+    if embedding is not None:
+        vector = unit(_refused(_as_vector, embedding, view.dim)[None])[0]
+        if not vector.any():
+            raise HTTPException(422, "embedding: it has no direction")
+        return vector, frozenset()
+    if key is not None:
+        hit = _found(view, key)
+        return unit(view.vector(hit)[None])[0], frozenset({hit.facts["sha256"]})
+    try:
+        if image is not None:
+            data = uploads.from_base64(image)
+        elif service.parts.fetch is None:
+            raise HTTPException(403, "image_url: this service fetches no pictures; send the picture itself")
+        else:
+            data = await run_in_threadpool(service.parts.fetch, image_url or "")
+        return await run_in_threadpool(service.encode_picture, encoders, data), frozenset()
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from None
+
+
+def _as_vector(embedding: Sequence[float], dim: int) -> Floats:
+    if len(embedding) != dim:
+        raise ValueError(f"embedding: it has {len(embedding)} numbers but the index has {dim} dimensions")
+    return np.asarray(embedding, np.float32)
+
+
+def _refused(ask: Callable[..., Any], *arguments: Any) -> Any:
+    """Call, and answer 422 with its words where the question was wrong."""
+    try:
+        return ask(*arguments)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from None
+
+
+def _found(view: View, key: str) -> Hit:
+    hit = view.find_key(key)
+    if hit is None:
+        raise HTTPException(404, "there is no sample with that key")
+    return hit
+
+
+def _check_name(name: str | None, service: Service) -> None:
+    if name not in (None, "", service.parts.name):
+        raise HTTPException(404, f"there is no index of that name: {service.parts.name} is served")
+
+
+def _result(hit: Hit) -> dict[str, Any]:
+    facts = hit.facts
+    names = ("key", "caption", "licence", "style", "category", "split", "width_px", "height_px")
+    return {**{name: facts[name] for name in names}, "url": facts["origin"], "score": round(hit.score, 4)}
+
+
+def _metadata(hit: Hit) -> dict[str, Any]:
+    return {name: hit.facts["origin" if name == "url" else name] for name in PROTOCOL_COLUMNS}
+
+
+async def _say_what_is_wrong(_: Request, error: Exception) -> JSONResponse:
+    """Answer 422 with places and reasons, without the input: it may hold what JSON cannot."""
+    assert isinstance(error, RequestValidationError)
+    wrong = [
+        {"loc": [str(part)[:100] for part in each["loc"]], "msg": str(each["msg"])[:300], "type": each["type"]}
+        for each in error.errors()[:20]
+    ]
+    detail = [
+        {
+            **each,
+            "loc": [part.encode("utf-8", "replace").decode() for part in each["loc"]],
+            "msg": each["msg"].encode("utf-8", "replace").decode(),
+        }
+        for each in wrong
+    ]
+    return JSONResponse({"detail": detail}, 422)

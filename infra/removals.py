@@ -1,0 +1,85 @@
+"""The removal log, `ROOT/removals/<time>-<id>.json`: what was taken down, for every later query and every later run.
+
+One small file a take-down, never rewritten: writers cannot lose each other's entries, on any store. An entry names samples by key, by
+the place they came from (origin) and by the SHA-256 of the stored picture. Knows nothing of shards, embeddings and indexes.
+"""
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra import storage
+from infra.errors import DataError
+from infra.storage import Root
+
+FOLDER = "removals"
+NAMES = {"keys": "key", "origins": "origin", "sha256": "sha256"}
+"""An entry's lists, and the column that each is held against."""
+
+
+@dataclass(frozen=True)
+class Removals:
+    """Everything that the log names."""
+
+    keys: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+    sha256: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.keys or self.origins or self.sha256)
+
+    def has(self, row: Mapping[str, Any]) -> bool:
+        """Say whether a sample, a row of schema KEEP or a part of one, was taken down."""
+        return any(row.get(column) in getattr(self, name) for name, column in NAMES.items() if column in row)
+
+    def mask(self, columns: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
+        """Return which rows were taken down; `columns` are some of key, origin and sha256, at least one."""
+        found = [
+            pc.is_in(columns[column], pa.array(sorted(getattr(self, name)), pa.string()))
+            for name, column in NAMES.items()
+            if column in columns
+        ]
+        mask = found[0]
+        for each in found[1:]:
+            mask = pc.or_(mask, each)
+        return mask
+
+
+def write_removal(root: Root, entry: Mapping[str, Any], time: str) -> str:
+    """Append an entry (lists `keys`, `origins` and `sha256`, and whatever else is worth keeping) and return its name."""
+    assert entry.keys() >= NAMES.keys()
+    name = f"{time.replace(':', '').replace('-', '').replace('.', '')}-{secrets.token_hex(4)}"
+    storage.write_json(root, f"{FOLDER}/{name}.json", {**entry, "time": time})
+    return name
+
+
+def read_entries(root: Root) -> list[dict[str, Any]]:
+    """Return all entries, the oldest first. Raises DataError for one that does not read: what it names must not come back."""
+    entries = []
+    for name in storage.list_names(root, FOLDER):
+        if not name.endswith(".json"):
+            continue
+        entry = storage.read_json(root, f"{FOLDER}/{name}")
+        if not isinstance(entry, dict) or any(not _is_texts(entry.get(each)) for each in NAMES):
+            raise DataError(f"{root.uri}/{FOLDER}/{name} is no entry of the removal log: mend it, or remove the thing again and delete it")
+        entries.append(entry)
+    return entries
+
+
+def read_removals(root: Root) -> Removals:
+    """Return everything that the log names. Raises DataError as `read_entries` does."""
+    return gather(read_entries(root))
+
+
+def gather(entries: Iterable[Mapping[str, Any]]) -> Removals:
+    """Return what some entries name together."""
+    found = list(entries)
+    return Removals(*(frozenset(text for entry in found for text in entry[name]) for name in NAMES))
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)

@@ -1,0 +1,65 @@
+"""A service over the small drawn run of tests.pictured, whose removal log and segments a test can change."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import faiss
+
+from indexing.index import Index, IndexConfig, build
+from indexing.service import Encoders, Parts, Service
+from indexing.view import Segment
+from infra.removals import Removals
+from tests import pictured
+
+CLIP = hashlib.sha256(b"the drawn CLIP").hexdigest()
+
+
+class Fake:
+    """What the flows would hand over, in memory."""
+
+    def __init__(self, folder: Path, rows: list[dict[str, Any]] | None = None) -> None:
+        faiss.omp_set_num_threads(1)
+        self.folder = folder
+        self.rows = rows or pictured.usual_rows()
+        self.segments = [self.make("first", self.rows)]
+        self.removals = Removals()
+        self.stamps = [0, 0]  # of the removals and of the segments
+        self.fetched: list[str] = []
+        self.encoded: list[list[str]] = []
+        self.reported: list[str] = []
+        self.clip = CLIP
+
+    def make(self, name: str, rows: list[dict[str, Any]]) -> Segment:
+        """Write and open another segment."""
+        pictured.write_run(self.folder / name, rows)
+        (self.folder / name / "index").mkdir()
+        build(IndexConfig(factory="Flat", queries=4), self.folder / name / "embed", self.folder / name / "index")
+        return Segment(Index.open(self.folder / name / "index"), self.folder / name / "shards")
+
+    def service(self, with_fetch: bool = False) -> Service:
+        """Return the service."""
+        return Service(
+            Parts(
+                name="drawn",
+                removals_stamp=lambda: self.stamps[0],
+                read_removals=lambda: self.removals,
+                segments_stamp=lambda: self.stamps[1],
+                open_segments=lambda: (list(self.segments), Encoders(self.clip, self.encode_texts, pictured.encode_images, 20)),
+                fetch=self.fetch if with_fetch else None,
+                report=self.reported.append,
+            )
+        )
+
+    def remove(self, **lists: set[str]) -> None:
+        """Write to the removal log."""
+        self.removals = Removals(**{name: frozenset(values) for name, values in lists.items()})
+        self.stamps[0] += 1
+
+    def encode_texts(self, texts: list[str]) -> Any:
+        self.encoded.append(texts)
+        return pictured.encode_texts(texts)
+
+    def fetch(self, url: str) -> bytes:
+        self.fetched.append(url)
+        raise ValueError("image_url: it could not be fetched (host_refused)")

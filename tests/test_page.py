@@ -1,0 +1,107 @@
+"""The search page in a real browser: by keyboard alone, by a dropped picture, behind a token, with hostile captions, on a phone."""
+
+import io
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from indexing.app import make_app
+from indexing.service import ServeConfig
+from tests import pictured
+from tests.browser import CHROMIUM, Browser
+from tests.pictured import HOSTILE, row
+from tests.served import Fake
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+TOKEN = "a-token-of-twenty-letters"
+FULL = "document.querySelectorAll('.card').length == 24"
+
+
+@contextmanager
+def serving(folder: Path, token: str | None = None) -> Iterator[str]:
+    """Serve the drawn run, one caption of it hostile, on a free port; yields the address."""
+    rows = [*pictured.usual_rows(), row(3, "hostile", "train", caption=HOSTILE, captions=[HOSTILE], origin="javascript:alert(1)")]
+    app = make_app(Fake(folder, rows).service(), ServeConfig(rate=0, token=token), io.StringIO())
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_the_page_by_keyboard_by_picture_and_on_a_phone(tmp_path: Path) -> None:
+    with serving(tmp_path / "run") as address, Browser(tmp_path / "browser") as browser:
+        browser.tell("Page.navigate", url=address)
+        browser.until("document.activeElement && document.activeElement.id == 'text'")
+        for letter in "colour 3":
+            browser.press(letter, letter)
+        browser.press("Enter", "\r")
+        browser.until(FULL)
+        assert browser.run("location.hash") == "#text=colour%203"
+        browser.until("[...document.querySelectorAll('.card img')].slice(0, 4).every((each) => each.complete && each.naturalWidth == 20)")
+        captions = browser.run("[...document.querySelectorAll('.caption')].map((each) => each.textContent)")
+        assert HOSTILE in captions and "colour 3" in captions
+        assert browser.run("document.querySelectorAll('#results script, #results img[onerror], #results a').length") == 3, (
+            "https links only"
+        )
+
+        browser.run("document.querySelector('.like').focus()")
+        browser.press("ArrowRight")
+        assert browser.run("[...document.querySelectorAll('.like')].indexOf(document.activeElement)") == 1
+        browser.press("ArrowDown")
+        columns = browser.run("getComputedStyle(document.getElementById('results')).gridTemplateColumns.split(' ').length")
+        assert columns > 2
+        assert browser.run("[...document.querySelectorAll('.like')].indexOf(document.activeElement)") == 1 + columns
+        browser.press("Enter", "\r")
+        browser.until(FULL + " && location.hash.startsWith('#key=') && !document.getElementById('asked').hidden")
+        browser.run("document.getElementById('more').click()")
+        browser.until("document.querySelectorAll('.card').length > 24")
+        browser.run("history.back()")
+        browser.until("location.hash == '#text=colour%203' && document.getElementById('asked').hidden && " + FULL)
+
+        browser.run(
+            """(async () => {
+              const canvas = document.createElement("canvas");
+              canvas.width = canvas.height = 40;
+              const context = canvas.getContext("2d");
+              context.fillStyle = "rgb(COLOUR)";
+              context.fillRect(0, 0, 40, 40);
+              const blob = await new Promise((done) => canvas.toBlob(done));
+              const transfer = new DataTransfer();
+              transfer.items.add(new File([blob], "mine.png", { type: "image/png" }));
+              document.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer }));
+            })()""".replace("COLOUR", ",".join(map(str, pictured.colour(9))))
+        )
+        browser.until("document.getElementById('asked-words').textContent == 'Pictures like mine.png'")
+        browser.until("document.querySelector('.caption') && document.querySelector('.caption').textContent == 'colour 9'")
+
+        browser.look(tmp_path / "phone.png", 390, 800)
+        assert browser.run("document.documentElement.scrollWidth") <= 390, "nothing sticks out on a phone"
+        assert browser.run("getComputedStyle(document.getElementById('results')).gridTemplateColumns.split(' ').length") == 2
+        low = browser.run("Math.min(...[...document.querySelectorAll('button')].filter((b) => b.offsetHeight).map((b) => b.offsetHeight))")
+        assert low >= 40, "a thumb can hit every button"
+        assert browser.errors == []
+
+
+def test_the_page_asks_for_the_token_and_goes_on(tmp_path: Path) -> None:
+    with serving(tmp_path / "run", TOKEN) as address, Browser(tmp_path / "browser") as browser:
+        browser.tell("Page.navigate", url=f"{address}/#text=colour 3")
+        browser.until("document.getElementById('login').open")
+        browser.run("document.getElementById('token').value = 'wrong'; document.querySelector('#login .main').click()")
+        browser.until("document.getElementById('login-error').textContent == 'that is not the token'")
+        browser.run(f"document.getElementById('token').value = '{TOKEN}'; document.querySelector('#login .main').click()")
+        browser.until(FULL + " && !document.getElementById('login').open")
+        browser.until("document.querySelector('.card img').naturalWidth == 20")
+        assert browser.run("document.cookie") == "", "no script can read the token"
