@@ -69,6 +69,11 @@ class Browser:
                 assert "error" not in answer, answer
                 return dict(answer["result"])
 
+    def go(self, url: str) -> None:
+        """Open a page and wait until its scripts have run."""
+        self.tell("Page.navigate", url=url)
+        self.until("location.href != 'about:blank' && document.readyState == 'complete'")
+
     def run(self, script: str) -> Any:
         """Return the value of a JavaScript expression; awaits a promise."""
         found = self.tell("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
