@@ -2,6 +2,7 @@
 VENV ?= .venv
 ROOT ?= unclip-data
 RECIPE ?= flows/recipes/quickstart.toml
+CRON ?= 0 3 * * *
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PEERS ?= .peers
@@ -12,7 +13,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: setup run test lint format bench peers clean constraints
+.PHONY: setup run up test lint format bench peers clean constraints
 
 setup: $(READY)
 
@@ -28,6 +29,10 @@ $(READY): pyproject.toml constraints.txt
 
 run: setup
 	$(BIN)/unclip run $(RECIPE) --root $(ROOT)
+
+# A Prefect server, a worker and a nightly run on this machine, until interrupted. CRON="*/10 * * * *" for another rhythm.
+up: setup
+	$(BIN)/unclip up $(RECIPE) --root $(ROOT) --cron "$(CRON)"
 
 test: setup
 	$(BIN)/python -m pytest

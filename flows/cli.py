@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from flows import export, lecture, making, manipulating, serving, using
+from flows import export, lecture, making, manipulating, scheduling, serving, using
 from infra.errors import UnclipError
 from infra.storage import complaint
 
@@ -37,6 +37,8 @@ for _stage in ("ingest", "curate", "embed", "index", "evaluate"):
 for _stage in ("clip", "prior", "decoder"):
     train.command(_stage, help=f"Train the {_stage}, with what it needs.")(making.verb(_stage))
 app.add_typer(train, name="train")
+app.command()(scheduling.schedule)
+app.command()(scheduling.up)
 app.command()(using.search)
 app.command()(serving.serve)
 app.command()(using.generate)

@@ -4,7 +4,6 @@ A run whose stages are all current is answered from the manifests; only otherwis
 """
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -121,10 +120,6 @@ def _run_flow(opened: Root, root: str, recipe: str, name: str, overrides: list[s
 
     logs = (opened.folder or opened.scratch) / "logs"
     with quiet_terminal(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
-        # Prefect's console handlers would otherwise find the terminal.
-        os.environ.update(
-            {"PREFECT_LOGGING_HANDLERS_CONSOLE_STREAM": "ext://sys.stdout", "PREFECT_LOGGING_HANDLERS_DEBUG_STREAM": "ext://sys.stdout"}
-        )
         print(f"run {name} in {opened.uri}, log {log}", file=sys.stderr, flush=True)
         try:
             with prefect_server(opened.scratch / "prefect"):

@@ -1,7 +1,7 @@
-"""The Prefect server of one run: started on loopback for the run, gone with it, its state under ROOT and its chatter in the run's log.
+"""Prefect servers on loopback: one for a run, gone with it, or a lasting one with page and scheduler; their state under ROOT.
 
-Where `PREFECT_API_URL` is set that server is used and nothing is started. Prefect's own ephemeral server would outlive a run that is
-killed and write to the user's home; this one gets a signal from the kernel when its parent dies.
+Where `PREFECT_API_URL` is set a run uses that server and nothing is started. Prefect's own ephemeral server would outlive a run that
+is killed and write to the user's home; ours gets a signal from the kernel when its parent dies.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infra.errors import UnclipError
+from infra.errors import CallerError, UnclipError
 
 START_LIMIT_S = 120
 PR_SET_PDEATHSIG = 1
@@ -26,6 +26,9 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_COLORS": "false",
     "PREFECT_CLI_COLORS": "false",
+    # While the terminal is kept quiet, stdout is the log; Prefect's console handlers would otherwise find the terminal.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_STREAM": "ext://sys.stdout",
+    "PREFECT_LOGGING_HANDLERS_DEBUG_STREAM": "ext://sys.stdout",
 }
 
 
@@ -40,19 +43,41 @@ def prefect_server(home: Path) -> Iterator[str]:
     if given:
         yield given
         return
+    with _server(home, _free_port(), {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}) as url:
+        yield url
+
+
+@contextmanager
+def lasting_server(home: Path, port: int) -> Iterator[str]:
+    """Run a whole Prefect server (scheduler, automations, page) on a port of loopback while the block runs; returns its API's URL.
+
+    Raises CallerError where the port is taken, UnclipError if it does not start.
+    """
+    os.environ.update(QUIET)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise CallerError(f"--port {port} is taken on this machine: choose another") from None
+    with _server(home, port, {}) as url:
+        yield url
+
+
+@contextmanager
+def _server(home: Path, port: int, more: dict[str, str]) -> Iterator[str]:
     home.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
     ours = {"PREFECT_HOME": str(home), "PREFECT_PROFILES_PATH": str(home / "profiles.toml")}
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1"]
     server = subprocess.Popen(
         [*command, "--port", str(port), "--log-level", "error", "--lifespan", "on"],
-        env={**os.environ, **ours, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
+        env={**os.environ, **ours, **more},
         stdin=subprocess.DEVNULL,
         stdout=1,  # the log while `quiet_terminal` is open
         stderr=2,
         start_new_session=True,  # a Ctrl-C is for us: without its server Prefect would retry for a minute instead of ending
-        preexec_fn=_die_with_parent,
+        preexec_fn=die_with_parent,
     )
     before = {name: os.environ.get(name) for name in (*ours, "PREFECT_API_URL")}
     try:
@@ -76,7 +101,8 @@ def prefect_server(home: Path) -> Iterator[str]:
             server.wait()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel end this process when the one that started it ends; for `preexec_fn`."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

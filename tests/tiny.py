@@ -20,6 +20,8 @@ SHAPES = {
 SIZES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 RECIPE = Path(__file__).parent / "tiny.toml"
 LIMIT_S = 200
+KEPT: dict[str, str] = {}
+"""Variables of the kinds that are otherwise kept from the command line."""
 
 
 def draw(folder: Path) -> int:
@@ -46,11 +48,13 @@ def prepare(folder: Path) -> int:
 
 def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     """Start `unclip` there as a person would, leader of its own process group."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "UNCLIP_", "RAY_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "UNCLIP_SCRATCH", "UNCLIP_ROOT", "RAY_"))
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "flows.cli", *arguments],
         cwd=folder,
-        env=environment | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "NO_ALBUMENTATIONS_UPDATE": "1"},
+        env=environment | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "NO_ALBUMENTATIONS_UPDATE": "1"} | KEPT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

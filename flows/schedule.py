@@ -1,0 +1,222 @@
+"""Prefect deployments of a recipe: on which schedule, one run per ROOT at a time, and who hears of a failure.
+
+A deployment runs `flows/pipeline.py:run_pipeline` from this installation in a process work pool. Runs of one ROOT share a work queue
+that lets one through; a run whose process has vanished (its heartbeats stop) is marked crashed, so that it does not block the queue.
+Secrets stay in the worker's environment; the webhook's URL, often a secret itself, comes from the environment too.
+"""
+
+import hashlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from infra.errors import CallerError, UnclipError
+
+if TYPE_CHECKING:  # Prefect reads its settings when it is imported, and takes seconds
+    from prefect.client.orchestration import SyncPrefectClient
+
+POOL = "unclip"
+ENTRYPOINT = "flows.pipeline.run_pipeline"
+VANISHED_AFTER_S = 90
+ENDED = tuple(f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to run when; `cron` (in `timezone`) or `every_s`, one of them."""
+
+    name: str
+    parameters: dict[str, Any]
+    folder: Path
+    """Working directory of the runs: relative paths in the recipe count from here."""
+    cron: str = ""
+    timezone: str = "UTC"
+    every_s: int = 0
+    paused: bool = False
+
+
+def queue_of(root_uri: str) -> str:
+    """Return the name of the work queue that all deployments into a ROOT share."""
+    return f"root-{hashlib.sha256(root_uri.encode()).hexdigest()[:12]}"
+
+
+def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
+    """Make or renew the deployment of a plan on Prefect's server and return what `unclip schedule --json` prints.
+
+    Raises CallerError for a schedule that is none, UnclipError where the server does not answer.
+    """
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import PrefectHTTPStatusError
+    from prefect.utilities.callables import parameter_schema
+
+    from flows.pipeline import run_pipeline
+
+    schedule = _schedule(plan)
+    root_uri = plan.parameters["root"]
+    with _client() as client:
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
+        _one_at_a_time(client, queue_of(root_uri))
+        try:
+            deployment = client.create_deployment(
+                flow_id=client.create_flow(run_pipeline),
+                name=plan.name,
+                schedules=[schedule],
+                parameters=plan.parameters,
+                parameter_openapi_schema=parameter_schema(run_pipeline).model_dump(),
+                tags=["unclip", f"recipe:{Path(plan.parameters['recipe']).stem}", queue_of(root_uri)],
+                description=f"{plan.parameters['recipe']} into {root_uri}",
+                work_pool_name=POOL,
+                work_queue_name=queue_of(root_uri),
+                entrypoint=ENTRYPOINT,
+                job_variables={"working_dir": str(plan.folder), "env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}},
+                paused=plan.paused,
+                enforce_parameter_schema=True,
+            )
+        except PrefectHTTPStatusError as error:
+            raise UnclipError(f"Prefect's server refused the deployment {plan.name}: {error.response.text[:300]}") from error
+        _watch_vanished(client)
+        if notify_url:
+            _notify(client, deployment, plan.name, notify_url)
+    return {
+        "deployment": f"unclip/{plan.name}",
+        "id": str(deployment),
+        "pool": POOL,
+        "queue": queue_of(root_uri),
+        "schedule": plan.cron or f"every {plan.every_s} s",
+        "paused": plan.paused,
+        "notifies": bool(notify_url),
+        "worker": shlex.join(["prefect", "worker", "start", "--pool", POOL]),
+    }
+
+
+def remove(name: str) -> dict[str, Any]:
+    """Remove a deployment with its automations. Raises CallerError where there is none of that name."""
+    from prefect.exceptions import ObjectNotFound
+
+    with _client() as client:
+        try:
+            deployment = client.read_deployment_by_name(f"unclip/{name}")
+        except ObjectNotFound:
+            raise CallerError(f"there is no deployment unclip/{name}: `prefect deployment ls` shows what there is") from None
+        client.delete_resource_owned_automations(f"prefect.deployment.{deployment.id}")
+        client.delete_deployment(deployment.id)
+    return {"deployment": f"unclip/{name}", "id": str(deployment.id), "removed": True}
+
+
+def _client() -> "SyncPrefectClient":
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    try:
+        if not url:
+            raise UnclipError("no Prefect server is named")
+        httpx.get(f"{url}/health", timeout=10).raise_for_status()
+    except (httpx.HTTPError, UnclipError) as error:
+        raise UnclipError(f"{url or 'Prefect'}: {error}; start one with `unclip up` or set PREFECT_API_URL") from None
+    return get_client(sync_client=True)
+
+
+def _schedule(plan: Plan) -> Any:
+    from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+    from prefect.deployments.schedules import create_deployment_schedule_create
+
+    if bool(plan.cron) == bool(plan.every_s):
+        raise CallerError('a schedule needs --cron "0 3 * * *" or --every SECONDS, one of them')
+    try:
+        chosen: CronSchedule | IntervalSchedule
+        if plan.cron:
+            chosen = CronSchedule(cron=plan.cron, timezone=plan.timezone)
+        else:
+            chosen = IntervalSchedule(interval=timedelta(seconds=plan.every_s))
+        return create_deployment_schedule_create(chosen, active=not plan.paused)
+    except ValueError as error:
+        reason = str(error).splitlines()[2].strip() if len(str(error).splitlines()) > 2 else str(error)
+        raise CallerError(f"--cron {plan.cron!r} --timezone {plan.timezone}: {reason}") from None
+
+
+def _one_at_a_time(client: "SyncPrefectClient", queue: str) -> None:
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        found = client.read_work_queue_by_name(queue, work_pool_name=POOL)
+    except ObjectNotFound:
+        client.create_work_queue(name=queue, concurrency_limit=1, work_pool_name=POOL)
+    else:
+        client.update_work_queue(found.id, concurrency_limit=1)
+
+
+def _watch_vanished(client: "SyncPrefectClient") -> None:
+    """Have the server mark a run as crashed whose heartbeats have stopped without an end: its machine is gone."""
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+    heartbeat = "prefect.flow-run.heartbeat"
+    watch = AutomationCore(
+        name="unclip: a run that has vanished",
+        trigger=EventTrigger(
+            after={heartbeat},
+            expect={heartbeat, *ENDED},
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=VANISHED_AFTER_S),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                name="Crashed", state=StateType.CRASHED, message=f"no heartbeat for {VANISHED_AFTER_S} s: its process has gone", force=False
+            )
+        ],
+    )
+    _renew(client, watch)
+
+
+def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, url: str) -> None:
+    """Have the server POST a line to a webhook when a run of the deployment fails or crashes."""
+    from prefect.blocks.webhook import Webhook
+    from prefect.events.actions import CallWebhook
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+    from pydantic import SecretStr
+
+    block = Webhook(method="POST", url=SecretStr(url))
+    document = block.save(f"unclip-{hashlib.sha256(url.encode()).hexdigest()[:12]}", overwrite=True)
+    told = AutomationCore(
+        name=f"unclip: {name} failed",
+        trigger=EventTrigger(
+            expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
+            match_related={"prefect.resource.id": f"prefect.deployment.{deployment}", "prefect.resource.role": "deployment"},
+            posture=Posture.Reactive,
+            threshold=1,
+        ),
+        actions=[
+            CallWebhook(
+                block_document_id=UUID(str(document)),
+                payload='{"text": {{ ("unclip " ~ deployment.name ~ ": run " ~ flow_run.name ~ " " ~ flow_run.state.name ~ ": "'
+                " ~ (flow_run.state.message or '')) | tojson }}}",
+            )
+        ],
+        owner_resource=f"prefect.deployment.{deployment}",
+    )
+    _renew(client, told)
+
+
+def _renew(client: "SyncPrefectClient", automation: Any) -> None:
+    found = client.read_automations_by_name(automation.name)
+    if found:
+        client.update_automation(found[0].id, automation)
+    else:
+        client.create_automation(automation)
+
+
+def parameters_of(
+    recipe: str, root: str, name: str, overrides: Sequence[str], targets: Sequence[str], scratch: str | None
+) -> dict[str, Any]:
+    """Return the parameters of a run as Prefect keeps them."""
+    return {"recipe": recipe, "root": root, "name": name, "overrides": list(overrides), "targets": list(targets), "scratch": scratch}

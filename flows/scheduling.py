@@ -1,0 +1,168 @@
+"""The commands that let runs start by themselves: `schedule` on a Prefect server that there is, `up` with one of its own.
+
+`up` keeps a server, a worker and a schedule running on this machine until it is interrupted; the rest is `flows/schedule.py`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, open_for, print_json, run_name
+from infra.errors import CallerError, UnclipError
+from infra.storage import Root
+
+Cron = Annotated[str, typer.Option("--cron", metavar="CRON", help='When, as in a crontab: "0 3 * * *" is every night at three.')]
+Every = Annotated[int, typer.Option("--every", metavar="SECONDS", min=0, help="Or every so many seconds, counted from now.")]
+Timezone = Annotated[str, typer.Option("--timezone", metavar="ZONE", help="The time zone of --cron, such as Europe/Berlin.")]
+Stages = Annotated[list[str] | None, typer.Option("--stage", metavar="STAGE", help="Only this stage and what it needs; may be repeated.")]
+NOTIFY = "UNCLIP_NOTIFY_URL"
+
+
+def schedule(
+    recipe: Recipe,
+    cron: Cron = "",
+    every: Every = 0,
+    timezone: Timezone = "UTC",
+    root: RootUri = DEFAULT_ROOT,
+    name: Name = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    stages: Stages = None,
+    paused: Annotated[bool, typer.Option("--paused", help="Make it, but start nothing until it is resumed.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the deployment instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make or renew a Prefect deployment that runs the recipe on a schedule; $UNCLIP_NOTIFY_URL hears of failures."""
+    from flows import schedule as schedules
+
+    if remove:
+        result = schedules.remove(run_name(recipe, name))
+    else:
+        plan, _ = _plan(recipe, root, name, overrides, address, stages, cron, every, timezone, paused)
+        result = schedules.deploy(plan, os.environ.get(NOTIFY, ""))
+    print_json(result) if as_json else _print(result)
+
+
+def up(
+    recipe: Recipe,
+    cron: Cron = "",
+    every: Every = 0,
+    timezone: Timezone = "UTC",
+    root: RootUri = DEFAULT_ROOT,
+    name: Name = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    stages: Stages = None,
+    port: Annotated[int, typer.Option("--port", min=1024, max=65535, help="Port of Prefect's server and page, on loopback.")] = 4200,
+    as_json: Json = False,
+) -> None:
+    """Start a Prefect server and a worker here, schedule the recipe on them, and stay until interrupted."""
+    from infra.terminal import quiet_terminal
+
+    plan, opened = _plan(recipe, root, name, overrides, address, stages, cron, every, timezone, False)
+    home = (opened.folder or opened.scratch) / "prefect"
+    with quiet_terminal(home / f"up-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
+        from flows.prefect_server import lasting_server
+
+        with lasting_server(home, port) as url, _terminated():
+            from flows import schedule as schedules
+
+            result = schedules.deploy(plan, os.environ.get(NOTIFY, "")) | {"server": url, "log": str(log)}
+            with _worker(home) as worker:
+                print(
+                    f"up: {url.removesuffix('/api')} runs {result['deployment']} {result['schedule']}, log {log}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                try:
+                    code = worker.wait()
+                except KeyboardInterrupt:
+                    code = 0
+                if code:
+                    raise UnclipError(f"Prefect's worker ended with exit code {code}: see {log}")
+    if as_json:
+        print_json(result)
+
+
+def _plan(
+    recipe: str,
+    root: str,
+    name: str | None,
+    overrides: list[str] | None,
+    address: str | None,
+    stages: list[str] | None,
+    cron: str,
+    every: int,
+    timezone: str,
+    paused: bool,
+) -> tuple[Any, Root]:
+    from flows import schedule as schedules
+    from flows.recipe import BUILT_IN, find_recipe
+    from flows.stages import STAGES, with_needs
+
+    _, given = load_config(recipe, overrides, address)  # a recipe with a mistake is refused now, not at three in the morning
+    opened = open_for(root, for_writing=True)
+    with_needs(stages or [], STAGES)
+    path = find_recipe(recipe)
+    written = path.stem if path.parent == BUILT_IN else str(path.resolve())
+    scratch = None if opened.folder else str(opened.scratch)
+    parameters = schedules.parameters_of(written, opened.uri, run_name(recipe, name), given, stages or [], scratch)
+    if not cron and not every:
+        raise CallerError('a schedule needs --cron "0 3 * * *" or --every SECONDS, one of them')
+    return schedules.Plan(run_name(recipe, name), parameters, Path.cwd(), cron, timezone, every, paused), opened
+
+
+@contextmanager
+def _worker(home: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    from flows.prefect_server import die_with_parent
+    from flows.schedule import POOL
+
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", f"up-{os.getpid()}"]
+    worker = subprocess.Popen(
+        command,
+        env=os.environ | {"PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_HOME": str(home)},
+        stdin=subprocess.DEVNULL,
+        stdout=1,  # the log while `quiet_terminal` is open
+        stderr=2,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    try:
+        yield worker
+    finally:
+        worker.send_signal(signal.SIGINT)  # it ends its runs first
+        try:
+            worker.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Let SIGTERM, which service managers send, end the block as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print(result: dict[str, Any]) -> None:
+    if result.get("removed"):
+        print(f"{result['deployment']} is removed")
+        return
+    print(f"{result['deployment']}  {result['schedule']}{'  paused' if result['paused'] else ''}")
+    print(f"one run at a time in the queue {result['queue']}; a worker runs it: {result['worker']}")

@@ -1,0 +1,179 @@
+"""Schedules on a real Prefect server: a run starts by itself and completes, one at a time per ROOT, and a failure is told."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from flows.schedule import queue_of
+from tests.s3_server import free_ports
+from tests.test_pipeline import processes
+from tests.tiny import prepare, ran, start
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+EVERY_S = 15
+
+
+class Webhook(ThreadingHTTPServer):
+    """Context manager: keeps what is posted to it."""
+
+    def __init__(self) -> None:
+        self.posted: list[str] = []
+        webhook = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                webhook.posted.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/hook-with-a-secret"
+
+    def __enter__(self) -> "Webhook":
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class Up:
+    """`unclip up` on the tiny recipe as far as curate, which needs no Ray."""
+
+    def __init__(self, folder: Path, port: int, webhook: Webhook) -> None:
+        self.folder, self.webhook = folder, webhook
+        self.api = f"http://127.0.0.1:{port}/api"
+        self.process: subprocess.Popen[str] = start(
+            folder, "up", "tiny.toml", "--root", "root", "--every", str(EVERY_S), "--stage", "curate", "--port", str(port)
+        )
+
+    def runs(self, name: str = "tiny") -> list[dict[str, Any]]:
+        asked = {"deployments": {"name": {"any_": [name]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        answer = httpx.post(f"{self.api}/flow_runs/filter", json=asked)
+        found: list[dict[str, Any]] = answer.raise_for_status().json()
+        return found
+
+    def until(self, condition: Callable[[], Any], limit_s: float = 120) -> Any:
+        limit = time.monotonic() + limit_s
+        while not (found := condition()):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < limit, self.log()[-3000:]
+            time.sleep(0.3)
+        return found
+
+    def ended(self, state: str) -> list[dict[str, Any]]:
+        return [run for run in self.runs() if run["state_type"] == state]
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in (self.folder / "root" / "prefect").glob("up-*.log"))
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    folder = tmp_path_factory.mktemp("up")
+    prepare(folder)
+    with Webhook() as webhook, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNCLIP_NOTIFY_URL", webhook.url)
+        running = Up(folder, free_ports(1)[0], webhook)
+        try:
+            assert running.process.stderr and running.process.stderr.readline().startswith("up: http://127.0.0.1:")
+            yield running
+        finally:
+            os.killpg(running.process.pid, signal.SIGKILL)
+            running.process.communicate()
+
+
+def unclip(up: Up, *arguments: str) -> tuple[int, str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.tiny.KEPT", {"PREFECT_API_URL": up.api, "PREFECT_HOME": str(up.folder / "home")})
+        return ran(up.folder, *arguments)
+
+
+def test_a_scheduled_run_starts_by_itself_and_completes(up: Up) -> None:
+    run = up.until(lambda: up.ended("COMPLETED"))[0]
+    assert (
+        run["auto_scheduled"] and run["parameters"]["targets"] == ["curate"] and run["work_queue_name"] == queue_of(str(up.folder / "root"))
+    )
+    record = json.loads((up.folder / "root" / "runs" / "tiny.json").read_text())
+    assert set(record["stages"]) == {"ingest", "curate"}
+    code, out, err = ran(up.folder, "status", "tiny.toml", "--root", "root", "--json")
+    assert code == 0 and [each["state"] for each in json.loads(out)["stages"]][:2] == ["current", "current"], err
+
+
+def test_runs_into_one_root_never_overlap(up: Up) -> None:
+    """A second deployment into the same ROOT shares the queue, which lets one run through."""
+    code, out, err = unclip(
+        up, "schedule", "tiny.toml", "--root", "root", "--name", "other", "--every", str(EVERY_S), "--stage", "curate", "--json"
+    )
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["deployment"] == "unclip/other" and result["queue"] == queue_of(str(up.folder / "root"))
+    queue = httpx.get(f"{up.api}/work_pools/unclip/queues/{result['queue']}").raise_for_status().json()
+    assert queue["concurrency_limit"] == 1
+    deployment = httpx.get(f"{up.api}/deployments/{result['id']}").raise_for_status().json()
+    assert set(deployment["tags"]) == {"unclip", "recipe:tiny", result["queue"]} and deployment["parameters"]["name"] == "other"
+    up.until(lambda: [run for run in up.runs("other") if run["state_type"] == "COMPLETED"])
+    spans = sorted((run["start_time"], run["end_time"] or "9") for name in ("tiny", "other") for run in up.runs(name) if run["start_time"])
+    assert len(spans) >= 2 and all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)), spans
+    code, out, err = unclip(up, "schedule", "tiny.toml", "--name", "other", "--remove", "--json")
+    assert code == 0 and json.loads(out)["removed"], err
+    code, out, err = unclip(up, "schedule", "tiny.toml", "--name", "other", "--remove")
+    assert code == 2 and "there is no deployment unclip/other" in err
+
+
+def test_a_cron_schedule_is_kept_with_its_time_zone_and_a_wrong_one_is_the_callers_mistake(up: Up) -> None:
+    arguments = ("schedule", "tiny.toml", "--root", "elsewhere", "--name", "nightly", "--cron")
+    code, out, err = unclip(up, *arguments, "0 3 * * *", "--timezone", "Europe/Berlin", "--paused", "--json")
+    assert code == 0, err
+    deployment = httpx.get(f"{up.api}/deployments/{json.loads(out)['id']}").raise_for_status().json()
+    assert deployment["paused"] and [each["schedule"]["cron"] for each in deployment["schedules"]] == ["0 3 * * *"]
+    assert deployment["schedules"][0]["schedule"]["timezone"] == "Europe/Berlin"
+    code, _, err = unclip(up, *arguments, "30 4 * * *", "--json")  # renewed, not added
+    deployment = httpx.get(f"{up.api}/deployments/{json.loads(out)['id']}").raise_for_status().json()
+    assert code == 0 and [each["schedule"]["cron"] for each in deployment["schedules"]] == ["30 4 * * *"], err
+    for wrong in (["61 3 * * *"], ["0 3 * * *", "--timezone", "Mars/Olympus"], ["0 3 * * *", "--every", "5"]):
+        code, _, err = unclip(up, *arguments, *wrong)
+        assert code == 2 and len(err.splitlines()) == 1, err
+
+
+def test_a_failed_run_is_told_to_the_webhook_and_the_next_goes_on(up: Up) -> None:
+    shutil.move(up.folder / "pictures", up.folder / "away")
+    up.until(lambda: up.ended("FAILED"))
+    told = json.loads(up.until(lambda: up.webhook.posted)[0])
+    assert "unclip tiny: run tiny Failed" in told["text"] and "is not there" in told["text"]
+    shutil.move(up.folder / "away", up.folder / "pictures")
+    before = len(up.ended("COMPLETED"))
+    up.until(lambda: len(up.ended("COMPLETED")) > before)
+    assert "hook-with-a-secret" not in up.log()
+
+
+def test_a_signal_ends_server_worker_and_runs(up: Up) -> None:
+    up.process.send_signal(signal.SIGTERM)
+    _out, err = up.process.communicate(timeout=60)
+    assert up.process.returncode == 0 and "Traceback" not in err and len(err.splitlines()) <= 2, err
+    assert processes(str(up.folder)) == []
+
+
+def test_without_a_server_it_is_one_line(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.tiny.KEPT", {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_HOME": str(tmp_path / "home")})
+        code, out, err = ran(tmp_path, "schedule", "tiny.toml", "--root", "root", "--cron", "0 3 * * *")
+    assert (code, out) == (1, "") and "start one with `unclip up` or set PREFECT_API_URL" in err and len(err.splitlines()) == 1
