@@ -6,6 +6,7 @@ The only place that checks agreement across sections. Reads recipe files; knows 
 from collections.abc import Sequence
 
 from flows.curate import CurateConfig
+from flows.promotion import parsed
 from flows.recipe import find_recipe, read_recipe, validated
 from flows.sources import DataConfig
 from indexing.evaluate import EvaluateConfig
@@ -54,7 +55,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def find_disagreement(config: RunConfig) -> str:
     """Return what two keys contradict each other in, naming both and the mend, or ""."""
-    return _size_disagreement(config) or _worker_disagreement(config)
+    return _size_disagreement(config) or _worker_disagreement(config) or _malformed_condition(config)
 
 
 def _size_disagreement(config: RunConfig) -> str:
@@ -92,4 +93,13 @@ def _worker_disagreement(config: RunConfig) -> str:
             return (
                 f"[{name}] batch_size = {batch_size} but [cluster] {name}_workers = {workers}: the first must be a multiple of the second"
             )
+    return ""
+
+
+def _malformed_condition(config: RunConfig) -> str:
+    for condition in config.evaluate.promote_if:
+        try:
+            parsed(condition)
+        except ValueError as error:
+            return f"[evaluate] promote_if: {error}"
     return ""

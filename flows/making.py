@@ -87,6 +87,7 @@ def _make(
     dry_run: bool,
     as_json: bool,
 ) -> None:
+    from flows.promotion import described, settle
     from flows.runs import plan_summary, summary, write_run
     from flows.stages import STAGES, StageResult, plan, with_needs
     from infra import manifests
@@ -107,7 +108,10 @@ def _make(
     if len(done) == len(plans):
         record = write_run(opened, chosen, recipe, started, done)
         results = [StageResult(stage, committed.key, "current", 0.0, committed) for stage, committed in done.items()]
-        result = summary(opened, chosen, results, record["report"])
+        judgement = settle(opened, config.evaluate.promote_if, record, done)
+        if judgement:
+            print(described(judgement), file=sys.stderr)
+        result = summary(opened, chosen, results, record["report"], judgement)
     else:
         result = _run_flow(opened, root, recipe, chosen, given, targets)
     print_json(result) if as_json else _print_stages(result)

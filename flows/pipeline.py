@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 from prefect.tasks import Task
 
+from flows.promotion import described, settle
 from flows.runs import summary, write_run
 from flows.stages import STAGES, Stage, StageResult, run_stage, with_needs
 from infra import manifests
@@ -61,7 +62,10 @@ def run_stages(config: Any, root: Root, name: str, recipe: str, stages: Sequence
             make = partial(_make, stage, root, config, inputs, cluster)
             done[stage.name] = make_stage.with_options(name=stage.name, task_run_name=stage.name)(make)
     record = write_run(root, name, recipe, started, {stage: result.committed for stage, result in done.items()})
-    result = summary(root, name, list(done.values()), record["report"])
+    judgement = settle(root, config.evaluate.promote_if, record, {stage: result.committed for stage, result in done.items()})
+    if judgement:
+        _say(described(judgement))
+    result = summary(root, name, list(done.values()), record["report"], judgement)
     create_table_artifact(table=result["stages"], key="stages", description=f"{name} in {root.uri}")
     if record["report"]:
         create_link_artifact(link=record["report"], link_text="report", key="report", description=f"{name} in {root.uri}")

@@ -6,6 +6,7 @@ A record points at committed folders; the manifests stay the truth. Knows nothin
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flows.promotion import CURRENT
 from flows.stages import StagePlan, StageResult
 from infra import manifests, storage
 from infra.errors import CallerError
@@ -35,7 +36,13 @@ def report_of(committed: Mapping[str, Committed]) -> str | None:
 
 
 def find_run(root: Root, name: str | None = None) -> dict[str, Any]:
-    """Return the record of the named run, by default of the one that finished last. Raises CallerError where there is none."""
+    """Return the record of the named run, by default the promoted one or, where there is no gate, the one that finished last.
+
+    Raises CallerError where there is none.
+    """
+    current = None if name else storage.read_json(root, CURRENT)
+    if current:
+        return dict(current)
     names = [name] if name else [file.removesuffix(".json") for file in storage.list_names(root, "runs") if file.endswith(".json")]
     records = [record for record in (storage.read_json(root, f"runs/{each}.json") for each in names) if record]
     if not records:
@@ -53,10 +60,12 @@ def committed_of(root: Root, record: Mapping[str, Any], stage: str) -> Committed
     return committed
 
 
-def summary(root: Root, name: str, results: Sequence[StageResult], report: str | None) -> dict[str, Any]:
-    """Return what `unclip run --json` prints."""
+def summary(
+    root: Root, name: str, results: Sequence[StageResult], report: str | None, judgement: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what `unclip run --json` prints, with the gate's judgement where there is a gate."""
     stages = [{"stage": each.stage, "key": each.key, "state": each.state, "seconds": round(each.seconds, 3)} for each in results]
-    return {"run": name, "root": root.uri, "report": report, "stages": stages}
+    return {"run": name, "root": root.uri, "report": report, "stages": stages} | (dict(judgement) if judgement else {})
 
 
 def plan_summary(root: Root, name: str, plans: Sequence[StagePlan]) -> dict[str, Any]:

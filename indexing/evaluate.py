@@ -7,7 +7,7 @@ report.schema.json), report.html and pictures/*.png.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,12 @@ class EvaluateConfig(Section):
     """Words written on held-out pictures."""
     relations: RelationsConfig | None = None
     """Scenes to be drawn and judged, where the run has learned some; nothing by default."""
+
+    promote_if: tuple[str, ...] = ()
+    """Conditions on `report.json` under which a run becomes the current one, such as "generation.own_prompt_first >= current - 0.05";
+    none: there is no gate, and what follows runs takes the last one."""
+
+    outside_key: ClassVar[frozenset[str]] = frozenset({"promote_if"})
 
     @field_validator("latent_times")
     @classmethod

@@ -41,7 +41,12 @@ class Committed:
     @property
     def uri(self) -> str:
         """Where the folder is, for people and outside tools."""
-        return storage.uri_of(self.root, f"{self.stage}/{self.key}/{self.manifest['prefix']}".rstrip("/"))
+        return storage.uri_of(self.root, self.path)
+
+    @property
+    def path(self) -> str:
+        """Where the folder is below ROOT."""
+        return f"{self.stage}/{self.key}/{self.manifest['prefix']}".rstrip("/")
 
     @property
     def digest(self) -> str:
@@ -82,15 +87,11 @@ class Committed:
         """Download a file, again where it arrives otherwise than the manifest says; return what is wrong with it at last, or ""."""
         wrong: list[str] = []
         for _ in range(DOWNLOAD_TRIES):
-            storage.download(self.root, f"{_prefix(self)}/{file['path']}", folder / file["path"])
+            storage.download(self.root, f"{self.path}/{file['path']}", folder / file["path"])
             wrong = _differences(folder, [file])
             if not wrong:
                 return ""
         return wrong[0]
-
-
-def _prefix(committed: Committed) -> str:
-    return f"{committed.stage}/{committed.key}/{committed.manifest['prefix']}".rstrip("/")
 
 
 def content_key(stage: str, version: int, sections: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -113,7 +114,7 @@ def newest(root: Root, stage: str) -> Committed | None:
 
 def damage(committed: Committed) -> str:
     """Return the first file that is missing or has another size than the manifest says, or ""; reads no contents."""
-    sizes = storage.file_sizes(committed.root, _prefix(committed))
+    sizes = storage.file_sizes(committed.root, committed.path)
     for file in committed.manifest["files"]:
         if file["path"] not in sizes:
             return f"{file['path']} is missing"
@@ -136,7 +137,7 @@ def verify(committed: Committed) -> list[str]:
 
 def _is_stored(committed: Committed, file: dict[str, Any]) -> bool:
     """Read a file from a store and say whether it is what the manifest says; a byte that only the network turned gets another try."""
-    name = f"{_prefix(committed)}/{file['path']}"
+    name = f"{committed.path}/{file['path']}"
     return any(storage.sha256_of(committed.root, name) == file["sha256"] for _ in range(DOWNLOAD_TRIES))
 
 

@@ -33,12 +33,19 @@ class FakeSection(Section):
     outside_key = frozenset({"seconds"})
 
 
+class FakeGate(Section):
+    """What the flow itself asks of [evaluate]."""
+
+    promote_if: tuple[str, ...] = ()
+
+
 class FakeConfig(Section):
     """Three sections for four stages."""
 
     data: FakeSection = FakeSection()
     clip: FakeSection = FakeSection()
     prior: FakeSection = FakeSection()
+    evaluate: FakeGate = FakeGate()
     cluster: ClusterConfig = ClusterConfig()
 
 

@@ -1,0 +1,105 @@
+"""The promotion gate: `ROOT/current.json` moves to a run only if its report passes `[evaluate] promote_if`.
+
+A condition compares a figure of `report.json` with a number or with the current run's own figure: `retrieval.held_out_style.
+image_to_text.recall@10 >= 0.1`, `generation.own_prompt_first >= current - 0.05`. Search, generation and the service follow the pointer.
+"""
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from infra import manifests, storage
+from infra.errors import CallerError, StorageError
+from infra.manifests import Committed
+from infra.storage import Root
+
+CURRENT = "current.json"
+NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+CONDITION = re.compile(rf"\s*(\S+)\s*(>=|<=|>|<)\s*(?:({NUMBER})|current\s*(?:([-+*])\s*({NUMBER}))?)\s*")
+TESTS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+SHIFTS: dict[str, Callable[[float, float], float]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+def settle(root: Root, conditions: Sequence[str], record: Mapping[str, Any], committed: Mapping[str, Committed]) -> dict[str, Any] | None:
+    """Judge a run and move the pointer if it passes; returns the judgement, or None where there is no gate or no report.
+
+    Raises CallerError for a condition that names no figure of the report.
+    """
+    if not conditions or "evaluate" not in committed:
+        return None
+    found = storage.read_json(root, CURRENT)
+    before = manifests.find(root, "evaluate", found["stages"]["evaluate"]) if found else None
+    verdicts = judge(_report(committed["evaluate"]), conditions, _report(before) if before else None)
+    promoted = all(verdict["holds"] for verdict in verdicts)
+    result = {"promoted": promoted, "conditions": verdicts}
+    if promoted:
+        storage.write_json(root, CURRENT, {**record, **result, "promoted_at": manifests.now()})
+    return result
+
+
+def judge(report: Mapping[str, Any], conditions: Sequence[str], current: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Say of each condition what was asked, what the report has, and whether it holds.
+
+    Without a current run, or where its report lacks the figure, a condition that refers to it holds.
+    """
+    verdicts = []
+    for condition in conditions:
+        path, test, number, shift, by = parsed(condition)
+        value = figure(report, path)
+        if value is None:
+            raise CallerError(
+                f"[evaluate] promote_if {condition!r}: report.json has no figure {path}; it has {', '.join(near(report, path))}"
+            )
+        limit: float | None
+        if number is not None:
+            limit = float(number)
+        else:
+            limit = figure(current, path) if current else None
+            if limit is not None and shift:
+                limit = SHIFTS[shift](limit, float(by or 0))
+        holds = limit is None or TESTS[test](value, limit)
+        verdicts.append({"condition": condition, "value": value, "limit": limit, "holds": holds})
+    return verdicts
+
+
+def parsed(condition: str) -> tuple[str, str, str | None, str | None, str | None]:
+    """Return path, comparison, number, and shift of `current` by a number. Raises ValueError for anything else."""
+    match = CONDITION.fullmatch(condition)
+    if not match:
+        raise ValueError(f"{condition!r} must look like `figure >= 0.1` or `figure >= current - 0.05`")
+    path, test, number, shift, by = match.groups()
+    return path, test, number, shift, by
+
+
+def figure(report: Mapping[str, Any], path: str) -> float | None:
+    """Return the number at a dotted path of a report (`value` of a figure with an interval), or None."""
+    node: Any = report
+    for part in path.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    if isinstance(node, Mapping):
+        node = node.get("value")
+    return float(node) if isinstance(node, int | float) and not isinstance(node, bool) else None
+
+
+def near(report: Mapping[str, Any], path: str) -> list[str]:
+    """Return the names at the deepest part of a path that exists."""
+    node: Any = report
+    for part in path.split("."):
+        if not isinstance(node, Mapping) or not isinstance(node.get(part), Mapping):
+            break
+        node = node[part]
+    return sorted(node) or ["nothing there"]
+
+
+def described(judgement: Mapping[str, Any]) -> str:
+    """Write a judgement in one line."""
+    failed = [f"{each['condition']} ({each['value']:.4g})" for each in judgement["conditions"] if not each["holds"]]
+    return f"not promoted: {'; '.join(failed)}" if failed else "promoted: current.json points here"
+
+
+def _report(committed: Committed) -> dict[str, Any]:
+    report: dict[str, Any] | None = storage.read_json(committed.root, f"{committed.path}/report.json")
+    if report is None:
+        raise StorageError(f"{committed.uri} has no report.json: remove that folder and run again")
+    return report
