@@ -37,6 +37,7 @@ for _stage in ("ingest", "curate", "embed", "index", "evaluate"):
 for _stage in ("clip", "prior", "decoder"):
     train.command(_stage, help=f"Train the {_stage}, with what it needs.")(making.verb(_stage))
 app.add_typer(train, name="train")
+app.command()(scheduling.submit)
 app.command()(scheduling.schedule)
 app.command()(scheduling.up)
 app.command()(using.search)

@@ -28,7 +28,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run the whole pipeline; stages that are current are skipped."""
-    _make(recipe, root, name, overrides, address, [], dry_run, as_json)
+    make(recipe, root, name, overrides, address, [], dry_run, as_json)
 
 
 def verb(stage: str) -> Callable[..., None]:
@@ -43,7 +43,7 @@ def verb(stage: str) -> Callable[..., None]:
         dry_run: Annotated[bool, typer.Option("--dry-run", help=STILL)] = False,
         as_json: Json = False,
     ) -> None:
-        _make(recipe, root, name, overrides, address, [stage], dry_run, as_json)
+        make(recipe, root, name, overrides, address, [stage], dry_run, as_json)
 
     return command
 
@@ -77,7 +77,7 @@ def status(
                 raise StorageError(f"{each.committed.uri if each.committed else ''}: {broken[0]}; remove that folder and run again")
 
 
-def _make(
+def make(
     recipe: str,
     root: str,
     name: str | None,
@@ -86,7 +86,9 @@ def _make(
     targets: list[str],
     dry_run: bool,
     as_json: bool,
+    jobs: str | None = None,
 ) -> None:
+    """Bring the targets (by default all stages) up to date here, or by Ray jobs at the address `jobs`, and print what came of it."""
     from flows.promotion import described, settle
     from flows.runs import plan_summary, summary, write_run
     from flows.stages import STAGES, StageResult, plan, with_needs
@@ -113,11 +115,13 @@ def _make(
             print(described(judgement), file=sys.stderr)
         result = summary(opened, chosen, results, record["report"], judgement)
     else:
-        result = _run_flow(opened, root, recipe, chosen, given, targets)
+        result = _run_flow(opened, root, recipe, chosen, given, targets, jobs)
     print_json(result) if as_json else _print_stages(result)
 
 
-def _run_flow(opened: Root, root: str, recipe: str, name: str, overrides: list[str], targets: list[str]) -> dict[str, Any]:
+def _run_flow(
+    opened: Root, root: str, recipe: str, name: str, overrides: list[str], targets: list[str], jobs: str | None
+) -> dict[str, Any]:
     """Run the flow with Prefect's, Ray's and other chatter in a log file, and return its result."""
     from flows.prefect_server import prefect_server
     from infra.terminal import quiet_terminal
@@ -131,7 +135,7 @@ def _run_flow(opened: Root, root: str, recipe: str, name: str, overrides: list[s
 
                 scratch = None if opened.folder else str(opened.scratch)
                 try:
-                    return run_pipeline(recipe, root, name, overrides, targets, scratch)
+                    return run_pipeline(recipe, root, name, overrides, targets, scratch, jobs)
                 finally:
                     _drain_prefect()
         except UnclipError as error:

@@ -39,10 +39,15 @@ DEFAULT_ROOT = "unclip-data"
 
 def open_for(uri: str, for_writing: bool) -> Root:
     """Open ROOT; one that is not local keeps unfinished work and downloads in $UNCLIP_SCRATCH, by default below ~/.cache/unclip."""
+    return open_root(uri, scratch_for(uri), for_writing)
+
+
+def scratch_for(uri: str) -> Path | None:
+    """Return the local folder for unfinished work of a ROOT that is not local; None for one that is, which holds its own."""
     if "://" not in uri:
-        return open_root(uri, for_writing=for_writing)
+        return None
     base = Path(os.environ.get("UNCLIP_SCRATCH") or Path.home() / ".cache" / "unclip" / "scratch")
-    return open_root(uri, base / hashlib.sha256(uri.encode()).hexdigest()[:16], for_writing)
+    return base / hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
 def load_config(recipe: str, overrides: list[str] | None, address: str | None = None) -> "tuple[RunConfig, list[str]]":

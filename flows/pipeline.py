@@ -19,6 +19,7 @@ from prefect.tasks import Task
 from flows.promotion import described, settle
 from flows.runs import summary, write_run
 from flows.stages import STAGES, Stage, StageResult, run_stage, with_needs
+from flows.submission import submit_stage
 from infra import manifests
 from infra.cluster import Cluster
 from infra.errors import UnclipError
@@ -42,24 +43,33 @@ def make_stage(make: Callable[[], StageResult]) -> StageResult:
 
 @flow(name="unclip", flow_run_name="{name}", persist_result=False, retries=0)
 def run_pipeline(
-    recipe: str, root: str, name: str, overrides: list[str] | None = None, targets: list[str] | None = None, scratch: str | None = None
+    recipe: str,
+    root: str,
+    name: str,
+    overrides: list[str] | None = None,
+    targets: list[str] | None = None,
+    scratch: str | None = None,
+    jobs: str | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe into a ROOT and return what `unclip run --json` prints; `targets` are the stages wanted, by default all."""
+    """Run a recipe into a ROOT and return what `unclip run --json` prints.
+
+    `targets` are the stages wanted, by default all; `jobs` is the address of a Ray job server that each stage is handed to.
+    """
     from flows.config import load_recipe  # with torch and faiss, which the tests of the flow itself do without
 
     config = load_recipe(recipe, overrides or [])
     opened = open_root(root, Path(scratch) if scratch else None)
-    return run_stages(config, opened, name, recipe, with_needs(targets, STAGES) if targets else STAGES)
+    return run_stages(config, opened, name, recipe, with_needs(targets, STAGES) if targets else STAGES, jobs)
 
 
-def run_stages(config: Any, root: Root, name: str, recipe: str, stages: Sequence[Stage]) -> dict[str, Any]:
+def run_stages(config: Any, root: Root, name: str, recipe: str, stages: Sequence[Stage], jobs: str | None = None) -> dict[str, Any]:
     """Run the stages as tasks of the flow around it, record the run and leave its artifacts."""
     started = manifests.now()
     done: dict[str, StageResult] = {}
     with Cluster(config.cluster) as cluster:
         for stage in stages:
             inputs = {need: done[need].committed for need in stage.needs}
-            make = partial(_make, stage, root, config, inputs, cluster)
+            make = partial(_make, stage, root, config, inputs, cluster, jobs)
             done[stage.name] = make_stage.with_options(name=stage.name, task_run_name=stage.name)(make)
     record = write_run(root, name, recipe, started, {stage: result.committed for stage, result in done.items()})
     judgement = settle(root, config.evaluate.promote_if, record, {stage: result.committed for stage, result in done.items()})
@@ -72,9 +82,12 @@ def run_stages(config: Any, root: Root, name: str, recipe: str, stages: Sequence
     return result
 
 
-def _make(stage: Stage, root: Root, config: Any, inputs: Any, cluster: Cluster) -> StageResult:
+def _make(stage: Stage, root: Root, config: Any, inputs: Any, cluster: Cluster, jobs: str | None) -> StageResult:
     try:
-        result = run_stage(stage, root, config, inputs, cluster, _say)
+        if jobs:
+            result = submit_stage(stage, root, config, inputs, jobs, _say)
+        else:
+            result = run_stage(stage, root, config, inputs, cluster, _say)
     except Exception as error:
         cluster.stop()  # a retry starts with a fresh Ray
         error.add_note(stage.name)

@@ -7,7 +7,6 @@ Secrets stay in the worker's environment; the webhook's URL, often a secret itse
 
 import hashlib
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -79,6 +78,7 @@ def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
         except PrefectHTTPStatusError as error:
             raise UnclipError(f"Prefect's server refused the deployment {plan.name}: {error.response.text[:300]}") from error
         _watch_vanished(client)
+        client.delete_resource_owned_automations(f"prefect.deployment.{deployment}")
         if notify_url:
             _notify(client, deployment, plan.name, notify_url)
     return {
@@ -175,7 +175,11 @@ def _watch_vanished(client: "SyncPrefectClient") -> None:
             )
         ],
     )
-    _renew(client, watch)
+    found = client.read_automations_by_name(watch.name)
+    if found:
+        client.update_automation(found[0].id, watch)
+    else:
+        client.create_automation(watch)
 
 
 def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, url: str) -> None:
@@ -204,19 +208,4 @@ def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, url: str) 
         ],
         owner_resource=f"prefect.deployment.{deployment}",
     )
-    _renew(client, told)
-
-
-def _renew(client: "SyncPrefectClient", automation: Any) -> None:
-    found = client.read_automations_by_name(automation.name)
-    if found:
-        client.update_automation(found[0].id, automation)
-    else:
-        client.create_automation(automation)
-
-
-def parameters_of(
-    recipe: str, root: str, name: str, overrides: Sequence[str], targets: Sequence[str], scratch: str | None
-) -> dict[str, Any]:
-    """Return the parameters of a run as Prefect keeps them."""
-    return {"recipe": recipe, "root": root, "name": name, "overrides": list(overrides), "targets": list(targets), "scratch": scratch}
+    client.create_automation(told)

@@ -1,4 +1,4 @@
-"""The commands that let runs start by themselves: `schedule` on a Prefect server that there is, `up` with one of its own.
+"""The commands that let runs happen elsewhere or by themselves: `submit` on a Ray cluster, `schedule` on a Prefect server, `up`.
 
 `up` keeps a server, a worker and a schedule running on this machine until it is interrupted; the rest is `flows/schedule.py`.
 """
@@ -23,7 +23,27 @@ Cron = Annotated[str, typer.Option("--cron", metavar="CRON", help='When, as in a
 Every = Annotated[int, typer.Option("--every", metavar="SECONDS", min=0, help="Or every so many seconds, counted from now.")]
 Timezone = Annotated[str, typer.Option("--timezone", metavar="ZONE", help="The time zone of --cron, such as Europe/Berlin.")]
 Stages = Annotated[list[str] | None, typer.Option("--stage", metavar="STAGE", help="Only this stage and what it needs; may be repeated.")]
+Jobs = Annotated[
+    str | None, typer.Option("--submit", metavar="URL", help="Hand each stage to this Ray job server, as `unclip submit` does.")
+]
 NOTIFY = "UNCLIP_NOTIFY_URL"
+
+
+def submit(
+    recipe: Recipe,
+    address: Annotated[str, typer.Option("--address", metavar="URL", help="Ray's job server, such as http://head:8265.")],
+    root: RootUri = DEFAULT_ROOT,
+    name: Name = None,
+    overrides: Overrides = None,
+    stages: Stages = None,
+    as_json: Json = False,
+) -> None:
+    """Run the pipeline on a Ray cluster, each stage as a job; the same command joins jobs that a lost driver left, Ctrl-C stops them."""
+    from flows.making import make
+    from infra.ray_jobs import JobServer
+
+    JobServer(address)  # an address that is none is known at once
+    make(recipe, root, name, overrides, None, stages or [], False, as_json, jobs=address)
 
 
 def schedule(
@@ -36,6 +56,7 @@ def schedule(
     overrides: Overrides = None,
     address: Address = None,
     stages: Stages = None,
+    jobs: Jobs = None,
     paused: Annotated[bool, typer.Option("--paused", help="Make it, but start nothing until it is resumed.")] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the deployment instead.")] = False,
     as_json: Json = False,
@@ -46,7 +67,7 @@ def schedule(
     if remove:
         result = schedules.remove(run_name(recipe, name))
     else:
-        plan, _ = _plan(recipe, root, name, overrides, address, stages, cron, every, timezone, paused)
+        plan, _ = _plan(recipe, root, name, overrides, address, stages, jobs, cron, every, timezone, paused)
         result = schedules.deploy(plan, os.environ.get(NOTIFY, ""))
     print_json(result) if as_json else _print(result)
 
@@ -61,13 +82,14 @@ def up(
     overrides: Overrides = None,
     address: Address = None,
     stages: Stages = None,
+    jobs: Jobs = None,
     port: Annotated[int, typer.Option("--port", min=1024, max=65535, help="Port of Prefect's server and page, on loopback.")] = 4200,
     as_json: Json = False,
 ) -> None:
     """Start a Prefect server and a worker here, schedule the recipe on them, and stay until interrupted."""
     from infra.terminal import quiet_terminal
 
-    plan, opened = _plan(recipe, root, name, overrides, address, stages, cron, every, timezone, False)
+    plan, opened = _plan(recipe, root, name, overrides, address, stages, jobs, cron, every, timezone, False)
     home = (opened.folder or opened.scratch) / "prefect"
     with quiet_terminal(home / f"up-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
         from flows.prefect_server import lasting_server
@@ -99,6 +121,7 @@ def _plan(
     overrides: list[str] | None,
     address: str | None,
     stages: list[str] | None,
+    jobs: str | None,
     cron: str,
     every: int,
     timezone: str,
@@ -114,7 +137,15 @@ def _plan(
     path = find_recipe(recipe)
     written = path.stem if path.parent == BUILT_IN else str(path.resolve())
     scratch = None if opened.folder else str(opened.scratch)
-    parameters = schedules.parameters_of(written, opened.uri, run_name(recipe, name), given, stages or [], scratch)
+    parameters = {
+        "recipe": written,
+        "root": opened.uri,
+        "name": run_name(recipe, name),
+        "overrides": given,
+        "targets": stages or [],
+        "scratch": scratch,
+        "jobs": jobs,
+    }
     if not cron and not every:
         raise CallerError('a schedule needs --cron "0 3 * * *" or --every SECONDS, one of them')
     return schedules.Plan(run_name(recipe, name), parameters, Path.cwd(), cron, timezone, every, paused), opened

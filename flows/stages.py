@@ -243,13 +243,19 @@ def _short(value: Any) -> str:
 
 
 def run_stage(
-    stage: Stage, root: Root, config: Any, inputs: Mapping[str, Committed], cluster: Cluster, say: Callable[[str], None]
+    stage: Stage,
+    root: Root,
+    config: Any,
+    inputs: Mapping[str, Committed],
+    cluster: Cluster,
+    say: Callable[[str], None],
+    guard: Callable[[], object] = lambda: None,
 ) -> StageResult:
     """Run one stage on its inputs and commit what it made, unless that is current already.
 
     `inputs` holds what `stage.needs` names. Waits (and says so) where another run is making the same folder. Raises StorageError for a
-    full disk or a refused write, and whatever the adapter raises; what was committed before stays, and the stage's `work` folder stays
-    for the next attempt.
+    full disk or a refused write, and whatever the adapter raises, or `guard` just before the commit; what was committed before stays,
+    and the stage's `work` folder stays for the next attempt.
     """
     started, clock = manifests.now(), time.monotonic()
     given = {name: inputs[name] for name in stage.needs}
@@ -276,6 +282,11 @@ def run_stage(
             "counts": counts,
             "started": started,
         }
+        try:
+            guard()
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
         made = manifests.commit(root, stage.name, key, out, facts, existing.manifest["attempt"] if existing else None)
         shutil.rmtree(work, ignore_errors=True)
         return StageResult(stage.name, key, "ran", time.monotonic() - clock, made)

@@ -18,6 +18,19 @@ from infra.settings import Section
 KNOCK_LIMIT_S = 10
 
 
+class StageResources(Section):
+    """What a stage's own process asks of a cluster that it is submitted to; its workers ask for themselves."""
+
+    cpus: float = Field(default=1, ge=0)
+    """CPU cores."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs."""
+    memory_bytes: int = Field(default=0, ge=0)
+    """Memory; 0 asks for none."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that the node must have, in Ray's form: `{"market-type" = "!spot"}` keeps a stage off nodes that may vanish."""
+
+
 class ClusterConfig(Section):
     """Where the work runs and with how many workers; nothing here changes what a stage makes."""
 
@@ -43,10 +56,19 @@ class ClusterConfig(Section):
     """Shared memory of the local Ray's object store; the stages pass files, so little is needed."""
     max_failures: int = Field(default=2, ge=0)
     """How often a training group is restarted from its last checkpoint before the stage fails (Ray's own default is 0)."""
+    stages: dict[str, StageResources] = Field(default_factory=dict)
+    """Under `unclip submit`: what the process of a stage asks for; by default a download asks for its processes, training for none."""
+    attempts: int = Field(default=3, ge=1, le=100)
+    """Under `unclip submit`: how often the job of a stage is tried; raise it on nodes that may vanish."""
+    upload_code: bool = True
+    """Under `unclip submit`: send this checkout with each job; false where the cluster's image has it. Packages are the image's."""
+    python: str = "python"
+    """Under `unclip submit`: the interpreter on the cluster."""
 
     outside_key: ClassVar[frozenset[str]] = frozenset(
         {
             *("address", "num_cpus", "cpus_per_worker", "use_gpu", "object_store_memory_bytes", "max_failures"),
+            *("stages", "attempts", "upload_code", "python"),
             *("clip_workers", "embed_workers", "prior_workers", "decoder_workers", "upsampler_workers"),
         }
     )

@@ -1,0 +1,198 @@
+"""Ray jobs that a driver may lose and find again: fixed submission ids, numbered attempts, logs that stream, cancelling that stops.
+
+Ray runs a job once and forgets it with its cluster. So the attempt's number is kept by the caller (`claim`), before the job is
+submitted: whoever comes back asks for the attempt that was claimed last, joins it while it runs and claims the next one otherwise. Two
+drivers that do so at once submit the same id, and the second joins. Knows nothing of stages.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from infra.errors import CallerError, UnclipError
+
+POLL_S = 1.0
+RUNNING = ("PENDING", "RUNNING")
+PASSING = ("No available agent", "status code 502", "status code 503", "status code 504")
+RAYS_OWN = ("job_manager.py", "Running entrypoint for job")
+HOPELESS_EXIT = 2
+"""Exit code of an entrypoint that would fail again."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run on the cluster; `name` with an attempt's number is the submission id."""
+
+    name: str
+    command: Callable[[int], str]
+    """The shell command of an attempt."""
+    attempts: int = 3
+    cpus: float = 0
+    gpus: float = 0
+    memory_bytes: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels that the entrypoint's node must have."""
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)
+
+
+class JobServer:
+    """Ray's job server at an address such as `http://head:8265`."""
+
+    def __init__(self, address: str, silence_limit_s: float = 300) -> None:
+        """Keep asking for `silence_limit_s` where the server does not answer."""
+        if not address.startswith(("http://", "https://")):
+            raise CallerError(f"--address {address}: must be the address of Ray's job server, such as http://head:8265")
+        self.address, self.silence_limit_s = address, silence_limit_s
+        self.client: Any = None
+
+    def run(self, job: Job, claimed: int, claim: Callable[[int], None], is_done: Callable[[], bool], show: Callable[[str], None]) -> None:
+        """Have the job done: join the attempt `claimed` (0 for none) if it runs, else claim and submit attempts until one succeeds.
+
+        `claim(n)` must keep n where a returning driver finds it; `is_done()` tells whether the result is there. An interruption
+        stops the job. Raises UnclipError when the attempts are used up, when someone else stopped it, or when the server is silent.
+        """
+        number, tries = claimed, 0
+        if not number or self.status(job, number) not in RUNNING:
+            number, tries = self._submit(job, number + 1, claim), 1
+        else:
+            show(f"{job_id(job, number)} runs already: joined")
+        while True:
+            state, said = self._follow(job, number, show)
+            if state == "SUCCEEDED" and is_done():
+                return
+            if state == "STOPPED":
+                raise UnclipError(f"{job_id(job, number)} was stopped by someone else; the same command goes on from here")
+            why = said or f"it ended as {state or 'unknown to a new cluster'}"
+            if tries >= job.attempts or self._exit_code(job, number) == HOPELESS_EXIT:
+                raise UnclipError(f"{job_id(job, number)}: {why}")
+            show(f"{job_id(job, number)}: {why}; attempt {number + 1} follows")
+            number, tries = self._submit(job, number + 1, claim), tries + 1
+
+    def _submit(self, job: Job, number: int, claim: Callable[[int], None]) -> int:
+        claim(number)
+
+        def submit() -> None:
+            try:
+                self._client().submit_job(
+                    submission_id=job_id(job, number),
+                    entrypoint=job.command(number),
+                    runtime_env=dict(job.runtime_env),
+                    entrypoint_num_cpus=job.cpus or None,
+                    entrypoint_num_gpus=job.gpus or None,
+                    entrypoint_memory=job.memory_bytes or None,
+                    entrypoint_label_selector=dict(job.labels) or None,
+                )
+            except RuntimeError as error:
+                if "already exists" not in str(error):
+                    raise
+
+        self._patiently(submit)
+        return number
+
+    def _follow(self, job: Job, number: int, show: Callable[[str], None]) -> tuple[str, str]:
+        """Show an attempt's log until it ends; returns its state ("" where the cluster does not know it) and its last own word."""
+        tail = _Tail(show)
+        reader: threading.Thread | None = None
+        try:
+            while True:
+                if reader is None or not reader.is_alive():  # none yet, or cut: it reads again and shows only what is new
+                    reader = threading.Thread(target=tail.read, args=(self._client(), job_id(job, number)), daemon=True)
+                    reader.start()
+                state = self.status(job, number)
+                if state not in RUNNING:
+                    reader.join(timeout=10)
+                    return state, tail.last_word
+                time.sleep(POLL_S)
+        except Exception:
+            raise
+        except BaseException:  # interrupted or cancelled: nobody waits for the result any more
+            self._client().stop_job(job_id(job, number))
+            show(f"{job_id(job, number)} is stopped")
+            raise
+
+    def status(self, job: Job, number: int) -> str:
+        """Return the state of an attempt, "" where the cluster has never heard of it (it was made anew since)."""
+
+        def ask() -> str:
+            try:
+                return str(self._client().get_job_status(job_id(job, number)).value)
+            except RuntimeError as error:
+                if "does not exist" in str(error):
+                    return ""
+                raise
+
+        return self._patiently(ask)
+
+    def _exit_code(self, job: Job, number: int) -> int | None:
+        try:
+            code: int | None = self._patiently(lambda: self._client().get_job_info(job_id(job, number)).driver_exit_code)
+            return code
+        except RuntimeError:
+            return None
+
+    def _client(self) -> Any:
+        if self.client is None:
+            from ray.job_submission import JobSubmissionClient
+
+            self.client = JobSubmissionClient(self.address)
+        return self.client
+
+    def _patiently(self, ask: Callable[[], Any]) -> Any:
+        limit = time.monotonic() + self.silence_limit_s
+        while True:
+            try:
+                return ask()
+            except (ConnectionError, OSError, TimeoutError) as error:
+                if time.monotonic() >= limit:
+                    line = " ".join(str(error).split())[:200]
+                    raise UnclipError(
+                        f"Ray's job server at {self.address} does not answer: {line}; the same command joins the job again"
+                    ) from error
+                time.sleep(POLL_S)
+            except Exception as error:
+                if type(error).__name__ == "AuthenticationError" or "status code 401" in str(error):
+                    raise UnclipError(
+                        f"Ray at {self.address} refuses us: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as its head has them"
+                    ) from error
+                if not any(words in str(error) for words in PASSING) or time.monotonic() >= limit:
+                    raise
+                time.sleep(POLL_S)
+
+
+class _Tail:
+    """Shows a job's log line by line; after a cut the server sends it from the beginning, and only what is new is shown."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self.show, self.shown, self.last_word = show, 0, ""
+
+    def read(self, client: Any, submission_id: str) -> None:
+        asyncio.run(self._read(client, submission_id))
+
+    async def _read(self, client: Any, submission_id: str) -> None:
+        line_number, rest = 0, ""
+        try:
+            async for piece in client.tail_job_logs(submission_id):
+                *lines, rest = (rest + piece).split("\n")
+                for line in lines:
+                    line_number += 1
+                    if line_number > self.shown:
+                        self.shown = line_number
+                        self._take(line)
+        except (RuntimeError, OSError):
+            return  # cut; the caller reads on as long as the job runs
+        if rest and line_number >= self.shown:
+            self._take(rest)
+
+    def _take(self, line: str) -> None:
+        if line.startswith("unclip: "):
+            self.last_word = line.removeprefix("unclip: ")
+        elif line.strip() and not any(words in line for words in RAYS_OWN):
+            self.show(line)
+
+
+def job_id(job: Job, number: int) -> str:
+    """Return the submission id of an attempt."""
+    return f"{job.name}-{number}"

@@ -1,0 +1,116 @@
+"""A real Ray cluster for a test: a head with its job server and further nodes, each by its own `ray start`, with token authentication.
+
+Every process that it starts carries a mark in its environment, by which it is found and ended: `ray stop` would end others' too.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+START_LIMIT_S = 120
+HERE = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RayCluster:
+    """Context manager: one node or more; `address` is the job server's, `environment` what clients need."""
+
+    def __init__(self, cpus: tuple[int, ...] = (2,)) -> None:
+        self.cpus = cpus
+        self.mark = f"UNCLIP_TEST_CLUSTER={secrets.token_hex(8)}"
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's sockets lie below it
+        self.port, self.dashboard = free_port(), free_port()
+        self.address = f"http://127.0.0.1:{self.dashboard}"
+        self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.nodes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        try:
+            head = ["--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}"]
+            self._start([*head, f"--temp-dir={self.folder}"], self.cpus[0])
+            self._wait()
+            for cpus in self.cpus[1:]:
+                self.add_node(cpus)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _start(self, arguments: list[str], cpus: int) -> "subprocess.Popen[bytes]":
+        mark, _, value = self.mark.partition("=")
+        environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")} | self.environment
+        environment |= {mark: value, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        log = (self.folder / f"node-{len(self.nodes)}.log").open("wb")
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+        # The agent that takes jobs has a fixed port by default, which another Ray on this machine may hold.
+        command += [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
+        command += [f"--metrics-export-port={free_port()}", f"--runtime-env-agent-port={free_port()}"]
+        node = subprocess.Popen(
+            [*command, f"--num-cpus={cpus}", f"--object-store-memory={100 << 20}", *arguments],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.nodes.append(node)
+        return node
+
+    def add_node(self, cpus: int) -> "subprocess.Popen[bytes]":
+        """Start a further node and return its leader."""
+        return self._start([f"--address=127.0.0.1:{self.port}"], cpus)
+
+    def _wait(self) -> None:
+        limit = time.monotonic() + START_LIMIT_S
+        asked = urllib.request.Request(
+            f"{self.address}/api/version", headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        )
+        while time.monotonic() < limit:
+            assert self.nodes[0].poll() is None, (self.folder / "node-0.log").read_text()[-2000:]
+            try:
+                with urllib.request.urlopen(asked, timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.3)
+        raise AssertionError("Ray's head did not come up")
+
+    def processes(self, words: str = "") -> list[int]:
+        """Return this cluster's processes whose command line holds the words."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                if folder.name.isdigit() and self.mark.encode() in (folder / "environ").read_bytes():
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    if words in command:
+                        found.append(int(folder.name))
+            except OSError:
+                continue
+        return found
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for _ in range(3):
+            for pid in self.processes():
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.2)
+        for node in self.nodes:
+            node.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
