@@ -19,7 +19,7 @@ import pytest
 from flows.schedule import queue_of
 from tests.s3_server import free_ports
 from tests.test_pipeline import processes
-from tests.tiny import prepare, ran, start
+from tests.tiny import LIMIT_S, prepare, ran, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 EVERY_S = 15
@@ -66,7 +66,7 @@ class Up:
 
     def runs(self, name: str = "tiny") -> list[dict[str, Any]]:
         asked = {"deployments": {"name": {"any_": [name]}}, "sort": "EXPECTED_START_TIME_ASC"}
-        answer = httpx.post(f"{self.api}/flow_runs/filter", json=asked)
+        answer = httpx.post(f"{self.api}/flow_runs/filter", json=asked, timeout=LIMIT_S)
         found: list[dict[str, Any]] = answer.raise_for_status().json()
         return found
 
@@ -96,8 +96,10 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
             assert running.process.stderr and running.process.stderr.readline().startswith("up: http://127.0.0.1:")
             yield running
         finally:
-            os.killpg(running.process.pid, signal.SIGKILL)
+            running.process.kill()
             running.process.communicate()
+            for pid in processes(str(folder)):  # a run that was under way
+                os.kill(pid, signal.SIGKILL)
 
 
 def unclip(up: Up, *arguments: str) -> tuple[int, str, str]:
@@ -125,9 +127,9 @@ def test_runs_into_one_root_never_overlap(up: Up) -> None:
     assert code == 0, err
     result = json.loads(out)
     assert result["deployment"] == "unclip/other" and result["queue"] == queue_of(str(up.folder / "root"))
-    queue = httpx.get(f"{up.api}/work_pools/unclip/queues/{result['queue']}").raise_for_status().json()
+    queue = httpx.get(f"{up.api}/work_pools/unclip/queues/{result['queue']}", timeout=LIMIT_S).raise_for_status().json()
     assert queue["concurrency_limit"] == 1
-    deployment = httpx.get(f"{up.api}/deployments/{result['id']}").raise_for_status().json()
+    deployment = httpx.get(f"{up.api}/deployments/{result['id']}", timeout=LIMIT_S).raise_for_status().json()
     assert set(deployment["tags"]) == {"unclip", "recipe:tiny", result["queue"]} and deployment["parameters"]["name"] == "other"
     up.until(lambda: [run for run in up.runs("other") if run["state_type"] == "COMPLETED"])
     spans = sorted((run["start_time"], run["end_time"] or "9") for name in ("tiny", "other") for run in up.runs(name) if run["start_time"])
@@ -142,11 +144,11 @@ def test_a_cron_schedule_is_kept_with_its_time_zone_and_a_wrong_one_is_the_calle
     arguments = ("schedule", "tiny.toml", "--root", "elsewhere", "--name", "nightly", "--cron")
     code, out, err = unclip(up, *arguments, "0 3 * * *", "--timezone", "Europe/Berlin", "--paused", "--json")
     assert code == 0, err
-    deployment = httpx.get(f"{up.api}/deployments/{json.loads(out)['id']}").raise_for_status().json()
+    deployment = httpx.get(f"{up.api}/deployments/{json.loads(out)['id']}", timeout=LIMIT_S).raise_for_status().json()
     assert deployment["paused"] and [each["schedule"]["cron"] for each in deployment["schedules"]] == ["0 3 * * *"]
     assert deployment["schedules"][0]["schedule"]["timezone"] == "Europe/Berlin"
     code, _, err = unclip(up, *arguments, "30 4 * * *", "--json")  # renewed, not added
-    deployment = httpx.get(f"{up.api}/deployments/{json.loads(out)['id']}").raise_for_status().json()
+    deployment = httpx.get(f"{up.api}/deployments/{json.loads(out)['id']}", timeout=LIMIT_S).raise_for_status().json()
     assert code == 0 and [each["schedule"]["cron"] for each in deployment["schedules"]] == ["30 4 * * *"], err
     for wrong in (["61 3 * * *"], ["0 3 * * *", "--timezone", "Mars/Olympus"], ["0 3 * * *", "--every", "5"]):
         code, _, err = unclip(up, *arguments, *wrong)
