@@ -72,6 +72,8 @@ def _size_disagreement(config: RunConfig) -> str:
         )
     if clip.image_tower == "conv" and clip.image_size_px % CONV_FOLD:
         return f'[clip] image_size_px = {clip.image_size_px} but [clip] image_tower = "conv": it must be a multiple of {CONV_FOLD}'
+    if config.prior.kind == "autoregressive" and config.prior.pca_dims > clip.embed_dim:
+        return f"[prior] pca_dims = {config.prior.pca_dims} but [clip] embed_dim = {clip.embed_dim}: there are no more components than that"
     fold = decoder.patch_px * 2 ** (len(decoder.multiples) - 1)
     if decoder.image_size_px % fold:
         return (

@@ -138,9 +138,9 @@ def clip_parameters(config: "RunConfig") -> int:
 
 
 def prior_parameters(config: "RunConfig") -> int:
-    from training import prior
+    from training import priors
 
-    return prior.count_parameters(config.prior, config.clip, config.tokenizer.vocab_size)
+    return priors.count_parameters(config.prior, config.clip, config.tokenizer.vocab_size)
 
 
 def decoder_parameters(config: "RunConfig") -> int:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from training.clip import ClipConfig
 from training.loop import Step
-from training.prior import DROP, Prior, PriorConfig, count_parameters
+from training.prior import DROP, Prior, PriorConfig
+from training.priors import count_parameters
 from training.tokenizer import END, PAD, START
 
 E, VOCABULARY, CONTEXT = 16, 40, 10

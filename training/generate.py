@@ -14,9 +14,10 @@ from torch import Tensor
 
 from infra.errors import CallerError
 from training import clip as clip_model
+from training import priors
 from training.clip import CLIP
 from training.decoder import Decoder, DecoderConfig
-from training.prior import Prior, PriorConfig
+from training.priors import AnyPrior
 from training.tokenizer import Tokenizer
 
 BATCH = 64
@@ -26,7 +27,7 @@ SEED_STRIDE = 1_000_003
 class Unclip:
     """A trained text-to-image system."""
 
-    def __init__(self, clip: CLIP, tokenizer: Tokenizer, prior: Prior, decoder: Decoder) -> None:
+    def __init__(self, clip: CLIP, tokenizer: Tokenizer, prior: AnyPrior, decoder: Decoder) -> None:
         self.clip, self.tokenizer, self.prior, self.decoder = clip, tokenizer, prior, decoder
 
     @classmethod
@@ -37,9 +38,7 @@ class Unclip:
         """
         clip, prior, decoder = _folders(Path(folder), prior, decoder)
         model, tokenizer = clip_model.load(clip)
-        facts = json.loads((prior / "config.json").read_text())
-        a_prior = Prior(PriorConfig.model_validate(facts["prior"]), facts["embed_dim"], facts["vocab_size"], facts["context"])
-        a_prior.load_state_dict(load_file(prior / "weights.safetensors"))
+        a_prior = priors.load(prior)
         facts = json.loads((decoder / "config.json").read_text())
         a_decoder = Decoder(DecoderConfig.model_validate(facts["decoder"]), facts["embed_dim"], facts["vocab_size"], facts["context"])
         a_decoder.load_state_dict(load_file(decoder / "weights.safetensors"))

@@ -24,13 +24,13 @@ from infra.cluster import ClusterConfig
 from infra.errors import DataError, UnclipError
 from infra.progress import Progress
 from training import clip as clip_model
-from training import embeddings, loop, soundness
+from training import embeddings, loop, priors, soundness
 from training.clip import CLIP, ClipConfig, contrastive_loss, to_pixels
 from training.decoder import Decoder, DecoderConfig
 from training.loop import LoopConfig, Step
 from training.parallel import world
 from training.pictures import Pictures, read_table
-from training.prior import Prior, PriorConfig
+from training.prior import PriorConfig
 from training.tokenizer import Tokenizer, TokenizerConfig
 
 PHRASING, SHIFT = 11, 12  # streams of randomness in a step
@@ -55,7 +55,7 @@ def train_clip(
 
 
 def train_prior(config: PriorConfig, cluster: ClusterConfig, clip: Path, embed: Path, out: Path, work: Path) -> dict[str, Any]:
-    """Train the diffusion prior on the embeddings, CLIP frozen."""
+    """Train the prior on the embeddings, CLIP frozen."""
     count = _start_from_clip(clip, embed, work)
     _train("prior", fit_prior, config, cluster, cluster.prior_workers, {"clip": str(clip), "embed": str(embed)}, out, work)
     return {"in": count, "out": count, "dropped": {}, **_outcome(out)}
@@ -102,7 +102,8 @@ def fit_prior(config: PriorConfig, paths: dict[str, Path], work: Path, device: s
     texts = embeddings.Captions(table["captions"].to_pylist(), tokenizer)
     z_t = texts.embed(clip.to(device))
     torch.manual_seed(config.seed)
-    model = Prior(config, z_i.shape[1], tokenizer.vocab_size, tokenizer.context).to(device)
+    model = priors.make(config, z_i.shape[1], tokenizer.vocab_size, tokenizer.context).to(device)
+    model.fit_to(z_i, z_t[texts.firsts])
 
     def loss_of(step: Step) -> Tensor:
         rows = step.samples(len(z_i))

@@ -5,13 +5,15 @@ scaled to unit variance by a factor computed from the data. Knows nothing of pic
 Legend: B batch, N tokens, D width, E embedding dimensions.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from infra.errors import DataError
 from training import samplers
-from training.clip import ClipConfig
 from training.diffusion import Schedule, as_denoise
 from training.loop import LoopConfig, Step
 from training.noise import generators, noise
@@ -25,6 +27,8 @@ DROP, TIME, NOISE = 1, 2, 3  # streams of randomness in a step
 class PriorConfig(LoopConfig):
     """The prior and its training (unCLIP, table 3: width 2048, depth 24, 1B parameters)."""
 
+    kind: Literal["diffusion", "autoregressive"] = "diffusion"
+    """How z_i is drawn: by denoising it, or coordinate by coordinate (unCLIP, section 2.2, has both and prefers the first)."""
     width: int = Field(default=256, ge=32, le=8192)
     """Width of the transformer."""
     depth: int = Field(default=4, ge=1, le=64)
@@ -37,6 +41,15 @@ class PriorConfig(LoopConfig):
     """Steps at sampling; unCLIP: 64."""
     best_of: int = Field(default=2, ge=1, le=64)
     """Candidates drawn for each z_i; the one with the largest dot product with z_t is kept. unCLIP: 2."""
+    variance: float | None = Field(default=None, gt=0, le=100)
+    """Variance about their mean to which embeddings are scaled, by a factor from the data; unCLIP: a picture's, about 0.29 (a factor of
+    17.2 on 1,024 dimensions). Unset: unit vectors times the root of their dimensions. Diffusion only."""
+    pca_dims: int = Field(default=32, ge=1, le=4096)
+    """Principal components of z_i that are drawn, the largest first; unCLIP: 319 of 1,024. Autoregressive only, like all below."""
+    buckets: int = Field(default=256, ge=2, le=65_536)
+    """Values that a coordinate is rounded to; unCLIP: 1,024."""
+    temperature: float = Field(default=1.0, gt=0, le=10)
+    """Divides the logits at sampling: below 1 the likelier values gain."""
 
 
 class Prior(nn.Module):
@@ -61,6 +74,15 @@ class Prior(nn.Module):
         self.out = nn.Linear(D, embed_dim)
         nn.init.normal_(self.tokens.weight, std=0.02)
         self.register_buffer("scale", torch.tensor(float(embed_dim) ** 0.5))
+
+    @torch.no_grad()
+    def fit_to(self, z_i: Tensor, z_t: Tensor) -> None:
+        """Take the embedding scale from the training embeddings, unit vectors z_i (M, E), where the config asks for a variance."""
+        if self.config.variance is not None:
+            spread = (z_i - z_i.mean(0)).square().mean(dtype=torch.float64)
+            if not float(spread) > 0:
+                raise DataError("all image embeddings are the same: there is nothing for the prior to learn")
+            self.scale.fill_(float((self.config.variance / spread) ** 0.5))
 
     def forward(self, x_t: Tensor, t: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
         """Predict the scaled z_i, (B, E), from a noised one (B, E), times (B,), scaled z_t (B, E) and caption ids (B, N)."""
@@ -103,9 +125,3 @@ class Prior(nn.Module):
         z_i = F.normalize(z_i, dim=-1).view(len(z_t), best_of, -1)
         best = (z_i * z_t[:, None]).sum(-1).argmax(1)
         return z_i[torch.arange(len(z_t)), best]
-
-
-def count_parameters(config: PriorConfig, clip: ClipConfig, vocab_size: int, context: int = 77) -> int:
-    """Count the prior's parameters without allocating them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Prior(config, clip.embed_dim, vocab_size, context).parameters())

@@ -17,6 +17,23 @@ def heads_of(width: int) -> int:
     return max(1, width // (HEAD_WIDTH if width >= 4 * HEAD_WIDTH else HEAD_WIDTH // 2))
 
 
+class KeyValues:
+    """The keys and values of one layer for the tokens so far, so that a next token costs itself alone."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.length = most, 0
+        self.k = self.v = torch.empty(0)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values (B, H, N, D/H) of the next N tokens; return those of all tokens so far."""
+        if not self.length:
+            self.k, self.v = (x.new_empty(*x.shape[:2], self.most, x.shape[3]) for x in (k, v))
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention through the fused kernel."""
 
@@ -26,16 +43,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, is_key: Tensor | None = None) -> Tensor:
-        """Map (B, N, D) to (B, N, D); `is_key`, bool (B, N), says which tokens may be attended to (all, unless given)."""
+    def forward(self, x: Tensor, is_key: Tensor | None = None, past: KeyValues | None = None) -> Tensor:
+        """Map (B, N, D) to (B, N, D), the N tokens standing behind the P of `past`, which takes them in.
+
+        `is_key`, bool (B, P + N), says which tokens may be attended to (all, unless given).
+        """
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
-        if is_key is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
+        if past is not None:
+            k, v = past.append(k, v)
+        M = k.shape[2]
+        if is_key is None and (not self.is_causal or N in (1, M)):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal and N == M)
         else:
-            mask = is_key[:, None, None, :].expand(B, 1, N, N)
+            mask = torch.ones(N, M, dtype=torch.bool, device=x.device)
             if self.is_causal:
-                mask = mask & torch.ones(N, N, dtype=torch.bool, device=x.device).tril()
+                mask = mask.tril(M - N)
+            mask = mask.expand(B, 1, N, M) if is_key is None else mask & is_key[:, None, None, :]
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
@@ -49,9 +73,9 @@ class Block(nn.Module):
         self.attention = Attention(width, is_causal)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, is_key: Tensor | None = None) -> Tensor:
-        """Map (B, N, D) to (B, N, D); `is_key` as in Attention."""
-        x = x + self.attention(self.norm_1(x), is_key)
+    def forward(self, x: Tensor, is_key: Tensor | None = None, past: KeyValues | None = None) -> Tensor:
+        """Map (B, N, D) to (B, N, D); `is_key` and `past` as in Attention."""
+        x = x + self.attention(self.norm_1(x), is_key, past)
         return x + self.mlp(self.norm_2(x))
 
 
