@@ -58,9 +58,14 @@ def run(job: StageJob) -> Counts:
 def sections_of(job: StageJob, model: "Unclip", folders: Mapping[str, Path]) -> list["MakeSection"]:
     """Return what the report measures besides, in the order of the page; each is run when its turn comes."""
     from flows import attack_section, decoder_section, relations_section
+    from indexing.prior_figures import prior_section
 
     config, embed, shards = job.config.evaluate, folders["embed"], folders["ingest"] / "shards"
-    made: list[MakeSection] = [partial(decoder_section.section, config, model, embed, shards)]
+    prior = model.prior.config
+    made: list[MakeSection] = [
+        lambda _: prior_section(embed, model.predict, prior.kind, prior.best_of, config.resamples, config.seed),
+        partial(decoder_section.section, config, model, embed, shards),
+    ]
     if config.typographic is not None:
         made.append(partial(attack_section.section, config.typographic, config, model, embed, shards))
     if config.relations is not None:

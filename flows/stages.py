@@ -157,7 +157,7 @@ STAGES = (
     Stage("index", ("embed",), ("index",), 1, run_index),
     Stage("prior", ("clip", "embed"), ("prior",), 1, run_prior, prior_parameters),
     Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, decoder_parameters),
-    Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 1, run_evaluate),
+    Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 2, run_evaluate),
 )
 
 

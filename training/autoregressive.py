@@ -129,7 +129,7 @@ class AutoregressivePrior(nn.Module):
                 x = block(x, is_key, past)
             logits = self.out(self.norm(x[:, -1])).double() / self.config.temperature
             cumulated = logits.softmax(-1).cumsum(-1)
-            buckets[:, place] = torch.searchsorted(cumulated, chance[:, place : place + 1], right=True)[:, 0].clamp(
+            buckets[:, place] = torch.searchsorted(cumulated, chance[:, place : place + 1].contiguous(), right=True)[:, 0].clamp(
                 max=self.config.buckets - 1
             )
             x = (self.values(buckets[:, place]) + self.positions[place + 1])[:, None] if place < K else x

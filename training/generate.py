@@ -66,6 +66,14 @@ class Unclip:
             pictures.append(self.decoder.sample(z_i, ids[part], own, steps, guidance))
         return to_images(torch.cat(pictures)).reshape(len(prompts), count, *(self.decoder.config.image_size_px,) * 2, 3)
 
+    def predict(self, prompts: list[str], seed: int = 0, best_of: int | None = None) -> np.ndarray:
+        """Draw one z_i for each prompt by the prior, unit vectors float32 (P, E): that of `generate`'s first picture."""
+        z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(self.device)
+        ids = self.tokenizer(prompts).to(self.device)
+        parts = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
+        own = [seed * SEED_STRIDE] * len(prompts)
+        return torch.cat([self.prior.sample(z_t[part], ids[part], own[part], best_of=best_of) for part in parts]).cpu().numpy()
+
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         """Embed texts as unit vectors float32 (B, E)."""
         return clip_model.embed_texts(self.clip, self.tokenizer, texts).numpy()
