@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from flows import export, lecture, making, manipulating, scheduling, serving, using
+from flows import enlarging, export, lecture, making, manipulating, scheduling, serving, using
 from infra.errors import UnclipError
 from infra.storage import complaint
 
@@ -34,7 +34,7 @@ app.command()(making.run)
 app.command()(making.status)
 for _stage in ("ingest", "curate", "embed", "index", "evaluate"):
     app.command(_stage, help=f"Run the stage {_stage}, with what it needs.")(making.verb(_stage))
-for _stage in ("clip", "prior", "decoder"):
+for _stage in ("clip", "prior", "decoder", "upsampler", "upsampler_2"):
     train.command(_stage, help=f"Train the {_stage}, with what it needs.")(making.verb(_stage))
 app.add_typer(train, name="train")
 app.command()(scheduling.submit)
@@ -47,6 +47,7 @@ app.command()(manipulating.vary)
 app.command()(manipulating.interpolate)
 app.command()(manipulating.textdiff)
 app.command()(manipulating.reconstruct)
+app.command()(enlarging.upsample)
 app.command()(export.export)
 diffusion.command()(lecture.swiss_roll)
 diffusion.command()(lecture.across_time)

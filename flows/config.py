@@ -3,6 +3,7 @@
 The only place that checks agreement across sections. Reads recipe files; knows nothing of ROOT and stages.
 """
 
+import math
 from collections.abc import Sequence
 
 from flows.curate import CurateConfig
@@ -19,13 +20,14 @@ from training.decoder import DecoderConfig
 from training.embed import EmbedConfig
 from training.prior import PriorConfig
 from training.tokenizer import TokenizerConfig
+from training.upsampler import UpsamplerConfig
 
 CONV_FOLD = 8
 """The convolutional image tower halves a picture's side three times."""
 
 
 class RunConfig(Section):
-    """One recipe, resolved. A section that the recipe leaves out has its defaults."""
+    """One recipe, resolved. A section that the recipe leaves out has its defaults, or is None where it may be missing."""
 
     data: DataConfig
     curate: CurateConfig
@@ -35,6 +37,10 @@ class RunConfig(Section):
     index: IndexConfig
     prior: PriorConfig
     decoder: DecoderConfig
+    upsampler: UpsamplerConfig | None = None
+    """Enlarges what the decoder draws; without the section there is no such stage."""
+    upsampler_2: UpsamplerConfig | None = None
+    """Enlarges what the first up-sampler draws."""
     evaluate: EvaluateConfig
     cluster: ClusterConfig
 
@@ -45,7 +51,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises CallerError: one line that names the recipe, the section, the key, the value and what is allowed.
     """
     path = find_recipe(recipe)
-    tree = {name: {} for name in RunConfig.model_fields} | read_recipe(path, overrides)
+    tree = {name: {} for name, field in RunConfig.model_fields.items() if field.is_required()} | read_recipe(path, overrides)
     config = validated(tree, RunConfig, path.name)
     disagreement = find_disagreement(config)
     if disagreement:
@@ -55,7 +61,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def find_disagreement(config: RunConfig) -> str:
     """Return what two keys contradict each other in, naming both and the mend, or ""."""
-    return _size_disagreement(config) or _worker_disagreement(config) or _malformed_condition(config)
+    return _size_disagreement(config) or _upsampler_disagreement(config) or _worker_disagreement(config) or _malformed_condition(config)
 
 
 def _size_disagreement(config: RunConfig) -> str:
@@ -83,12 +89,41 @@ def _size_disagreement(config: RunConfig) -> str:
     return ""
 
 
+def _upsampler_disagreement(config: RunConfig) -> str:
+    if config.upsampler_2 and not config.upsampler:
+        return "[upsampler_2] enlarges what [upsampler] draws, which is missing: call the section [upsampler]"
+    before = ("decoder", config.decoder.image_size_px)
+    for name, section in (("upsampler", config.upsampler), ("upsampler_2", config.upsampler_2)):
+        if section is None:
+            continue
+        side_px = section.image_size_px
+        if side_px > config.data.image_size_px:
+            return (
+                f"[{name}] image_size_px = {side_px} but [data] image_size_px = {config.data.image_size_px}: "
+                "it would learn to enlarge as interpolation does, raise the second"
+            )
+        if side_px != before[1] * section.factor:
+            return (
+                f"[{name}] image_size_px = {side_px} but it gets pictures of {before[1]} px from [{before[0]}] "
+                f"and factor = {section.factor}: it must be {before[1] * section.factor}"
+            )
+        fold = math.lcm(section.factor, section.patch_px * 2 ** (len(section.multiples) - 1))
+        if section.crop_px % fold or section.crop_px > side_px:
+            return (
+                f"[{name}] crop_fraction = {section.crop_fraction:g} cuts crops of {section.crop_px} px: with factor = {section.factor}, "
+                f"patch_px = {section.patch_px} and {len(section.multiples)} multiples that must be a multiple of {fold}"
+            )
+        before = (name, side_px)
+    return ""
+
+
 def _worker_disagreement(config: RunConfig) -> str:
     cluster = config.cluster
     trained = (
         ("clip", config.clip.batch_size, cluster.clip_workers),
         ("prior", config.prior.batch_size, cluster.prior_workers),
         ("decoder", config.decoder.batch_size, cluster.decoder_workers),
+        *(("upsampler", each.batch_size, cluster.upsampler_workers) for each in (config.upsampler, config.upsampler_2) if each),
     )
     for name, batch_size, workers in trained:
         if batch_size % workers:

@@ -20,7 +20,7 @@ from infra.manifests import Committed
 from infra.storage import Root, one_line_errors
 
 NEEDED = ("clip", "prior", "decoder")
-MODELS = (*NEEDED, "upsampler")
+MODELS = (*NEEDED, "upsampler", "upsampler_2")
 FILES = ("config.json", "weights.safetensors", "tokenizer.json")
 FORMAT = 1
 

@@ -58,13 +58,13 @@ def status(
 ) -> None:
     """Say of every stage whether it is current, stale (and why) or missing."""
     from flows.runs import plan_summary
-    from flows.stages import STAGES, plan
+    from flows.stages import STAGES, plan, stages_of
     from infra import manifests
     from infra.errors import StorageError
 
     config, _ = load_config(recipe, overrides)
     opened = open_for(root, for_writing=False)
-    plans = plan(opened, config, STAGES)
+    plans = plan(opened, config, stages_of(config, (), STAGES))
     result = plan_summary(opened, run_name(recipe, name), plans)
     if as_json:
         print_json(result)
@@ -91,14 +91,14 @@ def make(
     """Bring the targets (by default all stages) up to date here, or by Ray jobs at the address `jobs`, and print what came of it."""
     from flows.promotion import described, settle
     from flows.runs import plan_summary, summary, write_run
-    from flows.stages import STAGES, StageResult, plan, with_needs
+    from flows.stages import STAGES, StageResult, plan, stages_of
     from infra import manifests
 
     chosen = run_name(recipe, name)
     started = manifests.now()
     config, given = load_config(recipe, list(overrides or []), address)
     opened = open_for(root, for_writing=not dry_run)
-    plans = plan(opened, config, with_needs(targets, STAGES) if targets else STAGES)
+    plans = plan(opened, config, stages_of(config, targets, STAGES))
     if dry_run:
         result = plan_summary(opened, chosen, plans)
         for shown, each in zip(result["stages"], plans, strict=True):

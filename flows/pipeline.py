@@ -18,7 +18,7 @@ from prefect.tasks import Task
 
 from flows.promotion import described, settle
 from flows.runs import summary, write_run
-from flows.stages import STAGES, Stage, StageResult, run_stage, with_needs
+from flows.stages import STAGES, Stage, StageResult, run_stage, stages_of
 from flows.submission import submit_stage
 from infra import manifests
 from infra.cluster import Cluster
@@ -59,7 +59,7 @@ def run_pipeline(
 
     config = load_recipe(recipe, overrides or [])
     opened = open_root(root, Path(scratch) if scratch else None)
-    return run_stages(config, opened, name, recipe, with_needs(targets, STAGES) if targets else STAGES, jobs)
+    return run_stages(config, opened, name, recipe, stages_of(config, targets or (), STAGES), jobs)
 
 
 def run_stages(config: Any, root: Root, name: str, recipe: str, stages: Sequence[Stage], jobs: str | None = None) -> dict[str, Any]:

@@ -125,6 +125,16 @@ def run_decoder(job: StageJob) -> Counts:
     return jobs.train_decoder(job.config.decoder, job.config.cluster, ingest, clip, embed, job.out, job.work)
 
 
+def run_upsampler(job: StageJob) -> Counts:
+    from flows import enlarging
+    from training import jobs
+
+    job.cluster.start()
+    ingest, curate = job.inputs["ingest"].local(), job.inputs["curate"].local()
+    counts = jobs.train_upsampler(getattr(job.config, job.stage), job.config.cluster, ingest, curate, job.out, job.work)
+    return counts | {"comparison": enlarging.compare(job.stage, job.out, ingest, curate)}
+
+
 def run_evaluate(job: StageJob) -> Counts:
     from flows import evaluation  # which imports this module
 
@@ -149,6 +159,20 @@ def decoder_parameters(config: "RunConfig") -> int:
     return decoder.count_parameters(config.decoder, config.clip, config.tokenizer.vocab_size)
 
 
+def upsampler_parameters(config: "RunConfig") -> int:
+    from training import upsampler
+
+    return upsampler.count_parameters(config.upsampler) if config.upsampler else 0
+
+
+def upsampler_2_parameters(config: "RunConfig") -> int:
+    from training import upsampler
+
+    return upsampler.count_parameters(config.upsampler_2) if config.upsampler_2 else 0
+
+
+UPSAMPLERS = ("upsampler", "upsampler_2")
+
 STAGES = (
     Stage("ingest", (), ("data",), 1, run_ingest),
     Stage("curate", ("ingest",), ("curate",), 1, run_curate),
@@ -157,8 +181,23 @@ STAGES = (
     Stage("index", ("embed",), ("index",), 1, run_index),
     Stage("prior", ("clip", "embed"), ("prior",), 1, run_prior, prior_parameters),
     Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, decoder_parameters),
+    Stage("upsampler", ("ingest", "curate"), ("upsampler",), 1, run_upsampler, upsampler_parameters),
+    Stage("upsampler_2", ("ingest", "curate"), ("upsampler_2",), 1, run_upsampler, upsampler_2_parameters),
     Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 2, run_evaluate),
 )
+
+
+def stages_of(config: Any, targets: Sequence[str], stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Return the stages that a config has: all, or the targets and what they need. A stage whose section is missing is none.
+
+    Raises CallerError for a target that is none.
+    """
+    missing = {stage.name for stage in stages if any(getattr(config, name) is None for name in stage.sections)}
+    for name in targets:
+        if name in missing:
+            raise CallerError(f"the recipe has no section [{name}], which says how to train it: add one")
+    present = tuple(stage for stage in stages if stage.name not in missing)
+    return with_needs(targets, present) if targets else present
 
 
 def with_needs(names: Sequence[str], stages: Sequence[Stage]) -> tuple[Stage, ...]:

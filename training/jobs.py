@@ -32,6 +32,7 @@ from training.parallel import world
 from training.pictures import Pictures, read_table
 from training.prior import PriorConfig
 from training.tokenizer import Tokenizer, TokenizerConfig
+from training.upsampler import Upsampler, UpsamplerConfig
 
 PHRASING, SHIFT = 11, 12  # streams of randomness in a step
 SHIFT_PX = 2
@@ -70,6 +71,16 @@ def train_decoder(
     paths = {"ingest": str(ingest), "clip": str(clip), "embed": str(embed)}
     _train("decoder", fit_decoder, config, cluster, cluster.decoder_workers, paths, out, work)
     return {"in": count, "out": count - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
+
+
+def train_upsampler(config: UpsamplerConfig, cluster: ClusterConfig, ingest: Path, curate: Path, out: Path, work: Path) -> dict[str, Any]:
+    """Train an up-sampler on crops of the keep list's training pictures."""
+    count = read_table(curate / "keep.parquet", "train").num_rows
+    if not count:
+        raise DataError("curate kept no picture for training: loosen [curate] or give [data] more sources")
+    paths = {"ingest": str(ingest), "curate": str(curate)}
+    _train("upsampler", fit_upsampler, config, cluster, cluster.upsampler_workers, paths, out, work)
+    return {"in": count, "out": count, "dropped": {}, **_outcome(out)}
 
 
 def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -130,6 +141,18 @@ def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, devic
         x_0 = to_pixels(pictures[rows].to(device), config.image_size_px)
         pictures.read_ahead(step.next().samples(len(pictures)))
         return model.loss(step, x_0, z_i[rows].to(device), ids.to(device))
+
+    return model, loop.run(model, config, loss_of, work)
+
+
+def fit_upsampler(config: UpsamplerConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The worker's side of `train_upsampler`."""
+    pictures = Pictures(read_table(paths["curate"] / "keep.parquet", "train"), paths["ingest"] / "shards", config.image_size_px)
+    torch.manual_seed(config.seed)
+    model = Upsampler(config).to(device)
+
+    def loss_of(step: Step) -> Tensor:
+        return model.loss(step, pictures[step.samples(len(pictures))])
 
     return model, loop.run(model, config, loss_of, work)
 
@@ -199,8 +222,10 @@ def _train(
         finally:
             over.set()
             watcher.join()
-    for file in ("config.json", "weights.safetensors", "raw.safetensors", "tokenizer.json", "metrics.jsonl"):
+    for file in ("config.json", "weights.safetensors", "raw.safetensors", "metrics.jsonl"):
         shutil.copyfile(work / file, out / file)
+    if (work / "tokenizer.json").exists():  # an up-sampler reads no captions
+        shutil.copyfile(work / "tokenizer.json", out / "tokenizer.json")
 
 
 def _worker(job: dict[str, Any]) -> None:
@@ -212,6 +237,7 @@ def _worker(job: dict[str, Any]) -> None:
         "fit_clip": (fit_clip, ClipConfig),
         "fit_prior": (fit_prior, PriorConfig),
         "fit_decoder": (fit_decoder, DecoderConfig),
+        "fit_upsampler": (fit_upsampler, UpsamplerConfig),
     }
     fit, section = fits[job["fit"]]
     config, work = section.model_validate_json(job["section"]), Path(job["work"])
@@ -224,15 +250,12 @@ def _worker(job: dict[str, Any]) -> None:
 
 def write_model(name: str, model: nn.Module, averaged: dict[str, Tensor], config: LoopConfig, work: Path) -> None:
     """Write `config.json` and the weights, averaged and raw, each renamed into place."""
-    tokenizer = Tokenizer.load(work / "tokenizer.json")
-    embed_dim = getattr(model, "null_z", getattr(model, "null_text", None))
-    facts = {
-        name: config.model_dump(mode="json"),
-        "vocab_size": tokenizer.vocab_size,
-        "context": tokenizer.context,
-        "embed_dim": len(embed_dim) if embed_dim is not None else config.model_dump()["embed_dim"],
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    facts: dict[str, Any] = {name: config.model_dump(mode="json"), "parameters": sum(p.numel() for p in model.parameters())}
+    if (work / "tokenizer.json").exists():
+        tokenizer = Tokenizer.load(work / "tokenizer.json")
+        null = getattr(model, "null_z", getattr(model, "null_text", None))
+        embed_dim = len(null) if null is not None else facts[name]["embed_dim"]
+        facts |= {"vocab_size": tokenizer.vocab_size, "context": tokenizer.context, "embed_dim": embed_dim}
     for file, state in (("weights.safetensors", averaged), ("raw.safetensors", model.state_dict())):
         aside = work / f"{file}.{os.getpid()}.tmp"
         save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, aside)

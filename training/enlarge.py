@@ -1,0 +1,68 @@
+"""Enlarging pictures with trained up-samplers, and by how much that beats interpolation on pictures whose large form is known.
+
+Pictures are uint8 (B, H, W, 3). Reads an up-sampler stage's folder; writes nothing.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from training.generate import SEED_STRIDE, to_images
+from training.manipulate import psnr_db
+from training.upsampler import Upsampler, UpsamplerConfig, shrink, to_float
+
+INTERPOLATIONS = {"bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
+
+
+def load(folder: Path) -> Upsampler:
+    """Read a trained up-sampler (its averaged weights) from its stage's folder, in evaluation mode."""
+    facts = json.loads((folder / "config.json").read_text())
+    model = Upsampler(UpsamplerConfig.model_validate(facts["upsampler"]))
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    return model.eval().requires_grad_(False)
+
+
+def enlarge(model: Upsampler, pictures: np.ndarray, seed: int = 0, steps: int | None = None) -> np.ndarray:
+    """Draw pictures at `factor` times their sides, uint8 (B, f H, f W, 3), one after the other: memory grows with one picture alone."""
+    device = next(model.parameters()).device
+    return np.concatenate(
+        [
+            to_images(model.sample(to_float(torch.from_numpy(picture[None])).to(device), [seed * SEED_STRIDE + place], steps))
+            for place, picture in enumerate(pictures)
+        ]
+    )
+
+
+def interpolate(pictures: np.ndarray, factor: int, name: str) -> np.ndarray:
+    """Return pictures at `factor` times their sides by one of INTERPOLATIONS."""
+    size = (pictures.shape[2] * factor, pictures.shape[1] * factor)
+    return np.stack([cv2.resize(picture, size, interpolation=INTERPOLATIONS[name]) for picture in pictures])
+
+
+def compare(model: Upsampler, pictures: np.ndarray, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Shrink pictures whose large form is known, enlarge them again, and return figures and pictures for every way of doing so.
+
+    Figures: mean PSNR in dB with its standard error, over n pictures, and the share of them on which the up-sampler beats each
+    interpolation. Pictures (B, S, S, 3) by name; "small" are what all started from.
+    """
+    factor = model.config.factor
+    small = to_images(shrink(to_float(torch.from_numpy(pictures)), factor))
+    made = {"small": small, **{name: interpolate(small, factor, name) for name in INTERPOLATIONS}}
+    made |= {"up-sampler": enlarge(model, small, seed), "real": pictures}
+    psnr = {
+        name: np.array([psnr_db(a, b) for a, b in zip(made[name], pictures, strict=True)]) for name in made if name not in ("small", "real")
+    }
+    figures = {
+        "n": len(pictures),
+        "psnr_db": {name: round(float(values.mean()), 3) for name, values in psnr.items()},
+        "standard_error_db": {name: round(float(values.std(ddof=1) / len(values) ** 0.5), 3) for name, values in psnr.items()}
+        if len(pictures) > 1
+        else {},
+        "better_than": {name: round(float((psnr["up-sampler"] > psnr[name]).mean()), 3) for name in INTERPOLATIONS},
+    }
+    return figures, made
