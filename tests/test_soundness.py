@@ -10,6 +10,7 @@ import torch
 from infra.errors import DataError
 from tests.kept import COUNT, SHARDS, write_kept
 from training import soundness
+from training.loop import OnBroken
 from training.pictures import Pictures, read_table
 from training.soundness import LEFT_OUT
 
@@ -37,7 +38,7 @@ def flip_a_bit(root: Path, row: int) -> str:
     return str(place["key"])
 
 
-def settle(root: Path, on_broken: soundness.OnBroken) -> dict[str, int]:
+def settle(root: Path, on_broken: OnBroken) -> dict[str, int]:
     return soundness.settle(read_table(root / "curate" / "keep.parquet"), root / "ingest" / "shards", on_broken, root / "work")
 
 

@@ -16,9 +16,8 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from training.loop import LoopConfig
+from training.loop import LoopConfig, OnBroken
 from training.parallel import gather
-from training.soundness import OnBroken
 from training.tokenizer import END, PAD, Tokenizer
 from training.transformer import Block, TextEncoder
 

@@ -27,10 +27,9 @@ from training.diffusion import (
     training_target,
 )
 from training.likelihood import hybrid_loss
-from training.loop import LoopConfig, Step
+from training.loop import LoopConfig, OnBroken, Step
 from training.noise import generators, noise
 from training.prior import NULL_TEXT
-from training.soundness import OnBroken
 from training.tokenizer import PAD
 from training.transformer import TextEncoder, heads_of, time_features
 from training.variance import Variance

@@ -21,8 +21,8 @@ from infra.progress import Progress
 from infra.settings import Section
 from training import clip as clip_model
 from training import soundness
+from training.loop import OnBroken
 from training.pictures import Pictures, read_file, read_table
-from training.soundness import OnBroken
 
 
 class EmbedConfig(Section):

@@ -24,6 +24,9 @@ from infra.errors import DataError
 from infra.settings import Section
 from training.parallel import agree, average, average_gradients, world
 
+OnBroken = Literal["stop", "skip"]
+"""What a stage does about shards that lie (training.soundness); here, because a trained model must load without pyarrow."""
+
 
 class LoopConfig(Section):
     """How a model is trained; every model's section has these fields."""

@@ -11,18 +11,17 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from infra.errors import DataError
+from training.loop import OnBroken
 from training.pictures import MEND, READERS
 
 LEFT_OUT = "left_out.json"
-
-OnBroken = Literal["stop", "skip"]
 
 
 def settle(table: pa.Table, shards: Path, on_broken: OnBroken, work: Path) -> dict[str, int]:
