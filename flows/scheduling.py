@@ -129,11 +129,11 @@ def _plan(
 ) -> tuple[Any, Root]:
     from flows import schedule as schedules
     from flows.recipe import BUILT_IN, find_recipe
-    from flows.stages import STAGES, with_needs
+    from flows.stages import STAGES, stages_of
 
-    _, given = load_config(recipe, overrides, address)  # a recipe with a mistake is refused now, not at three in the morning
+    config, given = load_config(recipe, overrides, address)  # a recipe with a mistake is refused now, not at three in the morning
     opened = open_for(root, for_writing=True)
-    with_needs(stages or [], STAGES)
+    stages_of(config, stages or (), STAGES)
     path = find_recipe(recipe)
     written = path.stem if path.parent == BUILT_IN else str(path.resolve())
     scratch = None if opened.folder else str(opened.scratch)
