@@ -13,12 +13,14 @@ import socket
 import ssl
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import quote, urljoin, urlsplit
 
 from PIL import Image
 
-USER_AGENT = "unclip/0.1 (image-text dataset builder; honours X-Robots-Tag)"
+from flows.manners import ROBOTS_BYTES, Hosts, Origin
+
+USER_AGENT = "unclip/0.1 (image-text dataset builder; honours robots.txt and X-Robots-Tag)"
 QUERY_SAFE = "/%:@!$&'()*+,;=?~"
 MAX_REDIRECTS = 5
 CHUNK_BYTES = 1 << 16
@@ -49,6 +51,11 @@ class Rules:
     max_pixels: int
     allow_private: bool
     loopback: str = ""
+    robots: bool = False
+    """Ask a host's robots.txt first; X-Robots-Tag is heeded in any case."""
+    per_host: int = 0
+    """Simultaneous requests of this process to one host; 0 sets no limit."""
+    is_robots_txt: bool = False
 
 
 def fetch_image(url: str, rules: Rules) -> bytes:
@@ -66,18 +73,37 @@ def fetch_image(url: str, rules: Rules) -> bytes:
 
 
 def fetch(url: str, rules: Rules) -> bytes:
-    """GET `url`, following redirects, within the rules."""
+    """GET `url`, following redirects, within the rules; time spent waiting for a host's turn or its robots.txt does not count."""
     deadline = time.monotonic() + rules.timeout_s
     for _ in range(MAX_REDIRECTS + 1):
-        answer = get(url, rules, deadline)
+        asked = time.monotonic()
+        origin, target = parted(url)
+        is_ours = f"{origin[1]}:{origin[2]}" == rules.loopback
+        if rules.robots and not is_ours and not hosts.allows(origin, target, lambda origin=origin: robots_txt(origin, rules)):  # type: ignore[misc]
+            raise FetchError("robots", f"robots.txt of {origin[1]} forbids it")
+        with hosts.place(origin, 0 if is_ours else rules.per_host):
+            deadline += time.monotonic() - asked
+            answer = get(url, rules, deadline)
         if isinstance(answer, bytes):
             return answer
         url = urljoin(url, answer)
     raise FetchError("http_error", f"more than {MAX_REDIRECTS} redirects")
 
 
-def get(url: str, rules: Rules, deadline: float) -> bytes | str:
-    """Make one request; returns the body, or the target of a redirect."""
+def robots_txt(origin: Origin, rules: Rules) -> str:
+    """Return a host's robots.txt; "" where it has none (a 4xx, RFC 9309, 2.3.1.3). Where it cannot be had now, nor can the picture."""
+    scheme, host, port = origin
+    where = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/robots.txt"
+    try:
+        return fetch(where, replace(rules, robots=False, per_host=0, is_robots_txt=True, max_bytes=ROBOTS_BYTES)).decode(errors="replace")
+    except FetchError as error:
+        if error.reason in ("http_404", "http_error"):
+            return ""
+        raise FetchError(error.reason, f"robots.txt: {error.detail}") from error
+
+
+def parted(url: str) -> tuple[Origin, str]:
+    """Return scheme, host and port of a URL, and what is asked of them; raises FetchError for what is no such URL."""
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https"):
@@ -85,8 +111,15 @@ def get(url: str, rules: Rules, deadline: float) -> bytes | str:
         if not parts.hostname:
             raise FetchError("bad_url", "it names no host")
         target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{quote(parts.query, safe=QUERY_SAFE)}" if parts.query else "")
-        origin = (parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
-        return exchange(origin, target, rules, deadline)
+        return (parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), target
+    except ValueError as error:
+        raise FetchError("bad_url", str(error)) from error
+
+
+def get(url: str, rules: Rules, deadline: float) -> bytes | str:
+    """Make one request; returns the body, or the target of a redirect."""
+    try:
+        return exchange(*parted(url), rules, deadline)
     except FetchError:
         raise
     except ssl.SSLCertVerificationError as error:
@@ -142,7 +175,7 @@ def read(response: http.client.HTTPResponse, sock: socket.socket, rules: Rules, 
         is_passing = response.status in TRY_LATER or response.status >= 500
         reason = "http_404" if response.status in (404, 410) else "http_unavailable" if is_passing else "http_error"
         raise FetchError(reason, f"HTTP {response.status} {response.reason}")
-    if is_forbidden(response.headers.get_all("X-Robots-Tag", [])):
+    if not rules.is_robots_txt and is_forbidden(response.headers.get_all("X-Robots-Tag", [])):
         raise FetchError("robots", "X-Robots-Tag forbids it")
     declared = response.length
     if declared is not None and declared > rules.max_bytes:
@@ -255,6 +288,7 @@ def look_at(body: bytes, max_pixels: int) -> None:
         raise FetchError("decode_error", f"truncated {kind} of {len(body):,} bytes")
 
 
+hosts = Hosts()
 _local = threading.local()
 _open_sockets: dict[int, tuple[float, socket.socket]] = {}
 _reaper_lock = threading.Lock()

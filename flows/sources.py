@@ -21,6 +21,7 @@ from pydantic import Field
 
 from flows.drawn_scenes import DRAWING, ScenesSource, draw_all
 from flows.labels import Labels
+from flows.opt_out import content_of_lists, read_opt_out
 from flows.packages import package_folder, split_spec
 from flows.pictures import read_package
 from flows.server import url_path
@@ -83,7 +84,7 @@ Source = Annotated[PackagesSource | UrlsSource | FolderSource | ScenesSource, Fi
 class DataConfig(Section):
     """Section [data]: which pairs, and how they are downloaded."""
 
-    outside_key = frozenset(("cache", "processes", "threads", "timeout_s", "retries", "retry_passes", "min_success"))
+    outside_key = frozenset(("cache", "processes", "threads", "timeout_s", "retries", "retry_passes", "min_success", "per_host"))
 
     sources: tuple[Source, ...] = Field(min_length=1)
     """The sources, read in this order; a URL that two of them name is taken once, from the first."""
@@ -115,12 +116,19 @@ class DataConfig(Section):
     """Smallest share of the URLs that must become images; below it the stage fails."""
     allow_private: bool = False
     """Whether URLs may lead to private, loopback and link-local addresses; the sources served on loopback need it not."""
+    robots: bool = True
+    """Honour each host's robots.txt (RFC 9309, as `unclip`); what it forbids is counted as `robots`, as is what X-Robots-Tag forbids."""
+    per_host: int = Field(8, ge=0, le=1024)
+    """Simultaneous requests of each process to one host; 0 sets no limit. The sources served on loopback have none."""
+    opt_out: tuple[str, ...] = ()
+    """Lists of hosts and URLs that do not want to be used, one a line, on any fsspec path; they are never asked (`opted_out`)."""
     seed: int = 0
     """Order of the rows: shuffled in blocks of 100,000, so that neighbours do not all ask one host."""
 
     def keyed(self) -> dict[str, Any]:
         """Return the fields that the stage's key depends on, and what state the sources' files are in: a longer list is another input."""
-        return super().keyed() | {"content": [content_of(source) for source in self.sources]}
+        content = [content_of(source) for source in self.sources] + ([content_of_lists(self.opt_out)] if self.opt_out else [])
+        return super().keyed() | {"content": content}
 
 
 @dataclass
@@ -228,6 +236,7 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = "htt
     dropped and counted. Memory: one block of rows, and 8 bytes for each URL.
     """
     mounts = Mounts()
+    opt_out = read_opt_out(config.opt_out)
     seen = np.empty(0, np.uint64)
     kept = 0
     with (
@@ -241,6 +250,7 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = "htt
             bad: list[Row] = []
             for item, new in zip(block, is_new, strict=True):
                 reason = "empty_url" if not item["url"] else "empty_caption" if not item["caption"] else "" if new else "duplicate_url"
+                reason = reason or ("opted_out" if opt_out.covers(item["origin"]) or opt_out.covers(item["url"]) else "")
                 if reason:
                     bad.append({"key": item["key"], "origin": item["origin"], "reason": reason, "detail": item["url"]})
                 else:

@@ -45,7 +45,17 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked[self.path] += 1
             asked = self.server.asked[self.path]
-        time.sleep(self.server.delay_s)
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        try:
+            time.sleep(self.server.delay_s)
+        finally:
+            with self.server.lock:
+                self.server.at_once -= 1
+        if kind == "robots.txt":
+            robots = self.server.robots
+            self.answer(503 if robots is None else 200 if robots else 404, robots or b"", "text/plain", robots="noindex")
+            return
         number = int("0" + "".join(c for c in rest if c.isdigit()))
         good = encoded(picture(number))
         if kind == "good":
@@ -141,6 +151,9 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self.delay_s = delay_s
+        self.robots: bytes | None = b""
+        """What /robots.txt says; b"" for none, None for a 503."""
+        self.at_once = self.most_at_once = 0
         self.base = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: object, client_address: object) -> None:

@@ -1,0 +1,53 @@
+"""Opt-out lists: hosts and URLs that are never asked for. Text files on any fsspec path, an entry a line, `#` starts a comment.
+
+`example.org` stands for the host and all below it; an entry with `://` for that URL and, where it ends in `/`, all below it.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import fsspec
+
+from infra.errors import CallerError
+
+
+@dataclass(frozen=True)
+class OptOut:
+    """The entries of all lists."""
+
+    hosts: frozenset[str] = frozenset()
+    urls: frozenset[str] = frozenset()
+    prefixes: tuple[str, ...] = ()
+
+    def covers(self, url: str) -> bool:
+        """Say whether somebody does not want this URL to be used."""
+        try:
+            host = (urlsplit(url).hostname or "").rstrip(".")
+        except ValueError:
+            return False  # no URL at all: the download says so
+        labels = host.split(".")
+        above = (".".join(labels[start:]) for start in range(len(labels)))
+        return any(each in self.hosts for each in above) or url in self.urls or url.startswith(self.prefixes)
+
+
+def read_opt_out(paths: Sequence[str]) -> OptOut:
+    """Read the lists. Raises CallerError for one that cannot be read: to go on without it would be to ignore it."""
+    entries = [line.partition("#")[0].strip() for path in paths for line in _text(path).splitlines()]
+    urls = frozenset(entry for entry in entries if "://" in entry)
+    hosts = frozenset(entry.lower().strip(".") for entry in entries if entry and "://" not in entry)
+    return OptOut(hosts, urls, tuple(url for url in urls if url.endswith("/")))
+
+
+def content_of_lists(paths: Sequence[str]) -> str:
+    """Return a hash of what the lists say."""
+    return hashlib.sha256("\n".join(_text(path) for path in paths).encode()).hexdigest()[:16]
+
+
+def _text(path: str) -> str:
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
+            return str(file.read())
+    except (OSError, ValueError, ImportError) as error:
+        raise CallerError(f"[data] opt_out {path!r} cannot be read: {error}") from error
