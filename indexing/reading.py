@@ -1,4 +1,4 @@
-"""A reader of text in pictures, for judging what is written: the packaged OCR of the extra `evaluation`, where it is installed."""
+"""A reader of text in pictures, for judging what is written: the OCR of evaluation-packages.txt, where it is installed."""
 
 from collections.abc import Callable
 from functools import cache

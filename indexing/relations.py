@@ -159,7 +159,7 @@ def relations(
         f"Costs are calls of the decoder for one returned picture, a guided call counted once. Seed {seed}, guidance the decoder's own.",
     ]
     if read_text is None:
-        text.append("Writing is not measured: no reader of text is installed (the extra `evaluation` brings one).")
+        text.append("Writing is not measured: no reader of text is installed (evaluation-packages.txt names one).")
     return sections.section(title, text, tables, pictures, charts)
 
 

@@ -13,8 +13,8 @@ from indexing.intervals import Figure
 
 Section = dict[str, Any]
 Cell = str | int | float | None | Figure
-MakeSection = Callable[[Path], Section]
-"""Measures and returns a section; gets the report's folder, in whose `pictures/` it may write PNG files."""
+MakeSection = Callable[[Path], Section | list[Section]]
+"""Measures and returns a section, or several; gets the report's folder, in whose `pictures/` it may write PNG files."""
 
 
 def section(

@@ -1,0 +1,36 @@
+"""Hands the zero-shot suite its sets, CLIP and the frozen networks of the probes."""
+
+from pathlib import Path
+
+from flows import packaged_sets
+from indexing.evaluate import EvaluateConfig
+from indexing.held_out import open_embedded
+from indexing.image_sets import open_set
+from indexing.sections import Section
+from indexing.suite import SuiteConfig, suite
+from infra.errors import CallerError
+from training import features
+from training.generate import Unclip
+
+
+def networks(config: SuiteConfig) -> dict[str, features.Features]:
+    """Return the networks whose features are probed, by name: the packaged one where it is installed, a ResNet-50 where a path is given."""
+    found = {features.LITE_NAME: features.efficientnet_lite0()}
+    named = {name: each for name, each in found.items() if each is not None}
+    return named | ({features.RESNET_NAME: features.resnet_50(Path(config.features).expanduser())} if config.features else {})
+
+
+def sections(
+    config: SuiteConfig, whole: EvaluateConfig, model: Unclip, embed: Path, shards: Path, folder: Path, out: Path
+) -> list[Section]:
+    """Judge the sets; packaged ones are unpacked into the cache folder, and one that cannot be had is told of: the others still count."""
+    loaded, missing = [], []
+    for name in config.sets:
+        try:
+            loaded.append(open_set(packaged_sets.set_path(name, folder)))
+        except CallerError as error:
+            if name not in packaged_sets.SETS:
+                raise
+            missing.append(f"{name} is not measured: {str(error).removeprefix('[evaluate] ')}")
+    models = (model.encode_texts, model.encode_images, networks(config) if config.probe else {})
+    return suite(config, loaded, whole.templates, open_embedded(embed), shards, *models, whole.resamples, whole.seed, out, missing)

@@ -1,0 +1,217 @@
+"""The zero-shot suite: labelled sets named by CLIP from words alone, beside linear probes that were taught (CLIP, fig. 5 and 6).
+
+Models are callables. Legend: N pictures, C classes, D dimensions.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from pydantic import Field
+
+from indexing import probe, sections
+from indexing.embeddings import Floats, take
+from indexing.generation import EncodeImages, nearest_by_embedding
+from indexing.held_out import Embedded
+from indexing.image_sets import ImageSet
+from indexing.intervals import Figure, mean_figure
+from indexing.pictures import INK, PAPER, Pixels, read_picture, write_png
+from indexing.report import verdict
+from indexing.samples import slug
+from indexing.zero_shot import EncodeTexts, class_embeddings, score, unit
+from infra.settings import Section
+
+SIDE_PX = 96
+AT_ONCE = 256
+SHOTS = (1, 2, 4, 8, 16)
+DRAWS = 3
+MOST_CLASSES_PROBED = 200
+LARGEST_CONFUSION = 40
+SAME_COSINE, SAME_RMS = 0.98, 6.0
+COMPARED_PX = 32
+
+
+class SuiteConfig(Section):
+    """[evaluate.suite]: which sets, and how many of their pictures."""
+
+    sets: tuple[str, ...] = ()
+    """Names of packaged sets (flows/packaged_sets.py lists them), or paths: a folder of classes, a parquet file, WebDataset shards."""
+    pictures: int = Field(default=1000, ge=10)
+    """Pictures of a set that are judged, drawn by the seed when there are more."""
+    probe: bool = True
+    """Whether linear probes are trained beside."""
+    features: str = ""
+    """Path of a torchvision-format ResNet-50 state dict to probe besides the packaged ImageNet network."""
+
+
+def suite(
+    config: SuiteConfig,
+    loaded: Sequence[ImageSet],
+    templates: Sequence[str],
+    embedded: Embedded,
+    shards: Path,
+    encode_texts: EncodeTexts,
+    encode_images: EncodeImages,
+    networks: Mapping[str, Callable[[Pixels], NDArray[Any]]],
+    resamples: int,
+    seed: int,
+    out: Path,
+    missing: Sequence[str] = (),
+) -> list[sections.Section]:
+    """Judge every set and return the report's sections: zero-shot, and against probes on CLIP's features and other `networks`'.
+
+    `missing` says in sentences which sets could not be had.
+    """
+    rows: list[list[sections.Cell]] = []
+    leaks: list[list[sections.Cell]] = []
+    pictures, probed = [], []
+    for each in loaded:
+        some = each.thinned(config.pictures, seed)
+        pixels = some.pictures(SIDE_PX)
+        vectors = _encoded(encode_images, pixels)
+        by_words = vectors @ class_embeddings(encode_texts, some.names, some.templates or templates).T
+        found = score(by_words, some.labels, some.names, range(len(some)), resamples, seed)
+        top_1 = found["top_1"]
+        rows.append(
+            [some.name, top_1["n"], found["classes"], top_1, found["top_5"], found["mean_per_class"], *_bars(top_1), verdict(top_1)]
+        )
+        leaks.append([some.name, len(some), *_leaks(some, pixels, vectors, embedded, shards)])
+        if 1 < len(some.names) <= LARGEST_CONFUSION:
+            pictures.append(_confusion(some, by_words.argmax(1), out))
+        if config.probe and 1 < len(some.names) <= MOST_CLASSES_PROBED:
+            named = {"our CLIP": vectors} | {name: _encoded(network, pixels, is_unit=False) for name, network in networks.items()}
+            probed.append((some, by_words.argmax(1), named))
+    head = ["Set", "Pictures", "Classes", "Top-1", "Top-5", "Mean per class", "Chance", "Majority", "Verdict"]
+    names = ", ".join(each.name for each in loaded)
+    made = [
+        sections.section(
+            "Zero-shot suite",
+            [
+                f"{names}: each named from class names in prompt templates, averaged in embedding space; at most "
+                f"{config.pictures:,} pictures of a set, drawn by seed {seed}. Intervals resample pictures. A set far from what the run "
+                "was trained on stands at chance, and says so.",
+                *missing,
+            ],
+            [
+                sections.table("Zero-shot classification", head, rows),
+                sections.table(
+                    "Do training pictures leak in? By SHA-256 of the file, and by index: the nearest training embedding lies above "
+                    f"{SAME_COSINE} and its pixels differ by less than {SAME_RMS:g} of 255",
+                    ["Set", "Pictures", "Same file in training", "Same picture in training"],
+                    leaks,
+                ),
+            ],
+            pictures,
+        )
+    ]
+    if probed:
+        tables, charts = _against_probes(probed, resamples, seed)
+        made.append(
+            sections.section(
+                "Zero-shot against explicit classification",
+                [
+                    "A linear probe is logistic regression on frozen features, taught with half of a set's pictures and judged, like CLIP "
+                    "here, on the other half; its penalty is swept on a fifth of its own half. Few-shot probes see so many pictures of "
+                    f"each class, {DRAWS} draws, with the penalty that all of them chose. Networks: {', '.join(probed[0][2])}.",
+                ],
+                tables,
+                charts=charts,
+            )
+        )
+    return made
+
+
+def _encoded(encode: Callable[[Pixels], NDArray[Any]], pixels: Pixels, is_unit: bool = True) -> Floats:
+    pieces = [np.asarray(encode(pixels[start : start + AT_ONCE]), np.float32) for start in range(0, len(pixels), AT_ONCE)]
+    vectors = np.concatenate(pieces)
+    return unit(vectors) if is_unit else vectors
+
+
+def _bars(top_1: Figure) -> list[Figure]:
+    return [
+        {"value": top_1[name], "low": None, "high": None, "n": top_1["n"], "groups": top_1["groups"]} for name in ("chance", "majority")
+    ]
+
+
+def _leaks(some: ImageSet, pixels: Pixels, vectors: Floats, embedded: Embedded, shards: Path) -> list[int]:
+    """Count the pictures that stand in training: equal files, and nearest neighbours in embedding space that are equal to the eye."""
+    train = embedded.rows("train")
+    known = set(embedded.table.take(train)["sha256"].to_pylist())
+    same_file = sum(hashlib.sha256(data).hexdigest() in known for data in some.encoded)
+    pieces = (take(embedded.image_parts, train[start : start + 1024]) for start in range(0, len(train), 1024))
+    cosine, place = nearest_by_embedding(vectors, pieces)
+    same = 0
+    for near in np.flatnonzero(cosine > SAME_COSINE):
+        row = embedded.table.slice(int(train[place[near]]), 1).to_pylist()[0]
+        theirs = read_picture(row, shards, COMPARED_PX).astype(np.float32)
+        mine = np.asarray(Image.fromarray(pixels[near]).resize((COMPARED_PX, COMPARED_PX), Image.Resampling.BOX), np.float32)
+        same += float(np.sqrt(((mine - theirs) ** 2).mean())) < SAME_RMS
+    return [same_file, same]
+
+
+def _confusion(some: ImageSet, said: NDArray[np.int64], out: Path) -> dict[str, Any]:
+    """Write which class is taken for which, rows true and columns said, each row summing to one."""
+    count = len(some.names)
+    counts = np.zeros((count, count))
+    np.add.at(counts, (some.labels, said), 1)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    cell, margin = max(10, 320 // count), 120
+    page = Image.new("RGB", (margin + cell * count + 4, 20 + cell * count + 4), PAPER)
+    pen, letters = ImageDraw.Draw(page), ImageFont.load_default(min(11, cell))
+    pen.text((margin, 4), "said to be, in the same order", fill=INK, font=letters)
+    for true in range(count):
+        pen.text((4, 20 + true * cell + (cell - 11) / 2), some.names[true][:20], fill=INK, font=letters)
+        for other in range(count):
+            shade = tuple(round(255 - (255 - dark) * float(share[true, other])) for dark in (29, 92, 148))
+            pen.rectangle(
+                (margin + other * cell, 20 + true * cell, margin + (other + 1) * cell - 2, 20 + (true + 1) * cell - 2), fill=shade
+            )
+    folder = out / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"confusion-{slug(some.name)}.png"
+    write_png(np.asarray(page), folder / name)
+    often = int(np.bincount(said, minlength=count).argmax())
+    return sections.picture(
+        f"pictures/{name}", f"Confusion of {some.name}: most often said is {some.names[often]}", f"{some.name}: true rows, said columns"
+    )
+
+
+def _against_probes(
+    probed: Sequence[tuple[ImageSet, NDArray[np.int64], dict[str, Floats]]], resamples: int, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    head = ["Set", "Zero-shot CLIP", *(f"Probe on {name}" for name in probed[0][2])]
+    cells: list[list[sections.Cell]] = []
+    shot_charts = []
+    differences: dict[str, list[tuple[str, Figure]]] = {name: [] for name in probed[0][2]}
+    for some, said, named in probed:
+        train, judged = probe.halves(some.labels, seed)
+        classes, groups = len(some.names), range(len(judged))
+        zero = said[judged] == some.labels[judged]
+        zero_figure = mean_figure(zero, groups, resamples, seed)
+        row: list[sections.Cell] = [some.name, zero_figure]
+        series = {"zero-shot CLIP": [(shots, zero_figure) for shots in (1, SHOTS[-1])]}
+        for name, features in named.items():
+            own = probe.standardised(features[train])[0]
+            penalty = probe.sweep(own, some.labels[train], classes, seed)
+            taught = probe.right(features, some.labels, train, judged, classes, penalty)
+            row.append(mean_figure(taught, groups, resamples, seed))
+            differences[name].append((some.name, mean_figure(zero.astype(float) - taught.astype(float), groups, resamples, seed)))
+            points = []
+            for shots in SHOTS:
+                draws = [train[probe.few(some.labels[train], shots, seed + draw)] for draw in range(DRAWS)]
+                hits = [probe.right(features, some.labels, rows, judged, classes, penalty) for rows in draws]
+                points.append((shots, mean_figure(np.mean(hits, 0), groups, resamples, seed)))
+            series[name] = points
+        cells.append(row)
+        shot_charts.append(sections.lines(f"Few-shot probes: {some.name}", "pictures of each class", "top-1", series, is_log_x=True))
+    bar_charts = [
+        sections.bars(
+            f"Zero-shot CLIP minus a probe on {name}", "percentage points", sorted(each, key=lambda item: -(item[1]["value"] or 0))
+        )
+        for name, each in differences.items()
+    ]
+    return [sections.table("Top-1 on the judged half", head, cells)], [*bar_charts, *shot_charts]

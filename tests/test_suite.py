@@ -1,0 +1,101 @@
+"""The suite's figures are those of its models, leaks are counted, and the networks of the probes are what they are called."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flows.packaged_sets import png
+from indexing.held_out import open_embedded
+from indexing.image_sets import ImageSet
+from indexing.pictures import read_picture
+from indexing.suite import SuiteConfig, suite
+from infra.errors import CallerError
+from tests.pictured import colour, encode_images, encode_texts, usual_rows, write_run
+from training import features
+
+
+def colours_set(count: int = 4, each: int = 12, first: int = 12) -> ImageSet:
+    """Pictures of one colour each, a little noise on them, named as the models of tests.pictured know them."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(count), each)
+    made = [np.clip(np.array(colour(first + label)) + rng.integers(-3, 4, (20, 20, 3)), 0, 255).astype(np.uint8) for label in labels]
+    return ImageSet("plain colours", [png(each) for each in made], labels, [f"colour {first + label}" for label in range(count)], ())
+
+
+def measure(folder: Path, sets: list[ImageSet], images: Any = encode_images, **networks: Any) -> Any:
+    write_run(folder, usual_rows())
+    places = (open_embedded(folder / "embed"), folder / "shards", encode_texts, images, networks)
+    return suite(SuiteConfig(pictures=100), sets, ("{}", "a {}"), *places, 200, 0, folder / "out")
+
+
+def test_a_clip_that_knows_the_classes_is_right_and_a_blind_one_is_at_nothing(tmp_path: Path) -> None:
+    zero, against = measure(tmp_path / "a", [colours_set()])
+    row = zero["tables"][0]["rows"][0]
+    assert row[:3] == ["plain colours", 48, 4] and row[3]["value"] == row[5]["value"] == 1.0 and row[6]["value"] == row[7]["value"] == 0.25
+    assert row[8] == "above chance and majority"
+    assert against["tables"][0]["rows"][0][1]["value"] == 1.0 and against["charts"][0]["rows"][0]["value"] <= 0.05
+    assert all((tmp_path / "a" / "out" / each["picture"]).is_file() for each in zero["pictures"])
+    blind = measure(tmp_path / "b", [colours_set()], lambda pictures: np.ones((len(pictures), 16)))
+    assert blind[0]["tables"][0]["rows"][0][3]["value"] == 0.25 and blind[0]["tables"][0]["rows"][0][8] == "not told from chance"
+
+
+def test_a_probe_on_better_features_beats_a_clip_that_cannot_name_them(tmp_path: Path) -> None:
+    wrong = lambda pictures: encode_images(pictures)[:, ::-1].copy()  # noqa: E731
+    mean_colour = lambda pictures: pictures.mean((1, 2)).astype(np.float32)  # noqa: E731
+    _, against = measure(tmp_path, [colours_set()], wrong, colours=mean_colour)
+    name, zero, _, probed = against["tables"][0]["rows"][0]
+    assert (name, probed["value"]) == ("plain colours", 1.0) and zero["value"] < 0.8
+    bars = next(each for each in against["charts"] if each["kind"] == "bars" and "colours" in each["title"])
+    assert bars["rows"][0]["value"] == pytest.approx(zero["value"] - 1.0)
+    shots = next(each for each in against["charts"] if each["kind"] == "lines")["series"]
+    assert [point["x"] for point in shots["colours"]] == [1, 2, 4, 8, 16] and shots["colours"][-1]["value"] == 1.0
+
+
+def test_pictures_that_training_saw_are_counted(tmp_path: Path) -> None:
+    write_run(tmp_path, usual_rows())
+    embedded = open_embedded(tmp_path / "embed")
+    rows = [embedded.table.slice(int(row), 1).to_pylist()[0] for row in embedded.rows("train")[:6:2]]
+    exact = (tmp_path / "shards" / rows[0]["shard"]).read_bytes()[rows[0]["offset"] : rows[0]["offset"] + rows[0]["size_bytes"]]
+    assert hashlib.sha256(exact).hexdigest() == rows[0]["sha256"]
+    again = [png(read_picture(row, tmp_path / "shards", 40)) for row in rows[1:]]
+    leaky = ImageSet("leaky", [exact, *again, *colours_set().encoded[:3]], np.array([0, 0, 0, 1, 1, 1]), ["colour 0", "colour 12"], ())
+    found = suite(
+        *(SuiteConfig(probe=False, pictures=100), [leaky], ("{}",), embedded, tmp_path / "shards", encode_texts, encode_images, {}),
+        *(200, 0, tmp_path / "out"),
+    )
+    assert len(found) == 1 and found[0]["tables"][1]["rows"] == [["leaky", 6, 1, 3]]
+
+
+def test_the_resnet_is_torchvisions_by_names_and_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = features.ResNet50()
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032 - 2_049_000  # torchvision's, less its classifier
+    names = set(model.state_dict())
+    assert {"conv1.weight", "layer1.0.downsample.1.running_var", "layer3.5.bn3.num_batches_tracked", "layer4.2.conv2.weight"} <= names
+    assert len(names) == 318 and model.layer2[0].conv2.stride == (2, 2) and model.layer2[0].conv1.stride == (1, 1)
+    torch.save({**model.state_dict(), "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "r50.pth")
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3)).astype(np.uint8)
+    found = features.resnet_50(tmp_path / "r50.pth")(pictures)
+    model.eval()
+    x = features.resized(pictures, 224) / 255
+    with torch.no_grad():
+        expected = model((x - torch.tensor(features.MEAN).view(3, 1, 1)) / torch.tensor(features.STD).view(3, 1, 1))
+    assert found.shape == (2, 2048) and np.allclose(found, expected.numpy(), atol=1e-4)
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "odd.pth")
+    for path, said in (("odd.pth", "no torchvision ResNet-50: conv1.weight"), ("none.pth", "is not there")):
+        with pytest.raises(CallerError, match=said):
+            features.resnet_50(tmp_path / path)
+
+
+def test_the_packaged_network_tells_pictures_apart() -> None:
+    network = features.efficientnet_lite0()
+    if network is None:
+        pytest.skip("evaluation-packages.txt is not installed")
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 40, 40, 3)).astype(np.uint8)
+    found = network(pictures)
+    assert found.shape == (3, 1280) and found.dtype == np.float32 and np.allclose(found[:1], network(pictures[:1]), atol=1e-3)
+    assert np.abs(found[0] - found[1]).max() > 0.05
