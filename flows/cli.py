@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from flows import enlarging, export, lecture, making, manipulating, scheduling, serving, using
+from flows import enlarging, export, indexes, lecture, making, manipulating, scheduling, serving, using
 from infra.errors import UnclipError
 from infra.storage import complaint
 
@@ -32,11 +32,12 @@ diffusion = typer.Typer(
 
 app.command()(making.run)
 app.command()(making.status)
-for _stage in ("ingest", "curate", "embed", "index", "evaluate"):
+for _stage in ("ingest", "curate", "embed", "evaluate"):
     app.command(_stage, help=f"Run the stage {_stage}, with what it needs.")(making.verb(_stage))
 for _stage in ("clip", "prior", "decoder", "upsampler", "upsampler_2"):
     train.command(_stage, help=f"Train the {_stage}, with what it needs.")(making.verb(_stage))
 app.add_typer(train, name="train")
+app.add_typer(indexes.app, name="index")
 app.command()(scheduling.submit)
 app.command()(scheduling.schedule)
 app.command()(scheduling.up)

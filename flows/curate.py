@@ -23,6 +23,7 @@ from pydantic import Field
 
 from infra.errors import DataError
 from infra.progress import Progress
+from infra.removals import Removals
 from infra.settings import Section
 from infra.tables import DROPPED, KEEP
 
@@ -55,7 +56,7 @@ class CurateConfig(Section):
     """Whether of images that are equal byte for byte only one is kept: a held-out one if there is one, else the lowest key."""
 
 
-def run(config: CurateConfig, ingest: Path, out: Path) -> Counts:
+def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Removals()) -> Counts:
     """Write the keep list of an ingest folder and return the counts; `in` = `out` + all that was dropped.
 
     Rows are in the order of shards, within a shard of keys: the same images give the same list. Memory: a shard's rows, and some 50
@@ -67,7 +68,7 @@ def run(config: CurateConfig, ingest: Path, out: Path) -> Counts:
         raise DataError(f"{ingest / 'shards'} holds no shard: run the ingest stage first")
     candidates = out / "candidates.parquet"
     with pq.ParquetWriter(out / "dropped.parquet", DROPPED) as dropped:
-        seen, ranks, reasons = write_candidates(config, shards, candidates, dropped)
+        seen, ranks, reasons = write_candidates(config, shards, candidates, dropped, removals)
         is_kept = keepers(ranks) if config.drop_duplicates else np.ones(len(ranks), bool)
         splits: Counter[str] = Counter()
         start = 0
@@ -89,7 +90,7 @@ def run(config: CurateConfig, ingest: Path, out: Path) -> Counts:
 
 
 def write_candidates(
-    config: CurateConfig, shards: list[Path], path: Path, dropped: pq.ParquetWriter
+    config: CurateConfig, shards: list[Path], path: Path, dropped: pq.ParquetWriter, removals: Removals
 ) -> tuple[int, np.ndarray, Counter[str]]:
     """Judge every image of the shards; returns how many there were, the ranks of those that passed, the others' reasons."""
     ranks: list[np.ndarray] = []
@@ -98,7 +99,10 @@ def write_candidates(
     total = sum(pq.ParquetFile(shard.with_suffix(".parquet")).metadata.num_rows for shard in shards)
     with pq.ParquetWriter(path, KEEP) as writer, Progress("curate", total) as progress:
         for shard in shards:
-            judgements = sorted(judged(shard, config), key=lambda judgement: judgement[0]["key"])
+            judgements = sorted(
+                ((row, "removed" if removals.has(row) else reason) for row, reason in judged(shard, config)),
+                key=lambda judgement: str(judgement[0]["key"]),
+            )
             good = [row for row, reason in judgements if not reason]
             bad = [
                 {"key": row["key"], "origin": row["origin"], "reason": reason, "detail": f"{shard.name}/{row['member']}"}

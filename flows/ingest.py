@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
@@ -28,11 +29,13 @@ from flows.server import StaticServer
 from flows.sources import DataConfig, Mounts, write_url_table
 from infra.errors import DataError, StorageError
 from infra.progress import Progress
+from infra.removals import Removals
 from infra.tables import DROPPED, URLS
 
 MAX_ATTEMPTS = 3
 START_LIMIT_S = 300
 SILENCE_LIMIT_S = 60
+FILTERED_ROWS = 65_536
 FEED = pa.schema([field.with_name("sample") if field.name == "key" else field for field in URLS])
 
 WORKER = [sys.executable, "-m", "flows.shards"]
@@ -40,7 +43,7 @@ WORKER = [sys.executable, "-m", "flows.shards"]
 Counts = dict[str, Any]
 
 
-def run(config: DataConfig, out: Path, work: Path) -> Counts:
+def run(config: DataConfig, out: Path, work: Path, removals: Removals = Removals()) -> Counts:
     """Download everything that the sources name into OUT and return the counts; WORK carries the state between killed attempts.
 
     Raises CallerError for a source that is not there, DataError when less than `min_success` of the URLs became images, StorageError
@@ -50,7 +53,7 @@ def run(config: DataConfig, out: Path, work: Path) -> Counts:
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         workers = stack.enter_context(Workers(config.processes, work / "img2dataset.log"))
-        table = url_table(config, work)
+        table = url_table(config, work, removals)
         server = stack.enter_context(StaticServer(Mounts.load(table / "mounts.json").folders))
         settings = shard_settings(config, recorded=(table / "base.txt").read_text(), actual=server.base)
         first_number = 0
@@ -64,8 +67,8 @@ def run(config: DataConfig, out: Path, work: Path) -> Counts:
     return finish(config, table, work / "shards", first_number, out)
 
 
-def url_table(config: DataConfig, work: Path) -> Path:
-    """Write the URL table once; a folder under its final name is whole."""
+def url_table(config: DataConfig, work: Path, removals: Removals = Removals()) -> Path:
+    """Write the URL table once, without what was taken down; a folder under its final name is whole."""
     table = work / "table"
     if not table.is_dir():
         aside = work / "table.part"
@@ -78,8 +81,27 @@ def url_table(config: DataConfig, work: Path) -> Path:
         if rows == 0:
             dropped = pq.read_table(aside / "dropped.parquet")
             raise DataError(f"the sources of [data] name no URL with a caption ({describe(Counter(dropped.column('reason').to_pylist()))})")
+        if removals:
+            leave_out(aside, removals)
         aside.rename(table)
     return table
+
+
+def leave_out(folder: Path, removals: Removals) -> None:
+    """Move the rows of urls.parquet that were taken down to dropped.parquet, so that they are not even downloaded."""
+    source, kept = folder / "urls.parquet", folder / "kept.parquet"
+    dropped = [pq.read_table(folder / "dropped.parquet")]
+    with pq.ParquetWriter(kept, URLS) as writer:
+        for batch in pq.ParquetFile(source).iter_batches(FILTERED_ROWS):
+            rows = pa.Table.from_batches([batch])
+            by_url = removals.mask({"origin": rows["url"]})
+            is_removed = pc.or_(removals.mask({"key": rows["key"], "origin": rows["origin"]}), by_url)
+            writer.write_table(rows.filter(pc.invert(is_removed)).cast(URLS))
+            gone = rows.filter(is_removed)
+            words = [pa.array([word] * gone.num_rows, pa.string()) for word in ("removed", "the removal log")]
+            dropped.append(pa.table([gone["key"], gone["origin"], *words], schema=DROPPED))
+    kept.replace(source)
+    pq.write_table(pa.concat_tables(dropped), folder / "dropped.parquet")
 
 
 def shard_settings(config: DataConfig, recorded: str, actual: str) -> dict[str, Any]:

@@ -89,6 +89,7 @@ def make(
     jobs: str | None = None,
 ) -> None:
     """Bring the targets (by default all stages) up to date here, or by Ray jobs at the address `jobs`, and print what came of it."""
+    from flows.compaction import compact
     from flows.promotion import described, settle
     from flows.runs import plan_summary, summary, write_run
     from flows.stages import STAGES, StageResult, plan, stages_of
@@ -98,6 +99,8 @@ def make(
     started = manifests.now()
     config, given = load_config(recipe, list(overrides or []), address)
     opened = open_for(root, for_writing=not dry_run)
+    if not dry_run:
+        compact(opened, _say)
     plans = plan(opened, config, stages_of(config, targets, STAGES))
     if dry_run:
         result = plan_summary(opened, chosen, plans)
@@ -158,6 +161,10 @@ def _drain_prefect() -> None:
 def _stage_of(error: BaseException) -> str:
     notes = getattr(error, "__notes__", [])
     return f"{notes[0]}: " if notes else ""
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _print_stages(result: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 from prefect.tasks import Task
 
+from flows.compaction import compact
 from flows.promotion import described, settle
 from flows.runs import summary, write_run
 from flows.stages import STAGES, Stage, StageResult, run_stage, stages_of
@@ -59,6 +60,7 @@ def run_pipeline(
 
     config = load_recipe(recipe, overrides or [])
     opened = open_root(root, Path(scratch) if scratch else None)
+    compact(opened, _say)
     return run_stages(config, opened, name, recipe, stages_of(config, targets or (), STAGES), jobs)
 
 

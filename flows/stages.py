@@ -16,6 +16,7 @@ from infra.cluster import Cluster
 from infra.errors import CallerError
 from infra.locks import writer_lock
 from infra.manifests import Committed
+from infra.removals import Removals, read_removals
 from infra.storage import Root
 
 if TYPE_CHECKING:  # the sections live beside torch and faiss, which planning with a given config does not need
@@ -38,6 +39,8 @@ class StageJob:
     work: Path
     """A local folder that persists across killed attempts of the same key: state for resuming lives here."""
     cluster: Cluster
+    removals: Removals
+    """What was taken down and must not come back."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,13 @@ class StageResult:
 def run_ingest(job: StageJob) -> Counts:
     from flows import ingest
 
-    return ingest.run(job.config.data, job.out, job.work)
+    return ingest.run(job.config.data, job.out, job.work, job.removals)
 
 
 def run_curate(job: StageJob) -> Counts:
     from flows import curate
 
-    return curate.run(job.config.curate, job.inputs["ingest"].local(), job.out)
+    return curate.run(job.config.curate, job.inputs["ingest"].local(), job.out, job.removals)
 
 
 def run_clip(job: StageJob) -> Counts:
@@ -307,7 +310,7 @@ def run_stage(
         out, work = _folders(root, stage, key)
         try:
             with storage.one_line_errors(out):
-                counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster))
+                counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster, read_removals(root)))
         except BaseException:
             shutil.rmtree(out, ignore_errors=True)  # what may have filled the disk
             raise

@@ -16,6 +16,8 @@ from indexing.embeddings import Rows
 from indexing.neighbours import Found, NearPictures, NearVectors
 
 BLOCK_ROWS = 4096
+MAX_BITS, MAX_RMS = 6, 12.0
+"""Pictures look alike when their hashes differ in at most so many of 64 bits and their small copies by at most so much of 255."""
 HASHED_PX, HASH_SIDE, THUMB_PX = 32, 8, 8
 
 
@@ -28,7 +30,9 @@ def exact(contents: Sequence[Hashable], order: Rows) -> Rows:
     return keeper
 
 
-def perceptual(hashes: NDArray[np.uint64], thumbs: NDArray[np.uint8], order: Rows, max_bits: int = 6, max_rms: float = 12) -> Rows:
+def perceptual(
+    hashes: NDArray[np.uint64], thumbs: NDArray[np.uint8], order: Rows, max_bits: int = MAX_BITS, max_rms: float = MAX_RMS
+) -> Rows:
     """Group pictures that look alike: pHash at most `max_bits` of 64 apart, 8 px copies at most `max_rms` of 255 (see look_of)."""
     return _kept_first(len(hashes), order, NearPictures(hashes, thumbs, max_bits, max_rms).find)
 
@@ -67,6 +71,12 @@ def look_of(picture: NDArray[np.uint8]) -> tuple[np.uint64, NDArray[np.uint8]]:
     low = cv2.dct(grey)[:HASH_SIDE, :HASH_SIDE]
     thumb = cv2.resize(small, (THUMB_PX, THUMB_PX), interpolation=cv2.INTER_AREA).astype(np.uint8)
     return np.packbits(low > np.median(low)).view(np.uint64)[0], thumb
+
+
+def is_alike(left: tuple[np.uint64, NDArray[np.uint8]], right: tuple[np.uint64, NDArray[np.uint8]]) -> bool:
+    """Say whether two pictures, as `look_of` sees them, look alike."""
+    apart = left[1].astype(np.float32) - right[1].astype(np.float32)
+    return bool(np.bitwise_count(left[0] ^ right[0]) <= MAX_BITS and np.sqrt((apart * apart).mean()) <= MAX_RMS)
 
 
 def _kept_first(count: int, order: Rows, find: Callable[[Rows, Rows], Found]) -> Rows:

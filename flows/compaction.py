@@ -1,0 +1,203 @@
+"""Takes what the removal log names out of committed folders: shards, keep lists, embeddings, indexes and additions.
+
+Every folder is made again aside, with the rows gone and everything else as it was, and committed under its own key in the old one's
+place; readers see the old folder or the new one. The chain from ingest to index stays in agreement with itself, so nothing is downloaded
+again; models find their input changed and are trained again by the next run.
+"""
+
+import json
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from flows.taking_down import blank, committed_folders, pending
+from infra import manifests, storage
+from infra.locks import writer_lock
+from infra.manifests import MANIFEST, Committed
+from infra.removals import Removals, read_removals
+from infra.storage import Root
+from infra.tables import DROPPED
+
+NO_STAGES = ("removals", "runs", "work", "logs")
+MADE_BY_COMMIT = ("files", "digest", "packages", "attempt", "prefix", "finished", "stage", "key")
+
+
+def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
+    """Take everything that the log names out of ROOT; return how many rows left each folder. Nothing happens where nothing is left."""
+    removals = read_removals(root)
+    gone: dict[str, int] = {}
+    for committed in pending(root, removals):
+        name = f"{committed.stage}/{committed.key}"
+        lock = root.scratch / "locks" / f"{committed.stage}-{committed.key}.lock"
+        with storage.one_line_errors(root.scratch), writer_lock(lock, name, say):
+            gone[name] = _replace(root, committed, removals)
+    if removals:
+        _agree(root)
+    return gone
+
+
+def _replace(root: Root, committed: Committed, removals: Removals) -> int:
+    out = root.scratch / "aside" / f"{committed.stage}-{committed.key}-compact-{secrets.token_hex(4)}"
+    out.mkdir(parents=True)
+    try:
+        count = WAYS[committed.stage](committed.local(), out, removals, committed)
+        manifest = committed.manifest
+        facts = {name: value for name, value in manifest.items() if name not in MADE_BY_COMMIT}
+        facts |= {"compacted_from": [*manifest.get("compacted_from", ()), manifest["digest"]], "compacted": manifests.now()}
+        if any(out.iterdir()):
+            manifests.commit(root, committed.stage, committed.key, out, facts, manifest["attempt"])
+        else:
+            storage.remove(root, f"{committed.stage}/{committed.key}")
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    return count
+
+
+def _agree(root: Root) -> None:
+    """Let manifests name the compacted folders as the inputs that they were made from, where that is still true.
+
+    It is for what was compacted along with its input. Other stages read shards through keep lists alone: shards in which blanks have taken
+    the place of pictures are the same to them, unless the keep list has changed as well.
+    """
+    stages = [stage for stage in storage.list_names(root, "") if stage not in NO_STAGES]
+    for committed in committed_folders(root, stages):
+        digests = dict(committed.manifest.get("input_digests", {}))
+        for stage, key in committed.manifest["inputs"].items():
+            now = manifests.find(root, stage, key)
+            is_same = committed.stage in WAYS or stage == "ingest"
+            if now is not None and is_same and digests[stage] in now.manifest.get("compacted_from", ()):
+                digests[stage] = now.digest
+        if digests != committed.manifest.get("input_digests", {}):
+            changed = {**committed.manifest, "input_digests": digests}
+            storage.write_json(root, f"{committed.stage}/{committed.key}/{MANIFEST}", changed)
+
+
+def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
+    count = 0
+    for file in _files(folder):
+        source, target = folder / file, out / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.parts[0] == "shards" or file.suffix != ".parquet":
+            _link(source, target)
+    for file in sorted((folder / "shards").glob("*.parquet")):
+        table = pq.read_table(file)
+        is_gone = _url_mask(table, removals, "sample")
+        if not pc.any(is_gone).as_py():
+            continue
+        names = [name for name in table.filter(is_gone)["key"].to_pylist() if name]
+        tar = out / "shards" / f"{file.stem}.tar"
+        _own_copy(tar)
+        members = [f"{name}.{suffix}" for name in names for suffix in ("txt", "json", "png", "jpg", "webp")]
+        blank(tar, members)
+        (out / "shards" / file.name).unlink()
+        pq.write_table(table.filter(pc.invert(is_gone)), out / "shards" / file.name)
+        count += len(names)
+    urls = pq.read_table(folder / "urls.parquet")
+    is_gone = _url_mask(urls, removals, "key")
+    pq.write_table(urls.filter(pc.invert(is_gone)), out / "urls.parquet")
+    _write_dropped(folder, out, urls.filter(is_gone), removals)
+    return count
+
+
+def _curate(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
+    table = pq.read_table(folder / "keep.parquet")
+    is_gone = _mask(table, removals)
+    pq.write_table(table.filter(pc.invert(is_gone)), out / "keep.parquet")
+    _write_dropped(folder, out, table.filter(is_gone), removals)
+    return int(pc.sum(is_gone).as_py())
+
+
+def _embed(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
+    count, left = 0, 0
+    images, texts = (sorted((folder / name).glob("*.npy")) for name in ("img_emb", "text_emb"))
+    for name in ("img_emb", "text_emb", "metadata"):
+        (out / name).mkdir()
+    for metadata, image, text in zip(sorted((folder / "metadata").glob("*.parquet")), images, texts, strict=True):
+        table = pq.read_table(metadata)
+        is_kept = np.asarray(pc.invert(_mask(table, removals)).to_numpy(), bool)
+        pq.write_table(table.filter(pa.array(is_kept)), out / "metadata" / metadata.name)
+        for file in (image, text):
+            np.save(out / file.parent.name / file.name, np.load(file, mmap_mode="r")[is_kept])
+        count += int((~is_kept).sum())
+        left += int(is_kept.sum())
+    facts = json.loads((folder / "facts.json").read_text())
+    (out / "facts.json").write_text(json.dumps(facts | {"count": left}, indent=1))
+    return count
+
+
+def _index(folder: Path, out: Path, removals: Removals, committed: Committed) -> int:
+    from indexing.index import IndexConfig, build
+
+    embed = manifests.find(committed.root, "embed", committed.manifest["inputs"]["embed"])
+    assert embed is not None, "an index's embeddings are committed before it"
+    before = json.loads((folder / "index.json").read_text())["count"]
+    counts = build(IndexConfig.model_validate(committed.manifest["sections"]["index"]), embed.local(), out)
+    return int(before - counts["out"])
+
+
+def _addition(folder: Path, out: Path, removals: Removals, committed: Committed) -> int:
+    from indexing.index import IndexConfig, build
+
+    tables = {file: pq.read_table(file) for file in sorted((folder / "metadata").glob("*.parquet"))}
+    for file in (file for file in _files(folder) if file.parts[0] == "shards"):
+        (out / "shards").mkdir(exist_ok=True)
+        _link(folder / file, out / file)
+    for table in tables.values():
+        gone = table.filter(_mask(table, removals))
+        for shard in set(gone["shard"].to_pylist()) - {""}:
+            _own_copy(out / "shards" / shard)
+            blank(out / "shards" / shard, gone.filter(pc.equal(gone["shard"], shard))["member"].to_pylist())
+    count = _embed(folder, out, removals, committed)
+    if json.loads((out / "facts.json").read_text())["count"]:
+        build(IndexConfig.model_validate(committed.manifest["sections"]["index"]), out, out)
+    else:  # nothing is left of it
+        shutil.rmtree(out)
+        out.mkdir()
+    return count
+
+
+WAYS: dict[str, Callable[[Path, Path, Removals, Committed], int]] = {
+    "ingest": _ingest,
+    "curate": _curate,
+    "embed": _embed,
+    "index": _index,
+    "additions": _addition,
+}
+
+
+def _mask(table: pa.Table, removals: Removals) -> pa.ChunkedArray:
+    return removals.mask({name: table[name] for name in ("key", "origin", "sha256")})
+
+
+def _url_mask(table: pa.Table, removals: Removals, key: str) -> pa.ChunkedArray:
+    return pc.or_(removals.mask({"key": table[key], "origin": table["origin"]}), removals.mask({"origin": table["url"]}))
+
+
+def _write_dropped(folder: Path, out: Path, gone: pa.Table, removals: Removals) -> None:
+    words = [pa.array([word] * gone.num_rows, pa.string()) for word in ("removed", "the removal log")]
+    more = pa.table([gone["key"], gone["origin"], *words], schema=DROPPED)
+    pq.write_table(pa.concat_tables([pq.read_table(folder / "dropped.parquet"), more]), out / "dropped.parquet")
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+def _own_copy(file: Path) -> None:
+    """Make a file that may be a link of the committed one into a copy of its own."""
+    aside = file.with_suffix(".copy")
+    shutil.copyfile(file, aside)
+    aside.replace(file)
