@@ -1,0 +1,231 @@
+"""What is taken down is gone from the next query on, leaves every committed folder, and comes back in no later run."""
+
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flows import adding, curate, ingest, living
+from flows.cli import main
+from flows.compaction import compact
+from flows.curate import CurateConfig
+from flows.stages import fault
+from flows.taking_down import blank, by_values, find, take_down, verify
+from infra import manifests, storage
+from infra.errors import CallerError, DataError
+from infra.removals import Removals, read_entries, read_removals, write_removal
+from infra.storage import Root, open_root
+from infra.tables import DROPPED, URLS
+from tests.pictured import HOSTILE, direction, encode_images, encode_texts, usual_rows
+from tests.rooted import committed, index_facts, write_root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Root:
+    return write_root(tmp_path)
+
+
+def take(root: Root, key: str) -> dict:
+    return take_down(root, find(root, by_values("key", [key])), {"keys": [key]})
+
+
+def keys_of(root: Root, query: int = 5) -> list[str]:
+    view, _ = living.open_view(root, None)
+    return [hit.facts["key"] for hit in view.search(direction(query), 48)]
+
+
+def test_a_sample_is_gone_from_the_next_query_on(root: Root) -> None:
+    first = keys_of(root)[0]
+    take(root, first)
+    assert first not in keys_of(root) and len(keys_of(root)) == 47
+
+
+def test_an_entry_names_the_models_that_trained_on_the_sample_and_no_others(root: Root) -> None:
+    rows = usual_rows()
+    trained = next(row["key"] for row in rows if row["split"] == "train")
+    unseen = next(row["key"] for row in rows if row["split"] == "held_out_style")
+    assert [each["stage"] for each in take(root, trained)["trained_into"]] == ["clip"]
+    assert take(root, unseen)["trained_into"] == []
+
+
+def test_compaction_takes_the_bytes_out_of_every_folder_and_all_others_stay(root: Root) -> None:
+    row = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()[7]
+    others = {hit for hit in keys_of(root) if hit != row["key"]}
+    tar = committed(root, "ingest").local() / "shards" / "00000.tar"
+    content = tar.read_bytes()[row["offset"] : row["offset"] + row["size_bytes"]]
+    before = verify(root, [row])
+    assert before == {
+        "found_in": {
+            "shards": ["ingest/ingest0123456789", "curate/curate0123456789"],
+            "embeddings": ["embed/embed0123456789"],
+            "index": ["index/index0123456789"],
+        },
+        "trained_into": ["clip/clip0123456789"],
+    }
+    take(root, row["key"])
+    gone = compact(root, print)
+    assert set(gone.values()) == {1} and len(gone) == 4
+    after = verify(root, [row])
+    assert after["found_in"] == {"shards": [], "embeddings": [], "index": []}
+    assert after["trained_into"] == ["clip/clip0123456789"], "the model has still seen it"
+    assert content not in tar.read_bytes()
+    assert index_facts(root)["count"] == 47 and set(keys_of(root)) == others
+    for stage in ("ingest", "curate", "embed", "index"):
+        assert manifests.verify(committed(root, stage)) == []
+    assert compact(root, print) == {}, "a second time finds nothing"
+
+
+def test_after_compaction_the_chain_is_current_and_only_models_are_made_again(root: Root) -> None:
+    take(root, keys_of(root)[0])
+    compact(root, print)
+    faults = {
+        stage: fault(committed(root, stage), [committed(root, name) for name in committed(root, stage).manifest["inputs"]])
+        for stage in ("curate", "clip", "embed", "index")
+    }
+    assert faults == {"curate": "", "clip": "curate was made again with another result", "embed": "", "index": ""}
+
+
+def test_other_pictures_keep_their_places_and_readers_skip_the_blank(root: Root) -> None:
+    table = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()
+    take(root, table[3]["key"])
+    compact(root, print)
+    tar = committed(root, "ingest").local() / "shards" / "00000.tar"
+    with tarfile.open(tar) as opened:
+        names = [member.name for member in opened if member.isreg()]
+    assert names == [row["member"] for row in table if row["key"] != table[3]["key"]]
+    judged = curate.run(
+        CurateConfig(held_out_concept_fraction=0.3, min_side_px=1), committed(root, "ingest").local(), tar.parent.parent.parent / "out"
+    )
+    assert judged["in"] == 47
+    for row in table[4:6]:
+        data = tar.read_bytes()[row["offset"] : row["offset"] + row["size_bytes"]]
+        assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).shape == (20, 20, 3)
+
+
+def test_a_blanked_tar_of_img2datasets_form_still_reads(tmp_path: Path) -> None:
+    tar = tmp_path / "00000.tar"
+    with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as opened:
+        for number in range(4):
+            for suffix in ("json", "png", "txt"):
+                file = tmp_path / f"{number:08d}.{suffix}"
+                file.write_bytes(f"secret {number} {suffix}".encode() * 100)
+                opened.add(file, file.name)  # a fractional mtime makes an extended header
+    before = tar.read_bytes()
+    blank(tar, ["00000001.json", "00000001.png", "00000001.txt"])
+    with tarfile.open(tar) as opened:
+        assert [m.name for m in opened if m.isreg()] == [f"{n:08d}.{s}" for n in (0, 2, 3) for s in ("json", "png", "txt")]
+    assert b"secret 1" in before and b"secret 1" not in tar.read_bytes() and len(before) == tar.stat().st_size
+    assert b"secret 2" in tar.read_bytes()
+
+
+def test_ingest_does_not_download_and_curate_does_not_keep_what_was_taken_down(root: Root, tmp_path: Path) -> None:
+    rows = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()
+    removals = Removals(frozenset({rows[0]["key"]}), frozenset({"https://cdn.example.org/5"}), frozenset({rows[9]["sha256"]}))
+    counts = curate.run(CurateConfig(min_side_px=1), committed(root, "ingest").local(), tmp_path / "curated", removals)
+    dropped = pq.read_table(tmp_path / "curated" / "dropped.parquet").to_pylist()
+    assert Counter(row["reason"] for row in dropped) == {"removed": 2} and counts["dropped"] == {"removed": 2}
+    assert {row["key"] for row in dropped} == {rows[0]["key"], rows[9]["key"]}
+    table = tmp_path / "table"
+    table.mkdir()
+    source = pq.read_table(committed(root, "ingest").local() / "urls.parquet")
+    pq.write_table(source, table / "urls.parquet")
+    pq.write_table(pa.Table.from_pylist([], DROPPED), table / "dropped.parquet")
+    ingest.leave_out(table, removals)
+    assert pq.read_table(table / "dropped.parquet")["key"].to_pylist() == [rows[0]["key"], rows[5]["key"]]
+    left = pq.read_table(table / "urls.parquet")
+    assert left.schema == URLS and left.num_rows == 46
+
+
+def test_a_log_that_does_not_read_stops_rather_than_letting_things_come_back(root: Root) -> None:
+    write_removal(root, {"keys": ["a"], "origins": [], "sha256": []}, manifests.now())
+    assert read_removals(root).keys == {"a"}
+    storage.write_json(root, "removals/2.json", {"keys": "a"})
+    with pytest.raises(DataError, match=r"removals/2\.json is no entry"):
+        read_entries(root)
+
+
+def test_an_index_of_another_clip_is_refused(root: Root) -> None:
+    path = "clip/clip0123456789/manifest.json"
+    storage.write_json(root, path, {**storage.read_json(root, path), "digest": "0" * 64})
+    with pytest.raises(CallerError, match="made by another CLIP"):
+        living.open_view(root, None)
+
+
+@pytest.fixture
+def drawn_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    from training import embed
+
+    monkeypatch.setattr(embed, "encoders", lambda _: (encode_texts, encode_images, 20))
+
+
+def pictures(folder: Path) -> Path:
+    folder.mkdir()
+    for number in (2, 3):
+        picture = np.full((40, 30, 3), 250, np.uint8)
+        picture[:, :, number % 3] = 7 * number
+        cv2.imwrite(str(folder / f"{number}.png"), picture)
+        (folder / f"{number}.txt").write_text(f"colour {number} {HOSTILE if number == 3 else ''}")
+    return folder
+
+
+def test_added_pictures_are_found_once_with_thumbnail_and_can_be_taken_down(root: Root, tmp_path: Path, drawn_clip: None) -> None:
+    from indexing.pictures import read_picture
+
+    source = pictures(tmp_path / "pictures")
+    view, known = living.open_view(root, None)
+    addition, reasons = adding.add(root, known, view, source, "CC0")
+    assert addition and reasons == {"added": 2, "removed": 0, "already_there": 0}
+    view, known = living.open_view(root, None)
+    assert view.count == 50
+    added = [hit for hit in view.search(direction(2), 50) if hit.segment == 1]
+    assert sorted(hit.facts["caption"].split()[1] for hit in added) == ["2", "3"]
+    assert read_picture(added[0].facts, view.segments[1].shards, 256).shape == (256, 256, 3)
+    assert adding.add(root, known, view, source, "CC0") == (None, {"added": 0, "removed": 0, "already_there": 2})
+
+    take(root, added[0].facts["key"])
+    assert added[0].facts["key"] not in keys_of(root)
+    view, known = living.open_view(root, None)
+    assert compact(root, print) == {f"additions/{addition.key}": 1}
+    take(root, added[1].facts["key"])
+    compact(root, print)
+    assert storage.list_names(root, "additions") == []
+    view, known = living.open_view(root, None)
+    assert adding.add(root, known, view, source, "CC0")[1] == {"added": 0, "removed": 2, "already_there": 0}, "it stays down"
+
+
+def test_embeddings_of_another_clip_are_not_added(root: Root, tmp_path: Path) -> None:
+    view, known = living.open_view(root, None)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "facts.json").write_text(json.dumps({"clip_key": "other", "count": 1, "dim": 16}))
+    with pytest.raises(CallerError, match="was embedded by CLIP other"):
+        adding.add(root, known, view, tmp_path / "foreign", "")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CallerError, match="neither embeddings"):
+        adding.add(root, known, view, tmp_path / "empty", "")
+
+
+def test_the_command_line_removes_by_url_and_proves_it(root: Root, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def unclip(*arguments: str) -> dict:
+        with pytest.raises(SystemExit) as left:
+            main([*arguments, "--root", root.uri, "--json"])
+        assert left.value.code == 0
+        return json.loads(capsys.readouterr().out)
+
+    url = "https://example.org/4-plain"
+    key = unclip("index", "remove", "--url", url, "--dry-run")["removed"]
+    assert read_entries(root) == []
+    assert unclip("index", "remove", "--url", url) == {"removed": key, "urls": [url], "trained_into": ["clip/clip0123456789"]}
+    assert len(unclip("index", "compact")["rows"]) == 4
+    proof = unclip("index", "verify", "--url", url)
+    assert proof == {"found_in": {"shards": [], "embeddings": [], "index": []}, "trained_into": ["clip/clip0123456789"]}
+    captions = tmp_path / "list.txt"
+    captions.write_text("# to go\ncolour 6\nhttps://cdn.example.org/0\nhttps://nowhere.example.org/x\n")
+    removed = unclip("index", "remove", "--text-file", str(captions))
+    assert len(removed["removed"]) == 3 + 1, "three drawings of colour 6, and the one that was downloaded from there"
+    assert "https://nowhere.example.org/x" in read_removals(open_root(root.uri)).origins, "what is not here yet does not come either"
