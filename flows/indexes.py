@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -12,9 +12,6 @@ from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
 from flows.using import RunName
 from infra.errors import CallerError
 from infra.storage import Root
-
-if TYPE_CHECKING:
-    from click import Context
 
 BUILD = "build"
 MAX_LINES = 1_000_000
@@ -31,10 +28,10 @@ TextFile = Annotated[Path | None, typer.Option("--text-file", metavar="FILE", he
 class WithBuild(TyperGroup):
     """A group whose first argument may be a recipe: then `build` is meant, as in `unclip index quickstart`."""
 
-    def parse_args(self, context: "Context", arguments: list[str]) -> list[str]:
-        if arguments and arguments[0] not in self.commands and arguments[0] not in ("--help", "--debug"):
-            arguments = [BUILD, *arguments]
-        return super().parse_args(context, arguments)
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = [BUILD, *args]
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(cls=WithBuild, help="Build a run's index, and keep it in order.", no_args_is_help=True, rich_markup_mode=None)
