@@ -158,10 +158,11 @@ class Decoder(nn.Module):
         self.text_to_added = nn.Linear(config.text_width, added)
         self.time = nn.Sequential(nn.Linear(config.width, added), nn.SiLU(), nn.Linear(added, added))
         self.z_scale = embed_dim**0.5
-        folded = 3 * config.patch_px**2
+        folded, side = 3 * config.patch_px**2, config.image_size_px // config.patch_px
         self.enter = nn.Conv2d(folded, widths[0], 3, padding=1)
+        self.places = nn.Parameter(torch.randn(1, widths[0], side, side) * 0.1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        side, before, skips = config.image_size_px // config.patch_px, widths[0], [widths[0]]
+        before, skips = widths[0], [widths[0]]
         for place, after in enumerate(widths):
             for _ in range(config.depth):
                 self.down.append(self._level(before, after, side, added))
@@ -171,6 +172,7 @@ class Decoder(nn.Module):
                 self.down.append(nn.Conv2d(after, after, 3, stride=2, padding=1))
                 skips.append(after)
                 side //= 2
+        self.layout = nn.Linear(added, before * side * side)
         self.middle = nn.ModuleList([self._level(before, before, side, added), ResBlock(before, before, added, config.dropout)])
         for place, after in reversed(list(enumerate(widths))):
             for _ in range(config.depth + 1):
@@ -218,11 +220,12 @@ class Decoder(nn.Module):
         """
         added = F.silu(self.time(time_features(t, self.config.width)) + condition.added)
         x = F.pixel_unshuffle(x_t, self.config.patch_px).contiguous(memory_format=torch.channels_last)
-        x = self.enter(x)
+        x = self.enter(x) + self.places
         skips = [x]
         for layer in self.down:
             x = self._run(layer, x, added, condition)
             skips.append(x)
+        x = x + self.layout(added).view(len(x), x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
         for layer in self.middle:
             x = self._run(layer, x, added, condition)
         for layer in self.up:
