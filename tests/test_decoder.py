@@ -11,7 +11,7 @@ from torch import Tensor
 from training import samplers
 from training.clip import ClipConfig
 from training.decoder import Decoder, DecoderConfig, count_parameters
-from training.diffusion import min_snr_weight, simple_loss, split
+from training.diffusion import snr_weight, simple_loss, split
 from training.likelihood import bits_per_dim
 from training.loop import Step
 from training.tokenizer import END, PAD, START
@@ -244,7 +244,7 @@ def test_without_a_learned_variance_the_loss_is_the_weighted_simple_one() -> Non
         loss = model.loss(Step(0, 0, 4, 0, 0, 1), pictures, z_i, ids)
     ((t, prediction),) = seen
     assert split(prediction)[1] is None
-    assert loss == simple_loss(prediction, pictures, min_snr_weight(model.schedule, t, 5.0, "x_0"))
+    assert loss == simple_loss(prediction, pictures, snr_weight(model.schedule, t, 5.0, 1.0, "x_0"))
 
 
 def test_more_sampling_steps_than_diffusion_steps_are_refused() -> None:

@@ -13,7 +13,7 @@ from training.diffusion import (
     Schedule,
     as_denoise,
     at,
-    min_snr_weight,
+    snr_weight,
     posterior,
     simple_loss,
     to_eps,
@@ -160,16 +160,17 @@ def test_eps_of_the_exact_denoiser_is_the_score() -> None:
     torch.testing.assert_close(-to_eps(schedule, x_t, t, x_0) / (1 - alpha_bar).sqrt(), score, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("floor", [0.0, 1.0])
 @pytest.mark.parametrize("parametrisation", PARAMETRISATIONS)
-def test_min_snr_weight_makes_every_loss_the_clipped_loss_in_x_0(parametrisation: str) -> None:
+def test_snr_weight_makes_every_loss_the_clipped_loss_in_x_0(parametrisation: str, floor: float) -> None:
     schedule = SCHEDULES["cosine"]
     x_0, t, eps, x_t = batch(schedule)
     target = training_target(schedule, x_0, eps, t, parametrisation)
     prediction = target + 1e-3 * torch.randn_like(target)
     error = (to_x_0(schedule, x_t, t, prediction, parametrisation) - x_0).square().flatten(1).mean(1)
     snr = schedule.alpha_bar[t] / (1 - schedule.alpha_bar[t])
-    weighted = min_snr_weight(schedule, t, 5.0, parametrisation) * (prediction - target).square().flatten(1).mean(1)
-    torch.testing.assert_close(weighted, torch.minimum(snr, torch.tensor(5.0)) * error, rtol=1e-5, atol=1e-12)
+    weighted = snr_weight(schedule, t, 5.0, floor, parametrisation) * (prediction - target).square().flatten(1).mean(1)
+    torch.testing.assert_close(weighted, snr.clamp(floor, 5.0) * error, rtol=1e-5, atol=1e-12)
 
 
 def test_simple_loss_weighs_samples_and_runs_in_float32() -> None:

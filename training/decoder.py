@@ -21,7 +21,7 @@ from training.diffusion import (
     Prediction,
     Schedule,
     as_denoise,
-    min_snr_weight,
+    snr_weight,
     simple_loss,
     split,
     training_target,
@@ -66,8 +66,10 @@ class DecoderConfig(LoopConfig):
     """Diffusion steps of the cosine schedule."""
     parametrisation: Parametrisation = "x_0"
     """What the network predicts. A small one that folds pixels draws cleaner with `x_0`: it need not carry the noise through its middle."""
-    min_snr_gamma: float = Field(default=5.0, gt=0)
-    """Bound of the signal-to-noise weight (Hang et al. 2023)."""
+    snr_floor: float = Field(default=1.0, ge=0)
+    """Lower bound of the signal-to-noise weight on the error in x_0 (Salimans & Ho 2022): the noisiest steps settle the layout."""
+    snr_ceiling: float = Field(default=5.0, gt=0)
+    """Upper bound of it: gamma of min-SNR (Hang et al. 2023)."""
     learned_variance: bool = False
     """Predict the variance of every reverse step too, trained by L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021); unCLIP: yes."""
     z_drop: float = Field(default=0.1, ge=0, le=1)
@@ -246,7 +248,7 @@ class Decoder(nn.Module):
         return layer(x, added) if isinstance(layer, ResBlock) else layer(x)
 
     def loss(self, step: Step, x_0: Tensor, z_i: Tensor, ids: Tensor) -> Tensor:
-        """Min-SNR weighted loss of pictures x_0 in [-1, 1], (b, 3, S, S), with unit vectors z_i (b, E) and caption ids (b, N).
+        """SNR-weighted loss of pictures x_0 in [-1, 1], (b, 3, S, S), with unit vectors z_i (b, E) and caption ids (b, N).
 
         Where the variance is learned, 0.001 L_vlb is added, which teaches that alone.
         """
@@ -256,7 +258,7 @@ class Decoder(nn.Module):
         eps = step.normal(NOISE, *x_0.shape[1:]).to(device)
         condition = self.condition(z_i, ids, drop_z.to(device), drop_text.to(device))
         prediction, fraction = split(self(self.schedule.q_sample(x_0, t, eps), t, condition))
-        weight = min_snr_weight(self.schedule, t, config.min_snr_gamma, config.parametrisation)
+        weight = snr_weight(self.schedule, t, config.snr_ceiling, config.snr_floor, config.parametrisation)
         if fraction is not None:
             return hybrid_loss(self.schedule, x_0, eps, t, prediction, fraction, config.parametrisation, weight)
         return simple_loss(prediction, training_target(self.schedule, x_0, eps, t, config.parametrisation), weight)

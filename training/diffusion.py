@@ -237,16 +237,18 @@ def split(prediction: Prediction) -> tuple[Tensor, Tensor | None]:
     return prediction if isinstance(prediction, tuple) else (prediction, None)
 
 
-def min_snr_weight(schedule: Schedule, t: Tensor, gamma: float = 5.0, parametrisation: Parametrisation = "eps") -> Tensor:
-    """Weight (B,) of a sample's squared error, so that every parametrisation has the x_0 loss min(SNR, gamma) |x_0 - x_0'|^2.
+def snr_weight(schedule: Schedule, t: Tensor, ceiling: float = 5.0, floor: float = 0.0, parametrisation: Parametrisation = "eps") -> Tensor:
+    """Weight (B,) of a sample's squared error, so that every parametrisation has the x_0 loss clamp(SNR, floor, ceiling) |x_0 - x_0'|^2.
 
-    Hang et al. 2023 (arXiv 2303.09556), section 3.4: min(SNR, gamma) for x_0, / SNR for eps, / (SNR + 1) for v.
+    The ceiling is min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, section 3.4): / SNR for eps, / (SNR + 1) for v. The floor is the
+    truncated weight of Salimans & Ho 2022 (arXiv 2202.00512, section 4: 1): without it the noisiest steps, which settle a conditional
+    picture's layout, weigh next to nothing.
     """
     _known(parametrisation)
     check_t(t, schedule.T)
     snr = schedule.log_snr.exp()
     per = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[parametrisation]
-    return (snr.clamp(max=gamma) / per).float().to(t.device)[t]
+    return (snr.clamp(floor, ceiling) / per).float().to(t.device)[t]
 
 
 def simple_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
