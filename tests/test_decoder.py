@@ -11,7 +11,7 @@ from torch import Tensor
 from training import samplers
 from training.clip import ClipConfig
 from training.decoder import Decoder, DecoderConfig, count_parameters
-from training.diffusion import snr_weight, simple_loss, split
+from training.diffusion import simple_loss, snr_weight, split
 from training.likelihood import bits_per_dim
 from training.loop import Step
 from training.tokenizer import END, PAD, START
@@ -88,7 +88,7 @@ def test_a_picture_depends_on_its_own_row_alone(guidance: float) -> None:
     together = model.sample(z_i, ids, seeds, guidance=guidance)
     for row in range(4):
         alone = model.sample(z_i[row : row + 1], ids[row : row + 1], [seeds[row]], guidance=guidance)
-        torch.testing.assert_close(alone[0], together[row], atol=1e-3, rtol=0)  # rounding, which guidance of an untrained net amplifies
+        torch.testing.assert_close(alone[0], together[row], atol=3e-3, rtol=0)  # rounding, which guidance of an untrained net amplifies
     other = model.sample(z_i[:1], ids[:1], [99], guidance=guidance)
     assert float((other[0] - together[0]).abs().mean()) > 0.01
 
@@ -250,3 +250,34 @@ def test_without_a_learned_variance_the_loss_is_the_weighted_simple_one() -> Non
 def test_more_sampling_steps_than_diffusion_steps_are_refused() -> None:
     with pytest.raises(ValidationError, match="sampling_steps = 20 but T = 10"):
         DecoderConfig(T=10)
+
+
+def test_every_place_of_the_layout_reaches_the_picture() -> None:
+    model = untrained()
+    z_i, ids, pictures = batch(4)
+    model.loss(Step(0, 0, 4, 0, 0, 1), pictures, z_i, ids).backward()
+    assert model.layout is not None and model.layout.weight.grad is not None and model.places.grad is not None
+    side = SIDE // CONFIG.patch_px // 2
+    assert bool(model.layout.weight.grad.view(side, side, -1).abs().sum(-1).gt(0).all())
+    assert bool(model.places.grad.abs().sum((0, 1)).gt(0).all())
+
+
+@pytest.mark.parametrize(("power", "mean"), [(1.0, 1 / 2), (2.0, 2 / 3)])
+def test_training_times_favour_noisy_steps(power: float, mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = Decoder(CONFIG.model_copy(update={"time_power": power}), E, VOCABULARY, CONTEXT), []
+    q_sample = model.schedule.q_sample
+    monkeypatch.setattr(type(model.schedule), "q_sample", lambda _, x_0, t, eps: (seen.append(t), q_sample(x_0, t, eps))[1])
+    z_i, ids, pictures = batch(2)
+    with torch.no_grad():
+        model.loss(Step(0, 0, 2000, 0, 0, 1), pictures.repeat(1000, 1, 1, 1), z_i.repeat(1000, 1), ids.repeat(1000, 1))
+    assert int(seen[0].min()) >= 1 and int(seen[0].max()) <= CONFIG.T
+    assert abs(float(seen[0].float().mean()) / CONFIG.T - mean) < 0.03
+
+
+def test_the_layout_can_be_left_out() -> None:
+    sizes = [
+        sum(p.numel() for p in Decoder(CONFIG.model_copy(update={"layout": on}), E, VOCABULARY, CONTEXT).parameters())
+        for on in (True, False)
+    ]
+    places = (SIDE // CONFIG.patch_px // 2) ** 2 * CONFIG.width * CONFIG.multiples[-1]
+    assert sizes[0] - sizes[1] == places * (4 * CONFIG.width + 1)
