@@ -126,7 +126,7 @@ class Upsampler(nn.Module):
         t = (1 + step.uniform(TIME) * config.T).long().clamp_(max=config.T).to(device)
         eps = step.normal(NOISE, *x_0.shape[1:]).to(device)
         prediction = self(self.schedule.q_sample(x_0, t, eps), t, enlarge(low, config.factor))
-        return simple_loss(prediction, x_0, snr_weight(self.schedule, t, config.min_snr_gamma, "x_0"))
+        return simple_loss(prediction, x_0, snr_weight(self.schedule, t, config.min_snr_gamma, parametrisation="x_0"))
 
     @torch.no_grad()
     def sample(self, low: Tensor, seeds: list[int], steps: int | None = None, tile_px: int | None = None) -> Tensor:
