@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from flows import enlarging, export, indexes, lecture, making, manipulating, scheduling, serving, using
+from flows import comparing, enlarging, export, indexes, lecture, making, manipulating, scheduling, serving, using
 from infra.errors import UnclipError
 from infra.storage import complaint
 
@@ -29,6 +29,8 @@ train = typer.Typer(help="Train one model, with what it needs.", no_args_is_help
 diffusion = typer.Typer(
     help="The lecture's pictures: the Swiss roll, and what a decoder's x_t holds.", no_args_is_help=True, rich_markup_mode=None
 )
+
+report = typer.Typer(help="Reports of runs.", no_args_is_help=True, rich_markup_mode=None)
 
 app.command()(making.run)
 app.command()(making.status)
@@ -55,6 +57,8 @@ diffusion.command()(lecture.across_time)
 diffusion.command()(lecture.shared_latents)
 diffusion.command()(lecture.interpolate)
 app.add_typer(diffusion, name="diffusion")
+report.command()(comparing.compare)
+app.add_typer(report, name="report")
 
 
 def main(arguments: list[str] | None = None) -> None:
