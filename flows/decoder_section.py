@@ -137,4 +137,4 @@ def _interpolation(config: EvaluateConfig, model: Unclip, shown: Described, out:
 
 def _sheet(grid: Grid, name: str, alt: str, caption: str, facts: dict[str, Any], out: Path) -> dict[str, Any]:
     write_sheet(grid.images, grid.rows, grid.columns, out / "pictures" / f"{name}.png", facts)
-    return sections.picture(f"pictures/{name}.png", alt, caption, is_pixelated=True)
+    return sections.picture(f"pictures/{name}.png", alt, caption)  # enlarged already, and its labels want smooth edges
