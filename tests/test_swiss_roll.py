@@ -83,6 +83,7 @@ def test_swiss_roll_draws_its_picture_and_gives_its_figures(tmp_path: Path) -> N
     assert set(result) == {"energy_distance", "data_to_data", "seconds", "steps", "by_rate", "by_steps", "picture"}
     with Image.open(result["picture"]) as picture:
         assert picture.size[0] > 1000
+        assert {name: picture.text[name] for name in ("seed", "steps", "points")} == {"seed": "1", "steps": "60", "points": "300"}
         assert len(picture.convert("RGB").getcolors(maxcolors=10_000_000) or []) > 1000  # not blank
     assert result["steps"] == 60
     assert result["energy_distance"] == result["by_steps"]["DPM-Solver++(2M)"][50]

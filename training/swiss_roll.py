@@ -149,7 +149,8 @@ def swiss_roll(out: Path, steps: int = 4000, seconds: float | None = None, seed:
     by_steps = {name: {n: energy_distance(sample(n), data) for n in STEP_COUNTS} for name, sample in samplers.items()}
 
     picture = out / "swiss_roll.png"
-    draw(picture, denoise, schedule, data[:2000], by_rate, by_steps, chance, seed)
+    facts = {"seed": seed, "steps": steps_done, "points": count, "schedule": f"cosine, T = {schedule.T}"}
+    draw(picture, denoise, schedule, data[:2000], by_rate, by_steps, chance, seed, facts)
     return {
         "energy_distance": by_steps["DPM-Solver++(2M)"][50],
         "data_to_data": chance,

@@ -3,6 +3,7 @@
 Knows a denoiser over (B, 2) and the measured tables; writes one PNG. Uses matplotlib's Figure alone, so no state is shared.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,14 @@ def draw(
     by_steps: dict[str, dict[int, float]],
     chance: float,
     seed: int,
+    facts: Mapping[str, Any],
 ) -> None:
-    """Draw the roll's processes and measurements; data (N, 2) are the points shown, `chance` the energy distance of data to data."""
+    """Draw the roll's processes and measurements; data (N, 2) are the points shown, `chance` the energy distance of data to data.
+
+    `facts` become text in the PNG.
+    """
     layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.04, hspace=0.02, wspace=0.02)
-    figure = Figure(figsize=(15, 12.6), dpi=110, facecolor="white", layout=layout)
+    figure = Figure(figsize=(15, 11.7), dpi=110, facecolor="white", layout=layout)
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=[3, 1.45]))
     panels = above.subplots(3, len(TIMES))
     own = generators(range(seed, seed + len(data)))
@@ -58,7 +63,7 @@ def draw(
     _flow(flow, denoise, schedule, eps[:160], data)
     _by_rate(left, by_rate, chance)
     _by_steps(right, by_steps, chance)
-    figure.savefig(path)
+    figure.savefig(path, metadata={name: str(value) for name, value in facts.items()})
 
 
 def radius(points: Tensor) -> np.ndarray:
