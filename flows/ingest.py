@@ -25,6 +25,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from flows.fetch import PASSING
+from flows.renewal import place, take_over, unknown_rows
 from flows.server import StaticServer
 from flows.sources import DataConfig, Mounts, write_url_table
 from infra.errors import DataError, StorageError
@@ -43,8 +44,10 @@ WORKER = [sys.executable, "-m", "flows.shards"]
 Counts = dict[str, Any]
 
 
-def run(config: DataConfig, out: Path, work: Path, removals: Removals = Removals()) -> Counts:
+def run(config: DataConfig, out: Path, work: Path, removals: Removals = Removals(), previous: Path | None = None) -> Counts:
     """Download everything that the sources name into OUT and return the counts; WORK carries the state between killed attempts.
+
+    What a `previous` ingest of the same settings has of the same URLs is taken over; only its passing failures are asked again.
 
     Raises CallerError for a source that is not there, DataError when less than `min_success` of the URLs became images, StorageError
     when the disk is full.
@@ -56,15 +59,31 @@ def run(config: DataConfig, out: Path, work: Path, removals: Removals = Removals
         table = url_table(config, work, removals)
         server = stack.enter_context(StaticServer(Mounts.load(table / "mounts.json").folders))
         settings = shard_settings(config, recorded=(table / "base.txt").read_text(), actual=server.base)
-        first_number = 0
+        urls, first_number = table / "urls.parquet", 0
+        if previous or (work / "taken_over.json").exists():
+            urls, first_number = renewed(previous, table, work)
+        taken_over = first_number
         for number in range(config.retry_passes + 1):
-            rows = pq.ParquetFile(table / "urls.parquet") if number == 0 else failed_rows(work / "shards", first_number)
+            rows = pq.ParquetFile(urls) if number == 0 else failed_rows(work / "shards", first_number)
             feeds = write_feeds(rows, work / f"pass-{number}", first_number, config.images_per_shard)
-            if not feeds:
+            if not feeds and number:
                 break
             make_shards(feeds, work / "shards", settings, workers, config, "download" if number == 0 else f"retry {number}")
             first_number += len(feeds)
-    return finish(config, table, work / "shards", first_number, out)
+    counts = finish(config, table, work / "shards", first_number, out)
+    return counts | ({"shards_taken_over": taken_over} if taken_over else {})
+
+
+def renewed(previous: Path | None, table: Path, work: Path) -> tuple[Path, int]:
+    """Take over what the previous ingest has, once; return the table of the rows that are left and the number of the first new shard."""
+    done = work / "taken_over.json"
+    if not done.exists():
+        assert previous, "without one there is nothing to go on with"
+        count = take_over(previous, table / "urls.parquet", work / "shards")
+        unknown_rows(table / "urls.parquet", work / "shards", count, work / "new.parquet")
+        done.with_suffix(".part").write_text(json.dumps({"shards": count}))
+        done.with_suffix(".part").replace(done)
+    return work / "new.parquet", int(json.loads(done.read_text())["shards"])
 
 
 def url_table(config: DataConfig, work: Path, removals: Removals = Removals()) -> Path:
@@ -340,14 +359,6 @@ def finish(config: DataConfig, table: Path, shards: Path, count: int, out: Path)
     total = asked + early.num_rows
     assert total == succeeded + sum(reasons.values())
     return {"in": total, "out": succeeded, "dropped": dict(sorted(reasons.items())), "shards": count}
-
-
-def place(source: Path, target: Path) -> None:
-    """Link a finished file, or copy it to another file system; the original stays until the stage is committed."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def describe(reasons: Counter[str]) -> str:
