@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 
 from indexing import report
 from indexing.embeddings import Rows, take
+from indexing.fidelity_figures import FidelityConfig
 from indexing.generation import EncodeImages, Generate
 from indexing.held_out import Embedded, Pairs, licences, open_embedded, read_pairs, seen_in_training
 from indexing.relations import RelationsConfig
@@ -78,6 +79,8 @@ class EvaluateConfig(Section):
     inversion_steps: tuple[int, ...] = Field(default=(10, 25, 50), min_length=1, max_length=16)
     """DDIM steps of that way, one row of the report each; counts above the decoder's T are left out."""
 
+    fidelity: FidelityConfig | None = FidelityConfig()
+    """Distances between generated and real pictures, by guidance."""
     suite: SuiteConfig = SuiteConfig()
     """Labelled sets for zero-shot classification and probes."""
     typographic: TypographicConfig | None = TypographicConfig()

@@ -1,0 +1,94 @@
+"""Distances are their closed forms and brute-force sums, 0 for equal sets, and grow with what is changed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.linalg import sqrtm
+
+from indexing import distances
+from indexing.fidelity_figures import FidelityConfig, fidelity
+from indexing.held_out import open_embedded
+from tests.pictured import direction, draw, encode_images, row, write_run
+
+
+def test_frechet_is_the_closed_form_and_that_of_the_matrix_root() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(500, 4)) @ rng.normal(size=(4, 4)), rng.normal(size=(300, 4)) * [1, 2, 3, 4] + 1
+    s_x, s_y = np.cov(x.T), np.cov(y.T)
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s_x + s_y - 2 * sqrtm(s_x @ s_y).real)
+    assert distances.frechet(x, y) == pytest.approx(expected, rel=1e-6)
+    assert distances.frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert distances.frechet(x, x + 2) == pytest.approx(4 * 4)  # a shift alone
+    many = rng.normal(size=(4000, 3))
+    assert distances.frechet(many, 3 * many) == pytest.approx(np.trace(np.cov(many.T)) * 4 + (2 * many.mean(0) ** 2).sum() * 2, rel=0.02)
+
+
+def test_the_kernel_distance_is_its_double_sum_and_unbiased() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 3)), rng.normal(size=(5, 3)) + 0.5
+    k = lambda a, b: (a @ b / 3 + 1) ** 3  # noqa: E731
+    pairs = lambda a: np.mean([k(a[i], a[j]) for i in range(len(a)) for j in range(len(a)) if i != j])  # noqa: E731
+    expected = pairs(x) + pairs(y) - 2 * np.mean([[k(a, b) for b in y] for a in x])
+    assert distances.kernel_distance(x, y) == pytest.approx(expected)
+    same = [distances.kernel_distance(*rng.normal(size=(2, 40, 3))) for _ in range(200)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(200) and min(same) < 0
+
+
+def test_cmmd_is_its_double_sum() -> None:
+    rng = np.random.default_rng(0)
+    x, y = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (rng.normal(size=(6, 4)), rng.normal(size=(5, 4))))
+    k = lambda a, b: np.exp(-((a - b) ** 2).sum() / 200)  # noqa: E731
+    mean = lambda a, b: np.mean([[k(p, q) for q in b] for p in a])  # noqa: E731
+    assert distances.cmmd(x, y) == pytest.approx(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)), rel=1e-6)
+    assert distances.cmmd(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_precision_and_recall_tell_quality_from_diversity() -> None:
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(200, 2))
+    narrow = 0.1 * rng.normal(size=(200, 2))
+    inside, covered = distances.precision_recall(real, narrow)
+    assert inside.mean() > 0.95 and covered.mean() < 0.3
+    inside, covered = distances.precision_recall(real, real + 100)
+    assert not inside.any() and not covered.any()
+    line = np.arange(6.0)[:, None]  # each ball reaches to the third nearest: 2 in the middle, 3 at the ends
+    inside, covered = distances.precision_recall(line, np.array([[-3.0], [-3.1], [2.5], [50.0]]))
+    assert inside.tolist() == [True, False, True, False]
+    with pytest.raises(ValueError, match="3-th neighbour"):
+        distances.precision_recall(line[:3], line)
+
+
+def test_the_section_prefers_the_guidance_that_draws_the_real_pictures(tmp_path: Path) -> None:
+    rows = [
+        row(number % 16, style, split) for number in range(10) for style in ("plain", "framed") for split in ("train", "held_out_concept")
+    ]
+    write_run(tmp_path, rows)
+    embedded = open_embedded(tmp_path / "embed")
+
+    def drawn(prompts: list[str], seed: int, guidance: float) -> np.ndarray:
+        numbers = [int(prompt.split()[-1]) if guidance > 1 else 3 for prompt in prompts]
+        return np.stack([draw(number, "plain", 16) for number in numbers])
+
+    def colours(pictures: np.ndarray) -> Any:
+        return pictures.mean((1, 2))
+
+    config = FidelityConfig(pictures=16, guidance=(1.0, 2.0))
+    found = fidelity(config, embedded, tmp_path / "shards", 16, drawn, encode_images, {"mean colour": colours}, 200, 0, tmp_path / "out")
+    table = found["tables"][0]
+    assert table["head"][5:] == ["Fréchet on mean colour", "kernel × 1000 on mean colour"]
+    one, two, trained = table["rows"]
+    assert two[1]["value"] == pytest.approx(100, abs=0.2) and one[1]["value"] < 70 and trained[1] is None
+    for column in (2, 5, 6):
+        assert two[column] < one[column]
+    assert two[4]["value"] > one[4]["value"] and two[3]["value"] == 1.0
+    assert (tmp_path / "out" / found["pictures"][0]["picture"]).is_file() and "16 captions" in found["text"][0]
+    assert np.isclose(np.linalg.norm(direction(1)), 1)
+
+
+def test_too_few_pairs_are_said(tmp_path: Path) -> None:
+    write_run(tmp_path, [row(1, "plain", "train"), row(2, "plain", "held_out_concept")])
+    nothing: Any = None
+    found = fidelity(FidelityConfig(), open_embedded(tmp_path / "embed"), tmp_path, 16, nothing, encode_images, {}, 200, 0, tmp_path)
+    assert "Not measured" in found["text"][0] and not found["tables"]
