@@ -34,7 +34,7 @@ report = typer.Typer(help="Reports of runs.", no_args_is_help=True, rich_markup_
 
 app.command()(making.run)
 app.command()(making.status)
-for _stage in ("ingest", "curate", "embed", "evaluate"):
+for _stage in ("ingest", "curate", "embed", "dedup", "evaluate"):
     app.command(_stage, help=f"Run the stage {_stage}, with what it needs.")(making.verb(_stage))
 for _stage in ("clip", "prior", "decoder", "upsampler", "upsampler_2"):
     train.command(_stage, help=f"Train the {_stage}, with what it needs.")(making.verb(_stage))

@@ -10,6 +10,7 @@ from flows.curate import CurateConfig
 from flows.promotion import parsed
 from flows.recipe import find_recipe, read_recipe, validated
 from flows.sources import DataConfig
+from indexing.duplicates import DedupConfig
 from indexing.evaluate import EvaluateConfig
 from indexing.index import IndexConfig
 from infra.cluster import ClusterConfig
@@ -34,6 +35,8 @@ class RunConfig(Section):
     tokenizer: TokenizerConfig
     clip: ClipConfig
     embed: EmbedConfig
+    dedup: DedupConfig | None = None
+    """Left out, the models train on everything that curate kept."""
     index: IndexConfig
     prior: PriorConfig
     decoder: DecoderConfig

@@ -19,7 +19,7 @@ from prefect.tasks import Task
 from flows.compaction import compact
 from flows.promotion import described, settle
 from flows.runs import summary, write_run
-from flows.stages import STAGES, Stage, StageResult, run_stage, stages_of
+from flows.stages import STAGES, Stage, StageResult, inputs_of, run_stage, stages_of
 from flows.submission import submit_stage
 from infra import manifests
 from infra.cluster import Cluster
@@ -70,7 +70,7 @@ def run_stages(config: Any, root: Root, name: str, recipe: str, stages: Sequence
     done: dict[str, StageResult] = {}
     with Cluster(config.cluster) as cluster:
         for stage in stages:
-            inputs = {need: done[need].committed for need in stage.needs}
+            inputs = {name: done[name].committed for name in inputs_of(stage, done)}
             make = partial(_make, stage, root, config, inputs, cluster, jobs)
             done[stage.name] = make_stage.with_options(name=stage.name, task_run_name=stage.name)(make)
     record = write_run(root, name, recipe, started, {stage: result.committed for stage, result in done.items()})

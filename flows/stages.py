@@ -6,7 +6,7 @@ about what exists is in the manifests alone. Knows nothing of Prefect: the flow 
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,6 +57,8 @@ class Stage:
     sections: tuple[str, ...]
     version: int
     run: Callable[[StageJob], Counts]
+    wants: tuple[str, ...] = ()
+    """Stages whose folder it takes as well where the recipe has them."""
     parameters: Callable[[Any], int] | None = None
     """Counts the parameters of the model that the stage would train under a config, where it trains one."""
 
@@ -122,11 +124,26 @@ def run_index(job: StageJob) -> Counts:
     return index.build(job.config.index, job.inputs["embed"].local(), job.out)
 
 
+def run_dedup(job: StageJob) -> Counts:
+    from indexing import duplicates
+    from training import embed
+
+    assert job.config.dedup, "a stage without its section is not planned"
+    _, encode_images, side_px = embed.encoders(job.inputs["clip"].local())
+    shards = job.inputs["ingest"].local() / "shards"
+    return duplicates.run(job.config.dedup, shards, job.inputs["embed"].local(), encode_images, side_px, job.out)
+
+
+def trained_embeddings(job: StageJob) -> Path:
+    """Return the embeddings that models train on: those that dedup has kept where the recipe has it, else all."""
+    return job.inputs["dedup" if "dedup" in job.inputs else "embed"].local()
+
+
 def run_prior(job: StageJob) -> Counts:
     from training import jobs
 
     job.cluster.start()
-    clip, embed = job.inputs["clip"].local(), job.inputs["embed"].local()
+    clip, embed = job.inputs["clip"].local(), trained_embeddings(job)
     return jobs.train_prior(job.config.prior, job.config.cluster, clip, embed, job.out, job.work)
 
 
@@ -134,7 +151,7 @@ def run_decoder(job: StageJob) -> Counts:
     from training import jobs
 
     job.cluster.start()
-    ingest, clip, embed = (job.inputs[name].local() for name in ("ingest", "clip", "embed"))
+    ingest, clip, embed = job.inputs["ingest"].local(), job.inputs["clip"].local(), trained_embeddings(job)
     return jobs.train_decoder(job.config.decoder, job.config.cluster, ingest, clip, embed, job.out, job.work)
 
 
@@ -189,13 +206,14 @@ UPSAMPLERS = ("upsampler", "upsampler_2")
 STAGES = (
     Stage("ingest", (), ("data",), INGEST_VERSION, run_ingest),
     Stage("curate", ("ingest",), ("curate",), 1, run_curate),
-    Stage("clip", ("ingest", "curate"), ("tokenizer", "clip"), 1, run_clip, clip_parameters),
+    Stage("clip", ("ingest", "curate"), ("tokenizer", "clip"), 1, run_clip, (), clip_parameters),
     Stage("embed", ("ingest", "curate", "clip"), ("embed",), 1, run_embed),
     Stage("index", ("embed",), ("index",), 1, run_index),
-    Stage("prior", ("clip", "embed"), ("prior",), 1, run_prior, prior_parameters),
-    Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, decoder_parameters),
-    Stage("upsampler", ("ingest", "curate"), ("upsampler",), 1, run_upsampler, upsampler_parameters),
-    Stage("upsampler_2", ("ingest", "curate"), ("upsampler_2",), 1, run_upsampler, upsampler_2_parameters),
+    Stage("dedup", ("ingest", "clip", "embed"), ("dedup",), 1, run_dedup),
+    Stage("prior", ("clip", "embed"), ("prior",), 1, run_prior, ("dedup",), prior_parameters),
+    Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, ("dedup",), decoder_parameters),
+    Stage("upsampler", ("ingest", "curate"), ("upsampler",), 1, run_upsampler, (), upsampler_parameters),
+    Stage("upsampler_2", ("ingest", "curate"), ("upsampler_2",), 1, run_upsampler, (), upsampler_2_parameters),
     Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 2, run_evaluate),
 )
 
@@ -224,8 +242,13 @@ def with_needs(names: Sequence[str], stages: Sequence[Stage]) -> tuple[Stage, ..
             raise CallerError(f"there is no stage {name}: choose from {', '.join(by_name)}")
         if name not in wanted:
             wanted.add(name)
-            left += by_name[name].needs
+            left += inputs_of(by_name[name], by_name)
     return tuple(stage for stage in stages if stage.name in wanted)
+
+
+def inputs_of(stage: Stage, there: Container[str]) -> list[str]:
+    """Return the stages whose folders a stage takes: what it needs, and what it wants where it is there."""
+    return [*stage.needs, *(name for name in stage.wants if name in there)]
 
 
 def sections_of(stage: Stage, config: Any) -> dict[str, Any]:
@@ -243,7 +266,7 @@ def plan(root: Root, config: Any, stages: Sequence[Stage]) -> list[StagePlan]:
     """Say of each stage whether it is current, stale (and why) or missing; reads manifests and file sizes, runs nothing."""
     plans: dict[str, StagePlan] = {}
     for stage in stages:
-        plans[stage.name] = _plan_one(root, config, stage, [plans[name] for name in stage.needs])
+        plans[stage.name] = _plan_one(root, config, stage, [plans[name] for name in inputs_of(stage, plans)])
     return list(plans.values())
 
 
@@ -305,12 +328,12 @@ def run_stage(
 ) -> StageResult:
     """Run one stage on its inputs and commit what it made, unless that is current already.
 
-    `inputs` holds what `stage.needs` names. Waits (and says so) where another run is making the same folder. Raises StorageError for a
+    `inputs` holds what `inputs_of` names. Waits (and says so) where another run is making the same folder. Raises StorageError for a
     full disk or a refused write, and whatever the adapter raises, or `guard` just before the commit; what was committed before stays,
     and the stage's `work` folder stays for the next attempt.
     """
     started, clock = manifests.now(), time.monotonic()
-    given = {name: inputs[name] for name in stage.needs}
+    given = {name: inputs[name] for name in inputs_of(stage, inputs)}
     key = key_of(stage, config, {name: committed.key for name, committed in given.items()})
     lock = root.scratch / "locks" / f"{stage.name}-{key}.lock"
     with storage.one_line_errors(root.scratch), writer_lock(lock, f"{stage.name} {key}", say):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.stages import Stage, StageResult, fault, key_of
+from flows.stages import Stage, StageResult, fault, inputs_of, key_of
 from infra import manifests, storage
 from infra.cluster import StageResources
 from infra.manifests import Committed
@@ -33,7 +33,7 @@ def submit_stage(
     from flows.stage_job import claim_name
 
     clock = time.monotonic()
-    given = {name: inputs[name] for name in stage.needs}
+    given = {name: inputs[name] for name in inputs_of(stage, inputs)}
     key = key_of(stage, config, {name: each.key for name, each in given.items()})
 
     def current() -> Committed | None:

@@ -5,6 +5,7 @@ is near to a row that stays, never over a chain of likenesses. Rows are judged i
 (evaluation pictures, say), then what is worth more. Rows outside the order are left alone. Legend: N rows.
 """
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from indexing.embeddings import Rows
 from indexing.neighbours import Found, NearPictures, NearVectors
 
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 8192
 MAX_BITS, MAX_RMS = 6, 12.0
 """Pictures look alike when their hashes differ in at most so many of 64 bits and their small copies by at most so much of 255."""
 HASHED_PX, HASH_SIDE, THUMB_PX = 32, 8, 8
@@ -94,7 +95,7 @@ def _kept_first(count: int, order: Rows, find: Callable[[Rows, Rows], Found]) ->
         by_query = np.lexsort((-found.nearness[is_earlier], found.query[is_earlier]))
         query, member = found.query[is_earlier][by_query], found.member[is_earlier][by_query]
         starts = np.flatnonzero(np.diff(query, prepend=-1))
-        for first, last in zip(starts, [*starts[1:], len(query)], strict=True):
+        for first, last in itertools.pairwise([*starts, len(query)]):
             near = rest[member[first:last]]
             near = near[stays[near]]
             if len(near):

@@ -23,6 +23,8 @@ ALL_PAIRS_UP_TO = 1 << 22
 SCORES_AT_ONCE = 1 << 24
 PAIRS_AT_ONCE = 1 << 16
 ROUNDING = 1e-5
+HELD_BYTES = 1 << 30
+"""Vectors that fit in here together are held in memory and compared whole; of more, sketches alone are, and vectors are read for few."""
 BAND_BITS, BANDS = 16, 4
 
 
@@ -40,21 +42,27 @@ class NearVectors:
     A row's *sketch* is its part in the first principal directions and, as one more number, the length of the rest: the product of two
     sketches is never below that of the vectors, so sketches rule out almost all pairs and lose none. Sketches lie in cells around
     centroids. A query looks into every cell that scores within `margin` of its best one; the margin is the largest that was needed to find
-    planted pairs, which lie exactly at the threshold.
+    planted pairs, which lie exactly at the threshold. Where all vectors fit in HELD_BYTES, those are compared within the cells.
     """
 
     def __init__(self, parts: Sequence[NDArray[Any]], threshold: float, seed: int = 0) -> None:
-        """Sketch all rows of `parts` ((n, D) each, any float type). Memory: 64 numbers a row, whatever D is."""
+        """Sketch all rows of `parts` ((n, D) each, any float type). Memory: 64 numbers a row, whatever D is, and HELD_BYTES."""
         self.parts, self.threshold = parts, threshold
         count, dim = sum(len(part) for part in parts), parts[0].shape[1]
         rng = np.random.default_rng(seed)
         sample = unit(take(parts, np.sort(rng.choice(count, min(count, SAMPLE_ROWS), replace=False))))
         self.directions = np.linalg.eigh(sample.T @ sample)[1][:, :-SKETCH_DIMS:-1] if dim > SKETCH_DIMS else None
         self.sketches = np.empty((count, min(dim, SKETCH_DIMS)), np.float32)
+        held = np.empty((count, dim), np.float32) if count * dim * 4 <= HELD_BYTES else None
         start = 0
         for chunk in chunks(parts):
-            self.sketches[start : start + len(chunk)] = self._sketch(unit(chunk))
+            vectors = unit(chunk)
+            self.sketches[start : start + len(chunk)] = self._sketch(vectors)
+            if held is not None:
+                held[start : start + len(chunk)] = vectors
             start += len(chunk)
+        self.held = held
+        self.compared = self.sketches if held is None else held
         cells = max(1, min(round(2 * np.sqrt(count)), count // POINTS_PER_CELL))
         kmeans = faiss.Kmeans(
             self.sketches.shape[1], cells, niter=4, seed=seed % 2**31, spherical=True, max_points_per_centroid=POINTS_PER_CELL * 2
@@ -70,7 +78,7 @@ class NearVectors:
     def find(self, queries: Rows, members: Rows) -> Found:
         """Return the pairs of query and member rows with a cosine of at least the threshold; a row is no neighbour of itself."""
         if len(queries) * len(members) <= ALL_PAIRS_UP_TO:
-            query, member = np.nonzero(self.sketches[queries] @ self.sketches[members].T >= self.threshold - ROUNDING)
+            query, member = np.nonzero(self.compared[queries] @ self.compared[members].T >= self.threshold - ROUNDING)
             found = [(query, member)]
         else:
             found = self._candidates(queries, members)
@@ -103,16 +111,17 @@ class NearVectors:
         order = np.argsort(self.cells[members], kind="stable")
         sizes = np.bincount(self.cells[members], minlength=len(self.centroids))
         ends = np.cumsum(sizes)
-        sketches = self.sketches[members[order]]  # of one cell after the other
+        compared = self.compared[members[order]]  # of one cell after the other
         found = []
         step = max(1, SCORES_AT_ONCE // len(self.centroids))
         for first in range(0, len(queries), step):
             asked = self.sketches[queries[first : first + step]]
+            asked_whole = self.compared[queries[first : first + step]]
             scores = asked @ self.centroids.T
             cell, place = np.nonzero((scores >= scores.max(1, keepdims=True) - self.margin).T)
             for start, end in itertools.pairwise([*np.flatnonzero(np.diff(cell, prepend=-1)), len(cell)]):
                 low, high = ends[cell[start]] - sizes[cell[start]], ends[cell[start]]
-                query, member = np.nonzero(asked[place[start:end]] @ sketches[low:high].T >= self.threshold - ROUNDING)
+                query, member = np.nonzero(asked_whole[place[start:end]] @ compared[low:high].T >= self.threshold - ROUNDING)
                 if len(query):
                     found.append((first + place[start:end][query], order[low:high][member]))
         return found
@@ -120,9 +129,15 @@ class NearVectors:
     def _cosines(self, left: Rows, right: Rows) -> Floats:
         pieces = [np.zeros(0, np.float32)]
         for start in range(0, len(left), PAIRS_AT_ONCE):
-            pair = [unit(take(self.parts, rows[start : start + PAIRS_AT_ONCE])) for rows in (left, right)]
+            pair = [self._vectors(rows[start : start + PAIRS_AT_ONCE]) for rows in (left, right)]
             pieces.append(np.einsum("nd,nd->n", *pair))
         return np.concatenate(pieces)
+
+    def _vectors(self, rows: Rows) -> Floats:
+        if self.held is not None:
+            return np.asarray(self.held[rows], np.float32)
+        distinct, place = np.unique(rows, return_inverse=True)
+        return np.asarray(unit(take(self.parts, distinct))[place], np.float32)
 
 
 class NearPictures:

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flows.stages import Stage, StageJob, plan, run_stage, with_needs
+from flows.stages import Stage, StageJob, inputs_of, key_of, plan, run_stage, with_needs
 from infra import manifests, storage
 from infra.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageError
@@ -231,3 +232,17 @@ def test_a_committed_stage_is_left_when_another_writer_commits_first(root: Root)
     with Cluster(ClusterConfig()) as cluster:
         result = run_stage(replace(FAKES[0], run=slow), root, FakeConfig(), {}, cluster, print)
     assert (result.committed.local() / "a").read_text() == "first" and manifests.verify(result.committed) == []
+
+
+def test_a_wanted_stage_is_an_input_where_the_recipe_has_it_and_changes_no_key_where_not() -> None:
+    wanting = Stage("prior", ("embed",), (), 1, writes_nothing, ("dedup",))
+    plain = Stage("prior", ("embed",), (), 1, writes_nothing)
+    embed, dedup = Stage("embed", (), (), 1, writes_nothing), Stage("dedup", ("embed",), (), 1, writes_nothing)
+    assert inputs_of(wanting, ("embed",)) == ["embed"] and inputs_of(wanting, ("embed", "dedup")) == ["embed", "dedup"]
+    assert key_of(wanting, None, {"embed": "e"}) == key_of(plain, None, {"embed": "e"})
+    assert [stage.name for stage in with_needs(["prior"], (embed, dedup, wanting))] == ["embed", "dedup", "prior"]
+    assert [stage.name for stage in with_needs(["prior"], (embed, wanting))] == ["embed", "prior"]
+
+
+def writes_nothing(_: StageJob) -> dict[str, Any]:
+    return {"in": 0, "out": 0, "dropped": {}}
