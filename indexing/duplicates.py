@@ -96,7 +96,7 @@ def run(config: DedupConfig, shards: Path, embed: Path, encode_images: EncodeIma
     (out / "threshold.json").write_text(json.dumps(chosen, indent=1))
     show(groups(keeper), places, shards, out / "groups.png")
     dropped = {str(why): int(number) for why, number in zip(*np.unique(reason[~is_kept], return_counts=True), strict=True)}
-    told = {name: chosen[name] for name in ("threshold", "precision", "recall") if name in chosen}
+    told: dict[str, Any] = {name: chosen[name] for name in ("threshold", "precision", "recall") if name in chosen}
     return {"in": count, "out": int(is_kept.sum()), "dropped": dropped, "groups": len(groups(keeper)), **told}
 
 
