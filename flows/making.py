@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, open_for, print_json, run_name
-from infra.errors import UnclipError
+from infra.errors import CallerError, UnclipError
 from infra.storage import Root
 
 STILL = "Say what would run, with parameter counts, and run nothing."
@@ -25,10 +25,27 @@ def run(
     overrides: Overrides = None,
     address: Address = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=STILL)] = False,
+    throughput: Annotated[
+        float | None,
+        typer.Option(
+            "--throughput",
+            min=1e-6,
+            metavar="TFLOPS",
+            help="With --dry-run: the capacity plan, for workers that reach so many TFLOP/s in training.",
+        ),
+    ] = None,
+    pairs: Annotated[
+        int | None,
+        typer.Option("--pairs", min=1, max=10**12, help="With --throughput: pairs kept, for the storage they take."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run the whole pipeline; stages that are current are skipped."""
-    make(recipe, root, name, overrides, address, [], dry_run, as_json)
+    if throughput and not dry_run:
+        raise CallerError("--throughput is for planning: give --dry-run as well")
+    if pairs and not throughput:
+        raise CallerError("--pairs belongs to the capacity plan: give --throughput as well")
+    make(recipe, root, name, overrides, address, [], dry_run, as_json, throughput=throughput, pairs=pairs)
 
 
 def verb(stage: str) -> Callable[..., None]:
@@ -87,8 +104,13 @@ def make(
     dry_run: bool,
     as_json: bool,
     jobs: str | None = None,
+    throughput: float | None = None,
+    pairs: int | None = None,
 ) -> None:
-    """Bring the targets (by default all stages) up to date here, or by Ray jobs at the address `jobs`, and print what came of it."""
+    """Bring the targets (by default all stages) up to date here, or by Ray jobs at the address `jobs`, and print what came of it.
+
+    A dry run prints where they stand instead, and given a throughput what they need (flows/capacity.py).
+    """
     from flows.compaction import compact
     from flows.promotion import described, settle
     from flows.runs import plan_summary, summary, write_run
@@ -107,6 +129,11 @@ def make(
         for shown, each in zip(result["stages"], plans, strict=True):
             if each.stage.parameters:
                 shown["parameters"] = each.stage.parameters(config)
+        if throughput:
+            from flows.capacity import capacity
+
+            for name_of, need in capacity(config, throughput, pairs).items():
+                next(shown for shown in result["stages"] if shown["stage"] == name_of)["need"] = need
         print_json(result) if as_json else _print_stages(result)
         return
     done = {each.stage.name: each.committed for each in plans if each.state == "current" and each.committed}
@@ -173,6 +200,10 @@ def _print_stages(result: dict[str, Any]) -> None:
         size = f"{each['parameters'] / 1e6:.2f} M parameters" if "parameters" in each else ""
         took = f"{each['seconds']:8.1f} s" if each.get("seconds") else ""
         notes = ", ".join(note for note in (size, each.get("why", ""), took) if note)
-        print(f"{each['stage']:<10}{each['state']:<9}{each['key']}  {notes}".rstrip())
+        print(f"{each['stage']:<12}{each['state']:<9}{each['key']}  {notes}".rstrip())
+        if "need" in each:
+            from flows.capacity import described
+
+            print(f"            {described(each['need'])}")
     if result["report"]:
         print(f"report    {result['report']}")

@@ -174,19 +174,19 @@ def run_evaluate(job: StageJob) -> Counts:
 def clip_parameters(config: "RunConfig") -> int:
     from training import clip
 
-    return clip.count_parameters(config.clip, config.tokenizer.vocab_size)
+    return clip.count_parameters(config.clip, config.tokenizer.vocab_size, config.tokenizer.context)
 
 
 def prior_parameters(config: "RunConfig") -> int:
     from training import priors
 
-    return priors.count_parameters(config.prior, config.clip, config.tokenizer.vocab_size)
+    return priors.count_parameters(config.prior, config.clip, config.tokenizer.vocab_size, config.tokenizer.context)
 
 
 def decoder_parameters(config: "RunConfig") -> int:
     from training import decoder
 
-    return decoder.count_parameters(config.decoder, config.clip, config.tokenizer.vocab_size)
+    return decoder.count_parameters(config.decoder, config.clip, config.tokenizer.vocab_size, config.tokenizer.context)
 
 
 def upsampler_parameters(config: "RunConfig") -> int:

@@ -1,0 +1,58 @@
+"""The capacity plan that `unclip run RECIPE --dry-run` prints: what each trained stage takes of memory, arithmetic, time and storage.
+
+Counts come from the recipe and the models on the meta device; what only the hardware knows (throughput) and the data (pairs) is passed in.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flows.config import RunConfig
+
+STORED_BYTES_PER_PIXEL = 0.4
+"""Of a photograph stored as JPEG of quality 95, roughly; PNG drawings take less."""
+
+
+def capacity(config: "RunConfig", tflops: float | None, pairs: int | None) -> dict[str, dict[str, Any]]:
+    """Return the plan by stage; `tflops` are those that one worker reaches in training, `pairs` how many pairs are kept."""
+    from training import capacity as costs
+
+    vocabulary, context, dim = config.tokenizer.vocab_size, config.tokenizer.context, config.clip.embed_dim
+    cluster, rate = config.cluster, tflops * 1e12 if tflops else None
+    trained = {
+        "clip": (config.clip, costs.clip_cost(config.clip, vocabulary, context), cluster.clip_workers),
+        "prior": (config.prior, costs.prior_cost(config.prior, dim, vocabulary, context), cluster.prior_workers),
+        "decoder": (config.decoder, costs.decoder_cost(config.decoder, dim, vocabulary, context), cluster.decoder_workers),
+    }
+    for name, section in (("upsampler", config.upsampler), ("upsampler_2", config.upsampler_2)):
+        if section:
+            trained[name] = (section, costs.upsampler_cost(section), cluster.upsampler_workers)
+    found = {name: costs.need(cost, section, workers, False, rate) for name, (section, cost, workers) in trained.items()}
+    if pairs:
+        side_px = config.data.image_size_px
+        found["ingest"] = {"storage_bytes": int(pairs * side_px**2 * STORED_BYTES_PER_PIXEL)}
+        found["embed"] = {"storage_bytes": pairs * 2 * dim * 2}
+        found["index"] = {"storage_bytes": pairs * 2 * dim}  # eight bits a dimension, pictures and texts
+    return found
+
+
+def described(need: dict[str, Any]) -> str:
+    """Return one stage's plan in a line for people."""
+    if "parameters" not in need:
+        return f"storage {size(need['storage_bytes'])}"
+    parts = [
+        f"{need['flops_per_image'] / 1e9:,.1f} GFLOP an image",
+        f"state {size(need['state_bytes_per_worker'])} and activations {size(need['activation_bytes_per_image'])} an image on each of "
+        f"{need['workers']} worker(s), {need['batch_per_worker']} images each",
+        f"checkpoint {size(need['checkpoint_bytes'])}",
+    ]
+    if "days" in need:
+        parts.append(f"{need['images_per_s']:,.1f} images/s, {need['days']:,.2f} days for {need['images']:,} images")
+    return "; ".join(parts)
+
+
+def size(count: float) -> str:
+    """Write bytes for people."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count / 1e3:,.1f} kB"
