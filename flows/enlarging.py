@@ -5,13 +5,17 @@ The comparison is on held-out pictures, which the up-sampler has not seen: their
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
 from flows.using import Out, RunName, Seed
 from infra.errors import CallerError
+from infra.storage import Root
+
+if TYPE_CHECKING:
+    from training.upsampler import Upsampler
 
 COMPARED_AT_MOST, SHOWN_AT_MOST = 64, 6
 SIDE_AT_MOST_PX = 4096
@@ -48,6 +52,16 @@ def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]
     return found
 
 
+def load_upsamplers(opened: Root, record: dict[str, Any]) -> "tuple[list[Upsampler], dict[str, str]]":
+    """Return a run's up-samplers in their order, and the keys of their stages. Raises CallerError where it has none."""
+    from flows.runs import committed_of
+    from flows.stages import UPSAMPLERS
+    from training import enlarge
+
+    stages = {stage: committed_of(opened, record, stage) for stage in UPSAMPLERS if stage == UPSAMPLERS[0] or stage in record["stages"]}
+    return [enlarge.load(committed.local()) for committed in stages.values()], {stage: each.key for stage, each in stages.items()}
+
+
 def upsample(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Small PNG, JPEG or WebP files.")],
     side: Annotated[
@@ -70,19 +84,17 @@ def upsample(
     for image in images:
         if not image.is_file():
             raise CallerError(f"{image}: there is no such file")
-    from flows.runs import committed_of, find_run
-    from flows.stages import UPSAMPLERS
+    import numpy as np
+
+    from flows.runs import find_run
 
     opened = open_for(root, for_writing=False)
     record = find_run(opened, run)
-    stages = {stage: committed_of(opened, record, stage) for stage in UPSAMPLERS if stage == UPSAMPLERS[0] or stage in record["stages"]}
-    import numpy as np
-
+    models, stages = load_upsamplers(opened, record)
     from flows.png import write_grid
     from training import enlarge
     from training.pictures import read_file
 
-    models = [enlarge.load(committed.local()) for committed in stages.values()]
     first = models[0].config
     start = side or first.image_size_px // first.factor
     factor = int(np.prod([model.config.factor for model in models]))
@@ -96,9 +108,13 @@ def upsample(
         *(enlarge.interpolate(small, factor, name) for name in enlarge.INTERPOLATIONS),
         made,
     ]
-    settings = {"run": record["name"], "images": [image.name for image in images], "steps": steps, "side_px": start, "factor": factor} | {
-        stage: committed.key for stage, committed in stages.items()
-    }
+    settings = {
+        "run": record["name"],
+        "images": [image.name for image in images],
+        "steps": steps,
+        "side_px": start,
+        "factor": factor,
+    } | stages
     name = f"upsample {images[0].stem}{f' and {len(images) - 1} more' if len(images) > 1 else ''}"
     columns = ["small", "bicubic", "Lanczos", "up-sampler"]
     files, grid = write_grid(np.stack(ways, 1), [image.name for image in images], columns, name, seed, settings, out)

@@ -87,6 +87,7 @@ def generate(
     seed: Seed = 0,
     steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps; by default the recipe's.")] = None,
     guidance: Guidance = None,
+    upsample: Annotated[bool, typer.Option("--upsample", help="Enlarge the pictures with the run's up-samplers.")] = False,
     out: Out = Path("out"),
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
@@ -94,14 +95,28 @@ def generate(
 ) -> None:
     """Draw pictures from text: one grid, and every picture as a PNG that knows its prompt, seed and settings."""
     prompts = [spoken("generate", prompt) for prompt in prompts]
-    model, record, stages = load_system(open_for(root, for_writing=False), run)
+    opened = open_for(root, for_writing=False)
+    model, record, stages = load_system(opened, run)
+    enlarged_by: dict[str, str] = {}
+    if upsample:
+        from flows.enlarging import load_upsamplers
+
+        upsamplers, enlarged_by = load_upsamplers(opened, record)
     images = model.generate(prompts, count, seed, steps, guidance)
+    if upsample:
+        from training.enlarge import enlarge
+
+        flat = images.reshape(-1, *images.shape[2:])
+        for upsampler in upsamplers:
+            flat = enlarge(upsampler, flat, seed)
+        images = flat.reshape(*images.shape[:2], *flat.shape[1:])
     settings = {
         "run": record["name"],
         "steps": steps,
         "guidance": guidance,
         "count": count,
         **{stage: committed.key for stage, committed in stages.items()},
+        **enlarged_by,
     }
     from flows.png import write_pictures
 

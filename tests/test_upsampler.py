@@ -1,16 +1,22 @@
 """An up-sampler starts as bicubic, learns to do better, sees no more than a tile, and its tiles leave no seams."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from flows.cli import main
 from flows.config import RunConfig, find_disagreement, load_recipe
+from flows.runs import committed_of, find_run, write_run
 from flows.stages import STAGES, stages_of
+from infra import manifests
 from infra.errors import CallerError
+from tests.small_systems import write_root
 from training import degradation, enlarge
 from training.jobs import write_model
 from training.loop import Step
@@ -209,3 +215,35 @@ def test_shrinking_is_by_area() -> None:
     x = torch.randn(2, 3, 8, 8)
     expected: Tensor = F.interpolate(x, scale_factor=0.25, mode="area")
     torch.testing.assert_close(shrink(x, 4), expected)
+
+
+def test_the_commands_enlarge_what_was_drawn_and_what_is_given(
+    learnt: Upsampler, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = write_root(tmp_path)
+    Image.fromarray(pictures(1)[0]).save("disc.png")
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main([*arguments, "--root", "root", "--steps", "2", "--json"])
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    for arguments in (["upsample", "disc.png"], ["generate", "blue", "--upsample"]):
+        code, out, err = command(*arguments)
+        assert (code, out) == (2, "") and "has no upsampler" in err and err.count("\n") == 1
+    (tmp_path / "up").mkdir()
+    write_model("upsampler", learnt, learnt.state_dict(), CONFIG, tmp_path / "up")
+    record = find_run(root)
+    committed = {stage: committed_of(root, record, stage) for stage in record["stages"]}
+    facts = {"inputs": {}, "input_digests": {}, "config": {}, "counts": {"in": 1, "out": 1, "dropped": {}}, "started": record["started"]}
+    committed["upsampler"] = manifests.commit(root, "upsampler", "up-key", tmp_path / "up", facts)
+    write_run(root, "small", "small.toml", record["started"], committed)
+    for arguments, count in ((["upsample", "disc.png", "--side", "8"], 4), (["generate", "blue", "--upsample", "--count", "2"], 2)):
+        code, out, err = command(*arguments)
+        result = json.loads(out)
+        assert (code, err) == (0, "") and result["settings"]["upsampler"] == "up-key" and len(result["files"]) == count
+        with Image.open(result["files"][-1]) as picture:
+            assert picture.size == (32, 32)
+    assert command("upsample", "disc.png", "--side", "2000")[0] == 2
