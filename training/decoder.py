@@ -257,7 +257,8 @@ class Decoder(nn.Module):
     def loss(self, step: Step, x_0: Tensor, z_i: Tensor, ids: Tensor) -> Tensor:
         """SNR-weighted loss of pictures x_0 in [-1, 1], (b, 3, S, S), with unit vectors z_i (b, E) and caption ids (b, N).
 
-        Where the variance is learned, 0.001 L_vlb is added, which teaches that alone.
+        Where the variance is learned, 0.001 L_vlb is added, which teaches that alone; the times are drawn as `time_power` says, which
+        weighs its terms without moving the best variance at any of them.
         """
         config, device = self.config, x_0.device
         drop_z, drop_text = step.uniform(DROP_Z) < config.z_drop, step.uniform(DROP_TEXT) < config.text_drop
