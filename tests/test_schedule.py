@@ -21,7 +21,7 @@ from tests.s3_server import free_ports
 from tests.test_pipeline import processes
 from tests.tiny import LIMIT_S, prepare, ran, start
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 EVERY_S = 15
 
 
@@ -70,7 +70,7 @@ class Up:
         found: list[dict[str, Any]] = answer.raise_for_status().json()
         return found
 
-    def until(self, condition: Callable[[], Any], limit_s: float = 120) -> Any:
+    def until(self, condition: Callable[[], Any], limit_s: float = 240) -> Any:
         limit = time.monotonic() + limit_s
         while not (found := condition()):
             assert self.process.poll() is None, self.process.communicate()

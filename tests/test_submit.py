@@ -20,7 +20,7 @@ from infra.ray_jobs import JobServer
 from tests.fakes import FAKES, FakeConfig, FakeSection
 from tests.ray_cluster import HERE, RayCluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 DRIVER = """
 import sys
 from pathlib import Path
