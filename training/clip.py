@@ -7,6 +7,7 @@ Legend: B batch, N tokens, D width, E embedding dimensions, C channels.
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -15,19 +16,25 @@ import torch.nn.functional as F
 from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from training.loop import LoopConfig, OnBroken
 from training.parallel import gather
 from training.tokenizer import END, PAD, Tokenizer
-from training.transformer import Block, TextEncoder
+from training.transformer import Activation, Block, TextEncoder
 
 LOGIT_SCALE_START, LOGIT_SCALE_MAX = math.log(1 / 0.07), math.log(100)  # Radford et al. 2021, section 2.5
-PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
+SIGMOID_SCALE_START, SIGMOID_BIAS_START = math.log(10), -10.0  # Zhai et al. 2023, section 3.2
+
+Channels = tuple[float, float, float]
 
 
 class ClipConfig(LoopConfig):
     """The two towers and their training (Radford et al. 2021)."""
 
+    pretrained: str = ""
+    """Take a ViT that open_clip trained instead of training one: a folder or file of it, `hf-hub:ORGANISATION/NAME`, or `MODEL/TAG` as
+    open_clip names them (`ViT-B-32/laion2b_s34b_b79k`). What the towers look like is then read from there."""
     image_size_px: int = Field(default=32, ge=16, le=1024)
     """Side of the pictures that the image tower sees; others are resized by area."""
     image_tower: Literal["conv", "vit"] = "conv"
@@ -44,6 +51,25 @@ class ClipConfig(LoopConfig):
     """Blocks of the text tower; unCLIP: 24."""
     embed_dim: int = Field(default=128, ge=8, le=4096)
     """Dimensions of the shared embedding."""
+    image_heads: int = Field(default=0, ge=0, le=256)
+    """Attention heads of the vision transformer; 0: one for every 64 channels, 32 in small ones."""
+    text_heads: int = Field(default=0, ge=0, le=256)
+    """Attention heads of the text tower; 0 likewise."""
+    image_mlp_ratio: float = Field(default=4.0, gt=0, le=16)
+    """Width of the vision transformer's perceptrons over its own."""
+    activation: Activation = "gelu"
+    """Of both transformers; OpenAI's own models have `quick_gelu`."""
+    pixel_mean: Channels = (0.5, 0.5, 0.5)
+    """What is subtracted from the channels (0 to 1) of a picture."""
+    pixel_std: Channels = (0.25, 0.25, 0.25)
+    """What they are divided by then."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """`softmax`: CLIP's own; `sigmoid`: every pair is judged for itself (SigLIP, Zhai et al. 2023)."""
+    chunk: int = Field(default=0, ge=0)
+    """Pairs whose activations are held at once by a worker (Gao et al. 2021, GradCache): the loss is over the whole batch all the same, at
+    the price of a second forward pass; 0 holds the whole batch."""
+    compile: bool = False
+    """Let torch compile the towers (minutes at the start, worth it on a GPU)."""
     style_captions: bool = True
     """Train on all phrasings of a picture, one drawn anew each time it is seen; otherwise on the first one only."""
     broken_pictures: OnBroken = "stop"
@@ -92,24 +118,31 @@ class ConvBlock(nn.Module):
 class VitTower(nn.Module):
     """The vision transformer of CLIP: patches, a class token, pre-norm blocks, read at the class token."""
 
-    def __init__(self, side_px: int, patch_px: int, width: int, depth: int, embed_dim: int) -> None:
+    def __init__(self, config: "ClipConfig") -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, patch_px, stride=patch_px, bias=False)
+        width, side = config.width, config.image_size_px // config.patch_px
+        self.patches = nn.Conv2d(3, width, config.patch_px, stride=config.patch_px, bias=False)
         self.class_token = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.positions = nn.Parameter(torch.randn((side_px // patch_px) ** 2 + 1, width) * width**-0.5)
+        self.positions = nn.Parameter(torch.randn(side**2 + 1, width) * width**-0.5)
         self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.blocks = nn.Sequential(*(Block(width, is_causal=False) for _ in range(depth)))
-        self.project = nn.Linear(width, embed_dim, bias=False)
+        block = (width, False, config.image_heads, round(config.image_mlp_ratio * width), config.activation)
+        self.blocks = nn.Sequential(*(Block(*block) for _ in range(config.depth)))
+        self.project = nn.Linear(width, config.embed_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, 3, S, S) to (B, E)."""
         x = self.patches(x).flatten(2).transpose(1, 2)  # (B, N, D)
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1) + self.positions
-        return self.project(self.norm_out(self.blocks(self.norm_in(x))[:, 0]))
+        x = self.blocks[:-1](self.norm_in(x))
+        first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return self.project(self.norm_out(self.blocks[-1].at(x, first)))  # type: ignore[operator]
 
 
 class CLIP(nn.Module):
     """Embeds pictures and texts into one space; `encode_*` return unit vectors in float32."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, config: ClipConfig, vocab_size: int, context: int) -> None:
         super().__init__()
@@ -118,21 +151,37 @@ class CLIP(nn.Module):
         if config.image_tower == "conv":
             self.image = ConvTower(config.width, config.depth, config.embed_dim).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         else:
-            self.image = VitTower(config.image_size_px, config.patch_px, config.width, config.depth, config.embed_dim)
-        self.text = TextEncoder(vocab_size, context, config.text_width, config.text_depth)
+            self.image = VitTower(config)
+        self.text = TextEncoder(vocab_size, context, config.text_width, config.text_depth, config.text_heads, config.activation)
         self.text_project = nn.Linear(config.text_width, config.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_START))
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_START if config.loss == "softmax" else SIGMOID_SCALE_START))
+        if config.loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS_START))
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embed pictures, float (B, 3, S, S) in [-1, 1], as unit vectors (B, E)."""
-        x = (pixels * 0.5 + (0.5 - PIXEL_MEAN)) / PIXEL_STD
+        x = (pixels * 0.5 + (0.5 - self.pixel_mean)) / self.pixel_std
         return F.normalize(self.image(x).float(), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Embed texts, ids (B, N), read at the end-of-text token, as unit vectors (B, E)."""
-        hidden = self.text(ids)
         ends = (ids == END).int().argmax(1)
-        return F.normalize(self.text_project(hidden[torch.arange(len(ids)), ends]).float(), dim=-1)
+        return F.normalize(self.text_project(self.text.at(ids, ends)).float(), dim=-1)
+
+    def loss(self, pixels: Tensor, ids: Tensor) -> Tensor:
+        """Return the contrastive loss of this worker's pairs, pixels (b, 3, S, S) in [-1, 1] and ids (b, N), against all workers'."""
+        image, text = self._in_chunks(self.encode_image, pixels), self._in_chunks(self.encode_text, ids)
+        if self.config.loss == "sigmoid":
+            return sigmoid_loss(image, text, self.logit_scale, self.logit_bias)
+        return contrastive_loss(image, text, self.logit_scale)
+
+    def _in_chunks(self, encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Encode so that only a chunk's activations exist at once, in the backward pass too, which encodes each chunk again."""
+        if not self.config.chunk or len(x) <= self.config.chunk:
+            return encode(x)
+        return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in x.split(self.config.chunk)])
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -151,6 +200,19 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor
     scale = logit_scale.exp()
     with torch.autocast(image.device.type, enabled=False):  # bfloat16 would round a logit near 100 to a multiple of 0.5
         return (F.cross_entropy(scale * image @ all_text.T, target) + F.cross_entropy(scale * text @ all_image.T, target)) / 2
+
+
+def sigmoid_loss(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """Every picture with every text of all workers, a pair or not (Zhai et al. 2023, eq. 1): mean over pictures of the sum over texts.
+
+    image and text are this worker's unit vectors (b, E); the mean over workers is the single-process loss with the same gradients.
+    """
+    all_text, first = gather(text), _first_row(len(image))
+    with torch.autocast(image.device.type, enabled=False):
+        logits = logit_scale.exp() * image @ all_text.T + logit_bias  # (b, B)
+        is_pair = -torch.ones_like(logits)
+        is_pair[torch.arange(len(image)), torch.arange(first, first + len(image))] = 1
+        return -F.logsigmoid(is_pair * logits).sum() / len(image)
 
 
 def _first_row(count: int) -> int:

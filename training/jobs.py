@@ -25,7 +25,7 @@ from infra.errors import DataError, UnclipError
 from infra.progress import Progress
 from training import clip as clip_model
 from training import embeddings, loop, priors, soundness
-from training.clip import CLIP, ClipConfig, contrastive_loss, to_pixels
+from training.clip import CLIP, ClipConfig, to_pixels
 from training.decoder import Decoder, DecoderConfig
 from training.loop import LoopConfig, Step
 from training.parallel import world
@@ -93,15 +93,14 @@ def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str
     texts = embeddings.Captions(phrasings, tokenizer)
     torch.manual_seed(config.seed)
     model = CLIP(config, tokenizer.vocab_size, tokenizer.context).to(device)
+    loss = torch.compile(model.loss, dynamic=True) if config.compile else model.loss
 
     def loss_of(step: Step) -> Tensor:
         rows = step.samples(len(pictures))
         ids, _ = texts.draw(rows, step.uniform(PHRASING))
         pixels = to_pixels(pictures[rows].to(device), config.image_size_px)
         pictures.read_ahead(step.next().samples(len(pictures)))
-        return contrastive_loss(
-            model.encode_image(shifted(pixels, step.uniform(SHIFT, 2))), model.encode_text(ids.to(device)), model.logit_scale
-        )
+        return loss(shifted(pixels, step.uniform(SHIFT, 2)), ids.to(device))
 
     return model, loop.run(model, config, loss_of, work, model.clamp_logit_scale)
 

@@ -4,12 +4,15 @@ Legend: B batch, N tokens, D width, H heads.
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD_WIDTH = 64
+
+Activation = Literal["gelu", "quick_gelu"]
 
 
 def heads_of(width: int) -> int:
@@ -34,12 +37,23 @@ class KeyValues:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention through the fused kernel."""
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), the approximation that the first CLIP models were trained with (Hendrycks & Gimpel 2016)."""
 
-    def __init__(self, width: int, is_causal: bool) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any shape to itself."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention through the fused kernel; `heads` of 0 are chosen by the width."""
+
+    def __init__(self, width: int, is_causal: bool, heads: int = 0) -> None:
         super().__init__()
-        self.heads, self.is_causal = heads_of(width), is_causal
+        self.heads, self.is_causal = heads or heads_of(width), is_causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -63,36 +77,56 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
+    def at(self, x: Tensor, places: Tensor) -> Tensor:
+        """Return forward(x)[b, places[b]], (B, D), without the queries of all other tokens; places is int (B,)."""
+        B, N, D = x.shape
+        query = x[torch.arange(B, device=x.device), places]
+        q = F.linear(query, self.qkv.weight[:D], self.qkv.bias[:D]).view(B, 1, self.heads, -1).transpose(1, 2)  # (B, H, 1, D/H)
+        k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).view(B, N, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mask = (torch.arange(N, device=x.device) <= places[:, None])[:, None, None] if self.is_causal else None  # (B, 1, 1, N)
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, D))
+
 
 class Block(nn.Module):
-    """Attention and a four times wider perceptron, each added to what came in."""
+    """Attention and a wider perceptron (four times, unless said), each added to what came in."""
 
-    def __init__(self, width: int, is_causal: bool) -> None:
+    def __init__(self, width: int, is_causal: bool, heads: int = 0, mlp_width: int = 0, activation: Activation = "gelu") -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, is_causal)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.attention = Attention(width, is_causal, heads)
+        inner = mlp_width or 4 * width
+        self.mlp = nn.Sequential(nn.Linear(width, inner), ACTIVATIONS[activation](), nn.Linear(inner, width))
 
     def forward(self, x: Tensor, is_key: Tensor | None = None, past: KeyValues | None = None) -> Tensor:
         """Map (B, N, D) to (B, N, D); `is_key` and `past` as in Attention."""
         x = x + self.attention(self.norm_1(x), is_key, past)
         return x + self.mlp(self.norm_2(x))
 
+    def at(self, x: Tensor, places: Tensor) -> Tensor:
+        """Return forward(x)[b, places[b]], (B, D): all that the last block of a tower is read at, at a sixth of the work."""
+        y = x[torch.arange(len(x), device=x.device), places] + self.attention.at(self.norm_1(x), places)
+        return y + self.mlp(self.norm_2(y))
+
 
 class TextEncoder(nn.Module):
     """Token and position embeddings and a causal transformer; padding behind a text cannot reach it, so no mask is needed."""
 
-    def __init__(self, vocab_size: int, context: int, width: int, depth: int) -> None:
+    def __init__(self, vocab_size: int, context: int, width: int, depth: int, heads: int = 0, activation: Activation = "gelu") -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.randn(context, width) * 0.01)
-        self.blocks = nn.Sequential(*(Block(width, is_causal=True) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, True, heads, activation=activation) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.tokens.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids (B, N) to hidden states (B, N, D)."""
         return self.norm(self.blocks(self.tokens(ids) + self.positions[: ids.shape[1]]))
+
+    def at(self, ids: Tensor, places: Tensor) -> Tensor:
+        """Return forward(ids)[b, places[b]], (B, D), without the last block's work on other tokens; depth must be at least 1."""
+        x = self.blocks[:-1](self.tokens(ids) + self.positions[: ids.shape[1]])
+        return self.norm(self.blocks[-1].at(x, places))  # type: ignore[operator]
 
 
 def time_features(t: Tensor, width: int) -> Tensor:
