@@ -69,17 +69,20 @@ def find_disagreement(config: RunConfig) -> str:
 
 def _size_disagreement(config: RunConfig) -> str:
     data, clip, decoder = config.data, config.clip, config.decoder
-    for name, side_px in (("clip", clip.image_size_px), ("decoder", decoder.image_size_px)):
+    trained = (
+        (("decoder", decoder.image_size_px),) if clip.pretrained else (("clip", clip.image_size_px), ("decoder", decoder.image_size_px))
+    )
+    for name, side_px in trained:
         if side_px > data.image_size_px:
             return (
                 f"[{name}] image_size_px = {side_px} but [data] image_size_px = {data.image_size_px}: "
                 "pictures would be enlarged, lower the first or raise the second"
             )
-    if clip.image_tower == "vit" and clip.image_size_px % clip.patch_px:
+    if not clip.pretrained and clip.image_tower == "vit" and clip.image_size_px % clip.patch_px:
         return (
             f"[clip] image_size_px = {clip.image_size_px} but [clip] patch_px = {clip.patch_px}: the first must be a multiple of the second"
         )
-    if clip.image_tower == "conv" and clip.image_size_px % CONV_FOLD:
+    if not clip.pretrained and clip.image_tower == "conv" and clip.image_size_px % CONV_FOLD:
         return f'[clip] image_size_px = {clip.image_size_px} but [clip] image_tower = "conv": it must be a multiple of {CONV_FOLD}'
     if config.prior.kind == "autoregressive" and config.prior.pca_dims > clip.embed_dim:
         return f"[prior] pca_dims = {config.prior.pca_dims} but [clip] embed_dim = {clip.embed_dim}: there are no more components than that"

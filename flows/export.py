@@ -1,5 +1,7 @@
 """`unclip export`: one self-contained folder with everything that drawing needs, and a card that says where it comes from.
 
+Or, with `--format open_clip`, the run's CLIP alone, as `open_clip.create_model` loads it.
+
 The folder holds `clip/`, `prior/`, `decoder/` (config and averaged weights; the tokenizer beside CLIP), `lineage.json` (the manifests of
 all stages of the run), `README.md` (the model card) and, where the run was evaluated, its sheet of samples. `Unclip.load(folder)` reads it.
 """
@@ -8,6 +10,8 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,22 +29,38 @@ FILES = ("config.json", "weights.safetensors", "tokenizer.json")
 FORMAT = 1
 
 
+class Format(StrEnum):
+    """What `--format` takes."""
+
+    UNCLIP = "unclip"
+    OPEN_CLIP = "open_clip"
+
+
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make; it must not exist yet, or be empty.")],
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
+    kind: Annotated[Format, typer.Option("--format", help="The whole system, or its CLIP for the package open_clip.")] = Format.UNCLIP,
     as_json: Json = False,
 ) -> None:
     """Write a run's models, card and lineage into one folder that needs no Ray, no Prefect and no network to draw."""
-    from flows.runs import find_run
+    from flows.runs import committed_of, find_run
 
     opened = open_for(root, for_writing=False)
     record = find_run(opened, run)
-    written = write_export(opened, record, folder)
+    if kind is Format.OPEN_CLIP:
+        from training import open_clip
+
+        clip = committed_of(opened, record, "clip").local()
+        written = write_aside(folder, lambda aside: open_clip.write(clip, aside))
+    else:
+        written = write_export(opened, record, folder)
     if as_json:
         print_json({"folder": str(folder), "run": record["name"], "files": written, "bytes": sum(each["bytes"] for each in written)})
         return
-    print(f"{folder}  ({sum(each['bytes'] for each in written) / 1e6:.1f} MB; its README.md says what it is)")
+    size = f"{sum(each['bytes'] for each in written) / 1e6:.1f} MB"
+    hint = f'open_clip.create_model("local-dir:{folder}") loads it' if kind is Format.OPEN_CLIP else "its README.md says what it is"
+    print(f"{folder}  ({size}; {hint})")
 
 
 def write_export(root: Root, record: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -51,14 +71,19 @@ def write_export(root: Root, record: dict[str, Any], folder: Path) -> list[dict[
     """
     from flows.runs import committed_of
 
+    stages = {stage: committed_of(root, record, stage) for stage in dict.fromkeys([*NEEDED, *record["stages"]])}
+    return write_aside(folder, lambda aside: _fill(aside, record, stages))
+
+
+def write_aside(folder: Path, fill: Callable[[Path], object]) -> list[dict[str, Any]]:
+    """Fill a folder aside and rename it into place; returns path, size and SHA-256 of its files. CallerError where it holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CallerError(f"{folder} is there already: give a folder that is new or empty")
-    stages = {stage: committed_of(root, record, stage) for stage in dict.fromkeys([*NEEDED, *record["stages"]])}
     with one_line_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _fill(aside, record, stages)
+            fill(aside)
             written = _listed(aside)
             aside.chmod(0o755)
             aside.replace(folder)

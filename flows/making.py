@@ -127,7 +127,7 @@ def make(
     if dry_run:
         result = plan_summary(opened, chosen, plans)
         for shown, each in zip(result["stages"], plans, strict=True):
-            if each.stage.parameters:
+            if each.stage.parameters and not config.clip.pretrained:  # whose size is known once it is read
                 shown["parameters"] = each.stage.parameters(config)
         if throughput:
             from flows.capacity import capacity

@@ -9,11 +9,11 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -74,6 +74,13 @@ class ClipConfig(LoopConfig):
     """Train on all phrasings of a picture, one drawn anew each time it is seen; otherwise on the first one only."""
     broken_pictures: OnBroken = "stop"
     """What to do about pictures whose shard is missing, cut or altered: `stop` with one line, or `skip` them, counted in the manifest."""
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        for name, width, heads in (("", self.width, self.image_heads), ("text_", self.text_width, self.text_heads)):
+            if heads and width % heads:
+                raise ValueError(f"{name}width = {width} but {name or 'image_'}heads = {heads}: the first must be a multiple of the second")
+        return self
 
 
 class ConvTower(nn.Module):

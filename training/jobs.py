@@ -24,7 +24,7 @@ from infra.cluster import ClusterConfig
 from infra.errors import DataError, UnclipError
 from infra.progress import Progress
 from training import clip as clip_model
-from training import embeddings, loop, priors, soundness
+from training import embeddings, loop, open_clip, priors, soundness
 from training.clip import CLIP, ClipConfig, to_pixels
 from training.decoder import Decoder, DecoderConfig
 from training.loop import LoopConfig, Step
@@ -41,10 +41,12 @@ SHIFT_PX = 2
 def train_clip(
     tokenizer: TokenizerConfig, config: ClipConfig, cluster: ClusterConfig, ingest: Path, curate: Path, out: Path, work: Path
 ) -> dict[str, Any]:
-    """Train CLIP on the keep list's training pairs; the tokenizer is fitted to their captions first."""
+    """Train CLIP on the keep list's training pairs; the tokenizer is fitted to their captions first. Or take a pretrained one."""
     table = read_table(curate / "keep.parquet", "train")
     if not table.num_rows:
         raise DataError("curate kept no pair for training: loosen [curate] or give [data] more sources")
+    if config.pretrained:
+        return {"in": table.num_rows, "out": table.num_rows, "dropped": {}, **_adopt(config, tokenizer, out, work)}
     dropped = soundness.settle(table, ingest / "shards", config.broken_pictures, work)
     if not (work / "tokenizer.json").exists():
         fitted = Tokenizer.fit((caption for captions in table["captions"].to_pylist() for caption in captions), tokenizer)
@@ -166,6 +168,16 @@ def shifted(pixels: Tensor, draw: Tensor) -> Tensor:
     return padded.permute(0, 2, 3, 1)[torch.arange(B, device=pixels.device)[:, None, None], rows, columns].permute(0, 3, 1, 2)
 
 
+def _adopt(config: ClipConfig, tokens: TokenizerConfig, out: Path, work: Path) -> dict[str, Any]:
+    """Write the pretrained CLIP as if it had been trained here."""
+    model, tokenizer, source = open_clip.read(config, tokens)
+    tokenizer.save(work / "tokenizer.json")
+    write_model("clip", model, model.state_dict(), model.config, work)
+    (work / "metrics.jsonl").write_text("")
+    _hand_over(work, out)
+    return {"parameters": sum(p.numel() for p in model.parameters()), **source}
+
+
 Fit = Callable[[Any, dict[str, Path], Path, str], tuple[nn.Module, dict[str, Tensor]]]
 
 
@@ -221,6 +233,10 @@ def _train(
         finally:
             over.set()
             watcher.join()
+    _hand_over(work, out)
+
+
+def _hand_over(work: Path, out: Path) -> None:
     for file in ("config.json", "weights.safetensors", "raw.safetensors", "metrics.jsonl"):
         shutil.copyfile(work / file, out / file)
     if (work / "tokenizer.json").exists():  # an up-sampler reads no captions

@@ -1,22 +1,34 @@
 """Captions to token ids: a lower-cased byte-level BPE, trained on the run's own training captions by Hugging Face `tokenizers`.
 
-Ids: 0 pads, 1 starts, 2 ends a text. Nothing is unknown, since every byte has an id. Reads and writes `tokenizer.json`.
+Or CLIP's own vocabulary, from its file of merges, for a pretrained CLIP. Ids: 0 pads, 1 starts, 2 ends a text, in both (CLIP's own
+numbers are these with the three special ones moved: `training.open_clip`). Nothing is unknown, since every byte has an id. Neither
+vocabulary joins what white space parts, so each word's ids are looked up. Reads and writes `tokenizer.json`.
 """
 
+import gzip
 import html
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
+import ftfy
+import numpy as np
 import torch
 from pydantic import Field
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Engine
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from infra.errors import CallerError
 from infra.settings import Section
 
 PAD, START, END = 0, 1, 2
 SPECIAL = ("<|pad|>", "<|startoftext|>", "<|endoftext|>")
+CLIP_MERGES = 49_152 - 256 - 2
+"""How many lines of its file CLIP uses."""
+CLIP_WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+WORD_END = "</w>"
+REMEMBERED_WORDS, LONG_WORD_CHARS = 1 << 18, 64
 
 
 class TokenizerConfig(Section):
@@ -26,6 +38,8 @@ class TokenizerConfig(Section):
     """Ids in all, the 256 bytes and 3 special ones included; CLIP's own vocabulary has 49,408."""
     context: int = Field(default=24, ge=4, le=1024)
     """Most tokens of a text, start and end included; longer ones are cut and still end with the end token. CLIP: 77."""
+    merges: str = ""
+    """File of CLIP's merges (`bpe_simple_vocab_16e6.txt.gz` or `merges.txt`), where a pretrained CLIP does not bring it along."""
 
 
 class Tokenizer:
@@ -35,6 +49,8 @@ class Tokenizer:
         self.engine, self.context = engine, context
         engine.enable_truncation(context)  # the template's start and end count
         engine.encode_special_tokens = True  # a caption that spells "<|pad|>" means the characters
+        self.is_clips = engine.model.end_of_word_suffix == WORD_END
+        self.words: dict[str, list[int]] = {}
 
     @classmethod
     def fit(cls, captions: Iterable[str], config: TokenizerConfig) -> "Tokenizer":
@@ -49,11 +65,35 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        engine.train_from_iterator((_clean(caption) for caption in captions), trainer)
-        engine.post_processor = processors.TemplateProcessing(
-            single=f"{SPECIAL[START]} $A {SPECIAL[END]}", special_tokens=[(SPECIAL[START], START), (SPECIAL[END], END)]
-        )
+        engine.train_from_iterator((" ".join(_unescaped(caption).split()) for caption in captions), trainer)
+        engine.post_processor = _starts_and_ends()
         return cls(engine, config.context)
+
+    @classmethod
+    def from_merges(cls, path: Path, context: int = 77) -> "Tokenizer":
+        """Build CLIP's own tokenizer from its file of merges, plain or gzipped. Raises CallerError when it is not that file."""
+        try:
+            data = path.read_bytes()
+            lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode().split("\n")
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise CallerError(f"{path} cannot be read as CLIP's merges: {error}") from None
+        merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[1 : CLIP_MERGES + 1])]
+        if len(merges) < CLIP_MERGES or merges[0] != ("i", "n") or not all(right for _, right in merges):
+            raise CallerError(f"{path} is not CLIP's file of {CLIP_MERGES:,} merges (bpe_simple_vocab_16e6.txt.gz)")
+        symbols = _byte_symbols()
+        words = [*SPECIAL, *symbols, *(symbol + WORD_END for symbol in symbols), *(left + right for left, right in merges)]
+        vocab = {word: number for number, word in enumerate(words)}
+        engine = Engine(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END))
+        engine.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(CLIP_WORDS, "removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        engine.decoder = decoders.ByteLevel()
+        engine.add_special_tokens(list(SPECIAL))
+        engine.post_processor = _starts_and_ends()
+        return cls(engine, context)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -73,13 +113,57 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return ids, int64 (B, N): N is the longest text of the batch, at most the context; shorter rows end in PAD."""
-        rows = [encoding.ids for encoding in self.engine.encode_batch([_clean(text) for text in texts])]
-        ids = torch.full((len(rows), max(map(len, rows), default=2)), PAD)
-        for place, row in enumerate(rows):
-            ids[place, : len(row)] = torch.tensor(row)
-        return ids
+        parted = [self.clean(text).split() for text in texts]
+        rows = []
+        known = self._ids_of(parted)
+        for words in parted:
+            row = [START]
+            for word in words:
+                row += known[word]
+                if len(row) >= self.context:
+                    break
+            del row[self.context - 1 :]
+            row.append(END)
+            rows.append(row)
+        lengths = np.array([len(row) for row in rows], np.int64)
+        ids = np.full((len(rows), max(map(len, rows), default=2)), PAD)
+        ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
+        return torch.from_numpy(ids)
+
+    def _ids_of(self, parted: list[list[str]]) -> dict[str, list[int]]:
+        """Return the ids of every word there, asking the engine for those only that were never seen."""
+        if len(self.words) > REMEMBERED_WORDS:
+            self.words = {}
+        known = self.words
+        new = list(dict.fromkeys(word for words in parted for word in words if word not in known))
+        found = {
+            word: encoding.ids for word, encoding in zip(new, self.engine.encode_batch_fast(new, add_special_tokens=False), strict=True)
+        }
+        long = {word: ids for word, ids in found.items() if len(word) > LONG_WORD_CHARS}
+        known.update((word, ids) for word, ids in found.items() if word not in long)
+        return known | long if long else known
+
+    def clean(self, text: str) -> str:
+        """Undo HTML entities, as CLIP's own tokenizer does; for CLIP's own vocabulary broken Unicode and capitals too."""
+        if not self.is_clips:
+            return _unescaped(text)
+        if text.isascii() and text.isprintable() and "&" not in text:  # nothing in it to mend
+            return text.lower()
+        return _unescaped(ftfy.fix_text(text)).lower()
 
 
-def _clean(text: str) -> str:
-    """Undo HTML entities and fold white space, as CLIP's own tokenizer does."""
-    return " ".join(html.unescape(html.unescape(text)).split())
+def _unescaped(text: str) -> str:
+    return html.unescape(html.unescape(text))
+
+
+def _starts_and_ends() -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=f"{SPECIAL[START]} $A {SPECIAL[END]}", special_tokens=[(SPECIAL[START], START), (SPECIAL[END], END)]
+    )
+
+
+def _byte_symbols() -> list[str]:
+    """Return the characters that stand for the 256 bytes in byte-level BPE, in CLIP's order: printable ones first, as they are."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = 256 - len(printable)
+    return [chr(byte) for byte in printable] + [chr(256 + place) for place in range(others)]

@@ -1,0 +1,258 @@
+"""Our CLIP and open_clip's are one model: the same weights, pictures and texts give the same vectors, in both directions.
+
+The comparisons ask open_clip in an environment of its own and skip themselves where `make peers` has not been run.
+"""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Engine
+from torch import Tensor
+
+from infra.errors import CallerError, DataError
+from training import clip as clip_model
+from training import jobs, open_clip
+from training.clip import CLIP, ClipConfig
+from training.tokenizer import Tokenizer, TokenizerConfig
+
+PEER = Path(__file__).parent.parent / ".peers" / "open_clip" / "bin" / "python"
+TEXTS = ["a photo of a cat", "", "ein Mädchen mit Hut!", "猫 と 犬", "a very " + "long " * 100 + "caption"]
+MODELS: dict[str, dict[str, Any]] = {
+    "ViT-B-32": {"embed_dim": 512, "quick_gelu": True, "vision_cfg": {"image_size": 224, "layers": 2, "width": 768, "patch_size": 32}},
+    "ViT-L-14": {"embed_dim": 768, "vision_cfg": {"image_size": 224, "layers": 2, "width": 1024, "patch_size": 14}},
+    "ViT-H-14": {"embed_dim": 1024, "vision_cfg": {"image_size": 224, "layers": 1, "width": 1280, "head_width": 80, "patch_size": 14}},
+}  # depth is reduced: every block is the same code
+TEXT_WIDTHS = {"ViT-B-32": (512, 8), "ViT-L-14": (768, 12), "ViT-H-14": (1024, 16)}
+AWKWARD = [
+    *TEXTS, "  spaces\t and\nlines \r\n", "\U0001f44b\U0001f3fb\u200d\U0001f525 waving",
+    "fish &amp;amp; chips &lt;3 &copy; &#128512;",
+    "naïve café déjà vu", "e\u0301t\u00e9 against \u00e9t\u00e9", "x" * 10_000, "don't you'll we've I'm he'd it's O'Neil",
+    "12,345.67 $ 3e-5",
+    "schÃ¶n mojibake â€œquotedâ€\x9d", "“curly” ‘quotes’ — dashes…", "ﬁne ﬂight", "\uff26\uff35\uff2c\uff2c wide", "ΣΊΣΥΦΟΣ ΟΔΟΣ",
+    "İstanbul ISPARTA ß ẞ", "日本語のテキスト、", "そして中文文本。", "한국어 텍스트", "नमस्ते दुनिया",
+    "مرحبا بالعالم", "\0\x07\x1b[31mred\x1b[0m",
+    "a\u00a0b\u2003c\u3000d", "\ufeffbom",
+    "http://example.org/?a=b&amp;c=d#e", "snake_case-and-kebab", "!", "!!! ???", "A.B.C. U.S.A.",
+    "ⅷ ½ ² ①", "👩‍👩‍👧‍👦🏳️‍🌈🇫🇷", "\ufffd replaced", "<b>bold</b> < >", "a" * 65 + " b", "<|endoftext|>",
+]  # fmt: skip
+
+
+class Peer:
+    """open_clip's process."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).parent / "peers" / "open_clip_peer.py"
+        self.process = subprocess.Popen([str(PEER), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.facts = self._answer()
+
+    def ask(self, do: str, **told: Any) -> Any:
+        """Ask one thing and return the answer."""
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps({"do": do} | told) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line, "open_clip's process ended"
+        return json.loads(line)
+
+
+@pytest.fixture(scope="module")
+def peer() -> Iterator[Peer]:
+    if not PEER.exists():
+        pytest.skip("open_clip is not installed beside us: make peers")
+    peer = Peer()
+    yield peer
+    peer.process.kill()
+    peer.process.wait()
+
+
+@pytest.fixture(scope="module")
+def merges(peer: Peer) -> str:
+    return str(Path(peer.facts["package"]) / "bpe_simple_vocab_16e6.txt.gz")
+
+
+def pictures(count: int, side_px: int) -> Tensor:
+    return torch.randint(0, 256, (count, side_px, side_px, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def made(peer: Peer, name: str, folder: Path) -> dict[str, Tensor]:
+    """Let open_clip make and write a random model of that shape; return what it embeds the pictures and TEXTS as."""
+    width, heads = TEXT_WIDTHS[name]
+    text = {"context_length": 77, "vocab_size": 49408, "width": width, "heads": heads, "layers": 2}
+    torch.save(pictures(3, 224), folder / "pictures.pt")
+    ids = peer.ask("ids", texts=TEXTS)
+    told = {"images": str(folder / "pictures.pt"), "ids": ids, "out": str(folder / "peer.pt")}
+    peer.ask("make", config=MODELS[name] | {"text_cfg": text}, folder=str(folder), seed=3, **told)
+    found: dict[str, Tensor] = torch.load(folder / "peer.pt")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_open_clips_weights_give_open_clips_vectors(name: str, peer: Peer, merges: str, tmp_path: Path) -> None:
+    theirs = made(peer, name, tmp_path)
+    model, tokenizer, _ = open_clip.read(ClipConfig(pretrained=str(tmp_path)), TokenizerConfig(merges=merges))
+    torch.testing.assert_close(clip_model.embed_images(model, pictures(3, 224)), theirs["image"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(clip_model.embed_texts(model, tokenizer, TEXTS), theirs["text"], atol=1e-5, rtol=0)
+    assert model.logit_scale.item() == theirs["logit_scale"].item()
+    assert float((theirs["text"][0] - theirs["text"][2]).norm()) > 1e-3, "vectors that are all alike prove nothing"
+    assert float((theirs["image"][0] - theirs["image"][2]).norm()) > 1e-3
+
+
+@pytest.mark.slow
+def test_clips_own_ids_on_awkward_captions(peer: Peer, merges: str) -> None:
+    tokenizer = Tokenizer.from_merges(Path(merges))
+    texts = [text for text in AWKWARD if "<|" not in text] + [f"{a} {b}" for a in AWKWARD for b in AWKWARD[::7]]
+    ids = open_clip.to_their_ids(tokenizer(texts), tokenizer.vocab_size)
+    padded = torch.zeros(len(texts), 77, dtype=torch.long)
+    padded[:, : ids.shape[1]] = ids
+    for text, ours, theirs in zip(texts, padded.tolist(), peer.ask("ids", texts=texts), strict=True):
+        assert ours == theirs, text[:80]
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of as many merges as CLIP's own has, which anybody may carry about."""
+    symbols = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    words = [a + b for a in symbols for b in symbols]
+    pairs = [("i", "n"), *((word, symbol) for symbol in symbols for word in words if len(set(word)) == 2)]
+    file = tmp_path_factory.mktemp("merges") / "merges.txt"
+    file.write_text("\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in pairs[:48_894])]))
+    return file
+
+
+def small(**changes: Any) -> ClipConfig:
+    return ClipConfig(
+        image_tower="vit", image_size_px=16, patch_px=8, width=32, depth=2, text_width=32, text_depth=2, embed_dim=16, **changes
+    )
+
+
+def written(folder: Path, config: ClipConfig) -> tuple[CLIP, Tokenizer]:
+    """Write a `clip` folder with random weights and a vocabulary of its own."""
+    folder.mkdir()
+    tokenizer = Tokenizer.fit(["a red heart", "a red apple", "a blue disc"] * 4, TokenizerConfig(vocab_size=280, context=12))
+    tokenizer.save(folder / "tokenizer.json")
+    torch.manual_seed(2)
+    model = CLIP(config, tokenizer.vocab_size, tokenizer.context).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn_like(p)
+    jobs.write_model("clip", model, model.state_dict(), config, folder)
+    return model, tokenizer
+
+
+def their_model(folder: Path, merges: Path, **changes: Any) -> CLIP:
+    """Write a small model with CLIP's number of tokens in open_clip's form; return what must be read back."""
+    shape = small(**changes)
+    torch.manual_seed(4)
+    model = CLIP(shape, 49_409, 77).eval()
+    folder.mkdir()
+    shutil.copy(merges, folder)
+    with torch.no_grad():
+        model.text.tokens.weight[0] = 0  # padding has no row there
+    jobs_folder = folder.with_name("own")
+    jobs_folder.mkdir()
+    Tokenizer.from_merges(merges).save(jobs_folder / "tokenizer.json")
+    jobs.write_model("clip", model, model.state_dict(), shape, jobs_folder)
+    open_clip.write(jobs_folder, folder)
+    (folder / "tokenizer.json").unlink()
+    return model
+
+
+def same(a: CLIP, b: CLIP) -> bool:
+    return a.state_dict().keys() == b.state_dict().keys() and all(
+        b.state_dict()[name].equal(value) for name, value in a.state_dict().items()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{}, {"activation": "quick_gelu", "loss": "sigmoid", "image_heads": 2, "image_mlp_ratio": 3.0}], ids=["plain", "other"]
+)
+def test_what_we_export_gives_the_same_vectors_there(changes: dict[str, Any], peer: Peer, tmp_path: Path) -> None:
+    model, tokenizer = written(tmp_path / "clip", small(**changes))
+    out = tmp_path / "out"
+    assert open_clip.write(tmp_path / "clip", out) == [
+        out / name for name in ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json")
+    ]
+    texts = ["a red heart", "", "Zebra!", "a red apple " * 20]
+    ids = [encoding.ids for encoding in Engine.from_file(str(out / "tokenizer.json")).encode_batch(texts)]
+    assert {len(row) for row in ids} == {tokenizer.context}
+    torch.save(pictures(3, 16), tmp_path / "pictures.pt")
+    peer.ask("embed", folder=str(out), images=str(tmp_path / "pictures.pt"), ids=ids, out=str(tmp_path / "peer.pt"))
+    theirs = torch.load(tmp_path / "peer.pt")
+    torch.testing.assert_close(clip_model.embed_images(model, pictures(3, 16)), theirs["image"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(clip_model.embed_texts(model, tokenizer, texts), theirs["text"], atol=1e-5, rtol=0)
+    assert model.logit_scale.item() == theirs["logit_scale"].item()
+
+
+@pytest.mark.slow
+def test_the_names_that_we_know_are_open_clips(peer: Peer) -> None:
+    assert peer.ask("published", names=list(open_clip.PUBLISHED)) == list(open_clip.PUBLISHED.values())
+
+
+def test_a_convolutional_tower_cannot_be_exported(tmp_path: Path) -> None:
+    written(tmp_path / "clip", ClipConfig(image_size_px=16, width=16, depth=1, text_width=32, text_depth=1, embed_dim=16))
+    with pytest.raises(CallerError, match=r"clip\.image_tower=vit"):
+        open_clip.write(tmp_path / "clip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["folder", "file", "trainer", "hub", "ours"])
+def test_a_pretrained_clip_is_read_from_wherever_it_is(form: str, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = their_model(tmp_path / "theirs", stand_in)
+    pretrained, own = str(tmp_path / "theirs"), small(image_heads=1, text_heads=1)
+    if form in ("file", "trainer"):
+        state = load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
+        (tmp_path / "theirs" / "open_clip_model.safetensors").unlink()
+        pretrained = str(tmp_path / "theirs" / "epoch_9.pt")
+        torch.save(
+            {"epoch": 9, "state_dict": {f"module.{name}": value for name, value in state.items()}} if form == "trainer" else state,
+            pretrained,
+        )
+    if form == "hub":
+        snapshot = tmp_path / "hub" / "models--lab--model" / "snapshots" / "abc"
+        snapshot.parent.mkdir(parents=True)
+        (tmp_path / "theirs").rename(snapshot)
+        (snapshot.parent.parent / "refs").mkdir()
+        (snapshot.parent.parent / "refs" / "main").write_text("abc")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        pretrained = "hf-hub:lab/model"
+    if form == "ours":
+        pretrained = str(tmp_path / "own")
+    model, tokenizer, source = open_clip.read(own.model_copy(update={"pretrained": pretrained}), TokenizerConfig())
+    assert same(model, expected) and tokenizer.vocab_size == 49_409 and tokenizer.context == 77
+    assert source["pretrained"] == pretrained == model.config.pretrained and len(source["weights_sha256"]) == 64
+    assert clip_model.embed_images(model, pictures(2, 16)).equal(clip_model.embed_images(expected, pictures(2, 16)))
+
+
+def test_a_shape_is_read_off_a_bare_state_dict(stand_in: Path, tmp_path: Path) -> None:
+    expected = their_model(tmp_path / "theirs", stand_in, image_heads=0, text_heads=0)
+    (tmp_path / "theirs" / "open_clip_config.json").unlink()
+    with pytest.raises(DataError, match="state dict"):  # narrower than a head: no CLIP of open_clip's is
+        open_clip.read(small(pretrained=str(tmp_path / "theirs")), TokenizerConfig())
+    state = load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
+    wide = {name: torch.zeros(*(4 * size if size in (32, 96, 128) else size for size in value.shape)) for name, value in state.items()}
+    save_file(wide, tmp_path / "theirs" / "open_clip_model.safetensors")
+    found = open_clip.read(small(pretrained=str(tmp_path / "theirs"), activation="quick_gelu"), TokenizerConfig())[0].config
+    assert (found.image_size_px, found.patch_px, found.width, found.depth, found.image_heads, found.image_mlp_ratio) == (
+        16,
+        8,
+        128,
+        2,
+        2,
+        4.0,
+    )
+    assert (found.text_width, found.text_depth, found.text_heads, found.embed_dim, found.activation) == (128, 2, 2, 16, "quick_gelu")
+    assert found.pixel_mean == open_clip.PIXEL_MEAN and expected.config.pixel_mean != found.pixel_mean
