@@ -1,14 +1,16 @@
 """CLIP's loss is the paper's, both towers can learn, and a written model is the one that is read."""
 
+import math
+import weakref
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from training import clip
-from training.clip import CLIP, LOGIT_SCALE_MAX, ClipConfig, contrastive_loss, to_pixels
+from training.clip import CLIP, LOGIT_SCALE_MAX, ClipConfig, contrastive_loss, sigmoid_loss, to_pixels
 from training.jobs import write_model
 from training.tokenizer import PAD, Tokenizer, TokenizerConfig
 
@@ -22,9 +24,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.fit(TEXTS, TokenizerConfig(vocab_size=300, context=16))
 
 
-def tiny(tower: Tower, tokenizer: Tokenizer) -> CLIP:
+def tiny(tower: Tower, tokenizer: Tokenizer, **changes: Any) -> CLIP:
     torch.manual_seed(0)
-    config = ClipConfig(image_tower=tower, image_size_px=16, width=16, depth=1, text_width=32, text_depth=1, embed_dim=16)
+    config = ClipConfig(image_tower=tower, image_size_px=16, width=16, depth=1, text_width=32, text_depth=1, embed_dim=16, **changes)
     return CLIP(config, tokenizer.vocab_size, tokenizer.context)
 
 
@@ -41,6 +43,55 @@ def test_loss_is_the_mean_of_both_log_softmaxes_on_the_diagonal() -> None:
             weights = [float((scale.exp() * (a[row] * b[column]).sum()).exp()) for column in range(6)]
             expected -= float(torch.tensor(weights[row] / sum(weights)).log()) / 12
     assert float(contrastive_loss(image, text, scale)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_sigmoid_loss_judges_every_pair_for_itself() -> None:
+    image, text = (torch.nn.functional.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
+    scale, bias = torch.tensor(1.3), torch.tensor(-2.0)
+    expected = 0.0
+    for row in range(6):
+        for column in range(6):
+            logit = float(scale.exp() * (image[row] * text[column]).sum() + bias)
+            expected += math.log1p(math.exp(-logit if row == column else logit)) / 6
+    assert float(sigmoid_loss(image, text, scale, bias)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_batch_in_chunks_has_the_gradients_of_the_whole(loss: str, precision: torch.dtype, tokenizer: Tokenizer) -> None:
+    found = []
+    for chunk in (0, 3, 8):
+        model = tiny("vit", tokenizer, loss=loss, chunk=chunk)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision is torch.bfloat16):
+            value = model.loss(to_pixels(images(8), 16), tokenizer(TEXTS))
+        value.backward()
+        found.append((value.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    tolerance = 1e-5 if precision is torch.float32 else 2e-2
+    for value, gradients in found[1:]:
+        torch.testing.assert_close(value, found[0][0], rtol=tolerance, atol=0)
+        for name, gradient in gradients.items():
+            whole = found[0][1][name]
+            assert gradient is not None and whole is not None and float(whole.norm()) > 0, name
+            assert float((gradient - whole).norm()) < tolerance * float(whole.norm()), name
+
+
+def test_only_a_chunks_activations_are_held_at_once(tokenizer: Tokenizer) -> None:
+    most = []
+    for chunk in (0, 4):
+        model = tiny("conv", tokenizer, chunk=chunk)
+        alive: list[weakref.ref[Tensor]] = []
+        peak = [0]
+
+        def note(_: object, __: object, out: Tensor, alive: list[weakref.ref[Tensor]] = alive, peak: list[int] = peak) -> None:
+            alive.append(weakref.ref(out))
+            peak[0] = max(peak[0], sum(held.numel() for each in alive if (held := each()) is not None))
+
+        for module in model.image.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(note)
+        model.loss(to_pixels(images(32), 16), tokenizer(TEXTS * 4)).backward()
+        most.append(peak[0])
+    assert most[1] < most[0] / 4
 
 
 @pytest.mark.parametrize("tower", TOWERS)

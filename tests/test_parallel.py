@@ -9,8 +9,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.clip import contrastive_loss
-from training.parallel import average, average_gradients, gather, world
+from training.clip import contrastive_loss, sigmoid_loss
+from training.parallel import agree, average, average_gradients, gather, world
 
 B, E = 8, 5
 
@@ -22,10 +22,12 @@ class Pair(nn.Module):
         super().__init__()
         self.image, self.text = nn.Linear(E, E), nn.Linear(E, E)
         self.logit_scale = nn.Parameter(torch.tensor(1.5))
+        self.logit_bias = nn.Parameter(torch.tensor(-2.0))
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Contrastive loss of this worker's rows."""
-        return contrastive_loss(F.normalize(self.image(x), dim=-1), F.normalize(self.text(y), dim=-1), self.logit_scale)
+        """Both contrastive losses of this worker's rows."""
+        image, text = F.normalize(self.image(x), dim=-1), F.normalize(self.text(y), dim=-1)
+        return contrastive_loss(image, text, self.logit_scale) + sigmoid_loss(image, text, self.logit_scale, self.logit_bias)
 
 
 def prepared() -> tuple[Pair, Tensor, Tensor]:
@@ -40,6 +42,7 @@ def work(rank: int, workers: int, folder: Path) -> None:
     model, x, y = prepared()
     mine = slice(rank * B // workers, (rank + 1) * B // workers)
     assert gather(x[mine]).equal(x)
+    assert agree(7) and not agree(rank)
     loss = model.loss(x[mine], y[mine])
     loss.backward()
     average_gradients(model)

@@ -76,3 +76,15 @@ def test_two_fits_and_two_loads_give_the_same_ids(tokenizer: Tokenizer, tmp_path
     for other in (again, *loads):
         assert other.context == 16
         assert other(texts).equal(tokenizer(texts))
+
+
+@pytest.mark.parametrize("capacity", [0, 1 << 18])
+def test_words_looked_up_one_by_one_are_the_engines_own_ids(tokenizer: Tokenizer, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.tokenizer.REMEMBERED_WORDS", capacity)
+    texts = [*AWKWARD, *CAPTIONS, "Σίσυφος ΟΔΟΣ İ ß", "a\u0301 \u0301a", "\x1c\x1d x", "don't 12,5 !?...", "y" * 70 + " z", *AWKWARD]
+    expected = [tokenizer.engine.encode(" ".join(tokenizer.clean(text).split())).ids for text in texts]
+    for _ in range(2):  # the second time from memory
+        ids = tokenizer(texts)
+        assert [row[row != PAD].tolist() for row in ids] == expected
+        for text, row in zip(texts, expected, strict=True):
+            assert tokenizer([text])[0].tolist() == row

@@ -41,7 +41,7 @@ PUBLISHED = {
     "ViT-L-14/laion2b_s32b_b82k": "laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
     "ViT-H-14/laion2b_s32b_b79k": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     "ViT-g-14/laion2b_s34b_b88k": "laion/CLIP-ViT-g-14-laion2B-s34B-b88K",
-    "ViT-bigG-14/laion2b_39b_b160k": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+    "ViT-bigG-14/laion2b_s39b_b160k": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
     "ViT-B-32/datacomp_xl_s13b_b90k": "laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K",
     "ViT-B-16/datacomp_xl_s13b_b90k": "laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K",
     "ViT-L-14/datacomp_xl_s13b_b90k": "laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K",
@@ -220,7 +220,7 @@ def write(clip: Path, out: Path) -> list[Path]:
         value = _to_their_rows(own[name]) if name == "text.tokens.weight" else own[name]
         state[theirs] = (value.T if name in TRANSPOSED else value).contiguous()
     save_file(state, out / WEIGHTS)
-    (out / CONFIG).write_text(json.dumps(_to_config(model), indent=1))
+    (out / CONFIG).write_text(json.dumps(to_config(model), indent=1))
     (out / "tokenizer.json").write_text(json.dumps(_to_their_tokens(tokenizer), ensure_ascii=False))
     return [out / CONFIG, out / WEIGHTS, out / "tokenizer.json"]
 
@@ -301,7 +301,8 @@ def _resolved(config: ClipConfig, fields: Mapping[str, Any]) -> ClipConfig:
     return ClipConfig.model_validate(config.model_dump() | {"image_tower": "vit"} | dict(fields))
 
 
-def _to_config(model: CLIP) -> dict[str, Any]:
+def to_config(model: CLIP) -> dict[str, Any]:
+    """Describe a ViT model as `open_clip_config.json` does."""
     config = model.config
     heads = config.image_heads or heads_of(config.width)
     vision: dict[str, float] = {"image_size": config.image_size_px, "patch_size": config.patch_px, "head_width": config.width // heads}

@@ -1,0 +1,191 @@
+"""CLIP training, zero-shot and tokenisation beside open_clip: the same model, batch, pictures, captions, threads and precision, in turns.
+
+    make peers && python -m tests.benchmarks.clip_vs_open_clip [--threads 1] [--rounds 4] [--steps 2] [--json FILE]
+
+Ours is the real training loop with its clipped gradients and averaged weights; open_clip's is its train_one_epoch without its logging.
+open_clip pads texts to 77 tokens as it comes; as it could be set up, to the longest caption of all. Figures are medians of rounds.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training import clip as clip_model
+from training import loop, open_clip
+from training.clip import CLIP, ClipConfig
+from training.loop import Step
+from training.tokenizer import Tokenizer
+
+PEERS = Path(__file__).parent.parent
+PYTHON = PEERS.parent / ".peers" / "open_clip" / "bin" / "python"
+SHAPE = {"width": 192, "depth": 6, "patch_px": 8, "image_size_px": 64, "text_width": 192, "text_depth": 6, "embed_dim": 192}
+BATCH, BATCHES = 64, 8
+WORDS = {
+    "a": ["a", "the", "one", "two", "an old", "a small", "a bright red", "a young"],
+    "b": ["man", "woman", "dog", "cat", "bus", "train", "plate of food", "child", "zebra", "kitchen table", "surfer", "umbrella"],
+    "c": ["sitting on", "standing next to", "riding", "looking at", "in front of", "parked beside", "holding", "flying over"],
+    "d": ["a wooden bench", "the street", "a skateboard", "some water", "a green field", "two bicycles", "a laptop computer"],
+    "e": ["", "in the rain", "at night", "near a window", "with a hat on", "during the day", "while people watch"],
+}
+
+
+def captions(count: int) -> list[str]:
+    """Draw captions as long as COCO's, about ten words."""
+    draw = torch.Generator().manual_seed(0)
+    chosen = {name: torch.randint(0, len(words), (count,), generator=draw).tolist() for name, words in WORDS.items()}
+    numbers = torch.randint(0, 1000, (count,), generator=draw).tolist()
+    return [
+        " ".join(WORDS[name][chosen[name][place]] for name in WORDS).strip() + (f" number {numbers[place]}" if place % 4 == 0 else "")
+        for place in range(count)
+    ]
+
+
+class Peer:
+    """open_clip's process; `peer(name, ...)` makes one round there and returns its seconds."""
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        command = [str(PYTHON), str(PEERS / "peers" / "open_clip_rounds.py")]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.facts = self._ask(told)
+
+    def __call__(self, *told: Any) -> float:
+        return float(self._ask(told))
+
+    def _ask(self, told: Any) -> Any:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(told) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+def train(
+    config: ClipConfig, pixels: Tensor, ids: list[Tensor], peer: Peer, steps: int, rounds: int, contexts: list[int]
+) -> dict[str, float]:
+    """Train with our loop; between rounds of steps open_clip has its turn. Returns samples/s, ours and theirs by context."""
+    torch.manual_seed(0)
+    model = CLIP(config, 49_409, 77)
+    taken: dict[str, list[float]] = {name: [] for name in ("ours", *map(str, contexts))}
+    started_s = time.perf_counter()
+
+    def loss_of(step: Step) -> Tensor:
+        nonlocal started_s
+        if step.number % steps == 0:
+            taken["ours"].append(time.perf_counter() - started_s)
+            for context in contexts:
+                taken[str(context)].append(peer("train", steps, context, config.precision == "bf16"))
+            started_s = time.perf_counter()
+        return model.loss(pixels[step.number % BATCHES], ids[step.number % BATCHES])
+
+    with tempfile.TemporaryDirectory() as folder:
+        loop.run(model, config.model_copy(update={"images": BATCH * steps * (rounds + 2)}), loss_of, Path(folder), model.clamp_logit_scale)
+    taken["ours"] = taken["ours"][2:]  # the first is none, the second warms up
+    return {name: BATCH * steps / statistics.median(each[-rounds:]) for name, each in taken.items()}
+
+
+def in_turns(rounds: int, ours: Any, theirs: dict[str, Any]) -> dict[str, float]:
+    """Return the median seconds of both sides' rounds, the first one left out."""
+    taken: dict[str, list[float]] = {name: [] for name in ("ours", *theirs)}
+    for _ in range(rounds + 1):
+        started_s = time.perf_counter()
+        ours()
+        taken["ours"].append(time.perf_counter() - started_s)
+        for name, work in theirs.items():
+            taken[name].append(work())
+    return {name: statistics.median(each[1:]) for name, each in taken.items()}
+
+
+def measure(threads: int, steps: int, rounds: int) -> dict[str, Any]:
+    """Measure everything and return the figures, in samples, pictures and texts a second."""
+    torch.set_num_threads(threads)
+    import importlib.metadata
+
+    texts = captions(BATCH * BATCHES)
+    merges = next((PYTHON.parent.parent / "lib").glob("python*/site-packages/open_clip/bpe_simple_vocab_16e6.txt.gz"))
+    tokenizer = Tokenizer.from_merges(merges)
+    ids = [tokenizer(texts[place * BATCH : (place + 1) * BATCH]) for place in range(BATCHES)]
+    longest = max(each.shape[1] for each in ids)
+    images = torch.randint(0, 256, (BATCHES, BATCH, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels = torch.stack([clip_model.to_pixels(each, 64) for each in images])
+    config = ClipConfig(image_tower="vit", batch_size=BATCH, learning_rate=1e-4, state_every_s=1e9, warmup=0.1, **SHAPE)  # type: ignore[arg-type]
+    told = open_clip.to_config(CLIP(config, 49_409, 77))["model_cfg"]
+    with tempfile.TemporaryDirectory() as folder:
+        padded = torch.zeros(BATCHES, BATCH, 77, dtype=torch.long)
+        for place, each in enumerate(ids):
+            padded[place, :, : each.shape[1]] = open_clip.to_their_ids(each, 49_409)
+        torch.save({"images": (pixels * 0.5 + 0.5 - 0.5) / 0.25, "ids": padded}, Path(folder) / "data.pt")
+        peer = Peer({"config": told, "data": str(Path(folder) / "data.pt"), "threads": threads})
+    found: dict[str, Any] = {
+        "threads": threads, "torch": torch.__version__, "peer": peer.facts, "batch": BATCH,
+        "tokens": {"mean": float(sum(int((each != 0).sum()) for each in ids)) / len(texts), "longest": longest},
+    }  # fmt: skip
+    for precision in ("float32", "bf16"):
+        section = config.model_copy(update={"precision": precision})
+        found[f"train_{precision}"] = train(section, pixels, ids, peer, steps, rounds, [77, longest])
+    torch.manual_seed(0)
+    model = CLIP(config, 49_409, 77).eval()
+    weights = torch.nn.functional.normalize(torch.randn(192, 1000), dim=0)
+
+    def classify(bf16: bool) -> None:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            for each in pixels[:4]:
+                (100.0 * model.encode_image(each) @ weights).topk(5, 1)
+
+    for precision in ("float32", "bf16"):
+        is_bf16 = precision == "bf16"
+        seconds = in_turns(
+            rounds, lambda is_bf16=is_bf16: classify(is_bf16), {"theirs": lambda is_bf16=is_bf16: peer("zero_shot", 4, is_bf16)}
+        )
+        found[f"zero_shot_{precision}"] = {name: 4 * BATCH / each for name, each in seconds.items()}
+    names = captions(256)
+    seconds = in_turns(
+        rounds,
+        lambda: clip_model.embed_texts(model, tokenizer, names),
+        {str(context): lambda context=context: peer("classifier", names, context) for context in (77, longest)},
+    )
+    found["classifier"] = {name: len(names) / each for name, each in seconds.items()}
+    many = captions(20_000)
+    seconds = in_turns(rounds, lambda: tokenizer(many), {"theirs": lambda: peer("tokens", many)})
+    found["tokenizer"] = {name: len(many) / each for name, each in seconds.items()}
+    peer.process.kill()
+    peer.process.wait()
+    found["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "tokenizers")}
+    return found
+
+
+def main() -> int:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    if not PYTHON.exists():
+        print("skipped: open_clip is not installed beside us, make peers")
+        return 0
+    found = measure(chosen.threads, chosen.steps, chosen.rounds)
+    tokens = found["tokens"]
+    print(
+        f"open_clip {found['peer']['version']}, {found['threads']} thread(s), {tokens['mean']:.1f} tokens a text, at most {tokens['longest']}"
+    )
+    for name, figures in found.items():
+        if isinstance(figures, dict) and "ours" in figures:
+            theirs = {key: value for key, value in figures.items() if key != "ours"}
+            others = "  ".join(f"{key}: {value:10,.1f} ({figures['ours'] / value:5.2f} times)" for key, value in theirs.items())
+            print(f"{name:<18} ours {figures['ours']:10,.1f}/s   open_clip {others}")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
