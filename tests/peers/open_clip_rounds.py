@@ -19,49 +19,55 @@ class Rounds:
 
     def __init__(self, open_clip: Any, told: dict[str, Any]) -> None:
         self.told, self.open_clip = told, open_clip
-        torch.manual_seed(0)
-        self.model = open_clip.CLIP(**told["config"])
         data = torch.load(told["data"])
         self.images, self.ids = data["images"], data["ids"]  # float (M, B, 3, S, S) normalised, int (M, B, 77)
-        decayed = [p for name, p in self.model.named_parameters() if p.ndim >= 2 and "logit_scale" not in name]
-        others = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.98), eps=1e-6)
         self.loss = open_clip.ClipLoss()
         self.tokenizer = open_clip.SimpleTokenizer(context_length=77)
+        self.models = {context: self.prepared(context) for context in told["contexts"]}
         self.number = 0
+
+    def prepared(self, context: int) -> tuple[Any, torch.optim.Optimizer]:
+        """Return a model of that context, which open_clip fixes when it makes one, and its trainer's optimiser."""
+        torch.manual_seed(0)
+        config = self.told["config"]
+        model = self.open_clip.CLIP(**config | {"text_cfg": config["text_cfg"] | {"context_length": context}})
+        decayed = [p for p in model.parameters() if p.ndim >= 2]
+        others = [p for p in model.parameters() if p.ndim < 2]
+        groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}]
+        return model, torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.98), eps=1e-6)
 
     def train(self, steps: int, context: int, bf16: bool) -> None:
         """Make steps of open_clip's train_one_epoch without its logging."""
-        self.model.train()
+        model, optimizer = self.models[context]
+        model.train()
         for _ in range(steps):
             images, ids = self.images[self.number % len(self.images)], self.ids[self.number % len(self.ids)][:, :context]
             self.number += 1
-            self.optimizer.zero_grad()
+            optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                image, text, scale = self.model(images, ids)
+                image, text, scale = model(images, ids)
                 loss = self.loss(image, text, scale)
             loss.backward()
-            self.optimizer.step()
+            optimizer.step()
             with torch.no_grad():
-                self.model.logit_scale.clamp_(0, 4.6052)
+                model.logit_scale.clamp_(0, 4.6052)
 
     @torch.no_grad()
     def zero_shot(self, batches: int, bf16: bool) -> None:
         """Classify pictures as open_clip's zero_shot does: features, times the classifier's weights, the best."""
-        self.model.eval()
+        model = self.models[77][0].eval()
         weights = torch.nn.functional.normalize(torch.randn(self.told["config"]["embed_dim"], 1000), dim=0)
         for place in range(batches):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                image = self.model.encode_image(self.images[place % len(self.images)], normalize=True)
+                image = model.encode_image(self.images[place % len(self.images)], normalize=True)
                 (100.0 * image @ weights).topk(5, 1)
 
     @torch.no_grad()
     def classifier(self, texts: list[str], context: int) -> None:
         """Embed the texts of a zero-shot classifier."""
-        self.model.eval()
+        model = self.models[context][0].eval()
         for start in range(0, len(texts), 256):
-            self.model.encode_text(self.tokenizer(texts[start : start + 256])[:, :context], normalize=True)
+            model.encode_text(self.tokenizer(texts[start : start + 256])[:, :context], normalize=True)
 
     def tokens(self, texts: list[str]) -> None:
         """Turn texts into ids."""
