@@ -80,9 +80,11 @@ class Tokenizer:
         merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[1 : CLIP_MERGES + 1])]
         if len(merges) < CLIP_MERGES or merges[0] != ("i", "n") or not all(right for _, right in merges):
             raise CallerError(f"{path} is not CLIP's file of {CLIP_MERGES:,} merges (bpe_simple_vocab_16e6.txt.gz)")
-        symbols = _byte_symbols()
+        symbols = byte_symbols()
         words = [*SPECIAL, *symbols, *(symbol + WORD_END for symbol in symbols), *(left + right for left, right in merges)]
         vocab = {word: number for number, word in enumerate(words)}
+        if not all(left in vocab and right in vocab for left, right in merges):
+            raise CallerError(f"{path} is not CLIP's file of merges: it joins what does not exist")
         engine = Engine(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END))
         engine.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -162,7 +164,7 @@ def _starts_and_ends() -> processors.TemplateProcessing:
     )
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """Return the characters that stand for the 256 bytes in byte-level BPE, in CLIP's order: printable ones first, as they are."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = 256 - len(printable)
