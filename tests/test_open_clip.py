@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Engine
 from torch import Tensor
@@ -225,8 +225,8 @@ def test_a_pretrained_clip_is_read_from_wherever_it_is(form: str, stand_in: Path
         (tmp_path / "theirs").rename(snapshot)
         (snapshot.parent.parent / "refs").mkdir()
         (snapshot.parent.parent / "refs" / "main").write_text("abc")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         pretrained = "hf-hub:lab/model"
     if form == "ours":
         pretrained = str(tmp_path / "own")
@@ -239,8 +239,6 @@ def test_a_pretrained_clip_is_read_from_wherever_it_is(form: str, stand_in: Path
 def test_a_shape_is_read_off_a_bare_state_dict(stand_in: Path, tmp_path: Path) -> None:
     expected = their_model(tmp_path / "theirs", stand_in, image_heads=0, text_heads=0)
     (tmp_path / "theirs" / "open_clip_config.json").unlink()
-    with pytest.raises(DataError, match="state dict"):  # narrower than a head: no CLIP of open_clip's is
-        open_clip.read(small(pretrained=str(tmp_path / "theirs")), TokenizerConfig())
     state = load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
     wide = {name: torch.zeros(*(4 * size if size in (32, 96, 128) else size for size in value.shape)) for name, value in state.items()}
     save_file(wide, tmp_path / "theirs" / "open_clip_model.safetensors")
@@ -255,3 +253,35 @@ def test_a_shape_is_read_off_a_bare_state_dict(stand_in: Path, tmp_path: Path) -
     )
     assert (found.text_width, found.text_depth, found.text_heads, found.embed_dim, found.activation) == (128, 2, 2, 16, "quick_gelu")
     assert found.pixel_mean == open_clip.PIXEL_MEAN and expected.config.pixel_mean != found.pixel_mean
+
+
+def pickled(folder: Path) -> Path:
+    torch.save({"visual.proj": Path("anything")}, folder / "weights.pt")  # loading it would call code of the file's choice
+    return folder / "weights.pt"
+
+
+def half(folder: Path) -> Path:
+    (folder / "weights.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
+    return folder / "weights.safetensors"
+
+
+def resnet(folder: Path) -> Path:
+    save_file({"visual.layer1.0.conv1.weight": torch.zeros(1)}, folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+@pytest.mark.parametrize(("broken", "error", "said"), [
+    (pickled, DataError, "cannot be read as weights"), (half, DataError, "cannot be read as weights"), (resnet, DataError, "not a CLIP ViT"),
+    (lambda folder: folder, CallerError, "holds none of"), (lambda folder: "ViT-Z-1/none", CallerError, "neither a file nor a folder"),
+])  # fmt: skip
+def test_what_is_no_clip_vit_is_one_line(broken: Any, error: type[Exception], said: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=said) as caught:
+        open_clip.read(small(pretrained=str(broken(tmp_path))), TokenizerConfig())
+    assert "\n" not in str(caught.value)
+
+
+def test_merges_that_are_nowhere_are_asked_for(stand_in: Path, tmp_path: Path) -> None:
+    their_model(tmp_path / "theirs", stand_in)
+    (tmp_path / "theirs" / "merges.txt").unlink()
+    with pytest.raises(CallerError, match=r"set \[tokenizer\] merges"):
+        open_clip.read(small(pretrained=str(tmp_path / "theirs")), TokenizerConfig())
