@@ -240,7 +240,7 @@ def test_a_shape_is_read_off_a_bare_state_dict(stand_in: Path, tmp_path: Path) -
     expected = their_model(tmp_path / "theirs", stand_in, image_heads=0, text_heads=0)
     (tmp_path / "theirs" / "open_clip_config.json").unlink()
     state = load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
-    wide = {name: torch.zeros(*(4 * size if size in (32, 96, 128) else size for size in value.shape)) for name, value in state.items()}
+    wide = {name: torch.zeros([4 * size if size in (32, 96, 128) else size for size in value.shape]) for name, value in state.items()}
     save_file(wide, tmp_path / "theirs" / "open_clip_model.safetensors")
     found = open_clip.read(small(pretrained=str(tmp_path / "theirs"), activation="quick_gelu"), TokenizerConfig())[0].config
     assert (found.image_size_px, found.patch_px, found.width, found.depth, found.image_heads, found.image_mlp_ratio) == (
@@ -271,8 +271,10 @@ def resnet(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("broken", "error", "said"), [
-    (pickled, DataError, "cannot be read as weights"), (half, DataError, "cannot be read as weights"), (resnet, DataError, "not a CLIP ViT"),
-    (lambda folder: folder, CallerError, "holds none of"), (lambda folder: "ViT-Z-1/none", CallerError, "neither a file nor a folder"),
+    (pickled, DataError, "cannot be read as weights"),
+    (half, DataError, "cannot be read as weights"), (resnet, DataError, "not a CLIP ViT"),
+    (lambda folder: folder, CallerError, "holds none of"),
+    (lambda folder: "ViT-Z-1/none", CallerError, "neither a file nor a folder"),
 ])  # fmt: skip
 def test_what_is_no_clip_vit_is_one_line(broken: Any, error: type[Exception], said: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=said) as caught:

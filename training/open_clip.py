@@ -80,7 +80,7 @@ def read(config: ClipConfig, tokens: TokenizerConfig) -> tuple[CLIP, Tokenizer, 
     Raises CallerError where it is not there or of a kind that our towers are not, DataError where the weights are broken.
     """
     folder, weights = find(config.pretrained)
-    if weights.name == OWN_FILES[0]:
+    if weights.name == OWN_FILES[0] and _is_own(folder):
         model, tokenizer = clip_model.load(folder)
         model.config = model.config.model_copy(update={"pretrained": config.pretrained})
         return model, tokenizer, _source(config, weights)
@@ -112,7 +112,7 @@ def find(pretrained: str) -> tuple[Path, Path]:
     if path.is_file():
         return path.parent, path
     if path.is_dir():
-        if all((path / name).is_file() for name in OWN_FILES):
+        if _is_own(path):
             return path, path / OWN_FILES[0]
         for name in WEIGHT_FILES:
             if (path / name).is_file():
@@ -125,6 +125,10 @@ def find(pretrained: str) -> tuple[Path, Path]:
             f"nor one of {', '.join(PUBLISHED)}"
         )
     return _from_hub(repository, pretrained)
+
+
+def _is_own(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in OWN_FILES)
 
 
 def _from_hub(repository: str, pretrained: str) -> tuple[Path, Path]:
