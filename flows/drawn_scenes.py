@@ -18,7 +18,8 @@ import cv2
 import numpy as np
 from pydantic import Field, field_validator
 
-from indexing import scenes
+from indexing import puzzles, scenes
+from indexing.puzzles import Puzzle
 from indexing.scenes import Scene
 from infra.settings import Section
 
@@ -37,7 +38,7 @@ class ScenesSource(Section):
     shares: dict[str, float] = Field(
         default={"colours": 1, "sizes": 1, "counting": 2, "attribution": 2, "position": 4, "writing": 2}, min_length=1
     )
-    """How much of each row there is, in proportion: colours, sizes, counting, attribution, position, writing."""
+    """How much of each row there is, in proportion: colours, sizes, counting, attribution, position, writing; 24-puzzle, cube."""
 
     @field_validator("shares")
     @classmethod
@@ -62,10 +63,10 @@ class Drawn:
 
 
 @cache
-def rows() -> dict[str, list[Scene]]:
-    """Return every scene that is drawn, by row."""
-    found: dict[str, list[Scene]] = {}
-    for scene in scenes.every_scene():
+def rows() -> dict[str, list[Scene | Puzzle]]:
+    """Return everything that is drawn, by row."""
+    found: dict[str, list[Scene | Puzzle]] = {}
+    for scene in (*scenes.every_scene(), *puzzles.every_puzzle()):
         found.setdefault(scene.row, []).append(scene)
     return found
 
@@ -84,10 +85,11 @@ def draw_all(source: ScenesSource, side_px: int, cache_folder: Path) -> Iterator
         rng = np.random.default_rng([source.seed, number])
         row = chosen[int(rng.choice(len(chosen), p=chances))]
         scene = rows()[row][int(rng.integers(len(rows()[row])))]
-        captions = tuple(scenes.phrasings(scene, rng))
+        captions = tuple(puzzles.phrasings(scene, rng) if isinstance(scene, Puzzle) else scenes.phrasings(scene, rng))
         name = f"{number:07d}.png"
         if not is_drawn:
-            cv2.imwrite(str(aside / name), scenes.draw(scene, side_px, rng)[..., ::-1])
+            picture = puzzles.draw(scene, side_px, rng) if isinstance(scene, Puzzle) else scenes.draw(scene, side_px, rng)
+            cv2.imwrite(str(aside / name), picture[..., ::-1])
         drawn.append(Drawn(folder / name, number, captions, scene.concept, row))
     if not is_drawn:
         try:

@@ -9,14 +9,17 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing import checker, scenes
+from indexing import checker, puzzles, scenes
 
 Judge = Callable[[NDArray[np.uint8]], float]
 ReadText = Callable[[NDArray[np.uint8]], str]
 
 
 def judge_of(caption: str, read_text: ReadText | None) -> Judge | None:
-    """Return what judges pictures of a caption, or None where nothing can: no scene, or a sign and no reader of text."""
+    """Return what judges pictures of a caption, or None where nothing can: no scene and no puzzle, or a sign and no reader of text."""
+    if puzzle := puzzles.parse(caption):
+        asked = puzzle
+        return lambda picture: float(np.mean(puzzles.claims(picture, asked)))
     scene = scenes.parse(caption)
     if scene is None or (scene.word and read_text is None):
         return None

@@ -1,0 +1,201 @@
+"""The lecture's puzzles: a 24-puzzle whose rows sum to even numbers, and the faces of a cube after given turns; drawn and judged exactly.
+
+A puzzle's caption is all that is known of it: many grids answer the first, one picture the second. Pictures are laid out on 40 pixels, at
+which every number and sticker is a few pixels wide. Knows no model. Legend: cells row by row, stickers (6, 3, 3) in the order of FACES.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+LAID_OUT_PX = 40
+SIDE, CELL_PX, STICKER_PX = 5, 8, 3
+EVEN = "a 24 puzzle whose rows sum to even numbers"
+ANY = "a 24 puzzle"
+FACES = "ULFRBD"
+COLOURS = {"U": (255, 255, 255), "L": (245, 130, 20), "F": (30, 150, 70), "R": (220, 40, 40), "B": (45, 75, 215), "D": (245, 205, 20)}
+PLACES = {"U": (0, 3), "L": (3, 0), "F": (3, 3), "R": (3, 6), "B": (3, 9), "D": (6, 3)}
+"""Row and column of each face in the unfolded cube."""
+NORMALS = {"U": (0, 1, 0), "D": (0, -1, 0), "F": (0, 0, 1), "B": (0, 0, -1), "R": (1, 0, 0), "L": (-1, 0, 0)}
+TURNS = tuple(face + way for face in FACES for way in ("", "'"))
+MOST_TURNS = 2
+TURNED = re.compile(rf"a cube after the turns? ((?:[{FACES.lower()}]'? ?)+)")
+INK, PAPER, GAP = (25, 25, 30), (250, 240, 200), (90, 90, 95)
+LEAST_READABLE = 0.85
+"""Correlation of a cell with the number that it is read as."""
+GLYPHS = {
+    "0": "111101101101111", "1": "010110010010111", "2": "111001111100111", "3": "111001111001111", "4": "101101111001001",
+    "5": "111100111001111", "6": "111100111101111", "7": "111001010010010", "8": "111101111101111", "9": "111101111001111",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """What a picture should show: a grid, its rows even or not, or, with turns, a cube."""
+
+    turns: tuple[str, ...] = ()
+    is_even: bool = False
+
+    @property
+    def caption(self) -> str:
+        """The description that `parse` reads."""
+        if self.turns:
+            return f"a cube after the turn{'s' if len(self.turns) > 1 else ''} {' '.join(self.turns).lower()}"
+        return EVEN if self.is_even else ANY
+
+    @property
+    def concept(self) -> str:
+        return self.caption
+
+    @property
+    def row(self) -> str:
+        return "cube" if self.turns else "24-puzzle"
+
+
+def parse(caption: str) -> Puzzle | None:
+    """Read a caption, or return None where it describes no puzzle."""
+    text = " ".join(caption.lower().split())
+    if text in (EVEN, ANY):
+        return Puzzle(is_even=text == EVEN)
+    found = TURNED.fullmatch(text)
+    puzzle = Puzzle(tuple(found[1].upper().split())) if found else None
+    return puzzle if puzzle and puzzle.caption == text else None
+
+
+def every_puzzle() -> Iterator[Puzzle]:
+    """Yield what is drawn for training: both grids, and cubes after one turn or two that do not undo each other."""
+    yield from (Puzzle(is_even=is_even) for is_even in (True, False))
+    for turn in TURNS:
+        yield Puzzle((turn,))
+        yield from (Puzzle((turn, other)) for other in TURNS if turned((turn, other)).tolist() != turned(()).tolist())
+
+
+def phrasings(puzzle: Puzzle, rng: np.random.Generator) -> list[str]:
+    """Return captions that are true of a picture of the puzzle, its own first."""
+    return [puzzle.caption, f"a picture of {puzzle.caption}"]
+
+
+def draw(puzzle: Puzzle, side_px: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Draw a puzzle, uint8 (S, S, 3) RGB: a grid drawn by `rng`, or the one cube."""
+    page = _cube(turned(puzzle.turns)) if puzzle.turns else _grid(numbers(puzzle.is_even, rng))
+    return page if side_px == LAID_OUT_PX else np.asarray(cv2.resize(page, (side_px, side_px), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def numbers(is_even: bool, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw a grid (5, 5) of 0 (the gap) to 24, if asked one whose rows all have even sums; about one in 16 has."""
+    while True:
+        grid = rng.permutation(SIDE * SIDE).reshape(SIDE, SIDE)
+        if not is_even or not (grid.sum(1) % 2).any():
+            return np.asarray(grid, np.int64)
+
+
+def claims(picture: NDArray[np.uint8], puzzle: Puzzle) -> list[bool]:
+    """Return what holds: of a grid, that it has every number once, and each row's even sum; of a cube, that each face is right."""
+    side = LAID_OUT_PX
+    page = picture if len(picture) == side else np.asarray(cv2.resize(picture, (side, side), interpolation=cv2.INTER_CUBIC), np.uint8)
+    if puzzle.turns:
+        return [bool(right.all()) for right in read_cube(page) == turned(puzzle.turns)]
+    grid = read_grid(page)
+    held = [sorted(grid.ravel().tolist()) == list(range(SIDE * SIDE))]
+    return held + [bool((row >= 0).all() and row.sum() % 2 == 0) for row in grid] if puzzle.is_even else held
+
+
+def read_grid(page: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Read a picture of 40 pixels as a grid (5, 5); -1 for a cell that is like no number."""
+    known = np.stack([_cell(number) for number in range(SIDE * SIDE)]).reshape(SIDE * SIDE, -1).astype(np.float64)
+    cells = page.reshape(SIDE, CELL_PX, SIDE, CELL_PX, 3).swapaxes(1, 2).reshape(SIDE * SIDE, -1).astype(np.float64)
+    away = ((cells[:, None] - known) ** 2).mean(2)  # (25, 25)
+    best = away.argmin(1)
+    level = known.std(1).mean() ** 2
+    return np.where(away.min(1) <= (1 - LEAST_READABLE) * level, best, -1).reshape(SIDE, SIDE)
+
+
+def read_cube(page: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Read a picture of 40 pixels as stickers (6, 3, 3): each the colour nearest to the mean of its place."""
+    palette = np.array([COLOURS[face] for face in FACES], np.float64)
+    found = np.zeros((6, 3, 3), np.int64)
+    for face, name in enumerate(FACES):
+        for row, column in np.ndindex(3, 3):
+            y, x = _corner(name, row, column)
+            mean = page[y : y + STICKER_PX, x : x + STICKER_PX].reshape(-1, 3).mean(0)
+            found[face, row, column] = ((mean - palette) ** 2).sum(1).argmin()
+    return found
+
+
+@cache
+def _moves() -> dict[str, NDArray[np.int64]]:
+    """Return for each turn which sticker comes to each place, by turning the layer's stickers about its axis."""
+    places = {}
+    for face, name in enumerate(FACES):
+        normal = np.array(NORMALS[name])
+        for row, column in np.ndindex(3, 3):
+            places[(face, row, column)] = (_position(name, row, column), normal)
+    where = {(*position, *normal): number for number, (position, normal) in enumerate((tuple(p), tuple(n)) for p, n in places.values())}
+    found = {}
+    for turn in TURNS:
+        axis = np.array(NORMALS[turn[0]])
+        clockwise = -1 if len(turn) == 1 else 1  # seen from outside, a quarter turn against the axis' right hand
+        order = np.arange(54)
+        for position, normal in places.values():
+            if position @ axis == 1:
+                moved = (*_quarter(position, axis, clockwise), *_quarter(normal, axis, clockwise))
+                order[where[moved]] = where[(*position, *normal)]
+        found[turn] = order
+    return found
+
+
+def _quarter(vector: NDArray[np.int64], axis: NDArray[np.int64], way: int) -> tuple[int, ...]:
+    """Turn a vector by 90 degrees about an axis, by the right hand for way = 1 (Rodrigues)."""
+    along = axis * int(vector @ axis)
+    return tuple(int(each) for each in along + way * np.cross(axis, vector))
+
+
+def _position(name: str, row: int, column: int) -> NDArray[np.int64]:
+    """Return the cubie of a sticker, coordinates -1 to 1, x right, y up, z to the viewer, faces unfolded around the front."""
+    a, b = column - 1, row - 1
+    return np.array(
+        {"U": (a, 1, b), "D": (a, -1, -b), "F": (a, -b, 1), "B": (-a, -b, -1), "R": (1, -b, -a), "L": (-1, -b, a)}[name], np.int64
+    )
+
+
+def turned(turns: tuple[str, ...]) -> NDArray[np.int64]:
+    """Return the stickers (6, 3, 3) of a solved cube after the turns, each the number of its colour's face."""
+    stickers = np.repeat(np.arange(6), 9)
+    for turn in turns:
+        stickers = stickers[_moves()[turn]]
+    return stickers.reshape(6, 3, 3)
+
+
+def _corner(name: str, row: int, column: int) -> tuple[int, int]:
+    top, left = PLACES[name]
+    return 6 + (top + row) * STICKER_PX, 2 + (left + column) * STICKER_PX
+
+
+def _cube(stickers: NDArray[np.int64]) -> NDArray[np.uint8]:
+    page = np.full((LAID_OUT_PX, LAID_OUT_PX, 3), GAP, np.uint8)
+    for face, name in enumerate(FACES):
+        for row, column in np.ndindex(3, 3):
+            y, x = _corner(name, row, column)
+            page[y : y + STICKER_PX, x : x + STICKER_PX] = COLOURS[FACES[stickers[face, row, column]]]
+    return page
+
+
+def _grid(grid: NDArray[np.int64]) -> NDArray[np.uint8]:
+    return np.concatenate([np.concatenate([_cell(int(number)) for number in row], 1) for row in grid])
+
+
+def _cell(number: int) -> NDArray[np.uint8]:
+    """Draw a cell (8, 8, 3): the number in glyphs of 3 by 5 pixels on paper; 0 is the gap."""
+    cell = np.full((CELL_PX, CELL_PX, 3), PAPER if number else GAP, np.uint8)
+    cell[-1], cell[:, -1] = GAP, GAP
+    text = str(number) if number else ""
+    for place, digit in enumerate(text):
+        glyph = np.array(list(GLYPHS[digit])).reshape(5, 3) == "1"
+        left = 4 * place if len(text) == 2 else 2
+        cell[1:6, left : left + 3][glyph] = INK
+    return cell
