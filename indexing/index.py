@@ -210,12 +210,11 @@ class Index:
             raise IndexError(f"row {wanted[outside][0]} is not in 0..{self.count - 1}")
         found: list[dict[str, Any]] = [{}] * len(wanted)
         batch_of = np.searchsorted(self._ends, wanted, side="right")
-        for number in np.unique(batch_of).tolist():
+        for number in sorted(set(batch_of.tolist())):
             batch, places = self._batches[number], np.flatnonzero(batch_of == number)
             inside = pa.array(wanted[places] - (int(self._ends[number]) - batch.num_rows))
-            taken = {name: batch.column(name).take(inside).to_pylist() for name in columns}
-            for at, place in enumerate(places.tolist()):
-                found[place] = {name: values[at] for name, values in taken.items()}
+            for place, facts in zip(places.tolist(), batch.select(list(columns)).take(inside).to_pylist(), strict=True):
+                found[place] = facts
         return found
 
     def column(self, name: str) -> pa.ChunkedArray:

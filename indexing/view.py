@@ -122,7 +122,7 @@ class View:
             if near is not None:
                 distinct = self._apart(distinct, near, wanted)
             if len(distinct) >= wanted or fetch >= available:
-                return distinct[offset:wanted]
+                return self._told(distinct[offset:wanted])
             fetch *= 2
 
     def find_key(self, key: str) -> Hit | None:
@@ -158,11 +158,23 @@ class View:
             counted[name] = dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
         return counted
 
+    def _told(self, hits: Sequence[Hit]) -> list[Hit]:
+        """Return hits with all of their metadata: what is looked at is more than what is shown."""
+        told = list(hits)
+        for place, segment in enumerate(self.segments):
+            own = [number for number, hit in enumerate(hits) if hit.segment == place]
+            if not own:
+                continue
+            for number, facts in zip(own, segment.index.metadata([hits[number].row for number in own]), strict=True):
+                told[number] = Hit(place, hits[number].row, hits[number].score, facts)
+        return told
+
     def _nearest(self, query: ArrayLike, k: int, modality: Modality, masks: Sequence[Mask]) -> list[Hit]:
+        """Return the k nearest rows, best first, with the SHA-256 of their picture alone."""
         hits = []
         for place, (segment, mask) in enumerate(zip(self.segments, masks, strict=True)):
             scores, rows = segment.index.search(np.asarray(query, np.float32)[None], k, modality, mask)
-            facts = segment.index.metadata(rows[0])
+            facts = segment.index.metadata(rows[0], ("sha256",))
             hits += [Hit(place, row, score, each) for row, score, each in zip(rows[0].tolist(), scores[0].tolist(), facts, strict=True)]
         return sorted(hits, key=lambda hit: -hit.score)[:k]
 
