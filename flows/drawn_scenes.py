@@ -66,7 +66,8 @@ class Drawn:
 def rows() -> dict[str, list[Scene | Puzzle]]:
     """Return everything that is drawn, by row."""
     found: dict[str, list[Scene | Puzzle]] = {}
-    for scene in (*scenes.every_scene(), *puzzles.every_puzzle()):
+    every: list[Scene | Puzzle] = [*scenes.every_scene(), *puzzles.every_puzzle()]
+    for scene in every:
         found.setdefault(scene.row, []).append(scene)
     return found
 
