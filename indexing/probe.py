@@ -11,15 +11,24 @@ from scipy.optimize import minimize
 
 from indexing.embeddings import Floats
 
-PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-ITERATIONS = 200
+PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+ITERATIONS = 100
 
 
 def standardised(train: Floats, *others: Floats) -> list[Floats]:
-    """Return features with the training ones' mean 0 and, in all dimensions together, variance 1."""
+    """Return features with the training ones' mean 0 and, in all dimensions together, variance 1, rotated into the span of those.
+
+    The rotation changes no probe: an L2-penalised one has no weight outside the span of what it saw. With fewer pictures than dimensions,
+    as in few-shot probes, it makes a fit many times cheaper.
+    """
     mean = train.mean(0)
     scale = float(np.sqrt(((train - mean) ** 2).mean())) or 1.0
-    return [np.asarray((each - mean) / scale, np.float32) for each in (train, *others)]
+    scaled = [np.asarray((each - mean) / scale, np.float32) for each in (train, *others)]
+    if len(train) >= train.shape[1]:
+        return scaled
+    _, size, axes = np.linalg.svd(scaled[0], full_matrices=False)
+    axes = axes[size > 1e-5 * size.max(initial=1e-9)]
+    return [each @ axes.T for each in scaled]
 
 
 def fit(features: Floats, labels: NDArray[np.int64], classes: int, penalty: float) -> NDArray[np.float64]:

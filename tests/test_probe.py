@@ -46,6 +46,17 @@ def test_halves_and_draws() -> None:
     assert np.bincount(y[drawn]).tolist() == [3, 3, 1] and not np.array_equal(drawn, probe.few(y, 3, 1))
 
 
+def test_the_rotation_changes_no_probe() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 90)).astype(np.float32), rng.integers(0, 3, 40)
+    own, other = probe.standardised(x[:30], x[30:])
+    assert own.shape[1] <= 30 and other.shape[1] == own.shape[1]
+    mean, scale = x[:30].mean(0), np.sqrt(((x[:30] - x[:30].mean(0)) ** 2).mean())
+    plain, plain_other = (x[:30] - mean) / scale, (x[30:] - mean) / scale
+    logits = [a @ w[:-1] + w[-1] for a, w in ((other, probe.fit(own, y[:30], 3, 0.1)), (plain_other, probe.fit(plain, y[:30], 3, 0.1)))]
+    assert np.allclose(logits[0] - logits[0].mean(1, keepdims=True), logits[1] - logits[1].mean(1, keepdims=True), atol=5e-3)
+
+
 def test_standardising_uses_the_training_rows_alone() -> None:
-    train, other = probe.standardised(np.array([[1.0, 3], [3, 7]], np.float32), np.array([[2.0, 5]], np.float32))
+    train, other = probe.standardised(np.array([[1.0, 3], [3, 7], [2, 5]], np.float32), np.array([[2.0, 5]], np.float32))
     assert np.allclose(train.mean(0), 0) and np.allclose((train**2).mean(), 1) and np.allclose(other, 0)
