@@ -48,8 +48,8 @@ def judge(images: Tensor, texts: Tensor, names: Tensor, rows: list[dict[str, Any
     labels = [classes.index(row["caption"]) for row in rows]
     top = score(images.numpy() @ prompts.T, labels, classes, groups, 2, 0)
     return {
-        "image to text R@5": found["image_to_text"]["recall_5"]["value"],
-        "text to image R@5": found["text_to_image"]["recall_5"]["value"],
+        "image to text R@5": found["image_to_text"]["recall@5"]["value"],
+        "text to image R@5": found["text_to_image"]["recall@5"]["value"],
         "zero-shot top-1": top["top_1"]["value"],
     }
 
@@ -81,6 +81,11 @@ def train_ours(config: RunConfig, pictures: Pictures, phrasings: list[list[str]]
     return model.eval(), tokenizer, seen, taken_s
 
 
+def newest(stage: Path) -> Path:
+    """Return the folder of a stage that was committed last."""
+    return max(stage.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime).parent
+
+
 def main() -> int:
     """Train both and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,9 +99,7 @@ def main() -> int:
         return 0
     torch.set_num_threads(chosen.threads)
     config = load_recipe(chosen.recipe)
-    ingest, curate = (
-        max((chosen.root / name).glob("*/manifest.json"), key=lambda path: path.stat().st_mtime).parent for name in ("ingest", "curate")
-    )
+    ingest, curate = (newest(chosen.root / name) for name in ("ingest", "curate"))
     table = read_table(curate / "keep.parquet")
     side_px = config.clip.image_size_px
     parts = {split: table.filter(np.array(table["split"]) == split) for split in ("train", *SPLITS)}
@@ -117,9 +120,8 @@ def main() -> int:
     for name, seen, seconds, figures in results:
         for split, each in zip(SPLITS, figures, strict=True):
             told = ", ".join(f"{key} {value:6.1%}" for key, value in each.items())
-            print(
-                f"{name:<18} {seen:9,} images in {seconds:5.0f} s  {split:<17} {told}  ({len(rows[split])} pairs, {len(classes[split])} names)"
-            )
+            size = f"{len(rows[split])} pairs, {len(classes[split])} names"
+            print(f"{name:<18} {seen:9,} images in {seconds:5.0f} s  {split:<17} {told}  ({size})")
     return 0
 
 
