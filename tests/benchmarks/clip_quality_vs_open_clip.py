@@ -142,7 +142,8 @@ def train_theirs(
         torch.save(data, folder / "data.pt")
         shape = {"embed_dim": config.clip.embed_dim, "vision_cfg": {"image_size": config.clip.image_size_px} | vision, "text_cfg": TEXT}
         told = {
-            "data": str(folder / "data.pt"), "config": shape, "seconds": chosen.seconds, "threads": chosen.threads, "out": str(folder / "out.pt"),
+            "data": str(folder / "data.pt"), "config": shape, "seconds": chosen.seconds, "threads": chosen.threads,
+            "out": str(folder / "out.pt"),
             "batch": config.clip.batch_size, "learning_rate": 1e-3, "weight_decay": 0.1, "bf16": config.clip.precision == "bf16",
         }  # fmt: skip
         (folder / "told.json").write_text(json.dumps(told))
