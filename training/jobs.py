@@ -77,12 +77,14 @@ def train_decoder(
 
 def train_upsampler(config: UpsamplerConfig, cluster: ClusterConfig, ingest: Path, curate: Path, out: Path, work: Path) -> dict[str, Any]:
     """Train an up-sampler on crops of the keep list's training pictures."""
-    count = read_table(curate / "keep.parquet", "train").num_rows
+    table = read_table(curate / "keep.parquet", "train")
+    count = table.num_rows
     if not count:
         raise DataError("curate kept no picture for training: loosen [curate] or give [data] more sources")
+    dropped = soundness.settle(table, ingest / "shards", config.broken_pictures, work)
     paths = {"ingest": str(ingest), "curate": str(curate)}
     _train("upsampler", fit_upsampler, config, cluster, cluster.upsampler_workers, paths, out, work)
-    return {"in": count, "out": count, "dropped": {}, **_outcome(out)}
+    return {"in": count, "out": count - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
 
 
 def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -148,12 +150,15 @@ def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, devic
 
 def fit_upsampler(config: UpsamplerConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_upsampler`."""
-    pictures = Pictures(read_table(paths["curate"] / "keep.parquet", "train"), paths["ingest"] / "shards", config.image_size_px)
+    table = read_table(paths["curate"] / "keep.parquet", "train")
+    pictures = Pictures(table.filter(pa.array(soundness.is_kept(table, work))), paths["ingest"] / "shards", config.image_size_px)
     torch.manual_seed(config.seed)
     model = Upsampler(config).to(device)
 
     def loss_of(step: Step) -> Tensor:
-        return model.loss(step, pictures[step.samples(len(pictures))])
+        x_0 = pictures[step.samples(len(pictures))]
+        pictures.read_ahead(step.next().samples(len(pictures)))
+        return model.loss(step, x_0)
 
     return model, loop.run(model, config, loss_of, work)
 

@@ -20,6 +20,7 @@ from training.degradation import Degradation
 from training.diffusion import Schedule, as_denoise, simple_loss, snr_weight
 from training.loop import LoopConfig, Step
 from training.noise import generators, noise
+from training.soundness import OnBroken
 from training.transformer import time_features
 
 TIME, NOISE, CROP, DEGRADE, IS_DEGRADED = 1, 2, 3, 4, 5  # streams of randomness in a step
@@ -57,6 +58,8 @@ class UpsamplerConfig(LoopConfig):
     """Share of the samples that it is done to; the others stay clean, so that clean pictures are not sharpened twice."""
     sampling_steps: int = Field(default=8, ge=1, le=1000)
     """Steps of DDIM at sampling; unCLIP: 27 and 15."""
+    broken_pictures: OnBroken = "stop"
+    """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them, counted in the manifest."""
 
     @property
     def crop_px(self) -> int:
