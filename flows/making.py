@@ -127,8 +127,9 @@ def make(
     if dry_run:
         result = plan_summary(opened, chosen, plans)
         for shown, each in zip(result["stages"], plans, strict=True):
-            if each.stage.parameters and not config.clip.pretrained:  # whose size is known once it is read
-                shown["parameters"] = each.stage.parameters(config)
+            parameters = each.stage.parameters(config) if each.stage.parameters else None
+            if parameters is not None:
+                shown["parameters"] = parameters
         if throughput:
             from flows.capacity import capacity
 

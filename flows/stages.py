@@ -59,8 +59,8 @@ class Stage:
     run: Callable[[StageJob], Counts]
     wants: tuple[str, ...] = ()
     """Stages whose folder it takes as well where the recipe has them."""
-    parameters: Callable[[Any], int] | None = None
-    """Counts the parameters of the model that the stage would train under a config, where it trains one."""
+    parameters: Callable[[Any], int | None] | None = None
+    """Counts the parameters of the model that the stage would train under a config, where it trains one; None: not known before it runs."""
 
 
 @dataclass(frozen=True)
@@ -171,21 +171,27 @@ def run_evaluate(job: StageJob) -> Counts:
     return evaluation.run(job)
 
 
-def clip_parameters(config: "RunConfig") -> int:
+def clip_parameters(config: "RunConfig") -> int | None:
     from training import clip
 
+    if config.clip.pretrained:  # its sizes are known once it is read
+        return None
     return clip.count_parameters(config.clip, config.tokenizer.vocab_size, config.tokenizer.context)
 
 
-def prior_parameters(config: "RunConfig") -> int:
+def prior_parameters(config: "RunConfig") -> int | None:
     from training import priors
 
+    if config.clip.pretrained:  # its sizes are known once it is read
+        return None
     return priors.count_parameters(config.prior, config.clip, config.tokenizer.vocab_size, config.tokenizer.context)
 
 
-def decoder_parameters(config: "RunConfig") -> int:
+def decoder_parameters(config: "RunConfig") -> int | None:
     from training import decoder
 
+    if config.clip.pretrained:  # its sizes are known once it is read
+        return None
     return decoder.count_parameters(config.decoder, config.clip, config.tokenizer.vocab_size, config.tokenizer.context)
 
 

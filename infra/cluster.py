@@ -94,7 +94,9 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "GRPC_VERBOSITY": "NONE",
             "RAY_BACKEND_LOG_LEVEL": "error",
-            "OMP_WAIT_POLICY": "passive",  # spinning threads on a core that others use too made training ten times slower
+            # OpenMP threads wait for each other by spinning for about a millisecond, then sleep. Sleeping at once (OMP_WAIT_POLICY=passive)
+            # made training a third slower, and spinning for ever (active) five times where another process wanted the core too.
+            "GOMP_SPINCOUNT": "300000",
         }.items():
             os.environ.setdefault(name, value)
         import ray

@@ -24,8 +24,9 @@ PROMPTS = ["a red heart", "blue", "two green apples on a white table"]
 CLIP_CONFIG = ClipConfig(image_size_px=16, width=16, depth=1, text_width=32, text_depth=1, embed_dim=E)
 PRIOR_CONFIG = PriorConfig(width=32, depth=1, T=50, sampling_steps=4)
 DECODER_CONFIG = DecoderConfig(
-    image_size_px=8, width=16, multiples=(1,), attention_px=(4,), text_width=32, text_depth=1, T=50, sampling_steps=4
-)
+    image_size_px=8, width=16, multiples=(1,), attention_px=(4,), text_width=32, text_depth=1, T=50, sampling_steps=4,
+    parametrisation="v", time_power=1,
+)  # fmt: skip
 
 
 def write_system(folder: Path) -> Path:

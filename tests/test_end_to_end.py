@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flows.stages import STAGES
+from flows.config import load_recipe
+from flows.stages import STAGES, stages_of
 from infra import storage
 from tests.test_stages import assert_whole
-from tests.tiny import prepare, ran
+from tests.tiny import RECIPE, prepare, ran
 
 pytestmark = pytest.mark.slow
+STAGE_NAMES = [stage.name for stage in stages_of(load_recipe(str(RECIPE)), (), STAGES)]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code, out, err = ran(folder, "run", "tiny.toml", "--root", "root", "--json")
     assert code == 0, err
     stages = json.loads(out)["stages"]
-    assert [each["stage"] for each in stages] == [stage.name for stage in STAGES]
+    assert [each["stage"] for each in stages] == STAGE_NAMES
     assert {each["state"] for each in stages} == {"ran"}
     assert "Traceback" not in err and len(assert_whole(folder / "root")) > 20
     manifest = json.loads((folder / "root" / "ingest" / stages[0]["key"] / "manifest.json").read_text())
@@ -74,9 +76,9 @@ def test_generate_draws_the_same_for_the_same_seed(folder: Path) -> None:
 
 def test_a_recipe_with_a_mistake_is_one_line_and_changes_nothing(folder: Path) -> None:
     root = storage.open_root(str(folder / "root"), for_writing=False)
-    before = {stage.name: storage.list_names(root, stage.name) for stage in STAGES}
+    before = {name: storage.list_names(root, name) for name in STAGE_NAMES}
     (folder / "bad.toml").write_text('extends = "tiny.toml"\n[clip]\nwidht = 3\n')
     code, out, err = ran(folder, "run", "bad.toml", "--root", "root")
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith("unclip: bad.toml: [clip] widht: no such key, did you mean width?")
-    assert before == {stage.name: storage.list_names(root, stage.name) for stage in STAGES}
+    assert before == {name: storage.list_names(root, name) for name in STAGE_NAMES}

@@ -20,8 +20,9 @@ from training.variance import measure_x_0_error
 
 E, SIDE = 16, 8
 CONFIG = DecoderConfig(
-    image_size_px=SIDE, width=16, multiples=(1, 2), attention_px=(2,), text_width=32, text_depth=1, T=50, sampling_steps=8, z_drop=0.2
-)
+    image_size_px=SIDE, width=16, multiples=(1, 2), attention_px=(2,), text_width=32, text_depth=1, T=50, sampling_steps=8, z_drop=0.2,
+    parametrisation="v", time_power=1,
+)  # fmt: skip
 TOKENIZER = Tokenizer.fit(["colour 1", "a colour 12"], TokenizerConfig(vocab_size=270, context=32))
 
 

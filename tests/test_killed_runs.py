@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows.config import load_recipe
-from flows.stages import STAGES, plan
+from flows.stages import STAGES, plan, stages_of
 from infra import storage
 from tests.test_stages import assert_whole
 from tests.tiny import LIMIT_S, prepare, ran, start
@@ -41,8 +41,10 @@ def test_a_run_killed_at_random_moments_goes_on_and_ends_whole(tmp_path: Path, m
     assert {each["stage"] for each in json.loads(out)["stages"] if each["state"] == "current"} == committed
     monkeypatch.chdir(tmp_path)
     root = storage.open_root("root", for_writing=False)
-    assert [each.state for each in plan(root, load_recipe("tiny.toml"), STAGES)] == ["current"] * len(STAGES)
-    assert all(len(storage.list_names(root, stage.name)) == 1 for stage in STAGES)  # every key was made once
+    config = load_recipe("tiny.toml")
+    stages = stages_of(config, (), STAGES)
+    assert [each.state for each in plan(root, config, stages)] == ["current"] * len(stages)
+    assert all(len(storage.list_names(root, stage.name)) == 1 for stage in stages)  # every key was made once
     assert list((tmp_path / "root" / "work" / "aside").iterdir()) == []
 
 
