@@ -63,7 +63,7 @@ app.add_typer(report, name="report")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP; infra/cluster.py says why
+    os.environ.setdefault("GOMP_SPINCOUNT", "300000")  # before torch loads OpenMP; infra/cluster.py says why
     given = sys.argv[1:] if arguments is None else arguments
     is_debug = "--debug" in given
     try:

@@ -73,7 +73,7 @@ def say(line: str) -> None:
 def main(arguments: list[str]) -> int:
     """Run the stage that the arguments name and return the exit code."""
     uri, stage, key, attempt = arguments
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP; infra/cluster.py says why
+    os.environ.setdefault("GOMP_SPINCOUNT", "300000")  # before torch loads OpenMP; infra/cluster.py says why
     try:
         run(open_root(uri, scratch_for(uri)), stage, key, int(attempt))
     except HOPELESS as error:
