@@ -3,16 +3,18 @@
 Prefect shows and schedules; what is done is decided by the manifests alone. Entrypoint of deployments: `flows/pipeline.py:run_pipeline`.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
+from prefect import Flow, flow, runtime, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.blocks.webhook import Webhook
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.client.schemas.objects import FlowRun, State, TaskRun
 from prefect.logging import get_run_logger
 from prefect.tasks import Task
 
@@ -27,6 +29,8 @@ from infra.errors import UnclipError
 from infra.progress import duration
 from infra.storage import Root, open_root
 
+NOTIFY_BLOCK = "UNCLIP_NOTIFY_BLOCK"
+"""Environment variable of a deployment's runs: the Prefect block that holds the webhook's URL."""
 HOPELESS = (UnclipError, AssertionError, AttributeError, ImportError, NameError, NotImplementedError, TypeError)
 
 
@@ -42,7 +46,15 @@ def make_stage(make: Callable[[], StageResult]) -> StageResult:
     return make()
 
 
-@flow(name="unclip", flow_run_name="{name}", persist_result=False, retries=0)
+async def tell_failure(_flow: Flow[..., Any], run: FlowRun, state: State[Any]) -> None:
+    """POST one line to the deployment's webhook, from the run itself: an automation of the server can take minutes under load."""
+    if name := os.environ.get(NOTIFY_BLOCK):
+        webhook = await Webhook.aload(name)
+        answer = await webhook.call({"text": f"unclip {runtime.deployment.name}: run {run.name} {state.name}: {state.message}"})
+        answer.raise_for_status()
+
+
+@flow(name="unclip", flow_run_name="{name}", persist_result=False, retries=0, on_failure=[tell_failure])
 def run_pipeline(
     recipe: str,
     root: str,

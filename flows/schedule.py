@@ -52,11 +52,15 @@ def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
     from prefect.exceptions import PrefectHTTPStatusError
     from prefect.utilities.callables import parameter_schema
 
-    from flows.pipeline import run_pipeline
+    from flows.pipeline import NOTIFY_BLOCK, run_pipeline
 
     schedule = _schedule(plan)
     root_uri = plan.parameters["root"]
     with _client() as client:
+        environment = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+        if notify_url:
+            block_name, block = _webhook(notify_url)
+            environment[NOTIFY_BLOCK] = block_name
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
         _one_at_a_time(client, queue_of(root_uri))
         try:
@@ -71,7 +75,7 @@ def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
                 work_pool_name=POOL,
                 work_queue_name=queue_of(root_uri),
                 entrypoint=ENTRYPOINT,
-                job_variables={"working_dir": str(plan.folder), "env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}},
+                job_variables={"working_dir": str(plan.folder), "env": environment},
                 paused=plan.paused,
                 enforce_parameter_schema=True,
             )
@@ -80,7 +84,7 @@ def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
         _watch_vanished(client)
         client.delete_resource_owned_automations(f"prefect.deployment.{deployment}")
         if notify_url:
-            _notify(client, deployment, plan.name, notify_url)
+            _notify(client, deployment, plan.name, block)
     return {
         "deployment": f"unclip/{plan.name}",
         "id": str(deployment),
@@ -182,26 +186,31 @@ def _watch_vanished(client: "SyncPrefectClient") -> None:
         client.create_automation(watch)
 
 
-def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, url: str) -> None:
-    """Have the server POST a line to a webhook when a run of the deployment fails or crashes."""
+def _webhook(url: str) -> tuple[str, UUID]:
+    """Keep the webhook's URL in a secret block; return the block's name as runs load it and its document's id."""
     from prefect.blocks.webhook import Webhook
-    from prefect.events.actions import CallWebhook
-    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
     from pydantic import SecretStr
 
-    block = Webhook(method="POST", url=SecretStr(url))
-    document = block.save(f"unclip-{hashlib.sha256(url.encode()).hexdigest()[:12]}", overwrite=True)
+    name = f"unclip-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    return name, UUID(str(Webhook(method="POST", url=SecretStr(url)).save(name, overwrite=True)))
+
+
+def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, block: UUID) -> None:
+    """Have the server POST a line when a run of the deployment crashes; of a failure the run tells itself (`tell_failure`)."""
+    from prefect.events.actions import CallWebhook
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
     told = AutomationCore(
-        name=f"unclip: {name} failed",
+        name=f"unclip: {name} crashed",
         trigger=EventTrigger(
-            expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
+            expect={"prefect.flow-run.Crashed"},
             match_related={"prefect.resource.id": f"prefect.deployment.{deployment}", "prefect.resource.role": "deployment"},
             posture=Posture.Reactive,
             threshold=1,
         ),
         actions=[
             CallWebhook(
-                block_document_id=UUID(str(document)),
+                block_document_id=block,
                 payload='{"text": {{ ("unclip " ~ deployment.name ~ ": run " ~ flow_run.name ~ " " ~ flow_run.state.name ~ ": "'
                 " ~ (flow_run.state.message or '')) | tojson }}}",
             )

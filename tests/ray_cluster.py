@@ -14,9 +14,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import pytest
 
 START_LIMIT_S = 120
 HERE = Path(__file__).parent.parent
@@ -71,6 +75,18 @@ class RayCluster:
         )
         self.nodes.append(node)
         return node
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Let this process speak to the cluster; Ray keeps the token that it read first, which another test may have been."""
+        from ray._private.authentication_test_utils import reset_auth_token_state
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            reset_auth_token_state()
+            yield
+        reset_auth_token_state()
 
     def add_node(self, cpus: int) -> "subprocess.Popen[bytes]":
         """Start a further node and return its leader."""

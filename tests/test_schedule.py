@@ -158,7 +158,7 @@ def test_a_cron_schedule_is_kept_with_its_time_zone_and_a_wrong_one_is_the_calle
 def test_a_failed_run_is_told_to_the_webhook_and_the_next_goes_on(up: Up) -> None:
     shutil.move(up.folder / "pictures", up.folder / "away")
     up.until(lambda: up.ended("FAILED"))
-    told = json.loads(up.until(lambda: up.webhook.posted)[0])
+    told = json.loads(up.until(lambda: up.webhook.posted, 60)[0])
     assert "unclip tiny: run tiny Failed" in told["text"] and "is not there" in told["text"]
     shutil.move(up.folder / "away", up.folder / "pictures")
     before = len(up.ended("COMPLETED"))

@@ -22,20 +22,20 @@ from tests.ray_cluster import HERE, RayCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 DRIVER = """
+import signal
 import sys
 from pathlib import Path
 from flows import submission
 from tests import test_submit
 submission.ENTRYPOINT = "tests.fake_job"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
 test_submit.drive(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
 """
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    with RayCluster() as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment.items():
-            patch.setenv(name, value)
+    with RayCluster() as running, running.joined():
         yield running
 
 
