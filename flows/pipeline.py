@@ -46,11 +46,11 @@ def make_stage(make: Callable[[], StageResult]) -> StageResult:
     return make()
 
 
-async def tell_failure(_flow: Flow[..., Any], run: FlowRun, state: State[Any]) -> None:
+async def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """POST one line to the deployment's webhook, from the run itself: an automation of the server can take minutes under load."""
     if name := os.environ.get(NOTIFY_BLOCK):
-        webhook = await Webhook.aload(name)
-        answer = await webhook.call({"text": f"unclip {runtime.deployment.name}: run {run.name} {state.name}: {state.message}"})
+        webhook: Any = await Webhook.aload(name)
+        answer = await webhook.call({"text": f"unclip {runtime.deployment.name}: run {flow_run.name} {state.name}: {state.message}"})
         answer.raise_for_status()
 
 
