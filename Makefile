@@ -51,15 +51,16 @@ format: setup
 bench: setup
 	$(BIN)/python -m tests.benchmarks
 
-# What we are compared with, each in an environment of its own, since they pin other versions; tests and benchmarks that need a peer
-# skip themselves where it is missing. open_clip imports torchvision, of which a CUDA build may be all there is: tests/peers/open_clip.py copes.
-peers: $(PEERS)/open_clip/ready
+# What we are compared with, each in an environment of its own, since they pin other versions: NAME.txt is installed with its dependencies,
+# NAME_itself.txt without (peers ask for what breaks others: a CUDA torchvision, the backport `dataclasses`). Tests and benchmarks that
+# need a peer skip themselves where it is missing.
+peers: $(patsubst tests/peers/%_itself.txt,$(PEERS)/%/ready,$(wildcard tests/peers/*_itself.txt))
 
-$(PEERS)/open_clip/ready: tests/peers/open_clip.txt tests/peers/open_clip_itself.txt
-	test -x $(PEERS)/open_clip/bin/python || $(PYTHON) -m venv $(PEERS)/open_clip
-	$(PEERS)/open_clip/bin/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(PEERS)/open_clip/bin/pip install --quiet --disable-pip-version-check -r tests/peers/open_clip.txt
-	$(PEERS)/open_clip/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/peers/open_clip_itself.txt
+$(PEERS)/%/ready: tests/peers/%.txt tests/peers/%_itself.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r tests/peers/$*.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/peers/$*_itself.txt
 	touch $@
 
 # Only what can be made again; ROOT with its data and models stays.
