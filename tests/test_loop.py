@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from infra.errors import DataError
 from training import loop
-from training.loop import LoopConfig, Step, learning_rate, make_optimizer, order
+from training.loop import LoopConfig, Step, learning_rate, make_optimizers, order
 
 CONFIG = LoopConfig(images=400, batch_size=8, learning_rate=1e-2, precision="float32", state_every_s=1e-6, ema_decay=0.9)
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
@@ -98,6 +99,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(stops: list[int], tmp_path: Path
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
 
 
+def test_a_resumed_run_under_muon_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"optimizer": "muon", "images": 80})
+    pictures = X[:, :4].reshape(-1, 1, 2, 2)
+
+    def fitted(work: Path, stop_at: int | None = None) -> dict[str, Tensor]:
+        work.mkdir(exist_ok=True)
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Conv2d(1, 8, 2), nn.GELU(), nn.Conv2d(8, 2, 1), nn.Flatten(), nn.Linear(2, 1))
+
+        def loss_of(step: Step) -> Tensor:
+            if step.number == stop_at:
+                raise StoppedError
+            rows = step.samples(len(X))
+            return (model(pictures[rows]) - Y[rows]).square().mean()
+
+        return loop.run(model, config, loss_of, work)
+
+    whole = fitted(tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        fitted(tmp_path / "cut", 4)
+    resumed = fitted(tmp_path / "cut")
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+
+
 @pytest.mark.usefixtures("a_row_every_ten_steps")
 def test_steps_after_the_last_state_are_made_again(tmp_path: Path) -> None:
     rare = CONFIG.model_copy(update={"state_every_s": 40.0})
@@ -167,15 +192,17 @@ def test_a_batch_that_workers_cannot_share_is_an_error(tmp_path: Path, monkeypat
         train(tmp_path)
 
 
-def test_only_matrices_decay() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_matrices_decay(optimizer: Literal["adamw", "muon"]) -> None:
     model = nn.ModuleDict({"conv": nn.Conv2d(2, 2, 3), "norm": nn.LayerNorm(4), "linear": nn.Linear(4, 4), "frozen": nn.Linear(2, 2)})
     model["frozen"].requires_grad_(False)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    optimizer = make_optimizer(model, LoopConfig(weight_decay=0.5, learning_rate=0.1))
+    optimizers = make_optimizers(model, LoopConfig(weight_decay=0.5, learning_rate=0.1, optimizer=optimizer))
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
-    optimizer.step()
+    for each in optimizers:
+        each.step()
     for name, value in model.named_parameters():
         decays = value.ndim >= 2 and not name.startswith("frozen")
         torch.testing.assert_close(value.detach(), before[name] * (0.95 if decays else 1))

@@ -1,0 +1,61 @@
+"""Muon: momentum that is made orthogonal, layer by layer, before it is applied (Jordan et al. 2024), for short trainings.
+
+Orthogonal steps use all directions of a matrix alike, where a few large ones would dominate; the quickstart's decoder then needs about a
+third of the images that AdamW needs. Gains, biases, embeddings and maps are left to AdamW beside it (`training/loop.py`).
+"""
+
+import torch
+from torch import Tensor
+
+STEPS = 5
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
+"""Of the odd quintic whose repetition pulls all singular values towards 1 (Jordan et al. 2024); they end between 0.7 and 1.2."""
+ADAMS_RMS = 0.2
+"""Root mean square of AdamW's usual step over its learning rate: layers take steps of that size too, so that one rate and one decay
+serve both (Liu et al. 2025, arXiv 2502.16982)."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps of orthogonalised Nesterov momentum with decoupled weight decay; a kernel (out, in, k, k) counts as a matrix (out, in k k).
+
+    Takes weights of linear layers and convolutions; state and arithmetic are float32.
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step along every gradient there is."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight.grad)
+                momentum = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                direction = weight.grad.lerp(momentum, group["momentum"]).flatten(1)
+                size = ADAMS_RMS * max(direction.shape) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(orthogonal(direction).view_as(weight), alpha=-group["lr"] * size)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Return the float32 matrix (m, n) with its singular values pulled to about 1 and its singular vectors kept; all zeros stay so.
+
+    All factors are polynomials in the Gram matrix of the shorter side, so the iteration runs on that alone and touches the long side
+    twice: 2.5 times cheaper than on the matrix itself for a 3 x 3 kernel. It wants float32, since rounding errors grow with every step.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonal(matrix.T).T
+    a, b, c = COEFFICIENTS
+    gram = matrix @ matrix.T
+    norm = gram.diagonal().sum().sqrt() + torch.finfo(gram.dtype).tiny ** 0.5
+    gram = gram / norm**2
+    identity = torch.eye(len(gram), device=gram.device)
+    total = identity
+    for _ in range(STEPS):
+        factor = a * identity + b * gram + c * (gram @ gram)
+        total, gram = factor @ total, factor @ gram @ factor
+    return (total / norm) @ matrix
