@@ -131,7 +131,7 @@ def learning_rate(config: LoopConfig, images_seen: int) -> float:
 def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
     """AdamW, fused, with weight decay on matrices and kernels only; beside it Muon, for the layers' own, where the recipe says so."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    layers: list[nn.Parameter] = []
+    layers: list[Tensor] = []
     if config.optimizer == "muon":
         weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
         layers = [weight for weight in weights if weight.requires_grad]
@@ -141,8 +141,12 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta_2), eps=config.adam_eps, fused=True)
-    return [adamw, Muon(layers, config.learning_rate, config.weight_decay)] if layers else [adamw]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta_2), eps=config.adam_eps, fused=True)
+    ]
+    if layers:
+        made.append(Muon(layers, config.learning_rate, config.weight_decay))
+    return made
 
 
 def run(
