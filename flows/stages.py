@@ -214,7 +214,7 @@ STAGES = (
     Stage("curate", ("ingest",), ("curate",), 1, run_curate),
     Stage("clip", ("ingest", "curate"), ("tokenizer", "clip"), 1, run_clip, (), clip_parameters),
     Stage("embed", ("ingest", "curate", "clip"), ("embed",), 1, run_embed),
-    Stage("index", ("embed",), ("index",), 1, run_index),
+    Stage("index", ("embed",), ("index",), 2, run_index),
     Stage("dedup", ("ingest", "clip", "embed"), ("dedup",), 1, run_dedup),
     Stage("prior", ("clip", "embed"), ("prior",), 1, run_prior, ("dedup",), prior_parameters),
     Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, ("dedup",), decoder_parameters),

@@ -9,12 +9,10 @@ Legend: B queries, N vectors, D dimensions, k results.
 import json
 import math
 import os
-import re
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import faiss
 import numpy as np
@@ -24,7 +22,10 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from indexing.embeddings import CHUNK_ROWS, Floats, Rows, chunks, open_parts, read_facts, take
+from indexing import tuning
+from indexing.embeddings import CHUNK_ROWS, Floats, Rows, open_parts, read_facts, take
+from indexing.factories import cells_of, choose_factory, fill
+from indexing.tuning import DEPTHS, Effort
 from infra.errors import CallerError, DataError
 from infra.settings import Section
 from infra.tables import EMBEDDED
@@ -32,71 +33,25 @@ from infra.tables import EMBEDDED
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 
-FLAT_BELOW = 20_000
-"""Up to here brute force answers in about a millisecond, exactly."""
-POINTS_PER_CELL = 39
-"""FAISS warns of poor centroids below this many training vectors for each."""
-DEPTHS = (1, 10, 100)
-"""The k at which recall is measured; the middle one is held against the target."""
-SAME_SCORE = 1e-5
-"""Vectors whose exact scores differ by less are equally right answers: one caption may stand on many pictures."""
-
 
 class IndexConfig(Section):
     """[index]: the kind of index, the memory that it may take and the recall that it must have."""
 
     outside_key: ClassVar[frozenset[str]] = frozenset({"threads"})
 
-    factory: str = Field(default="auto", pattern=r"^(auto|Flat|IVF[1-9]\d*,(Flat|SQ8|RaBitQfs,Refine\(SQ8\)))$")
-    """auto (see choose_factory), Flat, or IVF<cells> with Flat, SQ8 or RaBitQfs,Refine(SQ8), in FAISS's own writing."""
+    factory: str = Field(default="auto", pattern=r"^(auto|Flat|IVF[1-9]\d*,(Flat|SQ8)|(RR[1-9]\d*,)?IVF[1-9]\d*,RaBitQfs,Refine\(SQ8\))$")
+    """auto (see choose_factory), Flat, or IVF<cells> with Flat, SQ8 or RaBitQfs,Refine(SQ8), the last after RR<dimensions> if wished, in
+    FAISS's own writing."""
     memory_bytes: int = Field(default=2 * 1024**3, ge=1)
     """What a searching process may hold in memory for both indexes; heeded by factory = auto."""
     recall_target: float = Field(default=0.95, gt=0, le=1)
-    """The recall@10 against brute force that the number of probed cells is raised to."""
+    """The recall@10 against brute force that the effort of a query is raised to (see indexing.tuning)."""
     queries: int = Field(default=256, ge=2)
     """How many vectors of each modality are sampled as queries to measure recall and latency with."""
     threads: int = Field(default=0, ge=0)
     """Threads while building; 0 leaves it to FAISS."""
     seed: int = Field(default=0, ge=0)
     """Seed of the clustering and of the sampled queries."""
-
-
-def hot_bytes(factory: str, count: int, dim: int) -> int:
-    """Return about how many bytes one index of that kind keeps in memory while it serves.
-
-    The codes behind Refine are not counted: they stay in the memory-mapped file, of which a query touches some hundred rows.
-    """
-    if factory == "Flat":
-        return count * dim * 4
-    cells, codes = _cells(factory), factory.partition(",")[2]
-    shared = cells * dim * 4  # centroids
-    if codes == "Flat":
-        return shared + count * (dim * 4 + 8)  # 8: the id
-    if codes == "SQ8":
-        return shared + count * (dim + 8)
-    one = math.ceil(dim / 8) + 8  # a bit for each dimension, two factors
-    return shared + count * 8 + (count + 16 * cells) * one  # fast scan pads each cell to whole blocks of 32, by 16 on average
-
-
-def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
-    """Choose the kind of index: the first of the list of which two (image, text) fit in the memory.
-
-    Flat (below FLAT_BELOW vectors only: exact, but every query reads all), IVF,Flat (exact within the probed cells), IVF,SQ8 (a quarter
-    of that), IVF,RaBitQfs,Refine(SQ8) (a bit for each dimension in memory, re-ranked from disk). There are 4 sqrt(count) cells, fewer
-    where a cell would have under 39 vectors. Raises CallerError when none fits.
-    """
-    cells = max(1, min(round(4 * math.sqrt(count)), count // POINTS_PER_CELL))
-    kinds = [f"IVF{cells},Flat", f"IVF{cells},SQ8", f"IVF{cells},RaBitQfs,Refine(SQ8)"]
-    if count < FLAT_BELOW:
-        kinds.insert(0, "Flat")
-    for kind in kinds:
-        if 2 * hot_bytes(kind, count, dim) <= memory_bytes:
-            return kind
-    least = 2 * hot_bytes(kinds[-1], count, dim)
-    raise CallerError(
-        f"[index] memory_bytes = {memory_bytes} holds no index of {count} vectors of {dim} dimensions: "
-        f"set it to {least} or more, or name a factory"
-    )
 
 
 def build(config: IndexConfig, embed: Path, out: Path) -> dict[str, Any]:
@@ -112,7 +67,7 @@ def build(config: IndexConfig, embed: Path, out: Path) -> dict[str, Any]:
     parts = {"image": open_parts(embed / "img_emb", count, dim), "text": open_parts(embed / "text_emb", count, dim)}
     _write_metadata(embed / "metadata", out / "metadata.arrow", count)
     factory = choose_factory(count, dim, config.memory_bytes) if config.factory == "auto" else config.factory
-    if _cells(factory) > count:
+    if cells_of(factory) > count:
         raise CallerError(f"[index] factory = {factory} has more cells than there are vectors ({count}): name fewer, or auto")
     rng = np.random.default_rng(config.seed)
     sampled = np.sort(rng.choice(count, min(config.queries, count), replace=False))
@@ -124,9 +79,9 @@ def build(config: IndexConfig, embed: Path, out: Path) -> dict[str, Any]:
     try:
         for modality in MODALITIES:
             file = out / f"{modality}.index"
-            faiss.write_index(_fill(factory, parts[modality], config.seed), str(file))
+            faiss.write_index(fill(factory, parts[modality], config.seed), str(file))
             opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
-            figures[modality] = {**_tune(opened, parts[modality], queries, config.recall_target), "bytes": file.stat().st_size}
+            figures[modality] = {**tuning.tune(opened, parts[modality], queries, config.recall_target), "bytes": file.stat().st_size}
     finally:
         faiss.omp_set_num_threads(threads_before)
     both = list(figures.values())
@@ -190,17 +145,18 @@ class Index:
         if modality not in MODALITIES:
             raise ValueError(f"modality = {modality!r}: it must be image or text")
         own = self.facts[modality]
-        index, nprobe = self._indexes[modality], own["nprobe"]
+        index, effort = self._indexes[modality], Effort(own["nprobe"], own["k_factor"])
         if allowed is None or allowed.all():
-            return _search(index, queries, min(k, self.count), nprobe, own["k_factor"])
+            return tuning.search(index, queries, min(k, self.count), effort)
         looked_at = int(allowed.sum())
         if looked_at == 0:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         bits = np.packbits(allowed, bitorder="little")  # FAISS keeps a pointer only
         selector_class: Any = faiss.IDSelectorBitmap  # its type stub knows the C++ signature only
-        if nprobe:  # as many of the rows looked at as without a selection
-            nprobe = min(faiss.extract_index_ivf(index).nlist, math.ceil(nprobe * self.count / looked_at))
-        return _search(index, queries, min(k, looked_at), nprobe, own["k_factor"], selector_class(bits))
+        if effort.nprobe:  # as many of the rows looked at as without a selection
+            most = faiss.extract_index_ivf(index).nlist
+            effort = Effort(min(most, math.ceil(effort.nprobe * self.count / looked_at)), effort.k_factor)
+        return tuning.search(index, queries, min(k, looked_at), effort, selector_class(bits))
 
     def metadata(self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names) -> list[dict[str, Any]]:
         """Return the metadata (schema infra.tables.EMBEDDED) of the rows, in their order. Raises IndexError outside 0..count-1."""
@@ -243,11 +199,6 @@ class Index:
             return np.stack([index.reconstruct(int(row)) for row in wanted]) if len(wanted) else np.empty((0, self.dim), np.float32)
 
 
-def _cells(factory: str) -> int:
-    match = re.match(r"IVF(\d+)", factory)
-    return int(match[1]) if match else 0
-
-
 def _write_metadata(folder: Path, file: Path, count: int) -> None:
     rows = 0
     with pa.OSFile(os.fspath(file), "wb") as sink, pa.ipc.new_file(sink, EMBEDDED) as writer:
@@ -257,99 +208,3 @@ def _write_metadata(folder: Path, file: Path, count: int) -> None:
                 rows += batch.num_rows
     if rows != count:
         raise DataError(f"{folder}: {rows} rows of metadata for {count} vectors")
-
-
-def _fill(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
-    """Train an index of that kind on a sample and add all vectors to it."""
-    count, dim = sum(len(part) for part in parts), parts[0].shape[1]
-    index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    if cells := _cells(factory):
-        inverted = faiss.extract_index_ivf(index)
-        inverted.cp.seed = seed % 2**31
-        inverted.cp.min_points_per_centroid = 1  # too few is either the rule's choice or the recipe's: no warning on the terminal
-        size = min(count, cells * inverted.cp.max_points_per_centroid)
-        index.train(take(parts, np.sort(np.random.default_rng(seed).choice(count, size, replace=False))))
-    for chunk in chunks(parts):
-        if not np.isfinite(chunk).all():
-            raise DataError("the embeddings hold NaN or infinity: embed again")
-        index.add(chunk)
-    return index
-
-
-def _search(index: Any, queries: Floats, k: int, nprobe: int, k_factor: int, selector: Any = None) -> tuple[Floats, Rows]:
-    """Search with this many probed cells, and with more where they hold fewer than k vectors; k is at most what the selector lets by."""
-    if len(queries) == 0:
-        return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-    if nprobe == 0:
-        flat_params = faiss.SearchParameters()
-        flat_params.sel = selector
-        return cast(tuple[Floats, Rows], index.search(queries, k, params=flat_params))
-    cells = faiss.extract_index_ivf(index).nlist
-    # parameters of the query, not of the index: several threads share it
-    cell_params = faiss.SearchParametersIVF()
-    cell_params.nprobe, cell_params.sel = nprobe, selector
-    params: Any = cell_params
-    if k_factor:
-        params = faiss.IndexRefineSearchParameters()
-        params.k_factor = float(max(1, min(k_factor, index.ntotal // k)))
-        params.base_index_params = cell_params
-    scores, rows = index.search(queries, k, params=params)
-    short = (rows < 0).any(axis=1)
-    if short.any():
-        assert nprobe < cells, "with every cell probed every vector is found"
-        scores[short], rows[short] = _search(index, queries[short], k, min(cells, 2 * nprobe), k_factor, selector)
-    return scores, rows
-
-
-def _brute_force(parts: Sequence[NDArray[Any]], queries: Floats, k: int) -> Floats:
-    """Return the k best exact scores (B, k), best first."""
-    best = np.empty((len(queries), 0), np.float32)
-    for chunk in chunks(parts):
-        best = np.concatenate([best, queries @ chunk.T], axis=1)
-        best = -np.partition(-best, min(k, best.shape[1]) - 1, axis=1)[:, :k]
-    return -np.sort(-best, axis=1)
-
-
-def _recall(parts: Sequence[NDArray[Any]], queries: Floats, rows: Rows, truth: Floats) -> float:
-    """Return the share of the found rows (B, k) that score, exactly, no less than the k-th best of `truth` (B, >= k)."""
-    exact = np.einsum("bd,bkd->bk", queries, take(parts, rows))
-    return float((exact >= truth[:, rows.shape[1] - 1, None] - SAME_SCORE).mean())
-
-
-def _tune(index: Any, parts: Sequence[NDArray[Any]], queries: dict[Modality, Floats], target: float) -> dict[str, Any]:
-    """Find the fewest probed cells, and the least re-ranking, that reach the target for queries of either modality; measure there.
-
-    Both kinds count by themselves: queries of the other modality lie far from all vectors and need more cells. nprobe is 0 for Flat,
-    k_factor 0 where nothing is re-ranked.
-    """
-    truth = {kind: _brute_force(parts, each, max(DEPTHS)) for kind, each in queries.items()}
-
-    def recall_at(k: int, nprobe: int, k_factor: int) -> float:
-        k = min(k, index.ntotal)
-        return min(_recall(parts, each, _search(index, each, k, nprobe, k_factor)[1], truth[kind]) for kind, each in queries.items())
-
-    settings = [(0, 0)]
-    if not isinstance(index, faiss.IndexFlat):
-        cells = faiss.extract_index_ivf(index).nlist
-        probes = [2**power for power in range(cells.bit_length()) if 2**power < cells] + [cells]
-        settings = [(nprobe, k_factor) for k_factor in ((4, 16, 64) if isinstance(index, faiss.IndexRefine) else (0,)) for nprobe in probes]
-    best, reached = settings[0], -1.0
-    for setting in settings:
-        recall = recall_at(DEPTHS[1], *setting)
-        if recall > reached:
-            best, reached = setting, recall
-        if recall >= target:
-            break
-    times_ms = []
-    for query in np.concatenate(list(queries.values())):
-        started = time.perf_counter()
-        _search(index, query[None], min(DEPTHS[1], index.ntotal), *best)
-        times_ms.append((time.perf_counter() - started) * 1000)
-    return {
-        "nprobe": best[0],
-        "k_factor": best[1],
-        "target_met": reached >= target,
-        **{f"recall@{k}": recall_at(k, *best) for k in DEPTHS},
-        "latency_p50_ms": round(float(np.percentile(times_ms, 50)), 4),
-        "latency_p99_ms": round(float(np.percentile(times_ms, 99)), 4),
-    }

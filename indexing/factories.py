@@ -1,0 +1,94 @@
+"""The rule that chooses the kind of FAISS index by count, dimension and memory, what a kind takes, and filling it.
+
+Knows vectors and FAISS's factory strings only; files, metadata and recall are others'. Legend: N vectors, D dimensions, C cells.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from indexing.embeddings import chunks, take
+from infra.errors import CallerError, DataError
+
+FLAT_BELOW = 20_000
+"""Up to here brute force answers in about a millisecond, exactly."""
+POINTS_PER_CELL = 39
+"""FAISS warns of poor centroids below this many training vectors for each."""
+TRAINED_PER_CELL = 64
+"""More training vectors for each centroid cost time in proportion, and move recall by less than a hundredth."""
+BITS = "RaBitQfs,Refine(SQ8)"
+"""A bit for each dimension in memory, re-ranked from eight on disk."""
+
+
+def cells_of(factory: str) -> int:
+    """Return the number of cells that a factory string names; 0 for Flat."""
+    match = re.search(r"IVF(\d+)", factory)
+    return int(match[1]) if match else 0
+
+
+def hot_bytes(factory: str, count: int, dim: int) -> int:
+    """Return about how many bytes one index of that kind keeps in memory while it serves.
+
+    The codes behind Refine are not counted: they stay in the memory-mapped file, of which a query touches some hundred rows.
+    """
+    if factory == "Flat":
+        return count * dim * 4
+    cells, codes = cells_of(factory), factory.partition("IVF")[2].partition(",")[2]
+    shared = cells * dim * 4  # centroids
+    if codes == "Flat":
+        return shared + count * (dim * 4 + 8)  # 8: the id
+    if codes == "SQ8":
+        return shared + count * (dim + 8)
+    if factory.startswith("RR"):
+        shared += dim * dim * 4
+    one = math.ceil(dim / 8) + 8  # a bit for each dimension, two factors
+    return shared + count * 8 + (count + 16 * cells) * one  # fast scan pads each cell to whole blocks of 32, by 16 on average
+
+
+def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
+    """Choose the kind of index: the first of the list of which two (image, text) fit in the memory.
+
+    Flat (below FLAT_BELOW vectors only: exact, but every query reads all), IVF,Flat (exact within the probed cells), IVF,SQ8 (a quarter
+    of that), RR,IVF,RaBitQfs,Refine(SQ8) (a bit for each dimension in memory, after a random rotation: without one the few directions
+    that carry most of an embedding share their bits with none; re-ranked from disk). There are 4 sqrt(count) cells, and 2 sqrt(count)
+    with a bit for each dimension, where looking into a cell costs less than comparing with its centroid; fewer where a cell would
+    have under 39 vectors. Raises CallerError when none fits.
+    """
+    cells, coarse = (max(1, min(round(each * math.sqrt(count)), count // POINTS_PER_CELL)) for each in (4, 2))
+    kinds = [f"IVF{cells},Flat", f"IVF{cells},SQ8", f"RR{dim},IVF{coarse},{BITS}"]
+    if count < FLAT_BELOW:
+        kinds.insert(0, "Flat")
+    for kind in kinds:
+        if 2 * hot_bytes(kind, count, dim) <= memory_bytes:
+            return kind
+    least = 2 * hot_bytes(kinds[-1], count, dim)
+    raise CallerError(
+        f"[index] memory_bytes = {memory_bytes} holds no index of {count} vectors of {dim} dimensions: "
+        f"set it to {least} or more, or name a factory"
+    )
+
+
+def fill(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
+    """Train an index of that kind on a sample of the vectors ((n, D) parts) and add all of them to it, in order.
+
+    Raises DataError where they hold NaN or infinity.
+    """
+    count, dim = sum(len(part) for part in parts), parts[0].shape[1]
+    index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    if cells := cells_of(factory):
+        inverted = faiss.extract_index_ivf(index)
+        inverted.cp.seed = seed % 2**31
+        inverted.cp.min_points_per_centroid = 1  # too few is either the rule's choice or the recipe's: no warning on the terminal
+        inverted.cp.max_points_per_centroid = TRAINED_PER_CELL
+        size = min(count, cells * TRAINED_PER_CELL)
+        index.train(take(parts, np.sort(np.random.default_rng(seed).choice(count, size, replace=False))))
+    for chunk in chunks(parts):
+        if not np.isfinite(chunk).all():
+            raise DataError("the embeddings hold NaN or infinity: embed again")
+        index.add(chunk)
+    return index
