@@ -81,7 +81,10 @@ def build(config: IndexConfig, embed: Path, out: Path) -> dict[str, Any]:
             file = out / f"{modality}.index"
             faiss.write_index(fill(factory, parts[modality], config.seed), str(file))
             opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
-            figures[modality] = {**tuning.tune(opened, parts[modality], queries, config.recall_target), "bytes": file.stat().st_size}
+            figures[modality] = {
+                **tuning.tune(opened, parts[modality], list(queries.values()), config.recall_target),
+                "bytes": file.stat().st_size,
+            }
     finally:
         faiss.omp_set_num_threads(threads_before)
     both = list(figures.values())

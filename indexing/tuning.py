@@ -4,7 +4,8 @@ Effort is the number of probed cells and of candidates re-ranked. Legend: B quer
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import faiss
@@ -78,21 +79,25 @@ def recall(parts: Sequence[NDArray[Any]], queries: Floats, rows: Rows, truth: Fl
     return float((exact >= truth[:, rows.shape[1] - 1, None] - SAME_SCORE).mean())
 
 
-def tune(index: Any, parts: Sequence[NDArray[Any]], queries: Mapping[str, Floats], target: float) -> dict[str, Any]:
-    """Find the effort that reaches the target recall@10 in the least time, for queries of every kind by itself; measure there.
+def tune(index: Any, parts: Sequence[NDArray[Any]], queries: Sequence[Floats], target: float) -> dict[str, Any]:
+    """Find the effort that reaches the target recall@10 in the least time, for each of several kinds of queries; measure there.
 
     Queries of the other modality lie far from all vectors and need more cells, so the worst kind counts. For every k_factor the fewest
     cells that do are found by doubling and halving; the fastest of these pairs wins. Where none reaches the target, the best recall
     does. nprobe is 0 for Flat, k_factor 0 where nothing is re-ranked.
     """
-    truth = {kind: brute_force(parts, each, max(DEPTHS)) for kind, each in queries.items()}
+    truth = [brute_force(parts, each, max(DEPTHS)) for each in queries]
     k = min(DEPTHS[1], index.ntotal)
 
     def recall_at(k: int, effort: Effort) -> float:
         k = min(k, index.ntotal)
-        return min(recall(parts, each, search(index, each, k, effort)[1], truth[kind]) for kind, each in queries.items())
+        found = (search(index, each, k, effort)[1] for each in queries)
+        return min(recall(parts, each, rows, right) for each, rows, right in zip(queries, found, truth, strict=True))
 
-    asked = np.concatenate(list(queries.values()))
+    def recall_of(k_factor: int, cells: int) -> float:
+        return recall_at(k, Effort(cells, k_factor))
+
+    asked = np.concatenate(queries)
     timed = asked[:: max(1, len(asked) // TIMED)]
 
     def seconds(effort: Effort) -> list[float]:
@@ -108,7 +113,7 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], queries: Mapping[str, Floats
     else:
         found, most = [], int(faiss.extract_index_ivf(index).nlist)
         for k_factor in K_FACTORS if isinstance(index, faiss.IndexRefine) else (0,):
-            nprobe, reached = fewest_cells(most, target, lambda cells, k_factor=k_factor: recall_at(k, Effort(cells, k_factor)))
+            nprobe, reached = fewest_cells(most, target, partial(recall_of, k_factor))
             found.append((Effort(nprobe, k_factor), reached))
             if reached >= target:
                 most = nprobe  # who re-ranks more and looks into as many cells is slower

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from indexing.factories import FLAT_BELOW, choose_factory, hot_bytes
+from indexing.factories import FLAT_BELOW, choose_factory, fill, hot_bytes
 from indexing.index import MODALITIES, Index, IndexConfig, build
+from indexing.tuning import Effort, brute_force, fewest_cells, recall, search
 from infra.errors import CallerError, DataError
 from tests.embedded import vectors, write_embed
 
@@ -238,3 +239,32 @@ def test_a_damaged_folder_is_not_opened(embed: Path, tmp_path: Path, file: str) 
     (tmp_path / file).unlink()
     with pytest.raises(DataError, match="build it again"):
         Index.open(tmp_path)
+
+
+def test_turned_vectors_keep_their_order_in_a_bit_for_each_dimension() -> None:
+    rng = np.random.default_rng(0)
+    spectrum = np.arange(1, 129) ** -0.7  # few directions carry most, as in what CLIP makes
+    given, queries = (
+        (each / np.linalg.norm(each, axis=1, keepdims=True)).astype(np.float32)
+        for each in (rng.normal(size=(n, 128)) * spectrum for n in (4000, 100))
+    )
+    truth = brute_force([given], queries, 10)
+    found = {}
+    for turned in ("", "RR128,"):
+        index = fill(f"{turned}IVF16,RaBitQfs,Refine(SQ8)", [given], 0)
+        found[turned] = recall([given], queries, search(index, queries, 10, Effort(16, 8))[1], truth)
+    assert found["RR128,"] > found[""] + 0.1
+    assert found["RR128,"] > 0.95
+
+
+@pytest.mark.parametrize("needed", [1, 5, 64, 100])
+def test_the_fewest_cells_are_found_to_an_eighth(needed: int) -> None:
+    cells, reached = fewest_cells(100, 0.9, lambda cells: min(1.0, 0.9 * cells / needed))
+    assert needed <= cells <= max(needed + 1, needed * 1.2)
+    assert reached >= 0.9
+
+
+def test_cells_are_not_added_where_the_codes_lose_the_rest() -> None:
+    asked: list[int] = []
+    best = fewest_cells(1 << 20, 0.9, lambda cells: asked.append(cells) or min(0.6, 0.2 * cells))
+    assert best == (4, 0.6) and max(asked) <= 16
