@@ -1,0 +1,201 @@
+"""Training steps of prior and decoder beside DALLE2-pytorch: as many parameters, the same batch, threads and precision, in turns.
+
+    make peers && python -m tests.benchmarks.models_vs_dalle2 [--threads 1] [--rounds 3] [--json FILE]
+
+Ours is the real training loop with clipped gradients, averaged weights and its own caption encoder or token table; DALLE2-pytorch gets
+its text encodings ready and keeps no average. Its prior pads captions: to 256 tokens as it comes, to CLIP's 77, or, as it could be set
+up, to the longest caption of all. Our decoder is measured as it comes, folding 2 x 2 pixels into channels, and without folding; both
+without the map of parameters that `layout` adds. Tables of tokens and null texts are not counted. Figures are medians of rounds.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.benchmarks.clip_vs_open_clip import captions
+from training import decoder as decoders
+from training import loop, priors
+from training.clip import ClipConfig
+from training.decoder import Decoder, DecoderConfig
+from training.loop import LoopConfig, Step
+from training.prior import PriorConfig
+from training.tokenizer import PAD, Tokenizer, TokenizerConfig
+
+PEERS = Path(__file__).parent.parent
+PYTHON = PEERS.parent / ".peers" / "dalle2" / "bin" / "python"
+EMBED_DIM, SIDE_PX, SAMPLES = 256, 64, 512
+PRIOR_BATCH, DECODER_BATCH = 64, 8
+TEXT_LENGTHS = (77, 256)
+PRIOR = {"embed_dim": EMBED_DIM, "depth": 6, "heads": 8}
+DECODER = {"embed_dim": EMBED_DIM, "cond_dim": 128, "dim": 64, "dim_mults": [1, 2, 4], "blocks": 2, "text_len": 77, "side_px": SIDE_PX}
+CLIP = ClipConfig(embed_dim=EMBED_DIM)
+
+
+class Peer:
+    """DALLE2-pytorch's process; `peer(name, ...)` makes one round there and returns its seconds."""
+
+    def __init__(self, script: str, told: dict[str, Any]) -> None:
+        command = [str(PYTHON), str(PEERS / "peers" / script)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.facts = self._ask(told)
+
+    def __call__(self, *told: Any) -> float:
+        return float(self._ask(told))
+
+    def _ask(self, told: Any) -> Any:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(told) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+def prior_of(parameters: int) -> PriorConfig:
+    """Return the config of a prior as wide as the embedding whose blocks make up that number best."""
+    options = [PriorConfig(width=EMBED_DIM, depth=depth) for depth in range(1, 33)]
+    return min(options, key=lambda config: abs(without_tables(priors.make(config, EMBED_DIM, 4, 77)) - parameters))
+
+
+def decoder_of(parameters: int, patch_px: int) -> DecoderConfig:
+    """Return the config of the narrowest decoder of at least so many parameters, without counting its token table."""
+    for width in range(16, 1024, 8):
+        config = DecoderConfig(
+            image_size_px=SIDE_PX, patch_px=patch_px, width=width, multiples=(1, 2, 4), depth=2, attention_px=(16,), layout=False,
+            learned_variance=True, text_width=EMBED_DIM, text_depth=1, time_power=1.0, parametrisation="eps",
+        )  # fmt: skip
+        if decoders.count_parameters(config, CLIP, 4) - 4 * EMBED_DIM >= parameters:
+            return config
+    raise AssertionError("no width is wide enough")
+
+
+def without_tables(model: nn.Module) -> int:
+    """Count trained parameters without the token tables."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.endswith("tokens.weight"))
+
+
+def in_turns(
+    model: nn.Module, config: LoopConfig, loss_of: Callable[[Step], Tensor], steps: int, rounds: int, theirs: dict[str, Callable[[], Any]]
+) -> dict[str, float]:
+    """Train with our loop; between rounds of steps the peer has its turns. Returns samples/s, median, of the rounds after the first."""
+    taken: dict[str, list[float]] = {name: [] for name in ("ours", *theirs)}
+    started_s = time.perf_counter()
+
+    def turns(step: Step) -> Tensor:
+        nonlocal started_s
+        if step.number % steps == 0:
+            taken["ours"].append(time.perf_counter() - started_s)
+            for name, work in theirs.items():
+                taken[name].append(work())
+            started_s = time.perf_counter()
+        return loss_of(step)
+
+    images = config.batch_size * steps * (rounds + 2)
+    with tempfile.TemporaryDirectory() as folder:
+        loop.run(model, config.model_copy(update={"images": images, "state_every_s": 1e9}), turns, Path(folder))
+    return {name: config.batch_size * steps / statistics.median(each[-rounds:]) for name, each in taken.items()}
+
+
+def measure(threads: int, rounds: int, precisions: tuple[str, ...]) -> dict[str, Any]:
+    """Measure everything and return the figures, samples a second."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    texts = captions(SAMPLES)
+    tokenizer = Tokenizer.fit(texts, TokenizerConfig())
+    ids = tokenizer(texts)
+    longest = ids.shape[1]
+    z_i, z_t = (nn.functional.normalize(torch.randn(SAMPLES, EMBED_DIM), dim=1) for _ in range(2))
+    images = torch.rand(64, 3, SIDE_PX, SIDE_PX)
+    is_word = torch.zeros(SAMPLES, 77, dtype=torch.bool)
+    is_word[:, :longest] = ids != PAD
+    encodings = torch.randn(SAMPLES, 77, EMBED_DIM) * is_word[..., None]  # zeros are padding to DALLE2-pytorch
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"z_i": z_i, "z_t": z_t, "encodings": encodings, "images": images}, Path(folder) / "data.pt")
+        peer = Peer("dalle2_rounds.py", {
+            "data": str(Path(folder) / "data.pt"), "threads": threads, "prior": PRIOR, "decoder": DECODER,
+            "text_lengths": [longest, *TEXT_LENGTHS], "prior_batch": PRIOR_BATCH, "decoder_batch": DECODER_BATCH,
+        })  # fmt: skip
+    try:
+        theirs_without_table = peer.facts["priors"]["77"] - 77 * EMBED_DIM
+        section = prior_of(theirs_without_table)
+        found: dict[str, Any] = {
+            "threads": threads, "rounds": rounds, "peer": {name: peer.facts[name] for name in ("version", "torch")},
+            "longest_caption": longest, "batch": {"prior": PRIOR_BATCH, "decoder": DECODER_BATCH},
+            "parameters": {"prior": {"DALLE2-pytorch": theirs_without_table}, "decoder": {"DALLE2-pytorch": peer.facts["decoder"]}},
+            "samples_per_s": {},
+        }  # fmt: skip
+        for precision in precisions:
+            is_bf16 = precision == "bf16"
+            update = {"precision": precision, "batch_size": PRIOR_BATCH}
+            prior = priors.make(section, EMBED_DIM, tokenizer.vocab_size, tokenizer.context)
+            found["parameters"]["prior"]["ours"] = without_tables(prior)
+
+            def prior_loss(step: Step, prior: priors.AnyPrior = prior) -> Tensor:
+                rows = step.samples(SAMPLES)
+                return prior.loss(step, z_i[rows], z_t[rows], ids[rows])
+
+            turns = {
+                f"{length} tokens": lambda length=length, is_bf16=is_bf16: peer("prior", 1, length, is_bf16)
+                for length in (longest, *TEXT_LENGTHS)
+            }
+            found["samples_per_s"][f"prior {precision}"] = in_turns(prior, section.model_copy(update=update), prior_loss, 1, rounds, turns)
+            for patch_px in (2, 1):
+                config = decoder_of(peer.facts["decoder"], patch_px)
+                config = config.model_copy(update={"precision": precision, "batch_size": DECODER_BATCH})
+                decoder = Decoder(config, EMBED_DIM, tokenizer.vocab_size, tokenizer.context)
+                found["parameters"]["decoder"][f"ours, patch_px {patch_px}"] = without_tables(decoder)
+
+                def decoder_loss(step: Step, decoder: Decoder = decoder) -> Tensor:
+                    rows = step.samples(SAMPLES)
+                    return decoder.loss(step, images[rows % len(images)] * 2 - 1, z_i[rows], ids[rows])
+
+                turn = {"as it comes": lambda is_bf16=is_bf16: peer("draw", 1, is_bf16)}
+                name = f"decoder {precision}, patch_px {patch_px}"
+                found["samples_per_s"][name] = in_turns(decoder, config, decoder_loss, 1, rounds, turn)
+    finally:
+        peer.process.kill()
+        peer.process.wait()
+    return found
+
+
+def main() -> int:
+    """Print the figures and rows for a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=("float32", "bf16", "both"), default="both")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    if not PYTHON.exists():
+        print("skipped: DALLE2-pytorch is not installed beside us, make peers")
+        return 0
+    precisions = ("float32", "bf16") if chosen.precision == "both" else (chosen.precision,)
+    found = measure(chosen.threads, chosen.rounds, precisions)
+    print(
+        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {found['threads']} thread(s), DALLE2-pytorch "
+        f"{found['peer']['version']}, torch {found['peer']['torch']}, medians of {found['rounds']} rounds, batches {found['batch']}, "
+        f"longest caption {found['longest_caption']} tokens"
+    )
+    print("parameters: " + json.dumps(found["parameters"]))
+    print("\n| training step | ours, samples/s | DALLE2-pytorch, samples/s | ratio |\n|---|---|---|---|")
+    for name, figures in found["samples_per_s"].items():
+        for key, value in figures.items():
+            if key != "ours":
+                print(f"| {name} | {figures['ours']:.2f} | {value:.2f} ({key}) | {figures['ours'] / value:.1f} |")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

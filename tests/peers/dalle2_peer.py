@@ -1,0 +1,95 @@
+"""DALLE2-pytorch in its own environment (`make peers`): its import, its models and its training steps, for the benchmarks' processes.
+
+What it merely imports (trainers, augmentations, a VQ-GAN, other CLIPs) is stood in for by empty modules; nothing of that is called.
+Knows nothing of ours.
+"""
+
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ONLY_IMPORTED = ("accelerate", "coca_pytorch", "ema_pytorch", "kornia", "open_clip", "pytorch_warmup", "torchvision",
+                 "vector_quantize_pytorch", "x_clip")  # fmt: skip
+
+
+class _Empty(ModuleType):
+    """A module in which every name is an empty class."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if name.split(".")[0] in ONLY_IMPORTED:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: Any) -> ModuleType:
+        return _Empty(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        return None
+
+
+def import_dalle2() -> Any:
+    """Import it."""
+    sys.meta_path.insert(0, _Finder())
+    import dalle2_pytorch
+
+    return dalle2_pytorch
+
+
+def make_prior(dalle2: Any, told: dict[str, Any]) -> nn.Module:
+    """Return its diffusion prior on ready embeddings and text encodings; its width is the embedding's."""
+    network = dalle2.DiffusionPriorNetwork(
+        dim=told["embed_dim"], depth=told["depth"], dim_head=64, heads=told["heads"], num_timesteps=1000, max_text_len=told["text_len"]
+    )
+    return dalle2.DiffusionPrior(
+        network, image_embed_dim=told["embed_dim"], timesteps=1000, sample_timesteps=64, cond_drop_prob=0.1,
+        condition_on_text_encodings=told["text_len"] > 0,
+    )  # fmt: skip
+
+
+def make_decoder(dalle2: Any, told: dict[str, Any]) -> nn.Module:
+    """Return its decoder of one U-Net, told z_i and text encodings, with the learned variance of the paper."""
+    unet = dalle2.Unet(
+        dim=told["dim"], image_embed_dim=told["embed_dim"], text_embed_dim=told["embed_dim"], cond_dim=told["cond_dim"], channels=3,
+        dim_mults=tuple(told["dim_mults"]), num_resnet_blocks=told["blocks"], cond_on_text_encodings=True, max_text_len=told["text_len"],
+    )  # fmt: skip
+    return dalle2.Decoder(unet, image_size=told["side_px"], timesteps=1000, sample_timesteps=told.get("sampling_steps"))
+
+
+def count(model: nn.Module) -> int:
+    """Count a model's trained parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+class Trained:
+    """A model with the optimiser of its trainers: AdamW with decay on matrices, clipped gradients."""
+
+    def __init__(self, model: nn.Module, learning_rate: float, decay: float, clip: float) -> None:
+        self.model, self.clip = model.train(), clip
+        groups = [
+            {"params": [p for p in model.parameters() if p.requires_grad and p.ndim >= 2], "weight_decay": decay},
+            {"params": [p for p in model.parameters() if p.requires_grad and p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99))
+
+    def step(self, bf16: bool, **batch: Tensor) -> float:
+        """Make one step and return the loss."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = self.model(**batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
