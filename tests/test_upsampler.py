@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from flows import upsampler_section
 from flows.cli import main
 from flows.config import RunConfig, find_disagreement, load_recipe
 from flows.runs import committed_of, find_run, write_run
-from flows.stages import STAGES, stages_of
+from flows.stages import STAGES, inputs_of, stages_of
 from infra import manifests
 from infra.errors import CallerError
 from tests.small_systems import write_root
@@ -247,3 +248,29 @@ def test_the_commands_enlarge_what_was_drawn_and_what_is_given(
         with Image.open(result["files"][-1]) as picture:
             assert picture.size == (32, 32)
     assert command("upsample", "disc.png", "--side", "2000")[0] == 2
+
+
+def test_memory_in_tiles_grows_with_the_picture_alone(learnt: Upsampler) -> None:
+    tiled = {side: enlarge.peak_bytes(learnt, side) for side in (96, 160)}
+    picture_bytes = 3 * 4 * (160**2 - 96**2)
+    assert picture_bytes < tiled[160] - tiled[96] < 8 * picture_bytes
+    assert enlarge.peak_bytes(learnt, 160, tile_px=160) > 2 * tiled[160]
+
+
+def test_the_report_has_a_section_for_each_upsampler(learnt: Upsampler, tmp_path: Path) -> None:
+    stage = tmp_path / "upsampler"
+    stage.mkdir()
+    write_model("upsampler", learnt, learnt.state_dict(), CONFIG, stage)
+    figures, made = enlarge.compare(learnt, pictures(3))
+    (stage / "comparison.json").write_text(json.dumps({"held_out_style": figures}))
+    Image.fromarray(made["up-sampler"][0]).save(stage / "comparison.png")
+    assert upsampler_section.sections({"decoder": tmp_path}, tmp_path) == []
+    (found,) = upsampler_section.sections({"upsampler": stage}, tmp_path / "report")
+    psnr, memory = found["tables"]
+    assert [row[:2] for row in psnr["rows"]] == [
+        [name, figures["psnr_db"][key]] for name, key in (("bicubic", "bicubic"), ("Lanczos", "lanczos"), ("up-sampler", "up-sampler"))
+    ]
+    assert [row[:2] for row in memory["rows"]] == [[f"{side} px", enlarge.peak_bytes(learnt, side) / 1e6] for side in (32, 64)]
+    assert (tmp_path / "report" / found["pictures"][0]["picture"]).read_bytes() == (stage / "comparison.png").read_bytes()
+    evaluate = next(stage for stage in STAGES if stage.name == "evaluate")
+    assert "upsampler" in inputs_of(evaluate, ("upsampler",)) and "upsampler" not in inputs_of(evaluate, ())

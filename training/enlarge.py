@@ -11,6 +11,10 @@ import cv2
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from training.generate import SEED_STRIDE, to_images
 from training.manipulate import psnr_db
@@ -66,3 +70,31 @@ def compare(model: Upsampler, pictures: np.ndarray, seed: int = 0) -> tuple[dict
         "better_than": {name: round(float((psnr["up-sampler"] > psnr[name]).mean()), 3) for name in INTERPOLATIONS},
     }
     return figures, made
+
+
+def peak_bytes(model: Upsampler, side_px: int, tile_px: int | None = None) -> int:
+    """Measure the most memory that tensors hold at once, beside the weights, while a picture of `side_px` is sampled for one step."""
+    side = side_px // model.config.factor
+    with _Held() as held:
+        model.sample(torch.zeros(1, 3, side, side), [0], steps=1, tile_px=tile_px)
+    return held.peak
+
+
+class _Held(TorchDispatchMode):
+    """Sums the storages of all tensors that operators made and that are still alive; a kernel's own scratch memory is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        known = {id_of for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) for id_of in [value.untyped_storage()._cdata]}
+        for value in tree_leaves(made):
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in known:
+                storage = value.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {place: one for place, one in self.alive.items() if not one[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return made

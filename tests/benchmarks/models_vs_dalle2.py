@@ -36,7 +36,7 @@ from training.tokenizer import PAD, Tokenizer, TokenizerConfig
 PEERS = Path(__file__).parent.parent
 PYTHON = PEERS.parent / ".peers" / "dalle2" / "bin" / "python"
 EMBED_DIM, SIDE_PX, SAMPLES = 256, 64, 512
-PRIOR_BATCH, DECODER_BATCH = 64, 8
+PRIOR_BATCH, DECODER_BATCH = 32, 8
 TEXT_LENGTHS = (77, 256)
 PRIOR = {"embed_dim": EMBED_DIM, "depth": 6, "heads": 8}
 DECODER = {"embed_dim": EMBED_DIM, "cond_dim": 128, "dim": 64, "dim_mults": [1, 2, 4], "blocks": 2, "text_len": 77, "side_px": SIDE_PX}
