@@ -173,6 +173,9 @@ def _run_flow(
             raise type(error)(f"{_stage_of(error)}{error}") from error
         except Exception as error:
             logging.getLogger("unclip").exception("the run failed")
+            own = _behind(error)
+            if own:  # Prefect, too, may fail for want of space, when it is to note that
+                raise type(own)(f"{_stage_of(own)}{own}") from error
             last_line = (str(error).strip().splitlines() or [""])[-1]
             raise UnclipError(f"{_stage_of(error)}{type(error).__name__}: {last_line}; the whole story is in {log}") from error
 
@@ -184,6 +187,14 @@ def _drain_prefect() -> None:
 
     APILogWorker.drain_all(timeout=10)
     EventsWorker.drain_all(timeout=10)
+
+
+def _behind(error: BaseException) -> UnclipError | None:
+    """Return the error of ours while whose handling another was raised, if there is one."""
+    context: BaseException | None = error
+    while context is not None and not isinstance(context, UnclipError):
+        context = context.__cause__ or context.__context__
+    return context
 
 
 def _stage_of(error: BaseException) -> str:

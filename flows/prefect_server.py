@@ -6,20 +6,26 @@ is killed and write to the user's home; ours gets a signal from the kernel when 
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 
 from infra.errors import CallerError, UnclipError
 
 START_LIMIT_S = 120
+DATABASE = "prefect.db"
+EMPTY_DATABASE = "~/.cache/unclip/prefect-{}.db"
+"""Prefect's tables without a row of ours: to make them step by step takes 4 s, to copy them none. {} is Prefect's version."""
 PR_SET_PDEATHSIG = 1
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -67,6 +73,7 @@ def lasting_server(home: Path, port: int) -> Iterator[str]:
 @contextmanager
 def _server(home: Path, port: int, more: dict[str, str]) -> Iterator[str]:
     home.mkdir(parents=True, exist_ok=True)
+    is_new = _copy_database(home)
     url = f"http://127.0.0.1:{port}/api"
     ours = {"PREFECT_HOME": str(home), "PREFECT_PROFILES_PATH": str(home / "profiles.toml")}
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1"]
@@ -86,6 +93,8 @@ def _server(home: Path, port: int, more: dict[str, str]) -> Iterator[str]:
         import prefect.flows  # noqa: F401  (takes seconds, as the server's start does: both at once)
 
         _wait_until_healthy(server, url)
+        if is_new:
+            _keep_database(home)
         yield url
     finally:
         for name, value in before.items():
@@ -99,6 +108,30 @@ def _server(home: Path, port: int, more: dict[str, str]) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def _copy_database(home: Path) -> bool:
+    """Give a new home the empty database that an earlier one has left, if there is one; say whether Prefect has to make it."""
+    kept = Path(EMPTY_DATABASE.format(version("prefect"))).expanduser()
+    if (home / DATABASE).exists():
+        return False
+    if kept.is_file():
+        aside = home / f"{DATABASE}.part"
+        shutil.copyfile(kept, aside)
+        aside.replace(home / DATABASE)
+        return False
+    return True
+
+
+def _keep_database(home: Path) -> None:
+    """Keep the database that Prefect has just made, before it holds anything, for the homes to come."""
+    kept = Path(EMPTY_DATABASE.format(version("prefect"))).expanduser()
+    with suppress(OSError):  # a read-only home of the user: then every new ROOT takes its 4 s
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_name(f"{kept.name}.{os.getpid()}")
+        with closing(sqlite3.connect(home / DATABASE)) as made, closing(sqlite3.connect(aside)) as copy:
+            made.backup(copy)
+        aside.replace(kept)
 
 
 def die_with_parent() -> None:

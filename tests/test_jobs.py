@@ -1,4 +1,4 @@
-"""The training jobs on a real Ray: a killed worker or driver costs nothing, a worker's own error is told at once."""
+"""The training jobs on a real Ray, with one worker and with two: a kill costs nothing, a worker's own error is told at once."""
 
 import json
 import os
@@ -16,23 +16,24 @@ from safetensors.torch import load_file
 
 from infra.cluster import Cluster, ClusterConfig
 from infra.errors import DataError
-from tests.kept import COUNT, TINY, write_kept
+from tests.kept import COUNT, TINY, write_kept, write_tokenizer
 from training import jobs
 from training.tokenizer import TokenizerConfig
 
 CLUSTER = ClusterConfig(num_cpus=2, clip_workers=2)
 TOKENIZER = TokenizerConfig(vocab_size=280)
-LONG = TINY.model_copy(update={"images": 6_000, "state_every_s": 0.1})
+ALONE = CLUSTER.model_copy(update={"clip_workers": 1})
+LONG = TINY.model_copy(update={"images": 2_400, "state_every_s": 0.01})
 DRIVER = """
 import sys
 from pathlib import Path
 from infra.cluster import Cluster
-from tests.test_jobs import CLUSTER, LONG, TOKENIZER
+from tests.test_jobs import ALONE, LONG, TOKENIZER
 from training import jobs
 root, out, work = map(Path, sys.argv[1:])
-with Cluster(CLUSTER) as cluster:
+with Cluster(ALONE) as cluster:
     cluster.start()
-    jobs.train_clip(TOKENIZER, LONG, CLUSTER, root / "ingest", root / "curate", out, work)
+    jobs.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
 """
 
 
@@ -54,6 +55,19 @@ def undisturbed(cluster: ClusterConfig, root: Path, tmp_path_factory: pytest.Tem
     out, work = folders(tmp_path_factory.mktemp("undisturbed"), "clip")
     jobs.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
     return out
+
+
+@pytest.fixture(scope="module")
+def by_itself(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train CLIP in this very process, without Ray; return its folder."""
+    _, work = folders(tmp_path_factory.mktemp("by_itself"), "clip")
+    write_tokenizer(root, work)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model, averaged = jobs.fit_clip(LONG, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+    torch.set_num_threads(threads)
+    jobs.write_model("clip", model, averaged, LONG, work)
+    return work
 
 
 def folders(root: Path, name: str) -> tuple[Path, Path]:
@@ -82,12 +96,12 @@ def test_moved_pictures_keep_their_content_and_let_white_in() -> None:
     assert left[:, :, :-2].equal(pixels[2, :, :, 2:]) and bool((left[:, :, -2:] == 1).all())
 
 
-def train_worker_processes() -> list[int]:
-    """Return the pids below this process that run our own training."""
+def processes_of(name: bytes) -> list[int]:
+    """Return the pids below this process that Ray has given a title with this name in it."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdigit() and b"RayTrainWorker" in (folder / "cmdline").read_bytes() and ours(int(folder.name)):
+            if folder.name.isdigit() and name in (folder / "cmdline").read_bytes() and ours(int(folder.name)):
                 found.append(int(folder.name))
         except OSError:
             continue
@@ -116,30 +130,33 @@ def once_mid_epoch(work: Path, act: Callable[[], bool], until_s: float = 90) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("workers", "title", "expected"), [(2, b"RayTrainWorker", "undisturbed"), (1, b"ray::_fit", "by_itself")])
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
-    cluster: ClusterConfig, root: Path, undisturbed: Path, tmp_path: Path
+    workers: int, title: bytes, expected: str, cluster: ClusterConfig, root: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    same: Path = request.getfixturevalue(expected)
     out, work = folders(tmp_path, "clip")
     killed: list[int] = []
 
     def kill() -> bool:
-        workers = train_worker_processes()
-        if workers:
-            os.kill(workers[0], signal.SIGKILL)
-        return bool(workers)
+        found = processes_of(title)
+        if found:
+            os.kill(found[0], signal.SIGKILL)
+        return bool(found)
 
     killer = threading.Thread(target=lambda: killed.append(once_mid_epoch(work, kill)))
     killer.start()
-    counts = jobs.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
+    with_workers = cluster.model_copy(update={"clip_workers": workers})
+    counts = jobs.train_clip(TOKENIZER, LONG, with_workers, root / "ingest", root / "curate", out, work)
     killer.join()
     assert 0 < killed[0] < LONG.images, "the kill came too late to prove anything"
     assert counts["images_seen"] == LONG.images
-    assert is_same(out, undisturbed)
+    assert is_same(out, same)
 
 
 @pytest.mark.slow
 def test_a_killed_driver_is_started_again_and_the_weights_are_the_same(
-    cluster: ClusterConfig, root: Path, undisturbed: Path, tmp_path: Path
+    cluster: ClusterConfig, root: Path, by_itself: Path, tmp_path: Path
 ) -> None:
     out, work = folders(tmp_path, "clip")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -155,14 +172,19 @@ def test_a_killed_driver_is_started_again_and_the_weights_are_the_same(
         driver.kill()
         driver.wait()
     assert 0 < seen < LONG.images and not (out / "weights.safetensors").exists()
-    jobs.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
-    assert is_same(out, undisturbed)
+    jobs.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
+    assert is_same(out, by_itself)
 
 
 @pytest.mark.slow
-def test_a_workers_own_error_reaches_the_caller_at_once(cluster: ClusterConfig, root: Path, tmp_path: Path) -> None:
+def test_a_workers_own_error_reaches_the_caller_at_once(cluster: ClusterConfig, root: Path, by_itself: Path, tmp_path: Path) -> None:
     out, work = folders(tmp_path, "clip")
     with pytest.raises(DataError, match="batch_size 9 cannot be shared by 2 workers"):
         odd = TINY.model_copy(update={"batch_size": 9})
         jobs.train_clip(TOKENIZER, odd, cluster, root / "ingest", root / "curate", out, work)
     assert len(list((work / "ray").iterdir())) == 1, "a restart would only have met the same error"
+    state = torch.load(by_itself / "state.pt")
+    state["model"]["logit_scale"].fill_(torch.nan)
+    torch.save(state | {"images_seen": LONG.images - 80}, work / "state.pt")
+    with pytest.raises(DataError, match=f"^the loss is nan after {LONG.images - 72:,} images: lower learning_rate"):
+        jobs.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)

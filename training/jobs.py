@@ -197,36 +197,23 @@ def _start_from_clip(clip: Path, embed: Path, work: Path) -> int:
 def _train(
     name: str, fit: Fit, config: LoopConfig, cluster: ClusterConfig, workers: int, paths: dict[str, str], out: Path, work: Path
 ) -> None:
-    """Run `fit` on `workers` Ray Train workers, restarted from the last state when one is lost; then move the results to `out`."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+    """Run `fit` in `workers` Ray processes, restarted from the last state when one is lost; then move the results to `out`."""
+    job = {
+        "fit": fit.__name__,
+        "section": config.model_dump_json(),
+        "paths": paths,
+        "work": str(work),
+        "threads": max(1, int(cluster.cpus_per_worker)),
+        "use_gpu": cluster.use_gpu,
+    }
     with Progress(name, config.images, "images") as progress:
         over = threading.Event()
         watcher = threading.Thread(target=_watch, args=(work / "metrics.jsonl", progress, over), daemon=True)
         watcher.start()
         try:
             for left in reversed(range(cluster.max_failures + 1)):
-                trainer = TorchTrainer(
-                    _worker,
-                    train_loop_config={
-                        "fit": fit.__name__,
-                        "section": config.model_dump_json(),
-                        "paths": paths,
-                        "work": str(work),
-                        "threads": max(1, int(cluster.cpus_per_worker)),
-                    },
-                    scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.use_gpu, resources_per_worker=resources),
-                    run_config=RunConfig(
-                        name=f"{name}-{time.time_ns():x}",  # a fresh name: our own state in `work` says where to resume, not Ray's
-                        storage_path=str((work / "ray").absolute()),
-                        failure_config=FailureConfig(max_failures=0),  # Ray would repeat a worker's plain error as well
-                    ),
-                    torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=60),
-                )
                 try:
-                    trainer.fit()
+                    _run_group(job, name, cluster, workers) if workers > 1 else _run_alone(job, cluster)
                     break
                 except Exception as error:
                     own = _own_error(error)
@@ -248,10 +235,41 @@ def _hand_over(work: Path, out: Path) -> None:
         shutil.copyfile(work / "tokenizer.json", out / "tokenizer.json")
 
 
+def _run_group(job: dict[str, Any], name: str, cluster: ClusterConfig, workers: int) -> None:
+    """Fit data-parallel by Ray Train."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+    TorchTrainer(
+        _worker,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=f"{name}-{time.time_ns():x}",  # a fresh name: our own state in `work` says where to resume, not Ray's
+            storage_path=str((Path(job["work"]) / "ray").absolute()),
+            failure_config=FailureConfig(max_failures=0),  # Ray would repeat a worker's plain error as well
+        ),
+        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=60),
+    ).fit()
+
+
+def _run_alone(job: dict[str, Any], cluster: ClusterConfig) -> None:
+    """Fit in one Ray task: a group of one would bring four processes of Ray Train's own, which take 10 to 20 s to start and end."""
+    import ray
+
+    ray.get(ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu), max_retries=0)(_fit).remote(job))
+
+
 def _worker(job: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
     import ray.train
 
+    ray.train.report({"images_seen": _fit(job)})
+
+
+def _fit(job: dict[str, Any]) -> int:
+    """What every worker does: train as the job says; the first one writes the model. Returns the images seen."""
     torch.set_num_threads(job["threads"])
     fits: dict[str, tuple[Fit, type[LoopConfig]]] = {
         "fit_clip": (fit_clip, ClipConfig),
@@ -261,11 +279,10 @@ def _worker(job: dict[str, Any]) -> None:
     }
     fit, section = fits[job["fit"]]
     config, work = section.model_validate_json(job["section"]), Path(job["work"])
-    device = "cuda" if torch.cuda.is_available() and ray.train.torch.get_device().type == "cuda" else "cpu"
-    model, averaged = fit(config, {name: Path(path) for name, path in job["paths"].items()}, work, device)
+    model, averaged = fit(config, {name: Path(path) for name, path in job["paths"].items()}, work, "cuda" if job["use_gpu"] else "cpu")
     if world()[0] == 0:
         write_model(job["fit"].removeprefix("fit_"), model, averaged, config, work)
-    ray.train.report({"images_seen": config.images})
+    return config.images
 
 
 def write_model(name: str, model: nn.Module, averaged: dict[str, Tensor], config: LoopConfig, work: Path) -> None:
@@ -311,7 +328,7 @@ def _own_error(error: BaseException) -> UnclipError | None:
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
-        for inner in getattr(cause, "worker_failures", {}).values():
+        for inner in (cause, *getattr(cause, "worker_failures", {}).values()):
             own = getattr(inner, "cause", inner)
             if isinstance(own, UnclipError):
                 return type(own)(str(own))
@@ -320,5 +337,5 @@ def _own_error(error: BaseException) -> UnclipError | None:
 
 
 def _one_line(name: str, error: BaseException) -> str:
-    """Say why Ray Train failed in one line."""
+    """Say why a training failed in one line."""
     return f"training {name} failed: {' '.join(str(error).split())[:400]}; the whole of it is in the log"
