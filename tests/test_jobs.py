@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 
 from infra.cluster import Cluster, ClusterConfig
 from infra.errors import DataError
-from tests.kept import COUNT, TINY, write_kept, write_tokenizer
-from training import jobs
-from training.tokenizer import TokenizerConfig
+from tests.kept import COUNT, TINY, write_kept
+from training import jobs, soundness
+from training.pictures import read_table
+from training.tokenizer import Tokenizer, TokenizerConfig
 
 CLUSTER = ClusterConfig(num_cpus=2, clip_workers=2)
 TOKENIZER = TokenizerConfig(vocab_size=280)
 ALONE = CLUSTER.model_copy(update={"clip_workers": 1})
-LONG = TINY.model_copy(update={"images": 2_400, "state_every_s": 0.01})
+LONG = TINY.model_copy(update={"images": 2_400, "state_every_s": 0.1})
 DRIVER = """
 import sys
 from pathlib import Path
@@ -61,7 +62,10 @@ def undisturbed(cluster: ClusterConfig, root: Path, tmp_path_factory: pytest.Tem
 def by_itself(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train CLIP in this very process, without Ray; return its folder."""
     _, work = folders(tmp_path_factory.mktemp("by_itself"), "clip")
-    write_tokenizer(root, work)
+    table = read_table(root / "curate" / "keep.parquet", "train")
+    captions = table["captions"].to_pylist()
+    soundness.settle(table, root / "ingest" / "shards", LONG.broken_pictures, work)
+    Tokenizer.fit((caption for each in captions for caption in each), TOKENIZER).save(work / "tokenizer.json")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model, averaged = jobs.fit_clip(LONG, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
@@ -117,7 +121,7 @@ def ours(pid: int) -> bool:
     return False
 
 
-def once_mid_epoch(work: Path, act: Callable[[], bool], until_s: float = 90) -> int:
+def once_mid_epoch(work: Path, act: Callable[[], bool], until_s: float = 150) -> int:
     """Do `act` as soon as a state lies in the middle of an epoch; return the images seen by that state, 0 if the time is over."""
     until = time.monotonic() + until_s
     while time.monotonic() < until:
