@@ -26,7 +26,8 @@ Counts = dict[str, Any]
 State = Literal["current", "stale", "missing"]
 
 
-INGEST_VERSION = 1
+INGEST_VERSION = EMBED_VERSION = 1
+INDEX_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,31 @@ def run_embed(job: StageJob) -> Counts:
 
     job.cluster.start()
     ingest, curate, clip = (job.inputs[name].local() for name in ("ingest", "curate", "clip"))
+    before = job.previous
+    is_same = before and before.manifest["stage_version"] == EMBED_VERSION
+    if before and is_same and before.manifest["input_digests"]["clip"] == job.inputs["clip"].digest:
+        embed.know(before.local(), job.work)
     return embed.run(job.config.embed, job.config.cluster, ingest, curate, clip, job.inputs["clip"].key, job.out, job.work)
 
 
 def run_index(job: StageJob) -> Counts:
     from indexing import index
 
-    return index.build(job.config.index, job.inputs["embed"].local(), job.out)
+    return index.build(job.config.index, job.inputs["embed"].local(), job.out, _grown_from(job))
+
+
+def _grown_from(job: StageJob) -> tuple[Path, Path] | None:
+    """Return the last index of the same settings and the embeddings that are in it, where both are still there."""
+    before = job.previous
+    if (
+        before is None
+        or before.manifest["stage_version"] != INDEX_VERSION
+        or before.manifest["sections"] != {"index": job.config.index.keyed()}
+    ):
+        return None
+    embed = manifests.find(before.root, "embed", before.manifest["inputs"]["embed"])
+    is_whole = embed and embed.digest == before.manifest["input_digests"]["embed"] and not manifests.damage(embed)
+    return (before.local(), embed.local()) if embed and is_whole else None
 
 
 def run_dedup(job: StageJob) -> Counts:
@@ -213,8 +232,8 @@ STAGES = (
     Stage("ingest", (), ("data",), INGEST_VERSION, run_ingest),
     Stage("curate", ("ingest",), ("curate",), 1, run_curate),
     Stage("clip", ("ingest", "curate"), ("tokenizer", "clip"), 1, run_clip, (), clip_parameters),
-    Stage("embed", ("ingest", "curate", "clip"), ("embed",), 1, run_embed),
-    Stage("index", ("embed",), ("index",), 2, run_index),
+    Stage("embed", ("ingest", "curate", "clip"), ("embed",), EMBED_VERSION, run_embed),
+    Stage("index", ("embed",), ("index",), INDEX_VERSION, run_index),
     Stage("dedup", ("ingest", "clip", "embed"), ("dedup",), 1, run_dedup),
     Stage("prior", ("clip", "embed"), ("prior",), 1, run_prior, ("dedup",), prior_parameters),
     Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, ("dedup",), decoder_parameters),
@@ -276,8 +295,36 @@ def plan(root: Root, config: Any, stages: Sequence[Stage]) -> list[StagePlan]:
     return list(plans.values())
 
 
+def kept(root: Root, config: Any, stage: Stage, trained: Mapping[str, str]) -> Committed | None:
+    """Return the model that the recipe keeps although its data may have changed (`retrain = "never"`), or None.
+
+    It is the newest of the same code and settings, made with the same models; `trained` holds the digests of those that it builds on.
+    """
+    section = getattr(config, stage.name, None) if stage.parameters else None
+    if getattr(section, "retrain", "") != "never":
+        return None
+    found = [manifests.find(root, stage.name, key) for key in storage.list_names(root, stage.name)]
+    sections = sections_of(stage, config)
+    fitting = [
+        each
+        for each in found
+        if each
+        and (each.manifest["stage_version"], each.manifest["sections"]) == (stage.version, sections)
+        and {name: each.manifest["input_digests"].get(name) for name in trained} == trained
+        and not manifests.damage(each)
+    ]
+    return max(fitting, key=lambda each: str(each.manifest["finished"]), default=None)
+
+
 def _plan_one(root: Root, config: Any, stage: Stage, before: Sequence[StagePlan]) -> StagePlan:
     inputs = {each.stage.name: each.key for each in before}
+    models = {each.stage.name: each.committed for each in before if each.stage.parameters}
+    if all(models.values()):
+        stays = kept(root, config, stage, {name: each.digest for name, each in models.items() if each})
+        if stays:
+            changed = [name for name, key in inputs.items() if stays.manifest["inputs"].get(name) != key]
+            why = f'kept, [{stage.name}] retrain = "never", although {", ".join(changed)} changed' if changed else ""
+            return StagePlan(stage, stays.key, "current", why, stays)
     key = key_of(stage, config, inputs)
     committed = manifests.find(root, stage.name, key)
     if committed:
@@ -340,6 +387,9 @@ def run_stage(
     """
     started, clock = manifests.now(), time.monotonic()
     given = {name: inputs[name] for name in inputs_of(stage, inputs)}
+    stays = kept(root, config, stage, trained_of(given))
+    if stays:
+        return StageResult(stage.name, stays.key, "current", time.monotonic() - clock, stays)
     key = key_of(stage, config, {name: committed.key for name, committed in given.items()})
     lock = root.scratch / "locks" / f"{stage.name}-{key}.lock"
     with storage.one_line_errors(root.scratch), writer_lock(lock, f"{stage.name} {key}", say):
@@ -372,6 +422,11 @@ def run_stage(
         made = manifests.commit(root, stage.name, key, out, facts, existing.manifest["attempt"] if existing else None)
         shutil.rmtree(work, ignore_errors=True)
         return StageResult(stage.name, key, "ran", time.monotonic() - clock, made)
+
+
+def trained_of(inputs: Mapping[str, Committed]) -> dict[str, str]:
+    """Return the digests of those inputs that are models."""
+    return {stage.name: inputs[stage.name].digest for stage in STAGES if stage.parameters and stage.name in inputs}
 
 
 def _previous(root: Root, stage: Stage, key: str) -> Committed | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.stages import Stage, StageResult, fault, inputs_of, key_of
+from flows.stages import Stage, StageResult, fault, inputs_of, kept, key_of, trained_of
 from infra import manifests, storage
 from infra.cluster import StageResources
 from infra.manifests import Committed
@@ -34,6 +34,9 @@ def submit_stage(
 
     clock = time.monotonic()
     given = {name: inputs[name] for name in inputs_of(stage, inputs)}
+    stays = kept(root, config, stage, trained_of(given))
+    if stays:
+        return StageResult(stage.name, stays.key, "current", time.monotonic() - clock, stays)
     key = key_of(stage, config, {name: each.key for name, each in given.items()})
 
     def current() -> Committed | None:

@@ -35,10 +35,12 @@ def open_parts(folder: Path, count: int, dim: int) -> list[NDArray[Any]]:
     return parts
 
 
-def chunks(parts: Sequence[NDArray[Any]]) -> Iterator[Floats]:
-    """Yield all rows in order, (at most CHUNK_ROWS, D) float32 at a time."""
+def chunks(parts: Sequence[NDArray[Any]], first: int = 0) -> Iterator[Floats]:
+    """Yield all rows from `first` on in order, (at most CHUNK_ROWS, D) float32 at a time."""
     for part in parts:
-        for start in range(0, len(part), CHUNK_ROWS):
+        skipped = min(first, len(part))
+        first -= skipped
+        for start in range(skipped, len(part), CHUNK_ROWS):
             yield np.ascontiguousarray(part[start : start + CHUNK_ROWS], dtype=np.float32)
 
 

@@ -5,14 +5,14 @@ Knows vectors and FAISS's factory strings only; files, metadata and recall are o
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.embeddings import chunks, take
+from indexing.embeddings import Floats, chunks, take
 from infra.errors import CallerError, DataError
 
 FLAT_BELOW = 20_000
@@ -87,8 +87,13 @@ def fill(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
         inverted.cp.max_points_per_centroid = TRAINED_PER_CELL
         size = min(count, cells * TRAINED_PER_CELL)
         index.train(take(parts, np.sort(np.random.default_rng(seed).choice(count, size, replace=False))))
-    for chunk in chunks(parts):
+    add(index, chunks(parts))
+    return index
+
+
+def add(index: Any, vectors: Iterable[Floats]) -> None:
+    """Add vectors (n, D) at a time to a trained index. Raises DataError where they hold NaN or infinity."""
+    for chunk in vectors:
         if not np.isfinite(chunk).all():
             raise DataError("the embeddings hold NaN or infinity: embed again")
         index.add(chunk)
-    return index

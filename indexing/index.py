@@ -23,8 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from indexing import tuning
-from indexing.embeddings import CHUNK_ROWS, Floats, Rows, open_parts, read_facts, take
-from indexing.factories import cells_of, choose_factory, fill
+from indexing.embeddings import CHUNK_ROWS, Floats, Rows, chunks, open_parts, read_facts, take
+from indexing.factories import add, cells_of, choose_factory, fill, hot_bytes
 from indexing.tuning import DEPTHS, Effort
 from infra.errors import CallerError, DataError
 from infra.settings import Section
@@ -32,6 +32,8 @@ from infra.tables import EMBEDDED
 
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
+GROWTH = 0.25
+"""By this share an index may grow before its cells are found anew."""
 
 
 class IndexConfig(Section):
@@ -54,21 +56,30 @@ class IndexConfig(Section):
     """Seed of the clustering and of the sampled queries."""
 
 
-def build(config: IndexConfig, embed: Path, out: Path) -> dict[str, Any]:
+def build(config: IndexConfig, embed: Path, out: Path, grown_from: tuple[Path, Path] | None = None) -> dict[str, Any]:
     """Build both indexes and the metadata table from an embed folder; return the counts, the factory and the worse recall@10.
 
     index.json holds the figures of each index under "image" and "text" and the worse of both at the top. A recall target that the
     kind of index cannot reach even with every cell probed is no error: "target_met" is false. Raises DataError for embeddings that
     are empty, not finite or do not match their facts or metadata, CallerError for a factory that does not suit them.
+
+    `grown_from` is an index of the same section and the embed folder it was built from: where those vectors are the first of these, it
+    gets the others added, its cells as they are; recall is measured and probes are chosen anew. Once it has grown by more than GROWTH
+    since its cells were found, all is built again.
     """
     clip_key, count, dim = read_facts(embed)
     if count == 0:
         raise DataError(f"{embed}: no embeddings, so there is nothing to index")
-    parts = {"image": open_parts(embed / "img_emb", count, dim), "text": open_parts(embed / "text_emb", count, dim)}
+    parts: dict[Modality, list[NDArray[Any]]] = {
+        "image": open_parts(embed / "img_emb", count, dim),
+        "text": open_parts(embed / "text_emb", count, dim),
+    }
     _write_metadata(embed / "metadata", out / "metadata.arrow", count)
     factory = choose_factory(count, dim, config.memory_bytes) if config.factory == "auto" else config.factory
     if cells_of(factory) > count:
         raise CallerError(f"[index] factory = {factory} has more cells than there are vectors ({count}): name fewer, or auto")
+    base = _base(grown_from, parts, config) if grown_from else None
+    factory = base["factory"] if base else factory
     rng = np.random.default_rng(config.seed)
     sampled = np.sort(rng.choice(count, min(config.queries, count), replace=False))
     queries = {modality: take(parts[modality], sampled) for modality in MODALITIES}
@@ -79,7 +90,12 @@ def build(config: IndexConfig, embed: Path, out: Path) -> dict[str, Any]:
     try:
         for modality in MODALITIES:
             file = out / f"{modality}.index"
-            faiss.write_index(fill(factory, parts[modality], config.seed), str(file))
+            if base and grown_from:
+                filled = faiss.read_index(str(grown_from[0] / file.name))
+                add(filled, chunks(parts[modality], base["count"]))
+            else:
+                filled = fill(factory, parts[modality], config.seed)
+            faiss.write_index(filled, str(file))
             opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
             figures[modality] = {
                 **tuning.tune(opened, parts[modality], list(queries.values()), config.recall_target),
@@ -92,9 +108,29 @@ def build(config: IndexConfig, embed: Path, out: Path) -> dict[str, Any]:
     worse |= {name: max(each[name] for each in both) for name in ("nprobe", "k_factor", "latency_p50_ms", "latency_p99_ms")}
     recall = worse["recall@10"]
     facts = {"dim": dim, "count": count, "factory": factory, "clip_key": clip_key, **worse}
+    facts["built_count"] = base.get("built_count", base["count"]) if base else count
     facts |= {"bytes": sum(each["bytes"] for each in both), "target_met": all(each["target_met"] for each in both), **figures}
     (out / "index.json").write_text(json.dumps(facts, indent=1) + "\n")
-    return {"in": count, "out": count, "dropped": {}, "factory": factory, "recall": recall}
+    return {"in": count, "out": count, "dropped": {}, "factory": factory, "recall": recall, "added_to": base["count"] if base else 0}
+
+
+def _base(grown_from: tuple[Path, Path], parts: dict[Modality, list[NDArray[Any]]], config: IndexConfig) -> dict[str, Any] | None:
+    """Return the facts of the former index if it may be added to: its vectors are the first of these, and not too few of them."""
+    index, embed = grown_from
+    facts: dict[str, Any] = json.loads((index / "index.json").read_text())
+    count, dim, total = facts["count"], facts["dim"], sum(len(part) for part in parts["image"])
+    built = facts.get("built_count", count)
+    if dim != parts["image"][0].shape[1] or not count <= total <= built * (1 + GROWTH):
+        return None
+    if config.factory == "auto" and 2 * hot_bytes(facts["factory"], total, dim) > config.memory_bytes:
+        return None
+    for modality in MODALITIES:
+        before = open_parts(embed / f"{'img' if modality == 'image' else 'text'}_emb", count, dim)
+        for start in range(0, count, CHUNK_ROWS):
+            rows = np.arange(start, min(start + CHUNK_ROWS, count))
+            if not np.array_equal(take(before, rows), take(parts[modality], rows)):
+                return None
+    return facts
 
 
 class Index:

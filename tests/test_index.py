@@ -6,6 +6,8 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
@@ -61,7 +63,7 @@ def test_flat_is_exact(embed: Path, tmp_path: Path) -> None:
     queries = vectors(50, DIM, seed=7).astype(np.float32)
     scores, _ = Index.open(tmp_path).search(queries, 10)
     assert np.allclose(scores, -np.sort(-(queries @ exact(embed, "image").T), axis=1)[:, :10], atol=1e-5)
-    assert counts == {"in": COUNT, "out": COUNT, "dropped": {}, "factory": "Flat", "recall": 1.0}
+    assert counts == {"in": COUNT, "out": COUNT, "dropped": {}, "factory": "Flat", "recall": 1.0, "added_to": 0}
 
 
 def test_the_reported_recall_is_that_of_the_opened_index(folder: Path, embed: Path) -> None:
@@ -268,3 +270,44 @@ def test_cells_are_not_added_where_the_codes_lose_the_rest() -> None:
     asked: list[int] = []
     best = fewest_cells(1 << 20, 0.9, lambda cells: asked.append(cells) or min(0.6, 0.2 * cells))
     assert best == (4, 0.6) and max(asked) <= 16
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_an_index_grows_by_what_was_appended_and_is_built_again_where_that_is_not_all(factory: str, embed: Path, tmp_path: Path) -> None:
+    section = IndexConfig(factory=factory, queries=32)
+    shorter = {"fits": COUNT - 100, "few": COUNT // 2}
+    for name, count in shorter.items():
+        cut(embed, tmp_path / name, count)
+        (tmp_path / f"{name}-index").mkdir()
+        build(section, tmp_path / name, tmp_path / f"{name}-index")
+    before = (tmp_path / "fits-index", tmp_path / "fits")
+    counts = build(section, embed, made(tmp_path / "grown"), before)
+    assert counts["added_to"] == COUNT - 100 and counts["recall"] >= 0.9
+    grown = Index.open(tmp_path / "grown")
+    queries = vectors(50, DIM, seed=7).astype(np.float32)
+    _, rows = grown.search(queries, 10)
+    best = np.argsort(-(queries @ exact(embed, "image").T), axis=1)[:, :10]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), best.tolist(), strict=True)]) >= 0.9
+    assert grown.facts["built_count"] == COUNT - 100 and (best >= COUNT - 100).any()
+    assert build(section, embed, made(tmp_path / "much"), (tmp_path / "few-index", tmp_path / "few"))["added_to"] == 0  # grown by half
+    first = np.load(tmp_path / "fits" / "text_emb" / "text_emb_0000.npy")
+    np.save(tmp_path / "fits" / "text_emb" / "text_emb_0000.npy", np.roll(first, 1, axis=0))
+    assert build(section, embed, made(tmp_path / "other"), before)["added_to"] == 0  # other vectors than these
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def cut(embed: Path, folder: Path, count: int) -> None:
+    """Write the first rows of an embed folder as one of its own."""
+    for name in ("img_emb", "text_emb"):
+        (folder / name).mkdir(parents=True)
+        whole = np.concatenate([np.load(file) for file in sorted((embed / name).glob("*.npy"))])
+        np.save(folder / name / f"{name}_0000.npy", whole[:count])
+    rows = pa.concat_tables([pq.read_table(file) for file in sorted((embed / "metadata").glob("*.parquet"))])
+    (folder / "metadata").mkdir()
+    pq.write_table(rows.slice(0, count), folder / "metadata" / "metadata_0000.parquet")
+    facts = json.loads((embed / "facts.json").read_text())
+    (folder / "facts.json").write_text(json.dumps(facts | {"count": count}))

@@ -1,9 +1,11 @@
 """Embeds every kept picture and its first caption with the run's frozen CLIP, in clip-retrieval's layout.
 
 Reads curate's keep list, ingest's shards and a `clip` folder; writes `img_emb/`, `text_emb/` (float16, unit rows), `metadata/` and
-`facts.json`. Parts are embedded by Ray tasks and renamed into place, so a killed run keeps the parts it has.
+`facts.json`. Parts are embedded by Ray tasks and renamed into place, so a killed run keeps the parts it has. Pairs that the same CLIP
+has embedded before (`know`) are not embedded again.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ from training import clip as clip_model
 from training import soundness
 from training.loop import OnBroken
 from training.pictures import Pictures, read_file, read_table
+
+MARKED = ["key", "sha256"]
 
 
 class EmbedConfig(Section):
@@ -64,9 +68,49 @@ def run(
             ready, waiting = ray.wait(waiting, timeout=1)
             done += sum(ray.get(ready))
             progress.update(done)
+    taken_over = sum(int((work / f"known_{number:04}.count").read_text()) for number in range(len(parts)))
     dim = int(np.load(out / "img_emb" / "img_emb_0000.npy", mmap_mode="r").shape[1])
     (out / "facts.json").write_text(json.dumps({"clip_key": clip_key, "dim": dim, "count": table.num_rows}, indent=1))
-    return {"in": found, "out": table.num_rows, "dropped": dropped, "dim": dim}
+    return {"in": found, "out": table.num_rows, "dropped": dropped, "dim": dim, "taken_over": taken_over}
+
+
+def know(previous: Path, work: Path) -> None:
+    """Note in `work` what the embeddings in the folder `previous`, made by the same CLIP, are of. 24 bytes a pair."""
+    if not (work / "known.json").exists():
+        marked = np.concatenate([marks(pq.read_table(file, columns=MARKED)) for file in sorted((previous / "metadata").glob("*.parquet"))])
+        order = np.argsort(marked, kind="stable")
+        np.save(work / "known_marks.npy", marked[order])
+        np.save(work / "known_rows.npy", order)
+        (work / "known.tmp").write_text(json.dumps(str(previous.absolute())))
+        (work / "known.tmp").replace(work / "known.json")
+
+
+def marks(rows: pa.Table) -> np.ndarray:
+    """Return 64 bits for each row that tell apart pairs (origin and first caption) and their pictures' bytes, uint64 (rows,)."""
+    texts = [f"{key}{sha256}".encode() for key, sha256 in zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True)]
+    return np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts), np.uint64)
+
+
+def _known(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return which rows have been embedded before (rows,), and their vectors of both kinds float16 (those rows, D)."""
+    if not (work / "known.json").exists():
+        return np.zeros(table.num_rows, bool), {}
+    previous = Path(json.loads((work / "known.json").read_text()))
+    marked, rows = (np.load(work / f"known_{name}.npy", mmap_mode="r") for name in ("marks", "rows"))
+    wanted = marks(table)
+    places = np.minimum(np.searchsorted(marked, wanted), len(marked) - 1)
+    is_known = marked[places] == wanted
+    found = np.asarray(rows[places[is_known]])
+    vectors = {}
+    for kind in ("img_emb", "text_emb"):
+        parts = [np.load(file, mmap_mode="r") for file in sorted((previous / kind).glob("*.npy"))]
+        starts = np.cumsum([0, *(len(part) for part in parts)])
+        taken = np.empty((len(found), parts[0].shape[1]), np.float16)
+        for start, part in zip(starts, parts, strict=False):
+            inside = (found >= start) & (found < start + len(part))
+            taken[inside] = part[found[inside] - start]
+        vectors[kind] = taken
+    return is_known, vectors
 
 
 def _embed_part(
@@ -78,21 +122,33 @@ def _embed_part(
     table = table.filter(pa.array(soundness.is_kept(table, work))).slice(start, config.rows_per_part)
     names = [f"img_emb/img_emb_{number:04}.npy", f"text_emb/text_emb_{number:04}.npy", f"metadata/metadata_{number:04}.parquet"]
     if not all((work / Path(name).name).exists() for name in names):
-        model, tokenizer = clip_model.load(clip)
-        model.to("cuda" if use_gpu else "cpu")
-        pictures = Pictures(table, ingest / "shards", model.config.image_size_px)
-        rows = torch.arange(len(pictures)).split(config.batch_size)
-        images = torch.cat([clip_model.embed_images(model, pictures[part], config.batch_size) for part in rows])
-        texts = clip_model.embed_texts(model, tokenizer, table["caption"].to_pylist(), config.batch_size)
-        for name, vectors in zip(names, (images, texts), strict=False):
+        is_known, vectors = _known(table, work)
+        made = _embed_rows(config, table.filter(pa.array(~is_known)), use_gpu, ingest, clip) if not is_known.all() else {}
+        for name, kind in zip(names, ("img_emb", "text_emb"), strict=False):
+            both = np.empty((table.num_rows, (made or vectors)[kind].shape[1]), np.float16)
+            for chosen, some in ((is_known, vectors), (~is_known, made)):
+                if chosen.any():
+                    both[chosen] = some[kind]
             with (work / f"part_{number:04}.tmp").open("wb") as file:
-                np.save(file, vectors.numpy().astype(np.float16))
+                np.save(file, both)
             (work / f"part_{number:04}.tmp").replace(work / Path(name).name)
+        (work / f"known_{number:04}.count").write_text(str(int(is_known.sum())))
         pq.write_table(table, work / f"table_{number:04}.tmp")
         (work / f"table_{number:04}.tmp").replace(work / Path(names[2]).name)
     for name in names:
         (out / name).write_bytes((work / Path(name).name).read_bytes())
     return table.num_rows
+
+
+def _embed_rows(config: EmbedConfig, table: pa.Table, use_gpu: bool, ingest: Path, clip: Path) -> dict[str, np.ndarray]:
+    """Return both vectors of every row, float16 (rows, D)."""
+    model, tokenizer = clip_model.load(clip)
+    model.to("cuda" if use_gpu else "cpu")
+    pictures = Pictures(table, ingest / "shards", model.config.image_size_px)
+    rows = torch.arange(len(pictures)).split(config.batch_size)
+    images = torch.cat([clip_model.embed_images(model, pictures[part], config.batch_size) for part in rows])
+    texts = clip_model.embed_texts(model, tokenizer, table["caption"].to_pylist(), config.batch_size)
+    return {"img_emb": images.numpy().astype(np.float16), "text_emb": texts.numpy().astype(np.float16)}
 
 
 def embed_texts(clip: Path, texts: list[str]) -> np.ndarray:

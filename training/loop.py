@@ -59,7 +59,11 @@ class LoopConfig(Section):
     state_every_s: float = Field(default=20, gt=0)
     """How often the state is written from which a killed run resumes, in seconds."""
 
-    outside_key: ClassVar[frozenset[str]] = frozenset({"state_every_s"})
+    retrain: Literal["when_data_changes", "never"] = "when_data_changes"
+    """`never`: the newest model of these very settings stays although its data has changed, as long as what it builds on (CLIP) is the
+    same; a nightly run then embeds and indexes what is new and trains nothing."""
+
+    outside_key: ClassVar[frozenset[str]] = frozenset({"state_every_s", "retrain"})
 
 
 @dataclass(frozen=True)
