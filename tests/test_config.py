@@ -79,7 +79,7 @@ def test_a_mistake_is_one_line(override: str, message: str) -> None:
         (["clip.image_tower=vit", "clip.patch_px=5"], "[clip] image_size_px = 32 but [clip] patch_px = 5: the first must be a multiple"),
         (["clip.batch_size=30", "cluster.clip_workers=4"], "[clip] batch_size = 30 but [cluster] clip_workers = 4: the first must be"),
         (["cluster.prior_workers=5"], "[prior] batch_size = 128 but [cluster] prior_workers = 5: the first must be"),
-        (["cluster.decoder_workers=3"], "[decoder] batch_size = 32 but [cluster] decoder_workers = 3: the first must be"),
+        (["cluster.decoder_workers=3"], "[decoder] batch_size = 64 but [cluster] decoder_workers = 3: the first must be"),
     ],
 )
 def test_keys_that_disagree_are_both_named(overrides: list[str], message: str) -> None:
