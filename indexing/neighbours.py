@@ -25,6 +25,8 @@ PAIRS_AT_ONCE = 1 << 16
 ROUNDING = 1e-5
 HELD_BYTES = 1 << 30
 """Vectors that fit in here together are held in memory and compared whole; of more, sketches alone are, and vectors are read for few."""
+LEFT_BY_SKETCHES = 0.02
+"""Where sketches leave a larger share of pairs than this, whole vectors that are held are compared instead of pair by pair."""
 BAND_BITS, BANDS = 16, 4
 
 
@@ -42,7 +44,8 @@ class NearVectors:
     A row's *sketch* is its part in the first principal directions and, as one more number, the length of the rest: the product of two
     sketches is never below that of the vectors, so sketches rule out almost all pairs and lose none. Sketches lie in cells around
     centroids. A query looks into every cell that scores within `margin` of its best one; the margin is the largest that was needed to find
-    planted pairs, which lie exactly at the threshold. Where all vectors fit in HELD_BYTES, those are compared within the cells.
+    planted pairs, which lie exactly at the threshold. Sketches are compared within the cells; where they leave too many pairs and all
+    vectors fit in HELD_BYTES, those are.
     """
 
     def __init__(self, parts: Sequence[NDArray[Any]], threshold: float, seed: int = 0) -> None:
@@ -111,7 +114,7 @@ class NearVectors:
         order = np.argsort(self.cells[members], kind="stable")
         sizes = np.bincount(self.cells[members], minlength=len(self.centroids))
         ends = np.cumsum(sizes)
-        compared = self.compared[members[order]]  # of one cell after the other
+        sketches, compared = self.sketches[members[order]], self.compared[members[order]]  # of one cell after the other
         found = []
         step = max(1, SCORES_AT_ONCE // len(self.centroids))
         for first in range(0, len(queries), step):
@@ -121,7 +124,10 @@ class NearVectors:
             cell, place = np.nonzero((scores >= scores.max(1, keepdims=True) - self.margin).T)
             for start, end in itertools.pairwise([*np.flatnonzero(np.diff(cell, prepend=-1)), len(cell)]):
                 low, high = ends[cell[start]] - sizes[cell[start]], ends[cell[start]]
-                query, member = np.nonzero(asked_whole[place[start:end]] @ compared[low:high].T >= self.threshold - ROUNDING)
+                is_near = asked[place[start:end]] @ sketches[low:high].T >= self.threshold - ROUNDING
+                if self.held is not None and np.count_nonzero(is_near) > is_near.size * LEFT_BY_SKETCHES:
+                    is_near = asked_whole[place[start:end]] @ compared[low:high].T >= self.threshold - ROUNDING
+                query, member = np.nonzero(is_near)
                 if len(query):
                     found.append((first + place[start:end][query], order[low:high][member]))
         return found
