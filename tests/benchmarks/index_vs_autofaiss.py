@@ -1,6 +1,6 @@
 """Our index against the one that autofaiss builds under the same memory bound, and against a sweep of FAISS factory strings.
 
-    python -m tests.benchmarks.index_vs_autofaiss [--rows 100000] [--dim 512] [--kinds clustered,spectrum] [--bounds 4,16] [--embed FOLDER]
+    python -m tests.benchmarks.index_vs_autofaiss [--rows 100000] [--dim 512] [--kinds clustered,spectrum] [--bounds 16] [--embed FOLDER]
 
 Clustered vectors lie around rows / 50 centres of unequal size, at 0.3 to 0.8 of the centres' own spread; `spectrum` has no clusters, only
 the decaying spectrum that embeddings have; `isotropic` is the worst case, where only brute force finds anything. --embed takes the images
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--kinds", default="clustered,spectrum")
-    parser.add_argument("--bounds", default="4,16")
+    parser.add_argument("--bounds", default="16")
     parser.add_argument("--embed", type=Path, help="an embed stage's folder: its images instead of drawn vectors")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-sweep", action="store_true")
