@@ -67,12 +67,15 @@ def take_down_now_and_then(uri: str, keys: list[str], stop: threading.Event, don
 def main() -> None:
     """Run the load and print what came of it."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("base")
+    parser.add_argument("base", nargs="?")
     parser.add_argument("--queries", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--embedding-only", action="store_true")
     parser.add_argument("--root", help="take samples of this ROOT down meanwhile: use a copy")
     given = parser.parse_args()
+    if given.base is None:
+        print("skipped: name the address of a running service")
+        return
     found = httpx.post(f"{given.base}/search", json={"text": "a picture", "k": 100}).json()["results"]
     keys = [each["key"] for each in found]
     told = httpx.post(f"{given.base}/search", json={"embedding": [1.0]}).json()["detail"]
