@@ -56,6 +56,7 @@ def suite(
     shards: Path,
     encode_texts: EncodeTexts,
     encode_images: EncodeImages,
+    side_px: int,
     networks: Mapping[str, Callable[[Pixels], NDArray[Any]]],
     resamples: int,
     seed: int,
@@ -64,16 +65,16 @@ def suite(
 ) -> list[sections.Section]:
     """Judge every set and return the report's sections: zero-shot, and against probes on CLIP's features and other `networks`'.
 
-    `missing` says in sentences which sets could not be had.
+    CLIP sees pictures at its own side, `side_px`, so that they are resized once; the other networks at SIDE_PX. `missing` says in sentences which sets could not be had.
     """
     rows: list[list[sections.Cell]] = []
     leaks: list[list[sections.Cell]] = []
     pictures, probed = [], []
     for each in loaded:
         some = each.thinned(config.pictures, seed)
-        pixels = some.pictures(SIDE_PX)
-        vectors = _encoded(encode_images, pixels)
-        by_words = vectors @ class_embeddings(encode_texts, some.names, some.templates or templates).T
+        pixels = some.pictures(side_px)
+        vectors = encoded(encode_images, pixels)
+        by_words = class_scores(some, vectors, encode_texts, templates)
         found = score(by_words, some.labels, some.names, range(len(some)), resamples, seed)
         top_1 = found["top_1"]
         rows.append(
@@ -83,7 +84,8 @@ def suite(
         if 1 < len(some.names) <= LARGEST_CONFUSION:
             pictures.append(_confusion(some, by_words.argmax(1), out))
         if config.probe and 1 < len(some.names) <= MOST_CLASSES_PROBED:
-            named = {"our CLIP": vectors} | {name: _encoded(network, pixels, is_unit=False) for name, network in networks.items()}
+            larger = some.pictures(SIDE_PX) if networks else pixels
+            named = {"our CLIP": vectors} | {name: encoded(network, larger, is_unit=False) for name, network in networks.items()}
             probed.append((some, by_words.argmax(1), named))
     head = ["Set", "Pictures", "Classes", "Top-1", "Top-5", "Mean per class", "Chance", "Majority", "Verdict"]
     names = ", ".join(each.name for each in loaded)
@@ -125,7 +127,13 @@ def suite(
     return made
 
 
-def _encoded(encode: Callable[[Pixels], NDArray[Any]], pixels: Pixels, is_unit: bool = True) -> Floats:
+def class_scores(some: ImageSet, vectors: Floats, encode_texts: EncodeTexts, templates: Sequence[str]) -> Floats:
+    """Return cosines (N, C) of a set's pictures, unit vectors (N, D), with its classes in its own templates, or else in these."""
+    return vectors @ class_embeddings(encode_texts, some.names, some.templates or templates).T
+
+
+def encoded(encode: Callable[[Pixels], NDArray[Any]], pixels: Pixels, is_unit: bool = True) -> Floats:
+    """Return vectors (N, D) of pictures (N, S, S, 3), encoded AT_ONCE at a time and made unit vectors unless told otherwise."""
     pieces = [np.asarray(encode(pixels[start : start + AT_ONCE]), np.float32) for start in range(0, len(pixels), AT_ONCE)]
     vectors = np.concatenate(pieces)
     return unit(vectors) if is_unit else vectors

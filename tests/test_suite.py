@@ -28,7 +28,7 @@ def colours_set(count: int = 4, each: int = 12, first: int = 12) -> ImageSet:
 
 def measure(folder: Path, sets: list[ImageSet], images: Any = encode_images, **networks: Any) -> Any:
     write_run(folder, usual_rows())
-    places = (open_embedded(folder / "embed"), folder / "shards", encode_texts, images, networks)
+    places = (open_embedded(folder / "embed"), folder / "shards", encode_texts, images, 24, networks)
     return suite(SuiteConfig(pictures=100), sets, ("{}", "a {}"), *places, 200, 0, folder / "out")
 
 
@@ -64,7 +64,7 @@ def test_pictures_that_training_saw_are_counted(tmp_path: Path) -> None:
     again = [png(read_picture(row, tmp_path / "shards", 40)) for row in rows[1:]]
     leaky = ImageSet("leaky", [exact, *again, *colours_set().encoded[:3]], np.array([0, 0, 0, 1, 1, 1]), ["colour 0", "colour 12"], ())
     found = suite(
-        *(SuiteConfig(probe=False, pictures=100), [leaky], ("{}",), embedded, tmp_path / "shards", encode_texts, encode_images, {}),
+        *(SuiteConfig(probe=False, pictures=100), [leaky], ("{}",), embedded, tmp_path / "shards", encode_texts, encode_images, 24, {}),
         *(200, 0, tmp_path / "out"),
     )
     assert len(found) == 1 and found[0]["tables"][1]["rows"] == [["leaky", 6, 1, 3]]
