@@ -65,7 +65,8 @@ def suite(
 ) -> list[sections.Section]:
     """Judge every set and return the report's sections: zero-shot, and against probes on CLIP's features and other `networks`'.
 
-    CLIP sees pictures at its own side, `side_px`, so that they are resized once; the other networks at SIDE_PX. `missing` says in sentences which sets could not be had.
+    CLIP sees pictures at its own side, `side_px`, so that they are resized once; the other networks at SIDE_PX.
+    `missing` says in sentences which sets could not be had.
     """
     rows: list[list[sections.Cell]] = []
     leaks: list[list[sections.Cell]] = []
