@@ -22,7 +22,7 @@ from indexing.intervals import Figure, mean_figure
 from indexing.pictures import INK, PAPER, Pixels, read_picture, write_png
 from indexing.report import verdict
 from indexing.samples import slug
-from indexing.zero_shot import EncodeTexts, class_embeddings, score, unit
+from indexing.zero_shot import EncodeTexts, class_embeddings, ranks, score, unit
 from infra.settings import Section
 
 SIDE_PX = 96
@@ -81,7 +81,11 @@ def suite(
         rows.append(
             [some.name, top_1["n"], found["classes"], top_1, found["top_5"], found["mean_per_class"], *_bars(top_1), verdict(top_1)]
         )
-        leaks.append([some.name, len(some), *_leaks(some, pixels, vectors, embedded, shards)])
+        same_file, same_picture = _leaks(some, pixels, vectors, embedded, shards)
+        clean = np.flatnonzero(~(same_file | same_picture))
+        right = ranks(by_words, some.labels)[clean] < 1
+        unseen = mean_figure(right, clean, resamples, seed, chance=1 / len(some.names))
+        leaks.append([some.name, len(some), int(same_file.sum()), int(same_picture.sum()), unseen])
         if 1 < len(some.names) <= LARGEST_CONFUSION:
             pictures.append(_confusion(some, by_words.argmax(1), out))
         if config.probe and 1 < len(some.names) <= MOST_CLASSES_PROBED:
@@ -104,7 +108,7 @@ def suite(
                 sections.table(
                     "Do training pictures leak in? By SHA-256 of the file, and by index: the nearest training embedding lies above "
                     f"{SAME_COSINE} and its pixels differ by less than {SAME_RMS:g} of 255",
-                    ["Set", "Pictures", "Same file in training", "Same picture in training"],
+                    ["Set", "Pictures", "Same file in training", "Same picture in training", "Top-1 without these"],
                     leaks,
                 ),
             ],
@@ -146,20 +150,22 @@ def _bars(top_1: Figure) -> list[Figure]:
     ]
 
 
-def _leaks(some: ImageSet, pixels: Pixels, vectors: Floats, embedded: Embedded, shards: Path) -> list[int]:
-    """Count the pictures that stand in training: equal files, and nearest neighbours in embedding space that are equal to the eye."""
+def _leaks(
+    some: ImageSet, pixels: Pixels, vectors: Floats, embedded: Embedded, shards: Path
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Say which pictures (N,) stand in training: as equal files, and as nearest neighbours by embedding that are equal to the eye."""
     train = embedded.rows("train")
     known = set(embedded.table.take(train)["sha256"].to_pylist())
-    same_file = sum(hashlib.sha256(data).hexdigest() in known for data in some.encoded)
+    same_file = np.array([hashlib.sha256(data).hexdigest() in known for data in some.encoded])
     pieces = (take(embedded.image_parts, train[start : start + 1024]) for start in range(0, len(train), 1024))
     cosine, place = nearest_by_embedding(vectors, pieces)
-    same = 0
+    same = np.zeros(len(some), bool)
     for near in np.flatnonzero(cosine > SAME_COSINE):
         row = embedded.table.slice(int(train[place[near]]), 1).to_pylist()[0]
         theirs = read_picture(row, shards, COMPARED_PX).astype(np.float32)
         mine = np.asarray(Image.fromarray(pixels[near]).resize((COMPARED_PX, COMPARED_PX), Image.Resampling.BOX), np.float32)
-        same += float(np.sqrt(((mine - theirs) ** 2).mean())) < SAME_RMS
-    return [same_file, same]
+        same[near] = float(np.sqrt(((mine - theirs) ** 2).mean())) < SAME_RMS
+    return same_file, same
 
 
 def _confusion(some: ImageSet, said: NDArray[np.int64], out: Path) -> dict[str, Any]:

@@ -67,7 +67,9 @@ def test_pictures_that_training_saw_are_counted(tmp_path: Path) -> None:
         *(SuiteConfig(probe=False, pictures=100), [leaky], ("{}",), embedded, tmp_path / "shards", encode_texts, encode_images, 24, {}),
         *(200, 0, tmp_path / "out"),
     )
-    assert len(found) == 1 and found[0]["tables"][1]["rows"] == [["leaky", 6, 1, 3]]
+    (row,) = found[0]["tables"][1]["rows"]
+    assert len(found) == 1 and row[:4] == ["leaky", 6, 1, 3]
+    assert row[4]["n"] == 3 and row[4]["value"] == 1.0  # the plain colours, which training has not
 
 
 def test_the_resnet_is_torchvisions_by_names_and_size(tmp_path: Path) -> None:
