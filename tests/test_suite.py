@@ -12,7 +12,7 @@ from flows.packaged_sets import png
 from indexing.held_out import open_embedded
 from indexing.image_sets import ImageSet
 from indexing.pictures import read_picture
-from indexing.suite import SuiteConfig, suite
+from indexing.suite import SIDE_PX, SuiteConfig, suite
 from infra.errors import CallerError
 from tests.pictured import colour, encode_images, encode_texts, usual_rows, write_run
 from training import features
@@ -53,6 +53,17 @@ def test_a_probe_on_better_features_beats_a_clip_that_cannot_name_them(tmp_path:
     assert bars["rows"][0]["value"] == pytest.approx(zero["value"] - 1.0)
     shots = next(each for each in against["charts"] if each["kind"] == "lines")["series"]
     assert [point["x"] for point in shots["colours"]] == [1, 2, 4, 8, 16] and shots["colours"][-1]["value"] == 1.0
+
+
+def test_clip_sees_pictures_at_its_own_side_and_other_networks_at_theirs(tmp_path: Path) -> None:
+    sides: dict[str, set[int]] = {"clip": set(), "network": set()}
+
+    def seen_by(name: str, pictures: Any) -> Any:
+        sides[name].add(pictures.shape[1])
+        return encode_images(pictures)
+
+    measure(tmp_path, [colours_set()], lambda pictures: seen_by("clip", pictures), other=lambda pictures: seen_by("network", pictures))
+    assert sides == {"clip": {24}, "network": {SIDE_PX}}
 
 
 def test_pictures_that_training_saw_are_counted(tmp_path: Path) -> None:
