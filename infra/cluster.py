@@ -98,7 +98,7 @@ class Cluster:
             # made training a third slower, and spinning for ever (active) five times where another process wanted the core too.
             "GOMP_SPINCOUNT": "300000",
             # Ray Train looks at its workers this often, and so finds out that long after they have ended that they have (its default: 2).
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_TRAIN_METRICS_ENABLED": "0",
             # A process that asks whether a node will be taken away; a group that lost one goes on from our own state anyway.
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

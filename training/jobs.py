@@ -197,7 +197,7 @@ def _start_from_clip(clip: Path, embed: Path, work: Path) -> int:
 def _train(
     name: str, fit: Fit, config: LoopConfig, cluster: ClusterConfig, workers: int, paths: dict[str, str], out: Path, work: Path
 ) -> None:
-    """Run `fit` in `workers` Ray processes, restarted from the last state when one is lost; then move the results to `out`."""
+    """Run `fit` on `workers` Ray Train workers, restarted from the last state when one is lost; then move the results to `out`."""
     job = {
         "fit": fit.__name__,
         "section": config.model_dump_json(),
@@ -213,7 +213,7 @@ def _train(
         try:
             for left in reversed(range(cluster.max_failures + 1)):
                 try:
-                    _run_group(job, name, cluster, workers) if workers > 1 else _run_alone(job, cluster)
+                    _run_group(job, name, cluster, workers)
                     break
                 except Exception as error:
                     own = _own_error(error)
@@ -252,13 +252,6 @@ def _run_group(job: dict[str, Any], name: str, cluster: ClusterConfig, workers: 
         ),
         torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=60),
     ).fit()
-
-
-def _run_alone(job: dict[str, Any], cluster: ClusterConfig) -> None:
-    """Fit in one Ray task: a group of one would bring four processes of Ray Train's own, which take 10 to 20 s to start and end."""
-    import ray
-
-    ray.get(ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu), max_retries=0)(_fit).remote(job))
 
 
 def _worker(job: dict[str, Any]) -> None:
