@@ -56,13 +56,10 @@ def section(config: EvaluateConfig, model: Unclip, embed: Path, shards: Path, ou
 
 
 def _likelihood_table(found: dict[str, Any]) -> dict[str, Any]:
-    how = (
-        "the learned variance"
-        if found["variance"] == "learned"
-        else f"the best variance for the decoder's errors on {found['calibrated_on']} training pictures"
-    )
+    how = "learned variance" if found["variance"] == "learned" else "best variance for its errors"
     caption = (
-        f"Likelihood: the variational bound on -log2 p(x_0) in bits per dimension over T = {found['T']} steps, with {how}; "
+        f"Likelihood: the variational bound on -log2 p(x_0) in bits per dimension over T = {found['T']} steps, "
+        f"the decoder blended with x_t at every t as is best on {found['calibrated_on']} training pictures, and with the {how}; "
         f"{found['draws'] + 1} network calls a picture, 95 % interval from the standard error. "
         "z_i is made from the picture itself, so only the second row may be held against PNG"
     )

@@ -94,7 +94,7 @@ def interpolate(
     if slerp_noise:
         latents = manipulate.invert(model, opened.pictures, steps, guidance)
         figures = {"rebuilt_psnr_db": latents.psnr_db}
-        rows = [manipulate.interpolate(model, latents.z_i, columns, seed, latents.x_T, steps, guidance)]
+        rows = [manipulate.interpolate(model, latents.z_i, columns, seed, latents, steps, guidance)]
         labels = ["noise from A's to B's"]
     else:
         z_i = manipulate.embed(model, opened.pictures)

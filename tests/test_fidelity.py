@@ -11,6 +11,7 @@ import torch
 from infra.errors import DataError
 from tests.pictured import direction, draw, row, usual_rows, write_run
 from training import fidelity
+from training.calibration import calibrate
 from training.decoder import Decoder, DecoderConfig
 from training.fidelity import Described, inversion, likelihood, read
 from training.likelihood import bits_per_dim
@@ -91,8 +92,10 @@ def test_bits_are_those_of_the_bound_with_the_analytic_variance(run: Path, decod
     assert (found["variance"], found["calibrated_on"], found["draws"], found["T"]) == ("analytic", 12, 6, 50)
     for told, w in (("told_all", 1.0), ("told_nothing", 0.0)):
         own = fidelity.generators(range(3, 3 + len(train)))
-        error = measure_x_0_error(decoder.guided_denoise(train.z_i, train.ids, w), train.x_0, decoder.schedule, fidelity.POINTS, own)
-        batch = [(pictures.x_0, decoder.guided_denoise(pictures.z_i, pictures.ids, w))]
+        denoise, schedule = decoder.guided_denoise(train.z_i, train.ids, w), decoder.schedule
+        calibration = calibrate(denoise, train.x_0, schedule, fidelity.POINTS, own)
+        error = measure_x_0_error(calibration(denoise), train.x_0, schedule, fidelity.POINTS, own)
+        batch = [(pictures.x_0, calibration(decoder.guided_denoise(pictures.z_i, pictures.ids, w)))]
         assert found[told] == pytest.approx(bits_per_dim(batch, decoder.schedule, "analytic", error, 6, seed=3), rel=1e-6)
         assert found[told]["samples"] == 16 and found[told]["standard_error"] > 0
 
@@ -113,10 +116,12 @@ def test_bits_do_not_depend_on_the_batches(run: Path, decoder: Decoder, monkeypa
 def test_a_learned_variance_is_taken_as_it_is(run: Path) -> None:
     torch.manual_seed(0)
     model = Decoder(CONFIG.model_copy(update={"learned_variance": True}), E, TOKENIZER.vocab_size, TOKENIZER.context).eval()
-    pictures = judged(run)
-    found = likelihood(model, pictures, judged(run, "train"), draws=4, seed=0)
-    batch = [(pictures.x_0, model.guided_denoise(pictures.z_i, pictures.ids, 1.0))]
-    assert (found["variance"], found["calibrated_on"]) == ("learned", 0)
+    pictures, train = judged(run), judged(run, "train")
+    found = likelihood(model, pictures, train, draws=4, seed=0)
+    own = fidelity.generators(range(len(train)))
+    calibration = calibrate(model.guided_denoise(train.z_i, train.ids, 1.0), train.x_0, model.schedule, fidelity.POINTS, own)
+    batch = [(pictures.x_0, calibration(model.guided_denoise(pictures.z_i, pictures.ids, 1.0)))]
+    assert (found["variance"], found["calibrated_on"]) == ("learned", 12)
     assert found["told_all"] == pytest.approx(bits_per_dim(batch, model.schedule, "learned", draws=4), rel=1e-6)
 
 

@@ -9,6 +9,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from infra.errors import DataError
+from training import likelihood
 from training.diffusion import Denoise, Schedule, at, simple_loss, to_x_0, training_target
 from training.likelihood import bits_per_dim, discretised_log_likelihood, hybrid_loss, prior_term, vlb_term
 from training.variance import log_variance_bounds
@@ -147,3 +148,10 @@ def test_nan_and_unscaled_images_are_named() -> None:
         bits_per_dim([(torch.zeros(3, 4), lambda x, t: x)], SCHEDULE, "learned")
     with pytest.raises(DataError, match="no held-out sample"):
         bits_per_dim([], SCHEDULE)
+
+
+@pytest.mark.parametrize(("T", "count"), [(2, 1), (2, 9), (10, 3), (10, 9), (1000, 8), (1000, 700), (1000, 999), (4000, 1)])
+def test_stretches_hold_every_time_once(T: int, count: int) -> None:
+    start, length = likelihood._stretches(T, count)
+    times = [t for first, many in zip(start.tolist(), length.tolist(), strict=True) for t in range(first, first + many)]
+    assert times == list(range(2, T + 1)) and len(start) == min(count, T - 1)

@@ -101,7 +101,7 @@ def test_an_interpolation_has_one_noise_and_ends_at_both(model: Unclip, latents:
 
 
 def test_with_slerped_noise_the_ends_are_the_pictures(model: Unclip, latents: Latents) -> None:
-    row = manipulate.interpolate(model, latents.z_i, 4, x_T=latents.x_T, steps=STEPS)
+    row = manipulate.interpolate(model, latents.z_i, 4, latents=latents, steps=STEPS)
     assert near(row[[0, -1]], latents.rebuilt, 3)
 
 
@@ -110,7 +110,9 @@ def test_a_text_diff_walks_a_share_of_the_angle_and_keeps_the_noise(
 ) -> None:
     walked: list[tuple[Tensor, Tensor]] = []
     draw = manipulate.draw
-    monkeypatch.setattr(manipulate, "draw", lambda model, z_i, x_T, *rest: walked.append((z_i, x_T)) or draw(model, z_i, x_T, *rest))
+    monkeypatch.setattr(
+        manipulate, "draw", lambda model, z_i, x_T, *rest, **named: walked.append((z_i, x_T)) or draw(model, z_i, x_T, *rest, **named)
+    )
     row = manipulate.text_diff(model, latents, "blue", "a red heart", 0.5, 4, STEPS)
     (z, x_T), z_i = walked[0], latents.z_i[:1]
     texts = torch.from_numpy(model.encode_texts(["blue", "a red heart"]))

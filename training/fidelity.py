@@ -18,6 +18,7 @@ from torch import Tensor
 
 from infra.errors import DataError
 from training import embeddings, manipulate
+from training.calibration import calibrate
 from training.clip import to_pixels
 from training.decoder import Decoder
 from training.diffusion import Denoise
@@ -29,8 +30,8 @@ from training.samplers import ddim, ddim_invert
 from training.tokenizer import Tokenizer
 from training.variance import Variance, measure_x_0_error
 
-POINTS = 12
-"""Times at which the decoder's own error is measured for the analytic variance; it changes slowly between them."""
+POINTS = 24
+"""Times at which the decoder's own error is measured, for its calibration and the analytic variance."""
 REFINEMENTS = (0, 1)
 
 
@@ -91,9 +92,9 @@ def _one_a_concept(table: pa.Table, seed: int) -> list[int]:
 def likelihood(decoder: Decoder, judged: Described, trained: Described, draws: int, seed: int) -> dict[str, Any]:
     """Return the bound on -log2 p(x_0) in bits per dimension of `judged`, told z_i and caption, and told nothing.
 
-    The second is the one to hold against PNG and other models of pictures: z_i is made from the picture itself. Unless the decoder learned
-    its variance, the best one for its own errors on `trained` pictures is taken (Bao et al. 2022). `draws`: network calls a picture for
-    t = 2..T, beside one for t = 1.
+    The second is the one to hold against PNG and other models of pictures: z_i is made from the picture itself. The decoder is calibrated
+    on `trained` pictures (`training.calibration`); unless it learned its variance, the best one for its errors there is taken (Bao et al.
+    2022). `draws`: network calls a picture for t = 2..T, beside one for t = 1.
     """
     if not len(judged) or not len(trained):
         raise DataError(f"{len(judged)} held-out and {len(trained)} training pictures: bits per dimension need one of each at least")
@@ -102,15 +103,18 @@ def likelihood(decoder: Decoder, judged: Described, trained: Described, draws: i
         "T": decoder.schedule.T,
         "draws": draws,
         "variance": variance,
-        "calibrated_on": 0 if variance == "learned" else len(trained),
+        "calibrated_on": len(trained),
         "png_bits_per_dim": float(np.mean([_png_bits(picture) for picture in to_images(judged.x_0)])),
     }
     for told, w in (("told_all", 1.0), ("told_nothing", 0.0)):
+        own, known = generators(range(seed, seed + len(trained))), trained.x_0.to(_device(decoder))
+        denoise = _denoise(decoder, trained, w)
+        calibration = calibrate(denoise, known, decoder.schedule, POINTS, own)
         x_0_error = None
         if variance == "analytic":
-            own = generators(range(seed, seed + len(trained)))
-            x_0_error = measure_x_0_error(_denoise(decoder, trained, w), trained.x_0.to(_device(decoder)), decoder.schedule, POINTS, own)
-        found[told] = bits_per_dim(_batches(decoder, judged, w), decoder.schedule, variance, x_0_error, draws, seed=seed)
+            x_0_error = measure_x_0_error(calibration(denoise), known, decoder.schedule, POINTS, own)
+        batches = ((x_0, calibration(denoise)) for x_0, denoise in _batches(decoder, judged, w))
+        found[told] = bits_per_dim(batches, decoder.schedule, variance, x_0_error, draws, seed=seed)
         if len(judged) == 1:
             found[told]["standard_error"] = None
     return found
@@ -119,10 +123,12 @@ def likelihood(decoder: Decoder, judged: Described, trained: Described, draws: i
 def inversion(decoder: Decoder, pictures: Described, step_counts: Sequence[int]) -> list[dict[str, Any]]:
     """Carry pictures to noise by DDIM inversion and back by DDIM, told z_i and caption; each picture's PSNR by step count.
 
-    With and without a refinement of each inverted step, which costs a network call more. Step counts above T are left out.
+    With and without a refinement of each inverted step, which costs a network call more. The decoder is calibrated on the pictures, as in
+    `manipulate.invert`. Step counts above T are left out.
     """
     x_0 = pictures.x_0.to(_device(decoder))
     denoise = _denoise(decoder, pictures, 1.0)
+    denoise = calibrate(denoise, x_0, decoder.schedule, POINTS, generators(range(len(x_0))))(denoise)
     rows = []
     for steps in (each for each in step_counts if each <= decoder.schedule.T):
         for refinements in REFINEMENTS:

@@ -117,10 +117,12 @@ def bits_per_dim(
 ) -> dict[str, float]:
     """Estimate -log2 p(x_0) per dimension from above, over a held-out set.
 
-    batches: x_0 with the `denoise` that knows its condition. draws: network calls a sample for the terms of t = 2..T, spread evenly over
-    them (all T - 1 where None); t = 1 takes one more. Noise and times depend on `seed` and the sample's place in the set alone.
+    batches: x_0 with the `denoise` that knows its condition. draws: network calls a sample for the terms of t = 2..T, one from each of as
+    many stretches that are equal in log t, for most of the bits are near the data (all T - 1 where None); t = 1 takes one more. Noise and
+    times depend on `seed` and the sample's place in the set alone.
     Returns bits_per_dim, its standard_error, its parts (prior, diffusion, decoder) and the number of samples.
     """
+    start, length = _stretches(schedule.T, schedule.T - 1 if draws is None else draws)
     parts: list[Tensor] = []
     seen = 0
     for x_0, denoise in batches:
@@ -143,10 +145,10 @@ def bits_per_dim(
                 )
             return bits
 
-        times = torch.stack([_stratified(schedule.T, draws, generator) for generator in own])  # (B, draws)
+        times = torch.stack([start + (torch.rand(len(start), generator=each) * length).long() for each in own])  # (B, draws)
         diffusion = torch.zeros(len(x_0), dtype=torch.float64)
-        for t in times.unbind(1):
-            diffusion += term(t) * ((schedule.T - 1) / times.shape[1])
+        for t, terms in zip(times.unbind(1), length.tolist(), strict=True):
+            diffusion += term(t) * terms
         decoder = term(torch.ones(len(x_0), dtype=torch.int64))
         parts.append(torch.stack([prior_term(schedule, x_0).double().cpu(), diffusion, decoder]))
         seen += len(x_0)
@@ -166,11 +168,12 @@ def bits_per_dim(
     }
 
 
-def _stratified(T: int, draws: int | None, generator: torch.Generator) -> Tensor:
-    """Times in 2..T: all of them, or one drawn from each of `draws` equal stretches."""
-    if draws is None:
-        return torch.arange(2, T + 1)
-    return 2 + ((torch.arange(draws) + torch.rand(draws, generator=generator)) * ((T - 1) / draws)).long().clamp(max=T - 2)
+def _stretches(T: int, count: int) -> tuple[Tensor, Tensor]:
+    """Cut 2..T into at most `count` stretches equal in log t, at least one time in each: their starts and lengths, int64 (count,)."""
+    count = min(count, T - 1)
+    edges = torch.logspace(math.log10(2), math.log10(T + 1), count + 1, dtype=torch.float64).round().long()
+    edges = torch.maximum(edges, 2 + torch.arange(count + 1))
+    return edges[:-1], edges.diff()
 
 
 def _log_variance(

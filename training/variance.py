@@ -71,11 +71,11 @@ def log_variance_bounds(schedule: Schedule, variance: Variance, x_0_error: Tenso
 
 @torch.no_grad()
 def measure_x_0_error(denoise: Denoise, x_0: Tensor, schedule: Schedule, points: int = 32, generator: Noise = None) -> Tensor:
-    """Mean squared error per dimension of `denoise` on data x_0 (B, ...), at `points` times; error / (1 - alpha_bar) is linear between.
+    """Mean squared error per dimension of `denoise` on data x_0 (B, ...), at `probe_times`; error / (1 - alpha_bar) is linear between.
 
     Returns float64 (T + 1,), 0 at t = 0. A few hundred samples are enough: it is one number a time, averaged over all dimensions.
     """
-    times = torch.linspace(1, schedule.T, max(2, min(points, schedule.T))).round().long().unique()
+    times = probe_times(schedule.T, points)
     ratios = torch.empty(len(times), dtype=torch.float64)
     for i, t in enumerate(times):
         t_batch = t.expand(len(x_0)).to(x_0.device)
@@ -84,3 +84,13 @@ def measure_x_0_error(denoise: Denoise, x_0: Tensor, schedule: Schedule, points:
         ratios[i] = error.cpu() / (1 - schedule.alpha_bar[t])
     ratio = np.interp(np.arange(schedule.T + 1), times.numpy(), ratios.numpy())
     return torch.from_numpy(ratio) * (1 - schedule.alpha_bar)
+
+
+def probe_times(T: int, points: int) -> Tensor:
+    """Choose about `points` times in 1..T, both ends among them, rising int64: half spread evenly, half evenly in log t.
+
+    What a denoiser is worth changes slowly over most of the way, and within a few steps near the data.
+    """
+    half = max(2, min(points // 2, T))
+    even, geometric = torch.linspace(1, T, half), torch.logspace(0, np.log10(T), half)
+    return torch.cat([even, geometric]).round().long().clamp(1, T).unique()
