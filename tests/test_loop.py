@@ -8,11 +8,11 @@ from typing import Literal
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from infra.errors import DataError
+from tests.meeting import meeting
 from training import loop
 from training.loop import LoopConfig, Step, learning_rate, make_optimizers, order
 
@@ -152,12 +152,9 @@ def worker(rank: int, workers: int, folder: Path) -> None:
     torch.set_num_threads(1)
     clock = itertools.count()
     time.monotonic = lambda: float(next(clock))
-    if workers > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers)
-    model, _ = train(folder / "work", config=NO_DROPOUT)
-    torch.save(model.state_dict(), folder / f"{rank}.pt")
-    if workers > 1:
-        dist.destroy_process_group()
+    with meeting(rank, workers, folder / "meet"):
+        model, _ = train(folder / "work", config=NO_DROPOUT)
+        torch.save(model.state_dict(), folder / f"{rank}.pt")
 
 
 @pytest.mark.usefixtures("a_row_every_ten_steps")

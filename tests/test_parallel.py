@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.meeting import meeting
 from training.clip import contrastive_loss, sigmoid_loss
 from training.parallel import agree, average, average_gradients, gather, world
 
@@ -37,7 +37,11 @@ def prepared() -> tuple[Pair, Tensor, Tensor]:
 
 def work(rank: int, workers: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers)
+    with meeting(rank, workers, folder / "meet"):
+        compare(rank, workers, folder)
+
+
+def compare(rank: int, workers: int, folder: Path) -> None:
     assert world() == (rank, workers)
     model, x, y = prepared()
     mine = slice(rank * B // workers, (rank + 1) * B // workers)
@@ -48,7 +52,6 @@ def work(rank: int, workers: int, folder: Path) -> None:
     average_gradients(model)
     found = {name: p.grad for name, p in model.named_parameters()}
     torch.save({"loss": average(loss.detach()), **found}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("workers", [2, 4])

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.kept import COUNT, TINY, write_embedded, write_kept, write_tokenizer
+from tests.meeting import meeting
 from training import embeddings, jobs, soundness
 from training.decoder import DecoderConfig
 from training.loop import LoopConfig
@@ -49,8 +49,6 @@ def attempt(rank: int, workers: int, name: str, root: Path, work: Path, number: 
     torch.set_num_threads(1)
     clock = itertools.count()
     time.monotonic = lambda: float(next(clock))  # so that the state is written every few steps, whatever the machine does
-    if workers > 1:
-        dist.init_process_group("gloo", init_method=f"file://{work}/meet-{number}", rank=rank, world_size=workers)
     config = TRAINED[name].model_copy(update={"images": IMAGES, "batch_size": BATCH, "state_every_s": 13.0})
     drawn: Callable[..., Any] = embeddings.Captions.draw
     steps = itertools.count(resumed_at(work))
@@ -64,12 +62,11 @@ def attempt(rank: int, workers: int, name: str, root: Path, work: Path, number: 
         return drawn(self, rows, chance)
 
     embeddings.Captions.draw = draw  # type: ignore[method-assign]
-    model, averaged = getattr(jobs, f"fit_{name}")(config, {each: root / each for each in FOLDERS}, work, "cpu")
-    states = {"raw": model.state_dict(), "averaged": averaged}
-    weights = {f"{kind}.{key}": value.contiguous() for kind, state in states.items() for key, value in state.items()}
-    save_file(weights, work / f"{rank}.safetensors")
-    if workers > 1:
-        dist.destroy_process_group()
+    with meeting(rank, workers, work / f"meet-{number}"):
+        model, averaged = getattr(jobs, f"fit_{name}")(config, {each: root / each for each in FOLDERS}, work, "cpu")
+        states = {"raw": model.state_dict(), "averaged": averaged}
+        weights = {f"{kind}.{key}": value.contiguous() for kind, state in states.items() for key, value in state.items()}
+        save_file(weights, work / f"{rank}.safetensors")
 
 
 def resumed_at(work: Path) -> int:
