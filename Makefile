@@ -36,8 +36,10 @@ run: setup
 up: setup
 	$(BIN)/unclip up $(RECIPE) --root $(ROOT) --cron "$(CRON)"
 
+# Two processes share the tests (tests/conftest.py says how). The parity tests with open_clip skip themselves where it cannot be had.
 test: setup
-	$(BIN)/python -m pytest
+	-$(MAKE) $(PEERS)/open_clip/ready
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff format --check .
