@@ -1,4 +1,4 @@
-"""What holds for all tests: nothing phones home, and two processes share them so that what waits for Ray or Prefect waits beside the rest."""
+"""What holds for all tests: nothing phones home, and two processes share them, so that what waits for Ray waits beside the rest."""
 
 import os
 
