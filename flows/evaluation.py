@@ -57,7 +57,15 @@ def run(job: StageJob) -> Counts:
 
 def sections_of(job: StageJob, model: "Unclip", folders: Mapping[str, Path]) -> list["MakeSection"]:
     """Return what the report measures besides, in the order of the page; each is run when its turn comes."""
-    from flows import attack_section, decoder_section, fidelity_section, relations_section, suite_section, upsampler_section
+    from flows import (
+        attack_section,
+        decoder_section,
+        fidelity_section,
+        relations_section,
+        suite_section,
+        swiss_roll_section,
+        upsampler_section,
+    )
     from indexing.prior_figures import prior_section
 
     config, embed, shards = job.config.evaluate, folders["embed"], folders["ingest"] / "shards"
@@ -66,6 +74,8 @@ def sections_of(job: StageJob, model: "Unclip", folders: Mapping[str, Path]) -> 
         lambda _: prior_section(embed, model.predict, prior.kind, prior.best_of, config.resamples, config.seed),
         partial(decoder_section.section, config, model, embed, shards),
     ]
+    if config.swiss_roll_steps:
+        made.append(partial(swiss_roll_section.section, config))
     made.append(partial(upsampler_section.sections, folders))
     if config.fidelity is not None:
         made.append(partial(fidelity_section.section, config.fidelity, config, model, embed, shards))

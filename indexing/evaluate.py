@@ -78,6 +78,8 @@ class EvaluateConfig(Section):
     """Held-out pictures that are carried to noise and back; 0 leaves it out."""
     inversion_steps: tuple[int, ...] = Field(default=(10, 25, 50), min_length=1, max_length=16)
     """DDIM steps of that way, one row of the report each; counts above the decoder's T are left out."""
+    swiss_roll_steps: int = Field(default=3000, ge=0, le=1_000_000)
+    """Training steps of the Swiss roll that shows the diffusion process itself, some seconds; 0 leaves it out."""
 
     fidelity: FidelityConfig | None = FidelityConfig()
     """Distances between generated and real pictures, by guidance."""

@@ -1,0 +1,35 @@
+"""The report's section on the diffusion process itself: the two-dimensional Swiss roll, where it can be seen whole.
+
+Trained anew in seconds by the same schedules, losses and samplers as the models above it. Writes one PNG file.
+"""
+
+from pathlib import Path
+
+from indexing import sections
+from indexing.evaluate import EvaluateConfig
+from training import swiss_roll as roll
+
+TITLE = "The diffusion process: the Swiss roll"
+
+
+def section(config: EvaluateConfig, out: Path) -> sections.Section:
+    """Learn the roll, sample it by diffusion rate, sampler and step count; writes `out`/pictures/swiss_roll.png."""
+    found = roll.swiss_roll(out / "pictures", config.swiss_roll_steps, seed=config.seed)
+    chance = f"data to other data, by chance alone: {found['data_to_data']:.4f}"
+    caption = (
+        f"Data to noise, noise to data, and the drift that leads back; {found['steps']:,} training steps of a small network, "
+        f"seed {config.seed}. Below: energy distance of samples to data by diffusion rate and by step count."
+    )
+    by_rate = sections.table(
+        f"Energy distance by diffusion rate, ancestral sampling ({chance}); a high rate is a map in one step, a low one slow to sample",
+        ["Rate", "Steps", "Energy distance"],
+        [[f"{row['rate']:g}", f"{row['steps']:,}", row["energy_distance"]] for row in found["by_rate"]],
+    )
+    counts = list(next(iter(found["by_steps"].values())))
+    by_steps = sections.table(
+        f"Energy distance by step count, cosine schedule ({chance})",
+        ["Sampler", *(str(count) for count in counts)],
+        [[name, *(row[count] for count in counts)] for name, row in found["by_steps"].items()],
+    )
+    alt = "The Swiss roll's forward and reverse trajectories, its drift field, and energy distances by rate and by steps"
+    return sections.section(TITLE, [], [by_rate, by_steps], [sections.picture("pictures/swiss_roll.png", alt, caption)])
