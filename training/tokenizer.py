@@ -116,21 +116,24 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return ids, int64 (B, N): N is the longest text of the batch, at most the context; shorter rows end in PAD."""
         parted = [self.clean(text).split() for text in texts]
-        rows = []
-        known = self._ids_of(parted)
-        for words in parted:
-            row = [START]
-            for word in words:
-                row += known[word]
-                if len(row) >= self.context:
-                    break
-            del row[self.context - 1 :]
-            row.append(END)
-            rows.append(row)
+        try:
+            rows = self._rows(parted, self.words)
+        except KeyError:  # a word that was never seen
+            rows = self._rows(parted, self._ids_of(parted))
         lengths = np.array([len(row) for row in rows], np.int64)
         ids = np.full((len(rows), max(map(len, rows), default=2)), PAD)
         ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
         return torch.from_numpy(ids)
+
+    def _rows(self, parted: list[list[str]], known: dict[str, list[int]]) -> list[list[int]]:
+        """Put the words' ids together, text by text. Raises KeyError where a word is not known."""
+        ids_of, rows = known.__getitem__, []
+        for words in parted:
+            row = [START, *chain.from_iterable(map(ids_of, words))]
+            del row[self.context - 1 :]
+            row.append(END)
+            rows.append(row)
+        return rows
 
     def _ids_of(self, parted: list[list[str]]) -> dict[str, list[int]]:
         """Return the ids of every word there, asking the engine for those only that were never seen."""
