@@ -54,8 +54,10 @@ def orthogonal(matrix: Tensor) -> Tensor:
     norm = gram.diagonal().sum().sqrt() + torch.finfo(gram.dtype).tiny ** 0.5
     gram = gram / norm**2
     identity = torch.eye(len(gram), device=gram.device)
-    total = identity
-    for _ in range(STEPS):
+    total = a * identity + b * gram + c * (gram @ gram)
+    factor = total
+    for _ in range(STEPS - 1):
+        gram = factor @ gram @ factor
         factor = a * identity + b * gram + c * (gram @ gram)
-        total, gram = factor @ total, factor @ gram @ factor
+        total = factor @ total
     return (total / norm) @ matrix
