@@ -66,6 +66,7 @@ def sections_of(job: StageJob, model: "Unclip", folders: Mapping[str, Path]) -> 
         swiss_roll_section,
         upsampler_section,
     )
+    from indexing.copies import copies_section
     from indexing.prior_figures import prior_section
 
     config, embed, shards = job.config.evaluate, folders["embed"], folders["ingest"] / "shards"
@@ -77,6 +78,8 @@ def sections_of(job: StageJob, model: "Unclip", folders: Mapping[str, Path]) -> 
     if config.swiss_roll_steps:
         made.append(partial(swiss_roll_section.section, config))
     made.append(partial(upsampler_section.sections, folders))
+    if "dedup" in folders:
+        made.append(partial(copies_section, folders["dedup"], embed, shards, job.inputs["dedup"].manifest["counts"]))
     if config.fidelity is not None:
         made.append(partial(fidelity_section.section, config.fidelity, config, model, embed, shards))
     if config.suite.sets:

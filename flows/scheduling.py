@@ -18,6 +18,7 @@ import typer
 from flows.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, open_for, print_json, run_name
 from infra.errors import CallerError, UnclipError
 from infra.storage import Root
+from infra.terminal import terminated
 
 Cron = Annotated[str, typer.Option("--cron", metavar="CRON", help='When, as in a crontab: "0 3 * * *" is every night at three.')]
 Every = Annotated[int, typer.Option("--every", metavar="SECONDS", min=0, help="Or every so many seconds, counted from now.")]
@@ -94,7 +95,7 @@ def up(
     with quiet_terminal(home / f"up-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
         from flows.prefect_server import lasting_server
 
-        with lasting_server(home, port) as url, _terminated():
+        with lasting_server(home, port) as url, terminated():
             from flows import schedule as schedules
 
             result = schedules.deploy(plan, os.environ.get(NOTIFY, "")) | {"server": url, "log": str(log)}
@@ -175,20 +176,6 @@ def _worker(home: Path) -> Iterator["subprocess.Popen[bytes]"]:
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    """Let SIGTERM, which service managers send, end the block as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -1,24 +1,55 @@
-"""The command `unclip serve`: opens a run's living index and its CLIP, and hands them to the service as plain callables."""
+"""The command `unclip serve`: opens a run's living index and its CLIP, and hands them to the service as plain callables.
+
+`application` is the same for Ray Serve, to be named by a Serve config or a RayService (infra/rayservice.yaml). What is secret, the token
+and the credentials of a store, every process takes from its own environment: Ray stores and shows what is sent to it.
+"""
 
 import ipaddress
+import os
+import socket
 import sys
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import Field
 
 from flows.fetch import FetchError, Rules, fetch_image
 from flows.options import DEFAULT_ROOT, RootUri, open_for
 from flows.using import RunName
+from infra.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError
+from infra.settings import Section
 from infra.storage import Root
+from infra.terminal import terminated
 
 if TYPE_CHECKING:
     from flows.living import Lineage
-    from indexing.service import Encoders, Parts
+    from indexing.service import Encoders, Parts, ServeConfig, Service
     from indexing.view import Segment
 
 QUERY_RULES = Rules(timeout_s=10, retries=0, max_bytes=8 << 20, max_pixels=32 << 20, allow_private=False)
+TOKEN = "UNCLIP_TOKEN"
+
+
+class Replicated(Section):
+    """What `application` is given: the service of a run, in replicas."""
+
+    root: str
+    """ROOT, as every node reaches it."""
+    run: str | None = None
+    """Name of the run; by default the promoted or the last one."""
+    replicas: int = Field(default=2, ge=1, le=1000)
+    """Processes that answer; each holds the index's hot part in memory."""
+    cpus: float = Field(default=1, gt=0)
+    """Cores that Ray keeps for each."""
+    rate: float = Field(default=50, ge=0)
+    """Requests a second that one address may make of all replicas together; 0 sets no limit."""
+    allow_urls: bool = False
+    """Whether query pictures are fetched from public addresses."""
+    is_open: bool = False
+    """Whether it answers without a token, to loopback names alone; else UNCLIP_TOKEN must be in the nodes' environment."""
 
 
 def serve(
@@ -34,15 +65,25 @@ def serve(
     allow_urls: Annotated[
         bool, typer.Option("--allow-urls", help="Fetch query pictures from public addresses when a client names an URL.")
     ] = False,
+    replicas: Annotated[
+        int | None,
+        typer.Option("--replicas", min=1, max=1000, help="Serve from so many processes, on Ray Serve; by default from this one."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="RAY", help="Ray cluster that the replicas run on; by default a small one here.")
+    ] = None,
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
 ) -> None:
     """Serve a run's index: a search page, an HTTP interface, and clip-retrieval's protocol."""
     if token is None and not is_loopback(host):
         raise CallerError(f"--host {host} can be reached from elsewhere: set UNCLIP_TOKEN to a secret of at least 16 characters")
-    if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable() or set(token) & set(' ";,\\')):
-        raise CallerError("--token: use at least 16 letters, digits, dashes or underscores, such as `openssl rand -hex 16` prints")
+    check_token(token)
     opened = open_for(root, for_writing=False)
+    if replicas or address:
+        asked = Replicated(root=opened.uri, run=run, replicas=replicas or 2, rate=rate, allow_urls=allow_urls, is_open=token is None)
+        serve_replicas(opened, asked, host, port, token, address)
+        return
     from indexing.app import run as run_service
     from indexing.service import ServeConfig, Service
 
@@ -50,6 +91,55 @@ def serve(
     samples = service.current().view.count
     config = ServeConfig(host=host, port=port, token=token, rate=rate, burst=max(1, 4 * rate))
     run_service(service, config, lambda address: say(f"{samples:,} pictures of run {service.parts.name} at {address}"))
+
+
+def serve_replicas(opened: Root, asked: Replicated, host: str, port: int, token: str | None, address: str | None) -> None:
+    """Deploy the replicas on Ray and stay until interrupted. A Ray of our own gives them the token; another's nodes must have it."""
+    from flows.living import lineage
+
+    name = lineage(opened, asked.run).record["name"]  # what is not there is known before Ray starts
+    if token is not None and not address:
+        os.environ[TOKEN] = token
+    cores = max(len(os.sched_getaffinity(0)), asked.replicas)  # more replicas than cores share them rather than wait for ever
+    with terminated(), Cluster(ClusterConfig(address=address or "", num_cpus=None if address else cores)) as cluster:
+        cluster.start()
+        from indexing.replicas import run as run_replicas
+
+        port = port or free_port(host)
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        run_replicas(application(asked), host, port, lambda: say(f"{asked.replicas} replicas serve run {name} at {where}"))
+
+
+def application(asked: Replicated) -> Any:
+    """Return the service of a run as a Ray Serve application (its `args` are the fields of Replicated)."""
+    from indexing.replicas import application as replicated
+
+    return replicated(partial(open_replica, asked), asked.replicas, asked.cpus)
+
+
+def open_replica(asked: Replicated) -> "tuple[Service, ServeConfig]":
+    """Open the service in a replica. Raises CallerError where it must have a token and its node's environment holds none."""
+    from indexing.service import ServeConfig, Service
+
+    token = None if asked.is_open else os.environ.get(TOKEN)
+    if token is None and not asked.is_open:
+        raise CallerError(f"{TOKEN} is not in the environment of the Ray node that a replica started on: set it on every node")
+    check_token(token)
+    service = Service(parts_of(open_for(asked.root, for_writing=False), asked.run, asked.allow_urls, say))
+    share = asked.rate / asked.replicas
+    return service, ServeConfig(token=token, rate=share, burst=max(1, 4 * share))
+
+
+def check_token(token: str | None) -> None:
+    """Raise CallerError for a token that is short or cannot stand in a header."""
+    if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable() or set(token) & set(' ";,\\')):
+        raise CallerError(f"{TOKEN}: use at least 16 letters, digits, dashes or underscores, such as `openssl rand -hex 16` prints")
+
+
+def free_port(host: str) -> int:
+    """Return a port that nobody listens on at the address now."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        return int(probe.getsockname()[1])
 
 
 def parts_of(root: Root, run: str | None, allow_urls: bool, report: Callable[[str], None]) -> "Parts":

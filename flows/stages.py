@@ -27,7 +27,7 @@ State = Literal["current", "stale", "missing"]
 
 
 INGEST_VERSION = EMBED_VERSION = 1
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,8 @@ def upsampler_2_parameters(config: "RunConfig") -> int:
 
 
 UPSAMPLERS = ("upsampler", "upsampler_2")
+REPORTED = ("dedup", *UPSAMPLERS)
+"""Stages that the report tells of where the recipe has them."""
 
 STAGES = (
     Stage("ingest", (), ("data",), INGEST_VERSION, run_ingest),
@@ -239,7 +241,7 @@ STAGES = (
     Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, ("dedup",), decoder_parameters),
     Stage("upsampler", ("ingest", "curate"), ("upsampler",), 1, run_upsampler, (), upsampler_parameters),
     Stage("upsampler_2", ("ingest", "curate"), ("upsampler_2",), 1, run_upsampler, (), upsampler_2_parameters),
-    Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 3, run_evaluate, UPSAMPLERS),
+    Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 3, run_evaluate, REPORTED),
 )
 
 

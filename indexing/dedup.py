@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexing.embeddings import Rows
-from indexing.neighbours import Found, NearPictures, NearVectors
+from indexing.neighbours import Found, Mask, NearPictures, NearVectors
 
 BLOCK_ROWS = 8192
 MAX_BITS, MAX_RMS = 6, 12.0
@@ -35,12 +35,12 @@ def perceptual(
     hashes: NDArray[np.uint64], thumbs: NDArray[np.uint8], order: Rows, max_bits: int = MAX_BITS, max_rms: float = MAX_RMS
 ) -> Rows:
     """Group pictures that look alike: pHash at most `max_bits` of 64 apart, 8 px copies at most `max_rms` of 255 (see look_of)."""
-    return _kept_first(len(hashes), order, NearPictures(hashes, thumbs, max_bits, max_rms).find)
+    return _kept_first(len(hashes), order, NearPictures(hashes, thumbs, max_bits, max_rms, order).earlier)
 
 
 def semantic(parts: Sequence[NDArray[Any]], threshold: float, order: Rows, seed: int = 0) -> Rows:
     """Group embeddings ((n, D) parts, memory-mapped or not) with a cosine of at least the threshold."""
-    return _kept_first(sum(len(part) for part in parts), order, NearVectors(parts, threshold, seed).find)
+    return _kept_first(sum(len(part) for part in parts), order, NearVectors(parts, threshold, order, seed).earlier)
 
 
 def chained(first: Rows, second: Rows) -> Rows:
@@ -80,30 +80,19 @@ def is_alike(left: tuple[np.uint64, NDArray[np.uint8]], right: tuple[np.uint64, 
     return bool(np.bitwise_count(left[0] ^ right[0]) <= MAX_BITS and np.sqrt((apart * apart).mean()) <= MAX_RMS)
 
 
-def _kept_first(count: int, order: Rows, find: Callable[[Rows, Rows], Found]) -> Rows:
+def _kept_first(count: int, order: Rows, earlier: Callable[[int, int, Mask], Found]) -> Rows:
     """Go through the rows in order; one that is near to a row kept so far goes, for the nearest of those."""
     keeper = np.arange(count)
-    stays = np.zeros(count, bool)
+    stays = np.ones(len(order), bool)
     for start in range(0, len(order), BLOCK_ROWS):
-        block, before = order[start : start + BLOCK_ROWS], order[:start]
-        found = find(block, before[stays[before]])
-        _drop_for_nearest(keeper, block, before[stays[before]], found)
-        rest = block[keeper[block] == block]
-        stays[rest] = True
-        found = find(rest, rest)
-        is_earlier = found.member < found.query
-        by_query = np.lexsort((-found.nearness[is_earlier], found.query[is_earlier]))
-        query, member = found.query[is_earlier][by_query], found.member[is_earlier][by_query]
+        found = earlier(start, min(start + BLOCK_ROWS, len(order)), stays)
+        by_query = np.lexsort((-found.nearness, found.query))
+        query, member = found.query[by_query], found.member[by_query]
         starts = np.flatnonzero(np.diff(query, prepend=-1))
         for first, last in itertools.pairwise([*starts, len(query)]):
-            near = rest[member[first:last]]
+            near = member[first:last]
             near = near[stays[near]]
             if len(near):
-                keeper[rest[query[first]]] = near[0]
-                stays[rest[query[first]]] = False
+                keeper[order[query[first]]] = order[near[0]]
+                stays[query[first]] = False
     return keeper
-
-
-def _drop_for_nearest(keeper: Rows, queries: Rows, members: Rows, found: Found) -> None:
-    ascending = np.argsort(found.nearness, kind="stable")
-    keeper[queries[found.query[ascending]]] = members[found.member[ascending]]  # the last writer is the nearest

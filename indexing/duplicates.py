@@ -6,7 +6,7 @@ happens; of training pictures the larger one stays, then the lower key. Reads an
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,11 @@ def run(config: DedupConfig, shards: Path, embed: Path, encode_images: EncodeIma
     listed = {"key": keys[~is_kept], "keeper": keys[keeper[~is_kept]], "reason": reason[~is_kept], "score": scores.astype(np.float32)}
     pq.write_table(pa.table(listed, schema=GROUPS), out / "groups.parquet")
     (out / "threshold.json").write_text(json.dumps(chosen, indent=1))
-    show(groups(keeper), places, shards, out / "groups.png")
+    found = groups(keeper)
+    show(found, places, shards, [f"{1 + len(gone)} of a kind" for _, gone in found], out / "groups.png")
     dropped = {str(why): int(number) for why, number in zip(*np.unique(reason[~is_kept], return_counts=True), strict=True)}
     told: dict[str, Any] = {name: chosen[name] for name in ("threshold", "precision", "recall") if name in chosen}
-    return {"in": count, "out": int(is_kept.sum()), "dropped": dropped, "groups": len(groups(keeper)), **told}
+    return {"in": count, "out": int(is_kept.sum()), "dropped": dropped, "groups": len(found), **told}
 
 
 def judged_order(table: pa.Table, is_train: NDArray[np.bool_]) -> Rows:
@@ -226,14 +227,19 @@ def write_kept(embed: Path, out: Path, table: pa.Table, is_kept: NDArray[np.bool
     (out / "facts.json").write_text(json.dumps(facts | {"count": kept.num_rows}, indent=1))
 
 
-def show(found: Sequence[tuple[int, list[int]]], places: Sequence[dict[str, Any]], shards: Path, file: Path) -> None:
-    """Draw the largest groups: the picture that stays, then those that go for it."""
+def show(
+    found: Sequence[tuple[int, list[int]]],
+    places: Sequence[dict[str, Any]] | Mapping[int, dict[str, Any]],
+    shards: Path,
+    titles: Sequence[str],
+    file: Path,
+) -> None:
+    """Draw the largest groups, each below its title: the picture that stays, then those that go for it. `places` says where a row's is."""
     if not found:
         return
     white = np.full((LOOK_PX, LOOK_PX, 3), 255, np.uint8)
-    rows, titles = [], []
+    rows = []
     for keeper, gone in found[:SHOWN_GROUPS]:
         drawn = [read_picture(places[row], shards, LOOK_PX) for row in [keeper, *gone[: SHOWN_COPIES - 1]]]
         rows.append(drawn + [white] * (SHOWN_COPIES - len(drawn)))
-        titles.append(f"{1 + len(gone)} of a kind")
-    write_png(sheet(rows, titles), file)
+    write_png(sheet(rows, titles[:SHOWN_GROUPS]), file)

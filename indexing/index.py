@@ -25,7 +25,7 @@ from pydantic import Field
 from indexing import tuning
 from indexing.embeddings import CHUNK_ROWS, Floats, Rows, chunks, open_parts, read_facts, take
 from indexing.factories import add, cells_of, choose_factory, fill, hot_bytes
-from indexing.tuning import DEPTHS, Effort
+from indexing.tuning import DEPTHS, Effort, Sample
 from infra.errors import CallerError, DataError
 from infra.settings import Section
 from infra.tables import EMBEDDED
@@ -49,7 +49,7 @@ class IndexConfig(Section):
     recall_target: float = Field(default=0.95, gt=0, le=1)
     """The recall@10 against brute force that the effort of a query is raised to (see indexing.tuning)."""
     queries: int = Field(default=256, ge=2)
-    """How many vectors of each modality are sampled as queries to measure recall and latency with."""
+    """How many vectors of each modality are sampled as queries: half of them to choose the effort with, half to measure the recall with."""
     threads: int = Field(default=0, ge=0)
     """Threads while building; 0 leaves it to FAISS."""
     seed: int = Field(default=0, ge=0)
@@ -97,8 +97,9 @@ def build(config: IndexConfig, embed: Path, out: Path, grown_from: tuple[Path, P
                 filled = fill(factory, parts[modality], config.seed)
             faiss.write_index(filled, str(file))
             opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+            samples = [Sample(vectors, sampled if kind == modality else None) for kind, vectors in queries.items()]
             figures[modality] = {
-                **tuning.tune(opened, parts[modality], list(queries.values()), config.recall_target),
+                **tuning.tune(opened, parts[modality], samples, config.recall_target),
                 "bytes": file.stat().st_size,
             }
     finally:

@@ -1,7 +1,8 @@
-"""Near neighbours for deduplication: of given members, those within a threshold of given queries, without comparing all with all.
+"""Near neighbours for deduplication: pairs of rows within a threshold, without comparing all with all.
 
-Candidates come from small codes and cells; each is then checked exactly, so what is found is right and only what is missed can err.
-Knows rows only, not which of them are kept. Legend: N rows, D dimensions, Q queries, M members, C cells.
+Rows are judged in a given order, a block at a time: each is compared with those before it that stay. Candidates come from small codes and
+cells; each is then checked exactly, so what is found is right and only what is missed can err. Which rows stay is decided elsewhere
+(indexing.dedup). Legend: N rows, D dimensions, M places in the order, Q queries of a block, C cells, S numbers of a sketch.
 """
 
 import itertools
@@ -14,13 +15,15 @@ from numpy.typing import NDArray
 
 from indexing.embeddings import CHUNK_ROWS, Floats, Rows, chunks, take, unit
 
+Mask = NDArray[np.bool_]
+
 SKETCH_DIMS = 64
 SAMPLE_ROWS = 16_384
 PLANTED = 4096
 POINTS_PER_CELL = 32
 ALL_PAIRS_UP_TO = 1 << 22
-"""So many comparisons are made outright rather than by cells."""
-SCORES_AT_ONCE = 1 << 24
+"""So many comparisons of hashes are made outright rather than by bands."""
+SCORES_AT_ONCE = 1 << 22
 PAIRS_AT_ONCE = 1 << 16
 ROUNDING = 1e-5
 HELD_BYTES = 1 << 30
@@ -31,7 +34,7 @@ BAND_BITS, BANDS = 16, 4
 
 
 class Found(NamedTuple):
-    """Pairs within the threshold: places in the queries, places in the members, and how near (larger is nearer)."""
+    """Pairs within the threshold: two places in the order, the second before the first, and how near (larger is nearer)."""
 
     query: Rows
     member: Rows
@@ -48,50 +51,73 @@ class NearVectors:
     vectors fit in HELD_BYTES, those are.
     """
 
-    def __init__(self, parts: Sequence[NDArray[Any]], threshold: float, seed: int = 0) -> None:
+    def __init__(self, parts: Sequence[NDArray[Any]], threshold: float, order: Rows, seed: int = 0) -> None:
         """Sketch all rows of `parts` ((n, D) each, any float type). Memory: 64 numbers a row, whatever D is, and HELD_BYTES."""
-        self.parts, self.threshold = parts, threshold
+        self.parts, self.threshold, self.order = parts, threshold, order
         count, dim = sum(len(part) for part in parts), parts[0].shape[1]
         rng = np.random.default_rng(seed)
         sample = unit(take(parts, np.sort(rng.choice(count, min(count, SAMPLE_ROWS), replace=False))))
         self.directions = np.linalg.eigh(sample.T @ sample)[1][:, :-SKETCH_DIMS:-1] if dim > SKETCH_DIMS else None
-        self.sketches = np.empty((count, min(dim, SKETCH_DIMS)), np.float32)
-        held = np.empty((count, dim), np.float32) if count * dim * 4 <= HELD_BYTES else None
+        sketches = np.empty((count, min(dim, SKETCH_DIMS)), np.float32)
+        self.held = np.empty((count, dim), np.float32) if count * dim * 4 <= HELD_BYTES else None
         start = 0
         for chunk in chunks(parts):
             vectors = unit(chunk)
-            self.sketches[start : start + len(chunk)] = self._sketch(vectors)
-            if held is not None:
-                held[start : start + len(chunk)] = vectors
+            sketches[start : start + len(chunk)] = self._sketch(vectors)
+            if self.held is not None:
+                self.held[start : start + len(chunk)] = vectors
             start += len(chunk)
-        self.held = held
-        self.compared = self.sketches if held is None else held
         cells = max(1, min(round(2 * np.sqrt(count)), count // POINTS_PER_CELL))
         kmeans = faiss.Kmeans(
-            self.sketches.shape[1], cells, niter=4, seed=seed % 2**31, spherical=True, max_points_per_centroid=POINTS_PER_CELL * 2
+            sketches.shape[1], cells, niter=4, seed=seed % 2**31, spherical=True, max_points_per_centroid=POINTS_PER_CELL * 2
         )
         kmeans.cp.min_points_per_centroid = 1
-        kmeans.train(self.sketches if count <= 4 * SAMPLE_ROWS else self.sketches[rng.choice(count, 4 * SAMPLE_ROWS, replace=False)])
-        self.centroids = np.asarray(kmeans.centroids, np.float32)  # (C, 64)
-        self.cells = np.concatenate(
-            [(self.sketches[first : first + CHUNK_ROWS] @ self.centroids.T).argmax(1) for first in range(0, count, CHUNK_ROWS)]
+        kmeans.train(sketches if count <= 4 * SAMPLE_ROWS else sketches[rng.choice(count, 4 * SAMPLE_ROWS, replace=False)])
+        self.centroids = np.asarray(kmeans.centroids, np.float32)  # (C, S)
+        cell = np.concatenate(
+            [(sketches[order[first : first + CHUNK_ROWS]] @ self.centroids.T).argmax(1) for first in range(0, len(order), CHUNK_ROWS)]
+            or [np.zeros(0, np.int64)]
         )
+        # Arranged by cell, and by the order within one: what a cell has from before any place is the beginning of its part.
+        self.place = np.argsort(cell, kind="stable")
+        self.starts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=cells))])
+        self.at = np.empty(len(order), np.int64)
+        self.at[self.place] = np.arange(len(order))
+        self.sketches = sketches[order[self.place]]  # (M, S)
         self.margin = self._margin(sample, rng)
 
-    def find(self, queries: Rows, members: Rows) -> Found:
-        """Return the pairs of query and member rows with a cosine of at least the threshold; a row is no neighbour of itself."""
-        if len(queries) * len(members) <= ALL_PAIRS_UP_TO:
-            query, member = np.nonzero(self.compared[queries] @ self.compared[members].T >= self.threshold - ROUNDING)
-            found = [(query, member)]
-        else:
-            found = self._candidates(queries, members)
-        query = np.concatenate([np.zeros(0, np.int64), *(each[0] for each in found)])
-        member = np.concatenate([np.zeros(0, np.int64), *(each[1] for each in found)])
-        is_other = queries[query] != members[member]
-        query, member = query[is_other], member[is_other]
-        cosines = self._cosines(queries[query], members[member])
+    def earlier(self, start: int, end: int, stays: Mask) -> Found:
+        """Return the near pairs of the places start to end with earlier ones of `stays` (M,)."""
+        asked = self.sketches[self.at[start:end]]  # (Q, S)
+        scores = self.centroids @ asked.T  # (C, Q)
+        is_probed = scores >= scores.max(0) - self.margin
+        queries, members = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for cell in np.flatnonzero(is_probed.any(1)).tolist():
+            low = int(self.starts[cell])
+            high = low + int(np.searchsorted(self.place[low : self.starts[cell + 1]], end))
+            if low == high:
+                continue
+            probing = np.flatnonzero(is_probed[cell])
+            step = max(1, SCORES_AT_ONCE // (high - low))
+            for first in range(0, len(probing), step):
+                query, member = self._near(asked, start, probing[first : first + step], low, high)
+                is_asked = (member < query) & stays[member]
+                queries.append(query[is_asked])
+                members.append(member[is_asked])
+        query, member = np.concatenate(queries), np.concatenate(members)
+        cosines = self._cosines(self.order[query], self.order[member])
         is_near = cosines >= self.threshold
         return Found(query[is_near], member[is_near], cosines[is_near])
+
+    def _near(self, asked: Floats, start: int, probing: Rows, low: int, high: int) -> tuple[Rows, Rows]:
+        """Return the places of those of a block, and of one cell's beginning, that their sketches hold for near."""
+        is_near = asked[probing] @ self.sketches[low:high].T >= self.threshold - ROUNDING
+        if self.held is not None and np.count_nonzero(is_near) > is_near.size * LEFT_BY_SKETCHES:
+            wholes = (self.held[self.order[places]] for places in (start + probing, self.place[low:high]))
+            is_near = next(wholes) @ next(wholes).T >= self.threshold - ROUNDING
+        rows = np.flatnonzero(is_near.any(1))
+        row, column = np.nonzero(is_near[rows])
+        return start + probing[rows[row]], self.place[low + column]
 
     def _sketch(self, vectors: Floats) -> Floats:
         if self.directions is None:
@@ -109,28 +135,6 @@ class NearVectors:
         scores = self._sketch(first) @ self.centroids.T
         cells = (self._sketch(second) @ self.centroids.T).argmax(1)
         return float((scores.max(1) - scores[np.arange(PLANTED), cells]).max())
-
-    def _candidates(self, queries: Rows, members: Rows) -> list[tuple[Rows, Rows]]:
-        order = np.argsort(self.cells[members], kind="stable")
-        sizes = np.bincount(self.cells[members], minlength=len(self.centroids))
-        ends = np.cumsum(sizes)
-        sketches, compared = self.sketches[members[order]], self.compared[members[order]]  # of one cell after the other
-        found = []
-        step = max(1, SCORES_AT_ONCE // len(self.centroids))
-        for first in range(0, len(queries), step):
-            asked = self.sketches[queries[first : first + step]]
-            asked_whole = self.compared[queries[first : first + step]]
-            scores = asked @ self.centroids.T
-            cell, place = np.nonzero((scores >= scores.max(1, keepdims=True) - self.margin).T)
-            for start, end in itertools.pairwise([*np.flatnonzero(np.diff(cell, prepend=-1)), len(cell)]):
-                low, high = ends[cell[start]] - sizes[cell[start]], ends[cell[start]]
-                is_near = asked[place[start:end]] @ sketches[low:high].T >= self.threshold - ROUNDING
-                if self.held is not None and np.count_nonzero(is_near) > is_near.size * LEFT_BY_SKETCHES:
-                    is_near = asked_whole[place[start:end]] @ compared[low:high].T >= self.threshold - ROUNDING
-                query, member = np.nonzero(is_near)
-                if len(query):
-                    found.append((first + place[start:end][query], order[low:high][member]))
-        return found
 
     def _cosines(self, left: Rows, right: Rows) -> Floats:
         pieces = [np.zeros(0, np.float32)]
@@ -154,24 +158,26 @@ class NearPictures:
     et al. 2012).
     """
 
-    def __init__(self, hashes: NDArray[np.uint64], thumbs: NDArray[np.uint8], max_bits: int, max_rms: float) -> None:
+    def __init__(self, hashes: NDArray[np.uint64], thumbs: NDArray[np.uint8], max_bits: int, max_rms: float, order: Rows) -> None:
         """Take hashes (N,) and small copies (N, ...), as indexing.dedup.look_of makes them."""
-        self.hashes, self.thumbs = hashes, thumbs.reshape(len(thumbs), -1)
+        self.hashes, self.thumbs, self.order = hashes, thumbs.reshape(len(thumbs), -1), order
         self.max_bits, self.max_rms = max_bits, max_rms
         flips = itertools.chain.from_iterable(itertools.combinations(range(BAND_BITS), each) for each in range(max_bits // BANDS + 1))
         self.masks = [sum(1 << bit for bit in bits) for bits in flips]
 
-    def find(self, queries: Rows, members: Rows) -> Found:
-        """Return the pairs of query and member rows that look alike; a row is no neighbour of itself."""
+    def earlier(self, start: int, end: int, stays: Mask) -> Found:
+        """Return the pairs that look alike of the places start to end with earlier ones of `stays` (M,)."""
+        places = np.flatnonzero(stays[:end])
+        queries, members = self.order[start:end], self.order[places]
         pairs = [np.zeros(0, np.int64)]
         for query, member in self._candidates(queries, members):
             bits = np.bitwise_count(self.hashes[queries[query]] ^ self.hashes[members[member]])
-            is_near = (bits <= self.max_bits) & (queries[query] != members[member])
+            is_near = (bits <= self.max_bits) & (places[member] < start + query)
             pairs.append(query[is_near] * len(members) + member[is_near])
         query, member = np.divmod(np.unique(np.concatenate(pairs)), max(1, len(members)))
         rms = self._rms(queries[query], members[member])
         is_near = rms <= self.max_rms
-        return Found(query[is_near], member[is_near], -rms[is_near])
+        return Found(start + query[is_near], places[member[is_near]], -rms[is_near])
 
     def _candidates(self, queries: Rows, members: Rows) -> Iterator[tuple[Rows, Rows]]:
         if len(queries) * len(members) <= ALL_PAIRS_UP_TO:

@@ -1,11 +1,13 @@
 """Keeps what libraries and their processes print away from the person's terminal, in a log file.
 
 While `quiet_terminal` is open, file descriptors 1 and 2 (and so every child process and every C++ library) write to the log, as does
-`print`; only what our own code writes to `sys.stderr` reaches the terminal, and a copy of it stands in the log.
+`print`; only what our own code writes to `sys.stderr` reaches the terminal, and a copy of it stands in the log. `terminated` lets a service
+manager's signal end a block as a person's Ctrl-C does.
 """
 
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -100,3 +102,17 @@ def quiet_terminal(log_path: Path) -> Iterator[Path]:
             os.dup2(kept_err, 2)
             os.close(kept_out)
             os.close(kept_err)
+
+
+@contextmanager
+def terminated() -> Iterator[None]:
+    """Let SIGTERM, which service managers send, end the block as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,5 +1,7 @@
 """The deployment files are valid as far as their schemas can be had here, and take versions, images and ports from one place."""
 
+import importlib
+import inspect
 import re
 import shlex
 import string
@@ -12,11 +14,12 @@ import kubernetes_validate
 import pytest
 import typer
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from flows.cli import app
 
 INFRA = Path(__file__).parent.parent / "infra"
-KUBERNETES = (INFRA / "kuberay.yaml", INFRA / "rayjob.yaml")
+KUBERNETES = (INFRA / "kuberay.yaml", INFRA / "rayjob.yaml", INFRA / "rayservice.yaml")
 SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "UNCLIP_TOKEN"}
 API = kubernetes_validate.latest_version()
 
@@ -53,7 +56,7 @@ ALL = [(path, resource) for path in KUBERNETES for resource in documents(path)]
 
 def test_there_is_what_the_runbook_speaks_of() -> None:
     kinds = [resource["kind"] for _, resource in ALL]
-    assert sorted(kinds) == sorted(["PersistentVolumeClaim", "RayCluster", "CronJob", "Deployment", "Service", "RayJob"])
+    assert sorted(kinds) == sorted(["PersistentVolumeClaim", "RayCluster", "CronJob", "Deployment", "Service", "RayJob", "RayService"])
 
 
 @pytest.mark.parametrize(
@@ -86,13 +89,30 @@ def test_a_broken_pod_would_be_seen() -> None:
 def test_ray_clusters_have_what_kuberay_asks_for() -> None:
     (cluster,) = [resource["spec"] for _, resource in ALL if resource["kind"] == "RayCluster"]
     (job,) = [resource["spec"] for _, resource in ALL if resource["kind"] == "RayJob"]
-    for spec in (cluster, job["rayClusterSpec"]):
+    (service,) = [resource["spec"] for _, resource in ALL if resource["kind"] == "RayService"]
+    for spec in (cluster, job["rayClusterSpec"], service["rayClusterConfig"]):
         assert spec["rayVersion"] == versions()["RAY_VERSION"]
         assert spec["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "0.0.0.0"
         for group in spec["workerGroupSpecs"]:
             assert group["groupName"] and group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
             assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "KubeRay takes strings"
     assert job["shutdownAfterJobFinishes"]
+
+
+def test_the_ray_service_is_a_config_that_serve_takes_and_an_application_that_there_is() -> None:
+    (service,) = [resource["spec"] for _, resource in ALL if resource["kind"] == "RayService"]
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
+    assert (config.http_options.host, str(config.http_options.port)) == ("0.0.0.0", versions()["SERVICE_PORT"])
+    (application,) = config.applications
+    module, _, function = application.import_path.partition(":")
+    build = getattr(importlib.import_module(module), function)
+    (asked,) = (each.annotation for each in inspect.signature(build).parameters.values())
+    asked = asked.model_validate(application.args)
+    assert asked.root == versions()["UNCLIP_ROOT"] and not asked.is_open
+    (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    assert asked.replicas * asked.cpus == group["replicas"] * int(group["rayStartParams"]["num-cpus"])
+    serving = {"name": "serve", "containerPort": config.http_options.port}
+    assert all(serving in each["spec"]["containers"][0]["ports"] for each in pods(service)), "KubeRay's probes and Service look for it"
 
 
 def commands() -> list[list[str]]:

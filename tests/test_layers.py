@@ -18,6 +18,7 @@ HOMES = {
     "typer": "flows",
     "torch": "training",
     "ray.train": "training",
+    "ray.serve": "indexing",
     "faiss": "indexing",
     "fastapi": "indexing",
 }

@@ -26,9 +26,11 @@ import numpy as np
 from indexing import tuning
 from indexing.embeddings import Floats, unit
 from indexing.factories import choose_factory, fill, hot_bytes
-from indexing.tuning import Effort, brute_force, recall
+from indexing.tuning import Effort, Sample, brute_force, recalls
 
-TARGET, K, QUERIES, ROUNDS = 0.95, 10, 256, 3
+TARGET, K, ROUNDS = 0.95, 10, 3
+TUNED_ON, MEASURED = 256, 512
+QUERIES = TUNED_ON + MEASURED
 PEER = Path(".peers/autofaiss/bin/python")
 SWEPT = (
     "IVF{c},RaBitQfs,Refine(SQ8)",
@@ -76,7 +78,7 @@ def ours(name: str, factory: str, vectors: Floats, tuned_on: Floats, cores: int)
     faiss.omp_set_num_threads(cores)
     started = time.perf_counter()
     index = fill(factory, [vectors], 0)
-    facts = tuning.tune(index, [vectors], [tuned_on], TARGET)
+    facts = tuning.tune(index, [vectors], [Sample(tuned_on, None)], TARGET)
     took = time.perf_counter() - started
     hot = hot_bytes(factory, *vectors.shape) / 1e6
     return Searched(
@@ -115,7 +117,7 @@ def asked(each: Searched, queries: Floats) -> tuple[Floats, float]:
 
 def compared(title: str, vectors: Floats, queries: Floats, divisor: int, cores: int, folder: Path, sweep: bool) -> list[str]:
     """Measure all indexes under one bound; return Markdown rows."""
-    tuned_on, measured = np.array_split(queries, 2)
+    tuned_on, measured = queries[:TUNED_ON], queries[TUNED_ON:]
     count, dim = vectors.shape
     bound = count * dim * 4 // divisor
     file = folder / "vectors.npy"
@@ -130,7 +132,7 @@ def compared(title: str, vectors: Floats, queries: Floats, divisor: int, cores: 
     rounds = [[asked(each, measured) for each in found] for _ in range(ROUNDS)]
     truth = brute_force([vectors], measured, K)
     speeds = [statistics.median(each[place][1] for each in rounds) for place in range(len(found))]
-    reached = [recall([vectors], measured, rounds[0][place][0], truth) for place in range(len(found))]
+    reached = [float(recalls([vectors], measured, rounds[0][place][0], truth).mean()) for place in range(len(found))]
     best = max((speed for speed, share in zip(speeds, reached, strict=True) if share >= TARGET - 0.01), default=speeds[0])
     shares = f"{speeds[0] / speeds[1]:.1f} times autofaiss's queries/s, built in {own.build_s / found[1].build_s:.2f} of its time"
     print(f"{title}, 1/{divisor} of float32: {shares}, {speeds[0] / best:.2f} of the fastest that has the recall", flush=True)
