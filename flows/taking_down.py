@@ -169,13 +169,13 @@ def blank(tar: Path, members: Sequence[str]) -> None:
 
 def _tables(committed: Committed) -> Iterator[pa.Table]:
     """Yield the rows of a folder with columns key, origin, sha256 and, where known, url and split; a table at a time."""
-    folder = committed.local()
     if committed.stage == "index":
-        with pa.memory_map(str(folder / "metadata.arrow")) as source, pa.ipc.open_file(source) as reader:
+        (arrow,) = committed.files("metadata.arrow")
+        with pa.memory_map(str(arrow)) as source, pa.ipc.open_file(source) as reader:
             for number in range(reader.num_record_batches):
                 yield pa.Table.from_batches([reader.get_batch(number)]).select(["key", "origin", "sha256", "split"])
         return
-    for file in sorted(folder.glob(TABLES[committed.stage])):
+    for file in committed.files(TABLES[committed.stage]):
         yield samples_of(pq.read_table(file), committed.stage)
 
 

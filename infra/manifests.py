@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from infra import storage
@@ -60,25 +60,42 @@ class Committed:
         """
         if self.root.folder:
             return self.root.folder / self.stage / self.key
-        kept = self.root.scratch / "cache" / self.stage / f"{self.key}-{self.digest[:8]}"
-        if kept.is_dir():
-            return kept
+        kept = downloads(self.root, self.stage) / f"{self.key}-{self.digest[:8]}"
+        if not kept.is_dir():
+            self._keep(kept, self.manifest["files"])
+        return kept
+
+    def files(self, pattern: str) -> list[Path]:
+        """Return local copies of the files whose path matches a glob, sorted; of a store, no other file is downloaded for them.
+
+        Raises DataError as `local` does.
+        """
+        whole = downloads(self.root, self.stage) / f"{self.key}-{self.digest[:8]}"
+        if self.root.folder or whole.is_dir():
+            return sorted(self.local().glob(pattern))
+        chosen = [file for file in self.manifest["files"] if PurePosixPath(f"/{file['path']}").match(f"/{pattern}")]
+        kept = whole.with_name(f"{whole.name}-{hashlib.sha256(pattern.encode()).hexdigest()[:8]}")
+        if not kept.is_dir():
+            self._keep(kept, chosen)
+        return [kept / path for path in sorted(file["path"] for file in chosen)]
+
+    def _keep(self, kept: Path, files: list[dict[str, Any]]) -> None:
+        """Download files of this folder into `kept`, which appears when it is whole."""
         aside = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}")
         with storage.one_line_errors(aside):
             try:
-                self._download(aside)
+                self._download(aside, files)
                 aside.rename(kept)
             except OSError:
                 if not kept.is_dir():  # else another process has downloaded the same folder first
                     raise
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
-        return kept
 
-    def _download(self, folder: Path) -> None:
+    def _download(self, folder: Path, files: list[dict[str, Any]]) -> None:
         folder.mkdir(parents=True)
         with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
-            broken = [wrong for wrong in pool.map(lambda file: self._download_one(file, folder), self.manifest["files"]) if wrong]
+            broken = [wrong for wrong in pool.map(lambda file: self._download_one(file, folder), files) if wrong]
         if broken:
             raise DataError(f"{self.uri}: {broken[0]}; run again to download it again, or remove the folder to make it again")
         (folder / MANIFEST).write_bytes(storage.json_bytes(self.manifest))
@@ -92,6 +109,23 @@ class Committed:
             if not wrong:
                 return ""
         return wrong[0]
+
+
+def downloads(root: Root, stage: str) -> Path:
+    """Return where downloads of a stage's folders lie on this machine, for a ROOT that is not local."""
+    return root.scratch / "cache" / stage
+
+
+def forget_downloads(root: Root) -> None:
+    """Remove this machine's downloads of folders that are no longer committed, or not as they were."""
+    stages = downloads(root, "")
+    if root.folder or not stages.is_dir():
+        return
+    for kept in sorted(stages.glob("*/*-*")):
+        key, digest = kept.name.lstrip(".").split("-")[:2]
+        now = find(root, kept.parent.name, key)
+        if now is None or not now.digest.startswith(digest[:8]):
+            shutil.rmtree(kept, ignore_errors=True)
 
 
 def content_key(stage: str, version: int, sections: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

@@ -15,14 +15,14 @@ from infra.tables import DROPPED, KEEP, URLS
 from tests.pictured import usual_rows, write_run
 
 
-def write_root(folder: Path, rows: list[dict[str, Any]] | None = None) -> Root:
-    """Write and commit the run `drawn` of these rows."""
+def write_root(folder: Path, rows: list[dict[str, Any]] | None = None, uri: str = "") -> Root:
+    """Write and commit the run `drawn` of these rows, into `folder`/root or the store at `uri`."""
     from indexing.index import IndexConfig, build
 
     faiss.omp_set_num_threads(1)
     drawn = folder / "drawn"
     write_run(drawn, rows or usual_rows())
-    root = open_root(str(folder / "root"))
+    root = open_root(uri or str(folder / "root"), folder / "scratch" if uri else None)
     table = pq.read_table(drawn / "embed" / "metadata" / "metadata_0000.parquet")
     urls = [f"https://cdn.example.org/{number}" for number in range(len(table))]
     ingest = folder / "out"

@@ -7,10 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
+from flows import living
+from flows.cli import main
+from flows.options import open_for, scratch_for
+from flows.stages import fault
 from infra import manifests, patience, storage
 from infra.errors import StorageError
+from tests.pictured import direction, usual_rows, write_run
+from tests.rooted import committed, write_root
 from tests.s3_server import BUCKET, SECRET_KEY, Faults, FaultyProxy, S3Server
 from tests.tiny import LIMIT_S, prepare, ran
 
@@ -179,3 +186,60 @@ def secrets_in(folder: Path) -> list[str]:
 def secrets_in_bucket(server: S3Server) -> list[str]:
     files = server.files()
     return [name for name in files.find(BUCKET) if "/large/" not in name and SECRET_KEY.encode() in files.cat_file(name)]
+
+
+def test_a_living_index_on_a_store_adds_removes_compacts_and_proves_it(
+    reached: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"s3://{BUCKET}/living"
+    monkeypatch.setenv("UNCLIP_SCRATCH", str(tmp_path / "cache"))
+    root = write_root(tmp_path, uri=uri)
+    row = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()[7]
+    tar = (committed(root, "ingest").local() / "shards" / "00000.tar").read_bytes()
+    content = tar[row["offset"] : row["offset"] + row["size_bytes"]]
+
+    def unclip(*arguments: str) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as left:
+            main([*arguments, "--root", uri, "--json"])
+        captured = capsys.readouterr()
+        assert left.value.code == 0, captured.err
+        return dict(json.loads(captured.out))
+
+    everywhere = {
+        "shards": ["ingest/ingest0123456789", "curate/curate0123456789"],
+        "embeddings": ["embed/embed0123456789"],
+        "index": ["index/index0123456789"],
+    }
+    assert unclip("index", "verify", "--url", row["origin"])["found_in"] == everywhere
+    cache = scratch_for(uri)
+    assert cache and not list(cache.rglob("*.tar")) and not list(cache.rglob("*.npy")), "proving reads tables alone"
+    removed = unclip("index", "remove", "--url", row["origin"])
+    assert (removed["removed"], removed["trained_into"]) == ([row["key"]], ["clip/clip0123456789"])
+    opened = open_for(uri, for_writing=False)
+    hits = living.open_view(opened, None)[0].search(direction(7), 48)
+    assert len(hits) == 47 and row["key"] not in {hit.facts["key"] for hit in hits}
+    assert len(unclip("index", "compact")["rows"]) == 4
+    assert unclip("index", "verify", "--url", row["origin"])["found_in"] == {"shards": [], "embeddings": [], "index": []}
+    files = reached.files()
+    left = [files.cat_file(name) for name in files.find(f"{BUCKET}/living")]
+    left += [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
+    assert content in tar and not any(content in each for each in left), "its bytes are in no object, and in no download"
+    assert fault_of(root) == {"curate": "", "embed": "", "index": ""}
+
+    write_run(tmp_path / "more", [each | {"key": f"new{each['number']}"} for each in usual_rows()[:3]])
+    facts = json.loads((tmp_path / "more" / "embed" / "facts.json").read_text()) | {"clip_key": "clip0123456789"}
+    (tmp_path / "more" / "embed" / "facts.json").write_text(json.dumps(facts))
+    assert unclip("index", "add", str(tmp_path / "more" / "embed"))["added"] == 3
+    assert unclip("index", "add", str(tmp_path / "more" / "embed"))["already_there"] == 3
+    assert living.open_view(opened, None)[0].count == 50
+
+
+def fault_of(root: storage.Root) -> dict[str, str]:
+    """Return what makes each folder stale."""
+    stages = ("curate", "embed", "index")
+    return {
+        stage: fault(
+            committed(root, stage), [committed(root, name) for name in committed(root, stage).manifest["inputs"] if name != "clip"]
+        )
+        for stage in stages
+    }
