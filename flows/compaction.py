@@ -1,8 +1,8 @@
 """Takes what the removal log names out of committed folders: shards, keep lists, embeddings, indexes and additions.
 
 Every folder is made again aside, with the rows gone and everything else as it was, and committed under its own key in the old one's
-place; readers see the old folder or the new one. Of a store, this machine's downloads go as well. The chain from ingest to index stays in agreement with itself, so nothing is downloaded
-again; models find their input changed and are trained again by the next run.
+place; readers see the old folder or the new one. Where ROOT is a store, this machine's downloads go as well. The chain from ingest to index
+stays in agreement with itself, so nothing is downloaded again; models find their input changed and are trained again by the next run.
 """
 
 import json
