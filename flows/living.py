@@ -83,6 +83,25 @@ def segments_stamp(root: Root, run: str) -> Hashable:
     return tuple((each.stage, each.key, each.manifest["attempt"]) for each in (known.clip, known.index, *known.additions))
 
 
+class SegmentsStamp:
+    """Changes whenever `segments_stamp` does, and reads manifests only where a folder that holds some has changed."""
+
+    def __init__(self, root: Root, run: str) -> None:
+        self.root, self.run = root, run
+        self._folders: Hashable = None
+        self._stamp: Hashable = None
+
+    def __call__(self) -> Hashable:
+        """Return the stamp."""
+        if self.root.folder is None:
+            return segments_stamp(self.root, self.run)
+        folders = tuple(_changed(self.root.folder / name) for name in ("", "runs", "ingest", "clip", "embed", "index", ADDITIONS))
+        if folders != self._folders:
+            self._stamp = segments_stamp(self.root, self.run)
+            self._folders = folders  # as they were before the manifests were read
+        return self._stamp
+
+
 class RemovalsStamp:
     """Changes whenever the removal log does. A local log is looked at on every call; another store's by `look`, which takes its time."""
 

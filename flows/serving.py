@@ -149,11 +149,11 @@ def parts_of(root: Root, run: str | None, allow_urls: bool, report: Callable[[st
     from infra.removals import read_removals
 
     name = living.lineage(root, run).record["name"]
-    removals_stamp = living.RemovalsStamp(root)
+    removals_stamp, known_segments = living.RemovalsStamp(root), living.SegmentsStamp(root, name)
 
     def segments_stamp() -> Hashable:
         removals_stamp.look()
-        return living.segments_stamp(root, name)
+        return known_segments()
 
     def open_segments() -> "tuple[list[Segment], Encoders]":
         known = living.lineage(root, name)

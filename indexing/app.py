@@ -174,7 +174,7 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
     return app
 
 
-def run(service: Service, config: ServeConfig, ready: Callable[[str], None]) -> None:
+def run(service: Service, config: ServeConfig, ready: Callable[[str], None], log: TextIO = sys.stderr) -> None:
     """Serve until interrupted; `ready` is told the address once it answers."""
 
     class Server(uvicorn.Server):
@@ -187,7 +187,7 @@ def run(service: Service, config: ServeConfig, ready: Callable[[str], None]) -> 
 
     Server(
         uvicorn.Config(
-            make_app(service, config),
+            make_app(service, config, log),
             host=config.host,
             port=config.port,
             log_config=None,

@@ -134,6 +134,16 @@ def _base(grown_from: tuple[Path, Path], parts: dict[Modality, list[NDArray[Any]
     return facts
 
 
+class Allowed:
+    """The rows that a search may return, made once for many searches."""
+
+    def __init__(self, mask: NDArray[np.bool_]) -> None:
+        """`mask` (N,) is true where a row may be returned."""
+        self.count = int(np.count_nonzero(mask))
+        self.bits = np.packbits(mask, bitorder="little") if self.count < len(mask) else None
+        """One bit a row, as FAISS reads them; None where all rows are allowed."""
+
+
 class Index:
     """An index folder, opened for search: memory-mapped, read-only, safe to use from several threads."""
 
@@ -149,6 +159,7 @@ class Index:
         reader = pa.ipc.open_file(pa.memory_map(os.fspath(folder / "metadata.arrow")))
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._ends = np.cumsum([batch.num_rows for batch in self._batches])  # (batches,)
+        self._columns = {name: [batch.column(name) for batch in self._batches] for name in EMBEDDED.names}
         rows = {int(self._ends[-1]), *(index.ntotal for index in self._indexes.values())}
         if rows != {self.count}:
             raise DataError(f"{folder}: index.json says {self.count} vectors but its files hold {sorted(rows)}: build the index again")
@@ -163,13 +174,11 @@ class Index:
                 f"{folder} holds no index that can be opened ({' '.join(str(error).split())[-150:]}): build it again"
             ) from error
 
-    def search(
-        self, vectors: ArrayLike, k: int, modality: Modality = "image", allowed: NDArray[np.bool_] | None = None
-    ) -> tuple[Floats, Rows]:
+    def search(self, vectors: ArrayLike, k: int, modality: Modality = "image", allowed: Allowed | None = None) -> tuple[Floats, Rows]:
         """Return the scores (B, k') and rows (B, k') of the k' nearest vectors by inner product, best first.
 
-        `vectors` is (B, D), L2-normalised; scores are approximate where the factory compresses. With `allowed` (count,) only the rows
-        where it is true are looked at; k' is the lesser of k and the rows looked at. Raises ValueError for a query that is not finite or
+        `vectors` is (B, D), L2-normalised; scores are approximate where the factory compresses. With `allowed` only those rows are looked
+        at; k' is the lesser of k and the rows looked at. Raises ValueError for a query that is not finite or
         not (B, D), for k below 1 and for an unknown modality.
         """
         try:
@@ -186,17 +195,15 @@ class Index:
             raise ValueError(f"modality = {modality!r}: it must be image or text")
         own = self.facts[modality]
         index, effort = self._indexes[modality], Effort(own["nprobe"], own["k_factor"])
-        if allowed is None or allowed.all():
+        if allowed is None or allowed.bits is None:
             return tuning.search(index, queries, min(k, self.count), effort)
-        looked_at = int(allowed.sum())
-        if looked_at == 0:
+        if allowed.count == 0:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        bits = np.packbits(allowed, bitorder="little")  # FAISS keeps a pointer only
-        selector_class: Any = faiss.IDSelectorBitmap  # its type stub knows the C++ signature only
+        selector_class: Any = faiss.IDSelectorBitmap  # its type stub knows the C++ signature only; it keeps a pointer to the bits
         if effort.nprobe:  # as many of the rows looked at as without a selection
             most = faiss.extract_index_ivf(index).nlist
-            effort = Effort(min(most, math.ceil(effort.nprobe * self.count / looked_at)), effort.k_factor)
-        return tuning.search(index, queries, min(k, looked_at), effort, selector_class(bits))
+            effort = Effort(min(most, math.ceil(effort.nprobe * self.count / allowed.count)), effort.k_factor)
+        return tuning.search(index, queries, min(k, allowed.count), effort, selector_class(allowed.bits))
 
     def metadata(self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names) -> list[dict[str, Any]]:
         """Return the metadata (schema infra.tables.EMBEDDED) of the rows, in their order. Raises IndexError outside 0..count-1."""
@@ -204,14 +211,13 @@ class Index:
         outside = (wanted < 0) | (wanted >= self.count)
         if outside.any():
             raise IndexError(f"row {wanted[outside][0]} is not in 0..{self.count - 1}")
-        found: list[dict[str, Any]] = [{}] * len(wanted)
-        batch_of = np.searchsorted(self._ends, wanted, side="right")
-        for number in sorted(set(batch_of.tolist())):
-            batch, places = self._batches[number], np.flatnonzero(batch_of == number)
-            inside = pa.array(wanted[places] - (int(self._ends[number]) - batch.num_rows))
-            for place, facts in zip(places.tolist(), batch.select(list(columns)).take(inside).to_pylist(), strict=True):
-                found[place] = facts
-        return found
+        batch_of = np.searchsorted(self._ends, wanted, side="right").tolist()
+        places = [
+            (batch, int(row) - int(self._ends[batch]) + len(self._columns["key"][batch]))
+            for batch, row in zip(batch_of, wanted, strict=True)
+        ]
+        # One value after the other: taking few rows from each of many batches costs ten times as much.
+        return [{name: self._columns[name][batch][place].as_py() for name in columns} for batch, place in places]
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return one column of the metadata (count,)."""

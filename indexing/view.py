@@ -18,10 +18,12 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from indexing.embeddings import Floats, Rows, unit
-from indexing.index import Index, Modality
+from indexing.index import Allowed, Index, Modality
 from infra.removals import Removals
 
 Mask = NDArray[np.bool_]
+Place = tuple[int, int, float]
+"""A segment, a row of it, and its score."""
 
 NEAR = 0.94
 """Results with a picture cosine of at least this count as copies where near ones are asked to go; clip-retrieval's figure."""
@@ -56,6 +58,7 @@ class Segment:
 
     def __init__(self, index: Index, shards: Path) -> None:
         self.index, self.shards = index, shards
+        self.pictures = hashes_of(index.column("sha256"))  # (N,) what tells pictures apart
         self._lock = Lock()
         self._numbers: tuple[Rows, Rows] | None = None
 
@@ -88,7 +91,7 @@ class View:
         self.dim = segments[0].index.dim
         self.gone = [each.gone(removals) for each in segments]
         self.count = sum(int((~gone).sum()) for gone in self.gone)
-        self._masks: OrderedDict[Filter, list[Mask]] = OrderedDict()
+        self._masks: OrderedDict[Filter, list[Allowed]] = OrderedDict()
         self._lock = Lock()
 
     def after(self, removals: Removals) -> "View":
@@ -113,12 +116,13 @@ class View:
         wanted = offset + k
         fetch = 1 << max(FETCH_BITS, (wanted + len(without) - 1).bit_length())  # so that the first pages come from one ranking
         masks = self._allowed(chosen)
-        available = max(int(mask.sum()) for mask in masks)
+        available = max(mask.count for mask in masks)
+        excluded = hashes_of(pa.chunked_array([sorted(without)], pa.string()))
         while True:
-            by_picture: dict[str, Hit] = {}
-            for hit in self._nearest(query, fetch, modality, masks):
-                by_picture.setdefault(hit.facts["sha256"], hit)
-            distinct = [hit for picture, hit in by_picture.items() if picture not in without]
+            places = self._nearest(query, fetch, modality, masks)
+            pictures = np.array([self.segments[segment].pictures[row] for segment, row, _ in places], np.uint64)
+            _, first = np.unique(pictures, return_index=True)
+            distinct = [places[number] for number in np.sort(first).tolist() if pictures[number] not in excluded]
             if near is not None:
                 distinct = self._apart(distinct, near, wanted)
             if len(distinct) >= wanted or fetch >= available:
@@ -158,45 +162,37 @@ class View:
             counted[name] = dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
         return counted
 
-    def _told(self, hits: Sequence[Hit]) -> list[Hit]:
-        """Return hits with all of their metadata: what is looked at is more than what is shown."""
-        told = list(hits)
-        for place, segment in enumerate(self.segments):
-            own = [number for number, hit in enumerate(hits) if hit.segment == place]
-            if not own:
-                continue
-            for number, facts in zip(own, segment.index.metadata([hits[number].row for number in own]), strict=True):
-                told[number] = Hit(place, hits[number].row, hits[number].score, facts)
-        return told
+    def _told(self, places: Sequence[Place]) -> list[Hit]:
+        """Return places with their metadata."""
+        return [Hit(segment, row, score, self.segments[segment].index.metadata([row])[0]) for segment, row, score in places]
 
-    def _nearest(self, query: ArrayLike, k: int, modality: Modality, masks: Sequence[Mask]) -> list[Hit]:
-        """Return the k nearest rows, best first, with the SHA-256 of their picture alone."""
-        hits = []
-        for place, (segment, mask) in enumerate(zip(self.segments, masks, strict=True)):
+    def _nearest(self, query: ArrayLike, k: int, modality: Modality, masks: Sequence[Allowed]) -> list[Place]:
+        """Return the k nearest rows, best first."""
+        places: list[Place] = []
+        for number, (segment, mask) in enumerate(zip(self.segments, masks, strict=True)):
             scores, rows = segment.index.search(np.asarray(query, np.float32)[None], k, modality, mask)
-            facts = segment.index.metadata(rows[0], ("sha256",))
-            hits += [Hit(place, row, score, each) for row, score, each in zip(rows[0].tolist(), scores[0].tolist(), facts, strict=True)]
-        return sorted(hits, key=lambda hit: -hit.score)[:k]
+            places += [(number, row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)]
+        return sorted(places, key=lambda place: -place[2])[:k]
 
-    def _apart(self, hits: Sequence[Hit], near: float, wanted: int) -> list[Hit]:
-        """Return the hits without those near to a better one, the first `wanted` of them."""
-        kept: list[Hit] = []
+    def _apart(self, places: Sequence[Place], near: float, wanted: int) -> list[Place]:
+        """Return the places without those near to a better one, the first `wanted` of them."""
+        kept: list[Place] = []
         vectors = np.empty((wanted, self.dim), np.float32)
-        for hit in hits:
-            vector = unit(self.vector(hit)[None])[0]
+        for segment, row, score in places:
+            vector = unit(self.segments[segment].index.vectors([row]))[0]
             if len(kept) == 0 or float((vectors[: len(kept)] @ vector).max()) < near:
                 vectors[len(kept)] = vector
-                kept.append(hit)
+                kept.append((segment, row, score))
             if len(kept) == wanted:
                 break
         return kept
 
-    def _allowed(self, chosen: Filter) -> list[Mask]:
+    def _allowed(self, chosen: Filter) -> list[Allowed]:
         with self._lock:
             if chosen in self._masks:
                 self._masks.move_to_end(chosen)
                 return self._masks[chosen]
-        masks = [~gone & _matching(segment.index, chosen) for segment, gone in zip(self.segments, self.gone, strict=True)]
+        masks = [Allowed(~gone & _matching(segment.index, chosen)) for segment, gone in zip(self.segments, self.gone, strict=True)]
         with self._lock:
             self._masks[chosen] = masks
             while len(self._masks) > MASKS_KEPT:
@@ -230,17 +226,22 @@ def number_of(key: str) -> int:
 
 
 def numbers_of(keys: pa.ChunkedArray) -> Rows:
-    """Return the numbers of keys (N,): their bytes, eight at a time, through the finaliser of splitmix64 (Steele et al. 2014)."""
-    found = [np.zeros(0, np.int64)]
-    for chunk in keys.chunks:
-        texts = np.array([text.encode("utf-8", "replace") for text in chunk.to_pylist()], "S")
-        width = -(-texts.dtype.itemsize // 8) * 8 or 8
-        words = texts.astype(f"S{width}").view(np.uint64).reshape(len(texts), -1)
-        mixed = np.zeros(len(texts), np.uint64)
+    """Return the numbers of keys (N,)."""
+    return (hashes_of(keys) >> np.uint64(64 - NUMBER_BITS)).astype(np.int64)
+
+
+def hashes_of(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """Return 64 bits of each text (N,): its bytes, eight at a time, through the finaliser of splitmix64 (Steele et al. 2014)."""
+    found = [np.zeros(0, np.uint64)]
+    for chunk in texts.chunks:
+        encoded = np.array([text.encode("utf-8", "replace") for text in chunk.to_pylist()], "S")
+        width = -(-encoded.dtype.itemsize // 8) * 8 or 8
+        words = encoded.astype(f"S{width}").view(np.uint64).reshape(len(encoded), -1)
+        mixed = np.zeros(len(encoded), np.uint64)
         for word in words.T:
             used = word != 0  # the padding depends on the other keys of the chunk
             mixed = np.where(used, _mix(mixed ^ word), mixed)
-        found.append((mixed >> np.uint64(64 - NUMBER_BITS)).astype(np.int64))
+        found.append(mixed)
     return np.concatenate(found)
 
 
