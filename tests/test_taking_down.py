@@ -22,7 +22,7 @@ from infra.errors import CallerError, DataError
 from infra.removals import Removals, read_entries, read_removals, write_removal
 from infra.storage import Root, open_root
 from infra.tables import DROPPED, URLS
-from tests.pictured import HOSTILE, direction, encode_images, encode_texts, usual_rows
+from tests.pictured import HOSTILE, direction, encode_images, encode_texts, usual_rows, write_run
 from tests.rooted import committed, index_facts, write_root
 
 
@@ -148,6 +148,27 @@ def test_a_log_that_does_not_read_stops_rather_than_letting_things_come_back(roo
     storage.write_json(root, "removals/2.json", {"keys": "a"})
     with pytest.raises(DataError, match=r"removals/2\.json is no entry"):
         read_entries(root)
+
+
+def test_manifests_are_read_again_only_where_a_folder_has_changed(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    read_now = living.segments_stamp
+    monkeypatch.setattr(living, "segments_stamp", lambda *given: reads.append(given) or read_now(*given))
+    monkeypatch.setattr(living, "GRAIN_NS", 0)
+    stamp = living.SegmentsStamp(root, "drawn")
+    first = stamp()
+    assert stamp() == stamp() == first and len(reads) == 1
+    take(root, keys_of(root)[0])
+    assert stamp() == first and len(reads) <= 2, "the removal log is another's business"
+    compact(root, print)
+    compacted = stamp()
+    assert compacted != first and stamp() == compacted and len(reads) <= 3
+    write_run(tmp_path / "more", [each | {"key": f"new{each['number']}"} for each in usual_rows()[:2]])
+    facts = json.loads((tmp_path / "more" / "embed" / "facts.json").read_text()) | {"clip_key": "clip0123456789"}
+    (tmp_path / "more" / "embed" / "facts.json").write_text(json.dumps(facts))
+    view, known = living.open_view(root, None)
+    adding.add(root, known, view, tmp_path / "more" / "embed", "")
+    assert stamp() != compacted
 
 
 def test_an_index_of_another_clip_is_refused(root: Root) -> None:
