@@ -233,7 +233,7 @@ def numbers_of(keys: pa.ChunkedArray) -> Rows:
 def hashes_of(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
     """Return 64 bits of each text (N,): its bytes, eight at a time, through the finaliser of splitmix64 (Steele et al. 2014)."""
     found = [np.zeros(0, np.uint64)]
-    for chunk in texts.chunks:
+    for chunk in (each for each in texts.chunks if len(each)):
         encoded = np.array([text.encode("utf-8", "replace") for text in chunk.to_pylist()], "S")
         width = -(-encoded.dtype.itemsize // 8) * 8 or 8
         words = encoded.astype(f"S{width}").view(np.uint64).reshape(len(encoded), -1)

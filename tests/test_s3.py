@@ -226,7 +226,7 @@ def test_a_living_index_on_a_store_adds_removes_compacts_and_proves_it(
     assert content in tar and not any(content in each for each in left), "its bytes are in no object, and in no download"
     assert fault_of(root) == {"curate": "", "embed": "", "index": ""}
 
-    write_run(tmp_path / "more", [each | {"key": f"new{each['number']}"} for each in usual_rows()[:3]])
+    write_run(tmp_path / "more", [each | {"key": f"new{number}"} for number, each in enumerate(usual_rows()[:3])])
     facts = json.loads((tmp_path / "more" / "embed" / "facts.json").read_text()) | {"clip_key": "clip0123456789"}
     (tmp_path / "more" / "embed" / "facts.json").write_text(json.dumps(facts))
     assert unclip("index", "add", str(tmp_path / "more" / "embed"))["added"] == 3
