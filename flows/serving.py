@@ -8,8 +8,10 @@ import ipaddress
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Hashable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,7 +24,7 @@ from infra.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError
 from infra.settings import Section
 from infra.storage import Root
-from infra.terminal import terminated
+from infra.terminal import quiet_terminal, terminated
 
 if TYPE_CHECKING:
     from flows.living import Lineage
@@ -101,13 +103,16 @@ def serve_replicas(opened: Root, asked: Replicated, host: str, port: int, token:
     if token is not None and not address:
         os.environ[TOKEN] = token
     cores = max(len(os.sched_getaffinity(0)), asked.replicas)  # more replicas than cores share them rather than wait for ever
-    with terminated(), Cluster(ClusterConfig(address=address or "", num_cpus=None if address else cores)) as cluster:
+    cluster = Cluster(ClusterConfig(address=address or "", num_cpus=None if address else cores))
+    with quiet_terminal(Path(tempfile.gettempdir()) / f"unclip-serve-{os.getpid()}.log") as log, cluster:
         cluster.start()
         from indexing.replicas import run as run_replicas
 
         port = port or free_port(host)
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        run_replicas(application(asked), host, port, lambda: say(f"{asked.replicas} replicas serve run {name} at {where}"))
+        with terminated():  # after Ray, which has a handler of its own
+            words = f"{asked.replicas} replicas serve run {name} at {where}; Ray's own words are in {log}"
+            run_replicas(application(asked), host, port, lambda: say(words))
 
 
 def application(asked: Replicated) -> Any:

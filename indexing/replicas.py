@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
@@ -55,11 +56,14 @@ def run(made: Application, host: str, port: int, ready: Callable[[], None]) -> N
     A Serve that runs on that Ray already keeps its own host and port. Raises UnclipError where the replicas do not come up, or go.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it tells the terminal of every replica
-    serve.start(
-        proxy_location="EveryNode",
-        http_options={"host": host, "port": port, "keep_alive_timeout_s": 30},
-        logging_config={"enable_access_log": False, "log_level": "WARNING"},
-    )
+    try:
+        serve.start(
+            proxy_location="EveryNode",
+            http_options={"host": host, "port": port, "keep_alive_timeout_s": 30},
+            logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        )
+    except (RayError, TimeoutError) as error:
+        raise UnclipError(f"Ray Serve does not start on {host}:{port}: {' '.join(str(error).split())[-300:]}") from error
     try:
         try:
             serve.run(made, name=NAME, route_prefix="/")

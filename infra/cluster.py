@@ -102,6 +102,8 @@ class Cluster:
             "RAY_TRAIN_METRICS_ENABLED": "0",
             # A process that asks whether a node will be taken away; a group that lost one goes on from our own state anyway.
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+            # Serve kills a proxy that is not up in so many seconds (its default: 5) and starts another: on a busy machine, for ever.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         }.items():
             os.environ.setdefault(name, value)
         import ray
