@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,7 +111,7 @@ def serve_replicas(opened: Root, asked: Replicated, host: str, port: int, token:
 
         port = port or free_port(host)
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        with terminated():  # after Ray, which has a handler of its own
+        with suppress(KeyboardInterrupt), terminated():  # after Ray, which has a handler of its own
             words = f"{asked.replicas} replicas serve run {name} at {where}; Ray's own words are in {log}"
             run_replicas(application(asked), host, port, lambda: say(words))
 
