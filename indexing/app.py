@@ -4,8 +4,10 @@ Reads nothing but what the service holds: no path of a request reaches the file 
 serves it with uvicorn. What clients may send is in indexing.asked, who may send it in indexing.guard.
 """
 
+import gc
+import json
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -16,7 +18,9 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
+from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
 
 from indexing import uploads
@@ -36,6 +40,7 @@ PAGE = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 PROTOCOL_COLUMNS = ("url", "caption", "key", "licence", "style", "category", "split", "width_px", "height_px")
+RESULT_COLUMNS = ("origin", *PROTOCOL_COLUMNS[1:])
 FACET_VALUES = 200
 
 Key = Annotated[str, InPath(max_length=200)]
@@ -62,6 +67,7 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
         texts.close()
 
     app = FastAPI(title="unclip search", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.route_class = QuickRoute
     app.add_middleware(
         Guard, token=config.token, rate=config.rate, burst=config.burst, body_bytes=config.body_bytes, registry=registry, log=log
     )
@@ -115,7 +121,7 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
             make_filter, {name: getattr(asked, name) for name in CHOICES if getattr(asked, name)}, asked.min_side_px, asked.max_side_px
         )
         near = None if asked.near_copies else NEAR
-        hits = _refused(view.search, query, asked.k, asked.modality, chosen, asked.offset, near, without)
+        hits = _refused(view.search, query, asked.k, asked.modality, chosen, asked.offset, near, without, RESULT_COLUMNS)
         return {"clip": view.clip, "samples": view.count, "offset": asked.offset, "results": [_result(hit) for hit in hits]}
 
     @app.get("/sample/{key}")
@@ -157,7 +163,8 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
         query, without = await _query(
             service, texts, version, asked.text or None, asked.image or None, asked.image_url or None, asked.embedding_input, None
         )
-        hits = _refused(view.search, query, k, asked.modality, make_filter({}), 0, NEAR if asked.deduplicate else None, without)
+        near = NEAR if asked.deduplicate else None
+        hits = _refused(view.search, query, k, asked.modality, make_filter({}), 0, near, without, RESULT_COLUMNS)
         return [
             {**(_metadata(hit) if place < asked.num_images else {}), "id": number, "similarity": hit.score}
             for place, (hit, number) in enumerate(zip(hits, view.numbers(hits), strict=True))
@@ -174,12 +181,39 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
     return app
 
 
+class QuickRequest(Request):
+    """A request whose body is parsed by pydantic's own parser: a third of the time for the hundreds of numbers of an embedding."""
+
+    async def json(self) -> Any:
+        """Return what the body holds. Raises JSONDecodeError, which becomes an answer 422."""
+        body = await self.body()
+        try:
+            return from_json(body)
+        except ValueError as error:
+            raise json.JSONDecodeError(str(error), "", 0) from None
+
+
+class QuickRoute(APIRoute):
+    """A route that takes its requests so."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the handler."""
+        handle = super().get_route_handler()
+
+        async def handle_quickly(request: Request) -> Response:
+            return await handle(QuickRequest(request.scope, request.receive))
+
+        return handle_quickly
+
+
 def run(service: Service, config: ServeConfig, ready: Callable[[str], None], log: TextIO = sys.stderr) -> None:
     """Serve until interrupted; `ready` is told the address once it answers."""
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
+            gc.collect()
+            gc.freeze()  # what is there by now stays: to go through it again and again would be the longest pauses
             if self.started:
                 port = self.servers[0].sockets[0].getsockname()[1]
                 host = f"[{config.host}]" if ":" in config.host else config.host

@@ -6,6 +6,8 @@ metadata.arrow (row i belongs to vector i) and index.json. Knows vectors only: w
 Legend: B queries, N vectors, D dimensions, k results.
 """
 
+import bisect
+import itertools
 import json
 import math
 import os
@@ -158,9 +160,9 @@ class Index:
         self._direct_map = threading.Lock()
         reader = pa.ipc.open_file(pa.memory_map(os.fspath(folder / "metadata.arrow")))
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        self._ends = np.cumsum([batch.num_rows for batch in self._batches])  # (batches,)
+        self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
         self._columns = {name: [batch.column(name) for batch in self._batches] for name in EMBEDDED.names}
-        rows = {int(self._ends[-1]), *(index.ntotal for index in self._indexes.values())}
+        rows = {self._ends[-1], *(index.ntotal for index in self._indexes.values())}
         if rows != {self.count}:
             raise DataError(f"{folder}: index.json says {self.count} vectors but its files hold {sorted(rows)}: build the index again")
 
@@ -211,13 +213,13 @@ class Index:
         outside = (wanted < 0) | (wanted >= self.count)
         if outside.any():
             raise IndexError(f"row {wanted[outside][0]} is not in 0..{self.count - 1}")
-        batch_of = np.searchsorted(self._ends, wanted, side="right").tolist()
-        places = [
-            (batch, int(row) - int(self._ends[batch]) + len(self._columns["key"][batch]))
-            for batch, row in zip(batch_of, wanted, strict=True)
-        ]
-        # One value after the other: taking few rows from each of many batches costs ten times as much.
-        return [{name: self._columns[name][batch][place].as_py() for name in columns} for batch, place in places]
+        return [self.facts_of(int(row), columns) for row in wanted]
+
+    def facts_of(self, row: int, columns: Sequence[str]) -> dict[str, Any]:
+        """Return the metadata of a row that is there, value by value: taking few rows of each of many batches costs ten times as much."""
+        batch = bisect.bisect_right(self._ends, row)
+        place = row - (self._ends[batch - 1] if batch else 0)
+        return {name: self._columns[name][batch][place].as_py() for name in columns}
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return one column of the metadata (count,)."""

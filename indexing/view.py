@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from indexing.embeddings import Floats, Rows, unit
 from indexing.index import Allowed, Index, Modality
 from infra.removals import Removals
+from infra.tables import EMBEDDED
 
 Mask = NDArray[np.bool_]
 Place = tuple[int, int, float]
@@ -107,8 +108,9 @@ class View:
         offset: int = 0,
         near: float | None = None,
         without: frozenset[str] = frozenset(),
+        columns: Sequence[str] = EMBEDDED.names,
     ) -> list[Hit]:
-        """Return the hits offset to offset + k of all distinct pictures, best first.
+        """Return the hits offset to offset + k of all distinct pictures, best first, with these columns of their metadata.
 
         `query` is one unit vector (D,). Pictures of equal bytes count once, and with `near` those whose cosine with a better hit is at
         least that; pictures with a SHA-256 in `without` do not count. Raises ValueError as Index.search does.
@@ -119,14 +121,14 @@ class View:
         available = max(mask.count for mask in masks)
         excluded = hashes_of(pa.chunked_array([sorted(without)], pa.string()))
         while True:
-            places = self._nearest(query, fetch, modality, masks)
-            pictures = np.array([self.segments[segment].pictures[row] for segment, row, _ in places], np.uint64)
+            places, pictures = self._nearest(query, fetch, modality, masks)
             _, first = np.unique(pictures, return_index=True)
-            distinct = [places[number] for number in np.sort(first).tolist() if pictures[number] not in excluded]
+            distinct = [places[number] for number in np.sort(first[~np.isin(pictures[first], excluded)]).tolist()]
             if near is not None:
                 distinct = self._apart(distinct, near, wanted)
             if len(distinct) >= wanted or fetch >= available:
-                return self._told(distinct[offset:wanted])
+                shown = distinct[offset:wanted]
+                return [Hit(segment, row, score, self.segments[segment].index.facts_of(row, columns)) for segment, row, score in shown]
             fetch *= 2
 
     def find_key(self, key: str) -> Hit | None:
@@ -162,17 +164,19 @@ class View:
             counted[name] = dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
         return counted
 
-    def _told(self, places: Sequence[Place]) -> list[Hit]:
-        """Return places with their metadata."""
-        return [Hit(segment, row, score, self.segments[segment].index.metadata([row])[0]) for segment, row, score in places]
-
-    def _nearest(self, query: ArrayLike, k: int, modality: Modality, masks: Sequence[Allowed]) -> list[Place]:
-        """Return the k nearest rows, best first."""
+    def _nearest(self, query: ArrayLike, k: int, modality: Modality, masks: Sequence[Allowed]) -> tuple[list[Place], NDArray[np.uint64]]:
+        """Return the k nearest rows, best first, and what tells their pictures apart (k,)."""
         places: list[Place] = []
+        pictures = []
         for number, (segment, mask) in enumerate(zip(self.segments, masks, strict=True)):
             scores, rows = segment.index.search(np.asarray(query, np.float32)[None], k, modality, mask)
             places += [(number, row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)]
-        return sorted(places, key=lambda place: -place[2])[:k]
+            pictures.append(segment.pictures[rows[0]])
+        together = np.concatenate(pictures)
+        if len(self.segments) == 1:
+            return places, together
+        order = sorted(range(len(places)), key=lambda place: -places[place][2])[:k]
+        return [places[place] for place in order], together[order]
 
     def _apart(self, places: Sequence[Place], near: float, wanted: int) -> list[Place]:
         """Return the places without those near to a better one, the first `wanted` of them."""
