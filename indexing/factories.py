@@ -23,6 +23,9 @@ TRAINED_PER_CELL = 64
 """More training vectors for each centroid cost time in proportion, and move recall by less than a hundredth."""
 BITS = "RaBitQfs,Refine(SQ8)"
 """A bit for each dimension in memory, re-ranked from eight on disk."""
+FOURS = 4
+"""Dimensions that share a code of four bits: as small as a bit for each, closer to the vectors, and with one look-up table a query, not one
+a cell; for dimensions that are a multiple of it."""
 
 
 def cells_of(factory: str) -> int:
@@ -46,7 +49,11 @@ def hot_bytes(factory: str, count: int, dim: int) -> int:
         return shared + count * (dim + 8)
     if factory.startswith("RR"):
         shared += dim * dim * 4
-    one = math.ceil(dim / 8) + 8  # a bit for each dimension, two factors
+    one = math.ceil(dim / 8)  # a bit for each dimension
+    if "RaBitQ" in codes:
+        one += 8  # and two factors
+    else:
+        shared += 16 * dim * 4  # what the codes stand for
     return shared + count * 8 + (count + 16 * cells) * one  # fast scan pads each cell to whole blocks of 32, by 16 on average
 
 
@@ -54,13 +61,14 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
     """Choose the kind of index: the first of the list of which two (image, text) fit in the memory.
 
     Flat (below FLAT_BELOW vectors only: exact, but every query reads all), IVF,Flat (exact within the probed cells), IVF,SQ8 (a quarter
-    of that), RR,IVF,RaBitQfs,Refine(SQ8) (a bit for each dimension in memory, after a random rotation: without one the few directions
-    that carry most of an embedding share their bits with none; re-ranked from disk). There are 4 sqrt(count) cells, and 2 sqrt(count)
-    with a bit for each dimension, where looking into a cell costs less than comparing with its centroid; fewer where a cell would
-    have under 39 vectors. Raises CallerError when none fits.
+    of that), RR,IVF,PQx4fs,Refine(SQ8) (a bit for each dimension in memory, in codes of four, after a random rotation: without one the few
+    directions that carry most of an embedding share their bits with none; re-ranked from disk). There are 4 sqrt(count) cells, and
+    2 sqrt(count) with a bit for each dimension, where looking into a cell costs less than comparing with its centroid; fewer where a
+    cell would have under 39 vectors. Raises CallerError when none fits.
     """
     cells, coarse = (max(1, min(round(each * math.sqrt(count)), count // POINTS_PER_CELL)) for each in (4, 2))
-    kinds = [f"IVF{cells},Flat", f"IVF{cells},SQ8", f"RR{dim},IVF{coarse},{BITS}"]
+    codes = BITS if dim % FOURS else f"PQ{dim // FOURS}x4fs,Refine(SQ8)"
+    kinds = [f"IVF{cells},Flat", f"IVF{cells},SQ8", f"RR{dim},IVF{coarse},{codes}"]
     if count < FLAT_BELOW:
         kinds.insert(0, "Flat")
     for kind in kinds:

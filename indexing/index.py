@@ -43,9 +43,11 @@ class IndexConfig(Section):
 
     outside_key: ClassVar[frozenset[str]] = frozenset({"threads"})
 
-    factory: str = Field(default="auto", pattern=r"^(auto|Flat|IVF[1-9]\d*,(Flat|SQ8)|(RR[1-9]\d*,)?IVF[1-9]\d*,RaBitQfs,Refine\(SQ8\))$")
-    """auto (see choose_factory), Flat, or IVF<cells> with Flat, SQ8 or RaBitQfs,Refine(SQ8), the last after RR<dimensions> if wished, in
-    FAISS's own writing."""
+    factory: str = Field(
+        default="auto", pattern=r"^(auto|Flat|IVF[1-9]\d*,(Flat|SQ8)|(RR[1-9]\d*,)?IVF[1-9]\d*,(RaBitQfs|PQ[1-9]\d*x4fs),Refine\(SQ8\))$"
+    )
+    """auto (see choose_factory), Flat, or IVF<cells> with Flat, SQ8, RaBitQfs,Refine(SQ8) or PQ<codes>x4fs,Refine(SQ8), the last two after
+    RR<dimensions> if wished, in FAISS's own writing."""
     memory_bytes: int = Field(default=2 * 1024**3, ge=1)
     """What a searching process may hold in memory for both indexes; heeded by factory = auto."""
     recall_target: float = Field(default=0.95, gt=0, le=1)

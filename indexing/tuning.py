@@ -6,7 +6,7 @@ number, and judged on the other half. Legend: B queries, N vectors, D dimensions
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import faiss
@@ -58,25 +58,29 @@ def search(index: Any, queries: Floats, k: int, effort: Effort, selector: Any = 
         flat_params = faiss.SearchParameters()
         flat_params.sel = selector
         return cast(tuple[Floats, Rows], index.search(queries, k, params=flat_params))
-    cells = faiss.extract_index_ivf(index).nlist
-    cell_params = faiss.SearchParametersIVF()
-    cell_params.nprobe, cell_params.sel = effort.nprobe, selector
-    params: Any = cell_params
-    if effort.k_factor:
-        params = faiss.IndexRefineSearchParameters()
-        params.k_factor = float(max(1, min(effort.k_factor, index.ntotal // k)))
-        params.base_index_params = cell_params
-        if isinstance(faiss.downcast_index(index.base_index), faiss.IndexPreTransform):
-            rotated = faiss.SearchParametersPreTransform()
-            rotated.index_params = cell_params
-            params.base_index_params = rotated
+    k_factor = float(max(1, min(effort.k_factor, index.ntotal // k))) if effort.k_factor else 0.0
+    is_rotated = k_factor > 0 and isinstance(faiss.downcast_index(index.base_index), faiss.IndexPreTransform)
+    make = _parameters if selector is None else _parameters.__wrapped__
+    params = make(effort.nprobe, k_factor, is_rotated, selector)
     scores, rows = index.search(queries, k, params=params)
     short = (rows < 0).any(axis=1)
     if short.any():
+        cells = faiss.extract_index_ivf(index).nlist
         assert effort.nprobe < cells, "with every cell probed every vector is found"
         more = Effort(min(cells, 2 * effort.nprobe), effort.k_factor)
         scores[short], rows[short] = search(index, queries[short], k, more, selector)
     return scores, rows
+
+
+@lru_cache(256)
+def _parameters(nprobe: int, k_factor: float, is_rotated: bool, selector: Any) -> Any:
+    """Return FAISS's parameters for a search: to make them takes as long as looking into some cells."""
+    # Given as arguments, in every version of FAISS they are kept alive by what they are given to.
+    cells = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
+    if not k_factor:
+        return cells
+    base = faiss.SearchParametersPreTransform(index_params=cells) if is_rotated else cells
+    return faiss.IndexRefineSearchParameters(k_factor=k_factor, base_index_params=base)
 
 
 def brute_force(parts: Sequence[NDArray[Any]], queries: Floats, k: int) -> Floats:

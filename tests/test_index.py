@@ -18,7 +18,7 @@ from infra.errors import CallerError, DataError
 from tests.embedded import vectors, write_embed
 
 COUNT, DIM = 1500, 32
-FACTORIES = ("Flat", "IVF38,Flat", "IVF38,SQ8", "IVF38,RaBitQfs,Refine(SQ8)", "RR32,IVF38,RaBitQfs,Refine(SQ8)")
+FACTORIES = ("Flat", "IVF38,Flat", "IVF38,SQ8", "IVF38,RaBitQfs,Refine(SQ8)", "RR32,IVF38,PQ8x4fs,Refine(SQ8)")
 
 
 @pytest.fixture(autouse=True)
@@ -183,11 +183,12 @@ def test_the_rule_takes_the_largest_kind_that_fits() -> None:
     assert choose_factory(FLAT_BELOW, 512, 2**31) == "IVF512,Flat"
     assert choose_factory(200_000, 512, 2**30) == "IVF1789,Flat"
     assert choose_factory(200_000, 512, 2**28) == "IVF1789,SQ8"
-    assert choose_factory(200_000, 512, 2**26) == "RR512,IVF894,RaBitQfs,Refine(SQ8)"
+    assert choose_factory(200_000, 512, 2**26) == "RR512,IVF894,PQ128x4fs,Refine(SQ8)"
+    assert choose_factory(200_000, 510, 2**26) == "RR510,IVF894,RaBitQfs,Refine(SQ8)"
     with pytest.raises(CallerError, match=r"memory_bytes = 1000 .* set it to (\d+) or more") as refused:
         choose_factory(200_000, 512, 1000)
     named = int(str(refused.value).split("set it to ")[1].split()[0])
-    assert choose_factory(200_000, 512, named) == "RR512,IVF894,RaBitQfs,Refine(SQ8)"
+    assert choose_factory(200_000, 512, named) == "RR512,IVF894,PQ128x4fs,Refine(SQ8)"
 
 
 @pytest.mark.parametrize("count", [1, 2, 38, 39, 100])

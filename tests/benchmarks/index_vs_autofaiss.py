@@ -35,7 +35,9 @@ PEER = Path(".peers/autofaiss/bin/python")
 SWEPT = (
     "IVF{c},RaBitQfs,Refine(SQ8)",
     "RR{d},IVF{c2},RaBitQfs,Refine(SQ8)",
-    "IVF{c},PQ{p}x4fs,Refine(SQ8)",
+    "RR{d},IVF{c2},PQ{p}x4fs,Refine(SQ8)",
+    "RR{d},IVF{c4},PQ{p}x4fs,Refine(SQ8)",
+    "RR{d},IVF{c2},PQ{p}x4fsr,Refine(SQ8)",
     "OPQ{p},IVF{c},PQ{p}x4fs,Refine(SQ8)",
 )
 
@@ -126,7 +128,7 @@ def compared(title: str, vectors: Floats, queries: Floats, divisor: int, cores: 
     found = [own, theirs(file, bound, cores)]
     cells = round(4 * count**0.5)
     for pattern in SWEPT if sweep else ():
-        factory = pattern.format(c=cells, c2=cells // 2, d=dim, p=dim // 4)
+        factory = pattern.format(c=cells, c2=cells // 2, c4=cells // 4, d=dim, p=dim // 4)
         if not own.name.endswith(f" {factory}") and dim % 4 == 0:
             found.append(ours("swept", factory, vectors, tuned_on, cores))
     rounds = [[asked(each, measured) for each in found] for _ in range(ROUNDS)]
