@@ -75,12 +75,12 @@ def search(index: Any, queries: Floats, k: int, effort: Effort, selector: Any = 
 @lru_cache(256)
 def _parameters(nprobe: int, k_factor: float, is_rotated: bool, selector: Any) -> Any:
     """Return FAISS's parameters for a search: to make them takes as long as looking into some cells."""
-    # Given as arguments, in every version of FAISS they are kept alive by what they are given to.
-    cells = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
+    made: Any = faiss  # whose type stubs do not know that parameters take arguments, which keeps alive what they are given
+    cells = made.SearchParametersIVF(nprobe=nprobe, sel=selector)
     if not k_factor:
         return cells
-    base = faiss.SearchParametersPreTransform(index_params=cells) if is_rotated else cells
-    return faiss.IndexRefineSearchParameters(k_factor=k_factor, base_index_params=base)
+    base = made.SearchParametersPreTransform(index_params=cells) if is_rotated else cells
+    return made.IndexRefineSearchParameters(k_factor=k_factor, base_index_params=base)
 
 
 def brute_force(parts: Sequence[NDArray[Any]], queries: Floats, k: int) -> Floats:
