@@ -52,12 +52,9 @@ class ImageSet:
             made[place] = square(decoded, side_px)
         return made
 
-    def thinned(self, at_most: int, seed: int) -> "ImageSet":
-        """Return at most so many pictures, drawn by the seed, in their order."""
-        if len(self) <= at_most:
-            return self
-        kept = np.sort(np.random.default_rng(seed).choice(len(self), at_most, replace=False))
-        return ImageSet(self.name, [self.encoded[place] for place in kept], self.labels[kept], self.names, self.templates)
+    def only(self, places: NDArray[np.int64]) -> "ImageSet":
+        """Return the pictures at these places."""
+        return ImageSet(self.name, [self.encoded[place] for place in places], self.labels[places], self.names, self.templates)
 
 
 def open_set(path: Path, name: str = "") -> ImageSet:

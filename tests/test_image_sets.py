@@ -75,15 +75,10 @@ def test_all_layouts_hold_the_same(tmp_path: Path) -> None:
     assert (pixels[:, 8, 0] == 255).all()  # white beside what is not square
 
 
-def test_thinning_draws_by_the_seed_and_keeps_labels(tmp_path: Path) -> None:
+def test_a_part_keeps_its_labels(tmp_path: Path) -> None:
     whole = open_set(write_folders(tmp_path / "a"))
-    some = whole.thinned(3, 0)
-    assert (
-        len(some) == 3
-        and content(some) <= content(whole)
-        and content(some) == content(whole.thinned(3, 0))
-        and whole.thinned(6, 0) is whole
-    )
+    some = whole.only(np.array([4, 1]))
+    assert len(some) == 2 and content(some) < content(whole) and some.labels.tolist() == whole.labels[[4, 1]].tolist()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from flows.packaged_sets import png
 from indexing.held_out import open_embedded
 from indexing.image_sets import ImageSet
 from indexing.pictures import read_picture
-from indexing.suite import SIDE_PX, SuiteConfig, suite
+from indexing.suite import SIDE_PX, SuiteConfig, draw_unseen, suite
 from infra.errors import CallerError
 from tests.pictured import colour, encode_images, encode_texts, usual_rows, write_run
 from training import features
@@ -66,21 +66,29 @@ def test_clip_sees_pictures_at_its_own_side_and_other_networks_at_theirs(tmp_pat
     assert sides == {"clip": {24}, "network": {SIDE_PX}}
 
 
-def test_pictures_that_training_saw_are_counted(tmp_path: Path) -> None:
+def test_no_picture_that_training_saw_is_judged_and_others_take_their_places(tmp_path: Path) -> None:
     write_run(tmp_path, usual_rows())
     embedded = open_embedded(tmp_path / "embed")
     rows = [embedded.table.slice(int(row), 1).to_pylist()[0] for row in embedded.rows("train")[:6:2]]
     exact = (tmp_path / "shards" / rows[0]["shard"]).read_bytes()[rows[0]["offset"] : rows[0]["offset"] + rows[0]["size_bytes"]]
     assert hashlib.sha256(exact).hexdigest() == rows[0]["sha256"]
     again = [png(read_picture(row, tmp_path / "shards", 40)) for row in rows[1:]]
-    leaky = ImageSet("leaky", [exact, *again, *colours_set().encoded[:3]], np.array([0, 0, 0, 1, 1, 1]), ["colour 0", "colour 12"], ())
-    found = suite(
-        *(SuiteConfig(probe=False, pictures=100), [leaky], ("{}",), embedded, tmp_path / "shards", encode_texts, encode_images, 24, {}),
-        *(200, 0, tmp_path / "out"),
-    )
-    (row,) = found[0]["tables"][1]["rows"]
-    assert len(found) == 1 and row[:4] == ["leaky", 6, 1, 3]
-    assert row[4]["n"] == 3 and row[4]["value"] == 1.0  # the plain colours, which training has not
+    names = ["colour 0", "colour 12"]
+    leaky = ImageSet("leaky", [exact, *again, *colours_set().encoded[:3]], np.array([0, 0, 0, 1, 1, 1]), names, ())
+    seen = ImageSet("seen", [exact, *again], np.array([0, 0, 0]), names, ())
+
+    def judged(at_most: int) -> tuple[list[Any], list[Any]]:
+        places = (embedded, tmp_path / "shards", encode_texts, encode_images, 24, {})
+        config = SuiteConfig(probe=False, pictures=at_most)
+        (found,) = suite(config, [leaky, seen], ("{}",), *places, 200, 0, tmp_path / "out")
+        return found["tables"][0]["rows"], found["tables"][1]["rows"]
+
+    scores, left_out = judged(100)
+    assert left_out == [["leaky", 6, 6, 1, 2, 3], ["seen", 3, 3, 1, 2, 0]]
+    assert len(scores) == 1 and scores[0][1] == 3 and scores[0][3]["value"] == 1.0  # the plain colours, which training has not
+    drawn = draw_unseen(leaky, 2, 0, encode_images, 24, embedded, tmp_path / "shards")
+    assert drawn.images.labels.tolist() == [1, 1] and drawn.same_file + drawn.same_picture == drawn.looked_at - 2
+    assert np.allclose(drawn.vectors, encode_images(drawn.images.pictures(24)), atol=1e-6)
 
 
 def test_the_resnet_is_torchvisions_by_names_and_size(tmp_path: Path) -> None:
