@@ -1,6 +1,7 @@
 """Charts of the report's further sections as inline SVG: lines with intervals, and bars on both sides of zero.
 
-Colours are the page's custom properties; a series is told by its colour, its dash and its name at the end. Knows numbers only.
+Colours are the page's custom properties; a series is told by its colour, its dash and its name below the picture, where a long one has
+room on a phone too. Knows numbers only.
 """
 
 import math
@@ -10,12 +11,12 @@ from typing import Any
 
 from indexing.charts import round_step, short, ticks
 
-WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 46, 150, 26, 40
+WIDTH, HEIGHT = 420, 270
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 40
 SERIES_COLOURS = 6
-NAME_PX = 13
-"""Distance of two names at the right edge."""
-BAR_PX, NAMES_PX = 24, 190
+NAME_PX = 17
+"""Height of a line of the legend."""
+BAR_PX, LETTER_PX, MOST_NAMES_PX = 24, 6.2, 200
 
 
 def plot(chart: Mapping[str, Any]) -> str:
@@ -47,7 +48,8 @@ def lines(chart: Mapping[str, Any]) -> str:
         return HEIGHT - BOTTOM - (y - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
 
     title = escape(chart["title"])
-    parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}"><title>{title}</title>']
+    whole = HEIGHT + NAME_PX * len(series) + 4
+    parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {whole}" role="img" aria-label="{title}"><title>{title}</title>']
     for tick in ticks(bottom, top, step):
         written = f"{short(round(100 * tick, 6))} %" if is_share else short(round(tick, 6))
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" y2="{y_at(tick):.1f}"/>')
@@ -56,7 +58,6 @@ def lines(chart: Mapping[str, Any]) -> str:
         parts.append(f'<text x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(x)}</text>')
     parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(chart["x_label"])}</text>')
     parts.append(f'<text class="label" x="4" y="{TOP - 12}">{escape(chart["y_label"])}</text>')
-    ends = _apart({name: y_at(points[-1]["value"]) for name, points in series.items()})
     for number, (name, points) in enumerate(series.items()):
         points = sorted(points, key=lambda point: point["x"])
         places = " ".join(f"{x_at(point['x']):.1f},{y_at(point['value']):.1f}" for point in points)
@@ -68,7 +69,9 @@ def lines(chart: Mapping[str, Any]) -> str:
                     f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{y_at(point["low"]):.1f}" y2="{y_at(point["high"]):.1f}"/>'
                 )
             parts.append(f'<circle cx="{x:.1f}" cy="{y_at(point["value"]):.1f}" r="3"/>')
-        parts.append(f'<text x="{WIDTH - RIGHT + 8}" y="{ends[name] + 4:.1f}">{escape(name)}</text></g>')
+        y = HEIGHT + NAME_PX * (number + 0.5)
+        parts.append(f'<polyline class="key" points="{LEFT},{y:.1f} {LEFT + 34},{y:.1f}"/><circle cx="{LEFT + 17}" cy="{y:.1f}" r="3"/>')
+        parts.append(f'<text x="{LEFT + 42}" y="{y + 4:.1f}">{escape(name)}</text></g>')
     return "".join([*parts, "</svg>"])
 
 
@@ -81,9 +84,10 @@ def bars(chart: Mapping[str, Any]) -> str:
     low, high = min(0.0, *bounds), max(0.0, *bounds)
     height = TOP + BAR_PX * len(rows) + BOTTOM
     span = (high - low) or 1.0
+    names_px = min(MOST_NAMES_PX, 12 + round(LETTER_PX * max(len(row["name"]) for row in rows)))
 
     def x_at(value: float) -> float:
-        return NAMES_PX + (value - low) / span * (WIDTH - NAMES_PX - 70)
+        return names_px + (value - low) / span * (WIDTH - names_px - 60)
 
     title = escape(chart["title"])
     parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}"><title>{title}</title>']
@@ -99,7 +103,7 @@ def bars(chart: Mapping[str, Any]) -> str:
             parts.append(
                 f'<line class="whisker" x1="{x_at(row["low"]):.1f}" x2="{x_at(row["high"]):.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/>'
             )
-        parts.append(f'<text x="{NAMES_PX - 8}" y="{middle + 4:.1f}" text-anchor="end">{escape(row["name"])}</text>')
+        parts.append(f'<text x="{names_px - 8}" y="{middle + 4:.1f}" text-anchor="end">{escape(row["name"])}</text>')
         beside = x_at(max(0.0, row["value"], row["high"] or 0.0)) + 6
         parts.append(f'<text x="{beside:.1f}" y="{middle + 4:.1f}">{100 * row["value"]:+.1f}</text>')
     parts.append(f'<line class="axis" x1="{x_at(0):.1f}" x2="{x_at(0):.1f}" y1="{TOP - 4}" y2="{height - BOTTOM + 4}"/>')
@@ -114,12 +118,3 @@ def _told_apart(xs: list[float], x_at: Any) -> list[float]:
         if not shown or x_at(x) - x_at(shown[-1]) >= 30:
             shown.append(x)
     return shown
-
-
-def _apart(ends: Mapping[str, float]) -> dict[str, float]:
-    """Move names down until none covers the one above it, then all up where the last would leave the picture."""
-    placed: dict[str, float] = {}
-    for name, y in sorted(ends.items(), key=lambda item: item[1]):
-        placed[name] = max(y, max(placed.values(), default=-math.inf) + NAME_PX)
-    over = max(0.0, max(placed.values()) - (HEIGHT - 8))
-    return {name: y - over for name, y in placed.items()}

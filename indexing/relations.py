@@ -75,6 +75,14 @@ class Measured:
         return (self.share >= 1).astype(np.float64)
 
 
+@dataclass(frozen=True)
+class Searched:
+    """One row under search: success against calls; at the most calls, plain sampling's success and what each search adds, by name."""
+
+    chart: dict[str, Any]
+    gains: dict[str, Figure]
+
+
 def asked(config: RelationsConfig, embedded: Embedded, read_text: ReadText | None, seed: int) -> list[Asked]:
     """Draw prompts of each row from what the run trained on and from what it held out; what no judge can judge is left out."""
     found: list[Asked] = []
@@ -140,12 +148,26 @@ def relations(
         ]
         if cells:
             tables.append(sections.table(f"Pictures that show exactly what was asked for: scenes {made_of}", head, cells))
-    charts, pictures = [], []
+    charts, pictures, equal_calls = [], [], []
     for row in rows:
         chosen = np.array([each.row == row for each in prompts])
         if row in config.searched:
-            charts.append(_searched(config, [each for each in prompts if each.row == row], plain, chosen, measured, row, resamples, seed))
+            searched = _searched(config, [each for each in prompts if each.row == row], plain, chosen, measured, row, resamples, seed)
+            charts.append(searched.chart)
+            equal_calls.append(searched.gains)
         pictures.append(_shown(prompts, plain, chosen, row, out))
+    if equal_calls:
+        found_rows = [
+            [row, *gains.values()] for row, gains in zip((each for each in rows if each in config.searched), equal_calls, strict=True)
+        ]
+        caption = (
+            f"Search against plain sampling at equal calls, {M * config.steps} for a returned picture. Plain sampling has more steps "
+            "or several samples, of which one is returned unjudged; what search adds to the better of these, in percentage points, is "
+            "paired by prompt"
+        )
+        tables.append(sections.table(caption, ["Row", *equal_calls[0]], found_rows))
+    if (letters := _written(prompts, plain, resamples, seed)) is not None:
+        tables.append(letters)
     if (blind := _told_apart(prompts, encode_texts, encode_images, plain.pictures.shape[2], resamples, seed)) is not None:
         tables.append(blind)
     text = [
@@ -184,8 +206,8 @@ def _searched(
     row: str,
     resamples: int,
     seed: int,
-) -> dict[str, Any]:
-    """Return the chart of success against calls for one row."""
+) -> Searched:
+    """Return success against calls for one row, and what search gains over plain sampling at the most calls."""
     right, share, cosine = plain.is_right[chosen], plain.share[chosen], plain.cosine[chosen]
     groups, M = np.arange(len(some)), config.samples
     budgets = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= M]
@@ -194,15 +216,19 @@ def _searched(
         return mean_figure(values, groups, resamples, seed)
 
     one = over_prompts(right.mean(1))
-    longer = measured(some, 1, config.steps * budgets[-1], "")
+    longer = measured(some, 1, config.steps * budgets[-1], "").is_right[:, 0]
+    plainly = {"more steps": longer, f"one of {M}, unjudged": right.mean(1)}
+    better = max(plainly.values(), key=lambda values: float(values.mean()))
+    gains = {name: over_prompts(values) for name, values in plainly.items()}
     series: dict[str, list[tuple[float, Figure]]] = {
-        "one sample, more steps": [(config.steps, one), (config.steps * budgets[-1], over_prompts(longer.is_right[:, 0]))],
+        "one sample, more steps": [(config.steps, one), (config.steps * budgets[-1], over_prompts(longer))],
     }
     for by, scores in (("CLIP", cosine), ("checker", share)):
-        series[f"best of n by {by}"] = [
-            (n * config.steps, over_prompts([best_of(s, r, n) for s, r in zip(scores, right, strict=True)])) for n in budgets
-        ]
+        best = {n: [best_of(s, r, n) for s, r in zip(scores, right, strict=True)] for n in budgets}
+        series[f"best of n by {by}"] = [(n * config.steps, over_prompts(best[n])) for n in budgets]
+        gains[f"best of {budgets[-1]} by {by}"] = _gain(best[budgets[-1]], better, resamples, seed)
         points: list[tuple[float, Figure]] = [(config.steps, one)]
+        values: list[float] = []
         for n in budgets:
             if n > config.keep and n % config.keep == 0:
                 found = measured(some, n, config.steps, by)
@@ -210,7 +236,42 @@ def _searched(
                 values = [best_of(s, r, n) for s, r in zip(judged, found.is_right, strict=True)]
                 points.append((n * config.steps, over_prompts(values)))
         series[f"beam by {by}"] = points
-    return sections.lines(f"Success against compute: {row}", "decoder calls for one returned picture", "right", series, is_log_x=True)
+        if values:
+            gains[f"beam of {budgets[-1]} by {by}"] = _gain(values, better, resamples, seed)
+    title = f"Success against compute: {row}"
+    return Searched(sections.lines(title, "decoder calls for one returned picture", "right", series, is_log_x=True), gains)
+
+
+def _gain(found: Sequence[float], plain: NDArray[np.float64], resamples: int, seed: int) -> Figure:
+    """Return the mean difference in percentage points, prompts paired."""
+    return mean_figure(100 * (np.asarray(found) - plain), np.arange(len(plain)), resamples, seed, unit="points")
+
+
+def _written(prompts: Sequence[Asked], plain: Measured, resamples: int, seed: int) -> dict[str, Any] | None:
+    """Return the table of characters read, of trained and held-out words, beside what is read of signs as drawn for training."""
+    M, side_px = plain.share.shape[1], plain.pictures.shape[2]
+    cells: list[list[sections.Cell]] = []
+    for made_of in MADE_OF.values():
+        places = [place for place, each in enumerate(prompts) if each.row == "writing" and each.made_of == made_of]
+        if not places:
+            continue
+        share, cosine, groups = plain.share[places], plain.cosine[places], np.arange(len(places))
+        drawn = []
+        for place in places:
+            scene = scenes.parse(prompts[place].prompt)
+            assert scene is not None, "the row is of scenes"
+            drawn.append(prompts[place].judge(scenes.draw(scene, side_px, np.random.default_rng([seed, place]))))
+        figures = [
+            mean_figure(share.ravel(), np.repeat(groups, M), resamples, seed),
+            mean_figure([best_of(c, s, M) for c, s in zip(cosine, share, strict=True)], groups, resamples, seed),
+            mean_figure(share.max(1), groups, resamples, seed),
+            mean_figure(drawn, groups, resamples, seed),
+        ]
+        cells.append([f"words {made_of}", len(places), *figures])
+    if not cells:
+        return None
+    head = ["Signs", "Words", "A sample", f"Best of {M} by CLIP", f"Best of {M} by OCR", "As drawn for training"]
+    return sections.table("Writing: share of characters that OCR reads right (1 minus the edit distance over the length)", head, cells)
 
 
 def _shown(prompts: Sequence[Asked], plain: Measured, chosen: NDArray[np.bool_], row: str, out: Path) -> dict[str, Any]:

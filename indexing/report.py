@@ -120,7 +120,7 @@ def figure_text(figure: Mapping[str, Any]) -> str:
     """Write a figure's value: a share (the usual unit) in percent, anything else as a number of three or four digits."""
     if figure.get("unit", "share") == "share":
         return percent(figure["value"])
-    return "–" if figure["value"] is None else f"{figure['value']:,.1f}" if abs(figure["value"]) >= 100 else f"{figure['value']:.3g}"
+    return "–" if figure["value"] is None else f"{figure['value']:,.1f}" if abs(figure["value"]) >= 99.95 else f"{figure['value']:.3g}"
 
 
 def figure_bounds(figure: Mapping[str, Any]) -> str:

@@ -101,7 +101,28 @@ def test_search_by_the_checker_beats_one_sample_and_a_blind_clip_does_not_help(t
     for table in found["tables"][:2]:
         for each in table["rows"]:
             assert each[4]["value"] >= each[2]["value"]
-    assert found["tables"][2]["rows"][0][:2] == ["position", 3]
+    against = found["tables"][2]
+    (gains,) = against["rows"]
+    assert against["head"][1:3] == ["more steps", "one of 4, unjudged"] and gains[0] == "position"
+    plain = max(figure["value"] for figure in gains[1:3])
+    by_checker = dict(zip(against["head"], gains, strict=True))["best of 4 by checker"]
+    assert by_checker["unit"] == "points" and by_checker["value"] == pytest.approx(100 * (series["best of n by checker"][40] - plain))
+    assert found["tables"][3]["rows"][0][:2] == ["position", 3]
+
+
+def test_the_characters_of_signs_are_counted_beside_those_of_drawn_ones(tmp_path: Path) -> None:
+    embedded, brightest = write(tmp_path), scenes.draw(Scene(word="cat"), 32, np.random.default_rng([0, 9])).mean()
+
+    def reader(picture: np.ndarray) -> str:
+        return "cat" if abs(picture.mean() - brightest) < 12 else "co"
+
+    found = relations(CONFIG, embedded, texts_of, blind, drawer(1.0, []), reader, 200, 0, tmp_path / "out")
+    (table,) = [each for each in found["tables"] if each["caption"].startswith("Writing")]
+    (signs,) = table["rows"]
+    assert signs[:2] == ["words trained", 1] and all(figure["value"] == 1 for figure in signs[2:])
+    wrong = relations(CONFIG, embedded, texts_of, blind, drawer(1.0, []), lambda picture: "co", 200, 0, tmp_path / "out")
+    (signs,) = next(each for each in wrong["tables"] if each["caption"].startswith("Writing"))["rows"]
+    assert all(figure["value"] == pytest.approx(1 / 3) for figure in signs[2:])  # of three letters, two are to be changed
 
 
 def test_prompts_are_the_splits_own_and_an_ocr_brings_writing_in(tmp_path: Path) -> None:

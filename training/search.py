@@ -105,6 +105,7 @@ def search(
 
         noises = generators(each + 1 for each in seeds)
         limit = members if score is None else keep
-        x_0, _ = beam(denoise_of, x_T, members, decoder.schedule, steps, judged, limit, checks, noises)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=decoder.config.precision == "bf16"):  # as it was trained
+            x_0, _ = beam(denoise_of, x_T, members, decoder.schedule, steps, judged, limit, checks, noises)
         pictures.append(to_images(x_0))
     return np.concatenate(pictures).reshape(len(texts), members, S, S, 3)
