@@ -19,7 +19,7 @@ DEPTHS = (1, 10, 100)
 """The k at which recall is measured; the middle one is held against the target."""
 SAME_SCORE = 1e-5
 """Vectors whose exact scores differ by less are equally right answers: one caption may stand on many pictures."""
-K_FACTORS = (2, 4, 8, 16, 32, 64)
+K_FACTORS = (2, 4, 8, 16, 32, 64, 128)
 """How many times k are re-ranked, where anything is."""
 SATURATED = 0.002
 """Where doubling the probed cells gains less recall than this, what is missing is lost by the codes."""
