@@ -36,10 +36,14 @@ run: setup
 up: setup
 	$(BIN)/unclip up $(RECIPE) --root $(ROOT) --cron "$(CRON)"
 
-# Two processes share the tests (tests/conftest.py says how). The parity tests with open_clip skip themselves where it cannot be had.
+# Two processes share the quick tests, file by file; those that start Ray, Prefect or npm have the machine for themselves. The parity tests
+# with open_clip skip themselves where it cannot be had.
 test: setup
 	-$(MAKE) $(PEERS)/open_clip/ready
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	failed=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -m slow || failed=1; \
+	exit $$failed
 
 lint: setup
 	$(BIN)/ruff format --check .
