@@ -279,6 +279,11 @@ def test_other_queries_meet_the_target_as_well() -> None:
     for sampled in others[:-1]:
         facts = tune(index, [given], [Sample(sampled, None)], 0.9)
         assert facts["target_met"] and facts["recall@10"] >= 0.9
+        effort = Effort(facts["nprobe"], 0)
+        chosen = recalls([given], sampled[::2], search(index, sampled[::2], 10, effort)[1], brute_force([given], sampled[::2], 10))
+        assert chosen.mean() - 1.28 * chosen.std() / 8 >= 0.9, "one half has chosen with a margin"
+        judged = recalls([given], sampled[1::2], search(index, sampled[1::2], 10, effort)[1], brute_force([given], sampled[1::2], 10))
+        assert judged.mean() == pytest.approx(facts["recall@10"], abs=1e-6), "the other has judged"
         reached.append(recalls([given], others[-1], search(index, others[-1], 10, Effort(facts["nprobe"], 0))[1], truth).mean())
     assert np.mean(np.array(reached) >= 0.9) > 0.8 and np.mean(reached) < 0.95
 
