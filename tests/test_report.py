@@ -59,11 +59,15 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pag
 
 
 def assert_stands_alone(page: Page) -> None:
-    """No script, no handler, no address to load from but data URIs; every picture has a text."""
+    """No script, no handler, no address to load from but data URIs, no link that leaves it or leads nowhere; every picture has a text."""
+    places = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(places)) == len(places)
+    assert {attributes["href"][1:] for tag, attributes in page.tags if tag == "a"} <= set(places)
     for tag, attributes in page.tags:
         assert tag not in {"script", "iframe", "object", "embed", "link", "base", "form"}
         assert not [name for name in attributes if name.startswith("on")]
-        for name in ("src", "href", "srcset", "data", "action", "style"):
+        assert attributes.get("href", "#").startswith("#")
+        for name in ("src", "srcset", "data", "action", "style"):
             assert attributes.get(name, "data:").startswith("data:image/png;base64,") or name not in attributes
         if tag == "img":
             assert attributes["alt"].strip()
@@ -77,6 +81,19 @@ def test_the_page_stands_alone(usual: tuple[dict[str, Any], Page]) -> None:
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
     shown = facts["generation"]["n"] * 3 + sum(len(each["results"]) for found in facts["retrieval"].values() for each in found["examples"])
     assert len(pictures) == shown
+
+
+def test_a_stage_leads_to_what_it_was_made_from_where_that_is_on_the_page(tmp_path: Path) -> None:
+    facts = make(tmp_path, usual_rows())
+    ingest, clip = facts["stages"]
+    assert clip["inputs"] == {"ingest": "abc"}  # another key than the page's
+
+    def links(inputs: dict[str, str]) -> list[str]:
+        page = Page(report.render({**facts, "stages": [ingest, {**clip, "inputs": inputs}]}, tmp_path / "out"))
+        assert_stands_alone(page)
+        return [attributes["href"] for tag, attributes in page.tags if tag == "a" and attributes["href"].startswith("#stage-")]
+
+    assert links({"ingest": "abc"}) == [] and links({"ingest": ingest["key"]}) == ["#stage-ingest"]
 
 
 def test_every_figure_is_on_the_page(tmp_path: Path) -> None:
