@@ -13,7 +13,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: setup run up test lint format bench peers clean constraints
+.PHONY: setup run up test chaos lint format bench peers clean constraints
 
 setup: $(READY)
 
@@ -44,6 +44,10 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile || failed=1; \
 	$(BIN)/python -m pytest -m slow || failed=1; \
 	exit $$failed
+
+# What takes minutes: nodes lost and networks cut on a cluster of network namespaces (as root), runs and downloads killed at ten moments.
+chaos: setup
+	$(BIN)/python -m pytest -m chaos
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from flows.fetch import PASSING
+from flows.outcomes import read_outcomes, rows_to_ask_again, write_dropped
 from flows.renewal import place, take_over, unknown_rows
 from flows.server import StaticServer
 from flows.sources import DataConfig, Mounts, write_url_table
@@ -64,7 +64,9 @@ def run(config: DataConfig, out: Path, work: Path, removals: Removals = Removals
             urls, first_number = renewed(previous, table, work)
         taken_over = first_number
         for number in range(config.retry_passes + 1):
-            rows = pq.ParquetFile(urls) if number == 0 else failed_rows(work / "shards", first_number)
+            rows = pq.ParquetFile(
+                urls if number == 0 else rows_to_ask_again(work / "shards", first_number, work / f"again-{number}.parquet")
+            )
             feeds = write_feeds(rows, work / f"pass-{number}", first_number, config.images_per_shard)
             if not feeds and number:
                 break
@@ -109,8 +111,10 @@ def url_table(config: DataConfig, work: Path, removals: Removals = Removals()) -
 def leave_out(folder: Path, removals: Removals) -> None:
     """Move the rows of urls.parquet that were taken down to dropped.parquet, so that they are not even downloaded."""
     source, kept = folder / "urls.parquet", folder / "kept.parquet"
-    dropped = [pq.read_table(folder / "dropped.parquet")]
-    with pq.ParquetWriter(kept, URLS) as writer:
+    dropped, longer = folder / "dropped.parquet", folder / "longer.parquet"
+    with pq.ParquetWriter(kept, URLS) as writer, pq.ParquetWriter(longer, DROPPED) as gone_writer:
+        for batch in pq.ParquetFile(dropped).iter_batches(FILTERED_ROWS):
+            gone_writer.write_batch(batch)
         for batch in pq.ParquetFile(source).iter_batches(FILTERED_ROWS):
             rows = pa.Table.from_batches([batch])
             by_url = removals.mask({"origin": rows["url"]})
@@ -118,9 +122,9 @@ def leave_out(folder: Path, removals: Removals) -> None:
             writer.write_table(rows.filter(pc.invert(is_removed)).cast(URLS))
             gone = rows.filter(is_removed)
             words = [pa.array([word] * gone.num_rows, pa.string()) for word in ("removed", "the removal log")]
-            dropped.append(pa.table([gone["key"], gone["origin"], *words], schema=DROPPED))
+            gone_writer.write_table(pa.table([gone["key"], gone["origin"], *words], schema=DROPPED))
     kept.replace(source)
-    pq.write_table(pa.concat_tables(dropped), folder / "dropped.parquet")
+    longer.replace(dropped)
 
 
 def shard_settings(config: DataConfig, recorded: str, actual: str) -> dict[str, Any]:
@@ -146,14 +150,13 @@ def shard_settings(config: DataConfig, recorded: str, actual: str) -> dict[str, 
     }
 
 
-def write_feeds(rows: pq.ParquetFile | pa.Table, folder: Path, first_number: int, images_per_shard: int) -> list[tuple[int, Path, int]]:
+def write_feeds(rows: pq.ParquetFile, folder: Path, first_number: int, images_per_shard: int) -> list[tuple[int, Path, int]]:
     """Cut rows into one Arrow file a shard, of equal counts; returns (shard number, file, rows). A folder under its final name is whole."""
     if not folder.is_dir():
         aside = folder.with_suffix(".part")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        batches = rows.iter_batches(images_per_shard) if isinstance(rows, pq.ParquetFile) else rows.to_batches(images_per_shard)
-        for offset, batch in enumerate(batches):
+        for offset, batch in enumerate(rows.iter_batches(images_per_shard)):
             feed = pa.Table.from_batches([batch]).rename_columns(FEED.names).cast(FEED)
             with pa.ipc.new_file(aside / f"{first_number + offset:05d}.arrow", FEED) as writer:
                 writer.write_table(feed)
@@ -163,27 +166,6 @@ def write_feeds(rows: pq.ParquetFile | pa.Table, folder: Path, first_number: int
         with pa.ipc.open_file(file) as reader:
             feeds.append((int(file.stem), file, sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))))
     return feeds
-
-
-def failed_rows(shards: Path, count: int) -> pa.Table:
-    """Return the rows of shards 0..count-1 that failed last time for a reason that may pass."""
-    latest: dict[str, dict[str, Any] | None] = {}
-    for number in range(count):
-        for item in pq.read_table(shards / f"{number:05d}.parquet").to_pylist():
-            if item["status"] == "success":
-                latest.pop(item["sample"], None)
-            else:
-                passing = split_problem(item)[0] in PASSING
-                latest[item["sample"]] = {**item, "key": item["sample"]} if passing else None
-    return pa.Table.from_pylist([item for item in latest.values() if item], URLS)
-
-
-def split_problem(item: dict[str, Any]) -> tuple[str, str]:
-    """Return reason and detail of a failed row; what img2dataset itself could not decode has its own words."""
-    if item["status"] == "failed_to_resize":
-        return "decode_error", item["error_message"] or ""
-    reason, _, detail = (item["error_message"] or "").partition(": ")
-    return reason, detail
 
 
 class Worker:
@@ -327,38 +309,21 @@ def clear_leftovers(folder: Path) -> None:
 
 def finish(config: DataConfig, table: Path, shards: Path, count: int, out: Path) -> Counts:
     """Put the results under OUT and count them; a row that failed and succeeded in a later pass has succeeded."""
-    early = pq.read_table(table / "dropped.parquet")
-    failures: dict[str, dict[str, str]] = {}
-    succeeded = 0
-    for number in range(count):
-        columns = ["sample", "origin", "status", "error_message"]
-        for item in pq.read_table(shards / f"{number:05d}.parquet", columns=columns).to_pylist():
-            if item["status"] == "success":
-                succeeded += 1
-                failures.pop(item["sample"], None)
-            else:
-                reason, detail = split_problem(item)
-                failures[item["sample"]] = {"key": item["sample"], "origin": item["origin"], "reason": reason, "detail": detail}
-    asked = succeeded + len(failures)
-    reasons = Counter(failure["reason"] for failure in failures.values())
+    outcomes = read_outcomes(shards, count)
+    early, reasons, examples = write_dropped(table / "dropped.parquet", outcomes, out / "dropped.parquet")
+    succeeded, asked = outcomes.succeeded, outcomes.succeeded + reasons.total()
     if succeeded == 0 or succeeded < config.min_success * asked:
         reason, _ = reasons.most_common(1)[0]
-        example = next(failure for failure in failures.values() if failure["reason"] == reason)
         raise DataError(
             f"only {succeeded:,} of {asked:,} URLs became images, [data] min_success asks for {config.min_success:.0%}: mostly {reason} "
-            f"({reasons[reason]:,}), such as {example['origin']} ({example['detail']})"
+            f"({reasons[reason]:,}), such as {examples[reason]}"
         )
-    late = pa.Table.from_pylist(list(failures.values()), DROPPED)
-    pq.write_table(pa.concat_tables([early, late]), out / "dropped.parquet")
     place(table / "urls.parquet", out / "urls.parquet")
     (out / "shards").mkdir()
     for number in range(count):
         for suffix in (".tar", ".parquet"):
             place(shards / f"{number:05d}{suffix}", out / "shards" / f"{number:05d}{suffix}")
-    reasons.update(early.column("reason").to_pylist())
-    total = asked + early.num_rows
-    assert total == succeeded + sum(reasons.values())
-    return {"in": total, "out": succeeded, "dropped": dict(sorted(reasons.items())), "shards": count}
+    return {"in": asked + early.total(), "out": succeeded, "dropped": dict(sorted((reasons + early).items())), "shards": count}
 
 
 def describe(reasons: Counter[str]) -> str:

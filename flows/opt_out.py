@@ -23,6 +23,8 @@ class OptOut:
 
     def covers(self, url: str) -> bool:
         """Say whether somebody does not want this URL to be used."""
+        if not self.hosts and not self.urls:
+            return False
         try:
             host = (urlsplit(url).hostname or "").rstrip(".")
         except ValueError:

@@ -160,7 +160,7 @@ def row(url: str, origin: str, captions: list[str], **columns: str) -> Row:
 
 
 def encodable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def package_rows(source: PackagesSource, config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iterator[Row]:

@@ -15,6 +15,8 @@ from typing import Any
 from infra.errors import CallerError, UnclipError
 
 POLL_S = 1.0
+ANSWER_LIMIT_S = 60
+WAIT_TOLD_AFTER_S = 30
 RUNNING = ("PENDING", "RUNNING")
 PASSING = ("No available agent", "status code 502", "status code 503", "status code 504")
 RAYS_OWN = ("job_manager.py", "Running entrypoint for job")
@@ -96,6 +98,7 @@ class JobServer:
         """Show an attempt's log until it ends; returns its state ("" where the cluster does not know it) and its last own word."""
         tail = _Tail(show)
         reader: threading.Thread | None = None
+        waits_since_s: float | None = time.monotonic()
         try:
             while True:
                 if reader is None or not reader.is_alive():  # none yet, or cut: it reads again and shows only what is new
@@ -105,6 +108,11 @@ class JobServer:
                 if state not in RUNNING:
                     reader.join(timeout=10)
                     return state, tail.last_word
+                if state != "PENDING":
+                    waits_since_s = None
+                elif waits_since_s and time.monotonic() - waits_since_s > WAIT_TOLD_AFTER_S:
+                    show(f"{job_id(job, number)} waits: {self._message(job, number)}")
+                    waits_since_s = None
                 time.sleep(POLL_S)
         except Exception:
             raise
@@ -126,6 +134,12 @@ class JobServer:
 
         return self._patiently(ask)
 
+    def _message(self, job: Job, number: int) -> str:
+        """Return what the server says of an attempt that has not begun: which resources it waits for, say."""
+        message = self._patiently(lambda: self._client().get_job_info(job_id(job, number)).message)
+        asked = {"CPU": job.cpus, "GPU": job.gpus, "memory": job.memory_bytes, **job.labels}
+        return f"{' '.join(str(message).split())} It asks one node for {', '.join(f'{k} {v}' for k, v in asked.items() if v) or 'nothing'}"
+
     def _exit_code(self, job: Job, number: int) -> int | None:
         try:
             code: int | None = self._patiently(lambda: self._client().get_job_info(job_id(job, number)).driver_exit_code)
@@ -137,7 +151,13 @@ class JobServer:
         if self.client is None:
             from ray.job_submission import JobSubmissionClient
 
-            self.client = JobSubmissionClient(self.address)
+            class Client(JobSubmissionClient):
+                """Ray's own would wait for ever for the answer of a head that lost power or network in the middle of it."""
+
+                def _do_request(self, *arguments: Any, **named: Any) -> Any:
+                    return super()._do_request(*arguments, timeout=ANSWER_LIMIT_S, **named)
+
+            self.client = Client(self.address)
         return self.client
 
     def _patiently(self, ask: Callable[[], Any]) -> Any:

@@ -12,15 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import pytest
+
+from tests.machines import Machine
 
 START_LIMIT_S = 120
 HERE = Path(__file__).parent.parent
@@ -33,36 +33,42 @@ def free_port() -> int:
 
 
 class RayCluster:
-    """Context manager: one node or more; `address` is the job server's, `environment` what clients need."""
+    """Context manager: one node or more; `address` is the job server's, `environment` what clients need.
 
-    def __init__(self, cpus: tuple[int, ...] = (2,)) -> None:
-        self.cpus = cpus
+    With `machines` each node runs on its own, the head on the first; else all on this one. `settings` are variables of every node.
+    """
+
+    def __init__(self, cpus: tuple[int, ...] = (2,), machines: Sequence[Machine] = (), settings: Mapping[str, str] | None = None) -> None:
+        self.cpus, self.machines, self.settings = cpus, machines, dict(settings or {})
         self.mark = f"UNCLIP_TEST_CLUSTER={secrets.token_hex(8)}"
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's sockets lie below it
         self.port, self.dashboard = free_port(), free_port()
-        self.address = f"http://127.0.0.1:{self.dashboard}"
+        self.head = machines[0].address if machines else "127.0.0.1"
+        self.address = f"http://{self.head}:{self.dashboard}"
         self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.nodes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
         try:
-            head = ["--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}"]
-            self._start([*head, f"--temp-dir={self.folder}"], self.cpus[0])
+            head = ["--head", f"--port={self.port}", f"--dashboard-host={self.head}", f"--dashboard-port={self.dashboard}"]
+            self._start([*head, f"--temp-dir={self.folder}"], self.cpus[0], self.machines[0] if self.machines else None)
             self._wait()
-            for cpus in self.cpus[1:]:
-                self.add_node(cpus)
+            for number, cpus in enumerate(self.cpus[1:], 1):
+                self.add_node(cpus, self.machines[number] if self.machines else None)
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
 
-    def _start(self, arguments: list[str], cpus: int) -> "subprocess.Popen[bytes]":
+    def _start(self, arguments: list[str], cpus: int, machine: Machine | None) -> "subprocess.Popen[bytes]":
         mark, _, value = self.mark.partition("=")
         environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")} | self.environment
-        environment |= {mark: value, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+        environment |= {mark: value, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)} | self.settings
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         log = (self.folder / f"node-{len(self.nodes)}.log").open("wb")
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+        command = [*machine.within] if machine else []
+        command += [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
+        command += [f"--node-ip-address={machine.address if machine else '127.0.0.1'}"]
         # The agent that takes jobs has a fixed port by default, which another Ray on this machine may hold.
         command += [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
         command += [f"--metrics-export-port={free_port()}", f"--runtime-env-agent-port={free_port()}"]
@@ -88,23 +94,25 @@ class RayCluster:
             yield
         reset_auth_token_state()
 
-    def add_node(self, cpus: int) -> "subprocess.Popen[bytes]":
+    def add_node(self, cpus: int, machine: Machine | None = None) -> "subprocess.Popen[bytes]":
         """Start a further node and return its leader."""
-        return self._start([f"--address=127.0.0.1:{self.port}"], cpus)
+        return self._start([f"--address={self.head}:{self.port}"], cpus, machine)
 
     def _wait(self) -> None:
         limit = time.monotonic() + START_LIMIT_S
-        asked = urllib.request.Request(
-            f"{self.address}/api/version", headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
-        )
         while time.monotonic() < limit:
             assert self.nodes[0].poll() is None, (self.folder / "node-0.log").read_text()[-2000:]
-            try:
-                with urllib.request.urlopen(asked, timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.3)
+            if self._answers():
+                return
+            time.sleep(0.3)
         raise AssertionError("Ray's head did not come up")
+
+    def _answers(self) -> bool:
+        """Say whether the job server does, asked from where the head is."""
+        code = "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], headers={'Authorization': sys.argv[2]}), timeout=5)"
+        within = self.machines[0].within if self.machines else []
+        asked = [*within, sys.executable, "-c", code, f"{self.address}/api/version", f"Bearer {self.environment['RAY_AUTH_TOKEN']}"]
+        return subprocess.run(asked, capture_output=True).returncode == 0
 
     def processes(self, words: str = "") -> list[int]:
         """Return this cluster's processes whose command line holds the words."""
