@@ -72,6 +72,8 @@ class RayCluster:
         # The agent that takes jobs has a fixed port by default, which another Ray on this machine may hold.
         command += [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
         command += [f"--metrics-export-port={free_port()}", f"--runtime-env-agent-port={free_port()}"]
+        if machine and self.nodes:  # `ray start` gives up after 30 s, and a raylet that was cut off ends itself
+            command = ["sh", "-c", 'until "$@"; do sleep 1; done', "node", *command]
         node = subprocess.Popen(
             [*command, f"--num-cpus={cpus}", f"--object-store-memory={100 << 20}", *arguments],
             env=environment,
@@ -95,7 +97,7 @@ class RayCluster:
         reset_auth_token_state()
 
     def add_node(self, cpus: int, machine: Machine | None = None) -> "subprocess.Popen[bytes]":
-        """Start a further node and return its leader."""
+        """Start a further node and return its leader; on a machine of its own it is started again when it ends, as by a service manager."""
         return self._start([f"--address={self.head}:{self.port}"], cpus, machine)
 
     def _wait(self) -> None:

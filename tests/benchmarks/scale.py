@@ -154,13 +154,15 @@ def trained(name: str) -> Callable[[Path, int], int]:
 
         import torch
 
-        from training import jobs
+        from training import jobs, soundness
+        from training.pictures import read_table
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         work = folder / f"{name}-work"
         work.mkdir()
         shutil.copyfile(folder / "clip" / "tokenizer.json", work / "tokenizer.json")
         section = getattr(quickstart(), name).model_copy(update={"images": IMAGES[name]})
+        soundness.settle(read_table(folder / "long" / "keep.parquet", "train"), folder / "ingest" / "shards", "stop", work)
         paths = {"ingest": folder / "ingest", "curate": folder / "long", "clip": folder / "clip", "embed": folder / "long"}
         model, averaged = getattr(jobs, f"fit_{name}")(section, paths, work, "cpu")
         jobs.write_model(name, model, averaged, section, work)
@@ -289,10 +291,8 @@ def main() -> int:
             for name in ("index", "clip", "prior", "decoder"):
                 found[name].append(measured(name, long, count))
                 print(f"{name} over {count:,}: {found[name][-1]}", file=sys.stderr, flush=True)
-    load = os.getloadavg()[2]
-    print(
-        f"Measured {started}, {len(os.sched_getaffinity(0))} cores {platform.processor() or platform.machine()}, load of 15 min {load:.1f}\n"
-    )
+    cores = f"{len(os.sched_getaffinity(0))} cores {platform.processor() or platform.machine()}"
+    print(f"Measured {started}, {cores}, load of the last 15 min {os.getloadavg()[2]:.1f}\n")
     lines = [rows_of(name, cost, found[name]) for name, cost in COSTS.items()]
     print("| stage | pairs | time | grows | peak memory | a pair more | committed | grows |\n|---|---|---|---|---|---|---|---|")
     print("\n".join(top for top, _ in lines))
