@@ -20,7 +20,7 @@ from flows.sources import DataConfig
 from tests.hostile_server import Server
 from tests.test_ingest import RUN, config_for, parent_of, stored, wait_until, workers_of, write_list
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
 KILLS, SHARD = 10, 20
 
 
@@ -56,7 +56,7 @@ class Reader:
 
 def listed(folder: Path, server: Server, count: int) -> DataConfig:
     rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(count)]
-    return config_for(write_list(folder / "list.jsonl", rows), threads=2, images_per_shard=SHARD)
+    return config_for(write_list(folder / "list.jsonl", rows), threads=2, images_per_shard=SHARD, timeout_s=10)
 
 
 def test_an_ingest_killed_ten_times_loses_and_doubles_nothing(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_an_ingest_killed_ten_times_loses_and_doubles_nothing(tmp_path: Path) ->
                 break
             before, goal = server.asked.total(), chance.choice([0, 1, 5, 15, 25, 35])
             delay_s = chance.uniform(0, 2) if goal == 0 else chance.uniform(0, 0.3)
-            wait_until(lambda before=before, goal=goal, run=run: server.asked.total() >= before + goal or run.poll() is not None)
+            wait_until(lambda before=before, goal=goal, run=run: server.asked.total() >= before + goal or run.poll() is not None, 200)
             time.sleep(delay_s)
             assert run.poll() is None, f"the run ended before its kill; killed at {moments}"
             moments.append((server.asked.total() - before, round(delay_s, 2)))
@@ -100,7 +100,7 @@ def test_a_download_process_killed_at_ten_moments_loses_and_doubles_nothing(tmp_
 
             run = threading.Thread(target=download)
             run.start()
-            wait_until(lambda before=before, goal=goal: server.asked.total() >= before + goal and workers_of(os.getpid()))
+            wait_until(lambda before=before, goal=goal: server.asked.total() >= before + goal and workers_of(os.getpid()), 200)
             victim = chance.choice(workers_of(os.getpid()))
             os.kill(victim, signal.SIGKILL)
             moments.append(server.asked.total() - before)

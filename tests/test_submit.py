@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from flows import stage_job, submission
-from infra import manifests, storage
+from infra import manifests, ray_jobs, storage
 from infra.errors import CallerError, UnclipError
-from infra.ray_jobs import JobServer
+from infra.ray_jobs import Job, JobServer
 from tests.fakes import FAKES, FakeConfig, FakeSection
 from tests.ray_cluster import HERE, RayCluster
 
@@ -183,8 +183,6 @@ def test_a_mistake_is_told_in_its_own_words_and_not_tried_again(cluster: RayClus
 
 
 def test_a_job_server_that_is_silent_or_refuses_us_is_one_line(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    from infra.ray_jobs import Job
-
     job = Job(name="unclip-x", command=lambda number: "true")
     with pytest.raises(UnclipError, match=r"does not answer: .*the same command joins the job again"):
         JobServer("http://127.0.0.1:9", silence_limit_s=0).status(job, 1)
@@ -193,6 +191,18 @@ def test_a_job_server_that_is_silent_or_refuses_us_is_one_line(cluster: RayClust
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     with pytest.raises(UnclipError, match="refuses us: set RAY_AUTH_MODE=token"):
         subprocess_status(cluster)
+
+
+def test_a_job_that_no_node_can_take_says_what_it_waits_for(cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs, "WAIT_TOLD_AFTER_S", 0)
+
+    def show(line: str) -> None:
+        if " waits: " in line:
+            raise KeyboardInterrupt(line)
+
+    greedy = Job(name=f"unclip-greedy-{tmp_path.name}", command=lambda number: "true", cpus=99, labels={"market-type": "!spot"})
+    with pytest.raises(KeyboardInterrupt, match="It asks one node for CPU 99, market-type !spot"):
+        JobServer(cluster.address).run(greedy, 0, lambda number: None, lambda: True, show)
 
 
 def subprocess_status(cluster: RayCluster) -> None:
