@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import jsonschema
 import numpy as np
 import pytest
 
+import indexing
 from indexing.copies import copies_section
 from indexing.duplicates import DedupConfig, run
 from indexing.pictures import LINE_PX
 from indexing.sections import Section
 from tests.pictured import HOSTILE, colour, direction, encode_images, row, usual_rows, write_run
+
+SCHEMA = json.loads((Path(indexing.__file__).parent / "report.schema.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,11 @@ def test_every_reason_is_counted_and_the_threshold_explained(made: tuple[Section
     assert f"{told['threshold']:.4f}" in section["text"][1] and f"{told['copies']:,} copies" in section["text"][1]
     assert {name: figure["value"] for name, figure in sample["rows"]} == told["recall_of"]
     assert all(figure["low"] <= figure["value"] <= figure["high"] for _, figure in sample["rows"])
+
+
+def test_the_section_keeps_to_the_reports_schema(made: tuple[Section, dict[str, Any], Path]) -> None:
+    schema = {"$defs": SCHEMA["$defs"], **SCHEMA["properties"]["sections"]}
+    jsonschema.Draft202012Validator(schema).validate([made[0]])
 
 
 def test_groups_are_listed_as_they_are_drawn(made: tuple[Section, dict[str, Any], Path]) -> None:
