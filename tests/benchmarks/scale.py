@@ -84,18 +84,22 @@ def write_clip(folder: Path) -> None:
 
 
 def embed(folder: Path, count: int) -> int:
-    from infra.cluster import Cluster, ClusterConfig
+    """Embed in this process, part by part, as Ray's tasks do it."""
     from training import embed as stage
+    from training import soundness
+    from training.pictures import read_table
 
-    with Cluster(ClusterConfig()) as cluster:
-        cluster.start()
-        clock = time.monotonic()
-        paths = (folder / "ingest", folder / "curate", folder / "clip")
-        work = folder / "embed-work"
-        work.mkdir()
-        stage.run(stage.EmbedConfig(), cluster.config, *paths, "key", folder / "embed", work)
-        print(json.dumps({"seconds": time.monotonic() - clock}), flush=True)  # without Ray's start
-    return size_of(folder / "embed")
+    config, work, out = stage.EmbedConfig(), folder / "embed-work", folder / "embed"
+    work.mkdir()
+    for name in ("img_emb", "text_emb", "metadata"):
+        (out / name).mkdir(parents=True)
+    table = read_table(folder / "curate" / "keep.parquet")
+    soundness.settle(table, folder / "ingest" / "shards", "stop", work)
+    paths = (folder / "ingest", folder / "curate", folder / "clip", out, work)
+    for number, start in enumerate(range(0, table.num_rows, config.rows_per_part)):
+        stage._embed_part(config, number, start, len(os.sched_getaffinity(0)), False, *paths)
+    (out / "facts.json").write_text(json.dumps({"clip_key": "key", "dim": DIM, "count": table.num_rows}))
+    return size_of(out)
 
 
 def dedup(folder: Path, count: int) -> int:
@@ -210,13 +214,13 @@ def child(name: str, folder: Path, count: int) -> None:
 
 
 def measured(name: str, folder: Path, count: int) -> dict[str, float]:
-    """Measure in a process of its own; what it printed earlier under the same name counts more (a start-up left out)."""
+    """Measure in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.scale", "--in", name, str(folder), str(count)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} of {count:,} failed: {done.stderr[-2000:]}")
     told: dict[str, float] = {}
-    for line in reversed(done.stdout.splitlines()):
+    for line in done.stdout.splitlines():
         told |= json.loads(line)
     return told
 
