@@ -24,7 +24,7 @@ from infra.cluster import ClusterConfig
 from infra.errors import DataError, UnclipError
 from infra.progress import Progress
 from training import clip as clip_model
-from training import embeddings, loop, open_clip, priors, soundness
+from training import embeddings, loop, open_clip, priors, sharding, soundness
 from training.clip import CLIP, ClipConfig, to_pixels
 from training.decoder import Decoder, DecoderConfig
 from training.loop import LoopConfig, Step
@@ -115,6 +115,7 @@ def fit_prior(config: PriorConfig, paths: dict[str, Path], work: Path, device: s
     table, z_i = embeddings.read(paths["embed"], "train")
     texts = embeddings.Captions(table["captions"].to_pylist(), tokenizer)
     z_t = texts.embed(clip.to(device))
+    del clip  # nor its memory on the device
     torch.manual_seed(config.seed)
     model = priors.make(config, z_i.shape[1], tokenizer.vocab_size, tokenizer.context).to(device)
     model.fit_to(z_i, z_t[texts.firsts])
@@ -262,7 +263,7 @@ def _worker(job: dict[str, Any]) -> None:
 
 
 def _fit(job: dict[str, Any]) -> int:
-    """What every worker does: train as the job says; the first one writes the model. Returns the images seen."""
+    """What every worker does: train as the job says and write the model. Returns the images seen."""
     torch.set_num_threads(job["threads"])
     fits: dict[str, tuple[Fit, type[LoopConfig]]] = {
         "fit_clip": (fit_clip, ClipConfig),
@@ -273,20 +274,23 @@ def _fit(job: dict[str, Any]) -> int:
     fit, section = fits[job["fit"]]
     config, work = section.model_validate_json(job["section"]), Path(job["work"])
     model, averaged = fit(config, {name: Path(path) for name, path in job["paths"].items()}, work, "cuda" if job["use_gpu"] else "cpu")
-    if world()[0] == 0:
-        write_model(job["fit"].removeprefix("fit_"), model, averaged, config, work)
+    write_model(job["fit"].removeprefix("fit_"), model, averaged, config, work)
     return config.images
 
 
 def write_model(name: str, model: nn.Module, averaged: dict[str, Tensor], config: LoopConfig, work: Path) -> None:
-    """Write `config.json` and the weights, averaged and raw, each renamed into place."""
+    """Write `config.json` and the weights, averaged and raw, each renamed into place. Called by every worker; the first one writes."""
+    is_first = world()[0] == 0
+    raw = sharding.whole(model.state_dict(), is_first)
+    if not is_first:
+        return
     facts: dict[str, Any] = {name: config.model_dump(mode="json"), "parameters": sum(p.numel() for p in model.parameters())}
     if (work / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(work / "tokenizer.json")
         null = getattr(model, "null_z", getattr(model, "null_text", None))
         embed_dim = len(null) if null is not None else facts[name]["embed_dim"]
         facts |= {"vocab_size": tokenizer.vocab_size, "context": tokenizer.context, "embed_dim": embed_dim}
-    for file, state in (("weights.safetensors", averaged), ("raw.safetensors", model.state_dict())):
+    for file, state in (("weights.safetensors", averaged), ("raw.safetensors", raw)):
         aside = work / f"{file}.{os.getpid()}.tmp"
         save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, aside)
         aside.replace(work / file)

@@ -1,8 +1,8 @@
 """The training loop that every model shares: plain torch, no Ray, no files but its own state and metrics.
 
 A step's samples, noise and dropouts are functions of seed and samples seen alone, never of the number of workers, so a run that was
-killed resumes exactly where its last state stands. Writes `state.pt` (renamed into place) and `metrics.jsonl` into the work folder.
-Progress counts images seen. Legend: B global batch, b this worker's part of it.
+killed resumes exactly where its last state stands. Writes `state.pt` (whole, renamed into place) and `metrics.jsonl` into the work
+folder. Progress counts images seen. Legend: B global batch, b this worker's part of it.
 """
 
 import contextlib
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from infra.errors import DataError
 from infra.settings import Section
+from training import sharding
 from training.muon import Muon
-from training.parallel import agree, average, average_gradients, world
+from training.parallel import agree, average, average_gradients, own, world
 
 OnBroken = Literal["stop", "skip"]
 """What a stage does about shards that lie (training.soundness); here, because a trained model must load without pyarrow."""
@@ -58,12 +59,14 @@ class LoopConfig(Section):
     """Of the weights, the order of samples and all noise."""
     state_every_s: float = Field(default=20, gt=0)
     """How often the state is written from which a killed run resumes, in seconds."""
-
+    shard: bool = False
+    """Give each worker a part of weights, gradients and optimiser state instead of all (FSDP), for a model that one device cannot hold:
+    16 bytes a parameter are divided among the workers, for three gatherings of the weights a step. Same losses; one worker ignores it."""
     retrain: Literal["when_data_changes", "never"] = "when_data_changes"
     """`never`: the newest model of these very settings stays although its data has changed, as long as what it builds on (CLIP) is the
     same; a nightly run then embeds and indexes what is new and trains nothing."""
 
-    outside_key: ClassVar[frozenset[str]] = frozenset({"state_every_s", "retrain"})
+    outside_key: ClassVar[frozenset[str]] = frozenset({"state_every_s", "shard", "retrain"})
 
 
 @dataclass(frozen=True)
@@ -139,11 +142,12 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
     if config.optimizer == "muon":
         weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
         layers = [weight for weight in weights if weight.requires_grad]
-    own = {id(p) for p in layers}
-    trained = [p for p in trained if id(p) not in own]
+    muons, kept = {id(p) for p in layers}, {id(p) for p in sharding.kept_whole(model)}
+    trained = [p for p in trained if id(p) not in muons]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim < 2 and id(p) not in kept], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in kept], "weight_decay": 0.0},  # a fused step takes parts or wholes, not both
     ]
     made: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta_2), eps=config.adam_eps, fused=True)
@@ -162,16 +166,19 @@ def run(
 ) -> dict[str, Tensor]:
     """Train the model in place and return its averaged (EMA) weights; resumes from `work/state.pt` where that exists.
 
-    `loss_of(step)` returns the mean loss over this worker's b samples. Called by every worker with equal arguments. Raises DataError
-    when the loss is no longer finite.
+    `loss_of(step)` returns the mean loss over this worker's b samples. Called by every worker with equal arguments. Where the model is
+    sharded it stays so, and the averaged weights are the first worker's alone. Raises DataError when the loss is no longer finite.
     """
     rank, workers = world()
     if config.batch_size % workers:
         raise DataError(f"batch_size {config.batch_size} cannot be shared by {workers} workers: choose a multiple")
     device_type = next(model.parameters()).device.type
+    is_sharded = config.shard and workers > 1
+    if is_sharded:
+        loss_of = sharding.shard(model, loss_of, config.precision == "bf16")
     optimizers = make_optimizers(model, config)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    seen, spent_s = _resume(work, model, optimizers, ema)
+    seen, spent_s = _resume(work, model, optimizers, ema, is_sharded)
     if not agree(seen):
         raise DataError(f"the workers found different states in {work}: it must be one folder that all of them see")
     steps = math.ceil(config.images / config.batch_size)
@@ -186,7 +193,10 @@ def run(
                 loss = loss_of(step)
             loss.backward()
             average_gradients(model)
-            nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+            if is_sharded:
+                sharding.clip_gradients(model, config.gradient_clip)
+            else:
+                nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -204,39 +214,47 @@ def run(
                     metrics.write(json.dumps(row) + "\n")
                     metrics.flush()
                     logged_s = now
-            if rank == 0 and (last or now - saved_s >= config.state_every_s) and math.isfinite(float(loss.detach())):
-                _save(work, model, optimizers, ema, seen, spent_s + now - started_s)
+            is_due = rank == 0 and (last or now - saved_s >= config.state_every_s) and math.isfinite(float(loss.detach()))
+            if is_sharded:  # all must take part; asked as rarely as the loss is read, since it makes the workers wait
+                is_due = (last or number % 10 == 0) and sharding.first_says(is_due, device_type)
+            if is_due:
+                _save(work, model, optimizers, ema, seen, spent_s + now - started_s, rank)
                 saved_s = time.monotonic()
-    return ema
+    return sharding.whole(ema, rank == 0) if is_sharded else ema
 
 
 @torch.no_grad()
 def _average_weights(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
     state = model.state_dict()
     names = [name for name in ema if ema[name].is_floating_point()]
-    torch._foreach_lerp_([ema[name] for name in names], [state[name] for name in names], 1 - decay)
+    torch._foreach_lerp_([own(ema[name]) for name in names], [own(state[name]) for name in names], 1 - decay)
 
 
-def _save(work: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: dict[str, Tensor], seen: int, seconds: float) -> None:
-    """Write the state aside and rename it: a kill leaves the old one or the new one."""
-    aside = work / f"state.{os.getpid()}.tmp"
-    own = [optimizer.state_dict() for optimizer in optimizers]
-    state = {"model": model.state_dict(), "optimizers": own, "ema": ema, "images_seen": seen, "seconds": seconds}
-    torch.save(state, aside)
-    aside.replace(work / "state.pt")
+def _save(
+    work: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: dict[str, Tensor], seen: int, seconds: float, rank: int
+) -> None:
+    """Write the state aside and rename it: a kill leaves the old one or the new one. The first worker writes, whoever helps to gather."""
+    moments = [optimizer.state_dict() for optimizer in optimizers]
+    state = {"model": model.state_dict(), "optimizers": moments, "ema": ema, "images_seen": seen, "seconds": seconds}
+    state = sharding.whole(state, rank == 0)
+    if rank == 0:
+        aside = work / f"state.{os.getpid()}.tmp"
+        torch.save(state, aside)
+        aside.replace(work / "state.pt")
 
 
-def _resume(work: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: dict[str, Tensor]) -> tuple[int, float]:
+def _resume(
+    work: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: dict[str, Tensor], is_sharded: bool
+) -> tuple[int, float]:
     """Load the last state into place, if there is one; return the images seen and the seconds spent by then."""
     path = work / "state.pt"
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(own)
-    for name, value in state["ema"].items():
-        ema[name].copy_(value)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_sharded)
+    sharding.put(model.state_dict(), state["model"])
+    for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(sharding.cut(optimizer, moments))
+    sharding.put(ema, state["ema"])
     return state["images_seen"], state["seconds"]
 
 

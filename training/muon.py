@@ -7,6 +7,8 @@ third of the images that AdamW needs. Gains, biases, embeddings and maps are lef
 import torch
 from torch import Tensor
 
+from training.sharding import gathered, part
+
 STEPS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """Of the odd quintic whose repetition pulls all singular values towards 1 (Jordan et al. 2024); they end between 0.7 and 1.2."""
@@ -18,7 +20,8 @@ serve both (Liu et al. 2025, arXiv 2502.16982)."""
 class Muon(torch.optim.Optimizer):
     """Steps of orthogonalised Nesterov momentum with decoupled weight decay; a kernel (out, in, k, k) counts as a matrix (out, in k k).
 
-    Takes weights of linear layers and convolutions; state and arithmetic are float32.
+    Takes weights of linear layers and convolutions; state and arithmetic are float32. Of sharded ones the momentum stays in parts, and
+    each worker makes the whole step's matrix, of which it takes its own.
     """
 
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
@@ -35,10 +38,10 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(weight.grad)
                 momentum = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                direction = weight.grad.lerp(momentum, group["momentum"]).flatten(1)
+                direction = gathered(weight.grad.lerp(momentum, group["momentum"])).flatten(1)
                 size = ADAMS_RMS * max(direction.shape) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(orthogonal(direction).view_as(weight), alpha=-group["lr"] * size)
+                weight.add_(part(orthogonal(direction).view(weight.shape), weight), alpha=-group["lr"] * size)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

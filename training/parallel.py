@@ -1,5 +1,6 @@
 """What the workers of one job say to each other: gradients averaged, features gathered. With one worker all of it is free.
 
+A tensor may be sharded (training/sharding.py): then each worker has a part of it.
 Plain torch.distributed: Ray Train, torchrun or a test may have set up the process group.
 """
 
@@ -13,6 +14,16 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def own(x: Tensor) -> Tensor:
+    """Return this worker's part of a sharded tensor, in place: what is written there is the tensor's. Others are their own part."""
+    return x.to_local() if is_part(x) else x  # type: ignore[attr-defined, no-any-return]
+
+
+def is_part(x: Tensor) -> bool:
+    """Say whether other workers hold the rest of this tensor."""
+    return hasattr(x, "to_local")  # a DTensor, whose module costs everybody who imports it a second and a half
 
 
 class _Gather(torch.autograd.Function):
@@ -38,11 +49,13 @@ def gather(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
-    """Replace every gradient by its mean over the workers, in one flat message."""
+    """Replace every gradient that this worker holds whole by its mean over the workers, in one flat message."""
     count = world()[1]
     if count == 1:
         return
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [p.grad for p in model.parameters() if p.grad is not None and not is_part(p.grad)]
+    if not grads:
+        return
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     flat /= count

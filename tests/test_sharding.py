@@ -1,0 +1,135 @@
+"""Sharded training is the training with whole copies: by two workers the same losses and weights, the same state, half the memory."""
+
+import itertools
+import json
+import multiprocessing
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tests.kept import TINY, write_embedded, write_kept, write_tokenizer
+from tests.meeting import meeting
+from training import jobs, soundness
+from training.clip import ClipConfig
+from training.decoder import DecoderConfig
+from training.loop import LoopConfig, Step
+from training.parallel import own
+from training.pictures import read_table
+from training.prior import PriorConfig
+from training.upsampler import UpsamplerConfig
+
+STEPS, BATCH, STOPPED_AT = 14, 4, 12
+FOLDERS = ("ingest", "curate", "clip", "embed")
+DECODER: dict[str, Any] = {
+    "image_size_px": 16, "width": 16, "multiples": (1, 2), "attention_px": (4,), "text_width": 32, "T": 50, "sampling_steps": 4,
+    "dropout": 0.1, "learned_variance": True, "learning_rate": 3e-3,
+}  # fmt: skip
+TRAINED: dict[str, LoopConfig] = {
+    "clip": TINY.model_copy(update={"precision": "float32"}),
+    "clip, vit in bf16": ClipConfig(
+        image_tower="vit", image_size_px=16, patch_px=8, width=32, depth=2, text_width=32, text_depth=2, embed_dim=16, loss="sigmoid"
+    ),
+    "clip, in chunks": TINY.model_copy(update={"precision": "float32", "chunk": 1}),
+    "prior": PriorConfig(width=32, depth=2, T=50, sampling_steps=4),
+    "prior, autoregressive": PriorConfig(kind="autoregressive", width=32, depth=2, pca_dims=4, buckets=16, precision="float32"),
+    "decoder, by muon": DecoderConfig(**DECODER, optimizer="muon", precision="float32"),
+    "decoder, in bf16": DecoderConfig(**DECODER),
+    "upsampler": UpsamplerConfig(image_size_px=16, crop_fraction=1, width=16, depth=1, T=50, sampling_steps=4, precision="float32"),
+}
+RESUMED = "decoder, by muon"
+
+
+class StoppedError(Exception):
+    """Stands for a kill."""
+
+
+def train(name: str, root: Path, work: Path, is_sharded: bool, stop_at: int | None = None) -> nn.Module:
+    """Train as this worker and write the model as a job does."""
+    kind = name.partition(",")[0]
+    config = TRAINED[name].model_copy(update={"images": STEPS * BATCH, "batch_size": BATCH, "state_every_s": 5.0, "shard": is_sharded})
+    samples = Step.samples
+
+    def seen(step: Step, count: int) -> Tensor:
+        if step.number == stop_at:
+            raise StoppedError
+        return samples(step, count)
+
+    Step.samples = seen  # type: ignore[method-assign]
+    try:
+        model, averaged = getattr(jobs, f"fit_{kind}")(config, {each: root / each for each in FOLDERS}, work, "cpu")
+    finally:
+        Step.samples = samples  # type: ignore[method-assign]
+    jobs.write_model(kind, model, averaged, config, work)
+    return model  # type: ignore[no-any-return]
+
+
+def prepare(root: Path, work: Path) -> None:
+    """Write what a job's driver leaves in a new work folder."""
+    work.mkdir()
+    write_tokenizer(root, work)
+    soundness.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
+
+
+def trainings(rank: int, workers: int, root: Path, runs: Path) -> None:
+    """Be one of two workers in every training of this file, one after the other."""
+    torch.set_num_threads(1)
+    clock = itertools.count()
+    time.monotonic = lambda: float(next(clock))  # so that rows and states are written every few steps
+    with meeting(rank, workers, runs / "meet"):
+        held = {}
+        for name, is_sharded in itertools.product(TRAINED, (False, True)):
+            model = train(name, root, runs / f"{name} {is_sharded}", is_sharded)
+            held[f"{name} {is_sharded}"] = sum(own(p).numel() for p in model.parameters())
+        with pytest.raises(StoppedError):
+            train(RESUMED, root, runs / "cut", True, STOPPED_AT)
+        for after, is_sharded in (("sharded", True), ("unsharded", False)):
+            if rank == 0:
+                shutil.copytree(runs / "cut", runs / after)
+            torch.distributed.barrier()
+            train(RESUMED, root, runs / after, is_sharded)
+        (runs / f"held-{rank}.json").write_text(json.dumps(held))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = write_kept(tmp_path_factory.mktemp("kept"))
+    write_embedded(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    for name in (*(f"{name} {is_sharded}" for name in TRAINED for is_sharded in (False, True)), "cut"):
+        prepare(root, runs / name)
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(trainings, (2, root, runs), 2, start_method="forkserver")
+    return runs
+
+
+def rows_of(work: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    return [(row["images_seen"], row["loss"]) for row in rows]
+
+
+def weights_of(work: Path) -> dict[str, Tensor]:
+    states = {kind: load_file(work / f"{kind}.safetensors") for kind in ("weights", "raw")}
+    return {f"{kind}.{key}": value for kind, state in states.items() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_two_workers_have_the_losses_and_weights_of_whole_copies(name: str, runs: Path) -> None:
+    copies, parts = runs / f"{name} False", runs / f"{name} True"
+    assert [seen for seen, _ in rows_of(copies)] == [seen for seen, _ in rows_of(parts)] == [4, 44, 56]
+    assert [loss for _, loss in rows_of(parts)] == pytest.approx([loss for _, loss in rows_of(copies)], rel=1e-5)
+    expected, found = weights_of(copies), weights_of(parts)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
