@@ -26,7 +26,7 @@ def capacity(config: "RunConfig", tflops: float | None, pairs: int | None) -> di
     for name, section in (("upsampler", config.upsampler), ("upsampler_2", config.upsampler_2)):
         if section:
             trained[name] = (section, costs.upsampler_cost(section), cluster.upsampler_workers)
-    found = {name: costs.need(cost, section, workers, False, rate) for name, (section, cost, workers) in trained.items()}
+    found = {name: costs.need(cost, section, workers, rate) for name, (section, cost, workers) in trained.items()}
     if pairs:
         side_px = config.data.image_size_px
         found["ingest"] = {"storage_bytes": int(pairs * side_px**2 * STORED_BYTES_PER_PIXEL)}
@@ -41,8 +41,9 @@ def described(need: dict[str, Any]) -> str:
         return f"storage {size(need['storage_bytes'])}"
     parts = [
         f"{need['flops_per_image'] / 1e9:,.1f} GFLOP an image",
-        f"state {size(need['state_bytes_per_worker'])} and activations {size(need['activation_bytes_per_image'])} an image on each of "
-        f"{need['workers']} worker(s), {need['batch_per_worker']} images each",
+        f"state {size(need['state_bytes_per_worker'])}{', sharded,' if need['sharded'] else ''} and activations "
+        f"{size(need['activation_bytes_per_image'])} an image on each of {need['workers']} worker(s), {need['batch_per_worker']} images "
+        f"each: {size(need['memory_bytes_per_worker'])} together",
         f"checkpoint {size(need['checkpoint_bytes'])}",
     ]
     if "days" in need:

@@ -26,6 +26,8 @@ def test_the_papers_recipe_has_the_papers_sizes() -> None:
     assert plan["decoder"]["parameters"] == pytest.approx(3.5e9, rel=0.03)
     autoregressive = load_recipe("paper", ["prior.kind=autoregressive", "prior.width=1664"])
     assert capacity(autoregressive, None, None)["prior"]["parameters"] == pytest.approx(1e9, rel=0.15)
+    assert {name for name in counts | {"clip": 0} if plan[name]["sharded"]} == {"clip", "decoder"}
+    assert all(plan[name]["memory_bytes_per_worker"] < 80e9 for name in counts | {"clip": 0}), "one worker's GPU of 80 GB"
     assert plan["embed"]["storage_bytes"] == 650_000_000 * 2 * 1024 * 2
     assert plan["decoder"]["days"] == pytest.approx(
         load_recipe("paper").decoder.images * plan["decoder"]["flops_per_image"] / (256 * 300e12) / 86_400, rel=1e-3
@@ -75,12 +77,19 @@ def test_every_kind_of_model_is_counted() -> None:
 
 
 def test_sharding_divides_the_state_and_throughput_gives_days() -> None:
-    cost, config = Cost(10**9, 1e12, 10**6), PriorConfig(images=864_000, batch_size=64)
-    whole, sharded = (need(cost, config, 8, is_sharded, 1e12) for is_sharded in (False, True))
-    assert whole["state_bytes_per_worker"] == 20 * 10**9 == 8 * sharded["state_bytes_per_worker"]
+    cost = Cost(10**9, 1e12, 10**6, kept=10**6, held=5 * 10**6, largest=10**7)
+    config = PriorConfig(images=864_000, batch_size=64)
+    whole, sharded, alone = (
+        need(cost, config.model_copy(update={"shard": shard}), workers, 1e12) for shard, workers in ((False, 8), (True, 8), (True, 1))
+    )
+    assert whole["state_bytes_per_worker"] == alone["state_bytes_per_worker"] == 20 * 10**9
+    assert sharded["state_bytes_per_worker"] == 20 * 999 * 10**6 // 8 + 20 * 10**6 + 8 * 5 * 10**6 + 10 * 10**7
+    assert sharded["memory_bytes_per_worker"] == sharded["state_bytes_per_worker"] + 8 * 10**6
+    assert (whole["sharded"], sharded["sharded"], alone["sharded"]) == (False, True, False)
     assert whole["days"] == pytest.approx(864_000 / 8 / 86_400) and whole["images_per_s"] == 8 and whole["batch_per_worker"] == 8
-    assert "days" not in need(cost, config, 8, False, None)
-    assert "20.0 GB" in described(whole) and "1,000.0 GFLOP an image" in described(whole)
+    assert "days" not in need(cost, config, 8, None)
+    assert "20.0 GB and" in described(whole) and "2.7 GB, sharded, and" in described(sharded)
+    assert "1,000.0 GFLOP an image" in described(whole) and "images each: 20.0 GB together" in described(whole)
     assert [size(x) for x in (1500, 2.5e6, 3e9, 4e12)] == ["1.5 kB", "2.5 MB", "3.0 GB", "4.0 TB"]
 
 

@@ -133,3 +133,39 @@ def test_two_workers_have_the_losses_and_weights_of_whole_copies(name: str, runs
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_each_worker_holds_its_half(name: str, runs: Path) -> None:
+    held = [json.loads((runs / f"held-{rank}.json").read_text()) for rank in range(2)]
+    whole = held[0][f"{name} False"]
+    halves = [each[f"{name} True"] for each in held]
+    assert whole == json.loads((runs / f"{name} True" / "config.json").read_text())["parameters"]
+    assert whole <= sum(halves) < 1.05 * whole and max(halves) < 0.6 * whole
+
+
+def test_a_stopped_sharded_training_goes_on_with_parts_or_whole_copies(runs: Path) -> None:
+    assert torch.load(runs / "cut" / "state.pt")["images_seen"] == 11 * BATCH, "stopped before it could prove anything"
+    uninterrupted, sharded, unsharded = (weights_of(runs / work) for work in (f"{RESUMED} True", "sharded", "unsharded"))
+    assert all(value.equal(sharded[key]) for key, value in uninterrupted.items())
+    for key, value in uninterrupted.items():
+        torch.testing.assert_close(unsharded[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    assert rows_of(runs / "sharded") == rows_of(runs / f"{RESUMED} True")
+
+
+def test_states_on_disk_are_the_same_whether_sharded_or_not(runs: Path) -> None:
+    copies, parts = (torch.load(runs / f"{RESUMED} {is_sharded}" / "state.pt") for is_sharded in (False, True))
+    for section in ("model", "ema"):
+        assert {name: value.shape for name, value in copies[section].items()} == {
+            name: value.shape for name, value in parts[section].items()
+        }
+    for one, other in zip(copies["optimizers"], parts["optimizers"], strict=True):
+        assert one["param_groups"] == other["param_groups"] and one["state"].keys() == other["state"].keys()
+        for place, facts in one["state"].items():
+            for key, value in facts.items():
+                torch.testing.assert_close(other["state"][place][key], value, rtol=1e-3, atol=1e-6)
+
+
+def test_towers_that_are_compiled_are_not_sharded() -> None:
+    with pytest.raises(ValueError, match="compile = true and shard = true: choose one"):
+        ClipConfig(compile=True, shard=True)

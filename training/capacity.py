@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from training import sharding
 from training.autoregressive import AutoregressivePrior
 from training.clip import CLIP, ClipConfig
 from training.decoder import Decoder, DecoderConfig
@@ -25,6 +26,10 @@ from training.upsampler import Upsampler, UpsamplerConfig
 
 STATE_BYTES = 4 * 5
 """Of one parameter: weight, gradient, both moments of Adam and the average, all float32."""
+HELD_BYTES = 4 * 2
+"""Of one parameter that a sharded step holds from its start to its end: weight and gradient, gathered."""
+PASSING_BYTES = {"bf16": 2 * 2 + 2 + 4, "float32": 2 * 4 + 4 + 4}
+"""Of one parameter of the largest block: gathered for this block and the next, its gradient, and that once more in float32 on its way."""
 BF16_BYTES = 2
 DAY_S = 86_400
 
@@ -36,6 +41,12 @@ class Cost:
     parameters: int
     flops: float
     activation_bytes: int
+    kept: int = 0
+    """Parameters that every worker of a sharded training keeps whole."""
+    held: int = 0
+    """Parameters that it gathers for a whole step."""
+    largest: int = 0
+    """Parameters of the largest block that it gathers when that works."""
 
 
 def clip_cost(config: ClipConfig, vocab_size: int, context: int) -> Cost:
@@ -112,23 +123,33 @@ def _count(model: nn.Module, forward: Callable[[], Tensor]) -> Cost:
             loss = forward()
         loss.backward()
     activations = BF16_BYTES * sum(x.numel() for x in noted.kept.values())
-    return Cost(sum(p.numel() for p in model.parameters()), float(counter.get_total_flops()), activations)
+    kept = sharding.kept_whole(model)
+    total, whole = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in kept)
+    blocks = [sum(p.numel() for p in set(unit.parameters()) - kept) for unit in sharding.units(model)]
+    return Cost(total, float(counter.get_total_flops()), activations, whole, total - whole - sum(blocks), max(blocks, default=0))
 
 
-def need(cost: Cost, config: LoopConfig, workers: int, is_sharded: bool, flops_per_s: float | None) -> dict[str, Any]:
+def need(cost: Cost, config: LoopConfig, workers: int, flops_per_s: float | None) -> dict[str, Any]:
     """Return what training takes on so many workers: memory of each, FLOPs of all, and days at `flops_per_s` reached by each worker.
 
-    `is_sharded`: weights, gradients and optimiser state are divided among the workers, otherwise each holds them whole.
+    Where the section shards, weights, gradients and optimiser state are divided among the workers, and what is gathered at a time is added;
+    otherwise each holds them whole.
     """
-    state = STATE_BYTES * cost.parameters // (workers if is_sharded else 1)
+    is_sharded, state = config.shard and workers > 1, STATE_BYTES * cost.parameters
+    if is_sharded:
+        divided = STATE_BYTES * (cost.parameters - cost.kept) // workers
+        state = divided + STATE_BYTES * cost.kept + HELD_BYTES * cost.held + PASSING_BYTES[config.precision] * cost.largest
+    batch = config.batch_size // workers
     found: dict[str, Any] = {
         "parameters": cost.parameters,
         "flops_per_image": cost.flops,
         "activation_bytes_per_image": cost.activation_bytes,
         "images": config.images,
-        "batch_per_worker": config.batch_size // workers,
+        "batch_per_worker": batch,
         "workers": workers,
+        "sharded": is_sharded,
         "state_bytes_per_worker": state,
+        "memory_bytes_per_worker": state + batch * cost.activation_bytes,
         "checkpoint_bytes": 2 * 4 * cost.parameters,
     }
     if flops_per_s:

@@ -76,7 +76,9 @@ class ClipConfig(LoopConfig):
     """What to do about pictures whose shard is missing, cut or altered: `stop` with one line, or `skip` them, counted in the manifest."""
 
     @model_validator(mode="after")
-    def _heads_share_the_width(self) -> Self:
+    def _fits_together(self) -> Self:
+        if self.compile and self.shard:
+            raise ValueError("compile = true and shard = true: choose one, the compiled towers would not gather their weights")
         for name, width, heads in (("", self.width, self.image_heads), ("text_", self.text_width, self.text_heads)):
             if heads and width % heads:
                 raise ValueError(f"{name}width = {width} but {name or 'image_'}heads = {heads}: the first must be a multiple of the second")
