@@ -7,6 +7,7 @@ third of the images that AdamW needs. Gains, biases, embeddings and maps are lef
 import torch
 from torch import Tensor
 
+from training.parallel import own
 from training.sharding import gathered, part
 
 STEPS = 5
@@ -37,11 +38,12 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[weight]
                 if not state:
                     state["momentum"] = torch.zeros_like(weight.grad)
-                momentum = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                direction = gathered(weight.grad.lerp(momentum, group["momentum"])).flatten(1)
+                momentum = own(state["momentum"]).lerp_(own(weight.grad), 1 - group["momentum"])
+                own(weight.grad).lerp_(momentum, group["momentum"])  # the gradient has done its work
+                direction = gathered(weight.grad).flatten(1)
                 size = ADAMS_RMS * max(direction.shape) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(part(orthogonal(direction).view(weight.shape), weight), alpha=-group["lr"] * size)
+                own(weight).mul_(1 - group["lr"] * group["weight_decay"])
+                own(weight).add_(own(part(orthogonal(direction).view(weight.shape), weight)), alpha=-group["lr"] * size)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
