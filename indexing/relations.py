@@ -157,7 +157,7 @@ def relations(
             equal_calls.append(searched.gains)
         pictures.append(_shown(prompts, plain, chosen, row, out))
     if equal_calls:
-        found_rows = [
+        found_rows: list[list[sections.Cell]] = [
             [row, *gains.values()] for row, gains in zip((each for each in rows if each in config.searched), equal_calls, strict=True)
         ]
         caption = (

@@ -45,8 +45,6 @@ TRAINED: dict[str, LoopConfig] = {
     "upsampler": UpsamplerConfig(image_size_px=16, crop_fraction=1, width=16, depth=1, T=50, sampling_steps=4, precision="float32"),
 }
 RESUMED = "decoder, by muon"
-APART = 1e-3
-"""Sums are made in another order, and AdamW turns the rounding errors of a gradient that is nothing else into whole steps."""
 
 
 class StoppedError(Exception):
@@ -129,21 +127,23 @@ def weights_of(work: Path) -> dict[str, Tensor]:
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Return how far all weights together are from the expected ones, as a share of these."""
+    """Return how far all weights together are from the expected ones, as a share of these.
+
+    Sums are made in another order, and AdamW turns the rounding errors of a gradient that is nothing else into whole steps: no single
+    weight can be held to much.
+    """
     assert found.keys() == expected.keys()
-    squares = [
-        (float((found[key] - value).double().square().sum()), float(value.double().square().sum())) for key, value in expected.items()
-    ]
-    print(math.sqrt(sum(far for far, _ in squares) / sum(whole for _, whole in squares)))
-    return math.sqrt(sum(far for far, _ in squares) / sum(whole for _, whole in squares))
+    far = sum(float((found[key] - value).double().square().sum()) for key, value in expected.items())
+    return math.sqrt(far / sum(float(value.double().square().sum()) for value in expected.values()))
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_two_workers_have_the_losses_and_weights_of_whole_copies(name: str, runs: Path) -> None:
     copies, parts = runs / f"{name} False", runs / f"{name} True"
     assert [seen for seen, _ in rows_of(copies)] == [seen for seen, _ in rows_of(parts)] == [4, 44, 56]
-    assert [loss for _, loss in rows_of(parts)] == pytest.approx([loss for _, loss in rows_of(copies)], rel=2e-3)
-    assert apart(weights_of(parts), weights_of(copies)) < APART
+    is_bf16 = TRAINED[name].precision == "bf16"
+    assert [loss for _, loss in rows_of(parts)] == pytest.approx([loss for _, loss in rows_of(copies)], rel=2e-3 if is_bf16 else 5e-4)
+    assert apart(weights_of(parts), weights_of(copies)) < (3e-3 if is_bf16 else 1e-4)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -159,7 +159,7 @@ def test_a_stopped_sharded_training_goes_on_with_parts_or_whole_copies(runs: Pat
     assert torch.load(runs / "cut" / "state.pt")["images_seen"] == 11 * BATCH, "stopped before it could prove anything"
     uninterrupted, sharded, unsharded = (weights_of(runs / work) for work in (f"{RESUMED} True", "sharded", "unsharded"))
     assert all(value.equal(sharded[key]) for key, value in uninterrupted.items())
-    assert apart(unsharded, uninterrupted) < APART
+    assert apart(unsharded, uninterrupted) < 5e-4
     assert rows_of(runs / "sharded") == rows_of(runs / f"{RESUMED} True")
 
 

@@ -51,7 +51,7 @@ def shard(model: nn.Module, loss_of: "Callable[[Step], Tensor]", is_bf16: bool) 
         fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=kept)
         if hasattr(unit, "at"):
             register_fsdp_forward_method(unit, "at")
-    return fully_shard(_WithLoss(model, loss_of), mesh=mesh, ignored_params=kept)
+    return fully_shard(_WithLoss(model, loss_of), mesh=mesh, ignored_params=kept)  # type: ignore[return-value]  # a module still
 
 
 def units(model: nn.Module) -> list[nn.Module]:
@@ -84,7 +84,7 @@ def is_layers_only(unit: nn.Module, kept: set[nn.Parameter]) -> bool:
 
 def gathered(x: Tensor) -> Tensor:
     """Return the whole of a tensor; of a sharded one, every worker must ask."""
-    return x.full_tensor() if is_part(x) else x  # type: ignore[attr-defined, no-any-return]
+    return x.full_tensor() if is_part(x) else x  # type: ignore[attr-defined]
 
 
 def part(x: Tensor, like: Tensor) -> Tensor:
