@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.stages import Counts, StageJob
+from flows.stage import Counts, StageJob
 from infra.progress import Progress
 
 if TYPE_CHECKING:

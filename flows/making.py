@@ -74,8 +74,9 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Say of every stage whether it is current, stale (and why) or missing."""
+    from flows.planning import plan, stages_of
     from flows.runs import plan_summary
-    from flows.stages import STAGES, plan, stages_of
+    from flows.stages import STAGES
     from infra import manifests
     from infra.errors import StorageError
 
@@ -112,9 +113,11 @@ def make(
     A dry run prints where they stand instead, and given a throughput what they need (flows/capacity.py).
     """
     from flows.compaction import compact
+    from flows.planning import plan, stages_of
     from flows.promotion import described, settle
     from flows.runs import plan_summary, summary, write_run
-    from flows.stages import STAGES, StageResult, plan, stages_of
+    from flows.stage import StageResult
+    from flows.stages import STAGES
     from infra import manifests
 
     chosen = run_name(recipe, name)

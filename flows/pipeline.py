@@ -19,9 +19,12 @@ from prefect.logging import get_run_logger
 from prefect.tasks import Task
 
 from flows.compaction import compact
+from flows.planning import stages_of
 from flows.promotion import described, settle
+from flows.running import run_stage
 from flows.runs import summary, write_run
-from flows.stages import STAGES, Stage, StageResult, inputs_of, run_stage, stages_of
+from flows.stage import Stage, StageResult, inputs_of
+from flows.stages import STAGES
 from flows.submission import submit_stage
 from infra import manifests
 from infra.cluster import Cluster

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.promotion import CURRENT
-from flows.stages import StagePlan, StageResult
+from flows.stage import StagePlan, StageResult
 from infra import manifests, storage
 from infra.errors import CallerError
 from infra.manifests import Committed

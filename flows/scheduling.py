@@ -129,8 +129,9 @@ def _plan(
     paused: bool,
 ) -> tuple[Any, Root]:
     from flows import schedule as schedules
+    from flows.planning import stages_of
     from flows.recipe import BUILT_IN, find_recipe
-    from flows.stages import STAGES, stages_of
+    from flows.stages import STAGES
 
     config, given = load_config(recipe, overrides, address)  # a recipe with a mistake is refused now, not at three in the morning
     opened = open_for(root, for_writing=True)

@@ -10,6 +10,8 @@ from typing import Any
 
 from flows import stages
 from flows.options import scratch_for
+from flows.running import run_stage
+from flows.stage import key_of
 from infra import manifests, storage
 from infra.cluster import Cluster
 from infra.errors import CallerError, DataError, UnclipError
@@ -40,11 +42,11 @@ def run(root: Root, stage_name: str, key: str, attempt: int) -> None:
                 f"{root.uri} has no {name}/{input_key} as seen from the cluster: ROOT must be a store that every node reaches"
             )
         inputs[name] = found
-    here = stages.key_of(stage, config, {name: each.key for name, each in inputs.items()})
+    here = key_of(stage, config, {name: each.key for name, each in inputs.items()})
     if here != key:
         raise CallerError(f"{stage_name} has the key {here} on the cluster but {key} where it was submitted: its sources or code differ")
     with Cluster(config.cluster) as cluster:
-        stages.run_stage(stage, root, config, inputs, cluster, say, guard=lambda: check_claim(root, stage_name, key, attempt))
+        run_stage(stage, root, config, inputs, cluster, say, guard=lambda: check_claim(root, stage_name, key, attempt))
 
 
 def check_claim(root: Root, stage: str, key: str, attempt: int) -> dict[str, Any]:

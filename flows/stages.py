@@ -1,89 +1,21 @@
-"""The stages in dependency order, what each reads and which sections configure it, and how one is planned and run.
+"""The stages in dependency order: what each reads, which sections configure it, and the adapter that runs it.
 
-An adapter `run_<stage>` hands a room's function plain paths and sections and returns its counts; it holds no computation. The truth
-about what exists is in the manifests alone. Knows nothing of Prefect: the flow and the tests call `plan` and `run_stage`.
+An adapter `run_<stage>` hands a room's function plain paths and sections and returns its counts; it holds no computation.
 """
 
-import shutil
-import time
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from infra import manifests, storage
-from infra.cluster import Cluster
-from infra.errors import CallerError
-from infra.locks import writer_lock
+from flows.stage import Counts, Stage, StageJob
+from infra import manifests
 from infra.manifests import Committed
-from infra.removals import Removals, read_removals
-from infra.storage import Root
 
 if TYPE_CHECKING:  # the sections live beside torch and faiss, which planning with a given config does not need
     from flows.config import RunConfig
 
-Counts = dict[str, Any]
-State = Literal["current", "stale", "missing"]
-
-
 INGEST_VERSION = EMBED_VERSION = 1
 INDEX_VERSION = 3
-
-
-@dataclass(frozen=True)
-class StageJob:
-    """What an adapter gets; everything written to `out` is committed by the caller once the adapter returns."""
-
-    stage: str
-    key: str
-    config: "RunConfig"
-    inputs: Mapping[str, Committed]
-    out: Path
-    """An empty local folder."""
-    work: Path
-    """A local folder that persists across killed attempts of the same key: state for resuming lives here."""
-    cluster: Cluster
-    removals: Removals
-    """What was taken down and must not come back."""
-    previous: Committed | None = None
-    """What the stage committed last, under another key: whatever it has of the same inputs may be taken over."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the pipeline. Raise `version` when its code makes other results from the same input and config."""
-
-    name: str
-    needs: tuple[str, ...]
-    sections: tuple[str, ...]
-    version: int
-    run: Callable[[StageJob], Counts]
-    wants: tuple[str, ...] = ()
-    """Stages whose folder it takes as well where the recipe has them."""
-    parameters: Callable[[Any], int | None] | None = None
-    """Counts the parameters of the model that the stage would train under a config, where it trains one; None: not known before it runs."""
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """Where one stage stands in a ROOT under a config; `why` says what makes it stale."""
-
-    stage: Stage
-    key: str
-    state: State
-    why: str
-    committed: Committed | None
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What running one stage came to."""
-
-    stage: str
-    key: str
-    state: Literal["ran", "current"]
-    seconds: float
-    committed: Committed
 
 
 def run_ingest(job: StageJob) -> Counts:
@@ -185,7 +117,7 @@ def run_upsampler(job: StageJob) -> Counts:
 
 
 def run_evaluate(job: StageJob) -> Counts:
-    from flows import evaluation  # which imports this module
+    from flows import evaluation
 
     return evaluation.run(job)
 
@@ -245,203 +177,6 @@ STAGES = (
 )
 
 
-def stages_of(config: Any, targets: Sequence[str], stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Return the stages that a config has: all, or the targets and what they need. A stage whose section is missing is none.
-
-    Raises CallerError for a target that is none.
-    """
-    missing = {stage.name for stage in stages if any(getattr(config, name) is None for name in stage.sections)}
-    for name in targets:
-        if name in missing:
-            raise CallerError(f"the recipe has no section [{name}], which says how to train it: add one")
-    present = tuple(stage for stage in stages if stage.name not in missing)
-    return with_needs(targets, present) if targets else present
-
-
-def with_needs(names: Sequence[str], stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Return the named stages and all that they need, in the table's order."""
-    by_name = {stage.name: stage for stage in stages}
-    wanted: set[str] = set()
-    left = list(names)
-    while left:
-        name = left.pop()
-        if name not in by_name:
-            raise CallerError(f"there is no stage {name}: choose from {', '.join(by_name)}")
-        if name not in wanted:
-            wanted.add(name)
-            left += inputs_of(by_name[name], by_name)
-    return tuple(stage for stage in stages if stage.name in wanted)
-
-
-def inputs_of(stage: Stage, there: Container[str]) -> list[str]:
-    """Return the stages whose folders a stage takes: what it needs, and what it wants where it is there."""
-    return [*stage.needs, *(name for name in stage.wants if name in there)]
-
-
-def sections_of(stage: Stage, config: Any) -> dict[str, Any]:
-    """Return the config that the stage's key depends on, by section; a section that the recipe leaves out is None."""
-    chosen = ((name, getattr(config, name)) for name in stage.sections)
-    return {name: section.keyed() if section is not None else None for name, section in chosen}
-
-
-def key_of(stage: Stage, config: Any, input_keys: Mapping[str, str]) -> str:
-    """Return the content key of what the stage makes from inputs of these keys under this config."""
-    return manifests.content_key(stage.name, stage.version, sections_of(stage, config), input_keys)
-
-
-def plan(root: Root, config: Any, stages: Sequence[Stage]) -> list[StagePlan]:
-    """Say of each stage whether it is current, stale (and why) or missing; reads manifests and file sizes, runs nothing."""
-    plans: dict[str, StagePlan] = {}
-    for stage in stages:
-        plans[stage.name] = _plan_one(root, config, stage, [plans[name] for name in inputs_of(stage, plans)])
-    return list(plans.values())
-
-
-def kept(root: Root, config: Any, stage: Stage, trained: Mapping[str, str]) -> Committed | None:
-    """Return the model that the recipe keeps although its data may have changed (`retrain = "never"`), or None.
-
-    It is the newest of the same code and settings, made with the same models; `trained` holds the digests of those that it builds on.
-    """
-    section = getattr(config, stage.name, None) if stage.parameters else None
-    if getattr(section, "retrain", "") != "never":
-        return None
-    found = [manifests.find(root, stage.name, key) for key in storage.list_names(root, stage.name)]
-    sections = sections_of(stage, config)
-    fitting = [
-        each
-        for each in found
-        if each
-        and (each.manifest["stage_version"], each.manifest["sections"]) == (stage.version, sections)
-        and {name: each.manifest["input_digests"].get(name) for name in trained} == trained
-        and not manifests.damage(each)
-    ]
-    return max(fitting, key=lambda each: str(each.manifest["finished"]), default=None)
-
-
-def _plan_one(root: Root, config: Any, stage: Stage, before: Sequence[StagePlan]) -> StagePlan:
-    inputs = {each.stage.name: each.key for each in before}
-    models = {each.stage.name: each.committed for each in before if each.stage.parameters}
-    if all(models.values()):
-        stays = kept(root, config, stage, {name: each.digest for name, each in models.items() if each})
-        if stays:
-            changed = [name for name, key in inputs.items() if stays.manifest["inputs"].get(name) != key]
-            why = f'kept, [{stage.name}] retrain = "never", although {", ".join(changed)} changed' if changed else ""
-            return StagePlan(stage, stays.key, "current", why, stays)
-    key = key_of(stage, config, inputs)
-    committed = manifests.find(root, stage.name, key)
-    if committed:
-        again = [each.stage.name for each in before if each.state != "current"]
-        why = f"{again[0]} will be made again" if again else fault(committed, [each.committed for each in before if each.committed])
-        return StagePlan(stage, key, "stale" if why else "current", why, committed)
-    last = manifests.newest(root, stage.name)
-    if last is None:
-        return StagePlan(stage, key, "missing", "", None)
-    return StagePlan(stage, key, "stale", _changes(last.manifest, stage, sections_of(stage, config), inputs), None)
-
-
-def fault(committed: Committed, inputs: Sequence[Committed]) -> str:
-    """Return why a committed folder of the right key must still be made again, or "".
-
-    It must when a file is gone or cut, or when an input was made again under its old key and came out otherwise (a training run that was
-    deleted and repeated): a folder made from the old one must not stand beside the new one.
-    """
-    for each in inputs:
-        if committed.manifest["input_digests"][each.stage] != each.digest:
-            return f"{each.stage} was made again with another result"
-    return manifests.damage(committed)
-
-
-def _changes(manifest: Mapping[str, Any], stage: Stage, sections: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Name what differs from the newest manifest of the stage."""
-    changes = []
-    if manifest["stage_version"] != stage.version:
-        changes.append(f"code version {manifest['stage_version']} -> {stage.version}")
-    for name, section in sections.items():
-        old, new = manifest["sections"].get(name) or {}, section or {}
-        changes += [
-            f"[{name}] {field}: {_short(old.get(field))} -> {_short(new.get(field))}"
-            for field in sorted({*old, *new})
-            if old.get(field) != new.get(field)
-        ]
-    changes += [f"{name} changed" for name, key in inputs.items() if manifest["inputs"].get(name) != key]
-    return ", ".join(changes) or "its inputs changed"
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def run_stage(
-    stage: Stage,
-    root: Root,
-    config: Any,
-    inputs: Mapping[str, Committed],
-    cluster: Cluster,
-    say: Callable[[str], None],
-    guard: Callable[[], object] = lambda: None,
-) -> StageResult:
-    """Run one stage on its inputs and commit what it made, unless that is current already.
-
-    `inputs` holds what `inputs_of` names. Waits (and says so) where another run is making the same folder. Raises StorageError for a
-    full disk or a refused write, and whatever the adapter raises, or `guard` just before the commit; what was committed before stays,
-    and the stage's `work` folder stays for the next attempt.
-    """
-    started, clock = manifests.now(), time.monotonic()
-    given = {name: inputs[name] for name in inputs_of(stage, inputs)}
-    stays = kept(root, config, stage, trained_of(given))
-    if stays:
-        return StageResult(stage.name, stays.key, "current", time.monotonic() - clock, stays)
-    key = key_of(stage, config, {name: committed.key for name, committed in given.items()})
-    lock = root.scratch / "locks" / f"{stage.name}-{key}.lock"
-    with storage.one_line_errors(root.scratch), writer_lock(lock, f"{stage.name} {key}", say):
-        existing = manifests.find(root, stage.name, key)
-        if existing and not fault(existing, list(given.values())):
-            return StageResult(stage.name, key, "current", time.monotonic() - clock, existing)
-        out, work = _folders(root, stage, key)
-        try:
-            with storage.one_line_errors(out):
-                given_too = (read_removals(root), _previous(root, stage, key))
-                counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster, *given_too))
-        except BaseException:
-            shutil.rmtree(out, ignore_errors=True)  # what may have filled the disk
-            raise
-        assert counts.keys() >= {"in", "out", "dropped"}, f"{stage.name} must count what came in, went out and was dropped"
-        facts = {
-            "stage_version": stage.version,
-            "config": config.model_dump(mode="json"),
-            "sections": sections_of(stage, config),
-            "inputs": {name: committed.key for name, committed in given.items()},
-            "input_digests": {name: committed.digest for name, committed in given.items()},
-            "counts": counts,
-            "started": started,
-        }
-        try:
-            guard()
-        except BaseException:
-            shutil.rmtree(out, ignore_errors=True)
-            raise
-        made = manifests.commit(root, stage.name, key, out, facts, existing.manifest["attempt"] if existing else None)
-        shutil.rmtree(work, ignore_errors=True)
-        return StageResult(stage.name, key, "ran", time.monotonic() - clock, made)
-
-
 def trained_of(inputs: Mapping[str, Committed]) -> dict[str, str]:
     """Return the digests of those inputs that are models."""
     return {stage.name: inputs[stage.name].digest for stage in STAGES if stage.parameters and stage.name in inputs}
-
-
-def _previous(root: Root, stage: Stage, key: str) -> Committed | None:
-    last = manifests.newest(root, stage.name)
-    return last if last and last.key != key and not manifests.damage(last) else None
-
-
-def _folders(root: Root, stage: Stage, key: str) -> tuple[Path, Path]:
-    """Return an empty `out` and the kept `work` folder; whatever a killed attempt left aside goes first. Called under the lock."""
-    aside, work = root.scratch / "aside", root.scratch / stage.name / key
-    for left in aside.glob(f"{stage.name}-{key}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    out = aside / f"{stage.name}-{key}-{time.time_ns():x}"
-    out.mkdir(parents=True)
-    work.mkdir(parents=True, exist_ok=True)
-    return out, work

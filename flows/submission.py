@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.stages import Stage, StageResult, fault, inputs_of, kept, key_of, trained_of
+from flows.planning import fault, kept
+from flows.stage import Stage, StageResult, inputs_of, key_of
+from flows.stages import trained_of
 from infra import manifests, storage
 from infra.cluster import StageResources
 from infra.manifests import Committed

@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import Field
 
-from flows.stages import Counts, Stage, StageJob, run_stage
+from flows.running import run_stage
+from flows.stage import Counts, Stage, StageJob
 from infra.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError
 from infra.settings import Section

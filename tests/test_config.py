@@ -7,7 +7,8 @@ import pytest
 
 from flows.config import RunConfig, load_recipe
 from flows.recipe import BUILT_IN
-from flows.stages import STAGES, UPSAMPLERS, sections_of
+from flows.stage import sections_of
+from flows.stages import STAGES, UPSAMPLERS
 from infra.errors import CallerError
 from infra.settings import Section
 

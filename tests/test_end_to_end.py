@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from flows.config import load_recipe
-from flows.stages import STAGES, stages_of
+from flows.planning import stages_of
+from flows.stages import STAGES
 from infra import storage
 from tests.test_stages import assert_whole
 from tests.tiny import RECIPE, prepare, ran

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from flows.config import load_recipe
-from flows.stages import STAGES, plan, stages_of
+from flows.planning import plan, stages_of
+from flows.stages import STAGES
 from infra import storage
 from tests.test_stages import assert_whole
 from tests.tiny import LIMIT_S, prepare, ran, start

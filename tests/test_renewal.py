@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows import ingest, renewal
+from flows.running import run_stage
 from flows.sources import DataConfig
-from flows.stages import INGEST_VERSION, Stage, run_ingest, run_stage
+from flows.stage import Stage
+from flows.stages import INGEST_VERSION, run_ingest
 from infra import storage
 from infra.cluster import Cluster, ClusterConfig
 from infra.manifests import Committed

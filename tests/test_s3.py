@@ -13,7 +13,7 @@ import pytest
 from flows import living
 from flows.cli import main
 from flows.options import open_for, scratch_for
-from flows.stages import fault
+from flows.planning import fault
 from infra import manifests, patience, storage
 from infra.errors import StorageError
 from tests.pictured import direction, usual_rows, write_run

@@ -10,7 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.config import RunConfig, load_recipe
-from flows.stages import STAGES, StageJob, StageResult, kept, plan, run_stage, with_needs
+from flows.planning import kept, plan, with_needs
+from flows.running import run_stage
+from flows.stage import StageJob, StageResult
+from flows.stages import STAGES
 from indexing.index import Index
 from infra import storage
 from infra.cluster import Cluster

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from flows.stages import Stage, StageJob, inputs_of, key_of, plan, run_stage, with_needs
+from flows.planning import plan, with_needs
+from flows.running import run_stage
+from flows.stage import Stage, StageJob, inputs_of, key_of
 from infra import manifests, storage
 from infra.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageError

@@ -15,7 +15,7 @@ from flows import adding, curate, ingest, living
 from flows.cli import main
 from flows.compaction import compact
 from flows.curate import CurateConfig
-from flows.stages import fault
+from flows.planning import fault
 from flows.taking_down import blank, by_values, find, take_down, verify
 from infra import manifests, storage
 from infra.errors import CallerError, DataError

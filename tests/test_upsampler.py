@@ -13,8 +13,10 @@ from torch import Tensor
 from flows import upsampler_section
 from flows.cli import main
 from flows.config import RunConfig, find_disagreement, load_recipe
+from flows.planning import stages_of
 from flows.runs import committed_of, find_run, write_run
-from flows.stages import STAGES, inputs_of, stages_of
+from flows.stage import inputs_of
+from flows.stages import STAGES
 from infra import manifests
 from infra.errors import CallerError
 from tests.small_systems import write_root

@@ -1,0 +1,87 @@
+"""Runs one stage under its lock and commits what it made. Knows nothing of Prefect: the flow and the tests call `run_stage`."""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.planning import fault, kept
+from flows.stage import Stage, StageJob, StageResult, inputs_of, key_of, sections_of
+from flows.stages import trained_of
+from infra import manifests, storage
+from infra.cluster import Cluster
+from infra.locks import writer_lock
+from infra.manifests import Committed
+from infra.removals import read_removals
+from infra.storage import Root
+
+
+def run_stage(
+    stage: Stage,
+    root: Root,
+    config: Any,
+    inputs: Mapping[str, Committed],
+    cluster: Cluster,
+    say: Callable[[str], None],
+    guard: Callable[[], object] = lambda: None,
+) -> StageResult:
+    """Run one stage on its inputs and commit what it made, unless that is current already.
+
+    `inputs` holds what `inputs_of` names. Waits (and says so) where another run is making the same folder. Raises StorageError for a
+    full disk or a refused write, and whatever the adapter raises, or `guard` just before the commit; what was committed before stays,
+    and the stage's `work` folder stays for the next attempt.
+    """
+    started, clock = manifests.now(), time.monotonic()
+    given = {name: inputs[name] for name in inputs_of(stage, inputs)}
+    stays = kept(root, config, stage, trained_of(given))
+    if stays:
+        return StageResult(stage.name, stays.key, "current", time.monotonic() - clock, stays)
+    key = key_of(stage, config, {name: committed.key for name, committed in given.items()})
+    lock = root.scratch / "locks" / f"{stage.name}-{key}.lock"
+    with storage.one_line_errors(root.scratch), writer_lock(lock, f"{stage.name} {key}", say):
+        existing = manifests.find(root, stage.name, key)
+        if existing and not fault(existing, list(given.values())):
+            return StageResult(stage.name, key, "current", time.monotonic() - clock, existing)
+        out, work = _folders(root, stage, key)
+        try:
+            with storage.one_line_errors(out):
+                given_too = (read_removals(root), _previous(root, stage, key))
+                counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster, *given_too))
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)  # what may have filled the disk
+            raise
+        assert counts.keys() >= {"in", "out", "dropped"}, f"{stage.name} must count what came in, went out and was dropped"
+        facts = {
+            "stage_version": stage.version,
+            "config": config.model_dump(mode="json"),
+            "sections": sections_of(stage, config),
+            "inputs": {name: committed.key for name, committed in given.items()},
+            "input_digests": {name: committed.digest for name, committed in given.items()},
+            "counts": counts,
+            "started": started,
+        }
+        try:
+            guard()
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
+        made = manifests.commit(root, stage.name, key, out, facts, existing.manifest["attempt"] if existing else None)
+        shutil.rmtree(work, ignore_errors=True)
+        return StageResult(stage.name, key, "ran", time.monotonic() - clock, made)
+
+
+def _previous(root: Root, stage: Stage, key: str) -> Committed | None:
+    last = manifests.newest(root, stage.name)
+    return last if last and last.key != key and not manifests.damage(last) else None
+
+
+def _folders(root: Root, stage: Stage, key: str) -> tuple[Path, Path]:
+    """Return an empty `out` and the kept `work` folder; whatever a killed attempt left aside goes first. Called under the lock."""
+    aside, work = root.scratch / "aside", root.scratch / stage.name / key
+    for left in aside.glob(f"{stage.name}-{key}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    out = aside / f"{stage.name}-{key}-{time.time_ns():x}"
+    out.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
+    return out, work
