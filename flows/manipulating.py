@@ -185,13 +185,13 @@ def reconstruct(
 
     opened = _open(root, run, images, steps, ("embed",))
     _, z_train = embeddings.read(opened.stages["embed"].local(), "train")
-    dims = [count for count in wanted if count <= z_train.shape[1]]
+    dims = [count for count in wanted if count <= z_train.dim]
     if not dims:
-        raise CallerError(f"--pca-dims {pca_dims}: this run's z_i has {z_train.shape[1]} dimensions, ask for that many at most")
-    pca, z_i = Pca.fit(z_train), manipulate.embed(opened.model, opened.pictures)
+        raise CallerError(f"--pca-dims {pca_dims}: this run's z_i has {z_train.dim} dimensions, ask for that many at most")
+    pca, z_i = Pca.fit(z_train[z_train.sampled()]), manipulate.embed(opened.model, opened.pictures)
     drawn = manipulate.reconstruct(opened.model, z_i, pca.to(opened.model.device), dims, seed, steps, guidance)
     held = (pca.eigenvalues.cumsum(0) / pca.eigenvalues.sum()).tolist()
-    columns = [*(f"{count} ({100 * held[count - 1]:.0f} %)" for count in dims), f"all {z_train.shape[1]}", "the picture"]
+    columns = [*(f"{count} ({100 * held[count - 1]:.0f} %)" for count in dims), f"all {z_train.dim}", "the picture"]
     settings = {"images": [file.name for file in images], "pca_dims": dims, "steps": steps, "guidance": guidance, **opened.settings}
     grid = np.concatenate([drawn, opened.shown[:, None]], 1)
     figures = {"variance_held": {str(count): round(held[count - 1], 4) for count in dims}}

@@ -27,6 +27,7 @@ from training.loop import OnBroken
 from training.pictures import Pictures, read_file, read_table
 
 MARKED = ["key", "sha256"]
+READ_ROWS = 1 << 16
 
 
 class EmbedConfig(Section):
@@ -48,30 +49,55 @@ def run(
     """Embed all of the keep list on the running Ray; returns the counts."""
     import ray
 
-    table = read_table(curate / "keep.parquet")
-    if not table.num_rows:
-        raise CallerError("curate kept no pair: loosen [curate] or give [data] more sources")
+    table = read_table(curate / "keep.parquet", columns=soundness.READ)
     found = table.num_rows
+    if not found:
+        raise CallerError("curate kept no pair: loosen [curate] or give [data] more sources")
     dropped = soundness.settle(table, ingest / "shards", config.broken_pictures, work)
-    table = table.filter(pa.array(soundness.is_kept(table, work)))
-    parts = range(0, table.num_rows, config.rows_per_part)
+    del table
+    parts, count = cut(config, curate / "keep.parquet", work)
     for folder in ("img_emb", "text_emb", "metadata"):
         (out / folder).mkdir(parents=True)
     threads = max(1, int(cluster.cpus_per_worker))
     task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu), max_retries=3)(_embed_part)
-    waiting = [
-        task.remote(config, number, start, threads, cluster.use_gpu, ingest, curate, clip, out, work) for number, start in enumerate(parts)
-    ]
+    waiting = [task.remote(config, number, threads, cluster.use_gpu, ingest, clip, out, work) for number in range(parts)]
     done = 0
-    with Progress("embed", table.num_rows, "pairs") as progress:
+    with Progress("embed", count, "pairs") as progress:
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=1)
             done += sum(ray.get(ready))
             progress.update(done)
-    taken_over = sum(int((work / f"known_{number:04}.count").read_text()) for number in range(len(parts)))
+    taken_over = sum(int((work / f"known_{number:04}.count").read_text()) for number in range(parts))
     dim = int(np.load(out / "img_emb" / "img_emb_0000.npy", mmap_mode="r").shape[1])
-    (out / "facts.json").write_text(json.dumps({"clip_key": clip_key, "dim": dim, "count": table.num_rows}, indent=1))
-    return {"in": found, "out": table.num_rows, "dropped": dropped, "dim": dim, "taken_over": taken_over}
+    (out / "facts.json").write_text(json.dumps({"clip_key": clip_key, "dim": dim, "count": count}, indent=1))
+    return {"in": found, "out": count, "dropped": dropped, "dim": dim, "taken_over": taken_over}
+
+
+def cut(config: EmbedConfig, keep_list: Path, work: Path) -> tuple[int, int]:
+    """Write the pairs that `soundness.settle` kept as `work`/rows_NNNN.parquet, one for each part; return the parts and the pairs.
+
+    The list is read in pieces, so that neither this process nor a part ever holds it.
+    """
+    parts = count = 0
+    waiting: list[pa.Table] = []
+
+    def write(rows: int) -> None:
+        nonlocal parts, waiting
+        pairs = pa.concat_tables(waiting)
+        pq.write_table(pairs.slice(0, rows), work / "rows.tmp")
+        (work / "rows.tmp").replace(work / f"rows_{parts:04}.parquet")
+        parts, waiting = parts + 1, [pairs.slice(rows)]
+
+    with pq.ParquetFile(keep_list) as file:
+        for batch in file.iter_batches(READ_ROWS):
+            piece = pa.Table.from_batches([batch])
+            waiting.append(piece.filter(pa.array(soundness.is_kept(piece, work))))
+            count += waiting[-1].num_rows
+            while count - parts * config.rows_per_part >= config.rows_per_part:
+                write(config.rows_per_part)
+    if count > parts * config.rows_per_part:
+        write(count - parts * config.rows_per_part)
+    return parts, count
 
 
 def know(previous: Path, work: Path) -> None:
@@ -113,13 +139,10 @@ def _known(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.ndarra
     return is_known, vectors
 
 
-def _embed_part(
-    config: EmbedConfig, number: int, start: int, threads: int, use_gpu: bool, ingest: Path, curate: Path, clip: Path, out: Path, work: Path
-) -> int:
+def _embed_part(config: EmbedConfig, number: int, threads: int, use_gpu: bool, ingest: Path, clip: Path, out: Path, work: Path) -> int:
     """Embed one part unless a killed attempt left it whole in `work`; returns its rows."""
     torch.set_num_threads(threads)
-    table = read_table(curate / "keep.parquet")
-    table = table.filter(pa.array(soundness.is_kept(table, work))).slice(start, config.rows_per_part)
+    table = pq.read_table(work / f"rows_{number:04}.parquet")
     names = [f"img_emb/img_emb_{number:04}.npy", f"text_emb/text_emb_{number:04}.npy", f"metadata/metadata_{number:04}.parquet"]
     if not all((work / Path(name).name).exists() for name in names):
         is_known, vectors = _known(table, work)

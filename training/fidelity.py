@@ -25,7 +25,7 @@ from training.diffusion import Denoise
 from training.generate import BATCH, Unclip, to_images
 from training.likelihood import bits_per_dim
 from training.noise import generators
-from training.pictures import Pictures
+from training.pictures import PLACE, Pictures
 from training.samplers import ddim, ddim_invert
 from training.tokenizer import Tokenizer
 from training.variance import Variance, measure_x_0_error
@@ -63,7 +63,7 @@ class Described:
 
 def read(embed: Path, shards: Path, split: str, tokenizer: Tokenizer, side_px: int, at_most: int, seed: int) -> Described:
     """Read pictures of a split, drawn by the seed, one of each concept, so that they are independent of each other."""
-    table, z_i = embeddings.read(embed, split)
+    table, z_i = embeddings.read(embed, split, ["key", "caption", "concept", *PLACE])
     rows = _one_a_concept(table, seed)[:at_most]
     chosen = table.take(pa.array(rows, pa.int64()))
     pictures = Pictures(chosen, shards, side_px)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from safetensors.torch import save_file
@@ -29,7 +30,7 @@ from training.clip import CLIP, ClipConfig, to_pixels
 from training.decoder import Decoder, DecoderConfig
 from training.loop import LoopConfig, Step
 from training.parallel import world
-from training.pictures import Pictures, read_table
+from training.pictures import PLACE, Pictures, read_table
 from training.prior import PriorConfig
 from training.tokenizer import Tokenizer, TokenizerConfig
 from training.upsampler import Upsampler, UpsamplerConfig
@@ -42,14 +43,14 @@ def train_clip(
     tokenizer: TokenizerConfig, config: ClipConfig, cluster: ClusterConfig, ingest: Path, curate: Path, out: Path, work: Path
 ) -> dict[str, Any]:
     """Train CLIP on the keep list's training pairs; the tokenizer is fitted to their captions first. Or take a pretrained one."""
-    table = read_table(curate / "keep.parquet", "train")
+    table = read_table(curate / "keep.parquet", "train", ["captions", *soundness.READ])
     if not table.num_rows:
         raise DataError("curate kept no pair for training: loosen [curate] or give [data] more sources")
     if config.pretrained:
         return {"in": table.num_rows, "out": table.num_rows, "dropped": {}, **_adopt(config, tokenizer, out, work)}
     dropped = soundness.settle(table, ingest / "shards", config.broken_pictures, work)
     if not (work / "tokenizer.json").exists():
-        fitted = Tokenizer.fit((caption for captions in table["captions"].to_pylist() for caption in captions), tokenizer)
+        fitted = Tokenizer.fit((caption.as_py() for captions in table["captions"].chunks for caption in captions.flatten()), tokenizer)
         fitted.save(work / "tokenizer.tmp")
         (work / "tokenizer.tmp").replace(work / "tokenizer.json")
     paths = {"ingest": str(ingest), "curate": str(curate)}
@@ -69,7 +70,7 @@ def train_decoder(
 ) -> dict[str, Any]:
     """Train the decoder on pictures and their embeddings, CLIP frozen."""
     count = _start_from_clip(clip, embed, work)
-    dropped = soundness.settle(read_table(embed / "metadata", "train"), ingest / "shards", config.broken_pictures, work)
+    dropped = soundness.settle(read_table(embed / "metadata", "train", soundness.READ), ingest / "shards", config.broken_pictures, work)
     paths = {"ingest": str(ingest), "clip": str(clip), "embed": str(embed)}
     _train("decoder", fit_decoder, config, cluster, cluster.decoder_workers, paths, out, work)
     return {"in": count, "out": count - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
@@ -77,7 +78,7 @@ def train_decoder(
 
 def train_upsampler(config: UpsamplerConfig, cluster: ClusterConfig, ingest: Path, curate: Path, out: Path, work: Path) -> dict[str, Any]:
     """Train an up-sampler on crops of the keep list's training pictures."""
-    table = read_table(curate / "keep.parquet", "train")
+    table = read_table(curate / "keep.parquet", "train", soundness.READ)
     count = table.num_rows
     if not count:
         raise DataError("curate kept no picture for training: loosen [curate] or give [data] more sources")
@@ -89,12 +90,12 @@ def train_upsampler(config: UpsamplerConfig, cluster: ClusterConfig, ingest: Pat
 
 def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_clip`."""
-    table = read_table(paths["curate"] / "keep.parquet", "train")
+    table = read_table(paths["curate"] / "keep.parquet", "train", ["caption", "captions", "key", *PLACE])
     table = table.filter(pa.array(soundness.is_kept(table, work)))
     tokenizer = Tokenizer.load(work / "tokenizer.json")
     pictures = Pictures(table, paths["ingest"] / "shards", config.image_size_px)
-    phrasings = table["captions"].to_pylist() if config.style_captions else [[caption] for caption in table["caption"].to_pylist()]
-    texts = embeddings.Captions(phrasings, tokenizer)
+    texts = embeddings.Captions(table["captions"] if config.style_captions else alone(table["caption"]), tokenizer)
+    del table
     torch.manual_seed(config.seed)
     model = CLIP(config, tokenizer.vocab_size, tokenizer.context).to(device)
     loss = torch.compile(model.loss, dynamic=True) if config.compile else model.loss
@@ -112,18 +113,19 @@ def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str
 def fit_prior(config: PriorConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_prior`."""
     clip, tokenizer = clip_model.load(paths["clip"])
-    table, z_i = embeddings.read(paths["embed"], "train")
-    texts = embeddings.Captions(table["captions"].to_pylist(), tokenizer)
-    z_t = texts.embed(clip.to(device))
-    del clip  # nor its memory on the device
+    table, z_i = embeddings.read(paths["embed"], "train", ["captions"])
+    texts = embeddings.Captions(table["captions"], tokenizer)
+    z_t = texts.embedded(clip.to(device))
+    del clip, table  # nor its memory on the device
     torch.manual_seed(config.seed)
-    model = priors.make(config, z_i.shape[1], tokenizer.vocab_size, tokenizer.context).to(device)
-    model.fit_to(z_i, z_t[texts.firsts])
+    model = priors.make(config, z_i.dim, tokenizer.vocab_size, tokenizer.context).to(device)
+    sample = z_i.sampled()
+    model.fit_to(z_i[sample], z_t(texts.firsts[sample]))
 
     def loss_of(step: Step) -> Tensor:
         rows = step.samples(len(z_i))
         ids, phrasing = texts.draw(rows, step.uniform(PHRASING))
-        return model.loss(step, z_i[rows].to(device), z_t[phrasing].to(device), ids.to(device))
+        return model.loss(step, z_i[rows].to(device), z_t(phrasing).to(device), ids.to(device))
 
     return model, loop.run(model, config, loss_of, work)
 
@@ -131,13 +133,14 @@ def fit_prior(config: PriorConfig, paths: dict[str, Path], work: Path, device: s
 def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_decoder`."""
     tokenizer = Tokenizer.load(paths["clip"] / "tokenizer.json")
-    table, z_i = embeddings.read(paths["embed"], "train")
+    table, z_i = embeddings.read(paths["embed"], "train", ["captions", "key", *PLACE])
     kept = soundness.is_kept(table, work)
-    table, z_i = table.filter(pa.array(kept)), z_i[torch.from_numpy(kept)]
+    table, z_i = table.filter(pa.array(kept)), z_i.where(kept)
     pictures = Pictures(table, paths["ingest"] / "shards", config.image_size_px)
-    texts = embeddings.Captions(table["captions"].to_pylist(), tokenizer)
+    texts = embeddings.Captions(table["captions"], tokenizer)
+    del table
     torch.manual_seed(config.seed)
-    model = Decoder(config, z_i.shape[1], tokenizer.vocab_size, tokenizer.context).to(device)
+    model = Decoder(config, z_i.dim, tokenizer.vocab_size, tokenizer.context).to(device)
 
     def loss_of(step: Step) -> Tensor:
         rows = step.samples(len(z_i))
@@ -151,7 +154,7 @@ def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, devic
 
 def fit_upsampler(config: UpsamplerConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_upsampler`."""
-    table = read_table(paths["curate"] / "keep.parquet", "train")
+    table = read_table(paths["curate"] / "keep.parquet", "train", ["key", *PLACE])
     pictures = Pictures(table.filter(pa.array(soundness.is_kept(table, work))), paths["ingest"] / "shards", config.image_size_px)
     torch.manual_seed(config.seed)
     model = Upsampler(config).to(device)
@@ -162,6 +165,13 @@ def fit_upsampler(config: UpsamplerConfig, paths: dict[str, Path], work: Path, d
         return model.loss(step, x_0)
 
     return model, loop.run(model, config, loss_of, work)
+
+
+def alone(captions: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a list of one text for each caption."""
+    return pa.chunked_array(
+        [pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk) for chunk in captions.chunks], pa.list_(pa.string())
+    )
 
 
 def shifted(pixels: Tensor, draw: Tensor) -> Tensor:
@@ -189,7 +199,7 @@ Fit = Callable[[Any, dict[str, Path], Path, str], tuple[nn.Module, dict[str, Ten
 
 def _start_from_clip(clip: Path, embed: Path, work: Path) -> int:
     shutil.copyfile(clip / "tokenizer.json", work / "tokenizer.json")
-    count = read_table(embed / "metadata", "train").num_rows
+    count = read_table(embed / "metadata", "train", ["key"]).num_rows
     if not count:
         raise DataError("no embedded pair is in the training split: loosen [curate] or give [data] more sources")
     return count

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -25,15 +24,17 @@ from infra.errors import CallerError, DataError
 READERS = 4
 CACHE_BYTES = 4 << 30
 FILE_BYTES, FILE_PIXELS, FILE_SIDE_PX = 64 << 20, 64 << 20, 4096
+PLACE = ("shard", "member", "offset", "size_bytes", "sha256")
+"""Columns of a keep list that say where a picture's bytes lie and what they are."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 MEND = 'delete that ingest folder and run again, or set broken_pictures = "skip" in this stage\'s section'
 
 
-def read_table(path: Path, split: str | None = None) -> pa.Table:
-    """Read a keep list (a parquet file, or a folder of them in name order), one split of it if named."""
+def read_table(path: Path, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a keep list (a parquet file, or a folder of them in name order), one split of it and some of its columns if named."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    table = pa.concat_tables([pq.read_table(file) for file in files])
-    return table if split is None else table.filter(pa.compute.equal(table["split"], split))
+    filters = None if split is None else [("split", "=", split)]
+    return pa.concat_tables([pq.read_table(file, columns=columns, filters=filters) for file in files])
 
 
 def decode(data: bytes, side_px: int, name: str) -> np.ndarray:
@@ -103,22 +104,25 @@ def read_file(file: Path, side_px: int) -> np.ndarray:
 
 
 class Pictures:
-    """The pictures of a table's rows at one side length; `pictures[rows]` is uint8 (len(rows), S, S, 3) on the CPU."""
+    """The pictures of a table's rows at one side length; `pictures[rows]` is uint8 (len(rows), S, S, 3) on the CPU.
+
+    Holds PLACE of every row, some 130 bytes, and the pictures themselves where they fit into CACHE_BYTES.
+    """
 
     def __init__(self, table: pa.Table, shards: Path, side_px: int) -> None:
         self.shards, self.side_px = shards, side_px
-        self.places: list[dict[str, Any]] = table.select(["shard", "member", "offset", "size_bytes", "sha256"]).to_pylist()
+        self.places = table.select(PLACE).combine_chunks()
         self.readers = ThreadPoolExecutor(READERS)
         self.cache: Tensor | None = None
         self.ahead: dict[int, Future[np.ndarray]] = {}
-        if len(self.places) * side_px * side_px * 3 <= CACHE_BYTES:
-            cache = torch.empty(len(self.places), side_px, side_px, 3, dtype=torch.uint8)
-            for row, picture in enumerate(self.readers.map(self._read, range(len(self.places)))):
+        if len(self) * side_px * side_px * 3 <= CACHE_BYTES:
+            cache = torch.empty(len(self), side_px, side_px, 3, dtype=torch.uint8)
+            for row, picture in enumerate(self.readers.map(self._read, range(len(self)))):
                 cache[row] = torch.from_numpy(picture)
             self.cache = cache
 
     def __len__(self) -> int:
-        return len(self.places)
+        return int(self.places.num_rows)
 
     def __getitem__(self, rows: Tensor | Sequence[int]) -> Tensor:
         wanted = torch.as_tensor(rows)
@@ -134,7 +138,7 @@ class Pictures:
             self.ahead |= {row: self.readers.submit(self._read, row) for row in dict.fromkeys(rows.tolist()) if row not in self.ahead}
 
     def _read(self, row: int) -> np.ndarray:
-        place = self.places[row]
+        place = {name: column[row].as_py() for name, column in zip(PLACE, self.places.columns, strict=True)}
         name = f"{place['shard']}/{place['member']}"
         try:
             with (self.shards / place["shard"]).open("rb") as file:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -57,7 +58,7 @@ def judge(images: Tensor, texts: Tensor, names: Tensor, rows: list[dict[str, Any
 def train_ours(config: RunConfig, pictures: Pictures, phrasings: list[list[str]], seconds: float) -> tuple[CLIP, Tokenizer, int, float]:
     """Train the recipe's CLIP for that long; returns it with its averaged weights, and the images seen and seconds taken."""
     tokenizer = Tokenizer.fit((text for each in phrasings for text in each), config.tokenizer)
-    texts = embeddings.Captions(phrasings, tokenizer)
+    texts = embeddings.Captions(pa.array(phrasings), tokenizer)
     torch.manual_seed(config.clip.seed)
     model = CLIP(config.clip, tokenizer.vocab_size, tokenizer.context)
     side_px = config.clip.image_size_px

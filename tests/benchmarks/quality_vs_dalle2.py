@@ -127,7 +127,8 @@ def main() -> int:
     table, z_i = embeddings.read(paths["embed"], "train")
     captions = table["caption"].to_pylist()
     data = {
-        "z_i": z_i, "z_t": clip_model.embed_texts(clip, tokenizer, captions), "encodings": encodings(clip, tokenizer, captions),
+        "z_i": z_i[torch.arange(len(z_i))],
+        "z_t": clip_model.embed_texts(clip, tokenizer, captions), "encodings": encodings(clip, tokenizer, captions),
         "images": Pictures(table, paths["ingest"] / "shards", side_px)[range(len(captions))],
         "asked_z_t": clip_model.embed_texts(clip, tokenizer, prompts), "asked_encodings": encodings(clip, tokenizer, prompts),
     }  # fmt: skip

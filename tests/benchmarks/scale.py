@@ -93,12 +93,12 @@ def embed(folder: Path, count: int) -> int:
     work.mkdir()
     for name in ("img_emb", "text_emb", "metadata"):
         (out / name).mkdir(parents=True)
-    table = read_table(folder / "curate" / "keep.parquet")
+    table = read_table(folder / "curate" / "keep.parquet", columns=soundness.READ)
     soundness.settle(table, folder / "ingest" / "shards", "stop", work)
-    paths = (folder / "ingest", folder / "curate", folder / "clip", out, work)
-    for number, start in enumerate(range(0, table.num_rows, config.rows_per_part)):
-        stage._embed_part(config, number, start, len(os.sched_getaffinity(0)), False, *paths)
-    (out / "facts.json").write_text(json.dumps({"clip_key": "key", "dim": DIM, "count": table.num_rows}))
+    parts, pairs = stage.cut(config, folder / "curate" / "keep.parquet", work)
+    for number in range(parts):
+        stage._embed_part(config, number, len(os.sched_getaffinity(0)), False, folder / "ingest", folder / "clip", out, work)
+    (out / "facts.json").write_text(json.dumps({"clip_key": "key", "dim": DIM, "count": pairs}))
     return size_of(out)
 
 
