@@ -7,10 +7,12 @@ go to stdout (`--json`: one object), everything else to stderr.
 import os
 import signal
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
-from flows import comparing, enlarging, export, indexes, lecture, making, manipulating, scheduling, serving, using
+from flows import comparing, enlarging, explaining, export, indexes, lecture, making, manipulating, scheduling, serving, using
 from infra.errors import UnclipError
 from infra.storage import complaint
 
@@ -34,6 +36,7 @@ report = typer.Typer(help="Reports of runs.", no_args_is_help=True, rich_markup_
 
 app.command()(making.run)
 app.command()(making.status)
+app.command()(explaining.recipe)
 for _stage in ("ingest", "curate", "embed", "dedup", "evaluate"):
     app.command(_stage, help=f"Run the stage {_stage}, with what it needs.")(making.verb(_stage))
 for _stage in ("clip", "prior", "decoder", "upsampler", "upsampler_2"):
@@ -59,6 +62,19 @@ diffusion.command()(lecture.interpolate)
 app.add_typer(diffusion, name="diffusion")
 report.command()(comparing.compare)
 app.add_typer(report, name="report")
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"unclip {metadata.version('unclip')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """From URL lists of image-text pairs to a text-to-image system, a search index and a report."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -52,8 +52,11 @@ class FolderSource(Section):
 
     kind: Literal["folder"]
     path: str = Field(min_length=1)
+    """The folder; pictures in folders below it count."""
     licence: str = ""
+    """Licence of them all."""
     style: str = ""
+    """Drawing style of them all, for `[curate] held_out_styles`."""
 
 
 def content_of(source: PackagesSource | UrlsSource | FolderSource | ScenesSource) -> str:

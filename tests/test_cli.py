@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ def test_help_answers_at_once_and_names_every_command() -> None:
     assert shown.returncode == 0 and shown.stderr == "" and time.monotonic() - clock < 3
     commands = {line.split()[0] for line in shown.stdout.partition("Commands:")[2].splitlines() if line.startswith("  ") and line.split()}
     assert commands >= {"run", "status", "ingest", "curate", "train", "embed", "index", "evaluate", "search", "generate"}
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    declared = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]["version"]
+    assert ran(capsys, "--version") == (0, f"unclip {declared}\n", "")
 
 
 def test_nothing_heavy_is_imported_before_a_command_needs_it() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 SIZES = (500, 2_000, 8_000)
 LONG = (2_000, 8_000, 32_000)
+LONGEST = (50_000, 200_000, 800_000)
 TARGETS = (1_000_000, 100_000_000, 5_000_000_000)
 DIM = 128
 IMAGES = {"clip": 2_048, "prior": 2_048, "decoder": 512}
@@ -177,6 +178,22 @@ def trained(name: str) -> Callable[[Path, int], int]:
     return run
 
 
+def lists(folder: Path, count: int) -> int:
+    """Hold what a worker that trains the decoder holds of every pair: the place of its picture, its captions' ids, and where its z_i is."""
+    import torch
+
+    from training import embeddings, pictures
+    from training.tokenizer import Tokenizer
+
+    pictures.CACHE_BYTES = 0  # which is bounded
+    table, z_i = embeddings.read(folder / "long", "train", ["captions", "key", *pictures.PLACE])
+    held = pictures.Pictures(table, folder / "ingest" / "shards", 32)
+    texts = embeddings.Captions(table["captions"], Tokenizer.load(folder / "clip" / "tokenizer.json"))
+    rows = torch.arange(0, len(z_i), len(z_i) // 64)
+    assert len(held[rows]) == len(z_i[rows]) == len(texts.draw(rows, torch.zeros(len(rows)))[0])
+    return 0
+
+
 COSTS = {
     "ingest": Cost(SIZES, 1, ingest),
     "curate": Cost(SIZES, 1, curate),
@@ -186,6 +203,7 @@ COSTS = {
     "clip": Cost(LONG, 0, trained("clip")),
     "prior": Cost(LONG, 0, trained("prior")),
     "decoder": Cost(LONG, 0, trained("decoder")),
+    "a worker's lists": Cost(LONGEST, 1, lists),
 }
 
 
@@ -286,13 +304,13 @@ def main() -> int:
                 if told:
                     found[name].append(told)
                     print(f"{name} of {count:,}: {told}", file=sys.stderr, flush=True)
-        for count in LONG:
+        for count in LONG + LONGEST:
             long = Path(temporary) / f"long-{count}"
             long.mkdir()
             for name in ("ingest", "curate", "clip"):
                 (long / name).symlink_to(folders[SIZES[1]] / name)
             measured("lengthen", long, count)
-            for name in ("index", "clip", "prior", "decoder"):
+            for name in ("index", "clip", "prior", "decoder") if count in LONG else ("a worker's lists",):
                 found[name].append(measured(name, long, count))
                 print(f"{name} over {count:,}: {found[name][-1]}", file=sys.stderr, flush=True)
     cores = f"{len(os.sched_getaffinity(0))} cores {platform.processor() or platform.machine()}"
