@@ -158,10 +158,10 @@ def _run_flow(
 ) -> dict[str, Any]:
     """Run the flow with Prefect's, Ray's and other chatter in a log file, and return its result."""
     from flows.prefect_server import prefect_server
-    from infra.terminal import quiet_terminal
+    from infra.terminal import noting_interrupts, quiet_terminal
 
     logs = (opened.folder or opened.scratch) / "logs"
-    with quiet_terminal(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
+    with noting_interrupts(), quiet_terminal(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
         print(f"run {name} in {opened.uri}, log {log}", file=sys.stderr, flush=True)
         try:
             with prefect_server(opened.scratch / "prefect"):

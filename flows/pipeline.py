@@ -31,6 +31,7 @@ from infra.cluster import Cluster
 from infra.errors import UnclipError
 from infra.progress import duration
 from infra.storage import Root, open_root
+from infra.terminal import INTERRUPTED
 
 NOTIFY_BLOCK = "UNCLIP_NOTIFY_BLOCK"
 """Environment variable of a deployment's runs: the Prefect block that holds the webhook's URL."""
@@ -38,9 +39,9 @@ HOPELESS = (UnclipError, AssertionError, AttributeError, ImportError, NameError,
 
 
 def is_worth_retrying(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Say whether trying again may help: not after a caller's mistake, bad data, a full disk or a fault in our code."""
+    """Say whether trying again may help: not after Ctrl-C, a caller's mistake, bad data, a full disk or a fault in our code."""
     error = state.data if isinstance(state.data, BaseException) else None
-    return not isinstance(error, HOPELESS)
+    return not isinstance(error, HOPELESS) and not INTERRUPTED.is_set()
 
 
 @task(retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=is_worth_retrying, cache_policy=NO_CACHE, persist_result=False)

@@ -2,23 +2,27 @@
 
 While `quiet_terminal` is open, file descriptors 1 and 2 (and so every child process and every C++ library) write to the log, as does
 `print`; only what our own code writes to `sys.stderr` reaches the terminal, and a copy of it stands in the log. `terminated` lets a service
-manager's signal end a block as a person's Ctrl-C does.
+manager's signal end a block as a person's Ctrl-C does; `noting_interrupts` remembers a Ctrl-C that a library made another error of.
 """
 
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import TextIOBase
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
 from infra.progress import LOG_EVERY_S
 
 CLEAR_LINE = "\x1b[2K"
+INTERRUPTED = threading.Event()
+"""Set by a Ctrl-C within `noting_interrupts`: whatever is raised after it, nothing is to be tried again."""
 
 
 class _Log(TextIOBase):
@@ -116,3 +120,29 @@ def terminated() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def noting_interrupts() -> Iterator[None]:
+    """Let Ctrl-C set INTERRUPTED before it raises, and end the block as KeyboardInterrupt.
+
+    Prefect, Ray and Arrow may turn it into an error of their own, depending on the line that it hits.
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        INTERRUPTED.set()
+        signal.default_int_handler(number, frame)
+
+    INTERRUPTED.clear()
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a shell's background job has it ignored
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:
+        if INTERRUPTED.is_set():
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -69,7 +69,10 @@ def write_chunks(job: StageJob) -> Counts:
         raise ConnectionResetError("the store hung up")
     resumed = sum(1 for _ in job.work.glob("*.done"))
     for index in range(CHUNKS):
-        time.sleep(section.seconds / CHUNKS)
+        try:
+            time.sleep(section.seconds / CHUNKS)
+        except KeyboardInterrupt as interrupt:
+            raise ConnectionResetError("the reader was cancelled") if section.word == "clumsy" else interrupt from None
         data = hashlib.sha256(seed.digest() + bytes([index])).digest() * 3000
         (job.out / "parts").mkdir(exist_ok=True)
         (job.out / "parts" / f"{index:02d}.bin").write_bytes(data)

@@ -53,3 +53,24 @@ def test_a_step_has_adams_size_whatever_the_gradients(shape: tuple[int, ...]) ->
         moved = kernel.detach()
         assert 0.8 < moved.square().mean().sqrt() / (0.01 * ADAMS_RMS) < 1.2
         assert (moved * kernel.grad).sum() < 0
+
+
+def test_weights_of_one_shape_step_together_as_each_would_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(16, 8, 3, 3), (16, 24), (16, 8, 3, 3), (24, 16), (16, 24), (16, 8, 3, 3)]
+
+    def moved(stacked: int) -> list[torch.Tensor]:
+        monkeypatch.setattr("training.muon.STACKED", stacked)
+        made = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter(torch.randn(shape, generator=made)) for shape in shapes]
+        still = nn.Parameter(torch.ones(16, 24))  # without a gradient
+        optimizer = Muon([*weights[:3], still, *weights[3:]], 0.1, 0.1)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=made)
+            optimizer.step()
+        assert still.eq(1).all()
+        return [weight.detach() for weight in weights]
+
+    for stacked in (2 * 16 * 8 * 9, 1 << 22):
+        for together, alone in zip(moved(stacked), moved(0), strict=True):
+            torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)

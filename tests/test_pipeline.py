@@ -132,12 +132,16 @@ def test_a_full_disk_is_one_line_also_when_neither_log_nor_prefect_can_write(rec
     assert code == 0 and [each["state"] for each in json.loads(out)["stages"]] == ["current", "ran", "ran", "ran"]
 
 
-def test_an_interrupted_run_says_so_in_one_line_and_leaves_no_process(recipe: Path) -> None:
-    recipe.write_text("[clip]\nseconds = 30\n")
+@pytest.mark.parametrize("word", ["a", "clumsy"])
+def test_an_interrupted_run_says_so_in_one_line_and_leaves_no_process(recipe: Path, word: str) -> None:
+    """Also where a library makes another error of the Ctrl-C, which would otherwise be tried again."""
+    recipe.write_text(f'[clip]\nword = "{word}"\nseconds = 30\n')
     process = start(recipe)
     assert process.stderr
     while not process.stderr.readline().startswith("data      ran"):
         assert process.poll() is None
+    while word == "clumsy" and not list(recipe.parent.glob("root/work/clip/*/*.done")):
+        time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
     code, out, err = finished(process)
     assert (code, out, err) == (130, "", "unclip: interrupted; the same command goes on from here\n")

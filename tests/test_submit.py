@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from flows import stage_job, submission
+from flows.stage import key_of
 from infra import manifests, ray_jobs, storage
 from infra.errors import CallerError, UnclipError
 from infra.ray_jobs import Job, JobServer
@@ -147,7 +148,7 @@ def test_the_fence_holds_at_the_commit_itself(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(stage_job, "load", FakeConfig.model_validate)
     root = storage.open_root(str(tmp_path))
     config: Any = FakeConfig()
-    key = stage_job.stages.key_of(FAKES[0], config, {})
+    key = key_of(FAKES[0], config, {})
     name = stage_job.claim_name("data", key)
     storage.write_json(root, name, {"attempt": 1, "config": config.model_dump(mode="json"), "inputs": {}})
 

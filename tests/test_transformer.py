@@ -1,9 +1,12 @@
-"""A tower's last block is computed only where it is read, and that is what the whole block says there."""
+"""Attention is the fused kernel's however it is computed; a last block, computed only where it is read, says what the whole one does."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from training.transformer import Block, QuickGELU, TextEncoder
+from training.transformer import Block, QuickGELU, TextEncoder, attend
+
+FUSED = F.scaled_dot_product_attention
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -34,3 +37,38 @@ def test_quick_gelu_is_near_gelu_but_not_it() -> None:
     x = torch.linspace(-4, 4, 41)
     gap = (QuickGELU()(x) - torch.nn.functional.gelu(x)).abs()
     assert 0.005 < float(gap.max()) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["all", "causal", "mask"])
+def test_attention_of_short_sequences_is_the_fused_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, count, 8, requires_grad=True) for count in (5, 5 if kind == "causal" else 9, 5 if kind == "causal" else 9))
+    mask = torch.rand(3, 1, 5, 9) < 0.6 if kind == "mask" else None
+    if mask is not None:
+        mask[..., 0] = True
+    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=kind == "causal")
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "scaled_dot_product_attention", None)  # it must do without
+        ours = attend(q, k, v, mask, kind == "causal")
+    torch.testing.assert_close(ours, fused, atol=1e-6, rtol=1e-5)
+    weight = torch.randn_like(fused)
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (ours, fused)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_in_bfloat16_rounds_like_the_fused_kernel() -> None:
+    torch.manual_seed(0)
+    whole = [torch.randn(4, 2, 16, 32) for _ in range(3)]
+    exact = F.scaled_dot_product_attention(*(x.bfloat16().float() for x in whole))
+    errors = [float((y.float() - exact).abs().max()) for y in (f(*(x.bfloat16() for x in whole)) for f in (attend, FUSED))]
+    assert errors[0] <= 2 * errors[1] and attend(*(x.bfloat16() for x in whole)).dtype == torch.bfloat16
+
+
+def test_attention_of_long_sequences_holds_no_table_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *given, **more: called.append(given) or given[2])
+    long = torch.randn(1, 1, 129, 4)
+    attend(long[:, :, :128], long[:, :, :128], long[:, :, :128])
+    assert not called
+    attend(long, long, long)
+    assert len(called) == 1

@@ -31,7 +31,7 @@ from training.loop import LoopConfig, OnBroken, Step
 from training.noise import generators, noise
 from training.prior import NULL_TEXT
 from training.tokenizer import PAD
-from training.transformer import TextEncoder, heads_of, time_features
+from training.transformer import TextEncoder, attend, heads_of, time_features
 from training.variance import Variance
 
 DROP_Z, DROP_TEXT, TIME, NOISE = 1, 2, 3, 4  # streams of randomness in a step
@@ -145,7 +145,7 @@ class ContextAttention(nn.Module):
         q, k, v = self.qkv(places).view(B, S * S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         k_c, v_c = self.kv(self.norm_context(condition.context)).view(B, -1, 2, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         mask = torch.cat([condition.is_key.new_ones(B, S * S), condition.is_key], 1)[:, None, None]
-        y = F.scaled_dot_product_attention(q, torch.cat([k, k_c], 2), torch.cat([v, v_c], 2), attn_mask=mask.expand(B, 1, S * S, -1))
+        y = attend(q, torch.cat([k, k_c], 2), torch.cat([v, v_c], 2), mask.expand(B, 1, S * S, -1))
         y = self.out(y.transpose(1, 2).reshape(B, S * S, C))
         return x + y.transpose(1, 2).reshape(B, C, S, S)
 
