@@ -36,13 +36,13 @@ run: setup
 up: setup
 	$(BIN)/unclip up $(RECIPE) --root $(ROOT) --cron "$(CRON)"
 
-# Two processes share the quick tests, file by file. Those that start Ray, Prefect or npm mostly wait for them, so three share these. The
-# parity tests with open_clip skip themselves where it cannot be had.
+# Two processes share the quick tests, file by file, and then those that start Ray, Prefect or npm and mostly wait for them. The parity
+# tests with open_clip skip themselves where it cannot be had.
 test: setup
 	-$(MAKE) $(PEERS)/open_clip/ready
 	failed=0; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile || failed=1; \
-	$(BIN)/python -m pytest -m "slow and not chaos" -n 3 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -m "slow and not chaos" -n 2 --dist loadfile || failed=1; \
 	exit $$failed
 
 # What takes minutes: nodes lost and networks cut on a cluster of network namespaces (as root), runs and downloads killed at ten moments.

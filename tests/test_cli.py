@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -46,10 +45,10 @@ def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return int(left.value.code or 0), captured.out, captured.err
 
 
-def test_help_answers_at_once_and_names_every_command() -> None:
-    clock = time.monotonic()
-    shown = subprocess.run([sys.executable, "-m", "flows.cli", "--help"], cwd=HERE, capture_output=True, text=True)
-    assert shown.returncode == 0 and shown.stderr == "" and time.monotonic() - clock < 3
+def test_help_imports_nothing_heavy_and_names_every_command() -> None:
+    told = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); from flows.cli import main; main(['--help'])"
+    shown = subprocess.run([sys.executable, "-c", told], cwd=HERE, capture_output=True, text=True)
+    assert shown.returncode == 0 and not {"torch", "ray", "prefect", "faiss", "pyarrow", "numpy"} & set(shown.stderr.split())
     commands = {line.split()[0] for line in shown.stdout.partition("Commands:")[2].splitlines() if line.startswith("  ") and line.split()}
     assert commands >= {"run", "status", "ingest", "curate", "train", "embed", "index", "evaluate", "search", "generate"}
 

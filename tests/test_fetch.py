@@ -56,10 +56,9 @@ def test_a_good_image_arrives_byte_for_byte(server: Server, path: str) -> None:
         ("to_file/1.png", "host_refused"),
     ],
 )
+@pytest.mark.timeout(30)
 def test_every_fault_has_its_reason(server: Server, path: str, expected: str) -> None:
-    start = time.monotonic()
     assert reason(f"{server.base}/{path}") == expected
-    assert time.monotonic() - start < 2.5
 
 
 @pytest.mark.parametrize(

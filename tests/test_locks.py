@@ -57,9 +57,8 @@ def test_a_forked_child_that_outlives_the_holder_does_not_keep_the_lock(tmp_path
         process.kill()
         process.wait()
         os.kill(child, 0)  # still there
-        clock = time.monotonic()
         with writer_lock(path, "clip abc", print):
-            assert time.monotonic() - clock < 2
+            os.kill(child, 0)  # and still
     finally:
         os.kill(child, signal.SIGKILL)
 

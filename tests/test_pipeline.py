@@ -15,6 +15,7 @@ import pytest
 from flows.prefect_server import prefect_server
 from infra import manifests, storage
 from tests.test_storage import full_disk  # noqa: F401  (a fixture)
+from tests.tiny import PERSONS
 
 HERE = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -36,7 +37,7 @@ def _no_server_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def start(recipe: Path, *more: str) -> "subprocess.Popen[str]":
     """Start `unclip run` over the fake stages."""
     command = [sys.executable, "-m", "tests.fake_cli", "run", str(recipe), "--root", str(recipe.parent / "root"), *more]
-    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **PERSONS)
 
 
 def finished(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
@@ -76,11 +77,10 @@ def test_a_run_ends_with_its_result_on_stdout_and_only_its_own_lines_on_stderr(r
     _check_prefect_has_run_and_artifacts(root, result)
     assert processes(str(root)) == []
     logs = list((root / "logs").iterdir())
-    clock = time.monotonic()
     code, out, err = finished(start(recipe, "--json", "--name", "mine"))
-    assert code == 0 and err == "" and time.monotonic() - clock < 5  # all current: it ends at once and starts nothing
+    assert code == 0 and err == ""
     assert {each["state"] for each in json.loads(out)["stages"]} == {"current"}
-    assert list((root / "logs").iterdir()) == logs
+    assert list((root / "logs").iterdir()) == logs  # all current: neither Prefect nor Ray was started
 
 
 def _check_prefect_has_run_and_artifacts(root: Path, result: dict[str, Any]) -> None:

@@ -170,6 +170,9 @@ def test_a_signal_ends_server_worker_and_runs(up: Up) -> None:
     up.process.send_signal(signal.SIGTERM)
     _out, err = up.process.communicate(timeout=60)
     assert up.process.returncode == 0 and "Traceback" not in err and len(err.splitlines()) <= 2, err
+    limit = time.monotonic() + 30
+    while processes(str(up.folder)) and time.monotonic() < limit:  # Ray's last ones go by themselves
+        time.sleep(0.2)
     assert processes(str(up.folder)) == []
 
 

@@ -3,9 +3,11 @@
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,7 +21,10 @@ SHAPES = {
 }
 SIZES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 RECIPE = Path(__file__).parent / "tiny.toml"
-LIMIT_S = 200
+LIMIT_S = 480
+"""Against a hang. It takes one or two minutes, longer where others work as well."""
+PERSONS: dict[str, Any] = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+"""For Popen, to start a process as a terminal does: leader of its group, with a Ctrl-C that a shell's background jobs have ignored."""
 KEPT: dict[str, str] = {}
 """Variables of the kinds that are otherwise kept from the command line."""
 
@@ -58,7 +63,7 @@ def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
+        **PERSONS,
     )
 
 
