@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -134,6 +135,36 @@ def test_steps_after_the_last_state_are_made_again(tmp_path: Path) -> None:
     resumed, _ = train(tmp_path / "cut", config=rare)
     assert all(a.equal(b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+
+
+def lose_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def write_text(path: Path) -> None:
+    path.write_text("a state")
+
+
+def rename_a_weight(path: Path) -> None:
+    state = torch.load(path)
+    state["model"]["another"] = state["model"].pop("0.weight")
+    torch.save(state, path)
+
+
+def split_a_group(path: Path) -> None:
+    state = torch.load(path)
+    state["optimizers"][0]["param_groups"] *= 3
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("spoil", [lose_half, write_text, rename_a_weight, split_a_group])
+def test_a_state_that_does_not_fit_is_named_and_stays(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    train(tmp_path)
+    spoil(tmp_path / "state.pt")
+    before = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(DataError, match=r"state\.pt is damaged or of another version of this code .*: remove it") as caught:
+        train(tmp_path)
+    assert "\n" not in str(caught.value) and (tmp_path / "state.pt").read_bytes() == before
 
 
 def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import ClassVar, Literal, TextIO
 
 import torch
@@ -250,11 +251,15 @@ def _resume(
     path = work / "state.pt"
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_sharded)
-    sharding.put(model.state_dict(), state["model"])
-    for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(sharding.cut(optimizer, moments))
-    sharding.put(ema, state["ema"])
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_sharded)
+        sharding.put(model.state_dict(), state["model"])
+        for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(sharding.cut(optimizer, moments))
+        sharding.put(ema, state["ema"])
+    except (EOFError, LookupError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is damaged or of another version of this code ({reason}): remove it to train from the start") from error
     return state["images_seen"], state["seconds"]
 
 

@@ -111,8 +111,9 @@ def whole(state: Any, is_wanted: bool) -> Any:
 
 @torch.no_grad()
 def put(into: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Write whole tensors over those of the same names, sharded or not; there must be no others."""
-    assert into.keys() == state.keys(), into.keys() ^ state.keys()
+    """Write whole tensors over those of the same names, sharded or not; raises ValueError where there are others."""
+    if into.keys() != state.keys():
+        raise ValueError(f"{min(into.keys() ^ state.keys())} is on one side only")
     for name, value in state.items():
         own(into[name]).copy_(own(part(value, into[name])))
 
