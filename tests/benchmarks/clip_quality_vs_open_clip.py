@@ -69,15 +69,16 @@ def train_ours(config: RunConfig, pictures: Pictures, phrasings: list[list[str]]
         return model.loss(jobs.shifted(to_pixels(pictures[rows], side_px), step.uniform(jobs.SHIFT, 2)), ids)
 
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    images, taken_s = CALIBRATION_STEPS * config.clip.batch_size, 0.0
-    for _ in range(2):  # the first time to see how many images fit
+    images, spent_s, seen, taken_s = CALIBRATION_STEPS * config.clip.batch_size, 0.0, 0, 0.0
+    for rehearsal in (True, True, False):  # the first reads the pictures, the second sees how many images fit
         model.load_state_dict(start)
         started_s = time.monotonic()
         section = config.clip.model_copy(update={"images": images, "state_every_s": 1e9})
         with tempfile.TemporaryDirectory() as folder:
             averaged = loop.run(model, section, loss_of, Path(folder), model.clamp_logit_scale)
-        taken_s = time.monotonic() - started_s
-        seen, images = images, int(images * (seconds - taken_s) / taken_s)
+        seen, taken_s = images, time.monotonic() - started_s
+        spent_s += taken_s
+        images = max(images, int(images * (seconds - spent_s) / taken_s)) if rehearsal and spent_s > taken_s else images
     model.load_state_dict(averaged)
     return model.eval(), tokenizer, seen, taken_s
 
