@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the sections live beside torch and faiss, which planning wi
     from flows.config import RunConfig
 
 INGEST_VERSION = EMBED_VERSION = 1
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 
 
 def run_ingest(job: StageJob) -> Counts:

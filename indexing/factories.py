@@ -17,6 +17,8 @@ from infra.errors import CallerError, DataError
 
 FLAT_BELOW = 20_000
 """Up to here brute force answers in about a millisecond, exactly."""
+CODED_FROM = 300_000
+"""From here on a query reads so much of the cells that small codes, re-ranked, answer sooner than whole vectors: three times at 1M x 512."""
 POINTS_PER_CELL = 39
 """FAISS warns of poor centroids below this many training vectors for each."""
 TRAINED_PER_CELL = 64
@@ -64,13 +66,16 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
     of that), RR,IVF,PQx4fs,Refine(SQ8) (a bit for each dimension in memory, in codes of four, after a random rotation: without one the few
     directions that carry most of an embedding share their bits with none; re-ranked from disk). There are 4 sqrt(count) cells, and
     2 sqrt(count) with a bit for each dimension, where looking into a cell costs less than comparing with its centroid; fewer where a
-    cell would have under 39 vectors. Raises CallerError when none fits.
+    cell would have under 39 vectors. From CODED_FROM vectors on only the last kind is left, whatever the memory: it is the fastest then.
+    Raises CallerError when none fits.
     """
     cells, coarse = (max(1, min(round(each * math.sqrt(count)), count // POINTS_PER_CELL)) for each in (4, 2))
     codes = BITS if dim % FOURS else f"PQ{dim // FOURS}x4fs,Refine(SQ8)"
-    kinds = [f"IVF{cells},Flat", f"IVF{cells},SQ8", f"RR{dim},IVF{coarse},{codes}"]
+    kinds = [f"RR{dim},IVF{coarse},{codes}"]
+    if count < CODED_FROM:
+        kinds = [f"IVF{cells},Flat", f"IVF{cells},SQ8", *kinds]
     if count < FLAT_BELOW:
-        kinds.insert(0, "Flat")
+        kinds = ["Flat", *kinds]
     for kind in kinds:
         if 2 * hot_bytes(kind, count, dim) <= memory_bytes:
             return kind

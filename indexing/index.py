@@ -52,7 +52,7 @@ class IndexConfig(Section):
     """What a searching process may hold in memory for both indexes; heeded by factory = auto."""
     recall_target: float = Field(default=0.95, gt=0, le=1)
     """The recall@10 against brute force that the effort of a query is raised to (see indexing.tuning)."""
-    queries: int = Field(default=256, ge=2)
+    queries: int = Field(default=1024, ge=2)
     """How many vectors of each modality are sampled as queries: half of them to choose the effort with, half to measure the recall with."""
     threads: int = Field(default=0, ge=0)
     """Threads while building; 0 leaves it to FAISS."""

@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from infra.cluster import ClusterConfig
+from infra.errors import CallerError
 from infra.tables import KEEP
 from tests.kept import TINY
 from training import embed, embeddings, soundness
@@ -105,3 +107,19 @@ def test_the_keep_list_is_cut_into_parts_without_what_is_broken(tmp_path: Path, 
     parts = [read_table(tmp_path / f"rows_{number:04}.parquet") for number in range(3)]
     assert [part["key"].to_pylist() for part in parts] == [["00", "02", "03", "04"], ["05", "06", "07", "08"], ["10"]]
     assert parts[0].schema.equals(KEEP)
+
+
+def test_more_parts_than_four_digits_name_are_refused_before_anything_is_embedded(tmp_path: Path) -> None:
+    columns = {field.name: pa.nulls(21, field.type) for field in KEEP}
+    (tmp_path / "curate").mkdir()
+    pq.write_table(pa.table(columns, KEEP), tmp_path / "curate" / "keep.parquet")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CallerError, match=r"rows_per_part = 2 makes over 10 parts: set 3 or more"):
+        patch.setattr(embed, "PARTS", 10)
+        embed.run(
+            embed.EmbedConfig(rows_per_part=2),
+            ClusterConfig(),
+            *(tmp_path / each for each in ("none", "curate", "none")),
+            "",
+            tmp_path,
+            tmp_path,
+        )

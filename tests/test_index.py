@@ -178,7 +178,7 @@ def test_threads_share_an_index(folder: Path) -> None:
         assert list(together) == alone
 
 
-def test_the_rule_takes_the_largest_kind_that_fits() -> None:
+def test_the_rule_takes_the_largest_kind_that_fits_and_small_codes_for_many() -> None:
     assert choose_factory(FLAT_BELOW - 1, 512, 2**31) == "Flat"
     assert choose_factory(FLAT_BELOW, 512, 2**31) == "IVF512,Flat"
     assert choose_factory(200_000, 512, 2**30) == "IVF1789,Flat"
@@ -189,6 +189,8 @@ def test_the_rule_takes_the_largest_kind_that_fits() -> None:
         choose_factory(200_000, 512, 1000)
     named = int(str(refused.value).split("set it to ")[1].split()[0])
     assert choose_factory(200_000, 512, named) == "RR512,IVF894,PQ128x4fs,Refine(SQ8)"
+    assert choose_factory(299_999, 512, 2**33) == "IVF2191,Flat"
+    assert choose_factory(1_000_000, 512, 2**33) == "RR512,IVF2000,PQ128x4fs,Refine(SQ8)"
 
 
 @pytest.mark.parametrize("count", [1, 2, 38, 39, 100])

@@ -28,6 +28,8 @@ from training.pictures import Pictures, read_file, read_table
 
 MARKED = ["key", "sha256"]
 READ_ROWS = 1 << 16
+PARTS = 10_000
+"""Their four digits keep them in order for whoever sorts files by name, as clip-retrieval does."""
 
 
 class EmbedConfig(Section):
@@ -53,6 +55,8 @@ def run(
     found = table.num_rows
     if not found:
         raise CallerError("curate kept no pair: loosen [curate] or give [data] more sources")
+    if found > PARTS * config.rows_per_part:
+        raise CallerError(f"[embed] rows_per_part = {config.rows_per_part} makes over {PARTS:,} parts: set {-(-found // PARTS)} or more")
     dropped = soundness.settle(table, ingest / "shards", config.broken_pictures, work)
     del table
     parts, count = cut(config, curate / "keep.parquet", work)

@@ -29,7 +29,7 @@ from indexing.factories import choose_factory, fill, hot_bytes
 from indexing.tuning import Effort, Sample, brute_force, recalls
 
 TARGET, K, ROUNDS = 0.95, 10, 3
-TUNED_ON, MEASURED = 256, 512
+TUNED_ON, MEASURED = 1024, 512
 QUERIES = TUNED_ON + MEASURED
 PEER = Path(".peers/autofaiss/bin/python")
 SWEPT = (
