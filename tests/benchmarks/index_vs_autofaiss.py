@@ -1,12 +1,14 @@
 """Our index against the one that autofaiss builds under the same memory bound, and against a sweep of FAISS factory strings.
 
     python -m tests.benchmarks.index_vs_autofaiss [--rows 100000] [--dim 512] [--kinds clustered,spectrum] [--bounds 16] [--embed FOLDER]
+        [--keep FOLDER]
 
 Clustered vectors lie around rows / 50 centres of unequal size, at 0.3 to 0.8 of the centres' own spread; `spectrum` has no clusters, only
 the decaying spectrum that embeddings have; `isotropic` is the worst case, where only brute force finds anything. --embed takes the images
 of an embed stage's folder instead. Queries are drawn like the rest and are not in the index. Bounds are shares of the float32 bytes: ours
 holds the codes that it re-ranks from in a memory-mapped file, outside the bound, as it does in service (the size column has both).
-Indexes are searched one query at a time by one thread, in turns; building uses --cores. Needs `make peers`.
+Indexes are searched one query at a time by one thread, in turns; building uses --cores. autofaiss takes half an hour for a million
+vectors: --keep keeps what it built, and how long that took, for another comparison. Needs `make peers`.
 """
 
 import argparse
@@ -33,6 +35,8 @@ TUNED_ON, MEASURED = 1024, 512
 QUERIES = TUNED_ON + MEASURED
 PEER = Path(".peers/autofaiss/bin/python")
 SWEPT = (
+    "IVF{c},Flat",
+    "IVF{c},SQ8",
     "IVF{c},RaBitQfs,Refine(SQ8)",
     "RR{d},IVF{c2},RaBitQfs,Refine(SQ8)",
     "RR{d},IVF{c2},PQ{p}x4fs,Refine(SQ8)",
@@ -93,13 +97,16 @@ def ours(name: str, factory: str, vectors: Floats, tuned_on: Floats, cores: int)
 
 
 def theirs(vectors_file: Path, bound: int, cores: int) -> Searched:
-    """Build by autofaiss in its own environment."""
-    out = vectors_file.with_name(f"autofaiss_{bound}.index")
-    script = Path(__file__).parents[1] / "peers" / "autofaiss_peer.py"
-    done = subprocess.run([PEER, script, vectors_file, out, str(bound), str(cores)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-600:])
-    told = json.loads(done.stdout.splitlines()[-1])
+    """Build by autofaiss in its own environment, unless the folder holds what it built."""
+    out = vectors_file.with_name(f"autofaiss_{bound}_{cores}.index")
+    facts = out.with_suffix(".built")
+    if not facts.exists():
+        script = Path(__file__).parents[1] / "peers" / "autofaiss_peer.py"
+        done = subprocess.run([PEER, script, vectors_file, out, str(bound), str(cores)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-600:])
+        facts.write_text(done.stdout.splitlines()[-1])
+    told = json.loads(facts.read_text())
     index = faiss.read_index(str(out))
     if told["parameters"]:
         faiss.ParameterSpace().set_index_parameters(index, told["parameters"])
@@ -117,11 +124,13 @@ def asked(each: Searched, queries: Floats) -> tuple[Floats, float]:
     return np.concatenate(rows), len(queries) / (time.perf_counter() - started)
 
 
-def compared(title: str, vectors: Floats, queries: Floats, divisor: int, cores: int, folder: Path, sweep: bool) -> list[str]:
-    """Measure all indexes under one bound; return Markdown rows."""
+def compared(title: str, vectors: Floats, queries: Floats, divisor: int, cores: int, folder: Path, sweep: bool) -> None:
+    """Measure all indexes under one bound; print Markdown rows."""
     tuned_on, measured = queries[:TUNED_ON], queries[TUNED_ON:]
     count, dim = vectors.shape
     bound = count * dim * 4 // divisor
+    folder = folder / title.replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "vectors.npy"
     np.save(file, vectors)
     own = ours("ours", choose_factory(count, dim, 2 * bound), vectors, tuned_on, cores)
@@ -129,7 +138,7 @@ def compared(title: str, vectors: Floats, queries: Floats, divisor: int, cores: 
     cells = round(4 * count**0.5)
     for pattern in SWEPT if sweep else ():
         factory = pattern.format(c=cells, c2=cells // 2, c4=cells // 4, d=dim, p=dim // 4)
-        if not own.name.endswith(f" {factory}") and dim % 4 == 0:
+        if not own.name.endswith(f" {factory}") and dim % 4 == 0 and hot_bytes(factory, count, dim) <= bound:
             found.append(ours("swept", factory, vectors, tuned_on, cores))
     rounds = [[asked(each, measured) for each in found] for _ in range(ROUNDS)]
     truth = brute_force([vectors], measured, K)
@@ -138,11 +147,9 @@ def compared(title: str, vectors: Floats, queries: Floats, divisor: int, cores: 
     best = max((speed for speed, share in zip(speeds, reached, strict=True) if share >= TARGET - 0.01), default=speeds[0])
     shares = f"{speeds[0] / speeds[1]:.1f} times autofaiss's queries/s, built in {own.build_s / found[1].build_s:.2f} of its time"
     print(f"{title}, 1/{divisor} of float32: {shares}, {speeds[0] / best:.2f} of the fastest that has the recall", flush=True)
-    rows = []
     for each, share, speed in zip(found, reached, speeds, strict=True):
         name = f"{each.name} {tuple(each.effort) if each.effort else ''}".strip()
-        rows.append(f"| {title} | 1/{divisor} | {name} | {share:.3f} | {speed:,.0f} | {each.build_s:.0f} | {each.mbytes} |")
-    return rows
+        print(f"| {title} | 1/{divisor} | {name} | {share:.3f} | {speed:,.0f} | {each.build_s:.0f} | {each.mbytes} |", flush=True)
 
 
 def main() -> None:
@@ -154,25 +161,25 @@ def main() -> None:
     parser.add_argument("--bounds", default="16")
     parser.add_argument("--embed", type=Path, help="an embed stage's folder: its images instead of drawn vectors")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--keep", type=Path, help="where to keep the vectors and what autofaiss built of them")
     parser.add_argument("--no-sweep", action="store_true")
     given = parser.parse_args()
     if not PEER.exists():
         print("skipped: `make peers` builds autofaiss's environment")
         return
-    table = []
+    print(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {os.cpu_count()} cores, FAISS {faiss.__version__}")
+    print("| vectors | bound | index (nprobe, k_factor) | recall@10 | queries/s | build s | MB held + on disk |")
+    print("|" + 7 * "---|", flush=True)
     for kind in ["embedded"] if given.embed else given.kinds.split(","):
         if given.embed:
             vectors, queries = embedded(given.embed)
         else:
             vectors, queries = (drawn(kind, given.rows, count, given.dim, seed) for seed, count in enumerate((given.rows, QUERIES)))
-        for place, divisor in enumerate(int(each) for each in given.bounds.split(",")):
+        for divisor in (int(each) for each in given.bounds.split(",")):
             title = f"{kind} {len(vectors):,} x {vectors.shape[1]}"
             with tempfile.TemporaryDirectory() as folder:
-                table += compared(title, vectors, queries, divisor, given.cores, Path(folder), sweep=place == 0 and not given.no_sweep)
-    print(f"\n{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {os.cpu_count()} cores, FAISS {faiss.__version__}")
-    print("| vectors | bound | index (nprobe, k_factor) | recall@10 | queries/s | build s | MB held + on disk |")
-    print("|" + 7 * "---|")
-    print("\n".join(table))
+                kept = given.keep or Path(folder)
+                compared(title, vectors, queries, divisor, given.cores, kept, sweep=not given.no_sweep)
 
 
 if __name__ == "__main__":
