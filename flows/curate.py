@@ -25,7 +25,7 @@ from infra.errors import DataError
 from infra.progress import Progress
 from infra.removals import Removals
 from infra.settings import Section
-from infra.tables import DROPPED, KEEP
+from infra.tables import DROPPED, KEEP, open_parquet
 
 MAX_PHRASINGS = 16
 BATCH_ROWS = 10_000
@@ -73,7 +73,7 @@ def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Remo
         splits: Counter[str] = Counter()
         start = 0
         with pq.ParquetWriter(out / "keep.parquet", KEEP) as keep:
-            for batch in pq.ParquetFile(candidates).iter_batches(BATCH_ROWS):
+            for batch in open_parquet(candidates).iter_batches(BATCH_ROWS):
                 mask = pa.array(is_kept[start : start + batch.num_rows])
                 start += batch.num_rows
                 kept, doubled = batch.filter(mask), batch.filter(pc.invert(mask))

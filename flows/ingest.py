@@ -31,7 +31,7 @@ from flows.sources import DataConfig, Mounts, write_url_table
 from infra.errors import DataError, StorageError
 from infra.progress import Progress
 from infra.removals import Removals
-from infra.tables import DROPPED, URLS
+from infra.tables import DROPPED, URLS, open_parquet
 
 MAX_ATTEMPTS = 3
 START_LIMIT_S = 300
@@ -64,9 +64,7 @@ def run(config: DataConfig, out: Path, work: Path, removals: Removals = Removals
             urls, first_number = renewed(previous, table, work)
         taken_over = first_number
         for number in range(config.retry_passes + 1):
-            rows = pq.ParquetFile(
-                urls if number == 0 else rows_to_ask_again(work / "shards", first_number, work / f"again-{number}.parquet")
-            )
+            rows = open_parquet(urls if number == 0 else rows_to_ask_again(work / "shards", first_number, work / f"again-{number}.parquet"))
             feeds = write_feeds(rows, work / f"pass-{number}", first_number, config.images_per_shard)
             if not feeds and number:
                 break
@@ -113,9 +111,9 @@ def leave_out(folder: Path, removals: Removals) -> None:
     source, kept = folder / "urls.parquet", folder / "kept.parquet"
     dropped, longer = folder / "dropped.parquet", folder / "longer.parquet"
     with pq.ParquetWriter(kept, URLS) as writer, pq.ParquetWriter(longer, DROPPED) as gone_writer:
-        for batch in pq.ParquetFile(dropped).iter_batches(FILTERED_ROWS):
+        for batch in open_parquet(dropped).iter_batches(FILTERED_ROWS):
             gone_writer.write_batch(batch)
-        for batch in pq.ParquetFile(source).iter_batches(FILTERED_ROWS):
+        for batch in open_parquet(source).iter_batches(FILTERED_ROWS):
             rows = pa.Table.from_batches([batch])
             by_url = removals.mask({"origin": rows["url"]})
             is_removed = pc.or_(removals.mask({"key": rows["key"], "origin": rows["origin"]}), by_url)

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.fetch import PASSING
-from infra.tables import DROPPED, URLS
+from infra.tables import DROPPED, URLS, open_parquet
 
 GROUP_ROWS = 65_536
 
@@ -88,7 +88,7 @@ def write_dropped(early: Path, outcomes: Outcomes, out: Path) -> tuple[Counter[s
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}
     with pq.ParquetWriter(out, DROPPED) as writer:
-        for batch in pq.ParquetFile(early).iter_batches(GROUP_ROWS):
+        for batch in open_parquet(early).iter_batches(GROUP_ROWS):
             before.update(batch.column("reason").to_pylist())
             writer.write_batch(batch)
         pending: list[pa.Table] = []

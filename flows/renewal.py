@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.tables import URLS
+from infra.tables import URLS, open_parquet
 
 SAME = ("image_size_px", "resize", "encode", "images_per_shard", "max_image_bytes", "max_image_pixels", "allow_private", "robots")
 """Fields of [data] that decide what becomes of a URL."""
@@ -35,7 +35,7 @@ def take_over(previous: Path, table: Path, shards: Path) -> int:
     They keep their numbers, so that new ones follow. What stands there under a final name is whole, so a killed call is repeated.
     """
     shards.mkdir(parents=True, exist_ok=True)
-    listed = np.sort(np.concatenate([marks(batch) for batch in pq.ParquetFile(table).iter_batches(BATCH_ROWS)] or [np.empty(0, np.uint64)]))
+    listed = np.sort(np.concatenate([marks(batch) for batch in open_parquet(table).iter_batches(BATCH_ROWS)] or [np.empty(0, np.uint64)]))
     files = sorted((previous / "shards").glob("*.parquet"), key=lambda file: int(file.stem))
     for file in files:
         if not (shards / f"{file.stem}.tar").exists():
@@ -50,7 +50,7 @@ def unknown_rows(table: Path, shards: Path, count: int, out: Path) -> Path:
     sorted_known = np.sort(np.concatenate(known or [np.empty(0, np.uint64)]))
     aside = out.with_suffix(".part")
     with pq.ParquetWriter(aside, URLS) as writer:
-        for batch in pq.ParquetFile(table).iter_batches(BATCH_ROWS):
+        for batch in open_parquet(table).iter_batches(BATCH_ROWS):
             writer.write_batch(batch.filter(pa.array(~np.isin(marks(batch), sorted_known))))
     aside.replace(out)
     return out

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import fsspec
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from infra.errors import CallerError, DataError
 from infra.settings import Section
+from infra.tables import open_parquet
 
 BATCH_ROWS = 10_000
 PIECE_BYTES = 1 << 20
@@ -104,7 +104,7 @@ def check_columns(wanted: Sequence[str], names: Sequence[str], path: str) -> Non
 def read_columns(stream: Any, kind: str, wanted: Sequence[str], path: str) -> Iterator[Columns]:
     """Yield a file's wanted columns, `BATCH_ROWS` or fewer rows at a time."""
     if kind == "parquet":
-        file = pq.ParquetFile(stream, buffer_size=PIECE_BYTES)  # else whole column chunks of a row group, however large, are read at once
+        file = open_parquet(stream, buffer_size=PIECE_BYTES)  # else whole column chunks of a row group, however large, are read at once
         check_columns(wanted, file.schema_arrow.names, path)
         for batch in file.iter_batches(BATCH_ROWS, columns=list(wanted)):
             yield batch.to_pydict()

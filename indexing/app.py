@@ -6,14 +6,17 @@ serves it with uvicorn. What clients may send is in indexing.asked, who may send
 
 import gc
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import numpy as np
 import uvicorn
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
@@ -102,6 +105,8 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
         """Count the samples of each licence, style, category and split: what a query can be filtered by."""
         return {name: dict(list(values.items())[:FACET_VALUES]) for name, values in service.current().view.facets().items()}
 
+    searching = CapacityLimiter(os.cpu_count() or 1)
+
     @app.post("/search")
     async def search(asked: Question) -> dict[str, Any]:
         """Find the samples nearest to a text, a picture, an embedding or another sample."""
@@ -121,7 +126,7 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
             make_filter, {name: getattr(asked, name) for name in CHOICES if getattr(asked, name)}, asked.min_side_px, asked.max_side_px
         )
         near = None if asked.near_copies else NEAR
-        hits = _refused(view.search, query, asked.k, asked.modality, chosen, asked.offset, near, without, RESULT_COLUMNS)
+        hits = await _searched(searching, view, query, asked.k, asked.modality, chosen, asked.offset, near, without, RESULT_COLUMNS)
         return {"clip": view.clip, "samples": view.count, "offset": asked.offset, "results": [_result(hit) for hit in hits]}
 
     @app.get("/sample/{key}")
@@ -164,7 +169,7 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
             service, texts, version, asked.text or None, asked.image or None, asked.image_url or None, asked.embedding_input, None
         )
         near = NEAR if asked.deduplicate else None
-        hits = _refused(view.search, query, k, asked.modality, make_filter({}), 0, near, without, RESULT_COLUMNS)
+        hits = await _searched(searching, view, query, k, asked.modality, make_filter({}), 0, near, without, RESULT_COLUMNS)
         return [
             {**(_metadata(hit) if place < asked.num_images else {}), "id": number, "similarity": hit.score}
             for place, (hit, number) in enumerate(zip(hits, view.numbers(hits), strict=True))
@@ -293,6 +298,12 @@ def _refused(ask: Callable[..., Any], *arguments: Any) -> Any:
         return ask(*arguments)
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
+
+
+async def _searched(searching: CapacityLimiter, view: View, *arguments: Any) -> list[Hit]:
+    """Search in a thread, so that requests are read and answered meanwhile, on no more threads than there are cores."""
+    found: list[Hit] = await to_thread.run_sync(partial(_refused, view.search, *arguments), limiter=searching)
+    return found
 
 
 def _found(view: View, key: str) -> Hit:

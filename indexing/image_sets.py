@@ -15,11 +15,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from indexing.pictures import Pixels, square
 from infra.errors import CallerError, DataError
+from infra.tables import open_parquet
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 LARGEST_BYTES = 20 * 2**20
@@ -113,7 +113,7 @@ def _from_folders(path: Path) -> Iterator[tuple[bytes, str]]:
 
 
 def _from_parquet(path: Path) -> Iterator[tuple[bytes, int | str]]:
-    file = pq.ParquetFile(path)
+    file = open_parquet(path)
     missing = {"image", "label"} - set(file.schema_arrow.names)
     if missing:
         raise CallerError(f"[evaluate] set {str(path)!r} has no column {sorted(missing)[0]!r}: it needs `image` and `label`")

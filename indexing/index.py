@@ -20,7 +20,6 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
@@ -30,7 +29,7 @@ from indexing.factories import add, cells_of, choose_factory, fill, hot_bytes
 from indexing.tuning import DEPTHS, Effort, Sample
 from infra.errors import CallerError, DataError
 from infra.settings import Section
-from infra.tables import EMBEDDED
+from infra.tables import EMBEDDED, open_parquet
 
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
@@ -110,7 +109,9 @@ def build(config: IndexConfig, embed: Path, out: Path, grown_from: tuple[Path, P
         faiss.omp_set_num_threads(threads_before)
     both = list(figures.values())
     worse: dict[str, Any] = {f"recall@{k}": min(each[f"recall@{k}"] for each in both) for k in DEPTHS}
-    worse |= {name: max(each[name] for each in both) for name in ("nprobe", "k_factor", "latency_p50_ms", "latency_p99_ms")}
+    worse |= {
+        name: max(each[name] for each in both) for name in ("nprobe", "k_factor", "k_factor_deep", "latency_p50_ms", "latency_p99_ms")
+    }
     recall = worse["recall@10"]
     facts = {"dim": dim, "count": count, "factory": factory, "clip_key": clip_key, **worse}
     facts["built_count"] = base.get("built_count", base["count"]) if base else count
@@ -198,7 +199,7 @@ class Index:
         if modality not in MODALITIES:
             raise ValueError(f"modality = {modality!r}: it must be image or text")
         own = self.facts[modality]
-        index, effort = self._indexes[modality], Effort(own["nprobe"], own["k_factor"])
+        index, effort = self._indexes[modality], Effort(own["nprobe"], own["k_factor"], own.get("k_factor_deep"))
         if allowed is None or allowed.bits is None:
             return tuning.search(index, queries, min(k, self.count), effort)
         if allowed.count == 0:
@@ -206,7 +207,7 @@ class Index:
         selector_class: Any = faiss.IDSelectorBitmap  # its type stub knows the C++ signature only; it keeps a pointer to the bits
         if effort.nprobe:  # as many of the rows looked at as without a selection
             most = faiss.extract_index_ivf(index).nlist
-            effort = Effort(min(most, math.ceil(effort.nprobe * self.count / allowed.count)), effort.k_factor)
+            effort = effort._replace(nprobe=min(most, math.ceil(effort.nprobe * self.count / allowed.count)))
         return tuning.search(index, queries, min(k, allowed.count), effort, selector_class(allowed.bits))
 
     def metadata(self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names) -> list[dict[str, Any]]:
@@ -253,7 +254,7 @@ def _write_metadata(folder: Path, file: Path, count: int) -> None:
     rows = 0
     with pa.OSFile(os.fspath(file), "wb") as sink, pa.ipc.new_file(sink, EMBEDDED) as writer:
         for each in sorted(folder.glob("*.parquet")):
-            for batch in pq.ParquetFile(each).iter_batches(CHUNK_ROWS):
+            for batch in open_parquet(each).iter_batches(CHUNK_ROWS):
                 writer.write_table(pa.Table.from_batches([batch]).select(EMBEDDED.names).cast(EMBEDDED))
                 rows += batch.num_rows
     if rows != count:

@@ -6,8 +6,11 @@ reason, `EMBEDDED` the metadata beside the embeddings (clip-retrieval's layout: 
 """
 
 import hashlib
+import os
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 URLS = pa.schema(
     [
@@ -50,3 +53,11 @@ SPLITS = ("train", "held_out_concept", "held_out_style")
 def sample_key(origin: str, caption: str) -> str:
     """Return the stable id of a pair: the first 16 hex digits of SHA-256 over its origin and first caption."""
     return hashlib.sha256(f"{origin}\n{caption}".encode()).hexdigest()[:16]
+
+
+def open_parquet(source: str | os.PathLike[str] | Any, buffer_size: int = 0) -> pq.ParquetFile:
+    """Open a parquet file or stream so that reading it in batches holds a batch: as it comes, pyarrow keeps every column chunk it has read.
+
+    `buffer_size`, in bytes, reads column chunks in such pieces; 0 reads those of a row group whole. Raises what pyarrow raises.
+    """
+    return pq.ParquetFile(source, buffer_size=buffer_size, pre_buffer=False)

@@ -21,6 +21,7 @@ from infra.cluster import ClusterConfig
 from infra.errors import CallerError
 from infra.progress import Progress
 from infra.settings import Section
+from infra.tables import open_parquet
 from training import clip as clip_model
 from training import soundness
 from training.loop import OnBroken
@@ -92,7 +93,7 @@ def cut(config: EmbedConfig, keep_list: Path, work: Path) -> tuple[int, int]:
         (work / "rows.tmp").replace(work / f"rows_{parts:04}.parquet")
         parts, waiting = parts + 1, [pairs.slice(rows)]
 
-    with pq.ParquetFile(keep_list) as file:
+    with open_parquet(keep_list) as file:
         for batch in file.iter_batches(READ_ROWS):
             piece = pa.Table.from_batches([batch])
             waiting.append(piece.filter(pa.array(soundness.is_kept(piece, work))))
