@@ -64,7 +64,7 @@ def run(config: DataConfig, out: Path, work: Path, removals: Removals = Removals
             urls, first_number = renewed(previous, table, work)
         taken_over = first_number
         for number in range(config.retry_passes + 1):
-            rows = open_parquet(urls if number == 0 else rows_to_ask_again(work / "shards", first_number, work / f"again-{number}.parquet"))
+            rows = urls if number == 0 else rows_to_ask_again(work / "shards", first_number, work / f"again-{number}.parquet")
             feeds = write_feeds(rows, work / f"pass-{number}", first_number, config.images_per_shard)
             if not feeds and number:
                 break
@@ -148,13 +148,13 @@ def shard_settings(config: DataConfig, recorded: str, actual: str) -> dict[str, 
     }
 
 
-def write_feeds(rows: pq.ParquetFile, folder: Path, first_number: int, images_per_shard: int) -> list[tuple[int, Path, int]]:
-    """Cut rows into one Arrow file a shard, of equal counts; returns (shard number, file, rows). A folder under its final name is whole."""
+def write_feeds(rows: Path, folder: Path, first_number: int, images_per_shard: int) -> list[tuple[int, Path, int]]:
+    """Cut a table into one Arrow file a shard, equal counts; returns (shard number, file, rows). A folder under its final name is whole."""
     if not folder.is_dir():
         aside = folder.with_suffix(".part")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        for offset, batch in enumerate(rows.iter_batches(images_per_shard)):
+        for offset, batch in enumerate(open_parquet(rows).iter_batches(images_per_shard)):
             feed = pa.Table.from_batches([batch]).rename_columns(FEED.names).cast(FEED)
             with pa.ipc.new_file(aside / f"{first_number + offset:05d}.arrow", FEED) as writer:
                 writer.write_table(feed)

@@ -223,9 +223,9 @@ def test_shards_have_equal_counts_whatever_the_blocks_and_files(tmp_path: Path, 
         for name, count in (("a", 9), ("b", 1), ("c", 13))
     ]
     assert sources.write_url_table(config_for(*lists), tmp_path, tmp_path) == 23
-    feeds = ingest.write_feeds(pq.ParquetFile(tmp_path / "urls.parquet"), tmp_path / "pass-0", 10, 5)
+    feeds = ingest.write_feeds(tmp_path / "urls.parquet", tmp_path / "pass-0", 10, 5)
     assert [(number, rows) for number, _, rows in feeds] == [(10, 5), (11, 5), (12, 5), (13, 5), (14, 3)]
-    again = ingest.write_feeds(pq.ParquetFile(tmp_path / "urls.parquet"), tmp_path / "pass-0", 10, 5)
+    again = ingest.write_feeds(tmp_path / "urls.parquet", tmp_path / "pass-0", 10, 5)
     assert again == feeds
 
 
