@@ -109,9 +109,7 @@ def build(config: IndexConfig, embed: Path, out: Path, grown_from: tuple[Path, P
         faiss.omp_set_num_threads(threads_before)
     both = list(figures.values())
     worse: dict[str, Any] = {f"recall@{k}": min(each[f"recall@{k}"] for each in both) for k in DEPTHS}
-    worse |= {
-        name: max(each[name] for each in both) for name in ("nprobe", "k_factor", "k_factor_deep", "latency_p50_ms", "latency_p99_ms")
-    }
+    worse |= {name: max(each[name] for each in both) for name in ("nprobe", "k_factor", "latency_p50_ms", "latency_p99_ms")}
     recall = worse["recall@10"]
     facts = {"dim": dim, "count": count, "factory": factory, "clip_key": clip_key, **worse}
     facts["built_count"] = base.get("built_count", base["count"]) if base else count
@@ -199,7 +197,7 @@ class Index:
         if modality not in MODALITIES:
             raise ValueError(f"modality = {modality!r}: it must be image or text")
         own = self.facts[modality]
-        index, effort = self._indexes[modality], Effort(own["nprobe"], own["k_factor"], own.get("k_factor_deep"))
+        index, effort = self._indexes[modality], Effort(own["nprobe"], own["k_factor"])
         if allowed is None or allowed.bits is None:
             return tuning.search(index, queries, min(k, self.count), effort)
         if allowed.count == 0:
@@ -207,7 +205,7 @@ class Index:
         selector_class: Any = faiss.IDSelectorBitmap  # its type stub knows the C++ signature only; it keeps a pointer to the bits
         if effort.nprobe:  # as many of the rows looked at as without a selection
             most = faiss.extract_index_ivf(index).nlist
-            effort = effort._replace(nprobe=min(most, math.ceil(effort.nprobe * self.count / allowed.count)))
+            effort = Effort(min(most, math.ceil(effort.nprobe * self.count / allowed.count)), effort.k_factor)
         return tuning.search(index, queries, min(k, allowed.count), effort, selector_class(allowed.bits))
 
     def metadata(self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ Effort is the number of probed cells and of candidates re-ranked. It is chosen o
 number, and judged on the other half. Legend: B queries, N vectors, D dimensions, k results.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -26,7 +25,8 @@ SATURATED = 0.002
 """Where doubling the probed cells gains less recall than this, what is missing is lost by the codes."""
 Z_SURE = 1.2816
 """So many standard errors below the sampled recall the true one lies in one of ten samples; a second sample then has to agree."""
-TIMED = 64
+TIMED, ROUNDS = 64, 3
+"""Queries that efforts are timed with, and how often each."""
 
 
 class Effort(NamedTuple):
@@ -34,18 +34,6 @@ class Effort(NamedTuple):
 
     nprobe: int
     k_factor: float
-    """For up to 10 results."""
-    k_factor_deep: float | None = None
-    """For 100 results or more; between, the candidates grow as a power of the results. None: as many for each result as for few."""
-
-    def factor(self, k: int) -> float:
-        """Return the candidates for each of k results, not below one."""
-        if not self.k_factor:
-            return 0.0
-        _, few, many = DEPTHS
-        deep = self.k_factor if self.k_factor_deep is None else self.k_factor_deep
-        share = (math.log(min(max(k, few), many)) - math.log(few)) / (math.log(many) - math.log(few))
-        return max(1.0, float(self.k_factor ** (1 - share) * deep**share))
 
 
 class Sample(NamedTuple):
@@ -71,7 +59,7 @@ def search(index: Any, queries: Floats, k: int, effort: Effort, selector: Any = 
         flat_params = faiss.SearchParameters()
         flat_params.sel = selector
         return cast(tuple[Floats, Rows], index.search(queries, k, params=flat_params))
-    k_factor = max(1.0, min(effort.factor(k), float(index.ntotal // k))) if effort.k_factor else 0.0
+    k_factor = float(max(1, min(effort.k_factor, index.ntotal // k))) if effort.k_factor else 0.0
     is_rotated = k_factor > 0 and isinstance(faiss.downcast_index(index.base_index), faiss.IndexPreTransform)
     make = _parameters if selector is None else _parameters.__wrapped__
     params = make(effort.nprobe, k_factor, is_rotated, selector)
@@ -80,7 +68,7 @@ def search(index: Any, queries: Floats, k: int, effort: Effort, selector: Any = 
     if short.any():
         cells = faiss.extract_index_ivf(index).nlist
         assert effort.nprobe < cells, "with every cell probed every vector is found"
-        more = effort._replace(nprobe=min(cells, 2 * effort.nprobe))
+        more = Effort(min(cells, 2 * effort.nprobe), effort.k_factor)
         scores[short], rows[short] = search(index, queries[short], k, more, selector)
     return scores, rows
 
@@ -135,8 +123,7 @@ class Measured:
     def _found(self, sample: Sample, k: int, effort: Effort) -> Rows:
         if sample.rows is None:
             return search(self.index, sample.vectors, k, effort)[1]
-        candidates = effort.factor(k) * k / (k + 1)  # as many as for k
-        _, rows = search(self.index, sample.vectors, k + 1, Effort(effort.nprobe, candidates))
+        _, rows = search(self.index, sample.vectors, k + 1, Effort(effort.nprobe, effort.k_factor * k / (k + 1)))
         is_other = rows != sample.rows[:, None]
         is_other[is_other.all(1), -1] = False  # where it is not among them, the last one is too many
         return rows[is_other].reshape(len(rows), k)
@@ -149,8 +136,7 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], t
     cells that do are found by doubling and halving, on one half of each sample and with Z_SURE standard errors to spare, or the target
     would be missed on other queries as often as it is met; the fastest of these pairs wins. The other half judges: it gets more cells
     where it misses the target still, and the recall that is told is its own. Where no effort reaches the target, the best recall wins.
-    Many results need fewer candidates each: k_factor_deep is the least that loses under SATURATED of the recall@100.
-    nprobe is 0 for Flat, both factors are 0 where nothing is re-ranked.
+    nprobe is 0 for Flat, k_factor 0 where nothing is re-ranked.
     """
     tuning, judging = (Measured(index, parts, [each.part(half) for each in samples]) for half in (0, 1))
     k = DEPTHS[1]
@@ -180,21 +166,16 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], t
             if reached >= target:
                 most = nprobe  # who re-ranks more and looks into as many cells is slower
         enough = [effort for effort, reached in found if reached >= target]
-        best = min(enough, key=lambda each: float(np.median(seconds(each)))) if enough else max(found, key=lambda each: each[1])[0]
+        # In turns, and the best round of each: another process that takes the cores for a while slows all of them.
+        rounds = [[float(np.median(seconds(each))) for each in enough] for _ in range(ROUNDS)]
+        best = enough[int(np.min(rounds, axis=0).argmin())] if enough else max(found, key=lambda each: each[1])[0]
         while enough and best.nprobe < cells and judging.recall(k, best) < target:
             best = Effort(min(cells, best.nprobe + max(1, best.nprobe // 8)), best.k_factor)
-        if best.k_factor:
-            lost = tuning.recall(DEPTHS[2], best) - SATURATED
-            enough_deep = (
-                each for each in K_FACTORS if each >= best.k_factor or tuning.recall(DEPTHS[2], Effort(best.nprobe, each)) >= lost
-            )
-            best = best._replace(k_factor_deep=min(best.k_factor, next(enough_deep)))
     taken_ms = np.array(seconds(best)) * 1000
     told = {f"recall@{depth}": judging.recall(depth, best) for depth in DEPTHS}
     return {
         "nprobe": best.nprobe,
         "k_factor": best.k_factor,
-        "k_factor_deep": best.k_factor_deep or 0,
         "target_met": told[f"recall@{k}"] >= target,
         **told,
         "latency_p50_ms": round(float(np.percentile(taken_ms, 50)), 4),

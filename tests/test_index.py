@@ -355,27 +355,3 @@ def cut(embed: Path, folder: Path, count: int) -> None:
     pq.write_table(rows.slice(0, count), folder / "metadata" / "metadata_0000.parquet")
     facts = json.loads((embed / "facts.json").read_text())
     (folder / "facts.json").write_text(json.dumps(facts | {"count": count}))
-
-
-def test_many_results_have_fewer_candidates_each_and_lose_next_to_nothing() -> None:
-    assert Effort(8, 16).factor(64) == 16 and Effort(8, 0, 0).factor(64) == 0
-    factors = [Effort(8, 16, 4).factor(k) for k in (1, 10, 30, 64, 100, 500)]
-    assert factors[:2] == [16, 16] and factors[-2:] == [4, 4] and factors == sorted(factors, reverse=True)
-    rng = np.random.default_rng(0)
-    spectrum = np.arange(1, 65) ** -0.5
-    given, queries = (
-        (each / np.linalg.norm(each, axis=1, keepdims=True)).astype(np.float32)
-        for each in (rng.normal(size=(n, 64)) * spectrum for n in (6000, 300))
-    )
-    sample = Sample(queries, None)
-    index = fill("RR64,IVF32,PQ16x4fs,Refine(SQ8)", [given], 0)
-    facts = tune(index, [given], [sample], 0.95)
-    assert 1 < facts["k_factor_deep"] < facts["k_factor"]
-    truth = brute_force([given], sample.vectors, 100)
-    deep, full = (
-        recalls(
-            [given], sample.vectors, search(index, sample.vectors, 100, Effort(facts["nprobe"], facts["k_factor"], each))[1], truth
-        ).mean()
-        for each in (facts["k_factor_deep"], None)
-    )
-    assert deep >= full - 0.01
