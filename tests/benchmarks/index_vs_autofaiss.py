@@ -7,8 +7,9 @@ Clustered vectors lie around rows / 50 centres of unequal size, at 0.3 to 0.8 of
 the decaying spectrum that embeddings have; `isotropic` is the worst case, where only brute force finds anything. --embed takes the images
 of an embed stage's folder instead. Queries are drawn like the rest and are not in the index. Bounds are shares of the float32 bytes: ours
 holds the codes that it re-ranks from in a memory-mapped file, outside the bound, as it does in service (the size column has both).
-Indexes are searched one query at a time by one thread, in turns; building uses --cores. autofaiss takes half an hour for a million
-vectors: --keep keeps what it built, and how long that took, for another comparison. Needs `make peers`.
+Indexes are searched one query at a time by one thread, in turns; building uses --cores and is told in processor seconds, tuning
+included. autofaiss may take an hour of them for a million vectors: --keep keeps what it built, and what that took, for another comparison.
+Needs `make peers`.
 """
 
 import argparse
@@ -82,10 +83,10 @@ def embedded(folder: Path) -> tuple[Floats, Floats]:
 def ours(name: str, factory: str, vectors: Floats, tuned_on: Floats, cores: int) -> Searched:
     """Build and tune as `unclip index` does; the queries tuned on are not those measured with."""
     faiss.omp_set_num_threads(cores)
-    started = time.perf_counter()
+    started = time.process_time()
     index = fill(factory, [vectors], 0)
     facts = tuning.tune(index, [vectors], [Sample(tuned_on, None)], TARGET)
-    took = time.perf_counter() - started
+    took = time.process_time() - started
     hot = hot_bytes(factory, *vectors.shape) / 1e6
     return Searched(
         f"{name} {factory}",
@@ -168,7 +169,7 @@ def main() -> None:
         print("skipped: `make peers` builds autofaiss's environment")
         return
     print(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {os.cpu_count()} cores, FAISS {faiss.__version__}")
-    print("| vectors | bound | index (nprobe, k_factor) | recall@10 | queries/s | build s | MB held + on disk |")
+    print("| vectors | bound | index (nprobe, k_factor) | recall@10 | queries/s | build CPU s | MB held + on disk |")
     print("|" + 7 * "---|", flush=True)
     for kind in ["embedded"] if given.embed else given.kinds.split(","):
         if given.embed:
