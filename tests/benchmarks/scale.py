@@ -147,7 +147,7 @@ def index(folder: Path, count: int) -> int:
 
     (folder / "index").mkdir()
     cells = max(1, round(2 * math.sqrt(count)))  # one kind at all sizes: that of large ones
-    stage.build(stage.IndexConfig(factory=f"RR{DIM},IVF{cells},RaBitQfs,Refine(SQ8)"), folder / "long", folder / "index")
+    stage.build(stage.IndexConfig(factory=f"RR{DIM},IVF{cells},PQ{DIM // 4}x4fs,Refine(SQ8)"), folder / "long", folder / "index")
     return size_of(folder / "index")
 
 

@@ -121,8 +121,9 @@ def serve_drawn(folder: Path, rows: int, dim: int) -> None:
     from infra.removals import Removals
 
     if not (folder / "index" / "index.json").exists():
-        write_drawn(folder / "embed", rows, dim, "drawn", "drawn")
-        (folder / "index").mkdir()
+        if not (folder / "embed").exists():
+            write_drawn(folder / "embed", rows, dim, "drawn", "drawn")
+        (folder / "index").mkdir(exist_ok=True)
         build(IndexConfig(), folder / "embed", folder / "index")
 
     def encode(texts: list[str]) -> Any:
