@@ -95,13 +95,14 @@ def numbers(is_even: bool, rng: np.random.Generator) -> NDArray[np.int64]:
 
 
 def claims(picture: NDArray[np.uint8], puzzle: Puzzle) -> list[bool]:
-    """Return what holds: of a grid, that it has every number once, and each row's even sum; of a cube, that each face is right."""
+    """Return what holds: of a grid, for each number that it is there, and each row's even sum; of a cube, that each sticker is right."""
     side = LAID_OUT_PX
     page = picture if len(picture) == side else np.asarray(cv2.resize(picture, (side, side), interpolation=cv2.INTER_CUBIC), np.uint8)
     if puzzle.turns:
-        return [bool(right.all()) for right in read_cube(page) == turned(puzzle.turns)]
+        right: list[bool] = (read_cube(page) == turned(puzzle.turns)).ravel().tolist()
+        return right
     grid = read_grid(page)
-    held = [sorted(grid.ravel().tolist()) == list(range(SIDE * SIDE))]
+    held = [number in grid for number in range(SIDE * SIDE)]  # all are, where each is there once
     return held + [bool((row >= 0).all() and row.sum() % 2 == 0) for row in grid] if puzzle.is_even else held
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from indexing import scenes, sections
+from indexing import puzzles, scenes, sections
 from indexing.generation import EncodeImages
 from indexing.held_out import Embedded
 from indexing.intervals import Figure, mean_figure
@@ -32,6 +32,8 @@ OPEN_SCENES = tuple(Scene((scenes.Thing(shape),)) for shape in scenes.SHAPES) + 
     Scene((scenes.Thing(a), scenes.Thing(b))) for a, b in (("circle", "square"), ("circle", "triangle"), ("square", "triangle"))
 )
 """GenEval's first two rows, which no colour binds."""
+IN_PARTS = ("writing", "24-puzzle", "cube")
+"""Rows that are hardly ever right as a whole: how much of them is right is told as well."""
 SHOWN = 8
 
 
@@ -166,8 +168,8 @@ def relations(
             "paired by prompt"
         )
         tables.append(sections.table(caption, ["Row", *equal_calls[0]], found_rows))
-    if (letters := _written(prompts, plain, resamples, seed)) is not None:
-        tables.append(letters)
+    if (parts := _shares(prompts, plain, resamples, seed)) is not None:
+        tables.append(parts)
     if (blind := _told_apart(prompts, encode_texts, encode_images, plain.pictures.shape[2], resamples, seed)) is not None:
         tables.append(blind)
     text = [
@@ -247,31 +249,40 @@ def _gain(found: Sequence[float], plain: NDArray[np.float64], resamples: int, se
     return mean_figure(100 * (np.asarray(found) - plain), np.arange(len(plain)), resamples, seed, unit="points")
 
 
-def _written(prompts: Sequence[Asked], plain: Measured, resamples: int, seed: int) -> dict[str, Any] | None:
-    """Return the table of characters read, of trained and held-out words, beside what is read of signs as drawn for training."""
+def _shares(prompts: Sequence[Asked], plain: Measured, resamples: int, seed: int) -> dict[str, Any] | None:
+    """Return the table of how much of a sign or a puzzle is right, beside the same of those drawn for training; None without such rows."""
     M, side_px = plain.share.shape[1], plain.pictures.shape[2]
     cells: list[list[sections.Cell]] = []
-    for made_of in MADE_OF.values():
-        places = [place for place, each in enumerate(prompts) if each.row == "writing" and each.made_of == made_of]
+    for row, made_of in ((row, made_of) for row in IN_PARTS for made_of in MADE_OF.values()):
+        places = [place for place, each in enumerate(prompts) if each.row == row and each.made_of == made_of]
         if not places:
             continue
         share, cosine, groups = plain.share[places], plain.cosine[places], np.arange(len(places))
-        drawn = []
-        for place in places:
-            scene = scenes.parse(prompts[place].prompt)
-            assert scene is not None, "the row is of scenes"
-            drawn.append(prompts[place].judge(scenes.draw(scene, side_px, np.random.default_rng([seed, place]))))
+        taught = [prompts[place].judge(_drawn(prompts[place].prompt, side_px, np.random.default_rng([seed, place]))) for place in places]
         figures = [
             mean_figure(share.ravel(), np.repeat(groups, M), resamples, seed),
             mean_figure([best_of(c, s, M) for c, s in zip(cosine, share, strict=True)], groups, resamples, seed),
             mean_figure(share.max(1), groups, resamples, seed),
-            mean_figure(drawn, groups, resamples, seed),
+            mean_figure(taught, groups, resamples, seed),
         ]
-        cells.append([f"words {made_of}", len(places), *figures])
+        cells.append([f"{row}, {made_of}", len(places), *figures])
     if not cells:
         return None
-    head = ["Signs", "Words", "A sample", f"Best of {M} by CLIP", f"Best of {M} by OCR", "As drawn for training"]
-    return sections.table("Writing: share of characters that OCR reads right (1 minus the edit distance over the length)", head, cells)
+    caption = (
+        "How much of it is right: of a sign's word the characters that OCR reads (1 minus the edit distance over the length), of a grid "
+        "the numbers that are there and the rows with even sums, of a cube the stickers"
+    )
+    head = ["Row", "Prompts", "A sample", f"Best of {M} by CLIP", f"Best of {M} by the checker", "As drawn for training"]
+    return sections.table(caption, head, cells)
+
+
+def _drawn(prompt: str, side_px: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Draw what a prompt asks for, as it was drawn for training."""
+    puzzle, scene = puzzles.parse(prompt), scenes.parse(prompt)
+    if puzzle:
+        return puzzles.draw(puzzle, side_px, rng)
+    assert scene is not None, "every prompt is of a scene or of a puzzle"
+    return scenes.draw(scene, side_px, rng)
 
 
 def _shown(prompts: Sequence[Asked], plain: Measured, chosen: NDArray[np.bool_], row: str, out: Path) -> dict[str, Any]:

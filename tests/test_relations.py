@@ -120,9 +120,9 @@ def test_the_characters_of_signs_are_counted_beside_those_of_drawn_ones(tmp_path
         return "cat" if np.array_equal(picture, taught) else "co"
 
     found = relations(CONFIG, embedded, texts_of, blind, drawer(1.0, []), reader, 200, 0, tmp_path / "out")
-    (table,) = [each for each in found["tables"] if each["caption"].startswith("Writing")]
+    (table,) = [each for each in found["tables"] if each["caption"].startswith("How much")]
     (signs,) = table["rows"]
-    assert signs[:2] == ["words trained", 1] and signs[5]["value"] == 1
+    assert signs[:2] == ["writing, trained", 1] and signs[5]["value"] == 1
     assert all(figure["value"] == pytest.approx(1 / 3) for figure in signs[2:5])  # of three letters, two are to be changed
 
 

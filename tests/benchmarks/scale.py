@@ -282,7 +282,8 @@ def rows_of(name: str, cost: Cost, found: list[dict[str, float]]) -> tuple[str, 
             kept = amount((high["stored"] - low["stored"]) / span * target, "B")
         else:
             took, kept = "by images", amount(high["stored"], "B")
-        cells.append(f"{took}, {amount(low['peak'] + memory * target, 'B')}, {kept}")
+        # What short lists add is mostly buffers that fill up: memory is foretold from long lists only.
+        cells.append(f"{took}, {amount(low['peak'] + memory * target, 'B')} held" if sizes == LONGEST else f"{took}, {kept}")
     return top, f"| {name} | {' | '.join(cells)} |"
 
 
