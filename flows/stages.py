@@ -173,7 +173,7 @@ STAGES = (
     Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, ("dedup",), decoder_parameters),
     Stage("upsampler", ("ingest", "curate"), ("upsampler",), 1, run_upsampler, (), upsampler_parameters),
     Stage("upsampler_2", ("ingest", "curate"), ("upsampler_2",), 1, run_upsampler, (), upsampler_2_parameters),
-    Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 4, run_evaluate, REPORTED),
+    Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 5, run_evaluate, REPORTED),
 )
 
 

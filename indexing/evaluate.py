@@ -19,7 +19,7 @@ from indexing.fidelity_figures import FidelityConfig
 from indexing.generation import EncodeImages, Generate
 from indexing.held_out import Embedded, Pairs, licences, open_embedded, read_pairs, seen_in_training
 from indexing.relations import RelationsConfig
-from indexing.retrieval import retrieval
+from indexing.retrieval import retrieval, retrieval_of_all
 from indexing.samples import generation, write_shown
 from indexing.sections import MakeSection
 from indexing.suite import SuiteConfig
@@ -153,7 +153,7 @@ def evaluate(
         | {"data": seen_in_training(embedded, HELD_OUT), "licences": licences(embedded)},
         "stages": [report.stage_facts(manifest, metrics.get(manifest["stage"], ())) for manifest in stage_manifests],
         "zero_shot": {split: zero_shot(config, pairs[split], embedded, encode_texts) for split in HELD_OUT},
-        "retrieval": {split: retrieve(config, pairs[split], shards, out / "pictures") for split in HELD_OUT},
+        "retrieval": {split: retrieve(config, pairs[split], shards, out / "pictures", encode_texts) for split in HELD_OUT},
         "generation": generation(
             config.prompts,
             config.count,
@@ -225,12 +225,15 @@ def class_phrase(label: str) -> str:
     return " ".join(label.lower().replace("&", " and ").replace("-", " ").replace("_", " ").split())
 
 
-def retrieve(config: EvaluateConfig, pairs: Pairs, shards: Path, folder: Path) -> dict[str, Any]:
-    """Return a split's recall both ways, and some captions, drawn by the seed, with the pictures found for them."""
+def retrieve(config: EvaluateConfig, pairs: Pairs, shards: Path, folder: Path, encode_texts: EncodeTexts) -> dict[str, Any]:
+    """Return a split's recall both ways by first captions and by all, and some captions, drawn by the seed, with what is found."""
     if not pairs.rows:
         return {"n": 0, "note": "no pairs"}
     pictures, captions = [row["sha256"] for row in pairs.rows], [row["caption"] for row in pairs.rows]
-    found = retrieval(pairs.images, pairs.texts, pictures, captions, pairs.groups, config.resamples, config.seed)
+    measured_by = (pairs.groups, config.resamples, config.seed)
+    found = retrieval(pairs.images, pairs.texts, pictures, captions, *measured_by)
+    every = [[caption for caption in row["captions"] if caption] or [row["caption"]] for row in pairs.rows]
+    found["all_captions"] = retrieval_of_all(pairs.images, pictures, every, encode_texts, *measured_by)
     _, first = np.unique(pictures, return_index=True)
     _, asked = np.unique(captions, return_index=True)
     folder.mkdir(parents=True, exist_ok=True)

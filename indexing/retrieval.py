@@ -1,7 +1,8 @@
 """Retrieval both ways: how often the right caption is among a picture's k nearest, and the right picture among a caption's.
 
 Pictures and captions are told apart by what they are: a caption that stands on several pictures is one caption with several right
-answers, and equal pictures are one picture. Pure functions on unit vectors. Legend: P pictures, Q captions, D dimensions.
+answers, and equal pictures are one picture. Pure functions on unit vectors; texts are embedded by a callable. Legend: N pairs, P
+pictures, Q captions, R right answers (picture and caption), D dimensions.
 """
 
 import math
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from indexing.embeddings import Floats
 from indexing.intervals import mean_figure
+from indexing.zero_shot import EncodeTexts, unit
 
 DEPTHS = (1, 5, 10)
 SAME_SCORE = 1e-6
@@ -36,24 +38,61 @@ def retrieval(
     """
     picture_of, first_picture = _distinct(pictures)
     caption_of, first_caption = _distinct(captions)
-    is_right = np.zeros((len(first_picture), len(first_caption)), bool)  # (P, Q)
-    is_right[picture_of, caption_of] = True
-    image, text = images[first_picture], texts[first_caption]
+    named = ([groups[i] for i in first_picture], [groups[i] for i in first_caption])
+    return _both_ways(images[first_picture], texts[first_caption], picture_of, caption_of, named, len(captions), resamples, seed)
+
+
+def retrieval_of_all(
+    images: Floats,
+    pictures: Sequence[Hashable],
+    captions: Sequence[Sequence[str]],
+    encode_texts: EncodeTexts,
+    groups: Sequence[Any],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the same with all captions of each of N pictures, as COCO's figures are counted (5 captions a picture there).
+
+    A picture is found right where any of its captions is among the k nearest; every caption asks for its picture.
+    """
+    of = [place for place, own in enumerate(captions) for _ in own]
+    each = [caption for own in captions for caption in own]
+    picture_of, first_picture = _distinct([pictures[place] for place in of])
+    caption_of, first_caption = _distinct(each)
+    texts = unit(np.asarray(encode_texts([each[i] for i in first_caption]), np.float32))
+    named = ([groups[of[i]] for i in first_picture], [groups[of[i]] for i in first_caption])
+    return _both_ways(images[[of[i] for i in first_picture]], texts, picture_of, caption_of, named, len(each), resamples, seed)
+
+
+def _both_ways(
+    images: Floats,
+    texts: Floats,
+    picture_of: NDArray[np.int64],
+    caption_of: NDArray[np.int64],
+    groups: tuple[Sequence[Any], Sequence[Any]],
+    n: int,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
     return {
-        "n": len(captions),
-        "pictures": len(first_picture),
-        "captions": len(first_caption),
-        "image_to_text": _one_way(image, text, is_right, [groups[i] for i in first_picture], resamples, seed),
-        "text_to_image": _one_way(text, image, is_right.T, [groups[i] for i in first_caption], resamples, seed),
+        "n": n,
+        "pictures": len(images),
+        "captions": len(texts),
+        "image_to_text": _one_way(images, texts, picture_of, caption_of, groups[0], resamples, seed),
+        "text_to_image": _one_way(texts, images, caption_of, picture_of, groups[1], resamples, seed),
     }
 
 
-def right_places(queries: Floats, gallery: Floats, is_right: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return how many wrong answers stand before the best right one for each query, (B,); `is_right` is (B, gallery)."""
+def right_places(queries: Floats, gallery: Floats, query_of: NDArray[np.int64], answer_of: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how many wrong answers stand before the best right one for each query, (B,); right is answer_of[r] for query_of[r], (R,)."""
     places = []
+    order = np.argsort(query_of, kind="stable")
+    query_of, answer_of = query_of[order], answer_of[order]
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         scores = queries[start : start + QUERIES_AT_ONCE] @ gallery.T
-        right = is_right[start : start + QUERIES_AT_ONCE]
+        some = slice(*np.searchsorted(query_of, [start, start + QUERIES_AT_ONCE]))
+        right = np.zeros(scores.shape, bool)
+        right[query_of[some] - start, answer_of[some]] = True
         best = np.where(right, scores, -np.inf).max(1, keepdims=True)
         places.append(((scores >= best - SAME_SCORE) & ~right).sum(1))
     return np.concatenate(places) if places else np.zeros(0, np.int64)
@@ -76,10 +115,17 @@ def _distinct(things: Sequence[Hashable]) -> tuple[NDArray[np.int64], list[int]]
 
 
 def _one_way(
-    queries: Floats, gallery: Floats, is_right: NDArray[np.bool_], groups: Sequence[Any], resamples: int, seed: int
+    queries: Floats,
+    gallery: Floats,
+    query_of: NDArray[np.int64],
+    answer_of: NDArray[np.int64],
+    groups: Sequence[Any],
+    resamples: int,
+    seed: int,
 ) -> dict[str, Any]:
-    places = right_places(queries, gallery, is_right)
-    rights, times = np.unique(is_right.sum(1), return_counts=True)
+    places = right_places(queries, gallery, query_of, answer_of)
+    answers = np.bincount(np.unique(np.stack([query_of, answer_of]), axis=1)[0], minlength=len(queries))  # a pair may stand there twice
+    rights, times = np.unique(answers, return_counts=True)
     found = {}
     for k in DEPTHS:
         chances = [chance_of_hit(int(right), len(gallery), k) for right in rights]

@@ -47,6 +47,10 @@ def test_a_perfect_model_is_perfect(tmp_path: Path) -> None:
         found = report["retrieval"][split]
         assert (found["pictures"], found["captions"]) == (n, names)
         assert found["image_to_text"]["recall@1"]["value"] == found["text_to_image"]["recall@1"]["value"] == 1.0
+        every = found["all_captions"]  # "colour N" and "a colour N", which lie alike
+        assert (every["n"], every["pictures"], every["captions"]) == (2 * n, n, 2 * names)
+        assert every["image_to_text"]["recall@1"]["value"] == every["text_to_image"]["recall@1"]["value"] == 1.0
+        assert every["text_to_image"]["recall@1"]["n"] == 2 * names and every["image_to_text"]["recall@1"]["n"] == n
         for example in found["examples"]:
             assert [each["is_right"] for each in example["results"]] == [
                 each["caption"] == example["caption"] for each in example["results"]

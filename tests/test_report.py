@@ -112,7 +112,7 @@ def test_every_figure_is_on_the_page(tmp_path: Path) -> None:
 
     for section in ("zero_shot", "retrieval", "generation"):
         mark(facts[section])
-    assert (len(shares), len(scores)) == (2 * 5 * 3 + 2 * 2 * 3 + 1, 3 + 4)
+    assert (len(shares), len(scores)) == (2 * 5 * 3 + 2 * 2 * 2 * 3 + 1, 3 + 4)
     for _, figure in scores:
         figure |= {each: 1000 * figure[each] for each in ("value", "low", "high")}
     page = Page(report.render(facts, tmp_path / "out"))

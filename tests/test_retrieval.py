@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from indexing.retrieval import chance_of_hit, retrieval, right_places
+from indexing.retrieval import chance_of_hit, retrieval, retrieval_of_all, right_places
 from tests.embedded import vectors
 
 ROOT = np.sqrt(0.5)
@@ -86,6 +86,45 @@ def test_places_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, gallery = vectors(50, 8).astype(np.float32), vectors(70, 8, seed=3).astype(np.float32)
     is_right = np.random.default_rng(0).random((50, 70)) < 0.05
     is_right[:, 0] = True
-    whole = right_places(queries, gallery, is_right)
+    pairs = np.random.default_rng(1).permutation(np.argwhere(is_right)).T
+    whole = right_places(queries, gallery, *pairs)
+    scores = queries @ gallery.T
+    by_hand = [int((row[~right] >= row[right].max()).sum()) for row, right in zip(scores, is_right, strict=True)]
     monkeypatch.setattr("indexing.retrieval.QUERIES_AT_ONCE", 7)
-    assert right_places(queries, gallery, is_right).tolist() == whole.tolist()
+    assert right_places(queries, gallery, *pairs).tolist() == whole.tolist() == by_hand
+
+
+def test_all_captions_of_a_picture_count_and_are_counted() -> None:
+    # Picture p is called by two captions, one near it and one near q; "both" stands on p and q alike.
+    images = np.array([[1, 0], [0, 1]], np.float32)
+    known = {"near": [0.9, 0.4], "far": [0.1, 0.95], "both": [ROOT, ROOT], "own": [0.3, 0.9]}
+    encoded: list[list[str]] = []
+
+    def encode(texts: list[str]) -> np.ndarray:
+        encoded.append(texts)
+        return np.array([known[text] for text in texts], np.float32)
+
+    found = retrieval_of_all(images, ["p", "q"], [["near", "far", "both"], ["both", "own"]], encode, ["g", "h"], 500, 0)
+    assert encoded == [["near", "far", "both", "own"]]  # each text once
+    assert (found["n"], found["pictures"], found["captions"]) == (5, 2, 4)
+    one = found["image_to_text"]["recall@1"]
+    assert one["value"] == 0.5 and one["n"] == 2  # "near" comes first for p; for q "far" stands before its own
+    assert one["chance"] == pytest.approx((3 / 4 + 2 / 4) / 2)
+    back = found["text_to_image"]["recall@1"]
+    assert back["value"] == 3 / 4 and back["n"] == 4  # "far" finds q alone
+    assert back["chance"] == pytest.approx((0.5 + 0.5 + 1 + 0.5) / 4)
+
+
+def test_all_captions_agree_with_counting_one_by_one() -> None:
+    rng = np.random.default_rng(2)
+    images = vectors(60, 8).astype(np.float32)
+    captions = [[f"caption {number}" for number in rng.choice(150, rng.integers(1, 6), replace=False)] for _ in range(60)]
+    distinct = sorted({text for own in captions for text in own})
+    texts = {text: vectors(1, 8, seed=10 + place)[0].astype(np.float32) for place, text in enumerate(distinct)}
+    found = retrieval_of_all(images, range(60), captions, lambda asked: np.stack([texts[t] for t in asked]), range(60), 500, 0)
+    table = np.stack([texts[text] for text in distinct])
+    for k in (1, 5, 10):
+        to_text = [any(distinct[i] in own for i in np.argsort(-(table @ image))[:k]) for image, own in zip(images, captions, strict=True)]
+        to_image = [any(text in captions[i] for i in np.argsort(-(images @ texts[text]))[:k]) for text in distinct]
+        assert found["image_to_text"][f"recall@{k}"]["value"] == pytest.approx(np.mean(to_text))
+        assert found["text_to_image"][f"recall@{k}"]["value"] == pytest.approx(np.mean(to_image))
