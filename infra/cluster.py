@@ -56,6 +56,9 @@ class ClusterConfig(Section):
     """Shared memory of the local Ray's object store; the stages pass files, so little is needed."""
     max_failures: int = Field(default=2, ge=0)
     """How often a training group is restarted from its last checkpoint before the stage fails (Ray's own default is 0)."""
+    collective_timeout_s: int = Field(default=1800, ge=1)
+    """How long a worker waits for the others of its group, in seconds: for the slowest to read its data, for the first to write the state.
+    A worker that ended is noticed at once, whatever this is."""
     stages: dict[str, StageResources] = Field(default_factory=dict)
     """Under `unclip submit`: what the process of a stage asks for; by default a download asks for its processes, training for none."""
     attempts: int = Field(default=3, ge=1, le=100)
@@ -67,7 +70,7 @@ class ClusterConfig(Section):
 
     outside_key: ClassVar[frozenset[str]] = frozenset(
         {
-            *("address", "num_cpus", "cpus_per_worker", "use_gpu", "object_store_memory_bytes", "max_failures"),
+            *("address", "num_cpus", "cpus_per_worker", "use_gpu", "object_store_memory_bytes", "max_failures", "collective_timeout_s"),
             *("stages", "attempts", "upload_code", "python"),
             *("clip_workers", "embed_workers", "prior_workers", "decoder_workers", "upsampler_workers"),
         }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray.train.torch import TorchConfig
 from safetensors.torch import load_file
 
 from infra.cluster import Cluster, ClusterConfig
@@ -89,6 +90,22 @@ def is_same(out: Path, other: Path) -> bool:
             return False
     seen = [json.loads(line)["images_seen"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     return seen == sorted(set(seen)) and seen[-1] == LONG.images
+
+
+def test_a_worker_waits_for_the_others_as_long_as_the_cluster_section_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TorchConfig] = []
+
+    class Trainer:
+        def __init__(self, *_: object, torch_config: TorchConfig, **__: object) -> None:
+            asked.append(torch_config)
+
+        def fit(self) -> None:
+            """Start nothing."""
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
+    for cluster in (ClusterConfig(), ClusterConfig(collective_timeout_s=7)):
+        jobs._run_group({"work": str(tmp_path)}, "clip", cluster, 2)
+    assert [each.timeout_s for each in asked] == [1800, 7]
 
 
 def test_moved_pictures_keep_their_content_and_let_white_in() -> None:

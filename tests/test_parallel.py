@@ -1,9 +1,13 @@
 """Several workers say what one would: gathered loss, averaged gradients."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,3 +76,26 @@ def test_workers_have_the_loss_and_the_gradients_of_one(workers: int, tmp_path: 
 def test_one_worker_says_nothing() -> None:
     x = torch.randn(3, requires_grad=True)
     assert world() == (0, 1) and gather(x) is x and average(x) is x
+
+
+def lose_the_other(rank: int, folder: Path) -> None:
+    """Wait for worker 1, which kills itself; worker 0 writes down for how many seconds it did."""
+    torch.set_num_threads(1)
+    with meeting(rank, 2, folder / "meet"):  # with torch's own time-out, half an hour
+        dist.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        started_s = time.monotonic()
+        try:
+            average(torch.ones(()))
+        except RuntimeError:
+            (folder / "waited").write_text(str(time.monotonic() - started_s))
+            os._exit(0)
+
+
+def test_a_lost_worker_is_noticed_at_once_however_long_the_others_would_wait(tmp_path: Path) -> None:
+    workers = mp.spawn(lose_the_other, (tmp_path,), 2, join=False)
+    for process in workers.processes:
+        process.join(60)
+    assert [process.exitcode for process in workers.processes] == [0, -signal.SIGKILL]
+    assert float((tmp_path / "waited").read_text()) < 5

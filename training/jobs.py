@@ -261,7 +261,7 @@ def _run_group(job: dict[str, Any], name: str, cluster: ClusterConfig, workers: 
             storage_path=str((Path(job["work"]) / "ray").absolute()),
             failure_config=FailureConfig(max_failures=0),  # Ray would repeat a worker's plain error as well
         ),
-        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=60),
+        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=cluster.collective_timeout_s),
     ).fit()
 
 
