@@ -1,6 +1,6 @@
 """How near generated pictures come to real ones as sets, at several strengths of guidance, beside what other real pictures reach.
 
-Counts, seed, resize and feature network are written beside the figures. Models are callables.
+Counts, seed, resize and feature network are written beside the figures; every figure has its interval. Models are callables.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from pydantic import Field
 from indexing import distances, sections
 from indexing.generation import SCALE
 from indexing.held_out import Embedded, read_pairs
-from indexing.intervals import mean_figure
+from indexing.intervals import Figure, mean_figure, set_figure
 from indexing.pictures import Pixels, read_picture, sheet, write_png
 from indexing.zero_shot import unit
 from infra.settings import Section
@@ -24,6 +24,8 @@ Draw = Callable[[list[str], int, float], Pixels]
 Encode = Callable[[Pixels], NDArray[Any]]
 LEAST = 8
 SHOWN = 8
+RESAMPLES_AT_MOST = 200
+"""Of a distance between sets, which costs a decomposition each."""
 
 
 class FidelityConfig(Section):
@@ -66,31 +68,45 @@ def fidelity(
         own = unit(np.asarray(encode(pictures), np.float32))
         inside, covered = distances.precision_recall(of_real, own)
         score = SCALE * np.maximum(np.einsum("nd,nd->n", own, pairs.texts), 0)
+        of_made = pairs.groups if name in drawn else others.groups
+
+        def apart(distance: distances.Counted, unit: str, scale: float = 1, is_drawn: bool = name in drawn) -> Figure:
+            other = None if is_drawn else others.groups  # a caption's drawing hangs together with its real picture
+            times = min(resamples, RESAMPLES_AT_MOST)
+            return set_figure(lambda u, v: scale * distance(u, v), pairs.groups, other, times, seed, unit=unit)
+
         row: list[sections.Cell] = [
             name,
             mean_figure(score, pairs.groups, resamples, seed, unit="score") if name in drawn else None,
-            distances.cmmd(of_real, own),
-            mean_figure(inside, pairs.groups, resamples, seed),
+            apart(distances.cmmd_of(of_real, own), "CMMD"),
+            mean_figure(inside, of_made, resamples, seed),
             mean_figure(covered, pairs.groups, resamples, seed),
         ]
         for network, of_network in features.items():
             other = np.asarray(networks[network](pictures), np.float64)
-            row += [distances.frechet(of_network, other), 1000 * distances.kernel_distance(of_network, other)]
+            row.append(apart(distances.frechet_of(of_network, other), "Fréchet distance"))
+            row.append(apart(distances.kernel_distance_of(of_network, other), "kernel distance × 1000", 1000))
         rows.append(row)
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     write_png(sheet([list(each[:SHOWN]) for each in drawn.values()], list(drawn)), folder / "guidance.png")
     shown = ", ".join(prompts[:SHOWN])
+    conditions = (  # in the table's name too, so that only runs measured alike are compared
+        f"{len(prompts)} captions of held-out pairs, one picture each, seed {seed}, against the {len(real)} real pictures of these "
+        f"pairs at {side_px} px, resized by area"
+    )
     return sections.section(
         title,
         [
-            f"{len(prompts)} captions of held-out pairs, one picture each, seed {seed}, against the {len(real)} real pictures of these "
-            f"pairs at {side_px} px, resized by area. The Fréchet distance is not FID: its network is another, and with so few pictures it "
+            f"{conditions}. The Fréchet distance is not FID: its network is another, and with so few pictures it "
             "compares rows of this table only; the kernel distance is unbiased. Precision: generated pictures that lie among the real "
             "ones; recall: real ones that the generated cover, which is diversity; both by 3 neighbours in our CLIP's space. The last row "
             "is what as many real training pictures, of other things, reach.",
+            f"Intervals resample whole concepts, a caption's real picture and its drawing together, {min(resamples, RESAMPLES_AT_MOST)} "
+            "times for distances, whose bounds are moved by what drawing pictures twice adds. For precision and recall the counted "
+            "pictures are resampled and the neighbourhoods stay. CLIP score and CMMD are by this run's own CLIP.",
         ],
-        [sections.table("Generated against real", head, rows)],
+        [sections.table(f"Generated against real: {conditions}", head, rows)],
         [
             sections.picture(
                 "pictures/guidance.png", f"Rows of rising guidance: {', '.join(drawn)}; columns: {shown}", f"Columns: {shown}", True

@@ -36,15 +36,15 @@ def clip_scores(images: Floats, texts: Floats, resamples: int, seed: int) -> dic
     labels = groups if prompts > 1 else groups[:0]
     first = ranks(cosines.reshape(-1, prompts)[: len(labels)], labels) < 1
     return {
-        "clip_score": mean_figure(own.ravel(), groups, resamples, seed),
-        "mismatched": mean_figure(others.ravel(), groups[: others.size], resamples, seed),
+        "clip_score": mean_figure(own.ravel(), groups, resamples, seed, unit="score"),
+        "mismatched": mean_figure(others.ravel(), groups[: others.size], resamples, seed, unit="score"),
         "own_prompt_first": mean_figure(first, labels, resamples, seed, chance=1 / prompts),
     }
 
 
 def pair_clip_score(images: Floats, texts: Floats, groups: Sequence[Any], resamples: int, seed: int) -> Figure:
     """Return the mean of 100 max(cos, 0) of real pictures (N, D) with their captions (N, D): what a faithful sample would score."""
-    return mean_figure(SCALE * np.maximum(np.einsum("nd,nd->n", images, texts), 0), groups, resamples, seed)
+    return mean_figure(SCALE * np.maximum(np.einsum("nd,nd->n", images, texts), 0), groups, resamples, seed, unit="score")
 
 
 def nearest_by_embedding(queries: Floats, gallery: Iterable[Floats]) -> tuple[Floats, Rows]:

@@ -25,7 +25,7 @@ def plot(chart: Mapping[str, Any]) -> str:
 
 
 def lines(chart: Mapping[str, Any]) -> str:
-    """Draw figures over x: lines, dots and intervals as whiskers; the x axis is linear or logarithmic."""
+    """Draw figures over x: lines, dots and intervals as whiskers; x is linear or logarithmic, a point's `name` stands for it."""
     series = {name: [point for point in points if point["value"] is not None] for name, points in chart["series"].items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
@@ -33,6 +33,7 @@ def lines(chart: Mapping[str, Any]) -> str:
     every = [point for points in series.values() for point in points]
     bounds = [bound for point in every for bound in (point["low"], point["high"], point["value"]) if bound is not None]
     xs = sorted({point["x"] for point in every})
+    names = {point["x"]: point["name"] for point in every if "name" in point}
     is_share = all(0 <= bound <= 1 for bound in bounds)
     low = min(0.0, *bounds)
     step = round_step((1.0 if is_share and max(bounds) > 0.7 else max(bounds)) - low, 4)
@@ -55,7 +56,7 @@ def lines(chart: Mapping[str, Any]) -> str:
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" y2="{y_at(tick):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y_at(tick) + 3.5:.1f}" text-anchor="end">{written}</text>')
     for x in _told_apart(xs, x_at):
-        parts.append(f'<text x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(x)}</text>')
+        parts.append(f'<text x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(names.get(x, short(x)))}</text>')
     parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(chart["x_label"])}</text>')
     parts.append(f'<text class="label" x="4" y="{TOP - 12}">{escape(chart["y_label"])}</text>')
     for number, (name, points) in enumerate(series.items()):

@@ -64,10 +64,10 @@ def generation(
     by_pixels = nearest_by_pixels(queries, _training_pictures(embedded, pool, shards, flat.shape[1]))
     nearest = {
         name: {
-            "samples": mean_figure(values[: len(flat)], groups[: len(flat)], resamples, seed),
-            "unseen": mean_figure(values[len(flat) :], groups[len(flat) :], resamples, seed),
+            "samples": mean_figure(values[: len(flat)], groups[: len(flat)], resamples, seed, unit=unit_name),
+            "unseen": mean_figure(values[len(flat) :], groups[len(flat) :], resamples, seed, unit=unit_name),
         }
-        for name, values in (("cosine", by_clip[0]), ("rms", by_pixels[0]))
+        for name, values, unit_name in (("cosine", by_clip[0], "cosine"), ("rms", by_pixels[0], "of 255"))
         if len(train)
     }
     folder = out / "pictures"

@@ -124,7 +124,8 @@ def suite(
                 [
                     "A linear probe is logistic regression on frozen features, taught with half of a set's pictures and judged, like CLIP "
                     "here, on the other half; its penalty is swept on a fifth of its own half. Few-shot probes see so many pictures of "
-                    f"each class, {DRAWS} draws, with the penalty that all of them chose. Networks: {', '.join(probed[0][2])}.",
+                    f"each class, {DRAWS} draws, with the penalty that all of them chose; “all” is the taught half whole. "
+                    f"Networks: {', '.join(probed[0][2])}.",
                 ],
                 tables,
                 charts=charts,
@@ -250,19 +251,21 @@ def _against_probes(
         zero = said[judged] == some.labels[judged]
         zero_figure = mean_figure(zero, groups, resamples, seed)
         row: list[sections.Cell] = [some.name, zero_figure]
-        series = {"zero-shot CLIP": [(shots, zero_figure) for shots in (1, SHOTS[-1])]}
+        most = max(2 * SHOTS[-1], round(len(train) / classes))  # "all" stands right of the last count, however few a class has
+        series = {"zero-shot CLIP": [(SHOTS[0], zero_figure), (most, {**zero_figure, "name": "all"})]}
         for name, features in named.items():
             own = probe.standardised(features[train])[0]
             penalty = probe.sweep(own, some.labels[train], classes, seed)
             taught = probe.right(features, some.labels, train, judged, classes, penalty)
-            row.append(mean_figure(taught, groups, resamples, seed))
+            by_all = mean_figure(taught, groups, resamples, seed)
+            row.append(by_all)
             differences[name].append((some.name, mean_figure(zero.astype(float) - taught.astype(float), groups, resamples, seed)))
             points = []
             for shots in SHOTS:
                 draws = [train[probe.few(some.labels[train], shots, seed + draw)] for draw in range(DRAWS)]
                 hits = [probe.right(features, some.labels, rows, judged, classes, penalty) for rows in draws]
                 points.append((shots, mean_figure(np.mean(hits, 0), groups, resamples, seed)))
-            series[name] = points
+            series[name] = [*points, (most, {**by_all, "name": "all"})]
         cells.append(row)
         shot_charts.append(sections.lines(f"Few-shot probes: {some.name}", "pictures of each class", "top-1", series, is_log_x=True))
     bar_charts = [

@@ -13,9 +13,11 @@ from PIL import Image
 
 from flows.cli import main
 from indexing.comparison import changed, compare, difference, figures, is_told, render
+from indexing.fidelity_figures import FidelityConfig, fidelity
+from indexing.held_out import open_embedded
 from indexing.intervals import mean_figure
 from indexing.sections import section, table
-from tests.pictured import HOSTILE, usual_rows
+from tests.pictured import HOSTILE, draw, encode_images, row, usual_rows, write_run
 from tests.test_report import Page, assert_stands_alone, make
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -55,6 +57,27 @@ def test_what_differs_is_told_and_what_one_run_lacks_is_none(facts: dict[str, An
     lacking = rows[HOSTILE, "t", "a", "Score"]
     assert lacking["runs"]["a"] is None and lacking["differences"]["b"] is None
     assert changed({"a": facts["run"]["config"], "b": other(facts)["run"]["config"]}) == [("clip.learning_rate", ["0.002", "0.5"])]
+
+
+def test_distances_between_sets_are_compared_where_they_were_measured_alike(tmp_path: Path) -> None:
+    pairs = [row(number, style, split) for number in range(10) for style in ("plain", "framed") for split in ("train", "held_out_concept")]
+    write_run(tmp_path, pairs)
+
+    def measured(spread: int, pictures: int = 16) -> dict[str, Any]:
+        def drawn(prompts: list[str], seed: int, guidance: float) -> np.ndarray:
+            return np.stack([draw(spread * int(prompt.split()[-1]), "plain", 16) for prompt in prompts])
+
+        config = FidelityConfig(pictures=pictures, guidance=(1.0,))
+        networks: dict[str, Any] = {"mean colour": lambda pictures: pictures.mean((1, 2))}
+        given = (open_embedded(tmp_path / "embed"), tmp_path / "shards", 16, drawn, encode_images, networks, 200, 0, tmp_path / "out")
+        return {"sections": [fidelity(config, *given)]}
+
+    rows = compare({"near": measured(1), "far": measured(0), "few": measured(1, 12)})
+    alike = {row["place"][-1]: row for row in rows if row["place"][2] == "guidance 1" and row["runs"]["near"]}
+    assert {"CLIP score", "CMMD on our CLIP", "Precision", "Recall", "Fréchet on mean colour", "kernel × 1000 on mean colour"} == set(alike)
+    assert all("16 captions" in each["place"][1] and "seed 0" in each["place"][1] for each in alike.values())
+    assert alike["CLIP score"]["differs"] and alike["CMMD on our CLIP"]["differs"]
+    assert all(each["differences"]["far"]["low"] is not None and each["differences"]["few"] is None for each in alike.values())
 
 
 def test_the_interval_of_a_difference_is_that_of_two_means() -> None:

@@ -9,7 +9,8 @@ from scipy.linalg import sqrtm
 
 from indexing import distances
 from indexing.fidelity_figures import FidelityConfig, fidelity
-from indexing.held_out import open_embedded
+from indexing.held_out import open_embedded, read_pairs
+from indexing.intervals import set_figure
 from tests.pictured import direction, draw, encode_images, row, write_run
 
 
@@ -81,9 +82,14 @@ def test_the_section_prefers_the_guidance_that_draws_the_real_pictures(tmp_path:
     one, two, trained = table["rows"]
     assert two[1]["value"] == pytest.approx(100, abs=0.2) and one[1]["value"] < 70 and trained[1] is None
     for column in (2, 5, 6):
-        assert two[column] < one[column]
+        assert two[column]["value"] < one[column]["value"]
+        assert all(each[column]["low"] <= each[column]["value"] <= each[column]["high"] for each in (one, trained))
     assert two[4]["value"] > one[4]["value"] and two[3]["value"] == 1.0
     assert (tmp_path / "out" / found["pictures"][0]["picture"]).is_file() and "16 captions" in found["text"][0]
+    assert "16 captions" in table["caption"] and "seed 0" in table["caption"] and "16 px" in table["caption"]
+    # Held-out pairs are of concepts 0 to 9; of 16 trained pictures drawn, the concepts are others'.
+    own = [read_pairs(embedded, split, 16, 0).groups for split in ("held_out_concept", "train")]
+    assert trained[3]["groups"] == len(set(own[1])) and trained[4]["groups"] == len(set(own[0])) == one[3]["groups"]
     assert np.isclose(np.linalg.norm(direction(1)), 1)
 
 
@@ -92,3 +98,56 @@ def test_too_few_pairs_are_said(tmp_path: Path) -> None:
     nothing: Any = None
     found = fidelity(FidelityConfig(), open_embedded(tmp_path / "embed"), tmp_path, 16, nothing, encode_images, {}, 200, 0, tmp_path)
     assert "Not measured" in found["text"][0] and not found["tables"]
+
+
+DISTANCES = {"frechet": distances.frechet_of, "kernel_distance": distances.kernel_distance_of, "cmmd": distances.cmmd_of}
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_a_picture_that_counts_twice_is_as_one_that_stands_there_twice(name: str) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(9, 4)), rng.normal(size=(7, 4)) + 1
+    u, v = np.array([2, 1, 1, 0, 1, 1, 3, 1, 1]), np.array([1, 0, 2, 1, 1, 1, 1])
+    counted = DISTANCES[name](x, y)(u.astype(float), v.astype(float))
+    if name == "kernel_distance":  # all pairs but those of a picture with itself
+        k = lambda a, b: (a @ b / 4 + 1) ** 3  # noqa: E731
+        within = [
+            sum(c[i] * c[j] * k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j) / (c.sum() ** 2 - (c**2).sum())
+            for z, c in ((x, u), (y, v))
+        ]
+        across = sum(u[i] * v[j] * k(x[i], y[j]) for i in range(9) for j in range(7)) / (u.sum() * v.sum())
+        assert counted == pytest.approx(sum(within) - 2 * across)
+    else:
+        assert counted == pytest.approx(getattr(distances, name)(np.repeat(x, u, 0), np.repeat(y, v, 0)))
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("dims", [4, 96])
+def test_the_interval_of_a_distance_is_as_wide_as_fresh_samples_differ(name: str, dims: int) -> None:
+    rng = np.random.default_rng(3)
+
+    def sets() -> tuple[np.ndarray, np.ndarray]:
+        x, y = rng.normal(size=(2, 48, dims)) * np.linspace(0.5, 1.5, dims)
+        return x / np.sqrt(dims), (0.8 * y + 0.8) / np.sqrt(dims)
+
+    values = [DISTANCES[name](*sets())(np.ones(48), np.ones(48)) for _ in range(200)]
+    widths = []
+    for trial in range(8):
+        figure = set_figure(DISTANCES[name](*sets()), range(48), range(48), 200, trial)
+        assert figure["low"] < figure["value"] < figure["high"] and figure["n"] == figure["groups"] == 48
+        widths.append(figure["high"] - figure["low"])
+    ratio = np.mean(widths) / (2 * 1.96 * np.std(values))
+    assert 0.75 < ratio < (1.6 if (name, dims) == ("frechet", 96) else 1.3)  # wide where there are fewer pictures than dimensions
+
+
+def test_sets_that_belong_together_are_drawn_together() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 3)) * 5
+    y = x + 0.01 * rng.normal(size=(40, 3)) + 1
+    together, apart = (set_figure(distances.frechet_of(x, y), range(40), other, 200, 0) for other in (None, range(40)))
+    assert together["value"] == apart["value"] and together["high"] - together["low"] < 0.1 * (apart["high"] - apart["low"])
+    often = set_figure(distances.frechet_of(np.repeat(x, 5, 0), np.repeat(y + x, 5, 0)), np.repeat(range(40), 5), None, 200, 0)
+    once = set_figure(distances.frechet_of(x, y + x), range(40), None, 200, 0)
+    assert often["groups"] == 40 and often["high"] - often["low"] == pytest.approx(once["high"] - once["low"], rel=0.1)
+    two = set_figure(distances.frechet_of(x, y), np.repeat([0, 1], 20), None, 200, 0)
+    assert two["low"] is None and two["high"] is None

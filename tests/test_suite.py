@@ -12,6 +12,7 @@ from flows.packaged_sets import png
 from indexing.held_out import open_embedded
 from indexing.image_sets import ImageSet
 from indexing.pictures import read_picture
+from indexing.plots import plot
 from indexing.suite import SIDE_PX, SuiteConfig, draw_unseen, suite
 from infra.errors import CallerError
 from tests.pictured import colour, encode_images, encode_texts, usual_rows, write_run
@@ -52,7 +53,11 @@ def test_a_probe_on_better_features_beats_a_clip_that_cannot_name_them(tmp_path:
     bars = next(each for each in against["charts"] if each["kind"] == "bars" and "colours" in each["title"])
     assert bars["rows"][0]["value"] == pytest.approx(zero["value"] - 1.0)
     shots = next(each for each in against["charts"] if each["kind"] == "lines")["series"]
-    assert [point["x"] for point in shots["colours"]] == [1, 2, 4, 8, 16] and shots["colours"][-1]["value"] == 1.0
+    assert [point["x"] for point in shots["colours"]] == [1, 2, 4, 8, 16, 32] and shots["colours"][-1]["value"] == 1.0
+    assert [point.get("name") for point in shots["colours"]] == [None] * 5 + ["all"]
+    assert {key: shots["colours"][-1][key] for key in probed} == probed  # what the table calls the probe is the curve's "all"
+    curve = next(plot(each) for each in against["charts"] if each["kind"] == "lines")
+    assert ">all</text>" in curve and ">32</text>" not in curve and ">16</text>" in curve
 
 
 def test_clip_sees_pictures_at_its_own_side_and_other_networks_at_theirs(tmp_path: Path) -> None:
