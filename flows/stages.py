@@ -165,7 +165,7 @@ REPORTED = ("dedup", *UPSAMPLERS)
 STAGES = (
     Stage("ingest", (), ("data",), INGEST_VERSION, run_ingest),
     Stage("curate", ("ingest",), ("curate",), 1, run_curate),
-    Stage("clip", ("ingest", "curate"), ("tokenizer", "clip"), 1, run_clip, (), clip_parameters),
+    Stage("clip", ("ingest", "curate"), ("tokenizer", "clip"), 2, run_clip, (), clip_parameters),
     Stage("embed", ("ingest", "curate", "clip"), ("embed",), EMBED_VERSION, run_embed),
     Stage("index", ("embed",), ("index",), INDEX_VERSION, run_index),
     Stage("dedup", ("ingest", "clip", "embed"), ("dedup",), 1, run_dedup),

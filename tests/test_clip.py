@@ -42,7 +42,7 @@ def test_loss_is_the_mean_of_both_log_softmaxes_on_the_diagonal() -> None:
         for row in range(6):
             weights = [float((scale.exp() * (a[row] * b[column]).sum()).exp()) for column in range(6)]
             expected -= float(torch.tensor(weights[row] / sum(weights)).log()) / 12
-    assert float(contrastive_loss(image, text, scale)) == pytest.approx(expected, rel=1e-5)
+    assert float(contrastive_loss(image, text, torch.arange(6), scale)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_sigmoid_loss_judges_every_pair_for_itself() -> None:
@@ -53,7 +53,52 @@ def test_sigmoid_loss_judges_every_pair_for_itself() -> None:
         for column in range(6):
             logit = float(scale.exp() * (image[row] * text[column]).sum() + bias)
             expected += math.log1p(math.exp(-logit if row == column else logit)) / 6
-    assert float(sigmoid_loss(image, text, scale, bias)) == pytest.approx(expected, rel=1e-5)
+    assert float(sigmoid_loss(image, text, torch.arange(6), scale, bias)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_pairs_with_one_caption_are_right_for_each_other() -> None:
+    image, text = (torch.nn.functional.normalize(torch.randn(4, 8), dim=-1) for _ in range(2))
+    captions, scale, bias = torch.tensor([5, -3, 5, 9]), torch.tensor(1.3), torch.tensor(-2.0)
+    text[2] = text[0]
+    expected = {"softmax": 0.0, "sigmoid": 0.0}
+    for row in range(4):
+        right = [column for column in range(4) if captions[column] == captions[row]]
+        for a, b in ((image, text), (text, image)):
+            weights = [math.exp(float(scale.exp() * (a[row] * b[column]).sum())) for column in range(4)]
+            expected["softmax"] -= sum(math.log(weights[column] / sum(weights)) / len(right) for column in right) / 8
+        for column in range(4):
+            logit = float(scale.exp() * (image[row] * text[column]).sum() + bias)
+            expected["sigmoid"] += math.log1p(math.exp(-logit if column in right else logit)) / 4
+    assert float(contrastive_loss(image, text, captions, scale)) == pytest.approx(expected["softmax"], rel=1e-5)
+    assert float(sigmoid_loss(image, text, captions, scale, bias)) == pytest.approx(expected["sigmoid"], rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_batch_of_one_caption_repeated_can_be_learnt(loss: str, chunk: int, tokenizer: Tokenizer) -> None:
+    model = tiny("conv", tokenizer, loss=loss, chunk=chunk)
+    pixels, ids = to_pixels(images(8), 16), tokenizer(["a green disc"] * 8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        value = model.loss(pixels, ids)
+        optimizer.zero_grad()
+        value.backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+        optimizer.step()
+        losses.append(float(value.detach()))
+    least = math.log(8) if loss == "softmax" else 0.0  # all are equally right, or all are pairs
+    assert all(map(math.isfinite, losses)) and losses[-1] - least < 0.02 * (losses[0] - least)
+
+
+def test_equal_texts_have_equal_marks_however_they_are_padded(tokenizer: Tokenizer) -> None:
+    ids = tokenizer([*TEXTS, "red"])
+    found = clip.marks(ids)
+    assert found[0] == found[-1] and len(set(found.tolist())) == len(TEXTS)
+    assert clip.marks(torch.nn.functional.pad(ids, (0, 5), value=PAD)).equal(found)
+    many = torch.randint(1, 300, (4096, 6), generator=torch.Generator().manual_seed(0)).unique(dim=0)
+    both = torch.cat([many, many.flip(1)]).unique(dim=0)  # the order of the words counts
+    assert len(clip.marks(both).unique()) == len(both) > 8000
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
@@ -100,7 +145,7 @@ def test_one_batch_is_learnt_by_heart(tower: Tower, tokenizer: Tokenizer) -> Non
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(60):
-        loss = contrastive_loss(model.encode_image(pixels), model.encode_text(ids), model.logit_scale)
+        loss = model.loss(pixels, ids)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -157,8 +202,8 @@ def test_loss_stays_in_float32_under_autocast() -> None:
     image, text = (torch.nn.functional.normalize(torch.randn(64, 16), dim=-1) for _ in range(2))
     scale = torch.tensor(LOGIT_SCALE_MAX)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = contrastive_loss(image, text, scale)
-    torch.testing.assert_close(found, contrastive_loss(image, text, scale), rtol=1e-5, atol=0)
+        found = contrastive_loss(image, text, torch.arange(64), scale)
+    torch.testing.assert_close(found, contrastive_loss(image, text, torch.arange(64), scale), rtol=1e-5, atol=0)
 
 
 def test_pictures_are_scaled_to_minus_one_to_one_and_resized_by_area() -> None:

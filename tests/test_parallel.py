@@ -17,6 +17,8 @@ from training.clip import contrastive_loss, sigmoid_loss
 from training.parallel import agree, average, average_gradients, gather, world
 
 B, E = 8, 5
+CAPTIONS = torch.tensor([3, 1, 4, 1, 5, 1, 2, 6])
+"""One stands there three times, with more than one worker."""
 
 
 class Pair(nn.Module):
@@ -28,10 +30,11 @@ class Pair(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(1.5))
         self.logit_bias = nn.Parameter(torch.tensor(-2.0))
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, x: Tensor, y: Tensor, captions: Tensor) -> Tensor:
         """Both contrastive losses of this worker's rows."""
         image, text = F.normalize(self.image(x), dim=-1), F.normalize(self.text(y), dim=-1)
-        return contrastive_loss(image, text, self.logit_scale) + sigmoid_loss(image, text, self.logit_scale, self.logit_bias)
+        sigmoid = sigmoid_loss(image, text, captions, self.logit_scale, self.logit_bias)
+        return contrastive_loss(image, text, captions, self.logit_scale) + sigmoid
 
 
 def prepared() -> tuple[Pair, Tensor, Tensor]:
@@ -51,7 +54,7 @@ def compare(rank: int, workers: int, folder: Path) -> None:
     mine = slice(rank * B // workers, (rank + 1) * B // workers)
     assert gather(x[mine]).equal(x)
     assert agree(7) and not agree(rank)
-    loss = model.loss(x[mine], y[mine])
+    loss = model.loss(x[mine], y[mine], CAPTIONS[mine])
     loss.backward()
     average_gradients(model)
     found = {name: p.grad for name, p in model.named_parameters()}
@@ -62,7 +65,7 @@ def compare(rank: int, workers: int, folder: Path) -> None:
 def test_workers_have_the_loss_and_the_gradients_of_one(workers: int, tmp_path: Path) -> None:
     mp.spawn(work, (workers, tmp_path), workers)
     model, x, y = prepared()
-    loss = model.loss(x, y)
+    loss = model.loss(x, y, CAPTIONS)
     loss.backward()
     expected = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
     assert "logit_scale" in expected and all(float(each.abs().max()) > 1e-4 for each in expected.values())

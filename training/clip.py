@@ -25,6 +25,8 @@ from training.transformer import Activation, Block, TextEncoder
 
 LOGIT_SCALE_START, LOGIT_SCALE_MAX = math.log(1 / 0.07), math.log(100)  # Radford et al. 2021, section 2.5
 SIGMOID_SCALE_START, SIGMOID_BIAS_START = math.log(10), -10.0  # Zhai et al. 2023, section 3.2
+MARK = 0x5851F42D4C957F2D
+"""An odd number of 63 bits, Knuth's multiplier: texts that differ have the same polynomial in it about once in 2^64."""
 
 Channels = tuple[float, float, float]
 
@@ -183,8 +185,8 @@ class CLIP(nn.Module):
         """Return the contrastive loss of this worker's pairs, pixels (b, 3, S, S) in [-1, 1] and ids (b, N), against all workers'."""
         image, text = self._in_chunks(self.encode_image, pixels), self._in_chunks(self.encode_text, ids)
         if self.config.loss == "sigmoid":
-            return sigmoid_loss(image, text, self.logit_scale, self.logit_bias)
-        return contrastive_loss(image, text, self.logit_scale)
+            return sigmoid_loss(image, text, marks(ids), self.logit_scale, self.logit_bias)
+        return contrastive_loss(image, text, marks(ids), self.logit_scale)
 
     def _in_chunks(self, encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Encode so that only a chunk's activations exist at once, in the backward pass too, which encodes each chunk again."""
@@ -198,35 +200,38 @@ class CLIP(nn.Module):
         self.logit_scale.clamp_(max=LOGIT_SCALE_MAX)
 
 
-def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+def contrastive_loss(image: Tensor, text: Tensor, captions: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric cross entropy over the cosine similarities of all workers' pairs (Radford et al. 2021, fig. 3).
 
-    image and text are this worker's unit vectors (b, E). Each worker scores its own rows against everybody's columns, so memory is
-    linear in the global batch, and the mean over workers is the single-process loss with the same gradients.
+    image and text are this worker's unit vectors (b, E), captions is int (b,) and equal where captions are: such pairs are right for each
+    other and share the target (Yang et al. 2022, UniCL, eq. 4-5). Each worker scores its own rows against everybody's columns, so memory
+    is linear in the global batch, and the mean over workers is the single-process loss with the same gradients.
     """
-    all_image, all_text, first = gather(image), gather(text), _first_row(len(image))
-    target = torch.arange(first, first + len(image), device=image.device)
+    is_right = captions[:, None] == gather(captions)  # (b, B)
+    target = is_right / is_right.sum(1, keepdim=True)
+    all_image, all_text = gather(image), gather(text)
     scale = logit_scale.exp()
     with torch.autocast(image.device.type, enabled=False):  # bfloat16 would round a logit near 100 to a multiple of 0.5
         return (F.cross_entropy(scale * image @ all_text.T, target) + F.cross_entropy(scale * text @ all_image.T, target)) / 2
 
 
-def sigmoid_loss(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+def sigmoid_loss(image: Tensor, text: Tensor, captions: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
     """Every picture with every text of all workers, a pair or not (Zhai et al. 2023, eq. 1): mean over pictures of the sum over texts.
 
-    image and text are this worker's unit vectors (b, E); the mean over workers is the single-process loss with the same gradients.
+    image and text are this worker's unit vectors (b, E), captions is int (b,) and equal where captions are: their pictures are pairs
+    with them all. The mean over workers is the single-process loss with the same gradients.
     """
-    all_text, first = gather(text), _first_row(len(image))
+    is_pair = torch.where(captions[:, None] == gather(captions), 1.0, -1.0)  # (b, B)
+    all_text = gather(text)
     with torch.autocast(image.device.type, enabled=False):
-        logits = logit_scale.exp() * image @ all_text.T + logit_bias  # (b, B)
-        is_pair = -torch.ones_like(logits)
-        is_pair[torch.arange(len(image)), torch.arange(first, first + len(image))] = 1
+        logits = logit_scale.exp() * image @ all_text.T + logit_bias
         return -F.logsigmoid(is_pair * logits).sum() / len(image)
 
 
-def _first_row(count: int) -> int:
-    dist = torch.distributed
-    return dist.get_rank() * count if dist.is_available() and dist.is_initialized() else 0
+def marks(ids: Tensor) -> Tensor:
+    """Return a number for every text, int64 (b,), of its ids (b, N): equal texts have equal ones, however far they are padded."""
+    powers = torch.full((ids.shape[1],), MARK, device=ids.device).cumprod(0)  # modulo 2^64
+    return (ids * powers).sum(1)
 
 
 def to_pixels(images: Tensor, side_px: int) -> Tensor:
