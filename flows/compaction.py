@@ -1,4 +1,4 @@
-"""Takes what the removal log names out of committed folders: shards, keep lists, embeddings, indexes and additions.
+"""Takes what the removal log names out of committed folders: shards, keep lists, embeddings with and without copies, indexes and additions.
 
 Every folder is made again aside, with the rows gone and everything else as it was, and committed under its own key in the old one's
 place; readers see the old folder or the new one. Where ROOT is a store, this machine's downloads go as well. The chain from ingest to index
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flows.taking_down import blank, committed_folders, pending
+from flows.taking_down import NO_STAGES, blank, committed_folders, log, pending, record_lineage, with_copies
 from infra import manifests, storage
 from infra.locks import writer_lock
 from infra.manifests import MANIFEST, Committed
@@ -24,13 +24,15 @@ from infra.removals import Removals, read_removals
 from infra.storage import Root
 from infra.tables import DROPPED
 
-NO_STAGES = ("removals", "runs", "work", "logs")
 MADE_BY_COMMIT = ("files", "digest", "packages", "attempt", "prefix", "finished", "stage", "key")
 
 
 def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
     """Take everything that the log names out of ROOT; return how many rows left each folder. Nothing happens where nothing is left."""
-    removals = read_removals(root)
+    logged = read_removals(root)
+    removals = with_copies(root, logged) if logged else logged
+    if removals != logged:
+        log(root, removals - logged, {"copies": "equal pictures that came after the take-down"})
     gone: dict[str, int] = {}
     for committed in pending(root, removals):
         name = f"{committed.stage}/{committed.key}"
@@ -46,6 +48,8 @@ def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
 def _replace(root: Root, committed: Committed, removals: Removals) -> int:
     out = root.scratch / "aside" / f"{committed.stage}-{committed.key}-compact-{secrets.token_hex(4)}"
     out.mkdir(parents=True)
+    if committed.stage == "curate":
+        record_lineage(root, committed, removals)
     try:
         count = WAYS[committed.stage](committed.local(), out, removals, committed)
         manifest = committed.manifest
@@ -81,6 +85,7 @@ def _agree(root: Root) -> None:
 
 def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
     count = 0
+    keys: list[str] = []
     for file in _files(folder):
         source, target = folder / file, out / file
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,10 +93,11 @@ def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
             _link(source, target)
     for file in sorted((folder / "shards").glob("*.parquet")):
         table = pq.read_table(file)
-        is_gone = _url_mask(table, removals, "sample")
+        is_gone = pc.or_(_url_mask(table, removals, "sample"), removals.mask({"download": table["sha256"]}))
         if not pc.any(is_gone).as_py():
             continue
         names = [name for name in table.filter(is_gone)["key"].to_pylist() if name]
+        keys += table.filter(is_gone)["sample"].to_pylist()
         tar = out / "shards" / f"{file.stem}.tar"
         _own_copy(tar)
         members = [f"{name}.{suffix}" for name in names for suffix in ("txt", "json", "png", "jpg", "webp")]
@@ -100,7 +106,7 @@ def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
         pq.write_table(table.filter(pc.invert(is_gone)), out / "shards" / file.name)
         count += len(names)
     urls = pq.read_table(folder / "urls.parquet")
-    is_gone = _url_mask(urls, removals, "key")
+    is_gone = pc.or_(_url_mask(urls, removals, "key"), pc.is_in(urls["key"], pa.array(keys, pa.string())))
     pq.write_table(urls.filter(pc.invert(is_gone)), out / "urls.parquet")
     _write_dropped(folder, out, urls.filter(is_gone), removals)
     return count
@@ -130,6 +136,20 @@ def _embed(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
     facts = json.loads((folder / "facts.json").read_text())
     (out / "facts.json").write_text(json.dumps(facts | {"count": left}, indent=1))
     return count
+
+
+def _dedup(folder: Path, out: Path, removals: Removals, committed: Committed) -> int:
+    count = _embed(folder, out, removals, committed)
+    keep = pq.read_table(folder / "keep.parquet")
+    pq.write_table(keep.filter(pc.invert(_mask(keep, removals))), out / "keep.parquet")
+    copies = pq.read_table(folder / "groups.parquet")
+    is_gone = removals.mask({"key": copies["key"]})
+    is_without = pc.or_(is_gone, removals.mask({"key": copies["keeper"]}))
+    pq.write_table(copies.filter(pc.invert(is_without)), out / "groups.parquet")
+    _link(folder / "threshold.json", out / "threshold.json")
+    if (folder / "groups.png").is_file() and not pc.any(is_without).as_py():  # else it may show what is to go, and nothing reads it
+        _link(folder / "groups.png", out / "groups.png")
+    return count + int(pc.sum(is_gone).as_py() or 0)
 
 
 def _index(folder: Path, out: Path, removals: Removals, committed: Committed) -> int:
@@ -167,6 +187,7 @@ WAYS: dict[str, Callable[[Path, Path, Removals, Committed], int]] = {
     "ingest": _ingest,
     "curate": _curate,
     "embed": _embed,
+    "dedup": _dedup,
     "index": _index,
     "additions": _addition,
 }

@@ -105,7 +105,7 @@ def write_candidates(
             )
             good = [row for row, reason in judgements if not reason]
             bad = [
-                {"key": row["key"], "origin": row["origin"], "reason": reason, "detail": f"{shard.name}/{row['member']}"}
+                {"key": row["key"], "origin": row["origin"], "reason": reason, "detail": detail_of(row, reason)}
                 for row, reason in judgements
                 if reason
             ]
@@ -155,6 +155,7 @@ def judge(image: bytes, item: Row, shard: str, member: tarfile.TarInfo, config: 
         "offset": member.offset_data,
         "size_bytes": len(image),
         "sha256": hashlib.sha256(image).hexdigest(),
+        "download": item.get("sha256") or "",  # no column of KEEP: the removal log is held against it
     }
     pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) if image else None
     if pixels is None:
@@ -203,6 +204,11 @@ def keepers(ranks: np.ndarray) -> np.ndarray:
     is_kept = np.zeros(len(ranks), bool)
     is_kept[order[np.concatenate([[True], images[1:] != images[:-1]])[: len(ranks)]]] = True
     return is_kept
+
+
+def detail_of(row: Row, reason: str) -> str:
+    """Return the last column of dropped.parquet; the digest of what was taken down, so that compaction finds its bytes in the shard."""
+    return f"sha256 {row['sha256']}" if reason == "removed" else f"{row['shard']}/{row['member']}"
 
 
 def duplicates(batch: pa.RecordBatch) -> pa.Table:

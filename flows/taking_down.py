@@ -1,12 +1,14 @@
 """Takes samples down: finds them in every folder of ROOT, writes the removal log, takes them out of what is committed, and proves it.
 
-A take-down is in force with the log's entry: no later query and no later run shows it. `compact` then takes the bytes out of shards, keep
-lists, embeddings and indexes; folders keep their keys and offsets, so what is served from them goes on. Models stay as they are, and are
-named: the next run trains them again, because what they were made from has changed.
+A take-down is in force with the log's entry: no later query and no later run shows it. Equal pictures from elsewhere go along, also those
+that curate left out as copies: their bytes are in the shards. `compact` then takes the bytes out of shards, keep lists, embeddings and
+indexes; folders keep their keys and offsets, so what is served from them goes on. Models stay as they are, and are named: the next run
+trains them again, because what they were made from has changed.
 """
 
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,26 @@ import pyarrow.parquet as pq
 
 from infra import manifests, storage
 from infra.manifests import Committed
-from infra.removals import Removals, gather, read_entries, write_removal
+from infra.removals import NAMES, Removals, gather, read_entries, write_removal
 from infra.storage import Root
 
 Row = dict[str, Any]
 
-TABLES = {"ingest": "shards/*.parquet", "curate": "keep.parquet", "embed": "metadata/*.parquet", "additions": "metadata/*.parquet"}
+TABLES = {
+    "ingest": "shards/*.parquet",
+    "curate": "keep.parquet",
+    "embed": "metadata/*.parquet",
+    "dedup": "metadata/*.parquet",
+    "additions": "metadata/*.parquet",
+}
 """Where each stage's folder lists its samples; an index has Arrow instead."""
-PLACES = {"ingest": "shards", "curate": "shards", "additions": "shards", "embed": "embeddings", "index": "index"}
+SAMPLED = ("embed", "curate", "additions", "ingest")
+"""Stages that name every sample there is, in the order of how much they know of it."""
+PLACES = {"ingest": "shards", "curate": "shards", "additions": "shards", "embed": "embeddings", "dedup": "embeddings", "index": "index"}
+COLUMNS = tuple(NAMES.values())
+DIGESTS = ("sha256", "download")
+READ = {"ingest": ["status", "sample", "origin", "url", "sha256"]}
+NO_STAGES = ("removals", "runs", "work", "logs", "jobs", "prefect")
 MODEL_FILE = "weights.safetensors"
 STEP_ROWS = 65_536
 
@@ -38,14 +52,29 @@ def committed_folders(root: Root, stages: Sequence[str]) -> Iterator[Committed]:
 
 
 def find(root: Root, is_meant: Callable[[pa.Table], pa.ChunkedArray]) -> list[Row]:
-    """Return key, origin and sha256 of all samples in ROOT that are meant, each once; `sha256` is "" where only ingest knows the sample."""
+    """Return key, origin, sha256 and download of all samples in ROOT that are meant, each once; a digest is "" where nothing knows it."""
     found: dict[tuple[str, str], Row] = {}
-    for committed in committed_folders(root, ("embed", "curate", "additions", "ingest")):
-        for table in _tables(committed):
-            for row in table.filter(is_meant(table)).select(["key", "origin", "sha256"]).to_pylist():
+    for committed in committed_folders(root, SAMPLED):
+        for table in (*_tables(committed), *_copies(committed)):
+            for row in table.filter(is_meant(table)).select(COLUMNS).to_pylist():
                 known = found.setdefault((row["key"], row["origin"]), row)
-                known["sha256"] = known["sha256"] or row["sha256"]
+                known.update({name: known[name] or row[name] for name in DIGESTS})
     return list(found.values())
+
+
+def named(rows: Iterable[Row], urls: Sequence[str] = ()) -> Removals:
+    """Return what names these samples, and these URLs."""
+    values = {column: frozenset(row[column] for row in found if row.get(column)) for found in [list(rows)] for column in COLUMNS}
+    return Removals(values["key"], values["origin"] | frozenset(urls), values["sha256"], values["download"])
+
+
+def with_copies(root: Root, meant: Removals) -> Removals:
+    """Return what is meant along with all of ROOT that holds the same pictures: equal as they are stored, or as they were downloaded."""
+    while True:
+        grown = meant | named(find(root, partial(_mask, removals=meant)))
+        if grown == meant:
+            return meant
+        meant = grown
 
 
 def by_values(column: str, values: Sequence[str]) -> Callable[[pa.Table], pa.ChunkedArray]:
@@ -64,19 +93,12 @@ def take_down(root: Root, rows: Sequence[Row], asked: Mapping[str, Any], urls: S
 
     `urls` are logged even where nothing in ROOT came from them yet.
     """
-    pictures = sorted({row["sha256"] for row in rows if row["sha256"]})
-    twins = find(root, by_values("sha256", pictures)) if pictures else []
-    everything = [*rows, *twins]
-    removals = Removals(
-        frozenset(row["key"] for row in everything), frozenset(row["origin"] for row in everything) | frozenset(urls), frozenset(pictures)
-    )
-    entry = {
-        "keys": sorted(removals.keys),
-        "origins": sorted(removals.origins),
-        "sha256": pictures,
-        "asked": dict(asked),
-        "trained_into": trained_into(root, removals),
-    }
+    return log(root, with_copies(root, named(rows, urls)), asked)
+
+
+def log(root: Root, removals: Removals, asked: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Write one entry of the removal log with the models that trained on what it names; return it."""
+    entry = {**removals.named(), "asked": dict(asked), "trained_into": trained_into(root, removals), **more}
     write_removal(root, entry, manifests.now())
     return entry
 
@@ -84,17 +106,30 @@ def take_down(root: Root, rows: Sequence[Row], asked: Mapping[str, Any], urls: S
 def trained_into(root: Root, removals: Removals) -> list[dict[str, str]]:
     """Return stage, key and attempt of every model whose lineage trained on one of these samples."""
     lists = {committed.key: committed for committed in committed_folders(root, ("curate",))}
-    has_trained = {
-        key: any(pc.any(pc.and_(_mask(table, removals), pc.equal(table["split"], "train"))).as_py() for table in _tables(committed))
-        for key, committed in lists.items()
-    }
-    stages = [stage for stage in storage.list_names(root, "") if stage not in (*TABLES, "index", "removals", "runs", "work", "logs")]
-    models = [each for each in committed_folders(root, stages) if any(file["path"] == MODEL_FILE for file in each.manifest["files"])]
+    has_trained = {key: any(_trained(table, removals).num_rows for table in _tables(committed)) for key, committed in lists.items()}
     return [
         {"stage": each.stage, "key": each.key, "attempt": each.manifest["attempt"]}
-        for each in models
+        for each in models(root)
         if any(has_trained.get(key, False) for key in ancestors(root, each, "curate"))
     ]
+
+
+def models(root: Root) -> list[Committed]:
+    """Return every model in ROOT."""
+    stages = [stage for stage in storage.list_names(root, "") if stage not in (*TABLES, "index", *NO_STAGES)]
+    return [each for each in committed_folders(root, stages) if any(file["path"] == MODEL_FILE for file in each.manifest["files"])]
+
+
+def record_lineage(root: Root, curate: Committed, removals: Removals) -> None:
+    """Log which models a keep list's rows were trained into, before compaction takes the rows out of it.
+
+    The entry of the take-down knows the models of its own time only: one that was being trained then has been committed since, or will be
+    (`held`): whatever was started from this list until now has read the rows.
+    """
+    gone = [row for table in _tables(curate) for row in _trained(table, removals).select(COLUMNS).to_pylist()]
+    if gone:
+        held = {"key": curate.key, "until": manifests.now()}
+        log(root, named(gone), {"compacted": f"{curate.stage}/{curate.key}"}, held=held)
 
 
 def ancestors(root: Root, committed: Committed, stage: str) -> set[str]:
@@ -112,13 +147,12 @@ def ancestors(root: Root, committed: Committed, stage: str) -> set[str]:
 def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> dict[str, Any]:
     """Return where in ROOT samples still are and what was trained on them, as `unclip index verify --json` prints it.
 
-    Reads what is there, not the log: a folder is named if its files hold the sample. `trained_into` holds the models that exist still.
+    Reads what is there: a folder is named if its files hold one of the samples, or an equal picture. The log only says more of what is
+    sought (digests of what has left ROOT; what was taken down with it is sought with it). `trained_into` holds the models that exist still.
     """
-    sought = Removals(
-        frozenset(row["key"] for row in rows),
-        frozenset(row["origin"] for row in rows) | frozenset(urls),
-        frozenset(row["sha256"] for row in rows if row["sha256"]),
-    )
+    sought = with_copies(root, named(rows, urls))
+    entries = [entry for entry in read_entries(root) if gather([entry]) & sought]
+    sought = with_copies(root, sought | gather(entries))
     found_in: dict[str, list[str]] = {"shards": [], "embeddings": [], "index": []}
     for committed in committed_folders(root, (*TABLES, "index")):
         if any(pc.any(_mask(table, sought)).as_py() for table in _tables(committed)):
@@ -126,11 +160,18 @@ def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> dict[st
             if committed.stage == "additions":
                 found_in["embeddings"].append(f"{committed.stage}/{committed.key}")
                 found_in["index"].append(f"{committed.stage}/{committed.key}")
-    logged = [model for entry in read_entries(root) if _overlap(gather([entry]), sought) for model in entry.get("trained_into", [])]
-    models = {(each["stage"], each["key"], each["attempt"]) for each in (*logged, *trained_into(root, sought))}
+    logged = [model for entry in entries for model in entry.get("trained_into", [])]
+    trained = {(each["stage"], each["key"], each["attempt"]) for each in (*logged, *trained_into(root, sought))}
+    held = [entry["held"] for entry in entries if "held" in entry]
+    trained |= {
+        (model.stage, model.key, model.manifest["attempt"])
+        for model in (models(root) if held else ())
+        for each in held
+        if model.manifest["started"] < each["until"] and each["key"] in ancestors(root, model, "curate")
+    }
     current = {
         f"{stage}/{key}"
-        for stage, key, attempt in models
+        for stage, key, attempt in trained
         if (known := manifests.find(root, stage, key)) is not None and known.manifest["attempt"] == attempt
     }
     return {"found_in": found_in, "trained_into": sorted(current)}
@@ -140,7 +181,7 @@ def pending(root: Root, removals: Removals) -> list[Committed]:
     """Return the committed folders that still hold something that was taken down, in the order of the stages."""
     if not removals:
         return []
-    held = committed_folders(root, ("ingest", "curate", "embed", "index", "additions"))
+    held = committed_folders(root, ("ingest", "curate", "embed", "dedup", "index", "additions"))
     return [each for each in held if any(pc.any(_mask(table, removals)).as_py() for table in _tables(each))]
 
 
@@ -168,30 +209,46 @@ def blank(tar: Path, members: Sequence[str]) -> None:
 
 
 def _tables(committed: Committed) -> Iterator[pa.Table]:
-    """Yield the rows of a folder with columns key, origin, sha256 and, where known, url and split; a table at a time."""
+    """Yield the rows of a folder with COLUMNS and, where known, url and split; a table at a time. Of what dedup left out only the key."""
     if committed.stage == "index":
         (arrow,) = committed.files("metadata.arrow")
         with pa.memory_map(str(arrow)) as source, pa.ipc.open_file(source) as reader:
             for number in range(reader.num_record_batches):
-                yield pa.Table.from_batches([reader.get_batch(number)]).select(["key", "origin", "sha256", "split"])
+                yield samples_of(pa.Table.from_batches([reader.get_batch(number)]), committed.stage)
         return
+    for file in committed.files("groups.parquet") if committed.stage == "dedup" else ():
+        left_out = pq.read_table(file, columns=["key"])
+        yield pa.table({"key": left_out["key"]} | {name: _nothing(left_out) for name in (*COLUMNS[1:], "split")})
     for file in committed.files(TABLES[committed.stage]):
-        yield samples_of(pq.read_table(file), committed.stage)
+        yield samples_of(pq.read_table(file, columns=READ.get(committed.stage, ["key", "origin", "sha256", "split"])), committed.stage)
+
+
+def _copies(committed: Committed) -> Iterator[pa.Table]:
+    """Yield the rows that curate left out for their picture's bytes, with COLUMNS: equal to another's, or to what was taken down."""
+    for file in committed.files("dropped.parquet") if committed.stage == "curate" else ():
+        table = pq.read_table(file)
+        digests = pc.struct_field(pc.extract_regex(table["detail"], r"^sha256 (?P<digest>[0-9a-f]{64})$"), "digest")
+        copies = pa.table({"key": table["key"], "origin": table["origin"], "sha256": digests, "download": _nothing(table)})
+        yield copies.filter(pc.is_valid(digests))
 
 
 def samples_of(table: pa.Table, stage: str) -> pa.Table:
     """Return a stage's table with the names that the removal log uses; only rows that hold a picture."""
     if stage != "ingest":
-        return table.select(["key", "origin", "sha256", "split"])
+        return table.select(["key", "origin", "sha256", "split"]).append_column("download", _nothing(table))
     stored = table.filter(pc.equal(table["status"], "success"))
-    nothing = pa.array([""] * stored.num_rows, pa.string())  # img2dataset's SHA-256 is of the download, not of what is stored
-    return pa.table({"key": stored["sample"], "origin": stored["origin"], "url": stored["url"], "sha256": nothing})
+    columns = {"key": stored["sample"], "origin": stored["origin"], "url": stored["url"], "sha256": _nothing(stored)}
+    return pa.table(columns | {"download": stored["sha256"]})  # img2dataset's SHA-256 is of the download, not of what is stored
+
+
+def _nothing(table: pa.Table) -> pa.Array:
+    return pa.array([""] * table.num_rows, pa.string())
+
+
+def _trained(table: pa.Table, removals: Removals) -> pa.Table:
+    return table.filter(pc.and_(_mask(table, removals), pc.equal(table["split"], "train")))
 
 
 def _mask(table: pa.Table, removals: Removals) -> pa.ChunkedArray:
-    mask = removals.mask({name: table[name] for name in ("key", "origin", "sha256")})
+    mask = removals.mask({name: table[name] for name in COLUMNS})
     return pc.or_(mask, removals.mask({"origin": table["url"]})) if "url" in table.column_names else mask
-
-
-def _overlap(left: Removals, right: Removals) -> bool:
-    return bool(left.keys & right.keys or left.origins & right.origins or left.sha256 & right.sha256)

@@ -1,7 +1,8 @@
 """The removal log, `ROOT/removals/<time>-<id>.json`: what was taken down, for every later query and every later run.
 
 One small file a take-down, never rewritten: writers cannot lose each other's entries, on any store. An entry names samples by key, by
-the place they came from (origin) and by the SHA-256 of the stored picture. Knows nothing of shards, embeddings and indexes.
+the place they came from (origin), by the SHA-256 of the stored picture and, where it is known, by that of what was downloaded. Knows
+nothing of shards, embeddings and indexes.
 """
 
 import secrets
@@ -17,8 +18,9 @@ from infra.errors import DataError
 from infra.storage import Root
 
 FOLDER = "removals"
-NAMES = {"keys": "key", "origins": "origin", "sha256": "sha256"}
+NAMES = {"keys": "key", "origins": "origin", "sha256": "sha256", "downloads": "download"}
 """An entry's lists, and the column that each is held against."""
+REQUIRED = ("keys", "origins", "sha256")
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,30 @@ class Removals:
     keys: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
     sha256: frozenset[str] = frozenset()
+    downloads: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.keys or self.origins or self.sha256)
+        return bool(self.keys or self.origins or self.sha256 or self.downloads)
+
+    def __or__(self, other: "Removals") -> "Removals":
+        return Removals(*(getattr(self, name) | getattr(other, name) for name in NAMES))
+
+    def __and__(self, other: "Removals") -> "Removals":
+        return Removals(*(getattr(self, name) & getattr(other, name) for name in NAMES))
+
+    def __sub__(self, other: "Removals") -> "Removals":
+        return Removals(*(getattr(self, name) - getattr(other, name) for name in NAMES))
+
+    def named(self) -> dict[str, list[str]]:
+        """Return the lists of an entry that names all of it."""
+        return {name: sorted(getattr(self, name)) for name in NAMES}
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Say whether a sample, a row of schema KEEP or a part of one, was taken down."""
         return any(row.get(column) in getattr(self, name) for name, column in NAMES.items() if column in row)
 
     def mask(self, columns: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
-        """Return which rows were taken down; `columns` are some of key, origin and sha256, at least one."""
+        """Return which rows were taken down; `columns` are some of key, origin, sha256 and download, at least one."""
         found = [
             pc.is_in(columns[column], pa.array(sorted(getattr(self, name)), pa.string()))
             for name, column in NAMES.items()
@@ -50,8 +66,8 @@ class Removals:
 
 
 def write_removal(root: Root, entry: Mapping[str, Any], time: str) -> str:
-    """Append an entry (lists `keys`, `origins` and `sha256`, and whatever else is worth keeping) and return its name."""
-    assert entry.keys() >= NAMES.keys()
+    """Append an entry (lists `keys`, `origins`, `sha256`, perhaps `downloads`, and whatever else is worth keeping); return its name."""
+    assert entry.keys() >= set(REQUIRED)
     name = f"{time.replace(':', '').replace('-', '').replace('.', '')}-{secrets.token_hex(4)}"
     storage.write_json(root, f"{FOLDER}/{name}.json", {**entry, "time": time})
     return name
@@ -59,15 +75,20 @@ def write_removal(root: Root, entry: Mapping[str, Any], time: str) -> str:
 
 def read_entries(root: Root) -> list[dict[str, Any]]:
     """Return all entries, the oldest first. Raises DataError for one that does not read: what it names must not come back."""
-    entries = []
-    for name in storage.list_names(root, FOLDER):
-        if not name.endswith(".json"):
-            continue
-        entry = storage.read_json(root, f"{FOLDER}/{name}")
-        if not isinstance(entry, dict) or any(not _is_texts(entry.get(each)) for each in NAMES):
-            raise DataError(f"{root.uri}/{FOLDER}/{name} is no entry of the removal log: mend it, or remove the thing again and delete it")
-        entries.append(entry)
-    return entries
+    return [read_entry(root, name) for name in entry_names(root)]
+
+
+def entry_names(root: Root) -> list[str]:
+    """Return the names of the log's files, the oldest first."""
+    return [name for name in storage.list_names(root, FOLDER) if name.endswith(".json")]
+
+
+def read_entry(root: Root, name: str) -> dict[str, Any]:
+    """Return the entry in a file of the log. Raises DataError as `read_entries` does."""
+    entry = storage.read_json(root, f"{FOLDER}/{name}")
+    if not isinstance(entry, dict) or any(not _is_texts(entry.get(each, None if each in REQUIRED else [])) for each in NAMES):
+        raise DataError(f"{root.uri}/{FOLDER}/{name} is no entry of the removal log: mend it, or remove the thing again and delete it")
+    return entry
 
 
 def read_removals(root: Root) -> Removals:
@@ -78,7 +99,7 @@ def read_removals(root: Root) -> Removals:
 def gather(entries: Iterable[Mapping[str, Any]]) -> Removals:
     """Return what some entries name together."""
     found = list(entries)
-    return Removals(*(frozenset(text for entry in found for text in entry[name]) for name in NAMES))
+    return Removals(*(frozenset(text for entry in found for text in entry.get(name, ())) for name in NAMES))
 
 
 def _is_texts(value: Any) -> bool:

@@ -160,7 +160,7 @@ def read_json(root: Root, name: str) -> Any | None:
     """Read a JSON file; None where there is none. Raises StorageError for one that is not JSON."""
     try:
         return json.loads(read_bytes(root, name))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StorageError(f"{uri_of(root, name)} is not JSON ({error}): remove it and run again") from None

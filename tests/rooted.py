@@ -1,5 +1,6 @@
 """A ROOT with a committed run of the drawn pictures: ingest, curate, clip, embed and index as the stages write them."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ def write_root(folder: Path, rows: list[dict[str, Any]] | None = None, uri: str 
     shard = items.append_column("sample", table["key"]).append_column("url", pa.array(urls)).append_column("key", keys)
     for name in ("original_width", "original_height"):
         shard = shard.append_column(name, table["width_px"])
+    shard = shard.append_column(
+        "sha256", pa.array([hashlib.sha256(f"got {each}".encode()).hexdigest() for each in table["sha256"].to_pylist()])
+    )
     pq.write_table(shard.append_column("status", pa.array(["success"] * len(table))), ingest / "shards" / "00000.parquet")
     pq.write_table(
         items.append_column("key", table["key"]).append_column("url", pa.array(urls)).select(URLS.names).cast(URLS), ingest / "urls.parquet"

@@ -1,6 +1,8 @@
 """What is taken down is gone from the next query on, leaves every committed folder, and comes back in no later run."""
 
+import io
 import json
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -17,6 +19,7 @@ from flows.compaction import compact
 from flows.curate import CurateConfig
 from flows.planning import fault
 from flows.taking_down import blank, by_values, find, take_down, verify
+from indexing import duplicates
 from infra import manifests, storage
 from infra.errors import CallerError, DataError
 from infra.removals import Removals, read_entries, read_removals, write_removal
@@ -24,6 +27,8 @@ from infra.storage import Root, open_root
 from infra.tables import DROPPED, URLS
 from tests.pictured import HOSTILE, direction, encode_images, encode_texts, usual_rows, write_run
 from tests.rooted import committed, index_facts, write_root
+
+TWICE = 2  # of usual_rows(); the first is all black, which curate leaves out
 
 
 @pytest.fixture
@@ -106,6 +111,138 @@ def test_other_pictures_keep_their_places_and_readers_skip_the_blank(root: Root)
     for row in table[4:6]:
         data = tar.read_bytes()[row["offset"] : row["offset"] + row["size_bytes"]]
         assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).shape == (20, 20, 3)
+
+
+def second_night(root: Root, key: str, download: str, caption: str = "a mirror") -> tuple[str, bytes]:
+    """Commit an ingest that holds picture TWICE again, from a mirror, and what curate makes of it; return its tar and the bytes."""
+    first = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()[TWICE]
+    before = committed(root, "ingest").local()
+    content = (before / "shards" / "00000.tar").read_bytes()[first["offset"] : first["offset"] + first["size_bytes"]]
+    out = root.scratch / "aside" / key
+    shutil.copytree(before, out)
+    (out / "manifest.json").unlink()
+    shard = pq.read_table(out / "shards" / "00000.parquet")
+    mirror = shard.to_pylist()[TWICE] | {
+        "key": "900000000",
+        "sample": f"{key}-mirror",
+        "origin": "https://mirror.example.org/0",
+        "url": "https://mirror.example.org/0",
+        "captions": [caption],
+        "sha256": download or shard["sha256"][TWICE].as_py(),
+    }
+    pq.write_table(pa.Table.from_pylist([*shard.to_pylist(), mirror], shard.schema), out / "shards" / "00000.parquet")
+    urls = pq.read_table(out / "urls.parquet").to_pylist()
+    told = {name: mirror[name] for name in URLS.names} | {"key": mirror["sample"]}
+    pq.write_table(pa.Table.from_pylist([*urls, told], URLS), out / "urls.parquet")
+    with tarfile.open(out / "shards" / "00000.tar", "a") as tar:
+        member = tarfile.TarInfo("900000000.png")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    facts = {"sections": {}, "inputs": {}, "input_digests": {}, "counts": {}, "started": manifests.now()}
+    ingest_made = manifests.commit(root, "ingest", key, out, facts)
+    counts = curate.run(CurateConfig(min_side_px=1), ingest_made.local(), out, read_removals(root))
+    inputs = {"inputs": {"ingest": key}, "input_digests": {"ingest": ingest_made.digest}}
+    manifests.commit(root, "curate", key, out, facts | inputs | {"counts": counts})
+    return str(ingest_made.local() / "shards" / "00000.tar"), content
+
+
+@pytest.mark.parametrize(("download", "caption"), [("f" * 64, "a mirror"), ("", "x")])
+@pytest.mark.parametrize("asked", ["A", "its twin"])
+def test_an_equal_picture_that_curate_left_out_goes_along(root: Root, asked: str, download: str, caption: str) -> None:
+    """Known by the stored bytes (another download), and where curate had another reason to leave it out by the download's."""
+    tar, content = second_night(root, "night2", download, caption)
+    kept = pq.read_table(manifests.find(root, "curate", "night2").local() / "keep.parquet")["key"].to_pylist()  # type: ignore[union-attr]
+    first = usual_rows()[TWICE]
+    assert first["key"] in kept and "night2-mirror" not in kept
+    assert Path(tar).read_bytes().count(content) == 2
+    take(root, first["key"] if asked == "A" else "night2-mirror")
+    for key in (first["key"], "night2-mirror"):
+        assert "ingest/night2" in verify(root, find(root, by_values("key", [key])))["found_in"]["shards"]
+    compact(root, print)
+    assert content not in Path(tar).read_bytes() and first["key"] not in keys_of(root)
+    for url in (first["origin"], "https://mirror.example.org/0"):
+        assert verify(root, [], [url])["found_in"] == {"shards": [], "embeddings": [], "index": []}
+    assert manifests.verify(manifests.find(root, "ingest", "night2")) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("download", ["f" * 64, ""])
+def test_an_equal_picture_that_comes_after_the_take_down_does_not_stay(root: Root, download: str) -> None:
+    first = usual_rows()[TWICE]
+    take(root, first["key"])
+    tar, content = second_night(root, "night2", download)
+    dropped = pq.read_table(manifests.find(root, "curate", "night2").local() / "dropped.parquet").to_pylist()  # type: ignore[union-attr]
+    assert {row["key"] for row in dropped if row["reason"] == "removed"} == {first["key"], "night2-mirror"}
+    proof = verify(root, [{"key": first["key"]}])
+    assert "ingest/night2" in proof["found_in"]["shards"]
+    compact(root, print)
+    assert content not in Path(tar).read_bytes() and "night2-mirror" in read_removals(root).keys
+    assert verify(root, [{"key": first["key"]}])["found_in"] == {"shards": [], "embeddings": [], "index": []}
+    assert compact(root, print) == {} and len(read_entries(root)) == 3, "the take-down, what came later, what the lists were trained into"
+
+
+def commit_dedup(root: Root) -> tuple[str, str]:
+    """Commit a dedup folder in which one picture has gone for another; return the keys of both, the one that stays first."""
+    embed, out = committed(root, "embed"), root.scratch / "aside" / "dedup"
+    out.mkdir(parents=True)
+    table = pq.read_table(embed.local() / "metadata" / "metadata_0000.parquet")
+    keys = table["key"].to_pylist()
+    is_kept = np.array([key != keys[4] for key in keys])
+    duplicates.write_kept(embed.local(), out, table, is_kept, len(keys), 16)
+    row = {"key": keys[4], "keeper": keys[5], "reason": "alike", "score": 0.9}
+    pq.write_table(pa.Table.from_pylist([row], duplicates.GROUPS), out / "groups.parquet")
+    (out / "threshold.json").write_text("{}")
+    (out / "groups.png").write_bytes(b"both pictures")
+    inputs = {name: committed(root, name) for name in ("ingest", "clip", "embed")}
+    told = {name: each.key for name, each in inputs.items()}, {name: each.digest for name, each in inputs.items()}
+    facts = {"inputs": told[0], "input_digests": told[1], "sections": {}, "counts": {}, "started": manifests.now()}
+    manifests.commit(root, "dedup", "dedup0123456789", out, facts)
+    return keys[5], keys[4]
+
+
+def test_what_dedup_keeps_and_what_it_left_out_leave_its_folder_too(root: Root) -> None:
+    keeper, copy = commit_dedup(root)
+    for key in (copy, keeper):
+        take(root, key)
+        assert "dedup/dedup0123456789" in verify(root, find(root, by_values("key", [key])))["found_in"]["embeddings"]
+        assert compact(root, print)["dedup/dedup0123456789"] == 1
+        assert verify(root, [{"key": key}])["found_in"] == {"shards": [], "embeddings": [], "index": []}
+    folder = committed(root, "dedup").local()
+    assert pq.read_table(folder / "groups.parquet").num_rows == 0 and not (folder / "groups.png").exists()
+    tables = [pq.read_table(folder / name)["key"].to_pylist() for name in ("keep.parquet", "metadata/metadata_0000.parquet")]
+    assert tables[0] == tables[1] and len(tables[0]) == 46 == json.loads((folder / "facts.json").read_text())["count"]
+    assert len(np.load(folder / "img_emb" / "img_emb_0000.npy")) == len(np.load(folder / "text_emb" / "text_emb_0000.npy")) == 46
+    assert fault(committed(root, "dedup"), [committed(root, name) for name in ("ingest", "clip", "embed")]) == ""
+
+
+def test_a_model_that_is_committed_between_take_down_and_compaction_or_after_both_is_named(root: Root) -> None:
+    """It was being trained while the sample was taken down: the entry of the take-down cannot know it."""
+    key = next(row["key"] for row in usual_rows() if row["split"] == "train")
+    started = manifests.now()
+
+    def commit_model(stage: str, started: str) -> None:
+        out = root.scratch / "aside" / stage
+        out.mkdir(parents=True)
+        (out / "weights.safetensors").write_bytes(stage.encode())
+        facts = {"inputs": {"curate": "curate0123456789"}, "input_digests": {}, "sections": {}, "counts": {}, "started": started}
+        manifests.commit(root, stage, f"{stage}0123456789", out, facts)
+
+    take(root, key)
+    commit_model("upsampler", started)
+    compact(root, print)
+    commit_model("upsampler_2", started)
+    commit_model("decoder", manifests.now())
+    proof = verify(root, [{"key": key}])
+    assert proof["trained_into"] == ["clip/clip0123456789", "upsampler/upsampler0123456789", "upsampler_2/upsampler_20123456789"]
+    unseen = next(row["key"] for row in usual_rows() if row["split"] == "held_out_style")
+    take(root, unseen)
+    compact(root, print)
+    assert verify(root, [{"key": unseen}])["trained_into"] == []
+
+
+def test_files_beside_the_folders_of_stages_are_no_folders(root: Root) -> None:
+    storage.write_json(root, "jobs/clip-0123.json", {"attempt": 1})
+    storage.write_json(root, "models/notes.json", {})
+    assert take(root, usual_rows()[0]["key"])["trained_into"] and manifests.find(root, "models", "notes.json") is None
 
 
 def test_a_blanked_tar_of_img2datasets_form_still_reads(tmp_path: Path) -> None:
