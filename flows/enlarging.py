@@ -100,9 +100,8 @@ def upsample(
     factor = int(np.prod([model.config.factor for model in models]))
     if start * factor > SIDE_AT_MOST_PX:
         raise CallerError(f"--side {start}: {factor} times that is more than {SIDE_AT_MOST_PX} pixels")
-    made = small = np.stack([read_file(image, start) for image in images])
-    for model in models:
-        made = enlarge.enlarge(model, made, seed, steps)
+    small = np.stack([read_file(image, start) for image in images])
+    made = enlarge.enlarge_by(models, small, seed, steps)
     ways = [
         np.kron(small, np.ones((1, factor, factor, 1), np.uint8)),
         *(enlarge.interpolate(small, factor, name) for name in enlarge.INTERPOLATIONS),

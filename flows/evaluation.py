@@ -71,8 +71,12 @@ def sections_of(job: StageJob, model: "Unclip", folders: Mapping[str, Path]) -> 
 
     config, embed, shards = job.config.evaluate, folders["embed"], folders["ingest"] / "shards"
     prior = model.prior.config
+
+    def predict(captions: list[str], seed: int, best_of: int | None) -> Any:  # noise of its own for every pair: captions repeat
+        return model.predict(captions, range(seed, seed + len(captions)), best_of)
+
     made: list[MakeSection] = [
-        lambda _: prior_section(embed, model.predict, prior.kind, prior.best_of, config.resamples, config.seed),
+        lambda _: prior_section(embed, predict, prior.kind, prior.best_of, config.resamples, config.seed),
         partial(decoder_section.section, config, model, embed, shards),
     ]
     if config.swiss_roll_steps:

@@ -14,8 +14,8 @@ from training.generate import Unclip
 def section(config: FidelityConfig, whole: EvaluateConfig, model: Unclip, embed: Path, shards: Path, out: Path) -> Section:
     """Compare drawings of held-out captions with their real pictures."""
 
-    def draw(prompts: list[str], seed: int, guidance: float) -> Any:
-        return model.generate(prompts, 1, seed, whole.steps, guidance)[:, 0]
+    def draw(prompts: list[str], seed: int, guidance: float) -> Any:  # captions repeat: with one seed for all, so would pictures
+        return model.generate(prompts, 1, range(seed, seed + len(prompts)), whole.steps, guidance)[:, 0]
 
     found = features.efficientnet_lite0()
     networks = {features.LITE_NAME: found} if found else {}

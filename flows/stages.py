@@ -4,11 +4,12 @@ An adapter `run_<stage>` hands a room's function plain paths and sections and re
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.stage import Counts, Stage, StageJob
-from infra import manifests
+from infra import cluster, manifests
 from infra.manifests import Committed
 
 if TYPE_CHECKING:  # the sections live beside torch and faiss, which planning with a given config does not need
@@ -22,11 +23,13 @@ def run_ingest(job: StageJob) -> Counts:
     from flows import ingest
     from flows.renewal import is_renewable
 
+    remote = job.config.cluster.ingest_workers
+    if remote:
+        job.cluster.start()
     before = job.previous
     is_same = before and before.manifest["stage_version"] == INGEST_VERSION
-    if before and is_same and is_renewable(before.manifest["sections"]["data"], job.config.data.keyed()):
-        return ingest.run(job.config.data, job.out, job.work, job.removals, before.local())
-    return ingest.run(job.config.data, job.out, job.work, job.removals)
+    is_taken_over = before and is_same and is_renewable(before.manifest["sections"]["data"], job.config.data.keyed())
+    return ingest.run(job.config.data, job.out, job.work, job.removals, before.local() if before and is_taken_over else None, remote)
 
 
 def run_curate(job: StageJob) -> Counts:
@@ -58,7 +61,11 @@ def run_embed(job: StageJob) -> Counts:
 def run_index(job: StageJob) -> Counts:
     from indexing import index
 
-    return index.build(job.config.index, job.inputs["embed"].local(), job.out, _grown_from(job))
+    embed, spread = job.inputs["embed"].local(), None
+    if index.is_spread(embed):
+        job.cluster.start()
+        spread = partial(cluster.spread, job.config.cluster)
+    return index.build(job.config.index, embed, job.out, _grown_from(job), spread)
 
 
 def _grown_from(job: StageJob) -> tuple[Path, Path] | None:
@@ -173,7 +180,7 @@ STAGES = (
     Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, ("dedup",), decoder_parameters),
     Stage("upsampler", ("ingest", "curate"), ("upsampler",), 1, run_upsampler, (), upsampler_parameters),
     Stage("upsampler_2", ("ingest", "curate"), ("upsampler_2",), 1, run_upsampler, (), upsampler_2_parameters),
-    Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 5, run_evaluate, REPORTED),
+    Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 6, run_evaluate, REPORTED),
 )
 
 

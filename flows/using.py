@@ -104,11 +104,9 @@ def generate(
         upsamplers, enlarged_by = load_upsamplers(opened, record)
     images = model.generate(prompts, count, seed, steps, guidance)
     if upsample:
-        from training.enlarge import enlarge
+        from training.enlarge import enlarge_by
 
-        flat = images.reshape(-1, *images.shape[2:])
-        for upsampler in upsamplers:
-            flat = enlarge(upsampler, flat, seed)
+        flat = enlarge_by(upsamplers, images.reshape(-1, *images.shape[2:]), seed)
         images = flat.reshape(*images.shape[:2], *flat.shape[1:])
     settings = {
         "run": record["name"],

@@ -55,8 +55,9 @@ def learnt() -> tuple[AutoregressivePrior, list[float], Tensor]:
     return model.eval(), losses, torch.stack([z_i, z_t])
 
 
-def test_one_batch_is_learnt_by_heart(learnt: tuple[AutoregressivePrior, list[float], Tensor]) -> None:
+def test_one_batch_is_learnt_by_heart(learnt: tuple[AutoregressivePrior, list[float], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     model, losses, (z_i, z_t) = learnt
+    monkeypatch.setattr(model, "config", CONFIG.model_copy(update={"temperature": 0.2}))  # what it finds likeliest, whatever the seed
     assert losses[0] > 3 and sum(losses[-20:]) / 20 < 0.3
     ids = batch(2)[2]
     found = model.sample(z_t, ids, [0, 1])

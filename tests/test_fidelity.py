@@ -91,7 +91,7 @@ def test_bits_are_those_of_the_bound_with_the_analytic_variance(run: Path, decod
     found = likelihood(decoder, pictures, train, draws=6, seed=3)
     assert (found["variance"], found["calibrated_on"], found["draws"], found["T"]) == ("analytic", 12, 6, 50)
     for told, w in (("told_all", 1.0), ("told_nothing", 0.0)):
-        own = fidelity.generators(range(3, 3 + len(train)))
+        own = fidelity.generators(range(3, 3 + len(train)), fidelity.Stream.DATA)
         denoise, schedule = decoder.guided_denoise(train.z_i, train.ids, w), decoder.schedule
         calibration = calibrate(denoise, train.x_0, schedule, fidelity.POINTS, own)
         error = measure_x_0_error(calibration(denoise), train.x_0, schedule, fidelity.POINTS, own)
@@ -118,7 +118,7 @@ def test_a_learned_variance_is_taken_as_it_is(run: Path) -> None:
     model = Decoder(CONFIG.model_copy(update={"learned_variance": True}), E, TOKENIZER.vocab_size, TOKENIZER.context).eval()
     pictures, train = judged(run), judged(run, "train")
     found = likelihood(model, pictures, train, draws=4, seed=0)
-    own = fidelity.generators(range(len(train)))
+    own = fidelity.generators(range(len(train)), fidelity.Stream.DATA)
     calibration = calibrate(model.guided_denoise(train.z_i, train.ids, 1.0), train.x_0, model.schedule, fidelity.POINTS, own)
     batch = [(pictures.x_0, calibration(model.guided_denoise(pictures.z_i, pictures.ids, 1.0)))]
     assert (found["variance"], found["calibrated_on"]) == ("learned", 12)

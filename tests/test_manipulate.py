@@ -19,7 +19,7 @@ from training.clip import to_pixels
 from training.generate import SEED_STRIDE, Unclip, to_images
 from training.loop import Step
 from training.manipulate import Latents
-from training.noise import generators, noise
+from training.noise import Stream, generators, noise
 from training.pca import Pca
 
 STEPS = 16
@@ -94,7 +94,7 @@ def test_variations_stray_with_eta_alone(model: Unclip, latents: Latents) -> Non
 
 def test_an_interpolation_has_one_noise_and_ends_at_both(model: Unclip, latents: Latents) -> None:
     row = manipulate.interpolate(model, latents.z_i, 5, seed=7, steps=STEPS)
-    x_T = noise((1, 3, 8, 8), generators([7 * SEED_STRIDE]))
+    x_T = noise((1, 3, 8, 8), generators([7 * SEED_STRIDE], Stream.DECODER))
     for place, end in ((0, 0), (-1, 1)):
         assert near(row[place : place + 1 or None], manipulate.draw(model, latents.z_i[end : end + 1], x_T, STEPS))
     assert not near(row[2], row[0], 20) and not near(row[2], row[4], 20)

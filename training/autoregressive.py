@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.loop import Step
-from training.noise import generators
+from training.noise import Stream, generators
 from training.pca import Pca
 from training.prior import DROP, NULL_TEXT, PriorConfig
 from training.tokenizer import PAD
@@ -109,7 +109,7 @@ class AutoregressivePrior(nn.Module):
         best_of = best_of or self.config.best_of
         rows = torch.arange(len(z_t), device=z_t.device).repeat_interleave(best_of)
         K = self.config.pca_dims
-        draws = generators([seed * best_of + place for seed in seeds for place in range(best_of)])
+        draws = generators([seed * best_of + place for seed in seeds for place in range(best_of)], Stream.PRIOR)
         chance = torch.stack([torch.rand(K + 1, generator=own, dtype=torch.float64) for own in draws]).to(z_t.device)  # (B', K + 1)
         chance[:, 0] = 0.5 + chance[:, 0] / 2  # the upper half
         buckets = self.draw(z_t[rows] * self.text_scale, ids[rows], chance)

@@ -28,7 +28,7 @@ from training.diffusion import (
 )
 from training.likelihood import hybrid_loss
 from training.loop import LoopConfig, OnBroken, Step
-from training.noise import generators, noise
+from training.noise import Stream, generators, noise
 from training.prior import NULL_TEXT
 from training.tokenizer import PAD
 from training.transformer import TextEncoder, attend, heads_of, time_features
@@ -275,7 +275,7 @@ class Decoder(nn.Module):
     def sample(self, z_i: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, guidance: float | None = None) -> Tensor:
         """Draw a picture, float32 (B, 3, S, S) in [-1, 1], for every row of z_i (B, E), ids (B, N) and seeds; rows are independent."""
         w = self.config.guidance if guidance is None else guidance
-        S, own = self.config.image_size_px, generators(seeds)
+        S, own = self.config.image_size_px, generators(seeds, Stream.DECODER)
         x_T = noise((len(z_i), 3, S, S), own, z_i.device)
         denoise, count = self.guided_denoise(z_i, ids, w), steps or self.config.sampling_steps
         if self.config.sampler == "ancestral":

@@ -4,6 +4,7 @@ Pictures are uint8 (B, H, W, 3). Reads an up-sampler stage's folder; writes noth
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from training.generate import SEED_STRIDE, to_images
 from training.manipulate import psnr_db
+from training.noise import Stream
 from training.upsampler import Upsampler, UpsamplerConfig, shrink, to_float
 
+STREAMS = (Stream.UPSAMPLER, Stream.UPSAMPLER_2)
 INTERPOLATIONS = {"bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 
 
@@ -31,15 +34,18 @@ def load(folder: Path) -> Upsampler:
     return model.eval().requires_grad_(False)
 
 
-def enlarge(model: Upsampler, pictures: np.ndarray, seed: int = 0, steps: int | None = None) -> np.ndarray:
+def enlarge(model: Upsampler, pictures: np.ndarray, seed: int = 0, steps: int | None = None, stream: int = Stream.UPSAMPLER) -> np.ndarray:
     """Draw pictures at `factor` times their sides, uint8 (B, f H, f W, 3), one after the other: memory grows with one picture alone."""
-    device = next(model.parameters()).device
-    return np.concatenate(
-        [
-            to_images(model.sample(to_float(torch.from_numpy(picture[None])).to(device), [seed * SEED_STRIDE + place], steps))
-            for place, picture in enumerate(pictures)
-        ]
-    )
+    low, device = to_float(torch.from_numpy(pictures)), next(model.parameters()).device
+    made = [model.sample(x[None].to(device), [seed * SEED_STRIDE + place], steps, stream=stream) for place, x in enumerate(low)]
+    return np.concatenate([to_images(x) for x in made])
+
+
+def enlarge_by(models: Sequence[Upsampler], pictures: np.ndarray, seed: int = 0, steps: int | None = None) -> np.ndarray:
+    """Draw pictures larger by one up-sampler behind the other, each from noise of its own."""
+    for model, stream in zip(models, STREAMS[: len(models)], strict=True):
+        pictures = enlarge(model, pictures, seed, steps, stream)
+    return pictures
 
 
 def interpolate(pictures: np.ndarray, factor: int, name: str) -> np.ndarray:

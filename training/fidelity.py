@@ -24,7 +24,7 @@ from training.decoder import Decoder
 from training.diffusion import Denoise
 from training.generate import BATCH, Unclip, to_images
 from training.likelihood import bits_per_dim
-from training.noise import generators
+from training.noise import Stream, generators
 from training.pictures import PLACE, Pictures
 from training.samplers import ddim, ddim_invert
 from training.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def likelihood(decoder: Decoder, judged: Described, trained: Described, draws: i
         "png_bits_per_dim": float(np.mean([_png_bits(picture) for picture in to_images(judged.x_0)])),
     }
     for told, w in (("told_all", 1.0), ("told_nothing", 0.0)):
-        own, known = generators(range(seed, seed + len(trained))), trained.x_0.to(_device(decoder))
+        own, known = generators(range(seed, seed + len(trained)), Stream.DATA), trained.x_0.to(_device(decoder))
         denoise = _denoise(decoder, trained, w)
         calibration = calibrate(denoise, known, decoder.schedule, POINTS, own)
         x_0_error = None
@@ -128,7 +128,7 @@ def inversion(decoder: Decoder, pictures: Described, step_counts: Sequence[int])
     """
     x_0 = pictures.x_0.to(_device(decoder))
     denoise = _denoise(decoder, pictures, 1.0)
-    denoise = calibrate(denoise, x_0, decoder.schedule, POINTS, generators(range(len(x_0))))(denoise)
+    denoise = calibrate(denoise, x_0, decoder.schedule, POINTS, generators(range(len(x_0)), Stream.DATA))(denoise)
     rows = []
     for steps in (each for each in step_counts if each <= decoder.schedule.T):
         for refinements in REFINEMENTS:

@@ -4,6 +4,7 @@ Every picture depends on its prompt, its seed and its place among that prompt's 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -52,13 +53,17 @@ class Unclip:
         return self.decoder.null_z.device
 
     def generate(
-        self, prompts: list[str], count: int = 1, seed: int = 0, steps: int | None = None, guidance: float | None = None
+        self, prompts: list[str], count: int = 1, seed: int | Sequence[int] = 0, steps: int | None = None, guidance: float | None = None
     ) -> np.ndarray:
-        """Draw `count` pictures of each prompt, uint8 (P, count, S, S, 3) RGB; equal arguments give equal pictures."""
+        """Draw `count` pictures of each prompt, uint8 (P, count, S, S, 3) RGB; equal arguments give equal pictures.
+
+        seed: one for all prompts, whose noise is then the same from prompt to prompt, or one for each: what is judged as a set of
+        pictures needs noise of its own in every one.
+        """
         z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(self.device)
         ids = self.tokenizer(prompts).to(self.device)
         rows = torch.arange(len(prompts)).repeat_interleave(count)
-        seeds = [seed * SEED_STRIDE + place for place in range(count)] * len(prompts)
+        seeds = [each * SEED_STRIDE + place for each in _each(seed, prompts) for place in range(count)]
         pictures: list[Tensor] = []
         for start in range(0, len(rows), BATCH):
             part, own = rows[start : start + BATCH], seeds[start : start + BATCH]
@@ -66,12 +71,12 @@ class Unclip:
             pictures.append(self.decoder.sample(z_i, ids[part], own, steps, guidance))
         return to_images(torch.cat(pictures)).reshape(len(prompts), count, *(self.decoder.config.image_size_px,) * 2, 3)
 
-    def predict(self, prompts: list[str], seed: int = 0, best_of: int | None = None) -> np.ndarray:
-        """Draw one z_i for each prompt by the prior, unit vectors float32 (P, E): that of `generate`'s first picture."""
+    def predict(self, prompts: list[str], seed: int | Sequence[int] = 0, best_of: int | None = None) -> np.ndarray:
+        """Draw one z_i for each prompt by the prior, unit vectors float32 (P, E): that of `generate`'s first picture; seed as there."""
         z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(self.device)
         ids = self.tokenizer(prompts).to(self.device)
         parts = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
-        own = [seed * SEED_STRIDE] * len(prompts)
+        own = [each * SEED_STRIDE for each in _each(seed, prompts)]
         return torch.cat([self.prior.sample(z_t[part], ids[part], own[part], best_of=best_of) for part in parts]).cpu().numpy()
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
@@ -81,6 +86,15 @@ class Unclip:
     def encode_images(self, images: np.ndarray) -> np.ndarray:
         """Embed pictures, uint8 (B, H, W, 3), as unit vectors float32 (B, E)."""
         return clip_model.embed_images(self.clip, torch.from_numpy(images)).numpy()
+
+
+def _each(seed: int | Sequence[int], prompts: list[str]) -> Sequence[int]:
+    """Return a seed for every prompt."""
+    if isinstance(seed, int):
+        return [seed] * len(prompts)
+    if len(seed) != len(prompts):
+        raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts: give one, or one for each")
+    return seed
 
 
 def _folders(folder: Path, prior: Path | None, decoder: Path | None) -> tuple[Path, Path, Path]:

@@ -17,7 +17,7 @@ from training import trajectories
 from training.decoder import Decoder
 from training.diffusion import Denoise, Schedule
 from training.generate import BATCH, SEED_STRIDE, Unclip, to_images
-from training.noise import generators, noise
+from training.noise import Stream, generators, noise
 from training.prior import NULL_TEXT
 from training.trajectories import slerp
 
@@ -52,7 +52,7 @@ def across_time(model: Unclip, prompts: Sequence[str], columns: int, steps: int,
     z_i = model.prior.sample(z_t, ids, seeds)
     denoise = decoder.guided_denoise(z_i, ids, decoder.config.guidance if guidance is None else guidance)
     side_px = decoder.config.image_size_px
-    x_T = noise((len(prompts), 3, side_px, side_px), generators(seeds), device)
+    x_T = noise((len(prompts), 3, side_px, side_px), generators(seeds, Stream.DECODER), device)
     x_t, x_0, times = trajectories.across_time(denoise, x_T, decoder.schedule, columns, steps)
     return AcrossTime(_shown(x_t), _shown(x_0), times)
 

@@ -23,7 +23,7 @@ from training.diffusion import (
     to_x_0,
     training_target,
 )
-from training.noise import Noise, generators, noise_like
+from training.noise import Noise, Stream, generators, noise_like
 from training.variance import Variance, log_variance_bounds
 
 LAMBDA_VLB = 0.001  # Nichol & Dhariwal 2021, eq. 16
@@ -130,7 +130,7 @@ def bits_per_dim(
             raise ValueError(
                 f"x_0 spans {x_0.min():.3g}..{x_0.max():.3g}: 8-bit images are scaled to [-1, 1]; densities take levels = None"
             )
-        own = generators(seed + seen + i for i in range(len(x_0)))
+        own = generators((seed + seen + i for i in range(len(x_0))), Stream.LIKELIHOOD)
 
         def term(t: Tensor, x_0: Tensor = x_0, denoise: Denoise = denoise, own: Noise = own, seen: int = seen) -> Tensor:
             t = t.to(x_0.device)

@@ -20,7 +20,7 @@ from training import samplers
 from training.calibration import Calibration, calibrate
 from training.clip import to_pixels
 from training.generate import BATCH, SEED_STRIDE, Unclip, to_images
-from training.noise import generators, noise
+from training.noise import Stream, generators, noise
 from training.pca import Pca
 from training.pictures import read_file
 from training.trajectories import slerp
@@ -61,7 +61,7 @@ def invert(model: Unclip, pictures: np.ndarray, steps: int = STEPS, guidance: fl
     x_0 = to_pixels(torch.from_numpy(pictures), model.decoder.config.image_size_px).to(model.device)
     z_i = embed(model, pictures)
     denoise = _denoise(model, z_i, guidance)
-    calibration = calibrate(denoise, x_0, model.decoder.schedule, POINTS, generators(range(len(x_0))))
+    calibration = calibrate(denoise, x_0, model.decoder.schedule, POINTS, generators(range(len(x_0)), Stream.DATA))
     x_T = samplers.ddim_invert(calibration(denoise), x_0, model.decoder.schedule, steps, REFINEMENTS)
     rebuilt = draw(model, z_i, x_T, steps, guidance, calibration=calibration)
     return Latents(z_i, x_T, calibration, rebuilt, [psnr_db(a, b) for a, b in zip(to_images(x_0), rebuilt, strict=True)])
@@ -84,7 +84,7 @@ def draw(
     pictures = []
     for start in range(0, len(z_i), BATCH):
         part = slice(start, start + BATCH)
-        own = generators(seeds[part]) if seeds is not None else None
+        own = generators(seeds[part], Stream.STEPS) if seeds is not None else None
         denoise = _denoise(model, z_i[part], guidance)
         if calibration is not None:
             denoise = calibration.faded(eta)(denoise)
@@ -99,7 +99,7 @@ def variations(
     S = model.decoder.config.image_size_px
     z_i = embed(model, pictures).repeat_interleave(count, 0)
     seeds = [seed * SEED_STRIDE + place for place in range(count)] * len(pictures)
-    drawn = draw(model, z_i, noise((len(z_i), 3, S, S), generators(seeds), model.device), steps, guidance)
+    drawn = draw(model, z_i, noise((len(z_i), 3, S, S), generators(seeds, Stream.DECODER), model.device), steps, guidance)
     return drawn.reshape(len(pictures), count, S, S, 3)
 
 
@@ -137,7 +137,7 @@ def interpolate(
     z = torch.cat([slerp(z_i[:1], z_i[1:2], weight) for weight in weights])
     if latents is None:
         S = model.decoder.config.image_size_px
-        noises = noise((1, 3, S, S), generators([seed * SEED_STRIDE]), model.device).expand(columns, -1, -1, -1)
+        noises = noise((1, 3, S, S), generators([seed * SEED_STRIDE], Stream.DECODER), model.device).expand(columns, -1, -1, -1)
     else:
         noises = torch.cat([slerp(latents.x_T[:1], latents.x_T[1:2], weight) for weight in weights])
     return draw(model, z, noises, steps, guidance, calibration=latents.calibration if latents else None)
@@ -182,7 +182,7 @@ def reconstruct(
     z = F.normalize(torch.stack([*kept, z_i], 1), dim=-1)  # (B, C, E)
     B, C, _ = z.shape
     S = model.decoder.config.image_size_px
-    x_T = noise((1, 3, S, S), generators([seed * SEED_STRIDE]), model.device).expand(B * C, -1, -1, -1)
+    x_T = noise((1, 3, S, S), generators([seed * SEED_STRIDE], Stream.DECODER), model.device).expand(B * C, -1, -1, -1)
     return draw(model, z.flatten(0, 1), x_T, steps, guidance).reshape(B, C, S, S, 3)
 
 

@@ -16,7 +16,7 @@ from infra.errors import DataError
 from training import samplers
 from training.diffusion import Schedule, as_denoise
 from training.loop import LoopConfig, Step
-from training.noise import generators, noise
+from training.noise import Stream, generators, noise
 from training.tokenizer import PAD
 from training.transformer import Block, time_features
 
@@ -118,7 +118,7 @@ class Prior(nn.Module):
         best_of = best_of or self.config.best_of
         rows = torch.arange(len(z_t)).repeat_interleave(best_of)
         scaled, text = z_t[rows] * self.scale, ids[rows]
-        draws = generators([seed * best_of + place for seed in seeds for place in range(best_of)])
+        draws = generators([seed * best_of + place for seed in seeds for place in range(best_of)], Stream.PRIOR)
         x_T = noise((len(rows), z_t.shape[1]), draws, z_t.device)
         denoise = as_denoise(lambda x_t, t: self(x_t, t, scaled, text), self.schedule, "x_0")
         z_i = samplers.ddim(denoise, x_T, self.schedule, steps or self.config.sampling_steps, eta=1.0, generator=draws)

@@ -15,7 +15,7 @@ from torch import Tensor
 from training import clip as clip_model
 from training.diffusion import Denoise, Schedule, split
 from training.generate import BATCH, SEED_STRIDE, Unclip, to_images
-from training.noise import generators, noise, noise_like
+from training.noise import Stream, generators, noise, noise_like
 from training.samplers import ddim_coefficients, timesteps
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -94,7 +94,7 @@ def search(
         rows = torch.arange(start, min(start + at_once, len(texts))).repeat_interleave(members)
         seeds = [seed * SEED_STRIDE + place for place in range(members)] * (len(rows) // members)
         z_i = model.prior.sample(z_t[rows], ids[rows], seeds)
-        x_T = noise((len(rows), 3, S, S), generators(seeds), model.device)
+        x_T = noise((len(rows), 3, S, S), generators(seeds, Stream.DECODER), model.device)
 
         def denoise_of(own: Tensor, z_i: Tensor = z_i, rows: Tensor = rows) -> Denoise:
             return decoder.guided_denoise(z_i[own], ids[rows][own], w)
@@ -103,7 +103,7 @@ def search(
             assert score is not None
             return torch.from_numpy(np.asarray(score(to_images(x_0), rows.numpy()), np.float32))
 
-        noises = generators(each + 1 for each in seeds)
+        noises = generators(seeds, Stream.STEPS)
         limit = members if score is None else keep
         with torch.autocast(model.device.type, torch.bfloat16, enabled=decoder.config.precision == "bf16"):  # as it was trained
             x_0, _ = beam(denoise_of, x_T, members, decoder.schedule, steps, judged, limit, checks, noises)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from training.diffusion import Denoise, Schedule
-from training.noise import Noise, generators, noise_like
+from training.noise import Noise, Stream, generators, noise_like
 from training.samplers import ancestral, ddim
 
 
@@ -47,11 +47,11 @@ def sharing_x_t(
     steps: of a whole run from T; a run from t takes its share of them. `denoise` gets B * samples images, an image's samples in a row.
     Returns x_t (B, K, C, H, W) and the samples (B, K, samples, C, H, W) for the K times.
     """
-    eps = noise_like(x_0, generators(seed + i for i in range(len(x_0))))
+    eps = noise_like(x_0, generators((seed + i for i in range(len(x_0))), Stream.DATA))
     x_t_seen, sampled = [], []
     for t in times:
         x_t = schedule.q_sample(x_0, torch.full((len(x_0),), t, device=x_0.device), eps)
-        own = generators(seed + 1_000_003 * (1 + k) + i for i in range(len(x_0)) for k in range(samples))
+        own = generators(((seed + i) * samples + k for i in range(len(x_0)) for k in range(samples)), Stream.STEPS)
         sample = ancestral(denoise, x_t.repeat_interleave(samples, 0), schedule, share(steps, t, schedule), start=t, generator=own)
         x_t_seen.append(x_t)
         sampled.append(sample.unflatten(0, (len(x_0), samples)))
@@ -77,14 +77,14 @@ def interpolate_in_x_t(
     if first.shape != second.shape:
         raise ValueError(f"images {tuple(first.shape)} and {tuple(second.shape)}: both ends must have one shape")
     seeds = range(seed, seed + len(first))
-    eps = noise_like(first, generators(seeds))
+    eps = noise_like(first, generators(seeds, Stream.DATA))
     w = torch.linspace(0, 1, columns, device=first.device).view(1, columns, *[1] * (first.ndim - 1))
     rows = []
     for t in times:
         t_batch = torch.full((len(first),), t, device=first.device)
         start, end = (schedule.q_sample(x_0, t_batch, eps).unsqueeze(1) for x_0 in (first, second))
         x_t = torch.lerp(start, end, w.to(start.dtype)).flatten(0, 1)  # (B * columns, C, H, W)
-        own = generators(one + 1_000_003 for one in seeds for _ in range(columns))
+        own = generators((one for one in seeds for _ in range(columns)), Stream.STEPS)
         row = ancestral(denoise, x_t, schedule, share(steps, t, schedule), start=t, generator=own)
         rows.append(row.unflatten(0, (len(first), columns)))
     return torch.stack(rows, dim=1)

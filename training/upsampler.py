@@ -19,7 +19,7 @@ from training.decoder import GROUPS, ResBlock, Upsample
 from training.degradation import Degradation
 from training.diffusion import Schedule, as_denoise, simple_loss, snr_weight
 from training.loop import LoopConfig, Step
-from training.noise import generators, noise
+from training.noise import Stream, generators, noise
 from training.soundness import OnBroken
 from training.transformer import time_features
 
@@ -132,18 +132,20 @@ class Upsampler(nn.Module):
         return simple_loss(prediction, x_0, snr_weight(self.schedule, t, config.min_snr_gamma, parametrisation="x_0"))
 
     @torch.no_grad()
-    def sample(self, low: Tensor, seeds: list[int], steps: int | None = None, tile_px: int | None = None) -> Tensor:
+    def sample(
+        self, low: Tensor, seeds: list[int], steps: int | None = None, tile_px: int | None = None, stream: int = Stream.UPSAMPLER
+    ) -> Tensor:
         """Enlarge pictures in [-1, 1], (B, 3, H, W), to float32 (B, 3, f H, f W); a picture's noise is its own seed's.
 
         The network sees tiles of `tile_px` (the training crop's side) that overlap by a quarter and are blended at every step, so its
-        memory does not grow with the picture.
+        memory does not grow with the picture. stream: one up-sampler behind another takes its own, lest both start from one noise.
         """
         config = self.config
         tile = (tile_px or config.crop_px) // config.factor
         height, width = low.shape[2:]
         low = F.pad(low, (0, max(0, tile - width), 0, max(0, tile - height)), mode="replicate")
         enlarged = enlarge(low, config.factor)
-        x_T = noise(enlarged.shape, generators(seeds), enlarged.device)
+        x_T = noise(enlarged.shape, generators(seeds, stream), enlarged.device)
 
         def network(x_t: Tensor, t: Tensor) -> Tensor:
             total, weight = torch.zeros_like(x_t), x_t.new_zeros(1, 1, *x_t.shape[2:])

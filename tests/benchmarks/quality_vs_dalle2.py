@@ -122,7 +122,7 @@ def main() -> int:
     prompts = held["caption"].to_pylist()
     real = Pictures(held, paths["ingest"] / "shards", side_px)[range(len(prompts))].numpy()
     started_s = time.monotonic()
-    drawn = {"ours": Unclip(clip, tokenizer, prior, decoder).generate(prompts)[:, 0]}  # type: ignore[arg-type]
+    drawn = {"ours": Unclip(clip, tokenizer, prior, decoder).generate(prompts, seed=range(len(prompts)))[:, 0]}  # type: ignore[arg-type]
     drawing_s = time.monotonic() - started_s
     table, z_i = embeddings.read(paths["embed"], "train")
     captions = table["caption"].to_pylist()
