@@ -1,6 +1,6 @@
 """The decoder learns a batch by heart, draws what z_i says, and a row's picture is its own."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training import samplers
 from training.clip import ClipConfig
-from training.decoder import Decoder, DecoderConfig, count_parameters
+from training.decoder import Decoder, DecoderConfig, augmented, count_parameters
 from training.diffusion import simple_loss, snr_weight, split
 from training.likelihood import bits_per_dim
 from training.loop import Step
@@ -69,6 +69,38 @@ def test_z_i_decides_what_is_drawn(learnt: tuple[Decoder, list[float]], guidance
         assert bool((errors[0] < 0.6 * errors[1]).all())
 
 
+def projected(pictures: Tensor) -> Tensor:
+    """Embed pictures (B, 3, S, S) as unit vectors (B, E) by a fixed random projection: a stand-in for CLIP that tells pictures apart."""
+    projection = torch.randn(3 * SIDE * SIDE, E, generator=torch.Generator().manual_seed(3))
+    return F.normalize(pictures.flatten(1) @ projection, dim=1)
+
+
+def patchwork(count: int, seed: int) -> Tensor:
+    """Draw pictures (B, 3, S, S) of four squares, each of a colour of its own."""
+    colours = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed)).round() * 1.6 - 0.8
+    return F.interpolate(colours, size=SIDE)
+
+
+def test_samples_come_nearer_to_their_z_i_through_training() -> None:
+    torch.manual_seed(0)
+    model = Decoder(CONFIG.model_copy(update={"guidance": 1.0}), E, VOCABULARY, CONTEXT)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    unseen, empty = projected(patchwork(24, seed=10_000)), torch.tensor([[START, END]])
+    own, of_another = [], []
+    for number in range(91):
+        if number in (0, 10, 30, 90):
+            drawn = projected(model.eval().sample(unseen, empty.expand(24, -1), list(range(24))))
+            own.append(float((drawn * unseen).sum(1).mean()))
+            of_another.append(float((drawn * unseen.roll(1, 0)).sum(1).mean()))
+        pictures = patchwork(32, seed=number)
+        loss = model.train().loss(Step(number, 0, 32, 0, 0, 1), pictures, projected(pictures), empty.expand(32, -1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert own[0] < 0.2 and own[-1] > 0.85 and all(after > before + 0.1 for before, after in pairwise(own)), own
+    assert own[-1] > of_another[-1] + 0.5
+
+
 def untrained() -> Decoder:
     """Return a decoder whose zero-initialised layers are not zero, so that all its inputs reach its output."""
     torch.manual_seed(0)
@@ -123,6 +155,33 @@ def test_conditions_are_dropped_independently_at_the_configured_rates(monkeypatc
     assert z.mean().item() == pytest.approx(0.1, abs=0.03)
     assert text.mean().item() == pytest.approx(0.5, abs=0.05)
     assert (z * text).mean().item() == pytest.approx(0.05, abs=0.02)
+
+
+@pytest.mark.parametrize("most", [0.0, 0.5, 1.0])
+def test_noise_augmentation_turns_z_i_by_a_level_of_its_own(monkeypatch: pytest.MonkeyPatch, most: float) -> None:
+    model, seen, count = untrained(), [], 600
+    true = model.condition
+    monkeypatch.setattr(model, "condition", lambda z_i, *others: (seen.append(z_i), true(z_i, *others))[1])
+    monkeypatch.setattr(model, "config", model.config.model_copy(update={"z_noise": most}))
+    z_i, ids, pictures = (each.repeat(count // 2, *[1] * (each.ndim - 1)) for each in batch(2))
+    with torch.no_grad():
+        model.loss(Step(0, 0, count, 0, 0, 1), pictures, z_i, ids)
+    told = seen[0]
+    if not most:
+        assert torch.equal(told, z_i)
+        return
+    torch.testing.assert_close(told.norm(dim=1), torch.ones(count))
+    level = (told * z_i).sum(1).clamp(-1, 1).acos().tan()  # of noise across z_i, about the level that was drawn
+    assert float(level.mean()) == pytest.approx(most / 2, rel=0.15)
+    assert float(level.quantile(0.1)) < 0.2 * most and float(level.quantile(0.9)) > 0.7 * most  # none is everybody's
+
+
+def test_augmentation_of_no_level_is_none_and_keeps_any_length() -> None:
+    z_i = batch(4)[0] * torch.tensor([[1.0], [2.0], [0.5], [3.0]])
+    torch.testing.assert_close(augmented(z_i, torch.zeros(4), torch.randn(4, E)), z_i)
+    moved = augmented(z_i, torch.ones(4), torch.randn(4, E))
+    torch.testing.assert_close(moved.norm(dim=1), z_i.norm(dim=1))
+    assert not torch.allclose(moved, z_i, atol=0.1)
 
 
 def test_a_dropped_condition_leaves_nothing_behind() -> None:

@@ -34,7 +34,7 @@ from training.tokenizer import PAD
 from training.transformer import TextEncoder, attend, heads_of, time_features
 from training.variance import Variance
 
-DROP_Z, DROP_TEXT, TIME, NOISE = 1, 2, 3, 4  # streams of randomness in a step
+DROP_Z, DROP_TEXT, TIME, NOISE, Z_LEVEL, Z_NOISE = 1, 2, 3, 4, 5, 6  # streams of randomness in a step
 GROUPS = 8
 Sampler = Literal["dpm_solver", "ddim", "ancestral"]
 
@@ -82,6 +82,10 @@ class DecoderConfig(LoopConfig):
     """Share of samples trained without z_i."""
     text_drop: float = Field(default=0.5, ge=0, le=1)
     """Share of samples trained without caption."""
+    z_noise: float = Field(default=0.0, ge=0, le=2)
+    """Most noise that training puts on z_i, as a share of its length: each sample's is moved by Gaussian noise of a level drawn between 0
+    and this, and brought back to its length, so that the decoder forgives what a prior's z_i misses (conditioning augmentation, Ho et al.
+    2022, arXiv 2106.15282, section 4; on CLIP embeddings as in Stable unCLIP, but its level is not told to the network). unCLIP: none."""
     sampler: Sampler = "dpm_solver"
     """DPM-Solver++(2M) and DDIM take the same way in any number of steps; ancestral ones add noise and want many. unCLIP: ancestral."""
     sampling_steps: int = Field(default=20, ge=1, le=1000)
@@ -264,6 +268,9 @@ class Decoder(nn.Module):
         drop_z, drop_text = step.uniform(DROP_Z) < config.z_drop, step.uniform(DROP_TEXT) < config.text_drop
         t = (1 + step.uniform(TIME) ** (1 / config.time_power) * config.T).long().clamp_(max=config.T).to(device)
         eps = step.normal(NOISE, *x_0.shape[1:]).to(device)
+        if config.z_noise > 0:
+            level, moved_by = step.uniform(Z_LEVEL) * config.z_noise, step.normal(Z_NOISE, z_i.shape[1])
+            z_i = augmented(z_i, level.to(device), moved_by.to(device))
         condition = self.condition(z_i, ids, drop_z.to(device), drop_text.to(device))
         prediction, fraction = split(self(self.schedule.q_sample(x_0, t, eps), t, condition))
         weight = snr_weight(self.schedule, t, config.snr_ceiling, config.snr_floor, config.parametrisation)
@@ -293,6 +300,12 @@ class Decoder(nn.Module):
         drop = torch.arange(2 * len(z_i), device=z_i.device) >= len(z_i)
         condition = self.condition(z_i.repeat(2, 1), ids.repeat(2, 1), drop, drop)
         return samplers.guided(as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, parametrisation), w, clip=1.0)
+
+
+def augmented(z_i: Tensor, level: Tensor, eps: Tensor) -> Tensor:
+    """Move embeddings z_i (B, E) by eps ~ N(0, I), about `level` (B,) times as long as they are, and bring them back to their length."""
+    length = z_i.norm(dim=1, keepdim=True)
+    return F.normalize(z_i + eps * (level[:, None] * length / z_i.shape[1] ** 0.5), dim=1) * length
 
 
 class Upsample(nn.Module):
