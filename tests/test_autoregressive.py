@@ -160,7 +160,7 @@ def test_a_dropped_text_leaves_nothing_behind() -> None:
     torch.testing.assert_close(logits, logits[:1].expand_as(logits))
 
 
-@pytest.mark.parametrize("config", [CONFIG, PriorConfig(width=32, depth=1, T=20, variance=0.29)])
+@pytest.mark.parametrize("config", [CONFIG, PriorConfig(width=32, depth=1, T=20, sampling_steps=4, variance=0.29)])
 def test_a_written_prior_is_read_as_what_it_was(config: PriorConfig, tmp_path: Path) -> None:
     tokenizer = Tokenizer.fit(["a b"], TokenizerConfig(vocab_size=270, context=CONTEXT))
     tokenizer.save(tmp_path / "tokenizer.json")
@@ -175,7 +175,10 @@ def test_a_written_prior_is_read_as_what_it_was(config: PriorConfig, tmp_path: P
 
 def test_the_embedding_scale_comes_from_the_data() -> None:
     z_i, z_t = spread()
-    scaled, plain = (Prior(PriorConfig(width=32, depth=1, T=20, variance=variance), E, VOCABULARY, CONTEXT) for variance in (0.29, None))
+    scaled, plain = (
+        Prior(PriorConfig(width=32, depth=1, T=20, sampling_steps=4, variance=variance), E, VOCABULARY, CONTEXT)
+        for variance in (0.29, None)
+    )
     for model in (scaled, plain):
         model.fit_to(z_i, z_t)
     assert float((z_i * scaled.scale).var(0, correction=0).mean()) == pytest.approx(0.29, rel=1e-4)

@@ -14,7 +14,9 @@ from training.decoder import Decoder, DecoderConfig, augmented, count_parameters
 from training.diffusion import simple_loss, snr_weight, split
 from training.likelihood import bits_per_dim
 from training.loop import Step
+from training.prior import PriorConfig
 from training.tokenizer import END, PAD, START
+from training.upsampler import UpsamplerConfig
 
 E, VOCABULARY, CONTEXT, SIDE = 16, 40, 10, 8
 CONFIG = DecoderConfig(
@@ -309,6 +311,16 @@ def test_without_a_learned_variance_the_loss_is_the_weighted_simple_one() -> Non
 def test_more_sampling_steps_than_diffusion_steps_are_refused() -> None:
     with pytest.raises(ValidationError, match="sampling_steps = 20 but T = 10"):
         DecoderConfig(T=10)
+    with pytest.raises(ValidationError, match="sampling_steps = 24 but T = 10"):
+        PriorConfig(T=10)
+    with pytest.raises(ValidationError, match="sampling_steps = 8 but T = 4"):
+        UpsamplerConfig(T=4)
+
+
+def test_a_floor_above_the_ceiling_is_refused() -> None:
+    with pytest.raises(ValidationError, match="snr_floor = 6 but snr_ceiling = 5: the floor must not lie above it"):
+        DecoderConfig(snr_floor=6.0)
+    assert DecoderConfig(snr_floor=5.0).snr_ceiling == 5
 
 
 def test_every_place_of_the_layout_reaches_the_picture() -> None:

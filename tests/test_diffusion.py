@@ -10,6 +10,7 @@ from torch import Tensor
 
 from training.diffusion import (
     PARAMETRISATIONS,
+    Parametrisation,
     Schedule,
     as_denoise,
     at,
@@ -199,6 +200,15 @@ def test_clipping_leaves_the_networks_own_tensor_alone() -> None:
         assert (own == 4).all()
 
 
+@pytest.mark.parametrize("parametrisation", PARAMETRISATIONS)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_clipping_does_not_hide_what_is_not_finite(parametrisation: Parametrisation, bad: float) -> None:
+    x_t, prediction = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    prediction[1, 1, 2] = bad
+    x_0 = as_denoise(lambda x_t, t: prediction, Schedule.cosine(), parametrisation, clip=1.0)(x_t, torch.tensor([5, 500, 900]))
+    assert isinstance(x_0, Tensor) and x_0[1].isnan().all() and x_0[[0, 2]].abs().max() <= 1
+
+
 def test_a_variance_fraction_passes_through() -> None:
     x_t, t, fraction = torch.randn(2, 3), torch.tensor([5, 900]), torch.rand(2, 3)
     pair = as_denoise(lambda x_t, t: (x_t, fraction), Schedule.cosine(), "v")(x_t, t)
@@ -234,6 +244,12 @@ def test_a_schedule_that_does_not_fall_is_refused_by_place() -> None:
         (lambda s, x: s.q_sample(x, torch.tensor([3, 4]), x[:, :2]), r"shapes \(2, 3\) and \(2, 2\)"),
         (lambda s, x: to_eps(s, x, torch.tensor([0, 4]), x), r"t spans 0\.\.4: it must lie in 1\.\.1000"),
         (lambda s, x: training_target(s, x, x, torch.tensor([1, 4]), "noise"), "choose one of x_0, eps, v"),
+        (lambda s, x: training_target(s, x, x, torch.tensor([1, 1001]), "v"), r"t spans 1\.\.1001: it must lie in 0\.\.1000"),
+        (lambda s, x: training_target(s, x, x, torch.tensor([1.0, 4.0]), "eps"), "t is torch.float32: time is an integer"),
+        (lambda s, x: to_x_0(s, x, torch.tensor([-1, 4]), x, "x_0"), r"t spans -1\.\.4: it must lie in 0\.\.1000"),
+        (lambda s, x: to_x_0(s, x, torch.tensor([True, False]), x, "v"), "t is torch.bool: time is an integer"),
+        (lambda s, x: as_denoise(lambda x_t, t: x_t, s, "x_0")(x, torch.tensor([0, 4])), r"t spans 0\.\.4: it must lie in 1\.\.1000"),
+        (lambda s, x: as_denoise(lambda x_t, t: x_t, s, "v")(x, torch.tensor([0.5, 4])), "t is torch.float32"),
         (lambda s, x: simple_loss(x, x[:1]), "the shapes must be equal"),
         (lambda s, x: Schedule.cosine(0), "T = 0"),
         (lambda s, x: Schedule.constant(1.5), "diffusion rate = 1.5"),

@@ -428,6 +428,27 @@ def test_nan_from_the_network_is_named_with_step_and_t() -> None:
             sampler(denoise, start(2, 5), COSINE, 5)
 
 
+def test_infinity_is_named_under_guidance_that_clips() -> None:
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        x_0 = network(x_t, t)
+        x_0[0, 0] = math.inf if t[0] == 600 else 0
+        return x_0
+
+    for limits in ({"clip": 1.0}, {"dynamic_threshold": 0.9}):
+        with pytest.raises(DataError, match=r"NaN or infinity at step 2 \(t = 600 of 1000\)"):
+            ddim(guided(denoise, 2.0, **limits), start(2, 5), COSINE, 5)
+    with pytest.raises(DataError, match=r"NaN or infinity at step 2 \(t = 600 of 1000\)"):
+        ddim(as_denoise(denoise, COSINE, "x_0", clip=1.0), start(2, 5), COSINE, 5)
+
+
+def test_nan_in_the_learned_variance_is_named_where_it_came() -> None:
+    def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return network(x_t, t), torch.full_like(x_t, math.nan if t[0] == 600 else 0.5)
+
+    with pytest.raises(DataError, match=r"NaN or infinity at step 2 \(t = 600 of 1000\)"):
+        ancestral(denoise, start(2, 5), COSINE, 5, "learned")
+
+
 def test_nan_is_named_at_the_end_where_no_step_may_wait() -> None:
     """On an accelerator the sums of all steps are read at once."""
     calls = _Network(network, COSINE)

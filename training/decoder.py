@@ -96,9 +96,10 @@ class DecoderConfig(LoopConfig):
     """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them, counted in the manifest."""
 
     @model_validator(mode="after")
-    def _steps_fit_into_the_schedule(self) -> Self:
-        if self.sampling_steps > self.T:
-            raise ValueError(f"sampling_steps = {self.sampling_steps} but T = {self.T}: take at most T steps")
+    def _fits_together(self) -> Self:
+        samplers.check_steps(self.sampling_steps, self.T)
+        if self.snr_floor > self.snr_ceiling:
+            raise ValueError(f"snr_floor = {self.snr_floor:g} but snr_ceiling = {self.snr_ceiling:g}: the floor must not lie above it")
         return self
 
 

@@ -141,7 +141,7 @@ def _check(x: Tensor, t: Tensor, other: Tensor) -> None:
 
 def check_t(t: Tensor, T: int, lowest: int = 1) -> None:
     """Raise ValueError unless every t is an integer in lowest..T; on an accelerator `at`'s gather does it, without a wait."""
-    if t.is_floating_point():
+    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f"t is {t.dtype}: time is an integer in {lowest}..{T}")
     if t.device.type == "cpu" and t.numel() and not lowest <= int(t.min()) <= int(t.max()) <= T:
         raise ValueError(f"t spans {int(t.min())}..{int(t.max())}: it must lie in {lowest}..{T}")
@@ -183,6 +183,7 @@ def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor, par
     """What a network must predict: x_0, eps or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022)."""
     _known(parametrisation)
     _check(x_0, t, eps)
+    check_t(t, schedule.T, lowest=0)
     if parametrisation == "x_0":
         return x_0
     if parametrisation == "eps":
@@ -197,6 +198,7 @@ def to_x_0(schedule: Schedule, x_t: Tensor, t: Tensor, prediction: Tensor, param
     """
     _known(parametrisation)
     _check(x_t, t, prediction)
+    check_t(t, schedule.T, lowest=0)
     if parametrisation == "x_0":
         return prediction
     signal, noise = at(schedule.sqrt_alpha_bar, t, x_t), at(schedule.sqrt_one_minus_alpha_bar, t, x_t)
@@ -219,17 +221,29 @@ def as_denoise(
     """Turn `network(x_t, t) -> prediction` into `denoise(x_t, t) -> x_0`, clamped to [-clip, clip] where given.
 
     A pair (prediction, fraction) becomes (x_0, fraction). Under guidance leave `clip` to `guided`: it must come after the extrapolation.
+    `denoise` raises ValueError for a t that is no integer in 1..T.
     """
     _known(parametrisation)
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        check_t(t, schedule.T)
         prediction, fraction = split(network(x_t, t))
         x_0 = to_x_0(schedule, x_t, t, prediction, parametrisation)
-        if clip is not None:  # in place, unless the tensor is the network's own
-            x_0 = x_0.clamp(-clip, clip) if x_0 is prediction else x_0.clamp_(-clip, clip)
+        if clip is not None:
+            x_0 = clipped(x_0, clip, is_own=x_0 is not prediction)
         return x_0 if fraction is None else (x_0, fraction)
 
     return denoise
+
+
+def clipped(x_0: Tensor, limit: float, is_own: bool = True) -> Tensor:
+    """Clamp x_0 (B, ...) to [-limit, limit], in place where it is the caller's own.
+
+    A sample that is not finite becomes NaN throughout: a clamp alone would pass an infinity off as a bright pixel, and looking for one
+    here would make an accelerator wait; samplers look for NaN.
+    """
+    lost = x_0.sum(tuple(range(1, x_0.ndim)), keepdim=True, dtype=torch.promote_types(x_0.dtype, torch.float32)).mul_(0)  # 0 or NaN
+    return (x_0.clamp_(-limit, limit) if is_own else x_0.clamp(-limit, limit)).add_(lost)
 
 
 def split(prediction: Prediction) -> tuple[Tensor, Tensor | None]:

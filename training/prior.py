@@ -5,11 +5,11 @@ scaled to unit variance by a factor computed from the data. Knows nothing of pic
 Legend: B batch, N tokens, D width, E embedding dimensions.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from infra.errors import DataError
@@ -50,6 +50,11 @@ class PriorConfig(LoopConfig):
     """Values that a coordinate is rounded to; unCLIP: 1,024."""
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Divides the logits at sampling: below 1 the likelier values gain."""
+
+    @model_validator(mode="after")
+    def _steps_fit_into_the_schedule(self) -> Self:
+        samplers.check_steps(self.sampling_steps, self.T)
+        return self
 
 
 class Prior(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import DataError
-from training.diffusion import Denoise, Prediction, Schedule, posterior_coefficients, split
+from training.diffusion import Denoise, Prediction, Schedule, clipped, posterior_coefficients, split
 from training.noise import Noise, noise_like
 from training.variance import Variance, analytic_variance, check_variance, large_variance, learned_deviation, small_variance
 
@@ -47,6 +47,12 @@ def timesteps(schedule: Schedule, steps: int, spacing: Spacing = "uniform", star
     for i in range(1, steps):
         times[i] = max(min(times[i], times[i - 1] - 1), steps - i)
     return [*times, 0]
+
+
+def check_steps(sampling_steps: int, T: int) -> None:
+    """Raise ValueError where a config asks for more sampling steps than its diffusion has."""
+    if sampling_steps > T:
+        raise ValueError(f"sampling_steps = {sampling_steps} but T = {T}: take at most T steps")
 
 
 @torch.no_grad()
@@ -215,7 +221,7 @@ def guided(denoise: Denoise, w: float, dynamic_threshold: float | None = None, c
         if dynamic_threshold is not None:
             x_0 = threshold(x_0, dynamic_threshold)
         elif clip is not None:
-            x_0.clamp_(-clip, clip)
+            x_0 = clipped(x_0, clip)
         return x_0 if fraction is None else (x_0, fraction.chunk(2)[0])
 
     return denoise_guided
@@ -251,7 +257,8 @@ class _Network:
             )
         if x_0.data_ptr() == x_t.data_ptr():
             x_0 = x_0.clone()  # a network that hands its input back: x_t is about to change
-        self.sums.append((step, t, x_0.sum(dtype=torch.promote_types(x_0.dtype, torch.float32))))
+        total = x_0.sum(dtype=torch.promote_types(x_0.dtype, torch.float32))
+        self.sums.append((step, t, total if fraction is None else total + fraction.sum(dtype=total.dtype)))
         if x_t.device.type == "cpu":
             self.finish()
         if callback is not None:
@@ -259,7 +266,7 @@ class _Network:
         return x_0, fraction
 
     def finish(self) -> None:
-        """Raise DataError naming the first step whose x_0 was not finite."""
+        """Raise DataError naming the first step whose x_0 or variance fraction was not finite."""
         if not self.sums:
             return
         finite = torch.stack([total for _, _, total in self.sums]).isfinite().tolist()

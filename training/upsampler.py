@@ -7,11 +7,11 @@ Legend: B batch, C channels, H x W the small picture, f the factor, S a side in 
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from training import degradation, samplers
@@ -60,6 +60,11 @@ class UpsamplerConfig(LoopConfig):
     """Steps of DDIM at sampling; unCLIP: 27 and 15."""
     broken_pictures: OnBroken = "stop"
     """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them, counted in the manifest."""
+
+    @model_validator(mode="after")
+    def _steps_fit_into_the_schedule(self) -> Self:
+        samplers.check_steps(self.sampling_steps, self.T)
+        return self
 
     @property
     def crop_px(self) -> int:
