@@ -4,16 +4,21 @@ Manifests say which CLIP made which vectors: the digest of the clip folder is th
 """
 
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
+from itertools import compress
+from operator import not_, or_
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from flows.runs import committed_of, find_run
 from infra import manifests, storage
 from infra.errors import CallerError
 from infra.manifests import Committed
-from infra.removals import FOLDER, read_removals
+from infra.removals import FOLDER, Removals, entry_names, gather, read_entry, read_removals
 from infra.storage import Root
 
 if TYPE_CHECKING:
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
 ADDITIONS = "additions"
 GRAIN_NS = 50_000_000
 """A folder changed less than this ago may change again without its time doing so."""
+READERS = 8
+"""Entries of a store's removal log that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Lineage:
     clip: Committed
     index: Committed
     additions: tuple[Committed, ...]
+    left_out: tuple[Committed, ...] = ()
+    """Additions of another CLIP: their vectors mean nothing to this one."""
 
     @property
     def fingerprint(self) -> str:
@@ -45,12 +54,24 @@ def lineage(root: Root, run: str | None) -> Lineage:
     record = find_run(root, run)
     ingest, clip, embed, index = (committed_of(root, record, stage) for stage in ("ingest", "clip", "embed", "index"))
     made_from = index.manifest["inputs"]["embed"], index.manifest["input_digests"]["embed"]
-    if made_from != (embed.key, embed.digest) or embed.manifest["input_digests"]["clip"] != clip.digest:
+    stood = {(embed.key, digest) for digest in (embed.digest, *embed.manifest.get("compacted_from", ()))}  # compaction is under way
+    if made_from not in stood or embed.manifest["input_digests"]["clip"] != clip.digest:
         raise CallerError(
             f"the index of run {record['name']} was made by another CLIP than the run's: run `unclip run {record['recipe']} "
             f"--root {root.uri}`"
         )
-    return Lineage(record, ingest, clip, index, tuple(each for each in additions(root) if each.manifest["clip_digest"] == clip.digest))
+    added = additions(root)
+    is_own = [each.manifest["clip_digest"] == clip.digest for each in added]
+    return Lineage(record, ingest, clip, index, tuple(compress(added, is_own)), tuple(compress(added, map(not_, is_own))))
+
+
+def warnings(known: Lineage) -> list[str]:
+    """Say, in a line each, which additions the run's index is searched without, and the mend."""
+    return [
+        f"additions/{each.key} ({each.manifest['counts']['out']:,} samples) is not searched: another CLIP than that of run "
+        f"{known.record['name']} embedded it; add its pictures again with `unclip index add FOLDER`"
+        for each in known.left_out
+    ]
 
 
 def additions(root: Root) -> list[Committed]:
@@ -59,14 +80,17 @@ def additions(root: Root) -> list[Committed]:
     return sorted((each for each in found if each), key=lambda each: str(each.manifest["finished"]))
 
 
-def open_segments(known: Lineage) -> "list[Segment]":
-    """Open the run's index and the additions to it."""
+def open_segments(known: Lineage, opened: "Mapping[str, Segment] | None" = None) -> "list[Segment]":
+    """Open the run's index and the additions to it; those that are among `opened`, by name, stay as they are."""
     from indexing.index import Index
     from indexing.view import Segment
 
-    own = Segment(Index.open(known.index.local()), known.ingest.local() / "shards")
-    folders = [each.local() for each in known.additions]
-    return [own, *(Segment(Index.open(folder), folder / "shards") for folder in folders)]
+    segments = []
+    for vectors, pictures in ((known.index, known.ingest), *((each, each) for each in known.additions)):
+        name = " ".join(f"{each.stage}/{each.key}/{each.manifest['attempt']}" for each in (vectors, pictures))
+        before = opened.get(name) if opened else None
+        segments.append(before or Segment(Index.open(vectors.local()), pictures.local() / "shards", name))
+    return segments
 
 
 def open_view(root: Root, run: str | None) -> "tuple[View, Lineage]":
@@ -77,16 +101,17 @@ def open_view(root: Root, run: str | None) -> "tuple[View, Lineage]":
     return View(open_segments(known), read_removals(root), known.fingerprint), known
 
 
-def segments_stamp(root: Root, run: str) -> Hashable:
-    """Return what changes whenever `open_segments` would open something else."""
+def segments_stamp(root: Root, run: str | None) -> Hashable:
+    """Return what changes whenever `open_segments` would open something else; without a name, of the run that the pointer names now."""
     known = lineage(root, run)
-    return tuple((each.stage, each.key, each.manifest["attempt"]) for each in (known.clip, known.index, *known.additions))
+    folders = (known.ingest, known.clip, known.index, *known.additions, *known.left_out)
+    return known.record["name"], *((each.stage, each.key, each.manifest["attempt"]) for each in folders)
 
 
 class SegmentsStamp:
     """Changes whenever `segments_stamp` does, and reads manifests only where a folder that holds some has changed."""
 
-    def __init__(self, root: Root, run: str) -> None:
+    def __init__(self, root: Root, run: str | None) -> None:
         self.root, self.run = root, run
         self._folders: Hashable = None
         self._stamp: Hashable = None
@@ -102,24 +127,44 @@ class SegmentsStamp:
         return self._stamp
 
 
-class RemovalsStamp:
-    """Changes whenever the removal log does. A local log is looked at on every call; another store's by `look`, which takes its time."""
+class RemovalLog:
+    """The removal log, whose entries are read once: they are never rewritten.
+
+    `stamp` changes whenever the log does. A local log is looked at on every call; another store's by `look`, which takes its time.
+    """
 
     def __init__(self, root: Root) -> None:
+        """Look at the log."""
         self.root = root
-        self._listed: Hashable = ()
+        self._reading = Lock()
+        self._known: dict[str, Removals] = {}
+        self._all = Removals()
+        self._listed: tuple[str, ...] = ()
         self.look()
 
     def look(self) -> None:
         """List the log where it is not local."""
         if self.root.folder is None:
-            self._listed = tuple(storage.list_names(self.root, FOLDER))
+            self._listed = tuple(entry_names(self.root))
 
-    def __call__(self) -> Hashable:
+    def stamp(self) -> Hashable:
         """Return the stamp."""
-        if self.root.folder is None:
-            return self._listed
-        return _changed(self.root.folder / FOLDER)
+        return self._listed if self.root.folder is None else _changed(self.root.folder / FOLDER)
+
+    def read(self) -> Removals:
+        """Return everything that the log names. Raises DataError for an entry that does not read."""
+        with self._reading:
+            names = self._listed if self.root.folder is None else entry_names(self.root)
+            new = [name for name in names if name not in self._known]
+            with ThreadPoolExecutor(READERS) as pool:
+                found = dict(zip(new, pool.map(lambda name: gather([read_entry(self.root, name)]), new), strict=True))
+            if self._known.keys() - set(names):  # somebody took an entry back
+                found = {name: self._known[name] for name in names if name in self._known} | found
+                self._known, self._all = {}, Removals()
+            self._known |= found
+            if found:
+                self._all = reduce(or_, found.values(), self._all)
+            return self._all
 
 
 def _changed(folder: Path) -> Hashable:

@@ -142,7 +142,7 @@ def make(
         return
     done = {each.stage.name: each.committed for each in plans if each.state == "current" and each.committed}
     if len(done) == len(plans):
-        record = write_run(opened, chosen, recipe, started, done)
+        record = write_run(opened, chosen, recipe, started, done, bool(config.evaluate.promote_if))
         results = [StageResult(stage, committed.key, "current", 0.0, committed) for stage, committed in done.items()]
         judgement = settle(opened, config.evaluate.promote_if, record, done)
         if judgement:

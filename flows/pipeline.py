@@ -89,7 +89,8 @@ def run_stages(config: Any, root: Root, name: str, recipe: str, stages: Sequence
             inputs = {name: done[name].committed for name in inputs_of(stage, done)}
             make = partial(_make, stage, root, config, inputs, cluster, jobs)
             done[stage.name] = make_stage.with_options(name=stage.name, task_run_name=stage.name)(make)
-    record = write_run(root, name, recipe, started, {stage: result.committed for stage, result in done.items()})
+    gated = bool(config.evaluate.promote_if)
+    record = write_run(root, name, recipe, started, {stage: result.committed for stage, result in done.items()}, gated)
     judgement = settle(root, config.evaluate.promote_if, record, {stage: result.committed for stage, result in done.items()})
     if judgement:
         _say(described(judgement))

@@ -16,8 +16,10 @@ from infra.storage import Root
 REPORT = "report.html"
 
 
-def write_run(root: Root, name: str, recipe: str, started: str, committed: Mapping[str, Committed]) -> dict[str, Any]:
-    """Write the record of a run that is complete as far as it went, and return it."""
+def write_run(
+    root: Root, name: str, recipe: str, started: str, committed: Mapping[str, Committed], is_gated: bool = False
+) -> dict[str, Any]:
+    """Write the record of a run that is complete as far as it went, and return it; a gated one is followed only once it is promoted."""
     record = {
         "name": name,
         "recipe": recipe,
@@ -25,6 +27,7 @@ def write_run(root: Root, name: str, recipe: str, started: str, committed: Mappi
         "finished": manifests.now(),
         "stages": {stage: each.key for stage, each in committed.items()},
         "report": report_of(committed),
+        "gated": is_gated and "evaluate" in committed,
     }
     storage.write_json(root, f"runs/{name}.json", record)
     return record
@@ -36,9 +39,9 @@ def report_of(committed: Mapping[str, Committed]) -> str | None:
 
 
 def find_run(root: Root, name: str | None = None) -> dict[str, Any]:
-    """Return the record of the named run, by default the promoted one or, where there is no gate, the one that finished last.
+    """Return the record of the named run, by default the promoted one or, where there is none, the last one that no gate judges.
 
-    Raises CallerError where there is none.
+    Raises CallerError where there is none: a run that its gate did not promote can be had by its name alone.
     """
     current = None if name else storage.read_json(root, CURRENT)
     if current:
@@ -47,6 +50,9 @@ def find_run(root: Root, name: str | None = None) -> dict[str, Any]:
     records = [record for record in (storage.read_json(root, f"runs/{each}.json") for each in names) if record]
     if not records:
         raise CallerError(f"{root.uri} has no run{f' {name}' if name else ''}: make one with `unclip run quickstart --root {root.uri}`")
+    if name is None and all(record.get("gated") for record in records):
+        raise CallerError(f"no run in {root.uri} has passed its gate, [evaluate] promote_if: name one, --run {records[-1]['name']}")
+    records = [record for record in records if name or not record.get("gated")]
     latest: dict[str, Any] = max(records, key=lambda record: record["finished"])
     return latest
 

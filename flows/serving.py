@@ -9,11 +9,12 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from pydantic import Field
@@ -29,7 +30,7 @@ from infra.terminal import quiet_terminal, terminated
 
 if TYPE_CHECKING:
     from flows.living import Lineage
-    from indexing.service import Encoders, Parts, ServeConfig, Service
+    from indexing.service import Encoders, Opened, Parts, ServeConfig, Service
     from indexing.view import Segment
 
 QUERY_RULES = Rules(timeout_s=10, retries=0, max_bytes=8 << 20, max_pixels=32 << 20, allow_private=False)
@@ -42,7 +43,7 @@ class Replicated(Section):
     root: str
     """ROOT, as every node reaches it."""
     run: str | None = None
-    """Name of the run; by default the promoted or the last one."""
+    """Name of the run; by default the promoted or the last one, and the next one when that is promoted or finishes."""
     replicas: int = Field(default=2, ge=1, le=1000)
     """Processes that answer; each holds the index's hot part in memory."""
     cpus: float = Field(default=1, gt=0)
@@ -53,6 +54,10 @@ class Replicated(Section):
     """Whether query pictures are fetched from public addresses."""
     is_open: bool = False
     """Whether it answers without a token, to loopback names alone; else UNCLIP_TOKEN must be in the nodes' environment."""
+    allow_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask from a browser, beside our own page."""
+    removal_lag_s: float = Field(default=0, ge=0)
+    """With a ROOT in a store, how old what is known of the removal log may be; by default each query has it looked at."""
 
 
 def serve(
@@ -68,6 +73,23 @@ def serve(
     allow_urls: Annotated[
         bool, typer.Option("--allow-urls", help="Fetch query pictures from public addresses when a client names an URL.")
     ] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            metavar="ORIGIN",
+            help="Let pages of this origin (https://host:port) ask from a browser, as clip-retrieval's front end does; may be repeated.",
+        ),
+    ] = None,
+    removal_lag: Annotated[
+        float,
+        typer.Option(
+            "--removal-lag",
+            min=0,
+            metavar="SECONDS",
+            help="With a ROOT in a store: how old what is known of the removal log may be; 0 looks at it before every query.",
+        ),
+    ] = 0,
     replicas: Annotated[
         int | None,
         typer.Option("--replicas", min=1, max=1000, help="Serve from so many processes, on Ray Serve; by default from this one."),
@@ -78,22 +100,43 @@ def serve(
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
 ) -> None:
-    """Serve a run's index: a search page, an HTTP interface, and clip-retrieval's protocol."""
+    """Serve a run's index: a search page, an HTTP interface, and clip-retrieval's protocol.
+
+    Without --run it follows the promoted run, or the last one where no gate is set. What is removed is gone from the next query on.
+    """
     if token is None and not is_loopback(host):
         raise CallerError(f"--host {host} can be reached from elsewhere: set UNCLIP_TOKEN to a secret of at least 16 characters")
     check_token(token)
+    origins = tuple(as_origin(each) for each in allow_origin or ())
     opened = open_for(root, for_writing=False)
     if replicas or address:
-        asked = Replicated(root=opened.uri, run=run, replicas=replicas or 2, rate=rate, allow_urls=allow_urls, is_open=token is None)
+        asked = Replicated(
+            root=opened.uri,
+            run=run,
+            replicas=replicas or 2,
+            rate=rate,
+            allow_urls=allow_urls,
+            is_open=token is None,
+            allow_origins=origins,
+            removal_lag_s=removal_lag,
+        )
         serve_replicas(opened, asked, host, port, token, address)
         return
     from indexing.app import run as run_service
     from indexing.service import ServeConfig, Service
 
     service = Service(parts_of(opened, run, allow_urls, say))
-    samples = service.current().view.count
-    config = ServeConfig(host=host, port=port, token=token, rate=rate, burst=max(1, 4 * rate))
-    run_service(service, config, lambda address: say(f"{samples:,} pictures of run {service.parts.name} at {address}"))
+    version = service.current()
+    config = ServeConfig(
+        host=host,
+        port=port,
+        token=token,
+        rate=rate,
+        burst=max(1, 4 * rate),
+        allow_origins=origins,
+        removal_lag_s=removal_lag,
+    )
+    run_service(service, config, lambda address: say(f"{version.view.count:,} pictures of run {version.name} at {address}"))
 
 
 def serve_replicas(opened: Root, asked: Replicated, host: str, port: int, token: str | None, address: str | None) -> None:
@@ -133,7 +176,23 @@ def open_replica(asked: Replicated) -> "tuple[Service, ServeConfig]":
     check_token(token)
     service = Service(parts_of(open_for(asked.root, for_writing=False), asked.run, asked.allow_urls, say))
     share = asked.rate / asked.replicas
-    return service, ServeConfig(token=token, rate=share, burst=max(1, 4 * share))
+    burst = max(1, 4 * share)
+    return service, ServeConfig(token=token, rate=share, burst=burst, allow_origins=asked.allow_origins, removal_lag_s=asked.removal_lag_s)
+
+
+def as_origin(text: str) -> str:
+    """Return an origin as browsers send it. Raises CallerError for what is none: a path, a wildcard, another scheme."""
+    parts = urlsplit(text.lower().removesuffix("/"))
+    try:
+        port = parts.port
+    except ValueError:
+        port = -1
+    usual = {"http": 80, "https": 443}
+    rest = (parts.path, parts.query, parts.fragment, parts.username)
+    if parts.scheme not in usual or not parts.hostname or any(rest) or port == -1:
+        raise CallerError(f"--allow-origin {text}: give scheme, host and port alone, such as https://search.example.org")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}" + (f":{port}" if port and port != usual[parts.scheme] else "")
 
 
 def check_token(token: str | None) -> None:
@@ -149,40 +208,56 @@ def free_port(host: str) -> int:
 
 
 def parts_of(root: Root, run: str | None, allow_urls: bool, report: Callable[[str], None]) -> "Parts":
-    """Return what the service needs of a run, by default of the one that finished last."""
-    from flows import living
+    """Return what the service needs of a run; without a name, of the run that `find_run` returns, whichever that is at any time."""
+    from flows.living import RemovalLog, SegmentsStamp
     from indexing.service import Parts
-    from infra.removals import read_removals
 
-    name = living.lineage(root, run).record["name"]
-    removals_stamp, known_segments = living.RemovalsStamp(root), living.SegmentsStamp(root, name)
-
-    def segments_stamp() -> Hashable:
-        removals_stamp.look()
-        return known_segments()
-
-    def open_segments() -> "tuple[list[Segment], Encoders]":
-        known = living.lineage(root, name)
-        return living.open_segments(known), load_encoders(known)
-
+    log = RemovalLog(root)
     return Parts(
-        name=name,
-        removals_stamp=removals_stamp,
-        read_removals=lambda: read_removals(root),
-        segments_stamp=segments_stamp,
-        open_segments=open_segments,
+        removals_stamp=log.stamp,
+        read_removals=log.read,
+        segments_stamp=SegmentsStamp(root, run),
+        open_segments=Opener(root, run, report),
         fetch=fetch_query if allow_urls else None,
         report=report,
+        look_at_removals=log.look if root.folder is None else None,
     )
+
+
+class Opener:
+    """Opens what a run is made of, again and again; segments and the CLIP that have not changed stay open."""
+
+    def __init__(self, root: Root, run: str | None, report: Callable[[str], None]) -> None:
+        self.root, self.run, self.report = root, run, report
+        self._segments: dict[str, Segment] = {}
+        self._encoders: Encoders | None = None
+        self._told: set[str] = set()
+
+    def __call__(self) -> "Opened":
+        """Open it as it is now. Raises CallerError where there is no such run or no index of it, DataError where one cannot be opened."""
+        from flows.living import lineage, open_segments, warnings
+        from indexing.service import Opened
+
+        known = lineage(self.root, self.run)
+        segments = open_segments(known, self._segments)
+        if self._encoders is None or self._encoders.clip != known.fingerprint:
+            self._encoders = load_encoders(known)
+        self._segments = {each.name: each for each in segments}
+        for line in warnings(known):
+            if line not in self._told:
+                self.report(line)
+        self._told = set(warnings(known))
+        return Opened(known.record["name"], segments, self._encoders)
 
 
 def load_encoders(known: "Lineage") -> "Encoders":
     """Load the CLIP that made an index."""
     from indexing.service import Encoders
     from training import embed
+    from training.pictures import as_square
 
     texts, images, image_px = embed.encoders(known.clip.local())
-    return Encoders(known.fingerprint, texts, images, image_px)
+    return Encoders(known.fingerprint, texts, images, image_px, partial(as_square, look=embed.look_of(known.clip.local())))
 
 
 def fetch_query(url: str) -> bytes:

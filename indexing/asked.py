@@ -68,6 +68,8 @@ class KnnQuestion(BaseModel):
     image: Annotated[str, Field(max_length=IMAGE_CHARS)] | None = None
     image_url: Annotated[str, Field(max_length=4000), AfterValidator(speakable)] | None = None
     embedding_input: Embedding | None = None
+    clip: Text | None = None
+    """The fingerprint of the CLIP that made `embedding_input`; clip-retrieval's clients do not send it."""
     modality: Literal["image", "text"] = "image"
     num_images: Annotated[int, BeforeValidator(_lenient_number)] = Field(default=100, ge=0)
     num_result_ids: Annotated[int, BeforeValidator(_lenient_number)] = Field(default=0, ge=0)

@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, TextIO
 
@@ -28,6 +28,13 @@ PROTOCOL_PATHS = frozenset({"/knn-service", "/metadata"})
 COOKIE = "unclip_token"
 CLIENTS_KEPT = 10_000
 THUMBNAIL_COST = 0.1
+HELD_BYTES = 128 << 20
+"""What the bodies of all requests that are not answered yet may hold together."""
+PREFLIGHT = {
+    "access-control-allow-methods": "GET, POST",
+    "access-control-allow-headers": "authorization, content-type",
+    "access-control-max-age": "600",
+}
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -44,10 +51,11 @@ class Buckets:
         self.rate, self.burst = rate, burst
         self._level: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def take(self, client: str, cost: float, now: float) -> float:
+    def take(self, address: str, cost: float, now: float) -> float:
         """Take `cost` of the client's tokens; return 0, or the seconds to wait where there are too few."""
         if self.rate == 0:
             return 0.0
+        client = network_of(address)
         level, since = self._level.pop(client, (self.burst, now))
         level = min(self.burst, level + (now - since) * self.rate)
         is_allowed = level >= cost
@@ -58,12 +66,25 @@ class Buckets:
 
 
 class Guard:
-    """The layer. `token` None lets everybody in who names this machine by a loopback name."""
+    """The layer. `token` None lets everybody in who names this machine by a loopback name.
+
+    Pages of other `origins` may ask from a browser (CORS), with the token in a header where there is one, never with the cookie.
+    """
 
     def __init__(
-        self, app: App, token: str | None, rate: float, burst: float, body_bytes: int, registry: CollectorRegistry, log: TextIO
+        self,
+        app: App,
+        token: str | None,
+        rate: float,
+        burst: float,
+        body_bytes: int,
+        registry: CollectorRegistry,
+        log: TextIO,
+        origins: Sequence[str] = (),
     ) -> None:
         self.app, self.token, self.body_bytes, self.log = app, token, body_bytes, log
+        self.origins = frozenset(origins)
+        self.held_bytes = 0
         self.buckets = Buckets(rate, burst)
         self.requests = Counter("unclip_requests", "Requests by route and status.", ["route", "status"], registry=registry)
         self.seconds = Histogram(
@@ -88,6 +109,8 @@ class Guard:
         request_id = secrets.token_hex(6)
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         client = scope["client"][0] if scope.get("client") else "local"
+        origin = headers.get("origin", "")
+        shared = {"access-control-allow-origin": origin, "vary": "origin"} if origin in self.origins else {}
 
         async def answer(message: MutableMapping[str, Any]) -> None:
             nonlocal status, sent
@@ -95,7 +118,7 @@ class Guard:
                 return  # the framework's own answer to a body that it could not read
             if message["type"] == "http.response.start":
                 status, sent = message["status"], True
-                more = {**HEADERS, "x-request-id": request_id}
+                more = {**HEADERS, **shared, "x-request-id": request_id}
                 message["headers"] = [*message.get("headers", []), *((k.encode(), v.encode()) for k, v in more.items())]
             await send(message)
 
@@ -104,8 +127,10 @@ class Guard:
         async def bounded() -> MutableMapping[str, Any]:
             nonlocal total, is_too_large
             message = await receive()
-            total += len(message.get("body", b""))
-            if total > self.body_bytes:  # whatever length it declared
+            size = len(message.get("body", b""))
+            total += size
+            self.held_bytes += size
+            if total > self.body_bytes or self.held_bytes > HELD_BYTES:  # whatever length it declared
                 is_too_large = True
                 raise BodyTooLarge
             return message
@@ -114,6 +139,11 @@ class Guard:
             refusal = self._refusal(scope, headers, client)
             if refusal:
                 await _answer(answer, *refusal)
+                return
+            if self._is_preflight(scope, headers):
+                is_private = headers.get("access-control-request-private-network") == "true"
+                asked = {"access-control-allow-private-network": "true"} if is_private else {}
+                await _answer(answer, 204, "", {**PREFLIGHT, **asked})
                 return
             try:
                 await self.app(scope, bounded, answer)
@@ -125,8 +155,12 @@ class Guard:
                     await _answer(answer, 500, "something went wrong; the log has it under this request's id", {})
             if is_too_large and not sent:
                 is_too_large = False
-                await _answer(answer, 413, f"the body has more than {self.body_bytes} bytes", {"connection": "close"})
+                if total > self.body_bytes:
+                    await _answer(answer, 413, f"the body has more than {self.body_bytes} bytes", {"connection": "close"})
+                else:
+                    await _answer(answer, 503, "too many large requests at once", {"connection": "close", "retry-after": "1"})
         finally:
+            self.held_bytes -= total
             took = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "none")
             self.requests.labels(route, str(status)).inc()
@@ -151,7 +185,7 @@ class Guard:
             # Without a token a page of another site could ask through a name that it points at this machine (DNS rebinding).
             if not is_loopback_name(headers.get("host", "")):
                 return 421, "this service answers to loopback names only", {}
-        elif scope["path"] not in OPEN_PATHS and not self._is_known(headers):
+        elif scope["path"] not in OPEN_PATHS and not self._is_known(headers) and not self._is_preflight(scope, headers):
             return 401, "a token is needed: Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"}
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
@@ -159,6 +193,10 @@ class Guard:
         if len(length) > 15 or int(length) > self.body_bytes:
             return 413, f"the body has more than {self.body_bytes} bytes", {"connection": "close"}
         return None
+
+    def _is_preflight(self, scope: Scope, headers: dict[str, str]) -> bool:
+        """Say whether a browser asks if a page of an allowed origin may ask: it presents no token then, and is told nothing else."""
+        return scope["method"] == "OPTIONS" and headers.get("origin") in self.origins and "access-control-request-method" in headers
 
     def _is_known(self, headers: dict[str, str]) -> bool:
         assert self.token is not None
@@ -186,6 +224,17 @@ def is_token(given: str, token: str) -> bool:
     return hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
 
 
+def network_of(address: str) -> str:
+    """Return whose an address is: of IPv6 everybody has a network of 64 bits and all the addresses in it."""
+    try:
+        known = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(known, ipaddress.IPv4Address):
+        return str(known)
+    return str(known.ipv4_mapped or ipaddress.ip_network((known, 64), strict=False))
+
+
 def is_loopback_name(host: str) -> bool:
     """Say whether a Host header names this machine's loopback."""
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
@@ -199,7 +248,8 @@ def is_loopback_name(host: str) -> bool:
 
 
 async def _answer(send: Send, status: int, detail: str, headers: dict[str, str]) -> None:
-    body = json.dumps({"detail": detail}).encode()
-    more = {"content-type": "application/json", "content-length": str(len(body)), **headers}
+    body = json.dumps({"detail": detail}).encode() if status != 204 else b""
+    more = {"content-type": "application/json", "content-length": str(len(body))} if body else {}
+    more = {**more, **headers}
     await send({"type": "http.response.start", "status": status, "headers": [(k.encode(), v.encode()) for k, v in more.items()]})
     await send({"type": "http.response.body", "body": body})

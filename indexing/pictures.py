@@ -3,7 +3,7 @@
 Knows nothing of models. A picture is uint8 (S, S, 3) RGB.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ from PIL import Image, ImageDraw, ImageFont
 from infra.errors import DataError
 
 Pixels = NDArray[np.uint8]
+Square = Callable[[NDArray[Any], int], Pixels]
+"""Turns a decoded picture (grey, BGR or BGRA) into an RGB square of that side."""
 
 GAP_PX = 4
 LINE_PX = 16
+BAND_ROWS = 256
+"""Rows that are laid on white at a time: in floating point a picture takes several times its memory."""
 INK, PAPER = (34, 37, 43), (255, 255, 255)
 
 
@@ -44,8 +48,7 @@ def square(picture: NDArray[Any], side_px: int) -> Pixels:
     if picture.ndim == 2:
         picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
     if picture.shape[2] == 4:
-        alpha = picture[..., 3:].astype(np.float32) / 255
-        picture = (picture[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+        picture = np.concatenate([_on_white(picture[top : top + BAND_ROWS]) for top in range(0, len(picture), BAND_ROWS)])
     height, width = picture.shape[:2]
     side = max(height, width)
     canvas = np.full((side, side, 3), 255, np.uint8)
@@ -54,6 +57,11 @@ def square(picture: NDArray[Any], side_px: int) -> Pixels:
     if side != side_px:
         canvas = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA).astype(np.uint8)
     return np.ascontiguousarray(canvas[..., ::-1])
+
+
+def _on_white(band: NDArray[Any]) -> NDArray[np.uint8]:
+    alpha = band[..., 3:].astype(np.float32) / 255
+    return np.asarray((band[..., :3] * alpha + 255 * (1 - alpha)).round(), np.uint8)
 
 
 def sheet(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], scale: int = 2) -> Pixels:

@@ -5,6 +5,7 @@ began with. Samples are known by key, and by a number made from the key for clie
 outside. Legend: N rows of a segment.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
-from indexing.embeddings import Floats, Rows, unit
+from indexing.embeddings import CHUNK_ROWS, Floats, Rows, unit
 from indexing.index import Allowed, Index, Modality
 from infra.removals import Removals
 from infra.tables import EMBEDDED
@@ -29,7 +30,11 @@ Place = tuple[int, int, float]
 NEAR = 0.94
 """Results with a picture cosine of at least this count as copies where near ones are asked to go; clip-retrieval's figure."""
 MASKS_KEPT = 64
-FETCH_BITS = 6
+FETCH, DEEPER = 64, 4
+"""Candidates of the first look, and by how much each further one is deeper."""
+FETCHED, FETCHED_APART = 1 << 14, 1 << 12
+"""So many candidates are looked at for one answer, the second with near copies left out: among results that are nearly all copies there may
+be fewer than asked for, and no question costs more than this."""
 NUMBER_BITS = 53
 """The numbers survive a client that keeps them as doubles (JavaScript)."""
 CHOICES = ("licence", "style", "category", "subcategory", "split")
@@ -55,10 +60,10 @@ class Hit:
 
 
 class Segment:
-    """An index folder and the shards that hold its pictures."""
+    """An index folder and the shards that hold its pictures; `name` tells what is in it apart from what stood there before."""
 
-    def __init__(self, index: Index, shards: Path) -> None:
-        self.index, self.shards = index, shards
+    def __init__(self, index: Index, shards: Path, name: str = "") -> None:
+        self.index, self.shards, self.name = index, shards, name
         self.pictures = hashes_of(index.column("sha256"))  # (N,) what tells pictures apart
         self._lock = Lock()
         self._numbers: tuple[Rows, Rows] | None = None
@@ -84,20 +89,33 @@ class Segment:
 class View:
     """A version of the index, open for queries from several threads."""
 
-    def __init__(self, segments: Sequence[Segment], removals: Removals, clip: str) -> None:
-        """Hold segments of one CLIP, whose fingerprint is `clip`. Raises ValueError where their dimensions differ."""
+    def __init__(self, segments: Sequence[Segment], removals: Removals, clip: str, gone: Sequence[Mask] | None = None) -> None:
+        """Hold segments of one CLIP, whose fingerprint is `clip`; `gone` is what the removals name, where that is known.
+
+        Raises ValueError where their dimensions differ.
+        """
         if len({each.index.dim for each in segments}) != 1:
             raise ValueError(f"the segments have {sorted({each.index.dim for each in segments})} dimensions: they must have the same")
         self.segments, self.clip, self.removals = list(segments), clip, removals
         self.dim = segments[0].index.dim
-        self.gone = [each.gone(removals) for each in segments]
-        self.count = sum(int((~gone).sum()) for gone in self.gone)
+        self.gone = [each.gone(removals) for each in segments] if gone is None else list(gone)
+        self.count = sum(int((~each).sum()) for each in self.gone)
+        self.version = _fingerprint(clip, [each.name for each in segments], self.gone)
+        """Tells this view from others: the same segments without the same rows have the same, in every process."""
         self._masks: OrderedDict[Filter, list[Allowed]] = OrderedDict()
+        self._facets: dict[str, dict[str, int]] | None = None
+        self._counting = Lock()
         self._lock = Lock()
 
     def after(self, removals: Removals) -> "View":
-        """Return this view without what the removals name; the segments stay open."""
-        return View(self.segments, removals, self.clip)
+        """Return this view without what the removals name; the segments stay open, and only what is new in the log is looked for."""
+        if removals == self.removals:
+            return self
+        if self.removals - removals:
+            return View(self.segments, removals, self.clip)  # an entry was taken back
+        new = removals - self.removals
+        gone = [was | segment.gone(new) for was, segment in zip(self.gone, self.segments, strict=True)]
+        return View(self.segments, removals, self.clip, gone)
 
     def search(
         self,
@@ -113,23 +131,29 @@ class View:
         """Return the hits offset to offset + k of all distinct pictures, best first, with these columns of their metadata.
 
         `query` is one unit vector (D,). Pictures of equal bytes count once, and with `near` those whose cosine with a better hit is at
-        least that; pictures with a SHA-256 in `without` do not count. Raises ValueError as Index.search does.
+        least that; pictures with a SHA-256 in `without` do not count. Among many copies there may be fewer hits than there are pictures
+        (FETCHED). Raises ValueError as Index.search does.
+
+        Pages neither repeat nor skip a picture, whatever the index: a deeper look into an approximate one ranks otherwise, so what it
+        finds goes behind what the look before had found, and a page is in order of score by itself.
         """
-        wanted = offset + k
-        fetch = 1 << max(FETCH_BITS, (wanted + len(without) - 1).bit_length())  # so that the first pages come from one ranking
+        wanted, fetch = offset + k, FETCH
         masks = self._allowed(chosen)
-        available = max(mask.count for mask in masks)
-        excluded = hashes_of(pa.chunked_array([sorted(without)], pa.string()))
+        enough = min(sum(mask.count for mask in masks), max(wanted, FETCHED if near is None else FETCHED_APART))
+        seen = hashes_of(pa.chunked_array([sorted(without)], pa.string()))
+        kept: list[Place] = []
+        vectors = np.empty((wanted if near is not None else 0, self.dim), np.float32)
         while True:
             places, pictures = self._nearest(query, fetch, modality, masks)
             _, first = np.unique(pictures, return_index=True)
-            distinct = [places[number] for number in np.sort(first[~np.isin(pictures[first], excluded)]).tolist()]
-            if near is not None:
-                distinct = self._apart(distinct, near, wanted)
-            if len(distinct) >= wanted or fetch >= available:
-                shown = distinct[offset:wanted]
+            new = np.sort(first[~np.isin(pictures[first], seen)])
+            seen = np.concatenate([seen, pictures[new]])
+            distinct = [places[number] for number in new.tolist()]
+            kept += distinct if near is None else self._apart(distinct, near, vectors, len(kept))
+            if len(kept) >= wanted or fetch >= enough:
+                shown = sorted(kept[offset:wanted], key=lambda place: -place[2])
                 return [Hit(segment, row, score, self.segments[segment].index.facts_of(row, columns)) for segment, row, score in shown]
-            fetch *= 2
+            fetch *= DEEPER
 
     def find_key(self, key: str) -> Hit | None:
         """Return the sample with that key, or None where there is none or it is gone."""
@@ -153,7 +177,13 @@ class View:
         return found
 
     def facets(self) -> dict[str, dict[str, int]]:
-        """Count, for every column that can be chosen by, the samples of each value that is not empty; the commonest first."""
+        """Count, for every column that can be chosen by, the samples of each value that is not empty; the commonest first. Counts once."""
+        with self._counting:
+            if self._facets is None:
+                self._facets = self._count()
+            return self._facets
+
+    def _count(self) -> dict[str, dict[str, int]]:
         counted: dict[str, dict[str, int]] = {}
         for name in CHOICES:
             totals: dict[str, int] = {}
@@ -178,18 +208,26 @@ class View:
         order = sorted(range(len(places)), key=lambda place: -places[place][2])[:k]
         return [places[place] for place in order], together[order]
 
-    def _apart(self, places: Sequence[Place], near: float, wanted: int) -> list[Place]:
-        """Return the places without those near to a better one, the first `wanted` of them."""
+    def _apart(self, places: Sequence[Place], near: float, vectors: Floats, count: int) -> list[Place]:
+        """Return the places without those near to a better one; `vectors` (wanted, D) holds `count` better ones' and takes more."""
         kept: list[Place] = []
-        vectors = np.empty((wanted, self.dim), np.float32)
-        for segment, row, score in places:
-            vector = unit(self.segments[segment].index.vectors([row]))[0]
-            if len(kept) == 0 or float((vectors[: len(kept)] @ vector).max()) < near:
-                vectors[len(kept)] = vector
-                kept.append((segment, row, score))
-            if len(kept) == wanted:
+        for place, vector in zip(places, self._vectors(places), strict=True):
+            if count == len(vectors):
                 break
+            if count == 0 or float((vectors[:count] @ vector).max()) < near:
+                vectors[count] = vector
+                kept.append(place)
+                count += 1
         return kept
+
+    def _vectors(self, places: Sequence[Place]) -> Floats:
+        """Return the unit vectors of the places (n, D)."""
+        vectors = np.empty((len(places), self.dim), np.float32)
+        segments = np.array([segment for segment, *_ in places], np.int64)
+        rows = np.array([row for _, row, _ in places], np.int64)
+        for number in np.unique(segments):
+            vectors[segments == number] = self.segments[number].index.vectors(rows[segments == number])
+        return unit(vectors)
 
     def _allowed(self, chosen: Filter) -> list[Allowed]:
         with self._lock:
@@ -237,16 +275,27 @@ def numbers_of(keys: pa.ChunkedArray) -> Rows:
 def hashes_of(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
     """Return 64 bits of each text (N,): its bytes, eight at a time, through the finaliser of splitmix64 (Steele et al. 2014)."""
     found = [np.zeros(0, np.uint64)]
-    for chunk in (each for each in texts.chunks if len(each)):
-        encoded = np.array([text.encode("utf-8", "replace") for text in chunk.to_pylist()], "S")
-        width = -(-encoded.dtype.itemsize // 8) * 8 or 8
-        words = encoded.astype(f"S{width}").view(np.uint64).reshape(len(encoded), -1)
-        mixed = np.zeros(len(encoded), np.uint64)
-        for word in words.T:
-            used = word != 0  # the padding depends on the other keys of the chunk
-            mixed = np.where(used, _mix(mixed ^ word), mixed)
-        found.append(mixed)
+    for chunk in texts.chunks:
+        found += [_hashes(chunk.slice(start, CHUNK_ROWS)) for start in range(0, len(chunk), CHUNK_ROWS)]
     return np.concatenate(found)
+
+
+def _hashes(texts: pa.Array) -> NDArray[np.uint64]:
+    """Return the hashes of one chunk, those of one length together, from Arrow's own bytes."""
+    _, offsets, data = texts.buffers()
+    ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    encoded = np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8)
+    sizes = np.diff(ends)
+    mixed = np.zeros(len(texts), np.uint64)
+    for size in np.unique(sizes[sizes > 0]).tolist():
+        of_size = np.flatnonzero(sizes == size)
+        padded = np.zeros((len(of_size), -(-size // 8) * 8), np.uint8)
+        padded[:, :size] = encoded[ends[of_size, None] + np.arange(size)]
+        value = np.zeros(len(of_size), np.uint64)
+        for word in padded.view(np.uint64).T:
+            value = np.where(word != 0, _mix(value ^ word), value)  # as bytes of zero are no part of a text, padding is none
+        mixed[of_size] = value
+    return mixed
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -254,3 +303,11 @@ def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
+
+
+def _fingerprint(clip: str, names: Sequence[str], gone: Sequence[Mask]) -> str:
+    """Return 16 hex digits of a CLIP, the names of segments, and which of their rows are gone."""
+    digest = hashlib.sha256(repr((clip, list(names))).encode())
+    for each in gone:
+        digest.update(np.packbits(each).tobytes())
+    return digest.hexdigest()[:16]

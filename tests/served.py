@@ -7,7 +7,7 @@ from typing import Any
 import faiss
 
 from indexing.index import Index, IndexConfig, build
-from indexing.service import Encoders, Parts, Service
+from indexing.service import Encoders, Opened, Parts, Service
 from indexing.view import Segment
 from infra.removals import Removals
 from tests import pictured
@@ -29,27 +29,31 @@ class Fake:
         self.encoded: list[list[str]] = []
         self.reported: list[str] = []
         self.clip = CLIP
+        self.name = "drawn"
 
     def make(self, name: str, rows: list[dict[str, Any]]) -> Segment:
         """Write and open another segment."""
         pictured.write_run(self.folder / name, rows)
         (self.folder / name / "index").mkdir()
         build(IndexConfig(factory="Flat", queries=4), self.folder / name / "embed", self.folder / name / "index")
-        return Segment(Index.open(self.folder / name / "index"), self.folder / name / "shards")
+        return Segment(Index.open(self.folder / name / "index"), self.folder / name / "shards", name)
 
     def service(self, with_fetch: bool = False) -> Service:
         """Return the service."""
         return Service(
             Parts(
-                name="drawn",
                 removals_stamp=lambda: self.stamps[0],
                 read_removals=lambda: self.removals,
                 segments_stamp=lambda: self.stamps[1],
-                open_segments=lambda: (list(self.segments), Encoders(self.clip, self.encode_texts, pictured.encode_images, 20)),
+                open_segments=self.opened,
                 fetch=self.fetch if with_fetch else None,
                 report=self.reported.append,
             )
         )
+
+    def opened(self) -> Opened:
+        """Return what is to be served now."""
+        return Opened(self.name, list(self.segments), Encoders(self.clip, self.encode_texts, pictured.encode_images, 20))
 
     def remove(self, **lists: set[str]) -> None:
         """Write to the removal log."""

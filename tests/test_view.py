@@ -4,10 +4,11 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from indexing.index import Index, IndexConfig, build
-from indexing.view import NUMBER_BITS, Filter, Segment, View, make_filter, number_of
+from indexing.view import NUMBER_BITS, Filter, Segment, View, hashes_of, make_filter, number_of
 from infra.removals import Removals
 from tests.embedded import vectors, write_embed
 
@@ -52,12 +53,81 @@ def test_a_hit_carries_its_own_metadata(view: View) -> None:
 
 
 def test_pages_follow_each_other_without_gap_or_repeat(view: View) -> None:
-    if "IVF" in view.segments[0].index.facts["factory"]:
-        pytest.skip("a deeper look into an approximate index may rank otherwise")
     whole = [hit.facts["key"] for hit in view.search(QUERY, 30)]
     paged = [hit.facts["key"] for offset in range(0, 30, 7) for hit in view.search(QUERY, 7, offset=offset)]
-    assert paged[:30] == whole
+    assert len(set(paged)) == len(paged) and set(paged[:30]) >= set(whole[:28])
+    if view.segments[0].index.facts["factory"] == "Flat":
+        assert paged[:30] == whole
     assert view.search(QUERY, 7, offset=10_000) == []
+
+
+@pytest.mark.parametrize("factory", ["IVF60,SQ8", "RR32,IVF30,PQ8x4fs,Refine(SQ8)"])
+@pytest.mark.parametrize("near", [None, 0.9])
+def test_deep_pages_of_an_approximate_index_neither_repeat_nor_skip(tmp_path: Path, factory: str, near: float | None) -> None:
+    faiss.omp_set_num_threads(1)
+    write_embed(tmp_path / "embed", 3000, DIM, copies=2)
+    build(IndexConfig(factory=factory, queries=64), tmp_path / "embed", _made(tmp_path / "index"))
+    view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
+    for query in vectors(4, DIM, seed=8).astype(np.float32):
+        whole = view.search(query, 312, near=near)
+        pages = [view.search(query, 24, offset=offset, near=near) for offset in range(0, 312, 24)]
+        assert sorted(hit.row for page in pages for hit in page) == sorted(hit.row for hit in whole)
+        assert len({hit.facts["sha256"] for hit in whole}) == len(whole) > 200
+        assert all([hit.score for hit in page] == sorted((hit.score for hit in page), reverse=True) for page in pages)
+
+
+def test_a_question_among_copies_costs_no_more_than_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faiss.omp_set_num_threads(1)
+    write_embed(tmp_path / "embed", 3000, DIM, copies=3000)
+    build(IndexConfig(factory="Flat", queries=2), tmp_path / "embed", _made(tmp_path / "index"))
+    view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
+    monkeypatch.setattr("indexing.view.FETCHED", 1024)
+    monkeypatch.setattr("indexing.view.FETCHED_APART", 256)
+    asked: list[int] = []
+    search = Index.search
+    monkeypatch.setattr(Index, "search", lambda self, vector, k, *more: asked.append(k) or search(self, vector, k, *more))
+    assert len(view.search(QUERY, 5)) == 1 and asked == [64, 256, 1024]
+    asked.clear()
+    assert len(view.search(QUERY, 5, near=0.9)) == 1 and asked == [64, 256]
+
+
+def test_facets_are_counted_once_a_version(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, counted = View(view.segments, Removals(), "clip"), []
+    column = Index.column
+    monkeypatch.setattr(Index, "column", lambda self, name: counted.append(name) or column(self, name))
+    assert fresh.facets() == fresh.facets() and len(counted) == len(set(counted))
+
+
+def test_a_version_is_named_by_what_it_holds(view: View) -> None:
+    segment = view.segments[0]
+    one, same = View([segment], Removals(), "clip"), View([segment], Removals(), "clip")
+    removed = one.after(Removals(frozenset({"k000001"})))
+    more = removed.after(Removals(frozenset({"k000001", "k000002"})))
+    assert one.version == same.version == one.after(Removals(frozenset({"nobody"}))).version
+    assert len({one.version, removed.version, more.version, View([segment], Removals(), "other").version}) == 4
+    assert more.version == one.after(Removals(frozenset({"k000001", "k000002"}))).version, "by whatever way"
+    assert more.after(Removals()).version == one.version, "an entry may be taken back"
+    assert one.after(Removals()) is one
+
+
+def test_numbers_of_texts_of_every_length_are_told_from_their_bytes() -> None:
+    rng = np.random.default_rng(0)
+    texts = ["", "k", "déjà vu", "a" * 8 + "b", "\0" * 8, *("".join(map(chr, rng.integers(97, 123, size))) for size in range(1, 70))]
+    table = pa.chunked_array([texts[:9], texts[9:]], pa.string())
+
+    def slowly(text: str) -> int:
+        value, data = 0, text.encode()
+        for start in range(0, len(data), 8):
+            word = int.from_bytes(data[start : start + 8].ljust(8, b"\0"), "little")
+            if word:
+                value = ((value ^ word) + 0x9E3779B97F4A7C15) % 2**64
+                value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+                value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+                value ^= value >> 31
+        return value
+
+    assert hashes_of(table).tolist() == [slowly(text) for text in texts]
+    assert hashes_of(table.slice(5, 20)).tolist() == [slowly(text) for text in texts[5:25]]
 
 
 def test_more_than_there_are_gives_all_distinct_ones(view: View) -> None:
@@ -153,8 +223,6 @@ def _made(folder: Path) -> Path:
 
 
 def _column(values: np.ndarray):  # type: ignore[no-untyped-def]
-    import pyarrow as pa
-
     return pa.chunked_array([values.tolist()], pa.string())
 
 
