@@ -27,9 +27,20 @@ def read_facts(embed: Path) -> tuple[str, int, int]:
     return facts["clip_key"], int(facts["count"]), int(facts["dim"])
 
 
+def part_files(folder: Path) -> list[Path]:
+    """Return the files of vectors of a folder in the order of their rows."""
+    return sorted(folder.glob("*.npy"))
+
+
+def open_rows(file: Path) -> NDArray[Any]:
+    """Memory-map one of them."""
+    rows: NDArray[Any] = np.load(file, mmap_mode="r")
+    return rows
+
+
 def open_parts(folder: Path, count: int, dim: int) -> list[NDArray[Any]]:
     """Memory-map the .npy files of a folder in order of name. Raises DataError unless they hold (count, dim) together."""
-    parts = [np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))]
+    parts = [open_rows(file) for file in part_files(folder)]
     if any(part.ndim != 2 or part.shape[1] != dim for part in parts) or sum(len(part) for part in parts) != count:
         raise DataError(f"{folder}: arrays of shapes {[part.shape for part in parts]}, where facts.json says {count} vectors of {dim}")
     return parts

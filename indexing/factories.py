@@ -1,4 +1,4 @@
-"""The rule that chooses the kind of FAISS index by count, dimension and memory, what a kind takes, and filling it.
+"""The rule that chooses the kind of FAISS index by count, dimension and memory, what a kind takes, and training it.
 
 Knows vectors and FAISS's factory strings only; files, metadata and recall are others'. Legend: N vectors, D dimensions, C cells.
 """
@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.embeddings import Floats, chunks, take
+from indexing.embeddings import CHUNK_ROWS, Floats, take
 from infra.errors import CallerError, DataError
 
 FLAT_BELOW = 20_000
@@ -28,6 +28,8 @@ BITS = "RaBitQfs,Refine(SQ8)"
 FOURS = 4
 """Dimensions that share a code of four bits: as small as a bit for each, closer to the vectors, and with one look-up table a query, not one
 a cell; for dimensions that are a multiple of it."""
+SCRATCH_BYTES = 96 << 20
+"""What FAISS takes for itself: blocks of products with centroids, the heaps of searches."""
 
 
 def cells_of(factory: str) -> int:
@@ -86,11 +88,24 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
     )
 
 
-def fill(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
-    """Train an index of that kind on a sample of the vectors ((n, D) parts) and add all of them to it, in order.
+def building_bytes(factory: str, count: int, dim: int, at_once: int, queries: int, is_grown: bool = False) -> int:
+    """Return about how many bytes a process holds at most while it builds and tunes one index of that kind.
 
-    Raises DataError where they hold NaN or infinity.
+    `at_once` is how many vectors are encoded before they are put into the cells, `queries` how many the tuning asks together. An index
+    that `is_grown` is read whole, with the codes behind Refine, and its arrays are copied as they grow.
     """
+    hot, chunk, cells = hot_bytes(factory, count, dim), CHUNK_ROWS * dim * 4, cells_of(factory)
+    code_bytes = hot_bytes(factory, 2 * at_once, dim) - hot_bytes(factory, at_once, dim)
+    training = hot_bytes(factory, 0, dim) + 3 * min(count, cells * TRAINED_PER_CELL) * dim * 4  # as read, turned, and in the cells
+    encoding = 2 * hot_bytes(factory, 0, dim) + code_bytes + 8 * at_once + 3 * chunk  # as read, turned, and with the finer codes
+    filling = hot if cells else hot + chunk
+    tuning = chunk + queries * (3 * CHUNK_ROWS + 100 * dim) * 4
+    growing = 2 * (hot + count * dim * factory.endswith("Refine(SQ8)")) + 2 * chunk if is_grown else 0
+    return max(training, encoding * bool(cells), filling, tuning, growing) + SCRATCH_BYTES
+
+
+def train(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
+    """Return an index of that kind, still empty, trained on a sample of the vectors ((n, D) parts). Raises DataError as `checked` does."""
     count, dim = sum(len(part) for part in parts), parts[0].shape[1]
     index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     if cells := cells_of(factory):
@@ -99,14 +114,18 @@ def fill(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
         inverted.cp.min_points_per_centroid = 1  # too few is either the rule's choice or the recipe's: no warning on the terminal
         inverted.cp.max_points_per_centroid = TRAINED_PER_CELL
         size = min(count, cells * TRAINED_PER_CELL)
-        index.train(take(parts, np.sort(np.random.default_rng(seed).choice(count, size, replace=False))))
-    add(index, chunks(parts))
+        index.train(checked(take(parts, np.sort(np.random.default_rng(seed).choice(count, size, replace=False)))))
     return index
 
 
 def add(index: Any, vectors: Iterable[Floats]) -> None:
     """Add vectors (n, D) at a time to a trained index. Raises DataError where they hold NaN or infinity."""
     for chunk in vectors:
-        if not np.isfinite(chunk).all():
-            raise DataError("the embeddings hold NaN or infinity: embed again")
-        index.add(chunk)
+        index.add(checked(chunk))
+
+
+def checked(vectors: Floats) -> Floats:
+    """Return the vectors. Raises DataError where they hold NaN or infinity."""
+    if not np.isfinite(vectors).all():
+        raise DataError("the embeddings hold NaN or infinity: embed again")
+    return vectors

@@ -23,11 +23,13 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from indexing import tuning
-from indexing.embeddings import CHUNK_ROWS, Floats, Rows, chunks, open_parts, read_facts, take
-from indexing.factories import add, cells_of, choose_factory, fill, hot_bytes
+from indexing import lists, tuning
+from indexing.embeddings import CHUNK_ROWS, Floats, Rows, chunks, open_parts, part_files, read_facts, take
+from indexing.factories import add, building_bytes, cells_of, checked, choose_factory, hot_bytes, train
+from indexing.lists import Spread
 from indexing.tuning import DEPTHS, Effort, Sample
 from infra.errors import CallerError, DataError
+from infra.memory import PeakMemory
 from infra.settings import Section
 from infra.tables import EMBEDDED, open_parquet
 
@@ -35,12 +37,15 @@ Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 GROWTH = 0.25
 """By this share an index may grow before its cells are found anew."""
+SPREAD_FROM = 300_000
+"""Fewer vectors are encoded sooner than other processes start."""
+FOLDERS: dict[Modality, str] = {"image": "img_emb", "text": "text_emb"}
 
 
 class IndexConfig(Section):
     """[index]: the kind of index, the memory that it may take and the recall that it must have."""
 
-    outside_key: ClassVar[frozenset[str]] = frozenset({"threads"})
+    outside_key: ClassVar[frozenset[str]] = frozenset({"threads", "build_memory_bytes"})
 
     factory: str = Field(
         default="auto", pattern=r"^(auto|Flat|IVF[1-9]\d*,(Flat|SQ8)|(RR[1-9]\d*,)?IVF[1-9]\d*,(RaBitQfs|PQ[1-9]\d*x4fs),Refine\(SQ8\))$"
@@ -49,6 +54,8 @@ class IndexConfig(Section):
     RR<dimensions> if wished, in FAISS's own writing."""
     memory_bytes: int = Field(default=2 * 1024**3, ge=1)
     """What a searching process may hold in memory for both indexes; heeded by factory = auto."""
+    build_memory_bytes: int = Field(default=8 * 1024**3, ge=1)
+    """What a process may hold in memory while it builds, mapped files aside; more is refused before anything is built."""
     recall_target: float = Field(default=0.95, gt=0, le=1)
     """The recall@10 against brute force that the effort of a query is raised to (see indexing.tuning)."""
     queries: int = Field(default=1024, ge=2)
@@ -59,63 +66,100 @@ class IndexConfig(Section):
     """Seed of the clustering and of the sampled queries."""
 
 
-def build(config: IndexConfig, embed: Path, out: Path, grown_from: tuple[Path, Path] | None = None) -> dict[str, Any]:
-    """Build both indexes and the metadata table from an embed folder; return the counts, the factory and the worse recall@10.
+def is_spread(embed: Path) -> bool:
+    """Say whether the embeddings of an embed folder are so many that several processes should encode them."""
+    return read_facts(embed)[1] >= SPREAD_FROM and len(part_files(embed / FOLDERS["image"])) > 1
 
-    index.json holds the figures of each index under "image" and "text" and the worse of both at the top. A recall target that the
-    kind of index cannot reach even with every cell probed is no error: "target_met" is false. Raises DataError for embeddings that
-    are empty, not finite or do not match their facts or metadata, CallerError for a factory that does not suit them.
+
+def build(
+    config: IndexConfig, embed: Path, out: Path, grown_from: tuple[Path, Path] | None = None, spread: Spread | None = None
+) -> dict[str, Any]:
+    """Build both indexes and the metadata table from an embed folder; return the counts, the factory, and the figures of the worse index.
+
+    index.json holds the figures of each index under "image" and "text" and the worse of both at the top, and the most memory that this
+    process and one that `spread` calls held for it. A recall target that the kind of index cannot reach even with every cell probed is no
+    error: "target_met" is false. `spread` changes nothing that is written (see lists.fill). Raises DataError for embeddings that
+    are empty, not finite or do not match their facts or metadata, CallerError for a factory that does not suit them or the memory.
 
     `grown_from` is an index of the same section and the embed folder it was built from: where those vectors are the first of these, it
     gets the others added, its cells as they are; recall is measured and probes are chosen anew. Once it has grown by more than GROWTH
-    since its cells were found, all is built again.
+    since its cells were found, or where adding takes more than the memory, all is built again.
     """
     clip_key, count, dim = read_facts(embed)
     if count == 0:
         raise DataError(f"{embed}: no embeddings, so there is nothing to index")
-    parts: dict[Modality, list[NDArray[Any]]] = {
-        "image": open_parts(embed / "img_emb", count, dim),
-        "text": open_parts(embed / "text_emb", count, dim),
-    }
-    _write_metadata(embed / "metadata", out / "metadata.arrow", count)
+    parts: dict[Modality, list[NDArray[Any]]] = {each: open_parts(embed / FOLDERS[each], count, dim) for each in MODALITIES}
     factory = choose_factory(count, dim, config.memory_bytes) if config.factory == "auto" else config.factory
     if cells_of(factory) > count:
         raise CallerError(f"[index] factory = {factory} has more cells than there are vectors ({count}): name fewer, or auto")
     base = _base(grown_from, parts, config) if grown_from else None
     factory = base["factory"] if base else factory
+    needed = _needed(config, factory, parts["image"], base is not None)
+    if needed > config.build_memory_bytes:
+        raise CallerError(
+            f"[index] build_memory_bytes = {config.build_memory_bytes} but building {factory} over {count} vectors of {dim} dimensions "
+            f"takes about {needed}: raise it to that, or name a factory with fewer cells or smaller codes"
+        )
+    _write_metadata(embed / "metadata", out / "metadata.arrow", count)
     rng = np.random.default_rng(config.seed)
     sampled = np.sort(rng.choice(count, min(config.queries, count), replace=False))
-    queries = {modality: take(parts[modality], sampled) for modality in MODALITIES}
+    queries = {modality: checked(take(parts[modality], sampled)) for modality in MODALITIES}
     figures: dict[str, dict[str, Any]] = {}
-    threads_before = faiss.omp_get_max_threads()
+    threads_before, task_peak = faiss.omp_get_max_threads(), 0
     if config.threads:
         faiss.omp_set_num_threads(config.threads)
     try:
-        for modality in MODALITIES:
-            file = out / f"{modality}.index"
-            if base and grown_from:
-                filled = faiss.read_index(str(grown_from[0] / file.name))
-                add(filled, chunks(parts[modality], base["count"]))
-            else:
-                filled = fill(factory, parts[modality], config.seed)
-            faiss.write_index(filled, str(file))
-            opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
-            samples = [Sample(vectors, sampled if kind == modality else None) for kind, vectors in queries.items()]
-            figures[modality] = {
-                **tuning.tune(opened, parts[modality], samples, config.recall_target),
-                "bytes": file.stat().st_size,
-            }
+        with PeakMemory() as memory:
+            for modality in MODALITIES:
+                file = out / f"{modality}.index"
+                if base and grown_from:
+                    _add_to(grown_from[0] / file.name, parts[modality], base["count"], file)
+                else:
+                    of_tasks = _build_one(factory, parts[modality], part_files(embed / FOLDERS[modality]), config.seed, file, spread)
+                    task_peak = max(task_peak, of_tasks)
+                opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+                samples = [Sample(vectors, sampled if kind == modality else None) for kind, vectors in queries.items()]
+                figures[modality] = {
+                    **tuning.tune(opened, parts[modality], samples, config.recall_target),
+                    "bytes": file.stat().st_size,
+                }
     finally:
         faiss.omp_set_num_threads(threads_before)
     both = list(figures.values())
     worse: dict[str, Any] = {f"recall@{k}": min(each[f"recall@{k}"] for each in both) for k in DEPTHS}
-    worse |= {name: max(each[name] for each in both) for name in ("nprobe", "k_factor", "latency_p50_ms", "latency_p99_ms")}
-    recall = worse["recall@10"]
+    worse |= {name: max(each[name] for each in both) for name in ("latency_p50_ms", "latency_p99_ms")}
+    worse["bytes"] = sum(each["bytes"] for each in both)
+    worse |= {"build_peak_bytes": memory.bytes, "task_peak_bytes": task_peak}
     facts = {"dim": dim, "count": count, "factory": factory, "clip_key": clip_key, **worse}
+    facts |= {name: max(each[name] for each in both) for name in ("nprobe", "k_factor")}
     facts["built_count"] = base.get("built_count", base["count"]) if base else count
-    facts |= {"bytes": sum(each["bytes"] for each in both), "target_met": all(each["target_met"] for each in both), **figures}
+    facts |= {"target_met": all(each["target_met"] for each in both), **figures}
     (out / "index.json").write_text(json.dumps(facts, indent=1) + "\n")
-    return {"in": count, "out": count, "dropped": {}, "factory": factory, "recall": recall, "added_to": base["count"] if base else 0}
+    return {"in": count, "out": count, "dropped": {}, "factory": factory, **worse, "added_to": base["count"] if base else 0}
+
+
+def _build_one(factory: str, parts: Sequence[NDArray[Any]], files: Sequence[Path], seed: int, file: Path, spread: Spread | None) -> int:
+    """Write an index of all the vectors; return the most memory that a process called by `spread` held."""
+    index = train(factory, parts, seed)
+    if cells_of(factory):
+        return lists.fill(index, files, file, spread)
+    add(index, chunks(parts))
+    faiss.write_index(index, str(file))
+    return 0
+
+
+def _add_to(before: Path, parts: Sequence[NDArray[Any]], first: int, file: Path) -> None:
+    """Write the index `before` with the vectors from `first` on added."""
+    index = faiss.read_index(str(before))
+    add(index, chunks(parts, first))
+    faiss.write_index(index, str(file))
+
+
+def _needed(config: IndexConfig, factory: str, parts: Sequence[NDArray[Any]], is_grown: bool) -> int:
+    """Return about how many bytes a process will hold at most."""
+    lengths = [len(part) for part in parts]
+    at_once = max(sum(lengths[first:last]) for first, last, _ in lists.shares(lengths))
+    return building_bytes(factory, sum(lengths), parts[0].shape[1], at_once, min(config.queries, sum(lengths)), is_grown)
 
 
 def _base(grown_from: tuple[Path, Path], parts: dict[Modality, list[NDArray[Any]]], config: IndexConfig) -> dict[str, Any] | None:
@@ -128,8 +172,10 @@ def _base(grown_from: tuple[Path, Path], parts: dict[Modality, list[NDArray[Any]
         return None
     if config.factory == "auto" and 2 * hot_bytes(facts["factory"], total, dim) > config.memory_bytes:
         return None
+    if _needed(config, facts["factory"], parts["image"], is_grown=True) > config.build_memory_bytes:
+        return None
     for modality in MODALITIES:
-        before = open_parts(embed / f"{'img' if modality == 'image' else 'text'}_emb", count, dim)
+        before = open_parts(embed / FOLDERS[modality], count, dim)
         for start in range(0, count, CHUNK_ROWS):
             rows = np.arange(start, min(start + CHUNK_ROWS, count))
             if not np.array_equal(take(before, rows), take(parts[modality], rows)):

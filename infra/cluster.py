@@ -7,8 +7,9 @@ submit their work through `ray` once `Cluster.start()` has returned.
 import logging
 import os
 import socket
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import Field
 
@@ -38,6 +39,8 @@ class ClusterConfig(Section):
     """Ray address (`auto`, `ray://host:10001` or `host:6379`); empty starts a small Ray on this machine for the run."""
     num_cpus: int | None = Field(default=None, ge=1)
     """CPU cores for the local Ray; by default all that this process may use."""
+    ingest_workers: int = Field(default=0, ge=0, le=1024)
+    """Download processes, one CPU core each, that Ray spreads over the nodes; 0 downloads on one machine with `[data] processes`."""
     clip_workers: int = Field(default=1, ge=1)
     """Processes that train CLIP data-parallel."""
     embed_workers: int = Field(default=1, ge=1)
@@ -72,7 +75,7 @@ class ClusterConfig(Section):
         {
             *("address", "num_cpus", "cpus_per_worker", "use_gpu", "object_store_memory_bytes", "max_failures", "collective_timeout_s"),
             *("stages", "attempts", "upload_code", "python"),
-            *("clip_workers", "embed_workers", "prior_workers", "decoder_workers", "upsampler_workers"),
+            *("ingest_workers", "clip_workers", "embed_workers", "prior_workers", "decoder_workers", "upsampler_workers"),
         }
     )
 
@@ -137,6 +140,35 @@ class Cluster:
 
             ray.shutdown()
             self.is_ours = False
+
+
+Made = TypeVar("Made")
+
+
+def spread(
+    config: ClusterConfig, function: Callable[..., Made], arguments: Iterable[tuple[Any, ...]], gpus: int = 0
+) -> Iterator[list[Made]]:
+    """Call `function` with each of the arguments as a task on the running Ray; yield what has ended every second, none twice.
+
+    A task that is lost with its process or node is done again, three times at most, so it must write aside and rename. An error of ours
+    is raised as it was in the task.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    task = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=gpus, max_retries=3)(function)
+    waiting = [task.remote(*each) for each in arguments]
+    try:
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1)
+            yield ray.get(ready)
+    except RayTaskError as error:
+        if isinstance(error.cause, UnclipError):
+            raise type(error.cause)(str(error.cause)) from error
+        raise
+    finally:
+        for each in waiting:
+            ray.cancel(each)
 
 
 def _knock(address: str) -> None:

@@ -1,7 +1,11 @@
 """The index agrees with brute force whatever its kind, its rows stay with their metadata, and bad queries are refused."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -11,13 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from indexing.factories import FLAT_BELOW, choose_factory, fill, hot_bytes
+from indexing import index, lists
+from indexing.embeddings import chunks, part_files
+from indexing.factories import FLAT_BELOW, add, building_bytes, choose_factory, hot_bytes, train
 from indexing.index import MODALITIES, Index, IndexConfig, build
 from indexing.tuning import Effort, Sample, brute_force, fewest_cells, recalls, search, tune
+from infra.cluster import Cluster, ClusterConfig, spread
 from infra.errors import CallerError, DataError
 from tests.embedded import vectors, write_embed
 
 COUNT, DIM = 1500, 32
+RECALLS = ("recall@1", "recall@10", "recall@100")
 FACTORIES = ("Flat", "IVF38,Flat", "IVF38,SQ8", "IVF38,RaBitQfs,Refine(SQ8)", "RR32,IVF38,PQ8x4fs,Refine(SQ8)")
 
 
@@ -39,6 +47,12 @@ def folder(request: pytest.FixtureRequest, embed: Path, tmp_path_factory: pytest
     out = tmp_path_factory.mktemp("index")
     build(IndexConfig(factory=request.param, queries=64), embed, out)
     return out
+
+
+def fill(factory: str, parts: list[np.ndarray], seed: int) -> faiss.Index:
+    index = train(factory, parts, seed)
+    add(index, chunks(parts))
+    return index
 
 
 def exact(embed: Path, modality: str) -> np.ndarray:
@@ -63,7 +77,12 @@ def test_flat_is_exact(embed: Path, tmp_path: Path) -> None:
     queries = vectors(50, DIM, seed=7).astype(np.float32)
     scores, _ = Index.open(tmp_path).search(queries, 10)
     assert np.allclose(scores, -np.sort(-(queries @ exact(embed, "image").T), axis=1)[:, :10], atol=1e-5)
-    assert counts == {"in": COUNT, "out": COUNT, "dropped": {}, "factory": "Flat", "recall": 1.0, "added_to": 0}
+    facts = json.loads((tmp_path / "index.json").read_text())
+    told = {name: facts[name] for name in (*RECALLS, "latency_p50_ms", "latency_p99_ms", "bytes", "build_peak_bytes")}
+    assert counts.items() >= told.items(), "the manifest holds the figures"
+    assert [told[name] for name in RECALLS] == [1, 1, 1] and 0 < told["latency_p50_ms"] <= told["latency_p99_ms"]
+    assert told["bytes"] == facts["image"]["bytes"] + facts["text"]["bytes"] > 2 * COUNT * DIM * 4
+    assert counts.items() >= {"in": COUNT, "out": COUNT, "dropped": {}, "factory": "Flat", "added_to": 0}.items()
 
 
 def test_the_reported_recall_is_that_of_the_opened_index(folder: Path, embed: Path) -> None:
@@ -232,8 +251,9 @@ def test_embeddings_that_do_not_fit_together_are_refused(tmp_path: Path) -> None
             build(IndexConfig(), tmp_path, tmp_path)
     (tmp_path / "facts.json").write_text(json.dumps(facts))
     np.save(tmp_path / "text_emb" / "text_emb_0001.npy", np.full((50, 16), np.nan, np.float16))
-    with pytest.raises(DataError, match="NaN"):
-        build(IndexConfig(), tmp_path, tmp_path)
+    for factory in ("auto", "IVF2,SQ8"):
+        with pytest.raises(DataError, match="NaN"):
+            build(IndexConfig(factory=factory), tmp_path, tmp_path)
     (tmp_path / "metadata" / "metadata_0001.parquet").unlink()
     with pytest.raises(DataError, match="50 rows of metadata for 100"):
         build(IndexConfig(), tmp_path, tmp_path)
@@ -326,7 +346,7 @@ def test_an_index_grows_by_what_was_appended_and_is_built_again_where_that_is_no
         build(section, tmp_path / name, tmp_path / f"{name}-index")
     before = (tmp_path / "fits-index", tmp_path / "fits")
     counts = build(section, embed, made(tmp_path / "grown"), before)
-    assert counts["added_to"] == COUNT - 100 and counts["recall"] >= 0.9
+    assert counts["added_to"] == COUNT - 100 and counts["recall@10"] >= 0.9
     grown = Index.open(tmp_path / "grown")
     queries = vectors(50, DIM, seed=7).astype(np.float32)
     _, rows = grown.search(queries, 10)
@@ -337,6 +357,91 @@ def test_an_index_grows_by_what_was_appended_and_is_built_again_where_that_is_no
     first = np.load(tmp_path / "fits" / "text_emb" / "text_emb_0000.npy")
     np.save(tmp_path / "fits" / "text_emb" / "text_emb_0000.npy", np.roll(first, 1, axis=0))
     assert build(section, embed, made(tmp_path / "other"), before)["added_to"] == 0  # other vectors than these
+
+
+def uneven(embed: Path, folder: Path, lengths: list[int]) -> Path:
+    """Write the rows of an embed folder again, in files of so many rows."""
+    cut(embed, folder, COUNT)
+    for name in ("img_emb", "text_emb"):
+        whole = np.load(folder / name / f"{name}_0000.npy")
+        for number, rows in enumerate(np.split(whole, np.cumsum(lengths)[:-1])):
+            np.save(folder / name / f"{name}_{number:04d}.npy", rows)
+    return folder
+
+
+def elsewhere(function: Callable[..., int], tasks: Sequence[lists.Task]) -> Iterator[list[int]]:
+    """Call the function in another process, the last task first and one of them twice."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), faiss.omp_set_num_threads, (1,)) as pool:
+        for task in (*tasks[::-1], tasks[0]):
+            yield [pool.submit(function, *task).result()]
+
+
+@pytest.mark.parametrize("factory", [*FACTORIES[1:], "IVF1,PQ8x4fs,Refine(SQ8)"])
+def test_parts_encoded_elsewhere_make_what_faiss_makes_of_all_in_order(factory: str, embed: Path, tmp_path: Path) -> None:
+    lengths = [7, 1100, 1, 256, 136]  # of one cell: blocks of 32 that are full, begun and half full
+    folder = uneven(embed, tmp_path / "embed", lengths)
+    files = part_files(folder / "img_emb")
+    vectors = exact(embed, "image")
+    faiss.write_index(fill(factory, [vectors], 0), str(tmp_path / "whole"))
+    for name, where in (("here", None), ("elsewhere", elsewhere)):
+        lists.fill(train(factory, [vectors], 0), files, tmp_path / name, where)
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole").read_bytes(), name
+    assert {path.name for path in tmp_path.iterdir()} == {"embed", "whole", "here", "elsewhere"}, "nothing is left of the parts"
+
+
+def test_files_are_put_into_pieces_of_work_in_order() -> None:
+    assert lists.shares([5, 0, 3]) == [(0, 1, 0), (1, 3, 5)]
+    lengths = np.random.default_rng(0).integers(1, 100, 1000).tolist()
+    pieces = lists.shares(lengths)
+    assert len(pieces) <= lists.SHARES and pieces[0][0] == 0 and pieces[-1][1] == 1000
+    assert [last for _, last, _ in pieces[:-1]] == [first for first, *_ in pieces[1:]]
+    assert [start for *_, start in pieces] == [sum(lengths[:first]) for first, *_ in pieces]
+    assert max(sum(lengths[first:last]) for first, last, _ in pieces) <= sum(lengths) / lists.SHARES + 100
+
+
+@pytest.mark.slow
+def test_two_workers_of_ray_build_what_one_process_builds(embed: Path, tmp_path: Path) -> None:
+    config, cluster = IndexConfig(factory=FACTORIES[-1], queries=32), ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20)
+    folder = uneven(embed, tmp_path / "embed", [700, 3, 500, 297])
+    build(config, folder, made(tmp_path / "alone"))
+    with Cluster(cluster) as ray:
+        ray.start()
+        counts = build(config, folder, made(tmp_path / "spread"), spread=partial(spread, cluster))
+        rows = np.load(folder / "text_emb" / "text_emb_0002.npy")
+        rows[-1] = np.nan
+        np.save(folder / "text_emb" / "text_emb_0002.npy", rows)
+        with pytest.raises(DataError, match=r"^the embeddings hold NaN or infinity: embed again$"):
+            trained = train("IVF8,SQ8", [exact(embed, "text")], 0)
+            lists.fill(trained, part_files(folder / "text_emb"), tmp_path / "bad", partial(spread, cluster))
+    assert counts["task_peak_bytes"] > 0
+    for name in ("image.index", "text.index", "metadata.arrow"):
+        assert (tmp_path / "spread" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    queries = vectors(50, DIM, seed=7)
+    for modality in MODALITIES:
+        both = [Index.open(tmp_path / name).search(queries, 10, modality) for name in ("alone", "spread")]
+        assert (both[0][1] == both[1][1]).all() and (both[0][0] == both[1][0]).all()
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_what_building_takes_is_known_before(factory: str, embed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CallerError, match=rf"\[index\] build_memory_bytes = 1000 but building {re.escape(factory)} .* raise it") as refused:
+        build(IndexConfig(factory=factory, build_memory_bytes=1000), embed, made(tmp_path / "refused"))
+    assert not list((tmp_path / "refused").iterdir()) and "\n" not in str(refused.value)
+    named = int(str(refused.value).split("takes about ")[1].split(":")[0])
+    counts = build(IndexConfig(factory=factory, build_memory_bytes=named), embed, made(tmp_path / "built"))
+    assert 0 < counts["build_peak_bytes"] <= named
+
+
+def test_an_index_does_not_grow_beyond_the_memory(embed: Path, tmp_path: Path) -> None:
+    cut(embed, tmp_path / "before", COUNT - 100)
+    sections = [IndexConfig(factory=FACTORIES[-1], queries=32, build_memory_bytes=each) for each in (1 << 33, 1)]
+    build(sections[0], tmp_path / "before", made(tmp_path / "index"))
+    before = (tmp_path / "index", tmp_path / "before")
+    parts = [np.load(file, mmap_mode="r") for file in part_files(embed / "img_emb")]
+    assert index._base(before, {"image": parts, "text": parts}, sections[1]) is None
+    once = building_bytes("RR512,IVF632,PQ128x4fs,Refine(SQ8)", 10**7, 512, 10**5, 32)
+    grown = building_bytes("RR512,IVF632,PQ128x4fs,Refine(SQ8)", 10**7, 512, 10**5, 32, is_grown=True)
+    assert grown - once > 10**7 * 512, "who grows it reads the codes behind Refine"
 
 
 def made(folder: Path) -> Path:

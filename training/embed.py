@@ -17,13 +17,15 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field
 
-from infra.cluster import ClusterConfig
+from infra.cluster import ClusterConfig, spread
 from infra.errors import CallerError
 from infra.progress import Progress
 from infra.settings import Section
 from infra.tables import open_parquet
 from training import clip as clip_model
 from training import soundness
+from training.clip import ClipConfig
+from training.look import Look
 from training.loop import OnBroken
 from training.pictures import Pictures, read_file, read_table
 
@@ -50,8 +52,6 @@ def run(
     config: EmbedConfig, cluster: ClusterConfig, ingest: Path, curate: Path, clip: Path, clip_key: str, out: Path, work: Path
 ) -> dict[str, Any]:
     """Embed all of the keep list on the running Ray; returns the counts."""
-    import ray
-
     table = read_table(curate / "keep.parquet", columns=soundness.READ)
     found = table.num_rows
     if not found:
@@ -64,13 +64,11 @@ def run(
     for folder in ("img_emb", "text_emb", "metadata"):
         (out / folder).mkdir(parents=True)
     threads = max(1, int(cluster.cpus_per_worker))
-    task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu), max_retries=3)(_embed_part)
-    waiting = [task.remote(config, number, threads, cluster.use_gpu, ingest, clip, out, work) for number in range(parts)]
+    arguments = [(config, number, threads, cluster.use_gpu, ingest, clip, out, work) for number in range(parts)]
     done = 0
     with Progress("embed", count, "pairs") as progress:
-        while waiting:
-            ready, waiting = ray.wait(waiting, timeout=1)
-            done += sum(ray.get(ready))
+        for rows in spread(cluster, _embed_part, arguments, int(cluster.use_gpu)):
+            done += sum(rows)
             progress.update(done)
     taken_over = sum(int((work / f"known_{number:04}.count").read_text()) for number in range(parts))
     dim = int(np.load(out / "img_emb" / "img_emb_0000.npy", mmap_mode="r").shape[1])
@@ -172,7 +170,7 @@ def _embed_rows(config: EmbedConfig, table: pa.Table, use_gpu: bool, ingest: Pat
     """Return both vectors of every row, float16 (rows, D)."""
     model, tokenizer = clip_model.load(clip)
     model.to("cuda" if use_gpu else "cpu")
-    pictures = Pictures(table, ingest / "shards", model.config.image_size_px)
+    pictures = Pictures(table, ingest / "shards", model.config.image_size_px, model.config.look)
     rows = torch.arange(len(pictures)).split(config.batch_size)
     images = torch.cat([clip_model.embed_images(model, pictures[part], config.batch_size) for part in rows])
     texts = clip_model.embed_texts(model, tokenizer, table["caption"].to_pylist(), config.batch_size)
@@ -188,8 +186,13 @@ def embed_texts(clip: Path, texts: list[str]) -> np.ndarray:
 def embed_images(clip: Path, files: Sequence[Path]) -> np.ndarray:
     """Embed picture files with the CLIP of a `clip` folder, float32 (B, D). Raises CallerError naming a file that is no picture."""
     model, _ = clip_model.load(clip)
-    pictures = [torch.from_numpy(read_file(file, model.config.image_size_px)) for file in files]
+    pictures = [torch.from_numpy(read_file(file, model.config.image_size_px, model.config.look)) for file in files]
     return clip_model.embed_images(model, torch.stack(pictures)).numpy()
+
+
+def look_of(clip: Path) -> Look:
+    """Say how the CLIP of a `clip` folder wants its pictures made square."""
+    return ClipConfig.model_validate(json.loads((clip / "config.json").read_text())["clip"]).look
 
 
 def encoders(clip: Path) -> tuple[Callable[[list[str]], np.ndarray], Callable[[np.ndarray], np.ndarray], int]:
