@@ -15,7 +15,7 @@ from indexing.pictures import read_picture
 from indexing.plots import plot
 from indexing.suite import SIDE_PX, SuiteConfig, draw_unseen, suite
 from infra.errors import CallerError
-from tests.pictured import colour, encode_images, encode_texts, usual_rows, write_run
+from tests.pictured import colour, direction, encode_images, encode_texts, row, usual_rows, write_run
 from training import features
 
 
@@ -94,6 +94,23 @@ def test_no_picture_that_training_saw_is_judged_and_others_take_their_places(tmp
     drawn = draw_unseen(leaky, 2, 0, encode_images, 24, embedded, tmp_path / "shards")
     assert drawn.images.labels.tolist() == [1, 1] and drawn.same_file + drawn.same_picture == drawn.looked_at - 2
     assert np.allclose(drawn.vectors, encode_images(drawn.images.pictures(24)), atol=1e-6)
+
+
+def test_a_seen_picture_is_found_behind_siblings_that_lie_nearer(tmp_path: Path) -> None:
+    # One embedding for four trained concepts and the picture that one of them shows: which of them is the nearest says nothing.
+    rows = [row(concept, "plain", "train") for concept in range(8)]
+    vectors = np.stack([direction(0) + 0.05 * direction(1) * (concept != 5) for concept in range(8)])
+    write_run(tmp_path, rows, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    embedded = open_embedded(tmp_path / "embed")
+    shown = [png(read_picture(embedded.table.slice(place, 1).to_pylist()[0], tmp_path / "shards", 40)) for place in (5, 2)]
+    some = ImageSet("siblings", [*shown, colours_set().encoded[0]], np.array([0, 0, 1]), ["a", "b"], ())
+    toward = direction(0) + 0.05 * direction(1)
+
+    def encode(pictures: Any) -> np.ndarray:
+        return np.tile(toward / np.linalg.norm(toward), (len(pictures), 1)).astype(np.float32)
+
+    drawn = draw_unseen(some, 3, 0, encode, 24, embedded, tmp_path / "shards")
+    assert (drawn.same_picture, drawn.images.labels.tolist()) == (2, [1])
 
 
 def test_the_resnet_is_torchvisions_by_names_and_size(tmp_path: Path) -> None:
