@@ -15,7 +15,7 @@ from flows.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, 
 from infra.errors import CallerError, UnclipError
 from infra.storage import Root
 
-STILL = "Say what would run, with parameter counts, and run nothing."
+STILL = "Say what would run, with parameters, memory and FLOPs of its models, and run nothing."
 
 
 def run(
@@ -31,20 +31,19 @@ def run(
             "--throughput",
             min=1e-6,
             metavar="TFLOPS",
-            help="With --dry-run: the capacity plan, for workers that reach so many TFLOP/s in training.",
+            help="With --dry-run: how long it takes, with workers that reach so many TFLOP/s in training.",
         ),
     ] = None,
     pairs: Annotated[
         int | None,
-        typer.Option("--pairs", min=1, max=10**12, help="With --throughput: pairs kept, for the storage they take."),
+        typer.Option("--pairs", min=1, max=10**12, help="With --dry-run: pairs kept, for the storage they take."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Run the whole pipeline; stages that are current are skipped."""
-    if throughput and not dry_run:
-        raise CallerError("--throughput is for planning: give --dry-run as well")
-    if pairs and not throughput:
-        raise CallerError("--pairs belongs to the capacity plan: give --throughput as well")
+    for option, value in (("--throughput", throughput), ("--pairs", pairs)):
+        if value and not dry_run:
+            raise CallerError(f"{option} is for planning: give --dry-run as well")
     make(recipe, root, name, overrides, address, [], dry_run, as_json, throughput=throughput, pairs=pairs)
 
 
@@ -110,7 +109,7 @@ def make(
 ) -> None:
     """Bring the targets (by default all stages) up to date here, or by Ray jobs at the address `jobs`, and print what came of it.
 
-    A dry run prints where they stand instead, and given a throughput what they need (flows/capacity.py).
+    A dry run prints where they stand and what they need instead (flows/capacity.py).
     """
     from flows.compaction import compact
     from flows.planning import plan, stages_of
@@ -129,15 +128,17 @@ def make(
     plans = plan(opened, config, stages_of(config, targets, STAGES))
     if dry_run:
         result = plan_summary(opened, chosen, plans)
+        from flows.capacity import capacity, published
+
+        needs, theirs = capacity(config, throughput, pairs), published(recipe)
         for shown, each in zip(result["stages"], plans, strict=True):
             parameters = each.stage.parameters(config) if each.stage.parameters else None
             if parameters is not None:
                 shown["parameters"] = parameters
-        if throughput:
-            from flows.capacity import capacity
-
-            for name_of, need in capacity(config, throughput, pairs).items():
-                next(shown for shown in result["stages"] if shown["stage"] == name_of)["need"] = need
+            if each.stage.name in theirs:
+                shown["paper_parameters"] = theirs[each.stage.name]
+            if each.stage.name in needs:
+                shown["need"] = needs[each.stage.name]
         print_json(result) if as_json else _print_stages(result)
         return
     done = {each.stage.name: each.committed for each in plans if each.state == "current" and each.committed}
@@ -213,6 +214,7 @@ def _print_stages(result: dict[str, Any]) -> None:
     print(f"run {result['run']} in {result['root']}")
     for each in result["stages"]:
         size = f"{each['parameters'] / 1e6:.2f} M parameters" if "parameters" in each else ""
+        size += f" (the paper's: {each['paper_parameters'] / 1e6:,.0f} M)" if "paper_parameters" in each else ""
         took = f"{each['seconds']:8.1f} s" if each.get("seconds") else ""
         notes = ", ".join(note for note in (size, each.get("why", ""), took) if note)
         print(f"{each['stage']:<12}{each['state']:<9}{each['key']}  {notes}".rstrip())

@@ -1,11 +1,12 @@
 """The paper's recipe has the paper's sizes, and the capacity plan's counts agree with arithmetic done by hand."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from flows.capacity import capacity, described, size
+from flows.capacity import capacity, described, published, size
 from flows.cli import main
 from flows.config import load_recipe
 from training import capacity as costs
@@ -13,6 +14,7 @@ from training.capacity import Cost, need
 from training.clip import ClipConfig
 from training.decoder import Decoder, DecoderConfig
 from training.prior import PriorConfig
+from training.transformer import heads_of
 from training.upsampler import UpsamplerConfig
 
 PAPER_M = {"prior": 1000, "decoder": 3500, "upsampler": 700, "upsampler_2": 300}
@@ -24,14 +26,32 @@ def test_the_papers_recipe_has_the_papers_sizes() -> None:
     for name, paper in PAPER_M.items():
         assert counts[name] == pytest.approx(paper, rel=0.35 if name == "prior" else 0.16), counts
     assert plan["decoder"]["parameters"] == pytest.approx(3.5e9, rel=0.03)
-    autoregressive = load_recipe("paper", ["prior.kind=autoregressive", "prior.width=1664"])
-    assert capacity(autoregressive, None, None)["prior"]["parameters"] == pytest.approx(1e9, rel=0.15)
+    assert {"prior": 1e9, "decoder": 3.5e9, "upsampler": 7e8, "upsampler_2": 3e8} == published("paper") == published("paper_autoregressive")
+    assert published("quickstart") == {}
     assert {name for name in counts | {"clip": 0} if plan[name]["sharded"]} == {"clip", "decoder"}
     assert all(plan[name]["memory_bytes_per_worker"] < 80e9 for name in counts | {"clip": 0}), "one worker's GPU of 80 GB"
     assert plan["embed"]["storage_bytes"] == 650_000_000 * 2 * 1024 * 2
     assert plan["decoder"]["days"] == pytest.approx(
         load_recipe("paper").decoder.images * plan["decoder"]["flops_per_image"] / (256 * 300e12) / 86_400, rel=1e-3
     )
+
+
+def test_the_papers_other_prior_is_table_3s() -> None:
+    config = load_recipe("paper_autoregressive")
+    prior = config.prior
+    cost = costs.prior_cost(prior, config.clip.embed_dim, config.tokenizer.vocab_size, config.tokenizer.context)
+    assert cost.parameters == pytest.approx(1e9, rel=0.15)
+    assert (prior.kind, prior.width, prior.depth, heads_of(prior.width)) == ("autoregressive", 1664, 24, 26)
+    assert (prior.pca_dims, prior.buckets, prior.batch_size, prior.images // prior.batch_size) == (319, 1024, 4096, 1_000_000)
+    assert (prior.learning_rate, prior.weight_decay, prior.beta_2, prior.adam_eps, prior.ema_decay) == (1.6e-4, 4e-2, 0.91, 1e-10, 0.999)
+    assert need(cost, prior, config.cluster.prior_workers, None)["memory_bytes_per_worker"] < 80e9
+    assert config.decoder == load_recipe("paper").decoder
+
+
+def test_with_a_pretrained_clip_only_what_is_known_is_counted() -> None:
+    config = load_recipe("upsampling")
+    config = config.model_copy(update={"clip": config.clip.model_copy(update={"pretrained": "somewhere"})})
+    assert set(capacity(config, None, 1000)) == {"upsampler", "ingest"}
 
 
 def test_a_prior_costs_six_flops_a_weight_and_token() -> None:
@@ -93,6 +113,23 @@ def test_sharding_divides_the_state_and_throughput_gives_days() -> None:
     assert [size(x) for x in (1500, 2.5e6, 3e9, 4e12)] == ["1.5 kB", "2.5 MB", "3.0 GB", "4.0 TB"]
 
 
+def test_a_dry_run_tells_memory_and_arithmetic_unasked_and_the_papers_counts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.chdir(str(tmp_path))
+    monkeypatch.setattr("flows.capacity.PAPERS", ("quickstart",))  # the paper's own takes a minute to count
+    with pytest.raises(SystemExit) as left:
+        main(["run", "quickstart", "--dry-run"])
+    out = capsys.readouterr().out
+    assert not left.value.code and "GFLOP an image; state" in out and "days" not in out
+    assert re.search(r"^decoder .* M parameters \(the paper's: 3,500 M\)$", out, re.M) and not re.search("^clip .*paper", out, re.M)
+    with pytest.raises(SystemExit):
+        main(["train", "prior", "quickstart", "--dry-run", "--json"])
+    stages = {each["stage"]: each for each in json.loads(capsys.readouterr().out)["stages"]}
+    assert "decoder" not in stages and stages["prior"]["paper_parameters"] == 10**9
+    assert stages["prior"]["need"]["memory_bytes_per_worker"] > 0 and "days" not in stages["prior"]["need"]
+
+
 def test_the_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.chdir(str(tmp_path))
     with pytest.raises(SystemExit) as left:
@@ -103,7 +140,7 @@ def test_the_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str], monkeyp
     assert stages["ingest"]["need"] == {"storage_bytes": int(8000 * 64**2 * 0.4)} and "need" not in stages["curate"]
     for arguments, message in (
         (["--throughput", "1"], "give --dry-run as well"),
-        (["--dry-run", "--pairs", "5"], "give --throughput as well"),
+        (["--pairs", "5"], "--pairs is for planning: give --dry-run as well"),
     ):
         with pytest.raises(SystemExit) as left:
             main(["run", "quickstart", *arguments])
