@@ -46,9 +46,10 @@ def decode(data: bytes, side_px: int, square: Square = square) -> Pixels:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
+                most_pixels = MAX_PIXELS // 2 if opened.format == "WEBP" else MAX_PIXELS  # of which Pillow holds two
+                if opened.width * opened.height > most_pixels:
                     raise PictureTooLargeError(
-                        f"the picture is {opened.width} x {opened.height} pixels: at most {MAX_PIXELS >> 20} million are taken"
+                        f"the picture is {opened.width} x {opened.height} pixels: at most {most_pixels >> 20} million are taken"
                     )
                 most = max(LEAST_PX, SIDES * side_px)
                 upright = np.asarray(ImageOps.exif_transpose(_smaller(opened, most)).convert("RGBA"))

@@ -16,7 +16,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from indexing.app import make_app
-from indexing.guard import Buckets
+from indexing.guard import Buckets, network_of
 from indexing.service import ServeConfig
 from indexing.view import number_of
 from tests import pictured
@@ -173,6 +173,14 @@ def test_clip_retrievals_protocol(client: TestClient) -> None:
     assert client.post("/knn-service", json={"embedding_input": direction(5).tolist(), "num_images": 1}).json()[0]["caption"] == "colour 5"
 
 
+def test_of_an_embedding_in_clip_retrievals_protocol_the_dimensions_are_checked_and_the_clip_where_it_is_named(client: TestClient) -> None:
+    answer = client.post("/knn-service", json={"embedding_input": [1.0, 2.0]})
+    assert answer.status_code == 422 and f"2 numbers but the index has {DIM}" in answer.json()["detail"]
+    body = {"embedding_input": direction(5).tolist(), "num_images": 1}
+    assert client.post("/knn-service", json=body | {"clip": CLIP}).status_code == 200
+    assert client.post("/knn-service", json=body | {"clip": "0" * 64}).status_code == 409
+
+
 def test_texts_are_encoded_once_and_remembered(client: TestClient, fake: Fake) -> None:
     for _ in range(3):
         asked(client, text="colour 11", k=1)
@@ -259,6 +267,115 @@ def test_a_body_is_bounded_whatever_length_it_declares(fake: Fake) -> None:
         assert client.post("/search", content=whole).status_code == 413
         assert client.post("/search", content=iter([whole[:1500].encode(), whole[1500:].encode()])).status_code == 413
         assert client.post("/search", json={"text": "colour 5"}).status_code == 200
+
+
+def test_addresses_of_one_ipv6_network_are_one_client() -> None:
+    buckets = Buckets(rate=1, burst=2)
+    first, second, other = "2001:db8:0:1::1", "2001:db8:0:1:ffff::2", "2001:db8:0:2::1"
+    assert [buckets.take(each, 1, 5.0) == 0 for each in (first, second, first, other)] == [True, True, False, True]
+    assert network_of("::ffff:192.0.2.7") == network_of("192.0.2.7") == "192.0.2.7" and network_of("local") == "local"
+    assert network_of("fe80::1%eth0") == "fe80::/64"
+
+
+def test_bodies_of_all_requests_together_are_bounded(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("indexing.guard.HELD_BYTES", 3000)
+    encoding, go_on = threading.Event(), threading.Event()
+    service = fake.service()
+    encode = service.encode_picture
+    service.encode_picture = lambda *given: encoding.set() or (go_on.wait(20) and encode(*given))  # type: ignore[method-assign]
+    with TestClient(make_app(service, ServeConfig(rate=0), io.StringIO()), base_url="http://localhost") as client:
+        answers = []
+        body = {"image": b64(png(5)), "licence": ["x" * 100] * 20}
+        slow = threading.Thread(target=lambda: answers.append(client.post("/search", json=body)))
+        slow.start()
+        assert encoding.wait(20)
+        refused = client.post("/search", json=body)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1") and "too many large requests" in refused.text
+        assert client.post("/search", json={"text": "colour 5"}).status_code == 200
+        go_on.set()
+        slow.join()
+        assert answers[0].status_code == client.post("/search", json=body).status_code == 200, "what was held is free again"
+
+
+def test_a_look_at_its_health_does_not_wait_for_slow_pictures(fake: Fake) -> None:
+    service = fake.service(with_fetch=True)
+    go_on, inside, most = threading.Event(), [], []
+
+    def slowly(*_: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        go_on.wait(20)
+        inside.pop()
+        raise ValueError("image_url: it could not be fetched")
+
+    object.__setattr__(service.parts, "fetch", slowly)
+    service.encode_picture = slowly  # type: ignore[method-assign]
+    for question, at_once in (({"image_url": "https://example.org/a.png"}, 8), ({"image": b64(png(5))}, 2)):
+        with TestClient(make_app(service, ServeConfig(rate=0), io.StringIO()), base_url="http://localhost") as client:
+            go_on.clear()
+            most.clear()
+            threads = [threading.Thread(target=client.post, args=("/search",), kwargs={"json": question}) for _ in range(45)]
+            for thread in threads:
+                thread.start()
+            deadline = time.monotonic() + 20
+            while len(inside) < at_once and time.monotonic() < deadline:
+                time.sleep(0.01)
+            started = time.monotonic()
+            for path in ("/healthz", "/facets", "/metrics", "/indices-list", "/"):
+                assert client.get(path).status_code == 200
+            assert client.post("/search", json={"text": "colour 5"}).status_code == 200
+            assert time.monotonic() - started < 10 and not go_on.is_set()
+            go_on.set()
+            for thread in threads:
+                thread.join()
+            assert max(most) == at_once
+
+
+def test_thumbnails_are_kept_up_to_a_number_of_bytes(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = fake.service()
+    hits = service.version.view.search(direction(5), 40)
+    sizes = [len(service.thumbnail(service.version.view, hit)) for hit in hits]
+    assert service._thumbnail_bytes == sum(sizes)
+    monkeypatch.setattr("indexing.service.THUMBNAILS_BYTES", 1000)
+    service._thumbnails.clear()
+    service._thumbnail_bytes = 0
+    for hit in hits:
+        service.thumbnail(service.version.view, hit)
+        assert service._thumbnail_bytes == sum(map(len, service._thumbnails.values())) <= 1000
+    service.close()
+
+
+ORIGIN = "https://front.example.org"
+
+
+def test_pages_of_an_allowed_origin_may_ask_and_no_others(fake: Fake) -> None:
+    config = ServeConfig(rate=0, token=TOKEN, allow_origins=(ORIGIN, "http://localhost:1235"), body_bytes=2000)
+    bearer = {"authorization": f"Bearer {TOKEN}"}
+    preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    with TestClient(make_app(fake.service(), config, io.StringIO()), base_url="http://localhost") as client:
+        asked = client.options("/search", headers={"origin": ORIGIN, **preflight})
+        assert asked.status_code == 204 and asked.content == b"" and asked.headers["access-control-allow-origin"] == ORIGIN
+        assert "POST" in asked.headers["access-control-allow-methods"] and "access-control-allow-private-network" not in asked.headers
+        assert {"authorization", "content-type"} <= set(asked.headers["access-control-allow-headers"].split(", "))
+        private = {"origin": ORIGIN, **preflight, "access-control-request-private-network": "true"}
+        assert client.options("/search", headers=private).headers["access-control-allow-private-network"] == "true"
+        assert client.options("/search", headers=preflight | {"origin": "https://evil.example"}).status_code == 401
+        for origin, is_allowed in ((ORIGIN, True), ("http://localhost:1235", True), ("https://evil.example", False), ("null", False)):
+            for answer in (
+                client.post("/knn-service", json={"text": "colour 5"}, headers={"origin": origin, **bearer}),
+                client.get("/indices-list", headers={"origin": origin}),
+                client.post("/search", content=b"x" * 3000, headers={"origin": origin, **bearer}),
+            ):
+                assert (answer.headers.get("access-control-allow-origin") == origin) == is_allowed
+                assert "access-control-allow-credentials" not in answer.headers, "the cookie is for our own page"
+                assert not is_allowed or answer.headers["vary"] == "origin"
+        assert "access-control-allow-origin" not in client.get("/indices-list", headers=bearer).headers
+
+
+def test_without_allowed_origins_nothing_is_said_to_other_pages(client: TestClient) -> None:
+    asked = client.options("/search", headers={"origin": ORIGIN, "access-control-request-method": "POST"})
+    assert asked.status_code == 405 and "access-control-allow-origin" not in asked.headers
+    assert "access-control-allow-origin" not in client.get("/indices-list", headers={"origin": ORIGIN}).headers
 
 
 def test_requests_are_counted_and_logged_without_what_was_asked(fake: Fake) -> None:

@@ -1,0 +1,104 @@
+"""A query picture is decoded upright and as a mean of its pixels, in little memory, whatever its size and mode."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from indexing.pictures import BAND_ROWS, square
+from indexing.uploads import decode
+
+SIDE_PX = 32
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **more: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **more)
+    return file.getvalue()
+
+
+def gradient(width: int, height: int) -> np.ndarray:
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return np.stack([x, y, 255 - x], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("size", [(2000, 1400), (700, 2100), (40, 30)])
+def test_a_large_picture_looks_as_when_it_is_resized_at_once(kind: str, size: tuple[int, int]) -> None:
+    pixels = gradient(*size)
+    found = decode(encoded(Image.fromarray(pixels), kind), SIDE_PX)
+    right = square(pixels[..., ::-1], SIDE_PX)
+    assert found.shape == (SIDE_PX, SIDE_PX, 3)
+    assert np.abs(found.astype(int) - right.astype(int)).mean() < (1 if kind == "PNG" else 4)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_every_mode_is_made_smaller_as_it_is_seen(mode: str) -> None:
+    stripes = np.zeros((1200, 1600), np.uint8)
+    stripes[:, ::2] = 255  # their mean is grey, and a picture that takes every other pixel is black or white
+    picture = Image.fromarray(stripes.astype(np.uint16) * 257 if mode == "I;16" else stripes)
+    picture = picture if mode == "I;16" else picture.convert(mode)
+    found = decode(encoded(picture, "JPEG" if mode == "CMYK" else "PNG"), SIDE_PX)
+    middle = found[SIDE_PX // 2, SIDE_PX // 2].astype(int)
+    assert (np.abs(middle - 128) < 20).all() or mode == "I;16", middle
+
+
+def test_transparent_is_white_in_a_large_picture_too() -> None:
+    pixels = np.zeros((1500, 1500, 4), np.uint8)
+    pixels[700:800, 700:800] = (255, 0, 0, 255)
+    assert (decode(encoded(Image.fromarray(pixels)), SIDE_PX)[0, 0] == 255).all()
+    assert decode(encoded(Image.fromarray(pixels)), SIDE_PX)[15, 15].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("side", [100, 1600])
+def test_a_picture_that_lies_on_its_side_is_turned(side: int) -> None:
+    pixels = np.full((side, side, 3), 255, np.uint8)
+    pixels[: side // 2] = 0
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees, clockwise
+    found = decode(encoded(Image.fromarray(pixels), "JPEG", exif=exif), SIDE_PX)
+    assert found[16, 4].mean() > 250 and found[16, 28].mean() < 5
+
+
+def test_bands_of_a_transparent_picture_are_laid_on_white_as_the_whole_is() -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (2 * BAND_ROWS + 7, 40, 4), dtype=np.uint8)
+    alpha = picture[..., 3:].astype(np.float32) / 255
+    whole = (picture[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+    assert (square(picture, 64) == square(whole, 64)).all()
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from indexing.uploads import decode
+def told(name):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)) // 1024
+large, small = (Path(each).read_bytes() for each in sys.argv[1:])
+decode(small, 224)
+Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+before = told("VmRSS")
+decode(large, 224)
+print(told("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize(("mode", "kind", "side", "most_mb"), [("RGBA", "PNG", 5792, 400), ("RGB", "WEBP", 4096, 400)])
+def test_the_largest_picture_takes_a_bounded_memory(tmp_path: Path, mode: str, kind: str, side: int, most_mb: int) -> None:
+    (tmp_path / "large").write_bytes(encoded(Image.new(mode, (side, side)), kind))
+    (tmp_path / "small").write_bytes(encoded(Image.new(mode, (640, 640)), kind))
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "large"), str(tmp_path / "small")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(told.stdout) < most_mb
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("indexing.uploads.MAX_PIXELS", 10_000)
+    for kind, side in (("PNG", 100), ("WEBP", 70)):
+        assert decode(encoded(Image.new("RGB", (side, side)), kind), SIDE_PX).shape == (SIDE_PX, SIDE_PX, 3)
+        with pytest.raises(ValueError, match="million are taken"):
+            decode(encoded(Image.new("RGB", (side + 1, side + 1)), kind), SIDE_PX)
