@@ -1,14 +1,19 @@
 """The prior learns a batch by heart, listens to its caption, and a row's sample is its own."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.small_systems import write_embeddings, write_system
 from training.clip import ClipConfig
+from training.jobs import fit_prior, write_model
 from training.loop import Step
 from training.prior import DROP, Prior, PriorConfig
-from training.priors import count_parameters
+from training.priors import count_parameters, load
 from training.tokenizer import END, PAD, START
 
 E, VOCABULARY, CONTEXT = 16, 40, 10
@@ -121,6 +126,39 @@ def test_a_dropped_row_keeps_nothing_of_its_text() -> None:
         assert found[row].equal(model.null_text) and text[row].tolist() == [START, END] + [PAD] * (ids.shape[1] - 2)
     torch.testing.assert_close(found[1], z_t[1] * E**0.5)
     assert text[1].equal(ids[1])
+
+
+def test_the_analytic_variance_is_the_priors_own_error() -> None:
+    z_i, z_t, ids = batch(19)
+    model = Prior(CONFIG.model_copy(update={"sampler": "analytic"}), E, VOCABULARY, CONTEXT).eval()
+    model.load_state_dict({"x_0_error": model.x_0_error, **untrained().state_dict()})
+    # without errors nothing is added to the posterior's variance, which is DDIM's with eta = 1
+    torch.testing.assert_close(model.sample(z_t, ids, list(range(19))), untrained().sample(z_t, ids, list(range(19))), atol=1e-4, rtol=0)
+    model.measure(z_i, z_t, ids)
+    table = model.x_0_error
+    for t in (1, CONFIG.T):
+        eps = torch.randn(19, E, generator=torch.Generator().manual_seed(t))
+        x_t, times = model.schedule.q_sample(z_i * model.scale, torch.full((19,), t), eps), torch.full((19,), t)
+        with torch.no_grad():
+            error = (model(x_t, times, z_t * model.scale, ids) - z_i * model.scale).square().mean()
+        assert float(table[t]) == pytest.approx(float(error), rel=0.2)
+    assert table[0] == 0 and table.shape == (CONFIG.T + 1,)
+    moved = (model.sample(z_t, ids, list(range(19))) - untrained().sample(z_t, ids, list(range(19)))).norm(dim=1)
+    assert float(moved.min()) > 0.05
+
+
+def test_a_trained_prior_has_measured_its_errors_and_is_read_with_them(tmp_path: Path) -> None:
+    folder = write_system(tmp_path)
+    write_embeddings(folder / "embed")
+    config = PriorConfig(width=32, depth=1, T=50, sampling_steps=4, images=64, batch_size=32, precision="float32", sampler="analytic")
+    paths = {name: folder / name for name in ("clip", "embed")}
+    (tmp_path / "work").mkdir()
+    shutil.copy(folder / "clip" / "tokenizer.json", tmp_path / "work")
+    model, averaged = fit_prior(config, paths, tmp_path / "work", "cpu")
+    assert averaged["x_0_error"][0] == 0 and bool((averaged["x_0_error"][1:] > 0).all())
+    write_model("prior", model, averaged, config, tmp_path / "work")
+    read = load(tmp_path / "work")
+    assert isinstance(read, Prior) and torch.equal(read.x_0_error, averaged["x_0_error"])
 
 
 def test_parameters_are_counted_without_a_model() -> None:

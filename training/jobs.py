@@ -7,6 +7,7 @@ The `fit_*` functions are the worker's side; they know Ray no more than a bare s
 
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -31,7 +32,7 @@ from training.decoder import Decoder, DecoderConfig
 from training.loop import LoopConfig, Step
 from training.parallel import world
 from training.pictures import PLACE, Pictures, read_table
-from training.prior import PriorConfig
+from training.prior import MEASURED_AT_MOST, Prior, PriorConfig
 from training.tokenizer import Tokenizer, TokenizerConfig
 from training.upsampler import Upsampler, UpsamplerConfig
 
@@ -127,7 +128,14 @@ def fit_prior(config: PriorConfig, paths: dict[str, Path], work: Path, device: s
         ids, phrasing = texts.draw(rows, step.uniform(PHRASING))
         return model.loss(step, z_i[rows].to(device), z_t(phrasing).to(device), ids.to(device))
 
-    return model, loop.run(model, config, loss_of, work)
+    averaged = loop.run(model, config, loss_of, work)
+    if config.kind == "diffusion" and config.sampler == "analytic" and world()[0] == 0:
+        sample = sample[:: math.ceil(len(sample) / MEASURED_AT_MOST)]
+        trained = Prior(config, z_i.dim, tokenizer.vocab_size, tokenizer.context).to(device)
+        trained.load_state_dict(averaged)
+        trained.eval().measure(z_i[sample].to(device), *(each(texts.firsts[sample]).to(device) for each in (z_t, texts.ids)))
+        averaged["x_0_error"] = trained.x_0_error
+    return model, averaged
 
 
 def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:

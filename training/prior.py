@@ -19,8 +19,11 @@ from training.loop import LoopConfig, Step
 from training.noise import Stream, generators, noise
 from training.tokenizer import PAD
 from training.transformer import Block, time_features
+from training.variance import measure_x_0_error
 
 NULL_TEXT = torch.tensor([1, 2])  # start, end: what a dropped caption becomes
+MEASURED_AT_MOST = 256
+"""Pairs on which the errors for the analytic variance are measured."""
 DROP, TIME, NOISE = 1, 2, 3  # streams of randomness in a step
 
 
@@ -39,6 +42,9 @@ class PriorConfig(LoopConfig):
     """Share of samples trained without caption and z_t."""
     sampling_steps: int = Field(default=24, ge=1, le=1000)
     """Steps at sampling; unCLIP: 64."""
+    sampler: Literal["ddim", "analytic"] = "ddim"
+    """How the diffusion prior steps: DDIM with eta = 1, whose variance is the posterior's, or ancestral steps with the analytic variance
+    (Bao et al. 2022), from its errors on training pairs, measured once it is trained. unCLIP: analytic."""
     best_of: int = Field(default=2, ge=1, le=64)
     """Candidates drawn for each z_i; the one with the largest dot product with z_t is kept. unCLIP: 2."""
     variance: float | None = Field(default=None, gt=0, le=100)
@@ -61,6 +67,7 @@ class Prior(nn.Module):
     """Predicts z_i from a noised one; works on scaled embeddings, `scale` times a unit vector."""
 
     scale: Tensor
+    x_0_error: Tensor
 
     def __init__(self, config: PriorConfig, embed_dim: int, vocab_size: int, context: int) -> None:
         super().__init__()
@@ -79,6 +86,8 @@ class Prior(nn.Module):
         self.out = nn.Linear(D, embed_dim)
         nn.init.normal_(self.tokens.weight, std=0.02)
         self.register_buffer("scale", torch.tensor(float(embed_dim) ** 0.5))
+        if config.sampler == "analytic":
+            self.register_buffer("x_0_error", torch.zeros(config.T + 1, dtype=torch.float64))
 
     @torch.no_grad()
     def fit_to(self, z_i: Tensor, z_t: Tensor) -> None:
@@ -88,6 +97,13 @@ class Prior(nn.Module):
             if not float(spread) > 0:
                 raise DataError("all image embeddings are the same: there is nothing for the prior to learn")
             self.scale.fill_(float((self.config.variance / spread) ** 0.5))
+
+    @torch.no_grad()
+    def measure(self, z_i: Tensor, z_t: Tensor, ids: Tensor) -> None:
+        """Measure, once trained, what the analytic variance needs: the errors in z_i of pairs, unit vectors (M, E), ids (M, N)."""
+        x_0, scaled = z_i * self.scale, z_t * self.scale
+        denoise = as_denoise(lambda x_t, t: self(x_t, t, scaled, ids), self.schedule, "x_0")
+        self.x_0_error.copy_(measure_x_0_error(denoise, x_0, self.schedule, generator=generators(range(len(x_0)), Stream.DATA)))
 
     def forward(self, x_t: Tensor, t: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
         """Predict the scaled z_i, (B, E), from a noised one (B, E), times (B,), scaled z_t (B, E) and caption ids (B, N)."""
@@ -126,7 +142,11 @@ class Prior(nn.Module):
         draws = generators([seed * best_of + place for seed in seeds for place in range(best_of)], Stream.PRIOR)
         x_T = noise((len(rows), z_t.shape[1]), draws, z_t.device)
         denoise = as_denoise(lambda x_t, t: self(x_t, t, scaled, text), self.schedule, "x_0")
-        z_i = samplers.ddim(denoise, x_T, self.schedule, steps or self.config.sampling_steps, eta=1.0, generator=draws)
+        count = steps or self.config.sampling_steps
+        if self.config.sampler == "analytic":
+            z_i = samplers.ancestral(denoise, x_T, self.schedule, count, "analytic", self.x_0_error.cpu(), generator=draws)
+        else:
+            z_i = samplers.ddim(denoise, x_T, self.schedule, count, eta=1.0, generator=draws)
         z_i = F.normalize(z_i, dim=-1).view(len(z_t), best_of, -1)
         best = (z_i * z_t[:, None]).sum(-1).argmax(1)
         return z_i[torch.arange(len(z_t)), best]
