@@ -1,15 +1,18 @@
 """Takes what the removal log names out of committed folders: shards, keep lists, embeddings with and without copies, indexes and additions.
 
-Every folder is made again aside, with the rows gone and everything else as it was, and committed under its own key in the old one's
-place; readers see the old folder or the new one. Where ROOT is a store, this machine's downloads go as well. The chain from ingest to index
-stays in agreement with itself, so nothing is downloaded again; models find their input changed and are trained again by the next run.
+Every folder is made again aside, with the rows gone and everything else as it was, and committed under its own key in the old one's place;
+readers see the old folder or the new one, and a stage that is running finds its inputs as they were: compaction waits for it. Where ROOT is
+a store, this machine's downloads go as well. The chain from ingest to index stays in agreement with itself, so nothing is downloaded again;
+models find their input changed and are trained again by the next run.
 """
 
 import json
 import secrets
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +21,7 @@ import pyarrow.parquet as pq
 
 from flows.taking_down import NO_STAGES, blank, committed_folders, log, pending, record_lineage, with_copies
 from infra import manifests, storage
-from infra.locks import writer_lock
+from infra.locks import lock_file, reading_file, unread_lock, writer_lock
 from infra.manifests import MANIFEST, Committed
 from infra.removals import Removals, read_removals
 from infra.storage import Root
@@ -28,7 +31,13 @@ MADE_BY_COMMIT = ("files", "digest", "packages", "attempt", "prefix", "finished"
 
 
 def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
-    """Take everything that the log names out of ROOT; return how many rows left each folder. Nothing happens where nothing is left."""
+    """Take everything that the log names out of ROOT; return how many rows left each folder. Nothing happens where nothing is left.
+
+    Waits (and says so) where a run on this machine makes or reads a folder that must change.
+    """
+    for stage, key in manifests.interrupted(root):
+        with storage.one_line_errors(root.scratch), writer_lock(lock_file(root.scratch, stage, key), f"{stage} {key}", say):
+            manifests.recover(root, stage, key)
     logged = read_removals(root)
     removals = with_copies(root, logged) if logged else logged
     if removals != logged:
@@ -36,9 +45,12 @@ def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
     gone: dict[str, int] = {}
     for committed in pending(root, removals):
         name = f"{committed.stage}/{committed.key}"
-        lock = root.scratch / "locks" / f"{committed.stage}-{committed.key}.lock"
-        with storage.one_line_errors(root.scratch), writer_lock(lock, name, say):
-            gone[name] = _replace(root, committed, removals)
+        lock = lock_file(root.scratch, committed.stage, committed.key)
+        being_read = reading_file(root.scratch, committed.stage, committed.key)
+        with storage.one_line_errors(root.scratch), writer_lock(lock, name, say), unread_lock(being_read, name, say):
+            now = manifests.find(root, committed.stage, committed.key)  # who was waited for may have made it anew
+            if now is not None and pending(root, removals, [now]):
+                gone[name] = _replace(root, now, removals)
     if removals:
         _agree(root)
         manifests.forget_downloads(root)  # copies of the same bytes
@@ -80,7 +92,12 @@ def _agree(root: Root) -> None:
                 digests[stage] = now.digest
         if digests != committed.manifest.get("input_digests", {}):
             changed = {**committed.manifest, "input_digests": digests}
-            storage.write_json(root, f"{committed.stage}/{committed.key}/{MANIFEST}", changed)
+            storage.change_bytes(root, f"{committed.stage}/{committed.key}/{MANIFEST}", partial(_instead, committed.manifest, changed))
+
+
+def _instead(before: dict[str, Any], changed: dict[str, Any], old: bytes | None) -> bytes | None:
+    """Return the changed manifest, unless what is there is no longer the one that was read."""
+    return storage.json_bytes(changed) if old is not None and json.loads(old) == before else None
 
 
 def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:

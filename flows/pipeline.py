@@ -28,23 +28,36 @@ from flows.stages import STAGES
 from flows.submission import submit_stage
 from infra import manifests
 from infra.cluster import Cluster
-from infra.errors import UnclipError
+from infra.errors import StorageAwayError, UnclipError
 from infra.progress import duration
 from infra.storage import Root, open_root
 from infra.terminal import INTERRUPTED
 
 NOTIFY_BLOCK = "UNCLIP_NOTIFY_BLOCK"
 """Environment variable of a deployment's runs: the Prefect block that holds the webhook's URL."""
+RETRIES, STORE_RETRIES = 2, 4
+RETRY_AFTER_S = [5, 30, 120, 300]
 HOPELESS = (UnclipError, AssertionError, AttributeError, ImportError, NameError, NotImplementedError, TypeError)
 
 
-def is_worth_retrying(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Say whether trying again may help: not after Ctrl-C, a caller's mistake, bad data, a full disk or a fault in our code."""
+def is_worth_retrying(_task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+    """Say whether trying again may help: not after Ctrl-C, a caller's mistake, bad data, a full disk or a fault in our code.
+
+    A store that is away gets eight minutes to come back, any other fault that may pass `RETRIES`.
+    """
     error = state.data if isinstance(state.data, BaseException) else None
-    return not isinstance(error, HOPELESS) and not INTERRUPTED.is_set()
+    if INTERRUPTED.is_set():
+        return False
+    return isinstance(error, StorageAwayError) or (not isinstance(error, HOPELESS) and run.run_count <= RETRIES)
 
 
-@task(retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=is_worth_retrying, cache_policy=NO_CACHE, persist_result=False)
+@task(
+    retries=STORE_RETRIES,
+    retry_delay_seconds=RETRY_AFTER_S,
+    retry_condition_fn=is_worth_retrying,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def make_stage(make: Callable[[], StageResult]) -> StageResult:
     """Bring one stage up to date."""
     return make()

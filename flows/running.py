@@ -2,7 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from flows.stage import Stage, StageJob, StageResult, inputs_of, key_of, section
 from flows.stages import trained_of
 from infra import manifests, storage
 from infra.cluster import Cluster
-from infra.locks import writer_lock
+from infra.locks import lock_file, reader_lock, reading_file, writer_lock
 from infra.manifests import Committed
 from infra.removals import read_removals
 from infra.storage import Root
@@ -28,9 +29,9 @@ def run_stage(
 ) -> StageResult:
     """Run one stage on its inputs and commit what it made, unless that is current already.
 
-    `inputs` holds what `inputs_of` names. Waits (and says so) where another run is making the same folder. Raises StorageError for a
-    full disk or a refused write, and whatever the adapter raises, or `guard` just before the commit; what was committed before stays,
-    and the stage's `work` folder stays for the next attempt.
+    `inputs` holds what `inputs_of` names. Waits (and says so) where another run is making the same folder, or compacts an input. Raises
+    StorageError for a full disk or a refused write, and whatever the adapter raises, or `guard` just before the commit; what was committed
+    before stays, and the stage's `work` folder stays for the next attempt.
     """
     started, clock = manifests.now(), time.monotonic()
     given = {name: inputs[name] for name in inputs_of(stage, inputs)}
@@ -38,15 +39,22 @@ def run_stage(
     if stays:
         return StageResult(stage.name, stays.key, "current", time.monotonic() - clock, stays)
     key = key_of(stage, config, {name: committed.key for name, committed in given.items()})
-    lock = root.scratch / "locks" / f"{stage.name}-{key}.lock"
-    with storage.one_line_errors(root.scratch), writer_lock(lock, f"{stage.name} {key}", say):
+    lock = lock_file(root.scratch, stage.name, key)
+    with (
+        storage.one_line_errors(root.scratch),
+        writer_lock(lock, f"{stage.name} {key}", say),
+        _reading(root, given.values(), say) as given_now,
+    ):
+        given = dict(zip(given, given_now, strict=True))
+        manifests.recover(root, stage.name, key)
         existing = manifests.find(root, stage.name, key)
         if existing and not fault(existing, list(given.values())):
             return StageResult(stage.name, key, "current", time.monotonic() - clock, existing)
         out, work = _folders(root, stage, key)
+        previous = _previous(root, stage, key)
         try:
-            with storage.one_line_errors(out):
-                given_too = (read_removals(root), _previous(root, stage, key))
+            with storage.one_line_errors(out), _reading(root, [previous] if previous else [], say):
+                given_too = (read_removals(root), previous)
                 counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster, *given_too))
         except BaseException:
             shutil.rmtree(out, ignore_errors=True)  # what may have filled the disk
@@ -69,6 +77,18 @@ def run_stage(
         made = manifests.commit(root, stage.name, key, out, facts, existing.manifest["attempt"] if existing else None)
         shutil.rmtree(work, ignore_errors=True)
         return StageResult(stage.name, key, "ran", time.monotonic() - clock, made)
+
+
+@contextmanager
+def _reading(root: Root, folders: Iterable[Committed], say: Callable[[str], None]) -> Iterator[list[Committed]]:
+    """Keep folders from being compacted while the block runs; yields them as they are now."""
+    with ExitStack() as stack:
+        now = []
+        for each in folders:
+            name = f"{each.stage} {each.key}"
+            stack.enter_context(reader_lock(reading_file(root.scratch, each.stage, each.key), name, say))
+            now.append(manifests.find(root, each.stage, each.key) or each)
+        yield now
 
 
 def _previous(root: Root, stage: Stage, key: str) -> Committed | None:

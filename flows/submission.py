@@ -5,6 +5,7 @@ claim below `ROOT/jobs/` says which attempt may commit (`flows/stage_job.py`) an
 """
 
 import hashlib
+import json
 import os
 import shlex
 import time
@@ -51,9 +52,15 @@ def submit_stage(
     name = claim_name(stage.name, key)
     before = storage.read_json(root, name)
 
-    def claim(number: int) -> None:
+    def claim(number: int) -> int:
         content = {"attempt": number, "config": config.model_dump(mode="json"), "inputs": {n: each.key for n, each in given.items()}}
-        storage.write_json(root, name, content)
+
+        def later(old: bytes | None) -> bytes | None:
+            return storage.json_bytes(content) if old is None or json.loads(old)["attempt"] < number else None
+
+        kept_now = storage.change_bytes(root, name, later)
+        assert kept_now is not None, "where no claim was, ours is now"
+        return int(json.loads(kept_now)["attempt"])
 
     wanted: StageResources = config.cluster.stages.get(stage.name) or default_resources(stage, config)
     job = Job(
@@ -74,9 +81,13 @@ def submit_stage(
 
 
 def default_resources(stage: Stage, config: Any) -> StageResources:
-    """Return what a stage's own process asks for: training and embedding ask for their workers themselves, a download for its processes."""
+    """Return what a stage's own process asks for: training, embedding and a spread download ask for their workers themselves.
+
+    A download on one node asks for its processes, and so does a spread one whose sources are in part served on that node's loopback.
+    """
     if stage.name == "ingest":
-        return StageResources(cpus=config.data.processes)
+        is_here = not config.cluster.ingest_workers or any(source.kind != "urls" for source in config.data.sources)
+        return StageResources(cpus=config.data.processes if is_here else 0)
     return StageResources(cpus=0 if stage.parameters or stage.name == "embed" else 1)
 
 

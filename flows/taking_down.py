@@ -177,11 +177,11 @@ def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> dict[st
     return {"found_in": found_in, "trained_into": sorted(current)}
 
 
-def pending(root: Root, removals: Removals) -> list[Committed]:
-    """Return the committed folders that still hold something that was taken down, in the order of the stages."""
+def pending(root: Root, removals: Removals, among: Iterable[Committed] | None = None) -> list[Committed]:
+    """Return the committed folders, of ROOT or those given, that still hold something that was taken down, in the order of the stages."""
     if not removals:
         return []
-    held = committed_folders(root, ("ingest", "curate", "embed", "dedup", "index", "additions"))
+    held = committed_folders(root, ("ingest", "curate", "embed", "dedup", "index", "additions")) if among is None else among
     return [each for each in held if any(pc.any(_mask(table, removals)).as_py() for table in _tables(each))]
 
 

@@ -3,6 +3,7 @@
     UnclipError            a failure: one line, exit code 1
     ├── CallerError        a caller's mistake (recipe, argument, path): one line, exit code 2
     ├── StorageError       a ROOT that cannot be read or written, a full disk
+    │   └── StorageAwayError   a store that does not answer, or is too busy, for longer than we wait: another try may help
     └── DataError          input that is broken where it must not be (a shard that lies, no sample left)
 
 Every message names the culprit and the mend in one line; the command line prints it without a traceback.
@@ -23,6 +24,10 @@ class CallerError(UnclipError, ValueError):
 
 class StorageError(UnclipError, OSError):
     """A root that cannot be read or written, or has no space left."""
+
+
+class StorageAwayError(StorageError):
+    """A store that has failed for a reason that may pass, for longer than `infra/patience.py` waits."""
 
 
 class DataError(UnclipError):

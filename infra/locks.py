@@ -1,7 +1,8 @@
-"""One writer at a time for a stage's folder, among the processes and threads of one machine.
+"""One writer at a time for a stage's folder, and none that changes one that is being read, among the processes of one machine.
 
 A second writer waits, and says for whom. POSIX record locks: they vanish with the process that holds them, SIGKILL included, and a
 forked child (a download worker that outlived its parent, say) does not keep them. Between machines the conditional commit decides.
+Readers share a lock of another kind (flock), since several threads of a process may read the same folder.
 """
 
 import fcntl
@@ -13,11 +14,73 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 POLL_S = 0.2
 
 _threads_guard = threading.Lock()
 _threads: dict[Path, threading.Lock] = {}  # record locks do not exclude threads of one process
+
+
+def lock_file(scratch: Path, stage: str, key: str) -> Path:
+    """Return the lock file of whoever makes a stage's folder."""
+    return scratch / "locks" / f"{stage}-{key}.lock"
+
+
+def reading_file(scratch: Path, stage: str, key: str) -> Path:
+    """Return the lock file that whoever reads a stage's folder shares."""
+    return scratch / "locks" / f"{stage}-{key}.reading"
+
+
+@contextmanager
+def reader_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Share the lock file `path` with other readers while the block runs; while a writer has it, wait and `say` so once."""
+    with _flock(path, fcntl.LOCK_SH, f"{what} is being changed by", say):
+        yield
+
+
+@contextmanager
+def unread_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep readers away from what the lock file `path` stands for while the block runs; while some read it, wait and `say` so once."""
+    with _flock(path, fcntl.LOCK_EX, f"{what} is being read by", say):
+        yield
+
+
+def is_being_read(path: Path) -> bool:
+    """Say whether a reader shares the lock file `path` now."""
+    if not path.exists():
+        return False
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@contextmanager
+def _flock(path: Path, kind: int, held: str, say: Callable[[str], None]) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:  # closing it gives the lock back
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waiting:
+                    waiting = True
+                    say(f"{held} {_holder(path)}: waiting until it has finished")
+                time.sleep(POLL_S)
+        _write_holder(file)
+        yield
+
+
+def _write_holder(file: TextIO) -> None:
+    file.seek(0)
+    file.truncate()
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
+    file.flush()
 
 
 @contextmanager
@@ -37,10 +100,7 @@ def writer_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[N
                     waiting = True
                     say(f"{what} is being made by {_holder(path)}: waiting until it has finished")
                 time.sleep(POLL_S)
-        file.seek(0)
-        file.truncate()
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
-        file.flush()
+        _write_holder(file)
         try:
             yield
         finally:

@@ -1,11 +1,15 @@
 """Committed stage folders: content keys, manifests, and the commit that makes a folder exist.
 
-`ROOT/<stage>/<key>/` exists once its `manifest.json` does. In a local ROOT the whole folder is made aside, synced and renamed into
-place; in an object store the files go below an attempt's own prefix, which the manifest names, and the manifest is put last and only
-if there is none. Readers go through `Committed.local()` and never join paths by hand. Knows nothing of what the stages do.
+`ROOT/<stage>/<key>/` exists once its `manifest.json` does. In a local ROOT the whole folder is made aside, synced and renamed into place;
+in an object store the files go below an attempt's own prefix, which the manifest names, and the manifest is put last and only if there is
+none. One that replaces another is exchanged for it in one step, there too. Readers go through `Committed.local()` and never join paths by
+hand. Knows nothing of what the stages do.
 """
 
+import ctypes
+import errno
 import hashlib
+import json
 import os
 import platform
 import secrets
@@ -21,12 +25,15 @@ from typing import Any
 
 from infra import storage
 from infra.errors import DataError, StorageError
+from infra.locks import is_being_read, reading_file
 from infra.storage import Root
 
 MANIFEST = "manifest.json"
 PACKAGES = ("unclip", "torch", "ray", "prefect", "img2dataset", "faiss-cpu", "pyarrow", "numpy", "tokenizers", "safetensors", "pydantic")
 UPLOAD_THREADS = 8
 DOWNLOAD_TRIES = 3
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+REPLACED = ".replaced"
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,14 @@ def downloads(root: Root, stage: str) -> Path:
 
 
 def forget_downloads(root: Root) -> None:
-    """Remove this machine's downloads of folders that are no longer committed, or not as they were."""
+    """Remove this machine's downloads of folders that are no longer committed, or not as they were; those that are being read stay."""
     stages = downloads(root, "")
     if root.folder or not stages.is_dir():
         return
     for kept in sorted(stages.glob("*/*-*")):
         key, digest = kept.name.lstrip(".").split("-")[:2]
+        if is_being_read(reading_file(root.scratch, kept.parent.name, key)):
+            continue
         now = find(root, kept.parent.name, key)
         if now is None or not now.digest.startswith(digest[:8]):
             shutil.rmtree(kept, ignore_errors=True)
@@ -253,7 +262,13 @@ def _commit_by_rename(
             existing = find(root, stage, key)
             if existing and existing.manifest["attempt"] != replaces:
                 return existing
-            target.rename(out.with_name(f"{out.name}.replaced"))
+            if _exchange(out, target):
+                before = _attempt_in(out)
+                if before not in (None, replaces):  # another machine's repair was first, and what it made stays
+                    _exchange(out, target)
+                _sync(target.parent)
+                return Committed(root, stage, key, _manifest_in(target))
+            target.rename(out.with_name(f"{out.name}{REPLACED}"))
         try:
             out.rename(target)
         except OSError:
@@ -262,8 +277,43 @@ def _commit_by_rename(
                 raise
             return existing  # a writer without our lock (another machine) was first
         _sync(target.parent)
-    shutil.rmtree(out.with_name(f"{out.name}.replaced"), ignore_errors=True)
+    shutil.rmtree(out.with_name(f"{out.name}{REPLACED}"), ignore_errors=True)
     return Committed(root, stage, key, manifest)
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Let two folders change places at once (Linux: renameat2); False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(left), AT_FDCWD, os.fsencode(right), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(right))
+
+
+def interrupted(root: Root) -> list[tuple[str, str]]:
+    """Return stage and key of folders that a killed writer had moved away, on a system that cannot exchange, before it put the new one."""
+    left = [_manifest_in(folder) for folder in (root.scratch / "aside").glob(f"*{REPLACED}") if (folder / MANIFEST).is_file()]
+    return sorted({(each["stage"], each["key"]) for each in left})
+
+
+def recover(root: Root, stage: str, key: str) -> None:
+    """Put a folder back that a killed writer had moved away, unless there is none or another is in its place. Call it under its lock."""
+    for left in sorted((root.scratch / "aside").glob(f"{stage}-{key}*{REPLACED}")):
+        if root.folder and (left / MANIFEST).is_file() and not (root.folder / stage / key).exists():
+            with storage.one_line_errors(left):
+                left.rename(root.folder / stage / key)
+
+
+def _manifest_in(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / MANIFEST).read_bytes()))
+
+
+def _attempt_in(folder: Path) -> str | None:
+    return str(_manifest_in(folder)["attempt"]) if (folder / MANIFEST).is_file() else None
 
 
 def _commit_by_put(root: Root, stage: str, key: str, out: Path, manifest: dict[str, Any], replaces: str | None) -> Committed:
@@ -281,18 +331,21 @@ def _commit_by_put(root: Root, stage: str, key: str, out: Path, manifest: dict[s
         with suppress(StorageError):  # the store that has just failed; the next commit of this key clears what is left
             storage.remove(root, f"{place}/{attempt}")
         raise
-    if existing and existing.manifest["attempt"] == replaces:
-        storage.remove(root, name)
-    with suppress(FileExistsError):
-        storage.create_bytes(root, name, storage.json_bytes(manifest))
+    # Before the manifest is there: who replaces it later is not in this list, and must not be cleared along with the attempts that were
+    # killed and those that can only be refused now.
+    others = [other for other in storage.list_names(root, place) if other not in (attempt, MANIFEST)]
+
+    def put(old: bytes | None) -> bytes | None:
+        return storage.json_bytes(manifest) if old is None or json.loads(old)["attempt"] == replaces else None
+
+    storage.change_bytes(root, name, put)
     first = find(root, stage, key)
     assert first, "a manifest was put, or one that refused it is there"
     if first.manifest["attempt"] != attempt:  # not ours, and not ours either whose answer was lost on the way
         storage.remove(root, f"{place}/{attempt}")
         return first
-    for other in storage.list_names(root, place):  # attempts that were killed, and those that can only be refused now
-        if other not in (attempt, MANIFEST):
-            storage.remove(root, f"{place}/{other}")
+    for other in others:
+        storage.remove(root, f"{place}/{other}")
     storage.abort_uploads(root, place)
     return sent
 

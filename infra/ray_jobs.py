@@ -2,7 +2,8 @@
 
 Ray runs a job once and forgets it with its cluster. So the attempt's number is kept by the caller (`claim`), before the job is
 submitted: whoever comes back asks for the attempt that was claimed last, joins it while it runs and claims the next one otherwise. Two
-drivers that do so at once submit the same id, and the second joins. Knows nothing of stages.
+drivers that do so at once submit the same id, and the second joins; one that wakes late follows the attempt that others have claimed
+meanwhile. Knows nothing of stages.
 """
 
 import asyncio
@@ -50,10 +51,11 @@ class JobServer:
         self.address, self.silence_limit_s = address, silence_limit_s
         self.client: Any = None
 
-    def run(self, job: Job, claimed: int, claim: Callable[[int], None], is_done: Callable[[], bool], show: Callable[[str], None]) -> None:
+    def run(self, job: Job, claimed: int, claim: Callable[[int], int], is_done: Callable[[], bool], show: Callable[[str], None]) -> None:
         """Have the job done: join the attempt `claimed` (0 for none) if it runs, else claim and submit attempts until one succeeds.
 
-        `claim(n)` must keep n where a returning driver finds it; `is_done()` tells whether the result is there. An interruption
+        `claim(n)` must keep n where a returning driver finds it, unless a later attempt is kept there, and return the one that is kept
+        then; `is_done()` tells whether the result is there. An interruption
         stops the job. Raises UnclipError when the attempts are used up, when someone else stopped it, or when the server is silent.
         """
         number, tries = claimed, 0
@@ -63,7 +65,7 @@ class JobServer:
             show(f"{job_id(job, number)} runs already: joined")
         while True:
             state, said = self._follow(job, number, show)
-            if state == "SUCCEEDED" and is_done():
+            if is_done():  # by this attempt, or by another driver's
                 return
             if state == "STOPPED":
                 raise UnclipError(f"{job_id(job, number)} was stopped by someone else; the same command goes on from here")
@@ -73,8 +75,8 @@ class JobServer:
             show(f"{job_id(job, number)}: {why}; attempt {number + 1} follows")
             number, tries = self._submit(job, number + 1, claim), tries + 1
 
-    def _submit(self, job: Job, number: int, claim: Callable[[int], None]) -> int:
-        claim(number)
+    def _submit(self, job: Job, number: int, claim: Callable[[int], int]) -> int:
+        number = claim(number)
 
         def submit() -> None:
             try:

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,14 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from infra.errors import CallerError, StorageError, UnclipError
-from infra.patience import patiently
+from infra.errors import CallerError, StorageAwayError, StorageError, UnclipError
+from infra.locks import writer_lock
+from infra.patience import is_passing, patiently
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 PIECE_BYTES = 8 << 20
+CHANGE_TRIES = 50
 S3_OPTIONS = {
     "use_listings_cache": False,  # other processes write the same bucket
     "skip_instance_cache": True,  # fsspec would hand out a client with the credentials of an earlier environment
@@ -92,7 +94,8 @@ def _probe(root: Root) -> None:
 def one_line_errors(where: str | Path) -> Iterator[None]:
     """Turn a full disk, a refused write and a store that fails into a StorageError that names the place and the mend.
 
-    A missing file stays FileNotFoundError: its absence is an answer.
+    It is a StorageAwayError where the reason may pass: patience was at its end, and a later try may help. A missing file stays
+    FileNotFoundError: its absence is an answer.
     """
     try:
         yield
@@ -102,7 +105,15 @@ def one_line_errors(where: str | Path) -> Iterator[None]:
         line = complaint(error, where)
         if line is None:
             raise
-        raise StorageError(line) from error
+        raise (StorageAwayError if _may_pass(error) else StorageError)(line) from error
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    while error is not None:
+        if is_passing(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 def complaint(error: BaseException, where: str | Path) -> str | None:
@@ -235,6 +246,67 @@ def create_bytes(root: Root, name: str, data: bytes) -> None:
         if patiently(create):
             return
     raise FileExistsError(uri_of(root, name))
+
+
+def change_bytes(root: Root, name: str, change: Callable[[bytes | None], bytes | None]) -> bytes | None:
+    """Replace a file by what `change` makes of it and return what is there then; what another writer puts meanwhile is never overwritten.
+
+    `change` gets None where there is no file, answers None to leave everything as it is, and may be asked again with what is there by
+    then: its own bytes where the answer to the write was lost. A local folder takes a lock, S3 a condition on the write (If-Match,
+    If-None-Match). Raises StorageError where others never cease to write.
+    """
+    if root.folder is not None:
+        lock = root.scratch / "locks" / f"{name.replace('/', '-')}.lock"
+        with one_line_errors(lock), writer_lock(lock, name, lambda _: None):
+            old = read_bytes(root, name) if exists(root, name) else None
+            new = change(old)
+            if new is not None:
+                write_bytes(root, name, new)
+            return old if new is None else new
+    with one_line_errors(uri_of(root, name)):
+        for _ in range(CHANGE_TRIES):
+            version, old = _read_version(root, name)
+            new = change(old)
+            if new is None:
+                return old
+            if _put_over(root, name, new, version):
+                return new
+    raise StorageError(f"{uri_of(root, name)} is written by others all the time: run the same command again")
+
+
+def _read_version(root: Root, name: str) -> tuple[str | None, bytes | None]:
+    """Return an object's ETag ("" where the store has none) and its content, or twice None; the tag is never newer than the content."""
+    path = join(root, name)
+    try:
+        version = str(patiently(lambda: root.fs.info(path)).get("ETag") or "")
+        return version, bytes(patiently(lambda: root.fs.cat_file(path)))
+    except FileNotFoundError:
+        return None, None
+
+
+def _put_over(root: Root, name: str, data: bytes, version: str | None) -> bool:
+    """Write an object if it is still the one of that ETag, or if there is still none (None); say whether it was."""
+    path = join(root, name)
+    if version is None:
+        try:
+            create_bytes(root, name, data)
+        except FileExistsError:
+            return False
+        return True
+
+    def put() -> bool:
+        try:
+            root.fs.pipe_file(path, data, **({"IfMatch": version} if version else {}))
+            return True
+        except OSError:
+            try:
+                if root.fs.info(path).get("ETag") == version:
+                    raise
+            except FileNotFoundError:
+                pass
+            return False
+
+    return bool(patiently(put))
 
 
 def list_names(root: Root, name: str) -> list[str]:

@@ -17,7 +17,7 @@ from pydantic import Field
 from flows.running import run_stage
 from flows.stage import Counts, Stage, StageJob
 from infra.cluster import Cluster, ClusterConfig
-from infra.errors import CallerError
+from infra.errors import CallerError, StorageAwayError
 from infra.settings import Section
 from infra.storage import Root, open_root
 
@@ -67,6 +67,9 @@ def write_chunks(job: StageJob) -> Counts:
     if section.word == "flaky" and not (job.work / "tried").exists():
         (job.work / "tried").touch()
         raise ConnectionResetError("the store hung up")
+    if section.word == "away" and not (job.work / "tried").exists():
+        (job.work / "tried").touch()
+        raise StorageAwayError("cannot use s3://bucket: SlowDown")
     resumed = sum(1 for _ in job.work.glob("*.done"))
     for index in range(CHUNKS):
         try:

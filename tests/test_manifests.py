@@ -1,8 +1,12 @@
 """A committed folder is whole or absent, the first writer's stays, and what was committed can be verified."""
 
 import errno
+import itertools
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -87,6 +91,60 @@ def test_only_the_attempt_that_is_named_is_replaced(root: Root) -> None:
     assert found and found.manifest == new.manifest != first.manifest and manifests.verify(found) == []
     assert (found.local() / "a.txt").read_text() == "y"
     assert len(storage.file_sizes(root, "clip")) == 3 and list((root.scratch / "aside").iterdir()) == []
+
+
+@pytest.mark.parametrize(("can_exchange", "kill_at"), [(True, 1), (False, 1), (False, 2)])
+def test_a_writer_that_is_killed_while_it_replaces_a_folder_loses_nothing(tmp_path: Path, can_exchange: bool, kill_at: int) -> None:
+    """Killed just before it exchanges the folders, or before each of the two renames where the system cannot exchange."""
+    root = storage.open_root(str(tmp_path / "root"))
+    first = manifests.commit(root, "clip", "k", made(root, "x", "clip-k-1"), FACTS)
+    new = made(root, "y", "clip-k-2")
+    child = os.fork()
+    if child == 0:
+        calls = itertools.count(1)
+
+        def die(*_: object) -> bool:
+            if next(calls) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return False
+
+        rename = Path.rename
+        if can_exchange:
+            manifests._exchange = die
+        else:
+            manifests._exchange = lambda *_: False
+            Path.rename = lambda *given: die() or rename(*given)  # type: ignore[method-assign, assignment]
+        manifests.commit(root, "clip", "k", new, FACTS, replaces=first.manifest["attempt"])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (manifests.find(root, "clip", "k") is None) == (kill_at == 2)
+    assert manifests.interrupted(root) == ([("clip", "k")] if kill_at == 2 else [])
+    manifests.recover(root, "clip", "k")
+    found = manifests.find(root, "clip", "k")
+    assert found and found.manifest == first.manifest and manifests.verify(found) == []
+    again = manifests.commit(root, "clip", "k", made(root, "z", "clip-k-3"), FACTS, replaces=first.manifest["attempt"])
+    assert (again.local() / "a.txt").read_text() == "z"
+
+
+def test_the_second_of_two_repairs_at_once_leaves_the_first_ones_folder(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both saw the damaged folder; the other machine's is committed between our look and our own commit."""
+    damaged_one = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
+    replaces = damaged_one.manifest["attempt"]
+    other: list[manifests.Committed] = []
+    find = manifests.find
+
+    def find_and_be_overtaken(*given: Any) -> manifests.Committed | None:
+        found = find(*given)
+        if not other:
+            monkeypatch.setattr(manifests, "find", find)
+            other.append(manifests.commit(root, "clip", "k", made(root, "theirs", "other"), FACTS, replaces=replaces))
+        return found
+
+    monkeypatch.setattr(manifests, "find", find_and_be_overtaken)
+    ours = manifests.commit(root, "clip", "k", made(root, "ours"), FACTS, replaces=replaces)
+    assert ours.manifest == other[0].manifest != damaged_one.manifest
+    found = find(root, "clip", "k")
+    assert found and found.manifest == ours.manifest and manifests.verify(found) == [] and (found.local() / "a.txt").read_text() == "theirs"
 
 
 def test_the_newest_folder_is_the_one_committed_last(root: Root) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from flows.prefect_server import prefect_server
 from infra import manifests, storage
+from infra.errors import CallerError, DataError, StorageAwayError, StorageError
 from tests.test_storage import full_disk  # noqa: F401  (a fixture)
 from tests.tiny import PERSONS
 
@@ -103,11 +104,32 @@ def test_a_passing_fault_is_tried_again_and_a_callers_mistake_is_not(recipe: Pat
     )
     assert "Traceback" not in err
     log = next((recipe.parent / "root" / "logs").iterdir()).read_text()
-    assert "ConnectionResetError: the store hung up" in log and "Retry 1/2 will start" in log
+    assert "ConnectionResetError: the store hung up" in log and "Retry 1/4 will start" in log
     assert log.count("Retry ") == 1  # the caller's mistake got none
     recipe.write_text('[data]\nword = "flaky"\n')  # and what was committed before it stays
     code, out, err = finished(start(recipe, "--json"))
     assert code == 0 and [each["state"] for each in json.loads(out)["stages"]] == ["current"] * 3 + ["ran"]
+
+
+def test_a_store_that_is_away_is_tried_for_longer_than_any_other_fault() -> None:
+    from prefect.client.schemas.objects import TaskRun
+    from prefect.states import Failed
+
+    from flows.pipeline import is_worth_retrying, make_stage
+
+    def is_worth(error: Exception, failures: int) -> bool:
+        return is_worth_retrying(make_stage, TaskRun(run_count=failures, task_key="x", dynamic_key="0"), Failed(data=error))
+
+    assert [is_worth(ConnectionResetError("hung up"), failures) for failures in (1, 2, 3)] == [True, True, False]
+    assert [is_worth(StorageAwayError("s3://x: SlowDown"), failures) for failures in (1, 3, 4)] == [True] * 3 and make_stage.retries == 4
+    for hopeless in (StorageError("no space left"), CallerError("no"), DataError("no"), AssertionError("no")):
+        assert not is_worth(hopeless, 1)
+
+
+def test_a_stage_whose_store_was_away_is_tried_again(recipe: Path) -> None:
+    recipe.write_text('[clip]\nword = "away"\n')
+    code, out, err = finished(start(recipe, "--json"))
+    assert code == 0 and [each["state"] for each in json.loads(out)["stages"]] == ["ran"] * 4, err
 
 
 def test_a_failure_is_one_line_with_the_stage_the_reason_and_the_log(recipe: Path) -> None:

@@ -73,6 +73,61 @@ def test_of_writers_at_the_same_time_one_wins_and_nothing_of_the_others_stays(re
     assert manifests.verify(won[0]) == [] and (won[0].local() / "a.txt").stat().st_size == 1
 
 
+def test_what_several_writers_change_at_the_same_time_loses_no_change(reached: S3Server, tmp_path: Path) -> None:
+    roots = [storage.open_root(f"s3://{BUCKET}/count", tmp_path / f"scratch-{number}") for number in range(4)]
+
+    def count(root: storage.Root) -> None:
+        for _ in range(5):
+            storage.change_bytes(root, "jobs/count.json", lambda old: str(int(old or b"0") + 1).encode())
+
+    threads = [threading.Thread(target=count, args=(root,)) for root in roots]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert storage.read_bytes(roots[0], "jobs/count.json") == b"20"
+
+
+def test_a_replaced_folder_is_there_all_the_time_and_of_two_repairs_the_first_stays_whole(
+    reached: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = storage.open_root(f"s3://{BUCKET}/repair", tmp_path / "scratch")
+    replaces = manifests.commit(root, "clip", "k", made(tmp_path / "out-0", "0"), FACTS).manifest["attempt"]
+    change, found = storage.change_bytes, []
+
+    def be_overtaken(*given: Any) -> bytes | None:
+        """The other machine's repair, which started from the same folder, is committed just before ours."""
+        monkeypatch.setattr(storage, "change_bytes", change)
+        found.append(manifests.commit(root, "clip", "k", made(tmp_path / "theirs", "theirs"), FACTS, replaces))
+        return change(*given)
+
+    removed: list[str] = []
+    remove = storage.remove
+    monkeypatch.setattr(storage, "change_bytes", be_overtaken)
+    monkeypatch.setattr(storage, "remove", lambda root, name: (removed.append(name), remove(root, name)))
+    ours = manifests.commit(root, "clip", "k", made(tmp_path / "ours", "ours!"), FACTS, replaces)
+    assert ours.manifest == found[0].manifest and ours.manifest["attempt"] != replaces
+    assert manifests.verify(ours) == [] and (ours.local() / "a.txt").read_text() == "theirs"
+    assert "clip/k/manifest.json" not in removed, "readers would find no folder, and one who is killed then loses it"
+    prefix = ours.manifest["prefix"]
+    assert set(storage.file_sizes(root, "clip")) == {"k/manifest.json", f"k/{prefix}/a.txt", f"k/{prefix}/deep/b.bin"}
+
+
+def test_an_answer_that_was_lost_after_a_conditional_write_is_no_second_change(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second try is refused by what the first has written, and the change is asked about its own bytes."""
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
+    reach(server, monkeypatch)
+    storage.write_bytes(storage.open_root(f"s3://{BUCKET}/lost2", tmp_path / "scratch"), "claim", b"1")
+    with FaultyProxy(server.s3_port, Faults(cut_answer=1.0), only=("PUT", "claim"), at_most=1) as proxy:
+        reach(server, monkeypatch, proxy.endpoint)
+        root = storage.open_root(f"s3://{BUCKET}/lost2", tmp_path / "scratch")
+        asked: list[bytes | None] = []
+        there = storage.change_bytes(root, "claim", lambda old: (asked.append(old), None if old == b"2" else b"2")[1])
+        assert there == b"2" and asked == [b"1", b"2"] and proxy.happened["cut_answer"] == 1
+
+
 def test_a_commit_whose_answer_was_lost_is_known_as_our_own(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The manifest is put, the answer cut: the second try is refused by what the first has written."""
     lost = Faults(cut_answer=1.0)

@@ -18,6 +18,7 @@ from flows.stage import Stage, StageJob, inputs_of, key_of
 from infra import manifests, storage
 from infra.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageError
+from infra.locks import is_being_read, reading_file
 from infra.storage import Root
 from tests.fakes import FAKES, FakeConfig, FakeSection, run_all, write_chunks
 from tests.test_storage import full_disk  # noqa: F401  (a fixture)
@@ -89,6 +90,26 @@ def test_a_file_that_is_gone_or_cut_makes_the_stage_again_under_the_same_key(roo
         assert manifests.verify(again["clip"].committed) == []
         # It came out the same, so what was made from it still stands.
         assert again["embed"].state == again["prior"].state == "current"
+
+
+def test_a_stage_keeps_compaction_away_from_its_inputs_and_from_what_it_takes_over_and_sees_them_as_they_are(root: Root) -> None:
+    first = run_all(root, FakeConfig())
+    seen: list[tuple[bool, ...]] = []
+
+    def look(job: StageJob) -> dict[str, object]:
+        assert job.previous
+        read = (*job.inputs.values(), job.previous)
+        seen.append(tuple(is_being_read(reading_file(root.scratch, each.stage, each.key)) for each in read))
+        seen.append(tuple(each.manifest == manifests.find(root, each.stage, each.key).manifest for each in read))  # type: ignore[union-attr]
+        return write_chunks(job)
+
+    name = f"clip/{first['clip'].key}/manifest.json"
+    storage.write_json(root, name, {**first["clip"].committed.manifest, "compacted": "since the run has begun"})
+    stages = {stage.name: stage for stage in FAKES}
+    inputs = {name: first[name].committed for name in ("data", "clip")}
+    run_stage(replace(stages["embed"], version=2, run=look), root, FakeConfig(), inputs, Cluster(ClusterConfig()), print)
+    assert seen == [(True,) * 3] * 2
+    assert not any(is_being_read(reading_file(root.scratch, each.stage, each.key)) for each in inputs.values())
 
 
 def test_a_stage_made_again_with_another_result_makes_those_behind_it_again(root: Root) -> None:

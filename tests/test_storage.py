@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from infra import storage
-from infra.errors import CallerError, StorageError
+from infra.errors import CallerError, StorageAwayError, StorageError
 
 
 @pytest.fixture
@@ -149,3 +149,19 @@ def test_a_full_disk_is_recognised_through_the_errors_that_wrap_it() -> None:
     assert "no space left" in (storage.complaint(RuntimeError("SafetensorError: No space left on device (os error 28)"), "/data") or "")
     assert storage.complaint(RuntimeError("shapes differ"), "/data") is None
     assert storage.complaint(FileNotFoundError(errno.ENOENT, "gone", "/data/x"), "/data") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.EBUSY, "SlowDown"), StorageAwayError),
+        (TimeoutError("no answer"), StorageAwayError),
+        (OSError(errno.EINVAL, "InvalidArgument"), StorageError),
+        (PermissionError(errno.EACCES, "AccessDenied"), StorageError),
+        (OSError(errno.ENOSPC, "No space left on device"), StorageError),
+    ],
+)
+def test_a_store_that_may_come_back_is_told_from_one_that_refuses(error: OSError, kind: type[StorageError]) -> None:
+    with pytest.raises(StorageError) as caught, storage.one_line_errors("s3://bucket/x"):
+        raise error
+    assert type(caught.value) is kind

@@ -135,6 +135,36 @@ def test_a_killed_job_is_tried_again_and_the_late_writer_commits_nothing(
         stage_job.run(storage.open_root(str(tmp_path)), claim["stage"], claim["key"], 1)
 
 
+def test_a_driver_that_wakes_late_follows_the_attempt_that_has_been_claimed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It slept while another driver saw attempts 1 and 2 fail and claimed the third; lowering the claim would fence off the live one."""
+    root = storage.open_root(str(tmp_path))
+    submitted: list[int] = []
+    config: Any = FakeConfig()
+    name = stage_job.claim_name("data", key_of(FAKES[0], config, {}))
+
+    def claim_of_another(server: JobServer, job: Job, number: int, show: Any) -> tuple[str, str]:
+        if number == 1:
+            storage.write_json(root, name, storage.read_json(root, name) | {"attempt": 3})
+            return "FAILED", "it was killed"
+        assert number == 3 and storage.read_json(root, name)["attempt"] == 3
+        stage_job.run(root, "data", key_of(FAKES[0], config, {}), number)
+        return "SUCCEEDED", ""
+
+    class Client:
+        def submit_job(self, submission_id: str, **_: Any) -> None:
+            submitted.append(int(submission_id.rpartition("-")[2]))
+
+    monkeypatch.setattr(stage_job.stages, "STAGES", FAKES)
+    monkeypatch.setattr(stage_job, "load", FakeConfig.model_validate)
+    monkeypatch.setattr(JobServer, "_client", lambda self: Client())
+    monkeypatch.setattr(JobServer, "_follow", claim_of_another)
+    monkeypatch.setattr(JobServer, "_exit_code", lambda *_: 1)
+    result = submission.submit_stage(FAKES[0], root, config, {}, "http://head:8265", print)
+    assert result.state == "ran" and submitted == [1, 3]
+
+
 def argv(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()

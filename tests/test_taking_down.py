@@ -2,10 +2,14 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
+import threading
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows import adding, curate, ingest, living
+from flows import adding, compaction, curate, ingest, living
 from flows.cli import main
 from flows.compaction import compact
 from flows.curate import CurateConfig
@@ -22,6 +26,7 @@ from flows.taking_down import blank, by_values, find, take_down, verify
 from indexing import duplicates
 from infra import manifests, storage
 from infra.errors import CallerError, DataError
+from infra.locks import reader_lock, reading_file
 from infra.removals import Removals, read_entries, read_removals, write_removal
 from infra.storage import Root, open_root
 from infra.tables import DROPPED, URLS
@@ -237,6 +242,43 @@ def test_a_model_that_is_committed_between_take_down_and_compaction_or_after_bot
     take(root, unseen)
     compact(root, print)
     assert verify(root, [{"key": unseen}])["trained_into"] == []
+
+
+def test_search_opens_at_every_moment_of_a_compaction(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = keys_of(root)[0]
+    take(root, gone)
+    replace, agree = compaction._replace, compaction._agree
+    opened: list[int] = []
+
+    def look() -> None:
+        opened.append(len(keys_of(root)))
+
+    def replace_and_look(*given: Any) -> int:
+        count = replace(*given)
+        look()
+        return count
+
+    monkeypatch.setattr(compaction, "_replace", replace_and_look)
+    monkeypatch.setattr(compaction, "_agree", lambda root: (look(), agree(root), look()))
+    compact(root, print)
+    assert opened == [47] * 6
+
+
+def test_compaction_waits_for_a_stage_that_reads_what_it_would_change(root: Root) -> None:
+    """A training that reads pictures by SHA-256 would stop at the first one that is blanked under it."""
+    take(root, keys_of(root)[0])
+    tar = committed(root, "ingest").local() / "shards" / "00000.tar"
+    before, said = tar.read_bytes(), []
+    with reader_lock(reading_file(root.scratch, "ingest", "ingest0123456789"), "ingest", print):
+        waiting = threading.Thread(target=compact, args=(root, said.append))
+        waiting.start()
+        limit = time.monotonic() + 60
+        while not said and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert len(said) == 1 and said[0].startswith(f"ingest/ingest0123456789 is being read by another run (process {os.getpid()} ")
+        assert tar.read_bytes() == before
+    waiting.join(timeout=60)
+    assert tar.read_bytes() != before
 
 
 def test_files_beside_the_folders_of_stages_are_no_folders(root: Root) -> None:
