@@ -29,6 +29,7 @@ from infra.tables import EMBEDDED, sample_key
 
 if TYPE_CHECKING:
     from indexing.view import View
+    from training.look import Look
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 KEPT_PX = 256
@@ -100,6 +101,7 @@ def embed_pictures(source: Path, known: Lineage, licence: str, out: Path) -> tup
     from training import embed
 
     texts_of, images_of, side_px = embed.encoders(known.clip.local())
+    look = embed.look_of(known.clip.local())
     (out / "shards").mkdir()
     rows: list[dict[str, Any]] = []
     images, texts = [], []
@@ -107,7 +109,7 @@ def embed_pictures(source: Path, known: Lineage, licence: str, out: Path) -> tup
         for batch in (files[start : start + BATCH] for start in range(0, len(files), BATCH)):
             squares = []
             for file in batch:
-                square, row = read_one(file, side_px, licence, source)
+                square, row = read_one(file, side_px, look, licence, source)
                 rows.append(row | store(tar, f"{len(rows):08d}.png", row.pop("picture")))
                 squares.append(square)
             images.append(images_of(np.stack(squares)))
@@ -116,7 +118,7 @@ def embed_pictures(source: Path, known: Lineage, licence: str, out: Path) -> tup
     return table, np.concatenate(images).astype(np.float16), np.concatenate(texts).astype(np.float16)
 
 
-def read_one(file: Path, side_px: int, licence: str, source: Path) -> tuple[np.ndarray, dict[str, Any]]:
+def read_one(file: Path, side_px: int, look: "Look", licence: str, source: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """Return a picture as the encoder sees it, and its row with the picture that is kept of it, uint8 RGB."""
     from training.pictures import read_file
 
@@ -137,7 +139,7 @@ def read_one(file: Path, side_px: int, licence: str, source: Path) -> tuple[np.n
         "height_px": KEPT_PX,
         "picture": kept,
     }
-    return read_file(file, side_px), row
+    return read_file(file, side_px, look), row
 
 
 def store(tar: tarfile.TarFile, name: str, picture: np.ndarray) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Hands the zero-shot suite its sets, CLIP and the frozen networks of the probes."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flows import packaged_sets
@@ -11,6 +13,7 @@ from indexing.suite import SuiteConfig, suite
 from infra.errors import CallerError
 from training import features
 from training.generate import Unclip
+from training.pictures import as_square
 
 
 def networks(config: SuiteConfig) -> dict[str, features.Features]:
@@ -27,7 +30,7 @@ def sections(
     loaded, missing = [], []
     for name in config.sets:
         try:
-            loaded.append(open_set(packaged_sets.set_path(name, folder)))
+            loaded.append(replace(open_set(packaged_sets.set_path(name, folder)), square=partial(as_square, look=model.clip.config.look)))
         except CallerError as error:
             if name not in packaged_sets.SETS:
                 raise

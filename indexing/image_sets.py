@@ -9,7 +9,7 @@ are; `{c}` and `{}` stand for the name. Knows no model. Everything read is bound
 
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.pictures import Pixels, square
+from indexing.pictures import Pixels, Square, square
 from infra.errors import CallerError, DataError
 from infra.tables import open_parquet
 
@@ -38,23 +38,25 @@ class ImageSet:
     names: list[str]
     templates: tuple[str, ...]
     """With one {} each; empty where the set brings none."""
+    square: Square = square
+    """How a picture becomes one, as the judged CLIP wants it."""
 
     def __len__(self) -> int:
         return len(self.encoded)
 
     def pictures(self, side_px: int) -> Pixels:
-        """Decode all pictures as squares, uint8 (N, S, S, 3) RGB, white around them. Raises DataError for one that does not decode."""
+        """Decode all pictures as squares, uint8 (N, S, S, 3) RGB. Raises DataError for one that does not decode."""
         made = np.empty((len(self), side_px, side_px, 3), np.uint8)
         for place, data in enumerate(self.encoded):
             decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
             if decoded is None or decoded.dtype != np.uint8 or decoded.shape[0] * decoded.shape[1] > LARGEST_PIXELS:
                 raise DataError(f"set {self.name}: picture {place} is no 8-bit picture that can be read: take it out")
-            made[place] = square(decoded, side_px)
+            made[place] = self.square(decoded, side_px)
         return made
 
     def only(self, places: NDArray[np.int64]) -> "ImageSet":
         """Return the pictures at these places."""
-        return ImageSet(self.name, [self.encoded[place] for place in places], self.labels[places], self.names, self.templates)
+        return replace(self, encoded=[self.encoded[place] for place in places], labels=self.labels[places])
 
 
 def open_set(path: Path, name: str = "") -> ImageSet:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Engine
 from torch import Tensor
@@ -21,6 +22,7 @@ from infra.errors import CallerError, DataError
 from training import clip as clip_model
 from training import jobs, open_clip
 from training.clip import CLIP, ClipConfig
+from training.pictures import read_file
 from training.tokenizer import Tokenizer, TokenizerConfig, byte_symbols
 
 PEER = Path(__file__).parent.parent / ".peers" / "open_clip" / "bin" / "python"
@@ -183,7 +185,7 @@ def test_what_we_export_gives_the_same_vectors_there(changes: dict[str, Any], pe
     model, tokenizer = written(tmp_path / "clip", small(**changes))
     out = tmp_path / "out"
     assert open_clip.write(tmp_path / "clip", out) == [
-        out / name for name in ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json")
+        out / name for name in ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json")
     ]
     texts = ["a red heart", "", "Zebra!", "a red apple " * 20]
     ids = [encoding.ids for encoding in Engine.from_file(str(out / "tokenizer.json")).encode_batch(texts)]
@@ -194,6 +196,45 @@ def test_what_we_export_gives_the_same_vectors_there(changes: dict[str, Any], pe
     torch.testing.assert_close(clip_model.embed_images(model, pictures(3, 16)), theirs["image"], atol=1e-5, rtol=0)
     torch.testing.assert_close(clip_model.embed_texts(model, tokenizer, texts), theirs["text"], atol=1e-5, rtol=0)
     assert model.logit_scale.item() == theirs["logit_scale"].item()
+
+
+@pytest.mark.slow
+def test_open_clip_finds_the_tokenizer_of_a_vocabulary_that_is_not_its_own(peer: Peer, tmp_path: Path) -> None:
+    model, tokenizer = written(tmp_path / "clip", small())
+    files = open_clip.write(tmp_path / "clip", tmp_path / "out")
+    assert tmp_path / "out" / "tokenizer_config.json" in files
+    texts = ["a red heart", "", "Zebra!", "wow! !", "fish &amp; chips", "a red apple " * 20]
+    ids = peer.ask("tokens", folder=str(tmp_path / "out"), texts=texts)
+    assert {len(row) for row in ids} == {tokenizer.context}
+    ours = open_clip.to_their_ids(tokenizer(texts), tokenizer.vocab_size)
+    for row, own in zip(ids, ours.tolist(), strict=True):
+        length = own.index(tokenizer.vocab_size - 2) + 1
+        assert row[:length] == own[:length] and set(row[length:]) <= {tokenizer.vocab_size - 2}  # the first end is where it is read
+    torch.save(pictures(1, 16), tmp_path / "pictures.pt")
+    peer.ask("embed", folder=str(tmp_path / "out"), images=str(tmp_path / "pictures.pt"), ids=ids, out=str(tmp_path / "peer.pt"))
+    theirs = torch.load(tmp_path / "peer.pt")["text"]
+    torch.testing.assert_close(clip_model.embed_texts(model, tokenizer, texts), theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(40, 60), (61, 33), (9, 13)], ids=str)
+@pytest.mark.parametrize("told", [
+    {}, {"resize_mode": "squash", "interpolation": "bilinear"}, {"resize_mode": "longest", "fill_color": 200}
+], ids=["plain", "squashed", "bordered"])  # fmt: skip
+def test_a_pretrained_clip_sees_a_picture_as_open_clip_shows_it(
+    told: dict[str, Any], shape: tuple[int, int], peer: Peer, stand_in: Path, tmp_path: Path
+) -> None:
+    their_model(tmp_path / "theirs", stand_in)
+    config = json.loads((tmp_path / "theirs" / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] = {"size": 16, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], **told}
+    (tmp_path / "theirs" / "open_clip_config.json").write_text(json.dumps(config))
+    look = open_clip.read(small(pretrained=str(tmp_path / "theirs")), TokenizerConfig())[0].config.look
+    rgb = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)).numpy()
+    Image.fromarray(rgb).save(tmp_path / "one.png")
+    peer.ask("show", folder=str(tmp_path / "theirs"), picture=str(tmp_path / "one.png"), out=str(tmp_path / "shown.pt"))
+    shown = (torch.load(tmp_path / "shown.pt") * 0.25 + 0.5).permute(1, 2, 0) * 255
+    ours = torch.from_numpy(read_file(tmp_path / "one.png", 16, look))
+    torch.testing.assert_close(ours.float(), shown, atol=1.01, rtol=0)
 
 
 @pytest.mark.slow
@@ -253,6 +294,7 @@ def test_a_shape_is_read_off_a_bare_state_dict(stand_in: Path, tmp_path: Path) -
     )
     assert (found.text_width, found.text_depth, found.text_heads, found.embed_dim, found.activation) == (128, 2, 2, 16, "quick_gelu")
     assert found.pixel_mean == open_clip.PIXEL_MEAN and expected.config.pixel_mean != found.pixel_mean
+    assert found.look[:2] == ("shortest", "bicubic") != expected.config.look[:2]
 
 
 def pickled(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from training.look import WHOLE, Interpolation, Look, Resize
 from training.loop import LoopConfig, OnBroken
 from training.parallel import gather
 from training.tokenizer import END, PAD, Tokenizer
@@ -38,7 +39,13 @@ class ClipConfig(LoopConfig):
     """Take a ViT that open_clip trained instead of training one: a folder or file of it, `hf-hub:ORGANISATION/NAME`, or `MODEL/TAG` as
     open_clip names them (`ViT-B-32/laion2b_s34b_b79k`). What the towers look like is then read from there."""
     image_size_px: int = Field(default=32, ge=16, le=1024)
-    """Side of the pictures that the image tower sees; others are resized by area."""
+    """Side of the pictures that the image tower sees."""
+    resize_mode: Resize = WHOLE.resize
+    """How others become such squares: `longest` keeps the whole picture, `shortest` the square in its middle, `squash` no proportions."""
+    interpolation: Interpolation = WHOLE.interpolation
+    """And how they are resized; a pretrained CLIP brings along what it was made for (mostly `shortest` and `bicubic`)."""
+    fill_color: int = Field(default=WHOLE.fill, ge=0, le=255)
+    """Of the border that `longest` leaves."""
     image_tower: Literal["conv", "vit"] = "conv"
     """`conv`: residual convolutions, for small pictures and budgets; `vit`: the vision transformer."""
     width: int = Field(default=64, ge=16, le=8192)
@@ -76,6 +83,11 @@ class ClipConfig(LoopConfig):
     """Train on all phrasings of a picture, one drawn anew each time it is seen; otherwise on the first one only."""
     broken_pictures: OnBroken = "stop"
     """What to do about pictures whose shard is missing, cut or altered: `stop` with one line, or `skip` them, counted in the manifest."""
+
+    @property
+    def look(self) -> Look:
+        """How pictures are made that the image tower sees."""
+        return Look(self.resize_mode, self.interpolation, self.fill_color)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -234,10 +246,14 @@ def marks(ids: Tensor) -> Tensor:
     return (ids * powers).sum(1)
 
 
-def to_pixels(images: Tensor, side_px: int) -> Tensor:
-    """Turn pictures, uint8 (B, H, W, 3), into float32 (B, 3, S, S) in [-1, 1], resized by area where the side differs."""
+def to_pixels(images: Tensor, side_px: int, interpolation: Interpolation = "area") -> Tensor:
+    """Turn square pictures, uint8 (B, H, H, 3), into float32 (B, 3, S, S) in [-1, 1], resized where the side differs."""
     x = images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-    return x if x.shape[-2:] == (side_px, side_px) else F.interpolate(x, (side_px, side_px), mode="area")
+    if x.shape[-2:] == (side_px, side_px):
+        return x
+    if interpolation == "area":
+        return F.interpolate(x, (side_px, side_px), mode="area")
+    return F.interpolate(x, (side_px, side_px), mode=interpolation, antialias=True).clamp_(-1, 1)
 
 
 def count_parameters(config: ClipConfig, vocab_size: int, context: int = 77) -> int:
@@ -272,8 +288,8 @@ def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: list[str], batch: int 
 @torch.no_grad()
 def embed_images(model: CLIP, images: Tensor, batch: int = 512) -> Tensor:
     """Embed pictures, uint8 (B, H, W, 3), as unit vectors float32 (B, E) on the CPU."""
-    device = model.logit_scale.device
-    found = [torch.empty(0, model.config.embed_dim)]
+    device, config = model.logit_scale.device, model.config
+    found = [torch.empty(0, config.embed_dim)]
     for part in images.split(batch):
-        found.append(model.encode_image(to_pixels(part.to(device), model.config.image_size_px)).cpu())
+        found.append(model.encode_image(to_pixels(part.to(device), config.image_size_px, config.interpolation)).cpu())
     return torch.cat(found)

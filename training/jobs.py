@@ -94,7 +94,7 @@ def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str
     table = read_table(paths["curate"] / "keep.parquet", "train", ["caption", "captions", "key", *PLACE])
     table = table.filter(pa.array(soundness.is_kept(table, work)))
     tokenizer = Tokenizer.load(work / "tokenizer.json")
-    pictures = Pictures(table, paths["ingest"] / "shards", config.image_size_px)
+    pictures = Pictures(table, paths["ingest"] / "shards", config.image_size_px, config.look)
     texts = embeddings.Captions(table["captions"] if config.style_captions else alone(table["caption"]), tokenizer)
     del table
     torch.manual_seed(config.seed)

@@ -53,6 +53,7 @@ VISION: dict[str, Any] = {"image_size": None, "layers": None, "width": None, "pa
 VISION |= {"ls_init_value": None, "patch_dropout": None, "pool_type": "tok", "no_ln_pre": False, "final_ln_after_pool": False}
 TEXT: dict[str, Any] = {"context_length": None, "vocab_size": None, "width": None, "heads": None, "layers": None}
 TEXT |= {"mlp_ratio": 4.0, "embed_cls": False, "no_causal_mask": False, "pool_type": "argmax", "proj_bias": False, "proj_type": "linear"}
+PIXELS = {"resize_mode": {"shortest", "longest", "squash", None}, "interpolation": {"bicubic", "bilinear", "random", None}}
 MODEL = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_scale", "init_logit_bias", "custom_text"}
 
 BLOCK = {
@@ -211,8 +212,9 @@ def load(model: CLIP, state: Mapping[str, Tensor], path: Path) -> None:
 def write(clip: Path, out: Path) -> list[Path]:
     """Write the CLIP of a `clip` folder for open_clip: `open_clip_config.json`, the weights, and its tokenizer with open_clip's ids.
 
-    `open_clip.create_model_and_transforms("local-dir:OUT")` loads it; texts become ids by `tokenizers.Tokenizer.from_file`, which pads
-    to the context. Raises CallerError for the convolutional tower, which open_clip has not.
+    `open_clip.create_model_and_transforms("local-dir:OUT")` loads it, and `open_clip.get_tokenizer` of the same name what makes its ids:
+    for a vocabulary that is not CLIP's by transformers, from the folder, as the config then says. `tokenizers.Tokenizer.from_file` does
+    too, and pads to the context. Raises CallerError for the convolutional tower, which open_clip has not.
     """
     model, tokenizer = clip_model.load(clip)
     if model.config.image_tower != "vit":
@@ -224,9 +226,14 @@ def write(clip: Path, out: Path) -> list[Path]:
         value = _to_their_rows(own[name]) if name == "text.tokens.weight" else own[name]
         state[theirs] = (value.T if name in TRANSPOSED else value).contiguous()
     save_file(state, out / WEIGHTS)
-    (out / CONFIG).write_text(json.dumps(to_config(model), indent=1))
+    told, files = to_config(model), [CONFIG, WEIGHTS, "tokenizer.json"]
     (out / "tokenizer.json").write_text(json.dumps(_to_their_tokens(tokenizer), ensure_ascii=False))
-    return [out / CONFIG, out / WEIGHTS, out / "tokenizer.json"]
+    if not tokenizer.is_clips:  # get_tokenizer would take CLIP's own, whose ids run over the table
+        told["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = files[-1]  # any name: it reads the folder itself
+        files.append("tokenizer_config.json")
+        (out / files[-1]).write_text(json.dumps(_to_their_tokenizer_config(tokenizer), indent=1))
+    (out / CONFIG).write_text(json.dumps(told, indent=1))
+    return [out / name for name in files]
 
 
 def to_their_ids(ids: Tensor, vocab_size: int) -> Tensor:
@@ -265,6 +272,9 @@ def _from_config(config: ClipConfig, told: Mapping[str, Any], path: Path) -> tup
                     raise CallerError(f"{path}: {name}.{key} = {value!r} is not a plain CLIP ViT: only such models can be read")
         for key in model.keys() - MODEL:
             raise CallerError(f"{path}: model_cfg.{key} is not a plain CLIP ViT's: only such models can be read")
+        for key, values in PIXELS.items():
+            if pixels.get(key) not in values:
+                raise CallerError(f"{path}: preprocess_cfg.{key} = {pixels[key]!r} is none of open_clip's: give another model")
         fields = {
             "image_size_px": vision["image_size"], "patch_px": vision.get("patch_size", 16),
             "width": vision["width"], "depth": vision["layers"],
@@ -272,6 +282,8 @@ def _from_config(config: ClipConfig, told: Mapping[str, Any], path: Path) -> tup
             "text_width": text["width"], "text_depth": text["layers"], "text_heads": text["heads"], "embed_dim": model["embed_dim"],
             "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
             "pixel_mean": pixels.get("mean", PIXEL_MEAN), "pixel_std": pixels.get("std", PIXEL_STD),
+            "resize_mode": pixels.get("resize_mode") or "shortest", "fill_color": pixels.get("fill_color", 0),
+            "interpolation": "bilinear" if pixels.get("interpolation") == "bilinear" else "bicubic",
             "loss": "sigmoid" if model.get("init_logit_bias") is not None else "softmax",
         }  # fmt: skip
         return _resolved(config, fields), text.get("context_length", 77), text.get("vocab_size", 49_408)
@@ -290,7 +302,8 @@ def _from_weights(config: ClipConfig, state: Mapping[str, Tensor], path: Path) -
             "image_heads": D // HEAD_WIDTHS.get(D, HEAD_WIDTH),
             "image_mlp_ratio": len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]) / D,
             "text_width": text_width, "text_depth": _depth(state, ""), "text_heads": text_width // HEAD_WIDTH, "embed_dim": embed_dim,
-            "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD, "loss": "sigmoid" if "logit_bias" in state else "softmax",
+            "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD, "resize_mode": "shortest", "interpolation": "bicubic",
+            "loss": "sigmoid" if "logit_bias" in state else "softmax",
         }  # fmt: skip
         return _resolved(config, fields), len(state["positional_embedding"]), len(state["token_embedding.weight"])
     except (KeyError, ValueError) as error:
@@ -318,8 +331,10 @@ def to_config(model: CLIP) -> dict[str, Any]:
         told["quick_gelu"] = True
     if config.loss == "sigmoid":
         told |= {"init_logit_scale": model.logit_scale.item(), "init_logit_bias": model.logit_bias.item()}
-    pixels = {"size": config.image_size_px, "mode": "RGB", "mean": config.pixel_mean, "std": config.pixel_std, "resize_mode": "longest"}
-    return {"model_cfg": told, "preprocess_cfg": pixels | {"interpolation": "bicubic", "fill_color": 255}}
+    pixels = {"size": config.image_size_px, "mode": "RGB", "mean": config.pixel_mean, "std": config.pixel_std}
+    pixels |= {"resize_mode": config.resize_mode, "fill_color": config.fill_color}
+    pixels["interpolation"] = "bilinear" if config.interpolation == "bilinear" else "bicubic"  # it has nothing nearer to `area`
+    return {"model_cfg": told, "preprocess_cfg": pixels}
 
 
 def _to_their_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -338,3 +353,10 @@ def _to_their_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
         "pad_id": 0, "pad_type_id": 0, "pad_token": next(word for word, number in vocab.items() if number == 0),
     }  # fmt: skip
     return told
+
+
+def _to_their_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Tell transformers how to read `tokenizer.json`. It pads with the end, which is read where it stands first; 0 is a word of its own."""
+    _, start, end = SPECIAL
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.context}
+    return told | {"bos_token": start, "eos_token": end, "pad_token": end}

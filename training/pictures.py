@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from infra.errors import CallerError, DataError
+from training.look import WHOLE, Interpolation, Look
 
 READERS = 4
 CACHE_BYTES = 4 << 30
@@ -27,6 +28,13 @@ FILE_BYTES, FILE_PIXELS, FILE_SIDE_PX = 64 << 20, 64 << 20, 4096
 PLACE = ("shard", "member", "offset", "size_bytes", "sha256")
 """Columns of a keep list that say where a picture's bytes lie and what they are."""
 FORMATS = ("PNG", "JPEG", "WEBP")
+LONGEST = 16
+"""Times its shorter side that a picture's longer one counts where its middle is cut out."""
+KERNELS: dict[Interpolation, Image.Resampling] = {
+    "area": Image.Resampling.BOX,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 MEND = 'delete that ingest folder and run again, or set broken_pictures = "skip" in this stage\'s section'
 
 
@@ -37,21 +45,23 @@ def read_table(path: Path, split: str | None = None, columns: Sequence[str] | No
     return pa.concat_tables([pq.read_table(file, columns=columns, filters=filters) for file in files])
 
 
-def decode(data: bytes, side_px: int, name: str) -> np.ndarray:
-    """Decode a picture to RGB, uint8 (S, S, 3): on white where it is transparent or not square, resized by area. Raises DataError."""
+def decode(data: bytes, side_px: int, name: str, look: Look = WHOLE) -> np.ndarray:
+    """Decode a picture to an RGB square, uint8 (S, S, 3), as `as_square` says. Raises DataError."""
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None  # OpenCV raises on nothing
     if picture is None or picture.dtype != np.uint8:
         raise DataError(f"{name} is not an 8-bit picture that can be read: give a PNG, JPEG or WebP file")
-    return as_square(picture, side_px)
+    return as_square(picture, side_px, look)
 
 
-def as_square(picture: np.ndarray, side_px: int) -> np.ndarray:
-    """Turn a decoded picture, uint8 grey, BGR or BGRA, into an RGB square of that side, as `decode` says."""
+def as_square(picture: np.ndarray, side_px: int, look: Look = WHOLE) -> np.ndarray:
+    """Turn a decoded picture, uint8 grey, BGR or BGRA, into an RGB square of that side: on white where it is transparent."""
     if picture.ndim == 2:
         picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
     if picture.shape[2] == 4:
         alpha = picture[..., 3:].astype(np.float32) / 255
         picture = (picture[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+    if look != WHOLE:
+        return _as_open_clip(picture[..., ::-1], side_px, look)
     height, width = picture.shape[:2]
     if height != width:
         top, left = max(width - height, 0) // 2, max(height - width, 0) // 2
@@ -62,7 +72,28 @@ def as_square(picture: np.ndarray, side_px: int) -> np.ndarray:
     return np.ascontiguousarray(picture[..., ::-1])
 
 
-def read_file(file: Path, side_px: int) -> np.ndarray:
+def _as_open_clip(picture: np.ndarray, side_px: int, look: Look) -> np.ndarray:
+    """Make an RGB picture, uint8 (H, W, 3), a square by Pillow, whose resizing is what open_clip's transforms are made of."""
+    if look.resize == "shortest":  # of a very long one, which would be large at any side, only the middle is cropped anyway
+        (height, width), most = picture.shape[:2], LONGEST * min(picture.shape[:2])
+        top, left = max(height - most, 0) // 2, max(width - most, 0) // 2
+        picture = picture[top : top + most, left : left + most]
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    width, height = side_px, side_px
+    if look.resize != "squash":
+        whole = max(image.size) if look.resize == "longest" else min(image.size)
+        as_it_rounds = round if look.resize == "longest" else int  # timm does, torchvision cuts
+        width, height = (max(1, as_it_rounds(side * side_px / whole)) for side in image.size)
+    resized = image.resize((width, height), KERNELS[look.interpolation])
+    if look.resize == "shortest":
+        left, top = round((width - side_px) / 2), round((height - side_px) / 2)
+        return np.array(resized.crop((left, top, left + side_px, top + side_px)))
+    square = Image.new("RGB", (side_px, side_px), (look.fill,) * 3)
+    square.paste(resized, ((side_px - width) // 2, (side_px - height) // 2))
+    return np.array(square)
+
+
+def read_file(file: Path, side_px: int, look: Look = WHOLE) -> np.ndarray:
     """Read a person's picture file as an RGB square, uint8 (S, S, 3), upright and on white. Raises CallerError in one line.
 
     The file may be hostile: its size and the size that its header tells are bounded before a pixel is decoded.
@@ -100,7 +131,7 @@ def read_file(file: Path, side_px: int) -> np.ndarray:
     ) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__  # Pillow's messages hold the whole header
         raise CallerError(f"{file} cannot be read as a picture ({reason}): give a PNG, JPEG or WebP file") from None
-    return as_square(np.asarray(picture)[..., ::-1], side_px)
+    return as_square(np.asarray(picture)[..., ::-1], side_px, look)
 
 
 class Pictures:
@@ -109,8 +140,8 @@ class Pictures:
     Holds PLACE of every row, some 130 bytes, and the pictures themselves where they fit into CACHE_BYTES.
     """
 
-    def __init__(self, table: pa.Table, shards: Path, side_px: int) -> None:
-        self.shards, self.side_px = shards, side_px
+    def __init__(self, table: pa.Table, shards: Path, side_px: int, look: Look = WHOLE) -> None:
+        self.shards, self.side_px, self.look = shards, side_px, look
         self.places = table.select(PLACE).combine_chunks()
         self.readers = ThreadPoolExecutor(READERS)
         self.cache: Tensor | None = None
@@ -150,4 +181,4 @@ class Pictures:
             raise DataError(f"shard {place['shard']} in {self.shards} ends before {place['member']} does: {MEND}")
         if hashlib.sha256(data).hexdigest() != place["sha256"]:
             raise DataError(f"{name} is not what curate saw (SHA-256 differs): {MEND}")
-        return decode(data, self.side_px, name)
+        return decode(data, self.side_px, name, self.look)

@@ -55,6 +55,14 @@ def answer(open_clip: Any, told: dict[str, Any]) -> Any:
         return True
     if told["do"] == "ids":
         return open_clip.SimpleTokenizer(context_length=77)(told["texts"]).tolist()
+    if told["do"] == "tokens":
+        return open_clip.get_tokenizer(f"local-dir:{told['folder']}")(told["texts"]).tolist()
+    if told["do"] == "show":
+        from PIL import Image
+
+        _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{told['folder']}")
+        torch.save(transform(Image.open(told["picture"])), told["out"])
+        return True
     if told["do"] == "published":
         return [open_clip.get_pretrained_cfg(*name.split("/"))["hf_hub"].rstrip("/") for name in told["names"]]
     raise ValueError(told["do"])
