@@ -1,10 +1,13 @@
 """What CLIP learns in a given time, beside open_clip on the same pictures, captions, cores and seconds: retrieval and zero-shot.
 
     make peers && python -m tests.benchmarks.clip_quality_vs_open_clip --root ROOT [--recipe quickstart] [--seconds 300] [--threads 1]
+        [--seeds 3] [--towers ResNet ViT]
 
 ROOT holds a run's ingest and curate stages. Ours is the recipe's own [clip]; open_clip has the towers that it offers for such pictures: a
 ViT and its ResNet, of about as many parameters, trained as its trainer does with the better of its usual learning rates for small models.
-Both read pictures from memory. Prints recall@5 of held-out pairs and top-1 over the held-out pictures' own names, one seed.
+Both read pictures from memory, and who goes first changes with the seed. Prints recall@5 of held-out pairs and top-1 over the held-out
+pictures' own names, of every seed and their mean, and ours less theirs with the bootstrap's 95 % interval over concepts: both answer the
+same questions, so it is each question's difference, averaged over the seeds, that is resampled.
 """
 
 import argparse
@@ -13,17 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flows.config import RunConfig, load_recipe
-from indexing.retrieval import retrieval
-from indexing.zero_shot import class_embeddings, score
+from indexing.intervals import mean_figure
+from indexing.retrieval import right_places
+from indexing.zero_shot import ranks
 from tests.benchmarks.clip_vs_open_clip import PEERS, PYTHON
 from training import clip as clip_model
 from training import embeddings, jobs, loop
@@ -33,7 +39,7 @@ from training.pictures import Pictures, read_table
 from training.tokenizer import Tokenizer
 
 SPLITS = ("held_out_concept", "held_out_style")
-CALIBRATION_STEPS = 6
+CALIBRATION_STEPS, RESAMPLES = 6, 10_000
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}
 TOWERS: dict[str, dict[str, Any]] = {
     "ViT": {"layers": 4, "width": 128, "head_width": 32, "patch_size": 4},
@@ -41,25 +47,41 @@ TOWERS: dict[str, dict[str, Any]] = {
 }
 
 
-def judge(images: Tensor, texts: Tensor, names: Tensor, rows: list[dict[str, Any]], classes: list[str]) -> dict[str, float]:
-    """Return recall@5 both ways and top-1 for unit vectors of pictures and their first captions, and of the classes' names."""
-    groups = [row["concept"] for row in rows]
-    found = retrieval(images.numpy(), texts.numpy(), [row["sha256"] for row in rows], [row["caption"] for row in rows], groups, 2, 0)
-    prompts = class_embeddings(lambda _: names.numpy(), classes, ["{}"])
-    labels = [classes.index(row["caption"]) for row in rows]
-    top = score(images.numpy() @ prompts.T, labels, classes, groups, 2, 0)
+Judged = dict[str, tuple[NDArray[np.bool_], NDArray[np.str_]]]
+"""By figure: whether each question was answered right, and the questions' concepts."""
+
+
+@dataclass
+class Training:
+    """What one training came to: the images seen, the seconds taken, and what was judged of each split."""
+
+    seen: int
+    seconds: float
+    judged: list[Judged]
+
+
+def judge(images: Tensor, texts: Tensor, names: Tensor, rows: list[dict[str, Any]], classes: list[str]) -> Judged:
+    """Judge recall@5 both ways and top-1 for unit vectors of pictures, their first captions, and the classes' names."""
+    concepts = np.array([row["concept"] for row in rows])
+    (pictures, picture_of), (captions, caption_of) = (
+        np.unique([row[name] for row in rows], return_index=True, return_inverse=True)[1:] for name in ("sha256", "caption")
+    )
+    image, text = images.numpy()[pictures], texts.numpy()[captions]
+    labels = np.array([classes.index(row["caption"]) for row in rows])
     return {
-        "image to text R@5": found["image_to_text"]["recall@5"]["value"],
-        "text to image R@5": found["text_to_image"]["recall@5"]["value"],
-        "zero-shot top-1": top["top_1"]["value"],
+        "image to text R@5": (right_places(image, text, picture_of, caption_of) < 5, concepts[pictures]),
+        "text to image R@5": (right_places(text, image, caption_of, picture_of) < 5, concepts[captions]),
+        "zero-shot top-1": (ranks(images.numpy() @ names.numpy().T, labels) < 1, concepts),
     }
 
 
-def train_ours(config: RunConfig, pictures: Pictures, phrasings: list[list[str]], seconds: float) -> tuple[CLIP, Tokenizer, int, float]:
+def train_ours(
+    config: RunConfig, pictures: Pictures, phrasings: list[list[str]], seconds: float, seed: int
+) -> tuple[CLIP, Tokenizer, int, float]:
     """Train the recipe's CLIP for that long; returns it with its averaged weights, and the images seen and seconds taken."""
     tokenizer = Tokenizer.fit((text for each in phrasings for text in each), config.tokenizer)
     texts = embeddings.Captions(pa.array(phrasings), tokenizer)
-    torch.manual_seed(config.clip.seed)
+    torch.manual_seed(seed)
     model = CLIP(config.clip, tokenizer.vocab_size, tokenizer.context)
     side_px = config.clip.image_size_px
 
@@ -73,7 +95,7 @@ def train_ours(config: RunConfig, pictures: Pictures, phrasings: list[list[str]]
     for rehearsal in (True, True, False):  # the first reads the pictures, the second sees how many images fit
         model.load_state_dict(start)
         started_s = time.monotonic()
-        section = config.clip.model_copy(update={"images": images, "state_every_s": 1e9})
+        section = config.clip.model_copy(update={"images": images, "state_every_s": 1e9, "seed": seed})
         with tempfile.TemporaryDirectory() as folder:
             averaged = loop.run(model, section, loss_of, Path(folder), model.clamp_logit_scale)
         seen, taken_s = images, time.monotonic() - started_s
@@ -88,13 +110,47 @@ def newest(stage: Path) -> Path:
     return max(stage.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime).parent
 
 
+def train_theirs(
+    tower: str, config: RunConfig, chosen: argparse.Namespace, seed: int, folder: Path, held: list[tuple[list[dict[str, Any]], list[str]]]
+) -> Training:
+    """Train one of open_clip's models in its own process for as long, and judge it alike; `folder` holds the data."""
+    shape = {"embed_dim": config.clip.embed_dim, "vision_cfg": {"image_size": config.clip.image_size_px} | TOWERS[tower], "text_cfg": TEXT}
+    told = {
+        "data": str(folder / "data.pt"), "config": shape, "seconds": chosen.seconds, "threads": chosen.threads, "seed": seed,
+        "out": str(folder / "out.pt"),
+        "batch": config.clip.batch_size, "learning_rate": 1e-3, "weight_decay": 0.1, "bf16": config.clip.precision == "bf16",
+    }  # fmt: skip
+    (folder / "told.json").write_text(json.dumps(told))
+    subprocess.run([str(PYTHON), str(PEERS / "peers" / "open_clip_training.py"), str(folder / "told.json")], check=True)
+    found = torch.load(folder / "out.pt")
+    judged, image, text = [], 0, 0
+    for rows, classes in held:
+        count = len(rows)
+        images, captions = found["image"][image : image + count], found["text"][text : text + count]
+        names = found["text"][text + count : text + count + len(classes)]
+        judged.append(judge(images, captions, names, rows, classes))
+        image, text = image + count, text + count + len(classes)
+    return Training(found["images_seen"], found["seconds"], judged)
+
+
+def difference(ours: list[Training], theirs: list[Training], place: int, figure: str) -> str:
+    """Tell ours less theirs in a split's figure, averaged over the seeds, with its interval over concepts."""
+    gain = sum(
+        a.judged[place][figure][0].astype(float) - b.judged[place][figure][0].astype(float) for a, b in zip(ours, theirs, strict=True)
+    )
+    found = mean_figure(gain / len(ours), ours[0].judged[place][figure][1], RESAMPLES, 0)
+    return f"{found['value']:+.1%} ({found['low']:+.1%} to {found['high']:+.1%})"
+
+
 def main() -> int:
-    """Train both and print the table."""
+    """Train all, seed by seed in turns, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path)
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--towers", nargs="+", choices=list(TOWERS), default=list(TOWERS))
     chosen = parser.parse_args()
     if not PYTHON.exists() or chosen.root is None:
         print("skipped: needs open_clip (make peers) and --root with a run's data")
@@ -107,58 +163,45 @@ def main() -> int:
     parts = {split: table.filter(np.array(table["split"]) == split) for split in ("train", *SPLITS)}
     pictures = {split: Pictures(part, ingest / "shards", side_px) for split, part in parts.items()}
     phrasings = parts["train"]["captions"].to_pylist()
-    rows = {split: parts[split].to_pylist() for split in SPLITS}
-    classes = {split: sorted({row["caption"] for row in rows[split]}) for split in SPLITS}
-    model, tokenizer, seen, seconds = train_ours(config, pictures["train"], phrasings, chosen.seconds)
-    results = [("ours", seen, seconds, [
-        judge(
-            clip_model.embed_images(model, pictures[split][range(len(rows[split]))]),
-            clip_model.embed_texts(model, tokenizer, [row["caption"] for row in rows[split]]),
-            clip_model.embed_texts(model, tokenizer, classes[split]), rows[split], classes[split],
-        ) for split in SPLITS])]  # fmt: skip
-    for tower, vision in TOWERS.items():
-        results.append(train_theirs(tower, vision, config, chosen, pictures, phrasings, rows, classes))
-    print(f"{chosen.seconds:g} s, {chosen.threads} thread(s), {len(phrasings):,} training pairs")
-    for name, seen, seconds, figures in results:
-        for split, each in zip(SPLITS, figures, strict=True):
-            told = ", ".join(f"{key} {value:6.1%}" for key, value in each.items())
-            size = f"{len(rows[split])} pairs, {len(classes[split])} names"
-            print(f"{name:<18} {seen:9,} images in {seconds:5.0f} s  {split:<17} {told}  ({size})")
-    return 0
-
-
-def train_theirs(
-    tower: str, vision: dict[str, Any], config: RunConfig, chosen: argparse.Namespace, pictures: dict[str, Pictures],
-    phrasings: list[list[str]], rows: dict[str, list[dict[str, Any]]], classes: dict[str, list[str]],
-) -> tuple[str, int, float, list[dict[str, float]]]:  # fmt: skip
-    """Train one of open_clip's models in its own process for as long, and judge it alike."""
-    counts = torch.tensor([len(each) for each in phrasings])
-    texts = [text for split in SPLITS for text in ([row["caption"] for row in rows[split]] + classes[split])]
+    images = [pictures[split][range(len(pictures[split]))] for split in SPLITS]
+    held = [(rows, sorted({row["caption"] for row in rows})) for rows in (parts[split].to_pylist() for split in SPLITS)]
+    trained: dict[str, list[Training]] = {name: [] for name in ("ours", *chosen.towers)}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, counts = Path(name), torch.tensor([len(each) for each in phrasings])
         data = {
             "images": pictures["train"][range(len(phrasings))], "phrasings": [text for each in phrasings for text in each],
-            "firsts": counts.cumsum(0) - counts, "counts": counts, "texts": texts,
-            "held_out": torch.cat([pictures[split][range(len(rows[split]))] for split in SPLITS]),
+            "firsts": counts.cumsum(0) - counts, "counts": counts, "held_out": torch.cat(images),
+            "texts": [text for rows, classes in held for text in ([row["caption"] for row in rows] + classes)],
         }  # fmt: skip
         torch.save(data, folder / "data.pt")
-        shape = {"embed_dim": config.clip.embed_dim, "vision_cfg": {"image_size": config.clip.image_size_px} | vision, "text_cfg": TEXT}
-        told = {
-            "data": str(folder / "data.pt"), "config": shape, "seconds": chosen.seconds, "threads": chosen.threads,
-            "out": str(folder / "out.pt"),
-            "batch": config.clip.batch_size, "learning_rate": 1e-3, "weight_decay": 0.1, "bf16": config.clip.precision == "bf16",
-        }  # fmt: skip
-        (folder / "told.json").write_text(json.dumps(told))
-        subprocess.run([str(PYTHON), str(PEERS / "peers" / "open_clip_training.py"), str(folder / "told.json")], check=True)
-        found = torch.load(folder / "out.pt")
-    figures, image, text = [], 0, 0
-    for split in SPLITS:
-        count = len(rows[split])
-        images, captions = found["image"][image : image + count], found["text"][text : text + count]
-        names = found["text"][text + count : text + count + len(classes[split])]
-        figures.append(judge(images, captions, names, rows[split], classes[split]))
-        image, text = image + count, text + count + len(classes[split])
-    return f"open_clip {tower}", found["images_seen"], found["seconds"], figures
+        for seed in range(chosen.seeds):
+            for side in trained if seed % 2 == 0 else reversed(trained):
+                if side != "ours":
+                    trained[side].append(train_theirs(side, config, chosen, seed, folder, held))
+                    continue
+                model, tokenizer, seen, seconds = train_ours(config, pictures["train"], phrasings, chosen.seconds, seed)
+                judged = [
+                    judge(
+                        clip_model.embed_images(model, each),
+                        clip_model.embed_texts(model, tokenizer, [row["caption"] for row in rows]),
+                        clip_model.embed_texts(model, tokenizer, classes), rows, classes,
+                    ) for each, (rows, classes) in zip(images, held, strict=True)]  # fmt: skip
+                trained[side].append(Training(seen, seconds, judged))
+    print(f"{chosen.seconds:g} s, {chosen.threads} thread(s), {len(phrasings):,} training pairs, {chosen.seeds} seed(s)")
+    for side, each in trained.items():
+        print(f"{side:<8} images seen: {', '.join(f'{one.seen:,} in {one.seconds:.0f} s' for one in each)}")
+    for place, (split, (rows, classes)) in enumerate(zip(SPLITS, held, strict=True)):
+        print(f"{split}: {len(rows)} pairs, {len(classes)} names")
+        for figure in trained["ours"][0].judged[place]:
+            print(f"  {figure}")
+            for side, each in trained.items():
+                values = [float(one.judged[place][figure][0].mean()) for one in each]
+                told = f"{np.mean(values):6.1%}  (seeds: {', '.join(f'{value:.1%}' for value in values)})"
+                print(
+                    f"    {side:<8} {told}"
+                    + (f"  ours less this {difference(trained['ours'], each, place, figure)}" if side != "ours" else "")
+                )
+    return 0
 
 
 if __name__ == "__main__":

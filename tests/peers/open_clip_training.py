@@ -1,6 +1,6 @@
 """Trains open_clip for a given time on pictures and captions from a file, as its trainer does, and embeds what is held out.
 
-    python open_clip_training.py TOLD.json: `data` (images, phrasings, held-out images, texts), `config`, `seconds`, `threads`, `out`
+    python open_clip_training.py TOLD.json: `data` (images, phrasings, what is held out), `config`, `seconds`, `seed`, `threads`, `out`
 
 AdamW without decay on gains and biases, warm-up and cosine to nothing over the steps that fit into the time, clamped temperature, texts
 padded to the model's context. Knows nothing of ours.
@@ -22,7 +22,7 @@ CALIBRATION_STEPS = 4
 def main() -> None:
     told = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(told["threads"])
-    torch.manual_seed(0)
+    torch.manual_seed(told["seed"])
     open_clip = import_open_clip()
     data = torch.load(told["data"])
     context = told["config"]["text_cfg"]["context_length"]
