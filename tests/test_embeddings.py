@@ -123,3 +123,15 @@ def test_more_parts_than_four_digits_name_are_refused_before_anything_is_embedde
             tmp_path,
             tmp_path,
         )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_a_share_of_the_draws_is_the_first_phrasing_and_the_others_fall_on_all_alike(share: float) -> None:
+    count, phrasings = 30_000, 3
+    chance = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    chance[0] = 1 - 2**-24
+    found = embeddings.towards_first(chance, share)
+    drawn = torch.bincount((found * phrasings).long(), minlength=phrasings) / count
+    other = (1 - share) / phrasings
+    torch.testing.assert_close(drawn, torch.tensor([share + other, other, other]), atol=0.01, rtol=0)
+    assert share or found.equal(chance), "a share of nothing must change nothing"

@@ -81,6 +81,8 @@ class ClipConfig(LoopConfig):
     """Let torch compile the towers (minutes at the start, worth it on a GPU)."""
     style_captions: bool = True
     """Train on all phrasings of a picture, one drawn anew each time it is seen; otherwise on the first one only."""
+    first_caption: float = Field(default=0.0, ge=0, le=1)
+    """Share of these draws that are the first phrasing, which search and retrieval mostly ask by; the others fall on all alike."""
     broken_pictures: OnBroken = "stop"
     """What to do about pictures whose shard is missing, cut or altered: `stop` with one line, or `skip` them, counted in the manifest."""
 

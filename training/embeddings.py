@@ -114,3 +114,8 @@ class Captions:
             return clip.encode_text(self.ids(phrasing).to(device)).cpu()
 
         return embed
+
+
+def towards_first(chance: Tensor, share: float) -> Tensor:
+    """Turn chances in [0, 1) for `Captions.draw` into such that `share` of them pick the first phrasing and the others any."""
+    return torch.where(chance < share, 0.0, (chance - share) / max(1 - share, 1e-9)).clamp_(max=1 - 2**-24)

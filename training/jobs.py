@@ -103,7 +103,7 @@ def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str
 
     def loss_of(step: Step) -> Tensor:
         rows = step.samples(len(pictures))
-        ids, _ = texts.draw(rows, step.uniform(PHRASING))
+        ids, _ = texts.draw(rows, embeddings.towards_first(step.uniform(PHRASING), config.first_caption))
         pixels = to_pixels(pictures[rows].to(device), config.image_size_px)
         pictures.read_ahead(step.next().samples(len(pictures)))
         return loss(shifted(pixels, step.uniform(SHIFT, 2)), ids.to(device))

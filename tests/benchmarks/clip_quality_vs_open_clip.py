@@ -5,9 +5,9 @@
 
 ROOT holds a run's ingest and curate stages. Ours is the recipe's own [clip]; open_clip has the towers that it offers for such pictures: a
 ViT and its ResNet, of about as many parameters, trained as its trainer does with the better of its usual learning rates for small models.
-Both read pictures from memory, and who goes first changes with the seed. Prints recall@5 of held-out pairs and top-1 over the held-out
-pictures' own names, of every seed and their mean, and ours less theirs with the bootstrap's 95 % interval over concepts: both answer the
-same questions, so it is each question's difference, averaged over the seeds, that is resampled.
+Both read pictures from memory and draw phrasings alike; who goes first changes with the seed. Prints recall@5 of held-out pairs and top-1
+over the held-out pictures' own names, of every seed and their mean, and ours less theirs with the bootstrap's 95 % interval over concepts:
+both answer the same questions, so it is each question's difference, averaged over the seeds, that is resampled.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def train_ours(
 
     def loss_of(step: Step) -> Tensor:
         rows = step.samples(len(pictures))
-        ids, _ = texts.draw(rows, step.uniform(jobs.PHRASING))
+        ids, _ = texts.draw(rows, embeddings.towards_first(step.uniform(jobs.PHRASING), config.clip.first_caption))
         return model.loss(jobs.shifted(to_pixels(pictures[rows], side_px), step.uniform(jobs.SHIFT, 2)), ids)
 
     start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -117,7 +117,7 @@ def train_theirs(
     shape = {"embed_dim": config.clip.embed_dim, "vision_cfg": {"image_size": config.clip.image_size_px} | TOWERS[tower], "text_cfg": TEXT}
     told = {
         "data": str(folder / "data.pt"), "config": shape, "seconds": chosen.seconds, "threads": chosen.threads, "seed": seed,
-        "out": str(folder / "out.pt"),
+        "out": str(folder / "out.pt"), "first_caption": config.clip.first_caption,
         "batch": config.clip.batch_size, "learning_rate": 1e-3, "weight_decay": 0.1, "bf16": config.clip.precision == "bf16",
     }  # fmt: skip
     (folder / "told.json").write_text(json.dumps(told))

@@ -46,7 +46,8 @@ def main() -> None:
         if len(order) < batch:
             order = torch.cat([order, torch.randperm(len(images))])
         rows, order = order[:batch], order[batch:]
-        phrasing = data["firsts"][rows] + (torch.rand(batch) * data["counts"][rows]).long()
+        chance = torch.rand(batch).where(torch.rand(batch) >= told["first_caption"], 0.0)
+        phrasing = data["firsts"][rows] + (chance * data["counts"][rows]).long()
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=told["bf16"]):
             image, text, scale = model(normalised(images[rows]), ids[phrasing])
