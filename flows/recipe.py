@@ -5,6 +5,7 @@ Knows no section: `flows/config.py` brings the model. Reads recipe files only.
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,11 @@ from pydantic import BaseModel, ValidationError
 from infra.errors import CallerError
 
 Model = TypeVar("Model", bound=BaseModel)
+SECRET = re.compile(
+    r"://[^/?#\s]*@|[?&](x-(amz|goog)-(signature|credential|security-token)|awsaccesskeyid|signature|sig|(access_)?token|api_?key|password)=",
+    re.IGNORECASE,
+)
+"""An URL with a name and a password in it, or a signed one."""
 BUILT_IN = Path(__file__).parent / "recipes"
 
 
@@ -31,11 +37,31 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the recipe's sections as a tree, its `extends` resolved and the overrides (`clip.width=256`) applied. Raises CallerError."""
+    """Return the recipe's sections as a tree, its `extends` resolved and the overrides (`clip.width=256`) applied.
+
+    Raises CallerError, also for an URL that carries credentials: a recipe is kept in every manifest, in jobs and in Prefect's parameters.
+    """
     tree = _read(path, ())
     for override in overrides:
         _apply(tree, override)
+    for section, value in tree.items():
+        place = _secret_in(value, "")
+        if place is not None:
+            raise CallerError(
+                f"{path.name}: [{section}] {place.lstrip('.')} holds credentials (a user, a password or a signature in an URL): "
+                "a recipe is recorded, give them in the environment"
+            )
     return tree
+
+
+def _secret_in(value: Any, place: str) -> str | None:
+    """Return where in a value the first URL with credentials is, or None; the URL itself is not to be shown."""
+    if isinstance(value, str):
+        return place if SECRET.search(value) else None
+    parts = [(f".{name}", each) for name, each in value.items()] if isinstance(value, dict) else []
+    parts += [(f"[{number}]", each) for number, each in enumerate(value)] if isinstance(value, list) else []
+    found = (_secret_in(each, place + part) for part, each in parts)
+    return next((each for each in found if each is not None), None)
 
 
 def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:

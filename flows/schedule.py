@@ -3,10 +3,12 @@
 A deployment runs `flows/pipeline.py:run_pipeline` from this installation in a process work pool. Runs of one ROOT share a work queue
 that lets one through; a run whose process has vanished (its heartbeats stop) is marked crashed, so that it does not block the queue.
 Secrets stay in the worker's environment; the webhook's URL, often a secret itself, comes from the environment too.
+`python -m flows.schedule ROOT` makes the queue alone and prints its name, for deployments from `infra/prefect.yaml`.
 """
 
 import hashlib
 import shlex
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +43,17 @@ class Plan:
 def queue_of(root_uri: str) -> str:
     """Return the name of the work queue that all deployments into a ROOT share."""
     return f"root-{hashlib.sha256(root_uri.encode()).hexdigest()[:12]}"
+
+
+def prepared_queue(root_uri: str) -> str:
+    """Make the work queue of a ROOT, which lets one run through, and the watch over runs that vanish; return the queue's name."""
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    with _client() as client:
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
+        _one_at_a_time(client, queue_of(root_uri))
+        _watch_vanished(client)
+    return queue_of(root_uri)
 
 
 def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
@@ -218,3 +231,9 @@ def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, block: UUI
         owner_resource=f"prefect.deployment.{deployment}",
     )
     client.create_automation(told)
+
+
+if __name__ == "__main__":
+    from flows.options import open_for
+
+    print(prepared_queue(open_for(sys.argv[1], for_writing=False).uri))

@@ -48,6 +48,8 @@ class JobServer:
         """Keep asking for `silence_limit_s` where the server does not answer."""
         if not address.startswith(("http://", "https://")):
             raise CallerError(f"--address {address}: must be the address of Ray's job server, such as http://head:8265")
+        if "@" in address:
+            raise CallerError("--address must not hold credentials, Prefect and logs show it: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN")
         self.address, self.silence_limit_s = address, silence_limit_s
         self.client: Any = None
 

@@ -74,7 +74,7 @@ def test_every_pod_follows_kubernetes_schema_and_is_not_root(pod: dict[str, Any]
     for container in pod["spec"]["containers"]:
         assert container["image"] == versions()["UNCLIP_IMAGE"]
         assert container["resources"]["limits"]["memory"], "a pod without a limit takes its node down with it"
-        assert not SECRETS & {each["name"] for each in container.get("env", [])}, "secrets come from the Secret alone"
+        assert not SECRETS & {each["name"] for each in container.get("env", []) if "value" in each}, "secrets come from the Secret alone"
         mounted = {each["name"] for each in container.get("volumeMounts", [])}
         assert mounted <= {each["name"] for each in pod["spec"].get("volumes", [])}
 
@@ -97,6 +97,21 @@ def test_ray_clusters_have_what_kuberay_asks_for() -> None:
             assert group["groupName"] and group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
             assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "KubeRay takes strings"
     assert job["shutdownAfterJobFinishes"]
+
+
+def test_every_ray_cluster_and_its_driver_take_the_same_token_from_the_secret() -> None:
+    """KubeRay gives it to its own containers (the autoscaler's, a job's submitter) only where the cluster's spec asks for it."""
+    clusters = {"RayCluster": "", "RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+    for _, resource in ALL:
+        if resource["kind"] in clusters:
+            spec = resource["spec"].get(clusters[resource["kind"]], resource["spec"])
+            assert spec["authOptions"] == {"mode": "token", "secretName": "unclip"}, resource["kind"]
+            own = [each["name"] for pod in pods(spec) for container in pod["spec"]["containers"] for each in container.get("env", [])]
+            assert not [name for name in own if name.startswith("RAY_AUTH")], "one that is there already is not replaced by KubeRay"
+    (driver,) = [resource for _, resource in ALL if resource["kind"] == "CronJob"]
+    variables = {each["name"]: each for each in pods(driver)[0]["spec"]["containers"][0]["env"]}
+    assert variables["RAY_AUTH_MODE"]["value"] == "token"
+    assert variables["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "unclip", "key": "auth_token"}
 
 
 def test_the_ray_service_is_a_config_that_serve_takes_and_an_application_that_there_is() -> None:
@@ -192,6 +207,10 @@ def test_prefects_file_names_the_flow_and_parameters_that_there_are() -> None:
     signature = source.partition(f"def {function}(")[2].partition(") ->")[0]
     assert all(f"{name}:" in signature for name in deployment["parameters"])
     assert deployment["concurrency_limit"]["limit"] == 1
+    (step,) = documents_of_prefect()["build"]
+    made = step["prefect.deployments.steps.run_shell_script"]
+    assert made["env"]["ROOT"] == deployment["parameters"]["root"], "the queue that is made is that of the ROOT that is written"
+    assert deployment["work_pool"]["work_queue_name"] == f"{{{{ {made['id']}.stdout }}}}"
 
 
 def documents_of_prefect() -> dict[str, Any]:

@@ -130,3 +130,32 @@ def test_a_recipe_that_extends_itself_or_nothing_is_named(tmp_path: Path) -> Non
 def test_a_recipe_that_is_not_there_lists_those_that_are() -> None:
     with pytest.raises(CallerError, match="there is no recipe quikstart: give a TOML file or one of"):
         find_recipe("quikstart")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIA:hush-hush@bucket/list.parquet",
+        "https://me:hush-hush@example.org/list.csv",
+        "https://bucket.s3.amazonaws.com/list?X-Amz-Credential=AKIA&X-Amz-Signature=hush-hush",
+        "https://storage.googleapis.com/list?x-goog-signature=hush-hush",
+        "https://blob.example.org/list?sv=1&sig=hush-hush",
+    ],
+)
+def test_an_url_with_credentials_is_refused_without_showing_them(url: str, tmp_path: Path) -> None:
+    source = f'[[clip.sources]]\nkind = "far"\nurl = "https://example.org/list"\n[[clip.sources]]\nkind = "far"\nurl = "{url}"\n'
+    said = complaint(source, tmp_path)
+    assert said.startswith("my.toml: [clip] sources[1].url holds credentials") and "hush-hush" not in said and "environment" in said
+    overridden = complaint("", tmp_path, f"clip.loss={url}")
+    assert "[clip] loss holds credentials" in overridden and "hush-hush" not in overridden
+
+
+def test_an_url_without_credentials_is_none(tmp_path: Path) -> None:
+    for url in (
+        "s3://bucket/a@b.parquet",
+        "https://example.org/list?page=2&signed=no",
+        "me@example.org",
+        "unclip (+https://x.org; a@b.org)",
+    ):
+        (tmp_path / "my.toml").write_text(f'[[clip.sources]]\nkind = "far"\nurl = "{url}"\n')
+        assert read_recipe(tmp_path / "my.toml")["clip"]["sources"][0]["url"] == url

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +17,11 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.schedule import queue_of
+from flows.schedule import VANISHED_AFTER_S, queue_of
+from tests.ray_cluster import HERE, RayCluster
 from tests.s3_server import free_ports
 from tests.test_pipeline import processes
+from tests.test_submit import jobs
 from tests.tiny import LIMIT_S, prepare, ran, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -155,10 +158,88 @@ def test_a_cron_schedule_is_kept_with_its_time_zone_and_a_wrong_one_is_the_calle
         assert code == 2 and len(err.splitlines()) == 1, err
 
 
+def test_prefects_own_deploy_makes_the_deployment_in_the_queue_of_its_root(up: Up) -> None:
+    environment = os.environ | {"PREFECT_API_URL": up.api, "PREFECT_HOME": str(up.folder / "home"), "PYTHONPATH": str(HERE)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "infra/prefect.yaml"]
+    done = subprocess.run(deploy, cwd=HERE, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = httpx.get(f"{up.api}/deployments/name/unclip/nightly", timeout=LIMIT_S).raise_for_status().json()
+    try:
+        assert made["entrypoint"] == "flows/pipeline.py:run_pipeline" and made["parameters"]["root"] == "unclip-data"
+        assert made["pull_steps"][0]["prefect.deployments.steps.set_working_directory"]["directory"] == str(HERE)
+        assert [each["schedule"]["cron"] for each in made["schedules"]] == ["0 3 * * *"]
+        assert made["global_concurrency_limit"]["limit"] == 1
+        assert made["work_queue_name"] == queue_of(str(HERE / "unclip-data")), "what `unclip schedule --root unclip-data` shares"
+        queue = httpx.get(f"{up.api}/work_pools/unclip/queues/{made['work_queue_name']}", timeout=LIMIT_S).raise_for_status().json()
+        assert queue["concurrency_limit"] == 1
+    finally:
+        httpx.delete(f"{up.api}/deployments/{made['id']}", timeout=LIMIT_S).raise_for_status()
+    assert not (HERE / "unclip-data").exists()
+
+
+def process_of(run: dict[str, Any]) -> int:
+    """Return the process of a flow run, which carries the run's id in its environment, or 0."""
+    return next(iter(processes(f"PREFECT__FLOW_RUN_ID={run['id']}")), 0)
+
+
+def running(up: Up) -> tuple[dict[str, Any], int] | None:
+    return next(((run, pid) for run in up.ended("RUNNING") if (pid := process_of(run))), None)
+
+
+def test_a_run_that_is_killed_is_crashed_and_told(up: Up) -> None:
+    up.webhook.posted.clear()
+    run, pid = up.until(lambda: running(up))
+    os.kill(pid, signal.SIGKILL)
+    up.until(lambda: run["id"] in {each["id"] for each in up.ended("CRASHED")})
+    up.until(lambda: [told for told in up.webhook.posted if "Crashed" in told], 120)
+    assert json.loads(up.webhook.posted[0])["text"].startswith("unclip tiny: run tiny Crashed")
+    before = len(up.ended("COMPLETED"))
+    up.until(lambda: len(up.ended("COMPLETED")) > before)
+
+
+def test_a_run_whose_machine_has_vanished_is_marked_crashed_and_frees_its_queue(up: Up) -> None:
+    """Worker and run stand still, as if their machine had lost power: neither tells the server of an end."""
+    (worker,) = [pid for pid in processes(str(up.folder)) if b"\0worker\0start\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    run, pid = up.until(lambda: running(up))
+    started = time.monotonic()
+    try:
+        for each in (worker, pid):
+            os.kill(each, signal.SIGSTOP)
+        crashed = up.until(lambda: next((each for each in up.ended("CRASHED") if each["id"] == run["id"]), None), 300)
+        assert crashed["state"]["message"].startswith("no heartbeat for") and time.monotonic() - started >= VANISHED_AFTER_S / 2
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.kill(worker, signal.SIGCONT)
+    before = len(up.ended("COMPLETED"))
+    up.until(lambda: len(up.ended("COMPLETED")) > before)
+
+
+def test_cancelling_a_run_through_prefect_stops_its_ray_job(up: Up) -> None:
+    with RayCluster() as cluster, cluster.joined():
+        flow = httpx.post(f"{up.api}/flows/", json={"name": "deployed-fakes"}, timeout=LIMIT_S).raise_for_status().json()
+        asked: dict[str, Any] = {
+            "name": "cancelled",
+            "flow_id": flow["id"],
+            "entrypoint": "tests.deployed_fakes.run_fakes",
+            "work_pool_name": "unclip",
+            "parameters": {"root": str(up.folder / "cancelled"), "jobs": cluster.address, "seconds": 300},
+            "job_variables": {"working_dir": str(HERE), "env": cluster.environment | {"PYTHONPATH": str(HERE)}},
+        }
+        deployment = httpx.post(f"{up.api}/deployments/", json=asked, timeout=LIMIT_S).raise_for_status().json()
+        run = httpx.post(f"{up.api}/deployments/{deployment['id']}/create_flow_run", json={}, timeout=LIMIT_S).raise_for_status().json()
+        up.until(lambda: list(jobs(cluster, up.folder / "cancelled").values()) == ["RUNNING"])
+        cancelling = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+        httpx.post(f"{up.api}/flow_runs/{run['id']}/set_state", json=cancelling, timeout=LIMIT_S).raise_for_status()
+        up.until(lambda: list(jobs(cluster, up.folder / "cancelled").values()) == ["STOPPED"], 90)
+        up.until(lambda: [each for each in up.runs("cancelled") if each["state_type"] == "CANCELLED"], 90)
+        up.until(lambda: not cluster.processes("tests.fake_job"), 30)
+
+
 def test_a_failed_run_is_told_to_the_webhook_and_the_next_goes_on(up: Up) -> None:
     shutil.move(up.folder / "pictures", up.folder / "away")
     up.until(lambda: up.ended("FAILED"))
-    told = json.loads(up.until(lambda: up.webhook.posted, 60)[0])
+    told = json.loads(up.until(lambda: [each for each in up.webhook.posted if "Failed" in each], 60)[0])
     assert "unclip tiny: run tiny Failed" in told["text"] and "is not there" in told["text"]
     shutil.move(up.folder / "away", up.folder / "pictures")
     before = len(up.ended("COMPLETED"))

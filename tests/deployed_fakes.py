@@ -1,0 +1,19 @@
+"""A flow over the first fake stage, for a deployment: `tests.deployed_fakes.run_fakes`, which a worker starts as it starts the real one."""
+
+from typing import Any
+
+from prefect import flow
+
+from flows import submission
+from flows.pipeline import run_stages
+from infra.storage import open_root
+from tests.fakes import FAKES, FakeConfig, FakeSection
+
+
+@flow(name="deployed-fakes", persist_result=False)
+def run_fakes(root: str, jobs: str, seconds: float) -> dict[str, Any]:
+    """Hand the stage, which takes so many seconds, to the Ray job server at `jobs`."""
+    submission.ENTRYPOINT = "tests.fake_job"
+    config: Any = FakeConfig(data=FakeSection(seconds=seconds))
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"upload_code": False})})
+    return run_stages(config, open_root(root), "fakes", "fakes", FAKES[:1], jobs)
