@@ -158,14 +158,15 @@ def relations(
             charts.append(searched.chart)
             equal_calls.append(searched.gains)
         pictures.append(_shown(prompts, plain, chosen, row, out))
+    found_rows: list[list[sections.Cell]] = [
+        [row, *gains.values()] for row, gains in zip((each for each in rows if each in config.searched), equal_calls, strict=True)
+    ]
     if equal_calls:
-        found_rows: list[list[sections.Cell]] = [
-            [row, *gains.values()] for row, gains in zip((each for each in rows if each in config.searched), equal_calls, strict=True)
-        ]
+        most = budgets_of(M)[-1]
         caption = (
-            f"Search against plain sampling at equal calls, {M * config.steps} for a returned picture. Plain sampling has more steps "
-            "or several samples, of which one is returned unjudged; what search adds to the better of these, in percentage points, is "
-            "paired by prompt"
+            f"Search against plain sampling at equal calls, {most} times {config.steps} = {most * config.steps} for a returned picture. "
+            "Plain sampling has more steps or several samples, of which one is returned unjudged; what search adds to the better of "
+            "these, in percentage points, is paired by prompt"
         )
         tables.append(sections.table(caption, ["Row", *equal_calls[0]], found_rows))
     if (parts := _shares(prompts, plain, resamples, seed)) is not None:
@@ -182,9 +183,22 @@ def relations(
         "samples of a prompt, one right and one wrong, how often CLIP scores the right one higher; 50 % is blind.",
         f"Costs are calls of the decoder for one returned picture, a guided call counted once. Seed {seed}, guidance the decoder's own.",
     ]
+    untold = [
+        f"{name} for {row[0]}"
+        for row in found_rows
+        for name, gain in zip(equal_calls[0], row[1:], strict=True)
+        if isinstance(gain, dict) and gain.get("unit") == "points" and gain["low"] is not None and gain["low"] <= 0 <= gain["high"]
+    ]
+    if untold:
+        text.append(f"Not told from plain sampling at equal calls, since the interval holds zero: {', '.join(untold)}.")
     if read_text is None:
         text.append("Writing is not measured: no reader of text is installed (evaluation-packages.txt names one).")
     return sections.section(title, text, tables, pictures, charts)
+
+
+def budgets_of(samples: int) -> list[int]:
+    """Return how many samples searches are tried with: the powers of two up to those that are drawn."""
+    return [2**power for power in range(samples.bit_length())]
 
 
 def _row_figures(plain: Measured, chosen: NDArray[np.bool_], M: int, resamples: int, seed: int) -> list[Figure]:
@@ -211,35 +225,34 @@ def _searched(
 ) -> Searched:
     """Return success against calls for one row, and what search gains over plain sampling at the most calls."""
     right, share, cosine = plain.is_right[chosen], plain.share[chosen], plain.cosine[chosen]
-    groups, M = np.arange(len(some)), config.samples
-    budgets = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= M]
+    groups, budgets = np.arange(len(some)), budgets_of(config.samples)
+    most = budgets[-1]
 
     def over_prompts(values: Sequence[float] | NDArray[Any]) -> Figure:
         return mean_figure(values, groups, resamples, seed)
 
     one = over_prompts(right.mean(1))
-    longer = measured(some, 1, config.steps * budgets[-1], "").is_right[:, 0]
-    plainly = {"more steps": longer, f"one of {M}, unjudged": right.mean(1)}
+    longer = measured(some, 1, config.steps * most, "").is_right[:, 0]
+    plainly = {"more steps": longer, f"one of {most}, unjudged": right.mean(1)}
     better = max(plainly.values(), key=lambda values: float(values.mean()))
     gains = {name: over_prompts(values) for name, values in plainly.items()}
     series: dict[str, list[tuple[float, Figure]]] = {
-        "one sample, more steps": [(config.steps, one), (config.steps * budgets[-1], over_prompts(longer))],
+        "one sample, more steps": [(config.steps, one), (config.steps * most, over_prompts(longer))],
     }
     for by, scores in (("CLIP", cosine), ("checker", share)):
         best = {n: [best_of(s, r, n) for s, r in zip(scores, right, strict=True)] for n in budgets}
         series[f"best of n by {by}"] = [(n * config.steps, over_prompts(best[n])) for n in budgets]
-        gains[f"best of {budgets[-1]} by {by}"] = _gain(best[budgets[-1]], better, resamples, seed)
+        gains[f"best of {most} by {by}"] = _gain(best[most], better, resamples, seed)
         points: list[tuple[float, Figure]] = [(config.steps, one)]
-        values: list[float] = []
         for n in budgets:
             if n > config.keep and n % config.keep == 0:
                 found = measured(some, n, config.steps, by)
                 judged = found.cosine if by == "CLIP" else found.share
                 values = [best_of(s, r, n) for s, r in zip(judged, found.is_right, strict=True)]
                 points.append((n * config.steps, over_prompts(values)))
+                if n == most:
+                    gains[f"beam of {most} by {by}"] = _gain(values, better, resamples, seed)
         series[f"beam by {by}"] = points
-        if values:
-            gains[f"beam of {budgets[-1]} by {by}"] = _gain(values, better, resamples, seed)
     title = f"Success against compute: {row}"
     return Searched(sections.lines(title, "decoder calls for one returned picture", "right", series, is_log_x=True), gains)
 

@@ -107,8 +107,28 @@ def test_search_by_the_checker_beats_one_sample_and_a_blind_clip_does_not_help(t
     plain = max(figure["value"] for figure in gains[1:3])
     assert plain > min(figure["value"] for figure in gains[1:3])
     by_checker = dict(zip(against["head"], gains, strict=True))["best of 4 by checker"]
+    untold = [name for name, gain in zip(against["head"][3:], gains[3:], strict=True) if gain["low"] <= 0 <= gain["high"]]
+    (said,) = [each for each in found["text"] if each.startswith("Not told from plain sampling")]
+    assert untold and all(f"{name} for position" in said for name in untold) and said.count(" for position") == len(untold)
     assert by_checker["unit"] == "points" and by_checker["value"] == pytest.approx(100 * (series["best of n by checker"][40] - plain))
     assert found["tables"][3]["rows"][0][:2] == ["position", 3]
+
+
+@pytest.mark.parametrize(("samples", "most"), [(2, 2), (6, 4), (8, 8), (9, 8)])
+def test_equal_calls_are_those_that_were_made(tmp_path: Path, samples: int, most: int) -> None:
+    calls: list[tuple[int, int, bool]] = []
+    config = CONFIG.model_copy(update={"samples": samples})
+    found = relations(config, write(tmp_path), texts_of, blind, drawer(0.4, calls), None, 200, 0, tmp_path / "out")
+    (against,) = [each for each in found["tables"] if each["caption"].startswith("Search against")]
+    assert f" = {10 * most} for a returned picture" in against["caption"]
+    beams = [f"beam of {most} by {by}" for by in ("CLIP", "checker") if most > config.keep]
+    assert set(against["head"][1:]) == {
+        "more steps",
+        f"one of {most}, unjudged",
+        *(f"best of {most} by {by}" for by in ("CLIP", "checker")),
+        *beams,
+    }
+    assert max(members * steps for members, steps, is_scored in calls if is_scored or members == 1) == 10 * most
 
 
 def test_the_characters_of_signs_are_counted_beside_those_of_drawn_ones(tmp_path: Path) -> None:
