@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from infra.cluster import Cluster, ClusterConfig
 from infra.errors import DataError
-from tests.kept import COUNT, TINY, write_kept
+from tests.kept import COUNT, TINY, write_kept, write_tokenizer
 from training import jobs, soundness
 from training.pictures import read_table
 from training.tokenizer import Tokenizer, TokenizerConfig
@@ -106,6 +106,23 @@ def test_a_worker_waits_for_the_others_as_long_as_the_cluster_section_says(tmp_p
     for cluster in (ClusterConfig(), ClusterConfig(collective_timeout_s=7)):
         jobs._run_group({"work": str(tmp_path)}, "clip", cluster, 2)
     assert [each.timeout_s for each in asked] == [1800, 7]
+
+
+def test_pictures_read_ahead_of_the_steps_train_as_held_ones_do_and_waiting_is_logged(root: Path, tmp_path: Path) -> None:
+    weights, waiting = [], []
+    for name, how in (
+        ("held", {}),
+        ("read", {"cache_bytes": 0, "ahead_steps": 3, "readers": 2}),
+        ("late", {"cache_bytes": 0, "ahead_steps": 0}),
+    ):
+        _, work = folders(tmp_path / name, "clip")
+        write_tokenizer(root, work)
+        soundness.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
+        model, _ = jobs.fit_clip(TINY.model_copy(update=how), {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+        weights.append(model.state_dict())
+        waiting.append(json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["waiting"])
+    assert all(value.equal(each[key]) for each in weights[1:] for key, value in weights[0].items())
+    assert waiting[0] == 0 < waiting[2] < 1 and 0 <= waiting[1] < 1
 
 
 def test_moved_pictures_keep_their_content_and_let_white_in() -> None:

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,3 +123,36 @@ def test_pictures_read_ahead_are_the_pictures(root: Path, monkeypatch: pytest.Mo
     assert set(read.ahead) == {3, 40, 0}
     assert read[rows].equal(cached[rows]) and not read.ahead
     assert read[range(COUNT)].equal(cached[range(COUNT)])
+
+
+def test_pictures_are_read_as_they_lie_and_waiting_for_them_is_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = read_table(root / "curate" / "keep.parquet")
+    places = list(zip(table["shard"].to_pylist(), table["offset"].to_pylist(), strict=True))
+    read: list[int] = []
+    opened: list[str] = []
+    usual, usually = Pictures._read, Path.open
+
+    def note(self: Pictures, row: int) -> np.ndarray:
+        read.append(row)
+        time.sleep(0.005)
+        return usual(self, row)
+
+    def opening(self: Path, *arguments: Any) -> Any:
+        opened.append(self.name)
+        return usually(self, *arguments)
+
+    monkeypatch.setattr(Pictures, "_read", note)
+    monkeypatch.setattr(Path, "open", opening)
+    pictures = Pictures(table, root / "ingest" / "shards", 16, readers=1, cache_bytes=0)
+    rows = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+    assert pictures.cache is None and pictures.waited_s == 0
+    assert pictures[rows].shape == (COUNT, 16, 16, 3)
+    assert [places[row] for row in read] == sorted(places) != [places[row] for row in rows.tolist()]
+    assert opened == sorted({shard for shard, _ in places}), "each shard is opened once"
+    assert pictures.waited_s >= 0.9 * 0.005 * COUNT
+    before = pictures.waited_s
+    pictures.read_ahead(rows[:5])
+    for future in pictures.ahead.values():
+        future.result()
+    assert pictures[rows[:5]].shape == (5, 16, 16, 3)
+    assert pictures.waited_s - before < 0.005

@@ -172,7 +172,12 @@ def _embed_rows(config: EmbedConfig, table: pa.Table, use_gpu: bool, ingest: Pat
     model.to("cuda" if use_gpu else "cpu")
     pictures = Pictures(table, ingest / "shards", model.config.image_size_px, model.config.look)
     rows = torch.arange(len(pictures)).split(config.batch_size)
-    images = torch.cat([clip_model.embed_images(model, pictures[part], config.batch_size) for part in rows])
+    vectors = []
+    for part, after in zip(rows, [*rows[1:], rows[-1][:0]], strict=True):
+        squares = pictures[part]
+        pictures.read_ahead(after)
+        vectors.append(clip_model.embed_images(model, squares, config.batch_size))
+    images = torch.cat(vectors)
     texts = clip_model.embed_texts(model, tokenizer, table["caption"].to_pylist(), config.batch_size)
     return {"img_emb": images.numpy().astype(np.float16), "text_emb": texts.numpy().astype(np.float16)}
 

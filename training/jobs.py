@@ -29,6 +29,7 @@ from training import clip as clip_model
 from training import embeddings, loop, open_clip, priors, sharding, soundness
 from training.clip import CLIP, ClipConfig, to_pixels
 from training.decoder import Decoder, DecoderConfig
+from training.look import WHOLE, Look
 from training.loop import LoopConfig, Step
 from training.parallel import world
 from training.pictures import PLACE, Pictures, read_table
@@ -94,7 +95,7 @@ def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str
     table = read_table(paths["curate"] / "keep.parquet", "train", ["caption", "captions", "key", *PLACE])
     table = table.filter(pa.array(soundness.is_kept(table, work)))
     tokenizer = Tokenizer.load(work / "tokenizer.json")
-    pictures = Pictures(table, paths["ingest"] / "shards", config.image_size_px, config.look)
+    pictures = _pictures(table, paths, config, config.image_size_px, config.look)
     texts = embeddings.Captions(table["captions"] if config.style_captions else alone(table["caption"]), tokenizer)
     del table
     torch.manual_seed(config.seed)
@@ -105,10 +106,10 @@ def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str
         rows = step.samples(len(pictures))
         ids, _ = texts.draw(rows, embeddings.towards_first(step.uniform(PHRASING), config.first_caption))
         pixels = to_pixels(pictures[rows].to(device), config.image_size_px)
-        pictures.read_ahead(step.next().samples(len(pictures)))
+        _read_ahead(pictures, step, config.ahead_steps)
         return loss(shifted(pixels, step.uniform(SHIFT, 2)), ids.to(device))
 
-    return model, loop.run(model, config, loss_of, work, model.clamp_logit_scale)
+    return model, loop.run(model, config, loss_of, work, model.clamp_logit_scale, lambda: pictures.waited_s)
 
 
 def fit_prior(config: PriorConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -144,7 +145,7 @@ def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, devic
     table, z_i = embeddings.read(paths["embed"], "train", ["captions", "key", *PLACE])
     kept = soundness.is_kept(table, work)
     table, z_i = table.filter(pa.array(kept)), z_i.where(kept)
-    pictures = Pictures(table, paths["ingest"] / "shards", config.image_size_px)
+    pictures = _pictures(table, paths, config, config.image_size_px)
     texts = embeddings.Captions(table["captions"], tokenizer)
     del table
     torch.manual_seed(config.seed)
@@ -154,25 +155,36 @@ def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, devic
         rows = step.samples(len(z_i))
         ids, _ = texts.draw(rows, step.uniform(PHRASING))
         x_0 = to_pixels(pictures[rows].to(device), config.image_size_px)
-        pictures.read_ahead(step.next().samples(len(pictures)))
+        _read_ahead(pictures, step, config.ahead_steps)
         return model.loss(step, x_0, z_i[rows].to(device), ids.to(device))
 
-    return model, loop.run(model, config, loss_of, work)
+    return model, loop.run(model, config, loss_of, work, waited_s=lambda: pictures.waited_s)
 
 
 def fit_upsampler(config: UpsamplerConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_upsampler`."""
     table = read_table(paths["curate"] / "keep.parquet", "train", ["key", *PLACE])
-    pictures = Pictures(table.filter(pa.array(soundness.is_kept(table, work))), paths["ingest"] / "shards", config.image_size_px)
+    pictures = _pictures(table.filter(pa.array(soundness.is_kept(table, work))), paths, config, config.image_size_px)
     torch.manual_seed(config.seed)
     model = Upsampler(config).to(device)
 
     def loss_of(step: Step) -> Tensor:
         x_0 = pictures[step.samples(len(pictures))]
-        pictures.read_ahead(step.next().samples(len(pictures)))
+        _read_ahead(pictures, step, config.ahead_steps)
         return model.loss(step, x_0)
 
-    return model, loop.run(model, config, loss_of, work)
+    return model, loop.run(model, config, loss_of, work, waited_s=lambda: pictures.waited_s)
+
+
+def _pictures(table: pa.Table, paths: dict[str, Path], config: LoopConfig, side_px: int, look: Look = WHOLE) -> Pictures:
+    return Pictures(table, paths["ingest"] / "shards", side_px, look, config.readers, config.cache_bytes)
+
+
+def _read_ahead(pictures: Pictures, step: Step, steps: int) -> None:
+    """Begin to read what the next steps will ask for."""
+    for _ in range(steps if pictures.cache is None else 0):
+        step = step.next()
+        pictures.read_ahead(step.samples(len(pictures)))
 
 
 def alone(captions: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -67,7 +67,15 @@ class LoopConfig(Section):
     """`never`: the newest model of these very settings stays although its data has changed, as long as what it builds on (CLIP) is the
     same; a nightly run then embeds and indexes what is new and trains nothing."""
 
-    outside_key: ClassVar[frozenset[str]] = frozenset({"state_every_s", "shard", "retrain"})
+    readers: int = Field(default=4, ge=1, le=256)
+    """Threads of each worker that read and decode pictures."""
+    ahead_steps: int = Field(default=2, ge=0, le=64)
+    """For how many steps pictures are decoded before they are asked for; a worker holds its share of so many batches. Whether that is
+    enough says `waiting` in metrics.jsonl: the share of the time in which the first worker waited for pictures."""
+    cache_bytes: int = Field(default=4 << 30, ge=0)
+    """Decoded pictures are held from the start, instead, where all of them fit into this; every worker holds its own."""
+
+    outside_key: ClassVar[frozenset[str]] = frozenset({"state_every_s", "shard", "retrain", "readers", "ahead_steps", "cache_bytes"})
 
 
 @dataclass(frozen=True)
@@ -164,10 +172,12 @@ def run(
     loss_of: Callable[[Step], Tensor],
     work: Path,
     after_step: Callable[[], None] | None = None,
+    waited_s: Callable[[], float] | None = None,
 ) -> dict[str, Tensor]:
     """Train the model in place and return its averaged (EMA) weights; resumes from `work/state.pt` where that exists.
 
-    `loss_of(step)` returns the mean loss over this worker's b samples. Called by every worker with equal arguments. Where the model is
+    `loss_of(step)` returns the mean loss over this worker's b samples; `waited_s()` for how long it waited for data so far, which is
+    logged as a share of the time (`waiting`). Called by every worker with equal arguments. Where the model is
     sharded it stays so, and the averaged weights are the first worker's alone. Raises DataError when the loss is no longer finite.
     """
     rank, workers = world()
@@ -212,6 +222,8 @@ def run(
                     raise DataError(f"the loss is {value} after {seen:,} images: lower learning_rate (now {config.learning_rate:g})")
                 if metrics and (last or now - logged_s >= 0.5):
                     row = {"images_seen": seen, "loss": round(value, 6), "seconds": round(spent_s + now - started_s, 2)}
+                    if waited_s:
+                        row["waiting"] = round(waited_s() / max(now - started_s, 1e-9), 4)
                     metrics.write(json.dumps(row) + "\n")
                     metrics.flush()
                     logged_s = now

@@ -6,14 +6,18 @@ the keep list's SHA-256 as they are read.
 
 import hashlib
 import struct
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps
@@ -137,18 +141,26 @@ def read_file(file: Path, side_px: int, look: Look = WHOLE) -> np.ndarray:
 class Pictures:
     """The pictures of a table's rows at one side length; `pictures[rows]` is uint8 (len(rows), S, S, 3) on the CPU.
 
-    Holds PLACE of every row, some 130 bytes, and the pictures themselves where they fit into CACHE_BYTES.
+    Holds PLACE of every row, some 140 bytes, and the pictures themselves where they fit into `cache_bytes` (CACHE_BYTES unless told).
     """
 
-    def __init__(self, table: pa.Table, shards: Path, side_px: int, look: Look = WHOLE) -> None:
+    def __init__(
+        self, table: pa.Table, shards: Path, side_px: int, look: Look = WHOLE, readers: int = READERS, cache_bytes: int | None = None
+    ) -> None:
         self.shards, self.side_px, self.look = shards, side_px, look
         self.places = table.select(PLACE).combine_chunks()
-        self.readers = ThreadPoolExecutor(READERS)
+        in_order = pc.sort_indices(self.places, [("shard", "ascending"), ("offset", "ascending")]).to_numpy()
+        self.rank = np.empty(len(in_order), np.int64)
+        self.rank[in_order] = np.arange(len(in_order))
+        self.readers = ThreadPoolExecutor(readers)
+        self.opened = threading.local()
+        self.waited_s = 0.0
+        """For how long it was waited for pictures that had not been read yet."""
         self.cache: Tensor | None = None
         self.ahead: dict[int, Future[np.ndarray]] = {}
-        if len(self) * side_px * side_px * 3 <= CACHE_BYTES:
+        if len(self) * side_px * side_px * 3 <= (CACHE_BYTES if cache_bytes is None else cache_bytes):
             cache = torch.empty(len(self), side_px, side_px, 3, dtype=torch.uint8)
-            for row, picture in enumerate(self.readers.map(self._read, range(len(self)))):
+            for row, picture in zip(in_order.tolist(), self.readers.map(self._read, in_order.tolist()), strict=True):
                 cache[row] = torch.from_numpy(picture)
             self.cache = cache
 
@@ -160,21 +172,34 @@ class Pictures:
         if self.cache is not None:
             return self.cache[wanted]
         self.read_ahead(wanted)
+        started_s = time.perf_counter()
         found = {row: self.ahead.pop(row).result() for row in set(wanted.tolist())}
+        self.waited_s += time.perf_counter() - started_s
         return torch.from_numpy(np.stack([found[row] for row in wanted.tolist()]))
 
     def read_ahead(self, rows: Tensor) -> None:
-        """Begin to read and decode the rows that will be asked for next, so that a step never waits for them."""
+        """Begin to read and decode rows that will be asked for, as they lie in the shards, so that a step need not wait for them."""
         if self.cache is None:
-            self.ahead |= {row: self.readers.submit(self._read, row) for row in dict.fromkeys(rows.tolist()) if row not in self.ahead}
+            new = sorted({*rows.tolist()} - self.ahead.keys(), key=self.rank.__getitem__)
+            self.ahead |= {row: self.readers.submit(self._read, row) for row in new}
+
+    def _open(self, shard: str) -> BinaryIO:
+        """Return a shard, open; each reader keeps the last one, since the next row mostly lies in it as well."""
+        if getattr(self.opened, "shard", None) != shard:
+            if hasattr(self.opened, "file"):
+                self.opened.file.close()
+            self.opened.shard, self.opened.file = None, (self.shards / shard).open("rb")
+            self.opened.shard = shard
+        file: BinaryIO = self.opened.file
+        return file
 
     def _read(self, row: int) -> np.ndarray:
         place = {name: column[row].as_py() for name, column in zip(PLACE, self.places.columns, strict=True)}
         name = f"{place['shard']}/{place['member']}"
         try:
-            with (self.shards / place["shard"]).open("rb") as file:
-                file.seek(place["offset"])
-                data = file.read(place["size_bytes"])
+            file = self._open(place["shard"])
+            file.seek(place["offset"])
+            data = file.read(place["size_bytes"])
         except FileNotFoundError:
             raise DataError(f"shard {place['shard']} is missing from {self.shards}: {MEND}") from None
         if len(data) < place["size_bytes"]:
