@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flows import comparing, enlarging, explaining, export, indexes, lecture, making, manipulating, scheduling, serving, using
+from flows import comparing, enlarging, explaining, export, indexes, lecture, making, manipulating, pruning, scheduling, serving, using
 from infra.errors import UnclipError
 from infra.storage import complaint
 
@@ -37,6 +37,7 @@ report = typer.Typer(help="Reports of runs.", no_args_is_help=True, rich_markup_
 app.command()(making.run)
 app.command()(making.status)
 app.command()(explaining.recipe)
+app.command()(pruning.prune)
 for _stage in ("ingest", "curate", "embed", "dedup", "evaluate"):
     app.command(_stage, help=f"Run the stage {_stage}, with what it needs.")(making.verb(_stage))
 for _stage in ("clip", "prior", "decoder", "upsampler", "upsampler_2"):
