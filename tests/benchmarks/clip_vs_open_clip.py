@@ -4,18 +4,29 @@
 
 Ours is the real training loop with its clipped gradients and averaged weights; open_clip's is its train_one_epoch without its logging.
 open_clip pads texts to 77 tokens as it comes; as it could be set up, to the longest caption of all. Figures are medians of rounds.
+The rows `_shards` are ours reading JPEG pictures of 256 px from tar shards that the page cache has let go, each picture once, decoded by
+readers beside the training threads (on their cores, where there are no others), next to open_clip's figure from memory. Without turns,
+since readers would work on in open_clip's.
 """
 
 import argparse
+import hashlib
+import io
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -23,12 +34,14 @@ from training import clip as clip_model
 from training import loop, open_clip
 from training.clip import CLIP, ClipConfig
 from training.loop import Step
+from training.pictures import Pictures
 from training.tokenizer import Tokenizer
 
 PEERS = Path(__file__).parent.parent
 PYTHON = PEERS.parent / ".peers" / "open_clip" / "bin" / "python"
 SHAPE = {"width": 192, "depth": 6, "patch_px": 8, "image_size_px": 64, "text_width": 192, "text_depth": 6, "embed_dim": 192}
 BATCH, BATCHES = 64, 8
+STORED_PX, SHARDS = 256, 4
 WORDS = {
     "a": ["a", "the", "one", "two", "an old", "a small", "a bright red", "a young"],
     "b": ["man", "woman", "dog", "cat", "bus", "train", "plate of food", "child", "zebra", "kitchen table", "surfer", "umbrella"],
@@ -68,7 +81,7 @@ class Peer:
 
 
 def train(
-    config: ClipConfig, pixels: Tensor, ids: list[Tensor], peer: Peer, steps: int, rounds: int, contexts: list[int]
+    config: ClipConfig, pixels: Callable[[Step], Tensor], ids: list[Tensor], peer: Peer, steps: int, rounds: int, contexts: list[int]
 ) -> dict[str, float]:
     """Train with our loop; between rounds of steps open_clip has its turn. Returns samples/s, ours and theirs by context."""
     torch.manual_seed(0)
@@ -83,12 +96,48 @@ def train(
             for context in contexts:
                 taken[str(context)].append(peer("train", steps, context, config.precision == "bf16"))
             started_s = time.perf_counter()
-        return model.loss(pixels[step.number % BATCHES], ids[step.number % BATCHES])
+        return model.loss(pixels(step), ids[step.number % BATCHES])
 
     with tempfile.TemporaryDirectory() as folder:
         loop.run(model, config.model_copy(update={"images": BATCH * steps * (rounds + 2)}), loss_of, Path(folder), model.clamp_logit_scale)
     taken["ours"] = taken["ours"][2:]  # the first is none, the second warms up
     return {name: BATCH * steps / statistics.median(each[-rounds:]) for name, each in taken.items()}
+
+
+def write_shards(folder: Path, count: int) -> pa.Table:
+    """Write that many pictures as ingest does, and let go of them; return where they lie."""
+    rng, rows = np.random.default_rng(0), []
+    for number in range(SHARDS):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for place in range(count // SHARDS):
+                rough = rng.integers(0, 256, (STORED_PX // 8, STORED_PX // 8, 3), np.uint8)
+                data = cv2.imencode(".jpg", cv2.resize(rough, (STORED_PX, STORED_PX), interpolation=cv2.INTER_CUBIC))[1].tobytes()
+                member = tarfile.TarInfo(f"{number:05d}{place:04d}.jpg")
+                member.size = len(data)
+                row = {"shard": f"{number:05d}.tar", "member": member.name, "offset": tar.offset + tarfile.BLOCKSIZE}
+                rows.append(row | {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+                tar.addfile(member, io.BytesIO(data))
+        with (folder / f"{number:05d}.tar").open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return pa.Table.from_pylist(rows)
+
+
+def from_shards(config: ClipConfig, ids: list[Tensor], peer: Peer, steps: int, rounds: int) -> tuple[float, float]:
+    """Train with pictures from cold shards; return our samples/s and the share of the time in which a step waited for its pictures."""
+    with tempfile.TemporaryDirectory() as name:
+        count = BATCH * (steps * (rounds + 2) + config.ahead_steps)
+        pictures = Pictures(write_shards(Path(name), count), Path(name), config.image_size_px, readers=config.readers, cache_bytes=0)
+
+        def read(step: Step) -> Tensor:
+            squares = pictures[step.samples(len(pictures))]
+            for later in range(step.number + 1, step.number + 1 + config.ahead_steps):
+                pictures.read_ahead(Step(later, later * BATCH, BATCH, step.seed, 0, 1).samples(len(pictures)))
+            return clip_model.to_pixels(squares, config.image_size_px)
+
+        started_s = time.perf_counter()
+        rate = train(config, read, ids, peer, steps, rounds, [])["ours"]
+        return rate, pictures.waited_s / (time.perf_counter() - started_s)
 
 
 def in_turns(rounds: int, ours: Any, theirs: dict[str, Any]) -> dict[str, float]:
@@ -129,7 +178,9 @@ def measure(threads: int, steps: int, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
     for precision in ("float32", "bf16"):
         section = config.model_copy(update={"precision": precision})
-        found[f"train_{precision}"] = train(section, pixels, ids, peer, steps, rounds, [77, longest])
+        held = train(section, lambda step: pixels[step.number % BATCHES], ids, peer, steps, rounds, [77, longest])
+        rate, found[f"waiting_{precision}"] = from_shards(section, ids, peer, steps, rounds)
+        found |= {f"train_{precision}": held, f"train_{precision}_shards": held | {"ours": rate}}
     torch.manual_seed(0)
     model = CLIP(config, 49_409, 77).eval()
     weights = torch.nn.functional.normalize(torch.randn(192, 1000), dim=0)
@@ -179,7 +230,9 @@ def main() -> int:
         if isinstance(figures, dict) and "ours" in figures:
             theirs = {key: value for key, value in figures.items() if key != "ours"}
             others = "  ".join(f"{key}: {value:10,.1f} ({figures['ours'] / value:5.2f} times)" for key, value in theirs.items())
-            print(f"{name:<18} ours {figures['ours']:10,.1f}/s   open_clip {others}")
+            print(f"{name:<22} ours {figures['ours']:10,.1f}/s   open_clip {others}")
+    told = ", ".join(f"{found[f'waiting_{precision}']:.1%} ({precision})" for precision in ("float32", "bf16"))
+    print(f"of the time from shards, steps waited for pictures: {told}")
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1))
     return 0
