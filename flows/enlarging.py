@@ -5,17 +5,15 @@ The comparison is on held-out pictures, which the up-sampler has not seen: their
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
 from flows.using import Out, RunName, Seed
 from infra.errors import CallerError
+from infra.manifests import Committed
 from infra.storage import Root
-
-if TYPE_CHECKING:
-    from training.upsampler import Upsampler
 
 COMPARED_AT_MOST, SHOWN_AT_MOST = 64, 6
 SIDE_AT_MOST_PX = 4096
@@ -26,10 +24,10 @@ def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]
     import numpy as np
 
     from flows.png import write_sheet
-    from training import enlarge
+    from training import enlarge, upsamplers
     from training.pictures import Pictures, read_table
 
-    model = enlarge.load(out)
+    model = upsamplers.load(out)
     found: dict[str, Any] = {}
     rows, shown = [], []
     for split in ("held_out_style", "held_out_concept"):
@@ -52,14 +50,12 @@ def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]
     return found
 
 
-def load_upsamplers(opened: Root, record: dict[str, Any]) -> "tuple[list[Upsampler], dict[str, str]]":
-    """Return a run's up-samplers in their order, and the keys of their stages. Raises CallerError where it has none."""
+def upsampler_stages(opened: Root, record: dict[str, Any]) -> dict[str, Committed]:
+    """Return the folders of a run's up-samplers in their order. Raises CallerError where it has none."""
     from flows.runs import committed_of
     from flows.stages import UPSAMPLERS
-    from training import enlarge
 
-    stages = {stage: committed_of(opened, record, stage) for stage in UPSAMPLERS if stage == UPSAMPLERS[0] or stage in record["stages"]}
-    return [enlarge.load(committed.local()) for committed in stages.values()], {stage: each.key for stage, each in stages.items()}
+    return {stage: committed_of(opened, record, stage) for stage in UPSAMPLERS if stage == UPSAMPLERS[0] or stage in record["stages"]}
 
 
 def upsample(
@@ -90,18 +86,20 @@ def upsample(
 
     opened = open_for(root, for_writing=False)
     record = find_run(opened, run)
-    models, stages = load_upsamplers(opened, record)
+    stages = upsampler_stages(opened, record)
     from flows.png import write_grid
-    from training import enlarge
+    from training import enlarge, upsamplers
+    from training.generate import SEED_STRIDE
     from training.pictures import read_file
 
+    models = [upsamplers.load(committed.local()) for committed in stages.values()]
     first = models[0].config
     start = side or first.image_size_px // first.factor
     factor = int(np.prod([model.config.factor for model in models]))
     if start * factor > SIDE_AT_MOST_PX:
         raise CallerError(f"--side {start}: {factor} times that is more than {SIDE_AT_MOST_PX} pixels")
     small = np.stack([read_file(image, start) for image in images])
-    made = enlarge.enlarge_by(models, small, seed, steps)
+    made = upsamplers.enlarge(models, small, [seed * SEED_STRIDE + place for place in range(len(small))], steps)
     ways = [
         np.kron(small, np.ones((1, factor, factor, 1), np.uint8)),
         *(enlarge.interpolate(small, factor, name) for name in enlarge.INTERPOLATIONS),
@@ -113,7 +111,8 @@ def upsample(
         "steps": steps,
         "side_px": start,
         "factor": factor,
-    } | stages
+        **{stage: committed.key for stage, committed in stages.items()},
+    }
     name = f"upsample {images[0].stem}{f' and {len(images) - 1} more' if len(images) > 1 else ''}"
     columns = ["small", "bicubic", "Lanczos", "up-sampler"]
     files, grid = write_grid(np.stack(ways, 1), [image.name for image in images], columns, name, seed, settings, out)

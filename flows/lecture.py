@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
-from flows.using import Guidance, Out, RunName, Seed, load_system, spoken
+from flows.using import Guidance, Out, RunName, Seed, guidance_of, load_system, spoken
 from infra.errors import CallerError
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def across_time(
     """Follow generation across time: x_t and the x_0 that the decoder predicts from it (DDPM, figure 6)."""
     prompts = [spoken("across-time", prompt) for prompt in prompts]
     model, steps, settings, _ = _open(root, run, steps)
+    guidance = guidance_of(model, guidance)
     if columns > steps + 1:
         raise CallerError(f"--columns {columns}: {steps} steps have {steps + 1} times at most")
     from flows import latent_grids

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
-from flows.using import Guidance, Out, RunName, Seed, load_system, spoken
+from flows.using import Guidance, Out, RunName, Seed, guidance_of, load_system, spoken
 from infra.errors import CallerError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def vary(
     from training import manipulate
 
     opened = _open(root, run, [image], steps)
+    guidance = guidance_of(opened.model, guidance)
     latents = manipulate.invert(opened.model, opened.pictures, steps, guidance)
     etas = eta or [1.0]
     rows = [
@@ -90,6 +91,7 @@ def interpolate(
     from training import manipulate
 
     opened = _open(root, run, [first, second], steps)
+    guidance = guidance_of(opened.model, guidance)
     model, figures = opened.model, {}
     if slerp_noise:
         latents = manipulate.invert(model, opened.pictures, steps, guidance)
@@ -139,6 +141,7 @@ def textdiff(
     from training import manipulate
 
     opened = _open(root, run, [image], steps)
+    guidance = guidance_of(opened.model, guidance)
     latents = manipulate.invert(opened.model, opened.pictures, steps, guidance)
     try:
         row = manipulate.text_diff(opened.model, latents, before, after, theta, columns, steps, guidance)
@@ -184,6 +187,7 @@ def reconstruct(
     from training.pca import Pca
 
     opened = _open(root, run, images, steps, ("embed",))
+    guidance = guidance_of(opened.model, guidance)
     _, z_train = embeddings.read(opened.stages["embed"].local(), "train")
     dims = [count for count in wanted if count <= z_train.dim]
     if not dims:

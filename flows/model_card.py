@@ -35,7 +35,7 @@ def card(
         f"---\npipeline_tag: text-to-image\ntags: [unclip]\n---\n\n# {plain(record['name'])}",
         f"A text-to-image system of the unCLIP kind (Ramesh et al. 2022, arXiv 2204.06125): CLIP, a prior and a decoder of {side_px} px, "
         f"trained {_day(manifests['clip'])} to {_day(manifests['decoder'])} by the recipe `{plain(record['recipe'])}`.",
-        "## Use\n\n" + USE.format(folder="this folder", side=side_px),
+        "## Use\n\n" + USE.format(folder="this folder", side=side_px) + _enlarged(facts),
         "## Models\n\n" + _models(manifests, facts),
         "## Measured\n\n" + _measured(report),
         "## Data\n\n" + _data(pictures),
@@ -50,6 +50,11 @@ def plain(text: Any) -> str:
     """Return a text as one line that Markdown and HTML read as words."""
     line = " ".join(str(text).split())[:200]
     return "".join(f"&#{ord(letter)};" if letter in "<>&`*_[]()|\\#!~" else letter for letter in line)
+
+
+def _enlarged(facts: Mapping[str, Mapping[str, Any]]) -> str:
+    sides = [each["upsampler"]["image_size_px"] for name, each in facts.items() if name.startswith("upsampler")]
+    return f" `generate(..., upsample=True)` enlarges what it draws to {max(sides)} px." if sides else ""
 
 
 def _models(manifests: Mapping[str, Any], facts: Mapping[str, Any]) -> str:

@@ -24,10 +24,10 @@ def sections(folders: Mapping[str, Path], out: Path) -> "list[Section]":
 
 def _section(stage: str, folder: Path, out: Path) -> "Section":
     from indexing.sections import picture, section, table
-    from training import enlarge
+    from training import enlarge, upsamplers
     from training.upsampler import TILES_AT_ONCE
 
-    model = enlarge.load(folder)
+    model = upsamplers.load(folder)
     config = model.config
     found = json.loads((folder / "comparison.json").read_text())
     side_px = config.image_size_px

@@ -33,6 +33,11 @@ def load_system(opened: Root, run: str | None, more: tuple[str, ...] = ()) -> "t
     return Unclip.load(stages["clip"].local(), stages["prior"].local(), stages["decoder"].local()), record, stages
 
 
+def guidance_of(model: "Unclip", asked: float | None) -> float:
+    """Return the guidance that is drawn with: what was asked, else the recipe's. It is what pictures remember."""
+    return model.decoder.config.guidance if asked is None else asked
+
+
 def spoken(command: str, text: str) -> str:
     """Return a text of the command line, which may hold bytes that are no text. Raises CallerError where it says nothing."""
     if not text.strip():
@@ -97,24 +102,20 @@ def generate(
     prompts = [spoken("generate", prompt) for prompt in prompts]
     opened = open_for(root, for_writing=False)
     model, record, stages = load_system(opened, run)
-    enlarged_by: dict[str, str] = {}
     if upsample:
-        from flows.enlarging import load_upsamplers
+        from flows.enlarging import upsampler_stages
 
-        upsamplers, enlarged_by = load_upsamplers(opened, record)
-    images = model.generate(prompts, count, seed, steps, guidance)
-    if upsample:
-        from training.enlarge import enlarge_by
-
-        flat = enlarge_by(upsamplers, images.reshape(-1, *images.shape[2:]), seed)
-        images = flat.reshape(*images.shape[:2], *flat.shape[1:])
+        behind = upsampler_stages(opened, record)
+        stages |= behind
+        model.upsamplers = tuple(committed.local() for committed in behind.values())
+    steps, guidance = steps or model.decoder.config.sampling_steps, guidance_of(model, guidance)
+    images = model.generate(prompts, count, seed, steps, guidance, upsample)
     settings = {
         "run": record["name"],
         "steps": steps,
         "guidance": guidance,
         "count": count,
         **{stage: committed.key for stage, committed in stages.items()},
-        **enlarged_by,
     }
     from flows.png import write_pictures
 

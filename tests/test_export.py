@@ -1,6 +1,7 @@
 """An exported folder draws what the run draws, without Ray, Prefect and the rest; its card tells where it comes from."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from flows.cli import main
 from flows.export import write_export
@@ -17,6 +19,8 @@ from infra.errors import CallerError, StorageError
 from infra.storage import Root
 from tests.small_systems import write_root
 from training.generate import Unclip
+from training.jobs import write_model
+from training.upsampler import Upsampler, UpsamplerConfig
 
 HERE = Path(__file__).parent.parent
 BLOCKED = (
@@ -34,7 +38,7 @@ import socket
 socket.socket.connect = socket.create_connection = None
 from training.generate import Unclip
 model = Unclip.load(sys.argv[1])
-pictures = model.generate(["a red heart", "blue"], count=2, seed=5)
+pictures = model.generate(["a red heart", "blue"], count=2, seed=5, upsample=len(sys.argv) > 3)
 import numpy as np
 np.save(sys.argv[2], pictures)
 """
@@ -63,6 +67,28 @@ def test_it_draws_the_runs_pictures_with_torch_alone(root: Root, folder: Path, t
     record = find_run(root)
     model = Unclip.load(*(committed_of(root, record, stage).local() for stage in ("clip", "prior", "decoder")))
     assert np.array_equal(np.load(tmp_path / "x.npy"), model.generate(["a red heart", "blue"], count=2, seed=5))
+
+
+def test_its_up_samplers_come_along(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CallerError, match="this system has no up-sampler"):
+        Unclip.load(folder).generate(["blue"], upsample=True)
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    for name, side_px in (("upsampler", 16), ("upsampler_2", 32)):
+        config = UpsamplerConfig(image_size_px=side_px, factor=2, crop_fraction=1, width=8, multiples=(1,), depth=1, T=50, sampling_steps=2)
+        torch.manual_seed(1)
+        model = Upsampler(config).requires_grad_(False)
+        model.leave.weight.normal_(std=0.1)
+        (whole / name).mkdir()
+        write_model("upsampler", model, model.state_dict(), config, whole / name)
+    done = subprocess.run(
+        [sys.executable, "-c", THREE_LINES.format(blocked=set(BLOCKED)), str(whole), str(tmp_path / "x.npy"), "upsample"],
+        cwd=HERE, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "x.npy")
+    assert found.shape == (2, 2, 32, 32, 3)
+    again = Unclip.load(whole).generate(["blue"], count=2, seed=5, upsample=True)[0]
+    assert np.abs(found[1].astype(int) - again).max() <= 1, "a picture depends on its own prompt, seed and place"
 
 
 def test_the_folder_is_whole_and_nothing_stands_beside_it(folder: Path) -> None:
@@ -108,4 +134,10 @@ def test_a_card_tells_the_measured_figures(folder: Path) -> None:
     text = card(lineage["run"], lineage["stages"], facts, {"style": {"<b>|evil": 3}}, report)
     assert "| zero-shot name, held out style: top-1 of 8 | 42.0 % (40.0 to 45.0) | 30 | 12.5 % |" in text
     assert "| CLIP score of samples (its own CLIP) | 31.2 | 6 |  |" in text
+    assert "upsample" not in text
+    facts |= {"upsampler": {"upsampler": {"image_size_px": 16}}, "upsampler_2": {"upsampler": {"image_size_px": 32}}}
+    more = dict.fromkeys(("upsampler", "upsampler_2"), lineage["stages"]["decoder"])
+    assert "`generate(..., upsample=True)` enlarges what it draws to 32 px." in card(
+        lineage["run"], lineage["stages"] | more, facts, {}, None
+    )
     assert "<b>" not in text and plain("<b>|x\ny") == "&#60;b&#62;&#124;x y"

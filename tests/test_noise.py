@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tests.small_systems import write_system
 from training import manipulate
-from training.enlarge import enlarge
 from training.generate import Unclip
 from training.noise import Stream, generators, noise, noise_like
 from training.search import search
 from training.upsampler import Upsampler, UpsamplerConfig
+from training.upsamplers import enlarge
 
 
 def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
@@ -86,9 +86,10 @@ def test_no_two_purposes_pictures_and_steps_share_noise(
     )
     assert len(set(drawn)) == len(drawn)
     assert not np.array_equal(pictures[0], pictures[1]), "equal captions are drawn with noise of their own"
-    for stream in (Stream.UPSAMPLER, Stream.UPSAMPLER_2):
-        enlarge(Upsampler(UpsamplerConfig(image_size_px=64, factor=2, width=8, multiples=(1,), depth=1)), pictures[0], stream=stream)
-    assert len(set(drawn)) == len(drawn)
+    models = [Upsampler(UpsamplerConfig(image_size_px=64 * factor, factor=2, width=8, multiples=(1,), depth=1)) for factor in (1, 2)]
+    before = len(drawn)
+    assert enlarge(models, pictures[0], [0, 1]).shape == (2, 32, 32, 3)
+    assert len(drawn) == before + 4 and len(set(drawn)) == len(drawn)
 
 
 def test_search_shares_no_noise_among_members_and_steps(system: Unclip, drawn: list[tuple[float, ...]]) -> None:

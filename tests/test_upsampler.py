@@ -20,7 +20,7 @@ from flows.stages import STAGES
 from infra import manifests
 from infra.errors import CallerError
 from tests.small_systems import write_root
-from training import degradation, enlarge
+from training import degradation, enlarge, upsamplers
 from training.jobs import write_model
 from training.loop import Step
 from training.upsampler import Upsampler, UpsamplerConfig, count_parameters, crops, shrink, tiles, to_float
@@ -172,7 +172,7 @@ def test_only_the_share_asked_for_is_degraded() -> None:
 def test_a_written_upsampler_enlarges_as_before(learnt: Upsampler, tmp_path: Path) -> None:
     write_model("upsampler", learnt, learnt.state_dict(), CONFIG, tmp_path)
     small = pictures(2, 8)
-    assert np.array_equal(enlarge.enlarge(enlarge.load(tmp_path), small, 3), enlarge.enlarge(learnt, small, 3))
+    assert np.array_equal(upsamplers.enlarge([upsamplers.load(tmp_path)], small, [3, 4]), upsamplers.enlarge([learnt], small, [3, 4]))
     assert count_parameters(CONFIG) == sum(p.numel() for p in learnt.parameters())
 
 
@@ -250,6 +250,8 @@ def test_the_commands_enlarge_what_was_drawn_and_what_is_given(
         with Image.open(result["files"][-1]) as picture:
             assert picture.size == (32, 32)
     assert command("upsample", "disc.png", "--side", "2000")[0] == 2
+    with Image.open(json.loads(command("generate", "blue", "--count", "1")[1])["files"][0]) as picture:
+        assert picture.info["guidance"] == "2.0" and picture.info["steps"] == "2", "what was drawn with, not what was not asked"
 
 
 def test_memory_in_tiles_grows_with_the_picture_alone(learnt: Upsampler) -> None:

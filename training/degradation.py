@@ -6,7 +6,6 @@ Legend: B batch, H x W the small picture.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Degradation = Literal["none", "blur", "bsr"]
+from training.upsampler import Degradation
 
 BLUR_WIDTH, BLUR_SIGMA = 3, 0.6  # unCLIP, appendix C
 NOISE_AT_MOST = 25 / 255  # standard deviation, of the range 0..1

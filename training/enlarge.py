@@ -1,17 +1,13 @@
-"""Enlarging pictures with trained up-samplers, and by how much that beats interpolation on pictures whose large form is known.
+"""By how much enlarging pictures with a trained up-sampler beats interpolation, on pictures whose large form is known, and its memory.
 
-Pictures are uint8 (B, H, W, 3). Reads an up-sampler stage's folder; writes nothing.
+Pictures are uint8 (B, H, W, 3). Reads and writes no files.
 """
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,33 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from training.generate import SEED_STRIDE, to_images
 from training.manipulate import psnr_db
-from training.noise import Stream
-from training.upsampler import Upsampler, UpsamplerConfig, shrink, to_float
+from training.upsampler import Upsampler, shrink, to_float
+from training.upsamplers import enlarge
 
-STREAMS = (Stream.UPSAMPLER, Stream.UPSAMPLER_2)
 INTERPOLATIONS = {"bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
-
-
-def load(folder: Path) -> Upsampler:
-    """Read a trained up-sampler (its averaged weights) from its stage's folder, in evaluation mode."""
-    facts = json.loads((folder / "config.json").read_text())
-    model = Upsampler(UpsamplerConfig.model_validate(facts["upsampler"]))
-    model.load_state_dict(load_file(folder / "weights.safetensors"))
-    return model.eval().requires_grad_(False)
-
-
-def enlarge(model: Upsampler, pictures: np.ndarray, seed: int = 0, steps: int | None = None, stream: int = Stream.UPSAMPLER) -> np.ndarray:
-    """Draw pictures at `factor` times their sides, uint8 (B, f H, f W, 3), one after the other: memory grows with one picture alone."""
-    low, device = to_float(torch.from_numpy(pictures)), next(model.parameters()).device
-    made = [model.sample(x[None].to(device), [seed * SEED_STRIDE + place], steps, stream=stream) for place, x in enumerate(low)]
-    return np.concatenate([to_images(x) for x in made])
-
-
-def enlarge_by(models: Sequence[Upsampler], pictures: np.ndarray, seed: int = 0, steps: int | None = None) -> np.ndarray:
-    """Draw pictures larger by one up-sampler behind the other, each from noise of its own."""
-    for model, stream in zip(models, STREAMS[: len(models)], strict=True):
-        pictures = enlarge(model, pictures, seed, steps, stream)
-    return pictures
 
 
 def interpolate(pictures: np.ndarray, factor: int, name: str) -> np.ndarray:
@@ -63,7 +36,8 @@ def compare(model: Upsampler, pictures: np.ndarray, seed: int = 0) -> tuple[dict
     factor = model.config.factor
     small = to_images(shrink(to_float(torch.from_numpy(pictures)), factor))
     made = {"small": small, **{name: interpolate(small, factor, name) for name in INTERPOLATIONS}}
-    made |= {"up-sampler": enlarge(model, small, seed), "real": pictures}
+    seeds = [seed * SEED_STRIDE + place for place in range(len(small))]
+    made |= {"up-sampler": enlarge([model], small, seeds), "real": pictures}
     psnr = {
         name: np.array([psnr_db(a, b) for a, b in zip(made[name], pictures, strict=True)]) for name in made if name not in ("small", "real")
     }

@@ -5,8 +5,9 @@ Every picture depends on its prompt, its seed and its place among that prompt's 
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from training.decoder import Decoder, DecoderConfig
 from training.priors import AnyPrior
 from training.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from training.upsampler import Upsampler
+
 BATCH = 64
 SEED_STRIDE = 1_000_003
 
@@ -28,15 +32,18 @@ SEED_STRIDE = 1_000_003
 class Unclip:
     """A trained text-to-image system."""
 
-    def __init__(self, clip: CLIP, tokenizer: Tokenizer, prior: AnyPrior, decoder: Decoder) -> None:
+    def __init__(self, clip: CLIP, tokenizer: Tokenizer, prior: AnyPrior, decoder: Decoder, upsamplers: Sequence[Path] = ()) -> None:
         self.clip, self.tokenizer, self.prior, self.decoder = clip, tokenizer, prior, decoder
+        self.upsamplers = tuple(upsamplers)
+        """Folders of what enlarges pictures, in their order; read when that is first asked for."""
 
     @classmethod
     def load(cls, folder: Path | str, prior: Path | None = None, decoder: Path | None = None, device: str = "cpu") -> Self:
         """Read an exported folder; or, given all three, those of the stages `clip`, `prior` and `decoder`. Averaged weights in both cases.
 
-        Raises CallerError where the folder is neither.
+        An exported folder's up-samplers come along. Raises CallerError where the folder is neither.
         """
+        behind = () if prior and decoder else (Path(folder) / name for name in ("upsampler", "upsampler_2"))
         clip, prior, decoder = _folders(Path(folder), prior, decoder)
         model, tokenizer = clip_model.load(clip)
         a_prior = priors.load(prior)
@@ -45,21 +52,35 @@ class Unclip:
         a_decoder.load_state_dict(load_file(decoder / "weights.safetensors"))
         for part in (model, a_prior, a_decoder):
             part.eval().requires_grad_(False).to(device)
-        return cls(model, tokenizer, a_prior, a_decoder)
+        return cls(model, tokenizer, a_prior, a_decoder, [each for each in behind if (each / "config.json").is_file()])
 
     @property
     def device(self) -> torch.device:
         """Where the models are."""
         return self.decoder.null_z.device
 
+    @cached_property
+    def _enlargers(self) -> "list[Upsampler]":
+        from training import upsamplers  # which few ask for
+
+        return [upsamplers.load(folder).to(self.device) for folder in self.upsamplers]
+
     def generate(
-        self, prompts: list[str], count: int = 1, seed: int | Sequence[int] = 0, steps: int | None = None, guidance: float | None = None
+        self,
+        prompts: list[str],
+        count: int = 1,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        upsample: bool = False,
     ) -> np.ndarray:
         """Draw `count` pictures of each prompt, uint8 (P, count, S, S, 3) RGB; equal arguments give equal pictures.
 
         seed: one for all prompts, whose noise is then the same from prompt to prompt, or one for each: what is judged as a set of
-        pictures needs noise of its own in every one.
+        pictures needs noise of its own in every one. upsample: enlarge them by the up-samplers; CallerError where there are none.
         """
+        if upsample and not self.upsamplers:
+            raise CallerError("this system has no up-sampler: give its recipe [upsampler] and run it, or draw without upsample")
         z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(self.device)
         ids = self.tokenizer(prompts).to(self.device)
         rows = torch.arange(len(prompts)).repeat_interleave(count)
@@ -69,7 +90,12 @@ class Unclip:
             part, own = rows[start : start + BATCH], seeds[start : start + BATCH]
             z_i = self.prior.sample(z_t[part], ids[part], own)
             pictures.append(self.decoder.sample(z_i, ids[part], own, steps, guidance))
-        return to_images(torch.cat(pictures)).reshape(len(prompts), count, *(self.decoder.config.image_size_px,) * 2, 3)
+        drawn = to_images(torch.cat(pictures))
+        if upsample:
+            from training import upsamplers
+
+            drawn = upsamplers.enlarge(self._enlargers, drawn, seeds)
+        return drawn.reshape(len(prompts), count, *drawn.shape[1:])
 
     def predict(self, prompts: list[str], seed: int | Sequence[int] = 0, best_of: int | None = None) -> np.ndarray:
         """Draw one z_i for each prompt by the prior, unit vectors float32 (P, E): that of `generate`'s first picture; seed as there."""

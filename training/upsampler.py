@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from training import degradation, samplers
+from training import samplers
 from training.decoder import GROUPS, ResBlock, Upsample
-from training.degradation import Degradation
 from training.diffusion import Schedule, as_denoise, simple_loss, snr_weight
-from training.loop import LoopConfig, Step
+from training.loop import LoopConfig, OnBroken, Step
 from training.noise import Stream, generators, noise
-from training.soundness import OnBroken
 from training.transformer import time_features
 
+Degradation = Literal["none", "blur", "bsr"]
 TIME, NOISE, CROP, DEGRADE, IS_DEGRADED = 1, 2, 3, 4, 5  # streams of randomness in a step
 TILES_AT_ONCE = 16
 
@@ -126,6 +125,8 @@ class Upsampler(nn.Module):
 
     def loss(self, step: Step, pictures: Tensor) -> Tensor:
         """Min-SNR weighted error of x_0 on crops of pictures, uint8 (b, S, S, 3)."""
+        from training import degradation  # which needs OpenCV, as training alone does
+
         config, device = self.config, next(self.parameters()).device
         x_0 = to_float(crops(pictures, config.crop_px, step.uniform(CROP, 2))).to(device)
         seeds = (step.uniform(DEGRADE).double() * 2**53).long().tolist()
