@@ -13,13 +13,10 @@ import typer
 
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
 from flows.promotion import CURRENT
-from flows.stages import STAGES
 from infra import manifests, storage
 from infra.locks import lock_file, reading_file, unread_lock, writer_lock
 from infra.manifests import Committed
 from infra.storage import Root
-
-MADE = tuple(stage.name for stage in STAGES)
 
 Folder = tuple[str, str]
 """Stage and key."""
@@ -57,12 +54,15 @@ def prune(
 
 def unused(root: Root, before: datetime) -> list[Committed]:
     """Return the folders that nothing needs and that were committed before a time, those that depend on others first."""
+    from flows.stages import STAGES  # with pyarrow, which `unclip --help` does without
+
+    made = [stage.name for stage in STAGES]
     there = {
-        (stage, key): found for stage in MADE for key in storage.list_names(root, stage) if (found := manifests.find(root, stage, key))
+        (stage, key): found for stage in made for key in storage.list_names(root, stage) if (found := manifests.find(root, stage, key))
     }
     limit = before.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     young = [name for name, each in there.items() if each.manifest["finished"] >= limit]
-    newest = [max((each for name, each in there.items() if name[0] == stage), key=_finished, default=None) for stage in MADE]
+    newest = [max((each for name, each in there.items() if name[0] == stage), key=_finished, default=None) for stage in made]
     needed = _with_inputs({*_named(root), *young, *((each.stage, each.key) for each in newest if each)}, there)
     return [there[name] for name in reversed(there) if name not in needed]
 
