@@ -18,7 +18,8 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from PIL import Image
 
-from flows.manners import ROBOTS_BYTES, Hosts, Origin
+from flows.manners import AGENT, FAILURE_S, ROBOTS_BYTES, VAIN_CONNECTIONS, Hosts, Origin, StillFailingError
+from flows.opt_out import NOBODY, OptOut
 
 USER_AGENT = "unclip/0.1 (image-text dataset builder; honours robots.txt and X-Robots-Tag)"
 QUERY_SAFE = "/%:@!$&'()*+,;=?~"
@@ -26,6 +27,9 @@ MAX_REDIRECTS = 5
 CHUNK_BYTES = 1 << 16
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORBIDDING = frozenset(("noai", "noimageai", "noindex", "noimageindex", "none"))
+
+VALUED = frozenset(("max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"))
+"""Directives of X-Robots-Tag that are written `name:value` and so look like a user agent."""
 
 TRY_LATER = (408, 425, 429)
 
@@ -36,14 +40,16 @@ PASSING = frozenset(("timeout", "unreachable", "http_unavailable", "cut_short"))
 class FetchError(Exception):
     """A picture that cannot be had: `reason` is counted, `detail` is for people."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, is_hopeless: bool = False) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
+        self.is_hopeless = is_hopeless or reason not in PASSING
+        """Whether trying again at once is in vain."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Limits of one fetch. `loopback` is the host:port of our own static server, the one private address that is always allowed."""
+    """Limits of one fetch."""
 
     timeout_s: float
     retries: int
@@ -51,25 +57,35 @@ class Rules:
     max_pixels: int
     allow_private: bool
     loopback: str = ""
+    """URL below which our own static server answers, with a secret in it that no list can name: the one private place always allowed."""
     robots: bool = False
     """Ask a host's robots.txt first; X-Robots-Tag is heeded in any case."""
     per_host: int = 0
     """Simultaneous requests of this process to one host; 0 sets no limit."""
     is_robots_txt: bool = False
+    grown_px: int = 0
+    """Pixels to which the shorter side of a picture will be scaled; 0 where nothing can grow by it."""
+    opt_out: OptOut = NOBODY
+    """What is not asked even where a redirect leads there."""
 
 
 def fetch_image(url: str, rules: Rules) -> bytes:
     """Return the bytes of the image at `url`, looked at but not decoded; raises FetchError."""
-    for attempt in range(rules.retries + 1):
+    body = patiently(url, rules)
+    look_at(body, rules)
+    return body
+
+
+def patiently(url: str, rules: Rules) -> bytes:
+    """GET `url`, again after growing pauses for what may pass."""
+    for attempt in range(rules.retries):
         try:
-            body = fetch(url, rules)
-            break
+            return fetch(url, rules)
         except FetchError as error:
-            if error.reason not in PASSING or attempt == rules.retries:
+            if error.is_hopeless:
                 raise
             time.sleep(0.2 * 2**attempt)
-    look_at(body, rules.max_pixels)
-    return body
+    return fetch(url, rules)
 
 
 def fetch(url: str, rules: Rules) -> bytes:
@@ -78,12 +94,19 @@ def fetch(url: str, rules: Rules) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
         asked = time.monotonic()
         origin, target = parted(url)
-        is_ours = f"{origin[1]}:{origin[2]}" == rules.loopback
-        if rules.robots and not is_ours and not hosts.allows(origin, target, lambda origin=origin: robots_txt(origin, rules)):  # type: ignore[misc]
-            raise FetchError("robots", f"robots.txt of {origin[1]} forbids it")
+        if rules.opt_out.covers(url):
+            raise FetchError("opted_out", f"{origin[1]} does not want to be used")
+        is_ours = bool(rules.loopback) and url.startswith(rules.loopback + "/")
+        if rules.robots and not is_ours:
+            try:
+                if not hosts.allows(origin, target, lambda origin=origin: robots_txt(origin, rules)):  # type: ignore[misc]
+                    raise FetchError("robots", f"robots.txt of {origin[1]} forbids it")
+            except StillFailingError as still:
+                assert isinstance(still.first, FetchError)
+                raise FetchError(still.first.reason, still.first.detail, is_hopeless=True) from still
         with hosts.place(origin, 0 if is_ours else rules.per_host):
             deadline += time.monotonic() - asked
-            answer = get(url, rules, deadline)
+            answer = get(url, replace(rules, allow_private=True) if is_ours else rules, deadline)
         if isinstance(answer, bytes):
             return answer
         url = urljoin(url, answer)
@@ -95,11 +118,12 @@ def robots_txt(origin: Origin, rules: Rules) -> str:
     scheme, host, port = origin
     where = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/robots.txt"
     try:
-        return fetch(where, replace(rules, robots=False, per_host=0, is_robots_txt=True, max_bytes=ROBOTS_BYTES)).decode(errors="replace")
+        body = patiently(where, replace(rules, robots=False, per_host=0, is_robots_txt=True, max_bytes=ROBOTS_BYTES))
+        return body.decode(errors="replace")
     except FetchError as error:
         if error.reason in ("http_404", "http_error"):
             return ""
-        raise FetchError(error.reason, f"robots.txt: {error.detail}") from error
+        raise FetchError(error.reason, f"robots.txt: {error.detail}", is_hopeless=True) from error
 
 
 def parted(url: str) -> tuple[Origin, str]:
@@ -136,8 +160,9 @@ def get(url: str, rules: Rules, deadline: float) -> bytes | str:
 
 def exchange(origin: tuple[str, str, int], target: str, rules: Rules, deadline: float) -> bytes | str:
     """Send one request on this thread's connection to the host, and once more on a fresh one if the kept one has died meanwhile."""
+    place = (origin, rules.allow_private)  # one that was let through the check of addresses serves nobody else
     while True:
-        kept = connections().pop(origin, None)
+        kept = connections().pop(place, None)
         connection = kept or connect(origin, rules, deadline)
         sock = connection.sock
         assert sock is not None
@@ -156,10 +181,10 @@ def exchange(origin: tuple[str, str, int], target: str, rules: Rules, deadline: 
             if not (isinstance(error, FetchError) and response.isclosed()):
                 connection.close()
             elif connection.sock is not None:
-                connections()[origin] = connection
+                connections()[place] = connection
             raise
         if response.isclosed() and connection.sock is not None:
-            connections()[origin] = connection
+            connections()[place] = connection
         else:
             connection.close()
         return answer
@@ -202,29 +227,39 @@ def swallow(response: http.client.HTTPResponse) -> None:
 
 
 def is_forbidden(values: list[str]) -> bool:
-    """Whether an X-Robots-Tag without a user agent, or for all, forbids this use."""
+    """Whether an X-Robots-Tag without a user agent, for all or for us forbids this use; an agent holds until the next of its line."""
     for value in values:
-        agent, colon, rest = value.partition(":")
-        if colon and agent.strip().lower() not in ("*", "unclip"):
-            continue
-        if FORBIDDING & {word.strip().lower() for word in (rest if colon else value).split(",")}:
-            return True
+        is_meant = True
+        for piece in value.lower().split(","):
+            name, colon, rest = (part.strip() for part in piece.partition(":"))
+            if colon and name not in VALUED and " " not in name:  # a date behind a comma is no agent
+                is_meant, name = name in ("*", AGENT), rest
+            if is_meant and name in FORBIDDING:
+                return True
     return False
 
 
 def connect(origin: tuple[str, str, int], rules: Rules, deadline: float) -> http.client.HTTPConnection:
     """Resolve, check every address, and connect to one that was checked."""
     scheme, host, port = origin
+    if hosts.is_silent(origin):
+        raise FetchError("unreachable", f"{VAIN_CONNECTIONS} connections to {host} failed in a row: left alone for {FAILURE_S} s", True)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
+        hosts.connected(origin, False)
         raise FetchError("unreachable", f"{host}: {error.strerror}") from error
     addresses = list(dict.fromkeys(entry[4][0] for entry in found))
-    if not rules.allow_private and f"{host}:{port}" != rules.loopback:
+    if not rules.allow_private:
         for address in addresses:
             if not is_public(str(address)):
                 raise FetchError("host_refused", f"{host} is at {address}, a private, loopback or otherwise reserved address")
-    sock = dial([str(address) for address in addresses], port, deadline)
+    try:
+        sock = dial([str(address) for address in addresses], port, deadline)
+    except OSError:
+        hosts.connected(origin, False)
+        raise
+    hosts.connected(origin, True)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if scheme == "https":
         with reaped_at(deadline, sock):
@@ -252,6 +287,8 @@ def is_public(address: str) -> bool:
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
         wrapped = [found.ipv4_mapped, found.sixtofour, *(found.teredo or ())]
+        if found.is_site_local or found in ipaddress.ip_network("64:ff9b:1::/48"):  # fec0::/10; NAT64 for local use (RFC 8215)
+            return False
         if found in ipaddress.ip_network("64:ff9b::/96") or found in ipaddress.ip_network("::/96"):
             wrapped.append(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF))
         if any(inner is not None and not is_public(str(inner)) for inner in wrapped):
@@ -261,7 +298,7 @@ def is_public(address: str) -> bool:
     return found.is_global and not found.is_multicast
 
 
-def look_at(body: bytes, max_pixels: int) -> None:
+def look_at(body: bytes, rules: Rules) -> None:
     """Judge an image by its header and its end, without decoding it; raises FetchError.
 
     OpenCV decodes half a picture without complaint, so that the end has to be checked: PNG's last chunk, JPEG's end marker behind
@@ -277,8 +314,12 @@ def look_at(body: bytes, max_pixels: int) -> None:
             raise FetchError("decode_error", "the image's header is broken") from error
         start = body[:40].decode("latin-1").strip()
         raise FetchError("not_an_image", f"{len(body):,} bytes that start with {start!r}") from error
-    if width * height > max_pixels:
-        raise FetchError("too_large", f"{width} x {height} pixels declared, {max_pixels:,} allowed")
+    if width * height > rules.max_pixels:
+        raise FetchError("too_large", f"{width} x {height} pixels declared, {rules.max_pixels:,} allowed")
+    if min(width, height) and rules.grown_px**2 * max(width, height) > rules.max_pixels * min(width, height):
+        raise FetchError(
+            "too_large", f"{width} x {height} pixels would be over {rules.max_pixels:,} at {rules.grown_px} on the shorter side"
+        )
     is_whole = {
         "PNG": lambda: b"IEND" in body[-64:],
         "JPEG": lambda: body.rfind(b"\xff\xd9") > body.rfind(b"\xff\xda"),
@@ -294,11 +335,11 @@ _open_sockets: dict[int, tuple[float, socket.socket]] = {}
 _reaper_lock = threading.Lock()
 
 
-def connections() -> dict[tuple[str, str, int], http.client.HTTPConnection]:
+def connections() -> dict[tuple[Origin, bool], http.client.HTTPConnection]:
     """This thread's idle connections."""
     if not hasattr(_local, "connections"):
         _local.connections = {}
-    kept: dict[tuple[str, str, int], http.client.HTTPConnection] = _local.connections
+    kept: dict[tuple[Origin, bool], http.client.HTTPConnection] = _local.connections
     while len(kept) > 4:
         kept.pop(next(iter(kept))).close()
     return kept

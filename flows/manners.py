@@ -1,17 +1,30 @@
 """What a downloader owes a host: its robots.txt (RFC 9309), and no more connections at a time than agreed.
 
-Each download process keeps what it learned of a host as long as it lives. Knows nothing of HTTP: who asks brings the reading.
+Each download process keeps what it learned of the hosts that it asked last. Knows nothing of HTTP: who asks brings the reading.
 """
 
-import re
+import string
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from urllib.parse import quote
 
 AGENT = "unclip"
 ROBOTS_BYTES = 512 << 10
 """RFC 9309, 2.5: a crawler must read at least 500 kibibytes."""
+ROBOTS_S = 86_400
+"""RFC 9309, 2.4: a copy older than a day should not be used."""
+FAILURE_S = 60
+"""So long a host is left alone that did not answer."""
+VAIN_CONNECTIONS = 6
+"""So many connections in a row must have failed before it is."""
+MOST_HOSTS, MOST_BYTES = 10_000, 64 << 20
+"""What one process keeps: hosts, and bytes of their rules."""
+RULE_BYTES = 150
+"""What a rule takes beside its text."""
 
 Origin = tuple[str, str, int]
 
@@ -21,6 +34,11 @@ class Robots:
     """The rules for us in one robots.txt: pattern and whether it allows, as they stand there."""
 
     rules: tuple[tuple[str, bool], ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory, roughly."""
+        return sum(RULE_BYTES + len(pattern) for pattern, _ in self.rules)
 
     def allows(self, target: str) -> bool:
         """Say whether a path with its query may be asked: the longest pattern that matches decides, a tie allows (RFC 9309, 2.2.2)."""
@@ -46,6 +64,7 @@ def parse(text: str) -> Robots:
         elif field in ("allow", "disallow"):
             in_agents = False
             if value:  # an empty Disallow forbids nothing
+                value = quote(value, safe=string.printable)  # letters beyond ASCII as they stand in a request
                 if AGENT in agents:
                     mine.append((value, field == "allow"))
                 if "*" in agents:
@@ -54,37 +73,135 @@ def parse(text: str) -> Robots:
 
 
 def matches(pattern: str, target: str) -> bool:
-    """Say whether a pattern with `*` and a final `$` matches the start of a path."""
+    """Say whether a pattern with `*` and a final `$` matches the start of a path; the host wrote it, so the time is linear in both."""
     ends = pattern.endswith("$")
-    parts = [re.escape(part) for part in pattern.removesuffix("$").split("*")]
-    return re.match(".*".join(parts) + ("$" if ends else ""), target) is not None
+    first, *others = pattern.removesuffix("$").split("*")
+    if not target.startswith(first):
+        return False
+    position = len(first)
+    last = others.pop() if ends and others else None
+    for part in others:
+        found = target.find(part, position)
+        if found < 0:
+            return False
+        position = found + len(part)
+    if last is not None:
+        return len(target) - len(last) >= position and target.endswith(last)
+    return not ends or position == len(target)
+
+
+class StillFailingError(Exception):
+    """What a host failed with a short while ago; it is not asked again yet."""
+
+    def __init__(self, first: Exception) -> None:
+        super().__init__(str(first))
+        self.first = first
+
+
+@dataclass
+class Host:
+    """What is known of one host."""
+
+    reading: threading.Lock = field(default_factory=threading.Lock)
+    robots: Robots | None = None
+    robots_until_s: float = 0.0
+    failure: Exception | None = None
+    """Why its robots.txt could not be read."""
+    vain_connections: int = 0
+    """That failed in a row."""
+    silent_until_s: float = 0.0
+    """Neither its robots.txt nor a connection is tried before."""
+    places: dict[int, threading.BoundedSemaphore] = field(default_factory=dict)
+    users: int = 0
 
 
 class Hosts:
-    """What one process knows of the hosts it asks; threads share it."""
+    """What one process knows of the hosts it asks; threads share it. Bounded: hosts that were not asked for longest are forgotten."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_hosts: int = MOST_HOSTS, most_bytes: int = MOST_BYTES) -> None:
+        self.most_hosts, self.most_bytes = most_hosts, most_bytes
         self.guard = threading.Lock()
-        self.robots: dict[Origin, Robots] = {}
-        self.reading: dict[Origin, threading.Lock] = {}
-        self.places: dict[tuple[Origin, int], threading.BoundedSemaphore] = {}
+        self.known: OrderedDict[Origin, Host] = OrderedDict()
+        self.rules_bytes = 0
+        self.finished = 0
+        """Requests that came to an end, well or not: while any are made, this moves at least once in the time limit of one."""
 
     def allows(self, origin: Origin, target: str, read: Callable[[], str]) -> bool:
-        """Say whether the host lets us ask for `target`; `read` fetches its robots.txt, once for all, and raises where it cannot."""
-        with self.guard:
-            lock = self.reading.setdefault(origin, threading.Lock())
-        with lock:
-            if origin not in self.robots:
-                self.robots[origin] = parse(read())
-        return self.robots[origin].allows(target)
+        """Say whether the host lets us ask for `target`; `read` fetches its robots.txt, once for all, and raises where it cannot.
+
+        What it raises is remembered for `FAILURE_S`, and raised as StillFailingError meanwhile: a host that does not answer costs one wait.
+        """
+        with self._asked(origin) as host:
+            with host.reading:
+                now = time.monotonic()
+                if host.failure and now < host.silent_until_s:
+                    raise StillFailingError(host.failure)
+                if host.robots is None or now >= host.robots_until_s:
+                    try:
+                        robots = parse(read())
+                    except Exception as error:
+                        host.failure, host.silent_until_s = error, time.monotonic() + FAILURE_S
+                        raise
+                    with self.guard:
+                        self.rules_bytes += robots.size_bytes - (host.robots.size_bytes if host.robots else 0)
+                        host.robots, host.robots_until_s, host.failure = robots, time.monotonic() + ROBOTS_S, None
+                robots = host.robots
+            return robots.allows(target)
 
     @contextmanager
     def place(self, origin: Origin, at_once: int) -> Iterator[None]:
         """Hold one of the host's `at_once` places while the block runs; 0 sets no limit."""
-        if not at_once:
-            yield
-            return
+        with self._asked(origin) as host:
+            with self.guard:
+                places = host.places.setdefault(at_once, threading.BoundedSemaphore(at_once)) if at_once else nullcontext()
+            with places:
+                try:
+                    yield
+                finally:
+                    with self.guard:
+                        self.finished += 1
+
+    def is_silent(self, origin: Origin) -> bool:
+        """Say whether so many connections to a host failed in a row that it is left alone for a while."""
         with self.guard:
-            places = self.places.setdefault((origin, at_once), threading.BoundedSemaphore(at_once))
-        with places:
-            yield
+            host = self.known.get(origin)
+            return host is not None and host.vain_connections >= VAIN_CONNECTIONS and time.monotonic() < host.silent_until_s
+
+    def connected(self, origin: Origin, is_good: bool) -> None:
+        """Take note that a connection to a host came about, or did not."""
+        with self.guard:
+            host = self.known.get(origin)
+            if host is not None:
+                host.vain_connections = 0 if is_good else host.vain_connections + 1
+                if host.vain_connections >= VAIN_CONNECTIONS:
+                    host.silent_until_s = time.monotonic() + FAILURE_S
+
+    def forgive(self) -> None:
+        """Forget what failed: another pass asks everybody again."""
+        with self.guard:
+            for host in self.known.values():
+                host.failure, host.vain_connections, host.silent_until_s = None, 0, 0.0
+
+    @contextmanager
+    def _asked(self, origin: Origin) -> Iterator[Host]:
+        with self.guard:
+            host = self.known.setdefault(origin, Host())
+            self.known.move_to_end(origin)
+            host.users += 1
+        try:
+            yield host
+        finally:
+            with self.guard:
+                host.users -= 1
+                self._forget()
+
+    def _forget(self) -> None:
+        """Let go of the hosts that were not asked for longest, as far as the bounds ask it; one in use stays. Called under the guard."""
+        if len(self.known) <= self.most_hosts and self.rules_bytes <= self.most_bytes:
+            return
+        for origin, host in list(self.known.items()):
+            if len(self.known) <= self.most_hosts and self.rules_bytes <= self.most_bytes:
+                break
+            if not host.users:
+                del self.known[origin]
+                self.rules_bytes -= host.robots.size_bytes if host.robots else 0

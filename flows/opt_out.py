@@ -4,8 +4,11 @@
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import fsspec
@@ -34,12 +37,27 @@ class OptOut:
         return any(each in self.hosts for each in above) or url in self.urls or url.startswith(self.prefixes)
 
 
+NOBODY = OptOut()
+
+
 def read_opt_out(paths: Sequence[str]) -> OptOut:
     """Read the lists. Raises CallerError for one that cannot be read: to go on without it would be to ignore it."""
     entries = [line.partition("#")[0].strip() for path in paths for line in _text(path).splitlines()]
     urls = frozenset(entry for entry in entries if "://" in entry)
     hosts = frozenset(entry.lower().strip(".") for entry in entries if entry and "://" not in entry)
     return OptOut(hosts, urls, tuple(url for url in urls if url.endswith("/")))
+
+
+def save(lists: OptOut, file: Path) -> None:
+    """Write the entries for the download processes."""
+    file.write_text(json.dumps({"hosts": sorted(lists.hosts), "urls": sorted(lists.urls)}))
+
+
+@lru_cache(maxsize=1)
+def load(file: Path) -> OptOut:
+    """Return what `save` wrote."""
+    told = json.loads(file.read_text())
+    return OptOut(frozenset(told["hosts"]), frozenset(told["urls"]), tuple(url for url in told["urls"] if url.endswith("/")))
 
 
 def content_of_lists(paths: Sequence[str]) -> str:

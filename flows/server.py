@@ -1,9 +1,11 @@
 """A static file server on loopback, for sources whose pictures lie in a folder and shall still travel over HTTP.
 
-Serves named mounts (`/<mount>/<path>`) read-only; knows nothing of packages or captions. Bound to 127.0.0.1 only.
+Serves named mounts (`/<secret>/<mount>/<path>`) read-only; knows nothing of packages or captions. Bound to 127.0.0.1 only, and the secret
+of each start keeps a URL list from naming what is served.
 """
 
 import mimetypes
+import secrets
 import threading
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -61,7 +63,8 @@ class Mounts(ThreadingHTTPServer):
 
     def __init__(self, mounts: Mapping[str, Path], port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
-        self.roots = {name: folder.resolve() for name, folder in mounts.items()}
+        self.secret = secrets.token_hex(16)
+        self.roots = {f"{self.secret}/{name}": folder.resolve() for name, folder in mounts.items()}
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # a client that hangs up is no event
@@ -87,7 +90,7 @@ class StaticServer:
 
     def __enter__(self) -> Self:
         self.server = Mounts(self.mounts)
-        self.base = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.base = f"http://127.0.0.1:{self.server.server_address[1]}/{self.server.secret}"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
         self.thread.start()
         return self

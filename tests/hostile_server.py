@@ -27,12 +27,22 @@ def encoded(image: np.ndarray, suffix: str = ".png") -> bytes:
 
 def bomb() -> bytes:
     """Return a PNG of a few bytes that declares 60,000 x 60,000 pixels."""
+    return png(60_000, 60_000, 2, zlib.compress(b"\0" * 1000))
+
+
+def thread(length_px: int) -> bytes:
+    """Return a whole grey PNG of 1 x `length_px` pixels."""
+    return png(1, length_px, 0, zlib.compress(b"\0\x80" * length_px))
+
+
+def png(width: int, height: int, colours: int, data: bytes) -> bytes:
+    """Return a PNG of eight bits a channel that declares a size and holds these compressed rows."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, 8, colours, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -52,6 +62,13 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with self.server.lock:
                 self.server.at_once -= 1
+        if self.server.is_away:
+            self.answer(503, b"")
+            return
+        if kind == "robots.txt" and self.server.is_robots_silent:
+            self.server.closing.wait(30)
+            self.close_connection = True
+            return
         if kind == "robots.txt":
             robots = self.server.robots
             self.answer(503 if robots is None else 200 if robots else 404, robots or b"", "text/plain", robots="noindex")
@@ -73,6 +90,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, b"\x89PNG\r\n\x1a\n" + b"garbage" * 9)
         elif kind == "bomb":
             self.answer(200, bomb())
+        elif kind == "thread":
+            self.answer(200, thread(1_000_000))
         elif kind == "flaky":
             self.answer(503 if asked == 1 else 200, b"" if asked == 1 else good)
         elif kind == "flaky3":
@@ -153,6 +172,10 @@ class Server(ThreadingHTTPServer):
         self.delay_s = delay_s
         self.robots: bytes | None = b""
         """What /robots.txt says; b"" for none, None for a 503."""
+        self.is_robots_silent = False
+        """Whether who asks for /robots.txt waits for ever."""
+        self.is_away = False
+        """Whether all that is asked is answered by a 503."""
         self.at_once = self.most_at_once = 0
         self.base = f"http://127.0.0.1:{self.server_address[1]}"
 

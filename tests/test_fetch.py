@@ -10,6 +10,7 @@ import pytest
 
 from flows import fetch
 from flows.fetch import FetchError, Rules, fetch_image, is_public
+from flows.manners import VAIN_CONNECTIONS, Hosts
 from tests.hostile_server import Server, encoded, picture
 
 RULES = Rules(timeout_s=1.0, retries=0, max_bytes=200_000, max_pixels=10**7, allow_private=True)
@@ -90,6 +91,33 @@ def test_an_image_of_more_pixels_than_allowed_is_too_large_whatever_its_bytes(se
     assert fetch_image(f"{server.base}/good/1.png", replace(RULES, max_pixels=48 * 48))
 
 
+def test_a_picture_that_grows_out_of_bounds_on_its_way_to_its_size_is_too_large(server: Server) -> None:
+    url = f"{server.base}/thread/1.png"  # 1 x 1,000,000
+    assert reason(url, replace(RULES, grown_px=64)) == "too_large"  # 64 x 64,000,000
+    assert fetch_image(url, replace(RULES, grown_px=3)) and fetch_image(url, RULES)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_no"),
+    [
+        ("noindex", True),
+        ("max-image-preview:large, noai", True),
+        ("max-snippet: 20, max-video-preview:-1", False),
+        ("max-snippet:20, NoImageAI", True),
+        ("unavailable_after: Friday, 25-Jun-10 15:00:00 GMT, noindex", True),
+        ("unclip: noai", True),
+        ("*: none", True),
+        ("otherbot: noindex, nofollow", False),
+        ("otherbot: noindex, unclip: noai", True),
+        ("unclip: nofollow, otherbot: noai", False),
+        ("nosnippet, noarchive", False),
+    ],
+)
+def test_x_robots_tag_is_read_with_its_agents_and_values(value: str, is_no: bool) -> None:
+    assert fetch.is_forbidden([value]) is is_no
+    assert fetch.is_forbidden(["nosnippet", value]) is is_no
+
+
 def test_one_connection_serves_many_requests_even_after_errors(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     dialled: list[list[str]] = []
     original = fetch.dial
@@ -120,6 +148,7 @@ def test_a_kept_connection_that_the_server_closed_is_replaced() -> None:
     [
         "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255",
         "::1", "::", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
+        "2002:a01:203::1", "2001:0:808:808:0:0:f5fe:fdfc", "64:ff9b:1::808:808", "fec0::1", "::ffff:10.0.0.1",
     ],
 )  # fmt: skip
 def test_reserved_addresses_are_not_public(address: str) -> None:
@@ -133,13 +162,20 @@ def test_open_addresses_are_public(address: str) -> None:
 
 def test_private_addresses_are_refused_by_name_number_and_redirect(server: Server) -> None:
     port = server.server_address[1]
-    rules = replace(RULES, allow_private=False, loopback=f"127.0.0.1:{port}")
-    assert fetch_image(f"{server.base}/good/1.png", rules)  # our own static server
+    rules = replace(RULES, allow_private=False, loopback=f"{server.base}/good")
+    assert fetch_image(f"{server.base}/good/1.png", rules)  # our own static server, below its secret alone
     before = server.asked.total()
-    for url in (f"http://localhost:{port}/good/1.png", f"http://2130706433:{port}/good/1.png", f"http://[::1]:{port}/good/1.png"):
+    for url in (
+        f"{server.base}/jpeg/1.jpg",
+        f"{server.base}/good",
+        f"{server.base}/goods/1.png",
+        f"http://localhost:{port}/good/1.png",
+        f"http://2130706433:{port}/good/1.png",
+        f"http://[::1]:{port}/good/1.png",
+    ):
         assert reason(url, rules) == "host_refused"
     assert server.asked.total() == before
-    assert reason(f"{server.base}/away/1.png", rules) == "host_refused"
+    assert reason(f"{server.base}/away/1.png", replace(rules, loopback=f"{server.base}/away")) == "host_refused"
     assert server.asked["/good/1.png"] >= 1
     assert server.asked.total() == before + 1  # the redirect itself; its target was never asked
 
@@ -166,6 +202,23 @@ def test_a_name_with_one_private_address_among_public_ones_is_refused(monkeypatc
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("93.184.216.34", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     assert reason("http://mixed.test/a.png", replace(RULES, allow_private=False)) == "host_refused"
+
+
+def test_a_host_to_which_no_connection_comes_about_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "hosts", Hosts())
+    asked: list[str] = []
+
+    def resolve(host: str, *_: Any, **__: Any) -> list[Any]:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_AGAIN, "try again")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    for _ in range(10):
+        assert reason("http://gone.test/a.png", replace(RULES, retries=1)) == "unreachable"
+    assert reason("http://other.test/a.png") == "unreachable"
+    assert asked == ["gone.test"] * VAIN_CONNECTIONS + ["other.test"]
+    fetch.hosts.forgive()
+    assert reason("http://gone.test/a.png") == "unreachable" and asked[-1] == "gone.test"
 
 
 def test_an_address_that_does_not_answer_gives_way_to_the_next(server: Server) -> None:

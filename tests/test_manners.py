@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from flows import fetch, ingest
+from flows import fetch, ingest, manners
 from flows.fetch import FetchError, fetch_image
-from flows.manners import Hosts, parse
+from flows.manners import FAILURE_S, Hosts, parse
 from flows.opt_out import read_opt_out
 from flows.sources import DataConfig
 from infra.errors import CallerError
@@ -52,10 +52,23 @@ def server() -> Iterator[Server]:
         ("\ufeffUser-agent: * # all\nDisallow: /a # here\nnonsense\n", "/a", False),
         ("Disallow: /\n", "/a", True),  # a rule of no group
         ("User-agent: *\nDisallow: /(.*+[", "/(.*+[", False),  # no regular expression of theirs is ours
+        ("User-agent: *\nDisallow: /*a*b$", "/xaxbxb", False),
+        ("User-agent: *\nDisallow: /*ab*b$", "/ab", True),  # one letter does not stand for two
+        ("User-agent: *\nDisallow: /a$", "/a/", True),
+        ("User-agent: *\nDisallow: *", "/a", False),
+        ("User-agent: *\nDisallow: /*/b", "/a", True),
+        ("User-agent: *\nDisallow: /b\u00fccher/", "/b%C3%BCcher/a.png", False),
     ],
 )
 def test_robots_txt_is_read_as_the_rfc_says(text: str, target: str, allowed: bool) -> None:
     assert parse(text).allows(target) is allowed
+
+
+def test_patterns_of_a_hostile_host_take_no_time() -> None:
+    clock = time.monotonic()
+    rules = parse("User-agent: *\n" + "Disallow: /" + "*a" * 60 + "!\n" + "Disallow: /*a*a*a*a*a*a*a*a*a*a*b$\n" * 1000)
+    assert rules.allows("/" + "a" * 5000)
+    assert time.monotonic() - clock < 2
 
 
 def test_what_robots_txt_forbids_is_not_asked_and_it_is_read_once(server: Server) -> None:
@@ -77,20 +90,53 @@ def test_a_redirect_to_what_is_forbidden_is_not_followed(server: Server) -> None
     assert server.asked["/redirect/1.png"] == 1 and server.asked["/good/1.png"] == 0
 
 
-def test_a_host_without_robots_txt_allows_and_one_that_fails_is_tried_later(server: Server) -> None:
+def test_a_host_without_robots_txt_allows_and_one_that_fails_is_tried_later(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch_image(f"{server.base}/good/1.png", POLITE)
     fetch.hosts = Hosts()
     server.robots = None
     with pytest.raises(FetchError, match=r"http_unavailable: robots\.txt: HTTP 503") as caught:
         fetch_image(f"{server.base}/good/2.png", POLITE)
     assert caught.value.reason in fetch.PASSING and server.asked["/good/2.png"] == 0
+    asked = server.asked["/robots.txt"]
+    for number in range(3, 6):
+        with pytest.raises(FetchError, match=r"http_unavailable: robots\.txt: HTTP 503"):
+            fetch_image(f"{server.base}/good/{number}.png", replace(POLITE, retries=2))
+    assert server.asked["/robots.txt"] == asked  # the failure is remembered
     server.robots = b""
-    assert fetch_image(f"{server.base}/good/2.png", POLITE)  # the failure is not remembered
+    later = time.monotonic() + FAILURE_S
+    monkeypatch.setattr(manners.time, "monotonic", lambda: later)
+    assert fetch_image(f"{server.base}/good/2.png", replace(POLITE, timeout_s=100))  # for a while
+
+
+def test_hosts_that_were_not_asked_for_longest_are_forgotten_unless_in_use() -> None:
+    hosts = Hosts(most_hosts=3, most_bytes=1000)
+    with hosts.place(("http", "used", 80), 1):
+        for number in range(10):
+            assert hosts.allows(("http", str(number), 80), "/", lambda: "User-agent: *\nDisallow: /a")
+        assert [host for _, host, _ in hosts.known] == ["used", "8", "9"]
+    for number in range(3):
+        assert not hosts.allows(("http", str(number), 80), "/a", lambda: "User-agent: *\nDisallow: /a\nDisallow: /b\nDisallow: /c")
+    assert len(hosts.known) == 2 and hosts.rules_bytes <= 1000
+
+
+def test_the_places_at_a_host_are_divided_among_the_processes(tmp_path: Path) -> None:
+    def places(per_host: int, workers: int) -> int:
+        config = config_for({"kind": "urls", "path": "l.jsonl"}, per_host=per_host)
+        return int(ingest.shard_settings(config, tmp_path, "http://x", workers)["rules"]["per_host"])
+
+    assert (places(16, 4), places(16, 3), places(2, 8), places(0, 4)) == (4, 5, 1, 0)
+
+
+def test_a_redirect_to_an_opted_out_host_is_not_followed(server: Server, tmp_path: Path) -> None:
+    source = write_list(tmp_path / "list.jsonl", [{"url": f"{server.base}/{kind}/1.png", "caption": kind} for kind in ("away", "jpeg")])
+    (tmp_path / "no.txt").write_text("localhost\n")
+    counts = ingest.run(config_for(source, opt_out=[str(tmp_path / "no.txt")]), tmp_path / "out", tmp_path / "work")
+    assert counts["dropped"] == {"opted_out": 1} and server.asked["/away/1.png"] == 1 and server.asked["/good/1.png"] == 0
 
 
 def test_our_own_server_is_not_asked_for_leave(server: Server) -> None:
     server.robots = b"User-agent: *\nDisallow: /\n"
-    rules = replace(POLITE, loopback=server.base.removeprefix("http://"))
+    rules = replace(POLITE, loopback=server.base)
     assert fetch_image(f"{server.base}/good/1.png", rules) and server.asked["/robots.txt"] == 0
 
 

@@ -32,7 +32,7 @@ def server(tmp_path: Path) -> Iterator[StaticServer]:
 
 def raw(server: StaticServer, target: str, method: str = "GET") -> tuple[int, bytes]:
     """Ask for a target exactly as written, which no client library would send."""
-    with socket.create_connection(("127.0.0.1", int(server.base.rpartition(":")[2])), timeout=5) as sock:
+    with socket.create_connection(server.server.server_address, timeout=5) as sock:
         sock.sendall(f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         answer = b"".join(iter(lambda: sock.recv(65536), b""))
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -54,18 +54,25 @@ def test_files_are_served_by_mount_and_quoted_path(server: StaticServer) -> None
     ],
 )  # fmt: skip
 def test_nothing_outside_the_mount_is_served(server: StaticServer, path: str) -> None:
-    status, body = raw(server, f"/@scope/pictures/{path}")
+    status, body = raw(server, f"/{server.server.secret}/@scope/pictures/{path}")
     assert status == 404
     assert b"secret" not in body
 
 
 @pytest.mark.parametrize("target", ["/", "/secret.txt", "/@scope", "/@scope/other/a.png", "*", "http://[::1/a"])
 def test_nothing_outside_all_mounts_is_served(server: StaticServer, target: str) -> None:
-    assert raw(server, target)[0] == 404
+    assert raw(server, target)[0] == raw(server, f"/{server.server.secret}{target}")[0] == 404
+
+
+def test_who_does_not_know_the_secret_of_this_start_gets_nothing(server: StaticServer, tmp_path: Path) -> None:
+    with StaticServer({"@scope/pictures": tmp_path / "served"}) as other:
+        for secret in ("", "/0", f"/{other.server.secret}"):
+            assert raw(server, f"{secret}/@scope/pictures/a.png")[0] == 404
+    assert raw(server, f"/{server.server.secret}/@scope/pictures/a.png") == (200, b"picture")
 
 
 def test_head_gives_the_length_alone(server: StaticServer) -> None:
-    assert raw(server, "/@scope/pictures/a.png", "HEAD") == (200, b"")
+    assert raw(server, f"/{server.server.secret}/@scope/pictures/a.png", "HEAD") == (200, b"")
 
 
 def test_it_listens_on_loopback_only(server: StaticServer) -> None:
@@ -83,12 +90,12 @@ def test_it_is_gone_when_the_context_is_left(tmp_path: Path) -> None:
 def test_kept_connections_carry_many_requests_without_delay(server: StaticServer, name: str) -> None:
     """With Nagle's algorithm against delayed acknowledgements the 9 KB file would come 23 times a second."""
     threads = threading.active_count()
-    connection = http.client.HTTPConnection("127.0.0.1", int(server.base.rpartition(":")[2]))
+    connection = http.client.HTTPConnection(*server.server.server_address)
     took_s = []
     for _ in range(4):
         start = time.monotonic()
         for _ in range(50):
-            connection.request("GET", f"/@scope/pictures/{name}")
+            connection.request("GET", f"/{server.server.secret}/@scope/pictures/{name}")
             assert connection.getresponse().read()
             assert threading.active_count() == threads + 1
         took_s.append(time.monotonic() - start)
