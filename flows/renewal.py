@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flows.placement import place, put
 from infra.tables import URLS, open_parquet
 
 SAME = ("image_size_px", "resize", "encode", "images_per_shard", "max_image_bytes", "max_image_pixels", "allow_private", "robots")
@@ -87,17 +88,5 @@ def _copy(file: Path, rows: pa.Table, is_kept: np.ndarray, shards: Path) -> None
         for member in old:
             if member.name.partition(".")[0] in keys:
                 new.addfile(member, old.extractfile(member))
-    (aside / file.name).replace(target)
-    (aside / f"{file.stem}.tar").replace(target.with_suffix(".tar"))
+    put(aside, [file.name, f"{file.stem}.tar"], shards)
     aside.rmdir()
-
-
-def place(source: Path, target: Path) -> None:
-    """Link a finished file, or copy it to another file system (whole under its name at once); the original stays."""
-    target.unlink(missing_ok=True)
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        aside = target.with_name(f".{target.name}.part")
-        shutil.copyfile(source, aside)
-        aside.replace(target)

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from flows.drawn_scenes import DRAWING, ScenesSource, draw_all
 from flows.labels import Labels
-from flows.opt_out import content_of_lists, read_opt_out
+from flows.opt_out import content_of_lists, read_opt_out, save
 from flows.packages import package_folder, split_spec
 from flows.pictures import read_package
 from flows.server import url_path
@@ -32,6 +32,8 @@ from infra.settings import Section
 from infra.tables import DROPPED, URLS, sample_key
 
 BLOCK_ROWS = 100_000
+SERVED = "http://127.0.0.1:80"
+"""Stands in the table for our own server, whose port and secret no one knows yet; a list's row that says the same loses its `:80`."""
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 
 
@@ -87,7 +89,9 @@ Source = Annotated[PackagesSource | UrlsSource | FolderSource | ScenesSource, Fi
 class DataConfig(Section):
     """Section [data]: which pairs, and how they are downloaded."""
 
-    outside_key = frozenset(("cache", "processes", "threads", "timeout_s", "retries", "retry_passes", "min_success", "per_host"))
+    outside_key = frozenset(
+        ("cache", "processes", "threads", "timeout_s", "retries", "retry_passes", "max_passing", "min_success", "per_host")
+    )
 
     sources: tuple[Source, ...] = Field(min_length=1)
     """The sources, read in this order; a URL that two of them name is taken once, from the first."""
@@ -111,6 +115,8 @@ class DataConfig(Section):
     """Tries after the first for what may pass (time-outs, 429, 5xx, a broken connection), with growing pauses; and for npm."""
     retry_passes: int = Field(1, ge=0, le=10)
     """Passes over the rows that still failed so, once all others are done."""
+    max_passing: float = Field(0.5, ge=0, le=1)
+    """Largest share of a shard's rows that may fail for what may pass; above it the shard is made again up to three times, with pauses."""
     max_image_bytes: int = Field(20 * 2**20, ge=1)
     """A response above this many bytes is dropped as too_large, unread."""
     max_image_pixels: int = Field(50_000_000, ge=1)
@@ -121,8 +127,8 @@ class DataConfig(Section):
     """Whether URLs may lead to private, loopback and link-local addresses; the sources served on loopback need it not."""
     robots: bool = True
     """Honour each host's robots.txt (RFC 9309, as `unclip`); what it forbids is counted as `robots`, as is what X-Robots-Tag forbids."""
-    per_host: int = Field(8, ge=0, le=1024)
-    """Simultaneous requests of each process to one host; 0 sets no limit. The sources served on loopback have none."""
+    per_host: int = Field(16, ge=0, le=1024)
+    """Simultaneous requests to one host, divided among the processes (at least one each); 0 sets no limit. Loopback sources have none."""
     opt_out: tuple[str, ...] = ()
     """Lists of hosts and URLs that do not want to be used, one a line, on any fsspec path; they are never asked (`opted_out`)."""
     seed: int = 0
@@ -222,18 +228,19 @@ def scene_rows(source: ScenesSource, config: DataConfig, cache: Path, base: str,
         )
 
 
-def listed_rows(source: UrlsSource) -> Iterator[Row]:
-    """Yield the rows of a URL list."""
+def listed_rows(source: UrlsSource, base: str) -> Iterator[Row]:
+    """Yield the rows of a URL list; one that names `base`, by which the download knows what we serve, is written so that it does not."""
     for values in read_lists(source):
         url = str(values.pop("url") or "").strip()
         further = values.pop("captions", None) or []
         captions = [values.pop("caption"), *([further] if isinstance(further, str) else further)]
         texts = {name: str(value) for name, value in values.items() if value is not None}
-        yield row(url, url, [str(caption) for caption in captions if caption is not None], **{"licence": source.licence, **texts})
+        asked = url.replace(f"{base}/", f"{base.removesuffix(':80')}/", 1) if url.startswith(f"{base}/") else url
+        yield row(asked, url, [str(caption) for caption in captions if caption is not None], **{"licence": source.licence, **texts})
 
 
-def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = "http://127.0.0.1") -> int:
-    """Write OUT/urls.parquet (schema URLS), OUT/dropped.parquet (DROPPED) and OUT/mounts.json; return the number of rows in urls.parquet.
+def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERVED) -> int:
+    """Write OUT/urls.parquet (schema URLS), dropped.parquet (DROPPED), mounts.json, opt_out.json; return the number of rows in the first.
 
     `base` is the prefix of URLs that are served on loopback. Rows without a URL or a caption, and rows whose URL stood before, are
     dropped and counted. Memory: one block of rows, and 8 bytes for each URL.
@@ -263,6 +270,7 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = "htt
             dropped.write_table(pa.Table.from_pylist(bad, DROPPED))
             kept += len(good)
     mounts.save(out / "mounts.json")
+    save(opt_out, out / "opt_out.json")
     return kept
 
 
@@ -291,7 +299,7 @@ def all_rows(config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iter
         elif isinstance(source, ScenesSource):
             yield from scene_rows(source, config, cache, base, mounts)
         else:
-            yield from listed_rows(source)
+            yield from listed_rows(source, base)
 
 
 def shown(rows: Iterator[Row], progress: Progress) -> Iterator[Row]:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from flows import curate, ingest, sources
+from flows import curate, downloads, ingest, sources, workers
 from flows.curate import CurateConfig
 from flows.sources import DataConfig
 from infra.errors import CallerError, DataError, StorageError
@@ -224,7 +224,7 @@ def test_shards_have_equal_counts_whatever_the_blocks_and_files(tmp_path: Path, 
     ]
     assert sources.write_url_table(config_for(*lists), tmp_path, tmp_path) == 23
     feeds = ingest.write_feeds(tmp_path / "urls.parquet", tmp_path / "pass-0", 10, 5)
-    assert [(number, rows) for number, _, rows in feeds] == [(10, 5), (11, 5), (12, 5), (13, 5), (14, 3)]
+    assert [(feed.number, feed.rows) for feed in feeds] == [(10, 5), (11, 5), (12, 5), (13, 5), (14, 3)]
     again = ingest.write_feeds(tmp_path / "urls.parquet", tmp_path / "pass-0", 10, 5)
     assert again == feeds
 
@@ -237,7 +237,7 @@ def long_list(tmp_path: Path, server: Server, count: int = 120) -> DataConfig:
 @pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_killed_or_stuck_worker_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blow: signal.Signals) -> None:
-    monkeypatch.setattr(ingest, "SILENCE_LIMIT_S", -12)  # 4 s with the settings below
+    monkeypatch.setattr(downloads, "SILENCE_LIMIT_S", -12)  # 4 s with the settings below
     with Server(delay_s=0.05) as server:
         config = long_list(tmp_path, server)
         results: list[dict[str, Any]] = []
@@ -254,7 +254,7 @@ def test_a_killed_or_stuck_worker_is_replaced(tmp_path: Path, monkeypatch: pytes
 
 def test_a_shard_that_kills_every_worker_ends_the_run_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_list(tmp_path / "list.jsonl", [{"url": "http://127.0.0.1:1/a.png", "caption": "x"}])
-    monkeypatch.setattr(ingest, "WORKER", [sys.executable, "-c", "import sys; sys.stdin.readline()"])
+    monkeypatch.setattr(workers, "WORKER", [sys.executable, "-c", "import sys; sys.stdin.readline()"])
     with pytest.raises(DataError, match=r"shard 00000 failed 3 times, at last so: the download process died \(details in .*log\)"):
         ingest.run(config_for(source), tmp_path / "out", tmp_path / "work")
 
@@ -264,9 +264,103 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     says = (
         "import sys; sys.stdin.readline(); print('failed 0 OSError: [Errno 28] No space left on device', flush=True); sys.stdin.readline()"
     )
-    monkeypatch.setattr(ingest, "WORKER", [sys.executable, "-c", says])
+    monkeypatch.setattr(workers, "WORKER", [sys.executable, "-c", says])
     with pytest.raises(StorageError, match="no space left"):
         ingest.run(config_for(source), tmp_path / "out", tmp_path / "work")
+
+
+POISONED = """
+import os
+from flows import shards
+fetch_image = shards.fetch_image
+def fetch(url, rules):
+    if "/poison/" in url:
+        os._exit(9)
+    return fetch_image(url, rules)
+shards.fetch_image = fetch
+shards.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_row_that_kills_its_process_is_found_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "WORKER", [sys.executable, "-c", POISONED])
+    with Server() as server:
+        paths = [f"good/{n}.png" for n in range(12)] + ["poison/1.png", "poison/2.png"]
+        source = write_list(tmp_path / "list.jsonl", [{"url": f"{server.base}/{path}", "caption": path} for path in paths])
+        counts = ingest.run(config_for(source, processes=1), tmp_path / "out", tmp_path / "work")
+    assert counts["out"] == 12 and counts["dropped"] == {"worker_crash": 2}
+    dropped = pq.read_table(tmp_path / "out" / "dropped.parquet").to_pylist()
+    assert {row["origin"].split("/", 3)[-1] for row in dropped} == {"poison/1.png", "poison/2.png"}
+
+
+def test_a_host_whose_robots_txt_never_comes_costs_one_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "SILENCE_LIMIT_S", -8)  # 4 s with the settings below
+    with Server() as server, Server() as silent:
+        silent.is_robots_silent = True
+        rows = [{"url": f"{silent.base}/good/{n}.png", "caption": str(n)} for n in range(60)]
+        rows += [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(60, 120)]
+        config = config_for(write_list(tmp_path / "list.jsonl", rows), timeout_s=0.5, images_per_shard=40, retry_passes=1, max_passing=1)
+        clock = time.monotonic()
+        counts = ingest.run(config, tmp_path / "out", tmp_path / "work")
+        took_s = time.monotonic() - clock
+    assert counts["out"] == 60 and counts["dropped"] == {"timeout": 60}
+    assert silent.asked["/robots.txt"] <= 2 * 2 * 2  # of two processes, two tries, in two passes
+    assert silent.asked["/good/0.png"] == 0 and took_s < 60 * 0.5
+
+
+def test_a_slow_host_is_no_stuck_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten rows of a host that takes one request at a time and 0.4 s for it, while a process may be silent for a second."""
+    monkeypatch.setattr(downloads, "SILENCE_LIMIT_S", -15)
+    with Server(delay_s=0.4) as server:
+        rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(10)]
+        config = config_for(write_list(tmp_path / "list.jsonl", rows), per_host=1, processes=1)
+        assert ingest.run(config, tmp_path / "out", tmp_path / "work")["out"] == 10
+        assert set(server.asked.values()) == {1}
+
+
+def test_a_shard_made_while_the_network_is_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "PAUSES_S", (2.0, 2.0, 2.0))
+    with Server() as server:
+        rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(60)]
+        config = config_for(write_list(tmp_path / "list.jsonl", rows), retries=0, retry_passes=0)
+        server.is_away = True
+        results: list[dict[str, Any]] = []
+        thread = threading.Thread(target=lambda: results.append(ingest.run(config, tmp_path / "out", tmp_path / "work")))
+        thread.start()
+        wait_until(lambda: server.asked.total() >= 2)
+        time.sleep(0.7)
+        assert not list((tmp_path / "work" / "shards").glob("[0-9]*"))
+        server.is_away = False
+        thread.join(timeout=60)
+    assert results and results[0]["out"] == 60 and results[0]["dropped"] == {}
+
+
+def test_hosts_that_stay_away_are_waited_for_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "PAUSES_S", (0.1, 0.1))
+    monkeypatch.setattr(downloads, "MAX_PAUSES", 4)
+    with Server() as server:
+        paths = [f"dead/{n}.png" for n in range(70)] + [f"good/{n}.png" for n in range(50)]
+        source = write_list(tmp_path / "list.jsonl", [{"url": f"{server.base}/{path}", "caption": path} for path in paths])
+        config = config_for(source, retries=0, retry_passes=1, images_per_shard=30, max_passing=0.1)
+        counts = ingest.run(config, tmp_path / "out", tmp_path / "work")
+    assert counts["out"] == 50 and counts["dropped"] == {"http_unavailable": 70}
+    assert max(server.asked[f"/dead/{n}.png"] for n in range(70)) == 2 + 2  # two repeats, and a pass for those that failed
+    assert sum(server.asked[f"/dead/{n}.png"] for n in range(70)) <= 70 * 2 + 4 * 2 * 30
+
+
+def test_a_list_cannot_name_what_is_served_for_other_sources(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("a", "secret"):
+        cv2.imwrite(str(tmp_path / "mine" / f"{name}.png"), picture(1))
+    (tmp_path / "mine" / "a.txt").write_text("a disc\n")
+    rows = [{"url": f"http://127.0.0.1{port}/mine/secret.png", "caption": "theirs"} for port in (":80", "", ":080")]
+    folder = {"kind": "folder", "path": str(tmp_path / "mine")}
+    config = config_for(folder, write_list(tmp_path / "list.jsonl", rows), allow_private=False)
+    counts = ingest.run(config, tmp_path / "out", tmp_path / "work")
+    assert set(stored(tmp_path / "out")) == {"a disc"}
+    assert counts["dropped"]["host_refused"] + counts["dropped"].get("duplicate_url", 0) == 3
 
 
 RUN = """

@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from img2dataset.resizer import Resizer
 
-from flows import ingest, shards
+from flows import ingest, opt_out, shards
+from flows.opt_out import OptOut
 from flows.server import StaticServer
 from flows.shards import COLUMNS, eight_bit, make_shard
+from tests.hostile_server import thread
 
 
-def settings(base: str, **changes: Any) -> dict[str, Any]:
-    rules = {
-        "timeout_s": 5, "retries": 0, "max_bytes": 10**7, "max_pixels": 10**8, "allow_private": False, "loopback": base.removeprefix("http://"),
-    }  # fmt: skip
+def settings(base: str, folder: Path, **changes: Any) -> dict[str, Any]:
+    rules = {"timeout_s": 5, "retries": 0, "max_bytes": 10**7, "max_pixels": 10**8, "allow_private": False, "loopback": base}
+    opt_out.save(OptOut(), folder / "opt_out.json")
     return {
-        "rules": rules, "recorded": "http://127.0.0.1:80", "actual": base, "threads": 4, "image_size_px": 32, "resize": "border",
-        "encode": "png", "images_per_shard": 100, **changes,
+        "rules": rules, "recorded": "http://127.0.0.1:80", "actual": base, "opt_out": str(folder / "opt_out.json"), "threads": 4,
+        "image_size_px": 32, "resize": "border", "encode": "png", "images_per_shard": 100, "max_passing": 1.0, "is_single": False,
+        "crashed": [], **changes,
     }  # fmt: skip
 
 
@@ -45,9 +50,9 @@ def made(tmp_path: Path, images: dict[str, np.ndarray | bytes], **changes: Any) 
         data = image if isinstance(image, bytes) else cv2.imencode(Path(name).suffix, image)[1].tobytes()
         (tmp_path / "pictures" / name).write_bytes(data)
     feed = write_feed(tmp_path / "feed.arrow", list(images))
-    ticks: list[int] = []
+    said: list[str] = []
     with StaticServer({"m": tmp_path / "pictures"}) as server:
-        make_shard(feed, 7, tmp_path / "shards", settings(server.base, **changes), ticks.append)
+        make_shard(feed, 7, tmp_path / "shards", settings(server.base, tmp_path, **changes), said.append)
     assert feed.is_file()
     found: dict[str, dict[str, bytes]] = {}
     with tarfile.open(tmp_path / "shards" / "00007.tar") as tar:
@@ -103,6 +108,54 @@ def test_grey_and_palette_pictures_come_through(tmp_path: Path) -> None:
     assert pictures["palette.png"][16, 16, 2] > 240
 
 
+def gradient(height: int, width: int) -> np.ndarray:
+    """Return a picture whose colours and transparency vary."""
+    down, across = np.mgrid[:height, :width]
+    return np.stack([down % 256, across % 256, (down + across) % 256, (down * 3 + across) % 256], axis=2).astype(np.uint8)
+
+
+def test_a_large_picture_is_put_on_white_as_img2dataset_does_it(tmp_path: Path) -> None:
+    image = gradient(1100, 1000)
+    assert image.shape[0] * image.shape[1] > shards.MATTED_PIXELS
+    body = cv2.imencode(".png", image)[1].tobytes()
+    mine = shards.on_white(io.BytesIO(body))
+    assert cv2.imdecode(np.frombuffer(mine.getbuffer(), np.uint8), cv2.IMREAD_UNCHANGED).shape == (1100, 1000, 3)
+    resizer = Resizer(image_size=64, resize_mode="border", resize_only_if_bigger=False, encode_format="png", encode_quality=1)
+    assert resizer(mine) == resizer(io.BytesIO(body))
+    for plain in (cv2.imencode(".jpg", image)[1].tobytes(), cv2.imencode(".png", image[..., :3])[1].tobytes()):
+        stream = io.BytesIO(plain)
+        assert shards.on_white(stream) is stream
+
+
+ONE = """
+import json, sys
+from pathlib import Path
+from flows import shards
+shards.make_shard(Path(sys.argv[1]), 7, Path(sys.argv[2]), json.loads(sys.argv[3]), lambda line: None)
+print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def test_pictures_just_within_the_limits_take_bounded_memory(tmp_path: Path) -> None:
+    """25 megapixels with transparency, a picture of sixteen bits and a thread: img2dataset alone takes 2 GB for the first."""
+    (tmp_path / "pictures").mkdir()
+    pixels = np.full((5000, 5000, 4), 200, np.uint8)
+    cv2.imwrite(str(tmp_path / "pictures" / "large.png"), pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    cv2.imwrite(str(tmp_path / "pictures" / "deep.png"), pixels[:2000, :2000].astype(np.uint16) * 257, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    del pixels
+    (tmp_path / "pictures" / "thread.png").write_bytes(thread(1_000_000))
+    feed = write_feed(tmp_path / "feed.arrow", ["large.png", "deep.png", "thread.png"])
+    with StaticServer({"m": tmp_path / "pictures"}) as server:
+        told = settings(server.base, tmp_path)
+        told["rules"] |= {"max_pixels": 25_000_000, "timeout_s": 30}
+        arguments = [str(feed), str(tmp_path / "shards"), json.dumps(told)]
+        done = subprocess.run([sys.executable, "-c", ONE, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {row["caption"]: row for row in pq.read_table(tmp_path / "shards" / "00007.parquet").to_pylist()}
+    assert rows["large.png"]["status"] == rows["deep.png"]["status"] == "success"
+    assert int(done.stdout) * 1024 < 1e9
+
+
 def test_missing_files_are_told_and_the_rest_is_stored(tmp_path: Path) -> None:
     pictures = made(tmp_path, {"a.png": disc(64), "b.png": b"<html>", "c.png": disc(32)})
     assert set(pictures) == {"a.png", "c.png"}
@@ -139,6 +192,17 @@ def test_a_shard_that_lost_rows_is_refused(tmp_path: Path) -> None:
     stem.with_suffix(".tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:2000])
     with pytest.raises((tarfile.TarError, RuntimeError)):
         shards.check_shard(stem, tmp_path / "feed.arrow")
+
+
+def test_a_full_disk_is_told_as_such_where_img2dataset_swallows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path, {"a.png": disc(64), "b.png": disc(32)})
+    stem = tmp_path / "shards" / "00007"
+    longer = write_feed(tmp_path / "longer.arrow", ["a.png", "b.png", "c.png"])
+    full = shutil.disk_usage(tmp_path)._replace(free=2**20 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(OSError, match="no space left on the device"):
+        shards.check_shard(stem, longer)
+    assert shards.check_shard(stem, tmp_path / "feed.arrow") == 0  # a whole shard is one, however full the disk is
 
 
 def test_only_sixteen_bit_pngs_are_touched() -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from flows import ingest, outcomes, sources
 from flows.sources import DataConfig
+from flows.workers import Feed
 
 SIZES = (1_000_000, 3_000_000, 10_000_000)
 BLOCK, GROUP_ROWS, SHARD_ROWS = 250_000, 1_000_000, 10_000
@@ -36,17 +37,17 @@ def write_list(file: Path, rows: int) -> None:
             writer.write_table(pa.table([urls, captions], schema=schema), row_group_size=GROUP_ROWS)
 
 
-def pretend(feeds: list[tuple[int, Path, int]], shards: Path, problem: np.ndarray) -> None:
+def pretend(feeds: list[Feed], shards: Path, problem: np.ndarray) -> None:
     """Write what a download of the feeds leaves, without the pictures: `problem` is dealt out by row."""
     shards.mkdir(exist_ok=True)
-    for number, file, rows in feeds:
-        with pa.ipc.open_file(file) as reader:
+    for feed in feeds:
+        with pa.ipc.open_file(feed.file) as reader:
             table = reader.read_all()
-        words = problem[np.arange(rows) * 7919 // 97 % len(problem)]
+        words = problem[np.arange(feed.rows) * 7919 // 97 % len(problem)]
         status = pa.array(np.where(words == "", "success", "failed_to_download"))
         told = table.append_column("status", status).append_column("error_message", pa.array(words))
-        pq.write_table(told, shards / f"{number:05d}.parquet")
-        (shards / f"{number:05d}.tar").touch()
+        pq.write_table(told, shards / f"{feed.number:05d}.parquet")
+        (shards / f"{feed.number:05d}.tar").touch()
 
 
 def step(name: str, clock: float, rows: int) -> float:
@@ -79,7 +80,7 @@ def run(folder: Path, rows: int) -> None:
     clock = step("(pretended download)", clock, rows)
     again = outcomes.rows_to_ask_again(folder / "shards", len(feeds), folder / "again.parquet")
     retried = ingest.write_feeds(again, folder / "pass-1", len(feeds), SHARD_ROWS)
-    assert abs(sum(feed[2] for feed in retried) / kept - 1 / 8) < 0.01
+    assert abs(sum(feed.rows for feed in retried) / kept - 1 / 8) < 0.01
     clock = step("rows to ask again", clock, rows)
     pretend(retried, folder / "shards", np.array(["", "timeout: 10 s"]))
     (folder / "out").mkdir()

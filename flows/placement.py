@@ -1,0 +1,54 @@
+"""Puts finished files under their final names so that neither a kill nor a power cut leaves a part there. Knows nothing of contents."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def put(aside: Path, names: Sequence[str], folder: Path) -> None:
+    """Move files from `aside` into `folder` in this order; the last one's name stands on the disk only behind all else."""
+    for name in names:
+        sync(aside / name)
+    *others, last = names
+    for name in others:
+        (aside / name).replace(folder / name)
+    sync(folder)
+    (aside / last).replace(folder / last)
+    sync(folder)
+
+
+def put_folder(aside: Path, folder: Path) -> None:
+    """Give a finished flat folder its final name."""
+    for file in aside.iterdir():
+        sync(file)
+    sync(aside)
+    aside.rename(folder)
+    sync(folder.parent)
+
+
+def place(source: Path, target: Path) -> None:
+    """Link a finished file, or copy it to another file system (whole under its name at once); the original stays."""
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        aside = target.with_name(f".{target.name}.part")
+        shutil.copyfile(source, aside)
+        sync(aside)
+        aside.replace(target)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes left aside."""
+    for leftover in folder.glob(".[0-9]*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, written to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
