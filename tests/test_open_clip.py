@@ -1,6 +1,6 @@
 """Our CLIP and open_clip's are one model: the same weights, pictures and texts give the same vectors, in both directions.
 
-The comparisons ask open_clip in an environment of its own and skip themselves where `make peers` has not been run.
+The comparisons ask open_clip in an environment of its own (tests/peered.py).
 """
 
 import json
@@ -19,13 +19,13 @@ from tokenizers import Tokenizer as Engine
 from torch import Tensor
 
 from infra.errors import CallerError, DataError
+from tests.peered import interpreter_of
 from training import clip as clip_model
 from training import jobs, open_clip
 from training.clip import CLIP, ClipConfig
 from training.pictures import read_file
 from training.tokenizer import Tokenizer, TokenizerConfig, byte_symbols
 
-PEER = Path(__file__).parent.parent / ".peers" / "open_clip" / "bin" / "python"
 TEXTS = ["a photo of a cat", "", "ein Mädchen mit Hut!", "猫 と 犬", "a very " + "long " * 100 + "caption"]
 MODELS: dict[str, dict[str, Any]] = {
     "ViT-B-32": {"embed_dim": 512, "quick_gelu": True, "vision_cfg": {"image_size": 224, "layers": 2, "width": 768, "patch_size": 32}},
@@ -50,9 +50,9 @@ AWKWARD = [
 class Peer:
     """open_clip's process."""
 
-    def __init__(self) -> None:
+    def __init__(self, python: Path) -> None:
         script = Path(__file__).parent / "peers" / "open_clip_peer.py"
-        self.process = subprocess.Popen([str(PEER), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts = self._answer()
 
     def ask(self, do: str, **told: Any) -> Any:
@@ -71,9 +71,7 @@ class Peer:
 
 @pytest.fixture(scope="module")
 def peer() -> Iterator[Peer]:
-    if not PEER.exists():
-        pytest.skip("open_clip is not installed beside us: make peers")
-    peer = Peer()
+    peer = Peer(interpreter_of("open_clip"))
     yield peer
     peer.process.kill()
     peer.process.wait()
