@@ -17,7 +17,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
@@ -54,6 +53,12 @@ class CurateConfig(Section):
     """Longer captions are cut at a word."""
     drop_duplicates: bool = True
     """Whether of images that are equal byte for byte only one is kept: a held-out one if there is one, else the lowest key."""
+    decontaminate: bool = False
+    """Whether training images that look like a held-out one (pHash and colours) are dropped as evaluation_alike: no model sees them then."""
+
+    def keyed(self) -> dict[str, Any]:
+        """Leave out `decontaminate` where it is off: lists made before it was there are the same."""
+        return {name: value for name, value in super().keyed().items() if name != "decontaminate" or value}
 
 
 def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Removals()) -> Counts:
@@ -70,17 +75,20 @@ def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Remo
     with pq.ParquetWriter(out / "dropped.parquet", DROPPED) as dropped:
         seen, ranks, reasons = write_candidates(config, shards, candidates, dropped, removals)
         is_kept = keepers(ranks) if config.drop_duplicates else np.ones(len(ranks), bool)
+        shown_by = leaks(candidates, ranks["is_train"], ingest / "shards") if config.decontaminate else np.full(len(ranks), -1)
         splits: Counter[str] = Counter()
         start = 0
         with pq.ParquetWriter(out / "keep.parquet", KEEP) as keep:
             for batch in open_parquet(candidates).iter_batches(BATCH_ROWS):
-                mask = pa.array(is_kept[start : start + batch.num_rows])
+                first, leaked_by = is_kept[start : start + batch.num_rows], shown_by[start : start + batch.num_rows]
                 start += batch.num_rows
-                kept, doubled = batch.filter(mask), batch.filter(pc.invert(mask))
+                is_leaked = first & (leaked_by >= 0)
+                kept, doubled, leaked = (batch.filter(pa.array(each)) for each in (first & ~is_leaked, ~first, is_leaked))
                 splits.update(kept.column("split").to_pylist())
                 keep.write_batch(kept)
                 dropped.write_table(duplicates(doubled))
-                reasons["duplicate"] += doubled.num_rows
+                dropped.write_table(alike(leaked, ranks["key"][leaked_by[is_leaked]]))
+                reasons.update(duplicate=doubled.num_rows, evaluation_alike=leaked.num_rows)
     candidates.unlink()
     assert seen == splits.total() + reasons.total()
     told = {"dropped": dict(sorted((+reasons).items())), "splits": dict(sorted(splits.items()))}
@@ -216,3 +224,21 @@ def duplicates(batch: pa.RecordBatch) -> pa.Table:
     columns = zip(*(batch.column(name).to_pylist() for name in ("key", "origin", "sha256")), strict=True)
     rows = [{"key": key, "origin": origin, "reason": "duplicate", "detail": f"sha256 {sha256}"} for key, origin, sha256 in columns]
     return pa.Table.from_pylist(rows, DROPPED)
+
+
+def leaks(candidates: Path, is_train: np.ndarray, shards: Path) -> np.ndarray:
+    """Return for each training image the row of the held-out one that it looks like, else -1. Memory: some 50 bytes an image."""
+    from indexing.looks import PLACE, like_evaluation, look_at
+
+    thumbs = candidates.with_suffix(".looks")
+    with open_parquet(candidates) as opened:
+        looks = look_at(opened.iter_batches(BATCH_ROWS, columns=PLACE), shards, thumbs)
+    found = like_evaluation(looks, is_train)
+    thumbs.unlink()
+    return found
+
+
+def alike(batch: pa.RecordBatch, shown_by: np.ndarray) -> pa.Table:
+    """Return the rows of dropped.parquet for images that look like a held-out one, whose keys are given."""
+    columns = [*(batch.column(name) for name in ("key", "origin")), ["evaluation_alike"] * batch.num_rows]
+    return pa.table([*columns, [f"looks like {key.decode()}" for key in shown_by.tolist()]], schema=DROPPED)

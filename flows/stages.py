@@ -118,9 +118,9 @@ def run_upsampler(job: StageJob) -> Counts:
     from training import jobs
 
     job.cluster.start()
-    ingest, curate = job.inputs["ingest"].local(), job.inputs["curate"].local()
-    counts = jobs.train_upsampler(getattr(job.config, job.stage), job.config.cluster, ingest, curate, job.out, job.work)
-    return counts | {"comparison": enlarging.compare(job.stage, job.out, ingest, curate)}
+    ingest, kept = job.inputs["ingest"].local(), job.inputs["dedup" if "dedup" in job.inputs else "curate"].local()
+    counts = jobs.train_upsampler(getattr(job.config, job.stage), job.config.cluster, ingest, kept, job.out, job.work)
+    return counts | {"comparison": enlarging.compare(job.stage, job.out, ingest, kept)}
 
 
 def run_evaluate(job: StageJob) -> Counts:
@@ -175,11 +175,11 @@ STAGES = (
     Stage("clip", ("ingest", "curate"), ("tokenizer", "clip"), 2, run_clip, (), clip_parameters),
     Stage("embed", ("ingest", "curate", "clip"), ("embed",), EMBED_VERSION, run_embed),
     Stage("index", ("embed",), ("index",), INDEX_VERSION, run_index),
-    Stage("dedup", ("ingest", "clip", "embed"), ("dedup",), 1, run_dedup),
+    Stage("dedup", ("ingest", "clip", "embed"), ("dedup",), 2, run_dedup),
     Stage("prior", ("clip", "embed"), ("prior",), 1, run_prior, ("dedup",), prior_parameters),
     Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, ("dedup",), decoder_parameters),
-    Stage("upsampler", ("ingest", "curate"), ("upsampler",), 1, run_upsampler, (), upsampler_parameters),
-    Stage("upsampler_2", ("ingest", "curate"), ("upsampler_2",), 1, run_upsampler, (), upsampler_2_parameters),
+    Stage("upsampler", ("ingest", "curate"), ("upsampler",), 1, run_upsampler, ("dedup",), upsampler_parameters),
+    Stage("upsampler_2", ("ingest", "curate"), ("upsampler_2",), 1, run_upsampler, ("dedup",), upsampler_2_parameters),
     Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 6, run_evaluate, REPORTED),
 )
 

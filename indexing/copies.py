@@ -49,7 +49,7 @@ def copies_section(folder: Path, embed: Path, shards: Path, counts: Mapping[str,
 def _threshold_words(chosen: Mapping[str, Any]) -> str:
     made = (
         f"A sample of pictures and {chosen['copies']:,} copies of them by known transformations was set against the {chosen['others']:,} "
-        "nearest pictures of other concepts"
+        "nearest pictures of other concepts; as many others had chosen the threshold before"
     )
     if chosen["threshold"] is None:
         return (

@@ -6,7 +6,7 @@ is near to a row that stays, never over a chain of likenesses. Rows are judged i
 """
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
@@ -22,12 +22,11 @@ MAX_BITS, MAX_RMS = 6, 12.0
 HASHED_PX, HASH_SIDE, THUMB_PX = 32, 8, 8
 
 
-def exact(contents: Sequence[Hashable], order: Rows) -> Rows:
+def exact(contents: NDArray[Any], order: Rows) -> Rows:
     """Group rows with equal contents (SHA-256 digests)."""
     keeper = np.arange(len(contents))
-    first: dict[Hashable, int] = {}
-    for row in order.tolist():
-        keeper[row] = first.setdefault(contents[row], row)
+    _, first, same = np.unique(contents[order], return_index=True, return_inverse=True)
+    keeper[order] = order[first[same]]
     return keeper
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infra.errors import DataError
+from infra.tables import open_parquet
 
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
@@ -77,3 +78,21 @@ def read_metadata(folder: Path, columns: Sequence[str], count: int) -> pa.Table:
     if table.num_rows != count:
         raise DataError(f"{folder}: {table.num_rows} rows of metadata for {count} vectors")
     return table
+
+
+def metadata_batches(folder: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield these columns of the metadata in the order of rows, a piece at a time."""
+    for file in sorted(folder.glob("*.parquet")):
+        with open_parquet(file) as opened:
+            yield from opened.iter_batches(CHUNK_ROWS, columns=list(columns))
+
+
+def metadata_of(folder: Path, rows: Rows, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Return these columns of some rows (B,), in their order, reading the metadata a piece at a time."""
+    found: dict[int, dict[str, Any]] = {}
+    wanted, start = np.unique(rows), 0
+    for batch in metadata_batches(folder, columns):
+        inside = wanted[(wanted >= start) & (wanted < start + batch.num_rows)]
+        found |= zip(inside.tolist(), batch.take(pa.array(inside - start)).to_pylist(), strict=True)
+        start += batch.num_rows
+    return [found[row] for row in rows.tolist()]

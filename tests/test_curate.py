@@ -198,3 +198,27 @@ def test_nothing_to_train_on_is_one_line(tmp_path: Path) -> None:
     write_shard(tmp_path / "ingest", 0, [item(1), item(2)])
     with pytest.raises(DataError, match=r"no pair is left to train on of 2 .*too_small.: 2"):
         curate.run(CurateConfig(min_side_px=64), tmp_path / "ingest", tmp_path / "out")
+
+
+def test_training_images_that_look_like_a_held_out_one_leave_where_asked(tmp_path: Path) -> None:
+    def photo(seed: int, quality: int = 100) -> bytes:
+        made = cv2.resize(np.random.default_rng(seed).integers(0, 256, (6, 6, 3)).astype(np.uint8), (48, 48), interpolation=cv2.INTER_CUBIC)
+        return cv2.imencode(".jpg", made, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+    items = [item(n, image=photo(n)) for n in range(8)]
+    items += [item(100 + n, image=photo(n, 60), style="strange") for n in (2, 5)]  # other bytes, the same picture
+    items += [item(200, image=photo(3, 60))]  # of a training image
+    write_shard(tmp_path / "ingest", 0, items[3:])
+    write_shard(tmp_path / "ingest", 1, items[:3])
+    plain = CurateConfig(held_out_concept_fraction=0, held_out_styles=("strange",))
+    assert len(curated(tmp_path, plain)[0]) == 11
+    rows, reasons, _ = curated(tmp_path, plain.model_copy(update={"decontaminate": True}))
+    assert reasons == {"evaluation_alike": 2} and len(rows) == 9
+    assert {f"{n:016x}" for n in (2, 5)}.isdisjoint(rows) and {f"{n:016x}" for n in (102, 105, 3, 200)} <= rows.keys()
+    dropped = pq.read_table(tmp_path / "out" / "dropped.parquet").to_pylist()
+    assert {(each["key"], each["detail"]) for each in dropped} == {(f"{n:016x}", f"looks like {100 + n:016x}") for n in (2, 5)}
+
+
+def test_a_list_that_asks_for_nothing_new_keeps_its_key() -> None:
+    assert "decontaminate" not in NO_HELD_OUT.keyed()
+    assert CurateConfig(decontaminate=True).keyed()["decontaminate"] is True

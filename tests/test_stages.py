@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -269,3 +272,20 @@ def test_a_wanted_stage_is_an_input_where_the_recipe_has_it_and_changes_no_key_w
 
 def writes_nothing(_: StageJob) -> dict[str, Any]:
     return {"in": 0, "out": 0, "dropped": {}}
+
+
+@pytest.mark.parametrize("stages", [("ingest", "curate"), ("ingest", "curate", "dedup")])
+def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(stages: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import enlarging
+    from flows.stages import STAGES, UPSAMPLERS
+    from training import jobs
+
+    seen: list[Path] = []
+    monkeypatch.setattr(jobs, "train_upsampler", lambda section, cluster, ingest, kept, out, work: seen.append(kept) or {})
+    monkeypatch.setattr(enlarging, "compare", lambda stage, out, ingest, kept, *more: seen.append(kept) or {})
+    inputs = {name: SimpleNamespace(local=partial(Path, name)) for name in stages}
+    for stage in (each for each in STAGES if each.name in UPSAMPLERS):
+        assert inputs_of(stage, stages) == list(stages)
+        config = SimpleNamespace(cluster=None, **dict.fromkeys(UPSAMPLERS))
+        stage.run(SimpleNamespace(stage=stage.name, config=config, inputs=inputs, cluster=MagicMock(), out=Path(), work=Path()))  # type: ignore[arg-type]
+    assert seen == [Path(stages[-1])] * 4

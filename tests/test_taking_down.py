@@ -192,7 +192,7 @@ def commit_dedup(root: Root) -> tuple[str, str]:
     table = pq.read_table(embed.local() / "metadata" / "metadata_0000.parquet")
     keys = table["key"].to_pylist()
     is_kept = np.array([key != keys[4] for key in keys])
-    duplicates.write_kept(embed.local(), out, table, is_kept, len(keys), 16)
+    duplicates.write_kept(embed.local(), out, is_kept)
     row = {"key": keys[4], "keeper": keys[5], "reason": "alike", "score": 0.9}
     pq.write_table(pa.Table.from_pylist([row], duplicates.GROUPS), out / "groups.parquet")
     (out / "threshold.json").write_text("{}")
