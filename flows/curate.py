@@ -54,7 +54,7 @@ class CurateConfig(Section):
     drop_duplicates: bool = True
     """Whether of images that are equal byte for byte only one is kept: a held-out one if there is one, else the lowest key."""
     decontaminate: bool = False
-    """Whether training images that look like a held-out one (pHash and colours) are dropped as evaluation_alike: no model sees them then."""
+    """Whether training images that look like a held-out one (pHash and colours) are dropped as evaluation_alike: no model sees them."""
 
     def keyed(self) -> dict[str, Any]:
         """Leave out `decontaminate` where it is off: lists made before it was there are the same."""
