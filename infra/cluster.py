@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -43,8 +44,8 @@ class ClusterConfig(Section):
     """Download processes, one CPU core each, that Ray spreads over the nodes; 0 downloads on one machine with `[data] processes`."""
     clip_workers: int = Field(default=1, ge=1)
     """Processes that train CLIP data-parallel."""
-    embed_workers: int = Field(default=1, ge=1)
-    """Processes that embed."""
+    embed_workers: int | None = Field(default=None, ge=1)
+    """Processes that embed at the same time; by default as many as the cluster has room for."""
     prior_workers: int = Field(default=1, ge=1)
     """Processes that train the prior."""
     decoder_workers: int = Field(default=1, ge=1)
@@ -146,21 +147,23 @@ Made = TypeVar("Made")
 
 
 def spread(
-    config: ClusterConfig, function: Callable[..., Made], arguments: Iterable[tuple[Any, ...]], gpus: int = 0
+    config: ClusterConfig, function: Callable[..., Made], arguments: Iterable[tuple[Any, ...]], gpus: int = 0, at_once: int | None = None
 ) -> Iterator[list[Made]]:
     """Call `function` with each of the arguments as a task on the running Ray; yield what has ended every second, none twice.
 
-    A task that is lost with its process or node is done again, three times at most, so it must write aside and rename. An error of ours
-    is raised as it was in the task.
+    At most `at_once` tasks run at the same time, by default as many as the cluster has room for. A task that is lost with its process or
+    node is done again, three times at most, so it must write aside and rename. An error of ours is raised as it was in the task.
     """
     import ray
     from ray.exceptions import RayTaskError
 
     task = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=gpus, max_retries=3)(function)
-    waiting = [task.remote(*each) for each in arguments]
+    begun = (task.remote(*each) for each in arguments)
+    waiting = list(islice(begun, at_once))
     try:
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1)
+            waiting += islice(begun, len(ready))
             yield ray.get(ready)
     except RayTaskError as error:
         if isinstance(error.cause, UnclipError):

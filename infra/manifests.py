@@ -14,7 +14,7 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from typing import Any
 from infra import storage
 from infra.errors import DataError, StorageError
 from infra.locks import is_being_read, reading_file
+from infra.progress import transfer
 from infra.storage import Root
 
 MANIFEST = "manifest.json"
@@ -101,20 +102,22 @@ class Committed:
 
     def _download(self, folder: Path, files: list[dict[str, Any]]) -> None:
         folder.mkdir(parents=True)
-        with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
-            broken = [wrong for wrong in pool.map(lambda file: self._download_one(file, folder), files) if wrong]
+        total = sum(file["bytes"] for file in files)
+        with transfer(f"{self.stage} down", total) as tell, ThreadPoolExecutor(UPLOAD_THREADS) as pool:
+            broken = [wrong for wrong in pool.map(lambda file: self._download_one(file, folder, tell), files) if wrong]
         if broken:
             raise DataError(f"{self.uri}: {broken[0]}; run again to download it again, or remove the folder to make it again")
         (folder / MANIFEST).write_bytes(storage.json_bytes(self.manifest))
 
-    def _download_one(self, file: dict[str, Any], folder: Path) -> str:
+    def _download_one(self, file: dict[str, Any], folder: Path, tell: Callable[[int], None]) -> str:
         """Download a file, again where it arrives otherwise than the manifest says; return what is wrong with it at last, or ""."""
         wrong: list[str] = []
         for _ in range(DOWNLOAD_TRIES):
-            storage.download(self.root, f"{self.path}/{file['path']}", folder / file["path"])
+            storage.download(self.root, f"{self.path}/{file['path']}", folder / file["path"], tell)
             wrong = _differences(folder, [file])
             if not wrong:
                 return ""
+            tell(-(folder / file["path"]).stat().st_size)
         return wrong[0]
 
 
@@ -321,8 +324,9 @@ def _commit_by_put(root: Root, stage: str, key: str, out: Path, manifest: dict[s
     place, name = f"{stage}/{key}", f"{stage}/{key}/{MANIFEST}"
     sent = Committed(root, stage, key, manifest)
     try:
-        with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
-            list(pool.map(lambda f: storage.upload(root, out / f["path"], f"{place}/{attempt}/{f['path']}"), manifest["files"]))
+        total = sum(file["bytes"] for file in manifest["files"])
+        with transfer(f"{stage} up", total) as tell, ThreadPoolExecutor(UPLOAD_THREADS) as pool:
+            list(pool.map(lambda f: storage.upload(root, out / f["path"], f"{place}/{attempt}/{f['path']}", tell), manifest["files"]))
         wrong = damage(sent)
         existing = find(root, stage, key)
         if wrong and (existing is None or existing.manifest["attempt"] == replaces):

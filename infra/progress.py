@@ -4,11 +4,17 @@ Writes to stderr only, so that `--json` output on stdout stays clean. Knows noth
 """
 
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TextIO
 
 TERMINAL_EVERY_S = 0.2
+MB = 10**6
+SHOWN_BYTES = 100 * MB
+"""Less than this is moved before anybody wonders."""
 LOG_EVERY_S = 10.0
 
 
@@ -77,3 +83,23 @@ class Progress:
             self.stream.write(line + "\n")
         self.stream.flush()
         self.shown_s = now
+
+
+@contextmanager
+def transfer(label: str, total_bytes: int, stream: TextIO | None = None) -> Iterator[Callable[[int], None]]:
+    """Show how far a large transfer is while the block runs; yields what is told of every few bytes that have gone, from any thread."""
+    if total_bytes < SHOWN_BYTES:
+        yield lambda _: None
+        return
+    guard = threading.Lock()
+    gone = 0
+    with Progress(label, total_bytes // MB, "MB", stream) as progress:
+        progress.update(0)
+
+        def tell(moved_bytes: int) -> None:
+            nonlocal gone
+            with guard:
+                gone += moved_bytes
+                progress.update(gone // MB)
+
+        yield tell

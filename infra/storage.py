@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -336,17 +337,52 @@ def file_sizes(root: Root, name: str) -> dict[str, int]:
     return {str(path).strip("/")[len(base_path) + 1 :]: int(entry["size"]) for path, entry in found.items()}
 
 
-def upload(root: Root, source: Path, name: str) -> None:
-    """Copy one local file into a store that is not local."""
+class _Sent(Callback):
+    """Tells of the bytes of one file as they go, and takes them back where the transfer fails."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        super().__init__()
+        self.tell, self.sent_bytes = tell, 0
+
+    def relative_update(self, inc: int = 1) -> None:
+        self.sent_bytes += inc
+        self.tell(inc)
+
+    def end(self, size_bytes: int) -> None:
+        self.relative_update(size_bytes - self.sent_bytes)
+
+
+def upload(root: Root, source: Path, name: str, tell: Callable[[int], None] = lambda _: None) -> None:
+    """Copy one local file into a store that is not local; `tell` hears of bytes as they go (negative where they go again)."""
+
+    def put() -> None:
+        sent = _Sent(tell)
+        try:
+            root.fs.put_file(str(source), join(root, name), callback=sent)
+        except BaseException:
+            sent.end(0)
+            raise
+        sent.end(source.stat().st_size)
+
     with one_line_errors(uri_of(root, name)):
-        patiently(lambda: root.fs.put_file(str(source), join(root, name)))
+        patiently(put)
 
 
-def download(root: Root, name: str, target: Path) -> None:
-    """Copy one file of a store that is not local into a local file."""
+def download(root: Root, name: str, target: Path, tell: Callable[[int], None] = lambda _: None) -> None:
+    """Copy one file of a store that is not local into a local file; `tell` as in `upload`."""
+
+    def get() -> None:
+        sent = _Sent(tell)
+        try:
+            root.fs.get_file(join(root, name), str(target), callback=sent)
+        except BaseException:
+            sent.end(0)
+            raise
+        sent.end(target.stat().st_size)
+
     with one_line_errors(uri_of(root, name)):
         target.parent.mkdir(parents=True, exist_ok=True)
-        patiently(lambda: root.fs.get_file(join(root, name), str(target)))
+        patiently(get)
 
 
 def remove(root: Root, name: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.cluster import Cluster, ClusterConfig
+from infra.cluster import Cluster, ClusterConfig, spread
 from infra.errors import UnclipError
 
 HERE = Path(__file__).parent.parent
@@ -71,3 +71,27 @@ def test_a_cluster_that_does_not_answer_is_one_line_and_soon() -> None:
 
 def test_nothing_in_the_section_changes_what_a_stage_makes() -> None:
     assert SMALL.keyed() == {}
+
+
+@pytest.mark.parametrize(("at_once", "most"), [(None, 7), (1, 1), (3, 3)])
+def test_no_more_tasks_are_begun_than_may_run_at_once(at_once: int | None, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    in_flight: set[int] = set()
+    peaks: list[int] = []
+
+    class Task:
+        def remote(self, number: int) -> int:
+            in_flight.add(number)
+            peaks.append(len(in_flight))
+            return number
+
+    def wait(waiting: list[int], num_returns: int, timeout: float) -> tuple[list[int], list[int]]:
+        in_flight.discard(waiting[-1])
+        return waiting[-1:], waiting[:-1]
+
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda _: Task())
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", lambda ready: [number * 10 for number in ready])
+    made = [each for some in spread(ClusterConfig(), abs, ((number,) for number in range(7)), at_once=at_once) for each in some]
+    assert sorted(made) == [number * 10 for number in range(7)] and max(peaks) == most

@@ -67,7 +67,7 @@ def run(
     arguments = [(config, number, threads, cluster.use_gpu, ingest, clip, out, work) for number in range(parts)]
     done = 0
     with Progress("embed", count, "pairs") as progress:
-        for rows in spread(cluster, _embed_part, arguments, int(cluster.use_gpu)):
+        for rows in spread(cluster, _embed_part, arguments, int(cluster.use_gpu), cluster.embed_workers):
             done += sum(rows)
             progress.update(done)
     taken_over = sum(int((work / f"known_{number:04}.count").read_text()) for number in range(parts))
