@@ -6,7 +6,7 @@ Ours is the real training loop with its clipped gradients and averaged weights; 
 open_clip pads texts to 77 tokens as it comes; as it could be set up, to the longest caption of all. Figures are medians of rounds.
 The rows `_shards` are ours reading JPEG pictures of 256 px from tar shards that the page cache has let go, each picture once, decoded by
 readers beside the training threads (on their cores, where there are no others), next to open_clip's figure from memory. Without turns,
-since readers would work on in open_clip's.
+since readers would work on in open_clip's. `_cold`: neither tokenizer has met a word of these texts before.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import runpy
 import statistics
 import subprocess
 import sys
@@ -140,6 +141,13 @@ def from_shards(config: ClipConfig, ids: list[Tensor], peer: Peer, steps: int, r
         return rate, pictures.waited_s / (time.perf_counter() - started_s)
 
 
+def zero_shot_prompts(package: Path, count: int) -> list[str]:
+    """Return ImageNet's 1,000 class names in OpenAI's templates, as open_clip has them: texts that nobody made for this benchmark."""
+    told = runpy.run_path(str(package / "zero_shot_metadata.py"))
+    prompts = [template(name) for template in told["OPENAI_IMAGENET_TEMPLATES"] for name in told["IMAGENET_CLASSNAMES"]]
+    return prompts[:count]
+
+
 def in_turns(rounds: int, ours: Any, theirs: dict[str, Any]) -> dict[str, float]:
     """Return the median seconds of both sides' rounds, the first one left out."""
     taken: dict[str, list[float]] = {name: [] for name in ("ours", *theirs)}
@@ -204,8 +212,15 @@ def measure(threads: int, steps: int, rounds: int) -> dict[str, Any]:
     )
     found["classifier"] = {name: len(names) / each for name, each in seconds.items()}
     many = captions(20_000)
-    seconds = in_turns(rounds, lambda: tokenizer(many), {"theirs": lambda: peer("tokens", many)})
-    found["tokenizer"] = {name: len(many) / each for name, each in seconds.items()}
+    prompts = zero_shot_prompts(merges.parent, len(many))
+    for name, texts, is_cold in (("captions", many, False), ("prompts", prompts, False), ("prompts_cold", prompts, True)):
+        fresh = [Tokenizer.from_merges(merges) if is_cold else tokenizer for _ in range(rounds + 1)]
+        seconds = in_turns(
+            rounds,
+            lambda texts=texts, fresh=fresh: fresh.pop()(texts),
+            {"theirs": lambda texts=texts, is_cold=is_cold: peer("tokens", texts, is_cold)},
+        )
+        found[f"tokenizer_{name}"] = {side: len(texts) / each for side, each in seconds.items()}
     peer.process.kill()
     peer.process.wait()
     found["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "tokenizers")}

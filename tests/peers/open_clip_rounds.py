@@ -23,6 +23,7 @@ class Rounds:
         self.images, self.ids = data["images"], data["ids"]  # float (M, B, 3, S, S) normalised, int (M, B, 77)
         self.loss = open_clip.ClipLoss()
         self.tokenizer = open_clip.SimpleTokenizer(context_length=77)
+        self.unused = dict(self.tokenizer.cache)
         self.models = {context: self.prepared(context) for context in told["contexts"]}
         self.number = 0
 
@@ -69,8 +70,10 @@ class Rounds:
         for start in range(0, len(texts), 256):
             model.encode_text(self.tokenizer(texts[start : start + 256])[:, :context], normalize=True)
 
-    def tokens(self, texts: list[str]) -> None:
-        """Turn texts into ids."""
+    def tokens(self, texts: list[str], is_cold: bool) -> None:
+        """Turn texts into ids, without what it remembers of words if told so."""
+        if is_cold:
+            self.tokenizer.cache = dict(self.unused)
         self.tokenizer(texts)
 
 
