@@ -3,6 +3,7 @@
 
 const PAGE = 24;
 const MAX_UPLOAD_PX = 512;
+const USUAL = { modality: "image" };
 const byId = (id) => document.getElementById(id);
 const form = byId("form"), text = byId("text"), results = byId("results"), status = byId("status"), more = byId("more");
 const filters = byId("filters");
@@ -28,28 +29,54 @@ async function reason(answer) {
 
 function login() {
   const dialog = byId("login");
+  byId("login-error").textContent = "";
   if (!dialog.open) dialog.showModal();
-  return new Promise((resolve) => {
+  return new Promise((resolve, reject) => {
+    dialog.onclose = () => reject(new Error("Nothing was searched: this service asks for its token. Search again to give it."));
     byId("login-form").onsubmit = async (event) => {
       event.preventDefault();
       const answer = await fetch("/session", {
         method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ token: byId("token").value }),
       });
-      if (answer.ok) { dialog.close(); fillFilters(); resolve(); } else { byId("login-error").textContent = await reason(answer); }
+      if (answer.ok) { dialog.onclose = null; dialog.close(); fillFilters(); resolve(); } else { byId("login-error").textContent = await reason(answer); }
     };
   });
 }
 
-function chosen() {
+// The filters that are set, by name, as text: what the address holds of them.
+function filtered() {
   const found = {};
-  let count = 0;
-  for (const select of filters.querySelectorAll("select")) {
-    if (!select.value) continue;
-    if (select.name === "modality") { found.modality = select.value; count += select.value !== "image"; } else { found[select.name] = [select.value]; count += 1; }
+  for (const field of filters.querySelectorAll("select, input")) {
+    if (field.type === "checkbox") { if (!field.checked) found[field.name] = "no"; } else if (field.value && field.value !== USUAL[field.name] && field.checkValidity()) found[field.name] = field.value;
   }
-  found.near_copies = filters.querySelector("[name=near_copies]").checked;
-  byId("filter-count").textContent = count ? `(${count})` : "";
   return found;
+}
+
+function setFilters(given) {
+  for (const field of filters.querySelectorAll("select, input")) {
+    const value = given.get(field.name) ?? USUAL[field.name] ?? "";
+    if (field.type === "checkbox") { field.checked = value !== "no"; continue; }
+    if (field.tagName === "SELECT" && value && ![...field.options].some((option) => option.value === value)) field.append(new Option(value, value));
+    field.value = value;
+  }
+  byId("filter-count").textContent = count();
+}
+
+function count() { const set = Object.keys(filtered()).length; return set ? `(${set})` : ""; }
+
+function chosen() {
+  const { modality = "image", near_copies: nearCopies = "yes", min_side_px: side = "0", ...lists } = filtered();
+  byId("filter-count").textContent = count();
+  return {
+    modality, near_copies: nearCopies !== "no", min_side_px: Number(side),
+    ...Object.fromEntries(Object.entries(lists).map(([name, value]) => [name, [value]])),
+  };
+}
+
+function address(next) {
+  const given = new URLSearchParams(filtered());
+  if (next && "text" in next) given.set("text", next.text); else if (next && "key" in next) given.set("key", next.key);
+  return `#${String(given).replaceAll("+", "%20")}`;
 }
 
 async function ask(from) {
@@ -144,8 +171,7 @@ function start(next, isNew = true) {
     byId("asked-words").textContent = next.words;
   } else { text.value = next ? next.text : ""; }
   if (isNew) {
-    const kept = next && "image" in next ? null : next; // a picture of one's own stays out of the history
-    history.pushState(kept, "", next && "text" in next ? `#text=${encodeURIComponent(next.text)}` : next && "key" in next ? `#key=${encodeURIComponent(next.key)}` : "#");
+    history.pushState(next && "image" in next ? null : next, "", address(next)); // a picture of one's own stays out of the history
   }
   if (next) ask(0); else { results.replaceChildren(); more.hidden = true; say(""); byId("hint").hidden = false; }
 }
@@ -177,9 +203,10 @@ async function fillFilters() {
   for (const select of filters.querySelectorAll("select:not([name=modality])")) {
     const before = select.value;
     const values = Object.entries(facets[select.name] || {});
-    select.replaceChildren(new Option("any", ""), ...values.map(([value, count]) => new Option(`${value} (${count.toLocaleString()})`, value)));
+    select.replaceChildren(new Option("any", ""), ...values.map(([value, many]) => new Option(`${value} (${many.toLocaleString()})`, value)));
+    if (before && !(before in (facets[select.name] || {}))) select.append(new Option(before, before));
     select.value = before;
-    select.closest("label").hidden = values.length < 2;
+    select.closest("label").hidden = values.length < 2 && !before;
   }
 }
 
@@ -195,6 +222,7 @@ function walk(event) {
 
 function fromAddress() {
   const given = new URLSearchParams(location.hash.slice(1));
+  setFilters(given);
   if (given.get("text")) start({ text: given.get("text") }, false);
   else if (given.get("key")) start({ key: given.get("key"), words: "More like this one", shown: `/thumbnail/${encodeURIComponent(given.get("key"))}` }, false);
   else if (question) start(null, false); // at first there is nothing to clear, and somebody may be typing already
@@ -205,8 +233,12 @@ byId("pick").onclick = () => byId("file").click();
 byId("file").onchange = (event) => { if (event.target.files[0]) searchPicture(event.target.files[0]); event.target.value = ""; };
 byId("clear").onclick = () => { start(null); text.focus(); };
 more.onclick = () => ask(shown);
-filters.onchange = () => ask(0);
-window.onpopstate = (event) => { if (event.state) start(event.state, false); else fromAddress(); };
+filters.onchange = () => { history.pushState(history.state, "", address(question)); byId("filter-count").textContent = count(); ask(0); };
+window.onpopstate = (event) => {
+  if (!event.state) { fromAddress(); return; }
+  setFilters(new URLSearchParams(location.hash.slice(1)));
+  start(event.state, false);
+};
 document.onkeydown = (event) => {
   if (event.key === "/" && !/^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement.tagName)) { event.preventDefault(); text.select(); text.focus(); } else { walk(event); }
 };
@@ -223,5 +255,11 @@ document.ondrop = (event) => {
   if (file) searchPicture(file);
 };
 
-fillFilters();
+// What takes the focus must not hide below the header while that stays on top.
+new ResizeObserver(([{ target }]) => {
+  const isOnTop = getComputedStyle(target).position === "sticky";
+  document.documentElement.style.scrollPaddingTop = isOnTop ? `${target.offsetHeight + 8}px` : "";
+}).observe(document.querySelector("header"));
+
 fromAddress();
+fillFilters();

@@ -15,6 +15,8 @@ FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--disable-dev-shm-usage"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions", "--remote-debugging-pipe"),
 )
+CODES = {"Escape": 27}
+"""Of keys whose meaning is the browser's own."""
 
 
 class Browser:
@@ -90,8 +92,9 @@ class Browser:
 
     def press(self, key: str, text: str = "") -> None:
         """Press and release one key."""
+        code = {"windowsVirtualKeyCode": CODES[key]} if key in CODES else {}
         for kind in ("keyDown", "keyUp"):
-            self.tell("Input.dispatchKeyEvent", type=kind, key=key, **({"text": text} if text and kind == "keyDown" else {}))
+            self.tell("Input.dispatchKeyEvent", type=kind, key=key, **code, **({"text": text} if text and kind == "keyDown" else {}))
 
     def look(self, file: Path, width: int = 1280, height: int = 900, is_dark: bool = False) -> None:
         """Save a screenshot at that size and colour scheme."""

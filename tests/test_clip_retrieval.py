@@ -1,0 +1,139 @@
+"""clip-retrieval's own client and its own front end work against the service unchanged (`make peers`; the front end in a real browser)."""
+
+import io
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+import uvicorn
+
+from indexing.app import make_app
+from indexing.service import ServeConfig
+from tests.browser import CHROMIUM, Browser
+from tests.pictured import direction, draw
+from tests.served import Fake
+
+PEER = Path(__file__).parent.parent / ".peers" / "clip_retrieval" / "bin" / "python"
+MISSING = "clip-retrieval is not installed beside us: make .peers/clip_retrieval/ready"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PEER.exists(), reason=MISSING)]
+
+
+@contextmanager
+def serving(fake: Fake, **config: Any) -> Iterator[str]:
+    """Serve on a free port; yields the address."""
+    server = uvicorn.Server(uvicorn.Config(make_app(fake.service(), ServeConfig(rate=0, **config), io.StringIO()), port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class Asked:
+    """The client's process."""
+
+    def __init__(self, address: str) -> None:
+        script = Path(__file__).parent / "peers" / "clip_retrieval_peer.py"
+        self.client = {"url": f"{address}/knn-service", "indice_name": "drawn", "num_images": 4}
+        self.process = subprocess.Popen([str(PEER), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, client: dict[str, Any] | None = None, **query: Any) -> Any:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps({"client": {**self.client, **(client or {})}, "query": query}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, "the client's process ended"
+        return json.loads(line)
+
+
+def test_the_real_client_is_answered(tmp_path: Path) -> None:
+    fake = Fake(tmp_path / "run")
+    picture = tmp_path / "mine.png"
+    cv2.imwrite(str(picture), draw(9, "plain", 64)[..., ::-1])
+    with serving(fake) as address:
+        ask = Asked(address)
+        try:
+            for query, right in (
+                ({"text": "colour 5"}, "colour 5"),
+                ({"image": str(picture)}, "colour 9"),
+                ({"embedding_input": direction(3).tolist()}, "colour 3"),
+            ):
+                for modality in ("image", "text"):
+                    found = ask({"modality": modality, "deduplicate": False}, **query)
+                    assert len(found) == 4 and found[0]["caption"] == right, (query, modality)
+                    assert {"id", "similarity", "url", "caption"} <= found[0].keys() and found[0]["similarity"] == pytest.approx(
+                        1, abs=0.01
+                    )
+                    assert [each["caption"] for each in found].count(right) == 3
+            apart = ask(text="colour 5")
+            assert [each["caption"] for each in apart].count("colour 5") == 1, "deduplicated, as the client asks unless told otherwise"
+            refused = ask(embedding_input=[1.0, 2.0])
+            assert "2 numbers but the index has 16 dimensions" in refused["detail"]
+            assert "fetches no pictures" in ask(image="http://example.org/a.png")["detail"]
+            assert "no index of that name" in ask({"indice_name": "laion5B"}, text="colour 5")["detail"]
+        finally:
+            ask.process.kill()
+            ask.process.wait()
+
+
+class Front(SimpleHTTPRequestHandler):
+    """Serves the front end's files and its configuration, as `clip-retrieval front` does."""
+
+    backend = ""
+
+    def do_GET(self) -> None:
+        if self.path != "/config.json":
+            super().do_GET()
+            return
+        body = json.dumps({"defaultBackend": self.backend, "defaultIndex": "drawn", "urlColumn": "url"}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_the_real_front_end_shows_what_is_found_where_its_origin_is_allowed(tmp_path: Path, is_allowed: bool) -> None:
+    (built,) = PEER.parent.parent.glob("lib/python*/site-packages/front/build")
+    front = ThreadingHTTPServer(("127.0.0.1", 0), partial(Front, directory=str(built)))
+    origin = f"http://127.0.0.1:{front.server_address[1]}"
+    thread = threading.Thread(target=front.serve_forever, daemon=True)
+    thread.start()
+    try:
+        with (
+            serving(Fake(tmp_path / "run"), allow_origins=(origin,) if is_allowed else ()) as address,
+            Browser(tmp_path / "browser") as browser,
+        ):
+            Front.backend = address
+            browser.go(f"{origin}/?query=colour+5&useSafetyModel=false&useViolenceDetector=false")
+            page = "document.querySelector('clip-front').shadowRoot"
+            shows = f"Boolean({page} && {page}.textContent.includes('colour 5'))"
+            if is_allowed:
+                browser.until(shows)
+                browser.look(tmp_path / "front.png")
+            else:
+                time.sleep(5)
+                assert not browser.run(shows)
+    finally:
+        front.shutdown()
+        front.server_close()
+        thread.join()
