@@ -22,6 +22,8 @@ from infra.progress import Progress
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 20
 """So often a shard may lose the node that makes it: that is no fault of the shard's."""
+MAX_FAILED_STARTS = 10
+"""So many processes in a row may end before they are ready."""
 MAX_CRASHES = 20
 """So many rows of one shard may be left out."""
 START_LIMIT_S = 300
@@ -59,6 +61,7 @@ class Downloads:
     pauses: int = 0
     paused_until_s: float = 0.0
     heard_s: float = field(default_factory=time.monotonic)
+    failed_starts: int = 0
 
     def next_for(self, worker: Worker) -> None:
         """Give a worker the next feed that it can make, if there is one and the pass does not wait."""
@@ -97,12 +100,13 @@ class Downloads:
         self.todo.appendleft(feed)
 
     def hear(self, worker: Worker, line: str) -> None:
-        """Act on what a worker said. Raises StorageError when the disk is full."""
+        """Act on what a worker said. Raises StorageError when the disk is full, UnclipError when no worker comes to work."""
         if worker not in self.workers.all:
             return  # it was ended meanwhile
         self.heard_s = worker.heard_s = time.monotonic()
         word, _, rest = line.partition(" ")
-        worker.is_ready = True
+        if word not in ("gone", "lost"):
+            worker.is_ready, self.failed_starts = True, 0
         if word == "ready" and worker.feed is None:
             self.next_for(worker)
         elif word == "rows":
@@ -122,7 +126,13 @@ class Downloads:
             self.again(worker, rest.partition(" ")[2])
             self.next_for(worker)
         elif word in ("gone", "lost"):
-            self.again(worker, rest or "the download process died", is_lost=word == "lost")
+            why = rest or "the download process died"
+            self.failed_starts += not worker.is_ready
+            self.again(worker, why, is_lost=word == "lost")
+            if self.failed_starts >= MAX_FAILED_STARTS:
+                raise UnclipError(
+                    f"{MAX_FAILED_STARTS} download processes ended before they were ready: {why} (details in {self.workers.log})"
+                )
             self.next_for(self.workers.replace(worker))
 
     def wait(self, feed: Feed) -> None:

@@ -107,7 +107,8 @@ class RemoteWorker:
                     self.take(line)
         except (ray.exceptions.RayError, ConnectionError) as error:  # of any kind: the node or the actor is out of reach
             if not self.is_over:
-                self.heard.put((self, f"lost the node of a download process is gone: {type(error).__name__}"))
+                *_, last = [type(error).__name__, *filter(None, map(str.strip, str(error).splitlines()))]
+                self.heard.put((self, f"lost the node of a download process is gone: {last[:200]}"))
 
     def take(self, line: str) -> None:
         """Pass a word on; first fetch the shard that is told to be done."""

@@ -9,9 +9,12 @@ import pytest
 
 from flows import downloads
 from flows.downloads import MAX_LOSSES, Downloads
+from flows.submission import default_resources
 from flows.workers import Feed, Worker, Workers
+from infra.cluster import ClusterConfig
 from infra.errors import DataError, UnclipError
 from tests.test_ingest import config_for
+from tests.test_renewal import INGEST, OnlyData
 
 
 class Fake:
@@ -117,3 +120,23 @@ def test_a_cluster_that_never_has_room_is_one_line(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(downloads.time, "monotonic", lambda: late)
     with pytest.raises(UnclipError, match=r"no node has started a download process in 300 s: .*ingest_workers"):
         pass_.look_after()
+
+
+@pytest.mark.parametrize("word", ["gone", "lost no module flows"])
+def test_processes_that_end_before_they_are_ready_have_an_end(tmp_path: Path, word: str) -> None:
+    pass_, (busy, idle) = scene(tmp_path, [feed(0)], here=2)
+    pass_.next_for(busy)
+    for _ in range(downloads.MAX_FAILED_STARTS - 1):
+        pass_.hear(idle, word)
+        _, idle = pass_.workers.all
+    with pytest.raises(UnclipError, match="10 download processes ended before they were ready: "):
+        pass_.hear(idle, word)
+
+
+def test_a_submitted_ingest_asks_for_what_runs_on_its_own_node() -> None:
+    def cpus(ingest_workers: int, *sources: dict[str, Any]) -> float:
+        config = OnlyData(data=config_for(*sources, processes=3), cluster=ClusterConfig(ingest_workers=ingest_workers))
+        return default_resources(INGEST, config).cpus
+
+    listed, folder = {"kind": "urls", "path": "list.jsonl"}, {"kind": "folder", "path": "mine"}
+    assert (cpus(0, listed), cpus(8, listed), cpus(8, listed, folder)) == (3, 0, 3)

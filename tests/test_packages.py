@@ -5,12 +5,14 @@ import os
 import shutil
 import stat
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from flows import packages
 from flows.packages import package_folder, split_spec, unpack
+from flows.pictures import FAMILIES
 from infra.errors import CallerError, DataError
 
 
@@ -173,3 +175,10 @@ def test_a_truncated_archive_is_refused_and_leaves_nothing_in_the_cache(tmp_path
 def test_a_real_package_is_packed(tmp_path: Path) -> None:
     folder = package_folder("emojilib@4.0.3", tmp_path)
     assert "grinning_face" in (folder / "dist" / "emoji-en-US.json").read_text()
+
+
+def test_the_larger_recipe_takes_every_picture_package_that_has_a_reader_and_holds_openmoji_out() -> None:
+    recipe = tomllib.loads((Path(__file__).parent.parent / "flows" / "recipes" / "emoji64.toml").read_text())
+    [source] = recipe["data"]["sources"]
+    assert {split_spec(spec)[0] for spec in source["packages"]} == set(FAMILIES) and len(FAMILIES) == 12
+    assert recipe["curate"]["held_out_styles"] == ["openmoji"]
