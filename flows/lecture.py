@@ -32,12 +32,21 @@ def swiss_roll(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the picture goes.")] = Path("out"),
     steps: Annotated[int, typer.Option("--steps", min=1, max=1_000_000, help="Training steps.")] = 4000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same figures.")] = 0,
+    rates: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--rate",
+            min=0.001,
+            max=0.9999,
+            help="A diffusion rate: beta of every step; repeated. By default 0.02 to 0.9999, a map in one step.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Learn the two-dimensional Swiss roll, sample it at several diffusion rates and step counts, and draw both."""
     from training import swiss_roll as roll
 
-    result = roll.swiss_roll(out, steps, seed=seed)
+    result = roll.swiss_roll(out, steps, seed=seed, rates=rates or ())
     if as_json:
         print_json(result)
         return

@@ -1,5 +1,6 @@
 """The decoder learns a batch by heart, draws what z_i says, and a row's picture is its own."""
 
+import math
 from itertools import combinations, pairwise
 
 import pytest
@@ -321,6 +322,23 @@ def test_a_floor_above_the_ceiling_is_refused() -> None:
     with pytest.raises(ValidationError, match="snr_floor = 6 but snr_ceiling = 5: the floor must not lie above it"):
         DecoderConfig(snr_floor=6.0)
     assert DecoderConfig(snr_floor=5.0).snr_ceiling == 5
+
+
+def test_a_dynamic_threshold_acts_under_guidance_alone() -> None:
+    plain = untrained()
+    model = Decoder(CONFIG.model_copy(update={"dynamic_threshold": 0.9}), E, VOCABULARY, CONTEXT).eval()
+    model.load_state_dict(plain.state_dict())
+    z_i, ids, _ = batch(2)
+    x_t, t = torch.randn(2, 3, SIDE, SIDE), torch.tensor([90, 40])
+    clipped, dynamic = (split(each.guided_denoise(z_i, ids, 1000.0)(x_t, t))[0].detach() for each in (plain, model))
+    assert float(clipped.abs().max()) == float(dynamic.abs().max()) == 1
+    assert not torch.allclose(dynamic, clipped, atol=1e-2), "what is not clamped is scaled back as well"
+    assert torch.equal(*(split(each.guided_denoise(z_i, ids, 1.0)(x_t, t))[0] for each in (plain, model)))
+
+
+def test_a_shifted_schedule_is_trained_and_sampled_with() -> None:
+    model = Decoder(CONFIG.model_copy(update={"snr_shift": 0.5}), E, VOCABULARY, CONTEXT)
+    torch.testing.assert_close(model.schedule.log_snr[1:], untrained().schedule.log_snr[1:] + 2 * math.log(0.5))
 
 
 def test_every_place_of_the_layout_reaches_the_picture() -> None:

@@ -9,6 +9,7 @@ from PIL import Image
 from scipy import stats
 from sklearn.datasets import make_swiss_roll
 
+from flows.cli import main
 from infra.errors import CallerError
 from training.diffusion import Schedule
 from training.noise import generators, noise
@@ -79,7 +80,7 @@ def test_training_stops_in_time() -> None:
 
 
 def test_swiss_roll_draws_its_picture_and_gives_its_figures(tmp_path: Path) -> None:
-    result = swiss_roll(tmp_path / "roll", steps=60, count=300, seed=1)
+    result = swiss_roll(tmp_path / "roll", steps=60, count=300, seed=1, rates=(0.3, 0.7, 0.3))
     assert set(result) == {"energy_distance", "data_to_data", "seconds", "steps", "by_rate", "by_steps", "picture"}
     with Image.open(result["picture"]) as picture:
         assert picture.size[0] > 1000
@@ -87,7 +88,19 @@ def test_swiss_roll_draws_its_picture_and_gives_its_figures(tmp_path: Path) -> N
         assert len(picture.convert("RGB").getcolors(maxcolors=10_000_000) or []) > 1000  # not blank
     assert result["steps"] == 60
     assert result["energy_distance"] == result["by_steps"]["DPM-Solver++(2M)"][50]
-    assert [row["rate"] for row in result["by_rate"]] == sorted((row["rate"] for row in result["by_rate"]), reverse=True)
+    assert [(row["rate"], row["steps"]) for row in result["by_rate"]] == [(0.7, Schedule.constant(0.7).T), (0.3, Schedule.constant(0.3).T)]
+
+
+def test_the_command_passes_on_the_diffusion_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("training.swiss_roll.swiss_roll", lambda out, steps, seed, rates: (asked.append(rates), {"by_rate": []})[1])
+    for arguments, code in (([], 0), (["--rate", "0.3", "--rate", "0.7"], 0), (["--rate", "1.5"], 2)):
+        with pytest.raises(SystemExit) as left:
+            main(["diffusion", "swiss-roll", "--out", str(tmp_path), "--json", *arguments])
+        assert (left.value.code or 0) == code
+    assert asked == [(), [0.3, 0.7]] and "'--rate': Input should be less than or equal to 0.9999" in capsys.readouterr().err
 
 
 def test_bad_settings_are_named(tmp_path: Path) -> None:

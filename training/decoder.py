@@ -67,6 +67,9 @@ class DecoderConfig(LoopConfig):
     """In the residual blocks; unCLIP: 0.1."""
     T: int = Field(default=1000, ge=2, le=100_000)
     """Diffusion steps of the cosine schedule."""
+    snr_shift: float = Field(default=1.0, gt=0, le=16)
+    """Multiplies sqrt(SNR) at every time: 64 / image_size_px gives larger pictures the noise that they need (Hoogeboom et al. 2023, eq. 5).
+    unCLIP: 1."""
     time_power: float = Field(default=2.0, gt=0, le=10)
     """Training times are T u^(1 / time_power) with u uniform in [0, 1): 1 is uniform (Ho et al. 2020), more favours noisy steps, where z_i
     must settle the layout."""
@@ -92,6 +95,9 @@ class DecoderConfig(LoopConfig):
     """Steps at sampling; unCLIP: 250 ancestral ones."""
     guidance: float = Field(default=2.0, ge=0, le=50)
     """Classifier-free guidance at sampling; 1 is none."""
+    dynamic_threshold: float | None = Field(default=None, gt=0, le=1)
+    """Under guidance, quantile of |x_0| at which each picture is clamped and scaled back at every step (Saharia et al. 2022, section 2.3),
+    0.995 there; unset: clamped at 1, as unCLIP."""
     broken_pictures: OnBroken = "stop"
     """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them, counted in the manifest."""
 
@@ -163,6 +169,8 @@ class Decoder(nn.Module):
         self.config = config
         with torch.device("cpu"):  # its values are checked, which `count_parameters`' meta device cannot do
             self.schedule = Schedule.cosine(config.T)
+            if config.snr_shift != 1:
+                self.schedule = self.schedule.shifted(config.snr_shift)
         added, widths = 4 * config.width, [config.width * multiple for multiple in config.multiples]
         self.text = TextEncoder(vocab_size, context, config.text_width, config.text_depth)
         self.null_z = nn.Parameter(torch.randn(embed_dim) * embed_dim**-0.5)
@@ -300,7 +308,8 @@ class Decoder(nn.Module):
             return as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, parametrisation, clip=1.0)
         drop = torch.arange(2 * len(z_i), device=z_i.device) >= len(z_i)
         condition = self.condition(z_i.repeat(2, 1), ids.repeat(2, 1), drop, drop)
-        return samplers.guided(as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, parametrisation), w, clip=1.0)
+        both = as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, parametrisation)
+        return samplers.guided(both, w, self.config.dynamic_threshold, clip=1.0)
 
 
 def augmented(z_i: Tensor, level: Tensor, eps: Tensor) -> Tensor:
