@@ -36,7 +36,7 @@ from infra.terminal import INTERRUPTED
 NOTIFY_BLOCK = "UNCLIP_NOTIFY_BLOCK"
 """Environment variable of a deployment's runs: the Prefect block that holds the webhook's URL."""
 RETRIES, STORE_RETRIES = 2, 4
-RETRY_AFTER_S = [5, 30, 120, 300]
+RETRY_AFTER_S = [5.0, 30.0, 120.0, 300.0]
 HOPELESS = (UnclipError, AssertionError, AttributeError, ImportError, NameError, NotImplementedError, TypeError)
 
 
