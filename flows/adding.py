@@ -2,7 +2,8 @@
 
 Pictures (beside .txt captions, or named in a table of captions) are embedded by the run's own CLIP; embeddings must name that CLIP.
 Writes ROOT/additions/<key>/: an embed folder, an index over it, and for pictures the shard that thumbnails are read from. The key
-is made from what is added, so adding the same twice does nothing.
+is made from what is added, so adding the same twice does nothing. An addition lasts as long as that CLIP: one that is trained anew does
+not search it, which `unclip serve` and `unclip index add` say, and its pictures have to be added again.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from PIL import Image
 
 from flows.living import ADDITIONS, Lineage
 from infra import manifests
@@ -32,8 +34,13 @@ if TYPE_CHECKING:
     from training.look import Look
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")
 KEPT_PX = 256
+ORIENTATION = 0x0112
+"""EXIF's tag for how a picture lies."""
 BATCH = 256
+LEAST_BYTES = 64 << 20
+"""Memory that the index of a small addition may take."""
 
 
 def add(root: Root, known: Lineage, view: "View", source: Path, licence: str) -> tuple[Committed | None, dict[str, int]]:
@@ -58,13 +65,14 @@ def add(root: Root, known: Lineage, view: "View", source: Path, licence: str) ->
         write_embed(out, rows, images[is_new], texts[is_new], known)
         from indexing.index import IndexConfig, build
 
-        section = IndexConfig.model_validate(known.index.manifest["sections"]["index"])
-        counts = build(section.model_copy(update={"factory": "auto"}), out, out)
+        whole = IndexConfig.model_validate(known.index.manifest["sections"]["index"])
+        section = whole.model_copy(update={"factory": "auto", "memory_bytes": share_of(whole.memory_bytes, len(rows), view)})
+        counts = build(section, out, out)
         key = hashlib.sha256("\n".join([known.fingerprint, *sorted(rows["key"].to_pylist())]).encode()).hexdigest()[:16]
         facts = {
             "stage_version": 1,
             "clip_digest": known.fingerprint,
-            "sections": {"index": {**section.model_dump(mode="json"), "factory": "auto"}},
+            "sections": {"index": section.model_dump(mode="json")},
             "inputs": {},
             "input_digests": {},
             "counts": {**counts, "dropped": {name: count for name, count in reasons.items() if name != "added"}},
@@ -74,6 +82,12 @@ def add(root: Root, known: Lineage, view: "View", source: Path, licence: str) ->
         return manifests.commit(root, ADDITIONS, key, out, facts), reasons
     finally:
         shutil.rmtree(out, ignore_errors=True)
+
+
+def share_of(memory_bytes: int, count: int, view: "View") -> int:
+    """Return what the index of so many more samples may take of the memory of all, by their number; at least LEAST_BYTES."""
+    before = sum(segment.index.count for segment in view.segments)
+    return min(memory_bytes, max(LEAST_BYTES, memory_bytes * count // (before + count)))
 
 
 def read_embeddings(source: Path, known: Lineage) -> tuple[pa.Table, np.ndarray, np.ndarray]:
@@ -122,7 +136,8 @@ def read_one(file: Path, side_px: int, look: "Look", licence: str, source: Path)
     """Return a picture as the encoder sees it, and its row with the picture that is kept of it, uint8 RGB."""
     from training.pictures import read_file
 
-    kept = read_file(file, KEPT_PX)
+    width_px, height_px = size_of(file)
+    kept = read_file(file, min(KEPT_PX, max(width_px, height_px)))
     beside = file.with_suffix(".txt")
     caption = (
         " ".join(beside.read_text(errors="replace").split())[:2000] if beside.is_file() else file.stem.replace("_", " ").replace("-", " ")
@@ -135,11 +150,21 @@ def read_one(file: Path, side_px: int, look: "Look", licence: str, source: Path)
         "captions": [caption],
         "licence": licence,
         "split": "added",
-        "width_px": KEPT_PX,
-        "height_px": KEPT_PX,
+        "width_px": width_px,
+        "height_px": height_px,
         "picture": kept,
     }
     return read_file(file, side_px, look), row
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    """Return width and height of a picture file as it is shown; read from its header. Raises CallerError for what is none."""
+    try:
+        with Image.open(file, formats=FORMATS) as opened:
+            lies = opened.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+            return (opened.height, opened.width) if lies else (opened.width, opened.height)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CallerError(f"{file} is no picture that can be read ({error}): give a PNG, JPEG or WebP file") from None
 
 
 def store(tar: tarfile.TarFile, name: str, picture: np.ndarray) -> dict[str, Any]:

@@ -48,14 +48,16 @@ def add(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Add pictures or embeddings to a run's index, without building it again."""
+    """Add pictures or embeddings to a run's index, without building it again; a CLIP that is trained anew does not search them any more."""
     if not folder.is_dir():
         raise CallerError(f"{folder}: there is no such folder")
     opened = open_for(root, for_writing=True)
     from flows.adding import add as add_folder
-    from flows.living import open_view
+    from flows.living import open_view, warnings
 
     view, known = open_view(opened, run)
+    for line in warnings(known):
+        _say(f"unclip: {line}")
     committed, reasons = add_folder(opened, known, view, folder, licence)
     result = {**reasons, "addition": committed.uri if committed else None}
     print_json(result) if as_json else print(", ".join(f"{name} {count:,}" for name, count in reasons.items()))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from flows import adding, living, serving
@@ -29,6 +30,7 @@ from tests import pictured
 from tests.pictured import encode_images, encode_texts, row, usual_rows
 from tests.rooted import committed, write_root
 from tests.served import Fake
+from training.look import WHOLE
 
 GATE = ("generation.own >= 0.5",)
 
@@ -329,3 +331,43 @@ def test_an_origin_is_written_as_browsers_send_it() -> None:
         "http://localhost:1235",
         "http://[::1]",
     ]
+
+
+def test_an_added_picture_is_found_by_its_own_size_and_kept_no_larger(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training import embed
+
+    monkeypatch.setattr(embed, "encoders", lambda _: (encode_texts, encode_images, 20))
+    monkeypatch.setattr(embed, "look_of", lambda _: WHOLE)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, size in (("small", (30, 40)), ("large", (900, 600))):
+        Image.new("RGB", size, (9, 9, 9)).save(folder / f"{name}.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (400, 300), (9, 9, 9)).save(folder / "lying.jpg", exif=exif)
+    view, known = living.open_view(root, None)
+    adding.add(root, known, view, folder, "")
+    with served(root) as (client, service, _):
+        found = client.post("/search", json={"text": "colour 5", "split": ["added"]}).json()["results"]
+        assert {each["caption"]: (each["width_px"], each["height_px"]) for each in found} == {
+            "small": (30, 40),
+            "large": (900, 600),
+            "lying": (300, 400),
+        }
+        for least, most, right in ((300, None, {"large", "lying"}), (301, None, {"large"}), (0, 300, {"small", "lying"})):
+            asked = {"text": "colour 5", "split": ["added"], "min_side_px": least, "max_side_px": most}
+            assert {each["caption"] for each in client.post("/search", json=asked).json()["results"]} == right
+        sizes = [service.thumbnail(service.version.view, service.version.view.find_key(each["key"])) for each in found]  # type: ignore[arg-type]
+        shown = {each["caption"]: Image.open(io.BytesIO(data)).size for each, data in zip(found, sizes, strict=True)}
+        assert shown == {"small": (40, 40), "large": (256, 256), "lying": (256, 256)}
+
+
+def test_an_addition_may_take_its_share_of_the_memory(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    view, _ = living.open_view(root, None)
+    assert adding.share_of(4 << 30, 48, view) == 2 << 30
+    assert adding.share_of(4 << 30, 1, view) == (4 << 30) // 49
+    assert adding.share_of(1 << 30, 1, view) == adding.LEAST_BYTES
+    assert adding.share_of(1 << 20, 1, view) == 1 << 20
+    add_two(root, tmp_path)
+    (addition,) = living.additions(root)
+    assert addition.manifest["sections"]["index"]["memory_bytes"] == adding.share_of(2 << 30, 2, view)

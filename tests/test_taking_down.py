@@ -32,6 +32,7 @@ from infra.storage import Root, open_root
 from infra.tables import DROPPED, URLS
 from tests.pictured import HOSTILE, direction, encode_images, encode_texts, usual_rows, write_run
 from tests.rooted import committed, index_facts, write_root
+from training.look import WHOLE
 
 TWICE = 2  # of usual_rows(); the first is all black, which curate leaves out
 
@@ -362,6 +363,7 @@ def drawn_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     from training import embed
 
     monkeypatch.setattr(embed, "encoders", lambda _: (encode_texts, encode_images, 20))
+    monkeypatch.setattr(embed, "look_of", lambda _: WHOLE)
 
 
 def pictures(folder: Path) -> Path:
