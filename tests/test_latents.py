@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tests.small_systems import PROMPTS, write_system
 from training import latents
 from training.decoder import Condition, Decoder
+from training.diffusion import Denoise
 from training.generate import Unclip, to_images
 from training.latents import across_time, interpolation, sharing, times_at
 from training.trajectories import slerp
@@ -97,12 +98,25 @@ def test_a_row_of_blends_is_told_the_great_circle(system: Unclip, told: list[tup
     torch.testing.assert_close(told[-1][0], expected, atol=1e-6, rtol=0)
 
 
-def test_blends_end_near_the_pictures_where_t_is_small(system: Unclip) -> None:
-    a, b = pictures(1), pictures(1, seed=1)
-    row = interpolation(system.decoder, a, b, [1], columns=3, steps=50, seed=0)[0, 0].astype(float)
-    ends = [to_images(each)[0].astype(float) for each in (a, b)]
-    for end, other, drawn in ((ends[0], ends[1], row[0]), (ends[1], ends[0], row[-1])):
-        assert np.abs(drawn - end).mean() != np.abs(drawn - other).mean()
+def test_blends_go_from_each_picture_to_its_partner(system: Unclip, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = pictures(3), pictures(3, seed=1)
+    schedule, gallery = system.decoder.schedule, torch.cat([a, b])
+
+    def one_of_them(self: Decoder, z_i: torch.Tensor, ids: torch.Tensor, w: float) -> Denoise:
+        """The exact denoiser of data that are one of the six pictures."""
+
+        def denoise(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            alpha_bar = schedule.alpha_bar.float()[t].view(-1, 1, 1, 1, 1)
+            away = (x_t[:, None] - alpha_bar.sqrt() * gallery).flatten(2).square().sum(-1)  # (B, 6)
+            return torch.einsum("bk,kchw->bchw", (-away / (2 * (1 - alpha_bar).view(-1, 1))).softmax(-1), gallery)
+
+        return denoise
+
+    monkeypatch.setattr(Decoder, "guided_denoise", one_of_them)
+    rows = interpolation(system.decoder, a, b, [5, 20], columns=5, steps=50, seed=0)
+    for place in (0, 1):
+        assert near(rows[:, place, 0], to_images(a)) and near(rows[:, place, -1], to_images(b))
+        assert near(rows[:, place, 1], to_images(a)) and near(rows[:, place, -2], to_images(b)), "a quarter of the way is nearer to its end"
 
 
 def test_the_work_is_split_without_a_trace(system: Unclip, monkeypatch: pytest.MonkeyPatch) -> None:

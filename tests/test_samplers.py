@@ -10,7 +10,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSol
 from torch import Tensor
 
 from infra.errors import DataError
-from training.diffusion import Denoise, Schedule, as_denoise, to_eps
+from training.diffusion import Denoise, Prediction, Schedule, as_denoise, to_eps
 from training.noise import generators, noise
 from training.samplers import _Network, ancestral, ddim, ddim_invert, dpm_solver, guided, threshold, timesteps
 
@@ -153,23 +153,31 @@ def test_samplers_end_at_the_predicted_x_0() -> None:
 # diffusers, step by step on the same x_t
 
 
-def follow(scheduler, sampler, steps: int, schedule: Schedule, compared: int | None = None, **options) -> float:  # type: ignore[no-untyped-def]
+def follow(  # type: ignore[no-untyped-def]
+    scheduler, sampler, steps: int, schedule: Schedule, compared: int | None = None, fraction: Tensor | None = None, told=None, **options
+) -> float:
     """Run ours, give diffusers each of our x_t and x_0, and return the largest relative difference of a step's result.
 
-    Only the first `compared` steps count where it is given.
+    Only the first `compared` steps count where it is given. fraction: of a learned variance; theirs is from -1 to 1, beside x_0. told: what
+    else their step is told.
     """
     scheduler.alphas_cumprod = schedule.alpha_bar[1:]  # theirs are float32
     scheduler.betas = 1 - schedule.alpha_bar[1:] / schedule.alpha_bar[:-1]
     scheduler.alphas = 1 - scheduler.betas
     scheduler.one = torch.tensor(1.0, dtype=torch.float64)
     visited: list[tuple[int, Tensor, Tensor]] = []
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        return network(x_t, t) if fraction is None else (network(x_t, t), fraction)
+
     end = sampler(
-        network, start(4, 5), schedule, steps, callback=lambda step, t, x_t, x_0: visited.append((t, x_t.clone(), x_0.clone())), **options
+        denoise, start(4, 5), schedule, steps, callback=lambda step, t, x_t, x_0: visited.append((t, x_t.clone(), x_0.clone())), **options
     )
     worst = 0.0
     pairs = list(zip(visited, [*(x_t for _, x_t, _ in visited[1:]), end], strict=True))
     for (t, x_t, x_0), ours in pairs[:compared]:
-        theirs = scheduler.step(x_0, t - 1, x_t).prev_sample
+        predicted = x_0 if fraction is None else torch.cat([x_0, 2 * fraction - 1], 1)
+        theirs = scheduler.step(predicted, t - 1, x_t, **(told or {})).prev_sample
         worst = max(worst, float((theirs - ours).abs().max() / ours.abs().max()))
     return worst
 
@@ -181,6 +189,33 @@ def test_ddim_steps_are_those_of_diffusers(schedule: Schedule, steps: int) -> No
     scheduler.set_timesteps(steps)
     assert [int(t) + 1 for t in scheduler.timesteps] == timesteps(schedule, steps)[:-1]
     assert follow(scheduler, ddim, steps, schedule) < 1e-9
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
+@pytest.mark.parametrize("steps", [10, 1000])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_steps_that_add_noise_are_those_of_diffusers(
+    schedule: Schedule, steps: int, eta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = DDIMScheduler(1000, prediction_type="sample", clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True)
+    scheduler.set_timesteps(steps)
+    eps = start(4, 5, seed=3)
+    monkeypatch.setattr("training.samplers.noise_like", lambda x, generator: eps.clone())
+    assert follow(scheduler, ddim, steps, schedule, told={"eta": eta, "variance_noise": eps}, eta=eta) < 1e-9
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
+@pytest.mark.parametrize("steps", [20, 1000])
+def test_ancestral_steps_of_a_learned_variance_are_those_of_diffusers(
+    schedule: Schedule, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = DDPMScheduler(1000, prediction_type="sample", clip_sample=False, timestep_spacing="trailing", variance_type="learned_range")
+    scheduler.set_timesteps(steps)
+    eps, fraction = start(4, 5, seed=3), torch.rand(4, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    monkeypatch.setattr("training.samplers.noise_like", lambda x, generator: eps.clone())
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **kwargs: eps.clone())
+    compared = steps - 1 if steps < 1000 else None  # in fewer than T steps theirs adds noise to the last one, the image itself
+    assert follow(scheduler, ancestral, steps, schedule, compared, fraction, variance="learned") < 1e-6
 
 
 @pytest.mark.parametrize("variance", ["small", "large"])
