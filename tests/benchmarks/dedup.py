@@ -1,26 +1,35 @@
 """Semantic deduplication of embeddings on one thread: the time, the planted copies that are found and the rows that go for nothing.
 
-    python -m tests.benchmarks.dedup [--rows 100000] [--dim 512] [--copies 5000] [--alone]
+    python -m tests.benchmarks.dedup [--rows 100000] [--dim 512] [--copies 5000] [--alone] [--stage]
 
 Vectors of one decaying spectrum around rows / 50 centres; copies of some are planted, evenly at cosines from just above the threshold to
 nearly 1. Beside it: all pairs, in matrix products of 8,192 rows, and SemDeDup's way (Abbas et al. 2023: k-means, then pairs within a
 cluster alone); --alone leaves those out. A row is dropped for nothing when its keeper is further than the threshold by an exact product.
-Vectors are read from a memory-mapped file as in the stage; memory is what the process itself holds at most, mapped files aside.
+Vectors are read from a memory-mapped file as in the stage; memory is what the process itself holds at most, mapped files aside. --stage
+tells that of the whole stage as well, pictures, tables and all, over as many small drawn pictures.
 """
 
 import argparse
 import datetime
+import hashlib
+import json
 import os
 import tempfile
-import threading
 import time
 from pathlib import Path
 
+import cv2
 import faiss
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from indexing.dedup import semantic
+from indexing.duplicates import DedupConfig, run
 from indexing.embeddings import Floats, Rows, unit
+from indexing.pictures import Pixels
+from infra.memory import PeakMemory
+from infra.tables import EMBEDDED
 
 THRESHOLD = 0.94
 BLOCK = 8192
@@ -63,10 +72,38 @@ def in_clusters(vectors: Floats, source: Rows, copy: Rows) -> float:
     return float((cell[source] == cell[copy]).mean())
 
 
-def own_mbytes() -> float:
-    """Return the memory that this process holds itself."""
-    (line,) = (each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("RssAnon"))
-    return int(line.split()[1]) / 1000
+def whole_stage(vectors: Floats, folder: Path) -> tuple[float, int, int]:
+    """Run the stage over the vectors (N, D) and N drawn pictures; return seconds, the bytes held at most, and how many pairs it kept."""
+    rng, dim = np.random.default_rng(1), vectors.shape[1]
+    for name in ("shards", "out", "embed/img_emb", "embed/text_emb", "embed/metadata"):
+        (folder / name).mkdir(parents=True)
+    for name in ("img_emb", "text_emb"):
+        np.save(folder / "embed" / name / f"{name}_0000.npy", vectors)
+    (folder / "embed" / "facts.json").write_text(json.dumps({"clip_key": "drawn", "dim": dim, "count": len(vectors)}))
+    place = 0
+    with (
+        (folder / "shards" / "0.tar").open("wb") as shard,
+        pq.ParquetWriter(folder / "embed" / "metadata" / "0.parquet", EMBEDDED) as table,
+    ):
+        for start in range(0, len(vectors), BLOCK):
+            rows = []
+            for number in range(start, min(start + BLOCK, len(vectors))):
+                data = cv2.imencode(".png", rng.integers(0, 256, (8, 8, 3)).astype(np.uint8))[1].tobytes()
+                shard.write(data)
+                digest = hashlib.sha256(data).hexdigest()
+                words = dict.fromkeys(EMBEDDED.names, "") | {"key": f"{number:016x}", "captions": ["drawn"], "split": "train"}
+                where = {"shard": "0.tar", "offset": place, "size_bytes": len(data), "sha256": digest, "width_px": 8, "height_px": 8}
+                rows.append(words | where)
+                place += len(data)
+            table.write_table(pa.Table.from_pylist(rows, EMBEDDED))
+    projection = rng.standard_normal((8 * 8 * 3, dim)).astype(np.float32)
+
+    def encode(pictures: Pixels) -> Floats:
+        return unit(pictures.reshape(len(pictures), -1).astype(np.float32) @ projection)
+
+    started = time.perf_counter()
+    counts = run(DedupConfig(threshold=THRESHOLD), folder / "shards", folder / "embed", encode, 8, folder / "out")
+    return time.perf_counter() - started, counts["peak_bytes"], counts["out"]
 
 
 def main() -> None:
@@ -76,6 +113,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--copies", type=int, default=5000)
     parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--stage", action="store_true")
     given = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     faiss.omp_set_num_threads(1)
@@ -84,19 +122,10 @@ def main() -> None:
         np.save(Path(folder) / "vectors.npy", made)
         del made
         halves = np.load(Path(folder) / "vectors.npy", mmap_mode="r")
-        before, peak, done = own_mbytes(), [0.0], threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.05):
-                peak[0] = max(peak[0], own_mbytes())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
         started, cpu = time.perf_counter(), time.process_time()
-        keeper = semantic([halves], THRESHOLD, np.arange(given.rows))
+        with PeakMemory() as memory:
+            keeper = semantic([halves], THRESHOLD, np.arange(given.rows))
         ours_s, ours_cpu_s = time.perf_counter() - started, time.process_time() - cpu
-        done.set()
-        watcher.join()
         gone = np.flatnonzero(keeper != np.arange(given.rows))
 
         def cosines(left: Rows, right: Rows) -> Floats:
@@ -108,11 +137,14 @@ def main() -> None:
         told = (keeper[source] != source) | (keeper[copy] != copy)
         print(
             f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, one of {os.cpu_count()} cores, {given.rows:,} x {given.dim}, "
-            f"cosine {THRESHOLD}, load {os.getloadavg()[0]:.1f}; {peak[0] - before:,.0f} MB held at most"
+            f"cosine {THRESHOLD}, load {os.getloadavg()[0]:.1f}; {memory.bytes / 1e6:,.0f} MB held at most"
         )
         print("| way | seconds | CPU seconds | planted copies found | rows dropped for nothing |\n|---|---|---|---|---|")
         found = f"{told[exact].mean():.4f} of {int(exact.sum()):,}"
         print(f"| ours | {ours_s:.2f} | {ours_cpu_s:.2f} | {found} | {false_drops} of {len(gone):,} |", flush=True)
+        if given.stage:
+            seconds, peak, kept = whole_stage(halves, Path(folder) / "stage")
+            print(f"| the whole stage | {seconds:.2f} | | {kept:,} pairs kept | {peak / 1e6:,.0f} MB held at most |", flush=True)
         if given.alone:
             return
         vectors = unit(np.asarray(halves, np.float32))
