@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.transformer import Block, QuickGELU, TextEncoder, attend
+from training.transformer import Attention, Block, QuickGELU, TextEncoder, attend
 
 FUSED = F.scaled_dot_product_attention
 
@@ -72,3 +72,28 @@ def test_attention_of_long_sequences_holds_no_table_of_all_pairs(monkeypatch: py
     assert not called
     attend(long, long, long)
     assert len(called) == 1
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_token_read_without_gradients_needs_no_keys_and_values(is_causal: bool, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    attention = Attention(24, is_causal, heads)
+    with torch.no_grad():
+        attention.qkv.bias.normal_()
+    x, places = torch.randn(4, 9, 24), torch.tensor([0, 8, 3, 5])
+    expected = attention(x)[torch.arange(4), places]
+    assert torch.allclose(attention.at(x, places), expected, atol=1e-5)  # what is trained on
+    monkeypatch.setattr("training.transformer.attend", None)
+    with torch.no_grad():
+        assert torch.allclose(attention.at(x, places), expected, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(attention.at(x, places).float(), expected, atol=0.06)
+
+
+def test_attention_without_gradients_is_the_same() -> None:
+    q, k, v = torch.randn(3, 2, 4, 65, 32, generator=torch.Generator().manual_seed(0))
+    weights = (q @ k.transpose(-2, -1) * 32**-0.5).softmax(-1)
+    assert torch.allclose(attend(q, k, v), weights @ v, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(attend(q, k, v), weights @ v, atol=1e-5)
