@@ -1,12 +1,15 @@
-"""Hands the typographic attack what it needs: held-out pairs, CLIP, and the decoder's variations."""
+"""Hands the typographic attack what it needs: held-out pairs, CLIP, the decoder's variations, and who judges these besides CLIP."""
 
 from pathlib import Path
 from typing import Any
 
 from indexing.evaluate import EvaluateConfig
 from indexing.held_out import open_embedded, read_pairs
+from indexing.reading import text_reader
 from indexing.sections import Section
 from indexing.typographic import TypographicConfig, typographic
+from indexing.varied import Witnesses
+from training import features
 from training.generate import Unclip
 from training.manipulate import variations
 
@@ -20,5 +23,6 @@ def section(config: TypographicConfig, whole: EvaluateConfig, model: Unclip, emb
     def vary(pictures: Any, count: int, seed: int) -> Any:
         return variations(model, pictures, count, seed, guidance=whole.guidance)
 
-    models = (model.encode_texts, model.encode_images, model.clip.logit_scale.exp().item(), vary)
-    return typographic(config, pairs, whole.templates, shards, *models, whole.resamples, whole.seed, out)
+    witnesses = Witnesses(features.LITE_NAME, features.efficientnet_lite0(), text_reader())
+    models = (model.encode_texts, model.encode_images, model.clip.logit_scale.exp().item(), vary, witnesses)
+    return typographic(config, embedded, pairs, whole.templates, shards, *models, whole.resamples, whole.seed, out)

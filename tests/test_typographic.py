@@ -6,17 +6,33 @@ from typing import Any
 import numpy as np
 import pytest
 
-from indexing.held_out import open_embedded, read_pairs
-from indexing.typographic import PLACES, SIZES, TypographicConfig, choose, fonts, scrambled, typographic, ways, write_word
-from tests.pictured import encode_images, encode_texts, usual_rows, write_run
+from indexing.held_out import Pairs, open_embedded, read_pairs
+from indexing.typographic import (
+    PLACES,
+    SIZES,
+    TypographicConfig,
+    choose,
+    figure_6,
+    fonts,
+    known_names,
+    scrambled,
+    typographic,
+    ways,
+    write_word,
+)
+from indexing.varied import Witnesses, judge, look_alikes, probabilities
+from tests.pictured import colour, direction, encode_images, encode_texts, row, usual_rows, write_run
 
-CONFIG = TypographicConfig(labels=4, pictures=8, shown=2, variations=3)
+CONFIG = TypographicConfig(labels=4, pictures=8, varied=6, shown=2, variations=3)
+NOBODY = Witnesses()
 
 
-def measure(folder: Path, images: Any, vary: Any) -> Any:
+def measure(folder: Path, images: Any, vary: Any, witnesses: Witnesses = NOBODY) -> Any:
     write_run(folder, usual_rows())
-    pairs = read_pairs(open_embedded(folder / "embed"), "held_out_concept", 100, 0)
-    return typographic(CONFIG, pairs, ("{}",), folder / "shards", encode_texts, images, 10.0, vary, 200, 0, folder / "out")
+    embedded = open_embedded(folder / "embed")
+    pairs = read_pairs(embedded, "held_out_concept", 100, 0)
+    models = (encode_texts, images, 10.0, vary, witnesses)
+    return typographic(CONFIG, embedded, pairs, ("{}",), folder / "shards", *models, 200, 0, folder / "out")
 
 
 def again(pictures: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -68,7 +84,7 @@ def test_a_clip_that_only_looks_is_not_moved(tmp_path: Path) -> None:
     assert value(whole, "nothing", 2) == 1.0
     for kind in ("right word", "wrong word", "scrambled word"):
         assert value(whole, kind, 2) == 1.0 and value(whole, kind, 3) == 0.0 and value(whole, kind, 4) == 0.0
-    assert value(after, "wrong word", 2) == 1.0
+    assert value(after, "variations, wrong word", 2) == 1.0
     assert [each[1] for each in whole["rows"]] == [8, 8 * 6, 8 * 6, 8 * 6] and len(by_way["rows"]) == 6
     assert (tmp_path / "out" / found["pictures"][0]["picture"]).is_file()
 
@@ -100,8 +116,18 @@ def test_a_clip_that_reads_follows_the_word(tmp_path: Path) -> None:
     whole, by_way, after = found["tables"]
     assert value(whole, "right word", 2) == 1.0 and value(whole, "wrong word", 3) == 1.0 and value(whole, "wrong word", 2) == 0.0
     assert value(whole, "scrambled word", 3) < 1.0
-    assert value(after, "wrong word", 3) == 1.0 and value(after, "right word", 2) == 1.0
+    assert value(after, "variations, wrong word", 3) == 1.0 and value(after, "variations, right word", 2) == 1.0
+    assert value(after, "the picture, untouched", 2) == 1.0 == value(after, "variations, untouched", 2)
+    assert all(each[4:] == [None, None, None] for each in after["rows"]) and "no look-alike" in " ".join(found["text"])
     assert all(each[3]["value"] == 1.0 for each in by_way["rows"])
+
+
+def test_labels_are_short_names_that_clip_finds(tmp_path: Path) -> None:
+    eye = np.eye(4, dtype=np.float32)
+    rows = [row(number, "plain", "held_out_style", caption=name) for number, name in enumerate(("owl", "elephant", "cat", "elephant"))]
+    pairs = Pairs(rows, eye[[0, 1, 0, 3]], eye[[0, 1, 2, 1]])  # the cat's picture looks like an owl, the second elephant like nothing
+    assert known_names(pairs, 2) == (["owl", "elephant"], 2, 3)
+    assert known_names(pairs, 9)[0] == ["owl", "elephant", "cat"]
 
 
 def test_pictures_that_are_named_rightly_come_first(tmp_path: Path) -> None:
@@ -114,8 +140,73 @@ def test_pictures_that_are_named_rightly_come_first(tmp_path: Path) -> None:
     assert labels[:2].tolist() == [0, 0] and share == 0.5
 
 
+def mean_colour(pictures: np.ndarray) -> np.ndarray:
+    """Features of a network that was told nothing: what colour most of the picture has."""
+    return np.median(pictures.reshape(len(pictures), -1, 3), axis=1)
+
+
+def test_variations_are_judged_by_others_than_the_clip_that_was_attacked(tmp_path: Path) -> None:
+    """A CLIP that sees one thing everywhere says nothing; the look-alike and the reader tell objects from words."""
+    blind = lambda pictures: np.tile(direction(12), (len(pictures), 1))  # noqa: E731
+
+    def objects(pictures: np.ndarray, count: int, seed: int) -> np.ndarray:
+        """Draw the picture's colour, from below the strip, alone."""
+        flat = np.median(pictures[:, 60:80].reshape(len(pictures), -1, 3), axis=1).astype(np.uint8)
+        return np.broadcast_to(flat[:, None, None, None], (len(pictures), count, 16, 16, 3)).copy()
+
+    found = measure(tmp_path, blind, objects, Witnesses("mean colour", mean_colour, lambda picture: ""))
+    after = {each[0]: each for each in found["tables"][2]["rows"]}
+    assert list(after) == [
+        f"{what}, {kind}" for kind in ("untouched", "right word", "wrong word") for what in ("the picture", "variations")
+    ]
+    assert [each[1] for each in after.values()] == [6, 18] * 3
+    for each in after.values():
+        assert each[4]["value"] == 1.0 and each[5]["value"] == 0.0 and each[6]["value"] == 0.0  # the object it is; nothing is read
+        assert each[2]["value"] < 1.0
+    assert "mean colour" in " ".join(found["text"])
+
+    embedded = open_embedded(tmp_path / "embed")
+    names = [f"colour {number}" for number in range(12, 16)]
+    looks, count = look_alikes(Witnesses("", mean_colour), embedded, names, set(), tmp_path / "shards", 20, 0)
+    pictures = [np.full((20, 20, 3), colour(number), np.uint8) for number in (13, 15, 12)]
+    assert looks is not None and looks(pictures).tolist() == [1, 3, 0]
+    assert count == sum(each["number"] >= 12 for each in usual_rows())
+    read = judge(
+        np.stack(pictures),
+        ["colour 13"] * 3,
+        np.zeros(3, np.int64),
+        None,
+        lambda picture: "Colour-13" if picture[0, 0, 0] == colour(13)[0] else "x",
+    ).read
+    assert read is not None and read.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_an_attacked_picture_is_not_its_own_look_alike(tmp_path: Path) -> None:
+    rows = [row(12, "plain", "held_out_concept"), row(13, "plain", "held_out_concept"), row(12, "framed", "train", caption="colour 13")]
+    write_run(tmp_path, [*rows, row(14, "plain", "train", caption="colour 12")])
+    embedded = open_embedded(tmp_path / "embed")
+    attacked = {rows[0]["key"], rows[1]["key"]}
+    looks, count = look_alikes(Witnesses("", mean_colour), embedded, ["colour 12", "colour 13"], attacked, tmp_path / "shards", 20, 0)
+    assert looks is not None and count == 2
+    assert looks([np.full((20, 20, 3), colour(12), np.uint8)]).tolist() == [1]  # the one that is left looks so, and has another name
+    assert look_alikes(Witnesses("", mean_colour), embedded, ["colour 12", "none"], attacked, tmp_path / "shards", 20, 0) == (None, 1)
+
+
+def test_every_variation_shows_its_probabilities() -> None:
+    found = probabilities(np.array([[0.9, 0.1], [0.2, 0.2]], np.float32), 10.0)
+    assert found == pytest.approx(np.array([[1 / (1 + np.exp(-8)), 1 / (1 + np.exp(8))], [0.5, 0.5]]))
+    grey = np.full((2, 96, 96, 3), 128, np.uint8)
+    varied, ones = np.full((2, 3, 16, 16, 3), 128, np.uint8), np.ones((2, 3, 2), np.float32)
+    page = figure_6(grey, found, ["house", "cat"], varied, ones * [0.75, 0.25])
+    other = figure_6(grey, found, ["house", "cat"], varied, ones * [0.25, 0.75])
+    differs = (page != other).any(2)
+    left = 8 + 136 + 16  # gap, a column, the space between attacked pictures and their variations
+    assert not differs[:, :left].any() and all(differs[:, left + 136 * place : left + 136 * (place + 1)].any() for place in range(3))
+
+
 def test_no_held_out_names_are_said(tmp_path: Path) -> None:
     write_run(tmp_path, [each for each in usual_rows() if each["split"] == "train"])
     pairs = read_pairs(open_embedded(tmp_path / "embed"), "held_out_concept", 100, 0)
-    found = typographic(CONFIG, pairs, ("{}",), tmp_path, encode_texts, encode_images, 10.0, again, 200, 0, tmp_path)
+    models = (encode_texts, encode_images, 10.0, again, NOBODY)
+    found = typographic(CONFIG, open_embedded(tmp_path / "embed"), pairs, ("{}",), tmp_path, *models, 200, 0, tmp_path)
     assert "Not measured" in found["text"][0] and not found["tables"]
