@@ -6,7 +6,7 @@ Theirs is the loop of its UnCLIP pipeline over PriorTransformer, UnCLIPTextProjM
 super-resolution and with text embeddings ready: 25 and 25 ancestral steps, guidance batched, captions padded to 77 tokens. Ours is
 `Unclip.generate`, text and best of two included: 24 steps of DDIM for z_i and 20 of DPM-Solver++ for the picture, folding 2 x 2 pixels;
 a second row does not fold, so that the network does as much work at each step as theirs. Weights are random: this times, and says nothing
-of quality. Medians of rounds.
+of quality. Medians of rounds. Ends with 1 where ours as it comes takes more than a third of theirs.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tests.benchmarks.clip_vs_open_clip import captions
 from tests.benchmarks.models_vs_dalle2 import EMBED_DIM, SIDE_PX, decoder_of, prior_of, without_tables
+from tests.promises import told
 from training import priors
 from training.clip import CLIP, ClipConfig
 from training.decoder import Decoder
@@ -35,6 +36,7 @@ from training.tokenizer import Tokenizer, TokenizerConfig
 TOKENS = 77
 STEPS = {"prior": 25, "decoder": 25}  # the pipeline's defaults, as are the weights of its guidance
 PRIOR_GUIDANCE, DECODER_GUIDANCE = 4.0, 8.0
+AT_MOST = 1 / 3
 
 
 class Diffusers:
@@ -136,6 +138,12 @@ def measure(threads: int, rounds: int, pictures: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def missed(seconds: dict[str, float], theirs: float) -> list[str]:
+    """Return what takes longer than promised of ours as it comes."""
+    share = seconds["ours, patch_px 2"] / theirs
+    return [f"text to image takes {share:.2f} of diffusers' time, at most {AT_MOST:.2f} is promised"] if share > AT_MOST else []
+
+
 def main() -> int:
     """Print the figures and rows for a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,7 +165,7 @@ def main() -> int:
         print(f"| {name} | {seconds:.2f} | {theirs:.2f} | {seconds / theirs:.2f} |")
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1))
-    return 0
+    return told(missed(found["seconds"], theirs))
 
 
 if __name__ == "__main__":

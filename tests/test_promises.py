@@ -1,0 +1,48 @@
+"""Benchmarks end with 1 where a figure falls short of what was promised, and with 0 where it does not or nothing could be measured."""
+
+import pytest
+
+from tests.benchmarks import generate_vs_diffusers, models_vs_dalle2, quality_vs_dalle2, swiss_roll_vs_diffusers
+from tests.benchmarks.swiss_roll_vs_diffusers import OURS, STEP_COUNTS, THEIRS
+from tests.promises import told
+
+
+def test_what_is_missed_is_printed_and_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told([]) == 0 and told(["too slow"]) == 1
+    assert capsys.readouterr().err == "missed: too slow\n"
+
+
+def test_training_steps_are_held_to_their_ratios_as_they_come() -> None:
+    def rows(prior: float, decoder: float) -> dict[str, dict[str, float]]:
+        return {
+            "prior bf16": {"ours": prior, "19 tokens": 1000.0, "77 tokens": 500.0, "256 tokens": 10.0},
+            "decoder bf16, patch_px 2": {"ours": decoder, "as it comes": 10.0},
+            "decoder bf16, patch_px 1": {"ours": 1.0, "as it comes": 10.0},
+        }
+
+    assert models_vs_dalle2.missed(rows(30.0, 15.0)) == []
+    assert [line.partition(":")[0] for line in models_vs_dalle2.missed(rows(29.0, 14.0))] == ["prior bf16", "decoder bf16, patch_px 2"]
+
+
+def test_drawing_takes_a_third_at_most_and_is_nearer_to_real_pictures() -> None:
+    assert generate_vs_diffusers.missed({"ours, patch_px 2": 3.0, "ours, patch_px 1": 8.0}, 9.1) == []
+    assert len(generate_vs_diffusers.missed({"ours, patch_px 2": 3.2}, 9.1)) == 1
+    assert quality_vs_dalle2.missed((10.0, 5.0), (11.0, 6.0)) == []
+    assert [line[:6] for line in quality_vs_dalle2.missed((12.0, 6.0), (11.0, 6.0))] == ["Fréche", "kernel"]
+
+
+def test_a_roll_is_nearer_than_diffusers_or_as_near_as_chance() -> None:
+    def medians(ours: float, theirs: float) -> dict[tuple[str, int], float]:
+        return {(name, steps): value for names, value in ((OURS, ours), (THEIRS, theirs)) for name in names for steps in STEP_COUNTS}
+
+    chance = [3e-4, -3e-4]
+    assert swiss_roll_vs_diffusers.missed(medians(5e-4, 6e-4), chance) == []
+    assert swiss_roll_vs_diffusers.missed(medians(2e-4, -1e-4), chance) == []
+    assert len(swiss_roll_vs_diffusers.missed(medians(6e-4, 5e-4), chance)) == len(STEP_COUNTS)
+
+
+@pytest.mark.parametrize("benchmark", [models_vs_dalle2, quality_vs_dalle2])
+def test_what_cannot_be_measured_is_skipped_with_0(benchmark: object, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setattr(benchmark, "PYTHON", models_vs_dalle2.PEERS / "no such interpreter")
+    monkeypatch.setattr("sys.argv", ["benchmark"])
+    assert benchmark.main() == 0  # type: ignore[attr-defined]
