@@ -4,7 +4,7 @@ Manifests say which CLIP made which vectors: the digest of the clip folder is th
 """
 
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
@@ -67,10 +67,16 @@ def lineage(root: Root, run: str | None) -> Lineage:
 
 def warnings(known: Lineage) -> list[str]:
     """Say, in a line each, which additions the run's index is searched without, and the mend."""
+    return unsearched(known.left_out, known.clip)
+
+
+def unsearched(added: Iterable[Committed], clip: Committed) -> list[str]:
+    """Say, in a line each, which additions another CLIP than this embedded, and the mend."""
     return [
-        f"additions/{each.key} ({each.manifest['counts']['out']:,} samples) is not searched: another CLIP than that of run "
-        f"{known.record['name']} embedded it; add its pictures again with `unclip index add FOLDER`"
-        for each in known.left_out
+        f"additions/{each.key} ({each.manifest['counts']['out']:,} samples) is not searched: not clip/{clip.key} embedded it; "
+        "add its pictures again with `unclip index add FOLDER`"
+        for each in added
+        if each.manifest["clip_digest"] != clip.digest
     ]
 
 

@@ -73,6 +73,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Say of every stage whether it is current, stale (and why) or missing."""
+    from flows.living import additions, unsearched
     from flows.planning import plan, stages_of
     from flows.runs import plan_summary
     from flows.stages import STAGES
@@ -87,6 +88,9 @@ def status(
         print_json(result)
     else:
         _print_stages(result)
+    clip = next((each.committed for each in plans if each.stage.name == "clip"), None)
+    for line in unsearched(additions(opened), clip) if clip else ():
+        _say(f"unclip: {line}")
     if checksums:
         for each in plans:
             broken = manifests.verify(each.committed) if each.committed else []

@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from flows import adding, living, serving
+from flows import adding, living, making, serving
 from flows.compaction import compact
 from flows.promotion import settle
 from flows.runs import find_run, write_run
 from flows.serving import as_origin, parts_of
+from flows.stage import StagePlan
+from flows.stages import STAGES
 from indexing.app import make_app
 from indexing.freshness import Freshness
 from indexing.index import Index, IndexConfig, build
@@ -30,6 +32,7 @@ from tests import pictured
 from tests.pictured import encode_images, encode_texts, row, usual_rows
 from tests.rooted import committed, write_root
 from tests.served import Fake
+from tests.tiny import RECIPE
 from training.look import WHOLE
 
 GATE = ("generation.own >= 0.5",)
@@ -371,3 +374,19 @@ def test_an_addition_may_take_its_share_of_the_memory(root: Root, tmp_path: Path
     add_two(root, tmp_path)
     (addition,) = living.additions(root)
     assert addition.manifest["sections"]["index"]["memory_bytes"] == adding.share_of(2 << 30, 2, view)
+
+
+def test_status_names_additions_that_are_not_searched(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_two(root, tmp_path)
+    (addition,) = living.additions(root)
+    clip = committed(root, "clip")
+    assert living.unsearched([addition], clip) == []
+    storage.write_json(root, "clip/clip0123456789/manifest.json", {**clip.manifest, "digest": "0" * 64})
+    (line,) = living.unsearched(living.additions(root), committed(root, "clip"))
+    assert f"additions/{addition.key} (2 samples)" in line and "clip/clip0123456789" in line
+    told: list[str] = []
+    plans = [StagePlan(next(each for each in STAGES if each.name == "clip"), clip.key, "current", "", committed(root, "clip"))]
+    monkeypatch.setattr("flows.planning.plan", lambda *_: plans)
+    monkeypatch.setattr(making, "_say", told.append)
+    making.status(str(RECIPE), root.uri)
+    assert told == [f"unclip: {line}"]
