@@ -113,21 +113,51 @@ def test_a_seen_picture_is_found_behind_siblings_that_lie_nearer(tmp_path: Path)
     assert (drawn.same_picture, drawn.images.labels.tolist()) == (2, [1])
 
 
-def test_the_resnet_is_torchvisions_by_names_and_size(tmp_path: Path) -> None:
+def by_the_paper(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """ResNet-50 as its paper's table 1 tells it, with torchvision's stride, from a state dict alone: (B, 3, 224, 224) to (B, 2048)."""
+
+    def conv_bn(x: torch.Tensor, conv: str, bn: str, stride: int = 1) -> torch.Tensor:
+        weight = state[f"{conv}.weight"]
+        x = torch.nn.functional.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+        mean, var, scale, shift = (state[f"{bn}.{name}"][:, None, None] for name in ("running_mean", "running_var", "weight", "bias"))
+        return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+
+    x = torch.nn.functional.max_pool2d(conv_bn(x, "conv1", "bn1", 2).clamp(min=0), 3, stride=2, padding=1)
+    for layer, blocks in enumerate((3, 4, 6, 3), 1):
+        for block in range(blocks):
+            name, stride = f"layer{layer}.{block}", 2 if layer > 1 and block == 0 else 1
+            y = conv_bn(x, f"{name}.conv1", f"{name}.bn1").clamp(min=0)
+            y = conv_bn(y, f"{name}.conv2", f"{name}.bn2", stride).clamp(min=0)
+            y = conv_bn(y, f"{name}.conv3", f"{name}.bn3")
+            if block == 0:
+                x = conv_bn(x, f"{name}.downsample.0", f"{name}.downsample.1", stride)
+            x = (x + y).clamp(min=0)
+    return x.flatten(2).mean(2)
+
+
+def test_the_resnet_is_torchvisions_by_names_size_and_what_it_computes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = features.ResNet50()
     assert sum(p.numel() for p in model.parameters()) == 25_557_032 - 2_049_000  # torchvision's, less its classifier
-    names = set(model.state_dict())
-    assert {"conv1.weight", "layer1.0.downsample.1.running_var", "layer3.5.bn3.num_batches_tracked", "layer4.2.conv2.weight"} <= names
-    assert len(names) == 318 and model.layer2[0].conv2.stride == (2, 2) and model.layer2[0].conv1.stride == (1, 1)
-    torch.save({**model.state_dict(), "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "r50.pth")
+    state = model.state_dict()
+    assert {"conv1.weight", "layer1.0.downsample.1.running_var", "layer3.5.bn3.num_batches_tracked", "layer4.2.conv2.weight"} <= set(state)
+    assert len(state) == 318
+    for name, value in state.items():  # statistics that a mistake would not survive
+        if name.endswith(("running_mean", "bias")):
+            value.normal_(0, 0.1)
+        elif value.ndim == 1 and name.endswith(("running_var", "weight")):
+            value.uniform_(0.5, 1.5)
+    torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "r50.pth")
     pictures = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3)).astype(np.uint8)
     found = features.resnet_50(tmp_path / "r50.pth")(pictures)
-    model.eval()
-    x = features.resized(pictures, 224) / 255
+    large = torch.nn.functional.interpolate(
+        torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255.0, (224, 224), mode="bilinear", antialias=True
+    )
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     with torch.no_grad():
-        expected = model((x - torch.tensor(features.MEAN).view(3, 1, 1)) / torch.tensor(features.STD).view(3, 1, 1))
-    assert found.shape == (2, 2048) and np.allclose(found, expected.numpy(), atol=1e-4)
+        expected = by_the_paper(state, (large - mean) / std)
+    assert found.shape == (2, 2048) and expected.std() > 0.1
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-3 * float(expected.abs().max()))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "odd.pth")
     for path, said in (("odd.pth", "no torchvision ResNet-50: conv1.weight"), ("none.pth", "is not there")):
         with pytest.raises(CallerError, match=said):
