@@ -1,5 +1,6 @@
 """Schedules on a real Prefect server: a run starts by itself and completes, one at a time per ROOT, and a failure is told."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.schedule import VANISHED_AFTER_S, queue_of
+from flows.schedule import queue_of
 from tests.ray_cluster import HERE, RayCluster
 from tests.s3_server import free_ports
 from tests.test_pipeline import processes
@@ -178,39 +179,18 @@ def test_prefects_own_deploy_makes_the_deployment_in_the_queue_of_its_root(up: U
     assert not (HERE / "unclip-data").exists()
 
 
-def process_of(run: dict[str, Any]) -> int:
-    """Return the process of a flow run, which carries the run's id in its environment, or 0."""
-    return next(iter(processes(f"PREFECT__FLOW_RUN_ID={run['id']}")), 0)
+def running(up: Up) -> tuple[dict[str, Any], list[int]] | None:
+    """Return a run that runs, and its processes, which carry the run's id in their environment."""
+    found = ((run, processes(f"PREFECT__FLOW_RUN_ID={run['id']}")) for run in up.ended("RUNNING"))
+    return next(((run, pids) for run, pids in found if pids), None)
 
 
-def running(up: Up) -> tuple[dict[str, Any], int] | None:
-    return next(((run, pid) for run in up.ended("RUNNING") if (pid := process_of(run))), None)
-
-
-def test_a_run_that_is_killed_is_crashed_and_told(up: Up) -> None:
-    up.webhook.posted.clear()
-    run, pid = up.until(lambda: running(up))
-    os.kill(pid, signal.SIGKILL)
+def test_a_run_that_is_killed_is_crashed_and_the_next_goes_on(up: Up) -> None:
+    run, pids = up.until(lambda: running(up))
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # it ends with the one before
+            os.kill(pid, signal.SIGKILL)
     up.until(lambda: run["id"] in {each["id"] for each in up.ended("CRASHED")})
-    up.until(lambda: [told for told in up.webhook.posted if "Crashed" in told], 120)
-    assert json.loads(up.webhook.posted[0])["text"].startswith("unclip tiny: run tiny Crashed")
-    before = len(up.ended("COMPLETED"))
-    up.until(lambda: len(up.ended("COMPLETED")) > before)
-
-
-def test_a_run_whose_machine_has_vanished_is_marked_crashed_and_frees_its_queue(up: Up) -> None:
-    """Worker and run stand still, as if their machine had lost power: neither tells the server of an end."""
-    (worker,) = [pid for pid in processes(str(up.folder)) if b"\0worker\0start\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    run, pid = up.until(lambda: running(up))
-    started = time.monotonic()
-    try:
-        for each in (worker, pid):
-            os.kill(each, signal.SIGSTOP)
-        crashed = up.until(lambda: next((each for each in up.ended("CRASHED") if each["id"] == run["id"]), None), 300)
-        assert crashed["state"]["message"].startswith("no heartbeat for") and time.monotonic() - started >= VANISHED_AFTER_S / 2
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.kill(worker, signal.SIGCONT)
     before = len(up.ended("COMPLETED"))
     up.until(lambda: len(up.ended("COMPLETED")) > before)
 
