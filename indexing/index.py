@@ -159,7 +159,8 @@ def _needed(config: IndexConfig, factory: str, parts: Sequence[NDArray[Any]], is
     """Return about how many bytes a process will hold at most."""
     lengths = [len(part) for part in parts]
     at_once = max(sum(lengths[first:last]) for first, last, _ in lists.shares(lengths))
-    return building_bytes(factory, sum(lengths), parts[0].shape[1], at_once, min(config.queries, sum(lengths)), is_grown)
+    asked = -(-min(config.queries, sum(lengths)) // 2)  # half of them at a time
+    return building_bytes(factory, sum(lengths), parts[0].shape[1], at_once, asked, is_grown)
 
 
 def _base(grown_from: tuple[Path, Path], parts: dict[Modality, list[NDArray[Any]]], config: IndexConfig) -> dict[str, Any] | None:
