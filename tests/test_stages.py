@@ -289,3 +289,20 @@ def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(stages: tuple[st
         config = SimpleNamespace(cluster=None, **dict.fromkeys(UPSAMPLERS))
         stage.run(SimpleNamespace(stage=stage.name, config=config, inputs=inputs, cluster=MagicMock(), out=Path(), work=Path()))  # type: ignore[arg-type]
     assert seen == [Path(stages[-1])] * 4
+
+
+def test_many_vectors_in_several_files_are_indexed_on_ray_and_few_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.stages import run_index
+    from indexing import index
+    from tests.embedded import write_embed
+
+    given: list[Any] = []
+    monkeypatch.setattr(index, "SPREAD_FROM", 20)
+    monkeypatch.setattr(index, "build", lambda config, embed, out, grown_from, spread: given.append(spread) or {})
+    for name, count, parts, is_spread in (("few", 19, 2, False), ("one", 20, 1, False), ("many", 20, 2, True)):
+        write_embed(tmp_path / name, count, 8, parts)
+        cluster, config = MagicMock(), SimpleNamespace(index=None, cluster="the section")
+        inputs = {"embed": SimpleNamespace(local=partial(Path, tmp_path / name))}
+        run_index(SimpleNamespace(config=config, inputs=inputs, out=tmp_path, cluster=cluster, previous=None))  # type: ignore[arg-type]
+        assert (given[-1] is not None) == is_spread == cluster.start.called
+    assert given[-1].args == ("the section",)
