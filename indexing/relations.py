@@ -27,6 +27,7 @@ Score = Callable[[NDArray[np.uint8], NDArray[np.int64]], NDArray[Any]]
 Draw = Callable[[list[str], int, int, int, Score | None, int, tuple[float, ...]], NDArray[np.uint8]]
 """(prompts, M, seed, steps, score, keep, checks) -> uint8 (P, M, S, S, 3); without a score every sample is on its own."""
 
+TITLE = "Relations, counts and writing, and what search adds"
 MADE_OF = {"train": "trained", "held_out_concept": "held out"}
 OPEN_SCENES = tuple(Scene((scenes.Thing(shape),)) for shape in scenes.SHAPES) + tuple(
     Scene((scenes.Thing(a), scenes.Thing(b))) for a, b in (("circle", "square"), ("circle", "triangle"), ("square", "triangle"))
@@ -118,9 +119,8 @@ def relations(
 ) -> sections.Section:
     """Measure plain sampling, best of n and beams, and return the report's section; writes pictures into `out` / pictures."""
     prompts = asked(config, embedded, read_text, seed)
-    title = "Relations, counts and writing, and what search adds"
     if not prompts:
-        return sections.section(title, ["Not measured: the run has no scenes that a judge here can judge."])
+        return sections.section(TITLE, ["Not measured: the run has no scenes that a judge here can judge."])
 
     def measured(some: Sequence[Asked], members: int, steps: int, by: str) -> Measured:
         texts = unit(np.asarray(encode_texts([each.prompt for each in some]), np.float32))
@@ -193,7 +193,7 @@ def relations(
         text.append(f"Not told from plain sampling at equal calls, since the interval holds zero: {', '.join(untold)}.")
     if read_text is None:
         text.append("Writing is not measured: no reader of text is installed (evaluation-packages.txt names one).")
-    return sections.section(title, text, tables, pictures, charts)
+    return sections.section(TITLE, text, tables, pictures, charts)
 
 
 def budgets_of(samples: int) -> list[int]:

@@ -1,15 +1,17 @@
 """The harness gives a perfect drawer everything and a wrong one nothing, finds a blind CLIP blind, and search pays where it should."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from indexing import scenes
+from indexing import scenes, sections
 from indexing.held_out import open_embedded
 from indexing.relations import RelationsConfig, asked, exchanged, relations
 from indexing.scenes import Scene, Thing, parse
+from tests.benchmarks import search_at_inference
 from tests.pictured import row, write_run
 
 CONFIG = RelationsConfig(prompts_per_row=3, samples=4, steps=10, searched=("position",))
@@ -172,3 +174,29 @@ def test_exchanging(caption: str, turned: str) -> None:
     scene = parse(caption)
     assert scene is not None and exchanged(scene).caption == turned and exchanged(exchanged(scene)) == scene
     assert Thing("circle", "red") in scene.things
+
+
+def test_the_benchmark_reads_a_report_and_fails_where_search_does_not_pay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def figure(value: float, low: float, high: float) -> dict[str, Any]:
+        return {"value": value, "low": low, "high": high, "n": 24, "groups": 24, "unit": "points"}
+
+    def ended(position: dict[str, Any], rows: tuple[str, ...] = ("position", "attribution")) -> tuple[int, str]:
+        head = ["Row", "more steps", "best of 8 by CLIP", "best of 8 by checker", "beam of 8 by checker"]
+        plain = {**figure(0.5, 0.4, 0.6), "unit": "share"}
+        cells = {"position": [plain, figure(9, 2, 15), position, figure(3, -4, 9)], "attribution": [plain, *[figure(8, 1, 15)] * 3]}
+        made = sections.section(search_at_inference.TITLE, tables=[sections.table("Search against plain sampling at equal calls, 8 times 20 = 160", head, [
+            [row, *cells[row]] for row in rows])])  # fmt: skip
+        (tmp_path / "report.json").write_text(json.dumps({"run": {}, "stages": [], "zero_shot": {}, "sections": [made]}))
+        monkeypatch.setattr("sys.argv", ["search_at_inference", "--root", str(tmp_path), "--run", str(tmp_path)])
+        return search_at_inference.main(), capsys.readouterr().out
+
+    code, said = ended(figure(12, 3, 21))
+    assert code == 0 and "| position | 50.0 % (40.0 to 60.0) | 9 (2 to 15) | 12 (3 to 21) | 3 (-4 to 9) |" in said and ": yes" in said
+    code, said = ended(figure(6, -2, 14))  # what CLIP's search gains is no matter
+    assert code == 1 and "not told from plain sampling: position: best of 8 by checker 6 (-2 to 14)" in said
+    code, said = ended(figure(12, 3, 21), ("position",))
+    assert code == 1 and "attribution: not searched" in said
+    monkeypatch.setattr("sys.argv", ["search_at_inference"])
+    assert search_at_inference.main() == 0 and capsys.readouterr().out.startswith("skipped")
