@@ -12,7 +12,6 @@ from typing import Any
 from anyio import CapacityLimiter, to_thread
 
 from indexing.service import Service, Version
-from infra.errors import UnclipError
 
 WAIT_S = 2.0
 """A store that has not answered by then does not stop the search: what is known answers, and the look goes on."""
@@ -26,7 +25,7 @@ class Freshness:
         self.service, self.lag_s = service, lag_s
         self._look: asyncio.Task[None] | None = None
         self._known_at = float("-inf")
-        self._was_late = False
+        self._complaint = ""
         self._applying = asyncio.Lock()
         self._threads = CapacityLimiter(2)  # a look that hangs, and the change that another one found
 
@@ -50,20 +49,23 @@ class Freshness:
                     self._look = asyncio.create_task(self._do_look())
                 assert self._look is not None
                 await asyncio.shield(self._look)
-            self._was_late = False
         except TimeoutError:
-            if not self._was_late:
-                self.service.parts.report(f"the store has not shown the removal log for {WAIT_S:.0f} s: answers go by what is known of it")
-            self._was_late = True
+            self._complain(f"the store has not shown the removal log for {WAIT_S:.0f} s: answers go by what is known of it")
 
     async def _do_look(self) -> None:
         began = time.monotonic()
         assert self.service.parts.look_at_removals is not None
         try:
             await self._in_thread(self.service.parts.look_at_removals)
-            self._known_at = began
-        except UnclipError as error:
-            self.service.parts.report(f"the removal log could not be looked at, answers go by what is known of it: {error}")
+            self._known_at, self._complaint = began, ""
+        except Exception as error:  # the store's, of whatever kind: it does not stop the search either
+            self._complain(f"the removal log could not be looked at, answers go by what is known of it: {type(error).__name__}: {error}")
+
+    def _complain(self, line: str) -> None:
+        """Report a fault once, until a look has gone well again or fails otherwise."""
+        if line != self._complaint:
+            self.service.parts.report(line)
+        self._complaint = line
 
     async def _in_thread(self, do: Callable[[], Any]) -> None:
         await to_thread.run_sync(do, limiter=self._threads)

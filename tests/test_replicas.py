@@ -99,7 +99,7 @@ def test_a_replica_has_its_share_of_the_rate_and_no_door_without_its_nodes_token
     root = write_root(tmp_path)
     monkeypatch.setattr(serving, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
     monkeypatch.delenv("UNCLIP_TOKEN", raising=False)
-    asked = Replicated(root=root.uri, replicas=4, rate=20)
+    asked = Replicated(root=root.uri, replicas=4, rate=20, allow_origins=("https://front.example.org",), removal_lag_s=3)
     with pytest.raises(CallerError, match="UNCLIP_TOKEN is not in the environment of the Ray node"):
         open_replica(asked)
     monkeypatch.setenv("UNCLIP_TOKEN", "short")
@@ -109,6 +109,7 @@ def test_a_replica_has_its_share_of_the_rate_and_no_door_without_its_nodes_token
     service, config = open_replica(asked)
     service.close()
     assert (config.token, config.rate, config.burst) == (TOKEN, 5, 20)
+    assert (config.allow_origins, config.removal_lag_s) == (("https://front.example.org",), 3)
 
 
 def test_replicas_are_as_closed_to_others_as_one_process(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
