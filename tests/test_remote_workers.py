@@ -1,7 +1,6 @@
 """An ingest spread over a real Ray cluster of two nodes: both download, what comes back equals a local ingest, and a node may die."""
 
 import os
-import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -15,17 +14,22 @@ from infra import storage
 from infra.cluster import Cluster, ClusterConfig
 from infra.manifests import Committed
 from tests.hostile_server import Server
-from tests.ray_cluster import RayCluster
 from tests.test_ingest import config_for, parent_of, stored, wait_until, write_list
 from tests.test_renewal import INGEST, OnlyData
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
-    with RayCluster((1, 1)) as running, running.joined():
-        yield running
+@pytest.fixture
+def nodes() -> Iterator[Any]:
+    """Two nodes of one core each, as Ray starts them for its own tests, and below `nodes.two` the leader of each."""
+    from ray.cluster_utils import Cluster as Nodes
+
+    settings = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    started = Nodes(initialize_head=True, head_node_args={**settings, "include_dashboard": False})
+    started.two = [started.head_node, started.add_node(**settings)]
+    yield started
+    started.shutdown()
 
 
 def tree(pid: int) -> set[int]:
@@ -43,9 +47,9 @@ def tree(pid: int) -> set[int]:
     return found
 
 
-def downloading(cluster: RayCluster, number: int) -> set[int]:
-    """Return the download processes of a node."""
-    return {pid for pid in tree(cluster.nodes[number].pid) if parent_of(pid)}
+def downloading(node: Any) -> set[int]:
+    """Return the download processes of a node: below the workers of its raylet."""
+    return {pid for pid in tree(node.all_processes["raylet"][0].process.pid) if parent_of(pid)}
 
 
 def ingested(folder: Path, paths: list[str], server: Server, workers: int, address: str) -> Committed:
@@ -58,22 +62,19 @@ def ingested(folder: Path, paths: list[str], server: Server, workers: int, addre
         return run_stage(INGEST, root, config, {}, ray, lambda line: None).committed
 
 
-def test_two_nodes_download_what_one_machine_would_and_a_dying_node_loses_and_doubles_nothing(cluster: RayCluster, tmp_path: Path) -> None:
+def test_two_nodes_download_what_one_machine_would_and_a_dying_node_loses_and_doubles_nothing(nodes: Any, tmp_path: Path) -> None:
     paths = [f"good/{n}.png" for n in range(150)] + [f"missing/{n}.png" for n in range(150, 160)]
-    address = f"127.0.0.1:{cluster.port}"
     before = set(Path(tempfile.gettempdir()).glob("unclip-download-*"))
     with Server(delay_s=0.1) as server:
-        alone = ingested(tmp_path, paths, server, 0, address)
+        alone = ingested(tmp_path, paths, server, 0, "")
         server.asked.clear()
         results: list[Committed] = []
-        thread = threading.Thread(target=lambda: results.append(ingested(tmp_path, paths, server, 2, address)))
+        thread = threading.Thread(target=lambda: results.append(ingested(tmp_path, paths, server, 2, nodes.address)))
         thread.start()
-        wait_until(lambda: downloading(cluster, 0) and downloading(cluster, 1) and server.asked.total() >= 30, 120)
-        both = downloading(cluster, 0) | downloading(cluster, 1)
-        victims = tree(cluster.nodes[1].pid) - downloading(cluster, 1)
-        assert not any(parent_of(pid) == os.getpid() for pid in both)  # none is ours
-        for pid in victims:
-            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: all(map(downloading, nodes.two)) and server.asked.total() >= 50, 120)
+        both = downloading(nodes.two[0]) | downloading(nodes.two[1])
+        assert len(both) == 2 and not any(parent_of(pid) == os.getpid() for pid in both)  # one on each, none of them ours
+        nodes.remove_node(nodes.two[1], allow_graceful=False)
         thread.join(timeout=200)
         assert results
         asked = server.asked
