@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from ray.train.torch import TorchConfig
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from infra.cluster import Cluster, ClusterConfig
 from infra.errors import DataError
@@ -165,6 +167,27 @@ def once_mid_epoch(work: Path, act: Callable[[], bool], until_s: float = 150) ->
             if seen % COUNT and act():
                 return seen
     return 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch compiles for a CPU by a C++ compiler: there is none"
+)
+@pytest.mark.parametrize(("tower", "chunk"), [("conv", 0), ("vit", 3)])
+def test_compiled_towers_train_as_plain_ones_do(tower: str, chunk: int, root: Path, tmp_path: Path) -> None:
+    config = TINY.model_copy(update={"precision": "float32", "images": 80, "image_tower": tower, "width": 32, "chunk": chunk})
+    losses = []
+    for is_compiled in (False, True):
+        _, work = folders(tmp_path / str(is_compiled), "clip")
+        write_tokenizer(root, work)
+        soundness.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
+        section = config.model_copy(update={"compile": is_compiled})
+        before = counters["stats"]["unique_graphs"]
+        jobs.fit_clip(section, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+        assert (counters["stats"]["unique_graphs"] > before) == is_compiled
+        losses.append(json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
 @pytest.mark.slow

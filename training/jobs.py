@@ -100,14 +100,16 @@ def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str
     del table
     torch.manual_seed(config.seed)
     model = CLIP(config, tokenizer.vocab_size, tokenizer.context).to(device)
-    loss = torch.compile(model.loss, dynamic=True) if config.compile else model.loss
+    if config.compile:  # what is encoded in chunks is encoded again in the backward pass, which stays outside
+        model.encode_image = torch.compile(model.encode_image)  # type: ignore[method-assign]
+        model.encode_text = torch.compile(model.encode_text, dynamic=True)  # type: ignore[method-assign]
 
     def loss_of(step: Step) -> Tensor:
         rows = step.samples(len(pictures))
         ids, _ = texts.draw(rows, embeddings.towards_first(step.uniform(PHRASING), config.first_caption))
         pixels = to_pixels(pictures[rows].to(device), config.image_size_px)
         _read_ahead(pictures, step, config.ahead_steps)
-        return loss(shifted(pixels, step.uniform(SHIFT, 2)), ids.to(device))
+        return model.loss(shifted(pixels, step.uniform(SHIFT, 2)), ids.to(device))
 
     return model, loop.run(model, config, loss_of, work, model.clamp_logit_scale, lambda: pictures.waited_s)
 
