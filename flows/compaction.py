@@ -175,7 +175,8 @@ def _index(folder: Path, out: Path, removals: Removals, committed: Committed) ->
     embed = manifests.find(committed.root, "embed", committed.manifest["inputs"]["embed"])
     assert embed is not None, "an index's embeddings are committed before it"
     before = json.loads((folder / "index.json").read_text())["count"]
-    counts = build(IndexConfig.model_validate(committed.manifest["sections"]["index"]), embed.local(), out)
+    section = committed.manifest["config"].get("index", {}) | committed.manifest["sections"]["index"]  # with what is outside the key
+    counts = build(IndexConfig.model_validate(section), embed.local(), out)
     return int(before - counts["out"])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -15,13 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from flows import compaction
 from indexing import index, lists
 from indexing.embeddings import chunks, part_files
 from indexing.factories import FLAT_BELOW, add, building_bytes, choose_factory, hot_bytes, train
 from indexing.index import MODALITIES, Index, IndexConfig, build
 from indexing.tuning import Effort, Sample, brute_force, fewest_cells, recalls, search, tune
+from infra import manifests
 from infra.cluster import Cluster, ClusterConfig, spread
 from infra.errors import CallerError, DataError
+from infra.removals import Removals
 from tests.embedded import vectors, write_embed
 
 COUNT, DIM = 1500, 32
@@ -442,6 +446,16 @@ def test_an_index_does_not_grow_beyond_the_memory(embed: Path, tmp_path: Path) -
     once = building_bytes("RR512,IVF632,PQ128x4fs,Refine(SQ8)", 10**7, 512, 10**5, 32)
     grown = building_bytes("RR512,IVF632,PQ128x4fs,Refine(SQ8)", 10**7, 512, 10**5, 32, is_grown=True)
     assert grown - once > 10**7 * 512, "who grows it reads the codes behind Refine"
+
+
+def test_an_index_is_compacted_within_the_memory_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section, given = IndexConfig(build_memory_bytes=12_345, queries=99), []
+    manifest = {"config": {"index": section.model_dump()}, "sections": {"index": section.keyed()}, "inputs": {"embed": "e"}}
+    (tmp_path / "index.json").write_text('{"count": 3}')
+    monkeypatch.setattr(manifests, "find", lambda *_: SimpleNamespace(local=lambda: tmp_path))
+    monkeypatch.setattr(index, "build", lambda config, *_: given.append(config) or {"out": 2})
+    assert compaction._index(tmp_path, tmp_path, Removals(), SimpleNamespace(root=None, manifest=manifest)) == 1  # type: ignore[arg-type]
+    assert given == [section]
 
 
 def made(folder: Path) -> Path:
