@@ -195,6 +195,14 @@ def test_a_run_that_is_killed_is_crashed_and_the_next_goes_on(up: Up) -> None:
     up.until(lambda: len(up.ended("COMPLETED")) > before)
 
 
+def states(cluster: RayCluster, folder: Path) -> list[str]:
+    """Return the states of a ROOT's jobs; none where the head is too busy to answer."""
+    try:
+        return list(jobs(cluster, folder).values())
+    except OSError:
+        return []
+
+
 def test_cancelling_a_run_through_prefect_stops_its_ray_job(up: Up) -> None:
     with RayCluster() as cluster, cluster.joined():
         flow = httpx.post(f"{up.api}/flows/", json={"name": "deployed-fakes"}, timeout=LIMIT_S).raise_for_status().json()
@@ -208,10 +216,10 @@ def test_cancelling_a_run_through_prefect_stops_its_ray_job(up: Up) -> None:
         }
         deployment = httpx.post(f"{up.api}/deployments/", json=asked, timeout=LIMIT_S).raise_for_status().json()
         run = httpx.post(f"{up.api}/deployments/{deployment['id']}/create_flow_run", json={}, timeout=LIMIT_S).raise_for_status().json()
-        up.until(lambda: list(jobs(cluster, up.folder / "cancelled").values()) == ["RUNNING"])
+        up.until(lambda: states(cluster, up.folder / "cancelled") == ["RUNNING"])
         cancelling = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
         httpx.post(f"{up.api}/flow_runs/{run['id']}/set_state", json=cancelling, timeout=LIMIT_S).raise_for_status()
-        up.until(lambda: list(jobs(cluster, up.folder / "cancelled").values()) == ["STOPPED"], 90)
+        up.until(lambda: states(cluster, up.folder / "cancelled") == ["STOPPED"], 90)
         up.until(lambda: [each for each in up.runs("cancelled") if each["state_type"] == "CANCELLED"], 90)
         up.until(lambda: not cluster.processes("tests.fake_job"), 30)
 
