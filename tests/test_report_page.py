@@ -42,9 +42,7 @@ def whole_report(folder: Path) -> dict[str, Any]:
 
     rows = usual_rows()
     write_run(folder, [*rows, *(each | {"key": f"again {each['key']}"} for each in rows)])
-    sets = [test_suite.colours_set(), test_suite.colours_set(9, 8, 3)]
-    sets[1] = sets[1].only(np.arange(len(sets[1])))
-    made: list[Any] = test_suite.measure(folder / "suite", sets, **{"EfficientNet-Lite0 (ImageNet)": colours})
+    made: list[Any] = test_suite.measure(folder / "suite", [test_suite.colours_set()], **{"EfficientNet-Lite0 (ImageNet)": colours})
     made.append(
         test_typographic.measure(folder / "attack", encode_images, test_typographic.again, Witnesses("mean colour", colours, lambda _: ""))
     )
