@@ -9,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from tests.kept import COUNT, TINY, write_embedded, write_kept, write_tokenizer
 from tests.meeting import meeting
-from training import embeddings, jobs, soundness
+from training import jobs, soundness
 from training.decoder import DecoderConfig
-from training.loop import LoopConfig
+from training.loop import LoopConfig, Step
 from training.pictures import read_table
 from training.prior import PriorConfig
+from training.upsampler import UpsamplerConfig
 
 EPOCHS, BATCH, KILLED_AT = 2, 4, 17
 IMAGES = EPOCHS * COUNT
@@ -33,7 +35,11 @@ FOLDERS = ("ingest", "curate", "clip", "embed")
 TRAINED: dict[str, LoopConfig] = {
     "clip": TINY.model_copy(update={"precision": "float32"}),
     "prior": PriorConfig(width=32, depth=1, T=50, sampling_steps=4),
+    "prior, autoregressive": PriorConfig(kind="autoregressive", width=32, depth=1, pca_dims=4, buckets=16, precision="float32"),
     "decoder": DecoderConfig(image_size_px=16, width=16, multiples=(1,), attention_px=(), T=50, sampling_steps=4, dropout=0.1),
+    "upsampler": UpsamplerConfig(
+        image_size_px=16, crop_fraction=1, width=16, depth=1, T=50, sampling_steps=4, precision="float32", adam_eps=1e-4
+    ),  # where gradients begin at nothing, Adam would make whole steps of the last digit, in which numbers of workers differ
 }
 
 
@@ -50,20 +56,19 @@ def attempt(rank: int, workers: int, name: str, root: Path, work: Path, number: 
     clock = itertools.count()
     time.monotonic = lambda: float(next(clock))  # so that the state is written every few steps, whatever the machine does
     config = TRAINED[name].model_copy(update={"images": IMAGES, "batch_size": BATCH, "state_every_s": 13.0})
-    drawn: Callable[..., Any] = embeddings.Captions.draw
-    steps = itertools.count(resumed_at(work))
+    chosen = Step.samples
 
-    def draw(self: embeddings.Captions, rows: Tensor, chance: Tensor) -> Any:
-        step = next(steps)
+    def samples(self: Step, count: int) -> Tensor:  # asked for the next step as well, where pictures are read ahead
+        rows = chosen(self, count)
         with (work / f"seen-{number}-{rank}.jsonl").open("a") as file:
-            file.write(json.dumps([step, rows.tolist()]) + "\n")
-        if rank == killed_rank and step == KILLED_AT:
+            file.write(json.dumps([self.number, rows.tolist()]) + "\n")
+        if rank == killed_rank and self.number == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
-        return drawn(self, rows, chance)
+        return rows
 
-    embeddings.Captions.draw = draw  # type: ignore[method-assign]
+    Step.samples = samples  # type: ignore[method-assign]
     with meeting(rank, workers, work / f"meet-{number}"):
-        model, averaged = getattr(jobs, f"fit_{name}")(config, {each: root / each for each in FOLDERS}, work, "cpu")
+        model, averaged = getattr(jobs, f"fit_{name.partition(',')[0]}")(config, {each: root / each for each in FOLDERS}, work, "cpu")
         states = {"raw": model.state_dict(), "averaged": averaged}
         weights = {f"{kind}.{key}": value.contiguous() for kind, state in states.items() for key, value in state.items()}
         save_file(weights, work / f"{rank}.safetensors")
@@ -104,10 +109,28 @@ def samples(work: Path, number: int, steps: range) -> Counter[int]:
     return seen
 
 
+@pytest.fixture(scope="module")
+def undisturbed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[dict[str, Tensor], Path]]:
+    """Return what trains a model in one go, once for all tests: gives its weights and its work folder."""
+
+    @lru_cache
+    def trained(name: str, workers: int) -> tuple[dict[str, Tensor], Path]:
+        work = tmp_path_factory.mktemp("undisturbed") / "work"
+        return train(workers, name, root, work), work
+
+    return trained
+
+
+def curve(work: Path) -> list[tuple[int, float]]:
+    """Return the images seen and the losses that were logged."""
+    rows = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    return [(row["images_seen"], row["loss"]) for row in rows]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(name: str, root: Path, tmp_path: Path) -> None:
-    whole = train(1, name, root, tmp_path / "whole")
+def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(name: str, undisturbed: Any, root: Path, tmp_path: Path) -> None:
+    whole, _ = undisturbed(name, 1)
     step = killed(1, name, root, tmp_path / "cut", 0)
     again = train(1, name, root, tmp_path / "cut", 1)
     assert again.keys() == whole.keys() and all(again[key].equal(whole[key]) for key in whole)
@@ -116,14 +139,25 @@ def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(name: str
 
 
 @pytest.mark.slow
-def test_a_lost_worker_costs_nothing_whatever_number_goes_on(root: Path, tmp_path: Path) -> None:
-    whole = train(2, "clip", root, tmp_path / "whole")
-    step = killed(2, "clip", root, tmp_path / "cut", 1)
+@pytest.mark.parametrize(("name", "numbers"), [("clip", (2, 1, 4)), ("prior, autoregressive", (1,)), ("upsampler", (1,))], ids=str)
+def test_a_lost_worker_costs_nothing_whatever_number_goes_on(
+    name: str, numbers: tuple[int, ...], undisturbed: Any, root: Path, tmp_path: Path
+) -> None:
+    whole, _ = undisturbed(name, 2)
+    step = killed(2, name, root, tmp_path / "cut", 1)
     before = samples(tmp_path / "cut", 0, range(step))
-    for workers in (2, 1, 4):
+    for workers in numbers:
         work = tmp_path / f"by-{workers}"
         shutil.copytree(tmp_path / "cut", work)
-        again = train(workers, "clip", root, work, 1)
+        again = train(workers, name, root, work, 1)
         assert before + samples(work, 1, range(step, STEPS)) == Counter(dict.fromkeys(range(COUNT), EPOCHS))
         for key, value in whole.items():
             torch.testing.assert_close(again[key], value, rtol=0, atol=0 if workers == 2 else 2e-4, msg=f"{workers} workers: {key}")
+
+
+@pytest.mark.slow
+def test_clips_learning_curve_is_that_of_one_worker(undisturbed: Any) -> None:
+    one, two = (curve(undisturbed("clip", workers)[1]) for workers in (1, 2))
+    assert [seen for seen, _ in one] == [seen for seen, _ in two] and len(one) > 3
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
+    assert one[0][1] > one[-1][1], "a curve that does not fall proves little"
