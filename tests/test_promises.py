@@ -1,10 +1,15 @@
 """Benchmarks end with 1 where a figure falls short of what was promised, and with 0 where it does not or nothing could be measured."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from tests.benchmarks import generate_vs_diffusers, models_vs_dalle2, quality_vs_dalle2, swiss_roll_vs_diffusers
+from tests.benchmarks import generate_vs_diffusers, models_vs_dalle2, quality_vs_dalle2, steps_and_quality, swiss_roll_vs_diffusers
 from tests.benchmarks.swiss_roll_vs_diffusers import OURS, STEP_COUNTS, THEIRS
 from tests.promises import told
+from tests.small_systems import PROMPTS, write_system
+from training.generate import Unclip
 
 
 def test_what_is_missed_is_printed_and_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,8 +46,25 @@ def test_a_roll_is_nearer_than_diffusers_or_as_near_as_chance() -> None:
     assert len(swiss_roll_vs_diffusers.missed(medians(6e-4, 5e-4), chance)) == len(STEP_COUNTS)
 
 
-@pytest.mark.parametrize("benchmark", [models_vs_dalle2, quality_vs_dalle2])
-def test_what_cannot_be_measured_is_skipped_with_0(benchmark: object, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    monkeypatch.setattr(benchmark, "PYTHON", models_vs_dalle2.PEERS / "no such interpreter")
+def test_few_steps_may_lose_no_more_than_chance_explains() -> None:
+    draw = np.random.default_rng(0)
+    real, same, other = (draw.normal(size=(160, 8)) for _ in range(3))
+    near = steps_and_quality.compared(real, same, other)
+    assert near["difference"] == pytest.approx(near["few"] - near["many"]) and near["standard_error"] > 0
+    assert steps_and_quality.missed(near) == []
+    assert len(steps_and_quality.missed(steps_and_quality.compared(real, same + 0.5, other))) == 1
+    assert steps_and_quality.missed(steps_and_quality.compared(real, same, other + 0.5)) == []
+
+
+def test_many_steps_are_those_of_prior_and_decoder_and_leave_the_run_as_it_was(tmp_path: Path) -> None:
+    model = Unclip.load(write_system(tmp_path))
+    few, many = (steps_and_quality.drawn(model, PROMPTS, steps)[0] for steps in (None, 200))
+    assert few.shape == many.shape == (3, 8, 8, 3) and not np.array_equal(few, many)
+    assert model.prior.config.sampling_steps == 4 and np.array_equal(few, steps_and_quality.drawn(model, PROMPTS, None)[0])
+
+
+@pytest.mark.parametrize("benchmark", [models_vs_dalle2, quality_vs_dalle2, steps_and_quality])
+def test_what_cannot_be_measured_is_skipped_with_0(benchmark: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "PYTHON", models_vs_dalle2.PEERS / "no such interpreter", raising=False)
     monkeypatch.setattr("sys.argv", ["benchmark"])
     assert benchmark.main() == 0  # type: ignore[attr-defined]
