@@ -176,10 +176,10 @@ STAGES = (
     Stage("embed", ("ingest", "curate", "clip"), ("embed",), EMBED_VERSION, run_embed),
     Stage("index", ("embed",), ("index",), INDEX_VERSION, run_index),
     Stage("dedup", ("ingest", "clip", "embed"), ("dedup",), 2, run_dedup),
-    Stage("prior", ("clip", "embed"), ("prior",), 1, run_prior, ("dedup",), prior_parameters),
-    Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 1, run_decoder, ("dedup",), decoder_parameters),
-    Stage("upsampler", ("ingest", "curate"), ("upsampler",), 1, run_upsampler, ("dedup",), upsampler_parameters),
-    Stage("upsampler_2", ("ingest", "curate"), ("upsampler_2",), 1, run_upsampler, ("dedup",), upsampler_2_parameters),
+    Stage("prior", ("clip", "embed"), ("prior",), 2, run_prior, ("dedup",), prior_parameters),
+    Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 2, run_decoder, ("dedup",), decoder_parameters),
+    Stage("upsampler", ("ingest", "curate"), ("upsampler",), 2, run_upsampler, ("dedup",), upsampler_parameters),
+    Stage("upsampler_2", ("ingest", "curate"), ("upsampler_2",), 2, run_upsampler, ("dedup",), upsampler_2_parameters),
     Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 6, run_evaluate, REPORTED),
 )
 

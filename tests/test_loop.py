@@ -80,8 +80,8 @@ def test_workers_share_a_steps_samples_and_noise(workers: int) -> None:
 
 
 def test_noise_differs_between_steps_streams_and_seeds() -> None:
-    draws = [Step(number, 0, 8, seed, 0, 1).normal(stream) for number in (0, 1) for seed in (0, 1) for stream in (1, 2)]
-    assert all(not a.equal(b) for a, b in itertools.combinations(draws, 2))
+    draws = [Step(number, 0, 2, seed, 0, 1).uniform(stream) for number in range(100) for seed in (0, 1) for stream in range(1, 7)]
+    assert len({float(draw[0]) for draw in draws}) == len(draws)  # torch reads 32 bits of a seed: streams had met 38 steps apart
 
 
 @pytest.mark.usefixtures("a_row_every_ten_steps")

@@ -1,8 +1,8 @@
 """The training loop that every model shares: plain torch, no Ray, no files but its own state and metrics.
 
-A step's samples, noise and dropouts are functions of seed and samples seen alone, never of the number of workers, so a run that was
-killed resumes exactly where its last state stands. Writes `state.pt` (whole, renamed into place) and `metrics.jsonl` into the work
-folder. Progress counts images seen. Legend: B global batch, b this worker's part of it.
+A step's samples and noise are functions of seed and samples seen alone, never of the number of workers (dropouts are, of that too), so a
+run that was killed resumes exactly where its last state stands. Writes `state.pt` (whole, renamed into place) and `metrics.jsonl` into the
+work folder. Progress counts images seen. Legend: B global batch, b this worker's part of it.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import ClassVar, Literal, TextIO
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ class Step:
 
     def generator(self, stream: int) -> torch.Generator:
         """Return the generator of one kind of randomness in this step, equal on every worker."""
-        return torch.Generator().manual_seed(((self.seed * 1_000_003 + stream) * 2_147_483_629 + self.number) % 2**63)
+        return mixed(self.seed, stream, self.number)
 
     def normal(self, stream: int, *shape: int) -> Tensor:
         """Draw N(0, 1), float32 (b, *shape): drawn for the global batch, so that a sample's noise does not depend on the workers."""
@@ -120,9 +121,17 @@ class Step:
         return x[self.rank * self.b : (self.rank + 1) * self.b]
 
 
+def mixed(*numbers: int) -> torch.Generator:
+    """Return a generator of its own for some numbers >= 0, in their order.
+
+    torch's CPU generator looks at 32 bits of a seed alone: numbers that are added up into one would meet, step n of a stream another's.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
 @lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
+    return torch.randperm(count, generator=mixed(seed, epoch))
 
 
 def order(count: int, seed: int, first: int, number: int) -> Tensor:
