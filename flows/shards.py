@@ -261,15 +261,18 @@ def check_shard(stem: Path, feed: Path) -> float:
 def end_with(parent: int, folder: str | None) -> None:
     """End this process when its parent is gone, and its folder with it, so that a killed run leaves no downloader behind."""
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+    def end() -> None:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        end()
+
     if os.getppid() != parent:  # it died while this process was still starting
-        os._exit(1)
+        end()
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -306,5 +309,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
-        main()
+    try:
+        with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+            main()
+    finally:  # its parent's end is mostly heard first as the end of what it says
+        if len(sys.argv) > 2:
+            shutil.rmtree(sys.argv[2], ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -218,3 +219,12 @@ def test_only_sixteen_bit_pngs_are_touched() -> None:
 def test_other_formats_are_stored_too(tmp_path: Path, encode: str) -> None:
     pictures = made(tmp_path, {"a.png": disc(64)}, encode=encode)
     assert pictures["a.png"][16, 16, 2] > 220
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_process_that_ends_with_its_parent_takes_its_folder_along(tmp_path: Path, is_ours: bool) -> None:
+    (tmp_path / "its").mkdir()
+    (tmp_path / "its" / "feed.arrow").touch()
+    command = [sys.executable, "-m", "flows.shards", str(os.getpid() if is_ours else 1), str(tmp_path / "its")]
+    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=100, cwd=Path(__file__).parent.parent)
+    assert not (tmp_path / "its").exists()
