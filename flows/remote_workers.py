@@ -25,7 +25,10 @@ PLACE: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0
 
 
 class Post:
-    """A download process on the node where Ray put this actor, and its mailbox; their folder goes with the process."""
+    """A download process on the node where Ray put this actor, and its mailbox.
+
+    Their folder goes with the process, but stays in the node's temporary folder where Ray itself kills the process.
+    """
 
     def __init__(self, opt_out: bytes, max_pixels: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="unclip-download-"))
@@ -154,7 +157,7 @@ class RemoteWorker:
 
         with self.guard:
             self.is_over = True
-        ray.kill(self.actor)  # its process sees that and ends, and removes its folder
+        ray.kill(self.actor)  # and its process with it
 
 
 def start_on_nodes(workers: Workers, count: int, max_pixels: int, opt_out: Path) -> None:
