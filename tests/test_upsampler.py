@@ -58,12 +58,14 @@ def learnt() -> Upsampler:
     model = Upsampler(CONFIG)
     seen = torch.from_numpy(pictures(4))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for number in range(120):
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 400)
+    for number in range(400):
         step = Step(number, number * 8, 8, 0, 0, 1)
         loss = model.loss(step, seen[step.samples(4)])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        decay.step()
     return model.eval().requires_grad_(False)
 
 
@@ -86,7 +88,7 @@ def test_before_training_it_is_bicubic() -> None:
 def test_on_pictures_learnt_by_heart_it_beats_interpolation(learnt: Upsampler) -> None:
     figures, made = enlarge.compare(learnt, pictures(4))
     psnr = figures["psnr_db"]
-    assert figures["n"] == 4 and psnr["up-sampler"] > max(psnr["bicubic"], psnr["lanczos"]) + 0.1 and figures["better_than"]["bicubic"] == 1
+    assert figures["n"] == 4 and psnr["up-sampler"] > max(psnr["bicubic"], psnr["lanczos"]) + 0.7 and figures["better_than"]["bicubic"] == 1
     assert made["up-sampler"].shape == (4, 32, 32, 3) and made["small"].shape == (4, 8, 8, 3)
     alone = [enlarge.psnr_db(a, b) for a, b in zip(made["bicubic"], made["real"], strict=True)]
     assert psnr["bicubic"] == pytest.approx(np.mean(alone), abs=1e-3)
