@@ -4,6 +4,9 @@ A finished shard comes back in pieces through Ray, and this side puts it under i
 given up writes nothing. An actor that ends, or a node that does not answer, is heard as `lost`.
 """
 
+import contextlib
+import fcntl
+import os
 import queue
 import shutil
 import tempfile
@@ -16,6 +19,7 @@ from typing import Any
 from flows.placement import put
 from flows.workers import Feed, LocalWorker, Worker, Workers
 
+PREFIX, CLAIM = "unclip-download-", "claim"
 SUFFIXES = (".parquet", "_stats.json", ".tar")
 PIECE_BYTES = 16 << 20
 HEARING_S = 1.0
@@ -24,14 +28,26 @@ LOST_S = 60.0
 PLACE: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 4, "scheduling_strategy": "SPREAD"}
 
 
+def sweep() -> None:
+    """Remove the folders of download processes on this node that are no more: nobody holds their claim, which is not a new one."""
+    for claim in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{CLAIM}"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), claim.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - os.fstat(file.fileno()).st_mtime > LOST_S:
+                shutil.rmtree(claim.parent, ignore_errors=True)
+
+
 class Post:
     """A download process on the node where Ray put this actor, and its mailbox.
 
-    Their folder goes with the process, but stays in the node's temporary folder where Ray itself kills the process.
+    Their folder goes with the process; where Ray itself kills that, the next one on the node removes it.
     """
 
     def __init__(self, opt_out: bytes, max_pixels: int) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="unclip-download-"))
+        sweep()
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self.claim = (self.folder / CLAIM).open("w")
+        fcntl.flock(self.claim, fcntl.LOCK_EX)
         (self.folder / "opt_out.json").write_bytes(opt_out)
         self.heard: queue.Queue[tuple[Worker, str]] = queue.Queue()
         self.log = self.folder / "img2dataset.log"

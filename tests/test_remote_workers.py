@@ -1,6 +1,8 @@
 """An ingest spread over a real Ray cluster of two nodes: both download, what comes back equals a local ingest, and a node may die."""
 
+import fcntl
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flows import remote_workers
 from flows.running import run_stage
 from infra import storage
 from infra.cluster import Cluster, ClusterConfig
@@ -29,6 +32,20 @@ def nodes() -> Iterator[Any]:
     started.two = [started.head_node, started.add_node(**settings)]
     yield started
     started.shutdown()
+
+
+def test_folders_of_processes_that_were_killed_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    claims = [tmp_path / f"{remote_workers.PREFIX}{name}" / remote_workers.CLAIM for name in ("held", "left", "new")]
+    for claim in claims:
+        claim.parent.mkdir()
+        claim.write_text("")
+    for claim in claims[:2]:
+        os.utime(claim, (0, 0))
+    with claims[0].open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        remote_workers.sweep()
+    assert [claim.exists() for claim in claims] == [True, False, True]
 
 
 def tree(pid: int) -> set[int]:
