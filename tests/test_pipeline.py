@@ -73,7 +73,7 @@ def test_a_run_ends_with_its_result_on_stdout_and_only_its_own_lines_on_stderr(r
     log = Path(lines[0].partition(", log ")[2]).read_text()
     assert "prefect" in log and lines[1] in log
     record = json.loads((root / "runs" / "mine.json").read_text())
-    assert record.keys() == {"name", "recipe", "started", "finished", "stages", "report"}
+    assert record.keys() == {"name", "recipe", "started", "finished", "gated", "stages", "report"} and not record["gated"]
     assert record["stages"] == {each["stage"]: each["key"] for each in result["stages"]}
     _check_prefect_has_run_and_artifacts(root, result)
     assert processes(str(root)) == []
