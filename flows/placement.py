@@ -1,9 +1,10 @@
 """Puts finished files under their final names so that neither a kill nor a power cut leaves a part there. Knows nothing of contents."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+
+from infra.manifests import sync
 
 
 def put(aside: Path, names: Sequence[str], folder: Path) -> None:
@@ -43,12 +44,3 @@ def clear_leftovers(folder: Path) -> None:
     """Remove what killed processes left aside."""
     for leftover in folder.glob(".[0-9]*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Have a file's content, or a folder's names, written to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

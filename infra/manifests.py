@@ -269,7 +269,7 @@ def _commit_by_rename(
                 before = _attempt_in(out)
                 if before not in (None, replaces):  # another machine's repair was first, and what it made stays
                     _exchange(out, target)
-                _sync(target.parent)
+                sync(target.parent)
                 return Committed(root, stage, key, _manifest_in(target))
             target.rename(out.with_name(f"{out.name}{REPLACED}"))
         try:
@@ -279,7 +279,7 @@ def _commit_by_rename(
             if existing is None:
                 raise
             return existing  # a writer without our lock (another machine) was first
-        _sync(target.parent)
+        sync(target.parent)
     shutil.rmtree(out.with_name(f"{out.name}{REPLACED}"), ignore_errors=True)
     return Committed(root, stage, key, manifest)
 
@@ -357,11 +357,12 @@ def _commit_by_put(root: Root, stage: str, key: str, out: Path, manifest: dict[s
 def _sync_tree(folder: Path) -> None:
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _sync(Path(parent) / name)
-        _sync(Path(parent))
+            sync(Path(parent) / name)
+        sync(Path(parent))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, written to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
