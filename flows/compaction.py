@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from flows.placement import place
 from flows.taking_down import NO_STAGES, blank, committed_folders, log, pending, record_lineage, with_copies
 from infra import manifests, storage
 from infra.locks import lock_file, reading_file, unread_lock, writer_lock
@@ -107,10 +108,11 @@ def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
         source, target = folder / file, out / file
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.parts[0] == "shards" or file.suffix != ".parquet":
-            _link(source, target)
+            place(source, target)
     for file in sorted((folder / "shards").glob("*.parquet")):
         table = pq.read_table(file)
-        is_gone = pc.or_(_url_mask(table, removals, "sample"), removals.mask({"download": table["sha256"]}))
+        columns = {"key": "sample", "origin": "origin", "url": "url", "download": "sha256"}
+        is_gone = removals.mask({ours: table[theirs] for ours, theirs in columns.items()})
         if not pc.any(is_gone).as_py():
             continue
         names = [name for name in table.filter(is_gone)["key"].to_pylist() if name]
@@ -123,7 +125,8 @@ def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
         pq.write_table(table.filter(pc.invert(is_gone)), out / "shards" / file.name)
         count += len(names)
     urls = pq.read_table(folder / "urls.parquet")
-    is_gone = pc.or_(_url_mask(urls, removals, "key"), pc.is_in(urls["key"], pa.array(keys, pa.string())))
+    by_log = removals.mask({name: urls[name] for name in ("key", "origin", "url")})
+    is_gone = pc.or_(by_log, pc.is_in(urls["key"], pa.array(keys, pa.string())))
     pq.write_table(urls.filter(pc.invert(is_gone)), out / "urls.parquet")
     _write_dropped(folder, out, urls.filter(is_gone), removals)
     return count
@@ -163,9 +166,9 @@ def _dedup(folder: Path, out: Path, removals: Removals, committed: Committed) ->
     is_gone = removals.mask({"key": copies["key"]})
     is_without = pc.or_(is_gone, removals.mask({"key": copies["keeper"]}))
     pq.write_table(copies.filter(pc.invert(is_without)), out / "groups.parquet")
-    _link(folder / "threshold.json", out / "threshold.json")
+    place(folder / "threshold.json", out / "threshold.json")
     if (folder / "groups.png").is_file() and not pc.any(is_without).as_py():  # else it may show what is to go, and nothing reads it
-        _link(folder / "groups.png", out / "groups.png")
+        place(folder / "groups.png", out / "groups.png")
     return count + int(pc.sum(is_gone).as_py() or 0)
 
 
@@ -186,7 +189,7 @@ def _addition(folder: Path, out: Path, removals: Removals, committed: Committed)
     tables = {file: pq.read_table(file) for file in sorted((folder / "metadata").glob("*.parquet"))}
     for file in (file for file in _files(folder) if file.parts[0] == "shards"):
         (out / "shards").mkdir(exist_ok=True)
-        _link(folder / file, out / file)
+        place(folder / file, out / file)
     for table in tables.values():
         gone = table.filter(_mask(table, removals))
         for shard in set(gone["shard"].to_pylist()) - {""}:
@@ -215,10 +218,6 @@ def _mask(table: pa.Table, removals: Removals) -> pa.ChunkedArray:
     return removals.mask({name: table[name] for name in ("key", "origin", "sha256")})
 
 
-def _url_mask(table: pa.Table, removals: Removals, key: str) -> pa.ChunkedArray:
-    return pc.or_(removals.mask({"key": table[key], "origin": table["origin"]}), removals.mask({"origin": table["url"]}))
-
-
 def _write_dropped(folder: Path, out: Path, gone: pa.Table, removals: Removals) -> None:
     words = [pa.array([word] * gone.num_rows, pa.string()) for word in ("removed", "the removal log")]
     more = pa.table([gone["key"], gone["origin"], *words], schema=DROPPED)
@@ -227,13 +226,6 @@ def _write_dropped(folder: Path, out: Path, gone: pa.Table, removals: Removals) 
 
 def _files(folder: Path) -> list[Path]:
     return [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
 
 
 def _own_copy(file: Path) -> None:

@@ -114,8 +114,7 @@ def leave_out(folder: Path, removals: Removals) -> None:
             gone_writer.write_batch(batch)
         for batch in open_parquet(source).iter_batches(FILTERED_ROWS):
             rows = pa.Table.from_batches([batch])
-            by_url = removals.mask({"origin": rows["url"]})
-            is_removed = pc.or_(removals.mask({"key": rows["key"], "origin": rows["origin"]}), by_url)
+            is_removed = removals.mask({name: rows[name] for name in ("key", "origin", "url")})
             writer.write_table(rows.filter(pc.invert(is_removed)).cast(URLS))
             gone = rows.filter(is_removed)
             words = [pa.array([word] * gone.num_rows, pa.string()) for word in ("removed", "the removal log")]

@@ -39,7 +39,6 @@ DIGESTS = ("sha256", "download")
 READ = {"ingest": ["status", "sample", "origin", "url", "sha256"]}
 NO_STAGES = ("removals", "runs", "work", "logs", "jobs", "prefect")
 MODEL_FILE = "weights.safetensors"
-STEP_ROWS = 65_536
 
 
 def committed_folders(root: Root, stages: Sequence[str]) -> Iterator[Committed]:
@@ -190,8 +189,9 @@ def blank(tar: Path, members: Sequence[str]) -> None:
 
     The header gets a type that readers of samples skip (POSIX leaves letters to vendors) and a name that tells nothing.
     """
+    meant = frozenset(members)
     with tarfile.open(tar, "r:") as opened:
-        places = [(member.offset_data, member.size) for member in opened if member.name in set(members)]
+        places = [(member.offset_data, member.size) for member in opened if member.name in meant]
     with tar.open("r+b") as file:
         for offset, size in places:
             header_at = offset - tarfile.BLOCKSIZE
@@ -250,5 +250,5 @@ def _trained(table: pa.Table, removals: Removals) -> pa.Table:
 
 
 def _mask(table: pa.Table, removals: Removals) -> pa.ChunkedArray:
-    mask = removals.mask({name: table[name] for name in COLUMNS})
-    return pc.or_(mask, removals.mask({"origin": table["url"]})) if "url" in table.column_names else mask
+    columns = (*COLUMNS, "url") if "url" in table.column_names else COLUMNS
+    return removals.mask({name: table[name] for name in columns})

@@ -62,18 +62,22 @@ def is_being_read(path: Path) -> bool:
 def _flock(path: Path, kind: int, held: str, say: Callable[[str], None]) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:  # closing it gives the lock back
-        waiting = False
-        while True:
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waiting:
-                    waiting = True
-                    say(f"{held} {_holder(path)}: waiting until it has finished")
-                time.sleep(POLL_S)
+        _take(lambda: fcntl.flock(file, kind | fcntl.LOCK_NB), path, held, say)
         _write_holder(file)
         yield
+
+
+def _take(attempt: Callable[[], None], path: Path, held: str, say: Callable[[str], None]) -> None:
+    """Try to take a lock until it is had; while another has it, say once that it is `held` and by whom."""
+    is_told = False
+    while True:
+        try:
+            return attempt()
+        except (BlockingIOError, PermissionError):  # POSIX lets lockf answer with either
+            if not is_told:
+                is_told = True
+                say(f"{held} {_holder(path)}: waiting until it has finished")
+            time.sleep(POLL_S)
 
 
 def _write_holder(file: TextIO) -> None:
@@ -90,16 +94,7 @@ def writer_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[N
     with _threads_guard:
         in_process = _threads.setdefault(path.resolve(), threading.Lock())
     with in_process, path.open("a+") as file:
-        waiting = False
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except (BlockingIOError, PermissionError):
-                if not waiting:
-                    waiting = True
-                    say(f"{what} is being made by {_holder(path)}: waiting until it has finished")
-                time.sleep(POLL_S)
+        _take(lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB), path, f"{what} is being made by", say)
         _write_holder(file)
         try:
             yield

@@ -20,6 +20,8 @@ from infra.storage import Root
 FOLDER = "removals"
 NAMES = {"keys": "key", "origins": "origin", "sha256": "sha256", "downloads": "download"}
 """An entry's lists, and the column that each is held against."""
+HELD_AGAINST = (*NAMES.items(), ("origins", "url"))
+"""In a table of what is downloaded, an origin may also stand as the URL that is asked."""
 REQUIRED = ("keys", "origins", "sha256")
 
 
@@ -53,10 +55,10 @@ class Removals:
         return any(row.get(column) in getattr(self, name) for name, column in NAMES.items() if column in row)
 
     def mask(self, columns: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
-        """Return which rows were taken down; `columns` are some of key, origin, sha256 and download, at least one."""
+        """Return which rows were taken down; `columns` are some of key, origin, url, sha256 and download, at least one."""
         found = [
             pc.is_in(columns[column], pa.array(sorted(getattr(self, name)), pa.string()))
-            for name, column in NAMES.items()
+            for name, column in HELD_AGAINST
             if column in columns
         ]
         mask = found[0]
