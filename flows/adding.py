@@ -63,25 +63,40 @@ def add(root: Root, known: Lineage, view: "View", source: Path, licence: str) ->
             return None, reasons
         rows = rows.filter(pa.array(is_new))
         write_embed(out, rows, images[is_new], texts[is_new], known)
-        from indexing.index import IndexConfig, build
+        from indexing.index import IndexConfig
 
         whole = IndexConfig.model_validate(known.index.manifest["sections"]["index"])
-        section = whole.model_copy(update={"factory": "auto", "memory_bytes": share_of(whole.memory_bytes, len(rows), view)})
-        counts = build(section, out, out)
-        key = hashlib.sha256("\n".join([known.fingerprint, *sorted(rows["key"].to_pylist())]).encode()).hexdigest()[:16]
-        facts = {
-            "stage_version": 1,
-            "clip_digest": known.fingerprint,
-            "sections": {"index": section.model_dump(mode="json")},
-            "inputs": {},
-            "input_digests": {},
-            "counts": {**counts, "dropped": {name: count for name, count in reasons.items() if name != "added"}},
-            "started": manifests.now(),
-            **what,
-        }
-        return manifests.commit(root, ADDITIONS, key, out, facts), reasons
+        memory_bytes = share_of(whole.memory_bytes, len(rows), view)
+        dropped = {name: count for name, count in reasons.items() if name != "added"}
+        return commit(root, known, out, rows["key"].to_pylist(), memory_bytes, dropped, what), reasons
     finally:
         shutil.rmtree(out, ignore_errors=True)
+
+
+def commit(
+    root: Root, known: Lineage, out: Path, keys: list[str], memory_bytes: int, dropped: dict[str, int], what: dict[str, Any]
+) -> Committed:
+    """Build an index over the embed folder in `out`, which holds the samples `keys`, and commit both as one addition.
+
+    `dropped` counts the rows that were left out by reason, and `what` is the manifest's own part.
+    """
+    started = manifests.now()
+    from indexing.index import IndexConfig, build
+
+    whole = IndexConfig.model_validate(known.index.manifest["sections"]["index"])
+    section = whole.model_copy(update={"factory": "auto", "memory_bytes": memory_bytes})
+    counts = build(section, out, out)
+    key = hashlib.sha256("\n".join([known.fingerprint, *sorted(keys)]).encode()).hexdigest()[:16]
+    facts = {
+        "stage_version": 1,
+        "clip_digest": known.fingerprint,
+        "sections": {"index": section.model_dump(mode="json")},
+        "inputs": {},
+        "input_digests": {},
+        "counts": {**counts, "dropped": dropped},
+        "started": started,
+    }
+    return manifests.commit(root, ADDITIONS, key, out, facts | what)
 
 
 def share_of(memory_bytes: int, count: int, view: "View") -> int:

@@ -81,9 +81,25 @@ def unsearched(added: Iterable[Committed], clip: Committed) -> list[str]:
 
 
 def additions(root: Root) -> list[Committed]:
-    """Return all committed additions, whatever CLIP made them, the oldest first."""
-    found = (manifests.find(root, ADDITIONS, key) for key in storage.list_names(root, ADDITIONS))
-    return sorted((each for each in found if each), key=lambda each: str(each.manifest["finished"]))
+    """Return the additions that count, whatever CLIP made them, the oldest first: none that another was merged from."""
+    return [each for each, is_merged in _with_merged(root) if not is_merged]
+
+
+def merged_away(root: Root) -> list[Committed]:
+    """Return the additions that are there still though a merged one has taken their place."""
+    return [each for each, is_merged in _with_merged(root) if is_merged]
+
+
+def _with_merged(root: Root) -> list[tuple[Committed, bool]]:
+    found = [each for key in storage.list_names(root, ADDITIONS) if (each := manifests.find(root, ADDITIONS, key))]
+    # By content, which compaction may have changed since; the same pictures may be added again later.
+    since = {digest: str(each.manifest["started"]) for each in found for digest in each.manifest.get("merged_from", ())}
+    ordered = sorted(found, key=lambda each: str(each.manifest["finished"]))
+    return [(each, any(each.manifest["started"] < since.get(digest, "") for digest in _digests(each))) for each in ordered]
+
+
+def _digests(committed: Committed) -> list[str]:
+    return [committed.digest, *committed.manifest.get("compacted_from", ())]
 
 
 def open_segments(known: Lineage, opened: "Mapping[str, Segment] | None" = None) -> "list[Segment]":
