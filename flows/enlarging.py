@@ -9,11 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
-from flows.using import Out, RunName, Seed
+from flows.options import DEFAULT_ROOT, Json, RootUri, open_for
+from flows.using import Out, RunName, Seed, check_files, several, tell_pictures, upsampler_stages
 from infra.errors import CallerError
-from infra.manifests import Committed
-from infra.storage import Root
 
 COMPARED_AT_MOST, SHOWN_AT_MOST = 64, 6
 SIDE_AT_MOST_PX = 4096
@@ -50,14 +48,6 @@ def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]
     return found
 
 
-def upsampler_stages(opened: Root, record: dict[str, Any]) -> dict[str, Committed]:
-    """Return the folders of a run's up-samplers in their order. Raises CallerError where it has none."""
-    from flows.runs import committed_of
-    from flows.stages import UPSAMPLERS
-
-    return {stage: committed_of(opened, record, stage) for stage in UPSAMPLERS if stage == UPSAMPLERS[0] or stage in record["stages"]}
-
-
 def upsample(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Small PNG, JPEG or WebP files.")],
     side: Annotated[
@@ -77,9 +67,7 @@ def upsample(
     as_json: Json = False,
 ) -> None:
     """Enlarge pictures with the run's up-samplers, bicubic and Lanczos beside them."""
-    for image in images:
-        if not image.is_file():
-            raise CallerError(f"{image}: there is no such file")
+    check_files(images)
     import numpy as np
 
     from flows.runs import find_run
@@ -113,10 +101,7 @@ def upsample(
         "factor": factor,
         **{stage: committed.key for stage, committed in stages.items()},
     }
-    name = f"upsample {images[0].stem}{f' and {len(images) - 1} more' if len(images) > 1 else ''}"
+    name = f"upsample {several(images[0].stem, len(images))}"
     columns = ["small", "bicubic", "Lanczos", "up-sampler"]
-    files, grid = write_grid(np.stack(ways, 1), [image.name for image in images], columns, name, seed, settings, out)
-    if as_json:
-        print_json({"seed": seed, "settings": settings, "files": [str(file) for file in files], "grid": str(grid)})
-        return
-    print(f"{grid}  ({len(files)} pictures beside it)")
+    written = write_grid(np.stack(ways, 1), [image.name for image in images], columns, name, seed, settings, out)
+    tell_pictures(*written, seed, settings, as_json)

@@ -96,6 +96,6 @@ def sections_of(job: StageJob, model: "Unclip", folders: Mapping[str, Path]) -> 
     return made
 
 
-def read_metrics(path: Any) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read a `metrics.jsonl` whole."""
     return [json.loads(line) for line in path.read_text().splitlines()]

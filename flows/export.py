@@ -101,18 +101,17 @@ def _fill(aside: Path, record: dict[str, Any], stages: dict[str, Committed]) -> 
             for name in FILES:
                 if name != "tokenizer.json" or stage == "clip":
                     _copy(stages[stage], name, aside / stage / name)
-    report: dict[str, Any] | None = None
+    report: dict[str, Any] = {}
     if "evaluate" in stages:
         evaluated = stages["evaluate"].local()
         report = json.loads((evaluated / "report.json").read_text())
-        sheet = evaluated / (report or {})["generation"]["sheet"]
-        shutil.copyfile(sheet, aside / "samples.png")
+        shutil.copyfile(evaluated / report["generation"]["sheet"], aside / "samples.png")
     manifests = {stage: {name: value for name, value in each.manifest.items() if name != "prefix"} for stage, each in stages.items()}
     lineage = {"format": FORMAT, "run": record, "stages": manifests}
     (aside / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False) + "\n")
     facts = {stage: json.loads((aside / stage / "config.json").read_text()) for stage in MODELS if stage in stages}
     pictures = _pictures(stages["embed"]) if "embed" in stages else {}
-    (aside / "README.md").write_text(card(record, manifests, facts, pictures, report))
+    (aside / "README.md").write_text(card(record, manifests, facts, pictures, report or None))
 
 
 def _copy(committed: Committed, name: str, to: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
-from flows.using import Guidance, Out, RunName, Seed, guidance_of, load_system, spoken
+from flows.using import Guidance, Out, RunName, Seed, guidance_of, load_system, spoken, tell_pictures
 from infra.errors import CallerError
 
 if TYPE_CHECKING:
@@ -185,10 +185,7 @@ def _pictures(model: "Unclip", files: list[Path], stages: "dict[str, Committed]"
 def _finish(grid: "Grid", name: str, seed: int, settings: dict[str, Any], figures: dict[str, Any], out: Path, as_json: bool) -> None:
     from flows.png import write_grid
 
-    files, path = write_grid(grid.images, grid.rows, grid.columns, name, seed, settings, out)
-    if as_json:
-        print_json({"seed": seed, "settings": settings, "figures": figures, "files": [str(file) for file in files], "grid": str(path)})
-        return
-    for row in figures.get("rms", []):
+    written = write_grid(grid.images, grid.rows, grid.columns, name, seed, settings, out)
+    for row in figures.get("rms", []) if not as_json else ():
         print(f"t = {row['t']:<6} samples {row['between_samples']:6.1f} apart, {row['to_picture']:6.1f} from the picture (RMS, 0 to 255)")
-    print(f"{path}  ({len(files)} pictures beside it)")
+    tell_pictures(*written, seed, settings, as_json, figures)

@@ -4,14 +4,13 @@ A run whose stages are all current is answered from the manifests; only otherwis
 """
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from flows.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, open_for, print_json, run_name
+from flows.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, open_for, print_json, run_name, say
 from infra.errors import CallerError, UnclipError
 from infra.storage import Root
 
@@ -44,7 +43,10 @@ def run(
     for option, value in (("--throughput", throughput), ("--pairs", pairs)):
         if value and not dry_run:
             raise CallerError(f"{option} is for planning: give --dry-run as well")
-    make(recipe, root, name, overrides, address, [], dry_run, as_json, throughput=throughput, pairs=pairs)
+    if dry_run:
+        foresee(recipe, root, name, overrides, [], as_json, throughput, pairs)
+    else:
+        make(recipe, root, name, overrides, address, [], as_json)
 
 
 def verb(stage: str) -> Callable[..., None]:
@@ -59,7 +61,10 @@ def verb(stage: str) -> Callable[..., None]:
         dry_run: Annotated[bool, typer.Option("--dry-run", help=STILL)] = False,
         as_json: Json = False,
     ) -> None:
-        make(recipe, root, name, overrides, address, [stage], dry_run, as_json)
+        if dry_run:
+            foresee(recipe, root, name, overrides, [stage], as_json)
+        else:
+            make(recipe, root, name, overrides, address, [stage], as_json)
 
     return command
 
@@ -90,12 +95,44 @@ def status(
         _print_stages(result)
     clip = next((each.committed for each in plans if each.stage.name == "clip"), None)
     for line in unsearched(additions(opened), clip) if clip else ():
-        _say(f"unclip: {line}")
+        say(f"unclip: {line}")
     if checksums:
         for each in plans:
             broken = manifests.verify(each.committed) if each.committed else []
             if broken:
                 raise StorageError(f"{each.committed.uri if each.committed else ''}: {broken[0]}; remove that folder and run again")
+
+
+def foresee(
+    recipe: str,
+    root: str,
+    name: str | None,
+    overrides: Sequence[str] | None,
+    targets: list[str],
+    as_json: bool,
+    throughput: float | None = None,
+    pairs: int | None = None,
+) -> None:
+    """Print where the targets (by default all stages) stand and what they need (flows/capacity.py); make nothing."""
+    from flows.capacity import capacity, published
+    from flows.planning import plan, stages_of
+    from flows.runs import plan_summary
+    from flows.stages import STAGES
+
+    config, _ = load_config(recipe, list(overrides or []))
+    opened = open_for(root, for_writing=False)
+    plans = plan(opened, config, stages_of(config, targets, STAGES))
+    result = plan_summary(opened, run_name(recipe, name), plans)
+    needs, theirs = capacity(config, throughput, pairs), published(recipe)
+    for shown, each in zip(result["stages"], plans, strict=True):
+        parameters = each.stage.parameters(config) if each.stage.parameters else None
+        if parameters is not None:
+            shown["parameters"] = parameters
+        if each.stage.name in theirs:
+            shown["paper_parameters"] = theirs[each.stage.name]
+        if each.stage.name in needs:
+            shown["need"] = needs[each.stage.name]
+    print_json(result) if as_json else _print_stages(result)
 
 
 def make(
@@ -105,20 +142,14 @@ def make(
     overrides: Sequence[str] | None,
     address: str | None,
     targets: list[str],
-    dry_run: bool,
     as_json: bool,
     jobs: str | None = None,
-    throughput: float | None = None,
-    pairs: int | None = None,
 ) -> None:
-    """Bring the targets (by default all stages) up to date here, or by Ray jobs at the address `jobs`, and print what came of it.
-
-    A dry run prints where they stand and what they need instead (flows/capacity.py).
-    """
+    """Bring the targets (by default all stages) up to date here, or by Ray jobs at the address `jobs`, and print what came of it."""
     from flows.compaction import compact
     from flows.planning import plan, stages_of
     from flows.promotion import described, settle
-    from flows.runs import plan_summary, summary, write_run
+    from flows.runs import summary, write_run
     from flows.stage import StageResult
     from flows.stages import STAGES
     from infra import manifests
@@ -126,32 +157,16 @@ def make(
     chosen = run_name(recipe, name)
     started = manifests.now()
     config, given = load_config(recipe, list(overrides or []), address)
-    opened = open_for(root, for_writing=not dry_run)
-    if not dry_run:
-        compact(opened, _say)
+    opened = open_for(root, for_writing=True)
+    compact(opened, say)
     plans = plan(opened, config, stages_of(config, targets, STAGES))
-    if dry_run:
-        result = plan_summary(opened, chosen, plans)
-        from flows.capacity import capacity, published
-
-        needs, theirs = capacity(config, throughput, pairs), published(recipe)
-        for shown, each in zip(result["stages"], plans, strict=True):
-            parameters = each.stage.parameters(config) if each.stage.parameters else None
-            if parameters is not None:
-                shown["parameters"] = parameters
-            if each.stage.name in theirs:
-                shown["paper_parameters"] = theirs[each.stage.name]
-            if each.stage.name in needs:
-                shown["need"] = needs[each.stage.name]
-        print_json(result) if as_json else _print_stages(result)
-        return
     done = {each.stage.name: each.committed for each in plans if each.state == "current" and each.committed}
     if len(done) == len(plans):
         record = write_run(opened, chosen, recipe, started, done, bool(config.evaluate.promote_if))
         results = [StageResult(stage, committed.key, "current", 0.0, committed) for stage, committed in done.items()]
         judgement = settle(opened, config.evaluate.promote_if, record, done)
         if judgement:
-            print(described(judgement), file=sys.stderr)
+            say(described(judgement))
         result = summary(opened, chosen, results, record["report"], judgement)
     else:
         result = _run_flow(opened, root, recipe, chosen, given, targets, jobs)
@@ -167,7 +182,7 @@ def _run_flow(
 
     logs = (opened.folder or opened.scratch) / "logs"
     with noting_interrupts(), quiet_terminal(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
-        print(f"run {name} in {opened.uri}, log {log}", file=sys.stderr, flush=True)
+        say(f"run {name} in {opened.uri}, log {log}")
         try:
             with prefect_server(opened.scratch / "prefect"):
                 from flows.pipeline import run_pipeline
@@ -208,10 +223,6 @@ def _behind(error: BaseException) -> UnclipError | None:
 def _stage_of(error: BaseException) -> str:
     notes = getattr(error, "__notes__", [])
     return f"{notes[0]}: " if notes else ""
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _print_stages(result: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
-from flows.using import Guidance, Out, RunName, Seed, guidance_of, load_system, spoken
+from flows.options import DEFAULT_ROOT, Json, RootUri, open_for
+from flows.using import Guidance, Out, RunName, Seed, check_files, guidance_of, load_system, several, spoken, tell_pictures
 from infra.errors import CallerError
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def reconstruct(
     settings = {"images": [file.name for file in images], "pca_dims": dims, "steps": steps, "guidance": guidance, **opened.settings}
     grid = np.concatenate([drawn, opened.shown[:, None]], 1)
     figures = {"variance_held": {str(count): round(held[count - 1], 4) for count in dims}}
-    name = f"reconstruct {images[0].stem}{f' and {len(images) - 1} more' if len(images) > 1 else ''}"
+    name = f"reconstruct {several(images[0].stem, len(images))}"
     _finish(grid, [file.name for file in images], columns, name, seed, settings, figures, out, as_json)
 
 
@@ -212,9 +212,7 @@ def _dims(text: str) -> list[int]:
 
 def _open(root: str, run: str | None, images: list[Path], steps: int, more: tuple[str, ...] = ()) -> Opened:
     """Load the run's models and read the pictures, each at the larger of the sides that CLIP and the decoder want."""
-    for image in images:
-        if not image.is_file():
-            raise CallerError(f"{image}: there is no such file")
+    check_files(images)
     from training import manipulate
 
     opened = open_for(root, for_writing=False)
@@ -239,10 +237,7 @@ def _finish(
 ) -> None:
     from flows.png import write_grid
 
-    files, grid = write_grid(images, rows, columns, name, seed, settings, out)
-    if as_json:
-        print_json({"seed": seed, "settings": settings, "figures": figures, "files": [str(file) for file in files], "grid": str(grid)})
-        return
+    written = write_grid(images, rows, columns, name, seed, settings, out)
     rebuilt = figures.get("rebuilt_psnr_db")
     note = f"; rebuilt at {', '.join(f'{value:.1f}' for value in rebuilt)} dB" if rebuilt else ""
-    print(f"{grid}  ({len(files)} pictures beside it{note})")
+    tell_pictures(*written, seed, settings, as_json, figures, note)

@@ -69,6 +69,11 @@ def run_name(recipe: str, name: str | None) -> str:
     return chosen
 
 
+def say(line: str) -> None:
+    """Print a line for people: to stderr, so that stdout holds the result alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def print_json(result: Any) -> None:
     """Print the one object that `--json` promises."""
     json.dump(result, sys.stdout, indent=1, ensure_ascii=False)

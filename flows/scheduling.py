@@ -44,7 +44,7 @@ def submit(
     from infra.ray_jobs import JobServer
 
     JobServer(address)  # an address that is none is known at once
-    make(recipe, root, name, overrides, None, stages or [], False, as_json, jobs=address)
+    make(recipe, root, name, overrides, None, stages or [], as_json, jobs=address)
 
 
 def schedule(

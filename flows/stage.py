@@ -13,6 +13,9 @@ from infra.removals import Removals
 if TYPE_CHECKING:  # the sections live beside torch and faiss, which planning with a given config does not need
     from flows.config import RunConfig
 
+UPSAMPLERS = ("upsampler", "upsampler_2")
+"""The stages that enlarge what the decoder draws, one behind the other."""
+
 Counts = dict[str, Any]
 State = Literal["current", "stale", "missing"]
 

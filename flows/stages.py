@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.stage import Counts, Stage, StageJob
+from flows.stage import UPSAMPLERS, Counts, Stage, StageJob
 from infra import cluster, manifests
 from infra.manifests import Committed
 
@@ -165,7 +165,6 @@ def upsampler_2_parameters(config: "RunConfig") -> int:
     return upsampler.count_parameters(config.upsampler_2) if config.upsampler_2 else 0
 
 
-UPSAMPLERS = ("upsampler", "upsampler_2")
 REPORTED = ("dedup", *UPSAMPLERS)
 """Stages that the report tells of where the recipe has them."""
 

@@ -32,7 +32,7 @@ CARRIED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "UNCLIP_SCRATCH", "OMP_NUM_
 def submit_stage(
     stage: Stage, root: Root, config: Any, inputs: Mapping[str, Committed], address: str, say: Callable[[str], None]
 ) -> StageResult:
-    """Have one stage made on the cluster whose job server is at `address`, unless it is current; the twin of `stages.run_stage`."""
+    """Have one stage made on the cluster whose job server is at `address`, unless it is current; the twin of `running.run_stage`."""
     from flows.stage_job import claim_name
 
     clock = time.monotonic()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.stages import UPSAMPLERS
+from flows.stage import UPSAMPLERS
 
 if TYPE_CHECKING:
     from indexing.sections import Section

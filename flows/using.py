@@ -3,6 +3,7 @@
 They resolve a run through `ROOT/runs/`, by default the one that finished last.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +46,43 @@ def spoken(command: str, text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def check_files(files: Iterable[Path], option: str = "") -> None:
+    """Raise CallerError for a file that is not there; `option` is what named it."""
+    for file in files:
+        if not file.is_file():
+            raise CallerError(f"{option} {file}: there is no such file".lstrip())
+
+
+def several(first: str, count: int) -> str:
+    """Return the name of a grid of so many pictures."""
+    return f"{first} and {count - 1} more" if count > 1 else first
+
+
+def tell_pictures(
+    files: Sequence[Path],
+    grid: Path,
+    seed: int,
+    settings: Mapping[str, Any],
+    as_json: bool,
+    figures: Mapping[str, Any] | None = None,
+    note: str = "",
+) -> None:
+    """Print what was drawn: with `as_json` the one object, `figures` in it where there are some, else a line that ends in `note`."""
+    if as_json:
+        measured = {} if figures is None else {"figures": figures}
+        print_json({"seed": seed, "settings": settings, **measured, "files": [str(file) for file in files], "grid": str(grid)})
+        return
+    print(f"{grid}  ({len(files)} pictures beside it{note})")
+
+
+def upsampler_stages(opened: Root, record: dict[str, Any]) -> dict[str, Committed]:
+    """Return the folders of a run's up-samplers in their order. Raises CallerError where it has none."""
+    from flows.runs import committed_of
+    from flows.stage import UPSAMPLERS
+
+    return {stage: committed_of(opened, record, stage) for stage in UPSAMPLERS if stage == UPSAMPLERS[0] or stage in record["stages"]}
+
+
 def search(
     text: Annotated[str | None, typer.Argument(metavar="TEXT", help="What the pictures should show.")] = None,
     image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="Search with a picture instead of a text.")] = None,
@@ -59,8 +97,7 @@ def search(
         raise CallerError('search needs a text, --image FILE or --key KEY, one of them: unclip search "a red heart"')
     if text is not None and not text.strip():
         raise CallerError("search: the text is empty")
-    if image is not None and not image.is_file():
-        raise CallerError(f"--image {image}: there is no such file")
+    check_files([image] if image else [], "--image")
     from flows.living import open_view
     from training import embed
 
@@ -103,8 +140,6 @@ def generate(
     opened = open_for(root, for_writing=False)
     model, record, stages = load_system(opened, run)
     if upsample:
-        from flows.enlarging import upsampler_stages
-
         behind = upsampler_stages(opened, record)
         stages |= behind
         model.upsamplers = tuple(committed.local() for committed in behind.values())
@@ -119,8 +154,4 @@ def generate(
     }
     from flows.png import write_pictures
 
-    files, grid = write_pictures(images, prompts, seed, settings, out)
-    if as_json:
-        print_json({"seed": seed, "settings": settings, "files": [str(file) for file in files], "grid": str(grid)})
-        return
-    print(f"{grid}  ({len(files)} pictures beside it)")
+    tell_pictures(*write_pictures(images, prompts, seed, settings, out), seed, settings, as_json)
