@@ -1,6 +1,5 @@
-"""The commands of a living index: `unclip index RECIPE` builds it; `add`, `remove`, `compact` and `verify` keep it in order."""
+"""The commands of a living index: `unclip index RECIPE` builds it; `add`, `merge`, `remove`, `compact` and `verify` keep it in order."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,12 +7,14 @@ import typer
 from typer.core import TyperGroup
 
 from flows import making
-from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
-from flows.using import RunName
+from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json, say
+from flows.using import RunName, check_files
 from infra.errors import CallerError
 from infra.storage import Root
 
 BUILD = "build"
+MANY = 8
+"""Additions beyond which a query that looks into each is told to be slow."""
 MAX_LINES = 1_000_000
 ALIKE_CANDIDATES = 64
 
@@ -57,10 +58,27 @@ def add(
 
     view, known = open_view(opened, run)
     for line in warnings(known):
-        _say(f"unclip: {line}")
+        say(f"unclip: {line}")
     committed, reasons = add_folder(opened, known, view, folder, licence)
     result = {**reasons, "addition": committed.uri if committed else None}
     print_json(result) if as_json else print(", ".join(f"{name} {count:,}" for name, count in reasons.items()))
+    if committed and len(known.additions) >= MANY:
+        say(f"unclip: a query looks into {len(known.additions) + 1} additions, one after another: `unclip index merge` makes one of them")
+
+
+@app.command()
+def merge(root: RootUri = DEFAULT_ROOT, run: RunName = None, as_json: Json = False) -> None:
+    """Make one addition of all that were added to a run's index, so that a query looks into one index instead of each."""
+    opened = open_for(root, for_writing=True)
+    from flows.merging import merge as merge_additions
+
+    merged, count = merge_additions(opened, run, say)
+    if as_json:
+        print_json({"merged": count if merged else 0, "addition": merged.uri if merged else None})
+    elif merged:
+        print(f"{count} additions, {merged.manifest['counts']['out']:,} samples, are one: {merged.stage}/{merged.key}")
+    else:
+        print(f"nothing to merge: {'one addition' if count else 'no additions'}")
 
 
 @app.command()
@@ -110,7 +128,7 @@ def compact(root: RootUri = DEFAULT_ROOT, as_json: Json = False) -> None:
     opened = open_for(root, for_writing=True)
     from flows.compaction import compact as compact_root
 
-    gone = compact_root(opened, _say)
+    gone = compact_root(opened, say)
     if as_json:
         print_json({"rows": gone})
         return
@@ -175,16 +193,14 @@ def _meant(
 
 
 def _lines(file: Path) -> list[str]:
-    if not file.is_file():
-        raise CallerError(f"--text-file {file}: there is no such file")
+    check_files([file], "--text-file")
     lines = [line.strip() for line in file.read_text(errors="replace").splitlines()[:MAX_LINES]]
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def _alike(root: Root, run: str | None, file: Path) -> list[dict[str, Any]]:
     """Return the samples of a run's index that look like a picture file: by CLIP's neighbours, each looked at itself."""
-    if not file.is_file():
-        raise CallerError(f"--image {file}: there is no such file")
+    check_files([file], "--image")
     from flows.living import open_view
     from indexing.dedup import is_alike, look_of
     from indexing.pictures import read_picture
@@ -197,7 +213,3 @@ def _alike(root: Root, run: str | None, file: Path) -> list[dict[str, Any]]:
     hits = view.search(embed.embed_images(known.clip.local(), [file])[0], ALIKE_CANDIDATES)
     pictured = [hit for hit in hits if hit.facts["shard"]]
     return [hit.facts for hit in pictured if is_alike(own, look_of(read_picture(hit.facts, view.segments[hit.segment].shards, side_px)))]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
