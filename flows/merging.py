@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flows import adding
-from flows.compaction import compact
 from flows.living import ADDITIONS, lineage, merged_away
 from flows.placement import place
 from infra import manifests, storage
@@ -30,10 +29,9 @@ VECTORS = ("img_emb", "text_emb")
 def merge(root: Root, run: str | None, say: Callable[[str], None]) -> tuple[Committed | None, int]:
     """Make one addition of those that a run's index is searched with; return it and of how many it was made.
 
-    What was taken down is compacted first. Where there are fewer than two, nothing is made: (None, how many there are). Waits, and says
-    so, for whoever compacts or reads one of them on this machine. Raises CallerError where the run has no index.
+    Where there are fewer than two, nothing is made: (None, how many there are). What was taken down stays unseen, and is compacted from
+    there. Waits, and says so, for whoever compacts or reads an addition on this machine. Raises CallerError where the run has no index.
     """
-    compact(root, say)
     with ExitStack() as held:
         for key in sorted(storage.list_names(root, ADDITIONS)):
             name = f"{ADDITIONS}/{key}"

@@ -1,4 +1,4 @@
-"""What changes a ROOT while `search_load` asks: take-downs, additions, another run that is promoted and the first again, compaction.
+"""What changes a ROOT while `search_load` asks: take-downs, additions and their merging, runs that are promoted in turn, compaction.
 
 Keeps the times of all of it, so that an answer can be held against what was in force. `make_root` writes a ROOT of drawn vectors.
 """
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flows import adding, living
+from flows import adding, living, merging
 from flows.compaction import compact
 from flows.promotion import CURRENT
 from flows.runs import find_run
@@ -47,7 +47,7 @@ class Changes:
         self.going: dict[str, float] = {}
         self.gone: dict[str, float] = {}
         self.added: set[str] = set()
-        self.counts = {"added": 0, "swapped": 0, "compacted": 0}
+        self.counts = {"added": 0, "merged": 0, "swapped": 0, "compacted": 0}
         self.failures: list[str] = []
         self.versions: dict[str, int] = {}
         self._half: frozenset[str] = frozenset()
@@ -113,6 +113,8 @@ class Changes:
                     self.gone[key] = time.monotonic()
                 if number % 4 == 2:
                     self._add(number)
+                if number % 16 == 15:
+                    self.counts["merged"] += merging.merge(self.root, None, lambda _: None)[1]
                 if number % 8 == 0:
                     record = self._second if self.counts["swapped"] % 2 == 0 else self._first
                     storage.write_json(self.root, CURRENT, {**record, "promoted_at": manifests.now()})
