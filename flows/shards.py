@@ -18,18 +18,24 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TextIO
+from types import ModuleType, SimpleNamespace, TracebackType
+from typing import Any, Self, TextIO, cast
 
 import cv2
 import numpy as np
 import pyarrow.ipc
 import pyarrow.parquet as pq
+from PIL import Image
+
+if __name__ == "__main__":
+    # Nothing here uses img2dataset's command (with Ray and pandas), wandb, or webdataset's wish for torch: two thirds of a process's start.
+    unused = {"img2dataset.main": SimpleNamespace(main=None, download=None), "wandb": SimpleNamespace(), "torch": None}
+    sys.modules |= cast(dict[str, ModuleType], unused)
+
 from img2dataset import downloader as img2dataset_downloader
 from img2dataset.downloader import Downloader
 from img2dataset.resizer import Resizer
 from img2dataset.writer import WebDatasetSampleWriter
-from PIL import Image
 
 from flows import opt_out
 from flows.fetch import PASSING, FetchError, Rules, fetch_image, hosts

@@ -228,3 +228,11 @@ def test_a_process_that_ends_with_its_parent_takes_its_folder_along(tmp_path: Pa
     command = [sys.executable, "-m", "flows.shards", str(os.getpid() if is_ours else 1), str(tmp_path / "its")]
     subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=100, cwd=Path(__file__).parent.parent)
     assert not (tmp_path / "its").exists()
+
+
+def test_a_download_process_starts_without_what_only_img2datasets_command_uses() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "flows.shards", str(os.getpid())]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent.parent)
+    assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "img2dataset.downloader" in loaded and not {"torch.nn", "ray", "pandas", "wandb"} & loaded
