@@ -9,10 +9,10 @@ from typing import Literal
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from infra.errors import DataError
+from tests import forked
 from tests.meeting import meeting
 from training import loop
 from training.loop import LoopConfig, Step, learning_rate, make_optimizers, order
@@ -191,7 +191,7 @@ def worker(rank: int, workers: int, folder: Path) -> None:
 @pytest.mark.usefixtures("a_row_every_ten_steps")
 def test_two_workers_have_the_loss_curve_of_one(tmp_path: Path) -> None:
     model, _ = train(tmp_path / "one", config=NO_DROPOUT)
-    mp.spawn(worker, (2, tmp_path), 2)
+    forked.together(worker, (2, tmp_path), 2)
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "work")
     assert [seen for seen, _ in one] == [seen for seen, _ in two] and len(one) == 6
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-3)

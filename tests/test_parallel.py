@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests import forked
 from tests.meeting import meeting
 from training.clip import contrastive_loss, sigmoid_loss
 from training.parallel import agree, average, average_gradients, gather, world
@@ -63,7 +63,7 @@ def compare(rank: int, workers: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_have_the_loss_and_the_gradients_of_one(workers: int, tmp_path: Path) -> None:
-    mp.spawn(work, (workers, tmp_path), workers)
+    forked.together(work, (workers, tmp_path), workers)
     model, x, y = prepared()
     loss = model.loss(x, y, CAPTIONS)
     loss.backward()
@@ -97,7 +97,7 @@ def lose_the_other(rank: int, folder: Path) -> None:
 
 
 def test_a_lost_worker_is_noticed_at_once_however_long_the_others_would_wait(tmp_path: Path) -> None:
-    workers = mp.spawn(lose_the_other, (tmp_path,), 2, join=False)
+    workers = forked.together(lose_the_other, (tmp_path,), 2, join=False)
     for process in workers.processes:
         process.join(60)
     assert [process.exitcode for process in workers.processes] == [0, -signal.SIGKILL]

@@ -23,6 +23,7 @@ from infra.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageError
 from infra.locks import is_being_read, reading_file
 from infra.storage import Root
+from tests import fakes, forked
 from tests.fakes import FAKES, FakeConfig, FakeSection, run_all, write_chunks
 from tests.test_storage import full_disk  # noqa: F401  (a fixture)
 
@@ -192,9 +193,9 @@ def test_a_full_disk_is_one_line_and_nothing_committed_is_lost(full_disk: Path) 
     assert run_all(root, FakeConfig(), (small, freed))["big"].state == "ran"  # what the full disk left aside is gone first
 
 
-def fake_run(folder: Path, *more: str) -> int:
+def fake_run(folder: Path, *more: str) -> int | None:
     """Run the fake stages in a process of their own and return its exit code, -9 when it was killed."""
-    return subprocess.run([sys.executable, "-m", "tests.fakes", str(folder), "0", *more], cwd=HERE, stdout=subprocess.DEVNULL).returncode
+    return forked.alone(fakes.main, folder, 0.0, list(more))
 
 
 def assert_whole(folder: Path) -> dict[str, str]:
