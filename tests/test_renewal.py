@@ -46,7 +46,7 @@ def rows(server: Server, paths: list[str], licence: str = "") -> list[dict[str, 
 def night(root: storage.Root, listed: list[dict[str, Any]], folder: Path, **changes: Any) -> Committed:
     """Run the ingest stage on a list, as a run does."""
     source = write_list(folder / "list.jsonl", listed) | {"licence_column": "licence"}
-    config = OnlyData(data=config_for(source, retries=0, images_per_shard=10, **changes))
+    config = OnlyData(data=config_for(source, retries=0, images_per_shard=10, **{"processes": 1} | changes))
     with Cluster(config.cluster) as cluster:
         return run_stage(INGEST, root, config, {}, cluster, lambda line: None).committed
 
