@@ -176,8 +176,8 @@ def once_mid_epoch(work: Path, act: Callable[[], bool], until_s: float = 150) ->
 def test_compiled_towers_train_as_plain_ones_do(
     tower: str, chunk: int, backend: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("torch compiles for a CPU by a C++ compiler: there is none")
+    if any(map(shutil.which, ("c++", "g++", "clang++"))) != (backend == "inductor"):
+        pytest.skip("torch compiles for a CPU by a C++ compiler: where there is none, tracing alone is tested, which inductor does as well")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     config = TINY.model_copy(update={"precision": "float32", "images": 80, "image_tower": tower, "width": 32, "chunk": chunk})
     losses = []
