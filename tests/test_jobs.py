@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from ray.train.torch import TorchConfig
 from safetensors.torch import load_file
-from torch._dynamo.utils import counters
 
 from infra.cluster import Cluster, ClusterConfig
 from infra.errors import DataError
@@ -96,10 +95,10 @@ def is_same(out: Path, other: Path) -> bool:
 
 
 def test_a_worker_waits_for_the_others_as_long_as_the_cluster_section_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[TorchConfig] = []
+    asked: list[Any] = []
 
     class Trainer:
-        def __init__(self, *_: object, torch_config: TorchConfig, **__: object) -> None:
+        def __init__(self, *_: object, torch_config: Any, **__: object) -> None:
             asked.append(torch_config)
 
         def fit(self) -> None:
@@ -178,6 +177,8 @@ def test_compiled_towers_train_as_plain_ones_do(
 ) -> None:
     if any(map(shutil.which, ("c++", "g++", "clang++"))) != (backend == "inductor"):
         pytest.skip("torch compiles for a CPU by a C++ compiler: where there is none, tracing alone is tested, which inductor does as well")
+    from torch._dynamo.utils import counters
+
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     config = TINY.model_copy(update={"precision": "float32", "images": 80, "image_tower": tower, "width": 32, "chunk": chunk})
     losses = []
