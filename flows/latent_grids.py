@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.fidelity import Described
-from training.generate import to_images
 from training.latents import AcrossTime, Shared
+from training.pixels import to_images
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.small_systems import PROMPTS, E, write_system
-from training.generate import Unclip, to_images
+from training.generate import Unclip
+from training.pixels import to_images
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from tests.small_systems import PROMPTS, write_system
 from training import latents
 from training.decoder import Condition, Decoder
 from training.diffusion import Denoise
-from training.generate import Unclip, to_images
+from training.generate import Unclip
 from training.latents import across_time, interpolation, sharing, times_at
+from training.pixels import to_images
 from training.trajectories import slerp
 
 SIDE = 8

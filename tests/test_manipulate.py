@@ -15,12 +15,12 @@ from torch import Tensor
 from flows.cli import main
 from tests.small_systems import write_root, write_system
 from training import manipulate
-from training.clip import to_pixels
-from training.generate import SEED_STRIDE, Unclip, to_images
+from training.generate import SEED_STRIDE, Unclip
 from training.loop import Step
 from training.manipulate import Latents
 from training.noise import Stream, generators, noise
 from training.pca import Pca
+from training.pixels import to_images, to_pixels
 
 STEPS = 16
 

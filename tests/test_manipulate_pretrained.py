@@ -12,11 +12,12 @@ from tests.test_manipulate import STEPS, near, pictures
 from tests.test_open_clip import small, stand_in, their_model
 from training import clip as clip_model
 from training import jobs, manipulate
-from training.clip import CLIP, to_pixels
+from training.clip import CLIP
 from training.decoder import Decoder
 from training.generate import Unclip
 from training.loop import Step
 from training.manipulate import Latents
+from training.pixels import to_pixels
 from training.prior import Prior
 from training.tokenizer import Tokenizer, TokenizerConfig
 

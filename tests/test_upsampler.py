@@ -23,7 +23,8 @@ from tests.small_systems import write_root
 from training import degradation, enlarge, upsamplers
 from training.jobs import write_model
 from training.loop import Step
-from training.upsampler import Upsampler, UpsamplerConfig, count_parameters, crops, shrink, tiles, to_float
+from training.pixels import to_float
+from training.upsampler import Upsampler, UpsamplerConfig, count_parameters, crops, shrink, tiles
 from training.upsampler import enlarge as bicubic
 
 CONFIG = UpsamplerConfig(

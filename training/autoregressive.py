@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training.loop import Step
 from training.noise import Stream, generators
 from training.pca import Pca
-from training.prior import DROP, NULL_TEXT, PriorConfig
+from training.prior import DROP, PriorConfig, without_captions
 from training.tokenizer import PAD
 from training.transformer import Block, KeyValues
 
@@ -96,9 +96,7 @@ class AutoregressivePrior(nn.Module):
 
     def with_drops(self, z_t: Tensor, ids: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scaled z_t and ids, with the null text where `dropped`, bool (B,)."""
-        null = torch.full_like(ids, PAD)
-        null[:, :2] = NULL_TEXT.to(ids.device)
-        return torch.where(dropped[:, None], self.null_text, z_t * self.text_scale), torch.where(dropped[:, None], null, ids)
+        return torch.where(dropped[:, None], self.null_text, z_t * self.text_scale), without_captions(ids, dropped)
 
     @torch.no_grad()
     def sample(self, z_t: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, best_of: int | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from training.look import WHOLE, Interpolation, Look, Resize
 from training.loop import LoopConfig, OnBroken
 from training.parallel import gather
+from training.pixels import to_pixels
 from training.tokenizer import END, PAD, Tokenizer
 from training.transformer import Activation, Block, TextEncoder
 
@@ -41,11 +42,11 @@ class ClipConfig(LoopConfig):
     image_size_px: int = Field(default=32, ge=16, le=1024)
     """Side of the pictures that the image tower sees."""
     resize_mode: Resize = WHOLE.resize
-    """How others become such squares: `longest` keeps the whole picture, `shortest` the square in its middle, `squash` no proportions."""
+    """How a picture becomes such a square: `longest` keeps all of it, `shortest` the square in its middle, `squash` no proportions."""
     interpolation: Interpolation = WHOLE.interpolation
-    """And how they are resized; a pretrained CLIP brings along what it was made for (mostly `shortest` and `bicubic`)."""
+    """How pictures are resized to it; a pretrained CLIP brings along what it was made for (mostly `bicubic` and `shortest`)."""
     fill_color: int = Field(default=WHOLE.fill, ge=0, le=255)
-    """Of the border that `longest` leaves."""
+    """Grey value of the border that `longest` leaves; 255 is white."""
     image_tower: Literal["conv", "vit"] = "conv"
     """`conv`: residual convolutions, for small pictures and budgets; `vit`: the vision transformer."""
     width: int = Field(default=64, ge=16, le=8192)
@@ -67,11 +68,11 @@ class ClipConfig(LoopConfig):
     image_mlp_ratio: float = Field(default=4.0, gt=0, le=16)
     """Width of the vision transformer's perceptrons over its own."""
     activation: Activation = "gelu"
-    """Of both transformers; OpenAI's own models have `quick_gelu`."""
+    """Activation of both transformers' perceptrons; OpenAI's own models have `quick_gelu`."""
     pixel_mean: Channels = (0.5, 0.5, 0.5)
     """What is subtracted from the channels (0 to 1) of a picture."""
     pixel_std: Channels = (0.25, 0.25, 0.25)
-    """What they are divided by then."""
+    """What the channels are divided by then."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """`softmax`: CLIP's own; `sigmoid`: every pair is judged for itself (SigLIP, Zhai et al. 2023)."""
     chunk: int = Field(default=0, ge=0)
@@ -82,7 +83,7 @@ class ClipConfig(LoopConfig):
     style_captions: bool = True
     """Train on all phrasings of a picture, one drawn anew each time it is seen; otherwise on the first one only."""
     first_caption: float = Field(default=0.0, ge=0, le=1)
-    """Share of these draws that are the first phrasing, which search and retrieval mostly ask by; the others fall on all alike."""
+    """With style_captions: share of the draws that are the first phrasing, by which search mostly asks; the others fall on all alike."""
     broken_pictures: OnBroken = "stop"
     """What to do about pictures whose shard is missing, cut or altered: `stop` with one line, or `skip` them, counted in the manifest."""
 
@@ -143,7 +144,7 @@ class ConvBlock(nn.Module):
 class VitTower(nn.Module):
     """The vision transformer of CLIP: patches, a class token, pre-norm blocks, read at the class token."""
 
-    def __init__(self, config: "ClipConfig") -> None:
+    def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         width, side = config.width, config.image_size_px // config.patch_px
         self.patches = nn.Conv2d(3, width, config.patch_px, stride=config.patch_px, bias=False)
@@ -246,16 +247,6 @@ def marks(ids: Tensor) -> Tensor:
     """Return a number for every text, int64 (b,), of its ids (b, N): equal texts have equal ones, however far they are padded."""
     powers = torch.full((ids.shape[1],), MARK, device=ids.device).cumprod(0)  # modulo 2^64
     return (ids * powers).sum(1)
-
-
-def to_pixels(images: Tensor, side_px: int, interpolation: Interpolation = "area") -> Tensor:
-    """Turn square pictures, uint8 (B, H, H, 3), into float32 (B, 3, S, S) in [-1, 1], resized where the side differs."""
-    x = images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-    if x.shape[-2:] == (side_px, side_px):
-        return x
-    if interpolation == "area":
-        return F.interpolate(x, (side_px, side_px), mode="area")
-    return F.interpolate(x, (side_px, side_px), mode=interpolation, antialias=True).clamp_(-1, 1)
 
 
 def count_parameters(config: ClipConfig, vocab_size: int, context: int = 77) -> int:

@@ -29,7 +29,7 @@ from training.diffusion import (
 from training.likelihood import hybrid_loss
 from training.loop import LoopConfig, OnBroken, Step
 from training.noise import Stream, generators, noise
-from training.prior import NULL_TEXT
+from training.prior import without_captions
 from training.tokenizer import PAD
 from training.transformer import TextEncoder, attend, heads_of, time_features
 from training.variance import Variance
@@ -64,7 +64,7 @@ class DecoderConfig(LoopConfig):
     """Whether the conditions also draw a map at the lowest resolution, one value a channel and place: a short training then need not learn
     to spread a picture from vectors that are equal everywhere. unCLIP: no; it costs `4 * width` times the map's size in parameters."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """In the residual blocks; unCLIP: 0.1."""
+    """Dropout in the residual blocks; unCLIP: 0.1."""
     T: int = Field(default=1000, ge=2, le=100_000)
     """Diffusion steps of the cosine schedule."""
     snr_shift: float = Field(default=1.0, gt=0, le=16)
@@ -78,7 +78,7 @@ class DecoderConfig(LoopConfig):
     snr_floor: float = Field(default=1.0, ge=0)
     """Lower bound of the signal-to-noise weight on the error in x_0 (Salimans & Ho 2022): the noisiest steps settle the layout."""
     snr_ceiling: float = Field(default=5.0, gt=0)
-    """Upper bound of it: gamma of min-SNR (Hang et al. 2023)."""
+    """Upper bound of that weight: gamma of min-SNR (Hang et al. 2023)."""
     learned_variance: bool = False
     """Predict the variance of every reverse step too, trained by L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021); unCLIP: yes."""
     z_drop: float = Field(default=0.1, ge=0, le=1)
@@ -218,9 +218,7 @@ class Decoder(nn.Module):
         if drop_z is not None:
             z = torch.where(drop_z[:, None], self.null_z * self.z_scale, z)
         if drop_text is not None:
-            null = torch.full_like(ids, PAD)
-            null[:, :2] = NULL_TEXT.to(ids.device)
-            ids = torch.where(drop_text[:, None], null, ids)
+            ids = without_captions(ids, drop_text)
         is_word = ids != PAD
         hidden = self.text(ids)
         pooled = (hidden * is_word[..., None]).sum(1) / is_word.sum(1, keepdim=True)
@@ -228,6 +226,11 @@ class Decoder(nn.Module):
         context = torch.cat([hidden, tokens], 1)
         is_key = torch.cat([is_word, is_word.new_ones(len(z), self.config.z_tokens)], 1)
         return Condition(self.z_to_added(z) + self.text_to_added(pooled), context, is_key)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.null_z.device
 
     @property
     def variance(self) -> Variance:

@@ -6,6 +6,7 @@ Legend: B batch, H x W the small picture.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.upsampler import Degradation
+if TYPE_CHECKING:  # the up-sampler is above
+    from training.upsampler import Degradation
 
 BLUR_WIDTH, BLUR_SIGMA = 3, 0.6  # unCLIP, appendix C
 NOISE_AT_MOST = 25 / 255  # standard deviation, of the range 0..1
@@ -71,7 +73,7 @@ def _compressed(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     return decoded.astype(np.float32) / 255
 
 
-def apply(kind: Degradation, pictures: Tensor, is_degraded: Tensor, seeds: list[int]) -> Tensor:
+def apply(kind: "Degradation", pictures: Tensor, is_degraded: Tensor, seeds: list[int]) -> Tensor:
     """Degrade those of the pictures, float32 (B, 3, H, W) in [-1, 1] on the CPU, that `is_degraded`, bool (B,), names; each by its seed."""
     if kind == "none" or not bool(is_degraded.any()):
         return pictures

@@ -7,6 +7,7 @@ has embedded before (`know`) are not embedded again.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -162,7 +163,7 @@ def _embed_part(config: EmbedConfig, number: int, threads: int, use_gpu: bool, i
         pq.write_table(table, work / f"table_{number:04}.tmp")
         (work / f"table_{number:04}.tmp").replace(work / Path(names[2]).name)
     for name in names:
-        (out / name).write_bytes((work / Path(name).name).read_bytes())
+        shutil.copyfile(work / Path(name).name, out / name)
     return table.num_rows
 
 

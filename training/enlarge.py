@@ -13,9 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from training.generate import SEED_STRIDE, to_images
+from training.generate import SEED_STRIDE
 from training.manipulate import psnr_db
-from training.upsampler import Upsampler, shrink, to_float
+from training.pixels import to_float, to_images
+from training.upsampler import Upsampler, shrink
 from training.upsamplers import enlarge
 
 INTERPOLATIONS = {"bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}

@@ -19,13 +19,13 @@ from torch import Tensor
 from infra.errors import DataError
 from training import embeddings, manipulate
 from training.calibration import calibrate
-from training.clip import to_pixels
 from training.decoder import Decoder
 from training.diffusion import Denoise
-from training.generate import BATCH, Unclip, to_images
+from training.generate import BATCH, Unclip
 from training.likelihood import bits_per_dim
 from training.noise import Stream, generators
 from training.pictures import PLACE, Pictures
+from training.pixels import to_images, to_pixels
 from training.samplers import ddim, ddim_invert
 from training.tokenizer import Tokenizer
 from training.variance import Variance, measure_x_0_error
@@ -107,7 +107,7 @@ def likelihood(decoder: Decoder, judged: Described, trained: Described, draws: i
         "png_bits_per_dim": float(np.mean([_png_bits(picture) for picture in to_images(judged.x_0)])),
     }
     for told, w in (("told_all", 1.0), ("told_nothing", 0.0)):
-        own, known = generators(range(seed, seed + len(trained)), Stream.DATA), trained.x_0.to(_device(decoder))
+        own, known = generators(range(seed, seed + len(trained)), Stream.DATA), trained.x_0.to(decoder.device)
         denoise = _denoise(decoder, trained, w)
         calibration = calibrate(denoise, known, decoder.schedule, POINTS, own)
         x_0_error = None
@@ -126,7 +126,7 @@ def inversion(decoder: Decoder, pictures: Described, step_counts: Sequence[int])
     With and without a refinement of each inverted step, which costs a network call more. The decoder is calibrated on the pictures, as in
     `manipulate.invert`. Step counts above T are left out.
     """
-    x_0 = pictures.x_0.to(_device(decoder))
+    x_0 = pictures.x_0.to(decoder.device)
     denoise = _denoise(decoder, pictures, 1.0)
     denoise = calibrate(denoise, x_0, decoder.schedule, POINTS, generators(range(len(x_0)), Stream.DATA))(denoise)
     rows = []
@@ -139,17 +139,13 @@ def inversion(decoder: Decoder, pictures: Described, step_counts: Sequence[int])
     return rows
 
 
-def _device(decoder: Decoder) -> torch.device:
-    return decoder.null_z.device
-
-
 def _denoise(decoder: Decoder, pictures: Described, w: float) -> Denoise:
-    device = _device(decoder)
+    device = decoder.device
     return decoder.guided_denoise(pictures.z_i.to(device), pictures.ids.to(device), w)
 
 
 def _batches(decoder: Decoder, pictures: Described, w: float) -> Iterator[tuple[Tensor, Denoise]]:
-    device = _device(decoder)
+    device = decoder.device
     for start in range(0, len(pictures), BATCH):
         part = slice(start, start + BATCH)
         yield (

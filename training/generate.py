@@ -19,6 +19,7 @@ from training import clip as clip_model
 from training import priors
 from training.clip import CLIP
 from training.decoder import Decoder, DecoderConfig
+from training.pixels import to_images
 from training.priors import AnyPrior
 from training.tokenizer import Tokenizer
 
@@ -57,7 +58,7 @@ class Unclip:
     @property
     def device(self) -> torch.device:
         """Where the models are."""
-        return self.decoder.null_z.device
+        return self.decoder.device
 
     @cached_property
     def _enlargers(self) -> "list[Upsampler]":
@@ -130,8 +131,3 @@ def _folders(folder: Path, prior: Path | None, decoder: Path | None) -> tuple[Pa
         if not (part / "config.json").is_file():
             raise CallerError(f"{part} holds no model: give a folder that `unclip export` made")
     return parts
-
-
-def to_images(x: Tensor) -> np.ndarray:
-    """Turn pictures in [-1, 1], (B, 3, S, S), into uint8 (B, S, S, 3)."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,8 +1,8 @@
-"""The Ray Train jobs: section -> data and model -> `loop.run`, for CLIP, the prior and the decoder.
+"""The Ray Train jobs: section -> data and model -> `loop.run`, for CLIP, the prior, the decoder and up-samplers.
 
 Each `train_*` runs on the Ray that the caller started, shows progress, and leaves `config.json`, `weights.safetensors` (averaged),
-`raw.safetensors`, `tokenizer.json` and `metrics.jsonl` in `out`. State for resuming lies in `work`, which all workers must see.
-The `fit_*` functions are the worker's side; they know Ray no more than a bare script does.
+`raw.safetensors`, `metrics.jsonl` and, where captions are read, `tokenizer.json` in `out`. State for resuming lies in `work`, which all
+workers must see. The `fit_*` functions are the worker's side; they know Ray no more than a bare script does.
 """
 
 import json
@@ -27,18 +27,21 @@ from infra.errors import DataError, UnclipError
 from infra.progress import Progress
 from training import clip as clip_model
 from training import embeddings, loop, open_clip, priors, sharding, soundness
-from training.clip import CLIP, ClipConfig, to_pixels
+from training.clip import CLIP, ClipConfig
 from training.decoder import Decoder, DecoderConfig
 from training.look import WHOLE, Look
 from training.loop import LoopConfig, Step
 from training.parallel import world
 from training.pictures import PLACE, Pictures, read_table
+from training.pixels import to_pixels
 from training.prior import MEASURED_AT_MOST, Prior, PriorConfig
 from training.tokenizer import Tokenizer, TokenizerConfig
 from training.upsampler import Upsampler, UpsamplerConfig
 
 PHRASING, SHIFT = 11, 12  # streams of randomness in a step
 SHIFT_PX = 2
+LINE_BYTES = 4096
+"""More than a line of metrics.jsonl takes."""
 
 
 def train_clip(
@@ -333,12 +336,19 @@ def _watch(metrics: Path, progress: Progress, over: threading.Event) -> None:
     """Show the newest row of the metrics file until told that it is over."""
     while True:
         ended = over.wait(0.5)
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        if lines and lines[-1].endswith("}"):
-            row = json.loads(lines[-1])
+        last = _last_line(metrics) if metrics.exists() else ""
+        if last.endswith("}"):
+            row = json.loads(last)
             progress.update(row["images_seen"], f"loss {row['loss']:.3f}")
         if ended:
             return
+
+
+def _last_line(file: Path) -> str:
+    """Return the last line of a file of short ones, of which only the end is read: it grows for days."""
+    with file.open("rb") as opened:
+        opened.seek(max(0, opened.seek(0, os.SEEK_END) - LINE_BYTES))
+        return (opened.read().decode(errors="replace").splitlines() or [""])[-1]
 
 
 def _outcome(out: Path) -> dict[str, Any]:

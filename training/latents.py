@@ -16,8 +16,9 @@ from training import clip as clip_model
 from training import trajectories
 from training.decoder import Decoder
 from training.diffusion import Denoise, Schedule
-from training.generate import BATCH, SEED_STRIDE, Unclip, to_images
+from training.generate import BATCH, SEED_STRIDE, Unclip
 from training.noise import Stream, generators, noise
+from training.pixels import to_images
 from training.prior import NULL_TEXT
 from training.trajectories import slerp
 
@@ -46,7 +47,7 @@ class Shared:
 @torch.no_grad()
 def across_time(model: Unclip, prompts: Sequence[str], columns: int, steps: int, seed: int, guidance: float | None = None) -> AcrossTime:
     """Follow the first picture that `generate` would draw of each prompt, by DDIM from the same z_i and noise (DDPM, figure 6)."""
-    decoder, device = model.decoder, model.decoder.null_z.device
+    decoder, device = model.decoder, model.device
     seeds = [seed * SEED_STRIDE] * len(prompts)
     z_t, ids = clip_model.embed_texts(model.clip, model.tokenizer, list(prompts)).to(device), model.tokenizer(list(prompts)).to(device)
     z_i = model.prior.sample(z_t, ids, seeds)
@@ -64,7 +65,7 @@ def sharing(decoder: Decoder, x_0: Tensor, times: Sequence[int], samples: int, s
     for start, part in _parts(len(x_0), samples):
         denoise = _denoise(decoder, z_i[part].repeat_interleave(samples, 0) if z_i is not None else None, len(x_0[part]) * samples)
         x_t, sampled = trajectories.sharing_x_t(
-            denoise, x_0[part].to(_device(decoder)), decoder.schedule, times, samples, steps, seed + start
+            denoise, x_0[part].to(decoder.device), decoder.schedule, times, samples, steps, seed + start
         )
         x_t_parts.append(x_t.cpu())
         sampled_parts.append(sampled.cpu())
@@ -100,7 +101,7 @@ def interpolation(
             left, right = z_i[0][part], z_i[1][part]
             told = torch.stack([slerp(left, right, weight) for weight in torch.linspace(0, 1, columns).tolist()], 1).flatten(0, 1)
         denoise = _denoise(decoder, told, len(first[part]) * columns)
-        a, b = first[part].to(_device(decoder)), second[part].to(_device(decoder))
+        a, b = first[part].to(decoder.device), second[part].to(decoder.device)
         rows.append(trajectories.interpolate_in_x_t(denoise, a, b, decoder.schedule, times, columns, steps, seed + start).cpu())
     return _shown(torch.cat(rows))
 
@@ -108,10 +109,6 @@ def interpolation(
 def times_at(schedule: Schedule, shares: Sequence[float]) -> list[int]:
     """Return the times at these shares of T, at least 1, each once, rising."""
     return sorted({max(1, min(schedule.T, round(share * schedule.T))) for share in shares})
-
-
-def _device(decoder: Decoder) -> torch.device:
-    return decoder.null_z.device
 
 
 def _parts(count: int, each: int) -> list[tuple[int, slice]]:
@@ -122,7 +119,7 @@ def _parts(count: int, each: int) -> list[tuple[int, slice]]:
 
 def _denoise(decoder: Decoder, z_i: Tensor | None, count: int) -> Denoise:
     """Read the decoder told z_i (count, E) and no caption, or nothing."""
-    device = _device(decoder)
+    device = decoder.device
     free = decoder.null_z.expand(count, -1)
     return decoder.guided_denoise(free if z_i is None else z_i.to(device), NULL_TEXT.to(device).expand(count, -1), float(z_i is not None))
 

@@ -58,7 +58,7 @@ class LoopConfig(Section):
     precision: Literal["bf16", "float32"] = "bf16"
     """Arithmetic of the network; losses, norms and the optimiser stay in float32."""
     seed: int = Field(default=0, ge=0)
-    """Of the weights, the order of samples and all noise."""
+    """Seed of the weights, the order of samples and all noise."""
     state_every_s: float = Field(default=20, gt=0)
     """How often the state is written from which a killed run resumes, in seconds."""
     shard: bool = False
@@ -74,7 +74,7 @@ class LoopConfig(Section):
     """For how many steps pictures are decoded before they are asked for; a worker holds its share of so many batches. Whether that is
     enough says `waiting` in metrics.jsonl: the share of the time in which the first worker waited for pictures."""
     cache_bytes: int = Field(default=4 << 30, ge=0)
-    """Decoded pictures are held from the start, instead, where all of them fit into this; every worker holds its own."""
+    """Where all decoded pictures fit into so many bytes, they are held from the start instead; every worker holds its own."""
 
     outside_key: ClassVar[frozenset[str]] = frozenset({"state_every_s", "shard", "retrain", "readers", "ahead_steps", "cache_bytes"})
 
@@ -186,8 +186,8 @@ def run(
     """Train the model in place and return its averaged (EMA) weights; resumes from `work/state.pt` where that exists.
 
     `loss_of(step)` returns the mean loss over this worker's b samples; `waited_s()` for how long it waited for data so far, which is
-    logged as a share of the time (`waiting`). Called by every worker with equal arguments. Where the model is
-    sharded it stays so, and the averaged weights are the first worker's alone. Raises DataError when the loss is no longer finite.
+    logged as a share of the time (`waiting`). Called by every worker with equal arguments. Where the model is sharded it stays so, and
+    the averaged weights are the first worker's alone. Raises DataError when the loss is no longer finite.
     """
     rank, workers = world()
     if config.batch_size % workers:
@@ -206,27 +206,14 @@ def run(
     with _metrics(work, seen) if rank == 0 else contextlib.nullcontext() as metrics:
         for number in range(seen // config.batch_size, steps):
             step = Step(number, number * config.batch_size, config.batch_size, config.seed, rank, workers)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = learning_rate(config, step.first + config.batch_size)
-            torch.manual_seed(config.seed * 1_000_003 + number * workers + rank)  # dropout
-            with torch.autocast(device_type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = loss_of(step)
-            loss.backward()
-            average_gradients(model)
-            if is_sharded:
-                sharding.clip_gradients(model, config.gradient_clip)
-            else:
-                nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            loss = _learn(model, config, loss_of, optimizers, step, is_sharded)
             if after_step:
                 after_step()
             _average_weights(ema, model, min(config.ema_decay, (1 + number) / (10 + number)))
             seen, last = step.first + config.batch_size, number == steps - 1
             now = time.monotonic()
             if last or number % 10 == 0:
-                value = float(average(loss.detach()))
+                value = float(average(loss))
                 if not math.isfinite(value):
                     raise DataError(f"the loss is {value} after {seen:,} images: lower learning_rate (now {config.learning_rate:g})")
                 if metrics and (last or now - logged_s >= 0.5):
@@ -236,13 +223,39 @@ def run(
                     metrics.write(json.dumps(row) + "\n")
                     metrics.flush()
                     logged_s = now
-            is_due = rank == 0 and (last or now - saved_s >= config.state_every_s) and math.isfinite(float(loss.detach()))
+            is_due = rank == 0 and (last or now - saved_s >= config.state_every_s) and math.isfinite(float(loss))
             if is_sharded:  # all must take part; asked as rarely as the loss is read, since it makes the workers wait
                 is_due = (last or number % 10 == 0) and sharding.first_says(is_due, device_type)
             if is_due:
                 _save(work, model, optimizers, ema, seen, spent_s + now - started_s, rank)
                 saved_s = time.monotonic()
     return sharding.whole(ema, rank == 0) if is_sharded else ema
+
+
+def _learn(
+    model: nn.Module,
+    config: LoopConfig,
+    loss_of: Callable[[Step], Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    step: Step,
+    is_sharded: bool,
+) -> Tensor:
+    """Take one step along the clipped gradient of the mean loss of all workers; return this worker's loss."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = learning_rate(config, step.first + config.batch_size)
+    torch.manual_seed(config.seed * 1_000_003 + step.number * step.workers + step.rank)  # dropout
+    with torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+        loss = loss_of(step)
+    loss.backward()
+    average_gradients(model)
+    if is_sharded:
+        sharding.clip_gradients(model, config.gradient_clip)
+    else:
+        nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.detach()
 
 
 @torch.no_grad()

@@ -18,11 +18,11 @@ from torch import Tensor
 from training import clip as clip_model
 from training import samplers
 from training.calibration import Calibration, calibrate
-from training.clip import to_pixels
-from training.generate import BATCH, SEED_STRIDE, Unclip, to_images
+from training.generate import BATCH, SEED_STRIDE, Unclip
 from training.noise import Stream, generators, noise
 from training.pca import Pca
 from training.pictures import read_file
+from training.pixels import to_images, to_pixels
 from training.trajectories import slerp
 
 STEPS = 25

@@ -1,7 +1,7 @@
 """The diffusion prior: from a caption and its CLIP text embedding z_t to a CLIP image embedding z_i (unCLIP, section 2.2).
 
 A causal transformer over [text tokens, z_t, timestep, noised z_i, query]; the query's output predicts z_i itself. Embeddings are
-scaled to unit variance by a factor computed from the data. Knows nothing of pictures and files.
+scaled by the root of their dimensions, or to the variance that the recipe names. Knows nothing of pictures and files.
 Legend: B batch, N tokens, D width, E embedding dimensions.
 """
 
@@ -25,6 +25,13 @@ NULL_TEXT = torch.tensor([1, 2])  # start, end: what a dropped caption becomes
 MEASURED_AT_MOST = 256
 """Pairs on which the errors for the analytic variance are measured."""
 DROP, TIME, NOISE = 1, 2, 3  # streams of randomness in a step
+
+
+def without_captions(ids: Tensor, dropped: Tensor) -> Tensor:
+    """Return caption ids (B, N) with the empty caption where `dropped`, bool (B,)."""
+    null = torch.full_like(ids, PAD)
+    null[:, :2] = NULL_TEXT.to(ids.device)
+    return torch.where(dropped[:, None], null, ids)
 
 
 class PriorConfig(LoopConfig):
@@ -126,9 +133,7 @@ class Prior(nn.Module):
 
     def with_drops(self, z_t: Tensor, ids: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scaled z_t and ids, with the null text where `dropped`, bool (B,)."""
-        null = torch.full_like(ids, PAD)
-        null[:, :2] = NULL_TEXT.to(ids.device)
-        return torch.where(dropped[:, None], self.null_text, z_t * self.scale), torch.where(dropped[:, None], null, ids)
+        return torch.where(dropped[:, None], self.null_text, z_t * self.scale), without_captions(ids, dropped)
 
     @torch.no_grad()
     def sample(self, z_t: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, best_of: int | None = None) -> Tensor:

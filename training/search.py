@@ -14,8 +14,9 @@ from torch import Tensor
 
 from training import clip as clip_model
 from training.diffusion import Denoise, Schedule, split
-from training.generate import BATCH, SEED_STRIDE, Unclip, to_images
+from training.generate import BATCH, SEED_STRIDE, Unclip
 from training.noise import Stream, generators, noise, noise_like
+from training.pixels import to_images
 from training.samplers import ddim_coefficients, timesteps
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]

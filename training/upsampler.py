@@ -19,6 +19,7 @@ from training.decoder import GROUPS, ResBlock, Upsample
 from training.diffusion import Schedule, as_denoise, simple_loss, snr_weight
 from training.loop import LoopConfig, OnBroken, Step
 from training.noise import Stream, generators, noise
+from training.pixels import to_float
 from training.transformer import time_features
 
 Degradation = Literal["none", "blur", "bsr"]
@@ -44,11 +45,11 @@ class UpsamplerConfig(LoopConfig):
     depth: int = Field(default=2, ge=1, le=8)
     """Residual blocks at each resolution; unCLIP: 3 and 2."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """In the residual blocks; unCLIP: 0.1 and none."""
+    """Dropout in the residual blocks; unCLIP: 0.1 and none."""
     T: int = Field(default=1000, ge=2, le=100_000)
     """Diffusion steps."""
     noise_schedule: Literal["cosine", "linear"] = "cosine"
-    """unCLIP: cosine to 256 px, linear to 1024 px."""
+    """How the noise grows over the steps; unCLIP: cosine to 256 px, linear to 1024 px."""
     min_snr_gamma: float = Field(default=5.0, gt=0)
     """Bound of the signal-to-noise weight (Hang et al. 2023)."""
     degradation: Degradation = "blur"
@@ -183,11 +184,6 @@ def crops(pictures: Tensor, side_px: int, chance: Tensor) -> Tensor:
     return torch.stack(
         [picture[top : top + side_px, left : left + side_px] for picture, (top, left) in zip(pictures, corners, strict=True)]
     )
-
-
-def to_float(pictures: Tensor) -> Tensor:
-    """Turn uint8 (B, H, W, 3) into float32 (B, 3, H, W) in [-1, 1]."""
-    return pictures.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def shrink(pictures: Tensor, factor: int) -> Tensor:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from training.generate import to_images
 from training.noise import Stream
-from training.upsampler import Upsampler, UpsamplerConfig, to_float
+from training.pixels import to_float, to_images
+from training.upsampler import Upsampler, UpsamplerConfig
 
 STREAMS = (Stream.UPSAMPLER, Stream.UPSAMPLER_2)
 

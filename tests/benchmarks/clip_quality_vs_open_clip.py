@@ -33,9 +33,10 @@ from indexing.zero_shot import ranks
 from tests.benchmarks.clip_vs_open_clip import PEERS, PYTHON
 from training import clip as clip_model
 from training import embeddings, jobs, loop
-from training.clip import CLIP, to_pixels
+from training.clip import CLIP
 from training.loop import Step
 from training.pictures import Pictures, read_table
+from training.pixels import to_pixels
 from training.tokenizer import Tokenizer
 
 SPLITS = ("held_out_concept", "held_out_style")
