@@ -6,7 +6,7 @@ from typing import Any
 from indexing.evaluate import EvaluateConfig
 from indexing.held_out import open_embedded, read_pairs
 from indexing.reading import text_reader
-from indexing.sections import Section
+from indexing.sections import ReportSection
 from indexing.typographic import TypographicConfig, typographic
 from indexing.varied import Witnesses
 from training import features
@@ -14,7 +14,7 @@ from training.generate import Unclip
 from training.manipulate import variations
 
 
-def section(config: TypographicConfig, whole: EvaluateConfig, model: Unclip, embed: Path, shards: Path, out: Path) -> Section:
+def section(config: TypographicConfig, whole: EvaluateConfig, model: Unclip, embed: Path, shards: Path, out: Path) -> ReportSection:
     """Attack pictures of the held-out style, whose things CLIP knows and can be led astray about; without one, held-out concepts."""
     embedded = open_embedded(embed)
     split = "held_out_style" if len(embedded.rows("held_out_style")) else "held_out_concept"

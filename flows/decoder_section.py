@@ -22,7 +22,7 @@ TITLE = "The decoder's diffusion"
 SPLIT = "held_out_concept"
 
 
-def section(config: EvaluateConfig, model: Unclip, embed: Path, shards: Path, out: Path) -> sections.Section:
+def section(config: EvaluateConfig, model: Unclip, embed: Path, shards: Path, out: Path) -> sections.ReportSection:
     """Measure and draw the report's section on the decoder; writes into `out`/pictures."""
     side_px, seed = model.decoder.config.image_size_px, config.seed
     wanted = max(config.likelihood_pictures, config.inversion_pictures, config.latent_pictures)

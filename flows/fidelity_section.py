@@ -6,12 +6,12 @@ from typing import Any
 from indexing.evaluate import EvaluateConfig
 from indexing.fidelity_figures import FidelityConfig, fidelity
 from indexing.held_out import open_embedded
-from indexing.sections import Section
+from indexing.sections import ReportSection
 from training import features
 from training.generate import Unclip
 
 
-def section(config: FidelityConfig, whole: EvaluateConfig, model: Unclip, embed: Path, shards: Path, out: Path) -> Section:
+def section(config: FidelityConfig, whole: EvaluateConfig, model: Unclip, embed: Path, shards: Path, out: Path) -> ReportSection:
     """Compare drawings of held-out captions with their real pictures."""
 
     def draw(prompts: list[str], seed: int, guidance: float) -> Any:  # captions repeat: with one seed for all, so would pictures

@@ -7,12 +7,12 @@ from indexing.evaluate import EvaluateConfig
 from indexing.held_out import open_embedded
 from indexing.reading import text_reader
 from indexing.relations import RelationsConfig, Score, relations
-from indexing.sections import Section
+from indexing.sections import ReportSection
 from training.generate import Unclip
 from training.search import search
 
 
-def section(config: RelationsConfig, whole: EvaluateConfig, model: Unclip, embed: Path, out: Path) -> Section:
+def section(config: RelationsConfig, whole: EvaluateConfig, model: Unclip, embed: Path, out: Path) -> ReportSection:
     """Judge scenes, sampled plainly and by search."""
 
     def draw(prompts: list[str], members: int, seed: int, steps: int, score: Score | None, keep: int, checks: tuple[float, ...]) -> Any:

@@ -8,7 +8,7 @@ from flows import packaged_sets
 from indexing.evaluate import EvaluateConfig
 from indexing.held_out import open_embedded
 from indexing.image_sets import open_set
-from indexing.sections import Section
+from indexing.sections import ReportSection
 from indexing.suite import SuiteConfig, suite
 from infra.errors import CallerError
 from training import features
@@ -25,7 +25,7 @@ def networks(config: SuiteConfig) -> dict[str, features.Features]:
 
 def sections(
     config: SuiteConfig, whole: EvaluateConfig, model: Unclip, embed: Path, shards: Path, folder: Path, out: Path
-) -> list[Section]:
+) -> list[ReportSection]:
     """Judge the sets; packaged ones are unpacked into the cache folder, and one that cannot be had is told of: the others still count."""
     loaded, missing = [], []
     for name in config.sets:

@@ -12,7 +12,7 @@ from training import swiss_roll as roll
 TITLE = "The diffusion process: the Swiss roll"
 
 
-def section(config: EvaluateConfig, out: Path) -> sections.Section:
+def section(config: EvaluateConfig, out: Path) -> sections.ReportSection:
     """Learn the roll, sample it by diffusion rate, sampler and step count; writes `out`/pictures/swiss_roll.png."""
     found = roll.swiss_roll(out / "pictures", config.swiss_roll_steps, seed=config.seed)
     chance = f"data to other data, by chance alone: {found['data_to_data']:.4f}"

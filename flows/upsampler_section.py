@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 from flows.stage import UPSAMPLERS
 
 if TYPE_CHECKING:
-    from indexing.sections import Section
+    from indexing.sections import ReportSection
 
 WAYS = {"bicubic": "bicubic", "lanczos": "Lanczos", "up-sampler": "up-sampler"}
 
 
-def sections(folders: Mapping[str, Path], out: Path) -> "list[Section]":
+def sections(folders: Mapping[str, Path], out: Path) -> "list[ReportSection]":
     """Return a section for each up-sampler among the stages' folders; copies their pictures into `out` / pictures."""
     return [_section(name, folders[name], out) for name in UPSAMPLERS if name in folders]
 
 
-def _section(stage: str, folder: Path, out: Path) -> "Section":
+def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
     from indexing.sections import picture, section, table
     from training import enlarge, upsamplers
     from training.upsampler import TILES_AT_ONCE

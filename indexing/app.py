@@ -26,7 +26,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, His
 from pydantic_core import from_json
 
 from indexing import uploads
-from indexing.asked import KnnQuestion, MetadataQuestion, Question, Token
+from indexing.asked import KnnQuestion, MetadataQuestion, Question, Token, speakable
 from indexing.embeddings import Floats, unit
 from indexing.freshness import Freshness
 from indexing.guard import COOKIE, Guard, is_token
@@ -371,16 +371,8 @@ def _metadata(hit: Hit) -> dict[str, Any]:
 async def _say_what_is_wrong(_: Request, error: Exception) -> JSONResponse:
     """Answer 422 with places and reasons, without the input: it may hold what JSON cannot."""
     assert isinstance(error, RequestValidationError)
-    wrong = [
-        {"loc": [str(part)[:100] for part in each["loc"]], "msg": str(each["msg"])[:300], "type": each["type"]}
-        for each in error.errors()[:20]
-    ]
     detail = [
-        {
-            **each,
-            "loc": [part.encode("utf-8", "replace").decode() for part in each["loc"]],
-            "msg": each["msg"].encode("utf-8", "replace").decode(),
-        }
-        for each in wrong
+        {"loc": [speakable(str(part)[:100]) for part in each["loc"]], "msg": speakable(str(each["msg"])[:300]), "type": each["type"]}
+        for each in error.errors()[:20]
     ]
     return JSONResponse({"detail": detail}, 422)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from indexing.duplicates import SHOWN_COPIES, SHOWN_GROUPS, show
 from indexing.embeddings import read_facts, read_metadata
 from indexing.intervals import Figure, wilson
-from indexing.sections import Section, picture, section, table
+from indexing.sections import ReportSection, picture, section, table
 from infra.tables import EMBEDDED
 
 REASONS = {
@@ -27,7 +27,7 @@ REASONS = {
 CAPTION_CHARS = 60
 
 
-def copies_section(folder: Path, embed: Path, shards: Path, counts: Mapping[str, Any], out: Path) -> Section:
+def copies_section(folder: Path, embed: Path, shards: Path, counts: Mapping[str, Any], out: Path) -> ReportSection:
     """Return the section of a dedup folder; `counts` are its manifest's. Draws the groups into `out`/pictures."""
     chosen = json.loads((folder / "threshold.json").read_text())
     gone = pq.read_table(folder / "groups.parquet").to_pylist()

@@ -42,11 +42,6 @@ def semantic(parts: Sequence[NDArray[Any]], threshold: float, order: Rows, seed:
     return _kept_first(sum(len(part) for part in parts), order, NearVectors(parts, threshold, order, seed).earlier)
 
 
-def chained(first: Rows, second: Rows) -> Rows:
-    """Return the keepers after two passes, the second of which judged only what the first had kept."""
-    return second[first]
-
-
 def kept(keeper: Rows) -> Rows:
     """Return the rows that stay, ascending."""
     return np.flatnonzero(keeper == np.arange(len(keeper)))

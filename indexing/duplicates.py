@@ -39,12 +39,12 @@ GROUPS = pa.schema([("key", pa.string()), ("keeper", pa.string()), ("reason", pa
 
 
 class DedupConfig(Section):
-    """[dedup]: leaving the section out leaves the stage out."""
+    """[dedup]: which training pictures count as copies, of each other or of evaluation pictures, and are left out of training."""
 
     max_hash_bits: int = Field(default=6, ge=0, le=15)
-    """Pictures look alike with at most so many of pHash's 64 bits apart, and ..."""
+    """Most of pHash's 64 bits in which pictures that look alike may differ; `max_rms` must hold as well."""
     max_rms: float = Field(default=12, ge=0, le=255)
-    """... their 8 px copies at most this far apart, of 255: pHash knows no colours."""
+    """Most that their 8 px colour copies may differ, root mean square of 255: pHash knows no colours."""
     semantic: bool = True
     """Whether near embeddings count as copies, too."""
     threshold: float | None = Field(default=None, gt=0, le=1)

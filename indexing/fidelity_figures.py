@@ -5,23 +5,20 @@ Counts, seed, resize and feature network are written beside the figures; every f
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from indexing import distances, sections
-from indexing.generation import SCALE
+from indexing.embeddings import unit
+from indexing.generation import SCALE, EncodeImages
 from indexing.held_out import Embedded, read_pairs
 from indexing.intervals import Figure, mean_figure, set_figure
 from indexing.pictures import Pixels, read_picture, sheet, write_png
-from indexing.zero_shot import unit
 from infra.settings import Section
 
 Draw = Callable[[list[str], int, float], Pixels]
 """(prompts, seed, guidance) -> uint8 (P, S, S, 3), one picture each."""
-Encode = Callable[[Pixels], NDArray[Any]]
 LEAST = 8
 SHOWN = 8
 RESAMPLES_AT_MOST = 200
@@ -43,12 +40,12 @@ def fidelity(
     shards: Path,
     side_px: int,
     draw: Draw,
-    encode: Encode,
-    networks: Mapping[str, Encode],
+    encode: EncodeImages,
+    networks: Mapping[str, EncodeImages],
     resamples: int,
     seed: int,
     out: Path,
-) -> sections.Section:
+) -> sections.ReportSection:
     """Draw the captions of held-out pairs and return the report's section; writes its picture into `out` / pictures."""
     title = "How near to real pictures, by guidance"
     pairs = read_pairs(embedded, "held_out_concept", config.pictures, seed)
@@ -70,10 +67,10 @@ def fidelity(
         score = SCALE * np.maximum(np.einsum("nd,nd->n", own, pairs.texts), 0)
         of_made = pairs.groups if name in drawn else others.groups
 
-        def apart(distance: distances.Counted, unit: str, scale: float = 1, is_drawn: bool = name in drawn) -> Figure:
+        def apart(distance: distances.Counted, unit_name: str, scale: float = 1, is_drawn: bool = name in drawn) -> Figure:
             other = None if is_drawn else others.groups  # a caption's drawing hangs together with its real picture
             times = min(resamples, RESAMPLES_AT_MOST)
-            return set_figure(lambda u, v: scale * distance(u, v), pairs.groups, other, times, seed, unit=unit)
+            return set_figure(lambda u, v: scale * distance(u, v), pairs.groups, other, times, seed, unit=unit_name)
 
         row: list[sections.Cell] = [
             name,

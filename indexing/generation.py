@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.embeddings import Floats, Rows
+from indexing.embeddings import Floats, Rows, unit
 from indexing.intervals import Figure, mean_figure
 from indexing.zero_shot import ranks
 
@@ -17,6 +17,15 @@ EncodeImages = Callable[[NDArray[np.uint8]], NDArray[Any]]
 Generate = Callable[[list[str], int, int], NDArray[np.uint8]]
 
 SCALE = 100
+AT_ONCE = 256
+"""Pictures that are encoded at a time."""
+
+
+def encoded(encode: EncodeImages, pictures: NDArray[np.uint8], is_unit: bool = True) -> Floats:
+    """Return vectors (N, D) of pictures (N, S, S, 3), encoded AT_ONCE at a time and made unit vectors unless told otherwise."""
+    pieces = [np.asarray(encode(pictures[start : start + AT_ONCE]), np.float32) for start in range(0, len(pictures), AT_ONCE)]
+    vectors = np.concatenate(pieces)
+    return unit(vectors) if is_unit else vectors
 
 
 def clip_scores(images: Floats, texts: Floats, resamples: int, seed: int) -> dict[str, Figure]:

@@ -4,6 +4,7 @@ Reads an embed folder. Legend: N pairs, D dimensions.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Pairs:
     images: Floats
     texts: Floats
 
-    @property
+    @cached_property
     def groups(self) -> list[str]:
         """What each pair's figures hang together with: its concept, where it has one."""
         return [row["concept"] or row["key"] for row in self.rows]

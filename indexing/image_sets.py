@@ -91,7 +91,8 @@ def _made(name: str, folder: Path, found: Sequence[tuple[bytes, int | str]], ste
         unknown = sorted(set(texts) - set(names))
         if unknown:
             raise DataError(f"set {name}: the label {unknown[0]!r} is none of the {len(names)} class names")
-        numbers = np.array([names.index(text) for text in texts], np.int64)
+        place_of = {name: place for place, name in reversed(list(enumerate(names)))}  # of equal names the first
+        numbers = np.array([place_of[text] for text in texts], np.int64)
     given = _lines(folder, (f"{stem}.templates.txt", *TEMPLATES) if stem else TEMPLATES)
     templates = tuple(template.replace("{c}", "{}") for template in given)
     for template in templates:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -50,14 +50,14 @@ class IndexConfig(Section):
     factory: str = Field(
         default="auto", pattern=r"^(auto|Flat|IVF[1-9]\d*,(Flat|SQ8)|(RR[1-9]\d*,)?IVF[1-9]\d*,(RaBitQfs|PQ[1-9]\d*x4fs),Refine\(SQ8\))$"
     )
-    """auto (see choose_factory), Flat, or IVF<cells> with Flat, SQ8, RaBitQfs,Refine(SQ8) or PQ<codes>x4fs,Refine(SQ8), the last two after
-    RR<dimensions> if wished, in FAISS's own writing."""
+    """auto (chosen by count, dimensions and memory), Flat, or IVF<cells> with Flat, SQ8, RaBitQfs,Refine(SQ8) or PQ<codes>x4fs,Refine(SQ8),
+    the last two after RR<dimensions> if wished, in FAISS's own writing."""
     memory_bytes: int = Field(default=2 * 1024**3, ge=1)
     """What a searching process may hold in memory for both indexes; heeded by factory = auto."""
     build_memory_bytes: int = Field(default=8 * 1024**3, ge=1)
     """What a process may hold in memory while it builds, mapped files aside; more is refused before anything is built."""
     recall_target: float = Field(default=0.95, gt=0, le=1)
-    """The recall@10 against brute force that the effort of a query is raised to (see indexing.tuning)."""
+    """Recall@10 against brute force that a query is to reach: it probes and re-ranks as much as that takes, no more."""
     queries: int = Field(default=1024, ge=2)
     """How many vectors of each modality are sampled as queries: half of them to choose the effort with, half to measure the recall with."""
     threads: int = Field(default=0, ge=0)
@@ -89,17 +89,9 @@ def build(
     if count == 0:
         raise DataError(f"{embed}: no embeddings, so there is nothing to index")
     parts: dict[Modality, list[NDArray[Any]]] = {each: open_parts(embed / FOLDERS[each], count, dim) for each in MODALITIES}
-    factory = choose_factory(count, dim, config.memory_bytes) if config.factory == "auto" else config.factory
-    if cells_of(factory) > count:
-        raise CallerError(f"[index] factory = {factory} has more cells than there are vectors ({count}): name fewer, or auto")
     base = _base(grown_from, parts, config) if grown_from else None
-    factory = base["factory"] if base else factory
-    needed = _needed(config, factory, parts["image"], base is not None)
-    if needed > config.build_memory_bytes:
-        raise CallerError(
-            f"[index] build_memory_bytes = {config.build_memory_bytes} but building {factory} over {count} vectors of {dim} dimensions "
-            f"takes about {needed}: raise it to that, or name a factory with fewer cells or smaller codes"
-        )
+    factory = base["factory"] if base else _factory(config, count, dim)
+    _check_memory(config, factory, parts["image"], base is not None)
     _write_metadata(embed / "metadata", out / "metadata.arrow", count)
     rng = np.random.default_rng(config.seed)
     sampled = np.sort(rng.choice(count, min(config.queries, count), replace=False))
@@ -125,17 +117,39 @@ def build(
                 }
     finally:
         faiss.omp_set_num_threads(threads_before)
-    both = list(figures.values())
-    worse: dict[str, Any] = {f"recall@{k}": min(each[f"recall@{k}"] for each in both) for k in DEPTHS}
-    worse |= {name: max(each[name] for each in both) for name in ("latency_p50_ms", "latency_p99_ms")}
-    worse["bytes"] = sum(each["bytes"] for each in both)
-    worse |= {"build_peak_bytes": memory.bytes, "task_peak_bytes": task_peak}
+    worse = _worse(list(figures.values())) | {"build_peak_bytes": memory.bytes, "task_peak_bytes": task_peak}
     facts = {"dim": dim, "count": count, "factory": factory, "clip_key": clip_key, **worse}
-    facts |= {name: max(each[name] for each in both) for name in ("nprobe", "k_factor")}
+    facts |= {name: max(each[name] for each in figures.values()) for name in ("nprobe", "k_factor")}
     facts["built_count"] = base.get("built_count", base["count"]) if base else count
-    facts |= {"target_met": all(each["target_met"] for each in both), **figures}
+    facts |= {"target_met": all(each["target_met"] for each in figures.values()), **figures}
     (out / "index.json").write_text(json.dumps(facts, indent=1) + "\n")
     return {"in": count, "out": count, "dropped": {}, "factory": factory, **worse, "added_to": base["count"] if base else 0}
+
+
+def _factory(config: IndexConfig, count: int, dim: int) -> str:
+    """Return the kind of index that the section names or that the rule chooses. Raises CallerError where it does not suit the vectors."""
+    factory = choose_factory(count, dim, config.memory_bytes) if config.factory == "auto" else config.factory
+    if cells_of(factory) > count:
+        raise CallerError(f"[index] factory = {factory} has more cells than there are vectors ({count}): name fewer, or auto")
+    return factory
+
+
+def _check_memory(config: IndexConfig, factory: str, parts: Sequence[NDArray[Any]], is_grown: bool) -> None:
+    """Raise CallerError where building an index of that kind over the vectors ((n, D) parts) takes more than the section allows."""
+    needed = _needed(config, factory, parts, is_grown)
+    if needed > config.build_memory_bytes:
+        count, dim = sum(len(part) for part in parts), parts[0].shape[1]
+        raise CallerError(
+            f"[index] build_memory_bytes = {config.build_memory_bytes} but building {factory} over {count} vectors of {dim} dimensions "
+            f"takes about {needed}: raise it to that, or name a factory with fewer cells or smaller codes"
+        )
+
+
+def _worse(both: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the lower recalls and the longer times of two indexes, and their bytes together."""
+    worse: dict[str, Any] = {f"recall@{k}": min(each[f"recall@{k}"] for each in both) for k in DEPTHS}
+    worse |= {name: max(each[name] for each in both) for name in ("latency_p50_ms", "latency_p99_ms")}
+    return worse | {"bytes": sum(each["bytes"] for each in both)}
 
 
 def _build_one(factory: str, parts: Sequence[NDArray[Any]], files: Sequence[Path], seed: int, file: Path, spread: Spread | None) -> int:
@@ -257,11 +271,7 @@ class Index:
 
     def metadata(self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names) -> list[dict[str, Any]]:
         """Return the metadata (schema infra.tables.EMBEDDED) of the rows, in their order. Raises IndexError outside 0..count-1."""
-        wanted = np.asarray(rows, np.int64).reshape(-1)
-        outside = (wanted < 0) | (wanted >= self.count)
-        if outside.any():
-            raise IndexError(f"row {wanted[outside][0]} is not in 0..{self.count - 1}")
-        return [self.facts_of(int(row), columns) for row in wanted]
+        return [self.facts_of(int(row), columns) for row in self._inside(rows)]
 
     def facts_of(self, row: int, columns: Sequence[str]) -> dict[str, Any]:
         """Return the metadata of a row that is there, value by value: taking few rows of each of many batches costs ten times as much."""
@@ -286,13 +296,18 @@ class Index:
     def vectors(self, rows: Sequence[int] | Rows, modality: Modality = "image") -> Floats:
         """Return the vectors of the rows (B, D) as the index holds them: exact, or as its codes can tell. Raises IndexError."""
         index = self._indexes[modality]
-        wanted = np.asarray(rows, np.int64).reshape(-1)
-        if ((wanted < 0) | (wanted >= self.count)).any():
-            raise IndexError(f"rows {wanted.tolist()} are not all in 0..{self.count - 1}")
+        wanted = self._inside(rows)
         with self._direct_map:
             if isinstance(index, faiss.IndexIVF) and index.direct_map.no():
                 index.make_direct_map()  # eight bytes a row, only for those who ask
             return np.stack([index.reconstruct(int(row)) for row in wanted]) if len(wanted) else np.empty((0, self.dim), np.float32)
+
+    def _inside(self, rows: Sequence[int] | Rows) -> Rows:
+        wanted = np.asarray(rows, np.int64).reshape(-1)
+        outside = (wanted < 0) | (wanted >= self.count)
+        if outside.any():
+            raise IndexError(f"row {wanted[outside][0]} is not in 0..{self.count - 1}")
+        return wanted
 
 
 def _write_metadata(folder: Path, file: Path, count: int) -> None:

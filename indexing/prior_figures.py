@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from indexing.embeddings import Floats, take
+from indexing.generation import SCALE
 from indexing.held_out import Embedded, Pairs, open_embedded, read_pairs
 from indexing.intervals import mean_figure
-from indexing.sections import Cell, Section, section, table
+from indexing.sections import Cell, ReportSection, section, table
 
 Predict = Callable[[list[str], int, int | None], Floats]
 """`predict(captions, seed, best_of) -> unit vectors (N, D)`; best_of None is the prior's own number of candidates."""
 
 PAIRS_AT_MOST = 96
 ROWS_AT_ONCE = 8192
-SCALE = 100
 
 
-def prior_section(embed: Path, predict: Predict, kind: str, best_of: int, resamples: int, seed: int) -> Section:
+def prior_section(embed: Path, predict: Predict, kind: str, best_of: int, resamples: int, seed: int) -> ReportSection:
     """Return the section for a prior of some kind, on unseen concepts and, to tell learning by heart, on training pairs."""
     embedded = open_embedded(embed)
     mean = mean_image(embedded)

@@ -23,7 +23,6 @@ PLACES = {"U": (0, 3), "L": (3, 0), "F": (3, 3), "R": (3, 6), "B": (3, 9), "D": 
 """Row and column of each face in the unfolded cube."""
 NORMALS = {"U": (0, 1, 0), "D": (0, -1, 0), "F": (0, 0, 1), "B": (0, 0, -1), "R": (1, 0, 0), "L": (-1, 0, 0)}
 TURNS = tuple(face + way for face in FACES for way in ("", "'"))
-MOST_TURNS = 2
 TURNED = re.compile(rf"a cube after the turns? ((?:[{FACES.lower()}]'? ?)+)")
 INK, PAPER, GAP = (25, 25, 30), (250, 240, 200), (90, 90, 95)
 LEAST_READABLE = 0.85

@@ -4,7 +4,7 @@ Prompts are the run's own scenes, trained and held-out ones apart; judges are ex
 returned picture cost. Models are callables. Legend: P prompts, M samples of each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from indexing import puzzles, scenes, sections
+from indexing.embeddings import unit
 from indexing.generation import EncodeImages
 from indexing.held_out import Embedded
 from indexing.intervals import Figure, mean_figure
 from indexing.judges import Judge, ReadText, best_of, judge_of
 from indexing.pictures import sheet, write_png
 from indexing.scenes import Scene
-from indexing.zero_shot import EncodeTexts, unit
+from indexing.zero_shot import EncodeTexts
 from infra.settings import Section
 
 Score = Callable[[NDArray[np.uint8], NDArray[np.int64]], NDArray[Any]]
@@ -116,7 +117,7 @@ def relations(
     resamples: int,
     seed: int,
     out: Path,
-) -> sections.Section:
+) -> sections.ReportSection:
     """Measure plain sampling, best of n and beams, and return the report's section; writes pictures into `out` / pictures."""
     prompts = asked(config, embedded, read_text, seed)
     if not prompts:
@@ -137,9 +138,44 @@ def relations(
         by_prompt = (len(some), members)
         return Measured(pictures, shares(flat, places).reshape(by_prompt), cosines(flat, places).reshape(by_prompt))
 
-    M = config.samples
-    plain = measured(prompts, M, config.steps, "")
-    rows = [row for row in (*scenes.ROWS, *sorted({each.row for each in prompts} - set(scenes.ROWS))) if any(e.row == row for e in prompts)]
+    plain = measured(prompts, config.samples, config.steps, "")
+    found = {each.row for each in prompts}
+    rows = [row for row in (*scenes.ROWS, *sorted(found - set(scenes.ROWS))) if row in found]
+    searched = {row: _searched(config, prompts, plain, measured, row, resamples, seed) for row in rows if row in config.searched}
+    tables = _tables_of_rows(prompts, plain, rows, resamples, seed)
+    if searched:
+        tables.append(_table_of_gains(config, searched))
+    if (parts := _shares(prompts, plain, resamples, seed)) is not None:
+        tables.append(parts)
+    if (blind := _told_apart(prompts, encode_texts, encode_images, plain.pictures.shape[2], resamples, seed)) is not None:
+        tables.append(blind)
+    text = _words(config, seed)
+    untold = [f"{name} for {row}" for row, each in searched.items() for name, gain in each.gains.items() if _is_untold(gain)]
+    if untold:
+        text.append(f"Not told from plain sampling at equal calls, since the interval holds zero: {', '.join(untold)}.")
+    if read_text is None:
+        text.append("Writing is not measured: no reader of text is installed (evaluation-packages.txt names one).")
+    pictures = [_shown(prompts, plain, row, out) for row in rows]
+    return sections.section(TITLE, text, tables, pictures, [each.chart for each in searched.values()])
+
+
+def _words(config: RelationsConfig, seed: int) -> list[str]:
+    """Return what the section says before its tables."""
+    return [
+        f"The prompts are scenes; each is drawn {config.samples} times in {config.steps} steps. A checker that sees pixels only says "
+        "whether a picture shows exactly the things asked for, in number, colour and relation, and nothing else; the word of a sign is "
+        "read by OCR. Trained scenes were seen as such in training; held-out ones only in their parts.",
+        "A sample's share is a plain sample's chance. Best of n takes the sample that a judge likes best, exact over all subsets of the "
+        "samples. A beam scores the pictures that half-denoised samples are heading for and copies the best. The checker as a judge is "
+        "the test itself: it bounds what search can give; CLIP is what one has where there is no checker. The last column: of two "
+        "samples of a prompt, one right and one wrong, how often CLIP scores the right one higher; 50 % is blind.",
+        f"Costs are calls of the decoder for one returned picture, a guided call counted once. Seed {seed}, guidance the decoder's own.",
+    ]
+
+
+def _tables_of_rows(prompts: Sequence[Asked], plain: Measured, rows: Sequence[str], resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Return how often plain samples of each row are right, and the best of all: a table for trained scenes, one for held-out ones."""
+    M = plain.share.shape[1]
     head = ["Row", "Prompts", "A sample", f"Best of {M} by CLIP", f"Best of {M} by the checker", "CLIP prefers the right one"]
     tables = []
     for made_of in MADE_OF.values():
@@ -150,50 +186,23 @@ def relations(
         ]
         if cells:
             tables.append(sections.table(f"Pictures that show exactly what was asked for: scenes {made_of}", head, cells))
-    charts, pictures, equal_calls = [], [], []
-    for row in rows:
-        chosen = np.array([each.row == row for each in prompts])
-        if row in config.searched:
-            searched = _searched(config, [each for each in prompts if each.row == row], plain, chosen, measured, row, resamples, seed)
-            charts.append(searched.chart)
-            equal_calls.append(searched.gains)
-        pictures.append(_shown(prompts, plain, chosen, row, out))
-    found_rows: list[list[sections.Cell]] = [
-        [row, *gains.values()] for row, gains in zip((each for each in rows if each in config.searched), equal_calls, strict=True)
-    ]
-    if equal_calls:
-        most = budgets_of(M)[-1]
-        caption = (
-            f"Search against plain sampling at equal calls, {most} times {config.steps} = {most * config.steps} for a returned picture. "
-            "Plain sampling has more steps or several samples, of which one is returned unjudged; what search adds to the better of "
-            "these, in percentage points, is paired by prompt"
-        )
-        tables.append(sections.table(caption, ["Row", *equal_calls[0]], found_rows))
-    if (parts := _shares(prompts, plain, resamples, seed)) is not None:
-        tables.append(parts)
-    if (blind := _told_apart(prompts, encode_texts, encode_images, plain.pictures.shape[2], resamples, seed)) is not None:
-        tables.append(blind)
-    text = [
-        f"The prompts are scenes; each is drawn {M} times in {config.steps} steps. A checker that sees pixels only says whether a picture "
-        "shows exactly the things asked for, in number, colour and relation, and nothing else; the word of a sign is read by OCR. Trained "
-        "scenes were seen as such in training; held-out ones only in their parts.",
-        "A sample's share is a plain sample's chance. Best of n takes the sample that a judge likes best, exact over all subsets of the "
-        "samples. A beam scores the pictures that half-denoised samples are heading for and copies the best. The checker as a judge is "
-        "the test itself: it bounds what search can give; CLIP is what one has where there is no checker. The last column: of two "
-        "samples of a prompt, one right and one wrong, how often CLIP scores the right one higher; 50 % is blind.",
-        f"Costs are calls of the decoder for one returned picture, a guided call counted once. Seed {seed}, guidance the decoder's own.",
-    ]
-    untold = [
-        f"{name} for {row[0]}"
-        for row in found_rows
-        for name, gain in zip(equal_calls[0], row[1:], strict=True)
-        if isinstance(gain, dict) and gain.get("unit") == "points" and gain["low"] is not None and gain["low"] <= 0 <= gain["high"]
-    ]
-    if untold:
-        text.append(f"Not told from plain sampling at equal calls, since the interval holds zero: {', '.join(untold)}.")
-    if read_text is None:
-        text.append("Writing is not measured: no reader of text is installed (evaluation-packages.txt names one).")
-    return sections.section(TITLE, text, tables, pictures, charts)
+    return tables
+
+
+def _table_of_gains(config: RelationsConfig, searched: Mapping[str, Searched]) -> dict[str, Any]:
+    most = budgets_of(config.samples)[-1]
+    caption = (
+        f"Search against plain sampling at equal calls, {most} times {config.steps} = {most * config.steps} for a returned picture. "
+        "Plain sampling has more steps or several samples, of which one is returned unjudged; what search adds to the better of "
+        "these, in percentage points, is paired by prompt"
+    )
+    cells: list[list[sections.Cell]] = [[row, *each.gains.values()] for row, each in searched.items()]
+    return sections.table(caption, ["Row", *next(iter(searched.values())).gains], cells)
+
+
+def _is_untold(gain: Figure) -> bool:
+    """Whether a difference's interval holds zero."""
+    return gain.get("unit") == "points" and gain["low"] is not None and gain["low"] <= 0 <= gain["high"]
 
 
 def budgets_of(samples: int) -> list[int]:
@@ -215,15 +224,16 @@ def _row_figures(plain: Measured, chosen: NDArray[np.bool_], M: int, resamples: 
 
 def _searched(
     config: RelationsConfig,
-    some: list[Asked],
+    prompts: Sequence[Asked],
     plain: Measured,
-    chosen: NDArray[np.bool_],
     measured: Callable[[Sequence[Asked], int, int, str], Measured],
     row: str,
     resamples: int,
     seed: int,
 ) -> Searched:
     """Return success against calls for one row, and what search gains over plain sampling at the most calls."""
+    some = [each for each in prompts if each.row == row]
+    chosen = np.array([each.row == row for each in prompts])
     right, share, cosine = plain.is_right[chosen], plain.share[chosen], plain.cosine[chosen]
     groups, budgets = np.arange(len(some)), budgets_of(config.samples)
     most = budgets[-1]
@@ -298,9 +308,9 @@ def _drawn(prompt: str, side_px: int, rng: np.random.Generator) -> NDArray[np.ui
     return scenes.draw(scene, side_px, rng)
 
 
-def _shown(prompts: Sequence[Asked], plain: Measured, chosen: NDArray[np.bool_], row: str, out: Path) -> dict[str, Any]:
+def _shown(prompts: Sequence[Asked], plain: Measured, row: str, out: Path) -> dict[str, Any]:
     """Write the first prompts of a row with all their samples, right ones framed, and return the picture."""
-    places = np.flatnonzero(chosen)[:SHOWN]
+    places = [place for place, each in enumerate(prompts) if each.row == row][:SHOWN]
     framed = [[_framed(plain.pictures[p, m], bool(plain.is_right[p, m])) for m in range(plain.pictures.shape[1])] for p in places]
     titles = [f"{prompts[p].prompt} ({prompts[p].made_of}): {int(plain.is_right[p].sum())} of {plain.pictures.shape[1]}" for p in places]
     folder = out / "pictures"

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.embeddings import Floats
+from indexing.embeddings import Floats, unit
 from indexing.intervals import mean_figure
-from indexing.zero_shot import EncodeTexts, unit
+from indexing.zero_shot import EncodeTexts
 
 DEPTHS = (1, 5, 10)
 SAME_SCORE = 1e-6

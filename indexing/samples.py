@@ -13,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexing.embeddings import Floats, Rows, take, unit
-from indexing.generation import EncodeImages, Generate, clip_scores, nearest_by_embedding, nearest_by_pixels, pair_clip_score
+from indexing.generation import (
+    SCALE,
+    EncodeImages,
+    Generate,
+    clip_scores,
+    encoded,
+    nearest_by_embedding,
+    nearest_by_pixels,
+    pair_clip_score,
+)
 from indexing.held_out import Embedded, Pairs, trained_captions
 from indexing.intervals import mean_figure
 from indexing.pictures import Pixels, read_picture, sheet, write_png
@@ -22,7 +31,6 @@ from indexing.zero_shot import EncodeTexts
 SHOWN_PX = 64
 READERS = 4
 ROWS_AT_ONCE = 1024
-PICTURES_AT_ONCE = 256
 REFERENCES_AT_MOST = 200
 
 
@@ -48,7 +56,7 @@ def generation(
     pictures = np.asarray(generate(list(prompts), count, seed))
     assert pictures.dtype == np.uint8 and pictures.shape[:2] == (len(prompts), count), "generate returns uint8 (P, K, H, W, 3)"
     flat = pictures.reshape(-1, *pictures.shape[2:])  # (P * K, S, S, 3)
-    images = _embed(encode_images, flat)
+    images = encoded(encode_images, flat)
     texts = unit(np.asarray(encode_texts(list(prompts)), np.float32))
     by_prompt = images.reshape(len(prompts), count, -1)
     scores = clip_scores(by_prompt, texts, resamples, seed)
@@ -79,7 +87,7 @@ def generation(
             file = folder / f"{number:02d}-{slug(prompt)}-{place}.png"
             write_png(pictures[number, place], file)
             at = number * count + place
-            sample = {"picture": f"pictures/{file.name}", "clip_score": round(100 * max(0.0, float(cosines[number, place])), 2)}
+            sample = {"picture": f"pictures/{file.name}", "clip_score": round(SCALE * max(0.0, float(cosines[number, place])), 2)}
             if len(train):
                 sample["nearest"] = {
                     "cosine": _neighbour(embedded, int(train[by_clip[1][at]]), float(by_clip[0][at]), shards, folder),
@@ -111,11 +119,6 @@ def write_shown(row: dict[str, Any], shards: Path, folder: Path) -> str:
     if not file.exists():
         write_png(read_picture(row, shards, SHOWN_PX), file)
     return f"{folder.name}/{file.name}"
-
-
-def _embed(encode_images: EncodeImages, pictures: NDArray[np.uint8]) -> Floats:
-    pieces = [encode_images(pictures[start : start + PICTURES_AT_ONCE]) for start in range(0, len(pictures), PICTURES_AT_ONCE)]
-    return unit(np.concatenate(pieces).astype(np.float32))
 
 
 def _spread(count: int, at_most: int) -> Rows:

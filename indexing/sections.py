@@ -11,9 +11,9 @@ from typing import Any
 
 from indexing.intervals import Figure
 
-Section = dict[str, Any]
+ReportSection = dict[str, Any]
 Cell = str | int | float | None | Figure
-MakeSection = Callable[[Path], Section | list[Section]]
+MakeSection = Callable[[Path], ReportSection | list[ReportSection]]
 """Measures and returns a section, or several; gets the report's folder, in whose `pictures/` it may write PNG files."""
 
 
@@ -23,7 +23,7 @@ def section(
     tables: Sequence[Mapping[str, Any]] = (),
     pictures: Sequence[Mapping[str, Any]] = (),
     charts: Sequence[Mapping[str, Any]] = (),
-) -> Section:
+) -> ReportSection:
     """Return a section of the report: paragraphs, then tables, charts and pictures; `title` must differ from other sections'."""
     return {"title": title, "text": list(text), "tables": list(tables), "charts": list(charts), "pictures": list(pictures)}
 

@@ -4,7 +4,7 @@ Models are callables. Legend: N pictures, C classes, D dimensions.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,17 @@ from pydantic import Field
 
 from indexing import probe, sections
 from indexing.embeddings import Floats, take
-from indexing.generation import EncodeImages
+from indexing.generation import EncodeImages, encoded
 from indexing.held_out import Embedded
 from indexing.image_sets import ImageSet
 from indexing.intervals import Figure, mean_figure
 from indexing.pictures import INK, PAPER, Pixels, read_picture, write_png
 from indexing.report import verdict
 from indexing.samples import slug
-from indexing.zero_shot import EncodeTexts, class_embeddings, score, unit
+from indexing.zero_shot import EncodeTexts, class_embeddings, score
 from infra.settings import Section
 
 SIDE_PX = 96
-AT_ONCE = 256
 SHOTS = (1, 2, 4, 8, 16)
 DRAWS = 3
 MOST_CLASSES_PROBED = 200
@@ -61,12 +60,12 @@ def suite(
     encode_texts: EncodeTexts,
     encode_images: EncodeImages,
     side_px: int,
-    networks: Mapping[str, Callable[[Pixels], NDArray[Any]]],
+    networks: Mapping[str, EncodeImages],
     resamples: int,
     seed: int,
     out: Path,
     missing: Sequence[str] = (),
-) -> list[sections.Section]:
+) -> list[sections.ReportSection]:
     """Judge every set and return the report's sections: zero-shot, and against probes on CLIP's features and other `networks`'.
 
     Pictures that training saw are left out before anything is judged, and others of the set take their places where it has more.
@@ -140,13 +139,6 @@ def suite(
 def class_scores(some: ImageSet, vectors: Floats, encode_texts: EncodeTexts, templates: Sequence[str]) -> Floats:
     """Return cosines (N, C) of a set's pictures, unit vectors (N, D), with its classes in its own templates, or else in these."""
     return vectors @ class_embeddings(encode_texts, some.names, some.templates or templates).T
-
-
-def encoded(encode: Callable[[Pixels], NDArray[Any]], pixels: Pixels, is_unit: bool = True) -> Floats:
-    """Return vectors (N, D) of pictures (N, S, S, 3), encoded AT_ONCE at a time and made unit vectors unless told otherwise."""
-    pieces = [np.asarray(encode(pixels[start : start + AT_ONCE]), np.float32) for start in range(0, len(pixels), AT_ONCE)]
-    vectors = np.concatenate(pieces)
-    return unit(vectors) if is_unit else vectors
 
 
 def _bars(top_1: Figure) -> list[Figure]:

@@ -4,7 +4,8 @@ Each picture gets the right word, a wrong one and a scrambled one, which takes t
 and places. Models are callables. Legend: N pictures, K labels, V ways of writing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -17,14 +18,16 @@ from pydantic import Field
 
 from indexing import sections
 from indexing.embeddings import Floats
-from indexing.generation import EncodeImages
+from indexing.generation import EncodeImages, encoded
 from indexing.held_out import Embedded, Pairs
 from indexing.intervals import mean_figure
 from indexing.pictures import INK, PAPER, Pixels, read_picture, write_png
 from indexing.varied import Witnesses, figures, judge, look_alikes, probabilities
-from indexing.zero_shot import EncodeTexts, class_embeddings, unit
+from indexing.zero_shot import EncodeTexts, class_embeddings
 from infra.settings import Section
 
+Way = tuple[str, float, float]
+"""How a word is written: font, size and place, as `write_word` takes them."""
 Vary = Callable[[Pixels, int, int], NDArray[np.uint8]]
 """(pictures (N, H, W, 3), count, seed) -> variations uint8 (N, count, S, S, 3), from the pictures' CLIP embeddings alone."""
 
@@ -97,8 +100,8 @@ def scrambled(word: str, rng: np.random.Generator) -> str:
     return word[::-1]
 
 
-def ways(own: str) -> dict[str, tuple[str, float, float]]:
-    """Return ways of writing by name, (font, size, place): the first one, and from it one change at a time."""
+def ways(own: str) -> dict[str, Way]:
+    """Return ways of writing by name: the first one, and from it one change at a time."""
     every = fonts(own)
     base = next(iter(every))
     found = {f"{base}, large, top": (every[base], SIZES["large"], PLACES["top"])}
@@ -123,12 +126,35 @@ def known_names(pairs: Pairs, count: int) -> tuple[list[str], int, int]:
 
 def choose(pairs: Pairs, classes: Floats, names: Sequence[str], count: int, seed: int) -> tuple[list[int], NDArray[np.int64], float]:
     """Return which rows are written on (N), the label of each (N,), and the share of all rows of these names that CLIP names rightly."""
-    known = [place for place, row in enumerate(pairs.rows) if row["caption"] in names]
-    labels = np.array([names.index(pairs.rows[place]["caption"]) for place in known], np.int64)
+    number_of = {name: number for number, name in enumerate(names)}
+    known = [place for place, row in enumerate(pairs.rows) if row["caption"] in number_of]
+    labels = np.array([number_of[pairs.rows[place]["caption"]] for place in known], np.int64)
     is_right = (pairs.images[known] @ classes.T).argmax(1) == labels
     order = np.random.default_rng(seed).permutation(len(known))
     order = order[np.argsort(~is_right[order], kind="stable")][:count]
     return [known[place] for place in order], labels[order], float(is_right.mean())
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Pictures (N) that are written on: what each is, (N,) of the names, and the words, N for each of WORDS."""
+
+    pictures: list[Pixels]
+    groups: list[str]
+    names: list[str]
+    labels: NDArray[np.int64]
+    others: NDArray[np.int64]
+    """The label of the wrong word."""
+    words: dict[str, list[str]]
+
+    def written(self, kind: str, way: Way, places: Iterable[int] | None = None) -> list[Pixels]:
+        """Return the pictures, or those at some places, with their words of a kind written on them in a way."""
+        chosen = range(len(self.pictures)) if places is None else places
+        return [write_word(self.pictures[place], self.words[kind][place], *way) for place in chosen]
+
+
+Scores = Callable[[Sequence[Pixels]], Floats]
+"""Pictures (N) -> CLIP's cosines with the names (N, K)."""
 
 
 def typographic(
@@ -145,7 +171,7 @@ def typographic(
     resamples: int,
     seed: int,
     out: Path,
-) -> sections.Section:
+) -> sections.ReportSection:
     """Attack held-out pictures and return the report's section; writes its picture into `out` / pictures."""
     title = "Typographic attack"
     if len({row["caption"] for row in pairs.rows}) < 2:
@@ -154,62 +180,26 @@ def typographic(
     names, known, of_names = known_names(pairs, config.labels)
     classes = class_embeddings(encode_texts, names, templates)
     picked, labels, right_of_all = choose(pairs, classes, names, config.pictures, seed)
-    pictures = [read_picture(pairs.rows[place], shards, SIDE_PX) for place in picked]
-    groups = [pairs.groups[place] for place in picked]
-    other = (labels + rng.integers(1, len(names), len(labels))) % len(names)
+    others = (labels + rng.integers(1, len(names), len(labels))) % len(names)
     words = {
         "right": [names[label] for label in labels],
-        "wrong": [names[label] for label in other],
-        "scrambled": [scrambled(names[label], rng) for label in other],
+        "wrong": [names[label] for label in others],
+        "scrambled": [scrambled(names[label], rng) for label in others],
     }
-    written = ways(config.font)
+    pictures = [read_picture(pairs.rows[place], shards, SIDE_PX) for place in picked]
+    attack = Attack(pictures, [pairs.groups[place] for place in picked], names, labels, others, words)
+    by_way = ways(config.font)
 
     def scores(images: Sequence[Pixels]) -> Floats:
-        pieces = [
-            np.asarray(encode_images(np.stack(images[start : start + AT_ONCE])), np.float32) for start in range(0, len(images), AT_ONCE)
-        ]
-        return unit(np.concatenate(pieces)) @ classes.T  # (N, K)
+        return encoded(encode_images, np.stack(images)) @ classes.T
 
-    clean = scores(pictures).argmax(1)
-    said = {
-        kind: np.stack(
-            [
-                scores([write_word(p, word, font, size, place) for p, word in zip(pictures, words[kind], strict=True)]).argmax(1)
-                for font, size, place in written.values()
-            ]
-        )
-        for kind in WORDS
-    }  # (V, N) each
-
-    def row(name: str, kind: str, chosen: NDArray[np.bool_]) -> list[sections.Cell]:
-        found = said[kind][chosen]
-        again = np.tile(np.array(groups, object), len(found)).astype(str)
-        figures = [found == labels, found == other, found != clean]
-        return [name, int(found.size), *(mean_figure(each.ravel(), again, resamples, seed) for each in figures)]
-
-    every = np.ones(len(written), bool)
-    each_way = np.eye(len(written), dtype=bool)
-    untouched: list[sections.Cell] = [
-        "nothing",
-        len(clean),
-        mean_figure(clean == labels, groups, resamples, seed),
-        mean_figure(clean == other, groups, resamples, seed),
-        None,
-    ]
-    head = ["Written", "Pictures", "Label is the object", "Label is the wrong word", "Label changed"]
-    whole = sections.table(
-        "What CLIP says with a word written on the picture", head, [untouched, *(row(f"{kind} word", kind, every) for kind in WORDS)]
-    )
-    by_way = sections.table(
-        "The wrong word, by how it is written", head, [row(name, "wrong", chosen) for name, chosen in zip(written, each_way, strict=True)]
-    )
-
+    tables = _tables_of_words(attack, by_way, scores, resamples, seed)
     some = rng.permutation(len(pictures))[: config.varied]
-    font, size, place = next(iter(written.values()))
+    keys = {pairs.rows[at]["key"] for at in picked}
+    looks, labelled = look_alikes(witnesses, embedded, names, keys, shards, SIDE_PX, seed)
     of_some = {"": np.stack([pictures[n] for n in some])}
-    of_some |= {kind: np.stack([write_word(pictures[n], words[kind][n], font, size, place) for n in some]) for kind in VARIED[1:]}
+    of_some |= {kind: np.stack(attack.written(kind, next(iter(by_way.values())), some)) for kind in VARIED[1:]}
     drawn = {kind: vary(each, config.variations, seed) for kind, each in of_some.items()}  # (N, count, S', S', 3) each
-    looks, labelled = look_alikes(witnesses, embedded, names, {pairs.rows[at]["key"] for at in picked}, shards, SIDE_PX, seed)
     rows: list[list[sections.Cell]] = []
     chances: dict[str, Floats] = {}
     for kind, (what, own) in product(VARIED, (("the picture", of_some), ("variations", drawn))):
@@ -218,41 +208,31 @@ def typographic(
         cosines = scores(list(flat))
         at = np.repeat(some, count)
         judged = judge(flat, [words[kind or "wrong"][n] for n in at], cosines.argmax(1), looks, witnesses.read_text)
-        found = figures(judged, labels[at], other[at], [groups[n] for n in at], resamples, seed)
+        found = figures(judged, labels[at], others[at], [attack.groups[n] for n in at], resamples, seed)
         rows.append([f"{what}, {kind + ' word' if kind else 'untouched'}", len(flat), *found])
         chances[f"{what} {kind}"] = probabilities(cosines, logit_scale).reshape(len(some), count, -1)
-    network = f"the look-alike by {witnesses.name}" if looks else "no look-alike"
-    after = sections.table(
-        "What the decoder draws from an attacked picture's embedding, by the attacked CLIP, by a network that it never met, and by OCR",
-        [
-            *(
-                "What",
-                "Pictures",
-                "CLIP says the object",
-                "CLIP says the wrong word",
-                "Looks like the object",
-                "Looks like the wrong word's",
-            ),
-            "Characters of the word read",
-        ],
-        rows,
+    head = ["What", "Pictures", "CLIP says the object", "CLIP says the wrong word", "Looks like the object", "Looks like the wrong word's"]
+    caption = (
+        "What the decoder draws from an attacked picture's embedding, by the attacked CLIP, by a network that it never met, and by OCR"
     )
-    few = range(min(config.shown, len(some)))
+    tables.append(sections.table(caption, [*head, "Characters of the word read"], rows))
+    shown = [(n, kind) for n in range(min(config.shown, len(some))) for kind in VARIED[1:]]
     page = figure_6(
-        np.stack([of_some[kind][n] for n in few for kind in VARIED[1:]]),
-        np.stack([chances[f"the picture {kind}"][n, 0] for n in few for kind in VARIED[1:]]),
+        np.stack([of_some[kind][n] for n, kind in shown]),
+        np.stack([chances[f"the picture {kind}"][n, 0] for n, kind in shown]),
         names,
-        np.stack([drawn[kind][n] for n in few for kind in VARIED[1:]]),
-        np.stack([chances[f"variations {kind}"][n] for n in few for kind in VARIED[1:]]),
+        np.stack([drawn[kind][n] for n, kind in shown]),
+        np.stack([chances[f"variations {kind}"][n] for n, kind in shown]),
     )
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     write_png(page, folder / "typographic.png")
-    told = [f"“{words[kind][some[n]]}” on {names[labels[some[n]]]}" for n in few for kind in VARIED[1:]]
+    told = "; ".join(f"“{words[kind][some[n]]}” on {names[labels[some[n]]]}" for n, kind in shown)
+    network = f"the look-alike by {witnesses.name}" if looks else "no look-alike"
     return sections.section(
         title,
         [
-            f"{len(pictures)} held-out pictures are written on in {len(written)} ways, with their own name, with another's, and with that "
+            f"{len(pictures)} held-out pictures are written on in {len(by_way)} ways, with their own name, with another's, and with that "
             f"other's letters scrambled. CLIP chooses among {len(names)} names: the shortest of {known:,} that it finds among {of_names:,} "
             f"for a picture, since what it calls wrongly cannot be led astray ({right_of_all:.0%} of all held-out pictures of these are "
             "named rightly; those come first here). Where a label moves to the wrong word more often than it does for scrambled letters, "
@@ -263,9 +243,36 @@ def typographic(
             "far each of these is to be trusted.",
             f"Below: attacked pictures, and to the right their variations, with the {TOP} likeliest names at CLIP's own temperature.",
         ],
-        [whole, by_way, after],
-        [sections.picture("pictures/typographic.png", f"Attacked pictures and their variations: {'; '.join(told)}", "One row each")],
+        tables,
+        [sections.picture("pictures/typographic.png", f"Attacked pictures and their variations: {told}", "One row each")],
     )
+
+
+def _tables_of_words(attack: Attack, by_way: Mapping[str, Way], scores: Scores, resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Return what CLIP says with each kind of word written in all ways, and with the wrong word by the way it is written."""
+    labels, others = attack.labels, attack.others
+    clean = scores(attack.pictures).argmax(1)
+    said = {kind: np.stack([scores(attack.written(kind, way)).argmax(1) for way in by_way.values()]) for kind in WORDS}  # (V, N) each
+
+    def row(name: str, found: NDArray[np.int64]) -> list[sections.Cell]:
+        groups = np.tile(np.array(attack.groups, object), len(found)).astype(str)
+        shares = [found == labels, found == others, found != clean]
+        return [name, int(found.size), *(mean_figure(each.ravel(), groups, resamples, seed) for each in shares)]
+
+    untouched: list[sections.Cell] = [
+        "nothing",
+        len(clean),
+        mean_figure(clean == labels, attack.groups, resamples, seed),
+        mean_figure(clean == others, attack.groups, resamples, seed),
+        None,
+    ]
+    head = ["Written", "Pictures", "Label is the object", "Label is the wrong word", "Label changed"]
+    of_kinds = [untouched, *(row(f"{kind} word", said[kind]) for kind in WORDS)]
+    of_ways = [row(name, said["wrong"][place : place + 1]) for place, name in enumerate(by_way)]
+    return [
+        sections.table("What CLIP says with a word written on the picture", head, of_kinds),
+        sections.table("The wrong word, by how it is written", head, of_ways),
+    ]
 
 
 def figure_6(attacked: Pixels, chances: Floats, names: Sequence[str], varied: Pixels, of_varied: Floats) -> Pixels:

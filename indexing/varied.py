@@ -15,12 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from indexing.embeddings import Floats
+from indexing.embeddings import Floats, unit
 from indexing.held_out import Embedded
 from indexing.intervals import Figure, mean_figure
 from indexing.judges import ReadText, character_accuracy
 from indexing.pictures import Pixels, read_picture
-from indexing.zero_shot import unit
 
 LABELLED_AT_MOST = 8
 """Pictures of each label that a variation is held against."""

@@ -13,14 +13,14 @@ import indexing
 from indexing.copies import copies_section
 from indexing.duplicates import DedupConfig, run
 from indexing.pictures import LINE_PX
-from indexing.sections import Section
+from indexing.sections import ReportSection
 from tests.pictured import HOSTILE, colour, direction, encode_images, row, usual_rows, write_run
 
 SCHEMA = json.loads((Path(indexing.__file__).parent / "report.schema.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Section, dict[str, Any], Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportSection, dict[str, Any], Path]:
     folder = tmp_path_factory.mktemp("copies")
     copies = [row(2, "plain", "train", caption=f"again {turn} {HOSTILE}") for turn in range(8)]
     rows = [*(each for each in usual_rows() if each["split"] != "held_out_style"), *copies, row(13, "plain", "train", caption="leaked")]
@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Section, dict[str, A
     return copies_section(folder / "dedup", folder / "embed", folder / "shards", counts, folder / "report"), counts, folder
 
 
-def test_every_reason_is_counted_and_the_threshold_explained(made: tuple[Section, dict[str, Any], Path]) -> None:
+def test_every_reason_is_counted_and_the_threshold_explained(made: tuple[ReportSection, dict[str, Any], Path]) -> None:
     section, counts, folder = made
     left_out, sample, _ = section["tables"]
     assert sum(each[1] for each in left_out["rows"]) == counts["in"] - counts["out"] > 8
@@ -41,12 +41,12 @@ def test_every_reason_is_counted_and_the_threshold_explained(made: tuple[Section
     assert all(figure["low"] <= figure["value"] <= figure["high"] for _, figure in sample["rows"])
 
 
-def test_the_section_keeps_to_the_reports_schema(made: tuple[Section, dict[str, Any], Path]) -> None:
+def test_the_section_keeps_to_the_reports_schema(made: tuple[ReportSection, dict[str, Any], Path]) -> None:
     schema = {"$defs": SCHEMA["$defs"], **SCHEMA["properties"]["sections"]}
     jsonschema.Draft202012Validator(schema).validate([made[0]])
 
 
-def test_groups_are_listed_as_they_are_drawn(made: tuple[Section, dict[str, Any], Path]) -> None:
+def test_groups_are_listed_as_they_are_drawn(made: tuple[ReportSection, dict[str, Any], Path]) -> None:
     section, counts, folder = made
     listed = section["tables"][2]
     assert listed["caption"] == ("All groups" if counts["groups"] <= 12 else f"The largest groups of {counts['groups']:,}")
