@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from flows import comparing, enlarging, explaining, export, indexes, lecture, making, manipulating, pruning, scheduling, serving, using
+from infra.cluster import SPIN_COUNT
 from infra.errors import UnclipError
 from infra.storage import complaint
 
@@ -80,7 +81,7 @@ def options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "300000")  # before torch loads OpenMP; infra/cluster.py says why
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     given = sys.argv[1:] if arguments is None else arguments
     is_debug = "--debug" in given
     try:

@@ -44,7 +44,7 @@ class CurateConfig(Section):
     held_out_concept_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of the concepts that are never trained on, whoever drew them; chosen by hash."""
     seed: int = 0
-    """Which concepts those are."""
+    """Seed of the choice of these concepts."""
     min_side_px: int = Field(16, ge=1)
     """Shorter side of the picture as it was downloaded, in pixels; below it, too_small."""
     min_caption_chars: int = Field(2, ge=1)

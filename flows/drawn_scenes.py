@@ -34,7 +34,7 @@ class ScenesSource(Section):
     count: int = Field(12_000, ge=1, le=10_000_000)
     """Pictures."""
     seed: int = Field(0, ge=0)
-    """What is drawn and where."""
+    """Seed of what is drawn and where."""
     shares: dict[str, float] = Field(
         default={"colours": 1, "sizes": 1, "counting": 2, "attribution": 2, "position": 4, "writing": 2}, min_length=1
     )

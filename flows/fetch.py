@@ -158,7 +158,7 @@ def get(url: str, rules: Rules, deadline: float) -> bytes | str:
         raise FetchError("bad_url", str(error)) from error
 
 
-def exchange(origin: tuple[str, str, int], target: str, rules: Rules, deadline: float) -> bytes | str:
+def exchange(origin: Origin, target: str, rules: Rules, deadline: float) -> bytes | str:
     """Send one request on this thread's connection to the host, and once more on a fresh one if the kept one has died meanwhile."""
     place = (origin, rules.allow_private)  # one that was let through the check of addresses serves nobody else
     while True:
@@ -239,7 +239,7 @@ def is_forbidden(values: list[str]) -> bool:
     return False
 
 
-def connect(origin: tuple[str, str, int], rules: Rules, deadline: float) -> http.client.HTTPConnection:
+def connect(origin: Origin, rules: Rules, deadline: float) -> http.client.HTTPConnection:
     """Resolve, check every address, and connect to one that was checked."""
     scheme, host, port = origin
     if hosts.is_silent(origin):

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,7 +22,11 @@ class OptOut:
 
     hosts: frozenset[str] = frozenset()
     urls: frozenset[str] = frozenset()
-    prefixes: tuple[str, ...] = ()
+
+    @cached_property
+    def prefixes(self) -> tuple[str, ...]:
+        """Those URLs that stand for all below them too."""
+        return tuple(url for url in self.urls if url.endswith("/"))
 
     def covers(self, url: str) -> bool:
         """Say whether somebody does not want this URL to be used."""
@@ -45,7 +49,7 @@ def read_opt_out(paths: Sequence[str]) -> OptOut:
     entries = [line.partition("#")[0].strip() for path in paths for line in _text(path).splitlines()]
     urls = frozenset(entry for entry in entries if "://" in entry)
     hosts = frozenset(entry.lower().strip(".") for entry in entries if entry and "://" not in entry)
-    return OptOut(hosts, urls, tuple(url for url in urls if url.endswith("/")))
+    return OptOut(hosts, urls)
 
 
 def save(lists: OptOut, file: Path) -> None:
@@ -57,7 +61,7 @@ def save(lists: OptOut, file: Path) -> None:
 def load(file: Path) -> OptOut:
     """Return what `save` wrote."""
     told = json.loads(file.read_text())
-    return OptOut(frozenset(told["hosts"]), frozenset(told["urls"]), tuple(url for url in told["urls"] if url.endswith("/")))
+    return OptOut(frozenset(told["hosts"]), frozenset(told["urls"]))
 
 
 def content_of_lists(paths: Sequence[str]) -> str:

@@ -67,7 +67,7 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")] = 8080,
     token: Annotated[
         str | None,
-        typer.Option("--token", envvar="UNCLIP_TOKEN", metavar="TOKEN", help="What clients must present; better in the environment."),
+        typer.Option("--token", envvar=TOKEN, metavar="TOKEN", help="What clients must present; better in the environment."),
     ] = None,
     rate: Annotated[float, typer.Option("--rate", min=0, help="Requests a second that one address may make; 0 sets no limit.")] = 50,
     allow_urls: Annotated[
@@ -105,7 +105,7 @@ def serve(
     Without --run it follows the promoted run, or the last one where no gate is set. What is removed is gone from the next query on.
     """
     if token is None and not is_loopback(host):
-        raise CallerError(f"--host {host} can be reached from elsewhere: set UNCLIP_TOKEN to a secret of at least 16 characters")
+        raise CallerError(f"--host {host} can be reached from elsewhere: set {TOKEN} to a secret of at least 16 characters")
     check_token(token)
     origins = tuple(as_origin(each) for each in allow_origin or ())
     opened = open_for(root, for_writing=False)

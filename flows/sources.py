@@ -56,9 +56,9 @@ class FolderSource(Section):
     path: str = Field(min_length=1)
     """The folder; pictures in folders below it count."""
     licence: str = ""
-    """Licence of them all."""
+    """Licence of all its pictures."""
     style: str = ""
-    """Drawing style of them all, for `[curate] held_out_styles`."""
+    """Drawing style of all its pictures, for `[curate] held_out_styles`."""
 
 
 def content_of(source: PackagesSource | UrlsSource | FolderSource | ScenesSource) -> str:
@@ -114,7 +114,7 @@ class DataConfig(Section):
     retries: int = Field(2, ge=0, le=10)
     """Tries after the first for what may pass (time-outs, 429, 5xx, a broken connection), with growing pauses; and for npm."""
     retry_passes: int = Field(1, ge=0, le=10)
-    """Passes over the rows that still failed so, once all others are done."""
+    """Further passes over the rows that failed for what may pass, once all others are done."""
     max_passing: float = Field(0.5, ge=0, le=1)
     """Largest share of a shard's rows that may fail for what may pass; above it the shard is made again up to three times, with pauses."""
     max_image_bytes: int = Field(20 * 2**20, ge=1)

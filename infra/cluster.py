@@ -18,6 +18,10 @@ from infra.errors import UnclipError
 from infra.settings import Section
 
 KNOCK_LIMIT_S = 10
+SPIN_COUNT = "300000"
+"""GOMP_SPINCOUNT, read when torch loads OpenMP: threads wait for each other by spinning for about a millisecond, then sleep. Sleeping at
+once (OMP_WAIT_POLICY=passive) made training a third slower, and spinning for ever (active) five times where another process wanted the
+core too."""
 
 
 class StageResources(Section):
@@ -64,7 +68,8 @@ class ClusterConfig(Section):
     """How long a worker waits for the others of its group, in seconds: for the slowest to read its data, for the first to write the state.
     A worker that ended is noticed at once, whatever this is."""
     stages: dict[str, StageResources] = Field(default_factory=dict)
-    """Under `unclip submit`: what the process of a stage asks for; by default a download asks for its processes, training for none."""
+    """Under `unclip submit`: what the process of a stage asks for, such as `{ curate = { cpus = 4 } }`: cpus, gpus, memory_bytes, labels.
+    By default a download asks for its processes, training for none."""
     attempts: int = Field(default=3, ge=1, le=100)
     """Under `unclip submit`: how often the job of a stage is tried; raise it on nodes that may vanish."""
     upload_code: bool = True
@@ -101,9 +106,7 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "GRPC_VERBOSITY": "NONE",
             "RAY_BACKEND_LOG_LEVEL": "error",
-            # OpenMP threads wait for each other by spinning for about a millisecond, then sleep. Sleeping at once (OMP_WAIT_POLICY=passive)
-            # made training a third slower, and spinning for ever (active) five times where another process wanted the core too.
-            "GOMP_SPINCOUNT": "300000",
+            "GOMP_SPINCOUNT": SPIN_COUNT,
             # Ray Train looks at its workers this often, and so finds out that long after they have ended that they have (its default: 2).
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_TRAIN_METRICS_ENABLED": "0",
