@@ -191,6 +191,7 @@ def clean(caption: str, max_chars: int) -> str:
 
 
 def printable(character: str) -> str:
+    """Return a character as captions keep it: a space for white space and controls, nothing for what is invisible."""
     kind = unicodedata.category(character)
     if kind in ("Cc", "Zl", "Zp", "Zs"):
         return " "

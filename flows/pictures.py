@@ -187,6 +187,7 @@ def describe(drawing: Drawing, family: Family, labels: Labels, rendered: Path) -
 
 
 def rendered_name(drawing: Drawing) -> str:
+    """Return the name of the file that a drawing's SVG is rendered to."""
     return slug(drawing.origin.removesuffix(".svg")) + ".png"
 
 

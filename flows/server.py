@@ -32,6 +32,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(with_body=False)
 
     def answer(self, with_body: bool) -> None:
+        """Send the file that the path names, or 404."""
         path = self.server.locate(self.path)
         try:
             body = path.read_bytes() if path else None

@@ -147,10 +147,12 @@ class Mounts:
     folders: dict[str, Path] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
+        """Write the JSON file."""
         path.write_text(json.dumps({name: str(folder) for name, folder in self.folders.items()}))
 
     @classmethod
     def load(cls, path: Path) -> "Mounts":
+        """Return what `save` wrote."""
         return cls({name: Path(folder) for name, folder in json.loads(path.read_text()).items()})
 
 
@@ -169,6 +171,7 @@ def row(url: str, origin: str, captions: list[str], **columns: str) -> Row:
 
 
 def encodable(text: str) -> str:
+    """Return a text with `?` for the halves of characters that no file can hold."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
@@ -310,6 +313,7 @@ def shown(rows: Iterator[Row], progress: Progress) -> Iterator[Row]:
 
 
 def blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Yield the rows BLOCK_ROWS at a time."""
     block: list[Row] = []
     for item in rows:
         block.append(item)

@@ -34,6 +34,6 @@ def sections(
         except CallerError as error:
             if name not in packaged_sets.SETS:
                 raise
-            missing.append(f"{name} is not measured: {str(error).removeprefix('[evaluate] ')}")
+            missing.append(f"{name} is not measured: {str(error).removeprefix('[evaluate.suite] ')}")
     models = (model.encode_texts, model.encode_images, model.clip.config.image_size_px, networks(config) if config.probe else {})
     return suite(config, loaded, whole.templates, open_embedded(embed), shards, *models, whole.resamples, whole.seed, out, missing)

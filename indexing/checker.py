@@ -44,10 +44,12 @@ class Object:
 
     @property
     def x(self) -> float:
+        """The middle of its box, from the left, in shares of the side."""
         return (self.left + self.right) / 2
 
     @property
     def y(self) -> float:
+        """The middle of its box, from the top."""
         return (self.top + self.bottom) / 2
 
 

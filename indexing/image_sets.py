@@ -66,14 +66,14 @@ def open_set(path: Path, name: str = "") -> ImageSet:
         return _made(name, path.parent, list(_from_parquet(path)), path.stem)
     if not path.is_dir():
         raise CallerError(
-            f"[evaluate] set {str(path)!r} is not there: give a folder of classes, a parquet file or a folder of WebDataset shards"
+            f"[evaluate.suite] set {str(path)!r} is not there: give a folder of classes, a parquet file or a folder of WebDataset shards"
         )
     shards = sorted(path.glob("test/*.tar")) or sorted(path.glob("*.tar"))
     if shards:
         return _made(name, path, [each for shard in shards for each in _from_shard(shard)])
     found = list(_from_folders(path))
     if not found:
-        raise CallerError(f"[evaluate] set {str(path)!r} holds no pictures: want CLASS/*.png, test/*.tar or a parquet file")
+        raise CallerError(f"[evaluate.suite] set {str(path)!r} holds no pictures: want CLASS/*.png, test/*.tar or a parquet file")
     return _made(name, path, found)
 
 
@@ -119,7 +119,7 @@ def _from_parquet(path: Path) -> Iterator[tuple[bytes, int | str]]:
     file = open_parquet(path)
     missing = {"image", "label"} - set(file.schema_arrow.names)
     if missing:
-        raise CallerError(f"[evaluate] set {str(path)!r} has no column {sorted(missing)[0]!r}: it needs `image` and `label`")
+        raise CallerError(f"[evaluate.suite] set {str(path)!r} has no column {sorted(missing)[0]!r}: it needs `image` and `label`")
     for batch in file.iter_batches(1000, columns=["image", "label"]):
         for each in batch.to_pylist():
             image: Any = each["image"]

@@ -49,10 +49,12 @@ class Puzzle:
 
     @property
     def concept(self) -> str:
+        """What splits go by: the caption says all that is known of it."""
         return self.caption
 
     @property
     def row(self) -> str:
+        """Which row of the harness it belongs to."""
         return "cube" if self.turns else "24-puzzle"
 
 

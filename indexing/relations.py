@@ -76,6 +76,7 @@ class Measured:
 
     @property
     def is_right(self) -> NDArray[np.float64]:
+        """1 where a sample is exactly what was asked for, else 0, (P, M)."""
         return (self.share >= 1).astype(np.float64)
 
 

@@ -24,6 +24,7 @@ from indexing.intervals import mean_figure
 from indexing.pictures import INK, PAPER, Pixels, read_picture, write_png
 from indexing.varied import Witnesses, figures, judge, look_alikes, probabilities
 from indexing.zero_shot import EncodeTexts, class_embeddings
+from infra.errors import CallerError
 from infra.settings import Section
 
 Way = tuple[str, float, float]
@@ -80,7 +81,10 @@ def write_word(picture: Pixels, word: str, font: str, size: float, place: float)
 def _font(name: str, height: float) -> Any:
     if not name:
         return ImageFont.load_default(height)
-    return ImageFont.truetype(name, round(height))
+    try:
+        return ImageFont.truetype(name, round(height))
+    except OSError as error:
+        raise CallerError(f"[evaluate.typographic] font = {name!r} cannot be read ({error}): give a TrueType file") from None
 
 
 def fonts(own: str) -> dict[str, str]:

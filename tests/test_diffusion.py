@@ -64,14 +64,6 @@ def test_data_stand_at_t_0_and_alpha_bar_falls(name: str) -> None:
     assert alpha_bar[-1] > 0
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_rescaled_schedule_walks_the_same_path(name: str) -> None:
-    schedule = SCHEDULES[name]
-    torch.testing.assert_close(schedule.rescaled(250).alpha_bar, schedule.alpha_bar[::4], rtol=1e-12, atol=0)
-    torch.testing.assert_close(schedule.rescaled(3000).alpha_bar[::3], schedule.alpha_bar, rtol=1e-12, atol=0)
-    assert schedule.rescaled(1).alpha_bar.tolist() == pytest.approx([1, float(schedule.alpha_bar[-1])])
-
-
 def test_linear_schedule_keeps_its_path_for_another_number_of_steps() -> None:
     torch.testing.assert_close(Schedule.linear(4000).alpha_bar[::4], Schedule.linear(1000).alpha_bar, rtol=0, atol=1e-3)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from infra.cluster import Cluster, ClusterConfig
 from infra.errors import DataError
+from infra.progress import Progress
 from tests.kept import COUNT, TINY, write_kept, write_tokenizer
 from training import jobs, soundness
 from training.pictures import read_table
@@ -125,6 +126,16 @@ def test_pictures_read_ahead_of_the_steps_train_as_held_ones_do_and_waiting_is_l
         waiting.append(json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["waiting"])
     assert all(value.equal(each[key]) for each in weights[1:] for key, value in weights[0].items())
     assert waiting[0] == 0 < waiting[2] < 1 and 0 <= waiting[1] < 1
+
+
+def test_progress_is_that_of_the_last_whole_row_of_a_long_file(tmp_path: Path) -> None:
+    metrics, over = tmp_path / "metrics.jsonl", threading.Event()
+    over.set()
+    for rows, cut, seen in ((0, "", 0), (1, "", 1), (3000, "", 3000), (3000, '{"images_seen": 3001, "lo', 0)):
+        metrics.write_text("".join(json.dumps({"images_seen": row, "loss": 1.5}) + "\n" for row in range(1, rows + 1)) + cut)
+        progress = Progress("clip", 3000)
+        jobs._watch(metrics, progress, over)
+        assert progress.done == seen
 
 
 def test_moved_pictures_keep_their_content_and_let_white_in() -> None:

@@ -21,6 +21,7 @@ from indexing.typographic import (
     write_word,
 )
 from indexing.varied import Witnesses, judge, look_alikes, probabilities
+from infra.errors import CallerError
 from tests.pictured import colour, direction, encode_images, encode_texts, row, usual_rows, write_run
 
 CONFIG = TypographicConfig(labels=4, pictures=8, varied=6, shown=2, variations=3)
@@ -56,6 +57,11 @@ def test_the_word_is_a_black_one_on_a_white_strip_at_its_place(place: str, share
             ink = (written < 64).all(2)
             assert 20 < ink.sum() < 2000 and not ink[:, :2].any() and not ink[:, -2:].any()
     assert (grey == 128).all()
+
+
+def test_a_font_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CallerError, match=rf"\[evaluate.typographic\] font = '{tmp_path}/no.ttf' cannot be read"):
+        write_word(np.full((32, 32, 3), 128, np.uint8), "house", str(tmp_path / "no.ttf"), 0.2, 0.0)
 
 
 def test_ways_differ_in_one_thing_from_the_first() -> None:

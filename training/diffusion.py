@@ -82,13 +82,6 @@ class Schedule:
         T = max(1, math.ceil(math.log(end) / math.log1p(-rate) - 1e-9))
         return cls.from_betas(torch.full((T,), rate, dtype=torch.float64))
 
-    def rescaled(self, T: int) -> "Schedule":
-        """Walk the same path in another number of steps: alpha_bar at t is the old one at t * T_old / T, beta constant within a step."""
-        position = torch.arange(_positive(T) + 1, dtype=torch.float64) * (self.T / T)
-        left = position.long().clamp(max=self.T - 1)
-        log_alpha_bar = self.alpha_bar.log()
-        return Schedule(torch.exp(log_alpha_bar[left] + (position - left) * log_alpha_bar.diff()[left]))
-
     def shifted(self, factor: float) -> "Schedule":
         """Multiply SNR by factor^2 at every t (Hoogeboom et al. 2023, eq. 5): factor = 64 / side_px adds noise for larger images."""
         if not factor > 0:

@@ -48,13 +48,15 @@ def efficientnet_lite0() -> Features | None:
 def resnet_50(weights: Path) -> Features:
     """Return the features (D = 2048) at 224 px of a ResNet-50 with these torchvision-format weights. Raises CallerError."""
     if not weights.is_file():
-        raise CallerError(f"[evaluate] features {str(weights)!r} is not there: give a torchvision ResNet-50 state dict")
+        raise CallerError(f"[evaluate.suite] features {str(weights)!r} is not there: give a torchvision ResNet-50 state dict")
     model = ResNet50()
     state = torch.load(weights, map_location="cpu", weights_only=True)
     wanted = model.state_dict()
     wrong = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]
     if wrong:
-        raise CallerError(f"[evaluate] features {str(weights)!r} is no torchvision ResNet-50: {wrong[0]} is missing or of another shape")
+        raise CallerError(
+            f"[evaluate.suite] features {str(weights)!r} is no torchvision ResNet-50: {wrong[0]} is missing or of another shape"
+        )
     model.load_state_dict({name: state[name] for name in wanted})
     model.eval().requires_grad_(False)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))

@@ -112,21 +112,19 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     return float(2 * torch.cdist(x, y).mean() - sum(within))
 
 
-def swiss_roll(
-    out: Path, steps: int = 4000, seconds: float | None = None, seed: int = 0, count: int = 3000, rates: Sequence[float] = ()
-) -> dict[str, Any]:
+def swiss_roll(out: Path, steps: int = 4000, seed: int = 0, count: int = 3000, rates: Sequence[float] = ()) -> dict[str, Any]:
     """Train on the roll, sample it at several diffusion rates and step counts, and draw `out`/swiss_roll.png.
 
     count: points behind every energy distance. rates: diffusion rates, the beta of every step; RATES where none is given. Returns the
     distance of DPM-Solver++ in 50 steps to fresh data, what chance makes of data to data (root mean square of 8 draws), tables by
     diffusion rate and by step count, the seconds that training took, and the picture.
     """
-    if steps < 1 or count < 100 or (seconds is not None and seconds <= 0):
-        raise CallerError(f"steps = {steps}, seconds = {seconds}, count = {count}: give at least 1 step, more than 0 s and 100 points")
+    if steps < 1 or count < 100:
+        raise CallerError(f"steps = {steps}, count = {count}: give at least 1 step and 100 points")
     out.mkdir(parents=True, exist_ok=True)
     schedule = Schedule.cosine()
     started_s = time.monotonic()
-    network, steps_done = train(velocity_loss(schedule), steps, seconds, seed)
+    network, steps_done = train(velocity_loss(schedule), steps, seed=seed)
     trained_s = time.monotonic() - started_s
 
     generator = torch.Generator().manual_seed(seed + 1)
