@@ -1,13 +1,20 @@
 """A service over the small drawn run of tests.pictured, whose removal log and segments a test can change."""
 
 import hashlib
+import io
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import faiss
+import uvicorn
 
+from indexing.app import make_app
 from indexing.index import Index, IndexConfig, build
-from indexing.service import Encoders, Opened, Parts, Service
+from indexing.service import Encoders, Opened, Parts, ServeConfig, Service
 from indexing.view import Segment
 from infra.removals import Removals
 from tests import pictured
@@ -67,3 +74,21 @@ class Fake:
     def fetch(self, url: str) -> bytes:
         self.fetched.append(url)
         raise ValueError("image_url: it could not be fetched (host_refused)")
+
+
+@contextmanager
+def serving(service: Service, **config: Any) -> Iterator[str]:
+    """Serve on a free port, without a limit on the rate; yields the address."""
+    app = make_app(service, ServeConfig(rate=0, **config), io.StringIO())
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

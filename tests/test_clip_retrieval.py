@@ -1,12 +1,9 @@
 """clip-retrieval's own client and its own front end work against the service unchanged (`make peers`; the front end in a real browser)."""
 
-import io
 import json
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,34 +11,14 @@ from typing import Any
 
 import cv2
 import pytest
-import uvicorn
 
-from indexing.app import make_app
-from indexing.service import ServeConfig
 from tests.browser import CHROMIUM, Browser
 from tests.pictured import direction, draw
-from tests.served import Fake
+from tests.served import Fake, serving
 
 PEER = Path(__file__).parent.parent / ".peers" / "clip_retrieval" / "bin" / "python"
 MISSING = "clip-retrieval is not installed beside us: make .peers/clip_retrieval/ready"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PEER.exists(), reason=MISSING)]
-
-
-@contextmanager
-def serving(fake: Fake, **config: Any) -> Iterator[str]:
-    """Serve on a free port; yields the address."""
-    server = uvicorn.Server(uvicorn.Config(make_app(fake.service(), ServeConfig(rate=0, **config), io.StringIO()), port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    deadline = time.monotonic() + 30
-    while not server.started:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 class Asked:
@@ -65,7 +42,7 @@ def test_the_real_client_is_answered(tmp_path: Path) -> None:
     fake = Fake(tmp_path / "run")
     picture = tmp_path / "mine.png"
     cv2.imwrite(str(picture), draw(9, "plain", 64)[..., ::-1])
-    with serving(fake) as address:
+    with serving(fake.service()) as address:
         ask = Asked(address)
         try:
             for query, right in (
@@ -120,7 +97,7 @@ def test_the_real_front_end_shows_what_is_found_where_its_origin_is_allowed(tmp_
     thread.start()
     try:
         with (
-            serving(Fake(tmp_path / "run"), allow_origins=(origin,) if is_allowed else ()) as address,
+            serving(Fake(tmp_path / "run").service(), allow_origins=(origin,) if is_allowed else ()) as address,
             Browser(tmp_path / "browser") as browser,
         ):
             Front.backend = address

@@ -1,21 +1,14 @@
 """The search page in a real browser: by keyboard alone, by a dropped picture, behind a token, with hostile captions, on a phone."""
 
-import io
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
 
-from indexing.app import make_app
-from indexing.service import ServeConfig
+from indexing.service import Service
 from tests import pictured
 from tests.browser import CHROMIUM, Browser
 from tests.pictured import HOSTILE, row
-from tests.served import Fake
+from tests.served import Fake, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 TOKEN = "a-token-of-twenty-letters"
@@ -26,27 +19,14 @@ SMALL = """[...document.querySelectorAll('a, button, summary, select, input')]
 FULL = "document.querySelectorAll('.card').length == 24"
 
 
-@contextmanager
-def serving(folder: Path, token: str | None = None) -> Iterator[str]:
-    """Serve the drawn run, one caption of it hostile, on a free port; yields the address."""
+def run_in(folder: Path) -> Service:
+    """Return the service of the drawn run, one caption of it hostile."""
     rows = [*pictured.usual_rows(), row(3, "hostile", "train", caption=HOSTILE, captions=[HOSTILE], origin="javascript:alert(1)")]
-    app = make_app(Fake(folder, rows).service(), ServeConfig(rate=0, token=token), io.StringIO())
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    deadline = time.monotonic() + 30
-    while not server.started:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    return Fake(folder, rows).service()
 
 
 def test_the_page_by_keyboard_by_picture_and_on_a_phone(tmp_path: Path) -> None:
-    with serving(tmp_path / "run") as address, Browser(tmp_path / "browser") as browser:
+    with serving(run_in(tmp_path / "run")) as address, Browser(tmp_path / "browser") as browser:
         browser.go(address)
         browser.until("document.activeElement && document.activeElement.id == 'text'")
         for letter in "colour 3":
@@ -106,7 +86,7 @@ def test_the_page_by_keyboard_by_picture_and_on_a_phone(tmp_path: Path) -> None:
 
 
 def test_filters_are_in_the_address_and_in_the_history(tmp_path: Path) -> None:
-    with serving(tmp_path / "run") as address, Browser(tmp_path / "browser") as browser:
+    with serving(run_in(tmp_path / "run")) as address, Browser(tmp_path / "browser") as browser:
         browser.go(f"{address}/#text=colour 3&style=framed&min_side_px=10&near_copies=no")
         styles = "[...new Set([...document.querySelectorAll('.facts')].map((each) => each.textContent.split(' · ')[0]))].join()"
         browser.until(f"document.querySelectorAll('.card').length == 16 && {styles} == 'framed'")
@@ -134,7 +114,7 @@ def choose(browser: Browser, name: str, value: str) -> None:
 
 
 def test_the_page_can_be_read_in_either_colour_scheme(tmp_path: Path) -> None:
-    with serving(tmp_path / "run") as address, Browser(tmp_path / "browser") as browser:
+    with serving(run_in(tmp_path / "run")) as address, Browser(tmp_path / "browser") as browser:
         browser.go(address)
         for is_dark in (False, True):
             browser.look(tmp_path / "page.png", is_dark=is_dark)
@@ -164,7 +144,7 @@ def contrast(inner: str, what: str, ground: str) -> str:
 
 
 def test_the_page_asks_for_the_token_and_goes_on(tmp_path: Path) -> None:
-    with serving(tmp_path / "run", TOKEN) as address, Browser(tmp_path / "browser") as browser:
+    with serving(run_in(tmp_path / "run"), token=TOKEN) as address, Browser(tmp_path / "browser") as browser:
         browser.go(f"{address}/#text=colour 3")
         browser.until("document.getElementById('login').open")
         browser.run("document.getElementById('token').value = 'wrong'; document.querySelector('#login .main').click()")
@@ -176,7 +156,7 @@ def test_the_page_asks_for_the_token_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_who_closes_the_dialog_is_told_that_nothing_was_searched_and_may_try_again(tmp_path: Path) -> None:
-    with serving(tmp_path / "run", TOKEN) as address, Browser(tmp_path / "browser") as browser:
+    with serving(run_in(tmp_path / "run"), token=TOKEN) as address, Browser(tmp_path / "browser") as browser:
         browser.go(f"{address}/#text=colour 3")
         browser.until("document.getElementById('login').open")
         browser.press("Escape")
