@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests import forked
 from tests.kept import COUNT, TINY, write_embedded, write_kept, write_tokenizer
 from tests.meeting import meeting
 from training import jobs, soundness
@@ -86,8 +86,7 @@ def train(workers: int, name: str, root: Path, work: Path, number: int = 0, kill
         work.mkdir()
         write_tokenizer(root, work)
         soundness.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
-    multiprocessing.set_forkserver_preload([__name__])  # imports torch once for all workers of this file
-    mp.start_processes(attempt, (workers, name, root, work, number, killed_rank), workers, start_method="forkserver")
+    forked.together(attempt, (workers, name, root, work, number, killed_rank), workers)
     return load_file(work / "0.safetensors")
 
 

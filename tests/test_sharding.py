@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import multiprocessing
 import shutil
 import time
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests import forked
 from tests.kept import TINY, write_embedded, write_kept, write_tokenizer
 from tests.meeting import meeting
 from training import jobs, soundness
@@ -111,8 +110,7 @@ def runs(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     for name in (*(f"{name} {is_sharded}" for name in TRAINED for is_sharded in (False, True)), "cut"):
         prepare(root, runs / name)
-    multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(trainings, (2, root, runs), 2, start_method="forkserver")
+    forked.together(trainings, (2, root, runs), 2)
     return runs
 
 
