@@ -5,7 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.benchmarks import generate_vs_diffusers, models_vs_dalle2, quality_vs_dalle2, steps_and_quality, swiss_roll_vs_diffusers
+from tests.benchmarks import (
+    generate_vs_diffusers,
+    models_vs_dalle2,
+    quality_vs_dalle2,
+    quality_vs_diffusers,
+    steps_and_quality,
+    swiss_roll_vs_diffusers,
+)
 from tests.benchmarks.swiss_roll_vs_diffusers import OURS, STEP_COUNTS, THEIRS
 from tests.promises import told
 from tests.small_systems import PROMPTS, write_system
@@ -36,6 +43,13 @@ def test_drawing_takes_a_third_at_most_and_is_nearer_to_real_pictures() -> None:
     assert [line[:6] for line in quality_vs_dalle2.missed((12.0, 6.0), (11.0, 6.0))] == ["Fréche", "kernel"]
 
 
+def test_a_third_of_the_time_is_at_a_quality_that_is_not_the_lower() -> None:
+    theirs = [(12.0, 5.0), (11.0, 6.0)]
+    assert quality_vs_diffusers.missed(0.33, (11.0, 5.0), theirs) == []
+    missed = quality_vs_diffusers.missed(0.34, (11.5, 5.5), theirs)
+    assert [line[:6] for line in missed] == ["text t", "Fréche", "kernel"]
+
+
 def test_a_roll_is_nearer_than_diffusers_or_as_near_as_chance() -> None:
     def medians(ours: float, theirs: float) -> dict[tuple[str, int], float]:
         return {(name, steps): value for names, value in ((OURS, ours), (THEIRS, theirs)) for name in names for steps in STEP_COUNTS}
@@ -63,7 +77,7 @@ def test_many_steps_are_those_of_prior_and_decoder_and_leave_the_run_as_it_was(t
     assert model.prior.config.sampling_steps == 4 and np.array_equal(few, steps_and_quality.drawn(model, PROMPTS, None)[0])
 
 
-@pytest.mark.parametrize("benchmark", [models_vs_dalle2, quality_vs_dalle2, steps_and_quality])
+@pytest.mark.parametrize("benchmark", [models_vs_dalle2, quality_vs_dalle2, quality_vs_diffusers, steps_and_quality])
 def test_what_cannot_be_measured_is_skipped_with_0(benchmark: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "PYTHON", models_vs_dalle2.PEERS / "no such interpreter", raising=False)
     monkeypatch.setattr("sys.argv", ["benchmark"])

@@ -5,8 +5,8 @@
 Theirs is the loop of its UnCLIP pipeline over PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel and UnCLIPScheduler, without
 super-resolution and with text embeddings ready: 25 and 25 ancestral steps, guidance batched, captions padded to 77 tokens. Ours is
 `Unclip.generate`, text and best of two included: 24 steps of DDIM for z_i and 20 of DPM-Solver++ for the picture, folding 2 x 2 pixels;
-a second row does not fold, so that the network does as much work at each step as theirs. Weights are random: this times, and says nothing
-of quality. Medians of rounds. Ends with 1 where ours as it comes takes more than a third of theirs.
+a second row does not fold, so that the network does as much work at each step as theirs. Weights are random: this times, and
+`quality_vs_diffusers` tells what trained ones draw. Medians of rounds. Ends with 1 where ours as it comes takes more than a third of theirs.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from tests import diffusers_unclip
 from tests.benchmarks.clip_vs_open_clip import captions
 from tests.benchmarks.models_vs_dalle2 import EMBED_DIM, SIDE_PX, decoder_of, prior_of, without_tables
 from tests.promises import told
@@ -34,71 +34,8 @@ from training.generate import Unclip
 from training.tokenizer import Tokenizer, TokenizerConfig
 
 TOKENS = 77
-STEPS = {"prior": 25, "decoder": 25}  # the pipeline's defaults, as are the weights of its guidance
-PRIOR_GUIDANCE, DECODER_GUIDANCE = 4.0, 8.0
+HEADS, DEPTH, WIDTHS, BLOCKS = 4, 7, (64, 128, 256), 2
 AT_MOST = 1 / 3
-
-
-class Diffusers:
-    """diffusers' parts with random weights, put together as its pipeline does."""
-
-    def __init__(self) -> None:
-        from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel
-        from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
-
-        widths = (64, 128, 256)
-        self.prior = PriorTransformer(
-            num_attention_heads=4, attention_head_dim=64, num_layers=7, embedding_dim=EMBED_DIM, num_embeddings=TOKENS
-        ).eval()
-        self.unet = UNet2DConditionModel(
-            sample_size=SIDE_PX, in_channels=3, out_channels=6, layers_per_block=2, block_out_channels=widths,
-            down_block_types=("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
-            attention_head_dim=64, cross_attention_dim=EMBED_DIM, class_embed_type="identity", resnet_time_scale_shift="scale_shift",
-        ).eval()  # fmt: skip
-        self.text = UnCLIPTextProjModel(clip_embeddings_dim=EMBED_DIM, time_embed_dim=4 * widths[0], cross_attention_dim=EMBED_DIM).eval()
-        self.prior_scheduler = UnCLIPScheduler(variance_type="fixed_small_log", clip_sample_range=5.0, prediction_type="sample")
-        self.scheduler = UnCLIPScheduler(variance_type="learned_range")
-
-    @torch.no_grad()
-    def __call__(self, z_t: Tensor, encodings: Tensor, is_word: Tensor) -> Tensor:
-        """Draw pictures (B, 3, S, S) for ready texts, the empty one first: z_t (2 B, E), encodings (2 B, 77, E), is_word (2 B, 77)."""
-        z_i = torch.randn(len(z_t) // 2, EMBED_DIM)
-
-        def embedding(x_t: Tensor, t: Tensor) -> Tensor:
-            found = self.prior(x_t.repeat(2, 1), t, z_t, encodings, is_word).predicted_image_embedding
-            free, told = found.chunk(2)
-            return free + PRIOR_GUIDANCE * (told - free)
-
-        z_i = self.prior.post_process_latents(walk(self.prior_scheduler, STEPS["prior"], z_i, embedding))
-        context, added = self.text(
-            image_embeddings=z_i, prompt_embeds=z_t, text_encoder_hidden_states=encodings, do_classifier_free_guidance=True
-        )
-        mask = nn.functional.pad(is_word, (self.text.clip_extra_context_tokens, 0), value=True)
-
-        def noise(x_t: Tensor, t: Tensor) -> Tensor:
-            found = self.unet(x_t.repeat(2, 1, 1, 1), t, context, class_labels=added, attention_mask=mask).sample
-            free, told = found.chunk(2)
-            told, variance = told.chunk(2, 1)
-            free = free[:, :3]
-            return torch.cat([free + DECODER_GUIDANCE * (told - free), variance], 1)
-
-        return walk(self.scheduler, STEPS["decoder"], torch.randn(len(z_i), 3, SIDE_PX, SIDE_PX), noise).clamp(-1, 1)
-
-    def count(self) -> dict[str, int]:
-        """Count parameters."""
-        return {"prior": without_tables(self.prior), "decoder": without_tables(self.unet) + without_tables(self.text)}
-
-
-def walk(scheduler: Any, steps: int, x_t: Tensor, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Take the scheduler's steps from noise to data."""
-    scheduler.set_timesteps(steps)
-    times = scheduler.timesteps
-    for place, t in enumerate(times):
-        before = times[place + 1] if place + 1 < len(times) else None
-        x_t = scheduler.step(predict(x_t, t), t, x_t, prev_timestep=before).prev_sample
-    return x_t
 
 
 def measure(threads: int, rounds: int, pictures: int) -> dict[str, Any]:
@@ -108,8 +45,12 @@ def measure(threads: int, rounds: int, pictures: int) -> dict[str, Any]:
     texts = captions(256)
     tokenizer = Tokenizer.fit(texts, TokenizerConfig())
     clip = CLIP(ClipConfig(embed_dim=EMBED_DIM), tokenizer.vocab_size, tokenizer.context).eval().requires_grad_(False)
-    theirs = Diffusers()
-    counts: dict[str, Any] = {"diffusers": theirs.count()}
+    parts = {
+        "prior": diffusers_unclip.make_prior(EMBED_DIM, TOKENS, HEADS, DEPTH),
+        "decoder": diffusers_unclip.Decoder(EMBED_DIM, SIDE_PX, WIDTHS, BLOCKS),
+    }
+    theirs = diffusers_unclip.Diffusers(**parts)
+    counts: dict[str, Any] = {"diffusers": {name: without_tables(part) for name, part in parts.items()}}
     prior = priors.make(prior_of(counts["diffusers"]["prior"]), EMBED_DIM, tokenizer.vocab_size, tokenizer.context).eval()
     systems: dict[str, Unclip] = {}
     for patch_px in (2, 1):
@@ -133,7 +74,7 @@ def measure(threads: int, rounds: int, pictures: int) -> dict[str, Any]:
     return {
         "threads": threads, "rounds": rounds, "pictures": pictures, "side_px": SIDE_PX, "diffusers": version("diffusers"),
         "torch": torch.__version__, "parameters": counts,
-        "steps": {"diffusers": STEPS, "ours": {"prior": prior.config.sampling_steps, "decoder": config.sampling_steps}},
+        "steps": {"diffusers": diffusers_unclip.STEPS, "ours": {"prior": prior.config.sampling_steps, "decoder": config.sampling_steps}},
         "seconds": {name: statistics.median(each[1:]) for name, each in taken.items()},
     }  # fmt: skip
 

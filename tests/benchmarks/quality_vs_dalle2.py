@@ -17,60 +17,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flows.config import RunConfig, load_recipe
-from indexing import distances
-from tests.benchmarks.clip_quality_vs_open_clip import newest
-from tests.benchmarks.models_vs_dalle2 import PEERS, PYTHON, without_tables
+from tests import equal_seconds
+from tests.benchmarks.models_vs_dalle2 import PEERS, PYTHON
 from tests.promises import told as outcome
-from training import clip as clip_model
-from training import embeddings, features, jobs, soundness
-from training.clip import CLIP
-from training.decoder import DecoderConfig
-from training.generate import Unclip
-from training.loop import LoopConfig
-from training.pictures import Pictures, read_table
-from training.prior import PriorConfig
-from training.tokenizer import PAD, Tokenizer
+from training import features
 
-PRIOR_SHARE = 0.2
-CALIBRATION_STEPS = 6
 THEIR_RATE = {"prior": 1e-3, "decoder": 1e-3}
-
-
-def train_ours(fit: Callable[..., Any], config: LoopConfig, paths: dict[str, Path], seconds: float) -> tuple[nn.Module, dict[str, Any]]:
-    """Train as the stage does for that long, the time of seeing how many images fit included; returns the averaged model."""
-    images, taken_s, seen = CALIBRATION_STEPS * config.batch_size, 0.0, 0
-    for left in (1, 0):
-        with tempfile.TemporaryDirectory() as folder:
-            if isinstance(config, DecoderConfig):
-                soundness.settle(read_table(paths["embed"] / "metadata", "train"), paths["ingest"] / "shards", "stop", Path(folder))
-            model, averaged = fit(config.model_copy(update={"images": images, "state_every_s": 1e9}), paths, Path(folder), "cpu")
-            last = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])
-        taken_s, seen = taken_s + last["seconds"], last["images_seen"]
-        if left:
-            images = max(images, int(images * (seconds - taken_s) / taken_s))
-    model.load_state_dict(averaged)
-    facts = {"parameters": without_tables(model), "images_seen": seen, "seconds": taken_s, "loss": last["loss"]}
-    return model.eval().requires_grad_(False), facts
-
-
-@torch.no_grad()
-def encodings(clip: CLIP, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """Return the projected hidden states of the text tower, float16 (B, context, E); padding is zero, as DALLE2-pytorch wants it."""
-    found = torch.zeros(len(texts), tokenizer.context, clip.config.embed_dim, dtype=torch.float16)
-    for start in range(0, len(texts), 256):
-        ids = tokenizer(texts[start : start + 256])
-        hidden = clip.text_project(clip.text(ids)) * (ids != PAD)[..., None]
-        found[start : start + len(ids), : ids.shape[1]] = hidden
-    return found
 
 
 def train_theirs(config: RunConfig, told: dict[str, Any], data: dict[str, Tensor], context: int) -> dict[str, Any]:
@@ -117,53 +77,29 @@ def main() -> int:
         return 0
     torch.set_num_threads(chosen.threads)
     config = load_recipe(chosen.recipe)
-    assert isinstance(config.prior, PriorConfig) and isinstance(config.decoder, DecoderConfig)
-    paths = {name: newest(chosen.root / name) for name in ("ingest", "clip", "embed")}
-    seconds = {"prior": PRIOR_SHARE * chosen.seconds, "decoder": (1 - PRIOR_SHARE) * chosen.seconds}
-    prior, of_prior = train_ours(jobs.fit_prior, config.prior, paths, seconds["prior"])
-    decoder, of_decoder = train_ours(jobs.fit_decoder, config.decoder, paths, seconds["decoder"])
-    clip, tokenizer = clip_model.load(paths["clip"])
-    side_px = config.decoder.image_size_px
-    held = read_table(paths["embed"] / "metadata", "held_out_concept")
-    places = np.random.default_rng(0).permutation(held.num_rows)[: chosen.pictures]
-    held = held.take(places)
-    prompts = held["caption"].to_pylist()
-    real = Pictures(held, paths["ingest"] / "shards", side_px)[range(len(prompts))].numpy()
+    ours = equal_seconds.trained(config, chosen.root, chosen.seconds, chosen.pictures)
     started_s = time.monotonic()
-    drawn = {"ours": Unclip(clip, tokenizer, prior, decoder).generate(prompts, seed=range(len(prompts)))[:, 0]}  # type: ignore[arg-type]
+    drawn = {"ours": ours.system.generate(ours.prompts, seed=range(len(ours.prompts)))[:, 0]}
     drawing_s = time.monotonic() - started_s
-    table, z_i = embeddings.read(paths["embed"], "train")
-    captions = table["caption"].to_pylist()
-    data = {
-        "z_i": z_i[torch.arange(len(z_i))],
-        "z_t": clip_model.embed_texts(clip, tokenizer, captions), "encodings": encodings(clip, tokenizer, captions),
-        "images": Pictures(table, paths["ingest"] / "shards", side_px)[range(len(captions))],
-        "asked_z_t": clip_model.embed_texts(clip, tokenizer, prompts), "asked_encodings": encodings(clip, tokenizer, prompts),
-    }  # fmt: skip
-    parameters = {"prior": of_prior["parameters"], "decoder": of_decoder["parameters"]}
-    told = {"seconds": seconds, "threads": chosen.threads, "parameters": parameters}
-    theirs = train_theirs(config, told, data, tokenizer.context)
+    data = ours.for_peers()
+    told = {"seconds": ours.seconds, "threads": chosen.threads, "parameters": ours.parameters}
+    theirs = train_theirs(config, told, data, ours.system.tokenizer.context)
     drawn["DALLE2-pytorch"] = theirs["images"].permute(0, 2, 3, 1).contiguous().numpy()
     print(
-        f"{datetime.date.today()}, {chosen.threads} thread(s), {chosen.seconds:g} s of training each on {len(captions):,} pairs of "
-        f"{side_px} px, {len(prompts)} held-out captions, {features.LITE_NAME}, DALLE2-pytorch {theirs['version']}, "
+        f"{datetime.date.today()}, {chosen.threads} thread(s), {chosen.seconds:g} s of training each on {len(data['z_i']):,} pairs of "
+        f"{ours.side_px} px, {len(ours.prompts)} held-out captions, {features.LITE_NAME}, DALLE2-pytorch {theirs['version']}, "
         f"ours drew in {drawing_s:.0f} s"
     )
-    print("ours: " + json.dumps({"prior": of_prior, "decoder": of_decoder}))
+    print("ours: " + json.dumps(ours.facts))
     print("DALLE2-pytorch: " + json.dumps({"prior": theirs["prior"], "decoder": theirs["decoder"]}))
-    of_real = np.asarray(network(real), np.float64)
+    of_real = np.asarray(network(ours.real), np.float64)
     print("\n| pictures | Fréchet distance | kernel distance x 1000 |\n|---|---|---|")
     reached: dict[str, tuple[float, float]] = {}
     for name, pictures in drawn.items():
-        made = np.asarray(network(pictures), np.float64)
-        reached[name] = distances.frechet(of_real, made), 1000 * distances.kernel_distance(of_real, made)
+        reached[name] = equal_seconds.distances_of(of_real, np.asarray(network(pictures), np.float64))
         print(f"| {name} | {reached[name][0]:.2f} | {reached[name][1]:.2f} |")
     if chosen.out:
-        from indexing.pictures import sheet, write_png
-
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        rows = {"real": real, **drawn}
-        write_png(sheet([list(each[:12]) for each in rows.values()], list(rows)), chosen.out / "quality_vs_dalle2.png")
+        equal_seconds.write_sheet({"real": ours.real, **drawn}, chosen.out / "quality_vs_dalle2.png")
     return outcome(missed(*reached.values()))
 
 

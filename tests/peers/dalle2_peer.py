@@ -1,4 +1,4 @@
-"""DALLE2-pytorch in its own environment (`make peers`): its import, its models and its training steps, for the benchmarks' processes.
+"""DALLE2-pytorch in its own environment (`make peers`): its import and its models, for the benchmarks' processes.
 
 What it merely imports (trainers, augmentations, a VQ-GAN, other CLIPs) is stood in for by empty modules; nothing of that is called.
 Knows nothing of ours.
@@ -11,8 +11,7 @@ from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 ONLY_IMPORTED = ("accelerate", "coca_pytorch", "ema_pytorch", "kornia", "open_clip", "pytorch_warmup", "torchvision",
                  "vector_quantize_pytorch", "x_clip")  # fmt: skip
@@ -66,30 +65,3 @@ def make_decoder(dalle2: Any, told: dict[str, Any]) -> nn.Module:
         dim_mults=tuple(told["dim_mults"]), num_resnet_blocks=told["blocks"], cond_on_text_encodings=True, max_text_len=told["text_len"],
     )  # fmt: skip
     return dalle2.Decoder(unet, image_size=told["side_px"], timesteps=1000, sample_timesteps=told.get("sampling_steps"))
-
-
-def count(model: nn.Module) -> int:
-    """Count a model's trained parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-class Trained:
-    """A model with the optimiser of its trainers: AdamW with decay on matrices, clipped gradients."""
-
-    def __init__(self, model: nn.Module, learning_rate: float, decay: float, clip: float) -> None:
-        self.model, self.clip = model.train(), clip
-        groups = [
-            {"params": [p for p in model.parameters() if p.requires_grad and p.ndim >= 2], "weight_decay": decay},
-            {"params": [p for p in model.parameters() if p.requires_grad and p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99))
-
-    def step(self, bf16: bool, **batch: Tensor) -> float:
-        """Make one step and return the loss."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = self.model(**batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())

@@ -10,7 +10,8 @@ import time
 from typing import Any
 
 import torch
-from dalle2_peer import Trained, count, import_dalle2, make_decoder, make_prior
+from dalle2_peer import import_dalle2, make_decoder, make_prior
+from timed_training import Trained, count
 
 
 class Rounds:

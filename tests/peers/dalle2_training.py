@@ -2,63 +2,20 @@
 
     python dalle2_training.py TOLD.json: `data`, `prior`, `decoder`, `parameters`, `seconds`, `threads`, `batch`, `learning_rate`, `out`
 
-A warm-up and a cosine to nothing over the steps that fit into the time, averaged weights as ours are averaged, so that the models and
-their losses are compared and not the trainers' defaults, which are made for days. Knows nothing of ours.
+Knows nothing of ours.
 """
 
-import copy
 import json
-import math
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from dalle2_peer import Trained, count, import_dalle2, make_decoder, make_prior
+from dalle2_peer import import_dalle2, make_decoder, make_prior
+from timed_training import nearest, train
 from torch import Tensor, nn
 
-CALIBRATION_STEPS = 4
 DRAWN_AT_ONCE = 32
-
-
-def nearest(make: Callable[[int], nn.Module], options: range, parameters: int) -> nn.Module:
-    """Return the model whose number of parameters comes nearest."""
-    sizes = {}
-    for option in options:
-        with torch.device("meta"):
-            sizes[option] = count(make(option))
-    return make(min(sizes, key=lambda option: abs(sizes[option] - parameters)))
-
-
-def train(
-    model: nn.Module, batch_of: Callable[[Tensor], dict[str, Tensor]], samples: int, told: dict[str, Any], name: str
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Train for told["seconds"][name] and return the averaged model and what it took."""
-    trained, averaged = Trained(model, told["learning_rate"][name], 0.01, 0.5), copy.deepcopy(model).eval()
-    seconds, batch = told["seconds"][name], told["batch"][name]
-    started_s, steps, number, order, loss = time.monotonic(), 0, 0, torch.empty(0, dtype=torch.long), 0.0
-    while not steps or number < steps:
-        passed_s = time.monotonic() - started_s
-        if number == CALIBRATION_STEPS:
-            steps = max(number + 1, int(seconds / (passed_s / number)))
-        done = number / steps if steps else 0.0
-        rate = min(done / 0.05, 0.5 * (1 + math.cos(math.pi * done)))
-        for group in trained.optimizer.param_groups:
-            group["lr"] = told["learning_rate"][name] * max(rate, 1e-3)
-        if len(order) < batch:
-            order = torch.cat([order, torch.randperm(samples)])
-        rows, order = order[:batch], order[batch:]
-        loss = trained.step(told["bf16"], **batch_of(rows))
-        with torch.no_grad():
-            decay = min(0.999, (1 + number) / (10 + number))
-            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
-        number += 1
-        if time.monotonic() - started_s > seconds:
-            break
-    facts = {"parameters": count(model), "images_seen": number * batch, "seconds": time.monotonic() - started_s, "loss": loss}
-    return averaged, facts
 
 
 @torch.no_grad()
@@ -90,8 +47,11 @@ def main() -> None:
         image = images[rows].permute(0, 3, 1, 2).float() / 255
         return {"image": image, "image_embed": z_i[rows], "text_encodings": encodings[rows].float()}
 
-    prior, of_prior = train(prior, texts, len(z_i), told, "prior")
-    decoder, of_decoder = train(decoder, pictures, len(z_i), told, "decoder")
+    def how(name: str) -> dict[str, Any]:
+        return {key: told[key][name] for key in ("seconds", "batch", "learning_rate")} | {"bf16": told["bf16"]}
+
+    prior, of_prior = train(prior, texts, len(z_i), **how("prior"))
+    decoder, of_decoder = train(decoder, pictures, len(z_i), **how("decoder"))
     parts = [slice(start, start + DRAWN_AT_ONCE) for start in range(0, len(data["asked_z_t"]), DRAWN_AT_ONCE)]
     made = [draw(prior, decoder, data["asked_z_t"][part], data["asked_encodings"][part].float(), told["guidance"]) for part in parts]
     torch.save({"images": torch.cat(made), "prior": of_prior, "decoder": of_decoder, "version": str(dalle2.__version__)}, told["out"])
