@@ -6,7 +6,8 @@ Theirs is the loop of its UnCLIP pipeline over PriorTransformer, UnCLIPTextProjM
 super-resolution and with text embeddings ready: 25 and 25 ancestral steps, guidance batched, captions padded to 77 tokens. Ours is
 `Unclip.generate`, text and best of two included: 24 steps of DDIM for z_i and 20 of DPM-Solver++ for the picture, folding 2 x 2 pixels;
 a second row does not fold, so that the network does as much work at each step as theirs. Weights are random: this times, and
-`quality_vs_diffusers` tells what trained ones draw. Medians of rounds. Ends with 1 where ours as it comes takes more than a third of theirs.
+`quality_vs_diffusers` tells what trained ones draw. Medians of rounds. Ends with 1 where ours as it comes takes more than a third of the
+time of theirs.
 """
 
 import argparse
