@@ -157,7 +157,7 @@ def read_one(file: Path, side_px: int, look: "Look", licence: str, source: Path)
     caption = (
         " ".join(beside.read_text(errors="replace").split())[:2000] if beside.is_file() else file.stem.replace("_", " ").replace("-", " ")
     )
-    origin = f"file:{file.relative_to(source)}#{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+    origin = f"file:{file.relative_to(source)}#{manifests.file_sha256(file)[:16]}"
     row = dict.fromkeys(EMBEDDED.names, "") | {
         "key": sample_key(origin, caption),
         "origin": origin,

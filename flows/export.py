@@ -6,7 +6,6 @@ The folder holds `clip/`, `prior/`, `decoder/` (config and averaged weights; the
 all stages of the run), `README.md` (the model card) and, where the run was evaluated, its sheet of samples. `Unclip.load(folder)` reads it.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -20,7 +19,7 @@ import typer
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
 from flows.using import RunName
 from infra.errors import CallerError, StorageError
-from infra.manifests import Committed
+from infra.manifests import Committed, file_sha256
 from infra.storage import Root, one_line_errors
 
 NEEDED = ("clip", "prior", "decoder")
@@ -117,9 +116,8 @@ def _fill(aside: Path, record: dict[str, Any], stages: dict[str, Committed]) -> 
 def _copy(committed: Committed, name: str, to: Path) -> None:
     shutil.copyfile(committed.local() / name, to)
     expected = next((file["sha256"] for file in committed.manifest["files"] if file["path"] == name), "")
-    with to.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-            raise StorageError(f"{committed.uri}/{name} is not what its manifest says: run the pipeline again to make that stage anew")
+    if file_sha256(to) != expected:
+        raise StorageError(f"{committed.uri}/{name} is not what its manifest says: run the pipeline again to make that stage anew")
 
 
 def _pictures(embed: Committed) -> dict[str, dict[str, int]]:
@@ -135,7 +133,7 @@ def _pictures(embed: Committed) -> dict[str, dict[str, int]]:
 
 def _listed(folder: Path) -> list[dict[str, Any]]:
     return [
-        {"path": str(file.relative_to(folder)), "bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        {"path": str(file.relative_to(folder)), "bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     ]

@@ -195,12 +195,13 @@ def _differences(folder: Path, files: list[dict[str, Any]]) -> list[str]:
             wrong.append(f"{file['path']} is missing")
         elif path.stat().st_size != file["bytes"]:
             wrong.append(f"{file['path']} has {path.stat().st_size:,} bytes, not {file['bytes']:,}")
-        elif _sha256(path) != file["sha256"]:
+        elif file_sha256(path) != file["sha256"]:
             wrong.append(f"{file['path']} has another checksum")
     return wrong
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a local file, in hexadecimal, read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -229,7 +230,7 @@ def commit(root: Root, stage: str, key: str, out: Path, facts: Mapping[str, Any]
     """
     with storage.one_line_errors(out):
         files = [
-            {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": _sha256(path)}
+            {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
             for path in sorted(out.rglob("*"))
             if path.is_file()
         ]

@@ -388,6 +388,6 @@ def test_status_names_additions_that_are_not_searched(root: Root, tmp_path: Path
     told: list[str] = []
     plans = [StagePlan(next(each for each in STAGES if each.name == "clip"), clip.key, "current", "", committed(root, "clip"))]
     monkeypatch.setattr("flows.planning.plan", lambda *_: plans)
-    monkeypatch.setattr(making, "_say", told.append)
+    monkeypatch.setattr(making, "say", told.append)
     making.status(str(RECIPE), root.uri)
     assert told == [f"unclip: {line}"]
