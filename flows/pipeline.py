@@ -1,4 +1,4 @@
-"""The Prefect flow: one task per stage, in dependency order, with retries.
+"""The Prefect flow: one task per stage, in dependency order, and one for each other thing that needs the store, all with retries.
 
 Prefect shows and schedules; what is done is decided by the manifests alone. Entrypoint of deployments: `flows/pipeline.py:run_pipeline`.
 """
@@ -58,9 +58,14 @@ def is_worth_retrying(_task: Task[Any, Any], run: TaskRun, state: State[Any]) ->
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def make_stage(make: Callable[[], StageResult]) -> StageResult:
-    """Bring one stage up to date."""
-    return make()
+def step(what: Callable[[], Any]) -> Any:
+    """Do one thing that may be done again."""
+    return what()
+
+
+def do(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Do one step of the run under a name, and again as `is_worth_retrying` says."""
+    return step.with_options(name=name, task_run_name=name)(partial(function, *arguments))
 
 
 async def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -88,26 +93,25 @@ def run_pipeline(
     from flows.config import load_recipe  # with torch and faiss, which the tests of the flow itself do without
 
     config = load_recipe(recipe, overrides or [])
-    opened = open_root(root, Path(scratch) if scratch else None)
-    compact(opened, _say)
+    opened = do("open", open_root, root, Path(scratch) if scratch else None)
+    do("compact", compact, opened, _say)
     return run_stages(config, opened, name, recipe, stages_of(config, targets or (), STAGES), jobs)
 
 
 def run_stages(config: Any, root: Root, name: str, recipe: str, stages: Sequence[Stage], jobs: str | None = None) -> dict[str, Any]:
     """Run the stages as tasks of the flow around it, record the run and leave its artifacts."""
     started = manifests.now()
-    done: dict[str, StageResult] = {}
+    results: dict[str, StageResult] = {}
     with Cluster(config.cluster) as cluster:
         for stage in stages:
-            inputs = {name: done[name].committed for name in inputs_of(stage, done)}
-            make = partial(_make, stage, root, config, inputs, cluster, jobs)
-            done[stage.name] = make_stage.with_options(name=stage.name, task_run_name=stage.name)(make)
-    gated = bool(config.evaluate.promote_if)
-    record = write_run(root, name, recipe, started, {stage: result.committed for stage, result in done.items()}, gated)
-    judgement = settle(root, config.evaluate.promote_if, record, {stage: result.committed for stage, result in done.items()})
+            inputs = {name: results[name].committed for name in inputs_of(stage, results)}
+            results[stage.name] = do(stage.name, _make, stage, root, config, inputs, cluster, jobs)
+    committed = {stage: result.committed for stage, result in results.items()}
+    record = do("record", write_run, root, name, recipe, started, committed, bool(config.evaluate.promote_if))
+    judgement = do("promote", settle, root, config.evaluate.promote_if, record, committed)
     if judgement:
         _say(described(judgement))
-    result = summary(root, name, list(done.values()), record["report"], judgement)
+    result = summary(root, name, list(results.values()), record["report"], judgement)
     create_table_artifact(table=result["stages"], key="stages", description=f"{name} in {root.uri}")
     if record["report"]:
         create_link_artifact(link=record["report"], link_text="report", key="report", description=f"{name} in {root.uri}")

@@ -104,7 +104,7 @@ def _server(home: Path, port: int, more: dict[str, str]) -> Iterator[str]:
                 os.environ[name] = value
         server.terminate()
         try:
-            server.wait(timeout=5)
+            server.wait(timeout=20)  # it writes down what it has heard last
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()

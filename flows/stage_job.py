@@ -1,7 +1,7 @@
 """One stage as a Ray job: `python -m flows.stage_job ROOT STAGE KEY ATTEMPT`, started by `flows/submission.py` on the cluster.
 
 Reads what to do from `ROOT/jobs/<stage>-<key>.json`, which also is the fence: an attempt that is no longer the one claimed there commits
-nothing. Exit code 2 says that another attempt would fail as well.
+nothing. Exit code 2 says that another attempt would fail as well, 3 that ROOT was away.
 """
 
 import os
@@ -14,8 +14,8 @@ from flows.running import run_stage
 from flows.stage import key_of
 from infra import manifests, storage
 from infra.cluster import Cluster
-from infra.errors import CallerError, DataError, UnclipError
-from infra.ray_jobs import HOPELESS_EXIT
+from infra.errors import CallerError, DataError, StorageAwayError, UnclipError
+from infra.ray_jobs import AWAY_EXIT, HOPELESS_EXIT
 from infra.storage import Root, open_root
 
 HOPELESS = (CallerError, DataError, AssertionError, AttributeError, ImportError, NameError, NotImplementedError, TypeError)
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
         return HOPELESS_EXIT
     except UnclipError as error:
         say(f"unclip: {' '.join(str(error).split())}")
-        return 1
+        return AWAY_EXIT if isinstance(error, StorageAwayError) else 1
     return 0
 
 

@@ -13,16 +13,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.errors import CallerError, UnclipError
+from infra.errors import CallerError, StorageAwayError, UnclipError
 
 POLL_S = 1.0
 ANSWER_LIMIT_S = 60
 WAIT_TOLD_AFTER_S = 30
+RETRY_AFTER_S, RETRY_AT_MOST_S = 5.0, 300.0
+"""Pause before the second attempt, which doubles with each further one, and its limit."""
 RUNNING = ("PENDING", "RUNNING")
 PASSING = ("No available agent", "status code 502", "status code 503", "status code 504")
 RAYS_OWN = ("job_manager.py", "Running entrypoint for job")
 HOPELESS_EXIT = 2
 """Exit code of an entrypoint that would fail again."""
+AWAY_EXIT = 3
+"""Exit code of an entrypoint whose store was away: the caller knows how long to wait for it."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,9 @@ class JobServer:
         """Have the job done: join the attempt `claimed` (0 for none) if it runs, else claim and submit attempts until one succeeds.
 
         `claim(n)` must keep n where a returning driver finds it, unless a later attempt is kept there, and return the one that is kept
-        then; `is_done()` tells whether the result is there. An interruption
-        stops the job. Raises UnclipError when the attempts are used up, when someone else stopped it, or when the server is silent.
+        then; `is_done()` tells whether the result is there. Attempts follow each other after pauses that double. An interruption
+        stops the job. Raises UnclipError when the attempts are used up, when someone else stopped it, or when the server is silent, and
+        StorageAwayError where an attempt ended because its store was away.
         """
         number, tries = claimed, 0
         if not number or self.status(job, number) not in RUNNING:
@@ -72,9 +77,14 @@ class JobServer:
             if state == "STOPPED":
                 raise UnclipError(f"{job_id(job, number)} was stopped by someone else; the same command goes on from here")
             why = said or f"it ended as {state or 'unknown to a new cluster'}"
-            if tries >= job.attempts or self._exit_code(job, number) == HOPELESS_EXIT:
+            code = self._exit_code(job, number)
+            if code == AWAY_EXIT:
+                raise StorageAwayError(f"{job_id(job, number)}: {why}")
+            if tries >= job.attempts or code == HOPELESS_EXIT:
                 raise UnclipError(f"{job_id(job, number)}: {why}")
-            show(f"{job_id(job, number)}: {why}; attempt {number + 1} follows")
+            pause_s = min(RETRY_AFTER_S * 2 ** max(0, tries - 1), RETRY_AT_MOST_S)
+            show(f"{job_id(job, number)}: {why}; attempt {number + 1} follows in {pause_s:.0f} s")
+            time.sleep(pause_s)
             number, tries = self._submit(job, number + 1, claim), tries + 1
 
     def _submit(self, job: Job, number: int, claim: Callable[[int], int]) -> int:

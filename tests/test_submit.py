@@ -16,7 +16,7 @@ import pytest
 from flows import stage_job, submission
 from flows.stage import key_of
 from infra import manifests, ray_jobs, storage
-from infra.errors import CallerError, UnclipError
+from infra.errors import CallerError, StorageAwayError, UnclipError
 from infra.ray_jobs import Job, JobServer
 from tests.fakes import FAKES, FakeConfig, FakeSection
 from tests.ray_cluster import HERE, RayCluster
@@ -159,6 +159,7 @@ def test_a_driver_that_wakes_late_follows_the_attempt_that_has_been_claimed_mean
     monkeypatch.setattr(stage_job.stages, "STAGES", FAKES)
     monkeypatch.setattr(stage_job, "load", FakeConfig.model_validate)
     monkeypatch.setattr(JobServer, "_client", lambda self: Client())
+    monkeypatch.setattr(ray_jobs, "RETRY_AFTER_S", 0)
     monkeypatch.setattr(JobServer, "_follow", claim_of_another)
     monkeypatch.setattr(JobServer, "_exit_code", lambda *_: 1)
     result = submission.submit_stage(FAKES[0], root, config, {}, "http://head:8265", print)
@@ -211,6 +212,26 @@ def test_a_mistake_is_told_in_its_own_words_and_not_tried_again(cluster: RayClus
     (tmp_path / "passing").mkdir()
     shown = drive(tmp_path / "passing", cluster.address, 0, "flaky")  # a fault that passes
     assert any("attempt 2 follows" in line for line in shown) and shown[-1] == "data ran"
+
+
+def test_a_job_whose_store_was_away_is_tried_again_by_who_knows_how_long_to_wait(cluster: RayCluster, tmp_path: Path, quick: None) -> None:
+    with pytest.raises(StorageAwayError, match=r"-1: cannot use s3://bucket: SlowDown$"):
+        drive(tmp_path, cluster.address, 0, "away")
+    assert list(jobs(cluster, tmp_path).values()) == ["FAILED"]
+    assert drive(tmp_path, cluster.address, 0, "away")[-1] == "data ran"
+    assert sorted((name[-1], state) for name, state in jobs(cluster, tmp_path).items()) == [("1", "FAILED"), ("2", "SUCCEEDED")]
+
+
+def test_attempts_follow_each_other_after_pauses_that_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted, pauses = list[int](), list[float]()
+    monkeypatch.setattr(ray_jobs.time, "sleep", pauses.append)
+    monkeypatch.setattr(JobServer, "_submit", lambda self, job, number, claim: (submitted.append(number), number)[1])
+    monkeypatch.setattr(JobServer, "_follow", lambda *_: ("FAILED", "it was killed"))
+    monkeypatch.setattr(JobServer, "_exit_code", lambda *_: 1)
+    job = Job(name="unclip-x", command=lambda number: "true", attempts=9)
+    with pytest.raises(UnclipError, match=r"unclip-x-9: it was killed$"):
+        JobServer("http://head:8265").run(job, 0, lambda number: number, lambda: False, lambda line: None)
+    assert submitted == list(range(1, 10)) and pauses == [5, 10, 20, 40, 80, 160, 300, 300]
 
 
 def test_a_job_server_that_is_silent_or_refuses_us_is_one_line(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
