@@ -1,7 +1,6 @@
 """clip-retrieval's own client and its own front end work against the service unchanged (`make peers`; the front end in a real browser)."""
 
 import json
-import subprocess
 import threading
 import time
 from functools import partial
@@ -13,29 +12,24 @@ import cv2
 import pytest
 
 from tests.browser import CHROMIUM, Browser
+from tests.peered import PEERS, Peer
 from tests.pictured import direction, draw
 from tests.served import Fake, serving
 
-PEER = Path(__file__).parent.parent / ".peers" / "clip_retrieval" / "bin" / "python"
+PYTHON = PEERS / "clip_retrieval" / "bin" / "python"
 MISSING = "clip-retrieval is not installed beside us: make .peers/clip_retrieval/ready"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PEER.exists(), reason=MISSING)]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON.exists(), reason=MISSING)]
 
 
 class Asked:
     """The client's process."""
 
     def __init__(self, address: str) -> None:
-        script = Path(__file__).parent / "peers" / "clip_retrieval_peer.py"
         self.client = {"url": f"{address}/knn-service", "indice_name": "drawn", "num_images": 4}
-        self.process = subprocess.Popen([str(PEER), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = Peer(PYTHON, "clip_retrieval_peer.py")
 
     def __call__(self, client: dict[str, Any] | None = None, **query: Any) -> Any:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps({"client": {**self.client, **(client or {})}, "query": query}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, "the client's process ended"
-        return json.loads(line)
+        return self.process.ask({"client": {**self.client, **(client or {})}, "query": query})
 
 
 def test_the_real_client_is_answered(tmp_path: Path) -> None:
@@ -64,8 +58,7 @@ def test_the_real_client_is_answered(tmp_path: Path) -> None:
             assert "fetches no pictures" in ask(image="http://example.org/a.png")["detail"]
             assert "no index of that name" in ask({"indice_name": "laion5B"}, text="colour 5")["detail"]
         finally:
-            ask.process.kill()
-            ask.process.wait()
+            ask.process.stop()
 
 
 class Front(SimpleHTTPRequestHandler):
@@ -90,7 +83,7 @@ class Front(SimpleHTTPRequestHandler):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("is_allowed", [True, False])
 def test_the_real_front_end_shows_what_is_found_where_its_origin_is_allowed(tmp_path: Path, is_allowed: bool) -> None:
-    (built,) = PEER.parent.parent.glob("lib/python*/site-packages/front/build")
+    (built,) = PYTHON.parent.parent.glob("lib/python*/site-packages/front/build")
     front = ThreadingHTTPServer(("127.0.0.1", 0), partial(Front, directory=str(built)))
     origin = f"http://127.0.0.1:{front.server_address[1]}"
     thread = threading.Thread(target=front.serve_forever, daemon=True)

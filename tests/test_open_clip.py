@@ -5,7 +5,6 @@ The comparisons ask open_clip in an environment of its own (tests/peered.py).
 
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tokenizers import Tokenizer as Engine
 from torch import Tensor
 
 from infra.errors import CallerError, DataError
-from tests.peered import interpreter_of
+from tests.peered import Peer, interpreter_of
 from training import clip as clip_model
 from training import jobs, open_clip
 from training.clip import CLIP, ClipConfig
@@ -47,38 +46,27 @@ AWKWARD = [
 ]  # fmt: skip
 
 
-class Peer:
-    """open_clip's process."""
+class OpenClip(Peer):
+    """open_clip's process, which tells its version and folder first."""
 
     def __init__(self, python: Path) -> None:
-        script = Path(__file__).parent / "peers" / "open_clip_peer.py"
-        self.process = subprocess.Popen([str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = self._answer()
+        super().__init__(python, "open_clip_peer.py")
+        self.facts = self.answer()
 
-    def ask(self, do: str, **told: Any) -> Any:
+    def do(self, name: str, **told: Any) -> Any:
         """Ask one thing and return the answer."""
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps({"do": do} | told) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        assert line, "open_clip's process ended"
-        return json.loads(line)
+        return self.ask({"do": name} | told)
 
 
 @pytest.fixture(scope="module")
-def peer() -> Iterator[Peer]:
-    peer = Peer(interpreter_of("open_clip"))
+def peer() -> Iterator[OpenClip]:
+    peer = OpenClip(interpreter_of("open_clip"))
     yield peer
-    peer.process.kill()
-    peer.process.wait()
+    peer.stop()
 
 
 @pytest.fixture(scope="module")
-def merges(peer: Peer) -> str:
+def merges(peer: OpenClip) -> str:
     return str(Path(peer.facts["package"]) / "bpe_simple_vocab_16e6.txt.gz")
 
 
@@ -86,21 +74,21 @@ def pictures(count: int, side_px: int) -> Tensor:
     return torch.randint(0, 256, (count, side_px, side_px, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def made(peer: Peer, name: str, folder: Path) -> dict[str, Tensor]:
+def made(peer: OpenClip, name: str, folder: Path) -> dict[str, Tensor]:
     """Let open_clip make and write a random model of that shape; return what it embeds the pictures and TEXTS as."""
     width, heads = TEXT_WIDTHS[name]
     text = {"context_length": 77, "vocab_size": 49408, "width": width, "heads": heads, "layers": 2}
     torch.save(pictures(3, 224), folder / "pictures.pt")
-    ids = peer.ask("ids", texts=TEXTS)
+    ids = peer.do("ids", texts=TEXTS)
     told = {"images": str(folder / "pictures.pt"), "ids": ids, "out": str(folder / "peer.pt")}
-    peer.ask("make", config=MODELS[name] | {"text_cfg": text}, folder=str(folder), seed=3, **told)
+    peer.do("make", config=MODELS[name] | {"text_cfg": text}, folder=str(folder), seed=3, **told)
     found: dict[str, Tensor] = torch.load(folder / "peer.pt")
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_open_clips_weights_give_open_clips_vectors(name: str, peer: Peer, merges: str, tmp_path: Path) -> None:
+def test_open_clips_weights_give_open_clips_vectors(name: str, peer: OpenClip, merges: str, tmp_path: Path) -> None:
     theirs = made(peer, name, tmp_path)
     model, tokenizer, _ = open_clip.read(ClipConfig(pretrained=str(tmp_path)), TokenizerConfig(merges=merges))
     torch.testing.assert_close(clip_model.embed_images(model, pictures(3, 224)), theirs["image"], atol=1e-5, rtol=0)
@@ -111,13 +99,13 @@ def test_open_clips_weights_give_open_clips_vectors(name: str, peer: Peer, merge
 
 
 @pytest.mark.slow
-def test_clips_own_ids_on_awkward_captions(peer: Peer, merges: str) -> None:
+def test_clips_own_ids_on_awkward_captions(peer: OpenClip, merges: str) -> None:
     tokenizer = Tokenizer.from_merges(Path(merges))
     texts = [text for text in AWKWARD if "<|" not in text] + [f"{a} {b}" for a in AWKWARD for b in AWKWARD[::7]]
     ids = open_clip.to_their_ids(tokenizer(texts), tokenizer.vocab_size)
     padded = torch.zeros(len(texts), 77, dtype=torch.long)
     padded[:, : ids.shape[1]] = ids
-    for text, ours, theirs in zip(texts, padded.tolist(), peer.ask("ids", texts=texts), strict=True):
+    for text, ours, theirs in zip(texts, padded.tolist(), peer.do("ids", texts=texts), strict=True):
         assert ours == theirs, text[:80]
 
 
@@ -179,7 +167,7 @@ def same(a: CLIP, b: CLIP) -> bool:
 @pytest.mark.parametrize(
     "changes", [{}, {"activation": "quick_gelu", "loss": "sigmoid", "image_heads": 2, "image_mlp_ratio": 3.0}], ids=["plain", "other"]
 )
-def test_what_we_export_gives_the_same_vectors_there(changes: dict[str, Any], peer: Peer, tmp_path: Path) -> None:
+def test_what_we_export_gives_the_same_vectors_there(changes: dict[str, Any], peer: OpenClip, tmp_path: Path) -> None:
     model, tokenizer = written(tmp_path / "clip", small(**changes))
     out = tmp_path / "out"
     assert open_clip.write(tmp_path / "clip", out) == [
@@ -189,7 +177,7 @@ def test_what_we_export_gives_the_same_vectors_there(changes: dict[str, Any], pe
     ids = [encoding.ids for encoding in Engine.from_file(str(out / "tokenizer.json")).encode_batch(texts)]
     assert {len(row) for row in ids} == {tokenizer.context}
     torch.save(pictures(3, 16), tmp_path / "pictures.pt")
-    peer.ask("embed", folder=str(out), images=str(tmp_path / "pictures.pt"), ids=ids, out=str(tmp_path / "peer.pt"))
+    peer.do("embed", folder=str(out), images=str(tmp_path / "pictures.pt"), ids=ids, out=str(tmp_path / "peer.pt"))
     theirs = torch.load(tmp_path / "peer.pt")
     torch.testing.assert_close(clip_model.embed_images(model, pictures(3, 16)), theirs["image"], atol=1e-5, rtol=0)
     torch.testing.assert_close(clip_model.embed_texts(model, tokenizer, texts), theirs["text"], atol=1e-5, rtol=0)
@@ -197,19 +185,19 @@ def test_what_we_export_gives_the_same_vectors_there(changes: dict[str, Any], pe
 
 
 @pytest.mark.slow
-def test_open_clip_finds_the_tokenizer_of_a_vocabulary_that_is_not_its_own(peer: Peer, tmp_path: Path) -> None:
+def test_open_clip_finds_the_tokenizer_of_a_vocabulary_that_is_not_its_own(peer: OpenClip, tmp_path: Path) -> None:
     model, tokenizer = written(tmp_path / "clip", small())
     files = open_clip.write(tmp_path / "clip", tmp_path / "out")
     assert tmp_path / "out" / "tokenizer_config.json" in files
     texts = ["a red heart", "", "Zebra!", "wow! !", "fish &amp; chips", "a red apple " * 20]
-    ids = peer.ask("tokens", folder=str(tmp_path / "out"), texts=texts)
+    ids = peer.do("tokens", folder=str(tmp_path / "out"), texts=texts)
     assert {len(row) for row in ids} == {tokenizer.context}
     ours = open_clip.to_their_ids(tokenizer(texts), tokenizer.vocab_size)
     for row, own in zip(ids, ours.tolist(), strict=True):
         length = own.index(tokenizer.vocab_size - 2) + 1
         assert row[:length] == own[:length] and set(row[length:]) <= {tokenizer.vocab_size - 2}  # the first end is where it is read
     torch.save(pictures(1, 16), tmp_path / "pictures.pt")
-    peer.ask("embed", folder=str(tmp_path / "out"), images=str(tmp_path / "pictures.pt"), ids=ids, out=str(tmp_path / "peer.pt"))
+    peer.do("embed", folder=str(tmp_path / "out"), images=str(tmp_path / "pictures.pt"), ids=ids, out=str(tmp_path / "peer.pt"))
     theirs = torch.load(tmp_path / "peer.pt")["text"]
     torch.testing.assert_close(clip_model.embed_texts(model, tokenizer, texts), theirs, atol=1e-5, rtol=0)
 
@@ -218,7 +206,9 @@ def test_open_clip_finds_the_tokenizer_of_a_vocabulary_that_is_not_its_own(peer:
 @pytest.mark.parametrize("told", [
     {}, {"resize_mode": "squash", "interpolation": "bilinear"}, {"resize_mode": "longest", "fill_color": 200}
 ], ids=["plain", "squashed", "bordered"])  # fmt: skip
-def test_a_pretrained_clip_sees_a_picture_as_open_clip_shows_it(told: dict[str, Any], peer: Peer, stand_in: Path, tmp_path: Path) -> None:
+def test_a_pretrained_clip_sees_a_picture_as_open_clip_shows_it(
+    told: dict[str, Any], peer: OpenClip, stand_in: Path, tmp_path: Path
+) -> None:
     their_model(tmp_path / "theirs", stand_in)
     config = json.loads((tmp_path / "theirs" / "open_clip_config.json").read_text())
     config["preprocess_cfg"] = {"size": 16, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], **told}
@@ -227,15 +217,15 @@ def test_a_pretrained_clip_sees_a_picture_as_open_clip_shows_it(told: dict[str, 
     for shape in ((40, 60), (61, 33), (9, 13)):
         rgb = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)).numpy()
         Image.fromarray(rgb).save(tmp_path / "one.png")
-        peer.ask("show", folder=str(tmp_path / "theirs"), picture=str(tmp_path / "one.png"), out=str(tmp_path / "shown.pt"))
+        peer.do("show", folder=str(tmp_path / "theirs"), picture=str(tmp_path / "one.png"), out=str(tmp_path / "shown.pt"))
         shown = (torch.load(tmp_path / "shown.pt") * 0.25 + 0.5).permute(1, 2, 0) * 255
         ours = torch.from_numpy(read_file(tmp_path / "one.png", 16, look))
         torch.testing.assert_close(ours.float(), shown, atol=1.01, rtol=0, msg=lambda text, shape=shape: f"{shape}: {text}")
 
 
 @pytest.mark.slow
-def test_the_names_that_we_know_are_open_clips(peer: Peer) -> None:
-    assert peer.ask("published", names=list(open_clip.PUBLISHED)) == list(open_clip.PUBLISHED.values())
+def test_the_names_that_we_know_are_open_clips(peer: OpenClip) -> None:
+    assert peer.do("published", names=list(open_clip.PUBLISHED)) == list(open_clip.PUBLISHED.values())
 
 
 def test_a_convolutional_tower_cannot_be_exported(tmp_path: Path) -> None:

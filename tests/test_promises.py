@@ -14,6 +14,7 @@ from tests.benchmarks import (
     swiss_roll_vs_diffusers,
 )
 from tests.benchmarks.swiss_roll_vs_diffusers import OURS, STEP_COUNTS, THEIRS
+from tests.peered import PEERS
 from tests.promises import told
 from tests.small_systems import PROMPTS, write_system
 from training.generate import Unclip
@@ -79,6 +80,6 @@ def test_many_steps_are_those_of_prior_and_decoder_and_leave_the_run_as_it_was(t
 
 @pytest.mark.parametrize("benchmark", [models_vs_dalle2, quality_vs_dalle2, quality_vs_diffusers, steps_and_quality])
 def test_what_cannot_be_measured_is_skipped_with_0(benchmark: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "PYTHON", models_vs_dalle2.PEERS / "no such interpreter", raising=False)
+    monkeypatch.setattr(benchmark, "PYTHON", PEERS / "no such interpreter", raising=False)
     monkeypatch.setattr("sys.argv", ["benchmark"])
     assert benchmark.main() == 0  # type: ignore[attr-defined]

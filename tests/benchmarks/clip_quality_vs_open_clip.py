@@ -30,7 +30,8 @@ from flows.config import RunConfig, load_recipe
 from indexing.intervals import mean_figure
 from indexing.retrieval import right_places
 from indexing.zero_shot import ranks
-from tests.benchmarks.clip_vs_open_clip import PEERS, PYTHON
+from tests.benchmarks.clip_vs_open_clip import PYTHON
+from tests.peered import SCRIPTS
 from training import clip as clip_model
 from training import embeddings, jobs, loop
 from training.clip import CLIP
@@ -122,7 +123,7 @@ def train_theirs(
         "batch": config.clip.batch_size, "learning_rate": 1e-3, "weight_decay": 0.1, "bf16": config.clip.precision == "bf16",
     }  # fmt: skip
     (folder / "told.json").write_text(json.dumps(told))
-    subprocess.run([str(PYTHON), str(PEERS / "peers" / "open_clip_training.py"), str(folder / "told.json")], check=True)
+    subprocess.run([str(PYTHON), str(SCRIPTS / "open_clip_training.py"), str(folder / "told.json")], check=True)
     found = torch.load(folder / "out.pt")
     judged, image, text = [], 0, 0
     for rows, classes in held:

@@ -16,7 +16,6 @@ import json
 import os
 import runpy
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -31,6 +30,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from tests.peered import PEERS, Peer
 from training import clip as clip_model
 from training import loop, open_clip
 from training.clip import CLIP, ClipConfig
@@ -38,8 +38,7 @@ from training.loop import Step
 from training.pictures import Pictures
 from training.tokenizer import Tokenizer
 
-PEERS = Path(__file__).parent.parent
-PYTHON = PEERS.parent / ".peers" / "open_clip" / "bin" / "python"
+PYTHON = PEERS / "open_clip" / "bin" / "python"
 SHAPE = {"width": 192, "depth": 6, "patch_px": 8, "image_size_px": 64, "text_width": 192, "text_depth": 6, "embed_dim": 192}
 BATCH, BATCHES = 64, 8
 STORED_PX, SHARDS = 256, 4
@@ -61,24 +60,6 @@ def captions(count: int) -> list[str]:
         " ".join(WORDS[name][chosen[name][place]] for name in WORDS).strip() + (f" number {numbers[place]}" if place % 4 == 0 else "")
         for place in range(count)
     ]
-
-
-class Peer:
-    """open_clip's process; `peer(name, ...)` makes one round there and returns its seconds."""
-
-    def __init__(self, told: dict[str, Any]) -> None:
-        command = [str(PYTHON), str(PEERS / "peers" / "open_clip_rounds.py")]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = self._ask(told)
-
-    def __call__(self, *told: Any) -> float:
-        return float(self._ask(told))
-
-    def _ask(self, told: Any) -> Any:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(told) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
 
 
 def train(
@@ -179,9 +160,10 @@ def measure(threads: int, steps: int, rounds: int) -> dict[str, Any]:
         for place, each in enumerate(ids):
             padded[place, :, : each.shape[1]] = open_clip.to_their_ids(each, 49_409)
         torch.save({"images": (pixels * 0.5 + 0.5 - 0.5) / 0.25, "ids": padded}, Path(folder) / "data.pt")
-        peer = Peer({"config": told, "data": str(Path(folder) / "data.pt"), "threads": threads, "contexts": [77, longest]})
+        peer = Peer(PYTHON, "open_clip_rounds.py")
+        facts = peer.ask({"config": told, "data": str(Path(folder) / "data.pt"), "threads": threads, "contexts": [77, longest]})
     found: dict[str, Any] = {
-        "threads": threads, "torch": torch.__version__, "peer": peer.facts, "batch": BATCH,
+        "threads": threads, "torch": torch.__version__, "peer": facts, "batch": BATCH,
         "tokens": {"mean": float(sum(int((each != 0).sum()) for each in ids)) / len(texts), "longest": longest},
     }  # fmt: skip
     for precision in ("float32", "bf16"):
@@ -221,8 +203,7 @@ def measure(threads: int, steps: int, rounds: int) -> dict[str, Any]:
             {"theirs": lambda texts=texts, is_cold=is_cold: peer("tokens", texts, is_cold)},
         )
         found[f"tokenizer_{name}"] = {side: len(texts) / each for side, each in seconds.items()}
-    peer.process.kill()
-    peer.process.wait()
+    peer.stop()
     found["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "tokenizers")}
     return found
 

@@ -14,7 +14,6 @@ import datetime
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.benchmarks.clip_vs_open_clip import captions
+from tests.peered import PEERS, Peer
 from tests.promises import told
 from training import decoder as decoders
 from training import loop, priors
@@ -35,8 +35,7 @@ from training.loop import LoopConfig, Step
 from training.prior import PriorConfig
 from training.tokenizer import PAD, Tokenizer, TokenizerConfig
 
-PEERS = Path(__file__).parent.parent
-PYTHON = PEERS.parent / ".peers" / "dalle2" / "bin" / "python"
+PYTHON = PEERS / "dalle2" / "bin" / "python"
 EMBED_DIM, SIDE_PX, SAMPLES = 256, 64, 512
 PRIOR_BATCH, DECODER_BATCH = 32, 8
 TEXT_LENGTHS = (77, 256)
@@ -44,24 +43,6 @@ PROMISED = {"prior": ("256 tokens", 3.0), "decoder": ("as it comes", 1.5)}
 PRIOR = {"embed_dim": EMBED_DIM, "depth": 6, "heads": 8}
 DECODER = {"embed_dim": EMBED_DIM, "cond_dim": 128, "dim": 64, "dim_mults": [1, 2, 4], "blocks": 2, "text_len": 77, "side_px": SIDE_PX}
 CLIP = ClipConfig(embed_dim=EMBED_DIM)
-
-
-class Peer:
-    """DALLE2-pytorch's process; `peer(name, ...)` makes one round there and returns its seconds."""
-
-    def __init__(self, script: str, told: dict[str, Any]) -> None:
-        command = [str(PYTHON), str(PEERS / "peers" / script)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = self._ask(told)
-
-    def __call__(self, *told: Any) -> float:
-        return float(self._ask(told))
-
-    def _ask(self, told: Any) -> Any:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(told) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
 
 
 def prior_of(parameters: int) -> PriorConfig:
@@ -124,17 +105,18 @@ def measure(threads: int, rounds: int, precisions: tuple[str, ...]) -> dict[str,
     encodings = torch.randn(SAMPLES, 77, EMBED_DIM) * is_word[..., None]  # zeros are padding to DALLE2-pytorch
     with tempfile.TemporaryDirectory() as folder:
         torch.save({"z_i": z_i, "z_t": z_t, "encodings": encodings, "images": images}, Path(folder) / "data.pt")
-        peer = Peer("dalle2_rounds.py", {
+        peer = Peer(PYTHON, "dalle2_rounds.py")
+        facts = peer.ask({
             "data": str(Path(folder) / "data.pt"), "threads": threads, "prior": PRIOR, "decoder": DECODER,
             "text_lengths": [longest, *TEXT_LENGTHS], "prior_batch": PRIOR_BATCH, "decoder_batch": DECODER_BATCH,
         })  # fmt: skip
     try:
-        theirs_without_table = peer.facts["priors"]["77"] - 77 * EMBED_DIM
+        theirs_without_table = facts["priors"]["77"] - 77 * EMBED_DIM
         section = prior_of(theirs_without_table)
         found: dict[str, Any] = {
-            "threads": threads, "rounds": rounds, "peer": {name: peer.facts[name] for name in ("version", "torch")},
+            "threads": threads, "rounds": rounds, "peer": {name: facts[name] for name in ("version", "torch")},
             "longest_caption": longest, "batch": {"prior": PRIOR_BATCH, "decoder": DECODER_BATCH},
-            "parameters": {"prior": {"DALLE2-pytorch": theirs_without_table}, "decoder": {"DALLE2-pytorch": peer.facts["decoder"]}},
+            "parameters": {"prior": {"DALLE2-pytorch": theirs_without_table}, "decoder": {"DALLE2-pytorch": facts["decoder"]}},
             "samples_per_s": {},
         }  # fmt: skip
         for precision in precisions:
@@ -153,7 +135,7 @@ def measure(threads: int, rounds: int, precisions: tuple[str, ...]) -> dict[str,
             }
             found["samples_per_s"][f"prior {precision}"] = in_turns(prior, section.model_copy(update=update), prior_loss, 1, rounds, turns)
             for patch_px in (2, 1):
-                config = decoder_of(peer.facts["decoder"], patch_px)
+                config = decoder_of(facts["decoder"], patch_px)
                 config = config.model_copy(update={"precision": precision, "batch_size": DECODER_BATCH})
                 decoder = Decoder(config, EMBED_DIM, tokenizer.vocab_size, tokenizer.context)
                 found["parameters"]["decoder"][f"ours, patch_px {patch_px}"] = without_tables(decoder)
@@ -166,8 +148,7 @@ def measure(threads: int, rounds: int, precisions: tuple[str, ...]) -> dict[str,
                 name = f"decoder {precision}, patch_px {patch_px}"
                 found["samples_per_s"][name] = in_turns(decoder, config, decoder_loss, 1, rounds, turn)
     finally:
-        peer.process.kill()
-        peer.process.wait()
+        peer.stop()
     return found
 
 

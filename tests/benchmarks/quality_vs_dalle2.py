@@ -26,7 +26,8 @@ from torch import Tensor
 
 from flows.config import RunConfig, load_recipe
 from tests import equal_seconds
-from tests.benchmarks.models_vs_dalle2 import PEERS, PYTHON
+from tests.benchmarks.models_vs_dalle2 import PYTHON
+from tests.peered import SCRIPTS
 from tests.promises import told as outcome
 from training import features
 
@@ -49,7 +50,7 @@ def train_theirs(config: RunConfig, told: dict[str, Any], data: dict[str, Tensor
             },
         }  # fmt: skip
         (folder / "told.json").write_text(json.dumps(told))
-        command = [str(PYTHON), str(PEERS / "peers" / "dalle2_training.py"), str(folder / "told.json")]
+        command = [str(PYTHON), str(SCRIPTS / "dalle2_training.py"), str(folder / "told.json")]
         subprocess.run(command, check=True, env=os.environ | {"TQDM_DISABLE": "1"})
         found: dict[str, Any] = torch.load(folder / "out.pt")
     return found

@@ -38,8 +38,8 @@ from tests.peers.timed_training import nearest, train
 from tests.promises import told
 from training import clip as clip_model
 from training import features
-from training.clip import to_pixels
-from training.generate import BATCH, to_images
+from training.generate import BATCH
+from training.pixels import to_images, to_pixels
 
 HEAD_WIDTH, GROUPS = 32, 8
 Texts = dict[str, Tensor]

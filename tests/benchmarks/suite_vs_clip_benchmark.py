@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -37,6 +36,7 @@ from torch import Tensor
 from flows import packaged_sets
 from indexing import image_sets, suite, zero_shot
 from indexing.image_sets import ImageSet
+from tests.peered import PEERS, Peer
 from training import clip as clip_model
 from training import loop, open_clip
 from training.clip import CLIP, ClipConfig
@@ -45,8 +45,7 @@ from training.loop import Step
 from training.pictures import as_square
 from training.tokenizer import Tokenizer
 
-HERE = Path(__file__).parent.parent
-PYTHON = HERE.parent / ".peers" / "clip_benchmark" / "bin" / "python"
+PYTHON = PEERS / "clip_benchmark" / "bin" / "python"
 SIDE_PX = 64
 SHAPE = {"width": 192, "depth": 6, "patch_px": 8, "image_size_px": SIDE_PX, "text_width": 192, "text_depth": 6, "embed_dim": 192}
 BATCH = 64
@@ -59,34 +58,6 @@ OBLONG, OBLONG_PX = "oblong", (40, 160)
 """A set of silhouettes stretched to sides drawn between these."""
 WANTED = 1.3
 FIGURES = {"acc1": "top_1", "acc5": "top_5", "mean_per_class_recall": "mean_per_class"}
-
-
-class Peer:
-    """CLIP_benchmark's process; `peer(name, ...)` returns what that method there answers."""
-
-    def __init__(self, told: dict[str, Any], log: Path) -> None:
-        command = [str(PYTHON), str(HERE / "peers" / "clip_benchmark_peer.py")]
-        self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True)
-        self.versions = self._ask(told)
-
-    def __call__(self, *told: Any) -> Any:
-        return self._ask(told)
-
-    def _ask(self, told: Any) -> Any:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(told) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"CLIP_benchmark's process ended with {self.process.wait()}: {self.log.read_text()[-2000:]}")
-        return json.loads(answer)
-
-    def stop(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
 
 
 def halves(some: ImageSet, at_most: int) -> tuple[ImageSet, ImageSet]:
@@ -185,7 +156,8 @@ def measure(threads: int, rounds: int, pictures: int, steps: int, workers: int) 
         for _, judged in parts:
             write_shards(judged, folder / "sets" / judged.name)
         told = {"model": str(folder / "open_clip"), "sets": str(folder / "sets"), "threads": threads, "batch": BATCH, "workers": workers}
-        peer = Peer(told, folder / "peer.log")
+        peer = Peer(PYTHON, "clip_benchmark_peer.py", folder / "peer.log")
+        versions = peer.ask(told)
         model, tokenizer = clip_model.load(folder)
 
         def encode_texts(texts: list[str]) -> np.ndarray:
@@ -235,7 +207,7 @@ def measure(threads: int, rounds: int, pictures: int, steps: int, workers: int) 
                         "CLIP_benchmark": lambda: peer("evaluate", name, is_bf16)["seconds"],  # noqa: B023
                     },
                 )
-        found["versions"] = peer.versions
+        found["versions"] = versions
         peer.stop()
     return found
 
