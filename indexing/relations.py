@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from indexing import puzzles, scenes, sections
 from indexing.embeddings import unit
@@ -54,6 +54,21 @@ class RelationsConfig(Section):
     """Members of a beam that survive a check."""
     checks: tuple[float, ...] = (0.3, 0.45, 0.6, 0.75)
     """When a beam is checked, as shares of the steps."""
+
+    @field_validator("checks")
+    @classmethod
+    def _checks_are_shares(cls, checks: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < check < 1 for check in checks):
+            raise ValueError("a check is a share of the steps, between 0 and 1")
+        return checks
+
+    @model_validator(mode="after")
+    def _beams_fill_up(self) -> "RelationsConfig":
+        if self.searched and self.samples % self.keep:
+            raise ValueError(
+                f"keep = {self.keep} must divide samples = {self.samples}: survivors of a check are copied until there are as many again"
+            )
+        return self
 
 
 @dataclass(frozen=True)

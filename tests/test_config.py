@@ -58,6 +58,8 @@ def test_a_resolved_config_comes_back_from_json() -> None:
         ("data.image_size_px=big", 'quickstart.toml: [data] image_size_px = "big": should be a valid integer'),
         ("data.image_size_px=1", "quickstart.toml: [data] image_size_px = 1: should be greater than or equal to"),
         ("data.sources=[]", "quickstart.toml: [data] sources = []: "),
+        ("evaluate.relations.checks=[0.5, 1.5]", "quickstart.toml: [evaluate] relations.checks = [0.5, 1.5]: a check is a share"),
+        ("evaluate.relations.keep=3", 'quickstart.toml: [evaluate] relations = {"keep": 3}: keep = 3 must divide samples = 8: survivors'),
     ],
 )
 def test_a_mistake_is_one_line(override: str, message: str) -> None:
