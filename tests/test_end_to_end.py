@@ -1,36 +1,80 @@
-"""The whole pipeline through the real command line, with real Prefect, Ray and two CLIP workers, on shapes that are drawn here."""
+"""The whole pipeline through the real command line, with real Prefect, Ray and two CLIP workers, on shapes that are drawn here.
+
+It is killed as a machine kills it, at moments drawn by chance, and run again: nothing committed is lost or mixed. (That it runs in one go
+is seen by tests/test_s3.py.)
+"""
 
 import json
+import random
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from flows.config import load_recipe
-from flows.planning import stages_of
+from flows.planning import plan, stages_of
 from flows.stages import STAGES
 from infra import storage
 from tests.test_stages import assert_whole
-from tests.tiny import RECIPE, prepare, ran
+from tests.tiny import LIMIT_S, RECIPE, prepare, ran, start
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S * 2)]
 STAGE_NAMES = [stage.name for stage in stages_of(load_recipe(str(RECIPE)), (), STAGES)]
+KILLS = (("run", 15), ("curate", 12), ("index", 8))
+"""After which line on the terminal, and at most how many seconds later: in start-up or ingest, in CLIP, in what follows the index."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the tiny recipe ran to its end."""
+    """A folder in which the tiny recipe was killed three times and then ran to its end."""
     folder = tmp_path_factory.mktemp("tiny")
     drawn = prepare(folder)
+    chance = random.Random()
+    kept: dict[str, str] = {}
+    moments = []
+    for line, limit_s in KILLS:
+        moments.append((line, round(chance.uniform(0, limit_s), 2)))
+        print("killed", *moments[-1])
+        kill(start(folder, "run", "tiny.toml", "--root", "root"), *moments[-1])
+        after = assert_whole(folder / "root")
+        assert kept.items() <= after.items(), f"killed {moments}: a committed file has changed or gone"
+        kept = after
     code, out, err = ran(folder, "run", "tiny.toml", "--root", "root", "--json")
-    assert code == 0, err
+    assert code == 0 and "Traceback" not in err, f"killed {moments}: {err}"
+    after = assert_whole(folder / "root")
+    assert len(after) > 20 and kept.items() <= after.items(), f"killed {moments}: a committed file has changed or gone"
+    committed = {name.split("/")[0] for name in kept if name.endswith("/manifest.json")}
     stages = json.loads(out)["stages"]
-    assert [each["stage"] for each in stages] == STAGE_NAMES
-    assert {each["state"] for each in stages} == {"ran"}
-    assert "Traceback" not in err and len(assert_whole(folder / "root")) > 20
+    assert [(each["stage"], each["state"]) for each in stages] == [
+        (name, "current" if name in committed else "ran") for name in STAGE_NAMES
+    ]
     manifest = json.loads((folder / "root" / "ingest" / stages[0]["key"] / "manifest.json").read_text())
     assert manifest["counts"]["out"] == drawn
     return folder
+
+
+def kill(process: "subprocess.Popen[str]", line: str, delay_s: float) -> None:
+    """Kill a run some time after a line on its terminal; the leader alone, as a kernel short of memory does: its children must notice."""
+    assert process.stderr
+    while process.stderr.readline().split(" ")[0] != line:
+        assert process.poll() is None, f"the run ended before the line {line}"
+    time.sleep(delay_s)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGKILL, 0)
+
+
+def test_a_killed_run_ends_with_every_stage_current_and_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    root = storage.open_root("root", for_writing=False)
+    config = load_recipe("tiny.toml")
+    stages = stages_of(config, (), STAGES)
+    assert [each.state for each in plan(root, config, stages)] == ["current"] * len(stages)
+    assert all(len(storage.list_names(root, stage.name)) == 1 for stage in stages)  # every key was made once
+    assert list((folder / "root" / "work" / "aside").iterdir()) == []
 
 
 def test_the_report_is_there(folder: Path) -> None:
