@@ -191,6 +191,7 @@ def test_compiled_towers_train_as_plain_ones_do(
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # more would be processes that import torch each
     config = TINY.model_copy(update={"precision": "float32", "images": 80, "image_tower": tower, "width": 32, "chunk": chunk})
     losses = []
     for is_compiled in (False, True):
@@ -261,3 +262,14 @@ def test_a_workers_own_error_reaches_the_caller_at_once(cluster: ClusterConfig, 
     torch.save(state | {"images_seen": LONG.images - 80}, work / "state.pt")
     with pytest.raises(DataError, match=f"^the loss is nan after {LONG.images - 72:,} images: lower learning_rate"):
         jobs.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
+
+
+def test_a_training_that_lost_a_worker_says_so_in_one_line_without_tracebacks() -> None:
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    story = 'Traceback (most recent call last):\n  File "jobs.py", line 297, in _worker\n    ray.train.report(_fit(job))\n    ^^^^^^^^^'
+    error = WorkerGroupError(f"[Rank 1 Error Snippet]:\n{story}\nRuntimeError: Connection closed by peer [10.77.0.3]:36789", {})
+    assert jobs._one_line("clip", error) == (
+        "training clip failed: Training failed due to worker errors: [Rank 1 Error Snippet]: "
+        "RuntimeError: Connection closed by peer [10.77.0.3]:36789; the whole of it is in the log"
+    )
