@@ -69,14 +69,20 @@ def do(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 async def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """POST one line to the deployment's webhook, from the run itself: an automation of the server can take minutes under load."""
+    """POST one line to the deployment's webhook, from the run itself or, where its process was killed, from the worker's.
+
+    An automation of the server would do so a quarter of an hour late: Prefect's scheduler tells no event of a run that it makes, and
+    events of a run wait that long for the one that they follow.
+    """
     if name := os.environ.get(NOTIFY_BLOCK):
         webhook: Any = await Webhook.aload(name)
-        answer = await webhook.call({"text": f"unclip {runtime.deployment.name}: run {flow_run.name} {state.name}: {state.message}"})
+        answer = await webhook.call(
+            {"text": f"unclip {runtime.deployment.name}: run {runtime.flow_run.name} {state.name}: {state.message}"}
+        )
         answer.raise_for_status()
 
 
-@flow(name="unclip", flow_run_name="{name}", persist_result=False, retries=0, on_failure=[tell_failure])
+@flow(name="unclip", flow_run_name="{name}", persist_result=False, retries=0, on_failure=[tell_failure], on_crashed=[tell_failure])
 def run_pipeline(
     recipe: str,
     root: str,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # Prefect reads its settings when it is imported, and takes s
 POOL = "unclip"
 ENTRYPOINT = "flows.pipeline.run_pipeline"
 VANISHED_AFTER_S = 90
+VANISHED = "no heartbeat"
+"""So begins the message of the state that the server gives a run that has vanished."""
 ENDED = tuple(f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed"))
 
 
@@ -188,7 +190,7 @@ def _watch_vanished(client: "SyncPrefectClient") -> None:
         ),
         actions=[
             ChangeFlowRunState(
-                name="Crashed", state=StateType.CRASHED, message=f"no heartbeat for {VANISHED_AFTER_S} s: its process has gone", force=False
+                name="Crashed", state=StateType.CRASHED, message=f"{VANISHED} for {VANISHED_AFTER_S} s: its process has gone", force=False
             )
         ],
     )
@@ -209,14 +211,15 @@ def _webhook(url: str) -> tuple[str, UUID]:
 
 
 def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, block: UUID) -> None:
-    """Have the server POST a line when a run of the deployment crashes; of a failure the run tells itself (`tell_failure`)."""
+    """Have the server POST a line when a run of the deployment has vanished with its worker; of all else these tell (`tell_failure`)."""
     from prefect.events.actions import CallWebhook
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
     told = AutomationCore(
-        name=f"unclip: {name} crashed",
+        name=f"unclip: {name} vanished",
         trigger=EventTrigger(
             expect={"prefect.flow-run.Crashed"},
+            match={"prefect.resource.id": "prefect.flow-run.*", "prefect.state-message": f"{VANISHED}*"},
             match_related={"prefect.resource.id": f"prefect.deployment.{deployment}", "prefect.resource.role": "deployment"},
             posture=Posture.Reactive,
             threshold=1,

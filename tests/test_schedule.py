@@ -190,7 +190,9 @@ def test_a_run_that_is_killed_is_crashed_and_the_next_goes_on(up: Up) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):  # it ends with the one before
             os.kill(pid, signal.SIGKILL)
-    up.until(lambda: run["id"] in {each["id"] for each in up.ended("CRASHED")})
+    (crashed,) = up.until(lambda: [each for each in up.ended("CRASHED") if each["id"] == run["id"]])
+    told = json.loads(up.until(lambda: [each for each in up.webhook.posted if "Crashed" in each], 60)[0])["text"]
+    assert told.startswith(f"unclip tiny: run {crashed['name']} Crashed: Process exited with status code: -9")
     before = len(up.ended("COMPLETED"))
     up.until(lambda: len(up.ended("COMPLETED")) > before)
 
