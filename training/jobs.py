@@ -376,5 +376,6 @@ def _own_error(error: BaseException) -> UnclipError | None:
 
 
 def _one_line(name: str, error: BaseException) -> str:
-    """Say why a training failed in one line."""
-    return f"training {name} failed: {' '.join(str(error).split())[:400]}; the whole of it is in the log"
+    """Say why a training failed in one line; Ray's words hold the tracebacks of the workers, which are left out."""
+    said = " ".join(line for line in str(error).splitlines() if not line.startswith(("  ", "Traceback ")))
+    return f"training {name} failed: {' '.join(said.split())[:400]}; the whole of it is in the log"
