@@ -268,6 +268,7 @@ def test_a_training_that_lost_a_worker_says_so_in_one_line_without_tracebacks() 
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     story = 'Traceback (most recent call last):\n  File "jobs.py", line 297, in _worker\n    ray.train.report(_fit(job))\n    ^^^^^^^^^'
+    story += '\n... (Output truncated. See individual worker logs for full details) ...\nibuted/c10d_logger.py", line 83, in wrapper'
     error = WorkerGroupError(f"[Rank 1 Error Snippet]:\n{story}\nRuntimeError: Connection closed by peer [10.77.0.3]:36789", {})
     assert jobs._one_line("clip", error) == (
         "training clip failed: Training failed due to worker errors: [Rank 1 Error Snippet]: "

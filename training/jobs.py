@@ -376,6 +376,7 @@ def _own_error(error: BaseException) -> UnclipError | None:
 
 
 def _one_line(name: str, error: BaseException) -> str:
-    """Say why a training failed in one line; Ray's words hold the tracebacks of the workers, which are left out."""
-    said = " ".join(line for line in str(error).splitlines() if not line.startswith(("  ", "Traceback ")))
+    """Say why a training failed in one line; Ray's words hold the tracebacks of the workers, cut in the middle, which are left out."""
+    lines = str(error).splitlines()
+    said = " ".join(line for line in lines if not line.startswith(("  ", "Traceback ", "... (Output")) and '", line ' not in line)
     return f"training {name} failed: {' '.join(said.split())[:400]}; the whole of it is in the log"
