@@ -159,13 +159,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Context manager; `base` is its URL, `asked` counts the requests by path, `delay_s` delays every answer."""
+    """Context manager; listens at `host`, `base` is its URL, `asked` counts the requests by path, `delay_s` delays every answer."""
 
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, delay_s: float = 0.0) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, delay_s: float = 0.0, host: str = "127.0.0.1") -> None:
+        super().__init__((host, 0), Handler)
         self.asked: Counter[str] = Counter()
         self.lock = threading.Lock()
         self.closing = threading.Event()
@@ -177,7 +177,7 @@ class Server(ThreadingHTTPServer):
         self.is_away = False
         """Whether all that is asked is answered by a 503."""
         self.at_once = self.most_at_once = 0
-        self.base = f"http://127.0.0.1:{self.server_address[1]}"
+        self.base = f"http://{host}:{self.server_address[1]}"
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass

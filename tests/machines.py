@@ -4,10 +4,13 @@ The file system is shared, as a network's would be. A namespace lives as long as
 nothing is left behind on the real machine and nothing there is touched. Needs the right to make namespaces; skips where it lacks.
 """
 
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +19,7 @@ from typing import Self
 import pytest
 
 SUBNET = "10.77.0"
+CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,16 @@ class Machine:
 
     def do(self, *command: str) -> None:
         subprocess.run([*self.within, *command], check=True, capture_output=True)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Have this thread's new sockets there while the block runs; a server that was bound in it answers there ever after."""
+        with Path("/proc/thread-self/ns/net").open() as home, Path(f"/proc/{self.holder.pid}/ns/net").open() as there:
+            _move(there.fileno())
+            try:
+                yield
+            finally:
+                _move(home.fileno())
 
     def processes(self, words: str = "") -> list[int]:
         """Return the pids of what runs there, the holder apart, whose command line holds the words."""
@@ -100,6 +114,12 @@ class Machines:
             machine.lose_power()
             machine.holder.kill()
             machine.holder.wait()
+
+
+def _move(namespace: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(namespace, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 def _start(number: int) -> Machine:

@@ -211,7 +211,7 @@ def flipped(data: bytes, chance: random.Random) -> bytes:
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Context manager: forwards to a server's port; `happened` counts what it did.
+    """Context manager: listens at `host` and forwards to a server's port on loopback; `happened` counts what it did.
 
     `only` (method, end of the path) restricts the faults to some requests, which are then counted too, `at_most` their number.
     """
@@ -220,14 +220,20 @@ class FaultyProxy(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(
-        self, upstream_port: int, faults: Faults, seed: int = 0, only: tuple[str, str] | None = None, at_most: int | None = None
+        self,
+        upstream_port: int,
+        faults: Faults,
+        seed: int = 0,
+        only: tuple[str, str] | None = None,
+        at_most: int | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
-        super().__init__(("127.0.0.1", 0), _Forward)
+        super().__init__((host, 0), _Forward)
         self.upstream_port, self.faults, self.only, self.at_most = upstream_port, faults, only, at_most
         self.chance = random.Random(seed)
         self.happened: Counter[str] = Counter()
         self.lock = threading.Lock()
-        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+        self.endpoint = f"http://{host}:{self.server_address[1]}"
 
     def draw(self, method: str, path: str) -> str:
         """Return what shall happen to a request, or ""."""
