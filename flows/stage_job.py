@@ -13,7 +13,7 @@ from flows.options import scratch_for
 from flows.running import run_stage
 from flows.stage import key_of
 from infra import manifests, storage
-from infra.cluster import Cluster
+from infra.cluster import SPIN_COUNT, Cluster
 from infra.errors import CallerError, DataError, StorageAwayError, UnclipError
 from infra.ray_jobs import AWAY_EXIT, HOPELESS_EXIT
 from infra.storage import Root, open_root
@@ -75,7 +75,7 @@ def say(line: str) -> None:
 def main(arguments: list[str]) -> int:
     """Run the stage that the arguments name and return the exit code."""
     uri, stage, key, attempt = arguments
-    os.environ.setdefault("GOMP_SPINCOUNT", "300000")  # before torch loads OpenMP; infra/cluster.py says why
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # before torch loads OpenMP
     try:
         run(open_root(uri, scratch_for(uri)), stage, key, int(attempt))
     except HOPELESS as error:
