@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def test_compiled_towers_train_as_plain_ones_do(
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # more would be processes that import torch each
+    threads = import_module("torch._inductor.config").patch(compile_threads=1)  # more would be processes that import torch each
     config = TINY.model_copy(update={"precision": "float32", "images": 80, "image_tower": tower, "width": 32, "chunk": chunk})
     losses = []
     for is_compiled in (False, True):
@@ -200,7 +201,8 @@ def test_compiled_towers_train_as_plain_ones_do(
         soundness.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
         section = config.model_copy(update={"compile": is_compiled})
         before = counters["stats"]["unique_graphs"]
-        jobs.fit_clip(section, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+        with threads:
+            jobs.fit_clip(section, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
         assert (counters["stats"]["unique_graphs"] > before) == is_compiled
         losses.append(json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
