@@ -238,6 +238,7 @@ def long_list(tmp_path: Path, server: Server, count: int = 120) -> DataConfig:
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_killed_or_stuck_worker_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blow: signal.Signals) -> None:
     monkeypatch.setattr(downloads, "SILENCE_LIMIT_S", -12)  # 4 s with the settings below
+    monkeypatch.setattr(downloads, "START_LIMIT_S", 20)  # one of the two may be hit while it starts
     with Server(delay_s=0.05) as server:
         config = long_list(tmp_path, server)
         results: list[dict[str, Any]] = []
