@@ -65,19 +65,25 @@ def measure(threads: int, rounds: int, pictures: int) -> dict[str, Any]:
     work: dict[str, Callable[[int], Any]] = {"diffusers": lambda place: theirs(z_t, encodings, is_word)}
     for name, system in systems.items():
         work[name] = lambda place, system=system: system.generate(texts[place * pictures : (place + 1) * pictures], seed=place)
-    taken: dict[str, list[float]] = {name: [] for name in work}
-    for place in range(rounds + 1):
-        for name, draw in work.items():
-            started_s = time.perf_counter()
-            draw(place)
-            taken[name].append(time.perf_counter() - started_s)
+    seconds = in_turns(work, rounds)
     config = systems["ours, patch_px 2"].decoder.config
     return {
         "threads": threads, "rounds": rounds, "pictures": pictures, "side_px": SIDE_PX, "diffusers": version("diffusers"),
         "torch": torch.__version__, "parameters": counts,
         "steps": {"diffusers": diffusers_unclip.STEPS, "ours": {"prior": prior.config.sampling_steps, "decoder": config.sampling_steps}},
-        "seconds": {name: statistics.median(each[1:]) for name, each in taken.items()},
+        "seconds": seconds,
     }  # fmt: skip
+
+
+def in_turns(drawing: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, float]:
+    """Return the median of the seconds that each takes, in turns; the first round does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in drawing}
+    for place in range(rounds + 1):
+        for name, draw in drawing.items():
+            started_s = time.perf_counter()
+            draw(place)
+            taken[name].append(time.perf_counter() - started_s)
+    return {name: statistics.median(each[1:]) for name, each in taken.items()}
 
 
 def missed(seconds: dict[str, float], theirs: float) -> list[str]:

@@ -15,10 +15,9 @@ import argparse
 import datetime
 import json
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from flows.config import RunConfig, load_recipe
 from tests import equal_seconds
-from tests.benchmarks.generate_vs_diffusers import AT_MOST
+from tests.benchmarks.generate_vs_diffusers import AT_MOST, in_turns
 from tests.benchmarks.steps_and_quality import BLOCKS, compared
 from tests.diffusers_unclip import GUIDANCE, STEPS, Decoder, DecoderLoss, Diffusers, PriorLoss, make_prior
 from tests.equal_seconds import Trained
@@ -100,17 +99,6 @@ class Theirs:
         return to_images(torch.cat(parts))
 
 
-def alone(drawing: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, float]:
-    """Return the median of the seconds that each takes for one picture, in turns; the first round does not count."""
-    taken: dict[str, list[float]] = {name: [] for name in drawing}
-    for place in range(rounds + 1):
-        for name, draw in drawing.items():
-            started_s = time.perf_counter()
-            draw(place)
-            taken[name].append(time.perf_counter() - started_s)
-    return {name: statistics.median(each[1:]) for name, each in taken.items()}
-
-
 def missed(share: float, ours: tuple[float, float], theirs: list[tuple[float, float]]) -> list[str]:
     """Return what is slower than promised, and which of the distances, Fréchet and kernel, is higher than the lowest of theirs."""
     lines = [f"text to image takes {share:.2f} of diffusers' time, at most {AT_MOST:.2f} is promised"] if share > AT_MOST else []
@@ -158,7 +146,7 @@ def main() -> int:
             row, started_s = f"diffusers, {rate:g}, {name}", time.perf_counter()
             drawn[row] = theirs.draw(places, guidance)
             batch_s[row] = time.perf_counter() - started_s
-    seconds = alone(
+    seconds = in_turns(
         {
             "ours": lambda place: system.generate([prompts[place % len(prompts)]], seed=place),
             "diffusers": lambda place: theirs.draw([place % len(prompts)], GUIDANCE),
