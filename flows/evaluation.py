@@ -14,6 +14,7 @@ from infra.progress import Progress
 
 if TYPE_CHECKING:
     from indexing.sections import MakeSection
+    from indexing.subject import Subject
     from training.generate import Unclip
 
 TRAINED = ("clip", "prior", "decoder")
@@ -22,12 +23,17 @@ TRAINED = ("clip", "prior", "decoder")
 def run(job: StageJob) -> Counts:
     """Evaluate the run's models on the held-out pairs and write `report.html`, `report.json` and the pictures."""
     from indexing.evaluate import evaluate
+    from indexing.held_out import open_embedded
+    from indexing.subject import Subject
     from training.generate import Unclip
 
     folders = {name: committed.local() for name, committed in job.inputs.items()}
     model = Unclip.load(folders["clip"], folders["prior"], folders["decoder"])
     config = job.config.evaluate
     metrics = {name: read_metrics(folders[name] / "metrics.jsonl") for name in TRAINED}
+    clip = (model.encode_texts, model.encode_images)
+    embedded, shards = open_embedded(folders["embed"]), folders["ingest"] / "shards"
+    subject = Subject(embedded, shards, *clip, config.resamples, config.seed, job.out)
     stages = [committed.manifest for committed in job.inputs.values()]
     with Progress("evaluate", None, "pictures drawn") as progress:
         drawn = 0
@@ -44,18 +50,14 @@ def run(job: StageJob) -> Counts:
             {"config": job.config.model_dump(mode="json")},
             stages,
             metrics,
-            folders["embed"],
-            folders["ingest"] / "shards",
-            model.encode_texts,
-            model.encode_images,
+            subject,
             generate,
-            job.out,
-            sections_of(job, model, folders),
+            sections_of(job, model, subject, folders),
         )
     return {"in": job.inputs["embed"].manifest["counts"]["out"], "out": drawn, "dropped": {}, "figures": figures["zero_shot"]}
 
 
-def sections_of(job: StageJob, model: "Unclip", folders: Mapping[str, Path]) -> list["MakeSection"]:
+def sections_of(job: StageJob, model: "Unclip", subject: "Subject", folders: Mapping[str, Path]) -> list["MakeSection"]:
     """Return what the report measures besides, in the order of the page; each is run when its turn comes."""
     from flows import (
         attack_section,
@@ -76,23 +78,23 @@ def sections_of(job: StageJob, model: "Unclip", folders: Mapping[str, Path]) -> 
         return model.predict(captions, range(seed, seed + len(captions)), best_of)
 
     made: list[MakeSection] = [
-        lambda _: prior_section(embed, predict, prior.kind, prior.best_of, config.resamples, config.seed),
-        partial(decoder_section.section, config, model, embed, shards),
+        partial(prior_section, subject, predict, prior.kind, prior.best_of),
+        partial(decoder_section.section, config, model, embed, shards, job.out),
     ]
     if config.swiss_roll_steps:
-        made.append(partial(swiss_roll_section.section, config))
-    made.append(partial(upsampler_section.sections, folders))
+        made.append(partial(swiss_roll_section.section, config, job.out))
+    made.append(partial(upsampler_section.sections, folders, job.out))
     if "dedup" in folders:
-        made.append(partial(copies_section, folders["dedup"], embed, shards, job.inputs["dedup"].manifest["counts"]))
+        made.append(partial(copies_section, folders["dedup"], embed, shards, job.inputs["dedup"].manifest["counts"], job.out))
     if config.fidelity is not None:
-        made.append(partial(fidelity_section.section, config.fidelity, config, model, embed, shards))
+        made.append(partial(fidelity_section.section, config.fidelity, config, model, subject))
     if config.suite.sets:
         cache = Path(job.config.data.cache).expanduser()
-        made.append(partial(suite_section.sections, config.suite, config, model, embed, shards, cache))
+        made.append(partial(suite_section.sections, config.suite, config, model, subject, cache))
     if config.typographic is not None:
-        made.append(partial(attack_section.section, config.typographic, config, model, embed, shards))
+        made.append(partial(attack_section.section, config.typographic, config, model, subject))
     if config.relations is not None:
-        made.append(partial(relations_section.section, config.relations, config, model, embed))
+        made.append(partial(relations_section.section, config.relations, config, model, subject))
     return made
 
 

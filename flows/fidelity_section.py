@@ -1,17 +1,16 @@
 """Hands the distances between generated and real pictures what they need: drawings at any guidance, CLIP, the packaged network."""
 
-from pathlib import Path
 from typing import Any
 
 from indexing.evaluate import EvaluateConfig
 from indexing.fidelity_figures import FidelityConfig, fidelity
-from indexing.held_out import open_embedded
 from indexing.sections import ReportSection
+from indexing.subject import Subject
 from training import features
 from training.generate import Unclip
 
 
-def section(config: FidelityConfig, whole: EvaluateConfig, model: Unclip, embed: Path, shards: Path, out: Path) -> ReportSection:
+def section(config: FidelityConfig, whole: EvaluateConfig, model: Unclip, subject: Subject) -> ReportSection:
     """Compare drawings of held-out captions with their real pictures."""
 
     def draw(prompts: list[str], seed: int, guidance: float) -> Any:  # captions repeat: with one seed for all, so would pictures
@@ -19,5 +18,4 @@ def section(config: FidelityConfig, whole: EvaluateConfig, model: Unclip, embed:
 
     found = features.efficientnet_lite0()
     networks = {features.LITE_NAME: found} if found else {}
-    side_px = model.decoder.config.image_size_px
-    return fidelity(config, open_embedded(embed), shards, side_px, draw, model.encode_images, networks, whole.resamples, whole.seed, out)
+    return fidelity(config, subject, model.decoder.config.image_size_px, draw, networks)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from flows import packaged_sets
 from indexing.evaluate import EvaluateConfig
-from indexing.held_out import open_embedded
 from indexing.image_sets import open_set
 from indexing.sections import ReportSection
+from indexing.subject import Subject
 from indexing.suite import SuiteConfig, suite
 from infra.errors import CallerError
 from training import features
@@ -23,9 +23,7 @@ def networks(config: SuiteConfig) -> dict[str, features.Features]:
     return named | ({features.RESNET_NAME: features.resnet_50(Path(config.features).expanduser())} if config.features else {})
 
 
-def sections(
-    config: SuiteConfig, whole: EvaluateConfig, model: Unclip, embed: Path, shards: Path, folder: Path, out: Path
-) -> list[ReportSection]:
+def sections(config: SuiteConfig, whole: EvaluateConfig, model: Unclip, subject: Subject, folder: Path) -> list[ReportSection]:
     """Judge the sets; packaged ones are unpacked into the cache folder, and one that cannot be had is told of: the others still count."""
     loaded, missing = [], []
     for name in config.sets:
@@ -35,5 +33,5 @@ def sections(
             if name not in packaged_sets.SETS:
                 raise
             missing.append(f"{name} is not measured: {str(error).removeprefix('[evaluate.suite] ')}")
-    models = (model.encode_texts, model.encode_images, model.clip.config.image_size_px, networks(config) if config.probe else {})
-    return suite(config, loaded, whole.templates, open_embedded(embed), shards, *models, whole.resamples, whole.seed, out, missing)
+    side_px, probed = model.clip.config.image_size_px, networks(config) if config.probe else {}
+    return suite(config, subject, loaded, whole.templates, side_px, probed, missing)

@@ -6,7 +6,6 @@ report.schema.json), report.html and pictures/*.png.
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,12 +15,13 @@ from pydantic import Field, field_validator
 from indexing import report
 from indexing.embeddings import Rows, take
 from indexing.fidelity_figures import FidelityConfig
-from indexing.generation import EncodeImages, Generate
-from indexing.held_out import Embedded, Pairs, licences, open_embedded, read_pairs, seen_in_training
+from indexing.generation import Generate
+from indexing.held_out import Embedded, Pairs, licences, read_pairs, seen_in_training
 from indexing.relations import RelationsConfig
 from indexing.retrieval import retrieval, retrieval_of_all
 from indexing.samples import generation, write_shown
 from indexing.sections import MakeSection
+from indexing.subject import Subject
 from indexing.suite import SuiteConfig
 from indexing.typographic import TypographicConfig
 from indexing.zero_shot import EncodeTexts, class_embeddings, member_scores, score
@@ -131,45 +131,27 @@ def evaluate(
     run_facts: Mapping[str, Any],
     stage_manifests: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Sequence[Mapping[str, Any]]],
-    embed: Path,
-    shards: Path,
-    encode_texts: EncodeTexts,
-    encode_images: EncodeImages,
+    subject: Subject,
     generate: Generate,
-    out: Path,
     sections: Sequence[MakeSection] = (),
 ) -> dict[str, Any]:
-    """Evaluate a run, write report.json, report.html and the pictures into `out`, and return what report.json holds.
+    """Evaluate a run, write report.json, report.html and the pictures into the subject's folder, and return what report.json holds.
 
     `run_facts` holds the resolved `config` of the run and whatever else is to be told of it; `metrics` the rows of metrics.jsonl of each
-    trained stage. `encode_texts(list of N) -> (N, D)` and `encode_images(uint8 (N, H, W, 3)) -> (N, D)` give unit vectors,
-    `generate(prompts, count, seed) -> uint8 (P, count, H, W, 3)`. A split without pairs is no error: its figures say so. `sections` measure
-    the rest of the report, in its order (indexing.sections).
+    trained stage; `generate(prompts, count, seed) -> uint8 (P, count, H, W, 3)`. A split without pairs is no error: its figures say so.
+    `sections` measure the rest of the report, in its order (indexing.sections).
     """
-    embedded = open_embedded(embed)
+    embedded, out = subject.embedded, subject.out
     pairs = {split: read_pairs(embedded, split, config.pairs_at_most, config.seed) for split in HELD_OUT}
     facts = {
         "run": report.run_facts(run_facts, stage_manifests)
         | {"data": seen_in_training(embedded, HELD_OUT), "licences": licences(embedded)},
         "stages": [report.stage_facts(manifest, metrics.get(manifest["stage"], ())) for manifest in stage_manifests],
-        "zero_shot": {split: zero_shot(config, pairs[split], embedded, encode_texts) for split in HELD_OUT},
-        "retrieval": {split: retrieve(config, pairs[split], shards, out / "pictures", encode_texts) for split in HELD_OUT},
-        "generation": generation(
-            config.prompts,
-            config.count,
-            config.seed,
-            config.resamples,
-            config.pixel_pool,
-            embedded,
-            pairs["held_out_concept"],
-            shards,
-            encode_texts,
-            encode_images,
-            generate,
-            out,
-        )
+        "zero_shot": {split: zero_shot(config, pairs[split], embedded, subject.encode_texts) for split in HELD_OUT},
+        "retrieval": {split: retrieve(config, pairs[split], subject) for split in HELD_OUT},
+        "generation": generation(subject, config.prompts, config.count, config.pixel_pool, pairs["held_out_concept"], generate)
         | {"steps": config.steps, "guidance": config.guidance},
-        "sections": [each for make in sections for each in _several(make(out))],
+        "sections": [each for make in sections for each in _several(make())],
     }
     (out / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     (out / "report.html").write_text(report.render(facts, out))
@@ -225,7 +207,7 @@ def class_phrase(label: str) -> str:
     return " ".join(label.lower().replace("&", " and ").replace("-", " ").replace("_", " ").split())
 
 
-def retrieve(config: EvaluateConfig, pairs: Pairs, shards: Path, folder: Path, encode_texts: EncodeTexts) -> dict[str, Any]:
+def retrieve(config: EvaluateConfig, pairs: Pairs, subject: Subject) -> dict[str, Any]:
     """Return a split's recall both ways by first captions and by all, and some captions, drawn by the seed, with what is found."""
     if not pairs.rows:
         return {"n": 0, "note": "no pairs"}
@@ -233,16 +215,21 @@ def retrieve(config: EvaluateConfig, pairs: Pairs, shards: Path, folder: Path, e
     measured_by = (pairs.groups, config.resamples, config.seed)
     found = retrieval(pairs.images, pairs.texts, pictures, captions, *measured_by)
     every = [[caption for caption in row["captions"] if caption] or [row["caption"]] for row in pairs.rows]
-    found["all_captions"] = retrieval_of_all(pairs.images, pictures, every, encode_texts, *measured_by)
+    found["all_captions"] = retrieval_of_all(pairs.images, pictures, every, subject.encode_texts, *measured_by)
     _, first = np.unique(pictures, return_index=True)
     _, asked = np.unique(captions, return_index=True)
+    folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     found["examples"] = []
     for query in np.random.default_rng(config.seed).permutation(asked)[:EXAMPLES]:
         right = {picture for picture, caption in zip(pictures, captions, strict=True) if caption == captions[query]}
         best = first[np.argsort(-(pairs.images[first] @ pairs.texts[query]), kind="stable")[:EXAMPLE_RESULTS]]
         results = [
-            {"picture": write_shown(pairs.rows[place], shards, folder), "caption": captions[place], "is_right": pictures[place] in right}
+            {
+                "picture": write_shown(pairs.rows[place], subject.shards, folder),
+                "caption": captions[place],
+                "is_right": pictures[place] in right,
+            }
             for place in best
         ]
         found["examples"].append({"caption": captions[query], "results": results})

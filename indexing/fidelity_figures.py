@@ -4,7 +4,6 @@ Counts, seed, resize and feature network are written beside the figures; every f
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 from pydantic import Field
@@ -12,9 +11,10 @@ from pydantic import Field
 from indexing import distances, sections
 from indexing.embeddings import unit
 from indexing.generation import SCALE, EncodeImages
-from indexing.held_out import Embedded, read_pairs
+from indexing.held_out import read_pairs
 from indexing.intervals import Figure, mean_figure, set_figure
 from indexing.pictures import Pixels, read_picture, sheet, write_png
+from indexing.subject import Subject
 from infra.settings import Section
 
 Draw = Callable[[list[str], int, float], Pixels]
@@ -35,18 +35,10 @@ class FidelityConfig(Section):
 
 
 def fidelity(
-    config: FidelityConfig,
-    embedded: Embedded,
-    shards: Path,
-    side_px: int,
-    draw: Draw,
-    encode: EncodeImages,
-    networks: Mapping[str, EncodeImages],
-    resamples: int,
-    seed: int,
-    out: Path,
+    config: FidelityConfig, subject: Subject, side_px: int, draw: Draw, networks: Mapping[str, EncodeImages]
 ) -> sections.ReportSection:
-    """Draw the captions of held-out pairs and return the report's section; writes its picture into `out` / pictures."""
+    """Draw the captions of held-out pairs and return the report's section; writes its picture into the report's folder."""
+    embedded, shards, encode, resamples, seed = subject.embedded, subject.shards, subject.encode_images, subject.resamples, subject.seed
     title = "How near to real pictures, by guidance"
     pairs = read_pairs(embedded, "held_out_concept", config.pictures, seed)
     others = read_pairs(embedded, "train", len(pairs.rows), seed)
@@ -84,7 +76,7 @@ def fidelity(
             row.append(apart(distances.frechet_of(of_network, other), "Fréchet distance"))
             row.append(apart(distances.kernel_distance_of(of_network, other), "kernel distance × 1000", 1000))
         rows.append(row)
-    folder = out / "pictures"
+    folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     write_png(sheet([list(each[:SHOWN]) for each in drawn.values()], list(drawn)), folder / "guidance.png")
     shown = ", ".join(prompts[:SHOWN])

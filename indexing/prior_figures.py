@@ -5,15 +5,15 @@ training pictures and the prediction for another pair's caption. The prior is a 
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from indexing.embeddings import Floats, take
 from indexing.generation import SCALE
-from indexing.held_out import Embedded, Pairs, open_embedded, read_pairs
+from indexing.held_out import Embedded, Pairs, read_pairs
 from indexing.intervals import mean_figure
 from indexing.sections import Cell, ReportSection, section, table
+from indexing.subject import Subject
 
 Predict = Callable[[list[str], int, int | None], Floats]
 """`predict(captions, seed, best_of) -> unit vectors (N, D)`; best_of None is the prior's own number of candidates."""
@@ -22,9 +22,9 @@ PAIRS_AT_MOST = 96
 ROWS_AT_ONCE = 8192
 
 
-def prior_section(embed: Path, predict: Predict, kind: str, best_of: int, resamples: int, seed: int) -> ReportSection:
+def prior_section(subject: Subject, predict: Predict, kind: str, best_of: int) -> ReportSection:
     """Return the section for a prior of some kind, on unseen concepts and, to tell learning by heart, on training pairs."""
-    embedded = open_embedded(embed)
+    embedded, resamples, seed = subject.embedded, subject.resamples, subject.seed
     mean = mean_image(embedded)
     tables = []
     for split, name in (("held_out_concept", "Pairs of unseen concepts"), ("train", "Training pairs")):

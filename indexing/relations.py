@@ -21,6 +21,7 @@ from indexing.intervals import Figure, mean_figure
 from indexing.judges import Judge, ReadText, best_of, judge_of
 from indexing.pictures import sheet, write_png
 from indexing.scenes import Scene
+from indexing.subject import Subject
 from indexing.zero_shot import EncodeTexts
 from infra.settings import Section
 
@@ -123,19 +124,10 @@ def asked(config: RelationsConfig, embedded: Embedded, read_text: ReadText | Non
     return found
 
 
-def relations(
-    config: RelationsConfig,
-    embedded: Embedded,
-    encode_texts: EncodeTexts,
-    encode_images: EncodeImages,
-    draw: Draw,
-    read_text: ReadText | None,
-    resamples: int,
-    seed: int,
-    out: Path,
-) -> sections.ReportSection:
-    """Measure plain sampling, best of n and beams, and return the report's section; writes pictures into `out` / pictures."""
-    prompts = asked(config, embedded, read_text, seed)
+def relations(config: RelationsConfig, subject: Subject, draw: Draw, read_text: ReadText | None) -> sections.ReportSection:
+    """Measure plain sampling, best of n and beams, and return the report's section; writes pictures into the report's folder."""
+    encode_texts, encode_images, resamples, seed = subject.encode_texts, subject.encode_images, subject.resamples, subject.seed
+    prompts = asked(config, subject.embedded, read_text, seed)
     if not prompts:
         return sections.section(TITLE, ["Not measured: the run has no scenes that a judge here can judge."])
 
@@ -171,7 +163,7 @@ def relations(
         text.append(f"Not told from plain sampling at equal calls, since the interval holds zero: {', '.join(untold)}.")
     if read_text is None:
         text.append("Writing is not measured: no reader of text is installed (evaluation-packages.txt names one).")
-    pictures = [_shown(prompts, plain, row, out) for row in rows]
+    pictures = [_shown(prompts, plain, row, subject.out) for row in rows]
     return sections.section(TITLE, text, tables, pictures, [each.chart for each in searched.values()])
 
 

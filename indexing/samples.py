@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from indexing.embeddings import Floats, Rows, take, unit
 from indexing.generation import (
     SCALE,
-    EncodeImages,
     Generate,
     clip_scores,
     encoded,
@@ -26,7 +25,7 @@ from indexing.generation import (
 from indexing.held_out import Embedded, Pairs, trained_captions
 from indexing.intervals import mean_figure
 from indexing.pictures import Pixels, read_picture, sheet, write_png
-from indexing.zero_shot import EncodeTexts
+from indexing.subject import Subject
 
 SHOWN_PX = 64
 READERS = 4
@@ -34,30 +33,18 @@ ROWS_AT_ONCE = 1024
 REFERENCES_AT_MOST = 200
 
 
-def generation(
-    prompts: Sequence[str],
-    count: int,
-    seed: int,
-    resamples: int,
-    pixel_pool: int,
-    embedded: Embedded,
-    unseen: Pairs,
-    shards: Path,
-    encode_texts: EncodeTexts,
-    encode_images: EncodeImages,
-    generate: Generate,
-    out: Path,
-) -> dict[str, Any]:
-    """Draw `count` pictures of each prompt and return the report's `generation`; writes PNG files into `out` / pictures.
+def generation(subject: Subject, prompts: Sequence[str], count: int, pixel_pool: int, unseen: Pairs, generate: Generate) -> dict[str, Any]:
+    """Draw `count` pictures of each prompt and return the report's `generation`; writes PNG files into the report's folder.
 
     `unseen` are real held-out pairs: what their pictures score, and how far they lie from the training pictures, is what the samples'
     figures are held against. At most `pixel_pool` training pictures, drawn by the seed, are compared pixel by pixel.
     """
+    embedded, shards, resamples, seed = subject.embedded, subject.shards, subject.resamples, subject.seed
     pictures = np.asarray(generate(list(prompts), count, seed))
     assert pictures.dtype == np.uint8 and pictures.shape[:2] == (len(prompts), count), "generate returns uint8 (P, K, H, W, 3)"
     flat = pictures.reshape(-1, *pictures.shape[2:])  # (P * K, S, S, 3)
-    images = encoded(encode_images, flat)
-    texts = unit(np.asarray(encode_texts(list(prompts)), np.float32))
+    images = encoded(subject.encode_images, flat)
+    texts = unit(np.asarray(subject.encode_texts(list(prompts)), np.float32))
     by_prompt = images.reshape(len(prompts), count, -1)
     scores = clip_scores(by_prompt, texts, resamples, seed)
     cosines = np.einsum("pkd,pd->pk", by_prompt, texts)
@@ -78,7 +65,7 @@ def generation(
         for name, values, unit_name in (("cosine", by_clip[0], "cosine"), ("rms", by_pixels[0], "of 255"))
         if len(train)
     }
-    folder = out / "pictures"
+    folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
     for number, (prompt, is_trained) in enumerate(zip(prompts, trained_captions(embedded, list(prompts)), strict=True)):

@@ -6,15 +6,14 @@ Writes nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from indexing.intervals import Figure
 
 ReportSection = dict[str, Any]
 Cell = str | int | float | None | Figure
-MakeSection = Callable[[Path], ReportSection | list[ReportSection]]
-"""Measures and returns a section, or several; gets the report's folder, in whose `pictures/` it may write PNG files."""
+MakeSection = Callable[[], ReportSection | list[ReportSection]]
+"""Measures and returns a section, or several; may write PNG files into the `pictures/` of the report's folder."""
 
 
 def section(

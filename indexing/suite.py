@@ -23,6 +23,7 @@ from indexing.intervals import Figure, mean_figure
 from indexing.pictures import INK, PAPER, Pixels, read_picture, write_png
 from indexing.report import verdict
 from indexing.samples import slug
+from indexing.subject import Subject
 from indexing.zero_shot import EncodeTexts, class_embeddings, score
 from infra.settings import Section
 
@@ -53,17 +54,11 @@ class SuiteConfig(Section):
 
 def suite(
     config: SuiteConfig,
+    subject: Subject,
     loaded: Sequence[ImageSet],
     templates: Sequence[str],
-    embedded: Embedded,
-    shards: Path,
-    encode_texts: EncodeTexts,
-    encode_images: EncodeImages,
     side_px: int,
     networks: Mapping[str, EncodeImages],
-    resamples: int,
-    seed: int,
-    out: Path,
     missing: Sequence[str] = (),
 ) -> list[sections.ReportSection]:
     """Judge every set and return the report's sections: zero-shot, and against probes on CLIP's features and other `networks`'.
@@ -72,22 +67,23 @@ def suite(
     CLIP sees pictures at its own side, `side_px`, so that they are resized once; the other networks at SIDE_PX.
     `missing` says in sentences which sets could not be had.
     """
+    resamples, seed = subject.resamples, subject.seed
     rows: list[list[sections.Cell]] = []
     leaks: list[list[sections.Cell]] = []
     pictures, probed = [], []
     for each in loaded:
-        drawn = draw_unseen(each, config.pictures, seed, encode_images, side_px, embedded, shards)
+        drawn = draw_unseen(each, config.pictures, seed, subject.encode_images, side_px, subject.embedded, subject.shards)
         some, vectors = drawn.images, drawn.vectors
         leaks.append([some.name, len(each), drawn.looked_at, drawn.same_file, drawn.same_picture, len(some)])
         if not len(some):
             continue
-        by_words = class_scores(some, vectors, encode_texts, templates)
+        by_words = class_scores(some, vectors, subject.encode_texts, templates)
         found = score(by_words, some.labels, some.names, range(len(some)), resamples, seed)
         top_1 = found["top_1"]
         top_5 = found["top_5"] if len(some.names) > 5 else None  # five of five are always right
         rows.append([some.name, top_1["n"], found["classes"], top_1, top_5, found["mean_per_class"], *_bars(top_1), verdict(top_1)])
         if 1 < len(some.names) <= LARGEST_CONFUSION:
-            pictures.append(_confusion(some, by_words.argmax(1), out))
+            pictures.append(_confusion(some, by_words.argmax(1), subject.out))
         if config.probe and 1 < len(some.names) <= MOST_CLASSES_PROBED:
             named = {"our CLIP": vectors}
             if networks:

@@ -18,12 +18,13 @@ from pydantic import Field
 
 from indexing import sections
 from indexing.embeddings import Floats
-from indexing.generation import EncodeImages, encoded
-from indexing.held_out import Embedded, Pairs
+from indexing.generation import encoded
+from indexing.held_out import Pairs
 from indexing.intervals import mean_figure
 from indexing.pictures import INK, PAPER, Pixels, read_picture, write_png
+from indexing.subject import Subject
 from indexing.varied import Witnesses, figures, judge, look_alikes, probabilities
-from indexing.zero_shot import EncodeTexts, class_embeddings
+from indexing.zero_shot import class_embeddings
 from infra.errors import CallerError
 from infra.settings import Section
 
@@ -163,26 +164,21 @@ Scores = Callable[[Sequence[Pixels]], Floats]
 
 def typographic(
     config: TypographicConfig,
-    embedded: Embedded,
+    subject: Subject,
     pairs: Pairs,
     templates: Sequence[str],
-    shards: Path,
-    encode_texts: EncodeTexts,
-    encode_images: EncodeImages,
     logit_scale: float,
     vary: Vary,
     witnesses: Witnesses,
-    resamples: int,
-    seed: int,
-    out: Path,
 ) -> sections.ReportSection:
-    """Attack held-out pictures and return the report's section; writes its picture into `out` / pictures."""
+    """Attack held-out pictures and return the report's section; writes its picture into the report's folder."""
+    shards, resamples, seed = subject.shards, subject.resamples, subject.seed
     title = "Typographic attack"
     if len({row["caption"] for row in pairs.rows}) < 2:
         return sections.section(title, ["Not measured: fewer than two held-out names."])
     rng = np.random.default_rng(seed)
     names, known, of_names = known_names(pairs, config.labels)
-    classes = class_embeddings(encode_texts, names, templates)
+    classes = class_embeddings(subject.encode_texts, names, templates)
     picked, labels, right_of_all = choose(pairs, classes, names, config.pictures, seed)
     others = (labels + rng.integers(1, len(names), len(labels))) % len(names)
     words = {
@@ -195,12 +191,12 @@ def typographic(
     by_way = ways(config.font)
 
     def scores(images: Sequence[Pixels]) -> Floats:
-        return encoded(encode_images, np.stack(images)) @ classes.T
+        return encoded(subject.encode_images, np.stack(images)) @ classes.T
 
     tables = _tables_of_words(attack, by_way, scores, resamples, seed)
     some = rng.permutation(len(pictures))[: config.varied]
     keys = {pairs.rows[at]["key"] for at in picked}
-    looks, labelled = look_alikes(witnesses, embedded, names, keys, shards, SIDE_PX, seed)
+    looks, labelled = look_alikes(witnesses, subject.embedded, names, keys, shards, SIDE_PX, seed)
     of_some = {"": np.stack([pictures[n] for n in some])}
     of_some |= {kind: np.stack(attack.written(kind, next(iter(by_way.values())), some)) for kind in VARIED[1:]}
     drawn = {kind: vary(each, config.variations, seed) for kind, each in of_some.items()}  # (N, count, S', S', 3) each
@@ -228,7 +224,7 @@ def typographic(
         np.stack([drawn[kind][n] for n, kind in shown]),
         np.stack([chances[f"variations {kind}"][n] for n, kind in shown]),
     )
-    folder = out / "pictures"
+    folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     write_png(page, folder / "typographic.png")
     told = "; ".join(f"“{words[kind][some[n]]}” on {names[labels[some[n]]]}" for n, kind in shown)

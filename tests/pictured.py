@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from indexing.held_out import open_embedded
+from indexing.subject import Subject
 from infra.tables import EMBEDDED
 
 DIM = 16
@@ -131,3 +133,8 @@ def manifest(stage: str, inputs: dict[str, str] | None = None, **counts: Any) ->
         "finished": "2026-11-23T10:01:05.500000Z",
         "packages": {"python": "3.11.7", "numpy": "2.4.6"},
     }
+
+
+def subject(folder: Path, texts: Any = encode_texts, images: Any = encode_images) -> Subject:
+    """Return what `write_run` wrote into a folder, seen by these models, with its report's folder beside it."""
+    return Subject(open_embedded(folder / "embed"), folder / "shards", texts, images, 200, 0, folder / "out")

@@ -14,10 +14,9 @@ from PIL import Image
 from flows.cli import main
 from indexing.comparison import changed, compare, difference, figures, is_told, render
 from indexing.fidelity_figures import FidelityConfig, fidelity
-from indexing.held_out import open_embedded
 from indexing.intervals import mean_figure
 from indexing.sections import section, table
-from tests.pictured import HOSTILE, draw, encode_images, row, usual_rows, write_run
+from tests.pictured import HOSTILE, draw, row, subject, usual_rows, write_run
 from tests.test_report import Page, assert_stands_alone, make
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -69,8 +68,7 @@ def test_distances_between_sets_are_compared_where_they_were_measured_alike(tmp_
 
         config = FidelityConfig(pictures=pictures, guidance=(1.0,))
         networks: dict[str, Any] = {"mean colour": lambda pictures: pictures.mean((1, 2))}
-        given = (open_embedded(tmp_path / "embed"), tmp_path / "shards", 16, drawn, encode_images, networks, 200, 0, tmp_path / "out")
-        return {"sections": [fidelity(config, *given)]}
+        return {"sections": [fidelity(config, subject(tmp_path), 16, drawn, networks)]}
 
     rows = compare({"near": measured(1), "far": measured(0), "few": measured(1, 12)})
     alike = {row["place"][-1]: row for row in rows if row["place"][2] == "guidance 1" and row["runs"]["near"]}

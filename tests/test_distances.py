@@ -11,7 +11,7 @@ from indexing import distances
 from indexing.fidelity_figures import FidelityConfig, fidelity
 from indexing.held_out import open_embedded, read_pairs
 from indexing.intervals import set_figure
-from tests.pictured import direction, draw, encode_images, row, write_run
+from tests.pictured import direction, draw, row, subject, write_run
 
 
 def test_frechet_is_the_closed_form_and_that_of_the_matrix_root() -> None:
@@ -77,7 +77,7 @@ def test_the_section_prefers_the_guidance_that_draws_the_real_pictures(tmp_path:
         return pictures.mean((1, 2))
 
     config = FidelityConfig(pictures=16, guidance=(1.0, 2.0))
-    found = fidelity(config, embedded, tmp_path / "shards", 16, drawn, encode_images, {"mean colour": colours}, 200, 0, tmp_path / "out")
+    found = fidelity(config, subject(tmp_path), 16, drawn, {"mean colour": colours})
     table = found["tables"][0]
     assert table["head"][5:] == ["Fréchet on mean colour", "kernel × 1000 on mean colour"]
     one, two, trained = table["rows"]
@@ -97,7 +97,7 @@ def test_the_section_prefers_the_guidance_that_draws_the_real_pictures(tmp_path:
 def test_too_few_pairs_are_said(tmp_path: Path) -> None:
     write_run(tmp_path, [row(1, "plain", "train"), row(2, "plain", "held_out_concept")])
     nothing: Any = None
-    found = fidelity(FidelityConfig(), open_embedded(tmp_path / "embed"), tmp_path, 16, nothing, encode_images, {}, 200, 0, tmp_path)
+    found = fidelity(FidelityConfig(), subject(tmp_path), 16, nothing, {})
     assert "Not measured" in found["text"][0] and not found["tables"]
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 import indexing
 from indexing.evaluate import EvaluateConfig, class_phrase, evaluate
-from tests.pictured import DIM, HOSTILE, encode_images, encode_texts, generate, manifest, row, usual_rows, write_run
+from tests.pictured import DIM, HOSTILE, encode_images, encode_texts, generate, manifest, row, subject, usual_rows, write_run
 
 SCHEMA = json.loads((Path(indexing.__file__).parent / "report.schema.json").read_text())
 METRICS = {"clip": [{"images_seen": 256 * step, "loss": 4.0 / step, "seconds": step} for step in range(1, 30)]}
@@ -23,7 +23,7 @@ def run(folder: Path, config: EvaluateConfig | None = None, texts: Any = encode_
     out.mkdir(exist_ok=True)
     config = config or EvaluateConfig(prompts=("colour 3", "colour 7", "colour 14"), count=2, resamples=200)
     stages = [manifest("ingest"), manifest("clip", {"ingest": "abc"})]
-    returned = evaluate(config, {"config": {}}, stages, METRICS, folder / "embed", folder / "shards", texts, images, generate, out)
+    returned = evaluate(config, {"config": {}}, stages, METRICS, subject(folder, texts, images), generate)
     written = json.loads((out / "report.json").read_text())
     jsonschema.Draft202012Validator(SCHEMA).validate(written)
     assert written == json.loads(json.dumps(returned))

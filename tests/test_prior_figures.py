@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from indexing.held_out import Embedded, open_embedded, read_pairs
 from indexing.prior_figures import another, mean_image, prior_cosines, prior_section
-from tests.pictured import DIM, direction, encode_texts, usual_rows, write_run
+from tests.pictured import DIM, direction, encode_texts, subject, usual_rows, write_run
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def perfect(captions: list[str], seed: int, best_of: int | None) -> NDArray[np.f
 
 
 def test_a_perfect_prior_scores_100_and_its_baselines_do_not(embedded: Embedded, tmp_path: Path) -> None:
-    section = prior_section(tmp_path / "embed", perfect, "diffusion", 2, 200, 0)
+    section = prior_section(subject(tmp_path), perfect, "diffusion", 2)
     assert [table["caption"] for table in section["tables"]] == ["Pairs of unseen concepts (8)", "Training pairs (24)"]
     rows = {row[0]: row for row in section["tables"][0]["rows"]}
     assert rows["the prior, best of 2"][1]["value"] == pytest.approx(100, abs=0.1)
@@ -62,5 +62,5 @@ def test_another_caption_is_another_one_where_there_is_one() -> None:
 
 def test_no_pairs_are_no_error(tmp_path: Path) -> None:
     write_run(tmp_path, [row for row in usual_rows() if row["split"] == "held_out_style"])
-    section = prior_section(tmp_path / "embed", perfect, "diffusion", 2, 200, 0)
+    section = prior_section(subject(tmp_path), perfect, "diffusion", 2)
     assert section["tables"] == [] and section["text"] == ["No pair to judge the prior by."]

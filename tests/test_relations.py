@@ -11,8 +11,9 @@ from indexing import scenes, sections
 from indexing.held_out import open_embedded
 from indexing.relations import TITLE, RelationsConfig, asked, exchanged, relations
 from indexing.scenes import Scene, Thing, parse
+from indexing.subject import Subject
 from tests.benchmarks import search_at_inference
-from tests.pictured import row, write_run
+from tests.pictured import row, subject, write_run
 
 CONFIG = RelationsConfig(prompts_per_row=3, samples=4, steps=10, searched=("position",))
 CAPTIONS = {
@@ -69,9 +70,14 @@ def drawer(chance: float, calls: list[tuple[int, int, bool]]) -> Any:
     return draw
 
 
+def judged(folder: Path) -> Subject:
+    """Return what lies in the folder, judged by a CLIP that knows every text and of pictures their brightness."""
+    return subject(folder, texts_of, blind)
+
+
 def measured(folder: Path, chance: float, calls: list[tuple[int, int, bool]] | None = None) -> Any:
-    embedded = write(folder)
-    found = relations(CONFIG, embedded, texts_of, blind, drawer(chance, calls if calls is not None else []), None, 200, 0, folder / "out")
+    write(folder)
+    found = relations(CONFIG, judged(folder), drawer(chance, calls if calls is not None else []), None)
     assert all((folder / "out" / each["picture"]).is_file() for each in found["pictures"])
     return found
 
@@ -120,7 +126,8 @@ def test_search_by_the_checker_beats_one_sample_and_a_blind_clip_does_not_help(t
 def test_equal_calls_are_those_that_were_made(tmp_path: Path, samples: int, most: int) -> None:
     calls: list[tuple[int, int, bool]] = []
     config = CONFIG.model_copy(update={"samples": samples})
-    found = relations(config, write(tmp_path), texts_of, blind, drawer(0.4, calls), None, 200, 0, tmp_path / "out")
+    write(tmp_path)
+    found = relations(config, judged(tmp_path), drawer(0.4, calls), None)
     (against,) = [each for each in found["tables"] if each["caption"].startswith("Search against")]
     assert f" = {10 * most} for a returned picture" in against["caption"]
     beams = [f"beam of {most} by {by}" for by in ("CLIP", "checker") if most > config.keep]
@@ -141,7 +148,7 @@ def test_the_characters_of_signs_are_counted_beside_those_of_drawn_ones(tmp_path
     def reader(picture: np.ndarray) -> str:
         return "cat" if np.array_equal(picture, taught) else "co"
 
-    found = relations(CONFIG, embedded, texts_of, blind, drawer(1.0, []), reader, 200, 0, tmp_path / "out")
+    found = relations(CONFIG, judged(tmp_path), drawer(1.0, []), reader)
     (table,) = [each for each in found["tables"] if each["caption"].startswith("How much")]
     (signs,) = table["rows"]
     assert signs[:2] == ["writing, trained", 1] and signs[5]["value"] == 1
@@ -159,7 +166,7 @@ def test_prompts_are_the_splits_own_and_an_ocr_brings_writing_in(tmp_path: Path)
 
 def test_a_run_without_scenes_says_so(tmp_path: Path) -> None:
     write_run(tmp_path, [row(1, "plain", "held_out_concept")])
-    found = relations(CONFIG, open_embedded(tmp_path / "embed"), texts_of, blind, drawer(1, []), None, 200, 0, tmp_path / "out")
+    found = relations(CONFIG, judged(tmp_path), drawer(1, []), None)
     assert "no scenes" in found["text"][0] and not found["tables"]
 
 

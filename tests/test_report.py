@@ -10,7 +10,7 @@ import pytest
 
 from indexing import report
 from indexing.evaluate import EvaluateConfig, evaluate
-from tests.pictured import HOSTILE, encode_images, encode_texts, generate, manifest, row, usual_rows, write_run
+from tests.pictured import HOSTILE, generate, manifest, row, subject, usual_rows, write_run
 
 CONFIG = {
     "data": {"sources": [{"kind": "packages", "packages": ["a@1", "b@2"]}, {"kind": "folder", "path": 'C:\\x "y"\n'}], "image_size_px": 64},
@@ -45,10 +45,7 @@ def make(folder: Path, rows: list[dict[str, Any]], prompts: tuple[str, ...] = ("
     counted = {"in": 24, "out": 24, "dropped": {}, "parameters": 1670417, "loss": 0.9409561, "splits": {"train": 1}}
     stages = [manifest("ingest"), manifest("clip", {"ingest": "abc"}, **counted)]
     config = EvaluateConfig(prompts=prompts, count=2, resamples=200)
-    return evaluate(
-        *(config, {"config": CONFIG, **facts}, stages, metrics, folder / "embed", folder / "shards"),
-        *(encode_texts, encode_images, generate, folder / "out"),
-    )
+    return evaluate(config, {"config": CONFIG, **facts}, stages, metrics, subject(folder), generate)
 
 
 @pytest.fixture(scope="module")

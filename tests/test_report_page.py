@@ -12,12 +12,10 @@ from PIL import Image
 from indexing.comparison import compare, render
 from indexing.evaluate import EvaluateConfig, evaluate
 from indexing.fidelity_figures import FidelityConfig, fidelity
-from indexing.held_out import open_embedded
-from indexing.sections import MakeSection
 from indexing.varied import Witnesses
 from tests import test_relations, test_suite, test_typographic
 from tests.browser import CHROMIUM, Browser
-from tests.pictured import encode_images, encode_texts, generate, manifest, usual_rows, write_run
+from tests.pictured import encode_images, generate, manifest, subject, usual_rows, write_run
 from tests.test_page import contrast
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")]
@@ -47,15 +45,12 @@ def whole_report(folder: Path) -> dict[str, Any]:
         test_typographic.measure(folder / "attack", encode_images, test_typographic.again, Witnesses("mean colour", colours, lambda _: ""))
     )
     made.append(test_relations.measured(folder / "relations", 0.4))
-    given = (open_embedded(folder / "embed"), folder / "shards", 16, drawn, encode_images, {"EfficientNet-Lite0 (ImageNet)": colours})
-    made.append(fidelity(FidelityConfig(pictures=8), *given, 200, 0, folder / "out"))
+    made.append(fidelity(FidelityConfig(pictures=8), subject(folder), 16, drawn, {"EfficientNet-Lite0 (ImageNet)": colours}))
     for name in ("suite", "attack", "relations"):
         shutil.copytree(folder / name / "out" / "pictures", folder / "out" / "pictures", dirs_exist_ok=True)
-    sections: list[MakeSection] = [lambda _: made]
     stages = [manifest("ingest"), manifest("clip", {"ingest": "abc"})]
     config = EvaluateConfig(prompts=("colour 3", "colour 14"), count=2, resamples=200)
-    models = (encode_texts, encode_images, generate, folder / "out", sections)
-    return evaluate(config, {"config": {"clip": {"width": 64}}}, stages, METRICS, folder / "embed", folder / "shards", *models)
+    return evaluate(config, {"config": {"clip": {"width": 64}}}, stages, METRICS, subject(folder), generate, [lambda: made])
 
 
 def test_a_whole_report_and_a_comparison_fit_a_phone_and_a_desk_in_light_and_dark(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from indexing.plots import bars as draw_bars
 from indexing.plots import lines as draw_lines
 from indexing.report import figure_bounds, figure_text
 from indexing.sections import bars, lines, picture, section, table
-from tests.pictured import HOSTILE, encode_images, encode_texts, generate, manifest, usual_rows, write_run
+from tests.pictured import HOSTILE, generate, manifest, subject, usual_rows, write_run
 from tests.test_report import Page, assert_stands_alone
 
 HALF = mean_figure([0, 1] * 20, range(40), 200, 0)
@@ -41,8 +41,7 @@ def test_a_section_is_on_the_page_escaped_and_keeps_to_the_schema(tmp_path: Path
     out = tmp_path / "out"
     out.mkdir()
     config = EvaluateConfig(prompts=("colour 3",), count=1, resamples=200)
-    places = (tmp_path / "embed", tmp_path / "shards", encode_texts, encode_images, generate, out)
-    returned = evaluate(config, {"config": {}}, [manifest("ingest")], {}, *places, [everything])
+    returned = evaluate(config, {"config": {}}, [manifest("ingest")], {}, subject(tmp_path), generate, [lambda: everything(out)])
     jsonschema.Draft202012Validator(SCHEMA).validate(json.loads((out / "report.json").read_text()))
     assert returned["sections"][0]["tables"][0]["rows"][0][1]["value"] == 0.5
     page = Page((out / "report.html").read_text())

@@ -15,7 +15,7 @@ from indexing.pictures import read_picture
 from indexing.plots import plot
 from indexing.suite import SIDE_PX, SuiteConfig, draw_unseen, suite
 from infra.errors import CallerError
-from tests.pictured import colour, direction, encode_images, encode_texts, row, usual_rows, write_run
+from tests.pictured import colour, direction, encode_images, row, subject, usual_rows, write_run
 from training import features
 
 
@@ -29,8 +29,7 @@ def colours_set(count: int = 4, each: int = 12, first: int = 12) -> ImageSet:
 
 def measure(folder: Path, sets: list[ImageSet], images: Any = encode_images, **networks: Any) -> Any:
     write_run(folder, usual_rows())
-    places = (open_embedded(folder / "embed"), folder / "shards", encode_texts, images, 24, networks)
-    return suite(SuiteConfig(pictures=100), sets, ("{}", "a {}"), *places, 200, 0, folder / "out")
+    return suite(SuiteConfig(pictures=100), subject(folder, images=images), sets, ("{}", "a {}"), 24, networks)
 
 
 def test_a_clip_that_knows_the_classes_is_right_and_a_blind_one_is_at_nothing(tmp_path: Path) -> None:
@@ -83,9 +82,8 @@ def test_no_picture_that_training_saw_is_judged_and_others_take_their_places(tmp
     seen = ImageSet("seen", [exact, *again], np.array([0, 0, 0]), names, ())
 
     def judged(at_most: int) -> tuple[list[Any], list[Any]]:
-        places = (embedded, tmp_path / "shards", encode_texts, encode_images, 24, {})
         config = SuiteConfig(probe=False, pictures=at_most)
-        (found,) = suite(config, [leaky, seen], ("{}",), *places, 200, 0, tmp_path / "out")
+        (found,) = suite(config, subject(tmp_path), [leaky, seen], ("{}",), 24, {})
         return found["tables"][0]["rows"], found["tables"][1]["rows"]
 
     scores, left_out = judged(100)

@@ -22,7 +22,7 @@ from indexing.typographic import (
 )
 from indexing.varied import Witnesses, judge, look_alikes, probabilities
 from infra.errors import CallerError
-from tests.pictured import colour, direction, encode_images, encode_texts, row, usual_rows, write_run
+from tests.pictured import colour, direction, encode_images, encode_texts, row, subject, usual_rows, write_run
 
 CONFIG = TypographicConfig(labels=4, pictures=8, varied=6, shown=2, variations=3)
 NOBODY = Witnesses()
@@ -30,10 +30,9 @@ NOBODY = Witnesses()
 
 def measure(folder: Path, images: Any, vary: Any, witnesses: Witnesses = NOBODY) -> Any:
     write_run(folder, usual_rows())
-    embedded = open_embedded(folder / "embed")
-    pairs = read_pairs(embedded, "held_out_concept", 100, 0)
-    models = (encode_texts, images, 10.0, vary, witnesses)
-    return typographic(CONFIG, embedded, pairs, ("{}",), folder / "shards", *models, 200, 0, folder / "out")
+    attacked = subject(folder, images=images)
+    pairs = read_pairs(attacked.embedded, "held_out_concept", 100, 0)
+    return typographic(CONFIG, attacked, pairs, ("{}",), 10.0, vary, witnesses)
 
 
 def again(pictures: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -212,7 +211,6 @@ def test_every_variation_shows_its_probabilities() -> None:
 
 def test_no_held_out_names_are_said(tmp_path: Path) -> None:
     write_run(tmp_path, [each for each in usual_rows() if each["split"] == "train"])
-    pairs = read_pairs(open_embedded(tmp_path / "embed"), "held_out_concept", 100, 0)
-    models = (encode_texts, encode_images, 10.0, again, NOBODY)
-    found = typographic(CONFIG, open_embedded(tmp_path / "embed"), pairs, ("{}",), tmp_path, *models, 200, 0, tmp_path)
+    pairs = read_pairs(subject(tmp_path).embedded, "held_out_concept", 100, 0)
+    found = typographic(CONFIG, subject(tmp_path), pairs, ("{}",), 10.0, again, NOBODY)
     assert "Not measured" in found["text"][0] and not found["tables"]
