@@ -1,22 +1,20 @@
 """The HTTP service: the search page, our own routes and clip-retrieval's protocol over one `Service`.
 
 Reads nothing but what the service holds: no path of a request reaches the file system. `make_app` returns the ASGI application, `run`
-serves it with uvicorn. What clients may send is in indexing.asked, who may send it in indexing.guard.
+serves it with uvicorn. What clients may send is in indexing.asked, who may send it in indexing.guard, clip-retrieval's routes are in
+indexing.protocol, and what all routes share in indexing.backend.
 """
 
 import gc
 import json
-import os
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
-import numpy as np
 import uvicorn
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
@@ -25,15 +23,14 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
 from pydantic_core import from_json
 
-from indexing import uploads
-from indexing.asked import KnnQuestion, MetadataQuestion, Question, Token, speakable
-from indexing.embeddings import Floats, unit
-from indexing.freshness import Freshness
+from indexing.asked import Question, Token, speakable
+from indexing.backend import Backend, Query, found, refused
 from indexing.guard import COOKIE, Guard, is_token
-from indexing.service import ServeConfig, Service, Version
+from indexing.protocol import add_protocol
+from indexing.service import ServeConfig, Service
 from indexing.texts import Texts
-from indexing.view import CHOICES, NEAR, Hit, View, make_filter
-from infra.errors import DataError, UnclipError
+from indexing.view import CHOICES, NEAR, Hit, make_filter
+from infra.errors import DataError
 
 HERE = Path(__file__).parent
 PAGE = {
@@ -42,13 +39,8 @@ PAGE = {
     "/search.css": ("search.css", "text/css; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-PROTOCOL_COLUMNS = ("url", "caption", "key", "licence", "style", "category", "split", "width_px", "height_px")
-RESULT_COLUMNS = ("origin", *PROTOCOL_COLUMNS[1:])
+RESULT_COLUMNS = ("key", "caption", "licence", "style", "category", "split", "width_px", "height_px")
 FACET_VALUES = 200
-DECODED_AT_ONCE = 2
-"""Query pictures in work at a time: one of 32 million pixels takes a third of a gigabyte while it is made smaller."""
-FETCHED_AT_ONCE = 8
-DRAWN_AT_ONCE = 4
 
 Key = Annotated[str, InPath(max_length=200)]
 
@@ -66,15 +58,6 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
         ("unclip_text_cache_misses", "Texts that had to be encoded.", lambda: texts.misses),
     ):
         Gauge(name, what, registry=registry).set_function(value)
-    freshness = Freshness(service, config.removal_lag_s)
-    threads = Threads()
-
-    async def current() -> Version:
-        try:
-            return await freshness.version()
-        except UnclipError as error:
-            service.parts.report(str(error))
-            raise HTTPException(503, "the removal log cannot be read, so nothing is shown; the service's log says why") from None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -95,7 +78,16 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
         log=log,
     )
     app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
+    backend = Backend(service, config, texts)
     _add_page(app)
+    _add_about(app, service, config, registry)
+    _add_search(app, backend)
+    add_protocol(app, backend)
+    return app
+
+
+def _add_about(app: FastAPI, service: Service, config: ServeConfig, registry: CollectorRegistry) -> None:
+    """Add what is told of the service itself, and the session of its page."""
 
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
@@ -121,10 +113,15 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
         answer.set_cookie(COOKIE, config.token, httponly=True, samesite="strict", secure=is_https, max_age=30 * 86_400)
         return answer
 
+
+def _add_search(app: FastAPI, backend: Backend) -> None:
+    """Add our own questions: what to filter by, the search, a sample and its picture."""
+    config, threads = backend.config, backend.threads
+
     @app.get("/facets")
     async def facets() -> dict[str, dict[str, int]]:
         """Count the samples of each licence, style, category and split: what a query can be filtered by. Counted once a version."""
-        counted = await to_thread.run_sync((await current()).view.facets, limiter=threads.counting)
+        counted = await to_thread.run_sync((await backend.version()).view.facets, limiter=threads.counting)
         return {name: dict(list(values.items())[:FACET_VALUES]) for name, values in counted.items()}
 
     @app.post("/search")
@@ -134,94 +131,37 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
             raise HTTPException(422, f"k: at most {config.max_results}")
         if asked.offset + asked.k > config.max_depth:
             raise HTTPException(422, f"offset + k: at most {config.max_depth}")
-        version = await current()
+        version = await backend.version()
         view = version.view
-        if asked.clip is not None and asked.clip != view.clip:
-            raise HTTPException(409, f"the index was made by CLIP {view.clip}, the query by {asked.clip}: embed it with the index's own")
-        given = [name for name in ("text", "image", "image_url", "embedding", "key") if getattr(asked, name) is not None]
-        if len(given) != 1:
+        backend.check_clip(version, asked.clip)
+        query = Query(asked.text, asked.image, asked.image_url, asked.embedding, asked.key)
+        if sum(each is not None for each in query) != 1:
             raise HTTPException(422, "give one of text, image, image_url, embedding and key")
-        query, without = await _query(
-            service, texts, threads, version, asked.text, asked.image, asked.image_url, asked.embedding, asked.key
-        )
-        chosen = _refused(
-            make_filter, {name: getattr(asked, name) for name in CHOICES if getattr(asked, name)}, asked.min_side_px, asked.max_side_px
-        )
-        near = None if asked.near_copies else NEAR
-        hits = await _searched(threads, view, query, asked.k, asked.modality, chosen, asked.offset, near, without, RESULT_COLUMNS)
+        vector, without = await backend.vector(version, query)
+        wanted = {name: getattr(asked, name) for name in CHOICES if getattr(asked, name)}
+        chosen = refused(make_filter, wanted, asked.min_side_px, asked.max_side_px)
+        near, columns = None if asked.near_copies else NEAR, ("origin", *RESULT_COLUMNS)
+        hits = await backend.hits(view, vector, asked.k, asked.modality, chosen, asked.offset, near, without, columns)
         about = {"clip": view.clip, "version": view.version, "samples": view.count, "offset": asked.offset}
         return {**about, "results": [_result(hit) for hit in hits]}
 
     @app.get("/sample/{key}")
     async def sample(key: Key) -> dict[str, Any]:
         """Return what is known of one sample."""
-        facts = _found((await current()).view, key).facts
+        facts = found((await backend.version()).view, key).facts
         return {name: value for name, value in facts.items() if name not in ("shard", "member", "offset")}
 
     @app.get("/thumbnail/{key}", response_class=Response)
     async def thumbnail(key: Key) -> Response:
         """Return a sample's picture, as it is stored, at most 256 pixels wide."""
-        view = (await current()).view
-        hit = _found(view, key)
+        view = (await backend.version()).view
+        hit = found(view, key)
         try:
-            drawn = await to_thread.run_sync(service.thumbnail, view, hit, limiter=threads.drawing)
+            drawn = await to_thread.run_sync(backend.service.thumbnail, view, hit, limiter=threads.drawing)
         except DataError as error:
-            service.parts.report(str(error))
+            backend.service.parts.report(str(error))
             raise HTTPException(404, "its picture cannot be read") from None
         return Response(drawn, media_type="image/png", headers={"cache-control": "private, max-age=60"})
-
-    @app.get("/indices-list")
-    async def indices_list() -> list[str]:
-        """clip-retrieval's protocol: the names of the indexes."""
-        return [service.version.name]
-
-    @app.post("/knn-service")
-    async def knn_service(asked: KnnQuestion) -> list[dict[str, Any]]:
-        """clip-retrieval's protocol: the nearest samples; the first `num_images` with their metadata, all with their number.
-
-        An embedding says nothing of the CLIP that made it, so that only its dimensions are checked, unless `clip` names it.
-        """
-        version = await current()
-        _check_name(asked.indice_name, service)
-        if asked.clip is not None and asked.clip != version.view.clip:
-            raise HTTPException(409, f"the index was made by CLIP {version.view.clip}, the query by {asked.clip}")
-        view = version.view
-        given = [asked.text, asked.image, asked.image_url, asked.embedding_input]
-        if sum(each is not None and each != "" for each in given) != 1:
-            raise HTTPException(422, "give one of text, image, image_url and embedding_input")
-        k = min(max(asked.num_images, asked.num_result_ids), config.max_results)
-        if k == 0:
-            return []
-        query, without = await _query(
-            service, texts, threads, version, asked.text or None, asked.image or None, asked.image_url or None, asked.embedding_input, None
-        )
-        near = NEAR if asked.deduplicate else None
-        hits = await _searched(threads, view, query, k, asked.modality, make_filter({}), 0, near, without, RESULT_COLUMNS)
-        return [
-            {**(_metadata(hit) if place < asked.num_images else {}), "id": number, "similarity": hit.score}
-            for place, (hit, number) in enumerate(zip(hits, view.numbers(hits), strict=True))
-        ]
-
-    @app.post("/metadata")
-    async def metadata(asked: MetadataQuestion) -> list[dict[str, Any]]:
-        """clip-retrieval's protocol: the metadata of samples by number; those that are gone are left out."""
-        view = (await current()).view
-        _check_name(asked.indice_name, service)
-        wanted = asked.ids[: config.max_results]
-        return [{"id": number, "metadata": _metadata(hit)} for number in wanted for hit in view.find_number(number)[:1]]
-
-    return app
-
-
-class Threads:
-    """How many threads each kind of work may take, so that none keeps another, or a look at the service's health, waiting."""
-
-    def __init__(self) -> None:
-        self.searching = CapacityLimiter(os.cpu_count() or 1)
-        self.counting = CapacityLimiter(1)
-        self.decoding = CapacityLimiter(DECODED_AT_ONCE)
-        self.fetching = CapacityLimiter(FETCHED_AT_ONCE)
-        self.drawing = CapacityLimiter(DRAWN_AT_ONCE)
 
 
 class QuickRequest(Request):
@@ -288,84 +228,9 @@ def _add_page(app: FastAPI) -> None:
         app.add_api_route(path, answer, methods=["GET"], include_in_schema=False, response_model=None)
 
 
-async def _query(
-    service: Service,
-    texts: Texts,
-    threads: Threads,
-    version: Version,
-    text: str | None,
-    image: str | None,
-    image_url: str | None,
-    embedding: Sequence[float] | None,
-    key: str | None,
-) -> tuple[Floats, frozenset[str]]:
-    """Return the query's unit vector (D,) and the pictures (SHA-256) that are no answer to it."""
-    view, encoders = version.view, version.encoders
-    if text is not None:
-        if not text.strip():
-            raise HTTPException(422, "text: it is empty")
-        return await texts.vector(encoders.texts, encoders.clip, text.strip()), frozenset()
-    if embedding is not None:
-        vector = unit(_refused(_as_vector, embedding, view.dim)[None])[0]
-        if not vector.any():
-            raise HTTPException(422, "embedding: it has no direction")
-        return vector, frozenset()
-    if key is not None:
-        hit = _found(view, key)
-        vector = await to_thread.run_sync(view.vector, hit, limiter=threads.searching)
-        return unit(vector[None])[0], frozenset({hit.facts["sha256"]})
-    try:
-        if image is not None:
-            data = uploads.from_base64(image)
-        elif service.parts.fetch is None:
-            raise HTTPException(403, "image_url: this service fetches no pictures; send the picture itself")
-        else:
-            data = await to_thread.run_sync(service.parts.fetch, image_url or "", limiter=threads.fetching)
-        return await to_thread.run_sync(service.encode_picture, encoders, data, limiter=threads.decoding), frozenset()
-    except ValueError as error:
-        raise HTTPException(422, str(error)) from None
-
-
-def _as_vector(embedding: Sequence[float], dim: int) -> Floats:
-    if len(embedding) != dim:
-        raise ValueError(f"embedding: it has {len(embedding)} numbers but the index has {dim} dimensions")
-    return np.asarray(embedding, np.float32)
-
-
-def _refused(ask: Callable[..., Any], *arguments: Any) -> Any:
-    """Call, and answer 422 with its words where the question was wrong."""
-    try:
-        return ask(*arguments)
-    except ValueError as error:
-        raise HTTPException(422, str(error)) from None
-
-
-async def _searched(threads: Threads, view: View, *arguments: Any) -> list[Hit]:
-    """Search in a thread, so that requests are read and answered meanwhile, on no more threads than there are cores."""
-    found: list[Hit] = await to_thread.run_sync(partial(_refused, view.search, *arguments), limiter=threads.searching)
-    return found
-
-
-def _found(view: View, key: str) -> Hit:
-    hit = view.find_key(key)
-    if hit is None:
-        raise HTTPException(404, "there is no sample with that key")
-    return hit
-
-
-def _check_name(name: str | None, service: Service) -> None:
-    if name and name not in service.names:
-        raise HTTPException(404, f"there is no index of that name: {service.version.name} is served")
-
-
 def _result(hit: Hit) -> dict[str, Any]:
     facts = hit.facts
-    names = ("key", "caption", "licence", "style", "category", "split", "width_px", "height_px")
-    return {**{name: facts[name] for name in names}, "url": facts["origin"], "score": round(hit.score, 4)}
-
-
-def _metadata(hit: Hit) -> dict[str, Any]:
-    return {name: hit.facts["origin" if name == "url" else name] for name in PROTOCOL_COLUMNS}
+    return {**{name: facts[name] for name in RESULT_COLUMNS}, "url": facts["origin"], "score": round(hit.score, 4)}
 
 
 async def _say_what_is_wrong(_: Request, error: Exception) -> JSONResponse:
