@@ -37,6 +37,7 @@ report = typer.Typer(help="Reports of runs.", no_args_is_help=True, rich_markup_
 
 app.command()(making.run)
 app.command()(making.status)
+app.command()(making.runs)
 app.command()(explaining.recipe)
 app.command()(pruning.prune)
 for _stage in ("ingest", "curate", "embed", "dedup", "evaluate"):

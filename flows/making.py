@@ -1,4 +1,4 @@
-"""The commands that make things: `run`, `status` and one verb per stage.
+"""The commands that make things, `run` and one verb per stage, and those that say what there is: `status` and `runs`.
 
 A run whose stages are all current is answered from the manifests; only otherwise do Prefect and Ray start.
 """
@@ -101,6 +101,24 @@ def status(
             broken = manifests.verify(each.committed) if each.committed else []
             if broken:
                 raise StorageError(f"{each.committed.uri if each.committed else ''}: {broken[0]}; remove that folder and run again")
+
+
+def runs(root: RootUri = DEFAULT_ROOT, as_json: Json = False) -> None:
+    """List the runs of a ROOT, the last finished first, and which of them search, generation and the service follow."""
+    from flows.runs import list_runs, no_run
+
+    opened = open_for(root, for_writing=False)
+    found = list_runs(opened)
+    if as_json:
+        print_json({"root": opened.uri, "runs": found})
+        return
+    if not found:
+        say(f"unclip: {no_run(opened)}")
+    for each in found:
+        mark = "followed" if each["followed"] else "not promoted" if each.get("gated") else ""
+        when = each["finished"][:16].replace("T", " ")
+        reached = each["report"] or f"{len(each['stages'])} stages, no report"
+        print(f"{each['name']:<16}{when} UTC  {mark:<14}{reached}")
 
 
 def foresee(

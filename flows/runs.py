@@ -43,18 +43,47 @@ def find_run(root: Root, name: str | None = None) -> dict[str, Any]:
 
     Raises CallerError where there is none: a run that its gate did not promote can be had by its name alone.
     """
-    current = None if name else storage.read_json(root, CURRENT)
-    if current:
-        return dict(current)
-    names = [name] if name else [file.removesuffix(".json") for file in storage.list_names(root, "runs") if file.endswith(".json")]
-    records = [record for record in (storage.read_json(root, f"runs/{each}.json") for each in names) if record]
-    if not records:
-        raise CallerError(f"{root.uri} has no run{f' {name}' if name else ''}: make one with `unclip run quickstart --root {root.uri}`")
-    if name is None and all(record.get("gated") for record in records):
+    found: dict[str, Any] | None = storage.read_json(root, f"runs/{name}.json" if name else CURRENT)
+    if found:
+        return found
+    records = [] if name else _records(root)
+    if latest := _latest(records):
+        return latest
+    if records:
         raise CallerError(f"no run in {root.uri} has passed its gate, [evaluate] promote_if: name one, --run {records[-1]['name']}")
-    records = [record for record in records if name or not record.get("gated")]
-    latest: dict[str, Any] = max(records, key=lambda record: record["finished"])
-    return latest
+    raise CallerError(no_run(root, name))
+
+
+def no_run(root: Root, name: str | None = None) -> str:
+    """Say that there is no run, or none of that name, and how to make one."""
+    return f"{root.uri} has no run{f' {name}' if name else ''}: make one with `unclip run quickstart --root {root.uri}`"
+
+
+def list_runs(root: Root) -> list[dict[str, Any]]:
+    """Return the records of all runs, the last finished first; `followed` is true for the one that `find_run` gives.
+
+    A promoted run whose name another has taken since stands there as it was promoted.
+    """
+    records = _records(root)
+    followed = storage.read_json(root, CURRENT) or _latest(records)
+    listed = [{**each, "followed": followed is not None and _told_apart(each) == _told_apart(followed)} for each in records]
+    if followed and not any(each["followed"] for each in listed):
+        listed.append({**followed, "followed": True})
+    return sorted(listed, key=lambda record: record["finished"], reverse=True)
+
+
+def _records(root: Root) -> list[dict[str, Any]]:
+    files = [file for file in storage.list_names(root, "runs") if file.endswith(".json")]
+    return [record for record in (storage.read_json(root, f"runs/{file}") for file in files) if record]
+
+
+def _latest(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the last finished of those that no gate judges, or None."""
+    return max((each for each in records if not each.get("gated")), key=lambda record: record["finished"], default=None)
+
+
+def _told_apart(record: Mapping[str, Any]) -> tuple[str, str]:
+    return record["name"], record["finished"]
 
 
 def committed_of(root: Root, record: Mapping[str, Any], stage: str) -> Committed:

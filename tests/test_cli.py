@@ -164,6 +164,20 @@ def test_a_run_that_is_current_records_itself_and_needs_no_prefect(fakes: Path, 
     assert not (fakes / "unclip-data" / "logs").exists()
 
 
+def test_runs_are_listed_the_last_finished_first(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = storage.open_root("unclip-data")
+    code, out, err = ran(capsys, "runs")
+    assert (code, out) == (0, "") and "has no run: make one with `unclip run quickstart" in err
+    write_run(root, "first", "r.toml", "", {})
+    write_run(root, "second", "r.toml", "", run_all(root, FakeConfig(data=FakeSection(word="x"))))
+    code, out, _ = ran(capsys, "runs")
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0 and [line[0] for line in lines] == ["second", "first"] and "followed" in lines[0] and "followed" not in lines[1]
+    assert "0 stages, no report" in out
+    _, out, _ = ran(capsys, "runs", "--json")
+    assert [(each["name"], each["followed"]) for each in json.loads(out)["runs"]] == [("second", True), ("first", False)]
+
+
 def test_the_latest_run_is_the_one_that_finished_last(tmp_path: Path) -> None:
     root = storage.open_root(str(tmp_path))
     for name in ("b", "c", "a"):

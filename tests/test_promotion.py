@@ -8,7 +8,7 @@ import pytest
 
 from flows.config import load_recipe
 from flows.promotion import judge, parsed, settle
-from flows.runs import find_run, write_run
+from flows.runs import find_run, list_runs, write_run
 from infra import manifests, storage
 from infra.errors import CallerError
 from infra.storage import Root
@@ -56,6 +56,25 @@ def test_the_pointer_keeps_its_keys_when_the_run_of_that_name_goes_on(root: Root
     settle(root, GATE, *finished(root, "nightly", 0.6, 0.3))
     write_run(root, "nightly", "tiny", manifests.now(), {})
     assert find_run(root)["stages"] == {"evaluate": "key-nightly"}
+
+
+def test_all_runs_are_listed_and_the_one_that_is_followed_is_marked(root: Root) -> None:
+    assert list_runs(root) == []
+    settle(root, (), *finished(root, "plain", 0, 0))
+    finished(root, "later", 0, 0)
+    assert [(each["name"], each["followed"]) for each in list_runs(root)] == [("later", True), ("plain", False)]
+    for name, own in (("first", 0.6), ("blind", 0.4)):
+        settle(root, GATE, *finished(root, name, own, 0.3))
+    listed = list_runs(root)
+    assert [each["name"] for each in listed] == ["blind", "first", "later", "plain"]
+    assert [each["followed"] for each in listed] == [each["name"] == find_run(root)["name"] for each in listed]
+    write_run(root, "first", "tiny", manifests.now(), {})  # goes on under its name: what was promoted is followed still
+    listed = list_runs(root)
+    assert [(each["name"], each["followed"], bool(each["stages"])) for each in listed][:3] == [
+        ("first", False, False),
+        ("blind", False, True),
+        ("first", True, True),
+    ]
 
 
 @pytest.mark.parametrize(
