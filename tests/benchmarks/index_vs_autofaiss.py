@@ -10,9 +10,10 @@ Queries are drawn like the rest and are not in the index.
 
 Bounds are shares of the float32 bytes. Ours is built from the float16 file and memory-mapped as in service: the codes that it re-ranks
 from stay in the file. What each holds is told twice: its own memory, and with the pages of mapped files that the queries touched.
-Indexes are searched one query at a time by one thread, in turns; building is told in processor and wall seconds, tuning included.
-autofaiss may take an hour of them for a million vectors: --keep keeps vectors, its indexes and the swept ones for another time; its
-parameters are chosen each time. Exit code 1 below what is promised (LEAST). Needs `make peers`.
+Ours is asked twice, with the effort for recall@10 of 0.95 and with that for the recall that autofaiss's has: it tunes to 10 ms a query,
+not to a recall. Indexes are searched one query at a time by one thread, in turns; building is told in processor and wall seconds, tuning
+included. autofaiss may take an hour of them for a million vectors: --keep keeps vectors, its indexes and the swept ones for another
+time; its parameters are chosen each time. Exit code 1 below what is promised (LEAST). Needs `make peers`.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from indexing.factories import add, cells_of, choose_factory, hot_bytes, train
 from indexing.tuning import Effort, Sample, brute_force, recalls
 
 TARGET, K, ROUNDS = 0.95, 10, 3
-LEAST = {"recall@10": TARGET, "times the queries/s": 10, "of the fastest": 0.9}
+LEAST = {"recall@10": TARGET, "times the queries/s at equal recall": 10, "of the fastest": 0.9}
 """Beside autofaiss, and beside the fastest of the sweep that has the recall."""
 MOST_BUILD = 0.5
 TUNED_ON, MEASURED = 1024, 512
@@ -52,6 +53,7 @@ SWEPT = (
     "IVF{c},SQ8",
     "IVF{c},RaBitQfs,Refine(SQ8)",
     "RR{d},IVF{c2},RaBitQfs,Refine(SQ8)",
+    "RR{d},IVF{c},PQ{p}x4fs,Refine(SQ8)",
     "RR{d},IVF{c2},PQ{p}x4fs,Refine(SQ8)",
     "RR{d},IVF{c4},PQ{p}x4fs,Refine(SQ8)",
     "RR{d},IVF{c2},PQ{p}x4fsr,Refine(SQ8)",
@@ -136,6 +138,13 @@ def theirs(vectors: Path, bound: int, cores: int, folder: Path) -> Built:
     return Built(f"autofaiss {told['key']}", file, None, told["parameters"], told["seconds"], told["wall_s"])
 
 
+def at_recall(own: Built, other: Built, vectors: NDArray[Any], queries: Floats, truth: Floats) -> Built:
+    """Return our index as it is asked where the other's recall is enough: autofaiss tunes to a query's time, whatever recall that gives."""
+    reached = recalls([vectors], queries[TUNED_ON:], asked(opened(other), None, queries[TUNED_ON:])[0], truth).mean()
+    facts = tuning.tune(opened(own), [vectors], [Sample(queries[:TUNED_ON], None)], float(reached))
+    return own._replace(name=f"{own.name}, at that recall", effort=Effort(facts["nprobe"], facts["k_factor"]))
+
+
 def opened(each: Built) -> Any:
     """Open ours as the service does, theirs as clip-retrieval does."""
     index = faiss.read_index(str(each.file), faiss.IO_FLAG_MMAP_IFC if each.effort else 0)
@@ -182,6 +191,8 @@ def compared(title: str, vectors: Path, queries: Floats, divisor: int, given: ar
         ours("ours", chosen, vectors, tuned_on, given.cores, folder / f"ours_{bound}.index"),
         theirs(vectors, bound, given.cores, folder),
     ]
+    truth = brute_force([mapped], measured, K)
+    found.append(at_recall(found[0], found[1], mapped, queries, truth))
     cells = round(4 * count**0.5)
     for pattern in () if given.no_sweep else SWEPT:
         factory = pattern.format(c=cells, c2=cells // 2, c4=cells // 4, d=dim, p=dim // 4)
@@ -191,16 +202,17 @@ def compared(title: str, vectors: Path, queries: Floats, divisor: int, given: ar
         memory = list(pool.map(held, found, [measured] * len(found)))
     indexes = [opened(each) for each in found]
     rounds = [[asked(index, each.effort, measured) for index, each in zip(indexes, found, strict=True)] for _ in range(ROUNDS)]
-    truth = brute_force([mapped], measured, K)
     speeds = [statistics.median(each[place][1] for each in rounds) for place in range(len(found))]
     reached = [float(recalls([mapped], measured, rounds[0][place][0], truth).mean()) for place in range(len(found))]
-    best = max((speed for speed, share in zip(speeds, reached, strict=True) if share >= TARGET - 0.01), default=speeds[0])
-    figures = {"recall@10": reached[0], "times the queries/s": speeds[0] / speeds[1], "of the fastest": speeds[0] / best}
+    with_recall = [place for place, share in enumerate(reached) if share >= TARGET - 0.01 and place != 2]
+    best = max((speeds[place] for place in with_recall), default=speeds[0])
+    figures = {"recall@10": reached[0], "times the queries/s at equal recall": speeds[2] / speeds[1], "of the fastest": speeds[0] / best}
     build = found[0].cpu_s / found[1].cpu_s
     under = f"{title}, 1/{divisor} of float32"
     print(
-        f"{under}: {figures['times the queries/s']:.1f} times autofaiss's queries/s, built in {build:.2f} of its processor time, "
-        f"{figures['of the fastest']:.2f} of the fastest that has the recall",
+        f"{under}: {speeds[2] / speeds[1]:.1f} times autofaiss's queries/s at recall {reached[2]:.3f} beside {reached[1]:.3f}, "
+        f"{speeds[0] / speeds[1]:.1f} times at {reached[0]:.3f}, built in {build:.2f} of its processor time, "
+        f"{figures['of the fastest']:.2f} of the fastest that has {TARGET}",
         flush=True,
     )
     for each, share, speed, (own, files) in zip(found, reached, speeds, memory, strict=True):
