@@ -24,7 +24,7 @@ from indexing.sections import MakeSection
 from indexing.subject import Subject
 from indexing.suite import SuiteConfig
 from indexing.typographic import TypographicConfig
-from indexing.zero_shot import EncodeTexts, class_embeddings, member_scores, score
+from indexing.zero_shot import class_embeddings, member_scores, score
 from infra.settings import Section
 from infra.tables import SPLITS
 
@@ -142,13 +142,13 @@ def evaluate(
     `sections` measure the rest of the report, in its order (indexing.sections).
     """
     embedded, out = subject.embedded, subject.out
-    pairs = {split: read_pairs(embedded, split, config.pairs_at_most, config.seed) for split in HELD_OUT}
+    pairs = {split: read_pairs(embedded, split, config.pairs_at_most, subject.seed) for split in HELD_OUT}
     facts = {
         "run": report.run_facts(run_facts, stage_manifests)
         | {"data": seen_in_training(embedded, HELD_OUT), "licences": licences(embedded)},
         "stages": [report.stage_facts(manifest, metrics.get(manifest["stage"], ())) for manifest in stage_manifests],
-        "zero_shot": {split: zero_shot(config, pairs[split], embedded, subject.encode_texts) for split in HELD_OUT},
-        "retrieval": {split: retrieve(config, pairs[split], subject) for split in HELD_OUT},
+        "zero_shot": {split: zero_shot(config.templates, pairs[split], subject) for split in HELD_OUT},
+        "retrieval": {split: retrieve(pairs[split], subject) for split in HELD_OUT},
         "generation": generation(subject, config.prompts, config.count, config.pixel_pool, pairs["held_out_concept"], generate)
         | {"steps": config.steps, "guidance": config.guidance},
         "sections": [each for make in sections for each in _several(make())],
@@ -162,12 +162,13 @@ def _several(found: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any
     return found if isinstance(found, list) else [found]
 
 
-def zero_shot(config: EvaluateConfig, pairs: Pairs, embedded: Embedded, encode_texts: EncodeTexts) -> dict[str, Any]:
+def zero_shot(templates: Sequence[str], pairs: Pairs, subject: Subject) -> dict[str, Any]:
     """Return the scores of a split's pictures by category and subcategory, each in its own words and by its members, and by name.
 
     The classes of the first two are all that occur in any split, their members the first captions of training pairs; the classes of the
     last are the split's own first captions.
     """
+    embedded, encode_texts = subject.embedded, subject.encode_texts
     found: dict[str, Any] = {}
     for label in ("category", "subcategory", "name"):
         phrases = [row["caption"] if label == "name" else class_phrase(row[label]) for row in pairs.rows]
@@ -182,12 +183,14 @@ def zero_shot(config: EvaluateConfig, pairs: Pairs, embedded: Embedded, encode_t
         labels = [numbers[phrases[place]] for place in labelled]
         groups = [pairs.groups[place] for place in labelled]
         images = pairs.images[labelled]
-        by_words = images @ class_embeddings(encode_texts, names, config.templates).T
-        found[label] = score(by_words, labels, names, groups, config.resamples, config.seed)
+        by_words = images @ class_embeddings(encode_texts, names, templates).T
+        found[label] = score(by_words, labels, names, groups, subject.resamples, subject.seed)
         rows, classes = class_members(embedded, label, numbers) if label != "name" else (np.zeros(0, np.int64),) * 2
         if len(rows):
             by_members = member_scores(images, take(embedded.text_parts, rows), classes, len(names))
-            found[f"{label}_by_members"] = score(by_members, labels, names, groups, config.resamples, config.seed) | {"members": len(rows)}
+            found[f"{label}_by_members"] = score(by_members, labels, names, groups, subject.resamples, subject.seed) | {
+                "members": len(rows)
+            }
     return found
 
 
@@ -207,12 +210,12 @@ def class_phrase(label: str) -> str:
     return " ".join(label.lower().replace("&", " and ").replace("-", " ").replace("_", " ").split())
 
 
-def retrieve(config: EvaluateConfig, pairs: Pairs, subject: Subject) -> dict[str, Any]:
+def retrieve(pairs: Pairs, subject: Subject) -> dict[str, Any]:
     """Return a split's recall both ways by first captions and by all, and some captions, drawn by the seed, with what is found."""
     if not pairs.rows:
         return {"n": 0, "note": "no pairs"}
     pictures, captions = [row["sha256"] for row in pairs.rows], [row["caption"] for row in pairs.rows]
-    measured_by = (pairs.groups, config.resamples, config.seed)
+    measured_by = (pairs.groups, subject.resamples, subject.seed)
     found = retrieval(pairs.images, pairs.texts, pictures, captions, *measured_by)
     every = [[caption for caption in row["captions"] if caption] or [row["caption"]] for row in pairs.rows]
     found["all_captions"] = retrieval_of_all(pairs.images, pictures, every, subject.encode_texts, *measured_by)
@@ -221,7 +224,7 @@ def retrieve(config: EvaluateConfig, pairs: Pairs, subject: Subject) -> dict[str
     folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     found["examples"] = []
-    for query in np.random.default_rng(config.seed).permutation(asked)[:EXAMPLES]:
+    for query in np.random.default_rng(subject.seed).permutation(asked)[:EXAMPLES]:
         right = {picture for picture, caption in zip(pictures, captions, strict=True) if caption == captions[query]}
         best = first[np.argsort(-(pairs.images[first] @ pairs.texts[query]), kind="stable")[:EXAMPLE_RESULTS]]
         results = [
