@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the sections live beside torch and faiss, which planning wi
     from flows.config import RunConfig
 
 INGEST_VERSION = EMBED_VERSION = 1
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 
 
 def run_ingest(job: StageJob) -> Counts:

@@ -9,7 +9,6 @@ Legend: B queries, N vectors, D dimensions, k results.
 import bisect
 import itertools
 import json
-import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from indexing import lists, tuning
 from indexing.embeddings import CHUNK_ROWS, Floats, Rows, chunks, open_parts, part_files, read_facts, take
 from indexing.factories import add, building_bytes, cells_of, checked, choose_factory, hot_bytes, train
 from indexing.lists import Spread
-from indexing.tuning import DEPTHS, Effort, Sample
+from indexing.tuning import DEPTHS, Effort, Sample, Selection
 from infra.errors import CallerError, DataError
 from infra.memory import PeakMemory
 from infra.settings import Section
@@ -48,10 +47,13 @@ class IndexConfig(Section):
     outside_key: ClassVar[frozenset[str]] = frozenset({"threads", "build_memory_bytes"})
 
     factory: str = Field(
-        default="auto", pattern=r"^(auto|Flat|IVF[1-9]\d*,(Flat|SQ8)|(RR[1-9]\d*,)?IVF[1-9]\d*,(RaBitQfs|PQ[1-9]\d*x4fs),Refine\(SQ8\))$"
+        default="auto",
+        pattern=r"^(auto|Flat|IVF[1-9]\d*,(Flat|SQ8)"
+        r"|(RR[1-9]\d*,)?IVF[1-9]\d*(,RaBitQfs|(\(PQ[1-9]\d*x4fs\))?,PQ[1-9]\d*x4fs),Refine\(SQ8\))$",
     )
     """auto (chosen by count, dimensions and memory), Flat, or IVF<cells> with Flat, SQ8, RaBitQfs,Refine(SQ8) or PQ<codes>x4fs,Refine(SQ8),
-    the last two after RR<dimensions> if wished, in FAISS's own writing."""
+    the last two after RR<dimensions> if wished, the last with coded centroids if wished, as in IVF<cells>(PQ<codes>x4fs), in FAISS's own
+    writing."""
     memory_bytes: int = Field(default=2 * 1024**3, ge=1)
     """What a searching process may hold in memory for both indexes; heeded by factory = auto."""
     build_memory_bytes: int = Field(default=8 * 1024**3, ge=1)
@@ -258,16 +260,14 @@ class Index:
         if modality not in MODALITIES:
             raise ValueError(f"modality = {modality!r}: it must be image or text")
         own = self.facts[modality]
-        index, effort = self._indexes[modality], Effort(own["nprobe"], own["k_factor"])
+        index, effort = self._indexes[modality], Effort(own["nprobe"], own["k_factor"], own.get("margin"))
         if allowed is None or allowed.bits is None:
             return tuning.search(index, queries, min(k, self.count), effort)
         if allowed.count == 0:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         selector_class: Any = faiss.IDSelectorBitmap  # its type stub knows the C++ signature only; it keeps a pointer to the bits
-        if effort.nprobe:  # as many of the rows looked at as without a selection
-            most = faiss.extract_index_ivf(index).nlist
-            effort = Effort(min(most, math.ceil(effort.nprobe * self.count / allowed.count)), effort.k_factor)
-        return tuning.search(index, queries, min(k, allowed.count), effort, selector_class(allowed.bits))
+        selection = Selection(selector_class(allowed.bits), allowed.count / self.count)
+        return tuning.search(index, queries, min(k, allowed.count), effort, selection)
 
     def metadata(self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names) -> list[dict[str, Any]]:
         """Return the metadata (schema infra.tables.EMBEDDED) of the rows, in their order. Raises IndexError outside 0..count-1."""

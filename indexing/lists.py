@@ -15,8 +15,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.embeddings import Floats, Rows, chunks, open_rows
+from indexing.embeddings import Rows, chunks, open_rows
 from indexing.factories import checked
+from indexing.layers import finer, layers, turned
 from infra.memory import PeakMemory
 
 SHARES = 64
@@ -71,19 +72,19 @@ def encode(trained: Path, files: Sequence[Path], out: Path) -> int:
     """
     with PeakMemory() as memory:
         index = faiss.read_index(str(trained))
-        ivf, finer = _ivf(index), _finer(index)
+        ivf, fine = layers(index)[-1], finer(index)
         vectors = [open_rows(file) for file in files]
         cells = np.empty(sum(len(each) for each in vectors), np.int64)
         codes = np.empty((len(cells), ivf.code_size), np.uint8)
         start = 0
         with out.with_suffix(".finer").open("wb") as file:
             for chunk in chunks(vectors):
-                turned = _turned(index, checked(chunk))
+                inside = turned(index, checked(chunk))
                 end = start + len(chunk)
-                cells[start:end] = ivf.quantizer.search(turned, 1)[1][:, 0]
-                ivf.encode_vectors(len(chunk), *(faiss.swig_ptr(each) for each in (turned, cells[start:end], codes[start:end])))
-                if finer:
-                    file.write(finer.sa_encode(chunk).data)
+                cells[start:end] = ivf.quantizer.search(inside, 1)[1][:, 0]
+                ivf.encode_vectors(len(chunk), *(faiss.swig_ptr(each) for each in (inside, cells[start:end], codes[start:end])))
+                if fine:
+                    file.write(fine.sa_encode(inside if isinstance(index, faiss.IndexPreTransform) else chunk).data)
                 start = end
         rows = np.argsort(cells, kind="stable")
         np.save(out.with_suffix(".sizes.npy"), np.bincount(cells, minlength=ivf.nlist))
@@ -97,7 +98,7 @@ def encode(trained: Path, files: Sequence[Path], out: Path) -> int:
 
 def _gather(index: Any, made: Sequence[Path], firsts: Sequence[int], count: int) -> None:
     """Put what was encoded into the cells, in the order of rows."""
-    ivf = _ivf(index)
+    ivf = layers(index)[-1]
     lists: Any = faiss.downcast_InvertedLists(ivf.invlists)
     ends = [np.concatenate([[0], np.cumsum(np.load(each.with_suffix(".sizes.npy")))]) for each in made]
     rows, codes = ([np.load(each.with_suffix(f".{name}.npy"), mmap_mode="r") for each in made] for name in ("rows", "codes"))
@@ -108,7 +109,7 @@ def _gather(index: Any, made: Sequence[Path], firsts: Sequence[int], count: int)
             coded = np.concatenate([each[some] for each, some in zip(codes, slices, strict=True)])
             coded = _packed(lists, coded) if hasattr(lists, "packer") else coded
             lists.add_entries(cell, len(inside), faiss.swig_ptr(inside), faiss.swig_ptr(coded))
-    for each in (index, faiss.downcast_index(index.base_index) if _finer(index) else index, ivf, _finer(index) or ivf):
+    for each in (*layers(index), finer(index) or ivf):
         each.ntotal = count
 
 
@@ -132,36 +133,17 @@ def _write(index: Any, made: Sequence[Path], count: int, out: Path) -> None:
     In FAISS's format they are the last but one thing of an index with Refine: their number, the bytes, then k_factor (a float).
     """
     faiss.write_index(index, str(out))
-    finer = _finer(index)
-    if not finer:
+    fine = finer(index)
+    if not fine:
         return
     with out.open("r+b") as file:
         file.seek(-12, 2)
         tail = file.read()
         assert tail[:8] == bytes(8), "the index that is written holds no finer codes"
         file.seek(-12, 2)
-        file.write(struct.pack("<Q", count * finer.code_size))
+        file.write(struct.pack("<Q", count * fine.code_size))
         for each in made:
             with each.with_suffix(".finer").open("rb") as some:
                 while piece := some.read(COPIED_BYTES):
                     file.write(piece)
         file.write(tail[8:])
-
-
-def _ivf(index: Any) -> Any:
-    return faiss.downcast_index(faiss.extract_index_ivf(index))
-
-
-def _finer(index: Any) -> Any:
-    """Return what holds the codes to re-rank from, or None."""
-    return faiss.downcast_index(index.refine_index) if isinstance(index, faiss.IndexRefine) else None
-
-
-def _turned(index: Any, vectors: Floats) -> Floats:
-    """Return the vectors as the cells have them."""
-    base = faiss.downcast_index(index.base_index) if _finer(index) else index
-    if not isinstance(base, faiss.IndexPreTransform):
-        return vectors
-    chain: Any = base.chain
-    turned: Floats = faiss.downcast_VectorTransform(chain.at(0)).apply(vectors)
-    return turned

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexing.embeddings import Floats, Rows, chunks, take
+from indexing.layers import finer, layers, turned
 
 DEPTHS = (1, 10, 100)
 """The k at which recall is measured; the middle one is held against the target."""
@@ -27,13 +28,30 @@ Z_SURE = 1.2816
 """So many standard errors below the sampled recall the true one lies in one of ten samples; a second sample then has to agree."""
 TIMED, ROUNDS = 64, 3
 """Queries that efforts are timed with, and how often each."""
+WIDER = 2
+"""So many times the cells that every query needs, where all have the same, may one of them look into by a margin."""
+HALVINGS = 6
+"""How often the range of a margin is halved to find the least that does."""
+STEPS = np.unique(np.ceil(1.08 ** np.arange(320)).astype(np.int64))
+"""Numbers of cells that a margin leads to."""
 
 
 class Effort(NamedTuple):
-    """What a query may spend: cells looked into (0: there are none), and candidates re-ranked for each result (0: none are)."""
+    """What a query may spend."""
 
     nprobe: int
+    """Cells looked into, at most; 0: there are none."""
     k_factor: float
+    """Candidates re-ranked for each result; 0: none are."""
+    margin: float | None = None
+    """Cells are left out whose centroid scores less than the nearest one's by more than that; None: none are."""
+
+
+class Selection(NamedTuple):
+    """The rows that a search may return: a FAISS selector, and the share (0, 1] of all that it lets by."""
+
+    selector: Any
+    share: float
 
 
 class Sample(NamedTuple):
@@ -48,40 +66,70 @@ class Sample(NamedTuple):
         return Sample(self.vectors[some], None if self.rows is None else self.rows[some])
 
 
-def search(index: Any, queries: Floats, k: int, effort: Effort, selector: Any = None) -> tuple[Floats, Rows]:
-    """Search with this effort, and with more cells where they hold fewer than k vectors; k is at most what the selector lets by.
+def search(index: Any, queries: Floats, k: int, effort: Effort, selection: Selection | None = None) -> tuple[Floats, Rows]:
+    """Search with this effort, and with more cells where they hold fewer than k vectors; k is at most what the selection lets by.
 
-    Returns scores and rows, (B, k) each. Safe from several threads: the effort is of the query, not of the index.
+    Of a selection as many rows are looked at as without one. Returns scores and rows, (B, k) each. Safe from several threads: the effort is
+    of the query, not of the index.
     """
     if len(queries) == 0:
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+    selector = selection.selector if selection else None
     if effort.nprobe == 0:
         flat_params = faiss.SearchParameters()
         flat_params.sel = selector
         return cast(tuple[Floats, Rows], index.search(queries, k, params=flat_params))
-    k_factor = float(max(1, min(effort.k_factor, index.ntotal // k))) if effort.k_factor else 0.0
-    is_rotated = k_factor > 0 and isinstance(faiss.downcast_index(index.base_index), faiss.IndexPreTransform)
+    if isinstance(index, faiss.IndexPreTransform):
+        index, queries = layers(index)[1], turned(index, queries)
+    inside = layers(index)
+    kinds = tuple(type(each) for each in inside)
+    k_factor = float(max(1, min(effort.k_factor, index.ntotal // k)))
     make = _parameters if selector is None else _parameters.__wrapped__
-    params = make(effort.nprobe, k_factor, is_rotated, selector)
-    scores, rows = index.search(queries, k, params=params)
-    short = (rows < 0).any(axis=1)
-    if short.any():
-        cells = faiss.extract_index_ivf(index).nlist
-        assert effort.nprobe < cells, "with every cell probed every vector is found"
-        more = Effort(min(cells, 2 * effort.nprobe), effort.k_factor)
-        scores[short], rows[short] = search(index, queries[short], k, more, selector)
+
+    def found(some: Floats, nprobe: int) -> tuple[Floats, Rows]:
+        return cast(tuple[Floats, Rows], index.search(some, k, params=make(kinds, nprobe, k_factor, selector)))
+
+    most = inside[-1].nlist
+    probed = _probed(index, queries, effort)
+    if selection:
+        probed = np.ceil(probed / selection.share).astype(np.int64)
+    probed = np.minimum(probed, most)
+    if (probed == probed[0]).all():
+        scores, rows = found(queries, int(probed[0]))
+    else:
+        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        for nprobe in np.unique(probed):
+            same = probed == nprobe
+            scores[same], rows[same] = found(queries[same], int(nprobe))
+    for few in np.flatnonzero((rows < 0).any(axis=1)):
+        nprobe = int(probed[few])
+        while (rows[few] < 0).any():
+            assert nprobe < most, "with every cell probed every vector is found"
+            nprobe = min(most, 2 * nprobe)
+            scores[few], rows[few] = (each[0] for each in found(queries[few : few + 1], nprobe))
     return scores, rows
 
 
-@lru_cache(256)
-def _parameters(nprobe: int, k_factor: float, is_rotated: bool, selector: Any) -> Any:
+def _probed(index: Any, queries: Floats, effort: Effort) -> Rows:
+    """Return how many cells each query looks into (B,): few numbers, so that queries can be asked together."""
+    if effort.margin is None:
+        return np.full(len(queries), effort.nprobe)
+    near = layers(index)[-1].quantizer.search(turned(index, queries), effort.nprobe)[0]
+    count = (near >= near[:, :1] - effort.margin).sum(axis=1)
+    return np.minimum(STEPS[np.searchsorted(STEPS, count)], effort.nprobe)
+
+
+@lru_cache(1024)
+def _parameters(kinds: tuple[type, ...], nprobe: int, k_factor: float, selector: Any) -> Any:
     """Return FAISS's parameters for a search: to make them takes as long as looking into some cells."""
     made: Any = faiss  # whose type stubs do not know that parameters take arguments, which keeps alive what they are given
-    cells = made.SearchParametersIVF(nprobe=nprobe, sel=selector)
-    if not k_factor:
-        return cells
-    base = made.SearchParametersPreTransform(index_params=cells) if is_rotated else cells
-    return made.IndexRefineSearchParameters(k_factor=k_factor, base_index_params=base)
+    params = made.SearchParametersIVF(nprobe=nprobe, sel=selector)
+    for kind in kinds[-2::-1]:
+        if kind is faiss.IndexRefine:
+            params = made.IndexRefineSearchParameters(k_factor=k_factor, base_index_params=params)
+        else:
+            params = made.SearchParametersPreTransform(index_params=params)
+    return params
 
 
 def brute_force(parts: Sequence[NDArray[Any]], queries: Floats, k: int) -> Floats:
@@ -123,7 +171,7 @@ class Measured:
     def _found(self, sample: Sample, k: int, effort: Effort) -> Rows:
         if sample.rows is None:
             return search(self.index, sample.vectors, k, effort)[1]
-        _, rows = search(self.index, sample.vectors, k + 1, Effort(effort.nprobe, effort.k_factor * k / (k + 1)))
+        _, rows = search(self.index, sample.vectors, k + 1, effort._replace(k_factor=effort.k_factor * k / (k + 1)))
         is_other = rows != sample.rows[:, None]
         is_other[is_other.all(1), -1] = False  # where it is not among them, the last one is too many
         return rows[is_other].reshape(len(rows), k)
@@ -133,19 +181,26 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], t
     """Find the effort that reaches the target recall@10 in the least time, for each of several samples of queries; measure there.
 
     Queries of the other modality lie far from all vectors and need more cells, so the worst sample counts. For every k_factor the fewest
-    cells that do are found by doubling and halving, on one half of each sample and with Z_SURE standard errors to spare, or the target
-    would be missed on other queries as often as it is met; the fastest of these pairs wins. The other half judges: it gets more cells
-    where it misses the target still, and the recall that is told is its own. Where no effort reaches the target, the best recall wins.
-    nprobe is 0 for Flat, k_factor 0 where nothing is re-ranked.
+    cells that do are found by doubling and halving, and the least margin that does where a query may look into WIDER times as many; on one
+    half of each sample and with Z_SURE standard errors to spare, or the target would be missed on other queries as often as it is met.
+    The fastest of these efforts wins. The other half judges: it gets more cells where it misses the target still, and the recall that is
+    told is its own. Where no effort reaches the target, the best recall wins. nprobe is 0 for Flat, k_factor 0 where nothing is re-ranked.
     """
     tuning, judging = (Measured(index, parts, [each.part(half) for each in samples]) for half in (0, 1))
     k = DEPTHS[1]
-
-    def surely(k_factor: int, cells: int) -> float:
-        return tuning.recall(k, Effort(cells, k_factor), Z_SURE)
-
     asked = np.concatenate([each.vectors for each in samples])
     timed = asked[:: max(1, len(asked) // TIMED)]
+
+    def surely(effort: Effort) -> float:
+        return tuning.recall(k, effort, Z_SURE)
+
+    def of_cells(k_factor: int, nprobe: int) -> float:
+        return surely(Effort(nprobe, k_factor))
+
+    def widest(nprobe: int, k_factor: int) -> Effort:
+        wide = min(cells, WIDER * nprobe)
+        near = layers(index)[-1].quantizer.search(turned(index, asked), wide)[0]
+        return Effort(wide, k_factor, float((near[:, 0] - near[:, -1]).max()))
 
     def seconds(effort: Effort) -> list[float]:
         taken = []
@@ -158,29 +213,42 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], t
     if isinstance(index, faiss.IndexFlat):
         best = Effort(0, 0)
     else:
-        cells = most = int(faiss.extract_index_ivf(index).nlist)
-        found = []
-        for k_factor in K_FACTORS if isinstance(index, faiss.IndexRefine) else (0,):
-            nprobe, reached = fewest_cells(most, target, partial(surely, k_factor))
-            found.append((Effort(nprobe, k_factor), reached))
-            if reached >= target:
-                most = nprobe  # who re-ranks more and looks into as many cells is slower
-        enough = [effort for effort, reached in found if reached >= target]
-        # In turns, and the best round of each: another process that takes the cores for a while slows all of them.
-        rounds = [[float(np.median(seconds(each))) for each in enough] for _ in range(ROUNDS)]
-        best = enough[int(np.min(rounds, axis=0).argmin())] if enough else max(found, key=lambda each: each[1])[0]
+        cells = most = int(layers(index)[-1].nlist)
+        enough: list[Effort] = []
+        missed: list[tuple[Effort, float]] = []
+        for k_factor in K_FACTORS if finer(index) else (0,):
+            if enough and (most == 0 or surely(Effort(most, k_factor)) < target):
+                break  # who re-ranks more and looks into as many cells is slower
+            nprobe, reached = fewest_cells(most, target, partial(of_cells, k_factor))
+            if reached < target:
+                missed.append((Effort(nprobe, k_factor), reached))
+                continue
+            enough += [Effort(nprobe, k_factor), _least_margin(widest(nprobe, k_factor), target, surely)]
+            most = nprobe - max(1, nprobe // 8)
+        # In turns, and each query's best round: another process that takes the cores for a while slows all of them.
+        rounds = [[seconds(each) for each in enough] for _ in range(ROUNDS)]
+        best = enough[int(np.min(rounds, axis=0).mean(axis=1).argmin())] if enough else max(missed, key=lambda each: each[1])[0]
         while enough and best.nprobe < cells and judging.recall(k, best) < target:
-            best = Effort(min(cells, best.nprobe + max(1, best.nprobe // 8)), best.k_factor)
+            wider = None if best.margin is None else best.margin * 1.05
+            best = Effort(min(cells, best.nprobe + max(1, best.nprobe // 8)), best.k_factor, wider)
     taken_ms = np.array(seconds(best)) * 1000
     told = {f"recall@{depth}": judging.recall(depth, best) for depth in DEPTHS}
     return {
-        "nprobe": best.nprobe,
-        "k_factor": best.k_factor,
+        **best._asdict(),
         "target_met": told[f"recall@{k}"] >= target,
         **told,
         "latency_p50_ms": round(float(np.percentile(taken_ms, 50)), 4),
         "latency_p99_ms": round(float(np.percentile(taken_ms, 99)), 4),
     }
+
+
+def _least_margin(widest: Effort, target: float, recall_of: Callable[[Effort], float]) -> Effort:
+    """Return the effort with the least margin whose recall reaches the target, up to that of `widest`, with which it does."""
+    low, high = 0.0, widest.margin or 0.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if recall_of(widest._replace(margin=middle)) >= target else (middle, high)
+    return widest._replace(margin=high)
 
 
 def fewest_cells(most: int, target: float, recall_of: Callable[[int], float]) -> tuple[int, float]:

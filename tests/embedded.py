@@ -5,11 +5,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from indexing.embeddings import chunks
+from indexing.factories import add, train
 from infra.tables import EMBEDDED
+
+KINDS = (
+    "Flat",
+    "IVF38,Flat",
+    "IVF38,SQ8",
+    "IVF38,RaBitQfs,Refine(SQ8)",
+    "RR32,IVF38,PQ8x4fs,Refine(SQ8)",
+    "RR32,IVF38(PQ16x4fs),PQ8x4fs,Refine(SQ8)",
+)
+"""Of index, for vectors of 32 dimensions."""
 
 
 def vectors(count: int, dim: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float16]]:
@@ -18,6 +31,20 @@ def vectors(count: int, dim: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.
     centres = np.random.default_rng(99).normal(size=(40, dim))
     made = centres[rng.integers(0, 40, count)] + 0.7 * rng.normal(size=(count, dim))
     return np.asarray(made / np.linalg.norm(made, axis=1, keepdims=True), np.float16)
+
+
+def spread_out(counts: list[int], dim: int, power: float) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    """Return float32 unit vectors (N, D) for each count, without clusters: the spread of direction d is d ** power."""
+    rng = np.random.default_rng(0)
+    made = [rng.normal(size=(count, dim)) * np.arange(1, dim + 1) ** power for count in counts]
+    return [(each / np.linalg.norm(each, axis=1, keepdims=True)).astype(np.float32) for each in made]
+
+
+def filled(factory: str, parts: list[np.ndarray[Any, Any]], seed: int) -> faiss.Index:
+    """Return an index of that kind trained on the vectors and with all of them in it."""
+    index = train(factory, parts, seed)
+    add(index, chunks(parts))
+    return index
 
 
 def write_embed(folder: Path, count: int = 1500, dim: int = 32, parts: int = 2, copies: int = 1) -> np.ndarray[Any, np.dtype[np.float16]]:

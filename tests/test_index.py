@@ -18,19 +18,17 @@ from pydantic import ValidationError
 
 from flows import compaction
 from indexing import index, lists
-from indexing.embeddings import chunks, part_files
-from indexing.factories import FLAT_BELOW, add, building_bytes, choose_factory, hot_bytes, train
+from indexing.embeddings import part_files
+from indexing.factories import building_bytes, hot_bytes, train
 from indexing.index import MODALITIES, Index, IndexConfig, build
-from indexing.tuning import Effort, Sample, brute_force, fewest_cells, recalls, search, tune
 from infra import manifests
 from infra.cluster import Cluster, ClusterConfig, spread
 from infra.errors import CallerError, DataError
 from infra.removals import Removals
-from tests.embedded import vectors, write_embed
+from tests.embedded import KINDS, filled, vectors, write_embed
 
 COUNT, DIM = 1500, 32
 RECALLS = ("recall@1", "recall@10", "recall@100")
-FACTORIES = ("Flat", "IVF38,Flat", "IVF38,SQ8", "IVF38,RaBitQfs,Refine(SQ8)", "RR32,IVF38,PQ8x4fs,Refine(SQ8)")
 
 
 @pytest.fixture(autouse=True)
@@ -45,18 +43,12 @@ def embed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=FACTORIES)
+@pytest.fixture(scope="module", params=KINDS)
 def folder(request: pytest.FixtureRequest, embed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     faiss.omp_set_num_threads(1)
     out = tmp_path_factory.mktemp("index")
     build(IndexConfig(factory=request.param, queries=64), embed, out)
     return out
-
-
-def fill(factory: str, parts: list[np.ndarray], seed: int) -> faiss.Index:
-    index = train(factory, parts, seed)
-    add(index, chunks(parts))
-    return index
 
 
 def exact(embed: Path, modality: str) -> np.ndarray:
@@ -201,21 +193,6 @@ def test_threads_share_an_index(folder: Path) -> None:
         assert list(together) == alone
 
 
-def test_the_rule_takes_the_largest_kind_that_fits_and_small_codes_for_many() -> None:
-    assert choose_factory(FLAT_BELOW - 1, 512, 2**31) == "Flat"
-    assert choose_factory(FLAT_BELOW, 512, 2**31) == "IVF512,Flat"
-    assert choose_factory(200_000, 512, 2**30) == "IVF1789,Flat"
-    assert choose_factory(200_000, 512, 2**28) == "IVF1789,SQ8"
-    assert choose_factory(200_000, 512, 2**26) == "RR512,IVF894,PQ128x4fs,Refine(SQ8)"
-    assert choose_factory(200_000, 510, 2**26) == "RR510,IVF894,RaBitQfs,Refine(SQ8)"
-    with pytest.raises(CallerError, match=r"memory_bytes = 1000 .* set it to (\d+) or more") as refused:
-        choose_factory(200_000, 512, 1000)
-    named = int(str(refused.value).split("set it to ")[1].split()[0])
-    assert choose_factory(200_000, 512, named) == "RR512,IVF894,PQ128x4fs,Refine(SQ8)"
-    assert choose_factory(299_999, 512, 2**33) == "IVF2191,Flat"
-    assert choose_factory(1_000_000, 512, 2**33) == "RR512,IVF2000,PQ128x4fs,Refine(SQ8)"
-
-
 @pytest.mark.parametrize("count", [1, 2, 38, 39, 100])
 def test_few_vectors_build_whatever_the_memory(tmp_path: Path, count: int) -> None:
     write_embed(tmp_path / "embed", count, 16, parts=1)
@@ -224,15 +201,6 @@ def test_few_vectors_build_whatever_the_memory(tmp_path: Path, count: int) -> No
         out.mkdir()
         build(IndexConfig(memory_bytes=memory), tmp_path / "embed", out)
         assert Index.open(out).search(np.ones((1, 16)), 10)[1].shape == (1, min(10, count))
-
-
-@pytest.mark.parametrize("factory", FACTORIES)
-def test_the_rule_knows_what_a_kind_takes(embed: Path, factory: str) -> None:
-    index = faiss.index_factory(DIM, factory.removesuffix(",Refine(SQ8)"), faiss.METRIC_INNER_PRODUCT)
-    given = exact(embed, "image")
-    index.train(given)
-    index.add(given)
-    assert len(faiss.serialize_index(index)) == pytest.approx(hot_bytes(factory, COUNT, DIM), rel=0.1)
 
 
 @pytest.mark.parametrize("factory", ["HNSW32", "IVF0,Flat", "IVF16", "IVF16,PQ8", "flat", "Flat\n"])
@@ -275,72 +243,7 @@ def test_a_damaged_folder_is_not_opened(embed: Path, tmp_path: Path, file: str) 
         Index.open(tmp_path)
 
 
-def test_turned_vectors_keep_their_order_in_a_bit_for_each_dimension() -> None:
-    rng = np.random.default_rng(0)
-    spectrum = np.arange(1, 129) ** -0.7  # few directions carry most, as in what CLIP makes
-    given, queries = (
-        (each / np.linalg.norm(each, axis=1, keepdims=True)).astype(np.float32)
-        for each in (rng.normal(size=(n, 128)) * spectrum for n in (4000, 100))
-    )
-    truth = brute_force([given], queries, 10)
-    found = {}
-    for turned in ("", "RR128,"):
-        index = fill(f"{turned}IVF16,RaBitQfs,Refine(SQ8)", [given], 0)
-        found[turned] = recalls([given], queries, search(index, queries, 10, Effort(16, 8))[1], truth).mean()
-    assert found["RR128,"] > found[""] + 0.1
-    assert found["RR128,"] > 0.95
-
-
-def test_other_queries_meet_the_target_as_well() -> None:
-    """Tuned to the least effort that a sample allows, every other index would miss it; unclustered vectors make recall vary most."""
-    rng = np.random.default_rng(0)
-    spectrum = np.arange(1, 49) ** -0.5
-    given, *others = (
-        (each / np.linalg.norm(each, axis=1, keepdims=True)).astype(np.float32)
-        for each in (rng.normal(size=(n, 48)) * spectrum for n in (6000, *[128] * 8, 2000))
-    )
-    index = fill("IVF96,Flat", [given], 0)
-    truth = brute_force([given], others[-1], 10)
-    reached = []
-    for sampled in others[:-1]:
-        facts = tune(index, [given], [Sample(sampled, None)], 0.9)
-        assert facts["target_met"] and facts["recall@10"] >= 0.9
-        effort = Effort(facts["nprobe"], 0)
-        chosen = recalls([given], sampled[::2], search(index, sampled[::2], 10, effort)[1], brute_force([given], sampled[::2], 10))
-        assert chosen.mean() - 1.28 * chosen.std() / 8 >= 0.9, "one half has chosen with a margin"
-        judged = recalls([given], sampled[1::2], search(index, sampled[1::2], 10, effort)[1], brute_force([given], sampled[1::2], 10))
-        assert judged.mean() == pytest.approx(facts["recall@10"], abs=1e-6), "the other has judged"
-        reached.append(recalls([given], others[-1], search(index, others[-1], 10, Effort(facts["nprobe"], 0))[1], truth).mean())
-    assert np.mean(np.array(reached) >= 0.9) > 0.8 and np.mean(reached) < 0.95
-
-
-def test_a_query_is_not_paid_for_finding_itself() -> None:
-    given = vectors(300, DIM, seed=1).astype(np.float32)
-    rows = np.arange(0, 300, 10)
-    others = np.setdiff1d(np.arange(300), rows)
-    held = given.copy()
-    held[others] = given[np.roll(others, 1)]  # every query is where it should be, its neighbours are not
-    index = faiss.index_factory(DIM, "Flat", faiss.METRIC_INNER_PRODUCT)
-    index.add(held)
-    facts = tune(index, [given], [Sample(given[rows], rows)], 0.9)
-    assert facts["recall@1"] < 0.5 and not facts["target_met"]
-    assert tune(index, [given], [Sample(given[rows], None)], 0.9)["recall@1"] == 1
-
-
-@pytest.mark.parametrize("needed", [1, 5, 64, 100])
-def test_the_fewest_cells_are_found_to_an_eighth(needed: int) -> None:
-    cells, reached = fewest_cells(100, 0.9, lambda cells: min(1.0, 0.9 * cells / needed))
-    assert needed <= cells <= max(needed + 1, needed * 1.2)
-    assert reached >= 0.9
-
-
-def test_cells_are_not_added_where_the_codes_lose_the_rest() -> None:
-    asked: list[int] = []
-    best = fewest_cells(1 << 20, 0.9, lambda cells: asked.append(cells) or min(0.6, 0.2 * cells))
-    assert best == (4, 0.6) and max(asked) <= 16
-
-
-@pytest.mark.parametrize("factory", FACTORIES)
+@pytest.mark.parametrize("factory", KINDS)
 def test_an_index_grows_by_what_was_appended_and_is_built_again_where_that_is_not_all(factory: str, embed: Path, tmp_path: Path) -> None:
     section = IndexConfig(factory=factory, queries=32)
     shorter = {"fits": COUNT - 100, "few": COUNT // 2}
@@ -380,13 +283,13 @@ def elsewhere(function: Callable[..., int], tasks: Sequence[lists.Task]) -> Iter
             yield [pool.submit(function, *task).result()]
 
 
-@pytest.mark.parametrize("factory", [*FACTORIES[1:], "IVF1,PQ8x4fs,Refine(SQ8)"])
+@pytest.mark.parametrize("factory", [*KINDS[1:], "IVF1,PQ8x4fs,Refine(SQ8)"])
 def test_parts_encoded_elsewhere_make_what_faiss_makes_of_all_in_order(factory: str, embed: Path, tmp_path: Path) -> None:
     lengths = [7, 1100, 1, 256, 136]  # of one cell: blocks of 32 that are full, begun and half full
     folder = uneven(embed, tmp_path / "embed", lengths)
     files = part_files(folder / "img_emb")
     vectors = exact(embed, "image")
-    faiss.write_index(fill(factory, [vectors], 0), str(tmp_path / "whole"))
+    faiss.write_index(filled(factory, [vectors], 0), str(tmp_path / "whole"))
     for name, where in (("here", None), ("elsewhere", elsewhere)):
         lists.fill(train(factory, [vectors], 0), files, tmp_path / name, where)
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole").read_bytes(), name
@@ -405,7 +308,7 @@ def test_files_are_put_into_pieces_of_work_in_order() -> None:
 
 @pytest.mark.slow
 def test_two_workers_of_ray_build_what_one_process_builds(embed: Path, tmp_path: Path) -> None:
-    config, cluster = IndexConfig(factory=FACTORIES[-1], queries=32), ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20)
+    config, cluster = IndexConfig(factory=KINDS[-1], queries=32), ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20)
     folder = uneven(embed, tmp_path / "embed", [700, 3, 500, 297])
     build(config, folder, made(tmp_path / "alone"))
     with Cluster(cluster) as ray:
@@ -422,7 +325,7 @@ def test_two_workers_of_ray_build_what_one_process_builds(embed: Path, tmp_path:
         assert (tmp_path / "spread" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
-@pytest.mark.parametrize("factory", FACTORIES)
+@pytest.mark.parametrize("factory", KINDS)
 def test_what_building_takes_is_known_before(factory: str, embed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CallerError, match=rf"\[index\] build_memory_bytes = 1000 but building {re.escape(factory)} .* raise it") as refused:
         build(IndexConfig(factory=factory, build_memory_bytes=1000), embed, made(tmp_path / "refused"))
@@ -434,7 +337,7 @@ def test_what_building_takes_is_known_before(factory: str, embed: Path, tmp_path
 
 def test_an_index_does_not_grow_beyond_the_memory(embed: Path, tmp_path: Path) -> None:
     cut(embed, tmp_path / "before", COUNT - 100)
-    sections = [IndexConfig(factory=FACTORIES[-1], queries=32, build_memory_bytes=each) for each in (1 << 33, 1)]
+    sections = [IndexConfig(factory=KINDS[-1], queries=32, build_memory_bytes=each) for each in (1 << 33, 1)]
     build(sections[0], tmp_path / "before", made(tmp_path / "index"))
     before = (tmp_path / "index", tmp_path / "before")
     parts = [np.load(file, mmap_mode="r") for file in part_files(embed / "img_emb")]

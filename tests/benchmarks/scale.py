@@ -146,8 +146,9 @@ def index(folder: Path, count: int) -> int:
     from indexing import index as stage
 
     (folder / "index").mkdir()
-    cells = max(1, round(2 * math.sqrt(count)))  # one kind at all sizes: that of large ones
-    stage.build(stage.IndexConfig(factory=f"RR{DIM},IVF{cells},PQ{DIM // 4}x4fs,Refine(SQ8)"), folder / "long", folder / "index")
+    cells = min(round(8 * math.sqrt(count)), count // 39)  # one kind at all sizes: that of large ones
+    coded = f"(PQ{DIM // 2}x4fs)" if cells >= 16 * 39 else ""
+    stage.build(stage.IndexConfig(factory=f"RR{DIM},IVF{cells}{coded},PQ{DIM // 4}x4fs,Refine(SQ8)"), folder / "long", folder / "index")
     return size_of(folder / "index")
 
 
