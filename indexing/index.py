@@ -59,7 +59,8 @@ class IndexConfig(Section):
     build_memory_bytes: int = Field(default=8 * 1024**3, ge=1)
     """What a process may hold in memory while it builds, mapped files aside; more is refused before anything is built."""
     recall_target: float = Field(default=0.95, gt=0, le=1)
-    """Recall@10 against brute force that a query is to reach: it probes and re-ranks as much as that takes, no more."""
+    """Recall@10 against brute force that a query is to reach, and recall@100 where it asks for more than ten: it probes and re-ranks as
+    much as that takes, no more."""
     queries: int = Field(default=1024, ge=2)
     """How many vectors of each modality are sampled as queries: half of them to choose the effort with, half to measure the recall with."""
     threads: int = Field(default=0, ge=0)
@@ -221,6 +222,7 @@ class Index:
         self.dim: int = facts["dim"]
         self.count: int = facts["count"]
         self._indexes = {each: faiss.read_index(str(folder / f"{each}.index"), faiss.IO_FLAG_MMAP_IFC) for each in MODALITIES}
+        self._efforts = {each: _efforts(facts[each]) for each in MODALITIES}
         self._direct_map = threading.Lock()
         reader = pa.ipc.open_file(pa.memory_map(os.fspath(folder / "metadata.arrow")))
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
@@ -259,8 +261,7 @@ class Index:
             raise ValueError(f"k = {k}: it must be 1 or more")
         if modality not in MODALITIES:
             raise ValueError(f"modality = {modality!r}: it must be image or text")
-        own = self.facts[modality]
-        index, effort = self._indexes[modality], Effort(own["nprobe"], own["k_factor"], own.get("margin"))
+        index, effort = self._indexes[modality], self._effort(k, modality)
         if allowed is None or allowed.bits is None:
             return tuning.search(index, queries, min(k, self.count), effort)
         if allowed.count == 0:
@@ -268,6 +269,12 @@ class Index:
         selector_class: Any = faiss.IDSelectorBitmap  # its type stub knows the C++ signature only; it keeps a pointer to the bits
         selection = Selection(selector_class(allowed.bits), allowed.count / self.count)
         return tuning.search(index, queries, min(k, allowed.count), effort, selection)
+
+    def _effort(self, k: int, modality: Modality) -> Effort:
+        few, many = self._efforts[modality]
+        if k <= DEPTHS[1]:
+            return few
+        return many._replace(k_factor=max(many.k_factor, few.k_factor * DEPTHS[1] / k))  # eleven re-rank no fewer than ten
 
     def metadata(self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names) -> list[dict[str, Any]]:
         """Return the metadata (schema infra.tables.EMBEDDED) of the rows, in their order. Raises IndexError outside 0..count-1."""
@@ -308,6 +315,12 @@ class Index:
         if outside.any():
             raise IndexError(f"row {wanted[outside][0]} is not in 0..{self.count - 1}")
         return wanted
+
+
+def _efforts(facts: Mapping[str, Any]) -> tuple[Effort, Effort]:
+    """Return what a query for up to ten results may spend, and one for more, as tuning told; an index of before has one for both."""
+    few, many = (Effort(each["nprobe"], each["k_factor"], each.get("margin")) for each in (facts, facts.get("deep", facts)))
+    return few, many
 
 
 def _write_metadata(folder: Path, file: Path, count: int) -> None:

@@ -168,6 +168,24 @@ class Measured:
             worst = min(worst, float(found.mean() - z * found.std() / len(found) ** 0.5))
         return worst
 
+    def seconds(self, k: int, effort: Effort) -> list[float]:
+        """Return what some of the queries take, one by one."""
+        asked = self._asked()
+        taken = []
+        for query in asked[:: max(1, len(asked) // TIMED)]:
+            started = time.perf_counter()
+            search(self.index, query[None], min(k, self.index.ntotal), effort)
+            taken.append(time.perf_counter() - started)
+        return taken
+
+    def span(self, nprobe: int) -> float:
+        """Return the margin with which every query looks into that many cells."""
+        near = layers(self.index)[-1].quantizer.search(turned(self.index, self._asked()), nprobe)[0]
+        return float((near[:, 0] - near[:, -1]).max())
+
+    def _asked(self) -> Floats:
+        return np.concatenate([each.vectors for each in self.samples])
+
     def _found(self, sample: Sample, k: int, effort: Effort) -> Rows:
         if sample.rows is None:
             return search(self.index, sample.vectors, k, effort)[1]
@@ -180,16 +198,37 @@ class Measured:
 def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], target: float) -> dict[str, Any]:
     """Find the effort that reaches the target recall@10 in the least time, for each of several samples of queries; measure there.
 
-    Queries of the other modality lie far from all vectors and need more cells, so the worst sample counts. For every k_factor the fewest
-    cells that do are found by doubling and halving, and the least margin that does where a query may look into WIDER times as many; on one
-    half of each sample and with Z_SURE standard errors to spare, or the target would be missed on other queries as often as it is met.
-    The fastest of these efforts wins. The other half judges: it gets more cells where it misses the target still, and the recall that is
-    told is its own. Where no effort reaches the target, the best recall wins. nprobe is 0 for Flat, k_factor 0 where nothing is re-ranked.
+    The same for recall@100, told as "deep": who wants more than ten needs more cells. The other half of the samples judges, and the recall
+    that is told is its own, with the effort for that many. Where no effort reaches the target, the best recall wins. nprobe is 0 for Flat,
+    k_factor 0 where nothing is re-ranked.
     """
     tuning, judging = (Measured(index, parts, [each.part(half) for each in samples]) for half in (0, 1))
-    k = DEPTHS[1]
-    asked = np.concatenate([each.vectors for each in samples])
-    timed = asked[:: max(1, len(asked) // TIMED)]
+    best, deep = (_least_effort(tuning, judging, k, target) for k in DEPTHS[1:])
+    taken_ms = np.array(tuning.seconds(DEPTHS[1], best)) * 1000
+    told = {f"recall@{k}": judging.recall(k, best if k <= DEPTHS[1] else deep) for k in DEPTHS}
+    return {
+        **best._asdict(),
+        "deep": deep._asdict(),
+        "target_met": told[f"recall@{DEPTHS[1]}"] >= target,
+        **told,
+        "latency_p50_ms": round(float(np.percentile(taken_ms, 50)), 4),
+        "latency_p99_ms": round(float(np.percentile(taken_ms, 99)), 4),
+    }
+
+
+def _least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> Effort:
+    """Return the effort that reaches the target recall@k in the least time.
+
+    Queries of the other modality lie far from all vectors and need more cells, so the worst sample counts. For every k_factor the fewest
+    cells that do are found by doubling and halving, and the least margin that does where a query may look into WIDER times as many; with
+    Z_SURE standard errors to spare, or the target would be missed on other queries as often as it is met. The fastest of these efforts
+    wins, and gets more cells where the queries that judge miss the target still.
+    """
+    index = tuning.index
+    if isinstance(index, faiss.IndexFlat):
+        return Effort(0, 0)
+    cells = most = int(layers(index)[-1].nlist)
+    sated_from = -(-4 * k * cells // index.ntotal)  # in fewer there may be no k vectors, and more are looked into anyhow
 
     def surely(effort: Effort) -> float:
         return tuning.recall(k, effort, Z_SURE)
@@ -197,49 +236,27 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], t
     def of_cells(k_factor: int, nprobe: int) -> float:
         return surely(Effort(nprobe, k_factor))
 
-    def widest(nprobe: int, k_factor: int) -> Effort:
-        wide = min(cells, WIDER * nprobe)
-        near = layers(index)[-1].quantizer.search(turned(index, asked), wide)[0]
-        return Effort(wide, k_factor, float((near[:, 0] - near[:, -1]).max()))
-
-    def seconds(effort: Effort) -> list[float]:
-        taken = []
-        for query in timed:
-            started = time.perf_counter()
-            search(index, query[None], min(k, index.ntotal), effort)
-            taken.append(time.perf_counter() - started)
-        return taken
-
-    if isinstance(index, faiss.IndexFlat):
-        best = Effort(0, 0)
-    else:
-        cells = most = int(layers(index)[-1].nlist)
-        enough: list[Effort] = []
-        missed: list[tuple[Effort, float]] = []
-        for k_factor in K_FACTORS if finer(index) else (0,):
-            if enough and (most == 0 or surely(Effort(most, k_factor)) < target):
-                break  # who re-ranks more and looks into as many cells is slower
-            nprobe, reached = fewest_cells(most, target, partial(of_cells, k_factor))
-            if reached < target:
-                missed.append((Effort(nprobe, k_factor), reached))
-                continue
-            enough += [Effort(nprobe, k_factor), _least_margin(widest(nprobe, k_factor), target, surely)]
-            most = nprobe - max(1, nprobe // 8)
-        # In turns, and each query's best round: another process that takes the cores for a while slows all of them.
-        rounds = [[seconds(each) for each in enough] for _ in range(ROUNDS)]
-        best = enough[int(np.min(rounds, axis=0).mean(axis=1).argmin())] if enough else max(missed, key=lambda each: each[1])[0]
-        while enough and best.nprobe < cells and judging.recall(k, best) < target:
-            wider = None if best.margin is None else best.margin * 1.05
-            best = Effort(min(cells, best.nprobe + max(1, best.nprobe // 8)), best.k_factor, wider)
-    taken_ms = np.array(seconds(best)) * 1000
-    told = {f"recall@{depth}": judging.recall(depth, best) for depth in DEPTHS}
-    return {
-        **best._asdict(),
-        "target_met": told[f"recall@{k}"] >= target,
-        **told,
-        "latency_p50_ms": round(float(np.percentile(taken_ms, 50)), 4),
-        "latency_p99_ms": round(float(np.percentile(taken_ms, 99)), 4),
-    }
+    enough: list[Effort] = []
+    missed: list[tuple[Effort, float]] = []
+    for k_factor in K_FACTORS if finer(index) else (0,):
+        if enough and (most == 0 or of_cells(k_factor, most) < target):
+            break  # who re-ranks more and looks into as many cells is slower
+        nprobe, reached = fewest_cells(most, target, partial(of_cells, k_factor), sated_from)
+        if reached < target:
+            missed.append((Effort(nprobe, k_factor), reached))
+            continue
+        widest = Effort(min(cells, WIDER * nprobe), k_factor)
+        enough += [Effort(nprobe, k_factor), _least_margin(widest._replace(margin=tuning.span(widest.nprobe)), target, surely)]
+        most = nprobe - max(1, nprobe // 8)
+    if not enough:
+        return max(missed, key=lambda each: each[1])[0]
+    # In turns, and each query's best round: another process that takes the cores for a while slows all of them.
+    rounds = [[tuning.seconds(k, each) for each in enough] for _ in range(ROUNDS)]
+    best = enough[int(np.min(rounds, axis=0).mean(axis=1).argmin())]
+    while best.nprobe < cells and judging.recall(k, best) < target:
+        wider = None if best.margin is None else best.margin * 1.05
+        best = Effort(min(cells, best.nprobe + max(1, best.nprobe // 8)), best.k_factor, wider)
+    return best
 
 
 def _least_margin(widest: Effort, target: float, recall_of: Callable[[Effort], float]) -> Effort:
@@ -251,10 +268,10 @@ def _least_margin(widest: Effort, target: float, recall_of: Callable[[Effort], f
     return widest._replace(margin=high)
 
 
-def fewest_cells(most: int, target: float, recall_of: Callable[[int], float]) -> tuple[int, float]:
+def fewest_cells(most: int, target: float, recall_of: Callable[[int], float], sated_from: int = 1) -> tuple[int, float]:
     """Return the least number of cells, 1 to `most`, whose recall reaches the target, to an eighth, and that recall.
 
-    Where none does, the number with the best recall: no more are tried once doubling gains next to nothing.
+    Where none does, the number with the best recall: no more are tried once doubling from `sated_from` cells or more gains next to nothing.
     """
     tried: dict[int, float] = {}
     cells, before = 1, 0.0
@@ -262,7 +279,7 @@ def fewest_cells(most: int, target: float, recall_of: Callable[[int], float]) ->
         tried[cells] = recall_of(cells)
         if tried[cells] >= target:
             break
-        if cells == most or (before > 0 and tried[cells] > 0.5 and tried[cells] - before < SATURATED):
+        if cells == most or (cells >= 2 * sated_from and tried[cells] > 0.5 and tried[cells] - before < SATURATED):
             return max(tried.items(), key=lambda each: each[1])
         cells, before = min(most, 2 * cells), tried[cells]
     low, high = max((each for each in tried if tried[each] < target), default=0), cells

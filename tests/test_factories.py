@@ -4,7 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
-from indexing.factories import FLAT_BELOW, centroids, choose_factory, empty, hot_bytes
+from indexing.factories import CODED_FROM, FLAT_BELOW, centroids, choose_factory, empty, hot_bytes
 from indexing.layers import finer, layers, turned
 from indexing.tuning import Effort, brute_force, recalls, search
 from infra.errors import CallerError
@@ -22,16 +22,16 @@ def one_thread() -> None:
 def test_the_rule_takes_the_largest_kind_that_fits_and_small_codes_for_many() -> None:
     assert choose_factory(FLAT_BELOW - 1, 512, 2**31) == "Flat"
     assert choose_factory(FLAT_BELOW, 512, 2**31) == "IVF512,Flat"
-    assert choose_factory(200_000, 512, 2**30) == "IVF1789,Flat"
-    assert choose_factory(200_000, 512, 2**28) == "IVF1789,SQ8"
-    assert choose_factory(200_000, 512, 2**26) == "RR512,IVF3578(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
+    assert choose_factory(CODED_FROM - 1, 512, 2**30) == "IVF894,Flat"
+    assert choose_factory(CODED_FROM - 1, 512, 2**26) == "IVF894,SQ8"
+    assert choose_factory(CODED_FROM - 1, 512, 2**24) == "RR512,IVF1282(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
+    assert choose_factory(CODED_FROM, 512, 2**33) == "RR512,IVF1282(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
     assert choose_factory(200_000, 510, 2**26) == "RR510,IVF894,RaBitQfs,Refine(SQ8)"
     with pytest.raises(CallerError, match=r"memory_bytes = 1000 .* set it to (\d+) or more") as refused:
         choose_factory(200_000, 512, 1000)
     named = int(str(refused.value).split("set it to ")[1].split()[0])
     assert choose_factory(200_000, 512, named) == "RR512,IVF3578(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
     assert choose_factory(FLAT_BELOW, 512, 2**23) == "RR512,IVF512,PQ128x4fs,Refine(SQ8)", "so few centroids are as they are"
-    assert choose_factory(299_999, 512, 2**33) == "IVF2191,Flat"
     assert choose_factory(1_000_000, 512, 2**33) == "RR512,IVF8000(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
 
 

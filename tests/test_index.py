@@ -21,6 +21,7 @@ from indexing import index, lists
 from indexing.embeddings import part_files
 from indexing.factories import building_bytes, hot_bytes, train
 from indexing.index import MODALITIES, Index, IndexConfig, build
+from indexing.tuning import Effort, brute_force, recalls, search
 from infra import manifests
 from infra.cluster import Cluster, ClusterConfig, spread
 from infra.errors import CallerError, DataError
@@ -229,6 +230,26 @@ def test_embeddings_that_do_not_fit_together_are_refused(tmp_path: Path) -> None
     (tmp_path / "metadata" / "metadata_0001.parquet").unlink()
     with pytest.raises(DataError, match="50 rows of metadata for 100"):
         build(IndexConfig(), tmp_path, tmp_path)
+
+
+def test_who_asks_for_more_than_ten_gets_as_many_cells_as_a_hundred_need(tmp_path: Path) -> None:
+    write_embed(tmp_path / "embed", COUNT, DIM)
+    build(IndexConfig(factory="RR32,IVF38,PQ8x4fs,Refine(SQ8)", queries=256), tmp_path / "embed", made(tmp_path / "index"))
+    opened = Index.open(tmp_path / "index")
+    facts = opened.facts["image"]
+    assert facts["recall@100"] >= 0.95 and facts["deep"]["nprobe"] > facts["nprobe"]
+    queries, truth = vectors(50, DIM, seed=7).astype(np.float32), exact(tmp_path / "embed", "image")
+    for k in (10, 11, 100):
+        few, many = Effort(facts["nprobe"], facts["k_factor"], facts["margin"]), Effort(**facts["deep"])
+        effort = many._replace(k_factor=max(many.k_factor, few.k_factor * 10 / k)) if k > 10 else few
+        whole = faiss.read_index(str(tmp_path / "index" / "image.index"))
+        assert np.array_equal(opened.search(queries, k)[1], search(whole, queries, k, effort)[1])
+    found = recalls([truth], queries, opened.search(queries, 100)[1], brute_force([truth], queries, 100))
+    assert found.mean() >= 0.93
+    for each in MODALITIES:  # as an index of before told it
+        del opened.facts[each]["deep"], opened.facts[each]["margin"]
+    (tmp_path / "index" / "index.json").write_text(json.dumps(opened.facts))
+    assert Index.open(tmp_path / "index").search(queries, 10)[1].shape == (50, 10)
 
 
 @pytest.mark.parametrize("file", ["index.json", "image.index", "metadata.arrow"])
