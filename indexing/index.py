@@ -10,6 +10,7 @@ import bisect
 import itertools
 import json
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,6 +135,11 @@ def _factory(config: IndexConfig, count: int, dim: int) -> str:
     factory = choose_factory(count, dim, config.memory_bytes) if config.factory == "auto" else config.factory
     if cells_of(factory) > count:
         raise CallerError(f"[index] factory = {factory} has more cells than there are vectors ({count}): name fewer, or auto")
+    rotated, codes = (re.findall(f"{kind}([0-9]+)", factory) for kind in ("RR", "PQ"))
+    if any(int(each) != dim for each in rotated) or any(dim % int(each) for each in codes):
+        raise CallerError(
+            f"[index] factory = {factory} does not suit vectors of {dim} dimensions: RR takes exactly these, the codes of PQ divide them"
+        )
     return factory
 
 

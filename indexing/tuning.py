@@ -203,7 +203,7 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], t
     k_factor 0 where nothing is re-ranked.
     """
     tuning, judging = (Measured(index, parts, [each.part(half) for each in samples]) for half in (0, 1))
-    best, deep = (_least_effort(tuning, judging, k, target) for k in DEPTHS[1:])
+    best, deep = (least_effort(tuning, judging, k, target) for k in DEPTHS[1:])
     taken_ms = np.array(tuning.seconds(DEPTHS[1], best)) * 1000
     told = {f"recall@{k}": judging.recall(k, best if k <= DEPTHS[1] else deep) for k in DEPTHS}
     return {
@@ -216,7 +216,7 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], t
     }
 
 
-def _least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> Effort:
+def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> Effort:
     """Return the effort that reaches the target recall@k in the least time.
 
     Queries of the other modality lie far from all vectors and need more cells, so the worst sample counts. For every k_factor the fewest

@@ -66,3 +66,38 @@ def write_embed(folder: Path, count: int = 1500, dim: int = 32, parts: int = 2, 
         pq.write_table(table, folder / "metadata" / f"metadata_{part:04d}.parquet")
     (folder / "facts.json").write_text(json.dumps({"clip_key": "abc", "dim": dim, "count": count}))
     return image
+
+
+def exact(embed: Path, modality: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the vectors (N, D) of an embed folder."""
+    name = {"image": "img_emb", "text": "text_emb"}[modality]
+    return np.concatenate([np.load(file) for file in sorted((embed / name).glob("*.npy"))]).astype(np.float32)
+
+
+def cut(embed: Path, folder: Path, count: int) -> None:
+    """Write the first rows of an embed folder as one of its own."""
+    for name in ("img_emb", "text_emb"):
+        (folder / name).mkdir(parents=True)
+        whole = np.concatenate([np.load(file) for file in sorted((embed / name).glob("*.npy"))])
+        np.save(folder / name / f"{name}_0000.npy", whole[:count])
+    rows = pa.concat_tables([pq.read_table(file) for file in sorted((embed / "metadata").glob("*.parquet"))])
+    (folder / "metadata").mkdir()
+    pq.write_table(rows.slice(0, count), folder / "metadata" / "metadata_0000.parquet")
+    facts = json.loads((embed / "facts.json").read_text())
+    (folder / "facts.json").write_text(json.dumps(facts | {"count": count}))
+
+
+def uneven(embed: Path, folder: Path, lengths: list[int]) -> Path:
+    """Write the rows of an embed folder again, in files of so many rows."""
+    cut(embed, folder, sum(lengths))
+    for name in ("img_emb", "text_emb"):
+        whole = np.load(folder / name / f"{name}_0000.npy")
+        for number, rows in enumerate(np.split(whole, np.cumsum(lengths)[:-1])):
+            np.save(folder / name / f"{name}_{number:04d}.npy", rows)
+    return folder
+
+
+def made(folder: Path) -> Path:
+    """Make the folder and return it."""
+    folder.mkdir()
+    return folder

@@ -1,18 +1,14 @@
 """The index agrees with brute force whatever its kind, its rows stay with their metadata, and bad queries are refused."""
 
 import json
-import multiprocessing
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import faiss
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
@@ -26,7 +22,7 @@ from infra import manifests
 from infra.cluster import Cluster, ClusterConfig, spread
 from infra.errors import CallerError, DataError
 from infra.removals import Removals
-from tests.embedded import KINDS, filled, vectors, write_embed
+from tests.embedded import KINDS, cut, exact, made, uneven, vectors, write_embed
 
 COUNT, DIM = 1500, 32
 RECALLS = ("recall@1", "recall@10", "recall@100")
@@ -50,11 +46,6 @@ def folder(request: pytest.FixtureRequest, embed: Path, tmp_path_factory: pytest
     out = tmp_path_factory.mktemp("index")
     build(IndexConfig(factory=request.param, queries=64), embed, out)
     return out
-
-
-def exact(embed: Path, modality: str) -> np.ndarray:
-    name = {"image": "img_emb", "text": "text_emb"}[modality]
-    return np.concatenate([np.load(file) for file in sorted((embed / name).glob("*.npy"))]).astype(np.float32)
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
@@ -215,6 +206,14 @@ def test_more_cells_than_vectors_are_refused(embed: Path, tmp_path: Path) -> Non
         build(IndexConfig(factory="IVF2000,Flat"), embed, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "factory", ["RR16,IVF4,PQ8x4fs,Refine(SQ8)", "IVF4,PQ7x4fs,Refine(SQ8)", "RR32,IVF38(PQ5x4fs),PQ8x4fs,Refine(SQ8)"]
+)
+def test_a_kind_for_other_dimensions_is_refused(embed: Path, tmp_path: Path, factory: str) -> None:
+    with pytest.raises(CallerError, match=rf"factory = {re.escape(factory)} does not suit vectors of 32 dimensions"):
+        build(IndexConfig(factory=factory), embed, tmp_path)
+
+
 def test_embeddings_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     write_embed(tmp_path, 100, 16)
     facts = {"clip_key": "abc", "dim": 16, "count": 100}
@@ -287,46 +286,6 @@ def test_an_index_grows_by_what_was_appended_and_is_built_again_where_that_is_no
     assert build(section, embed, made(tmp_path / "other"), before)["added_to"] == 0  # other vectors than these
 
 
-def uneven(embed: Path, folder: Path, lengths: list[int]) -> Path:
-    """Write the rows of an embed folder again, in files of so many rows."""
-    cut(embed, folder, COUNT)
-    for name in ("img_emb", "text_emb"):
-        whole = np.load(folder / name / f"{name}_0000.npy")
-        for number, rows in enumerate(np.split(whole, np.cumsum(lengths)[:-1])):
-            np.save(folder / name / f"{name}_{number:04d}.npy", rows)
-    return folder
-
-
-def elsewhere(function: Callable[..., int], tasks: Sequence[lists.Task]) -> Iterator[list[int]]:
-    """Call the function in another process, the last task first and one of them twice."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), faiss.omp_set_num_threads, (1,)) as pool:
-        for task in (*tasks[::-1], tasks[0]):
-            yield [pool.submit(function, *task).result()]
-
-
-@pytest.mark.parametrize("factory", [*KINDS[1:], "IVF1,PQ8x4fs,Refine(SQ8)"])
-def test_parts_encoded_elsewhere_make_what_faiss_makes_of_all_in_order(factory: str, embed: Path, tmp_path: Path) -> None:
-    lengths = [7, 1100, 1, 256, 136]  # of one cell: blocks of 32 that are full, begun and half full
-    folder = uneven(embed, tmp_path / "embed", lengths)
-    files = part_files(folder / "img_emb")
-    vectors = exact(embed, "image")
-    faiss.write_index(filled(factory, [vectors], 0), str(tmp_path / "whole"))
-    for name, where in (("here", None), ("elsewhere", elsewhere)):
-        lists.fill(train(factory, [vectors], 0), files, tmp_path / name, where)
-        assert (tmp_path / name).read_bytes() == (tmp_path / "whole").read_bytes(), name
-    assert {path.name for path in tmp_path.iterdir()} == {"embed", "whole", "here", "elsewhere"}, "nothing is left of the parts"
-
-
-def test_files_are_put_into_pieces_of_work_in_order() -> None:
-    assert lists.shares([5, 0, 3]) == [(0, 1, 0), (1, 3, 5)]
-    lengths = np.random.default_rng(0).integers(1, 100, 1000).tolist()
-    pieces = lists.shares(lengths)
-    assert len(pieces) <= lists.SHARES and pieces[0][0] == 0 and pieces[-1][1] == 1000
-    assert [last for _, last, _ in pieces[:-1]] == [first for first, *_ in pieces[1:]]
-    assert [start for *_, start in pieces] == [sum(lengths[:first]) for first, *_ in pieces]
-    assert max(sum(lengths[first:last]) for first, last, _ in pieces) <= sum(lengths) / lists.SHARES + 100
-
-
 @pytest.mark.slow
 def test_two_workers_of_ray_build_what_one_process_builds(embed: Path, tmp_path: Path) -> None:
     config, cluster = IndexConfig(factory=KINDS[-1], queries=32), ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20)
@@ -376,21 +335,3 @@ def test_an_index_is_compacted_within_the_memory_of_its_recipe(tmp_path: Path, m
     monkeypatch.setattr(index, "build", lambda config, *_: given.append(config) or {"out": 2})
     assert compaction._index(tmp_path, tmp_path, Removals(), SimpleNamespace(root=None, manifest=manifest)) == 1  # type: ignore[arg-type]
     assert given == [section]
-
-
-def made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def cut(embed: Path, folder: Path, count: int) -> None:
-    """Write the first rows of an embed folder as one of its own."""
-    for name in ("img_emb", "text_emb"):
-        (folder / name).mkdir(parents=True)
-        whole = np.concatenate([np.load(file) for file in sorted((embed / name).glob("*.npy"))])
-        np.save(folder / name / f"{name}_0000.npy", whole[:count])
-    rows = pa.concat_tables([pq.read_table(file) for file in sorted((embed / "metadata").glob("*.parquet"))])
-    (folder / "metadata").mkdir()
-    pq.write_table(rows.slice(0, count), folder / "metadata" / "metadata_0000.parquet")
-    facts = json.loads((embed / "facts.json").read_text())
-    (folder / "facts.json").write_text(json.dumps(facts | {"count": count}))

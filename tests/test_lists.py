@@ -1,0 +1,54 @@
+"""An index filled part by part, anywhere, is the one that FAISS fills in order."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from indexing import lists
+from indexing.embeddings import part_files
+from indexing.factories import train
+from tests.embedded import KINDS, exact, filled, uneven, write_embed
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    faiss.omp_set_num_threads(1)
+
+
+def elsewhere(function: Callable[..., int], tasks: Sequence[lists.Task]) -> Iterator[list[int]]:
+    """Call the function in another process, the last task first and one of them twice."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), faiss.omp_set_num_threads, (1,)) as pool:
+        for task in (*tasks[::-1], tasks[0]):
+            yield [pool.submit(function, *task).result()]
+
+
+@pytest.mark.parametrize("factory", [*KINDS[1:], "IVF1,PQ8x4fs,Refine(SQ8)"])
+def test_parts_encoded_elsewhere_make_what_faiss_makes_of_all_in_order(
+    factory: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    embed = tmp_path_factory.mktemp("drawn")
+    write_embed(embed)
+    lengths = [7, 1100, 1, 256, 136]  # of one cell: blocks of 32 that are full, begun and half full
+    folder = uneven(embed, tmp_path / "embed", lengths)
+    files = part_files(folder / "img_emb")
+    vectors = exact(embed, "image")
+    faiss.write_index(filled(factory, [vectors], 0), str(tmp_path / "whole"))
+    for name, where in (("here", None), ("elsewhere", elsewhere)):
+        lists.fill(train(factory, [vectors], 0), files, tmp_path / name, where)
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole").read_bytes(), name
+    assert {path.name for path in tmp_path.iterdir()} == {"drawn", "embed", "whole", "here", "elsewhere"}, "nothing is left of the parts"
+
+
+def test_files_are_put_into_pieces_of_work_in_order() -> None:
+    assert lists.shares([5, 0, 3]) == [(0, 1, 0), (1, 3, 5)]
+    lengths = np.random.default_rng(0).integers(1, 100, 1000).tolist()
+    pieces = lists.shares(lengths)
+    assert len(pieces) <= lists.SHARES and pieces[0][0] == 0 and pieces[-1][1] == 1000
+    assert [last for _, last, _ in pieces[:-1]] == [first for first, *_ in pieces[1:]]
+    assert [start for *_, start in pieces] == [sum(lengths[:first]) for first, *_ in pieces]
+    assert max(sum(lengths[first:last]) for first, last, _ in pieces) <= sum(lengths) / lists.SHARES + 100
