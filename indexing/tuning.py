@@ -4,6 +4,7 @@ Effort is the number of probed cells and of candidates re-ranked. It is chosen o
 number, and judged on the other half. Legend: B queries, N vectors, D dimensions, k results.
 """
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -28,6 +29,10 @@ Z_SURE = 1.2816
 """So many standard errors below the sampled recall the true one lies in one of ten samples; a second sample then has to agree."""
 TIMED, ROUNDS = 64, 3
 """Queries that efforts are timed with, and how often each."""
+MOST_RANKED = 4096
+"""Candidates that a query re-ranks at most."""
+THINNED = 4
+"""Of many queries one of so many is asked for a hundred."""
 WIDER = 2
 """So many times the cells that every query needs, where all have the same, may one of them look into by a margin."""
 HALVINGS = 6
@@ -62,8 +67,11 @@ class Sample(NamedTuple):
 
     def part(self, first: int) -> "Sample":
         """Return every other query, from the first or the second on; the only one is in both."""
-        some = slice(first if len(self.vectors) > 1 else 0, None, 2)
-        return Sample(self.vectors[some], None if self.rows is None else self.rows[some])
+        return self.every(2, first if len(self.vectors) > 1 else 0)
+
+    def every(self, step: int, first: int = 0) -> "Sample":
+        """Return one of so many queries."""
+        return Sample(self.vectors[first::step], None if self.rows is None else self.rows[first::step])
 
 
 def search(index: Any, queries: Floats, k: int, effort: Effort, selection: Selection | None = None) -> tuple[Floats, Rows]:
@@ -168,6 +176,14 @@ class Measured:
             worst = min(worst, float(found.mean() - z * found.std() / len(found) ** 0.5))
         return worst
 
+    def thinned(self) -> "Measured":
+        """Return the same with every fourth query, of many: a hundred results say more of a query than ten do, and take longer."""
+        made = copy.copy(self)
+        steps = [THINNED if len(each.vectors) > THINNED * TIMED else 1 for each in self.samples]
+        made.samples = [each.every(step) for each, step in zip(self.samples, steps, strict=True)]
+        made.truth = [each[::step] for each, step in zip(self.truth, steps, strict=True)]
+        return made
+
     def seconds(self, k: int, effort: Effort) -> list[float]:
         """Return what some of the queries take, one by one."""
         asked = self._asked()
@@ -203,7 +219,8 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], t
     k_factor 0 where nothing is re-ranked.
     """
     tuning, judging = (Measured(index, parts, [each.part(half) for each in samples]) for half in (0, 1))
-    best, deep = (least_effort(tuning, judging, k, target) for k in DEPTHS[1:])
+    best = least_effort(tuning, judging, DEPTHS[1], target)
+    deep = least_effort(tuning.thinned(), judging.thinned(), DEPTHS[2], target)
     taken_ms = np.array(tuning.seconds(DEPTHS[1], best)) * 1000
     told = {f"recall@{k}": judging.recall(k, best if k <= DEPTHS[1] else deep) for k in DEPTHS}
     return {
@@ -219,15 +236,15 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], t
 def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> Effort:
     """Return the effort that reaches the target recall@k in the least time.
 
-    Queries of the other modality lie far from all vectors and need more cells, so the worst sample counts. For every k_factor the fewest
-    cells that do are found by doubling and halving, and the least margin that does where a query may look into WIDER times as many; with
-    Z_SURE standard errors to spare, or the target would be missed on other queries as often as it is met. The fastest of these efforts
-    wins, and gets more cells where the queries that judge miss the target still.
+    Queries of the other modality lie far from all vectors and need more cells, so the worst sample counts. For every k_factor, the largest
+    first, the fewest cells that do are found by doubling and halving, and the least margin that does where a query may look into WIDER
+    times as many; with Z_SURE standard errors to spare, or the target would be missed on other queries as often as it is met. The fastest
+    of these efforts wins, and gets more cells where the queries that judge miss the target still.
     """
     index = tuning.index
     if isinstance(index, faiss.IndexFlat):
         return Effort(0, 0)
-    cells = most = int(layers(index)[-1].nlist)
+    cells = int(layers(index)[-1].nlist)
     sated_from = -(-4 * k * cells // index.ntotal)  # in fewer there may be no k vectors, and more are looked into anyhow
 
     def surely(effort: Effort) -> float:
@@ -236,20 +253,22 @@ def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> 
     def of_cells(k_factor: int, nprobe: int) -> float:
         return surely(Effort(nprobe, k_factor))
 
-    enough: list[Effort] = []
-    missed: list[tuple[Effort, float]] = []
-    for k_factor in K_FACTORS if finer(index) else (0,):
-        if enough and (most == 0 or of_cells(k_factor, most) < target):
-            break  # who re-ranks more and looks into as many cells is slower
-        nprobe, reached = fewest_cells(most, target, partial(of_cells, k_factor), sated_from)
+    most_ranked, *less_ranked = [each for each in K_FACTORS[::-1] if each * k <= MOST_RANKED] if finer(index) else [0]
+    nprobe, reached = fewest_cells(1, cells, target, partial(of_cells, most_ranked), sated_from)
+    enough = [Effort(nprobe, most_ranked)]
+    if reached < target:
+        return enough[0]
+    for k_factor in less_ranked:
+        fewest = enough[-1].nprobe
+        nprobe, reached = fewest_cells(fewest, min(cells, WIDER * fewest), target, partial(of_cells, k_factor))
         if reached < target:
-            missed.append((Effort(nprobe, k_factor), reached))
-            continue
-        widest = Effort(min(cells, WIDER * nprobe), k_factor)
-        enough += [Effort(nprobe, k_factor), _least_margin(widest._replace(margin=tuning.span(widest.nprobe)), target, surely)]
-        most = nprobe - max(1, nprobe // 8)
-    if not enough:
-        return max(missed, key=lambda each: each[1])[0]
+            break  # with less re-ranked still it takes more cells than that saves
+        if nprobe == fewest:
+            enough.pop()  # which re-ranks more, and looks into as many
+        enough.append(Effort(nprobe, k_factor))
+    for each in tuple(enough):
+        widest = min(cells, WIDER * each.nprobe)
+        enough.append(_least_margin(Effort(widest, each.k_factor, tuning.span(widest)), target, surely))
     # In turns, and each query's best round: another process that takes the cores for a while slows all of them.
     rounds = [[tuning.seconds(k, each) for each in enough] for _ in range(ROUNDS)]
     best = enough[int(np.min(rounds, axis=0).mean(axis=1).argmin())]
@@ -268,13 +287,13 @@ def _least_margin(widest: Effort, target: float, recall_of: Callable[[Effort], f
     return widest._replace(margin=high)
 
 
-def fewest_cells(most: int, target: float, recall_of: Callable[[int], float], sated_from: int = 1) -> tuple[int, float]:
-    """Return the least number of cells, 1 to `most`, whose recall reaches the target, to an eighth, and that recall.
+def fewest_cells(least: int, most: int, target: float, recall_of: Callable[[int], float], sated_from: int = 1) -> tuple[int, float]:
+    """Return the least number of cells, `least` to `most`, whose recall reaches the target, to an eighth, and that recall.
 
     Where none does, the number with the best recall: no more are tried once doubling from `sated_from` cells or more gains next to nothing.
     """
     tried: dict[int, float] = {}
-    cells, before = 1, 0.0
+    cells, before = least, 0.0
     while True:
         tried[cells] = recall_of(cells)
         if tried[cells] >= target:
@@ -282,7 +301,7 @@ def fewest_cells(most: int, target: float, recall_of: Callable[[int], float], sa
         if cells == most or (cells >= 2 * sated_from and tried[cells] > 0.5 and tried[cells] - before < SATURATED):
             return max(tried.items(), key=lambda each: each[1])
         cells, before = min(most, 2 * cells), tried[cells]
-    low, high = max((each for each in tried if tried[each] < target), default=0), cells
+    low, high = max((each for each in tried if tried[each] < target), default=least - 1), cells
     while high - low > max(1, high // 8):
         middle = (low + high) // 2
         tried[middle] = recall_of(middle)

@@ -48,14 +48,20 @@ def test_a_query_is_not_paid_for_finding_itself() -> None:
 
 @pytest.mark.parametrize("needed", [1, 5, 64, 100])
 def test_the_fewest_cells_are_found_to_an_eighth(needed: int) -> None:
-    cells, reached = fewest_cells(100, 0.9, lambda cells: min(1.0, 0.9 * cells / needed))
+    cells, reached = fewest_cells(1, 100, 0.9, lambda cells: min(1.0, 0.9 * cells / needed))
     assert needed <= cells <= max(needed + 1, needed * 1.2)
     assert reached >= 0.9
 
 
+def test_no_fewer_cells_are_tried_than_named() -> None:
+    asked: list[int] = []
+    assert fewest_cells(12, 24, 0.9, lambda cells: asked.append(cells) or 0.95) == (12, 0.95) and asked == [12]
+    assert fewest_cells(12, 24, 0.9, lambda cells: asked.append(cells) or cells / 100) == (24, 0.24) and min(asked) == 12
+
+
 def test_cells_are_not_added_where_the_codes_lose_the_rest() -> None:
     asked: list[int] = []
-    best = fewest_cells(1 << 20, 0.9, lambda cells: asked.append(cells) or min(0.6, 0.2 * cells))
+    best = fewest_cells(1, 1 << 20, 0.9, lambda cells: asked.append(cells) or min(0.6, 0.2 * cells))
     assert best == (4, 0.6) and max(asked) <= 16
 
 
