@@ -267,7 +267,7 @@ class Index:
             raise ValueError(f"k = {k}: it must be 1 or more")
         if modality not in MODALITIES:
             raise ValueError(f"modality = {modality!r}: it must be image or text")
-        index, effort = self._indexes[modality], self._effort(k, modality)
+        index, effort = self._indexes[modality], tuning.effort_for(k, *self._efforts[modality])
         if allowed is None or allowed.bits is None:
             return tuning.search(index, queries, min(k, self.count), effort)
         if allowed.count == 0:
@@ -275,12 +275,6 @@ class Index:
         selector_class: Any = faiss.IDSelectorBitmap  # its type stub knows the C++ signature only; it keeps a pointer to the bits
         selection = Selection(selector_class(allowed.bits), allowed.count / self.count)
         return tuning.search(index, queries, min(k, allowed.count), effort, selection)
-
-    def _effort(self, k: int, modality: Modality) -> Effort:
-        few, many = self._efforts[modality]
-        if k <= DEPTHS[1]:
-            return few
-        return many._replace(k_factor=max(many.k_factor, few.k_factor * DEPTHS[1] / k))  # eleven re-rank no fewer than ten
 
     def metadata(self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names) -> list[dict[str, Any]]:
         """Return the metadata (schema infra.tables.EMBEDDED) of the rows, in their order. Raises IndexError outside 0..count-1."""

@@ -222,7 +222,7 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], t
     best = least_effort(tuning, judging, DEPTHS[1], target)
     deep = least_effort(tuning.thinned(), judging.thinned(), DEPTHS[2], target)
     taken_ms = np.array(tuning.seconds(DEPTHS[1], best)) * 1000
-    told = {f"recall@{k}": judging.recall(k, best if k <= DEPTHS[1] else deep) for k in DEPTHS}
+    told = {f"recall@{k}": judging.recall(k, effort_for(k, best, deep)) for k in DEPTHS}
     return {
         **best._asdict(),
         "deep": deep._asdict(),
@@ -231,6 +231,12 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], t
         "latency_p50_ms": round(float(np.percentile(taken_ms, 50)), 4),
         "latency_p99_ms": round(float(np.percentile(taken_ms, 99)), 4),
     }
+
+
+def effort_for(k: int, few: Effort, many: Effort) -> Effort:
+    """Return the effort for k results, of those for ten and for a hundred; nobody re-ranks fewer candidates than ten results have."""
+    effort = few if k <= DEPTHS[1] else many
+    return effort._replace(k_factor=max(effort.k_factor, few.k_factor * DEPTHS[1] / k))
 
 
 def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> Effort:

@@ -238,9 +238,9 @@ def test_who_asks_for_more_than_ten_gets_as_many_cells_as_a_hundred_need(tmp_pat
     facts = opened.facts["image"]
     assert facts["recall@100"] >= 0.95 and facts["deep"]["nprobe"] > facts["nprobe"]
     queries, truth = vectors(50, DIM, seed=7).astype(np.float32), exact(tmp_path / "embed", "image")
-    for k in (10, 11, 100):
+    for k in (1, 10, 11, 100):
         few, many = Effort(facts["nprobe"], facts["k_factor"], facts["margin"]), Effort(**facts["deep"])
-        effort = many._replace(k_factor=max(many.k_factor, few.k_factor * 10 / k)) if k > 10 else few
+        effort = (many if k > 10 else few)._replace(k_factor=max((many if k > 10 else few).k_factor, few.k_factor * 10 / k))
         whole = faiss.read_index(str(tmp_path / "index" / "image.index"))
         assert np.array_equal(opened.search(queries, k)[1], search(whole, queries, k, effort)[1])
     found = recalls([truth], queries, opened.search(queries, 100)[1], brute_force([truth], queries, 100))
