@@ -38,6 +38,8 @@ FOURS = 4
 a cell; for dimensions that are a multiple of it."""
 TWOS = 2
 """Dimensions of a centroid that share a code of four bits: an eighth of its bytes, and cells are found in a sixth of the time."""
+MOST_CELLS = 1 << 15
+"""More take long to find, and twice the memory of what they are found with; from 4.2M vectors on cells grow instead."""
 CODED_CENTROIDS_FROM = 16 * POINTS_PER_CELL
 """Cells; fewer are not enough to choose the codes by, nor do they take long."""
 SCRATCH_BYTES = 96 << 20
@@ -92,11 +94,11 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
     Flat (below FLAT_BELOW vectors only: exact, but every query reads all), IVF,Flat (exact within the probed cells), IVF,SQ8 (a quarter
     of that), RR,IVF,PQx4fs,Refine(SQ8) (a bit for each dimension in memory, in codes of four, after a random rotation: without one the few
     directions that carry most of an embedding share their bits with none; re-ranked from disk). There are 4 sqrt(count) cells, of the last
-    kind twice as many with coded centroids, which are looked through in less time; fewer where a cell would have under 39 vectors. Where
+    kind 16 sqrt(count) with coded centroids, MOST_CELLS at most; fewer where a cell would have under 39 vectors. Where
     dimensions do not go into codes of four it is RaBitQ, with 2 sqrt(count) cells: each costs a look-up table. From CODED_FROM vectors on
     only the last kind is left, whatever the memory: it is the fastest then. Raises CallerError when none fits.
     """
-    few, cells, many = (max(1, min(round(each * math.sqrt(count)), count // POINTS_PER_CELL)) for each in (2, 4, 8))
+    few, cells, many = (max(1, min(round(each * math.sqrt(count)), count // POINTS_PER_CELL, MOST_CELLS)) for each in (2, 4, 16))
     if dim % FOURS:
         kinds = [f"RR{dim},IVF{few},{BITS}"]
     else:

@@ -30,9 +30,10 @@ def test_the_rule_takes_the_largest_kind_that_fits_and_small_codes_for_many() ->
     with pytest.raises(CallerError, match=r"memory_bytes = 1000 .* set it to (\d+) or more") as refused:
         choose_factory(200_000, 512, 1000)
     named = int(str(refused.value).split("set it to ")[1].split()[0])
-    assert choose_factory(200_000, 512, named) == "RR512,IVF3578(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
+    assert choose_factory(200_000, 512, named) == "RR512,IVF5128(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
     assert choose_factory(FLAT_BELOW, 512, 2**23) == "RR512,IVF512,PQ128x4fs,Refine(SQ8)", "so few centroids are as they are"
-    assert choose_factory(1_000_000, 512, 2**33) == "RR512,IVF8000(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
+    assert choose_factory(10_000_000, 512, 2**33) == "RR512,IVF32768(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
+    assert choose_factory(1_000_000, 512, 2**33) == "RR512,IVF16000(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
 
 
 @pytest.mark.parametrize("factory", KINDS)

@@ -146,7 +146,7 @@ def index(folder: Path, count: int) -> int:
     from indexing import index as stage
 
     (folder / "index").mkdir()
-    cells = min(round(8 * math.sqrt(count)), count // 39)  # one kind at all sizes: that of large ones
+    cells = min(round(16 * math.sqrt(count)), count // 39)  # one kind at all sizes: that of large ones
     coded = f"(PQ{DIM // 2}x4fs)" if cells >= 16 * 39 else ""
     stage.build(stage.IndexConfig(factory=f"RR{DIM},IVF{cells}{coded},PQ{DIM // 4}x4fs,Refine(SQ8)"), folder / "long", folder / "index")
     return size_of(folder / "index")
