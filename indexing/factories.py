@@ -94,9 +94,9 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
     Flat (below FLAT_BELOW vectors only: exact, but every query reads all), IVF,Flat (exact within the probed cells), IVF,SQ8 (a quarter
     of that), RR,IVF,PQx4fs,Refine(SQ8) (a bit for each dimension in memory, in codes of four, after a random rotation: without one the few
     directions that carry most of an embedding share their bits with none; re-ranked from disk). There are 4 sqrt(count) cells, of the last
-    kind 16 sqrt(count) with coded centroids, MOST_CELLS at most; fewer where a cell would have under 39 vectors. Where
-    dimensions do not go into codes of four it is RaBitQ, with 2 sqrt(count) cells: each costs a look-up table. From CODED_FROM vectors on
-    only the last kind is left, whatever the memory: it is the fastest then. Raises CallerError when none fits.
+    kind 16 sqrt(count) with coded centroids, MOST_CELLS at most; fewer where a cell would have under 39 vectors. Where dimensions do not go
+    into codes of four it is RaBitQ, with 2 sqrt(count) cells: each costs a look-up table. From CODED_FROM vectors on only the last kind is
+    left, whatever the memory: it is the fastest then. Raises CallerError when none fits.
     """
     few, cells, many = (max(1, min(round(each * math.sqrt(count)), count // POINTS_PER_CELL, MOST_CELLS)) for each in (2, 4, 16))
     if dim % FOURS:

@@ -25,8 +25,8 @@ K_FACTORS = (2, 4, 8, 16, 32, 64, 128)
 """How many times k are re-ranked, where anything is."""
 SATURATED = 0.002
 """Where doubling the probed cells gains less recall than this, what is missing is lost by the codes."""
-Z_SURE = 1.2816
-"""So many standard errors below the sampled recall the true one lies in one of ten samples; a second sample then has to agree."""
+Z_SURE = 1.645
+"""So many standard errors below the sampled recall the true one lies in one of twenty samples; a second sample then has to agree."""
 TIMED, ROUNDS = 64, 3
 """Queries that efforts are timed with, and how often each."""
 MOST_RANKED = 4096
