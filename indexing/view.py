@@ -30,8 +30,8 @@ Place = tuple[int, int, float]
 NEAR = 0.94
 """Results with a picture cosine of at least this count as copies where near ones are asked to go; clip-retrieval's figure."""
 MASKS_KEPT = 64
-FETCH, DEEPER = 64, 4
-"""Candidates of the first look, and by how much each further one is deeper."""
+FIRST, FETCH, DEEPER = 10, 64, 4
+"""Candidates of the first look, which an index has a smaller effort for, of the second, and by how much each further one is deeper."""
 FETCHED, FETCHED_APART = 1 << 14, 1 << 12
 """So many candidates are looked at for one answer, the second with near copies left out: among results that are nearly all copies there may
 be fewer than asked for, and no question costs more than this."""
@@ -137,7 +137,7 @@ class View:
         Pages neither repeat nor skip a picture, whatever the index: a deeper look into an approximate one ranks otherwise, so what it
         finds goes behind what the look before had found, and a page is in order of score by itself.
         """
-        wanted, fetch = offset + k, FETCH
+        wanted, fetch = offset + k, FIRST
         masks = self._allowed(chosen)
         enough = min(sum(mask.count for mask in masks), max(wanted, FETCHED if near is None else FETCHED_APART))
         seen = hashes_of(pa.chunked_array([sorted(without)], pa.string()))
@@ -153,7 +153,7 @@ class View:
             if len(kept) >= wanted or fetch >= enough:
                 shown = sorted(kept[offset:wanted], key=lambda place: -place[2])
                 return [Hit(segment, row, score, self.segments[segment].index.facts_of(row, columns)) for segment, row, score in shown]
-            fetch *= DEEPER
+            fetch = max(FETCH, fetch * DEEPER)
 
     def find_key(self, key: str) -> Hit | None:
         """Return the sample with that key, or None where there is none or it is gone."""

@@ -86,9 +86,9 @@ def test_a_question_among_copies_costs_no_more_than_a_bound(tmp_path: Path, monk
     asked: list[int] = []
     search = Index.search
     monkeypatch.setattr(Index, "search", lambda self, vector, k, *more: asked.append(k) or search(self, vector, k, *more))
-    assert len(view.search(QUERY, 5)) == 1 and asked == [64, 256, 1024]
+    assert len(view.search(QUERY, 5)) == 1 and asked == [10, 64, 256, 1024]
     asked.clear()
-    assert len(view.search(QUERY, 5, near=0.9)) == 1 and asked == [64, 256]
+    assert len(view.search(QUERY, 5, near=0.9)) == 1 and asked == [10, 64, 256]
 
 
 def test_facets_are_counted_once_a_version(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
