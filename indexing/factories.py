@@ -37,7 +37,7 @@ FOURS = 4
 """Dimensions that share a code of four bits: as small as a bit for each, closer to the vectors, and with one look-up table a query, not one
 a cell; for dimensions that are a multiple of it."""
 TWOS = 2
-"""Dimensions of a centroid that share a code of four bits: an eighth of its bytes, and cells are found in a sixth of the time."""
+"""Dimensions of a centroid that share a code of four bits: a sixteenth of its bytes, and cells are found in a sixth of the time."""
 MOST_CELLS = 1 << 15
 """More take long to find, and twice the memory of what they are found with; from 4.2M vectors on cells grow instead."""
 CODED_CENTROIDS_FROM = 16 * POINTS_PER_CELL
@@ -140,12 +140,12 @@ def empty(factory: str, dim: int) -> Any:
     FAISS's own factory re-ranks from vectors as they come, and then the eight bits of the few directions that carry most err more than
     all others together: of the ten nearest among a million clustered vectors a fortieth was lost to that, rotated a hundredth.
     """
-    rotation, _, rest = factory.partition(",") if factory.startswith("RR") else ("", "", factory)
+    first, _, rest = factory.partition(",") if factory.startswith("RR") else ("", "", factory)
     index = faiss.index_factory(dim, rest, faiss.METRIC_INNER_PRODUCT)
-    if not rotation:
+    if not first:
         return index
     whole = faiss.IndexPreTransform(index)
-    whole.prepend_transform(faiss.RandomRotationMatrix(dim, int(rotation[2:])))
+    whole.prepend_transform(faiss.RandomRotationMatrix(dim, int(first[2:])))
     return whole
 
 

@@ -241,9 +241,9 @@ def compared(
         sizes = f"{own / 1e6:.0f} | {files / 1e6:.0f} | {each.file.stat().st_size / 1e6:.0f}"
         wall = "" if each.wall_s is None else f"{each.wall_s:.0f}"
         print(f"| {title} | 1/{divisor} | {name} | {share:.3f} | {speed:,.0f} | {each.cpu_s:.0f} | {wall} | {sizes} |", flush=True)
-    short = [
+    short = [  # a mean of float32 may be 0.95 less its last digit
         f"{under}: {figures[name]:.3g} {name}, promised {least}" for name, least in LEAST.items() if figures[name] < least - 1e-6
-    ]  # a mean of float32
+    ]
     if reached[AT_ITS_RECALL] < reached[THEIRS] - 0.01:
         short.append(f"{under}: ours does not reach autofaiss's recall, {reached[AT_ITS_RECALL]:.3f} beside {reached[THEIRS]:.3f}")
     if build > MOST_BUILD:

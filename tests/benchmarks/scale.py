@@ -144,10 +144,11 @@ def lengthen(folder: Path, count: int) -> None:
 
 def index(folder: Path, count: int) -> int:
     from indexing import index as stage
+    from indexing.factories import CODED_CENTROIDS_FROM, POINTS_PER_CELL
 
     (folder / "index").mkdir()
-    cells = min(round(16 * math.sqrt(count)), count // 39)  # one kind at all sizes: that of large ones
-    coded = f"(PQ{DIM // 2}x4fs)" if cells >= 16 * 39 else ""
+    cells = min(round(16 * math.sqrt(count)), count // POINTS_PER_CELL)  # one kind at all sizes: that of large ones
+    coded = f"(PQ{DIM // 2}x4fs)" if cells >= CODED_CENTROIDS_FROM else ""
     stage.build(stage.IndexConfig(factory=f"RR{DIM},IVF{cells}{coded},PQ{DIM // 4}x4fs,Refine(SQ8)"), folder / "long", folder / "index")
     return size_of(folder / "index")
 
