@@ -1,11 +1,11 @@
 """The load benchmark's judge finds what is wrong with an answer, and nothing wrong with a right one."""
 
+import json
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.benchmarks.search_load import KINDS, Asker
+from tests.benchmarks.search_load import KINDS, Answer, Asker, main
 from tests.search_changes import Changes
 
 
@@ -18,9 +18,9 @@ def asker() -> Asker:
     return Asker(KINDS, ["a", "b"], 4, {"licence": {"CC0": 2}}, changes)
 
 
-def answer(keys: str | list[str], status: int = 200, **more: Any) -> httpx.Response:
+def answer(keys: str | list[str], status: int = 200, **more: Any) -> tuple[int, bytes]:
     results = [{"key": key, "score": 1 - place / 10, "licence": "CC0"} for place, key in enumerate(keys)]
-    return httpx.Response(status, json={"version": "one", "samples": 4, "results": results} | more)
+    return status, json.dumps({"version": "one", "samples": 4, "results": results} | more).encode()
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,23 @@ def answer(keys: str | list[str], status: int = 200, **more: Any) -> httpx.Respo
     ],
 )
 def test_an_answer_is_judged(
-    asker: Asker, question: dict[str, Any], given: httpx.Response, asked: float, answered: float, words: str
+    asker: Asker, question: dict[str, Any], given: tuple[int, bytes], asked: float, answered: float, words: str
 ) -> None:
-    assert asker.problem({"text": "x"}, answer("abcd"), 1, 2) == ""
-    assert asker.problem(question, given, asked, answered) == words
+    assert asker.problem(Answer({"text": "x"}, "text", *answer("abcd"), 1, 2)) == ""
+    assert asker.problem(Answer(question, "text", *given, asked, answered)) == words
 
 
 def test_scores_that_rise_are_out_of_order(asker: Asker) -> None:
-    rising = answer("ab").json()
+    status, body = answer("ab")
+    rising = json.loads(body)
     rising["results"].reverse()
-    assert asker.problem({"text": "x"}, httpx.Response(200, json=rising), 1, 2) == "scores out of order, or none"
+    assert asker.problem(Answer({"text": "x"}, "text", status, json.dumps(rising).encode(), 1, 2)) == "scores out of order, or none"
+
+
+def test_a_service_of_its_own_is_asked_and_changed_without_a_wrong_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["search_load", "--drawn", "500x16", "--queries", "280", "--clients", "3"])
+    assert main() == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["queries"] == 276 and set(told["times"]) == set(KINDS) and told["wrong"] == 0 and told["failures"] == []

@@ -10,20 +10,22 @@ down before it was asked for, or that mixes versions (tests.search_changes, whic
 """
 
 import argparse
-import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -34,6 +36,50 @@ from tests.search_changes import Changes, make_root
 WORDS = ("red", "blue", "heart", "face", "flag", "cat", "house", "smiling", "sun", "tree", "food", "square")
 KINDS = ("text", "key", "embedding", "image", "filter", "page", "near")
 DRAWN = "100000x256"
+
+
+class Answer(NamedTuple):
+    """What came of a question, and when it was asked and answered."""
+
+    question: dict[str, Any]
+    kind: str
+    status: int
+    body: bytes
+    asked: float
+    answered: float
+
+
+class Connection:
+    """A connection that is kept, in as few steps as HTTP can do with: what a client takes of the cores the service has not."""
+
+    def __init__(self, base: str) -> None:
+        self.host = httpx.URL(base).netloc.decode()
+        host, port = self.host.rsplit(":", 1)
+        self.socket = socket.create_connection((host, int(port)), timeout=60)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def request(self, body: bytes) -> bytes:
+        """Return the request that asks POST /search with this body."""
+        head = f"POST /search HTTP/1.1\r\nhost: {self.host}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        return head.encode() + body
+
+    def ask(self, request: bytes) -> tuple[int, bytes]:
+        """Send a request; return the status and the body of the answer, whose head tells its length."""
+        self.socket.sendall(request)
+        got = b""
+        while (end := got.find(b"\r\n\r\n") + 4) < 4:
+            got += self._more()
+        head = got[:end].lower()
+        length = int(head.split(b"\r\ncontent-length:", 1)[1].split(b"\r\n", 1)[0])
+        while len(got) < end + length:
+            got += self._more()
+        return int(head.split(b" ", 2)[1]), got[end:]
+
+    def _more(self) -> bytes:
+        got = self.socket.recv(1 << 16)
+        if not got:
+            raise ConnectionError("the service closed the connection before it had answered")
+        return got
 
 
 class Asker:
@@ -63,29 +109,48 @@ class Asker:
             return asked | {"k": 24, "offset": 24 * rng.randint(1, 8)}
         return asked | {"near_copies": kind != "near"}
 
-    async def ask(self, base: str, count: int, seed: int) -> None:
-        """Ask so many questions one after the other."""
-        rng = random.Random(seed)
-        async with httpx.AsyncClient(base_url=base, timeout=60) as client:
-            for _ in range(count):
-                kind = rng.choice(self.kinds)
-                question = self.question(kind, rng)
-                body = json.dumps(question).encode()
-                started = time.monotonic()
-                answer = await client.post("/search", content=body, headers={"content-type": "application/json"})
-                ended = time.monotonic()
-                self.times.append((kind, ended - started, self.problem(question, answer, started, ended)))
+    def ask(self, base: str, clients: int, count: int, first: int) -> float:
+        """Ask so many questions, shared by clients that each ask one after the other; return the seconds that all took together.
 
-    def problem(self, question: dict[str, Any], answer: httpx.Response, asked: float, answered: float) -> str:
+        Questions are made before and answers judged after.
+        """
+        connections = [Connection(base) for _ in range(clients)]
+        made = []
+        for number, connection in enumerate(connections):
+            rng = random.Random(first + number)
+            kinds = rng.choices(self.kinds, k=max(1, count // clients))
+            questions = [(kind, self.question(kind, rng)) for kind in kinds]
+            made.append([(kind, asked, connection.request(json.dumps(asked).encode())) for kind, asked in questions])
+
+        def ask_all(connection: Connection, questions: list[tuple[str, dict[str, Any], bytes]]) -> list[Answer]:
+            answers = []
+            for kind, question, request in questions:
+                asked = time.monotonic()
+                status, body = connection.ask(request)
+                answers.append(Answer(question, kind, status, body, asked, time.monotonic()))
+            return answers
+
+        with ThreadPoolExecutor(clients) as pool:
+            started = time.monotonic()
+            answers = list(pool.map(ask_all, connections, made))
+            took = time.monotonic() - started
+        for each in itertools.chain(*answers):
+            self.times.append((each.kind, each.answered - each.asked, self.problem(each)))
+        for connection in connections:
+            connection.socket.close()
+        return took
+
+    def problem(self, answer: Answer) -> str:
         """Return what is wrong with an answer, or ""."""
+        question, asked = answer.question, answer.asked
         key = question.get("key")
-        if answer.status_code == 404 and key is not None:
-            return "" if self.changes.may_be_gone(key, answered) else "404 for a sample that is there"
-        if answer.status_code != 200:
-            return f"status {answer.status_code}"
+        if answer.status == 404 and key is not None:
+            return "" if self.changes.may_be_gone(key, answer.answered) else "404 for a sample that is there"
+        if answer.status != 200:
+            return f"status {answer.status}"
         if key is not None and self.changes.is_gone(key, asked):
             return "knows what was gone"
-        told = answer.json()
+        told = json.loads(answer.body)
         results = told["results"]
         if any(self.changes.is_gone(each["key"], asked) for each in results):
             return "shows what was gone"
@@ -155,18 +220,12 @@ def load(base: str, pid: int | None, root: str | None, given: argparse.Namespace
         ]
         asker = Asker(kinds, keys, dim, facets, changes)
 
-        async def everybody(count: int, first: int) -> None:
-            share = max(1, count // given.clients)
-            await asyncio.gather(*(asker.ask(base, share, first + number) for number in range(given.clients)))
-
-        asyncio.run(everybody(given.queries // 10, 1_000_000))  # a service that has just started reads its index from disk
+        asker.ask(base, given.clients, given.queries // 10, 1_000_000)  # a service that has just started reads its index from disk
         asker.times.clear()
         changes.start()
         memory, took = [resident_mbytes(pid)], 0.0
         for quarter in range(4):
-            started = time.monotonic()
-            asyncio.run(everybody(given.queries // 4, quarter * given.clients))
-            took += time.monotonic() - started
+            took += asker.ask(base, given.clients, given.queries // 4, quarter * given.clients)
             memory.append(resident_mbytes(pid))
     still_there = [key for key in changes.gone if httpx.get(f"{base}/sample/{key}").status_code != 404]
     times = asker.times
