@@ -5,6 +5,7 @@ number, and judged on the other half. Legend: B queries, N vectors, D dimensions
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -234,8 +235,19 @@ def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], t
 
 
 def effort_for(k: int, few: Effort, many: Effort) -> Effort:
-    """Return the effort for k results, of those for ten and for a hundred; nobody re-ranks fewer candidates than ten results have."""
-    effort = few if k <= DEPTHS[1] else many
+    """Return the effort for k results, of those for ten and for a hundred; nobody re-ranks fewer candidates than ten results have.
+
+    Between the two the cells grow by a power of k: what is missing of the recall is then about the same.
+    """
+    if few.nprobe == 0 or k <= DEPTHS[1]:
+        effort = few
+    elif k >= DEPTHS[2] or few.nprobe > many.nprobe:
+        effort = many
+    else:
+        share = math.log(k / DEPTHS[1]) / math.log(DEPTHS[2] / DEPTHS[1])
+        cells, ranked = (a ** (1 - share) * b**share for a, b in ((few.nprobe, many.nprobe), (few.k_factor, many.k_factor)))
+        margin = None if few.margin is None or many.margin is None else few.margin + share * (many.margin - few.margin)
+        effort = Effort(math.ceil(cells), ranked, margin)
     return effort._replace(k_factor=max(effort.k_factor, few.k_factor * DEPTHS[1] / k))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,7 @@ NEAR = 0.94
 """Results with a picture cosine of at least this count as copies where near ones are asked to go; clip-retrieval's figure."""
 MASKS_KEPT = 64
 FIRST, FETCH, DEEPER = 10, 64, 4
-"""Candidates of the first look, which an index has a smaller effort for, of the second, and by how much each further one is deeper."""
+"""Candidates of the first look and of the second, at least, and by how much each further one is deeper."""
 FETCHED, FETCHED_APART = 1 << 14, 1 << 12
 """So many candidates are looked at for one answer, the second with near copies left out: among results that are nearly all copies there may
 be fewer than asked for, and no question costs more than this."""
@@ -49,8 +49,7 @@ class Filter:
     max_side_px: int | None = None
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """One result: where it is, how near, and its metadata (schema infra.tables.EMBEDDED)."""
 
     segment: int
@@ -134,21 +133,23 @@ class View:
         least that; pictures with a SHA-256 in `without` do not count. Among many copies there may be fewer hits than there are pictures
         (FETCHED). Raises ValueError as Index.search does.
 
-        Pages neither repeat nor skip a picture, whatever the index: a deeper look into an approximate one ranks otherwise, so what it
-        finds goes behind what the look before had found, and a page is in order of score by itself.
+        Pages of one size neither repeat nor skip a picture, whatever the index: a deeper look into an approximate one ranks otherwise, so
+        what it finds goes behind what the look before had found, and a page is in order of score by itself. The first look is as deep as
+        a page.
         """
-        wanted, fetch = offset + k, FIRST
+        wanted, fetch = offset + k, max(FIRST, k)
         masks = self._allowed(chosen)
         enough = min(sum(mask.count for mask in masks), max(wanted, FETCHED if near is None else FETCHED_APART))
-        seen = hashes_of(pa.chunked_array([sorted(without)], pa.string()))
+        seen = set(hashes_of(pa.chunked_array([sorted(without)], pa.string())).tolist()) if without else set()
         kept: list[Place] = []
         vectors = np.empty((wanted if near is not None else 0, self.dim), np.float32)
         while True:
             places, pictures = self._nearest(query, fetch, modality, masks)
-            _, first = np.unique(pictures, return_index=True)
-            new = np.sort(first[~np.isin(pictures[first], seen)])
-            seen = np.concatenate([seen, pictures[new]])
-            distinct = [places[number] for number in new.tolist()]
+            distinct = []
+            for place, picture in zip(places, pictures, strict=True):
+                if picture not in seen:
+                    seen.add(picture)
+                    distinct.append(place)
             kept += distinct if near is None else self._apart(distinct, near, vectors, len(kept))
             if len(kept) >= wanted or fetch >= enough:
                 shown = sorted(kept[offset:wanted], key=lambda place: -place[2])
@@ -194,19 +195,18 @@ class View:
             counted[name] = dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
         return counted
 
-    def _nearest(self, query: ArrayLike, k: int, modality: Modality, masks: Sequence[Allowed]) -> tuple[list[Place], NDArray[np.uint64]]:
-        """Return the k nearest rows, best first, and what tells their pictures apart (k,)."""
+    def _nearest(self, query: ArrayLike, k: int, modality: Modality, masks: Sequence[Allowed]) -> tuple[list[Place], list[int]]:
+        """Return the k nearest rows, best first, and what tells their pictures apart (k)."""
         places: list[Place] = []
-        pictures = []
+        pictures: list[int] = []
         for number, (segment, mask) in enumerate(zip(self.segments, masks, strict=True)):
             scores, rows = segment.index.search(np.asarray(query, np.float32)[None], k, modality, mask)
             places += [(number, row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)]
-            pictures.append(segment.pictures[rows[0]])
-        together = np.concatenate(pictures)
+            pictures += segment.pictures[rows[0]].tolist()
         if len(self.segments) == 1:
-            return places, together
+            return places, pictures
         order = sorted(range(len(places)), key=lambda place: -places[place][2])[:k]
-        return [places[place] for place in order], together[order]
+        return [places[place] for place in order], [pictures[place] for place in order]
 
     def _apart(self, places: Sequence[Place], near: float, vectors: Floats, count: int) -> list[Place]:
         """Return the places without those near to a better one; `vectors` (wanted, D) holds `count` better ones' and takes more."""

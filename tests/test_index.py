@@ -17,7 +17,7 @@ from indexing import index, lists
 from indexing.embeddings import part_files
 from indexing.factories import building_bytes, hot_bytes, train
 from indexing.index import MODALITIES, Index, IndexConfig, build
-from indexing.tuning import Effort, brute_force, recalls, search
+from indexing.tuning import Effort, brute_force, effort_for, recalls, search
 from infra import manifests
 from infra.cluster import Cluster, ClusterConfig, spread
 from infra.errors import CallerError, DataError
@@ -231,20 +231,23 @@ def test_embeddings_that_do_not_fit_together_are_refused(tmp_path: Path) -> None
         build(IndexConfig(), tmp_path, tmp_path)
 
 
-def test_who_asks_for_more_than_ten_gets_as_many_cells_as_a_hundred_need(tmp_path: Path) -> None:
+def test_who_asks_for_more_than_ten_gets_the_more_cells_up_to_what_a_hundred_need(tmp_path: Path) -> None:
     write_embed(tmp_path / "embed", COUNT, DIM)
     build(IndexConfig(factory="RR32,IVF38,PQ8x4fs,Refine(SQ8)", queries=256), tmp_path / "embed", made(tmp_path / "index"))
     opened = Index.open(tmp_path / "index")
     facts = opened.facts["image"]
     assert facts["recall@100"] >= 0.95 and facts["deep"]["nprobe"] > facts["nprobe"]
     queries, truth = vectors(50, DIM, seed=7).astype(np.float32), exact(tmp_path / "embed", "image")
-    for k in (1, 10, 11, 100):
-        few, many = Effort(facts["nprobe"], facts["k_factor"], facts["margin"]), Effort(**facts["deep"])
-        effort = (many if k > 10 else few)._replace(k_factor=max((many if k > 10 else few).k_factor, few.k_factor * 10 / k))
-        whole = faiss.read_index(str(tmp_path / "index" / "image.index"))
-        assert np.array_equal(opened.search(queries, k)[1], search(whole, queries, k, effort)[1])
-    found = recalls([truth], queries, opened.search(queries, 100)[1], brute_force([truth], queries, 100))
-    assert found.mean() >= 0.93
+    few, many = Effort(facts["nprobe"], facts["k_factor"], facts["margin"]), Effort(**facts["deep"])
+    efforts = [effort_for(k, few, many) for k in (1, 10, 11, 24, 40, 99, 100, 1000)]
+    assert [each.nprobe for each in efforts] == sorted(each.nprobe for each in efforts) and efforts[0].k_factor == 10 * few.k_factor
+    assert efforts[1] == few and efforts[-2] == efforts[-1]._replace(k_factor=efforts[-2].k_factor) == many
+    assert few.nprobe < effort_for(32, few, many).nprobe < many.nprobe
+    whole = faiss.read_index(str(tmp_path / "index" / "image.index"))
+    for k in (1, 10, 11, 24, 100):
+        rows = opened.search(queries, k)[1]
+        assert np.array_equal(rows, search(whole, queries, k, effort_for(k, few, many))[1])
+        assert recalls([truth], queries, rows, brute_force([truth], queries, 100)).mean() >= 0.93, k
     for each in MODALITIES:  # as an index of before told it
         del opened.facts[each]["deep"], opened.facts[each]["margin"]
     (tmp_path / "index" / "index.json").write_text(json.dumps(opened.facts))
