@@ -6,9 +6,8 @@ indexing.protocol, and what all routes share in indexing.backend.
 """
 
 import gc
-import json
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -19,14 +18,13 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, Histogram, generate_latest
-from pydantic_core import from_json
 
 from indexing.asked import Question, Token, speakable
 from indexing.backend import Backend, Query, found, refused
 from indexing.guard import COOKIE, Guard, is_token
 from indexing.protocol import add_protocol
+from indexing.quick import QuickRoute
 from indexing.service import ServeConfig, Service
 from indexing.texts import Texts
 from indexing.view import CHOICES, NEAR, Hit, make_filter
@@ -50,6 +48,7 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
     registry = CollectorRegistry()
     batches = Histogram("unclip_text_batch", "Texts encoded at once.", registry=registry, buckets=(1, 2, 4, 8, 16, 32))
     texts = Texts(batches.observe)
+    backend = Backend(service, config, texts)
     for name, what, value in (
         ("unclip_index_samples", "Samples that can be found.", lambda: service.version.view.count),
         ("unclip_index_segments", "Index folders that are searched.", lambda: len(service.version.view.segments)),
@@ -64,6 +63,7 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
         yield
         service.close()
         texts.close()
+        backend.close()
 
     app = FastAPI(title="unclip search", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.router.route_class = QuickRoute
@@ -78,10 +78,9 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
         log=log,
     )
     app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
-    backend = Backend(service, config, texts)
+    _add_search(app, backend)  # first, as routes are tried in turn
     _add_page(app)
     _add_about(app, service, config, registry)
-    _add_search(app, backend)
     add_protocol(app, backend)
     return app
 
@@ -164,31 +163,6 @@ def _add_search(app: FastAPI, backend: Backend) -> None:
         return Response(drawn, media_type="image/png", headers={"cache-control": "private, max-age=60"})
 
 
-class QuickRequest(Request):
-    """A request whose body is parsed by pydantic's own parser: a third of the time for the hundreds of numbers of an embedding."""
-
-    async def json(self) -> Any:
-        """Return what the body holds. Raises JSONDecodeError, which becomes an answer 422."""
-        body = await self.body()
-        try:
-            return from_json(body)
-        except ValueError as error:
-            raise json.JSONDecodeError(str(error), "", 0) from None
-
-
-class QuickRoute(APIRoute):
-    """A route that takes its requests so."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler."""
-        handle = super().get_route_handler()
-
-        async def handle_quickly(request: Request) -> Response:
-            return await handle(QuickRequest(request.scope, request.receive))
-
-        return handle_quickly
-
-
 def run(service: Service, config: ServeConfig, ready: Callable[[str], None], log: TextIO = sys.stderr) -> None:
     """Serve until interrupted; `ready` is told the address once it answers."""
 
@@ -229,8 +203,9 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _result(hit: Hit) -> dict[str, Any]:
-    facts = hit.facts
-    return {**{name: facts[name] for name in RESULT_COLUMNS}, "url": facts["origin"], "score": round(hit.score, 4)}
+    told = {**hit.facts, "url": hit.facts["origin"], "score": round(hit.score, 4)}
+    del told["origin"]
+    return told
 
 
 async def _say_what_is_wrong(_: Request, error: Exception) -> JSONResponse:

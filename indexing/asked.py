@@ -21,7 +21,7 @@ def speakable(text: str) -> str:
 
 
 Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(speakable)]
-Choice = Annotated[list[Annotated[str, Field(max_length=200), AfterValidator(speakable)]], Field(max_length=100)]
+Choice = Annotated[tuple[Annotated[str, Field(max_length=200), AfterValidator(speakable)], ...], Field(max_length=100)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 Embedding = Annotated[list[Number], Field(max_length=MAX_DIM)]
 
@@ -46,11 +46,11 @@ class Question(BaseModel):
     offset: int = Field(default=0, ge=0)
     near_copies: bool = True
     """Whether results that are nearly the same picture as a better one are shown."""
-    licence: Choice = []
-    style: Choice = []
-    category: Choice = []
-    subcategory: Choice = []
-    split: Choice = []
+    licence: Choice = ()
+    style: Choice = ()
+    category: Choice = ()
+    subcategory: Choice = ()
+    split: Choice = ()
     min_side_px: int = Field(default=0, ge=0, le=1 << 20)
     max_side_px: int | None = Field(default=None, ge=0, le=1 << 20)
 

@@ -3,8 +3,11 @@
 Whatever is wrong with a question becomes an HTTPException here, with words for whoever asked.
 """
 
+import asyncio
+import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +33,8 @@ class Threads:
     """How many threads each kind of work may take, so that none keeps another, or a look at the service's health, waiting."""
 
     def __init__(self) -> None:
-        self.searching = CapacityLimiter(os.cpu_count() or 1)
+        self.searching = ThreadPoolExecutor(os.cpu_count() or 1, "search")
+        """Every search goes through these, and a pool hands over in half of a limiter's time."""
         self.counting = CapacityLimiter(1)
         self.decoding = CapacityLimiter(DECODED_AT_ONCE)
         self.fetching = CapacityLimiter(FETCHED_AT_ONCE)
@@ -69,22 +73,18 @@ class Backend:
         if clip is not None and clip != version.view.clip:
             raise HTTPException(409, f"the index was made by CLIP {version.view.clip}, the query by {clip}: embed it with the index's own")
 
-    async def vector(self, version: Version, query: Query) -> tuple[Floats, frozenset[str]]:
-        """Return the query's unit vector (D,) and the pictures (SHA-256) that are no answer to it."""
+    async def vector(self, version: Version, query: Query) -> tuple[Floats | Hit, frozenset[str]]:
+        """Return the query's unit vector (D,), or the sample whose it is, and the pictures (SHA-256) that are no answer to it."""
         view, encoders, threads = version.view, version.encoders, self.threads
         if query.text is not None:
             if not query.text.strip():
                 raise HTTPException(422, "text: it is empty")
             return await self.texts.vector(encoders.texts, encoders.clip, query.text.strip()), frozenset()
         if query.embedding is not None:
-            vector = unit(refused(_as_vector, query.embedding, view.dim)[None])[0]
-            if not vector.any():
-                raise HTTPException(422, "embedding: it has no direction")
-            return vector, frozenset()
+            return refused(_as_vector, query.embedding, view.dim), frozenset()
         if query.key is not None:
             hit = found(view, query.key)
-            vector = await to_thread.run_sync(view.vector, hit, limiter=threads.searching)
-            return unit(vector[None])[0], frozenset({hit.facts["sha256"]})
+            return hit, frozenset({hit.facts["sha256"]})
         try:
             if query.image is not None:
                 data = uploads.from_base64(query.image)
@@ -96,11 +96,14 @@ class Backend:
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
 
-    async def hits(self, view: View, *arguments: Any, **more: Any) -> list[Hit]:
+    async def hits(self, view: View, asked: Floats | Hit, *arguments: Any, **more: Any) -> list[Hit]:
         """Search as `View.search` does, in a thread, so that requests are read and answered meanwhile."""
-        search = partial(refused, view.search, *arguments, **more)
-        result: list[Hit] = await to_thread.run_sync(search, limiter=self.threads.searching)
-        return result
+        search = partial(refused, _search, view, asked, *arguments, **more)
+        return await asyncio.get_running_loop().run_in_executor(self.threads.searching, search)
+
+    def close(self) -> None:
+        """End the threads that search."""
+        self.threads.searching.shutdown()
 
 
 def refused(ask: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
@@ -119,7 +122,16 @@ def found(view: View, key: str) -> Hit:
     return hit
 
 
+def _search(view: View, asked: Floats | Hit, *arguments: Any, **more: Any) -> list[Hit]:
+    vector = unit(view.vector(asked)[None])[0] if isinstance(asked, Hit) else asked
+    return view.search(vector, *arguments, **more)
+
+
 def _as_vector(embedding: Sequence[float], dim: int) -> Floats:
+    """Return numbers as a unit vector (D,). Raises ValueError where they are too many or too few, or have no direction."""
     if len(embedding) != dim:
         raise ValueError(f"embedding: it has {len(embedding)} numbers but the index has {dim} dimensions")
-    return np.asarray(embedding, np.float32)
+    length = math.hypot(*embedding)  # of a list in a tenth of the time that numpy takes to begin
+    if length == 0:
+        raise ValueError("embedding: it has no direction")
+    return (np.array(embedding) / length).astype(np.float32)
