@@ -162,6 +162,7 @@ class RemovalLog:
         self._known: dict[str, Removals] = {}
         self._all = Removals()
         self._listed: tuple[str, ...] = ()
+        self._folder = None if root.folder is None else root.folder / FOLDER
         self.look()
 
     def look(self) -> None:
@@ -171,7 +172,7 @@ class RemovalLog:
 
     def stamp(self) -> Hashable:
         """Return the stamp."""
-        return self._listed if self.root.folder is None else _changed(self.root.folder / FOLDER)
+        return self._listed if self._folder is None else _changed(self._folder)
 
     def read(self) -> Removals:
         """Return everything that the log names. Raises DataError for an entry that does not read."""

@@ -4,13 +4,15 @@ One plain ASGI layer, so that nothing is read, parsed or answered before it has 
 query string of an URL is logged. Knows nothing of the index.
 """
 
+import asyncio
 import hmac
 import ipaddress
 import json
-import secrets
+import random
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from functools import lru_cache
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, TextIO
 
@@ -27,6 +29,7 @@ PROTOCOL_PATHS = frozenset({"/knn-service", "/metadata"})
 """clip-retrieval's clients send JSON there under other names, or under none."""
 COOKIE = "unclip_token"
 CLIENTS_KEPT = 10_000
+LOG_S = 0.1
 THUMBNAIL_COST = 0.1
 HELD_BYTES = 128 << 20
 """What the bodies of all requests that are not answered yet may hold together."""
@@ -42,6 +45,13 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+
+ENCODED = _encoded(HEADERS)
 
 
 class Buckets:
@@ -65,6 +75,29 @@ class Buckets:
         return 0.0 if is_allowed else (cost - level) / self.rate
 
 
+class Lines:
+    """A log of JSON lines, written together LOG_S after the first of them at most: the event loop waits for every write."""
+
+    def __init__(self, log: TextIO) -> None:
+        self._log = log
+        self._waiting: list[str] = []
+
+    def add(self, **facts: Any) -> None:
+        """Add a line."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_later(LOG_S, self.write)
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}, ensure_ascii=True)
+        self._waiting.append(line + "\n")
+
+    def write(self) -> None:
+        """Write what has been added."""
+        if not self._waiting:
+            return
+        lines, self._waiting = "".join(self._waiting), []
+        self._log.write(lines)
+        self._log.flush()
+
+
 class Guard:
     """The layer. `token` None lets everybody in who names this machine by a loopback name.
 
@@ -82,7 +115,7 @@ class Guard:
         log: TextIO,
         origins: Sequence[str] = (),
     ) -> None:
-        self.app, self.token, self.body_bytes, self.log = app, token, body_bytes, log
+        self.app, self.token, self.body_bytes, self.lines = app, token, body_bytes, Lines(log)
         self.origins = frozenset(origins)
         self.held_bytes = 0
         self.buckets = Buckets(rate, burst)
@@ -100,13 +133,16 @@ class Guard:
             if scope["type"] == "websocket":  # there is none
                 await send({"type": "websocket.close", "code": 1008})
                 return
-            await self.app(scope, receive, send)
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self.lines.write()  # the application's end
             return
         if scope["method"] == "POST" and scope["path"] in PROTOCOL_PATHS:
             others = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-type"]
             scope["headers"] = [*others, (b"content-type", b"application/json")]
         started, status, sent, is_too_large = time.perf_counter(), 500, False, False
-        request_id = secrets.token_hex(6)
+        request_id = f"{random.getrandbits(48):012x}"
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         client = scope["client"][0] if scope.get("client") else "local"
         origin = headers.get("origin", "")
@@ -118,8 +154,8 @@ class Guard:
                 return  # the framework's own answer to a body that it could not read
             if message["type"] == "http.response.start":
                 status, sent = message["status"], True
-                more = {**HEADERS, **shared, "x-request-id": request_id}
-                message["headers"] = [*message.get("headers", []), *((k.encode(), v.encode()) for k, v in more.items())]
+                own = [*_encoded(shared), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", []), *ENCODED, *own]
             await send(message)
 
         total = 0
@@ -150,7 +186,7 @@ class Guard:
             except BodyTooLarge:
                 pass
             except Exception as error:
-                self._write(event="error", request=request_id, path=scope["path"], error=f"{type(error).__name__}: {error}")
+                self.lines.add(event="error", request=request_id, path=scope["path"], error=f"{type(error).__name__}: {error}")
                 if not sent and not is_too_large:
                     await _answer(answer, 500, "something went wrong; the log has it under this request's id", {})
             if is_too_large and not sent:
@@ -165,7 +201,7 @@ class Guard:
             route = getattr(scope.get("route"), "path", "none")
             self.requests.labels(route, str(status)).inc()
             self.seconds.labels(route).observe(took)
-            self._write(
+            self.lines.add(
                 event="request",
                 request=request_id,
                 method=scope["method"],
@@ -209,11 +245,6 @@ class Guard:
             given = morsel.value if morsel else ""
         return is_token(given, self.token)
 
-    def _write(self, **facts: Any) -> None:
-        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}, ensure_ascii=True)
-        self.log.write(line + "\n")
-        self.log.flush()
-
 
 class BodyTooLarge(Exception):  # noqa: N818 (an answer rather than an error)
     """A body that is larger than allowed."""
@@ -235,6 +266,7 @@ def network_of(address: str) -> str:
     return str(known.ipv4_mapped or ipaddress.ip_network((known, 64), strict=False))
 
 
+@lru_cache(256)
 def is_loopback_name(host: str) -> bool:
     """Say whether a Host header names this machine's loopback."""
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
@@ -251,5 +283,5 @@ async def _answer(send: Send, status: int, detail: str, headers: dict[str, str])
     body = json.dumps({"detail": detail}).encode() if status != 204 else b""
     more = {"content-type": "application/json", "content-length": str(len(body))} if body else {}
     more = {**more, **headers}
-    await send({"type": "http.response.start", "status": status, "headers": [(k.encode(), v.encode()) for k, v in more.items()]})
+    await send({"type": "http.response.start", "status": status, "headers": _encoded(more)})
     await send({"type": "http.response.body", "body": body})

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -233,7 +233,7 @@ class Index:
         reader = pa.ipc.open_file(pa.memory_map(os.fspath(folder / "metadata.arrow")))
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
-        self._columns = {name: [batch.column(name) for batch in self._batches] for name in EMBEDDED.names}
+        self._values = {name: [_reader(batch.column(name)) for batch in self._batches] for name in EMBEDDED.names}
         rows = {self._ends[-1], *(index.ntotal for index in self._indexes.values())}
         if rows != {self.count}:
             raise DataError(f"{folder}: index.json says {self.count} vectors but its files hold {sorted(rows)}: build the index again")
@@ -284,7 +284,7 @@ class Index:
         """Return the metadata of a row that is there, value by value: taking few rows of each of many batches costs ten times as much."""
         batch = bisect.bisect_right(self._ends, row)
         place = row - (self._ends[batch - 1] if batch else 0)
-        return {name: self._columns[name][batch][place].as_py() for name in columns}
+        return {name: self._values[name][batch](place) for name in columns}
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return one column of the metadata (count,)."""
@@ -321,6 +321,18 @@ def _efforts(facts: Mapping[str, Any]) -> tuple[Effort, Effort]:
     """Return what a query for up to ten results may spend, and one for more, as tuning told; an index of before has one for both."""
     few, many = (Effort(each["nprobe"], each["k_factor"], each.get("margin")) for each in (facts, facts.get("deep", facts)))
     return few, many
+
+
+def _reader(column: pa.Array) -> Callable[[int], Any]:
+    """Return what reads one value of a column: from Arrow's own bytes, where it can, in half of the time that Arrow's scalars take."""
+    if not (column.null_count or column.offset):
+        if pa.types.is_int32(column.type):
+            return memoryview(column.buffers()[1]).cast("i").__getitem__
+        if pa.types.is_string(column.type):
+            _, offsets, data = column.buffers()
+            ends, text = memoryview(offsets).cast("i"), memoryview(data or b"")
+            return lambda place: str(text[ends[place] : ends[place + 1]], "utf-8")
+    return lambda place: column[place].as_py()
 
 
 def _write_metadata(folder: Path, file: Path, count: int) -> None:

@@ -392,6 +392,22 @@ def test_requests_are_counted_and_logged_without_what_was_asked(fake: Fake) -> N
     assert "colour" not in log.getvalue() and "secret" not in log.getvalue()
 
 
+def test_log_lines_do_not_wait_for_the_end(fake: Fake) -> None:
+    log = io.StringIO()
+    with TestClient(make_app(fake.service(), ServeConfig(rate=0), log), base_url="http://localhost") as client:
+        client.get("/healthz")
+        limit = time.monotonic() + 10
+        while "/healthz" not in log.getvalue():
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+
+
+def test_an_embedding_of_any_length_is_a_direction(client: TestClient) -> None:
+    whole = asked(client, embedding=direction(5).tolist(), k=5)
+    for scale in (1e-300, 1e-30, 1e5):
+        assert asked(client, embedding=(scale * direction(5).astype(float)).tolist(), k=5) == whole
+
+
 def test_every_answer_carries_the_policy_that_keeps_foreign_scripts_out(client: TestClient) -> None:
     for path in ("/", "/search.js", "/healthz", "/nowhere"):
         policy = client.get(path).headers["content-security-policy"]
