@@ -139,7 +139,8 @@ class View:
         """
         wanted, fetch = offset + k, max(FIRST, k)
         masks = self._allowed(chosen)
-        enough = min(sum(mask.count for mask in masks), max(wanted, FETCHED if near is None else FETCHED_APART))
+        most = FETCHED if near is None else FETCHED_APART
+        enough = min(sum(mask.count for mask in masks), max(wanted, most))
         seen = set(hashes_of(pa.chunked_array([sorted(without)], pa.string())).tolist()) if without else set()
         kept: list[Place] = []
         vectors = np.empty((wanted if near is not None else 0, self.dim), np.float32)
@@ -154,7 +155,8 @@ class View:
             if len(kept) >= wanted or fetch >= enough:
                 shown = sorted(kept[offset:wanted], key=lambda place: -place[2])
                 return [Hit(segment, row, score, self.segments[segment].index.facts_of(row, columns)) for segment, row, score in shown]
-            fetch = max(FETCH, fetch * DEEPER)
+            deeper = max(FETCH, fetch * DEEPER)
+            fetch = most if fetch < most < deeper else deeper
 
     def find_key(self, key: str) -> Hit | None:
         """Return the sample with that key, or None where there is none or it is gone."""

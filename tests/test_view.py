@@ -90,6 +90,8 @@ def test_a_question_among_copies_costs_no_more_than_a_bound(tmp_path: Path, monk
     assert len(view.search(QUERY, 5)) == 1 and asked == [10, 64, 256, 1024]
     asked.clear()
     assert len(view.search(QUERY, 5, near=0.9)) == 1 and asked == [10, 64, 256]
+    asked.clear()
+    assert len(view.search(QUERY, 24, offset=24)) == 0 and asked == [24, 96, 384, 1024], "the first look is as deep as a page"
 
 
 def test_facets_are_counted_once_a_version(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
