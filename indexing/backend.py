@@ -34,7 +34,7 @@ class Threads:
 
     def __init__(self) -> None:
         self.searching = ThreadPoolExecutor(os.cpu_count() or 1, "search")
-        """Every search goes through these, and a pool hands over in half of a limiter's time."""
+        """Every search goes through these, and a pool hands over quicker than a limiter."""
         self.counting = CapacityLimiter(1)
         self.decoding = CapacityLimiter(DECODED_AT_ONCE)
         self.fetching = CapacityLimiter(FETCHED_AT_ONCE)

@@ -266,7 +266,7 @@ def network_of(address: str) -> str:
     return str(known.ipv4_mapped or ipaddress.ip_network((known, 64), strict=False))
 
 
-@lru_cache(256)
+@lru_cache(32)
 def is_loopback_name(host: str) -> bool:
     """Say whether a Host header names this machine's loopback."""
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
