@@ -94,16 +94,17 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
     Flat (below FLAT_BELOW vectors only: exact, but every query reads all), IVF,Flat (exact within the probed cells), IVF,SQ8 (a quarter
     of that), RR,IVF,PQx4fs,Refine(SQ8) (a bit for each dimension in memory, in codes of four, after a random rotation: without one the few
     directions that carry most of an embedding share their bits with none; re-ranked from disk). There are 4 sqrt(count) cells, of the last
-    kind 16 sqrt(count) with coded centroids, MOST_CELLS at most; fewer where a cell would have under 39 vectors. Where dimensions do not go
-    into codes of four it is RaBitQ, with 2 sqrt(count) cells: each costs a look-up table. From CODED_FROM vectors on only the last kind is
-    left, whatever the memory: it is the fastest then. Raises CallerError when none fits.
+    kind 16 sqrt(count) with coded centroids, MOST_CELLS at most; fewer where a cell would have under 39 vectors, and down to 2 sqrt(count)
+    where memory is short: each cell pads its codes. Where dimensions do not go into codes of four it is RaBitQ, with 2 sqrt(count) cells:
+    each costs a look-up table. From CODED_FROM vectors on only the last kind is left, whatever the memory: it is the fastest then. Raises
+    CallerError when none fits.
     """
-    few, cells, many = (max(1, min(round(each * math.sqrt(count)), count // POINTS_PER_CELL, MOST_CELLS)) for each in (2, 4, 16))
+    few, cells, some, many = (max(1, min(round(each * math.sqrt(count)), count // POINTS_PER_CELL, MOST_CELLS)) for each in (2, 4, 8, 16))
     if dim % FOURS:
         kinds = [f"RR{dim},IVF{few},{BITS}"]
     else:
-        found = f"IVF{many}(PQ{dim // TWOS}x4fs)" if many >= CODED_CENTROIDS_FROM else f"IVF{cells}"
-        kinds = [f"RR{dim},{found},PQ{dim // FOURS}x4fs,Refine(SQ8)"]
+        found = [f"IVF{each}(PQ{dim // TWOS}x4fs)" if each >= CODED_CENTROIDS_FROM else f"IVF{each}" for each in (many, some, cells, few)]
+        kinds = [f"RR{dim},{each},PQ{dim // FOURS}x4fs,Refine(SQ8)" for each in found]
     if count < CODED_FROM:
         kinds = [f"IVF{cells},Flat", f"IVF{cells},SQ8", *kinds]
     if count < FLAT_BELOW:
@@ -111,7 +112,7 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
     for kind in kinds:
         if 2 * hot_bytes(kind, count, dim) <= memory_bytes:
             return kind
-    least = 2 * hot_bytes(kinds[-1], count, dim)
+    least = min(2 * hot_bytes(kind, count, dim) for kind in kinds)
     raise CallerError(
         f"[index] memory_bytes = {memory_bytes} holds no index of {count} vectors of {dim} dimensions: "
         f"set it to {least} or more, or name a factory"

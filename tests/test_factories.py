@@ -30,10 +30,20 @@ def test_the_rule_takes_the_largest_kind_that_fits_and_small_codes_for_many() ->
     with pytest.raises(CallerError, match=r"memory_bytes = 1000 .* set it to (\d+) or more") as refused:
         choose_factory(200_000, 512, 1000)
     named = int(str(refused.value).split("set it to ")[1].split()[0])
-    assert choose_factory(200_000, 512, named) == "RR512,IVF5128(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
+    assert choose_factory(200_000, 512, named) == "RR512,IVF894(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
     assert choose_factory(FLAT_BELOW, 512, 2**23) == "RR512,IVF512,PQ128x4fs,Refine(SQ8)", "so few centroids are as they are"
     assert choose_factory(10_000_000, 512, 2**33) == "RR512,IVF32768(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
     assert choose_factory(1_000_000, 512, 2**33) == "RR512,IVF16000(PQ256x4fs),PQ128x4fs,Refine(SQ8)"
+
+
+def test_where_memory_is_short_cells_become_fewer_before_an_index_is_refused() -> None:
+    kinds, memory = [], 2 * hot_bytes("Flat", 101_931, 128) // 16  # 32 bytes a vector, which padded cells would fill
+    with pytest.raises(CallerError):
+        while True:
+            kinds.append(choose_factory(101_931, 128, memory))
+            memory = 2 * hot_bytes(kinds[-1], 101_931, 128) - 1
+    assert kinds == [f"RR128,{each},PQ32x4fs,Refine(SQ8)" for each in ("IVF1277(PQ64x4fs)", "IVF639(PQ64x4fs)")]
+    assert choose_factory(101_931, 128, 2**30) == "RR128,IVF2613(PQ64x4fs),PQ32x4fs,Refine(SQ8)"
 
 
 @pytest.mark.parametrize("factory", KINDS)
