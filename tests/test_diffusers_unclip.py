@@ -61,13 +61,13 @@ def test_a_training_keeps_to_its_time_and_returns_averaged_weights() -> None:
             self.weight = torch.nn.Parameter(torch.full((1,), 4.0))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (self.weight * x - x).square().mean()
+            return (self.weight - x).square().mean()  # the best weight is the batch's own, so that none stays
 
     model = Squares()
-    averaged, facts = train(model, lambda rows: {"x": 1.0 + rows.float()}, 8, seconds=1.0, batch=4, learning_rate=0.1, bf16=False)
+    averaged, facts = train(model, lambda rows: {"x": 1.0 + rows.float() / 16}, 8, seconds=1.0, batch=4, learning_rate=0.1, bf16=False)
     assert 0.5 < facts["seconds"] < 3 and facts["images_seen"] % 4 == 0 and facts["parameters"] == 1
     assert facts["loss"] < 0.01 * facts["first_loss"]
-    assert averaged.weight != model.weight and averaged.weight.item() == pytest.approx(1.0, abs=0.5)
+    assert averaged.weight != model.weight and averaged.weight.item() == pytest.approx(1.2, abs=0.5)
 
 
 def test_a_picture_depends_on_its_own_text_seed_and_guidance_alone(theirs: Diffusers) -> None:
