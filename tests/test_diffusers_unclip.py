@@ -64,10 +64,10 @@ def test_a_training_keeps_to_its_time_and_returns_averaged_weights() -> None:
             return (self.weight - x).square().mean()  # the best weight is the batch's own, so that none stays
 
     model = Squares()
-    averaged, facts = train(model, lambda rows: {"x": 1.0 + rows.float() / 16}, 8, seconds=1.0, batch=4, learning_rate=0.1, bf16=False)
-    assert 0.5 < facts["seconds"] < 3 and facts["images_seen"] % 4 == 0 and facts["parameters"] == 1
+    averaged, facts = train(model, lambda rows: {"x": 1.0 + rows.float() / 64}, 8, seconds=1.0, batch=4, learning_rate=0.1, bf16=False)
+    assert 0 < facts["seconds"] < 3 and facts["images_seen"] % 4 == 0 and facts["parameters"] == 1
     assert facts["loss"] < 0.01 * facts["first_loss"]
-    assert averaged.weight != model.weight and averaged.weight.item() == pytest.approx(1.2, abs=0.5)
+    assert averaged.weight != model.weight and averaged.weight.item() == pytest.approx(1.05, abs=0.5)
 
 
 def test_a_picture_depends_on_its_own_text_seed_and_guidance_alone(theirs: Diffusers) -> None:
