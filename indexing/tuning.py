@@ -239,15 +239,15 @@ def effort_for(k: int, few: Effort, many: Effort) -> Effort:
 
     Between the two the cells grow by a power of k: what is missing of the recall is then about the same.
     """
-    if few.nprobe == 0 or k <= DEPTHS[1]:
+    if k <= DEPTHS[1]:
         effort = few
-    elif k >= DEPTHS[2] or few.nprobe > many.nprobe:
+    elif k >= DEPTHS[2]:
         effort = many
     else:
         share = math.log(k / DEPTHS[1]) / math.log(DEPTHS[2] / DEPTHS[1])
         cells, ranked = (a ** (1 - share) * b**share for a, b in ((few.nprobe, many.nprobe), (few.k_factor, many.k_factor)))
         margin = None if few.margin is None or many.margin is None else few.margin + share * (many.margin - few.margin)
-        effort = Effort(math.ceil(cells), ranked, margin)
+        effort = Effort(round(cells), ranked, margin)
     return effort._replace(k_factor=max(effort.k_factor, few.k_factor * DEPTHS[1] / k))
 
 

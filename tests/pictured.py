@@ -3,6 +3,7 @@
 A concept is a colour; its pictures are a plain square and a framed one, its vector a direction of its own, so figures are known.
 """
 
+import base64
 import hashlib
 import io
 import json
@@ -41,6 +42,16 @@ def draw(concept: int, style: str, side_px: int = 20) -> np.ndarray[Any, np.dtyp
     if style == "framed":
         picture[:2] = picture[-2:] = 255
     return picture
+
+
+def png(concept: int, side_px: int = 20) -> bytes:
+    """Return the plain picture of a concept as a file."""
+    return cv2.imencode(".png", draw(concept, "plain", side_px)[..., ::-1])[1].tobytes()
+
+
+def b64(data: bytes) -> str:
+    """Return bytes as a question takes them."""
+    return base64.b64encode(data).decode()
 
 
 def row(number: int, style: str, split: str, /, **more: Any) -> dict[str, Any]:
