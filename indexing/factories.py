@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexing.embeddings import CHUNK_ROWS, Floats, take
-from indexing.layers import layers, rotation, turned
+from indexing.layers import layers, rotate_exactly, rotation, turned
 from infra.errors import CallerError, DataError
 
 FLAT_BELOW = 20_000
@@ -208,7 +208,12 @@ def _nearest(some: Floats, vectors: Floats) -> NDArray[np.int64]:
 def add(index: Any, vectors: Iterable[Floats]) -> None:
     """Add vectors (n, D) at a time to a trained index. Raises DataError where they hold NaN or infinity."""
     for chunk in vectors:
-        index.add(checked(chunk))
+        if rotation(index) is None:
+            index.add(checked(chunk))
+        else:
+            inner = layers(index)[1]
+            inner.add(rotate_exactly(index, checked(chunk)))
+            index.ntotal = inner.ntotal
 
 
 def checked(vectors: Floats) -> Floats:

@@ -1,8 +1,8 @@
 """Fills a trained index of cells from embedding files, part by part and in any process, and writes it.
 
 A part becomes plain files: how many of its vectors go to each cell, their rows and codes arranged by cell, and the codes that are
-re-ranked from, which never are in memory together. What is written is byte for byte what FAISS writes of an index that was filled in
-order. Legend: N vectors, D dimensions, C cells.
+re-ranked from, which never are in memory together. What is written is byte for byte what FAISS writes of an index to which the same
+rotated vectors were added in order. Legend: N vectors, D dimensions, C cells.
 """
 
 import struct
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from indexing.embeddings import Rows, chunks, open_rows
 from indexing.factories import checked
-from indexing.layers import finer, layers, turned
+from indexing.layers import finer, layers, nearest_cells, rotate_exactly
 from infra.memory import PeakMemory
 
 SHARES = 64
@@ -79,9 +79,9 @@ def encode(trained: Path, files: Sequence[Path], out: Path) -> int:
         start = 0
         with out.with_suffix(".finer").open("wb") as file:
             for chunk in chunks(vectors):
-                inside = turned(index, checked(chunk))
+                inside = rotate_exactly(index, checked(chunk))
                 end = start + len(chunk)
-                cells[start:end] = ivf.quantizer.search(inside, 1)[1][:, 0]
+                cells[start:end] = nearest_cells(index, inside)
                 ivf.encode_vectors(len(chunk), *(faiss.swig_ptr(each) for each in (inside, cells[start:end], codes[start:end])))
                 if fine:
                     file.write(fine.sa_encode(inside if isinstance(index, faiss.IndexPreTransform) else chunk).data)

@@ -5,6 +5,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
@@ -57,6 +58,7 @@ class Handler(BaseHTTPRequestHandler):
             asked = self.server.asked[self.path]
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        self.server.before_answer(self.path)
         try:
             time.sleep(self.server.delay_s)
         finally:
@@ -170,6 +172,8 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self.delay_s = delay_s
+        self.before_answer: Callable[[str], object] = lambda path: None
+        """Called with the path of every request before it is answered; an answer waits for it."""
         self.robots: bytes | None = b""
         """What /robots.txt says; b"" for none, None for a 503."""
         self.is_robots_silent = False

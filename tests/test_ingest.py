@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -312,11 +313,29 @@ def test_a_host_whose_robots_txt_never_comes_costs_one_wait(tmp_path: Path, monk
 
 
 def test_a_slow_host_is_no_stuck_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten rows of a host that takes one request at a time and 0.4 s for it, while a process may be silent for a second."""
-    monkeypatch.setattr(downloads, "SILENCE_LIMIT_S", -15)
-    with Server(delay_s=0.4) as server:
+    """Ten rows of a host that answers every 40 s take longer than a process may be silent; the clock is the server's."""
+    clock_s, reported = [time.monotonic()], threading.Semaphore(1)
+
+    def answer_after_report(path: str) -> None:
+        """Let 40 s pass, but only after the process has reported the row before."""
+        if path.startswith("/good/"):
+            reported.acquire(timeout=60)
+            clock_s[0] += 40
+
+    def hear(self: downloads.Downloads, worker: workers.Worker, line: str) -> None:
+        hear_line(self, worker, line)
+        if line.startswith("rows "):
+            reported.release(int(line.split()[1]))
+
+    hear_line = downloads.Downloads.hear
+    monkeypatch.setattr(downloads.Downloads, "hear", hear)
+    for module in (downloads, workers):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock_s[0], sleep=time.sleep))
+    with Server() as server:
+        server.before_answer = answer_after_report
         rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(10)]
-        config = config_for(write_list(tmp_path / "list.jsonl", rows), per_host=1, processes=1)
+        config = config_for(write_list(tmp_path / "list.jsonl", rows), per_host=1, processes=1, timeout_s=60.0, retries=0)
+        monkeypatch.setattr(downloads, "SILENCE_LIMIT_S", 60 - 4 * 61)  # 60 s with what the timeout adds
         assert ingest.run(config, tmp_path / "out", tmp_path / "work")["out"] == 10
         assert set(server.asked.values()) == {1}
 
