@@ -21,7 +21,7 @@ from flows.compaction import compact
 from flows.leftovers import leftovers, remove_leftovers, unfinished
 from flows.taking_down import by_values, find, take_down, verify
 from infra import manifests, storage
-from infra.locks import lock_file, writer_lock
+from infra.locks import lock_file
 from infra.storage import Root, open_root
 from infra.temporary import writing_folder
 from tests.pictured import row, write_run
