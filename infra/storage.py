@@ -345,8 +345,13 @@ def last_put(root: Root, name: str) -> float:
     with one_line_errors(uri_of(root, name)):
         root.fs.invalidate_cache()
         entries = patiently(lambda: root.fs.find(join(root, name), detail=True)).values()
-    times = [entry.get("LastModified") or entry.get("created") for entry in entries]
-    return max((each.timestamp() if isinstance(each, datetime) else time.time() for each in times), default=time.time())
+    return max((_seconds(entry.get("LastModified") or entry.get("created")) for entry in entries), default=time.time())
+
+
+def _seconds(moment: Any) -> float:
+    if isinstance(moment, datetime):
+        return moment.timestamp()
+    return float(moment) if isinstance(moment, int | float) else time.time()
 
 
 class _Sent(Callback):
