@@ -9,7 +9,6 @@ not search it, which `unclip serve` and `unclip index add` say, and its pictures
 import hashlib
 import io
 import json
-import shutil
 import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from flows.leftovers import remove_leftovers
 from flows.living import ADDITIONS, Lineage
 from infra import manifests
 from infra.errors import CallerError, DataError
@@ -28,6 +28,7 @@ from infra.manifests import Committed
 from infra.removals import Removals
 from infra.storage import Root
 from infra.tables import EMBEDDED, sample_key
+from infra.temporary import writing_folder
 
 if TYPE_CHECKING:
     from indexing.view import View
@@ -49,9 +50,8 @@ def add(root: Root, known: Lineage, view: "View", source: Path, licence: str) ->
     A sample whose key is in the index already is left out, and one that was taken down stays down. Raises CallerError for a folder that
     holds neither, or embeddings of another CLIP, DataError for embeddings that disagree with their metadata.
     """
-    out = root.scratch / "aside" / f"{ADDITIONS}-{manifests.now().replace(':', '')}"
-    out.mkdir(parents=True)
-    try:
+    remove_leftovers(root)
+    with writing_folder(root.scratch, ADDITIONS) as out:
         if (source / "facts.json").is_file():
             rows, images, texts = read_embeddings(source, known)
             what: dict[str, Any] = {"embeddings": True}
@@ -69,8 +69,6 @@ def add(root: Root, known: Lineage, view: "View", source: Path, licence: str) ->
         memory_bytes = share_of(whole.memory_bytes, len(rows), view)
         dropped = {name: count for name, count in reasons.items() if name != "added"}
         return commit(root, known, out, rows["key"].to_pylist(), memory_bytes, dropped, what), reasons
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
 
 
 def commit(
@@ -215,12 +213,12 @@ def new_rows(rows: pa.Table, view: "View") -> tuple[np.ndarray, dict[str, int]]:
 
 def write_embed(out: Path, rows: pa.Table, images: np.ndarray, texts: np.ndarray, known: Lineage) -> None:
     """Write an embed folder of one part. Raises DataError for vectors that are not finite."""
+    (out / "metadata").mkdir()
+    pq.write_table(rows, out / "metadata" / "metadata_0000.parquet")  # first: vectors alone do not say whose they are
     for name, vectors in (("img_emb", images), ("text_emb", texts)):
         if not np.isfinite(vectors.astype(np.float32)).all():
             raise DataError("the embeddings hold NaN or infinity: embed again")
         (out / name).mkdir()
         np.save(out / name / f"{name}_0000.npy", vectors.astype(np.float16))
-    (out / "metadata").mkdir()
-    pq.write_table(rows, out / "metadata" / "metadata_0000.parquet")
     facts = {"clip_key": known.clip.key, "clip_digest": known.fingerprint, "dim": int(images.shape[1]), "count": rows.num_rows}
     (out / "facts.json").write_text(json.dumps(facts, indent=1))

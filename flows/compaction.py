@@ -7,7 +7,6 @@ models find their input changed and are trained again by the next run.
 """
 
 import json
-import secrets
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from flows.leftovers import remove_leftovers
 from flows.placement import place
 from flows.taking_down import NO_STAGES, blank, committed_folders, log, pending, record_lineage, with_copies
 from infra import manifests, storage
@@ -27,8 +27,9 @@ from infra.manifests import MANIFEST, Committed
 from infra.removals import Removals, read_removals
 from infra.storage import Root
 from infra.tables import DROPPED
+from infra.temporary import writing_folder
 
-MADE_BY_COMMIT = ("files", "digest", "packages", "attempt", "prefix", "finished", "stage", "key")
+MADE_BY_COMMIT = ("files", "digest", "packages", "attempt", "prefix", "supersedes", "finished", "stage", "key")
 
 
 def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
@@ -39,6 +40,7 @@ def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
     for stage, key in manifests.interrupted(root):
         with storage.one_line_errors(root.scratch), writer_lock(lock_file(root.scratch, stage, key), f"{stage} {key}", say):
             manifests.recover(root, stage, key)
+    remove_leftovers(root)
     logged = read_removals(root)
     removals = with_copies(root, logged) if logged else logged
     if removals != logged:
@@ -59,11 +61,9 @@ def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
 
 
 def _replace(root: Root, committed: Committed, removals: Removals) -> int:
-    out = root.scratch / "aside" / f"{committed.stage}-{committed.key}-compact-{secrets.token_hex(4)}"
-    out.mkdir(parents=True)
     if committed.stage == "curate":
         record_lineage(root, committed, removals)
-    try:
+    with writing_folder(root.scratch, f"{committed.stage}-{committed.key}-compact") as out:
         count = WAYS[committed.stage](committed.local(), out, removals, committed)
         manifest = committed.manifest
         facts = {name: value for name, value in manifest.items() if name not in MADE_BY_COMMIT}
@@ -72,8 +72,6 @@ def _replace(root: Root, committed: Committed, removals: Removals) -> int:
             manifests.commit(root, committed.stage, committed.key, out, facts, manifest["attempt"])
         else:
             storage.remove(root, f"{committed.stage}/{committed.key}")
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
     return count
 
 

@@ -148,7 +148,7 @@ def verify(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Say in which shards, embeddings and indexes samples are, and which models were trained with them."""
+    """Say in which shards, embeddings, indexes and other files below ROOT samples are, and which models were trained with them."""
     opened = open_for(root, for_writing=False)
     from flows import taking_down
 
@@ -160,6 +160,10 @@ def verify(
         return
     for place, folders in result["found_in"].items():
         print(f"{place:<11} {', '.join(folders) or 'not found'}")
+    for path in result["leftovers"]:
+        print(f"left in     {path}")
+    for path in result["unreadable"]:
+        print(f"unreadable  {path}: it was cut short, and may hold it")
     print(f"trained into {', '.join(result['trained_into']) or 'no model that is there'}")
 
 

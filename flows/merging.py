@@ -6,8 +6,6 @@ nothing is found twice or missing while the old folders go, nor where a kill lea
 """
 
 import json
-import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,12 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flows import adding
+from flows.leftovers import remove_leftovers
 from flows.living import ADDITIONS, lineage, merged_away
 from flows.placement import place
 from infra import manifests, storage
 from infra.locks import lock_file, reading_file, unread_lock, writer_lock
 from infra.manifests import MANIFEST, Committed
 from infra.storage import Root
+from infra.temporary import writing_folder
 
 VECTORS = ("img_emb", "text_emb")
 
@@ -32,6 +32,7 @@ def merge(root: Root, run: str | None, say: Callable[[str], None]) -> tuple[Comm
     Where there are fewer than two, nothing is made: (None, how many there are). What was taken down stays unseen, and is compacted from
     there. Waits, and says so, for whoever compacts or reads an addition on this machine. Raises CallerError where the run has no index.
     """
+    remove_leftovers(root)
     with ExitStack() as held:
         for key in sorted(storage.list_names(root, ADDITIONS)):
             name = f"{ADDITIONS}/{key}"
@@ -43,14 +44,11 @@ def merge(root: Root, run: str | None, say: Callable[[str], None]) -> tuple[Comm
         old = known.additions
         if len(old) < 2:
             return None, len(old)
-        out = root.scratch / "aside" / f"{ADDITIONS}-merge-{secrets.token_hex(4)}"
-        try:
+        with writing_folder(root.scratch, f"{ADDITIONS}-merge") as out:
             keys = gather([each.local() for each in old], out, known.fingerprint, known.clip.key)
             whole = known.index.manifest["sections"]["index"]["memory_bytes"]
             memory_bytes = min(whole, sum(each.manifest["sections"]["index"]["memory_bytes"] for each in old))
             merged = adding.commit(root, known, out, keys, memory_bytes, {}, {"merged_from": [each.digest for each in old]})
-        finally:
-            shutil.rmtree(out, ignore_errors=True)
         clear(root)
     manifests.forget_downloads(root)
     return merged, len(old)

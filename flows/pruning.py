@@ -2,28 +2,27 @@
 
 Kept are: what a run, the promoted run or a submitted job names and everything that it was made from, the newest folder of every stage
 (the next run takes over from it), what was committed lately (a run names its folders when it ends), and what is being made or read.
-Additions to an index and the removal log are no such folders, and stay.
+Additions to an index and the removal log are no such folders, and stay. What dead writers left goes as well (`flows.leftovers`), and the
+work of stages that were killed and not resumed for as long.
 """
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
 from flows.promotion import CURRENT
 from infra import manifests, storage
-from infra.locks import lock_file, reading_file, unread_lock, writer_lock
 from infra.manifests import Committed
 from infra.storage import Root
 
+if TYPE_CHECKING:
+    from flows.leftovers import Leftover
+
 Folder = tuple[str, str]
 """Stage and key."""
-
-
-class _BusyError(Exception):
-    """Someone makes or reads the folder; the message says who."""
 
 
 def prune(
@@ -34,22 +33,36 @@ def prune(
     root: RootUri = DEFAULT_ROOT,
     as_json: Json = False,
 ) -> None:
-    """List the folders of stages that no run names and nothing needs, or remove them (--delete)."""
+    """List the folders that no run names and nothing needs, and what dead writers left, or remove them (--delete)."""
     opened = open_for(root, for_writing=delete)
-    found = unused(opened, datetime.now(UTC) - timedelta(days=older_than))
+    from flows.leftovers import leftovers, unfinished
+
+    before = datetime.now(UTC) - timedelta(days=older_than)
+    found = unused(opened, before)
     rows: list[dict[str, Any]] = []
     for committed in found:
         why = discard(opened, committed) if delete else ""
         size = sum(file["bytes"] for file in committed.manifest["files"])
         state = ("kept" if why else "removed") if delete else "unused"
         rows.append({"stage": committed.stage, "key": committed.key, "bytes": size, "state": state, "why": why})
+    left = [_dealt_with(each, delete) for each in (*leftovers(opened), *unfinished(opened, before, _claimed(opened)))]
     if as_json:
-        print_json({"root": opened.uri, "folders": rows})
+        print_json({"root": opened.uri, "folders": rows, "leftovers": left})
         return
-    for row in rows:
-        print(f"{row['stage']}/{row['key']}  {row['bytes'] / 1e6:,.1f} MB  {row['state']}" + (f", {row['why']}" if row["why"] else ""))
-    total = sum(row["bytes"] for row in rows if row["state"] != "kept")
-    print(f"{total / 1e6:,.1f} MB {'freed' if delete else 'would be freed: --delete removes them'}" if rows else "nothing is unused")
+    for row in (*rows, *left):
+        name = row["path"] if "path" in row else f"{row['stage']}/{row['key']}"
+        print(f"{name}  {row['bytes'] / 1e6:,.1f} MB  {row['state']}" + (f", {row['why']}" if row["why"] else ""))
+    total = sum(row["bytes"] for row in (*rows, *left) if row["state"] != "kept")
+    print(
+        f"{total / 1e6:,.1f} MB {'freed' if delete else 'would be freed: --delete removes them'}" if rows or left else "nothing is unused"
+    )
+
+
+def _dealt_with(leftover: "Leftover", delete: bool) -> dict[str, Any]:
+    """Remove a leftover if `delete`; return its row."""
+    why = leftover.remove() if delete else ""
+    state = ("kept" if why else "removed") if delete else "left by a dead writer"
+    return {"path": leftover.path, "bytes": leftover.size_bytes, "state": state, "why": why}
 
 
 def unused(root: Root, before: datetime) -> list[Committed]:
@@ -69,20 +82,16 @@ def unused(root: Root, before: datetime) -> list[Committed]:
 
 def discard(root: Root, committed: Committed) -> str:
     """Remove a folder, its manifest first; return "" or who makes or reads it, so that it stays."""
-    name = f"{committed.stage} {committed.key}"
+    from flows.leftovers import BusyError, locked
 
-    def give_up(line: str) -> None:
-        raise _BusyError(line.removeprefix(f"{name} ").partition(":")[0])
-
-    lock, reading = (each(root.scratch, committed.stage, committed.key) for each in (lock_file, reading_file))
     try:
-        with storage.one_line_errors(root.scratch), writer_lock(lock, name, give_up), unread_lock(reading, name, give_up):
+        with locked(root, committed.stage, committed.key):
             if (committed.stage, committed.key) in _named(root):
                 return "a run names it by now"
             storage.remove(root, f"{committed.stage}/{committed.key}/{manifests.MANIFEST}")
             storage.remove(root, f"{committed.stage}/{committed.key}")
             return ""
-    except _BusyError as busy:
+    except BusyError as busy:
         return str(busy)
 
 
@@ -92,9 +101,14 @@ def _named(root: Root) -> set[Folder]:
     named = {item for record in (*records, storage.read_json(root, CURRENT)) if record for item in record["stages"].items()}
     for name in storage.list_names(root, "jobs"):
         claim = storage.read_json(root, f"jobs/{name}")
-        stage, _, key = name.removesuffix(".json").rpartition("-")
-        named |= {(stage, key), *(claim or {"inputs": {}})["inputs"].items()}
-    return named
+        named |= set((claim or {"inputs": {}})["inputs"].items())
+    return named | _claimed(root)
+
+
+def _claimed(root: Root) -> set[Folder]:
+    """Return what submitted jobs make."""
+    names = [name.removesuffix(".json").rpartition("-") for name in storage.list_names(root, "jobs")]
+    return {(stage, key) for stage, _, key in names}
 
 
 def _with_inputs(names: Iterable[Folder], there: dict[Folder, Committed]) -> set[Folder]:

@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 from flows.planning import fault, kept
@@ -16,6 +15,7 @@ from infra.locks import lock_file, reader_lock, reading_file, writer_lock
 from infra.manifests import Committed
 from infra.removals import read_removals
 from infra.storage import Root
+from infra.temporary import writing_folder
 
 
 def run_stage(
@@ -50,31 +50,25 @@ def run_stage(
         existing = manifests.find(root, stage.name, key)
         if existing and not fault(existing, list(given.values())):
             return StageResult(stage.name, key, "current", time.monotonic() - clock, existing)
-        out, work = _folders(root, stage, key)
+        work = root.scratch / stage.name / key
+        work.mkdir(parents=True, exist_ok=True)
         previous = _previous(root, stage, key)
-        try:
+        with writing_folder(root.scratch, f"{stage.name}-{key}") as out:
             with storage.one_line_errors(out), _reading(root, [previous] if previous else [], say):
                 given_too = (read_removals(root), previous)
                 counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster, *given_too))
-        except BaseException:
-            shutil.rmtree(out, ignore_errors=True)  # what may have filled the disk
-            raise
-        assert counts.keys() >= {"in", "out", "dropped"}, f"{stage.name} must count what came in, went out and was dropped"
-        facts = {
-            "stage_version": stage.version,
-            "config": config.model_dump(mode="json"),
-            "sections": sections_of(stage, config),
-            "inputs": {name: committed.key for name, committed in given.items()},
-            "input_digests": {name: committed.digest for name, committed in given.items()},
-            "counts": counts,
-            "started": started,
-        }
-        try:
+            assert counts.keys() >= {"in", "out", "dropped"}, f"{stage.name} must count what came in, went out and was dropped"
+            facts = {
+                "stage_version": stage.version,
+                "config": config.model_dump(mode="json"),
+                "sections": sections_of(stage, config),
+                "inputs": {name: committed.key for name, committed in given.items()},
+                "input_digests": {name: committed.digest for name, committed in given.items()},
+                "counts": counts,
+                "started": started,
+            }
             guard()
-        except BaseException:
-            shutil.rmtree(out, ignore_errors=True)
-            raise
-        made = manifests.commit(root, stage.name, key, out, facts, existing.manifest["attempt"] if existing else None)
+            made = manifests.commit(root, stage.name, key, out, facts, existing.manifest["attempt"] if existing else None)
         shutil.rmtree(work, ignore_errors=True)
         return StageResult(stage.name, key, "ran", time.monotonic() - clock, made)
 
@@ -94,14 +88,3 @@ def _reading(root: Root, folders: Iterable[Committed], say: Callable[[str], None
 def _previous(root: Root, stage: Stage, key: str) -> Committed | None:
     last = manifests.newest(root, stage.name)
     return last if last and last.key != key and not manifests.damage(last) else None
-
-
-def _folders(root: Root, stage: Stage, key: str) -> tuple[Path, Path]:
-    """Return an empty `out` and the kept `work` folder; whatever a killed attempt left aside goes first. Called under the lock."""
-    aside, work = root.scratch / "aside", root.scratch / stage.name / key
-    for left in aside.glob(f"{stage.name}-{key}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    out = aside / f"{stage.name}-{key}-{time.time_ns():x}"
-    out.mkdir(parents=True)
-    work.mkdir(parents=True, exist_ok=True)
-    return out, work

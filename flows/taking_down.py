@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from flows.tracing import trace
 from infra import manifests, storage
 from infra.manifests import Committed
 from infra.removals import NAMES, Removals, gather, read_entries, write_removal
@@ -148,6 +149,8 @@ def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> dict[st
 
     Reads what is there: a folder is named if its files hold one of the samples, or an equal picture. The log only says more of what is
     sought (digests of what has left ROOT; what was taken down with it is sought with it). `trained_into` holds the models that exist still.
+    `leftovers` are the files outside those folders that hold a sample: what dead writers left, work of stages that are not finished,
+    downloads of this machine, reports. `unreadable` are shards and tables that were cut short, which may hold it.
     """
     sought = with_copies(root, named(rows, urls))
     entries = [entry for entry in read_entries(root) if gather([entry]) & sought]
@@ -173,7 +176,23 @@ def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> dict[st
         for stage, key, attempt in trained
         if (known := manifests.find(root, stage, key)) is not None and known.manifest["attempt"] == attempt
     }
-    return {"found_in": found_in, "trained_into": sorted(current)}
+    traces = trace(root, sought)
+    left = []
+    for path in traces.holding:
+        committed_in = _committed_at(root, path)
+        if committed_in is None or committed_in.stage not in PLACES:
+            left.append(path)
+        elif (name := f"{committed_in.stage}/{committed_in.key}") not in found_in[PLACES[committed_in.stage]]:
+            found_in[PLACES[committed_in.stage]].append(name)  # though its table does not say so
+    return {"found_in": found_in, "leftovers": left, "unreadable": traces.unreadable, "trained_into": sorted(current)}
+
+
+def _committed_at(root: Root, path: str) -> Committed | None:
+    """Return the committed folder that a file, relative to ROOT, is part of, or None."""
+    stage, _, rest = path.partition("/")
+    key = rest.partition("/")[0]
+    found = manifests.find(root, stage, key) if stage and key and stage not in NO_STAGES else None
+    return found if found and path.startswith(f"{found.path}/") else None
 
 
 def pending(root: Root, removals: Removals, among: Iterable[Committed] | None = None) -> list[Committed]:

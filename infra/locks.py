@@ -63,7 +63,7 @@ def _flock(path: Path, kind: int, held: str, say: Callable[[str], None]) -> Iter
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:  # closing it gives the lock back
         _take(lambda: fcntl.flock(file, kind | fcntl.LOCK_NB), path, held, say)
-        _write_holder(file)
+        write_holder(file)
         yield
 
 
@@ -80,7 +80,8 @@ def _take(attempt: Callable[[], None], path: Path, held: str, say: Callable[[str
             time.sleep(POLL_S)
 
 
-def _write_holder(file: TextIO) -> None:
+def write_holder(file: TextIO) -> None:
+    """Write into a lock file which process of which host holds it, and since when."""
     file.seek(0)
     file.truncate()
     json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
@@ -95,7 +96,7 @@ def writer_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[N
         in_process = _threads.setdefault(path.resolve(), threading.Lock())
     with in_process, path.open("a+") as file:
         _take(lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB), path, f"{what} is being made by", say)
-        _write_holder(file)
+        write_holder(file)
         try:
             yield
         finally:

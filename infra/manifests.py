@@ -28,13 +28,13 @@ from infra.errors import DataError, StorageError
 from infra.locks import is_being_read, reading_file
 from infra.progress import transfer
 from infra.storage import Root
+from infra.temporary import FOLDER, REPLACED, is_dead, writing_folder
 
 MANIFEST = "manifest.json"
 PACKAGES = ("unclip", "torch", "ray", "prefect", "img2dataset", "faiss-cpu", "pyarrow", "numpy", "tokenizers", "safetensors", "pydantic")
 UPLOAD_THREADS = 8
 DOWNLOAD_TRIES = 3
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-REPLACED = ".replaced"
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,16 @@ class Committed:
 
     def _keep(self, kept: Path, files: list[dict[str, Any]]) -> None:
         """Download files of this folder into `kept`, which appears when it is whole."""
-        aside = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}")
-        with storage.one_line_errors(aside):
+        with storage.one_line_errors(kept), writing_folder(self.root.scratch, f"download-{self.stage}-{kept.name}") as folder:
+            self._download(folder, files)
+            kept.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._download(aside, files)
-                aside.rename(kept)
+                folder.rename(kept)
             except OSError:
                 if not kept.is_dir():  # else another process has downloaded the same folder first
                     raise
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
 
     def _download(self, folder: Path, files: list[dict[str, Any]]) -> None:
-        folder.mkdir(parents=True)
         total = sum(file["bytes"] for file in files)
         with transfer(f"{self.stage} down", total) as tell, ThreadPoolExecutor(UPLOAD_THREADS) as pool:
             broken = [wrong for wrong in pool.map(lambda file: self._download_one(file, folder, tell), files) if wrong]
@@ -300,16 +297,18 @@ def _exchange(left: Path, right: Path) -> bool:
 
 def interrupted(root: Root) -> list[tuple[str, str]]:
     """Return stage and key of folders that a killed writer had moved away, on a system that cannot exchange, before it put the new one."""
-    left = [_manifest_in(folder) for folder in (root.scratch / "aside").glob(f"*{REPLACED}") if (folder / MANIFEST).is_file()]
+    left = [_manifest_in(folder) for folder in (root.scratch / FOLDER).glob(f"*{REPLACED}") if (folder / MANIFEST).is_file()]
     return sorted({(each["stage"], each["key"]) for each in left})
 
 
 def recover(root: Root, stage: str, key: str) -> None:
-    """Put a folder back that a killed writer had moved away, unless there is none or another is in its place. Call it under its lock."""
-    for left in sorted((root.scratch / "aside").glob(f"{stage}-{key}*{REPLACED}")):
-        if root.folder and (left / MANIFEST).is_file() and not (root.folder / stage / key).exists():
-            with storage.one_line_errors(left):
+    """Put a folder back that a killed writer had moved away; where another is in its place by now, remove it. Call it under its lock."""
+    for left in sorted((root.scratch / FOLDER).glob(f"{stage}-{key}*{REPLACED}")):
+        with storage.one_line_errors(left):
+            if root.folder and (left / MANIFEST).is_file() and not (root.folder / stage / key).exists():
                 left.rename(root.folder / stage / key)
+            elif is_dead(left):  # not of another machine, which is about to remove it itself
+                shutil.rmtree(left)
 
 
 def _manifest_in(folder: Path) -> dict[str, Any]:
@@ -339,6 +338,7 @@ def _commit_by_put(root: Root, stage: str, key: str, out: Path, manifest: dict[s
     # Before the manifest is there: who replaces it later is not in this list, and must not be cleared along with the attempts that were
     # killed and those that can only be refused now.
     others = [other for other in storage.list_names(root, place) if other not in (attempt, MANIFEST)]
+    manifest |= {"supersedes": others}  # for whoever clears them if we are killed before we have
 
     def put(old: bytes | None) -> bytes | None:
         return storage.json_bytes(manifest) if old is None or json.loads(old)["attempt"] == replaces else None

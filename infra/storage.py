@@ -11,9 +11,11 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +337,21 @@ def file_sizes(root: Root, name: str) -> dict[str, int]:
         root.fs.invalidate_cache()
         found = patiently(lambda: root.fs.find(join(root, name), detail=True))
     return {str(path).strip("/")[len(base_path) + 1 :]: int(entry["size"]) for path, entry in found.items()}
+
+
+def last_put(root: Root, name: str) -> float:
+    """Return when something was put last below `name` in a store, in seconds since 1970; now where the store does not say."""
+    assert root.folder is None, "a local folder has times of its own"
+    with one_line_errors(uri_of(root, name)):
+        root.fs.invalidate_cache()
+        entries = patiently(lambda: root.fs.find(join(root, name), detail=True)).values()
+    return max((_seconds(entry.get("LastModified") or entry.get("created")) for entry in entries), default=time.time())
+
+
+def _seconds(moment: Any) -> float:
+    if isinstance(moment, datetime):
+        return moment.timestamp()
+    return float(moment) if isinstance(moment, int | float) else time.time()
 
 
 class _Sent(Callback):
