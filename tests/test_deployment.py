@@ -20,7 +20,7 @@ from flows.cli import app
 
 INFRA = Path(__file__).parent.parent / "infra"
 KUBERNETES = (INFRA / "kuberay.yaml", INFRA / "rayjob.yaml", INFRA / "rayservice.yaml")
-SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "UNCLIP_TOKEN"}
+SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "UNCLIP_TOKEN", "PREFECT_API_AUTH_STRING"}
 API = kubernetes_validate.latest_version()
 
 
