@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.prefect_server import loopback_without_proxy
+from flows.prefect_app import HOSTS, TOKEN, create_app
+from flows.prefect_server import _lasting_token, loopback_without_proxy
 from tests.browser import CHROMIUM, Browser
 from tests.ray_cluster import HERE
 from tests.s3_server import free_ports
@@ -226,6 +227,30 @@ def test_a_private_server_takes_nothing_of_prefects_from_the_environment_and_nee
     assert json.loads(done.stdout) == {"flows": ["ours"], "stranger": 401, "is_hidden": True, "is_restored": True}
     assert (tmp_path / "home" / "prefect.db").exists()
     assert not (tmp_path / "theirs.db").exists() and not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize("lacking", [HOSTS, TOKEN])
+def test_a_server_without_token_or_addresses_does_not_start(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {HOSTS: "127.0.0.1:4200", TOKEN: "unclip:token"}.items():
+        monkeypatch.setenv(name, "" if name == lacking else value)
+    with pytest.raises(ValueError, match=lacking):
+        create_app()
+
+
+def test_a_token_is_kept_as_long_as_only_its_user_could_read_it(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    token = _lasting_token(file)
+    assert file.read_text() == f"{token}\n" and stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert _lasting_token(file) == token
+    file.chmod(0o640)
+    renewed = _lasting_token(file)
+    assert renewed != token and stat.S_IMODE(file.stat().st_mode) == 0o600
+    (tmp_path / "theirs").write_text(file.read_text())
+    file.unlink()
+    file.symlink_to(tmp_path / "theirs")
+    assert _lasting_token(file) != renewed and not file.is_symlink()
+    file.write_text("")
+    assert len(_lasting_token(file)) > 40
 
 
 @pytest.mark.parametrize(
