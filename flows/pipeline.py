@@ -3,7 +3,6 @@
 Prefect shows and schedules; what is done is decided by the manifests alone. Entrypoint of deployments: `flows/pipeline.py:run_pipeline`.
 """
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +13,9 @@ from prefect import Flow, flow, runtime, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.blocks.webhook import Webhook
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.tasks import Task
 
@@ -23,6 +24,7 @@ from flows.planning import stages_of
 from flows.promotion import described, settle
 from flows.running import run_stage
 from flows.runs import summary, write_run
+from flows.schedule import notify_block
 from flows.stage import Stage, StageResult, inputs_of
 from flows.stages import STAGES
 from flows.submission import submit_stage
@@ -33,8 +35,6 @@ from infra.progress import duration
 from infra.storage import Root, open_root
 from infra.terminal import INTERRUPTED
 
-NOTIFY_BLOCK = "UNCLIP_NOTIFY_BLOCK"
-"""Environment variable of a deployment's runs: the Prefect block that holds the webhook's URL."""
 RETRIES, STORE_RETRIES = 2, 4
 RETRY_AFTER_S = [5.0, 30.0, 120.0, 300.0]
 HOPELESS = (UnclipError, AssertionError, AttributeError, ImportError, NameError, NotImplementedError, TypeError)
@@ -74,12 +74,17 @@ async def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any
     An automation of the server would do so a quarter of an hour late: Prefect's scheduler tells no event of a run that it makes, and
     events of a run wait that long for the one that they follow.
     """
-    if name := os.environ.get(NOTIFY_BLOCK):
-        webhook: Any = await Webhook.aload(name)
-        answer = await webhook.call(
-            {"text": f"unclip {runtime.deployment.name}: run {runtime.flow_run.name} {state.name}: {state.message}"}
-        )
-        answer.raise_for_status()
+    if flow_run.deployment_id is None:
+        return
+    name = notify_block(flow_run.deployment_id)
+    async with get_client() as client:
+        try:
+            await client.read_block_document_by_name(name, "webhook")
+        except ObjectNotFound:
+            return
+    webhook: Any = await Webhook.aload(name)
+    answer = await webhook.call({"text": f"unclip {runtime.deployment.name}: run {runtime.flow_run.name} {state.name}: {state.message}"})
+    answer.raise_for_status()
 
 
 @flow(name="unclip", flow_run_name="{name}", persist_result=False, retries=0, on_failure=[tell_failure], on_crashed=[tell_failure])

@@ -2,19 +2,25 @@
 
 A deployment runs `flows/pipeline.py:run_pipeline` from this installation in a process work pool. Runs of one ROOT share a work queue
 that lets one through; a run whose process has vanished (its heartbeats stop) is marked crashed, so that it does not block the queue.
-Secrets stay in the worker's environment; the webhook's URL, often a secret itself, comes from the environment too.
+The pool takes no job variables: a run that somebody makes through Prefect's API can change neither the command nor the environment
+nor the folder that it runs in. Secrets stay in the worker's environment; the webhook's URL, often a secret itself, comes from the
+environment too and is kept in a secret block named after the deployment.
 `python -m flows.schedule ROOT` makes the queue alone and prints its name, for deployments from `infra/prefect.yaml`.
 """
 
 import hashlib
+import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from flows.prefect_server import TOKEN_FILE, loopback_without_proxy
 from infra.errors import CallerError, UnclipError
 
 if TYPE_CHECKING:  # Prefect reads its settings when it is imported, and takes seconds
@@ -22,10 +28,22 @@ if TYPE_CHECKING:  # Prefect reads its settings when it is imported, and takes s
 
 POOL = "unclip"
 ENTRYPOINT = "flows.pipeline.run_pipeline"
+WORKER_SETTINGS = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+"""What a worker needs in its environment, for its runs to send the heartbeats that `_watch_vanished` looks for."""
+JOB_TEMPLATE = {
+    # No key `env`: into one that is there a worker merges a run's job variables, whatever the schema says.
+    "job_configuration": {"stream_output": True},
+    "variables": {"type": "object", "properties": {}, "additionalProperties": False},
+}
 VANISHED_AFTER_S = 90
 VANISHED = "no heartbeat"
 """So begins the message of the state that the server gives a run that has vanished."""
 ENDED = tuple(f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed"))
+
+
+def notify_block(deployment: UUID) -> str:
+    """Return the name of Prefect's block that holds the webhook's URL of a deployment."""
+    return f"unclip-{deployment}"
 
 
 @dataclass(frozen=True)
@@ -49,10 +67,8 @@ def queue_of(root_uri: str) -> str:
 
 def prepared_queue(root_uri: str) -> str:
     """Make the work queue of a ROOT, which lets one run through, and the watch over runs that vanish; return the queue's name."""
-    from prefect.client.schemas.actions import WorkPoolCreate
-
     with _client() as client:
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
+        _prepare_pool(client)
         _one_at_a_time(client, queue_of(root_uri))
         _watch_vanished(client)
     return queue_of(root_uri)
@@ -63,20 +79,15 @@ def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
 
     Raises CallerError for a schedule that is none, UnclipError where the server does not answer.
     """
-    from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import PrefectHTTPStatusError
     from prefect.utilities.callables import parameter_schema
 
-    from flows.pipeline import NOTIFY_BLOCK, run_pipeline
+    from flows.pipeline import run_pipeline
 
     schedule = _schedule(plan)
     root_uri = plan.parameters["root"]
     with _client() as client:
-        environment = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
-        if notify_url:
-            block_name, block = _webhook(notify_url)
-            environment[NOTIFY_BLOCK] = block_name
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
+        _prepare_pool(client)
         _one_at_a_time(client, queue_of(root_uri))
         try:
             deployment = client.create_deployment(
@@ -90,7 +101,7 @@ def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
                 work_pool_name=POOL,
                 work_queue_name=queue_of(root_uri),
                 entrypoint=ENTRYPOINT,
-                job_variables={"working_dir": str(plan.folder), "env": environment},
+                pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(plan.folder)}}],
                 paused=plan.paused,
                 enforce_parameter_schema=True,
             )
@@ -98,8 +109,9 @@ def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
             raise UnclipError(f"Prefect's server refused the deployment {plan.name}: {error.response.text[:300]}") from error
         _watch_vanished(client)
         client.delete_resource_owned_automations(f"prefect.deployment.{deployment}")
+        _remove_webhook(client, deployment)
         if notify_url:
-            _notify(client, deployment, plan.name, block)
+            _notify(client, deployment, plan.name, _webhook(deployment, notify_url))
     return {
         "deployment": f"unclip/{plan.name}",
         "id": str(deployment),
@@ -108,7 +120,9 @@ def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
         "schedule": plan.cron or f"every {plan.every_s} s",
         "paused": plan.paused,
         "notifies": bool(notify_url),
-        "worker": shlex.join(["prefect", "worker", "start", "--pool", POOL]),
+        "worker": shlex.join(
+            ["env", *(f"{name}={value}" for name, value in WORKER_SETTINGS.items()), "prefect", "worker", "start", "--pool", POOL]
+        ),
     }
 
 
@@ -122,15 +136,20 @@ def remove(name: str) -> dict[str, Any]:
         except ObjectNotFound:
             raise CallerError(f"there is no deployment unclip/{name}: `prefect deployment ls` shows what there is") from None
         client.delete_resource_owned_automations(f"prefect.deployment.{deployment.id}")
+        _remove_webhook(client, deployment.id)
         client.delete_deployment(deployment.id)
     return {"deployment": f"unclip/{name}", "id": str(deployment.id), "removed": True}
 
 
-def _client() -> "SyncPrefectClient":
+@contextmanager
+def _client() -> Iterator["SyncPrefectClient"]:
+    """Give a client of Prefect's server. Raises UnclipError where it does not answer, or not to us."""
     import httpx
     from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
     from prefect.settings import PREFECT_API_URL
 
+    os.environ.update(loopback_without_proxy(os.environ))
     url = PREFECT_API_URL.value()
     try:
         if not url:
@@ -138,7 +157,21 @@ def _client() -> "SyncPrefectClient":
         httpx.get(f"{url}/health", timeout=10).raise_for_status()
     except (httpx.HTTPError, UnclipError) as error:
         raise UnclipError(f"{url or 'Prefect'}: {error}; start one with `unclip up` or set PREFECT_API_URL") from None
-    return get_client(sync_client=True)
+    try:
+        with get_client(sync_client=True) as client:
+            yield client
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != httpx.codes.UNAUTHORIZED:
+            raise
+        raise UnclipError(
+            f"{url} wants a password: set PREFECT_API_AUTH_STRING to it; `unclip up` keeps its own in ROOT/prefect/{TOKEN_FILE}"
+        ) from None
+
+
+def _prepare_pool(client: "SyncPrefectClient") -> None:
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=JOB_TEMPLATE), overwrite=True)
 
 
 def _schedule(plan: Plan) -> Any:
@@ -201,13 +234,19 @@ def _watch_vanished(client: "SyncPrefectClient") -> None:
         client.create_automation(watch)
 
 
-def _webhook(url: str) -> tuple[str, UUID]:
-    """Keep the webhook's URL in a secret block; return the block's name as runs load it and its document's id."""
+def _webhook(deployment: UUID, url: str) -> UUID:
+    """Keep the webhook's URL in a secret block, where the deployment's runs look for it; return its document's id."""
     from prefect.blocks.webhook import Webhook
     from pydantic import SecretStr
 
-    name = f"unclip-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
-    return name, UUID(str(Webhook(method="POST", url=SecretStr(url)).save(name, overwrite=True)))
+    return UUID(str(Webhook(method="POST", url=SecretStr(url)).save(notify_block(deployment), overwrite=True)))
+
+
+def _remove_webhook(client: "SyncPrefectClient", deployment: UUID) -> None:
+    from prefect.exceptions import ObjectNotFound
+
+    with suppress(ObjectNotFound):
+        client.delete_block_document(client.read_block_document_by_name(notify_block(deployment), "webhook").id)
 
 
 def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, block: UUID) -> None:

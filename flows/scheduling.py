@@ -93,15 +93,20 @@ def up(
     plan, opened = _plan(recipe, root, name, overrides, address, stages, jobs, cron, every, timezone, False)
     home = (opened.folder or opened.scratch) / "prefect"
     with quiet_terminal(home / f"up-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
-        from flows.prefect_server import lasting_server
+        from flows.prefect_server import TOKEN_FILE, lasting_server
 
         with lasting_server(home, port) as url, terminated():
             from flows import schedule as schedules
 
-            result = schedules.deploy(plan, os.environ.get(NOTIFY, "")) | {"server": url, "log": str(log)}
+            result = schedules.deploy(plan, os.environ.get(NOTIFY, "")) | {
+                "server": url,
+                "log": str(log),
+                "password": str(home / TOKEN_FILE),
+            }
             with _worker(home) as worker:
                 print(
-                    f"up: {url.removesuffix('/api')} runs {result['deployment']} {result['schedule']}, log {log}",
+                    f"up: {url.removesuffix('/api')} runs {result['deployment']} {result['schedule']}, log {log}, "
+                    f"password for the page in {result['password']}",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -156,12 +161,12 @@ def _plan(
 @contextmanager
 def _worker(home: Path) -> Iterator["subprocess.Popen[bytes]"]:
     from flows.prefect_server import die_with_parent
-    from flows.schedule import POOL
+    from flows.schedule import POOL, WORKER_SETTINGS
 
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", f"up-{os.getpid()}"]
     worker = subprocess.Popen(
         command,
-        env=os.environ | {"PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_HOME": str(home)},
+        env=os.environ | WORKER_SETTINGS | {"PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_HOME": str(home)},
         stdin=subprocess.DEVNULL,
         stdout=1,  # the log while `quiet_terminal` is open
         stderr=2,

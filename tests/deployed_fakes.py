@@ -1,5 +1,6 @@
 """A flow over the first fake stage, for a deployment: `tests.deployed_fakes.run_fakes`, which a worker starts as it starts the real one."""
 
+import os
 from typing import Any
 
 from prefect import flow
@@ -11,8 +12,9 @@ from tests.fakes import FAKES, FakeConfig, FakeSection
 
 
 @flow(name="deployed-fakes", persist_result=False)
-def run_fakes(root: str, jobs: str, seconds: float) -> dict[str, Any]:
-    """Hand the stage, which takes so many seconds, to the Ray job server at `jobs`."""
+def run_fakes(root: str, jobs: str, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+    """Hand the stage, which takes so many seconds, to the Ray job server at `jobs`, which the environment lets it into."""
+    os.environ.update(environment)
     submission.ENTRYPOINT = "tests.fake_job"
     config: Any = FakeConfig(data=FakeSection(seconds=seconds))
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"upload_code": False})})

@@ -17,10 +17,12 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from flows.cli import app
+from flows.prefect_app import HOSTS
+from flows.schedule import WORKER_SETTINGS
 
 INFRA = Path(__file__).parent.parent / "infra"
 KUBERNETES = (INFRA / "kuberay.yaml", INFRA / "rayjob.yaml", INFRA / "rayservice.yaml")
-SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "UNCLIP_TOKEN"}
+SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "UNCLIP_TOKEN", "PREFECT_API_AUTH_STRING"}
 API = kubernetes_validate.latest_version()
 
 
@@ -187,6 +189,21 @@ def test_compose_hangs_together() -> None:
             assert how["condition"] != "service_healthy" or "healthcheck" in services[need], f"{name} waits for the health of {need}"
         assert {volume.partition(":")[0] for volume in service.get("volumes", [])} <= set(compose["volumes"]), name
         assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", [])), f"{name} is open to the network"
+
+
+def test_composes_prefect_server_has_a_token_and_answers_where_its_clients_ask() -> None:
+    (compose,) = documents(INFRA / "compose.yaml")
+    server, worker, schedule = (compose["services"][name] for name in ("prefect", "worker", "schedule"))
+    assert server["command"][:3] == ["uvicorn", "--factory", "flows.prefect_app:create_app"], "Prefect's own answers every page"
+    hosts = server["environment"][HOSTS].split(",")
+    for client in (worker, schedule):
+        assert client["environment"]["PREFECT_API_URL"] in [f"http://{host}/api" for host in hosts]
+        assert client["environment"]["PREFECT_API_AUTH_STRING"] == server["environment"]["PREFECT_SERVER_API_AUTH_STRING"]
+    assert server["environment"]["PREFECT_UI_API_URL"] in [f"http://{host}/api" for host in hosts]
+    assert any(f"http://{host}/api/health" in server["healthcheck"]["test"] for host in hosts)
+    assert WORKER_SETTINGS.items() <= worker["environment"].items()
+    others = [each for name, each in compose["services"].items() if name not in ("prefect", "worker", "schedule")]
+    assert not [each for each in others if "PREFECT_API_AUTH_STRING" in each.get("environment", {})], "only who needs it has it"
 
 
 def test_the_image_passes_the_linter_and_copies_what_exists() -> None:

@@ -86,9 +86,11 @@ def test_a_run_ends_with_its_result_on_stdout_and_only_its_own_lines_on_stderr(r
 
 def _check_prefect_has_run_and_artifacts(root: Path, result: dict[str, Any]) -> None:
     with prefect_server(root / "work" / "prefect") as url:
-        runs = httpx.post(f"{url}/flow_runs/filter", json={}).json()
-        tasks = httpx.post(f"{url}/task_runs/filter", json={}).json()
-        artifacts = httpx.post(f"{url}/artifacts/filter", json={}).json()
+        user, _, password = os.environ["PREFECT_API_AUTH_STRING"].partition(":")
+        with httpx.Client(auth=(user, password)) as client:
+            runs, tasks, artifacts = (
+                client.post(f"{url}/{kind}/filter", json={}).json() for kind in ("flow_runs", "task_runs", "artifacts")
+            )
     assert [(run["name"], run["state_type"]) for run in runs] == [("mine", "COMPLETED")]
     steps = ["open", "compact", *(each["stage"] for each in result["stages"]), "record", "promote"]
     assert sorted((task["name"], task["state_type"]) for task in tasks) == sorted((step, "COMPLETED") for step in steps)

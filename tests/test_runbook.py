@@ -32,7 +32,11 @@ def test_its_files_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "message", ["no space left to write", "is being made by", "is fenced off", "does not answer", "has another checksum", "not promoted"]
+    "message",
+    [
+        *("no space left to write", "is being made by", "is fenced off", "does not answer", "has another checksum", "not promoted"),
+        *("wants a password", "this server is asked at"),
+    ],
 )
 def test_its_messages_are_the_codes_own(message: str) -> None:
     assert message in TEXT and message in SOURCES

@@ -77,11 +77,22 @@ class Up:
         """Ask the server, again where it says that it is busy (SQLite was locked), as Prefect's own client does."""
         limit = time.monotonic() + LIMIT_S
         while True:
-            answer = httpx.request(method, f"{self.api}/{path}", json=content, timeout=LIMIT_S)
+            answer = httpx.request(method, f"{self.api}/{path}", json=content, timeout=LIMIT_S, auth=self.login())
             if answer.status_code != 503 or time.monotonic() >= limit:
                 answer.raise_for_status()
                 return answer.json() if answer.content else None
             time.sleep(1)
+
+    def password(self) -> str:
+        return (self.folder / "root" / "prefect" / "password").read_text().strip()
+
+    def login(self) -> tuple[str, str]:
+        user, _, password = self.password().partition(":")
+        return user, password
+
+    def settings(self) -> dict[str, str]:
+        """Return what a person sets to use the server."""
+        return {"PREFECT_API_URL": self.api, "PREFECT_API_AUTH_STRING": self.password(), "PREFECT_HOME": str(self.folder / "home")}
 
     def until(self, condition: Callable[[], Any], limit_s: float = 240) -> Any:
         limit = time.monotonic() + limit_s
@@ -117,7 +128,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 
 def unclip(up: Up, *arguments: str) -> tuple[int, str, str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.tiny.KEPT", {"PREFECT_API_URL": up.api, "PREFECT_HOME": str(up.folder / "home")})
+        patch.setattr("tests.tiny.KEPT", up.settings())
         return ran(up.folder, *arguments)
 
 
@@ -169,7 +180,7 @@ def test_a_cron_schedule_is_kept_with_its_time_zone_and_a_wrong_one_is_the_calle
 
 
 def test_prefects_own_deploy_makes_the_deployment_in_the_queue_of_its_root(up: Up) -> None:
-    environment = os.environ | {"PREFECT_API_URL": up.api, "PREFECT_HOME": str(up.folder / "home"), "PYTHONPATH": str(HERE)}
+    environment = os.environ | up.settings() | {"PYTHONPATH": str(HERE)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     had_data = (HERE / "unclip-data").exists()  # `make run` puts it there
     deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "infra/prefect.yaml"]
@@ -223,8 +234,13 @@ def test_cancelling_a_run_through_prefect_stops_its_ray_job(up: Up) -> None:
             "flow_id": flow["id"],
             "entrypoint": "tests.deployed_fakes.run_fakes",
             "work_pool_name": "unclip",
-            "parameters": {"root": str(up.folder / "cancelled"), "jobs": cluster.address, "seconds": 300},
-            "job_variables": {"working_dir": str(HERE), "env": cluster.environment | {"PYTHONPATH": str(HERE)}},
+            "parameters": {
+                "root": str(up.folder / "cancelled"),
+                "jobs": cluster.address,
+                "seconds": 300,
+                "environment": cluster.environment,
+            },
+            "pull_steps": [{"prefect.deployments.steps.set_working_directory": {"directory": str(HERE)}}],
         }
         deployment = up.ask("POST", "deployments/", asked)
         run = up.ask("POST", f"deployments/{deployment['id']}/create_flow_run", {})
@@ -244,7 +260,7 @@ def test_a_failed_run_is_told_to_the_webhook_and_the_next_goes_on(up: Up) -> Non
     shutil.move(up.folder / "away", up.folder / "pictures")
     before = len(up.ended("COMPLETED"))
     up.until(lambda: len(up.ended("COMPLETED")) > before)
-    assert "hook-with-a-secret" not in up.log()
+    assert "hook-with-a-secret" not in up.log() and up.password() not in up.log()
 
 
 def test_a_signal_ends_server_worker_and_runs(up: Up) -> None:

@@ -24,12 +24,13 @@ from tests.test_schedule import Webhook
 home = Path(sys.argv[1])
 with Webhook() as webhook, lasting_server(home, free_ports(1)[0]) as url:
     from flows import schedule
+    login = tuple((home / "password").read_text().strip().split(":"))
     schedule.VANISHED_AFTER_S = 10  # the least that Prefect takes
     parameters = {"recipe": "quickstart", "root": str(home / "root"), "name": "nightly"}
     made = schedule.deploy(schedule.Plan("nightly", parameters, home, every_s=86400, paused=True), webhook.url)
 
     def post(path, content):
-        return httpx.post(f"{url}/{path}", json=content, timeout=60).raise_for_status()
+        return httpx.post(f"{url}/{path}", json=content, timeout=60, auth=login).raise_for_status()
 
     def begin():
         run = post(f"deployments/{made['id']}/create_flow_run", {}).json()["id"]
@@ -39,7 +40,7 @@ with Webhook() as webhook, lasting_server(home, free_ports(1)[0]) as url:
         return run
 
     def state(run):
-        return httpx.get(f"{url}/flow_runs/{run}", timeout=60).json()["state"]
+        return httpx.get(f"{url}/flow_runs/{run}", timeout=60, auth=login).json()["state"]
 
     ended = begin()
     post(f"flow_runs/{ended}/set_state", {"state": {"type": "COMPLETED", "name": "Completed"}, "force": True})
@@ -50,7 +51,7 @@ with Webhook() as webhook, lasting_server(home, free_ports(1)[0]) as url:
         time.sleep(0.5)
     time.sleep(2)  # the other run, were it meant, would have been marked before: its heartbeat is older by three seconds
     told = {"vanished": state(vanished), "ended": state(ended), "posted": webhook.posted}
-    print(json.dumps(told | {"name": httpx.get(f"{url}/flow_runs/{vanished}", timeout=60).json()["name"]}))
+    print(json.dumps(told | {"name": httpx.get(f"{url}/flow_runs/{vanished}", timeout=60, auth=login).json()["name"]}))
 """
 
 
