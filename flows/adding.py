@@ -22,13 +22,13 @@ from PIL import Image
 
 from flows.leftovers import remove_leftovers
 from flows.living import ADDITIONS, Lineage
-from infra import manifests
 from infra.errors import CallerError, DataError
-from infra.manifests import Committed
-from infra.removals import Removals
-from infra.storage import Root
-from infra.tables import EMBEDDED, sample_key
-from infra.temporary import writing_folder
+from infra.schemas import EMBEDDED, sample_key
+from infra.storage import manifests
+from infra.storage.manifests import Committed
+from infra.storage.removal_log import Removals
+from infra.storage.store import Root
+from infra.storage.temporary_folders import writing_folder
 
 if TYPE_CHECKING:
     from indexing.view import View

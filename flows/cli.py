@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 
 from flows import comparing, enlarging, explaining, export, indexes, lecture, making, manipulating, pruning, scheduling, serving, using
-from infra.cluster import SPIN_COUNT
+from infra.compute.cluster import SPIN_COUNT
 from infra.errors import UnclipError
-from infra.storage import complaint
+from infra.storage.store import complaint
 
 INTERRUPTED = 128 + signal.SIGINT
 

@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 from flows.leftovers import remove_leftovers
 from flows.placement import place
 from flows.taking_down import NO_STAGES, blank, committed_folders, log, pending, record_lineage, with_copies
-from infra import manifests, storage
-from infra.locks import lock_file, reading_file, unread_lock, writer_lock
-from infra.manifests import MANIFEST, Committed
-from infra.removals import Removals, read_removals
-from infra.storage import Root
-from infra.tables import DROPPED
-from infra.temporary import writing_folder
+from infra.schemas import DROPPED
+from infra.storage import manifests, store
+from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
+from infra.storage.manifests import MANIFEST, Committed
+from infra.storage.removal_log import Removals, read_removals
+from infra.storage.store import Root
+from infra.storage.temporary_folders import writing_folder
 
 MADE_BY_COMMIT = ("files", "digest", "packages", "attempt", "prefix", "supersedes", "finished", "stage", "key")
 
@@ -38,7 +38,7 @@ def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
     Waits (and says so) where a run on this machine makes or reads a folder that must change.
     """
     for stage, key in manifests.interrupted(root):
-        with storage.one_line_errors(root.scratch), writer_lock(lock_file(root.scratch, stage, key), f"{stage} {key}", say):
+        with store.one_line_errors(root.scratch), writer_lock(lock_file(root.scratch, stage, key), f"{stage} {key}", say):
             manifests.recover(root, stage, key)
     remove_leftovers(root)
     logged = read_removals(root)
@@ -50,7 +50,7 @@ def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
         name = f"{committed.stage}/{committed.key}"
         lock = lock_file(root.scratch, committed.stage, committed.key)
         being_read = reading_file(root.scratch, committed.stage, committed.key)
-        with storage.one_line_errors(root.scratch), writer_lock(lock, name, say), unread_lock(being_read, name, say):
+        with store.one_line_errors(root.scratch), writer_lock(lock, name, say), unread_lock(being_read, name, say):
             now = manifests.find(root, committed.stage, committed.key)  # who was waited for may have made it anew
             if now is not None and pending(root, removals, [now]):
                 gone[name] = _replace(root, now, removals)
@@ -71,7 +71,7 @@ def _replace(root: Root, committed: Committed, removals: Removals) -> int:
         if any(out.iterdir()):
             manifests.commit(root, committed.stage, committed.key, out, facts, manifest["attempt"])
         else:
-            storage.remove(root, f"{committed.stage}/{committed.key}")
+            store.remove(root, f"{committed.stage}/{committed.key}")
     return count
 
 
@@ -81,7 +81,7 @@ def _agree(root: Root) -> None:
     It is for what was compacted along with its input. Other stages read shards through keep lists alone: shards in which blanks have taken
     the place of pictures are the same to them, unless the keep list has changed as well.
     """
-    stages = [stage for stage in storage.list_names(root, "") if stage not in NO_STAGES]
+    stages = [stage for stage in store.list_names(root, "") if stage not in NO_STAGES]
     for committed in committed_folders(root, stages):
         digests = dict(committed.manifest.get("input_digests", {}))
         for stage, key in committed.manifest["inputs"].items():
@@ -91,12 +91,12 @@ def _agree(root: Root) -> None:
                 digests[stage] = now.digest
         if digests != committed.manifest.get("input_digests", {}):
             changed = {**committed.manifest, "input_digests": digests}
-            storage.change_bytes(root, f"{committed.stage}/{committed.key}/{MANIFEST}", partial(_instead, committed.manifest, changed))
+            store.change_bytes(root, f"{committed.stage}/{committed.key}/{MANIFEST}", partial(_instead, committed.manifest, changed))
 
 
 def _instead(before: dict[str, Any], changed: dict[str, Any], old: bytes | None) -> bytes | None:
     """Return the changed manifest, unless what is there is no longer the one that was read."""
-    return storage.json_bytes(changed) if old is not None and json.loads(old) == before else None
+    return store.json_bytes(changed) if old is not None and json.loads(old) == before else None
 
 
 def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:

@@ -13,7 +13,7 @@ from flows.sources import DataConfig
 from indexing.duplicates import DedupConfig
 from indexing.evaluate import EvaluateConfig
 from indexing.index import IndexConfig
-from infra.cluster import ClusterConfig
+from infra.compute.cluster import ClusterConfig
 from infra.errors import CallerError
 from infra.settings import Section
 from training.clip import ClipConfig

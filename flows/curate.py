@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from infra.console.progress import Progress
 from infra.errors import DataError
-from infra.progress import Progress
-from infra.removals import Removals
+from infra.schemas import DROPPED, KEEP, open_parquet
 from infra.settings import Section
-from infra.tables import DROPPED, KEEP, open_parquet
+from infra.storage.removal_log import Removals
 
 MAX_PHRASINGS = 16
 BATCH_ROWS = 10_000

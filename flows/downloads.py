@@ -16,8 +16,8 @@ from typing import Any
 from flows.placement import clear_leftovers
 from flows.sources import DataConfig
 from flows.workers import Feed, Worker, Workers
+from infra.console.progress import Progress
 from infra.errors import DataError, StorageError, UnclipError
-from infra.progress import Progress
 
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 20

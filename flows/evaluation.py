@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.stage import Counts, StageJob
-from infra.progress import Progress
+from infra.console.progress import Progress
 
 if TYPE_CHECKING:
     from indexing.sections import MakeSection

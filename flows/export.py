@@ -19,8 +19,8 @@ import typer
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
 from flows.using import RunName
 from infra.errors import CallerError, StorageError
-from infra.manifests import Committed, file_sha256
-from infra.storage import Root, one_line_errors
+from infra.storage.manifests import Committed, file_sha256
+from infra.storage.store import Root, one_line_errors
 
 NEEDED = ("clip", "prior", "decoder")
 MODELS = (*NEEDED, "upsampler", "upsampler_2")

@@ -10,7 +10,7 @@ from flows import making
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json, say
 from flows.using import RunName, check_files
 from infra.errors import CallerError
-from infra.storage import Root
+from infra.storage.store import Root
 
 BUILD = "build"
 MANY = 8

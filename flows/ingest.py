@@ -26,8 +26,8 @@ from flows.server import StaticServer
 from flows.sources import SERVED, DataConfig, Mounts, write_url_table
 from flows.workers import Feed, Workers
 from infra.errors import DataError
-from infra.removals import Removals
-from infra.tables import DROPPED, URLS, open_parquet
+from infra.schemas import DROPPED, URLS, open_parquet
+from infra.storage.removal_log import Removals
 
 FILTERED_ROWS = 65_536
 FEED = pa.schema([field.with_name("sample") if field.name == "key" else field for field in URLS])

@@ -15,7 +15,7 @@ from infra.errors import CallerError
 
 if TYPE_CHECKING:
     from flows.latent_grids import Grid
-    from infra.manifests import Committed
+    from infra.storage.manifests import Committed
     from training.fidelity import Described
     from training.generate import Unclip
 

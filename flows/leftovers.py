@@ -1,6 +1,6 @@
 """What dead writers left: temporary folders, committed folders that were half removed, and attempts on a store that nothing names.
 
-A temporary folder is dead by the rule of `infra.temporary`. A folder of a stage without a manifest on a local ROOT is one whose remover
+A temporary folder is dead by the rule of `infra.storage.temporary_folders`. A folder of a stage without a manifest on a local ROOT is one whose remover
 was killed, since folders get their names whole. On a store an attempt is dead as soon as the manifest says that it took its place, and
 else once nothing was put into it for a day: any machine may be writing it. The `work` folder of a stage that was killed is no such thing:
 its next run goes on from there, and `unclip prune` removes it by its age.
@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 
 from flows.living import ADDITIONS
-from infra import manifests, storage
 from infra.errors import UnclipError
-from infra.locks import lock_file, reading_file, unread_lock, writer_lock
-from infra.manifests import MANIFEST
-from infra.storage import Root
-from infra.temporary import REPLACED, UNTOUCHED_S, dead_folders, is_dead, last_change, remove_dead
+from infra.storage import manifests, store
+from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
+from infra.storage.manifests import MANIFEST
+from infra.storage.store import Root
+from infra.storage.temporary_folders import REPLACED, UNTOUCHED_S, dead_folders, is_dead, last_change, remove_dead
 
 KEY, ATTEMPT = re.compile("[0-9a-f]{16}"), re.compile("[0-9a-f]{12}")
 """Names of folders that we make; another name is somebody's own and stays."""
@@ -95,7 +95,7 @@ def locked(root: Root, stage: str, key: str) -> Iterator[None]:
         raise BusyError(line.removeprefix(f"{name} ").partition(":")[0])
 
     lock, reading = (each(root.scratch, stage, key) for each in (lock_file, reading_file))
-    with storage.one_line_errors(root.scratch), writer_lock(lock, name, give_up), unread_lock(reading, name, give_up):
+    with store.one_line_errors(root.scratch), writer_lock(lock, name, give_up), unread_lock(reading, name, give_up):
         yield
 
 
@@ -129,7 +129,7 @@ def _half_removed(root: Root) -> list[Leftover]:
     return [
         Leftover(f"{stage}/{key}", size_of(root.folder / stage / key), partial(_finish_removal, root, stage, key))
         for stage in _stages()
-        for key in storage.list_names(root, stage)
+        for key in store.list_names(root, stage)
         if KEY.fullmatch(key) and (root.folder / stage / key).is_dir() and not (root.folder / stage / key / MANIFEST).exists()
     ]
 
@@ -137,8 +137,8 @@ def _half_removed(root: Root) -> list[Leftover]:
 def _finish_removal(root: Root, stage: str, key: str) -> str:
     try:
         with locked(root, stage, key):
-            if not storage.exists(root, f"{stage}/{key}/{MANIFEST}"):
-                storage.remove(root, f"{stage}/{key}")
+            if not store.exists(root, f"{stage}/{key}/{MANIFEST}"):
+                store.remove(root, f"{stage}/{key}")
             return ""
     except BusyError as busy:
         return str(busy)
@@ -157,20 +157,20 @@ def _attempts(root: Root) -> list[Leftover]:
     """Return the attempts on a store that are dead."""
     dead = []
     for stage in _stages():
-        for key in storage.list_names(root, stage):
-            names = [name for name in storage.list_names(root, f"{stage}/{key}") if ATTEMPT.fullmatch(name)]
+        for key in store.list_names(root, stage):
+            names = [name for name in store.list_names(root, f"{stage}/{key}") if ATTEMPT.fullmatch(name)]
             committed = manifests.find(root, stage, key)  # read behind the list: what was committed meanwhile is no leftover
             current = committed.manifest["prefix"] if committed else None
             superseded = committed.manifest.get("supersedes", ()) if committed else ()
             for name in names:
                 path = f"{stage}/{key}/{name}"
-                if name != current and (name in superseded or time.time() - storage.last_put(root, path) > UNTOUCHED_S):
-                    size = sum(storage.file_sizes(root, path).values())
+                if name != current and (name in superseded or time.time() - store.last_put(root, path) > UNTOUCHED_S):
+                    size = sum(store.file_sizes(root, path).values())
                     dead.append(Leftover(path, size, partial(_remove_attempt, root, path)))
     return dead
 
 
 def _remove_attempt(root: Root, path: str) -> str:
-    storage.remove(root, path)
-    storage.abort_uploads(root, path)
+    store.remove(root, path)
+    store.abort_uploads(root, path)
     return ""

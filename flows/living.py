@@ -15,11 +15,11 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from flows.runs import committed_of, find_run
-from infra import manifests, storage
 from infra.errors import CallerError
-from infra.manifests import Committed
-from infra.removals import FOLDER, Removals, entry_names, gather, read_entry, read_removals
-from infra.storage import Root
+from infra.storage import manifests, store
+from infra.storage.manifests import Committed
+from infra.storage.removal_log import FOLDER, Removals, entry_names, gather, read_entry, read_removals
+from infra.storage.store import Root
 
 if TYPE_CHECKING:
     from indexing.view import Segment, View
@@ -91,7 +91,7 @@ def merged_away(root: Root) -> list[Committed]:
 
 
 def _with_merged(root: Root) -> list[tuple[Committed, bool]]:
-    found = [each for key in storage.list_names(root, ADDITIONS) if (each := manifests.find(root, ADDITIONS, key))]
+    found = [each for key in store.list_names(root, ADDITIONS) if (each := manifests.find(root, ADDITIONS, key))]
     # By content, which compaction may have changed since; the same pictures may be added again later.
     since = {digest: str(each.manifest["started"]) for each in found for digest in each.manifest.get("merged_from", ())}
     ordered = sorted(found, key=lambda each: str(each.manifest["finished"]))

@@ -12,7 +12,7 @@ import typer
 
 from flows.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, open_for, print_json, run_name, say
 from infra.errors import CallerError, UnclipError
-from infra.storage import Root
+from infra.storage.store import Root
 
 STILL = "Say what would run, with parameters, memory and FLOPs of its models, and run nothing."
 
@@ -82,8 +82,8 @@ def status(
     from flows.planning import plan, stages_of
     from flows.runs import plan_summary
     from flows.stages import STAGES
-    from infra import manifests
     from infra.errors import StorageError
+    from infra.storage import manifests
 
     config, _ = load_config(recipe, overrides)
     opened = open_for(root, for_writing=False)
@@ -170,7 +170,7 @@ def make(
     from flows.runs import summary, write_run
     from flows.stage import StageResult
     from flows.stages import STAGES
-    from infra import manifests
+    from infra.storage import manifests
 
     chosen = run_name(recipe, name)
     started = manifests.now()
@@ -196,7 +196,7 @@ def _run_flow(
 ) -> dict[str, Any]:
     """Run the flow with Prefect's, Ray's and other chatter in a log file, and return its result."""
     from flows.prefect_server import prefect_server
-    from infra.terminal import noting_interrupts, quiet_terminal
+    from infra.console.log_redirect import noting_interrupts, quiet_terminal
 
     logs = (opened.folder or opened.scratch) / "logs"
     with noting_interrupts(), quiet_terminal(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:

@@ -17,7 +17,7 @@ from infra.errors import CallerError
 if TYPE_CHECKING:
     import numpy as np
 
-    from infra.manifests import Committed
+    from infra.storage.manifests import Committed
     from training.generate import Unclip
 
 Steps = Annotated[int, typer.Option("--steps", min=1, max=1000, help="DDIM steps, both down to noise and back up.")]

@@ -17,11 +17,11 @@ from flows import adding
 from flows.leftovers import remove_leftovers
 from flows.living import ADDITIONS, lineage, merged_away
 from flows.placement import place
-from infra import manifests, storage
-from infra.locks import lock_file, reading_file, unread_lock, writer_lock
-from infra.manifests import MANIFEST, Committed
-from infra.storage import Root
-from infra.temporary import writing_folder
+from infra.storage import manifests, store
+from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
+from infra.storage.manifests import MANIFEST, Committed
+from infra.storage.store import Root
+from infra.storage.temporary_folders import writing_folder
 
 VECTORS = ("img_emb", "text_emb")
 
@@ -34,9 +34,9 @@ def merge(root: Root, run: str | None, say: Callable[[str], None]) -> tuple[Comm
     """
     remove_leftovers(root)
     with ExitStack() as held:
-        for key in sorted(storage.list_names(root, ADDITIONS)):
+        for key in sorted(store.list_names(root, ADDITIONS)):
             name = f"{ADDITIONS}/{key}"
-            held.enter_context(storage.one_line_errors(root.scratch))
+            held.enter_context(store.one_line_errors(root.scratch))
             held.enter_context(writer_lock(lock_file(root.scratch, ADDITIONS, key), name, say))
             held.enter_context(unread_lock(reading_file(root.scratch, ADDITIONS, key), name, say))
         clear(root)
@@ -84,5 +84,5 @@ def gather(folders: Sequence[Path], out: Path, fingerprint: str, clip_key: str) 
 def clear(root: Root) -> None:
     """Remove the additions that a merged one has taken the place of, their manifests first."""
     for each in merged_away(root):
-        storage.remove(root, f"{ADDITIONS}/{each.key}/{MANIFEST}")
-        storage.remove(root, f"{ADDITIONS}/{each.key}")
+        store.remove(root, f"{ADDITIONS}/{each.key}/{MANIFEST}")
+        store.remove(root, f"{ADDITIONS}/{each.key}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infra.errors import CallerError
-from infra.storage import Root, open_root
+from infra.storage.store import Root, open_root
 
 if TYPE_CHECKING:  # its sections import torch and faiss
     from flows.config import RunConfig

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.fetch import PASSING
-from infra.tables import DROPPED, URLS, open_parquet
+from infra.schemas import DROPPED, URLS, open_parquet
 
 GROUP_ROWS = 65_536
 
@@ -126,7 +126,7 @@ def _statuses(shards: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _numbers(keys: pa.ChunkedArray) -> np.ndarray:
-    """Return sample keys, 16 hex digits each (`infra.tables.sample_key`), as the numbers that they are."""
+    """Return sample keys, 16 hex digits each (`infra.schemas.sample_key`), as the numbers that they are."""
     return np.frombuffer(bytes.fromhex("".join(keys.to_pylist())), ">u8").astype(np.uint64)
 
 

@@ -28,12 +28,12 @@ from flows.schedule import notify_block
 from flows.stage import Stage, StageResult, inputs_of
 from flows.stages import STAGES
 from flows.submission import submit_stage
-from infra import manifests
-from infra.cluster import Cluster
+from infra.compute.cluster import Cluster
+from infra.console.log_redirect import INTERRUPTED
+from infra.console.progress import duration
 from infra.errors import StorageAwayError, UnclipError
-from infra.progress import duration
-from infra.storage import Root, open_root
-from infra.terminal import INTERRUPTED
+from infra.storage import manifests
+from infra.storage.store import Root, open_root
 
 RETRIES, STORE_RETRIES = 2, 4
 RETRY_AFTER_S = [5.0, 30.0, 120.0, 300.0]

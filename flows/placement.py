@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from infra.manifests import sync
+from infra.storage.manifests import sync
 
 
 def put(aside: Path, names: Sequence[str], folder: Path) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.stage import Stage, StagePlan, inputs_of, key_of, sections_of
-from infra import manifests, storage
 from infra.errors import CallerError
-from infra.manifests import Committed
-from infra.storage import Root
+from infra.storage import manifests, store
+from infra.storage.manifests import Committed
+from infra.storage.store import Root
 
 
 def stages_of(config: Any, targets: Sequence[str], stages: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -54,7 +54,7 @@ def kept(root: Root, config: Any, stage: Stage, trained: Mapping[str, str]) -> C
     section = getattr(config, stage.name, None) if stage.parameters else None
     if getattr(section, "retrain", "") != "never":
         return None
-    found = [manifests.find(root, stage.name, key) for key in storage.list_names(root, stage.name)]
+    found = [manifests.find(root, stage.name, key) for key in store.list_names(root, stage.name)]
     sections = sections_of(stage, config)
     fitting = [
         each

@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flows.grid import labelled
-from infra.storage import one_line_errors
+from infra.storage.store import one_line_errors
 
 
 def write_pictures(

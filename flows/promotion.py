@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from infra import manifests, storage
 from infra.errors import CallerError, StorageError
-from infra.manifests import Committed
-from infra.storage import Root
+from infra.storage import manifests, store
+from infra.storage.manifests import Committed
+from infra.storage.store import Root
 
 CURRENT = "current.json"
 NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
@@ -28,13 +28,13 @@ def settle(root: Root, conditions: Sequence[str], record: Mapping[str, Any], com
     """
     if not conditions or "evaluate" not in committed:
         return None
-    found = storage.read_json(root, CURRENT)
+    found = store.read_json(root, CURRENT)
     before = manifests.find(root, "evaluate", found["stages"]["evaluate"]) if found else None
     verdicts = judge(_report(committed["evaluate"]), conditions, _report(before) if before else None)
     promoted = all(verdict["holds"] for verdict in verdicts)
     result = {"promoted": promoted, "conditions": verdicts}
     if promoted:
-        storage.write_json(root, CURRENT, {**record, **result, "promoted_at": manifests.now()})
+        store.write_json(root, CURRENT, {**record, **result, "promoted_at": manifests.now()})
     return result
 
 
@@ -99,7 +99,7 @@ def described(judgement: Mapping[str, Any]) -> str:
 
 
 def _report(committed: Committed) -> dict[str, Any]:
-    report: dict[str, Any] | None = storage.read_json(committed.root, f"{committed.path}/report.json")
+    report: dict[str, Any] | None = store.read_json(committed.root, f"{committed.path}/report.json")
     if report is None:
         raise StorageError(f"{committed.uri} has no report.json: remove that folder and run again")
     return report

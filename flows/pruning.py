@@ -14,9 +14,9 @@ import typer
 
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
 from flows.promotion import CURRENT
-from infra import manifests, storage
-from infra.manifests import Committed
-from infra.storage import Root
+from infra.storage import manifests, store
+from infra.storage.manifests import Committed
+from infra.storage.store import Root
 
 if TYPE_CHECKING:
     from flows.leftovers import Leftover
@@ -71,7 +71,7 @@ def unused(root: Root, before: datetime) -> list[Committed]:
 
     made = [stage.name for stage in STAGES]
     there = {
-        (stage, key): found for stage in made for key in storage.list_names(root, stage) if (found := manifests.find(root, stage, key))
+        (stage, key): found for stage in made for key in store.list_names(root, stage) if (found := manifests.find(root, stage, key))
     }
     limit = before.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     young = [name for name, each in there.items() if each.manifest["finished"] >= limit]
@@ -88,8 +88,8 @@ def discard(root: Root, committed: Committed) -> str:
         with locked(root, committed.stage, committed.key):
             if (committed.stage, committed.key) in _named(root):
                 return "a run names it by now"
-            storage.remove(root, f"{committed.stage}/{committed.key}/{manifests.MANIFEST}")
-            storage.remove(root, f"{committed.stage}/{committed.key}")
+            store.remove(root, f"{committed.stage}/{committed.key}/{manifests.MANIFEST}")
+            store.remove(root, f"{committed.stage}/{committed.key}")
             return ""
     except BusyError as busy:
         return str(busy)
@@ -97,17 +97,17 @@ def discard(root: Root, committed: Committed) -> str:
 
 def _named(root: Root) -> set[Folder]:
     """Return what runs, the promoted run and submitted jobs name."""
-    records = [storage.read_json(root, f"runs/{name}") for name in storage.list_names(root, "runs")]
-    named = {item for record in (*records, storage.read_json(root, CURRENT)) if record for item in record["stages"].items()}
-    for name in storage.list_names(root, "jobs"):
-        claim = storage.read_json(root, f"jobs/{name}")
+    records = [store.read_json(root, f"runs/{name}") for name in store.list_names(root, "runs")]
+    named = {item for record in (*records, store.read_json(root, CURRENT)) if record for item in record["stages"].items()}
+    for name in store.list_names(root, "jobs"):
+        claim = store.read_json(root, f"jobs/{name}")
         named |= set((claim or {"inputs": {}})["inputs"].items())
     return named | _claimed(root)
 
 
 def _claimed(root: Root) -> set[Folder]:
     """Return what submitted jobs make."""
-    names = [name.removesuffix(".json").rpartition("-") for name in storage.list_names(root, "jobs")]
+    names = [name.removesuffix(".json").rpartition("-") for name in store.list_names(root, "jobs")]
     return {(stage, key) for stage, _, key in names}
 
 

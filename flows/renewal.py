@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flows.placement import place, put
-from infra.tables import URLS, open_parquet
+from infra.schemas import URLS, open_parquet
 
 SAME = ("image_size_px", "resize", "encode", "images_per_shard", "max_image_bytes", "max_image_pixels", "allow_private", "robots")
 """Fields of [data] that decide what becomes of a URL."""

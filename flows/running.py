@@ -9,13 +9,13 @@ from typing import Any
 from flows.planning import fault, kept
 from flows.stage import Stage, StageJob, StageResult, inputs_of, key_of, sections_of
 from flows.stages import trained_of
-from infra import manifests, storage
-from infra.cluster import Cluster
-from infra.locks import lock_file, reader_lock, reading_file, writer_lock
-from infra.manifests import Committed
-from infra.removals import read_removals
-from infra.storage import Root
-from infra.temporary import writing_folder
+from infra.compute.cluster import Cluster
+from infra.storage import manifests, store
+from infra.storage.locks import lock_file, reader_lock, reading_file, writer_lock
+from infra.storage.manifests import Committed
+from infra.storage.removal_log import read_removals
+from infra.storage.store import Root
+from infra.storage.temporary_folders import writing_folder
 
 
 def run_stage(
@@ -41,7 +41,7 @@ def run_stage(
     key = key_of(stage, config, {name: committed.key for name, committed in given.items()})
     lock = lock_file(root.scratch, stage.name, key)
     with (
-        storage.one_line_errors(root.scratch),
+        store.one_line_errors(root.scratch),
         writer_lock(lock, f"{stage.name} {key}", say),
         _reading(root, given.values(), say) as given_now,
     ):
@@ -54,7 +54,7 @@ def run_stage(
         work.mkdir(parents=True, exist_ok=True)
         previous = _previous(root, stage, key)
         with writing_folder(root.scratch, f"{stage.name}-{key}") as out:
-            with storage.one_line_errors(out), _reading(root, [previous] if previous else [], say):
+            with store.one_line_errors(out), _reading(root, [previous] if previous else [], say):
                 given_too = (read_removals(root), previous)
                 counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster, *given_too))
             assert counts.keys() >= {"in", "out", "dropped"}, f"{stage.name} must count what came in, went out and was dropped"

@@ -8,10 +8,10 @@ from typing import Any
 
 from flows.promotion import CURRENT
 from flows.stage import StagePlan, StageResult
-from infra import manifests, storage
 from infra.errors import CallerError
-from infra.manifests import Committed
-from infra.storage import Root
+from infra.storage import manifests, store
+from infra.storage.manifests import Committed
+from infra.storage.store import Root
 
 REPORT = "report.html"
 
@@ -29,7 +29,7 @@ def write_run(
         "report": report_of(committed),
         "gated": is_gated and "evaluate" in committed,
     }
-    storage.write_json(root, f"runs/{name}.json", record)
+    store.write_json(root, f"runs/{name}.json", record)
     return record
 
 
@@ -43,7 +43,7 @@ def find_run(root: Root, name: str | None = None) -> dict[str, Any]:
 
     Raises CallerError where there is none: a run that its gate did not promote can be had by its name alone.
     """
-    found: dict[str, Any] | None = storage.read_json(root, f"runs/{name}.json" if name else CURRENT)
+    found: dict[str, Any] | None = store.read_json(root, f"runs/{name}.json" if name else CURRENT)
     if found:
         return found
     records = [] if name else _records(root)
@@ -65,7 +65,7 @@ def list_runs(root: Root) -> list[dict[str, Any]]:
     A promoted run whose name another has taken since stands there as it was promoted.
     """
     records = _records(root)
-    followed = storage.read_json(root, CURRENT) or _latest(records)
+    followed = store.read_json(root, CURRENT) or _latest(records)
     listed = [{**each, "followed": followed is not None and _told_apart(each) == _told_apart(followed)} for each in records]
     if followed and not any(each["followed"] for each in listed):
         listed.append({**followed, "followed": True})
@@ -73,8 +73,8 @@ def list_runs(root: Root) -> list[dict[str, Any]]:
 
 
 def _records(root: Root) -> list[dict[str, Any]]:
-    files = [file for file in storage.list_names(root, "runs") if file.endswith(".json")]
-    return [record for record in (storage.read_json(root, f"runs/{file}") for file in files) if record]
+    files = [file for file in store.list_names(root, "runs") if file.endswith(".json")]
+    return [record for record in (store.read_json(root, f"runs/{file}") for file in files) if record]
 
 
 def _latest(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

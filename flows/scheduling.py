@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from flows.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, open_for, print_json, run_name
+from infra.console.log_redirect import terminated
 from infra.errors import CallerError, UnclipError
-from infra.storage import Root
-from infra.terminal import terminated
+from infra.storage.store import Root
 
 Cron = Annotated[str, typer.Option("--cron", metavar="CRON", help='When, as in a crontab: "0 3 * * *" is every night at three.')]
 Every = Annotated[int, typer.Option("--every", metavar="SECONDS", min=0, help="Or every so many seconds, counted from now.")]
@@ -41,7 +41,7 @@ def submit(
 ) -> None:
     """Run the pipeline on a Ray cluster, each stage as a job; the same command joins jobs that a lost driver left, Ctrl-C stops them."""
     from flows.making import make
-    from infra.ray_jobs import JobServer
+    from infra.compute.ray_jobs import JobServer
 
     JobServer(address)  # an address that is none is known at once
     make(recipe, root, name, overrides, None, stages or [], as_json, jobs=address)
@@ -88,7 +88,7 @@ def up(
     as_json: Json = False,
 ) -> None:
     """Start a Prefect server and a worker here, schedule the recipe on them, and stay until interrupted."""
-    from infra.terminal import quiet_terminal
+    from infra.console.log_redirect import quiet_terminal
 
     plan, opened = _plan(recipe, root, name, overrides, address, stages, jobs, cron, every, timezone, False)
     home = (opened.folder or opened.scratch) / "prefect"

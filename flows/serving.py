@@ -22,11 +22,11 @@ from pydantic import Field
 from flows.fetch import FetchError, Rules, fetch_image
 from flows.options import DEFAULT_ROOT, RootUri, open_for
 from flows.using import RunName
-from infra.cluster import Cluster, ClusterConfig
+from infra.compute.cluster import Cluster, ClusterConfig
+from infra.console.log_redirect import quiet_terminal, terminated
 from infra.errors import CallerError
 from infra.settings import Section
-from infra.storage import Root
-from infra.terminal import quiet_terminal, terminated
+from infra.storage.store import Root
 
 if TYPE_CHECKING:
     from flows.living import Lineage

@@ -26,10 +26,10 @@ from flows.packages import package_folder, split_spec
 from flows.pictures import read_package
 from flows.server import url_path
 from flows.url_lists import UrlsSource, read_lists
+from infra.console.progress import Progress
 from infra.errors import CallerError
-from infra.progress import Progress
+from infra.schemas import DROPPED, URLS, sample_key
 from infra.settings import Section
-from infra.tables import DROPPED, URLS, sample_key
 
 BLOCK_ROWS = 100_000
 SERVED = "http://127.0.0.1:80"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from infra import manifests
-from infra.cluster import Cluster
-from infra.manifests import Committed
-from infra.removals import Removals
+from infra.compute.cluster import Cluster
+from infra.storage import manifests
+from infra.storage.manifests import Committed
+from infra.storage.removal_log import Removals
 
 if TYPE_CHECKING:  # the sections live beside torch and faiss, which planning with a given config does not need
     from flows.config import RunConfig

@@ -12,11 +12,11 @@ from flows import stages
 from flows.options import scratch_for
 from flows.running import run_stage
 from flows.stage import key_of
-from infra import manifests, storage
-from infra.cluster import SPIN_COUNT, Cluster
+from infra.compute.cluster import SPIN_COUNT, Cluster
+from infra.compute.ray_jobs import AWAY_EXIT, HOPELESS_EXIT
 from infra.errors import CallerError, DataError, StorageAwayError, UnclipError
-from infra.ray_jobs import AWAY_EXIT, HOPELESS_EXIT
-from infra.storage import Root, open_root
+from infra.storage import manifests, store
+from infra.storage.store import Root, open_root
 
 HOPELESS = (CallerError, DataError, AssertionError, AttributeError, ImportError, NameError, NotImplementedError, TypeError)
 
@@ -51,7 +51,7 @@ def run(root: Root, stage_name: str, key: str, attempt: int) -> None:
 
 def check_claim(root: Root, stage: str, key: str, attempt: int) -> dict[str, Any]:
     """Return the claim if it is this attempt's; raises UnclipError where a later attempt has it or the work is done."""
-    claim: dict[str, Any] | None = storage.read_json(root, claim_name(stage, key))
+    claim: dict[str, Any] | None = store.read_json(root, claim_name(stage, key))
     if claim is None or claim["attempt"] != attempt:
         later = f"attempt {claim['attempt']} has taken over" if claim else "its claim has gone"
         raise UnclipError(f"attempt {attempt} of {stage} {key} is fenced off, {later}: nothing is committed")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.stage import UPSAMPLERS, Counts, Stage, StageJob
-from infra import cluster, manifests
-from infra.manifests import Committed
+from infra.compute import cluster
+from infra.storage import manifests
+from infra.storage.manifests import Committed
 
 if TYPE_CHECKING:  # the sections live beside torch and faiss, which planning with a given config does not need
     from flows.config import RunConfig

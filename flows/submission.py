@@ -16,11 +16,11 @@ from typing import Any
 from flows.planning import fault, kept
 from flows.stage import Stage, StageResult, inputs_of, key_of
 from flows.stages import trained_of
-from infra import manifests, storage
-from infra.cluster import StageResources
-from infra.manifests import Committed
-from infra.ray_jobs import Job, JobServer
-from infra.storage import Root
+from infra.compute.cluster import StageResources
+from infra.compute.ray_jobs import Job, JobServer
+from infra.storage import manifests, store
+from infra.storage.manifests import Committed
+from infra.storage.store import Root
 
 CODE = Path(__file__).parent.parent
 ENTRYPOINT = "flows.stage_job"
@@ -50,15 +50,15 @@ def submit_stage(
     if made:
         return StageResult(stage.name, key, "current", time.monotonic() - clock, made)
     name = claim_name(stage.name, key)
-    before = storage.read_json(root, name)
+    before = store.read_json(root, name)
 
     def claim(number: int) -> int:
         content = {"attempt": number, "config": config.model_dump(mode="json"), "inputs": {n: each.key for n, each in given.items()}}
 
         def later(old: bytes | None) -> bytes | None:
-            return storage.json_bytes(content) if old is None or json.loads(old)["attempt"] < number else None
+            return store.json_bytes(content) if old is None or json.loads(old)["attempt"] < number else None
 
-        kept_now = storage.change_bytes(root, name, later)
+        kept_now = store.change_bytes(root, name, later)
         assert kept_now is not None, "where no claim was, ours is now"
         return int(json.loads(kept_now)["attempt"])
 
@@ -76,7 +76,7 @@ def submit_stage(
     JobServer(address).run(job, before["attempt"] if before else 0, claim, lambda: current() is not None, lambda line: say(line))
     made = current()
     assert made, "the job ends when the stage is current"
-    storage.remove(root, name)
+    store.remove(root, name)
     return StageResult(stage.name, key, "ran", time.monotonic() - clock, made)
 
 

@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.tracing import trace
-from infra import manifests, storage
-from infra.manifests import Committed
-from infra.removals import NAMES, Removals, gather, read_entries, write_removal
-from infra.storage import Root
+from infra.storage import manifests, store
+from infra.storage.manifests import Committed
+from infra.storage.removal_log import NAMES, Removals, gather, read_entries, write_removal
+from infra.storage.store import Root
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ MODEL_FILE = "weights.safetensors"
 def committed_folders(root: Root, stages: Sequence[str]) -> Iterator[Committed]:
     """Yield every committed folder of the stages, whether a run still names it or not."""
     for stage in stages:
-        for key in storage.list_names(root, stage):
+        for key in store.list_names(root, stage):
             found = manifests.find(root, stage, key)
             if found:
                 yield found
@@ -116,7 +116,7 @@ def trained_into(root: Root, removals: Removals) -> list[dict[str, str]]:
 
 def models(root: Root) -> list[Committed]:
     """Return every model in ROOT."""
-    stages = [stage for stage in storage.list_names(root, "") if stage not in (*TABLES, "index", *NO_STAGES)]
+    stages = [stage for stage in store.list_names(root, "") if stage not in (*TABLES, "index", *NO_STAGES)]
     return [each for each in committed_folders(root, stages) if any(file["path"] == MODEL_FILE for file in each.manifest["files"])]
 
 

@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.leftovers import path_of
-from infra import storage
-from infra.patience import patiently
-from infra.removals import FOLDER, NAMES, Removals
-from infra.storage import Root
+from infra.storage import store
+from infra.storage.removal_log import FOLDER, NAMES, Removals
+from infra.storage.retry import patiently
+from infra.storage.store import Root
 
 HEAD_BYTES = 512
 USTAR_AT = 257
@@ -50,7 +50,7 @@ def trace(root: Root, sought: Removals) -> Traces:
     holding, unreadable = [], []
     for path, opened in _files(root):
         try:
-            with storage.one_line_errors(root.uri):
+            with store.one_line_errors(root.uri):
                 if patiently(partial(_opened_holds, opened, sought)):
                     holding.append(path)
         except FileNotFoundError:
@@ -117,7 +117,7 @@ def _table_holds(table: pa.Table, sought: Removals) -> bool:
 
 def _digest(file: Any) -> str:
     digest = hashlib.sha256()
-    while piece := file.read(storage.PIECE_BYTES):
+    while piece := file.read(store.PIECE_BYTES):
         digest.update(piece)
     return digest.hexdigest()
 
@@ -132,6 +132,6 @@ def _files(root: Root) -> Iterator[tuple[str, Callable[[], Any]]]:
             for path in (Path(parent) / name for name in sorted(names)):
                 if path.is_file() and not path.is_symlink() and path.parent != folder / FOLDER:
                     yield path_of(root, path), partial(path.open, "rb")
-    for name in storage.file_sizes(root, "") if root.folder is None else ():
+    for name in store.file_sizes(root, "") if root.folder is None else ():
         if not name.startswith(f"{FOLDER}/"):
-            yield name, partial(root.fs.open, storage.join(root, name), "rb")
+            yield name, partial(root.fs.open, store.join(root, name), "rb")

@@ -16,8 +16,8 @@ import pyarrow.csv
 from pydantic import Field
 
 from infra.errors import CallerError, DataError
+from infra.schemas import open_parquet
 from infra.settings import Section
-from infra.tables import open_parquet
 
 BATCH_ROWS = 10_000
 PIECE_BYTES = 1 << 20

@@ -11,8 +11,8 @@ import typer
 
 from flows.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
 from infra.errors import CallerError
-from infra.manifests import Committed
-from infra.storage import Root
+from infra.storage.manifests import Committed
+from infra.storage.store import Root
 
 if TYPE_CHECKING:
     from training.generate import Unclip

@@ -14,7 +14,7 @@ from indexing.duplicates import SHOWN_COPIES, SHOWN_GROUPS, show
 from indexing.embeddings import read_facts, read_metadata
 from indexing.intervals import Figure, wilson
 from indexing.sections import ReportSection, picture, section, table
-from infra.tables import EMBEDDED
+from infra.schemas import EMBEDDED
 
 REASONS = {
     "equal": "equal bytes",

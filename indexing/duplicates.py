@@ -26,10 +26,10 @@ from indexing.generation import EncodeImages
 from indexing.looks import LOOK_PX, PLACE, Looks, look_at
 from indexing.pictures import Pixels, read_picture, sheet, write_png
 from indexing.view import hashes_of
+from infra.compute.memory import PeakMemory
 from infra.errors import DataError
-from infra.memory import PeakMemory
+from infra.schemas import EMBEDDED, open_parquet
 from infra.settings import Section
-from infra.tables import EMBEDDED, open_parquet
 
 REASONS = ("", "equal", "alike", "near", "evaluation_equal", "evaluation_alike", "evaluation_near")
 """Why a pair goes; the last three for an evaluation picture."""

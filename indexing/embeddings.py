@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infra.errors import DataError
-from infra.tables import open_parquet
+from infra.schemas import open_parquet
 
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]

@@ -25,8 +25,8 @@ from indexing.subject import Subject
 from indexing.suite import SuiteConfig
 from indexing.typographic import TypographicConfig
 from indexing.zero_shot import class_embeddings, member_scores, score
+from infra.schemas import SPLITS
 from infra.settings import Section
-from infra.tables import SPLITS
 
 HELD_OUT = tuple(split for split in SPLITS if split != "train")
 EXAMPLES, EXAMPLE_RESULTS = 6, 5

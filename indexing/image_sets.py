@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from indexing.pictures import Pixels, Square, square
 from infra.errors import CallerError, DataError
-from infra.tables import open_parquet
+from infra.schemas import open_parquet
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 LARGEST_BYTES = 20 * 2**20

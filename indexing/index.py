@@ -28,10 +28,10 @@ from indexing.embeddings import CHUNK_ROWS, Floats, Rows, chunks, open_parts, pa
 from indexing.factories import add, building_bytes, cells_of, checked, choose_factory, hot_bytes, train
 from indexing.lists import Spread
 from indexing.tuning import DEPTHS, Effort, Sample, Selection
+from infra.compute.memory import PeakMemory
 from infra.errors import CallerError, DataError
-from infra.memory import PeakMemory
+from infra.schemas import EMBEDDED, open_parquet
 from infra.settings import Section
-from infra.tables import EMBEDDED, open_parquet
 
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
@@ -277,7 +277,7 @@ class Index:
         return tuning.search(index, queries, min(k, allowed.count), effort, selection)
 
     def metadata(self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names) -> list[dict[str, Any]]:
-        """Return the metadata (schema infra.tables.EMBEDDED) of the rows, in their order. Raises IndexError outside 0..count-1."""
+        """Return the metadata (schema infra.schemas.EMBEDDED) of the rows, in their order. Raises IndexError outside 0..count-1."""
         return [self.facts_of(int(row), columns) for row in self._inside(rows)]
 
     def facts_of(self, row: int, columns: Sequence[str]) -> dict[str, Any]:

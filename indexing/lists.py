@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from indexing.embeddings import Rows, chunks, open_rows
 from indexing.factories import checked
 from indexing.layers import finer, layers, nearest_cells, rotate_exactly
-from infra.memory import PeakMemory
+from infra.compute.memory import PeakMemory
 
 SHARES = 64
 """Into at most so many pieces of work the files are put: each holds a copy of the trained index, in a file, while the index is built."""

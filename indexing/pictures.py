@@ -26,7 +26,7 @@ INK, PAPER = (34, 37, 43), (255, 255, 255)
 
 
 def read_picture(row: Mapping[str, Any], shards: Path, side_px: int) -> Pixels:
-    """Read the picture of a row (schema infra.tables.KEEP) as a square of that side: on white where it is transparent or not square.
+    """Read the picture of a row (schema infra.schemas.KEEP) as a square of that side: on white where it is transparent or not square.
 
     Raises DataError where the shard does not hold it.
     """

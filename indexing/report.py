@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from indexing import charts, plots
-from infra.progress import duration
+from infra.console.progress import duration
 
 HERE = Path(__file__).parent
 CURVE_POINTS = 240

@@ -19,8 +19,8 @@ from indexing.pictures import Square, read_picture, square
 from indexing.uploads import decode
 from indexing.view import Hit, Segment, View
 from indexing.zero_shot import EncodeTexts
-from infra.removals import Removals
 from infra.settings import Section
+from infra.storage.removal_log import Removals
 
 POLL_S = 1.0
 THUMBNAILS_BYTES = 64 << 20

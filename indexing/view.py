@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from indexing.embeddings import CHUNK_ROWS, Floats, Rows, unit
 from indexing.index import Allowed, Index, Modality
-from infra.removals import Removals
-from infra.tables import EMBEDDED
+from infra.schemas import EMBEDDED
+from infra.storage.removal_log import Removals
 
 Mask = NDArray[np.bool_]
 Place = tuple[int, int, float]
@@ -50,7 +50,7 @@ class Filter:
 
 
 class Hit(NamedTuple):
-    """One result: where it is, how near, and its metadata (schema infra.tables.EMBEDDED)."""
+    """One result: where it is, how near, and its metadata (schema infra.schemas.EMBEDDED)."""
 
     segment: int
     row: int

@@ -27,7 +27,7 @@ class StorageError(UnclipError, OSError):
 
 
 class StorageAwayError(StorageError):
-    """A store that has failed for a reason that may pass, for longer than `infra/patience.py` waits."""
+    """A store that has failed for a reason that may pass, for longer than `infra/storage/retry.py` waits."""
 
 
 class DataError(UnclipError):

@@ -7,7 +7,7 @@ from prefect import flow
 
 from flows import submission
 from flows.pipeline import run_stages
-from infra.storage import open_root
+from infra.storage.store import open_root
 from tests.fakes import FAKES, FakeConfig, FakeSection
 
 

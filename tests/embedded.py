@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from indexing.embeddings import chunks
 from indexing.factories import add, train
-from infra.tables import EMBEDDED
+from infra.schemas import EMBEDDED
 
 KINDS = (
     "Flat",

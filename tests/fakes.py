@@ -16,10 +16,10 @@ from pydantic import Field
 
 from flows.running import run_stage
 from flows.stage import Counts, Stage, StageJob
-from infra.cluster import Cluster, ClusterConfig
+from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageAwayError
 from infra.settings import Section
-from infra.storage import Root, open_root
+from infra.storage.store import Root, open_root
 
 CHUNKS = 12
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from indexing.held_out import open_embedded
 from indexing.subject import Subject
-from infra.tables import EMBEDDED
+from infra.schemas import EMBEDDED
 
 DIM = 16
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)> & {{ 7 * 7 }}'

@@ -9,10 +9,10 @@ import faiss
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra import manifests, storage
-from infra.manifests import Committed
-from infra.storage import Root, open_root
-from infra.tables import DROPPED, KEEP, URLS
+from infra.schemas import DROPPED, KEEP, URLS
+from infra.storage import manifests, store
+from infra.storage.manifests import Committed
+from infra.storage.store import Root, open_root
 from tests.pictured import usual_rows, write_run
 
 
@@ -70,7 +70,7 @@ def write_root(folder: Path, rows: list[dict[str, Any]] | None = None, uri: str 
     build(section, made["embed"].local(), index)
     commit("index", index, ("embed",), {"index": section.model_dump(mode="json")})
     record = {"name": "drawn", "recipe": "drawn", "started": manifests.now(), "finished": manifests.now()}
-    storage.write_json(root, "runs/drawn.json", record | {"stages": {stage: each.key for stage, each in made.items()}, "report": None})
+    store.write_json(root, "runs/drawn.json", record | {"stages": {stage: each.key for stage, each in made.items()}, "report": None})
     return root
 
 

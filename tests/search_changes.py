@@ -24,11 +24,11 @@ from flows.promotion import CURRENT
 from flows.runs import find_run
 from indexing.embeddings import open_parts, read_metadata
 from indexing.index import IndexConfig, build
-from infra import manifests, storage
-from infra.manifests import Committed
-from infra.removals import write_removal
-from infra.storage import Root, open_root
-from infra.tables import EMBEDDED
+from infra.schemas import EMBEDDED
+from infra.storage import manifests, store
+from infra.storage.manifests import Committed
+from infra.storage.removal_log import write_removal
+from infra.storage.store import Root, open_root
 
 KEYS = 200
 ROUND_S = 0.5
@@ -55,7 +55,7 @@ class Changes:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work)
         if self.root:
-            self._before = storage.read_json(self.root, CURRENT)
+            self._before = store.read_json(self.root, CURRENT)
             self._first = find_run(self.root)
             view, _ = living.open_view(self.root, None)
             self._whole = frozenset(key for segment in view.segments for key in segment.index.column("key").to_pylist())
@@ -76,8 +76,8 @@ class Changes:
         if self._thread.ident:
             self._thread.join()
         if self.root:
-            storage.remove(self.root, f"runs/{RUN}.json")
-            storage.write_json(self.root, CURRENT, self._before) if self._before else storage.remove(self.root, CURRENT)
+            store.remove(self.root, f"runs/{RUN}.json")
+            store.write_json(self.root, CURRENT, self._before) if self._before else store.remove(self.root, CURRENT)
 
     def may_be_gone(self, key: str, answered: float) -> bool:
         """Say whether a sample's take-down had begun when an answer came."""
@@ -117,7 +117,7 @@ class Changes:
                     self.counts["merged"] += merging.merge(self.root, None, lambda _: None)[1]
                 if number % 8 == 0:
                     record = self._second if self.counts["swapped"] % 2 == 0 else self._first
-                    storage.write_json(self.root, CURRENT, {**record, "promoted_at": manifests.now()})
+                    store.write_json(self.root, CURRENT, {**record, "promoted_at": manifests.now()})
                     self.counts["swapped"] += 1
                 if self.compacts and number % 40 == 20:
                     self.counts["compacted"] += len(compact(self.root, lambda _: None))
@@ -157,7 +157,7 @@ def second_run(root: Root, first: dict[str, Any]) -> tuple[dict[str, Any], froze
     half = manifests.commit(root, "embed", name, out, facts_of(count, {}) | inputs)
     index = commit_index(root, name, half, section)
     record = {**first, "name": RUN, "stages": {**first["stages"], "embed": half.key, "index": index.key}, "finished": manifests.now()}
-    storage.write_json(root, f"runs/{RUN}.json", record | {"gated": True})
+    store.write_json(root, f"runs/{RUN}.json", record | {"gated": True})
     return record, frozenset(table["key"].to_pylist())
 
 
@@ -195,7 +195,7 @@ def make_root(folder: Path, rows: int, dim: int) -> None:
     made["index"] = commit_index(root, "index-drawn", made["embed"], IndexConfig())
     stages = {stage: each.key for stage, each in made.items()}
     record = {"name": "drawn", "recipe": "drawn", "started": manifests.now(), "finished": manifests.now(), "report": None}
-    storage.write_json(root, "runs/drawn.json", record | {"stages": stages})
+    store.write_json(root, "runs/drawn.json", record | {"stages": stages})
 
 
 def write_drawn(folder: Path, rows: int, dim: int, prefix: str, clip: str, seed: int) -> list[str]:

@@ -16,7 +16,7 @@ from indexing.app import make_app
 from indexing.index import Index, IndexConfig, build
 from indexing.service import Encoders, Opened, Parts, ServeConfig, Service
 from indexing.view import Segment
-from infra.removals import Removals
+from infra.storage.removal_log import Removals
 from tests import pictured
 
 CLIP = hashlib.sha256(b"the drawn CLIP").hexdigest()

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import torch
 
 from flows.runs import write_run
-from infra import manifests, storage
-from infra.manifests import Committed
-from infra.storage import Root
-from infra.tables import EMBEDDED
+from infra.schemas import EMBEDDED
+from infra.storage import manifests, store
+from infra.storage.manifests import Committed
+from infra.storage.store import Root
 from training.clip import CLIP, ClipConfig
 from training.decoder import Decoder, DecoderConfig
 from training.jobs import write_model
@@ -61,7 +61,7 @@ def write_embeddings(folder: Path, count: int = 40) -> Path:
 
 def write_root(folder: Path) -> Root:
     """Return a ROOT with the record of a run `small` of these models and embeddings."""
-    root = storage.open_root(str(folder / "root"))
+    root = store.open_root(str(folder / "root"))
     made = write_system(folder / "made")
     write_embeddings(made / "embed")
     committed: dict[str, Committed] = {}

@@ -20,9 +20,10 @@ import pytest
 import torch
 
 from flows.options import scratch_for
-from infra import manifests, storage
-from infra.manifests import MANIFEST, Committed
-from infra.storage import Root
+from infra.storage import manifests
+from infra.storage import store as storage
+from infra.storage.manifests import MANIFEST, Committed
+from infra.storage.store import Root
 from tests.hostile_server import Server
 from tests.machines import Machine, Machines
 from tests.ray_cluster import HERE, RayCluster

@@ -17,8 +17,8 @@ from flows.cli import main
 from flows.grid import GAP_PX
 from flows.png import write_pictures
 from flows.runs import find_run, write_run
-from infra import storage
 from infra.errors import CallerError
+from infra.storage import store
 from tests import fake_cli
 from tests.fakes import FAKES, FakeConfig, FakeSection, run_all
 
@@ -124,7 +124,7 @@ def test_status_says_missing_then_current_then_stale_and_why(fakes: Path, capsys
 
     assert states() == [("missing", "")] * 4
     assert not (fakes / "unclip-data").exists()
-    run_all(storage.open_root("unclip-data"), FakeConfig(data=FakeSection(word="x")))
+    run_all(store.open_root("unclip-data"), FakeConfig(data=FakeSection(word="x")))
     assert states() == [("current", "")] * 4
     assert states("--set", "data.word=y")[:2] == [("stale", "[data] word: 'x' -> 'y'"), ("stale", "data changed")]
     code, out, _ = ran(capsys, "status", "fake.toml", "--set", "data.word=y")
@@ -132,7 +132,7 @@ def test_status_says_missing_then_current_then_stale_and_why(fakes: Path, capsys
 
 
 def test_status_with_checksums_finds_a_changed_byte(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = run_all(storage.open_root("unclip-data"), FakeConfig(data=FakeSection(word="x")))
+    made = run_all(store.open_root("unclip-data"), FakeConfig(data=FakeSection(word="x")))
     assert ran(capsys, "status", "fake.toml", "--checksums")[0] == 0
     file = made["embed"].committed.local() / "parts" / "05.bin"
     file.write_bytes(b"\0" + file.read_bytes()[1:])
@@ -156,7 +156,7 @@ def test_a_dry_run_counts_parameters_and_runs_nothing(
 
 
 def test_a_run_that_is_current_records_itself_and_needs_no_prefect(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = storage.open_root("unclip-data")
+    root = store.open_root("unclip-data")
     made = run_all(root, FakeConfig(data=FakeSection(word="x")))
     code, out, err = ran(capsys, "run", "fake.toml", "--json", "--name", "second")
     assert (code, err) == (0, "") and {each["state"] for each in json.loads(out)["stages"]} == {"current"}
@@ -165,7 +165,7 @@ def test_a_run_that_is_current_records_itself_and_needs_no_prefect(fakes: Path, 
 
 
 def test_runs_are_listed_the_last_finished_first(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = storage.open_root("unclip-data")
+    root = store.open_root("unclip-data")
     code, out, err = ran(capsys, "runs")
     assert (code, out) == (0, "") and "has no run: make one with `unclip run quickstart" in err
     write_run(root, "first", "r.toml", "", {})
@@ -179,7 +179,7 @@ def test_runs_are_listed_the_last_finished_first(fakes: Path, capsys: pytest.Cap
 
 
 def test_the_latest_run_is_the_one_that_finished_last(tmp_path: Path) -> None:
-    root = storage.open_root(str(tmp_path))
+    root = store.open_root(str(tmp_path))
     for name in ("b", "c", "a"):
         write_run(root, name, "r.toml", "", {})
     assert find_run(root)["name"] == "a"

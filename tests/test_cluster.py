@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from infra.cluster import Cluster, ClusterConfig, spread
+from infra.compute.cluster import Cluster, ClusterConfig, spread
 from infra.errors import UnclipError
 
 HERE = Path(__file__).parent.parent
 SMALL = ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20)
 USE = """
 import os, signal, sys
-from infra.cluster import Cluster, ClusterConfig
+from infra.compute.cluster import Cluster, ClusterConfig
 with Cluster(ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20)) as cluster:
     assert "ray" not in sys.modules
     cluster.start()
@@ -58,7 +58,7 @@ def test_ray_is_quiet_and_leaves_with_its_run(killed: bool) -> None:
 
 
 def test_a_cluster_that_is_never_needed_never_imports_ray() -> None:
-    code = "import sys\nfrom infra.cluster import *\nwith Cluster(ClusterConfig()): pass\nprint('ray' in sys.modules)"
+    code = "import sys\nfrom infra.compute.cluster import *\nwith Cluster(ClusterConfig()): pass\nprint('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout == "False\n"
 
 

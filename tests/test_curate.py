@@ -17,7 +17,7 @@ import pytest
 from flows import curate
 from flows.curate import RANK, CurateConfig, clean, keepers, split_of
 from infra.errors import DataError
-from infra.tables import DROPPED, KEEP
+from infra.schemas import DROPPED, KEEP
 from tests.hostile_server import encoded, picture
 
 Row = dict[str, Any]

@@ -11,7 +11,7 @@ from flows import downloads
 from flows.downloads import MAX_LOSSES, Downloads
 from flows.submission import default_resources
 from flows.workers import Feed, Worker, Workers
-from infra.cluster import ClusterConfig
+from infra.compute.cluster import ClusterConfig
 from infra.errors import DataError, UnclipError
 from tests.test_ingest import config_for
 from tests.test_renewal import INGEST, OnlyData

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from infra.cluster import ClusterConfig
+from infra.compute.cluster import ClusterConfig
 from infra.errors import CallerError
-from infra.tables import KEEP
+from infra.schemas import KEEP
 from tests.kept import TINY
 from training import embed, embeddings, soundness
 from training.clip import CLIP

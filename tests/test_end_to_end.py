@@ -17,7 +17,7 @@ from PIL import Image
 from flows.config import load_recipe
 from flows.planning import plan, stages_of
 from flows.stages import STAGES
-from infra import storage
+from infra.storage import store
 from tests.test_stages import assert_whole
 from tests.tiny import LIMIT_S, RECIPE, prepare, ran, start
 
@@ -69,11 +69,11 @@ def kill(process: "subprocess.Popen[str]", line: str, delay_s: float) -> None:
 
 def test_a_killed_run_ends_with_every_stage_current_and_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    root = storage.open_root("root", for_writing=False)
+    root = store.open_root("root", for_writing=False)
     config = load_recipe("tiny.toml")
     stages = stages_of(config, (), STAGES)
     assert [each.state for each in plan(root, config, stages)] == ["current"] * len(stages)
-    assert all(len(storage.list_names(root, stage.name)) == 1 for stage in stages)  # every key was made once
+    assert all(len(store.list_names(root, stage.name)) == 1 for stage in stages)  # every key was made once
     assert list((folder / "root" / "work" / "aside").iterdir()) == []
 
 
@@ -119,10 +119,10 @@ def test_generate_draws_the_same_for_the_same_seed(folder: Path) -> None:
 
 
 def test_a_recipe_with_a_mistake_is_one_line_and_changes_nothing(folder: Path) -> None:
-    root = storage.open_root(str(folder / "root"), for_writing=False)
-    before = {name: storage.list_names(root, name) for name in STAGE_NAMES}
+    root = store.open_root(str(folder / "root"), for_writing=False)
+    before = {name: store.list_names(root, name) for name in STAGE_NAMES}
     (folder / "bad.toml").write_text('extends = "tiny.toml"\n[clip]\nwidht = 3\n')
     code, out, err = ran(folder, "run", "bad.toml", "--root", "root")
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith("unclip: bad.toml: [clip] widht: no such key, did you mean width?")
-    assert before == {name: storage.list_names(root, name) for name in STAGE_NAMES}
+    assert before == {name: store.list_names(root, name) for name in STAGE_NAMES}

@@ -16,7 +16,7 @@ from flows.export import write_export
 from flows.model_card import card, plain
 from flows.runs import committed_of, find_run
 from infra.errors import CallerError, StorageError
-from infra.storage import Root
+from infra.storage.store import Root
 from tests.small_systems import write_root
 from training.generate import Unclip
 from training.jobs import write_model

@@ -18,10 +18,10 @@ from indexing.embeddings import part_files
 from indexing.factories import building_bytes, hot_bytes, train
 from indexing.index import MODALITIES, Index, IndexConfig, build
 from indexing.tuning import Effort, brute_force, effort_for, recalls, search
-from infra import manifests
-from infra.cluster import Cluster, ClusterConfig, spread
+from infra.compute.cluster import Cluster, ClusterConfig, spread
 from infra.errors import CallerError, DataError
-from infra.removals import Removals
+from infra.storage import manifests
+from infra.storage.removal_log import Removals
 from tests.embedded import KINDS, cut, exact, made, uneven, vectors, write_embed
 
 COUNT, DIM = 1500, 32

@@ -24,7 +24,7 @@ from flows import curate, downloads, ingest, sources, workers
 from flows.curate import CurateConfig
 from flows.sources import DataConfig
 from infra.errors import CallerError, DataError, StorageError
-from infra.tables import DROPPED, URLS
+from infra.schemas import DROPPED, URLS
 from tests.hostile_server import Server, picture
 from tests.picture_packages import use_fake_npm
 

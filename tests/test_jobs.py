@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infra.cluster import Cluster, ClusterConfig
+from infra.compute.cluster import Cluster, ClusterConfig
+from infra.console.progress import Progress
 from infra.errors import DataError
-from infra.progress import Progress
 from tests.kept import COUNT, TINY, write_kept, write_tokenizer
 from training import jobs, soundness
 from training.pictures import read_table
@@ -33,7 +33,7 @@ LONG = TINY.model_copy(update={"images": 2_400, "state_every_s": 0.1})
 DRIVER = """
 import sys
 from pathlib import Path
-from infra.cluster import Cluster
+from infra.compute.cluster import Cluster
 from tests.test_jobs import ALONE, LONG, TOKENIZER
 from training import jobs
 root, out, work = map(Path, sys.argv[1:])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flows.runs import write_run as write_record
-from infra import manifests, storage
+from infra.storage import manifests, store
 from tests import pictured
 from tests.small_systems import write_system
 from tests.test_cli import ran
@@ -17,7 +17,7 @@ from tests.test_cli import ran
 
 def write_root(folder: Path, rows: list[dict[str, Any]]) -> str:
     """Write a ROOT with the record of a run `small` over these pairs and return where it is."""
-    root, made = storage.open_root(str(folder / "root")), write_system(folder / "made")
+    root, made = store.open_root(str(folder / "root")), write_system(folder / "made")
     pictured.write_run(folder / "made" / "run", rows)
     (made / "ingest").mkdir()
     (made / "run" / "shards").rename(made / "ingest" / "shards")

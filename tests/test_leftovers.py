@@ -20,10 +20,10 @@ from flows.cli import main
 from flows.compaction import compact
 from flows.leftovers import leftovers, remove_leftovers, unfinished
 from flows.taking_down import by_values, find, take_down, verify
-from infra import manifests, storage
-from infra.locks import lock_file
-from infra.storage import Root, open_root
-from infra.temporary import writing_folder
+from infra.storage import manifests, store
+from infra.storage.locks import lock_file
+from infra.storage.store import Root, open_root
+from infra.storage.temporary_folders import writing_folder
 from tests.pictured import row, write_run
 from tests.rooted import committed, write_root
 
@@ -198,7 +198,7 @@ def test_a_folder_whose_remover_was_killed_is_named_and_goes_unless_somebody_mak
 HOLDER = """
 import sys
 from pathlib import Path
-from infra.locks import writer_lock
+from infra.storage.locks import writer_lock
 with writer_lock(Path(sys.argv[1]), "it", print):
     print("held", flush=True)
     sys.stdin.readline()
@@ -250,24 +250,24 @@ def test_on_a_store_what_was_replaced_goes_at_once_and_what_nobody_named_after_a
             return manifests.commit(root, "ingest", key, out, facts, replaces)
 
     first = commit("picture")
-    remove = storage.remove
+    remove = store.remove
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
-        patch.setattr(storage, "remove", killed)
+        patch.setattr(store, "remove", killed)
         commit("blank", first.manifest["attempt"])
-    assert remove is storage.remove and [each.path for each in leftovers(root)] == [first.path]
-    storage.write_bytes(root, f"ingest/{key}/0123456789ab/a.txt", b"on its way")
+    assert remove is store.remove and [each.path for each in leftovers(root)] == [first.path]
+    store.write_bytes(root, f"ingest/{key}/0123456789ab/a.txt", b"on its way")
     remove_leftovers(root)
     now = manifests.find(root, "ingest", key)
-    assert now and set(storage.list_names(root, f"ingest/{key}")) == {"0123456789ab", now.manifest["prefix"], "manifest.json"}
+    assert now and set(store.list_names(root, f"ingest/{key}")) == {"0123456789ab", now.manifest["prefix"], "manifest.json"}
     for path, file in fsspec.filesystem("memory").store.items():
         if "0123456789ab/" in path or now.manifest["prefix"] in path:
             file.created -= timedelta(days=2)
     remove_leftovers(root)
-    assert set(storage.list_names(root, f"ingest/{key}")) == {now.manifest["prefix"], "manifest.json"}
+    assert set(store.list_names(root, f"ingest/{key}")) == {now.manifest["prefix"], "manifest.json"}
     fsspec.filesystem("memory").store.clear()
 
 

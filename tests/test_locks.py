@@ -9,12 +9,12 @@ import threading
 import time
 from pathlib import Path
 
-from infra.locks import writer_lock
+from infra.storage.locks import writer_lock
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from infra.locks import writer_lock
+from infra.storage.locks import writer_lock
 with writer_lock(Path(sys.argv[1]), "clip abc", print):
     if len(sys.argv) > 2 and os.fork() == 0:
         os.write(1, b"%d\\n" % os.getpid())

@@ -11,9 +11,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from infra import manifests, storage
 from infra.errors import DataError, StorageError
-from infra.storage import Root
+from infra.storage import manifests, store
+from infra.storage.store import Root
 
 FACTS = {"counts": {"in": 1, "out": 1, "dropped": {}}, "inputs": {}}
 
@@ -22,9 +22,9 @@ FACTS = {"counts": {"in": 1, "out": 1, "dropped": {}}, "inputs": {}}
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Root]:
     """A local ROOT and an object store."""
     if request.param == "folder":
-        yield storage.open_root(str(tmp_path / "root"))
+        yield store.open_root(str(tmp_path / "root"))
         return
-    yield storage.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
+    yield store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
     fsspec.filesystem("memory").store.clear()
 
 
@@ -39,7 +39,7 @@ def made(root: Root, word: str, name: str = "out") -> Path:
 
 def damaged(committed: manifests.Committed, name: str, data: bytes) -> None:
     """Overwrite a committed file behind the manifest's back."""
-    storage.write_bytes(committed.root, committed.uri.removeprefix(committed.root.uri + "/") + "/" + name, data)
+    store.write_bytes(committed.root, committed.uri.removeprefix(committed.root.uri + "/") + "/" + name, data)
 
 
 def test_a_key_depends_on_every_part_and_on_nothing_else() -> None:
@@ -67,7 +67,7 @@ def test_a_folder_exists_once_committed_with_all_that_lineage_needs(root: Root) 
 
 
 def test_a_folder_without_a_manifest_does_not_exist(root: Root) -> None:
-    storage.write_bytes(root, "clip/k/a.txt", b"half")
+    store.write_bytes(root, "clip/k/a.txt", b"half")
     assert manifests.find(root, "clip", "k") is None and manifests.newest(root, "clip") is None
     committed = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
     assert (committed.local() / "a.txt").read_text() == "x" and manifests.verify(committed) == []
@@ -77,7 +77,7 @@ def test_the_second_writer_finds_the_first_ones_folder_and_leaves_it(root: Root)
     first = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
     second = manifests.commit(root, "clip", "k", made(root, "y", "other"), FACTS)
     assert second.manifest == first.manifest and manifests.verify(second) == []
-    files = set(storage.file_sizes(root, "clip"))
+    files = set(store.file_sizes(root, "clip"))
     assert files == {name for name in files if first.manifest["prefix"] in name} | {"k/manifest.json"}
     assert list((root.scratch / "aside").iterdir()) == []
 
@@ -90,13 +90,13 @@ def test_only_the_attempt_that_is_named_is_replaced(root: Root) -> None:
     found = manifests.find(root, "clip", "k")
     assert found and found.manifest == new.manifest != first.manifest and manifests.verify(found) == []
     assert (found.local() / "a.txt").read_text() == "y"
-    assert len(storage.file_sizes(root, "clip")) == 3 and list((root.scratch / "aside").iterdir()) == []
+    assert len(store.file_sizes(root, "clip")) == 3 and list((root.scratch / "aside").iterdir()) == []
 
 
 @pytest.mark.parametrize(("can_exchange", "kill_at"), [(True, 1), (False, 1), (False, 2)])
 def test_a_writer_that_is_killed_while_it_replaces_a_folder_loses_nothing(tmp_path: Path, can_exchange: bool, kill_at: int) -> None:
     """Killed just before it exchanges the folders, or before each of the two renames where the system cannot exchange."""
-    root = storage.open_root(str(tmp_path / "root"))
+    root = store.open_root(str(tmp_path / "root"))
     first = manifests.commit(root, "clip", "k", made(root, "x", "clip-k-1"), FACTS)
     new = made(root, "y", "clip-k-2")
     child = os.fork()
@@ -160,7 +160,7 @@ def test_damage_is_seen_by_size_and_by_checksum(root: Root) -> None:
     assert manifests.damage(committed) == "" and manifests.verify(committed) == ["deep/b.bin has another checksum"]
     damaged(committed, "deep/b.bin", b"y" * 999)
     assert manifests.damage(committed) == "deep/b.bin has 999 bytes, not 1,000" and manifests.verify(committed) != []
-    storage.remove(root, committed.uri.removeprefix(root.uri + "/") + "/a.txt")
+    store.remove(root, committed.uri.removeprefix(root.uri + "/") + "/a.txt")
     assert manifests.damage(committed) == "a.txt is missing"
 
 
@@ -172,7 +172,7 @@ def test_equal_contents_have_equal_digests(root: Root) -> None:
 
 
 def test_a_download_that_does_not_match_is_refused(tmp_path: Path) -> None:
-    root = storage.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
+    root = store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
     committed = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
     damaged(committed, "a.txt", b"y")
     with pytest.raises(DataError, match=r"a\.txt has another checksum; run again"):
@@ -181,7 +181,7 @@ def test_a_download_that_does_not_match_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_commit_that_fails_leaves_nothing_under_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = storage.open_root(str(tmp_path / "root"))
+    root = store.open_root(str(tmp_path / "root"))
     out = made(root, "x")
 
     def full(folder: Path) -> None:
@@ -194,8 +194,8 @@ def test_a_commit_that_fails_leaves_nothing_under_the_final_name(tmp_path: Path,
 
 
 def test_an_attempt_that_was_killed_before_its_manifest_is_cleared_by_the_next(tmp_path: Path) -> None:
-    root = storage.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
-    storage.write_bytes(root, "clip/k/0123456789ab/a.txt", b"half")
+    root = store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
+    store.write_bytes(root, "clip/k/0123456789ab/a.txt", b"half")
     committed = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
     prefix = committed.manifest["prefix"]
-    assert set(storage.file_sizes(root, "clip/k")) == {"manifest.json", f"{prefix}/a.txt", f"{prefix}/deep/b.bin"}
+    assert set(store.file_sizes(root, "clip/k")) == {"manifest.json", f"{prefix}/a.txt", f"{prefix}/deep/b.bin"}

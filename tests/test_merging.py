@@ -16,8 +16,8 @@ from flows.taking_down import by_values, find, take_down, verify
 from indexing.app import make_app
 from indexing.pictures import read_picture
 from indexing.service import Encoders, ServeConfig, Service
-from infra import manifests, storage
-from infra.storage import Root
+from infra.storage import manifests, store
+from infra.storage.store import Root
 from tests import pictured
 from tests.pictured import direction, encode_images, encode_texts, row
 from tests.rooted import write_root
@@ -69,7 +69,7 @@ def test_what_was_added_is_found_as_before_with_its_pictures_in_one_folder(root:
     assert len(before) == 5
     merged, count = merging.merge(root, None, print)
     assert merged and count == 3 and merged.manifest["counts"]["out"] == 5
-    assert manifests.verify(merged) == [] and storage.list_names(root, "additions") == [merged.key]
+    assert manifests.verify(merged) == [] and store.list_names(root, "additions") == [merged.key]
     assert found(root) == before
     view, _ = living.open_view(root, None)
     assert len(view.segments) == 2
@@ -95,13 +95,13 @@ def test_a_kill_before_the_old_folders_go_shows_nothing_twice(root: Root, monkey
         patched.setattr(merging, "clear", die)
         with pytest.raises(KeyboardInterrupt):
             merging.merge(root, None, print)
-    assert len(storage.list_names(root, "additions")) == 4
+    assert len(store.list_names(root, "additions")) == 4
     assert found(root) == before
     take_down(root, find(root, by_values("key", [before[0][0]])), {})
     assert sum(compact(root, print).values()) == 2, "out of the merged one and the one that is left"
     assert found(root) == before[1:]
     assert merging.merge(root, None, print) == (None, 1)
-    assert len(storage.list_names(root, "additions")) == 1 and found(root) == before[1:]
+    assert len(store.list_names(root, "additions")) == 1 and found(root) == before[1:]
 
 
 def test_a_sample_of_a_merged_addition_can_be_taken_down(root: Root) -> None:

@@ -12,7 +12,7 @@ import pytest
 from flows import outcomes
 from flows.fetch import PASSING
 from flows.outcomes import read_outcomes, rows_to_ask_again, split_problem, write_dropped
-from infra.tables import DROPPED, URLS
+from infra.schemas import DROPPED, URLS
 
 WORDS = ("http_404: gone", "timeout: 10 s", "http_unavailable: 503", "not_an_image: text/html", "")
 

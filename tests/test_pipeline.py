@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from flows.prefect_server import prefect_server
-from infra import manifests, storage
 from infra.errors import CallerError, DataError, StorageAwayError, StorageError
+from infra.storage import manifests, store
 from tests.test_storage import full_disk  # noqa: F401  (a fixture)
 from tests.tiny import PERSONS
 
@@ -190,7 +190,7 @@ def test_a_full_disk_is_one_line_also_when_neither_log_nor_prefect_can_write(rec
     code, out, err = finished(start(recipe, "--root", str(full_disk)))
     assert (code, out) == (1, "") and len(err.splitlines()) == 3
     assert err.splitlines()[-1].startswith("unclip: clip: no space left to write ")
-    storage.remove(storage.open_root(str(full_disk), for_writing=False), "work/clip")
+    store.remove(store.open_root(str(full_disk), for_writing=False), "work/clip")
     recipe.write_text("")
     code, out, err = finished(start(recipe, "--root", str(full_disk), "--json"))
     assert code == 0 and [each["state"] for each in json.loads(out)["stages"]] == ["current", "ran", "ran", "ran"]
@@ -226,7 +226,7 @@ def test_a_killed_run_takes_prefects_server_with_it_and_the_next_goes_on(recipe:
     while processes(str(root)):
         assert time.monotonic() < limit, "Prefect's server outlives a killed run"
         time.sleep(0.1)
-    opened = storage.open_root(str(root))
+    opened = store.open_root(str(root))
     kept = manifests.newest(opened, "data")
     recipe.write_text("[data]\nseconds = 0\n")
     code, out, err = finished(start(recipe, "--json"))

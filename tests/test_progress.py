@@ -8,8 +8,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from infra import manifests, progress, storage
-from infra.progress import Progress, duration, transfer
+from infra.console import progress
+from infra.console.progress import Progress, duration, transfer
+from infra.storage import manifests, store
 
 
 class Clock:
@@ -85,9 +86,9 @@ def test_a_large_transfer_is_shown_in_megabytes_and_a_small_one_is_not(clock: Cl
 
 
 def test_a_store_tells_of_every_byte_once_however_often_it_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = storage.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
+    root = store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
     monkeypatch.setattr(progress, "SHOWN_BYTES", 0)
-    monkeypatch.setattr("infra.patience.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("infra.storage.retry.FIRST_PAUSE_S", 0.001)
     told: dict[str, int] = {}
     show = progress.Progress
 

@@ -9,9 +9,9 @@ import pytest
 from flows.config import load_recipe
 from flows.promotion import judge, parsed, settle
 from flows.runs import find_run, list_runs, write_run
-from infra import manifests, storage
 from infra.errors import CallerError
-from infra.storage import Root
+from infra.storage import manifests, store
+from infra.storage.store import Root
 from tests.tiny import RECIPE
 
 GATE = ("generation.own >= 0.5", "retrieval.recall@1 >= current - 0.05")
@@ -20,8 +20,8 @@ GATE = ("generation.own >= 0.5", "retrieval.recall@1 >= current - 0.05")
 @pytest.fixture(params=["folder", "memory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
     if request.param == "folder":
-        return storage.open_root(str(tmp_path / "root"))
-    return storage.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
+        return store.open_root(str(tmp_path / "root"))
+    return store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
 
 
 def finished(root: Root, name: str, own: float, recall: float) -> tuple[dict[str, Any], dict[str, manifests.Committed]]:
@@ -49,7 +49,7 @@ def test_a_better_run_becomes_the_current_one_and_a_worse_one_does_not(root: Roo
 def test_without_a_gate_the_last_run_is_the_one(root: Root) -> None:
     record, committed = finished(root, "first", 0, 0)
     assert settle(root, (), record, committed) is None and settle(root, GATE, record, {}) is None
-    assert not storage.exists(root, "current.json") and find_run(root)["name"] == "first"
+    assert not store.exists(root, "current.json") and find_run(root)["name"] == "first"
 
 
 def test_the_pointer_keeps_its_keys_when_the_run_of_that_name_goes_on(root: Root) -> None:

@@ -11,9 +11,9 @@ from flows.cli import main
 from flows.promotion import CURRENT
 from flows.pruning import discard, unused
 from flows.stage_job import claim_name
-from infra import manifests, storage
-from infra.locks import reader_lock, reading_file
-from infra.storage import Root
+from infra.storage import manifests, store
+from infra.storage.locks import reader_lock, reading_file
+from infra.storage.store import Root
 
 LATER = datetime.now(UTC) + timedelta(days=1)
 INPUTS = {"ingest": (), "curate": ("ingest",), "clip": ("ingest", "curate"), "embed": ("ingest", "curate", "clip"), "index": ("embed",)}
@@ -22,12 +22,12 @@ INPUTS = {"ingest": (), "curate": ("ingest",), "clip": ("ingest", "curate"), "em
 @pytest.fixture
 def root(tmp_path: Path) -> Root:
     """Four nights under one name: only the last is named by a run, night 2 is promoted."""
-    root = storage.open_root(str(tmp_path / "root"))
+    root = store.open_root(str(tmp_path / "root"))
     for night in (1, 2, 3, 4):
         for stage, inputs in INPUTS.items():
             commit(root, stage, night, inputs)
-    storage.write_json(root, "runs/nightly.json", {"stages": {"index": "night4"}})
-    storage.write_json(root, CURRENT, {"stages": {"clip": "night2"}})
+    store.write_json(root, "runs/nightly.json", {"stages": {"index": "night4"}})
+    store.write_json(root, CURRENT, {"stages": {"clip": "night2"}})
     return root
 
 
@@ -48,15 +48,15 @@ def test_what_no_run_names_is_unused_and_what_a_named_folder_was_made_from_is_no
 
 
 def test_the_newest_of_a_stage_stays_though_no_run_names_it_along_with_what_it_was_made_from(root: Root) -> None:
-    storage.remove(root, "runs/nightly.json")
-    storage.remove(root, CURRENT)
+    store.remove(root, "runs/nightly.json")
+    store.remove(root, CURRENT)
     assert {name for name in names(root) if name.endswith("night4")} == set() and len(names(root)) == 15
     commit(root, "embed", 5, ("ingest", "curate", "clip"))
     assert "index/night4" not in names(root) and "embed/night4" not in names(root), "the newest index is over it"
 
 
 def test_what_a_job_has_claimed_or_reads_and_what_is_young_stays(root: Root) -> None:
-    storage.write_json(root, claim_name("embed", "night9"), {"attempt": 1, "inputs": {"clip": "night1"}})
+    store.write_json(root, claim_name("embed", "night9"), {"attempt": 1, "inputs": {"clip": "night1"}})
     assert not {"clip/night1", "curate/night1", "ingest/night1"} & names(root) and "embed/night1" in names(root)
     assert names(root, datetime.now(UTC) - timedelta(days=7)) == set()
 
@@ -65,7 +65,7 @@ def test_what_is_being_read_or_named_meanwhile_is_not_removed(root: Root) -> Non
     (folder,) = [each for each in unused(root, LATER) if (each.stage, each.key) == ("curate", "night1")]
     with reader_lock(reading_file(root.scratch, "curate", "night1"), "curate", print):
         assert discard(root, folder).startswith("is being read by another run (process ")
-    storage.write_json(root, "runs/again.json", {"stages": {"curate": "night1"}})
+    store.write_json(root, "runs/again.json", {"stages": {"curate": "night1"}})
     assert discard(root, folder) == "a run names it by now" and manifests.find(root, "curate", "night1")
 
 

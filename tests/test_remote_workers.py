@@ -12,9 +12,9 @@ import pytest
 
 from flows import remote_workers
 from flows.running import run_stage
-from infra import storage
-from infra.cluster import Cluster, ClusterConfig
-from infra.manifests import Committed
+from infra.compute.cluster import Cluster, ClusterConfig
+from infra.storage import store
+from infra.storage.manifests import Committed
 from tests.hostile_server import Server
 from tests.test_ingest import config_for, parent_of, stored, wait_until, write_list
 from tests.test_renewal import INGEST, OnlyData
@@ -73,7 +73,7 @@ def ingested(folder: Path, paths: list[str], server: Server, workers: int, addre
     rows = [{"url": f"{server.base}/{path}", "caption": path} for path in paths]
     data = config_for(write_list(folder / "list.jsonl", rows), threads=2, images_per_shard=20, timeout_s=5.0)
     config = OnlyData(data=data, cluster=ClusterConfig(address=address, ingest_workers=workers))
-    root = storage.open_root(str(folder / f"root-{workers}"))
+    root = store.open_root(str(folder / f"root-{workers}"))
     with Cluster(config.cluster) as ray:
         return run_stage(INGEST, root, config, {}, ray, lambda line: None).committed
 

@@ -16,10 +16,10 @@ from flows.running import run_stage
 from flows.sources import DataConfig
 from flows.stage import Stage
 from flows.stages import INGEST_VERSION, run_ingest
-from infra import storage
-from infra.cluster import Cluster, ClusterConfig
-from infra.manifests import Committed
+from infra.compute.cluster import Cluster, ClusterConfig
 from infra.settings import Section
+from infra.storage import store
+from infra.storage.manifests import Committed
 from tests.hostile_server import Server
 from tests.test_ingest import config_for, stored, write_list
 
@@ -43,7 +43,7 @@ def rows(server: Server, paths: list[str], licence: str = "") -> list[dict[str, 
     return [{"url": f"{server.base}/{path}", "caption": path, "licence": licence} for path in paths]
 
 
-def night(root: storage.Root, listed: list[dict[str, Any]], folder: Path, **changes: Any) -> Committed:
+def night(root: store.Root, listed: list[dict[str, Any]], folder: Path, **changes: Any) -> Committed:
     """Run the ingest stage on a list, as a run does."""
     source = write_list(folder / "list.jsonl", listed) | {"licence_column": "licence"}
     config = OnlyData(data=config_for(source, retries=0, images_per_shard=10, **{"processes": 1} | changes))
@@ -52,7 +52,7 @@ def night(root: storage.Root, listed: list[dict[str, Any]], folder: Path, **chan
 
 
 def test_a_night_asks_only_for_what_is_new_and_ends_as_if_it_had_asked_for_all(server: Server, tmp_path: Path) -> None:
-    root = storage.open_root(str(tmp_path / "root"))
+    root = store.open_root(str(tmp_path / "root"))
     first = [f"good/{n}.png" for n in range(30)] + ["missing/90.png", "flaky3/91.png"]
     before = night(root, rows(server, first), tmp_path, retry_passes=0)
     assert before.manifest["counts"]["dropped"] == {"http_404": 1, "http_unavailable": 1}
@@ -74,7 +74,7 @@ def test_a_night_asks_only_for_what_is_new_and_ends_as_if_it_had_asked_for_all(s
 
 
 def test_what_the_list_has_lost_is_in_no_shard_and_untouched_shards_are_the_same_files(server: Server, tmp_path: Path) -> None:
-    root = storage.open_root(str(tmp_path / "root"))
+    root = store.open_root(str(tmp_path / "root"))
     first = [f"good/{n}.png" for n in range(30)]
     before = night(root, rows(server, first), tmp_path)
     after = night(root, rows(server, [path for path in first if path != "good/7.png"]), tmp_path)
@@ -93,7 +93,7 @@ def test_what_the_list_has_lost_is_in_no_shard_and_untouched_shards_are_the_same
 
 
 def test_a_row_of_which_the_list_says_something_else_is_asked_again(server: Server, tmp_path: Path) -> None:
-    root = storage.open_root(str(tmp_path / "root"))
+    root = store.open_root(str(tmp_path / "root"))
     night(root, rows(server, ["good/1.png", "good/2.png"]), tmp_path)
     changed = rows(server, ["good/1.png"], "CC0") + rows(server, ["good/2.png"])
     after = night(root, changed, tmp_path)
@@ -103,7 +103,7 @@ def test_a_row_of_which_the_list_says_something_else_is_asked_again(server: Serv
 
 
 def test_other_settings_or_a_folder_take_nothing_over(server: Server, tmp_path: Path) -> None:
-    root = storage.open_root(str(tmp_path / "root"))
+    root = store.open_root(str(tmp_path / "root"))
     night(root, rows(server, ["good/1.png"]), tmp_path)
     assert "shards_taken_over" not in night(root, rows(server, ["good/1.png"]), tmp_path, image_size_px=16).manifest["counts"]
     assert server.asked["/good/1.png"] == 2
@@ -119,7 +119,7 @@ def test_other_settings_or_a_folder_take_nothing_over(server: Server, tmp_path: 
 
 
 def test_a_killed_take_over_is_repeated_and_ends_the_same(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = storage.open_root(str(tmp_path / "root"))
+    root = store.open_root(str(tmp_path / "root"))
     first = [f"good/{n}.png" for n in range(30)]
     night(root, rows(server, first), tmp_path)
     original, calls = renewal._copy, []

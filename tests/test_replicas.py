@@ -14,11 +14,11 @@ from flows.cli import main
 from flows.serving import Replicated, open_replica
 from indexing.app import make_app
 from indexing.service import Encoders, ServeConfig, Service
-from infra import manifests
-from infra.cluster import Cluster, ClusterConfig
+from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, UnclipError
-from infra.removals import write_removal
-from infra.storage import open_root
+from infra.storage import manifests
+from infra.storage.removal_log import write_removal
+from infra.storage.store import open_root
 from tests.pictured import direction, encode_images, encode_texts, usual_rows
 from tests.rooted import write_root
 

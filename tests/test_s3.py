@@ -14,8 +14,8 @@ from flows import living
 from flows.cli import main
 from flows.options import open_for, scratch_for
 from flows.planning import fault
-from infra import manifests, patience, storage
 from infra.errors import StorageError
+from infra.storage import manifests, retry, store
 from tests.pictured import direction, usual_rows, write_run
 from tests.rooted import committed, write_root
 from tests.s3_server import BUCKET, SECRET_KEY, Faults, FaultyProxy, S3Server
@@ -53,7 +53,7 @@ def made(folder: Path, word: str) -> Path:
 
 
 def test_of_writers_at_the_same_time_one_wins_and_nothing_of_the_others_stays(reached: S3Server, tmp_path: Path) -> None:
-    root = storage.open_root(f"s3://{BUCKET}/race", tmp_path / "scratch")
+    root = store.open_root(f"s3://{BUCKET}/race", tmp_path / "scratch")
     won: list[manifests.Committed] = []
     outs = [made(tmp_path / f"out-{number}", str(number)) for number in range(4)]
     together = threading.Barrier(len(outs))
@@ -69,62 +69,62 @@ def test_of_writers_at_the_same_time_one_wins_and_nothing_of_the_others_stays(re
         thread.join()
     assert len(won) == 4 and len({each.manifest["attempt"] for each in won}) == 1
     prefix = won[0].manifest["prefix"]
-    assert set(storage.file_sizes(root, "")) == {"clip/k/manifest.json", f"clip/k/{prefix}/a.txt", f"clip/k/{prefix}/deep/b.bin"}
+    assert set(store.file_sizes(root, "")) == {"clip/k/manifest.json", f"clip/k/{prefix}/a.txt", f"clip/k/{prefix}/deep/b.bin"}
     assert manifests.verify(won[0]) == [] and (won[0].local() / "a.txt").stat().st_size == 1
 
 
 def test_what_several_writers_change_at_the_same_time_loses_no_change(reached: S3Server, tmp_path: Path) -> None:
-    roots = [storage.open_root(f"s3://{BUCKET}/count", tmp_path / f"scratch-{number}") for number in range(4)]
+    roots = [store.open_root(f"s3://{BUCKET}/count", tmp_path / f"scratch-{number}") for number in range(4)]
 
-    def count(root: storage.Root) -> None:
+    def count(root: store.Root) -> None:
         for _ in range(5):
-            storage.change_bytes(root, "jobs/count.json", lambda old: str(int(old or b"0") + 1).encode())
+            store.change_bytes(root, "jobs/count.json", lambda old: str(int(old or b"0") + 1).encode())
 
     threads = [threading.Thread(target=count, args=(root,)) for root in roots]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert storage.read_bytes(roots[0], "jobs/count.json") == b"20"
+    assert store.read_bytes(roots[0], "jobs/count.json") == b"20"
 
 
 def test_a_replaced_folder_is_there_all_the_time_and_of_two_repairs_the_first_stays_whole(
     reached: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = storage.open_root(f"s3://{BUCKET}/repair", tmp_path / "scratch")
+    root = store.open_root(f"s3://{BUCKET}/repair", tmp_path / "scratch")
     replaces = manifests.commit(root, "clip", "k", made(tmp_path / "out-0", "0"), FACTS).manifest["attempt"]
-    change, found = storage.change_bytes, []
+    change, found = store.change_bytes, []
 
     def be_overtaken(*given: Any) -> bytes | None:
         """The other machine's repair, which started from the same folder, is committed just before ours."""
-        monkeypatch.setattr(storage, "change_bytes", change)
+        monkeypatch.setattr(store, "change_bytes", change)
         found.append(manifests.commit(root, "clip", "k", made(tmp_path / "theirs", "theirs"), FACTS, replaces))
         return change(*given)
 
     removed: list[str] = []
-    remove = storage.remove
-    monkeypatch.setattr(storage, "change_bytes", be_overtaken)
-    monkeypatch.setattr(storage, "remove", lambda root, name: (removed.append(name), remove(root, name)))
+    remove = store.remove
+    monkeypatch.setattr(store, "change_bytes", be_overtaken)
+    monkeypatch.setattr(store, "remove", lambda root, name: (removed.append(name), remove(root, name)))
     ours = manifests.commit(root, "clip", "k", made(tmp_path / "ours", "ours!"), FACTS, replaces)
     assert ours.manifest == found[0].manifest and ours.manifest["attempt"] != replaces
     assert manifests.verify(ours) == [] and (ours.local() / "a.txt").read_text() == "theirs"
     assert "clip/k/manifest.json" not in removed, "readers would find no folder, and one who is killed then loses it"
     prefix = ours.manifest["prefix"]
-    assert set(storage.file_sizes(root, "clip")) == {"k/manifest.json", f"k/{prefix}/a.txt", f"k/{prefix}/deep/b.bin"}
+    assert set(store.file_sizes(root, "clip")) == {"k/manifest.json", f"k/{prefix}/a.txt", f"k/{prefix}/deep/b.bin"}
 
 
 def test_an_answer_that_was_lost_after_a_conditional_write_is_no_second_change(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second try is refused by what the first has written, and the change is asked about its own bytes."""
-    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
     reach(server, monkeypatch)
-    storage.write_bytes(storage.open_root(f"s3://{BUCKET}/lost2", tmp_path / "scratch"), "claim", b"1")
+    store.write_bytes(store.open_root(f"s3://{BUCKET}/lost2", tmp_path / "scratch"), "claim", b"1")
     with FaultyProxy(server.s3_port, Faults(cut_answer=1.0), only=("PUT", "claim"), at_most=1) as proxy:
         reach(server, monkeypatch, proxy.endpoint)
-        root = storage.open_root(f"s3://{BUCKET}/lost2", tmp_path / "scratch")
+        root = store.open_root(f"s3://{BUCKET}/lost2", tmp_path / "scratch")
         asked: list[bytes | None] = []
-        there = storage.change_bytes(root, "claim", lambda old: (asked.append(old), None if old == b"2" else b"2")[1])
+        there = store.change_bytes(root, "claim", lambda old: (asked.append(old), None if old == b"2" else b"2")[1])
         assert there == b"2" and asked == [b"1", b"2"] and proxy.happened["cut_answer"] == 1
 
 
@@ -133,7 +133,7 @@ def test_a_commit_whose_answer_was_lost_is_known_as_our_own(server: S3Server, tm
     lost = Faults(cut_answer=1.0)
     with FaultyProxy(server.s3_port, lost, only=("PUT", "manifest.json"), at_most=1) as proxy:
         reach(server, monkeypatch, proxy.endpoint)
-        root = storage.open_root(f"s3://{BUCKET}/lost", tmp_path / "scratch")
+        root = store.open_root(f"s3://{BUCKET}/lost", tmp_path / "scratch")
         committed = manifests.commit(root, "clip", "k", made(tmp_path / "out", "x"), FACTS)
         assert proxy.happened["cut_answer"] == 1 and proxy.happened["PUT manifest.json"] == 2
         assert manifests.damage(committed) == "" and manifests.verify(committed) == []
@@ -143,10 +143,10 @@ def test_a_commit_whose_answer_was_lost_is_known_as_our_own(server: S3Server, tm
 def test_every_fault_is_outlived_by_a_commit_and_a_download(
     fault: str, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
     with FaultyProxy(server.s3_port, Faults(**{fault: 0.2}), seed=1) as proxy:
         reach(server, monkeypatch, proxy.endpoint)
-        root = storage.open_root(f"s3://{BUCKET}/{fault}", tmp_path / "scratch")
+        root = store.open_root(f"s3://{BUCKET}/{fault}", tmp_path / "scratch")
         committed = manifests.commit(root, "clip", "k", made(tmp_path / "out", "x"), FACTS)
         found = manifests.find(root, "clip", "k")
         assert found and found.manifest == committed.manifest and (found.local() / "a.txt").read_text() == "x"
@@ -156,20 +156,20 @@ def test_every_fault_is_outlived_by_a_commit_and_a_download(
 
 
 def test_what_a_killed_writer_left_is_cleared_by_the_next_uploads_included(reached: S3Server, tmp_path: Path) -> None:
-    root = storage.open_root(f"s3://{BUCKET}/killed", tmp_path / "scratch")
+    root = store.open_root(f"s3://{BUCKET}/killed", tmp_path / "scratch")
     files = reached.files()
     files.pipe_file(f"{BUCKET}/killed/clip/k/0123456789ab/a.txt", b"half")
     for key in ("killed/clip/k/0123456789ab/big.bin", "killed/clip/another/0123456789ab/big.bin"):
         started = files.call_s3("create_multipart_upload", Bucket=BUCKET, Key=key)
         files.call_s3("upload_part", Bucket=BUCKET, Key=key, UploadId=started["UploadId"], PartNumber=1, Body=b"x" * (5 << 20))
     committed = manifests.commit(root, "clip", "k", made(tmp_path / "out", "x"), FACTS)
-    assert {name.partition("/")[0] for name in storage.file_sizes(root, "clip/k")} == {"manifest.json", committed.manifest["prefix"]}
+    assert {name.partition("/")[0] for name in store.file_sizes(root, "clip/k")} == {"manifest.json", committed.manifest["prefix"]}
     assert [each["Key"] for each in files.list_multipart_uploads(BUCKET)] == ["killed/clip/another/0123456789ab/big.bin"]
-    assert storage.abort_uploads(root, "clip/another") == 1
+    assert store.abort_uploads(root, "clip/another") == 1
 
 
 def test_a_file_of_many_parts_arrives_whole(reached: S3Server, tmp_path: Path) -> None:
-    root = storage.open_root(f"s3://{BUCKET}/large", tmp_path / "scratch")
+    root = store.open_root(f"s3://{BUCKET}/large", tmp_path / "scratch")
     out = tmp_path / "out"
     out.mkdir()
     (out / "big.bin").write_bytes(os.urandom(1 << 20) * 110)  # above s3fs's limit for one PUT
@@ -182,7 +182,7 @@ def test_a_file_of_many_parts_arrives_whole(reached: S3Server, tmp_path: Path) -
 def test_wrong_credentials_are_one_line_without_the_secret(reached: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret-0815")
     with pytest.raises(StorageError, match="check the credentials in the environment") as caught:
-        storage.open_root(f"s3://{BUCKET}/denied", tmp_path)
+        store.open_root(f"s3://{BUCKET}/denied", tmp_path)
     assert "secret-0815" not in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -190,7 +190,7 @@ def test_a_bucket_that_one_may_not_use_is_one_line(reached: S3Server, tmp_path: 
     with pytest.raises(
         StorageError, match=r"cannot write s3://nowhere/x.*Denied.*check the credentials in the environment and what they may do"
     ):
-        storage.open_root("s3://nowhere/x", tmp_path)
+        store.open_root("s3://nowhere/x", tmp_path)
 
 
 @pytest.mark.timeout(LIMIT_S * 2)
@@ -289,7 +289,7 @@ def test_a_living_index_on_a_store_adds_removes_compacts_and_proves_it(
     assert living.open_view(opened, None)[0].count == 50
 
 
-def fault_of(root: storage.Root) -> dict[str, str]:
+def fault_of(root: store.Root) -> dict[str, str]:
     """Return what makes each folder stale."""
     stages = ("curate", "embed", "index")
     return {

@@ -15,8 +15,8 @@ from flows.running import run_stage
 from flows.stage import StageJob, StageResult
 from flows.stages import STAGES
 from indexing.index import Index
-from infra import storage
-from infra.cluster import Cluster
+from infra.compute.cluster import Cluster
+from infra.storage import store
 from tests.hostile_server import Server
 from tests.test_ingest import config_for, write_list
 from tests.tiny import RECIPE
@@ -40,7 +40,7 @@ def config_of(server: Server, numbers: range, folder: Path, *overrides: str) -> 
     return load_recipe(str(RECIPE), [*quick, *overrides]).model_copy(update={"data": data})
 
 
-def night(root: storage.Root, config: RunConfig, cluster: Cluster) -> dict[str, StageResult]:
+def night(root: store.Root, config: RunConfig, cluster: Cluster) -> dict[str, StageResult]:
     """Bring all as far as the index up to date."""
     done: dict[str, StageResult] = {}
     for stage in NIGHT:
@@ -56,7 +56,7 @@ def embedded(result: StageResult) -> tuple[list[str], np.ndarray]:
 
 
 def test_a_night_embeds_and_indexes_only_what_is_new_and_trains_nothing(server: Server, tmp_path: Path) -> None:
-    root = storage.open_root(str(tmp_path / "root"))
+    root = store.open_root(str(tmp_path / "root"))
     config = config_of(server, FIRST, tmp_path)
     with Cluster(config.cluster) as cluster:
         first = night(root, config, cluster)
@@ -76,7 +76,7 @@ def test_a_night_embeds_and_indexes_only_what_is_new_and_trains_nothing(server: 
         assert all(each.state == "current" for each in plan(root, config, NIGHT))
 
         whole = next(stage for stage in STAGES if stage.name == "embed")  # the same, embedded all over
-        apart = storage.open_root(str(tmp_path / "other"))
+        apart = store.open_root(str(tmp_path / "other"))
         inputs = {name: second[name].committed for name in whole.needs}
         again = run_stage(whole, apart, config, inputs, cluster, print)
         assert again.committed.manifest["counts"]["taken_over"] == 0
@@ -93,7 +93,7 @@ def test_a_night_embeds_and_indexes_only_what_is_new_and_trains_nothing(server: 
 
 
 def test_a_kept_model_is_of_the_same_code_and_of_the_same_clip(server: Server, tmp_path: Path) -> None:
-    root = storage.open_root(str(tmp_path / "root"))
+    root = store.open_root(str(tmp_path / "root"))
     config = config_of(server, FIRST, tmp_path, "clip.retrain=never", "prior.retrain=never")
     clip, prior = (replace(stage, needs=(), wants=(), run=write_model) for stage in STAGES if stage.name in ("clip", "prior"))
     assert kept(root, config, clip, {}) is None

@@ -24,10 +24,10 @@ from indexing.app import make_app
 from indexing.freshness import Freshness
 from indexing.index import Index, IndexConfig, build
 from indexing.service import Encoders, ServeConfig, Service
-from infra import manifests, storage
 from infra.errors import CallerError, StorageError
-from infra.removals import read_entry, write_removal
-from infra.storage import Root
+from infra.storage import manifests, store
+from infra.storage.removal_log import read_entry, write_removal
+from infra.storage.store import Root
 from tests import pictured
 from tests.pictured import encode_images, encode_texts, row, usual_rows
 from tests.rooted import committed, write_root
@@ -107,8 +107,8 @@ def test_the_service_follows_the_pointer_and_no_run_that_the_gate_rejected(root:
 def test_a_run_of_the_same_name_that_is_not_promoted_is_not_served(root: Root, tmp_path: Path) -> None:
     finish(root, tmp_path, "nightly", range(8), own=0.7)
     with served(root) as (client, service, _):
-        rejected = storage.read_json(root, "runs/drawn.json")
-        storage.write_json(root, "runs/nightly.json", {**rejected, "name": "nightly"})  # last night's, which the gate did not let by
+        rejected = store.read_json(root, "runs/drawn.json")
+        store.write_json(root, "runs/nightly.json", {**rejected, "name": "nightly"})  # last night's, which the gate did not let by
         service.refresh()
         assert shown(client) == ("nightly", {"nightly"})
 
@@ -161,9 +161,9 @@ def add_two(root: Root, folder: Path) -> None:
 
 def test_an_addition_of_another_clip_is_named_with_the_mend(root: Root, tmp_path: Path) -> None:
     add_two(root, tmp_path)
-    (addition,) = storage.list_names(root, "additions")
+    (addition,) = store.list_names(root, "additions")
     path = f"additions/{addition}/manifest.json"
-    storage.write_json(root, path, {**storage.read_json(root, path), "clip_digest": "0" * 64})
+    store.write_json(root, path, {**store.read_json(root, path), "clip_digest": "0" * 64})
     with served(root) as (_, service, told):
         (root.folder / "additions" / "touched").mkdir()  # type: ignore[operator]
         service.refresh()
@@ -180,7 +180,7 @@ def test_entries_of_the_removal_log_are_read_once(root: Root, monkeypatch: pytes
     assert log.read().keys == {"a", "b", "c"} and len(read) == 3
     write_removal(root, {"keys": ["d"], "origins": [], "sha256": []}, manifests.now())
     assert log.read().keys == {"a", "b", "c", "d"} and len(read) == 4
-    storage.remove(root, f"removals/{names[1]}.json")
+    store.remove(root, f"removals/{names[1]}.json")
     assert log.read().keys == {"a", "c", "d"} and len(read) == 4, "an entry that was taken back is out of force"
 
 
@@ -203,11 +203,11 @@ def test_a_change_of_the_log_is_worked_off_the_event_loop(root: Root) -> None:
 
 def test_a_log_that_does_not_read_shows_nothing_rather_than_what_it_names(root: Root) -> None:
     with served(root) as (client, _, told):
-        storage.write_json(root, "removals/2.json", {"keys": "a"})
+        store.write_json(root, "removals/2.json", {"keys": "a"})
         answer = client.post("/search", json={"text": "colour 5"})
         assert answer.status_code == 503 and "removal log cannot be read" in answer.json()["detail"]
         assert "removals/2.json is no entry" in told[0] and client.get("/healthz").status_code == 200
-        storage.remove(root, "removals/2.json")
+        store.remove(root, "removals/2.json")
         assert client.post("/search", json={"text": "colour 5"}).status_code == 200
 
 
@@ -382,7 +382,7 @@ def test_status_names_additions_that_are_not_searched(root: Root, tmp_path: Path
     (addition,) = living.additions(root)
     clip = committed(root, "clip")
     assert living.unsearched([addition], clip) == []
-    storage.write_json(root, "clip/clip0123456789/manifest.json", {**clip.manifest, "digest": "0" * 64})
+    store.write_json(root, "clip/clip0123456789/manifest.json", {**clip.manifest, "digest": "0" * 64})
     (line,) = living.unsearched(living.additions(root), committed(root, "clip"))
     assert f"additions/{addition.key} (2 samples)" in line and "clip/clip0123456789" in line
     told: list[str] = []

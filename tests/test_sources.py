@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from flows import sources
 from flows.sources import DataConfig, new_urls, write_url_table
 from infra.errors import CallerError, DataError, UnclipError
-from infra.tables import DROPPED, URLS, sample_key
+from infra.schemas import DROPPED, URLS, sample_key
 from tests.picture_packages import use_fake_npm
 
 ROWS = [{"url": f"http://h/{n}.png", "caption": f"thing {n}"} for n in range(5)]

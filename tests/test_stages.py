@@ -18,11 +18,11 @@ import pytest
 from flows.planning import plan, with_needs
 from flows.running import run_stage
 from flows.stage import Stage, StageJob, inputs_of, key_of
-from infra import manifests, storage
-from infra.cluster import Cluster, ClusterConfig
+from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageError
-from infra.locks import is_being_read, reading_file
-from infra.storage import Root
+from infra.storage import manifests, store
+from infra.storage.locks import is_being_read, reading_file
+from infra.storage.store import Root
 from tests import fakes, forked
 from tests.fakes import FAKES, FakeConfig, FakeSection, run_all, write_chunks
 from tests.test_storage import full_disk  # noqa: F401  (a fixture)
@@ -33,7 +33,7 @@ HERE = Path(__file__).parent.parent
 @pytest.fixture
 def root(tmp_path: Path) -> Root:
     """An empty local ROOT."""
-    return storage.open_root(str(tmp_path / "root"))
+    return store.open_root(str(tmp_path / "root"))
 
 
 def states(root: Root, config: FakeConfig, stages: tuple[Stage, ...] = FAKES) -> dict[str, tuple[str, str]]:
@@ -108,7 +108,7 @@ def test_a_stage_keeps_compaction_away_from_its_inputs_and_from_what_it_takes_ov
         return write_chunks(job)
 
     name = f"clip/{first['clip'].key}/manifest.json"
-    storage.write_json(root, name, {**first["clip"].committed.manifest, "compacted": "since the run has begun"})
+    store.write_json(root, name, {**first["clip"].committed.manifest, "compacted": "since the run has begun"})
     stages = {stage.name: stage for stage in FAKES}
     inputs = {name: first[name].committed for name in ("data", "clip")}
     run_stage(replace(stages["embed"], version=2, run=look), root, FakeConfig(), inputs, Cluster(ClusterConfig()), print)
@@ -119,7 +119,7 @@ def test_a_stage_keeps_compaction_away_from_its_inputs_and_from_what_it_takes_ov
 def test_a_stage_made_again_with_another_result_makes_those_behind_it_again(root: Root) -> None:
     run_all(root, FakeConfig())
     before = file_hashes(Path(root.uri) / "embed")
-    storage.remove(root, "clip")
+    store.remove(root, "clip")
 
     def other_weights(job: StageJob) -> dict[str, object]:
         counts = write_chunks(job)
@@ -162,15 +162,15 @@ def test_a_manifest_holds_what_lineage_needs(root: Root) -> None:
 
 
 def test_stages_run_the_same_on_an_object_store(tmp_path: Path) -> None:
-    root = storage.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
-    local = storage.open_root(str(tmp_path / "root"))
+    root = store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
+    local = store.open_root(str(tmp_path / "root"))
     there, here = run_all(root, FakeConfig()), run_all(local, FakeConfig())
     assert [there[name].committed.digest for name in there] == [here[name].committed.digest for name in here]
     assert {each.state for each in run_all(root, FakeConfig()).values()} == {"current"}
 
 
 def test_a_full_disk_is_one_line_and_nothing_committed_is_lost(full_disk: Path) -> None:  # noqa: F811
-    root = storage.open_root(str(full_disk))
+    root = store.open_root(str(full_disk))
     seen = {}
 
     def fills(job: StageJob) -> dict[str, object]:
@@ -200,7 +200,7 @@ def fake_run(folder: Path, *more: str) -> int | None:
 
 def assert_whole(folder: Path) -> dict[str, str]:
     """Check that every committed folder is whole and return the checksums of what is committed."""
-    root = storage.open_root(str(folder), for_writing=False)
+    root = store.open_root(str(folder), for_writing=False)
     hashes = file_hashes(folder)
     for name in hashes:
         stage, key = name.split("/")[:2]
@@ -211,7 +211,7 @@ def assert_whole(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_file_operation_loses_nothing_and_mixes_nothing(tmp_path: Path) -> None:
-    whole = storage.open_root(str(tmp_path / "whole"))
+    whole = store.open_root(str(tmp_path / "whole"))
     assert fake_run(tmp_path / "whole", "--count") == 0
     operations = int((tmp_path / "whole" / "operations").read_text())
     assert operations > 150
@@ -225,7 +225,7 @@ def test_a_run_killed_at_any_file_operation_loses_nothing_and_mixes_nothing(tmp_
         assert kept.items() <= assert_whole(folder).items()  # nothing committed has changed or gone
         assert fake_run(folder) == 0
         assert kept.items() <= assert_whole(folder).items()
-        root = storage.open_root(str(folder))
+        root = store.open_root(str(folder))
         for stage in FAKES:
             ours, theirs = manifests.newest(root, stage.name), manifests.newest(whole, stage.name)
             assert ours and theirs and (ours.key, ours.digest) == (theirs.key, theirs.digest)
@@ -239,9 +239,9 @@ def test_two_runs_at_once_make_each_folder_once(tmp_path: Path) -> None:
     said = [run.communicate()[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0]
     assert any("is being made by another run" in each for each in said)
-    root = storage.open_root(str(tmp_path / "root"))
+    root = store.open_root(str(tmp_path / "root"))
     for stage in FAKES:
-        assert len(storage.list_names(root, stage.name)) == 1
+        assert len(store.list_names(root, stage.name)) == 1
         committed = manifests.newest(root, stage.name)
         assert committed and committed.manifest["counts"]["resumed"] == 0 and manifests.verify(committed) == []
     assert list((root.scratch / "aside").iterdir()) == []

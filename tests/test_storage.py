@@ -10,8 +10,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from infra import storage
 from infra.errors import CallerError, StorageAwayError, StorageError
+from infra.storage import store
 
 
 @pytest.fixture
@@ -26,58 +26,58 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(params=["folder", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[storage.Root]:
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[store.Root]:
     """A local ROOT and an object store."""
     if request.param == "folder":
-        yield storage.open_root(str(tmp_path / "root"))
+        yield store.open_root(str(tmp_path / "root"))
         return
-    yield storage.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
+    yield store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
     fsspec.filesystem("memory").store.clear()
 
 
-def test_json_comes_back_and_a_missing_file_is_none(root: storage.Root) -> None:
-    storage.write_json(root, "runs/a.json", {"x": 1, "y": "ü"})
-    assert storage.read_json(root, "runs/a.json") == {"x": 1, "y": "ü"}
-    assert storage.read_json(root, "runs/b.json") is None
-    assert storage.list_names(root, "runs") == ["a.json"]
-    assert storage.list_names(root, "nowhere") == []
-    assert storage.exists(root, "runs/a.json") and not storage.exists(root, "runs/b.json")
+def test_json_comes_back_and_a_missing_file_is_none(root: store.Root) -> None:
+    store.write_json(root, "runs/a.json", {"x": 1, "y": "ü"})
+    assert store.read_json(root, "runs/a.json") == {"x": 1, "y": "ü"}
+    assert store.read_json(root, "runs/b.json") is None
+    assert store.list_names(root, "runs") == ["a.json"]
+    assert store.list_names(root, "nowhere") == []
+    assert store.exists(root, "runs/a.json") and not store.exists(root, "runs/b.json")
 
 
-def test_opening_leaves_no_probe_behind(root: storage.Root) -> None:
-    assert storage.file_sizes(root, "") == {}
+def test_opening_leaves_no_probe_behind(root: store.Root) -> None:
+    assert store.file_sizes(root, "") == {}
 
 
-def test_a_file_that_is_not_json_is_named(root: storage.Root) -> None:
-    storage.write_bytes(root, "runs/a.json", b"{half")
+def test_a_file_that_is_not_json_is_named(root: store.Root) -> None:
+    store.write_bytes(root, "runs/a.json", b"{half")
     with pytest.raises(StorageError, match=r"runs/a\.json is not JSON"):
-        storage.read_json(root, "runs/a.json")
+        store.read_json(root, "runs/a.json")
 
 
-def test_sizes_are_found_at_any_depth_and_removed_together(root: storage.Root) -> None:
-    storage.write_bytes(root, "s/k/a.bin", b"123")
-    storage.write_bytes(root, "s/k/deep/er/b.bin", b"12345")
-    assert storage.file_sizes(root, "s/k") == {"a.bin": 3, "deep/er/b.bin": 5}
-    storage.remove(root, "s/k")
-    storage.remove(root, "s/k")
-    assert storage.file_sizes(root, "s/k") == {}
+def test_sizes_are_found_at_any_depth_and_removed_together(root: store.Root) -> None:
+    store.write_bytes(root, "s/k/a.bin", b"123")
+    store.write_bytes(root, "s/k/deep/er/b.bin", b"12345")
+    assert store.file_sizes(root, "s/k") == {"a.bin": 3, "deep/er/b.bin": 5}
+    store.remove(root, "s/k")
+    store.remove(root, "s/k")
+    assert store.file_sizes(root, "s/k") == {}
 
 
 def test_readers_see_the_old_file_or_the_new_one(tmp_path: Path) -> None:
-    root = storage.open_root(str(tmp_path))
-    storage.write_json(root, "a.json", ["x" * 200_000])
+    root = store.open_root(str(tmp_path))
+    store.write_json(root, "a.json", ["x" * 200_000])
     stop = threading.Event()
 
     def write() -> None:
         while not stop.is_set():
-            storage.write_json(root, "a.json", ["y" * 200_000])
+            store.write_json(root, "a.json", ["y" * 200_000])
 
     writer = threading.Thread(target=write)
     writer.start()
     try:
         limit = time.monotonic() + 0.5
         while time.monotonic() < limit:
-            (word,) = storage.read_json(root, "a.json") or [""]
+            (word,) = store.read_json(root, "a.json") or [""]
             assert len(word) == 200_000
     finally:
         stop.set()
@@ -86,11 +86,11 @@ def test_readers_see_the_old_file_or_the_new_one(tmp_path: Path) -> None:
 
 
 def test_an_object_is_created_only_once(tmp_path: Path) -> None:
-    root = storage.open_root(f"memory://bucket-{tmp_path.name}", tmp_path)
-    storage.create_bytes(root, "a/manifest.json", b"first")
+    root = store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path)
+    store.create_bytes(root, "a/manifest.json", b"first")
     with pytest.raises(FileExistsError):
-        storage.create_bytes(root, "a/manifest.json", b"second")
-    assert storage.read_bytes(root, "a/manifest.json") == b"first"
+        store.create_bytes(root, "a/manifest.json", b"second")
+    assert store.read_bytes(root, "a/manifest.json") == b"first"
 
 
 @pytest.mark.parametrize(
@@ -103,38 +103,38 @@ def test_an_object_is_created_only_once(tmp_path: Path) -> None:
 )
 def test_an_url_that_cannot_be_a_root_is_the_callers_mistake(uri: str, message: str) -> None:
     with pytest.raises(CallerError, match=message) as caught:
-        storage.open_root(uri)
+        store.open_root(uri)
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_root_that_is_a_file_is_the_callers_mistake(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     with pytest.raises(CallerError, match="is a file: give a folder"):
-        storage.open_root(str(tmp_path / "f"))
+        store.open_root(str(tmp_path / "f"))
 
 
 def test_a_root_below_a_file_or_where_nobody_may_write_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     for place in (tmp_path / "f" / "root", Path("/proc/unclip")):
         with pytest.raises(StorageError, match=f"cannot write {place}.*choose another --root") as caught:
-            storage.open_root(str(place))
+            store.open_root(str(place))
         assert "\n" not in str(caught.value)
 
 
 def test_a_read_only_root_is_one_line(full_disk: Path) -> None:
-    storage.open_root(str(full_disk))
+    store.open_root(str(full_disk))
     subprocess.run(["mount", "-o", "remount,ro", str(full_disk)], check=True)
     with pytest.raises(StorageError, match=r"cannot write .*Read-only file system; choose another --root"):
-        storage.open_root(str(full_disk))
-    storage.open_root(str(full_disk), for_writing=False)
+        store.open_root(str(full_disk))
+    store.open_root(str(full_disk), for_writing=False)
 
 
 def test_a_full_disk_is_one_line_and_the_old_file_stays(full_disk: Path) -> None:
-    root = storage.open_root(str(full_disk))
-    storage.write_json(root, "runs/a.json", "old")
+    root = store.open_root(str(full_disk))
+    store.write_json(root, "runs/a.json", "old")
     with pytest.raises(StorageError, match=r"no space left to write .*free some space"):
-        storage.write_bytes(root, "runs/a.json", b"x" * 2_000_000)
-    assert storage.read_json(root, "runs/a.json") == "old"
+        store.write_bytes(root, "runs/a.json", b"x" * 2_000_000)
+    assert store.read_json(root, "runs/a.json") == "old"
     assert [path.name for path in (full_disk / "runs").iterdir()] == ["a.json"]
 
 
@@ -145,10 +145,10 @@ def test_a_full_disk_is_recognised_through_the_errors_that_wrap_it() -> None:
         except OSError as inner:
             raise RuntimeError("the writer failed") from inner
     except RuntimeError as wrapped:
-        assert "no space left to write /data/w.bin" in (storage.complaint(wrapped, "/data") or "")
-    assert "no space left" in (storage.complaint(RuntimeError("SafetensorError: No space left on device (os error 28)"), "/data") or "")
-    assert storage.complaint(RuntimeError("shapes differ"), "/data") is None
-    assert storage.complaint(FileNotFoundError(errno.ENOENT, "gone", "/data/x"), "/data") is None
+        assert "no space left to write /data/w.bin" in (store.complaint(wrapped, "/data") or "")
+    assert "no space left" in (store.complaint(RuntimeError("SafetensorError: No space left on device (os error 28)"), "/data") or "")
+    assert store.complaint(RuntimeError("shapes differ"), "/data") is None
+    assert store.complaint(FileNotFoundError(errno.ENOENT, "gone", "/data/x"), "/data") is None
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,6 @@ def test_a_full_disk_is_recognised_through_the_errors_that_wrap_it() -> None:
     ],
 )
 def test_a_store_that_may_come_back_is_told_from_one_that_refuses(error: OSError, kind: type[StorageError]) -> None:
-    with pytest.raises(StorageError) as caught, storage.one_line_errors("s3://bucket/x"):
+    with pytest.raises(StorageError) as caught, store.one_line_errors("s3://bucket/x"):
         raise error
     assert type(caught.value) is kind

@@ -15,9 +15,10 @@ import pytest
 
 from flows import stage_job, submission
 from flows.stage import key_of
-from infra import manifests, ray_jobs, storage
+from infra.compute import ray_jobs
+from infra.compute.ray_jobs import Job, JobServer
 from infra.errors import CallerError, StorageAwayError, UnclipError
-from infra.ray_jobs import Job, JobServer
+from infra.storage import manifests, store
 from tests.fakes import FAKES, FakeConfig, FakeSection
 from tests.ray_cluster import HERE, RayCluster
 
@@ -43,7 +44,7 @@ def cluster() -> Iterator[RayCluster]:
 def drive(folder: Path, address: str, seconds: float, word: str = "a", stages: int = 1) -> list[str]:
     """Submit the first fake stages; return what was shown."""
     shown: list[str] = []
-    root = storage.open_root(str(folder))
+    root = store.open_root(str(folder))
     config: Any = FakeConfig(data=FakeSection(word=word, seconds=seconds))
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"upload_code": False, "attempts": 2})})
     done: dict[str, Any] = {}
@@ -91,14 +92,14 @@ def claim_of(folder: Path) -> dict[str, Any]:
 def test_stages_run_as_jobs_under_ids_of_their_keys_and_only_once(cluster: RayCluster, tmp_path: Path, quick: None) -> None:
     shown = drive(tmp_path, cluster.address, 0, stages=2)
     assert shown[-2:] == ["data ran", "clip ran"]
-    root = storage.open_root(str(tmp_path))
+    root = store.open_root(str(tmp_path))
     for stage in ("data", "clip"):
         made = manifests.newest(root, stage)
         assert made and manifests.verify(made) == []
         (submitted,) = [each for each in jobs(cluster, tmp_path) if each.startswith(f"unclip-{stage}-{made.key}-")]
         assert submitted.endswith("-1")
     assert drive(tmp_path, cluster.address, 0, stages=2) == ["data current", "clip current"] and len(jobs(cluster, tmp_path)) == 2
-    assert storage.list_names(root, "jobs") == []  # no claim is left
+    assert store.list_names(root, "jobs") == []  # no claim is left
 
 
 def test_a_driver_that_was_killed_joins_its_job_again(cluster: RayCluster, tmp_path: Path, quick: None) -> None:
@@ -124,7 +125,7 @@ def test_a_killed_job_is_tried_again_and_the_late_writer_commits_nothing(
     monkeypatch.setattr(stage_job.stages, "STAGES", FAKES)
     monkeypatch.setattr(stage_job, "load", FakeConfig.model_validate)
     with pytest.raises(UnclipError, match=r"attempt 1 of data .* is fenced off, attempt 2 has taken over"):
-        stage_job.run(storage.open_root(str(tmp_path)), claim["stage"], claim["key"], 1)
+        stage_job.run(store.open_root(str(tmp_path)), claim["stage"], claim["key"], 1)
     assert running.wait(timeout=120) == 0, running.communicate()
     states = jobs(cluster, tmp_path)
     assert sorted((name.split("-")[1], name[-1], state) for name, state in states.items()) == [
@@ -132,23 +133,23 @@ def test_a_killed_job_is_tried_again_and_the_late_writer_commits_nothing(
         ("data", "2", "SUCCEEDED"),
     ]
     with pytest.raises(UnclipError, match="its claim has gone: nothing is committed"):
-        stage_job.run(storage.open_root(str(tmp_path)), claim["stage"], claim["key"], 1)
+        stage_job.run(store.open_root(str(tmp_path)), claim["stage"], claim["key"], 1)
 
 
 def test_a_driver_that_wakes_late_follows_the_attempt_that_has_been_claimed_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It slept while another driver saw attempts 1 and 2 fail and claimed the third; lowering the claim would fence off the live one."""
-    root = storage.open_root(str(tmp_path))
+    root = store.open_root(str(tmp_path))
     submitted: list[int] = []
     config: Any = FakeConfig()
     name = stage_job.claim_name("data", key_of(FAKES[0], config, {}))
 
     def claim_of_another(server: JobServer, job: Job, number: int, show: Any) -> tuple[str, str]:
         if number == 1:
-            storage.write_json(root, name, storage.read_json(root, name) | {"attempt": 3})
+            store.write_json(root, name, store.read_json(root, name) | {"attempt": 3})
             return "FAILED", "it was killed"
-        assert number == 3 and storage.read_json(root, name)["attempt"] == 3
+        assert number == 3 and store.read_json(root, name)["attempt"] == 3
         stage_job.run(root, "data", key_of(FAKES[0], config, {}), number)
         return "SUCCEEDED", ""
 
@@ -177,14 +178,14 @@ def test_the_fence_holds_at_the_commit_itself(tmp_path: Path, monkeypatch: pytes
     """An attempt that was overtaken while it worked finds out when it wants to commit."""
     monkeypatch.setattr(stage_job.stages, "STAGES", FAKES)
     monkeypatch.setattr(stage_job, "load", FakeConfig.model_validate)
-    root = storage.open_root(str(tmp_path))
+    root = store.open_root(str(tmp_path))
     config: Any = FakeConfig()
     key = key_of(FAKES[0], config, {})
     name = stage_job.claim_name("data", key)
-    storage.write_json(root, name, {"attempt": 1, "config": config.model_dump(mode="json"), "inputs": {}})
+    store.write_json(root, name, {"attempt": 1, "config": config.model_dump(mode="json"), "inputs": {}})
 
     def overtaken(job: Any) -> dict[str, Any]:
-        storage.write_json(root, name, {"attempt": 2, "config": config.model_dump(mode="json"), "inputs": {}})
+        store.write_json(root, name, {"attempt": 2, "config": config.model_dump(mode="json"), "inputs": {}})
         return FAKES[0].run(job)
 
     monkeypatch.setattr(stage_job.stages, "STAGES", (FAKES[0].__class__(**{**vars(FAKES[0]), "run": overtaken}),))
@@ -202,7 +203,7 @@ def test_an_interrupted_driver_stops_its_job(cluster: RayCluster, tmp_path: Path
     running.communicate(timeout=60)
     until(lambda: list(jobs(cluster, tmp_path).values()) == ["STOPPED"])
     until(lambda: not [pid for pid in cluster.processes("tests.fake_job") if str(tmp_path).encode() in argv(pid)], 30)
-    assert manifests.newest(storage.open_root(str(tmp_path)), "data") is None
+    assert manifests.newest(store.open_root(str(tmp_path)), "data") is None
 
 
 def test_a_mistake_is_told_in_its_own_words_and_not_tried_again(cluster: RayCluster, tmp_path: Path, quick: None) -> None:
@@ -259,7 +260,7 @@ def test_a_job_that_no_node_can_take_says_what_it_waits_for(cluster: RayCluster,
 
 def subprocess_status(cluster: RayCluster) -> None:
     """Ask in a process of its own: Ray reads the token once."""
-    code = "from infra.ray_jobs import Job, JobServer; import sys; JobServer(sys.argv[1]).status(Job('x', lambda n: ''), 1)"
+    code = "from infra.compute.ray_jobs import Job, JobServer; import sys; JobServer(sys.argv[1]).status(Job('x', lambda n: ''), 1)"
     asked = subprocess.run([sys.executable, "-c", code, cluster.address], cwd=HERE, capture_output=True, text=True)
     raise UnclipError(asked.stderr.strip().splitlines()[-1])
 

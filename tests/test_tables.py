@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.tables import open_parquet
+from infra.schemas import open_parquet
 
 
 @pytest.mark.parametrize("buffer_size", [0, 1 << 16])

@@ -24,12 +24,12 @@ from flows.curate import CurateConfig
 from flows.planning import fault
 from flows.taking_down import blank, by_values, find, take_down, verify
 from indexing import duplicates
-from infra import manifests, storage
 from infra.errors import CallerError, DataError
-from infra.locks import reader_lock, reading_file
-from infra.removals import Removals, read_entries, read_removals, write_removal
-from infra.storage import Root, open_root
-from infra.tables import DROPPED, URLS
+from infra.schemas import DROPPED, URLS
+from infra.storage import manifests, store
+from infra.storage.locks import reader_lock, reading_file
+from infra.storage.removal_log import Removals, read_entries, read_removals, write_removal
+from infra.storage.store import Root, open_root
 from tests.pictured import HOSTILE, direction, encode_images, encode_texts, usual_rows, write_run
 from tests.rooted import committed, index_facts, write_root
 from training.look import WHOLE
@@ -285,8 +285,8 @@ def test_compaction_waits_for_a_stage_that_reads_what_it_would_change(root: Root
 
 
 def test_files_beside_the_folders_of_stages_are_no_folders(root: Root) -> None:
-    storage.write_json(root, "jobs/clip-0123.json", {"attempt": 1})
-    storage.write_json(root, "models/notes.json", {})
+    store.write_json(root, "jobs/clip-0123.json", {"attempt": 1})
+    store.write_json(root, "models/notes.json", {})
     assert take(root, usual_rows()[0]["key"])["trained_into"] and manifests.find(root, "models", "notes.json") is None
 
 
@@ -327,7 +327,7 @@ def test_ingest_does_not_download_and_curate_does_not_keep_what_was_taken_down(r
 def test_a_log_that_does_not_read_stops_rather_than_letting_things_come_back(root: Root) -> None:
     write_removal(root, {"keys": ["a"], "origins": [], "sha256": []}, manifests.now())
     assert read_removals(root).keys == {"a"}
-    storage.write_json(root, "removals/2.json", {"keys": "a"})
+    store.write_json(root, "removals/2.json", {"keys": "a"})
     with pytest.raises(DataError, match=r"removals/2\.json is no entry"):
         read_entries(root)
 
@@ -355,7 +355,7 @@ def test_manifests_are_read_again_only_where_a_folder_has_changed(root: Root, tm
 
 def test_an_index_of_another_clip_is_refused(root: Root) -> None:
     path = "clip/clip0123456789/manifest.json"
-    storage.write_json(root, path, {**storage.read_json(root, path), "digest": "0" * 64})
+    store.write_json(root, path, {**store.read_json(root, path), "digest": "0" * 64})
     with pytest.raises(CallerError, match="made by another CLIP"):
         living.open_view(root, None)
 
@@ -398,7 +398,7 @@ def test_added_pictures_are_found_once_with_thumbnail_and_can_be_taken_down(root
     assert compact(root, print) == {f"additions/{addition.key}": 1}
     take(root, added[1].facts["key"])
     compact(root, print)
-    assert storage.list_names(root, "additions") == []
+    assert store.list_names(root, "additions") == []
     view, known = living.open_view(root, None)
     assert adding.add(root, known, view, source, "CC0")[1] == {"added": 0, "removed": 2, "already_there": 0}, "it stays down"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.temporary import UNTOUCHED_S, dead_folders, remove_dead, writing_folder
+from infra.storage.temporary_folders import UNTOUCHED_S, dead_folders, remove_dead, writing_folder
 
 
 def left_behind(scratch: Path, name: str, host: str | None) -> Path:

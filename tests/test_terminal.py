@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from infra import terminal
+from infra.console import log_redirect
 
 CHATTER = """
 import logging, os, subprocess, sys, warnings
 from pathlib import Path
-from infra.terminal import quiet_terminal
+from infra.console.log_redirect import quiet_terminal
 print("before")
 with quiet_terminal(Path(sys.argv[1])):
     print("from print")
@@ -56,8 +56,8 @@ def test_the_terminal_is_back_after_an_error(tmp_path: Path) -> None:
 
 def test_the_log_gets_a_rewritten_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal_, log, clock = io.StringIO(), io.StringIO(), iter([0.0, 1.0, 12.0, 12.0, 13.0])
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
-    tee = terminal._Tee(terminal_, log)
+    monkeypatch.setattr(log_redirect.time, "monotonic", lambda: next(clock))
+    tee = log_redirect._Tee(terminal_, log)
     for percent in (1, 2, 3):
         tee.write(f"\r\x1b[2K{percent} %")
     tee.write("\r\x1b[2K100 %\n")

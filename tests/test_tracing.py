@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.tracing import Traces, trace
-from infra import storage
-from infra.removals import Removals
-from infra.storage import Root, open_root
-from infra.tables import DROPPED, URLS
+from infra.schemas import DROPPED, URLS
+from infra.storage import store
+from infra.storage.removal_log import Removals
+from infra.storage.store import Root, open_root
 
 PICTURE = b"\x89PNG\r\n\x1a\n and so on"
 URL = "https://example.org/1.png"
@@ -60,8 +60,8 @@ def test_tables_count_where_they_say_where_a_picture_is(root: Root, tmp_path: Pa
 
 def test_a_store_and_its_scratch_folder_are_both_looked_through(tmp_path: Path) -> None:
     root = open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch", for_writing=False)
-    storage.write_bytes(root, "evaluate/k/0123456789ab/worst.png", PICTURE)
-    storage.write_bytes(root, "evaluate/k/0123456789ab/best.png", PICTURE + b"another")
+    store.write_bytes(root, "evaluate/k/0123456789ab/worst.png", PICTURE)
+    store.write_bytes(root, "evaluate/k/0123456789ab/best.png", PICTURE + b"another")
     write_tar(tmp_path / "scratch" / "cache" / "00000.tar", {"0.png": PICTURE})
     assert trace(root, BY_BYTES).holding == [str(tmp_path / "scratch" / "cache" / "00000.tar"), "evaluate/k/0123456789ab/worst.png"]
     root.fs.rm(root.path, recursive=True)

@@ -17,8 +17,8 @@ from flows.planning import stages_of
 from flows.runs import committed_of, find_run, write_run
 from flows.stage import inputs_of
 from flows.stages import STAGES
-from infra import manifests
 from infra.errors import CallerError
+from infra.storage import manifests
 from tests.small_systems import write_root
 from training import degradation, enlarge, upsamplers
 from training.jobs import write_model

@@ -9,7 +9,7 @@ import pytest
 
 from indexing.index import Index, IndexConfig, build
 from indexing.view import NUMBER_BITS, Filter, Segment, View, hashes_of, make_filter, number_of
-from infra.removals import Removals
+from infra.storage.removal_log import Removals
 from tests.embedded import vectors, write_embed
 
 COUNT, DIM, COPIES = 600, 32, 12

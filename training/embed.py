@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field
 
-from infra.cluster import ClusterConfig, spread
+from infra.compute.cluster import ClusterConfig, spread
+from infra.console.progress import Progress
 from infra.errors import CallerError
-from infra.progress import Progress
+from infra.schemas import open_parquet
 from infra.settings import Section
-from infra.tables import open_parquet
 from training import clip as clip_model
 from training import soundness
 from training.clip import ClipConfig

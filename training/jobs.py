@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from infra.cluster import ClusterConfig
+from infra.compute.cluster import ClusterConfig
+from infra.console.progress import Progress
 from infra.errors import DataError, UnclipError
-from infra.progress import Progress
 from training import clip as clip_model
 from training import embeddings, loop, open_clip, priors, sharding, soundness
 from training.clip import CLIP, ClipConfig

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from infra.console.progress import Progress
 from infra.errors import CallerError
-from infra.progress import Progress
 from training.diffusion import Denoise, Schedule, as_denoise, simple_loss, training_target
 from training.samplers import ancestral, ddim, dpm_solver
 from training.swiss_roll_picture import draw

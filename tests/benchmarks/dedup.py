@@ -28,8 +28,8 @@ from indexing.dedup import semantic
 from indexing.duplicates import DedupConfig, run
 from indexing.embeddings import Floats, Rows, unit
 from indexing.pictures import Pixels
-from infra.memory import PeakMemory
-from infra.tables import EMBEDDED
+from infra.compute.memory import PeakMemory
+from infra.schemas import EMBEDDED
 
 THRESHOLD = 0.94
 BLOCK = 8192

@@ -19,9 +19,9 @@ from flows.runs import committed_of
 from indexing.embeddings import metadata_batches
 from indexing.looks import PLACE
 from indexing.pictures import Pixels, read_picture
+from infra.console.progress import Progress
 from infra.errors import CallerError
-from infra.progress import Progress
-from infra.storage import open_root
+from infra.storage.store import open_root
 from training import embed
 
 MOST_LAID = 0.4

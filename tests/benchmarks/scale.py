@@ -120,7 +120,7 @@ def lengthen(folder: Path, count: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from infra.tables import EMBEDDED
+    from infra.schemas import EMBEDDED
 
     table = pq.read_table(folder / "curate" / "keep.parquet")
     rows = table.take(pa.array(np.arange(count) % table.num_rows))

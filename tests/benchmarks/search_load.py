@@ -181,7 +181,7 @@ def serve(folder: Path) -> None:
     from flows import serving
     from indexing.app import run
     from indexing.service import Encoders, ServeConfig, Service
-    from infra.storage import open_root
+    from infra.storage.store import open_root
 
     def encoders(known: Any) -> Encoders:
         dim = json.loads((known.index.local() / "index.json").read_text())["dim"]

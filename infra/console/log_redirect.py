@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from infra.progress import LOG_EVERY_S
+from infra.console.progress import LOG_EVERY_S
 
 CLEAR_LINE = "\x1b[2K"
 INTERRUPTED = threading.Event()

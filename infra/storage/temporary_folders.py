@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from infra.locks import write_holder
+from infra.storage.locks import write_holder
 
 FOLDER = "aside"
 PREFIX, SUFFIX = "writing-", ".lock"

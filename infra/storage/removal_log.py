@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra import storage
 from infra.errors import DataError
-from infra.storage import Root
+from infra.storage import store
+from infra.storage.store import Root
 
 FOLDER = "removals"
 NAMES = {"keys": "key", "origins": "origin", "sha256": "sha256", "downloads": "download"}
@@ -71,7 +71,7 @@ def write_removal(root: Root, entry: Mapping[str, Any], time: str) -> str:
     """Append an entry (lists `keys`, `origins`, `sha256`, perhaps `downloads`, and whatever else is worth keeping); return its name."""
     assert entry.keys() >= set(REQUIRED)
     name = f"{time.replace(':', '').replace('-', '').replace('.', '')}-{secrets.token_hex(4)}"
-    storage.write_json(root, f"{FOLDER}/{name}.json", {**entry, "time": time})
+    store.write_json(root, f"{FOLDER}/{name}.json", {**entry, "time": time})
     return name
 
 
@@ -82,12 +82,12 @@ def read_entries(root: Root) -> list[dict[str, Any]]:
 
 def entry_names(root: Root) -> list[str]:
     """Return the names of the log's files, the oldest first."""
-    return [name for name in storage.list_names(root, FOLDER) if name.endswith(".json")]
+    return [name for name in store.list_names(root, FOLDER) if name.endswith(".json")]
 
 
 def read_entry(root: Root, name: str) -> dict[str, Any]:
     """Return the entry in a file of the log. Raises DataError as `read_entries` does."""
-    entry = storage.read_json(root, f"{FOLDER}/{name}")
+    entry = store.read_json(root, f"{FOLDER}/{name}")
     if not isinstance(entry, dict) or any(not _is_texts(entry.get(each, None if each in REQUIRED else [])) for each in NAMES):
         raise DataError(f"{root.uri}/{FOLDER}/{name} is no entry of the removal log: mend it, or remove the thing again and delete it")
     return entry

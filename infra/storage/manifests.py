@@ -23,12 +23,12 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from infra import storage
+from infra.console.progress import transfer
 from infra.errors import DataError, StorageError
-from infra.locks import is_being_read, reading_file
-from infra.progress import transfer
-from infra.storage import Root
-from infra.temporary import FOLDER, REPLACED, is_dead, writing_folder
+from infra.storage import store
+from infra.storage.locks import is_being_read, reading_file
+from infra.storage.store import Root
+from infra.storage.temporary_folders import FOLDER, REPLACED, is_dead, writing_folder
 
 MANIFEST = "manifest.json"
 PACKAGES = ("unclip", "torch", "ray", "prefect", "img2dataset", "faiss-cpu", "pyarrow", "numpy", "tokenizers", "safetensors", "pydantic")
@@ -49,7 +49,7 @@ class Committed:
     @property
     def uri(self) -> str:
         """Where the folder is, for people and outside tools."""
-        return storage.uri_of(self.root, self.path)
+        return store.uri_of(self.root, self.path)
 
     @property
     def path(self) -> str:
@@ -89,7 +89,7 @@ class Committed:
 
     def _keep(self, kept: Path, files: list[dict[str, Any]]) -> None:
         """Download files of this folder into `kept`, which appears when it is whole."""
-        with storage.one_line_errors(kept), writing_folder(self.root.scratch, f"download-{self.stage}-{kept.name}") as folder:
+        with store.one_line_errors(kept), writing_folder(self.root.scratch, f"download-{self.stage}-{kept.name}") as folder:
             self._download(folder, files)
             kept.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -104,13 +104,13 @@ class Committed:
             broken = [wrong for wrong in pool.map(lambda file: self._download_one(file, folder, tell), files) if wrong]
         if broken:
             raise DataError(f"{self.uri}: {broken[0]}; run again to download it again, or remove the folder to make it again")
-        (folder / MANIFEST).write_bytes(storage.json_bytes(self.manifest))
+        (folder / MANIFEST).write_bytes(store.json_bytes(self.manifest))
 
     def _download_one(self, file: dict[str, Any], folder: Path, tell: Callable[[int], None]) -> str:
         """Download a file, again where it arrives otherwise than the manifest says; return what is wrong with it at last, or ""."""
         wrong: list[str] = []
         for _ in range(DOWNLOAD_TRIES):
-            storage.download(self.root, f"{self.path}/{file['path']}", folder / file["path"], tell)
+            store.download(self.root, f"{self.path}/{file['path']}", folder / file["path"], tell)
             wrong = _differences(folder, [file])
             if not wrong:
                 return ""
@@ -140,24 +140,24 @@ def forget_downloads(root: Root) -> None:
 def content_key(stage: str, version: int, sections: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Return 16 hex digits that name what a stage makes: a hash of its name, code version, config sections and the keys of its inputs."""
     what = {"stage": stage, "version": version, "sections": dict(sections), "inputs": dict(inputs)}
-    return hashlib.sha256(storage.json_bytes(what)).hexdigest()[:16]
+    return hashlib.sha256(store.json_bytes(what)).hexdigest()[:16]
 
 
 def find(root: Root, stage: str, key: str) -> Committed | None:
     """Return the committed folder of that key, or None; a folder without a manifest does not exist."""
-    manifest = storage.read_json(root, f"{stage}/{key}/{MANIFEST}")
+    manifest = store.read_json(root, f"{stage}/{key}/{MANIFEST}")
     return Committed(root, stage, key, manifest) if manifest is not None else None
 
 
 def newest(root: Root, stage: str) -> Committed | None:
     """Return the folder of a stage that was committed last, under whatever key, or None."""
-    found = (find(root, stage, key) for key in storage.list_names(root, stage))
+    found = (find(root, stage, key) for key in store.list_names(root, stage))
     return max((each for each in found if each), key=lambda each: each.manifest["finished"], default=None)
 
 
 def damage(committed: Committed) -> str:
     """Return the first file that is missing or has another size than the manifest says, or ""; reads no contents."""
-    sizes = storage.file_sizes(committed.root, committed.path)
+    sizes = store.file_sizes(committed.root, committed.path)
     for file in committed.manifest["files"]:
         if file["path"] not in sizes:
             return f"{file['path']} is missing"
@@ -181,7 +181,7 @@ def verify(committed: Committed) -> list[str]:
 def _is_stored(committed: Committed, file: dict[str, Any]) -> bool:
     """Read a file from a store and say whether it is what the manifest says; a byte that only the network turned gets another try."""
     name = f"{committed.path}/{file['path']}"
-    return any(storage.sha256_of(committed.root, name) == file["sha256"] for _ in range(DOWNLOAD_TRIES))
+    return any(store.sha256_of(committed.root, name) == file["sha256"] for _ in range(DOWNLOAD_TRIES))
 
 
 def _differences(folder: Path, files: list[dict[str, Any]]) -> list[str]:
@@ -225,7 +225,7 @@ def commit(root: Root, stage: str, key: str, out: Path, facts: Mapping[str, Any]
     `facts` are the manifest's own part (config, input keys, counts, times). Where a folder of that key is committed already it stays and
     is returned, unless its attempt is the one in `replaces` (a damaged folder). `out` is gone afterwards. Raises StorageError.
     """
-    with storage.one_line_errors(out):
+    with store.one_line_errors(out):
         files = [
             {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
             for path in sorted(out.rglob("*"))
@@ -237,7 +237,7 @@ def commit(root: Root, stage: str, key: str, out: Path, facts: Mapping[str, Any]
         "key": key,
         **facts,
         "files": files,
-        "digest": hashlib.sha256(storage.json_bytes(files)).hexdigest(),
+        "digest": hashlib.sha256(store.json_bytes(files)).hexdigest(),
         "packages": package_versions(),
         "attempt": attempt,
         "prefix": "" if root.folder else attempt,
@@ -255,8 +255,8 @@ def _commit_by_rename(
     root: Root, folder: Path, stage: str, key: str, out: Path, manifest: dict[str, Any], replaces: str | None
 ) -> Committed:
     target = folder / stage / key
-    with storage.one_line_errors(target):
-        (out / MANIFEST).write_bytes(storage.json_bytes(manifest))
+    with store.one_line_errors(target):
+        (out / MANIFEST).write_bytes(store.json_bytes(manifest))
         _sync_tree(out)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
@@ -304,7 +304,7 @@ def interrupted(root: Root) -> list[tuple[str, str]]:
 def recover(root: Root, stage: str, key: str) -> None:
     """Put a folder back that a killed writer had moved away; where another is in its place by now, remove it. Call it under its lock."""
     for left in sorted((root.scratch / FOLDER).glob(f"{stage}-{key}*{REPLACED}")):
-        with storage.one_line_errors(left):
+        with store.one_line_errors(left):
             if root.folder and (left / MANIFEST).is_file() and not (root.folder / stage / key).exists():
                 left.rename(root.folder / stage / key)
             elif is_dead(left):  # not of another machine, which is about to remove it itself
@@ -326,32 +326,32 @@ def _commit_by_put(root: Root, stage: str, key: str, out: Path, manifest: dict[s
     try:
         total = sum(file["bytes"] for file in manifest["files"])
         with transfer(f"{stage} up", total) as tell, ThreadPoolExecutor(UPLOAD_THREADS) as pool:
-            list(pool.map(lambda f: storage.upload(root, out / f["path"], f"{place}/{attempt}/{f['path']}", tell), manifest["files"]))
+            list(pool.map(lambda f: store.upload(root, out / f["path"], f"{place}/{attempt}/{f['path']}", tell), manifest["files"]))
         wrong = damage(sent)
         existing = find(root, stage, key)
         if wrong and (existing is None or existing.manifest["attempt"] == replaces):
             raise DataError(f"{sent.uri}: {wrong} after the upload; run the same command again")
     except BaseException:
         with suppress(StorageError):  # the store that has just failed; the next commit of this key clears what is left
-            storage.remove(root, f"{place}/{attempt}")
+            store.remove(root, f"{place}/{attempt}")
         raise
     # Before the manifest is there: who replaces it later is not in this list, and must not be cleared along with the attempts that were
     # killed and those that can only be refused now.
-    others = [other for other in storage.list_names(root, place) if other not in (attempt, MANIFEST)]
+    others = [other for other in store.list_names(root, place) if other not in (attempt, MANIFEST)]
     manifest |= {"supersedes": others}  # for whoever clears them if we are killed before we have
 
     def put(old: bytes | None) -> bytes | None:
-        return storage.json_bytes(manifest) if old is None or json.loads(old)["attempt"] == replaces else None
+        return store.json_bytes(manifest) if old is None or json.loads(old)["attempt"] == replaces else None
 
-    storage.change_bytes(root, name, put)
+    store.change_bytes(root, name, put)
     first = find(root, stage, key)
     assert first, "a manifest was put, or one that refused it is there"
     if first.manifest["attempt"] != attempt:  # not ours, and not ours either whose answer was lost on the way
-        storage.remove(root, f"{place}/{attempt}")
+        store.remove(root, f"{place}/{attempt}")
         return first
     for other in others:
-        storage.remove(root, f"{place}/{other}")
-    storage.abort_uploads(root, place)
+        store.remove(root, f"{place}/{other}")
+    store.abort_uploads(root, place)
     return sent
 
 

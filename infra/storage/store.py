@@ -25,8 +25,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from infra.errors import CallerError, StorageAwayError, StorageError, UnclipError
-from infra.locks import writer_lock
-from infra.patience import is_passing, patiently
+from infra.storage.locks import writer_lock
+from infra.storage.retry import is_passing, patiently
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
