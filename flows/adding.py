@@ -32,7 +32,7 @@ from infra.storage.temporary_folders import writing_folder
 
 if TYPE_CHECKING:
     from indexing.view import View
-    from training.look import Look
+    from training.models.preprocessing import Look
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -125,7 +125,7 @@ def embed_pictures(source: Path, known: Lineage, licence: str, out: Path) -> tup
     files = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURES) if source.is_dir() else []
     if not files:
         raise CallerError(f"{source} holds neither embeddings (facts.json, img_emb/, text_emb/, metadata/) nor PNG, JPEG or WebP pictures")
-    from training import embed
+    from training.jobs import embed
 
     texts_of, images_of, side_px = embed.encoders(known.clip.local())
     look = embed.look_of(known.clip.local())
@@ -147,7 +147,7 @@ def embed_pictures(source: Path, known: Lineage, licence: str, out: Path) -> tup
 
 def read_one(file: Path, side_px: int, look: "Look", licence: str, source: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """Return a picture as the encoder sees it, and its row with the picture that is kept of it, uint8 RGB."""
-    from training.pictures import read_file
+    from training.data.image_reader import read_file
 
     width_px, height_px = size_of(file)
     kept = read_file(file, min(KEPT_PX, max(width_px, height_px)))

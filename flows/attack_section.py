@@ -9,9 +9,9 @@ from indexing.sections import ReportSection
 from indexing.subject import Subject
 from indexing.typographic import TypographicConfig, typographic
 from indexing.varied import Witnesses
-from training import features
-from training.generate import Unclip
-from training.manipulate import variations
+from training.generation.manipulations import variations
+from training.generation.unclip import Unclip
+from training.models import imagenet_features
 
 
 def section(config: TypographicConfig, whole: EvaluateConfig, model: Unclip, subject: Subject) -> ReportSection:
@@ -22,5 +22,5 @@ def section(config: TypographicConfig, whole: EvaluateConfig, model: Unclip, sub
     def vary(pictures: Any, count: int, seed: int) -> Any:
         return variations(model, pictures, count, seed, guidance=whole.guidance)
 
-    witnesses = Witnesses(features.LITE_NAME, features.efficientnet_lite0(), text_reader())
+    witnesses = Witnesses(imagenet_features.LITE_NAME, imagenet_features.efficientnet_lite0(), text_reader())
     return typographic(config, subject, pairs, whole.templates, model.clip.logit_scale.exp().item(), vary, witnesses)

@@ -9,7 +9,7 @@ from flows.recipe import find_recipe
 
 if TYPE_CHECKING:
     from flows.config import RunConfig
-    from training.loop import LoopConfig
+    from training.optim.loop import LoopConfig
 
 STORED_BYTES_PER_PIXEL = 0.4
 """Of a photograph stored as JPEG of quality 95, roughly; PNG drawings take less."""
@@ -30,7 +30,7 @@ def capacity(config: "RunConfig", tflops: float | None, pairs: int | None) -> di
 
     With a pretrained CLIP, whose sizes are known once it is read, only the up-samplers are counted.
     """
-    from training import capacity as costs
+    from training.jobs import cost_model as costs
 
     vocabulary, context, dim = config.tokenizer.vocab_size, config.tokenizer.context, config.clip.embed_dim
     cluster, rate = config.cluster, tflops * 1e12 if tflops else None

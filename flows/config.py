@@ -16,12 +16,12 @@ from indexing.index import IndexConfig
 from infra.compute.cluster import ClusterConfig
 from infra.errors import CallerError
 from infra.settings import Section
-from training.clip import ClipConfig
-from training.decoder import DecoderConfig
-from training.embed import EmbedConfig
-from training.prior import PriorConfig
-from training.tokenizer import TokenizerConfig
-from training.upsampler import UpsamplerConfig
+from training.jobs.embed import EmbedConfig
+from training.models.clip import ClipConfig
+from training.models.decoder import DecoderConfig
+from training.models.diffusion_prior import PriorConfig
+from training.models.tokenizer import TokenizerConfig
+from training.models.upsampler import UpsamplerConfig
 
 CONV_FOLD = 8
 """The convolutional image tower halves a picture's side three times."""

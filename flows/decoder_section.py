@@ -12,9 +12,9 @@ from flows.png import write_sheet
 from indexing import sections
 from indexing.evaluate import EvaluateConfig
 from indexing.intervals import Z_95, mean_figure
-from training import fidelity, latents
-from training.fidelity import Described
-from training.generate import Unclip
+from training.generation import latents, reconstruction
+from training.generation.reconstruction import Described
+from training.generation.unclip import Unclip
 
 COLUMNS = 9
 SAMPLES = 3
@@ -26,7 +26,7 @@ def section(config: EvaluateConfig, model: Unclip, embed: Path, shards: Path, ou
     """Measure and draw the report's section on the decoder; writes into `out`/pictures."""
     side_px, seed = model.decoder.config.image_size_px, config.seed
     wanted = max(config.likelihood_pictures, config.inversion_pictures, config.latent_pictures)
-    held_out = fidelity.read(embed, shards, SPLIT, model.tokenizer, side_px, wanted, seed)
+    held_out = reconstruction.read(embed, shards, SPLIT, model.tokenizer, side_px, wanted, seed)
     text = [
         "One picture of each held-out concept, drawn by the seed; the decoder saw none of them in training."
         if len(held_out)
@@ -34,14 +34,14 @@ def section(config: EvaluateConfig, model: Unclip, embed: Path, shards: Path, ou
     ]
     tables, pictures = [], []
     if len(held_out) and config.likelihood_pictures:
-        trained = fidelity.read(embed, shards, "train", model.tokenizer, side_px, config.likelihood_pictures // 2 or 1, seed)
+        trained = reconstruction.read(embed, shards, "train", model.tokenizer, side_px, config.likelihood_pictures // 2 or 1, seed)
         judged = held_out.first(config.likelihood_pictures)
         if not len(trained):
             text.append("Its likelihood is not measured: there are no training pictures to find the best variance on.")
         else:
-            tables.append(_likelihood_table(fidelity.likelihood(model.decoder, judged, trained, config.likelihood_draws, seed)))
+            tables.append(_likelihood_table(reconstruction.likelihood(model.decoder, judged, trained, config.likelihood_draws, seed)))
     if len(held_out) and config.inversion_pictures:
-        rows = fidelity.inversion(model.decoder, held_out.first(config.inversion_pictures), config.inversion_steps)
+        rows = reconstruction.inversion(model.decoder, held_out.first(config.inversion_pictures), config.inversion_steps)
         tables.append(_inversion_table(rows, config))
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     pictures.append(_across_time(config, model, out))
@@ -84,7 +84,7 @@ def _inversion_table(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict
         f"no guidance. Peak signal-to-noise ratio in dB, mean of {len(rows[0]['psnr_db']) if rows else 0} pictures; "
         "a refinement costs one more network call an inverted step"
     )
-    head = ["Steps", *("one refinement" if each else "plain" for each in fidelity.REFINEMENTS)]
+    head = ["Steps", *("one refinement" if each else "plain" for each in reconstruction.REFINEMENTS)]
     return sections.table(caption, head, [[str(steps), *figures] for steps, figures in by_steps.items()])
 
 

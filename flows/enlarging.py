@@ -22,10 +22,11 @@ def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]
     import numpy as np
 
     from flows.png import write_sheet
-    from training import enlarge, upsamplers
-    from training.pictures import Pictures, read_table
+    from training.data.image_reader import Pictures, read_table
+    from training.generation import upsampling_eval
+    from training.models import upsampler_cascade
 
-    model = upsamplers.load(out)
+    model = upsampler_cascade.load(out)
     found: dict[str, Any] = {}
     rows, shown = [], []
     for split in ("held_out_style", "held_out_concept"):
@@ -33,7 +34,7 @@ def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]
         if not table.num_rows:
             continue
         places = np.unique(np.linspace(0, table.num_rows - 1, min(COMPARED_AT_MOST, table.num_rows)).round().astype(int))
-        figures, made = enlarge.compare(
+        figures, made = upsampling_eval.compare(
             model, Pictures(table.take(places), ingest / "shards", model.config.image_size_px)[range(len(places))].numpy()
         )
         found[split] = figures
@@ -76,21 +77,22 @@ def upsample(
     record = find_run(opened, run)
     stages = upsampler_stages(opened, record)
     from flows.png import write_grid
-    from training import enlarge, upsamplers
-    from training.generate import SEED_STRIDE
-    from training.pictures import read_file
+    from training.data.image_reader import read_file
+    from training.generation import upsampling_eval
+    from training.generation.unclip import SEED_STRIDE
+    from training.models import upsampler_cascade
 
-    models = [upsamplers.load(committed.local()) for committed in stages.values()]
+    models = [upsampler_cascade.load(committed.local()) for committed in stages.values()]
     first = models[0].config
     start = side or first.image_size_px // first.factor
     factor = int(np.prod([model.config.factor for model in models]))
     if start * factor > SIDE_AT_MOST_PX:
         raise CallerError(f"--side {start}: {factor} times that is more than {SIDE_AT_MOST_PX} pixels")
     small = np.stack([read_file(image, start) for image in images])
-    made = upsamplers.enlarge(models, small, [seed * SEED_STRIDE + place for place in range(len(small))], steps)
+    made = upsampler_cascade.enlarge(models, small, [seed * SEED_STRIDE + place for place in range(len(small))], steps)
     ways = [
         np.kron(small, np.ones((1, factor, factor, 1), np.uint8)),
-        *(enlarge.interpolate(small, factor, name) for name in enlarge.INTERPOLATIONS),
+        *(upsampling_eval.interpolate(small, factor, name) for name in upsampling_eval.INTERPOLATIONS),
         made,
     ]
     settings = {

@@ -15,7 +15,7 @@ from infra.console.progress import Progress
 if TYPE_CHECKING:
     from indexing.sections import MakeSection
     from indexing.subject import Subject
-    from training.generate import Unclip
+    from training.generation.unclip import Unclip
 
 TRAINED = ("clip", "prior", "decoder")
 
@@ -25,7 +25,7 @@ def run(job: StageJob) -> Counts:
     from indexing.evaluate import evaluate
     from indexing.held_out import open_embedded
     from indexing.subject import Subject
-    from training.generate import Unclip
+    from training.generation.unclip import Unclip
 
     folders = {name: committed.local() for name, committed in job.inputs.items()}
     model = Unclip.load(folders["clip"], folders["prior"], folders["decoder"])

@@ -48,10 +48,10 @@ def export(
     opened = open_for(root, for_writing=False)
     record = find_run(opened, run)
     if kind is Format.OPEN_CLIP:
-        from training import open_clip
+        from training.models import open_clip_format
 
         clip = committed_of(opened, record, "clip").local()
-        written = write_aside(folder, lambda aside: open_clip.write(clip, aside))
+        written = write_aside(folder, lambda aside: open_clip_format.write(clip, aside))
     else:
         written = write_export(opened, record, folder)
     if as_json:

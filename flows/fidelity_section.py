@@ -6,8 +6,8 @@ from indexing.evaluate import EvaluateConfig
 from indexing.fidelity_figures import FidelityConfig, fidelity
 from indexing.sections import ReportSection
 from indexing.subject import Subject
-from training import features
-from training.generate import Unclip
+from training.generation.unclip import Unclip
+from training.models import imagenet_features
 
 
 def section(config: FidelityConfig, whole: EvaluateConfig, model: Unclip, subject: Subject) -> ReportSection:
@@ -16,6 +16,6 @@ def section(config: FidelityConfig, whole: EvaluateConfig, model: Unclip, subjec
     def draw(prompts: list[str], seed: int, guidance: float) -> Any:  # captions repeat: with one seed for all, so would pictures
         return model.generate(prompts, 1, range(seed, seed + len(prompts)), whole.steps, guidance)[:, 0]
 
-    found = features.efficientnet_lite0()
-    networks = {features.LITE_NAME: found} if found else {}
+    found = imagenet_features.efficientnet_lite0()
+    networks = {imagenet_features.LITE_NAME: found} if found else {}
     return fidelity(config, subject, model.decoder.config.image_size_px, draw, networks)

@@ -208,8 +208,8 @@ def _alike(root: Root, run: str | None, file: Path) -> list[dict[str, Any]]:
     from flows.living import open_view
     from indexing.dedup import is_alike, look_of
     from indexing.pictures import read_picture
-    from training import embed
-    from training.pictures import read_file
+    from training.data.image_reader import read_file
+    from training.jobs import embed
 
     view, known = open_view(root, run)
     side_px = 64

@@ -1,6 +1,6 @@
 """The lecture's pictures of a decoder's latents laid out as labelled grids, for the commands and the report.
 
-What is drawn comes from training/latents.py. Legend: R rows, C columns, S the decoder's side; pictures are uint8 (S, S, 3).
+What is drawn comes from training/generation/latents.py. Legend: R rows, C columns, S the decoder's side; pictures are uint8 (S, S, 3).
 """
 
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.fidelity import Described
-from training.latents import AcrossTime, Shared
-from training.pixels import to_images
+from training.generation.latents import AcrossTime, Shared
+from training.generation.reconstruction import Described
+from training.models.pixels import to_images
 
 
 @dataclass(frozen=True)

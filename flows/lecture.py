@@ -16,8 +16,8 @@ from infra.errors import CallerError
 if TYPE_CHECKING:
     from flows.latent_grids import Grid
     from infra.storage.manifests import Committed
-    from training.fidelity import Described
-    from training.generate import Unclip
+    from training.generation.reconstruction import Described
+    from training.generation.unclip import Unclip
 
 Steps = Annotated[
     int | None, typer.Option("--steps", min=1, max=100_000, help="Sampler steps from T to 0, by default 100; a start at t takes its share.")
@@ -44,7 +44,7 @@ def swiss_roll(
     as_json: Json = False,
 ) -> None:
     """Learn the two-dimensional Swiss roll, sample it at several diffusion rates and step counts, and draw both."""
-    from training import swiss_roll as roll
+    from training.diffusion import swiss_roll as roll
 
     result = roll.swiss_roll(out, steps, seed=seed, rates=rates or ())
     if as_json:
@@ -76,7 +76,7 @@ def across_time(
     if columns > steps + 1:
         raise CallerError(f"--columns {columns}: {steps} steps have {steps + 1} times at most")
     from flows import latent_grids
-    from training import latents
+    from training.generation import latents
 
     found = latents.across_time(model, prompts, columns, steps, seed, guidance)
     settings = {"prompts": prompts, "times": found.times, "steps": steps, "guidance": guidance, **settings}
@@ -100,7 +100,7 @@ def shared_latents(
     model, steps, settings, stages = _open(root, run, steps, not images)
     chosen, pictures = _times(model, times), _pictures(model, images or [], stages, count, seed)
     from flows import latent_grids
-    from training import latents
+    from training.generation import latents
 
     found = latents.sharing(model.decoder, pictures.x_0, chosen, samples, steps, seed, pictures.z_i if is_told else None)
     figures = {
@@ -135,7 +135,7 @@ def interpolate(
     if len(pictures) < 2:
         raise CallerError("interpolate: this run holds out one concept only: give two pictures A and B")
     from flows import latent_grids
-    from training import latents
+    from training.generation import latents
 
     first, second = pictures.halves()
     told = (first.z_i, second.z_i) if is_told else None
@@ -159,7 +159,7 @@ def _open(
 
 
 def _times(model: "Unclip", times: list[int] | None) -> list[int]:
-    from training.latents import times_at
+    from training.generation.latents import times_at
 
     schedule = model.decoder.schedule
     beyond = [t for t in times or [] if t > schedule.T]
@@ -170,13 +170,13 @@ def _times(model: "Unclip", times: list[int] | None) -> list[int]:
 
 def _pictures(model: "Unclip", files: list[Path], stages: "dict[str, Committed]", count: int, seed: int) -> "Described":
     """Read a person's pictures, or draw `count` held-out ones by the seed."""
-    from training import fidelity
+    from training.generation import reconstruction
 
     if files:
-        return fidelity.read_files(model, files)
+        return reconstruction.read_files(model, files)
     shards = stages["ingest"].local() / "shards"
     side_px = model.decoder.config.image_size_px
-    found = fidelity.read(stages["embed"].local(), shards, "held_out_concept", model.tokenizer, side_px, count, seed)
+    found = reconstruction.read(stages["embed"].local(), shards, "held_out_concept", model.tokenizer, side_px, count, seed)
     if not len(found):
         raise CallerError("this run holds out no concept: give pictures of your own")
     return found

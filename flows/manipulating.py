@@ -1,7 +1,7 @@
 """The commands that change pictures one has: `vary`, `interpolate`, `textdiff` and `reconstruct`.
 
-They read the pictures (hostile until training.pictures has read them), load a run's models, and write a labelled grid and its single
-pictures. What is computed stands in training/manipulate.py.
+They read the pictures (hostile until training.data.image_reader has read them), load a run's models, and write a labelled grid and its single
+pictures. What is computed stands in training/generation/manipulations.py.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from infra.storage.manifests import Committed
-    from training.generate import Unclip
+    from training.generation.unclip import Unclip
 
 Steps = Annotated[int, typer.Option("--steps", min=1, max=1000, help="DDIM steps, both down to noise and back up.")]
 STEPS = 25
@@ -53,14 +53,14 @@ def vary(
     """Draw variations of a picture: the same meaning, other details (unCLIP, figure 3)."""
     import numpy as np
 
-    from training import manipulate
+    from training.generation import manipulations
 
     opened = _open(root, run, [image], steps)
     guidance = guidance_of(opened.model, guidance)
-    latents = manipulate.invert(opened.model, opened.pictures, steps, guidance)
+    latents = manipulations.invert(opened.model, opened.pictures, steps, guidance)
     etas = eta or [1.0]
     rows = [
-        np.concatenate([opened.shown, latents.rebuilt, manipulate.vary(opened.model, latents, each, count, seed, steps, guidance)])
+        np.concatenate([opened.shown, latents.rebuilt, manipulations.vary(opened.model, latents, each, count, seed, steps, guidance)])
         for each in etas
     ]
     columns = ["the picture", "rebuilt", *(f"variation {place + 1}" for place in range(count))]
@@ -88,19 +88,19 @@ def interpolate(
     """Blend the meaning of two pictures: slerp of their z_i, the decoder's noise fixed along a row (unCLIP, figure 4)."""
     import numpy as np
 
-    from training import manipulate
+    from training.generation import manipulations
 
     opened = _open(root, run, [first, second], steps)
     guidance = guidance_of(opened.model, guidance)
     model, figures = opened.model, {}
     if slerp_noise:
-        latents = manipulate.invert(model, opened.pictures, steps, guidance)
+        latents = manipulations.invert(model, opened.pictures, steps, guidance)
         figures = {"rebuilt_psnr_db": latents.psnr_db}
-        rows = [manipulate.interpolate(model, latents.z_i, columns, seed, latents, steps, guidance)]
+        rows = [manipulations.interpolate(model, latents.z_i, columns, seed, latents, steps, guidance)]
         labels = ["noise from A's to B's"]
     else:
-        z_i = manipulate.embed(model, opened.pictures)
-        rows = [manipulate.interpolate(model, z_i, columns, seed + row, None, steps, guidance) for row in range(count)]
+        z_i = manipulations.embed(model, opened.pictures)
+        rows = [manipulations.interpolate(model, z_i, columns, seed + row, None, steps, guidance) for row in range(count)]
         labels = [f"noise of seed {seed + row}" for row in range(count)]
     ends = [[opened.shown[:1], row, opened.shown[1:]] for row in rows]
     heads = [f"A: {first.stem}", *(f"{place / (columns - 1):.2f}" for place in range(columns)), f"B: {second.stem}"]
@@ -138,13 +138,13 @@ def textdiff(
         raise CallerError(f"textdiff: FROM and TO are both {before!r}: there is no difference to follow")
     import numpy as np
 
-    from training import manipulate
+    from training.generation import manipulations
 
     opened = _open(root, run, [image], steps)
     guidance = guidance_of(opened.model, guidance)
-    latents = manipulate.invert(opened.model, opened.pictures, steps, guidance)
+    latents = manipulations.invert(opened.model, opened.pictures, steps, guidance)
     try:
-        row = manipulate.text_diff(opened.model, latents, before, after, theta, columns, steps, guidance)
+        row = manipulations.text_diff(opened.model, latents, before, after, theta, columns, steps, guidance)
     except ValueError as error:
         raise CallerError(f"textdiff: {error}") from None
     heads = ["the picture", *(f"theta {weight:.2f}" for weight in np.linspace(0, theta, columns))]
@@ -183,17 +183,18 @@ def reconstruct(
     wanted = _dims(pca_dims)
     import numpy as np
 
-    from training import embeddings, manipulate
-    from training.pca import Pca
+    from training.data import embedding_dataset
+    from training.generation import manipulations
+    from training.models.pca import Pca
 
     opened = _open(root, run, images, steps, ("embed",))
     guidance = guidance_of(opened.model, guidance)
-    _, z_train = embeddings.read(opened.stages["embed"].local(), "train")
+    _, z_train = embedding_dataset.read(opened.stages["embed"].local(), "train")
     dims = [count for count in wanted if count <= z_train.dim]
     if not dims:
         raise CallerError(f"--pca-dims {pca_dims}: this run's z_i has {z_train.dim} dimensions, ask for that many at most")
-    pca, z_i = Pca.fit(z_train[z_train.sampled()]), manipulate.embed(opened.model, opened.pictures)
-    drawn = manipulate.reconstruct(opened.model, z_i, pca.to(opened.model.device), dims, seed, steps, guidance)
+    pca, z_i = Pca.fit(z_train[z_train.sampled()]), manipulations.embed(opened.model, opened.pictures)
+    drawn = manipulations.reconstruct(opened.model, z_i, pca.to(opened.model.device), dims, seed, steps, guidance)
     held = (pca.eigenvalues.cumsum(0) / pca.eigenvalues.sum()).tolist()
     columns = [*(f"{count} ({100 * held[count - 1]:.0f} %)" for count in dims), f"all {z_train.dim}", "the picture"]
     settings = {"images": [file.name for file in images], "pca_dims": dims, "steps": steps, "guidance": guidance, **opened.settings}
@@ -213,15 +214,15 @@ def _dims(text: str) -> list[int]:
 def _open(root: str, run: str | None, images: list[Path], steps: int, more: tuple[str, ...] = ()) -> Opened:
     """Load the run's models and read the pictures, each at the larger of the sides that CLIP and the decoder want."""
     check_files(images)
-    from training import manipulate
+    from training.generation import manipulations
 
     opened = open_for(root, for_writing=False)
     model, record, stages = load_system(opened, run, more)
     if steps > model.decoder.schedule.T:
         raise CallerError(f"--steps {steps}: this decoder has {model.decoder.schedule.T}")
-    pictures = manipulate.read(model, images)
+    pictures = manipulations.read(model, images)
     settings = {"run": record["name"], **{stage: committed.key for stage, committed in stages.items()}}
-    return Opened(model, settings, stages, pictures, manipulate.as_drawn(model, pictures))
+    return Opened(model, settings, stages, pictures, manipulations.as_drawn(model, pictures))
 
 
 def _finish(

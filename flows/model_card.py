@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 USE = """```python
-from training.generate import Unclip
+from training.generation.unclip import Unclip
 pictures = Unclip.load("{folder}").generate(["a red heart"], count=4, seed=0)  # uint8 (1, 4, {side}, {side}, 3)
 ```
 

@@ -7,8 +7,8 @@ from indexing.reading import text_reader
 from indexing.relations import RelationsConfig, Score, relations
 from indexing.sections import ReportSection
 from indexing.subject import Subject
-from training.generate import Unclip
-from training.search import search
+from training.generation.beam_search import search
+from training.generation.unclip import Unclip
 
 
 def section(config: RelationsConfig, whole: EvaluateConfig, model: Unclip, subject: Subject) -> ReportSection:

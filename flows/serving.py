@@ -253,8 +253,8 @@ class Opener:
 def load_encoders(known: "Lineage") -> "Encoders":
     """Load the CLIP that made an index."""
     from indexing.service import Encoders
-    from training import embed
-    from training.pictures import as_square
+    from training.data.image_reader import as_square
+    from training.jobs import embed
 
     texts, images, image_px = embed.encoders(known.clip.local())
     return Encoders(known.fingerprint, texts, images, image_px, partial(as_square, look=embed.look_of(known.clip.local())))

@@ -40,15 +40,15 @@ def run_curate(job: StageJob) -> Counts:
 
 
 def run_clip(job: StageJob) -> Counts:
-    from training import jobs
+    from training.jobs import train
 
     job.cluster.start()
     ingest, curate = job.inputs["ingest"].local(), job.inputs["curate"].local()
-    return jobs.train_clip(job.config.tokenizer, job.config.clip, job.config.cluster, ingest, curate, job.out, job.work)
+    return train.train_clip(job.config.tokenizer, job.config.clip, job.config.cluster, ingest, curate, job.out, job.work)
 
 
 def run_embed(job: StageJob) -> Counts:
-    from training import embed
+    from training.jobs import embed
 
     job.cluster.start()
     ingest, curate, clip = (job.inputs[name].local() for name in ("ingest", "curate", "clip"))
@@ -85,7 +85,7 @@ def _grown_from(job: StageJob) -> tuple[Path, Path] | None:
 
 def run_dedup(job: StageJob) -> Counts:
     from indexing import duplicates
-    from training import embed
+    from training.jobs import embed
 
     assert job.config.dedup, "a stage without its section is not planned"
     _, encode_images, side_px = embed.encoders(job.inputs["clip"].local())
@@ -99,28 +99,28 @@ def trained_embeddings(job: StageJob) -> Path:
 
 
 def run_prior(job: StageJob) -> Counts:
-    from training import jobs
+    from training.jobs import train
 
     job.cluster.start()
     clip, embed = job.inputs["clip"].local(), trained_embeddings(job)
-    return jobs.train_prior(job.config.prior, job.config.cluster, clip, embed, job.out, job.work)
+    return train.train_prior(job.config.prior, job.config.cluster, clip, embed, job.out, job.work)
 
 
 def run_decoder(job: StageJob) -> Counts:
-    from training import jobs
+    from training.jobs import train
 
     job.cluster.start()
     ingest, clip, embed = job.inputs["ingest"].local(), job.inputs["clip"].local(), trained_embeddings(job)
-    return jobs.train_decoder(job.config.decoder, job.config.cluster, ingest, clip, embed, job.out, job.work)
+    return train.train_decoder(job.config.decoder, job.config.cluster, ingest, clip, embed, job.out, job.work)
 
 
 def run_upsampler(job: StageJob) -> Counts:
     from flows import enlarging
-    from training import jobs
+    from training.jobs import train
 
     job.cluster.start()
     ingest, kept = job.inputs["ingest"].local(), job.inputs["dedup" if "dedup" in job.inputs else "curate"].local()
-    counts = jobs.train_upsampler(getattr(job.config, job.stage), job.config.cluster, ingest, kept, job.out, job.work)
+    counts = train.train_upsampler(getattr(job.config, job.stage), job.config.cluster, ingest, kept, job.out, job.work)
     return counts | {"comparison": enlarging.compare(job.stage, job.out, ingest, kept)}
 
 
@@ -131,7 +131,7 @@ def run_evaluate(job: StageJob) -> Counts:
 
 
 def clip_parameters(config: "RunConfig") -> int | None:
-    from training import clip
+    from training.models import clip
 
     if config.clip.pretrained:  # its sizes are known once it is read
         return None
@@ -139,7 +139,7 @@ def clip_parameters(config: "RunConfig") -> int | None:
 
 
 def prior_parameters(config: "RunConfig") -> int | None:
-    from training import priors
+    from training.models import priors
 
     if config.clip.pretrained:  # its sizes are known once it is read
         return None
@@ -147,7 +147,7 @@ def prior_parameters(config: "RunConfig") -> int | None:
 
 
 def decoder_parameters(config: "RunConfig") -> int | None:
-    from training import decoder
+    from training.models import decoder
 
     if config.clip.pretrained:  # its sizes are known once it is read
         return None
@@ -155,13 +155,13 @@ def decoder_parameters(config: "RunConfig") -> int | None:
 
 
 def upsampler_parameters(config: "RunConfig") -> int:
-    from training import upsampler
+    from training.models import upsampler
 
     return upsampler.count_parameters(config.upsampler) if config.upsampler else 0
 
 
 def upsampler_2_parameters(config: "RunConfig") -> int:
-    from training import upsampler
+    from training.models import upsampler
 
     return upsampler.count_parameters(config.upsampler_2) if config.upsampler_2 else 0
 

@@ -11,16 +11,16 @@ from indexing.sections import ReportSection
 from indexing.subject import Subject
 from indexing.suite import SuiteConfig, suite
 from infra.errors import CallerError
-from training import features
-from training.generate import Unclip
-from training.pictures import as_square
+from training.data.image_reader import as_square
+from training.generation.unclip import Unclip
+from training.models import imagenet_features
 
 
-def networks(config: SuiteConfig) -> dict[str, features.Features]:
+def networks(config: SuiteConfig) -> dict[str, imagenet_features.Features]:
     """Return the networks whose features are probed, by name: the packaged one where it is installed, a ResNet-50 where a path is given."""
-    found = {features.LITE_NAME: features.efficientnet_lite0()}
+    found = {imagenet_features.LITE_NAME: imagenet_features.efficientnet_lite0()}
     named = {name: each for name, each in found.items() if each is not None}
-    return named | ({features.RESNET_NAME: features.resnet_50(Path(config.features).expanduser())} if config.features else {})
+    return named | ({imagenet_features.RESNET_NAME: imagenet_features.resnet_50(Path(config.features).expanduser())} if config.features else {})
 
 
 def sections(config: SuiteConfig, whole: EvaluateConfig, model: Unclip, subject: Subject, folder: Path) -> list[ReportSection]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from indexing import sections
 from indexing.evaluate import EvaluateConfig
-from training import swiss_roll as roll
+from training.diffusion import swiss_roll as roll
 
 TITLE = "The diffusion process: the Swiss roll"
 

@@ -24,10 +24,11 @@ def sections(folders: Mapping[str, Path], out: Path) -> "list[ReportSection]":
 
 def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
     from indexing.sections import picture, section, table
-    from training import enlarge, upsamplers
-    from training.upsampler import TILES_AT_ONCE
+    from training.generation import upsampling_eval
+    from training.models import upsampler_cascade
+    from training.models.upsampler import TILES_AT_ONCE
 
-    model = upsamplers.load(folder)
+    model = upsampler_cascade.load(folder)
     config = model.config
     found = json.loads((folder / "comparison.json").read_text())
     side_px = config.image_size_px
@@ -48,7 +49,7 @@ def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
         text.append("There is no held-out picture to compare on.")
     rows: list[list[Any]] = []
     for side in (side_px, 2 * side_px):
-        peaks = [enlarge.peak_bytes(model, side, tile_px) / 1e6 for tile_px in (config.crop_px, side)]
+        peaks = [upsampling_eval.peak_bytes(model, side, tile_px) / 1e6 for tile_px in (config.crop_px, side)]
         rows.append([f"{side} px", *peaks])
     tables.append(table("Most memory held by a sampling step beside the weights", ["Side drawn", "In tiles, MB", "In one piece, MB"], rows))
     text.append(

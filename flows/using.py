@@ -15,7 +15,7 @@ from infra.storage.manifests import Committed
 from infra.storage.store import Root
 
 if TYPE_CHECKING:
-    from training.generate import Unclip
+    from training.generation.unclip import Unclip
 
 RunName = Annotated[str | None, typer.Option("--run", metavar="NAME", help="Which run's models and index; by default the last one's.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31, help="The same seed gives the same pictures.")]
@@ -29,7 +29,7 @@ def load_system(opened: Root, run: str | None, more: tuple[str, ...] = ()) -> "t
 
     record = find_run(opened, run)
     stages = {stage: committed_of(opened, record, stage) for stage in ("clip", "prior", "decoder", *more)}
-    from training.generate import Unclip
+    from training.generation.unclip import Unclip
 
     return Unclip.load(stages["clip"].local(), stages["prior"].local(), stages["decoder"].local()), record, stages
 
@@ -99,7 +99,7 @@ def search(
         raise CallerError("search: the text is empty")
     check_files([image] if image else [], "--image")
     from flows.living import open_view
-    from training import embed
+    from training.jobs import embed
 
     view, known = open_view(open_for(root, for_writing=False), run)
     without: frozenset[str] = frozenset()

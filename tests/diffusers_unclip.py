@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.diffusion import Schedule
-from training.likelihood import hybrid_loss
+from training.diffusion.likelihood import hybrid_loss
+from training.diffusion.process import Schedule
 
 STEPS = {"prior": 25, "decoder": 25}  # the pipeline's defaults, as are the weights of its guidance
 GUIDANCE = (4.0, 8.0)

@@ -19,15 +19,16 @@ from flows.config import RunConfig
 from indexing import distances
 from tests.benchmarks.clip_quality_vs_open_clip import newest
 from tests.benchmarks.models_vs_dalle2 import without_tables
-from training import clip as clip_model
-from training import embeddings, jobs, soundness
-from training.clip import CLIP
-from training.decoder import DecoderConfig
-from training.generate import Unclip
-from training.loop import LoopConfig
-from training.pictures import Pictures, read_table
-from training.prior import PriorConfig
-from training.tokenizer import PAD, Tokenizer
+from training.data import embedding_dataset, shard_check
+from training.data.image_reader import Pictures, read_table
+from training.generation.unclip import Unclip
+from training.jobs import train
+from training.models import clip as clip_model
+from training.models.clip import CLIP
+from training.models.decoder import DecoderConfig
+from training.models.diffusion_prior import PriorConfig
+from training.models.tokenizer import PAD, Tokenizer
+from training.optim.loop import LoopConfig
 
 PRIOR_SHARE = 0.2
 CALIBRATION_STEPS = 6
@@ -57,7 +58,7 @@ class Trained:
     def for_peers(self) -> dict[str, Tensor]:
         """Return what peers are trained on, pairs of first captions, and what they are asked: unit vectors and uint8 pictures."""
         clip, tokenizer = self.system.clip, self.system.tokenizer
-        table, z_i = embeddings.read(self.paths["embed"], "train")
+        table, z_i = embedding_dataset.read(self.paths["embed"], "train")
         captions = table["caption"].to_pylist()
         return {
             "z_i": z_i[torch.arange(len(z_i))],
@@ -73,8 +74,8 @@ def trained(config: RunConfig, root: Path, seconds: float, pictures: int) -> Tra
     assert isinstance(config.prior, PriorConfig) and isinstance(config.decoder, DecoderConfig)
     paths = {name: newest(root / name) for name in ("ingest", "clip", "embed")}
     each_s = {"prior": PRIOR_SHARE * seconds, "decoder": (1 - PRIOR_SHARE) * seconds}
-    prior, of_prior = train_ours(jobs.fit_prior, config.prior, paths, each_s["prior"])
-    decoder, of_decoder = train_ours(jobs.fit_decoder, config.decoder, paths, each_s["decoder"])
+    prior, of_prior = train_ours(train.fit_prior, config.prior, paths, each_s["prior"])
+    decoder, of_decoder = train_ours(train.fit_decoder, config.decoder, paths, each_s["decoder"])
     system = Unclip(*clip_model.load(paths["clip"]), prior, decoder)  # type: ignore[arg-type]
     held = read_table(paths["embed"] / "metadata", "held_out_concept")
     held = held.take(np.random.default_rng(0).permutation(held.num_rows)[:pictures])
@@ -88,7 +89,7 @@ def train_ours(fit: Callable[..., Any], config: LoopConfig, paths: dict[str, Pat
     for left in (1, 0):
         with tempfile.TemporaryDirectory() as folder:
             if isinstance(config, DecoderConfig):
-                soundness.settle(read_table(paths["embed"] / "metadata", "train"), paths["ingest"] / "shards", "stop", Path(folder))
+                shard_check.settle(read_table(paths["embed"] / "metadata", "train"), paths["ingest"] / "shards", "stop", Path(folder))
             model, averaged = fit(config.model_copy(update={"images": images, "state_every_s": 1e9}), paths, Path(folder), "cpu")
             last = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])
         taken_s, seen = taken_s + last["seconds"], last["images_seen"]

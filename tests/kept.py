@@ -9,11 +9,11 @@ import torch
 
 from flows import curate
 from tests.test_curate import NO_HELD_OUT, item, write_shard
-from training import clip as clip_model
-from training import jobs
-from training.clip import CLIP, ClipConfig
-from training.pictures import Pictures, read_table
-from training.tokenizer import Tokenizer, TokenizerConfig
+from training.data.image_reader import Pictures, read_table
+from training.jobs import train
+from training.models import clip as clip_model
+from training.models.clip import CLIP, ClipConfig
+from training.models.tokenizer import Tokenizer, TokenizerConfig
 
 COUNT = 44
 SHARDS = (30, 11, 3)
@@ -45,7 +45,7 @@ def write_embedded(root: Path) -> None:
     tokenizer = write_tokenizer(root, root / "clip")
     torch.manual_seed(0)
     model = CLIP(TINY, tokenizer.vocab_size, tokenizer.context)
-    jobs.write_model("clip", model, model.state_dict(), TINY, root / "clip")
+    train.write_model("clip", model, model.state_dict(), TINY, root / "clip")
     table = read_table(root / "curate" / "keep.parquet")
     images = clip_model.embed_images(model, Pictures(table, root / "ingest" / "shards", 16)[range(table.num_rows)])
     for name in ("img_emb", "metadata"):

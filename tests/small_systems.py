@@ -13,11 +13,11 @@ from infra.schemas import EMBEDDED
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed
 from infra.storage.store import Root
-from training.clip import CLIP, ClipConfig
-from training.decoder import Decoder, DecoderConfig
-from training.jobs import write_model
-from training.prior import Prior, PriorConfig
-from training.tokenizer import Tokenizer, TokenizerConfig
+from training.jobs.train import write_model
+from training.models.clip import CLIP, ClipConfig
+from training.models.decoder import Decoder, DecoderConfig
+from training.models.diffusion_prior import Prior, PriorConfig
+from training.models.tokenizer import Tokenizer, TokenizerConfig
 
 E = 16
 PROMPTS = ["a red heart", "blue", "two green apples on a white table"]

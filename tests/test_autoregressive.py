@@ -9,12 +9,12 @@ from torch import Tensor
 
 from flows.config import find_disagreement
 from tests.test_prior import CONTEXT, VOCABULARY, E, batch
-from training import priors
-from training.autoregressive import AutoregressivePrior
-from training.jobs import write_model
-from training.loop import Step
-from training.prior import Prior, PriorConfig
-from training.tokenizer import PAD, Tokenizer, TokenizerConfig
+from training.jobs.train import write_model
+from training.models import priors
+from training.models.autoregressive_prior import AutoregressivePrior
+from training.models.diffusion_prior import Prior, PriorConfig
+from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
+from training.optim.loop import Step
 
 K, V = 6, 32
 CONFIG = PriorConfig(kind="autoregressive", width=32, depth=2, pca_dims=K, buckets=V, text_drop=0.1, best_of=2)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from training.calibration import Calibration, calibrate
-from training.diffusion import Denoise, Schedule, at, split
-from training.likelihood import bits_per_dim
-from training.noise import generators
-from training.variance import measure_x_0_error, probe_times
+from training.diffusion.calibration import Calibration, calibrate
+from training.diffusion.likelihood import bits_per_dim
+from training.diffusion.noise import generators
+from training.diffusion.process import Denoise, Schedule, at, split
+from training.diffusion.variance import measure_x_0_error, probe_times
 
 SCHEDULE = Schedule.cosine(200)
 MEAN, DEVIATION = 0.3, 0.5

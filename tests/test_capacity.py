@@ -9,13 +9,13 @@ import torch
 from flows.capacity import capacity, described, published, size
 from flows.cli import main
 from flows.config import load_recipe
-from training import capacity as costs
-from training.capacity import Cost, need
-from training.clip import ClipConfig
-from training.decoder import Decoder, DecoderConfig
-from training.prior import PriorConfig
-from training.transformer import heads_of
-from training.upsampler import UpsamplerConfig
+from training.jobs import cost_model as costs
+from training.jobs.cost_model import Cost, need
+from training.models.clip import ClipConfig
+from training.models.decoder import Decoder, DecoderConfig
+from training.models.diffusion_prior import PriorConfig
+from training.models.transformer import heads_of
+from training.models.upsampler import UpsamplerConfig
 
 PAPER_M = {"prior": 1000, "decoder": 3500, "upsampler": 700, "upsampler_2": 300}
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from training import clip
-from training.clip import CLIP, LOGIT_SCALE_MAX, ClipConfig, contrastive_loss, sigmoid_loss
-from training.jobs import write_model
-from training.pixels import to_pixels
-from training.tokenizer import PAD, Tokenizer, TokenizerConfig
+from training.jobs.train import write_model
+from training.models import clip
+from training.models.clip import CLIP, LOGIT_SCALE_MAX, ClipConfig, contrastive_loss, sigmoid_loss
+from training.models.pixels import to_pixels
+from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
 
 TEXTS = ["red", "a green disc", "a blue square on a white ground", "black", "two yellow crosses", "a heart", "an apple, half eaten", "grey"]
 Tower = Literal["conv", "vit"]

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from training import samplers
-from training.clip import ClipConfig
-from training.decoder import Decoder, DecoderConfig, augmented, count_parameters
-from training.diffusion import simple_loss, snr_weight, split
-from training.likelihood import bits_per_dim
-from training.loop import Step
-from training.prior import PriorConfig
-from training.tokenizer import END, PAD, START
-from training.upsampler import UpsamplerConfig
+from training.diffusion import samplers
+from training.diffusion.likelihood import bits_per_dim
+from training.diffusion.process import simple_loss, snr_weight, split
+from training.models.clip import ClipConfig
+from training.models.decoder import Decoder, DecoderConfig, augmented, count_parameters
+from training.models.diffusion_prior import PriorConfig
+from training.models.tokenizer import END, PAD, START
+from training.models.upsampler import UpsamplerConfig
+from training.optim.loop import Step
 
 E, VOCABULARY, CONTEXT, SIDE = 16, 40, 10, 8
 CONFIG = DecoderConfig(

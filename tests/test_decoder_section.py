@@ -16,8 +16,8 @@ from indexing.evaluate import EvaluateConfig
 from tests.pictured import HOSTILE, row, usual_rows, write_run
 from tests.small_systems import write_system
 from tests.test_report import Page, assert_stands_alone
-from training import fidelity, latents
-from training.generate import Unclip
+from training.generation import latents, reconstruction
+from training.generation.unclip import Unclip
 
 SCHEMA = json.loads((Path(indexing.__file__).parent / "report.schema.json").read_text())
 QUICK = EvaluateConfig(
@@ -61,10 +61,10 @@ def test_the_figures_are_those_of_the_measurements(tmp_path: Path, model: Unclip
     assert found["title"] == decoder_section.TITLE
     likelihood, inversion, shared = found["tables"]
 
-    def read(split: str, count: int) -> fidelity.Described:
-        return fidelity.read(tmp_path / "embed", tmp_path / "shards", split, model.tokenizer, 8, count, 0)
+    def read(split: str, count: int) -> reconstruction.Described:
+        return reconstruction.read(tmp_path / "embed", tmp_path / "shards", split, model.tokenizer, 8, count, 0)
 
-    bits = fidelity.likelihood(model.decoder, read("held_out_concept", 4).first(3), read("train", 1), 2, 0)
+    bits = reconstruction.likelihood(model.decoder, read("held_out_concept", 4).first(3), read("train", 1), 2, 0)
     for cells, told in zip(likelihood["rows"], ("told_all", "told_nothing"), strict=False):
         figure = cells[1]
         assert figure["value"] == pytest.approx(bits[told]["bits_per_dim"]) and figure["n"] == cells[-1] == 3
@@ -76,7 +76,7 @@ def test_the_figures_are_those_of_the_measurements(tmp_path: Path, model: Unclip
         assert words in likelihood["caption"]
     assert [cells[0] for cells in inversion["rows"]] == ["3", "5"]  # T is 50
     assert inversion["head"] == ["Steps", "plain", "one refinement"]
-    rows = fidelity.inversion(model.decoder, read("held_out_concept", 4).first(2), (3, 5))
+    rows = reconstruction.inversion(model.decoder, read("held_out_concept", 4).first(2), (3, 5))
     assert inversion["rows"][1][2]["value"] == pytest.approx(sum(rows[3]["psnr_db"]) / 2) and inversion["rows"][1][2]["unit"] == "dB"
     assert [cells[0] for cells in shared["rows"]] == ["12", "25", "38"]
     alike = latents.sharing(model.decoder, read("held_out_concept", 4).x_0, [12, 25, 38], decoder_section.SAMPLES, 6, 0)  # told nothing

@@ -7,7 +7,7 @@ import torch
 
 from tests.diffusers_unclip import Decoder, DecoderLoss, Diffusers, PriorLoss, dropped, make_prior, schedule_of, walk
 from tests.peers.timed_training import Trained, count, nearest, train
-from training.diffusion import Schedule
+from training.diffusion.process import Schedule
 
 E, N, SIDE_PX = 16, 6, 8
 EMPTY = {"z_t": torch.zeros(1, E), "encodings": torch.zeros(1, N, E), "is_word": torch.arange(N)[None] < 2}

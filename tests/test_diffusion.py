@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from training.diffusion import (
+from training.diffusion.process import (
     PARAMETRISATIONS,
     Parametrisation,
     Schedule,

@@ -12,11 +12,12 @@ from infra.compute.cluster import ClusterConfig
 from infra.errors import CallerError
 from infra.schemas import KEEP
 from tests.kept import TINY
-from training import embed, embeddings, soundness
-from training.clip import CLIP
-from training.embeddings import Captions, Vectors
-from training.pictures import read_table
-from training.tokenizer import PAD, Tokenizer, TokenizerConfig
+from training.data import embedding_dataset, shard_check
+from training.data.embedding_dataset import Captions, Vectors
+from training.data.image_reader import read_table
+from training.jobs import embed
+from training.models.clip import CLIP
+from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
 
 PHRASINGS = [
     ["a red heart", "a heart that is red, drawn by somebody who had a lot of time"],
@@ -55,7 +56,7 @@ def test_statistics_are_taken_from_rows_at_equal_distances(tmp_path: Path, monke
     write_parts(tmp_path / "img_emb", [10])
     vectors = Vectors([tmp_path / "img_emb" / "img_emb_0000.npy"], np.arange(10))
     assert vectors.sampled().tolist() == list(range(10))
-    monkeypatch.setattr(embeddings, "SAMPLED", 4)
+    monkeypatch.setattr(embedding_dataset, "SAMPLED", 4)
     assert vectors.sampled().tolist() == [0, 2, 5, 7]
 
 
@@ -66,7 +67,7 @@ def test_a_split_is_read_row_by_row(tmp_path: Path) -> None:
     for number, (start, end) in enumerate(((0, 2), (2, 5))):
         table = pa.table({"key": keys[start:end], "split": splits[start:end]})
         pq.write_table(table, tmp_path / "metadata" / f"metadata_{number:04}.parquet")
-    table, z_i = embeddings.read(tmp_path, "train", ["key"])
+    table, z_i = embedding_dataset.read(tmp_path, "train", ["key"])
     assert table.to_pydict() == {"key": ["a", "d", "e"]}
     expected = torch.nn.functional.normalize(torch.from_numpy(rows[[0, 3, 4]]), dim=-1)
     torch.testing.assert_close(z_i[torch.arange(3)], expected)
@@ -74,7 +75,7 @@ def test_a_split_is_read_row_by_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("texts_at_a_time", [2, 100])
 def test_a_drawn_phrasing_has_the_ids_of_its_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, texts_at_a_time: int) -> None:
-    monkeypatch.setattr(embeddings, "TOKENISED", texts_at_a_time)
+    monkeypatch.setattr(embedding_dataset, "TOKENISED", texts_at_a_time)
     captions = Captions(pa.chunked_array([pa.array(PHRASINGS[:1]), pa.array(PHRASINGS[1:])]), tokenizer)
     texts = [text for each in PHRASINGS for text in each]
     rows, chance = torch.tensor([2, 0, 3, 2, 0, 1]), torch.tensor([0.0, 0.99, 0.5, 0.7, 0.49, 0.999])
@@ -92,7 +93,7 @@ def test_texts_embedded_when_asked_for_are_those_embedded_at_once(tokenizer: Tok
     captions = Captions(pa.array(PHRASINGS), tokenizer)
     numbers = torch.tensor([6, 1, 1, 3])
     at_once = captions.embedded(clip)(numbers)
-    monkeypatch.setattr(embeddings, "HELD_BYTES", 0)
+    monkeypatch.setattr(embedding_dataset, "HELD_BYTES", 0)
     assert captions.embedded(clip)(numbers).shape == (4, TINY.embed_dim)
     torch.testing.assert_close(captions.embedded(clip)(numbers), at_once)
 
@@ -102,7 +103,7 @@ def test_the_keep_list_is_cut_into_parts_without_what_is_broken(tmp_path: Path, 
     keys = [f"{number:02}" for number in range(11)]
     columns = {field.name: keys if field.name == "key" else pa.nulls(11, field.type) for field in KEEP}
     pq.write_table(pa.table(columns, KEEP), tmp_path / "keep.parquet")
-    (tmp_path / soundness.LEFT_OUT).write_text('{"01": "checksum", "09": "shard_missing"}')
+    (tmp_path / shard_check.LEFT_OUT).write_text('{"01": "checksum", "09": "shard_missing"}')
     assert embed.cut(embed.EmbedConfig(rows_per_part=4), tmp_path / "keep.parquet", tmp_path) == (3, 9)
     parts = [read_table(tmp_path / f"rows_{number:04}.parquet") for number in range(3)]
     assert [part["key"].to_pylist() for part in parts] == [["00", "02", "03", "04"], ["05", "06", "07", "08"], ["10"]]
@@ -130,7 +131,7 @@ def test_a_share_of_the_draws_is_the_first_phrasing_and_the_others_fall_on_all_a
     count, phrasings = 30_000, 3
     chance = torch.rand(count, generator=torch.Generator().manual_seed(0))
     chance[0] = 1 - 2**-24
-    found = embeddings.towards_first(chance, share)
+    found = embedding_dataset.towards_first(chance, share)
     drawn = torch.bincount((found * phrasings).long(), minlength=phrasings) / count
     other = (1 - share) / phrasings
     torch.testing.assert_close(drawn, torch.tensor([share + other, other, other]), atol=0.01, rtol=0)

@@ -10,7 +10,7 @@ import pytest
 from indexing.pictures import read_picture, sheet, square, write_png
 from infra.errors import DataError
 from tests.pictured import draw, usual_rows, write_run
-from training.pictures import decode
+from training.data.image_reader import decode
 
 
 def test_every_picture_of_a_shard_is_found_in_its_place(tmp_path: Path) -> None:

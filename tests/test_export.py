@@ -18,9 +18,9 @@ from flows.runs import committed_of, find_run
 from infra.errors import CallerError, StorageError
 from infra.storage.store import Root
 from tests.small_systems import write_root
-from training.generate import Unclip
-from training.jobs import write_model
-from training.upsampler import Upsampler, UpsamplerConfig
+from training.generation.unclip import Unclip
+from training.jobs.train import write_model
+from training.models.upsampler import Upsampler, UpsamplerConfig
 
 HERE = Path(__file__).parent.parent
 BLOCKED = (
@@ -36,7 +36,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import socket
 socket.socket.connect = socket.create_connection = None
-from training.generate import Unclip
+from training.generation.unclip import Unclip
 model = Unclip.load(sys.argv[1])
 pictures = model.generate(["a red heart", "blue"], count=2, seed=5, upsample=len(sys.argv) > 3)
 import numpy as np

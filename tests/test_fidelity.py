@@ -10,14 +10,14 @@ import torch
 
 from infra.errors import DataError
 from tests.pictured import direction, draw, row, usual_rows, write_run
-from training import fidelity
-from training.calibration import calibrate
-from training.decoder import Decoder, DecoderConfig
-from training.fidelity import Described, inversion, likelihood, read
-from training.likelihood import bits_per_dim
-from training.loop import Step
-from training.tokenizer import PAD, Tokenizer, TokenizerConfig
-from training.variance import measure_x_0_error
+from training.diffusion.calibration import calibrate
+from training.diffusion.likelihood import bits_per_dim
+from training.diffusion.variance import measure_x_0_error
+from training.generation import reconstruction
+from training.generation.reconstruction import Described, inversion, likelihood, read
+from training.models.decoder import Decoder, DecoderConfig
+from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
+from training.optim.loop import Step
 
 E, SIDE = 16, 8
 CONFIG = DecoderConfig(
@@ -91,10 +91,10 @@ def test_bits_are_those_of_the_bound_with_the_analytic_variance(run: Path, decod
     found = likelihood(decoder, pictures, train, draws=6, seed=3)
     assert (found["variance"], found["calibrated_on"], found["draws"], found["T"]) == ("analytic", 12, 6, 50)
     for told, w in (("told_all", 1.0), ("told_nothing", 0.0)):
-        own = fidelity.generators(range(3, 3 + len(train)), fidelity.Stream.DATA)
+        own = reconstruction.generators(range(3, 3 + len(train)), reconstruction.Stream.DATA)
         denoise, schedule = decoder.guided_denoise(train.z_i, train.ids, w), decoder.schedule
-        calibration = calibrate(denoise, train.x_0, schedule, fidelity.POINTS, own)
-        error = measure_x_0_error(calibration(denoise), train.x_0, schedule, fidelity.POINTS, own)
+        calibration = calibrate(denoise, train.x_0, schedule, reconstruction.POINTS, own)
+        error = measure_x_0_error(calibration(denoise), train.x_0, schedule, reconstruction.POINTS, own)
         batch = [(pictures.x_0, calibration(decoder.guided_denoise(pictures.z_i, pictures.ids, w)))]
         assert found[told] == pytest.approx(bits_per_dim(batch, decoder.schedule, "analytic", error, 6, seed=3), rel=1e-6)
         assert found[told]["samples"] == 16 and found[told]["standard_error"] > 0
@@ -109,7 +109,7 @@ def test_what_the_decoder_is_told_saves_bits(run: Path, decoder: Decoder) -> Non
 def test_bits_do_not_depend_on_the_batches(run: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures, train = judged(run, "held_out_style"), judged(run, "train")
     whole = likelihood(decoder, pictures, train, draws=3, seed=0)
-    monkeypatch.setattr(fidelity, "BATCH", 5)
+    monkeypatch.setattr(reconstruction, "BATCH", 5)
     assert likelihood(decoder, pictures, train, draws=3, seed=0)["told_all"] == pytest.approx(whole["told_all"], rel=1e-4)
 
 
@@ -118,8 +118,8 @@ def test_a_learned_variance_is_taken_as_it_is(run: Path) -> None:
     model = Decoder(CONFIG.model_copy(update={"learned_variance": True}), E, TOKENIZER.vocab_size, TOKENIZER.context).eval()
     pictures, train = judged(run), judged(run, "train")
     found = likelihood(model, pictures, train, draws=4, seed=0)
-    own = fidelity.generators(range(len(train)), fidelity.Stream.DATA)
-    calibration = calibrate(model.guided_denoise(train.z_i, train.ids, 1.0), train.x_0, model.schedule, fidelity.POINTS, own)
+    own = reconstruction.generators(range(len(train)), reconstruction.Stream.DATA)
+    calibration = calibrate(model.guided_denoise(train.z_i, train.ids, 1.0), train.x_0, model.schedule, reconstruction.POINTS, own)
     batch = [(pictures.x_0, calibration(model.guided_denoise(pictures.z_i, pictures.ids, 1.0)))]
     assert (found["variance"], found["calibrated_on"]) == ("learned", 12)
     assert found["told_all"] == pytest.approx(bits_per_dim(batch, model.schedule, "learned", draws=4), rel=1e-6)

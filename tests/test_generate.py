@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.small_systems import PROMPTS, E, write_system
-from training.generate import Unclip
-from training.pixels import to_images
+from training.generation.unclip import Unclip
+from training.models.pixels import to_images
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_other_prompts_and_counts_do_not_change_a_picture(system: Unclip, monkey
     for place, prompt in enumerate(PROMPTS):
         assert near(system.generate([prompt], count=3, seed=3)[0], pictures[place])
     assert near(system.generate(PROMPTS[::-1], seed=3)[::-1], pictures[:, :1])
-    monkeypatch.setattr("training.generate.BATCH", 2)
+    monkeypatch.setattr("training.generation.unclip.BATCH", 2)
     assert near(system.generate(PROMPTS, count=3, seed=3), pictures)
 
 

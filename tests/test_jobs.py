@@ -22,9 +22,10 @@ from infra.compute.cluster import Cluster, ClusterConfig
 from infra.console.progress import Progress
 from infra.errors import DataError
 from tests.kept import COUNT, TINY, write_kept, write_tokenizer
-from training import jobs, soundness
-from training.pictures import read_table
-from training.tokenizer import Tokenizer, TokenizerConfig
+from training.data import shard_check
+from training.data.image_reader import read_table
+from training.jobs import train
+from training.models.tokenizer import Tokenizer, TokenizerConfig
 
 CLUSTER = ClusterConfig(num_cpus=2, clip_workers=2)
 TOKENIZER = TokenizerConfig(vocab_size=280)
@@ -59,7 +60,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(cluster: ClusterConfig, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train CLIP with two workers and nothing in the way; return its folder."""
     out, work = folders(tmp_path_factory.mktemp("undisturbed"), "clip")
-    jobs.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
+    train.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
     return out
 
 
@@ -69,13 +70,13 @@ def by_itself(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, work = folders(tmp_path_factory.mktemp("by_itself"), "clip")
     table = read_table(root / "curate" / "keep.parquet", "train")
     captions = table["captions"].to_pylist()
-    soundness.settle(table, root / "ingest" / "shards", LONG.broken_pictures, work)
+    shard_check.settle(table, root / "ingest" / "shards", LONG.broken_pictures, work)
     Tokenizer.fit((caption for each in captions for caption in each), TOKENIZER).save(work / "tokenizer.json")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model, averaged = jobs.fit_clip(LONG, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+    model, averaged = train.fit_clip(LONG, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
     torch.set_num_threads(threads)
-    jobs.write_model("clip", model, averaged, LONG, work)
+    train.write_model("clip", model, averaged, LONG, work)
     return work
 
 
@@ -108,7 +109,7 @@ def test_a_worker_waits_for_the_others_as_long_as_the_cluster_section_says(tmp_p
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     for cluster in (ClusterConfig(), ClusterConfig(collective_timeout_s=7)):
-        jobs._run_group({"work": str(tmp_path)}, "clip", cluster, 2)
+        train._run_group({"work": str(tmp_path)}, "clip", cluster, 2)
     assert [each.timeout_s for each in asked] == [1800, 7]
 
 
@@ -121,8 +122,8 @@ def test_pictures_read_ahead_of_the_steps_train_as_held_ones_do_and_waiting_is_l
     ):
         _, work = folders(tmp_path / name, "clip")
         write_tokenizer(root, work)
-        soundness.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
-        model, _ = jobs.fit_clip(TINY.model_copy(update=how), {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+        shard_check.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
+        model, _ = train.fit_clip(TINY.model_copy(update=how), {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
         weights.append(model.state_dict())
         waiting.append(json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["waiting"])
     assert all(value.equal(each[key]) for each in weights[1:] for key, value in weights[0].items())
@@ -135,14 +136,14 @@ def test_progress_is_that_of_the_last_whole_row_of_a_long_file(tmp_path: Path) -
     for rows, cut, seen in ((0, "", 0), (1, "", 1), (3000, "", 3000), (3000, '{"images_seen": 3001, "lo', 0)):
         metrics.write_text("".join(json.dumps({"images_seen": row, "loss": 1.5}) + "\n" for row in range(1, rows + 1)) + cut)
         progress = Progress("clip", 3000)
-        jobs._watch(metrics, progress, over)
+        train._watch(metrics, progress, over)
         assert progress.done == seen
 
 
 def test_moved_pictures_keep_their_content_and_let_white_in() -> None:
     pixels = torch.randn(3, 3, 8, 8)
     draw = torch.tensor([[0.5, 0.5], [0.0, 0.5], [0.5, 0.99]])
-    still, down, left = jobs.shifted(pixels, draw)
+    still, down, left = train.shifted(pixels, draw)
     assert still.equal(pixels[0])
     assert down[:, 2:].equal(pixels[1, :, :-2]) and bool((down[:, :2] == 1).all())
     assert left[:, :, :-2].equal(pixels[2, :, :, 2:]) and bool((left[:, :, -2:] == 1).all())
@@ -198,11 +199,11 @@ def test_compiled_towers_train_as_plain_ones_do(
     for is_compiled in (False, True):
         _, work = folders(tmp_path / str(is_compiled), "clip")
         write_tokenizer(root, work)
-        soundness.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
+        shard_check.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
         section = config.model_copy(update={"compile": is_compiled})
         before = counters["stats"]["unique_graphs"]
         with threads:
-            jobs.fit_clip(section, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+            train.fit_clip(section, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
         assert (counters["stats"]["unique_graphs"] > before) == is_compiled
         losses.append(json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
@@ -223,7 +224,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
 
     killer = threading.Thread(target=lambda: killed.append(once_mid_epoch(work, kill)))
     killer.start()
-    counts = jobs.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
+    counts = train.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
     killer.join()
     assert 0 < killed[0] < LONG.images, "the kill came too late to prove anything"
     assert counts["images_seen"] == LONG.images
@@ -248,7 +249,7 @@ def test_a_killed_driver_is_started_again_and_the_weights_are_the_same(
         driver.kill()
         driver.wait()
     assert 0 < seen < LONG.images and not (out / "weights.safetensors").exists()
-    jobs.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
+    train.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
     assert is_same(out, by_itself)
 
 
@@ -257,13 +258,13 @@ def test_a_workers_own_error_reaches_the_caller_at_once(cluster: ClusterConfig, 
     out, work = folders(tmp_path, "clip")
     with pytest.raises(DataError, match="batch_size 9 cannot be shared by 2 workers"):
         odd = TINY.model_copy(update={"batch_size": 9})
-        jobs.train_clip(TOKENIZER, odd, cluster, root / "ingest", root / "curate", out, work)
+        train.train_clip(TOKENIZER, odd, cluster, root / "ingest", root / "curate", out, work)
     assert len(list((work / "ray").iterdir())) == 1, "a restart would only have met the same error"
     state = torch.load(by_itself / "state.pt")
     state["model"]["logit_scale"].fill_(torch.nan)
     torch.save(state | {"images_seen": LONG.images - 80}, work / "state.pt")
     with pytest.raises(DataError, match=f"^the loss is nan after {LONG.images - 72:,} images: lower learning_rate"):
-        jobs.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
+        train.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
 
 
 def test_a_training_that_lost_a_worker_says_so_in_one_line_without_tracebacks() -> None:
@@ -272,7 +273,7 @@ def test_a_training_that_lost_a_worker_says_so_in_one_line_without_tracebacks() 
     story = 'Traceback (most recent call last):\n  File "jobs.py", line 297, in _worker\n    ray.train.report(_fit(job))\n    ^^^^^^^^^'
     story += '\n... (Output truncated. See individual worker logs for full details) ...\nibuted/c10d_logger.py", line 83, in wrapper'
     error = WorkerGroupError(f"[Rank 1 Error Snippet]:\n{story}\nRuntimeError: Connection closed by peer [10.77.0.3]:36789", {})
-    assert jobs._one_line("clip", error) == (
+    assert train._one_line("clip", error) == (
         "training clip failed: Training failed due to worker errors: [Rank 1 Error Snippet]: "
         "RuntimeError: Connection closed by peer [10.77.0.3]:36789; the whole of it is in the log"
     )

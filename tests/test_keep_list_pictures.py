@@ -1,4 +1,4 @@
-"""training/pictures.py reads exactly the bytes that curate saw, and puts every picture on a white square."""
+"""training/data/image_reader.py reads exactly the bytes that curate saw, and puts every picture on a white square."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ import torch
 from flows import curate
 from infra.errors import DataError
 from tests.test_curate import NO_HELD_OUT, item, write_shard
-from training import pictures
-from training.pictures import Pictures, decode, read_table
+from training.data import image_reader
+from training.data.image_reader import Pictures, decode, read_table
 
 COUNT, SIDE = 9, 24
 
@@ -32,7 +32,7 @@ def encoded(image: np.ndarray) -> bytes:
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
 def test_any_row_is_its_own_picture(run: Path, monkeypatch: pytest.MonkeyPatch, cache_bytes: int) -> None:
-    monkeypatch.setattr(pictures, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(image_reader, "CACHE_BYTES", cache_bytes)
     table = read_table(run / "curate" / "keep.parquet")
     found = Pictures(table, run / "shards", SIDE)
     assert (found.cache is None) == (cache_bytes == 0) and len(found) == COUNT

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from tests.small_systems import PROMPTS, write_system
-from training import latents
-from training.decoder import Condition, Decoder
-from training.diffusion import Denoise
-from training.generate import Unclip
-from training.latents import across_time, interpolation, sharing, times_at
-from training.pixels import to_images
-from training.trajectories import slerp
+from training.diffusion.process import Denoise
+from training.diffusion.trajectories import slerp
+from training.generation import latents
+from training.generation.latents import across_time, interpolation, sharing, times_at
+from training.generation.unclip import Unclip
+from training.models.decoder import Condition, Decoder
+from training.models.pixels import to_images
 
 SIDE = 8
 

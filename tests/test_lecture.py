@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_cli import ran
-from training import swiss_roll as roll
+from training.diffusion import swiss_roll as roll
 
 
 def test_the_swiss_roll_command_prints_its_figures_and_draws(

@@ -9,10 +9,10 @@ from scipy.stats import norm
 from torch import Tensor
 
 from infra.errors import DataError
-from training import likelihood
-from training.diffusion import Denoise, Schedule, at, simple_loss, to_x_0, training_target
-from training.likelihood import bits_per_dim, discretised_log_likelihood, hybrid_loss, prior_term, vlb_term
-from training.variance import log_variance_bounds
+from training.diffusion import likelihood
+from training.diffusion.likelihood import bits_per_dim, discretised_log_likelihood, hybrid_loss, prior_term, vlb_term
+from training.diffusion.process import Denoise, Schedule, at, simple_loss, to_x_0, training_target
+from training.diffusion.variance import log_variance_bounds
 
 MEAN, DEVIATION = 0.1, 0.2
 SCHEDULE = Schedule.linear(100)

@@ -14,11 +14,11 @@ from indexing import uploads
 from indexing.image_sets import ImageSet
 from tests.test_curate import NO_HELD_OUT, item, write_shard
 from tests.test_open_clip import small, written
-from training import clip as clip_model
-from training import embed
-from training.look import WHOLE, Interpolation, Look
-from training.pictures import as_square, read_file, read_table
-from training.pixels import to_pixels
+from training.data.image_reader import as_square, read_file, read_table
+from training.jobs import embed
+from training.models import clip as clip_model
+from training.models.pixels import to_pixels
+from training.models.preprocessing import WHOLE, Interpolation, Look
 
 SHAPES = [(40, 60), (61, 33), (16, 50), (9, 13), (24, 24), (100, 101), (100, 7)]
 SIDE = 16

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from flows.cli import main
 from tests.small_systems import write_root, write_system
-from training import manipulate
-from training.generate import SEED_STRIDE, Unclip
-from training.loop import Step
-from training.manipulate import Latents
-from training.noise import Stream, generators, noise
-from training.pca import Pca
-from training.pixels import to_images, to_pixels
+from training.diffusion.noise import Stream, generators, noise
+from training.generation import manipulations
+from training.generation.manipulations import Latents
+from training.generation.unclip import SEED_STRIDE, Unclip
+from training.models.pca import Pca
+from training.models.pixels import to_images, to_pixels
+from training.optim.loop import Step
 
 STEPS = 16
 
@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Unclip:
     folder = write_system(tmp_path_factory.mktemp("run"))
     model = Unclip.load(folder / "clip", folder / "prior", folder / "decoder")
     decoder = model.decoder.requires_grad_(True)
-    x_0, z_i, ids = to_pixels(torch.from_numpy(pictures()), 8), manipulate.embed(model, pictures()), model.tokenizer(["", ""])
+    x_0, z_i, ids = to_pixels(torch.from_numpy(pictures()), 8), manipulations.embed(model, pictures()), model.tokenizer(["", ""])
     optimizer = torch.optim.Adam(decoder.parameters(), lr=5e-3)
     for number in range(150):
         loss = decoder.loss(Step(number, 0, 16, 0, 0, 1), x_0.repeat(8, 1, 1, 1), z_i.repeat(8, 1), ids.repeat(8, 1))
@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Unclip:
 
 @pytest.fixture(scope="module")
 def latents(model: Unclip) -> Latents:
-    return manipulate.invert(model, pictures(), STEPS)
+    return manipulations.invert(model, pictures(), STEPS)
 
 
 def near(a: np.ndarray, b: np.ndarray, by: int = 1) -> bool:
@@ -61,47 +61,47 @@ def near(a: np.ndarray, b: np.ndarray, by: int = 1) -> bool:
 
 
 def test_variations_from_the_embedding_alone_are_of_their_own_picture(model: Unclip) -> None:
-    varied = manipulate.variations(model, pictures(), 3, 0, STEPS)
+    varied = manipulations.variations(model, pictures(), 3, 0, STEPS)
     assert varied.shape == (2, 3, 8, 8, 3)
-    away = np.abs(varied[:, :, None].astype(float) - manipulate.as_drawn(model, pictures())[None, None]).mean((3, 4, 5))  # (2, 3, 2)
+    away = np.abs(varied[:, :, None].astype(float) - manipulations.as_drawn(model, pictures())[None, None]).mean((3, 4, 5))  # (2, 3, 2)
     assert (away.argmin(2) == np.arange(2)[:, None]).all()
-    assert not np.array_equal(varied[:, 0], varied[:, 1]) and np.array_equal(varied, manipulate.variations(model, pictures(), 3, 0, STEPS))
+    assert not np.array_equal(varied[:, 0], varied[:, 1]) and np.array_equal(varied, manipulations.variations(model, pictures(), 3, 0, STEPS))
 
 
 def test_inversion_gives_the_picture_back_and_says_how_well(model: Unclip, latents: Latents) -> None:
-    shown = manipulate.as_drawn(model, pictures())
+    shown = manipulations.as_drawn(model, pictures())
     assert min(latents.psnr_db) > 34 and latents.x_T.shape == (2, 3, 8, 8)
-    assert [manipulate.psnr_db(a, b) for a, b in zip(shown, latents.rebuilt, strict=True)] == latents.psnr_db
-    swapped = manipulate.draw(model, latents.z_i.flip(0), latents.x_T, STEPS)
+    assert [manipulations.psnr_db(a, b) for a, b in zip(shown, latents.rebuilt, strict=True)] == latents.psnr_db
+    swapped = manipulations.draw(model, latents.z_i.flip(0), latents.x_T, STEPS)
     assert not near(swapped, latents.rebuilt, 40)  # what it draws depends on z_i too
 
 
 def test_psnr_is_that_of_the_definition() -> None:
     a = np.zeros((2, 2, 3), np.uint8)
-    assert manipulate.psnr_db(a, a + 5) == pytest.approx(20 * math.log10(255 / 5))
-    assert manipulate.psnr_db(a, a) == 99
+    assert manipulations.psnr_db(a, a + 5) == pytest.approx(20 * math.log10(255 / 5))
+    assert manipulations.psnr_db(a, a) == 99
 
 
 def test_variations_stray_with_eta_alone(model: Unclip, latents: Latents) -> None:
-    still = manipulate.vary(model, latents, 0.0, 2, 5, STEPS)
+    still = manipulations.vary(model, latents, 0.0, 2, 5, STEPS)
     assert near(still, np.repeat(latents.rebuilt[:1], 2, 0))
-    some, all_of_it = (manipulate.vary(model, latents, eta, 6, 5, STEPS).astype(float) for eta in (0.3, 1.0))
+    some, all_of_it = (manipulations.vary(model, latents, eta, 6, 5, STEPS).astype(float) for eta in (0.3, 1.0))
     strayed = [np.abs(each - latents.rebuilt[0]).mean() for each in (some, all_of_it)]
     assert 0 < strayed[0] < strayed[1]
-    assert near(all_of_it[:2], manipulate.vary(model, latents, 1.0, 2, 5, STEPS))
-    assert not near(all_of_it[0], all_of_it[1]) and not near(all_of_it, manipulate.vary(model, latents, 1.0, 6, 6, STEPS))
+    assert near(all_of_it[:2], manipulations.vary(model, latents, 1.0, 2, 5, STEPS))
+    assert not near(all_of_it[0], all_of_it[1]) and not near(all_of_it, manipulations.vary(model, latents, 1.0, 6, 6, STEPS))
 
 
 def test_an_interpolation_has_one_noise_and_ends_at_both(model: Unclip, latents: Latents) -> None:
-    row = manipulate.interpolate(model, latents.z_i, 5, seed=7, steps=STEPS)
+    row = manipulations.interpolate(model, latents.z_i, 5, seed=7, steps=STEPS)
     x_T = noise((1, 3, 8, 8), generators([7 * SEED_STRIDE], Stream.DECODER))
     for place, end in ((0, 0), (-1, 1)):
-        assert near(row[place : place + 1 or None], manipulate.draw(model, latents.z_i[end : end + 1], x_T, STEPS))
+        assert near(row[place : place + 1 or None], manipulations.draw(model, latents.z_i[end : end + 1], x_T, STEPS))
     assert not near(row[2], row[0], 20) and not near(row[2], row[4], 20)
 
 
 def test_with_slerped_noise_the_ends_are_the_pictures(model: Unclip, latents: Latents) -> None:
-    row = manipulate.interpolate(model, latents.z_i, 4, latents=latents, steps=STEPS)
+    row = manipulations.interpolate(model, latents.z_i, 4, latents=latents, steps=STEPS)
     assert near(row[[0, -1]], latents.rebuilt, 3)
 
 
@@ -109,11 +109,11 @@ def test_a_text_diff_walks_a_share_of_the_angle_and_keeps_the_noise(
     model: Unclip, latents: Latents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walked: list[tuple[Tensor, Tensor]] = []
-    draw = manipulate.draw
+    draw = manipulations.draw
     monkeypatch.setattr(
-        manipulate, "draw", lambda model, z_i, x_T, *rest, **named: walked.append((z_i, x_T)) or draw(model, z_i, x_T, *rest, **named)
+        manipulations, "draw", lambda model, z_i, x_T, *rest, **named: walked.append((z_i, x_T)) or draw(model, z_i, x_T, *rest, **named)
     )
-    row = manipulate.text_diff(model, latents, "blue", "a red heart", 0.5, 4, STEPS)
+    row = manipulations.text_diff(model, latents, "blue", "a red heart", 0.5, 4, STEPS)
     (z, x_T), z_i = walked[0], latents.z_i[:1]
     texts = torch.from_numpy(model.encode_texts(["blue", "a red heart"]))
     z_d = F.normalize(texts[1:] - texts[:1], dim=-1)
@@ -123,7 +123,7 @@ def test_a_text_diff_walks_a_share_of_the_angle_and_keeps_the_noise(
     torch.testing.assert_close(torch.acos((z[-1:] * z_d).sum()), whole / 2, atol=1e-3, rtol=0)
     assert x_T.equal(latents.x_T[:1].expand(4, -1, -1, -1)) and near(row[:1], latents.rebuilt[:1])
     with pytest.raises(ValueError, match="are the same to CLIP"):
-        manipulate.difference(model, "blue", " BLUE ")
+        manipulations.difference(model, "blue", " BLUE ")
 
 
 def test_pca_is_that_of_a_singular_value_decomposition() -> None:
@@ -143,7 +143,7 @@ def test_more_components_come_nearer_to_the_whole(model: Unclip, latents: Latent
     vectors = F.normalize(
         torch.cat([latents.z_i.repeat(20, 1) + 0.3 * torch.randn(40, 16, generator=torch.Generator().manual_seed(0))]), dim=-1
     )
-    drawn = manipulate.reconstruct(model, latents.z_i, Pca.fit(vectors), [1, 16], seed=3, steps=STEPS)
+    drawn = manipulations.reconstruct(model, latents.z_i, Pca.fit(vectors), [1, 16], seed=3, steps=STEPS)
     assert drawn.shape == (2, 3, 8, 8, 3) and near(drawn[:, 1], drawn[:, 2]) and not near(drawn[:, 0], drawn[:, 2], 4)
 
 
@@ -208,4 +208,4 @@ def test_a_mistake_that_only_the_models_can_see_is_one_line(
 
 
 def test_to_images_and_as_drawn_agree(model: Unclip) -> None:
-    assert np.array_equal(manipulate.as_drawn(model, pictures()), to_images(to_pixels(torch.from_numpy(pictures()), 8)))
+    assert np.array_equal(manipulations.as_drawn(model, pictures()), to_images(to_pixels(torch.from_numpy(pictures()), 8)))

@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from tests.small_systems import DECODER_CONFIG, PRIOR_CONFIG
 from tests.test_manipulate import STEPS, near, pictures
 from tests.test_open_clip import small, stand_in, their_model
-from training import clip as clip_model
-from training import jobs, manipulate
-from training.clip import CLIP
-from training.decoder import Decoder
-from training.generate import Unclip
-from training.loop import Step
-from training.manipulate import Latents
-from training.pixels import to_pixels
-from training.prior import Prior
-from training.tokenizer import Tokenizer, TokenizerConfig
+from training.generation import manipulations
+from training.generation.manipulations import Latents
+from training.generation.unclip import Unclip
+from training.jobs import train
+from training.models import clip as clip_model
+from training.models.clip import CLIP
+from training.models.decoder import Decoder
+from training.models.diffusion_prior import Prior
+from training.models.pixels import to_pixels
+from training.models.tokenizer import Tokenizer, TokenizerConfig
+from training.optim.loop import Step
 
 __all__ = ["stand_in"]
 
@@ -32,7 +33,7 @@ def theirs(stand_in: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CL
     for name in ("system", "system/clip", "work"):
         (folder / name).mkdir()
     config = small(pretrained=str(folder / "open_clip"), image_heads=1, text_heads=1)
-    jobs._adopt(config, TokenizerConfig(), folder / "system" / "clip", folder / "work")
+    train._adopt(config, TokenizerConfig(), folder / "system" / "clip", folder / "work")
     clip, tokenizer = clip_model.load(folder / "system" / "clip")
     torch.manual_seed(0)
     sizes = (clip.config.embed_dim, tokenizer.vocab_size, tokenizer.context)
@@ -48,7 +49,7 @@ def theirs(stand_in: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CL
     for name, model, section in (("prior", Prior(PRIOR_CONFIG, *sizes), PRIOR_CONFIG), ("decoder", decoder, DECODER_CONFIG)):
         (folder / "system" / name).mkdir()
         tokenizer.save(folder / "system" / name / "tokenizer.json")
-        jobs.write_model(name, model, model.state_dict(), section, folder / "system" / name)
+        train.write_model(name, model, model.state_dict(), section, folder / "system" / name)
     return expected, folder / "system"
 
 
@@ -59,14 +60,14 @@ def model(theirs: tuple[CLIP, Path]) -> Unclip:
 
 @pytest.fixture(scope="module")
 def latents(model: Unclip) -> Latents:
-    return manipulate.invert(model, pictures(), STEPS)
+    return manipulations.invert(model, pictures(), STEPS)
 
 
 def test_a_picture_comes_back_and_variations_stray_from_it(model: Unclip, latents: Latents, theirs: tuple[CLIP, Path]) -> None:
     assert torch.equal(latents.z_i, clip_model.embed_images(theirs[0], torch.from_numpy(pictures()))), "as open_clip's weights see it"
     assert min(latents.psnr_db) > 30
-    assert near(manipulate.vary(model, latents, 0.0, 2, 5, STEPS), np.repeat(latents.rebuilt[:1], 2, 0))
-    varied = manipulate.vary(model, latents, 1.0, 3, 5, STEPS)
+    assert near(manipulations.vary(model, latents, 0.0, 2, 5, STEPS), np.repeat(latents.rebuilt[:1], 2, 0))
+    varied = manipulations.vary(model, latents, 1.0, 3, 5, STEPS)
     assert not near(varied[0], varied[1]) and not near(varied[:1], latents.rebuilt[:1])
 
 
@@ -76,9 +77,9 @@ def test_a_text_diff_goes_where_its_own_text_tower_points(
     z_t = clip_model.embed_texts(theirs[0], Tokenizer.from_merges(stand_in), ["a photo", "a red heart"])
     z_d = F.normalize(z_t[1] - z_t[0], dim=0)
     asked: list[torch.Tensor] = []
-    draw = manipulate.draw
-    monkeypatch.setattr(manipulate, "draw", lambda model, z_i, *others, **more: (asked.append(z_i), draw(model, z_i, *others, **more))[1])
-    row = manipulate.text_diff(model, latents, "a photo", "a red heart", 0.5, 4, STEPS)
+    draw = manipulations.draw
+    monkeypatch.setattr(manipulations, "draw", lambda model, z_i, *others, **more: (asked.append(z_i), draw(model, z_i, *others, **more))[1])
+    row = manipulations.text_diff(model, latents, "a photo", "a red heart", 0.5, 4, STEPS)
     whole, walked = ((a @ b).clamp(-1, 1).acos() for a, b in ((latents.z_i[0], z_d), (latents.z_i[0], asked[0][-1])))
     assert float(walked) == pytest.approx(0.5 * float(whole), rel=1e-3)
     assert float(asked[0][-1] @ z_d) == pytest.approx(float((0.5 * whole).cos()), abs=1e-3)
@@ -88,5 +89,5 @@ def test_a_text_diff_goes_where_its_own_text_tower_points(
 def test_it_draws_from_text_and_interpolates(model: Unclip, latents: Latents) -> None:
     drawn = model.generate(["a red heart", "blue"], 2)
     assert drawn.shape == (2, 2, 8, 8, 3) and not near(drawn[0], drawn[1])
-    row = manipulate.interpolate(model, latents.z_i, 3, latents=latents, steps=STEPS)
+    row = manipulations.interpolate(model, latents.z_i, 3, latents=latents, steps=STEPS)
     assert near(row[[0, -1]], latents.rebuilt, 3)

@@ -21,13 +21,13 @@ from infra.storage.store import Root
 from tests import pictured
 from tests.pictured import direction, encode_images, encode_texts, row
 from tests.rooted import write_root
-from training.look import WHOLE
+from training.models.preprocessing import WHOLE
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
     """Return a ROOT with three additions: two of pictures, one of embeddings."""
-    from training import embed
+    from training.jobs import embed
 
     monkeypatch.setattr(embed, "encoders", lambda _: (encode_texts, encode_images, 20))
     monkeypatch.setattr(embed, "look_of", lambda _: WHOLE)

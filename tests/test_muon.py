@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.muon import ADAMS_RMS, Muon, orthogonal
+from training.optim.muon import ADAMS_RMS, Muon, orthogonal
 
 
 def a_matrix(rows: int, columns: int, condition: float = 1e3) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_weights_of_one_shape_step_together_as_each_would_alone(monkeypatch: pyt
     shapes = [(16, 8, 3, 3), (16, 24), (16, 8, 3, 3), (24, 16), (16, 24), (16, 8, 3, 3)]
 
     def moved(stacked: int) -> list[torch.Tensor]:
-        monkeypatch.setattr("training.muon.STACKED", stacked)
+        monkeypatch.setattr("training.optim.muon.STACKED", stacked)
         made = torch.Generator().manual_seed(0)
         weights = [nn.Parameter(torch.randn(shape, generator=made)) for shape in shapes]
         still = nn.Parameter(torch.ones(16, 24))  # without a gradient

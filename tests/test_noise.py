@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from tests.small_systems import write_system
-from training import manipulate
-from training.generate import Unclip
-from training.noise import Stream, generators, noise, noise_like
-from training.search import search
-from training.upsampler import Upsampler, UpsamplerConfig
-from training.upsamplers import enlarge
+from training.diffusion.noise import Stream, generators, noise, noise_like
+from training.generation import manipulations
+from training.generation.beam_search import search
+from training.generation.unclip import Unclip
+from training.models.upsampler import Upsampler, UpsamplerConfig
+from training.models.upsampler_cascade import enlarge
 
 
 def test_a_samples_noise_does_not_depend_on_its_batch() -> None:
@@ -99,9 +99,9 @@ def test_search_shares_no_noise_among_members_and_steps(system: Unclip, drawn: l
 
 def test_inversion_and_variations_share_no_noise(system: Unclip, drawn: list[tuple[float, ...]]) -> None:
     pictures = system.generate(["blue"])[0]
-    latents = manipulate.invert(system, pictures, 4)
-    manipulate.vary(system, latents, 1.0, 3, 0, 4)
-    manipulate.variations(system, pictures, 3, 1, 4)
+    latents = manipulations.invert(system, pictures, 4)
+    manipulations.vary(system, latents, 1.0, 3, 0, 4)
+    manipulations.variations(system, pictures, 3, 1, 4)
     assert len(drawn) > 20 and len(set(drawn)) == len(drawn)
 
 

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from infra.errors import CallerError, DataError
 from tests.peered import Peer, interpreter_of
-from training import clip as clip_model
-from training import jobs, open_clip
-from training.clip import CLIP, ClipConfig
-from training.pictures import read_file
-from training.tokenizer import Tokenizer, TokenizerConfig, byte_symbols
+from training.data.image_reader import read_file
+from training.jobs import train
+from training.models import clip as clip_model
+from training.models import open_clip_format
+from training.models.clip import CLIP, ClipConfig
+from training.models.tokenizer import Tokenizer, TokenizerConfig, byte_symbols
 
 TEXTS = ["a photo of a cat", "", "ein Mädchen mit Hut!", "猫 と 犬", "a very " + "long " * 100 + "caption"]
 MODELS: dict[str, dict[str, Any]] = {
@@ -90,7 +91,7 @@ def made(peer: OpenClip, name: str, folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_open_clips_weights_give_open_clips_vectors(name: str, peer: OpenClip, merges: str, tmp_path: Path) -> None:
     theirs = made(peer, name, tmp_path)
-    model, tokenizer, _ = open_clip.read(ClipConfig(pretrained=str(tmp_path)), TokenizerConfig(merges=merges))
+    model, tokenizer, _ = open_clip_format.read(ClipConfig(pretrained=str(tmp_path)), TokenizerConfig(merges=merges))
     torch.testing.assert_close(clip_model.embed_images(model, pictures(3, 224)), theirs["image"], atol=1e-5, rtol=0)
     torch.testing.assert_close(clip_model.embed_texts(model, tokenizer, TEXTS), theirs["text"], atol=1e-5, rtol=0)
     assert model.logit_scale.item() == theirs["logit_scale"].item()
@@ -102,7 +103,7 @@ def test_open_clips_weights_give_open_clips_vectors(name: str, peer: OpenClip, m
 def test_clips_own_ids_on_awkward_captions(peer: OpenClip, merges: str) -> None:
     tokenizer = Tokenizer.from_merges(Path(merges))
     texts = [text for text in AWKWARD if "<|" not in text] + [f"{a} {b}" for a in AWKWARD for b in AWKWARD[::7]]
-    ids = open_clip.to_their_ids(tokenizer(texts), tokenizer.vocab_size)
+    ids = open_clip_format.to_their_ids(tokenizer(texts), tokenizer.vocab_size)
     padded = torch.zeros(len(texts), 77, dtype=torch.long)
     padded[:, : ids.shape[1]] = ids
     for text, ours, theirs in zip(texts, padded.tolist(), peer.do("ids", texts=texts), strict=True):
@@ -135,7 +136,7 @@ def written(folder: Path, config: ClipConfig) -> tuple[CLIP, Tokenizer]:
     with torch.no_grad():
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p)
-    jobs.write_model("clip", model, model.state_dict(), config, folder)
+    train.write_model("clip", model, model.state_dict(), config, folder)
     return model, tokenizer
 
 
@@ -151,8 +152,8 @@ def their_model(folder: Path, merges: Path, **changes: Any) -> CLIP:
     jobs_folder = folder.with_name("own")
     jobs_folder.mkdir()
     Tokenizer.from_merges(merges).save(jobs_folder / "tokenizer.json")
-    jobs.write_model("clip", model, model.state_dict(), shape, jobs_folder)
-    open_clip.write(jobs_folder, folder)
+    train.write_model("clip", model, model.state_dict(), shape, jobs_folder)
+    open_clip_format.write(jobs_folder, folder)
     (folder / "tokenizer.json").unlink()
     return model
 
@@ -170,7 +171,7 @@ def same(a: CLIP, b: CLIP) -> bool:
 def test_what_we_export_gives_the_same_vectors_there(changes: dict[str, Any], peer: OpenClip, tmp_path: Path) -> None:
     model, tokenizer = written(tmp_path / "clip", small(**changes))
     out = tmp_path / "out"
-    assert open_clip.write(tmp_path / "clip", out) == [
+    assert open_clip_format.write(tmp_path / "clip", out) == [
         out / name for name in ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json")
     ]
     texts = ["a red heart", "", "Zebra!", "a red apple " * 20]
@@ -187,12 +188,12 @@ def test_what_we_export_gives_the_same_vectors_there(changes: dict[str, Any], pe
 @pytest.mark.slow
 def test_open_clip_finds_the_tokenizer_of_a_vocabulary_that_is_not_its_own(peer: OpenClip, tmp_path: Path) -> None:
     model, tokenizer = written(tmp_path / "clip", small())
-    files = open_clip.write(tmp_path / "clip", tmp_path / "out")
+    files = open_clip_format.write(tmp_path / "clip", tmp_path / "out")
     assert tmp_path / "out" / "tokenizer_config.json" in files
     texts = ["a red heart", "", "Zebra!", "wow! !", "fish &amp; chips", "a red apple " * 20]
     ids = peer.do("tokens", folder=str(tmp_path / "out"), texts=texts)
     assert {len(row) for row in ids} == {tokenizer.context}
-    ours = open_clip.to_their_ids(tokenizer(texts), tokenizer.vocab_size)
+    ours = open_clip_format.to_their_ids(tokenizer(texts), tokenizer.vocab_size)
     for row, own in zip(ids, ours.tolist(), strict=True):
         length = own.index(tokenizer.vocab_size - 2) + 1
         assert row[:length] == own[:length] and set(row[length:]) <= {tokenizer.vocab_size - 2}  # the first end is where it is read
@@ -213,7 +214,7 @@ def test_a_pretrained_clip_sees_a_picture_as_open_clip_shows_it(
     config = json.loads((tmp_path / "theirs" / "open_clip_config.json").read_text())
     config["preprocess_cfg"] = {"size": 16, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], **told}
     (tmp_path / "theirs" / "open_clip_config.json").write_text(json.dumps(config))
-    look = open_clip.read(small(pretrained=str(tmp_path / "theirs")), TokenizerConfig())[0].config.look
+    look = open_clip_format.read(small(pretrained=str(tmp_path / "theirs")), TokenizerConfig())[0].config.look
     for shape in ((40, 60), (61, 33), (9, 13)):
         rgb = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)).numpy()
         Image.fromarray(rgb).save(tmp_path / "one.png")
@@ -225,13 +226,13 @@ def test_a_pretrained_clip_sees_a_picture_as_open_clip_shows_it(
 
 @pytest.mark.slow
 def test_the_names_that_we_know_are_open_clips(peer: OpenClip) -> None:
-    assert peer.do("published", names=list(open_clip.PUBLISHED)) == list(open_clip.PUBLISHED.values())
+    assert peer.do("published", names=list(open_clip_format.PUBLISHED)) == list(open_clip_format.PUBLISHED.values())
 
 
 def test_a_convolutional_tower_cannot_be_exported(tmp_path: Path) -> None:
     written(tmp_path / "clip", ClipConfig(image_size_px=16, width=16, depth=1, text_width=32, text_depth=1, embed_dim=16))
     with pytest.raises(CallerError, match=r"clip\.image_tower=vit"):
-        open_clip.write(tmp_path / "clip", tmp_path / "out")
+        open_clip_format.write(tmp_path / "clip", tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", ["folder", "file", "trainer", "hub", "ours"])
@@ -257,7 +258,7 @@ def test_a_pretrained_clip_is_read_from_wherever_it_is(form: str, stand_in: Path
         pretrained = "hf-hub:lab/model"
     if form == "ours":
         pretrained = str(tmp_path / "own")
-    model, tokenizer, source = open_clip.read(own.model_copy(update={"pretrained": pretrained}), TokenizerConfig())
+    model, tokenizer, source = open_clip_format.read(own.model_copy(update={"pretrained": pretrained}), TokenizerConfig())
     assert same(model, expected) and tokenizer.vocab_size == 49_409 and tokenizer.context == 77
     assert source["pretrained"] == pretrained == model.config.pretrained and len(source["weights_sha256"]) == 64
     assert clip_model.embed_images(model, pictures(2, 16)).equal(clip_model.embed_images(expected, pictures(2, 16)))
@@ -269,7 +270,7 @@ def test_a_shape_is_read_off_a_bare_state_dict(stand_in: Path, tmp_path: Path) -
     state = load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
     wide = {name: torch.zeros([4 * size if size in (32, 96, 128) else size for size in value.shape]) for name, value in state.items()}
     save_file(wide, tmp_path / "theirs" / "open_clip_model.safetensors")
-    found = open_clip.read(small(pretrained=str(tmp_path / "theirs"), activation="quick_gelu"), TokenizerConfig())[0].config
+    found = open_clip_format.read(small(pretrained=str(tmp_path / "theirs"), activation="quick_gelu"), TokenizerConfig())[0].config
     assert (found.image_size_px, found.patch_px, found.width, found.depth, found.image_heads, found.image_mlp_ratio) == (
         16,
         8,
@@ -279,7 +280,7 @@ def test_a_shape_is_read_off_a_bare_state_dict(stand_in: Path, tmp_path: Path) -
         4.0,
     )
     assert (found.text_width, found.text_depth, found.text_heads, found.embed_dim, found.activation) == (128, 2, 2, 16, "quick_gelu")
-    assert found.pixel_mean == open_clip.PIXEL_MEAN and expected.config.pixel_mean != found.pixel_mean
+    assert found.pixel_mean == open_clip_format.PIXEL_MEAN and expected.config.pixel_mean != found.pixel_mean
     assert found.look[:2] == ("shortest", "bicubic") != expected.config.look[:2]
 
 
@@ -306,7 +307,7 @@ def resnet(folder: Path) -> Path:
 ])  # fmt: skip
 def test_what_is_no_clip_vit_is_one_line(broken: Any, error: type[Exception], said: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=said) as caught:
-        open_clip.read(small(pretrained=str(broken(tmp_path))), TokenizerConfig())
+        open_clip_format.read(small(pretrained=str(broken(tmp_path))), TokenizerConfig())
     assert "\n" not in str(caught.value)
 
 
@@ -314,4 +315,4 @@ def test_merges_that_are_nowhere_are_asked_for(stand_in: Path, tmp_path: Path) -
     their_model(tmp_path / "theirs", stand_in)
     (tmp_path / "theirs" / "merges.txt").unlink()
     with pytest.raises(CallerError, match=r"set \[tokenizer\] merges"):
-        open_clip.read(small(pretrained=str(tmp_path / "theirs")), TokenizerConfig())
+        open_clip_format.read(small(pretrained=str(tmp_path / "theirs")), TokenizerConfig())

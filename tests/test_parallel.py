@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tests import forked
 from tests.meeting import meeting
-from training.clip import contrastive_loss, sigmoid_loss
-from training.parallel import agree, average, average_gradients, gather, world
+from training.models.clip import contrastive_loss, sigmoid_loss
+from training.optim.collectives import agree, average, average_gradients, gather, world
 
 B, E = 8, 5
 CAPTIONS = torch.tensor([3, 1, 4, 1, 5, 1, 2, 6])

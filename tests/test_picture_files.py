@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from infra.errors import CallerError
-from training.pictures import decode, read_file
+from training.data.image_reader import decode, read_file
 
 
 def png(width: int, height: int, body: bytes = b"") -> bytes:

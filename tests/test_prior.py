@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.small_systems import write_embeddings, write_system
-from training.clip import ClipConfig
-from training.jobs import fit_prior, write_model
-from training.loop import Step
-from training.prior import DROP, Prior, PriorConfig
-from training.priors import count_parameters, load
-from training.tokenizer import END, PAD, START
+from training.jobs.train import fit_prior, write_model
+from training.models.clip import ClipConfig
+from training.models.diffusion_prior import DROP, Prior, PriorConfig
+from training.models.priors import count_parameters, load
+from training.models.tokenizer import END, PAD, START
+from training.optim.loop import Step
 
 E, VOCABULARY, CONTEXT = 16, 40, 10
 CONFIG = PriorConfig(width=32, depth=1, T=100, text_drop=0.1, sampling_steps=8, best_of=2)

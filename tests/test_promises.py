@@ -17,7 +17,7 @@ from tests.benchmarks.swiss_roll_vs_diffusers import OURS, STEP_COUNTS, THEIRS
 from tests.peered import PEERS
 from tests.promises import told
 from tests.small_systems import PROMPTS, write_system
-from training.generate import Unclip
+from training.generation.unclip import Unclip
 
 
 def test_what_is_missed_is_printed_and_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:

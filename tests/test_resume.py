@@ -21,12 +21,13 @@ from torch import Tensor
 from tests import forked
 from tests.kept import COUNT, TINY, write_embedded, write_kept, write_tokenizer
 from tests.meeting import meeting
-from training import jobs, soundness
-from training.decoder import DecoderConfig
-from training.loop import LoopConfig, Step
-from training.pictures import read_table
-from training.prior import PriorConfig
-from training.upsampler import UpsamplerConfig
+from training.data import shard_check
+from training.data.image_reader import read_table
+from training.jobs import train as jobs
+from training.models.decoder import DecoderConfig
+from training.models.diffusion_prior import PriorConfig
+from training.models.upsampler import UpsamplerConfig
+from training.optim.loop import LoopConfig, Step
 
 EPOCHS, BATCH, KILLED_AT = 2, 4, 17
 IMAGES = EPOCHS * COUNT
@@ -85,7 +86,7 @@ def train(workers: int, name: str, root: Path, work: Path, number: int = 0, kill
     if not work.exists():
         work.mkdir()
         write_tokenizer(root, work)
-        soundness.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
+        shard_check.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
     forked.together(attempt, (workers, name, root, work, number, killed_rank), workers)
     return load_file(work / "0.safetensors")
 

@@ -10,9 +10,9 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSol
 from torch import Tensor
 
 from infra.errors import DataError
-from training.diffusion import Denoise, Prediction, Schedule, as_denoise, to_eps
-from training.noise import generators, noise
-from training.samplers import _Network, ancestral, ddim, ddim_invert, dpm_solver, guided, threshold, timesteps
+from training.diffusion.noise import generators, noise
+from training.diffusion.process import Denoise, Prediction, Schedule, as_denoise, to_eps
+from training.diffusion.samplers import _Network, ancestral, ddim, ddim_invert, dpm_solver, guided, threshold, timesteps
 
 LINEAR, COSINE = Schedule.linear(), Schedule.cosine()
 MEAN = torch.tensor([0.5, -0.3, 0.1], dtype=torch.float64)
@@ -200,7 +200,7 @@ def test_ddim_steps_that_add_noise_are_those_of_diffusers(
     scheduler = DDIMScheduler(1000, prediction_type="sample", clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True)
     scheduler.set_timesteps(steps)
     eps = start(4, 5, seed=3)
-    monkeypatch.setattr("training.samplers.noise_like", lambda x, generator: eps.clone())
+    monkeypatch.setattr("training.diffusion.samplers.noise_like", lambda x, generator: eps.clone())
     assert follow(scheduler, ddim, steps, schedule, told={"eta": eta, "variance_noise": eps}, eta=eta) < 1e-9
 
 
@@ -212,7 +212,7 @@ def test_ancestral_steps_of_a_learned_variance_are_those_of_diffusers(
     scheduler = DDPMScheduler(1000, prediction_type="sample", clip_sample=False, timestep_spacing="trailing", variance_type="learned_range")
     scheduler.set_timesteps(steps)
     eps, fraction = start(4, 5, seed=3), torch.rand(4, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    monkeypatch.setattr("training.samplers.noise_like", lambda x, generator: eps.clone())
+    monkeypatch.setattr("training.diffusion.samplers.noise_like", lambda x, generator: eps.clone())
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **kwargs: eps.clone())
     compared = steps - 1 if steps < 1000 else None  # in fewer than T steps theirs adds noise to the last one, the image itself
     assert follow(scheduler, ancestral, steps, schedule, compared, fraction, variance="learned") < 1e-6
@@ -226,7 +226,7 @@ def test_ancestral_steps_are_those_of_diffusers(variance: str, steps: int, monke
     )
     scheduler.set_timesteps(steps)
     eps = start(4, 5, seed=3)  # the same noise in every step of both
-    monkeypatch.setattr("training.samplers.noise_like", lambda x, generator: eps.clone())
+    monkeypatch.setattr("training.diffusion.samplers.noise_like", lambda x, generator: eps.clone())
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **kwargs: eps.clone())
     # in fewer than T steps theirs adds the large noise even to the last one, to the image itself; Algorithm 2 adds none
     compared = steps - 1 if (variance, steps) == ("large", 20) else None

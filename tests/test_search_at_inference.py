@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.small_systems import write_system
-from training.diffusion import Schedule
-from training.generate import Unclip
-from training.noise import generators, noise
-from training.samplers import ddim
-from training.search import beam, search, survivors
+from training.diffusion.noise import generators, noise
+from training.diffusion.process import Schedule
+from training.diffusion.samplers import ddim
+from training.generation.beam_search import beam, search, survivors
+from training.generation.unclip import Unclip
 
 SCHEDULE = Schedule.cosine(1000)
 

@@ -33,7 +33,7 @@ from tests.pictured import encode_images, encode_texts, row, usual_rows
 from tests.rooted import committed, write_root
 from tests.served import Fake
 from tests.tiny import RECIPE
-from training.look import WHOLE
+from training.models.preprocessing import WHOLE
 
 GATE = ("generation.own >= 0.5",)
 
@@ -338,7 +338,7 @@ def test_an_origin_is_written_as_browsers_send_it() -> None:
 
 
 def test_an_added_picture_is_found_by_its_own_size_and_kept_no_larger(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training import embed
+    from training.jobs import embed
 
     monkeypatch.setattr(embed, "encoders", lambda _: (encode_texts, encode_images, 20))
     monkeypatch.setattr(embed, "look_of", lambda _: WHOLE)

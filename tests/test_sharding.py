@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from tests import forked
 from tests.kept import TINY, write_embedded, write_kept, write_tokenizer
 from tests.meeting import meeting
-from training import jobs, soundness
-from training.clip import ClipConfig
-from training.decoder import DecoderConfig
-from training.loop import LoopConfig, Step
-from training.parallel import own
-from training.pictures import read_table
-from training.prior import PriorConfig
-from training.upsampler import UpsamplerConfig
+from training.data import shard_check
+from training.data.image_reader import read_table
+from training.jobs import train as jobs
+from training.models.clip import ClipConfig
+from training.models.decoder import DecoderConfig
+from training.models.diffusion_prior import PriorConfig
+from training.models.upsampler import UpsamplerConfig
+from training.optim.collectives import own
+from training.optim.loop import LoopConfig, Step
 
 STEPS, BATCH, STOPPED_AT = 14, 4, 12
 FOLDERS = ("ingest", "curate", "clip", "embed")
@@ -75,7 +76,7 @@ def prepare(root: Path, work: Path) -> None:
     work.mkdir()
     if not work.name.startswith("upsampler"):
         write_tokenizer(root, work)
-    soundness.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
+    shard_check.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
 
 
 def trainings(rank: int, workers: int, root: Path, runs: Path) -> None:

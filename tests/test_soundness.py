@@ -12,10 +12,10 @@ import torch
 
 from infra.errors import DataError
 from tests.kept import COUNT, SHARDS, write_kept
-from training import soundness
-from training.loop import OnBroken
-from training.pictures import Pictures, read_table
-from training.soundness import LEFT_OUT
+from training.data import shard_check
+from training.data.image_reader import Pictures, read_table
+from training.data.shard_check import LEFT_OUT
+from training.optim.loop import OnBroken
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def flip_a_bit(root: Path, row: int) -> str:
 
 
 def settle(root: Path, on_broken: OnBroken) -> dict[str, int]:
-    return soundness.settle(read_table(root / "curate" / "keep.parquet"), root / "ingest" / "shards", on_broken, root / "work")
+    return shard_check.settle(read_table(root / "curate" / "keep.parquet"), root / "ingest" / "shards", on_broken, root / "work")
 
 
 def cut(path: Path, size_bytes: int) -> None:
@@ -53,7 +53,7 @@ def cut(path: Path, size_bytes: int) -> None:
 def test_a_sound_keep_list_is_kept_whole(root: Path) -> None:
     for on_broken in ("stop", "skip"):
         assert settle(root, on_broken) == {}  # type: ignore[arg-type]
-        assert soundness.is_kept(read_table(root / "curate" / "keep.parquet"), root / "work").all()
+        assert shard_check.is_kept(read_table(root / "curate" / "keep.parquet"), root / "work").all()
         (root / "work" / LEFT_OUT).unlink()
 
 
@@ -74,7 +74,7 @@ def test_a_truncated_shard_stops_the_job_and_is_named(root: Path) -> None:
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
 def test_a_flipped_bit_stops_the_job_when_it_is_read(root: Path, cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.pictures.CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr("training.data.image_reader.CACHE_BYTES", cache_bytes)
     flip_a_bit(root, 5)
     assert settle(root, "stop") == {}
     with pytest.raises(DataError, match=r"^00000\.tar/.*\.png is not what curate saw \(SHA-256 differs\)"):
@@ -91,7 +91,7 @@ def test_all_that_is_broken_is_left_out_and_counted(root: Path) -> None:
     lost = sum(row["shard"] == shard.name and row["offset"] + row["size_bytes"] > end for row in table.to_pylist())
     assert 0 < lost < SHARDS[1]
     assert settle(root, "skip") == {"checksum": 1, "shard_missing": SHARDS[2], "shard_truncated": lost}
-    kept = soundness.is_kept(table, root / "work")
+    kept = shard_check.is_kept(table, root / "work")
     assert kept.sum() == COUNT - 1 - SHARDS[2] - lost
     assert altered in json.loads((root / "work" / LEFT_OUT).read_text())
     assert len(Pictures(table.filter(kept), root / "ingest" / "shards", 16)) == kept.sum()  # reads and checks every one
@@ -116,7 +116,7 @@ def test_nothing_left_is_an_error(root: Path) -> None:
 def test_pictures_read_ahead_are_the_pictures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, shards = read_table(root / "curate" / "keep.parquet"), root / "ingest" / "shards"
     cached = Pictures(table, shards, 16)
-    monkeypatch.setattr("training.pictures.CACHE_BYTES", 0)
+    monkeypatch.setattr("training.data.image_reader.CACHE_BYTES", 0)
     read = Pictures(table, shards, 16)
     rows = torch.tensor([3, 40, 3, 0])  # one of them twice
     read.read_ahead(rows)

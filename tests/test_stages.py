@@ -279,10 +279,10 @@ def writes_nothing(_: StageJob) -> dict[str, Any]:
 def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(stages: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     from flows import enlarging
     from flows.stages import STAGES, UPSAMPLERS
-    from training import jobs
+    from training.jobs import train
 
     seen: list[Path] = []
-    monkeypatch.setattr(jobs, "train_upsampler", lambda section, cluster, ingest, kept, out, work: seen.append(kept) or {})
+    monkeypatch.setattr(train, "train_upsampler", lambda section, cluster, ingest, kept, out, work: seen.append(kept) or {})
     monkeypatch.setattr(enlarging, "compare", lambda stage, out, ingest, kept, *more: seen.append(kept) or {})
     inputs = {name: SimpleNamespace(local=partial(Path, name)) for name in stages}
     for stage in (each for each in STAGES if each.name in UPSAMPLERS):

@@ -16,7 +16,7 @@ from indexing.plots import plot
 from indexing.suite import SIDE_PX, SuiteConfig, draw_unseen, suite
 from infra.errors import CallerError
 from tests.pictured import colour, direction, encode_images, row, subject, usual_rows, write_run
-from training import features
+from training.models import imagenet_features
 
 
 def colours_set(count: int = 4, each: int = 12, first: int = 12) -> ImageSet:
@@ -135,7 +135,7 @@ def by_the_paper(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tenso
 
 def test_the_resnet_is_torchvisions_by_names_size_and_what_it_computes(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = features.ResNet50()
+    model = imagenet_features.ResNet50()
     assert sum(p.numel() for p in model.parameters()) == 25_557_032 - 2_049_000  # torchvision's, less its classifier
     state = model.state_dict()
     assert {"conv1.weight", "layer1.0.downsample.1.running_var", "layer3.5.bn3.num_batches_tracked", "layer4.2.conv2.weight"} <= set(state)
@@ -147,7 +147,7 @@ def test_the_resnet_is_torchvisions_by_names_size_and_what_it_computes(tmp_path:
             value.uniform_(0.5, 1.5)
     torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "r50.pth")
     pictures = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3)).astype(np.uint8)
-    found = features.resnet_50(tmp_path / "r50.pth")(pictures)
+    found = imagenet_features.resnet_50(tmp_path / "r50.pth")(pictures)
     large = torch.nn.functional.interpolate(
         torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255.0, (224, 224), mode="bilinear", antialias=True
     )
@@ -159,11 +159,11 @@ def test_the_resnet_is_torchvisions_by_names_size_and_what_it_computes(tmp_path:
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "odd.pth")
     for path, said in (("odd.pth", "no torchvision ResNet-50: conv1.weight"), ("none.pth", "is not there")):
         with pytest.raises(CallerError, match=said):
-            features.resnet_50(tmp_path / path)
+            imagenet_features.resnet_50(tmp_path / path)
 
 
 def test_the_packaged_network_tells_pictures_apart() -> None:
-    network = features.efficientnet_lite0()
+    network = imagenet_features.efficientnet_lite0()
     if network is None:
         pytest.skip("evaluation-packages.txt is not installed")
     pictures = np.random.default_rng(0).integers(0, 255, (3, 40, 40, 3)).astype(np.uint8)

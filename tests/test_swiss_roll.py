@@ -11,10 +11,10 @@ from sklearn.datasets import make_swiss_roll
 
 from flows.cli import main
 from infra.errors import CallerError
-from training.diffusion import Schedule
-from training.noise import generators, noise
-from training.samplers import ancestral, dpm_solver
-from training.swiss_roll import denoise_with, energy_distance, roll_points, swiss_roll, train, velocity_loss
+from training.diffusion.noise import generators, noise
+from training.diffusion.process import Schedule
+from training.diffusion.samplers import ancestral, dpm_solver
+from training.diffusion.swiss_roll import denoise_with, energy_distance, roll_points, swiss_roll, train, velocity_loss
 
 
 def points(count: int, seed: int = 0) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_the_command_passes_on_the_diffusion_rates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[object] = []
-    monkeypatch.setattr("training.swiss_roll.swiss_roll", lambda out, steps, seed, rates: (asked.append(rates), {"by_rate": []})[1])
+    monkeypatch.setattr("training.diffusion.swiss_roll.swiss_roll", lambda out, steps, seed, rates: (asked.append(rates), {"by_rate": []})[1])
     for arguments, code in (([], 0), (["--rate", "0.3", "--rate", "0.7"], 0), (["--rate", "1.5"], 2)):
         with pytest.raises(SystemExit) as left:
             main(["diffusion", "swiss-roll", "--out", str(tmp_path), "--json", *arguments])

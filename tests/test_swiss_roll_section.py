@@ -7,7 +7,7 @@ from PIL import Image
 
 from flows import swiss_roll_section
 from indexing.evaluate import EvaluateConfig
-from training import swiss_roll as roll
+from training.diffusion import swiss_roll as roll
 
 
 def test_the_section_holds_the_figures_and_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

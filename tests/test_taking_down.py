@@ -32,7 +32,7 @@ from infra.storage.removal_log import Removals, read_entries, read_removals, wri
 from infra.storage.store import Root, open_root
 from tests.pictured import HOSTILE, direction, encode_images, encode_texts, usual_rows, write_run
 from tests.rooted import committed, index_facts, write_root
-from training.look import WHOLE
+from training.models.preprocessing import WHOLE
 
 TWICE = 2  # of usual_rows(); the first is all black, which curate leaves out
 
@@ -362,7 +362,7 @@ def test_an_index_of_another_clip_is_refused(root: Root) -> None:
 
 @pytest.fixture
 def drawn_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    from training import embed
+    from training.jobs import embed
 
     monkeypatch.setattr(embed, "encoders", lambda _: (encode_texts, encode_images, 20))
     monkeypatch.setattr(embed, "look_of", lambda _: WHOLE)

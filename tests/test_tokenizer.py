@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from training.tokenizer import END, PAD, SPECIAL, START, Tokenizer, TokenizerConfig
+from training.models.tokenizer import END, PAD, SPECIAL, START, Tokenizer, TokenizerConfig
 
 CAPTIONS = ["a red heart", "a red apple", "flag: France", "waving hand & friends", "a blue disc on white", "a red disc"] * 4
 AWKWARD = [
@@ -80,7 +80,7 @@ def test_two_fits_and_two_loads_give_the_same_ids(tokenizer: Tokenizer, tmp_path
 
 @pytest.mark.parametrize("capacity", [0, 1 << 18])
 def test_words_looked_up_one_by_one_are_the_engines_own_ids(tokenizer: Tokenizer, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.tokenizer.REMEMBERED_WORDS", capacity)
+    monkeypatch.setattr("training.models.tokenizer.REMEMBERED_WORDS", capacity)
     texts = [*AWKWARD, *CAPTIONS, "Σίσυφος ΟΔΟΣ İ ß", "a\u0301 \u0301a", "\x1c\x1d x", "don't 12,5 !?...", "y" * 70 + " z", *AWKWARD]
     expected = [tokenizer.engine.encode(" ".join(tokenizer.clean(text).split())).ids for text in texts]
     for _ in range(2):  # the second time from memory

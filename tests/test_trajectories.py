@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.diffusion import Denoise, Schedule, at
-from training.samplers import ddim
-from training.trajectories import across_time, interpolate_in_x_t, share, sharing_x_t, slerp
+from training.diffusion.process import Denoise, Schedule, at
+from training.diffusion.samplers import ddim
+from training.diffusion.trajectories import across_time, interpolate_in_x_t, share, sharing_x_t, slerp
 
 SCHEDULE = Schedule.cosine()
 DEVIATION = 0.5

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.transformer import Attention, Block, QuickGELU, TextEncoder, attend
+from training.models.transformer import Attention, Block, QuickGELU, TextEncoder, attend
 
 FUSED = F.scaled_dot_product_attention
 
@@ -84,7 +84,7 @@ def test_a_token_read_without_gradients_needs_no_keys_and_values(is_causal: bool
     x, places = torch.randn(4, 9, 24), torch.tensor([0, 8, 3, 5])
     expected = attention(x)[torch.arange(4), places]
     assert torch.allclose(attention.at(x, places), expected, atol=1e-5)  # what is trained on
-    monkeypatch.setattr("training.transformer.attend", None)
+    monkeypatch.setattr("training.models.transformer.attend", None)
     with torch.no_grad():
         assert torch.allclose(attention.at(x, places), expected, atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):

@@ -20,12 +20,13 @@ from flows.stages import STAGES
 from infra.errors import CallerError
 from infra.storage import manifests
 from tests.small_systems import write_root
-from training import degradation, enlarge, upsamplers
-from training.jobs import write_model
-from training.loop import Step
-from training.pixels import to_float
-from training.upsampler import Upsampler, UpsamplerConfig, count_parameters, crops, shrink, tiles
-from training.upsampler import enlarge as bicubic
+from training.generation import upsampling_eval
+from training.jobs.train import write_model
+from training.models import degradation, upsampler_cascade
+from training.models.pixels import to_float
+from training.models.upsampler import Upsampler, UpsamplerConfig, count_parameters, crops, shrink, tiles
+from training.models.upsampler import enlarge as bicubic
+from training.optim.loop import Step
 
 CONFIG = UpsamplerConfig(
     image_size_px=32,
@@ -87,11 +88,11 @@ def test_before_training_it_is_bicubic() -> None:
 
 
 def test_on_pictures_learnt_by_heart_it_beats_interpolation(learnt: Upsampler) -> None:
-    figures, made = enlarge.compare(learnt, pictures(4))
+    figures, made = upsampling_eval.compare(learnt, pictures(4))
     psnr = figures["psnr_db"]
     assert figures["n"] == 4 and psnr["up-sampler"] > max(psnr["bicubic"], psnr["lanczos"]) + 0.7 and figures["better_than"]["bicubic"] == 1
     assert made["up-sampler"].shape == (4, 32, 32, 3) and made["small"].shape == (4, 8, 8, 3)
-    alone = [enlarge.psnr_db(a, b) for a, b in zip(made["bicubic"], made["real"], strict=True)]
+    alone = [upsampling_eval.psnr_db(a, b) for a, b in zip(made["bicubic"], made["real"], strict=True)]
     assert psnr["bicubic"] == pytest.approx(np.mean(alone), abs=1e-3)
 
 
@@ -175,14 +176,14 @@ def test_only_the_share_asked_for_is_degraded() -> None:
 def test_a_written_upsampler_enlarges_as_before(learnt: Upsampler, tmp_path: Path) -> None:
     write_model("upsampler", learnt, learnt.state_dict(), CONFIG, tmp_path)
     small = pictures(2, 8)
-    assert np.array_equal(upsamplers.enlarge([upsamplers.load(tmp_path)], small, [3, 4]), upsamplers.enlarge([learnt], small, [3, 4]))
+    assert np.array_equal(upsampler_cascade.enlarge([upsampler_cascade.load(tmp_path)], small, [3, 4]), upsampler_cascade.enlarge([learnt], small, [3, 4]))
     assert count_parameters(CONFIG) == sum(p.numel() for p in learnt.parameters())
 
 
 def test_lanczos_and_bicubic_keep_a_plain_picture() -> None:
     plain = np.full((2, 8, 8, 3), 77, np.uint8)
-    for name in enlarge.INTERPOLATIONS:
-        assert (enlarge.interpolate(plain, 4, name) == 77).all() and enlarge.interpolate(plain, 4, name).shape == (2, 32, 32, 3)
+    for name in upsampling_eval.INTERPOLATIONS:
+        assert (upsampling_eval.interpolate(plain, 4, name) == 77).all() and upsampling_eval.interpolate(plain, 4, name).shape == (2, 32, 32, 3)
 
 
 def with_sections(**sections: dict[str, object]) -> RunConfig:
@@ -258,17 +259,17 @@ def test_the_commands_enlarge_what_was_drawn_and_what_is_given(
 
 
 def test_memory_in_tiles_grows_with_the_picture_alone(learnt: Upsampler) -> None:
-    tiled = {side: enlarge.peak_bytes(learnt, side) for side in (96, 160)}
+    tiled = {side: upsampling_eval.peak_bytes(learnt, side) for side in (96, 160)}
     picture_bytes = 3 * 4 * (160**2 - 96**2)
     assert picture_bytes < tiled[160] - tiled[96] < 8 * picture_bytes
-    assert enlarge.peak_bytes(learnt, 160, tile_px=160) > 2 * tiled[160]
+    assert upsampling_eval.peak_bytes(learnt, 160, tile_px=160) > 2 * tiled[160]
 
 
 def test_the_report_has_a_section_for_each_upsampler(learnt: Upsampler, tmp_path: Path) -> None:
     stage = tmp_path / "upsampler"
     stage.mkdir()
     write_model("upsampler", learnt, learnt.state_dict(), CONFIG, stage)
-    figures, made = enlarge.compare(learnt, pictures(3))
+    figures, made = upsampling_eval.compare(learnt, pictures(3))
     (stage / "comparison.json").write_text(json.dumps({"held_out_style": figures}))
     Image.fromarray(made["up-sampler"][0]).save(stage / "comparison.png")
     assert upsampler_section.sections({"decoder": tmp_path}, tmp_path) == []
@@ -277,7 +278,7 @@ def test_the_report_has_a_section_for_each_upsampler(learnt: Upsampler, tmp_path
     assert [row[:2] for row in psnr["rows"]] == [
         [name, figures["psnr_db"][key]] for name, key in (("bicubic", "bicubic"), ("Lanczos", "lanczos"), ("up-sampler", "up-sampler"))
     ]
-    assert [row[:2] for row in memory["rows"]] == [[f"{side} px", enlarge.peak_bytes(learnt, side) / 1e6] for side in (32, 64)]
+    assert [row[:2] for row in memory["rows"]] == [[f"{side} px", upsampling_eval.peak_bytes(learnt, side) / 1e6] for side in (32, 64)]
     assert (tmp_path / "report" / found["pictures"][0]["picture"]).read_bytes() == (stage / "comparison.png").read_bytes()
     evaluate = next(stage for stage in STAGES if stage.name == "evaluate")
     assert "upsampler" in inputs_of(evaluate, ("upsampler",)) and "upsampler" not in inputs_of(evaluate, ())

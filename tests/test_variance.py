@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from training.diffusion import Schedule, at
-from training.noise import generators
-from training.variance import (
+from training.diffusion.noise import generators
+from training.diffusion.process import Schedule, at
+from training.diffusion.variance import (
     analytic_variance,
     large_variance,
     learned_deviation,

@@ -32,13 +32,15 @@ from indexing.retrieval import right_places
 from indexing.zero_shot import ranks
 from tests.benchmarks.clip_vs_open_clip import PYTHON
 from tests.peered import SCRIPTS
-from training import clip as clip_model
-from training import embeddings, jobs, loop
-from training.clip import CLIP
-from training.loop import Step
-from training.pictures import Pictures, read_table
-from training.pixels import to_pixels
-from training.tokenizer import Tokenizer
+from training.data import embedding_dataset
+from training.data.image_reader import Pictures, read_table
+from training.jobs import train
+from training.models import clip as clip_model
+from training.models.clip import CLIP
+from training.models.pixels import to_pixels
+from training.models.tokenizer import Tokenizer
+from training.optim import loop
+from training.optim.loop import Step
 
 SPLITS = ("held_out_concept", "held_out_style")
 CALIBRATION_STEPS, RESAMPLES = 6, 10_000
@@ -82,15 +84,15 @@ def train_ours(
 ) -> tuple[CLIP, Tokenizer, int, float]:
     """Train the recipe's CLIP for that long; returns it with its averaged weights, and the images seen and seconds taken."""
     tokenizer = Tokenizer.fit((text for each in phrasings for text in each), config.tokenizer)
-    texts = embeddings.Captions(pa.array(phrasings), tokenizer)
+    texts = embedding_dataset.Captions(pa.array(phrasings), tokenizer)
     torch.manual_seed(seed)
     model = CLIP(config.clip, tokenizer.vocab_size, tokenizer.context)
     side_px = config.clip.image_size_px
 
     def loss_of(step: Step) -> Tensor:
         rows = step.samples(len(pictures))
-        ids, _ = texts.draw(rows, embeddings.towards_first(step.uniform(jobs.PHRASING), config.clip.first_caption))
-        return model.loss(jobs.shifted(to_pixels(pictures[rows], side_px), step.uniform(jobs.SHIFT, 2)), ids)
+        ids, _ = texts.draw(rows, embedding_dataset.towards_first(step.uniform(train.PHRASING), config.clip.first_caption))
+        return model.loss(train.shifted(to_pixels(pictures[rows], side_px), step.uniform(train.SHIFT, 2)), ids)
 
     start = {name: value.clone() for name, value in model.state_dict().items()}
     images, spent_s, seen, taken_s = CALIBRATION_STEPS * config.clip.batch_size, 0.0, 0, 0.0

@@ -31,12 +31,13 @@ import torch
 from torch import Tensor
 
 from tests.peered import PEERS, Peer
-from training import clip as clip_model
-from training import loop, open_clip
-from training.clip import CLIP, ClipConfig
-from training.loop import Step
-from training.pictures import Pictures
-from training.tokenizer import Tokenizer
+from training.data.image_reader import Pictures
+from training.models import clip as clip_model
+from training.models import open_clip_format
+from training.models.clip import CLIP, ClipConfig
+from training.models.tokenizer import Tokenizer
+from training.optim import loop
+from training.optim.loop import Step
 
 PYTHON = PEERS / "open_clip" / "bin" / "python"
 SHAPE = {"width": 192, "depth": 6, "patch_px": 8, "image_size_px": 64, "text_width": 192, "text_depth": 6, "embed_dim": 192}
@@ -154,11 +155,11 @@ def measure(threads: int, steps: int, rounds: int) -> dict[str, Any]:
     images = torch.randint(0, 256, (BATCHES, BATCH, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     pixels = torch.stack([clip_model.to_pixels(each, 64) for each in images])
     config = ClipConfig(image_tower="vit", batch_size=BATCH, learning_rate=1e-4, state_every_s=1e9, warmup=0.1, **SHAPE)  # type: ignore[arg-type]
-    told = open_clip.to_config(CLIP(config, 49_409, 77))["model_cfg"]
+    told = open_clip_format.to_config(CLIP(config, 49_409, 77))["model_cfg"]
     with tempfile.TemporaryDirectory() as folder:
         padded = torch.zeros(BATCHES, BATCH, 77, dtype=torch.long)
         for place, each in enumerate(ids):
-            padded[place, :, : each.shape[1]] = open_clip.to_their_ids(each, 49_409)
+            padded[place, :, : each.shape[1]] = open_clip_format.to_their_ids(each, 49_409)
         torch.save({"images": (pixels * 0.5 + 0.5 - 0.5) / 0.25, "ids": padded}, Path(folder) / "data.pt")
         peer = Peer(PYTHON, "open_clip_rounds.py")
         facts = peer.ask({"config": told, "data": str(Path(folder) / "data.pt"), "threads": threads, "contexts": [77, longest]})

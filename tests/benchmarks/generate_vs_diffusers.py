@@ -28,11 +28,11 @@ from tests import diffusers_unclip
 from tests.benchmarks.clip_vs_open_clip import captions
 from tests.benchmarks.models_vs_dalle2 import EMBED_DIM, SIDE_PX, decoder_of, prior_of, without_tables
 from tests.promises import told
-from training import priors
-from training.clip import CLIP, ClipConfig
-from training.decoder import Decoder
-from training.generate import Unclip
-from training.tokenizer import Tokenizer, TokenizerConfig
+from training.generation.unclip import Unclip
+from training.models import priors
+from training.models.clip import CLIP, ClipConfig
+from training.models.decoder import Decoder
+from training.models.tokenizer import Tokenizer, TokenizerConfig
 
 TOKENS = 77
 HEADS, DEPTH, WIDTHS, BLOCKS = 4, 7, (64, 128, 256), 2

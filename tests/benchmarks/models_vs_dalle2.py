@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from tests.benchmarks.clip_vs_open_clip import captions
 from tests.peered import PEERS, Peer
 from tests.promises import told
-from training import decoder as decoders
-from training import loop, priors
-from training.clip import ClipConfig
-from training.decoder import Decoder, DecoderConfig
-from training.loop import LoopConfig, Step
-from training.prior import PriorConfig
-from training.tokenizer import PAD, Tokenizer, TokenizerConfig
+from training.models import decoder as decoders
+from training.models import priors
+from training.models.clip import ClipConfig
+from training.models.decoder import Decoder, DecoderConfig
+from training.models.diffusion_prior import PriorConfig
+from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
+from training.optim import loop
+from training.optim.loop import LoopConfig, Step
 
 PYTHON = PEERS / "dalle2" / "bin" / "python"
 EMBED_DIM, SIDE_PX, SAMPLES = 256, 64, 512

@@ -22,7 +22,7 @@ from indexing.pictures import Pixels, read_picture
 from infra.console.progress import Progress
 from infra.errors import CallerError
 from infra.storage.store import open_root
-from training import embed
+from training.jobs import embed
 
 MOST_LAID = 0.4
 BATCH = 256

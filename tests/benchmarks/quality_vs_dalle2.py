@@ -29,7 +29,7 @@ from tests import equal_seconds
 from tests.benchmarks.models_vs_dalle2 import PYTHON
 from tests.peered import SCRIPTS
 from tests.promises import told as outcome
-from training import features
+from training.models import imagenet_features
 
 THEIR_RATE = {"prior": 1e-3, "decoder": 1e-3}
 
@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="A folder for a sheet of the pictures.")
     chosen = parser.parse_args()
-    network = features.efficientnet_lite0()
+    network = imagenet_features.efficientnet_lite0()
     if not PYTHON.exists() or chosen.root is None or network is None:
         print("skipped: needs DALLE2-pytorch (make peers), the feature network and --root with a run's stages")
         return 0
@@ -88,7 +88,7 @@ def main() -> int:
     drawn["DALLE2-pytorch"] = theirs["images"].permute(0, 2, 3, 1).contiguous().numpy()
     print(
         f"{datetime.date.today()}, {chosen.threads} thread(s), {chosen.seconds:g} s of training each on {len(data['z_i']):,} pairs of "
-        f"{ours.side_px} px, {len(ours.prompts)} held-out captions, {features.LITE_NAME}, DALLE2-pytorch {theirs['version']}, "
+        f"{ours.side_px} px, {len(ours.prompts)} held-out captions, {imagenet_features.LITE_NAME}, DALLE2-pytorch {theirs['version']}, "
         f"ours drew in {drawing_s:.0f} s"
     )
     print("ours: " + json.dumps(ours.facts))

@@ -35,10 +35,10 @@ from tests.diffusers_unclip import GUIDANCE, STEPS, Decoder, DecoderLoss, Diffus
 from tests.equal_seconds import Trained
 from tests.peers.timed_training import nearest, train
 from tests.promises import told
-from training import clip as clip_model
-from training import features
-from training.generate import BATCH
-from training.pixels import to_images, to_pixels
+from training.generation.unclip import BATCH
+from training.models import clip as clip_model
+from training.models import imagenet_features
+from training.models.pixels import to_images, to_pixels
 
 HEAD_WIDTH, GROUPS = 32, 8
 Texts = dict[str, Tensor]
@@ -122,7 +122,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="A folder for a sheet of the pictures.")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    network = features.efficientnet_lite0()
+    network = imagenet_features.efficientnet_lite0()
     if chosen.root is None or network is None:
         print("skipped: needs the feature network and --root with a run's stages")
         return 0
@@ -155,7 +155,7 @@ def main() -> int:
     )
     print(
         f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {chosen.threads} thread(s), {chosen.seconds:g} s of "
-        f"training each on {len(data['z_i']):,} pairs of {ours.side_px} px, {len(prompts)} held-out captions, {features.LITE_NAME}, "
+        f"training each on {len(data['z_i']):,} pairs of {ours.side_px} px, {len(prompts)} held-out captions, {imagenet_features.LITE_NAME}, "
         f"diffusers {version('diffusers')}, torch {torch.__version__}"
     )
     for name, each in facts.items():

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from flows.config import load_recipe
-from training.decoder import Decoder
-from training.diffusion import as_denoise
-from training.noise import generators
-from training.samplers import ancestral, ddim, ddim_invert, dpm_solver, guided
+from training.diffusion.noise import generators
+from training.diffusion.process import as_denoise
+from training.diffusion.samplers import ancestral, ddim, ddim_invert, dpm_solver, guided
+from training.models.decoder import Decoder
 
 STEPS = 10
 AT_MOST = 0.02

@@ -69,10 +69,10 @@ def write_clip(folder: Path) -> None:
     """Write a CLIP of the quickstart's size that has learnt nothing, and its tokenizer."""
     import torch
 
-    from training import jobs
-    from training.clip import CLIP
-    from training.pictures import read_table
-    from training.tokenizer import Tokenizer
+    from training.data.image_reader import read_table
+    from training.jobs import train
+    from training.models.clip import CLIP
+    from training.models.tokenizer import Tokenizer
 
     config = quickstart()
     captions = read_table(folder / "curate" / "keep.parquet")["caption"].to_pylist()
@@ -81,21 +81,21 @@ def write_clip(folder: Path) -> None:
     tokenizer.save(folder / "clip" / "tokenizer.json")
     torch.manual_seed(0)
     model = CLIP(config.clip, tokenizer.vocab_size, tokenizer.context)
-    jobs.write_model("clip", model, model.state_dict(), config.clip, folder / "clip")
+    train.write_model("clip", model, model.state_dict(), config.clip, folder / "clip")
 
 
 def embed(folder: Path, count: int) -> int:
     """Embed in this process, part by part, as Ray's tasks do it."""
-    from training import embed as stage
-    from training import soundness
-    from training.pictures import read_table
+    from training.data import shard_check
+    from training.data.image_reader import read_table
+    from training.jobs import embed as stage
 
     config, work, out = stage.EmbedConfig(), folder / "embed-work", folder / "embed"
     work.mkdir()
     for name in ("img_emb", "text_emb", "metadata"):
         (out / name).mkdir(parents=True)
-    table = read_table(folder / "curate" / "keep.parquet", columns=soundness.READ)
-    soundness.settle(table, folder / "ingest" / "shards", "stop", work)
+    table = read_table(folder / "curate" / "keep.parquet", columns=shard_check.READ)
+    shard_check.settle(table, folder / "ingest" / "shards", "stop", work)
     parts, pairs = stage.cut(config, folder / "curate" / "keep.parquet", work)
     for number in range(parts):
         stage._embed_part(config, number, len(os.sched_getaffinity(0)), False, folder / "ingest", folder / "clip", out, work)
@@ -105,7 +105,7 @@ def embed(folder: Path, count: int) -> int:
 
 def dedup(folder: Path, count: int) -> int:
     from indexing import duplicates
-    from training import embed as embedding
+    from training.jobs import embed as embedding
 
     _, encode_images, side_px = embedding.encoders(folder / "clip")
     shards = folder / "ingest" / "shards"
@@ -161,18 +161,19 @@ def trained(name: str) -> Callable[[Path, int], int]:
 
         import torch
 
-        from training import jobs, soundness
-        from training.pictures import read_table
+        from training.data import shard_check
+        from training.data.image_reader import read_table
+        from training.jobs import train
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         work = folder / f"{name}-work"
         work.mkdir()
         shutil.copyfile(folder / "clip" / "tokenizer.json", work / "tokenizer.json")
         section = getattr(quickstart(), name).model_copy(update={"images": IMAGES[name]})
-        soundness.settle(read_table(folder / "long" / "keep.parquet", "train"), folder / "ingest" / "shards", "stop", work)
+        shard_check.settle(read_table(folder / "long" / "keep.parquet", "train"), folder / "ingest" / "shards", "stop", work)
         paths = {"ingest": folder / "ingest", "curate": folder / "long", "clip": folder / "clip", "embed": folder / "long"}
-        model, averaged = getattr(jobs, f"fit_{name}")(section, paths, work, "cpu")
-        jobs.write_model(name, model, averaged, section, work)
+        model, averaged = getattr(train, f"fit_{name}")(section, paths, work, "cpu")
+        train.write_model(name, model, averaged, section, work)
         row = json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])
         print(json.dumps({"training_s": row["seconds"]}), flush=True)
         return size_of(work) - (work / "state.pt").stat().st_size
@@ -184,13 +185,13 @@ def lists(folder: Path, count: int) -> int:
     """Hold what a worker that trains the decoder holds of every pair: the place of its picture, its captions' ids, and where its z_i is."""
     import torch
 
-    from training import embeddings, pictures
-    from training.tokenizer import Tokenizer
+    from training.data import embedding_dataset, image_reader
+    from training.models.tokenizer import Tokenizer
 
-    pictures.CACHE_BYTES = 0  # which is bounded
-    table, z_i = embeddings.read(folder / "long", "train", ["captions", "key", *pictures.PLACE])
-    held = pictures.Pictures(table, folder / "ingest" / "shards", 32)
-    texts = embeddings.Captions(table["captions"], Tokenizer.load(folder / "clip" / "tokenizer.json"))
+    image_reader.CACHE_BYTES = 0  # which is bounded
+    table, z_i = embedding_dataset.read(folder / "long", "train", ["captions", "key", *image_reader.PLACE])
+    held = image_reader.Pictures(table, folder / "ingest" / "shards", 32)
+    texts = embedding_dataset.Captions(table["captions"], Tokenizer.load(folder / "clip" / "tokenizer.json"))
     rows = torch.arange(0, len(z_i), len(z_i) // 64)
     assert len(held[rows]) == len(z_i[rows]) == len(texts.draw(rows, torch.zeros(len(rows)))[0])
     return 0

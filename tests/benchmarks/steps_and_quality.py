@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from indexing.distances import kernel_distance
 from tests.benchmarks.clip_quality_vs_open_clip import newest
 from tests.promises import told
-from training import features
-from training.generate import Unclip
-from training.pictures import Pictures, read_table
+from training.data.image_reader import Pictures, read_table
+from training.generation.unclip import Unclip
+from training.models import imagenet_features
 
 BLOCKS = 16
 STAGES = ("ingest", "clip", "embed", "prior", "decoder")
@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    network = features.efficientnet_lite0()
+    network = imagenet_features.efficientnet_lite0()
     if chosen.root is None or network is None:
         print("skipped: needs the feature network and --root with a run's stages")
         return 0
@@ -95,7 +95,7 @@ def main() -> int:
     real = Pictures(held, paths["ingest"] / "shards", model.decoder.config.image_size_px)[range(len(prompts))].numpy()
     (few, few_s), (many, many_s) = drawn(model, prompts, None), drawn(model, prompts, chosen.steps)
     found = compared(*(np.asarray(network(each), np.float64) for each in (real, few, many)))
-    print(f"{datetime.date.today()}, {chosen.threads} thread(s), {len(prompts)} held-out captions, {features.LITE_NAME}")
+    print(f"{datetime.date.today()}, {chosen.threads} thread(s), {len(prompts)} held-out captions, {imagenet_features.LITE_NAME}")
     own = f"{model.prior.config.sampling_steps} + {model.decoder.config.sampling_steps}"
     print("\n| steps of prior + decoder | kernel distance x 1000 | seconds |\n|---|---|---|")
     for name, steps, seconds in (("few", own, few_s), ("many", f"{chosen.steps} + {chosen.steps}", many_s)):

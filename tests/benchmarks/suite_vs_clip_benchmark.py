@@ -37,13 +37,14 @@ from flows import packaged_sets
 from indexing import image_sets, suite, zero_shot
 from indexing.image_sets import ImageSet
 from tests.peered import PEERS, Peer
-from training import clip as clip_model
-from training import loop, open_clip
-from training.clip import CLIP, ClipConfig
-from training.look import Look
-from training.loop import Step
-from training.pictures import as_square
-from training.tokenizer import Tokenizer
+from training.data.image_reader import as_square
+from training.models import clip as clip_model
+from training.models import open_clip_format
+from training.models.clip import CLIP, ClipConfig
+from training.models.preprocessing import Look
+from training.models.tokenizer import Tokenizer
+from training.optim import loop
+from training.optim.loop import Step
 
 PYTHON = PEERS / "clip_benchmark" / "bin" / "python"
 SIDE_PX = 64
@@ -152,7 +153,7 @@ def measure(threads: int, rounds: int, pictures: int, steps: int, workers: int) 
         whole_sets = [opened(packaged_sets.set_path(name, folder), name) for name in (*SETS, *OTHERS)]
         parts = [halves(each, pictures) for each in (*whole_sets, oblong(whole_sets[SETS.index("silhouettes")]))]
         teach([taught for taught, _ in parts], Tokenizer.from_merges(merges), steps, folder)
-        open_clip.write(folder, folder / "open_clip")
+        open_clip_format.write(folder, folder / "open_clip")
         for _, judged in parts:
             write_shards(judged, folder / "sets" / judged.name)
         told = {"model": str(folder / "open_clip"), "sets": str(folder / "sets"), "threads": threads, "batch": BATCH, "workers": workers}

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.promises import told
-from training.diffusion import Schedule
-from training.samplers import ancestral, ddim, dpm_solver
-from training.swiss_roll import Loss, RollNetwork, denoise_with, energy_distance, roll_points, train, velocity_loss
+from training.diffusion.process import Schedule
+from training.diffusion.samplers import ancestral, ddim, dpm_solver
+from training.diffusion.swiss_roll import Loss, RollNetwork, denoise_with, energy_distance, roll_points, train, velocity_loss
 
 STEP_COUNTS = (1000, 100, 50, 20, 10)
 CLIP = 2.2

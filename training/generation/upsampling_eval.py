@@ -1,0 +1,81 @@
+"""By how much enlarging pictures with a trained up-sampler beats interpolation, on pictures whose large form is known, and its memory.
+
+Pictures are uint8 (B, H, W, 3). Reads and writes no files.
+"""
+
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from training.generation.manipulations import psnr_db
+from training.generation.unclip import SEED_STRIDE
+from training.models.pixels import to_float, to_images
+from training.models.upsampler import Upsampler, shrink
+from training.models.upsampler_cascade import enlarge
+
+INTERPOLATIONS = {"bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
+
+
+def interpolate(pictures: np.ndarray, factor: int, name: str) -> np.ndarray:
+    """Return pictures at `factor` times their sides by one of INTERPOLATIONS."""
+    size = (pictures.shape[2] * factor, pictures.shape[1] * factor)
+    return np.stack([cv2.resize(picture, size, interpolation=INTERPOLATIONS[name]) for picture in pictures])
+
+
+def compare(model: Upsampler, pictures: np.ndarray, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Shrink pictures whose large form is known, enlarge them again, and return figures and pictures for every way of doing so.
+
+    Figures: mean PSNR in dB with its standard error, over n pictures, and the share of them on which the up-sampler beats each
+    interpolation. Pictures (B, S, S, 3) by name; "small" are what all started from.
+    """
+    factor = model.config.factor
+    small = to_images(shrink(to_float(torch.from_numpy(pictures)), factor))
+    made = {"small": small, **{name: interpolate(small, factor, name) for name in INTERPOLATIONS}}
+    seeds = [seed * SEED_STRIDE + place for place in range(len(small))]
+    made |= {"up-sampler": enlarge([model], small, seeds), "real": pictures}
+    psnr = {
+        name: np.array([psnr_db(a, b) for a, b in zip(made[name], pictures, strict=True)]) for name in made if name not in ("small", "real")
+    }
+    figures = {
+        "n": len(pictures),
+        "psnr_db": {name: round(float(values.mean()), 3) for name, values in psnr.items()},
+        "standard_error_db": {name: round(float(values.std(ddof=1) / len(values) ** 0.5), 3) for name, values in psnr.items()}
+        if len(pictures) > 1
+        else {},
+        "better_than": {name: round(float((psnr["up-sampler"] > psnr[name]).mean()), 3) for name in INTERPOLATIONS},
+    }
+    return figures, made
+
+
+def peak_bytes(model: Upsampler, side_px: int, tile_px: int | None = None) -> int:
+    """Measure the most memory that tensors hold at once, beside the weights, while a picture of `side_px` is sampled for one step."""
+    side = side_px // model.config.factor
+    with _Held() as held:
+        model.sample(torch.zeros(1, 3, side, side), [0], steps=1, tile_px=tile_px)
+    return held.peak
+
+
+class _Held(TorchDispatchMode):
+    """Sums the storages of all tensors that operators made and that are still alive; a kernel's own scratch memory is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        known = {id_of for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) for id_of in [value.untyped_storage()._cdata]}
+        for value in tree_leaves(made):
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in known:
+                storage = value.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {place: one for place, one in self.alive.items() if not one[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return made

@@ -1,0 +1,158 @@
+"""What training a recipe's models takes, counted without allocating them: parameters, FLOPs and activations of one sample, optimiser state.
+
+Each model runs once forward and backward on the meta device at batch 1; multiplications and additions count as one FLOP each, and every
+tensor that autograd keeps counts as an activation, at two bytes a number (bfloat16) and without checkpointing. Attention counts as a
+fused kernel keeps it: its inputs and output, not its N x N weights. Knows no hardware: throughput is the caller's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from training.models.autoregressive_prior import AutoregressivePrior
+from training.models.clip import CLIP, ClipConfig
+from training.models.decoder import Decoder, DecoderConfig
+from training.models.diffusion_prior import PriorConfig
+from training.models.priors import make
+from training.models.upsampler import Upsampler, UpsamplerConfig
+from training.optim import fsdp
+from training.optim.loop import LoopConfig
+
+STATE_BYTES = 4 * 5
+"""Of one parameter: weight, gradient, both moments of Adam and the average, all float32."""
+HELD_BYTES = 4 * 2
+"""Of one parameter that a sharded step holds from its start to its end: weight and gradient, gathered."""
+PASSING_BYTES = {"bf16": 2 * 2 + 2 + 4, "float32": 2 * 4 + 4 + 4}
+"""Of one parameter of the largest block: gathered for this block and the next, its gradient, and that once more in float32 on its way."""
+BF16_BYTES = 2
+DAY_S = 86_400
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs; `flops` and `activation_bytes` are one sample's, forward and backward."""
+
+    parameters: int
+    flops: float
+    activation_bytes: int
+    kept: int = 0
+    """Parameters that every worker of a sharded training keeps whole."""
+    held: int = 0
+    """Parameters that it gathers for a whole step."""
+    largest: int = 0
+    """Parameters of the largest block that it gathers when that works."""
+
+
+def clip_cost(config: ClipConfig, vocab_size: int, context: int) -> Cost:
+    """Count CLIP: one picture and one caption of full length."""
+    with torch.device("meta"):
+        model = CLIP(config, vocab_size, context)
+        pixels, ids = torch.zeros(1, 3, config.image_size_px, config.image_size_px), torch.zeros(1, context, dtype=torch.long)
+    return _count(model, lambda: model.encode_image(pixels).sum() + model.encode_text(ids).sum())
+
+
+def prior_cost(config: PriorConfig, embed_dim: int, vocab_size: int, context: int) -> Cost:
+    """Count a prior of either kind with a caption of full length."""
+    with torch.device("meta"):
+        model = make(config, embed_dim, vocab_size, context)
+        z, ids, t = torch.zeros(1, embed_dim), torch.zeros(1, context, dtype=torch.long), torch.ones(1, dtype=torch.long)
+        buckets = torch.zeros(1, config.pca_dims + 1, dtype=torch.long)
+    if isinstance(model, AutoregressivePrior):
+        return _count(model, lambda: model(buckets, z, ids).sum())
+    return _count(model, lambda: model(z, t, z, ids).sum())
+
+
+def decoder_cost(config: DecoderConfig, embed_dim: int, vocab_size: int, context: int) -> Cost:
+    """Count the decoder with its caption encoder."""
+    with torch.device("meta"):
+        model = Decoder(config, embed_dim, vocab_size, context)
+        x_t, t = torch.zeros(1, 3, config.image_size_px, config.image_size_px), torch.ones(1, dtype=torch.long)
+        z, ids = torch.zeros(1, embed_dim), torch.ones(1, context, dtype=torch.long)
+
+    def forward() -> Tensor:
+        found: Any = model(x_t, t, model.condition(z, ids))
+        return sum(part.sum() for part in found) if isinstance(found, tuple) else found.sum()
+
+    return _count(model, forward)
+
+
+def upsampler_cost(config: UpsamplerConfig) -> Cost:
+    """Count an up-sampler on a training crop."""
+    with torch.device("meta"):
+        model = Upsampler(config)
+        x, t = torch.zeros(1, 3, config.crop_px, config.crop_px), torch.ones(1, dtype=torch.long)
+    return _count(model, lambda: model(x, t, x).sum())
+
+
+class _Kept(TorchFunctionMode):
+    """Notes what autograd keeps of a forward pass, by storage; of attention the inputs and the output alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.own = {id(p) for p in model.parameters()}
+        self.kept: dict[int, Tensor] = {}
+        self.is_in_attention = False
+
+    def keep(self, x: Tensor) -> Tensor:
+        base = x if x._base is None else x._base
+        if not self.is_in_attention and id(base) not in self.own and x.is_floating_point():
+            self.kept[id(base)] = base
+        return x
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.is_in_attention = True
+        y = func(*args, **(kwargs or {}))
+        self.is_in_attention = False
+        for x in (*args[:3], y):
+            self.keep(x)
+        return y
+
+
+def _count(model: nn.Module, forward: Callable[[], Tensor]) -> Cost:
+    noted = _Kept(model)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(noted.keep, lambda x: x):
+        with noted:
+            loss = forward()
+        loss.backward()
+    activations = BF16_BYTES * sum(x.numel() for x in noted.kept.values())
+    kept = fsdp.kept_whole(model)
+    total, whole = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in kept)
+    blocks = [sum(p.numel() for p in set(unit.parameters()) - kept) for unit in fsdp.units(model)]
+    return Cost(total, float(counter.get_total_flops()), activations, whole, total - whole - sum(blocks), max(blocks, default=0))
+
+
+def need(cost: Cost, config: LoopConfig, workers: int, flops_per_s: float | None) -> dict[str, Any]:
+    """Return what training takes on so many workers: memory of each, FLOPs of all, and days at `flops_per_s` reached by each worker.
+
+    Where the section shards, weights, gradients and optimiser state are divided among the workers, and what is gathered at a time is added;
+    otherwise each holds them whole.
+    """
+    is_sharded, state = config.shard and workers > 1, STATE_BYTES * cost.parameters
+    if is_sharded:
+        divided = STATE_BYTES * (cost.parameters - cost.kept) // workers
+        state = divided + STATE_BYTES * cost.kept + HELD_BYTES * cost.held + PASSING_BYTES[config.precision] * cost.largest
+    batch = config.batch_size // workers
+    found: dict[str, Any] = {
+        "parameters": cost.parameters,
+        "flops_per_image": cost.flops,
+        "activation_bytes_per_image": cost.activation_bytes,
+        "images": config.images,
+        "batch_per_worker": batch,
+        "workers": workers,
+        "sharded": is_sharded,
+        "state_bytes_per_worker": state,
+        "memory_bytes_per_worker": state + batch * cost.activation_bytes,
+        "checkpoint_bytes": 2 * 4 * cost.parameters,
+    }
+    if flops_per_s:
+        found["images_per_s"] = round(workers * flops_per_s / cost.flops, 2)
+        found["days"] = round(config.images * cost.flops / (workers * flops_per_s) / DAY_S, 3)
+    return found

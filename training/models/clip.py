@@ -1,0 +1,288 @@
+"""CLIP: an image and a text tower, their symmetric contrastive loss, and how a trained one is read and written.
+
+Two image towers: the paper's ViT, and a small residual convolutional net, which learns far more in minutes on a CPU at 32 px.
+Knows nothing of files of pictures, Ray or the index.
+Legend: B batch, N tokens, D width, E embedding dimensions, C channels.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from training.models.pixels import to_pixels
+from training.models.preprocessing import WHOLE, Interpolation, Look, Resize
+from training.models.tokenizer import END, PAD, Tokenizer
+from training.models.transformer import Activation, Block, TextEncoder
+from training.optim.collectives import gather
+from training.optim.loop import LoopConfig, OnBroken
+
+LOGIT_SCALE_START, LOGIT_SCALE_MAX = math.log(1 / 0.07), math.log(100)  # Radford et al. 2021, section 2.5
+SIGMOID_SCALE_START, SIGMOID_BIAS_START = math.log(10), -10.0  # Zhai et al. 2023, section 3.2
+MARK = 0x5851F42D4C957F2D
+"""An odd number of 63 bits, Knuth's multiplier: texts that differ have the same polynomial in it about once in 2^64."""
+
+Channels = tuple[float, float, float]
+
+
+class ClipConfig(LoopConfig):
+    """The two towers and their training (Radford et al. 2021)."""
+
+    pretrained: str = ""
+    """Take a ViT that open_clip trained instead of training one: a folder or file of it, `hf-hub:ORGANISATION/NAME`, or `MODEL/TAG` as
+    open_clip names them (`ViT-B-32/laion2b_s34b_b79k`). What the towers look like is then read from there."""
+    image_size_px: int = Field(default=32, ge=16, le=1024)
+    """Side of the pictures that the image tower sees."""
+    resize_mode: Resize = WHOLE.resize
+    """How a picture becomes such a square: `longest` keeps all of it, `shortest` the square in its middle, `squash` no proportions."""
+    interpolation: Interpolation = WHOLE.interpolation
+    """How pictures are resized to it; a pretrained CLIP brings along what it was made for (mostly `bicubic` and `shortest`)."""
+    fill_color: int = Field(default=WHOLE.fill, ge=0, le=255)
+    """Grey value of the border that `longest` leaves; 255 is white."""
+    image_tower: Literal["conv", "vit"] = "conv"
+    """`conv`: residual convolutions, for small pictures and budgets; `vit`: the vision transformer."""
+    width: int = Field(default=64, ge=16, le=8192)
+    """Image tower: channels at half the picture's side (conv; doubled twice further down), or the transformer's width (vit)."""
+    depth: int = Field(default=2, ge=1, le=64)
+    """Image tower: residual blocks at each of three resolutions (conv), or transformer blocks (vit; unCLIP: 32)."""
+    patch_px: int = Field(default=8, ge=1, le=64)
+    """Side of a patch (vit only; unCLIP: 16)."""
+    text_width: int = Field(default=128, ge=16, le=8192)
+    """Width of the text tower; unCLIP: 1024."""
+    text_depth: int = Field(default=2, ge=1, le=64)
+    """Blocks of the text tower; unCLIP: 24."""
+    embed_dim: int = Field(default=128, ge=8, le=4096)
+    """Dimensions of the shared embedding."""
+    image_heads: int = Field(default=0, ge=0, le=256)
+    """Attention heads of the vision transformer; 0: one for every 64 channels, 32 in small ones."""
+    text_heads: int = Field(default=0, ge=0, le=256)
+    """Attention heads of the text tower; 0 likewise."""
+    image_mlp_ratio: float = Field(default=4.0, gt=0, le=16)
+    """Width of the vision transformer's perceptrons over its own."""
+    activation: Activation = "gelu"
+    """Activation of both transformers' perceptrons; OpenAI's own models have `quick_gelu`."""
+    pixel_mean: Channels = (0.5, 0.5, 0.5)
+    """What is subtracted from the channels (0 to 1) of a picture."""
+    pixel_std: Channels = (0.25, 0.25, 0.25)
+    """What the channels are divided by then."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """`softmax`: CLIP's own; `sigmoid`: every pair is judged for itself (SigLIP, Zhai et al. 2023)."""
+    chunk: int = Field(default=0, ge=0)
+    """Pairs whose activations are held at once by a worker (Gao et al. 2021, GradCache): the loss is over the whole batch all the same, at
+    the price of a second forward pass; 0 holds the whole batch."""
+    compile: bool = False
+    """Let torch compile the towers (minutes at the start, worth it on a GPU)."""
+    style_captions: bool = True
+    """Train on all phrasings of a picture, one drawn anew each time it is seen; otherwise on the first one only."""
+    first_caption: float = Field(default=0.0, ge=0, le=1)
+    """With style_captions: share of the draws that are the first phrasing, by which search mostly asks; the others fall on all alike."""
+    broken_pictures: OnBroken = "stop"
+    """What to do about pictures whose shard is missing, cut or altered: `stop` with one line, or `skip` them, counted in the manifest."""
+
+    @property
+    def look(self) -> Look:
+        """How pictures are made that the image tower sees."""
+        return Look(self.resize_mode, self.interpolation, self.fill_color)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.compile and self.shard:
+            raise ValueError("compile = true and shard = true: choose one, the compiled towers would not gather their weights")
+        for name, width, heads in (("", self.width, self.image_heads), ("text_", self.text_width, self.text_heads)):
+            if heads and width % heads:
+                raise ValueError(f"{name}width = {width} but {name or 'image_'}heads = {heads}: the first must be a multiple of the second")
+        return self
+
+
+class ConvTower(nn.Module):
+    """Residual 3x3 convolutions at a half, a quarter and an eighth of the side, averaged over places."""
+
+    def __init__(self, width: int, depth: int, embed_dim: int) -> None:
+        super().__init__()
+        widths = (width, 2 * width, 4 * width)
+        self.stem = nn.Conv2d(3, width, 4, stride=2, padding=1)
+        stages: list[nn.Module] = []
+        before = width
+        for place, after in enumerate(widths):
+            if place:
+                stages.append(nn.Conv2d(before, after, 2, stride=2))
+            stages += [ConvBlock(after) for _ in range(depth)]
+            before = after
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.LayerNorm(before)
+        self.project = nn.Linear(before, embed_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, 3, S, S) to (B, E)."""
+        x = self.stages(self.stem(x.contiguous(memory_format=torch.channels_last)))
+        return self.project(self.norm(x.mean((2, 3))))  # (B, C, S/8, S/8) -> (B, C) -> (B, E)
+
+
+class ConvBlock(nn.Module):
+    """norm, conv, GELU, conv; the last starts at zero, so that a deep tower starts as a shallow one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.conv_1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv_2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, S, S) to the same shape."""
+        return x + self.conv_2(F.gelu(self.conv_1(self.norm(x))))
+
+
+class VitTower(nn.Module):
+    """The vision transformer of CLIP: patches, a class token, pre-norm blocks, read at the class token."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        width, side = config.width, config.image_size_px // config.patch_px
+        self.patches = nn.Conv2d(3, width, config.patch_px, stride=config.patch_px, bias=False)
+        self.class_token = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.positions = nn.Parameter(torch.randn(side**2 + 1, width) * width**-0.5)
+        self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+        block = (width, False, config.image_heads, round(config.image_mlp_ratio * width), config.activation)
+        self.blocks = nn.Sequential(*(Block(*block) for _ in range(config.depth)))
+        self.project = nn.Linear(width, config.embed_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, 3, S, S) to (B, E)."""
+        x = self.patches(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1) + self.positions
+        x = self.blocks[:-1](self.norm_in(x))
+        first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return self.project(self.norm_out(self.blocks[-1].at(x, first)))  # type: ignore[operator]
+
+
+class CLIP(nn.Module):
+    """Embeds pictures and texts into one space; `encode_*` return unit vectors in float32."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: ClipConfig, vocab_size: int, context: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.context = config, vocab_size, context
+        self.image: nn.Module
+        if config.image_tower == "conv":
+            self.image = ConvTower(config.width, config.depth, config.embed_dim).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        else:
+            self.image = VitTower(config)
+        self.text = TextEncoder(vocab_size, context, config.text_width, config.text_depth, config.text_heads, config.activation)
+        self.text_project = nn.Linear(config.text_width, config.embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_START if config.loss == "softmax" else SIGMOID_SCALE_START))
+        if config.loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS_START))
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Embed pictures, float (B, 3, S, S) in [-1, 1], as unit vectors (B, E)."""
+        x = (pixels * 0.5 + (0.5 - self.pixel_mean)) / self.pixel_std
+        return F.normalize(self.image(x).float(), dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Embed texts, ids (B, N), read at the end-of-text token, as unit vectors (B, E)."""
+        ends = (ids == END).int().argmax(1)
+        return F.normalize(self.text_project(self.text.at(ids, ends)).float(), dim=-1)
+
+    def loss(self, pixels: Tensor, ids: Tensor) -> Tensor:
+        """Return the contrastive loss of this worker's pairs, pixels (b, 3, S, S) in [-1, 1] and ids (b, N), against all workers'."""
+        image, text = self._in_chunks(self.encode_image, pixels), self._in_chunks(self.encode_text, ids)
+        if self.config.loss == "sigmoid":
+            return sigmoid_loss(image, text, marks(ids), self.logit_scale, self.logit_bias)
+        return contrastive_loss(image, text, marks(ids), self.logit_scale)
+
+    def _in_chunks(self, encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Encode so that only a chunk's activations exist at once, in the backward pass too, which encodes each chunk again."""
+        if not self.config.chunk or len(x) <= self.config.chunk:
+            return encode(x)
+        return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in x.split(self.config.chunk)])
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the temperature at or above 1 / 100 (Radford et al. 2021, section 2.5); call after every step."""
+        self.logit_scale.clamp_(max=LOGIT_SCALE_MAX)
+
+
+def contrastive_loss(image: Tensor, text: Tensor, captions: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric cross entropy over the cosine similarities of all workers' pairs (Radford et al. 2021, fig. 3).
+
+    image and text are this worker's unit vectors (b, E), captions is int (b,) and equal where captions are: such pairs are right for each
+    other and share the target (Yang et al. 2022, UniCL, eq. 4-5). Each worker scores its own rows against everybody's columns, so memory
+    is linear in the global batch, and the mean over workers is the single-process loss with the same gradients.
+    """
+    is_right = captions[:, None] == gather(captions)  # (b, B)
+    target = is_right / is_right.sum(1, keepdim=True)
+    all_image, all_text = gather(image), gather(text)
+    scale = logit_scale.exp()
+    with torch.autocast(image.device.type, enabled=False):  # bfloat16 would round a logit near 100 to a multiple of 0.5
+        return (F.cross_entropy(scale * image @ all_text.T, target) + F.cross_entropy(scale * text @ all_image.T, target)) / 2
+
+
+def sigmoid_loss(image: Tensor, text: Tensor, captions: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """Every picture with every text of all workers, a pair or not (Zhai et al. 2023, eq. 1): mean over pictures of the sum over texts.
+
+    image and text are this worker's unit vectors (b, E), captions is int (b,) and equal where captions are: their pictures are pairs
+    with them all. The mean over workers is the single-process loss with the same gradients.
+    """
+    is_pair = torch.where(captions[:, None] == gather(captions), 1.0, -1.0)  # (b, B)
+    all_text = gather(text)
+    with torch.autocast(image.device.type, enabled=False):
+        logits = logit_scale.exp() * image @ all_text.T + logit_bias
+        return -F.logsigmoid(is_pair * logits).sum() / len(image)
+
+
+def marks(ids: Tensor) -> Tensor:
+    """Return a number for every text, int64 (b,), of its ids (b, N): equal texts have equal ones, however far they are padded."""
+    powers = torch.full((ids.shape[1],), MARK, device=ids.device).cumprod(0)  # modulo 2^64
+    return (ids * powers).sum(1)
+
+
+def count_parameters(config: ClipConfig, vocab_size: int, context: int = 77) -> int:
+    """Count the parameters of both towers without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in CLIP(config, vocab_size, context).parameters())
+
+
+def load(folder: Path) -> tuple[CLIP, Tokenizer]:
+    """Read a trained CLIP (its averaged weights) and its tokenizer from a `clip` stage's folder, in evaluation mode."""
+    facts = json.loads((folder / "config.json").read_text())
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    model = CLIP(ClipConfig.model_validate(facts["clip"]), facts["vocab_size"], facts["context"])
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    return model.eval().requires_grad_(False), tokenizer
+
+
+@torch.no_grad()
+def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: list[str], batch: int = 512) -> Tensor:
+    """Embed texts in batches of like length (no padding work), unit vectors float32 (len(texts), E) on the CPU."""
+    device = model.logit_scale.device
+    ids = tokenizer(texts)
+    lengths = (ids != PAD).sum(1)
+    order = lengths.argsort()
+    found = torch.empty(len(texts), model.config.embed_dim)
+    for start in range(0, len(texts), batch):
+        rows = order[start : start + batch]
+        found[rows] = model.encode_text(ids[rows, : int(lengths[rows].max())].to(device)).cpu()
+    return found
+
+
+@torch.no_grad()
+def embed_images(model: CLIP, images: Tensor, batch: int = 512) -> Tensor:
+    """Embed pictures, uint8 (B, H, W, 3), as unit vectors float32 (B, E) on the CPU."""
+    device, config = model.logit_scale.device, model.config
+    found = [torch.empty(0, config.embed_dim)]
+    for part in images.split(batch):
+        found.append(model.encode_image(to_pixels(part.to(device), config.image_size_px, config.interpolation)).cpu())
+    return torch.cat(found)

@@ -1,0 +1,339 @@
+"""The decoder: a U-Net that draws a picture from a CLIP image embedding z_i and a caption (unCLIP, section 2.1; GLIDE's U-Net).
+
+z_i is added to the timestep embedding and becomes extra context tokens behind the caption's; image tokens attend to both. The network
+predicts x_0 unless told otherwise. Knows nothing of CLIP's weights and of files.
+Legend: B batch, N context tokens, D width, E embedding dimensions, C channels, S side, H heads.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from training.diffusion import samplers
+from training.diffusion.likelihood import hybrid_loss
+from training.diffusion.noise import Stream, generators, noise
+from training.diffusion.process import (
+    Denoise,
+    Parametrisation,
+    Prediction,
+    Schedule,
+    as_denoise,
+    simple_loss,
+    snr_weight,
+    split,
+    training_target,
+)
+from training.diffusion.variance import Variance
+from training.models.clip import ClipConfig
+from training.models.diffusion_prior import without_captions
+from training.models.tokenizer import PAD
+from training.models.transformer import TextEncoder, attend, heads_of, time_features
+from training.optim.loop import LoopConfig, OnBroken, Step
+
+DROP_Z, DROP_TEXT, TIME, NOISE, Z_LEVEL, Z_NOISE = 1, 2, 3, 4, 5, 6  # streams of randomness in a step
+GROUPS = 8
+Sampler = Literal["dpm_solver", "ddim", "ancestral"]
+
+
+class DecoderConfig(LoopConfig):
+    """The decoder and its training (unCLIP, table 3: 3.5B parameters at 64 px)."""
+
+    image_size_px: int = Field(default=32, ge=8, le=1024)
+    """Side of the pictures that it draws; unCLIP: 64."""
+    patch_px: int = Field(default=2, ge=1, le=8)
+    """Pixels folded into channels at the entrance and unfolded at the exit: 2 makes every step four times cheaper. unCLIP: 1."""
+    width: int = Field(default=64, ge=GROUPS, le=4096)
+    """Channels at the first resolution; unCLIP: 512."""
+    multiples: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1, max_length=6)
+    """Channels at each resolution, times `width`, halving the side each time; unCLIP: 1, 2, 3, 4."""
+    depth: int = Field(default=1, ge=1, le=8)
+    """Residual blocks at each resolution; unCLIP: 3."""
+    attention_px: tuple[int, ...] = (8, 4)
+    """Sides (after folding) at which places attend to each other and to the context; unCLIP: 32, 16, 8."""
+    text_width: int = Field(default=128, ge=16, le=8192)
+    """Width of the caption encoder; unCLIP: 2048."""
+    text_depth: int = Field(default=1, ge=0, le=64)
+    """Blocks of the caption encoder; unCLIP: 24."""
+    z_tokens: int = Field(default=4, ge=0, le=64)
+    """Context tokens made from z_i."""
+    layout: bool = True
+    """Whether the conditions also draw a map at the lowest resolution, one value a channel and place: a short training then need not learn
+    to spread a picture from vectors that are equal everywhere. unCLIP: no; it costs `4 * width` times the map's size in parameters."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in the residual blocks; unCLIP: 0.1."""
+    T: int = Field(default=1000, ge=2, le=100_000)
+    """Diffusion steps of the cosine schedule."""
+    snr_shift: float = Field(default=1.0, gt=0, le=16)
+    """Multiplies sqrt(SNR) at every time: 64 / image_size_px gives larger pictures the noise that they need (Hoogeboom et al. 2023, eq. 5).
+    unCLIP: 1."""
+    time_power: float = Field(default=2.0, gt=0, le=10)
+    """Training times are T u^(1 / time_power) with u uniform in [0, 1): 1 is uniform (Ho et al. 2020), more favours noisy steps, where z_i
+    must settle the layout."""
+    parametrisation: Parametrisation = "x_0"
+    """What the network predicts. A small one that folds pixels draws cleaner with `x_0`: it need not carry the noise through its middle."""
+    snr_floor: float = Field(default=1.0, ge=0)
+    """Lower bound of the signal-to-noise weight on the error in x_0 (Salimans & Ho 2022): the noisiest steps settle the layout."""
+    snr_ceiling: float = Field(default=5.0, gt=0)
+    """Upper bound of that weight: gamma of min-SNR (Hang et al. 2023)."""
+    learned_variance: bool = False
+    """Predict the variance of every reverse step too, trained by L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021); unCLIP: yes."""
+    z_drop: float = Field(default=0.1, ge=0, le=1)
+    """Share of samples trained without z_i."""
+    text_drop: float = Field(default=0.5, ge=0, le=1)
+    """Share of samples trained without caption."""
+    z_noise: float = Field(default=0.0, ge=0, le=2)
+    """Most noise that training puts on z_i, as a share of its length: each sample's is moved by Gaussian noise of a level drawn between 0
+    and this, and brought back to its length, so that the decoder forgives what a prior's z_i misses (conditioning augmentation, Ho et al.
+    2022, arXiv 2106.15282, section 4; on CLIP embeddings as in Stable unCLIP, but its level is not told to the network). unCLIP: none."""
+    sampler: Sampler = "dpm_solver"
+    """DPM-Solver++(2M) and DDIM take the same way in any number of steps; ancestral ones add noise and want many. unCLIP: ancestral."""
+    sampling_steps: int = Field(default=20, ge=1, le=1000)
+    """Steps at sampling; unCLIP: 250 ancestral ones."""
+    guidance: float = Field(default=2.0, ge=0, le=50)
+    """Classifier-free guidance at sampling; 1 is none."""
+    dynamic_threshold: float | None = Field(default=None, gt=0, le=1)
+    """Under guidance, quantile of |x_0| at which each picture is clamped and scaled back at every step (Saharia et al. 2022, section 2.3),
+    0.995 there; unset: clamped at 1, as unCLIP."""
+    broken_pictures: OnBroken = "stop"
+    """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them, counted in the manifest."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        samplers.check_steps(self.sampling_steps, self.T)
+        if self.snr_floor > self.snr_ceiling:
+            raise ValueError(f"snr_floor = {self.snr_floor:g} but snr_ceiling = {self.snr_ceiling:g}: the floor must not lie above it")
+        return self
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch is conditioned on, computed once for all steps: z_i's part of the time embedding, context tokens, which are real."""
+
+    added: Tensor  # (B, 4D)
+    context: Tensor  # (B, N, D_text)
+    is_key: Tensor  # bool (B, N)
+
+
+class ResBlock(nn.Module):
+    """norm, conv, modulation by the time embedding, conv; the last starts at zero (Dhariwal & Nichol 2021)."""
+
+    def __init__(self, before: int, after: int, added: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.GroupNorm(GROUPS, before), nn.GroupNorm(GROUPS, after)
+        self.conv_1, self.conv_2 = nn.Conv2d(before, after, 3, padding=1), nn.Conv2d(after, after, 3, padding=1)
+        self.modulate = nn.Linear(added, 2 * after)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+        nn.init.zeros_(self.conv_2.weight)
+
+    def forward(self, x: Tensor, added: Tensor) -> Tensor:
+        """Map (B, C, S, S) to (B, C', S, S)."""
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        scale, shift = self.modulate(added)[:, :, None, None].chunk(2, 1)
+        h = self.conv_2(self.dropout(F.silu(self.norm_2(h) * (1 + scale) + shift)))
+        return self.skip(x) + h
+
+
+class ContextAttention(nn.Module):
+    """Places attend to each other and to the context tokens in one softmax (GLIDE)."""
+
+    def __init__(self, width: int, text_width: int) -> None:
+        super().__init__()
+        self.heads = heads_of(width)
+        self.norm, self.norm_context = nn.GroupNorm(GROUPS, width), nn.LayerNorm(text_width)
+        self.qkv, self.kv = nn.Linear(width, 3 * width), nn.Linear(text_width, 2 * width)
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        """Map (B, C, S, S) to the same shape."""
+        B, C, S, _ = x.shape
+        places = self.norm(x).flatten(2).transpose(1, 2)  # (B, S*S, C)
+        q, k, v = self.qkv(places).view(B, S * S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        k_c, v_c = self.kv(self.norm_context(condition.context)).view(B, -1, 2, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        mask = torch.cat([condition.is_key.new_ones(B, S * S), condition.is_key], 1)[:, None, None]
+        y = attend(q, torch.cat([k, k_c], 2), torch.cat([v, v_c], 2), mask.expand(B, 1, S * S, -1))
+        y = self.out(y.transpose(1, 2).reshape(B, S * S, C))
+        return x + y.transpose(1, 2).reshape(B, C, S, S)
+
+
+class Decoder(nn.Module):
+    """The U-Net with its caption encoder and its sampling."""
+
+    def __init__(self, config: DecoderConfig, embed_dim: int, vocab_size: int, context: int) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("cpu"):  # its values are checked, which `count_parameters`' meta device cannot do
+            self.schedule = Schedule.cosine(config.T)
+            if config.snr_shift != 1:
+                self.schedule = self.schedule.shifted(config.snr_shift)
+        added, widths = 4 * config.width, [config.width * multiple for multiple in config.multiples]
+        self.text = TextEncoder(vocab_size, context, config.text_width, config.text_depth)
+        self.null_z = nn.Parameter(torch.randn(embed_dim) * embed_dim**-0.5)
+        self.z_to_added = nn.Linear(embed_dim, added)
+        self.z_to_tokens = nn.Linear(embed_dim, config.z_tokens * config.text_width)
+        self.text_to_added = nn.Linear(config.text_width, added)
+        self.time = nn.Sequential(nn.Linear(config.width, added), nn.SiLU(), nn.Linear(added, added))
+        self.z_scale = embed_dim**0.5
+        folded, side = 3 * config.patch_px**2, config.image_size_px // config.patch_px
+        self.enter = nn.Conv2d(folded, widths[0], 3, padding=1)
+        self.places = nn.Parameter(torch.randn(1, widths[0], side, side) * 0.1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        before, skips = widths[0], [widths[0]]
+        for place, after in enumerate(widths):
+            for _ in range(config.depth):
+                self.down.append(self._level(before, after, side, added))
+                before = after
+                skips.append(after)
+            if place < len(widths) - 1:
+                self.down.append(nn.Conv2d(after, after, 3, stride=2, padding=1))
+                skips.append(after)
+                side //= 2
+        self.layout = nn.Linear(added, before * side * side) if config.layout else None
+        self.middle = nn.ModuleList([self._level(before, before, side, added), ResBlock(before, before, added, config.dropout)])
+        for place, after in reversed(list(enumerate(widths))):
+            for _ in range(config.depth + 1):
+                self.up.append(self._level(before + skips.pop(), after, side, added))
+                before = after
+            if place:
+                self.up.append(Upsample(before))
+                side *= 2
+        self.norm = nn.GroupNorm(GROUPS, before)
+        self.leave = nn.Conv2d(before, folded * (2 if config.learned_variance else 1), 3, padding=1)
+        nn.init.zeros_(self.leave.weight)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _level(self, before: int, after: int, side: int, added: int) -> nn.Module:
+        config = self.config
+        block = ResBlock(before, after, added, config.dropout)
+        return nn.ModuleList([block, ContextAttention(after, config.text_width)]) if side in config.attention_px else block
+
+    def condition(self, z_i: Tensor, ids: Tensor, drop_z: Tensor | None = None, drop_text: Tensor | None = None) -> Condition:
+        """Encode unit vectors z_i (B, E) and caption ids (B, N); dropped rows, bool (B,), get the null z and the empty caption."""
+        z = z_i * self.z_scale
+        if drop_z is not None:
+            z = torch.where(drop_z[:, None], self.null_z * self.z_scale, z)
+        if drop_text is not None:
+            ids = without_captions(ids, drop_text)
+        is_word = ids != PAD
+        hidden = self.text(ids)
+        pooled = (hidden * is_word[..., None]).sum(1) / is_word.sum(1, keepdim=True)
+        tokens = self.z_to_tokens(z).view(len(z), self.config.z_tokens, -1)
+        context = torch.cat([hidden, tokens], 1)
+        is_key = torch.cat([is_word, is_word.new_ones(len(z), self.config.z_tokens)], 1)
+        return Condition(self.z_to_added(z) + self.text_to_added(pooled), context, is_key)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.null_z.device
+
+    @property
+    def variance(self) -> Variance:
+        """Return the variance that an ancestral step takes: what was learned, or the posterior's."""
+        return "learned" if self.config.learned_variance else "small"
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """Predict as `parametrisation` says, float32 (B, 3, S, S), from noised pictures in [-1, 1] (B, 3, S, S) and times (B,).
+
+        Where the variance is learned, its fraction in [0, 1] comes beside, of the same shape.
+        """
+        added = F.silu(self.time(time_features(t, self.config.width)) + condition.added)
+        x = F.pixel_unshuffle(x_t, self.config.patch_px).contiguous(memory_format=torch.channels_last)
+        x = self.enter(x) + self.places
+        skips = [x]
+        for layer in self.down:
+            x = self._run(layer, x, added, condition)
+            skips.append(x)
+        if self.layout is not None:
+            x = x + self.layout(added).view(len(x), x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)  # (B, C, S, S)
+        for layer in self.middle:
+            x = self._run(layer, x, added, condition)
+        for layer in self.up:
+            if not isinstance(layer, Upsample):
+                x = torch.cat([x, skips.pop()], 1)
+            x = self._run(layer, x, added, condition)
+        x = self.leave(F.silu(self.norm(x)))
+        x = F.pixel_shuffle(x, self.config.patch_px).float()
+        if not self.config.learned_variance:
+            return x.contiguous()
+        prediction, fraction = x.chunk(2, 1)  # half-way between the bounds at the start, since `leave` starts at zero
+        return prediction.contiguous(), fraction.sigmoid()
+
+    @staticmethod
+    def _run(layer: nn.Module, x: Tensor, added: Tensor, condition: Condition) -> Tensor:
+        if isinstance(layer, nn.ModuleList):
+            return layer[1](layer[0](x, added), condition)
+        return layer(x, added) if isinstance(layer, ResBlock) else layer(x)
+
+    def loss(self, step: Step, x_0: Tensor, z_i: Tensor, ids: Tensor) -> Tensor:
+        """SNR-weighted loss of pictures x_0 in [-1, 1], (b, 3, S, S), with unit vectors z_i (b, E) and caption ids (b, N).
+
+        Where the variance is learned, 0.001 L_vlb is added, which teaches that alone; the times are drawn as `time_power` says, which
+        weighs its terms without moving the best variance at any of them.
+        """
+        config, device = self.config, x_0.device
+        drop_z, drop_text = step.uniform(DROP_Z) < config.z_drop, step.uniform(DROP_TEXT) < config.text_drop
+        t = (1 + step.uniform(TIME) ** (1 / config.time_power) * config.T).long().clamp_(max=config.T).to(device)
+        eps = step.normal(NOISE, *x_0.shape[1:]).to(device)
+        if config.z_noise > 0:
+            level, moved_by = step.uniform(Z_LEVEL) * config.z_noise, step.normal(Z_NOISE, z_i.shape[1])
+            z_i = augmented(z_i, level.to(device), moved_by.to(device))
+        condition = self.condition(z_i, ids, drop_z.to(device), drop_text.to(device))
+        prediction, fraction = split(self(self.schedule.q_sample(x_0, t, eps), t, condition))
+        weight = snr_weight(self.schedule, t, config.snr_ceiling, config.snr_floor, config.parametrisation)
+        if fraction is not None:
+            return hybrid_loss(self.schedule, x_0, eps, t, prediction, fraction, config.parametrisation, weight)
+        return simple_loss(prediction, training_target(self.schedule, x_0, eps, t, config.parametrisation), weight)
+
+    @torch.no_grad()
+    def sample(self, z_i: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, guidance: float | None = None) -> Tensor:
+        """Draw a picture, float32 (B, 3, S, S) in [-1, 1], for every row of z_i (B, E), ids (B, N) and seeds; rows are independent."""
+        w = self.config.guidance if guidance is None else guidance
+        S, own = self.config.image_size_px, generators(seeds, Stream.DECODER)
+        x_T = noise((len(z_i), 3, S, S), own, z_i.device)
+        denoise, count = self.guided_denoise(z_i, ids, w), steps or self.config.sampling_steps
+        if self.config.sampler == "ancestral":
+            return samplers.ancestral(denoise, x_T, self.schedule, count, self.variance, generator=own).clamp_(-1, 1)
+        sampler = samplers.ddim if self.config.sampler == "ddim" else samplers.dpm_solver
+        return sampler(denoise, x_T, self.schedule, count).clamp_(-1, 1)
+
+    def guided_denoise(self, z_i: Tensor, ids: Tensor, w: float) -> Denoise:
+        """Return `denoise(x_t, t) -> x_0` under these conditions, guided with weight w in one network call; w = 0 tells it nothing."""
+        parametrisation = self.config.parametrisation
+        if w in (0, 1):  # one of the two halves is all that counts
+            free = torch.full((len(z_i),), w == 0, device=z_i.device)
+            condition = self.condition(z_i, ids, free, free)
+            return as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, parametrisation, clip=1.0)
+        drop = torch.arange(2 * len(z_i), device=z_i.device) >= len(z_i)
+        condition = self.condition(z_i.repeat(2, 1), ids.repeat(2, 1), drop, drop)
+        both = as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, parametrisation)
+        return samplers.guided(both, w, self.config.dynamic_threshold, clip=1.0)
+
+
+def augmented(z_i: Tensor, level: Tensor, eps: Tensor) -> Tensor:
+    """Move embeddings z_i (B, E) by eps ~ N(0, I), about `level` (B,) times as long as they are, and bring them back to their length."""
+    length = z_i.norm(dim=1, keepdim=True)
+    return F.normalize(z_i + eps * (level[:, None] * length / z_i.shape[1] ** 0.5), dim=1) * length
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, S, S) to (B, C, 2S, 2S)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def count_parameters(config: DecoderConfig, clip: ClipConfig, vocab_size: int, context: int = 77) -> int:
+    """Count the decoder's parameters without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Decoder(config, clip.embed_dim, vocab_size, context).parameters())

@@ -1,0 +1,174 @@
+"""Captions to token ids: a lower-cased byte-level BPE, trained on the run's own training captions by Hugging Face `tokenizers`.
+
+Or CLIP's own vocabulary, from its file of merges, for a pretrained CLIP. Ids: 0 pads, 1 starts, 2 ends a text, in both (CLIP's own
+numbers are these with the three special ones moved: `training.models.open_clip_format`). Nothing is unknown, since every byte has an id. Neither
+vocabulary joins what white space parts, so each word's ids are looked up. Reads and writes `tokenizer.json`.
+"""
+
+import gzip
+import html
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import torch
+from pydantic import Field
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Engine
+from torch import Tensor
+
+from infra.errors import CallerError
+from infra.settings import Section
+
+PAD, START, END = 0, 1, 2
+SPECIAL = ("<|pad|>", "<|startoftext|>", "<|endoftext|>")
+CLIP_MERGES = 49_152 - 256 - 2
+"""How many lines of its file CLIP uses."""
+CLIP_WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+WORD_END = "</w>"
+REMEMBERED_WORDS, LONG_WORD_CHARS = 1 << 18, 64
+
+
+class TokenizerConfig(Section):
+    """How captions become tokens."""
+
+    vocab_size: int = Field(default=2048, ge=259, le=1 << 20)
+    """Ids in all, the 256 bytes and 3 special ones included; CLIP's own vocabulary has 49,408."""
+    context: int = Field(default=24, ge=4, le=1024)
+    """Most tokens of a text, start and end included; longer ones are cut and still end with the end token. CLIP: 77."""
+    merges: str = ""
+    """File of CLIP's merges (`bpe_simple_vocab_16e6.txt.gz` or `merges.txt`), where a pretrained CLIP does not bring it along."""
+
+
+class Tokenizer:
+    """Turns texts into padded id tensors; equal texts give equal rows in any process."""
+
+    def __init__(self, engine: Engine, context: int) -> None:
+        self.engine, self.context = engine, context
+        engine.enable_truncation(context)  # the template's start and end count
+        engine.encode_special_tokens = True  # a caption that spells "<|pad|>" means the characters
+        self.is_clips = engine.model.end_of_word_suffix == WORD_END
+        self.words: dict[str, list[int]] = {}
+
+    @classmethod
+    def fit(cls, captions: Iterable[str], config: TokenizerConfig) -> "Tokenizer":
+        """Learn merges from the captions until `config.vocab_size` ids exist (or no pair repeats)."""
+        engine = Engine(models.BPE())
+        engine.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        engine.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        engine.train_from_iterator((" ".join(_unescaped(caption).split()) for caption in captions), trainer)
+        engine.post_processor = _starts_and_ends()
+        return cls(engine, config.context)
+
+    @classmethod
+    def from_merges(cls, path: Path, context: int = 77) -> "Tokenizer":
+        """Build CLIP's own tokenizer from its file of merges, plain or gzipped. Raises CallerError when it is not that file."""
+        try:
+            data = path.read_bytes()
+            lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode().split("\n")
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise CallerError(f"{path} cannot be read as CLIP's merges: {error}") from None
+        merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[1 : CLIP_MERGES + 1])]
+        if len(merges) < CLIP_MERGES or merges[0] != ("i", "n") or not all(right for _, right in merges):
+            raise CallerError(f"{path} is not CLIP's file of {CLIP_MERGES:,} merges (bpe_simple_vocab_16e6.txt.gz)")
+        symbols = byte_symbols()
+        words = [*SPECIAL, *symbols, *(symbol + WORD_END for symbol in symbols), *(left + right for left, right in merges)]
+        vocab = {word: number for number, word in enumerate(words)}
+        if not all(left in vocab and right in vocab for left, right in merges):
+            raise CallerError(f"{path} is not CLIP's file of merges: it joins what does not exist")
+        engine = Engine(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END))
+        engine.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(CLIP_WORDS, "removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        engine.decoder = decoders.ByteLevel()
+        engine.add_special_tokens(list(SPECIAL))
+        engine.post_processor = _starts_and_ends()
+        return cls(engine, context)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Read `tokenizer.json`; the context length is the truncation stored in it."""
+        engine = Engine.from_file(str(path))
+        assert engine.truncation is not None, f"{path} has no context length"
+        return cls(engine, engine.truncation["max_length"])
+
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`."""
+        self.engine.save(str(path))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in use."""
+        return self.engine.get_vocab_size()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return ids, int64 (B, N): N is the longest text of the batch, at most the context; shorter rows end in PAD."""
+        parted = [self.clean(text).split() for text in texts]
+        try:
+            rows = self._rows(parted, self.words)
+        except KeyError:  # a word that was never seen
+            rows = self._rows(parted, self._ids_of(parted))
+        lengths = np.array([len(row) for row in rows], np.int64)
+        ids = np.full((len(rows), max(map(len, rows), default=2)), PAD)
+        ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
+        return torch.from_numpy(ids)
+
+    def _rows(self, parted: list[list[str]], known: dict[str, list[int]]) -> list[list[int]]:
+        """Put the words' ids together, text by text. Raises KeyError where a word is not known."""
+        ids_of, rows = known.__getitem__, []
+        for words in parted:
+            row = [START, *chain.from_iterable(map(ids_of, words))]
+            del row[self.context - 1 :]
+            row.append(END)
+            rows.append(row)
+        return rows
+
+    def _ids_of(self, parted: list[list[str]]) -> dict[str, list[int]]:
+        """Return the ids of every word there, asking the engine for those only that were never seen."""
+        if len(self.words) > REMEMBERED_WORDS:
+            self.words = {}
+        known = self.words
+        new = list(dict.fromkeys(word for words in parted for word in words if word not in known))
+        found = {
+            word: encoding.ids for word, encoding in zip(new, self.engine.encode_batch_fast(new, add_special_tokens=False), strict=True)
+        }
+        long = {word: ids for word, ids in found.items() if len(word) > LONG_WORD_CHARS}
+        known.update((word, ids) for word, ids in found.items() if word not in long)
+        return known | long if long else known
+
+    def clean(self, text: str) -> str:
+        """Undo HTML entities, as CLIP's own tokenizer does; for CLIP's own vocabulary broken Unicode and capitals too."""
+        if not self.is_clips:
+            return _unescaped(text)
+        if text.isascii() and text.isprintable() and "&" not in text:  # nothing in it to mend
+            return text.lower()
+        return _unescaped(ftfy.fix_text(text)).lower()
+
+
+def _unescaped(text: str) -> str:
+    return html.unescape(html.unescape(text))
+
+
+def _starts_and_ends() -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=f"{SPECIAL[START]} $A {SPECIAL[END]}", special_tokens=[(SPECIAL[START], START), (SPECIAL[END], END)]
+    )
+
+
+def byte_symbols() -> list[str]:
+    """Return the characters that stand for the 256 bytes in byte-level BPE, in CLIP's order: printable ones first, as they are."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = 256 - len(printable)
+    return [chr(byte) for byte in printable] + [chr(256 + place) for place in range(others)]

@@ -1,0 +1,222 @@
+"""An up-sampler: a convolutional diffusion model that draws a picture at several times its side (unCLIP, section 2.1; ADM's U-Net).
+
+It sees the noised picture beside the small one enlarged, has no attention and no condition besides, is trained on crops, and so is
+sampled at any size in tiles: only the picture itself grows with the size, not the network's memory. It predicts x_0 as the enlarged
+picture plus a difference that starts at zero. Knows nothing of files.
+Legend: B batch, C channels, H x W the small picture, f the factor, S a side in pixels.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from training.diffusion import samplers
+from training.diffusion.noise import Stream, generators, noise
+from training.diffusion.process import Schedule, as_denoise, simple_loss, snr_weight
+from training.models.decoder import GROUPS, ResBlock, Upsample
+from training.models.pixels import to_float
+from training.models.transformer import time_features
+from training.optim.loop import LoopConfig, OnBroken, Step
+
+Degradation = Literal["none", "blur", "bsr"]
+TIME, NOISE, CROP, DEGRADE, IS_DEGRADED = 1, 2, 3, 4, 5  # streams of randomness in a step
+TILES_AT_ONCE = 16
+
+
+class UpsamplerConfig(LoopConfig):
+    """An up-sampler and its training (unCLIP, table 3: 700M parameters from 64 to 256 px, 300M from 256 to 1024 px)."""
+
+    image_size_px: int = Field(default=256, ge=16, le=8192)
+    """Side of the pictures that it is trained on crops of; unCLIP: 256 and 1024."""
+    factor: int = Field(default=4, ge=2, le=16)
+    """How many times the side of the small picture that is; unCLIP: 4."""
+    crop_fraction: float = Field(default=0.25, gt=0, le=1)
+    """Side of a training crop, and of a tile at sampling, as a share of the picture's; unCLIP: 0.25."""
+    patch_px: int = Field(default=4, ge=1, le=16)
+    """Pixels folded into channels at the entrance and unfolded at the exit: 4 makes every step sixteen times cheaper. unCLIP: 1."""
+    width: int = Field(default=64, ge=GROUPS, le=4096)
+    """Channels at the first resolution; unCLIP: 320 and 192."""
+    multiples: tuple[int, ...] = Field(default=(1, 2), min_length=1, max_length=8)
+    """Channels at each resolution, times `width`, halving the side each time; unCLIP: 1, 2, 3, 4 and 1, 1, 2, 2, 4, 4."""
+    depth: int = Field(default=2, ge=1, le=8)
+    """Residual blocks at each resolution; unCLIP: 3 and 2."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in the residual blocks; unCLIP: 0.1 and none."""
+    T: int = Field(default=1000, ge=2, le=100_000)
+    """Diffusion steps."""
+    noise_schedule: Literal["cosine", "linear"] = "cosine"
+    """How the noise grows over the steps; unCLIP: cosine to 256 px, linear to 1024 px."""
+    min_snr_gamma: float = Field(default=5.0, gt=0)
+    """Bound of the signal-to-noise weight (Hang et al. 2023)."""
+    degradation: Degradation = "blur"
+    """What is done to the small picture in training, lest a decoder's faults are enlarged; unCLIP: blur to 256 px, bsr to 1024 px."""
+    degraded_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the samples that it is done to; the others stay clean, so that clean pictures are not sharpened twice."""
+    sampling_steps: int = Field(default=8, ge=1, le=1000)
+    """Steps of DDIM at sampling; unCLIP: 27 and 15."""
+    broken_pictures: OnBroken = "stop"
+    """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them, counted in the manifest."""
+
+    @model_validator(mode="after")
+    def _steps_fit_into_the_schedule(self) -> Self:
+        samplers.check_steps(self.sampling_steps, self.T)
+        return self
+
+    @property
+    def crop_px(self) -> int:
+        """Side of a training crop and of a tile at sampling."""
+        return round(self.image_size_px * self.crop_fraction)
+
+
+class Upsampler(nn.Module):
+    """The U-Net of convolutions with its loss and its tiled sampling."""
+
+    def __init__(self, config: UpsamplerConfig) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("cpu"):  # its values are checked, which `count_parameters`' meta device cannot do
+            self.schedule = Schedule.cosine(config.T) if config.noise_schedule == "cosine" else Schedule.linear(config.T)
+        added, widths = 4 * config.width, [config.width * multiple for multiple in config.multiples]
+        folded = 3 * config.patch_px**2
+        self.time = nn.Sequential(nn.Linear(config.width, added), nn.SiLU(), nn.Linear(added, added))
+        self.enter = nn.Conv2d(2 * folded, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        before, skips = widths[0], [widths[0]]
+        for place, after in enumerate(widths):
+            for _ in range(config.depth):
+                self.down.append(ResBlock(before, after, added, config.dropout))
+                before = after
+                skips.append(after)
+            if place < len(widths) - 1:
+                self.down.append(nn.Conv2d(after, after, 3, stride=2, padding=1))
+                skips.append(after)
+        self.middle = nn.ModuleList(ResBlock(before, before, added, config.dropout) for _ in range(2))
+        for place, after in reversed(list(enumerate(widths))):
+            for _ in range(config.depth + 1):
+                self.up.append(ResBlock(before + skips.pop(), after, added, config.dropout))
+                before = after
+            if place:
+                self.up.append(Upsample(before))
+        self.norm, self.leave = nn.GroupNorm(GROUPS, before), nn.Conv2d(before, folded, 3, padding=1)
+        for p in self.leave.parameters():
+            nn.init.zeros_(p)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x_t: Tensor, t: Tensor, enlarged: Tensor) -> Tensor:
+        """Predict x_0, float32 (B, 3, S, S'), from noised pictures, times (B,) and the small pictures enlarged, all in [-1, 1]."""
+        added = F.silu(self.time(time_features(t, self.config.width)))
+        x = F.pixel_unshuffle(torch.cat([x_t, enlarged], 1), self.config.patch_px).contiguous(memory_format=torch.channels_last)
+        x = self.enter(x)
+        skips = [x]
+        for layer in self.down:
+            x = _run(layer, x, added)
+            skips.append(x)
+        for layer in self.middle:
+            x = layer(x, added)
+        for layer in self.up:
+            if not isinstance(layer, Upsample):
+                x = torch.cat([x, skips.pop()], 1)
+            x = _run(layer, x, added)
+        x = self.leave(F.silu(self.norm(x)))
+        return enlarged + F.pixel_shuffle(x, self.config.patch_px).float()
+
+    def loss(self, step: Step, pictures: Tensor) -> Tensor:
+        """Min-SNR weighted error of x_0 on crops of pictures, uint8 (b, S, S, 3)."""
+        from training.models import degradation  # which needs OpenCV, as training alone does
+
+        config, device = self.config, next(self.parameters()).device
+        x_0 = to_float(crops(pictures, config.crop_px, step.uniform(CROP, 2))).to(device)
+        seeds = (step.uniform(DEGRADE).double() * 2**53).long().tolist()
+        low = shrink(x_0, config.factor).cpu()
+        low = degradation.apply(config.degradation, low, step.uniform(IS_DEGRADED) < config.degraded_share, seeds).to(device)
+        t = (1 + step.uniform(TIME) * config.T).long().clamp_(max=config.T).to(device)
+        eps = step.normal(NOISE, *x_0.shape[1:]).to(device)
+        prediction = self(self.schedule.q_sample(x_0, t, eps), t, enlarge(low, config.factor))
+        return simple_loss(prediction, x_0, snr_weight(self.schedule, t, config.min_snr_gamma, parametrisation="x_0"))
+
+    @torch.no_grad()
+    def sample(
+        self, low: Tensor, seeds: list[int], steps: int | None = None, tile_px: int | None = None, stream: int = Stream.UPSAMPLER
+    ) -> Tensor:
+        """Enlarge pictures in [-1, 1], (B, 3, H, W), to float32 (B, 3, f H, f W); a picture's noise is its own seed's.
+
+        The network sees tiles of `tile_px` (the training crop's side) that overlap by a quarter and are blended at every step, so its
+        memory does not grow with the picture. stream: one up-sampler behind another takes its own, lest both start from one noise.
+        """
+        config = self.config
+        tile = (tile_px or config.crop_px) // config.factor
+        height, width = low.shape[2:]
+        low = F.pad(low, (0, max(0, tile - width), 0, max(0, tile - height)), mode="replicate")
+        enlarged = enlarge(low, config.factor)
+        x_T = noise(enlarged.shape, generators(seeds, stream), enlarged.device)
+
+        def network(x_t: Tensor, t: Tensor) -> Tensor:
+            total, weight = torch.zeros_like(x_t), x_t.new_zeros(1, 1, *x_t.shape[2:])
+            window = _window(tile * config.factor, x_t)
+            for one in range(len(x_t)):
+                for places in _chunks(list(tiles(low.shape[2], low.shape[3], tile))):
+                    parts = [(slice(None), *(slice(config.factor * at, config.factor * (at + tile)) for at in place)) for place in places]
+                    noised, beside = (torch.stack([x[one][part] for part in parts]) for x in (x_t, enlarged))
+                    found = self(noised, t[:1].expand(len(parts)), beside)
+                    for part, x_0 in zip(parts, found, strict=True):
+                        total[one][part] += x_0 * window
+                        if one == 0:
+                            weight[0][part] += window
+            return total.div_(weight)
+
+        denoise = as_denoise(network, self.schedule, "x_0", clip=1.0)
+        x_0 = samplers.ddim(denoise, x_T, self.schedule, steps or config.sampling_steps)
+        return x_0[:, :, : height * config.factor, : width * config.factor]
+
+
+def _run(layer: nn.Module, x: Tensor, added: Tensor) -> Tensor:
+    return layer(x, added) if isinstance(layer, ResBlock) else layer(x)
+
+
+def crops(pictures: Tensor, side_px: int, chance: Tensor) -> Tensor:
+    """Cut a square of that side out of each picture, uint8 (B, S, S, 3), at a place drawn by `chance` in [0, 1), (B, 2)."""
+    room = pictures.shape[1] - side_px + 1
+    corners = (chance * room).long().tolist()
+    return torch.stack(
+        [picture[top : top + side_px, left : left + side_px] for picture, (top, left) in zip(pictures, corners, strict=True)]
+    )
+
+
+def shrink(pictures: Tensor, factor: int) -> Tensor:
+    """Return pictures (B, 3, H, W) at 1 / factor of their side, by area."""
+    return F.avg_pool2d(pictures, factor)
+
+
+def enlarge(pictures: Tensor, factor: int) -> Tensor:
+    """Return pictures (B, 3, H, W) at `factor` times their side, bicubic, in [-1, 1]: what the network starts from."""
+    return F.interpolate(pictures, scale_factor=float(factor), mode="bicubic", align_corners=False).clamp_(-1, 1)
+
+
+def tiles(height: int, width: int, side: int) -> Iterator[tuple[int, int]]:
+    """Yield the corners of squares that cover height x width, each overlapping the next by a quarter at least."""
+    step = max(1, side * 3 // 4)
+    for top in [*range(0, height - side, step), height - side]:
+        for left in [*range(0, width - side, step), width - side]:
+            yield top, left
+
+
+def _chunks(places: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    for start in range(0, len(places), TILES_AT_ONCE):
+        yield places[start : start + TILES_AT_ONCE]
+
+
+def _window(side_px: int, like: Tensor) -> Tensor:
+    """Return the weight of a tile's pixels (side, side): 1 in the middle, falling towards the edges, never 0."""
+    ramp = torch.arange(1, side_px + 1, device=like.device, dtype=like.dtype)
+    edge = torch.minimum(ramp, ramp.flip(0)).div_(max(1, side_px // 4)).clamp_(max=1)
+    return edge[:, None] * edge
+
+
+def count_parameters(config: UpsamplerConfig) -> int:
+    """Count the up-sampler's parameters without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Upsampler(config).parameters())

@@ -1,0 +1,146 @@
+"""Training what one device cannot hold: each worker keeps a part of every weight, gradient, moment and average (ZeRO-3, torch's FSDP2).
+
+A block's parts are gathered just before it works and let go behind it, in the arithmetic's own precision; gains of norms and single
+numbers stay whole with everybody. It is the same function as with whole copies: sums may be rounded in another order, no more. What is
+written to disk is whole, so a run may go on with other workers, or unsharded. Plain torch.distributed; knows no model.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.optim.collectives import is_part, own, world
+
+if TYPE_CHECKING:  # the loop is above
+    from training.optim.loop import Step
+
+LAYERS = nn.Linear | nn.Conv2d
+"""What autocast runs in bfloat16, and whose weights may therefore travel in it."""
+
+
+class _WithLoss(nn.Module):
+    """The model and what it is trained by, as the one module whose forward pass is a step."""
+
+    def __init__(self, model: nn.Module, loss_of: "Callable[[Step], Tensor]") -> None:
+        super().__init__()
+        self.model, self.loss_of = model, loss_of
+
+    def forward(self, step: "Step") -> Tensor:
+        """Return this worker's loss."""
+        return self.loss_of(step)
+
+
+def shard(model: nn.Module, loss_of: "Callable[[Step], Tensor]", is_bf16: bool) -> "Callable[[Step], Tensor]":
+    """Replace the model's parameters by this worker's parts of them; return `loss_of` with the gathering around it.
+
+    Called by every worker, all with the same weights; `loss_of` calls the model in any way, its blocks by `forward` or `at`.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world()[1],))
+    kept = kept_whole(model)
+    for p in model.parameters():
+        p.data = p.data.contiguous()  # FSDP2 cuts no kernel whose channels stand last
+    for unit in units(model):
+        travels_short = is_bf16 and is_layers_only(unit, kept)
+        policy = MixedPrecisionPolicy(torch.bfloat16 if travels_short else None, torch.float32, cast_forward_inputs=False)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=kept)
+        if hasattr(unit, "at"):
+            register_fsdp_forward_method(unit, "at")
+    return fully_shard(_WithLoss(model, loss_of), mesh=mesh, ignored_params=kept)  # type: ignore[return-value]  # a module still
+
+
+def units(model: nn.Module) -> list[nn.Module]:
+    """Return what is gathered at a time: the blocks and layers in the model's lists; what stands in none is held through a step."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module, is_listed: bool) -> None:
+        is_list = isinstance(module, nn.ModuleList | nn.Sequential)
+        if is_listed and not is_list:
+            found.append(module)
+            return
+        for child in module.children():
+            visit(child, is_list)
+
+    visit(model, False)
+    return [unit for unit in found if any(True for _ in unit.parameters())]
+
+
+def kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that every worker holds whole: gains and shifts of norms, which work in float32, and single numbers."""
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)]
+    return {p for norm in norms for p in norm.parameters()} | {p for p in model.parameters() if p.ndim == 0}
+
+
+def is_layers_only(unit: nn.Module, kept: set[nn.Parameter]) -> bool:
+    """Say whether all that a unit's gathering brings are weights of linear layers and convolutions."""
+    layers = [module for module in unit.modules() if isinstance(module, LAYERS)]
+    return {p for layer in layers for p in layer.parameters()} == set(unit.parameters()) - kept
+
+
+def gathered(x: Tensor) -> Tensor:
+    """Return the whole of a tensor; of a sharded one, every worker must ask."""
+    return x.full_tensor() if is_part(x) else x  # type: ignore[attr-defined]
+
+
+def part(x: Tensor, like: Tensor) -> Tensor:
+    """Return x cut as `like` is, of the same shape; every worker must have the whole x."""
+    if not is_part(like):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(x.to(like.device), mesh, [Replicate()], run_check=False).redistribute(mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def whole(state: Any, is_wanted: bool) -> Any:
+    """Return nested dicts and lists with their sharded tensors whole, on the CPU; every worker must ask, those that want it get it."""
+    if isinstance(state, dict):
+        return {key: whole(value, is_wanted) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value, is_wanted) for value in state]
+    if not isinstance(state, Tensor) or not is_part(state):
+        return state
+    found = gathered(state)
+    return found.cpu() if is_wanted else None
+
+
+@torch.no_grad()
+def put(into: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Write whole tensors over those of the same names, sharded or not; raises ValueError where there are others."""
+    if into.keys() != state.keys():
+        raise ValueError(f"{min(into.keys() ^ state.keys())} is on one side only")
+    for name, value in state.items():
+        own(into[name]).copy_(own(part(value, into[name])))
+
+
+def cut(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimiser's whole state as this worker's parts of it."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    own_state = {
+        place: {key: part(value, params[place]).clone() if value.shape == params[place].shape else value for key, value in facts.items()}
+        for place, facts in state["state"].items()
+    }
+    return state | {"state": own_state}
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, most: float) -> None:
+    """Scale a sharded model's gradients so that the norm of all of them together is at most this."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    parts, rest = [own(grad) for grad in grads if is_part(grad)], [grad for grad in grads if not is_part(grad)]
+    square = nn.utils.get_total_norm(parts) ** 2
+    dist.all_reduce(square)
+    norm = (square + nn.utils.get_total_norm(rest) ** 2).sqrt()
+    torch._foreach_mul_(parts + rest, (most / (norm + 1e-6)).clamp(max=1.0))
+
+
+def first_says(claim: bool, device: str) -> bool:
+    """Return what the first worker claims."""
+    told = torch.tensor(int(claim), device=device)
+    dist.broadcast(told, 0)
+    return bool(told)

@@ -1,0 +1,315 @@
+"""The training loop that every model shares: plain torch, no Ray, no files but its own state and metrics.
+
+A step's samples and noise are functions of seed and samples seen alone, never of the number of workers (dropouts are, of that too), so a
+run that was killed resumes exactly where its last state stands. Writes `state.pt` (whole, renamed into place) and `metrics.jsonl` into the
+work folder. Progress counts images seen. Legend: B global batch, b this worker's part of it.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import ClassVar, Literal, TextIO
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from infra.errors import DataError
+from infra.settings import Section
+from training.optim import fsdp
+from training.optim.collectives import agree, average, average_gradients, own, world
+from training.optim.muon import Muon
+
+OnBroken = Literal["stop", "skip"]
+"""What a stage does about shards that lie (training.data.shard_check); here, because a trained model must load without pyarrow."""
+
+
+class LoopConfig(Section):
+    """How a model is trained; every model's section has these fields."""
+
+    images: int = Field(default=100_000, ge=1)
+    """Length of the training in images (or pairs) seen."""
+    batch_size: int = Field(default=256, ge=1)
+    """Global batch, over all workers."""
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    """Peak of the cosine schedule."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the training in which the rate rises linearly to its peak."""
+    weight_decay: float = Field(default=0.05, ge=0, le=10)
+    """Decoupled weight decay, on matrices only: gains, biases and embeddings' scales have none."""
+    beta_2: float = Field(default=0.98, gt=0, lt=1)
+    """Adam's second decay rate; the first is 0.9."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` makes the steps of linear layers and convolutions orthogonal and leaves the rest to AdamW: far better in short trainings."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the averaged weights at the end; it grows towards this from 0.1 in the first steps."""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """Arithmetic of the network; losses, norms and the optimiser stay in float32."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the weights, the order of samples and all noise."""
+    state_every_s: float = Field(default=20, gt=0)
+    """How often the state is written from which a killed run resumes, in seconds."""
+    shard: bool = False
+    """Give each worker a part of weights, gradients and optimiser state instead of all (FSDP), for a model that one device cannot hold:
+    16 bytes a parameter are divided among the workers, for three gatherings of the weights a step. Same losses; one worker ignores it."""
+    retrain: Literal["when_data_changes", "never"] = "when_data_changes"
+    """`never`: the newest model of these very settings stays although its data has changed, as long as what it builds on (CLIP) is the
+    same; a nightly run then embeds and indexes what is new and trains nothing."""
+
+    readers: int = Field(default=4, ge=1, le=256)
+    """Threads of each worker that read and decode pictures."""
+    ahead_steps: int = Field(default=2, ge=0, le=64)
+    """For how many steps pictures are decoded before they are asked for; a worker holds its share of so many batches. Whether that is
+    enough says `waiting` in metrics.jsonl: the share of the time in which the first worker waited for pictures."""
+    cache_bytes: int = Field(default=4 << 30, ge=0)
+    """Where all decoded pictures fit into so many bytes, they are held from the start instead; every worker holds its own."""
+
+    outside_key: ClassVar[frozenset[str]] = frozenset({"state_every_s", "shard", "retrain", "readers", "ahead_steps", "cache_bytes"})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step as one worker sees it."""
+
+    number: int
+    first: int
+    """Samples seen before this step, by all workers."""
+    batch_size: int
+    seed: int
+    rank: int
+    workers: int
+
+    @property
+    def b(self) -> int:
+        """This worker's samples."""
+        return self.batch_size // self.workers
+
+    def samples(self, count: int) -> Tensor:
+        """Return this worker's sample indices, int64 (b,), out of `count`: every epoch is a permutation drawn from seed and epoch."""
+        first = self.first + self.rank * self.b
+        return order(count, self.seed, first, self.b)
+
+    def next(self) -> "Step":
+        """Return the step after this one."""
+        return replace(self, number=self.number + 1, first=self.first + self.batch_size)
+
+    def generator(self, stream: int) -> torch.Generator:
+        """Return the generator of one kind of randomness in this step, equal on every worker."""
+        return mixed(self.seed, stream, self.number)
+
+    def normal(self, stream: int, *shape: int) -> Tensor:
+        """Draw N(0, 1), float32 (b, *shape): drawn for the global batch, so that a sample's noise does not depend on the workers."""
+        return self._mine(torch.randn(self.batch_size, *shape, generator=self.generator(stream)))
+
+    def uniform(self, stream: int, *shape: int) -> Tensor:
+        """Draw from [0, 1), float32 (b, *shape), likewise."""
+        return self._mine(torch.rand(self.batch_size, *shape, generator=self.generator(stream)))
+
+    def _mine(self, x: Tensor) -> Tensor:
+        return x[self.rank * self.b : (self.rank + 1) * self.b]
+
+
+def mixed(*numbers: int) -> torch.Generator:
+    """Return a generator of its own for some numbers >= 0, in their order.
+
+    torch's CPU generator looks at 32 bits of a seed alone: numbers that are added up into one would meet, step n of a stream another's.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=mixed(seed, epoch))
+
+
+def order(count: int, seed: int, first: int, number: int) -> Tensor:
+    """Return the samples at places first..first + number of the endless stream of shuffled epochs, int64 (number,)."""
+    parts = []
+    while number > 0:
+        epoch, place = divmod(first, count)
+        part = _permutation(count, seed, epoch)[place : place + number]
+        parts.append(part)
+        first, number = first + len(part), number - len(part)
+    return torch.cat(parts)
+
+
+def learning_rate(config: LoopConfig, images_seen: int) -> float:
+    """Linear warm-up, then a cosine down to nothing (Loshchilov & Hutter 2017)."""
+    done = images_seen / config.images
+    if done < config.warmup:
+        return config.learning_rate * done / config.warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - config.warmup) / (1 - config.warmup))))
+
+
+def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, fused, with weight decay on matrices and kernels only; beside it Muon, for the layers' own, where the recipe says so."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    layers: list[Tensor] = []
+    if config.optimizer == "muon":
+        weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        layers = [weight for weight in weights if weight.requires_grad]
+    muons, kept = {id(p) for p in layers}, {id(p) for p in fsdp.kept_whole(model)}
+    trained = [p for p in trained if id(p) not in muons]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2 and id(p) not in kept], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in kept], "weight_decay": 0.0},  # a fused step takes parts or wholes, not both
+    ]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta_2), eps=config.adam_eps, fused=True)
+    ]
+    if layers:
+        made.append(Muon(layers, config.learning_rate, config.weight_decay))
+    return made
+
+
+def run(
+    model: nn.Module,
+    config: LoopConfig,
+    loss_of: Callable[[Step], Tensor],
+    work: Path,
+    after_step: Callable[[], None] | None = None,
+    waited_s: Callable[[], float] | None = None,
+) -> dict[str, Tensor]:
+    """Train the model in place and return its averaged (EMA) weights; resumes from `work/state.pt` where that exists.
+
+    `loss_of(step)` returns the mean loss over this worker's b samples; `waited_s()` for how long it waited for data so far, which is
+    logged as a share of the time (`waiting`). Called by every worker with equal arguments. Where the model is sharded it stays so, and
+    the averaged weights are the first worker's alone. Raises DataError when the loss is no longer finite.
+    """
+    rank, workers = world()
+    if config.batch_size % workers:
+        raise DataError(f"batch_size {config.batch_size} cannot be shared by {workers} workers: choose a multiple")
+    device_type = next(model.parameters()).device.type
+    is_sharded = config.shard and workers > 1
+    if is_sharded:
+        loss_of = fsdp.shard(model, loss_of, config.precision == "bf16")
+    optimizers = make_optimizers(model, config)
+    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    seen, spent_s = _resume(work, model, optimizers, ema, is_sharded)
+    if not agree(seen):
+        raise DataError(f"the workers found different states in {work}: it must be one folder that all of them see")
+    steps = math.ceil(config.images / config.batch_size)
+    started_s = saved_s = logged_s = time.monotonic()
+    with _metrics(work, seen) if rank == 0 else contextlib.nullcontext() as metrics:
+        for number in range(seen // config.batch_size, steps):
+            step = Step(number, number * config.batch_size, config.batch_size, config.seed, rank, workers)
+            loss = _learn(model, config, loss_of, optimizers, step, is_sharded)
+            if after_step:
+                after_step()
+            _average_weights(ema, model, min(config.ema_decay, (1 + number) / (10 + number)))
+            seen, last = step.first + config.batch_size, number == steps - 1
+            now = time.monotonic()
+            if last or number % 10 == 0:
+                value = float(average(loss))
+                if not math.isfinite(value):
+                    raise DataError(f"the loss is {value} after {seen:,} images: lower learning_rate (now {config.learning_rate:g})")
+                if metrics and (last or now - logged_s >= 0.5):
+                    row = {"images_seen": seen, "loss": round(value, 6), "seconds": round(spent_s + now - started_s, 2)}
+                    if waited_s:
+                        row["waiting"] = round(waited_s() / max(now - started_s, 1e-9), 4)
+                    metrics.write(json.dumps(row) + "\n")
+                    metrics.flush()
+                    logged_s = now
+            is_due = rank == 0 and (last or now - saved_s >= config.state_every_s) and math.isfinite(float(loss))
+            if is_sharded:  # all must take part; asked as rarely as the loss is read, since it makes the workers wait
+                is_due = (last or number % 10 == 0) and fsdp.first_says(is_due, device_type)
+            if is_due:
+                _save(work, model, optimizers, ema, seen, spent_s + now - started_s, rank)
+                saved_s = time.monotonic()
+    return fsdp.whole(ema, rank == 0) if is_sharded else ema
+
+
+def _learn(
+    model: nn.Module,
+    config: LoopConfig,
+    loss_of: Callable[[Step], Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    step: Step,
+    is_sharded: bool,
+) -> Tensor:
+    """Take one step along the clipped gradient of the mean loss of all workers; return this worker's loss."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = learning_rate(config, step.first + config.batch_size)
+    torch.manual_seed(config.seed * 1_000_003 + step.number * step.workers + step.rank)  # dropout
+    with torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+        loss = loss_of(step)
+    loss.backward()
+    average_gradients(model)
+    if is_sharded:
+        fsdp.clip_gradients(model, config.gradient_clip)
+    else:
+        nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.detach()
+
+
+@torch.no_grad()
+def _average_weights(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    state = model.state_dict()
+    names = [name for name in ema if ema[name].is_floating_point()]
+    torch._foreach_lerp_([own(ema[name]) for name in names], [own(state[name]) for name in names], 1 - decay)
+
+
+def _save(
+    work: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: dict[str, Tensor], seen: int, seconds: float, rank: int
+) -> None:
+    """Write the state aside and rename it: a kill leaves the old one or the new one. The first worker writes, whoever helps to gather."""
+    moments = [optimizer.state_dict() for optimizer in optimizers]
+    state = {"model": model.state_dict(), "optimizers": moments, "ema": ema, "images_seen": seen, "seconds": seconds}
+    state = fsdp.whole(state, rank == 0)
+    if rank == 0:
+        aside = work / f"state.{os.getpid()}.tmp"
+        torch.save(state, aside)
+        aside.replace(work / "state.pt")
+
+
+def _resume(
+    work: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: dict[str, Tensor], is_sharded: bool
+) -> tuple[int, float]:
+    """Load the last state into place, if there is one; return the images seen and the seconds spent by then."""
+    path = work / "state.pt"
+    if not path.exists():
+        return 0, 0.0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_sharded)
+        fsdp.put(model.state_dict(), state["model"])
+        for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(fsdp.cut(optimizer, moments))
+        fsdp.put(ema, state["ema"])
+    except (EOFError, LookupError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is damaged or of another version of this code ({reason}): remove it to train from the start") from error
+    return state["images_seen"], state["seconds"]
+
+
+@contextlib.contextmanager
+def _metrics(work: Path, seen: int) -> Iterator[TextIO]:
+    """Open `metrics.jsonl` for appending, without the rows of steps that a killed run made after its last state."""
+    path = work / "metrics.jsonl"
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut
+                row = json.loads(line)
+                if row["images_seen"] <= seen:
+                    kept.append(json.dumps(row) + "\n")
+    aside = work / f"metrics.{os.getpid()}.tmp"
+    aside.write_text("".join(kept))
+    aside.replace(path)
+    with path.open("a") as file:
+        yield file
