@@ -31,7 +31,7 @@ from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
 
 if TYPE_CHECKING:
-    from indexing.view import View
+    from indexing.ann.view import View
     from training.models.preprocessing import Look
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -63,7 +63,7 @@ def add(root: Root, known: Lineage, view: "View", source: Path, licence: str) ->
             return None, reasons
         rows = rows.filter(pa.array(is_new))
         write_embed(out, rows, images[is_new], texts[is_new], known)
-        from indexing.index import IndexConfig
+        from indexing.ann.index import IndexConfig
 
         whole = IndexConfig.model_validate(known.index.manifest["sections"]["index"])
         memory_bytes = share_of(whole.memory_bytes, len(rows), view)
@@ -79,7 +79,7 @@ def commit(
     `dropped` counts the rows that were left out by reason, and `what` is the manifest's own part.
     """
     started = manifests.now()
-    from indexing.index import IndexConfig, build
+    from indexing.ann.index import IndexConfig, build
 
     whole = IndexConfig.model_validate(known.index.manifest["sections"]["index"])
     section = whole.model_copy(update={"factory": "auto", "memory_bytes": memory_bytes})
@@ -111,7 +111,7 @@ def read_embeddings(source: Path, known: Lineage) -> tuple[pa.Table, np.ndarray,
             f"{source} was embedded by CLIP {facts.get('clip_digest', facts.get('clip_key'))}, the index by {known.clip.key}: "
             "embed it with the run's own CLIP"
         )
-    from indexing.embeddings import open_parts, read_metadata
+    from indexing.data.embedding_store import open_parts, read_metadata
 
     count, dim = int(facts["count"]), int(facts["dim"])
     images, texts = (np.concatenate(open_parts(source / name, count, dim)) for name in ("img_emb", "text_emb"))

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from indexing.evaluate import EvaluateConfig
-from indexing.held_out import read_pairs
-from indexing.reading import text_reader
-from indexing.sections import ReportSection
-from indexing.subject import Subject
-from indexing.typographic import TypographicConfig, typographic
-from indexing.varied import Witnesses
+from indexing.data.held_out import read_pairs
+from indexing.data.ocr import text_reader
+from indexing.evaluation.attack_judges import Witnesses
+from indexing.evaluation.context import Subject
+from indexing.evaluation.evaluate import EvaluateConfig
+from indexing.evaluation.typographic_attack import TypographicConfig, typographic
+from indexing.report.sections import ReportSection
 from training.generation.manipulations import variations
 from training.generation.unclip import Unclip
 from training.models import imagenet_features

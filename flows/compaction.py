@@ -171,7 +171,7 @@ def _dedup(folder: Path, out: Path, removals: Removals, committed: Committed) ->
 
 
 def _index(folder: Path, out: Path, removals: Removals, committed: Committed) -> int:
-    from indexing.index import IndexConfig, build
+    from indexing.ann.index import IndexConfig, build
 
     embed = manifests.find(committed.root, "embed", committed.manifest["inputs"]["embed"])
     assert embed is not None, "an index's embeddings are committed before it"
@@ -182,7 +182,7 @@ def _index(folder: Path, out: Path, removals: Removals, committed: Committed) ->
 
 
 def _addition(folder: Path, out: Path, removals: Removals, committed: Committed) -> int:
-    from indexing.index import IndexConfig, build
+    from indexing.ann.index import IndexConfig, build
 
     tables = {file: pq.read_table(file) for file in sorted((folder / "metadata").glob("*.parquet"))}
     for file in (file for file in _files(folder) if file.parts[0] == "shards"):

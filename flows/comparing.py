@@ -19,7 +19,7 @@ def compare(
     """Compare the figures of two or more runs, with intervals, on one page."""
     if len(runs) < 2 or len(set(runs)) < len(runs):
         raise CallerError("report compare needs two or more different runs: unclip report compare A B")
-    from indexing import comparison
+    from indexing.report import comparison
 
     reports = {run: read_report(run, root) for run in runs}
     rows = comparison.compare(reports)

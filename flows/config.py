@@ -10,9 +10,9 @@ from flows.curate import CurateConfig
 from flows.promotion import parsed
 from flows.recipe import find_recipe, read_recipe, validated
 from flows.sources import DataConfig
-from indexing.duplicates import DedupConfig
-from indexing.evaluate import EvaluateConfig
-from indexing.index import IndexConfig
+from indexing.ann.index import IndexConfig
+from indexing.dedup.deduplicate import DedupConfig
+from indexing.evaluation.evaluate import EvaluateConfig
 from infra.compute.cluster import ClusterConfig
 from infra.errors import CallerError
 from infra.settings import Section

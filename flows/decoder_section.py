@@ -9,9 +9,9 @@ from typing import Any
 from flows import latent_grids
 from flows.latent_grids import Grid
 from flows.png import write_sheet
-from indexing import sections
-from indexing.evaluate import EvaluateConfig
-from indexing.intervals import Z_95, mean_figure
+from indexing.evaluation.evaluate import EvaluateConfig
+from indexing.metrics.bootstrap import Z_95, mean_figure
+from indexing.report import sections
 from training.generation import latents, reconstruction
 from training.generation.reconstruction import Described
 from training.generation.unclip import Unclip

@@ -1,6 +1,6 @@
 """The source kind "scenes": pictures drawn here from a seed, each with captions that say exactly what it shows.
 
-What is drawn and how it is worded is `indexing.scenes`' and `indexing.puzzles`' matter. Writes PNG files into the cache, once for each
+What is drawn and how it is worded is `indexing.scenes.scenes`' and `indexing.scenes.puzzles`' matter. Writes PNG files into the cache, once for each
 section; they are served and ingested like any other source's.
 """
 
@@ -18,9 +18,9 @@ import cv2
 import numpy as np
 from pydantic import Field, field_validator
 
-from indexing import puzzles, scenes
-from indexing.puzzles import Puzzle
-from indexing.scenes import Scene
+from indexing.scenes import puzzles, scenes
+from indexing.scenes.puzzles import Puzzle
+from indexing.scenes.scenes import Scene
 from infra.settings import Section
 
 DRAWING = 1

@@ -1,6 +1,6 @@
 """Hands the evaluation what it needs from both sisters: manifests and metrics, the trained system's callables, embeddings and shards.
 
-No figure is computed here: `indexing.evaluate` does that, and knows the models only as plain callables.
+No figure is computed here: `indexing.evaluation.evaluate` does that, and knows the models only as plain callables.
 """
 
 import json
@@ -13,8 +13,8 @@ from flows.stage import Counts, StageJob
 from infra.console.progress import Progress
 
 if TYPE_CHECKING:
-    from indexing.sections import MakeSection
-    from indexing.subject import Subject
+    from indexing.evaluation.context import Subject
+    from indexing.report.sections import MakeSection
     from training.generation.unclip import Unclip
 
 TRAINED = ("clip", "prior", "decoder")
@@ -22,9 +22,9 @@ TRAINED = ("clip", "prior", "decoder")
 
 def run(job: StageJob) -> Counts:
     """Evaluate the run's models on the held-out pairs and write `report.html`, `report.json` and the pictures."""
-    from indexing.evaluate import evaluate
-    from indexing.held_out import open_embedded
-    from indexing.subject import Subject
+    from indexing.data.held_out import open_embedded
+    from indexing.evaluation.context import Subject
+    from indexing.evaluation.evaluate import evaluate
     from training.generation.unclip import Unclip
 
     folders = {name: committed.local() for name, committed in job.inputs.items()}
@@ -68,8 +68,8 @@ def sections_of(job: StageJob, model: "Unclip", subject: "Subject", folders: Map
         swiss_roll_section,
         upsampler_section,
     )
-    from indexing.copies import copies_section
-    from indexing.prior_figures import prior_section
+    from indexing.evaluation.dedup_section import copies_section
+    from indexing.evaluation.prior import prior_section
 
     config, embed, shards = job.config.evaluate, folders["embed"], folders["ingest"] / "shards"
     prior = model.prior.config

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from indexing.evaluate import EvaluateConfig
-from indexing.fidelity_figures import FidelityConfig, fidelity
-from indexing.sections import ReportSection
-from indexing.subject import Subject
+from indexing.evaluation.context import Subject
+from indexing.evaluation.evaluate import EvaluateConfig
+from indexing.evaluation.fidelity import FidelityConfig, fidelity
+from indexing.report.sections import ReportSection
 from training.generation.unclip import Unclip
 from training.models import imagenet_features
 

@@ -206,8 +206,8 @@ def _alike(root: Root, run: str | None, file: Path) -> list[dict[str, Any]]:
     """Return the samples of a run's index that look like a picture file: by CLIP's neighbours, each looked at itself."""
     check_files([file], "--image")
     from flows.living import open_view
-    from indexing.dedup import is_alike, look_of
-    from indexing.pictures import read_picture
+    from indexing.data.images import read_picture
+    from indexing.dedup.grouping import is_alike, look_of
     from training.data.image_reader import read_file
     from training.jobs import embed
 

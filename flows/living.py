@@ -22,7 +22,7 @@ from infra.storage.removal_log import FOLDER, Removals, entry_names, gather, rea
 from infra.storage.store import Root
 
 if TYPE_CHECKING:
-    from indexing.view import Segment, View
+    from indexing.ann.view import Segment, View
 
 ADDITIONS = "additions"
 GRAIN_NS = 50_000_000
@@ -104,8 +104,8 @@ def _digests(committed: Committed) -> list[str]:
 
 def open_segments(known: Lineage, opened: "Mapping[str, Segment] | None" = None) -> "list[Segment]":
     """Open the run's index and the additions to it; those that are among `opened`, by name, stay as they are."""
-    from indexing.index import Index
-    from indexing.view import Segment
+    from indexing.ann.index import Index
+    from indexing.ann.view import Segment
 
     segments = []
     for vectors, pictures in ((known.index, known.ingest), *((each, each) for each in known.additions)):
@@ -117,7 +117,7 @@ def open_segments(known: Lineage, opened: "Mapping[str, Segment] | None" = None)
 
 def open_view(root: Root, run: str | None) -> "tuple[View, Lineage]":
     """Open a run's index as it is now, without what was taken down."""
-    from indexing.view import View
+    from indexing.ann.view import View
 
     known = lineage(root, run)
     return View(open_segments(known), read_removals(root), known.fingerprint), known

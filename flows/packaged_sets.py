@@ -1,4 +1,4 @@
-"""Labelled picture sets that Python and npm packages ship, turned once into a parquet file each, which `indexing.image_sets` reads.
+"""Labelled picture sets that Python and npm packages ship, turned once into a parquet file each, which `indexing.data.labelled_sets` reads.
 
 Files are read from the installed package without importing it. Nothing of them is in this repository; the packages stand in
 `evaluation-packages.txt` or come through npm. A pickle is read by an unpickler that knows numpy arrays and nothing else.

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from indexing.evaluate import EvaluateConfig
-from indexing.reading import text_reader
-from indexing.relations import RelationsConfig, Score, relations
-from indexing.sections import ReportSection
-from indexing.subject import Subject
+from indexing.data.ocr import text_reader
+from indexing.evaluation.context import Subject
+from indexing.evaluation.evaluate import EvaluateConfig
+from indexing.evaluation.relations import RelationsConfig, Score, relations
+from indexing.report.sections import ReportSection
 from training.generation.beam_search import search
 from training.generation.unclip import Unclip
 

@@ -30,8 +30,8 @@ from infra.storage.store import Root
 
 if TYPE_CHECKING:
     from flows.living import Lineage
-    from indexing.service import Encoders, Opened, Parts, ServeConfig, Service
-    from indexing.view import Segment
+    from indexing.ann.view import Segment
+    from indexing.service.state import Encoders, Opened, Parts, ServeConfig, Service
 
 QUERY_RULES = Rules(timeout_s=10, retries=0, max_bytes=8 << 20, max_pixels=32 << 20, allow_private=False)
 TOKEN = "UNCLIP_TOKEN"
@@ -122,8 +122,8 @@ def serve(
         )
         serve_replicas(opened, asked, host, port, token, address)
         return
-    from indexing.app import run as run_service
-    from indexing.service import ServeConfig, Service
+    from indexing.service.app import run as run_service
+    from indexing.service.state import ServeConfig, Service
 
     service = Service(parts_of(opened, run, allow_urls, say))
     version = service.current()
@@ -150,7 +150,7 @@ def serve_replicas(opened: Root, asked: Replicated, host: str, port: int, token:
     cluster = Cluster(ClusterConfig(address=address or "", num_cpus=None if address else cores))
     with quiet_terminal(Path(tempfile.gettempdir()) / f"unclip-serve-{os.getpid()}.log") as log, cluster:
         cluster.start()
-        from indexing.replicas import run as run_replicas
+        from indexing.service.ray_serve import run as run_replicas
 
         port = port or free_port(host)
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -161,14 +161,14 @@ def serve_replicas(opened: Root, asked: Replicated, host: str, port: int, token:
 
 def application(asked: Replicated) -> Any:
     """Return the service of a run as a Ray Serve application (its `args` are the fields of Replicated)."""
-    from indexing.replicas import application as replicated
+    from indexing.service.ray_serve import application as replicated
 
     return replicated(partial(open_replica, asked), asked.replicas, asked.cpus)
 
 
 def open_replica(asked: Replicated) -> "tuple[Service, ServeConfig]":
     """Open the service in a replica. Raises CallerError where it must have a token and its node's environment holds none."""
-    from indexing.service import ServeConfig, Service
+    from indexing.service.state import ServeConfig, Service
 
     token = None if asked.is_open else os.environ.get(TOKEN)
     if token is None and not asked.is_open:
@@ -210,7 +210,7 @@ def free_port(host: str) -> int:
 def parts_of(root: Root, run: str | None, allow_urls: bool, report: Callable[[str], None]) -> "Parts":
     """Return what the service needs of a run; without a name, of the run that `find_run` returns, whichever that is at any time."""
     from flows.living import RemovalLog, SegmentsStamp
-    from indexing.service import Parts
+    from indexing.service.state import Parts
 
     log = RemovalLog(root)
     return Parts(
@@ -236,7 +236,7 @@ class Opener:
     def __call__(self) -> "Opened":
         """Open it as it is now. Raises CallerError where there is no such run or no index of it, DataError where one cannot be opened."""
         from flows.living import lineage, open_segments, warnings
-        from indexing.service import Opened
+        from indexing.service.state import Opened
 
         known = lineage(self.root, self.run)
         segments = open_segments(known, self._segments)
@@ -252,7 +252,7 @@ class Opener:
 
 def load_encoders(known: "Lineage") -> "Encoders":
     """Load the CLIP that made an index."""
-    from indexing.service import Encoders
+    from indexing.service.state import Encoders
     from training.data.image_reader import as_square
     from training.jobs import embed
 

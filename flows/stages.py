@@ -60,7 +60,7 @@ def run_embed(job: StageJob) -> Counts:
 
 
 def run_index(job: StageJob) -> Counts:
-    from indexing import index
+    from indexing.ann import index
 
     embed, spread = job.inputs["embed"].local(), None
     if index.is_spread(embed):
@@ -84,13 +84,13 @@ def _grown_from(job: StageJob) -> tuple[Path, Path] | None:
 
 
 def run_dedup(job: StageJob) -> Counts:
-    from indexing import duplicates
+    from indexing.dedup import deduplicate
     from training.jobs import embed
 
     assert job.config.dedup, "a stage without its section is not planned"
     _, encode_images, side_px = embed.encoders(job.inputs["clip"].local())
     shards = job.inputs["ingest"].local() / "shards"
-    return duplicates.run(job.config.dedup, shards, job.inputs["embed"].local(), encode_images, side_px, job.out)
+    return deduplicate.run(job.config.dedup, shards, job.inputs["embed"].local(), encode_images, side_px, job.out)
 
 
 def trained_embeddings(job: StageJob) -> Path:

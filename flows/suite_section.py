@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 
 from flows import packaged_sets
-from indexing.evaluate import EvaluateConfig
-from indexing.image_sets import open_set
-from indexing.sections import ReportSection
-from indexing.subject import Subject
-from indexing.suite import SuiteConfig, suite
+from indexing.data.labelled_sets import open_set
+from indexing.evaluation.context import Subject
+from indexing.evaluation.evaluate import EvaluateConfig
+from indexing.evaluation.zero_shot_suite import SuiteConfig, suite
+from indexing.report.sections import ReportSection
 from infra.errors import CallerError
 from training.data.image_reader import as_square
 from training.generation.unclip import Unclip

@@ -5,8 +5,8 @@ Trained anew in seconds by the same schedules, losses and samplers as the models
 
 from pathlib import Path
 
-from indexing import sections
-from indexing.evaluate import EvaluateConfig
+from indexing.evaluation.evaluate import EvaluateConfig
+from indexing.report import sections
 from training.diffusion import swiss_roll as roll
 
 TITLE = "The diffusion process: the Swiss roll"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flows.stage import UPSAMPLERS
 
 if TYPE_CHECKING:
-    from indexing.sections import ReportSection
+    from indexing.report.sections import ReportSection
 
 WAYS = {"bicubic": "bicubic", "lanczos": "Lanczos", "up-sampler": "up-sampler"}
 
@@ -23,7 +23,7 @@ def sections(folders: Mapping[str, Path], out: Path) -> "list[ReportSection]":
 
 
 def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
-    from indexing.sections import picture, section, table
+    from indexing.report.sections import picture, section, table
     from training.generation import upsampling_eval
     from training.models import upsampler_cascade
     from training.models.upsampler import TILES_AT_ONCE

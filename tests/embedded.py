@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from indexing.embeddings import chunks
-from indexing.factories import add, train
+from indexing.ann.factory import add, train
+from indexing.data.embedding_store import chunks
 from infra.schemas import EMBEDDED
 
 KINDS = (

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flows.config import RunConfig
-from indexing import distances
+from indexing.metrics import frechet
 from tests.benchmarks.clip_quality_vs_open_clip import newest
 from tests.benchmarks.models_vs_dalle2 import without_tables
 from training.data import embedding_dataset, shard_check
@@ -113,12 +113,12 @@ def encodings(clip: CLIP, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 
 def distances_of(real: NDArray[Any], made: NDArray[Any]) -> tuple[float, float]:
     """Return the Fréchet and 1000 times the kernel distance of two sets' features."""
-    return distances.frechet(real, made), 1000 * distances.kernel_distance(real, made)
+    return frechet.frechet(real, made), 1000 * frechet.kernel_distance(real, made)
 
 
 def write_sheet(rows: dict[str, NDArray[np.uint8]], path: Path) -> None:
     """Write the first twelve pictures of every row."""
-    from indexing.pictures import sheet, write_png
+    from indexing.data.images import sheet, write_png
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_png(sheet([list(each[:12]) for each in rows.values()], list(rows)), path)

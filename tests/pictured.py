@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from indexing.held_out import open_embedded
-from indexing.subject import Subject
+from indexing.data.held_out import open_embedded
+from indexing.evaluation.context import Subject
 from infra.schemas import EMBEDDED
 
 DIM = 16

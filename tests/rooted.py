@@ -18,7 +18,7 @@ from tests.pictured import usual_rows, write_run
 
 def write_root(folder: Path, rows: list[dict[str, Any]] | None = None, uri: str = "") -> Root:
     """Write and commit the run `drawn` of these rows, into `folder`/root or the store at `uri`."""
-    from indexing.index import IndexConfig, build
+    from indexing.ann.index import IndexConfig, build
 
     faiss.omp_set_num_threads(1)
     drawn = folder / "drawn"

@@ -22,8 +22,8 @@ from flows import adding, living, merging
 from flows.compaction import compact
 from flows.promotion import CURRENT
 from flows.runs import find_run
-from indexing.embeddings import open_parts, read_metadata
-from indexing.index import IndexConfig, build
+from indexing.ann.index import IndexConfig, build
+from indexing.data.embedding_store import open_parts, read_metadata
 from infra.schemas import EMBEDDED
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed

@@ -12,10 +12,10 @@ from typing import Any
 import faiss
 import uvicorn
 
-from indexing.app import make_app
-from indexing.index import Index, IndexConfig, build
-from indexing.service import Encoders, Opened, Parts, ServeConfig, Service
-from indexing.view import Segment
+from indexing.ann.index import Index, IndexConfig, build
+from indexing.ann.view import Segment
+from indexing.service.app import make_app
+from indexing.service.state import Encoders, Opened, Parts, ServeConfig, Service
 from infra.storage.removal_log import Removals
 from tests import pictured
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from indexing.app import make_app
-from indexing.service import ServeConfig
-from indexing.view import number_of
+from indexing.ann.view import number_of
+from indexing.service.app import make_app
+from indexing.service.state import ServeConfig
 from tests import pictured
 from tests.pictured import DIM, HOSTILE, b64, direction, draw, png, row
 from tests.served import CLIP, Fake
@@ -251,7 +251,7 @@ def test_thumbnails_are_kept_up_to_a_number_of_bytes(fake: Fake, monkeypatch: py
     hits = service.version.view.search(direction(5), 40)
     sizes = [len(service.thumbnail(service.version.view, hit)) for hit in hits]
     assert service._thumbnail_bytes == sum(sizes)
-    monkeypatch.setattr("indexing.service.THUMBNAILS_BYTES", 1000)
+    monkeypatch.setattr("indexing.service.state.THUMBNAILS_BYTES", 1000)
     service._thumbnails.clear()
     service._thumbnail_bytes = 0
     for hit in hits:

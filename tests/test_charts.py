@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from indexing.charts import HEIGHT, WIDTH, curve, log_ticks, round_step, short, smoothed, strip, ticks
+from indexing.report.curve_svg import HEIGHT, WIDTH, curve, log_ticks, round_step, short, smoothed, strip, ticks
 
 
 def points_of(svg: str, name: str) -> np.ndarray:

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from flows.cli import main
-from indexing.comparison import changed, compare, difference, figures, is_told, render
-from indexing.fidelity_figures import FidelityConfig, fidelity
-from indexing.intervals import mean_figure
-from indexing.sections import section, table
+from indexing.evaluation.fidelity import FidelityConfig, fidelity
+from indexing.metrics.bootstrap import mean_figure
+from indexing.report.comparison import changed, compare, difference, figures, is_told, render
+from indexing.report.sections import section, table
 from tests.pictured import HOSTILE, draw, row, subject, usual_rows, write_run
 from tests.test_report import Page, assert_stands_alone, make
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import indexing
-from indexing.copies import copies_section
-from indexing.duplicates import DedupConfig, run
-from indexing.pictures import LINE_PX
-from indexing.sections import ReportSection
+from indexing.data.images import LINE_PX
+from indexing.dedup.deduplicate import DedupConfig, run
+from indexing.evaluation.dedup_section import copies_section
+from indexing.report.sections import ReportSection
 from tests.pictured import HOSTILE, colour, direction, encode_images, row, usual_rows, write_run
 
 SCHEMA = json.loads((Path(indexing.__file__).parent / "report.schema.json").read_text())

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 import indexing
 from flows import decoder_section
-from indexing import report
-from indexing.evaluate import EvaluateConfig
+from indexing.evaluation.evaluate import EvaluateConfig
+from indexing.report import page as report_page
 from tests.pictured import HOSTILE, row, usual_rows, write_run
 from tests.small_systems import write_system
 from tests.test_report import Page, assert_stands_alone
@@ -53,7 +53,7 @@ def page_of(section: dict[str, Any], folder: Path) -> Page:
                for name in ("clip_score", "mismatched", "own_prompt_first", "real_pairs")},
         },
     }  # fmt: skip
-    return Page(report.render(facts, folder / "out"))
+    return Page(report_page.render(facts, folder / "out"))
 
 
 def test_the_figures_are_those_of_the_measurements(tmp_path: Path, model: Unclip) -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from indexing import duplicates, embeddings, looks, neighbours
-from indexing.dedup import MAX_BITS, MAX_RMS, exact, groups, is_alike, kept, look_of, perceptual, semantic
-from indexing.duplicates import DedupConfig, run
-from indexing.embeddings import unit
-from indexing.looks import like_evaluation
+from indexing.data import embedding_store
+from indexing.data.embedding_store import unit
+from indexing.dedup import deduplicate, near_pairs, perceptual_hash
+from indexing.dedup.deduplicate import DedupConfig, run
+from indexing.dedup.grouping import MAX_BITS, MAX_RMS, exact, groups, is_alike, kept, look_of, perceptual, semantic
+from indexing.dedup.perceptual_hash import like_evaluation
 from infra.errors import DataError
 from tests.pictured import DIM, direction, encode_images, row, usual_rows, write_run
 
@@ -40,7 +41,7 @@ def planted(count: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 
 @pytest.mark.parametrize("held_bytes", [1 << 30, 0])
 def test_every_planted_copy_is_found_and_nothing_else(held_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "HELD_BYTES", held_bytes)
+    monkeypatch.setattr(near_pairs, "HELD_BYTES", held_bytes)
     vectors, copy, source = planted(12_000, 96)
     keeper = semantic(np.array_split(vectors, 3), THRESHOLD, np.arange(len(vectors)))
     gone = np.flatnonzero(keeper != np.arange(len(vectors)))
@@ -51,7 +52,7 @@ def test_every_planted_copy_is_found_and_nothing_else(held_bytes: int, monkeypat
 def test_the_cells_find_what_brute_force_finds() -> None:
     vectors, *_ = planted(6000, 64, seed=3)
     order = np.random.default_rng(0).permutation(6000)[:5900]
-    near = neighbours.NearVectors([vectors], 0.7, order)
+    near = near_pairs.NearVectors([vectors], 0.7, order)
     stays = np.arange(5900) % 7 != 0
     found = near.earlier(3000, 5900, stays)
     exact_vectors = unit(vectors.astype(np.float32))[order]
@@ -99,7 +100,7 @@ def test_perceptual_groups_are_those_of_brute_force(monkeypatch: pytest.MonkeyPa
         bits = rng.choice(64, rng.integers(0, 9), replace=False)
         hashes[2000 + place // 2] = hashes[place] ^ np.uint64(sum(1 << int(bit) for bit in bits))
     thumbs = np.zeros((3000, 8, 8, 3), np.uint8)
-    monkeypatch.setattr(neighbours, "ALL_PAIRS_UP_TO", 1000)
+    monkeypatch.setattr(near_pairs, "ALL_PAIRS_UP_TO", 1000)
     by_bands = perceptual(hashes, thumbs, np.arange(3000))
     near = np.bitwise_count(hashes[:, None] ^ hashes[None]) <= 6
     right = np.array([next((other for other in range(place) if near[place, other]), place) for place in range(3000)])
@@ -187,7 +188,7 @@ def test_pieces_and_parts_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         for name in ("img_emb", "text_emb"):
             np.save(embed / name / f"{name}_{number:04}.npy", np.load(tmp_path / "whole" / "embed" / name / f"{name}_0000.npy")[start:end])
         pq.write_table(table.slice(start, end - start), embed / "metadata" / f"metadata_{number:04}.parquet")
-    for module in (embeddings, duplicates):
+    for module in (embedding_store, deduplicate):
         monkeypatch.setattr(module, "CHUNK_ROWS", 4)
     apart = tmp_path / "parts" / "out"
     apart.mkdir()
@@ -206,14 +207,14 @@ def test_pieces_and_parts_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_training_pictures_go_for_the_evaluation_picture_they_look_most_like(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looks, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(perceptual_hash, "BLOCK_ROWS", 64)
     rng = np.random.default_rng(0)
     hashes, is_train = rng.integers(0, 2**63, 500).astype(np.uint64), rng.random(500) < 0.7
     thumbs = rng.integers(0, 256, (500, 8, 8, 3)).astype(np.uint8)
     for row_, other in rng.permutation(500)[:300].reshape(150, 2):
         hashes[row_] = hashes[other] ^ np.uint64(sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 9), replace=False)))
         thumbs[row_] = np.clip(thumbs[other] + rng.normal(0, 9, (8, 8, 3)), 0, 255)
-    found = like_evaluation(looks.Looks(hashes, thumbs), is_train)
+    found = like_evaluation(perceptual_hash.Looks(hashes, thumbs), is_train)
     flat = thumbs.reshape(500, -1).astype(np.float32)
     rms = np.sqrt(((flat[:, None] - flat[None]) ** 2).mean(2))
     is_alike = (np.bitwise_count(hashes[:, None] ^ hashes[None]) <= MAX_BITS) & (rms <= MAX_RMS) & ~is_train[None]

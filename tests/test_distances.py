@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from indexing import distances
-from indexing.fidelity_figures import FidelityConfig, fidelity
-from indexing.held_out import open_embedded, read_pairs
-from indexing.intervals import set_figure
+from indexing.data.held_out import open_embedded, read_pairs
+from indexing.evaluation.fidelity import FidelityConfig, fidelity
+from indexing.metrics import frechet
+from indexing.metrics.bootstrap import set_figure
 from tests.pictured import direction, draw, row, subject, write_run
 
 
@@ -19,11 +19,11 @@ def test_frechet_is_the_closed_form_and_that_of_the_matrix_root() -> None:
     x, y = rng.normal(size=(500, 4)) @ rng.normal(size=(4, 4)), rng.normal(size=(300, 4)) * [1, 2, 3, 4] + 1
     s_x, s_y = np.cov(x.T), np.cov(y.T)
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s_x + s_y - 2 * sqrtm(s_x @ s_y).real)
-    assert distances.frechet(x, y) == pytest.approx(expected, rel=1e-6)
-    assert distances.frechet(x, x) == pytest.approx(0, abs=1e-9)
-    assert distances.frechet(x, x + 2) == pytest.approx(4 * 4)  # a shift alone
+    assert frechet.frechet(x, y) == pytest.approx(expected, rel=1e-6)
+    assert frechet.frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet.frechet(x, x + 2) == pytest.approx(4 * 4)  # a shift alone
     many = rng.normal(size=(4000, 3))
-    assert distances.frechet(many, 3 * many) == pytest.approx(np.trace(np.cov(many.T)) * 4 + (2 * many.mean(0) ** 2).sum() * 2, rel=0.02)
+    assert frechet.frechet(many, 3 * many) == pytest.approx(np.trace(np.cov(many.T)) * 4 + (2 * many.mean(0) ** 2).sum() * 2, rel=0.02)
 
 
 def test_the_kernel_distance_is_its_double_sum_and_unbiased() -> None:
@@ -32,8 +32,8 @@ def test_the_kernel_distance_is_its_double_sum_and_unbiased() -> None:
     k = lambda a, b: (a @ b / 3 + 1) ** 3  # noqa: E731
     pairs = lambda a: np.mean([k(a[i], a[j]) for i in range(len(a)) for j in range(len(a)) if i != j])  # noqa: E731
     expected = pairs(x) + pairs(y) - 2 * np.mean([[k(a, b) for b in y] for a in x])
-    assert distances.kernel_distance(x, y) == pytest.approx(expected)
-    same = [distances.kernel_distance(*rng.normal(size=(2, 40, 3))) for _ in range(200)]
+    assert frechet.kernel_distance(x, y) == pytest.approx(expected)
+    same = [frechet.kernel_distance(*rng.normal(size=(2, 40, 3))) for _ in range(200)]
     assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(200) and min(same) < 0
 
 
@@ -42,23 +42,23 @@ def test_cmmd_is_its_double_sum() -> None:
     x, y = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (rng.normal(size=(6, 4)), rng.normal(size=(5, 4))))
     k = lambda a, b: np.exp(-((a - b) ** 2).sum() / 200)  # noqa: E731
     mean = lambda a, b: np.mean([[k(p, q) for q in b] for p in a])  # noqa: E731
-    assert distances.cmmd(x, y) == pytest.approx(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)), rel=1e-6)
-    assert distances.cmmd(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet.cmmd(x, y) == pytest.approx(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)), rel=1e-6)
+    assert frechet.cmmd(x, x) == pytest.approx(0, abs=1e-9)
 
 
 def test_precision_and_recall_tell_quality_from_diversity() -> None:
     rng = np.random.default_rng(0)
     real = rng.normal(size=(200, 2))
     narrow = 0.1 * rng.normal(size=(200, 2))
-    inside, covered = distances.precision_recall(real, narrow)
+    inside, covered = frechet.precision_recall(real, narrow)
     assert inside.mean() > 0.95 and covered.mean() < 0.3
-    inside, covered = distances.precision_recall(real, real + 100)
+    inside, covered = frechet.precision_recall(real, real + 100)
     assert not inside.any() and not covered.any()
     line = np.arange(6.0)[:, None]  # each ball reaches to the third nearest: 2 in the middle, 3 at the ends
-    inside, covered = distances.precision_recall(line, np.array([[-3.0], [-3.1], [2.5], [50.0]]))
+    inside, covered = frechet.precision_recall(line, np.array([[-3.0], [-3.1], [2.5], [50.0]]))
     assert inside.tolist() == [True, False, True, False]
     with pytest.raises(ValueError, match="3-th neighbour"):
-        distances.precision_recall(line[:3], line)
+        frechet.precision_recall(line[:3], line)
 
 
 def test_the_section_prefers_the_guidance_that_draws_the_real_pictures(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_too_few_pairs_are_said(tmp_path: Path) -> None:
     assert "Not measured" in found["text"][0] and not found["tables"]
 
 
-DISTANCES = {"frechet": distances.frechet_of, "kernel_distance": distances.kernel_distance_of, "cmmd": distances.cmmd_of}
+DISTANCES = {"frechet": frechet.frechet_of, "kernel_distance": frechet.kernel_distance_of, "cmmd": frechet.cmmd_of}
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -119,7 +119,7 @@ def test_a_picture_that_counts_twice_is_as_one_that_stands_there_twice(name: str
         across = sum(u[i] * v[j] * k(x[i], y[j]) for i in range(9) for j in range(7)) / (u.sum() * v.sum())
         assert counted == pytest.approx(sum(within) - 2 * across)
     else:
-        assert counted == pytest.approx(getattr(distances, name)(np.repeat(x, u, 0), np.repeat(y, v, 0)))
+        assert counted == pytest.approx(getattr(frechet, name)(np.repeat(x, u, 0), np.repeat(y, v, 0)))
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -145,10 +145,10 @@ def test_sets_that_belong_together_are_drawn_together() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, 3)) * 5
     y = x + 0.01 * rng.normal(size=(40, 3)) + 1
-    together, apart = (set_figure(distances.frechet_of(x, y), range(40), other, 200, 0) for other in (None, range(40)))
+    together, apart = (set_figure(frechet.frechet_of(x, y), range(40), other, 200, 0) for other in (None, range(40)))
     assert together["value"] == apart["value"] and together["high"] - together["low"] < 0.1 * (apart["high"] - apart["low"])
-    often = set_figure(distances.frechet_of(np.repeat(x, 5, 0), np.repeat(y + x, 5, 0)), np.repeat(range(40), 5), None, 200, 0)
-    once = set_figure(distances.frechet_of(x, y + x), range(40), None, 200, 0)
+    often = set_figure(frechet.frechet_of(np.repeat(x, 5, 0), np.repeat(y + x, 5, 0)), np.repeat(range(40), 5), None, 200, 0)
+    once = set_figure(frechet.frechet_of(x, y + x), range(40), None, 200, 0)
     assert often["groups"] == 40 and often["high"] - often["low"] == pytest.approx(once["high"] - once["low"], rel=0.1)
-    two = set_figure(distances.frechet_of(x, y), np.repeat([0, 1], 20), None, 200, 0)
+    two = set_figure(frechet.frechet_of(x, y), np.repeat([0, 1], 20), None, 200, 0)
     assert two["low"] is None and two["high"] is None

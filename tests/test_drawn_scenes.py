@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from flows.drawn_scenes import ScenesSource, draw_all
 from flows.sources import DataConfig, content_of, write_url_table
-from indexing.checker import shows
-from indexing.scenes import parse
+from indexing.scenes.checker import shows
+from indexing.scenes.scenes import parse
 
 
 def source(**changes: object) -> ScenesSource:

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 import indexing
-from indexing.evaluate import EvaluateConfig, class_phrase, evaluate
+from indexing.evaluation.evaluate import EvaluateConfig, class_phrase, evaluate
 from tests.pictured import DIM, HOSTILE, encode_images, encode_texts, generate, manifest, row, subject, usual_rows, write_run
 
 SCHEMA = json.loads((Path(indexing.__file__).parent / "report.schema.json").read_text())

@@ -7,14 +7,14 @@ import cv2
 import numpy as np
 import pytest
 
-from indexing.pictures import read_picture, sheet, square, write_png
+from indexing.data.images import read_picture, sheet, square, write_png
 from infra.errors import DataError
 from tests.pictured import draw, usual_rows, write_run
 from training.data.image_reader import decode
 
 
 def test_every_picture_of_a_shard_is_found_in_its_place(tmp_path: Path) -> None:
-    from indexing.held_out import open_embedded
+    from indexing.data.held_out import open_embedded
 
     rows = usual_rows()
     write_run(tmp_path, rows)

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.schemas import APIOperation
 
-from indexing.app import make_app
-from indexing.service import ServeConfig
+from indexing.service.app import make_app
+from indexing.service.state import ServeConfig
 from tests.served import Fake
 
 TOKEN = "a-token-of-twenty-letters"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from indexing.generation import clip_scores, nearest_by_embedding, nearest_by_pixels, pair_clip_score
+from indexing.metrics.clip_score import clip_scores, nearest_by_embedding, nearest_by_pixels, pair_clip_score
 from tests.embedded import vectors
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 from starlette.testclient import TestClient
 
-from indexing.app import make_app
-from indexing.guard import Buckets, network_of
-from indexing.service import ServeConfig
+from indexing.service.app import make_app
+from indexing.service.middleware import Buckets, network_of
+from indexing.service.state import ServeConfig
 from tests import pictured
 from tests.pictured import b64, png
 from tests.served import Fake
@@ -87,7 +87,7 @@ def test_addresses_of_one_ipv6_network_are_one_client() -> None:
 
 
 def test_bodies_of_all_requests_together_are_bounded(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("indexing.guard.HELD_BYTES", 3000)
+    monkeypatch.setattr("indexing.service.middleware.HELD_BYTES", 3000)
     encoding, go_on = threading.Event(), threading.Event()
     service = fake.service()
     encode = service.encode_picture

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from indexing.held_out import licences, open_embedded, read_pairs, seen_in_training, trained_captions
+from indexing.data.held_out import licences, open_embedded, read_pairs, seen_in_training, trained_captions
 from infra.errors import DataError
 from tests.pictured import DIM, direction, row, usual_rows, write_run
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows import packaged_sets
-from indexing.image_sets import ImageSet, open_set
+from indexing.data.labelled_sets import ImageSet, open_set
 from infra.errors import CallerError, DataError
 
 COLOURS = {"cat": (200, 10, 10), "dog": (10, 200, 10), "eel": (10, 10, 200)}

@@ -13,11 +13,11 @@ import pytest
 from pydantic import ValidationError
 
 from flows import compaction
-from indexing import index, lists
-from indexing.embeddings import part_files
-from indexing.factories import building_bytes, hot_bytes, train
-from indexing.index import MODALITIES, Index, IndexConfig, build
-from indexing.tuning import Effort, brute_force, effort_for, recalls, search
+from indexing.ann import index, inverted_lists
+from indexing.ann.factory import building_bytes, hot_bytes, train
+from indexing.ann.index import MODALITIES, Index, IndexConfig, build
+from indexing.ann.tuning import Effort, brute_force, effort_for, recalls, search
+from indexing.data.embedding_store import part_files
 from infra.compute.cluster import Cluster, ClusterConfig, spread
 from infra.errors import CallerError, DataError
 from infra.storage import manifests
@@ -302,7 +302,7 @@ def test_two_workers_of_ray_build_what_one_process_builds(embed: Path, tmp_path:
         np.save(folder / "text_emb" / "text_emb_0002.npy", rows)
         with pytest.raises(DataError, match=r"^the embeddings hold NaN or infinity: embed again$"):
             trained = train("IVF8,SQ8", [exact(embed, "text")], 0)
-            lists.fill(trained, part_files(folder / "text_emb"), tmp_path / "bad", partial(spread, cluster))
+            inverted_lists.fill(trained, part_files(folder / "text_emb"), tmp_path / "bad", partial(spread, cluster))
     assert counts["task_peak_bytes"] > 0
     for name in ("image.index", "text.index", "metadata.arrow"):
         assert (tmp_path / "spread" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from indexing.intervals import class_mean_figure, mean_figure, wilson
+from indexing.metrics.bootstrap import class_mean_figure, mean_figure, wilson
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (0, 30), (7, 30), (30, 30), (500, 10_000)])

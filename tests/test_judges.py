@@ -5,8 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from indexing.judges import best_of, character_accuracy, edit_distance, judge_of
-from indexing.scenes import draw, parse
+from indexing.scenes.judges import best_of, character_accuracy, edit_distance, judge_of
+from indexing.scenes.scenes import draw, parse
 
 
 def test_best_of_n_is_the_mean_over_all_subsets() -> None:

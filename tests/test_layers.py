@@ -53,7 +53,7 @@ def test_imports_run_downwards(path: Path) -> None:
 @pytest.mark.parametrize(
     ("floor", "source"),
     [
-        ("training", "from indexing.index import Index"),
+        ("training", "from indexing.ann.index import Index"),
         ("infra", "def f():\n    import flows.stages"),
         ("indexing", "import torch.nn as nn"),
         ("infra", "from ray import train"),

@@ -12,9 +12,9 @@ import faiss
 import numpy as np
 import pytest
 
-from indexing import lists
-from indexing.embeddings import part_files
-from indexing.factories import train
+from indexing.ann import inverted_lists
+from indexing.ann.factory import train
+from indexing.data.embedding_store import part_files
 from tests.embedded import KINDS, exact, filled, uneven, write_embed
 
 HERE = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ def one_thread() -> None:
     faiss.omp_set_num_threads(1)
 
 
-def elsewhere(function: Callable[..., int], tasks: Sequence[lists.Task]) -> Iterator[list[int]]:
+def elsewhere(function: Callable[..., int], tasks: Sequence[inverted_lists.Task]) -> Iterator[list[int]]:
     """Call the function in another process, the last task first and one of them twice."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), faiss.omp_set_num_threads, (1,)) as pool:
         for task in (*tasks[::-1], tasks[0]):
@@ -44,7 +44,7 @@ def test_parts_encoded_elsewhere_make_what_faiss_makes_of_all_in_order(
     vectors = exact(embed, "image")
     faiss.write_index(filled(factory, [vectors], 0), str(tmp_path / "whole"))
     for name, where in (("here", None), ("elsewhere", elsewhere)):
-        lists.fill(train(factory, [vectors], 0), files, tmp_path / name, where)
+        inverted_lists.fill(train(factory, [vectors], 0), files, tmp_path / name, where)
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole").read_bytes(), name
     assert {path.name for path in tmp_path.iterdir()} == {"embed", "whole", "here", "elsewhere"}, "nothing is left of the parts"
 
@@ -54,8 +54,8 @@ import sys
 from pathlib import Path
 import faiss
 from indexing import lists
-from indexing.embeddings import open_rows, part_files
-from indexing.factories import train
+from indexing.data.embedding_store import open_rows, part_files
+from indexing.ann.factory import train
 whole, parts, out = map(Path, sys.argv[1:4])
 for factory in sys.argv[4:]:
     written = []
@@ -85,10 +85,10 @@ def test_equal_vectors_get_equal_codes_whatever_stands_beside_them_and_however_m
 
 
 def test_files_are_put_into_pieces_of_work_in_order() -> None:
-    assert lists.shares([5, 0, 3]) == [(0, 1, 0), (1, 3, 5)]
+    assert inverted_lists.shares([5, 0, 3]) == [(0, 1, 0), (1, 3, 5)]
     lengths = np.random.default_rng(0).integers(1, 100, 1000).tolist()
-    pieces = lists.shares(lengths)
-    assert len(pieces) <= lists.SHARES and pieces[0][0] == 0 and pieces[-1][1] == 1000
+    pieces = inverted_lists.shares(lengths)
+    assert len(pieces) <= inverted_lists.SHARES and pieces[0][0] == 0 and pieces[-1][1] == 1000
     assert [last for _, last, _ in pieces[:-1]] == [first for first, *_ in pieces[1:]]
     assert [start for *_, start in pieces] == [sum(lengths[:first]) for first, *_ in pieces]
-    assert max(sum(lengths[first:last]) for first, last, _ in pieces) <= sum(lengths) / lists.SHARES + 100
+    assert max(sum(lengths[first:last]) for first, last, _ in pieces) <= sum(lengths) / inverted_lists.SHARES + 100

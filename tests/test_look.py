@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from flows import curate
-from indexing import uploads
-from indexing.image_sets import ImageSet
+from indexing.data.labelled_sets import ImageSet
+from indexing.service import image_upload
 from tests.test_curate import NO_HELD_OUT, item, write_shard
 from tests.test_open_clip import small, written
 from training.data.image_reader import as_square, read_file, read_table
@@ -105,7 +105,7 @@ def test_every_way_to_a_clips_embedding_takes_its_look(tmp_path: Path) -> None:
 
     judged = ImageSet("one", [png], np.zeros(1, np.int64), ["thing"], (), square)
     for found in (
-        uploads.decode(png, SIDE, square),
+        image_upload.decode(png, SIDE, square),
         judged.only(np.array([0])).pictures(SIDE)[0],
         read_file(tmp_path / "one.png", SIDE, CROPPED),
     ):

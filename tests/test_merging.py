@@ -13,9 +13,9 @@ from flows import adding, living, merging, serving
 from flows.cli import main
 from flows.compaction import compact
 from flows.taking_down import by_values, find, take_down, verify
-from indexing.app import make_app
-from indexing.pictures import read_picture
-from indexing.service import Encoders, ServeConfig, Service
+from indexing.data.images import read_picture
+from indexing.service.app import make_app
+from indexing.service.state import Encoders, ServeConfig, Service
 from infra.storage import manifests, store
 from infra.storage.store import Root
 from tests import pictured

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from indexing.service import Service
+from indexing.service.state import Service
 from tests import pictured
 from tests.browser import CHROMIUM, Browser
 from tests.pictured import HOSTILE, row

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from indexing.held_out import Embedded, open_embedded, read_pairs
-from indexing.prior_figures import another, mean_image, prior_cosines, prior_section
+from indexing.data.held_out import Embedded, open_embedded, read_pairs
+from indexing.evaluation.prior import another, mean_image, prior_cosines, prior_section
 from tests.pictured import DIM, direction, encode_texts, subject, usual_rows, write_run
 
 

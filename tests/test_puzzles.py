@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from flows.config import load_recipe
-from indexing.judges import judge_of
-from indexing.puzzles import ANY, EVEN, TURNS, Puzzle, claims, draw, every_puzzle, numbers, parse, read_cube, read_grid, turned
+from indexing.scenes.judges import judge_of
+from indexing.scenes.puzzles import ANY, EVEN, TURNS, Puzzle, claims, draw, every_puzzle, numbers, parse, read_cube, read_grid, turned
 
 RNG = np.random.default_rng(0)
 

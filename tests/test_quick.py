@@ -9,7 +9,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.testclient import TestClient
 
-from indexing.quick import QuickRoute
+from indexing.service.json_route import QuickRoute
 
 
 class Asked(BaseModel):

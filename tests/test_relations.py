@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from indexing import scenes, sections
-from indexing.held_out import open_embedded
-from indexing.relations import TITLE, RelationsConfig, asked, exchanged, relations
-from indexing.scenes import Scene, Thing, parse
-from indexing.subject import Subject
+from indexing.data.held_out import open_embedded
+from indexing.evaluation.context import Subject
+from indexing.evaluation.relations import TITLE, RelationsConfig, asked, exchanged, relations
+from indexing.report import sections
+from indexing.scenes import scenes
+from indexing.scenes.scenes import Scene, Thing, parse
 from tests.benchmarks import search_at_inference
 from tests.pictured import row, subject, write_run
 

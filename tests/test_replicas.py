@@ -12,8 +12,8 @@ from starlette.testclient import TestClient
 from flows import serving
 from flows.cli import main
 from flows.serving import Replicated, open_replica
-from indexing.app import make_app
-from indexing.service import Encoders, ServeConfig, Service
+from indexing.service.app import make_app
+from indexing.service.state import Encoders, ServeConfig, Service
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, UnclipError
 from infra.storage import manifests
@@ -56,7 +56,7 @@ def ask(client: Any, question: tuple[str, dict[str, Any] | None], token: str = T
 
 
 def test_two_replicas_answer_as_the_application_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from indexing import replicas
+    from indexing.service import ray_serve
 
     root = write_root(tmp_path)
     asked = Replicated(root=root.uri, replicas=2, rate=0, cpus=1)
@@ -85,10 +85,10 @@ def test_two_replicas_answer_as_the_application_alone(tmp_path: Path, monkeypatc
     with Cluster(ClusterConfig(num_cpus=2, object_store_memory_bytes=80 << 20)) as cluster:
         cluster.start()
         with pytest.raises(Seen):
-            replicas.run(replicas.application(partial(open_drawn, asked), 2, 1), "127.0.0.1", port, look)
+            ray_serve.run(ray_serve.application(partial(open_drawn, asked), 2, 1), "127.0.0.1", port, look)
         lost = Replicated(root=str(tmp_path / "nothing"), replicas=1)
         with pytest.raises(UnclipError, match=r"replicas do not come up: .*nothing has no run"):
-            replicas.run(replicas.application(partial(open_drawn, lost), 1, 1), "127.0.0.1", port, lambda: None)
+            ray_serve.run(ray_serve.application(partial(open_drawn, lost), 1, 1), "127.0.0.1", port, lambda: None)
 
 
 def bearer() -> dict[str, str]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from indexing import report
-from indexing.evaluate import EvaluateConfig, evaluate
+from indexing.evaluation.evaluate import EvaluateConfig, evaluate
+from indexing.report import page as report_page
 from tests.pictured import HOSTILE, generate, manifest, row, subject, usual_rows, write_run
 
 CONFIG = {
@@ -86,7 +86,7 @@ def test_a_stage_leads_to_what_it_was_made_from_where_that_is_on_the_page(tmp_pa
     assert clip["inputs"] == {"ingest": "abc"}  # another key than the page's
 
     def links(inputs: dict[str, str]) -> list[str]:
-        page = Page(report.render({**facts, "stages": [ingest, {**clip, "inputs": inputs}]}, tmp_path / "out"))
+        page = Page(report_page.render({**facts, "stages": [ingest, {**clip, "inputs": inputs}]}, tmp_path / "out"))
         assert_stands_alone(page)
         return [attributes["href"] for tag, attributes in page.tags if tag == "a" and attributes["href"].startswith("#stage-")]
 
@@ -112,7 +112,7 @@ def test_every_figure_is_on_the_page(tmp_path: Path) -> None:
     assert (len(shares), len(scores)) == (2 * 5 * 3 + 2 * 2 * 2 * 3 + 1, 3 + 4)
     for _, figure in scores:
         figure |= {each: 1000 * figure[each] for each in ("value", "low", "high")}
-    page = Page(report.render(facts, tmp_path / "out"))
+    page = Page(report_page.render(facts, tmp_path / "out"))
     for name, figure in shares:
         assert f"{100 * figure['value']:.1f} %" in page.text
         if name not in ("top_5", "mean_per_class"):
@@ -161,7 +161,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
 
 
 def test_the_recipe_reads_back() -> None:
-    text = report.toml_text(CONFIG)
+    text = report_page.toml_text(CONFIG)
     wanted = {name: {key: value for key, value in section.items() if value is not None} for name, section in CONFIG.items()}
     assert tomllib.loads(text) == wanted
     assert "# seed is not set" in text
@@ -170,13 +170,13 @@ def test_the_recipe_reads_back() -> None:
 def test_a_page_without_a_recipe_stages_and_losses(tmp_path: Path) -> None:
     facts = make(tmp_path, usual_rows())
     facts |= {"run": facts["run"] | {"config": {}, "started": None, "finished": None, "packages": {}}, "stages": []}
-    page = Page(report.render(json.loads(json.dumps(facts)), tmp_path / "out"))
+    page = Page(report_page.render(json.loads(json.dumps(facts)), tmp_path / "out"))
     assert "No stage left a loss." in page.text
     assert "recipe" not in page.text
 
 
 def test_stage_facts_come_from_the_manifest() -> None:
-    found = report.stage_facts(manifest("index", {"embed": "e"}, factory="Flat"), ())
+    found = report_page.stage_facts(manifest("index", {"embed": "e"}, factory="Flat"), ())
     assert found["seconds"] == 65.5
     assert (found["in"], found["out"], found["dropped"], found["bytes"], found["more"]) == (
         40,
@@ -190,13 +190,13 @@ def test_stage_facts_come_from_the_manifest() -> None:
 
 def test_losses_that_are_not_finite_are_left_out() -> None:
     rows = [{"images_seen": n, "loss": loss} for n, loss in enumerate((float("nan"), 4.0, None, 2.0, float("inf")))] + [{"images_seen": 9}]
-    found = report.stage_facts(manifest("clip"), rows)
+    found = report_page.stage_facts(manifest("clip"), rows)
     assert found["curve"] == [(1, 4.0), (3, 2.0)]
     assert found["loss"] == {"value": 2.0, "n": 1, "images_seen": 3}
 
 
 def test_a_long_curve_is_thinned_to_means() -> None:
-    thin = report.thinned([(x, float(x % 2)) for x in range(1, 1001)], 100)
+    thin = report_page.thinned([(x, float(x % 2)) for x in range(1, 1001)], 100)
     assert len(thin) == 100
     assert thin[0] == (10, 0.5)
     assert thin[-1][0] == 1000
@@ -204,7 +204,7 @@ def test_a_long_curve_is_thinned_to_means() -> None:
 
 def test_package_versions_that_differ_are_all_named() -> None:
     other = manifest("clip") | {"packages": {"numpy": "2.5.0"}}
-    assert report.run_facts({}, [manifest("ingest"), other])["packages"] == {"numpy": ["2.4.6", "2.5.0"], "python": ["3.11.7"]}
+    assert report_page.run_facts({}, [manifest("ingest"), other])["packages"] == {"numpy": ["2.4.6", "2.5.0"], "python": ["3.11.7"]}
 
 
 @pytest.mark.parametrize(
@@ -219,12 +219,12 @@ def test_package_versions_that_differ_are_all_named() -> None:
     ],
 )
 def test_the_verdict_follows_the_interval(figure: dict[str, Any], says: str) -> None:
-    assert report.verdict(figure) == says
+    assert report_page.verdict(figure) == says
 
 
 def test_numbers_for_people() -> None:
-    assert [report.percent(each) for each in (None, 0, 0.4123, 0.0004, 1)] == ["–", "0.0 %", "41.2 %", "0.04 %", "100.0 %"]
-    assert report.interval({"low": 0.1, "high": 0.25}) == "10.0 to 25.0"
-    assert report.interval({"low": None, "high": None}) == "–"
-    assert [report.number(None), report.number(12345), report.number(1.25, 1)] == ["–", "12,345", "1.2"]
-    assert [report.megabytes(2_500_000), report.megabytes(1500)] == ["2.5 MB", "1.5 kB"]
+    assert [report_page.percent(each) for each in (None, 0, 0.4123, 0.0004, 1)] == ["–", "0.0 %", "41.2 %", "0.04 %", "100.0 %"]
+    assert report_page.interval({"low": 0.1, "high": 0.25}) == "10.0 to 25.0"
+    assert report_page.interval({"low": None, "high": None}) == "–"
+    assert [report_page.number(None), report_page.number(12345), report_page.number(1.25, 1)] == ["–", "12,345", "1.2"]
+    assert [report_page.megabytes(2_500_000), report_page.megabytes(1500)] == ["2.5 MB", "1.5 kB"]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from indexing.comparison import compare, render
-from indexing.evaluate import EvaluateConfig, evaluate
-from indexing.fidelity_figures import FidelityConfig, fidelity
-from indexing.varied import Witnesses
+from indexing.evaluation.attack_judges import Witnesses
+from indexing.evaluation.evaluate import EvaluateConfig, evaluate
+from indexing.evaluation.fidelity import FidelityConfig, fidelity
+from indexing.report.comparison import compare, render
 from tests import test_relations, test_suite, test_typographic
 from tests.browser import CHROMIUM, Browser
 from tests.pictured import encode_images, generate, manifest, subject, usual_rows, write_run

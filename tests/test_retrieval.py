@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from indexing.retrieval import chance_of_hit, retrieval, retrieval_of_all, right_places
+from indexing.metrics.retrieval import chance_of_hit, retrieval, retrieval_of_all, right_places
 from tests.embedded import vectors
 
 ROOT = np.sqrt(0.5)
@@ -90,7 +90,7 @@ def test_places_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = right_places(queries, gallery, *pairs)
     scores = queries @ gallery.T
     by_hand = [int((row[~right] >= row[right].max()).sum()) for row, right in zip(scores, is_right, strict=True)]
-    monkeypatch.setattr("indexing.retrieval.QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr("indexing.metrics.retrieval.QUERIES_AT_ONCE", 7)
     assert right_places(queries, gallery, *pairs).tolist() == whole.tolist() == by_hand
 
 

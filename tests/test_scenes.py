@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from indexing.checker import claims, objects, share_held, shows
-from indexing.scenes import COLOURS, RELATIONS, SHAPES, Scene, Thing, draw, every_scene, parse, phrasings
+from indexing.scenes.checker import claims, objects, share_held, shows
+from indexing.scenes.scenes import COLOURS, RELATIONS, SHAPES, Scene, Thing, draw, every_scene, parse, phrasings
 
 SCENES = list(every_scene())
 SHAPED = [scene for scene in SCENES if not scene.word]

@@ -14,7 +14,7 @@ from flows.planning import kept, plan, with_needs
 from flows.running import run_stage
 from flows.stage import StageJob, StageResult
 from flows.stages import STAGES
-from indexing.index import Index
+from indexing.ann.index import Index
 from infra.compute.cluster import Cluster
 from infra.storage import store
 from tests.hostile_server import Server

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import indexing
-from indexing.evaluate import EvaluateConfig, evaluate
-from indexing.intervals import mean_figure
-from indexing.pictures import write_png
-from indexing.plots import bars as draw_bars
-from indexing.plots import lines as draw_lines
-from indexing.report import figure_bounds, figure_text
-from indexing.sections import bars, lines, picture, section, table
+from indexing.data.images import write_png
+from indexing.evaluation.evaluate import EvaluateConfig, evaluate
+from indexing.metrics.bootstrap import mean_figure
+from indexing.report.interval_svg import bars as draw_bars
+from indexing.report.interval_svg import lines as draw_lines
+from indexing.report.page import figure_bounds, figure_text
+from indexing.report.sections import bars, lines, picture, section, table
 from tests.pictured import HOSTILE, generate, manifest, subject, usual_rows, write_run
 from tests.test_report import Page, assert_stands_alone
 

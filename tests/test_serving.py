@@ -20,10 +20,10 @@ from flows.runs import find_run, write_run
 from flows.serving import as_origin, parts_of
 from flows.stage import StagePlan
 from flows.stages import STAGES
-from indexing.app import make_app
-from indexing.freshness import Freshness
-from indexing.index import Index, IndexConfig, build
-from indexing.service import Encoders, ServeConfig, Service
+from indexing.ann.index import Index, IndexConfig, build
+from indexing.service.app import make_app
+from indexing.service.freshness import Freshness
+from indexing.service.state import Encoders, ServeConfig, Service
 from infra.errors import CallerError, StorageError
 from infra.storage import manifests, store
 from infra.storage.removal_log import read_entry, write_removal
@@ -213,7 +213,7 @@ def test_a_log_that_does_not_read_shows_nothing_rather_than_what_it_names(root: 
 
 def test_on_a_store_what_another_machine_took_down_is_gone_from_the_next_query_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
-    monkeypatch.setattr("indexing.service.POLL_S", 1000)
+    monkeypatch.setattr("indexing.service.state.POLL_S", 1000)
     root = write_root(tmp_path, uri=f"memory://store-{tmp_path.name}")
     keys = [each["key"] for each in usual_rows()]
     with served(root) as (client, service, told):
@@ -221,7 +221,7 @@ def test_on_a_store_what_another_machine_took_down_is_gone_from_the_next_query_o
             write_removal(root, {"keys": [key], "origins": [], "sha256": []}, manifests.now())
             answer = client.post("/search", json={"text": "colour 5", "k": 48}).json()
             assert answer["samples"] == 47 - number and key not in {each["key"] for each in answer["results"]}
-        monkeypatch.setattr("indexing.freshness.WAIT_S", 0.2)
+        monkeypatch.setattr("indexing.service.freshness.WAIT_S", 0.2)
         really, released = service.parts.look_at_removals, threading.Event()
         object.__setattr__(service.parts, "look_at_removals", lambda: released.wait(10) and really())
         started = time.monotonic()

@@ -294,7 +294,7 @@ def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(stages: tuple[st
 
 def test_many_vectors_in_several_files_are_indexed_on_ray_and_few_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.stages import run_index
-    from indexing import index
+    from indexing.ann import index
     from tests.embedded import write_embed
 
     given: list[Any] = []

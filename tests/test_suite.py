@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from flows.packaged_sets import png
-from indexing.held_out import open_embedded
-from indexing.image_sets import ImageSet
-from indexing.pictures import read_picture
-from indexing.plots import plot
-from indexing.suite import SIDE_PX, SuiteConfig, draw_unseen, suite
+from indexing.data.held_out import open_embedded
+from indexing.data.images import read_picture
+from indexing.data.labelled_sets import ImageSet
+from indexing.evaluation.zero_shot_suite import SIDE_PX, SuiteConfig, draw_unseen, suite
+from indexing.report.interval_svg import plot
 from infra.errors import CallerError
 from tests.pictured import colour, direction, encode_images, row, subject, usual_rows, write_run
 from training.models import imagenet_features

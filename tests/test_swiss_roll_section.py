@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from flows import swiss_roll_section
-from indexing.evaluate import EvaluateConfig
+from indexing.evaluation.evaluate import EvaluateConfig
 from training.diffusion import swiss_roll as roll
 
 

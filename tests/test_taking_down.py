@@ -23,7 +23,7 @@ from flows.compaction import compact
 from flows.curate import CurateConfig
 from flows.planning import fault
 from flows.taking_down import blank, by_values, find, take_down, verify
-from indexing import duplicates
+from indexing.dedup import deduplicate
 from infra.errors import CallerError, DataError
 from infra.schemas import DROPPED, URLS
 from infra.storage import manifests, store
@@ -195,9 +195,9 @@ def commit_dedup(root: Root) -> tuple[str, str]:
     table = pq.read_table(embed.local() / "metadata" / "metadata_0000.parquet")
     keys = table["key"].to_pylist()
     is_kept = np.array([key != keys[4] for key in keys])
-    duplicates.write_kept(embed.local(), out, is_kept)
+    deduplicate.write_kept(embed.local(), out, is_kept)
     row = {"key": keys[4], "keeper": keys[5], "reason": "alike", "score": 0.9}
-    pq.write_table(pa.Table.from_pylist([row], duplicates.GROUPS), out / "groups.parquet")
+    pq.write_table(pa.Table.from_pylist([row], deduplicate.GROUPS), out / "groups.parquet")
     (out / "threshold.json").write_text("{}")
     (out / "groups.png").write_bytes(b"both pictures")
     inputs = {name: committed(root, name) for name in ("ingest", "clip", "embed")}
@@ -379,7 +379,7 @@ def pictures(folder: Path) -> Path:
 
 
 def test_added_pictures_are_found_once_with_thumbnail_and_can_be_taken_down(root: Root, tmp_path: Path, drawn_clip: None) -> None:
-    from indexing.pictures import read_picture
+    from indexing.data.images import read_picture
 
     source = pictures(tmp_path / "pictures")
     view, known = living.open_view(root, None)

@@ -4,7 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
-from indexing.tuning import STEPS, Effort, Measured, Sample, Selection, _probed, brute_force, fewest_cells, recalls, search, tune
+from indexing.ann.tuning import STEPS, Effort, Measured, Sample, Selection, _probed, brute_force, fewest_cells, recalls, search, tune
 from tests.embedded import KINDS, filled, spread_out, vectors
 
 DIM = 32

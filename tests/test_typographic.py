@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from indexing.held_out import Pairs, open_embedded, read_pairs
-from indexing.typographic import (
+from indexing.data.held_out import Pairs, open_embedded, read_pairs
+from indexing.evaluation.attack_judges import Witnesses, judge, look_alikes, probabilities
+from indexing.evaluation.typographic_attack import (
     PLACES,
     SIZES,
     TypographicConfig,
@@ -20,7 +21,6 @@ from indexing.typographic import (
     ways,
     write_word,
 )
-from indexing.varied import Witnesses, judge, look_alikes, probabilities
 from infra.errors import CallerError
 from tests.pictured import colour, direction, encode_images, encode_texts, row, subject, usual_rows, write_run
 
@@ -106,7 +106,7 @@ def test_a_clip_that_reads_follows_the_word(tmp_path: Path) -> None:
             ]
         )
 
-    import indexing.typographic as module
+    import indexing.evaluation.typographic_attack as module
 
     plain = module.write_word
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from indexing.pictures import BAND_ROWS, square
-from indexing.uploads import decode
+from indexing.data.images import BAND_ROWS, square
+from indexing.service.image_upload import decode
 
 SIDE_PX = 32
 
@@ -75,7 +75,7 @@ def test_bands_of_a_transparent_picture_are_laid_on_white_as_the_whole_is() -> N
 MEASURE = """
 import sys
 from pathlib import Path
-from indexing.uploads import decode
+from indexing.service.image_upload import decode
 def told(name):
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)) // 1024
 large, small = (Path(each).read_bytes() for each in sys.argv[1:])
@@ -97,7 +97,7 @@ def test_the_largest_picture_takes_a_bounded_memory(tmp_path: Path, mode: str, k
 
 
 def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("indexing.uploads.MAX_PIXELS", 10_000)
+    monkeypatch.setattr("indexing.service.image_upload.MAX_PIXELS", 10_000)
     for kind, side in (("PNG", 100), ("WEBP", 70)):
         assert decode(encoded(Image.new("RGB", (side, side)), kind), SIDE_PX).shape == (SIDE_PX, SIDE_PX, 3)
         with pytest.raises(ValueError, match="million are taken"):

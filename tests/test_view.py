@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from indexing.index import Index, IndexConfig, build
-from indexing.view import NUMBER_BITS, Filter, Segment, View, hashes_of, make_filter, number_of
+from indexing.ann.index import Index, IndexConfig, build
+from indexing.ann.view import NUMBER_BITS, Filter, Segment, View, hashes_of, make_filter, number_of
 from infra.storage.removal_log import Removals
 from tests.embedded import vectors, write_embed
 
@@ -82,8 +82,8 @@ def test_a_question_among_copies_costs_no_more_than_a_bound(tmp_path: Path, monk
     write_embed(tmp_path / "embed", 3000, DIM, copies=3000)
     build(IndexConfig(factory="Flat", queries=2), tmp_path / "embed", _made(tmp_path / "index"))
     view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
-    monkeypatch.setattr("indexing.view.FETCHED", 1024)
-    monkeypatch.setattr("indexing.view.FETCHED_APART", 256)
+    monkeypatch.setattr("indexing.ann.view.FETCHED", 1024)
+    monkeypatch.setattr("indexing.ann.view.FETCHED_APART", 256)
     asked: list[int] = []
     search = Index.search
     monkeypatch.setattr(Index, "search", lambda self, vector, k, *more: asked.append(k) or search(self, vector, k, *more))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from indexing.embeddings import unit
-from indexing.zero_shot import class_embeddings, member_scores, ranks, score
+from indexing.data.embedding_store import unit
+from indexing.metrics.zero_shot import class_embeddings, member_scores, ranks, score
 from tests.embedded import vectors
 
 

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flows.config import RunConfig, load_recipe
-from indexing.intervals import mean_figure
-from indexing.retrieval import right_places
-from indexing.zero_shot import ranks
+from indexing.metrics.bootstrap import mean_figure
+from indexing.metrics.retrieval import right_places
+from indexing.metrics.zero_shot import ranks
 from tests.benchmarks.clip_vs_open_clip import PYTHON
 from tests.peered import SCRIPTS
 from training.data import embedding_dataset

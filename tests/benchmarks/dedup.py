@@ -24,10 +24,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from indexing.dedup import semantic
-from indexing.duplicates import DedupConfig, run
-from indexing.embeddings import Floats, Rows, unit
-from indexing.pictures import Pixels
+from indexing.data.embedding_store import Floats, Rows, unit
+from indexing.data.images import Pixels
+from indexing.dedup.deduplicate import DedupConfig, run
+from indexing.dedup.grouping import semantic
 from infra.compute.memory import PeakMemory
 from infra.schemas import EMBEDDED
 

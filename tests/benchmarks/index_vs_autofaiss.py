@@ -36,10 +36,10 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing import lists, tuning
-from indexing.embeddings import Floats, chunks, unit
-from indexing.factories import add, cells_of, choose_factory, hot_bytes, train
-from indexing.tuning import Effort, Sample, brute_force, recalls
+from indexing.ann import inverted_lists, tuning
+from indexing.ann.factory import add, cells_of, choose_factory, hot_bytes, train
+from indexing.ann.tuning import Effort, Sample, brute_force, recalls
+from indexing.data.embedding_store import Floats, chunks, unit
 
 TARGET, K, ROUNDS = 0.95, 10, 3
 LEAST = {"recall@10": TARGET, "times the queries/s at equal recall": 10, "of the fastest": 0.9}
@@ -120,7 +120,7 @@ def ours(name: str, factory: str, vectors: Path, tuned_on: Floats, cores: int, f
         with clocks() as built:
             index = train(factory, parts, 0)
             if cells_of(factory):
-                lists.fill(index, [vectors], file)
+                inverted_lists.fill(index, [vectors], file)
             else:
                 add(index, chunks(parts))
                 faiss.write_index(index, str(file))

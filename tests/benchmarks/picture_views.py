@@ -16,9 +16,9 @@ import numpy as np
 
 from flows.living import lineage
 from flows.runs import committed_of
-from indexing.embeddings import metadata_batches
-from indexing.looks import PLACE
-from indexing.pictures import Pixels, read_picture
+from indexing.data.embedding_store import metadata_batches
+from indexing.data.images import Pixels, read_picture
+from indexing.dedup.perceptual_hash import PLACE
 from infra.console.progress import Progress
 from infra.errors import CallerError
 from infra.storage.store import open_root

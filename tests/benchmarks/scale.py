@@ -104,13 +104,13 @@ def embed(folder: Path, count: int) -> int:
 
 
 def dedup(folder: Path, count: int) -> int:
-    from indexing import duplicates
+    from indexing.dedup import deduplicate
     from training.jobs import embed as embedding
 
     _, encode_images, side_px = embedding.encoders(folder / "clip")
     shards = folder / "ingest" / "shards"
     (folder / "dedup").mkdir()
-    duplicates.run(duplicates.DedupConfig(), shards, folder / "embed", encode_images, side_px, folder / "dedup")
+    deduplicate.run(deduplicate.DedupConfig(), shards, folder / "embed", encode_images, side_px, folder / "dedup")
     return size_of(folder / "dedup")
 
 
@@ -143,8 +143,8 @@ def lengthen(folder: Path, count: int) -> None:
 
 
 def index(folder: Path, count: int) -> int:
-    from indexing import index as stage
-    from indexing.factories import CODED_CENTROIDS_FROM, POINTS_PER_CELL
+    from indexing.ann import index as stage
+    from indexing.ann.factory import CODED_CENTROIDS_FROM, POINTS_PER_CELL
 
     (folder / "index").mkdir()
     cells = min(round(16 * math.sqrt(count)), count // POINTS_PER_CELL)  # one kind at all sizes: that of large ones

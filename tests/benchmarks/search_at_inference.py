@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flows.comparing import read_report
-from indexing.relations import TITLE
-from indexing.report import figure_bounds, figure_text
+from indexing.evaluation.relations import TITLE
+from indexing.report.page import figure_bounds, figure_text
 
 MUST_GAIN = ("position", "attribution")
 JUDGE = "by checker"

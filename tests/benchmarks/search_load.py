@@ -179,8 +179,8 @@ def drawn_service(root: Path) -> Iterator[tuple[str, int]]:
 def serve(folder: Path) -> None:
     """Serve a drawn ROOT as `unclip serve` does, its CLIP a function, until killed."""
     from flows import serving
-    from indexing.app import run
-    from indexing.service import Encoders, ServeConfig, Service
+    from indexing.service.app import run
+    from indexing.service.state import Encoders, ServeConfig, Service
     from infra.storage.store import open_root
 
     def encoders(known: Any) -> Encoders:

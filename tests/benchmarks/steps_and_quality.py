@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from indexing.distances import kernel_distance
+from indexing.metrics.frechet import kernel_distance
 from tests.benchmarks.clip_quality_vs_open_clip import newest
 from tests.promises import told
 from training.data.image_reader import Pictures, read_table

@@ -34,8 +34,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flows import packaged_sets
-from indexing import image_sets, suite, zero_shot
-from indexing.image_sets import ImageSet
+from indexing.data import labelled_sets
+from indexing.data.labelled_sets import ImageSet
+from indexing.evaluation import zero_shot_suite
+from indexing.metrics import zero_shot
 from tests.peered import PEERS, Peer
 from training.data.image_reader import as_square
 from training.models import clip as clip_model
@@ -131,7 +133,7 @@ def teach(sets: list[ImageSet], tokenizer: Tokenizer, steps: int, folder: Path) 
 
 def opened(path: Path, name: str) -> ImageSet:
     """Read a set as the CLIP sees its pictures."""
-    return replace(image_sets.open_set(path, name), square=partial(as_square, look=LOOK))
+    return replace(labelled_sets.open_set(path, name), square=partial(as_square, look=LOOK))
 
 
 def in_turns(rounds: int, works: dict[str, Callable[[], float]]) -> dict[str, float]:
@@ -168,8 +170,8 @@ def measure(threads: int, rounds: int, pictures: int, steps: int, workers: int) 
             return clip_model.embed_images(model, torch.from_numpy(images), BATCH).numpy()
 
         def scores(some: ImageSet) -> np.ndarray:
-            vectors = suite.encoded(encode_images, some.pictures(SIDE_PX))
-            return suite.class_scores(some, vectors, encode_texts, ("{}",))
+            vectors = zero_shot_suite.encoded(encode_images, some.pictures(SIDE_PX))
+            return zero_shot_suite.class_scores(some, vectors, encode_texts, ("{}",))
 
         def whole(name: str, bf16: bool) -> float:
             started_s = time.perf_counter()
@@ -182,7 +184,7 @@ def measure(threads: int, rounds: int, pictures: int, steps: int, workers: int) 
             started_s = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 some = opened(folder / "sets" / name, name)
-                place = zero_shot.ranks(suite.encoded(encode_images, some.pictures(SIDE_PX)) @ classes, some.labels)
+                place = zero_shot.ranks(zero_shot_suite.encoded(encode_images, some.pictures(SIDE_PX)) @ classes, some.labels)
             assert 0 <= (place < 1).mean() <= (place < 5).mean() <= 1
             return time.perf_counter() - started_s
 

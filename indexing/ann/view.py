@@ -1,0 +1,315 @@
+"""One version of a living index: the segments that hold its vectors, and which of their rows are gone.
+
+A view never changes: a take-down, an addition or another index makes a new one, and a query that has begun ends on the view that it
+began with. Samples are known by key, and by a number made from the key for clients that want numbers; rows are nobody's business
+outside. Legend: N rows of a segment.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import ArrayLike, NDArray
+
+from indexing.ann.index import Allowed, Index, Modality
+from indexing.data.embedding_store import CHUNK_ROWS, Floats, Rows, unit
+from infra.schemas import EMBEDDED
+from infra.storage.removal_log import Removals
+
+Mask = NDArray[np.bool_]
+Place = tuple[int, int, float]
+"""A segment, a row of it, and its score."""
+
+NEAR = 0.94
+"""Results with a picture cosine of at least this count as copies where near ones are asked to go; clip-retrieval's figure."""
+MASKS_KEPT = 64
+FIRST, FETCH, DEEPER = 10, 64, 4
+"""Candidates of the first look and of the second, at least, and by how much each further one is deeper."""
+FETCHED, FETCHED_APART = 1 << 14, 1 << 12
+"""So many candidates are looked at for one answer, the second with near copies left out: among results that are nearly all copies there may
+be fewer than asked for, and no question costs more than this."""
+NUMBER_BITS = 53
+"""The numbers survive a client that keeps them as doubles (JavaScript)."""
+CHOICES = ("licence", "style", "category", "subcategory", "split")
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which samples a query may find: `any_of` holds pairs of a column and the values allowed there; sides are of the stored picture."""
+
+    any_of: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    min_side_px: int = 0
+    max_side_px: int | None = None
+
+
+class Hit(NamedTuple):
+    """One result: where it is, how near, and its metadata (schema infra.schemas.EMBEDDED)."""
+
+    segment: int
+    row: int
+    score: float
+    facts: dict[str, Any]
+
+
+class Segment:
+    """An index folder and the shards that hold its pictures; `name` tells what is in it apart from what stood there before."""
+
+    def __init__(self, index: Index, shards: Path, name: str = "") -> None:
+        self.index, self.shards, self.name = index, shards, name
+        self.pictures = hashes_of(index.column("sha256"))  # (N,) what tells pictures apart
+        self._lock = Lock()
+        self._numbers: tuple[Rows, Rows] | None = None
+
+    def gone(self, removals: Removals) -> Mask:
+        """Return which rows were taken down (N,)."""
+        if not removals:
+            return np.zeros(self.index.count, bool)
+        columns = {name: self.index.column(name) for name in ("key", "origin", "sha256")}
+        return np.asarray(removals.mask(columns).to_numpy(), bool)
+
+    def rows_of(self, number: int) -> Rows:
+        """Return the rows whose keys have this number."""
+        with self._lock:
+            if self._numbers is None:
+                numbers = numbers_of(self.index.column("key"))
+                order = np.argsort(numbers, kind="stable")
+                self._numbers = numbers[order], order
+        ascending, order = self._numbers
+        return order[np.searchsorted(ascending, number) : np.searchsorted(ascending, number, side="right")]
+
+
+class View:
+    """A version of the index, open for queries from several threads."""
+
+    def __init__(self, segments: Sequence[Segment], removals: Removals, clip: str, gone: Sequence[Mask] | None = None) -> None:
+        """Hold segments of one CLIP, whose fingerprint is `clip`; `gone` is what the removals name, where that is known.
+
+        Raises ValueError where their dimensions differ.
+        """
+        if len({each.index.dim for each in segments}) != 1:
+            raise ValueError(f"the segments have {sorted({each.index.dim for each in segments})} dimensions: they must have the same")
+        self.segments, self.clip, self.removals = list(segments), clip, removals
+        self.dim = segments[0].index.dim
+        self.gone = [each.gone(removals) for each in segments] if gone is None else list(gone)
+        self.count = sum(int((~each).sum()) for each in self.gone)
+        self.version = _fingerprint(clip, [each.name for each in segments], self.gone)
+        """Tells this view from others: the same segments without the same rows have the same, in every process."""
+        self._masks: OrderedDict[Filter, list[Allowed]] = OrderedDict()
+        self._facets: dict[str, dict[str, int]] | None = None
+        self._counting = Lock()
+        self._lock = Lock()
+
+    def after(self, removals: Removals) -> "View":
+        """Return this view without what the removals name; the segments stay open, and only what is new in the log is looked for."""
+        if removals == self.removals:
+            return self
+        if self.removals - removals:
+            return View(self.segments, removals, self.clip)  # an entry was taken back
+        new = removals - self.removals
+        gone = [was | segment.gone(new) for was, segment in zip(self.gone, self.segments, strict=True)]
+        return View(self.segments, removals, self.clip, gone)
+
+    def search(
+        self,
+        query: ArrayLike,
+        k: int,
+        modality: Modality = "image",
+        chosen: Filter = Filter(),
+        offset: int = 0,
+        near: float | None = None,
+        without: frozenset[str] = frozenset(),
+        columns: Sequence[str] = EMBEDDED.names,
+    ) -> list[Hit]:
+        """Return the hits offset to offset + k of all distinct pictures, best first, with these columns of their metadata.
+
+        `query` is one unit vector (D,). Pictures of equal bytes count once, and with `near` those whose cosine with a better hit is at
+        least that; pictures with a SHA-256 in `without` do not count. Among many copies there may be fewer hits than there are pictures
+        (FETCHED). Raises ValueError as Index.search does.
+
+        Pages of one size neither repeat nor skip a picture, whatever the index: a deeper look into an approximate one ranks otherwise, so
+        what it finds goes behind what the look before had found, and a page is in order of score by itself. The first look is as deep as
+        a page.
+        """
+        wanted, fetch = offset + k, max(FIRST, k)
+        masks = self._allowed(chosen)
+        most = FETCHED if near is None else FETCHED_APART
+        enough = min(sum(mask.count for mask in masks), max(wanted, most))
+        seen = set(hashes_of(pa.chunked_array([sorted(without)], pa.string())).tolist()) if without else set()
+        kept: list[Place] = []
+        vectors = np.empty((wanted if near is not None else 0, self.dim), np.float32)
+        while True:
+            places, pictures = self._nearest(query, fetch, modality, masks)
+            distinct = []
+            for place, picture in zip(places, pictures, strict=True):
+                if picture not in seen:
+                    seen.add(picture)
+                    distinct.append(place)
+            kept += distinct if near is None else self._apart(distinct, near, vectors, len(kept))
+            if len(kept) >= wanted or fetch >= enough:
+                shown = sorted(kept[offset:wanted], key=lambda place: -place[2])
+                return [Hit(segment, row, score, self.segments[segment].index.facts_of(row, columns)) for segment, row, score in shown]
+            deeper = max(FETCH, fetch * DEEPER)
+            fetch = most if fetch < most < deeper else deeper
+
+    def find_key(self, key: str) -> Hit | None:
+        """Return the sample with that key, or None where there is none or it is gone."""
+        return next((hit for hit in self.find_number(number_of(key)) if hit.facts["key"] == key), None)
+
+    def find_number(self, number: int) -> list[Hit]:
+        """Return the samples whose keys have that number: one, or none where there is none or it is gone."""
+        hits = []
+        for place, segment in enumerate(self.segments):
+            rows = [row for row in segment.rows_of(number).tolist() if not self.gone[place][row]]
+            hits += [Hit(place, row, 1.0, facts) for row, facts in zip(rows, segment.index.metadata(rows), strict=True)]
+        return hits
+
+    def numbers(self, hits: Sequence[Hit]) -> list[int]:
+        """Return the numbers of the samples' keys."""
+        return [int(number) for number in numbers_of(pa.chunked_array([[hit.facts["key"] for hit in hits]], pa.string()))]
+
+    def vector(self, hit: Hit, modality: Modality = "image") -> Floats:
+        """Return the vector of a sample (D,), as the index holds it."""
+        found: Floats = self.segments[hit.segment].index.vectors([hit.row], modality)[0]
+        return found
+
+    def facets(self) -> dict[str, dict[str, int]]:
+        """Count, for every column that can be chosen by, the samples of each value that is not empty; the commonest first. Counts once."""
+        with self._counting:
+            if self._facets is None:
+                self._facets = self._count()
+            return self._facets
+
+    def _count(self) -> dict[str, dict[str, int]]:
+        counted: dict[str, dict[str, int]] = {}
+        for name in CHOICES:
+            totals: dict[str, int] = {}
+            for segment, gone in zip(self.segments, self.gone, strict=True):
+                for each in pc.value_counts(segment.index.column(name).filter(pa.array(~gone))).to_pylist():
+                    totals[each["values"]] = totals.get(each["values"], 0) + each["counts"]
+            totals.pop("", None)
+            counted[name] = dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
+        return counted
+
+    def _nearest(self, query: ArrayLike, k: int, modality: Modality, masks: Sequence[Allowed]) -> tuple[list[Place], list[int]]:
+        """Return the k nearest rows, best first, and what tells their pictures apart (k)."""
+        places: list[Place] = []
+        pictures: list[int] = []
+        for number, (segment, mask) in enumerate(zip(self.segments, masks, strict=True)):
+            scores, rows = segment.index.search(np.asarray(query, np.float32)[None], k, modality, mask)
+            places += [(number, row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)]
+            pictures += segment.pictures[rows[0]].tolist()
+        if len(self.segments) == 1:
+            return places, pictures
+        order = sorted(range(len(places)), key=lambda place: -places[place][2])[:k]
+        return [places[place] for place in order], [pictures[place] for place in order]
+
+    def _apart(self, places: Sequence[Place], near: float, vectors: Floats, count: int) -> list[Place]:
+        """Return the places without those near to a better one; `vectors` (wanted, D) holds `count` better ones' and takes more."""
+        kept: list[Place] = []
+        for place, vector in zip(places, self._vectors(places), strict=True):
+            if count == len(vectors):
+                break
+            if count == 0 or float((vectors[:count] @ vector).max()) < near:
+                vectors[count] = vector
+                kept.append(place)
+                count += 1
+        return kept
+
+    def _vectors(self, places: Sequence[Place]) -> Floats:
+        """Return the unit vectors of the places (n, D)."""
+        vectors = np.empty((len(places), self.dim), np.float32)
+        segments = np.array([segment for segment, *_ in places], np.int64)
+        rows = np.array([row for _, row, _ in places], np.int64)
+        for number in np.unique(segments):
+            vectors[segments == number] = self.segments[number].index.vectors(rows[segments == number])
+        return unit(vectors)
+
+    def _allowed(self, chosen: Filter) -> list[Allowed]:
+        with self._lock:
+            if chosen in self._masks:
+                self._masks.move_to_end(chosen)
+                return self._masks[chosen]
+        masks = [Allowed(~gone & _matching(segment.index, chosen)) for segment, gone in zip(self.segments, self.gone, strict=True)]
+        with self._lock:
+            self._masks[chosen] = masks
+            while len(self._masks) > MASKS_KEPT:
+                self._masks.popitem(last=False)
+        return masks
+
+
+def _matching(index: Index, chosen: Filter) -> Mask:
+    mask = np.ones(index.count, bool)
+    for name, values in chosen.any_of:
+        mask &= np.asarray(pc.is_in(index.column(name), pa.array(values, pa.string())).to_numpy(), bool)
+    if chosen.min_side_px or chosen.max_side_px is not None:
+        sides = np.minimum(index.column("width_px").to_numpy(), index.column("height_px").to_numpy())
+        mask &= sides >= chosen.min_side_px
+        if chosen.max_side_px is not None:
+            mask &= sides <= chosen.max_side_px
+    return mask
+
+
+def make_filter(any_of: Mapping[str, Iterable[str]], min_side_px: int = 0, max_side_px: int | None = None) -> Filter:
+    """Return a filter in its one spelling, so that equal filters share their masks. Raises ValueError for a column that is no choice."""
+    unknown = sorted(any_of.keys() - set(CHOICES))
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is nothing to choose by: use {', '.join(CHOICES)}")
+    return Filter(tuple((name, tuple(sorted(set(values)))) for name, values in sorted(any_of.items())), min_side_px, max_side_px)
+
+
+def number_of(key: str) -> int:
+    """Return the number of a key, 0 to 2**53 - 1: the same in every version and every index."""
+    return int(numbers_of(pa.chunked_array([[key]], pa.string()))[0])
+
+
+def numbers_of(keys: pa.ChunkedArray) -> Rows:
+    """Return the numbers of keys (N,)."""
+    return (hashes_of(keys) >> np.uint64(64 - NUMBER_BITS)).astype(np.int64)
+
+
+def hashes_of(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """Return 64 bits of each text (N,): its bytes, eight at a time, through the finaliser of splitmix64 (Steele et al. 2014)."""
+    found = [np.zeros(0, np.uint64)]
+    for chunk in texts.chunks:
+        found += [_hashes(chunk.slice(start, CHUNK_ROWS)) for start in range(0, len(chunk), CHUNK_ROWS)]
+    return np.concatenate(found)
+
+
+def _hashes(texts: pa.Array) -> NDArray[np.uint64]:
+    """Return the hashes of one chunk, those of one length together, from Arrow's own bytes."""
+    _, offsets, data = texts.buffers()
+    ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    encoded = np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8)
+    sizes = np.diff(ends)
+    mixed = np.zeros(len(texts), np.uint64)
+    for size in np.unique(sizes[sizes > 0]).tolist():
+        of_size = np.flatnonzero(sizes == size)
+        padded = np.zeros((len(of_size), -(-size // 8) * 8), np.uint8)
+        padded[:, :size] = encoded[ends[of_size, None] + np.arange(size)]
+        value = np.zeros(len(of_size), np.uint64)
+        for word in padded.view(np.uint64).T:
+            value = np.where(word != 0, _mix(value ^ word), value)  # as bytes of zero are no part of a text, padding is none
+        mixed[of_size] = value
+    return mixed
+
+
+def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def _fingerprint(clip: str, names: Sequence[str], gone: Sequence[Mask]) -> str:
+    """Return 16 hex digits of a CLIP, the names of segments, and which of their rows are gone."""
+    digest = hashlib.sha256(repr((clip, list(names))).encode())
+    for each in gone:
+        digest.update(np.packbits(each).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,154 @@
+"""Labelled picture sets for zero-shot classification and probes, read from what people have: folders, parquet files, WebDataset shards.
+
+- a folder with a folder of pictures for each class;
+- a parquet file with the columns `image` (encoded bytes, or Hugging Face's {"bytes", "path"}) and `label` (a number or a name);
+- WebDataset shards in CLIP_benchmark's layout: `test/*.tar` with `KEY.jpg|png|webp` beside `KEY.cls`.
+Names come from `classnames.txt` and templates from `templates.txt` or `zeroshot_classification_templates.txt` beside the data, where they
+are; `{c}` and `{}` stand for the name. Knows no model. Everything read is bounded.
+"""
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from indexing.data.images import Pixels, Square, square
+from infra.errors import CallerError, DataError
+from infra.schemas import open_parquet
+
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+LARGEST_BYTES = 20 * 2**20
+LARGEST_PIXELS = 50_000_000
+CLASSNAMES = "classnames.txt"
+TEMPLATES = ("templates.txt", "zeroshot_classification_templates.txt")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A labelled set, in memory: encoded pictures, the class of each, the classes' names."""
+
+    name: str
+    encoded: list[bytes]
+    labels: NDArray[np.int64]
+    names: list[str]
+    templates: tuple[str, ...]
+    """With one {} each; empty where the set brings none."""
+    square: Square = square
+    """How a picture becomes one, as the judged CLIP wants it."""
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def pictures(self, side_px: int) -> Pixels:
+        """Decode all pictures as squares, uint8 (N, S, S, 3) RGB. Raises DataError for one that does not decode."""
+        made = np.empty((len(self), side_px, side_px, 3), np.uint8)
+        for place, data in enumerate(self.encoded):
+            decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+            if decoded is None or decoded.dtype != np.uint8 or decoded.shape[0] * decoded.shape[1] > LARGEST_PIXELS:
+                raise DataError(f"set {self.name}: picture {place} is no 8-bit picture that can be read: take it out")
+            made[place] = self.square(decoded, side_px)
+        return made
+
+    def only(self, places: NDArray[np.int64]) -> "ImageSet":
+        """Return the pictures at these places."""
+        return replace(self, encoded=[self.encoded[place] for place in places], labels=self.labels[places])
+
+
+def open_set(path: Path, name: str = "") -> ImageSet:
+    """Read a set in any of the layouts. Raises CallerError where the path holds none, DataError where labels and names disagree."""
+    name = name or path.stem
+    if path.is_file() and path.suffix == ".parquet":
+        return _made(name, path.parent, list(_from_parquet(path)), path.stem)
+    if not path.is_dir():
+        raise CallerError(
+            f"[evaluate.suite] set {str(path)!r} is not there: give a folder of classes, a parquet file or a folder of WebDataset shards"
+        )
+    shards = sorted(path.glob("test/*.tar")) or sorted(path.glob("*.tar"))
+    if shards:
+        return _made(name, path, [each for shard in shards for each in _from_shard(shard)])
+    found = list(_from_folders(path))
+    if not found:
+        raise CallerError(f"[evaluate.suite] set {str(path)!r} holds no pictures: want CLASS/*.png, test/*.tar or a parquet file")
+    return _made(name, path, found)
+
+
+def _made(name: str, folder: Path, found: Sequence[tuple[bytes, int | str]], stem: str = "") -> ImageSet:
+    listed = _lines(folder, (f"{stem}.{CLASSNAMES}", CLASSNAMES) if stem else (CLASSNAMES,))
+    labels = [label for _, label in found]
+    if all(isinstance(label, int) for label in labels):
+        numbers = np.array(labels, np.int64)
+        names = listed or [str(number) for number in range(int(numbers.max(initial=0)) + 1)]
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(names):
+            raise DataError(f"set {name}: labels run from {numbers.min()} to {numbers.max()} and there are {len(names)} class names")
+    else:
+        texts = [str(label) for label in labels]
+        names = listed or sorted(set(texts))
+        unknown = sorted(set(texts) - set(names))
+        if unknown:
+            raise DataError(f"set {name}: the label {unknown[0]!r} is none of the {len(names)} class names")
+        place_of = {name: place for place, name in reversed(list(enumerate(names)))}  # of equal names the first
+        numbers = np.array([place_of[text] for text in texts], np.int64)
+    given = _lines(folder, (f"{stem}.templates.txt", *TEMPLATES) if stem else TEMPLATES)
+    templates = tuple(template.replace("{c}", "{}") for template in given)
+    for template in templates:
+        if template.count("{}") != 1:
+            raise DataError(f"set {name}: the template {template!r} must hold {{}} or {{c}} once")
+    return ImageSet(name, [data for data, _ in found], numbers, names, templates)
+
+
+def _lines(folder: Path, files: tuple[str, ...]) -> list[str]:
+    for file in files:
+        if (folder / file).is_file():
+            return [line.strip() for line in (folder / file).read_text().splitlines() if line.strip()]
+    return []
+
+
+def _from_folders(path: Path) -> Iterator[tuple[bytes, str]]:
+    for folder in sorted(each for each in path.iterdir() if each.is_dir()):
+        for file in sorted(folder.rglob("*")):
+            if file.suffix.lower() in SUFFIXES and file.is_file():
+                yield _bounded(file.read_bytes() if file.stat().st_size <= LARGEST_BYTES else b"", str(file)), folder.name
+
+
+def _from_parquet(path: Path) -> Iterator[tuple[bytes, int | str]]:
+    file = open_parquet(path)
+    missing = {"image", "label"} - set(file.schema_arrow.names)
+    if missing:
+        raise CallerError(f"[evaluate.suite] set {str(path)!r} has no column {sorted(missing)[0]!r}: it needs `image` and `label`")
+    for batch in file.iter_batches(1000, columns=["image", "label"]):
+        for each in batch.to_pylist():
+            image: Any = each["image"]
+            data = image.get("bytes") if isinstance(image, dict) else image
+            yield _bounded(data or b"", f"{path.name}, a row"), each["label"]
+
+
+def _from_shard(shard: Path) -> Iterator[tuple[bytes, int | str]]:
+    samples: dict[str, dict[str, bytes]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                key, dot, suffix = member.name.rpartition(".")
+                stream = tar.extractfile(member)
+                if not dot or stream is None or (f".{suffix}" not in SUFFIXES and suffix != "cls"):
+                    continue
+                if member.size > LARGEST_BYTES:
+                    raise DataError(f"{shard.name}: {member.name} is larger than {LARGEST_BYTES:,} bytes")
+                samples.setdefault(key, {})["cls" if suffix == "cls" else "image"] = stream.read()
+    except tarfile.TarError as error:
+        raise DataError(f"{shard} does not read ({error}): fetch it again") from error
+    for key, parts in samples.items():
+        if parts.keys() != {"cls", "image"}:
+            raise DataError(f"{shard.name}: {key} has {' and '.join(parts)} only, it needs a picture and a .cls")
+        text = parts["cls"].decode(errors="replace").strip()
+        yield parts["image"], int(text) if text.isdigit() else text
+
+
+def _bounded(data: bytes, where: str) -> bytes:
+    if not data or len(data) > LARGEST_BYTES:
+        raise DataError(f"{where}: the picture is empty or larger than {LARGEST_BYTES:,} bytes")
+    return data

@@ -1,0 +1,214 @@
+"""Near neighbours for deduplication: pairs of rows within a threshold, without comparing all with all.
+
+Rows are judged in a given order, a block at a time: each is compared with those before it that stay. Candidates come from small codes and
+cells; each is then checked exactly, so what is found is right and only what is missed can err. Which rows stay is decided elsewhere
+(indexing.dedup.grouping). Legend: N rows, D dimensions, M places in the order, Q queries of a block, C cells, S numbers of a sketch.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from indexing.data.embedding_store import CHUNK_ROWS, Floats, Rows, chunks, take, unit
+
+Mask = NDArray[np.bool_]
+
+SKETCH_DIMS = 64
+SAMPLE_ROWS = 16_384
+PLANTED = 4096
+POINTS_PER_CELL = 32
+ALL_PAIRS_UP_TO = 1 << 22
+"""So many comparisons of hashes are made outright rather than by bands."""
+SCORES_AT_ONCE = 1 << 22
+PAIRS_AT_ONCE = 1 << 16
+ROUNDING = 1e-5
+HELD_BYTES = 1 << 30
+"""Vectors that fit in here together are held in memory and compared whole; of more, sketches alone are, and vectors are read for few."""
+LEFT_BY_SKETCHES = 0.02
+"""Where sketches leave a larger share of pairs than this, whole vectors that are held are compared instead of pair by pair."""
+BAND_BITS, BANDS = 16, 4
+
+
+class Found(NamedTuple):
+    """Pairs within the threshold: two places in the order, the second before the first, and how near (larger is nearer)."""
+
+    query: Rows
+    member: Rows
+    nearness: Floats
+
+
+class NearVectors:
+    """Finds vectors whose cosine is at least a threshold.
+
+    A row's *sketch* is its part in the first principal directions and, as one more number, the length of the rest: the product of two
+    sketches is never below that of the vectors, so sketches rule out almost all pairs and lose none. Sketches lie in cells around
+    centroids. A query looks into every cell that scores within `margin` of its best one; the margin is the largest that was needed to find
+    planted pairs, which lie exactly at the threshold. Sketches are compared within the cells; where they leave too many pairs and all
+    vectors fit in HELD_BYTES, those are.
+    """
+
+    def __init__(self, parts: Sequence[NDArray[Any]], threshold: float, order: Rows, seed: int = 0) -> None:
+        """Sketch all rows of `parts` ((n, D) each, any float type). Memory: 64 numbers a row, whatever D is, and HELD_BYTES."""
+        self.parts, self.threshold, self.order = parts, threshold, order
+        count, dim = sum(len(part) for part in parts), parts[0].shape[1]
+        rng = np.random.default_rng(seed)
+        sample = unit(take(parts, np.sort(rng.choice(count, min(count, SAMPLE_ROWS), replace=False))))
+        self.directions = np.linalg.eigh(sample.T @ sample)[1][:, :-SKETCH_DIMS:-1] if dim > SKETCH_DIMS else None
+        sketches = np.empty((count, min(dim, SKETCH_DIMS)), np.float32)
+        self.held = np.empty((count, dim), np.float32) if count * dim * 4 <= HELD_BYTES else None
+        start = 0
+        for chunk in chunks(parts):
+            vectors = unit(chunk)
+            sketches[start : start + len(chunk)] = self._sketch(vectors)
+            if self.held is not None:
+                self.held[start : start + len(chunk)] = vectors
+            start += len(chunk)
+        cells = max(1, min(round(2 * np.sqrt(count)), count // POINTS_PER_CELL))
+        kmeans = faiss.Kmeans(
+            sketches.shape[1], cells, niter=4, seed=seed % 2**31, spherical=True, max_points_per_centroid=POINTS_PER_CELL * 2
+        )
+        kmeans.cp.min_points_per_centroid = 1
+        kmeans.train(sketches if count <= 4 * SAMPLE_ROWS else sketches[rng.choice(count, 4 * SAMPLE_ROWS, replace=False)])
+        self.centroids = np.asarray(kmeans.centroids, np.float32)  # (C, S)
+        cell = np.concatenate(
+            [(sketches[order[first : first + CHUNK_ROWS]] @ self.centroids.T).argmax(1) for first in range(0, len(order), CHUNK_ROWS)]
+            or [np.zeros(0, np.int64)]
+        )
+        # Arranged by cell, and by the order within one: what a cell has from before any place is the beginning of its part.
+        self.place = np.argsort(cell, kind="stable")
+        self.starts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=cells))])
+        self.at = np.empty(len(order), np.int64)
+        self.at[self.place] = np.arange(len(order))
+        self.sketches = sketches[order[self.place]]  # (M, S)
+        self.margin = self._margin(sample, rng)
+
+    def earlier(self, start: int, end: int, stays: Mask) -> Found:
+        """Return the near pairs of the places start to end with earlier ones of `stays` (M,)."""
+        asked = self.sketches[self.at[start:end]]  # (Q, S)
+        scores = self.centroids @ asked.T  # (C, Q)
+        is_probed = scores >= scores.max(0) - self.margin
+        queries, members = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for cell in np.flatnonzero(is_probed.any(1)).tolist():
+            low = int(self.starts[cell])
+            high = low + int(np.searchsorted(self.place[low : self.starts[cell + 1]], end))
+            if low == high:
+                continue
+            probing = np.flatnonzero(is_probed[cell])
+            step = max(1, SCORES_AT_ONCE // (high - low))
+            for first in range(0, len(probing), step):
+                query, member = self._near(asked, start, probing[first : first + step], low, high)
+                is_asked = (member < query) & stays[member]
+                queries.append(query[is_asked])
+                members.append(member[is_asked])
+        query, member = np.concatenate(queries), np.concatenate(members)
+        cosines = self._cosines(self.order[query], self.order[member])
+        is_near = cosines >= self.threshold
+        return Found(query[is_near], member[is_near], cosines[is_near])
+
+    def _near(self, asked: Floats, start: int, probing: Rows, low: int, high: int) -> tuple[Rows, Rows]:
+        """Return the places of those of a block, and of one cell's beginning, that their sketches hold for near."""
+        is_near = asked[probing] @ self.sketches[low:high].T >= self.threshold - ROUNDING
+        if self.held is not None and np.count_nonzero(is_near) > is_near.size * LEFT_BY_SKETCHES:
+            wholes = (self.held[self.order[places]] for places in (start + probing, self.place[low:high]))
+            is_near = next(wholes) @ next(wholes).T >= self.threshold - ROUNDING
+        rows = np.flatnonzero(is_near.any(1))
+        row, column = np.nonzero(is_near[rows])
+        return start + probing[rows[row]], self.place[low + column]
+
+    def _sketch(self, vectors: Floats) -> Floats:
+        if self.directions is None:
+            return vectors
+        main = vectors @ self.directions
+        rest = np.sqrt(np.maximum((vectors * vectors).sum(1) - (main * main).sum(1), 0))
+        return np.concatenate([main, rest[:, None]], axis=1)
+
+    def _margin(self, sample: Floats, rng: np.random.Generator) -> float:
+        """Plant pairs at the threshold, half of them apart in directions of the data, and return the margin that finds all of them."""
+        first = sample[rng.integers(0, len(sample), PLANTED)]
+        apart = np.concatenate([sample[rng.integers(0, len(sample), PLANTED // 2)], rng.normal(size=first[PLANTED // 2 :].shape)])
+        apart = unit((apart - (apart * first).sum(1, keepdims=True) * first).astype(np.float32))
+        second = self.threshold * first + np.sqrt(1 - self.threshold**2) * apart
+        scores = self._sketch(first) @ self.centroids.T
+        cells = (self._sketch(second) @ self.centroids.T).argmax(1)
+        return float((scores.max(1) - scores[np.arange(PLANTED), cells]).max())
+
+    def _cosines(self, left: Rows, right: Rows) -> Floats:
+        pieces = [np.zeros(0, np.float32)]
+        for start in range(0, len(left), PAIRS_AT_ONCE):
+            pair = [self._vectors(rows[start : start + PAIRS_AT_ONCE]) for rows in (left, right)]
+            pieces.append(np.einsum("nd,nd->n", *pair))
+        return np.concatenate(pieces)
+
+    def _vectors(self, rows: Rows) -> Floats:
+        if self.held is not None:
+            return np.asarray(self.held[rows], np.float32)
+        distinct, place = np.unique(rows, return_inverse=True)
+        return np.asarray(unit(take(self.parts, distinct))[place], np.float32)
+
+
+class NearPictures:
+    """Finds pictures that look alike: perceptual hashes at most `max_bits` apart, and small copies at most `max_rms` apart.
+
+    The hash knows only shades of grey: the small copies tell a red heart from a blue one. A hash is four bands of 16 bits, of which one
+    differs in at most max_bits // 4 bits where all together differ in max_bits: hashes with such a band in common are compared (Norouzi
+    et al. 2012).
+    """
+
+    def __init__(self, hashes: NDArray[np.uint64], thumbs: NDArray[np.uint8], max_bits: int, max_rms: float, order: Rows) -> None:
+        """Take hashes (N,) and small copies (N, ...), as indexing.dedup.grouping.look_of makes them."""
+        self.hashes, self.thumbs, self.order = hashes, thumbs.reshape(len(thumbs), -1), order
+        self.max_bits, self.max_rms = max_bits, max_rms
+        flips = itertools.chain.from_iterable(itertools.combinations(range(BAND_BITS), each) for each in range(max_bits // BANDS + 1))
+        self.masks = [sum(1 << bit for bit in bits) for bits in flips]
+
+    def earlier(self, start: int, end: int, stays: Mask) -> Found:
+        """Return the pairs that look alike of the places start to end with earlier ones of `stays` (M,)."""
+        places = np.flatnonzero(stays[:end])
+        queries, members = self.order[start:end], self.order[places]
+        pairs = [np.zeros(0, np.int64)]
+        for query, member in self._candidates(queries, members):
+            bits = np.bitwise_count(self.hashes[queries[query]] ^ self.hashes[members[member]])
+            is_near = (bits <= self.max_bits) & (places[member] < start + query)
+            pairs.append(query[is_near] * len(members) + member[is_near])
+        query, member = np.divmod(np.unique(np.concatenate(pairs)), max(1, len(members)))
+        rms = self._rms(queries[query], members[member])
+        is_near = rms <= self.max_rms
+        return Found(start + query[is_near], places[member[is_near]], -rms[is_near])
+
+    def _candidates(self, queries: Rows, members: Rows) -> Iterator[tuple[Rows, Rows]]:
+        if len(queries) * len(members) <= ALL_PAIRS_UP_TO:
+            yield np.divmod(np.arange(len(queries) * len(members)), max(1, len(members)))
+            return
+        for band in range(BANDS):
+            shift = np.uint64(band * BAND_BITS)
+            asked, there = (((self.hashes[rows] >> shift) & np.uint64(0xFFFF)).astype(np.int64) for rows in (queries, members))
+            order = np.argsort(there, kind="stable")
+            starts = np.concatenate([[0], np.cumsum(np.bincount(there, minlength=1 << BAND_BITS))])
+            for mask in self.masks:
+                low, high = starts[asked ^ mask], starts[(asked ^ mask) + 1]
+                for query, place in _spelt_out(low, high):
+                    yield query, order[place]
+
+    def _rms(self, left: Rows, right: Rows) -> Floats:
+        pieces = [np.zeros(0, np.float32)]
+        for start in range(0, len(left), PAIRS_AT_ONCE):
+            apart = self.thumbs[left[start : start + PAIRS_AT_ONCE]].astype(np.float32) - self.thumbs[right[start : start + PAIRS_AT_ONCE]]
+            pieces.append(np.sqrt((apart * apart).mean(1)))
+        return np.concatenate(pieces)
+
+
+def _spelt_out(low: Rows, high: Rows) -> Iterator[tuple[Rows, Rows]]:
+    """Yield (i, place) for every place in low[i]..high[i] of every i, some millions at a time."""
+    ends = np.cumsum(high - low)
+    first = 0
+    while first < len(low):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + ALL_PAIRS_UP_TO, side="right")))
+        sizes = (high - low)[first:last]
+        query = np.repeat(np.arange(first, last), sizes)
+        yield query, np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes) + low[query]
+        first = last

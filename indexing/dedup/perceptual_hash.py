@@ -1,0 +1,63 @@
+"""What pictures look like to the eye, read from the shards once: a hash of each in memory, a small copy of each in a mapped file.
+
+Decides which training pictures look like one that models are judged on. Reads tables with PLACE and ingest's shards. Memory: 8 bytes a
+picture; 192 more in the file. Legend: N pictures.
+"""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from indexing.data.embedding_store import Rows
+from indexing.data.images import read_picture
+from indexing.dedup.grouping import BLOCK_ROWS, MAX_BITS, MAX_RMS, THUMB_PX, look_of
+from indexing.dedup.near_pairs import NearPictures
+from infra.errors import DataError
+
+READERS = 4
+LOOK_PX = 64
+PLACE = ["shard", "member", "offset", "size_bytes"]
+
+
+class Looks(NamedTuple):
+    """Hashes (N,) and small copies (N, 8, 8, 3) as indexing.dedup.grouping.look_of makes them."""
+
+    hashes: NDArray[np.uint64]
+    thumbs: NDArray[np.uint8]
+
+
+def look_at(batches: Iterable[pa.RecordBatch], shards: Path, file: Path) -> Looks:
+    """Look at the pictures of all rows; the small copies go to `file`. Raises DataError where one cannot be read."""
+    hashes = [np.zeros(0, np.uint64)]
+
+    def seen(place: dict[str, Any]) -> tuple[np.uint64, NDArray[np.uint8]]:
+        return look_of(read_picture(place, shards, LOOK_PX))
+
+    with file.open("wb") as thumbs, ThreadPoolExecutor(READERS) as pool:
+        for batch in batches:
+            looks = list(pool.map(seen, batch.select(PLACE).to_pylist()))
+            hashes.append(np.array([each for each, _ in looks], np.uint64))
+            thumbs.write(np.array([each for _, each in looks], np.uint8).tobytes())
+    found = np.concatenate(hashes)
+    if not len(found):
+        raise DataError(f"there is no picture to look at in {shards}")
+    return Looks(found, np.memmap(file, np.uint8, "r", shape=(len(found), THUMB_PX, THUMB_PX, 3)))
+
+
+def like_evaluation(looks: Looks, is_train: NDArray[np.bool_]) -> Rows:
+    """Return for each training picture (N,) the evaluation picture that it looks most like, -1 where it looks like none."""
+    order = np.argsort(is_train, kind="stable")
+    judges = int(np.count_nonzero(~is_train))
+    near = NearPictures(*looks, MAX_BITS, MAX_RMS, order)
+    stays = np.arange(len(order)) < judges
+    found = np.full(len(order), -1, np.int64)
+    for start in range(judges, len(order), BLOCK_ROWS):
+        pairs = near.earlier(start, min(start + BLOCK_ROWS, len(order)), stays)
+        by_nearness = np.argsort(pairs.nearness, kind="stable")  # the nearest is written last
+        found[order[pairs.query[by_nearness]]] = order[pairs.member[by_nearness]]
+    return found

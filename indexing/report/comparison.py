@@ -1,0 +1,111 @@
+"""Two or more runs' reports side by side: every figure that they share, and how far each run lies from the first, with an interval.
+
+Reads what report.json holds; writes one self-contained page. Legend: a figure's name is its place in the report.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from indexing.metrics.bootstrap import Figure
+from indexing.report import page
+
+HERE = Path(__file__).parent
+SKIPPED = ("per_class", "examples", "prompts", "charts", "run", "stages")
+
+
+def figures(facts: Mapping[str, Any]) -> dict[tuple[str, ...], Figure]:
+    """Return every figure of a report with a value, by its place: keys, and in a section its title, table, row and column."""
+    return dict(_walk(facts, ()))
+
+
+def _walk(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Figure]]:
+    if isinstance(value, Mapping) and {"value", "low", "high", "n"} <= value.keys():
+        if value["value"] is not None:
+            yield place, dict(value)
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            if name == "sections":
+                yield from _of_sections(each)
+            elif name not in SKIPPED:
+                yield from _walk(each, (*place, str(name).replace("_", " ")))
+
+
+def _of_sections(sections: Any) -> Iterator[tuple[tuple[str, ...], Figure]]:
+    for section in sections:
+        for table in section["tables"]:
+            for row in table["rows"]:
+                for head, cell in zip(table["head"][1:], row[1:], strict=True):
+                    yield from _walk(cell, (section["title"], table["caption"], str(row[0]), head))
+
+
+def difference(figure: Figure, first: Figure) -> Figure:
+    """Return figure minus first with the 95 % interval of two independent figures, each's own bounds added in squares (Zou & Donner 2008).
+
+    Runs judged on the same pictures vary together, so for them the interval is too wide rather than too narrow.
+    """
+    delta = figure["value"] - first["value"]
+    low = high = None
+    if None not in (figure["low"], first["low"], figure["high"], first["high"]):
+        low = delta - math.hypot(figure["value"] - figure["low"], first["high"] - first["value"])
+        high = delta + math.hypot(figure["high"] - figure["value"], first["value"] - first["low"])
+    unit = {"unit": figure["unit"]} if "unit" in figure else {}
+    return {"value": delta, "low": low, "high": high, "n": figure["n"], "groups": figure["groups"], **unit}
+
+
+def compare(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each figure of any report: its place, each run's figure or None, each later run's difference from the first."""
+    found = {run: figures(facts) for run, facts in reports.items()}
+    places = list(dict.fromkeys(place for each in found.values() for place in each))
+    first, *others = found
+    rows = []
+    for place in places:
+        own = {run: each.get(place) for run, each in found.items()}
+        base = own[first]
+        deltas = {run: difference(figure, base) if base and (figure := own[run]) else None for run in others}
+        rows.append({"place": list(place), "runs": own, "differences": deltas, "differs": any(map(is_told, deltas.values()))})
+    return rows
+
+
+def is_told(delta: Figure | None) -> bool:
+    """Whether a difference's interval leaves out zero."""
+    return delta is not None and delta["low"] is not None and (delta["low"] > 0 or delta["high"] < 0)
+
+
+def render(reports: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """Return the page: what differs in the recipes, then the figures, those that are told apart marked."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals |= {"figure_text": page.figure_text, "figure_bounds": page.figure_bounds, "signed": signed}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(" · ".join(row["place"][:2]), []).append(row | {"name": " · ".join(row["place"][2:]) or row["place"][-1]})
+    return environment.get_template("comparison.html").render(
+        runs=list(reports), groups=groups, changed=changed({run: facts["run"].get("config", {}) for run, facts in reports.items()}),
+        keys={run: {stage["stage"]: stage["key"] for stage in facts["stages"]} for run, facts in reports.items()},
+    )  # fmt: skip
+
+
+def signed(figure: Figure) -> str:
+    """Write a difference with its sign, a share in percentage points."""
+    text = page.figure_text(figure).replace(" %", " points")
+    return text if text.startswith(("-", "–")) else f"+{text}"
+
+
+def changed(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return the keys of the recipes whose values are not all equal, with each run's value."""
+    flat = [dict(_flat(config, "")) for config in configs.values()]
+    names = list(dict.fromkeys(name for each in flat for name in each))
+    return [(name, [each.get(name, "not there") for each in flat]) for name in names if len({each.get(name) for each in flat}) > 1]
+
+
+def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)

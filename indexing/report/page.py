@@ -1,0 +1,191 @@
+"""The report as a page: report.html from what report.json holds and the pictures beside it.
+
+The page stands alone: pictures are data URIs, charts inline SVG, no script and no network. Everything that comes from data (captions,
+prompts, URLs) is hostile until jinja has escaped it. Legend: figures are as in indexing.metrics.bootstrap.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from indexing.report import curve_svg, interval_svg
+from infra.console.progress import duration
+
+HERE = Path(__file__).parent
+CURVE_POINTS = 240
+STANDARD_COUNTS = ("in", "out", "dropped")
+
+
+def run_facts(facts: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the report's `run` from the caller's facts and the stages' manifests: times, seconds spent, package versions."""
+    packages = [manifest.get("packages", {}) for manifest in manifests]
+    names = sorted({name for each in packages for name in each})
+    return {
+        **facts,
+        "started": min((manifest["started"] for manifest in manifests), default=None),
+        "finished": max((manifest["finished"] for manifest in manifests), default=None),
+        "seconds": round(sum(_seconds(manifest) for manifest in manifests), 1),
+        "packages": {name: sorted({each[name] for each in packages if name in each}) for name in names},
+    }
+
+
+def stage_facts(manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one of the report's `stages` from its manifest and, for a trained stage, the rows of its metrics.jsonl."""
+    counts = manifest["counts"]
+    points = [
+        (row["images_seen"], row["loss"])
+        for row in metrics
+        if isinstance(row.get("loss"), int | float) and math.isfinite(row["loss"]) and "images_seen" in row
+    ]
+    found: dict[str, Any] = {
+        "stage": manifest["stage"],
+        "key": manifest["key"],
+        "inputs": dict(manifest.get("inputs", {})),
+        "started": manifest["started"],
+        "finished": manifest["finished"],
+        "seconds": round(_seconds(manifest), 1),
+        "bytes": sum(file["bytes"] for file in manifest.get("files", ())),
+        **{name: counts[name] for name in STANDARD_COUNTS},
+        "more": {name: value for name, value in counts.items() if name not in STANDARD_COUNTS},
+    }
+    if points:
+        last = points[-max(1, len(points) // 20) :]
+        found["loss"] = {"value": sum(loss for _, loss in last) / len(last), "n": len(last), "images_seen": points[-1][0]}
+        found["curve"] = thinned(points, CURVE_POINTS)
+    return found
+
+
+def thinned(points: Sequence[tuple[float, float]], at_most: int) -> list[tuple[float, float]]:
+    """Return at most so many points: the means of neighbours in equal runs."""
+    size = math.ceil(len(points) / at_most)
+    runs = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(run[-1][0], round(sum(y for _, y in run) / len(run), 6)) for run in runs]
+
+
+def render(facts: Mapping[str, Any], folder: Path) -> str:
+    """Return report.html for what report.json holds; the pictures that it names lie in `folder`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "interval": interval, "number": number, "duration": duration, "megabytes": megabytes}
+    environment.globals |= {
+        "strip": lambda figure: Markup(curve_svg.strip(figure["value"], figure["low"], figure["high"], figure.get("chance"))),
+        "curve": lambda stage: Markup(curve_svg.curve(stage["curve"], "images seen", "loss", f"Loss of {stage['stage']}")),
+        "picture": partial(picture_uri, folder),
+        "verdict": verdict,
+        "fact": fact,
+        "interval": interval,
+        "plot": plot,
+        "figure_text": figure_text,
+        "figure_bounds": figure_bounds,
+    }
+    return environment.get_template("report.html").render(**facts, recipe=toml_text(facts["run"].get("config", {})))
+
+
+def plot(chart: Mapping[str, Any]) -> Markup:
+    """Return a section's chart as markup of our own."""
+    return Markup(interval_svg.plot(chart))
+
+
+def picture_uri(folder: Path, name: str) -> str:
+    """Return a PNG of the report's folder as a data URI."""
+    return "data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode()
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Write a share: "41.2 %", with more digits where it would be rounded to nothing."""
+    if share is None:
+        return "–"
+    small = 0 < 100 * share < 10.0**-digits
+    return f"{100 * share:.{2 if small else digits}f} %"
+
+
+def interval(figure: Mapping[str, Any], as_percent: bool = True) -> str:
+    """Write the bounds of a figure: "35.6 to 47.0", or "–" where it has none."""
+    if figure["low"] is None:
+        return "–"
+    scale = 100 if as_percent else 1
+    return f"{scale * figure['low']:.1f} to {scale * figure['high']:.1f}"
+
+
+def figure_text(figure: Mapping[str, Any]) -> str:
+    """Write a figure's value: a share (the usual unit) in percent, anything else as a number of three or four digits."""
+    if figure.get("unit", "share") == "share":
+        return percent(figure["value"])
+    return "–" if figure["value"] is None else f"{figure['value']:,.1f}" if abs(figure["value"]) >= 99.95 else f"{figure['value']:.3g}"
+
+
+def figure_bounds(figure: Mapping[str, Any]) -> str:
+    """Write a figure's 95 % interval in its unit."""
+    return " to ".join(figure_text({**figure, "value": figure[bound]}).removesuffix(" %") for bound in ("low", "high"))
+
+
+def number(value: float | None, digits: int | None = None) -> str:
+    """Write a count with separators, or a number with so many digits."""
+    if value is None:
+        return "–"
+    return f"{value:,}" if digits is None else f"{value:,.{digits}f}"
+
+
+def fact(value: Any) -> str:
+    """Write what a stage counted: whole numbers with separators, others to four digits."""
+    return f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def megabytes(size: int) -> str:
+    """Write a size in bytes for people."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+
+
+def verdict(figure: Mapping[str, Any]) -> str:
+    """Say whether the interval of a figure lies above what chance, or the commonest class, would reach."""
+    bar = figure.get("chance")
+    if figure["low"] is None or bar is None:
+        return ""
+    if figure["low"] > max(bar, figure.get("majority") or 0):
+        return "above chance and majority" if figure.get("majority") else "above chance"
+    if figure["low"] > bar:
+        return "above chance, not majority"
+    return "below chance" if figure["high"] < bar else "not told from chance"
+
+
+def toml_text(config: Mapping[str, Any]) -> str:
+    """Return a resolved config as TOML; a key without a value (None) is a comment."""
+    return "\n\n".join("\n".join(_section(name, section)) for name, section in config.items() if isinstance(section, Mapping))
+
+
+def _section(name: str, section: Mapping[str, Any]) -> Iterator[str]:
+    yield f"[{name}]"
+    tables = {key: value for key, value in section.items() if _is_tables(value)}
+    for key, value in section.items():
+        if key not in tables:
+            yield f"# {key} is not set" if value is None else f"{key} = {_value(value)}"
+    for key, rows in tables.items():
+        for row in rows:
+            yield ""
+            yield f"[[{name}.{key}]]"
+            yield from (f"{inner} = {_value(value)}" for inner, value in row.items() if value is not None)
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, Mapping) for each in value)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_value(each)}" for key, each in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)  # TOML's strings, numbers and truths are JSON's
+
+
+def _seconds(manifest: Mapping[str, Any]) -> float:
+    return (datetime.fromisoformat(manifest["finished"]) - datetime.fromisoformat(manifest["started"])).total_seconds()

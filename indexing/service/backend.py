@@ -1,0 +1,137 @@
+"""What the routes of the service have in common: the current version, a query's vector and the hits, and on which threads.
+
+Whatever is wrong with a question becomes an HTTPException here, with words for whoever asked.
+"""
+
+import asyncio
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from anyio import CapacityLimiter, to_thread
+from fastapi import HTTPException
+
+from indexing.ann.view import Hit, View
+from indexing.data.embedding_store import Floats, unit
+from indexing.service import image_upload
+from indexing.service.freshness import Freshness
+from indexing.service.state import ServeConfig, Service, Version
+from indexing.service.text_batcher import Texts
+from infra.errors import UnclipError
+
+DECODED_AT_ONCE = 2
+"""Query pictures in work at a time: one of 32 million pixels takes a third of a gigabyte while it is made smaller."""
+FETCHED_AT_ONCE = 8
+DRAWN_AT_ONCE = 4
+
+
+class Threads:
+    """How many threads each kind of work may take, so that none keeps another, or a look at the service's health, waiting."""
+
+    def __init__(self) -> None:
+        self.searching = ThreadPoolExecutor(os.cpu_count() or 1, "search")
+        """Every search goes through these, and a pool hands over quicker than a limiter."""
+        self.counting = CapacityLimiter(1)
+        self.decoding = CapacityLimiter(DECODED_AT_ONCE)
+        self.fetching = CapacityLimiter(FETCHED_AT_ONCE)
+        self.drawing = CapacityLimiter(DRAWN_AT_ONCE)
+
+
+class Query(NamedTuple):
+    """What is searched for; exactly one of them is not None."""
+
+    text: str | None
+    image: str | None
+    """A picture's file in base64."""
+    image_url: str | None
+    embedding: Sequence[float] | None
+    key: str | None = None
+
+
+class Backend:
+    """What answers: one service, and all that its routes share."""
+
+    def __init__(self, service: Service, config: ServeConfig, texts: Texts) -> None:
+        self.service, self.config, self.texts = service, config, texts
+        self.freshness = Freshness(service, config.removal_lag_s)
+        self.threads = Threads()
+
+    async def version(self) -> Version:
+        """Return what is served now, without what the removal log names; HTTP 503 where that cannot be read."""
+        try:
+            return await self.freshness.version()
+        except UnclipError as error:
+            self.service.parts.report(str(error))
+            raise HTTPException(503, "the removal log cannot be read, so nothing is shown; the service's log says why") from None
+
+    def check_clip(self, version: Version, clip: str | None) -> None:
+        """Refuse a question that names another CLIP than the index's."""
+        if clip is not None and clip != version.view.clip:
+            raise HTTPException(409, f"the index was made by CLIP {version.view.clip}, the query by {clip}: embed it with the index's own")
+
+    async def vector(self, version: Version, query: Query) -> tuple[Floats | Hit, frozenset[str]]:
+        """Return the query's unit vector (D,), or the sample whose it is, and the pictures (SHA-256) that are no answer to it."""
+        view, encoders, threads = version.view, version.encoders, self.threads
+        if query.text is not None:
+            if not query.text.strip():
+                raise HTTPException(422, "text: it is empty")
+            return await self.texts.vector(encoders.texts, encoders.clip, query.text.strip()), frozenset()
+        if query.embedding is not None:
+            return refused(_as_vector, query.embedding, view.dim), frozenset()
+        if query.key is not None:
+            hit = found(view, query.key)
+            return hit, frozenset({hit.facts["sha256"]})
+        try:
+            if query.image is not None:
+                data = image_upload.from_base64(query.image)
+            elif self.service.parts.fetch is None:
+                raise HTTPException(403, "image_url: this service fetches no pictures; send the picture itself")
+            else:
+                data = await to_thread.run_sync(self.service.parts.fetch, query.image_url or "", limiter=threads.fetching)
+            return await to_thread.run_sync(self.service.encode_picture, encoders, data, limiter=threads.decoding), frozenset()
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+
+    async def hits(self, view: View, asked: Floats | Hit, *arguments: Any, **more: Any) -> list[Hit]:
+        """Search as `View.search` does, in a thread, so that requests are read and answered meanwhile."""
+        search = partial(refused, _search, view, asked, *arguments, **more)
+        return await asyncio.get_running_loop().run_in_executor(self.threads.searching, search)
+
+    def close(self) -> None:
+        """End the threads that search."""
+        self.threads.searching.shutdown()
+
+
+def refused(ask: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    """Call, and answer 422 with its words where the question was wrong."""
+    try:
+        return ask(*arguments, **more)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from None
+
+
+def found(view: View, key: str) -> Hit:
+    """Return the sample with that key; HTTP 404 where there is none."""
+    hit = view.find_key(key)
+    if hit is None:
+        raise HTTPException(404, "there is no sample with that key")
+    return hit
+
+
+def _search(view: View, asked: Floats | Hit, *arguments: Any, **more: Any) -> list[Hit]:
+    vector = unit(view.vector(asked)[None])[0] if isinstance(asked, Hit) else asked
+    return view.search(vector, *arguments, **more)
+
+
+def _as_vector(embedding: Sequence[float], dim: int) -> Floats:
+    """Return numbers as a unit vector (D,). Raises ValueError where they are too many or too few, or have no direction."""
+    if len(embedding) != dim:
+        raise ValueError(f"embedding: it has {len(embedding)} numbers but the index has {dim} dimensions")
+    length = math.hypot(*embedding)  # of a list in a tenth of the time that numpy takes to begin
+    if length == 0:
+        raise ValueError("embedding: it has no direction")
+    return (np.array(embedding) / length).astype(np.float32)

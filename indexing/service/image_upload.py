@@ -1,0 +1,76 @@
+"""Pictures that a client sends as a query: hostile bytes, bounded before they are decoded.
+
+Returns RGB squares as the evaluation's pictures are; knows nothing of models and of HTTP.
+"""
+
+import base64
+import binascii
+import io
+import struct
+import warnings
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from indexing.data.images import Pixels, Square, square
+
+MAX_BYTES = 8 << 20
+MAX_PIXELS = 32 << 20
+SIDES, LEAST_PX = 8, 512
+"""A picture is made smaller to so many times the side that the encoder sees, at least LEAST_PX, before anything else is done to it."""
+FORMATS = ("PNG", "JPEG", "WEBP")
+HOSTILE = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, struct.error, MemoryError)
+"""What Pillow raises for broken files."""
+
+
+def from_base64(text: str) -> bytes:
+    """Return the bytes of a picture in base64, with or without a `data:` prefix. Raises ValueError for what is none, or too much."""
+    body = text.partition(",")[2] if text.startswith("data:") else text
+    if len(body) > MAX_BYTES * 4 // 3 + 4:
+        raise ValueError(f"the picture has more than {MAX_BYTES >> 20} MiB")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("the picture is not in base64") from None
+
+
+def decode(data: bytes, side_px: int, square: Square = square) -> Pixels:
+    """Decode a PNG, JPEG or WebP file to an upright RGB square (S, S, 3), on white unless `square` crops. Raises ValueError that says why.
+
+    Takes at most about 12 bytes a pixel of the file (MAX_PIXELS), and hardly more for a JPEG, which is decoded smaller at once.
+    """
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"the picture has more than {MAX_BYTES >> 20} MiB")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                most_pixels = MAX_PIXELS // 2 if opened.format == "WEBP" else MAX_PIXELS  # of which Pillow holds two
+                if opened.width * opened.height > most_pixels:
+                    raise PictureTooLargeError(
+                        f"the picture is {opened.width} x {opened.height} pixels: at most {most_pixels >> 20} million are taken"
+                    )
+                most = max(LEAST_PX, SIDES * side_px)
+                upright = np.asarray(ImageOps.exif_transpose(_smaller(opened, most)).convert("RGBA"))
+    except PictureTooLargeError:
+        raise
+    except (*HOSTILE, Image.DecompressionBombError):
+        raise ValueError("the picture cannot be read: give a PNG, JPEG or WebP file") from None
+    return square(cv2.cvtColor(upright, cv2.COLOR_RGBA2BGRA), side_px)
+
+
+def _smaller(opened: Image.Image, most_px: int) -> Image.Image:
+    """Return a picture with sides of at most `most_px`, each of its pixels the mean of those that it covers."""
+    if max(opened.size) <= most_px:
+        return opened
+    opened.draft(None, (most_px, most_px))  # a JPEG can be decoded at a half, a quarter or an eighth
+    if opened.mode in ("1", "P", "PA"):  # of a palette's numbers no mean can be taken
+        opened = opened.convert("RGBA")
+    scale = most_px / max(opened.size)
+    size = max(1, round(opened.width * scale)), max(1, round(opened.height * scale))
+    return opened.resize(size, Image.Resampling.BOX) if scale < 1 else opened
+
+
+class PictureTooLargeError(ValueError):
+    """A picture that is too large to decode."""
