@@ -19,15 +19,15 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.tasks import Task
 
-from flows.compaction import compact
-from flows.planning import stages_of
-from flows.promotion import described, settle
-from flows.running import run_stage
-from flows.runs import summary, write_run
-from flows.schedule import notify_block
-from flows.stage import Stage, StageResult, inputs_of
-from flows.stages import STAGES
-from flows.submission import submit_stage
+from flows.live_index.compaction import compact
+from flows.orchestration.ray_submit import submit_stage
+from flows.orchestration.run_stage import run_stage
+from flows.orchestration.stages import STAGES
+from flows.runs.planning import stages_of
+from flows.runs.promotion import described, settle
+from flows.runs.records import summary, write_run
+from flows.runs.stage import Stage, StageResult, inputs_of
+from flows.scheduling.deployments import notify_block
 from infra.compute.cluster import Cluster
 from infra.console.log_redirect import INTERRUPTED
 from infra.console.progress import duration
@@ -101,7 +101,7 @@ def run_pipeline(
 
     `targets` are the stages wanted, by default all; `jobs` is the address of a Ray job server that each stage is handed to.
     """
-    from flows.config import load_recipe  # with torch and faiss, which the tests of the flow itself do without
+    from flows.config.run_config import load_recipe  # with torch and faiss, which the tests of the flow itself do without
 
     config = load_recipe(recipe, overrides or [])
     opened = do("open", open_root, root, Path(scratch) if scratch else None)

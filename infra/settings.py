@@ -1,6 +1,6 @@
 """The base of every config section: frozen, no unknown keys, every field documented by the docstring below it.
 
-A section lives beside the code that it configures; `flows/config.py` collects the sections into one recipe.
+A section lives beside the code that it configures; `flows/config/run_config.py` collects the sections into one recipe.
 """
 
 from typing import Any, ClassVar

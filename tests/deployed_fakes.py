@@ -5,7 +5,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows import submission
+from flows.orchestration import ray_submit
 from flows.pipeline import run_stages
 from infra.storage.store import open_root
 from tests.fakes import FAKES, FakeConfig, FakeSection
@@ -15,7 +15,7 @@ from tests.fakes import FAKES, FakeConfig, FakeSection
 def run_fakes(root: str, jobs: str, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
     """Hand the stage, which takes so many seconds, to the Ray job server at `jobs`, which the environment lets it into."""
     os.environ.update(environment)
-    submission.ENTRYPOINT = "tests.fake_job"
+    ray_submit.ENTRYPOINT = "tests.fake_job"
     config: Any = FakeConfig(data=FakeSection(seconds=seconds))
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"upload_code": False})})
     return run_stages(config, open_root(root), "fakes", "fakes", FAKES[:1], jobs)

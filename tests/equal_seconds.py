@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flows.config import RunConfig
+from flows.config.run_config import RunConfig
 from indexing.metrics import frechet
 from tests.benchmarks.clip_quality_vs_open_clip import newest
 from tests.benchmarks.models_vs_dalle2 import without_tables

@@ -3,8 +3,8 @@
 import sys
 import types
 
-import flows.stages
-from flows.recipe import find_recipe, read_recipe, validated
+import flows.orchestration.stages
+from flows.config.recipe_file import find_recipe, read_recipe, validated
 from tests.fakes import FAKES, FakeConfig
 
 
@@ -16,14 +16,14 @@ def load_recipe(recipe: str, overrides: list[str]) -> FakeConfig:
 
 def install() -> None:
     """Put the fake sections and stages in the place of the real ones."""
-    config = types.ModuleType("flows.config")
+    config = types.ModuleType("flows.config.run_config")
     config.load_recipe = load_recipe  # type: ignore[attr-defined]
-    sys.modules["flows.config"] = config
-    flows.stages.STAGES = FAKES  # type: ignore[assignment]
+    sys.modules["flows.config.run_config"] = config
+    flows.orchestration.stages.STAGES = FAKES  # type: ignore[assignment]
 
 
 if __name__ == "__main__":
     install()
-    from flows.cli import main
+    from flows.cli.main import main
 
     main()

@@ -3,8 +3,8 @@
 import sys
 from typing import Any
 
-import flows.stages
-from flows import stage_job
+import flows.orchestration.stages
+from flows.orchestration import ray_job
 from tests.fakes import FAKES, FakeConfig
 
 
@@ -14,6 +14,6 @@ def load(config: dict[str, Any]) -> FakeConfig:
 
 
 if __name__ == "__main__":
-    flows.stages.STAGES = FAKES  # type: ignore[assignment]
-    stage_job.load = load
-    sys.exit(stage_job.main(sys.argv[1:]))
+    flows.orchestration.stages.STAGES = FAKES  # type: ignore[assignment]
+    ray_job.load = load
+    sys.exit(ray_job.main(sys.argv[1:]))

@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import Field
 
-from flows.running import run_stage
-from flows.stage import Counts, Stage, StageJob
+from flows.orchestration.run_stage import run_stage
+from flows.runs.stage import Counts, Stage, StageJob
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageAwayError
 from infra.settings import Section
@@ -123,7 +123,7 @@ def main(folder: Path, seconds: float, flags: list[str]) -> None:
     config = FakeConfig(data=slow, clip=slow, prior=slow)
     operations = watch_operations(folder, int(flags[1]) if "--kill-at" in flags else 0)
     if "--prefect" in flags:
-        from flows.prefect_server import prefect_server
+        from flows.scheduling.prefect_server import prefect_server
 
         with prefect_server(folder / "work" / "prefect"):
             from prefect import flow

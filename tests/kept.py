@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from flows import curate
+from flows.ingest import curate
 from tests.test_curate import NO_HELD_OUT, item, write_shard
 from training.data.image_reader import Pictures, read_table
 from training.jobs import train

@@ -1,4 +1,4 @@
-"""Small packages of the layouts that `flows/pictures.py` reads, made on the spot, and a fake npm that hands them out."""
+"""Small packages of the layouts that `flows/demo/emoji_packages.py` reads, made on the spot, and a fake npm that hands them out."""
 
 import json
 import os

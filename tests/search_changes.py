@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flows import adding, living, merging
-from flows.compaction import compact
-from flows.promotion import CURRENT
-from flows.runs import find_run
+from flows.live_index import additions, lineage, merge
+from flows.live_index.compaction import compact
+from flows.runs.promotion import CURRENT
+from flows.runs.records import find_run
 from indexing.ann.index import IndexConfig, build
 from indexing.data.embedding_store import open_parts, read_metadata
 from infra.schemas import EMBEDDED
@@ -57,7 +57,7 @@ class Changes:
         if self.root:
             self._before = store.read_json(self.root, CURRENT)
             self._first = find_run(self.root)
-            view, _ = living.open_view(self.root, None)
+            view, _ = lineage.open_view(self.root, None)
             self._whole = frozenset(key for segment in view.segments for key in segment.index.column("key").to_pylist())
             self._second, self._half = second_run(self.root, self._first)
             there = sorted(key for key in self._half if view.find_key(key))
@@ -114,7 +114,7 @@ class Changes:
                 if number % 4 == 2:
                     self._add(number)
                 if number % 16 == 15:
-                    self.counts["merged"] += merging.merge(self.root, None, lambda _: None)[1]
+                    self.counts["merged"] += merge.merge(self.root, None, lambda _: None)[1]
                 if number % 8 == 0:
                     record = self._second if self.counts["swapped"] % 2 == 0 else self._first
                     store.write_json(self.root, CURRENT, {**record, "promoted_at": manifests.now()})
@@ -127,17 +127,17 @@ class Changes:
 
     def _add(self, number: int) -> None:
         assert self.root
-        view, known = living.open_view(self.root, None)
+        view, known = lineage.open_view(self.root, None)
         with tempfile.TemporaryDirectory() as folder:
             keys = write_drawn(Path(folder), 20, self.dim, f"added-{time.time_ns()}-", known.fingerprint, number)
             self.added.update(keys)
-            adding.add(self.root, known, view, Path(folder), "")
+            additions.add(self.root, known, view, Path(folder), "")
         self.counts["added"] += 1
 
 
 def second_run(root: Root, first: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
     """Commit an index over the first half of a run's embeddings, as another run; return its record and the keys in it."""
-    known = living.lineage(root, first["name"])
+    known = lineage.lineage(root, first["name"])
     embed = manifests.find(root, "embed", first["stages"]["embed"])
     assert embed
     facts = json.loads((embed.local() / "facts.json").read_text())

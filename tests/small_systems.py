@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from flows.runs import write_run
+from flows.runs.records import write_run
 from infra.schemas import EMBEDDED
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flows.config import find_disagreement
+from flows.config.run_config import find_disagreement
 from tests.test_prior import CONTEXT, VOCABULARY, E, batch
 from training.jobs.train import write_model
 from training.models import priors
@@ -186,7 +186,7 @@ def test_the_embedding_scale_comes_from_the_data() -> None:
 
 
 def test_more_components_than_there_are_is_a_mistake_of_the_recipe() -> None:
-    from flows.config import load_recipe
+    from flows.config.run_config import load_recipe
 
     config = load_recipe("quickstart", ["prior.kind=autoregressive"])
     assert find_disagreement(config) == ""

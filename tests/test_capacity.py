@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from flows.capacity import capacity, described, published, size
-from flows.cli import main
-from flows.config import load_recipe
+from flows.cli.main import main
+from flows.config.run_config import load_recipe
+from flows.orchestration.capacity_plan import capacity, described, published, size
 from training.jobs import cost_model as costs
 from training.jobs.cost_model import Cost, need
 from training.models.clip import ClipConfig
@@ -117,7 +117,7 @@ def test_a_dry_run_tells_memory_and_arithmetic_unasked_and_the_papers_counts(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     monkeypatch.chdir(str(tmp_path))
-    monkeypatch.setattr("flows.capacity.PAPERS", ("quickstart",))  # the paper's own takes a minute to count
+    monkeypatch.setattr("flows.orchestration.capacity_plan.PAPERS", ("quickstart",))  # the paper's own takes a minute to count
     with pytest.raises(SystemExit) as left:
         main(["run", "quickstart", "--dry-run"])
     out = capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.captions import MAX_PHRASINGS, MIN_PHRASINGS, clean_name, phrasings, with_article
+from flows.demo.emoji_captions import MAX_PHRASINGS, MIN_PHRASINGS, clean_name, phrasings, with_article
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from flows.options import scratch_for
+from flows.cli.options import scratch_for
 from infra.storage import manifests
 from infra.storage import store as storage
 from infra.storage.manifests import MANIFEST, Committed
@@ -62,7 +62,7 @@ class Place:
             "data.processes=1",
             *(more or [sources({"kind": "folder", "path": str(self.folder / "pictures" / "filled")})]),
         ]
-        command = [sys.executable, "-m", "flows.cli", "submit", str(self.folder / "tiny.toml"), "--stage", stage, "--json"]
+        command = [sys.executable, "-m", "flows.cli.main", "submit", str(self.folder / "tiny.toml"), "--stage", stage, "--json"]
         command += ["--address", self.cluster.address, "--root", root]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PREFECT_"))}
         return subprocess.Popen(
@@ -204,7 +204,7 @@ def until(condition: Callable[[], Any], limit_s: float = 240) -> Any:
 
 def test_the_jobs_process_on_the_head_is_killed(place: Place, undisturbed: Root) -> None:
     def disturb(_: Root) -> None:
-        (driver,) = (pid for pid in place.head.processes("-m flows.stage_job") if is_python(pid))
+        (driver,) = (pid for pid in place.head.processes("-m flows.orchestration.ray_job") if is_python(pid))
         os.kill(driver, signal.SIGKILL)
 
     shown = trained(place, undisturbed, str(place.folder / "driver"), disturb)
@@ -247,7 +247,7 @@ def test_training_into_a_bucket_a_node_loses_power_and_the_store_is_away_when_it
         place.lose(place.trainers()[-1])
         until(lambda: list(root.scratch.glob("clip/*/weights.safetensors")))
         time.sleep(CUT_S / 2)
-        assert place.head.processes("-m flows.stage_job"), "it still wants to commit"
+        assert place.head.processes("-m flows.orchestration.ray_job"), "it still wants to commit"
         place.network.plug(place.outside)
 
     shown = trained(place, undisturbed, f"s3://{BUCKET}/power", disturb)
@@ -283,7 +283,7 @@ def test_downloading_into_a_bucket_a_process_is_killed_and_a_node_loses_power(pl
     paths = [f"good/{number}.png" for number in range(LISTED)] + [f"missing/{number}.png" for number in range(10)]
 
     def downloading() -> list[tuple[Machine, int]]:
-        return [(machine, pid) for machine in place.network.all[:3] for pid in machine.processes("flows.shards") if parent_of(pid)]
+        return [(machine, pid) for machine in place.network.all[:3] for pid in machine.processes("flows.ingest.shard_worker") if parent_of(pid)]
 
     with place.outside.entered():
         server = Server(delay_s=0.2, host=place.outside.address)

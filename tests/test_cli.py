@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import flows.stages
-from flows.cli import main
-from flows.grid import GAP_PX
-from flows.png import write_pictures
-from flows.runs import find_run, write_run
+import flows.orchestration.stages
+from flows.cli.main import main
+from flows.images.contact_sheet import GAP_PX
+from flows.images.png import write_pictures
+from flows.runs.records import find_run, write_run
 from infra.errors import CallerError
 from infra.storage import store
 from tests import fake_cli
@@ -28,8 +28,8 @@ HERE = Path(__file__).parent.parent
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The fake stages behind the commands, and a recipe for them in the working directory."""
-    monkeypatch.setitem(sys.modules, "flows.config", sys.modules.get("flows.config"))
-    monkeypatch.setattr(flows.stages, "STAGES", flows.stages.STAGES)
+    monkeypatch.setitem(sys.modules, "flows.config.run_config", sys.modules.get("flows.config.run_config"))
+    monkeypatch.setattr(flows.orchestration.stages, "STAGES", flows.orchestration.stages.STAGES)
     monkeypatch.delenv("UNCLIP_ROOT", raising=False)
     fake_cli.install()
     monkeypatch.chdir(tmp_path)
@@ -46,7 +46,7 @@ def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def test_help_imports_nothing_heavy_and_names_every_command() -> None:
-    told = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); from flows.cli import main; main(['--help'])"
+    told = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); from flows.cli.main import main; main(['--help'])"
     shown = subprocess.run([sys.executable, "-c", told], cwd=HERE, capture_output=True, text=True)
     assert shown.returncode == 0 and not {"torch", "ray", "prefect", "faiss", "pyarrow", "numpy"} & set(shown.stderr.split())
     commands = {line.split()[0] for line in shown.stdout.partition("Commands:")[2].splitlines() if line.startswith("  ") and line.split()}
@@ -60,7 +60,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_nothing_heavy_is_imported_before_a_command_needs_it() -> None:
     heavy = ("torch", "ray", "prefect", "faiss", "img2dataset")
-    code = f"import sys, flows.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, flows.cli.main; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout == "[]\n"
 
 
@@ -143,9 +143,9 @@ def test_status_with_checksums_finds_a_changed_byte(fakes: Path, capsys: pytest.
 def test_a_dry_run_counts_parameters_and_runs_nothing(
     fakes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.capacity.capacity", lambda *_: {})  # fake stages have no models to plan for
+    monkeypatch.setattr("flows.orchestration.capacity_plan.capacity", lambda *_: {})  # fake stages have no models to plan for
     model = replace(FAKES[1], parameters=lambda config: 1_234_567 * len(config.clip.word))
-    flows.stages.STAGES = (FAKES[0], model, *FAKES[2:])  # type: ignore[assignment]
+    flows.orchestration.stages.STAGES = (FAKES[0], model, *FAKES[2:])  # type: ignore[assignment]
     code, out, _ = ran(capsys, "run", "fake.toml", "--dry-run", "--json")
     stages = json.loads(out)["stages"]
     assert code == 0 and {each["state"] for each in stages} == {"missing"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.cli import main
+from flows.cli.main import main
 from indexing.evaluation.fidelity import FidelityConfig, fidelity
 from indexing.metrics.bootstrap import mean_figure
 from indexing.report.comparison import changed, compare, difference, figures, is_told, render

@@ -5,10 +5,10 @@ from typing import get_args
 
 import pytest
 
-from flows.config import RunConfig, load_recipe
-from flows.recipe import BUILT_IN
-from flows.stage import sections_of
-from flows.stages import STAGES, UPSAMPLERS
+from flows.config.recipe_file import BUILT_IN
+from flows.config.run_config import RunConfig, load_recipe
+from flows.orchestration.stages import STAGES, UPSAMPLERS
+from flows.runs.stage import sections_of
 from infra.errors import CallerError
 from infra.settings import Section
 

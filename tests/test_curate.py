@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows import curate
-from flows.curate import RANK, CurateConfig, clean, keepers, split_of
+from flows.ingest import curate
+from flows.ingest.curate import RANK, CurateConfig, clean, keepers, split_of
 from infra.errors import DataError
 from infra.schemas import DROPPED, KEEP
 from tests.hostile_server import encoded, picture

@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 import indexing
-from flows import decoder_section
+from flows.evaluation import decoder_section
 from indexing.evaluation.evaluate import EvaluateConfig
 from indexing.report import page as report_page
 from tests.pictured import HOSTILE, row, usual_rows, write_run

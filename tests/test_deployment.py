@@ -16,9 +16,9 @@ import typer
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from flows.cli import app
-from flows.prefect_app import HOSTS
-from flows.schedule import WORKER_SETTINGS
+from flows.cli.main import app
+from flows.scheduling.deployments import WORKER_SETTINGS
+from flows.scheduling.prefect_app import HOSTS
 
 INFRA = Path(__file__).parent.parent / "infra"
 KUBERNETES = (INFRA / "kuberay.yaml", INFRA / "rayjob.yaml", INFRA / "rayservice.yaml")
@@ -194,7 +194,7 @@ def test_compose_hangs_together() -> None:
 def test_composes_prefect_server_has_a_token_and_answers_where_its_clients_ask() -> None:
     (compose,) = documents(INFRA / "compose.yaml")
     server, worker, schedule = (compose["services"][name] for name in ("prefect", "worker", "schedule"))
-    assert server["command"][:3] == ["uvicorn", "--factory", "flows.prefect_app:create_app"], "Prefect's own answers every page"
+    assert server["command"][:3] == ["uvicorn", "--factory", "flows.scheduling.prefect_app:create_app"], "Prefect's own answers every page"
     hosts = server["environment"][HOSTS].split(",")
     for client in (worker, schedule):
         assert client["environment"]["PREFECT_API_URL"] in [f"http://{host}/api" for host in hosts]

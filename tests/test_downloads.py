@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from flows import downloads
-from flows.downloads import MAX_LOSSES, Downloads
-from flows.submission import default_resources
-from flows.workers import Feed, Worker, Workers
+from flows.ingest import download_pass
+from flows.ingest.download_pass import MAX_LOSSES, Downloads
+from flows.ingest.local_workers import Feed, Worker, Workers
+from flows.orchestration.ray_submit import default_resources
 from infra.compute.cluster import ClusterConfig
 from infra.errors import DataError, UnclipError
 from tests.test_ingest import config_for
@@ -27,7 +27,7 @@ class Fake:
         self.given: list[dict[str, Any]] = []
 
     def give(self, feed: Feed, folder: Path, settings: dict[str, Any]) -> None:
-        self.feed, self.row, self.heard_s = feed, None, downloads.time.monotonic()
+        self.feed, self.row, self.heard_s = feed, None, download_pass.time.monotonic()
         self.given.append({"number": feed.number, **settings})
 
     def kill(self) -> None:
@@ -94,7 +94,7 @@ def test_the_last_attempt_goes_row_by_row_and_leaves_out_what_kills(tmp_path: Pa
 
 def test_nobody_starts_anything_while_the_network_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(downloads.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(download_pass.time, "monotonic", lambda: clock[0])
     pass_, (one, two) = scene(tmp_path, [feed(number) for number in range(4)], here=2)
     pass_.paused_until_s = -1.0
     pass_.next_for(one)
@@ -102,13 +102,13 @@ def test_nobody_starts_anything_while_the_network_is_away(tmp_path: Path, monkey
     pass_.hear(one, "outage 0 80% of the rows failed for what may pass")
     pass_.hear(two, "outage 1 80% of the rows failed for what may pass")
     assert pass_.pauses == 1 and one.feed is None and two.feed is None
-    clock[0] = downloads.PAUSES_S[0] + 1
+    clock[0] = download_pass.PAUSES_S[0] + 1
     pass_.look_after()
     assert {one.feed.number, two.feed.number} == {0, 1} and one.given[-1]["max_passing"] == 0.5
     assert one.given[-1]["turn"] > one.given[0]["turn"]  # what the process remembers of failures was before the pause
-    for _ in range(len(downloads.PAUSES_S) - 1):
+    for _ in range(len(download_pass.PAUSES_S) - 1):
         pass_.hear(one, "outage 0 80% of the rows failed for what may pass")
-        clock[0] += downloads.PAUSES_S[-1] + 1
+        clock[0] += download_pass.PAUSES_S[-1] + 1
         pass_.look_after()
     assert one.given[-1]["max_passing"] == 1.0  # taken as it is
 
@@ -116,8 +116,8 @@ def test_nobody_starts_anything_while_the_network_is_away(tmp_path: Path, monkey
 def test_a_cluster_that_never_has_room_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pass_, _ = scene(tmp_path, [feed(0)], away=2)
     pass_.look_after()
-    late = pass_.heard_s + downloads.START_LIMIT_S
-    monkeypatch.setattr(downloads.time, "monotonic", lambda: late)
+    late = pass_.heard_s + download_pass.START_LIMIT_S
+    monkeypatch.setattr(download_pass.time, "monotonic", lambda: late)
     with pytest.raises(UnclipError, match=r"no node has started a download process in 300 s: .*ingest_workers"):
         pass_.look_after()
 
@@ -126,7 +126,7 @@ def test_a_cluster_that_never_has_room_is_one_line(tmp_path: Path, monkeypatch: 
 def test_processes_that_end_before_they_are_ready_have_an_end(tmp_path: Path, word: str) -> None:
     pass_, (busy, idle) = scene(tmp_path, [feed(0)], here=2)
     pass_.next_for(busy)
-    for _ in range(downloads.MAX_FAILED_STARTS - 1):
+    for _ in range(download_pass.MAX_FAILED_STARTS - 1):
         pass_.hear(idle, word)
         _, idle = pass_.workers.all
     with pytest.raises(UnclipError, match="10 download processes ended before they were ready: "):

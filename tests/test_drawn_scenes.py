@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from flows.drawn_scenes import ScenesSource, draw_all
-from flows.sources import DataConfig, content_of, write_url_table
+from flows.sources.drawn_scenes import ScenesSource, draw_all
+from flows.sources.url_table import DataConfig, content_of, write_url_table
 from indexing.scenes.checker import shows
 from indexing.scenes.scenes import parse
 

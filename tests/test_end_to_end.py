@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flows.config import load_recipe
-from flows.planning import plan, stages_of
-from flows.stages import STAGES
+from flows.config.run_config import load_recipe
+from flows.orchestration.stages import STAGES
+from flows.runs.planning import plan, stages_of
 from infra.storage import store
 from tests.test_stages import assert_whole
 from tests.tiny import LIMIT_S, RECIPE, prepare, ran, start

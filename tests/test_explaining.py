@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from flows.cli import main
-from flows.config import RunConfig, load_recipe
-from flows.explaining import _lines, _parts
-from flows.recipe import BUILT_IN
+from flows.cli.main import main
+from flows.cli.recipe import _lines, _parts
+from flows.config.recipe_file import BUILT_IN
+from flows.config.run_config import RunConfig, load_recipe
 from infra.settings import Section
 
 RECIPES = sorted(path.stem for path in BUILT_IN.glob("*.toml"))

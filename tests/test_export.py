@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from flows.cli import main
-from flows.export import write_export
-from flows.model_card import card, plain
-from flows.runs import committed_of, find_run
+from flows.cli.export import write_export
+from flows.cli.main import main
+from flows.runs.model_card import card, plain
+from flows.runs.records import committed_of, find_run
 from infra.errors import CallerError, StorageError
 from infra.storage.store import Root
 from tests.small_systems import write_root

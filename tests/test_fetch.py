@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from flows import fetch
-from flows.fetch import FetchError, Rules, fetch_image, is_public
-from flows.manners import VAIN_CONNECTIONS, Hosts
+from flows.ingest import http_fetch
+from flows.ingest.host_limits import VAIN_CONNECTIONS, Hosts
+from flows.ingest.http_fetch import FetchError, Rules, fetch_image, is_public
 from tests.hostile_server import Server, encoded, picture
 
 RULES = Rules(timeout_s=1.0, retries=0, max_bytes=200_000, max_pixels=10**7, allow_private=True)
@@ -114,20 +114,20 @@ def test_a_picture_that_grows_out_of_bounds_on_its_way_to_its_size_is_too_large(
     ],
 )
 def test_x_robots_tag_is_read_with_its_agents_and_values(value: str, is_no: bool) -> None:
-    assert fetch.is_forbidden([value]) is is_no
-    assert fetch.is_forbidden(["nosnippet", value]) is is_no
+    assert http_fetch.is_forbidden([value]) is is_no
+    assert http_fetch.is_forbidden(["nosnippet", value]) is is_no
 
 
 def test_one_connection_serves_many_requests_even_after_errors(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     dialled: list[list[str]] = []
-    original = fetch.dial
+    original = http_fetch.dial
 
     def dial(addresses: list[str], port: int, deadline: float) -> socket.socket:
         dialled.append(addresses)
         return original(addresses, port, deadline)
 
-    monkeypatch.setattr(fetch, "dial", dial)
-    fetch.connections().clear()
+    monkeypatch.setattr(http_fetch, "dial", dial)
+    http_fetch.connections().clear()
     for number in range(10):
         fetch_image(f"{server.base}/good/{number}.png", RULES)
         reason(f"{server.base}/missing/{number}.png")
@@ -137,7 +137,7 @@ def test_one_connection_serves_many_requests_even_after_errors(server: Server, m
 def test_a_kept_connection_that_the_server_closed_is_replaced() -> None:
     with Server() as first:
         fetch_image(f"{first.base}/good/1.png", RULES)
-        kept = next(iter(fetch.connections().values()))
+        kept = next(iter(http_fetch.connections().values()))
         assert kept.sock is not None
         kept.sock.shutdown(socket.SHUT_RDWR)
         assert fetch_image(f"{first.base}/good/2.png", RULES) == encoded(picture(2))
@@ -193,7 +193,7 @@ def test_a_name_is_resolved_once_and_the_checked_address_is_dialled(server: Serv
         raise OSError("no route")
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    monkeypatch.setattr(fetch, "dial", dial)
+    monkeypatch.setattr(http_fetch, "dial", dial)
     assert reason("http://rebinding.test/a.png", replace(RULES, allow_private=False)) == "unreachable"
     assert dialled == ["93.184.216.34"]
 
@@ -205,7 +205,7 @@ def test_a_name_with_one_private_address_among_public_ones_is_refused(monkeypatc
 
 
 def test_a_host_to_which_no_connection_comes_about_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "hosts", Hosts())
+    monkeypatch.setattr(http_fetch, "hosts", Hosts())
     asked: list[str] = []
 
     def resolve(host: str, *_: Any, **__: Any) -> list[Any]:
@@ -217,11 +217,11 @@ def test_a_host_to_which_no_connection_comes_about_is_left_alone_for_a_while(mon
         assert reason("http://gone.test/a.png", replace(RULES, retries=1)) == "unreachable"
     assert reason("http://other.test/a.png") == "unreachable"
     assert asked == ["gone.test"] * VAIN_CONNECTIONS + ["other.test"]
-    fetch.hosts.forgive()
+    http_fetch.hosts.forgive()
     assert reason("http://gone.test/a.png") == "unreachable" and asked[-1] == "gone.test"
 
 
 def test_an_address_that_does_not_answer_gives_way_to_the_next(server: Server) -> None:
-    sock = fetch.dial(["127.0.0.9", "127.0.0.1"], server.server_address[1], time.monotonic() + 2)
+    sock = http_fetch.dial(["127.0.0.9", "127.0.0.1"], server.server_address[1], time.monotonic() + 2)
     assert sock.getpeername()[0] == "127.0.0.1"
     sock.close()

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows import packaged_sets
+from flows.demo import packaged_sets
 from indexing.data.labelled_sets import ImageSet, open_set
 from infra.errors import CallerError, DataError
 

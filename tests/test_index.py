@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from flows import compaction
+from flows.live_index import compaction
 from indexing.ann import index, inverted_lists
 from indexing.ann.factory import building_bytes, hot_bytes, train
 from indexing.ann.index import MODALITIES, Index, IndexConfig, build

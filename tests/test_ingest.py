@@ -20,9 +20,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from flows import curate, downloads, ingest, sources, workers
-from flows.curate import CurateConfig
-from flows.sources import DataConfig
+from flows.ingest import curate, download_pass, ingest
+from flows.ingest import local_workers as workers
+from flows.ingest.curate import CurateConfig
+from flows.sources import url_table as sources
+from flows.sources.url_table import DataConfig
 from infra.errors import CallerError, DataError, StorageError
 from infra.schemas import DROPPED, URLS
 from tests.hostile_server import Server, picture
@@ -89,7 +91,7 @@ def workers_of(pid: int) -> list[int]:
 def parent_of(pid: int) -> int:
     """Return the parent of a living download process, 0 for any other."""
     try:
-        is_worker = b"flows.shards" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        is_worker = b"flows.ingest.shard_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except OSError:
         return 0
@@ -238,8 +240,8 @@ def long_list(tmp_path: Path, server: Server, count: int = 120) -> DataConfig:
 @pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_killed_or_stuck_worker_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blow: signal.Signals) -> None:
-    monkeypatch.setattr(downloads, "SILENCE_LIMIT_S", -12)  # 4 s with the settings below
-    monkeypatch.setattr(downloads, "START_LIMIT_S", 20)  # one of the two may be hit while it starts
+    monkeypatch.setattr(download_pass, "SILENCE_LIMIT_S", -12)  # 4 s with the settings below
+    monkeypatch.setattr(download_pass, "START_LIMIT_S", 20)  # one of the two may be hit while it starts
     with Server(delay_s=0.05) as server:
         config = long_list(tmp_path, server)
         results: list[dict[str, Any]] = []
@@ -298,7 +300,7 @@ def test_a_row_that_kills_its_process_is_found_and_left_out(tmp_path: Path, monk
 
 
 def test_a_host_whose_robots_txt_never_comes_costs_one_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "SILENCE_LIMIT_S", -8)  # 4 s with the settings below
+    monkeypatch.setattr(download_pass, "SILENCE_LIMIT_S", -8)  # 4 s with the settings below
     with Server() as server, Server() as silent:
         silent.is_robots_silent = True
         rows = [{"url": f"{silent.base}/good/{n}.png", "caption": str(n)} for n in range(60)]
@@ -322,26 +324,26 @@ def test_a_slow_host_is_no_stuck_process(tmp_path: Path, monkeypatch: pytest.Mon
             reported.acquire(timeout=60)
             clock_s[0] += 40
 
-    def hear(self: downloads.Downloads, worker: workers.Worker, line: str) -> None:
+    def hear(self: download_pass.Downloads, worker: workers.Worker, line: str) -> None:
         hear_line(self, worker, line)
         if line.startswith("rows "):
             reported.release(int(line.split()[1]))
 
-    hear_line = downloads.Downloads.hear
-    monkeypatch.setattr(downloads.Downloads, "hear", hear)
-    for module in (downloads, workers):
+    hear_line = download_pass.Downloads.hear
+    monkeypatch.setattr(download_pass.Downloads, "hear", hear)
+    for module in (download_pass, workers):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock_s[0], sleep=time.sleep))
     with Server() as server:
         server.before_answer = answer_after_report
         rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(10)]
         config = config_for(write_list(tmp_path / "list.jsonl", rows), per_host=1, processes=1, timeout_s=60.0, retries=0)
-        monkeypatch.setattr(downloads, "SILENCE_LIMIT_S", 60 - 4 * 61)  # 60 s with what the timeout adds
+        monkeypatch.setattr(download_pass, "SILENCE_LIMIT_S", 60 - 4 * 61)  # 60 s with what the timeout adds
         assert ingest.run(config, tmp_path / "out", tmp_path / "work")["out"] == 10
         assert set(server.asked.values()) == {1}
 
 
 def test_a_shard_made_while_the_network_is_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "PAUSES_S", (2.0, 2.0, 2.0))
+    monkeypatch.setattr(download_pass, "PAUSES_S", (2.0, 2.0, 2.0))
     with Server() as server:
         rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(60)]
         config = config_for(write_list(tmp_path / "list.jsonl", rows), retries=0, retry_passes=0)
@@ -358,8 +360,8 @@ def test_a_shard_made_while_the_network_is_away_is_made_again(tmp_path: Path, mo
 
 
 def test_hosts_that_stay_away_are_waited_for_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "PAUSES_S", (0.1, 0.1))
-    monkeypatch.setattr(downloads, "MAX_PAUSES", 4)
+    monkeypatch.setattr(download_pass, "PAUSES_S", (0.1, 0.1))
+    monkeypatch.setattr(download_pass, "MAX_PAUSES", 4)
     with Server() as server:
         paths = [f"dead/{n}.png" for n in range(70)] + [f"good/{n}.png" for n in range(50)]
         source = write_list(tmp_path / "list.jsonl", [{"url": f"{server.base}/{path}", "caption": path} for path in paths])
@@ -387,7 +389,7 @@ RUN = """
 import sys
 from pathlib import Path
 from flows import ingest
-from flows.sources import DataConfig
+from flows.sources.url_table import DataConfig
 ingest.run(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
 """
 

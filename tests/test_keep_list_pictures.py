@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from flows import curate
+from flows.ingest import curate
 from infra.errors import DataError
 from tests.test_curate import NO_HELD_OUT, item, write_shard
 from training.data import image_reader

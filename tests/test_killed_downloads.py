@@ -15,8 +15,8 @@ from typing import Self
 
 import pytest
 
-from flows import ingest
-from flows.sources import DataConfig
+from flows.ingest import ingest
+from flows.sources.url_table import DataConfig
 from tests.hostile_server import Server
 from tests.test_ingest import RUN, config_for, parent_of, stored, wait_until, workers_of, write_list
 

@@ -54,7 +54,7 @@ def test_imports_run_downwards(path: Path) -> None:
     ("floor", "source"),
     [
         ("training", "from indexing.ann.index import Index"),
-        ("infra", "def f():\n    import flows.stages"),
+        ("infra", "def f():\n    import flows.orchestration.stages"),
         ("indexing", "import torch.nn as nn"),
         ("infra", "from ray import train"),
         ("training", "from prefect import flow"),

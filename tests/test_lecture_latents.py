@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.runs import write_run as write_record
+from flows.runs.records import write_run as write_record
 from infra.storage import manifests, store
 from tests import pictured
 from tests.small_systems import write_system

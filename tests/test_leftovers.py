@@ -15,11 +15,11 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from flows import adding, living, merging
-from flows.cli import main
-from flows.compaction import compact
-from flows.leftovers import leftovers, remove_leftovers, unfinished
-from flows.taking_down import by_values, find, take_down, verify
+from flows.cli.main import main
+from flows.live_index import additions, lineage, merge
+from flows.live_index.compaction import compact
+from flows.live_index.leftovers import leftovers, remove_leftovers, unfinished
+from flows.live_index.takedown import by_values, find, take_down, verify
 from infra.storage import manifests, store
 from infra.storage.locks import lock_file
 from infra.storage.store import Root, open_root
@@ -172,7 +172,7 @@ def test_what_killed_additions_and_merges_left_goes_with_the_next(root: Root, tm
     with stopped(root, "merge"):
         pass
     assert [each.path.rpartition("-")[0] for each in leftovers(root)] == ["work/aside/additions-merge"]
-    merged, count = merging.merge(root, None, print)
+    merged, count = merge.merge(root, None, print)
     assert merged and count == 2 and leftovers(root) == [] and list((root.scratch / "aside").iterdir()) == []
 
 
@@ -278,5 +278,5 @@ def own_clip(folder: Path) -> None:
 
 
 def add(root: Root, folder: Path) -> dict[str, int]:
-    view, lineage = living.open_view(root, None)
-    return adding.add(root, lineage, view, folder, "CC0")[1]
+    view, lineage = lineage.open_view(root, None)
+    return additions.add(root, lineage, view, folder, "CC0")[1]

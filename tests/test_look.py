@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flows import curate
+from flows.ingest import curate
 from indexing.data.labelled_sets import ImageSet
 from indexing.service import image_upload
 from tests.test_curate import NO_HELD_OUT, item, write_shard

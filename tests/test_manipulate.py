@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from flows.cli import main
+from flows.cli.main import main
 from tests.small_systems import write_root, write_system
 from training.diffusion.noise import Stream, generators, noise
 from training.generation import manipulations

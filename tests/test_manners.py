@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from flows import fetch, ingest, manners
-from flows.fetch import FetchError, fetch_image
-from flows.manners import FAILURE_S, Hosts, parse
-from flows.opt_out import read_opt_out
-from flows.sources import DataConfig
+from flows.ingest import host_limits, http_fetch, ingest
+from flows.ingest.host_limits import FAILURE_S, Hosts, parse
+from flows.ingest.http_fetch import FetchError, fetch_image
+from flows.sources.opt_out import read_opt_out
+from flows.sources.url_table import DataConfig
 from infra.errors import CallerError
 from tests.hostile_server import Server
 from tests.test_fetch import RULES
@@ -24,7 +24,7 @@ POLITE = replace(RULES, robots=True, timeout_s=5)
 
 @pytest.fixture(autouse=True)
 def _fresh_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "hosts", Hosts())
+    monkeypatch.setattr(http_fetch, "hosts", Hosts())
 
 
 @pytest.fixture
@@ -92,11 +92,11 @@ def test_a_redirect_to_what_is_forbidden_is_not_followed(server: Server) -> None
 
 def test_a_host_without_robots_txt_allows_and_one_that_fails_is_tried_later(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch_image(f"{server.base}/good/1.png", POLITE)
-    fetch.hosts = Hosts()
+    http_fetch.hosts = Hosts()
     server.robots = None
     with pytest.raises(FetchError, match=r"http_unavailable: robots\.txt: HTTP 503") as caught:
         fetch_image(f"{server.base}/good/2.png", POLITE)
-    assert caught.value.reason in fetch.PASSING and server.asked["/good/2.png"] == 0
+    assert caught.value.reason in http_fetch.PASSING and server.asked["/good/2.png"] == 0
     asked = server.asked["/robots.txt"]
     for number in range(3, 6):
         with pytest.raises(FetchError, match=r"http_unavailable: robots\.txt: HTTP 503"):
@@ -104,7 +104,7 @@ def test_a_host_without_robots_txt_allows_and_one_that_fails_is_tried_later(serv
     assert server.asked["/robots.txt"] == asked  # the failure is remembered
     server.robots = b""
     later = time.monotonic() + FAILURE_S
-    monkeypatch.setattr(manners.time, "monotonic", lambda: later)
+    monkeypatch.setattr(host_limits.time, "monotonic", lambda: later)
     assert fetch_image(f"{server.base}/good/2.png", replace(POLITE, timeout_s=100))  # for a while
 
 

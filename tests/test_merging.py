@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from flows import adding, living, merging, serving
-from flows.cli import main
-from flows.compaction import compact
-from flows.taking_down import by_values, find, take_down, verify
+from flows.cli import serve
+from flows.cli.main import main
+from flows.live_index import additions, lineage, merge
+from flows.live_index.compaction import compact
+from flows.live_index.takedown import by_values, find, take_down, verify
 from indexing.data.images import read_picture
 from indexing.service.app import make_app
 from indexing.service.state import Encoders, ServeConfig, Service
@@ -42,8 +43,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
 
 
 def add(root: Root, folder: Path) -> dict[str, int]:
-    view, known = living.open_view(root, None)
-    return adding.add(root, known, view, folder, "CC0")[1]
+    view, known = lineage.open_view(root, None)
+    return additions.add(root, known, view, folder, "CC0")[1]
 
 
 def add_pictures(root: Root, folder: Path, numbers: tuple[int, ...]) -> None:
@@ -58,7 +59,7 @@ def add_pictures(root: Root, folder: Path, numbers: tuple[int, ...]) -> None:
 
 def found(root: Root) -> list[tuple[str, float]]:
     """Return what is found of an addition, with scores; each once."""
-    view, _ = living.open_view(root, None)
+    view, _ = lineage.open_view(root, None)
     hits = [(hit.facts["key"], round(hit.score, 4)) for hit in view.search(direction(2), view.count) if hit.segment]
     assert len(hits) == len({key for key, _ in hits}) == view.count - 48
     return sorted(hits)
@@ -67,11 +68,11 @@ def found(root: Root) -> list[tuple[str, float]]:
 def test_what_was_added_is_found_as_before_with_its_pictures_in_one_folder(root: Root, tmp_path: Path) -> None:
     before = found(root)
     assert len(before) == 5
-    merged, count = merging.merge(root, None, print)
+    merged, count = merge.merge(root, None, print)
     assert merged and count == 3 and merged.manifest["counts"]["out"] == 5
     assert manifests.verify(merged) == [] and store.list_names(root, "additions") == [merged.key]
     assert found(root) == before
-    view, _ = living.open_view(root, None)
+    view, _ = lineage.open_view(root, None)
     assert len(view.segments) == 2
     hits = [hit for hit in view.search(direction(2), view.count) if hit.segment]
     colours = {
@@ -79,7 +80,7 @@ def test_what_was_added_is_found_as_before_with_its_pictures_in_one_folder(root:
     }
     assert colours == {"added colour 2": [14, 250, 250], "added colour 3": [250, 250, 21], "added colour 4": [250, 28, 250]}
     assert add(root, tmp_path / "pictures-2") == {"added": 0, "removed": 0, "already_there": 2}
-    assert merging.merge(root, None, print) == (None, 1)
+    assert merge.merge(root, None, print) == (None, 1)
 
 
 def test_a_kill_before_the_old_folders_go_shows_nothing_twice(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,22 +93,22 @@ def test_a_kill_before_the_old_folders_go_shows_nothing_twice(root: Root, monkey
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(merging, "clear", die)
+        patched.setattr(merge, "clear", die)
         with pytest.raises(KeyboardInterrupt):
-            merging.merge(root, None, print)
+            merge.merge(root, None, print)
     assert len(store.list_names(root, "additions")) == 4
     assert found(root) == before
     take_down(root, find(root, by_values("key", [before[0][0]])), {})
     assert sum(compact(root, print).values()) == 2, "out of the merged one and the one that is left"
     assert found(root) == before[1:]
-    assert merging.merge(root, None, print) == (None, 1)
+    assert merge.merge(root, None, print) == (None, 1)
     assert len(store.list_names(root, "additions")) == 1 and found(root) == before[1:]
 
 
 def test_a_sample_of_a_merged_addition_can_be_taken_down(root: Root) -> None:
     before = found(root)
     take_down(root, find(root, by_values("key", [before[0][0]])), {})
-    merged, _ = merging.merge(root, None, print)
+    merged, _ = merge.merge(root, None, print)
     assert merged and found(root) == before[1:], "what was down already stays unseen"
     take_down(root, find(root, by_values("key", [before[1][0]])), {})
     assert found(root) == before[2:]
@@ -117,8 +118,8 @@ def test_a_sample_of_a_merged_addition_can_be_taken_down(root: Root) -> None:
 
 
 def test_the_service_follows_while_it_answers(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
-    service = Service(serving.parts_of(root, None, False, print))
+    monkeypatch.setattr(serve, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
+    service = Service(serve.parts_of(root, None, False, print))
     with TestClient(make_app(service, ServeConfig(rate=0), io.StringIO()), base_url="http://localhost") as client:
 
         def answer() -> list[tuple[str, str, int]]:
@@ -128,7 +129,7 @@ def test_the_service_follows_while_it_answers(root: Root, monkeypatch: pytest.Mo
 
         before = answer()
         assert {status for *_, status in before} == {200} and len(before) == 3
-        merging.merge(root, None, print)
+        merge.merge(root, None, print)
         service.refresh()
         assert answer() == before
         assert len(service.version.view.segments) == 2

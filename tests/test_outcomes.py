@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows import outcomes
-from flows.fetch import PASSING
-from flows.outcomes import read_outcomes, rows_to_ask_again, split_problem, write_dropped
+from flows.ingest import row_outcomes
+from flows.ingest.http_fetch import PASSING
+from flows.ingest.row_outcomes import read_outcomes, rows_to_ask_again, split_problem, write_dropped
 from infra.schemas import DROPPED, URLS
 
 WORDS = ("http_404: gone", "timeout: 10 s", "http_unavailable: 503", "not_an_image: text/html", "")
@@ -51,7 +51,7 @@ def reason_of(row: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_last_word_on_every_row_counts(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcomes, "GROUP_ROWS", 50)
+    monkeypatch.setattr(row_outcomes, "GROUP_ROWS", 50)
     count, latest, succeeded = write_shards(tmp_path, seed)
     expected = {name: reason_of(row) for name, row in latest.items() if reason_of(row)}
     assert {"http_404", "timeout", "decode_error"} <= set(expected.values()) and succeeded > 50

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import packages
-from flows.packages import package_folder, split_spec, unpack
-from flows.pictures import FAMILIES
+from flows.demo import npm_packages
+from flows.demo.emoji_packages import FAMILIES
+from flows.demo.npm_packages import package_folder, split_spec, unpack
 from infra.errors import CallerError, DataError
 
 
@@ -44,7 +44,7 @@ def fake_npm(folder: Path, script: str) -> None:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages.time, "sleep", lambda _: None)
+    monkeypatch.setattr(npm_packages.time, "sleep", lambda _: None)
 
 
 def calls(tmp_path: Path) -> int:

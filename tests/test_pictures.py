@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from flows.colours import main_colour
-from flows.labels import Labels, concept_of, flag_concept, slug
-from flows.pictures import FAMILIES, Picture, read_package
+from flows.demo.emoji_labels import Labels, concept_of, flag_concept, slug
+from flows.demo.emoji_packages import FAMILIES, Picture, read_package
+from flows.demo.main_colour import main_colour
 from infra.errors import CallerError
 from tests.picture_packages import PACKAGES, WORDS
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.prefect_server import prefect_server
+from flows.scheduling.prefect_server import prefect_server
 from infra.errors import CallerError, DataError, StorageAwayError, StorageError
 from infra.storage import manifests, store
 from tests.test_storage import full_disk  # noqa: F401  (a fixture)
@@ -139,7 +139,7 @@ def test_a_stage_whose_store_was_away_is_tried_again(recipe: Path) -> None:
 AWAY = """
 import json, sys
 from pathlib import Path
-from flows.prefect_server import prefect_server
+from flows.scheduling.prefect_server import prefect_server
 from infra.errors import StorageAwayError
 from tests import fake_cli
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import placement, shards
-from flows.placement import place, put, put_folder
+from flows.ingest import shard_worker
+from infra.storage import atomic_files
+from infra.storage.atomic_files import place, put, put_folder
 from tests.test_shards import disc, made
 
 
@@ -38,8 +39,8 @@ def test_contents_are_on_the_disk_before_names_and_the_last_name_behind_the_othe
 def test_a_shard_is_put_so(tmp_path: Path, events: list[str]) -> None:
     made(tmp_path, {"a.png": disc(64)})
     named = [event for event in events if "00007" in event]
-    assert named == [f"{what} 00007{suffix}" for what in ("sync", "name") for suffix in shards.SUFFIXES]
-    assert shards.SUFFIXES[-1] == ".tar"
+    assert named == [f"{what} 00007{suffix}" for what in ("sync", "name") for suffix in shard_worker.SUFFIXES]
+    assert shard_worker.SUFFIXES[-1] == ".tar"
 
 
 def test_a_folder_is_whole_when_it_has_its_name(tmp_path: Path, events: list[str]) -> None:
@@ -57,6 +58,6 @@ def test_a_file_is_linked_or_copied_whole(tmp_path: Path, events: list[str], mon
     def elsewhere(*_: object) -> None:
         raise OSError("another file system")
 
-    monkeypatch.setattr(placement.Path, "hardlink_to", elsewhere)
+    monkeypatch.setattr(atomic_files.Path, "hardlink_to", elsewhere)
     place(tmp_path / "x", tmp_path / "copied")
     assert events == ["sync .copied.part", "name copied"] and (tmp_path / "copied").read_text() == "x"

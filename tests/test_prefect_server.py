@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.prefect_app import HOSTS, TOKEN, create_app
-from flows.prefect_server import _lasting_token, loopback_without_proxy
+from flows.scheduling.prefect_app import HOSTS, TOKEN, create_app
+from flows.scheduling.prefect_server import _lasting_token, loopback_without_proxy
 from tests.browser import CHROMIUM, Browser
 from tests.ray_cluster import HERE
 from tests.s3_server import free_ports
@@ -27,7 +27,7 @@ slow = pytest.mark.slow
 LASTING = """
 import json, sys
 from pathlib import Path
-from flows.prefect_server import lasting_server
+from flows.scheduling.prefect_server import lasting_server
 
 home = Path(sys.argv[1])
 with lasting_server(home, int(sys.argv[2])):
@@ -41,7 +41,7 @@ PRIVATE = """
 import json, os, sys
 from pathlib import Path
 import httpx
-from flows.prefect_server import prefect_server
+from flows.scheduling.prefect_server import prefect_server
 
 before = dict(os.environ)
 with prefect_server(Path(sys.argv[1])) as url:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from flows.config import load_recipe
-from flows.promotion import judge, parsed, settle
-from flows.runs import find_run, list_runs, write_run
+from flows.config.run_config import load_recipe
+from flows.runs.promotion import judge, parsed, settle
+from flows.runs.records import find_run, list_runs, write_run
 from infra.errors import CallerError
 from infra.storage import manifests, store
 from infra.storage.store import Root

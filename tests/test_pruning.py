@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from flows.cli import main
-from flows.promotion import CURRENT
-from flows.pruning import discard, unused
-from flows.stage_job import claim_name
+from flows.cli.main import main
+from flows.cli.prune import discard, unused
+from flows.orchestration.ray_job import claim_name
+from flows.runs.promotion import CURRENT
 from infra.storage import manifests, store
 from infra.storage.locks import reader_lock, reading_file
 from infra.storage.store import Root

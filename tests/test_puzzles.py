@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flows.config import load_recipe
+from flows.config.run_config import load_recipe
 from indexing.scenes.judges import judge_of
 from indexing.scenes.puzzles import ANY, EVEN, TURNS, Puzzle, claims, draw, every_puzzle, numbers, parse, read_cube, read_grid, turned
 

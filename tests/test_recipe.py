@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, model_validator
 
-from flows.recipe import find_recipe, read_recipe, validated
+from flows.config.recipe_file import find_recipe, read_recipe, validated
 from infra.errors import CallerError
 from infra.settings import Section
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from flows import remote_workers
-from flows.running import run_stage
+from flows.ingest import ray_workers
+from flows.orchestration.run_stage import run_stage
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.storage import store
 from infra.storage.manifests import Committed
@@ -36,7 +36,7 @@ def nodes() -> Iterator[Any]:
 
 def test_folders_of_processes_that_were_killed_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    claims = [tmp_path / f"{remote_workers.PREFIX}{name}" / remote_workers.CLAIM for name in ("held", "left", "new")]
+    claims = [tmp_path / f"{ray_workers.PREFIX}{name}" / ray_workers.CLAIM for name in ("held", "left", "new")]
     for claim in claims:
         claim.parent.mkdir()
         claim.write_text("")
@@ -44,7 +44,7 @@ def test_folders_of_processes_that_were_killed_are_swept(tmp_path: Path, monkeyp
         os.utime(claim, (0, 0))
     with claims[0].open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        remote_workers.sweep()
+        ray_workers.sweep()
     assert [claim.exists() for claim in claims] == [True, False, True]
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from flows import ingest, renewal
-from flows.running import run_stage
-from flows.sources import DataConfig
-from flows.stage import Stage
-from flows.stages import INGEST_VERSION, run_ingest
+from flows.ingest import ingest, shard_reuse
+from flows.orchestration.run_stage import run_stage
+from flows.orchestration.stages import INGEST_VERSION, run_ingest
+from flows.runs.stage import Stage
+from flows.sources.url_table import DataConfig
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.settings import Section
 from infra.storage import store
@@ -122,7 +122,7 @@ def test_a_killed_take_over_is_repeated_and_ends_the_same(server: Server, tmp_pa
     root = store.open_root(str(tmp_path / "root"))
     first = [f"good/{n}.png" for n in range(30)]
     night(root, rows(server, first), tmp_path)
-    original, calls = renewal._copy, []
+    original, calls = shard_reuse._copy, []
 
     def killed(*arguments: Any) -> None:
         calls.append(1)
@@ -130,7 +130,7 @@ def test_a_killed_take_over_is_repeated_and_ends_the_same(server: Server, tmp_pa
             raise KeyboardInterrupt
         original(*arguments)
 
-    monkeypatch.setattr(renewal, "_copy", killed)
+    monkeypatch.setattr(shard_reuse, "_copy", killed)
     with pytest.raises(KeyboardInterrupt):
         night(root, rows(server, first[1:]), tmp_path)
     after = night(root, rows(server, first[1:]), tmp_path)

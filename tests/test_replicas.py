@@ -9,9 +9,9 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from flows import serving
-from flows.cli import main
-from flows.serving import Replicated, open_replica
+from flows.cli import serve as serve_command
+from flows.cli.main import main
+from flows.cli.serve import Replicated, open_replica
 from indexing.service.app import make_app
 from indexing.service.state import Encoders, ServeConfig, Service
 from infra.compute.cluster import Cluster, ClusterConfig
@@ -44,7 +44,7 @@ class Seen(Exception):  # noqa: N818 (how the test ends what would serve for eve
 
 def open_drawn(asked: Replicated) -> tuple[Service, ServeConfig]:
     """Open a replica of the drawn run, whose CLIP is a function."""
-    serving.load_encoders = lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20)
+    serve_command.load_encoders = lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20)
     return open_replica(asked)
 
 
@@ -61,11 +61,11 @@ def test_two_replicas_answer_as_the_application_alone(tmp_path: Path, monkeypatc
     root = write_root(tmp_path)
     asked = Replicated(root=root.uri, replicas=2, rate=0, cpus=1)
     monkeypatch.setenv("UNCLIP_TOKEN", TOKEN)
-    monkeypatch.setattr(serving, "load_encoders", serving.load_encoders)  # put back what open_drawn puts there
+    monkeypatch.setattr(serve_command, "load_encoders", serve_command.load_encoders)  # put back what open_drawn puts there
     with TestClient(make_app(*open_drawn(asked)), base_url="http://localhost") as alone:
         right = [ask(alone, question) for question in QUESTIONS]
     assert [status for status, *_ in right] == [200, 200, 200, 422, 200, 200, 200, 200, 200, 404]
-    port = serving.free_port("127.0.0.1")
+    port = serve_command.free_port("127.0.0.1")
 
     def look() -> None:
         from ray import serve
@@ -97,7 +97,7 @@ def bearer() -> dict[str, str]:
 
 def test_a_replica_has_its_share_of_the_rate_and_no_door_without_its_nodes_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_root(tmp_path)
-    monkeypatch.setattr(serving, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
+    monkeypatch.setattr(serve_command, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
     monkeypatch.delenv("UNCLIP_TOKEN", raising=False)
     asked = Replicated(root=root.uri, replicas=4, rate=20, allow_origins=("https://front.example.org",), removal_lag_s=3)
     with pytest.raises(CallerError, match="UNCLIP_TOKEN is not in the environment of the Ray node"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from flows.cli import app
+from flows.cli.main import app
 
 HERE = Path(__file__).parent.parent
 TEXT = (HERE / "infra" / "RUNBOOK.md").read_text()

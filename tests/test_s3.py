@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from flows import living
-from flows.cli import main
-from flows.options import open_for, scratch_for
-from flows.planning import fault
+from flows.cli.main import main
+from flows.cli.options import open_for, scratch_for
+from flows.live_index import lineage
+from flows.runs.planning import fault
 from infra.errors import StorageError
 from infra.storage import manifests, retry, store
 from tests.pictured import direction, usual_rows, write_run
@@ -271,7 +271,7 @@ def test_a_living_index_on_a_store_adds_removes_compacts_and_proves_it(
     removed = unclip("index", "remove", "--url", row["origin"])
     assert (removed["removed"], removed["trained_into"]) == ([row["key"]], ["clip/clip0123456789"])
     opened = open_for(uri, for_writing=False)
-    hits = living.open_view(opened, None)[0].search(direction(7), 48)
+    hits = lineage.open_view(opened, None)[0].search(direction(7), 48)
     assert len(hits) == 47 and row["key"] not in {hit.facts["key"] for hit in hits}
     assert len(unclip("index", "compact")["rows"]) == 4
     assert unclip("index", "verify", "--url", row["origin"])["found_in"] == {"shards": [], "embeddings": [], "index": []}
@@ -286,7 +286,7 @@ def test_a_living_index_on_a_store_adds_removes_compacts_and_proves_it(
     (tmp_path / "more" / "embed" / "facts.json").write_text(json.dumps(facts))
     assert unclip("index", "add", str(tmp_path / "more" / "embed"))["added"] == 3
     assert unclip("index", "add", str(tmp_path / "more" / "embed"))["already_there"] == 3
-    assert living.open_view(opened, None)[0].count == 50
+    assert lineage.open_view(opened, None)[0].count == 50
 
 
 def fault_of(root: store.Root) -> dict[str, str]:

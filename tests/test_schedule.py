@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.schedule import queue_of
+from flows.scheduling.deployments import queue_of
 from tests.ray_cluster import HERE, RayCluster
 from tests.s3_server import free_ports
 from tests.test_pipeline import processes

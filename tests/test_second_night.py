@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from flows.config import RunConfig, load_recipe
-from flows.planning import kept, plan, with_needs
-from flows.running import run_stage
-from flows.stage import StageJob, StageResult
-from flows.stages import STAGES
+from flows.config.run_config import RunConfig, load_recipe
+from flows.orchestration.run_stage import run_stage
+from flows.orchestration.stages import STAGES
+from flows.runs.planning import kept, plan, with_needs
+from flows.runs.stage import StageJob, StageResult
 from indexing.ann.index import Index
 from infra.compute.cluster import Cluster
 from infra.storage import store

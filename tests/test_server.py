@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.server import StaticServer, url_path
+from flows.sources.static_server import StaticServer, url_path
 
 
 @pytest.fixture

@@ -13,13 +13,15 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from flows import adding, living, making, serving
-from flows.compaction import compact
-from flows.promotion import settle
-from flows.runs import find_run, write_run
-from flows.serving import as_origin, parts_of
-from flows.stage import StagePlan
-from flows.stages import STAGES
+from flows.cli import run as run_command
+from flows.cli import serve
+from flows.cli.serve import as_origin, parts_of
+from flows.live_index import additions, lineage
+from flows.live_index.compaction import compact
+from flows.orchestration.stages import STAGES
+from flows.runs.promotion import settle
+from flows.runs.records import find_run, write_run
+from flows.runs.stage import StagePlan
 from indexing.ann.index import Index, IndexConfig, build
 from indexing.service.app import make_app
 from indexing.service.freshness import Freshness
@@ -40,7 +42,7 @@ GATE = ("generation.own >= 0.5",)
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
-    monkeypatch.setattr(serving, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
+    monkeypatch.setattr(serve, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
     return write_root(tmp_path)
 
 
@@ -134,11 +136,11 @@ def test_only_what_changed_is_opened_again(root: Root, tmp_path: Path, monkeypat
     really = Index.open.__func__  # type: ignore[attr-defined]
     monkeypatch.setattr(Index, "open", classmethod(lambda cls, folder: opened.append(folder.parent.name) or really(cls, folder)))
 
-    def load(known: living.Lineage) -> Encoders:
+    def load(known: lineage.Lineage) -> Encoders:
         loaded.append(known.fingerprint)
         return Encoders(known.fingerprint, encode_texts, encode_images, 20)
 
-    monkeypatch.setattr(serving, "load_encoders", load)
+    monkeypatch.setattr(serve, "load_encoders", load)
     with served(root) as (client, service, _):
         before = service.version
         add_two(root, tmp_path)
@@ -155,8 +157,8 @@ def add_two(root: Root, folder: Path) -> None:
     pictured.write_run(folder / "more", [row(number, "added", "train") for number in (2, 3)])
     facts = folder / "more" / "embed" / "facts.json"
     facts.write_text(facts.read_text().replace('"abc"', '"clip0123456789"'))
-    view, known = living.open_view(root, None)
-    adding.add(root, known, view, folder / "more" / "embed", "")
+    view, known = lineage.open_view(root, None)
+    additions.add(root, known, view, folder / "more" / "embed", "")
 
 
 def test_an_addition_of_another_clip_is_named_with_the_mend(root: Root, tmp_path: Path) -> None:
@@ -174,8 +176,8 @@ def test_an_addition_of_another_clip_is_named_with_the_mend(root: Root, tmp_path
 
 def test_entries_of_the_removal_log_are_read_once(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    monkeypatch.setattr(living, "read_entry", lambda root, name: read.append(name) or read_entry(root, name))
-    log = living.RemovalLog(root)
+    monkeypatch.setattr(lineage, "read_entry", lambda root, name: read.append(name) or read_entry(root, name))
+    log = lineage.RemovalLog(root)
     names = [write_removal(root, {"keys": [key], "origins": [], "sha256": []}, manifests.now()) for key in "abc"]
     assert log.read().keys == {"a", "b", "c"} and len(read) == 3
     write_removal(root, {"keys": ["d"], "origins": [], "sha256": []}, manifests.now())
@@ -212,7 +214,7 @@ def test_a_log_that_does_not_read_shows_nothing_rather_than_what_it_names(root: 
 
 
 def test_on_a_store_what_another_machine_took_down_is_gone_from_the_next_query_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
+    monkeypatch.setattr(serve, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
     monkeypatch.setattr("indexing.service.state.POLL_S", 1000)
     root = write_root(tmp_path, uri=f"memory://store-{tmp_path.name}")
     keys = [each["key"] for each in usual_rows()]
@@ -349,8 +351,8 @@ def test_an_added_picture_is_found_by_its_own_size_and_kept_no_larger(root: Root
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (400, 300), (9, 9, 9)).save(folder / "lying.jpg", exif=exif)
-    view, known = living.open_view(root, None)
-    adding.add(root, known, view, folder, "")
+    view, known = lineage.open_view(root, None)
+    additions.add(root, known, view, folder, "")
     with served(root) as (client, service, _):
         found = client.post("/search", json={"text": "colour 5", "split": ["added"]}).json()["results"]
         assert {each["caption"]: (each["width_px"], each["height_px"]) for each in found} == {
@@ -367,27 +369,27 @@ def test_an_added_picture_is_found_by_its_own_size_and_kept_no_larger(root: Root
 
 
 def test_an_addition_may_take_its_share_of_the_memory(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    view, _ = living.open_view(root, None)
-    assert adding.share_of(4 << 30, 48, view) == 2 << 30
-    assert adding.share_of(4 << 30, 1, view) == (4 << 30) // 49
-    assert adding.share_of(1 << 30, 1, view) == adding.LEAST_BYTES
-    assert adding.share_of(1 << 20, 1, view) == 1 << 20
+    view, _ = lineage.open_view(root, None)
+    assert additions.share_of(4 << 30, 48, view) == 2 << 30
+    assert additions.share_of(4 << 30, 1, view) == (4 << 30) // 49
+    assert additions.share_of(1 << 30, 1, view) == additions.LEAST_BYTES
+    assert additions.share_of(1 << 20, 1, view) == 1 << 20
     add_two(root, tmp_path)
-    (addition,) = living.additions(root)
-    assert addition.manifest["sections"]["index"]["memory_bytes"] == adding.share_of(2 << 30, 2, view)
+    (addition,) = lineage.additions(root)
+    assert addition.manifest["sections"]["index"]["memory_bytes"] == additions.share_of(2 << 30, 2, view)
 
 
 def test_status_names_additions_that_are_not_searched(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_two(root, tmp_path)
-    (addition,) = living.additions(root)
+    (addition,) = lineage.additions(root)
     clip = committed(root, "clip")
-    assert living.unsearched([addition], clip) == []
+    assert lineage.unsearched([addition], clip) == []
     store.write_json(root, "clip/clip0123456789/manifest.json", {**clip.manifest, "digest": "0" * 64})
-    (line,) = living.unsearched(living.additions(root), committed(root, "clip"))
+    (line,) = lineage.unsearched(lineage.additions(root), committed(root, "clip"))
     assert f"additions/{addition.key} (2 samples)" in line and "clip/clip0123456789" in line
     told: list[str] = []
     plans = [StagePlan(next(each for each in STAGES if each.name == "clip"), clip.key, "current", "", committed(root, "clip"))]
-    monkeypatch.setattr("flows.planning.plan", lambda *_: plans)
-    monkeypatch.setattr(making, "say", told.append)
-    making.status(str(RECIPE), root.uri)
+    monkeypatch.setattr("flows.runs.planning.plan", lambda *_: plans)
+    monkeypatch.setattr(run_command, "say", told.append)
+    run_command.status(str(RECIPE), root.uri)
     assert told == [f"unclip: {line}"]

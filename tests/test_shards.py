@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from img2dataset.resizer import Resizer
 
-from flows import ingest, opt_out, shards
-from flows.opt_out import OptOut
-from flows.server import StaticServer
-from flows.shards import COLUMNS, eight_bit, make_shard
+from flows.ingest import ingest, shard_worker
+from flows.ingest.shard_worker import COLUMNS, eight_bit, make_shard
+from flows.sources import opt_out
+from flows.sources.opt_out import OptOut
+from flows.sources.static_server import StaticServer
 from tests.hostile_server import thread
 
 
@@ -117,15 +118,15 @@ def gradient(height: int, width: int) -> np.ndarray:
 
 def test_a_large_picture_is_put_on_white_as_img2dataset_does_it(tmp_path: Path) -> None:
     image = gradient(1100, 1000)
-    assert image.shape[0] * image.shape[1] > shards.MATTED_PIXELS
+    assert image.shape[0] * image.shape[1] > shard_worker.MATTED_PIXELS
     body = cv2.imencode(".png", image)[1].tobytes()
-    mine = shards.on_white(io.BytesIO(body))
+    mine = shard_worker.on_white(io.BytesIO(body))
     assert cv2.imdecode(np.frombuffer(mine.getbuffer(), np.uint8), cv2.IMREAD_UNCHANGED).shape == (1100, 1000, 3)
     resizer = Resizer(image_size=64, resize_mode="border", resize_only_if_bigger=False, encode_format="png", encode_quality=1)
     assert resizer(mine) == resizer(io.BytesIO(body))
     for plain in (cv2.imencode(".jpg", image)[1].tobytes(), cv2.imencode(".png", image[..., :3])[1].tobytes()):
         stream = io.BytesIO(plain)
-        assert shards.on_white(stream) is stream
+        assert shard_worker.on_white(stream) is stream
 
 
 ONE = """
@@ -171,7 +172,7 @@ def test_nothing_stands_under_a_final_name_before_it_is_whole(tmp_path: Path, mo
         seen.append({path.name for path in (tmp_path / "shards").iterdir()})
         raise RuntimeError("stop here")
 
-    monkeypatch.setattr(shards, "check_shard", look)
+    monkeypatch.setattr(shard_worker, "check_shard", look)
     with pytest.raises(RuntimeError, match="stop here"):
         made(tmp_path, {"a.png": disc(64)})
     assert [name for names in seen for name in names if not name.startswith(".")] == []
@@ -181,18 +182,18 @@ def test_nothing_stands_under_a_final_name_before_it_is_whole(tmp_path: Path, mo
 def test_a_shard_that_lost_rows_is_refused(tmp_path: Path) -> None:
     made(tmp_path, {"a.png": disc(64), "b.png": disc(32)})
     stem = tmp_path / "shards" / "00007"
-    shards.check_shard(stem, tmp_path / "feed.arrow")
+    shard_worker.check_shard(stem, tmp_path / "feed.arrow")
     longer = write_feed(tmp_path / "longer.arrow", ["a.png", "b.png", "c.png"])
     with pytest.raises(RuntimeError, match="3 rows asked, 2 recorded"):
-        shards.check_shard(stem, longer)
+        shard_worker.check_shard(stem, longer)
     shutil.copy(stem.with_suffix(".tar"), tmp_path / "whole.tar")
     with tarfile.open(stem.with_suffix(".tar"), "w"):
         pass
     with pytest.raises(RuntimeError, match="2 succeeded, 0 stored"):
-        shards.check_shard(stem, tmp_path / "feed.arrow")
+        shard_worker.check_shard(stem, tmp_path / "feed.arrow")
     stem.with_suffix(".tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:2000])
     with pytest.raises((tarfile.TarError, RuntimeError)):
-        shards.check_shard(stem, tmp_path / "feed.arrow")
+        shard_worker.check_shard(stem, tmp_path / "feed.arrow")
 
 
 def test_a_full_disk_is_told_as_such_where_img2dataset_swallows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +203,8 @@ def test_a_full_disk_is_told_as_such_where_img2dataset_swallows_it(tmp_path: Pat
     full = shutil.disk_usage(tmp_path)._replace(free=2**20 - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(OSError, match="no space left on the device"):
-        shards.check_shard(stem, longer)
-    assert shards.check_shard(stem, tmp_path / "feed.arrow") == 0  # a whole shard is one, however full the disk is
+        shard_worker.check_shard(stem, longer)
+    assert shard_worker.check_shard(stem, tmp_path / "feed.arrow") == 0  # a whole shard is one, however full the disk is
 
 
 def test_only_sixteen_bit_pngs_are_touched() -> None:
@@ -225,13 +226,13 @@ def test_other_formats_are_stored_too(tmp_path: Path, encode: str) -> None:
 def test_a_process_that_ends_with_its_parent_takes_its_folder_along(tmp_path: Path, is_ours: bool) -> None:
     (tmp_path / "its").mkdir()
     (tmp_path / "its" / "feed.arrow").touch()
-    command = [sys.executable, "-m", "flows.shards", str(os.getpid() if is_ours else 1), str(tmp_path / "its")]
+    command = [sys.executable, "-m", "flows.ingest.shard_worker", str(os.getpid() if is_ours else 1), str(tmp_path / "its")]
     subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=100, cwd=Path(__file__).parent.parent)
     assert not (tmp_path / "its").exists()
 
 
 def test_a_download_process_starts_without_what_only_img2datasets_command_uses() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "flows.shards", str(os.getpid())]
+    command = [sys.executable, "-X", "importtime", "-m", "flows.ingest.shard_worker", str(os.getpid())]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent.parent)
     assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from flows import sources
-from flows.sources import DataConfig, new_urls, write_url_table
+from flows.sources import url_table
+from flows.sources.url_table import DataConfig, new_urls, write_url_table
 from infra.errors import CallerError, DataError, UnclipError
 from infra.schemas import DROPPED, URLS, sample_key
 from tests.picture_packages import use_fake_npm
@@ -116,7 +116,7 @@ def test_bad_rows_are_dropped_for_their_reason_and_nothing_is_lost(tmp_path: Pat
 
 
 def test_duplicates_are_found_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(url_table, "BLOCK_ROWS", 3)
     rows = [{"url": f"http://h/{n % 8}.png", "caption": "x"} for n in range(40)]
     write_list(tmp_path / "a.jsonl", rows)
     urls, dropped = table(tmp_path, {"kind": "urls", "path": str(tmp_path / "a.jsonl")})
@@ -192,7 +192,7 @@ def test_a_folder_of_images_beside_captions(tmp_path: Path) -> None:
     assert rows["folder:my pictures/a.png"]["captions"] == ["a cat", "a small cat"]
     assert rows["folder:my pictures/sub/b.JPG"]["url"] == "http://127.0.0.1:80/my%20pictures/sub/b.JPG"
     assert [row["reason"] for row in dropped] == ["empty_caption"]
-    mounts = sources.Mounts.load(tmp_path / "out" / "mounts.json")
+    mounts = url_table.Mounts.load(tmp_path / "out" / "mounts.json")
     assert mounts.folders == {"my pictures": root}
 
 
@@ -223,7 +223,7 @@ def test_packages_become_rows_that_share_concepts_across_vendors(tmp_path: Path,
     assert heart["origin"] == "npm:emoji-datasource-google@16.0.0/img/google/64/2764-fe0f.png"
     assert heart["url"] == "http://127.0.0.1:80/emoji-datasource-google/img/google/64/2764-fe0f.png"
     assert heart["key"] == sample_key(heart["origin"], "red heart")
-    mounts = sources.Mounts.load(tmp_path / "out" / "mounts.json").folders
+    mounts = url_table.Mounts.load(tmp_path / "out" / "mounts.json").folders
     for row in urls:
         mount = next(name for name in sorted(mounts, reverse=True) if row["url"].startswith(f"http://127.0.0.1:80/{name}/"))
         assert (mounts[mount] / row["url"].removeprefix(f"http://127.0.0.1:80/{mount}/")).is_file()

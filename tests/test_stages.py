@@ -15,9 +15,9 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from flows.planning import plan, with_needs
-from flows.running import run_stage
-from flows.stage import Stage, StageJob, inputs_of, key_of
+from flows.orchestration.run_stage import run_stage
+from flows.runs.planning import plan, with_needs
+from flows.runs.stage import Stage, StageJob, inputs_of, key_of
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageError
 from infra.storage import manifests, store
@@ -277,13 +277,13 @@ def writes_nothing(_: StageJob) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stages", [("ingest", "curate"), ("ingest", "curate", "dedup")])
 def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(stages: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows import enlarging
-    from flows.stages import STAGES, UPSAMPLERS
+    from flows.cli import upsample
+    from flows.orchestration.stages import STAGES, UPSAMPLERS
     from training.jobs import train
 
     seen: list[Path] = []
     monkeypatch.setattr(train, "train_upsampler", lambda section, cluster, ingest, kept, out, work: seen.append(kept) or {})
-    monkeypatch.setattr(enlarging, "compare", lambda stage, out, ingest, kept, *more: seen.append(kept) or {})
+    monkeypatch.setattr(upsample, "compare", lambda stage, out, ingest, kept, *more: seen.append(kept) or {})
     inputs = {name: SimpleNamespace(local=partial(Path, name)) for name in stages}
     for stage in (each for each in STAGES if each.name in UPSAMPLERS):
         assert inputs_of(stage, stages) == list(stages)
@@ -293,7 +293,7 @@ def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(stages: tuple[st
 
 
 def test_many_vectors_in_several_files_are_indexed_on_ray_and_few_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.stages import run_index
+    from flows.orchestration.stages import run_index
     from indexing.ann import index
     from tests.embedded import write_embed
 

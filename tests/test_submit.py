@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from flows import stage_job, submission
-from flows.stage import key_of
+from flows.orchestration import ray_job, ray_submit
+from flows.runs.stage import key_of
 from infra.compute import ray_jobs
 from infra.compute.ray_jobs import Job, JobServer
 from infra.errors import CallerError, StorageAwayError, UnclipError
@@ -49,7 +49,7 @@ def drive(folder: Path, address: str, seconds: float, word: str = "a", stages: i
     config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"upload_code": False, "attempts": 2})})
     done: dict[str, Any] = {}
     for stage in FAKES[:stages]:
-        result = submission.submit_stage(
+        result = ray_submit.submit_stage(
             stage, root, config, {name: done[name].committed for name in stage.needs}, address, lambda line: shown.append(line)
         )
         done[stage.name] = result
@@ -59,7 +59,7 @@ def drive(folder: Path, address: str, seconds: float, word: str = "a", stages: i
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submission, "ENTRYPOINT", "tests.fake_job")
+    monkeypatch.setattr(ray_submit, "ENTRYPOINT", "tests.fake_job")
 
 
 def driver(folder: Path, address: str, seconds: float) -> "subprocess.Popen[str]":
@@ -122,10 +122,10 @@ def test_a_killed_job_is_tried_again_and_the_late_writer_commits_nothing(
     os.kill(pid, signal.SIGKILL)
     until(lambda: claim_of(tmp_path)["attempt"] == 2)
     claim = claim_of(tmp_path)
-    monkeypatch.setattr(stage_job.stages, "STAGES", FAKES)
-    monkeypatch.setattr(stage_job, "load", FakeConfig.model_validate)
+    monkeypatch.setattr(ray_job.stages, "STAGES", FAKES)
+    monkeypatch.setattr(ray_job, "load", FakeConfig.model_validate)
     with pytest.raises(UnclipError, match=r"attempt 1 of data .* is fenced off, attempt 2 has taken over"):
-        stage_job.run(store.open_root(str(tmp_path)), claim["stage"], claim["key"], 1)
+        ray_job.run(store.open_root(str(tmp_path)), claim["stage"], claim["key"], 1)
     assert running.wait(timeout=120) == 0, running.communicate()
     states = jobs(cluster, tmp_path)
     assert sorted((name.split("-")[1], name[-1], state) for name, state in states.items()) == [
@@ -133,7 +133,7 @@ def test_a_killed_job_is_tried_again_and_the_late_writer_commits_nothing(
         ("data", "2", "SUCCEEDED"),
     ]
     with pytest.raises(UnclipError, match="its claim has gone: nothing is committed"):
-        stage_job.run(store.open_root(str(tmp_path)), claim["stage"], claim["key"], 1)
+        ray_job.run(store.open_root(str(tmp_path)), claim["stage"], claim["key"], 1)
 
 
 def test_a_driver_that_wakes_late_follows_the_attempt_that_has_been_claimed_meanwhile(
@@ -143,27 +143,27 @@ def test_a_driver_that_wakes_late_follows_the_attempt_that_has_been_claimed_mean
     root = store.open_root(str(tmp_path))
     submitted: list[int] = []
     config: Any = FakeConfig()
-    name = stage_job.claim_name("data", key_of(FAKES[0], config, {}))
+    name = ray_job.claim_name("data", key_of(FAKES[0], config, {}))
 
     def claim_of_another(server: JobServer, job: Job, number: int, show: Any) -> tuple[str, str]:
         if number == 1:
             store.write_json(root, name, store.read_json(root, name) | {"attempt": 3})
             return "FAILED", "it was killed"
         assert number == 3 and store.read_json(root, name)["attempt"] == 3
-        stage_job.run(root, "data", key_of(FAKES[0], config, {}), number)
+        ray_job.run(root, "data", key_of(FAKES[0], config, {}), number)
         return "SUCCEEDED", ""
 
     class Client:
         def submit_job(self, submission_id: str, **_: Any) -> None:
             submitted.append(int(submission_id.rpartition("-")[2]))
 
-    monkeypatch.setattr(stage_job.stages, "STAGES", FAKES)
-    monkeypatch.setattr(stage_job, "load", FakeConfig.model_validate)
+    monkeypatch.setattr(ray_job.stages, "STAGES", FAKES)
+    monkeypatch.setattr(ray_job, "load", FakeConfig.model_validate)
     monkeypatch.setattr(JobServer, "_client", lambda self: Client())
     monkeypatch.setattr(ray_jobs, "RETRY_AFTER_S", 0)
     monkeypatch.setattr(JobServer, "_follow", claim_of_another)
     monkeypatch.setattr(JobServer, "_exit_code", lambda *_: 1)
-    result = submission.submit_stage(FAKES[0], root, config, {}, "http://head:8265", print)
+    result = ray_submit.submit_stage(FAKES[0], root, config, {}, "http://head:8265", print)
     assert result.state == "ran" and submitted == [1, 3]
 
 
@@ -176,23 +176,23 @@ def argv(pid: int) -> bytes:
 
 def test_the_fence_holds_at_the_commit_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt that was overtaken while it worked finds out when it wants to commit."""
-    monkeypatch.setattr(stage_job.stages, "STAGES", FAKES)
-    monkeypatch.setattr(stage_job, "load", FakeConfig.model_validate)
+    monkeypatch.setattr(ray_job.stages, "STAGES", FAKES)
+    monkeypatch.setattr(ray_job, "load", FakeConfig.model_validate)
     root = store.open_root(str(tmp_path))
     config: Any = FakeConfig()
     key = key_of(FAKES[0], config, {})
-    name = stage_job.claim_name("data", key)
+    name = ray_job.claim_name("data", key)
     store.write_json(root, name, {"attempt": 1, "config": config.model_dump(mode="json"), "inputs": {}})
 
     def overtaken(job: Any) -> dict[str, Any]:
         store.write_json(root, name, {"attempt": 2, "config": config.model_dump(mode="json"), "inputs": {}})
         return FAKES[0].run(job)
 
-    monkeypatch.setattr(stage_job.stages, "STAGES", (FAKES[0].__class__(**{**vars(FAKES[0]), "run": overtaken}),))
+    monkeypatch.setattr(ray_job.stages, "STAGES", (FAKES[0].__class__(**{**vars(FAKES[0]), "run": overtaken}),))
     with pytest.raises(UnclipError, match="attempt 2 has taken over: nothing is committed"):
-        stage_job.run(root, "data", key, 1)
+        ray_job.run(root, "data", key, 1)
     assert manifests.newest(root, "data") is None and not list((root.scratch / "aside").iterdir())
-    stage_job.run(root, "data", key, 2)
+    ray_job.run(root, "data", key, 2)
     assert manifests.newest(root, "data")
 
 
@@ -270,7 +270,7 @@ def test_the_whole_command_submits_and_reports(cluster: RayCluster, tmp_path: Pa
     from tests.tiny import prepare
 
     prepare(tmp_path)
-    command = [sys.executable, "-m", "flows.cli", "submit", str(tmp_path / "tiny.toml"), "--address", cluster.address]
+    command = [sys.executable, "-m", "flows.cli.main", "submit", str(tmp_path / "tiny.toml"), "--address", cluster.address]
     absolute = json.dumps([{"kind": "folder", "path": str(tmp_path / "pictures" / "filled")}])
     done = subprocess.run(
         [*command, "--root", str(tmp_path / "root"), "--stage", "ingest", "--set", f"data.sources={absolute.replace(':', ' =')}", "--json"],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flows.packaged_sets import png
+from flows.demo.packaged_sets import png
 from indexing.data.held_out import open_embedded
 from indexing.data.images import read_picture
 from indexing.data.labelled_sets import ImageSet

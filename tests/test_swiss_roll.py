@@ -9,7 +9,7 @@ from PIL import Image
 from scipy import stats
 from sklearn.datasets import make_swiss_roll
 
-from flows.cli import main
+from flows.cli.main import main
 from infra.errors import CallerError
 from training.diffusion.noise import generators, noise
 from training.diffusion.process import Schedule

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flows import swiss_roll_section
+from flows.evaluation import swiss_roll_section
 from indexing.evaluation.evaluate import EvaluateConfig
 from training.diffusion import swiss_roll as roll
 

@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows import adding, compaction, curate, ingest, living
-from flows.cli import main
-from flows.compaction import compact
-from flows.curate import CurateConfig
-from flows.planning import fault
-from flows.taking_down import blank, by_values, find, take_down, verify
+from flows.cli.main import main
+from flows.ingest import curate, ingest
+from flows.ingest.curate import CurateConfig
+from flows.live_index import additions, compaction, lineage
+from flows.live_index.compaction import compact
+from flows.live_index.takedown import blank, by_values, find, take_down, verify
+from flows.runs.planning import fault
 from indexing.dedup import deduplicate
 from infra.errors import CallerError, DataError
 from infra.schemas import DROPPED, URLS
@@ -47,7 +48,7 @@ def take(root: Root, key: str) -> dict:
 
 
 def keys_of(root: Root, query: int = 5) -> list[str]:
-    view, _ = living.open_view(root, None)
+    view, _ = lineage.open_view(root, None)
     return [hit.facts["key"] for hit in view.search(direction(query), 48)]
 
 
@@ -334,10 +335,10 @@ def test_a_log_that_does_not_read_stops_rather_than_letting_things_come_back(roo
 
 def test_manifests_are_read_again_only_where_a_folder_has_changed(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    read_now = living.segments_stamp
-    monkeypatch.setattr(living, "segments_stamp", lambda *given: reads.append(given) or read_now(*given))
-    monkeypatch.setattr(living, "GRAIN_NS", 0)
-    stamp = living.SegmentsStamp(root, "drawn")
+    read_now = lineage.segments_stamp
+    monkeypatch.setattr(lineage, "segments_stamp", lambda *given: reads.append(given) or read_now(*given))
+    monkeypatch.setattr(lineage, "GRAIN_NS", 0)
+    stamp = lineage.SegmentsStamp(root, "drawn")
     first = stamp()
     assert stamp() == stamp() == first and len(reads) == 1
     take(root, keys_of(root)[0])
@@ -348,8 +349,8 @@ def test_manifests_are_read_again_only_where_a_folder_has_changed(root: Root, tm
     write_run(tmp_path / "more", [each | {"key": f"new{each['number']}"} for each in usual_rows()[:2]])
     facts = json.loads((tmp_path / "more" / "embed" / "facts.json").read_text()) | {"clip_key": "clip0123456789"}
     (tmp_path / "more" / "embed" / "facts.json").write_text(json.dumps(facts))
-    view, known = living.open_view(root, None)
-    adding.add(root, known, view, tmp_path / "more" / "embed", "")
+    view, known = lineage.open_view(root, None)
+    additions.add(root, known, view, tmp_path / "more" / "embed", "")
     assert stamp() != compacted
 
 
@@ -357,7 +358,7 @@ def test_an_index_of_another_clip_is_refused(root: Root) -> None:
     path = "clip/clip0123456789/manifest.json"
     store.write_json(root, path, {**store.read_json(root, path), "digest": "0" * 64})
     with pytest.raises(CallerError, match="made by another CLIP"):
-        living.open_view(root, None)
+        lineage.open_view(root, None)
 
 
 @pytest.fixture
@@ -382,36 +383,36 @@ def test_added_pictures_are_found_once_with_thumbnail_and_can_be_taken_down(root
     from indexing.data.images import read_picture
 
     source = pictures(tmp_path / "pictures")
-    view, known = living.open_view(root, None)
-    addition, reasons = adding.add(root, known, view, source, "CC0")
+    view, known = lineage.open_view(root, None)
+    addition, reasons = additions.add(root, known, view, source, "CC0")
     assert addition and reasons == {"added": 2, "removed": 0, "already_there": 0}
-    view, known = living.open_view(root, None)
+    view, known = lineage.open_view(root, None)
     assert view.count == 50
     added = [hit for hit in view.search(direction(2), 50) if hit.segment == 1]
     assert sorted(hit.facts["caption"].split()[1] for hit in added) == ["2", "3"]
     assert read_picture(added[0].facts, view.segments[1].shards, 256).shape == (256, 256, 3)
-    assert adding.add(root, known, view, source, "CC0") == (None, {"added": 0, "removed": 0, "already_there": 2})
+    assert additions.add(root, known, view, source, "CC0") == (None, {"added": 0, "removed": 0, "already_there": 2})
 
     take(root, added[0].facts["key"])
     assert added[0].facts["key"] not in keys_of(root)
-    view, known = living.open_view(root, None)
+    view, known = lineage.open_view(root, None)
     assert compact(root, print) == {f"additions/{addition.key}": 1}
     take(root, added[1].facts["key"])
     compact(root, print)
     assert store.list_names(root, "additions") == []
-    view, known = living.open_view(root, None)
-    assert adding.add(root, known, view, source, "CC0")[1] == {"added": 0, "removed": 2, "already_there": 0}, "it stays down"
+    view, known = lineage.open_view(root, None)
+    assert additions.add(root, known, view, source, "CC0")[1] == {"added": 0, "removed": 2, "already_there": 0}, "it stays down"
 
 
 def test_embeddings_of_another_clip_are_not_added(root: Root, tmp_path: Path) -> None:
-    view, known = living.open_view(root, None)
+    view, known = lineage.open_view(root, None)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "facts.json").write_text(json.dumps({"clip_key": "other", "count": 1, "dim": 16}))
     with pytest.raises(CallerError, match="was embedded by CLIP other"):
-        adding.add(root, known, view, tmp_path / "foreign", "")
+        additions.add(root, known, view, tmp_path / "foreign", "")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CallerError, match="neither embeddings"):
-        adding.add(root, known, view, tmp_path / "empty", "")
+        additions.add(root, known, view, tmp_path / "empty", "")
 
 
 def test_the_command_line_removes_by_url_and_proves_it(root: Root, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

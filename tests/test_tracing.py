@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows.tracing import Traces, trace
+from flows.live_index.removal_trace import Traces, trace
 from infra.schemas import DROPPED, URLS
 from infra.storage import store
 from infra.storage.removal_log import Removals

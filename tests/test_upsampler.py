@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from flows import upsampler_section
-from flows.cli import main
-from flows.config import RunConfig, find_disagreement, load_recipe
-from flows.planning import stages_of
-from flows.runs import committed_of, find_run, write_run
-from flows.stage import inputs_of
-from flows.stages import STAGES
+from flows.cli.main import main
+from flows.config.run_config import RunConfig, find_disagreement, load_recipe
+from flows.evaluation import upsampler_section
+from flows.orchestration.stages import STAGES
+from flows.runs.planning import stages_of
+from flows.runs.records import committed_of, find_run, write_run
+from flows.runs.stage import inputs_of
 from infra.errors import CallerError
 from infra.storage import manifests
 from tests.small_systems import write_root

@@ -17,7 +17,7 @@ import json, sys, time, uuid
 from datetime import UTC, datetime
 from pathlib import Path
 import httpx
-from flows.prefect_server import lasting_server
+from flows.scheduling.prefect_server import lasting_server
 from tests.s3_server import free_ports
 from tests.test_schedule import Webhook
 

@@ -57,7 +57,7 @@ def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
         name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "UNCLIP_SCRATCH", "UNCLIP_ROOT", "RAY_"))
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *arguments],
+        [sys.executable, "-m", "flows.cli.main", *arguments],
         cwd=folder,
         env=environment | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "NO_ALBUMENTATIONS_UPDATE": "1"} | KEPT,
         stdout=subprocess.PIPE,

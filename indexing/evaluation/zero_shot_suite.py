@@ -44,7 +44,7 @@ class SuiteConfig(Section):
     """[evaluate.suite]: which sets, and how many of their pictures."""
 
     sets: tuple[str, ...] = ()
-    """Names of packaged sets (flows/packaged_sets.py lists them), or paths: a folder of classes, a parquet file, WebDataset shards."""
+    """Names of packaged sets (flows/demo/packaged_sets.py lists them), or paths: a folder of classes, a parquet file, WebDataset shards."""
     pictures: int = Field(default=1000, ge=10)
     """Pictures of a set that are judged, drawn by the seed when there are more."""
     probe: bool = True

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flows.config import RunConfig, load_recipe
+from flows.config.run_config import RunConfig, load_recipe
 from indexing.metrics.bootstrap import mean_figure
 from indexing.metrics.retrieval import right_places
 from indexing.metrics.zero_shot import ranks

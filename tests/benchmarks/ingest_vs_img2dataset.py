@@ -17,14 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows import ingest
-from flows.sources import DataConfig
+from flows.ingest import ingest
+from flows.sources.url_table import DataConfig
 
 COUNT, SIDE_PX, ROUNDS = 3000, 64, 2
 SERVE = """
 import sys
 from pathlib import Path
-from flows.server import StaticServer
+from flows.sources.static_server import StaticServer
 with StaticServer({"m": Path(sys.argv[1])}) as server:
     print(server.base, flush=True)
     sys.stdin.read()

@@ -14,8 +14,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from flows.living import lineage
-from flows.runs import committed_of
+from flows.live_index.lineage import lineage
+from flows.runs.records import committed_of
 from indexing.data.embedding_store import metadata_batches
 from indexing.data.images import Pixels, read_picture
 from indexing.dedup.perceptual_hash import PLACE

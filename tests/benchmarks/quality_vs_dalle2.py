@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flows.config import RunConfig, load_recipe
+from flows.config.run_config import RunConfig, load_recipe
 from tests import equal_seconds
 from tests.benchmarks.models_vs_dalle2 import PYTHON
 from tests.peered import SCRIPTS

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flows.config import RunConfig, load_recipe
+from flows.config.run_config import RunConfig, load_recipe
 from tests import equal_seconds
 from tests.benchmarks.generate_vs_diffusers import AT_MOST, in_turns
 from tests.benchmarks.steps_and_quality import BLOCKS, compared

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flows.config import load_recipe
+from flows.config.run_config import load_recipe
 from training.diffusion.noise import generators
 from training.diffusion.process import as_denoise
 from training.diffusion.samplers import ancestral, ddim, ddim_invert, dpm_solver, guided

@@ -50,8 +50,8 @@ def drawn(folder: Path, count: int) -> None:
 
 
 def ingest(folder: Path, count: int) -> int:
-    from flows import ingest as stage
-    from flows.sources import DataConfig
+    from flows.ingest import ingest as stage
+    from flows.sources.url_table import DataConfig
 
     source = {"kind": "folder", "path": str(folder.parent / f"pictures-{count}")}
     stage.run(DataConfig.model_validate({"sources": [source]}), folder / "ingest", folder / "work")
@@ -59,7 +59,7 @@ def ingest(folder: Path, count: int) -> int:
 
 
 def curate(folder: Path, count: int) -> int:
-    from flows import curate as stage
+    from flows.ingest import curate as stage
 
     stage.run(stage.CurateConfig(held_out_concept_fraction=0), folder / "ingest", folder / "curate")
     return size_of(folder / "curate")
@@ -212,7 +212,7 @@ COSTS = {
 
 def quickstart() -> Any:
     """Return the quickstart's config."""
-    from flows.config import load_recipe
+    from flows.config.run_config import load_recipe
 
     return load_recipe("quickstart")
 

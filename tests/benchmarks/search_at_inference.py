@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from flows.comparing import read_report
+from flows.cli.compare import read_report
 from indexing.evaluation.relations import TITLE
 from indexing.report.page import figure_bounds, figure_text
 

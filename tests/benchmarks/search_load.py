@@ -178,7 +178,7 @@ def drawn_service(root: Path) -> Iterator[tuple[str, int]]:
 
 def serve(folder: Path) -> None:
     """Serve a drawn ROOT as `unclip serve` does, its CLIP a function, until killed."""
-    from flows import serving
+    from flows.cli import serve as serve_command
     from indexing.service.app import run
     from indexing.service.state import Encoders, ServeConfig, Service
     from infra.storage.store import open_root
@@ -193,8 +193,8 @@ def serve(folder: Path) -> None:
             known.fingerprint, lambda texts: encode([len(text) for text in texts]), lambda pictures: encode([int(pictures.sum())]), 32
         )
 
-    serving.load_encoders = encoders
-    service = Service(serving.parts_of(open_root(str(folder), for_writing=False), None, False, lambda line: print(line, file=sys.stderr)))
+    serve_command.load_encoders = encoders
+    service = Service(serve_command.parts_of(open_root(str(folder), for_writing=False), None, False, lambda line: print(line, file=sys.stderr)))
     with (folder / "requests.log").open("w") as log:
         run(service, ServeConfig(port=0, rate=0), lambda address: print(address, flush=True), log)
 

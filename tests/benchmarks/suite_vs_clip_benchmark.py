@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flows import packaged_sets
+from flows.demo import packaged_sets
 from indexing.data import labelled_sets
 from indexing.data.labelled_sets import ImageSet
 from indexing.evaluation import zero_shot_suite

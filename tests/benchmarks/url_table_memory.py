@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows import ingest, outcomes, sources
-from flows.sources import DataConfig
-from flows.workers import Feed
+from flows.ingest import ingest, row_outcomes
+from flows.ingest.local_workers import Feed
+from flows.sources import url_table
+from flows.sources.url_table import DataConfig
 
 SIZES = (1_000_000, 3_000_000, 10_000_000)
 BLOCK, GROUP_ROWS, SHARD_ROWS = 250_000, 1_000_000, 10_000
@@ -71,14 +72,14 @@ def run(folder: Path, rows: int) -> None:
     clock = step("imports", time.monotonic(), rows)
     table = folder / "table"
     table.mkdir()
-    kept = sources.write_url_table(config, table, folder)
+    kept = url_table.write_url_table(config, table, folder)
     assert kept == rows - rows // 10, (kept, rows)
     clock = step("list to URL table", clock, rows)
     feeds = ingest.write_feeds(table / "urls.parquet", folder / "pass-0", 0, SHARD_ROWS)
     clock = step("feeds of the shards", clock, rows)
     pretend(feeds, folder / "shards", np.array([*[""] * 6, "http_404: gone", "timeout: 10 s"]))
     clock = step("(pretended download)", clock, rows)
-    again = outcomes.rows_to_ask_again(folder / "shards", len(feeds), folder / "again.parquet")
+    again = row_outcomes.rows_to_ask_again(folder / "shards", len(feeds), folder / "again.parquet")
     retried = ingest.write_feeds(again, folder / "pass-1", len(feeds), SHARD_ROWS)
     assert abs(sum(feed.rows for feed in retried) / kept - 1 / 8) < 0.01
     clock = step("rows to ask again", clock, rows)

@@ -1,0 +1,55 @@
+"""The command `report compare`: two or more runs side by side, on one page and in JSON."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
+from infra.errors import CallerError
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="A B...", help="Names of runs in ROOT, or paths of report.json or of its folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the page goes.")] = Path("comparison.html"),
+    root: RootUri = DEFAULT_ROOT,
+    as_json: Json = False,
+) -> None:
+    """Compare the figures of two or more runs, with intervals, on one page."""
+    if len(runs) < 2 or len(set(runs)) < len(runs):
+        raise CallerError("report compare needs two or more different runs: unclip report compare A B")
+    from indexing.report import comparison
+
+    reports = {run: read_report(run, root) for run in runs}
+    rows = comparison.compare(reports)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(comparison.render(reports, rows))
+    told = [row for row in rows if row["differs"]]
+    if as_json:
+        print_json({"runs": runs, "page": str(out), "figures": rows})
+        return
+    print(f"{out}  ({len(rows)} figures, {len(told)} told apart)")
+    for row in told:
+        for run, delta in row["differences"].items():
+            if comparison.is_told(delta):
+                print(f"{comparison.signed(delta):>14}  {' · '.join(row['place'])}  ({run})")
+
+
+def read_report(run: str, root: str) -> dict[str, Any]:
+    """Read the report of a run in ROOT, or at a path. Raises CallerError."""
+    path = Path(run)
+    if path.is_dir():
+        path /= "report.json"
+    if not path.is_file():
+        from flows.runs.records import committed_of, find_run
+
+        opened = open_for(root, for_writing=False)
+        path = committed_of(opened, find_run(opened, run), "evaluate").local() / "report.json"
+    try:
+        found = json.loads(path.read_text())
+        if not {"run", "stages", "zero_shot"} <= found.keys():
+            raise ValueError("it holds no run")
+    except (ValueError, AttributeError) as error:
+        raise CallerError(f"{path} is no report.json of a run ({error})") from error
+    return dict(found)

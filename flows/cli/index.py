@@ -1,0 +1,219 @@
+"""The commands of a living index: `unclip index RECIPE` builds it; `add`, `merge`, `remove`, `compact` and `verify` keep it in order."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from flows.cli import run as run_command
+from flows.cli.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json, say
+from flows.cli.search import RunName, check_files
+from infra.errors import CallerError
+from infra.storage.store import Root
+
+BUILD = "build"
+MANY = 8
+"""Additions beyond which a query that looks into each is told to be slow."""
+MAX_LINES = 1_000_000
+ALIKE_CANDIDATES = 64
+
+Urls = Annotated[list[str] | None, typer.Option("--url", metavar="URL", help="Where the picture came from; may be repeated.")]
+Keys = Annotated[
+    list[str] | None, typer.Option("--key", metavar="KEY", help="Its key, as `unclip search --json` prints it; may be repeated.")
+]
+Images = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="The picture itself, or a copy that looks like it.")]
+TextFile = Annotated[Path | None, typer.Option("--text-file", metavar="FILE", help="A list, one URL, key or whole caption a line.")]
+
+
+class WithBuild(TyperGroup):
+    """A group whose first argument may be a recipe: then `build` is meant, as in `unclip index quickstart`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = [BUILD, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=WithBuild, help="Build a run's index, and keep it in order.", no_args_is_help=True, rich_markup_mode=None)
+app.command(BUILD, help="Run the stage index, with what it needs; `unclip index RECIPE` is short for it.")(run_command.verb("index"))
+
+
+@app.command()
+def add(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Pictures beside .txt captions, or an embed folder made by the run's CLIP.")
+    ],
+    licence: Annotated[str, typer.Option("--licence", metavar="NAME", help="Licence of the pictures.")] = "",
+    root: RootUri = DEFAULT_ROOT,
+    run: RunName = None,
+    as_json: Json = False,
+) -> None:
+    """Add pictures or embeddings to a run's index, without building it again; a CLIP that is trained anew does not search them any more."""
+    if not folder.is_dir():
+        raise CallerError(f"{folder}: there is no such folder")
+    opened = open_for(root, for_writing=True)
+    from flows.live_index.additions import add as add_folder
+    from flows.live_index.lineage import open_view, warnings
+
+    view, known = open_view(opened, run)
+    for line in warnings(known):
+        say(f"unclip: {line}")
+    committed, reasons = add_folder(opened, known, view, folder, licence)
+    result = {**reasons, "addition": committed.uri if committed else None}
+    print_json(result) if as_json else print(", ".join(f"{name} {count:,}" for name, count in reasons.items()))
+    if committed and len(known.additions) >= MANY:
+        say(f"unclip: a query looks into {len(known.additions) + 1} additions, one after another: `unclip index merge` makes one of them")
+
+
+@app.command()
+def merge(root: RootUri = DEFAULT_ROOT, run: RunName = None, as_json: Json = False) -> None:
+    """Make one addition of all that were added to a run's index, so that a query looks into one index instead of each."""
+    opened = open_for(root, for_writing=True)
+    from flows.live_index.merge import merge as merge_additions
+
+    merged, count = merge_additions(opened, run, say)
+    if as_json:
+        print_json({"merged": count if merged else 0, "addition": merged.uri if merged else None})
+    elif merged:
+        print(f"{count} additions, {merged.manifest['counts']['out']:,} samples, are one: {merged.stage}/{merged.key}")
+    else:
+        print(f"nothing to merge: {'one addition' if count else 'no additions'}")
+
+
+@app.command()
+def remove(
+    url: Urls = None,
+    key: Keys = None,
+    image: Images = None,
+    text_file: TextFile = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be taken down, and take nothing down.")] = False,
+    root: RootUri = DEFAULT_ROOT,
+    run: RunName = None,
+    as_json: Json = False,
+) -> None:
+    """Take samples down: gone from the next query on, logged, and left out of every later run."""
+    opened = open_for(root, for_writing=not dry_run)
+    from flows.live_index import takedown
+
+    rows, urls = _meant(opened, run, url, key, image, text_file)
+    asked = {
+        "urls": url or [],
+        "keys": key or [],
+        "images": [file.name for file in image or []],
+        "list": text_file.name if text_file else "",
+    }
+    if not rows and not urls:
+        raise CallerError("nothing in ROOT is meant by that: look it up with `unclip search --json`")
+    trained = []
+    if not dry_run:
+        entry = takedown.take_down(opened, rows, asked, urls)
+        trained = [f"{each['stage']}/{each['key']}" for each in entry["trained_into"]]
+    result = {
+        "removed": sorted({row["key"] for row in rows}),
+        "urls": sorted({*(row["origin"] for row in rows), *urls}),
+        "trained_into": trained,
+    }
+    if as_json:
+        print_json(result)
+        return
+    print(f"{'would remove' if dry_run else 'removed'} {len(result['removed']):,}: {', '.join(result['removed'][:10])}")
+    if trained:
+        print(f"trained into {', '.join(trained)}: the next `unclip run` trains them again without it")
+
+
+@app.command()
+def compact(root: RootUri = DEFAULT_ROOT, as_json: Json = False) -> None:
+    """Take the bytes of what was removed out of shards, keep lists, embeddings and indexes; `unclip run` does so by itself."""
+    opened = open_for(root, for_writing=True)
+    from flows.live_index.compaction import compact as compact_root
+
+    gone = compact_root(opened, say)
+    if as_json:
+        print_json({"rows": gone})
+        return
+    for name, count in gone.items():
+        print(f"{name}  {count:,} rows")
+    if not gone:
+        print("nothing that was removed is left")
+
+
+@app.command()
+def verify(
+    url: Urls = None,
+    key: Keys = None,
+    image: Images = None,
+    text_file: TextFile = None,
+    root: RootUri = DEFAULT_ROOT,
+    run: RunName = None,
+    as_json: Json = False,
+) -> None:
+    """Say in which shards, embeddings, indexes and other files below ROOT samples are, and which models were trained with them."""
+    opened = open_for(root, for_writing=False)
+    from flows.live_index import takedown
+
+    rows, urls = _meant(opened, run, url, key, image, text_file)
+    known = [*rows, *({"key": each, "origin": "", "sha256": ""} for each in key or [])]
+    result = takedown.verify(opened, known, urls)
+    if as_json:
+        print_json(result)
+        return
+    for place, folders in result["found_in"].items():
+        print(f"{place:<11} {', '.join(folders) or 'not found'}")
+    for path in result["leftovers"]:
+        print(f"left in     {path}")
+    for path in result["unreadable"]:
+        print(f"unreadable  {path}: it was cut short, and may hold it")
+    print(f"trained into {', '.join(result['trained_into']) or 'no model that is there'}")
+
+
+def _meant(
+    root: Root, run: str | None, urls: list[str] | None, keys: list[str] | None, images: list[Path] | None, text_file: Path | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the samples in ROOT that the options mean, and the URLs that are meant whether a sample is there or not."""
+    if not (urls or keys or images or text_file):
+        raise CallerError("say what is meant: --url, --key, --image or --text-file")
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from flows.live_index.takedown import by_values, find
+
+    lines = _lines(text_file) if text_file else []
+    all_urls = [*(urls or []), *(line for line in lines if "://" in line)]
+    rows = find(root, by_values("origin", [*all_urls, *lines])) if all_urls or lines else []
+    all_keys = [*(keys or []), *lines]
+    if all_keys:
+        rows += find(root, by_values("key", all_keys))
+    for file in images or []:
+        rows += _alike(root, run, file)
+    if lines:
+        from flows.live_index.lineage import open_view
+
+        view, _ = open_view(root, run)
+        for segment in view.segments:
+            is_meant = pc.is_in(segment.index.column("caption"), pa.array(lines, pa.string()))
+            rows += segment.index.metadata(pc.indices_nonzero(is_meant).to_numpy())
+    return rows, all_urls
+
+
+def _lines(file: Path) -> list[str]:
+    check_files([file], "--text-file")
+    lines = [line.strip() for line in file.read_text(errors="replace").splitlines()[:MAX_LINES]]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _alike(root: Root, run: str | None, file: Path) -> list[dict[str, Any]]:
+    """Return the samples of a run's index that look like a picture file: by CLIP's neighbours, each looked at itself."""
+    check_files([file], "--image")
+    from flows.live_index.lineage import open_view
+    from indexing.data.images import read_picture
+    from indexing.dedup.grouping import is_alike, look_of
+    from training.data.image_reader import read_file
+    from training.jobs import embed
+
+    view, known = open_view(root, run)
+    side_px = 64
+    own = look_of(read_file(file, side_px))
+    hits = view.search(embed.embed_images(known.clip.local(), [file])[0], ALIKE_CANDIDATES)
+    pictured = [hit for hit in hits if hit.facts["shard"]]
+    return [hit.facts for hit in pictured if is_alike(own, look_of(read_picture(hit.facts, view.segments[hit.segment].shards, side_px)))]

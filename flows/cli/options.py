@@ -1,0 +1,80 @@
+"""What the commands share: their options, how they open a ROOT and load a recipe, and how they print.
+
+The only place that reads the environment (`UNCLIP_ROOT`, `UNCLIP_SCRATCH`) for the commands.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infra.errors import CallerError
+from infra.storage.store import Root, open_root
+
+if TYPE_CHECKING:  # its sections import torch and faiss
+    from flows.config.run_config import RunConfig
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML recipe, or the name of a built-in one (quickstart).")]
+RootUri = Annotated[
+    str,
+    typer.Option(
+        "--root", envvar="UNCLIP_ROOT", metavar="URI", help="Where everything is kept: a folder or an URL such as s3://bucket/prefix."
+    ),
+]
+Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the run; by default the recipe's.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key of the recipe, e.g. clip.width=256; may be repeated.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Address = Annotated[
+    str | None, typer.Option("--address", metavar="RAY", help="Ray cluster to join; by default a small Ray is started for the run.")
+]
+DEFAULT_ROOT = "unclip-data"
+
+
+def open_for(uri: str, for_writing: bool) -> Root:
+    """Open ROOT; one that is not local keeps unfinished work and downloads in $UNCLIP_SCRATCH, by default below ~/.cache/unclip."""
+    return open_root(uri, scratch_for(uri), for_writing)
+
+
+def scratch_for(uri: str) -> Path | None:
+    """Return the local folder for unfinished work of a ROOT that is not local; None for one that is, which holds its own."""
+    if "://" not in uri:
+        return None
+    base = Path(os.environ.get("UNCLIP_SCRATCH") or Path.home() / ".cache" / "unclip" / "scratch")
+    return base / hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def load_config(recipe: str, overrides: list[str] | None, address: str | None = None) -> "tuple[RunConfig, list[str]]":
+    """Return the recipe resolved with all overrides, and those overrides."""
+    from flows.config.recipe_file import find_recipe
+
+    find_recipe(recipe)  # a recipe that is not there is known before the sections are imported
+    from flows.config.run_config import load_recipe
+
+    given = [*(overrides or []), *([f"cluster.address={address}"] if address else [])]
+    return load_recipe(recipe, given), given
+
+
+def run_name(recipe: str, name: str | None) -> str:
+    """Return the run's name, by default the recipe's. Raises CallerError for one that cannot be a file name."""
+    chosen = name or Path(recipe).stem
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", chosen):
+        raise CallerError(f"--name {chosen}: use letters, digits, dots, dashes and underscores")
+    return chosen
+
+
+def say(line: str) -> None:
+    """Print a line for people: to stderr, so that stdout holds the result alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_json(result: Any) -> None:
+    """Print the one object that `--json` promises."""
+    json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
+    sys.stdout.write("\n")

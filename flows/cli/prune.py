@@ -1,0 +1,127 @@
+"""`unclip prune`: removes the folders of stages that nothing needs any more; nightly runs leave a set of them each night.
+
+Kept are: what a run, the promoted run or a submitted job names and everything that it was made from, the newest folder of every stage
+(the next run takes over from it), what was committed lately (a run names its folders when it ends), and what is being made or read.
+Additions to an index and the removal log are no such folders, and stay. What dead writers left goes as well (`flows.live_index.leftovers`), and the
+work of stages that were killed and not resumed for as long.
+"""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
+from flows.runs.promotion import CURRENT
+from infra.storage import manifests, store
+from infra.storage.manifests import Committed
+from infra.storage.store import Root
+
+if TYPE_CHECKING:
+    from flows.live_index.leftovers import Leftover
+
+Folder = tuple[str, str]
+"""Stage and key."""
+
+
+def prune(
+    delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only listed.")] = False,
+    older_than: Annotated[
+        float, typer.Option("--older-than", metavar="DAYS", min=0, help="Only what was committed at least so many days ago.")
+    ] = 7,
+    root: RootUri = DEFAULT_ROOT,
+    as_json: Json = False,
+) -> None:
+    """List the folders that no run names and nothing needs, and what dead writers left, or remove them (--delete)."""
+    opened = open_for(root, for_writing=delete)
+    from flows.live_index.leftovers import leftovers, unfinished
+
+    before = datetime.now(UTC) - timedelta(days=older_than)
+    found = unused(opened, before)
+    rows: list[dict[str, Any]] = []
+    for committed in found:
+        why = discard(opened, committed) if delete else ""
+        size = sum(file["bytes"] for file in committed.manifest["files"])
+        state = ("kept" if why else "removed") if delete else "unused"
+        rows.append({"stage": committed.stage, "key": committed.key, "bytes": size, "state": state, "why": why})
+    left = [_dealt_with(each, delete) for each in (*leftovers(opened), *unfinished(opened, before, _claimed(opened)))]
+    if as_json:
+        print_json({"root": opened.uri, "folders": rows, "leftovers": left})
+        return
+    for row in (*rows, *left):
+        name = row["path"] if "path" in row else f"{row['stage']}/{row['key']}"
+        print(f"{name}  {row['bytes'] / 1e6:,.1f} MB  {row['state']}" + (f", {row['why']}" if row["why"] else ""))
+    total = sum(row["bytes"] for row in (*rows, *left) if row["state"] != "kept")
+    print(
+        f"{total / 1e6:,.1f} MB {'freed' if delete else 'would be freed: --delete removes them'}" if rows or left else "nothing is unused"
+    )
+
+
+def _dealt_with(leftover: "Leftover", delete: bool) -> dict[str, Any]:
+    """Remove a leftover if `delete`; return its row."""
+    why = leftover.remove() if delete else ""
+    state = ("kept" if why else "removed") if delete else "left by a dead writer"
+    return {"path": leftover.path, "bytes": leftover.size_bytes, "state": state, "why": why}
+
+
+def unused(root: Root, before: datetime) -> list[Committed]:
+    """Return the folders that nothing needs and that were committed before a time, those that depend on others first."""
+    from flows.orchestration.stages import STAGES  # with pyarrow, which `unclip --help` does without
+
+    made = [stage.name for stage in STAGES]
+    there = {
+        (stage, key): found for stage in made for key in store.list_names(root, stage) if (found := manifests.find(root, stage, key))
+    }
+    limit = before.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    young = [name for name, each in there.items() if each.manifest["finished"] >= limit]
+    newest = [max((each for name, each in there.items() if name[0] == stage), key=_finished, default=None) for stage in made]
+    needed = _with_inputs({*_named(root), *young, *((each.stage, each.key) for each in newest if each)}, there)
+    return [there[name] for name in reversed(there) if name not in needed]
+
+
+def discard(root: Root, committed: Committed) -> str:
+    """Remove a folder, its manifest first; return "" or who makes or reads it, so that it stays."""
+    from flows.live_index.leftovers import BusyError, locked
+
+    try:
+        with locked(root, committed.stage, committed.key):
+            if (committed.stage, committed.key) in _named(root):
+                return "a run names it by now"
+            store.remove(root, f"{committed.stage}/{committed.key}/{manifests.MANIFEST}")
+            store.remove(root, f"{committed.stage}/{committed.key}")
+            return ""
+    except BusyError as busy:
+        return str(busy)
+
+
+def _named(root: Root) -> set[Folder]:
+    """Return what runs, the promoted run and submitted jobs name."""
+    records = [store.read_json(root, f"runs/{name}") for name in store.list_names(root, "runs")]
+    named = {item for record in (*records, store.read_json(root, CURRENT)) if record for item in record["stages"].items()}
+    for name in store.list_names(root, "jobs"):
+        claim = store.read_json(root, f"jobs/{name}")
+        named |= set((claim or {"inputs": {}})["inputs"].items())
+    return named | _claimed(root)
+
+
+def _claimed(root: Root) -> set[Folder]:
+    """Return what submitted jobs make."""
+    names = [name.removesuffix(".json").rpartition("-") for name in store.list_names(root, "jobs")]
+    return {(stage, key) for stage, _, key in names}
+
+
+def _with_inputs(names: Iterable[Folder], there: dict[Folder, Committed]) -> set[Folder]:
+    """Return these folders and all that they were made from."""
+    found: set[Folder] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += there[name].manifest["inputs"].items() if name in there else ()
+    return found
+
+
+def _finished(committed: Committed) -> str:
+    return str(committed.manifest["finished"])

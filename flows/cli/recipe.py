@@ -1,0 +1,132 @@
+"""The command `recipe`: a recipe resolved, every key with its meaning and what is allowed, as TOML that is a recipe again.
+
+What it says of a key is the docstring and the bounds beside the code that reads it.
+"""
+
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from flows.cli.options import Json, Overrides, Recipe, load_config, print_json
+from infra.errors import CallerError
+from infra.settings import Section
+
+WIDTH = 120
+
+
+def recipe(
+    recipe: Recipe,
+    section: Annotated[str | None, typer.Option("--section", metavar="NAME", help="Only this section, such as clip.")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Show a recipe whole: every key that can be set, what it means, what is allowed, and its value here."""
+    config, _ = load_config(recipe, overrides)
+    if section is not None and section not in type(config).model_fields:
+        raise CallerError(f"--section {section}: there are {', '.join(type(config).model_fields)}")
+    if as_json:
+        whole = config.model_dump(mode="json")
+        print_json(whole if section is None else {section: whole[section]})
+    else:
+        print("\n".join(_lines(type(config), dict(config), "", section)).strip())
+
+
+def _lines(section: type[Section], values: Mapping[str, Any], path: str, only: str | None = None) -> Iterator[str]:
+    """Yield a section's lines: its own keys first, then the sections in it."""
+    fields = section.model_fields
+    below = {name for name, field in fields.items() if _sections(field) and not isinstance(values[name], Mapping)}
+    for name, field in fields.items():
+        if name not in below:
+            yield from _told(" ".join(filter(None, (field.description, _allowed(field)))))
+            yield f"# {name} =" if values[name] is None else f"{name} = {_toml(values[name])}"
+    for name, field in fields.items():
+        if name in below and only in (None, name):
+            yield from _section(f"{path}{name}", field, values[name])
+
+
+def _section(path: str, field: FieldInfo, value: Any) -> Iterator[str]:
+    """Yield the lines of one section, or of several of the same name; what could stand there as well is shown as comments."""
+    is_list = isinstance(value, tuple)
+    there = value if is_list else () if value is None else (value,)
+    head = f"[[{path}]]" if is_list else f"[{path}]"
+    about = field.description or ""
+    for each in there:
+        yield ""
+        yield from _told(f"{about} {_first_line(type(each))}" if is_list else about or _first_line(type(each)))
+        yield head
+        yield from _lines(type(each), dict(each), f"{path}.")
+        about = ""
+    for section in _sections(field) if is_list or not there else ():
+        if section not in map(type, there):
+            yield ""
+            yield from _told(f"{about} Not in this recipe: {_first_line(section)}")
+            lines = (head, *_lines(section, _defaults(section), f"{path}."))
+            yield from (line if line.startswith("#") or not line else f"# {line}" for line in lines)
+
+
+def _defaults(section: type[Section]) -> dict[str, Any]:
+    """Return a section's defaults by key, None where a key must be given."""
+    found = {}
+    for name, field in section.model_fields.items():
+        choices = _choices(field)
+        required = choices[0] if len(choices) == 1 else None
+        found[name] = required if field.is_required() else field.get_default(call_default_factory=True)
+    return found
+
+
+def _sections(field: FieldInfo) -> list[type[Section]]:
+    """Return the sections that a field may hold."""
+    return [each for each in _parts(field.annotation) if isinstance(each, type) and issubclass(each, Section)]
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Yield a type and those that it is made of."""
+    yield annotation
+    for each in get_args(annotation) if get_origin(annotation) is not Literal else ():
+        yield from _parts(each)
+
+
+def _allowed(field: FieldInfo) -> str:
+    """Say what a field's type and bounds allow, where that is more than its type."""
+    choices = _choices(field)
+    if len(choices) > 1:
+        return f"One of {', '.join(_toml(each) for each in choices)}."
+    low, above, high, below = (_bound(field, name) for name in ("ge", "gt", "le", "lt"))
+    if low and high:
+        return f"({low} to {high})"
+    said = ((low, "at least"), (above, "more than"), (high, "at most"), (below, "less than"))
+    told = ", ".join(f"{word} {bound}" for bound, word in said if bound)
+    return f"({told})" if told else ""
+
+
+def _choices(field: FieldInfo) -> list[Any]:
+    return [each for part in _parts(field.annotation) if get_origin(part) is Literal for each in get_args(part)]
+
+
+def _bound(field: FieldInfo, name: str) -> str:
+    return next((f"{getattr(each, name):,}" for each in field.metadata if hasattr(each, name)), "")
+
+
+def _first_line(section: type[Section]) -> str:
+    return (section.__doc__ or "").strip().partition("\n")[0]
+
+
+def _told(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), WIDTH, initial_indent="# ", subsequent_indent="# ")
+
+
+def _toml(value: Any) -> str:
+    """Write a value as TOML does."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Section):
+        return _toml({name: each for name, each in value.model_dump(mode="json").items() if each is not None})
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{json.dumps(name)} = {_toml(each)}" for name, each in value.items()) + " }" if value else "{}"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_toml(each) for each in value)}]"
+    return json.dumps(value, ensure_ascii=False)

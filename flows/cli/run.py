@@ -1,0 +1,272 @@
+"""The commands that make things, `run` and one verb per stage, and those that say what there is: `status` and `runs`.
+
+A run whose stages are all current is answered from the manifests; only otherwise do Prefect and Ray start.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli.options import (
+    DEFAULT_ROOT,
+    Address,
+    Json,
+    Name,
+    Overrides,
+    Recipe,
+    RootUri,
+    load_config,
+    open_for,
+    print_json,
+    run_name,
+    say,
+)
+from infra.errors import CallerError, UnclipError
+from infra.storage.store import Root
+
+STILL = "Say what would run, with parameters, memory and FLOPs of its models, and run nothing."
+
+
+def run(
+    recipe: Recipe,
+    root: RootUri = DEFAULT_ROOT,
+    name: Name = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=STILL)] = False,
+    throughput: Annotated[
+        float | None,
+        typer.Option(
+            "--throughput",
+            min=1e-6,
+            metavar="TFLOPS",
+            help="With --dry-run: how long it takes, with workers that reach so many TFLOP/s in training.",
+        ),
+    ] = None,
+    pairs: Annotated[
+        int | None,
+        typer.Option("--pairs", min=1, max=10**12, help="With --dry-run: pairs kept, for the storage they take."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the whole pipeline; stages that are current are skipped."""
+    for option, value in (("--throughput", throughput), ("--pairs", pairs)):
+        if value and not dry_run:
+            raise CallerError(f"{option} is for planning: give --dry-run as well")
+    if dry_run:
+        foresee(recipe, root, name, overrides, [], as_json, throughput, pairs)
+    else:
+        make(recipe, root, name, overrides, address, [], as_json)
+
+
+def verb(stage: str) -> Callable[..., None]:
+    """Return the command that runs one stage and what it needs."""
+
+    def command(
+        recipe: Recipe,
+        root: RootUri = DEFAULT_ROOT,
+        name: Name = None,
+        overrides: Overrides = None,
+        address: Address = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help=STILL)] = False,
+        as_json: Json = False,
+    ) -> None:
+        if dry_run:
+            foresee(recipe, root, name, overrides, [stage], as_json)
+        else:
+            make(recipe, root, name, overrides, address, [stage], as_json)
+
+    return command
+
+
+def status(
+    recipe: Recipe,
+    root: RootUri = DEFAULT_ROOT,
+    name: Name = None,
+    overrides: Overrides = None,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Read every committed file and compare it with its manifest.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say of every stage whether it is current, stale (and why) or missing."""
+    from flows.live_index.lineage import additions, unsearched
+    from flows.orchestration.stages import STAGES
+    from flows.runs.planning import plan, stages_of
+    from flows.runs.records import plan_summary
+    from infra.errors import StorageError
+    from infra.storage import manifests
+
+    config, _ = load_config(recipe, overrides)
+    opened = open_for(root, for_writing=False)
+    plans = plan(opened, config, stages_of(config, (), STAGES))
+    result = plan_summary(opened, run_name(recipe, name), plans)
+    if as_json:
+        print_json(result)
+    else:
+        _print_stages(result)
+    clip = next((each.committed for each in plans if each.stage.name == "clip"), None)
+    for line in unsearched(additions(opened), clip) if clip else ():
+        say(f"unclip: {line}")
+    if checksums:
+        for each in plans:
+            broken = manifests.verify(each.committed) if each.committed else []
+            if broken:
+                raise StorageError(f"{each.committed.uri if each.committed else ''}: {broken[0]}; remove that folder and run again")
+
+
+def runs(root: RootUri = DEFAULT_ROOT, as_json: Json = False) -> None:
+    """List the runs of a ROOT, the last finished first, and which of them search, generation and the service follow."""
+    from flows.runs.records import list_runs, no_run
+
+    opened = open_for(root, for_writing=False)
+    found = list_runs(opened)
+    if as_json:
+        print_json({"root": opened.uri, "runs": found})
+        return
+    if not found:
+        say(f"unclip: {no_run(opened)}")
+    for each in found:
+        mark = "followed" if each["followed"] else "not promoted" if each.get("gated") else ""
+        when = each["finished"][:16].replace("T", " ")
+        reached = each["report"] or f"{len(each['stages'])} stages, no report"
+        print(f"{each['name']:<16}{when} UTC  {mark:<14}{reached}")
+
+
+def foresee(
+    recipe: str,
+    root: str,
+    name: str | None,
+    overrides: Sequence[str] | None,
+    targets: list[str],
+    as_json: bool,
+    throughput: float | None = None,
+    pairs: int | None = None,
+) -> None:
+    """Print where the targets (by default all stages) stand and what they need (flows/orchestration/capacity_plan.py); make nothing."""
+    from flows.orchestration.capacity_plan import capacity, published
+    from flows.orchestration.stages import STAGES
+    from flows.runs.planning import plan, stages_of
+    from flows.runs.records import plan_summary
+
+    config, _ = load_config(recipe, list(overrides or []))
+    opened = open_for(root, for_writing=False)
+    plans = plan(opened, config, stages_of(config, targets, STAGES))
+    result = plan_summary(opened, run_name(recipe, name), plans)
+    needs, theirs = capacity(config, throughput, pairs), published(recipe)
+    for shown, each in zip(result["stages"], plans, strict=True):
+        parameters = each.stage.parameters(config) if each.stage.parameters else None
+        if parameters is not None:
+            shown["parameters"] = parameters
+        if each.stage.name in theirs:
+            shown["paper_parameters"] = theirs[each.stage.name]
+        if each.stage.name in needs:
+            shown["need"] = needs[each.stage.name]
+    print_json(result) if as_json else _print_stages(result)
+
+
+def make(
+    recipe: str,
+    root: str,
+    name: str | None,
+    overrides: Sequence[str] | None,
+    address: str | None,
+    targets: list[str],
+    as_json: bool,
+    jobs: str | None = None,
+) -> None:
+    """Bring the targets (by default all stages) up to date here, or by Ray jobs at the address `jobs`, and print what came of it."""
+    from flows.live_index.compaction import compact
+    from flows.orchestration.stages import STAGES
+    from flows.runs.planning import plan, stages_of
+    from flows.runs.promotion import described, settle
+    from flows.runs.records import summary, write_run
+    from flows.runs.stage import StageResult
+    from infra.storage import manifests
+
+    chosen = run_name(recipe, name)
+    started = manifests.now()
+    config, given = load_config(recipe, list(overrides or []), address)
+    opened = open_for(root, for_writing=True)
+    compact(opened, say)
+    plans = plan(opened, config, stages_of(config, targets, STAGES))
+    done = {each.stage.name: each.committed for each in plans if each.state == "current" and each.committed}
+    if len(done) == len(plans):
+        record = write_run(opened, chosen, recipe, started, done, bool(config.evaluate.promote_if))
+        results = [StageResult(stage, committed.key, "current", 0.0, committed) for stage, committed in done.items()]
+        judgement = settle(opened, config.evaluate.promote_if, record, done)
+        if judgement:
+            say(described(judgement))
+        result = summary(opened, chosen, results, record["report"], judgement)
+    else:
+        result = _run_flow(opened, root, recipe, chosen, given, targets, jobs)
+    print_json(result) if as_json else _print_stages(result)
+
+
+def _run_flow(
+    opened: Root, root: str, recipe: str, name: str, overrides: list[str], targets: list[str], jobs: str | None
+) -> dict[str, Any]:
+    """Run the flow with Prefect's, Ray's and other chatter in a log file, and return its result."""
+    from flows.scheduling.prefect_server import prefect_server
+    from infra.console.log_redirect import noting_interrupts, quiet_terminal
+
+    logs = (opened.folder or opened.scratch) / "logs"
+    with noting_interrupts(), quiet_terminal(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
+        say(f"run {name} in {opened.uri}, log {log}")
+        try:
+            with prefect_server(opened.scratch / "prefect"):
+                from flows.pipeline import run_pipeline
+
+                scratch = None if opened.folder else str(opened.scratch)
+                try:
+                    return run_pipeline(recipe, root, name, overrides, targets, scratch, jobs)
+                finally:
+                    _drain_prefect()
+        except UnclipError as error:
+            raise type(error)(f"{_stage_of(error)}{error}") from error
+        except Exception as error:
+            logging.getLogger("unclip").exception("the run failed")
+            own = _behind(error)
+            if own:  # Prefect, too, may fail for want of space, when it is to note that
+                raise type(own)(f"{_stage_of(own)}{own}") from error
+            last_line = (str(error).strip().splitlines() or [""])[-1]
+            raise UnclipError(f"{_stage_of(error)}{type(error).__name__}: {last_line}; the whole story is in {log}") from error
+
+
+def _drain_prefect() -> None:
+    """Let Prefect send what it still holds while its server is there; afterwards it would complain on the terminal."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=10)
+    EventsWorker.drain_all(timeout=10)
+
+
+def _behind(error: BaseException) -> UnclipError | None:
+    """Return the error of ours while whose handling another was raised, if there is one."""
+    context: BaseException | None = error
+    while context is not None and not isinstance(context, UnclipError):
+        context = context.__cause__ or context.__context__
+    return context
+
+
+def _stage_of(error: BaseException) -> str:
+    notes = getattr(error, "__notes__", [])
+    return f"{notes[0]}: " if notes else ""
+
+
+def _print_stages(result: dict[str, Any]) -> None:
+    print(f"run {result['run']} in {result['root']}")
+    for each in result["stages"]:
+        size = f"{each['parameters'] / 1e6:.2f} M parameters" if "parameters" in each else ""
+        size += f" (the paper's: {each['paper_parameters'] / 1e6:,.0f} M)" if "paper_parameters" in each else ""
+        took = f"{each['seconds']:8.1f} s" if each.get("seconds") else ""
+        notes = ", ".join(note for note in (size, each.get("why", ""), took) if note)
+        print(f"{each['stage']:<12}{each['state']:<9}{each['key']}  {notes}".rstrip())
+        if "need" in each:
+            from flows.orchestration.capacity_plan import described
+
+            print(f"            {described(each['need'])}")
+    if result["report"]:
+        print(f"report    {result['report']}")

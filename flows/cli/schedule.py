@@ -1,0 +1,192 @@
+"""The commands that let runs happen elsewhere or by themselves: `submit` on a Ray cluster, `schedule` on a Prefect server, `up`.
+
+`up` keeps a server, a worker and a schedule running on this machine until it is interrupted; the rest is `flows/scheduling/deployments.py`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, open_for, print_json, run_name
+from infra.console.log_redirect import terminated
+from infra.errors import CallerError, UnclipError
+from infra.storage.store import Root
+
+Cron = Annotated[str, typer.Option("--cron", metavar="CRON", help='When, as in a crontab: "0 3 * * *" is every night at three.')]
+Every = Annotated[int, typer.Option("--every", metavar="SECONDS", min=0, help="Or every so many seconds, counted from now.")]
+Timezone = Annotated[str, typer.Option("--timezone", metavar="ZONE", help="The time zone of --cron, such as Europe/Berlin.")]
+Stages = Annotated[list[str] | None, typer.Option("--stage", metavar="STAGE", help="Only this stage and what it needs; may be repeated.")]
+Jobs = Annotated[
+    str | None, typer.Option("--submit", metavar="URL", help="Hand each stage to this Ray job server, as `unclip submit` does.")
+]
+NOTIFY = "UNCLIP_NOTIFY_URL"
+
+
+def submit(
+    recipe: Recipe,
+    address: Annotated[str, typer.Option("--address", metavar="URL", help="Ray's job server, such as http://head:8265.")],
+    root: RootUri = DEFAULT_ROOT,
+    name: Name = None,
+    overrides: Overrides = None,
+    stages: Stages = None,
+    as_json: Json = False,
+) -> None:
+    """Run the pipeline on a Ray cluster, each stage as a job; the same command joins jobs that a lost driver left, Ctrl-C stops them."""
+    from flows.cli.run import make
+    from infra.compute.ray_jobs import JobServer
+
+    JobServer(address)  # an address that is none is known at once
+    make(recipe, root, name, overrides, None, stages or [], as_json, jobs=address)
+
+
+def schedule(
+    recipe: Recipe,
+    cron: Cron = "",
+    every: Every = 0,
+    timezone: Timezone = "UTC",
+    root: RootUri = DEFAULT_ROOT,
+    name: Name = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    stages: Stages = None,
+    jobs: Jobs = None,
+    paused: Annotated[bool, typer.Option("--paused", help="Make it, but start nothing until it is resumed.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the deployment instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make or renew a Prefect deployment that runs the recipe on a schedule; $UNCLIP_NOTIFY_URL hears of failures."""
+    from flows.scheduling import deployments as schedules
+
+    if remove:
+        result = schedules.remove(run_name(recipe, name))
+    else:
+        plan, _ = _plan(recipe, root, name, overrides, address, stages, jobs, cron, every, timezone, paused)
+        result = schedules.deploy(plan, os.environ.get(NOTIFY, ""))
+    print_json(result) if as_json else _print(result)
+
+
+def up(
+    recipe: Recipe,
+    cron: Cron = "",
+    every: Every = 0,
+    timezone: Timezone = "UTC",
+    root: RootUri = DEFAULT_ROOT,
+    name: Name = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    stages: Stages = None,
+    jobs: Jobs = None,
+    port: Annotated[int, typer.Option("--port", min=1024, max=65535, help="Port of Prefect's server and page, on loopback.")] = 4200,
+    as_json: Json = False,
+) -> None:
+    """Start a Prefect server and a worker here, schedule the recipe on them, and stay until interrupted."""
+    from infra.console.log_redirect import quiet_terminal
+
+    plan, opened = _plan(recipe, root, name, overrides, address, stages, jobs, cron, every, timezone, False)
+    home = (opened.folder or opened.scratch) / "prefect"
+    with quiet_terminal(home / f"up-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
+        from flows.scheduling.prefect_server import TOKEN_FILE, lasting_server
+
+        with lasting_server(home, port) as url, terminated():
+            from flows.scheduling import deployments as schedules
+
+            result = schedules.deploy(plan, os.environ.get(NOTIFY, "")) | {
+                "server": url,
+                "log": str(log),
+                "password": str(home / TOKEN_FILE),
+            }
+            with _worker(home) as worker:
+                print(
+                    f"up: {url.removesuffix('/api')} runs {result['deployment']} {result['schedule']}, log {log}, "
+                    f"password for the page in {result['password']}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                try:
+                    code = worker.wait()
+                except KeyboardInterrupt:
+                    code = 0
+                if code:
+                    raise UnclipError(f"Prefect's worker ended with exit code {code}: see {log}")
+    if as_json:
+        print_json(result)
+
+
+def _plan(
+    recipe: str,
+    root: str,
+    name: str | None,
+    overrides: list[str] | None,
+    address: str | None,
+    stages: list[str] | None,
+    jobs: str | None,
+    cron: str,
+    every: int,
+    timezone: str,
+    paused: bool,
+) -> tuple[Any, Root]:
+    from flows.config.recipe_file import BUILT_IN, find_recipe
+    from flows.orchestration.stages import STAGES
+    from flows.runs.planning import stages_of
+    from flows.scheduling import deployments as schedules
+
+    config, given = load_config(recipe, overrides, address)  # a recipe with a mistake is refused now, not at three in the morning
+    opened = open_for(root, for_writing=True)
+    stages_of(config, stages or (), STAGES)
+    path = find_recipe(recipe)
+    written = path.stem if path.parent == BUILT_IN else str(path.resolve())
+    scratch = None if opened.folder else str(opened.scratch)
+    parameters = {
+        "recipe": written,
+        "root": opened.uri,
+        "name": run_name(recipe, name),
+        "overrides": given,
+        "targets": stages or [],
+        "scratch": scratch,
+        "jobs": jobs,
+    }
+    if not cron and not every:
+        raise CallerError('a schedule needs --cron "0 3 * * *" or --every SECONDS, one of them')
+    return schedules.Plan(run_name(recipe, name), parameters, Path.cwd(), cron, timezone, every, paused), opened
+
+
+@contextmanager
+def _worker(home: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    from flows.scheduling.deployments import POOL, WORKER_SETTINGS
+    from flows.scheduling.prefect_server import die_with_parent
+
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", f"up-{os.getpid()}"]
+    worker = subprocess.Popen(
+        command,
+        env=os.environ | WORKER_SETTINGS | {"PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_HOME": str(home)},
+        stdin=subprocess.DEVNULL,
+        stdout=1,  # the log while `quiet_terminal` is open
+        stderr=2,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    try:
+        yield worker
+    finally:
+        worker.send_signal(signal.SIGINT)  # it ends its runs first
+        try:
+            worker.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def _print(result: dict[str, Any]) -> None:
+    if result.get("removed"):
+        print(f"{result['deployment']} is removed")
+        return
+    print(f"{result['deployment']}  {result['schedule']}{'  paused' if result['paused'] else ''}")
+    print(f"one run at a time in the queue {result['queue']}; a worker runs it: {result['worker']}")

@@ -1,0 +1,281 @@
+"""The command `unclip serve`: opens a run's living index and its CLIP, and hands them to the service as plain callables.
+
+`application` is the same for Ray Serve, to be named by a Serve config or a RayService (infra/rayservice.yaml). What is secret, the token
+and the credentials of a store, every process takes from its own environment: Ray stores and shows what is sent to it.
+"""
+
+import ipaddress
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+from pydantic import Field
+
+from flows.cli.options import DEFAULT_ROOT, RootUri, open_for
+from flows.cli.search import RunName
+from flows.ingest.http_fetch import FetchError, Rules, fetch_image
+from infra.compute.cluster import Cluster, ClusterConfig
+from infra.console.log_redirect import quiet_terminal, terminated
+from infra.errors import CallerError
+from infra.settings import Section
+from infra.storage.store import Root
+
+if TYPE_CHECKING:
+    from flows.live_index.lineage import Lineage
+    from indexing.ann.view import Segment
+    from indexing.service.state import Encoders, Opened, Parts, ServeConfig, Service
+
+QUERY_RULES = Rules(timeout_s=10, retries=0, max_bytes=8 << 20, max_pixels=32 << 20, allow_private=False)
+TOKEN = "UNCLIP_TOKEN"
+
+
+class Replicated(Section):
+    """What `application` is given: the service of a run, in replicas."""
+
+    root: str
+    """ROOT, as every node reaches it."""
+    run: str | None = None
+    """Name of the run; by default the promoted or the last one, and the next one when that is promoted or finishes."""
+    replicas: int = Field(default=2, ge=1, le=1000)
+    """Processes that answer; each holds the index's hot part in memory."""
+    cpus: float = Field(default=1, gt=0)
+    """Cores that Ray keeps for each."""
+    rate: float = Field(default=50, ge=0)
+    """Requests a second that one address may make of all replicas together; 0 sets no limit."""
+    allow_urls: bool = False
+    """Whether query pictures are fetched from public addresses."""
+    is_open: bool = False
+    """Whether it answers without a token, to loopback names alone; else UNCLIP_TOKEN must be in the nodes' environment."""
+    allow_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask from a browser, beside our own page."""
+    removal_lag_s: float = Field(default=0, ge=0)
+    """With a ROOT in a store, how old what is known of the removal log may be; by default each query has it looked at."""
+
+
+def serve(
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; any but loopback needs a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")] = 8080,
+    token: Annotated[
+        str | None,
+        typer.Option("--token", envvar=TOKEN, metavar="TOKEN", help="What clients must present; better in the environment."),
+    ] = None,
+    rate: Annotated[float, typer.Option("--rate", min=0, help="Requests a second that one address may make; 0 sets no limit.")] = 50,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Fetch query pictures from public addresses when a client names an URL.")
+    ] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            metavar="ORIGIN",
+            help="Let pages of this origin (https://host:port) ask from a browser, as clip-retrieval's front end does; may be repeated.",
+        ),
+    ] = None,
+    removal_lag: Annotated[
+        float,
+        typer.Option(
+            "--removal-lag",
+            min=0,
+            metavar="SECONDS",
+            help="With a ROOT in a store: how old what is known of the removal log may be; 0 looks at it before every query.",
+        ),
+    ] = 0,
+    replicas: Annotated[
+        int | None,
+        typer.Option("--replicas", min=1, max=1000, help="Serve from so many processes, on Ray Serve; by default from this one."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="RAY", help="Ray cluster that the replicas run on; by default a small one here.")
+    ] = None,
+    root: RootUri = DEFAULT_ROOT,
+    run: RunName = None,
+) -> None:
+    """Serve a run's index: a search page, an HTTP interface, and clip-retrieval's protocol.
+
+    Without --run it follows the promoted run, or the last one where no gate is set. What is removed is gone from the next query on.
+    """
+    if token is None and not is_loopback(host):
+        raise CallerError(f"--host {host} can be reached from elsewhere: set {TOKEN} to a secret of at least 16 characters")
+    check_token(token)
+    origins = tuple(as_origin(each) for each in allow_origin or ())
+    opened = open_for(root, for_writing=False)
+    if replicas or address:
+        asked = Replicated(
+            root=opened.uri,
+            run=run,
+            replicas=replicas or 2,
+            rate=rate,
+            allow_urls=allow_urls,
+            is_open=token is None,
+            allow_origins=origins,
+            removal_lag_s=removal_lag,
+        )
+        serve_replicas(opened, asked, host, port, token, address)
+        return
+    from indexing.service.app import run as run_service
+    from indexing.service.state import ServeConfig, Service
+
+    service = Service(parts_of(opened, run, allow_urls, say))
+    version = service.current()
+    config = ServeConfig(
+        host=host,
+        port=port,
+        token=token,
+        rate=rate,
+        burst=max(1, 4 * rate),
+        allow_origins=origins,
+        removal_lag_s=removal_lag,
+    )
+    run_service(service, config, lambda address: say(f"{version.view.count:,} pictures of run {version.name} at {address}"))
+
+
+def serve_replicas(opened: Root, asked: Replicated, host: str, port: int, token: str | None, address: str | None) -> None:
+    """Deploy the replicas on Ray and stay until interrupted. A Ray of our own gives them the token; another's nodes must have it."""
+    from flows.live_index.lineage import lineage
+
+    name = lineage(opened, asked.run).record["name"]  # what is not there is known before Ray starts
+    if token is not None and not address:
+        os.environ[TOKEN] = token
+    cores = max(len(os.sched_getaffinity(0)), asked.replicas)  # more replicas than cores share them rather than wait for ever
+    cluster = Cluster(ClusterConfig(address=address or "", num_cpus=None if address else cores))
+    with quiet_terminal(Path(tempfile.gettempdir()) / f"unclip-serve-{os.getpid()}.log") as log, cluster:
+        cluster.start()
+        from indexing.service.ray_serve import run as run_replicas
+
+        port = port or free_port(host)
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        with suppress(KeyboardInterrupt), terminated():  # after Ray, which has a handler of its own
+            words = f"{asked.replicas} replicas serve run {name} at {where}; Ray's own words are in {log}"
+            run_replicas(application(asked), host, port, lambda: say(words))
+
+
+def application(asked: Replicated) -> Any:
+    """Return the service of a run as a Ray Serve application (its `args` are the fields of Replicated)."""
+    from indexing.service.ray_serve import application as replicated
+
+    return replicated(partial(open_replica, asked), asked.replicas, asked.cpus)
+
+
+def open_replica(asked: Replicated) -> "tuple[Service, ServeConfig]":
+    """Open the service in a replica. Raises CallerError where it must have a token and its node's environment holds none."""
+    from indexing.service.state import ServeConfig, Service
+
+    token = None if asked.is_open else os.environ.get(TOKEN)
+    if token is None and not asked.is_open:
+        raise CallerError(f"{TOKEN} is not in the environment of the Ray node that a replica started on: set it on every node")
+    check_token(token)
+    service = Service(parts_of(open_for(asked.root, for_writing=False), asked.run, asked.allow_urls, say))
+    share = asked.rate / asked.replicas
+    burst = max(1, 4 * share)
+    return service, ServeConfig(token=token, rate=share, burst=burst, allow_origins=asked.allow_origins, removal_lag_s=asked.removal_lag_s)
+
+
+def as_origin(text: str) -> str:
+    """Return an origin as browsers send it. Raises CallerError for what is none: a path, a wildcard, another scheme."""
+    parts = urlsplit(text.lower().removesuffix("/"))
+    try:
+        port = parts.port
+    except ValueError:
+        port = -1
+    usual = {"http": 80, "https": 443}
+    rest = (parts.path, parts.query, parts.fragment, parts.username)
+    if parts.scheme not in usual or not parts.hostname or any(rest) or port == -1:
+        raise CallerError(f"--allow-origin {text}: give scheme, host and port alone, such as https://search.example.org")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}" + (f":{port}" if port and port != usual[parts.scheme] else "")
+
+
+def check_token(token: str | None) -> None:
+    """Raise CallerError for a token that is short or cannot stand in a header."""
+    if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable() or set(token) & set(' ";,\\')):
+        raise CallerError(f"{TOKEN}: use at least 16 letters, digits, dashes or underscores, such as `openssl rand -hex 16` prints")
+
+
+def free_port(host: str) -> int:
+    """Return a port that nobody listens on at the address now."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        return int(probe.getsockname()[1])
+
+
+def parts_of(root: Root, run: str | None, allow_urls: bool, report: Callable[[str], None]) -> "Parts":
+    """Return what the service needs of a run; without a name, of the run that `find_run` returns, whichever that is at any time."""
+    from flows.live_index.lineage import RemovalLog, SegmentsStamp
+    from indexing.service.state import Parts
+
+    log = RemovalLog(root)
+    return Parts(
+        removals_stamp=log.stamp,
+        read_removals=log.read,
+        segments_stamp=SegmentsStamp(root, run),
+        open_segments=Opener(root, run, report),
+        fetch=fetch_query if allow_urls else None,
+        report=report,
+        look_at_removals=log.look if root.folder is None else None,
+    )
+
+
+class Opener:
+    """Opens what a run is made of, again and again; segments and the CLIP that have not changed stay open."""
+
+    def __init__(self, root: Root, run: str | None, report: Callable[[str], None]) -> None:
+        self.root, self.run, self.report = root, run, report
+        self._segments: dict[str, Segment] = {}
+        self._encoders: Encoders | None = None
+        self._told: set[str] = set()
+
+    def __call__(self) -> "Opened":
+        """Open it as it is now. Raises CallerError where there is no such run or no index of it, DataError where one cannot be opened."""
+        from flows.live_index.lineage import lineage, open_segments, warnings
+        from indexing.service.state import Opened
+
+        known = lineage(self.root, self.run)
+        segments = open_segments(known, self._segments)
+        if self._encoders is None or self._encoders.clip != known.fingerprint:
+            self._encoders = load_encoders(known)
+        self._segments = {each.name: each for each in segments}
+        for line in warnings(known):
+            if line not in self._told:
+                self.report(line)
+        self._told = set(warnings(known))
+        return Opened(known.record["name"], segments, self._encoders)
+
+
+def load_encoders(known: "Lineage") -> "Encoders":
+    """Load the CLIP that made an index."""
+    from indexing.service.state import Encoders
+    from training.data.image_reader import as_square
+    from training.jobs import embed
+
+    texts, images, image_px = embed.encoders(known.clip.local())
+    return Encoders(known.fingerprint, texts, images, image_px, partial(as_square, look=embed.look_of(known.clip.local())))
+
+
+def fetch_query(url: str) -> bytes:
+    """Return the picture behind an URL of the open internet. Raises ValueError that does not tell what a private address answered."""
+    try:
+        return fetch_image(url, QUERY_RULES)
+    except FetchError as error:
+        raise ValueError(f"image_url: it could not be fetched ({error.reason})") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine can reach an address that is listened on."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def say(line: str) -> None:
+    """Print a line for people beside the log."""
+    print(f"unclip: {line}", file=sys.stderr, flush=True)

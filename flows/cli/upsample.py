@@ -1,0 +1,109 @@
+"""What flows add to up-sampling: the comparison that the stage leaves beside its weights, and the command `upsample`.
+
+The comparison is on held-out pictures, which the up-sampler has not seen: their style first, then their concept.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli.options import DEFAULT_ROOT, Json, RootUri, open_for
+from flows.cli.search import Out, RunName, Seed, check_files, several, tell_pictures, upsampler_stages
+from infra.errors import CallerError
+
+COMPARED_AT_MOST, SHOWN_AT_MOST = 64, 6
+SIDE_AT_MOST_PX = 4096
+
+
+def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]:
+    """Write `comparison.json` and `comparison.png` beside the weights in `out` and return the figures by split."""
+    import numpy as np
+
+    from flows.images.png import write_sheet
+    from training.data.image_reader import Pictures, read_table
+    from training.generation import upsampling_eval
+    from training.models import upsampler_cascade
+
+    model = upsampler_cascade.load(out)
+    found: dict[str, Any] = {}
+    rows, shown = [], []
+    for split in ("held_out_style", "held_out_concept"):
+        table = read_table(curate / "keep.parquet", split)
+        if not table.num_rows:
+            continue
+        places = np.unique(np.linspace(0, table.num_rows - 1, min(COMPARED_AT_MOST, table.num_rows)).round().astype(int))
+        figures, made = upsampling_eval.compare(
+            model, Pictures(table.take(places), ingest / "shards", model.config.image_size_px)[range(len(places))].numpy()
+        )
+        found[split] = figures
+        for place in range(min(SHOWN_AT_MOST, len(places))):
+            small = np.kron(made["small"][place], np.ones((model.config.factor,) * 2 + (1,), np.uint8))
+            shown.append(np.stack([small, *(made[name][place] for name in list(made)[1:])]))
+            rows.append(f"{split.replace('_', ' ')}: {table['caption'][int(places[place])].as_py()}")
+    (out / "comparison.json").write_text(json.dumps(found, indent=1) + "\n")
+    if shown:
+        columns = ["small", "bicubic", "Lanczos", "up-sampler", "real"]
+        write_sheet(np.stack(shown), rows, columns, out / "comparison.png", {"stage": stage, "comparison": found})
+    return found
+
+
+def upsample(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Small PNG, JPEG or WebP files.")],
+    side: Annotated[
+        int | None,
+        typer.Option(
+            "--side",
+            min=8,
+            max=SIDE_AT_MOST_PX,
+            help="Side to which the pictures are first brought, in pixels; by default the one trained for.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps; by default the recipe's.")] = None,
+    out: Out = Path("out"),
+    root: RootUri = DEFAULT_ROOT,
+    run: RunName = None,
+    as_json: Json = False,
+) -> None:
+    """Enlarge pictures with the run's up-samplers, bicubic and Lanczos beside them."""
+    check_files(images)
+    import numpy as np
+
+    from flows.runs.records import find_run
+
+    opened = open_for(root, for_writing=False)
+    record = find_run(opened, run)
+    stages = upsampler_stages(opened, record)
+    from flows.images.png import write_grid
+    from training.data.image_reader import read_file
+    from training.generation import upsampling_eval
+    from training.generation.unclip import SEED_STRIDE
+    from training.models import upsampler_cascade
+
+    models = [upsampler_cascade.load(committed.local()) for committed in stages.values()]
+    first = models[0].config
+    start = side or first.image_size_px // first.factor
+    factor = int(np.prod([model.config.factor for model in models]))
+    if start * factor > SIDE_AT_MOST_PX:
+        raise CallerError(f"--side {start}: {factor} times that is more than {SIDE_AT_MOST_PX} pixels")
+    small = np.stack([read_file(image, start) for image in images])
+    made = upsampler_cascade.enlarge(models, small, [seed * SEED_STRIDE + place for place in range(len(small))], steps)
+    ways = [
+        np.kron(small, np.ones((1, factor, factor, 1), np.uint8)),
+        *(upsampling_eval.interpolate(small, factor, name) for name in upsampling_eval.INTERPOLATIONS),
+        made,
+    ]
+    settings = {
+        "run": record["name"],
+        "images": [image.name for image in images],
+        "steps": steps,
+        "side_px": start,
+        "factor": factor,
+        **{stage: committed.key for stage, committed in stages.items()},
+    }
+    name = f"upsample {several(images[0].stem, len(images))}"
+    columns = ["small", "bicubic", "Lanczos", "up-sampler"]
+    written = write_grid(np.stack(ways, 1), [image.name for image in images], columns, name, seed, settings, out)
+    tell_pictures(*written, seed, settings, as_json)

@@ -1,0 +1,212 @@
+"""Readers of the picture packages: an unpacked npm package in, one `Picture` per drawing out.
+
+Each reader knows the layout of one family of packages. SVG is rendered to PNG once, into the cache. Skin-tone variants are left
+out: they are near-duplicates of their concept. Knows nothing of URLs, shards or splits.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import resvg_py
+
+from flows.demo.emoji_captions import clean_name, phrasings
+from flows.demo.emoji_labels import Labels, concept_of, flag_concept, slug
+from flows.demo.main_colour import main_colour
+from flows.demo.npm_packages import split_spec
+from infra.errors import CallerError
+
+SKIN_TONE = re.compile(r"1f3f[b-f]")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One drawing: `file` is where its pixels lie, `origin` its path in the package, `captions` all phrasings."""
+
+    file: Path
+    origin: str
+    concept: str
+    style: str
+    licence: str
+    category: str
+    subcategory: str
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a reader finds before words are put to it: an image file, or SVG text to render."""
+
+    origin: str
+    concept: str
+    name: str = ""  # used where Unicode has no label for the concept
+    tags: tuple[str, ...] = ()
+    file: Path | None = None
+    svg: str = ""
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Style and licence of a package's pictures, and the function that reads it."""
+
+    style: str
+    licence: str
+    read: Callable[[Path, Labels], Iterator[Drawing]]
+
+
+def read_datasource(folder: Path, labels: Labels) -> Iterator[Drawing]:
+    """emoji-datasource-<vendor>: `emoji.json` beside `img/<vendor>/64/*.png`."""
+    vendor = next((folder / "img").iterdir()).name
+    for entry in json.loads((folder / "emoji.json").read_text()):
+        path = f"img/{vendor}/64/{entry['image']}"
+        if entry["category"] != "Component" and (folder / path).is_file():
+            yield Drawing(path, concept_of(entry["unified"]), name=entry["name"].lower(), file=folder / path)
+
+
+def read_code_point_files(folder: Path, labels: Labels) -> Iterator[Drawing]:
+    """Pictures named by their code points below `assets/` (@lobehub/fluent-emoji-3d)."""
+    for file in sorted((folder / "assets").iterdir()):
+        concept = concept_of(file.stem)
+        if concept in labels.by_concept:  # else nothing says what it shows
+            yield Drawing(f"assets/{file.name}", concept, file=file)
+
+
+def read_iconify(folder: Path, labels: Labels) -> Iterator[Drawing]:
+    """An @iconify-json set of emoji: SVG bodies in `icons.json`, code points in `chars.json` or names that are Unicode's labels."""
+    icons = json.loads((folder / "icons.json").read_text())
+    chars = json.loads((folder / "chars.json").read_text())
+    concepts: dict[str, str] = {name: concept_of(code) for code, name in sorted(chars.items(), reverse=True)}
+    for name in icons["icons"]:
+        concept = concepts.get(name) or labels.by_slug.get(name)
+        if concept:
+            yield Drawing(f"icons.json#{name}", concept, svg=iconify_svg(icons, name))
+
+
+def read_iconify_words(folder: Path, labels: Labels) -> Iterator[Drawing]:
+    """An @iconify-json set of other icons: the name is the caption."""
+    icons = json.loads((folder / "icons.json").read_text())
+    metadata = folder / "metadata.json"
+    listed = json.loads(metadata.read_text()).get("categories", {}) if metadata.is_file() else {}
+    tags = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", group).lower() for group, names in listed.items() for name in names}
+    for name in icons["icons"]:
+        words = re.sub(r"(?:-\d+|-rectangle|-(?:bold|thin))+$", "", name)
+        concept = labels.by_slug.get(words, words)
+        yield Drawing(
+            f"icons.json#{name}",
+            concept,
+            name=words.replace("-", " "),
+            tags=(tags[name],) if name in tags else (),
+            svg=iconify_svg(icons, name),
+        )
+
+
+def iconify_svg(icons: dict, name: str) -> str:
+    """Wrap an icon's body as a whole SVG document."""
+    icon = icons["icons"][name]
+    box = [icon.get(k, icons.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))]
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{" ".join(map(str, box))}" color="#000">{icon["body"]}</svg>'
+
+
+def read_openmoji(folder: Path, labels: Labels) -> Iterator[Drawing]:
+    """openmoji: `data/openmoji.json` beside `color/svg/*.svg`; its own extras carry their own annotation and tags."""
+    for entry in json.loads((folder / "data" / "openmoji.json").read_text()):
+        if entry["group"] == "component" or entry["skintone"] or "brand" in entry["subgroups"]:
+            continue
+        path = f"color/svg/{entry['hexcode']}.svg"
+        if (folder / path).is_file():
+            tags = tuple(tag.strip() for tag in f"{entry['tags']},{entry['openmoji_tags']}".split(",") if tag.strip())
+            yield Drawing(path, concept_of(entry["hexcode"]), name=entry["annotation"], tags=tags, svg=(folder / path).read_text())
+
+
+def read_country_flags(folder: Path, labels: Labels) -> Iterator[Drawing]:
+    """svg-country-flags: PNG files named by ISO code, names in `countries.json`."""
+    countries = json.loads((folder / "countries.json").read_text())
+    for file in sorted((folder / "png250px").glob("*.png")):
+        country = countries.get(file.stem.upper(), "")
+        if country or flag_concept(file.stem) in labels.by_concept:
+            yield Drawing(f"png250px/{file.name}", flag_concept(file.stem), name=f"flag: {country}", file=file, category="Flags")
+
+
+def read_lucide(folder: Path, labels: Labels) -> Iterator[Drawing]:
+    """lucide-static: `icons/*.svg` and `tags.json`."""
+    tags = json.loads((folder / "tags.json").read_text())
+    for file in sorted((folder / "icons").glob("*.svg")):
+        concept = labels.by_slug.get(file.stem, file.stem)
+        words = file.stem.replace("-", " ")
+        yield Drawing(f"icons/{file.name}", concept, name=words, tags=tuple(tags.get(file.stem, ())), svg=file.read_text())
+
+
+FAMILIES = {
+    "emoji-datasource-google": Family("google", "Apache-2.0", read_datasource),
+    "emoji-datasource-twitter": Family("twitter", "CC-BY-4.0", read_datasource),
+    "@lobehub/fluent-emoji-3d": Family("fluent-3d", "MIT", read_code_point_files),
+    "@iconify-json/fluent-emoji-flat": Family("fluent-flat", "MIT", read_iconify),
+    "@iconify-json/noto-v1": Family("noto-v1", "Apache-2.0", read_iconify),
+    "@iconify-json/emojione": Family("emojione", "CC-BY-4.0", read_iconify),
+    "@iconify-json/emojione-v1": Family("emojione-v1", "CC-BY-SA-4.0", read_iconify),
+    "@iconify-json/game-icons": Family("game-icons", "CC-BY-3.0", read_iconify_words),
+    "@iconify-json/streamline-freehand-color": Family("streamline", "CC-BY-4.0", read_iconify_words),
+    "openmoji": Family("openmoji", "CC-BY-SA-4.0", read_openmoji),
+    "svg-country-flags": Family("flags", "public domain", read_country_flags),
+    "lucide-static": Family("lucide", "ISC", read_lucide),
+}
+
+
+def read_package(spec: str, folder: Path, labels: Labels, rendered: Path, svg_px: int) -> list[Picture]:
+    """Return the pictures of one unpacked package; SVGs are rendered into `rendered` at `svg_px` on the longer side.
+
+    Raises CallerError for a package that no reader knows.
+    """
+    name, _ = split_spec(spec)
+    if name not in FAMILIES:
+        raise CallerError(f"[data] no reader knows the package {name!r}: the known ones are {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    drawings: dict[str, Drawing] = {}
+    for drawing in family.read(folder, labels):
+        if not SKIN_TONE.search(drawing.concept):
+            drawings.setdefault(drawing.origin, drawing)
+    render([d for d in drawings.values() if d.svg], rendered, svg_px)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and rendering leave the interpreter free
+        return list(pool.map(lambda drawing: describe(drawing, family, labels, rendered), drawings.values()))
+
+
+def describe(drawing: Drawing, family: Family, labels: Labels, rendered: Path) -> Picture:
+    """Put words to a drawing: Unicode's label where the concept has one, else the package's own name."""
+    label = labels.by_concept.get(drawing.concept)
+    subcategory = label.subcategory if label else ""
+    name = clean_name(label.text if label else drawing.name or drawing.concept, subcategory)
+    category = label.category if label else drawing.category
+    file = drawing.file or rendered / rendered_name(drawing)
+    captions = phrasings(name, family.style, label.tags if label else drawing.tags, category, subcategory, main_colour(file))
+    return Picture(file, drawing.origin, drawing.concept, family.style, family.licence, category, subcategory, tuple(captions))
+
+
+def rendered_name(drawing: Drawing) -> str:
+    """Return the name of the file that a drawing's SVG is rendered to."""
+    return slug(drawing.origin.removesuffix(".svg")) + ".png"
+
+
+def render(drawings: list[Drawing], rendered: Path, svg_px: int) -> None:
+    """Render what is not in the cache yet; an SVG that does not render is left out of the folder (a 404 later, and counted there)."""
+    rendered.mkdir(parents=True, exist_ok=True)
+    present = {file.name for file in rendered.iterdir()}
+
+    def draw(drawing: Drawing) -> None:
+        name = rendered_name(drawing)
+        if name in present:
+            return
+        try:
+            png = resvg_py.svg_to_bytes(svg_string=drawing.svg, width=svg_px, height=svg_px, skip_system_fonts=True)
+        except ValueError:
+            return
+        partial = rendered / f".{name}.{os.getpid()}"
+        partial.write_bytes(bytes(png))
+        partial.rename(rendered / name)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(draw, drawings))

@@ -1,0 +1,103 @@
+"""Hands the evaluation what it needs from both sisters: manifests and metrics, the trained system's callables, embeddings and shards.
+
+No figure is computed here: `indexing.evaluation.evaluate` does that, and knows the models only as plain callables.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.runs.stage import Counts, StageJob
+from infra.console.progress import Progress
+
+if TYPE_CHECKING:
+    from indexing.evaluation.context import Subject
+    from indexing.report.sections import MakeSection
+    from training.generation.unclip import Unclip
+
+TRAINED = ("clip", "prior", "decoder")
+
+
+def run(job: StageJob) -> Counts:
+    """Evaluate the run's models on the held-out pairs and write `report.html`, `report.json` and the pictures."""
+    from indexing.data.held_out import open_embedded
+    from indexing.evaluation.context import Subject
+    from indexing.evaluation.evaluate import evaluate
+    from training.generation.unclip import Unclip
+
+    folders = {name: committed.local() for name, committed in job.inputs.items()}
+    model = Unclip.load(folders["clip"], folders["prior"], folders["decoder"])
+    config = job.config.evaluate
+    metrics = {name: read_metrics(folders[name] / "metrics.jsonl") for name in TRAINED}
+    clip = (model.encode_texts, model.encode_images)
+    embedded, shards = open_embedded(folders["embed"]), folders["ingest"] / "shards"
+    subject = Subject(embedded, shards, *clip, config.resamples, config.seed, job.out)
+    stages = [committed.manifest for committed in job.inputs.values()]
+    with Progress("evaluate", None, "pictures drawn") as progress:
+        drawn = 0
+
+        def generate(prompts: list[str], count: int, seed: int) -> Any:
+            nonlocal drawn
+            pictures = model.generate(prompts, count, seed, config.steps, config.guidance)
+            drawn += len(prompts) * count
+            progress.update(drawn)
+            return pictures
+
+        figures = evaluate(
+            config,
+            {"config": job.config.model_dump(mode="json")},
+            stages,
+            metrics,
+            subject,
+            generate,
+            sections_of(job, model, subject, folders),
+        )
+    return {"in": job.inputs["embed"].manifest["counts"]["out"], "out": drawn, "dropped": {}, "figures": figures["zero_shot"]}
+
+
+def sections_of(job: StageJob, model: "Unclip", subject: "Subject", folders: Mapping[str, Path]) -> list["MakeSection"]:
+    """Return what the report measures besides, in the order of the page; each is run when its turn comes."""
+    from flows.evaluation import (
+        decoder_section,
+        fidelity_section,
+        relations_section,
+        suite_section,
+        swiss_roll_section,
+        typographic_section,
+        upsampler_section,
+    )
+    from indexing.evaluation.dedup_section import copies_section
+    from indexing.evaluation.prior import prior_section
+
+    config, embed, shards = job.config.evaluate, folders["embed"], folders["ingest"] / "shards"
+    prior = model.prior.config
+
+    def predict(captions: list[str], seed: int, best_of: int | None) -> Any:  # noise of its own for every pair: captions repeat
+        return model.predict(captions, range(seed, seed + len(captions)), best_of)
+
+    made: list[MakeSection] = [
+        partial(prior_section, subject, predict, prior.kind, prior.best_of),
+        partial(decoder_section.section, config, model, embed, shards, job.out),
+    ]
+    if config.swiss_roll_steps:
+        made.append(partial(swiss_roll_section.section, config, job.out))
+    made.append(partial(upsampler_section.sections, folders, job.out))
+    if "dedup" in folders:
+        made.append(partial(copies_section, folders["dedup"], embed, shards, job.inputs["dedup"].manifest["counts"], job.out))
+    if config.fidelity is not None:
+        made.append(partial(fidelity_section.section, config.fidelity, config, model, subject))
+    if config.suite.sets:
+        cache = Path(job.config.data.cache).expanduser()
+        made.append(partial(suite_section.sections, config.suite, config, model, subject, cache))
+    if config.typographic is not None:
+        made.append(partial(typographic_section.section, config.typographic, config, model, subject))
+    if config.relations is not None:
+        made.append(partial(relations_section.section, config.relations, config, model, subject))
+    return made
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a `metrics.jsonl` whole."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

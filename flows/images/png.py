@@ -1,0 +1,71 @@
+"""Writes generated pictures: the single ones and a labelled grid, each a PNG that carries its words, seed and settings as text."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from flows.images.contact_sheet import labelled
+from infra.storage.store import one_line_errors
+
+
+def write_pictures(
+    images: np.ndarray, prompts: Sequence[str], seed: int, settings: Mapping[str, Any], out: Path
+) -> tuple[list[Path], Path]:
+    """Write `images`, uint8 (P prompts, C count, H, W, 3), into `out` and return the single files and the grid (a row per prompt).
+
+    File names come from prompt and seed, so the same command writes the same files. Raises StorageError.
+    """
+    files = []
+    with one_line_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for prompt, row in zip(prompts, images, strict=True):
+            for place, picture in enumerate(row):
+                file = out / f"{slug(prompt)}-seed{seed}-{place:02d}.png"
+                _write(file, picture, {"prompt": prompt, "seed": seed, "picture": place, **settings})
+                files.append(file)
+        grid = out / f"{slug(prompts[0])}{f'-and-{len(prompts) - 1}-more' if len(prompts) > 1 else ''}-seed{seed}-grid.png"
+        _write(grid, labelled(images, (), prompts), {"prompts": list(prompts), "seed": seed, **settings})
+    return files, grid
+
+
+def write_grid(
+    images: np.ndarray, rows: Sequence[str], columns: Sequence[str], name: str, seed: int, settings: Mapping[str, Any], out: Path
+) -> tuple[list[Path], Path]:
+    """Write `images`, uint8 (R, C, H, W, 3), into `out` and return the single files, row by row, and the grid with its labels.
+
+    File names come from `name` and seed, so the same command writes the same files. Raises StorageError.
+    """
+    files = []
+    with one_line_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for r, row in enumerate(images):
+            for c, picture in enumerate(row):
+                file = out / f"{slug(name)}-seed{seed}-{r:02d}-{c:02d}.png"
+                _write(file, picture, {"row_label": rows[r], "column_label": columns[c], "seed": seed, **settings})
+                files.append(file)
+        grid = out / f"{slug(name)}-seed{seed}-grid.png"
+        write_sheet(images, rows, columns, grid, {"seed": seed, **settings})
+    return files, grid
+
+
+def write_sheet(images: np.ndarray, rows: Sequence[str], columns: Sequence[str], file: Path, facts: Mapping[str, Any]) -> None:
+    """Write `images`, uint8 (R, C, H, W, 3), as one picture with its labels, which knows them and `facts`."""
+    _write(file, labelled(images, columns, rows), {"row_labels": list(rows), "column_labels": list(columns), **facts})
+
+
+def slug(text: str) -> str:
+    """Return a text as a part of a file name: only a to z, digits and dashes of it."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].strip("-") or "picture"
+
+
+def _write(file: Path, picture: np.ndarray, facts: Mapping[str, Any]) -> None:
+    about = PngInfo()
+    for name, value in facts.items():
+        about.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+    Image.fromarray(picture).save(file, pnginfo=about)

@@ -1,0 +1,92 @@
+"""What a new ingest takes over from the one before it: the shards with the pictures of URLs that are still in the list, unchanged.
+
+A row is the same when all that the list says of it is. Only URLs are taken over: a picture in a local folder may have changed under its
+name, and travels over loopback anyway. What the list no longer has goes from the shards too. Memory: 8 bytes a row.
+"""
+
+import hashlib
+import json
+import shutil
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.schemas import URLS, open_parquet
+from infra.storage.atomic_files import place, put
+
+SAME = ("image_size_px", "resize", "encode", "images_per_shard", "max_image_bytes", "max_image_pixels", "allow_private", "robots")
+"""Fields of [data] that decide what becomes of a URL."""
+TOLD = tuple(name for name in URLS.names if name not in ("key", "url"))
+BATCH_ROWS = 10_000
+
+
+def is_renewable(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Say whether shards made under the section `before` are what the section `now` would make of the same URLs."""
+    return all(name in before and before[name] == now[name] for name in SAME)
+
+
+def take_over(previous: Path, table: Path, shards: Path) -> int:
+    """Put the shards of a former ingest into `shards`, without the rows that `table` (urls.parquet) lacks; return their number.
+
+    They keep their numbers, so that new ones follow. What stands there under a final name is whole, so a killed call is repeated.
+    """
+    shards.mkdir(parents=True, exist_ok=True)
+    listed = np.sort(np.concatenate([marks(batch) for batch in open_parquet(table).iter_batches(BATCH_ROWS)] or [np.empty(0, np.uint64)]))
+    files = sorted((previous / "shards").glob("*.parquet"), key=lambda file: int(file.stem))
+    for file in files:
+        if not (shards / f"{file.stem}.tar").exists():
+            rows = pq.read_table(file)
+            _copy(file, rows, np.isin(marks(rows), listed) & is_url(rows), shards)
+    return int(files[-1].stem) + 1 if files else 0
+
+
+def unknown_rows(table: Path, shards: Path, count: int, out: Path) -> Path:
+    """Write the rows of `table` that none of the first `count` shards holds, as `out`; return it."""
+    known = [marks(pq.read_table(file)) for file in (shards / f"{number:05d}.parquet" for number in range(count)) if file.exists()]
+    sorted_known = np.sort(np.concatenate(known or [np.empty(0, np.uint64)]))
+    aside = out.with_suffix(".part")
+    with pq.ParquetWriter(aside, URLS) as writer:
+        for batch in open_parquet(table).iter_batches(BATCH_ROWS):
+            writer.write_batch(batch.filter(pa.array(~np.isin(marks(batch), sorted_known))))
+    aside.replace(out)
+    return out
+
+
+def marks(rows: pa.RecordBatch | pa.Table) -> np.ndarray:
+    """Return a 64-bit hash of what the list says of each row."""
+    columns = [rows.column(name).to_pylist() for name in TOLD]
+    found = (hashlib.blake2b(json.dumps(values).encode(), digest_size=8).digest() for values in zip(*columns, strict=True))
+    return np.frombuffer(b"".join(found), np.uint64)
+
+
+def is_url(rows: pa.Table) -> np.ndarray:
+    """Say of each row whether its picture came from the network."""
+    return np.array([origin.startswith(("http://", "https://")) for origin in rows.column("origin").to_pylist()], bool)
+
+
+def _copy(file: Path, rows: pa.Table, is_kept: np.ndarray, shards: Path) -> None:
+    """Put one shard under its name, its tar last: linked where all of it is kept, else written anew without the rest."""
+    target = shards / file.name
+    if is_kept.all():
+        place(file, target)
+        place(file.with_suffix(".tar"), target.with_suffix(".tar"))
+        return
+    keys = set(rows.filter(pa.array(is_kept)).column("key").to_pylist())
+    aside = shards / f".{file.stem}.renewed"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    pq.write_table(rows.filter(pa.array(is_kept)), aside / file.name)
+    with (
+        tarfile.open(file.with_suffix(".tar"), "r:") as old,
+        tarfile.open(aside / f"{file.stem}.tar", "w:", format=tarfile.USTAR_FORMAT) as new,
+    ):
+        for member in old:
+            if member.name.partition(".")[0] in keys:
+                new.addfile(member, old.extractfile(member))
+    put(aside, [file.name, f"{file.stem}.tar"], shards)
+    aside.rmdir()

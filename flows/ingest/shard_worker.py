@@ -1,0 +1,323 @@
+"""One shard of a URL table made into a WebDataset tar by img2dataset, in a process of its own.
+
+`make_shard` takes img2dataset's own parts (Downloader, Resizer, tar and parquet writers) and puts `flows.ingest.http_fetch` in the place of its
+unbounded download function. It writes aside and renames the tar last: a tar under its final name is whole. Run as
+`python -m flows.ingest.shard_worker PARENT [FOLDER]`, it takes one JSON line per shard on stdin and answers on stdout; it ends when the process
+PARENT does, and removes FOLDER then. Pictures are decoded one at a time, so that a process needs the memory of one.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+import tarfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace, TracebackType
+from typing import Any, Self, TextIO, cast
+
+import cv2
+import numpy as np
+import pyarrow.ipc
+import pyarrow.parquet as pq
+from PIL import Image
+
+if __name__ == "__main__":
+    # Nothing here uses img2dataset's command (with Ray and pandas), wandb, or webdataset's wish for torch: two thirds of a process's start.
+    unused = {"img2dataset.main": SimpleNamespace(main=None, download=None), "wandb": SimpleNamespace(), "torch": None}
+    sys.modules |= cast(dict[str, ModuleType], unused)
+
+from img2dataset import downloader as img2dataset_downloader
+from img2dataset.downloader import Downloader
+from img2dataset.resizer import Resizer
+from img2dataset.writer import WebDatasetSampleWriter
+
+from flows.ingest.http_fetch import PASSING, FetchError, Rules, fetch_image, hosts
+from flows.ingest.row_outcomes import split_problem
+from flows.sources import opt_out
+from infra.storage.atomic_files import put
+
+CARRIED = ["sample", "origin", "captions", "licence", "concept", "style", "category", "subcategory"]
+COLUMNS = [*CARRIED, "caption", "url"]
+SUFFIXES = (".parquet", "_stats.json", ".tar")
+"""A shard's files in the order in which they get their names."""
+DIGITS = 5
+BEAT_S = 0.5
+MATTED_PIXELS = 1 << 20
+"""Larger pictures with transparency are put on white here: img2dataset takes 80 bytes a pixel for it."""
+
+
+class NetworkAwayError(Exception):
+    """More of a shard failed for what may pass than is allowed: it is not done."""
+
+
+class Pulse:
+    """Tells the parent how many rows are finished, in a thread, and only while something moves: rows, or single requests.
+
+    `say` gets `rows N`; where `is_single`, one row is worked on at a time and named before as `row K`.
+    """
+
+    def __init__(self, say: Callable[[str], None], is_single: bool) -> None:
+        self.say, self.is_single = say, is_single
+        self.rows = self.moves = 0
+        self.last = (0, hosts.finished)
+        self.guard, self.one, self.over = threading.Lock(), threading.Lock(), threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def beat(self) -> None:
+        """Tell what has moved since the last call."""
+        rows, moves = self.rows, self.moves + hosts.finished
+        if (rows, moves) != self.last:
+            self.say(f"rows {rows - self.last[0]}")
+            self.last = (rows, moves)
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.over.wait(BEAT_S):
+            self.beat()
+
+    @contextlib.contextmanager
+    def on(self, row: int, is_last: bool) -> Iterator[None]:
+        """Work on a row while the block runs."""
+        with self.one if self.is_single else contextlib.nullcontext():
+            if self.is_single:
+                self.say(f"row {row}")
+            try:
+                yield
+            finally:
+                with self.guard:
+                    self.moves += 1
+                    self.rows += is_last
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+class Body(io.BytesIO):
+    """A picture's bytes, and the row that they are of."""
+
+    row = -1
+
+
+def shard_name(number: int) -> str:
+    return f"{number:0{DIGITS}d}"
+
+
+def make_shard(feed: Path, number: int, folder: Path, settings: dict[str, Any], say: Callable[[str], None]) -> float:
+    """Download the rows of `feed` (an Arrow file with COLUMNS) into FOLDER/<number>.parquet, _stats.json and .tar, in this order.
+
+    Returns the share of rows that failed for what may pass. `settings`: rules (of flows.ingest.http_fetch), recorded and actual (bases of loopback
+    URLs), opt_out (a file), threads, image_size_px, resize, encode, images_per_shard, max_passing, is_single and crashed (rows that are
+    not to be touched). `say` is told what moves (`Pulse`). Raises OSError when the disk is full, RuntimeError when img2dataset lost
+    rows, NetworkAwayError when more than `max_passing` failed for what may pass.
+    """
+    name = shard_name(number)
+    aside = folder / f".{name}.{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        with Pulse(say, settings["is_single"]) as pulse:
+            try:
+                (aside / "feed.arrow").hardlink_to(feed)  # img2dataset deletes its input
+            except OSError:
+                shutil.copyfile(feed, aside / "feed.arrow")
+            img2dataset_downloader.download_image_with_retry = fetcher(settings, pulse)
+            maker(aside, settings, pulse).download_shard((number, str(aside / "feed.arrow")))
+        passing = check_shard(aside / name, feed)
+        if passing > settings["max_passing"]:
+            raise NetworkAwayError(f"{passing:.0%} of the rows failed for what may pass")
+        put(aside, [f"{name}{suffix}" for suffix in SUFFIXES], folder)
+        return passing
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def maker(aside: Path, settings: dict[str, Any], pulse: Pulse) -> Downloader:
+    """Return img2dataset's shard maker, writing into `aside`."""
+    resizer = Resizer(
+        image_size=settings["image_size_px"],
+        resize_mode=settings["resize"],
+        resize_only_if_bigger=False,
+        encode_format=settings["encode"],
+        encode_quality=1 if settings["encode"] == "png" else 95,  # for png: compression; 9 is ten times slower and saves little
+    )
+
+    def resize(body: Body, _: object = None) -> Any:
+        with pulse.on(body.row, is_last=True):
+            try:
+                return resizer(on_white(body))
+            except cv2.error as error:
+                return None, None, None, None, None, str(error)
+
+    return Downloader(
+        sample_writer_class=WebDatasetSampleWriter,
+        resizer=resize,
+        thread_count=1 if settings["is_single"] else settings["threads"],
+        save_caption=True,
+        extract_exif=False,
+        output_folder=str(aside),
+        column_list=COLUMNS,
+        timeout=None,
+        number_sample_per_shard=settings["images_per_shard"],
+        oom_shard_count=DIGITS,
+        compute_hash="sha256",
+        verify_hash_type=None,
+        encode_format=settings["encode"],
+        retries=0,
+        user_agent_token=None,
+        disallowed_header_directives=None,
+    )
+
+
+def fetcher(settings: dict[str, Any], pulse: Pulse) -> Callable[..., tuple[int, io.BytesIO | None, str | None]]:
+    """Return a function of img2dataset's `download_image_with_retry` shape that fetches by our rules."""
+    rules = Rules(**settings["rules"], opt_out=opt_out.load(Path(settings["opt_out"])))
+    recorded, actual = settings["recorded"], settings["actual"]
+    crashed = frozenset(settings["crashed"])
+
+    def download_image_with_retry(row: tuple[int, str], **_: object) -> tuple[int, io.BytesIO | None, str | None]:
+        key, url = row
+        is_kept = False
+        try:
+            if key in crashed:
+                raise FetchError("worker_crash", "each download process that took it died or fell silent")
+            with pulse.on(key, is_last=False):
+                body = Body(eight_bit(fetch_image(actual + url.removeprefix(recorded) if url.startswith(recorded + "/") else url, rules)))
+            body.row, is_kept = key, True
+            return key, body, None
+        except FetchError as error:
+            return key, None, str(error)
+        except cv2.error as error:
+            return key, None, f"decode_error: {error}"
+        finally:
+            if not is_kept:
+                with pulse.guard:
+                    pulse.rows += 1
+
+    return download_image_with_retry
+
+
+decoding = threading.Lock()
+
+
+def eight_bit(body: bytes) -> bytes:
+    """Return a 16-bit PNG as an 8-bit one: img2dataset's alpha matting takes 255 for white."""
+    if not body.startswith(b"\x89PNG") or body[24] != 16:
+        return body
+    with decoding:
+        image = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_UNCHANGED)
+        if image is None:
+            return body
+        np.floor_divide(image, 257, out=image)
+        return cv2.imencode(".png", image.astype(np.uint8))[1].tobytes()
+
+
+def on_white(stream: io.BytesIO) -> io.BytesIO:
+    """Return a large picture that has transparency put on white as img2dataset does it, a piece at a time; any other as it is."""
+    with Image.open(stream) as header:
+        is_plain = header.mode in ("RGB", "L", "CMYK", "YCbCr", "1") and "transparency" not in header.info
+        pixels = header.width * header.height
+    if is_plain or pixels <= MATTED_PIXELS:
+        return stream
+    with decoding:
+        image = cv2.imdecode(np.frombuffer(stream.getbuffer(), np.uint8), cv2.IMREAD_UNCHANGED)
+        if image is None or image.ndim != 3 or image.shape[2] != 4:
+            return stream
+        flat = image.reshape(-1, 4)
+        matted = np.empty((len(flat), 3), np.uint8)
+        for start in range(0, len(flat), MATTED_PIXELS):
+            piece = flat[start : start + MATTED_PIXELS]
+            alpha = piece[:, 3, np.newaxis]
+            matted[start : start + MATTED_PIXELS] = np.rint((alpha / 255 * piece[:, :3] + 255 - alpha).clip(min=0, max=255))
+        shape = (*image.shape[:2], 3)
+        del image, flat
+        return io.BytesIO(cv2.imencode(".bmp", matted.reshape(shape))[1].tobytes())
+
+
+def check_shard(stem: Path, feed: Path) -> float:
+    """Compare what was written with what was asked: img2dataset swallows a sample's write error, a full disk included.
+
+    Returns the share of rows that failed for what may pass.
+    """
+    with pyarrow.ipc.open_file(feed) as reader:
+        asked = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
+    told = pq.read_table(stem.with_suffix(".parquet"), columns=["status", "error_message"])
+    status, words = told.column("status").to_pylist(), told.column("error_message").to_pylist()
+    members = 0
+    with tarfile.open(stem.with_suffix(".tar"), "r:") as tar:
+        for member in tar:
+            members += member.name.endswith(".txt")
+    if len(status) != asked or members != status.count("success"):
+        if shutil.disk_usage(stem.parent).free < 2**20:
+            raise OSError("no space left on the device")
+        raise RuntimeError(f"{asked} rows asked, {len(status)} recorded, {status.count('success')} succeeded, {members} stored")
+    problems = (split_problem(*each)[0] for each in zip(status, words, strict=True) if each[0] != "success")
+    return sum(problem in PASSING for problem in problems) / asked
+
+
+def end_with(parent: int, folder: str | None) -> None:
+    """End this process when its parent is gone, and its folder with it, so that a killed run leaves no downloader behind."""
+
+    def end() -> None:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        end()
+
+    if os.getppid() != parent:  # it died while this process was still starting
+        end()
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    """Serve shards: `{"feed", "number", "folder", "settings"}` a line in; a line out is one of
+
+    `ready`, `rows N`, `row K`, `done N share`, `outage N share` or `failed N why`.
+    """
+    end_with(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged by our own limit
+    answers: TextIO = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # img2dataset prints; its words go to the log that stderr is
+    lock = threading.Lock()
+
+    def say(line: str) -> None:
+        with lock:
+            answers.write(line + "\n")
+
+    say("ready")
+    turn = 0
+    for line in sys.stdin:
+        job = json.loads(line)
+        if job["settings"]["turn"] != turn:  # another pass, or one that has waited for the network
+            turn = job["settings"]["turn"]
+            hosts.forgive()
+        try:
+            passing = make_shard(Path(job["feed"]), job["number"], Path(job["folder"]), job["settings"], say)
+        except NetworkAwayError as error:
+            say(f"outage {job['number']} {error}")
+        except Exception as error:
+            say(f"failed {job['number']} {type(error).__name__}: {' '.join(str(error).split())}")
+        else:
+            say(f"done {job['number']} {passing:.3f}")
+
+
+if __name__ == "__main__":
+    try:
+        with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+            main()
+    finally:  # its parent's end is mostly heard first as the end of what it says
+        if len(sys.argv) > 2:
+            shutil.rmtree(sys.argv[2], ignore_errors=True)

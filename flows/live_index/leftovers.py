@@ -1,0 +1,176 @@
+"""What dead writers left: temporary folders, committed folders that were half removed, and attempts on a store that nothing names.
+
+A temporary folder is dead by the rule of `infra.storage.temporary_folders`. A folder of a stage without a manifest on a local ROOT is one whose remover
+was killed, since folders get their names whole. On a store an attempt is dead as soon as the manifest says that it took its place, and
+else once nothing was put into it for a day: any machine may be writing it. The `work` folder of a stage that was killed is no such thing:
+its next run goes on from there, and `unclip prune` removes it by its age.
+"""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+from flows.live_index.lineage import ADDITIONS
+from infra.errors import UnclipError
+from infra.storage import manifests, store
+from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
+from infra.storage.manifests import MANIFEST
+from infra.storage.store import Root
+from infra.storage.temporary_folders import REPLACED, UNTOUCHED_S, dead_folders, is_dead, last_change, remove_dead
+
+KEY, ATTEMPT = re.compile("[0-9a-f]{16}"), re.compile("[0-9a-f]{12}")
+"""Names of folders that we make; another name is somebody's own and stays."""
+
+
+class BusyError(UnclipError):
+    """Someone makes or reads the folder; the message says who."""
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something that a dead writer left; `path` is relative to ROOT, or absolute where it lies outside."""
+
+    path: str
+    size_bytes: int
+    """What removing it frees: files that a committed folder shares count nothing."""
+    remove: Callable[[], str]
+    """Removes it and returns "", or returns why it stays."""
+
+
+def remove_leftovers(root: Root) -> None:
+    """Remove what dead writers left, before another writes; what somebody uses stays."""
+    remove_dead(root.scratch)
+    for leftover in leftovers(root):
+        leftover.remove()
+
+
+def leftovers(root: Root) -> list[Leftover]:
+    """Return what dead writers left."""
+    temporary = [folder for folder in dead_folders(root.scratch) if not _is_recoverable(root, folder)]
+    listed = [Leftover(path_of(root, each), size_of(each), partial(_remove_dead, root, each)) for each in temporary]
+    return [*listed, *(_half_removed(root) if root.folder else _attempts(root))]
+
+
+def unfinished(root: Root, before: datetime, claimed: Collection[tuple[str, str]]) -> list[Leftover]:
+    """Return the work folders of stages that were killed, untouched since a time, without those of the stages and keys in `claimed`."""
+    folders = [
+        (stage, folder)
+        for stage in _stages()
+        for folder in sorted((root.scratch / stage).glob("*"))
+        if folder.is_dir() and (stage, folder.name) not in claimed and last_change(folder) < before.timestamp()
+    ]
+    return [Leftover(path_of(root, folder), size_of(folder), partial(_remove_work, root, stage, folder)) for stage, folder in folders]
+
+
+def path_of(root: Root, path: Path) -> str:
+    """Return where a local path is: relative to ROOT, or absolute where it lies outside."""
+    return str(path.relative_to(root.folder)) if root.folder and path.is_relative_to(root.folder) else str(path)
+
+
+def size_of(folder: Path) -> int:
+    """Return how many bytes removing a folder frees."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue  # removed meanwhile
+        total += status.st_size if path.is_file() and status.st_nlink == 1 else 0
+    return total
+
+
+@contextmanager
+def locked(root: Root, stage: str, key: str) -> Iterator[None]:
+    """Hold the locks of a stage's folder while the block runs. Raises BusyError at once where somebody makes or reads it."""
+    name = f"{stage} {key}"
+
+    def give_up(line: str) -> None:
+        raise BusyError(line.removeprefix(f"{name} ").partition(":")[0])
+
+    lock, reading = (each(root.scratch, stage, key) for each in (lock_file, reading_file))
+    with store.one_line_errors(root.scratch), writer_lock(lock, name, give_up), unread_lock(reading, name, give_up):
+        yield
+
+
+def _stages() -> list[str]:
+    from flows.orchestration.stages import STAGES  # with pyarrow, which `unclip --help` does without
+
+    return [*(stage.name for stage in STAGES), ADDITIONS]
+
+
+def _is_recoverable(root: Root, folder: Path) -> bool:
+    if not folder.name.endswith(REPLACED) or root.folder is None:
+        return False
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    return not (root.folder / manifest["stage"] / manifest["key"]).exists()
+
+
+def _remove_dead(root: Root, folder: Path) -> str:
+    if not folder.exists():
+        return ""
+    if not is_dead(folder) or _is_recoverable(root, folder):
+        return "another uses it by now"
+    shutil.rmtree(folder, ignore_errors=True)
+    remove_dead(root.scratch)  # its lock
+    return "" if not folder.exists() else "it cannot be removed"
+
+
+def _half_removed(root: Root) -> list[Leftover]:
+    assert root.folder
+    return [
+        Leftover(f"{stage}/{key}", size_of(root.folder / stage / key), partial(_finish_removal, root, stage, key))
+        for stage in _stages()
+        for key in store.list_names(root, stage)
+        if KEY.fullmatch(key) and (root.folder / stage / key).is_dir() and not (root.folder / stage / key / MANIFEST).exists()
+    ]
+
+
+def _finish_removal(root: Root, stage: str, key: str) -> str:
+    try:
+        with locked(root, stage, key):
+            if not store.exists(root, f"{stage}/{key}/{MANIFEST}"):
+                store.remove(root, f"{stage}/{key}")
+            return ""
+    except BusyError as busy:
+        return str(busy)
+
+
+def _remove_work(root: Root, stage: str, folder: Path) -> str:
+    try:
+        with locked(root, stage, folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+            return ""
+    except BusyError as busy:
+        return str(busy)
+
+
+def _attempts(root: Root) -> list[Leftover]:
+    """Return the attempts on a store that are dead."""
+    dead = []
+    for stage in _stages():
+        for key in store.list_names(root, stage):
+            names = [name for name in store.list_names(root, f"{stage}/{key}") if ATTEMPT.fullmatch(name)]
+            committed = manifests.find(root, stage, key)  # read behind the list: what was committed meanwhile is no leftover
+            current = committed.manifest["prefix"] if committed else None
+            superseded = committed.manifest.get("supersedes", ()) if committed else ()
+            for name in names:
+                path = f"{stage}/{key}/{name}"
+                if name != current and (name in superseded or time.time() - store.last_put(root, path) > UNTOUCHED_S):
+                    size = sum(store.file_sizes(root, path).values())
+                    dead.append(Leftover(path, size, partial(_remove_attempt, root, path)))
+    return dead
+
+
+def _remove_attempt(root: Root, path: str) -> str:
+    store.remove(root, path)
+    store.abort_uploads(root, path)
+    return ""

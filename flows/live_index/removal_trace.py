@@ -1,0 +1,137 @@
+"""Looks for samples in every file below ROOT and in the scratch folder, whatever put it there: shards, tables, pictures.
+
+Reads what is there, not what manifests say: temporary folders of writers, half-removed folders and this machine's downloads included. A
+shard holds a sample if one of its members has the sample's bytes or its .json names it; a table does if one of its rows names it and says
+where a picture is (it has a column `sha256`; embeddings stand beside such tables). Lists of URLs, of drops and the log itself name samples
+and hold none. Knows nothing of stages.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from flows.live_index.leftovers import path_of
+from infra.storage import store
+from infra.storage.removal_log import FOLDER, NAMES, Removals
+from infra.storage.retry import patiently
+from infra.storage.store import Root
+
+HEAD_BYTES = 512
+USTAR_AT = 257
+PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
+MAX_JSON_BYTES = 1 << 20
+"""Of a member that describes a picture; a larger one is something else."""
+BATCH_ROWS = 65_536
+UNREADABLE = (tarfile.TarError, pa.ArrowInvalid, EOFError)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Files, relative to ROOT or absolute outside of it, sorted."""
+
+    holding: list[str]
+    """Those that hold one of the samples."""
+    unreadable: list[str]
+    """Shards and tables that were cut short or damaged: nobody can say what they hold."""
+
+
+def trace(root: Root, sought: Removals) -> Traces:
+    """Look for what is named in every file of ROOT and of the scratch folder."""
+    holding, unreadable = [], []
+    for path, opened in _files(root):
+        try:
+            with store.one_line_errors(root.uri):
+                if patiently(partial(_opened_holds, opened, sought)):
+                    holding.append(path)
+        except FileNotFoundError:
+            continue  # a living writer has moved or removed it since it was listed
+        except UNREADABLE:
+            unreadable.append(path)
+    return Traces(sorted(holding), sorted(unreadable))
+
+
+def _opened_holds(opened: Callable[[], Any], sought: Removals) -> bool:
+    with opened() as file:
+        return holds(file, sought)
+
+
+def holds(file: Any, sought: Removals) -> bool:
+    """Say whether an open file holds one of the samples. Raises tarfile.TarError or ArrowInvalid for one that is cut short."""
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    if head[USTAR_AT:].startswith(b"ustar"):
+        return _shard_holds(file, sought)
+    if head.startswith(b"PAR1"):
+        return any(_table_holds(pa.Table.from_batches([batch]), sought) for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS))
+    if head.startswith(b"ARROW1"):
+        with pa.ipc.open_file(file) as reader:
+            return any(
+                _table_holds(pa.Table.from_batches([reader.get_batch(number)]), sought) for number in range(reader.num_record_batches)
+            )
+    return head.startswith(PICTURES) and _digest(file) in sought.sha256 | sought.downloads
+
+
+def _shard_holds(file: Any, sought: Removals) -> bool:
+    names = sought.keys | sought.origins | sought.sha256 | sought.downloads
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if member.type == b"R" or not member.isfile():  # R: a blank
+                continue
+            content = tar.extractfile(member)
+            assert content, "a regular file has content"
+            if member.name.endswith(".json") and member.size <= MAX_JSON_BYTES:
+                if _texts_in(content.read()) & names:
+                    return True
+            elif _digest(content) in sought.sha256 | sought.downloads:
+                return True
+    return False
+
+
+def _texts_in(data: bytes) -> set[str]:
+    try:
+        described = json.loads(data)
+    except (ValueError, RecursionError):  # somebody else's member
+        return set()
+    return {value for value in described.values() if isinstance(value, str)} if isinstance(described, dict) else set()
+
+
+def _table_holds(table: pa.Table, sought: Removals) -> bool:
+    if "sha256" not in table.column_names:
+        return False
+    if "status" in table.column_names:  # of a shard's table: only such a row has a picture
+        table = table.filter(pc.equal(table["status"], "success"))
+    values = pa.array(sorted(set().union(*(getattr(sought, name) for name in NAMES))), pa.string())
+    columns = (table[field.name] for field in table.schema if pa.types.is_string(field.type))
+    return any(pc.any(pc.is_in(column, values)).as_py() for column in columns)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while piece := file.read(store.PIECE_BYTES):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _files(root: Root) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield every file's path for people and what opens it; the removal log left out."""
+    folders = [folder for folder in (root.folder, root.scratch) if folder]
+    if root.folder and root.scratch.is_relative_to(root.folder):
+        folders = [root.folder]
+    for folder in folders:
+        for parent, _, names in os.walk(folder):
+            for path in (Path(parent) / name for name in sorted(names)):
+                if path.is_file() and not path.is_symlink() and path.parent != folder / FOLDER:
+                    yield path_of(root, path), partial(path.open, "rb")
+    for name in store.file_sizes(root, "") if root.folder is None else ():
+        if not name.startswith(f"{FOLDER}/"):
+            yield name, partial(root.fs.open, store.join(root, name), "rb")

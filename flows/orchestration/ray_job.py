@@ -1,0 +1,91 @@
+"""One stage as a Ray job: `python -m flows.orchestration.ray_job ROOT STAGE KEY ATTEMPT`, started by `flows/orchestration/ray_submit.py` on the cluster.
+
+Reads what to do from `ROOT/jobs/<stage>-<key>.json`, which also is the fence: an attempt that is no longer the one claimed there commits
+nothing. Exit code 2 says that another attempt would fail as well, 3 that ROOT was away.
+"""
+
+import os
+import sys
+from typing import Any
+
+from flows.cli.options import scratch_for
+from flows.orchestration import stages
+from flows.orchestration.run_stage import run_stage
+from flows.runs.stage import key_of
+from infra.compute.cluster import SPIN_COUNT, Cluster
+from infra.compute.ray_jobs import AWAY_EXIT, HOPELESS_EXIT
+from infra.errors import CallerError, DataError, StorageAwayError, UnclipError
+from infra.storage import manifests, store
+from infra.storage.store import Root, open_root
+
+HOPELESS = (CallerError, DataError, AssertionError, AttributeError, ImportError, NameError, NotImplementedError, TypeError)
+
+
+def claim_name(stage: str, key: str) -> str:
+    """Return where below ROOT a stage's claim is kept."""
+    return f"jobs/{stage}-{key}.json"
+
+
+def run(root: Root, stage_name: str, key: str, attempt: int) -> None:
+    """Make one stage and commit it, unless a later attempt has been claimed meanwhile.
+
+    Raises CallerError where this machine sees other sources than the one that submitted, UnclipError where the attempt is fenced off.
+    """
+    claim = check_claim(root, stage_name, key, attempt)
+    config: Any = load(claim["config"])
+    stage = next(each for each in stages.STAGES if each.name == stage_name)
+    inputs = {}
+    for name, input_key in claim["inputs"].items():
+        found = manifests.find(root, name, input_key)
+        if found is None:
+            raise CallerError(
+                f"{root.uri} has no {name}/{input_key} as seen from the cluster: ROOT must be a store that every node reaches"
+            )
+        inputs[name] = found
+    here = key_of(stage, config, {name: each.key for name, each in inputs.items()})
+    if here != key:
+        raise CallerError(f"{stage_name} has the key {here} on the cluster but {key} where it was submitted: its sources or code differ")
+    with Cluster(config.cluster) as cluster:
+        run_stage(stage, root, config, inputs, cluster, say, guard=lambda: check_claim(root, stage_name, key, attempt))
+
+
+def check_claim(root: Root, stage: str, key: str, attempt: int) -> dict[str, Any]:
+    """Return the claim if it is this attempt's; raises UnclipError where a later attempt has it or the work is done."""
+    claim: dict[str, Any] | None = store.read_json(root, claim_name(stage, key))
+    if claim is None or claim["attempt"] != attempt:
+        later = f"attempt {claim['attempt']} has taken over" if claim else "its claim has gone"
+        raise UnclipError(f"attempt {attempt} of {stage} {key} is fenced off, {later}: nothing is committed")
+    return claim
+
+
+def load(config: dict[str, Any]) -> Any:
+    """Return the submitted config for use on the cluster that this job runs on."""
+    from flows.config.recipe_file import validated
+    from flows.config.run_config import RunConfig
+
+    resolved = validated(config, RunConfig, "the submitted recipe")
+    return resolved.model_copy(update={"cluster": resolved.cluster.model_copy(update={"address": "auto"})})
+
+
+def say(line: str) -> None:
+    """Print a line that the submitter sees."""
+    print(line, flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the stage that the arguments name and return the exit code."""
+    uri, stage, key, attempt = arguments
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # before torch loads OpenMP
+    try:
+        run(open_root(uri, scratch_for(uri)), stage, key, int(attempt))
+    except HOPELESS as error:
+        say(f"unclip: {type(error).__name__ + ': ' if not isinstance(error, UnclipError) else ''}{' '.join(str(error).split())}")
+        return HOPELESS_EXIT
+    except UnclipError as error:
+        say(f"unclip: {' '.join(str(error).split())}")
+        return AWAY_EXIT if isinstance(error, StorageAwayError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

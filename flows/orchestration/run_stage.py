@@ -1,0 +1,90 @@
+"""Runs one stage under its lock and commits what it made. Knows nothing of Prefect: the flow and the tests call `run_stage`."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from flows.orchestration.stages import trained_of
+from flows.runs.planning import fault, kept
+from flows.runs.stage import Stage, StageJob, StageResult, inputs_of, key_of, sections_of
+from infra.compute.cluster import Cluster
+from infra.storage import manifests, store
+from infra.storage.locks import lock_file, reader_lock, reading_file, writer_lock
+from infra.storage.manifests import Committed
+from infra.storage.removal_log import read_removals
+from infra.storage.store import Root
+from infra.storage.temporary_folders import writing_folder
+
+
+def run_stage(
+    stage: Stage,
+    root: Root,
+    config: Any,
+    inputs: Mapping[str, Committed],
+    cluster: Cluster,
+    say: Callable[[str], None],
+    guard: Callable[[], object] = lambda: None,
+) -> StageResult:
+    """Run one stage on its inputs and commit what it made, unless that is current already.
+
+    `inputs` holds what `inputs_of` names. Waits (and says so) where another run is making the same folder, or compacts an input. Raises
+    StorageError for a full disk or a refused write, and whatever the adapter raises, or `guard` just before the commit; what was committed
+    before stays, and the stage's `work` folder stays for the next attempt.
+    """
+    started, clock = manifests.now(), time.monotonic()
+    given = {name: inputs[name] for name in inputs_of(stage, inputs)}
+    stays = kept(root, config, stage, trained_of(given))
+    if stays:
+        return StageResult(stage.name, stays.key, "current", time.monotonic() - clock, stays)
+    key = key_of(stage, config, {name: committed.key for name, committed in given.items()})
+    lock = lock_file(root.scratch, stage.name, key)
+    with (
+        store.one_line_errors(root.scratch),
+        writer_lock(lock, f"{stage.name} {key}", say),
+        _reading(root, given.values(), say) as given_now,
+    ):
+        given = dict(zip(given, given_now, strict=True))
+        manifests.recover(root, stage.name, key)
+        existing = manifests.find(root, stage.name, key)
+        if existing and not fault(existing, list(given.values())):
+            return StageResult(stage.name, key, "current", time.monotonic() - clock, existing)
+        work = root.scratch / stage.name / key
+        work.mkdir(parents=True, exist_ok=True)
+        previous = _previous(root, stage, key)
+        with writing_folder(root.scratch, f"{stage.name}-{key}") as out:
+            with store.one_line_errors(out), _reading(root, [previous] if previous else [], say):
+                given_too = (read_removals(root), previous)
+                counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster, *given_too))
+            assert counts.keys() >= {"in", "out", "dropped"}, f"{stage.name} must count what came in, went out and was dropped"
+            facts = {
+                "stage_version": stage.version,
+                "config": config.model_dump(mode="json"),
+                "sections": sections_of(stage, config),
+                "inputs": {name: committed.key for name, committed in given.items()},
+                "input_digests": {name: committed.digest for name, committed in given.items()},
+                "counts": counts,
+                "started": started,
+            }
+            guard()
+            made = manifests.commit(root, stage.name, key, out, facts, existing.manifest["attempt"] if existing else None)
+        shutil.rmtree(work, ignore_errors=True)
+        return StageResult(stage.name, key, "ran", time.monotonic() - clock, made)
+
+
+@contextmanager
+def _reading(root: Root, folders: Iterable[Committed], say: Callable[[str], None]) -> Iterator[list[Committed]]:
+    """Keep folders from being compacted while the block runs; yields them as they are now."""
+    with ExitStack() as stack:
+        now = []
+        for each in folders:
+            name = f"{each.stage} {each.key}"
+            stack.enter_context(reader_lock(reading_file(root.scratch, each.stage, each.key), name, say))
+            now.append(manifests.find(root, each.stage, each.key) or each)
+        yield now
+
+
+def _previous(root: Root, stage: Stage, key: str) -> Committed | None:
+    last = manifests.newest(root, stage.name)
+    return last if last and last.key != key and not manifests.damage(last) else None

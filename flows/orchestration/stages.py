@@ -1,0 +1,189 @@
+"""The stages in dependency order: what each reads, which sections configure it, and the adapter that runs it.
+
+An adapter `run_<stage>` hands a room's function plain paths and sections and returns its counts; it holds no computation.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.runs.stage import UPSAMPLERS, Counts, Stage, StageJob
+from infra.compute import cluster
+from infra.storage import manifests
+from infra.storage.manifests import Committed
+
+if TYPE_CHECKING:  # the sections live beside torch and faiss, which planning with a given config does not need
+    from flows.config.run_config import RunConfig
+
+INGEST_VERSION = EMBED_VERSION = 1
+INDEX_VERSION = 5
+
+
+def run_ingest(job: StageJob) -> Counts:
+    from flows.ingest import ingest
+    from flows.ingest.shard_reuse import is_renewable
+
+    remote = job.config.cluster.ingest_workers
+    if remote:
+        job.cluster.start()
+    before = job.previous
+    is_same = before and before.manifest["stage_version"] == INGEST_VERSION
+    is_taken_over = before and is_same and is_renewable(before.manifest["sections"]["data"], job.config.data.keyed())
+    return ingest.run(job.config.data, job.out, job.work, job.removals, before.local() if before and is_taken_over else None, remote)
+
+
+def run_curate(job: StageJob) -> Counts:
+    from flows.ingest import curate
+
+    return curate.run(job.config.curate, job.inputs["ingest"].local(), job.out, job.removals)
+
+
+def run_clip(job: StageJob) -> Counts:
+    from training.jobs import train
+
+    job.cluster.start()
+    ingest, curate = job.inputs["ingest"].local(), job.inputs["curate"].local()
+    return train.train_clip(job.config.tokenizer, job.config.clip, job.config.cluster, ingest, curate, job.out, job.work)
+
+
+def run_embed(job: StageJob) -> Counts:
+    from training.jobs import embed
+
+    job.cluster.start()
+    ingest, curate, clip = (job.inputs[name].local() for name in ("ingest", "curate", "clip"))
+    before = job.previous
+    is_same = before and before.manifest["stage_version"] == EMBED_VERSION
+    if before and is_same and before.manifest["input_digests"]["clip"] == job.inputs["clip"].digest:
+        embed.know(before.local(), job.work)
+    return embed.run(job.config.embed, job.config.cluster, ingest, curate, clip, job.inputs["clip"].key, job.out, job.work)
+
+
+def run_index(job: StageJob) -> Counts:
+    from indexing.ann import index
+
+    embed, spread = job.inputs["embed"].local(), None
+    if index.is_spread(embed):
+        job.cluster.start()
+        spread = partial(cluster.spread, job.config.cluster)
+    return index.build(job.config.index, embed, job.out, _grown_from(job), spread)
+
+
+def _grown_from(job: StageJob) -> tuple[Path, Path] | None:
+    """Return the last index of the same settings and the embeddings that are in it, where both are still there."""
+    before = job.previous
+    if (
+        before is None
+        or before.manifest["stage_version"] != INDEX_VERSION
+        or before.manifest["sections"] != {"index": job.config.index.keyed()}
+    ):
+        return None
+    embed = manifests.find(before.root, "embed", before.manifest["inputs"]["embed"])
+    is_whole = embed and embed.digest == before.manifest["input_digests"]["embed"] and not manifests.damage(embed)
+    return (before.local(), embed.local()) if embed and is_whole else None
+
+
+def run_dedup(job: StageJob) -> Counts:
+    from indexing.dedup import deduplicate
+    from training.jobs import embed
+
+    assert job.config.dedup, "a stage without its section is not planned"
+    _, encode_images, side_px = embed.encoders(job.inputs["clip"].local())
+    shards = job.inputs["ingest"].local() / "shards"
+    return deduplicate.run(job.config.dedup, shards, job.inputs["embed"].local(), encode_images, side_px, job.out)
+
+
+def trained_embeddings(job: StageJob) -> Path:
+    """Return the embeddings that models train on: those that dedup has kept where the recipe has it, else all."""
+    return job.inputs["dedup" if "dedup" in job.inputs else "embed"].local()
+
+
+def run_prior(job: StageJob) -> Counts:
+    from training.jobs import train
+
+    job.cluster.start()
+    clip, embed = job.inputs["clip"].local(), trained_embeddings(job)
+    return train.train_prior(job.config.prior, job.config.cluster, clip, embed, job.out, job.work)
+
+
+def run_decoder(job: StageJob) -> Counts:
+    from training.jobs import train
+
+    job.cluster.start()
+    ingest, clip, embed = job.inputs["ingest"].local(), job.inputs["clip"].local(), trained_embeddings(job)
+    return train.train_decoder(job.config.decoder, job.config.cluster, ingest, clip, embed, job.out, job.work)
+
+
+def run_upsampler(job: StageJob) -> Counts:
+    from flows.cli import upsample
+    from training.jobs import train
+
+    job.cluster.start()
+    ingest, kept = job.inputs["ingest"].local(), job.inputs["dedup" if "dedup" in job.inputs else "curate"].local()
+    counts = train.train_upsampler(getattr(job.config, job.stage), job.config.cluster, ingest, kept, job.out, job.work)
+    return counts | {"comparison": upsample.compare(job.stage, job.out, ingest, kept)}
+
+
+def run_evaluate(job: StageJob) -> Counts:
+    from flows.evaluation import evaluate
+
+    return evaluate.run(job)
+
+
+def clip_parameters(config: "RunConfig") -> int | None:
+    from training.models import clip
+
+    if config.clip.pretrained:  # its sizes are known once it is read
+        return None
+    return clip.count_parameters(config.clip, config.tokenizer.vocab_size, config.tokenizer.context)
+
+
+def prior_parameters(config: "RunConfig") -> int | None:
+    from training.models import priors
+
+    if config.clip.pretrained:  # its sizes are known once it is read
+        return None
+    return priors.count_parameters(config.prior, config.clip, config.tokenizer.vocab_size, config.tokenizer.context)
+
+
+def decoder_parameters(config: "RunConfig") -> int | None:
+    from training.models import decoder
+
+    if config.clip.pretrained:  # its sizes are known once it is read
+        return None
+    return decoder.count_parameters(config.decoder, config.clip, config.tokenizer.vocab_size, config.tokenizer.context)
+
+
+def upsampler_parameters(config: "RunConfig") -> int:
+    from training.models import upsampler
+
+    return upsampler.count_parameters(config.upsampler) if config.upsampler else 0
+
+
+def upsampler_2_parameters(config: "RunConfig") -> int:
+    from training.models import upsampler
+
+    return upsampler.count_parameters(config.upsampler_2) if config.upsampler_2 else 0
+
+
+REPORTED = ("dedup", *UPSAMPLERS)
+"""Stages that the report tells of where the recipe has them."""
+
+STAGES = (
+    Stage("ingest", (), ("data",), INGEST_VERSION, run_ingest),
+    Stage("curate", ("ingest",), ("curate",), 1, run_curate),
+    Stage("clip", ("ingest", "curate"), ("tokenizer", "clip"), 2, run_clip, (), clip_parameters),
+    Stage("embed", ("ingest", "curate", "clip"), ("embed",), EMBED_VERSION, run_embed),
+    Stage("index", ("embed",), ("index",), INDEX_VERSION, run_index),
+    Stage("dedup", ("ingest", "clip", "embed"), ("dedup",), 2, run_dedup),
+    Stage("prior", ("clip", "embed"), ("prior",), 2, run_prior, ("dedup",), prior_parameters),
+    Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 2, run_decoder, ("dedup",), decoder_parameters),
+    Stage("upsampler", ("ingest", "curate"), ("upsampler",), 2, run_upsampler, ("dedup",), upsampler_parameters),
+    Stage("upsampler_2", ("ingest", "curate"), ("upsampler_2",), 2, run_upsampler, ("dedup",), upsampler_2_parameters),
+    Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 6, run_evaluate, REPORTED),
+)
+
+
+def trained_of(inputs: Mapping[str, Committed]) -> dict[str, str]:
+    """Return the digests of those inputs that are models."""
+    return {stage.name: inputs[stage.name].digest for stage in STAGES if stage.parameters and stage.name in inputs}
