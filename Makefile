@@ -59,7 +59,7 @@ test: setup
 
 # The same beside six processes that keep every core busy: no test may depend on the clock.
 test-busy: setup
-	$(BIN)/python -m tests.busy 6 $(MAKE) test
+	$(BIN)/python -m tests.helpers.busy 6 $(MAKE) test
 
 # What takes minutes: nodes lost and networks cut on a cluster of network namespaces (as root), runs and downloads killed at ten moments.
 chaos: setup

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.process_guard import pytest_configure  # noqa: F401  (a hook)
+from tests.helpers.process_guard import pytest_configure  # noqa: F401  (a hook)
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # img2dataset's image library asks for its newest version at import
 

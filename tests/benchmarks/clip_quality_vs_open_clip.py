@@ -31,7 +31,7 @@ from indexing.metrics.bootstrap import mean_figure
 from indexing.metrics.retrieval import right_places
 from indexing.metrics.zero_shot import ranks
 from tests.benchmarks.clip_vs_open_clip import PYTHON
-from tests.peered import SCRIPTS
+from tests.helpers.peer_environment import SCRIPTS
 from training.data import embedding_dataset
 from training.data.image_reader import Pictures, read_table
 from training.jobs import train

@@ -30,7 +30,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from tests.peered import PEERS, Peer
+from tests.helpers.peer_environment import PEERS, Peer
 from training.data.image_reader import Pictures
 from training.models import clip as clip_model
 from training.models import open_clip_format

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from tests import diffusers_unclip
 from tests.benchmarks.clip_vs_open_clip import captions
 from tests.benchmarks.models_vs_dalle2 import EMBED_DIM, SIDE_PX, decoder_of, prior_of, without_tables
-from tests.promises import told
+from tests.helpers import diffusers_models
+from tests.helpers.shortfalls import told
 from training.generation.unclip import Unclip
 from training.models import priors
 from training.models.clip import CLIP, ClipConfig
@@ -47,10 +47,10 @@ def measure(threads: int, rounds: int, pictures: int) -> dict[str, Any]:
     tokenizer = Tokenizer.fit(texts, TokenizerConfig())
     clip = CLIP(ClipConfig(embed_dim=EMBED_DIM), tokenizer.vocab_size, tokenizer.context).eval().requires_grad_(False)
     parts = {
-        "prior": diffusers_unclip.make_prior(EMBED_DIM, TOKENS, HEADS, DEPTH),
-        "decoder": diffusers_unclip.Decoder(EMBED_DIM, SIDE_PX, WIDTHS, BLOCKS),
+        "prior": diffusers_models.make_prior(EMBED_DIM, TOKENS, HEADS, DEPTH),
+        "decoder": diffusers_models.Decoder(EMBED_DIM, SIDE_PX, WIDTHS, BLOCKS),
     }
-    theirs = diffusers_unclip.Diffusers(**parts)
+    theirs = diffusers_models.Diffusers(**parts)
     counts: dict[str, Any] = {"diffusers": {name: without_tables(part) for name, part in parts.items()}}
     prior = priors.make(prior_of(counts["diffusers"]["prior"]), EMBED_DIM, tokenizer.vocab_size, tokenizer.context).eval()
     systems: dict[str, Unclip] = {}
@@ -70,7 +70,7 @@ def measure(threads: int, rounds: int, pictures: int) -> dict[str, Any]:
     return {
         "threads": threads, "rounds": rounds, "pictures": pictures, "side_px": SIDE_PX, "diffusers": version("diffusers"),
         "torch": torch.__version__, "parameters": counts,
-        "steps": {"diffusers": diffusers_unclip.STEPS, "ours": {"prior": prior.config.sampling_steps, "decoder": config.sampling_steps}},
+        "steps": {"diffusers": diffusers_models.STEPS, "ours": {"prior": prior.config.sampling_steps, "decoder": config.sampling_steps}},
         "seconds": seconds,
     }  # fmt: skip
 

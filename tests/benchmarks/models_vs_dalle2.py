@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.benchmarks.clip_vs_open_clip import captions
-from tests.peered import PEERS, Peer
-from tests.promises import told
+from tests.helpers.peer_environment import PEERS, Peer
+from tests.helpers.shortfalls import told
 from training.models import decoder as decoders
 from training.models import priors
 from training.models.clip import ClipConfig

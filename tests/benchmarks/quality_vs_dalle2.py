@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from flows.config.run_config import RunConfig, load_recipe
-from tests import equal_seconds
 from tests.benchmarks.models_vs_dalle2 import PYTHON
-from tests.peered import SCRIPTS
-from tests.promises import told as outcome
+from tests.helpers import equal_time_training
+from tests.helpers.peer_environment import SCRIPTS
+from tests.helpers.shortfalls import told as outcome
 from training.models import imagenet_features
 
 THEIR_RATE = {"prior": 1e-3, "decoder": 1e-3}
@@ -78,7 +78,7 @@ def main() -> int:
         return 0
     torch.set_num_threads(chosen.threads)
     config = load_recipe(chosen.recipe)
-    ours = equal_seconds.trained(config, chosen.root, chosen.seconds, chosen.pictures)
+    ours = equal_time_training.trained(config, chosen.root, chosen.seconds, chosen.pictures)
     started_s = time.monotonic()
     drawn = {"ours": ours.system.generate(ours.prompts, seed=range(len(ours.prompts)))[:, 0]}
     drawing_s = time.monotonic() - started_s
@@ -97,10 +97,10 @@ def main() -> int:
     print("\n| pictures | Fréchet distance | kernel distance x 1000 |\n|---|---|---|")
     reached: dict[str, tuple[float, float]] = {}
     for name, pictures in drawn.items():
-        reached[name] = equal_seconds.distances_of(of_real, np.asarray(network(pictures), np.float64))
+        reached[name] = equal_time_training.distances_of(of_real, np.asarray(network(pictures), np.float64))
         print(f"| {name} | {reached[name][0]:.2f} | {reached[name][1]:.2f} |")
     if chosen.out:
-        equal_seconds.write_sheet({"real": ours.real, **drawn}, chosen.out / "quality_vs_dalle2.png")
+        equal_time_training.write_sheet({"real": ours.real, **drawn}, chosen.out / "quality_vs_dalle2.png")
     return outcome(missed(*reached.values()))
 
 

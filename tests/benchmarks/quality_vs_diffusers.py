@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flows.config.run_config import RunConfig, load_recipe
-from tests import equal_seconds
 from tests.benchmarks.generate_vs_diffusers import AT_MOST, in_turns
 from tests.benchmarks.steps_and_quality import BLOCKS, compared
-from tests.diffusers_unclip import GUIDANCE, STEPS, Decoder, DecoderLoss, Diffusers, PriorLoss, make_prior
-from tests.equal_seconds import Trained
+from tests.helpers import equal_time_training
+from tests.helpers.diffusers_models import GUIDANCE, STEPS, Decoder, DecoderLoss, Diffusers, PriorLoss, make_prior
+from tests.helpers.equal_time_training import Trained
+from tests.helpers.shortfalls import told
 from tests.peers.timed_training import nearest, train
-from tests.promises import told
 from training.generation.unclip import BATCH
 from training.models import clip as clip_model
 from training.models import imagenet_features
@@ -58,7 +58,7 @@ class Theirs:
         clip, tokenizer = ours.system.clip, ours.system.tokenizer
         prior_config, decoder_config, wanted = ours.system.prior.config, ours.system.decoder.config, ours.parameters
         self.spread = float(data["encodings"][(data["encodings"] != 0).any(-1)].float().std())
-        empty = clip_model.embed_texts(clip, tokenizer, [""]), equal_seconds.encodings(clip, tokenizer, [""])
+        empty = clip_model.embed_texts(clip, tokenizer, [""]), equal_time_training.encodings(clip, tokenizer, [""])
         self.empty = texts_of(*empty, self.spread)
         self.asked = texts_of(data["asked_z_t"], data["asked_encodings"], self.spread)
         texts, z_i = texts_of(data["z_t"], data["encodings"], self.spread), data["z_i"] * data["z_i"].shape[1] ** 0.5
@@ -128,7 +128,7 @@ def main() -> int:
         return 0
     torch.set_num_threads(chosen.threads)
     config = load_recipe(chosen.recipe)
-    ours = equal_seconds.trained(config, chosen.root, chosen.seconds, chosen.pictures)
+    ours = equal_time_training.trained(config, chosen.root, chosen.seconds, chosen.pictures)
     system, prompts = ours.system, ours.prompts
     if len(prompts) < 2 * BLOCKS:
         print(f"skipped: {len(prompts)} held-out captions, {2 * BLOCKS} are needed")
@@ -169,7 +169,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|")
     found: dict[str, dict[str, Any]] = {}
     for name in drawn:
-        reached = equal_seconds.distances_of(seen["real"], seen[name])
+        reached = equal_time_training.distances_of(seen["real"], seen[name])
         less = compared(seen["real"], seen["ours"], seen[name])
         found[name] = {
             "distances": reached, "ours_less_this": 1000 * less["difference"], "standard_error": 1000 * less["standard_error"],
@@ -181,7 +181,7 @@ def main() -> int:
     share = seconds["ours"] / seconds["diffusers"]
     print(f"\nours takes {share:.3f} of diffusers' time for one picture")
     if chosen.out:
-        equal_seconds.write_sheet({"real": ours.real, **drawn}, chosen.out / "quality_vs_diffusers.png")
+        equal_time_training.write_sheet({"real": ours.real, **drawn}, chosen.out / "quality_vs_diffusers.png")
     if chosen.json:
         chosen.json.write_text(json.dumps({"trained": facts, "drawn": found, "guidance": guidances, "share": share}, indent=1))
     return told(missed(share, found["ours"]["distances"], [each["distances"] for name, each in found.items() if name != "ours"]))

@@ -6,7 +6,7 @@
 
 Prints one JSON object: requests a second, times by kind, wrong answers, and the service's memory before, between and after quarters; exit
 code 1 where an answer was wrong: out of order, against its filter, a 404 for a sample that is there, one that shows what had been taken
-down before it was asked for, or that mixes versions (tests.search_changes, which changes ROOT meanwhile: use a copy).
+down before it was asked for, or that mixes versions (tests.helpers.search_changes, which changes ROOT meanwhile: use a copy).
 """
 
 import argparse
@@ -31,7 +31,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from tests.search_changes import Changes, make_root
+from tests.helpers.search_changes import Changes, make_root
 
 WORDS = ("red", "blue", "heart", "face", "flag", "cat", "house", "smiling", "sun", "tree", "food", "square")
 KINDS = ("text", "key", "embedding", "image", "filter", "page", "near")

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from indexing.metrics.frechet import kernel_distance
 from tests.benchmarks.clip_quality_vs_open_clip import newest
-from tests.promises import told
+from tests.helpers.shortfalls import told
 from training.data.image_reader import Pictures, read_table
 from training.generation.unclip import Unclip
 from training.models import imagenet_features

@@ -38,7 +38,7 @@ from indexing.data import labelled_sets
 from indexing.data.labelled_sets import ImageSet
 from indexing.evaluation import zero_shot_suite
 from indexing.metrics import zero_shot
-from tests.peered import PEERS, Peer
+from tests.helpers.peer_environment import PEERS, Peer
 from training.data.image_reader import as_square
 from training.models import clip as clip_model
 from training.models import open_clip_format

@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.promises import told
+from tests.helpers.shortfalls import told
 from training.diffusion.process import Schedule
 from training.diffusion.samplers import ancestral, ddim, dpm_solver
 from training.diffusion.swiss_roll import Loss, RollNetwork, denoise_with, energy_distance, roll_points, train, velocity_loss

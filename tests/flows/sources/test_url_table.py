@@ -1,0 +1,262 @@
+"""A source of any kind becomes rows of one schema; what has no URL, no caption or a known URL is dropped and counted."""
+
+import csv
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from flows.sources import url_table
+from flows.sources.url_table import DataConfig, new_urls, write_url_table
+from infra.errors import CallerError, DataError, UnclipError
+from infra.schemas import DROPPED, URLS, sample_key
+from tests.helpers.npm_packages import use_fake_npm
+
+ROWS = [{"url": f"http://h/{n}.png", "caption": f"thing {n}"} for n in range(5)]
+Row = dict[str, Any]
+
+
+def table(tmp_path: Path, *given: Row, **settings: Any) -> tuple[list[Row], list[Row]]:
+    """Return the rows of urls.parquet and of dropped.parquet."""
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    count = write_url_table(DataConfig(sources=given, **settings), out, tmp_path / "cache", "http://127.0.0.1:80")
+    urls, dropped = pq.read_table(out / "urls.parquet"), pq.read_table(out / "dropped.parquet")
+    assert urls.schema.equals(URLS) and dropped.schema.equals(DROPPED)
+    assert count == urls.num_rows
+    return urls.to_pylist(), dropped.to_pylist()
+
+
+def write_list(path: Path, rows: list[Row]) -> None:
+    text = ""
+    if ".jsonl" in path.name:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    if ".csv" in path.name or ".tsv" in path.name:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if ".tsv" in path.name else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+        text = path.read_text()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.tsv"])
+def test_a_list_of_any_format_becomes_the_same_rows(tmp_path: Path, name: str) -> None:
+    rows = [
+        *ROWS,
+        {"url": "http://h/x.png", "caption": 'says "hi", twice\nand ü'},
+        {"url": "http://h/7.png", "caption": "007"},
+        {"url": "http://h/8.png", "caption": "null"},
+    ]
+    write_list(tmp_path / name, rows)
+    urls, dropped = table(tmp_path, {"kind": "urls", "path": str(tmp_path / name)})
+    assert {row["url"]: row["caption"] for row in urls} == {row["url"]: row["caption"] for row in rows}
+    assert dropped == []
+    one = next(row for row in urls if row["url"] == "http://h/3.png")
+    key = sample_key("http://h/3.png", "thing 3")
+    assert one == {
+        "key": key, "url": "http://h/3.png", "origin": "http://h/3.png", "caption": "thing 3", "captions": ["thing 3"], "licence": "",
+        "concept": key, "style": "", "category": "", "subcategory": "",
+    }  # fmt: skip
+
+
+def test_columns_are_found_by_their_names_in_the_recipe(tmp_path: Path) -> None:
+    columns = {
+        "URL": "http://h/1.png",
+        "TEXT": "a dog",
+        "more": ["a hound", "a dog"],
+        "lic": None,
+        "id": 12,
+        "vendor": "x",
+        "cls": "Animals",
+    }
+    write_list(tmp_path / "a.parquet", [columns])
+    source = {
+        "kind": "urls", "path": str(tmp_path / "a.parquet"), "url_column": "URL", "caption_column": "TEXT", "captions_column": "more",
+        "licence_column": "lic", "concept_column": "id", "style_column": "vendor", "category_column": "cls", "licence": "CC0",
+    }  # fmt: skip
+    [row], _ = table(tmp_path, source)
+    assert (row["captions"], row["licence"], row["concept"], row["style"], row["category"]) == (
+        ["a dog", "a hound"],
+        "CC0",
+        "12",
+        "x",
+        "Animals",
+    )
+
+
+def test_bad_rows_are_dropped_for_their_reason_and_nothing_is_lost(tmp_path: Path) -> None:
+    rows = [
+        *ROWS,
+        {"url": "http://h/1.png", "caption": "another name for 1"},
+        {"url": "", "caption": "no url"},
+        {"url": None, "caption": "no url"},
+        {"url": "http://h/8.png", "caption": "  "},
+        {"url": "http://h/9.png", "caption": None},
+    ]
+    write_list(tmp_path / "a.jsonl", rows)
+    write_list(tmp_path / "b.jsonl", ROWS[:2])
+    urls, dropped = table(tmp_path, *({"kind": "urls", "path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")))
+    assert Counter(row["reason"] for row in dropped) == {"duplicate_url": 3, "empty_url": 2, "empty_caption": 2}
+    assert len(urls) + len(dropped) == len(rows) + 2
+    assert {row["caption"] for row in urls} == {row["caption"] for row in ROWS}  # the first of two equal URLs stays
+
+
+def test_duplicates_are_found_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(url_table, "BLOCK_ROWS", 3)
+    rows = [{"url": f"http://h/{n % 8}.png", "caption": "x"} for n in range(40)]
+    write_list(tmp_path / "a.jsonl", rows)
+    urls, dropped = table(tmp_path, {"kind": "urls", "path": str(tmp_path / "a.jsonl")})
+    assert (len({row["url"] for row in urls}), len(urls), len(dropped)) == (8, 8, 32)
+
+
+def test_new_urls_agrees_with_a_set() -> None:
+    seen, known = np.empty(0, np.uint64), set()
+    for block in (["a", "b", "a"], ["b", "c", "c", "d"], [], ["e", "a"]):
+        expected = []
+        for url in block:
+            expected.append(url not in known)
+            known.add(url)
+        is_new, seen = new_urls(block, seen)
+        assert is_new.tolist() == expected
+
+
+def test_any_fsspec_path_and_glob_is_read(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for n in range(3):
+        memory.pipe(f"/lists/part-{n}.jsonl", json.dumps({"url": f"http://h/{n}.png", "caption": "x"}).encode())
+    try:
+        urls, _ = table(tmp_path, {"kind": "urls", "path": "memory://lists/part-*.jsonl"})
+    finally:
+        memory.rm("/lists", recursive=True)
+    assert len(urls) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "words"),
+    [
+        ("a.jsonl", None, CallerError, "a.jsonl is not there|matches no file"),
+        ("a.xls", b"", CallerError, "set format"),
+        ("a.jsonl", b'{"link": "x", "caption": "y"}\n', CallerError, "no column 'url': it has link, caption"),
+        ("a.csv", b"link,caption\nx,y\n", CallerError, "no column 'url': it has link, caption"),
+        ("a.jsonl", b'{"url": "x", \n', DataError, "does not parse"),
+        ("a.jsonl", b"[1]\n", DataError, "does not parse"),
+        ("a.csv", b"url,caption\nx\n", DataError, "does not parse"),
+        ("a.csv", b"url,caption\n\xff\xfe,y\n", DataError, "does not parse"),
+        ("a.csv", b"", DataError, "does not parse"),
+        ("a.parquet", b"PAR1 not", DataError, "does not parse"),
+        ("a.jsonl.gz", gzip.compress(b'{"url": "x", "caption": "y"}\n' * 9999)[:-20], DataError, "does not parse"),
+        ("a.jsonl.gz", b"not gzip", DataError, "does not parse"),
+    ],
+)
+def test_a_bad_list_is_one_line_that_names_it(
+    tmp_path: Path, name: str, content: bytes | None, error: type[UnclipError], words: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=words) as caught:
+        table(tmp_path, {"kind": "urls", "path": str(tmp_path / name)})
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_text_that_no_file_can_hold_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"url": "http://h/\\ud800.png", "caption": "half \\ud83d a pair"}\n')
+    [row], _ = table(tmp_path, {"kind": "urls", "path": str(tmp_path / "a.jsonl")})
+    assert row["caption"] == "half ? a pair"
+
+
+def test_a_folder_of_images_beside_captions(tmp_path: Path) -> None:
+    root = tmp_path / "my pictures"
+    (root / "sub").mkdir(parents=True)
+    for name, text in (("a.png", "a cat\na small cat\n\n"), ("sub/b.JPG", "a dog"), ("c.webp", None), ("notes.txt", "no image")):
+        if name != "notes.txt":
+            (root / name).write_bytes(b"image")
+        if text is not None:
+            (root / name).with_suffix(".txt").write_text(text)
+    urls, dropped = table(tmp_path, {"kind": "folder", "path": str(root), "licence": "CC0", "style": "mine"})
+    rows = {row["origin"]: row for row in urls}
+    assert set(rows) == {"folder:my pictures/a.png", "folder:my pictures/sub/b.JPG"}
+    assert rows["folder:my pictures/a.png"]["captions"] == ["a cat", "a small cat"]
+    assert rows["folder:my pictures/sub/b.JPG"]["url"] == "http://127.0.0.1:80/my%20pictures/sub/b.JPG"
+    assert [row["reason"] for row in dropped] == ["empty_caption"]
+    mounts = url_table.Mounts.load(tmp_path / "out" / "mounts.json")
+    assert mounts.folders == {"my pictures": root}
+
+
+def test_two_folders_of_one_name_stay_apart(tmp_path: Path) -> None:
+    for parent in ("x", "y"):
+        (tmp_path / parent / "p").mkdir(parents=True)
+        (tmp_path / parent / "p" / "a.png").write_bytes(b"image")
+        (tmp_path / parent / "p" / "a.txt").write_text("a cat")
+    urls, _ = table(tmp_path, *({"kind": "folder", "path": str(tmp_path / parent / "p")} for parent in ("x", "y")))
+    assert len({row["key"] for row in urls}) == len({row["url"] for row in urls}) == 2
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CallerError, match="nowhere"):
+        table(tmp_path, {"kind": "folder", "path": str(tmp_path / "nowhere")})
+
+
+def test_packages_become_rows_that_share_concepts_across_vendors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake_npm(tmp_path / "npm", monkeypatch)
+    packages = ["emoji-datasource-google@16.0.0", "@lobehub/fluent-emoji-3d@1.1.0", "svg-country-flags@1.2.10", "openmoji@17.0.0"]
+    urls, dropped = table(tmp_path, {"kind": "packages", "packages": packages})
+    assert dropped == [] and len(urls) == 5 + 3 + 2 + 2
+    hearts = {row["style"]: row for row in urls if row["concept"] == "2764"}
+    assert set(hearts) == {"google", "fluent-3d", "openmoji"}
+    assert {row["caption"] for row in hearts.values()} == {"red heart"}
+    assert {row["style"] for row in urls if row["concept"] == "1f1eb-1f1f7"} == {"google", "flags"}
+    heart = hearts["google"]
+    assert heart["origin"] == "npm:emoji-datasource-google@16.0.0/img/google/64/2764-fe0f.png"
+    assert heart["url"] == "http://127.0.0.1:80/emoji-datasource-google/img/google/64/2764-fe0f.png"
+    assert heart["key"] == sample_key(heart["origin"], "red heart")
+    mounts = url_table.Mounts.load(tmp_path / "out" / "mounts.json").folders
+    for row in urls:
+        mount = next(name for name in sorted(mounts, reverse=True) if row["url"].startswith(f"http://127.0.0.1:80/{name}/"))
+        assert (mounts[mount] / row["url"].removeprefix(f"http://127.0.0.1:80/{mount}/")).is_file()
+
+
+def test_the_same_recipe_gives_the_same_table_and_another_seed_another_order(tmp_path: Path) -> None:
+    write_list(tmp_path / "a.jsonl", [{"url": f"http://h/{n}.png", "caption": "x"} for n in range(50)])
+    source = {"kind": "urls", "path": str(tmp_path / "a.jsonl")}
+    first, again, other = (table(tmp_path, source, seed=seed)[0] for seed in (0, 0, 1))
+    assert first == again != other
+    assert sorted(row["key"] for row in first) == sorted(row["key"] for row in other)
+
+
+def test_a_list_that_grew_is_another_input(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    config = DataConfig(sources=({"kind": "urls", "path": str(path)},))
+    missing = config.keyed()
+    write_list(path, ROWS[:2])
+    short = config.keyed()
+    assert short == config.keyed()
+    write_list(path, ROWS)
+    assert len({json.dumps(keyed) for keyed in (missing, short, config.keyed())}) == 3
+
+
+def test_how_fast_one_downloads_is_no_part_of_the_key() -> None:
+    source = {"kind": "packages", "packages": ["openmoji@17.0.0"]}
+    assert DataConfig(sources=(source,), threads=1, cache="/x").keyed() == DataConfig(sources=(source,)).keyed()
+    assert DataConfig(sources=(source,), image_size_px=32).keyed() != DataConfig(sources=(source,)).keyed()
+
+
+@pytest.mark.parametrize(
+    "source", [{"kind": "paper"}, {"kind": "urls"}, {"kind": "packages", "packages": []}, {"kind": "urls", "path": "x", "colour": 1}]
+)
+def test_an_unknown_or_incomplete_source_is_refused(source: Row) -> None:
+    with pytest.raises(ValidationError):
+        DataConfig(sources=(source,))

@@ -1,0 +1,244 @@
+"""A view finds the best distinct samples that may be found, across segments, and nothing that was taken down."""
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from indexing.ann.index import Index, IndexConfig, build
+from indexing.ann.view import NUMBER_BITS, Filter, Segment, View, hashes_of, make_filter, number_of
+from infra.storage.removal_log import Removals
+from tests.helpers.embed_folders import vectors, write_embed
+
+COUNT, DIM, COPIES = 600, 32, 12
+QUERY = vectors(1, DIM, seed=8)[0].astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=["Flat", "IVF15,Flat"])
+def view(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> View:
+    faiss.omp_set_num_threads(1)
+    embed, out = tmp_path_factory.mktemp("embed"), tmp_path_factory.mktemp("index")
+    write_embed(embed, COUNT, DIM, copies=COPIES)
+    build(IndexConfig(factory=request.param, queries=32), embed, out)
+    return View([Segment(Index.open(out), embed)], Removals(), "clip")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    return write_embed(tmp_path_factory.mktemp("again"), COUNT, DIM, copies=COPIES).astype(np.float32)
+
+
+def pictures(hits: list) -> list[int]:
+    return [int(hit.facts["key"][1:]) // COPIES for hit in hits]
+
+
+def test_a_picture_that_stands_twelve_times_is_found_once(view: View) -> None:
+    found = view.search(QUERY, 20)
+    assert len(set(pictures(found))) == len(found) == 20
+    assert [hit.score for hit in found] == sorted((hit.score for hit in found), reverse=True)
+
+
+def test_results_are_the_best_distinct_pictures(view: View, image: np.ndarray) -> None:
+    right = np.argsort(-(image[::COPIES] @ image[300]))[:3]
+    assert pictures(view.search(image[300], 3)) == right.tolist()
+
+
+def test_a_hit_carries_its_own_metadata(view: View) -> None:
+    for hit in view.search(QUERY, 5):
+        number = int(hit.facts["key"][1:])
+        assert (hit.facts["caption"], hit.facts["origin"]) == (f"picture {number}", f"https://example.org/{number}.png")
+        assert type(hit.score) is float and hit.row == number
+
+
+def test_pages_follow_each_other_without_gap_or_repeat(view: View) -> None:
+    whole = pictures(view.search(QUERY, 30))  # of copies any may be shown
+    paged = [picture for offset in range(0, 30, 7) for picture in pictures(view.search(QUERY, 7, offset=offset))]
+    assert len(set(paged)) == len(paged) and len(set(whole) & set(paged[:30])) >= 28
+    if view.segments[0].index.facts["factory"] == "Flat":
+        assert paged[:30] == whole
+    assert view.search(QUERY, 7, offset=10_000) == []
+
+
+@pytest.mark.parametrize("factory", ["IVF60,SQ8", "RR32,IVF30,PQ8x4fs,Refine(SQ8)"])
+@pytest.mark.parametrize("near", [None, 0.9])
+def test_deep_pages_of_an_approximate_index_neither_repeat_nor_skip(tmp_path: Path, factory: str, near: float | None) -> None:
+    faiss.omp_set_num_threads(1)
+    write_embed(tmp_path / "embed", 3000, DIM, copies=2)
+    build(IndexConfig(factory=factory, queries=64), tmp_path / "embed", _made(tmp_path / "index"))
+    view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
+    for query in vectors(4, DIM, seed=8).astype(np.float32):
+        whole = {hit.facts["sha256"] for hit in view.search(query, 312, near=near)}
+        pages = [view.search(query, 24, offset=offset, near=near) for offset in range(0, 312, 24)]
+        paged = [hit.facts["sha256"] for page in pages for hit in page]
+        assert len(set(paged)) == len(paged) and len(whole) > 200 and abs(len(paged) - len(whole)) < 5
+        assert len(whole & set(paged)) > 0.85 * len(whole)
+        assert all([hit.score for hit in page] == sorted((hit.score for hit in page), reverse=True) for page in pages)
+
+
+def test_a_question_among_copies_costs_no_more_than_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faiss.omp_set_num_threads(1)
+    write_embed(tmp_path / "embed", 3000, DIM, copies=3000)
+    build(IndexConfig(factory="Flat", queries=2), tmp_path / "embed", _made(tmp_path / "index"))
+    view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
+    monkeypatch.setattr("indexing.ann.view.FETCHED", 1024)
+    monkeypatch.setattr("indexing.ann.view.FETCHED_APART", 256)
+    asked: list[int] = []
+    search = Index.search
+    monkeypatch.setattr(Index, "search", lambda self, vector, k, *more: asked.append(k) or search(self, vector, k, *more))
+    assert len(view.search(QUERY, 5)) == 1 and asked == [10, 64, 256, 1024]
+    asked.clear()
+    assert len(view.search(QUERY, 5, near=0.9)) == 1 and asked == [10, 64, 256]
+    asked.clear()
+    assert len(view.search(QUERY, 24, offset=24)) == 0 and asked == [24, 96, 384, 1024], "the first look is as deep as a page"
+
+
+def test_facets_are_counted_once_a_version(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, counted = View(view.segments, Removals(), "clip"), []
+    column = Index.column
+    monkeypatch.setattr(Index, "column", lambda self, name: counted.append(name) or column(self, name))
+    assert fresh.facets() == fresh.facets() and len(counted) == len(set(counted))
+
+
+def test_a_version_is_named_by_what_it_holds(view: View) -> None:
+    segment = view.segments[0]
+    one, same = View([segment], Removals(), "clip"), View([segment], Removals(), "clip")
+    removed = one.after(Removals(frozenset({"k000001"})))
+    more = removed.after(Removals(frozenset({"k000001", "k000002"})))
+    assert one.version == same.version == one.after(Removals(frozenset({"nobody"}))).version
+    assert len({one.version, removed.version, more.version, View([segment], Removals(), "other").version}) == 4
+    assert more.version == one.after(Removals(frozenset({"k000001", "k000002"}))).version, "by whatever way"
+    assert more.after(Removals()).version == one.version, "an entry may be taken back"
+    assert one.after(Removals()) is one
+
+
+def test_numbers_of_texts_of_every_length_are_told_from_their_bytes() -> None:
+    rng = np.random.default_rng(0)
+    texts = ["", "k", "déjà vu", "a" * 8 + "b", "\0" * 8, *("".join(map(chr, rng.integers(97, 123, size))) for size in range(1, 70))]
+    table = pa.chunked_array([texts[:9], texts[9:]], pa.string())
+
+    def slowly(text: str) -> int:
+        value, data = 0, text.encode()
+        for start in range(0, len(data), 8):
+            word = int.from_bytes(data[start : start + 8].ljust(8, b"\0"), "little")
+            if word:
+                value = ((value ^ word) + 0x9E3779B97F4A7C15) % 2**64
+                value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+                value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+                value ^= value >> 31
+        return value
+
+    assert hashes_of(table).tolist() == [slowly(text) for text in texts]
+    assert hashes_of(table.slice(5, 20)).tolist() == [slowly(text) for text in texts[5:25]]
+
+
+def test_more_than_there_are_gives_all_distinct_ones(view: View) -> None:
+    assert len(view.search(QUERY, 1000)) == COUNT // COPIES
+
+
+def test_the_captions_can_be_searched(view: View) -> None:
+    scores, _ = view.segments[0].index.search(QUERY[None], 1, "text")
+    assert view.search(QUERY, 1, "text")[0].score == pytest.approx(float(scores[0, 0]))
+
+
+def test_more_like_a_sample_leaves_that_picture_out(view: View, image: np.ndarray) -> None:
+    own = view.find_key(f"k{7 * COPIES + 5:06d}")  # not the first copy of its picture
+    assert own is not None
+    right = np.argsort(-(image[::COPIES] @ image[own.row]))[1:5]
+    assert pictures(view.search(view.vector(own), 4, without=frozenset({own.facts["sha256"]}))) == right.tolist()
+
+
+@pytest.mark.parametrize("field", ["keys", "origins", "sha256"])
+def test_what_was_taken_down_is_gone_and_the_next_best_moves_up(view: View, field: str) -> None:
+    before = view.search(QUERY, 6)
+    first = before[0].facts
+    rows = range(before[0].row // COPIES * COPIES, before[0].row // COPIES * COPIES + COPIES)
+    every = {
+        "keys": {f"k{row:06d}" for row in rows},
+        "origins": {f"https://example.org/{row}.png" for row in rows},
+        "sha256": {first["sha256"]},
+    }
+    after = view.after(Removals(**{field: frozenset(every[field])}))
+    assert pictures(after.search(QUERY, 5)) == pictures(before)[1:]
+    assert after.count == view.count - COPIES
+    assert after.find_key(first["key"]) is None and after.find_number(number_of(first["key"])) == []
+    assert view.search(QUERY, 6) == before, "a query that has begun ends on the version that it began with"
+
+
+def test_a_filter_gives_what_brute_force_over_the_chosen_gives(tmp_path: Path) -> None:
+    faiss.omp_set_num_threads(1)
+    vectors_of = write_embed(tmp_path / "embed", COUNT, DIM).astype(np.float32)
+    build(IndexConfig(factory="IVF15,Flat", queries=32), tmp_path / "embed", _made(tmp_path / "index"))
+    view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
+    styles = np.array(["plain" if row % 40 else "rare" for row in range(COUNT)])
+    view.segments[0].index.column = lambda name: _column(styles) if name == "style" else Index.column(view.segments[0].index, name)  # type: ignore[method-assign]
+    right = np.flatnonzero(styles == "rare")[np.argsort(-(vectors_of[styles == "rare"] @ QUERY))]
+    rare = make_filter({"style": ["rare"]})
+    assert [hit.row for hit in view.search(QUERY, 5, chosen=rare)] == right[:5].tolist()
+    assert len(view.search(QUERY, 100, chosen=rare)) == (styles == "rare").sum()
+    assert view.search(QUERY, 5, chosen=make_filter({"style": ["none"]})) == []
+    assert view.search(QUERY, 5, chosen=Filter(min_side_px=9)) == [], "all sides are 8"
+    assert len(view.search(QUERY, 5, chosen=Filter(min_side_px=8, max_side_px=8))) == 5
+    assert view.facets()["style"] == {"plain": 585, "rare": 15}
+    with pytest.raises(ValueError, match="'shard' is nothing to choose by"):
+        make_filter({"shard": ["x"]})
+
+
+def test_near_copies_go_and_the_best_of_them_stays(view: View) -> None:
+    found = view.search(QUERY, 50, near=0.6)
+    vectors_of = np.stack([view.vector(hit) for hit in found])
+    cosines = vectors_of @ vectors_of.T
+    assert (cosines[np.triu_indices(len(found), 1)] < 0.6).all()
+    assert pictures(found)[0] == pictures(view.search(QUERY, 1))[0]
+    assert len(found) < 50
+
+
+def test_two_segments_answer_as_one(tmp_path: Path) -> None:
+    whole = write_embed(tmp_path / "embed", 400, DIM, parts=1)
+    for part, rows in (("a", slice(0, 250)), ("b", slice(250, 400))):
+        folder = _made(tmp_path / part)
+        write_embed(folder, 400, DIM, parts=1)
+        _keep(folder, rows)
+    for name in ("embed", "a", "b"):
+        build(IndexConfig(factory="Flat", queries=8), tmp_path / name, _made(tmp_path / f"{name}-index"))
+    segments = {name: Segment(Index.open(tmp_path / f"{name}-index"), tmp_path) for name in ("embed", "a", "b")}
+    one, two = View([segments["embed"]], Removals(), "c"), View([segments["a"], segments["b"]], Removals(), "c")
+    assert [hit.facts["key"] for hit in two.search(QUERY, 50)] == [hit.facts["key"] for hit in one.search(QUERY, 50)]
+    assert two.count == one.count == len(whole)
+    found = two.find_key("k000300")
+    assert found is not None and (found.segment, found.row) == (1, 50)
+
+
+def test_a_keys_number_depends_on_the_key_alone(view: View) -> None:
+    keys = [f"k{row:06d}" for row in range(COUNT)]
+    numbers = [number_of(key) for key in keys]
+    assert len(set(numbers)) == COUNT and all(0 <= number < 2**NUMBER_BITS for number in numbers)
+    assert [view.find_number(number)[0].facts["key"] for number in numbers[::97]] == keys[::97]
+    longer = [number_of(key) for key in ("k", "k0", "a key longer than eight bytes", "déjà vu")]
+    assert len({*longer, *numbers}) == COUNT + 4
+    assert view.find_key("nobody") is None and view.find_number(5) == []
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _column(values: np.ndarray):  # type: ignore[no-untyped-def]
+    return pa.chunked_array([values.tolist()], pa.string())
+
+
+def _keep(folder: Path, rows: slice) -> None:
+    import json
+
+    import pyarrow.parquet as pq
+
+    for name in ("img_emb", "text_emb"):
+        file = folder / name / f"{name}_0000.npy"
+        np.save(file, np.load(file)[rows])
+    file = folder / "metadata" / "metadata_0000.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.slice(rows.start, rows.stop - rows.start), file)
+    facts = json.loads((folder / "facts.json").read_text())
+    (folder / "facts.json").write_text(json.dumps(facts | {"count": rows.stop - rows.start}))

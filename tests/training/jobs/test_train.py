@@ -1,0 +1,279 @@
+"""The training jobs on a real Ray, with two workers and with one: a kill costs nothing, a worker's own error is told at once."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infra.compute.cluster import Cluster, ClusterConfig
+from infra.console.progress import Progress
+from infra.errors import DataError
+from tests.helpers.training_folders import COUNT, TINY, write_kept, write_tokenizer
+from training.data import shard_check
+from training.data.image_reader import read_table
+from training.jobs import train
+from training.models.tokenizer import Tokenizer, TokenizerConfig
+
+CLUSTER = ClusterConfig(num_cpus=2, clip_workers=2)
+TOKENIZER = TokenizerConfig(vocab_size=280)
+ALONE = CLUSTER.model_copy(update={"clip_workers": 1})
+LONG = TINY.model_copy(update={"images": 2_400, "state_every_s": 0.1})
+DRIVER = """
+import sys
+from pathlib import Path
+from infra.compute.cluster import Cluster
+from tests.training.jobs.test_train import ALONE, LONG, TOKENIZER
+from training import jobs
+root, out, work = map(Path, sys.argv[1:])
+with Cluster(ALONE) as cluster:
+    cluster.start()
+    jobs.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ClusterConfig]:
+    with Cluster(CLUSTER) as cluster:
+        cluster.start()
+        yield CLUSTER
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_kept(tmp_path_factory.mktemp("kept"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: ClusterConfig, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train CLIP with two workers and nothing in the way; return its folder."""
+    out, work = folders(tmp_path_factory.mktemp("undisturbed"), "clip")
+    train.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
+    return out
+
+
+@pytest.fixture(scope="module")
+def by_itself(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train CLIP in this very process, without Ray; return its folder."""
+    _, work = folders(tmp_path_factory.mktemp("by_itself"), "clip")
+    table = read_table(root / "curate" / "keep.parquet", "train")
+    captions = table["captions"].to_pylist()
+    shard_check.settle(table, root / "ingest" / "shards", LONG.broken_pictures, work)
+    Tokenizer.fit((caption for each in captions for caption in each), TOKENIZER).save(work / "tokenizer.json")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model, averaged = train.fit_clip(LONG, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+    torch.set_num_threads(threads)
+    train.write_model("clip", model, averaged, LONG, work)
+    return work
+
+
+def folders(root: Path, name: str) -> tuple[Path, Path]:
+    """Make a stage's out and work folders."""
+    for kind in ("out", "work"):
+        (root / kind / name).mkdir(parents=True)
+    return root / "out" / name, root / "work" / name
+
+
+def is_same(out: Path, other: Path) -> bool:
+    """Say whether two runs ended with the same bits, averaged and raw, and went through the same states."""
+    for file in ("weights.safetensors", "raw.safetensors"):
+        a, b = load_file(out / file), load_file(other / file)
+        if a.keys() != b.keys() or not all(a[name].equal(b[name]) for name in a):
+            return False
+    seen = [json.loads(line)["images_seen"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return seen == sorted(set(seen)) and seen[-1] == LONG.images
+
+
+def test_a_worker_waits_for_the_others_as_long_as_the_cluster_section_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Trainer:
+        def __init__(self, *_: object, torch_config: Any, **__: object) -> None:
+            asked.append(torch_config)
+
+        def fit(self) -> None:
+            """Start nothing."""
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
+    for cluster in (ClusterConfig(), ClusterConfig(collective_timeout_s=7)):
+        train._run_group({"work": str(tmp_path)}, "clip", cluster, 2)
+    assert [each.timeout_s for each in asked] == [1800, 7]
+
+
+def test_pictures_read_ahead_of_the_steps_train_as_held_ones_do_and_waiting_is_logged(root: Path, tmp_path: Path) -> None:
+    weights, waiting = [], []
+    for name, how in (
+        ("held", {}),
+        ("read", {"cache_bytes": 0, "ahead_steps": 3, "readers": 2}),
+        ("late", {"cache_bytes": 0, "ahead_steps": 0}),
+    ):
+        _, work = folders(tmp_path / name, "clip")
+        write_tokenizer(root, work)
+        shard_check.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
+        model, _ = train.fit_clip(TINY.model_copy(update=how), {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+        weights.append(model.state_dict())
+        waiting.append(json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["waiting"])
+    assert all(value.equal(each[key]) for each in weights[1:] for key, value in weights[0].items())
+    assert waiting[0] == 0 < waiting[2] < 1 and 0 <= waiting[1] < 1
+
+
+def test_progress_is_that_of_the_last_whole_row_of_a_long_file(tmp_path: Path) -> None:
+    metrics, over = tmp_path / "metrics.jsonl", threading.Event()
+    over.set()
+    for rows, cut, seen in ((0, "", 0), (1, "", 1), (3000, "", 3000), (3000, '{"images_seen": 3001, "lo', 0)):
+        metrics.write_text("".join(json.dumps({"images_seen": row, "loss": 1.5}) + "\n" for row in range(1, rows + 1)) + cut)
+        progress = Progress("clip", 3000)
+        train._watch(metrics, progress, over)
+        assert progress.done == seen
+
+
+def test_moved_pictures_keep_their_content_and_let_white_in() -> None:
+    pixels = torch.randn(3, 3, 8, 8)
+    draw = torch.tensor([[0.5, 0.5], [0.0, 0.5], [0.5, 0.99]])
+    still, down, left = train.shifted(pixels, draw)
+    assert still.equal(pixels[0])
+    assert down[:, 2:].equal(pixels[1, :, :-2]) and bool((down[:, :2] == 1).all())
+    assert left[:, :, :-2].equal(pixels[2, :, :, 2:]) and bool((left[:, :, -2:] == 1).all())
+
+
+def processes_of(name: bytes) -> list[int]:
+    """Return the pids below this process that Ray has given a title with this name in it."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and name in (folder / "cmdline").read_bytes() and ours(int(folder.name)):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def ours(pid: int) -> bool:
+    """Say whether a process descends from this one."""
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return False
+
+
+def once_mid_epoch(work: Path, act: Callable[[], bool], until_s: float = 150) -> int:
+    """Do `act` as soon as a state lies in the middle of an epoch; return the images seen by that state, 0 if the time is over."""
+    until = time.monotonic() + until_s
+    while time.monotonic() < until:
+        time.sleep(0.02)
+        if (work / "state.pt").exists():
+            seen: int = torch.load(work / "state.pt")["images_seen"]
+            if seen % COUNT and act():
+                return seen
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("tower", "chunk", "backend"), [("vit", 3, "aot_eager"), ("conv", 0, "inductor"), ("vit", 3, "inductor")])
+def test_compiled_towers_train_as_plain_ones_do(
+    tower: str, chunk: int, backend: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if any(map(shutil.which, ("c++", "g++", "clang++"))) != (backend == "inductor"):
+        pytest.skip("torch compiles for a CPU by a C++ compiler: where there is none, tracing alone is tested, which inductor does as well")
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    threads = import_module("torch._inductor.config").patch(compile_threads=1)  # more would be processes that import torch each
+    config = TINY.model_copy(update={"precision": "float32", "images": 80, "image_tower": tower, "width": 32, "chunk": chunk})
+    losses = []
+    for is_compiled in (False, True):
+        _, work = folders(tmp_path / str(is_compiled), "clip")
+        write_tokenizer(root, work)
+        shard_check.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
+        section = config.model_copy(update={"compile": is_compiled})
+        before = counters["stats"]["unique_graphs"]
+        with threads:
+            train.fit_clip(section, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+        assert (counters["stats"]["unique_graphs"] > before) == is_compiled
+        losses.append(json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
+    cluster: ClusterConfig, root: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out, work = folders(tmp_path, "clip")
+    killed: list[int] = []
+
+    def kill() -> bool:
+        found = processes_of(b"RayTrainWorker")
+        if found:
+            os.kill(found[0], signal.SIGKILL)
+        return bool(found)
+
+    killer = threading.Thread(target=lambda: killed.append(once_mid_epoch(work, kill)))
+    killer.start()
+    counts = train.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
+    killer.join()
+    assert 0 < killed[0] < LONG.images, "the kill came too late to prove anything"
+    assert counts["images_seen"] == LONG.images
+    assert is_same(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_started_again_and_the_weights_are_the_same(
+    cluster: ClusterConfig, root: Path, by_itself: Path, tmp_path: Path
+) -> None:
+    out, work = folders(tmp_path, "clip")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(root), str(out), str(work)], env=environment, start_new_session=True)
+
+    def kill() -> bool:
+        driver.kill()  # the driver alone: its Ray must notice
+        return True
+
+    try:
+        seen = once_mid_epoch(work, kill)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert 0 < seen < LONG.images and not (out / "weights.safetensors").exists()
+    train.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
+    assert is_same(out, by_itself)
+
+
+@pytest.mark.slow
+def test_a_workers_own_error_reaches_the_caller_at_once(cluster: ClusterConfig, root: Path, by_itself: Path, tmp_path: Path) -> None:
+    out, work = folders(tmp_path, "clip")
+    with pytest.raises(DataError, match="batch_size 9 cannot be shared by 2 workers"):
+        odd = TINY.model_copy(update={"batch_size": 9})
+        train.train_clip(TOKENIZER, odd, cluster, root / "ingest", root / "curate", out, work)
+    assert len(list((work / "ray").iterdir())) == 1, "a restart would only have met the same error"
+    state = torch.load(by_itself / "state.pt")
+    state["model"]["logit_scale"].fill_(torch.nan)
+    torch.save(state | {"images_seen": LONG.images - 80}, work / "state.pt")
+    with pytest.raises(DataError, match=f"^the loss is nan after {LONG.images - 72:,} images: lower learning_rate"):
+        train.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
+
+
+def test_a_training_that_lost_a_worker_says_so_in_one_line_without_tracebacks() -> None:
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    story = 'Traceback (most recent call last):\n  File "jobs.py", line 297, in _worker\n    ray.train.report(_fit(job))\n    ^^^^^^^^^'
+    story += '\n... (Output truncated. See individual worker logs for full details) ...\nibuted/c10d_logger.py", line 83, in wrapper'
+    error = WorkerGroupError(f"[Rank 1 Error Snippet]:\n{story}\nRuntimeError: Connection closed by peer [10.77.0.3]:36789", {})
+    assert train._one_line("clip", error) == (
+        "training clip failed: Training failed due to worker errors: [Rank 1 Error Snippet]: "
+        "RuntimeError: Connection closed by peer [10.77.0.3]:36789; the whole of it is in the log"
+    )
