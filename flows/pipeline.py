@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect import Flow, flow, runtime, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
@@ -27,7 +28,6 @@ from flows.runs.planning import stages_of
 from flows.runs.promotion import described, settle
 from flows.runs.records import summary, write_run
 from flows.runs.stage import Stage, StageResult, inputs_of
-from flows.scheduling.deployments import notify_block
 from infra.compute.cluster import Cluster
 from infra.console.log_redirect import INTERRUPTED
 from infra.console.progress import duration
@@ -66,6 +66,11 @@ def step(what: Callable[[], Any]) -> Any:
 def do(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Do one step of the run under a name, and again as `is_worth_retrying` says."""
     return step.with_options(name=name, task_run_name=name)(partial(function, *arguments))
+
+
+def notify_block(deployment: UUID) -> str:
+    """Return the name of Prefect's block that holds the webhook's URL of a deployment."""
+    return f"unclip-{deployment}"
 
 
 async def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
+from flows.cli.options import DEFAULT_ROOT, Json, RootUri, print_json
+from flows.config.roots import open_for
 from infra.errors import CallerError
 
 

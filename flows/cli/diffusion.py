@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
-from flows.cli.search import Guidance, Out, RunName, Seed, guidance_of, load_system, spoken, tell_pictures
+from flows.cli.generate import Guidance, Out, Seed, guidance_of, load_system, spoken, tell_pictures
+from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json
+from flows.config.roots import open_for
 from infra.errors import CallerError
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ import typer
 from typer.core import TyperGroup
 
 from flows.cli import run as run_command
-from flows.cli.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json, say
-from flows.cli.search import RunName, check_files
+from flows.cli.generate import check_files
+from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json, say
+from flows.config.roots import open_for
 from infra.errors import CallerError
 from infra.storage.store import Root
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli import compare, export, index, manipulate, prune, recipe, run, schedule, search, serve, upsample
+from flows.cli import compare, export, generate, index, manipulate, prune, recipe, run, schedule, search, serve, upsample
 from flows.cli import diffusion as diffusion_commands
 from infra.compute.cluster import SPIN_COUNT
 from infra.errors import UnclipError
@@ -52,7 +52,7 @@ app.command()(schedule.schedule)
 app.command()(schedule.up)
 app.command()(search.search)
 app.command()(serve.serve)
-app.command()(search.generate)
+app.command()(generate.generate)
 app.command()(manipulate.vary)
 app.command()(manipulate.interpolate)
 app.command()(manipulate.textdiff)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.options import DEFAULT_ROOT, Json, RootUri, open_for
-from flows.cli.search import Guidance, Out, RunName, Seed, check_files, guidance_of, load_system, several, spoken, tell_pictures
+from flows.cli.generate import Guidance, Out, Seed, check_files, guidance_of, load_system, several, spoken, tell_pictures
+from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName
+from flows.config.roots import open_for
 from infra.errors import CallerError
 
 if TYPE_CHECKING:

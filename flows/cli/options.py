@@ -3,9 +3,7 @@
 The only place that reads the environment (`UNCLIP_ROOT`, `UNCLIP_SCRATCH`) for the commands.
 """
 
-import hashlib
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infra.errors import CallerError
-from infra.storage.store import Root, open_root
 
 if TYPE_CHECKING:  # its sections import torch and faiss
     from flows.config.run_config import RunConfig
@@ -34,20 +31,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Address = Annotated[
     str | None, typer.Option("--address", metavar="RAY", help="Ray cluster to join; by default a small Ray is started for the run.")
 ]
+RunName = Annotated[str | None, typer.Option("--run", metavar="NAME", help="Which run's models and index; by default the last one's.")]
 DEFAULT_ROOT = "unclip-data"
-
-
-def open_for(uri: str, for_writing: bool) -> Root:
-    """Open ROOT; one that is not local keeps unfinished work and downloads in $UNCLIP_SCRATCH, by default below ~/.cache/unclip."""
-    return open_root(uri, scratch_for(uri), for_writing)
-
-
-def scratch_for(uri: str) -> Path | None:
-    """Return the local folder for unfinished work of a ROOT that is not local; None for one that is, which holds its own."""
-    if "://" not in uri:
-        return None
-    base = Path(os.environ.get("UNCLIP_SCRATCH") or Path.home() / ".cache" / "unclip" / "scratch")
-    return base / hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
 def load_config(recipe: str, overrides: list[str] | None, address: str | None = None) -> "tuple[RunConfig, list[str]]":

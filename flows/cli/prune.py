@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.options import DEFAULT_ROOT, Json, RootUri, open_for, print_json
+from flows.cli.options import DEFAULT_ROOT, Json, RootUri, print_json
+from flows.config.roots import open_for
 from flows.runs.promotion import CURRENT
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed
@@ -70,9 +71,7 @@ def unused(root: Root, before: datetime) -> list[Committed]:
     from flows.orchestration.stages import STAGES  # with pyarrow, which `unclip --help` does without
 
     made = [stage.name for stage in STAGES]
-    there = {
-        (stage, key): found for stage in made for key in store.list_names(root, stage) if (found := manifests.find(root, stage, key))
-    }
+    there = {(stage, key): found for stage in made for key in store.list_names(root, stage) if (found := manifests.find(root, stage, key))}
     limit = before.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     young = [name for name, each in there.items() if each.manifest["finished"] >= limit]
     newest = [max((each for name, each in there.items() if name[0] == stage), key=_finished, default=None) for stage in made]

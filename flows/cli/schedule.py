@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, open_for, print_json, run_name
+from flows.cli.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, print_json, run_name
+from flows.config.roots import open_for
 from infra.console.log_redirect import terminated
 from infra.errors import CallerError, UnclipError
 from infra.storage.store import Root

@@ -1,6 +1,6 @@
 """The command `unclip serve`: opens a run's living index and its CLIP, and hands them to the service as plain callables.
 
-`application` is the same for Ray Serve, to be named by a Serve config or a RayService (infra/rayservice.yaml). What is secret, the token
+`application` is the same for Ray Serve, to be named by a Serve config or a RayService (infra/deploy/rayservice.yaml). What is secret, the token
 and the credentials of a store, every process takes from its own environment: Ray stores and shows what is sent to it.
 """
 
@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import typer
 from pydantic import Field
 
-from flows.cli.options import DEFAULT_ROOT, RootUri, open_for
-from flows.cli.search import RunName
+from flows.cli.options import DEFAULT_ROOT, RootUri, RunName
+from flows.config.roots import open_for
 from flows.ingest.http_fetch import FetchError, Rules, fetch_image
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.console.log_redirect import quiet_terminal, terminated

@@ -21,7 +21,7 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 """An URL with a name and a password in it, or a signed one."""
-BUILT_IN = Path(__file__).parent / "recipes"
+BUILT_IN = Path(__file__).parents[1] / "recipes"
 
 
 def find_recipe(name: str) -> Path:

@@ -6,9 +6,9 @@ The only place that checks agreement across sections. Reads recipe files; knows 
 import math
 from collections.abc import Sequence
 
+from flows.config.promotion_conditions import parsed
 from flows.config.recipe_file import find_recipe, read_recipe, validated
 from flows.ingest.curate import CurateConfig
-from flows.runs.promotion import parsed
 from flows.sources.url_table import DataConfig
 from indexing.ann.index import IndexConfig
 from indexing.dedup.deduplicate import DedupConfig

@@ -6,7 +6,7 @@ What is drawn and measured comes from training (`latents`, `fidelity`); the shap
 from pathlib import Path
 from typing import Any
 
-from flows.images import latent_grids
+import flows.images.latent_grids as latent_grids
 from flows.images.latent_grids import Grid
 from flows.images.png import write_sheet
 from indexing.evaluation.evaluate import EvaluateConfig

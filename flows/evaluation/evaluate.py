@@ -59,15 +59,13 @@ def run(job: StageJob) -> Counts:
 
 def sections_of(job: StageJob, model: "Unclip", subject: "Subject", folders: Mapping[str, Path]) -> list["MakeSection"]:
     """Return what the report measures besides, in the order of the page; each is run when its turn comes."""
-    from flows.evaluation import (
-        decoder_section,
-        fidelity_section,
-        relations_section,
-        suite_section,
-        swiss_roll_section,
-        typographic_section,
-        upsampler_section,
-    )
+    import flows.evaluation.decoder_section as decoder_section
+    import flows.evaluation.fidelity_section as fidelity_section
+    import flows.evaluation.relations_section as relations_section
+    import flows.evaluation.suite_section as suite_section
+    import flows.evaluation.swiss_roll_section as swiss_roll_section
+    import flows.evaluation.typographic_section as typographic_section
+    import flows.evaluation.upsampler_section as upsampler_section
     from indexing.evaluation.dedup_section import copies_section
     from indexing.evaluation.prior import prior_section
 

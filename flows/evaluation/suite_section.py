@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from flows.demo import packaged_sets
+import flows.demo.packaged_sets as packaged_sets
 from indexing.data.labelled_sets import open_set
 from indexing.evaluation.context import Subject
 from indexing.evaluation.evaluate import EvaluateConfig
@@ -20,7 +20,9 @@ def networks(config: SuiteConfig) -> dict[str, imagenet_features.Features]:
     """Return the networks whose features are probed, by name: the packaged one where it is installed, a ResNet-50 where a path is given."""
     found = {imagenet_features.LITE_NAME: imagenet_features.efficientnet_lite0()}
     named = {name: each for name, each in found.items() if each is not None}
-    return named | ({imagenet_features.RESNET_NAME: imagenet_features.resnet_50(Path(config.features).expanduser())} if config.features else {})
+    return named | (
+        {imagenet_features.RESNET_NAME: imagenet_features.resnet_50(Path(config.features).expanduser())} if config.features else {}
+    )
 
 
 def sections(config: SuiteConfig, whole: EvaluateConfig, model: Unclip, subject: Subject, folder: Path) -> list[ReportSection]:

@@ -18,7 +18,8 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from PIL import Image
 
-from flows.ingest.host_limits import AGENT, FAILURE_S, ROBOTS_BYTES, VAIN_CONNECTIONS, Hosts, Origin, StillFailingError
+from flows.ingest.host_limits import FAILURE_S, ROBOTS_BYTES, VAIN_CONNECTIONS, Hosts, Origin, StillFailingError
+from flows.ingest.robots import AGENT
 from flows.sources.opt_out import NOBODY, OptOut
 
 USER_AGENT = "unclip/0.1 (image-text dataset builder; honours robots.txt and X-Robots-Tag)"

@@ -55,7 +55,7 @@ class LocalWorker:
     def __init__(self, log: Path, heard: "queue.Queue[tuple[Worker, str]]", max_pixels: int, folder: Path | None = None) -> None:
         environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
         environment["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(max_pixels)  # for a file whose header says other things to Pillow than to OpenCV
-        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
         with log.open("ab") as stderr:
             self.process = subprocess.Popen(
                 [*WORKER, str(os.getpid()), *([str(folder)] if folder else [])],

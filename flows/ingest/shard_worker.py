@@ -37,9 +37,9 @@ from img2dataset.downloader import Downloader
 from img2dataset.resizer import Resizer
 from img2dataset.writer import WebDatasetSampleWriter
 
+import flows.sources.opt_out as opt_out
 from flows.ingest.http_fetch import PASSING, FetchError, Rules, fetch_image, hosts
 from flows.ingest.row_outcomes import split_problem
-from flows.sources import opt_out
 from infra.storage.atomic_files import put
 
 CARRIED = ["sample", "origin", "captions", "licence", "concept", "style", "category", "subcategory"]

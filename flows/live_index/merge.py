@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.live_index import additions
+import flows.live_index.additions as additions
 from flows.live_index.leftovers import remove_leftovers
 from flows.live_index.lineage import ADDITIONS, lineage, merged_away
 from infra.storage import manifests, store

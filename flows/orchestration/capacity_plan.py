@@ -9,7 +9,7 @@ from flows.config.recipe_file import find_recipe
 
 if TYPE_CHECKING:
     from flows.config.run_config import RunConfig
-    from training.optim.loop import LoopConfig
+    from training.optim.step import LoopConfig
 
 STORED_BYTES_PER_PIXEL = 0.4
 """Of a photograph stored as JPEG of quality 95, roughly; PNG drawings take less."""

@@ -8,8 +8,8 @@ import os
 import sys
 from typing import Any
 
-from flows.cli.options import scratch_for
-from flows.orchestration import stages
+import flows.orchestration.stages as stages
+from flows.config.roots import scratch_for
 from flows.orchestration.run_stage import run_stage
 from flows.runs.stage import key_of
 from infra.compute.cluster import SPIN_COUNT, Cluster

@@ -22,7 +22,7 @@ from infra.storage import manifests, store
 from infra.storage.manifests import Committed
 from infra.storage.store import Root
 
-CODE = Path(__file__).parent.parent
+CODE = Path(__file__).parents[2]
 ENTRYPOINT = "flows.orchestration.ray_job"
 LEFT_OUT = [".git", ".venv*", "*data*/", "out", "*.egg-info", "**/__pycache__", ".*_cache", "*.tar", "*.parquet", "*.safetensors"]
 CARRIED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "UNCLIP_SCRATCH", "OMP_NUM_THREADS")

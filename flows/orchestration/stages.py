@@ -21,7 +21,7 @@ INDEX_VERSION = 5
 
 
 def run_ingest(job: StageJob) -> Counts:
-    from flows.ingest import ingest
+    import flows.ingest.ingest as ingest
     from flows.ingest.shard_reuse import is_renewable
 
     remote = job.config.cluster.ingest_workers
@@ -34,7 +34,7 @@ def run_ingest(job: StageJob) -> Counts:
 
 
 def run_curate(job: StageJob) -> Counts:
-    from flows.ingest import curate
+    import flows.ingest.curate as curate
 
     return curate.run(job.config.curate, job.inputs["ingest"].local(), job.out, job.removals)
 
@@ -115,17 +115,17 @@ def run_decoder(job: StageJob) -> Counts:
 
 
 def run_upsampler(job: StageJob) -> Counts:
-    from flows.cli import upsample
+    import flows.evaluation.upsampler_comparison as upsampler_comparison
     from training.jobs import train
 
     job.cluster.start()
     ingest, kept = job.inputs["ingest"].local(), job.inputs["dedup" if "dedup" in job.inputs else "curate"].local()
     counts = train.train_upsampler(getattr(job.config, job.stage), job.config.cluster, ingest, kept, job.out, job.work)
-    return counts | {"comparison": upsample.compare(job.stage, job.out, ingest, kept)}
+    return counts | {"comparison": upsampler_comparison.compare(job.stage, job.out, ingest, kept)}
 
 
 def run_evaluate(job: StageJob) -> Counts:
-    from flows.evaluation import evaluate
+    import flows.evaluation.evaluate as evaluate
 
     return evaluate.run(job)
 

@@ -5,18 +5,16 @@ image_to_text.recall@10 >= 0.1`, `generation.own_prompt_first >= current - 0.05`
 """
 
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from flows.config.promotion_conditions import parsed
 from infra.errors import CallerError, StorageError
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed
 from infra.storage.store import Root
 
 CURRENT = "current.json"
-NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
-CONDITION = re.compile(rf"\s*(\S+)\s*(>=|<=|>|<)\s*(?:({NUMBER})|current\s*(?:([-+*])\s*({NUMBER}))?)\s*")
 TESTS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 SHIFTS: dict[str, Callable[[float, float], float]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -61,15 +59,6 @@ def judge(report: Mapping[str, Any], conditions: Sequence[str], current: Mapping
         holds = limit is None or TESTS[test](value, limit)
         verdicts.append({"condition": condition, "value": value, "limit": limit, "holds": holds})
     return verdicts
-
-
-def parsed(condition: str) -> tuple[str, str, str | None, str | None, str | None]:
-    """Return path, comparison, number, and shift of `current` by a number. Raises ValueError for anything else."""
-    match = CONDITION.fullmatch(condition)
-    if not match:
-        raise ValueError(f"{condition!r} must look like `figure >= 0.1` or `figure >= current - 0.05`")
-    path, test, number, shift, by = match.groups()
-    return path, test, number, shift, by
 
 
 def figure(report: Mapping[str, Any], path: str) -> float | None:

@@ -5,7 +5,7 @@ that lets one through; a run whose process has vanished (its heartbeats stop) is
 The pool takes no job variables: a run that somebody makes through Prefect's API can change neither the command nor the environment
 nor the folder that it runs in. Secrets stay in the worker's environment; the webhook's URL, often a secret itself, comes from the
 environment too and is kept in a secret block named after the deployment.
-`python -m flows.scheduling.deployments ROOT` makes the queue alone and prints its name, for deployments from `infra/prefect.yaml`.
+`python -m flows.scheduling.deployments ROOT` makes the queue alone and prints its name, for deployments from `infra/deploy/prefect.yaml`.
 """
 
 import hashlib
@@ -39,11 +39,6 @@ VANISHED_AFTER_S = 90
 VANISHED = "no heartbeat"
 """So begins the message of the state that the server gives a run that has vanished."""
 ENDED = tuple(f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed"))
-
-
-def notify_block(deployment: UUID) -> str:
-    """Return the name of Prefect's block that holds the webhook's URL of a deployment."""
-    return f"unclip-{deployment}"
 
 
 @dataclass(frozen=True)
@@ -239,11 +234,15 @@ def _webhook(deployment: UUID, url: str) -> UUID:
     from prefect.blocks.webhook import Webhook
     from pydantic import SecretStr
 
+    from flows.pipeline import notify_block
+
     return UUID(str(Webhook(method="POST", url=SecretStr(url)).save(notify_block(deployment), overwrite=True)))
 
 
 def _remove_webhook(client: "SyncPrefectClient", deployment: UUID) -> None:
     from prefect.exceptions import ObjectNotFound
+
+    from flows.pipeline import notify_block
 
     with suppress(ObjectNotFound):
         client.delete_block_document(client.read_block_document_by_name(notify_block(deployment), "webhook").id)
@@ -276,6 +275,6 @@ def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, block: UUI
 
 
 if __name__ == "__main__":
-    from flows.cli.options import open_for
+    from flows.config.roots import open_for
 
     print(prepared_queue(open_for(sys.argv[1], for_writing=False).uri))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexing.ann.faiss_layers import layers, rotate_exactly, rotation, turned
+from indexing.ann.kmeans import centroids
 from indexing.data.embedding_store import CHUNK_ROWS, Floats, take
 from infra.errors import CallerError, DataError
 
@@ -29,8 +30,6 @@ TRAINED_PER_CODED_CELL = 32
 """With twice the cells, for the same time."""
 LEAST_TRAINED = 1 << 16
 """Vectors to train with where there are, however few the cells: what lies beyond the range of those is cut off by codes of eight bits."""
-ROUGH_ROUNDS, LAST_ROUNDS = 10, 2
-"""Of k-means: within groups of vectors, and then over all of them."""
 BITS = "RaBitQfs,Refine(SQ8)"
 """A bit for each dimension in memory, re-ranked from eight on disk."""
 FOURS = 4
@@ -171,38 +170,6 @@ def train(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
             coarse.add(found)
         index.train(sample)
     return index
-
-
-def centroids(vectors: Floats, count: int, parameters: Any) -> Floats:
-    """Return centroids (count, D) of vectors (n, D) by k-means on the sphere, in a third of the time that it takes at once.
-
-    About sqrt(count) groups are found first, then centroids in each of them, as many as its share of the vectors, and at last two rounds
-    over all vectors, which repair what is wrong at the borders of groups.
-    """
-    rough = _clustered(vectors, round(math.sqrt(count)), parameters, ROUGH_ROUNDS)
-    group = _nearest(rough, vectors)
-    ends = np.round(np.cumsum(np.bincount(group, minlength=len(rough))) * count / len(vectors)).astype(int)
-    shares = np.diff(ends, prepend=0)
-    within = [_clustered(vectors[group == each], int(share), parameters, ROUGH_ROUNDS) for each, share in enumerate(shares) if share]
-    return _clustered(vectors, count, parameters, LAST_ROUNDS, np.concatenate(within))
-
-
-def _clustered(vectors: Floats, count: int, parameters: Any, rounds: int, begun: Floats | None = None) -> Floats:
-    """Return centroids (count, D) after so many rounds of k-means, from those begun with where there are."""
-    clustering = faiss.Clustering(vectors.shape[1], count, parameters)
-    clustering.niter = rounds
-    if begun is not None:
-        faiss.copy_array_to_vector(begun.ravel(), clustering.centroids)
-    clustering.train(vectors, faiss.IndexFlatIP(vectors.shape[1]))
-    found: Floats = faiss.vector_to_array(clustering.centroids).reshape(count, -1)
-    return found
-
-
-def _nearest(some: Floats, vectors: Floats) -> NDArray[np.int64]:
-    """Return which of the centroids scores best for each vector (n,)."""
-    index = faiss.IndexFlatIP(some.shape[1])
-    index.add(some)
-    return np.asarray(index.search(vectors, 1)[1][:, 0])
 
 
 def add(index: Any, vectors: Iterable[Floats]) -> None:

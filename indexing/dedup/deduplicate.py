@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field
 
-from indexing.ann.view import hashes_of
+from indexing.ann.keys import hashes_of
 from indexing.data.embedding_store import (
     CHUNK_ROWS,
     Floats,

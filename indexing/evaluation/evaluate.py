@@ -144,8 +144,7 @@ def evaluate(
     embedded, out = subject.embedded, subject.out
     pairs = {split: read_pairs(embedded, split, config.pairs_at_most, subject.seed) for split in HELD_OUT}
     facts = {
-        "run": page.run_facts(run_facts, stage_manifests)
-        | {"data": seen_in_training(embedded, HELD_OUT), "licences": licences(embedded)},
+        "run": page.run_facts(run_facts, stage_manifests) | {"data": seen_in_training(embedded, HELD_OUT), "licences": licences(embedded)},
         "stages": [page.stage_facts(manifest, metrics.get(manifest["stage"], ())) for manifest in stage_manifests],
         "zero_shot": {split: zero_shot(config.templates, pairs[split], subject) for split in HELD_OUT},
         "retrieval": {split: retrieve(pairs[split], subject) for split in HELD_OUT},

@@ -13,7 +13,7 @@ import jinja2
 from indexing.metrics.bootstrap import Figure
 from indexing.report import page
 
-HERE = Path(__file__).parent
+TEMPLATES = Path(__file__).parent / "templates"
 SKIPPED = ("per_class", "examples", "prompts", "charts", "run", "stages")
 
 
@@ -78,7 +78,7 @@ def is_told(delta: Figure | None) -> bool:
 def render(reports: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]]) -> str:
     """Return the page: what differs in the recipes, then the figures, those that are told apart marked."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals |= {"figure_text": page.figure_text, "figure_bounds": page.figure_bounds, "signed": signed}
     groups: dict[str, list[dict[str, Any]]] = {}

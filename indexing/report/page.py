@@ -19,7 +19,7 @@ from markupsafe import Markup
 from indexing.report import curve_svg, interval_svg
 from infra.console.progress import duration
 
-HERE = Path(__file__).parent
+TEMPLATES = Path(__file__).parent / "templates"
 CURVE_POINTS = 240
 STANDARD_COUNTS = ("in", "out", "dropped")
 
@@ -73,7 +73,7 @@ def thinned(points: Sequence[tuple[float, float]], at_most: int) -> list[tuple[f
 def render(facts: Mapping[str, Any], folder: Path) -> str:
     """Return report.html for what report.json holds; the pictures that it names lie in `folder`."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": percent, "interval": interval, "number": number, "duration": duration, "megabytes": megabytes}
     environment.globals |= {

@@ -30,7 +30,7 @@ from indexing.service.state import ServeConfig, Service
 from indexing.service.text_batcher import Texts
 from infra.errors import DataError
 
-HERE = Path(__file__).parent
+STATIC = Path(__file__).parent / "static"
 PAGE = {
     "/": ("search.html", "text/html; charset=utf-8"),
     "/search.js": ("search.js", "text/javascript; charset=utf-8"),
@@ -194,7 +194,7 @@ def run(service: Service, config: ServeConfig, ready: Callable[[str], None], log
 
 def _add_page(app: FastAPI) -> None:
     for path, (name, kind) in PAGE.items():
-        body = (HERE / name).read_bytes()
+        body = (STATIC / name).read_bytes()
 
         async def answer(body: bytes = body, kind: str = kind) -> Response:
             return Response(body, media_type=kind, headers={"cache-control": "no-cache"})

@@ -4,19 +4,20 @@ One plain ASGI layer, so that nothing is read, parsed or answered before it has 
 query string of an URL is logged. Knows nothing of the index.
 """
 
-import asyncio
 import hmac
 import ipaddress
 import json
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from functools import lru_cache
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from indexing.service.access_log import Lines
+from indexing.service.rate_limit import Buckets
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -28,8 +29,6 @@ OPEN_PATHS = frozenset({"/", "/search.js", "/search.css", "/icon.svg", "/healthz
 PROTOCOL_PATHS = frozenset({"/knn-service", "/metadata"})
 """clip-retrieval's clients send JSON there under other names, or under none."""
 COOKIE = "unclip_token"
-CLIENTS_KEPT = 10_000
-LOG_S = 0.1
 THUMBNAIL_COST = 0.1
 HELD_BYTES = 128 << 20
 """What the bodies of all requests that are not answered yet may hold together."""
@@ -52,50 +51,6 @@ def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 ENCODED = _encoded(HEADERS)
-
-
-class Buckets:
-    """Token buckets by client address, the least recent forgotten beyond CLIENTS_KEPT."""
-
-    def __init__(self, rate: float, burst: float) -> None:
-        self.rate, self.burst = rate, burst
-        self._level: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def take(self, address: str, cost: float, now: float) -> float:
-        """Take `cost` of the client's tokens; return 0, or the seconds to wait where there are too few."""
-        if self.rate == 0:
-            return 0.0
-        client = network_of(address)
-        level, since = self._level.pop(client, (self.burst, now))
-        level = min(self.burst, level + (now - since) * self.rate)
-        is_allowed = level >= cost
-        self._level[client] = (level - cost if is_allowed else level, now)
-        while len(self._level) > CLIENTS_KEPT:
-            self._level.popitem(last=False)
-        return 0.0 if is_allowed else (cost - level) / self.rate
-
-
-class Lines:
-    """A log of JSON lines, written together LOG_S after the first of them at most: the event loop waits for every write."""
-
-    def __init__(self, log: TextIO) -> None:
-        self._log = log
-        self._waiting: list[str] = []
-
-    def add(self, **facts: Any) -> None:
-        """Add a line."""
-        if not self._waiting:
-            asyncio.get_running_loop().call_later(LOG_S, self.write)
-        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}, ensure_ascii=True)
-        self._waiting.append(line + "\n")
-
-    def write(self) -> None:
-        """Write what has been added."""
-        if not self._waiting:
-            return
-        lines, self._waiting = "".join(self._waiting), []
-        self._log.write(lines)
-        self._log.flush()
 
 
 class Guard:
@@ -253,17 +208,6 @@ class BodyTooLarge(Exception):  # noqa: N818 (an answer rather than an error)
 def is_token(given: str, token: str) -> bool:
     """Compare without telling by the time it takes how much was right."""
     return hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
-
-
-def network_of(address: str) -> str:
-    """Return whose an address is: of IPv6 everybody has a network of 64 bits and all the addresses in it."""
-    try:
-        known = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(known, ipaddress.IPv4Address):
-        return str(known)
-    return str(known.ipv4_mapped or ipaddress.ip_network((known, 64), strict=False))
 
 
 @lru_cache(32)

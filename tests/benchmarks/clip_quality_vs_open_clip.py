@@ -40,7 +40,7 @@ from training.models.clip import CLIP
 from training.models.pixels import to_pixels
 from training.models.tokenizer import Tokenizer
 from training.optim import loop
-from training.optim.loop import Step
+from training.optim.step import Step
 
 SPLITS = ("held_out_concept", "held_out_style")
 CALIBRATION_STEPS, RESAMPLES = 6, 10_000

@@ -37,7 +37,7 @@ from training.models import open_clip_format
 from training.models.clip import CLIP, ClipConfig
 from training.models.tokenizer import Tokenizer
 from training.optim import loop
-from training.optim.loop import Step
+from training.optim.step import Step
 
 PYTHON = PEERS / "open_clip" / "bin" / "python"
 SHAPE = {"width": 192, "depth": 6, "patch_px": 8, "image_size_px": 64, "text_width": 192, "text_depth": 6, "embed_dim": 192}

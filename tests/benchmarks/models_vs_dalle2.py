@@ -34,7 +34,7 @@ from training.models.decoder import Decoder, DecoderConfig
 from training.models.diffusion_prior import PriorConfig
 from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
 from training.optim import loop
-from training.optim.loop import LoopConfig, Step
+from training.optim.step import LoopConfig, Step
 
 PYTHON = PEERS / "dalle2" / "bin" / "python"
 EMBED_DIM, SIDE_PX, SAMPLES = 256, 64, 512

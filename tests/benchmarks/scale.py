@@ -1,7 +1,7 @@
 """Time, memory and storage of every stage at three sizes, and what that comes to at 1M, 100M and 5B pairs on cores like these.
 
 Ingest, curate, embed and dedup take drawn pictures; what trains, and the index, takes longer lists of the same pictures, so that what
-grows with the list shows. Each measurement is a process of its own, with the quickstart's models. `infra/SCALE.md` tells of the result.
+grows with the list shows. Each measurement is a process of its own, with the quickstart's models. `docs/scale.md` tells of the result.
 """
 
 import json

@@ -194,7 +194,9 @@ def serve(folder: Path) -> None:
         )
 
     serve_command.load_encoders = encoders
-    service = Service(serve_command.parts_of(open_root(str(folder), for_writing=False), None, False, lambda line: print(line, file=sys.stderr)))
+    service = Service(
+        serve_command.parts_of(open_root(str(folder), for_writing=False), None, False, lambda line: print(line, file=sys.stderr))
+    )
     with (folder / "requests.log").open("w") as log:
         run(service, ServeConfig(port=0, rate=0), lambda address: print(address, flush=True), log)
 

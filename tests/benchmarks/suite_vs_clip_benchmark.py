@@ -46,7 +46,7 @@ from training.models.clip import CLIP, ClipConfig
 from training.models.preprocessing import Look
 from training.models.tokenizer import Tokenizer
 from training.optim import loop
-from training.optim.loop import Step
+from training.optim.step import Step
 
 PYTHON = PEERS / "clip_benchmark" / "bin" / "python"
 SIDE_PX = 64

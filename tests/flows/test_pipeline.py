@@ -18,7 +18,7 @@ from infra.storage import manifests, store
 from tests.helpers.tiny_run import PERSONS
 from tests.infra.storage.test_store import full_disk  # noqa: F401  (a fixture)
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 

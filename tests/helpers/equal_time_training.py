@@ -28,7 +28,7 @@ from training.models.clip import CLIP
 from training.models.decoder import DecoderConfig
 from training.models.diffusion_prior import PriorConfig
 from training.models.tokenizer import PAD, Tokenizer
-from training.optim.loop import LoopConfig
+from training.optim.step import LoopConfig
 
 PRIOR_SHARE = 0.2
 CALIBRATION_STEPS = 6

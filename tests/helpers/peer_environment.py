@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-PEERS = Path(__file__).parent.parent / ".peers"
-SCRIPTS = Path(__file__).parent / "peers"
+PEERS = Path(__file__).parents[2] / ".peers"
+SCRIPTS = Path(__file__).parents[1] / "peers"
 REQUIRED = "PEERS_REQUIRED"
 """Variable with the names of peers, parted by spaces, whose absence is a failure: `make test` sets it to those that it could build."""
 

@@ -23,7 +23,7 @@ import pytest
 from tests.helpers.network_namespaces import Machine
 
 START_LIMIT_S = 240
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[2]
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.process_guard import MARK, marked_processes
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[2]
 STARTING = """
 import os, subprocess, time
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from flows.cli.options import scratch_for
+from flows.config.roots import scratch_for
 from infra.storage import manifests
 from infra.storage import store as storage
 from infra.storage.manifests import MANIFEST, Committed
@@ -283,7 +283,9 @@ def test_downloading_into_a_bucket_a_process_is_killed_and_a_node_loses_power(pl
     paths = [f"good/{number}.png" for number in range(LISTED)] + [f"missing/{number}.png" for number in range(10)]
 
     def downloading() -> list[tuple[Machine, int]]:
-        return [(machine, pid) for machine in place.network.all[:3] for pid in machine.processes("flows.ingest.shard_worker") if parent_of(pid)]
+        return [
+            (machine, pid) for machine in place.network.all[:3] for pid in machine.processes("flows.ingest.shard_worker") if parent_of(pid)
+        ]
 
     with place.outside.entered():
         server = Server(delay_s=0.2, host=place.outside.address)

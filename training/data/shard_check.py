@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from infra.errors import DataError
 from training.data.image_reader import MEND, READERS
-from training.optim.loop import OnBroken
+from training.optim.step import OnBroken
 
 LEFT_OUT = "left_out.json"
 READ = ["key", "shard", "offset", "size_bytes", "sha256"]

@@ -22,7 +22,7 @@ from training.models.diffusion_prior import PriorConfig
 from training.models.priors import make
 from training.models.upsampler import Upsampler, UpsamplerConfig
 from training.optim import fsdp
-from training.optim.loop import LoopConfig
+from training.optim.step import LoopConfig
 
 STATE_BYTES = 4 * 5
 """Of one parameter: weight, gradient, both moments of Adam and the average, all float32."""

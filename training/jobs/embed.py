@@ -28,7 +28,7 @@ from training.data.image_reader import Pictures, read_file, read_table
 from training.models import clip as clip_model
 from training.models.clip import ClipConfig
 from training.models.preprocessing import Look
-from training.optim.loop import OnBroken
+from training.optim.step import OnBroken
 
 MARKED = ["key", "sha256"]
 READ_ROWS = 1 << 16

@@ -38,7 +38,7 @@ from training.models.tokenizer import Tokenizer, TokenizerConfig
 from training.models.upsampler import Upsampler, UpsamplerConfig
 from training.optim import fsdp, loop
 from training.optim.collectives import world
-from training.optim.loop import LoopConfig, Step
+from training.optim.step import LoopConfig, Step
 
 PHRASING, SHIFT = 11, 12  # streams of randomness in a step
 SHIFT_PX = 2

@@ -15,7 +15,7 @@ from training.models.diffusion_prior import DROP, PriorConfig, without_captions
 from training.models.pca import Pca
 from training.models.tokenizer import PAD
 from training.models.transformer import Block, KeyValues
-from training.optim.loop import Step
+from training.optim.step import Step
 
 MARGIN = 1e-3
 """The buckets reach beyond the training data's own range by this share of it."""

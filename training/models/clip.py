@@ -23,7 +23,7 @@ from training.models.preprocessing import WHOLE, Interpolation, Look, Resize
 from training.models.tokenizer import END, PAD, Tokenizer
 from training.models.transformer import Activation, Block, TextEncoder
 from training.optim.collectives import gather
-from training.optim.loop import LoopConfig, OnBroken
+from training.optim.step import LoopConfig, OnBroken
 
 LOGIT_SCALE_START, LOGIT_SCALE_MAX = math.log(1 / 0.07), math.log(100)  # Radford et al. 2021, section 2.5
 SIGMOID_SCALE_START, SIGMOID_BIAS_START = math.log(10), -10.0  # Zhai et al. 2023, section 3.2

@@ -32,7 +32,7 @@ from training.models.clip import ClipConfig
 from training.models.diffusion_prior import without_captions
 from training.models.tokenizer import PAD
 from training.models.transformer import TextEncoder, attend, heads_of, time_features
-from training.optim.loop import LoopConfig, OnBroken, Step
+from training.optim.step import LoopConfig, OnBroken, Step
 
 DROP_Z, DROP_TEXT, TIME, NOISE, Z_LEVEL, Z_NOISE = 1, 2, 3, 4, 5, 6  # streams of randomness in a step
 GROUPS = 8

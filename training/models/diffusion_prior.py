@@ -19,7 +19,7 @@ from training.diffusion.process import Schedule, as_denoise
 from training.diffusion.variance import measure_x_0_error
 from training.models.tokenizer import PAD
 from training.models.transformer import Block, time_features
-from training.optim.loop import LoopConfig, Step
+from training.optim.step import LoopConfig, Step
 
 NULL_TEXT = torch.tensor([1, 2])  # start, end: what a dropped caption becomes
 MEASURED_AT_MOST = 256

@@ -20,7 +20,7 @@ from training.diffusion.process import Schedule, as_denoise, simple_loss, snr_we
 from training.models.decoder import GROUPS, ResBlock, Upsample
 from training.models.pixels import to_float
 from training.models.transformer import time_features
-from training.optim.loop import LoopConfig, OnBroken, Step
+from training.optim.step import LoopConfig, OnBroken, Step
 
 Degradation = Literal["none", "blur", "bsr"]
 TIME, NOISE, CROP, DEGRADE, IS_DEGRADED = 1, 2, 3, 4, 5  # streams of randomness in a step

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from training.optim.collectives import is_part, own, world
 
 if TYPE_CHECKING:  # the loop is above
-    from training.optim.loop import Step
+    from training.optim.step import Step
 
 LAYERS = nn.Linear | nn.Conv2d
 """What autocast runs in bfloat16, and whose weights may therefore travel in it."""

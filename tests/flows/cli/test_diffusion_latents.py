@@ -115,7 +115,10 @@ def test_a_mistake_is_one_line(
 
 def test_a_run_that_holds_nothing_out_asks_for_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = [evaluation_run.row(number, "plain", "train") for number in range(3)]
-    for rows, complaint in ((one, "holds out no concept"), ([*one, evaluation_run.row(5, "plain", "held_out_concept")], "one concept only")):
+    for rows, complaint in (
+        (one, "holds out no concept"),
+        ([*one, evaluation_run.row(5, "plain", "held_out_concept")], "one concept only"),
+    ):
         place = write_root(tmp_path / str(len(rows)), rows)
         code, out, err = ran(capsys, "diffusion", "interpolate", "--root", place, "--out", str(tmp_path / "out"))
         assert (code, out) == (2, "") and complaint in err

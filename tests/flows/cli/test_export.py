@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from flows.cli.export import write_export
 from flows.cli.main import main
+from flows.runs.export_bundle import write_export
 from flows.runs.model_card import card, plain
 from flows.runs.records import committed_of, find_run
 from infra.errors import CallerError, StorageError
@@ -22,7 +22,7 @@ from training.generation.unclip import Unclip
 from training.jobs.train import write_model
 from training.models.upsampler import Upsampler, UpsamplerConfig
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[3]
 BLOCKED = (
     "ray", "prefect", "faiss", "img2dataset", "typer", "fsspec", "s3fs", "fastapi", "pyarrow", "pandas", "matplotlib", "cv2", "PIL",
     "jinja2", "flows", "indexing", "requests", "httpx", "aiohttp",

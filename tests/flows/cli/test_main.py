@@ -22,7 +22,7 @@ from infra.storage import store
 from tests.helpers import fake_cli
 from tests.helpers.fake_stages import FAKES, FakeConfig, FakeSection, run_all
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[3]
 
 
 @pytest.fixture

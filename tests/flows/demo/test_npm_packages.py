@@ -178,7 +178,7 @@ def test_a_real_package_is_packed(tmp_path: Path) -> None:
 
 
 def test_the_larger_recipe_takes_every_picture_package_that_has_a_reader_and_holds_openmoji_out() -> None:
-    recipe = tomllib.loads((Path(__file__).parent.parent / "flows" / "recipes" / "emoji64.toml").read_text())
+    recipe = tomllib.loads((Path(__file__).parents[3] / "flows" / "recipes" / "emoji64.toml").read_text())
     [source] = recipe["data"]["sources"]
     assert {split_spec(spec)[0] for spec in source["packages"]} == set(FAMILIES) and len(FAMILIES) == 12
     assert recipe["curate"]["held_out_styles"] == ["openmoji"]

@@ -19,7 +19,7 @@ from tests.indexing.report.test_page import Page, assert_stands_alone
 from training.generation import latents, reconstruction
 from training.generation.unclip import Unclip
 
-SCHEMA = json.loads((Path(indexing.__file__).parent / "report.schema.json").read_text())
+SCHEMA = json.loads((Path(indexing.__file__).parent / "report" / "report.schema.json").read_text())
 QUICK = EvaluateConfig(
     prompts=("blue", HOSTILE), latent_prompts=2, latent_steps=6, likelihood_pictures=3, likelihood_draws=2, inversion_pictures=2,
     inversion_steps=(3, 5, 60), resamples=200,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from flows.ingest import host_limits, http_fetch, ingest
-from flows.ingest.host_limits import FAILURE_S, Hosts, parse
+from flows.ingest.host_limits import FAILURE_S, Hosts
 from flows.ingest.http_fetch import FetchError, fetch_image
+from flows.ingest.robots import parse
 from flows.sources.opt_out import read_opt_out
 from flows.sources.url_table import DataConfig
 from infra.errors import CallerError

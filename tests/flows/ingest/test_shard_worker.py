@@ -227,13 +227,13 @@ def test_a_process_that_ends_with_its_parent_takes_its_folder_along(tmp_path: Pa
     (tmp_path / "its").mkdir()
     (tmp_path / "its" / "feed.arrow").touch()
     command = [sys.executable, "-m", "flows.ingest.shard_worker", str(os.getpid() if is_ours else 1), str(tmp_path / "its")]
-    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=100, cwd=Path(__file__).parent.parent)
+    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=100, cwd=Path(__file__).parents[3])
     assert not (tmp_path / "its").exists()
 
 
 def test_a_download_process_starts_without_what_only_img2datasets_command_uses() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "flows.ingest.shard_worker", str(os.getpid())]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[3])
     assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "img2dataset.downloader" in loaded and not {"torch.nn", "ray", "pandas", "wandb"} & loaded

@@ -27,7 +27,7 @@ from infra.storage.temporary_folders import writing_folder
 from tests.helpers.committed_root import committed, write_root
 from tests.helpers.evaluation_run import row, write_run
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[3]
 NOWHERE: dict[str, list[str]] = {"shards": [], "embeddings": [], "index": []}
 WRITER = """
 import sys
@@ -278,5 +278,5 @@ def own_clip(folder: Path) -> None:
 
 
 def add(root: Root, folder: Path) -> dict[str, int]:
-    view, lineage = lineage.open_view(root, None)
-    return additions.add(root, lineage, view, folder, "CC0")[1]
+    view, opened = lineage.open_view(root, None)
+    return additions.add(root, opened, view, folder, "CC0")[1]

@@ -27,7 +27,7 @@ from tests.helpers import fake_stages, forked_processes
 from tests.helpers.fake_stages import FAKES, FakeConfig, FakeSection, run_all, write_chunks
 from tests.infra.storage.test_store import full_disk  # noqa: F401  (a fixture)
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[3]
 
 
 @pytest.fixture

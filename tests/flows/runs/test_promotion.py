@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from flows.config.promotion_conditions import parsed
 from flows.config.run_config import load_recipe
-from flows.runs.promotion import judge, parsed, settle
+from flows.runs.promotion import judge, settle
 from flows.runs.records import find_run, list_runs, write_run
 from infra.errors import CallerError
 from infra.storage import manifests, store

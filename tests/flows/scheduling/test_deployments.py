@@ -183,7 +183,7 @@ def test_prefects_own_deploy_makes_the_deployment_in_the_queue_of_its_root(up: U
     environment = os.environ | up.settings() | {"PYTHONPATH": str(HERE)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     had_data = (HERE / "unclip-data").exists()  # `make run` puts it there
-    deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "infra/prefect.yaml"]
+    deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "infra/deploy/prefect.yaml"]
     done = subprocess.run(deploy, cwd=HERE, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     made = up.ask("GET", "deployments/name/unclip/nightly")

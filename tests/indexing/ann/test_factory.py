@@ -4,8 +4,9 @@ import faiss
 import numpy as np
 import pytest
 
-from indexing.ann.factory import CODED_FROM, FLAT_BELOW, centroids, choose_factory, empty, hot_bytes
+from indexing.ann.factory import CODED_FROM, FLAT_BELOW, choose_factory, empty, hot_bytes
 from indexing.ann.faiss_layers import finer, layers, turned
+from indexing.ann.kmeans import centroids
 from indexing.ann.tuning import Effort, brute_force, recalls, search
 from infra.errors import CallerError
 from tests.helpers.embed_folders import KINDS, filled, spread_out, vectors

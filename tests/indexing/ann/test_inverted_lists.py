@@ -17,7 +17,7 @@ from indexing.ann.factory import train
 from indexing.data.embedding_store import part_files
 from tests.helpers.embed_folders import KINDS, exact, filled, uneven, write_embed
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)

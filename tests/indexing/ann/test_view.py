@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from indexing.ann.index import Index, IndexConfig, build
-from indexing.ann.view import NUMBER_BITS, Filter, Segment, View, hashes_of, make_filter, number_of
+from indexing.ann.keys import NUMBER_BITS, hashes_of, number_of
+from indexing.ann.view import Filter, Segment, View, make_filter
 from infra.storage.removal_log import Removals
 from tests.helpers.embed_folders import vectors, write_embed
 

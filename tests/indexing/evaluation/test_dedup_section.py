@@ -16,7 +16,7 @@ from indexing.evaluation.dedup_section import copies_section
 from indexing.report.sections import ReportSection
 from tests.helpers.evaluation_run import HOSTILE, colour, direction, encode_images, row, usual_rows, write_run
 
-SCHEMA = json.loads((Path(indexing.__file__).parent / "report.schema.json").read_text())
+SCHEMA = json.loads((Path(indexing.__file__).parent / "report" / "report.schema.json").read_text())
 
 
 @pytest.fixture(scope="module")

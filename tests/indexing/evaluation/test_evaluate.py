@@ -13,7 +13,7 @@ import indexing
 from indexing.evaluation.evaluate import EvaluateConfig, class_phrase, evaluate
 from tests.helpers.evaluation_run import DIM, HOSTILE, encode_images, encode_texts, generate, manifest, row, subject, usual_rows, write_run
 
-SCHEMA = json.loads((Path(indexing.__file__).parent / "report.schema.json").read_text())
+SCHEMA = json.loads((Path(indexing.__file__).parent / "report" / "report.schema.json").read_text())
 METRICS = {"clip": [{"images_seen": 256 * step, "loss": 4.0 / step, "seconds": step} for step in range(1, 30)]}
 
 

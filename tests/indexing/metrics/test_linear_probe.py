@@ -53,7 +53,10 @@ def test_the_rotation_changes_no_probe() -> None:
     assert own.shape[1] <= 30 and other.shape[1] == own.shape[1]
     mean, scale = x[:30].mean(0), np.sqrt(((x[:30] - x[:30].mean(0)) ** 2).mean())
     plain, plain_other = (x[:30] - mean) / scale, (x[30:] - mean) / scale
-    logits = [a @ w[:-1] + w[-1] for a, w in ((other, linear_probe.fit(own, y[:30], 3, 0.1)), (plain_other, linear_probe.fit(plain, y[:30], 3, 0.1)))]
+    logits = [
+        a @ w[:-1] + w[-1]
+        for a, w in ((other, linear_probe.fit(own, y[:30], 3, 0.1)), (plain_other, linear_probe.fit(plain, y[:30], 3, 0.1)))
+    ]
     assert np.allclose(logits[0] - logits[0].mean(1, keepdims=True), logits[1] - logits[1].mean(1, keepdims=True), atol=5e-3)
 
 

@@ -40,9 +40,13 @@ def whole_report(folder: Path) -> dict[str, Any]:
 
     rows = usual_rows()
     write_run(folder, [*rows, *(each | {"key": f"again {each['key']}"} for each in rows)])
-    made: list[Any] = test_zero_shot_suite.measure(folder / "suite", [test_zero_shot_suite.colours_set()], **{"EfficientNet-Lite0 (ImageNet)": colours})
+    made: list[Any] = test_zero_shot_suite.measure(
+        folder / "suite", [test_zero_shot_suite.colours_set()], **{"EfficientNet-Lite0 (ImageNet)": colours}
+    )
     made.append(
-        test_typographic_attack.measure(folder / "attack", encode_images, test_typographic_attack.again, Witnesses("mean colour", colours, lambda _: ""))
+        test_typographic_attack.measure(
+            folder / "attack", encode_images, test_typographic_attack.again, Witnesses("mean colour", colours, lambda _: "")
+        )
     )
     made.append(test_relations.measured(folder / "relations", 0.4))
     made.append(fidelity(FidelityConfig(pictures=8), subject(folder), 16, drawn, {"EfficientNet-Lite0 (ImageNet)": colours}))

@@ -22,7 +22,7 @@ from tests.indexing.report.test_page import Page, assert_stands_alone
 
 HALF = mean_figure([0, 1] * 20, range(40), 200, 0)
 SCORE = mean_figure([123.4, 125.6], range(2), 200, 0, unit="score")
-SCHEMA = json.loads((Path(indexing.__file__).parent / "report.schema.json").read_text())
+SCHEMA = json.loads((Path(indexing.__file__).parent / "report" / "report.schema.json").read_text())
 
 
 def everything(out: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from indexing.ann.view import number_of
+from indexing.ann.keys import number_of
 from indexing.service.app import make_app
 from indexing.service.state import ServeConfig
 from tests.helpers import evaluation_run

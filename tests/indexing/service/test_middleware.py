@@ -10,7 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from indexing.service.app import make_app
-from indexing.service.middleware import Buckets, network_of
+from indexing.service.rate_limit import Buckets, network_of
 from indexing.service.state import ServeConfig
 from tests.helpers import evaluation_run
 from tests.helpers.evaluation_run import b64, png

@@ -10,7 +10,7 @@ import pytest
 from infra.compute.cluster import Cluster, ClusterConfig, spread
 from infra.errors import UnclipError
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[3]
 SMALL = ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20)
 USE = """
 import os, signal, sys

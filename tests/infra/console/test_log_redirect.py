@@ -34,7 +34,7 @@ os.write(2, b"after err\\n")
 def chatter(log: Path, *more: str) -> tuple[str, str]:
     """Run the program above; return its stdout and stderr as they are, carriage returns too."""
     command = [sys.executable, "-c", CHATTER, str(log), *more]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True)
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True)
     return done.stdout.decode(), done.stderr.decode()
 
 

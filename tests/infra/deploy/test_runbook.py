@@ -9,8 +9,8 @@ import typer
 
 from flows.cli.main import app
 
-HERE = Path(__file__).parent.parent
-TEXT = (HERE / "infra" / "RUNBOOK.md").read_text()
+HERE = Path(__file__).parents[3]
+TEXT = (HERE / "docs" / "operations.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`(?:[A-Z_]+=\S+ )*unclip ([^`]+)`", TEXT)))
 SOURCES = "".join(path.read_text() for folder in ("flows", "infra", "indexing") for path in (HERE / folder).glob("*.py"))
 

@@ -27,7 +27,7 @@ with writer_lock(Path(sys.argv[1]), "clip abc", print):
 def holder(path: Path, *more: str) -> "subprocess.Popen[str]":
     """Start a process that holds the lock, and wait until it does."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path), *more], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+        [sys.executable, "-c", HOLD, str(path), *more], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
     )
     assert process.stdout
     return process

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.cli.main import main
-from flows.cli.options import open_for, scratch_for
+from flows.config.roots import open_for, scratch_for
 from flows.live_index import lineage
 from flows.runs.planning import fault
 from infra.errors import StorageError

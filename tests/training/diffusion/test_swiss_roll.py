@@ -95,7 +95,9 @@ def test_the_command_passes_on_the_diffusion_rates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[object] = []
-    monkeypatch.setattr("training.diffusion.swiss_roll.swiss_roll", lambda out, steps, seed, rates: (asked.append(rates), {"by_rate": []})[1])
+    monkeypatch.setattr(
+        "training.diffusion.swiss_roll.swiss_roll", lambda out, steps, seed, rates: (asked.append(rates), {"by_rate": []})[1]
+    )
     for arguments, code in (([], 0), (["--rate", "0.3", "--rate", "0.7"], 0), (["--rate", "1.5"], 2)):
         with pytest.raises(SystemExit) as left:
             main(["diffusion", "swiss-roll", "--out", str(tmp_path), "--json", *arguments])

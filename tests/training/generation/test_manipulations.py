@@ -20,7 +20,7 @@ from training.generation.manipulations import Latents
 from training.generation.unclip import SEED_STRIDE, Unclip
 from training.models.pca import Pca
 from training.models.pixels import to_images, to_pixels
-from training.optim.loop import Step
+from training.optim.step import Step
 
 STEPS = 16
 
@@ -65,7 +65,9 @@ def test_variations_from_the_embedding_alone_are_of_their_own_picture(model: Unc
     assert varied.shape == (2, 3, 8, 8, 3)
     away = np.abs(varied[:, :, None].astype(float) - manipulations.as_drawn(model, pictures())[None, None]).mean((3, 4, 5))  # (2, 3, 2)
     assert (away.argmin(2) == np.arange(2)[:, None]).all()
-    assert not np.array_equal(varied[:, 0], varied[:, 1]) and np.array_equal(varied, manipulations.variations(model, pictures(), 3, 0, STEPS))
+    assert not np.array_equal(varied[:, 0], varied[:, 1]) and np.array_equal(
+        varied, manipulations.variations(model, pictures(), 3, 0, STEPS)
+    )
 
 
 def test_inversion_gives_the_picture_back_and_says_how_well(model: Unclip, latents: Latents) -> None:

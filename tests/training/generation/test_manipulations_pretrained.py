@@ -20,7 +20,7 @@ from training.models.decoder import Decoder
 from training.models.diffusion_prior import Prior
 from training.models.pixels import to_pixels
 from training.models.tokenizer import Tokenizer, TokenizerConfig
-from training.optim.loop import Step
+from training.optim.step import Step
 
 __all__ = ["stand_in"]
 
@@ -78,7 +78,9 @@ def test_a_text_diff_goes_where_its_own_text_tower_points(
     z_d = F.normalize(z_t[1] - z_t[0], dim=0)
     asked: list[torch.Tensor] = []
     draw = manipulations.draw
-    monkeypatch.setattr(manipulations, "draw", lambda model, z_i, *others, **more: (asked.append(z_i), draw(model, z_i, *others, **more))[1])
+    monkeypatch.setattr(
+        manipulations, "draw", lambda model, z_i, *others, **more: (asked.append(z_i), draw(model, z_i, *others, **more))[1]
+    )
     row = manipulations.text_diff(model, latents, "a photo", "a red heart", 0.5, 4, STEPS)
     whole, walked = ((a @ b).clamp(-1, 1).acos() for a, b in ((latents.z_i[0], z_d), (latents.z_i[0], asked[0][-1])))
     assert float(walked) == pytest.approx(0.5 * float(whole), rel=1e-3)

@@ -17,7 +17,7 @@ from training.generation import reconstruction
 from training.generation.reconstruction import Described, inversion, likelihood, read
 from training.models.decoder import Decoder, DecoderConfig
 from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
-from training.optim.loop import Step
+from training.optim.step import Step
 
 E, SIDE = 16, 8
 CONFIG = DecoderConfig(

@@ -14,7 +14,7 @@ from training.models import priors
 from training.models.autoregressive_prior import AutoregressivePrior
 from training.models.diffusion_prior import Prior, PriorConfig
 from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
-from training.optim.loop import Step
+from training.optim.step import Step
 
 K, V = 6, 32
 CONFIG = PriorConfig(kind="autoregressive", width=32, depth=2, pca_dims=K, buckets=V, text_drop=0.1, best_of=2)

@@ -17,7 +17,7 @@ from training.models.decoder import Decoder, DecoderConfig, augmented, count_par
 from training.models.diffusion_prior import PriorConfig
 from training.models.tokenizer import END, PAD, START
 from training.models.upsampler import UpsamplerConfig
-from training.optim.loop import Step
+from training.optim.step import Step
 
 E, VOCABULARY, CONTEXT, SIDE = 16, 40, 10, 8
 CONFIG = DecoderConfig(

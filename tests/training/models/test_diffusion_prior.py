@@ -14,7 +14,7 @@ from training.models.clip import ClipConfig
 from training.models.diffusion_prior import DROP, Prior, PriorConfig
 from training.models.priors import count_parameters, load
 from training.models.tokenizer import END, PAD, START
-from training.optim.loop import Step
+from training.optim.step import Step
 
 E, VOCABULARY, CONTEXT = 16, 40, 10
 CONFIG = PriorConfig(width=32, depth=1, T=100, text_drop=0.1, sampling_steps=8, best_of=2)

@@ -26,7 +26,7 @@ from training.models import degradation, upsampler_cascade
 from training.models.pixels import to_float
 from training.models.upsampler import Upsampler, UpsamplerConfig, count_parameters, crops, shrink, tiles
 from training.models.upsampler import enlarge as bicubic
-from training.optim.loop import Step
+from training.optim.step import Step
 
 CONFIG = UpsamplerConfig(
     image_size_px=32,
@@ -176,14 +176,21 @@ def test_only_the_share_asked_for_is_degraded() -> None:
 def test_a_written_upsampler_enlarges_as_before(learnt: Upsampler, tmp_path: Path) -> None:
     write_model("upsampler", learnt, learnt.state_dict(), CONFIG, tmp_path)
     small = pictures(2, 8)
-    assert np.array_equal(upsampler_cascade.enlarge([upsampler_cascade.load(tmp_path)], small, [3, 4]), upsampler_cascade.enlarge([learnt], small, [3, 4]))
+    assert np.array_equal(
+        upsampler_cascade.enlarge([upsampler_cascade.load(tmp_path)], small, [3, 4]), upsampler_cascade.enlarge([learnt], small, [3, 4])
+    )
     assert count_parameters(CONFIG) == sum(p.numel() for p in learnt.parameters())
 
 
 def test_lanczos_and_bicubic_keep_a_plain_picture() -> None:
     plain = np.full((2, 8, 8, 3), 77, np.uint8)
     for name in upsampling_eval.INTERPOLATIONS:
-        assert (upsampling_eval.interpolate(plain, 4, name) == 77).all() and upsampling_eval.interpolate(plain, 4, name).shape == (2, 32, 32, 3)
+        assert (upsampling_eval.interpolate(plain, 4, name) == 77).all() and upsampling_eval.interpolate(plain, 4, name).shape == (
+            2,
+            32,
+            32,
+            3,
+        )
 
 
 def with_sections(**sections: dict[str, object]) -> RunConfig:

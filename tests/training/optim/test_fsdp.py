@@ -24,7 +24,7 @@ from training.models.decoder import DecoderConfig
 from training.models.diffusion_prior import PriorConfig
 from training.models.upsampler import UpsamplerConfig
 from training.optim.collectives import own
-from training.optim.loop import LoopConfig, Step
+from training.optim.step import LoopConfig, Step
 
 STEPS, BATCH, STOPPED_AT = 14, 4, 12
 FOLDERS = ("ingest", "curate", "clip", "embed")

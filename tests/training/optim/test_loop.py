@@ -15,7 +15,8 @@ from infra.errors import DataError
 from tests.helpers import forked_processes
 from tests.helpers.gloo_group import meeting
 from training.optim import loop
-from training.optim.loop import LoopConfig, Step, learning_rate, make_optimizers, order
+from training.optim.loop import make_optimizers
+from training.optim.step import LoopConfig, Step, learning_rate, order
 
 CONFIG = LoopConfig(images=400, batch_size=8, learning_rate=1e-2, precision="float32", state_every_s=1e-6, ema_decay=0.9)
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))

@@ -27,7 +27,7 @@ from training.jobs import train as jobs
 from training.models.decoder import DecoderConfig
 from training.models.diffusion_prior import PriorConfig
 from training.models.upsampler import UpsamplerConfig
-from training.optim.loop import LoopConfig, Step
+from training.optim.step import LoopConfig, Step
 
 EPOCHS, BATCH, KILLED_AT = 2, 4, 17
 IMAGES = EPOCHS * COUNT

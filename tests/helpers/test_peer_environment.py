@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import peer_environment
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[2]
 
 
 def test_a_peer_that_is_missing_skips_and_one_that_was_built_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

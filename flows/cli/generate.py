@@ -1,0 +1,119 @@
+"""The command `generate`, and what the other commands that draw share with it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json
+from flows.config.roots import open_for
+from infra.errors import CallerError
+from infra.storage.manifests import Committed
+from infra.storage.store import Root
+
+if TYPE_CHECKING:
+    from training.generation.unclip import Unclip
+
+
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31, help="The same seed gives the same pictures.")]
+
+
+Guidance = Annotated[float | None, typer.Option("--guidance", min=0, max=50, help="Strength of the guidance; by default the recipe's.")]
+
+
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the grid and the pictures go.")]
+
+
+def load_system(opened: Root, run: str | None, more: tuple[str, ...] = ()) -> "tuple[Unclip, dict[str, Any], dict[str, Committed]]":
+    """Return a run's models, its record, and the folders of their stages and of `more`."""
+    from flows.runs.records import committed_of, find_run
+
+    record = find_run(opened, run)
+    stages = {stage: committed_of(opened, record, stage) for stage in ("clip", "prior", "decoder", *more)}
+    from training.generation.unclip import Unclip
+
+    return Unclip.load(stages["clip"].local(), stages["prior"].local(), stages["decoder"].local()), record, stages
+
+
+def guidance_of(model: "Unclip", asked: float | None) -> float:
+    """Return the guidance that is drawn with: what was asked, else the recipe's. It is what pictures remember."""
+    return model.decoder.config.guidance if asked is None else asked
+
+
+def spoken(command: str, text: str) -> str:
+    """Return a text of the command line, which may hold bytes that are no text. Raises CallerError where it says nothing."""
+    if not text.strip():
+        raise CallerError(f"{command}: a caption or prompt is empty")
+    return text.encode("utf-8", "replace").decode()
+
+
+def check_files(files: Iterable[Path], option: str = "") -> None:
+    """Raise CallerError for a file that is not there; `option` is what named it."""
+    for file in files:
+        if not file.is_file():
+            raise CallerError(f"{option} {file}: there is no such file".lstrip())
+
+
+def several(first: str, count: int) -> str:
+    """Return the name of a grid of so many pictures."""
+    return f"{first} and {count - 1} more" if count > 1 else first
+
+
+def tell_pictures(
+    files: Sequence[Path],
+    grid: Path,
+    seed: int,
+    settings: Mapping[str, Any],
+    as_json: bool,
+    figures: Mapping[str, Any] | None = None,
+    note: str = "",
+) -> None:
+    """Print what was drawn: with `as_json` the one object, `figures` in it where there are some, else a line that ends in `note`."""
+    if as_json:
+        measured = {} if figures is None else {"figures": figures}
+        print_json({"seed": seed, "settings": settings, **measured, "files": [str(file) for file in files], "grid": str(grid)})
+        return
+    print(f"{grid}  ({len(files)} pictures beside it{note})")
+
+
+def upsampler_stages(opened: Root, record: dict[str, Any]) -> dict[str, Committed]:
+    """Return the folders of a run's up-samplers in their order. Raises CallerError where it has none."""
+    from flows.runs.records import committed_of
+    from flows.runs.stage import UPSAMPLERS
+
+    return {stage: committed_of(opened, record, stage) for stage in UPSAMPLERS if stage == UPSAMPLERS[0] or stage in record["stages"]}
+
+
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; each prompt is one row of the grid.")],
+    count: Annotated[int, typer.Option("--count", min=1, max=256, help="Pictures of each prompt.")] = 4,
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps; by default the recipe's.")] = None,
+    guidance: Guidance = None,
+    upsample: Annotated[bool, typer.Option("--upsample", help="Enlarge the pictures with the run's up-samplers.")] = False,
+    out: Out = Path("out"),
+    root: RootUri = DEFAULT_ROOT,
+    run: RunName = None,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures from text: one grid, and every picture as a PNG that knows its prompt, seed and settings."""
+    prompts = [spoken("generate", prompt) for prompt in prompts]
+    opened = open_for(root, for_writing=False)
+    model, record, stages = load_system(opened, run)
+    if upsample:
+        behind = upsampler_stages(opened, record)
+        stages |= behind
+        model.upsamplers = tuple(committed.local() for committed in behind.values())
+    steps, guidance = steps or model.decoder.config.sampling_steps, guidance_of(model, guidance)
+    images = model.generate(prompts, count, seed, steps, guidance, upsample)
+    settings = {
+        "run": record["name"],
+        "steps": steps,
+        "guidance": guidance,
+        "count": count,
+        **{stage: committed.key for stage, committed in stages.items()},
+    }
+    from flows.images.png import write_pictures
+
+    tell_pictures(*write_pictures(images, prompts, seed, settings, out), seed, settings, as_json)

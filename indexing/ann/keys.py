@@ -1,0 +1,53 @@
+"""Numbers of 53 bits for pair keys, hashed from Arrow's bytes."""
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from indexing.data.embedding_store import CHUNK_ROWS, Rows
+
+NUMBER_BITS = 53
+"""The numbers survive a client that keeps them as doubles (JavaScript)."""
+
+
+def number_of(key: str) -> int:
+    """Return the number of a key, 0 to 2**53 - 1: the same in every version and every index."""
+    return int(numbers_of(pa.chunked_array([[key]], pa.string()))[0])
+
+
+def numbers_of(keys: pa.ChunkedArray) -> Rows:
+    """Return the numbers of keys (N,)."""
+    return (hashes_of(keys) >> np.uint64(64 - NUMBER_BITS)).astype(np.int64)
+
+
+def hashes_of(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """Return 64 bits of each text (N,): its bytes, eight at a time, through the finaliser of splitmix64 (Steele et al. 2014)."""
+    found = [np.zeros(0, np.uint64)]
+    for chunk in texts.chunks:
+        found += [_hashes(chunk.slice(start, CHUNK_ROWS)) for start in range(0, len(chunk), CHUNK_ROWS)]
+    return np.concatenate(found)
+
+
+def _hashes(texts: pa.Array) -> NDArray[np.uint64]:
+    """Return the hashes of one chunk, those of one length together, from Arrow's own bytes."""
+    _, offsets, data = texts.buffers()
+    ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    encoded = np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8)
+    sizes = np.diff(ends)
+    mixed = np.zeros(len(texts), np.uint64)
+    for size in np.unique(sizes[sizes > 0]).tolist():
+        of_size = np.flatnonzero(sizes == size)
+        padded = np.zeros((len(of_size), -(-size // 8) * 8), np.uint8)
+        padded[:, :size] = encoded[ends[of_size, None] + np.arange(size)]
+        value = np.zeros(len(of_size), np.uint64)
+        for word in padded.view(np.uint64).T:
+            value = np.where(word != 0, _mix(value ^ word), value)  # as bytes of zero are no part of a text, padding is none
+        mixed[of_size] = value
+    return mixed
+
+
+def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

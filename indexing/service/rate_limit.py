@@ -1,0 +1,38 @@
+"""Rate limits by client network: one token bucket for an IPv4 address or an IPv6 /64."""
+
+import ipaddress
+from collections import OrderedDict
+
+CLIENTS_KEPT = 10_000
+
+
+class Buckets:
+    """Token buckets by client address, the least recent forgotten beyond CLIENTS_KEPT."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self.rate, self.burst = rate, burst
+        self._level: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, address: str, cost: float, now: float) -> float:
+        """Take `cost` of the client's tokens; return 0, or the seconds to wait where there are too few."""
+        if self.rate == 0:
+            return 0.0
+        client = network_of(address)
+        level, since = self._level.pop(client, (self.burst, now))
+        level = min(self.burst, level + (now - since) * self.rate)
+        is_allowed = level >= cost
+        self._level[client] = (level - cost if is_allowed else level, now)
+        while len(self._level) > CLIENTS_KEPT:
+            self._level.popitem(last=False)
+        return 0.0 if is_allowed else (cost - level) / self.rate
+
+
+def network_of(address: str) -> str:
+    """Return whose an address is: of IPv6 everybody has a network of 64 bits and all the addresses in it."""
+    try:
+        known = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(known, ipaddress.IPv4Address):
+        return str(known)
+    return str(known.ipv4_mapped or ipaddress.ip_network((known, 64), strict=False))
