@@ -24,6 +24,11 @@ once (OMP_WAIT_POLICY=passive) made training a third slower, and spinning for ev
 core too."""
 
 
+LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Read when Ray is imported and when its processes start: with 0 a Ray of one machine listens on loopback and not on every interface.
+Who reaches it needs Ray's token besides, which a Ray that `ray.init` starts asks for unless RAY_AUTH_MODE says otherwise."""
+
+
 class StageResources(Section):
     """What a stage's own process asks of a cluster that it is submitted to; its workers ask for themselves."""
 
@@ -116,11 +121,23 @@ class Cluster:
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         }.items():
             os.environ.setdefault(name, value)
+        is_local = not self.config.address
+        before = os.environ.get(LOOPBACK_ALONE)
+        if is_local:
+            os.environ[LOOPBACK_ALONE] = "0"
+        try:
+            self._join(is_local)
+        finally:
+            if before is None:  # a cluster that this process starts or joins later is none of loopback
+                os.environ.pop(LOOPBACK_ALONE, None)
+            else:
+                os.environ[LOOPBACK_ALONE] = before
+
+    def _join(self, is_local: bool) -> None:
         import ray
 
         if ray.is_initialized():
             return
-        is_local = not self.config.address
         try:
             _knock(self.config.address)
             ray.init(

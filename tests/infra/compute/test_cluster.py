@@ -1,5 +1,7 @@
 """Ray starts when it is first needed, once, and what was started goes again, also after a SIGKILL."""
 
+import json
+import os
 import subprocess
 import sys
 import time
@@ -95,3 +97,44 @@ def test_no_more_tasks_are_begun_than_may_run_at_once(at_once: int | None, most:
     monkeypatch.setattr(ray, "get", lambda ready: [number * 10 for number in ready])
     made = [each for some in spread(ClusterConfig(), abs, ((number,) for number in range(7)), at_once=at_once) for each in some]
     assert sorted(made) == [number * 10 for number in range(7)] and max(peaks) == most
+
+
+LISTENING = """
+import json, os, time
+from pathlib import Path
+from infra.cluster import Cluster, ClusterConfig
+
+with Cluster(ClusterConfig(num_cpus=1)) as cluster:
+    cluster.start()
+    import ray
+    ray.get(ray.remote(lambda: 1).remote())
+    addresses, limit = set(), time.monotonic() + 8
+    while time.monotonic() < limit:  # Ray's agents come up one by one
+        listening = {}
+        for name in ("tcp", "tcp6"):
+            for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+                columns = line.split()
+                if columns[3] == "0A":
+                    listening[f"socket:[{columns[9]}]"] = columns[1].partition(":")[0]
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if process.name == str(os.getpid()) or b"OUR_RAY=1" in (process / "environ").read_bytes():
+                    addresses |= {listening.get(os.readlink(each), "") for each in (process / "fd").iterdir()}
+            except OSError:
+                continue
+        time.sleep(0.5)
+    print(json.dumps([sorted(addresses - {""}), os.environ["RAY_AUTH_MODE"], "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" in os.environ]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_ray_of_this_machine_listens_on_loopback_alone_and_asks_for_a_token() -> None:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = inherited | {"OUR_RAY": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run([sys.executable, "-c", LISTENING], cwd=HERE, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    addresses, mode, is_left_behind = json.loads(done.stdout.splitlines()[-1])
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert addresses and set(addresses) <= loopback, addresses
+    assert (mode, is_left_behind) == ("token", False)
