@@ -37,7 +37,15 @@ from infra.storage.store import Root, open_root
 
 RETRIES, STORE_RETRIES = 2, 4
 RETRY_AFTER_S = [5.0, 30.0, 120.0, 300.0]
-HOPELESS = (UnclipError, AssertionError, AttributeError, ImportError, NameError, NotImplementedError, TypeError)
+HOPELESS = (
+    UnclipError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+)
 
 
 def is_worth_retrying(_task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
@@ -48,7 +56,9 @@ def is_worth_retrying(_task: Task[Any, Any], run: TaskRun, state: State[Any]) ->
     error = state.data if isinstance(state.data, BaseException) else None
     if INTERRUPTED.is_set():
         return False
-    return isinstance(error, StorageAwayError) or (not isinstance(error, HOPELESS) and run.run_count <= RETRIES)
+    return isinstance(error, StorageAwayError) or (
+        not isinstance(error, HOPELESS) and run.run_count <= RETRIES
+    )
 
 
 @task(
@@ -88,11 +98,22 @@ async def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any
         except ObjectNotFound:
             return
     webhook: Any = await Webhook.aload(name)
-    answer = await webhook.call({"text": f"unclip {runtime.deployment.name}: run {runtime.flow_run.name} {state.name}: {state.message}"})
+    answer = await webhook.call(
+        {
+            "text": f"unclip {runtime.deployment.name}: run {runtime.flow_run.name} {state.name}: {state.message}"
+        }
+    )
     answer.raise_for_status()
 
 
-@flow(name="unclip", flow_run_name="{name}", persist_result=False, retries=0, on_failure=[tell_failure], on_crashed=[tell_failure])
+@flow(
+    name="unclip",
+    flow_run_name="{name}",
+    persist_result=False,
+    retries=0,
+    on_failure=[tell_failure],
+    on_crashed=[tell_failure],
+)
 def run_pipeline(
     recipe: str,
     root: str,
@@ -106,7 +127,9 @@ def run_pipeline(
 
     `targets` are the stages wanted, by default all; `jobs` is the address of a Ray job server that each stage is handed to.
     """
-    from flows.config.run_config import load_recipe  # with torch and faiss, which the tests of the flow itself do without
+    from flows.config.run_config import (
+        load_recipe,
+    )  # with torch and faiss, which the tests of the flow itself do without
 
     config = load_recipe(recipe, overrides or [])
     opened = do("open", open_root, root, Path(scratch) if scratch else None)
@@ -114,7 +137,14 @@ def run_pipeline(
     return run_stages(config, opened, name, recipe, stages_of(config, targets or (), STAGES), jobs)
 
 
-def run_stages(config: Any, root: Root, name: str, recipe: str, stages: Sequence[Stage], jobs: str | None = None) -> dict[str, Any]:
+def run_stages(
+    config: Any,
+    root: Root,
+    name: str,
+    recipe: str,
+    stages: Sequence[Stage],
+    jobs: str | None = None,
+) -> dict[str, Any]:
     """Run the stages as tasks of the flow around it, record the run and leave its artifacts."""
     started = manifests.now()
     results: dict[str, StageResult] = {}
@@ -123,18 +153,34 @@ def run_stages(config: Any, root: Root, name: str, recipe: str, stages: Sequence
             inputs = {name: results[name].committed for name in inputs_of(stage, results)}
             results[stage.name] = do(stage.name, _make, stage, root, config, inputs, cluster, jobs)
     committed = {stage: result.committed for stage, result in results.items()}
-    record = do("record", write_run, root, name, recipe, started, committed, bool(config.evaluate.promote_if))
+    record = do(
+        "record",
+        write_run,
+        root,
+        name,
+        recipe,
+        started,
+        committed,
+        bool(config.evaluate.promote_if),
+    )
     judgement = do("promote", settle, root, config.evaluate.promote_if, record, committed)
     if judgement:
         _say(described(judgement))
     result = summary(root, name, list(results.values()), record["report"], judgement)
     create_table_artifact(table=result["stages"], key="stages", description=f"{name} in {root.uri}")
     if record["report"]:
-        create_link_artifact(link=record["report"], link_text="report", key="report", description=f"{name} in {root.uri}")
+        create_link_artifact(
+            link=record["report"],
+            link_text="report",
+            key="report",
+            description=f"{name} in {root.uri}",
+        )
     return result
 
 
-def _make(stage: Stage, root: Root, config: Any, inputs: Any, cluster: Cluster, jobs: str | None) -> StageResult:
+def _make(
+    stage: Stage, root: Root, config: Any, inputs: Any, cluster: Cluster, jobs: str | None
+) -> StageResult:
     try:
         if jobs:
             result = submit_stage(stage, root, config, inputs, jobs, _say)
@@ -144,12 +190,21 @@ def _make(stage: Stage, root: Root, config: Any, inputs: Any, cluster: Cluster, 
         cluster.stop()  # a retry starts with a fresh Ray
         error.add_note(stage.name)
         if not isinstance(error, UnclipError):
-            get_run_logger().error("this attempt failed", exc_info=True)  # Prefect keeps the story of the last one only
+            get_run_logger().error(
+                "this attempt failed", exc_info=True
+            )  # Prefect keeps the story of the last one only
         raise
     counts = result.committed.manifest["counts"]
     dropped = sum(counts["dropped"].values())
-    took = f"current  {result.key}" if result.state == "current" else f"ran      {result.key}  in {duration(result.seconds)}"
-    _say(f"{stage.name:<10}{took}  out {counts['out']:,}" + (f", dropped {dropped:,}" if dropped else ""))
+    took = (
+        f"current  {result.key}"
+        if result.state == "current"
+        else f"ran      {result.key}  in {duration(result.seconds)}"
+    )
+    _say(
+        f"{stage.name:<10}{took}  out {counts['out']:,}"
+        + (f", dropped {dropped:,}" if dropped else "")
+    )
     return result
 
 

@@ -16,7 +16,10 @@ URLS = pa.schema(
     [
         ("key", pa.string()),  # sample_key(origin, caption)
         ("url", pa.string()),  # what is downloaded
-        ("origin", pa.string()),  # what people and lineage see; equals url unless the source is served on loopback
+        (
+            "origin",
+            pa.string(),
+        ),  # what people and lineage see; equals url unless the source is served on loopback
         ("caption", pa.string()),  # the first phrasing
         ("captions", pa.list_(pa.string())),  # all phrasings, the first included
         ("licence", pa.string()),
@@ -43,7 +46,14 @@ KEEP = pa.schema(
     ]
 )
 
-DROPPED = pa.schema([("key", pa.string()), ("origin", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+DROPPED = pa.schema(
+    [
+        ("key", pa.string()),
+        ("origin", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
 
 EMBEDDED = KEEP
 

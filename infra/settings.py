@@ -14,7 +14,13 @@ class Section(BaseModel):
     outside_key: ClassVar[frozenset[str]] = frozenset()
     """Fields that change how a stage works but not what it makes (threads, time limits): changing one makes nothing stale."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+    )
 
     def keyed(self) -> dict[str, Any]:
         """Return the fields that a stage's content key depends on, JSON-able."""

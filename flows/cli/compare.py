@@ -12,14 +12,24 @@ from infra.errors import CallerError
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="A B...", help="Names of runs in ROOT, or paths of report.json or of its folder.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the page goes.")] = Path("comparison.html"),
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B...",
+            help="Names of runs in ROOT, or paths of report.json or of its folder.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the page goes.")] = Path(
+        "comparison.html"
+    ),
     root: RootUri = DEFAULT_ROOT,
     as_json: Json = False,
 ) -> None:
     """Compare the figures of two or more runs, with intervals, on one page."""
     if len(runs) < 2 or len(set(runs)) < len(runs):
-        raise CallerError("report compare needs two or more different runs: unclip report compare A B")
+        raise CallerError(
+            "report compare needs two or more different runs: unclip report compare A B"
+        )
     from indexing.report import comparison
 
     reports = {run: read_report(run, root) for run in runs}

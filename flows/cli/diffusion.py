@@ -21,18 +21,41 @@ if TYPE_CHECKING:
     from training.generation.unclip import Unclip
 
 Steps = Annotated[
-    int | None, typer.Option("--steps", min=1, max=100_000, help="Sampler steps from T to 0, by default 100; a start at t takes its share.")
+    int | None,
+    typer.Option(
+        "--steps",
+        min=1,
+        max=100_000,
+        help="Sampler steps from T to 0, by default 100; a start at t takes its share.",
+    ),
 ]
-Times = Annotated[list[int] | None, typer.Option("--t", min=1, help="A time t to start from; repeated. By default 25, 50 and 75 % of T.")]
-Told = Annotated[bool, typer.Option("--told", help="Tell the decoder the pictures' CLIP embeddings; by default it is told nothing.")]
+Times = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--t", min=1, help="A time t to start from; repeated. By default 25, 50 and 75 % of T."
+    ),
+]
+Told = Annotated[
+    bool,
+    typer.Option(
+        "--told",
+        help="Tell the decoder the pictures' CLIP embeddings; by default it is told nothing.",
+    ),
+]
 SHARES = (0.25, 0.5, 0.75)
 STEPS = 100
 
 
 def swiss_roll(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the picture goes.")] = Path("out"),
-    steps: Annotated[int, typer.Option("--steps", min=1, max=1_000_000, help="Training steps.")] = 4000,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same figures.")] = 0,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the picture goes.")
+    ] = Path("out"),
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, max=1_000_000, help="Training steps.")
+    ] = 4000,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="The same seed gives the same figures.")
+    ] = 0,
     rates: Annotated[
         list[float] | None,
         typer.Option(
@@ -51,17 +74,25 @@ def swiss_roll(
     if as_json:
         print_json(result)
         return
-    print(f"energy distance  {result['energy_distance']:9.5f}   to fresh data, DPM-Solver++ in 50 steps")
+    print(
+        f"energy distance  {result['energy_distance']:9.5f}   to fresh data, DPM-Solver++ in 50 steps"
+    )
     print(f"data to data     {result['data_to_data']:9.5f}   what chance makes of it")
     print(f"training         {result['seconds']:9.1f} s {result['steps']:,} steps")
     for row in result["by_rate"]:
-        print(f"rate {row['rate']:<12g}{row['energy_distance']:9.5f}   ancestral, {row['steps']:,} steps")
+        print(
+            f"rate {row['rate']:<12g}{row['energy_distance']:9.5f}   ancestral, {row['steps']:,} steps"
+        )
     print(f"picture          {result['picture']}")
 
 
 def across_time(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; two rows each.")],
-    columns: Annotated[int, typer.Option("--columns", min=2, max=64, help="Times shown, both ends included.")] = 9,
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="What to draw; two rows each.")
+    ],
+    columns: Annotated[
+        int, typer.Option("--columns", min=2, max=64, help="Times shown, both ends included.")
+    ] = 9,
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -80,15 +111,37 @@ def across_time(
     from training.generation import latents
 
     found = latents.across_time(model, prompts, columns, steps, seed, guidance)
-    settings = {"prompts": prompts, "times": found.times, "steps": steps, "guidance": guidance, **settings}
-    _finish(latent_grids.across_time(found, prompts), f"across time {prompts[0]}", seed, settings, {}, out, as_json)
+    settings = {
+        "prompts": prompts,
+        "times": found.times,
+        "steps": steps,
+        "guidance": guidance,
+        **settings,
+    }
+    _finish(
+        latent_grids.across_time(found, prompts),
+        f"across time {prompts[0]}",
+        seed,
+        settings,
+        {},
+        out,
+        as_json,
+    )
 
 
 def shared_latents(
-    images: Annotated[list[Path] | None, typer.Argument(metavar="IMAGE...", help="Pictures; by default held-out ones of the run.")] = None,
-    count: Annotated[int, typer.Option("--count", min=1, max=64, help="Held-out pictures where no IMAGE is given.")] = 4,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="IMAGE...", help="Pictures; by default held-out ones of the run."),
+    ] = None,
+    count: Annotated[
+        int,
+        typer.Option("--count", min=1, max=64, help="Held-out pictures where no IMAGE is given."),
+    ] = 4,
     times: Times = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, max=64, help="Samples from each x_t.")] = 3,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, max=64, help="Samples from each x_t.")
+    ] = 3,
     is_told: Told = False,
     seed: Seed = 0,
     steps: Steps = None,
@@ -103,23 +156,40 @@ def shared_latents(
     from flows.images import latent_grids
     from training.generation import latents
 
-    found = latents.sharing(model.decoder, pictures.x_0, chosen, samples, steps, seed, pictures.z_i if is_told else None)
+    found = latents.sharing(
+        model.decoder, pictures.x_0, chosen, samples, steps, seed, pictures.z_i if is_told else None
+    )
     figures = {
         "rms": [
             {"t": t, "between_samples": round(apart, 3), "to_picture": round(own, 3)}
             for t, apart, own in zip(chosen, found.apart, found.from_picture, strict=True)
         ]
     }
-    settings = {"pictures": pictures.keys, "times": chosen, "samples": samples, "is_told": is_told, "steps": steps, **settings}
+    settings = {
+        "pictures": pictures.keys,
+        "times": chosen,
+        "samples": samples,
+        "is_told": is_told,
+        "steps": steps,
+        **settings,
+    }
     grid = latent_grids.shared(found, pictures, chosen)
     _finish(grid, f"shared latents {pictures.captions[0]}", seed, settings, figures, out, as_json)
 
 
 def interpolate(
-    images: Annotated[list[Path] | None, typer.Argument(metavar="A B", help="Two pictures; by default held-out ones of the run.")] = None,
-    count: Annotated[int, typer.Option("--count", min=1, max=32, help="Held-out pairs where no picture is given.")] = 1,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="A B", help="Two pictures; by default held-out ones of the run."),
+    ] = None,
+    count: Annotated[
+        int,
+        typer.Option("--count", min=1, max=32, help="Held-out pairs where no picture is given."),
+    ] = 1,
     times: Times = None,
-    columns: Annotated[int, typer.Option("--columns", min=2, max=64, help="Blends in a row, both ends included.")] = 9,
+    columns: Annotated[
+        int, typer.Option("--columns", min=2, max=64, help="Blends in a row, both ends included.")
+    ] = 9,
     is_told: Told = False,
     seed: Seed = 0,
     steps: Steps = None,
@@ -130,20 +200,35 @@ def interpolate(
 ) -> None:
     """Blend two pictures in x_t space and draw what lies behind (DDPM, figure 8); `unclip interpolate` blends their meaning instead."""
     if images and len(images) != 2:
-        raise CallerError(f"interpolate: {len(images)} picture{'s' if len(images) > 1 else ''} given: give two, or none for held-out ones")
+        raise CallerError(
+            f"interpolate: {len(images)} picture{'s' if len(images) > 1 else ''} given: give two, or none for held-out ones"
+        )
     model, steps, settings, stages = _open(root, run, steps, not images)
     chosen, pictures = _times(model, times), _pictures(model, images or [], stages, 2 * count, seed)
     if len(pictures) < 2:
-        raise CallerError("interpolate: this run holds out one concept only: give two pictures A and B")
+        raise CallerError(
+            "interpolate: this run holds out one concept only: give two pictures A and B"
+        )
     from flows.images import latent_grids
     from training.generation import latents
 
     first, second = pictures.halves()
     told = (first.z_i, second.z_i) if is_told else None
-    found = latents.interpolation(model.decoder, first.x_0, second.x_0, chosen, columns, steps, seed, told)
-    settings = {"pictures": [first.keys, second.keys], "times": chosen, "columns": columns, "is_told": is_told, "steps": steps, **settings}
+    found = latents.interpolation(
+        model.decoder, first.x_0, second.x_0, chosen, columns, steps, seed, told
+    )
+    settings = {
+        "pictures": [first.keys, second.keys],
+        "times": chosen,
+        "columns": columns,
+        "is_told": is_told,
+        "steps": steps,
+        **settings,
+    }
     grid = latent_grids.interpolation(found, first, second, chosen)
-    _finish(grid, f"x_t {first.captions[0]} to {second.captions[0]}", seed, settings, {}, out, as_json)
+    _finish(
+        grid, f"x_t {first.captions[0]} to {second.captions[0]}", seed, settings, {}, out, as_json
+    )
 
 
 def _open(
@@ -155,7 +240,10 @@ def _open(
     T = model.decoder.schedule.T
     if steps and steps > T:
         raise CallerError(f"--steps {steps}: this decoder has {T}")
-    settings = {"run": record["name"], **{stage: committed.key for stage, committed in stages.items()}}
+    settings = {
+        "run": record["name"],
+        **{stage: committed.key for stage, committed in stages.items()},
+    }
     return model, steps or min(STEPS, T), settings, stages
 
 
@@ -169,7 +257,9 @@ def _times(model: "Unclip", times: list[int] | None) -> list[int]:
     return sorted(set(times)) if times else times_at(schedule, SHARES)
 
 
-def _pictures(model: "Unclip", files: list[Path], stages: "dict[str, Committed]", count: int, seed: int) -> "Described":
+def _pictures(
+    model: "Unclip", files: list[Path], stages: "dict[str, Committed]", count: int, seed: int
+) -> "Described":
     """Read a person's pictures, or draw `count` held-out ones by the seed."""
     from training.generation import reconstruction
 
@@ -177,16 +267,28 @@ def _pictures(model: "Unclip", files: list[Path], stages: "dict[str, Committed]"
         return reconstruction.read_files(model, files)
     shards = stages["ingest"].local() / "shards"
     side_px = model.decoder.config.image_size_px
-    found = reconstruction.read(stages["embed"].local(), shards, "held_out_concept", model.tokenizer, side_px, count, seed)
+    found = reconstruction.read(
+        stages["embed"].local(), shards, "held_out_concept", model.tokenizer, side_px, count, seed
+    )
     if not len(found):
         raise CallerError("this run holds out no concept: give pictures of your own")
     return found
 
 
-def _finish(grid: "Grid", name: str, seed: int, settings: dict[str, Any], figures: dict[str, Any], out: Path, as_json: bool) -> None:
+def _finish(
+    grid: "Grid",
+    name: str,
+    seed: int,
+    settings: dict[str, Any],
+    figures: dict[str, Any],
+    out: Path,
+    as_json: bool,
+) -> None:
     from flows.images.png import write_grid
 
     written = write_grid(grid.images, grid.rows, grid.columns, name, seed, settings, out)
     for row in figures.get("rms", []) if not as_json else ():
-        print(f"t = {row['t']:<6} samples {row['between_samples']:6.1f} apart, {row['to_picture']:6.1f} from the picture (RMS, 0 to 255)")
+        print(
+            f"t = {row['t']:<6} samples {row['between_samples']:6.1f} apart, {row['to_picture']:6.1f} from the picture (RMS, 0 to 255)"
+        )
     tell_pictures(*written, seed, settings, as_json, figures)

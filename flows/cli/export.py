@@ -25,10 +25,18 @@ class Format(StrEnum):
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make; it must not exist yet, or be empty.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="The folder to make; it must not exist yet, or be empty."
+        ),
+    ],
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
-    kind: Annotated[Format, typer.Option("--format", help="The whole system, or its CLIP for the package open_clip.")] = Format.UNCLIP,
+    kind: Annotated[
+        Format,
+        typer.Option("--format", help="The whole system, or its CLIP for the package open_clip."),
+    ] = Format.UNCLIP,
     as_json: Json = False,
 ) -> None:
     """Write a run's models, card and lineage into one folder that needs no Ray, no Prefect and no network to draw."""
@@ -44,8 +52,19 @@ def export(
     else:
         written = write_export(opened, record, folder)
     if as_json:
-        print_json({"folder": str(folder), "run": record["name"], "files": written, "bytes": sum(each["bytes"] for each in written)})
+        print_json(
+            {
+                "folder": str(folder),
+                "run": record["name"],
+                "files": written,
+                "bytes": sum(each["bytes"] for each in written),
+            }
+        )
         return
     size = f"{sum(each['bytes'] for each in written) / 1e6:.1f} MB"
-    hint = f'open_clip.create_model("local-dir:{folder}") loads it' if kind is Format.OPEN_CLIP else "its README.md says what it is"
+    hint = (
+        f'open_clip.create_model("local-dir:{folder}") loads it'
+        if kind is Format.OPEN_CLIP
+        else "its README.md says what it is"
+    )
     print(f"{folder}  ({size}; {hint})")

@@ -16,24 +16,41 @@ if TYPE_CHECKING:
     from training.generation.unclip import Unclip
 
 
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31, help="The same seed gives the same pictures.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**31, help="The same seed gives the same pictures.")
+]
 
 
-Guidance = Annotated[float | None, typer.Option("--guidance", min=0, max=50, help="Strength of the guidance; by default the recipe's.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance", min=0, max=50, help="Strength of the guidance; by default the recipe's."
+    ),
+]
 
 
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the grid and the pictures go.")]
+Out = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Where the grid and the pictures go.")
+]
 
 
-def load_system(opened: Root, run: str | None, more: tuple[str, ...] = ()) -> "tuple[Unclip, dict[str, Any], dict[str, Committed]]":
+def load_system(
+    opened: Root, run: str | None, more: tuple[str, ...] = ()
+) -> "tuple[Unclip, dict[str, Any], dict[str, Committed]]":
     """Return a run's models, its record, and the folders of their stages and of `more`."""
     from flows.runs.records import committed_of, find_run
 
     record = find_run(opened, run)
-    stages = {stage: committed_of(opened, record, stage) for stage in ("clip", "prior", "decoder", *more)}
+    stages = {
+        stage: committed_of(opened, record, stage) for stage in ("clip", "prior", "decoder", *more)
+    }
     from training.generation.unclip import Unclip
 
-    return Unclip.load(stages["clip"].local(), stages["prior"].local(), stages["decoder"].local()), record, stages
+    return (
+        Unclip.load(stages["clip"].local(), stages["prior"].local(), stages["decoder"].local()),
+        record,
+        stages,
+    )
 
 
 def guidance_of(model: "Unclip", asked: float | None) -> float:
@@ -72,7 +89,15 @@ def tell_pictures(
     """Print what was drawn: with `as_json` the one object, `figures` in it where there are some, else a line that ends in `note`."""
     if as_json:
         measured = {} if figures is None else {"figures": figures}
-        print_json({"seed": seed, "settings": settings, **measured, "files": [str(file) for file in files], "grid": str(grid)})
+        print_json(
+            {
+                "seed": seed,
+                "settings": settings,
+                **measured,
+                "files": [str(file) for file in files],
+                "grid": str(grid),
+            }
+        )
         return
     print(f"{grid}  ({len(files)} pictures beside it{note})")
 
@@ -82,16 +107,32 @@ def upsampler_stages(opened: Root, record: dict[str, Any]) -> dict[str, Committe
     from flows.runs.records import committed_of
     from flows.runs.stage import UPSAMPLERS
 
-    return {stage: committed_of(opened, record, stage) for stage in UPSAMPLERS if stage == UPSAMPLERS[0] or stage in record["stages"]}
+    return {
+        stage: committed_of(opened, record, stage)
+        for stage in UPSAMPLERS
+        if stage == UPSAMPLERS[0] or stage in record["stages"]
+    }
 
 
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw; each prompt is one row of the grid.")],
-    count: Annotated[int, typer.Option("--count", min=1, max=256, help="Pictures of each prompt.")] = 4,
+    prompts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PROMPT...", help="What to draw; each prompt is one row of the grid."
+        ),
+    ],
+    count: Annotated[
+        int, typer.Option("--count", min=1, max=256, help="Pictures of each prompt.")
+    ] = 4,
     seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps; by default the recipe's.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, max=1000, help="Denoising steps; by default the recipe's."),
+    ] = None,
     guidance: Guidance = None,
-    upsample: Annotated[bool, typer.Option("--upsample", help="Enlarge the pictures with the run's up-samplers.")] = False,
+    upsample: Annotated[
+        bool, typer.Option("--upsample", help="Enlarge the pictures with the run's up-samplers.")
+    ] = False,
     out: Out = Path("out"),
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,

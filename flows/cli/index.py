@@ -19,12 +19,30 @@ MANY = 8
 MAX_LINES = 1_000_000
 ALIKE_CANDIDATES = 64
 
-Urls = Annotated[list[str] | None, typer.Option("--url", metavar="URL", help="Where the picture came from; may be repeated.")]
-Keys = Annotated[
-    list[str] | None, typer.Option("--key", metavar="KEY", help="Its key, as `unclip search --json` prints it; may be repeated.")
+Urls = Annotated[
+    list[str] | None,
+    typer.Option("--url", metavar="URL", help="Where the picture came from; may be repeated."),
 ]
-Images = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="The picture itself, or a copy that looks like it.")]
-TextFile = Annotated[Path | None, typer.Option("--text-file", metavar="FILE", help="A list, one URL, key or whole caption a line.")]
+Keys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--key",
+        metavar="KEY",
+        help="Its key, as `unclip search --json` prints it; may be repeated.",
+    ),
+]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image", metavar="FILE", help="The picture itself, or a copy that looks like it."
+    ),
+]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--text-file", metavar="FILE", help="A list, one URL, key or whole caption a line."
+    ),
+]
 
 
 class WithBuild(TyperGroup):
@@ -36,16 +54,29 @@ class WithBuild(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=WithBuild, help="Build a run's index, and keep it in order.", no_args_is_help=True, rich_markup_mode=None)
-app.command(BUILD, help="Run the stage index, with what it needs; `unclip index RECIPE` is short for it.")(run_command.verb("index"))
+app = typer.Typer(
+    cls=WithBuild,
+    help="Build a run's index, and keep it in order.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.command(
+    BUILD, help="Run the stage index, with what it needs; `unclip index RECIPE` is short for it."
+)(run_command.verb("index"))
 
 
 @app.command()
 def add(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Pictures beside .txt captions, or an embed folder made by the run's CLIP.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Pictures beside .txt captions, or an embed folder made by the run's CLIP.",
+        ),
     ],
-    licence: Annotated[str, typer.Option("--licence", metavar="NAME", help="Licence of the pictures.")] = "",
+    licence: Annotated[
+        str, typer.Option("--licence", metavar="NAME", help="Licence of the pictures.")
+    ] = "",
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
     as_json: Json = False,
@@ -62,9 +93,13 @@ def add(
         say(f"unclip: {line}")
     committed, reasons = add_folder(opened, known, view, folder, licence)
     result = {**reasons, "addition": committed.uri if committed else None}
-    print_json(result) if as_json else print(", ".join(f"{name} {count:,}" for name, count in reasons.items()))
+    print_json(result) if as_json else print(
+        ", ".join(f"{name} {count:,}" for name, count in reasons.items())
+    )
     if committed and len(known.additions) >= MANY:
-        say(f"unclip: a query looks into {len(known.additions) + 1} additions, one after another: `unclip index merge` makes one of them")
+        say(
+            f"unclip: a query looks into {len(known.additions) + 1} additions, one after another: `unclip index merge` makes one of them"
+        )
 
 
 @app.command()
@@ -77,7 +112,9 @@ def merge(root: RootUri = DEFAULT_ROOT, run: RunName = None, as_json: Json = Fal
     if as_json:
         print_json({"merged": count if merged else 0, "addition": merged.uri if merged else None})
     elif merged:
-        print(f"{count} additions, {merged.manifest['counts']['out']:,} samples, are one: {merged.stage}/{merged.key}")
+        print(
+            f"{count} additions, {merged.manifest['counts']['out']:,} samples, are one: {merged.stage}/{merged.key}"
+        )
     else:
         print(f"nothing to merge: {'one addition' if count else 'no additions'}")
 
@@ -88,7 +125,9 @@ def remove(
     key: Keys = None,
     image: Images = None,
     text_file: TextFile = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be taken down, and take nothing down.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be taken down, and take nothing down.")
+    ] = False,
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
     as_json: Json = False,
@@ -105,7 +144,9 @@ def remove(
         "list": text_file.name if text_file else "",
     }
     if not rows and not urls:
-        raise CallerError("nothing in ROOT is meant by that: look it up with `unclip search --json`")
+        raise CallerError(
+            "nothing in ROOT is meant by that: look it up with `unclip search --json`"
+        )
     trained = []
     if not dry_run:
         entry = takedown.take_down(opened, rows, asked, urls)
@@ -118,9 +159,13 @@ def remove(
     if as_json:
         print_json(result)
         return
-    print(f"{'would remove' if dry_run else 'removed'} {len(result['removed']):,}: {', '.join(result['removed'][:10])}")
+    print(
+        f"{'would remove' if dry_run else 'removed'} {len(result['removed']):,}: {', '.join(result['removed'][:10])}"
+    )
     if trained:
-        print(f"trained into {', '.join(trained)}: the next `unclip run` trains them again without it")
+        print(
+            f"trained into {', '.join(trained)}: the next `unclip run` trains them again without it"
+        )
 
 
 @app.command()
@@ -169,7 +214,12 @@ def verify(
 
 
 def _meant(
-    root: Root, run: str | None, urls: list[str] | None, keys: list[str] | None, images: list[Path] | None, text_file: Path | None
+    root: Root,
+    run: str | None,
+    urls: list[str] | None,
+    keys: list[str] | None,
+    images: list[Path] | None,
+    text_file: Path | None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the samples in ROOT that the options mean, and the URLs that are meant whether a sample is there or not."""
     if not (urls or keys or images or text_file):
@@ -217,4 +267,10 @@ def _alike(root: Root, run: str | None, file: Path) -> list[dict[str, Any]]:
     own = look_of(read_file(file, side_px))
     hits = view.search(embed.embed_images(known.clip.local(), [file])[0], ALIKE_CANDIDATES)
     pictured = [hit for hit in hits if hit.facts["shard"]]
-    return [hit.facts for hit in pictured if is_alike(own, look_of(read_picture(hit.facts, view.segments[hit.segment].shards, side_px)))]
+    return [
+        hit.facts
+        for hit in pictured
+        if is_alike(
+            own, look_of(read_picture(hit.facts, view.segments[hit.segment].shards, side_px))
+        )
+    ]

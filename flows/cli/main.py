@@ -12,7 +12,20 @@ from typing import Annotated
 
 import typer
 
-from flows.cli import compare, export, generate, index, manipulate, prune, recipe, run, schedule, search, serve, upsample
+from flows.cli import (
+    compare,
+    export,
+    generate,
+    index,
+    manipulate,
+    prune,
+    recipe,
+    run,
+    schedule,
+    search,
+    serve,
+    upsample,
+)
 from flows.cli import diffusion as diffusion_commands
 from infra.compute.cluster import SPIN_COUNT
 from infra.errors import UnclipError
@@ -29,9 +42,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-train = typer.Typer(help="Train one model, with what it needs.", no_args_is_help=True, rich_markup_mode=None)
+train = typer.Typer(
+    help="Train one model, with what it needs.", no_args_is_help=True, rich_markup_mode=None
+)
 diffusion = typer.Typer(
-    help="The lecture's pictures: the Swiss roll, and what a decoder's x_t holds.", no_args_is_help=True, rich_markup_mode=None
+    help="The lecture's pictures: the Swiss roll, and what a decoder's x_t holds.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 report = typer.Typer(help="Reports of runs.", no_args_is_help=True, rich_markup_mode=None)
@@ -76,7 +93,12 @@ def _tell_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_tell_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
 ) -> None:
     """From URL lists of image-text pairs to a text-to-image system, a search index and a report."""
 
@@ -102,7 +124,11 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if is_debug:
             raise
-        code = _complain(complaint(error, "there") or f"{type(error).__name__}: {error} (--debug shows the traceback)", 1)
+        code = _complain(
+            complaint(error, "there")
+            or f"{type(error).__name__}: {error} (--debug shows the traceback)",
+            1,
+        )
     if code == INTERRUPTED:  # typer returns it as well
         _complain("interrupted; the same command goes on from here", code)
     sys.exit(code)

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.generate import Guidance, Out, Seed, check_files, guidance_of, load_system, several, spoken, tell_pictures
+from flows.cli.generate import (
+    Guidance,
+    Out,
+    Seed,
+    check_files,
+    guidance_of,
+    load_system,
+    several,
+    spoken,
+    tell_pictures,
+)
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName
 from flows.config.roots import open_for
 from infra.errors import CallerError
@@ -21,7 +31,10 @@ if TYPE_CHECKING:
     from infra.storage.manifests import Committed
     from training.generation.unclip import Unclip
 
-Steps = Annotated[int, typer.Option("--steps", min=1, max=1000, help="DDIM steps, both down to noise and back up.")]
+Steps = Annotated[
+    int,
+    typer.Option("--steps", min=1, max=1000, help="DDIM steps, both down to noise and back up."),
+]
 STEPS = 25
 FIGURE_7 = "2,5,10,20,30,40,80,120,160,200,320"
 
@@ -41,7 +54,13 @@ def vary(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP file.")],
     count: Annotated[int, typer.Option("--count", min=1, max=256, help="Variations in a row.")] = 6,
     eta: Annotated[
-        list[float] | None, typer.Option("--eta", min=0, max=1, help="0 gives the picture back, 1 strays furthest; repeated: one row each.")
+        list[float] | None,
+        typer.Option(
+            "--eta",
+            min=0,
+            max=1,
+            help="0 gives the picture back, 1 strays furthest; repeated: one row each.",
+        ),
     ] = None,
     seed: Seed = 0,
     steps: Steps = STEPS,
@@ -61,22 +80,56 @@ def vary(
     latents = manipulations.invert(opened.model, opened.pictures, steps, guidance)
     etas = eta or [1.0]
     rows = [
-        np.concatenate([opened.shown, latents.rebuilt, manipulations.vary(opened.model, latents, each, count, seed, steps, guidance)])
+        np.concatenate(
+            [
+                opened.shown,
+                latents.rebuilt,
+                manipulations.vary(opened.model, latents, each, count, seed, steps, guidance),
+            ]
+        )
         for each in etas
     ]
     columns = ["the picture", "rebuilt", *(f"variation {place + 1}" for place in range(count))]
-    settings = {"image": image.name, "eta": etas, "count": count, "steps": steps, "guidance": guidance, **opened.settings}
+    settings = {
+        "image": image.name,
+        "eta": etas,
+        "count": count,
+        "steps": steps,
+        "guidance": guidance,
+        **opened.settings,
+    }
     labels = [f"{image.name}, eta = {each:g}" for each in etas]
-    _finish(np.stack(rows), labels, columns, f"vary {image.stem}", seed, settings, {"rebuilt_psnr_db": latents.psnr_db}, out, as_json)
+    _finish(
+        np.stack(rows),
+        labels,
+        columns,
+        f"vary {image.stem}",
+        seed,
+        settings,
+        {"rebuilt_psnr_db": latents.psnr_db},
+        out,
+        as_json,
+    )
 
 
 def interpolate(
     first: Annotated[Path, typer.Argument(metavar="A", help="The picture at the left end.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="The picture at the right end.")],
-    columns: Annotated[int, typer.Option("--columns", min=2, max=64, help="Pictures in a row, both ends included.")] = 9,
-    count: Annotated[int, typer.Option("--count", min=1, max=64, help="Rows, each with its own noise of the decoder.")] = 3,
+    columns: Annotated[
+        int, typer.Option("--columns", min=2, max=64, help="Pictures in a row, both ends included.")
+    ] = 9,
+    count: Annotated[
+        int,
+        typer.Option(
+            "--count", min=1, max=64, help="Rows, each with its own noise of the decoder."
+        ),
+    ] = 3,
     slerp_noise: Annotated[
-        bool, typer.Option("--slerp-noise", help="One row whose noise also goes from A's to B's, so that both ends are the pictures.")
+        bool,
+        typer.Option(
+            "--slerp-noise",
+            help="One row whose noise also goes from A's to B's, so that both ends are the pictures.",
+        ),
     ] = False,
     seed: Seed = 0,
     steps: Steps = STEPS,
@@ -97,14 +150,23 @@ def interpolate(
     if slerp_noise:
         latents = manipulations.invert(model, opened.pictures, steps, guidance)
         figures = {"rebuilt_psnr_db": latents.psnr_db}
-        rows = [manipulations.interpolate(model, latents.z_i, columns, seed, latents, steps, guidance)]
+        rows = [
+            manipulations.interpolate(model, latents.z_i, columns, seed, latents, steps, guidance)
+        ]
         labels = ["noise from A's to B's"]
     else:
         z_i = manipulations.embed(model, opened.pictures)
-        rows = [manipulations.interpolate(model, z_i, columns, seed + row, None, steps, guidance) for row in range(count)]
+        rows = [
+            manipulations.interpolate(model, z_i, columns, seed + row, None, steps, guidance)
+            for row in range(count)
+        ]
         labels = [f"noise of seed {seed + row}" for row in range(count)]
     ends = [[opened.shown[:1], row, opened.shown[1:]] for row in rows]
-    heads = [f"A: {first.stem}", *(f"{place / (columns - 1):.2f}" for place in range(columns)), f"B: {second.stem}"]
+    heads = [
+        f"A: {first.stem}",
+        *(f"{place / (columns - 1):.2f}" for place in range(columns)),
+        f"B: {second.stem}",
+    ]
     settings = {
         "images": [first.name, second.name],
         "columns": columns,
@@ -114,7 +176,17 @@ def interpolate(
         **opened.settings,
     }
     name = f"interpolate {first.stem} {second.stem}{' noise' if slerp_noise else ''}"
-    _finish(np.stack([np.concatenate(parts) for parts in ends]), labels, heads, name, seed, settings, figures, out, as_json)
+    _finish(
+        np.stack([np.concatenate(parts) for parts in ends]),
+        labels,
+        heads,
+        name,
+        seed,
+        settings,
+        figures,
+        out,
+        as_json,
+    )
 
 
 def textdiff(
@@ -122,9 +194,18 @@ def textdiff(
     before: Annotated[str, typer.Argument(metavar="FROM", help='What it shows, or "a photo".')],
     after: Annotated[str, typer.Argument(metavar="TO", help="What it should become.")],
     theta: Annotated[
-        float, typer.Option("--theta", min=0, max=1, help="How far to go, as a share of the angle; unCLIP: 0.25 to 0.5.")
+        float,
+        typer.Option(
+            "--theta",
+            min=0,
+            max=1,
+            help="How far to go, as a share of the angle; unCLIP: 0.25 to 0.5.",
+        ),
     ] = 0.5,
-    columns: Annotated[int, typer.Option("--columns", min=2, max=64, help="Pictures from the rebuilt one to theta.")] = 8,
+    columns: Annotated[
+        int,
+        typer.Option("--columns", min=2, max=64, help="Pictures from the rebuilt one to theta."),
+    ] = 8,
     seed: Seed = 0,
     steps: Steps = STEPS,
     guidance: Guidance = None,
@@ -136,7 +217,9 @@ def textdiff(
     """Turn a picture from one caption towards another, its noise from DDIM inversion kept (unCLIP, figure 5)."""
     before, after = spoken("textdiff", before), spoken("textdiff", after)
     if before == after:
-        raise CallerError(f"textdiff: FROM and TO are both {before!r}: there is no difference to follow")
+        raise CallerError(
+            f"textdiff: FROM and TO are both {before!r}: there is no difference to follow"
+        )
     import numpy as np
 
     from training.generation import manipulations
@@ -145,7 +228,9 @@ def textdiff(
     guidance = guidance_of(opened.model, guidance)
     latents = manipulations.invert(opened.model, opened.pictures, steps, guidance)
     try:
-        row = manipulations.text_diff(opened.model, latents, before, after, theta, columns, steps, guidance)
+        row = manipulations.text_diff(
+            opened.model, latents, before, after, theta, columns, steps, guidance
+        )
     except ValueError as error:
         raise CallerError(f"textdiff: {error}") from None
     heads = ["the picture", *(f"theta {weight:.2f}" for weight in np.linspace(0, theta, columns))]
@@ -161,15 +246,30 @@ def textdiff(
     }
     name, label = f"textdiff {image.stem} {after}", f"{image.name}: {before} -> {after}"
     images = np.concatenate([opened.shown, row])[None]
-    _finish(images, [label], heads, name, seed, settings, {"rebuilt_psnr_db": latents.psnr_db}, out, as_json)
+    _finish(
+        images,
+        [label],
+        heads,
+        name,
+        seed,
+        settings,
+        {"rebuilt_psnr_db": latents.psnr_db},
+        out,
+        as_json,
+    )
 
 
 def reconstruct(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG or WebP files; each is one row.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE...", help="PNG, JPEG or WebP files; each is one row."),
+    ],
     pca_dims: Annotated[
         str,
         typer.Option(
-            "--pca-dims", metavar="N,N,...", help="How many principal components of z_i are kept; more than there are are left out."
+            "--pca-dims",
+            metavar="N,N,...",
+            help="How many principal components of z_i are kept; more than there are are left out.",
         ),
     ] = FIGURE_7,
     seed: Seed = 0,
@@ -193,26 +293,49 @@ def reconstruct(
     _, z_train = embedding_dataset.read(opened.stages["embed"].local(), "train")
     dims = [count for count in wanted if count <= z_train.dim]
     if not dims:
-        raise CallerError(f"--pca-dims {pca_dims}: this run's z_i has {z_train.dim} dimensions, ask for that many at most")
-    pca, z_i = Pca.fit(z_train[z_train.sampled()]), manipulations.embed(opened.model, opened.pictures)
-    drawn = manipulations.reconstruct(opened.model, z_i, pca.to(opened.model.device), dims, seed, steps, guidance)
+        raise CallerError(
+            f"--pca-dims {pca_dims}: this run's z_i has {z_train.dim} dimensions, ask for that many at most"
+        )
+    pca, z_i = (
+        Pca.fit(z_train[z_train.sampled()]),
+        manipulations.embed(opened.model, opened.pictures),
+    )
+    drawn = manipulations.reconstruct(
+        opened.model, z_i, pca.to(opened.model.device), dims, seed, steps, guidance
+    )
     held = (pca.eigenvalues.cumsum(0) / pca.eigenvalues.sum()).tolist()
-    columns = [*(f"{count} ({100 * held[count - 1]:.0f} %)" for count in dims), f"all {z_train.dim}", "the picture"]
-    settings = {"images": [file.name for file in images], "pca_dims": dims, "steps": steps, "guidance": guidance, **opened.settings}
+    columns = [
+        *(f"{count} ({100 * held[count - 1]:.0f} %)" for count in dims),
+        f"all {z_train.dim}",
+        "the picture",
+    ]
+    settings = {
+        "images": [file.name for file in images],
+        "pca_dims": dims,
+        "steps": steps,
+        "guidance": guidance,
+        **opened.settings,
+    }
     grid = np.concatenate([drawn, opened.shown[:, None]], 1)
     figures = {"variance_held": {str(count): round(held[count - 1], 4) for count in dims}}
     name = f"reconstruct {several(images[0].stem, len(images))}"
-    _finish(grid, [file.name for file in images], columns, name, seed, settings, figures, out, as_json)
+    _finish(
+        grid, [file.name for file in images], columns, name, seed, settings, figures, out, as_json
+    )
 
 
 def _dims(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and 1 <= int(part) <= 100_000 for part in parts) or len(parts) > 64:
-        raise CallerError(f"--pca-dims {text[:80]}: give up to 64 whole numbers from 1, with commas between them")
+        raise CallerError(
+            f"--pca-dims {text[:80]}: give up to 64 whole numbers from 1, with commas between them"
+        )
     return sorted({int(part) for part in parts})
 
 
-def _open(root: str, run: str | None, images: list[Path], steps: int, more: tuple[str, ...] = ()) -> Opened:
+def _open(
+    root: str, run: str | None, images: list[Path], steps: int, more: tuple[str, ...] = ()
+) -> Opened:
     """Load the run's models and read the pictures, each at the larger of the sides that CLIP and the decoder want."""
     check_files(images)
     from training.generation import manipulations
@@ -222,7 +345,10 @@ def _open(root: str, run: str | None, images: list[Path], steps: int, more: tupl
     if steps > model.decoder.schedule.T:
         raise CallerError(f"--steps {steps}: this decoder has {model.decoder.schedule.T}")
     pictures = manipulations.read(model, images)
-    settings = {"run": record["name"], **{stage: committed.key for stage, committed in stages.items()}}
+    settings = {
+        "run": record["name"],
+        **{stage: committed.key for stage, committed in stages.items()},
+    }
     return Opened(model, settings, stages, pictures, manipulations.as_drawn(model, pictures))
 
 

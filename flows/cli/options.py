@@ -16,26 +16,54 @@ from infra.errors import CallerError
 if TYPE_CHECKING:  # its sections import torch and faiss
     from flows.config.run_config import RunConfig
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML recipe, or the name of a built-in one (quickstart).")]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A TOML recipe, or the name of a built-in one (quickstart)."
+    ),
+]
 RootUri = Annotated[
     str,
     typer.Option(
-        "--root", envvar="UNCLIP_ROOT", metavar="URI", help="Where everything is kept: a folder or an URL such as s3://bucket/prefix."
+        "--root",
+        envvar="UNCLIP_ROOT",
+        metavar="URI",
+        help="Where everything is kept: a folder or an URL such as s3://bucket/prefix.",
     ),
 ]
-Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the run; by default the recipe's.")]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="Name of the run; by default the recipe's."),
+]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key of the recipe, e.g. clip.width=256; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="A.B=C",
+        help="Override one key of the recipe, e.g. clip.width=256; may be repeated.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Address = Annotated[
-    str | None, typer.Option("--address", metavar="RAY", help="Ray cluster to join; by default a small Ray is started for the run.")
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="RAY",
+        help="Ray cluster to join; by default a small Ray is started for the run.",
+    ),
 ]
-RunName = Annotated[str | None, typer.Option("--run", metavar="NAME", help="Which run's models and index; by default the last one's.")]
+RunName = Annotated[
+    str | None,
+    typer.Option(
+        "--run", metavar="NAME", help="Which run's models and index; by default the last one's."
+    ),
+]
 DEFAULT_ROOT = "unclip-data"
 
 
-def load_config(recipe: str, overrides: list[str] | None, address: str | None = None) -> "tuple[RunConfig, list[str]]":
+def load_config(
+    recipe: str, overrides: list[str] | None, address: str | None = None
+) -> "tuple[RunConfig, list[str]]":
     """Return the recipe resolved with all overrides, and those overrides."""
     from flows.config.recipe_file import find_recipe
 

@@ -27,9 +27,17 @@ Folder = tuple[str, str]
 
 
 def prune(
-    delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only listed.")] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove them; without it they are only listed.")
+    ] = False,
     older_than: Annotated[
-        float, typer.Option("--older-than", metavar="DAYS", min=0, help="Only what was committed at least so many days ago.")
+        float,
+        typer.Option(
+            "--older-than",
+            metavar="DAYS",
+            min=0,
+            help="Only what was committed at least so many days ago.",
+        ),
     ] = 7,
     root: RootUri = DEFAULT_ROOT,
     as_json: Json = False,
@@ -45,17 +53,33 @@ def prune(
         why = discard(opened, committed) if delete else ""
         size = sum(file["bytes"] for file in committed.manifest["files"])
         state = ("kept" if why else "removed") if delete else "unused"
-        rows.append({"stage": committed.stage, "key": committed.key, "bytes": size, "state": state, "why": why})
-    left = [_dealt_with(each, delete) for each in (*leftovers(opened), *unfinished(opened, before, _claimed(opened)))]
+        rows.append(
+            {
+                "stage": committed.stage,
+                "key": committed.key,
+                "bytes": size,
+                "state": state,
+                "why": why,
+            }
+        )
+    left = [
+        _dealt_with(each, delete)
+        for each in (*leftovers(opened), *unfinished(opened, before, _claimed(opened)))
+    ]
     if as_json:
         print_json({"root": opened.uri, "folders": rows, "leftovers": left})
         return
     for row in (*rows, *left):
         name = row["path"] if "path" in row else f"{row['stage']}/{row['key']}"
-        print(f"{name}  {row['bytes'] / 1e6:,.1f} MB  {row['state']}" + (f", {row['why']}" if row["why"] else ""))
+        print(
+            f"{name}  {row['bytes'] / 1e6:,.1f} MB  {row['state']}"
+            + (f", {row['why']}" if row["why"] else "")
+        )
     total = sum(row["bytes"] for row in (*rows, *left) if row["state"] != "kept")
     print(
-        f"{total / 1e6:,.1f} MB {'freed' if delete else 'would be freed: --delete removes them'}" if rows or left else "nothing is unused"
+        f"{total / 1e6:,.1f} MB {'freed' if delete else 'would be freed: --delete removes them'}"
+        if rows or left
+        else "nothing is unused"
     )
 
 
@@ -68,14 +92,26 @@ def _dealt_with(leftover: "Leftover", delete: bool) -> dict[str, Any]:
 
 def unused(root: Root, before: datetime) -> list[Committed]:
     """Return the folders that nothing needs and that were committed before a time, those that depend on others first."""
-    from flows.orchestration.stages import STAGES  # with pyarrow, which `unclip --help` does without
+    from flows.orchestration.stages import (
+        STAGES,
+    )  # with pyarrow, which `unclip --help` does without
 
     made = [stage.name for stage in STAGES]
-    there = {(stage, key): found for stage in made for key in store.list_names(root, stage) if (found := manifests.find(root, stage, key))}
+    there = {
+        (stage, key): found
+        for stage in made
+        for key in store.list_names(root, stage)
+        if (found := manifests.find(root, stage, key))
+    }
     limit = before.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     young = [name for name, each in there.items() if each.manifest["finished"] >= limit]
-    newest = [max((each for name, each in there.items() if name[0] == stage), key=_finished, default=None) for stage in made]
-    needed = _with_inputs({*_named(root), *young, *((each.stage, each.key) for each in newest if each)}, there)
+    newest = [
+        max((each for name, each in there.items() if name[0] == stage), key=_finished, default=None)
+        for stage in made
+    ]
+    needed = _with_inputs(
+        {*_named(root), *young, *((each.stage, each.key) for each in newest if each)}, there
+    )
     return [there[name] for name in reversed(there) if name not in needed]
 
 
@@ -97,7 +133,12 @@ def discard(root: Root, committed: Committed) -> str:
 def _named(root: Root) -> set[Folder]:
     """Return what runs, the promoted run and submitted jobs name."""
     records = [store.read_json(root, f"runs/{name}") for name in store.list_names(root, "runs")]
-    named = {item for record in (*records, store.read_json(root, CURRENT)) if record for item in record["stages"].items()}
+    named = {
+        item
+        for record in (*records, store.read_json(root, CURRENT))
+        if record
+        for item in record["stages"].items()
+    }
     for name in store.list_names(root, "jobs"):
         claim = store.read_json(root, f"jobs/{name}")
         named |= set((claim or {"inputs": {}})["inputs"].items())

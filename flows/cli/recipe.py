@@ -20,7 +20,10 @@ WIDTH = 120
 
 def recipe(
     recipe: Recipe,
-    section: Annotated[str | None, typer.Option("--section", metavar="NAME", help="Only this section, such as clip.")] = None,
+    section: Annotated[
+        str | None,
+        typer.Option("--section", metavar="NAME", help="Only this section, such as clip."),
+    ] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -35,10 +38,16 @@ def recipe(
         print("\n".join(_lines(type(config), dict(config), "", section)).strip())
 
 
-def _lines(section: type[Section], values: Mapping[str, Any], path: str, only: str | None = None) -> Iterator[str]:
+def _lines(
+    section: type[Section], values: Mapping[str, Any], path: str, only: str | None = None
+) -> Iterator[str]:
     """Yield a section's lines: its own keys first, then the sections in it."""
     fields = section.model_fields
-    below = {name for name, field in fields.items() if _sections(field) and not isinstance(values[name], Mapping)}
+    below = {
+        name
+        for name, field in fields.items()
+        if _sections(field) and not isinstance(values[name], Mapping)
+    }
     for name, field in fields.items():
         if name not in below:
             yield from _told(" ".join(filter(None, (field.description, _allowed(field)))))
@@ -56,7 +65,9 @@ def _section(path: str, field: FieldInfo, value: Any) -> Iterator[str]:
     about = field.description or ""
     for each in there:
         yield ""
-        yield from _told(f"{about} {_first_line(type(each))}" if is_list else about or _first_line(type(each)))
+        yield from _told(
+            f"{about} {_first_line(type(each))}" if is_list else about or _first_line(type(each))
+        )
         yield head
         yield from _lines(type(each), dict(each), f"{path}.")
         about = ""
@@ -74,13 +85,19 @@ def _defaults(section: type[Section]) -> dict[str, Any]:
     for name, field in section.model_fields.items():
         choices = _choices(field)
         required = choices[0] if len(choices) == 1 else None
-        found[name] = required if field.is_required() else field.get_default(call_default_factory=True)
+        found[name] = (
+            required if field.is_required() else field.get_default(call_default_factory=True)
+        )
     return found
 
 
 def _sections(field: FieldInfo) -> list[type[Section]]:
     """Return the sections that a field may hold."""
-    return [each for each in _parts(field.annotation) if isinstance(each, type) and issubclass(each, Section)]
+    return [
+        each
+        for each in _parts(field.annotation)
+        if isinstance(each, type) and issubclass(each, Section)
+    ]
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
@@ -104,7 +121,12 @@ def _allowed(field: FieldInfo) -> str:
 
 
 def _choices(field: FieldInfo) -> list[Any]:
-    return [each for part in _parts(field.annotation) if get_origin(part) is Literal for each in get_args(part)]
+    return [
+        each
+        for part in _parts(field.annotation)
+        if get_origin(part) is Literal
+        for each in get_args(part)
+    ]
 
 
 def _bound(field: FieldInfo, name: str) -> str:
@@ -124,9 +146,17 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, Section):
-        return _toml({name: each for name, each in value.model_dump(mode="json").items() if each is not None})
+        return _toml(
+            {name: each for name, each in value.model_dump(mode="json").items() if each is not None}
+        )
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{json.dumps(name)} = {_toml(each)}" for name, each in value.items()) + " }" if value else "{}"
+        return (
+            "{ "
+            + ", ".join(f"{json.dumps(name)} = {_toml(each)}" for name, each in value.items())
+            + " }"
+            if value
+            else "{}"
+        )
     if isinstance(value, tuple | list):
         return f"[{', '.join(_toml(each) for each in value)}]"
     return json.dumps(value, ensure_ascii=False)

@@ -10,7 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, print_json, run_name, say
+from flows.cli.options import (
+    DEFAULT_ROOT,
+    Address,
+    Json,
+    Name,
+    Overrides,
+    Recipe,
+    RootUri,
+    load_config,
+    print_json,
+    run_name,
+    say,
+)
 from flows.config.roots import open_for
 from infra.errors import CallerError, UnclipError
 from infra.storage.store import Root
@@ -36,7 +48,12 @@ def run(
     ] = None,
     pairs: Annotated[
         int | None,
-        typer.Option("--pairs", min=1, max=10**12, help="With --dry-run: pairs kept, for the storage they take."),
+        typer.Option(
+            "--pairs",
+            min=1,
+            max=10**12,
+            help="With --dry-run: pairs kept, for the storage they take.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -75,7 +92,12 @@ def status(
     root: RootUri = DEFAULT_ROOT,
     name: Name = None,
     overrides: Overrides = None,
-    checksums: Annotated[bool, typer.Option("--checksums", help="Read every committed file and compare it with its manifest.")] = False,
+    checksums: Annotated[
+        bool,
+        typer.Option(
+            "--checksums", help="Read every committed file and compare it with its manifest."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say of every stage whether it is current, stale (and why) or missing."""
@@ -101,7 +123,9 @@ def status(
         for each in plans:
             broken = manifests.verify(each.committed) if each.committed else []
             if broken:
-                raise StorageError(f"{each.committed.uri if each.committed else ''}: {broken[0]}; remove that folder and run again")
+                raise StorageError(
+                    f"{each.committed.uri if each.committed else ''}: {broken[0]}; remove that folder and run again"
+                )
 
 
 def runs(root: RootUri = DEFAULT_ROOT, as_json: Json = False) -> None:
@@ -179,10 +203,17 @@ def make(
     opened = open_for(root, for_writing=True)
     compact(opened, say)
     plans = plan(opened, config, stages_of(config, targets, STAGES))
-    done = {each.stage.name: each.committed for each in plans if each.state == "current" and each.committed}
+    done = {
+        each.stage.name: each.committed
+        for each in plans
+        if each.state == "current" and each.committed
+    }
     if len(done) == len(plans):
         record = write_run(opened, chosen, recipe, started, done, bool(config.evaluate.promote_if))
-        results = [StageResult(stage, committed.key, "current", 0.0, committed) for stage, committed in done.items()]
+        results = [
+            StageResult(stage, committed.key, "current", 0.0, committed)
+            for stage, committed in done.items()
+        ]
         judgement = settle(opened, config.evaluate.promote_if, record, done)
         if judgement:
             say(described(judgement))
@@ -193,14 +224,23 @@ def make(
 
 
 def _run_flow(
-    opened: Root, root: str, recipe: str, name: str, overrides: list[str], targets: list[str], jobs: str | None
+    opened: Root,
+    root: str,
+    recipe: str,
+    name: str,
+    overrides: list[str],
+    targets: list[str],
+    jobs: str | None,
 ) -> dict[str, Any]:
     """Run the flow with Prefect's, Ray's and other chatter in a log file, and return its result."""
     from flows.scheduling.prefect_server import prefect_server
     from infra.console.log_redirect import noting_interrupts, quiet_terminal
 
     logs = (opened.folder or opened.scratch) / "logs"
-    with noting_interrupts(), quiet_terminal(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
+    with (
+        noting_interrupts(),
+        quiet_terminal(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.log") as log,
+    ):
         say(f"run {name} in {opened.uri}, log {log}")
         try:
             with prefect_server(opened.scratch / "prefect"):
@@ -219,7 +259,9 @@ def _run_flow(
             if own:  # Prefect, too, may fail for want of space, when it is to note that
                 raise type(own)(f"{_stage_of(own)}{own}") from error
             last_line = (str(error).strip().splitlines() or [""])[-1]
-            raise UnclipError(f"{_stage_of(error)}{type(error).__name__}: {last_line}; the whole story is in {log}") from error
+            raise UnclipError(
+                f"{_stage_of(error)}{type(error).__name__}: {last_line}; the whole story is in {log}"
+            ) from error
 
 
 def _drain_prefect() -> None:
@@ -248,7 +290,11 @@ def _print_stages(result: dict[str, Any]) -> None:
     print(f"run {result['run']} in {result['root']}")
     for each in result["stages"]:
         size = f"{each['parameters'] / 1e6:.2f} M parameters" if "parameters" in each else ""
-        size += f" (the paper's: {each['paper_parameters'] / 1e6:,.0f} M)" if "paper_parameters" in each else ""
+        size += (
+            f" (the paper's: {each['paper_parameters'] / 1e6:,.0f} M)"
+            if "paper_parameters" in each
+            else ""
+        )
         took = f"{each['seconds']:8.1f} s" if each.get("seconds") else ""
         notes = ", ".join(note for note in (size, each.get("why", ""), took) if note)
         print(f"{each['stage']:<12}{each['state']:<9}{each['key']}  {notes}".rstrip())

@@ -15,25 +15,66 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.options import DEFAULT_ROOT, Address, Json, Name, Overrides, Recipe, RootUri, load_config, print_json, run_name
+from flows.cli.options import (
+    DEFAULT_ROOT,
+    Address,
+    Json,
+    Name,
+    Overrides,
+    Recipe,
+    RootUri,
+    load_config,
+    print_json,
+    run_name,
+)
 from flows.config.roots import open_for
 from infra.console.log_redirect import terminated
 from infra.errors import CallerError, UnclipError
 from infra.storage.store import Root
 
-Cron = Annotated[str, typer.Option("--cron", metavar="CRON", help='When, as in a crontab: "0 3 * * *" is every night at three.')]
-Every = Annotated[int, typer.Option("--every", metavar="SECONDS", min=0, help="Or every so many seconds, counted from now.")]
-Timezone = Annotated[str, typer.Option("--timezone", metavar="ZONE", help="The time zone of --cron, such as Europe/Berlin.")]
-Stages = Annotated[list[str] | None, typer.Option("--stage", metavar="STAGE", help="Only this stage and what it needs; may be repeated.")]
+Cron = Annotated[
+    str,
+    typer.Option(
+        "--cron", metavar="CRON", help='When, as in a crontab: "0 3 * * *" is every night at three.'
+    ),
+]
+Every = Annotated[
+    int,
+    typer.Option(
+        "--every", metavar="SECONDS", min=0, help="Or every so many seconds, counted from now."
+    ),
+]
+Timezone = Annotated[
+    str,
+    typer.Option(
+        "--timezone", metavar="ZONE", help="The time zone of --cron, such as Europe/Berlin."
+    ),
+]
+Stages = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stage", metavar="STAGE", help="Only this stage and what it needs; may be repeated."
+    ),
+]
 Jobs = Annotated[
-    str | None, typer.Option("--submit", metavar="URL", help="Hand each stage to this Ray job server, as `unclip submit` does.")
+    str | None,
+    typer.Option(
+        "--submit",
+        metavar="URL",
+        help="Hand each stage to this Ray job server, as `unclip submit` does.",
+    ),
 ]
 NOTIFY = "UNCLIP_NOTIFY_URL"
 
 
 def submit(
     recipe: Recipe,
-    address: Annotated[str, typer.Option("--address", metavar="URL", help="Ray's job server, such as http://head:8265.")],
+    address: Annotated[
+        str,
+        typer.Option(
+            "--address", metavar="URL", help="Ray's job server, such as http://head:8265."
+        ),
+    ],
     root: RootUri = DEFAULT_ROOT,
     name: Name = None,
     overrides: Overrides = None,
@@ -59,8 +100,12 @@ def schedule(
     address: Address = None,
     stages: Stages = None,
     jobs: Jobs = None,
-    paused: Annotated[bool, typer.Option("--paused", help="Make it, but start nothing until it is resumed.")] = False,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove the deployment instead.")] = False,
+    paused: Annotated[
+        bool, typer.Option("--paused", help="Make it, but start nothing until it is resumed.")
+    ] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove the deployment instead.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make or renew a Prefect deployment that runs the recipe on a schedule; $UNCLIP_NOTIFY_URL hears of failures."""
@@ -69,7 +114,9 @@ def schedule(
     if remove:
         result = schedules.remove(run_name(recipe, name))
     else:
-        plan, _ = _plan(recipe, root, name, overrides, address, stages, jobs, cron, every, timezone, paused)
+        plan, _ = _plan(
+            recipe, root, name, overrides, address, stages, jobs, cron, every, timezone, paused
+        )
         result = schedules.deploy(plan, os.environ.get(NOTIFY, ""))
     print_json(result) if as_json else _print(result)
 
@@ -85,13 +132,20 @@ def up(
     address: Address = None,
     stages: Stages = None,
     jobs: Jobs = None,
-    port: Annotated[int, typer.Option("--port", min=1024, max=65535, help="Port of Prefect's server and page, on loopback.")] = 4200,
+    port: Annotated[
+        int,
+        typer.Option(
+            "--port", min=1024, max=65535, help="Port of Prefect's server and page, on loopback."
+        ),
+    ] = 4200,
     as_json: Json = False,
 ) -> None:
     """Start a Prefect server and a worker here, schedule the recipe on them, and stay until interrupted."""
     from infra.console.log_redirect import quiet_terminal
 
-    plan, opened = _plan(recipe, root, name, overrides, address, stages, jobs, cron, every, timezone, False)
+    plan, opened = _plan(
+        recipe, root, name, overrides, address, stages, jobs, cron, every, timezone, False
+    )
     home = (opened.folder or opened.scratch) / "prefect"
     with quiet_terminal(home / f"up-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
         from flows.scheduling.prefect_server import TOKEN_FILE, lasting_server
@@ -139,7 +193,9 @@ def _plan(
     from flows.runs.planning import stages_of
     from flows.scheduling import deployments as schedules
 
-    config, given = load_config(recipe, overrides, address)  # a recipe with a mistake is refused now, not at three in the morning
+    config, given = load_config(
+        recipe, overrides, address
+    )  # a recipe with a mistake is refused now, not at three in the morning
     opened = open_for(root, for_writing=True)
     stages_of(config, stages or (), STAGES)
     path = find_recipe(recipe)
@@ -156,7 +212,9 @@ def _plan(
     }
     if not cron and not every:
         raise CallerError('a schedule needs --cron "0 3 * * *" or --every SECONDS, one of them')
-    return schedules.Plan(run_name(recipe, name), parameters, Path.cwd(), cron, timezone, every, paused), opened
+    return schedules.Plan(
+        run_name(recipe, name), parameters, Path.cwd(), cron, timezone, every, paused
+    ), opened
 
 
 @contextmanager
@@ -164,10 +222,24 @@ def _worker(home: Path) -> Iterator["subprocess.Popen[bytes]"]:
     from flows.scheduling.deployments import POOL, WORKER_SETTINGS
     from flows.scheduling.prefect_server import die_with_parent
 
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", f"up-{os.getpid()}"]
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "worker",
+        "start",
+        "--pool",
+        POOL,
+        "--type",
+        "process",
+        "--name",
+        f"up-{os.getpid()}",
+    ]
     worker = subprocess.Popen(
         command,
-        env=os.environ | WORKER_SETTINGS | {"PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_HOME": str(home)},
+        env=os.environ
+        | WORKER_SETTINGS
+        | {"PREFECT_WORKER_QUERY_SECONDS": "2", "PREFECT_HOME": str(home)},
         stdin=subprocess.DEVNULL,
         stdout=1,  # the log while `quiet_terminal` is open
         stderr=2,

@@ -18,9 +18,16 @@ if TYPE_CHECKING:
 
 
 def search(
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="What the pictures should show.")] = None,
-    image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="Search with a picture instead of a text.")] = None,
-    key: Annotated[str | None, typer.Option("--key", metavar="KEY", help="More like the sample with this key.")] = None,
+    text: Annotated[
+        str | None, typer.Argument(metavar="TEXT", help="What the pictures should show.")
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option("--image", metavar="FILE", help="Search with a picture instead of a text."),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="KEY", help="More like the sample with this key.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many results.")] = 10,
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
@@ -28,7 +35,9 @@ def search(
 ) -> None:
     """Search the pictures of a run by text, by picture or by another of its pictures."""
     if sum(each is not None for each in (text, image, key)) != 1:
-        raise CallerError('search needs a text, --image FILE or --key KEY, one of them: unclip search "a red heart"')
+        raise CallerError(
+            'search needs a text, --image FILE or --key KEY, one of them: unclip search "a red heart"'
+        )
     if text is not None and not text.strip():
         raise CallerError("search: the text is empty")
     check_files([image] if image else [], "--image")
@@ -40,14 +49,21 @@ def search(
     if key is not None:
         own = view.find_key(key)
         if own is None:
-            raise CallerError(f"no sample in the index has the key {key!r}: `unclip search --json` prints keys")
+            raise CallerError(
+                f"no sample in the index has the key {key!r}: `unclip search --json` prints keys"
+            )
         query, without = view.vector(own), frozenset({own.facts["sha256"]})
     elif image is not None:
         query = embed.embed_images(known.clip.local(), [image])[0]
     else:
         query = embed.embed_texts(known.clip.local(), [spoken("search", text or "")])[0]
     found = [
-        {"key": hit.facts["key"], "score": round(hit.score, 4), "caption": hit.facts["caption"], "url": hit.facts["origin"]}
+        {
+            "key": hit.facts["key"],
+            "score": round(hit.score, 4),
+            "caption": hit.facts["caption"],
+            "url": hit.facts["origin"],
+        }
         for hit in view.search(query, k, without=without)
     ]
     if as_json:

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from indexing.ann.view import Segment
     from indexing.service.state import Encoders, Opened, Parts, ServeConfig, Service
 
-QUERY_RULES = Rules(timeout_s=10, retries=0, max_bytes=8 << 20, max_pixels=32 << 20, allow_private=False)
+QUERY_RULES = Rules(
+    timeout_s=10, retries=0, max_bytes=8 << 20, max_pixels=32 << 20, allow_private=False
+)
 TOKEN = "UNCLIP_TOKEN"
 
 
@@ -62,16 +64,37 @@ class Replicated(Section):
 
 def serve(
     host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; any but loopback needs a token.")
+        str,
+        typer.Option(
+            "--host",
+            metavar="ADDRESS",
+            help="Address to listen on; any but loopback needs a token.",
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")] = 8080,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")
+    ] = 8080,
     token: Annotated[
         str | None,
-        typer.Option("--token", envvar=TOKEN, metavar="TOKEN", help="What clients must present; better in the environment."),
+        typer.Option(
+            "--token",
+            envvar=TOKEN,
+            metavar="TOKEN",
+            help="What clients must present; better in the environment.",
+        ),
     ] = None,
-    rate: Annotated[float, typer.Option("--rate", min=0, help="Requests a second that one address may make; 0 sets no limit.")] = 50,
+    rate: Annotated[
+        float,
+        typer.Option(
+            "--rate", min=0, help="Requests a second that one address may make; 0 sets no limit."
+        ),
+    ] = 50,
     allow_urls: Annotated[
-        bool, typer.Option("--allow-urls", help="Fetch query pictures from public addresses when a client names an URL.")
+        bool,
+        typer.Option(
+            "--allow-urls",
+            help="Fetch query pictures from public addresses when a client names an URL.",
+        ),
     ] = False,
     allow_origin: Annotated[
         list[str] | None,
@@ -92,10 +115,20 @@ def serve(
     ] = 0,
     replicas: Annotated[
         int | None,
-        typer.Option("--replicas", min=1, max=1000, help="Serve from so many processes, on Ray Serve; by default from this one."),
+        typer.Option(
+            "--replicas",
+            min=1,
+            max=1000,
+            help="Serve from so many processes, on Ray Serve; by default from this one.",
+        ),
     ] = None,
     address: Annotated[
-        str | None, typer.Option("--address", metavar="RAY", help="Ray cluster that the replicas run on; by default a small one here.")
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="RAY",
+            help="Ray cluster that the replicas run on; by default a small one here.",
+        ),
     ] = None,
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
@@ -105,7 +138,9 @@ def serve(
     Without --run it follows the promoted run, or the last one where no gate is set. What is removed is gone from the next query on.
     """
     if token is None and not is_loopback(host):
-        raise CallerError(f"--host {host} can be reached from elsewhere: set {TOKEN} to a secret of at least 16 characters")
+        raise CallerError(
+            f"--host {host} can be reached from elsewhere: set {TOKEN} to a secret of at least 16 characters"
+        )
     check_token(token)
     origins = tuple(as_origin(each) for each in allow_origin or ())
     opened = open_for(root, for_writing=False)
@@ -136,19 +171,30 @@ def serve(
         allow_origins=origins,
         removal_lag_s=removal_lag,
     )
-    run_service(service, config, lambda address: say(f"{version.view.count:,} pictures of run {version.name} at {address}"))
+    run_service(
+        service,
+        config,
+        lambda address: say(f"{version.view.count:,} pictures of run {version.name} at {address}"),
+    )
 
 
-def serve_replicas(opened: Root, asked: Replicated, host: str, port: int, token: str | None, address: str | None) -> None:
+def serve_replicas(
+    opened: Root, asked: Replicated, host: str, port: int, token: str | None, address: str | None
+) -> None:
     """Deploy the replicas on Ray and stay until interrupted. A Ray of our own gives them the token; another's nodes must have it."""
     from flows.live_index.lineage import lineage
 
     name = lineage(opened, asked.run).record["name"]  # what is not there is known before Ray starts
     if token is not None and not address:
         os.environ[TOKEN] = token
-    cores = max(len(os.sched_getaffinity(0)), asked.replicas)  # more replicas than cores share them rather than wait for ever
+    cores = max(
+        len(os.sched_getaffinity(0)), asked.replicas
+    )  # more replicas than cores share them rather than wait for ever
     cluster = Cluster(ClusterConfig(address=address or "", num_cpus=None if address else cores))
-    with quiet_terminal(Path(tempfile.gettempdir()) / f"unclip-serve-{os.getpid()}.log") as log, cluster:
+    with (
+        quiet_terminal(Path(tempfile.gettempdir()) / f"unclip-serve-{os.getpid()}.log") as log,
+        cluster,
+    ):
         cluster.start()
         from indexing.service.ray_serve import run as run_replicas
 
@@ -172,12 +218,22 @@ def open_replica(asked: Replicated) -> "tuple[Service, ServeConfig]":
 
     token = None if asked.is_open else os.environ.get(TOKEN)
     if token is None and not asked.is_open:
-        raise CallerError(f"{TOKEN} is not in the environment of the Ray node that a replica started on: set it on every node")
+        raise CallerError(
+            f"{TOKEN} is not in the environment of the Ray node that a replica started on: set it on every node"
+        )
     check_token(token)
-    service = Service(parts_of(open_for(asked.root, for_writing=False), asked.run, asked.allow_urls, say))
+    service = Service(
+        parts_of(open_for(asked.root, for_writing=False), asked.run, asked.allow_urls, say)
+    )
     share = asked.rate / asked.replicas
     burst = max(1, 4 * share)
-    return service, ServeConfig(token=token, rate=share, burst=burst, allow_origins=asked.allow_origins, removal_lag_s=asked.removal_lag_s)
+    return service, ServeConfig(
+        token=token,
+        rate=share,
+        burst=burst,
+        allow_origins=asked.allow_origins,
+        removal_lag_s=asked.removal_lag_s,
+    )
 
 
 def as_origin(text: str) -> str:
@@ -190,24 +246,37 @@ def as_origin(text: str) -> str:
     usual = {"http": 80, "https": 443}
     rest = (parts.path, parts.query, parts.fragment, parts.username)
     if parts.scheme not in usual or not parts.hostname or any(rest) or port == -1:
-        raise CallerError(f"--allow-origin {text}: give scheme, host and port alone, such as https://search.example.org")
+        raise CallerError(
+            f"--allow-origin {text}: give scheme, host and port alone, such as https://search.example.org"
+        )
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{parts.scheme}://{host}" + (f":{port}" if port and port != usual[parts.scheme] else "")
 
 
 def check_token(token: str | None) -> None:
     """Raise CallerError for a token that is short or cannot stand in a header."""
-    if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable() or set(token) & set(' ";,\\')):
-        raise CallerError(f"{TOKEN}: use at least 16 letters, digits, dashes or underscores, such as `openssl rand -hex 16` prints")
+    if token is not None and (
+        len(token) < 16
+        or not token.isascii()
+        or not token.isprintable()
+        or set(token) & set(' ";,\\')
+    ):
+        raise CallerError(
+            f"{TOKEN}: use at least 16 letters, digits, dashes or underscores, such as `openssl rand -hex 16` prints"
+        )
 
 
 def free_port(host: str) -> int:
     """Return a port that nobody listens on at the address now."""
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+    with socket.create_server(
+        (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+    ) as probe:
         return int(probe.getsockname()[1])
 
 
-def parts_of(root: Root, run: str | None, allow_urls: bool, report: Callable[[str], None]) -> "Parts":
+def parts_of(
+    root: Root, run: str | None, allow_urls: bool, report: Callable[[str], None]
+) -> "Parts":
     """Return what the service needs of a run; without a name, of the run that `find_run` returns, whichever that is at any time."""
     from flows.live_index.lineage import RemovalLog, SegmentsStamp
     from indexing.service.state import Parts
@@ -257,7 +326,13 @@ def load_encoders(known: "Lineage") -> "Encoders":
     from training.jobs import embed
 
     texts, images, image_px = embed.encoders(known.clip.local())
-    return Encoders(known.fingerprint, texts, images, image_px, partial(as_square, look=embed.look_of(known.clip.local())))
+    return Encoders(
+        known.fingerprint,
+        texts,
+        images,
+        image_px,
+        partial(as_square, look=embed.look_of(known.clip.local())),
+    )
 
 
 def fetch_query(url: str) -> bytes:

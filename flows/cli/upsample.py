@@ -17,7 +17,9 @@ SIDE_AT_MOST_PX = 4096
 
 
 def upsample(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Small PNG, JPEG or WebP files.")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Small PNG, JPEG or WebP files.")
+    ],
     side: Annotated[
         int | None,
         typer.Option(
@@ -28,7 +30,10 @@ def upsample(
         ),
     ] = None,
     seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps; by default the recipe's.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, max=1000, help="Denoising steps; by default the recipe's."),
+    ] = None,
     out: Out = Path("out"),
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
@@ -54,12 +59,19 @@ def upsample(
     start = side or first.image_size_px // first.factor
     factor = int(np.prod([model.config.factor for model in models]))
     if start * factor > SIDE_AT_MOST_PX:
-        raise CallerError(f"--side {start}: {factor} times that is more than {SIDE_AT_MOST_PX} pixels")
+        raise CallerError(
+            f"--side {start}: {factor} times that is more than {SIDE_AT_MOST_PX} pixels"
+        )
     small = np.stack([read_file(image, start) for image in images])
-    made = upsampler_cascade.enlarge(models, small, [seed * SEED_STRIDE + place for place in range(len(small))], steps)
+    made = upsampler_cascade.enlarge(
+        models, small, [seed * SEED_STRIDE + place for place in range(len(small))], steps
+    )
     ways = [
         np.kron(small, np.ones((1, factor, factor, 1), np.uint8)),
-        *(upsampling_eval.interpolate(small, factor, name) for name in upsampling_eval.INTERPOLATIONS),
+        *(
+            upsampling_eval.interpolate(small, factor, name)
+            for name in upsampling_eval.INTERPOLATIONS
+        ),
         made,
     ]
     settings = {
@@ -72,5 +84,7 @@ def upsample(
     }
     name = f"upsample {several(images[0].stem, len(images))}"
     columns = ["small", "bicubic", "Lanczos", "up-sampler"]
-    written = write_grid(np.stack(ways, 1), [image.name for image in images], columns, name, seed, settings, out)
+    written = write_grid(
+        np.stack(ways, 1), [image.name for image in images], columns, name, seed, settings, out
+    )
     tell_pictures(*written, seed, settings, as_json)

@@ -59,7 +59,11 @@ def _secret_in(value: Any, place: str) -> str | None:
     if isinstance(value, str):
         return place if SECRET.search(value) else None
     parts = [(f".{name}", each) for name, each in value.items()] if isinstance(value, dict) else []
-    parts += [(f"[{number}]", each) for number, each in enumerate(value)] if isinstance(value, list) else []
+    parts += (
+        [(f"[{number}]", each) for number, each in enumerate(value)]
+        if isinstance(value, list)
+        else []
+    )
     found = (_secret_in(each, place + part) for part, each in parts)
     return next((each for each in found if each is not None), None)
 
@@ -79,14 +83,18 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(extends, str):
         raise CallerError(f"{path.name}: extends = {extends!r}: must be the name of a recipe")
     beside = path.parent / extends
-    return _merged(_read(beside if beside.is_file() else find_recipe(extends), (*below, path.resolve())), tree)
+    return _merged(
+        _read(beside if beside.is_file() else find_recipe(extends), (*below, path.resolve())), tree
+    )
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     tree = dict(under)
     for name, value in over.items():
         old = tree.get(name)
-        tree[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        tree[name] = (
+            _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return tree
 
 
@@ -117,7 +125,9 @@ def validated(tree: Mapping[str, Any], model: type[Model], source: str) -> Model
         return model.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         # A key that does not exist is often why another one is missing: name it first.
-        found = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
+        found = sorted(
+            error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden"
+        )
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     raise CallerError(f"{source}: {_complaint(found[0], tree, model)}{more}")
 
@@ -125,10 +135,15 @@ def validated(tree: Mapping[str, Any], model: type[Model], source: str) -> Model
 def _complaint(error: Any, tree: Mapping[str, Any], model: type[BaseModel]) -> str:
     section, *keys = _written(error["loc"], tree) or [""]
     place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
-    kind, message = error["type"], str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    kind, message = (
+        error["type"],
+        str(error["msg"]).removeprefix("Value error, ").removeprefix("Input "),
+    )
     if kind == "extra_forbidden":
         if not keys:
-            return f"[{section}]: no such section{_nearest(str(section), model.model_fields, '[{}]')}"
+            return (
+                f"[{section}]: no such section{_nearest(str(section), model.model_fields, '[{}]')}"
+            )
         return f"[{section}] {place}: no such key{_nearest(str(keys[-1]), _fields(model, [section, *keys[:-1]]), '{}')}"
     if kind == "missing":
         return f"[{section}] {place}: must be given"
@@ -145,7 +160,13 @@ def _written(location: Sequence[str | int], tree: Any) -> list[str | int]:
         if isinstance(here, dict) and part not in here and part != location[-1]:
             continue
         written.append(part)
-        here = here[part] if isinstance(here, list) and isinstance(part, int) else here.get(part) if isinstance(here, dict) else None
+        here = (
+            here[part]
+            if isinstance(here, list) and isinstance(part, int)
+            else here.get(part)
+            if isinstance(here, dict)
+            else None
+        )
     return written
 
 

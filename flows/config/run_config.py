@@ -54,7 +54,9 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises CallerError: one line that names the recipe, the section, the key, the value and what is allowed.
     """
     path = find_recipe(recipe)
-    tree = {name: {} for name, field in RunConfig.model_fields.items() if field.is_required()} | read_recipe(path, overrides)
+    tree = {
+        name: {} for name, field in RunConfig.model_fields.items() if field.is_required()
+    } | read_recipe(path, overrides)
     config = validated(tree, RunConfig, path.name)
     disagreement = find_disagreement(config)
     if disagreement:
@@ -64,13 +66,20 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def find_disagreement(config: RunConfig) -> str:
     """Return what two keys contradict each other in, naming both and the mend, or ""."""
-    return _size_disagreement(config) or _upsampler_disagreement(config) or _worker_disagreement(config) or _malformed_condition(config)
+    return (
+        _size_disagreement(config)
+        or _upsampler_disagreement(config)
+        or _worker_disagreement(config)
+        or _malformed_condition(config)
+    )
 
 
 def _size_disagreement(config: RunConfig) -> str:
     data, clip, decoder = config.data, config.clip, config.decoder
     trained = (
-        (("decoder", decoder.image_size_px),) if clip.pretrained else (("clip", clip.image_size_px), ("decoder", decoder.image_size_px))
+        (("decoder", decoder.image_size_px),)
+        if clip.pretrained
+        else (("clip", clip.image_size_px), ("decoder", decoder.image_size_px))
     )
     for name, side_px in trained:
         if side_px > data.image_size_px:
@@ -79,9 +88,7 @@ def _size_disagreement(config: RunConfig) -> str:
                 "pictures would be enlarged, lower the first or raise the second"
             )
     if not clip.pretrained and clip.image_tower == "vit" and clip.image_size_px % clip.patch_px:
-        return (
-            f"[clip] image_size_px = {clip.image_size_px} but [clip] patch_px = {clip.patch_px}: the first must be a multiple of the second"
-        )
+        return f"[clip] image_size_px = {clip.image_size_px} but [clip] patch_px = {clip.patch_px}: the first must be a multiple of the second"
     if not clip.pretrained and clip.image_tower == "conv" and clip.image_size_px % CONV_FOLD:
         return f'[clip] image_size_px = {clip.image_size_px} but [clip] image_tower = "conv": it must be a multiple of {CONV_FOLD}'
     if config.prior.kind == "autoregressive" and config.prior.pca_dims > clip.embed_dim:
@@ -129,13 +136,15 @@ def _worker_disagreement(config: RunConfig) -> str:
         ("clip", config.clip.batch_size, cluster.clip_workers),
         ("prior", config.prior.batch_size, cluster.prior_workers),
         ("decoder", config.decoder.batch_size, cluster.decoder_workers),
-        *(("upsampler", each.batch_size, cluster.upsampler_workers) for each in (config.upsampler, config.upsampler_2) if each),
+        *(
+            ("upsampler", each.batch_size, cluster.upsampler_workers)
+            for each in (config.upsampler, config.upsampler_2)
+            if each
+        ),
     )
     for name, batch_size, workers in trained:
         if batch_size % workers:
-            return (
-                f"[{name}] batch_size = {batch_size} but [cluster] {name}_workers = {workers}: the first must be a multiple of the second"
-            )
+            return f"[{name}] batch_size = {batch_size} but [cluster] {name}_workers = {workers}: the first must be a multiple of the second"
     return ""
 
 

@@ -58,7 +58,9 @@ DEPICTED = {
 # Words that make a sign or a symbol of a name, by subcategory, unless the name already ends in one of ENDINGS.
 SUFFIXES = {"warning": "sign", "transport-sign": "sign", "math": "sign", "religion": "symbol"}
 ENDINGS = ("sign", "symbol", "worship", "menorah", "cross", "bicycles", "room")
-SYMBOLS = frozenset(("copyright", "information", "registered", "wireless", "high voltage", "trade mark"))
+SYMBOLS = frozenset(
+    ("copyright", "information", "registered", "wireless", "high voltage", "trade mark")
+)
 
 # What the members of a subcategory are, where that can be said of all of them.
 KINDS = {
@@ -105,16 +107,49 @@ YELLOW_FACES = frozenset(
         "face-glasses", "face-concerned",
     )
 )  # fmt: skip
-NOT_YELLOW = ("nauseated", "hot face", "cold face", "vomiting", "exploding", "clouds", "dotted", "distorted")
+NOT_YELLOW = (
+    "nauseated",
+    "hot face",
+    "cold face",
+    "vomiting",
+    "exploding",
+    "clouds",
+    "dotted",
+    "distorted",
+)
 COLOUR_WORDS = frozenset(
-    ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "grey", "gray", "white", "golden", "colored")
+    (
+        "red",
+        "orange",
+        "yellow",
+        "green",
+        "blue",
+        "purple",
+        "pink",
+        "brown",
+        "black",
+        "grey",
+        "gray",
+        "white",
+        "golden",
+        "colored",
+    )
 )
 
-PLURALS = {"man": "men", "woman": "women", "boy": "boys", "girl": "girls", "adult": "adults", "child": "children"}
+PLURALS = {
+    "man": "men",
+    "woman": "women",
+    "boy": "boys",
+    "girl": "girls",
+    "adult": "adults",
+    "child": "children",
+}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 SINGULAR_STARTS = frozenset(("person", "man", "woman", "face", "boy", "girl", "child", "jockey"))
-SINGULARS_IN_S = frozenset(("bus", "rhinoceros", "moss", "chess", "lens", "canvas", "gas", "minibus", "trolleybus"))
+SINGULARS_IN_S = frozenset(
+    ("bus", "rhinoceros", "moss", "chess", "lens", "canvas", "gas", "minibus", "trolleybus")
+)
 PLURALS_NOT_IN_S = frozenset(("people", "men", "women", "skis", "teeth", "feet"))
 UNCOUNTED = frozenset(
     (
@@ -123,7 +158,26 @@ UNCOUNTED = frozenset(
         "thread", "weather", "wood", "yarn", "ZZZ",
     )
 )  # fmt: skip
-NO_KEYWORDS = frozenset(("not", "no", "what", "who", "hey", "you", "feels", "where", "me", "know", "yes", "ok", "this", "sir", "and", "or"))
+NO_KEYWORDS = frozenset(
+    (
+        "not",
+        "no",
+        "what",
+        "who",
+        "hey",
+        "you",
+        "feels",
+        "where",
+        "me",
+        "know",
+        "yes",
+        "ok",
+        "this",
+        "sir",
+        "and",
+        "or",
+    )
+)
 
 
 def clean_name(label: str, subcategory: str = "") -> str:
@@ -148,12 +202,19 @@ def clean_name(label: str, subcategory: str = "") -> str:
         return f"{head}{ {'kiss': ' between', 'family': ' of'}.get(head, ',') } {counted(members)}"
     if tail == "bald":
         return f"bald {head}"
-    return f"{head} facing right" if tail == "facing right" else f"{head} with {'a ' if tail == 'beard' else ''}{tail}"
+    return (
+        f"{head} facing right"
+        if tail == "facing right"
+        else f"{head} with {'a ' if tail == 'beard' else ''}{tail}"
+    )
 
 
 def counted(members: list[str]) -> str:
     """Write `man, girl, girl` as `a man and two girls`."""
-    words = [with_article(who) if n == 1 else f"{NUMBERS[n]} {PLURALS[who]}" for who, n in Counter(members).items()]
+    words = [
+        with_article(who) if n == 1 else f"{NUMBERS[n]} {PLURALS[who]}"
+        for who, n in Counter(members).items()
+    ]
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
@@ -161,16 +222,25 @@ def with_article(name: str) -> str:
     """Put `a`, `an`, `the` or nothing before a name, whichever English asks for."""
     if name.startswith("flag of ") or name in ("Statue of Liberty", "milky way"):
         return f"the {name}"
-    head = re.split(r" (?:with|of|in|on|behind|and|at|showing|from|without|over|curving|for|between) ", name)[0].split()
+    head = re.split(
+        r" (?:with|of|in|on|behind|and|at|showing|from|without|over|curving|for|between) ", name
+    )[0].split()
     first, last = head[0], head[-1]
     if first in SINGULAR_STARTS:
         return f"a {name}"
-    if first in ("no", "input", "shaved") or {first, last} & PLURALS_NOT_IN_S or last in UNCOUNTED or name.endswith(("o'clock", "-thirty")):
+    if (
+        first in ("no", "input", "shaved")
+        or {first, last} & PLURALS_NOT_IN_S
+        or last in UNCOUNTED
+        or name.endswith(("o'clock", "-thirty"))
+    ):
         return name
     is_proper = all(re.match(r"[A-Z][a-z]+\.?$|[A-Z][a-z]$", word) for word in head)
     if is_proper:
         return name
-    is_plural = last.endswith("s") and not last.endswith(("ss", "us", "is")) and last not in SINGULARS_IN_S
+    is_plural = (
+        last.endswith("s") and not last.endswith(("ss", "us", "is")) and last not in SINGULARS_IN_S
+    )
     if is_plural:
         return name
     return f"{'an' if sounds_like_vowel(first) else 'a'} {name}"
@@ -187,7 +257,12 @@ def sounds_like_vowel(word: str) -> bool:
 
 
 def phrasings(
-    name: str, style: str = "", tags: tuple[str, ...] = (), category: str = "", subcategory: str = "", colour: str = ""
+    name: str,
+    style: str = "",
+    tags: tuple[str, ...] = (),
+    category: str = "",
+    subcategory: str = "",
+    colour: str = "",
 ) -> list[str]:
     """Return 6 to 10 captions, the clean name first.
 
@@ -195,19 +270,31 @@ def phrasings(
     """
     article = with_article(name)
     if name.startswith("flag of "):
-        found = flag_phrasings(name.removeprefix("flag of "), is_country=subcategory != "subdivision-flag")
+        found = flag_phrasings(
+            name.removeprefix("flag of "), is_country=subcategory != "subdivision-flag"
+        )
         noun = f"the {name.removeprefix('flag of ')} flag"
     else:
         found = [name, article, *special_phrasings(name, subcategory)]
         noun = article
         if is_yellow_face(name, subcategory):
             colour = "yellow"
-        if colour and category not in ("People & Body", "Flags") and not COLOUR_WORDS & set(re.split(r"[ -]", name.lower())):
+        if (
+            colour
+            and category not in ("People & Body", "Flags")
+            and not COLOUR_WORDS & set(re.split(r"[ -]", name.lower()))
+        ):
             found.append(with_article(f"{colour} {name}"))
     found += [f"{noun} {'emoji' if category else 'icon'}", f"an icon of {article}"]
     if style in STYLE_PHRASES:
         found.append(STYLE_PHRASES[style].format(name=name, article=article))
-    words = [tag for tag in tags if is_word(tag) and tag.lower() not in name.lower() and not name.lower().startswith("flag of ")]
+    words = [
+        tag
+        for tag in tags
+        if is_word(tag)
+        and tag.lower() not in name.lower()
+        and not name.lower().startswith("flag of ")
+    ]
     if words:
         found.append(f"{name}, {', '.join(words[:2])}")
     found.append(f"a picture of {article}")
@@ -217,7 +304,11 @@ def phrasings(
     if len(words) > 3:
         found.append(f"{name}, {', '.join(words[2:4])}")
     found = list(dict.fromkeys(found))
-    for filler in (f"a small picture of {article}", f"a drawing of {article}", f"an image of {article}"):
+    for filler in (
+        f"a small picture of {article}",
+        f"a drawing of {article}",
+        f"an image of {article}",
+    ):
         if len(found) < MIN_PHRASINGS:
             found.append(filler)
     if category:
@@ -228,7 +319,15 @@ def phrasings(
 def flag_phrasings(place: str, is_country: bool) -> list[str]:
     """Return how people ask for a place's flag."""
     national = [f"the national flag of {place}"] if is_country else []
-    return [f"flag of {place}", f"the flag of {place}", f"the {place} flag", f"{place} flag", *national, "a flag", place]
+    return [
+        f"flag of {place}",
+        f"the flag of {place}",
+        f"the {place} flag",
+        f"{place} flag",
+        *national,
+        "a flag",
+        place,
+    ]
 
 
 def special_phrasings(name: str, subcategory: str) -> list[str]:
@@ -236,7 +335,10 @@ def special_phrasings(name: str, subcategory: str) -> list[str]:
     if digit := re.fullmatch(r"keycap (\d+)", name):
         return [f"the number {digit[1]}", f"the digit {digit[1]} on a key"]
     if subcategory == "time" and (hour := re.fullmatch(r"(\w+)(?: o'clock|-thirty)", name)):
-        return [f"a clock showing {name}", f"a clock showing half past {hour[1]}" if name.endswith("thirty") else "a clock"]
+        return [
+            f"a clock showing {name}",
+            f"a clock showing half past {hour[1]}" if name.endswith("thirty") else "a clock",
+        ]
     if subcategory == "zodiac":
         return [f"the zodiac sign {name}"]
     if subcategory == "face-smiling" and "face" in name:
@@ -248,7 +350,11 @@ def special_phrasings(name: str, subcategory: str) -> list[str]:
 
 def is_yellow_face(name: str, subcategory: str) -> bool:
     """Whether an emoji is one of the plain yellow faces."""
-    return subcategory in YELLOW_FACES and "face" in name and not any(word in name for word in NOT_YELLOW)
+    return (
+        subcategory in YELLOW_FACES
+        and "face" in name
+        and not any(word in name for word in NOT_YELLOW)
+    )
 
 
 def is_word(tag: str) -> bool:

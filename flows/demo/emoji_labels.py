@@ -49,7 +49,13 @@ def flag_concept(iso_code: str) -> str:
 
 def slug(text: str) -> str:
     """Return `text` as words joined by hyphens, ASCII and lower case: the form that icon sets use for file names."""
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower().replace("'", "")
+    ascii_text = (
+        unicodedata.normalize("NFKD", text)
+        .encode("ascii", "ignore")
+        .decode()
+        .lower()
+        .replace("'", "")
+    )
     return re.sub(r"[^a-z0-9]+", "-", ascii_text).strip("-")
 
 

@@ -65,7 +65,9 @@ def read_datasource(folder: Path, labels: Labels) -> Iterator[Drawing]:
     for entry in json.loads((folder / "emoji.json").read_text()):
         path = f"img/{vendor}/64/{entry['image']}"
         if entry["category"] != "Component" and (folder / path).is_file():
-            yield Drawing(path, concept_of(entry["unified"]), name=entry["name"].lower(), file=folder / path)
+            yield Drawing(
+                path, concept_of(entry["unified"]), name=entry["name"].lower(), file=folder / path
+            )
 
 
 def read_code_point_files(folder: Path, labels: Labels) -> Iterator[Drawing]:
@@ -80,7 +82,9 @@ def read_iconify(folder: Path, labels: Labels) -> Iterator[Drawing]:
     """An @iconify-json set of emoji: SVG bodies in `icons.json`, code points in `chars.json` or names that are Unicode's labels."""
     icons = json.loads((folder / "icons.json").read_text())
     chars = json.loads((folder / "chars.json").read_text())
-    concepts: dict[str, str] = {name: concept_of(code) for code, name in sorted(chars.items(), reverse=True)}
+    concepts: dict[str, str] = {
+        name: concept_of(code) for code, name in sorted(chars.items(), reverse=True)
+    }
     for name in icons["icons"]:
         concept = concepts.get(name) or labels.by_slug.get(name)
         if concept:
@@ -92,7 +96,11 @@ def read_iconify_words(folder: Path, labels: Labels) -> Iterator[Drawing]:
     icons = json.loads((folder / "icons.json").read_text())
     metadata = folder / "metadata.json"
     listed = json.loads(metadata.read_text()).get("categories", {}) if metadata.is_file() else {}
-    tags = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", group).lower() for group, names in listed.items() for name in names}
+    tags = {
+        name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", group).lower()
+        for group, names in listed.items()
+        for name in names
+    }
     for name in icons["icons"]:
         words = re.sub(r"(?:-\d+|-rectangle|-(?:bold|thin))+$", "", name)
         concept = labels.by_slug.get(words, words)
@@ -108,7 +116,10 @@ def read_iconify_words(folder: Path, labels: Labels) -> Iterator[Drawing]:
 def iconify_svg(icons: dict, name: str) -> str:
     """Wrap an icon's body as a whole SVG document."""
     icon = icons["icons"][name]
-    box = [icon.get(k, icons.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))]
+    box = [
+        icon.get(k, icons.get(k, d))
+        for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+    ]
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{" ".join(map(str, box))}" color="#000">{icon["body"]}</svg>'
 
 
@@ -119,8 +130,18 @@ def read_openmoji(folder: Path, labels: Labels) -> Iterator[Drawing]:
             continue
         path = f"color/svg/{entry['hexcode']}.svg"
         if (folder / path).is_file():
-            tags = tuple(tag.strip() for tag in f"{entry['tags']},{entry['openmoji_tags']}".split(",") if tag.strip())
-            yield Drawing(path, concept_of(entry["hexcode"]), name=entry["annotation"], tags=tags, svg=(folder / path).read_text())
+            tags = tuple(
+                tag.strip()
+                for tag in f"{entry['tags']},{entry['openmoji_tags']}".split(",")
+                if tag.strip()
+            )
+            yield Drawing(
+                path,
+                concept_of(entry["hexcode"]),
+                name=entry["annotation"],
+                tags=tags,
+                svg=(folder / path).read_text(),
+            )
 
 
 def read_country_flags(folder: Path, labels: Labels) -> Iterator[Drawing]:
@@ -129,7 +150,13 @@ def read_country_flags(folder: Path, labels: Labels) -> Iterator[Drawing]:
     for file in sorted((folder / "png250px").glob("*.png")):
         country = countries.get(file.stem.upper(), "")
         if country or flag_concept(file.stem) in labels.by_concept:
-            yield Drawing(f"png250px/{file.name}", flag_concept(file.stem), name=f"flag: {country}", file=file, category="Flags")
+            yield Drawing(
+                f"png250px/{file.name}",
+                flag_concept(file.stem),
+                name=f"flag: {country}",
+                file=file,
+                category="Flags",
+            )
 
 
 def read_lucide(folder: Path, labels: Labels) -> Iterator[Drawing]:
@@ -138,7 +165,13 @@ def read_lucide(folder: Path, labels: Labels) -> Iterator[Drawing]:
     for file in sorted((folder / "icons").glob("*.svg")):
         concept = labels.by_slug.get(file.stem, file.stem)
         words = file.stem.replace("-", " ")
-        yield Drawing(f"icons/{file.name}", concept, name=words, tags=tuple(tags.get(file.stem, ())), svg=file.read_text())
+        yield Drawing(
+            f"icons/{file.name}",
+            concept,
+            name=words,
+            tags=tuple(tags.get(file.stem, ())),
+            svg=file.read_text(),
+        )
 
 
 FAMILIES = {
@@ -150,29 +183,39 @@ FAMILIES = {
     "@iconify-json/emojione": Family("emojione", "CC-BY-4.0", read_iconify),
     "@iconify-json/emojione-v1": Family("emojione-v1", "CC-BY-SA-4.0", read_iconify),
     "@iconify-json/game-icons": Family("game-icons", "CC-BY-3.0", read_iconify_words),
-    "@iconify-json/streamline-freehand-color": Family("streamline", "CC-BY-4.0", read_iconify_words),
+    "@iconify-json/streamline-freehand-color": Family(
+        "streamline", "CC-BY-4.0", read_iconify_words
+    ),
     "openmoji": Family("openmoji", "CC-BY-SA-4.0", read_openmoji),
     "svg-country-flags": Family("flags", "public domain", read_country_flags),
     "lucide-static": Family("lucide", "ISC", read_lucide),
 }
 
 
-def read_package(spec: str, folder: Path, labels: Labels, rendered: Path, svg_px: int) -> list[Picture]:
+def read_package(
+    spec: str, folder: Path, labels: Labels, rendered: Path, svg_px: int
+) -> list[Picture]:
     """Return the pictures of one unpacked package; SVGs are rendered into `rendered` at `svg_px` on the longer side.
 
     Raises CallerError for a package that no reader knows.
     """
     name, _ = split_spec(spec)
     if name not in FAMILIES:
-        raise CallerError(f"[data] no reader knows the package {name!r}: the known ones are {', '.join(FAMILIES)}")
+        raise CallerError(
+            f"[data] no reader knows the package {name!r}: the known ones are {', '.join(FAMILIES)}"
+        )
     family = FAMILIES[name]
     drawings: dict[str, Drawing] = {}
     for drawing in family.read(folder, labels):
         if not SKIN_TONE.search(drawing.concept):
             drawings.setdefault(drawing.origin, drawing)
     render([d for d in drawings.values() if d.svg], rendered, svg_px)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and rendering leave the interpreter free
-        return list(pool.map(lambda drawing: describe(drawing, family, labels, rendered), drawings.values()))
+    with ThreadPoolExecutor(
+        os.cpu_count()
+    ) as pool:  # decoding and rendering leave the interpreter free
+        return list(
+            pool.map(lambda drawing: describe(drawing, family, labels, rendered), drawings.values())
+        )
 
 
 def describe(drawing: Drawing, family: Family, labels: Labels, rendered: Path) -> Picture:
@@ -182,8 +225,24 @@ def describe(drawing: Drawing, family: Family, labels: Labels, rendered: Path) -
     name = clean_name(label.text if label else drawing.name or drawing.concept, subcategory)
     category = label.category if label else drawing.category
     file = drawing.file or rendered / rendered_name(drawing)
-    captions = phrasings(name, family.style, label.tags if label else drawing.tags, category, subcategory, main_colour(file))
-    return Picture(file, drawing.origin, drawing.concept, family.style, family.licence, category, subcategory, tuple(captions))
+    captions = phrasings(
+        name,
+        family.style,
+        label.tags if label else drawing.tags,
+        category,
+        subcategory,
+        main_colour(file),
+    )
+    return Picture(
+        file,
+        drawing.origin,
+        drawing.concept,
+        family.style,
+        family.licence,
+        category,
+        subcategory,
+        tuple(captions),
+    )
 
 
 def rendered_name(drawing: Drawing) -> str:
@@ -201,7 +260,9 @@ def render(drawings: list[Drawing], rendered: Path, svg_px: int) -> None:
         if name in present:
             return
         try:
-            png = resvg_py.svg_to_bytes(svg_string=drawing.svg, width=svg_px, height=svg_px, skip_system_fonts=True)
+            png = resvg_py.svg_to_bytes(
+                svg_string=drawing.svg, width=svg_px, height=svg_px, skip_system_fonts=True
+            )
         except ValueError:
             return
         partial = rendered / f".{name}.{os.getpid()}"

@@ -9,7 +9,20 @@ import cv2
 import numpy as np
 
 MIN_SHARE = 0.55
-NAMES = ("", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "grey", "white")
+NAMES = (
+    "",
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "blue",
+    "purple",
+    "pink",
+    "brown",
+    "black",
+    "grey",
+    "white",
+)
 # Bands of OpenCV's hue (0..179) that everybody would call so; what lies between two bands gets no name.
 HUES = (
     (0, 5, "red"), (10, 18, "orange"), (20, 32, "yellow"), (38, 85, "green"), (92, 125, "blue"), (128, 150, "purple"), (152, 164, "pink")
@@ -40,9 +53,15 @@ def colour_numbers(bgr: np.ndarray) -> np.ndarray:
     numbers = np.zeros(len(bgr), np.int64)
     for low, high, name in HUES:
         numbers[is_vivid & (hue >= low) & (hue <= high)] = NAMES.index(name)
-    numbers[is_vivid & (numbers == NAMES.index("orange")) & ((saturation < 170) | (value < 220))] = 0  # tan
-    numbers[(hue <= 8) & (saturation >= 40) & (saturation < 130) & (value >= 200)] = NAMES.index("pink")
-    numbers[(hue <= 18) & (saturation >= 60) & (value >= 50) & (value <= 165)] = NAMES.index("brown")
+    numbers[
+        is_vivid & (numbers == NAMES.index("orange")) & ((saturation < 170) | (value < 220))
+    ] = 0  # tan
+    numbers[(hue <= 8) & (saturation >= 40) & (saturation < 130) & (value >= 200)] = NAMES.index(
+        "pink"
+    )
+    numbers[(hue <= 18) & (saturation >= 60) & (value >= 50) & (value <= 165)] = NAMES.index(
+        "brown"
+    )
     numbers[(value < 50) | ((value < 75) & (saturation < 110))] = NAMES.index("black")
     is_grey = (saturation < 30) & (value >= 85)
     numbers[is_grey & (value <= 210)] = NAMES.index("grey")

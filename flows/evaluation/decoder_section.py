@@ -22,7 +22,9 @@ TITLE = "The decoder's diffusion"
 SPLIT = "held_out_concept"
 
 
-def section(config: EvaluateConfig, model: Unclip, embed: Path, shards: Path, out: Path) -> sections.ReportSection:
+def section(
+    config: EvaluateConfig, model: Unclip, embed: Path, shards: Path, out: Path
+) -> sections.ReportSection:
     """Measure and draw the report's section on the decoder; writes into `out`/pictures."""
     side_px, seed = model.decoder.config.image_size_px, config.seed
     wanted = max(config.likelihood_pictures, config.inversion_pictures, config.latent_pictures)
@@ -34,14 +36,32 @@ def section(config: EvaluateConfig, model: Unclip, embed: Path, shards: Path, ou
     ]
     tables, pictures = [], []
     if len(held_out) and config.likelihood_pictures:
-        trained = reconstruction.read(embed, shards, "train", model.tokenizer, side_px, config.likelihood_pictures // 2 or 1, seed)
+        trained = reconstruction.read(
+            embed,
+            shards,
+            "train",
+            model.tokenizer,
+            side_px,
+            config.likelihood_pictures // 2 or 1,
+            seed,
+        )
         judged = held_out.first(config.likelihood_pictures)
         if not len(trained):
-            text.append("Its likelihood is not measured: there are no training pictures to find the best variance on.")
+            text.append(
+                "Its likelihood is not measured: there are no training pictures to find the best variance on."
+            )
         else:
-            tables.append(_likelihood_table(reconstruction.likelihood(model.decoder, judged, trained, config.likelihood_draws, seed)))
+            tables.append(
+                _likelihood_table(
+                    reconstruction.likelihood(
+                        model.decoder, judged, trained, config.likelihood_draws, seed
+                    )
+                )
+            )
     if len(held_out) and config.inversion_pictures:
-        rows = reconstruction.inversion(model.decoder, held_out.first(config.inversion_pictures), config.inversion_steps)
+        rows = reconstruction.inversion(
+            model.decoder, held_out.first(config.inversion_pictures), config.inversion_steps
+        )
         tables.append(_inversion_table(rows, config))
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     pictures.append(_across_time(config, model, out))
@@ -67,25 +87,62 @@ def _likelihood_table(found: dict[str, Any]) -> dict[str, Any]:
     for name, told in (("told z_i and caption", "told_all"), ("told nothing", "told_nothing")):
         bits = found[told]
         error = bits["standard_error"]
-        figure = {"value": bits["bits_per_dim"], "n": bits["samples"], "groups": bits["samples"], "unit": "bits/dim"}
-        figure |= {side: None if error is None else bits["bits_per_dim"] + sign * Z_95 * error for side, sign in (("low", -1), ("high", 1))}
-        rows.append([name, figure, error, bits["prior"], bits["diffusion"], bits["decoder"], bits["samples"]])
-    rows.append(["PNG, best compression", found["png_bits_per_dim"], None, None, None, None, found["told_nothing"]["samples"]])
-    return sections.table(caption, ["", "Bits/dim", "Standard error", "L_T", "L_1 to L_T-1", "L_0", "n"], rows)
+        figure = {
+            "value": bits["bits_per_dim"],
+            "n": bits["samples"],
+            "groups": bits["samples"],
+            "unit": "bits/dim",
+        }
+        figure |= {
+            side: None if error is None else bits["bits_per_dim"] + sign * Z_95 * error
+            for side, sign in (("low", -1), ("high", 1))
+        }
+        rows.append(
+            [
+                name,
+                figure,
+                error,
+                bits["prior"],
+                bits["diffusion"],
+                bits["decoder"],
+                bits["samples"],
+            ]
+        )
+    rows.append(
+        [
+            "PNG, best compression",
+            found["png_bits_per_dim"],
+            None,
+            None,
+            None,
+            None,
+            found["told_nothing"]["samples"],
+        ]
+    )
+    return sections.table(
+        caption, ["", "Bits/dim", "Standard error", "L_T", "L_1 to L_T-1", "L_0", "n"], rows
+    )
 
 
 def _inversion_table(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
     by_steps: dict[int, list[Any]] = {}
     for row in rows:
-        figure = mean_figure(row["psnr_db"], range(len(row["psnr_db"])), config.resamples, config.seed, unit="dB")
+        figure = mean_figure(
+            row["psnr_db"], range(len(row["psnr_db"])), config.resamples, config.seed, unit="dB"
+        )
         by_steps.setdefault(row["steps"], []).append(figure)
     caption = (
         "Reconstruction: a picture carried to noise by DDIM inversion and back by DDIM in as many steps, told z_i and caption, "
         f"no guidance. Peak signal-to-noise ratio in dB, mean of {len(rows[0]['psnr_db']) if rows else 0} pictures; "
         "a refinement costs one more network call an inverted step"
     )
-    head = ["Steps", *("one refinement" if each else "plain" for each in reconstruction.REFINEMENTS)]
-    return sections.table(caption, head, [[str(steps), *figures] for steps, figures in by_steps.items()])
+    head = [
+        "Steps",
+        *("one refinement" if each else "plain" for each in reconstruction.REFINEMENTS),
+    ]
+    return sections.table(
+        caption, head, [[str(steps), *figures] for steps, figures in by_steps.items()]
+    )
 
 
 def _across_time(config: EvaluateConfig, model: Unclip, out: Path) -> dict[str, Any]:
@@ -98,12 +155,23 @@ def _across_time(config: EvaluateConfig, model: Unclip, out: Path) -> dict[str, 
         "below what the decoder takes it for. What and where is settled early, detail late."
     )
     alt = f"x_t and the predicted x_0 from t = {found.times[0]} to 0 for {', '.join(prompts)}"
-    return _sheet(latent_grids.across_time(found, prompts), "across-time", alt, caption, {"steps": steps, "seed": config.seed}, out)
+    return _sheet(
+        latent_grids.across_time(found, prompts),
+        "across-time",
+        alt,
+        caption,
+        {"steps": steps, "seed": config.seed},
+        out,
+    )
 
 
-def _shared(config: EvaluateConfig, model: Unclip, shown: Described, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _shared(
+    config: EvaluateConfig, model: Unclip, shown: Described, out: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     times = latents.times_at(model.decoder.schedule, config.latent_times)
-    found = latents.sharing(model.decoder, shown.x_0, times, SAMPLES, config.latent_steps, config.seed)
+    found = latents.sharing(
+        model.decoder, shown.x_0, times, SAMPLES, config.latent_steps, config.seed
+    )
     caption = (
         "Samples that share x_t: a held-out picture is noised to t once and drawn again several times, "
         "the decoder told nothing (no z_i, no caption). The smaller t, the more they share."
@@ -111,27 +179,52 @@ def _shared(config: EvaluateConfig, model: Unclip, shown: Described, out: Path) 
     table = sections.table(
         "How much samples from one x_t share: root mean square difference on the scale 0 to 255",
         ["t", "Two samples of one x_t", "A sample and its picture"],
-        [[str(t), apart, own] for t, apart, own in zip(times, found.apart, found.from_picture, strict=True)],
+        [
+            [str(t), apart, own]
+            for t, apart, own in zip(times, found.apart, found.from_picture, strict=True)
+        ],
     )
     alt = f"Held-out pictures, their x_t at t = {', '.join(map(str, times))}, and samples of each: {', '.join(shown.captions)}"
     facts = {"steps": config.latent_steps, "seed": config.seed, "keys": shown.keys, "times": times}
-    return table, _sheet(latent_grids.shared(found, shown, times), "shared-latents", alt, caption, facts, out)
+    return table, _sheet(
+        latent_grids.shared(found, shown, times), "shared-latents", alt, caption, facts, out
+    )
 
 
-def _interpolation(config: EvaluateConfig, model: Unclip, shown: Described, out: Path) -> dict[str, Any]:
+def _interpolation(
+    config: EvaluateConfig, model: Unclip, shown: Described, out: Path
+) -> dict[str, Any]:
     times = latents.times_at(model.decoder.schedule, config.latent_times)
     first, second = shown.halves()
-    found = latents.interpolation(model.decoder, first.x_0, second.x_0, times, COLUMNS, config.latent_steps, config.seed)
+    found = latents.interpolation(
+        model.decoder, first.x_0, second.x_0, times, COLUMNS, config.latent_steps, config.seed
+    )
     caption = (
         "Interpolation of two held-out pictures in x_t space, the decoder told nothing: both are noised alike to t, "
         "blended, and drawn. Small t blends pixels; large t gives other pictures that both ends could come from."
     )
     pairs = "; ".join(f"{a} to {b}" for a, b in zip(first.captions, second.captions, strict=True))
-    facts = {"steps": config.latent_steps, "seed": config.seed, "keys": [first.keys, second.keys], "times": times}
+    facts = {
+        "steps": config.latent_steps,
+        "seed": config.seed,
+        "keys": [first.keys, second.keys],
+        "times": times,
+    }
     alt = f"Blends at t = {', '.join(map(str, times))}: {pairs}"
-    return _sheet(latent_grids.interpolation(found, first, second, times), "interpolation", alt, caption, facts, out)
+    return _sheet(
+        latent_grids.interpolation(found, first, second, times),
+        "interpolation",
+        alt,
+        caption,
+        facts,
+        out,
+    )
 
 
-def _sheet(grid: Grid, name: str, alt: str, caption: str, facts: dict[str, Any], out: Path) -> dict[str, Any]:
+def _sheet(
+    grid: Grid, name: str, alt: str, caption: str, facts: dict[str, Any], out: Path
+) -> dict[str, Any]:
     write_sheet(grid.images, grid.rows, grid.columns, out / "pictures" / f"{name}.png", facts)
-    return sections.picture(f"pictures/{name}.png", alt, caption)  # enlarged already, and its labels want smooth edges
+    return sections.picture(
+        f"pictures/{name}.png", alt, caption
+    )  # enlarged already, and its labels want smooth edges

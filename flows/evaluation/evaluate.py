@@ -54,10 +54,17 @@ def run(job: StageJob) -> Counts:
             generate,
             sections_of(job, model, subject, folders),
         )
-    return {"in": job.inputs["embed"].manifest["counts"]["out"], "out": drawn, "dropped": {}, "figures": figures["zero_shot"]}
+    return {
+        "in": job.inputs["embed"].manifest["counts"]["out"],
+        "out": drawn,
+        "dropped": {},
+        "figures": figures["zero_shot"],
+    }
 
 
-def sections_of(job: StageJob, model: "Unclip", subject: "Subject", folders: Mapping[str, Path]) -> list["MakeSection"]:
+def sections_of(
+    job: StageJob, model: "Unclip", subject: "Subject", folders: Mapping[str, Path]
+) -> list["MakeSection"]:
     """Return what the report measures besides, in the order of the page; each is run when its turn comes."""
     import flows.evaluation.decoder_section as decoder_section
     import flows.evaluation.fidelity_section as fidelity_section
@@ -72,7 +79,9 @@ def sections_of(job: StageJob, model: "Unclip", subject: "Subject", folders: Map
     config, embed, shards = job.config.evaluate, folders["embed"], folders["ingest"] / "shards"
     prior = model.prior.config
 
-    def predict(captions: list[str], seed: int, best_of: int | None) -> Any:  # noise of its own for every pair: captions repeat
+    def predict(
+        captions: list[str], seed: int, best_of: int | None
+    ) -> Any:  # noise of its own for every pair: captions repeat
         return model.predict(captions, range(seed, seed + len(captions)), best_of)
 
     made: list[MakeSection] = [
@@ -83,14 +92,25 @@ def sections_of(job: StageJob, model: "Unclip", subject: "Subject", folders: Map
         made.append(partial(swiss_roll_section.section, config, job.out))
     made.append(partial(upsampler_section.sections, folders, job.out))
     if "dedup" in folders:
-        made.append(partial(copies_section, folders["dedup"], embed, shards, job.inputs["dedup"].manifest["counts"], job.out))
+        made.append(
+            partial(
+                copies_section,
+                folders["dedup"],
+                embed,
+                shards,
+                job.inputs["dedup"].manifest["counts"],
+                job.out,
+            )
+        )
     if config.fidelity is not None:
         made.append(partial(fidelity_section.section, config.fidelity, config, model, subject))
     if config.suite.sets:
         cache = Path(job.config.data.cache).expanduser()
         made.append(partial(suite_section.sections, config.suite, config, model, subject, cache))
     if config.typographic is not None:
-        made.append(partial(typographic_section.section, config.typographic, config, model, subject))
+        made.append(
+            partial(typographic_section.section, config.typographic, config, model, subject)
+        )
     if config.relations is not None:
         made.append(partial(relations_section.section, config.relations, config, model, subject))
     return made

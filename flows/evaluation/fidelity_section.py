@@ -10,11 +10,17 @@ from training.generation.unclip import Unclip
 from training.models import imagenet_features
 
 
-def section(config: FidelityConfig, whole: EvaluateConfig, model: Unclip, subject: Subject) -> ReportSection:
+def section(
+    config: FidelityConfig, whole: EvaluateConfig, model: Unclip, subject: Subject
+) -> ReportSection:
     """Compare drawings of held-out captions with their real pictures."""
 
-    def draw(prompts: list[str], seed: int, guidance: float) -> Any:  # captions repeat: with one seed for all, so would pictures
-        return model.generate(prompts, 1, range(seed, seed + len(prompts)), whole.steps, guidance)[:, 0]
+    def draw(
+        prompts: list[str], seed: int, guidance: float
+    ) -> Any:  # captions repeat: with one seed for all, so would pictures
+        return model.generate(prompts, 1, range(seed, seed + len(prompts)), whole.steps, guidance)[
+            :, 0
+        ]
 
     found = imagenet_features.efficientnet_lite0()
     networks = {imagenet_features.LITE_NAME: found} if found else {}

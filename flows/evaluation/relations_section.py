@@ -11,10 +11,20 @@ from training.generation.beam_search import search
 from training.generation.unclip import Unclip
 
 
-def section(config: RelationsConfig, whole: EvaluateConfig, model: Unclip, subject: Subject) -> ReportSection:
+def section(
+    config: RelationsConfig, whole: EvaluateConfig, model: Unclip, subject: Subject
+) -> ReportSection:
     """Judge scenes, sampled plainly and by search."""
 
-    def draw(prompts: list[str], members: int, seed: int, steps: int, score: Score | None, keep: int, checks: tuple[float, ...]) -> Any:
+    def draw(
+        prompts: list[str],
+        members: int,
+        seed: int,
+        steps: int,
+        score: Score | None,
+        keep: int,
+        checks: tuple[float, ...],
+    ) -> Any:
         return search(model, prompts, members, seed, steps, whole.guidance, score, keep, checks)
 
     return relations(config, subject, draw, text_reader())

@@ -21,19 +21,34 @@ def networks(config: SuiteConfig) -> dict[str, imagenet_features.Features]:
     found = {imagenet_features.LITE_NAME: imagenet_features.efficientnet_lite0()}
     named = {name: each for name, each in found.items() if each is not None}
     return named | (
-        {imagenet_features.RESNET_NAME: imagenet_features.resnet_50(Path(config.features).expanduser())} if config.features else {}
+        {
+            imagenet_features.RESNET_NAME: imagenet_features.resnet_50(
+                Path(config.features).expanduser()
+            )
+        }
+        if config.features
+        else {}
     )
 
 
-def sections(config: SuiteConfig, whole: EvaluateConfig, model: Unclip, subject: Subject, folder: Path) -> list[ReportSection]:
+def sections(
+    config: SuiteConfig, whole: EvaluateConfig, model: Unclip, subject: Subject, folder: Path
+) -> list[ReportSection]:
     """Judge the sets; packaged ones are unpacked into the cache folder, and one that cannot be had is told of: the others still count."""
     loaded, missing = [], []
     for name in config.sets:
         try:
-            loaded.append(replace(open_set(packaged_sets.set_path(name, folder)), square=partial(as_square, look=model.clip.config.look)))
+            loaded.append(
+                replace(
+                    open_set(packaged_sets.set_path(name, folder)),
+                    square=partial(as_square, look=model.clip.config.look),
+                )
+            )
         except CallerError as error:
             if name not in packaged_sets.SETS:
                 raise
-            missing.append(f"{name} is not measured: {str(error).removeprefix('[evaluate.suite] ')}")
+            missing.append(
+                f"{name} is not measured: {str(error).removeprefix('[evaluate.suite] ')}"
+            )
     side_px, probed = model.clip.config.image_size_px, networks(config) if config.probe else {}
     return suite(config, subject, loaded, whole.templates, side_px, probed, missing)

@@ -23,7 +23,10 @@ def section(config: EvaluateConfig, out: Path) -> sections.ReportSection:
     by_rate = sections.table(
         f"Energy distance by diffusion rate, ancestral sampling ({chance}); a high rate is a map in one step, a low one slow to sample",
         ["Rate", "Steps", "Energy distance"],
-        [[f"{row['rate']:g}", f"{row['steps']:,}", row["energy_distance"]] for row in found["by_rate"]],
+        [
+            [f"{row['rate']:g}", f"{row['steps']:,}", row["energy_distance"]]
+            for row in found["by_rate"]
+        ],
     )
     counts = list(next(iter(found["by_steps"].values())))
     by_steps = sections.table(
@@ -32,4 +35,6 @@ def section(config: EvaluateConfig, out: Path) -> sections.ReportSection:
         [[name, *(row[count] for count in counts)] for name, row in found["by_steps"].items()],
     )
     alt = "The Swiss roll's forward and reverse trajectories, its drift field, and energy distances by rate and by steps"
-    return sections.section(TITLE, [], [by_rate, by_steps], [sections.picture("pictures/swiss_roll.png", alt, caption)])
+    return sections.section(
+        TITLE, [], [by_rate, by_steps], [sections.picture("pictures/swiss_roll.png", alt, caption)]
+    )

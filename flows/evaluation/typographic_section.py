@@ -14,7 +14,9 @@ from training.generation.unclip import Unclip
 from training.models import imagenet_features
 
 
-def section(config: TypographicConfig, whole: EvaluateConfig, model: Unclip, subject: Subject) -> ReportSection:
+def section(
+    config: TypographicConfig, whole: EvaluateConfig, model: Unclip, subject: Subject
+) -> ReportSection:
     """Attack pictures of the held-out style, whose things CLIP knows and can be led astray about; without one, held-out concepts."""
     split = "held_out_style" if len(subject.embedded.rows("held_out_style")) else "held_out_concept"
     pairs = read_pairs(subject.embedded, split, whole.pairs_at_most, whole.seed)
@@ -22,5 +24,15 @@ def section(config: TypographicConfig, whole: EvaluateConfig, model: Unclip, sub
     def vary(pictures: Any, count: int, seed: int) -> Any:
         return variations(model, pictures, count, seed, guidance=whole.guidance)
 
-    witnesses = Witnesses(imagenet_features.LITE_NAME, imagenet_features.efficientnet_lite0(), text_reader())
-    return typographic(config, subject, pairs, whole.templates, model.clip.logit_scale.exp().item(), vary, witnesses)
+    witnesses = Witnesses(
+        imagenet_features.LITE_NAME, imagenet_features.efficientnet_lite0(), text_reader()
+    )
+    return typographic(
+        config,
+        subject,
+        pairs,
+        whole.templates,
+        model.clip.logit_scale.exp().item(),
+        vary,
+        witnesses,
+    )

@@ -23,17 +23,34 @@ def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]
         table = read_table(curate / "keep.parquet", split)
         if not table.num_rows:
             continue
-        places = np.unique(np.linspace(0, table.num_rows - 1, min(COMPARED_AT_MOST, table.num_rows)).round().astype(int))
+        places = np.unique(
+            np.linspace(0, table.num_rows - 1, min(COMPARED_AT_MOST, table.num_rows))
+            .round()
+            .astype(int)
+        )
         figures, made = upsampling_eval.compare(
-            model, Pictures(table.take(places), ingest / "shards", model.config.image_size_px)[range(len(places))].numpy()
+            model,
+            Pictures(table.take(places), ingest / "shards", model.config.image_size_px)[
+                range(len(places))
+            ].numpy(),
         )
         found[split] = figures
         for place in range(min(SHOWN_AT_MOST, len(places))):
-            small = np.kron(made["small"][place], np.ones((model.config.factor,) * 2 + (1,), np.uint8))
+            small = np.kron(
+                made["small"][place], np.ones((model.config.factor,) * 2 + (1,), np.uint8)
+            )
             shown.append(np.stack([small, *(made[name][place] for name in list(made)[1:])]))
-            rows.append(f"{split.replace('_', ' ')}: {table['caption'][int(places[place])].as_py()}")
+            rows.append(
+                f"{split.replace('_', ' ')}: {table['caption'][int(places[place])].as_py()}"
+            )
     (out / "comparison.json").write_text(json.dumps(found, indent=1) + "\n")
     if shown:
         columns = ["small", "bicubic", "Lanczos", "up-sampler", "real"]
-        write_sheet(np.stack(shown), rows, columns, out / "comparison.png", {"stage": stage, "comparison": found})
+        write_sheet(
+            np.stack(shown),
+            rows,
+            columns,
+            out / "comparison.png",
+            {"stage": stage, "comparison": found},
+        )
     return found

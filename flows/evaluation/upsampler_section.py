@@ -49,9 +49,18 @@ def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
         text.append("There is no held-out picture to compare on.")
     rows: list[list[Any]] = []
     for side in (side_px, 2 * side_px):
-        peaks = [upsampling_eval.peak_bytes(model, side, tile_px) / 1e6 for tile_px in (config.crop_px, side)]
+        peaks = [
+            upsampling_eval.peak_bytes(model, side, tile_px) / 1e6
+            for tile_px in (config.crop_px, side)
+        ]
         rows.append([f"{side} px", *peaks])
-    tables.append(table("Most memory held by a sampling step beside the weights", ["Side drawn", "In tiles, MB", "In one piece, MB"], rows))
+    tables.append(
+        table(
+            "Most memory held by a sampling step beside the weights",
+            ["Side drawn", "In tiles, MB", "In one piece, MB"],
+            rows,
+        )
+    )
     text.append(
         f"It is drawn in tiles of {config.crop_px} px, at most {TILES_AT_ONCE} at a time, so that memory grows with the picture's "
         "own pixels alone; the table's figures are measured, as the largest sum of tensors alive during one step."
@@ -67,9 +76,19 @@ def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
                 "Held-out pictures that the up-sampler has not seen.",
             )
         )
-    return section(f"Up-sampler to {side_px} px" + (" (second)" if stage != UPSAMPLERS[0] else ""), text, tables, pictures)
+    return section(
+        f"Up-sampler to {side_px} px" + (" (second)" if stage != UPSAMPLERS[0] else ""),
+        text,
+        tables,
+        pictures,
+    )
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> list[Any]:
     error, better = figures["standard_error_db"].get(name), figures["better_than"].get(name)
-    return [WAYS[name], figures["psnr_db"][name], error, None if better is None else f"{100 * better:.0f} %"]
+    return [
+        WAYS[name],
+        figures["psnr_db"][name],
+        error,
+        None if better is None else f"{100 * better:.0f} %",
+    ]

@@ -16,13 +16,17 @@ CELL_PX = 96
 INK, PAPER = (34, 37, 43), (255, 255, 255)
 
 
-def labelled(images: NDArray[np.uint8], columns: Sequence[str], rows: Sequence[str]) -> NDArray[np.uint8]:
+def labelled(
+    images: NDArray[np.uint8], columns: Sequence[str], rows: Sequence[str]
+) -> NDArray[np.uint8]:
     """Return pictures (R, C, H, W, 3) as one picture, `rows` written above each row and `columns` below the last one.
 
     A label that does not fit is cut; an empty sequence writes nothing.
     """
     R, C, height, width, _ = images.shape
-    assert len(rows) in (0, R) and len(columns) in (0, C), "a label for every row and column, or none"
+    assert len(rows) in (0, R) and len(columns) in (0, C), (
+        "a label for every row and column, or none"
+    )
     scale = max(1, round(CELL_PX / width))
     cell = (width * scale, height * scale)
     above, below = (LINE_PX if rows else 0), (LINE_PX if columns else 0)

@@ -32,16 +32,35 @@ def across_time(found: AcrossTime, prompts: Sequence[str]) -> Grid:
 def shared(found: Shared, pictures: Described, times: Sequence[int]) -> Grid:
     """Lay out one row for each picture: itself, then for each t its x_t and the samples drawn from that."""
     own = to_images(pictures.x_0)[:, None]  # (B, 1, S, S, 3)
-    parts = [np.concatenate([found.x_t[:, k, None], found.samples[:, k]], 1) for k in range(len(times))]
+    parts = [
+        np.concatenate([found.x_t[:, k, None], found.samples[:, k]], 1) for k in range(len(times))
+    ]
     count = found.samples.shape[2]
-    columns = ["the picture", *(label for t in times for label in (f"x_t, t = {t}", *(f"sample {place + 1}" for place in range(count))))]
+    columns = [
+        "the picture",
+        *(
+            label
+            for t in times
+            for label in (f"x_t, t = {t}", *(f"sample {place + 1}" for place in range(count)))
+        ),
+    ]
     return Grid(np.concatenate([own, *parts], 1), list(pictures.captions), columns)
 
 
-def interpolation(found: np.ndarray, first: Described, second: Described, times: Sequence[int]) -> Grid:
+def interpolation(
+    found: np.ndarray, first: Described, second: Described, times: Sequence[int]
+) -> Grid:
     """Lay out a row for each pair and t: the one picture, the blends, the other."""
     a, b = to_images(first.x_0), to_images(second.x_0)
-    rows = [np.concatenate([a[pair, None], found[pair, k], b[pair, None]]) for pair in range(len(found)) for k in range(len(times))]
-    labels = [f"t = {t}: {one} to {other}" for one, other in zip(first.captions, second.captions, strict=True) for t in times]
+    rows = [
+        np.concatenate([a[pair, None], found[pair, k], b[pair, None]])
+        for pair in range(len(found))
+        for k in range(len(times))
+    ]
+    labels = [
+        f"t = {t}: {one} to {other}"
+        for one, other in zip(first.captions, second.captions, strict=True)
+        for t in times
+    ]
     weights = [f"w = {weight:.3g}" for weight in np.linspace(0, 1, found.shape[2])]
     return Grid(np.stack(rows), labels, ["A", *weights, "B"])

@@ -27,15 +27,30 @@ def write_pictures(
         for prompt, row in zip(prompts, images, strict=True):
             for place, picture in enumerate(row):
                 file = out / f"{slug(prompt)}-seed{seed}-{place:02d}.png"
-                _write(file, picture, {"prompt": prompt, "seed": seed, "picture": place, **settings})
+                _write(
+                    file, picture, {"prompt": prompt, "seed": seed, "picture": place, **settings}
+                )
                 files.append(file)
-        grid = out / f"{slug(prompts[0])}{f'-and-{len(prompts) - 1}-more' if len(prompts) > 1 else ''}-seed{seed}-grid.png"
-        _write(grid, labelled(images, (), prompts), {"prompts": list(prompts), "seed": seed, **settings})
+        grid = (
+            out
+            / f"{slug(prompts[0])}{f'-and-{len(prompts) - 1}-more' if len(prompts) > 1 else ''}-seed{seed}-grid.png"
+        )
+        _write(
+            grid,
+            labelled(images, (), prompts),
+            {"prompts": list(prompts), "seed": seed, **settings},
+        )
     return files, grid
 
 
 def write_grid(
-    images: np.ndarray, rows: Sequence[str], columns: Sequence[str], name: str, seed: int, settings: Mapping[str, Any], out: Path
+    images: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    name: str,
+    seed: int,
+    settings: Mapping[str, Any],
+    out: Path,
 ) -> tuple[list[Path], Path]:
     """Write `images`, uint8 (R, C, H, W, 3), into `out` and return the single files, row by row, and the grid with its labels.
 
@@ -47,16 +62,30 @@ def write_grid(
         for r, row in enumerate(images):
             for c, picture in enumerate(row):
                 file = out / f"{slug(name)}-seed{seed}-{r:02d}-{c:02d}.png"
-                _write(file, picture, {"row_label": rows[r], "column_label": columns[c], "seed": seed, **settings})
+                _write(
+                    file,
+                    picture,
+                    {"row_label": rows[r], "column_label": columns[c], "seed": seed, **settings},
+                )
                 files.append(file)
         grid = out / f"{slug(name)}-seed{seed}-grid.png"
         write_sheet(images, rows, columns, grid, {"seed": seed, **settings})
     return files, grid
 
 
-def write_sheet(images: np.ndarray, rows: Sequence[str], columns: Sequence[str], file: Path, facts: Mapping[str, Any]) -> None:
+def write_sheet(
+    images: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    file: Path,
+    facts: Mapping[str, Any],
+) -> None:
     """Write `images`, uint8 (R, C, H, W, 3), as one picture with its labels, which knows them and `facts`."""
-    _write(file, labelled(images, columns, rows), {"row_labels": list(rows), "column_labels": list(columns), **facts})
+    _write(
+        file,
+        labelled(images, columns, rows),
+        {"row_labels": list(rows), "column_labels": list(columns), **facts},
+    )
 
 
 def slug(text: str) -> str:

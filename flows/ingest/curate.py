@@ -58,7 +58,11 @@ class CurateConfig(Section):
 
     def keyed(self) -> dict[str, Any]:
         """Leave out `decontaminate` where it is off: lists made before it was there are the same."""
-        return {name: value for name, value in super().keyed().items() if name != "decontaminate" or value}
+        return {
+            name: value
+            for name, value in super().keyed().items()
+            if name != "decontaminate" or value
+        }
 
 
 def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Removals()) -> Counts:
@@ -75,15 +79,24 @@ def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Remo
     with pq.ParquetWriter(out / "dropped.parquet", DROPPED) as dropped:
         seen, ranks, reasons = write_candidates(config, shards, candidates, dropped, removals)
         is_kept = keepers(ranks) if config.drop_duplicates else np.ones(len(ranks), bool)
-        shown_by = leaks(candidates, ranks["is_train"], ingest / "shards") if config.decontaminate else np.full(len(ranks), -1)
+        shown_by = (
+            leaks(candidates, ranks["is_train"], ingest / "shards")
+            if config.decontaminate
+            else np.full(len(ranks), -1)
+        )
         splits: Counter[str] = Counter()
         start = 0
         with pq.ParquetWriter(out / "keep.parquet", KEEP) as keep:
             for batch in open_parquet(candidates).iter_batches(BATCH_ROWS):
-                first, leaked_by = is_kept[start : start + batch.num_rows], shown_by[start : start + batch.num_rows]
+                first, leaked_by = (
+                    is_kept[start : start + batch.num_rows],
+                    shown_by[start : start + batch.num_rows],
+                )
                 start += batch.num_rows
                 is_leaked = first & (leaked_by >= 0)
-                kept, doubled, leaked = (batch.filter(pa.array(each)) for each in (first & ~is_leaked, ~first, is_leaked))
+                kept, doubled, leaked = (
+                    batch.filter(pa.array(each)) for each in (first & ~is_leaked, ~first, is_leaked)
+                )
                 splits.update(kept.column("split").to_pylist())
                 keep.write_batch(kept)
                 dropped.write_table(duplicates(doubled))
@@ -93,12 +106,18 @@ def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Remo
     assert seen == splits.total() + reasons.total()
     told = {"dropped": dict(sorted((+reasons).items())), "splits": dict(sorted(splits.items()))}
     if not splits["train"]:
-        raise DataError(f"no pair is left to train on of {seen:,} (dropped: {told['dropped']}, splits: {told['splits']}): loosen [curate]")
+        raise DataError(
+            f"no pair is left to train on of {seen:,} (dropped: {told['dropped']}, splits: {told['splits']}): loosen [curate]"
+        )
     return {"in": seen, "out": splits.total(), **told}
 
 
 def write_candidates(
-    config: CurateConfig, shards: list[Path], path: Path, dropped: pq.ParquetWriter, removals: Removals
+    config: CurateConfig,
+    shards: list[Path],
+    path: Path,
+    dropped: pq.ParquetWriter,
+    removals: Removals,
 ) -> tuple[int, np.ndarray, Counter[str]]:
     """Judge every image of the shards; returns how many there were, the ranks of those that passed, the others' reasons."""
     ranks: list[np.ndarray] = []
@@ -108,18 +127,34 @@ def write_candidates(
     with pq.ParquetWriter(path, KEEP) as writer, Progress("curate", total) as progress:
         for shard in shards:
             judgements = sorted(
-                ((row, "removed" if removals.has(row) else reason) for row, reason in judged(shard, config)),
+                (
+                    (row, "removed" if removals.has(row) else reason)
+                    for row, reason in judged(shard, config)
+                ),
                 key=lambda judgement: str(judgement[0]["key"]),
             )
             good = [row for row, reason in judgements if not reason]
             bad = [
-                {"key": row["key"], "origin": row["origin"], "reason": reason, "detail": detail_of(row, reason)}
+                {
+                    "key": row["key"],
+                    "origin": row["origin"],
+                    "reason": reason,
+                    "detail": detail_of(row, reason),
+                }
                 for row, reason in judgements
                 if reason
             ]
             writer.write_table(pa.Table.from_pylist(good, KEEP))
             dropped.write_table(pa.Table.from_pylist(bad, DROPPED))
-            ranks.append(np.array([(bytes.fromhex(row["sha256"])[:16], row["split"] == "train", row["key"]) for row in good], RANK))
+            ranks.append(
+                np.array(
+                    [
+                        (bytes.fromhex(row["sha256"])[:16], row["split"] == "train", row["key"])
+                        for row in good
+                    ],
+                    RANK,
+                )
+            )
             reasons.update(row["reason"] for row in bad)
             seen += len(judgements)
             progress.update(seen)
@@ -141,20 +176,37 @@ def judged(shard: Path, config: CurateConfig) -> Iterator[tuple[Row, str]]:
                     continue
                 stream = tar.extractfile(member)
                 if stream is None or key not in told:
-                    raise DataError(f"shard {shard} holds {member.name}, of which its parquet knows nothing: run the ingest stage again")
+                    raise DataError(
+                        f"shard {shard} holds {member.name}, of which its parquet knows nothing: run the ingest stage again"
+                    )
                 yield judge(stream.read(), told.pop(key), shard.name, member, config)
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"shard {shard} does not read ({error}): run the ingest stage again") from error
+        raise DataError(
+            f"shard {shard} does not read ({error}): run the ingest stage again"
+        ) from error
     if told:
-        raise DataError(f"shard {shard} lacks {len(told)} images that its parquet names, such as {min(told)}: run the ingest stage again")
+        raise DataError(
+            f"shard {shard} lacks {len(told)} images that its parquet names, such as {min(told)}: run the ingest stage again"
+        )
 
 
-def judge(image: bytes, item: Row, shard: str, member: tarfile.TarInfo, config: CurateConfig) -> tuple[Row, str]:
+def judge(
+    image: bytes, item: Row, shard: str, member: tarfile.TarInfo, config: CurateConfig
+) -> tuple[Row, str]:
     """Make the KEEP row of one image and say why it must go, or ""."""
-    captions = [text for text in dict.fromkeys(clean(caption, config.max_caption_chars) for caption in item["captions"]) if text]
+    captions = [
+        text
+        for text in dict.fromkeys(
+            clean(caption, config.max_caption_chars) for caption in item["captions"]
+        )
+        if text
+    ]
     row = {
         "key": item["sample"],
-        **{name: item[name] for name in ("origin", "licence", "concept", "style", "category", "subcategory")},
+        **{
+            name: item[name]
+            for name in ("origin", "licence", "concept", "style", "category", "subcategory")
+        },
         "caption": captions[0] if captions else "",
         "captions": captions[:MAX_PHRASINGS],
         "split": split_of(item["concept"], item["style"], config),
@@ -163,7 +215,8 @@ def judge(image: bytes, item: Row, shard: str, member: tarfile.TarInfo, config: 
         "offset": member.offset_data,
         "size_bytes": len(image),
         "sha256": hashlib.sha256(image).hexdigest(),
-        "download": item.get("sha256") or "",  # no column of KEEP: the removal log is held against it
+        "download": item.get("sha256")
+        or "",  # no column of KEEP: the removal log is held against it
     }
     pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) if image else None
     if pixels is None:
@@ -222,8 +275,13 @@ def detail_of(row: Row, reason: str) -> str:
 
 def duplicates(batch: pa.RecordBatch) -> pa.Table:
     """Return the rows of dropped.parquet for exact duplicates."""
-    columns = zip(*(batch.column(name).to_pylist() for name in ("key", "origin", "sha256")), strict=True)
-    rows = [{"key": key, "origin": origin, "reason": "duplicate", "detail": f"sha256 {sha256}"} for key, origin, sha256 in columns]
+    columns = zip(
+        *(batch.column(name).to_pylist() for name in ("key", "origin", "sha256")), strict=True
+    )
+    rows = [
+        {"key": key, "origin": origin, "reason": "duplicate", "detail": f"sha256 {sha256}"}
+        for key, origin, sha256 in columns
+    ]
     return pa.Table.from_pylist(rows, DROPPED)
 
 
@@ -241,5 +299,10 @@ def leaks(candidates: Path, is_train: np.ndarray, shards: Path) -> np.ndarray:
 
 def alike(batch: pa.RecordBatch, shown_by: np.ndarray) -> pa.Table:
     """Return the rows of dropped.parquet for images that look like a held-out one, whose keys are given."""
-    columns = [*(batch.column(name) for name in ("key", "origin")), ["evaluation_alike"] * batch.num_rows]
-    return pa.table([*columns, [f"looks like {key.decode()}" for key in shown_by.tolist()]], schema=DROPPED)
+    columns = [
+        *(batch.column(name) for name in ("key", "origin")),
+        ["evaluation_alike"] * batch.num_rows,
+    ]
+    return pa.table(
+        [*columns, [f"looks like {key.decode()}" for key in shown_by.tolist()]], schema=DROPPED
+    )

@@ -72,7 +72,11 @@ class Downloads:
             if worker.is_here or not feed.is_served:
                 self.todo.remove(feed)
                 trouble = self.troubles.setdefault(feed.number, Trouble())
-                is_judged = self.number == 0 and trouble.outages < len(PAUSES_S) and self.pauses < MAX_PAUSES
+                is_judged = (
+                    self.number == 0
+                    and trouble.outages < len(PAUSES_S)
+                    and self.pauses < MAX_PAUSES
+                )
                 also = {
                     "turn": self.number * (MAX_PAUSES + 1) + self.pauses,
                     "max_passing": self.config.max_passing if is_judged else 1.0,
@@ -96,7 +100,9 @@ class Downloads:
             trouble.attempts += 1
         if trouble.attempts >= MAX_ATTEMPTS or trouble.losses >= MAX_LOSSES:
             count = trouble.losses if is_lost else MAX_ATTEMPTS
-            raise DataError(f"shard {feed.number:05d} failed {count} times, at last so: {why} (details in {self.workers.log})")
+            raise DataError(
+                f"shard {feed.number:05d} failed {count} times, at last so: {why} (details in {self.workers.log})"
+            )
         self.todo.appendleft(feed)
 
     def hear(self, worker: Worker, line: str) -> None:
@@ -121,7 +127,9 @@ class Downloads:
             self.next_for(worker)
         elif word == "failed":
             if "no space left" in rest.lower():
-                raise StorageError(f"no space left on the device of {self.folder}: free some and run again, finished shards are kept")
+                raise StorageError(
+                    f"no space left on the device of {self.folder}: free some and run again, finished shards are kept"
+                )
             worker.row = None  # it lives: no row has killed it
             self.again(worker, rest.partition(" ")[2])
             self.next_for(worker)
@@ -156,10 +164,19 @@ class Downloads:
                 self.next_for(self.workers.replace(worker))
         is_idle = not any(worker.feed for worker in self.workers.all)
         if is_idle and time.monotonic() - max(self.heard_s, self.paused_until_s) >= START_LIMIT_S:
-            raise UnclipError(f"no node has started a download process in {START_LIMIT_S} s: ask for fewer, [cluster] ingest_workers")
+            raise UnclipError(
+                f"no node has started a download process in {START_LIMIT_S} s: ask for fewer, [cluster] ingest_workers"
+            )
 
 
-def make_shards(feeds: list[Feed], folder: Path, settings: dict[str, Any], workers: Workers, config: DataConfig, number: int) -> None:
+def make_shards(
+    feeds: list[Feed],
+    folder: Path,
+    settings: dict[str, Any],
+    workers: Workers,
+    config: DataConfig,
+    number: int,
+) -> None:
     """Have every feed made into a shard that is not there yet; `number` is the pass's.
 
     Raises DataError when a shard fails `MAX_ATTEMPTS` times, StorageError when the disk is full.
@@ -168,7 +185,9 @@ def make_shards(feeds: list[Feed], folder: Path, settings: dict[str, Any], worke
     clear_leftovers(folder)
     todo = deque(feed for feed in feeds if not (folder / f"{feed.number:05d}.tar").is_file())
     total = sum(feed.rows for feed in feeds)
-    downloads = Downloads(folder, settings, workers, config, todo, number, total - sum(feed.rows for feed in todo))
+    downloads = Downloads(
+        folder, settings, workers, config, todo, number, total - sum(feed.rows for feed in todo)
+    )
     with Progress(f"retry {number}" if number else "download", total) as progress:
         for worker in workers.all:
             downloads.next_for(worker)
@@ -179,5 +198,7 @@ def make_shards(feeds: list[Feed], folder: Path, settings: dict[str, Any], worke
             downloads.look_after()
             waits_s = downloads.paused_until_s - time.monotonic()
             note = f"the network seems to be away, waiting {waits_s:.0f} s" if waits_s > 0 else ""
-            progress.update(downloads.finished + sum(worker.rows for worker in workers.all if worker.feed), note)
+            progress.update(
+                downloads.finished + sum(worker.rows for worker in workers.all if worker.feed), note
+            )
         progress.update(total)

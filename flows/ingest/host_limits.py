@@ -79,8 +79,14 @@ class Hosts:
                         host.failure, host.silent_until_s = error, time.monotonic() + FAILURE_S
                         raise
                     with self.guard:
-                        self.rules_bytes += robots.size_bytes - (host.robots.size_bytes if host.robots else 0)
-                        host.robots, host.robots_until_s, host.failure = robots, time.monotonic() + ROBOTS_S, None
+                        self.rules_bytes += robots.size_bytes - (
+                            host.robots.size_bytes if host.robots else 0
+                        )
+                        host.robots, host.robots_until_s, host.failure = (
+                            robots,
+                            time.monotonic() + ROBOTS_S,
+                            None,
+                        )
                 robots = host.robots
             return robots.allows(target)
 
@@ -89,7 +95,11 @@ class Hosts:
         """Hold one of the host's `at_once` places while the block runs; 0 sets no limit."""
         with self._asked(origin) as host:
             with self.guard:
-                places = host.places.setdefault(at_once, threading.BoundedSemaphore(at_once)) if at_once else nullcontext()
+                places = (
+                    host.places.setdefault(at_once, threading.BoundedSemaphore(at_once))
+                    if at_once
+                    else nullcontext()
+                )
             with places:
                 try:
                     yield
@@ -101,7 +111,11 @@ class Hosts:
         """Say whether so many connections to a host failed in a row that it is left alone for a while."""
         with self.guard:
             host = self.known.get(origin)
-            return host is not None and host.vain_connections >= VAIN_CONNECTIONS and time.monotonic() < host.silent_until_s
+            return (
+                host is not None
+                and host.vain_connections >= VAIN_CONNECTIONS
+                and time.monotonic() < host.silent_until_s
+            )
 
     def connected(self, origin: Origin, is_good: bool) -> None:
         """Take note that a connection to a host came about, or did not."""

@@ -18,7 +18,14 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from PIL import Image
 
-from flows.ingest.host_limits import FAILURE_S, ROBOTS_BYTES, VAIN_CONNECTIONS, Hosts, Origin, StillFailingError
+from flows.ingest.host_limits import (
+    FAILURE_S,
+    ROBOTS_BYTES,
+    VAIN_CONNECTIONS,
+    Hosts,
+    Origin,
+    StillFailingError,
+)
 from flows.ingest.robots import AGENT
 from flows.sources.opt_out import NOBODY, OptOut
 
@@ -100,11 +107,15 @@ def fetch(url: str, rules: Rules) -> bytes:
         is_ours = bool(rules.loopback) and url.startswith(rules.loopback + "/")
         if rules.robots and not is_ours:
             try:
-                if not hosts.allows(origin, target, lambda origin=origin: robots_txt(origin, rules)):  # type: ignore[misc]
+                if not hosts.allows(
+                    origin, target, lambda origin=origin: robots_txt(origin, rules)
+                ):  # type: ignore[misc]
                     raise FetchError("robots", f"robots.txt of {origin[1]} forbids it")
             except StillFailingError as still:
                 assert isinstance(still.first, FetchError)
-                raise FetchError(still.first.reason, still.first.detail, is_hopeless=True) from still
+                raise FetchError(
+                    still.first.reason, still.first.detail, is_hopeless=True
+                ) from still
         with hosts.place(origin, 0 if is_ours else rules.per_host):
             deadline += time.monotonic() - asked
             answer = get(url, replace(rules, allow_private=True) if is_ours else rules, deadline)
@@ -119,7 +130,10 @@ def robots_txt(origin: Origin, rules: Rules) -> str:
     scheme, host, port = origin
     where = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/robots.txt"
     try:
-        body = patiently(where, replace(rules, robots=False, per_host=0, is_robots_txt=True, max_bytes=ROBOTS_BYTES))
+        body = patiently(
+            where,
+            replace(rules, robots=False, per_host=0, is_robots_txt=True, max_bytes=ROBOTS_BYTES),
+        )
         return body.decode(errors="replace")
     except FetchError as error:
         if error.reason in ("http_404", "http_error"):
@@ -132,11 +146,20 @@ def parted(url: str) -> tuple[Origin, str]:
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https"):
-            raise FetchError("host_refused", f"scheme {parts.scheme or 'none'!r}: only http and https are fetched")
+            raise FetchError(
+                "host_refused",
+                f"scheme {parts.scheme or 'none'!r}: only http and https are fetched",
+            )
         if not parts.hostname:
             raise FetchError("bad_url", "it names no host")
-        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{quote(parts.query, safe=QUERY_SAFE)}" if parts.query else "")
-        return (parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), target
+        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (
+            f"?{quote(parts.query, safe=QUERY_SAFE)}" if parts.query else ""
+        )
+        return (
+            parts.scheme,
+            parts.hostname,
+            parts.port or (443 if parts.scheme == "https" else 80),
+        ), target
     except ValueError as error:
         raise FetchError("bad_url", str(error)) from error
 
@@ -153,7 +176,9 @@ def get(url: str, rules: Rules, deadline: float) -> bytes | str:
         if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
             raise FetchError("timeout", f"no whole answer in {rules.timeout_s:g} s") from error
         if isinstance(error, http.client.IncompleteRead):
-            raise FetchError("cut_short", "the connection closed before the body was whole") from error
+            raise FetchError(
+                "cut_short", "the connection closed before the body was whole"
+            ) from error
         raise FetchError("unreachable", str(error) or type(error).__name__) from error
     except ValueError as error:  # UnicodeError too: a host name or port that is none
         raise FetchError("bad_url", str(error)) from error
@@ -161,7 +186,10 @@ def get(url: str, rules: Rules, deadline: float) -> bytes | str:
 
 def exchange(origin: Origin, target: str, rules: Rules, deadline: float) -> bytes | str:
     """Send one request on this thread's connection to the host, and once more on a fresh one if the kept one has died meanwhile."""
-    place = (origin, rules.allow_private)  # one that was let through the check of addresses serves nobody else
+    place = (
+        origin,
+        rules.allow_private,
+    )  # one that was let through the check of addresses serves nobody else
     while True:
         kept = connections().pop(place, None)
         connection = kept or connect(origin, rules, deadline)
@@ -170,7 +198,9 @@ def exchange(origin: Origin, target: str, rules: Rules, deadline: float) -> byte
         try:
             with reaped_at(deadline, sock):
                 sock.settimeout(left(deadline))
-                connection.request("GET", target, headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*;q=0.1"})
+                connection.request(
+                    "GET", target, headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*;q=0.1"}
+                )
                 response = connection.getresponse()
                 answer = read(response, sock, rules, deadline)
         except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
@@ -191,7 +221,9 @@ def exchange(origin: Origin, target: str, rules: Rules, deadline: float) -> byte
         return answer
 
 
-def read(response: http.client.HTTPResponse, sock: socket.socket, rules: Rules, deadline: float) -> bytes | str:
+def read(
+    response: http.client.HTTPResponse, sock: socket.socket, rules: Rules, deadline: float
+) -> bytes | str:
     """Read a response within the limits; returns its body, or its redirect target."""
     if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
         swallow(response)
@@ -199,7 +231,13 @@ def read(response: http.client.HTTPResponse, sock: socket.socket, rules: Rules, 
     if response.status != 200:
         swallow(response)
         is_passing = response.status in TRY_LATER or response.status >= 500
-        reason = "http_404" if response.status in (404, 410) else "http_unavailable" if is_passing else "http_error"
+        reason = (
+            "http_404"
+            if response.status in (404, 410)
+            else "http_unavailable"
+            if is_passing
+            else "http_error"
+        )
         raise FetchError(reason, f"HTTP {response.status} {response.reason}")
     if not rules.is_robots_txt and is_forbidden(response.headers.get_all("X-Robots-Tag", [])):
         raise FetchError("robots", "X-Robots-Tag forbids it")
@@ -233,7 +271,9 @@ def is_forbidden(values: list[str]) -> bool:
         is_meant = True
         for piece in value.lower().split(","):
             name, colon, rest = (part.strip() for part in piece.partition(":"))
-            if colon and name not in VALUED and " " not in name:  # a date behind a comma is no agent
+            if (
+                colon and name not in VALUED and " " not in name
+            ):  # a date behind a comma is no agent
                 is_meant, name = name in ("*", AGENT), rest
             if is_meant and name in FORBIDDING:
                 return True
@@ -244,7 +284,11 @@ def connect(origin: Origin, rules: Rules, deadline: float) -> http.client.HTTPCo
     """Resolve, check every address, and connect to one that was checked."""
     scheme, host, port = origin
     if hosts.is_silent(origin):
-        raise FetchError("unreachable", f"{VAIN_CONNECTIONS} connections to {host} failed in a row: left alone for {FAILURE_S} s", True)
+        raise FetchError(
+            "unreachable",
+            f"{VAIN_CONNECTIONS} connections to {host} failed in a row: left alone for {FAILURE_S} s",
+            True,
+        )
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
@@ -254,7 +298,10 @@ def connect(origin: Origin, rules: Rules, deadline: float) -> http.client.HTTPCo
     if not rules.allow_private:
         for address in addresses:
             if not is_public(str(address)):
-                raise FetchError("host_refused", f"{host} is at {address}, a private, loopback or otherwise reserved address")
+                raise FetchError(
+                    "host_refused",
+                    f"{host} is at {address}, a private, loopback or otherwise reserved address",
+                )
     try:
         sock = dial([str(address) for address in addresses], port, deadline)
     except OSError:
@@ -276,7 +323,9 @@ def dial(addresses: list[str], port: int, deadline: float) -> socket.socket:
     for position, address in enumerate(addresses):
         remaining = left(deadline)
         try:
-            return socket.create_connection((address, port), timeout=remaining / (len(addresses) - position))
+            return socket.create_connection(
+                (address, port), timeout=remaining / (len(addresses) - position)
+            )
         except OSError:
             if position == len(addresses) - 1:
                 raise
@@ -288,7 +337,9 @@ def is_public(address: str) -> bool:
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
         wrapped = [found.ipv4_mapped, found.sixtofour, *(found.teredo or ())]
-        if found.is_site_local or found in ipaddress.ip_network("64:ff9b:1::/48"):  # fec0::/10; NAT64 for local use (RFC 8215)
+        if found.is_site_local or found in ipaddress.ip_network(
+            "64:ff9b:1::/48"
+        ):  # fec0::/10; NAT64 for local use (RFC 8215)
             return False
         if found in ipaddress.ip_network("64:ff9b::/96") or found in ipaddress.ip_network("::/96"):
             wrapped.append(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF))
@@ -314,12 +365,19 @@ def look_at(body: bytes, rules: Rules) -> None:
         if body.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM")):
             raise FetchError("decode_error", "the image's header is broken") from error
         start = body[:40].decode("latin-1").strip()
-        raise FetchError("not_an_image", f"{len(body):,} bytes that start with {start!r}") from error
-    if width * height > rules.max_pixels:
-        raise FetchError("too_large", f"{width} x {height} pixels declared, {rules.max_pixels:,} allowed")
-    if min(width, height) and rules.grown_px**2 * max(width, height) > rules.max_pixels * min(width, height):
         raise FetchError(
-            "too_large", f"{width} x {height} pixels would be over {rules.max_pixels:,} at {rules.grown_px} on the shorter side"
+            "not_an_image", f"{len(body):,} bytes that start with {start!r}"
+        ) from error
+    if width * height > rules.max_pixels:
+        raise FetchError(
+            "too_large", f"{width} x {height} pixels declared, {rules.max_pixels:,} allowed"
+        )
+    if min(width, height) and rules.grown_px**2 * max(width, height) > rules.max_pixels * min(
+        width, height
+    ):
+        raise FetchError(
+            "too_large",
+            f"{width} x {height} pixels would be over {rules.max_pixels:,} at {rules.grown_px} on the shorter side",
         )
     is_whole = {
         "PNG": lambda: b"IEND" in body[-64:],

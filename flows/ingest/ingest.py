@@ -38,7 +38,12 @@ Counts = dict[str, Any]
 
 
 def run(
-    config: DataConfig, out: Path, work: Path, removals: Removals = Removals(), previous: Path | None = None, remote: int = 0
+    config: DataConfig,
+    out: Path,
+    work: Path,
+    removals: Removals = Removals(),
+    previous: Path | None = None,
+    remote: int = 0,
 ) -> Counts:
     """Download everything that the sources name into OUT and return the counts; WORK carries the state between killed attempts.
 
@@ -66,8 +71,16 @@ def run(
             urls, first_number = renewed(previous, table, work)
         taken_over = first_number
         for number in range(config.retry_passes + 1):
-            rows = urls if number == 0 else rows_to_ask_again(work / "shards", first_number, work / f"again-{number}.parquet")
-            feeds = write_feeds(rows, work / f"pass-{number}", first_number, config.images_per_shard)
+            rows = (
+                urls
+                if number == 0
+                else rows_to_ask_again(
+                    work / "shards", first_number, work / f"again-{number}.parquet"
+                )
+            )
+            feeds = write_feeds(
+                rows, work / f"pass-{number}", first_number, config.images_per_shard
+            )
             if not feeds and number:
                 break
             make_shards(feeds, work / "shards", settings, workers, config, number)
@@ -98,7 +111,9 @@ def url_table(config: DataConfig, work: Path, removals: Removals = Removals()) -
         rows = write_url_table(config, aside, Path(config.cache).expanduser())
         if rows == 0:
             dropped = pq.read_table(aside / "dropped.parquet")
-            raise DataError(f"the sources of [data] name no URL with a caption ({describe(Counter(dropped.column('reason').to_pylist()))})")
+            raise DataError(
+                f"the sources of [data] name no URL with a caption ({describe(Counter(dropped.column('reason').to_pylist()))})"
+            )
         if removals:
             leave_out(aside, removals)
         put_folder(aside, table)
@@ -117,7 +132,10 @@ def leave_out(folder: Path, removals: Removals) -> None:
             is_removed = removals.mask({name: rows[name] for name in ("key", "origin", "url")})
             writer.write_table(rows.filter(pc.invert(is_removed)).cast(URLS))
             gone = rows.filter(is_removed)
-            words = [pa.array([word] * gone.num_rows, pa.string()) for word in ("removed", "the removal log")]
+            words = [
+                pa.array([word] * gone.num_rows, pa.string())
+                for word in ("removed", "the removal log")
+            ]
             gone_writer.write_table(pa.table([gone["key"], gone["origin"], *words], schema=DROPPED))
     kept.replace(source)
     longer.replace(dropped)
@@ -163,15 +181,21 @@ def write_feeds(rows: Path, folder: Path, first_number: int, images_per_shard: i
     for file in sorted(folder.glob("*.arrow"), key=lambda file: int(file.stem)):
         with pa.ipc.open_file(file) as reader:
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        is_served = any(pc.any(pc.starts_with(batch["url"], f"{SERVED}/")).as_py() for batch in batches)
-        feeds.append(Feed(int(file.stem), file, sum(batch.num_rows for batch in batches), is_served))
+        is_served = any(
+            pc.any(pc.starts_with(batch["url"], f"{SERVED}/")).as_py() for batch in batches
+        )
+        feeds.append(
+            Feed(int(file.stem), file, sum(batch.num_rows for batch in batches), is_served)
+        )
     return feeds
 
 
 def finish(config: DataConfig, table: Path, shards: Path, count: int, out: Path) -> Counts:
     """Put the results under OUT and count them; a row that failed and succeeded in a later pass has succeeded."""
     outcomes = read_outcomes(shards, count)
-    early, reasons, examples = write_dropped(table / "dropped.parquet", outcomes, out / "dropped.parquet")
+    early, reasons, examples = write_dropped(
+        table / "dropped.parquet", outcomes, out / "dropped.parquet"
+    )
     succeeded, asked = outcomes.succeeded, outcomes.succeeded + reasons.total()
     if succeeded == 0 or succeeded < config.min_success * asked:
         reason, _ = reasons.most_common(1)[0]
@@ -184,9 +208,17 @@ def finish(config: DataConfig, table: Path, shards: Path, count: int, out: Path)
     for number in range(count):
         for suffix in (".tar", ".parquet"):
             place(shards / f"{number:05d}{suffix}", out / "shards" / f"{number:05d}{suffix}")
-    return {"in": asked + early.total(), "out": succeeded, "dropped": dict(sorted((reasons + early).items())), "shards": count}
+    return {
+        "in": asked + early.total(),
+        "out": succeeded,
+        "dropped": dict(sorted((reasons + early).items())),
+        "shards": count,
+    }
 
 
 def describe(reasons: Counter[str]) -> str:
     """Write counted reasons for people, the commonest first."""
-    return ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()) or "nothing was found"
+    return (
+        ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+        or "nothing was found"
+    )

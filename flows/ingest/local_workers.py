@@ -52,10 +52,20 @@ class LocalWorker:
 
     is_here = True
 
-    def __init__(self, log: Path, heard: "queue.Queue[tuple[Worker, str]]", max_pixels: int, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        heard: "queue.Queue[tuple[Worker, str]]",
+        max_pixels: int,
+        folder: Path | None = None,
+    ) -> None:
         environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "OMP_NUM_THREADS": "1"}
-        environment["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(max_pixels)  # for a file whose header says other things to Pillow than to OpenCV
-        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(
+            max_pixels
+        )  # for a file whose header says other things to Pillow than to OpenCV
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         with log.open("ab") as stderr:
             self.process = subprocess.Popen(
                 [*WORKER, str(os.getpid()), *([str(folder)] if folder else [])],
@@ -79,7 +89,12 @@ class LocalWorker:
         self.feed, self.rows, self.row, self.heard_s = feed, 0, None, time.monotonic()
         assert self.process.stdin is not None
         try:
-            job = {"feed": str(feed.file.resolve()), "number": feed.number, "folder": str(folder.resolve()), "settings": settings}
+            job = {
+                "feed": str(feed.file.resolve()),
+                "number": feed.number,
+                "folder": str(folder.resolve()),
+                "settings": settings,
+            }
             self.process.stdin.write(json.dumps(job) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
@@ -121,6 +136,11 @@ class Workers:
         self.all[fresh] = start
         return fresh
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for worker in self.all:
             worker.kill()

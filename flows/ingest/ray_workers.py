@@ -25,7 +25,13 @@ PIECE_BYTES = 16 << 20
 HEARING_S = 1.0
 LOST_S = 60.0
 """A node that has not answered for so long is given up."""
-PLACE: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 4, "scheduling_strategy": "SPREAD"}
+PLACE: dict[str, Any] = {
+    "num_cpus": 1,
+    "max_restarts": 0,
+    "max_task_retries": 0,
+    "max_concurrency": 4,
+    "scheduling_strategy": "SPREAD",
+}
 
 
 def sweep() -> None:
@@ -62,7 +68,11 @@ class Post:
         file = self.folder / f"{number:05d}.arrow"
         file.write_bytes(feed)
         rules = settings["rules"] | {"loopback": ""}
-        here = settings | {"rules": rules, "actual": settings["recorded"], "opt_out": str(self.folder / "opt_out.json")}
+        here = settings | {
+            "rules": rules,
+            "actual": settings["recorded"],
+            "opt_out": str(self.folder / "opt_out.json"),
+        }
         self.process.give(Feed(number, file, rows), self.folder, here)
 
     def hear(self, limit_s: float) -> list[str]:
@@ -96,7 +106,9 @@ class RemoteWorker:
 
     is_here = False
 
-    def __init__(self, log: Path, heard: "queue.Queue[tuple[Worker, str]]", max_pixels: int, opt_out: Path) -> None:
+    def __init__(
+        self, log: Path, heard: "queue.Queue[tuple[Worker, str]]", max_pixels: int, opt_out: Path
+    ) -> None:
         import ray
 
         self.log, self.heard = log, heard
@@ -111,7 +123,13 @@ class RemoteWorker:
         threading.Thread(target=self.listen, daemon=True).start()
 
     def give(self, feed: Feed, folder: Path, settings: dict[str, Any]) -> None:
-        self.feed, self.rows, self.row, self.heard_s, self.folder = feed, 0, None, time.monotonic(), folder
+        self.feed, self.rows, self.row, self.heard_s, self.folder = (
+            feed,
+            0,
+            None,
+            time.monotonic(),
+            folder,
+        )
         self.actor.give.remote(feed.number, feed.file.read_bytes(), feed.rows, settings)
 
     def listen(self) -> None:
@@ -124,9 +142,15 @@ class RemoteWorker:
             while not self.is_over:
                 for line in self.ask("hear", HEARING_S):
                     self.take(line)
-        except (ray.exceptions.RayError, ConnectionError) as error:  # of any kind: the node or the actor is out of reach
+        except (
+            ray.exceptions.RayError,
+            ConnectionError,
+        ) as error:  # of any kind: the node or the actor is out of reach
             if not self.is_over:
-                *_, last = [type(error).__name__, *filter(None, map(str.strip, str(error).splitlines()))]
+                *_, last = [
+                    type(error).__name__,
+                    *filter(None, map(str.strip, str(error).splitlines())),
+                ]
                 self.heard.put((self, f"lost the node of a download process is gone: {last[:200]}"))
 
     def take(self, line: str) -> None:

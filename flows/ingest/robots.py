@@ -24,7 +24,9 @@ class Robots:
 
     def allows(self, target: str) -> bool:
         """Say whether a path with its query may be asked: the longest pattern that matches decides, a tie allows (RFC 9309, 2.2.2)."""
-        found = [(len(pattern), allowed) for pattern, allowed in self.rules if matches(pattern, target)]
+        found = [
+            (len(pattern), allowed) for pattern, allowed in self.rules if matches(pattern, target)
+        ]
         return max(found)[1] if found else True
 
 
@@ -46,7 +48,9 @@ def parse(text: str) -> Robots:
         elif field in ("allow", "disallow"):
             in_agents = False
             if value:  # an empty Disallow forbids nothing
-                value = quote(value, safe=string.printable)  # letters beyond ASCII as they stand in a request
+                value = quote(
+                    value, safe=string.printable
+                )  # letters beyond ASCII as they stand in a request
                 if AGENT in agents:
                     mine.append((value, field == "allow"))
                 if "*" in agents:

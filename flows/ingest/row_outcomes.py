@@ -53,7 +53,9 @@ def read_outcomes(shards: Path, count: int) -> Outcomes:
         told_in.append(np.full(len(failed[-1]), number, np.int32))
         outcomes.succeeded += int(is_good.sum())
     samples, last = np.concatenate(failed), np.concatenate(told_in)
-    order = np.argsort(samples, kind="stable")  # those of one sample stay in the order of their shards
+    order = np.argsort(
+        samples, kind="stable"
+    )  # those of one sample stay in the order of their shards
     samples, last = samples[order], last[order]
     is_last = np.append(samples[1:] != samples[:-1], True) if len(samples) else np.empty(0, bool)
     samples, last = samples[is_last], last[is_last]
@@ -73,13 +75,19 @@ def rows_to_ask_again(shards: Path, count: int, file: Path) -> Path:
         for rows in read_outcomes(shards, count).failures():
             passes = [split_problem(*told)[0] in PASSING for told in _told(rows)]
             chosen = rows.filter(pa.array(passes, pa.bool_()))
-            chosen = chosen.drop_columns(["key"]) if "key" in chosen.column_names else chosen  # img2dataset's, of the shard
-            writer.write_table(chosen.rename_columns({"sample": "key"}).select(URLS.names).cast(URLS))
+            chosen = (
+                chosen.drop_columns(["key"]) if "key" in chosen.column_names else chosen
+            )  # img2dataset's, of the shard
+            writer.write_table(
+                chosen.rename_columns({"sample": "key"}).select(URLS.names).cast(URLS)
+            )
     aside.replace(file)
     return file
 
 
-def write_dropped(early: Path, outcomes: Outcomes, out: Path) -> tuple[Counter[str], Counter[str], dict[str, str]]:
+def write_dropped(
+    early: Path, outcomes: Outcomes, out: Path
+) -> tuple[Counter[str], Counter[str], dict[str, str]]:
     """Write `early`'s rows and all that failed as `out` (schema DROPPED).
 
     Returns the reasons of the early ones, those of the failures, and an example of each of the latter.
@@ -98,7 +106,11 @@ def write_dropped(early: Path, outcomes: Outcomes, out: Path) -> tuple[Counter[s
             reasons.update(reason for reason, _ in words)
             for origin, (reason, detail) in zip(origins, words, strict=True):
                 examples.setdefault(reason, f"{origin} ({detail})")
-            columns = [rows["sample"], rows["origin"], *(pa.array(list(each), pa.string()) for each in zip(*words, strict=True))]
+            columns = [
+                rows["sample"],
+                rows["origin"],
+                *(pa.array(list(each), pa.string()) for each in zip(*words, strict=True)),
+            ]
             pending.append(pa.table(columns, schema=DROPPED))
             if sum(each.num_rows for each in pending) >= GROUP_ROWS:
                 writer.write_table(pa.concat_tables(pending))

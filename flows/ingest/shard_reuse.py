@@ -19,7 +19,16 @@ import pyarrow.parquet as pq
 from infra.schemas import URLS, open_parquet
 from infra.storage.atomic_files import place, put
 
-SAME = ("image_size_px", "resize", "encode", "images_per_shard", "max_image_bytes", "max_image_pixels", "allow_private", "robots")
+SAME = (
+    "image_size_px",
+    "resize",
+    "encode",
+    "images_per_shard",
+    "max_image_bytes",
+    "max_image_pixels",
+    "allow_private",
+    "robots",
+)
 """Fields of [data] that decide what becomes of a URL."""
 TOLD = tuple(name for name in URLS.names if name not in ("key", "url"))
 BATCH_ROWS = 10_000
@@ -36,7 +45,12 @@ def take_over(previous: Path, table: Path, shards: Path) -> int:
     They keep their numbers, so that new ones follow. What stands there under a final name is whole, so a killed call is repeated.
     """
     shards.mkdir(parents=True, exist_ok=True)
-    listed = np.sort(np.concatenate([marks(batch) for batch in open_parquet(table).iter_batches(BATCH_ROWS)] or [np.empty(0, np.uint64)]))
+    listed = np.sort(
+        np.concatenate(
+            [marks(batch) for batch in open_parquet(table).iter_batches(BATCH_ROWS)]
+            or [np.empty(0, np.uint64)]
+        )
+    )
     files = sorted((previous / "shards").glob("*.parquet"), key=lambda file: int(file.stem))
     for file in files:
         if not (shards / f"{file.stem}.tar").exists():
@@ -47,7 +61,11 @@ def take_over(previous: Path, table: Path, shards: Path) -> int:
 
 def unknown_rows(table: Path, shards: Path, count: int, out: Path) -> Path:
     """Write the rows of `table` that none of the first `count` shards holds, as `out`; return it."""
-    known = [marks(pq.read_table(file)) for file in (shards / f"{number:05d}.parquet" for number in range(count)) if file.exists()]
+    known = [
+        marks(pq.read_table(file))
+        for file in (shards / f"{number:05d}.parquet" for number in range(count))
+        if file.exists()
+    ]
     sorted_known = np.sort(np.concatenate(known or [np.empty(0, np.uint64)]))
     aside = out.with_suffix(".part")
     with pq.ParquetWriter(aside, URLS) as writer:
@@ -60,13 +78,22 @@ def unknown_rows(table: Path, shards: Path, count: int, out: Path) -> Path:
 def marks(rows: pa.RecordBatch | pa.Table) -> np.ndarray:
     """Return a 64-bit hash of what the list says of each row."""
     columns = [rows.column(name).to_pylist() for name in TOLD]
-    found = (hashlib.blake2b(json.dumps(values).encode(), digest_size=8).digest() for values in zip(*columns, strict=True))
+    found = (
+        hashlib.blake2b(json.dumps(values).encode(), digest_size=8).digest()
+        for values in zip(*columns, strict=True)
+    )
     return np.frombuffer(b"".join(found), np.uint64)
 
 
 def is_url(rows: pa.Table) -> np.ndarray:
     """Say of each row whether its picture came from the network."""
-    return np.array([origin.startswith(("http://", "https://")) for origin in rows.column("origin").to_pylist()], bool)
+    return np.array(
+        [
+            origin.startswith(("http://", "https://"))
+            for origin in rows.column("origin").to_pylist()
+        ],
+        bool,
+    )
 
 
 def _copy(file: Path, rows: pa.Table, is_kept: np.ndarray, shards: Path) -> None:

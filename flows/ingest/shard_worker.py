@@ -29,7 +29,11 @@ from PIL import Image
 
 if __name__ == "__main__":
     # Nothing here uses img2dataset's command (with Ray and pandas), wandb, or webdataset's wish for torch: two thirds of a process's start.
-    unused = {"img2dataset.main": SimpleNamespace(main=None, download=None), "wandb": SimpleNamespace(), "torch": None}
+    unused = {
+        "img2dataset.main": SimpleNamespace(main=None, download=None),
+        "wandb": SimpleNamespace(),
+        "torch": None,
+    }
     sys.modules |= cast(dict[str, ModuleType], unused)
 
 from img2dataset import downloader as img2dataset_downloader
@@ -97,7 +101,12 @@ class Pulse:
                     self.moves += 1
                     self.rows += is_last
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.over.set()
         self.thread.join()
 
@@ -112,7 +121,9 @@ def shard_name(number: int) -> str:
     return f"{number:0{DIGITS}d}"
 
 
-def make_shard(feed: Path, number: int, folder: Path, settings: dict[str, Any], say: Callable[[str], None]) -> float:
+def make_shard(
+    feed: Path, number: int, folder: Path, settings: dict[str, Any], say: Callable[[str], None]
+) -> float:
     """Download the rows of `feed` (an Arrow file with COLUMNS) into FOLDER/<number>.parquet, _stats.json and .tar, in this order.
 
     Returns the share of rows that failed for what may pass. `settings`: rules (of flows.ingest.http_fetch), recorded and actual (bases of loopback
@@ -148,7 +159,9 @@ def maker(aside: Path, settings: dict[str, Any], pulse: Pulse) -> Downloader:
         resize_mode=settings["resize"],
         resize_only_if_bigger=False,
         encode_format=settings["encode"],
-        encode_quality=1 if settings["encode"] == "png" else 95,  # for png: compression; 9 is ten times slower and saves little
+        encode_quality=1
+        if settings["encode"] == "png"
+        else 95,  # for png: compression; 9 is ten times slower and saves little
     )
 
     def resize(body: Body, _: object = None) -> Any:
@@ -178,20 +191,35 @@ def maker(aside: Path, settings: dict[str, Any], pulse: Pulse) -> Downloader:
     )
 
 
-def fetcher(settings: dict[str, Any], pulse: Pulse) -> Callable[..., tuple[int, io.BytesIO | None, str | None]]:
+def fetcher(
+    settings: dict[str, Any], pulse: Pulse
+) -> Callable[..., tuple[int, io.BytesIO | None, str | None]]:
     """Return a function of img2dataset's `download_image_with_retry` shape that fetches by our rules."""
     rules = Rules(**settings["rules"], opt_out=opt_out.load(Path(settings["opt_out"])))
     recorded, actual = settings["recorded"], settings["actual"]
     crashed = frozenset(settings["crashed"])
 
-    def download_image_with_retry(row: tuple[int, str], **_: object) -> tuple[int, io.BytesIO | None, str | None]:
+    def download_image_with_retry(
+        row: tuple[int, str], **_: object
+    ) -> tuple[int, io.BytesIO | None, str | None]:
         key, url = row
         is_kept = False
         try:
             if key in crashed:
-                raise FetchError("worker_crash", "each download process that took it died or fell silent")
+                raise FetchError(
+                    "worker_crash", "each download process that took it died or fell silent"
+                )
             with pulse.on(key, is_last=False):
-                body = Body(eight_bit(fetch_image(actual + url.removeprefix(recorded) if url.startswith(recorded + "/") else url, rules)))
+                body = Body(
+                    eight_bit(
+                        fetch_image(
+                            actual + url.removeprefix(recorded)
+                            if url.startswith(recorded + "/")
+                            else url,
+                            rules,
+                        )
+                    )
+                )
             body.row, is_kept = key, True
             return key, body, None
         except FetchError as error:
@@ -224,7 +252,9 @@ def eight_bit(body: bytes) -> bytes:
 def on_white(stream: io.BytesIO) -> io.BytesIO:
     """Return a large picture that has transparency put on white as img2dataset does it, a piece at a time; any other as it is."""
     with Image.open(stream) as header:
-        is_plain = header.mode in ("RGB", "L", "CMYK", "YCbCr", "1") and "transparency" not in header.info
+        is_plain = (
+            header.mode in ("RGB", "L", "CMYK", "YCbCr", "1") and "transparency" not in header.info
+        )
         pixels = header.width * header.height
     if is_plain or pixels <= MATTED_PIXELS:
         return stream
@@ -237,7 +267,9 @@ def on_white(stream: io.BytesIO) -> io.BytesIO:
         for start in range(0, len(flat), MATTED_PIXELS):
             piece = flat[start : start + MATTED_PIXELS]
             alpha = piece[:, 3, np.newaxis]
-            matted[start : start + MATTED_PIXELS] = np.rint((alpha / 255 * piece[:, :3] + 255 - alpha).clip(min=0, max=255))
+            matted[start : start + MATTED_PIXELS] = np.rint(
+                (alpha / 255 * piece[:, :3] + 255 - alpha).clip(min=0, max=255)
+            )
         shape = (*image.shape[:2], 3)
         del image, flat
         return io.BytesIO(cv2.imencode(".bmp", matted.reshape(shape))[1].tobytes())
@@ -259,8 +291,12 @@ def check_shard(stem: Path, feed: Path) -> float:
     if len(status) != asked or members != status.count("success"):
         if shutil.disk_usage(stem.parent).free < 2**20:
             raise OSError("no space left on the device")
-        raise RuntimeError(f"{asked} rows asked, {len(status)} recorded, {status.count('success')} succeeded, {members} stored")
-    problems = (split_problem(*each)[0] for each in zip(status, words, strict=True) if each[0] != "success")
+        raise RuntimeError(
+            f"{asked} rows asked, {len(status)} recorded, {status.count('success')} succeeded, {members} stored"
+        )
+    problems = (
+        split_problem(*each)[0] for each in zip(status, words, strict=True) if each[0] != "success"
+    )
     return sum(problem in PASSING for problem in problems) / asked
 
 
@@ -305,7 +341,9 @@ def main() -> None:
             turn = job["settings"]["turn"]
             hosts.forgive()
         try:
-            passing = make_shard(Path(job["feed"]), job["number"], Path(job["folder"]), job["settings"], say)
+            passing = make_shard(
+                Path(job["feed"]), job["number"], Path(job["folder"]), job["settings"], say
+            )
         except NetworkAwayError as error:
             say(f"outage {job['number']} {error}")
         except Exception as error:

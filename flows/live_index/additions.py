@@ -44,7 +44,9 @@ LEAST_BYTES = 64 << 20
 """Memory that the index of a small addition may take."""
 
 
-def add(root: Root, known: Lineage, view: "View", source: Path, licence: str) -> tuple[Committed | None, dict[str, int]]:
+def add(
+    root: Root, known: Lineage, view: "View", source: Path, licence: str
+) -> tuple[Committed | None, dict[str, int]]:
     """Add a folder; return the committed addition (None where nothing was left to add) and what became of its rows, by reason.
 
     A sample whose key is in the index already is left out, and one that was taken down stays down. Raises CallerError for a folder that
@@ -68,11 +70,19 @@ def add(root: Root, known: Lineage, view: "View", source: Path, licence: str) ->
         whole = IndexConfig.model_validate(known.index.manifest["sections"]["index"])
         memory_bytes = share_of(whole.memory_bytes, len(rows), view)
         dropped = {name: count for name, count in reasons.items() if name != "added"}
-        return commit(root, known, out, rows["key"].to_pylist(), memory_bytes, dropped, what), reasons
+        return commit(
+            root, known, out, rows["key"].to_pylist(), memory_bytes, dropped, what
+        ), reasons
 
 
 def commit(
-    root: Root, known: Lineage, out: Path, keys: list[str], memory_bytes: int, dropped: dict[str, int], what: dict[str, Any]
+    root: Root,
+    known: Lineage,
+    out: Path,
+    keys: list[str],
+    memory_bytes: int,
+    dropped: dict[str, int],
+    what: dict[str, Any],
 ) -> Committed:
     """Build an index over the embed folder in `out`, which holds the samples `keys`, and commit both as one addition.
 
@@ -114,17 +124,33 @@ def read_embeddings(source: Path, known: Lineage) -> tuple[pa.Table, np.ndarray,
     from indexing.data.embedding_store import open_parts, read_metadata
 
     count, dim = int(facts["count"]), int(facts["dim"])
-    images, texts = (np.concatenate(open_parts(source / name, count, dim)) for name in ("img_emb", "text_emb"))
+    images, texts = (
+        np.concatenate(open_parts(source / name, count, dim)) for name in ("img_emb", "text_emb")
+    )
     table = read_metadata(source / "metadata", EMBEDDED.names, count).cast(EMBEDDED)
     # Shards are not carried along: such samples are found, but have no thumbnail.
-    return table.set_column(EMBEDDED.get_field_index("shard"), "shard", pa.array([""] * count, pa.string())), images, texts
+    return (
+        table.set_column(
+            EMBEDDED.get_field_index("shard"), "shard", pa.array([""] * count, pa.string())
+        ),
+        images,
+        texts,
+    )
 
 
-def embed_pictures(source: Path, known: Lineage, licence: str, out: Path) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+def embed_pictures(
+    source: Path, known: Lineage, licence: str, out: Path
+) -> tuple[pa.Table, np.ndarray, np.ndarray]:
     """Embed the pictures below a folder, each with the caption beside it, and write them as one shard into OUT/shards."""
-    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURES) if source.is_dir() else []
+    files = (
+        sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURES)
+        if source.is_dir()
+        else []
+    )
     if not files:
-        raise CallerError(f"{source} holds neither embeddings (facts.json, img_emb/, text_emb/, metadata/) nor PNG, JPEG or WebP pictures")
+        raise CallerError(
+            f"{source} holds neither embeddings (facts.json, img_emb/, text_emb/, metadata/) nor PNG, JPEG or WebP pictures"
+        )
     from training.jobs import embed
 
     texts_of, images_of, side_px = embed.encoders(known.clip.local())
@@ -142,10 +168,16 @@ def embed_pictures(source: Path, known: Lineage, licence: str, out: Path) -> tup
             images.append(images_of(np.stack(squares)))
             texts.append(texts_of([row["caption"] or "a picture" for row in rows[-len(batch) :]]))
     table = pa.Table.from_pylist(rows, EMBEDDED)
-    return table, np.concatenate(images).astype(np.float16), np.concatenate(texts).astype(np.float16)
+    return (
+        table,
+        np.concatenate(images).astype(np.float16),
+        np.concatenate(texts).astype(np.float16),
+    )
 
 
-def read_one(file: Path, side_px: int, look: "Look", licence: str, source: Path) -> tuple[np.ndarray, dict[str, Any]]:
+def read_one(
+    file: Path, side_px: int, look: "Look", licence: str, source: Path
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Return a picture as the encoder sees it, and its row with the picture that is kept of it, uint8 RGB."""
     from training.data.image_reader import read_file
 
@@ -153,7 +185,9 @@ def read_one(file: Path, side_px: int, look: "Look", licence: str, source: Path)
     kept = read_file(file, min(KEPT_PX, max(width_px, height_px)))
     beside = file.with_suffix(".txt")
     caption = (
-        " ".join(beside.read_text(errors="replace").split())[:2000] if beside.is_file() else file.stem.replace("_", " ").replace("-", " ")
+        " ".join(beside.read_text(errors="replace").split())[:2000]
+        if beside.is_file()
+        else file.stem.replace("_", " ").replace("-", " ")
     )
     origin = f"file:{file.relative_to(source)}#{manifests.file_sha256(file)[:16]}"
     row = dict.fromkeys(EMBEDDED.names, "") | {
@@ -177,7 +211,9 @@ def size_of(file: Path) -> tuple[int, int]:
             lies = opened.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
             return (opened.height, opened.width) if lies else (opened.width, opened.height)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CallerError(f"{file} is no picture that can be read ({error}): give a PNG, JPEG or WebP file") from None
+        raise CallerError(
+            f"{file} is no picture that can be read ({error}): give a PNG, JPEG or WebP file"
+        ) from None
 
 
 def store(tar: tarfile.TarFile, name: str, picture: np.ndarray) -> dict[str, Any]:
@@ -198,7 +234,12 @@ def new_rows(rows: pa.Table, view: "View") -> tuple[np.ndarray, dict[str, int]]:
     keys = rows["key"].combine_chunks()
     is_known = np.zeros(len(rows), bool)
     for segment in view.segments:
-        is_known |= np.asarray(pc.is_in(keys, segment.index.column("key").combine_chunks()).to_numpy(zero_copy_only=False), bool)
+        is_known |= np.asarray(
+            pc.is_in(keys, segment.index.column("key").combine_chunks()).to_numpy(
+                zero_copy_only=False
+            ),
+            bool,
+        )
     _, first = np.unique(np.array(keys.to_pylist()), return_index=True)
     is_first = np.zeros(len(rows), bool)
     is_first[first] = True
@@ -211,14 +252,23 @@ def new_rows(rows: pa.Table, view: "View") -> tuple[np.ndarray, dict[str, int]]:
     return is_new, reasons
 
 
-def write_embed(out: Path, rows: pa.Table, images: np.ndarray, texts: np.ndarray, known: Lineage) -> None:
+def write_embed(
+    out: Path, rows: pa.Table, images: np.ndarray, texts: np.ndarray, known: Lineage
+) -> None:
     """Write an embed folder of one part. Raises DataError for vectors that are not finite."""
     (out / "metadata").mkdir()
-    pq.write_table(rows, out / "metadata" / "metadata_0000.parquet")  # first: vectors alone do not say whose they are
+    pq.write_table(
+        rows, out / "metadata" / "metadata_0000.parquet"
+    )  # first: vectors alone do not say whose they are
     for name, vectors in (("img_emb", images), ("text_emb", texts)):
         if not np.isfinite(vectors.astype(np.float32)).all():
             raise DataError("the embeddings hold NaN or infinity: embed again")
         (out / name).mkdir()
         np.save(out / name / f"{name}_0000.npy", vectors.astype(np.float16))
-    facts = {"clip_key": known.clip.key, "clip_digest": known.fingerprint, "dim": int(images.shape[1]), "count": rows.num_rows}
+    facts = {
+        "clip_key": known.clip.key,
+        "clip_digest": known.fingerprint,
+        "dim": int(images.shape[1]),
+        "count": rows.num_rows,
+    }
     (out / "facts.json").write_text(json.dumps(facts, indent=1))

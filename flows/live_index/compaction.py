@@ -19,7 +19,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.live_index.leftovers import remove_leftovers
-from flows.live_index.takedown import NO_STAGES, blank, committed_folders, log, pending, record_lineage, with_copies
+from flows.live_index.takedown import (
+    NO_STAGES,
+    blank,
+    committed_folders,
+    log,
+    pending,
+    record_lineage,
+    with_copies,
+)
 from infra.schemas import DROPPED
 from infra.storage import manifests, store
 from infra.storage.atomic_files import place
@@ -29,7 +37,17 @@ from infra.storage.removal_log import Removals, read_removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
 
-MADE_BY_COMMIT = ("files", "digest", "packages", "attempt", "prefix", "supersedes", "finished", "stage", "key")
+MADE_BY_COMMIT = (
+    "files",
+    "digest",
+    "packages",
+    "attempt",
+    "prefix",
+    "supersedes",
+    "finished",
+    "stage",
+    "key",
+)
 
 
 def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
@@ -38,7 +56,10 @@ def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
     Waits (and says so) where a run on this machine makes or reads a folder that must change.
     """
     for stage, key in manifests.interrupted(root):
-        with store.one_line_errors(root.scratch), writer_lock(lock_file(root.scratch, stage, key), f"{stage} {key}", say):
+        with (
+            store.one_line_errors(root.scratch),
+            writer_lock(lock_file(root.scratch, stage, key), f"{stage} {key}", say),
+        ):
             manifests.recover(root, stage, key)
     remove_leftovers(root)
     logged = read_removals(root)
@@ -50,8 +71,14 @@ def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
         name = f"{committed.stage}/{committed.key}"
         lock = lock_file(root.scratch, committed.stage, committed.key)
         being_read = reading_file(root.scratch, committed.stage, committed.key)
-        with store.one_line_errors(root.scratch), writer_lock(lock, name, say), unread_lock(being_read, name, say):
-            now = manifests.find(root, committed.stage, committed.key)  # who was waited for may have made it anew
+        with (
+            store.one_line_errors(root.scratch),
+            writer_lock(lock, name, say),
+            unread_lock(being_read, name, say),
+        ):
+            now = manifests.find(
+                root, committed.stage, committed.key
+            )  # who was waited for may have made it anew
             if now is not None and pending(root, removals, [now]):
                 gone[name] = _replace(root, now, removals)
     if removals:
@@ -67,7 +94,10 @@ def _replace(root: Root, committed: Committed, removals: Removals) -> int:
         count = WAYS[committed.stage](committed.local(), out, removals, committed)
         manifest = committed.manifest
         facts = {name: value for name, value in manifest.items() if name not in MADE_BY_COMMIT}
-        facts |= {"compacted_from": [*manifest.get("compacted_from", ()), manifest["digest"]], "compacted": manifests.now()}
+        facts |= {
+            "compacted_from": [*manifest.get("compacted_from", ()), manifest["digest"]],
+            "compacted": manifests.now(),
+        }
         if any(out.iterdir()):
             manifests.commit(root, committed.stage, committed.key, out, facts, manifest["attempt"])
         else:
@@ -87,11 +117,19 @@ def _agree(root: Root) -> None:
         for stage, key in committed.manifest["inputs"].items():
             now = manifests.find(root, stage, key)
             is_same = committed.stage in WAYS or stage == "ingest"
-            if now is not None and is_same and digests[stage] in now.manifest.get("compacted_from", ()):
+            if (
+                now is not None
+                and is_same
+                and digests[stage] in now.manifest.get("compacted_from", ())
+            ):
                 digests[stage] = now.digest
         if digests != committed.manifest.get("input_digests", {}):
             changed = {**committed.manifest, "input_digests": digests}
-            store.change_bytes(root, f"{committed.stage}/{committed.key}/{MANIFEST}", partial(_instead, committed.manifest, changed))
+            store.change_bytes(
+                root,
+                f"{committed.stage}/{committed.key}/{MANIFEST}",
+                partial(_instead, committed.manifest, changed),
+            )
 
 
 def _instead(before: dict[str, Any], changed: dict[str, Any], old: bytes | None) -> bytes | None:
@@ -117,7 +155,9 @@ def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
         keys += table.filter(is_gone)["sample"].to_pylist()
         tar = out / "shards" / f"{file.stem}.tar"
         _own_copy(tar)
-        members = [f"{name}.{suffix}" for name in names for suffix in ("txt", "json", "png", "jpg", "webp")]
+        members = [
+            f"{name}.{suffix}" for name in names for suffix in ("txt", "json", "png", "jpg", "webp")
+        ]
         blank(tar, members)
         (out / "shards" / file.name).unlink()
         pq.write_table(table.filter(pc.invert(is_gone)), out / "shards" / file.name)
@@ -143,7 +183,9 @@ def _embed(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
     images, texts = (sorted((folder / name).glob("*.npy")) for name in ("img_emb", "text_emb"))
     for name in ("img_emb", "text_emb", "metadata"):
         (out / name).mkdir()
-    for metadata, image, text in zip(sorted((folder / "metadata").glob("*.parquet")), images, texts, strict=True):
+    for metadata, image, text in zip(
+        sorted((folder / "metadata").glob("*.parquet")), images, texts, strict=True
+    ):
         table = pq.read_table(metadata)
         is_kept = np.asarray(pc.invert(_mask(table, removals)).to_numpy(), bool)
         pq.write_table(table.filter(pa.array(is_kept)), out / "metadata" / metadata.name)
@@ -165,7 +207,9 @@ def _dedup(folder: Path, out: Path, removals: Removals, committed: Committed) ->
     is_without = pc.or_(is_gone, removals.mask({"key": copies["keeper"]}))
     pq.write_table(copies.filter(pc.invert(is_without)), out / "groups.parquet")
     place(folder / "threshold.json", out / "threshold.json")
-    if (folder / "groups.png").is_file() and not pc.any(is_without).as_py():  # else it may show what is to go, and nothing reads it
+    if (folder / "groups.png").is_file() and not pc.any(
+        is_without
+    ).as_py():  # else it may show what is to go, and nothing reads it
         place(folder / "groups.png", out / "groups.png")
     return count + int(pc.sum(is_gone).as_py() or 0)
 
@@ -176,7 +220,9 @@ def _index(folder: Path, out: Path, removals: Removals, committed: Committed) ->
     embed = manifests.find(committed.root, "embed", committed.manifest["inputs"]["embed"])
     assert embed is not None, "an index's embeddings are committed before it"
     before = json.loads((folder / "index.json").read_text())["count"]
-    section = committed.manifest["config"].get("index", {}) | committed.manifest["sections"]["index"]  # with what is outside the key
+    section = (
+        committed.manifest["config"].get("index", {}) | committed.manifest["sections"]["index"]
+    )  # with what is outside the key
     counts = build(IndexConfig.model_validate(section), embed.local(), out)
     return int(before - counts["out"])
 
@@ -192,7 +238,10 @@ def _addition(folder: Path, out: Path, removals: Removals, committed: Committed)
         gone = table.filter(_mask(table, removals))
         for shard in set(gone["shard"].to_pylist()) - {""}:
             _own_copy(out / "shards" / shard)
-            blank(out / "shards" / shard, gone.filter(pc.equal(gone["shard"], shard))["member"].to_pylist())
+            blank(
+                out / "shards" / shard,
+                gone.filter(pc.equal(gone["shard"], shard))["member"].to_pylist(),
+            )
     count = _embed(folder, out, removals, committed)
     if json.loads((out / "facts.json").read_text())["count"]:
         build(IndexConfig.model_validate(committed.manifest["sections"]["index"]), out, out)
@@ -217,13 +266,21 @@ def _mask(table: pa.Table, removals: Removals) -> pa.ChunkedArray:
 
 
 def _write_dropped(folder: Path, out: Path, gone: pa.Table, removals: Removals) -> None:
-    words = [pa.array([word] * gone.num_rows, pa.string()) for word in ("removed", "the removal log")]
+    words = [
+        pa.array([word] * gone.num_rows, pa.string()) for word in ("removed", "the removal log")
+    ]
     more = pa.table([gone["key"], gone["origin"], *words], schema=DROPPED)
-    pq.write_table(pa.concat_tables([pq.read_table(folder / "dropped.parquet"), more]), out / "dropped.parquet")
+    pq.write_table(
+        pa.concat_tables([pq.read_table(folder / "dropped.parquet"), more]), out / "dropped.parquet"
+    )
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    return [
+        path.relative_to(folder)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    ]
 
 
 def _own_copy(file: Path) -> None:

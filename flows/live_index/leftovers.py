@@ -23,7 +23,14 @@ from infra.storage import manifests, store
 from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
 from infra.storage.manifests import MANIFEST
 from infra.storage.store import Root
-from infra.storage.temporary_folders import REPLACED, UNTOUCHED_S, dead_folders, is_dead, last_change, remove_dead
+from infra.storage.temporary_folders import (
+    REPLACED,
+    UNTOUCHED_S,
+    dead_folders,
+    is_dead,
+    last_change,
+    remove_dead,
+)
 
 KEY, ATTEMPT = re.compile("[0-9a-f]{16}"), re.compile("[0-9a-f]{12}")
 """Names of folders that we make; another name is somebody's own and stays."""
@@ -53,25 +60,41 @@ def remove_leftovers(root: Root) -> None:
 
 def leftovers(root: Root) -> list[Leftover]:
     """Return what dead writers left."""
-    temporary = [folder for folder in dead_folders(root.scratch) if not _is_recoverable(root, folder)]
-    listed = [Leftover(path_of(root, each), size_of(each), partial(_remove_dead, root, each)) for each in temporary]
+    temporary = [
+        folder for folder in dead_folders(root.scratch) if not _is_recoverable(root, folder)
+    ]
+    listed = [
+        Leftover(path_of(root, each), size_of(each), partial(_remove_dead, root, each))
+        for each in temporary
+    ]
     return [*listed, *(_half_removed(root) if root.folder else _attempts(root))]
 
 
-def unfinished(root: Root, before: datetime, claimed: Collection[tuple[str, str]]) -> list[Leftover]:
+def unfinished(
+    root: Root, before: datetime, claimed: Collection[tuple[str, str]]
+) -> list[Leftover]:
     """Return the work folders of stages that were killed, untouched since a time, without those of the stages and keys in `claimed`."""
     folders = [
         (stage, folder)
         for stage in _stages()
         for folder in sorted((root.scratch / stage).glob("*"))
-        if folder.is_dir() and (stage, folder.name) not in claimed and last_change(folder) < before.timestamp()
+        if folder.is_dir()
+        and (stage, folder.name) not in claimed
+        and last_change(folder) < before.timestamp()
     ]
-    return [Leftover(path_of(root, folder), size_of(folder), partial(_remove_work, root, stage, folder)) for stage, folder in folders]
+    return [
+        Leftover(path_of(root, folder), size_of(folder), partial(_remove_work, root, stage, folder))
+        for stage, folder in folders
+    ]
 
 
 def path_of(root: Root, path: Path) -> str:
     """Return where a local path is: relative to ROOT, or absolute where it lies outside."""
-    return str(path.relative_to(root.folder)) if root.folder and path.is_relative_to(root.folder) else str(path)
+    return (
+        str(path.relative_to(root.folder))
+        if root.folder and path.is_relative_to(root.folder)
+        else str(path)
+    )
 
 
 def size_of(folder: Path) -> int:
@@ -95,12 +118,18 @@ def locked(root: Root, stage: str, key: str) -> Iterator[None]:
         raise BusyError(line.removeprefix(f"{name} ").partition(":")[0])
 
     lock, reading = (each(root.scratch, stage, key) for each in (lock_file, reading_file))
-    with store.one_line_errors(root.scratch), writer_lock(lock, name, give_up), unread_lock(reading, name, give_up):
+    with (
+        store.one_line_errors(root.scratch),
+        writer_lock(lock, name, give_up),
+        unread_lock(reading, name, give_up),
+    ):
         yield
 
 
 def _stages() -> list[str]:
-    from flows.orchestration.stages import STAGES  # with pyarrow, which `unclip --help` does without
+    from flows.orchestration.stages import (
+        STAGES,
+    )  # with pyarrow, which `unclip --help` does without
 
     return [*(stage.name for stage in STAGES), ADDITIONS]
 
@@ -127,10 +156,16 @@ def _remove_dead(root: Root, folder: Path) -> str:
 def _half_removed(root: Root) -> list[Leftover]:
     assert root.folder
     return [
-        Leftover(f"{stage}/{key}", size_of(root.folder / stage / key), partial(_finish_removal, root, stage, key))
+        Leftover(
+            f"{stage}/{key}",
+            size_of(root.folder / stage / key),
+            partial(_finish_removal, root, stage, key),
+        )
         for stage in _stages()
         for key in store.list_names(root, stage)
-        if KEY.fullmatch(key) and (root.folder / stage / key).is_dir() and not (root.folder / stage / key / MANIFEST).exists()
+        if KEY.fullmatch(key)
+        and (root.folder / stage / key).is_dir()
+        and not (root.folder / stage / key / MANIFEST).exists()
     ]
 
 
@@ -158,13 +193,19 @@ def _attempts(root: Root) -> list[Leftover]:
     dead = []
     for stage in _stages():
         for key in store.list_names(root, stage):
-            names = [name for name in store.list_names(root, f"{stage}/{key}") if ATTEMPT.fullmatch(name)]
-            committed = manifests.find(root, stage, key)  # read behind the list: what was committed meanwhile is no leftover
+            names = [
+                name for name in store.list_names(root, f"{stage}/{key}") if ATTEMPT.fullmatch(name)
+            ]
+            committed = manifests.find(
+                root, stage, key
+            )  # read behind the list: what was committed meanwhile is no leftover
             current = committed.manifest["prefix"] if committed else None
             superseded = committed.manifest.get("supersedes", ()) if committed else ()
             for name in names:
                 path = f"{stage}/{key}/{name}"
-                if name != current and (name in superseded or time.time() - store.last_put(root, path) > UNTOUCHED_S):
+                if name != current and (
+                    name in superseded or time.time() - store.last_put(root, path) > UNTOUCHED_S
+                ):
                     size = sum(store.file_sizes(root, path).values())
                     dead.append(Leftover(path, size, partial(_remove_attempt, root, path)))
     return dead

@@ -18,7 +18,14 @@ from flows.runs.records import committed_of, find_run
 from infra.errors import CallerError
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed
-from infra.storage.removal_log import FOLDER, Removals, entry_names, gather, read_entry, read_removals
+from infra.storage.removal_log import (
+    FOLDER,
+    Removals,
+    entry_names,
+    gather,
+    read_entry,
+    read_removals,
+)
 from infra.storage.store import Root
 
 if TYPE_CHECKING:
@@ -52,9 +59,13 @@ class Lineage:
 def lineage(root: Root, run: str | None) -> Lineage:
     """Return what a run's index is made of. Raises CallerError where the run has none, or its CLIP is not the one that made it."""
     record = find_run(root, run)
-    ingest, clip, embed, index = (committed_of(root, record, stage) for stage in ("ingest", "clip", "embed", "index"))
+    ingest, clip, embed, index = (
+        committed_of(root, record, stage) for stage in ("ingest", "clip", "embed", "index")
+    )
     made_from = index.manifest["inputs"]["embed"], index.manifest["input_digests"]["embed"]
-    stood = {(embed.key, digest) for digest in (embed.digest, *embed.manifest.get("compacted_from", ()))}  # compaction is under way
+    stood = {
+        (embed.key, digest) for digest in (embed.digest, *embed.manifest.get("compacted_from", ()))
+    }  # compaction is under way
     if made_from not in stood or embed.manifest["input_digests"]["clip"] != clip.digest:
         raise CallerError(
             f"the index of run {record['name']} was made by another CLIP than the run's: run `unclip run {record['recipe']} "
@@ -62,7 +73,14 @@ def lineage(root: Root, run: str | None) -> Lineage:
         )
     added = additions(root)
     is_own = [each.manifest["clip_digest"] == clip.digest for each in added]
-    return Lineage(record, ingest, clip, index, tuple(compress(added, is_own)), tuple(compress(added, map(not_, is_own))))
+    return Lineage(
+        record,
+        ingest,
+        clip,
+        index,
+        tuple(compress(added, is_own)),
+        tuple(compress(added, map(not_, is_own))),
+    )
 
 
 def warnings(known: Lineage) -> list[str]:
@@ -91,11 +109,22 @@ def merged_away(root: Root) -> list[Committed]:
 
 
 def _with_merged(root: Root) -> list[tuple[Committed, bool]]:
-    found = [each for key in store.list_names(root, ADDITIONS) if (each := manifests.find(root, ADDITIONS, key))]
+    found = [
+        each
+        for key in store.list_names(root, ADDITIONS)
+        if (each := manifests.find(root, ADDITIONS, key))
+    ]
     # By content, which compaction may have changed since; the same pictures may be added again later.
-    since = {digest: str(each.manifest["started"]) for each in found for digest in each.manifest.get("merged_from", ())}
+    since = {
+        digest: str(each.manifest["started"])
+        for each in found
+        for digest in each.manifest.get("merged_from", ())
+    }
     ordered = sorted(found, key=lambda each: str(each.manifest["finished"]))
-    return [(each, any(each.manifest["started"] < since.get(digest, "") for digest in _digests(each))) for each in ordered]
+    return [
+        (each, any(each.manifest["started"] < since.get(digest, "") for digest in _digests(each)))
+        for each in ordered
+    ]
 
 
 def _digests(committed: Committed) -> list[str]:
@@ -108,10 +137,17 @@ def open_segments(known: Lineage, opened: "Mapping[str, Segment] | None" = None)
     from indexing.ann.view import Segment
 
     segments = []
-    for vectors, pictures in ((known.index, known.ingest), *((each, each) for each in known.additions)):
-        name = " ".join(f"{each.stage}/{each.key}/{each.manifest['attempt']}" for each in (vectors, pictures))
+    for vectors, pictures in (
+        (known.index, known.ingest),
+        *((each, each) for each in known.additions),
+    ):
+        name = " ".join(
+            f"{each.stage}/{each.key}/{each.manifest['attempt']}" for each in (vectors, pictures)
+        )
         before = opened.get(name) if opened else None
-        segments.append(before or Segment(Index.open(vectors.local()), pictures.local() / "shards", name))
+        segments.append(
+            before or Segment(Index.open(vectors.local()), pictures.local() / "shards", name)
+        )
     return segments
 
 
@@ -127,7 +163,9 @@ def segments_stamp(root: Root, run: str | None) -> Hashable:
     """Return what changes whenever `open_segments` would open something else; without a name, of the run that the pointer names now."""
     known = lineage(root, run)
     folders = (known.ingest, known.clip, known.index, *known.additions, *known.left_out)
-    return known.record["name"], *((each.stage, each.key, each.manifest["attempt"]) for each in folders)
+    return known.record["name"], *(
+        (each.stage, each.key, each.manifest["attempt"]) for each in folders
+    )
 
 
 class SegmentsStamp:
@@ -142,7 +180,10 @@ class SegmentsStamp:
         """Return the stamp."""
         if self.root.folder is None:
             return segments_stamp(self.root, self.run)
-        folders = tuple(_changed(self.root.folder / name) for name in ("", "runs", "ingest", "clip", "embed", "index", ADDITIONS))
+        folders = tuple(
+            _changed(self.root.folder / name)
+            for name in ("", "runs", "ingest", "clip", "embed", "index", ADDITIONS)
+        )
         if folders != self._folders:
             self._stamp = segments_stamp(self.root, self.run)
             self._folders = folders  # as they were before the manifests were read
@@ -180,7 +221,13 @@ class RemovalLog:
             names = self._listed if self.root.folder is None else entry_names(self.root)
             new = [name for name in names if name not in self._known]
             with ThreadPoolExecutor(READERS) as pool:
-                found = dict(zip(new, pool.map(lambda name: gather([read_entry(self.root, name)]), new), strict=True))
+                found = dict(
+                    zip(
+                        new,
+                        pool.map(lambda name: gather([read_entry(self.root, name)]), new),
+                        strict=True,
+                    )
+                )
             if self._known.keys() - set(names):  # somebody took an entry back
                 found = {name: self._known[name] for name in names if name in self._known} | found
                 self._known, self._all = {}, Removals()

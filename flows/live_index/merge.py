@@ -47,8 +47,18 @@ def merge(root: Root, run: str | None, say: Callable[[str], None]) -> tuple[Comm
         with writing_folder(root.scratch, f"{ADDITIONS}-merge") as out:
             keys = gather([each.local() for each in old], out, known.fingerprint, known.clip.key)
             whole = known.index.manifest["sections"]["index"]["memory_bytes"]
-            memory_bytes = min(whole, sum(each.manifest["sections"]["index"]["memory_bytes"] for each in old))
-            merged = additions.commit(root, known, out, keys, memory_bytes, {}, {"merged_from": [each.digest for each in old]})
+            memory_bytes = min(
+                whole, sum(each.manifest["sections"]["index"]["memory_bytes"] for each in old)
+            )
+            merged = additions.commit(
+                root,
+                known,
+                out,
+                keys,
+                memory_bytes,
+                {},
+                {"merged_from": [each.digest for each in old]},
+            )
         clear(root)
     manifests.forget_downloads(root)
     return merged, len(old)
@@ -67,7 +77,9 @@ def gather(folders: Sequence[Path], out: Path, fingerprint: str, clip_key: str) 
             renamed[shard.name] = f"{shards:05d}.tar"
             place(shard, out / "shards" / renamed[shard.name])
             shards += 1
-        for metadata, *vectors in zip(*(sorted((folder / name).iterdir()) for name in ("metadata", *VECTORS)), strict=True):
+        for metadata, *vectors in zip(
+            *(sorted((folder / name).iterdir()) for name in ("metadata", *VECTORS)), strict=True
+        ):
             table = pq.read_table(metadata)
             column = pa.array([renamed[shard] for shard in table["shard"].to_pylist()], pa.string())
             table = table.set_column(table.column_names.index("shard"), "shard", column)

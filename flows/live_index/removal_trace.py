@@ -72,11 +72,15 @@ def holds(file: Any, sought: Removals) -> bool:
     if head[USTAR_AT:].startswith(b"ustar"):
         return _shard_holds(file, sought)
     if head.startswith(b"PAR1"):
-        return any(_table_holds(pa.Table.from_batches([batch]), sought) for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS))
+        return any(
+            _table_holds(pa.Table.from_batches([batch]), sought)
+            for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS)
+        )
     if head.startswith(b"ARROW1"):
         with pa.ipc.open_file(file) as reader:
             return any(
-                _table_holds(pa.Table.from_batches([reader.get_batch(number)]), sought) for number in range(reader.num_record_batches)
+                _table_holds(pa.Table.from_batches([reader.get_batch(number)]), sought)
+                for number in range(reader.num_record_batches)
             )
     return head.startswith(PICTURES) and _digest(file) in sought.sha256 | sought.downloads
 
@@ -102,7 +106,11 @@ def _texts_in(data: bytes) -> set[str]:
         described = json.loads(data)
     except (ValueError, RecursionError):  # somebody else's member
         return set()
-    return {value for value in described.values() if isinstance(value, str)} if isinstance(described, dict) else set()
+    return (
+        {value for value in described.values() if isinstance(value, str)}
+        if isinstance(described, dict)
+        else set()
+    )
 
 
 def _table_holds(table: pa.Table, sought: Removals) -> bool:

@@ -34,7 +34,14 @@ TABLES = {
 """Where each stage's folder lists its samples; an index has Arrow instead."""
 SAMPLED = ("embed", "curate", "additions", "ingest")
 """Stages that name every sample there is, in the order of how much they know of it."""
-PLACES = {"ingest": "shards", "curate": "shards", "additions": "shards", "embed": "embeddings", "dedup": "embeddings", "index": "index"}
+PLACES = {
+    "ingest": "shards",
+    "curate": "shards",
+    "additions": "shards",
+    "embed": "embeddings",
+    "dedup": "embeddings",
+    "index": "index",
+}
 COLUMNS = tuple(NAMES.values())
 DIGESTS = ("sha256", "download")
 READ = {"ingest": ["status", "sample", "origin", "url", "sha256"]}
@@ -64,8 +71,14 @@ def find(root: Root, is_meant: Callable[[pa.Table], pa.ChunkedArray]) -> list[Ro
 
 def named(rows: Iterable[Row], urls: Sequence[str] = ()) -> Removals:
     """Return what names these samples, and these URLs."""
-    values = {column: frozenset(row[column] for row in found if row.get(column)) for found in [list(rows)] for column in COLUMNS}
-    return Removals(values["key"], values["origin"] | frozenset(urls), values["sha256"], values["download"])
+    values = {
+        column: frozenset(row[column] for row in found if row.get(column))
+        for found in [list(rows)]
+        for column in COLUMNS
+    }
+    return Removals(
+        values["key"], values["origin"] | frozenset(urls), values["sha256"], values["download"]
+    )
 
 
 def with_copies(root: Root, meant: Removals) -> Removals:
@@ -83,12 +96,18 @@ def by_values(column: str, values: Sequence[str]) -> Callable[[pa.Table], pa.Chu
 
     def is_meant(table: pa.Table) -> pa.ChunkedArray:
         mask = pc.is_in(table[column], wanted)
-        return pc.or_(mask, pc.is_in(table["url"], wanted)) if column == "origin" and "url" in table.column_names else mask
+        return (
+            pc.or_(mask, pc.is_in(table["url"], wanted))
+            if column == "origin" and "url" in table.column_names
+            else mask
+        )
 
     return is_meant
 
 
-def take_down(root: Root, rows: Sequence[Row], asked: Mapping[str, Any], urls: Sequence[str] = ()) -> dict[str, Any]:
+def take_down(
+    root: Root, rows: Sequence[Row], asked: Mapping[str, Any], urls: Sequence[str] = ()
+) -> dict[str, Any]:
     """Write one entry of the removal log for these samples, equal pictures from elsewhere included; return the entry.
 
     `urls` are logged even where nothing in ROOT came from them yet.
@@ -98,7 +117,12 @@ def take_down(root: Root, rows: Sequence[Row], asked: Mapping[str, Any], urls: S
 
 def log(root: Root, removals: Removals, asked: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Write one entry of the removal log with the models that trained on what it names; return it."""
-    entry = {**removals.named(), "asked": dict(asked), "trained_into": trained_into(root, removals), **more}
+    entry = {
+        **removals.named(),
+        "asked": dict(asked),
+        "trained_into": trained_into(root, removals),
+        **more,
+    }
     write_removal(root, entry, manifests.now())
     return entry
 
@@ -106,7 +130,10 @@ def log(root: Root, removals: Removals, asked: Mapping[str, Any], **more: Any) -
 def trained_into(root: Root, removals: Removals) -> list[dict[str, str]]:
     """Return stage, key and attempt of every model whose lineage trained on one of these samples."""
     lists = {committed.key: committed for committed in committed_folders(root, ("curate",))}
-    has_trained = {key: any(_trained(table, removals).num_rows for table in _tables(committed)) for key, committed in lists.items()}
+    has_trained = {
+        key: any(_trained(table, removals).num_rows for table in _tables(committed))
+        for key, committed in lists.items()
+    }
     return [
         {"stage": each.stage, "key": each.key, "attempt": each.manifest["attempt"]}
         for each in models(root)
@@ -116,8 +143,14 @@ def trained_into(root: Root, removals: Removals) -> list[dict[str, str]]:
 
 def models(root: Root) -> list[Committed]:
     """Return every model in ROOT."""
-    stages = [stage for stage in store.list_names(root, "") if stage not in (*TABLES, "index", *NO_STAGES)]
-    return [each for each in committed_folders(root, stages) if any(file["path"] == MODEL_FILE for file in each.manifest["files"])]
+    stages = [
+        stage for stage in store.list_names(root, "") if stage not in (*TABLES, "index", *NO_STAGES)
+    ]
+    return [
+        each
+        for each in committed_folders(root, stages)
+        if any(file["path"] == MODEL_FILE for file in each.manifest["files"])
+    ]
 
 
 def record_lineage(root: Root, curate: Committed, removals: Removals) -> None:
@@ -126,7 +159,11 @@ def record_lineage(root: Root, curate: Committed, removals: Removals) -> None:
     The entry of the take-down knows the models of its own time only: one that was being trained then has been committed since, or will be
     (`held`): whatever was started from this list until now has read the rows.
     """
-    gone = [row for table in _tables(curate) for row in _trained(table, removals).select(COLUMNS).to_pylist()]
+    gone = [
+        row
+        for table in _tables(curate)
+        for row in _trained(table, removals).select(COLUMNS).to_pylist()
+    ]
     if gone:
         held = {"key": curate.key, "until": manifests.now()}
         log(root, named(gone), {"compacted": f"{curate.stage}/{curate.key}"}, held=held)
@@ -163,18 +200,23 @@ def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> dict[st
                 found_in["embeddings"].append(f"{committed.stage}/{committed.key}")
                 found_in["index"].append(f"{committed.stage}/{committed.key}")
     logged = [model for entry in entries for model in entry.get("trained_into", [])]
-    trained = {(each["stage"], each["key"], each["attempt"]) for each in (*logged, *trained_into(root, sought))}
+    trained = {
+        (each["stage"], each["key"], each["attempt"])
+        for each in (*logged, *trained_into(root, sought))
+    }
     held = [entry["held"] for entry in entries if "held" in entry]
     trained |= {
         (model.stage, model.key, model.manifest["attempt"])
         for model in (models(root) if held else ())
         for each in held
-        if model.manifest["started"] < each["until"] and each["key"] in ancestors(root, model, "curate")
+        if model.manifest["started"] < each["until"]
+        and each["key"] in ancestors(root, model, "curate")
     }
     current = {
         f"{stage}/{key}"
         for stage, key, attempt in trained
-        if (known := manifests.find(root, stage, key)) is not None and known.manifest["attempt"] == attempt
+        if (known := manifests.find(root, stage, key)) is not None
+        and known.manifest["attempt"] == attempt
     }
     traces = trace(root, sought)
     left = []
@@ -182,9 +224,16 @@ def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> dict[st
         committed_in = _committed_at(root, path)
         if committed_in is None or committed_in.stage not in PLACES:
             left.append(path)
-        elif (name := f"{committed_in.stage}/{committed_in.key}") not in found_in[PLACES[committed_in.stage]]:
+        elif (name := f"{committed_in.stage}/{committed_in.key}") not in found_in[
+            PLACES[committed_in.stage]
+        ]:
             found_in[PLACES[committed_in.stage]].append(name)  # though its table does not say so
-    return {"found_in": found_in, "leftovers": left, "unreadable": traces.unreadable, "trained_into": sorted(current)}
+    return {
+        "found_in": found_in,
+        "leftovers": left,
+        "unreadable": traces.unreadable,
+        "trained_into": sorted(current),
+    }
 
 
 def _committed_at(root: Root, path: str) -> Committed | None:
@@ -195,12 +244,22 @@ def _committed_at(root: Root, path: str) -> Committed | None:
     return found if found and path.startswith(f"{found.path}/") else None
 
 
-def pending(root: Root, removals: Removals, among: Iterable[Committed] | None = None) -> list[Committed]:
+def pending(
+    root: Root, removals: Removals, among: Iterable[Committed] | None = None
+) -> list[Committed]:
     """Return the committed folders, of ROOT or those given, that still hold something that was taken down, in the order of the stages."""
     if not removals:
         return []
-    held = committed_folders(root, ("ingest", "curate", "embed", "dedup", "index", "additions")) if among is None else among
-    return [each for each in held if any(pc.any(_mask(table, removals)).as_py() for table in _tables(each))]
+    held = (
+        committed_folders(root, ("ingest", "curate", "embed", "dedup", "index", "additions"))
+        if among is None
+        else among
+    )
+    return [
+        each
+        for each in held
+        if any(pc.any(_mask(table, removals)).as_py() for table in _tables(each))
+    ]
 
 
 def blank(tar: Path, members: Sequence[str]) -> None:
@@ -237,27 +296,53 @@ def _tables(committed: Committed) -> Iterator[pa.Table]:
         return
     for file in committed.files("groups.parquet") if committed.stage == "dedup" else ():
         left_out = pq.read_table(file, columns=["key"])
-        yield pa.table({"key": left_out["key"]} | {name: _nothing(left_out) for name in (*COLUMNS[1:], "split")})
+        yield pa.table(
+            {"key": left_out["key"]}
+            | {name: _nothing(left_out) for name in (*COLUMNS[1:], "split")}
+        )
     for file in committed.files(TABLES[committed.stage]):
-        yield samples_of(pq.read_table(file, columns=READ.get(committed.stage, ["key", "origin", "sha256", "split"])), committed.stage)
+        yield samples_of(
+            pq.read_table(
+                file, columns=READ.get(committed.stage, ["key", "origin", "sha256", "split"])
+            ),
+            committed.stage,
+        )
 
 
 def _copies(committed: Committed) -> Iterator[pa.Table]:
     """Yield the rows that curate left out for their picture's bytes, with COLUMNS: equal to another's, or to what was taken down."""
     for file in committed.files("dropped.parquet") if committed.stage == "curate" else ():
         table = pq.read_table(file)
-        digests = pc.struct_field(pc.extract_regex(table["detail"], r"^sha256 (?P<digest>[0-9a-f]{64})$"), "digest")
-        copies = pa.table({"key": table["key"], "origin": table["origin"], "sha256": digests, "download": _nothing(table)})
+        digests = pc.struct_field(
+            pc.extract_regex(table["detail"], r"^sha256 (?P<digest>[0-9a-f]{64})$"), "digest"
+        )
+        copies = pa.table(
+            {
+                "key": table["key"],
+                "origin": table["origin"],
+                "sha256": digests,
+                "download": _nothing(table),
+            }
+        )
         yield copies.filter(pc.is_valid(digests))
 
 
 def samples_of(table: pa.Table, stage: str) -> pa.Table:
     """Return a stage's table with the names that the removal log uses; only rows that hold a picture."""
     if stage != "ingest":
-        return table.select(["key", "origin", "sha256", "split"]).append_column("download", _nothing(table))
+        return table.select(["key", "origin", "sha256", "split"]).append_column(
+            "download", _nothing(table)
+        )
     stored = table.filter(pc.equal(table["status"], "success"))
-    columns = {"key": stored["sample"], "origin": stored["origin"], "url": stored["url"], "sha256": _nothing(stored)}
-    return pa.table(columns | {"download": stored["sha256"]})  # img2dataset's SHA-256 is of the download, not of what is stored
+    columns = {
+        "key": stored["sample"],
+        "origin": stored["origin"],
+        "url": stored["url"],
+        "sha256": _nothing(stored),
+    }
+    return pa.table(
+        columns | {"download": stored["sha256"]}
+    )  # img2dataset's SHA-256 is of the download, not of what is stored
 
 
 def _nothing(table: pa.Table) -> pa.Array:

@@ -15,7 +15,12 @@ STORED_BYTES_PER_PIXEL = 0.4
 """Of a photograph stored as JPEG of quality 95, roughly; PNG drawings take less."""
 
 
-PUBLISHED = {"prior": 1_000_000_000, "decoder": 3_500_000_000, "upsampler": 700_000_000, "upsampler_2": 300_000_000}
+PUBLISHED = {
+    "prior": 1_000_000_000,
+    "decoder": 3_500_000_000,
+    "upsampler": 700_000_000,
+    "upsampler_2": 300_000_000,
+}
 """Parameters of the paper's models (Ramesh et al. 2022, table 3); 1B is either prior's."""
 PAPERS = ("paper", "paper_autoregressive")
 
@@ -25,29 +30,52 @@ def published(recipe: str) -> dict[str, int]:
     return PUBLISHED if find_recipe(recipe).stem in PAPERS else {}
 
 
-def capacity(config: "RunConfig", tflops: float | None, pairs: int | None) -> dict[str, dict[str, Any]]:
+def capacity(
+    config: "RunConfig", tflops: float | None, pairs: int | None
+) -> dict[str, dict[str, Any]]:
     """Return the plan by stage; `tflops` are those that one worker reaches in training, `pairs` how many pairs are kept.
 
     With a pretrained CLIP, whose sizes are known once it is read, only the up-samplers are counted.
     """
     from training.jobs import cost_model as costs
 
-    vocabulary, context, dim = config.tokenizer.vocab_size, config.tokenizer.context, config.clip.embed_dim
+    vocabulary, context, dim = (
+        config.tokenizer.vocab_size,
+        config.tokenizer.context,
+        config.clip.embed_dim,
+    )
     cluster, rate = config.cluster, tflops * 1e12 if tflops else None
     trained: dict[str, tuple[LoopConfig, costs.Cost, int]] = {}
     if not config.clip.pretrained:
         trained = {
-            "clip": (config.clip, costs.clip_cost(config.clip, vocabulary, context), cluster.clip_workers),
-            "prior": (config.prior, costs.prior_cost(config.prior, dim, vocabulary, context), cluster.prior_workers),
-            "decoder": (config.decoder, costs.decoder_cost(config.decoder, dim, vocabulary, context), cluster.decoder_workers),
+            "clip": (
+                config.clip,
+                costs.clip_cost(config.clip, vocabulary, context),
+                cluster.clip_workers,
+            ),
+            "prior": (
+                config.prior,
+                costs.prior_cost(config.prior, dim, vocabulary, context),
+                cluster.prior_workers,
+            ),
+            "decoder": (
+                config.decoder,
+                costs.decoder_cost(config.decoder, dim, vocabulary, context),
+                cluster.decoder_workers,
+            ),
         }
     for name, section in (("upsampler", config.upsampler), ("upsampler_2", config.upsampler_2)):
         if section:
             trained[name] = (section, costs.upsampler_cost(section), cluster.upsampler_workers)
-    found = {name: costs.need(cost, section, workers, rate) for name, (section, cost, workers) in trained.items()}
+    found = {
+        name: costs.need(cost, section, workers, rate)
+        for name, (section, cost, workers) in trained.items()
+    }
     if pairs and not config.clip.pretrained:
         found["embed"] = {"storage_bytes": pairs * 2 * dim * 2}
-        found["index"] = {"storage_bytes": pairs * 2 * dim}  # eight bits a dimension, pictures and texts
+        found["index"] = {
+            "storage_bytes": pairs * 2 * dim
+        }  # eight bits a dimension, pictures and texts
     if pairs:
         side_px = config.data.image_size_px
         found["ingest"] = {"storage_bytes": int(pairs * side_px**2 * STORED_BYTES_PER_PIXEL)}
@@ -66,7 +94,9 @@ def described(need: dict[str, Any]) -> str:
         f"checkpoint {size(need['checkpoint_bytes'])}",
     ]
     if "days" in need:
-        parts.append(f"{need['images_per_s']:,.1f} images/s, {need['days']:,.2f} days for {need['images']:,} images")
+        parts.append(
+            f"{need['images_per_s']:,.1f} images/s, {need['days']:,.2f} days for {need['images']:,} images"
+        )
     return "; ".join(parts)
 
 

@@ -18,7 +18,16 @@ from infra.errors import CallerError, DataError, StorageAwayError, UnclipError
 from infra.storage import manifests, store
 from infra.storage.store import Root, open_root
 
-HOPELESS = (CallerError, DataError, AssertionError, AttributeError, ImportError, NameError, NotImplementedError, TypeError)
+HOPELESS = (
+    CallerError,
+    DataError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+)
 
 
 def claim_name(stage: str, key: str) -> str:
@@ -44,9 +53,19 @@ def run(root: Root, stage_name: str, key: str, attempt: int) -> None:
         inputs[name] = found
     here = key_of(stage, config, {name: each.key for name, each in inputs.items()})
     if here != key:
-        raise CallerError(f"{stage_name} has the key {here} on the cluster but {key} where it was submitted: its sources or code differ")
+        raise CallerError(
+            f"{stage_name} has the key {here} on the cluster but {key} where it was submitted: its sources or code differ"
+        )
     with Cluster(config.cluster) as cluster:
-        run_stage(stage, root, config, inputs, cluster, say, guard=lambda: check_claim(root, stage_name, key, attempt))
+        run_stage(
+            stage,
+            root,
+            config,
+            inputs,
+            cluster,
+            say,
+            guard=lambda: check_claim(root, stage_name, key, attempt),
+        )
 
 
 def check_claim(root: Root, stage: str, key: str, attempt: int) -> dict[str, Any]:
@@ -54,7 +73,9 @@ def check_claim(root: Root, stage: str, key: str, attempt: int) -> dict[str, Any
     claim: dict[str, Any] | None = store.read_json(root, claim_name(stage, key))
     if claim is None or claim["attempt"] != attempt:
         later = f"attempt {claim['attempt']} has taken over" if claim else "its claim has gone"
-        raise UnclipError(f"attempt {attempt} of {stage} {key} is fenced off, {later}: nothing is committed")
+        raise UnclipError(
+            f"attempt {attempt} of {stage} {key} is fenced off, {later}: nothing is committed"
+        )
     return claim
 
 
@@ -64,7 +85,9 @@ def load(config: dict[str, Any]) -> Any:
     from flows.config.run_config import RunConfig
 
     resolved = validated(config, RunConfig, "the submitted recipe")
-    return resolved.model_copy(update={"cluster": resolved.cluster.model_copy(update={"address": "auto"})})
+    return resolved.model_copy(
+        update={"cluster": resolved.cluster.model_copy(update={"address": "auto"})}
+    )
 
 
 def say(line: str) -> None:
@@ -79,7 +102,9 @@ def main(arguments: list[str]) -> int:
     try:
         run(open_root(uri, scratch_for(uri)), stage, key, int(attempt))
     except HOPELESS as error:
-        say(f"unclip: {type(error).__name__ + ': ' if not isinstance(error, UnclipError) else ''}{' '.join(str(error).split())}")
+        say(
+            f"unclip: {type(error).__name__ + ': ' if not isinstance(error, UnclipError) else ''}{' '.join(str(error).split())}"
+        )
         return HOPELESS_EXIT
     except UnclipError as error:
         say(f"unclip: {' '.join(str(error).split())}")

@@ -24,13 +24,29 @@ from infra.storage.store import Root
 
 CODE = Path(__file__).parents[2]
 ENTRYPOINT = "flows.orchestration.ray_job"
-LEFT_OUT = [".git", ".venv*", "*data*/", "out", "*.egg-info", "**/__pycache__", ".*_cache", "*.tar", "*.parquet", "*.safetensors"]
+LEFT_OUT = [
+    ".git",
+    ".venv*",
+    "*data*/",
+    "out",
+    "*.egg-info",
+    "**/__pycache__",
+    ".*_cache",
+    "*.tar",
+    "*.parquet",
+    "*.safetensors",
+]
 CARRIED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "UNCLIP_SCRATCH", "OMP_NUM_THREADS")
 """Variables that travel with a job. Ray keeps and shows them, so secrets do not: the cluster's nodes have their own."""
 
 
 def submit_stage(
-    stage: Stage, root: Root, config: Any, inputs: Mapping[str, Committed], address: str, say: Callable[[str], None]
+    stage: Stage,
+    root: Root,
+    config: Any,
+    inputs: Mapping[str, Committed],
+    address: str,
+    say: Callable[[str], None],
 ) -> StageResult:
     """Have one stage made on the cluster whose job server is at `address`, unless it is current; the twin of `running.run_stage`."""
     from flows.orchestration.ray_job import claim_name
@@ -53,19 +69,31 @@ def submit_stage(
     before = store.read_json(root, name)
 
     def claim(number: int) -> int:
-        content = {"attempt": number, "config": config.model_dump(mode="json"), "inputs": {n: each.key for n, each in given.items()}}
+        content = {
+            "attempt": number,
+            "config": config.model_dump(mode="json"),
+            "inputs": {n: each.key for n, each in given.items()},
+        }
 
         def later(old: bytes | None) -> bytes | None:
-            return store.json_bytes(content) if old is None or json.loads(old)["attempt"] < number else None
+            return (
+                store.json_bytes(content)
+                if old is None or json.loads(old)["attempt"] < number
+                else None
+            )
 
         kept_now = store.change_bytes(root, name, later)
         assert kept_now is not None, "where no claim was, ours is now"
         return int(json.loads(kept_now)["attempt"])
 
-    wanted: StageResources = config.cluster.stages.get(stage.name) or default_resources(stage, config)
+    wanted: StageResources = config.cluster.stages.get(stage.name) or default_resources(
+        stage, config
+    )
     job = Job(
         name=f"unclip-{stage.name}-{key}-{hashlib.sha256(root.uri.encode()).hexdigest()[:8]}",
-        command=lambda number: shlex.join([config.cluster.python, "-m", ENTRYPOINT, root.uri, stage.name, key, str(number)]),
+        command=lambda number: shlex.join(
+            [config.cluster.python, "-m", ENTRYPOINT, root.uri, stage.name, key, str(number)]
+        ),
         attempts=config.cluster.attempts,
         cpus=wanted.cpus,
         gpus=wanted.gpus,
@@ -73,7 +101,13 @@ def submit_stage(
         labels=wanted.labels,
         runtime_env=runtime_env(config),
     )
-    JobServer(address).run(job, before["attempt"] if before else 0, claim, lambda: current() is not None, lambda line: say(line))
+    JobServer(address).run(
+        job,
+        before["attempt"] if before else 0,
+        claim,
+        lambda: current() is not None,
+        lambda line: say(line),
+    )
     made = current()
     assert made, "the job ends when the stage is current"
     store.remove(root, name)
@@ -86,7 +120,9 @@ def default_resources(stage: Stage, config: Any) -> StageResources:
     A download on one node asks for its processes, and so does a spread one whose sources are in part served on that node's loopback.
     """
     if stage.name == "ingest":
-        is_here = not config.cluster.ingest_workers or any(source.kind != "urls" for source in config.data.sources)
+        is_here = not config.cluster.ingest_workers or any(
+            source.kind != "urls" for source in config.data.sources
+        )
         return StageResources(cpus=config.data.processes if is_here else 0)
     return StageResources(cpus=0 if stage.parameters or stage.name == "embed" else 1)
 
@@ -94,6 +130,10 @@ def default_resources(stage: Stage, config: Any) -> StageResources:
 def runtime_env(config: Any) -> dict[str, Any]:
     """Return Ray's runtime environment: this code, unless the cluster's image holds it, and the variables that travel."""
     variables = {name: os.environ[name] for name in CARRIED if name in os.environ}
-    variables |= {"RAY_USAGE_STATS_ENABLED": "0", "NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONUNBUFFERED": "1"}
+    variables |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     code = {"working_dir": str(CODE), "excludes": LEFT_OUT} if config.cluster.upload_code else {}
     return {**code, "env_vars": variables}

@@ -56,8 +56,12 @@ def run_stage(
         with writing_folder(root.scratch, f"{stage.name}-{key}") as out:
             with store.one_line_errors(out), _reading(root, [previous] if previous else [], say):
                 given_too = (read_removals(root), previous)
-                counts = stage.run(StageJob(stage.name, key, config, given, out, work, cluster, *given_too))
-            assert counts.keys() >= {"in", "out", "dropped"}, f"{stage.name} must count what came in, went out and was dropped"
+                counts = stage.run(
+                    StageJob(stage.name, key, config, given, out, work, cluster, *given_too)
+                )
+            assert counts.keys() >= {"in", "out", "dropped"}, (
+                f"{stage.name} must count what came in, went out and was dropped"
+            )
             facts = {
                 "stage_version": stage.version,
                 "config": config.model_dump(mode="json"),
@@ -68,19 +72,30 @@ def run_stage(
                 "started": started,
             }
             guard()
-            made = manifests.commit(root, stage.name, key, out, facts, existing.manifest["attempt"] if existing else None)
+            made = manifests.commit(
+                root,
+                stage.name,
+                key,
+                out,
+                facts,
+                existing.manifest["attempt"] if existing else None,
+            )
         shutil.rmtree(work, ignore_errors=True)
         return StageResult(stage.name, key, "ran", time.monotonic() - clock, made)
 
 
 @contextmanager
-def _reading(root: Root, folders: Iterable[Committed], say: Callable[[str], None]) -> Iterator[list[Committed]]:
+def _reading(
+    root: Root, folders: Iterable[Committed], say: Callable[[str], None]
+) -> Iterator[list[Committed]]:
     """Keep folders from being compacted while the block runs; yields them as they are now."""
     with ExitStack() as stack:
         now = []
         for each in folders:
             name = f"{each.stage} {each.key}"
-            stack.enter_context(reader_lock(reading_file(root.scratch, each.stage, each.key), name, say))
+            stack.enter_context(
+                reader_lock(reading_file(root.scratch, each.stage, each.key), name, say)
+            )
             now.append(manifests.find(root, each.stage, each.key) or each)
         yield now
 

@@ -13,7 +13,9 @@ from infra.compute import cluster
 from infra.storage import manifests
 from infra.storage.manifests import Committed
 
-if TYPE_CHECKING:  # the sections live beside torch and faiss, which planning with a given config does not need
+if (
+    TYPE_CHECKING
+):  # the sections live beside torch and faiss, which planning with a given config does not need
     from flows.config.run_config import RunConfig
 
 INGEST_VERSION = EMBED_VERSION = 1
@@ -29,8 +31,19 @@ def run_ingest(job: StageJob) -> Counts:
         job.cluster.start()
     before = job.previous
     is_same = before and before.manifest["stage_version"] == INGEST_VERSION
-    is_taken_over = before and is_same and is_renewable(before.manifest["sections"]["data"], job.config.data.keyed())
-    return ingest.run(job.config.data, job.out, job.work, job.removals, before.local() if before and is_taken_over else None, remote)
+    is_taken_over = (
+        before
+        and is_same
+        and is_renewable(before.manifest["sections"]["data"], job.config.data.keyed())
+    )
+    return ingest.run(
+        job.config.data,
+        job.out,
+        job.work,
+        job.removals,
+        before.local() if before and is_taken_over else None,
+        remote,
+    )
 
 
 def run_curate(job: StageJob) -> Counts:
@@ -44,7 +57,9 @@ def run_clip(job: StageJob) -> Counts:
 
     job.cluster.start()
     ingest, curate = job.inputs["ingest"].local(), job.inputs["curate"].local()
-    return train.train_clip(job.config.tokenizer, job.config.clip, job.config.cluster, ingest, curate, job.out, job.work)
+    return train.train_clip(
+        job.config.tokenizer, job.config.clip, job.config.cluster, ingest, curate, job.out, job.work
+    )
 
 
 def run_embed(job: StageJob) -> Counts:
@@ -56,7 +71,16 @@ def run_embed(job: StageJob) -> Counts:
     is_same = before and before.manifest["stage_version"] == EMBED_VERSION
     if before and is_same and before.manifest["input_digests"]["clip"] == job.inputs["clip"].digest:
         embed.know(before.local(), job.work)
-    return embed.run(job.config.embed, job.config.cluster, ingest, curate, clip, job.inputs["clip"].key, job.out, job.work)
+    return embed.run(
+        job.config.embed,
+        job.config.cluster,
+        ingest,
+        curate,
+        clip,
+        job.inputs["clip"].key,
+        job.out,
+        job.work,
+    )
 
 
 def run_index(job: StageJob) -> Counts:
@@ -79,7 +103,11 @@ def _grown_from(job: StageJob) -> tuple[Path, Path] | None:
     ):
         return None
     embed = manifests.find(before.root, "embed", before.manifest["inputs"]["embed"])
-    is_whole = embed and embed.digest == before.manifest["input_digests"]["embed"] and not manifests.damage(embed)
+    is_whole = (
+        embed
+        and embed.digest == before.manifest["input_digests"]["embed"]
+        and not manifests.damage(embed)
+    )
     return (before.local(), embed.local()) if embed and is_whole else None
 
 
@@ -90,7 +118,9 @@ def run_dedup(job: StageJob) -> Counts:
     assert job.config.dedup, "a stage without its section is not planned"
     _, encode_images, side_px = embed.encoders(job.inputs["clip"].local())
     shards = job.inputs["ingest"].local() / "shards"
-    return deduplicate.run(job.config.dedup, shards, job.inputs["embed"].local(), encode_images, side_px, job.out)
+    return deduplicate.run(
+        job.config.dedup, shards, job.inputs["embed"].local(), encode_images, side_px, job.out
+    )
 
 
 def trained_embeddings(job: StageJob) -> Path:
@@ -110,8 +140,14 @@ def run_decoder(job: StageJob) -> Counts:
     from training.jobs import train
 
     job.cluster.start()
-    ingest, clip, embed = job.inputs["ingest"].local(), job.inputs["clip"].local(), trained_embeddings(job)
-    return train.train_decoder(job.config.decoder, job.config.cluster, ingest, clip, embed, job.out, job.work)
+    ingest, clip, embed = (
+        job.inputs["ingest"].local(),
+        job.inputs["clip"].local(),
+        trained_embeddings(job),
+    )
+    return train.train_decoder(
+        job.config.decoder, job.config.cluster, ingest, clip, embed, job.out, job.work
+    )
 
 
 def run_upsampler(job: StageJob) -> Counts:
@@ -119,8 +155,13 @@ def run_upsampler(job: StageJob) -> Counts:
     from training.jobs import train
 
     job.cluster.start()
-    ingest, kept = job.inputs["ingest"].local(), job.inputs["dedup" if "dedup" in job.inputs else "curate"].local()
-    counts = train.train_upsampler(getattr(job.config, job.stage), job.config.cluster, ingest, kept, job.out, job.work)
+    ingest, kept = (
+        job.inputs["ingest"].local(),
+        job.inputs["dedup" if "dedup" in job.inputs else "curate"].local(),
+    )
+    counts = train.train_upsampler(
+        getattr(job.config, job.stage), job.config.cluster, ingest, kept, job.out, job.work
+    )
     return counts | {"comparison": upsampler_comparison.compare(job.stage, job.out, ingest, kept)}
 
 
@@ -143,7 +184,9 @@ def prior_parameters(config: "RunConfig") -> int | None:
 
     if config.clip.pretrained:  # its sizes are known once it is read
         return None
-    return priors.count_parameters(config.prior, config.clip, config.tokenizer.vocab_size, config.tokenizer.context)
+    return priors.count_parameters(
+        config.prior, config.clip, config.tokenizer.vocab_size, config.tokenizer.context
+    )
 
 
 def decoder_parameters(config: "RunConfig") -> int | None:
@@ -151,7 +194,9 @@ def decoder_parameters(config: "RunConfig") -> int | None:
 
     if config.clip.pretrained:  # its sizes are known once it is read
         return None
-    return decoder.count_parameters(config.decoder, config.clip, config.tokenizer.vocab_size, config.tokenizer.context)
+    return decoder.count_parameters(
+        config.decoder, config.clip, config.tokenizer.vocab_size, config.tokenizer.context
+    )
 
 
 def upsampler_parameters(config: "RunConfig") -> int:
@@ -177,13 +222,48 @@ STAGES = (
     Stage("index", ("embed",), ("index",), INDEX_VERSION, run_index),
     Stage("dedup", ("ingest", "clip", "embed"), ("dedup",), 2, run_dedup),
     Stage("prior", ("clip", "embed"), ("prior",), 2, run_prior, ("dedup",), prior_parameters),
-    Stage("decoder", ("ingest", "clip", "embed"), ("decoder",), 2, run_decoder, ("dedup",), decoder_parameters),
-    Stage("upsampler", ("ingest", "curate"), ("upsampler",), 2, run_upsampler, ("dedup",), upsampler_parameters),
-    Stage("upsampler_2", ("ingest", "curate"), ("upsampler_2",), 2, run_upsampler, ("dedup",), upsampler_2_parameters),
-    Stage("evaluate", ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"), ("evaluate",), 6, run_evaluate, REPORTED),
+    Stage(
+        "decoder",
+        ("ingest", "clip", "embed"),
+        ("decoder",),
+        2,
+        run_decoder,
+        ("dedup",),
+        decoder_parameters,
+    ),
+    Stage(
+        "upsampler",
+        ("ingest", "curate"),
+        ("upsampler",),
+        2,
+        run_upsampler,
+        ("dedup",),
+        upsampler_parameters,
+    ),
+    Stage(
+        "upsampler_2",
+        ("ingest", "curate"),
+        ("upsampler_2",),
+        2,
+        run_upsampler,
+        ("dedup",),
+        upsampler_2_parameters,
+    ),
+    Stage(
+        "evaluate",
+        ("ingest", "curate", "clip", "embed", "index", "prior", "decoder"),
+        ("evaluate",),
+        6,
+        run_evaluate,
+        REPORTED,
+    ),
 )
 
 
 def trained_of(inputs: Mapping[str, Committed]) -> dict[str, str]:
     """Return the digests of those inputs that are models."""
-    return {stage.name: inputs[stage.name].digest for stage in STAGES if stage.parameters and stage.name in inputs}
+    return {
+        stage.name: inputs[stage.name].digest
+        for stage in STAGES
+        if stage.parameters and stage.name in inputs
+    }

@@ -31,7 +31,10 @@ def write_export(root: Root, record: dict[str, Any], folder: Path) -> list[dict[
     """
     from flows.runs.records import committed_of
 
-    stages = {stage: committed_of(root, record, stage) for stage in dict.fromkeys([*NEEDED, *record["stages"]])}
+    stages = {
+        stage: committed_of(root, record, stage)
+        for stage in dict.fromkeys([*NEEDED, *record["stages"]])
+    }
     return write_aside(folder, lambda aside: _fill(aside, record, stages))
 
 
@@ -66,19 +69,30 @@ def _fill(aside: Path, record: dict[str, Any], stages: dict[str, Committed]) -> 
         evaluated = stages["evaluate"].local()
         report = json.loads((evaluated / "report.json").read_text())
         shutil.copyfile(evaluated / report["generation"]["sheet"], aside / "samples.png")
-    manifests = {stage: {name: value for name, value in each.manifest.items() if name != "prefix"} for stage, each in stages.items()}
+    manifests = {
+        stage: {name: value for name, value in each.manifest.items() if name != "prefix"}
+        for stage, each in stages.items()
+    }
     lineage = {"format": FORMAT, "run": record, "stages": manifests}
     (aside / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False) + "\n")
-    facts = {stage: json.loads((aside / stage / "config.json").read_text()) for stage in MODELS if stage in stages}
+    facts = {
+        stage: json.loads((aside / stage / "config.json").read_text())
+        for stage in MODELS
+        if stage in stages
+    }
     pictures = _pictures(stages["embed"]) if "embed" in stages else {}
     (aside / "README.md").write_text(card(record, manifests, facts, pictures, report or None))
 
 
 def _copy(committed: Committed, name: str, to: Path) -> None:
     shutil.copyfile(committed.local() / name, to)
-    expected = next((file["sha256"] for file in committed.manifest["files"] if file["path"] == name), "")
+    expected = next(
+        (file["sha256"] for file in committed.manifest["files"] if file["path"] == name), ""
+    )
     if file_sha256(to) != expected:
-        raise StorageError(f"{committed.uri}/{name} is not what its manifest says: run the pipeline again to make that stage anew")
+        raise StorageError(
+            f"{committed.uri}/{name} is not what its manifest says: run the pipeline again to make that stage anew"
+        )
 
 
 def _pictures(embed: Committed) -> dict[str, dict[str, int]]:
@@ -87,14 +101,24 @@ def _pictures(embed: Committed) -> dict[str, dict[str, int]]:
 
     import pyarrow.parquet as pq
 
-    tables = [pq.read_table(file, columns=["split", "licence", "style"]) for file in sorted((embed.local() / "metadata").glob("*.parquet"))]
+    tables = [
+        pq.read_table(file, columns=["split", "licence", "style"])
+        for file in sorted((embed.local() / "metadata").glob("*.parquet"))
+    ]
     rows = [row for table in tables for row in table.to_pylist() if row["split"] == "train"]
-    return {name: dict(Counter(row[name] or "not stated" for row in rows).most_common()) for name in ("licence", "style")}
+    return {
+        name: dict(Counter(row[name] or "not stated" for row in rows).most_common())
+        for name in ("licence", "style")
+    }
 
 
 def _listed(folder: Path) -> list[dict[str, Any]]:
     return [
-        {"path": str(file.relative_to(folder)), "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        {
+            "path": str(file.relative_to(folder)),
+            "bytes": file.stat().st_size,
+            "sha256": file_sha256(file),
+        }
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     ]

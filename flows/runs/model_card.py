@@ -41,7 +41,10 @@ def card(
         "## Data\n\n" + _data(pictures),
         "## Limits\n\n" + LIMITS,
         "## Lineage\n\n`lineage.json` holds the manifest of every stage: resolved config, inputs, counts, checksums, package versions.\n\n"
-        + _table(("stage", "key", "made"), [(stage, f"`{each['key']}`", each["finished"]) for stage, each in manifests.items()]),
+        + _table(
+            ("stage", "key", "made"),
+            [(stage, f"`{each['key']}`", each["finished"]) for stage, each in manifests.items()],
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -49,12 +52,22 @@ def card(
 def plain(text: Any) -> str:
     """Return a text as one line that Markdown and HTML read as words."""
     line = " ".join(str(text).split())[:200]
-    return "".join(f"&#{ord(letter)};" if letter in "<>&`*_[]()|\\#!~" else letter for letter in line)
+    return "".join(
+        f"&#{ord(letter)};" if letter in "<>&`*_[]()|\\#!~" else letter for letter in line
+    )
 
 
 def _enlarged(facts: Mapping[str, Mapping[str, Any]]) -> str:
-    sides = [each["upsampler"]["image_size_px"] for name, each in facts.items() if name.startswith("upsampler")]
-    return f" `generate(..., upsample=True)` enlarges what it draws to {max(sides)} px." if sides else ""
+    sides = [
+        each["upsampler"]["image_size_px"]
+        for name, each in facts.items()
+        if name.startswith("upsampler")
+    ]
+    return (
+        f" `generate(..., upsample=True)` enlarges what it draws to {max(sides)} px."
+        if sides
+        else ""
+    )
 
 
 def _models(manifests: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
@@ -62,8 +75,12 @@ def _models(manifests: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         (
             stage,
             f"{each['parameters'] / 1e6:.2f} M" if "parameters" in each else "",
-            f"{manifests[stage]['counts']['images_seen']:,}" if "images_seen" in manifests[stage]["counts"] else "",
-            f"{manifests[stage]['counts']['loss']:.4f}" if "loss" in manifests[stage]["counts"] else "",
+            f"{manifests[stage]['counts']['images_seen']:,}"
+            if "images_seen" in manifests[stage]["counts"]
+            else "",
+            f"{manifests[stage]['counts']['loss']:.4f}"
+            if "loss" in manifests[stage]["counts"]
+            else "",
         )
         for stage, each in facts.items()
     ]
@@ -81,13 +98,27 @@ def _measured(report: Mapping[str, Any] | None) -> str:
         for label, found in labels.items():
             if "top_1" in found:
                 name = f"zero-shot {label.replace('_', ' ')}, {split.replace('_', ' ')}: top-1 of {found['classes']:,}"
-                rows.append((name, _share(found["top_1"]), f"{found['n']:,}", _share({"value": found["top_1"].get("chance")})))
+                rows.append(
+                    (
+                        name,
+                        _share(found["top_1"]),
+                        f"{found['n']:,}",
+                        _share({"value": found["top_1"].get("chance")}),
+                    )
+                )
     for split, found in report["retrieval"].items():
         for way in ("text_to_image", "image_to_text"):
             if way in found:
                 name = f"retrieval {way.replace('_', ' ')}, {split.replace('_', ' ')}: recall@10"
                 figure = found[way]["recall@10"]
-                rows.append((name, _share(figure), f"{figure['n']:,}", _share({"value": figure.get("chance")})))
+                rows.append(
+                    (
+                        name,
+                        _share(figure),
+                        f"{figure['n']:,}",
+                        _share({"value": figure.get("chance")}),
+                    )
+                )
     generation = report["generation"]
     for name, key in (("CLIP score of samples (its own CLIP)", "clip_score"), ("the same with other prompts", "mismatched"),
                       ("the same of real held-out pairs", "real_pairs")):  # fmt: skip
@@ -117,14 +148,22 @@ def _share(figure: Mapping[str, Any]) -> str:
     if figure["value"] is None:
         return ""
     low, high = figure.get("low"), figure.get("high")
-    interval = f" ({100 * low:.1f} to {100 * high:.1f})" if low is not None and high is not None else ""
-    return f"{100 * figure['value']:.1f} %{interval}" if figure["value"] >= 0.001 else f"{100 * figure['value']:.2f} %{interval}"
+    interval = (
+        f" ({100 * low:.1f} to {100 * high:.1f})" if low is not None and high is not None else ""
+    )
+    return (
+        f"{100 * figure['value']:.1f} %{interval}"
+        if figure["value"] >= 0.001
+        else f"{100 * figure['value']:.2f} %{interval}"
+    )
 
 
 def _number(figure: Mapping[str, Any]) -> str:
     if figure["value"] is None:
         return ""
-    return f"{figure['value']:.1f}" + (f" ({figure['low']:.1f} to {figure['high']:.1f})" if figure["low"] is not None else "")
+    return f"{figure['value']:.1f}" + (
+        f" ({figure['low']:.1f} to {figure['high']:.1f})" if figure["low"] is not None else ""
+    )
 
 
 def _day(manifest: Mapping[str, Any]) -> str:

@@ -15,10 +15,16 @@ def stages_of(config: Any, targets: Sequence[str], stages: Sequence[Stage]) -> t
 
     Raises CallerError for a target that is none.
     """
-    missing = {stage.name for stage in stages if any(getattr(config, name) is None for name in stage.sections)}
+    missing = {
+        stage.name
+        for stage in stages
+        if any(getattr(config, name) is None for name in stage.sections)
+    }
     for name in targets:
         if name in missing:
-            raise CallerError(f"the recipe has no section [{name}], which says how to train it: add one")
+            raise CallerError(
+                f"the recipe has no section [{name}], which says how to train it: add one"
+            )
     present = tuple(stage for stage in stages if stage.name not in missing)
     return with_needs(targets, present) if targets else present
 
@@ -42,7 +48,9 @@ def plan(root: Root, config: Any, stages: Sequence[Stage]) -> list[StagePlan]:
     """Say of each stage whether it is current, stale (and why) or missing; reads manifests and file sizes, runs nothing."""
     plans: dict[str, StagePlan] = {}
     for stage in stages:
-        plans[stage.name] = _plan_one(root, config, stage, [plans[name] for name in inputs_of(stage, plans)])
+        plans[stage.name] = _plan_one(
+            root, config, stage, [plans[name] for name in inputs_of(stage, plans)]
+        )
     return list(plans.values())
 
 
@@ -71,21 +79,39 @@ def _plan_one(root: Root, config: Any, stage: Stage, before: Sequence[StagePlan]
     inputs = {each.stage.name: each.key for each in before}
     models = {each.stage.name: each.committed for each in before if each.stage.parameters}
     if all(models.values()):
-        stays = kept(root, config, stage, {name: each.digest for name, each in models.items() if each})
+        stays = kept(
+            root, config, stage, {name: each.digest for name, each in models.items() if each}
+        )
         if stays:
-            changed = [name for name, key in inputs.items() if stays.manifest["inputs"].get(name) != key]
-            why = f'kept, [{stage.name}] retrain = "never", although {", ".join(changed)} changed' if changed else ""
+            changed = [
+                name for name, key in inputs.items() if stays.manifest["inputs"].get(name) != key
+            ]
+            why = (
+                f'kept, [{stage.name}] retrain = "never", although {", ".join(changed)} changed'
+                if changed
+                else ""
+            )
             return StagePlan(stage, stays.key, "current", why, stays)
     key = key_of(stage, config, inputs)
     committed = manifests.find(root, stage.name, key)
     if committed:
         again = [each.stage.name for each in before if each.state != "current"]
-        why = f"{again[0]} will be made again" if again else fault(committed, [each.committed for each in before if each.committed])
+        why = (
+            f"{again[0]} will be made again"
+            if again
+            else fault(committed, [each.committed for each in before if each.committed])
+        )
         return StagePlan(stage, key, "stale" if why else "current", why, committed)
     last = manifests.newest(root, stage.name)
     if last is None:
         return StagePlan(stage, key, "missing", "", None)
-    return StagePlan(stage, key, "stale", _changes(last.manifest, stage, sections_of(stage, config), inputs), None)
+    return StagePlan(
+        stage,
+        key,
+        "stale",
+        _changes(last.manifest, stage, sections_of(stage, config), inputs),
+        None,
+    )
 
 
 def fault(committed: Committed, inputs: Sequence[Committed]) -> str:
@@ -100,7 +126,12 @@ def fault(committed: Committed, inputs: Sequence[Committed]) -> str:
     return manifests.damage(committed)
 
 
-def _changes(manifest: Mapping[str, Any], stage: Stage, sections: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+def _changes(
+    manifest: Mapping[str, Any],
+    stage: Stage,
+    sections: Mapping[str, Any],
+    inputs: Mapping[str, str],
+) -> str:
     """Name what differs from the newest manifest of the stage."""
     changes = []
     if manifest["stage_version"] != stage.version:
@@ -112,7 +143,9 @@ def _changes(manifest: Mapping[str, Any], stage: Stage, sections: Mapping[str, A
             for field in sorted({*old, *new})
             if old.get(field) != new.get(field)
         ]
-    changes += [f"{name} changed" for name, key in inputs.items() if manifest["inputs"].get(name) != key]
+    changes += [
+        f"{name} changed" for name, key in inputs.items() if manifest["inputs"].get(name) != key
+    ]
     return ", ".join(changes) or "its inputs changed"
 
 

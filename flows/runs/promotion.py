@@ -15,11 +15,25 @@ from infra.storage.manifests import Committed
 from infra.storage.store import Root
 
 CURRENT = "current.json"
-TESTS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-SHIFTS: dict[str, Callable[[float, float], float]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+TESTS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+SHIFTS: dict[str, Callable[[float, float], float]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+}
 
 
-def settle(root: Root, conditions: Sequence[str], record: Mapping[str, Any], committed: Mapping[str, Committed]) -> dict[str, Any] | None:
+def settle(
+    root: Root,
+    conditions: Sequence[str],
+    record: Mapping[str, Any],
+    committed: Mapping[str, Committed],
+) -> dict[str, Any] | None:
     """Judge a run and move the pointer if it passes; returns the judgement, or None where there is no gate or no report.
 
     Raises CallerError for a condition that names no figure of the report.
@@ -28,7 +42,9 @@ def settle(root: Root, conditions: Sequence[str], record: Mapping[str, Any], com
         return None
     found = store.read_json(root, CURRENT)
     before = manifests.find(root, "evaluate", found["stages"]["evaluate"]) if found else None
-    verdicts = judge(_report(committed["evaluate"]), conditions, _report(before) if before else None)
+    verdicts = judge(
+        _report(committed["evaluate"]), conditions, _report(before) if before else None
+    )
     promoted = all(verdict["holds"] for verdict in verdicts)
     result = {"promoted": promoted, "conditions": verdicts}
     if promoted:
@@ -36,7 +52,9 @@ def settle(root: Root, conditions: Sequence[str], record: Mapping[str, Any], com
     return result
 
 
-def judge(report: Mapping[str, Any], conditions: Sequence[str], current: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def judge(
+    report: Mapping[str, Any], conditions: Sequence[str], current: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
     """Say of each condition what was asked, what the report has, and whether it holds.
 
     Without a current run, or where its report lacks the figure, a condition that refers to it holds.
@@ -83,7 +101,11 @@ def near(report: Mapping[str, Any], path: str) -> list[str]:
 
 def described(judgement: Mapping[str, Any]) -> str:
     """Write a judgement in one line."""
-    failed = [f"{each['condition']} ({each['value']:.4g})" for each in judgement["conditions"] if not each["holds"]]
+    failed = [
+        f"{each['condition']} ({each['value']:.4g})"
+        for each in judgement["conditions"]
+        if not each["holds"]
+    ]
     return f"not promoted: {'; '.join(failed)}" if failed else "promoted: current.json points here"
 
 

@@ -17,7 +17,12 @@ REPORT = "report.html"
 
 
 def write_run(
-    root: Root, name: str, recipe: str, started: str, committed: Mapping[str, Committed], is_gated: bool = False
+    root: Root,
+    name: str,
+    recipe: str,
+    started: str,
+    committed: Mapping[str, Committed],
+    is_gated: bool = False,
 ) -> dict[str, Any]:
     """Write the record of a run that is complete as far as it went, and return it; a gated one is followed only once it is promoted."""
     record = {
@@ -50,7 +55,9 @@ def find_run(root: Root, name: str | None = None) -> dict[str, Any]:
     if latest := _latest(records):
         return latest
     if records:
-        raise CallerError(f"no run in {root.uri} has passed its gate, [evaluate] promote_if: name one, --run {records[-1]['name']}")
+        raise CallerError(
+            f"no run in {root.uri} has passed its gate, [evaluate] promote_if: name one, --run {records[-1]['name']}"
+        )
     raise CallerError(no_run(root, name))
 
 
@@ -66,7 +73,10 @@ def list_runs(root: Root) -> list[dict[str, Any]]:
     """
     records = _records(root)
     followed = store.read_json(root, CURRENT) or _latest(records)
-    listed = [{**each, "followed": followed is not None and _told_apart(each) == _told_apart(followed)} for each in records]
+    listed = [
+        {**each, "followed": followed is not None and _told_apart(each) == _told_apart(followed)}
+        for each in records
+    ]
     if followed and not any(each["followed"] for each in listed):
         listed.append({**followed, "followed": True})
     return sorted(listed, key=lambda record: record["finished"], reverse=True)
@@ -74,12 +84,18 @@ def list_runs(root: Root) -> list[dict[str, Any]]:
 
 def _records(root: Root) -> list[dict[str, Any]]:
     files = [file for file in store.list_names(root, "runs") if file.endswith(".json")]
-    return [record for record in (store.read_json(root, f"runs/{file}") for file in files) if record]
+    return [
+        record for record in (store.read_json(root, f"runs/{file}") for file in files) if record
+    ]
 
 
 def _latest(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the last finished of those that no gate judges, or None."""
-    return max((each for each in records if not each.get("gated")), key=lambda record: record["finished"], default=None)
+    return max(
+        (each for each in records if not each.get("gated")),
+        key=lambda record: record["finished"],
+        default=None,
+    )
 
 
 def _told_apart(record: Mapping[str, Any]) -> tuple[str, str]:
@@ -91,20 +107,43 @@ def committed_of(root: Root, record: Mapping[str, Any], stage: str) -> Committed
     key = record["stages"].get(stage)
     committed = manifests.find(root, stage, key) if key else None
     if committed is None:
-        raise CallerError(f"run {record['name']} in {root.uri} has no {stage}: run `unclip run {record['recipe']} --root {root.uri}`")
+        raise CallerError(
+            f"run {record['name']} in {root.uri} has no {stage}: run `unclip run {record['recipe']} --root {root.uri}`"
+        )
     return committed
 
 
 def summary(
-    root: Root, name: str, results: Sequence[StageResult], report: str | None, judgement: Mapping[str, Any] | None = None
+    root: Root,
+    name: str,
+    results: Sequence[StageResult],
+    report: str | None,
+    judgement: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what `unclip run --json` prints, with the gate's judgement where there is a gate."""
-    stages = [{"stage": each.stage, "key": each.key, "state": each.state, "seconds": round(each.seconds, 3)} for each in results]
-    return {"run": name, "root": root.uri, "report": report, "stages": stages} | (dict(judgement) if judgement else {})
+    stages = [
+        {
+            "stage": each.stage,
+            "key": each.key,
+            "state": each.state,
+            "seconds": round(each.seconds, 3),
+        }
+        for each in results
+    ]
+    return {"run": name, "root": root.uri, "report": report, "stages": stages} | (
+        dict(judgement) if judgement else {}
+    )
 
 
 def plan_summary(root: Root, name: str, plans: Sequence[StagePlan]) -> dict[str, Any]:
     """Return what `unclip status --json` prints."""
-    stages = [{"stage": each.stage.name, "key": each.key, "state": each.state, "why": each.why} for each in plans]
-    current = {each.stage.name: each.committed for each in plans if each.state == "current" and each.committed}
+    stages = [
+        {"stage": each.stage.name, "key": each.key, "state": each.state, "why": each.why}
+        for each in plans
+    ]
+    current = {
+        each.stage.name: each.committed
+        for each in plans
+        if each.state == "current" and each.committed
+    }
     return {"run": name, "root": root.uri, "report": report_of(current), "stages": stages}

@@ -10,7 +10,9 @@ from infra.storage import manifests
 from infra.storage.manifests import Committed
 from infra.storage.removal_log import Removals
 
-if TYPE_CHECKING:  # the sections live beside torch and faiss, which planning with a given config does not need
+if (
+    TYPE_CHECKING
+):  # the sections live beside torch and faiss, which planning with a given config does not need
     from flows.config.run_config import RunConfig
 
 UPSAMPLERS = ("upsampler", "upsampler_2")

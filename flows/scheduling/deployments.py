@@ -38,7 +38,9 @@ JOB_TEMPLATE = {
 VANISHED_AFTER_S = 90
 VANISHED = "no heartbeat"
 """So begins the message of the state that the server gives a run that has vanished."""
-ENDED = tuple(f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed"))
+ENDED = tuple(
+    f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")
+)
 
 
 @dataclass(frozen=True)
@@ -91,17 +93,29 @@ def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
                 schedules=[schedule],
                 parameters=plan.parameters,
                 parameter_openapi_schema=parameter_schema(run_pipeline).model_dump(),
-                tags=["unclip", f"recipe:{Path(plan.parameters['recipe']).stem}", queue_of(root_uri)],
+                tags=[
+                    "unclip",
+                    f"recipe:{Path(plan.parameters['recipe']).stem}",
+                    queue_of(root_uri),
+                ],
                 description=f"{plan.parameters['recipe']} into {root_uri}",
                 work_pool_name=POOL,
                 work_queue_name=queue_of(root_uri),
                 entrypoint=ENTRYPOINT,
-                pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(plan.folder)}}],
+                pull_steps=[
+                    {
+                        "prefect.deployments.steps.set_working_directory": {
+                            "directory": str(plan.folder)
+                        }
+                    }
+                ],
                 paused=plan.paused,
                 enforce_parameter_schema=True,
             )
         except PrefectHTTPStatusError as error:
-            raise UnclipError(f"Prefect's server refused the deployment {plan.name}: {error.response.text[:300]}") from error
+            raise UnclipError(
+                f"Prefect's server refused the deployment {plan.name}: {error.response.text[:300]}"
+            ) from error
         _watch_vanished(client)
         client.delete_resource_owned_automations(f"prefect.deployment.{deployment}")
         _remove_webhook(client, deployment)
@@ -116,7 +130,15 @@ def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
         "paused": plan.paused,
         "notifies": bool(notify_url),
         "worker": shlex.join(
-            ["env", *(f"{name}={value}" for name, value in WORKER_SETTINGS.items()), "prefect", "worker", "start", "--pool", POOL]
+            [
+                "env",
+                *(f"{name}={value}" for name, value in WORKER_SETTINGS.items()),
+                "prefect",
+                "worker",
+                "start",
+                "--pool",
+                POOL,
+            ]
         ),
     }
 
@@ -129,7 +151,9 @@ def remove(name: str) -> dict[str, Any]:
         try:
             deployment = client.read_deployment_by_name(f"unclip/{name}")
         except ObjectNotFound:
-            raise CallerError(f"there is no deployment unclip/{name}: `prefect deployment ls` shows what there is") from None
+            raise CallerError(
+                f"there is no deployment unclip/{name}: `prefect deployment ls` shows what there is"
+            ) from None
         client.delete_resource_owned_automations(f"prefect.deployment.{deployment.id}")
         _remove_webhook(client, deployment.id)
         client.delete_deployment(deployment.id)
@@ -151,7 +175,9 @@ def _client() -> Iterator["SyncPrefectClient"]:
             raise UnclipError("no Prefect server is named")
         httpx.get(f"{url}/health", timeout=10).raise_for_status()
     except (httpx.HTTPError, UnclipError) as error:
-        raise UnclipError(f"{url or 'Prefect'}: {error}; start one with `unclip up` or set PREFECT_API_URL") from None
+        raise UnclipError(
+            f"{url or 'Prefect'}: {error}; start one with `unclip up` or set PREFECT_API_URL"
+        ) from None
     try:
         with get_client(sync_client=True) as client:
             yield client
@@ -166,7 +192,9 @@ def _client() -> Iterator["SyncPrefectClient"]:
 def _prepare_pool(client: "SyncPrefectClient") -> None:
     from prefect.client.schemas.actions import WorkPoolCreate
 
-    client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=JOB_TEMPLATE), overwrite=True)
+    client.create_work_pool(
+        WorkPoolCreate(name=POOL, type="process", base_job_template=JOB_TEMPLATE), overwrite=True
+    )
 
 
 def _schedule(plan: Plan) -> Any:
@@ -183,7 +211,9 @@ def _schedule(plan: Plan) -> Any:
             chosen = IntervalSchedule(interval=timedelta(seconds=plan.every_s))
         return create_deployment_schedule_create(chosen, active=not plan.paused)
     except ValueError as error:
-        reason = str(error).splitlines()[2].strip() if len(str(error).splitlines()) > 2 else str(error)
+        reason = (
+            str(error).splitlines()[2].strip() if len(str(error).splitlines()) > 2 else str(error)
+        )
         raise CallerError(f"--cron {plan.cron!r} --timezone {plan.timezone}: {reason}") from None
 
 
@@ -218,7 +248,10 @@ def _watch_vanished(client: "SyncPrefectClient") -> None:
         ),
         actions=[
             ChangeFlowRunState(
-                name="Crashed", state=StateType.CRASHED, message=f"{VANISHED} for {VANISHED_AFTER_S} s: its process has gone", force=False
+                name="Crashed",
+                state=StateType.CRASHED,
+                message=f"{VANISHED} for {VANISHED_AFTER_S} s: its process has gone",
+                force=False,
             )
         ],
     )
@@ -236,7 +269,13 @@ def _webhook(deployment: UUID, url: str) -> UUID:
 
     from flows.pipeline import notify_block
 
-    return UUID(str(Webhook(method="POST", url=SecretStr(url)).save(notify_block(deployment), overwrite=True)))
+    return UUID(
+        str(
+            Webhook(method="POST", url=SecretStr(url)).save(
+                notify_block(deployment), overwrite=True
+            )
+        )
+    )
 
 
 def _remove_webhook(client: "SyncPrefectClient", deployment: UUID) -> None:
@@ -245,7 +284,9 @@ def _remove_webhook(client: "SyncPrefectClient", deployment: UUID) -> None:
     from flows.pipeline import notify_block
 
     with suppress(ObjectNotFound):
-        client.delete_block_document(client.read_block_document_by_name(notify_block(deployment), "webhook").id)
+        client.delete_block_document(
+            client.read_block_document_by_name(notify_block(deployment), "webhook").id
+        )
 
 
 def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, block: UUID) -> None:
@@ -257,8 +298,14 @@ def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, block: UUI
         name=f"unclip: {name} vanished",
         trigger=EventTrigger(
             expect={"prefect.flow-run.Crashed"},
-            match={"prefect.resource.id": "prefect.flow-run.*", "prefect.state-message": f"{VANISHED}*"},
-            match_related={"prefect.resource.id": f"prefect.deployment.{deployment}", "prefect.resource.role": "deployment"},
+            match={
+                "prefect.resource.id": "prefect.flow-run.*",
+                "prefect.state-message": f"{VANISHED}*",
+            },
+            match_related={
+                "prefect.resource.id": f"prefect.deployment.{deployment}",
+                "prefect.resource.role": "deployment",
+            },
             posture=Posture.Reactive,
             threshold=1,
         ),

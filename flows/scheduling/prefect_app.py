@@ -21,7 +21,9 @@ class OwnAddresses:
     def __init__(self, app: ASGIApp, hosts: list[str]) -> None:
         self.app = app
         self.hosts = {host.encode() for host in hosts}
-        self.origins = {scheme + host for scheme in (b"http://", b"https://") for host in self.hosts}
+        self.origins = {
+            scheme + host for scheme in (b"http://", b"https://") for host in self.hosts
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] in ("http", "websocket") else ""
@@ -35,17 +37,25 @@ class OwnAddresses:
     def _refusal(self, scope: Scope) -> str:
         hosts = [value.lower() for name, value in scope["headers"] if name == b"host"]
         if len(hosts) != 1 or hosts[0] not in self.hosts:
-            return f"this server is asked at {', '.join(sorted(host.decode() for host in self.hosts))}"
+            return (
+                f"this server is asked at {', '.join(sorted(host.decode() for host in self.hosts))}"
+            )
         origins = [value.lower() for name, value in scope["headers"] if name == b"origin"]
-        return "" if set(origins) <= self.origins else "pages of other sites may not ask this server"
+        return (
+            "" if set(origins) <= self.origins else "pages of other sites may not ask this server"
+        )
 
 
 def create_app() -> ASGIApp:
     """Return the application. Raises ValueError where the environment lacks the token or the addresses."""
     hosts = [host.strip().lower() for host in os.environ.get(HOSTS, "").split(",") if host.strip()]
     if not hosts or not os.environ.get(TOKEN):
-        raise ValueError(f"Prefect's server needs {HOSTS} (host:port, ...) and {TOKEN} (user:password) in its environment")
+        raise ValueError(
+            f"Prefect's server needs {HOSTS} (host:port, ...) and {TOKEN} (user:password) in its environment"
+        )
     os.environ["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(f"http://{host}" for host in hosts)
-    from prefect.server.api.server import create_app as create_prefect_app  # reads its settings when it is imported
+    from prefect.server.api.server import (
+        create_app as create_prefect_app,
+    )  # reads its settings when it is imported
 
     return OwnAddresses(create_prefect_app(), hosts)

@@ -60,7 +60,11 @@ def prefect_server(home: Path) -> Iterator[str]:
         with _environment(loopback_without_proxy(os.environ)):
             yield url
         return
-    short_lived = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    short_lived = {
+        "PREFECT_UI_ENABLED": "0",
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT__SERVER_FINAL": "1",
+    }
     with _server(home, _free_port(), _new_token(), short_lived) as url:
         yield url
 
@@ -92,15 +96,35 @@ def _server(home: Path, port: int, token: str, more: dict[str, str]) -> Iterator
     url = f"http://127.0.0.1:{port}/api"
     shared = QUIET | loopback_without_proxy(os.environ)
     shared |= {"PREFECT_HOME": str(home), "PREFECT_PROFILES_PATH": str(home / "profiles.toml")}
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")
+    }
     ours = {
         "PREFECT_SERVER_API_AUTH_STRING": token,
         "PREFECT_UI_API_URL": url,
         HOSTS: f"127.0.0.1:{port},localhost:{port}",
     }
-    command = [sys.executable, "-m", "uvicorn", "--factory", "flows.scheduling.prefect_app:create_app", "--app-dir", str(CODE)]
+    command = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "--factory",
+        "flows.scheduling.prefect_app:create_app",
+        "--app-dir",
+        str(CODE),
+    ]
     server = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"],
+        [
+            *command,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--log-level",
+            "error",
+            "--lifespan",
+            "on",
+        ],
         env=inherited | shared | ours | more,
         cwd=home,  # Prefect reads settings from files of the working directory, too
         stdin=subprocess.DEVNULL,
@@ -110,7 +134,9 @@ def _server(home: Path, port: int, token: str, more: dict[str, str]) -> Iterator
         preexec_fn=die_with_parent,
     )
     try:
-        with _environment(shared | {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": token}, without="PREFECT_"):
+        with _environment(
+            shared | {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": token}, without="PREFECT_"
+        ):
             import prefect.flows  # noqa: F401  (takes seconds, as the server's start does: both at once)
 
             _wait_until_healthy(server, url)
@@ -129,7 +155,9 @@ def _server(home: Path, port: int, token: str, more: dict[str, str]) -> Iterator
 @contextmanager
 def _environment(variables: Mapping[str, str], without: str | None = None) -> Iterator[None]:
     """Set variables of this process while the block runs, and take away the others that begin with `without`."""
-    hidden = {name for name in os.environ if without and name.startswith(without)} - variables.keys()
+    hidden = {
+        name for name in os.environ if without and name.startswith(without)
+    } - variables.keys()
     before = {name: os.environ.get(name) for name in hidden | variables.keys()}
     try:
         for name in hidden:
@@ -160,7 +188,11 @@ def _lasting_token(file: Path) -> str:
     """Return the token in a file that only this user can read; make it where there is none, or where others could have read it."""
     with suppress(FileNotFoundError):
         about = file.lstat()
-        if stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o077:
+        if (
+            stat.S_ISREG(about.st_mode)
+            and about.st_uid == os.getuid()
+            and not about.st_mode & 0o077
+        ):
             token = file.read_text().strip()
             if token.startswith("unclip:"):
                 return token
@@ -192,7 +224,10 @@ def _keep_database(home: Path) -> None:
     with suppress(OSError):  # a read-only home of the user: then every new ROOT takes its 4 s
         kept.parent.mkdir(parents=True, exist_ok=True)
         aside = kept.with_name(f"{kept.name}.{os.getpid()}")
-        with closing(sqlite3.connect(home / DATABASE)) as made, closing(sqlite3.connect(aside)) as copy:
+        with (
+            closing(sqlite3.connect(home / DATABASE)) as made,
+            closing(sqlite3.connect(aside)) as copy,
+        ):
             made.backup(copy)
         aside.replace(kept)
 
@@ -210,7 +245,9 @@ def _free_port() -> int:
 
 def _wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
     limit = time.monotonic() + START_LIMIT_S
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # whatever proxy the environment names
     while time.monotonic() < limit:
         if server.poll() is not None:
             raise UnclipError(
@@ -222,4 +259,6 @@ def _wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    raise UnclipError(f"Prefect's server did not answer within {START_LIMIT_S} s: see the run's log under ROOT/logs")
+    raise UnclipError(
+        f"Prefect's server did not answer within {START_LIMIT_S} s: see the run's log under ROOT/logs"
+    )

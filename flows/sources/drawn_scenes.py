@@ -36,7 +36,15 @@ class ScenesSource(Section):
     seed: int = Field(0, ge=0)
     """Seed of what is drawn and where."""
     shares: dict[str, float] = Field(
-        default={"colours": 1, "sizes": 1, "counting": 2, "attribution": 2, "position": 4, "writing": 2}, min_length=1
+        default={
+            "colours": 1,
+            "sizes": 1,
+            "counting": 2,
+            "attribution": 2,
+            "position": 4,
+            "writing": 2,
+        },
+        min_length=1,
     )
     """How much of each row there is, in proportion: colours, sizes, counting, attribution, position, writing; 24-puzzle, cube."""
 
@@ -86,10 +94,18 @@ def draw_all(source: ScenesSource, side_px: int, cache_folder: Path) -> Iterator
         rng = np.random.default_rng([source.seed, number])
         row = chosen[int(rng.choice(len(chosen), p=chances))]
         scene = rows()[row][int(rng.integers(len(rows()[row])))]
-        captions = tuple(puzzles.phrasings(scene, rng) if isinstance(scene, Puzzle) else scenes.phrasings(scene, rng))
+        captions = tuple(
+            puzzles.phrasings(scene, rng)
+            if isinstance(scene, Puzzle)
+            else scenes.phrasings(scene, rng)
+        )
         name = f"{number:07d}.png"
         if not is_drawn:
-            picture = puzzles.draw(scene, side_px, rng) if isinstance(scene, Puzzle) else scenes.draw(scene, side_px, rng)
+            picture = (
+                puzzles.draw(scene, side_px, rng)
+                if isinstance(scene, Puzzle)
+                else scenes.draw(scene, side_px, rng)
+            )
             cv2.imwrite(str(aside / name), picture[..., ::-1])
         drawn.append(Drawn(folder / name, number, captions, scene.concept, row))
     if not is_drawn:

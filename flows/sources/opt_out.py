@@ -38,7 +38,11 @@ class OptOut:
             return False  # no URL at all: the download says so
         labels = host.split(".")
         above = (".".join(labels[start:]) for start in range(len(labels)))
-        return any(each in self.hosts for each in above) or url in self.urls or url.startswith(self.prefixes)
+        return (
+            any(each in self.hosts for each in above)
+            or url in self.urls
+            or url.startswith(self.prefixes)
+        )
 
 
 NOBODY = OptOut()
@@ -46,7 +50,9 @@ NOBODY = OptOut()
 
 def read_opt_out(paths: Sequence[str]) -> OptOut:
     """Read the lists. Raises CallerError for one that cannot be read: to go on without it would be to ignore it."""
-    entries = [line.partition("#")[0].strip() for path in paths for line in _text(path).splitlines()]
+    entries = [
+        line.partition("#")[0].strip() for path in paths for line in _text(path).splitlines()
+    ]
     urls = frozenset(entry for entry in entries if "://" in entry)
     hosts = frozenset(entry.lower().strip(".") for entry in entries if entry and "://" not in entry)
     return OptOut(hosts, urls)

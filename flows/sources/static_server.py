@@ -42,7 +42,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", mimetypes.guess_type(path.name)[0] or "application/octet-stream")
+        self.send_header(
+            "Content-Type", mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        )
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if with_body:
@@ -78,7 +80,11 @@ class Mounts(ThreadingHTTPServer):
                 if path.startswith(f"/{name}/"):
                     file = (root / path[len(name) + 2 :].lstrip("/")).resolve()
                     return file if file.is_relative_to(root) and file.is_file() else None
-        except (ValueError, OSError, RuntimeError):  # no URL, a NUL, a name too long, links in a ring
+        except (
+            ValueError,
+            OSError,
+            RuntimeError,
+        ):  # no URL, a NUL, a name too long, links in a ring
             pass
         return None
 
@@ -92,11 +98,18 @@ class StaticServer:
     def __enter__(self) -> Self:
         self.server = Mounts(self.mounts)
         self.base = f"http://127.0.0.1:{self.server.server_address[1]}/{self.server.secret}"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+        self.thread = threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True
+        )
         self.thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()

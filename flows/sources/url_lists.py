@@ -76,12 +76,23 @@ def read_lists(source: UrlsSource) -> Iterator[dict[str, Any]]:
         try:
             with file as stream:
                 for columns in read_columns(stream, kind, list(wanted.values()), file.path):
-                    for values in zip(*(columns[theirs] for theirs in wanted.values()), strict=True):
+                    for values in zip(
+                        *(columns[theirs] for theirs in wanted.values()), strict=True
+                    ):
                         yield dict(zip(wanted, values, strict=True))
         except FileNotFoundError as error:
             raise CallerError(f"[data] URL list {file.path} is not there") from error
-        except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"URL list {file.path} does not parse: {str(error).splitlines()[0]}") from error
+        except (
+            pa.ArrowException,
+            OSError,
+            EOFError,
+            zlib.error,
+            UnicodeDecodeError,
+            json.JSONDecodeError,
+        ) as error:
+            raise DataError(
+                f"URL list {file.path} does not parse: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def file_format(source: UrlsSource, path: str) -> str:
@@ -90,7 +101,9 @@ def file_format(source: UrlsSource, path: str) -> str:
         return source.format
     suffix = Path(path.removesuffix(".gz")).suffix.lower().lstrip(".")
     if suffix not in FORMATS:
-        raise CallerError(f"[data] URL list {path}: set format = parquet, csv, tsv or jsonl, the suffix does not tell")
+        raise CallerError(
+            f"[data] URL list {path}: set format = parquet, csv, tsv or jsonl, the suffix does not tell"
+        )
     return FORMATS[suffix]
 
 
@@ -98,13 +111,17 @@ def check_columns(wanted: Sequence[str], names: Sequence[str], path: str) -> Non
     """Raise CallerError when a wanted column is not among a file's."""
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise CallerError(f"[data] URL list {path} has no column {missing[0]!r}: it has {', '.join(names)}")
+        raise CallerError(
+            f"[data] URL list {path} has no column {missing[0]!r}: it has {', '.join(names)}"
+        )
 
 
 def read_columns(stream: Any, kind: str, wanted: Sequence[str], path: str) -> Iterator[Columns]:
     """Yield a file's wanted columns, `BATCH_ROWS` or fewer rows at a time."""
     if kind == "parquet":
-        file = open_parquet(stream, buffer_size=PIECE_BYTES)  # else whole column chunks of a row group, however large, are read at once
+        file = open_parquet(
+            stream, buffer_size=PIECE_BYTES
+        )  # else whole column chunks of a row group, however large, are read at once
         check_columns(wanted, file.schema_arrow.names, path)
         for batch in file.iter_batches(BATCH_ROWS, columns=list(wanted)):
             yield batch.to_pydict()
@@ -117,7 +134,10 @@ def read_columns(stream: Any, kind: str, wanted: Sequence[str], path: str) -> It
         stream.seek(0)
         check_columns(wanted if names else (), names, path)
         convert = pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""], include_columns=list(wanted)
+            column_types=dict.fromkeys(names, pa.string()),
+            strings_can_be_null=True,
+            null_values=[""],
+            include_columns=list(wanted),
         )
         parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
         for batch in pyarrow.csv.open_csv(stream, parse_options=parse, convert_options=convert):

@@ -75,7 +75,10 @@ def content_of(source: PackagesSource | UrlsSource | FolderSource | ScenesSource
         else:
             root = Path(source.path).expanduser()
             stats = ((file, file.stat()) for file in sorted(root.rglob("*")) if file.is_file())
-            marks = [f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats]
+            marks = [
+                f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}"
+                for file, stat in stats
+            ]
     except (OSError, ValueError, ImportError):
         return "unreadable"  # reading it says why
     for mark in marks:
@@ -83,14 +86,26 @@ def content_of(source: PackagesSource | UrlsSource | FolderSource | ScenesSource
     return digest.hexdigest()[:16]
 
 
-Source = Annotated[PackagesSource | UrlsSource | FolderSource | ScenesSource, Field(discriminator="kind")]
+Source = Annotated[
+    PackagesSource | UrlsSource | FolderSource | ScenesSource, Field(discriminator="kind")
+]
 
 
 class DataConfig(Section):
     """Section [data]: which pairs, and how they are downloaded."""
 
     outside_key = frozenset(
-        ("cache", "processes", "threads", "timeout_s", "retries", "retry_passes", "max_passing", "min_success", "per_host")
+        (
+            "cache",
+            "processes",
+            "threads",
+            "timeout_s",
+            "retries",
+            "retry_passes",
+            "max_passing",
+            "min_success",
+            "per_host",
+        )
     )
 
     sources: tuple[Source, ...] = Field(min_length=1)
@@ -136,7 +151,9 @@ class DataConfig(Section):
 
     def keyed(self) -> dict[str, Any]:
         """Return the fields that the stage's key depends on, and what state the sources' files are in: a longer list is another input."""
-        content = [content_of(source) for source in self.sources] + ([content_of_lists(self.opt_out)] if self.opt_out else [])
+        content = [content_of(source) for source in self.sources] + (
+            [content_of_lists(self.opt_out)] if self.opt_out else []
+        )
         return super().keyed() | {"content": content}
 
 
@@ -161,13 +178,32 @@ Row = dict[str, Any]
 
 def row(url: str, origin: str, captions: list[str], **columns: str) -> Row:
     """Make a row of the schema URLS; a missing concept is the row's own key. Lone surrogates, which no file can hold, become `?`."""
-    texts = {name: encodable(text) for name, text in {"licence": "", "style": "", "category": "", "subcategory": "", **columns}.items()}
-    phrasings = [text for text in dict.fromkeys(encodable(caption).strip() for caption in captions) if text]
+    texts = {
+        name: encodable(text)
+        for name, text in {
+            "licence": "",
+            "style": "",
+            "category": "",
+            "subcategory": "",
+            **columns,
+        }.items()
+    }
+    phrasings = [
+        text for text in dict.fromkeys(encodable(caption).strip() for caption in captions) if text
+    ]
     caption = phrasings[0] if phrasings else ""
     url, origin = encodable(url), encodable(origin)
     key = sample_key(origin, caption)
     concept = texts.pop("concept", "") or key
-    return {"key": key, "url": url, "origin": origin, "caption": caption, "captions": phrasings, "concept": concept, **texts}
+    return {
+        "key": key,
+        "url": url,
+        "origin": origin,
+        "caption": caption,
+        "captions": phrasings,
+        "concept": concept,
+        **texts,
+    }
 
 
 def encodable(text: str) -> str:
@@ -175,7 +211,9 @@ def encodable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-def package_rows(source: PackagesSource, config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iterator[Row]:
+def package_rows(
+    source: PackagesSource, config: DataConfig, cache: Path, base: str, mounts: Mounts
+) -> Iterator[Row]:
     """Yield the pictures of all packages of a source; mounts their folders."""
     labels = Labels(package_folder(source.words, cache / "packages", config.retries))
     for spec in source.packages:
@@ -185,7 +223,11 @@ def package_rows(source: PackagesSource, config: DataConfig, cache: Path, base: 
         pictures = read_package(spec, folder, labels, rendered, source.svg_px)
         mounts.folders |= {name: folder, f"rendered/{name}": rendered}
         for picture in pictures:
-            mount, root = (name, folder) if picture.file.is_relative_to(folder) else (f"rendered/{name}", rendered)
+            mount, root = (
+                (name, folder)
+                if picture.file.is_relative_to(folder)
+                else (f"rendered/{name}", rendered)
+            )
             yield row(
                 base + url_path(mount, picture.file.relative_to(root).as_posix()),
                 f"npm:{spec}/{picture.origin}",
@@ -202,7 +244,9 @@ def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row
     """Yield the images of a folder, sub-folders included; an image without its `.txt` has an empty caption."""
     root = Path(source.path).expanduser()
     if not root.is_dir():
-        raise CallerError(f"[data] folder {source.path!r} is not there: give a folder of images beside .txt captions")
+        raise CallerError(
+            f"[data] folder {source.path!r} is not there: give a folder of images beside .txt captions"
+        )
     mount = root.resolve().name
     while mount in mounts.folders:
         mount += "-again"
@@ -212,10 +256,18 @@ def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row
             text = file.with_suffix(".txt")
             lines = text.read_text(errors="replace").splitlines() if text.is_file() else []
             relative = file.relative_to(root).as_posix()
-            yield row(base + url_path(mount, relative), f"folder:{mount}/{relative}", lines, licence=source.licence, style=source.style)
+            yield row(
+                base + url_path(mount, relative),
+                f"folder:{mount}/{relative}",
+                lines,
+                licence=source.licence,
+                style=source.style,
+            )
 
 
-def scene_rows(source: ScenesSource, config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iterator[Row]:
+def scene_rows(
+    source: ScenesSource, config: DataConfig, cache: Path, base: str, mounts: Mounts
+) -> Iterator[Row]:
     """Yield the drawn pictures of a source; its concept, by which splits go, is what the scene shows."""
     for drawn in draw_all(source, config.image_size_px, cache):
         mount = f"scenes/{drawn.file.parent.name}"
@@ -238,8 +290,17 @@ def listed_rows(source: UrlsSource, base: str) -> Iterator[Row]:
         further = values.pop("captions", None) or []
         captions = [values.pop("caption"), *([further] if isinstance(further, str) else further)]
         texts = {name: str(value) for name, value in values.items() if value is not None}
-        asked = url.replace(f"{base}/", f"{base.removesuffix(':80')}/", 1) if url.startswith(f"{base}/") else url
-        yield row(asked, url, [str(caption) for caption in captions if caption is not None], **{"licence": source.licence, **texts})
+        asked = (
+            url.replace(f"{base}/", f"{base.removesuffix(':80')}/", 1)
+            if url.startswith(f"{base}/")
+            else url
+        )
+        yield row(
+            asked,
+            url,
+            [str(caption) for caption in captions if caption is not None],
+            **{"licence": source.licence, **texts},
+        )
 
 
 def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERVED) -> int:
@@ -257,15 +318,36 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERV
         pq.ParquetWriter(out / "dropped.parquet", DROPPED) as dropped,
         Progress("sources", None, "rows") as progress,
     ):
-        for number, block in enumerate(blocks(shown(all_rows(config, cache, base, mounts), progress))):
+        for number, block in enumerate(
+            blocks(shown(all_rows(config, cache, base, mounts), progress))
+        ):
             is_new, seen = new_urls([item["url"] for item in block], seen)
             good: list[Row] = []
             bad: list[Row] = []
             for item, new in zip(block, is_new, strict=True):
-                reason = "empty_url" if not item["url"] else "empty_caption" if not item["caption"] else "" if new else "duplicate_url"
-                reason = reason or ("opted_out" if opt_out.covers(item["origin"]) or opt_out.covers(item["url"]) else "")
+                reason = (
+                    "empty_url"
+                    if not item["url"]
+                    else "empty_caption"
+                    if not item["caption"]
+                    else ""
+                    if new
+                    else "duplicate_url"
+                )
+                reason = reason or (
+                    "opted_out"
+                    if opt_out.covers(item["origin"]) or opt_out.covers(item["url"])
+                    else ""
+                )
                 if reason:
-                    bad.append({"key": item["key"], "origin": item["origin"], "reason": reason, "detail": item["url"]})
+                    bad.append(
+                        {
+                            "key": item["key"],
+                            "origin": item["origin"],
+                            "reason": reason,
+                            "detail": item["url"],
+                        }
+                    )
                 else:
                     good.append(item)
             random.Random(f"{config.seed} {number}").shuffle(good)
@@ -282,14 +364,19 @@ def new_urls(urls: list[str], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
     At 10 million URLs the chance that two different ones share a hash is 3 in a million.
     """
-    hashes = np.array([int.from_bytes(hashlib.blake2b(url.encode(), digest_size=8).digest()) for url in urls], np.uint64)
+    hashes = np.array(
+        [int.from_bytes(hashlib.blake2b(url.encode(), digest_size=8).digest()) for url in urls],
+        np.uint64,
+    )
     first, position = np.unique(hashes, return_index=True)
     place = np.searchsorted(seen, first)
     is_known = np.zeros(len(first), bool)
     is_known[place < len(seen)] = seen[place[place < len(seen)]] == first[place < len(seen)]
     is_new = np.zeros(len(urls), bool)
     is_new[position[~is_known]] = True
-    return is_new, np.insert(seen, place[~is_known], first[~is_known])  # one copy; sorting all again would grow with every block
+    return is_new, np.insert(
+        seen, place[~is_known], first[~is_known]
+    )  # one copy; sorting all again would grow with every block
 
 
 def all_rows(config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iterator[Row]:

@@ -84,7 +84,9 @@ def hot_bytes(factory: str, count: int, dim: int) -> int:
         one += 8  # and two factors
     else:
         shared += 16 * dim * 4  # what the codes stand for
-    return shared + count * 8 + (count + 16 * cells) * one  # fast scan pads each cell to whole blocks of 32, by 16 on average
+    return (
+        shared + count * 8 + (count + 16 * cells) * one
+    )  # fast scan pads each cell to whole blocks of 32, by 16 on average
 
 
 def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
@@ -98,11 +100,17 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
     each costs a look-up table. From CODED_FROM vectors on only the last kind is left, whatever the memory: it is the fastest then. Raises
     CallerError when none fits.
     """
-    few, cells, some, many = (max(1, min(round(each * math.sqrt(count)), count // POINTS_PER_CELL, MOST_CELLS)) for each in (2, 4, 8, 16))
+    few, cells, some, many = (
+        max(1, min(round(each * math.sqrt(count)), count // POINTS_PER_CELL, MOST_CELLS))
+        for each in (2, 4, 8, 16)
+    )
     if dim % FOURS:
         kinds = [f"RR{dim},IVF{few},{BITS}"]
     else:
-        found = [f"IVF{each}(PQ{dim // TWOS}x4fs)" if each >= CODED_CENTROIDS_FROM else f"IVF{each}" for each in (many, some, cells, few)]
+        found = [
+            f"IVF{each}(PQ{dim // TWOS}x4fs)" if each >= CODED_CENTROIDS_FROM else f"IVF{each}"
+            for each in (many, some, cells, few)
+        ]
         kinds = [f"RR{dim},{each},PQ{dim // FOURS}x4fs,Refine(SQ8)" for each in found]
     if count < CODED_FROM:
         kinds = [f"IVF{cells},Flat", f"IVF{cells},SQ8", *kinds]
@@ -118,7 +126,9 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
     )
 
 
-def building_bytes(factory: str, count: int, dim: int, at_once: int, queries: int, is_grown: bool = False) -> int:
+def building_bytes(
+    factory: str, count: int, dim: int, at_once: int, queries: int, is_grown: bool = False
+) -> int:
     """Return about how many bytes a process holds at most while it builds and tunes one index of that kind.
 
     `at_once` is how many vectors are encoded before they are put into the cells, `queries` how many the tuning asks together. An index
@@ -126,11 +136,17 @@ def building_bytes(factory: str, count: int, dim: int, at_once: int, queries: in
     """
     hot, chunk, cells = hot_bytes(factory, count, dim), CHUNK_ROWS * dim * 4, cells_of(factory)
     code_bytes = hot_bytes(factory, 2 * at_once, dim) - hot_bytes(factory, at_once, dim)
-    training = hot_bytes(factory, 0, dim) + 3 * trained_on(factory, count) * dim * 4  # as read, turned, and in the cells
-    encoding = 2 * hot_bytes(factory, 0, dim) + code_bytes + 8 * at_once + 3 * chunk  # as read, turned, and with the finer codes
+    training = (
+        hot_bytes(factory, 0, dim) + 3 * trained_on(factory, count) * dim * 4
+    )  # as read, turned, and in the cells
+    encoding = (
+        2 * hot_bytes(factory, 0, dim) + code_bytes + 8 * at_once + 3 * chunk
+    )  # as read, turned, and with the finer codes
     filling = hot if cells else hot + chunk
     tuning = chunk + queries * (3 * CHUNK_ROWS + 100 * dim) * 4
-    growing = 2 * (hot + count * dim * factory.endswith("Refine(SQ8)")) + 2 * chunk if is_grown else 0
+    growing = (
+        2 * (hot + count * dim * factory.endswith("Refine(SQ8)")) + 2 * chunk if is_grown else 0
+    )
     return max(training, encoding * bool(cells), filling, tuning, growing) + SCRATCH_BYTES
 
 
@@ -155,10 +171,14 @@ def train(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
     index = empty(factory, dim)
     if cells_of(factory):
         size = trained_on(factory, count)
-        sample = checked(take(parts, np.sort(np.random.default_rng(seed).choice(count, size, replace=False))))
+        sample = checked(
+            take(parts, np.sort(np.random.default_rng(seed).choice(count, size, replace=False)))
+        )
         inverted = layers(index)[-1]
         inverted.cp.seed = seed % 2**31
-        inverted.cp.min_points_per_centroid = 1  # too few is either the rule's choice or the recipe's: no warning on the terminal
+        inverted.cp.min_points_per_centroid = (
+            1  # too few is either the rule's choice or the recipe's: no warning on the terminal
+        )
         inverted.cp.max_points_per_centroid = TRAINED_PER_CELL
         if has_coded_centroids(factory):
             if rotates := rotation(index):

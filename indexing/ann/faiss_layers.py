@@ -54,16 +54,22 @@ def rotate_exactly(index: Any, vectors: Floats) -> Floats:
     if rotates is None:
         return vectors
     matrix = faiss.vector_to_array(rotates.A).reshape(rotates.d_out, rotates.d_in)
-    return np.concatenate([exact_products(block, matrix).astype(np.float32) for block in _blocks(vectors, matrix)])
+    return np.concatenate(
+        [exact_products(block, matrix).astype(np.float32) for block in _blocks(vectors, matrix)]
+    )
 
 
 def nearest_cells(index: Any, rotated: Floats) -> Rows:
     """Return the cell of each rotated vector (n,): equal vectors give equal cells, on any machine and beside any others."""
     quantizer: Any = faiss.downcast_index(layers(index)[-1].quantizer)
     if not isinstance(quantizer, faiss.IndexFlat):
-        return np.asarray(quantizer.search(rotated, 1)[1][:, 0])  # by tables of a few dimensions each, not by BLAS
+        return np.asarray(
+            quantizer.search(rotated, 1)[1][:, 0]
+        )  # by tables of a few dimensions each, not by BLAS
     centroids = quantizer.reconstruct_n(0, quantizer.ntotal)
-    return np.concatenate([exact_products(block, centroids).argmax(axis=1) for block in _blocks(rotated, centroids)])
+    return np.concatenate(
+        [exact_products(block, centroids).argmax(axis=1) for block in _blocks(rotated, centroids)]
+    )
 
 
 def exact_products(vectors: Floats, matrix: Floats) -> NDArray[np.float64]:
@@ -76,7 +82,9 @@ def exact_products(vectors: Floats, matrix: Floats) -> NDArray[np.float64]:
     scales = np.ldexp(1.0, np.frexp(np.abs(vectors).max(axis=1, keepdims=True))[1])
     scale = np.ldexp(1.0, np.frexp(np.abs(matrix).max())[1])
     points = np.rint(vectors * (2.0**VECTOR_BITS / scales))
-    return (points @ np.rint(matrix.T * (2.0**MATRIX_BITS / scale))) * (scales * scale / 2.0 ** (VECTOR_BITS + MATRIX_BITS))
+    return (points @ np.rint(matrix.T * (2.0**MATRIX_BITS / scale))) * (
+        scales * scale / 2.0 ** (VECTOR_BITS + MATRIX_BITS)
+    )
 
 
 def _blocks(vectors: Floats, matrix: Floats) -> Iterator[Floats]:

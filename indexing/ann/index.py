@@ -24,10 +24,27 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from indexing.ann import inverted_lists, tuning
-from indexing.ann.factory import add, building_bytes, cells_of, checked, choose_factory, hot_bytes, train
+from indexing.ann.factory import (
+    add,
+    building_bytes,
+    cells_of,
+    checked,
+    choose_factory,
+    hot_bytes,
+    train,
+)
 from indexing.ann.inverted_lists import Spread
 from indexing.ann.tuning import DEPTHS, Effort, Sample, Selection
-from indexing.data.embedding_store import CHUNK_ROWS, Floats, Rows, chunks, open_parts, part_files, read_facts, take
+from indexing.data.embedding_store import (
+    CHUNK_ROWS,
+    Floats,
+    Rows,
+    chunks,
+    open_parts,
+    part_files,
+    read_facts,
+    take,
+)
 from infra.compute.memory import PeakMemory
 from infra.errors import CallerError, DataError
 from infra.schemas import EMBEDDED, open_parquet
@@ -76,7 +93,11 @@ def is_spread(embed: Path) -> bool:
 
 
 def build(
-    config: IndexConfig, embed: Path, out: Path, grown_from: tuple[Path, Path] | None = None, spread: Spread | None = None
+    config: IndexConfig,
+    embed: Path,
+    out: Path,
+    grown_from: tuple[Path, Path] | None = None,
+    spread: Spread | None = None,
 ) -> dict[str, Any]:
     """Build both indexes and the metadata table from an embed folder; return the counts, the factory, and the figures of the worse index.
 
@@ -92,7 +113,9 @@ def build(
     clip_key, count, dim = read_facts(embed)
     if count == 0:
         raise DataError(f"{embed}: no embeddings, so there is nothing to index")
-    parts: dict[Modality, list[NDArray[Any]]] = {each: open_parts(embed / FOLDERS[each], count, dim) for each in MODALITIES}
+    parts: dict[Modality, list[NDArray[Any]]] = {
+        each: open_parts(embed / FOLDERS[each], count, dim) for each in MODALITIES
+    }
     base = _base(grown_from, parts, config) if grown_from else None
     factory = base["factory"] if base else _factory(config, count, dim)
     _check_memory(config, factory, parts["image"], base is not None)
@@ -111,30 +134,56 @@ def build(
                 if base and grown_from:
                     _add_to(grown_from[0] / file.name, parts[modality], base["count"], file)
                 else:
-                    of_tasks = _build_one(factory, parts[modality], part_files(embed / FOLDERS[modality]), config.seed, file, spread)
+                    of_tasks = _build_one(
+                        factory,
+                        parts[modality],
+                        part_files(embed / FOLDERS[modality]),
+                        config.seed,
+                        file,
+                        spread,
+                    )
                     task_peak = max(task_peak, of_tasks)
                 opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
-                samples = [Sample(vectors, sampled if kind == modality else None) for kind, vectors in queries.items()]
+                samples = [
+                    Sample(vectors, sampled if kind == modality else None)
+                    for kind, vectors in queries.items()
+                ]
                 figures[modality] = {
                     **tuning.tune(opened, parts[modality], samples, config.recall_target),
                     "bytes": file.stat().st_size,
                 }
     finally:
         faiss.omp_set_num_threads(threads_before)
-    worse = _worse(list(figures.values())) | {"build_peak_bytes": memory.bytes, "task_peak_bytes": task_peak}
+    worse = _worse(list(figures.values())) | {
+        "build_peak_bytes": memory.bytes,
+        "task_peak_bytes": task_peak,
+    }
     facts = {"dim": dim, "count": count, "factory": factory, "clip_key": clip_key, **worse}
     facts |= {name: max(each[name] for each in figures.values()) for name in ("nprobe", "k_factor")}
     facts["built_count"] = base.get("built_count", base["count"]) if base else count
     facts |= {"target_met": all(each["target_met"] for each in figures.values()), **figures}
     (out / "index.json").write_text(json.dumps(facts, indent=1) + "\n")
-    return {"in": count, "out": count, "dropped": {}, "factory": factory, **worse, "added_to": base["count"] if base else 0}
+    return {
+        "in": count,
+        "out": count,
+        "dropped": {},
+        "factory": factory,
+        **worse,
+        "added_to": base["count"] if base else 0,
+    }
 
 
 def _factory(config: IndexConfig, count: int, dim: int) -> str:
     """Return the kind of index that the section names or that the rule chooses. Raises CallerError where it does not suit the vectors."""
-    factory = choose_factory(count, dim, config.memory_bytes) if config.factory == "auto" else config.factory
+    factory = (
+        choose_factory(count, dim, config.memory_bytes)
+        if config.factory == "auto"
+        else config.factory
+    )
     if cells_of(factory) > count:
-        raise CallerError(f"[index] factory = {factory} has more cells than there are vectors ({count}): name fewer, or auto")
+        raise CallerError(
+            f"[index] factory = {factory} has more cells than there are vectors ({count}): name fewer, or auto"
+        )
     rotated, codes = (re.findall(f"{kind}([0-9]+)", factory) for kind in ("RR", "PQ"))
     if any(int(each) != dim for each in rotated) or any(dim % int(each) for each in codes):
         raise CallerError(
@@ -143,7 +192,9 @@ def _factory(config: IndexConfig, count: int, dim: int) -> str:
     return factory
 
 
-def _check_memory(config: IndexConfig, factory: str, parts: Sequence[NDArray[Any]], is_grown: bool) -> None:
+def _check_memory(
+    config: IndexConfig, factory: str, parts: Sequence[NDArray[Any]], is_grown: bool
+) -> None:
     """Raise CallerError where building an index of that kind over the vectors ((n, D) parts) takes more than the section allows."""
     needed = _needed(config, factory, parts, is_grown)
     if needed > config.build_memory_bytes:
@@ -156,12 +207,23 @@ def _check_memory(config: IndexConfig, factory: str, parts: Sequence[NDArray[Any
 
 def _worse(both: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the lower recalls and the longer times of two indexes, and their bytes together."""
-    worse: dict[str, Any] = {f"recall@{k}": min(each[f"recall@{k}"] for each in both) for k in DEPTHS}
-    worse |= {name: max(each[name] for each in both) for name in ("latency_p50_ms", "latency_p99_ms")}
+    worse: dict[str, Any] = {
+        f"recall@{k}": min(each[f"recall@{k}"] for each in both) for k in DEPTHS
+    }
+    worse |= {
+        name: max(each[name] for each in both) for name in ("latency_p50_ms", "latency_p99_ms")
+    }
     return worse | {"bytes": sum(each["bytes"] for each in both)}
 
 
-def _build_one(factory: str, parts: Sequence[NDArray[Any]], files: Sequence[Path], seed: int, file: Path, spread: Spread | None) -> int:
+def _build_one(
+    factory: str,
+    parts: Sequence[NDArray[Any]],
+    files: Sequence[Path],
+    seed: int,
+    file: Path,
+    spread: Spread | None,
+) -> int:
     """Write an index of all the vectors; return the most memory that a process called by `spread` held."""
     index = train(factory, parts, seed)
     if cells_of(factory):
@@ -178,7 +240,9 @@ def _add_to(before: Path, parts: Sequence[NDArray[Any]], first: int, file: Path)
     faiss.write_index(index, str(file))
 
 
-def _needed(config: IndexConfig, factory: str, parts: Sequence[NDArray[Any]], is_grown: bool) -> int:
+def _needed(
+    config: IndexConfig, factory: str, parts: Sequence[NDArray[Any]], is_grown: bool
+) -> int:
     """Return about how many bytes a process will hold at most."""
     lengths = [len(part) for part in parts]
     at_once = max(sum(lengths[first:last]) for first, last, _ in inverted_lists.shares(lengths))
@@ -186,7 +250,9 @@ def _needed(config: IndexConfig, factory: str, parts: Sequence[NDArray[Any]], is
     return building_bytes(factory, sum(lengths), parts[0].shape[1], at_once, asked, is_grown)
 
 
-def _base(grown_from: tuple[Path, Path], parts: dict[Modality, list[NDArray[Any]]], config: IndexConfig) -> dict[str, Any] | None:
+def _base(
+    grown_from: tuple[Path, Path], parts: dict[Modality, list[NDArray[Any]]], config: IndexConfig
+) -> dict[str, Any] | None:
     """Return the facts of the former index if it may be added to: its vectors are the first of these, and not too few of them."""
     index, embed = grown_from
     facts: dict[str, Any] = json.loads((index / "index.json").read_text())
@@ -194,7 +260,10 @@ def _base(grown_from: tuple[Path, Path], parts: dict[Modality, list[NDArray[Any]
     built = facts.get("built_count", count)
     if dim != parts["image"][0].shape[1] or not count <= total <= built * (1 + GROWTH):
         return None
-    if config.factory == "auto" and 2 * hot_bytes(facts["factory"], total, dim) > config.memory_bytes:
+    if (
+        config.factory == "auto"
+        and 2 * hot_bytes(facts["factory"], total, dim) > config.memory_bytes
+    ):
         return None
     if _needed(config, facts["factory"], parts["image"], is_grown=True) > config.build_memory_bytes:
         return None
@@ -227,28 +296,48 @@ class Index:
         """The clip stage's key: only vectors of that model may be searched for."""
         self.dim: int = facts["dim"]
         self.count: int = facts["count"]
-        self._indexes = {each: faiss.read_index(str(folder / f"{each}.index"), faiss.IO_FLAG_MMAP_IFC) for each in MODALITIES}
+        self._indexes = {
+            each: faiss.read_index(str(folder / f"{each}.index"), faiss.IO_FLAG_MMAP_IFC)
+            for each in MODALITIES
+        }
         self._efforts = {each: _efforts(facts[each]) for each in MODALITIES}
         self._direct_map = threading.Lock()
         reader = pa.ipc.open_file(pa.memory_map(os.fspath(folder / "metadata.arrow")))
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
-        self._values = {name: [_reader(batch.column(name)) for batch in self._batches] for name in EMBEDDED.names}
+        self._values = {
+            name: [_reader(batch.column(name)) for batch in self._batches]
+            for name in EMBEDDED.names
+        }
         rows = {self._ends[-1], *(index.ntotal for index in self._indexes.values())}
         if rows != {self.count}:
-            raise DataError(f"{folder}: index.json says {self.count} vectors but its files hold {sorted(rows)}: build the index again")
+            raise DataError(
+                f"{folder}: index.json says {self.count} vectors but its files hold {sorted(rows)}: build the index again"
+            )
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
         """Open what `build` wrote. Raises DataError where files are missing, unreadable or disagree."""
         try:
             return cls(folder, json.loads((folder / "index.json").read_text()))
-        except (OSError, RuntimeError, ValueError, KeyError, pa.ArrowException) as error:  # FAISS raises RuntimeError
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+            pa.ArrowException,
+        ) as error:  # FAISS raises RuntimeError
             raise DataError(
                 f"{folder} holds no index that can be opened ({' '.join(str(error).split())[-150:]}): build it again"
             ) from error
 
-    def search(self, vectors: ArrayLike, k: int, modality: Modality = "image", allowed: Allowed | None = None) -> tuple[Floats, Rows]:
+    def search(
+        self,
+        vectors: ArrayLike,
+        k: int,
+        modality: Modality = "image",
+        allowed: Allowed | None = None,
+    ) -> tuple[Floats, Rows]:
         """Return the scores (B, k') and rows (B, k') of the k' nearest vectors by inner product, best first.
 
         `vectors` is (B, D), L2-normalised; scores are approximate where the factory compresses. With `allowed` only those rows are looked
@@ -258,9 +347,13 @@ class Index:
         try:
             queries = np.ascontiguousarray(vectors, dtype=np.float32)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the query must be numbers of shape (B, {self.dim}), not {type(vectors).__name__}") from error
+            raise ValueError(
+                f"the query must be numbers of shape (B, {self.dim}), not {type(vectors).__name__}"
+            ) from error
         if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise ValueError(f"the query has shape {queries.shape} but must have shape (B, {self.dim})")
+            raise ValueError(
+                f"the query has shape {queries.shape} but must have shape (B, {self.dim})"
+            )
         if not np.isfinite(queries).all():
             raise ValueError("the query holds NaN or infinity")
         if k < 1:
@@ -272,11 +365,15 @@ class Index:
             return tuning.search(index, queries, min(k, self.count), effort)
         if allowed.count == 0:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        selector_class: Any = faiss.IDSelectorBitmap  # its type stub knows the C++ signature only; it keeps a pointer to the bits
+        selector_class: Any = (
+            faiss.IDSelectorBitmap
+        )  # its type stub knows the C++ signature only; it keeps a pointer to the bits
         selection = Selection(selector_class(allowed.bits), allowed.count / self.count)
         return tuning.search(index, queries, min(k, allowed.count), effort, selection)
 
-    def metadata(self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names) -> list[dict[str, Any]]:
+    def metadata(
+        self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names
+    ) -> list[dict[str, Any]]:
         """Return the metadata (schema infra.schemas.EMBEDDED) of the rows, in their order. Raises IndexError outside 0..count-1."""
         return [self.facts_of(int(row), columns) for row in self._inside(rows)]
 
@@ -288,7 +385,9 @@ class Index:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return one column of the metadata (count,)."""
-        return pa.chunked_array([batch.column(name) for batch in self._batches], EMBEDDED.field(name).type)
+        return pa.chunked_array(
+            [batch.column(name) for batch in self._batches], EMBEDDED.field(name).type
+        )
 
     def row_of(self, key: str) -> int:
         """Return the first row of the sample with that key. Raises KeyError where there is none."""
@@ -307,7 +406,11 @@ class Index:
         with self._direct_map:
             if isinstance(index, faiss.IndexIVF) and index.direct_map.no():
                 index.make_direct_map()  # eight bytes a row, only for those who ask
-            return np.stack([index.reconstruct(int(row)) for row in wanted]) if len(wanted) else np.empty((0, self.dim), np.float32)
+            return (
+                np.stack([index.reconstruct(int(row)) for row in wanted])
+                if len(wanted)
+                else np.empty((0, self.dim), np.float32)
+            )
 
     def _inside(self, rows: Sequence[int] | Rows) -> Rows:
         wanted = np.asarray(rows, np.int64).reshape(-1)
@@ -319,7 +422,10 @@ class Index:
 
 def _efforts(facts: Mapping[str, Any]) -> tuple[Effort, Effort]:
     """Return what a query for up to ten results may spend, and one for more, as tuning told; an index of before has one for both."""
-    few, many = (Effort(each["nprobe"], each["k_factor"], each.get("margin")) for each in (facts, facts.get("deep", facts)))
+    few, many = (
+        Effort(each["nprobe"], each["k_factor"], each.get("margin"))
+        for each in (facts, facts.get("deep", facts))
+    )
     return few, many
 
 
@@ -340,7 +446,9 @@ def _write_metadata(folder: Path, file: Path, count: int) -> None:
     with pa.OSFile(os.fspath(file), "wb") as sink, pa.ipc.new_file(sink, EMBEDDED) as writer:
         for each in sorted(folder.glob("*.parquet")):
             for batch in open_parquet(each).iter_batches(CHUNK_ROWS):
-                writer.write_table(pa.Table.from_batches([batch]).select(EMBEDDED.names).cast(EMBEDDED))
+                writer.write_table(
+                    pa.Table.from_batches([batch]).select(EMBEDDED.names).cast(EMBEDDED)
+                )
                 rows += batch.num_rows
     if rows != count:
         raise DataError(f"{folder}: {rows} rows of metadata for {count} vectors")

@@ -52,7 +52,10 @@ def fill(index: Any, files: Sequence[Path], out: Path, spread: Spread | None = N
         trained = Path(aside) / "trained"
         faiss.write_index(index, str(trained))
         pieces = shares(lengths)
-        tasks = [(trained, list(files[first:last]), Path(aside) / f"{first:05}") for first, last, _ in pieces]
+        tasks = [
+            (trained, list(files[first:last]), Path(aside) / f"{first:05}")
+            for first, last, _ in pieces
+        ]
         if spread:
             peak = max(each for some in spread(encode, tasks) for each in some)
         else:
@@ -82,14 +85,26 @@ def encode(trained: Path, files: Sequence[Path], out: Path) -> int:
                 inside = rotate_exactly(index, checked(chunk))
                 end = start + len(chunk)
                 cells[start:end] = nearest_cells(index, inside)
-                ivf.encode_vectors(len(chunk), *(faiss.swig_ptr(each) for each in (inside, cells[start:end], codes[start:end])))
+                ivf.encode_vectors(
+                    len(chunk),
+                    *(
+                        faiss.swig_ptr(each)
+                        for each in (inside, cells[start:end], codes[start:end])
+                    ),
+                )
                 if fine:
-                    file.write(fine.sa_encode(inside if isinstance(index, faiss.IndexPreTransform) else chunk).data)
+                    file.write(
+                        fine.sa_encode(
+                            inside if isinstance(index, faiss.IndexPreTransform) else chunk
+                        ).data
+                    )
                 start = end
         rows = np.argsort(cells, kind="stable")
         np.save(out.with_suffix(".sizes.npy"), np.bincount(cells, minlength=ivf.nlist))
         np.save(out.with_suffix(".rows.npy"), rows)
-        arranged = np.lib.format.open_memmap(out.with_suffix(".codes.npy"), "w+", np.uint8, codes.shape)
+        arranged = np.lib.format.open_memmap(
+            out.with_suffix(".codes.npy"), "w+", np.uint8, codes.shape
+        )
         step = max(1, COPIED_BYTES // codes.shape[1])
         for start in range(0, len(rows), step):
             arranged[start : start + step] = codes[rows[start : start + step]]
@@ -100,11 +115,18 @@ def _gather(index: Any, made: Sequence[Path], firsts: Sequence[int], count: int)
     """Put what was encoded into the cells, in the order of rows."""
     ivf = layers(index)[-1]
     lists: Any = faiss.downcast_InvertedLists(ivf.invlists)
-    ends = [np.concatenate([[0], np.cumsum(np.load(each.with_suffix(".sizes.npy")))]) for each in made]
-    rows, codes = ([np.load(each.with_suffix(f".{name}.npy"), mmap_mode="r") for each in made] for name in ("rows", "codes"))
+    ends = [
+        np.concatenate([[0], np.cumsum(np.load(each.with_suffix(".sizes.npy")))]) for each in made
+    ]
+    rows, codes = (
+        [np.load(each.with_suffix(f".{name}.npy"), mmap_mode="r") for each in made]
+        for name in ("rows", "codes")
+    )
     for cell in range(ivf.nlist):
         slices = [slice(each[cell], each[cell + 1]) for each in ends]
-        inside: Rows = np.concatenate([each[some] + first for each, some, first in zip(rows, slices, firsts, strict=True)])
+        inside: Rows = np.concatenate(
+            [each[some] + first for each, some, first in zip(rows, slices, firsts, strict=True)]
+        )
         if len(inside):
             coded = np.concatenate([each[some] for each, some in zip(codes, slices, strict=True)])
             coded = _packed(lists, coded) if hasattr(lists, "packer") else coded

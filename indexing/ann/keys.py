@@ -24,14 +24,18 @@ def hashes_of(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
     """Return 64 bits of each text (N,): its bytes, eight at a time, through the finaliser of splitmix64 (Steele et al. 2014)."""
     found = [np.zeros(0, np.uint64)]
     for chunk in texts.chunks:
-        found += [_hashes(chunk.slice(start, CHUNK_ROWS)) for start in range(0, len(chunk), CHUNK_ROWS)]
+        found += [
+            _hashes(chunk.slice(start, CHUNK_ROWS)) for start in range(0, len(chunk), CHUNK_ROWS)
+        ]
     return np.concatenate(found)
 
 
 def _hashes(texts: pa.Array) -> NDArray[np.uint64]:
     """Return the hashes of one chunk, those of one length together, from Arrow's own bytes."""
     _, offsets, data = texts.buffers()
-    ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(
+        np.int64
+    )
     encoded = np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8)
     sizes = np.diff(ends)
     mixed = np.zeros(len(texts), np.uint64)
@@ -41,7 +45,9 @@ def _hashes(texts: pa.Array) -> NDArray[np.uint64]:
         padded[:, :size] = encoded[ends[of_size, None] + np.arange(size)]
         value = np.zeros(len(of_size), np.uint64)
         for word in padded.view(np.uint64).T:
-            value = np.where(word != 0, _mix(value ^ word), value)  # as bytes of zero are no part of a text, padding is none
+            value = np.where(
+                word != 0, _mix(value ^ word), value
+            )  # as bytes of zero are no part of a text, padding is none
         mixed[of_size] = value
     return mixed
 

@@ -21,13 +21,21 @@ def centroids(vectors: Floats, count: int, parameters: Any) -> Floats:
     """
     rough = _clustered(vectors, round(math.sqrt(count)), parameters, ROUGH_ROUNDS)
     group = _nearest(rough, vectors)
-    ends = np.round(np.cumsum(np.bincount(group, minlength=len(rough))) * count / len(vectors)).astype(int)
+    ends = np.round(
+        np.cumsum(np.bincount(group, minlength=len(rough))) * count / len(vectors)
+    ).astype(int)
     shares = np.diff(ends, prepend=0)
-    within = [_clustered(vectors[group == each], int(share), parameters, ROUGH_ROUNDS) for each, share in enumerate(shares) if share]
+    within = [
+        _clustered(vectors[group == each], int(share), parameters, ROUGH_ROUNDS)
+        for each, share in enumerate(shares)
+        if share
+    ]
     return _clustered(vectors, count, parameters, LAST_ROUNDS, np.concatenate(within))
 
 
-def _clustered(vectors: Floats, count: int, parameters: Any, rounds: int, begun: Floats | None = None) -> Floats:
+def _clustered(
+    vectors: Floats, count: int, parameters: Any, rounds: int, begun: Floats | None = None
+) -> Floats:
     """Return centroids (count, D) after so many rounds of k-means, from those begun with where there are."""
     clustering = faiss.Clustering(vectors.shape[1], count, parameters)
     clustering.niter = rounds

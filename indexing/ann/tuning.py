@@ -72,10 +72,14 @@ class Sample(NamedTuple):
 
     def every(self, step: int, first: int = 0) -> "Sample":
         """Return one of so many queries."""
-        return Sample(self.vectors[first::step], None if self.rows is None else self.rows[first::step])
+        return Sample(
+            self.vectors[first::step], None if self.rows is None else self.rows[first::step]
+        )
 
 
-def search(index: Any, queries: Floats, k: int, effort: Effort, selection: Selection | None = None) -> tuple[Floats, Rows]:
+def search(
+    index: Any, queries: Floats, k: int, effort: Effort, selection: Selection | None = None
+) -> tuple[Floats, Rows]:
     """Search with this effort, and with more cells where they hold fewer than k vectors; k is at most what the selection lets by.
 
     Of a selection as many rows are looked at as without one. Returns scores and rows, (B, k) each. Safe from several threads: the effort is
@@ -96,7 +100,10 @@ def search(index: Any, queries: Floats, k: int, effort: Effort, selection: Selec
     make = _parameters if selector is None else _parameters.__wrapped__
 
     def found(some: Floats, nprobe: int) -> tuple[Floats, Rows]:
-        return cast(tuple[Floats, Rows], index.search(some, k, params=make(kinds, nprobe, k_factor, selector)))
+        return cast(
+            tuple[Floats, Rows],
+            index.search(some, k, params=make(kinds, nprobe, k_factor, selector)),
+        )
 
     most = inside[-1].nlist
     probed = _probed(index, queries, effort)
@@ -106,7 +113,10 @@ def search(index: Any, queries: Floats, k: int, effort: Effort, selection: Selec
     if (probed == probed[0]).all():
         scores, rows = found(queries, int(probed[0]))
     else:
-        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        scores, rows = (
+            np.empty((len(queries), k), np.float32),
+            np.empty((len(queries), k), np.int64),
+        )
         for nprobe in np.unique(probed):
             same = probed == nprobe
             scores[same], rows[same] = found(queries[same], int(nprobe))
@@ -159,12 +169,17 @@ def recalls(parts: Sequence[NDArray[Any]], queries: Floats, rows: Rows, truth: F
 class Measured:
     """Recall of an index on samples of queries, against brute force over `parts`; the worst of the samples counts."""
 
-    def __init__(self, index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample]) -> None:
+    def __init__(
+        self, index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample]
+    ) -> None:
         """Compute the truth of every query."""
         self.index, self.parts, self.samples = index, parts, samples
         own = [int(each.rows is not None) for each in samples]
         # Of the scores of a vector of the index the best is its own.
-        self.truth = [brute_force(parts, each.vectors, max(DEPTHS) + skip)[:, skip:] for each, skip in zip(samples, own, strict=True)]
+        self.truth = [
+            brute_force(parts, each.vectors, max(DEPTHS) + skip)[:, skip:]
+            for each, skip in zip(samples, own, strict=True)
+        ]
 
     def recall(self, k: int, effort: Effort, z: float = 0.0) -> float:
         """Return the recall@k, less `z` of its standard errors."""
@@ -206,20 +221,31 @@ class Measured:
     def _found(self, sample: Sample, k: int, effort: Effort) -> Rows:
         if sample.rows is None:
             return search(self.index, sample.vectors, k, effort)[1]
-        _, rows = search(self.index, sample.vectors, k + 1, effort._replace(k_factor=effort.k_factor * k / (k + 1)))
+        _, rows = search(
+            self.index,
+            sample.vectors,
+            k + 1,
+            effort._replace(k_factor=effort.k_factor * k / (k + 1)),
+        )
         is_other = rows != sample.rows[:, None]
-        is_other[is_other.all(1), -1] = False  # where it is not among them, the last one is too many
+        is_other[is_other.all(1), -1] = (
+            False  # where it is not among them, the last one is too many
+        )
         return rows[is_other].reshape(len(rows), k)
 
 
-def tune(index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], target: float) -> dict[str, Any]:
+def tune(
+    index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], target: float
+) -> dict[str, Any]:
     """Find the effort that reaches the target recall@10 in the least time, for each of several samples of queries; measure there.
 
     The same for recall@100, told as "deep": who wants more than ten needs more cells. The other half of the samples judges, and the recall
     that is told is its own, with the effort for that many. Where no effort reaches the target, the best recall wins. nprobe is 0 for Flat,
     k_factor 0 where nothing is re-ranked.
     """
-    tuning, judging = (Measured(index, parts, [each.part(half) for each in samples]) for half in (0, 1))
+    tuning, judging = (
+        Measured(index, parts, [each.part(half) for each in samples]) for half in (0, 1)
+    )
     best = least_effort(tuning, judging, DEPTHS[1], target)
     deep = least_effort(tuning.thinned(), judging.thinned(), DEPTHS[2], target)
     taken_ms = np.array(tuning.seconds(DEPTHS[1], best)) * 1000
@@ -245,8 +271,15 @@ def effort_for(k: int, few: Effort, many: Effort) -> Effort:
         effort = many
     else:
         share = math.log(k / DEPTHS[1]) / math.log(DEPTHS[2] / DEPTHS[1])
-        cells, ranked = (a ** (1 - share) * b**share for a, b in ((few.nprobe, many.nprobe), (few.k_factor, many.k_factor)))
-        margin = None if few.margin is None or many.margin is None else few.margin + share * (many.margin - few.margin)
+        cells, ranked = (
+            a ** (1 - share) * b**share
+            for a, b in ((few.nprobe, many.nprobe), (few.k_factor, many.k_factor))
+        )
+        margin = (
+            None
+            if few.margin is None or many.margin is None
+            else few.margin + share * (many.margin - few.margin)
+        )
         effort = Effort(round(cells), ranked, margin)
     return effort._replace(k_factor=max(effort.k_factor, few.k_factor * DEPTHS[1] / k))
 
@@ -263,7 +296,9 @@ def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> 
     if isinstance(index, faiss.IndexFlat):
         return Effort(0, 0)
     cells = int(layers(index)[-1].nlist)
-    sated_from = -(-4 * k * cells // index.ntotal)  # in fewer there may be no k vectors, and more are looked into anyhow
+    sated_from = -(
+        -4 * k * cells // index.ntotal
+    )  # in fewer there may be no k vectors, and more are looked into anyhow
 
     def surely(effort: Effort) -> float:
         return tuning.recall(k, effort, Z_SURE)
@@ -271,14 +306,18 @@ def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> 
     def of_cells(k_factor: int, nprobe: int) -> float:
         return surely(Effort(nprobe, k_factor))
 
-    most_ranked, *less_ranked = [each for each in K_FACTORS[::-1] if each * k <= MOST_RANKED] if finer(index) else [0]
+    most_ranked, *less_ranked = (
+        [each for each in K_FACTORS[::-1] if each * k <= MOST_RANKED] if finer(index) else [0]
+    )
     nprobe, reached = fewest_cells(1, cells, target, partial(of_cells, most_ranked), sated_from)
     enough = [Effort(nprobe, most_ranked)]
     if reached < target:
         return enough[0]
     for k_factor in less_ranked:
         fewest = enough[-1].nprobe
-        nprobe, reached = fewest_cells(fewest, min(cells, WIDER * fewest), target, partial(of_cells, k_factor))
+        nprobe, reached = fewest_cells(
+            fewest, min(cells, WIDER * fewest), target, partial(of_cells, k_factor)
+        )
         if reached < target:
             break  # with less re-ranked still it takes more cells than that saves
         if nprobe == fewest:
@@ -286,7 +325,9 @@ def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> 
         enough.append(Effort(nprobe, k_factor))
     for each in tuple(enough):
         widest = min(cells, WIDER * each.nprobe)
-        enough.append(_least_margin(Effort(widest, each.k_factor, tuning.span(widest)), target, surely))
+        enough.append(
+            _least_margin(Effort(widest, each.k_factor, tuning.span(widest)), target, surely)
+        )
     # In turns, and each query's best round: another process that takes the cores for a while slows all of them.
     rounds = [[tuning.seconds(k, each) for each in enough] for _ in range(ROUNDS)]
     best = enough[int(np.min(rounds, axis=0).mean(axis=1).argmin())]
@@ -301,11 +342,15 @@ def _least_margin(widest: Effort, target: float, recall_of: Callable[[Effort], f
     low, high = 0.0, widest.margin or 0.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if recall_of(widest._replace(margin=middle)) >= target else (middle, high)
+        low, high = (
+            (low, middle) if recall_of(widest._replace(margin=middle)) >= target else (middle, high)
+        )
     return widest._replace(margin=high)
 
 
-def fewest_cells(least: int, most: int, target: float, recall_of: Callable[[int], float], sated_from: int = 1) -> tuple[int, float]:
+def fewest_cells(
+    least: int, most: int, target: float, recall_of: Callable[[int], float], sated_from: int = 1
+) -> tuple[int, float]:
     """Return the least number of cells, `least` to `most`, whose recall reaches the target, to an eighth, and that recall.
 
     Where none does, the number with the best recall: no more are tried once doubling from `sated_from` cells or more gains next to nothing.
@@ -316,7 +361,9 @@ def fewest_cells(least: int, most: int, target: float, recall_of: Callable[[int]
         tried[cells] = recall_of(cells)
         if tried[cells] >= target:
             break
-        if cells == most or (cells >= 2 * sated_from and tried[cells] > 0.5 and tried[cells] - before < SATURATED):
+        if cells == most or (
+            cells >= 2 * sated_from and tried[cells] > 0.5 and tried[cells] - before < SATURATED
+        ):
             return max(tried.items(), key=lambda each: each[1])
         cells, before = min(most, 2 * cells), tried[cells]
     low, high = max((each for each in tried if tried[each] < target), default=least - 1), cells

@@ -81,19 +81,29 @@ class Segment:
                 order = np.argsort(numbers, kind="stable")
                 self._numbers = numbers[order], order
         ascending, order = self._numbers
-        return order[np.searchsorted(ascending, number) : np.searchsorted(ascending, number, side="right")]
+        return order[
+            np.searchsorted(ascending, number) : np.searchsorted(ascending, number, side="right")
+        ]
 
 
 class View:
     """A version of the index, open for queries from several threads."""
 
-    def __init__(self, segments: Sequence[Segment], removals: Removals, clip: str, gone: Sequence[Mask] | None = None) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        removals: Removals,
+        clip: str,
+        gone: Sequence[Mask] | None = None,
+    ) -> None:
         """Hold segments of one CLIP, whose fingerprint is `clip`; `gone` is what the removals name, where that is known.
 
         Raises ValueError where their dimensions differ.
         """
         if len({each.index.dim for each in segments}) != 1:
-            raise ValueError(f"the segments have {sorted({each.index.dim for each in segments})} dimensions: they must have the same")
+            raise ValueError(
+                f"the segments have {sorted({each.index.dim for each in segments})} dimensions: they must have the same"
+            )
         self.segments, self.clip, self.removals = list(segments), clip, removals
         self.dim = segments[0].index.dim
         self.gone = [each.gone(removals) for each in segments] if gone is None else list(gone)
@@ -112,7 +122,9 @@ class View:
         if self.removals - removals:
             return View(self.segments, removals, self.clip)  # an entry was taken back
         new = removals - self.removals
-        gone = [was | segment.gone(new) for was, segment in zip(self.gone, self.segments, strict=True)]
+        gone = [
+            was | segment.gone(new) for was, segment in zip(self.gone, self.segments, strict=True)
+        ]
         return View(self.segments, removals, self.clip, gone)
 
     def search(
@@ -140,7 +152,11 @@ class View:
         masks = self._allowed(chosen)
         most = FETCHED if near is None else FETCHED_APART
         enough = min(sum(mask.count for mask in masks), max(wanted, most))
-        seen = set(hashes_of(pa.chunked_array([sorted(without)], pa.string())).tolist()) if without else set()
+        seen = (
+            set(hashes_of(pa.chunked_array([sorted(without)], pa.string())).tolist())
+            if without
+            else set()
+        )
         kept: list[Place] = []
         vectors = np.empty((wanted if near is not None else 0, self.dim), np.float32)
         while True:
@@ -153,25 +169,38 @@ class View:
             kept += distinct if near is None else self._apart(distinct, near, vectors, len(kept))
             if len(kept) >= wanted or fetch >= enough:
                 shown = sorted(kept[offset:wanted], key=lambda place: -place[2])
-                return [Hit(segment, row, score, self.segments[segment].index.facts_of(row, columns)) for segment, row, score in shown]
+                return [
+                    Hit(segment, row, score, self.segments[segment].index.facts_of(row, columns))
+                    for segment, row, score in shown
+                ]
             deeper = max(FETCH, fetch * DEEPER)
             fetch = most if fetch < most < deeper else deeper
 
     def find_key(self, key: str) -> Hit | None:
         """Return the sample with that key, or None where there is none or it is gone."""
-        return next((hit for hit in self.find_number(number_of(key)) if hit.facts["key"] == key), None)
+        return next(
+            (hit for hit in self.find_number(number_of(key)) if hit.facts["key"] == key), None
+        )
 
     def find_number(self, number: int) -> list[Hit]:
         """Return the samples whose keys have that number: one, or none where there is none or it is gone."""
         hits = []
         for place, segment in enumerate(self.segments):
             rows = [row for row in segment.rows_of(number).tolist() if not self.gone[place][row]]
-            hits += [Hit(place, row, 1.0, facts) for row, facts in zip(rows, segment.index.metadata(rows), strict=True)]
+            hits += [
+                Hit(place, row, 1.0, facts)
+                for row, facts in zip(rows, segment.index.metadata(rows), strict=True)
+            ]
         return hits
 
     def numbers(self, hits: Sequence[Hit]) -> list[int]:
         """Return the numbers of the samples' keys."""
-        return [int(number) for number in numbers_of(pa.chunked_array([[hit.facts["key"] for hit in hits]], pa.string()))]
+        return [
+            int(number)
+            for number in numbers_of(
+                pa.chunked_array([[hit.facts["key"] for hit in hits]], pa.string())
+            )
+        ]
 
     def vector(self, hit: Hit, modality: Modality = "image") -> Floats:
         """Return the vector of a sample (D,), as the index holds it."""
@@ -190,26 +219,37 @@ class View:
         for name in CHOICES:
             totals: dict[str, int] = {}
             for segment, gone in zip(self.segments, self.gone, strict=True):
-                for each in pc.value_counts(segment.index.column(name).filter(pa.array(~gone))).to_pylist():
+                for each in pc.value_counts(
+                    segment.index.column(name).filter(pa.array(~gone))
+                ).to_pylist():
                     totals[each["values"]] = totals.get(each["values"], 0) + each["counts"]
             totals.pop("", None)
             counted[name] = dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
         return counted
 
-    def _nearest(self, query: ArrayLike, k: int, modality: Modality, masks: Sequence[Allowed]) -> tuple[list[Place], list[int]]:
+    def _nearest(
+        self, query: ArrayLike, k: int, modality: Modality, masks: Sequence[Allowed]
+    ) -> tuple[list[Place], list[int]]:
         """Return the k nearest rows, best first, and what tells their pictures apart (k)."""
         places: list[Place] = []
         pictures: list[int] = []
         for number, (segment, mask) in enumerate(zip(self.segments, masks, strict=True)):
-            scores, rows = segment.index.search(np.asarray(query, np.float32)[None], k, modality, mask)
-            places += [(number, row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)]
+            scores, rows = segment.index.search(
+                np.asarray(query, np.float32)[None], k, modality, mask
+            )
+            places += [
+                (number, row, score)
+                for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)
+            ]
             pictures += segment.pictures[rows[0]].tolist()
         if len(self.segments) == 1:
             return places, pictures
         order = sorted(range(len(places)), key=lambda place: -places[place][2])[:k]
         return [places[place] for place in order], [pictures[place] for place in order]
 
-    def _apart(self, places: Sequence[Place], near: float, vectors: Floats, count: int) -> list[Place]:
+    def _apart(
+        self, places: Sequence[Place], near: float, vectors: Floats, count: int
+    ) -> list[Place]:
         """Return the places without those near to a better one; `vectors` (wanted, D) holds `count` better ones' and takes more."""
         kept: list[Place] = []
         for place, vector in zip(places, self._vectors(places), strict=True):
@@ -227,7 +267,9 @@ class View:
         segments = np.array([segment for segment, *_ in places], np.int64)
         rows = np.array([row for _, row, _ in places], np.int64)
         for number in np.unique(segments):
-            vectors[segments == number] = self.segments[number].index.vectors(rows[segments == number])
+            vectors[segments == number] = self.segments[number].index.vectors(
+                rows[segments == number]
+            )
         return unit(vectors)
 
     def _allowed(self, chosen: Filter) -> list[Allowed]:
@@ -235,7 +277,10 @@ class View:
             if chosen in self._masks:
                 self._masks.move_to_end(chosen)
                 return self._masks[chosen]
-        masks = [Allowed(~gone & _matching(segment.index, chosen)) for segment, gone in zip(self.segments, self.gone, strict=True)]
+        masks = [
+            Allowed(~gone & _matching(segment.index, chosen))
+            for segment, gone in zip(self.segments, self.gone, strict=True)
+        ]
         with self._lock:
             self._masks[chosen] = masks
             while len(self._masks) > MASKS_KEPT:
@@ -246,21 +291,31 @@ class View:
 def _matching(index: Index, chosen: Filter) -> Mask:
     mask = np.ones(index.count, bool)
     for name, values in chosen.any_of:
-        mask &= np.asarray(pc.is_in(index.column(name), pa.array(values, pa.string())).to_numpy(), bool)
+        mask &= np.asarray(
+            pc.is_in(index.column(name), pa.array(values, pa.string())).to_numpy(), bool
+        )
     if chosen.min_side_px or chosen.max_side_px is not None:
-        sides = np.minimum(index.column("width_px").to_numpy(), index.column("height_px").to_numpy())
+        sides = np.minimum(
+            index.column("width_px").to_numpy(), index.column("height_px").to_numpy()
+        )
         mask &= sides >= chosen.min_side_px
         if chosen.max_side_px is not None:
             mask &= sides <= chosen.max_side_px
     return mask
 
 
-def make_filter(any_of: Mapping[str, Iterable[str]], min_side_px: int = 0, max_side_px: int | None = None) -> Filter:
+def make_filter(
+    any_of: Mapping[str, Iterable[str]], min_side_px: int = 0, max_side_px: int | None = None
+) -> Filter:
     """Return a filter in its one spelling, so that equal filters share their masks. Raises ValueError for a column that is no choice."""
     unknown = sorted(any_of.keys() - set(CHOICES))
     if unknown:
         raise ValueError(f"{unknown[0]!r} is nothing to choose by: use {', '.join(CHOICES)}")
-    return Filter(tuple((name, tuple(sorted(set(values)))) for name, values in sorted(any_of.items())), min_side_px, max_side_px)
+    return Filter(
+        tuple((name, tuple(sorted(set(values)))) for name, values in sorted(any_of.items())),
+        min_side_px,
+        max_side_px,
+    )
 
 
 def _fingerprint(clip: str, names: Sequence[str], gone: Sequence[Mask]) -> str:

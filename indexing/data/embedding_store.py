@@ -42,8 +42,13 @@ def open_rows(file: Path) -> NDArray[Any]:
 def open_parts(folder: Path, count: int, dim: int) -> list[NDArray[Any]]:
     """Memory-map the .npy files of a folder in order of name. Raises DataError unless they hold (count, dim) together."""
     parts = [open_rows(file) for file in part_files(folder)]
-    if any(part.ndim != 2 or part.shape[1] != dim for part in parts) or sum(len(part) for part in parts) != count:
-        raise DataError(f"{folder}: arrays of shapes {[part.shape for part in parts]}, where facts.json says {count} vectors of {dim}")
+    if (
+        any(part.ndim != 2 or part.shape[1] != dim for part in parts)
+        or sum(len(part) for part in parts) != count
+    ):
+        raise DataError(
+            f"{folder}: arrays of shapes {[part.shape for part in parts]}, where facts.json says {count} vectors of {dim}"
+        )
     return parts
 
 
@@ -74,7 +79,9 @@ def unit(vectors: Floats) -> Floats:
 
 def read_metadata(folder: Path, columns: Sequence[str], count: int) -> pa.Table:
     """Read these columns of the metadata, one row for each vector. Raises DataError for another number of rows."""
-    table = pa.concat_tables([pq.read_table(file, columns=list(columns)) for file in sorted(folder.glob("*.parquet"))])
+    table = pa.concat_tables(
+        [pq.read_table(file, columns=list(columns)) for file in sorted(folder.glob("*.parquet"))]
+    )
     if table.num_rows != count:
         raise DataError(f"{folder}: {table.num_rows} rows of metadata for {count} vectors")
     return table

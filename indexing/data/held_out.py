@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from indexing.data.embedding_store import Floats, Rows, open_parts, read_facts, read_metadata, take
 
 COLUMNS = (
-    *("key", "origin", "caption", "captions", "licence", "concept", "style", "category", "subcategory", "split"),
+    *(
+        "key",
+        "origin",
+        "caption",
+        "captions",
+        "licence",
+        "concept",
+        "style",
+        "category",
+        "subcategory",
+        "split",
+    ),
     *("shard", "member", "offset", "size_bytes", "sha256"),
 )
 
@@ -31,7 +42,9 @@ class Embedded:
 
     def rows(self, split: str) -> Rows:
         """Return where the pairs of a split stand."""
-        return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy(zero_copy_only=False)).astype(np.int64)
+        return np.flatnonzero(
+            pc.equal(self.table["split"], split).to_numpy(zero_copy_only=False)
+        ).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,9 @@ def seen_in_training(embedded: Embedded, splits: tuple[str, ...]) -> dict[str, d
     for split in splits:
         held = embedded.table.take(embedded.rows(split))
         same_picture = pc.is_in(held["sha256"], train["sha256"])
-        same_concept = pc.and_(pc.is_in(held["concept"], train["concept"]), pc.not_equal(held["concept"], ""))
+        same_concept = pc.and_(
+            pc.is_in(held["concept"], train["concept"]), pc.not_equal(held["concept"], "")
+        )
         counts[split] = {
             "pairs": held.num_rows,
             "picture_in_training": pc.sum(same_picture).as_py() or 0,
@@ -82,7 +97,10 @@ def seen_in_training(embedded: Embedded, splits: tuple[str, ...]) -> dict[str, d
 
 def licences(embedded: Embedded) -> dict[str, int]:
     """Count the pairs of each licence, the commonest first."""
-    counts = {each["values"] or "not stated": each["counts"] for each in pc.value_counts(embedded.table["licence"]).to_pylist()}
+    counts = {
+        each["values"] or "not stated": each["counts"]
+        for each in pc.value_counts(embedded.table["licence"]).to_pylist()
+    }
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -90,4 +108,9 @@ def trained_captions(embedded: Embedded, texts: list[str]) -> list[bool]:
     """Say of each text whether it stands, but for case, among the training captions."""
     train = embedded.table.take(embedded.rows("train"))
     captions = pc.utf8_lower(pc.list_flatten(train["captions"]))
-    return [bool(each) for each in pc.is_in(pa.array([text.lower() for text in texts], pa.string()), captions.combine_chunks()).to_pylist()]
+    return [
+        bool(each)
+        for each in pc.is_in(
+            pa.array([text.lower() for text in texts], pa.string()), captions.combine_chunks()
+        ).to_pylist()
+    ]

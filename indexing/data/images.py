@@ -36,7 +36,9 @@ def read_picture(row: Mapping[str, Any], shards: Path, side_px: int) -> Pixels:
             file.seek(row["offset"])
             data = file.read(row["size_bytes"])
     except OSError as error:
-        raise DataError(f"cannot read {name} in {shards} ({error.strerror}): delete that ingest folder and run again") from error
+        raise DataError(
+            f"cannot read {name} in {shards} ({error.strerror}): delete that ingest folder and run again"
+        ) from error
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
     if picture is None or picture.dtype != np.uint8:
         raise DataError(f"{name} is not an 8-bit picture: delete that ingest folder and run again")
@@ -48,14 +50,18 @@ def square(picture: NDArray[Any], side_px: int) -> Pixels:
     if picture.ndim == 2:
         picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
     if picture.shape[2] == 4:
-        picture = np.concatenate([_on_white(picture[top : top + BAND_ROWS]) for top in range(0, len(picture), BAND_ROWS)])
+        picture = np.concatenate(
+            [_on_white(picture[top : top + BAND_ROWS]) for top in range(0, len(picture), BAND_ROWS)]
+        )
     height, width = picture.shape[:2]
     side = max(height, width)
     canvas = np.full((side, side, 3), 255, np.uint8)
     top, left = (side - height) // 2, (side - width) // 2
     canvas[top : top + height, left : left + width] = picture
     if side != side_px:
-        canvas = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA).astype(np.uint8)
+        canvas = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA).astype(
+            np.uint8
+        )
     return np.ascontiguousarray(canvas[..., ::-1])
 
 

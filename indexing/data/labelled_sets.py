@@ -48,15 +48,25 @@ class ImageSet:
         """Decode all pictures as squares, uint8 (N, S, S, 3) RGB. Raises DataError for one that does not decode."""
         made = np.empty((len(self), side_px, side_px, 3), np.uint8)
         for place, data in enumerate(self.encoded):
-            decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-            if decoded is None or decoded.dtype != np.uint8 or decoded.shape[0] * decoded.shape[1] > LARGEST_PIXELS:
-                raise DataError(f"set {self.name}: picture {place} is no 8-bit picture that can be read: take it out")
+            decoded = (
+                cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+            )
+            if (
+                decoded is None
+                or decoded.dtype != np.uint8
+                or decoded.shape[0] * decoded.shape[1] > LARGEST_PIXELS
+            ):
+                raise DataError(
+                    f"set {self.name}: picture {place} is no 8-bit picture that can be read: take it out"
+                )
             made[place] = self.square(decoded, side_px)
         return made
 
     def only(self, places: NDArray[np.int64]) -> "ImageSet":
         """Return the pictures at these places."""
-        return replace(self, encoded=[self.encoded[place] for place in places], labels=self.labels[places])
+        return replace(
+            self, encoded=[self.encoded[place] for place in places], labels=self.labels[places]
+        )
 
 
 def open_set(path: Path, name: str = "") -> ImageSet:
@@ -73,25 +83,35 @@ def open_set(path: Path, name: str = "") -> ImageSet:
         return _made(name, path, [each for shard in shards for each in _from_shard(shard)])
     found = list(_from_folders(path))
     if not found:
-        raise CallerError(f"[evaluate.suite] set {str(path)!r} holds no pictures: want CLASS/*.png, test/*.tar or a parquet file")
+        raise CallerError(
+            f"[evaluate.suite] set {str(path)!r} holds no pictures: want CLASS/*.png, test/*.tar or a parquet file"
+        )
     return _made(name, path, found)
 
 
-def _made(name: str, folder: Path, found: Sequence[tuple[bytes, int | str]], stem: str = "") -> ImageSet:
+def _made(
+    name: str, folder: Path, found: Sequence[tuple[bytes, int | str]], stem: str = ""
+) -> ImageSet:
     listed = _lines(folder, (f"{stem}.{CLASSNAMES}", CLASSNAMES) if stem else (CLASSNAMES,))
     labels = [label for _, label in found]
     if all(isinstance(label, int) for label in labels):
         numbers = np.array(labels, np.int64)
         names = listed or [str(number) for number in range(int(numbers.max(initial=0)) + 1)]
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(names):
-            raise DataError(f"set {name}: labels run from {numbers.min()} to {numbers.max()} and there are {len(names)} class names")
+            raise DataError(
+                f"set {name}: labels run from {numbers.min()} to {numbers.max()} and there are {len(names)} class names"
+            )
     else:
         texts = [str(label) for label in labels]
         names = listed or sorted(set(texts))
         unknown = sorted(set(texts) - set(names))
         if unknown:
-            raise DataError(f"set {name}: the label {unknown[0]!r} is none of the {len(names)} class names")
-        place_of = {name: place for place, name in reversed(list(enumerate(names)))}  # of equal names the first
+            raise DataError(
+                f"set {name}: the label {unknown[0]!r} is none of the {len(names)} class names"
+            )
+        place_of = {
+            name: place for place, name in reversed(list(enumerate(names)))
+        }  # of equal names the first
         numbers = np.array([place_of[text] for text in texts], np.int64)
     given = _lines(folder, (f"{stem}.templates.txt", *TEMPLATES) if stem else TEMPLATES)
     templates = tuple(template.replace("{c}", "{}") for template in given)
@@ -104,7 +124,9 @@ def _made(name: str, folder: Path, found: Sequence[tuple[bytes, int | str]], ste
 def _lines(folder: Path, files: tuple[str, ...]) -> list[str]:
     for file in files:
         if (folder / file).is_file():
-            return [line.strip() for line in (folder / file).read_text().splitlines() if line.strip()]
+            return [
+                line.strip() for line in (folder / file).read_text().splitlines() if line.strip()
+            ]
     return []
 
 
@@ -112,14 +134,22 @@ def _from_folders(path: Path) -> Iterator[tuple[bytes, str]]:
     for folder in sorted(each for each in path.iterdir() if each.is_dir()):
         for file in sorted(folder.rglob("*")):
             if file.suffix.lower() in SUFFIXES and file.is_file():
-                yield _bounded(file.read_bytes() if file.stat().st_size <= LARGEST_BYTES else b"", str(file)), folder.name
+                yield (
+                    _bounded(
+                        file.read_bytes() if file.stat().st_size <= LARGEST_BYTES else b"",
+                        str(file),
+                    ),
+                    folder.name,
+                )
 
 
 def _from_parquet(path: Path) -> Iterator[tuple[bytes, int | str]]:
     file = open_parquet(path)
     missing = {"image", "label"} - set(file.schema_arrow.names)
     if missing:
-        raise CallerError(f"[evaluate.suite] set {str(path)!r} has no column {sorted(missing)[0]!r}: it needs `image` and `label`")
+        raise CallerError(
+            f"[evaluate.suite] set {str(path)!r} has no column {sorted(missing)[0]!r}: it needs `image` and `label`"
+        )
     for batch in file.iter_batches(1000, columns=["image", "label"]):
         for each in batch.to_pylist():
             image: Any = each["image"]
@@ -137,13 +167,17 @@ def _from_shard(shard: Path) -> Iterator[tuple[bytes, int | str]]:
                 if not dot or stream is None or (f".{suffix}" not in SUFFIXES and suffix != "cls"):
                     continue
                 if member.size > LARGEST_BYTES:
-                    raise DataError(f"{shard.name}: {member.name} is larger than {LARGEST_BYTES:,} bytes")
+                    raise DataError(
+                        f"{shard.name}: {member.name} is larger than {LARGEST_BYTES:,} bytes"
+                    )
                 samples.setdefault(key, {})["cls" if suffix == "cls" else "image"] = stream.read()
     except tarfile.TarError as error:
         raise DataError(f"{shard} does not read ({error}): fetch it again") from error
     for key, parts in samples.items():
         if parts.keys() != {"cls", "image"}:
-            raise DataError(f"{shard.name}: {key} has {' and '.join(parts)} only, it needs a picture and a .cls")
+            raise DataError(
+                f"{shard.name}: {key} has {' and '.join(parts)} only, it needs a picture and a .cls"
+            )
         text = parts["cls"].decode(errors="replace").strip()
         yield parts["image"], int(text) if text.isdigit() else text
 

@@ -46,7 +46,14 @@ REASONS = ("", "equal", "alike", "near", "evaluation_equal", "evaluation_alike",
 """Why a pair goes; the last three for an evaluation picture."""
 SHOWN_GROUPS, SHOWN_COPIES = 12, 6
 STEPS = np.concatenate([np.arange(0.5, 0.99, 0.0025), np.arange(0.99, 0.99995, 0.0001)])
-GROUPS = pa.schema([("key", pa.string()), ("keeper", pa.string()), ("reason", pa.string()), ("score", pa.float32())])
+GROUPS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("keeper", pa.string()),
+        ("reason", pa.string()),
+        ("score", pa.float32()),
+    ]
+)
 
 
 class DedupConfig(Section):
@@ -80,7 +87,14 @@ class Pairs(NamedTuple):
     is_train: NDArray[np.bool_]
 
 
-def run(config: DedupConfig, shards: Path, embed: Path, encode_images: EncodeImages, side_px: int, out: Path) -> dict[str, Any]:
+def run(
+    config: DedupConfig,
+    shards: Path,
+    embed: Path,
+    encode_images: EncodeImages,
+    side_px: int,
+    out: Path,
+) -> dict[str, Any]:
     """Write the embeddings without copies and return the counts. `encode_images` is the CLIP that made them, for squares of `side_px`.
 
     Raises DataError where a picture cannot be read or no training picture is left.
@@ -91,14 +105,22 @@ def run(config: DedupConfig, shards: Path, embed: Path, encode_images: EncodeIma
 
 
 def _run(
-    config: DedupConfig, shards: Path, embed: Path, encode_images: EncodeImages, side_px: int, out: Path, thumbs: Path
+    config: DedupConfig,
+    shards: Path,
+    embed: Path,
+    encode_images: EncodeImages,
+    side_px: int,
+    out: Path,
+    thumbs: Path,
 ) -> dict[str, Any]:
     _, count, dim = read_facts(embed)
     metadata = embed / "metadata"
     pairs = read_pairs(metadata, count)
     parts = open_parts(embed / "img_emb", count, dim)
     looks = look_at(metadata_batches(metadata, PLACE), shards, thumbs)
-    order = np.lexsort((pairs.keys, -pairs.pixels, pairs.is_train)).astype(np.int64)  # the best first
+    order = np.lexsort((pairs.keys, -pairs.pixels, pairs.is_train)).astype(
+        np.int64
+    )  # the best first
     keeper = np.arange(count)
     reason = np.zeros(count, np.int8)  # of REASONS
 
@@ -106,44 +128,66 @@ def _run(
         nonlocal order
         gone = np.flatnonzero((found != np.arange(count)) & pairs.is_train & (reason == 0))
         keeper[gone] = found[gone]
-        reason[gone] = np.where(pairs.is_train[found[gone]], REASONS.index(why), REASONS.index(f"evaluation_{why}"))
+        reason[gone] = np.where(
+            pairs.is_train[found[gone]], REASONS.index(why), REASONS.index(f"evaluation_{why}")
+        )
         order = order[reason[order] == 0]
 
     settle(exact(pairs.digests, order), "equal")
     settle(perceptual(*looks, order, config.max_hash_bits, config.max_rms), "alike")
     chosen: dict[str, Any] = {}
     if config.semantic:
-        chosen = choose_threshold(config, pairs, parts, looks, metadata, shards, encode_images, side_px)
+        chosen = choose_threshold(
+            config, pairs, parts, looks, metadata, shards, encode_images, side_px
+        )
         if chosen["threshold"] is not None:
             settle(semantic(parts, chosen["threshold"], order, config.seed), "near")
     while (keeper[keeper] != keeper).any():  # what stayed in one pass may have gone in the next
         keeper = keeper[keeper]
     is_kept = reason == 0
     if not (is_kept & pairs.is_train).any():
-        raise DataError("no training picture is left after [dedup]: raise [dedup] threshold, or leave the section out")
+        raise DataError(
+            "no training picture is left after [dedup]: raise [dedup] threshold, or leave the section out"
+        )
     write_kept(embed, out, is_kept)
     write_groups(pairs, parts, keeper, reason, out / "groups.parquet")
     (out / "threshold.json").write_text(json.dumps(chosen, indent=1))
     found = groups(keeper)
-    shown = np.array([row for stays, gone in found[:SHOWN_GROUPS] for row in (stays, *gone)], np.int64)
+    shown = np.array(
+        [row for stays, gone in found[:SHOWN_GROUPS] for row in (stays, *gone)], np.int64
+    )
     places = dict(zip(shown.tolist(), metadata_of(metadata, shown, PLACE), strict=True))
-    show(found, places, shards, [f"{1 + len(gone)} of a kind" for _, gone in found], out / "groups.png")
+    show(
+        found,
+        places,
+        shards,
+        [f"{1 + len(gone)} of a kind" for _, gone in found],
+        out / "groups.png",
+    )
     numbers = np.bincount(reason, minlength=len(REASONS)).tolist()
-    dropped = {why: number for why, number in sorted(zip(REASONS[1:], numbers[1:], strict=True)) if number}
-    told: dict[str, Any] = {name: chosen[name] for name in ("threshold", "precision", "recall") if name in chosen}
+    dropped = {
+        why: number for why, number in sorted(zip(REASONS[1:], numbers[1:], strict=True)) if number
+    }
+    told: dict[str, Any] = {
+        name: chosen[name] for name in ("threshold", "precision", "recall") if name in chosen
+    }
     return {"in": count, "out": numbers[0], "dropped": dropped, "groups": len(found), **told}
 
 
 def read_pairs(metadata: Path, count: int) -> Pairs:
     """Read what is judged of every pair. Raises DataError unless there are `count`."""
     found: list[list[NDArray[Any]]] = [[] for _ in Pairs._fields]
-    for batch in metadata_batches(metadata, ["key", "sha256", "concept", "width_px", "height_px", "split"]):
+    for batch in metadata_batches(
+        metadata, ["key", "sha256", "concept", "width_px", "height_px", "split"]
+    ):
         concepts = pc.fill_null(batch["concept"], "")
         alone = pc.if_else(pc.equal(concepts, ""), batch["key"], concepts)
         found[0].append(np.array([key.encode() for key in batch["key"].to_pylist()], "S"))
         found[1].append(np.array(batch["sha256"].to_pylist(), "S64"))
         found[2].append(hashes_of(pa.chunked_array([alone])))
-        found[3].append(batch["width_px"].to_numpy().astype(np.int64) * batch["height_px"].to_numpy())
+        found[3].append(
+            batch["width_px"].to_numpy().astype(np.int64) * batch["height_px"].to_numpy()
+        )
         found[4].append(pc.equal(batch["split"], "train").to_numpy(zero_copy_only=False))
     pairs = Pairs(*(np.concatenate(each) for each in found))
     if len(pairs.keys) != count:
@@ -156,22 +200,34 @@ def transformations(rng: np.random.Generator) -> list[tuple[str, Callable[[Pixel
 
     def resized(picture: Pixels) -> Pixels:
         small = cv2.resize(picture, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
-        return np.asarray(cv2.resize(small, picture.shape[1::-1], interpolation=cv2.INTER_CUBIC), np.uint8)
+        return np.asarray(
+            cv2.resize(small, picture.shape[1::-1], interpolation=cv2.INTER_CUBIC), np.uint8
+        )
 
     def compressed(picture: Pixels) -> Pixels:
         coded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 50])[1]
-        return np.ascontiguousarray(np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)[..., ::-1])
+        return np.ascontiguousarray(
+            np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)[..., ::-1]
+        )
 
     def shifted(picture: Pixels) -> Pixels:
         step = max(1, picture.shape[0] // 32)
-        return np.asarray(cv2.copyMakeBorder(picture[step:, step:], 0, step, 0, step, cv2.BORDER_REPLICATE), np.uint8)
+        return np.asarray(
+            cv2.copyMakeBorder(picture[step:, step:], 0, step, 0, step, cv2.BORDER_REPLICATE),
+            np.uint8,
+        )
 
     def brighter(picture: Pixels) -> Pixels:
         return np.clip(picture.astype(np.float32) * 1.08, 0, 255).astype(np.uint8)
 
     def cropped(picture: Pixels) -> Pixels:
         edge = max(1, picture.shape[0] // 24)
-        return np.asarray(cv2.resize(picture[edge:-edge, edge:-edge], picture.shape[1::-1], interpolation=cv2.INTER_AREA), np.uint8)
+        return np.asarray(
+            cv2.resize(
+                picture[edge:-edge, edge:-edge], picture.shape[1::-1], interpolation=cv2.INTER_AREA
+            ),
+            np.uint8,
+        )
 
     def noisy(picture: Pixels) -> Pixels:
         return np.clip(picture + rng.normal(0, 4, picture.shape), 0, 255).astype(np.uint8)
@@ -205,16 +261,30 @@ def choose_threshold(
     """
     rng = np.random.default_rng(config.seed)
     rows = np.sort(rng.choice(len(pairs.keys), min(config.sample, len(pairs.keys)), replace=False))
-    pictures = np.stack([read_picture(place, shards, side_px) for place in metadata_of(metadata, rows, PLACE)])
+    pictures = np.stack(
+        [read_picture(place, shards, side_px) for place in metadata_of(metadata, rows, PLACE)]
+    )
     own = unit(np.asarray(encode_images(pictures), np.float32))
     copies = {
-        name: np.einsum("nd,nd->n", own, unit(np.asarray(encode_images(np.stack([change(each) for each in pictures])), np.float32)))
+        name: np.einsum(
+            "nd,nd->n",
+            own,
+            unit(
+                np.asarray(encode_images(np.stack([change(each) for each in pictures])), np.float32)
+            ),
+        )
         for name, change in transformations(rng)
     }
     others = hardest_others(config, pairs, parts, looks, rows, own)
     thresholds = STEPS if config.threshold is None else np.array([config.threshold])
-    positives, negatives = [np.concatenate([each[half::2] for each in copies.values()]) for half in (0, 1)], [others[0::2], others[1::2]]
-    right, wrong = (np.array([(each[None] >= thresholds[:, None]).sum(1) for each in some]) for some in (positives, negatives))
+    positives, negatives = (
+        [np.concatenate([each[half::2] for each in copies.values()]) for half in (0, 1)],
+        [others[0::2], others[1::2]],
+    )
+    right, wrong = (
+        np.array([(each[None] >= thresholds[:, None]).sum(1) for each in some])
+        for some in (positives, negatives)
+    )
     precision = right / np.maximum(right + wrong, 1)  # (2 halves, T thresholds)
     good = np.flatnonzero((precision[0] >= config.precision) & (right[0] > 0))
     is_met = len(good) > 0 or config.threshold is not None
@@ -227,12 +297,24 @@ def choose_threshold(
         "recall": float(recall[at]),
         "copies": len(positives[1]),
         "others": int((negatives[1] > -1).sum()),
-        "recall_of": {name: float((cosines[1::2] >= threshold).mean()) for name, cosines in copies.items()},
-        "curve": [[round(float(t), 4), float(p), float(r)] for t, p, r in zip(thresholds, precision[1], recall, strict=True)],
+        "recall_of": {
+            name: float((cosines[1::2] >= threshold).mean()) for name, cosines in copies.items()
+        },
+        "curve": [
+            [round(float(t), 4), float(p), float(r)]
+            for t, p, r in zip(thresholds, precision[1], recall, strict=True)
+        ],
     }
 
 
-def hardest_others(config: DedupConfig, pairs: Pairs, parts: Sequence[NDArray[Any]], looks: Looks, rows: Rows, own: Floats) -> Floats:
+def hardest_others(
+    config: DedupConfig,
+    pairs: Pairs,
+    parts: Sequence[NDArray[Any]],
+    looks: Looks,
+    rows: Rows,
+    own: Floats,
+) -> Floats:
     """Return for each sampled row (S,) its best cosine with a picture of another concept that does not look alike; -1 without any."""
     best = np.full(len(rows), -1, np.float32)
     for start in range(0, len(pairs.keys), CHUNK_ROWS):
@@ -240,9 +322,17 @@ def hardest_others(config: DedupConfig, pairs: Pairs, parts: Sequence[NDArray[An
         scores = own @ unit(take(parts, piece)).T
         for place, row in enumerate(rows):
             is_other = pairs.concepts[piece] != pairs.concepts[row]
-            near = piece[is_other & (np.bitwise_count(looks.hashes[piece] ^ looks.hashes[row]) <= config.max_hash_bits)]
+            near = piece[
+                is_other
+                & (
+                    np.bitwise_count(looks.hashes[piece] ^ looks.hashes[row])
+                    <= config.max_hash_bits
+                )
+            ]
             apart = looks.thumbs[near].astype(np.float32) - looks.thumbs[row]
-            is_other[near[np.sqrt((apart * apart).mean((1, 2, 3))) <= config.max_rms] - start] = False
+            is_other[near[np.sqrt((apart * apart).mean((1, 2, 3))) <= config.max_rms] - start] = (
+                False
+            )
             best[place] = max(best[place], scores[place][is_other].max(initial=-1))
     return best
 
@@ -260,9 +350,14 @@ def write_kept(embed: Path, out: Path, is_kept: NDArray[np.bool_]) -> None:
     start = 0
     with pq.ParquetWriter(out / "keep.parquet", EMBEDDED) as keep:
         for file in sorted((embed / "metadata").glob("*.parquet")):
-            with open_parquet(file) as opened, pq.ParquetWriter(out / "metadata" / file.name, EMBEDDED) as writer:
+            with (
+                open_parquet(file) as opened,
+                pq.ParquetWriter(out / "metadata" / file.name, EMBEDDED) as writer,
+            ):
                 for batch in opened.iter_batches(CHUNK_ROWS):
-                    kept = pa.Table.from_batches([batch]).filter(pa.array(is_kept[start : start + batch.num_rows]))
+                    kept = pa.Table.from_batches([batch]).filter(
+                        pa.array(is_kept[start : start + batch.num_rows])
+                    )
                     start += batch.num_rows
                     for each in (keep, writer):
                         each.write_table(kept.select(EMBEDDED.names).cast(EMBEDDED))
@@ -270,15 +365,24 @@ def write_kept(embed: Path, out: Path, is_kept: NDArray[np.bool_]) -> None:
     (out / "facts.json").write_text(json.dumps(facts | {"count": int(is_kept.sum())}, indent=1))
 
 
-def write_groups(pairs: Pairs, parts: Sequence[NDArray[Any]], keeper: Rows, reason: NDArray[np.int8], file: Path) -> None:
+def write_groups(
+    pairs: Pairs, parts: Sequence[NDArray[Any]], keeper: Rows, reason: NDArray[np.int8], file: Path
+) -> None:
     """Write a row for each pair that goes: its key, the key that stays for it, why, and their cosine."""
     gone = np.flatnonzero(reason)
     with pq.ParquetWriter(file, GROUPS) as writer:
         for start in range(0, len(gone), CHUNK_ROWS):
             rows = gone[start : start + CHUNK_ROWS]
-            keys = [[key.decode() for key in pairs.keys[each].tolist()] for each in (rows, keeper[rows])]
+            keys = [
+                [key.decode() for key in pairs.keys[each].tolist()] for each in (rows, keeper[rows])
+            ]
             scores = np.einsum("nd,nd->n", unit(take(parts, rows)), unit(take(parts, keeper[rows])))
-            writer.write_table(pa.table([*keys, [REASONS[each] for each in reason[rows]], scores.astype(np.float32)], schema=GROUPS))
+            writer.write_table(
+                pa.table(
+                    [*keys, [REASONS[each] for each in reason[rows]], scores.astype(np.float32)],
+                    schema=GROUPS,
+                )
+            )
 
 
 def show(
@@ -294,6 +398,9 @@ def show(
     white = np.full((LOOK_PX, LOOK_PX, 3), 255, np.uint8)
     rows = []
     for keeper, gone in found[:SHOWN_GROUPS]:
-        drawn = [read_picture(places[row], shards, LOOK_PX) for row in [keeper, *gone[: SHOWN_COPIES - 1]]]
+        drawn = [
+            read_picture(places[row], shards, LOOK_PX)
+            for row in [keeper, *gone[: SHOWN_COPIES - 1]]
+        ]
         rows.append(drawn + [white] * (SHOWN_COPIES - len(drawn)))
     write_png(sheet(rows, titles[:SHOWN_GROUPS]), file)

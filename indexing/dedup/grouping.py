@@ -31,15 +31,23 @@ def exact(contents: NDArray[Any], order: Rows) -> Rows:
 
 
 def perceptual(
-    hashes: NDArray[np.uint64], thumbs: NDArray[np.uint8], order: Rows, max_bits: int = MAX_BITS, max_rms: float = MAX_RMS
+    hashes: NDArray[np.uint64],
+    thumbs: NDArray[np.uint8],
+    order: Rows,
+    max_bits: int = MAX_BITS,
+    max_rms: float = MAX_RMS,
 ) -> Rows:
     """Group pictures that look alike: pHash at most `max_bits` of 64 apart, 8 px copies at most `max_rms` of 255 (see look_of)."""
-    return _kept_first(len(hashes), order, NearPictures(hashes, thumbs, max_bits, max_rms, order).earlier)
+    return _kept_first(
+        len(hashes), order, NearPictures(hashes, thumbs, max_bits, max_rms, order).earlier
+    )
 
 
 def semantic(parts: Sequence[NDArray[Any]], threshold: float, order: Rows, seed: int = 0) -> Rows:
     """Group embeddings ((n, D) parts, memory-mapped or not) with a cosine of at least the threshold."""
-    return _kept_first(sum(len(part) for part in parts), order, NearVectors(parts, threshold, order, seed).earlier)
+    return _kept_first(
+        sum(len(part) for part in parts), order, NearVectors(parts, threshold, order, seed).earlier
+    )
 
 
 def kept(keeper: Rows) -> Rows:
@@ -68,10 +76,15 @@ def look_of(picture: NDArray[np.uint8]) -> tuple[np.uint64, NDArray[np.uint8]]:
     return np.packbits(low > np.median(low)).view(np.uint64)[0], thumb
 
 
-def is_alike(left: tuple[np.uint64, NDArray[np.uint8]], right: tuple[np.uint64, NDArray[np.uint8]]) -> bool:
+def is_alike(
+    left: tuple[np.uint64, NDArray[np.uint8]], right: tuple[np.uint64, NDArray[np.uint8]]
+) -> bool:
     """Say whether two pictures, as `look_of` sees them, look alike."""
     apart = left[1].astype(np.float32) - right[1].astype(np.float32)
-    return bool(np.bitwise_count(left[0] ^ right[0]) <= MAX_BITS and np.sqrt((apart * apart).mean()) <= MAX_RMS)
+    return bool(
+        np.bitwise_count(left[0] ^ right[0]) <= MAX_BITS
+        and np.sqrt((apart * apart).mean()) <= MAX_RMS
+    )
 
 
 def _kept_first(count: int, order: Rows, earlier: Callable[[int, int, Mask], Found]) -> Rows:

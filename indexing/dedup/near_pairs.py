@@ -51,13 +51,19 @@ class NearVectors:
     vectors fit in HELD_BYTES, those are.
     """
 
-    def __init__(self, parts: Sequence[NDArray[Any]], threshold: float, order: Rows, seed: int = 0) -> None:
+    def __init__(
+        self, parts: Sequence[NDArray[Any]], threshold: float, order: Rows, seed: int = 0
+    ) -> None:
         """Sketch all rows of `parts` ((n, D) each, any float type). Memory: 64 numbers a row, whatever D is, and HELD_BYTES."""
         self.parts, self.threshold, self.order = parts, threshold, order
         count, dim = sum(len(part) for part in parts), parts[0].shape[1]
         rng = np.random.default_rng(seed)
-        sample = unit(take(parts, np.sort(rng.choice(count, min(count, SAMPLE_ROWS), replace=False))))
-        self.directions = np.linalg.eigh(sample.T @ sample)[1][:, :-SKETCH_DIMS:-1] if dim > SKETCH_DIMS else None
+        sample = unit(
+            take(parts, np.sort(rng.choice(count, min(count, SAMPLE_ROWS), replace=False)))
+        )
+        self.directions = (
+            np.linalg.eigh(sample.T @ sample)[1][:, :-SKETCH_DIMS:-1] if dim > SKETCH_DIMS else None
+        )
         sketches = np.empty((count, min(dim, SKETCH_DIMS)), np.float32)
         self.held = np.empty((count, dim), np.float32) if count * dim * 4 <= HELD_BYTES else None
         start = 0
@@ -69,13 +75,25 @@ class NearVectors:
             start += len(chunk)
         cells = max(1, min(round(2 * np.sqrt(count)), count // POINTS_PER_CELL))
         kmeans = faiss.Kmeans(
-            sketches.shape[1], cells, niter=4, seed=seed % 2**31, spherical=True, max_points_per_centroid=POINTS_PER_CELL * 2
+            sketches.shape[1],
+            cells,
+            niter=4,
+            seed=seed % 2**31,
+            spherical=True,
+            max_points_per_centroid=POINTS_PER_CELL * 2,
         )
         kmeans.cp.min_points_per_centroid = 1
-        kmeans.train(sketches if count <= 4 * SAMPLE_ROWS else sketches[rng.choice(count, 4 * SAMPLE_ROWS, replace=False)])
+        kmeans.train(
+            sketches
+            if count <= 4 * SAMPLE_ROWS
+            else sketches[rng.choice(count, 4 * SAMPLE_ROWS, replace=False)]
+        )
         self.centroids = np.asarray(kmeans.centroids, np.float32)  # (C, S)
         cell = np.concatenate(
-            [(sketches[order[first : first + CHUNK_ROWS]] @ self.centroids.T).argmax(1) for first in range(0, len(order), CHUNK_ROWS)]
+            [
+                (sketches[order[first : first + CHUNK_ROWS]] @ self.centroids.T).argmax(1)
+                for first in range(0, len(order), CHUNK_ROWS)
+            ]
             or [np.zeros(0, np.int64)]
         )
         # Arranged by cell, and by the order within one: what a cell has from before any place is the beginning of its part.
@@ -109,11 +127,15 @@ class NearVectors:
         is_near = cosines >= self.threshold
         return Found(query[is_near], member[is_near], cosines[is_near])
 
-    def _near(self, asked: Floats, start: int, probing: Rows, low: int, high: int) -> tuple[Rows, Rows]:
+    def _near(
+        self, asked: Floats, start: int, probing: Rows, low: int, high: int
+    ) -> tuple[Rows, Rows]:
         """Return the places of those of a block, and of one cell's beginning, that their sketches hold for near."""
         is_near = asked[probing] @ self.sketches[low:high].T >= self.threshold - ROUNDING
         if self.held is not None and np.count_nonzero(is_near) > is_near.size * LEFT_BY_SKETCHES:
-            wholes = (self.held[self.order[places]] for places in (start + probing, self.place[low:high]))
+            wholes = (
+                self.held[self.order[places]] for places in (start + probing, self.place[low:high])
+            )
             is_near = next(wholes) @ next(wholes).T >= self.threshold - ROUNDING
         rows = np.flatnonzero(is_near.any(1))
         row, column = np.nonzero(is_near[rows])
@@ -129,7 +151,12 @@ class NearVectors:
     def _margin(self, sample: Floats, rng: np.random.Generator) -> float:
         """Plant pairs at the threshold, half of them apart in directions of the data, and return the margin that finds all of them."""
         first = sample[rng.integers(0, len(sample), PLANTED)]
-        apart = np.concatenate([sample[rng.integers(0, len(sample), PLANTED // 2)], rng.normal(size=first[PLANTED // 2 :].shape)])
+        apart = np.concatenate(
+            [
+                sample[rng.integers(0, len(sample), PLANTED // 2)],
+                rng.normal(size=first[PLANTED // 2 :].shape),
+            ]
+        )
         apart = unit((apart - (apart * first).sum(1, keepdims=True) * first).astype(np.float32))
         second = self.threshold * first + np.sqrt(1 - self.threshold**2) * apart
         scores = self._sketch(first) @ self.centroids.T
@@ -158,11 +185,20 @@ class NearPictures:
     et al. 2012).
     """
 
-    def __init__(self, hashes: NDArray[np.uint64], thumbs: NDArray[np.uint8], max_bits: int, max_rms: float, order: Rows) -> None:
+    def __init__(
+        self,
+        hashes: NDArray[np.uint64],
+        thumbs: NDArray[np.uint8],
+        max_bits: int,
+        max_rms: float,
+        order: Rows,
+    ) -> None:
         """Take hashes (N,) and small copies (N, ...), as indexing.dedup.grouping.look_of makes them."""
         self.hashes, self.thumbs, self.order = hashes, thumbs.reshape(len(thumbs), -1), order
         self.max_bits, self.max_rms = max_bits, max_rms
-        flips = itertools.chain.from_iterable(itertools.combinations(range(BAND_BITS), each) for each in range(max_bits // BANDS + 1))
+        flips = itertools.chain.from_iterable(
+            itertools.combinations(range(BAND_BITS), each) for each in range(max_bits // BANDS + 1)
+        )
         self.masks = [sum(1 << bit for bit in bits) for bits in flips]
 
     def earlier(self, start: int, end: int, stays: Mask) -> Found:
@@ -185,7 +221,10 @@ class NearPictures:
             return
         for band in range(BANDS):
             shift = np.uint64(band * BAND_BITS)
-            asked, there = (((self.hashes[rows] >> shift) & np.uint64(0xFFFF)).astype(np.int64) for rows in (queries, members))
+            asked, there = (
+                ((self.hashes[rows] >> shift) & np.uint64(0xFFFF)).astype(np.int64)
+                for rows in (queries, members)
+            )
             order = np.argsort(there, kind="stable")
             starts = np.concatenate([[0], np.cumsum(np.bincount(there, minlength=1 << BAND_BITS))])
             for mask in self.masks:
@@ -196,7 +235,10 @@ class NearPictures:
     def _rms(self, left: Rows, right: Rows) -> Floats:
         pieces = [np.zeros(0, np.float32)]
         for start in range(0, len(left), PAIRS_AT_ONCE):
-            apart = self.thumbs[left[start : start + PAIRS_AT_ONCE]].astype(np.float32) - self.thumbs[right[start : start + PAIRS_AT_ONCE]]
+            apart = (
+                self.thumbs[left[start : start + PAIRS_AT_ONCE]].astype(np.float32)
+                - self.thumbs[right[start : start + PAIRS_AT_ONCE]]
+            )
             pieces.append(np.sqrt((apart * apart).mean(1)))
         return np.concatenate(pieces)
 
@@ -210,5 +252,8 @@ def _spelt_out(low: Rows, high: Rows) -> Iterator[tuple[Rows, Rows]]:
         last = max(first + 1, int(np.searchsorted(ends, before + ALL_PAIRS_UP_TO, side="right")))
         sizes = (high - low)[first:last]
         query = np.repeat(np.arange(first, last), sizes)
-        yield query, np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes) + low[query]
+        yield (
+            query,
+            np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes) + low[query],
+        )
         first = last

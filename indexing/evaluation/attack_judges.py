@@ -47,7 +47,13 @@ class Judged:
 
 
 def look_alikes(
-    witnesses: Witnesses, embedded: Embedded, names: Sequence[str], without: set[str], shards: Path, side_px: int, seed: int
+    witnesses: Witnesses,
+    embedded: Embedded,
+    names: Sequence[str],
+    without: set[str],
+    shards: Path,
+    side_px: int,
+    seed: int,
 ) -> tuple[Looks | None, int]:
     """Return what finds a picture's look-alike among G pictures of these names, and G; None without a network or for less than two names.
 
@@ -69,7 +75,9 @@ def look_alikes(
         return None, len(kept)
     labels = np.array([names.index(row["caption"]) for row in kept], np.int64)
     network = witnesses.network
-    features = np.asarray(network(np.stack([read_picture(row, shards, side_px) for row in kept])), np.float32)
+    features = np.asarray(
+        network(np.stack([read_picture(row, shards, side_px) for row in kept])), np.float32
+    )
     middle = features.mean(0)
     gallery = unit(features - middle)
 
@@ -91,18 +99,31 @@ def judge(
     read = None
     if read_text is not None:
         spelled = ["".join(each for each in word.lower() if each.isalnum()) for word in words]
-        read = np.array([character_accuracy(read_text(each), word) for each, word in zip(pictures, spelled, strict=True)])
+        read = np.array(
+            [
+                character_accuracy(read_text(each), word)
+                for each, word in zip(pictures, spelled, strict=True)
+            ]
+        )
     return Judged(said, looks(list(pictures)) if looks else None, read)
 
 
 def figures(
-    judged: Judged, objects: NDArray[np.int64], others: NDArray[np.int64], groups: Sequence[Any], resamples: int, seed: int
+    judged: Judged,
+    objects: NDArray[np.int64],
+    others: NDArray[np.int64],
+    groups: Sequence[Any],
+    resamples: int,
+    seed: int,
 ) -> list[Figure | None]:
     """Return how often CLIP's label is the object and the word, the same of the look-alike, and the share of characters read."""
     shares = [judged.said == objects, judged.said == others]
     found: list[NDArray[Any] | None] = [
         *shares,
-        *((judged.looks == truth if judged.looks is not None else None) for truth in (objects, others)),
+        *(
+            (judged.looks == truth if judged.looks is not None else None)
+            for truth in (objects, others)
+        ),
     ]
     found.append(judged.read)
     return [None if each is None else mean_figure(each, groups, resamples, seed) for each in found]

@@ -27,7 +27,9 @@ REASONS = {
 CAPTION_CHARS = 60
 
 
-def copies_section(folder: Path, embed: Path, shards: Path, counts: Mapping[str, Any], out: Path) -> ReportSection:
+def copies_section(
+    folder: Path, embed: Path, shards: Path, counts: Mapping[str, Any], out: Path
+) -> ReportSection:
     """Return the section of a dedup folder; `counts` are its manifest's. Draws the groups into `out`/pictures."""
     chosen = json.loads((folder / "threshold.json").read_text())
     gone = pq.read_table(folder / "groups.parquet").to_pylist()
@@ -35,13 +37,20 @@ def copies_section(folder: Path, embed: Path, shards: Path, counts: Mapping[str,
         f"{counts['in'] - counts['out']:,} of {counts['in']:,} pairs are left out of training: copies of another training picture (the "
         "larger one stays, then the lower key), and whatever comes near to an evaluation picture. A pair goes only for one that stays."
     ]
-    rows: list[list[Any]] = [[REASONS[why], int(count), f"{100 * count / counts['in']:.2f} %"] for why, count in counts["dropped"].items()]
+    rows: list[list[Any]] = [
+        [REASONS[why], int(count), f"{100 * count / counts['in']:.2f} %"]
+        for why, count in counts["dropped"].items()
+    ]
     tables = [table("Left out", ["Because of", "Pairs", "Of all"], rows)] if rows else []
     if chosen:
         text.append(_threshold_words(chosen))
         of_each = chosen["copies"] // len(chosen["recall_of"])
         found = [[name, _share(share, of_each)] for name, share in chosen["recall_of"].items()]
-        tables.append(table("The labelled sample: copies found by their embeddings", ["Made by", "Found"], found))
+        tables.append(
+            table(
+                "The labelled sample: copies found by their embeddings", ["Made by", "Found"], found
+            )
+        )
     listed, shown = _groups(gone, embed, shards, out)
     return section("Copies left out of training", text, tables + listed, shown)
 
@@ -62,7 +71,9 @@ def _threshold_words(chosen: Mapping[str, Any]) -> str:
     )
 
 
-def _groups(gone: list[dict[str, Any]], embed: Path, shards: Path, out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _groups(
+    gone: list[dict[str, Any]], embed: Path, shards: Path, out: Path
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the table of the largest groups and their pictures."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for each in gone:
@@ -78,16 +89,28 @@ def _groups(gone: list[dict[str, Any]], embed: Path, shards: Path, out: Path) ->
         for keeper, copies in largest
         for row in (row_of[keeper], *(row_of[each["key"]] for each in copies))
     }
-    drawn = [(row_of[keeper], [row_of[each["key"]] for each in copies]) for keeper, copies in largest]
+    drawn = [
+        (row_of[keeper], [row_of[each["key"]] for each in copies]) for keeper, copies in largest
+    ]
     (out / "pictures").mkdir(parents=True, exist_ok=True)
-    titles = [f"{number}. {1 + len(copies)} of a kind" for number, (_, copies) in enumerate(drawn, 1)]
+    titles = [
+        f"{number}. {1 + len(copies)} of a kind" for number, (_, copies) in enumerate(drawn, 1)
+    ]
     show(drawn, places, shards, titles, out / "pictures" / "copies.png")
     rows: list[list[Any]] = []
     for number, (keeper, copies) in enumerate(largest, 1):
         caption = places[row_of[keeper]]["caption"]
         shortened = caption if len(caption) <= CAPTION_CHARS else f"{caption[: CAPTION_CHARS - 1]}…"
         why = sorted({each["reason"].removeprefix("evaluation_") for each in copies})
-        rows.append([f"{number}. {shortened}", keeper, len(copies), ", ".join(why), round(min(each["score"] for each in copies), 3)])
+        rows.append(
+            [
+                f"{number}. {shortened}",
+                keeper,
+                len(copies),
+                ", ".join(why),
+                round(min(each["score"] for each in copies), 3),
+            ]
+        )
     head = ["What stays", "Key", "Copies", "By", "Least cosine"]
     name = f"The largest groups of {len(groups):,}" if len(groups) > len(largest) else "All groups"
     alt = "Groups of copies in rows: the picture that stays, then those that go for it"

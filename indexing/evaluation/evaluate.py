@@ -37,8 +37,22 @@ class EvaluateConfig(Section):
 
     prompts: tuple[str, ...] = Field(
         default=(
-            *("a red heart", "a yellow smiling face", "the flag of Japan", "a green apple", "a cat face", "a blue car"),
-            *("the moon", "a slice of pizza", "a dog face", "a house", "the sun", "a four leaf clover"),
+            *(
+                "a red heart",
+                "a yellow smiling face",
+                "the flag of Japan",
+                "a green apple",
+                "a cat face",
+                "a blue car",
+            ),
+            *(
+                "the moon",
+                "a slice of pizza",
+                "a dog face",
+                "a house",
+                "the sun",
+                "a four leaf clover",
+            ),
         ),
         min_length=1,
         max_length=256,
@@ -53,7 +67,15 @@ class EvaluateConfig(Section):
     guidance: float | None = Field(default=None, ge=0, le=50)
     """Strength of the decoder's guidance; by default the decoder's own."""
     templates: tuple[str, ...] = Field(
-        default=("{}", "a {}", "a picture of a {}", "an icon of a {}", "a drawing of a {}", "a {} emoji"), min_length=1
+        default=(
+            "{}",
+            "a {}",
+            "a picture of a {}",
+            "an icon of a {}",
+            "a drawing of a {}",
+            "a {} emoji",
+        ),
+        min_length=1,
     )
     """Prompts around a class name, averaged in embedding space (CLIP, section 3.1.4); {} stands for the name."""
     resamples: int = Field(default=2000, ge=100, le=100_000)
@@ -142,17 +164,34 @@ def evaluate(
     `sections` measure the rest of the report, in its order (indexing.report.sections).
     """
     embedded, out = subject.embedded, subject.out
-    pairs = {split: read_pairs(embedded, split, config.pairs_at_most, subject.seed) for split in HELD_OUT}
+    pairs = {
+        split: read_pairs(embedded, split, config.pairs_at_most, subject.seed) for split in HELD_OUT
+    }
     facts = {
-        "run": page.run_facts(run_facts, stage_manifests) | {"data": seen_in_training(embedded, HELD_OUT), "licences": licences(embedded)},
-        "stages": [page.stage_facts(manifest, metrics.get(manifest["stage"], ())) for manifest in stage_manifests],
-        "zero_shot": {split: zero_shot(config.templates, pairs[split], subject) for split in HELD_OUT},
+        "run": page.run_facts(run_facts, stage_manifests)
+        | {"data": seen_in_training(embedded, HELD_OUT), "licences": licences(embedded)},
+        "stages": [
+            page.stage_facts(manifest, metrics.get(manifest["stage"], ()))
+            for manifest in stage_manifests
+        ],
+        "zero_shot": {
+            split: zero_shot(config.templates, pairs[split], subject) for split in HELD_OUT
+        },
         "retrieval": {split: retrieve(pairs[split], subject) for split in HELD_OUT},
-        "generation": generation(subject, config.prompts, config.count, config.pixel_pool, pairs["held_out_concept"], generate)
+        "generation": generation(
+            subject,
+            config.prompts,
+            config.count,
+            config.pixel_pool,
+            pairs["held_out_concept"],
+            generate,
+        )
         | {"steps": config.steps, "guidance": config.guidance},
         "sections": [each for make in sections for each in _several(make())],
     }
-    (out / "report.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    (out / "report.json").write_text(
+        json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
     (out / "report.html").write_text(page.render(facts, out))
     return facts
 
@@ -170,12 +209,24 @@ def zero_shot(templates: Sequence[str], pairs: Pairs, subject: Subject) -> dict[
     embedded, encode_texts = subject.embedded, subject.encode_texts
     found: dict[str, Any] = {}
     for label in ("category", "subcategory", "name"):
-        phrases = [row["caption"] if label == "name" else class_phrase(row[label]) for row in pairs.rows]
-        every = set(phrases) if label == "name" else {class_phrase(each) for each in embedded.table[label].unique().to_pylist()}
+        phrases = [
+            row["caption"] if label == "name" else class_phrase(row[label]) for row in pairs.rows
+        ]
+        every = (
+            set(phrases)
+            if label == "name"
+            else {class_phrase(each) for each in embedded.table[label].unique().to_pylist()}
+        )
         names = sorted(every - {""})
         labelled = [place for place, phrase in enumerate(phrases) if phrase]
         if not labelled or len(names) < 2:
-            why = "no pairs" if not pairs.rows else f"no pair has a {label}" if not labelled else f"one {label} only: nothing to tell apart"
+            why = (
+                "no pairs"
+                if not pairs.rows
+                else f"no pair has a {label}"
+                if not labelled
+                else f"one {label} only: nothing to tell apart"
+            )
             found[label] = {"n": len(labelled), "classes": len(names), "note": why}
             continue
         numbers = {name: number for number, name in enumerate(names)}
@@ -184,24 +235,34 @@ def zero_shot(templates: Sequence[str], pairs: Pairs, subject: Subject) -> dict[
         images = pairs.images[labelled]
         by_words = images @ class_embeddings(encode_texts, names, templates).T
         found[label] = score(by_words, labels, names, groups, subject.resamples, subject.seed)
-        rows, classes = class_members(embedded, label, numbers) if label != "name" else (np.zeros(0, np.int64),) * 2
+        rows, classes = (
+            class_members(embedded, label, numbers)
+            if label != "name"
+            else (np.zeros(0, np.int64),) * 2
+        )
         if len(rows):
             by_members = member_scores(images, take(embedded.text_parts, rows), classes, len(names))
-            found[f"{label}_by_members"] = score(by_members, labels, names, groups, subject.resamples, subject.seed) | {
-                "members": len(rows)
-            }
+            found[f"{label}_by_members"] = score(
+                by_members, labels, names, groups, subject.resamples, subject.seed
+            ) | {"members": len(rows)}
     return found
 
 
-def class_members(embedded: Embedded, label: str, numbers: Mapping[str, int]) -> tuple[Rows, NDArray[np.int64]]:
+def class_members(
+    embedded: Embedded, label: str, numbers: Mapping[str, int]
+) -> tuple[Rows, NDArray[np.int64]]:
     """Return the rows of the training pairs whose first captions speak for a class, each caption once in each class, and the classes."""
     rows = embedded.rows("train")
     train = embedded.table.take(rows)
     members: dict[tuple[int, str], int] = {}
-    for row, name, caption in zip(rows.tolist(), train[label].to_pylist(), train["caption"].to_pylist(), strict=True):
+    for row, name, caption in zip(
+        rows.tolist(), train[label].to_pylist(), train["caption"].to_pylist(), strict=True
+    ):
         if phrase := class_phrase(name):
             members.setdefault((numbers[phrase], caption), row)
-    return np.array(list(members.values()), np.int64), np.array([number for number, _ in members], np.int64)
+    return np.array(list(members.values()), np.int64), np.array(
+        [number for number, _ in members], np.int64
+    )
 
 
 def class_phrase(label: str) -> str:
@@ -213,19 +274,33 @@ def retrieve(pairs: Pairs, subject: Subject) -> dict[str, Any]:
     """Return a split's recall both ways by first captions and by all, and some captions, drawn by the seed, with what is found."""
     if not pairs.rows:
         return {"n": 0, "note": "no pairs"}
-    pictures, captions = [row["sha256"] for row in pairs.rows], [row["caption"] for row in pairs.rows]
+    pictures, captions = (
+        [row["sha256"] for row in pairs.rows],
+        [row["caption"] for row in pairs.rows],
+    )
     measured_by = (pairs.groups, subject.resamples, subject.seed)
     found = retrieval(pairs.images, pairs.texts, pictures, captions, *measured_by)
-    every = [[caption for caption in row["captions"] if caption] or [row["caption"]] for row in pairs.rows]
-    found["all_captions"] = retrieval_of_all(pairs.images, pictures, every, subject.encode_texts, *measured_by)
+    every = [
+        [caption for caption in row["captions"] if caption] or [row["caption"]]
+        for row in pairs.rows
+    ]
+    found["all_captions"] = retrieval_of_all(
+        pairs.images, pictures, every, subject.encode_texts, *measured_by
+    )
     _, first = np.unique(pictures, return_index=True)
     _, asked = np.unique(captions, return_index=True)
     folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     found["examples"] = []
     for query in np.random.default_rng(subject.seed).permutation(asked)[:EXAMPLES]:
-        right = {picture for picture, caption in zip(pictures, captions, strict=True) if caption == captions[query]}
-        best = first[np.argsort(-(pairs.images[first] @ pairs.texts[query]), kind="stable")[:EXAMPLE_RESULTS]]
+        right = {
+            picture
+            for picture, caption in zip(pictures, captions, strict=True)
+            if caption == captions[query]
+        }
+        best = first[
+            np.argsort(-(pairs.images[first] @ pairs.texts[query]), kind="stable")[:EXAMPLE_RESULTS]
+        ]
         results = [
             {
                 "picture": write_shown(pairs.rows[place], subject.shards, folder),

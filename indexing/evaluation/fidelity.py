@@ -36,15 +36,27 @@ class FidelityConfig(Section):
 
 
 def fidelity(
-    config: FidelityConfig, subject: Subject, side_px: int, draw: Draw, networks: Mapping[str, EncodeImages]
+    config: FidelityConfig,
+    subject: Subject,
+    side_px: int,
+    draw: Draw,
+    networks: Mapping[str, EncodeImages],
 ) -> sections.ReportSection:
     """Draw the captions of held-out pairs and return the report's section; writes its picture into the report's folder."""
-    embedded, shards, encode, resamples, seed = subject.embedded, subject.shards, subject.encode_images, subject.resamples, subject.seed
+    embedded, shards, encode, resamples, seed = (
+        subject.embedded,
+        subject.shards,
+        subject.encode_images,
+        subject.resamples,
+        subject.seed,
+    )
     title = "How near to real pictures, by guidance"
     pairs = read_pairs(embedded, "held_out_concept", config.pictures, seed)
     others = read_pairs(embedded, "train", len(pairs.rows), seed)
     if min(len(pairs.rows), len(others.rows)) < LEAST:
-        return sections.section(title, [f"Not measured: fewer than {LEAST} held-out or training pairs."])
+        return sections.section(
+            title, [f"Not measured: fewer than {LEAST} held-out or training pairs."]
+        )
     real = np.stack([read_picture(row, shards, side_px) for row in pairs.rows])
     trained = np.stack([read_picture(row, shards, side_px) for row in others.rows])
     prompts = [row["caption"] for row in pairs.rows]
@@ -60,14 +72,30 @@ def fidelity(
         score = SCALE * np.maximum(np.einsum("nd,nd->n", own, pairs.texts), 0)
         of_made = pairs.groups if name in drawn else others.groups
 
-        def apart(distance: frechet.Counted, unit_name: str, scale: float = 1, is_drawn: bool = name in drawn) -> Figure:
-            other = None if is_drawn else others.groups  # a caption's drawing hangs together with its real picture
+        def apart(
+            distance: frechet.Counted,
+            unit_name: str,
+            scale: float = 1,
+            is_drawn: bool = name in drawn,
+        ) -> Figure:
+            other = (
+                None if is_drawn else others.groups
+            )  # a caption's drawing hangs together with its real picture
             times = min(resamples, RESAMPLES_AT_MOST)
-            return set_figure(lambda u, v: scale * distance(u, v), pairs.groups, other, times, seed, unit=unit_name)
+            return set_figure(
+                lambda u, v: scale * distance(u, v),
+                pairs.groups,
+                other,
+                times,
+                seed,
+                unit=unit_name,
+            )
 
         row: list[sections.Cell] = [
             name,
-            mean_figure(score, pairs.groups, resamples, seed, unit="score") if name in drawn else None,
+            mean_figure(score, pairs.groups, resamples, seed, unit="score")
+            if name in drawn
+            else None,
             apart(frechet.cmmd_of(of_real, own), "CMMD"),
             mean_figure(inside, of_made, resamples, seed),
             mean_figure(covered, pairs.groups, resamples, seed),
@@ -75,11 +103,15 @@ def fidelity(
         for network, of_network in features.items():
             other = np.asarray(networks[network](pictures), np.float64)
             row.append(apart(frechet.frechet_of(of_network, other), "Fréchet distance"))
-            row.append(apart(frechet.kernel_distance_of(of_network, other), "kernel distance × 1000", 1000))
+            row.append(
+                apart(frechet.kernel_distance_of(of_network, other), "kernel distance × 1000", 1000)
+            )
         rows.append(row)
     folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    write_png(sheet([list(each[:SHOWN]) for each in drawn.values()], list(drawn)), folder / "guidance.png")
+    write_png(
+        sheet([list(each[:SHOWN]) for each in drawn.values()], list(drawn)), folder / "guidance.png"
+    )
     shown = ", ".join(prompts[:SHOWN])
     conditions = (  # in the table's name too, so that only runs measured alike are compared
         f"{len(prompts)} captions of held-out pairs, one picture each, seed {seed}, against the {len(real)} real pictures of these "
@@ -99,7 +131,10 @@ def fidelity(
         [sections.table(f"Generated against real: {conditions}", head, rows)],
         [
             sections.picture(
-                "pictures/guidance.png", f"Rows of rising guidance: {', '.join(drawn)}; columns: {shown}", f"Columns: {shown}", True
+                "pictures/guidance.png",
+                f"Rows of rising guidance: {', '.join(drawn)}; columns: {shown}",
+                f"Columns: {shown}",
+                True,
             )
         ],
     )

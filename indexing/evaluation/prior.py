@@ -27,15 +27,30 @@ def prior_section(subject: Subject, predict: Predict, kind: str, best_of: int) -
     embedded, resamples, seed = subject.embedded, subject.resamples, subject.seed
     mean = mean_image(embedded)
     tables = []
-    for split, name in (("held_out_concept", "Pairs of unseen concepts"), ("train", "Training pairs")):
+    for split, name in (
+        ("held_out_concept", "Pairs of unseen concepts"),
+        ("train", "Training pairs"),
+    ):
         pairs = read_pairs(embedded, split, PAIRS_AT_MOST, seed)
         if not pairs.rows:
             continue
         rows: list[list[Cell]] = [
-            [label, *(mean_figure(SCALE * each, pairs.groups, resamples, seed, unit="score") for each in cosines)]
+            [
+                label,
+                *(
+                    mean_figure(SCALE * each, pairs.groups, resamples, seed, unit="score")
+                    for each in cosines
+                ),
+            ]
             for label, cosines in prior_cosines(pairs, mean, predict, best_of, seed).items()
         ]
-        tables.append(table(f"{name} ({len(pairs.rows)})", ["z_i from", "100 cos to the picture's z_i", "100 cos to z_t"], rows))
+        tables.append(
+            table(
+                f"{name} ({len(pairs.rows)})",
+                ["z_i from", "100 cos to the picture's z_i", "100 cos to z_t"],
+                rows,
+            )
+        )
     text = [
         f"The {kind} prior draws z_i from caption and z_t. It is worth its place where its z_i is nearer to the picture's own than z_t is, "
         "and than what it draws for another pair's caption. The best of several candidates is chosen by its cosine to z_t alone."
@@ -43,7 +58,9 @@ def prior_section(subject: Subject, predict: Predict, kind: str, best_of: int) -
     return section("Prior", text if tables else ["No pair to judge the prior by."], tables)
 
 
-def prior_cosines(pairs: Pairs, mean: Floats, predict: Predict, best_of: int, seed: int) -> dict[str, tuple[Floats, Floats]]:
+def prior_cosines(
+    pairs: Pairs, mean: Floats, predict: Predict, best_of: int, seed: int
+) -> dict[str, tuple[Floats, Floats]]:
     """Return for each source of z_i its cosines to the pictures' own z_i and to z_t, both (N,)."""
     captions = [row["caption"] for row in pairs.rows]
     drawn = {f"the prior, best of {best_of}": predict(captions, seed, None)}
@@ -53,14 +70,23 @@ def prior_cosines(pairs: Pairs, mean: Floats, predict: Predict, best_of: int, se
     drawn["the prior, another pair's caption"] = next(iter(drawn.values()))[other]
     drawn["z_t itself"] = pairs.texts
     drawn["the mean training picture"] = np.broadcast_to(mean, pairs.images.shape)
-    return {name: (_cosines(z, pairs.images), _cosines(z, pairs.texts)) for name, z in drawn.items()}
+    return {
+        name: (_cosines(z, pairs.images), _cosines(z, pairs.texts)) for name, z in drawn.items()
+    }
 
 
 def another(captions: Sequence[str]) -> list[int]:
     """Return for every pair the next pair, around the end, that has another caption; its own where there is none."""
     count = len(captions)
     return [
-        next((n for n in ((place + step) % count for step in range(1, count)) if captions[n] != captions[place]), place)
+        next(
+            (
+                n
+                for n in ((place + step) % count for step in range(1, count))
+                if captions[n] != captions[place]
+            ),
+            place,
+        )
         for place in range(count)
     ]
 
@@ -69,7 +95,9 @@ def mean_image(embedded: Embedded) -> Floats:
     """Return the unit vector (D,) towards the mean of the training pictures' embeddings."""
     rows, total = embedded.rows("train"), np.zeros(embedded.image_parts[0].shape[1])
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        total += take(embedded.image_parts, rows[start : start + ROWS_AT_ONCE]).sum(0, dtype=np.float64)
+        total += take(embedded.image_parts, rows[start : start + ROWS_AT_ONCE]).sum(
+            0, dtype=np.float64
+        )
     return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
 
 

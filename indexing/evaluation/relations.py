@@ -33,7 +33,8 @@ Draw = Callable[[list[str], int, int, int, Score | None, int, tuple[float, ...]]
 TITLE = "Relations, counts and writing, and what search adds"
 MADE_OF = {"train": "trained", "held_out_concept": "held out"}
 OPEN_SCENES = tuple(Scene((scenes.Thing(shape),)) for shape in scenes.SHAPES) + tuple(
-    Scene((scenes.Thing(a), scenes.Thing(b))) for a, b in (("circle", "square"), ("circle", "triangle"), ("square", "triangle"))
+    Scene((scenes.Thing(a), scenes.Thing(b)))
+    for a, b in (("circle", "square"), ("circle", "triangle"), ("square", "triangle"))
 )
 """GenEval's first two rows, which no colour binds."""
 IN_PARTS = ("writing", "24-puzzle", "cube")
@@ -105,7 +106,9 @@ class Searched:
     gains: dict[str, Figure]
 
 
-def asked(config: RelationsConfig, embedded: Embedded, read_text: ReadText | None, seed: int) -> list[Asked]:
+def asked(
+    config: RelationsConfig, embedded: Embedded, read_text: ReadText | None, seed: int
+) -> list[Asked]:
     """Draw prompts of each row from what the run trained on and from what it held out; what no judge can judge is left out."""
     found: list[Asked] = []
     rng = np.random.default_rng(seed)
@@ -114,7 +117,9 @@ def asked(config: RelationsConfig, embedded: Embedded, read_text: ReadText | Non
         by_row: dict[str, set[str]] = {}
         for each in rows:
             by_row.setdefault(each["category"], set()).add(each["concept"])
-        if split == "train" and any(scenes.parse(concept) for concepts in by_row.values() for concept in concepts):
+        if split == "train" and any(
+            scenes.parse(concept) for concepts in by_row.values() for concept in concepts
+        ):
             for scene in OPEN_SCENES:
                 by_row.setdefault(scene.row, set()).add(scene.caption)
         for row, concepts in sorted(by_row.items()):
@@ -125,47 +130,97 @@ def asked(config: RelationsConfig, embedded: Embedded, read_text: ReadText | Non
     return found
 
 
-def relations(config: RelationsConfig, subject: Subject, draw: Draw, read_text: ReadText | None) -> sections.ReportSection:
+def relations(
+    config: RelationsConfig, subject: Subject, draw: Draw, read_text: ReadText | None
+) -> sections.ReportSection:
     """Measure plain sampling, best of n and beams, and return the report's section; writes pictures into the report's folder."""
-    encode_texts, encode_images, resamples, seed = subject.encode_texts, subject.encode_images, subject.resamples, subject.seed
+    encode_texts, encode_images, resamples, seed = (
+        subject.encode_texts,
+        subject.encode_images,
+        subject.resamples,
+        subject.seed,
+    )
     prompts = asked(config, subject.embedded, read_text, seed)
     if not prompts:
-        return sections.section(TITLE, ["Not measured: the run has no scenes that a judge here can judge."])
+        return sections.section(
+            TITLE, ["Not measured: the run has no scenes that a judge here can judge."]
+        )
 
     def measured(some: Sequence[Asked], members: int, steps: int, by: str) -> Measured:
         texts = unit(np.asarray(encode_texts([each.prompt for each in some]), np.float32))
 
         def cosines(pictures: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[Any]:
-            return np.einsum("bd,bd->b", unit(np.asarray(encode_images(pictures), np.float32)), texts[places])
+            return np.einsum(
+                "bd,bd->b", unit(np.asarray(encode_images(pictures), np.float32)), texts[places]
+            )
 
         def shares(pictures: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[Any]:
-            return np.array([some[place].judge(picture) for picture, place in zip(pictures, places, strict=True)])
+            return np.array(
+                [
+                    some[place].judge(picture)
+                    for picture, place in zip(pictures, places, strict=True)
+                ]
+            )
 
         score = {"": None, "CLIP": cosines, "checker": shares}[by]
-        pictures = draw([each.prompt for each in some], members, seed, steps, score, config.keep if by else members, config.checks)
-        flat, places = pictures.reshape(-1, *pictures.shape[2:]), np.repeat(np.arange(len(some)), members)
+        pictures = draw(
+            [each.prompt for each in some],
+            members,
+            seed,
+            steps,
+            score,
+            config.keep if by else members,
+            config.checks,
+        )
+        flat, places = (
+            pictures.reshape(-1, *pictures.shape[2:]),
+            np.repeat(np.arange(len(some)), members),
+        )
         by_prompt = (len(some), members)
-        return Measured(pictures, shares(flat, places).reshape(by_prompt), cosines(flat, places).reshape(by_prompt))
+        return Measured(
+            pictures,
+            shares(flat, places).reshape(by_prompt),
+            cosines(flat, places).reshape(by_prompt),
+        )
 
     plain = measured(prompts, config.samples, config.steps, "")
     found = {each.row for each in prompts}
     rows = [row for row in (*scenes.ROWS, *sorted(found - set(scenes.ROWS))) if row in found]
-    searched = {row: _searched(config, prompts, plain, measured, row, resamples, seed) for row in rows if row in config.searched}
+    searched = {
+        row: _searched(config, prompts, plain, measured, row, resamples, seed)
+        for row in rows
+        if row in config.searched
+    }
     tables = _tables_of_rows(prompts, plain, rows, resamples, seed)
     if searched:
         tables.append(_table_of_gains(config, searched))
     if (parts := _shares(prompts, plain, resamples, seed)) is not None:
         tables.append(parts)
-    if (blind := _told_apart(prompts, encode_texts, encode_images, plain.pictures.shape[2], resamples, seed)) is not None:
+    if (
+        blind := _told_apart(
+            prompts, encode_texts, encode_images, plain.pictures.shape[2], resamples, seed
+        )
+    ) is not None:
         tables.append(blind)
     text = _words(config, seed)
-    untold = [f"{name} for {row}" for row, each in searched.items() for name, gain in each.gains.items() if _is_untold(gain)]
+    untold = [
+        f"{name} for {row}"
+        for row, each in searched.items()
+        for name, gain in each.gains.items()
+        if _is_untold(gain)
+    ]
     if untold:
-        text.append(f"Not told from plain sampling at equal calls, since the interval holds zero: {', '.join(untold)}.")
+        text.append(
+            f"Not told from plain sampling at equal calls, since the interval holds zero: {', '.join(untold)}."
+        )
     if read_text is None:
-        text.append("Writing is not measured: no reader of text is installed (evaluation-packages.txt names one).")
+        text.append(
+            "Writing is not measured: no reader of text is installed (evaluation-packages.txt names one)."
+        )
     pictures = [_shown(prompts, plain, row, subject.out) for row in rows]
-    return sections.section(TITLE, text, tables, pictures, [each.chart for each in searched.values()])
+    return sections.section(
+        TITLE, text, tables, pictures, [each.chart for each in searched.values()]
+    )
 
 
 def _words(config: RelationsConfig, seed: int) -> list[str]:
@@ -182,19 +237,36 @@ def _words(config: RelationsConfig, seed: int) -> list[str]:
     ]
 
 
-def _tables_of_rows(prompts: Sequence[Asked], plain: Measured, rows: Sequence[str], resamples: int, seed: int) -> list[dict[str, Any]]:
+def _tables_of_rows(
+    prompts: Sequence[Asked], plain: Measured, rows: Sequence[str], resamples: int, seed: int
+) -> list[dict[str, Any]]:
     """Return how often plain samples of each row are right, and the best of all: a table for trained scenes, one for held-out ones."""
     M = plain.share.shape[1]
-    head = ["Row", "Prompts", "A sample", f"Best of {M} by CLIP", f"Best of {M} by the checker", "CLIP prefers the right one"]
+    head = [
+        "Row",
+        "Prompts",
+        "A sample",
+        f"Best of {M} by CLIP",
+        f"Best of {M} by the checker",
+        "CLIP prefers the right one",
+    ]
     tables = []
     for made_of in MADE_OF.values():
         cells: list[list[sections.Cell]] = [
             [row, int(chosen.sum()), *_row_figures(plain, chosen, M, resamples, seed)]
             for row in rows
-            if (chosen := np.array([each.row == row and each.made_of == made_of for each in prompts])).any()
+            if (
+                chosen := np.array(
+                    [each.row == row and each.made_of == made_of for each in prompts]
+                )
+            ).any()
         ]
         if cells:
-            tables.append(sections.table(f"Pictures that show exactly what was asked for: scenes {made_of}", head, cells))
+            tables.append(
+                sections.table(
+                    f"Pictures that show exactly what was asked for: scenes {made_of}", head, cells
+                )
+            )
     return tables
 
 
@@ -205,13 +277,19 @@ def _table_of_gains(config: RelationsConfig, searched: Mapping[str, Searched]) -
         "Plain sampling has more steps or several samples, of which one is returned unjudged; what search adds to the better of "
         "these, in percentage points, is paired by prompt"
     )
-    cells: list[list[sections.Cell]] = [[row, *each.gains.values()] for row, each in searched.items()]
+    cells: list[list[sections.Cell]] = [
+        [row, *each.gains.values()] for row, each in searched.items()
+    ]
     return sections.table(caption, ["Row", *next(iter(searched.values())).gains], cells)
 
 
 def _is_untold(gain: Figure) -> bool:
     """Whether a difference's interval holds zero."""
-    return gain.get("unit") == "points" and gain["low"] is not None and gain["low"] <= 0 <= gain["high"]
+    return (
+        gain.get("unit") == "points"
+        and gain["low"] is not None
+        and gain["low"] <= 0 <= gain["high"]
+    )
 
 
 def budgets_of(samples: int) -> list[int]:
@@ -219,15 +297,23 @@ def budgets_of(samples: int) -> list[int]:
     return [2**power for power in range(samples.bit_length())]
 
 
-def _row_figures(plain: Measured, chosen: NDArray[np.bool_], M: int, resamples: int, seed: int) -> list[Figure]:
+def _row_figures(
+    plain: Measured, chosen: NDArray[np.bool_], M: int, resamples: int, seed: int
+) -> list[Figure]:
     right, cosine = plain.is_right[chosen], plain.cosine[chosen]
     groups = np.arange(len(right))
     found = [
         mean_figure(right.ravel(), np.repeat(groups, M), resamples, seed),
-        mean_figure([best_of(c, r, M) for c, r in zip(cosine, right, strict=True)], groups, resamples, seed),
+        mean_figure(
+            [best_of(c, r, M) for c, r in zip(cosine, right, strict=True)], groups, resamples, seed
+        ),
         mean_figure(right.max(1), groups, resamples, seed),
     ]
-    pairs = [(c[r == 1][:, None] > c[r == 0]).mean() for c, r in zip(cosine, right, strict=True) if 0 < r.mean() < 1]
+    pairs = [
+        (c[r == 1][:, None] > c[r == 0]).mean()
+        for c, r in zip(cosine, right, strict=True)
+        if 0 < r.mean() < 1
+    ]
     return [*found, mean_figure(pairs, np.arange(len(pairs)), resamples, seed, chance=0.5)]
 
 
@@ -256,7 +342,10 @@ def _searched(
     better = max(plainly.values(), key=lambda values: float(values.mean()))
     gains = {name: over_prompts(values) for name, values in plainly.items()}
     series: dict[str, list[tuple[float, Figure]]] = {
-        "one sample, more steps": [(config.steps, one), (config.steps * most, over_prompts(longer))],
+        "one sample, more steps": [
+            (config.steps, one),
+            (config.steps * most, over_prompts(longer)),
+        ],
     }
     for by, scores in (("CLIP", cosine), ("checker", share)):
         best = {n: [best_of(s, r, n) for s, r in zip(scores, right, strict=True)] for n in budgets}
@@ -273,27 +362,50 @@ def _searched(
                     gains[f"beam of {most} by {by}"] = _gain(values, better, resamples, seed)
         series[f"beam by {by}"] = points
     title = f"Success against compute: {row}"
-    return Searched(sections.lines(title, "decoder calls for one returned picture", "right", series, is_log_x=True), gains)
+    return Searched(
+        sections.lines(
+            title, "decoder calls for one returned picture", "right", series, is_log_x=True
+        ),
+        gains,
+    )
 
 
 def _gain(found: Sequence[float], plain: NDArray[np.float64], resamples: int, seed: int) -> Figure:
     """Return the mean difference in percentage points, prompts paired."""
-    return mean_figure(100 * (np.asarray(found) - plain), np.arange(len(plain)), resamples, seed, unit="points")
+    return mean_figure(
+        100 * (np.asarray(found) - plain), np.arange(len(plain)), resamples, seed, unit="points"
+    )
 
 
-def _shares(prompts: Sequence[Asked], plain: Measured, resamples: int, seed: int) -> dict[str, Any] | None:
+def _shares(
+    prompts: Sequence[Asked], plain: Measured, resamples: int, seed: int
+) -> dict[str, Any] | None:
     """Return the table of how much of a sign or a puzzle is right, beside the same of those drawn for training; None without such rows."""
     M, side_px = plain.share.shape[1], plain.pictures.shape[2]
     cells: list[list[sections.Cell]] = []
     for row, made_of in ((row, made_of) for row in IN_PARTS for made_of in MADE_OF.values()):
-        places = [place for place, each in enumerate(prompts) if each.row == row and each.made_of == made_of]
+        places = [
+            place
+            for place, each in enumerate(prompts)
+            if each.row == row and each.made_of == made_of
+        ]
         if not places:
             continue
         share, cosine, groups = plain.share[places], plain.cosine[places], np.arange(len(places))
-        taught = [prompts[place].judge(_drawn(prompts[place].prompt, side_px, np.random.default_rng([seed, place]))) for place in places]
+        taught = [
+            prompts[place].judge(
+                _drawn(prompts[place].prompt, side_px, np.random.default_rng([seed, place]))
+            )
+            for place in places
+        ]
         figures = [
             mean_figure(share.ravel(), np.repeat(groups, M), resamples, seed),
-            mean_figure([best_of(c, s, M) for c, s in zip(cosine, share, strict=True)], groups, resamples, seed),
+            mean_figure(
+                [best_of(c, s, M) for c, s in zip(cosine, share, strict=True)],
+                groups,
+                resamples,
+                seed,
+            ),
             mean_figure(share.max(1), groups, resamples, seed),
             mean_figure(taught, groups, resamples, seed),
         ]
@@ -304,7 +416,14 @@ def _shares(prompts: Sequence[Asked], plain: Measured, resamples: int, seed: int
         "How much of it is right: of a sign's word the characters that OCR reads (1 minus the edit distance over the length), of a grid "
         "the numbers that are there and the rows with even sums, of a cube the stickers"
     )
-    head = ["Row", "Prompts", "A sample", f"Best of {M} by CLIP", f"Best of {M} by the checker", "As drawn for training"]
+    head = [
+        "Row",
+        "Prompts",
+        "A sample",
+        f"Best of {M} by CLIP",
+        f"Best of {M} by the checker",
+        "As drawn for training",
+    ]
     return sections.table(caption, head, cells)
 
 
@@ -320,13 +439,27 @@ def _drawn(prompt: str, side_px: int, rng: np.random.Generator) -> NDArray[np.ui
 def _shown(prompts: Sequence[Asked], plain: Measured, row: str, out: Path) -> dict[str, Any]:
     """Write the first prompts of a row with all their samples, right ones framed, and return the picture."""
     places = [place for place, each in enumerate(prompts) if each.row == row][:SHOWN]
-    framed = [[_framed(plain.pictures[p, m], bool(plain.is_right[p, m])) for m in range(plain.pictures.shape[1])] for p in places]
-    titles = [f"{prompts[p].prompt} ({prompts[p].made_of}): {int(plain.is_right[p].sum())} of {plain.pictures.shape[1]}" for p in places]
+    framed = [
+        [
+            _framed(plain.pictures[p, m], bool(plain.is_right[p, m]))
+            for m in range(plain.pictures.shape[1])
+        ]
+        for p in places
+    ]
+    titles = [
+        f"{prompts[p].prompt} ({prompts[p].made_of}): {int(plain.is_right[p].sum())} of {plain.pictures.shape[1]}"
+        for p in places
+    ]
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     name = f"relations-{row.replace(' ', '-')}.png"
     write_png(sheet(framed, titles), folder / name)
-    return sections.picture(f"pictures/{name}", f"Samples for {row}: {'; '.join(titles)}", f"{row}: right ones are framed green", True)
+    return sections.picture(
+        f"pictures/{name}",
+        f"Samples for {row}: {'; '.join(titles)}",
+        f"{row}: right ones are framed green",
+        True,
+    )
 
 
 def _framed(picture: NDArray[np.uint8], is_right: bool) -> NDArray[np.uint8]:
@@ -337,23 +470,48 @@ def _framed(picture: NDArray[np.uint8], is_right: bool) -> NDArray[np.uint8]:
 
 
 def _told_apart(
-    prompts: Sequence[Asked], encode_texts: EncodeTexts, encode_images: EncodeImages, side_px: int, resamples: int, seed: int
+    prompts: Sequence[Asked],
+    encode_texts: EncodeTexts,
+    encode_images: EncodeImages,
+    side_px: int,
+    resamples: int,
+    seed: int,
 ) -> dict[str, Any] | None:
     """Return how often CLIP prefers a drawn scene's caption to the one with its two things, or their colours, exchanged."""
     cells: list[list[sections.Cell]] = []
     for row in ("position", "attribution"):
-        pairs = [(scene, exchanged(scene)) for each in prompts if each.row == row and (scene := scenes.parse(each.prompt))]
+        pairs = [
+            (scene, exchanged(scene))
+            for each in prompts
+            if each.row == row and (scene := scenes.parse(each.prompt))
+        ]
         if not pairs:
             continue
-        drawn = np.stack([scenes.draw(scene, side_px, np.random.default_rng([seed, place])) for place, (scene, _) in enumerate(pairs)])
+        drawn = np.stack(
+            [
+                scenes.draw(scene, side_px, np.random.default_rng([seed, place]))
+                for place, (scene, _) in enumerate(pairs)
+            ]
+        )
         images = unit(np.asarray(encode_images(drawn), np.float32))
-        texts = [unit(np.asarray(encode_texts([pair[side].caption for pair in pairs]), np.float32)) for side in (0, 1)]
+        texts = [
+            unit(np.asarray(encode_texts([pair[side].caption for pair in pairs]), np.float32))
+            for side in (0, 1)
+        ]
         true, false = (np.einsum("bd,bd->b", images, text) for text in texts)
-        cells.append([row, len(pairs), mean_figure(true > false, np.arange(len(pairs)), resamples, seed, chance=0.5)])
+        cells.append(
+            [
+                row,
+                len(pairs),
+                mean_figure(true > false, np.arange(len(pairs)), resamples, seed, chance=0.5),
+            ]
+        )
     if not cells:
         return None
     return sections.table(
-        "Does CLIP see relations? A drawn scene's caption against the exchanged one", ["Row", "Scenes", "Own caption preferred"], cells
+        "Does CLIP see relations? A drawn scene's caption against the exchanged one",
+        ["Row", "Scenes", "Own caption preferred"],
+        cells,
     )
 
 
@@ -362,4 +520,6 @@ def exchanged(scene: Scene) -> Scene:
     first, second = scene.things
     if scene.relation:
         return Scene((second, first), scene.relation)
-    return Scene((scenes.Thing(first.shape, second.colour), scenes.Thing(second.shape, first.colour)))
+    return Scene(
+        (scenes.Thing(first.shape, second.colour), scenes.Thing(second.shape, first.colour))
+    )

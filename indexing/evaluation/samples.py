@@ -33,15 +33,29 @@ ROWS_AT_ONCE = 1024
 REFERENCES_AT_MOST = 200
 
 
-def generation(subject: Subject, prompts: Sequence[str], count: int, pixel_pool: int, unseen: Pairs, generate: Generate) -> dict[str, Any]:
+def generation(
+    subject: Subject,
+    prompts: Sequence[str],
+    count: int,
+    pixel_pool: int,
+    unseen: Pairs,
+    generate: Generate,
+) -> dict[str, Any]:
     """Draw `count` pictures of each prompt and return the report's `generation`; writes PNG files into the report's folder.
 
     `unseen` are real held-out pairs: what their pictures score, and how far they lie from the training pictures, is what the samples'
     figures are held against. At most `pixel_pool` training pictures, drawn by the seed, are compared pixel by pixel.
     """
-    embedded, shards, resamples, seed = subject.embedded, subject.shards, subject.resamples, subject.seed
+    embedded, shards, resamples, seed = (
+        subject.embedded,
+        subject.shards,
+        subject.resamples,
+        subject.seed,
+    )
     pictures = np.asarray(generate(list(prompts), count, seed))
-    assert pictures.dtype == np.uint8 and pictures.shape[:2] == (len(prompts), count), "generate returns uint8 (P, K, H, W, 3)"
+    assert pictures.dtype == np.uint8 and pictures.shape[:2] == (len(prompts), count), (
+        "generate returns uint8 (P, K, H, W, 3)"
+    )
     flat = pictures.reshape(-1, *pictures.shape[2:])  # (P * K, S, S, 3)
     images = encoded(subject.encode_images, flat)
     texts = unit(np.asarray(subject.encode_texts(list(prompts)), np.float32))
@@ -50,35 +64,63 @@ def generation(subject: Subject, prompts: Sequence[str], count: int, pixel_pool:
     cosines = np.einsum("pkd,pd->pk", by_prompt, texts)
 
     train = embedded.rows("train")
-    pool = train if len(train) <= pixel_pool else np.sort(np.random.default_rng(seed).choice(train, pixel_pool, replace=False))
+    pool = (
+        train
+        if len(train) <= pixel_pool
+        else np.sort(np.random.default_rng(seed).choice(train, pixel_pool, replace=False))
+    )
     references = _spread(len(unseen.rows), REFERENCES_AT_MOST)
     real = [read_picture(unseen.rows[place], shards, flat.shape[1]) for place in references]
     queries = np.concatenate([flat, np.stack(real)]) if real else flat
     groups = [*np.repeat(list(prompts), count), *(unseen.groups[place] for place in references)]
-    by_clip = nearest_by_embedding(np.concatenate([images, unseen.images[references]]), _vectors(embedded, train))
-    by_pixels = nearest_by_pixels(queries, _training_pictures(embedded, pool, shards, flat.shape[1]))
+    by_clip = nearest_by_embedding(
+        np.concatenate([images, unseen.images[references]]), _vectors(embedded, train)
+    )
+    by_pixels = nearest_by_pixels(
+        queries, _training_pictures(embedded, pool, shards, flat.shape[1])
+    )
     nearest = {
         name: {
-            "samples": mean_figure(values[: len(flat)], groups[: len(flat)], resamples, seed, unit=unit_name),
-            "unseen": mean_figure(values[len(flat) :], groups[len(flat) :], resamples, seed, unit=unit_name),
+            "samples": mean_figure(
+                values[: len(flat)], groups[: len(flat)], resamples, seed, unit=unit_name
+            ),
+            "unseen": mean_figure(
+                values[len(flat) :], groups[len(flat) :], resamples, seed, unit=unit_name
+            ),
         }
-        for name, values, unit_name in (("cosine", by_clip[0], "cosine"), ("rms", by_pixels[0], "of 255"))
+        for name, values, unit_name in (
+            ("cosine", by_clip[0], "cosine"),
+            ("rms", by_pixels[0], "of 255"),
+        )
         if len(train)
     }
     folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
-    for number, (prompt, is_trained) in enumerate(zip(prompts, trained_captions(embedded, list(prompts)), strict=True)):
+    for number, (prompt, is_trained) in enumerate(
+        zip(prompts, trained_captions(embedded, list(prompts)), strict=True)
+    ):
         samples = []
         for place in range(count):
             file = folder / f"{number:02d}-{slug(prompt)}-{place}.png"
             write_png(pictures[number, place], file)
             at = number * count + place
-            sample = {"picture": f"pictures/{file.name}", "clip_score": round(SCALE * max(0.0, float(cosines[number, place])), 2)}
+            sample = {
+                "picture": f"pictures/{file.name}",
+                "clip_score": round(SCALE * max(0.0, float(cosines[number, place])), 2),
+            }
             if len(train):
                 sample["nearest"] = {
-                    "cosine": _neighbour(embedded, int(train[by_clip[1][at]]), float(by_clip[0][at]), shards, folder),
-                    "rms": _neighbour(embedded, int(pool[by_pixels[1][at]]), float(by_pixels[0][at]), shards, folder),
+                    "cosine": _neighbour(
+                        embedded, int(train[by_clip[1][at]]), float(by_clip[0][at]), shards, folder
+                    ),
+                    "rms": _neighbour(
+                        embedded,
+                        int(pool[by_pixels[1][at]]),
+                        float(by_pixels[0][at]),
+                        shards,
+                        folder,
+                    ),
                 }
             samples.append(sample)
         shown.append({"prompt": prompt, "is_training_caption": is_trained, "samples": samples})
@@ -117,16 +159,31 @@ def _vectors(embedded: Embedded, rows: Rows) -> Iterator[Floats]:
         yield take(embedded.image_parts, rows[start : start + ROWS_AT_ONCE])
 
 
-def _training_pictures(embedded: Embedded, rows: Rows, shards: Path, side_px: int) -> Iterator[NDArray[np.uint8]]:
+def _training_pictures(
+    embedded: Embedded, rows: Rows, shards: Path, side_px: int
+) -> Iterator[NDArray[np.uint8]]:
     def read(row: dict[str, Any]) -> Pixels:
         return read_picture(row, shards, side_px)
 
     with ThreadPoolExecutor(READERS) as readers:
         for start in range(0, len(rows), ROWS_AT_ONCE):
-            yield np.stack(list(readers.map(read, embedded.table.take(rows[start : start + ROWS_AT_ONCE]).to_pylist())))
+            yield np.stack(
+                list(
+                    readers.map(
+                        read, embedded.table.take(rows[start : start + ROWS_AT_ONCE]).to_pylist()
+                    )
+                )
+            )
 
 
-def _neighbour(embedded: Embedded, row: int, value: float, shards: Path, folder: Path) -> dict[str, Any]:
+def _neighbour(
+    embedded: Embedded, row: int, value: float, shards: Path, folder: Path
+) -> dict[str, Any]:
     sample = embedded.table.slice(row, 1).to_pylist()[0]
     about = {name: sample[name] for name in ("key", "caption", "style", "licence")}
-    return {"value": round(value, 4), **about, "url": sample["origin"], "picture": write_shown(sample, shards, folder)}
+    return {
+        "value": round(value, 4),
+        **about,
+        "url": sample["origin"],
+        "picture": write_shown(sample, shards, folder),
+    }

@@ -34,7 +34,11 @@ Vary = Callable[[Pixels, int, int], NDArray[np.uint8]]
 """(pictures (N, H, W, 3), count, seed) -> variations uint8 (N, count, S, S, 3), from the pictures' CLIP embeddings alone."""
 
 SIDE_PX = 96
-FONTS = {"Aileron": "", "DejaVu Serif": "DejaVuSerif-Bold.ttf", "DejaVu Mono": "DejaVuSansMono-Bold.ttf"}
+FONTS = {
+    "Aileron": "",
+    "DejaVu Serif": "DejaVuSerif-Bold.ttf",
+    "DejaVu Mono": "DejaVuSansMono-Bold.ttf",
+}
 SIZES = {"small": 0.17, "large": 0.27}
 PLACES = {"top": 0.0, "middle": 0.5, "bottom": 1.0}
 WORDS = ("right", "wrong", "scrambled")
@@ -85,14 +89,20 @@ def _font(name: str, height: float) -> Any:
     try:
         return ImageFont.truetype(name, round(height))
     except OSError as error:
-        raise CallerError(f"[evaluate.typographic] font = {name!r} cannot be read ({error}): give a TrueType file") from None
+        raise CallerError(
+            f"[evaluate.typographic] font = {name!r} cannot be read ({error}): give a TrueType file"
+        ) from None
 
 
 def fonts(own: str) -> dict[str, str]:
     """Return fonts by name: Pillow's own, matplotlib's, whose files are read without importing it, and the caller's."""
     found = find_spec("matplotlib")
     folder = Path(found.origin or "").parent / "mpl-data" / "fonts" / "ttf" if found else None
-    packaged = {name: str(folder / file) if file and folder else "" for name, file in FONTS.items() if not file or folder}
+    packaged = {
+        name: str(folder / file) if file and folder else ""
+        for name, file in FONTS.items()
+        if not file or folder
+    }
     return packaged | ({Path(own).stem: own} if own else {})
 
 
@@ -110,9 +120,14 @@ def ways(own: str) -> dict[str, Way]:
     every = fonts(own)
     base = next(iter(every))
     found = {f"{base}, large, top": (every[base], SIZES["large"], PLACES["top"])}
-    found |= {f"{font}, large, top": (file, SIZES["large"], PLACES["top"]) for font, file in every.items()}
+    found |= {
+        f"{font}, large, top": (file, SIZES["large"], PLACES["top"]) for font, file in every.items()
+    }
     found |= {f"{base}, small, top": (every[base], SIZES["small"], PLACES["top"])}
-    return found | {f"{base}, large, {place}": (every[base], SIZES["large"], share) for place, share in PLACES.items()}
+    return found | {
+        f"{base}, large, {place}": (every[base], SIZES["large"], share)
+        for place, share in PLACES.items()
+    }
 
 
 def known_names(pairs: Pairs, count: int) -> tuple[list[str], int, int]:
@@ -124,12 +139,21 @@ def known_names(pairs: Pairs, count: int) -> tuple[list[str], int, int]:
     first = {caption: place for place, caption in reversed(list(enumerate(captions)))}
     names = sorted(first, key=lambda name: (len(name), name))
     texts = pairs.texts[[first[name] for name in names]]
-    found = [(pairs.images[start : start + AT_ONCE] @ texts.T).argmax(1) for start in range(0, len(captions), AT_ONCE)]
-    known = {caption for caption, said in zip(captions, np.concatenate(found), strict=True) if names[said] == caption}
+    found = [
+        (pairs.images[start : start + AT_ONCE] @ texts.T).argmax(1)
+        for start in range(0, len(captions), AT_ONCE)
+    ]
+    known = {
+        caption
+        for caption, said in zip(captions, np.concatenate(found), strict=True)
+        if names[said] == caption
+    }
     return sorted(names, key=lambda name: name not in known)[:count], len(known), len(names)
 
 
-def choose(pairs: Pairs, classes: Floats, names: Sequence[str], count: int, seed: int) -> tuple[list[int], NDArray[np.int64], float]:
+def choose(
+    pairs: Pairs, classes: Floats, names: Sequence[str], count: int, seed: int
+) -> tuple[list[int], NDArray[np.int64], float]:
     """Return which rows are written on (N), the label of each (N,), and the share of all rows of these names that CLIP names rightly."""
     number_of = {name: number for number, name in enumerate(names)}
     known = [place for place, row in enumerate(pairs.rows) if row["caption"] in number_of]
@@ -187,7 +211,9 @@ def typographic(
         "scrambled": [scrambled(names[label], rng) for label in others],
     }
     pictures = [read_picture(pairs.rows[place], shards, SIDE_PX) for place in picked]
-    attack = Attack(pictures, [pairs.groups[place] for place in picked], names, labels, others, words)
+    attack = Attack(
+        pictures, [pairs.groups[place] for place in picked], names, labels, others, words
+    )
     by_way = ways(config.font)
 
     def scores(images: Sequence[Pixels]) -> Floats:
@@ -198,8 +224,13 @@ def typographic(
     keys = {pairs.rows[at]["key"] for at in picked}
     looks, labelled = look_alikes(witnesses, subject.embedded, names, keys, shards, SIDE_PX, seed)
     of_some = {"": np.stack([pictures[n] for n in some])}
-    of_some |= {kind: np.stack(attack.written(kind, next(iter(by_way.values())), some)) for kind in VARIED[1:]}
-    drawn = {kind: vary(each, config.variations, seed) for kind, each in of_some.items()}  # (N, count, S', S', 3) each
+    of_some |= {
+        kind: np.stack(attack.written(kind, next(iter(by_way.values())), some))
+        for kind in VARIED[1:]
+    }
+    drawn = {
+        kind: vary(each, config.variations, seed) for kind, each in of_some.items()
+    }  # (N, count, S', S', 3) each
     rows: list[list[sections.Cell]] = []
     chances: dict[str, Floats] = {}
     for kind, (what, own) in product(VARIED, (("the picture", of_some), ("variations", drawn))):
@@ -207,14 +238,29 @@ def typographic(
         flat = own[kind].reshape(-1, *own[kind].shape[-3:])
         cosines = scores(list(flat))
         at = np.repeat(some, count)
-        judged = judge(flat, [words[kind or "wrong"][n] for n in at], cosines.argmax(1), looks, witnesses.read_text)
-        found = figures(judged, labels[at], others[at], [attack.groups[n] for n in at], resamples, seed)
+        judged = judge(
+            flat,
+            [words[kind or "wrong"][n] for n in at],
+            cosines.argmax(1),
+            looks,
+            witnesses.read_text,
+        )
+        found = figures(
+            judged, labels[at], others[at], [attack.groups[n] for n in at], resamples, seed
+        )
         rows.append([f"{what}, {kind + ' word' if kind else 'untouched'}", len(flat), *found])
-        chances[f"{what} {kind}"] = probabilities(cosines, logit_scale).reshape(len(some), count, -1)
-    head = ["What", "Pictures", "CLIP says the object", "CLIP says the wrong word", "Looks like the object", "Looks like the wrong word's"]
-    caption = (
-        "What the decoder draws from an attacked picture's embedding, by the attacked CLIP, by a network that it never met, and by OCR"
-    )
+        chances[f"{what} {kind}"] = probabilities(cosines, logit_scale).reshape(
+            len(some), count, -1
+        )
+    head = [
+        "What",
+        "Pictures",
+        "CLIP says the object",
+        "CLIP says the wrong word",
+        "Looks like the object",
+        "Looks like the wrong word's",
+    ]
+    caption = "What the decoder draws from an attacked picture's embedding, by the attacked CLIP, by a network that it never met, and by OCR"
     tables.append(sections.table(caption, [*head, "Characters of the word read"], rows))
     shown = [(n, kind) for n in range(min(config.shown, len(some))) for kind in VARIED[1:]]
     page = figure_6(
@@ -244,20 +290,35 @@ def typographic(
             f"Below: attacked pictures, and to the right their variations, with the {TOP} likeliest names at CLIP's own temperature.",
         ],
         tables,
-        [sections.picture("pictures/typographic.png", f"Attacked pictures and their variations: {told}", "One row each")],
+        [
+            sections.picture(
+                "pictures/typographic.png",
+                f"Attacked pictures and their variations: {told}",
+                "One row each",
+            )
+        ],
     )
 
 
-def _tables_of_words(attack: Attack, by_way: Mapping[str, Way], scores: Scores, resamples: int, seed: int) -> list[dict[str, Any]]:
+def _tables_of_words(
+    attack: Attack, by_way: Mapping[str, Way], scores: Scores, resamples: int, seed: int
+) -> list[dict[str, Any]]:
     """Return what CLIP says with each kind of word written in all ways, and with the wrong word by the way it is written."""
     labels, others = attack.labels, attack.others
     clean = scores(attack.pictures).argmax(1)
-    said = {kind: np.stack([scores(attack.written(kind, way)).argmax(1) for way in by_way.values()]) for kind in WORDS}  # (V, N) each
+    said = {
+        kind: np.stack([scores(attack.written(kind, way)).argmax(1) for way in by_way.values()])
+        for kind in WORDS
+    }  # (V, N) each
 
     def row(name: str, found: NDArray[np.int64]) -> list[sections.Cell]:
         groups = np.tile(np.array(attack.groups, object), len(found)).astype(str)
         shares = [found == labels, found == others, found != clean]
-        return [name, int(found.size), *(mean_figure(each.ravel(), groups, resamples, seed) for each in shares)]
+        return [
+            name,
+            int(found.size),
+            *(mean_figure(each.ravel(), groups, resamples, seed) for each in shares),
+        ]
 
     untouched: list[sections.Cell] = [
         "nothing",
@@ -266,7 +327,13 @@ def _tables_of_words(attack: Attack, by_way: Mapping[str, Way], scores: Scores, 
         mean_figure(clean == others, attack.groups, resamples, seed),
         None,
     ]
-    head = ["Written", "Pictures", "Label is the object", "Label is the wrong word", "Label changed"]
+    head = [
+        "Written",
+        "Pictures",
+        "Label is the object",
+        "Label is the wrong word",
+        "Label changed",
+    ]
     of_kinds = [untouched, *(row(f"{kind} word", said[kind]) for kind in WORDS)]
     of_ways = [row(name, said["wrong"][place : place + 1]) for place, name in enumerate(by_way)]
     return [
@@ -275,7 +342,9 @@ def _tables_of_words(attack: Attack, by_way: Mapping[str, Way], scores: Scores, 
     ]
 
 
-def figure_6(attacked: Pixels, chances: Floats, names: Sequence[str], varied: Pixels, of_varied: Floats) -> Pixels:
+def figure_6(
+    attacked: Pixels, chances: Floats, names: Sequence[str], varied: Pixels, of_varied: Floats
+) -> Pixels:
     """Return a page with each attacked picture (N, S, S, 3) and its variations (N, count, S', S', 3) in a row.
 
     Below each stand the names it most likely has, by probabilities (N, K) and (N, count, K).
@@ -287,7 +356,9 @@ def figure_6(attacked: Pixels, chances: Floats, names: Sequence[str], varied: Pi
     pen, letters = ImageDraw.Draw(page), ImageFont.load_default(11)
     for row, picture in enumerate(attacked):
         top = gap + row * height
-        for place, (each, own) in enumerate(((picture, chances[row]), *zip(varied[row], of_varied[row], strict=True))):
+        for place, (each, own) in enumerate(
+            ((picture, chances[row]), *zip(varied[row], of_varied[row], strict=True))
+        ):
             left = gap + place * column + (2 * gap if place else 0)
             resample = Image.Resampling.NEAREST if place else Image.Resampling.LANCZOS
             page.paste(Image.fromarray(each).resize((side, side), resample), (left, top))

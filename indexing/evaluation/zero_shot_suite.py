@@ -73,25 +73,59 @@ def suite(
     leaks: list[list[sections.Cell]] = []
     pictures, probed = [], []
     for each in loaded:
-        drawn = draw_unseen(each, config.pictures, seed, subject.encode_images, side_px, subject.embedded, subject.shards)
+        drawn = draw_unseen(
+            each,
+            config.pictures,
+            seed,
+            subject.encode_images,
+            side_px,
+            subject.embedded,
+            subject.shards,
+        )
         some, vectors = drawn.images, drawn.vectors
-        leaks.append([some.name, len(each), drawn.looked_at, drawn.same_file, drawn.same_picture, len(some)])
+        leaks.append(
+            [some.name, len(each), drawn.looked_at, drawn.same_file, drawn.same_picture, len(some)]
+        )
         if not len(some):
             continue
         by_words = class_scores(some, vectors, subject.encode_texts, templates)
         found = score(by_words, some.labels, some.names, range(len(some)), resamples, seed)
         top_1 = found["top_1"]
         top_5 = found["top_5"] if len(some.names) > 5 else None  # five of five are always right
-        rows.append([some.name, top_1["n"], found["classes"], top_1, top_5, found["mean_per_class"], *_bars(top_1), verdict(top_1)])
+        rows.append(
+            [
+                some.name,
+                top_1["n"],
+                found["classes"],
+                top_1,
+                top_5,
+                found["mean_per_class"],
+                *_bars(top_1),
+                verdict(top_1),
+            ]
+        )
         if 1 < len(some.names) <= LARGEST_CONFUSION:
             pictures.append(_confusion(some, by_words.argmax(1), subject.out))
         if config.probe and 1 < len(some.names) <= MOST_CLASSES_PROBED:
             named = {"our CLIP": vectors}
             if networks:
                 larger = some.pictures(SIDE_PX)
-                named |= {name: encoded(network, larger, is_unit=False) for name, network in networks.items()}
+                named |= {
+                    name: encoded(network, larger, is_unit=False)
+                    for name, network in networks.items()
+                }
             probed.append((some, by_words.argmax(1), named))
-    head = ["Set", "Pictures", "Classes", "Top-1", "Top-5", "Mean per class", "Chance", "Majority", "Verdict"]
+    head = [
+        "Set",
+        "Pictures",
+        "Classes",
+        "Top-1",
+        "Top-5",
+        "Mean per class",
+        "Chance",
+        "Majority",
+        "Verdict",
+    ]
     names = ", ".join(each.name for each in loaded)
     made = [
         sections.section(
@@ -108,7 +142,14 @@ def suite(
                     "What was left out because training saw it: the same file by SHA-256, or the same picture by index, where one of "
                     f"the {LOOKED_AT} nearest training embeddings lies above a cosine of {SAME_COSINE} and its pixels differ by less than "
                     f"{SAME_RMS:g} of 255",
-                    ["Set", "Pictures", "Looked at", "Same file in training", "Same picture in training", "Judged"],
+                    [
+                        "Set",
+                        "Pictures",
+                        "Looked at",
+                        "Same file in training",
+                        "Same picture in training",
+                        "Judged",
+                    ],
                     leaks,
                 ),
             ],
@@ -133,14 +174,23 @@ def suite(
     return made
 
 
-def class_scores(some: ImageSet, vectors: Floats, encode_texts: EncodeTexts, templates: Sequence[str]) -> Floats:
+def class_scores(
+    some: ImageSet, vectors: Floats, encode_texts: EncodeTexts, templates: Sequence[str]
+) -> Floats:
     """Return cosines (N, C) of a set's pictures, unit vectors (N, D), with its classes in its own templates, or else in these."""
     return vectors @ class_embeddings(encode_texts, some.names, some.templates or templates).T
 
 
 def _bars(top_1: Figure) -> list[Figure]:
     return [
-        {"value": top_1[name], "low": None, "high": None, "n": top_1["n"], "groups": top_1["groups"]} for name in ("chance", "majority")
+        {
+            "value": top_1[name],
+            "low": None,
+            "high": None,
+            "n": top_1["n"],
+            "groups": top_1["groups"],
+        }
+        for name in ("chance", "majority")
     ]
 
 
@@ -156,7 +206,13 @@ class Drawn:
 
 
 def draw_unseen(
-    whole: ImageSet, at_most: int, seed: int, encode_images: EncodeImages, side_px: int, embedded: Embedded, shards: Path
+    whole: ImageSet,
+    at_most: int,
+    seed: int,
+    encode_images: EncodeImages,
+    side_px: int,
+    embedded: Embedded,
+    shards: Path,
 ) -> Drawn:
     """Draw pictures by the seed, leave out those that training saw, and go on until there are enough or no more."""
     train = embedded.rows("train")
@@ -168,7 +224,9 @@ def draw_unseen(
     while looked_at < len(order) and sum(map(len, kept)) < at_most:
         places = np.sort(order[looked_at : looked_at + at_most - sum(map(len, kept))])
         looked_at += len(places)
-        is_new = np.array([hashlib.sha256(whole.encoded[place]).hexdigest() not in known for place in places])
+        is_new = np.array(
+            [hashlib.sha256(whole.encoded[place]).hexdigest() not in known for place in places]
+        )
         same_file += int((~is_new).sum())
         places = places[is_new]
         if not len(places):
@@ -181,12 +239,22 @@ def draw_unseen(
         vectors.append(found[~is_seen])
     places = np.concatenate(kept) if kept else np.empty(0, np.int64)
     if not len(places):
-        return Drawn(whole.only(places), np.empty((0, 0), np.float32), looked_at, same_file, same_picture)
+        return Drawn(
+            whole.only(places), np.empty((0, 0), np.float32), looked_at, same_file, same_picture
+        )
     in_order = places.argsort()
-    return Drawn(whole.only(places[in_order]), np.concatenate(vectors)[in_order], looked_at, same_file, same_picture)
+    return Drawn(
+        whole.only(places[in_order]),
+        np.concatenate(vectors)[in_order],
+        looked_at,
+        same_file,
+        same_picture,
+    )
 
 
-def _is_seen(pixels: Pixels, vectors: Floats, train: NDArray[np.int64], embedded: Embedded, shards: Path) -> NDArray[np.bool_]:
+def _is_seen(
+    pixels: Pixels, vectors: Floats, train: NDArray[np.int64], embedded: Embedded, shards: Path
+) -> NDArray[np.bool_]:
     """Say which pictures (N,) are equal to the eye to one of the LOOKED_AT training pictures nearest to them by embedding.
 
     The nearest alone is not enough: of near siblings, such as one emoji in two skin tones, the other one may come first.
@@ -196,7 +264,9 @@ def _is_seen(pixels: Pixels, vectors: Floats, train: NDArray[np.int64], embedded
     for start in range(0, len(train), 1024):
         own = vectors @ take(embedded.image_parts, train[start : start + 1024]).T
         both = np.concatenate([cosine, own], 1)
-        where = np.concatenate([place, np.broadcast_to(np.arange(start, start + own.shape[1]), own.shape)], 1)
+        where = np.concatenate(
+            [place, np.broadcast_to(np.arange(start, start + own.shape[1]), own.shape)], 1
+        )
         best = np.argpartition(-both, min(LOOKED_AT, both.shape[1]) - 1, axis=1)[:, :LOOKED_AT]
         cosine, place = np.take_along_axis(both, best, 1), np.take_along_axis(where, best, 1)
     same = np.zeros(len(pixels), bool)
@@ -204,7 +274,12 @@ def _is_seen(pixels: Pixels, vectors: Floats, train: NDArray[np.int64], embedded
         if not same[near]:
             row = embedded.table.slice(int(train[place[near, rank]]), 1).to_pylist()[0]
             theirs = read_picture(row, shards, COMPARED_PX).astype(np.float32)
-            mine = np.asarray(Image.fromarray(pixels[near]).resize((COMPARED_PX, COMPARED_PX), Image.Resampling.BOX), np.float32)
+            mine = np.asarray(
+                Image.fromarray(pixels[near]).resize(
+                    (COMPARED_PX, COMPARED_PX), Image.Resampling.BOX
+                ),
+                np.float32,
+            )
             same[near] = float(np.sqrt(((mine - theirs) ** 2).mean())) < SAME_RMS
     return same
 
@@ -224,11 +299,24 @@ def _confusion(some: ImageSet, said: NDArray[np.int64], out: Path) -> dict[str, 
     pen = ImageDraw.Draw(page)
     pen.text((margin, 4), heading, fill=INK, font=letters)
     for true in range(count):
-        pen.text((4, 20 + true * cell + (cell - 11) / 2), some.names[true][:LONGEST_NAME], fill=INK, font=letters)
+        pen.text(
+            (4, 20 + true * cell + (cell - 11) / 2),
+            some.names[true][:LONGEST_NAME],
+            fill=INK,
+            font=letters,
+        )
         for other in range(count):
-            shade = tuple(round(255 - (255 - dark) * float(share[true, other])) for dark in (29, 92, 148))
+            shade = tuple(
+                round(255 - (255 - dark) * float(share[true, other])) for dark in (29, 92, 148)
+            )
             pen.rectangle(
-                (margin + other * cell, 20 + true * cell, margin + (other + 1) * cell - 2, 20 + (true + 1) * cell - 2), fill=shade
+                (
+                    margin + other * cell,
+                    20 + true * cell,
+                    margin + (other + 1) * cell - 2,
+                    20 + (true + 1) * cell - 2,
+                ),
+                fill=shade,
             )
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,12 +324,16 @@ def _confusion(some: ImageSet, said: NDArray[np.int64], out: Path) -> dict[str, 
     write_png(np.asarray(page), folder / name)
     often = int(np.bincount(said, minlength=count).argmax())
     return sections.picture(
-        f"pictures/{name}", f"Confusion of {some.name}: most often said is {some.names[often]}", f"{some.name}: true rows, said columns"
+        f"pictures/{name}",
+        f"Confusion of {some.name}: most often said is {some.names[often]}",
+        f"{some.name}: true rows, said columns",
     )
 
 
 def _against_probes(
-    probed: Sequence[tuple[ImageSet, NDArray[np.int64], dict[str, Floats]]], resamples: int, seed: int
+    probed: Sequence[tuple[ImageSet, NDArray[np.int64], dict[str, Floats]]],
+    resamples: int,
+    seed: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     head = ["Set", "Zero-shot CLIP", *(f"Probe on {name}" for name in probed[0][2])]
     cells: list[list[sections.Cell]] = []
@@ -253,26 +345,51 @@ def _against_probes(
         zero = said[judged] == some.labels[judged]
         zero_figure = mean_figure(zero, groups, resamples, seed)
         row: list[sections.Cell] = [some.name, zero_figure]
-        most = max(2 * SHOTS[-1], round(len(train) / classes))  # "all" stands right of the last count, however few a class has
-        series = {"zero-shot CLIP": [(SHOTS[0], zero_figure), (most, {**zero_figure, "name": "all"})]}
+        most = max(
+            2 * SHOTS[-1], round(len(train) / classes)
+        )  # "all" stands right of the last count, however few a class has
+        series = {
+            "zero-shot CLIP": [(SHOTS[0], zero_figure), (most, {**zero_figure, "name": "all"})]
+        }
         for name, features in named.items():
             own = probe.standardised(features[train])[0]
             penalty = probe.sweep(own, some.labels[train], classes, seed)
             taught = probe.right(features, some.labels, train, judged, classes, penalty)
             by_all = mean_figure(taught, groups, resamples, seed)
             row.append(by_all)
-            differences[name].append((some.name, mean_figure(zero.astype(float) - taught.astype(float), groups, resamples, seed)))
+            differences[name].append(
+                (
+                    some.name,
+                    mean_figure(zero.astype(float) - taught.astype(float), groups, resamples, seed),
+                )
+            )
             points = []
             for shots in SHOTS:
-                draws = [train[probe.few(some.labels[train], shots, seed + draw)] for draw in range(DRAWS)]
-                hits = [probe.right(features, some.labels, rows, judged, classes, penalty) for rows in draws]
+                draws = [
+                    train[probe.few(some.labels[train], shots, seed + draw)]
+                    for draw in range(DRAWS)
+                ]
+                hits = [
+                    probe.right(features, some.labels, rows, judged, classes, penalty)
+                    for rows in draws
+                ]
                 points.append((shots, mean_figure(np.mean(hits, 0), groups, resamples, seed)))
             series[name] = [*points, (most, {**by_all, "name": "all"})]
         cells.append(row)
-        shot_charts.append(sections.lines(f"Few-shot probes: {some.name}", "pictures of each class", "top-1", series, is_log_x=True))
+        shot_charts.append(
+            sections.lines(
+                f"Few-shot probes: {some.name}",
+                "pictures of each class",
+                "top-1",
+                series,
+                is_log_x=True,
+            )
+        )
     bar_charts = [
         sections.bars(
-            f"Zero-shot CLIP minus a probe on {name}", "percentage points", sorted(each, key=lambda item: -(item[1]["value"] or 0))
+            f"Zero-shot CLIP minus a probe on {name}",
+            "percentage points",
+            sorted(each, key=lambda item: -(item[1]["value"] or 0)),
         )
         for name, each in differences.items()
     ]

@@ -23,7 +23,9 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
-def mean_figure(values: ArrayLike, groups: ArrayLike, resamples: int, seed: int, **more: Any) -> Figure:
+def mean_figure(
+    values: ArrayLike, groups: ArrayLike, resamples: int, seed: int, **more: Any
+) -> Figure:
     """Return the mean of `values` (N,) with the bootstrap's 95 % interval over whole groups (N labels); `more` joins the figure.
 
     Where all groups agree on 0 or 1, resampling them would give no width: then it is Wilson's interval of as many trials as there are
@@ -45,7 +47,9 @@ def mean_figure(values: ArrayLike, groups: ArrayLike, resamples: int, seed: int,
     return {"value": value, "low": low, "high": high, "n": len(numbers), "groups": count, **more}
 
 
-def class_mean_figure(hits: ArrayLike, classes: ArrayLike, groups: ArrayLike, resamples: int, seed: int, **more: Any) -> Figure:
+def class_mean_figure(
+    hits: ArrayLike, classes: ArrayLike, groups: ArrayLike, resamples: int, seed: int, **more: Any
+) -> Figure:
     """Return the mean over classes of each class's share of `hits` (N,), so that a rare class counts as much as a common one.
 
     Interval as in mean_figure; a class that a resample misses is left out of that resample.
@@ -55,7 +59,9 @@ def class_mean_figure(hits: ArrayLike, classes: ArrayLike, groups: ArrayLike, re
         return {"value": None, "low": None, "high": None, "n": 0, "groups": 0, **more}
     _, label = np.unique(np.asarray(classes), return_inverse=True)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
-    pairs, pair = np.unique(np.stack([group, label]), axis=1, return_inverse=True)  # which groups hold which classes
+    pairs, pair = np.unique(
+        np.stack([group, label]), axis=1, return_inverse=True
+    )  # which groups hold which classes
     right, sizes = np.bincount(pair, numbers), np.bincount(pair).astype(np.float64)
 
     def mean_over_classes(times: NDArray[Any]) -> float:
@@ -87,7 +93,10 @@ def set_figure(
     sample by sample (a caption's real picture and its drawing), and are drawn together. Samples that stand in a set twice bring most
     distances nearer or further by themselves, so the bounds are moved by as much as the resamples' mean lies off the value.
     """
-    own, at = (np.unique(np.asarray(each), return_inverse=True)[1] if each is not None else None for each in (groups, other_groups))
+    own, at = (
+        np.unique(np.asarray(each), return_inverse=True)[1] if each is not None else None
+        for each in (groups, other_groups)
+    )
     assert own is not None
     count, n = int(own.max()) + 1, len(own)
     value = distance(np.ones(n), np.ones(n if at is None else len(at)))
@@ -95,7 +104,13 @@ def set_figure(
     high: float | None = None
     if min(count, int(at.max()) + 1 if at is not None else count) > 2:
         drawn = np.concatenate(_resampled(count, resamples, seed)).astype(np.float64)
-        others = drawn if at is None else np.concatenate(_resampled(int(at.max()) + 1, resamples, seed + 1)).astype(np.float64)
+        others = (
+            drawn
+            if at is None
+            else np.concatenate(_resampled(int(at.max()) + 1, resamples, seed + 1)).astype(
+                np.float64
+            )
+        )
         found = np.array(
             [
                 distance(u[own], v[own if at is None else at])
@@ -111,7 +126,10 @@ def _resampled(count: int, resamples: int, seed: int) -> list[NDArray[np.float32
     """Return how often each group is drawn, (R, G) in several pieces."""
     rng = np.random.default_rng(seed)
     even = np.full(count, 1 / count)
-    pieces = [min(RESAMPLES_AT_ONCE, resamples - start) for start in range(0, resamples, RESAMPLES_AT_ONCE)]
+    pieces = [
+        min(RESAMPLES_AT_ONCE, resamples - start)
+        for start in range(0, resamples, RESAMPLES_AT_ONCE)
+    ]
     return [rng.multinomial(count, even, size=piece).astype(np.float32) for piece in pieces]
 
 

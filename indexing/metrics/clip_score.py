@@ -23,7 +23,10 @@ AT_ONCE = 256
 
 def encoded(encode: EncodeImages, pictures: NDArray[np.uint8], is_unit: bool = True) -> Floats:
     """Return vectors (N, D) of pictures (N, S, S, 3), encoded AT_ONCE at a time and made unit vectors unless told otherwise."""
-    pieces = [np.asarray(encode(pictures[start : start + AT_ONCE]), np.float32) for start in range(0, len(pictures), AT_ONCE)]
+    pieces = [
+        np.asarray(encode(pictures[start : start + AT_ONCE]), np.float32)
+        for start in range(0, len(pictures), AT_ONCE)
+    ]
     vectors = np.concatenate(pieces)
     return unit(vectors) if is_unit else vectors
 
@@ -46,14 +49,24 @@ def clip_scores(images: Floats, texts: Floats, resamples: int, seed: int) -> dic
     first = ranks(cosines.reshape(-1, prompts)[: len(labels)], labels) < 1
     return {
         "clip_score": mean_figure(own.ravel(), groups, resamples, seed, unit="score"),
-        "mismatched": mean_figure(others.ravel(), groups[: others.size], resamples, seed, unit="score"),
+        "mismatched": mean_figure(
+            others.ravel(), groups[: others.size], resamples, seed, unit="score"
+        ),
         "own_prompt_first": mean_figure(first, labels, resamples, seed, chance=1 / prompts),
     }
 
 
-def pair_clip_score(images: Floats, texts: Floats, groups: Sequence[Any], resamples: int, seed: int) -> Figure:
+def pair_clip_score(
+    images: Floats, texts: Floats, groups: Sequence[Any], resamples: int, seed: int
+) -> Figure:
     """Return the mean of 100 max(cos, 0) of real pictures (N, D) with their captions (N, D): what a faithful sample would score."""
-    return mean_figure(SCALE * np.maximum(np.einsum("nd,nd->n", images, texts), 0), groups, resamples, seed, unit="score")
+    return mean_figure(
+        SCALE * np.maximum(np.einsum("nd,nd->n", images, texts), 0),
+        groups,
+        resamples,
+        seed,
+        unit="score",
+    )
 
 
 def nearest_by_embedding(queries: Floats, gallery: Iterable[Floats]) -> tuple[Floats, Rows]:
@@ -72,7 +85,9 @@ def nearest_by_embedding(queries: Floats, gallery: Iterable[Floats]) -> tuple[Fl
     return best, row
 
 
-def nearest_by_pixels(queries: NDArray[np.uint8], gallery: Iterable[NDArray[np.uint8]]) -> tuple[Floats, Rows]:
+def nearest_by_pixels(
+    queries: NDArray[np.uint8], gallery: Iterable[NDArray[np.uint8]]
+) -> tuple[Floats, Rows]:
     """Return the root mean square difference (0 to 255) and the row of the nearest gallery picture for each query, all (·, S, S, 3)."""
     flat = queries.reshape(len(queries), -1).astype(np.float32)
     squares = (flat * flat).sum(1)
@@ -82,7 +97,9 @@ def nearest_by_pixels(queries: NDArray[np.uint8], gallery: Iterable[NDArray[np.u
     for piece in gallery:
         if len(piece):
             other = piece.reshape(len(piece), -1).astype(np.float32)
-            distance = squares[:, None] + (other * other).sum(1) - 2 * flat @ other.T  # (M, piece), squared
+            distance = (
+                squares[:, None] + (other * other).sum(1) - 2 * flat @ other.T
+            )  # (M, piece), squared
             found = distance.argmin(1)
             value = distance[np.arange(len(queries)), found]
             is_better = value < best

@@ -29,12 +29,16 @@ def frechet_of(real: NDArray[Any], made: NDArray[Any]) -> Counted:
     def fitted(each: NDArray[Any], count: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         drawn = count > 0
         mean = count @ each / count.sum()
-        root = (each[drawn] - mean) * np.sqrt(count[drawn] / max(1, count.sum() - 1))[:, None]  # S = root^T root
+        root = (each[drawn] - mean) * np.sqrt(count[drawn] / max(1, count.sum() - 1))[
+            :, None
+        ]  # S = root^T root
         return mean, np.asarray(np.linalg.qr(root, "r")) if len(root) > root.shape[1] else root
 
     def distance(u: NDArray[Any], v: NDArray[Any]) -> float:
         (m_1, a), (m_2, b) = fitted(x, u), fitted(y, v)
-        cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()  # tr (S_1 S_2)^(1/2), without a D x D root
+        cross = np.linalg.svd(
+            a @ b.T, compute_uv=False
+        ).sum()  # tr (S_1 S_2)^(1/2), without a D x D root
         return float(((m_1 - m_2) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * cross)
 
     return distance
@@ -53,9 +57,13 @@ def kernel_distance_of(real: NDArray[Any], made: NDArray[Any]) -> Counted:
     of_x, of_y, between = kernel(x, x), kernel(y, y), kernel(x, y)
 
     def within(of: NDArray[Any], count: NDArray[Any]) -> float:
-        return float((count @ of @ count - count**2 @ np.diag(of)) / (count.sum() ** 2 - (count**2).sum()))
+        return float(
+            (count @ of @ count - count**2 @ np.diag(of)) / (count.sum() ** 2 - (count**2).sum())
+        )
 
-    return lambda u, v: within(of_x, u) + within(of_y, v) - 2 * float(u @ between @ v / (u.sum() * v.sum()))
+    return lambda u, v: (
+        within(of_x, u) + within(of_y, v) - 2 * float(u @ between @ v / (u.sum() * v.sum()))
+    )
 
 
 def cmmd_of(real: NDArray[Any], made: NDArray[Any]) -> Counted:
@@ -90,7 +98,9 @@ def cmmd(real: NDArray[Any], made: NDArray[Any]) -> float:
     return cmmd_of(real, made)(np.ones(len(real)), np.ones(len(made)))
 
 
-def precision_recall(real: NDArray[Any], made: NDArray[Any], k: int = NEIGHBOURS) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def precision_recall(
+    real: NDArray[Any], made: NDArray[Any], k: int = NEIGHBOURS
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which generated pictures lie within the real ones' manifold, (M,), and which real ones within the generated, (N,).
 
     A manifold is the balls around its pictures that reach to the k-th nearest other one (Kynkaanniemi et al. 2019). Their means are
@@ -101,8 +111,14 @@ def precision_recall(real: NDArray[Any], made: NDArray[Any], k: int = NEIGHBOURS
         raise ValueError(f"{len(x)} and {len(y)} pictures: the {k}-th neighbour asks for more")
 
     def apart(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray(np.sqrt(np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0)))
+        return np.asarray(
+            np.sqrt(np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0))
+        )
 
-    radius_x, radius_y = (np.partition(apart(each, each), k, axis=1)[:, k] for each in (x, y))  # place 0 is the picture itself
+    radius_x, radius_y = (
+        np.partition(apart(each, each), k, axis=1)[:, k] for each in (x, y)
+    )  # place 0 is the picture itself
     between = apart(x, y)  # (N, M)
-    return np.asarray((between <= radius_x[:, None]).any(0)), np.asarray((between <= radius_y).any(1))
+    return np.asarray((between <= radius_x[:, None]).any(0)), np.asarray(
+        (between <= radius_y).any(1)
+    )

@@ -31,9 +31,13 @@ def standardised(train: Floats, *others: Floats) -> list[Floats]:
     return [each @ axes.T for each in scaled]
 
 
-def fit(features: Floats, labels: NDArray[np.int64], classes: int, penalty: float) -> NDArray[np.float64]:
+def fit(
+    features: Floats, labels: NDArray[np.int64], classes: int, penalty: float
+) -> NDArray[np.float64]:
     """Return weights (D + 1, C), the last row the bias: mean cross-entropy + penalty / 2 |W|^2, minimised by L-BFGS; the bias is free."""
-    x = np.concatenate([features, np.ones((len(features), 1), np.float32)], 1).astype(np.float64)  # (N, D + 1)
+    x = np.concatenate([features, np.ones((len(features), 1), np.float32)], 1).astype(
+        np.float64
+    )  # (N, D + 1)
     target = np.eye(classes)[labels]
 
     def loss(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
@@ -42,12 +46,20 @@ def fit(features: Floats, labels: NDArray[np.int64], classes: int, penalty: floa
         logits -= logits.max(1, keepdims=True)
         exp = np.exp(logits)
         total = exp.sum(1, keepdims=True)
-        value = float((np.log(total[:, 0]) - (logits * target).sum(1)).mean()) + penalty / 2 * float((weights[:-1] ** 2).sum())
+        value = float(
+            (np.log(total[:, 0]) - (logits * target).sum(1)).mean()
+        ) + penalty / 2 * float((weights[:-1] ** 2).sum())
         gradient = x.T @ (exp / total - target) / len(x)
         gradient[:-1] += penalty * weights[:-1]
         return value, gradient.ravel()
 
-    found = minimize(loss, np.zeros(x.shape[1] * classes), jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS})
+    found = minimize(
+        loss,
+        np.zeros(x.shape[1] * classes),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": ITERATIONS},
+    )
     return np.asarray(found.x.reshape(x.shape[1], classes), np.float64)
 
 
@@ -62,7 +74,13 @@ def sweep(features: Floats, labels: NDArray[np.int64], classes: int, seed: int) 
     held = max(1, len(order) // 5)
     train, judged = order[held:], order[:held]
     accuracy = [
-        float((predict(features[judged], fit(features[train], labels[train], classes, p)) == labels[judged]).mean()) for p in PENALTIES
+        float(
+            (
+                predict(features[judged], fit(features[train], labels[train], classes, p))
+                == labels[judged]
+            ).mean()
+        )
+        for p in PENALTIES
     ]
     return max(zip(accuracy, PENALTIES, strict=True))[1]
 
@@ -82,7 +100,14 @@ def halves(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDA
 def few(labels: NDArray[np.int64], shots: int, seed: int) -> NDArray[np.int64]:
     """Return rows with at most so many of each class, drawn by the seed."""
     rng = np.random.default_rng(seed)
-    return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)]))
+    return np.sort(
+        np.concatenate(
+            [
+                rng.permutation(np.flatnonzero(labels == label))[:shots]
+                for label in np.unique(labels)
+            ]
+        )
+    )
 
 
 def right(

@@ -39,7 +39,16 @@ def retrieval(
     picture_of, first_picture = _distinct(pictures)
     caption_of, first_caption = _distinct(captions)
     named = ([groups[i] for i in first_picture], [groups[i] for i in first_caption])
-    return _both_ways(images[first_picture], texts[first_caption], picture_of, caption_of, named, len(captions), resamples, seed)
+    return _both_ways(
+        images[first_picture],
+        texts[first_caption],
+        picture_of,
+        caption_of,
+        named,
+        len(captions),
+        resamples,
+        seed,
+    )
 
 
 def retrieval_of_all(
@@ -61,7 +70,16 @@ def retrieval_of_all(
     caption_of, first_caption = _distinct(each)
     texts = unit(np.asarray(encode_texts([each[i] for i in first_caption]), np.float32))
     named = ([groups[of[i]] for i in first_picture], [groups[of[i]] for i in first_caption])
-    return _both_ways(images[[of[i] for i in first_picture]], texts, picture_of, caption_of, named, len(each), resamples, seed)
+    return _both_ways(
+        images[[of[i] for i in first_picture]],
+        texts,
+        picture_of,
+        caption_of,
+        named,
+        len(each),
+        resamples,
+        seed,
+    )
 
 
 def _both_ways(
@@ -78,12 +96,18 @@ def _both_ways(
         "n": n,
         "pictures": len(images),
         "captions": len(texts),
-        "image_to_text": _one_way(images, texts, picture_of, caption_of, groups[0], resamples, seed),
-        "text_to_image": _one_way(texts, images, caption_of, picture_of, groups[1], resamples, seed),
+        "image_to_text": _one_way(
+            images, texts, picture_of, caption_of, groups[0], resamples, seed
+        ),
+        "text_to_image": _one_way(
+            texts, images, caption_of, picture_of, groups[1], resamples, seed
+        ),
     }
 
 
-def right_places(queries: Floats, gallery: Floats, query_of: NDArray[np.int64], answer_of: NDArray[np.int64]) -> NDArray[np.int64]:
+def right_places(
+    queries: Floats, gallery: Floats, query_of: NDArray[np.int64], answer_of: NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Return how many wrong answers stand before the best right one for each query, (B,); right is answer_of[r] for query_of[r], (R,)."""
     places = []
     order = np.argsort(query_of, kind="stable")
@@ -124,7 +148,9 @@ def _one_way(
     seed: int,
 ) -> dict[str, Any]:
     places = right_places(queries, gallery, query_of, answer_of)
-    answers = np.bincount(np.unique(np.stack([query_of, answer_of]), axis=1)[0], minlength=len(queries))  # a pair may stand there twice
+    answers = np.bincount(
+        np.unique(np.stack([query_of, answer_of]), axis=1)[0], minlength=len(queries)
+    )  # a pair may stand there twice
     rights, times = np.unique(answers, return_counts=True)
     found = {}
     for k in DEPTHS:

@@ -23,14 +23,18 @@ LISTED_CLASSES = 128
 """Up to as many classes are listed one by one."""
 
 
-def class_embeddings(encode_texts: EncodeTexts, names: Sequence[str], templates: Sequence[str]) -> Floats:
+def class_embeddings(
+    encode_texts: EncodeTexts, names: Sequence[str], templates: Sequence[str]
+) -> Floats:
     """Embed every name in every template (with one `{}`), normalise, average over templates, normalise: (C, D)."""
     prompts = [template.replace("{}", name) for name in names for template in templates]
     vectors = unit(np.asarray(encode_texts(prompts), np.float32))  # (C * T, D)
     return unit(vectors.reshape(len(names), len(templates), -1).mean(1))  # (C, D)
 
 
-def member_scores(images: Floats, members: Floats, class_of: NDArray[np.int64], count: int) -> Floats:
+def member_scores(
+    images: Floats, members: Floats, class_of: NDArray[np.int64], count: int
+) -> Floats:
     """Return each class's score (N, C) as that of its best member: texts (M, D) of the classes `class_of` (M,), C = `count`.
 
     Words such as "objects" say little about a picture, the names of objects do (Novack et al. 2023, CHiLS). A class without members
@@ -41,7 +45,9 @@ def member_scores(images: Floats, members: Floats, class_of: NDArray[np.int64], 
     scores = np.full((len(images), count), -1, np.float32)
     for start in range(0, len(images), PICTURES_AT_ONCE):
         each = images[start : start + PICTURES_AT_ONCE] @ members[order].T  # (n, M)
-        scores[start : start + PICTURES_AT_ONCE, present] = np.maximum.reduceat(each, starts, axis=1)
+        scores[start : start + PICTURES_AT_ONCE, present] = np.maximum.reduceat(
+            each, starts, axis=1
+        )
     return scores
 
 
@@ -52,7 +58,12 @@ def ranks(scores: Floats, labels: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def score(
-    scores: Floats, labels: Sequence[int] | NDArray[np.int64], names: Sequence[str], groups: Sequence[Any], resamples: int, seed: int
+    scores: Floats,
+    labels: Sequence[int] | NDArray[np.int64],
+    names: Sequence[str],
+    groups: Sequence[Any],
+    resamples: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Return top-1, top-5 and the mean per class for class scores (N, C) and right classes `labels` (N,), with 95 % intervals.
 
@@ -65,12 +76,20 @@ def score(
     place = ranks(scores, right)
     found: dict[str, Any] = {"n": len(right), "classes": count}
     for depth in DEPTHS:
-        more = {"chance": min(depth, count) / count} | ({"majority": majority} if depth == 1 else {})
+        more = {"chance": min(depth, count) / count} | (
+            {"majority": majority} if depth == 1 else {}
+        )
         found[f"top_{depth}"] = mean_figure(place < depth, groups, resamples, seed, **more)
-    found["mean_per_class"] = class_mean_figure(place < 1, right, groups, resamples, seed, chance=1 / count)
+    found["mean_per_class"] = class_mean_figure(
+        place < 1, right, groups, resamples, seed, chance=1 / count
+    )
     if count <= LISTED_CLASSES:
         found["per_class"] = [
-            {"class": names[label], "n": int((right == label).sum()), "value": float((place[right == label] < 1).mean())}
+            {
+                "class": names[label],
+                "n": int((right == label).sum()),
+                "value": float((place[right == label] < 1).mean()),
+            }
             for label in np.unique(right)
         ]
     return found

@@ -53,7 +53,14 @@ def difference(figure: Figure, first: Figure) -> Figure:
         low = delta - math.hypot(figure["value"] - figure["low"], first["high"] - first["value"])
         high = delta + math.hypot(figure["high"] - figure["value"], first["value"] - first["low"])
     unit = {"unit": figure["unit"]} if "unit" in figure else {}
-    return {"value": delta, "low": low, "high": high, "n": figure["n"], "groups": figure["groups"], **unit}
+    return {
+        "value": delta,
+        "low": low,
+        "high": high,
+        "n": figure["n"],
+        "groups": figure["groups"],
+        **unit,
+    }
 
 
 def compare(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -65,25 +72,47 @@ def compare(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     for place in places:
         own = {run: each.get(place) for run, each in found.items()}
         base = own[first]
-        deltas = {run: difference(figure, base) if base and (figure := own[run]) else None for run in others}
-        rows.append({"place": list(place), "runs": own, "differences": deltas, "differs": any(map(is_told, deltas.values()))})
+        deltas = {
+            run: difference(figure, base) if base and (figure := own[run]) else None
+            for run in others
+        }
+        rows.append(
+            {
+                "place": list(place),
+                "runs": own,
+                "differences": deltas,
+                "differs": any(map(is_told, deltas.values())),
+            }
+        )
     return rows
 
 
 def is_told(delta: Figure | None) -> bool:
     """Whether a difference's interval leaves out zero."""
-    return delta is not None and delta["low"] is not None and (delta["low"] > 0 or delta["high"] < 0)
+    return (
+        delta is not None and delta["low"] is not None and (delta["low"] > 0 or delta["high"] < 0)
+    )
 
 
 def render(reports: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]]) -> str:
     """Return the page: what differs in the recipes, then the figures, those that are told apart marked."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.globals |= {"figure_text": page.figure_text, "figure_bounds": page.figure_bounds, "signed": signed}
+    environment.globals |= {
+        "figure_text": page.figure_text,
+        "figure_bounds": page.figure_bounds,
+        "signed": signed,
+    }
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(" · ".join(row["place"][:2]), []).append(row | {"name": " · ".join(row["place"][2:]) or row["place"][-1]})
+        groups.setdefault(" · ".join(row["place"][:2]), []).append(
+            row | {"name": " · ".join(row["place"][2:]) or row["place"][-1]}
+        )
     return environment.get_template("comparison.html").render(
         runs=list(reports), groups=groups, changed=changed({run: facts["run"].get("config", {}) for run, facts in reports.items()}),
         keys={run: {stage["stage"]: stage["key"] for stage in facts["stages"]} for run, facts in reports.items()},
@@ -100,7 +129,11 @@ def changed(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[st
     """Return the keys of the recipes whose values are not all equal, with each run's value."""
     flat = [dict(_flat(config, "")) for config in configs.values()]
     names = list(dict.fromkeys(name for each in flat for name in each))
-    return [(name, [each.get(name, "not there") for each in flat]) for name in names if len({each.get(name) for each in flat}) > 1]
+    return [
+        (name, [each.get(name, "not there") for each in flat])
+        for name in names
+        if len({each.get(name) for each in flat}) > 1
+    ]
 
 
 def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

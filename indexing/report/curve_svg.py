@@ -21,7 +21,11 @@ def curve(points: Sequence[tuple[float, float]], x_label: str, y_label: str, tit
     xs, ys = [x for x, _ in points], [y for _, y in points]
     is_log = min(ys) > 0 and max(ys) / min(ys) > LOG_ABOVE
     step = round_step(max(ys) - min(ys), 4)
-    low, high = (min(ys), max(ys)) if is_log else (math.floor(min(ys) / step) * step, math.ceil(max(ys) / step) * step)
+    low, high = (
+        (min(ys), max(ys))
+        if is_log
+        else (math.floor(min(ys) / step) * step, math.ceil(max(ys) / step) * step)
+    )
     y_ticks = log_ticks(low, high) if is_log else ticks(low, high, step)
     x_ticks = ticks(0, max(xs), round_step(max(xs), 4))
     x_high = max(xs) or 1
@@ -30,7 +34,9 @@ def curve(points: Sequence[tuple[float, float]], x_label: str, y_label: str, tit
         return LEFT + x / x_high * (WIDTH - LEFT - RIGHT)
 
     def y_at(y: float) -> float:
-        share = math.log(y / low) / math.log(high / low) if is_log else (y - low) / ((high - low) or 1)
+        share = (
+            math.log(y / low) / math.log(high / low) if is_log else (y - low) / ((high - low) or 1)
+        )
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
     def line(values: Sequence[float], name: str) -> str:
@@ -43,14 +49,26 @@ def curve(points: Sequence[tuple[float, float]], x_label: str, y_label: str, tit
         f"<title>{escape(title)}</title>",
     ]
     for tick in y_ticks:
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" y2="{y_at(tick):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y_at(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>')
+        parts.append(
+            f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" y2="{y_at(tick):.1f}"/>'
+        )
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{y_at(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>'
+        )
     for tick in x_ticks:
         anchor = "end" if x_at(tick) > WIDTH - 2 * RIGHT else "middle"
-        parts.append(f'<line class="tick" x1="{x_at(tick):.1f}" x2="{x_at(tick):.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>')
-        parts.append(f'<text x="{x_at(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{short(tick)}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
-    parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>')
+        parts.append(
+            f'<line class="tick" x1="{x_at(tick):.1f}" x2="{x_at(tick):.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
+        )
+        parts.append(
+            f'<text x="{x_at(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{short(tick)}</text>'
+        )
+    parts.append(
+        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
+    )
+    parts.append(
+        f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>'
+    )
     parts.append(f'<text class="label" x="{LEFT}" y="{TOP - 12}">{escape(scale)}</text>')
     parts += [line(ys, "points"), line(smoothed(ys), "mean"), "</svg>"]
     return "".join(parts)
@@ -67,11 +85,18 @@ def strip(value: float, low: float | None, high: float | None, chance: float | N
         f'<svg class="strip" viewBox="0 0 {STRIP_WIDTH} {STRIP_HEIGHT}" width="{STRIP_WIDTH}" height="{STRIP_HEIGHT}" aria-hidden="true">'
     ]
     parts.append(f'<line class="rule" x1="{at(0)}" x2="{at(1)}" y1="{middle}" y2="{middle}"/>')
-    parts += [f'<line class="rule" x1="{at(each)}" x2="{at(each)}" y1="{middle - 3}" y2="{middle + 3}"/>' for each in (0, 0.5, 1)]
+    parts += [
+        f'<line class="rule" x1="{at(each)}" x2="{at(each)}" y1="{middle - 3}" y2="{middle + 3}"/>'
+        for each in (0, 0.5, 1)
+    ]
     if chance is not None:
-        parts.append(f'<line class="chance" x1="{at(chance)}" x2="{at(chance)}" y1="1" y2="{STRIP_HEIGHT - 1}"/>')
+        parts.append(
+            f'<line class="chance" x1="{at(chance)}" x2="{at(chance)}" y1="1" y2="{STRIP_HEIGHT - 1}"/>'
+        )
     if low is not None and high is not None:
-        parts.append(f'<line class="interval" x1="{at(low)}" x2="{at(high)}" y1="{middle}" y2="{middle}"/>')
+        parts.append(
+            f'<line class="interval" x1="{at(low)}" x2="{at(high)}" y1="{middle}" y2="{middle}"/>'
+        )
     parts += [f'<circle class="dot" cx="{at(value)}" cy="{middle}" r="3.5"/>', "</svg>"]
     return "".join(parts)
 
@@ -81,19 +106,29 @@ def round_step(span: float, about: int) -> float:
     if span <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(span / about))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= span / about * 0.999)
+    return next(
+        power * factor for factor in (1, 2, 5, 10) if power * factor >= span / about * 0.999
+    )
 
 
 def ticks(low: float, high: float, step: float) -> list[float]:
     """Return the multiples of a step within low..high."""
-    return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        number * step
+        for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Return 1, 2 and 5 times powers of ten within low..high, only the powers where there would be many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
-        found = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+        found = [
+            factor * 10.0**power
+            for power in powers
+            for factor in factors
+            if low <= factor * 10.0**power <= high
+        ]
         if len(found) <= 6:
             break
     return found or [low, high]
@@ -111,4 +146,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
     """Return the mean of each value and its neighbours on both sides, fewer of them at the ends."""
     reach = int(len(values) * SMOOTHED_SHARE / 2)
     around = [min(reach, place, len(values) - 1 - place) for place in range(len(values))]
-    return [sum(values[place - near : place + near + 1]) / (2 * near + 1) for place, near in enumerate(around)]
+    return [
+        sum(values[place - near : place + near + 1]) / (2 * near + 1)
+        for place, near in enumerate(around)
+    ]

@@ -26,18 +26,29 @@ def plot(chart: Mapping[str, Any]) -> str:
 
 def lines(chart: Mapping[str, Any]) -> str:
     """Draw figures over x: lines, dots and intervals as whiskers; x is linear or logarithmic, a point's `name` stands for it."""
-    series = {name: [point for point in points if point["value"] is not None] for name, points in chart["series"].items()}
+    series = {
+        name: [point for point in points if point["value"] is not None]
+        for name, points in chart["series"].items()
+    }
     series = {name: points for name, points in series.items() if points}
     if not series:
         return f"<p>{escape(chart['title'])}: nothing was measured.</p>"
     every = [point for points in series.values() for point in points]
-    bounds = [bound for point in every for bound in (point["low"], point["high"], point["value"]) if bound is not None]
+    bounds = [
+        bound
+        for point in every
+        for bound in (point["low"], point["high"], point["value"])
+        if bound is not None
+    ]
     xs = sorted({point["x"] for point in every})
     names = {point["x"]: point["name"] for point in every if "name" in point}
     is_share = all(0 <= bound <= 1 for bound in bounds)
     low = min(0.0, *bounds)
     step = round_step((1.0 if is_share and max(bounds) > 0.7 else max(bounds)) - low, 4)
-    bottom, top = math.floor(low / step + 1e-9) * step, (math.ceil(max(bounds) / step - 1e-9) * step) or step
+    bottom, top = (
+        math.floor(low / step + 1e-9) * step,
+        (math.ceil(max(bounds) / step - 1e-9) * step) or step,
+    )
     is_log = chart["is_log_x"] and xs[0] > 0 and xs[-1] > xs[0]
 
     def x_at(x: float) -> float:
@@ -50,14 +61,24 @@ def lines(chart: Mapping[str, Any]) -> str:
 
     title = escape(chart["title"])
     whole = HEIGHT + NAME_PX * len(series) + 4
-    parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {whole}" role="img" aria-label="{title}"><title>{title}</title>']
+    parts = [
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {whole}" role="img" aria-label="{title}"><title>{title}</title>'
+    ]
     for tick in ticks(bottom, top, step):
         written = f"{short(round(100 * tick, 6))} %" if is_share else short(round(tick, 6))
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" y2="{y_at(tick):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y_at(tick) + 3.5:.1f}" text-anchor="end">{written}</text>')
+        parts.append(
+            f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" y2="{y_at(tick):.1f}"/>'
+        )
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{y_at(tick) + 3.5:.1f}" text-anchor="end">{written}</text>'
+        )
     for x in _told_apart(xs, x_at):
-        parts.append(f'<text x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(names.get(x, short(x)))}</text>')
-    parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(chart["x_label"])}</text>')
+        parts.append(
+            f'<text x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(names.get(x, short(x)))}</text>'
+        )
+    parts.append(
+        f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(chart["x_label"])}</text>'
+    )
     parts.append(f'<text class="label" x="4" y="{TOP - 12}">{escape(chart["y_label"])}</text>')
     for number, (name, points) in enumerate(series.items()):
         points = sorted(points, key=lambda point: point["x"])
@@ -71,7 +92,9 @@ def lines(chart: Mapping[str, Any]) -> str:
                 )
             parts.append(f'<circle cx="{x:.1f}" cy="{y_at(point["value"]):.1f}" r="3"/>')
         y = HEIGHT + NAME_PX * (number + 0.5)
-        parts.append(f'<polyline class="key" points="{LEFT},{y:.1f} {LEFT + 34},{y:.1f}"/><circle cx="{LEFT + 17}" cy="{y:.1f}" r="3"/>')
+        parts.append(
+            f'<polyline class="key" points="{LEFT},{y:.1f} {LEFT + 34},{y:.1f}"/><circle cx="{LEFT + 17}" cy="{y:.1f}" r="3"/>'
+        )
         parts.append(f'<text x="{LEFT + 42}" y="{y + 4:.1f}">{escape(name)}</text></g>')
     return "".join([*parts, "</svg>"])
 
@@ -81,7 +104,12 @@ def bars(chart: Mapping[str, Any]) -> str:
     rows = [row for row in chart["rows"] if row["value"] is not None]
     if not rows:
         return f"<p>{escape(chart['title'])}: nothing was measured.</p>"
-    bounds = [bound for row in rows for bound in (row["low"], row["high"], row["value"]) if bound is not None]
+    bounds = [
+        bound
+        for row in rows
+        for bound in (row["low"], row["high"], row["value"])
+        if bound is not None
+    ]
     low, high = min(0.0, *bounds), max(0.0, *bounds)
     height = TOP + BAR_PX * len(rows) + BOTTOM
     span = (high - low) or 1.0
@@ -91,24 +119,40 @@ def bars(chart: Mapping[str, Any]) -> str:
         return names_px + (value - low) / span * (WIDTH - names_px - 60)
 
     title = escape(chart["title"])
-    parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}"><title>{title}</title>']
+    parts = [
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}"><title>{title}</title>'
+    ]
     for tick in ticks(low, high, round_step(span, 4)):
-        parts.append(f'<line class="rule" x1="{x_at(tick):.1f}" x2="{x_at(tick):.1f}" y1="{TOP - 4}" y2="{height - BOTTOM + 4}"/>')
-        parts.append(f'<text x="{x_at(tick):.1f}" y="{height - BOTTOM + 17}" text-anchor="middle">{short(round(100 * tick, 6))}</text>')
+        parts.append(
+            f'<line class="rule" x1="{x_at(tick):.1f}" x2="{x_at(tick):.1f}" y1="{TOP - 4}" y2="{height - BOTTOM + 4}"/>'
+        )
+        parts.append(
+            f'<text x="{x_at(tick):.1f}" y="{height - BOTTOM + 17}" text-anchor="middle">{short(round(100 * tick, 6))}</text>'
+        )
     for number, row in enumerate(rows):
         middle = TOP + BAR_PX * (number + 0.5)
         left, right = sorted((x_at(0), x_at(row["value"])))
         side = "gain" if row["value"] >= 0 else "loss"
-        parts.append(f'<rect class="{side}" x="{left:.1f}" y="{middle - 7:.1f}" width="{right - left:.1f}" height="14"/>')
+        parts.append(
+            f'<rect class="{side}" x="{left:.1f}" y="{middle - 7:.1f}" width="{right - left:.1f}" height="14"/>'
+        )
         if row["low"] is not None:
             parts.append(
                 f'<line class="whisker" x1="{x_at(row["low"]):.1f}" x2="{x_at(row["high"]):.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/>'
             )
-        parts.append(f'<text x="{names_px - 8}" y="{middle + 4:.1f}" text-anchor="end">{escape(row["name"])}</text>')
+        parts.append(
+            f'<text x="{names_px - 8}" y="{middle + 4:.1f}" text-anchor="end">{escape(row["name"])}</text>'
+        )
         beside = x_at(max(0.0, row["value"], row["high"] or 0.0)) + 6
-        parts.append(f'<text x="{beside:.1f}" y="{middle + 4:.1f}">{100 * row["value"]:+.1f}</text>')
-    parts.append(f'<line class="axis" x1="{x_at(0):.1f}" x2="{x_at(0):.1f}" y1="{TOP - 4}" y2="{height - BOTTOM + 4}"/>')
-    parts.append(f'<text class="label" x="{WIDTH - 4}" y="{height - 5}" text-anchor="end">{escape(chart["x_label"])}</text>')
+        parts.append(
+            f'<text x="{beside:.1f}" y="{middle + 4:.1f}">{100 * row["value"]:+.1f}</text>'
+        )
+    parts.append(
+        f'<line class="axis" x1="{x_at(0):.1f}" x2="{x_at(0):.1f}" y1="{TOP - 4}" y2="{height - BOTTOM + 4}"/>'
+    )
+    parts.append(
+        f'<text class="label" x="{WIDTH - 4}" y="{height - 5}" text-anchor="end">{escape(chart["x_label"])}</text>'
+    )
     return "".join([*parts, "</svg>"])
 
 

@@ -33,17 +33,23 @@ def run_facts(facts: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) 
         "started": min((manifest["started"] for manifest in manifests), default=None),
         "finished": max((manifest["finished"] for manifest in manifests), default=None),
         "seconds": round(sum(_seconds(manifest) for manifest in manifests), 1),
-        "packages": {name: sorted({each[name] for each in packages if name in each}) for name in names},
+        "packages": {
+            name: sorted({each[name] for each in packages if name in each}) for name in names
+        },
     }
 
 
-def stage_facts(manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def stage_facts(
+    manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Return one of the report's `stages` from its manifest and, for a trained stage, the rows of its metrics.jsonl."""
     counts = manifest["counts"]
     points = [
         (row["images_seen"], row["loss"])
         for row in metrics
-        if isinstance(row.get("loss"), int | float) and math.isfinite(row["loss"]) and "images_seen" in row
+        if isinstance(row.get("loss"), int | float)
+        and math.isfinite(row["loss"])
+        and "images_seen" in row
     ]
     found: dict[str, Any] = {
         "stage": manifest["stage"],
@@ -58,7 +64,11 @@ def stage_facts(manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]
     }
     if points:
         last = points[-max(1, len(points) // 20) :]
-        found["loss"] = {"value": sum(loss for _, loss in last) / len(last), "n": len(last), "images_seen": points[-1][0]}
+        found["loss"] = {
+            "value": sum(loss for _, loss in last) / len(last),
+            "n": len(last),
+            "images_seen": points[-1][0],
+        }
         found["curve"] = thinned(points, CURVE_POINTS)
     return found
 
@@ -73,12 +83,26 @@ def thinned(points: Sequence[tuple[float, float]], at_most: int) -> list[tuple[f
 def render(facts: Mapping[str, Any], folder: Path) -> str:
     """Return report.html for what report.json holds; the pictures that it names lie in `folder`."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "interval": interval, "number": number, "duration": duration, "megabytes": megabytes}
+    environment.filters |= {
+        "percent": percent,
+        "interval": interval,
+        "number": number,
+        "duration": duration,
+        "megabytes": megabytes,
+    }
     environment.globals |= {
-        "strip": lambda figure: Markup(curve_svg.strip(figure["value"], figure["low"], figure["high"], figure.get("chance"))),
-        "curve": lambda stage: Markup(curve_svg.curve(stage["curve"], "images seen", "loss", f"Loss of {stage['stage']}")),
+        "strip": lambda figure: Markup(
+            curve_svg.strip(figure["value"], figure["low"], figure["high"], figure.get("chance"))
+        ),
+        "curve": lambda stage: Markup(
+            curve_svg.curve(stage["curve"], "images seen", "loss", f"Loss of {stage['stage']}")
+        ),
         "picture": partial(picture_uri, folder),
         "verdict": verdict,
         "fact": fact,
@@ -87,7 +111,9 @@ def render(facts: Mapping[str, Any], folder: Path) -> str:
         "figure_text": figure_text,
         "figure_bounds": figure_bounds,
     }
-    return environment.get_template("report.html").render(**facts, recipe=toml_text(facts["run"].get("config", {})))
+    return environment.get_template("report.html").render(
+        **facts, recipe=toml_text(facts["run"].get("config", {}))
+    )
 
 
 def plot(chart: Mapping[str, Any]) -> Markup:
@@ -120,12 +146,21 @@ def figure_text(figure: Mapping[str, Any]) -> str:
     """Write a figure's value: a share (the usual unit) in percent, anything else as a number of three or four digits."""
     if figure.get("unit", "share") == "share":
         return percent(figure["value"])
-    return "–" if figure["value"] is None else f"{figure['value']:,.1f}" if abs(figure["value"]) >= 99.95 else f"{figure['value']:.3g}"
+    return (
+        "–"
+        if figure["value"] is None
+        else f"{figure['value']:,.1f}"
+        if abs(figure["value"]) >= 99.95
+        else f"{figure['value']:.3g}"
+    )
 
 
 def figure_bounds(figure: Mapping[str, Any]) -> str:
     """Write a figure's 95 % interval in its unit."""
-    return " to ".join(figure_text({**figure, "value": figure[bound]}).removesuffix(" %") for bound in ("low", "high"))
+    return " to ".join(
+        figure_text({**figure, "value": figure[bound]}).removesuffix(" %")
+        for bound in ("low", "high")
+    )
 
 
 def number(value: float | None, digits: int | None = None) -> str:
@@ -137,7 +172,13 @@ def number(value: float | None, digits: int | None = None) -> str:
 
 def fact(value: Any) -> str:
     """Write what a stage counted: whole numbers with separators, others to four digits."""
-    return f"{value:,}" if type(value) is int else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:,}"
+        if type(value) is int
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def megabytes(size: int) -> str:
@@ -159,7 +200,11 @@ def verdict(figure: Mapping[str, Any]) -> str:
 
 def toml_text(config: Mapping[str, Any]) -> str:
     """Return a resolved config as TOML; a key without a value (None) is a comment."""
-    return "\n\n".join("\n".join(_section(name, section)) for name, section in config.items() if isinstance(section, Mapping))
+    return "\n\n".join(
+        "\n".join(_section(name, section))
+        for name, section in config.items()
+        if isinstance(section, Mapping)
+    )
 
 
 def _section(name: str, section: Mapping[str, Any]) -> Iterator[str]:
@@ -172,20 +217,32 @@ def _section(name: str, section: Mapping[str, Any]) -> Iterator[str]:
         for row in rows:
             yield ""
             yield f"[[{name}.{key}]]"
-            yield from (f"{inner} = {_value(value)}" for inner, value in row.items() if value is not None)
+            yield from (
+                f"{inner} = {_value(value)}" for inner, value in row.items() if value is not None
+            )
 
 
 def _is_tables(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, Mapping) for each in value)
+    return (
+        isinstance(value, list | tuple)
+        and bool(value)
+        and all(isinstance(each, Mapping) for each in value)
+    )
 
 
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{json.dumps(key)} = {_value(each)}" for key, each in value.items()) + " }"
+        return (
+            "{ "
+            + ", ".join(f"{json.dumps(key)} = {_value(each)}" for key, each in value.items())
+            + " }"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_value, value)) + "]"
     return json.dumps(value, ensure_ascii=False)  # TOML's strings, numbers and truths are JSON's
 
 
 def _seconds(manifest: Mapping[str, Any]) -> float:
-    return (datetime.fromisoformat(manifest["finished"]) - datetime.fromisoformat(manifest["started"])).total_seconds()
+    return (
+        datetime.fromisoformat(manifest["finished"]) - datetime.fromisoformat(manifest["started"])
+    ).total_seconds()

@@ -24,14 +24,22 @@ def section(
     charts: Sequence[Mapping[str, Any]] = (),
 ) -> ReportSection:
     """Return a section of the report: paragraphs, then tables, charts and pictures; `title` must differ from other sections'."""
-    return {"title": title, "text": list(text), "tables": list(tables), "charts": list(charts), "pictures": list(pictures)}
+    return {
+        "title": title,
+        "text": list(text),
+        "tables": list(tables),
+        "charts": list(charts),
+        "pictures": list(pictures),
+    }
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> dict[str, Any]:
     """Return a table; a row's first cell is its name. Raises ValueError where a row is not as long as the head."""
     for row in rows:
         if len(row) != len(head):
-            raise ValueError(f"table {caption!r}: the row {row[0]!r} has {len(row)} cells and the head {len(head)}")
+            raise ValueError(
+                f"table {caption!r}: the row {row[0]!r} has {len(row)} cells and the head {len(head)}"
+            )
     return {"caption": caption, "head": list(head), "rows": [list(row) for row in rows]}
 
 
@@ -41,13 +49,29 @@ def picture(name: str, alt: str, caption: str = "", is_pixelated: bool = False) 
 
 
 def lines(
-    title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[tuple[float, Figure]]], is_log_x: bool = False
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Mapping[str, Sequence[tuple[float, Figure]]],
+    is_log_x: bool = False,
 ) -> dict[str, Any]:
     """Return a chart of figures over x, one line for each of the series, with their intervals."""
     points = {name: [{"x": x, **figure} for x, figure in each] for name, each in series.items()}
-    return {"kind": "lines", "title": title, "x_label": x_label, "y_label": y_label, "series": points, "is_log_x": is_log_x}
+    return {
+        "kind": "lines",
+        "title": title,
+        "x_label": x_label,
+        "y_label": y_label,
+        "series": points,
+        "is_log_x": is_log_x,
+    }
 
 
 def bars(title: str, x_label: str, rows: Sequence[tuple[str, Figure]]) -> dict[str, Any]:
     """Return a chart of one bar a row, to the left of zero or to the right of it, with its interval."""
-    return {"kind": "bars", "title": title, "x_label": x_label, "rows": [{"name": name, **figure} for name, figure in rows]}
+    return {
+        "kind": "bars",
+        "title": title,
+        "x_label": x_label,
+        "rows": [{"name": name, **figure} for name, figure in rows],
+    }

@@ -65,7 +65,10 @@ def objects(picture: NDArray[np.uint8]) -> list[Object]:
         count, pieces = cv2.connectedComponents(mask, connectivity=4)
         for piece in range(1, count):
             own = (pieces == piece).astype(np.uint8)
-            if cv2.distanceTransform(np.pad(own, 1), cv2.DIST_L2, 5).max() < LEAST_THICKNESS * JUDGED_PX:
+            if (
+                cv2.distanceTransform(np.pad(own, 1), cv2.DIST_L2, 5).max()
+                < LEAST_THICKNESS * JUDGED_PX
+            ):
                 continue
             outlines, _ = cv2.findContours(own, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
             filled = cv2.drawContours(np.zeros_like(own), outlines, -1, 1, cv2.FILLED).astype(bool)
@@ -88,7 +91,9 @@ def shape_of(mask: NDArray[np.bool_]) -> str:
         return ""
     overlaps = {}
     for shape in SHAPES:
-        overlaps[shape] = max(_overlap(mask, shape, cut) for cut in ((0, *CUTS) if shape == "triangle" else (0,)))
+        overlaps[shape] = max(
+            _overlap(mask, shape, cut) for cut in ((0, *CUTS) if shape == "triangle" else (0,))
+        )
     best = max(overlaps, key=lambda shape: overlaps[shape])
     return best if overlaps[best] >= LEAST_OVERLAP else ""
 
@@ -103,7 +108,9 @@ def _overlap(mask: NDArray[np.bool_], shape: str, cut: int) -> float:
 def _ideal(shape: str, width: int, height: int) -> NDArray[np.bool_]:
     points = corners(shape)
     points = (points - points.min(0)) / np.ptp(points, axis=0) * [width - 1, height - 1]
-    return cv2.fillPoly(np.zeros((height, width), np.uint8), [points.round().astype(np.int32)], 1).astype(bool)
+    return cv2.fillPoly(
+        np.zeros((height, width), np.uint8), [points.round().astype(np.int32)], 1
+    ).astype(bool)
 
 
 def claims(picture: NDArray[np.uint8], scene: Scene) -> list[bool]:
@@ -116,11 +123,19 @@ def claims(picture: NDArray[np.uint8], scene: Scene) -> list[bool]:
     seen = objects(picture)
     taken: set[int] = set()
     groups: list[list[Object]] = []
-    for thing in sorted(scene.things, key=lambda thing: not thing.colour):  # the ones that ask for most choose first
+    for thing in sorted(
+        scene.things, key=lambda thing: not thing.colour
+    ):  # the ones that ask for most choose first
         own = [place for place, each in enumerate(seen) if place not in taken and is_a(each, thing)]
         taken.update(own[: thing.count])
         groups.append([seen[place] for place in own[: thing.count]])
-    of_thing = dict(zip(sorted(range(len(scene.things)), key=lambda place: not scene.things[place].colour), groups, strict=True))
+    of_thing = dict(
+        zip(
+            sorted(range(len(scene.things)), key=lambda place: not scene.things[place].colour),
+            groups,
+            strict=True,
+        )
+    )
     found = [len(of_thing[place]) == thing.count for place, thing in enumerate(scene.things)]
     held = [*found, len(seen) == sum(thing.count for thing in scene.things)]
     if scene.relation:
@@ -138,11 +153,18 @@ def is_a(each: Object, thing: Thing) -> bool:
 def stands(first: Object, second: Object, relation: str) -> bool:
     """Whether the first object stands in a relation to the second."""
     if relation == "inside":
-        return bool((first.mask & second.mask).sum() >= 0.95 * first.mask.sum() and first.mask.sum() < second.mask.sum())
+        return bool(
+            (first.mask & second.mask).sum() >= 0.95 * first.mask.sum()
+            and first.mask.sum() < second.mask.sum()
+        )
     if relation == "on top of":
         over = min(first.right, second.right) - max(first.left, second.left)
         touches = abs(first.bottom - second.top) <= SLACK
-        return touches and first.y < second.y and over >= 0.4 * min(first.right - first.left, second.right - second.left)
+        return (
+            touches
+            and first.y < second.y
+            and over >= 0.4 * min(first.right - first.left, second.right - second.left)
+        )
     if relation == "to the left of":
         level = min(first.bottom, second.bottom) - max(first.top, second.top)
         return first.right <= second.left + SLACK / 4 and level > 0

@@ -42,7 +42,10 @@ def edit_distance(a: str, b: str) -> int:
     for place, letter in enumerate(a, 1):
         before, row[0] = row[0], place
         for other in range(1, len(b) + 1):
-            before, row[other] = row[other], min(row[other] + 1, row[other - 1] + 1, before + (letter != b[other - 1]))
+            before, row[other] = (
+                row[other],
+                min(row[other] + 1, row[other - 1] + 1, before + (letter != b[other - 1])),
+            )
     return row[-1]
 
 

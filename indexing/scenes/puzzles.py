@@ -18,10 +18,24 @@ SIDE, CELL_PX, STICKER_PX = 5, 8, 3
 EVEN = "a 24 puzzle whose rows sum to even numbers"
 ANY = "a 24 puzzle"
 FACES = "ULFRBD"
-COLOURS = {"U": (255, 255, 255), "L": (245, 130, 20), "F": (30, 150, 70), "R": (220, 40, 40), "B": (45, 75, 215), "D": (245, 205, 20)}
+COLOURS = {
+    "U": (255, 255, 255),
+    "L": (245, 130, 20),
+    "F": (30, 150, 70),
+    "R": (220, 40, 40),
+    "B": (45, 75, 215),
+    "D": (245, 205, 20),
+}
 PLACES = {"U": (0, 3), "L": (3, 0), "F": (3, 3), "R": (3, 6), "B": (3, 9), "D": (6, 3)}
 """Row and column of each face in the unfolded cube."""
-NORMALS = {"U": (0, 1, 0), "D": (0, -1, 0), "F": (0, 0, 1), "B": (0, 0, -1), "R": (1, 0, 0), "L": (-1, 0, 0)}
+NORMALS = {
+    "U": (0, 1, 0),
+    "D": (0, -1, 0),
+    "F": (0, 0, 1),
+    "B": (0, 0, -1),
+    "R": (1, 0, 0),
+    "L": (-1, 0, 0),
+}
 TURNS = tuple(face + way for face in FACES for way in ("", "'"))
 TURNED = re.compile(rf"a cube after the turns? ((?:[{FACES.lower()}]'? ?)+)")
 INK, PAPER, GAP = (25, 25, 30), (250, 240, 200), (90, 90, 95)
@@ -73,7 +87,11 @@ def every_puzzle() -> Iterator[Puzzle]:
     yield from (Puzzle(is_even=is_even) for is_even in (True, False))
     for turn in TURNS:
         yield Puzzle((turn,))
-        yield from (Puzzle((turn, other)) for other in TURNS if turned((turn, other)).tolist() != turned(()).tolist())
+        yield from (
+            Puzzle((turn, other))
+            for other in TURNS
+            if turned((turn, other)).tolist() != turned(()).tolist()
+        )
 
 
 def phrasings(puzzle: Puzzle, rng: np.random.Generator) -> list[str]:
@@ -84,7 +102,13 @@ def phrasings(puzzle: Puzzle, rng: np.random.Generator) -> list[str]:
 def draw(puzzle: Puzzle, side_px: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Draw a puzzle, uint8 (S, S, 3) RGB: a grid drawn by `rng`, or the one cube."""
     page = _cube(turned(puzzle.turns)) if puzzle.turns else _grid(numbers(puzzle.is_even, rng))
-    return page if side_px == LAID_OUT_PX else np.asarray(cv2.resize(page, (side_px, side_px), interpolation=cv2.INTER_AREA), np.uint8)
+    return (
+        page
+        if side_px == LAID_OUT_PX
+        else np.asarray(
+            cv2.resize(page, (side_px, side_px), interpolation=cv2.INTER_AREA), np.uint8
+        )
+    )
 
 
 def numbers(is_even: bool, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -98,19 +122,36 @@ def numbers(is_even: bool, rng: np.random.Generator) -> NDArray[np.int64]:
 def claims(picture: NDArray[np.uint8], puzzle: Puzzle) -> list[bool]:
     """Return what holds: of a grid, for each number that it is there, and each row's even sum; of a cube, that each sticker is right."""
     side = LAID_OUT_PX
-    page = picture if len(picture) == side else np.asarray(cv2.resize(picture, (side, side), interpolation=cv2.INTER_CUBIC), np.uint8)
+    page = (
+        picture
+        if len(picture) == side
+        else np.asarray(cv2.resize(picture, (side, side), interpolation=cv2.INTER_CUBIC), np.uint8)
+    )
     if puzzle.turns:
         right: list[bool] = (read_cube(page) == turned(puzzle.turns)).ravel().tolist()
         return right
     grid = read_grid(page)
     held = [number in grid for number in range(SIDE * SIDE)]  # all are, where each is there once
-    return held + [bool((row >= 0).all() and row.sum() % 2 == 0) for row in grid] if puzzle.is_even else held
+    return (
+        held + [bool((row >= 0).all() and row.sum() % 2 == 0) for row in grid]
+        if puzzle.is_even
+        else held
+    )
 
 
 def read_grid(page: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Read a picture of 40 pixels as a grid (5, 5); -1 for a cell that is like no number."""
-    known = np.stack([_cell(number) for number in range(SIDE * SIDE)]).reshape(SIDE * SIDE, -1).astype(np.float64)
-    cells = page.reshape(SIDE, CELL_PX, SIDE, CELL_PX, 3).swapaxes(1, 2).reshape(SIDE * SIDE, -1).astype(np.float64)
+    known = (
+        np.stack([_cell(number) for number in range(SIDE * SIDE)])
+        .reshape(SIDE * SIDE, -1)
+        .astype(np.float64)
+    )
+    cells = (
+        page.reshape(SIDE, CELL_PX, SIDE, CELL_PX, 3)
+        .swapaxes(1, 2)
+        .reshape(SIDE * SIDE, -1)
+        .astype(np.float64)
+    )
     away = ((cells[:, None] - known) ** 2).mean(2)  # (25, 25)
     best = away.argmin(1)
     level = known.std(1).mean() ** 2
@@ -137,11 +178,18 @@ def _moves() -> dict[str, NDArray[np.int64]]:
         normal = np.array(NORMALS[name])
         for row, column in np.ndindex(3, 3):
             places[(face, row, column)] = (_position(name, row, column), normal)
-    where = {(*position, *normal): number for number, (position, normal) in enumerate((tuple(p), tuple(n)) for p, n in places.values())}
+    where = {
+        (*position, *normal): number
+        for number, (position, normal) in enumerate(
+            (tuple(p), tuple(n)) for p, n in places.values()
+        )
+    }
     found = {}
     for turn in TURNS:
         axis = np.array(NORMALS[turn[0]])
-        clockwise = -1 if len(turn) == 1 else 1  # seen from outside, a quarter turn against the axis' right hand
+        clockwise = (
+            -1 if len(turn) == 1 else 1
+        )  # seen from outside, a quarter turn against the axis' right hand
         order = np.arange(54)
         for position, normal in places.values():
             if position @ axis == 1:
@@ -161,7 +209,15 @@ def _position(name: str, row: int, column: int) -> NDArray[np.int64]:
     """Return the cubie of a sticker, coordinates -1 to 1, x right, y up, z to the viewer, faces unfolded around the front."""
     a, b = column - 1, row - 1
     return np.array(
-        {"U": (a, 1, b), "D": (a, -1, -b), "F": (a, -b, 1), "B": (-a, -b, -1), "R": (1, -b, -a), "L": (-1, -b, a)}[name], np.int64
+        {
+            "U": (a, 1, b),
+            "D": (a, -1, -b),
+            "F": (a, -b, 1),
+            "B": (-a, -b, -1),
+            "R": (1, -b, -a),
+            "L": (-1, -b, a),
+        }[name],
+        np.int64,
     )
 
 
@@ -183,12 +239,16 @@ def _cube(stickers: NDArray[np.int64]) -> NDArray[np.uint8]:
     for face, name in enumerate(FACES):
         for row, column in np.ndindex(3, 3):
             y, x = _corner(name, row, column)
-            page[y : y + STICKER_PX, x : x + STICKER_PX] = COLOURS[FACES[stickers[face, row, column]]]
+            page[y : y + STICKER_PX, x : x + STICKER_PX] = COLOURS[
+                FACES[stickers[face, row, column]]
+            ]
     return page
 
 
 def _grid(grid: NDArray[np.int64]) -> NDArray[np.uint8]:
-    return np.concatenate([np.concatenate([_cell(int(number)) for number in row], 1) for row in grid])
+    return np.concatenate(
+        [np.concatenate([_cell(int(number)) for number in row], 1) for row in grid]
+    )
 
 
 def _cell(number: int) -> NDArray[np.uint8]:

@@ -13,22 +13,116 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = {"red": (220, 40, 40), "yellow": (245, 205, 20), "green": (30, 150, 70), "blue": (45, 75, 215)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "yellow": (245, 205, 20),
+    "green": (30, 150, 70),
+    "blue": (45, 75, 215),
+}
 SHAPES = ("circle", "square", "triangle")
 SIZES = ("small", "large")
 RELATIONS = ("on top of", "to the left of", "inside")
 NUMBERS = ("", "a", "two", "three", "four")
-ROWS = ("single object", "two objects", "counting", "colours", "position", "attribution", "sizes", "writing")
+ROWS = (
+    "single object",
+    "two objects",
+    "counting",
+    "colours",
+    "position",
+    "attribution",
+    "sizes",
+    "writing",
+)
 INK = (25, 25, 30)
 BOARD = (250, 240, 200)
 SUPERSAMPLED = 8
 TRIES, TRIES_EACH = 500, 20
 
 WORDS = (
-    *("ant", "arm", "art", "bag", "bat", "bed", "bee", "big", "box", "boy", "bus", "cab", "cap", "car", "cat", "cow", "cup", "day", "dog"),
-    *("ear", "egg", "eye", "fan", "fig", "fly", "fox", "fun", "gas", "gum", "hat", "hen", "hot", "ice", "ink", "jam", "jar", "jet", "job"),
-    *("key", "kid", "leg", "lip", "log", "man", "map", "mud", "net", "nut", "oak", "oil", "one", "owl", "pan", "pen", "pet", "pie", "pig"),
-    *("pin", "pot", "red", "rib", "rug", "run", "sea", "sky", "sun", "tea", "ten", "tie", "toy", "two", "van", "wax", "wet", "win", "zoo"),
+    *(
+        "ant",
+        "arm",
+        "art",
+        "bag",
+        "bat",
+        "bed",
+        "bee",
+        "big",
+        "box",
+        "boy",
+        "bus",
+        "cab",
+        "cap",
+        "car",
+        "cat",
+        "cow",
+        "cup",
+        "day",
+        "dog",
+    ),
+    *(
+        "ear",
+        "egg",
+        "eye",
+        "fan",
+        "fig",
+        "fly",
+        "fox",
+        "fun",
+        "gas",
+        "gum",
+        "hat",
+        "hen",
+        "hot",
+        "ice",
+        "ink",
+        "jam",
+        "jar",
+        "jet",
+        "job",
+    ),
+    *(
+        "key",
+        "kid",
+        "leg",
+        "lip",
+        "log",
+        "man",
+        "map",
+        "mud",
+        "net",
+        "nut",
+        "oak",
+        "oil",
+        "one",
+        "owl",
+        "pan",
+        "pen",
+        "pet",
+        "pie",
+        "pig",
+    ),
+    *(
+        "pin",
+        "pot",
+        "red",
+        "rib",
+        "rug",
+        "run",
+        "sea",
+        "sky",
+        "sun",
+        "tea",
+        "ten",
+        "tie",
+        "toy",
+        "two",
+        "van",
+        "wax",
+        "wet",
+        "win",
+        "zoo",
+    ),
     *("deep", "open"),
 )
 
@@ -43,7 +137,12 @@ class Thing:
     count: int = 1
 
     def __str__(self) -> str:
-        words = [NUMBERS[self.count], self.size, self.colour, self.shape + ("s" if self.count > 1 else "")]
+        words = [
+            NUMBERS[self.count],
+            self.size,
+            self.colour,
+            self.shape + ("s" if self.count > 1 else ""),
+        ]
         return " ".join(word for word in words if word)
 
 
@@ -65,7 +164,11 @@ class Scene:
     @property
     def concept(self) -> str:
         """The same for the same content: two things side by side have no order."""
-        return replace(self, things=tuple(sorted(self.things, key=str))).caption if not self.relation else self.caption
+        return (
+            replace(self, things=tuple(sorted(self.things, key=str))).caption
+            if not self.relation
+            else self.caption
+        )
 
     @property
     def row(self) -> str:
@@ -137,7 +240,9 @@ def phrasings(scene: Scene, rng: np.random.Generator) -> list[str]:
     if len(scene.things) == 2 and not scene.relation:
         found = [scene.caption, replace(scene, things=scene.things[::-1]).caption]
         found = found[:: int(rng.choice([1, -1]))]
-    bare = replace(scene, things=tuple(replace(thing, colour="", size="") for thing in scene.things))
+    bare = replace(
+        scene, things=tuple(replace(thing, colour="", size="") for thing in scene.things)
+    )
     if scene.row in ("colours", "attribution"):
         found.append(bare.caption)
     return [*found, f"a picture of {scene.caption}"]
@@ -145,7 +250,10 @@ def phrasings(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
     """Return where the shapes of a scene go, drawn by `rng`; what is drawn later lies in front. Open colours are drawn too."""
-    things = [replace(thing, colour=thing.colour or str(rng.choice(list(COLOURS)))) for thing in scene.things]
+    things = [
+        replace(thing, colour=thing.colour or str(rng.choice(list(COLOURS))))
+        for thing in scene.things
+    ]
     if scene.relation == "inside":
         return _inside(things[0], things[1], rng)
     if scene.relation:
@@ -156,10 +264,15 @@ def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
         placed: list[Placed] = []
         shared = rng.uniform(low, high)
         for thing in wanted:
-            radius = {"small": rng.uniform(0.135, 0.165), "large": rng.uniform(0.27, 0.34)}.get(thing.size, shared)
+            radius = {"small": rng.uniform(0.135, 0.165), "large": rng.uniform(0.27, 0.34)}.get(
+                thing.size, shared
+            )
             for _ in range(TRIES_EACH):
                 x, y = rng.uniform(radius + 0.04, 0.96 - radius, 2)
-                if all(np.hypot(x - each.x, y - each.y) > 1.15 * (radius + each.radius) + 0.04 for each in placed):
+                if all(
+                    np.hypot(x - each.x, y - each.y) > 1.15 * (radius + each.radius) + 0.04
+                    for each in placed
+                ):
                     placed.append(Placed(thing.shape, thing.colour, x, y, radius))
                     break
         if len(placed) == len(wanted):
@@ -185,7 +298,10 @@ def _beside(first: Thing, second: Thing, relation: str, rng: np.random.Generator
         top, x = rng.uniform(0.04, 0.96 - height), rng.uniform(0.3, 0.7)
         y = top + radii[0] * tops[0]
         below = y + radii[0] * bottoms[0] + radii[1] * tops[1]
-        return [Placed(first.shape, first.colour, x, y, radii[0]), Placed(second.shape, second.colour, x + shift, below, radii[1])]
+        return [
+            Placed(first.shape, first.colour, x, y, radii[0]),
+            Placed(second.shape, second.colour, x + shift, below, radii[1]),
+        ]
     gap = rng.uniform(0.06, 0.14)
     width = 2 * radii.sum() + gap
     left, y = rng.uniform(0.04, 0.96 - width), rng.uniform(0.3, 0.7)
@@ -230,9 +346,16 @@ def _sign(word: str, big: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     top = rng.uniform(0.08, 0.3) * big
     height, middle = 0.5 * big, big / 2
     pen.rectangle((middle - 0.03 * big, top + height, middle + 0.03 * big, big), fill=INK)
-    pen.rectangle((0.02 * big, top, 0.98 * big, top + height), fill=BOARD, outline=INK, width=round(0.03 * big))
+    pen.rectangle(
+        (0.02 * big, top, 0.98 * big, top + height),
+        fill=BOARD,
+        outline=INK,
+        width=round(0.03 * big),
+    )
     size = 0.46 * big
-    while (box := pen.textbbox((0, 0), word, ImageFont.load_default(size)))[2] - box[0] > 0.84 * big:
+    while (box := pen.textbbox((0, 0), word, ImageFont.load_default(size)))[2] - box[
+        0
+    ] > 0.84 * big:
         size *= 0.96
     at = (middle - (box[0] + box[2]) / 2, top + height / 2 - (box[1] + box[3]) / 2)
     pen.text(at, word, fill=INK, font=ImageFont.load_default(size), stroke_width=big // 160)
@@ -240,4 +363,6 @@ def _sign(word: str, big: int, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def _shrunk(picture: NDArray[np.uint8], side_px: int) -> NDArray[np.uint8]:
-    return np.asarray(cv2.resize(picture, (side_px, side_px), interpolation=cv2.INTER_AREA), np.uint8)
+    return np.asarray(
+        cv2.resize(picture, (side_px, side_px), interpolation=cv2.INTER_AREA), np.uint8
+    )

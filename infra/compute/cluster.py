@@ -84,9 +84,24 @@ class ClusterConfig(Section):
 
     outside_key: ClassVar[frozenset[str]] = frozenset(
         {
-            *("address", "num_cpus", "cpus_per_worker", "use_gpu", "object_store_memory_bytes", "max_failures", "collective_timeout_s"),
+            *(
+                "address",
+                "num_cpus",
+                "cpus_per_worker",
+                "use_gpu",
+                "object_store_memory_bytes",
+                "max_failures",
+                "collective_timeout_s",
+            ),
             *("stages", "attempts", "upload_code", "python"),
-            *("ingest_workers", "clip_workers", "embed_workers", "prior_workers", "decoder_workers", "upsampler_workers"),
+            *(
+                "ingest_workers",
+                "clip_workers",
+                "embed_workers",
+                "prior_workers",
+                "decoder_workers",
+                "upsampler_workers",
+            ),
         }
     )
 
@@ -101,7 +116,12 @@ class Cluster:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -128,7 +148,9 @@ class Cluster:
         try:
             self._join(is_local)
         finally:
-            if before is None:  # a cluster that this process starts or joins later is none of loopback
+            if (
+                before is None
+            ):  # a cluster that this process starts or joins later is none of loopback
                 os.environ.pop(LOOPBACK_ALONE, None)
             else:
                 os.environ[LOOPBACK_ALONE] = before
@@ -142,16 +164,22 @@ class Cluster:
             _knock(self.config.address)
             ray.init(
                 address=self.config.address or "local",
-                num_cpus=(self.config.num_cpus or len(os.sched_getaffinity(0))) if is_local else None,
+                num_cpus=(self.config.num_cpus or len(os.sched_getaffinity(0)))
+                if is_local
+                else None,
                 object_store_memory=self.config.object_store_memory_bytes if is_local else None,
                 include_dashboard=False if is_local else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
         except Exception as error:
-            where = "start Ray on this machine" if is_local else f"reach Ray at {self.config.address}"
+            where = (
+                "start Ray on this machine" if is_local else f"reach Ray at {self.config.address}"
+            )
             detail = " ".join(str(error).split())[:300]
-            raise UnclipError(f"cannot {where}: {detail}; check the section [cluster] and RAY_AUTH_MODE") from error
+            raise UnclipError(
+                f"cannot {where}: {detail}; check the section [cluster] and RAY_AUTH_MODE"
+            ) from error
         self.is_ours = True
 
     def stop(self) -> None:
@@ -167,7 +195,11 @@ Made = TypeVar("Made")
 
 
 def spread(
-    config: ClusterConfig, function: Callable[..., Made], arguments: Iterable[tuple[Any, ...]], gpus: int = 0, at_once: int | None = None
+    config: ClusterConfig,
+    function: Callable[..., Made],
+    arguments: Iterable[tuple[Any, ...]],
+    gpus: int = 0,
+    at_once: int | None = None,
 ) -> Iterator[list[Made]]:
     """Call `function` with each of the arguments as a task on the running Ray; yield what has ended every second, none twice.
 

@@ -16,7 +16,14 @@ def held_bytes() -> int:
     """Return how much memory this process holds itself now, in bytes."""
     if not STATUS.exists():
         return 0
-    return next((int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith("RssAnon")), 0)
+    return next(
+        (
+            int(line.split()[1]) * 1024
+            for line in STATUS.read_text().splitlines()
+            if line.startswith("RssAnon")
+        ),
+        0,
+    )
 
 
 class PeakMemory:
@@ -32,7 +39,12 @@ class PeakMemory:
         self._watcher.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._over.set()
         self._watcher.join()
 

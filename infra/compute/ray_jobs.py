@@ -51,13 +51,24 @@ class JobServer:
     def __init__(self, address: str, silence_limit_s: float = 300) -> None:
         """Keep asking for `silence_limit_s` where the server does not answer."""
         if not address.startswith(("http://", "https://")):
-            raise CallerError(f"--address {address}: must be the address of Ray's job server, such as http://head:8265")
+            raise CallerError(
+                f"--address {address}: must be the address of Ray's job server, such as http://head:8265"
+            )
         if "@" in address:
-            raise CallerError("--address must not hold credentials, Prefect and logs show it: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN")
+            raise CallerError(
+                "--address must not hold credentials, Prefect and logs show it: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            )
         self.address, self.silence_limit_s = address, silence_limit_s
         self.client: Any = None
 
-    def run(self, job: Job, claimed: int, claim: Callable[[int], int], is_done: Callable[[], bool], show: Callable[[str], None]) -> None:
+    def run(
+        self,
+        job: Job,
+        claimed: int,
+        claim: Callable[[int], int],
+        is_done: Callable[[], bool],
+        show: Callable[[str], None],
+    ) -> None:
         """Have the job done: join the attempt `claimed` (0 for none) if it runs, else claim and submit attempts until one succeeds.
 
         `claim(n)` must keep n where a returning driver finds it, unless a later attempt is kept there, and return the one that is kept
@@ -75,7 +86,9 @@ class JobServer:
             if is_done():  # by this attempt, or by another driver's
                 return
             if state == "STOPPED":
-                raise UnclipError(f"{job_id(job, number)} was stopped by someone else; the same command goes on from here")
+                raise UnclipError(
+                    f"{job_id(job, number)} was stopped by someone else; the same command goes on from here"
+                )
             why = said or f"it ended as {state or 'unknown to a new cluster'}"
             code = self._exit_code(job, number)
             if code == AWAY_EXIT:
@@ -115,8 +128,12 @@ class JobServer:
         waits_since_s: float | None = time.monotonic()
         try:
             while True:
-                if reader is None or not reader.is_alive():  # none yet, or cut: it reads again and shows only what is new
-                    reader = threading.Thread(target=tail.read, args=(self._client(), job_id(job, number)), daemon=True)
+                if (
+                    reader is None or not reader.is_alive()
+                ):  # none yet, or cut: it reads again and shows only what is new
+                    reader = threading.Thread(
+                        target=tail.read, args=(self._client(), job_id(job, number)), daemon=True
+                    )
                     reader.start()
                 state = self.status(job, number)
                 if state not in RUNNING:
@@ -156,7 +173,9 @@ class JobServer:
 
     def _exit_code(self, job: Job, number: int) -> int | None:
         try:
-            code: int | None = self._patiently(lambda: self._client().get_job_info(job_id(job, number)).driver_exit_code)
+            code: int | None = self._patiently(
+                lambda: self._client().get_job_info(job_id(job, number)).driver_exit_code
+            )
             return code
         except RuntimeError:
             return None

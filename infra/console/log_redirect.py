@@ -134,7 +134,9 @@ def noting_interrupts() -> Iterator[None]:
         signal.default_int_handler(number, frame)
 
     INTERRUPTED.clear()
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a shell's background job has it ignored
+    if (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):  # a shell's background job has it ignored
         yield
         return
     signal.signal(signal.SIGINT, note)

@@ -35,7 +35,9 @@ class Progress:
     not claim the speed of work done before. `note` is a short text behind the figures (a loss, say).
     """
 
-    def __init__(self, label: str, total: int | None, unit: str = "images", stream: TextIO | None = None) -> None:
+    def __init__(
+        self, label: str, total: int | None, unit: str = "images", stream: TextIO | None = None
+    ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.stream = stream or sys.stderr
         self.is_terminal = self.stream.isatty()
@@ -46,7 +48,12 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             self._show("", last=True)
         elif self.is_terminal:
@@ -65,7 +72,11 @@ class Progress:
         now = time.monotonic()
         elapsed = max(now - self.started_s, 1e-9)
         rate = (self.done - (self.first or 0)) / elapsed
-        parts = [f"{self.label:<10}", f"{self.done:,}/{self.total:,}" if self.total else f"{self.done:,}", self.unit]
+        parts = [
+            f"{self.label:<10}",
+            f"{self.done:,}/{self.total:,}" if self.total else f"{self.done:,}",
+            self.unit,
+        ]
         if self.total:
             parts.append(f"{self.done / self.total:4.0%}")
         if rate > 0:
@@ -86,7 +97,9 @@ class Progress:
 
 
 @contextmanager
-def transfer(label: str, total_bytes: int, stream: TextIO | None = None) -> Iterator[Callable[[int], None]]:
+def transfer(
+    label: str, total_bytes: int, stream: TextIO | None = None
+) -> Iterator[Callable[[int], None]]:
     """Show how far a large transfer is while the block runs; yields what is told of every few bytes that have gone, from any thread."""
     if total_bytes < SHOWN_BYTES:
         yield lambda _: None

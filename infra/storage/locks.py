@@ -84,7 +84,14 @@ def write_holder(file: TextIO) -> None:
     """Write into a lock file which process of which host holds it, and since when."""
     file.seek(0)
     file.truncate()
-    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
+    json.dump(
+        {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        },
+        file,
+    )
     file.flush()
 
 
@@ -95,7 +102,12 @@ def writer_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[N
     with _threads_guard:
         in_process = _threads.setdefault(path.resolve(), threading.Lock())
     with in_process, path.open("a+") as file:
-        _take(lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB), path, f"{what} is being made by", say)
+        _take(
+            lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB),
+            path,
+            f"{what} is being made by",
+            say,
+        )
         write_holder(file)
         try:
             yield

@@ -31,7 +31,19 @@ from infra.storage.store import Root
 from infra.storage.temporary_folders import FOLDER, REPLACED, is_dead, writing_folder
 
 MANIFEST = "manifest.json"
-PACKAGES = ("unclip", "torch", "ray", "prefect", "img2dataset", "faiss-cpu", "pyarrow", "numpy", "tokenizers", "safetensors", "pydantic")
+PACKAGES = (
+    "unclip",
+    "torch",
+    "ray",
+    "prefect",
+    "img2dataset",
+    "faiss-cpu",
+    "pyarrow",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "pydantic",
+)
 UPLOAD_THREADS = 8
 DOWNLOAD_TRIES = 3
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -81,7 +93,11 @@ class Committed:
         whole = downloads(self.root, self.stage) / f"{self.key}-{self.digest[:8]}"
         if self.root.folder or whole.is_dir():
             return sorted(self.local().glob(pattern))
-        chosen = [file for file in self.manifest["files"] if PurePosixPath(f"/{file['path']}").match(f"/{pattern}")]
+        chosen = [
+            file
+            for file in self.manifest["files"]
+            if PurePosixPath(f"/{file['path']}").match(f"/{pattern}")
+        ]
         kept = whole.with_name(f"{whole.name}-{hashlib.sha256(pattern.encode()).hexdigest()[:8]}")
         if not kept.is_dir():
             self._keep(kept, chosen)
@@ -89,7 +105,10 @@ class Committed:
 
     def _keep(self, kept: Path, files: list[dict[str, Any]]) -> None:
         """Download files of this folder into `kept`, which appears when it is whole."""
-        with store.one_line_errors(kept), writing_folder(self.root.scratch, f"download-{self.stage}-{kept.name}") as folder:
+        with (
+            store.one_line_errors(kept),
+            writing_folder(self.root.scratch, f"download-{self.stage}-{kept.name}") as folder,
+        ):
             self._download(folder, files)
             kept.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -100,10 +119,19 @@ class Committed:
 
     def _download(self, folder: Path, files: list[dict[str, Any]]) -> None:
         total = sum(file["bytes"] for file in files)
-        with transfer(f"{self.stage} down", total) as tell, ThreadPoolExecutor(UPLOAD_THREADS) as pool:
-            broken = [wrong for wrong in pool.map(lambda file: self._download_one(file, folder, tell), files) if wrong]
+        with (
+            transfer(f"{self.stage} down", total) as tell,
+            ThreadPoolExecutor(UPLOAD_THREADS) as pool,
+        ):
+            broken = [
+                wrong
+                for wrong in pool.map(lambda file: self._download_one(file, folder, tell), files)
+                if wrong
+            ]
         if broken:
-            raise DataError(f"{self.uri}: {broken[0]}; run again to download it again, or remove the folder to make it again")
+            raise DataError(
+                f"{self.uri}: {broken[0]}; run again to download it again, or remove the folder to make it again"
+            )
         (folder / MANIFEST).write_bytes(store.json_bytes(self.manifest))
 
     def _download_one(self, file: dict[str, Any], folder: Path, tell: Callable[[int], None]) -> str:
@@ -137,7 +165,9 @@ def forget_downloads(root: Root) -> None:
             shutil.rmtree(kept, ignore_errors=True)
 
 
-def content_key(stage: str, version: int, sections: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+def content_key(
+    stage: str, version: int, sections: Mapping[str, Any], inputs: Mapping[str, str]
+) -> str:
     """Return 16 hex digits that name what a stage makes: a hash of its name, code version, config sections and the keys of its inputs."""
     what = {"stage": stage, "version": version, "sections": dict(sections), "inputs": dict(inputs)}
     return hashlib.sha256(store.json_bytes(what)).hexdigest()[:16]
@@ -152,7 +182,9 @@ def find(root: Root, stage: str, key: str) -> Committed | None:
 def newest(root: Root, stage: str) -> Committed | None:
     """Return the folder of a stage that was committed last, under whatever key, or None."""
     found = (find(root, stage, key) for key in store.list_names(root, stage))
-    return max((each for each in found if each), key=lambda each: each.manifest["finished"], default=None)
+    return max(
+        (each for each in found if each), key=lambda each: each.manifest["finished"], default=None
+    )
 
 
 def damage(committed: Committed) -> str:
@@ -181,7 +213,9 @@ def verify(committed: Committed) -> list[str]:
 def _is_stored(committed: Committed, file: dict[str, Any]) -> bool:
     """Read a file from a store and say whether it is what the manifest says; a byte that only the network turned gets another try."""
     name = f"{committed.path}/{file['path']}"
-    return any(store.sha256_of(committed.root, name) == file["sha256"] for _ in range(DOWNLOAD_TRIES))
+    return any(
+        store.sha256_of(committed.root, name) == file["sha256"] for _ in range(DOWNLOAD_TRIES)
+    )
 
 
 def _differences(folder: Path, files: list[dict[str, Any]]) -> list[str]:
@@ -219,7 +253,14 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-def commit(root: Root, stage: str, key: str, out: Path, facts: Mapping[str, Any], replaces: str | None = None) -> Committed:
+def commit(
+    root: Root,
+    stage: str,
+    key: str,
+    out: Path,
+    facts: Mapping[str, Any],
+    replaces: str | None = None,
+) -> Committed:
     """Make the files in `out` the committed folder of `stage` and `key`, and return it.
 
     `facts` are the manifest's own part (config, input keys, counts, times). Where a folder of that key is committed already it stays and
@@ -227,7 +268,11 @@ def commit(root: Root, stage: str, key: str, out: Path, facts: Mapping[str, Any]
     """
     with store.one_line_errors(out):
         files = [
-            {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            {
+                "path": str(path.relative_to(out)),
+                "bytes": path.stat().st_size,
+                "sha256": file_sha256(path),
+            }
             for path in sorted(out.rglob("*"))
             if path.is_file()
         ]
@@ -252,7 +297,13 @@ def commit(root: Root, stage: str, key: str, out: Path, facts: Mapping[str, Any]
 
 
 def _commit_by_rename(
-    root: Root, folder: Path, stage: str, key: str, out: Path, manifest: dict[str, Any], replaces: str | None
+    root: Root,
+    folder: Path,
+    stage: str,
+    key: str,
+    out: Path,
+    manifest: dict[str, Any],
+    replaces: str | None,
 ) -> Committed:
     target = folder / stage / key
     with store.one_line_errors(target):
@@ -265,7 +316,10 @@ def _commit_by_rename(
                 return existing
             if _exchange(out, target):
                 before = _attempt_in(out)
-                if before not in (None, replaces):  # another machine's repair was first, and what it made stays
+                if before not in (
+                    None,
+                    replaces,
+                ):  # another machine's repair was first, and what it made stays
                     _exchange(out, target)
                 sync(target.parent)
                 return Committed(root, stage, key, _manifest_in(target))
@@ -297,7 +351,11 @@ def _exchange(left: Path, right: Path) -> bool:
 
 def interrupted(root: Root) -> list[tuple[str, str]]:
     """Return stage and key of folders that a killed writer had moved away, on a system that cannot exchange, before it put the new one."""
-    left = [_manifest_in(folder) for folder in (root.scratch / FOLDER).glob(f"*{REPLACED}") if (folder / MANIFEST).is_file()]
+    left = [
+        _manifest_in(folder)
+        for folder in (root.scratch / FOLDER).glob(f"*{REPLACED}")
+        if (folder / MANIFEST).is_file()
+    ]
     return sorted({(each["stage"], each["key"]) for each in left})
 
 
@@ -305,7 +363,11 @@ def recover(root: Root, stage: str, key: str) -> None:
     """Put a folder back that a killed writer had moved away; where another is in its place by now, remove it. Call it under its lock."""
     for left in sorted((root.scratch / FOLDER).glob(f"{stage}-{key}*{REPLACED}")):
         with store.one_line_errors(left):
-            if root.folder and (left / MANIFEST).is_file() and not (root.folder / stage / key).exists():
+            if (
+                root.folder
+                and (left / MANIFEST).is_file()
+                and not (root.folder / stage / key).exists()
+            ):
                 left.rename(root.folder / stage / key)
             elif is_dead(left):  # not of another machine, which is about to remove it itself
                 shutil.rmtree(left)
@@ -319,20 +381,31 @@ def _attempt_in(folder: Path) -> str | None:
     return str(_manifest_in(folder)["attempt"]) if (folder / MANIFEST).is_file() else None
 
 
-def _commit_by_put(root: Root, stage: str, key: str, out: Path, manifest: dict[str, Any], replaces: str | None) -> Committed:
+def _commit_by_put(
+    root: Root, stage: str, key: str, out: Path, manifest: dict[str, Any], replaces: str | None
+) -> Committed:
     attempt = manifest["prefix"]
     place, name = f"{stage}/{key}", f"{stage}/{key}/{MANIFEST}"
     sent = Committed(root, stage, key, manifest)
     try:
         total = sum(file["bytes"] for file in manifest["files"])
         with transfer(f"{stage} up", total) as tell, ThreadPoolExecutor(UPLOAD_THREADS) as pool:
-            list(pool.map(lambda f: store.upload(root, out / f["path"], f"{place}/{attempt}/{f['path']}", tell), manifest["files"]))
+            list(
+                pool.map(
+                    lambda f: store.upload(
+                        root, out / f["path"], f"{place}/{attempt}/{f['path']}", tell
+                    ),
+                    manifest["files"],
+                )
+            )
         wrong = damage(sent)
         existing = find(root, stage, key)
         if wrong and (existing is None or existing.manifest["attempt"] == replaces):
             raise DataError(f"{sent.uri}: {wrong} after the upload; run the same command again")
     except BaseException:
-        with suppress(StorageError):  # the store that has just failed; the next commit of this key clears what is left
+        with suppress(
+            StorageError
+        ):  # the store that has just failed; the next commit of this key clears what is left
             store.remove(root, f"{place}/{attempt}")
         raise
     # Before the manifest is there: who replaces it later is not in this list, and must not be cleared along with the attempts that were
@@ -341,12 +414,18 @@ def _commit_by_put(root: Root, stage: str, key: str, out: Path, manifest: dict[s
     manifest |= {"supersedes": others}  # for whoever clears them if we are killed before we have
 
     def put(old: bytes | None) -> bytes | None:
-        return store.json_bytes(manifest) if old is None or json.loads(old)["attempt"] == replaces else None
+        return (
+            store.json_bytes(manifest)
+            if old is None or json.loads(old)["attempt"] == replaces
+            else None
+        )
 
     store.change_bytes(root, name, put)
     first = find(root, stage, key)
     assert first, "a manifest was put, or one that refused it is there"
-    if first.manifest["attempt"] != attempt:  # not ours, and not ours either whose answer was lost on the way
+    if (
+        first.manifest["attempt"] != attempt
+    ):  # not ours, and not ours either whose answer was lost on the way
         store.remove(root, f"{place}/{attempt}")
         return first
     for other in others:

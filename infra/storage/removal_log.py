@@ -52,7 +52,11 @@ class Removals:
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Say whether a sample, a row of schema KEEP or a part of one, was taken down."""
-        return any(row.get(column) in getattr(self, name) for name, column in NAMES.items() if column in row)
+        return any(
+            row.get(column) in getattr(self, name)
+            for name, column in NAMES.items()
+            if column in row
+        )
 
     def mask(self, columns: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
         """Return which rows were taken down; `columns` are some of key, origin, url, sha256 and download, at least one."""
@@ -88,8 +92,12 @@ def entry_names(root: Root) -> list[str]:
 def read_entry(root: Root, name: str) -> dict[str, Any]:
     """Return the entry in a file of the log. Raises DataError as `read_entries` does."""
     entry = store.read_json(root, f"{FOLDER}/{name}")
-    if not isinstance(entry, dict) or any(not _is_texts(entry.get(each, None if each in REQUIRED else [])) for each in NAMES):
-        raise DataError(f"{root.uri}/{FOLDER}/{name} is no entry of the removal log: mend it, or remove the thing again and delete it")
+    if not isinstance(entry, dict) or any(
+        not _is_texts(entry.get(each, None if each in REQUIRED else [])) for each in NAMES
+    ):
+        raise DataError(
+            f"{root.uri}/{FOLDER}/{name} is no entry of the removal log: mend it, or remove the thing again and delete it"
+        )
     return entry
 
 
@@ -101,7 +109,9 @@ def read_removals(root: Root) -> Removals:
 def gather(entries: Iterable[Mapping[str, Any]]) -> Removals:
     """Return what some entries name together."""
     found = list(entries)
-    return Removals(*(frozenset(text for entry in found for text in entry.get(name, ())) for name in NAMES))
+    return Removals(
+        *(frozenset(text for entry in found for text in entry.get(name, ())) for name in NAMES)
+    )
 
 
 def _is_texts(value: Any) -> bool:

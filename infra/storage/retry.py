@@ -12,10 +12,29 @@ from typing import TypeVar
 TRIES = 6
 FIRST_PAUSE_S = 0.25
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError)
-NUMBERS = (errno.EBUSY, errno.EIO, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE, errno.ETIMEDOUT)
+NUMBERS = (
+    errno.EBUSY,
+    errno.EIO,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.EPIPE,
+    errno.ETIMEDOUT,
+)
 NAMES = (
-    *("FlexibleChecksumError", "HTTPClientError", "ResponseParserError", "ConnectionError", "ConnectionClosedError"),
-    *("EndpointConnectionError", "ReadTimeoutError", "ConnectTimeoutError", "ClientPayloadError", "ServerDisconnectedError"),
+    *(
+        "FlexibleChecksumError",
+        "HTTPClientError",
+        "ResponseParserError",
+        "ConnectionError",
+        "ConnectionClosedError",
+    ),
+    *(
+        "EndpointConnectionError",
+        "ReadTimeoutError",
+        "ConnectTimeoutError",
+        "ClientPayloadError",
+        "ServerDisconnectedError",
+    ),
 )
 WORDS = ("did not match what we received", "IncompleteBody", "RequestTimeout", "SlowDown")
 
@@ -38,6 +57,10 @@ def is_passing(error: BaseException) -> bool:
     """Say whether a failure may pass: one of the network, the store's load or a flipped byte, not of rights, names or space."""
     if isinstance(error, FINAL):
         return False
-    if isinstance(error, TimeoutError) or type(error).__name__ in NAMES or any(words in str(error) for words in WORDS):
+    if (
+        isinstance(error, TimeoutError)
+        or type(error).__name__ in NAMES
+        or any(words in str(error) for words in WORDS)
+    ):
         return True
     return isinstance(error, OSError) and error.errno in NUMBERS

@@ -60,9 +60,13 @@ def open_root(uri: str, scratch: Path | None = None, for_writing: bool = True) -
     Raises CallerError for an URL that cannot be a ROOT, StorageError for one that cannot be read or (`for_writing`) written.
     """
     try:
-        fs, path = url_to_fs(uri, **S3_OPTIONS) if uri.startswith(("s3://", "s3a://")) else url_to_fs(uri)
+        fs, path = (
+            url_to_fs(uri, **S3_OPTIONS) if uri.startswith(("s3://", "s3a://")) else url_to_fs(uri)
+        )
     except (ValueError, ImportError) as error:
-        raise CallerError(f"--root {uri}: {error}; give a folder or an URL such as s3://bucket/prefix") from None
+        raise CallerError(
+            f"--root {uri}: {error}; give a folder or an URL such as s3://bucket/prefix"
+        ) from None
     if isinstance(fs, LocalFileSystem):
         folder = Path(path).absolute()
         if folder.exists() and not folder.is_dir():
@@ -70,9 +74,13 @@ def open_root(uri: str, scratch: Path | None = None, for_writing: bool = True) -
         root = Root(str(folder), fs, str(folder), folder, scratch or folder / "work")
     else:
         if "@" in uri.partition("://")[2]:
-            raise CallerError("--root must not hold credentials: give them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)")
+            raise CallerError(
+                "--root must not hold credentials: give them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+            )
         if scratch is None:
-            raise CallerError(f"--root {uri}: a store that is not a local folder needs a scratch folder")
+            raise CallerError(
+                f"--root {uri}: a store that is not a local folder needs a scratch folder"
+            )
         root = Root(uri.rstrip("/"), fs, path.rstrip("/"), None, scratch)
     if for_writing:
         _probe(root)
@@ -138,7 +146,9 @@ def complaint(error: BaseException, where: str | Path) -> str | None:
             return f"cannot write {place}: {reason}; choose another --root or change its rights"
         seen = seen.__cause__ or seen.__context__
     module = type(error).__module__.partition(".")[0]
-    if module in ("botocore", "aiobotocore", "s3fs", "aiohttp", "fsspec") or (isinstance(error, OSError) and "://" in str(where)):
+    if module in ("botocore", "aiobotocore", "s3fs", "aiohttp", "fsspec") or (
+        isinstance(error, OSError) and "://" in str(where)
+    ):
         detail = " ".join(str(error).split()) or type(error).__name__
         return f"cannot use {where}: {detail}; check the URL, the credentials in the environment and the network"
     return None
@@ -177,14 +187,18 @@ def read_json(root: Root, name: str) -> Any | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StorageError(f"{uri_of(root, name)} is not JSON ({error}): remove it and run again") from None
+        raise StorageError(
+            f"{uri_of(root, name)} is not JSON ({error}): remove it and run again"
+        ) from None
 
 
 def sha256_of(root: Root, name: str) -> str:
     """Read a file piece by piece and return its SHA-256."""
 
     def read() -> str:
-        file: Any = (root.folder / name).open("rb") if root.folder else root.fs.open(join(root, name), "rb")
+        file: Any = (
+            (root.folder / name).open("rb") if root.folder else root.fs.open(join(root, name), "rb")
+        )
         digest = hashlib.sha256()
         with file:
             while piece := file.read(PIECE_BYTES):
@@ -251,7 +265,9 @@ def create_bytes(root: Root, name: str, data: bytes) -> None:
     raise FileExistsError(uri_of(root, name))
 
 
-def change_bytes(root: Root, name: str, change: Callable[[bytes | None], bytes | None]) -> bytes | None:
+def change_bytes(
+    root: Root, name: str, change: Callable[[bytes | None], bytes | None]
+) -> bytes | None:
     """Replace a file by what `change` makes of it and return what is there then; what another writer puts meanwhile is never overwritten.
 
     `change` gets None where there is no file, answers None to leave everything as it is, and may be asked again with what is there by
@@ -274,7 +290,9 @@ def change_bytes(root: Root, name: str, change: Callable[[bytes | None], bytes |
                 return old
             if _put_over(root, name, new, version):
                 return new
-    raise StorageError(f"{uri_of(root, name)} is written by others all the time: run the same command again")
+    raise StorageError(
+        f"{uri_of(root, name)} is written by others all the time: run the same command again"
+    )
 
 
 def _read_version(root: Root, name: str) -> tuple[str | None, bytes | None]:
@@ -316,7 +334,11 @@ def list_names(root: Root, name: str) -> list[str]:
     """Return the names directly below `name`, sorted, those that start with a dot left out; empty where there is nothing."""
     if root.folder:
         folder = root.folder / name
-        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")) if folder.is_dir() else []
+        return (
+            sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+            if folder.is_dir()
+            else []
+        )
     with one_line_errors(uri_of(root, name)):
         try:
             # Another writer may have changed the listing since this process last looked.
@@ -331,12 +353,19 @@ def file_sizes(root: Root, name: str) -> dict[str, int]:
     """Return the sizes in bytes of all files at any depth below `name`, by their names relative to it."""
     if root.folder:
         base = root.folder / name
-        return {str(path.relative_to(base)): path.stat().st_size for path in base.rglob("*") if path.is_file()}
+        return {
+            str(path.relative_to(base)): path.stat().st_size
+            for path in base.rglob("*")
+            if path.is_file()
+        }
     base_path = join(root, name).strip("/")
     with one_line_errors(uri_of(root, name)):
         root.fs.invalidate_cache()
         found = patiently(lambda: root.fs.find(join(root, name), detail=True))
-    return {str(path).strip("/")[len(base_path) + 1 :]: int(entry["size"]) for path, entry in found.items()}
+    return {
+        str(path).strip("/")[len(base_path) + 1 :]: int(entry["size"])
+        for path, entry in found.items()
+    }
 
 
 def last_put(root: Root, name: str) -> float:
@@ -345,7 +374,10 @@ def last_put(root: Root, name: str) -> float:
     with one_line_errors(uri_of(root, name)):
         root.fs.invalidate_cache()
         entries = patiently(lambda: root.fs.find(join(root, name), detail=True)).values()
-    return max((_seconds(entry.get("LastModified") or entry.get("created")) for entry in entries), default=time.time())
+    return max(
+        (_seconds(entry.get("LastModified") or entry.get("created")) for entry in entries),
+        default=time.time(),
+    )
 
 
 def _seconds(moment: Any) -> float:
@@ -369,7 +401,9 @@ class _Sent(Callback):
         self.relative_update(size_bytes - self.sent_bytes)
 
 
-def upload(root: Root, source: Path, name: str, tell: Callable[[int], None] = lambda _: None) -> None:
+def upload(
+    root: Root, source: Path, name: str, tell: Callable[[int], None] = lambda _: None
+) -> None:
     """Copy one local file into a store that is not local; `tell` hears of bytes as they go (negative where they go again)."""
 
     def put() -> None:
@@ -385,7 +419,9 @@ def upload(root: Root, source: Path, name: str, tell: Callable[[int], None] = la
         patiently(put)
 
 
-def download(root: Root, name: str, target: Path, tell: Callable[[int], None] = lambda _: None) -> None:
+def download(
+    root: Root, name: str, target: Path, tell: Callable[[int], None] = lambda _: None
+) -> None:
     """Copy one file of a store that is not local into a local file; `tell` as in `upload`."""
 
     def get() -> None:
@@ -425,9 +461,17 @@ def abort_uploads(root: Root, name: str) -> int:
     bucket, prefix, _ = root.fs.split_path(join(root, name))
     with one_line_errors(uri_of(root, name)):
         try:
-            left = [each for each in patiently(lambda: root.fs.list_multipart_uploads(bucket)) if each["Key"].startswith(f"{prefix}/")]
-        except PermissionError:  # a right of its own on S3; without it the bucket's lifecycle rule has to clear them
+            left = [
+                each
+                for each in patiently(lambda: root.fs.list_multipart_uploads(bucket))
+                if each["Key"].startswith(f"{prefix}/")
+            ]
+        except (
+            PermissionError
+        ):  # a right of its own on S3; without it the bucket's lifecycle rule has to clear them
             return 0
         for each in left:
-            root.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=each["Key"], UploadId=each["UploadId"])
+            root.fs.call_s3(
+                "abort_multipart_upload", Bucket=bucket, Key=each["Key"], UploadId=each["UploadId"]
+            )
     return len(left)

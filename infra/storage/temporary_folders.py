@@ -51,7 +51,11 @@ def writing_folder(scratch: Path, name: str) -> Iterator[Path]:
 def dead_folders(scratch: Path) -> list[Path]:
     """Return the folders that dead writers left, sorted; those that `recover` may have to put back included."""
     parent = scratch / FOLDER
-    return [folder for folder in sorted(parent.iterdir()) if folder.is_dir() and is_dead(folder)] if parent.is_dir() else []
+    return (
+        [folder for folder in sorted(parent.iterdir()) if folder.is_dir() and is_dead(folder)]
+        if parent.is_dir()
+        else []
+    )
 
 
 def remove_dead(scratch: Path) -> None:
@@ -87,7 +91,9 @@ def last_change(folder: Path) -> float:
 
 
 def _parts(folder: Path) -> Iterator[Path]:
-    return (each for each in (folder, folder.with_name(f"{folder.name}{REPLACED}")) if each.exists())
+    return (
+        each for each in (folder, folder.with_name(f"{folder.name}{REPLACED}")) if each.exists()
+    )
 
 
 def _lock_of(folder: Path) -> Path:

@@ -60,13 +60,19 @@ class Vectors:
 
     def sampled(self) -> Tensor:
         """Return the places of all rows, or of SAMPLED at equal distances where there are more, int64."""
-        return torch.arange(len(self)) if len(self) <= SAMPLED else torch.arange(SAMPLED) * len(self) // SAMPLED
+        return (
+            torch.arange(len(self))
+            if len(self) <= SAMPLED
+            else torch.arange(SAMPLED) * len(self) // SAMPLED
+        )
 
 
 def read(embed: Path, split: str, columns: Sequence[str] | None = None) -> tuple[pa.Table, Vectors]:
     """Return a split's metadata, of these columns or all, and its image embeddings row by row."""
     metadata = embed / "metadata"
-    in_split = pc.equal(read_table(metadata, columns=["split"])["split"], split).to_numpy(zero_copy_only=False)
+    in_split = pc.equal(read_table(metadata, columns=["split"])["split"], split).to_numpy(
+        zero_copy_only=False
+    )
     vectors = Vectors(sorted((embed / "img_emb").glob("*.npy")), np.flatnonzero(in_split))
     return read_table(metadata, split, columns), vectors
 
@@ -118,4 +124,6 @@ class Captions:
 
 def towards_first(chance: Tensor, share: float) -> Tensor:
     """Turn chances in [0, 1) for `Captions.draw` into such that `share` of them pick the first phrasing and the others any."""
-    return torch.where(chance < share, 0.0, (chance - share) / max(1 - share, 1e-9)).clamp_(max=1 - 2**-24)
+    return torch.where(chance < share, 0.0, (chance - share) / max(1 - share, 1e-9)).clamp_(
+        max=1 - 2**-24
+    )

@@ -42,18 +42,26 @@ KERNELS: dict[Interpolation, Image.Resampling] = {
 MEND = 'delete that ingest folder and run again, or set broken_pictures = "skip" in this stage\'s section'
 
 
-def read_table(path: Path, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(
+    path: Path, split: str | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
     """Read a keep list (a parquet file, or a folder of them in name order), one split of it and some of its columns if named."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     filters = None if split is None else [("split", "=", split)]
-    return pa.concat_tables([pq.read_table(file, columns=columns, filters=filters) for file in files])
+    return pa.concat_tables(
+        [pq.read_table(file, columns=columns, filters=filters) for file in files]
+    )
 
 
 def decode(data: bytes, side_px: int, name: str, look: Look = WHOLE) -> np.ndarray:
     """Decode a picture to an RGB square, uint8 (S, S, 3), as `as_square` says. Raises DataError."""
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None  # OpenCV raises on nothing
+    picture = (
+        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    )  # OpenCV raises on nothing
     if picture is None or picture.dtype != np.uint8:
-        raise DataError(f"{name} is not an 8-bit picture that can be read: give a PNG, JPEG or WebP file")
+        raise DataError(
+            f"{name} is not an 8-bit picture that can be read: give a PNG, JPEG or WebP file"
+        )
     return as_square(picture, side_px, look)
 
 
@@ -70,7 +78,9 @@ def as_square(picture: np.ndarray, side_px: int, look: Look = WHOLE) -> np.ndarr
     if height != width:
         top, left = max(width - height, 0) // 2, max(height - width, 0) // 2
         bottom, right = max(width - height, 0) - top, max(height - width, 0) - left
-        picture = cv2.copyMakeBorder(picture, top, bottom, left, right, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        picture = cv2.copyMakeBorder(
+            picture, top, bottom, left, right, cv2.BORDER_CONSTANT, value=(255, 255, 255)
+        )
     if picture.shape[0] != side_px:
         picture = cv2.resize(picture, (side_px, side_px), interpolation=cv2.INTER_AREA)
     return np.ascontiguousarray(picture[..., ::-1])
@@ -78,7 +88,9 @@ def as_square(picture: np.ndarray, side_px: int, look: Look = WHOLE) -> np.ndarr
 
 def _as_open_clip(picture: np.ndarray, side_px: int, look: Look) -> np.ndarray:
     """Make an RGB picture, uint8 (H, W, 3), a square by Pillow, whose resizing is what open_clip's transforms are made of."""
-    if look.resize == "shortest":  # of a very long one, which would be large at any side, only the middle is cropped anyway
+    if (
+        look.resize == "shortest"
+    ):  # of a very long one, which would be large at any side, only the middle is cropped anyway
         (height, width), most = picture.shape[:2], LONGEST * min(picture.shape[:2])
         top, left = max(height - most, 0) // 2, max(width - most, 0) // 2
         picture = picture[top : top + most, left : left + most]
@@ -106,19 +118,28 @@ def read_file(file: Path, side_px: int, look: Look = WHOLE) -> np.ndarray:
         if not file.is_file():
             raise CallerError(f"{file}: there is no such file")
         if file.stat().st_size > FILE_BYTES:
-            raise CallerError(f"{file} has {file.stat().st_size >> 20} MiB: give a picture of at most {FILE_BYTES >> 20} MiB")
+            raise CallerError(
+                f"{file} has {file.stat().st_size >> 20} MiB: give a picture of at most {FILE_BYTES >> 20} MiB"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows
             with Image.open(file, formats=FORMATS) as opened:
                 if opened.width * opened.height > FILE_PIXELS:
-                    raise CallerError(f"{file} is {opened.width} x {opened.height} pixels: give one of at most {FILE_PIXELS >> 20} million")
+                    raise CallerError(
+                        f"{file} is {opened.width} x {opened.height} pixels: give one of at most {FILE_PIXELS >> 20} million"
+                    )
                 if opened.mode in ("I", "F") or opened.mode.startswith("I;"):
                     raise CallerError(f"{file} has more than 8 bits a channel: save it with 8")
-                opened.thumbnail((FILE_SIDE_PX, FILE_SIDE_PX), Image.Resampling.BOX)  # a thin one made square would need its side squared
+                opened.thumbnail(
+                    (FILE_SIDE_PX, FILE_SIDE_PX), Image.Resampling.BOX
+                )  # a thin one made square would need its side squared
                 upright = ImageOps.exif_transpose(opened)
                 picture = Image.new("RGB", upright.size, "white")
                 picture.paste(
-                    upright.convert("RGB"), mask=upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+                    upright.convert("RGB"),
+                    mask=upright.convert("RGBA").getchannel("A")
+                    if upright.has_transparency_data
+                    else None,
                 )
     except CallerError:
         raise
@@ -133,8 +154,12 @@ def read_file(file: Path, side_px: int, look: Look = WHOLE) -> np.ndarray:
         struct.error,
         Image.DecompressionBombError,
     ) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__  # Pillow's messages hold the whole header
-        raise CallerError(f"{file} cannot be read as a picture ({reason}): give a PNG, JPEG or WebP file") from None
+        reason = (
+            getattr(error, "strerror", None) or type(error).__name__
+        )  # Pillow's messages hold the whole header
+        raise CallerError(
+            f"{file} cannot be read as a picture ({reason}): give a PNG, JPEG or WebP file"
+        ) from None
     return as_square(np.asarray(picture)[..., ::-1], side_px, look)
 
 
@@ -145,11 +170,19 @@ class Pictures:
     """
 
     def __init__(
-        self, table: pa.Table, shards: Path, side_px: int, look: Look = WHOLE, readers: int = READERS, cache_bytes: int | None = None
+        self,
+        table: pa.Table,
+        shards: Path,
+        side_px: int,
+        look: Look = WHOLE,
+        readers: int = READERS,
+        cache_bytes: int | None = None,
     ) -> None:
         self.shards, self.side_px, self.look = shards, side_px, look
         self.places = table.select(PLACE).combine_chunks()
-        in_order = pc.sort_indices(self.places, [("shard", "ascending"), ("offset", "ascending")]).to_numpy()
+        in_order = pc.sort_indices(
+            self.places, [("shard", "ascending"), ("offset", "ascending")]
+        ).to_numpy()
         self.rank = np.empty(len(in_order), np.int64)
         self.rank[in_order] = np.arange(len(in_order))
         self.readers = ThreadPoolExecutor(readers)
@@ -158,9 +191,13 @@ class Pictures:
         """For how long it was waited for pictures that had not been read yet."""
         self.cache: Tensor | None = None
         self.ahead: dict[int, Future[np.ndarray]] = {}
-        if len(self) * side_px * side_px * 3 <= (CACHE_BYTES if cache_bytes is None else cache_bytes):
+        if len(self) * side_px * side_px * 3 <= (
+            CACHE_BYTES if cache_bytes is None else cache_bytes
+        ):
             cache = torch.empty(len(self), side_px, side_px, 3, dtype=torch.uint8)
-            for row, picture in zip(in_order.tolist(), self.readers.map(self._read, in_order.tolist()), strict=True):
+            for row, picture in zip(
+                in_order.tolist(), self.readers.map(self._read, in_order.tolist()), strict=True
+            ):
                 cache[row] = torch.from_numpy(picture)
             self.cache = cache
 
@@ -194,16 +231,23 @@ class Pictures:
         return file
 
     def _read(self, row: int) -> np.ndarray:
-        place = {name: column[row].as_py() for name, column in zip(PLACE, self.places.columns, strict=True)}
+        place = {
+            name: column[row].as_py()
+            for name, column in zip(PLACE, self.places.columns, strict=True)
+        }
         name = f"{place['shard']}/{place['member']}"
         try:
             file = self._open(place["shard"])
             file.seek(place["offset"])
             data = file.read(place["size_bytes"])
         except FileNotFoundError:
-            raise DataError(f"shard {place['shard']} is missing from {self.shards}: {MEND}") from None
+            raise DataError(
+                f"shard {place['shard']} is missing from {self.shards}: {MEND}"
+            ) from None
         if len(data) < place["size_bytes"]:
-            raise DataError(f"shard {place['shard']} in {self.shards} ends before {place['member']} does: {MEND}")
+            raise DataError(
+                f"shard {place['shard']} in {self.shards} ends before {place['member']} does: {MEND}"
+            )
         if hashlib.sha256(data).hexdigest() != place["sha256"]:
             raise DataError(f"{name} is not what curate saw (SHA-256 differs): {MEND}")
         return decode(data, self.side_px, name, self.look)

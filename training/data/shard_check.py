@@ -39,12 +39,25 @@ def settle(table: pa.Table, shards: Path, on_broken: OnBroken, work: Path) -> di
         ends = np.cumsum(np.bincount(names.indices.to_numpy(), minlength=len(names.dictionary)))
         parts = zip(names.dictionary.to_pylist(), np.split(by_shard, ends[:-1]), strict=True)
         with ThreadPoolExecutor(READERS) as readers:
-            found = list(readers.map(lambda part: _broken(shards / part[0], table.take(part[1]), on_broken == "skip"), parts))
+            found = list(
+                readers.map(
+                    lambda part: _broken(
+                        shards / part[0], table.take(part[1]), on_broken == "skip"
+                    ),
+                    parts,
+                )
+            )
         left_out = {key: reason for part in found for key, reason in part.items()}
         if left_out and on_broken == "stop":
-            shard, first = next((shard, part) for shard, part in zip(names.dictionary.to_pylist(), found, strict=True) if part)
+            shard, first = next(
+                (shard, part)
+                for shard, part in zip(names.dictionary.to_pylist(), found, strict=True)
+                if part
+            )
             reason = next(iter(first.values())).removeprefix("shard_")
-            raise DataError(f"shard {shard} in {shards} is {reason} ({len(left_out)} of {table.num_rows} pictures are lost): {MEND}")
+            raise DataError(
+                f"shard {shard} in {shards} is {reason} ({len(left_out)} of {table.num_rows} pictures are lost): {MEND}"
+            )
         aside = work / f"{LEFT_OUT}.{os.getpid()}.tmp"
         aside.write_text(json.dumps(left_out))
         aside.replace(decided)

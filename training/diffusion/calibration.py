@@ -36,11 +36,15 @@ class Calibration:
 
     def faded(self, share: float) -> "Calibration":
         """Go this share of the way, 0 to 1, back to the denoiser alone: for samplers that add noise, which x_t then holds too."""
-        return Calibration(self.of_x_0.lerp(torch.ones_like(self.of_x_0), share), self.of_x_t * (1 - share))
+        return Calibration(
+            self.of_x_0.lerp(torch.ones_like(self.of_x_0), share), self.of_x_t * (1 - share)
+        )
 
 
 @torch.no_grad()
-def calibrate(denoise: Denoise, x_0: Tensor, schedule: Schedule, points: int = 32, generator: Noise = None) -> Calibration:
+def calibrate(
+    denoise: Denoise, x_0: Tensor, schedule: Schedule, points: int = 32, generator: Noise = None
+) -> Calibration:
     """Fit the blend on data x_0 (B, ...) at about `points` times; it is linear in log t between them."""
     times = probe_times(schedule.T, points)
     factors = np.empty((len(times), 2))
@@ -49,8 +53,13 @@ def calibrate(denoise: Denoise, x_0: Tensor, schedule: Schedule, points: int = 3
         x_t = schedule.q_sample(x_0, t_batch, noise_like(x_0, generator))
         predicted = split(denoise(x_t, t_batch))[0]
         both = torch.stack([predicted.flatten(), x_t.flatten()]).double().cpu().numpy()
-        factors[i] = np.linalg.lstsq(both @ both.T, both @ x_0.flatten().double().cpu().numpy(), rcond=1e-12)[0]
+        factors[i] = np.linalg.lstsq(
+            both @ both.T, both @ x_0.flatten().double().cpu().numpy(), rcond=1e-12
+        )[0]
     log_t = np.log(np.maximum(np.arange(schedule.T + 1), 1))
-    of_x_0, of_x_t = (torch.from_numpy(np.interp(log_t, times.log().numpy(), factors[:, column])) for column in (0, 1))
+    of_x_0, of_x_t = (
+        torch.from_numpy(np.interp(log_t, times.log().numpy(), factors[:, column]))
+        for column in (0, 1)
+    )
     of_x_0[0], of_x_t[0] = 0.0, 1.0
     return Calibration(of_x_0, of_x_t)

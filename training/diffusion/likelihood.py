@@ -29,18 +29,26 @@ from training.diffusion.variance import Variance, log_variance_bounds
 LAMBDA_VLB = 0.001  # Nichol & Dhariwal 2021, eq. 16
 
 
-def gaussian_kl(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Tensor:
+def gaussian_kl(
+    mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor
+) -> Tensor:
     """KL(q || p) of two Gaussians in nats, elementwise."""
     shift = (mean_q - mean_p) ** 2 * torch.exp(-log_variance_p)
-    return 0.5 * (log_variance_p - log_variance_q + torch.exp(log_variance_q - log_variance_p) + shift - 1)
+    return 0.5 * (
+        log_variance_p - log_variance_q + torch.exp(log_variance_q - log_variance_p) + shift - 1
+    )
 
 
 def gaussian_log_density(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """log N(x; mean, variance) in nats, elementwise."""
-    return -0.5 * (math.log(2 * math.pi) + log_variance + (x - mean) ** 2 * torch.exp(-log_variance))
+    return -0.5 * (
+        math.log(2 * math.pi) + log_variance + (x - mean) ** 2 * torch.exp(-log_variance)
+    )
 
 
-def discretised_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor, levels: int = 256) -> Tensor:
+def discretised_log_likelihood(
+    x_0: Tensor, mean: Tensor, log_variance: Tensor, levels: int = 256
+) -> Tensor:
     """Log of the Gaussian's mass on x_0's own level, the outermost levels reaching to infinity (Ho et al. 2020, eq. 13), elementwise."""
     half = 1 / (levels - 1)
     precision = torch.exp(-0.5 * log_variance)
@@ -48,19 +56,31 @@ def discretised_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor, 
     above = torch.where(x_0 > 1 - half, math.inf, above)
     below = torch.where(x_0 < half - 1, -math.inf, below)
     is_right = below + above > 0  # mirror to the left tail, where log Phi keeps its digits
-    upper, lower = log_ndtr(torch.where(is_right, -below, above)), log_ndtr(torch.where(is_right, -above, below))
+    upper, lower = (
+        log_ndtr(torch.where(is_right, -below, above)),
+        log_ndtr(torch.where(is_right, -above, below)),
+    )
     return upper + torch.log(-torch.expm1(lower - upper))
 
 
 def prior_term(schedule: Schedule, x_0: Tensor) -> Tensor:
     """L_T = KL(q(x_T | x_0) || N(0, I)) in bits/dim, (B,): what is left of the data at t = T."""
-    mean, log_variance = schedule.sqrt_alpha_bar[-1].to(x_0) * x_0, (1 - schedule.alpha_bar[-1]).log().to(x_0)
+    mean, log_variance = (
+        schedule.sqrt_alpha_bar[-1].to(x_0) * x_0,
+        (1 - schedule.alpha_bar[-1]).log().to(x_0),
+    )
     zero = torch.zeros((), dtype=x_0.dtype, device=x_0.device)
     return _bits_per_dim(gaussian_kl(mean, log_variance, zero, zero))
 
 
 def vlb_term(
-    schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor, predicted_x_0: Tensor, log_variance: Tensor, levels: int | None = 256
+    schedule: Schedule,
+    x_0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    predicted_x_0: Tensor,
+    log_variance: Tensor,
+    levels: int | None = 256,
 ) -> Tensor:
     """L_{t-1} in bits/dim, (B,): KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and -log p(x_0 | x_1) where t = 1 (Ho et al. 2020, eq. 5).
 
@@ -69,7 +89,9 @@ def vlb_term(
     mean_q, variance_q = posterior(schedule, x_0, x_t, t)
     mean_p, _ = posterior(schedule, predicted_x_0, x_t, t)
     is_last = t == 1
-    safe = torch.where(is_last.view(variance_q.shape), 1.0, variance_q)  # q has no variance there; the decoder's term replaces it
+    safe = torch.where(
+        is_last.view(variance_q.shape), 1.0, variance_q
+    )  # q has no variance there; the decoder's term replaces it
     terms = _bits_per_dim(gaussian_kl(mean_q, safe.log(), mean_p, log_variance))
     if is_last.any():
         mean, log_variance = mean_p[is_last], log_variance.expand_as(x_0)[is_last]
@@ -97,12 +119,19 @@ def hybrid_loss(
     L_vlb, estimated as T times the drawn term, teaches the variance alone: no gradient flows from it to `prediction`.
     """
     prediction, fraction = prediction.float(), fraction.float()
-    simple = simple_loss(prediction, training_target(schedule, x_0, eps, t, parametrisation), weight)
+    simple = simple_loss(
+        prediction, training_target(schedule, x_0, eps, t, parametrisation), weight
+    )
     x_t = schedule.q_sample(x_0, t, eps)
     with torch.no_grad():
         predicted_x_0 = to_x_0(schedule, x_t, t, prediction, parametrisation)
     log_variance = _log_variance(schedule, "learned", None, t, x_t, fraction)
-    return simple + LAMBDA_VLB * schedule.T * vlb_term(schedule, x_0, x_t, t, predicted_x_0, log_variance, levels).mean()
+    return (
+        simple
+        + LAMBDA_VLB
+        * schedule.T
+        * vlb_term(schedule, x_0, x_t, t, predicted_x_0, log_variance, levels).mean()
+    )
 
 
 @torch.no_grad()
@@ -132,12 +161,20 @@ def bits_per_dim(
             )
         own = generators((seed + seen + i for i in range(len(x_0))), Stream.LIKELIHOOD)
 
-        def term(t: Tensor, x_0: Tensor = x_0, denoise: Denoise = denoise, own: Noise = own, seen: int = seen) -> Tensor:
+        def term(
+            t: Tensor,
+            x_0: Tensor = x_0,
+            denoise: Denoise = denoise,
+            own: Noise = own,
+            seen: int = seen,
+        ) -> Tensor:
             t = t.to(x_0.device)
             x_t = schedule.q_sample(x_0, t, noise_like(x_0, own))
             predicted_x_0, fraction = split(denoise(x_t, t))
             log_variance = _log_variance(schedule, variance, x_0_error, t, x_t, fraction)
-            bits = vlb_term(schedule, x_0, x_t, t, predicted_x_0, log_variance, levels).double().cpu()
+            bits = (
+                vlb_term(schedule, x_0, x_t, t, predicted_x_0, log_variance, levels).double().cpu()
+            )
             if not bits.isfinite().all():
                 bad = int((~bits.isfinite()).nonzero()[0])
                 raise DataError(
@@ -145,7 +182,9 @@ def bits_per_dim(
                 )
             return bits
 
-        times = torch.stack([start + (torch.rand(len(start), generator=each) * length).long() for each in own])  # (B, draws)
+        times = torch.stack(
+            [start + (torch.rand(len(start), generator=each) * length).long() for each in own]
+        )  # (B, draws)
         diffusion = torch.zeros(len(x_0), dtype=torch.float64)
         for t, terms in zip(times.unbind(1), length.tolist(), strict=True):
             diffusion += term(t) * terms
@@ -171,19 +210,32 @@ def bits_per_dim(
 def _stretches(T: int, count: int) -> tuple[Tensor, Tensor]:
     """Cut 2..T into at most `count` stretches equal in log t, at least one time in each: their starts and lengths, int64 (count,)."""
     count = min(count, T - 1)
-    edges = torch.logspace(math.log10(2), math.log10(T + 1), count + 1, dtype=torch.float64).round().long()
+    edges = (
+        torch.logspace(math.log10(2), math.log10(T + 1), count + 1, dtype=torch.float64)
+        .round()
+        .long()
+    )
     edges = torch.maximum(edges, 2 + torch.arange(count + 1))
     return edges[:-1], edges.diff()
 
 
 def _log_variance(
-    schedule: Schedule, variance: Variance, x_0_error: Tensor | None, t: Tensor, x_t: Tensor, fraction: Tensor | None
+    schedule: Schedule,
+    variance: Variance,
+    x_0_error: Tensor | None,
+    t: Tensor,
+    x_t: Tensor,
+    fraction: Tensor | None,
 ) -> Tensor:
-    lower, upper = (at(bound, t - 1, x_t) for bound in log_variance_bounds(schedule, variance, x_0_error))
+    lower, upper = (
+        at(bound, t - 1, x_t) for bound in log_variance_bounds(schedule, variance, x_0_error)
+    )
     if variance != "learned":
         return lower
     if fraction is None:
-        raise ValueError("variance = 'learned', but the network gave no fraction: return (x_0, fraction)")
+        raise ValueError(
+            "variance = 'learned', but the network gave no fraction: return (x_0, fraction)"
+        )
     return lower + (upper - lower) * fraction
 
 

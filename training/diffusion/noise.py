@@ -35,16 +35,25 @@ def generators(seeds: Iterable[int], stream: int = 0) -> list[torch.Generator]:
     torch's CPU generator looks at 32 bits of a seed alone, so the stream takes the upper three: streams never meet, and within one
     2^29 seeds are told apart.
     """
-    return [torch.Generator().manual_seed(seed % 2**SEED_BITS + (stream << SEED_BITS)) for seed in seeds]
+    return [
+        torch.Generator().manual_seed(seed % 2**SEED_BITS + (stream << SEED_BITS)) for seed in seeds
+    ]
 
 
-def noise(shape: Sequence[int], generator: Noise = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+def noise(
+    shape: Sequence[int],
+    generator: Noise = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Draw eps ~ N(0, I) of shape (B, ...); with one generator a sample there must be B of them, each advanced by its sample's size."""
     if generator is None or isinstance(generator, torch.Generator):
         where = generator.device if generator is not None else device
         return torch.randn(*shape, generator=generator, device=where).to(device, dtype)
     if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}: give one a sample")
+        raise ValueError(
+            f"{len(generator)} generators for a batch of {shape[0]}: give one a sample"
+        )
     eps = torch.empty(*shape)
     for sample, own in zip(eps, generator, strict=True):
         sample.normal_(generator=own)

@@ -45,7 +45,9 @@ class Schedule:
                 f"alpha_bar is {alpha_bar.dtype} {tuple(alpha_bar.shape)}: give a float64 vector of T + 1 values, T at least 1"
             )
         if alpha_bar[0] != 1:
-            raise ValueError(f"alpha_bar[0] = {alpha_bar[0]:.6g}: t = 0 is the data, put an exact 1 in front")
+            raise ValueError(
+                f"alpha_bar[0] = {alpha_bar[0]:.6g}: t = 0 is the data, put an exact 1 in front"
+            )
         bad = ~((alpha_bar[1:] > 0) & (alpha_bar[1:] < alpha_bar[:-1]))  # also true for NaN
         if bad.any():
             t = int(bad.nonzero()[0]) + 1
@@ -63,12 +65,23 @@ class Schedule:
     def linear(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Self:
         """Ho et al. 2020: beta from 1e-4 to 0.02 over T = 1000; for another T the betas scale with 1000 / T, so that the path stays."""
         scale = T_OF_DDPM / _positive(T)
-        return cls.from_betas(torch.linspace(scale * beta_1, scale * beta_T, T, dtype=torch.float64).clamp(max=BETA_MAX))
+        return cls.from_betas(
+            torch.linspace(scale * beta_1, scale * beta_T, T, dtype=torch.float64).clamp(
+                max=BETA_MAX
+            )
+        )
 
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008) -> Self:
         """Nichol & Dhariwal 2021, eq. 17: alpha_bar = f(t) / f(0), f = cos^2, each beta clipped at 0.999."""
-        f = torch.cos((torch.linspace(0, 1, _positive(T) + 1, dtype=torch.float64) + s) / (1 + s) * (math.pi / 2)) ** 2
+        f = (
+            torch.cos(
+                (torch.linspace(0, 1, _positive(T) + 1, dtype=torch.float64) + s)
+                / (1 + s)
+                * (math.pi / 2)
+            )
+            ** 2
+        )
         return cls.from_betas((1 - f[1:] / f[:-1]).clamp(max=BETA_MAX))
 
     @classmethod
@@ -78,14 +91,18 @@ class Schedule:
         A rate near 1 is a map in one step, a low one is slow to sample: T = ln(end) / ln(1 - rate), rounded up.
         """
         if not (0 < rate < 1 and 0 < end < 1):
-            raise ValueError(f"diffusion rate = {rate:g}, end = {end:g}: both must lie between 0 and 1")
+            raise ValueError(
+                f"diffusion rate = {rate:g}, end = {end:g}: both must lie between 0 and 1"
+            )
         T = max(1, math.ceil(math.log(end) / math.log1p(-rate) - 1e-9))
         return cls.from_betas(torch.full((T,), rate, dtype=torch.float64))
 
     def shifted(self, factor: float) -> "Schedule":
         """Multiply SNR by factor^2 at every t (Hoogeboom et al. 2023, eq. 5): factor = 64 / side_px adds noise for larger images."""
         if not factor > 0:
-            raise ValueError(f"shift = {factor:g}: it multiplies a noise level, give a positive number")
+            raise ValueError(
+                f"shift = {factor:g}: it multiplies a noise level, give a positive number"
+            )
         log_snr = self.log_snr[1:] + 2 * math.log(factor)
         return Schedule(torch.cat([torch.ones(1, dtype=torch.float64), torch.sigmoid(log_snr)]))
 
@@ -113,7 +130,9 @@ class Schedule:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4); t = 0 gives x_0 itself."""
         _check(x_0, t, eps)
         check_t(t, self.T, lowest=0)
-        return (at(self.sqrt_alpha_bar, t, x_0) * x_0).addcmul_(at(self.sqrt_one_minus_alpha_bar, t, x_0), eps)
+        return (at(self.sqrt_alpha_bar, t, x_0) * x_0).addcmul_(
+            at(self.sqrt_one_minus_alpha_bar, t, x_0), eps
+        )
 
     def draw_t(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw t uniformly from 1..T, int64 (count,), on the CPU."""
@@ -129,7 +148,9 @@ def _positive(T: int) -> int:
 def _check(x: Tensor, t: Tensor, other: Tensor) -> None:
     if x.shape != other.shape or t.shape != x.shape[:1]:
         shapes = f"{tuple(x.shape)} and {tuple(other.shape)} with t {tuple(t.shape)}"
-        raise ValueError(f"shapes {shapes}: the first two must be equal, and t one integer a sample")
+        raise ValueError(
+            f"shapes {shapes}: the first two must be equal, and t one integer a sample"
+        )
 
 
 def check_t(t: Tensor, T: int, lowest: int = 1) -> None:
@@ -146,7 +167,9 @@ def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     return values.gather(0, t.to(like.device, torch.int64)).view(-1, *[1] * (like.ndim - 1))
 
 
-def posterior_coefficients(alpha_bar_t: Number, alpha_bar_s: Number) -> tuple[Number, Number, Number]:
+def posterior_coefficients(
+    alpha_bar_t: Number, alpha_bar_s: Number
+) -> tuple[Number, Number, Number]:
     """Factors of x_0 and x_t in the mean of q(x_s | x_t, x_0), and its variance, for any s < t (Ho et al. 2020, eq. 6-7)."""
     alpha = alpha_bar_t / alpha_bar_s
     of_x_0 = alpha_bar_s**0.5 * (1 - alpha) / (1 - alpha_bar_t)
@@ -169,10 +192,14 @@ def posterior_tables(schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
 
 def _known(parametrisation: str) -> None:
     if parametrisation not in PARAMETRISATIONS:
-        raise ValueError(f"parametrisation = {parametrisation!r}: choose one of {', '.join(PARAMETRISATIONS)}")
+        raise ValueError(
+            f"parametrisation = {parametrisation!r}: choose one of {', '.join(PARAMETRISATIONS)}"
+        )
 
 
-def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor, parametrisation: Parametrisation) -> Tensor:
+def training_target(
+    schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor, parametrisation: Parametrisation
+) -> Tensor:
     """What a network must predict: x_0, eps or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022)."""
     _known(parametrisation)
     _check(x_0, t, eps)
@@ -181,10 +208,14 @@ def training_target(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor, par
         return x_0
     if parametrisation == "eps":
         return eps
-    return (at(schedule.sqrt_alpha_bar, t, eps) * eps).addcmul_(at(schedule.sqrt_one_minus_alpha_bar, t, eps), x_0, value=-1)
+    return (at(schedule.sqrt_alpha_bar, t, eps) * eps).addcmul_(
+        at(schedule.sqrt_one_minus_alpha_bar, t, eps), x_0, value=-1
+    )
 
 
-def to_x_0(schedule: Schedule, x_t: Tensor, t: Tensor, prediction: Tensor, parametrisation: Parametrisation) -> Tensor:
+def to_x_0(
+    schedule: Schedule, x_t: Tensor, t: Tensor, prediction: Tensor, parametrisation: Parametrisation
+) -> Tensor:
     """Read x_0 out of a network's prediction; allocates one batch at most.
 
     From eps: (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar); from v: sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v.
@@ -194,7 +225,10 @@ def to_x_0(schedule: Schedule, x_t: Tensor, t: Tensor, prediction: Tensor, param
     check_t(t, schedule.T, lowest=0)
     if parametrisation == "x_0":
         return prediction
-    signal, noise = at(schedule.sqrt_alpha_bar, t, x_t), at(schedule.sqrt_one_minus_alpha_bar, t, x_t)
+    signal, noise = (
+        at(schedule.sqrt_alpha_bar, t, x_t),
+        at(schedule.sqrt_one_minus_alpha_bar, t, x_t),
+    )
     if parametrisation == "eps":
         return (x_t / signal).addcmul_(noise / signal, prediction, value=-1)
     return (signal * x_t).addcmul_(noise, prediction, value=-1)
@@ -204,12 +238,18 @@ def to_eps(schedule: Schedule, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
     """The noise that leads from x_0 to x_t: (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar), t at least 1."""
     _check(x_t, t, x_0)
     check_t(t, schedule.T)
-    signal, noise = at(schedule.sqrt_alpha_bar, t, x_t), at(schedule.sqrt_one_minus_alpha_bar, t, x_t)
+    signal, noise = (
+        at(schedule.sqrt_alpha_bar, t, x_t),
+        at(schedule.sqrt_one_minus_alpha_bar, t, x_t),
+    )
     return (x_t / noise).addcmul_(signal / noise, x_0, value=-1)
 
 
 def as_denoise(
-    network: Callable[[Tensor, Tensor], Prediction], schedule: Schedule, parametrisation: Parametrisation, clip: float | None = None
+    network: Callable[[Tensor, Tensor], Prediction],
+    schedule: Schedule,
+    parametrisation: Parametrisation,
+    clip: float | None = None,
 ) -> Denoise:
     """Turn `network(x_t, t) -> prediction` into `denoise(x_t, t) -> x_0`, clamped to [-clip, clip] where given.
 
@@ -235,7 +275,9 @@ def clipped(x_0: Tensor, limit: float, is_own: bool = True) -> Tensor:
     A sample that is not finite becomes NaN throughout: a clamp alone would pass an infinity off as a bright pixel, and looking for one
     here would make an accelerator wait; samplers look for NaN.
     """
-    lost = x_0.sum(tuple(range(1, x_0.ndim)), keepdim=True, dtype=torch.promote_types(x_0.dtype, torch.float32)).mul_(0)  # 0 or NaN
+    lost = x_0.sum(
+        tuple(range(1, x_0.ndim)), keepdim=True, dtype=torch.promote_types(x_0.dtype, torch.float32)
+    ).mul_(0)  # 0 or NaN
     return (x_0.clamp_(-limit, limit) if is_own else x_0.clamp(-limit, limit)).add_(lost)
 
 
@@ -244,7 +286,13 @@ def split(prediction: Prediction) -> tuple[Tensor, Tensor | None]:
     return prediction if isinstance(prediction, tuple) else (prediction, None)
 
 
-def snr_weight(schedule: Schedule, t: Tensor, ceiling: float = 5.0, floor: float = 0.0, parametrisation: Parametrisation = "eps") -> Tensor:
+def snr_weight(
+    schedule: Schedule,
+    t: Tensor,
+    ceiling: float = 5.0,
+    floor: float = 0.0,
+    parametrisation: Parametrisation = "eps",
+) -> Tensor:
     """Weight (B,) of a sample's squared error, so that every parametrisation has the x_0 loss clamp(SNR, floor, ceiling) |x_0 - x_0'|^2.
 
     The ceiling is min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, section 3.4): / SNR for eps, / (SNR + 1) for v. The floor is the
@@ -261,6 +309,8 @@ def snr_weight(schedule: Schedule, t: Tensor, ceiling: float = 5.0, floor: float
 def simple_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean squared error over the batch, float32 (Ho et al. 2020, eq. 14), each sample times its weight (B,) where given."""
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}: the shapes must be equal")
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}: the shapes must be equal"
+        )
     error = (prediction.float() - target.float()).square().flatten(1).mean(1)  # (B,)
     return (error if weight is None else weight * error).mean()

@@ -16,14 +16,30 @@ from torch import Tensor
 
 from infra.errors import DataError
 from training.diffusion.noise import Noise, noise_like
-from training.diffusion.process import Denoise, Prediction, Schedule, clipped, posterior_coefficients, split
-from training.diffusion.variance import Variance, analytic_variance, check_variance, large_variance, learned_deviation, small_variance
+from training.diffusion.process import (
+    Denoise,
+    Prediction,
+    Schedule,
+    clipped,
+    posterior_coefficients,
+    split,
+)
+from training.diffusion.variance import (
+    Variance,
+    analytic_variance,
+    check_variance,
+    large_variance,
+    learned_deviation,
+    small_variance,
+)
 
 Spacing = Literal["uniform", "log_snr"]
 Callback = Callable[[int, int, Tensor, Tensor], None]
 
 
-def timesteps(schedule: Schedule, steps: int, spacing: Spacing = "uniform", start: int | None = None) -> list[int]:
+def timesteps(
+    schedule: Schedule, steps: int, spacing: Spacing = "uniform", start: int | None = None
+) -> list[int]:
     """The times that a sampler visits: `start` (T unless given), then `steps` - 1 strictly falling ones, and 0.
 
     Equal distances in t, or in log SNR from the noisy end to t = 1; where rounding would repeat a time, the next free one is taken.
@@ -85,14 +101,20 @@ def ancestral(
             break
         if variance == "learned":
             if fraction is None:
-                raise ValueError(f"variance = 'learned', but the network gave no fraction at step {step} (t = {t}): return (x_0, fraction)")
-            x_t.addcmul_(learned_deviation(alpha_bar_t, alpha_bar_s, fraction), noise_like(x_t, generator))
+                raise ValueError(
+                    f"variance = 'learned', but the network gave no fraction at step {step} (t = {t}): return (x_0, fraction)"
+                )
+            x_t.addcmul_(
+                learned_deviation(alpha_bar_t, alpha_bar_s, fraction), noise_like(x_t, generator)
+            )
             continue
         if variance == "analytic":
             assert x_0_error is not None
             sigma_squared = analytic_variance(alpha_bar_t, alpha_bar_s, float(x_0_error[t]))
         else:
-            sigma_squared = (small_variance if variance == "small" else large_variance)(alpha_bar_t, alpha_bar_s)
+            sigma_squared = (small_variance if variance == "small" else large_variance)(
+                alpha_bar_t, alpha_bar_s
+            )
         x_t.add_(noise_like(x_t, generator), alpha=math.sqrt(sigma_squared))
     network.finish()
     return x_t
@@ -116,7 +138,9 @@ def ddim(
     """
     x_t, network = _begin(x_T), _Network(denoise, schedule)
     for step, (t, s) in enumerate(pairwise(timesteps(schedule, steps, spacing, start))):
-        of_x_0, of_x_t, sigma = ddim_coefficients(float(schedule.alpha_bar[t]), float(schedule.alpha_bar[s]), eta)
+        of_x_0, of_x_t, sigma = ddim_coefficients(
+            float(schedule.alpha_bar[t]), float(schedule.alpha_bar[s]), eta
+        )
         x_0, _ = network(step, t, x_t, callback)
         x_t.mul_(of_x_t).add_(x_0, alpha=of_x_0)
         del x_0
@@ -126,11 +150,15 @@ def ddim(
     return x_t
 
 
-def ddim_coefficients(alpha_bar_t: float, alpha_bar_s: float, eta: float) -> tuple[float, float, float]:
+def ddim_coefficients(
+    alpha_bar_t: float, alpha_bar_s: float, eta: float
+) -> tuple[float, float, float]:
     """Factors of x_0, x_t and the noise in a DDIM step from t to s (arXiv 2010.02502, eq. 12 with eps written out, sigma by eq. 16)."""
     sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
     if eta < 0 or sigma**2 > 1 - alpha_bar_s:
-        raise ValueError(f"eta = {eta:g}: a step would need more noise than there is at its end; take eta from 0 to 1")
+        raise ValueError(
+            f"eta = {eta:g}: a step would need more noise than there is at its end; take eta from 0 to 1"
+        )
     of_x_t = math.sqrt((1 - alpha_bar_s - sigma**2) / (1 - alpha_bar_t))
     return math.sqrt(alpha_bar_s) - of_x_t * math.sqrt(alpha_bar_t), of_x_t, sigma
 
@@ -156,15 +184,23 @@ def ddim_invert(
     for step, (s, t) in enumerate(pairwise(reversed(timesteps(schedule, steps, spacing, start)))):
         alpha_bar_t, alpha_bar_s = float(schedule.alpha_bar[t]), float(schedule.alpha_bar[s])
         growth = math.sqrt(alpha_bar_t / alpha_bar_s)
-        of_eps = (math.sqrt(1 - alpha_bar_t) - growth * math.sqrt(1 - alpha_bar_s)) / math.sqrt(1 - alpha_bar_t)
+        of_eps = (math.sqrt(1 - alpha_bar_t) - growth * math.sqrt(1 - alpha_bar_s)) / math.sqrt(
+            1 - alpha_bar_t
+        )
         predicted, _ = network(step, t, x_s, callback)
-        x_t = torch.sub(x_s, predicted, alpha=math.sqrt(alpha_bar_t)).mul_(of_eps).add_(x_s, alpha=growth)
+        x_t = (
+            torch.sub(x_s, predicted, alpha=math.sqrt(alpha_bar_t))
+            .mul_(of_eps)
+            .add_(x_s, alpha=growth)
+        )
         of_x_0, of_x_t, _ = ddim_coefficients(alpha_bar_t, alpha_bar_s, eta=0.0)
         slope = of_x_t + of_x_0 * math.sqrt(alpha_bar_t)
         for _ in range(refinements):
             del predicted
             predicted, _ = network(step, t, x_t, None)
-            x_t.mul_(1 - of_x_t / slope).sub_(predicted, alpha=of_x_0 / slope).add_(x_s, alpha=1 / slope)
+            x_t.mul_(1 - of_x_t / slope).sub_(predicted, alpha=of_x_0 / slope).add_(
+                x_s, alpha=1 / slope
+            )
         x_s = x_t
     network.finish()
     return x_s
@@ -199,7 +235,9 @@ def dpm_solver(
     return x_t
 
 
-def guided(denoise: Denoise, w: float, dynamic_threshold: float | None = None, clip: float | None = None) -> Denoise:
+def guided(
+    denoise: Denoise, w: float, dynamic_threshold: float | None = None, clip: float | None = None
+) -> Denoise:
     """Classifier-free guidance in one network call: x_0 = x_0_u + w (x_0_c - x_0_u) (Ho & Salimans 2022; the same in eps and in x_0).
 
     `denoise` gets x_t and t twice over, (2 B, ...): the first half is to be read with the condition, the second without. Then each sample
@@ -207,10 +245,14 @@ def guided(denoise: Denoise, w: float, dynamic_threshold: float | None = None, c
     A learned variance is the conditioned half's.
     """
     if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
-        raise ValueError(f"dynamic_threshold = {dynamic_threshold:g}: it is a quantile of |x_0| in (0, 1], 0.995 is usual")
+        raise ValueError(
+            f"dynamic_threshold = {dynamic_threshold:g}: it is a quantile of |x_0| in (0, 1], 0.995 is usual"
+        )
 
     def denoise_guided(x_t: Tensor, t: Tensor) -> Prediction:
-        x_0, fraction = split(denoise(x_t.repeat(2, *[1] * (x_t.ndim - 1)), t.repeat(2)))  # (2 B, ...)
+        x_0, fraction = split(
+            denoise(x_t.repeat(2, *[1] * (x_t.ndim - 1)), t.repeat(2))
+        )  # (2 B, ...)
         if len(x_0) != 2 * len(x_t):
             raise ValueError(
                 f"the network gave {len(x_0)} samples for {2 * len(x_t)}: under guidance it gets a conditioned and a free half"
@@ -230,8 +272,17 @@ def guided(denoise: Denoise, w: float, dynamic_threshold: float | None = None, c
 def threshold(x_0: Tensor, quantile: float) -> Tensor:
     """Clamp each sample, in place, to its own quantile of |x_0|, at least 1, and divide by it (Saharia et al. 2022, section 2.3)."""
     size = x_0[0].numel()
-    above = size - max(1, math.ceil(quantile * size)) + 1  # a few: kthvalue and quantile would sort it all, in three times the memory
-    limit = x_0.abs().flatten(1).topk(above, dim=1).values[:, -1].clamp(min=1).view(-1, *[1] * (x_0.ndim - 1))
+    above = (
+        size - max(1, math.ceil(quantile * size)) + 1
+    )  # a few: kthvalue and quantile would sort it all, in three times the memory
+    limit = (
+        x_0.abs()
+        .flatten(1)
+        .topk(above, dim=1)
+        .values[:, -1]
+        .clamp(min=1)
+        .view(-1, *[1] * (x_0.ndim - 1))
+    )
     return x_0.clamp_(-limit, limit).div_(limit)
 
 
@@ -249,7 +300,9 @@ class _Network:
         self.denoise, self.T = denoise, schedule.T
         self.sums: list[tuple[int, int, Tensor]] = []
 
-    def __call__(self, step: int, t: int, x_t: Tensor, callback: Callback | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, step: int, t: int, x_t: Tensor, callback: Callback | None
+    ) -> tuple[Tensor, Tensor | None]:
         x_0, fraction = split(self.denoise(x_t, torch.full((len(x_t),), t, device=x_t.device)))
         if x_0.shape != x_t.shape:
             raise ValueError(
@@ -258,7 +311,9 @@ class _Network:
         if x_0.data_ptr() == x_t.data_ptr():
             x_0 = x_0.clone()  # a network that hands its input back: x_t is about to change
         total = x_0.sum(dtype=torch.promote_types(x_0.dtype, torch.float32))
-        self.sums.append((step, t, total if fraction is None else total + fraction.sum(dtype=total.dtype)))
+        self.sums.append(
+            (step, t, total if fraction is None else total + fraction.sum(dtype=total.dtype))
+        )
         if x_t.device.type == "cpu":
             self.finish()
         if callback is not None:

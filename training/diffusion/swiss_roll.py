@@ -68,7 +68,9 @@ def velocity_loss(schedule: Schedule) -> Loss:
     return loss
 
 
-def train(loss: Loss, steps: int | None = None, seconds: float | None = None, seed: int = 0) -> tuple[RollNetwork, int]:
+def train(
+    loss: Loss, steps: int | None = None, seconds: float | None = None, seed: int = 0
+) -> tuple[RollNetwork, int]:
     """Train until `steps` or `seconds` are used up, whichever comes first; returns the averaged network and the steps taken.
 
     The learning rate follows a cosine over that budget, so a result depends on the seed alone where only `steps` is given.
@@ -80,7 +82,9 @@ def train(loss: Loss, steps: int | None = None, seconds: float | None = None, se
         torch.manual_seed(seed)
         network = RollNetwork()
     average = deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True
+    )
     started_s, done = time.monotonic(), 0
     with Progress("swiss roll", steps, "steps") as progress:
         while True:
@@ -88,7 +92,9 @@ def train(loss: Loss, steps: int | None = None, seconds: float | None = None, se
             spent = max(done / steps if steps else 0.0, elapsed_s / seconds if seconds else 0.0)
             if spent >= 1:
                 return average, done
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (done + 1) / 100) * 0.5 * (1 + math.cos(math.pi * spent))
+            optimizer.param_groups[0]["lr"] = (
+                LEARNING_RATE * min(1.0, (done + 1) / 100) * 0.5 * (1 + math.cos(math.pi * spent))
+            )
             batch_loss = loss(network, roll_points(BATCH, generator), generator)
             optimizer.zero_grad()
             batch_loss.backward()
@@ -112,7 +118,9 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     return float(2 * torch.cdist(x, y).mean() - sum(within))
 
 
-def swiss_roll(out: Path, steps: int = 4000, seed: int = 0, count: int = 3000, rates: Sequence[float] = ()) -> dict[str, Any]:
+def swiss_roll(
+    out: Path, steps: int = 4000, seed: int = 0, count: int = 3000, rates: Sequence[float] = ()
+) -> dict[str, Any]:
     """Train on the roll, sample it at several diffusion rates and step counts, and draw `out`/swiss_roll.png.
 
     count: points behind every energy distance. rates: diffusion rates, the beta of every step; RATES where none is given. Returns the
@@ -138,19 +146,33 @@ def swiss_roll(out: Path, steps: int = 4000, seed: int = 0, count: int = 3000, r
     for rate in sorted(set(rates or RATES), reverse=True):
         constant = Schedule.constant(rate)
         samples = ancestral(denoise_with(network, constant), x_T, constant, generator=generator)
-        by_rate.append({"rate": rate, "steps": constant.T, "energy_distance": energy_distance(samples, data)})
+        by_rate.append(
+            {"rate": rate, "steps": constant.T, "energy_distance": energy_distance(samples, data)}
+        )
 
     x_0_error = measure_x_0_error(denoise, again, schedule, points=64, generator=generator)
     samplers: dict[str, Callable[[int], Tensor]] = {
-        "ancestral, small variance": lambda n: ancestral(denoise, x_T, schedule, n, generator=generator),
-        "ancestral, analytic variance": lambda n: ancestral(denoise, x_T, schedule, n, "analytic", x_0_error, generator=generator),
+        "ancestral, small variance": lambda n: ancestral(
+            denoise, x_T, schedule, n, generator=generator
+        ),
+        "ancestral, analytic variance": lambda n: ancestral(
+            denoise, x_T, schedule, n, "analytic", x_0_error, generator=generator
+        ),
         "DDIM": lambda n: ddim(denoise, x_T, schedule, n),
         "DPM-Solver++(2M)": lambda n: dpm_solver(denoise, x_T, schedule, n),
     }
-    by_steps = {name: {n: energy_distance(sample(n), data) for n in STEP_COUNTS} for name, sample in samplers.items()}
+    by_steps = {
+        name: {n: energy_distance(sample(n), data) for n in STEP_COUNTS}
+        for name, sample in samplers.items()
+    }
 
     picture = out / "swiss_roll.png"
-    facts = {"seed": seed, "steps": steps_done, "points": count, "schedule": f"cosine, T = {schedule.T}"}
+    facts = {
+        "seed": seed,
+        "steps": steps_done,
+        "points": count,
+        "schedule": f"cosine, T = {schedule.T}",
+    }
     draw(picture, denoise, schedule, data[:2000], by_rate, by_steps, chance, seed, facts)
     return {
         "energy_distance": by_steps["DPM-Solver++(2M)"][50],

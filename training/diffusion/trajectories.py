@@ -15,7 +15,13 @@ from training.diffusion.samplers import ancestral, ddim
 
 
 def across_time(
-    denoise: Denoise, x_T: Tensor, schedule: Schedule, columns: int = 9, steps: int = 50, eta: float = 0.0, generator: Noise = None
+    denoise: Denoise,
+    x_T: Tensor,
+    schedule: Schedule,
+    columns: int = 9,
+    steps: int = 50,
+    eta: float = 0.0,
+    generator: Noise = None,
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Follow samples from noise to data (Ho et al. 2020, figure 6).
 
@@ -40,7 +46,13 @@ def across_time(
 
 
 def sharing_x_t(
-    denoise: Denoise, x_0: Tensor, schedule: Schedule, times: Sequence[int], samples: int = 3, steps: int = 100, seed: int = 0
+    denoise: Denoise,
+    x_0: Tensor,
+    schedule: Schedule,
+    times: Sequence[int],
+    samples: int = 3,
+    steps: int = 100,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Noise each image to x_t once and sample p(x_0 | x_t) several times (Ho et al. 2020, figure 7): the smaller t, the more they share.
 
@@ -51,8 +63,18 @@ def sharing_x_t(
     x_t_seen, sampled = [], []
     for t in times:
         x_t = schedule.q_sample(x_0, torch.full((len(x_0),), t, device=x_0.device), eps)
-        own = generators(((seed + i) * samples + k for i in range(len(x_0)) for k in range(samples)), Stream.STEPS)
-        sample = ancestral(denoise, x_t.repeat_interleave(samples, 0), schedule, share(steps, t, schedule), start=t, generator=own)
+        own = generators(
+            ((seed + i) * samples + k for i in range(len(x_0)) for k in range(samples)),
+            Stream.STEPS,
+        )
+        sample = ancestral(
+            denoise,
+            x_t.repeat_interleave(samples, 0),
+            schedule,
+            share(steps, t, schedule),
+            start=t,
+            generator=own,
+        )
         x_t_seen.append(x_t)
         sampled.append(sample.unflatten(0, (len(x_0), samples)))
     return torch.stack(x_t_seen, dim=1), torch.stack(sampled, dim=1)
@@ -75,7 +97,9 @@ def interpolate_in_x_t(
     Returns (B, K, columns, C, H, W) for the K times; w runs from 0 to 1, where the ends are each image's own reconstruction.
     """
     if first.shape != second.shape:
-        raise ValueError(f"images {tuple(first.shape)} and {tuple(second.shape)}: both ends must have one shape")
+        raise ValueError(
+            f"images {tuple(first.shape)} and {tuple(second.shape)}: both ends must have one shape"
+        )
     seeds = range(seed, seed + len(first))
     eps = noise_like(first, generators(seeds, Stream.DATA))
     w = torch.linspace(0, 1, columns, device=first.device).view(1, columns, *[1] * (first.ndim - 1))
@@ -101,7 +125,9 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     For noise found by `ddim_invert` and for embeddings: unlike a blend it keeps their length (Ramesh et al. 2022, section 3.2).
     """
     flat_a, flat_b = a.flatten(1), b.flatten(1)
-    cosine = torch.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1).view(-1, *[1] * (a.ndim - 1))
+    cosine = (
+        torch.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1).view(-1, *[1] * (a.ndim - 1))
+    )
     angle = cosine.acos()
     of_a, of_b = (((1 - weight) * angle).sin() / angle.sin(), (weight * angle).sin() / angle.sin())
     is_parallel = angle.sin() < 1e-4

@@ -49,10 +49,14 @@ def check_variance(variance: str, x_0_error: Tensor | None, schedule: Schedule) 
     if variance not in VARIANCES:
         raise ValueError(f"variance = {variance!r}: choose one of {', '.join(VARIANCES)}")
     if variance == "analytic" and (x_0_error is None or x_0_error.shape != (schedule.T + 1,)):
-        raise ValueError(f"variance = 'analytic' needs x_0_error of shape ({schedule.T + 1},): take it from measure_x_0_error")
+        raise ValueError(
+            f"variance = 'analytic' needs x_0_error of shape ({schedule.T + 1},): take it from measure_x_0_error"
+        )
 
 
-def log_variance_bounds(schedule: Schedule, variance: Variance, x_0_error: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def log_variance_bounds(
+    schedule: Schedule, variance: Variance, x_0_error: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Log variance of p(x_{t-1} | x_t) for t = 1..T as (lower, upper), float64 (T,); they differ only where it is learned.
 
     The posterior's variance is 0 at t = 1; its value at t = 2 stands in for it (Nichol & Dhariwal 2021).
@@ -70,7 +74,9 @@ def log_variance_bounds(schedule: Schedule, variance: Variance, x_0_error: Tenso
 
 
 @torch.no_grad()
-def measure_x_0_error(denoise: Denoise, x_0: Tensor, schedule: Schedule, points: int = 32, generator: Noise = None) -> Tensor:
+def measure_x_0_error(
+    denoise: Denoise, x_0: Tensor, schedule: Schedule, points: int = 32, generator: Noise = None
+) -> Tensor:
     """Mean squared error per dimension of `denoise` on data x_0 (B, ...), at `probe_times`; error / (1 - alpha_bar) is linear between.
 
     Returns float64 (T + 1,), 0 at t = 0. A few hundred samples are enough: it is one number a time, averaged over all dimensions.

@@ -45,7 +45,11 @@ def beam(
     if not 1 <= keep <= members or members % keep:
         raise ValueError(f"keep = {keep} of {members} members: it must divide them")
     times = timesteps(schedule, steps)
-    at = {min(steps - 1, max(1, round(share * steps))) for share in checks} if keep < members else set()
+    at = (
+        {min(steps - 1, max(1, round(share * steps))) for share in checks}
+        if keep < members
+        else set()
+    )
     origin = torch.arange(len(x_T))
     x_t, denoise = x_T.clone(), denoise_of(origin)
     for step, (t, s) in enumerate(pairwise(times)):
@@ -54,7 +58,9 @@ def beam(
             parents = survivors(score(x_0), members, keep)
             origin, x_t, x_0 = origin[parents], x_t[parents], x_0[parents]
             denoise = denoise_of(origin)
-        of_x_0, of_x_t, sigma = ddim_coefficients(float(schedule.alpha_bar[t]), float(schedule.alpha_bar[s]), eta)
+        of_x_0, of_x_t, sigma = ddim_coefficients(
+            float(schedule.alpha_bar[t]), float(schedule.alpha_bar[s]), eta
+        )
         x_t = of_x_t * x_t + of_x_0 * x_0
         if sigma > 0:
             x_t = x_t + sigma * noise_like(x_t, noises)
@@ -106,7 +112,11 @@ def search(
 
         noises = generators(seeds, Stream.STEPS)
         limit = members if score is None else keep
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=decoder.config.precision == "bf16"):  # as it was trained
-            x_0, _ = beam(denoise_of, x_T, members, decoder.schedule, steps, judged, limit, checks, noises)
+        with torch.autocast(
+            model.device.type, torch.bfloat16, enabled=decoder.config.precision == "bf16"
+        ):  # as it was trained
+            x_0, _ = beam(
+                denoise_of, x_T, members, decoder.schedule, steps, judged, limit, checks, noises
+            )
         pictures.append(to_images(x_0))
     return np.concatenate(pictures).reshape(len(texts), members, S, S, 3)

@@ -45,13 +45,25 @@ class Shared:
 
 
 @torch.no_grad()
-def across_time(model: Unclip, prompts: Sequence[str], columns: int, steps: int, seed: int, guidance: float | None = None) -> AcrossTime:
+def across_time(
+    model: Unclip,
+    prompts: Sequence[str],
+    columns: int,
+    steps: int,
+    seed: int,
+    guidance: float | None = None,
+) -> AcrossTime:
     """Follow the first picture that `generate` would draw of each prompt, by DDIM from the same z_i and noise (DDPM, figure 6)."""
     decoder, device = model.decoder, model.device
     seeds = [seed * SEED_STRIDE] * len(prompts)
-    z_t, ids = clip_model.embed_texts(model.clip, model.tokenizer, list(prompts)).to(device), model.tokenizer(list(prompts)).to(device)
+    z_t, ids = (
+        clip_model.embed_texts(model.clip, model.tokenizer, list(prompts)).to(device),
+        model.tokenizer(list(prompts)).to(device),
+    )
     z_i = model.prior.sample(z_t, ids, seeds)
-    denoise = decoder.guided_denoise(z_i, ids, decoder.config.guidance if guidance is None else guidance)
+    denoise = decoder.guided_denoise(
+        z_i, ids, decoder.config.guidance if guidance is None else guidance
+    )
     side_px = decoder.config.image_size_px
     x_T = noise((len(prompts), 3, side_px, side_px), generators(seeds, Stream.DECODER), device)
     x_t, x_0, times = trajectories.across_time(denoise, x_T, decoder.schedule, columns, steps)
@@ -59,22 +71,46 @@ def across_time(model: Unclip, prompts: Sequence[str], columns: int, steps: int,
 
 
 @torch.no_grad()
-def sharing(decoder: Decoder, x_0: Tensor, times: Sequence[int], samples: int, steps: int, seed: int, z_i: Tensor | None = None) -> Shared:
+def sharing(
+    decoder: Decoder,
+    x_0: Tensor,
+    times: Sequence[int],
+    samples: int,
+    steps: int,
+    seed: int,
+    z_i: Tensor | None = None,
+) -> Shared:
     """Sample several pictures from one x_t of each picture (DDPM, figure 7). steps: of a whole run; one from t takes its share."""
     x_t_parts, sampled_parts = [], []
     for start, part in _parts(len(x_0), samples):
-        denoise = _denoise(decoder, z_i[part].repeat_interleave(samples, 0) if z_i is not None else None, len(x_0[part]) * samples)
+        denoise = _denoise(
+            decoder,
+            z_i[part].repeat_interleave(samples, 0) if z_i is not None else None,
+            len(x_0[part]) * samples,
+        )
         x_t, sampled = trajectories.sharing_x_t(
-            denoise, x_0[part].to(decoder.device), decoder.schedule, times, samples, steps, seed + start
+            denoise,
+            x_0[part].to(decoder.device),
+            decoder.schedule,
+            times,
+            samples,
+            steps,
+            seed + start,
         )
         x_t_parts.append(x_t.cpu())
         sampled_parts.append(sampled.cpu())
-    x_t, sampled = torch.cat(x_t_parts), torch.cat(sampled_parts)  # (B, K, 3, S, S), (B, K, samples, 3, S, S)
+    x_t, sampled = (
+        torch.cat(x_t_parts),
+        torch.cat(sampled_parts),
+    )  # (B, K, 3, S, S), (B, K, samples, 3, S, S)
     own = sampled - x_0[:, None, None].cpu()
     return Shared(
         _shown(x_t),
         _shown(sampled),
-        [_rms((2 * sampled[:, k].var(1)).mean()) if samples > 1 else 0.0 for k in range(len(times))],
+        [
+            _rms((2 * sampled[:, k].var(1)).mean()) if samples > 1 else 0.0
+            for k in range(len(times))
+        ],
         [_rms(own[:, k].square().mean()) for k in range(len(times))],
     )
 
@@ -99,10 +135,16 @@ def interpolation(
         told = None
         if z_i is not None:
             left, right = z_i[0][part], z_i[1][part]
-            told = torch.stack([slerp(left, right, weight) for weight in torch.linspace(0, 1, columns).tolist()], 1).flatten(0, 1)
+            told = torch.stack(
+                [slerp(left, right, weight) for weight in torch.linspace(0, 1, columns).tolist()], 1
+            ).flatten(0, 1)
         denoise = _denoise(decoder, told, len(first[part]) * columns)
         a, b = first[part].to(decoder.device), second[part].to(decoder.device)
-        rows.append(trajectories.interpolate_in_x_t(denoise, a, b, decoder.schedule, times, columns, steps, seed + start).cpu())
+        rows.append(
+            trajectories.interpolate_in_x_t(
+                denoise, a, b, decoder.schedule, times, columns, steps, seed + start
+            ).cpu()
+        )
     return _shown(torch.cat(rows))
 
 
@@ -121,7 +163,11 @@ def _denoise(decoder: Decoder, z_i: Tensor | None, count: int) -> Denoise:
     """Read the decoder told z_i (count, E) and no caption, or nothing."""
     device = decoder.device
     free = decoder.null_z.expand(count, -1)
-    return decoder.guided_denoise(free if z_i is None else z_i.to(device), NULL_TEXT.to(device).expand(count, -1), float(z_i is not None))
+    return decoder.guided_denoise(
+        free if z_i is None else z_i.to(device),
+        NULL_TEXT.to(device).expand(count, -1),
+        float(z_i is not None),
+    )
 
 
 def _shown(x: Tensor) -> np.ndarray:

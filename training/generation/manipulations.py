@@ -56,15 +56,27 @@ def as_drawn(model: Unclip, pictures: np.ndarray) -> np.ndarray:
     return to_images(to_pixels(torch.from_numpy(pictures), model.decoder.config.image_size_px))
 
 
-def invert(model: Unclip, pictures: np.ndarray, steps: int = STEPS, guidance: float | None = None) -> Latents:
+def invert(
+    model: Unclip, pictures: np.ndarray, steps: int = STEPS, guidance: float | None = None
+) -> Latents:
     """Find z_i and x_T of pictures, and draw them back from there: steps and guidance must be those of later drawings."""
     x_0 = to_pixels(torch.from_numpy(pictures), model.decoder.config.image_size_px).to(model.device)
     z_i = embed(model, pictures)
     denoise = _denoise(model, z_i, guidance)
-    calibration = calibrate(denoise, x_0, model.decoder.schedule, POINTS, generators(range(len(x_0)), Stream.DATA))
-    x_T = samplers.ddim_invert(calibration(denoise), x_0, model.decoder.schedule, steps, REFINEMENTS)
+    calibration = calibrate(
+        denoise, x_0, model.decoder.schedule, POINTS, generators(range(len(x_0)), Stream.DATA)
+    )
+    x_T = samplers.ddim_invert(
+        calibration(denoise), x_0, model.decoder.schedule, steps, REFINEMENTS
+    )
     rebuilt = draw(model, z_i, x_T, steps, guidance, calibration=calibration)
-    return Latents(z_i, x_T, calibration, rebuilt, [psnr_db(a, b) for a, b in zip(to_images(x_0), rebuilt, strict=True)])
+    return Latents(
+        z_i,
+        x_T,
+        calibration,
+        rebuilt,
+        [psnr_db(a, b) for a, b in zip(to_images(x_0), rebuilt, strict=True)],
+    )
 
 
 def draw(
@@ -88,23 +100,44 @@ def draw(
         denoise = _denoise(model, z_i[part], guidance)
         if calibration is not None:
             denoise = calibration.faded(eta)(denoise)
-        pictures.append(to_images(samplers.ddim(denoise, x_T[part], model.decoder.schedule, steps, eta, generator=own)))
+        pictures.append(
+            to_images(
+                samplers.ddim(denoise, x_T[part], model.decoder.schedule, steps, eta, generator=own)
+            )
+        )
     return np.concatenate(pictures)
 
 
 def variations(
-    model: Unclip, pictures: np.ndarray, count: int, seed: int = 0, steps: int = STEPS, guidance: float | None = None
+    model: Unclip,
+    pictures: np.ndarray,
+    count: int,
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: float | None = None,
 ) -> np.ndarray:
     """Draw what the decoder makes of each picture's z_i alone, from noise of its own, (B, count, S, S, 3)."""
     S = model.decoder.config.image_size_px
     z_i = embed(model, pictures).repeat_interleave(count, 0)
     seeds = [seed * SEED_STRIDE + place for place in range(count)] * len(pictures)
-    drawn = draw(model, z_i, noise((len(z_i), 3, S, S), generators(seeds, Stream.DECODER), model.device), steps, guidance)
+    drawn = draw(
+        model,
+        z_i,
+        noise((len(z_i), 3, S, S), generators(seeds, Stream.DECODER), model.device),
+        steps,
+        guidance,
+    )
     return drawn.reshape(len(pictures), count, S, S, 3)
 
 
 def vary(
-    model: Unclip, latents: Latents, eta: float, count: int, seed: int = 0, steps: int = STEPS, guidance: float | None = None
+    model: Unclip,
+    latents: Latents,
+    eta: float,
+    count: int,
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: float | None = None,
 ) -> np.ndarray:
     """Draw variations of the first picture, (count, S, S, 3): DDIM from its (z_i, x_T) with eta, 0 the picture itself (section 3.1)."""
     seeds = [seed * SEED_STRIDE + place for place in range(count)]
@@ -137,10 +170,14 @@ def interpolate(
     z = torch.cat([slerp(z_i[:1], z_i[1:2], weight) for weight in weights])
     if latents is None:
         S = model.decoder.config.image_size_px
-        noises = noise((1, 3, S, S), generators([seed * SEED_STRIDE], Stream.DECODER), model.device).expand(columns, -1, -1, -1)
+        noises = noise(
+            (1, 3, S, S), generators([seed * SEED_STRIDE], Stream.DECODER), model.device
+        ).expand(columns, -1, -1, -1)
     else:
         noises = torch.cat([slerp(latents.x_T[:1], latents.x_T[1:2], weight) for weight in weights])
-    return draw(model, z, noises, steps, guidance, calibration=latents.calibration if latents else None)
+    return draw(
+        model, z, noises, steps, guidance, calibration=latents.calibration if latents else None
+    )
 
 
 def text_diff(
@@ -158,8 +195,20 @@ def text_diff(
     z_d = norm(z_t(after) - z_t(before)). theta is a share of the angle between z_i and z_d; unCLIP stops at 0.25 to 0.5.
     """
     z_d = difference(model, before, after).to(latents.z_i)
-    z = torch.cat([slerp(latents.z_i[:1], z_d, weight) for weight in torch.linspace(0, theta, columns).tolist()])
-    return draw(model, z, latents.x_T[:1].expand(columns, -1, -1, -1), steps, guidance, calibration=latents.calibration)
+    z = torch.cat(
+        [
+            slerp(latents.z_i[:1], z_d, weight)
+            for weight in torch.linspace(0, theta, columns).tolist()
+        ]
+    )
+    return draw(
+        model,
+        z,
+        latents.x_T[:1].expand(columns, -1, -1, -1),
+        steps,
+        guidance,
+        calibration=latents.calibration,
+    )
 
 
 def difference(model: Unclip, before: str, after: str) -> Tensor:
@@ -167,12 +216,20 @@ def difference(model: Unclip, before: str, after: str) -> Tensor:
     z_t = torch.from_numpy(model.encode_texts([before, after]))
     z_d = z_t[1:] - z_t[:1]
     if float(z_d.norm()) < 1e-6:
-        raise ValueError(f"{before!r} and {after!r} are the same to CLIP: name two different captions")
+        raise ValueError(
+            f"{before!r} and {after!r} are the same to CLIP: name two different captions"
+        )
     return F.normalize(z_d, dim=-1)
 
 
 def reconstruct(
-    model: Unclip, z_i: Tensor, pca: Pca, dims: list[int], seed: int = 0, steps: int = STEPS, guidance: float | None = None
+    model: Unclip,
+    z_i: Tensor,
+    pca: Pca,
+    dims: list[int],
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: float | None = None,
 ) -> np.ndarray:
     """Draw pictures from z_i (B, E) kept in so many principal components, and whole: (B, len(dims) + 1, S, S, 3) (figure 7).
 
@@ -182,7 +239,9 @@ def reconstruct(
     z = F.normalize(torch.stack([*kept, z_i], 1), dim=-1)  # (B, C, E)
     B, C, _ = z.shape
     S = model.decoder.config.image_size_px
-    x_T = noise((1, 3, S, S), generators([seed * SEED_STRIDE], Stream.DECODER), model.device).expand(B * C, -1, -1, -1)
+    x_T = noise(
+        (1, 3, S, S), generators([seed * SEED_STRIDE], Stream.DECODER), model.device
+    ).expand(B * C, -1, -1, -1)
     return draw(model, z.flatten(0, 1), x_T, steps, guidance).reshape(B, C, S, S, 3)
 
 
@@ -199,4 +258,6 @@ def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
 
 def _denoise(model: Unclip, z_i: Tensor, guidance: float | None) -> samplers.Denoise:
     no_caption = model.tokenizer([""]).expand(len(z_i), -1).to(model.device)
-    return model.decoder.guided_denoise(z_i, no_caption, model.decoder.config.guidance if guidance is None else guidance)
+    return model.decoder.guided_denoise(
+        z_i, no_caption, model.decoder.config.guidance if guidance is None else guidance
+    )

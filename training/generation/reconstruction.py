@@ -59,19 +59,35 @@ class Described:
         return self._part(slice(half)), self._part(slice(half, 2 * half))
 
     def _part(self, part: slice) -> "Described":
-        return Described(self.x_0[part], self.z_i[part], self.ids[part], self.captions[part], self.keys[part])
+        return Described(
+            self.x_0[part], self.z_i[part], self.ids[part], self.captions[part], self.keys[part]
+        )
 
 
-def read(embed: Path, shards: Path, split: str, tokenizer: Tokenizer, side_px: int, at_most: int, seed: int) -> Described:
+def read(
+    embed: Path,
+    shards: Path,
+    split: str,
+    tokenizer: Tokenizer,
+    side_px: int,
+    at_most: int,
+    seed: int,
+) -> Described:
     """Read pictures of a split, drawn by the seed, one of each concept, so that they are independent of each other."""
     table, z_i = embedding_dataset.read(embed, split, ["key", "caption", "concept", *PLACE])
     rows = _one_a_concept(table, seed)[:at_most]
     chosen = table.take(pa.array(rows, pa.int64()))
     pictures = Pictures(chosen, shards, side_px)
-    x_0 = to_pixels(pictures[range(len(rows))], side_px) if len(rows) else torch.empty(0, 3, side_px, side_px)
+    x_0 = (
+        to_pixels(pictures[range(len(rows))], side_px)
+        if len(rows)
+        else torch.empty(0, 3, side_px, side_px)
+    )
     captions = chosen["caption"].to_pylist()
     ids = tokenizer(captions) if captions else torch.empty(0, 2, dtype=torch.int64)
-    return Described(x_0, z_i[torch.tensor(rows, dtype=torch.int64)], ids, captions, chosen["key"].to_pylist())
+    return Described(
+        x_0, z_i[torch.tensor(rows, dtype=torch.int64)], ids, captions, chosen["key"].to_pylist()
+    )
 
 
 def read_files(model: Unclip, files: Sequence[Path]) -> Described:
@@ -79,18 +95,25 @@ def read_files(model: Unclip, files: Sequence[Path]) -> Described:
     pictures = manipulations.read(model, files)
     x_0 = to_pixels(torch.from_numpy(pictures), model.decoder.config.image_size_px)
     names = [file.name for file in files]
-    return Described(x_0, manipulations.embed(model, pictures), model.tokenizer([""] * len(names)), names, names)
+    return Described(
+        x_0, manipulations.embed(model, pictures), model.tokenizer([""] * len(names)), names, names
+    )
 
 
 def _one_a_concept(table: pa.Table, seed: int) -> list[int]:
-    concepts = [concept or key for concept, key in zip(table["concept"].to_pylist(), table["key"].to_pylist(), strict=True)]
+    concepts = [
+        concept or key
+        for concept, key in zip(table["concept"].to_pylist(), table["key"].to_pylist(), strict=True)
+    ]
     first: dict[str, int] = {}
     for row in np.random.default_rng(seed).permutation(len(concepts)).tolist():
         first.setdefault(concepts[row], row)
     return list(first.values())
 
 
-def likelihood(decoder: Decoder, judged: Described, trained: Described, draws: int, seed: int) -> dict[str, Any]:
+def likelihood(
+    decoder: Decoder, judged: Described, trained: Described, draws: int, seed: int
+) -> dict[str, Any]:
     """Return the bound on -log2 p(x_0) in bits per dimension of `judged`, told z_i and caption, and told nothing.
 
     The second is the one to hold against PNG and other models of pictures: z_i is made from the picture itself. The decoder is calibrated
@@ -98,22 +121,31 @@ def likelihood(decoder: Decoder, judged: Described, trained: Described, draws: i
     2022). `draws`: network calls a picture for t = 2..T, beside one for t = 1.
     """
     if not len(judged) or not len(trained):
-        raise DataError(f"{len(judged)} held-out and {len(trained)} training pictures: bits per dimension need one of each at least")
+        raise DataError(
+            f"{len(judged)} held-out and {len(trained)} training pictures: bits per dimension need one of each at least"
+        )
     variance: Variance = "learned" if decoder.config.learned_variance else "analytic"
     found: dict[str, Any] = {
         "T": decoder.schedule.T,
         "draws": draws,
         "variance": variance,
         "calibrated_on": len(trained),
-        "png_bits_per_dim": float(np.mean([_png_bits(picture) for picture in to_images(judged.x_0)])),
+        "png_bits_per_dim": float(
+            np.mean([_png_bits(picture) for picture in to_images(judged.x_0)])
+        ),
     }
     for told, w in (("told_all", 1.0), ("told_nothing", 0.0)):
-        own, known = generators(range(seed, seed + len(trained)), Stream.DATA), trained.x_0.to(decoder.device)
+        own, known = (
+            generators(range(seed, seed + len(trained)), Stream.DATA),
+            trained.x_0.to(decoder.device),
+        )
         denoise = _denoise(decoder, trained, w)
         calibration = calibrate(denoise, known, decoder.schedule, POINTS, own)
         x_0_error = None
         if variance == "analytic":
-            x_0_error = measure_x_0_error(calibration(denoise), known, decoder.schedule, POINTS, own)
+            x_0_error = measure_x_0_error(
+                calibration(denoise), known, decoder.schedule, POINTS, own
+            )
         batches = ((x_0, calibration(denoise)) for x_0, denoise in _batches(decoder, judged, w))
         found[told] = bits_per_dim(batches, decoder.schedule, variance, x_0_error, draws, seed=seed)
         if len(judged) == 1:
@@ -121,7 +153,9 @@ def likelihood(decoder: Decoder, judged: Described, trained: Described, draws: i
     return found
 
 
-def inversion(decoder: Decoder, pictures: Described, step_counts: Sequence[int]) -> list[dict[str, Any]]:
+def inversion(
+    decoder: Decoder, pictures: Described, step_counts: Sequence[int]
+) -> list[dict[str, Any]]:
     """Carry pictures to noise by DDIM inversion and back by DDIM, told z_i and caption; each picture's PSNR by step count.
 
     With and without a refinement of each inverted step, which costs a network call more. The decoder is calibrated on the pictures, as in
@@ -129,14 +163,26 @@ def inversion(decoder: Decoder, pictures: Described, step_counts: Sequence[int])
     """
     x_0 = pictures.x_0.to(decoder.device)
     denoise = _denoise(decoder, pictures, 1.0)
-    denoise = calibrate(denoise, x_0, decoder.schedule, POINTS, generators(range(len(x_0)), Stream.DATA))(denoise)
+    denoise = calibrate(
+        denoise, x_0, decoder.schedule, POINTS, generators(range(len(x_0)), Stream.DATA)
+    )(denoise)
     rows = []
     for steps in (each for each in step_counts if each <= decoder.schedule.T):
         for refinements in REFINEMENTS:
             x_T = ddim_invert(denoise, x_0, decoder.schedule, steps, refinements)
             back = ddim(denoise, x_T, decoder.schedule, steps)
-            each_db = [manipulations.psnr_db(a, b) for a, b in zip(to_images(back), to_images(x_0), strict=True)]
-            rows.append({"steps": steps, "refinements": refinements, "calls": steps * (2 + refinements), "psnr_db": each_db})
+            each_db = [
+                manipulations.psnr_db(a, b)
+                for a, b in zip(to_images(back), to_images(x_0), strict=True)
+            ]
+            rows.append(
+                {
+                    "steps": steps,
+                    "refinements": refinements,
+                    "calls": steps * (2 + refinements),
+                    "psnr_db": each_db,
+                }
+            )
     return rows
 
 

@@ -33,27 +33,55 @@ SEED_STRIDE = 1_000_003
 class Unclip:
     """A trained text-to-image system."""
 
-    def __init__(self, clip: CLIP, tokenizer: Tokenizer, prior: AnyPrior, decoder: Decoder, upsamplers: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        clip: CLIP,
+        tokenizer: Tokenizer,
+        prior: AnyPrior,
+        decoder: Decoder,
+        upsamplers: Sequence[Path] = (),
+    ) -> None:
         self.clip, self.tokenizer, self.prior, self.decoder = clip, tokenizer, prior, decoder
         self.upsamplers = tuple(upsamplers)
         """Folders of what enlarges pictures, in their order; read when that is first asked for."""
 
     @classmethod
-    def load(cls, folder: Path | str, prior: Path | None = None, decoder: Path | None = None, device: str = "cpu") -> Self:
+    def load(
+        cls,
+        folder: Path | str,
+        prior: Path | None = None,
+        decoder: Path | None = None,
+        device: str = "cpu",
+    ) -> Self:
         """Read an exported folder; or, given all three, those of the stages `clip`, `prior` and `decoder`. Averaged weights in both cases.
 
         An exported folder's up-samplers come along. Raises CallerError where the folder is neither.
         """
-        behind = () if prior and decoder else (Path(folder) / name for name in ("upsampler", "upsampler_2"))
+        behind = (
+            ()
+            if prior and decoder
+            else (Path(folder) / name for name in ("upsampler", "upsampler_2"))
+        )
         clip, prior, decoder = _folders(Path(folder), prior, decoder)
         model, tokenizer = clip_model.load(clip)
         a_prior = priors.load(prior)
         facts = json.loads((decoder / "config.json").read_text())
-        a_decoder = Decoder(DecoderConfig.model_validate(facts["decoder"]), facts["embed_dim"], facts["vocab_size"], facts["context"])
+        a_decoder = Decoder(
+            DecoderConfig.model_validate(facts["decoder"]),
+            facts["embed_dim"],
+            facts["vocab_size"],
+            facts["context"],
+        )
         a_decoder.load_state_dict(load_file(decoder / "weights.safetensors"))
         for part in (model, a_prior, a_decoder):
             part.eval().requires_grad_(False).to(device)
-        return cls(model, tokenizer, a_prior, a_decoder, [each for each in behind if (each / "config.json").is_file()])
+        return cls(
+            model,
+            tokenizer,
+            a_prior,
+            a_decoder,
+            [each for each in behind if (each / "config.json").is_file()],
+        )
 
     @property
     def device(self) -> torch.device:
@@ -81,11 +109,15 @@ class Unclip:
         pictures needs noise of its own in every one. upsample: enlarge them by the up-samplers; CallerError where there are none.
         """
         if upsample and not self.upsamplers:
-            raise CallerError("this system has no up-sampler: give its recipe [upsampler] and run it, or draw without upsample")
+            raise CallerError(
+                "this system has no up-sampler: give its recipe [upsampler] and run it, or draw without upsample"
+            )
         z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(self.device)
         ids = self.tokenizer(prompts).to(self.device)
         rows = torch.arange(len(prompts)).repeat_interleave(count)
-        seeds = [each * SEED_STRIDE + place for each in _each(seed, prompts) for place in range(count)]
+        seeds = [
+            each * SEED_STRIDE + place for each in _each(seed, prompts) for place in range(count)
+        ]
         pictures: list[Tensor] = []
         for start in range(0, len(rows), BATCH):
             part, own = rows[start : start + BATCH], seeds[start : start + BATCH]
@@ -98,13 +130,24 @@ class Unclip:
             drawn = upsamplers.enlarge(self._enlargers, drawn, seeds)
         return drawn.reshape(len(prompts), count, *drawn.shape[1:])
 
-    def predict(self, prompts: list[str], seed: int | Sequence[int] = 0, best_of: int | None = None) -> np.ndarray:
+    def predict(
+        self, prompts: list[str], seed: int | Sequence[int] = 0, best_of: int | None = None
+    ) -> np.ndarray:
         """Draw one z_i for each prompt by the prior, unit vectors float32 (P, E): that of `generate`'s first picture; seed as there."""
         z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(self.device)
         ids = self.tokenizer(prompts).to(self.device)
         parts = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
         own = [each * SEED_STRIDE for each in _each(seed, prompts)]
-        return torch.cat([self.prior.sample(z_t[part], ids[part], own[part], best_of=best_of) for part in parts]).cpu().numpy()
+        return (
+            torch.cat(
+                [
+                    self.prior.sample(z_t[part], ids[part], own[part], best_of=best_of)
+                    for part in parts
+                ]
+            )
+            .cpu()
+            .numpy()
+        )
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         """Embed texts as unit vectors float32 (B, E)."""
@@ -126,7 +169,11 @@ def _each(seed: int | Sequence[int], prompts: list[str]) -> Sequence[int]:
 
 def _folders(folder: Path, prior: Path | None, decoder: Path | None) -> tuple[Path, Path, Path]:
     """Return the folders of the three models."""
-    parts = (folder, prior, decoder) if prior and decoder else (folder / "clip", folder / "prior", folder / "decoder")
+    parts = (
+        (folder, prior, decoder)
+        if prior and decoder
+        else (folder / "clip", folder / "prior", folder / "decoder")
+    )
     for part in parts:
         if not (part / "config.json").is_file():
             raise CallerError(f"{part} holds no model: give a folder that `unclip export` made")

@@ -25,10 +25,14 @@ INTERPOLATIONS = {"bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 def interpolate(pictures: np.ndarray, factor: int, name: str) -> np.ndarray:
     """Return pictures at `factor` times their sides by one of INTERPOLATIONS."""
     size = (pictures.shape[2] * factor, pictures.shape[1] * factor)
-    return np.stack([cv2.resize(picture, size, interpolation=INTERPOLATIONS[name]) for picture in pictures])
+    return np.stack(
+        [cv2.resize(picture, size, interpolation=INTERPOLATIONS[name]) for picture in pictures]
+    )
 
 
-def compare(model: Upsampler, pictures: np.ndarray, seed: int = 0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def compare(
+    model: Upsampler, pictures: np.ndarray, seed: int = 0
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Shrink pictures whose large form is known, enlarge them again, and return figures and pictures for every way of doing so.
 
     Figures: mean PSNR in dB with its standard error, over n pictures, and the share of them on which the up-sampler beats each
@@ -40,15 +44,23 @@ def compare(model: Upsampler, pictures: np.ndarray, seed: int = 0) -> tuple[dict
     seeds = [seed * SEED_STRIDE + place for place in range(len(small))]
     made |= {"up-sampler": enlarge([model], small, seeds), "real": pictures}
     psnr = {
-        name: np.array([psnr_db(a, b) for a, b in zip(made[name], pictures, strict=True)]) for name in made if name not in ("small", "real")
+        name: np.array([psnr_db(a, b) for a, b in zip(made[name], pictures, strict=True)])
+        for name in made
+        if name not in ("small", "real")
     }
     figures = {
         "n": len(pictures),
         "psnr_db": {name: round(float(values.mean()), 3) for name, values in psnr.items()},
-        "standard_error_db": {name: round(float(values.std(ddof=1) / len(values) ** 0.5), 3) for name, values in psnr.items()}
+        "standard_error_db": {
+            name: round(float(values.std(ddof=1) / len(values) ** 0.5), 3)
+            for name, values in psnr.items()
+        }
         if len(pictures) > 1
         else {},
-        "better_than": {name: round(float((psnr["up-sampler"] > psnr[name]).mean()), 3) for name in INTERPOLATIONS},
+        "better_than": {
+            name: round(float((psnr["up-sampler"] > psnr[name]).mean()), 3)
+            for name in INTERPOLATIONS
+        },
     }
     return figures, made
 
@@ -71,7 +83,12 @@ class _Held(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        known = {id_of for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) for id_of in [value.untyped_storage()._cdata]}
+        known = {
+            id_of
+            for value in tree_leaves((args, kwargs))
+            if isinstance(value, Tensor)
+            for id_of in [value.untyped_storage()._cdata]
+        }
         for value in tree_leaves(made):
             if isinstance(value, Tensor) and value.untyped_storage()._cdata not in known:
                 storage = value.untyped_storage()

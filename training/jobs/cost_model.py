@@ -53,7 +53,10 @@ def clip_cost(config: ClipConfig, vocab_size: int, context: int) -> Cost:
     """Count CLIP: one picture and one caption of full length."""
     with torch.device("meta"):
         model = CLIP(config, vocab_size, context)
-        pixels, ids = torch.zeros(1, 3, config.image_size_px, config.image_size_px), torch.zeros(1, context, dtype=torch.long)
+        pixels, ids = (
+            torch.zeros(1, 3, config.image_size_px, config.image_size_px),
+            torch.zeros(1, context, dtype=torch.long),
+        )
     return _count(model, lambda: model.encode_image(pixels).sum() + model.encode_text(ids).sum())
 
 
@@ -61,7 +64,11 @@ def prior_cost(config: PriorConfig, embed_dim: int, vocab_size: int, context: in
     """Count a prior of either kind with a caption of full length."""
     with torch.device("meta"):
         model = make(config, embed_dim, vocab_size, context)
-        z, ids, t = torch.zeros(1, embed_dim), torch.zeros(1, context, dtype=torch.long), torch.ones(1, dtype=torch.long)
+        z, ids, t = (
+            torch.zeros(1, embed_dim),
+            torch.zeros(1, context, dtype=torch.long),
+            torch.ones(1, dtype=torch.long),
+        )
         buckets = torch.zeros(1, config.pca_dims + 1, dtype=torch.long)
     if isinstance(model, AutoregressivePrior):
         return _count(model, lambda: model(buckets, z, ids).sum())
@@ -72,7 +79,10 @@ def decoder_cost(config: DecoderConfig, embed_dim: int, vocab_size: int, context
     """Count the decoder with its caption encoder."""
     with torch.device("meta"):
         model = Decoder(config, embed_dim, vocab_size, context)
-        x_t, t = torch.zeros(1, 3, config.image_size_px, config.image_size_px), torch.ones(1, dtype=torch.long)
+        x_t, t = (
+            torch.zeros(1, 3, config.image_size_px, config.image_size_px),
+            torch.ones(1, dtype=torch.long),
+        )
         z, ids = torch.zeros(1, embed_dim), torch.ones(1, context, dtype=torch.long)
 
     def forward() -> Tensor:
@@ -118,7 +128,11 @@ class _Kept(TorchFunctionMode):
 
 def _count(model: nn.Module, forward: Callable[[], Tensor]) -> Cost:
     noted = _Kept(model)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(noted.keep, lambda x: x):
+    with (
+        torch.device("meta"),
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(noted.keep, lambda x: x),
+    ):
         with noted:
             loss = forward()
         loss.backward()
@@ -126,7 +140,14 @@ def _count(model: nn.Module, forward: Callable[[], Tensor]) -> Cost:
     kept = fsdp.kept_whole(model)
     total, whole = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in kept)
     blocks = [sum(p.numel() for p in set(unit.parameters()) - kept) for unit in fsdp.units(model)]
-    return Cost(total, float(counter.get_total_flops()), activations, whole, total - whole - sum(blocks), max(blocks, default=0))
+    return Cost(
+        total,
+        float(counter.get_total_flops()),
+        activations,
+        whole,
+        total - whole - sum(blocks),
+        max(blocks, default=0),
+    )
 
 
 def need(cost: Cost, config: LoopConfig, workers: int, flops_per_s: float | None) -> dict[str, Any]:
@@ -138,7 +159,12 @@ def need(cost: Cost, config: LoopConfig, workers: int, flops_per_s: float | None
     is_sharded, state = config.shard and workers > 1, STATE_BYTES * cost.parameters
     if is_sharded:
         divided = STATE_BYTES * (cost.parameters - cost.kept) // workers
-        state = divided + STATE_BYTES * cost.kept + HELD_BYTES * cost.held + PASSING_BYTES[config.precision] * cost.largest
+        state = (
+            divided
+            + STATE_BYTES * cost.kept
+            + HELD_BYTES * cost.held
+            + PASSING_BYTES[config.precision] * cost.largest
+        )
     batch = config.batch_size // workers
     found: dict[str, Any] = {
         "parameters": cost.parameters,

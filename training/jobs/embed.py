@@ -50,7 +50,14 @@ class EmbedConfig(Section):
 
 
 def run(
-    config: EmbedConfig, cluster: ClusterConfig, ingest: Path, curate: Path, clip: Path, clip_key: str, out: Path, work: Path
+    config: EmbedConfig,
+    cluster: ClusterConfig,
+    ingest: Path,
+    curate: Path,
+    clip: Path,
+    clip_key: str,
+    out: Path,
+    work: Path,
 ) -> dict[str, Any]:
     """Embed all of the keep list on the running Ray; returns the counts."""
     table = read_table(curate / "keep.parquet", columns=shard_check.READ)
@@ -58,22 +65,33 @@ def run(
     if not found:
         raise CallerError("curate kept no pair: loosen [curate] or give [data] more sources")
     if found > PARTS * config.rows_per_part:
-        raise CallerError(f"[embed] rows_per_part = {config.rows_per_part} makes over {PARTS:,} parts: set {-(-found // PARTS)} or more")
+        raise CallerError(
+            f"[embed] rows_per_part = {config.rows_per_part} makes over {PARTS:,} parts: set {-(-found // PARTS)} or more"
+        )
     dropped = shard_check.settle(table, ingest / "shards", config.broken_pictures, work)
     del table
     parts, count = cut(config, curate / "keep.parquet", work)
     for folder in ("img_emb", "text_emb", "metadata"):
         (out / folder).mkdir(parents=True)
     threads = max(1, int(cluster.cpus_per_worker))
-    arguments = [(config, number, threads, cluster.use_gpu, ingest, clip, out, work) for number in range(parts)]
+    arguments = [
+        (config, number, threads, cluster.use_gpu, ingest, clip, out, work)
+        for number in range(parts)
+    ]
     done = 0
     with Progress("embed", count, "pairs") as progress:
-        for rows in spread(cluster, _embed_part, arguments, int(cluster.use_gpu), cluster.embed_workers):
+        for rows in spread(
+            cluster, _embed_part, arguments, int(cluster.use_gpu), cluster.embed_workers
+        ):
             done += sum(rows)
             progress.update(done)
-    taken_over = sum(int((work / f"known_{number:04}.count").read_text()) for number in range(parts))
+    taken_over = sum(
+        int((work / f"known_{number:04}.count").read_text()) for number in range(parts)
+    )
     dim = int(np.load(out / "img_emb" / "img_emb_0000.npy", mmap_mode="r").shape[1])
-    (out / "facts.json").write_text(json.dumps({"clip_key": clip_key, "dim": dim, "count": count}, indent=1))
+    (out / "facts.json").write_text(
+        json.dumps({"clip_key": clip_key, "dim": dim, "count": count}, indent=1)
+    )
     return {"in": found, "out": count, "dropped": dropped, "dim": dim, "taken_over": taken_over}
 
 
@@ -107,7 +125,12 @@ def cut(config: EmbedConfig, keep_list: Path, work: Path) -> tuple[int, int]:
 def know(previous: Path, work: Path) -> None:
     """Note in `work` what the embeddings in the folder `previous`, made by the same CLIP, are of. 24 bytes a pair."""
     if not (work / "known.json").exists():
-        marked = np.concatenate([marks(pq.read_table(file, columns=MARKED)) for file in sorted((previous / "metadata").glob("*.parquet"))])
+        marked = np.concatenate(
+            [
+                marks(pq.read_table(file, columns=MARKED))
+                for file in sorted((previous / "metadata").glob("*.parquet"))
+            ]
+        )
         order = np.argsort(marked, kind="stable")
         np.save(work / "known_marks.npy", marked[order])
         np.save(work / "known_rows.npy", order)
@@ -117,8 +140,13 @@ def know(previous: Path, work: Path) -> None:
 
 def marks(rows: pa.Table) -> np.ndarray:
     """Return 64 bits for each row that tell apart pairs (origin and first caption) and their pictures' bytes, uint64 (rows,)."""
-    texts = [f"{key}{sha256}".encode() for key, sha256 in zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True)]
-    return np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts), np.uint64)
+    texts = [
+        f"{key}{sha256}".encode()
+        for key, sha256 in zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True)
+    ]
+    return np.frombuffer(
+        b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts), np.uint64
+    )
 
 
 def _known(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -126,7 +154,9 @@ def _known(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.ndarra
     if not (work / "known.json").exists():
         return np.zeros(table.num_rows, bool), {}
     previous = Path(json.loads((work / "known.json").read_text()))
-    marked, rows = (np.load(work / f"known_{name}.npy", mmap_mode="r") for name in ("marks", "rows"))
+    marked, rows = (
+        np.load(work / f"known_{name}.npy", mmap_mode="r") for name in ("marks", "rows")
+    )
     wanted = marks(table)
     places = np.minimum(np.searchsorted(marked, wanted), len(marked) - 1)
     is_known = marked[places] == wanted
@@ -143,14 +173,31 @@ def _known(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.ndarra
     return is_known, vectors
 
 
-def _embed_part(config: EmbedConfig, number: int, threads: int, use_gpu: bool, ingest: Path, clip: Path, out: Path, work: Path) -> int:
+def _embed_part(
+    config: EmbedConfig,
+    number: int,
+    threads: int,
+    use_gpu: bool,
+    ingest: Path,
+    clip: Path,
+    out: Path,
+    work: Path,
+) -> int:
     """Embed one part unless a killed attempt left it whole in `work`; returns its rows."""
     torch.set_num_threads(threads)
     table = pq.read_table(work / f"rows_{number:04}.parquet")
-    names = [f"img_emb/img_emb_{number:04}.npy", f"text_emb/text_emb_{number:04}.npy", f"metadata/metadata_{number:04}.parquet"]
+    names = [
+        f"img_emb/img_emb_{number:04}.npy",
+        f"text_emb/text_emb_{number:04}.npy",
+        f"metadata/metadata_{number:04}.parquet",
+    ]
     if not all((work / Path(name).name).exists() for name in names):
         is_known, vectors = _known(table, work)
-        made = _embed_rows(config, table.filter(pa.array(~is_known)), use_gpu, ingest, clip) if not is_known.all() else {}
+        made = (
+            _embed_rows(config, table.filter(pa.array(~is_known)), use_gpu, ingest, clip)
+            if not is_known.all()
+            else {}
+        )
         for name, kind in zip(names, ("img_emb", "text_emb"), strict=False):
             both = np.empty((table.num_rows, (made or vectors)[kind].shape[1]), np.float16)
             for chosen, some in ((is_known, vectors), (~is_known, made)):
@@ -167,7 +214,9 @@ def _embed_part(config: EmbedConfig, number: int, threads: int, use_gpu: bool, i
     return table.num_rows
 
 
-def _embed_rows(config: EmbedConfig, table: pa.Table, use_gpu: bool, ingest: Path, clip: Path) -> dict[str, np.ndarray]:
+def _embed_rows(
+    config: EmbedConfig, table: pa.Table, use_gpu: bool, ingest: Path, clip: Path
+) -> dict[str, np.ndarray]:
     """Return both vectors of every row, float16 (rows, D)."""
     model, tokenizer = clip_model.load(clip)
     model.to("cuda" if use_gpu else "cpu")
@@ -179,8 +228,13 @@ def _embed_rows(config: EmbedConfig, table: pa.Table, use_gpu: bool, ingest: Pat
         pictures.read_ahead(after)
         vectors.append(clip_model.embed_images(model, squares, config.batch_size))
     images = torch.cat(vectors)
-    texts = clip_model.embed_texts(model, tokenizer, table["caption"].to_pylist(), config.batch_size)
-    return {"img_emb": images.numpy().astype(np.float16), "text_emb": texts.numpy().astype(np.float16)}
+    texts = clip_model.embed_texts(
+        model, tokenizer, table["caption"].to_pylist(), config.batch_size
+    )
+    return {
+        "img_emb": images.numpy().astype(np.float16),
+        "text_emb": texts.numpy().astype(np.float16),
+    }
 
 
 def embed_texts(clip: Path, texts: list[str]) -> np.ndarray:
@@ -192,7 +246,10 @@ def embed_texts(clip: Path, texts: list[str]) -> np.ndarray:
 def embed_images(clip: Path, files: Sequence[Path]) -> np.ndarray:
     """Embed picture files with the CLIP of a `clip` folder, float32 (B, D). Raises CallerError naming a file that is no picture."""
     model, _ = clip_model.load(clip)
-    pictures = [torch.from_numpy(read_file(file, model.config.image_size_px, model.config.look)) for file in files]
+    pictures = [
+        torch.from_numpy(read_file(file, model.config.image_size_px, model.config.look))
+        for file in files
+    ]
     return clip_model.embed_images(model, torch.stack(pictures)).numpy()
 
 
@@ -201,7 +258,9 @@ def look_of(clip: Path) -> Look:
     return ClipConfig.model_validate(json.loads((clip / "config.json").read_text())["clip"]).look
 
 
-def encoders(clip: Path) -> tuple[Callable[[list[str]], np.ndarray], Callable[[np.ndarray], np.ndarray], int]:
+def encoders(
+    clip: Path,
+) -> tuple[Callable[[list[str]], np.ndarray], Callable[[np.ndarray], np.ndarray], int]:
     """Load the CLIP of a `clip` folder once: return what embeds texts, what embeds uint8 squares (B, S, S, 3), and their side S.
 
     Both return float32 (B, D) and may be called from any thread.

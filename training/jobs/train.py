@@ -47,79 +47,149 @@ LINE_BYTES = 4096
 
 
 def train_clip(
-    tokenizer: TokenizerConfig, config: ClipConfig, cluster: ClusterConfig, ingest: Path, curate: Path, out: Path, work: Path
+    tokenizer: TokenizerConfig,
+    config: ClipConfig,
+    cluster: ClusterConfig,
+    ingest: Path,
+    curate: Path,
+    out: Path,
+    work: Path,
 ) -> dict[str, Any]:
     """Train CLIP on the keep list's training pairs; the tokenizer is fitted to their captions first. Or take a pretrained one."""
     table = read_table(curate / "keep.parquet", "train", ["captions", *shard_check.READ])
     if not table.num_rows:
-        raise DataError("curate kept no pair for training: loosen [curate] or give [data] more sources")
+        raise DataError(
+            "curate kept no pair for training: loosen [curate] or give [data] more sources"
+        )
     if config.pretrained:
-        return {"in": table.num_rows, "out": table.num_rows, "dropped": {}, **_adopt(config, tokenizer, out, work)}
+        return {
+            "in": table.num_rows,
+            "out": table.num_rows,
+            "dropped": {},
+            **_adopt(config, tokenizer, out, work),
+        }
     dropped = shard_check.settle(table, ingest / "shards", config.broken_pictures, work)
     if not (work / "tokenizer.json").exists():
-        fitted = Tokenizer.fit((caption.as_py() for captions in table["captions"].chunks for caption in captions.flatten()), tokenizer)
+        fitted = Tokenizer.fit(
+            (
+                caption.as_py()
+                for captions in table["captions"].chunks
+                for caption in captions.flatten()
+            ),
+            tokenizer,
+        )
         fitted.save(work / "tokenizer.tmp")
         (work / "tokenizer.tmp").replace(work / "tokenizer.json")
     paths = {"ingest": str(ingest), "curate": str(curate)}
     _train("clip", fit_clip, config, cluster, cluster.clip_workers, paths, out, work)
-    return {"in": table.num_rows, "out": table.num_rows - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
+    return {
+        "in": table.num_rows,
+        "out": table.num_rows - sum(dropped.values()),
+        "dropped": dropped,
+        **_outcome(out),
+    }
 
 
-def train_prior(config: PriorConfig, cluster: ClusterConfig, clip: Path, embed: Path, out: Path, work: Path) -> dict[str, Any]:
+def train_prior(
+    config: PriorConfig, cluster: ClusterConfig, clip: Path, embed: Path, out: Path, work: Path
+) -> dict[str, Any]:
     """Train the prior on the embeddings, CLIP frozen."""
     count = _start_from_clip(clip, embed, work)
-    _train("prior", fit_prior, config, cluster, cluster.prior_workers, {"clip": str(clip), "embed": str(embed)}, out, work)
+    _train(
+        "prior",
+        fit_prior,
+        config,
+        cluster,
+        cluster.prior_workers,
+        {"clip": str(clip), "embed": str(embed)},
+        out,
+        work,
+    )
     return {"in": count, "out": count, "dropped": {}, **_outcome(out)}
 
 
 def train_decoder(
-    config: DecoderConfig, cluster: ClusterConfig, ingest: Path, clip: Path, embed: Path, out: Path, work: Path
+    config: DecoderConfig,
+    cluster: ClusterConfig,
+    ingest: Path,
+    clip: Path,
+    embed: Path,
+    out: Path,
+    work: Path,
 ) -> dict[str, Any]:
     """Train the decoder on pictures and their embeddings, CLIP frozen."""
     count = _start_from_clip(clip, embed, work)
-    dropped = shard_check.settle(read_table(embed / "metadata", "train", shard_check.READ), ingest / "shards", config.broken_pictures, work)
+    dropped = shard_check.settle(
+        read_table(embed / "metadata", "train", shard_check.READ),
+        ingest / "shards",
+        config.broken_pictures,
+        work,
+    )
     paths = {"ingest": str(ingest), "clip": str(clip), "embed": str(embed)}
     _train("decoder", fit_decoder, config, cluster, cluster.decoder_workers, paths, out, work)
     return {"in": count, "out": count - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
 
 
-def train_upsampler(config: UpsamplerConfig, cluster: ClusterConfig, ingest: Path, curate: Path, out: Path, work: Path) -> dict[str, Any]:
+def train_upsampler(
+    config: UpsamplerConfig,
+    cluster: ClusterConfig,
+    ingest: Path,
+    curate: Path,
+    out: Path,
+    work: Path,
+) -> dict[str, Any]:
     """Train an up-sampler on crops of the keep list's training pictures."""
     table = read_table(curate / "keep.parquet", "train", shard_check.READ)
     count = table.num_rows
     if not count:
-        raise DataError("curate kept no picture for training: loosen [curate] or give [data] more sources")
+        raise DataError(
+            "curate kept no picture for training: loosen [curate] or give [data] more sources"
+        )
     dropped = shard_check.settle(table, ingest / "shards", config.broken_pictures, work)
     paths = {"ingest": str(ingest), "curate": str(curate)}
     _train("upsampler", fit_upsampler, config, cluster, cluster.upsampler_workers, paths, out, work)
     return {"in": count, "out": count - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
 
 
-def fit_clip(config: ClipConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def fit_clip(
+    config: ClipConfig, paths: dict[str, Path], work: Path, device: str
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_clip`."""
-    table = read_table(paths["curate"] / "keep.parquet", "train", ["caption", "captions", "key", *PLACE])
+    table = read_table(
+        paths["curate"] / "keep.parquet", "train", ["caption", "captions", "key", *PLACE]
+    )
     table = table.filter(pa.array(shard_check.is_kept(table, work)))
     tokenizer = Tokenizer.load(work / "tokenizer.json")
     pictures = _pictures(table, paths, config, config.image_size_px, config.look)
-    texts = embedding_dataset.Captions(table["captions"] if config.style_captions else alone(table["caption"]), tokenizer)
+    texts = embedding_dataset.Captions(
+        table["captions"] if config.style_captions else alone(table["caption"]), tokenizer
+    )
     del table
     torch.manual_seed(config.seed)
     model = CLIP(config, tokenizer.vocab_size, tokenizer.context).to(device)
-    if config.compile:  # what is encoded in chunks is encoded again in the backward pass, which stays outside
+    if (
+        config.compile
+    ):  # what is encoded in chunks is encoded again in the backward pass, which stays outside
         model.encode_image = torch.compile(model.encode_image)  # type: ignore[method-assign]
         model.encode_text = torch.compile(model.encode_text, dynamic=True)  # type: ignore[method-assign]
 
     def loss_of(step: Step) -> Tensor:
         rows = step.samples(len(pictures))
-        ids, _ = texts.draw(rows, embedding_dataset.towards_first(step.uniform(PHRASING), config.first_caption))
+        ids, _ = texts.draw(
+            rows, embedding_dataset.towards_first(step.uniform(PHRASING), config.first_caption)
+        )
         pixels = to_pixels(pictures[rows].to(device), config.image_size_px)
         _read_ahead(pictures, step, config.ahead_steps)
         return model.loss(shifted(pixels, step.uniform(SHIFT, 2)), ids.to(device))
 
-    return model, loop.run(model, config, loss_of, work, model.clamp_logit_scale, lambda: pictures.waited_s)
+    return model, loop.run(
+        model, config, loss_of, work, model.clamp_logit_scale, lambda: pictures.waited_s
+    )
 
 
-def fit_prior(config: PriorConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def fit_prior(
+    config: PriorConfig, paths: dict[str, Path], work: Path, device: str
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_prior`."""
     clip, tokenizer = clip_model.load(paths["clip"])
     table, z_i = embedding_dataset.read(paths["embed"], "train", ["captions"])
@@ -141,12 +211,17 @@ def fit_prior(config: PriorConfig, paths: dict[str, Path], work: Path, device: s
         sample = sample[:: math.ceil(len(sample) / MEASURED_AT_MOST)]
         trained = Prior(config, z_i.dim, tokenizer.vocab_size, tokenizer.context).to(device)
         trained.load_state_dict(averaged)
-        trained.eval().measure(z_i[sample].to(device), *(each(texts.firsts[sample]).to(device) for each in (z_t, texts.ids)))
+        trained.eval().measure(
+            z_i[sample].to(device),
+            *(each(texts.firsts[sample]).to(device) for each in (z_t, texts.ids)),
+        )
         averaged["x_0_error"] = trained.x_0_error
     return model, averaged
 
 
-def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def fit_decoder(
+    config: DecoderConfig, paths: dict[str, Path], work: Path, device: str
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_decoder`."""
     tokenizer = Tokenizer.load(paths["clip"] / "tokenizer.json")
     table, z_i = embedding_dataset.read(paths["embed"], "train", ["captions", "key", *PLACE])
@@ -168,10 +243,17 @@ def fit_decoder(config: DecoderConfig, paths: dict[str, Path], work: Path, devic
     return model, loop.run(model, config, loss_of, work, waited_s=lambda: pictures.waited_s)
 
 
-def fit_upsampler(config: UpsamplerConfig, paths: dict[str, Path], work: Path, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def fit_upsampler(
+    config: UpsamplerConfig, paths: dict[str, Path], work: Path, device: str
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_upsampler`."""
     table = read_table(paths["curate"] / "keep.parquet", "train", ["key", *PLACE])
-    pictures = _pictures(table.filter(pa.array(shard_check.is_kept(table, work))), paths, config, config.image_size_px)
+    pictures = _pictures(
+        table.filter(pa.array(shard_check.is_kept(table, work))),
+        paths,
+        config,
+        config.image_size_px,
+    )
     torch.manual_seed(config.seed)
     model = Upsampler(config).to(device)
 
@@ -183,8 +265,12 @@ def fit_upsampler(config: UpsamplerConfig, paths: dict[str, Path], work: Path, d
     return model, loop.run(model, config, loss_of, work, waited_s=lambda: pictures.waited_s)
 
 
-def _pictures(table: pa.Table, paths: dict[str, Path], config: LoopConfig, side_px: int, look: Look = WHOLE) -> Pictures:
-    return Pictures(table, paths["ingest"] / "shards", side_px, look, config.readers, config.cache_bytes)
+def _pictures(
+    table: pa.Table, paths: dict[str, Path], config: LoopConfig, side_px: int, look: Look = WHOLE
+) -> Pictures:
+    return Pictures(
+        table, paths["ingest"] / "shards", side_px, look, config.readers, config.cache_bytes
+    )
 
 
 def _read_ahead(pictures: Pictures, step: Step, steps: int) -> None:
@@ -197,7 +283,11 @@ def _read_ahead(pictures: Pictures, step: Step, steps: int) -> None:
 def alone(captions: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a list of one text for each caption."""
     return pa.chunked_array(
-        [pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk) for chunk in captions.chunks], pa.list_(pa.string())
+        [
+            pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk)
+            for chunk in captions.chunks
+        ],
+        pa.list_(pa.string()),
     )
 
 
@@ -208,7 +298,9 @@ def shifted(pixels: Tensor, draw: Tensor) -> Tensor:
     place = (draw * (2 * SHIFT_PX + 1)).long().to(pixels.device)  # (B, 2)
     span = torch.arange(S, device=pixels.device)
     rows, columns = (place[:, :1] + span)[:, :, None], (place[:, 1:] + span)[:, None, :]
-    return padded.permute(0, 2, 3, 1)[torch.arange(B, device=pixels.device)[:, None, None], rows, columns].permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1)[
+        torch.arange(B, device=pixels.device)[:, None, None], rows, columns
+    ].permute(0, 3, 1, 2)
 
 
 def _adopt(config: ClipConfig, tokens: TokenizerConfig, out: Path, work: Path) -> dict[str, Any]:
@@ -228,12 +320,21 @@ def _start_from_clip(clip: Path, embed: Path, work: Path) -> int:
     shutil.copyfile(clip / "tokenizer.json", work / "tokenizer.json")
     count = read_table(embed / "metadata", "train", ["key"]).num_rows
     if not count:
-        raise DataError("no embedded pair is in the training split: loosen [curate] or give [data] more sources")
+        raise DataError(
+            "no embedded pair is in the training split: loosen [curate] or give [data] more sources"
+        )
     return count
 
 
 def _train(
-    name: str, fit: Fit, config: LoopConfig, cluster: ClusterConfig, workers: int, paths: dict[str, str], out: Path, work: Path
+    name: str,
+    fit: Fit,
+    config: LoopConfig,
+    cluster: ClusterConfig,
+    workers: int,
+    paths: dict[str, str],
+    out: Path,
+    work: Path,
 ) -> None:
     """Run `fit` on `workers` Ray Train workers, restarted from the last state when one is lost; then move the results to `out`."""
     job = {
@@ -246,7 +347,9 @@ def _train(
     }
     with Progress(name, config.images, "images") as progress:
         over = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(work / "metrics.jsonl", progress, over), daemon=True)
+        watcher = threading.Thread(
+            target=_watch, args=(work / "metrics.jsonl", progress, over), daemon=True
+        )
         watcher.start()
         try:
             for left in reversed(range(cluster.max_failures + 1)):
@@ -258,7 +361,9 @@ def _train(
                     if own or not left:
                         raise own or UnclipError(_one_line(name, error)) from error
                     logging.getLogger("unclip").warning(
-                        "%s; it goes on from its last state, %d restarts left", _one_line(name, error), left
+                        "%s; it goes on from its last state, %d restarts left",
+                        _one_line(name, error),
+                        left,
                     )
         finally:
             over.set()
@@ -282,13 +387,19 @@ def _run_group(job: dict[str, Any], name: str, cluster: ClusterConfig, workers: 
     TorchTrainer(
         _worker,
         train_loop_config=job,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
+        ),
         run_config=RunConfig(
             name=f"{name}-{time.time_ns():x}",  # a fresh name: our own state in `work` says where to resume, not Ray's
             storage_path=str((Path(job["work"]) / "ray").absolute()),
-            failure_config=FailureConfig(max_failures=0),  # Ray would repeat a worker's plain error as well
+            failure_config=FailureConfig(
+                max_failures=0
+            ),  # Ray would repeat a worker's plain error as well
         ),
-        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo", timeout_s=cluster.collective_timeout_s),
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.use_gpu else "gloo", timeout_s=cluster.collective_timeout_s
+        ),
     ).fit()
 
 
@@ -310,23 +421,37 @@ def _fit(job: dict[str, Any]) -> int:
     }
     fit, section = fits[job["fit"]]
     config, work = section.model_validate_json(job["section"]), Path(job["work"])
-    model, averaged = fit(config, {name: Path(path) for name, path in job["paths"].items()}, work, "cuda" if job["use_gpu"] else "cpu")
+    model, averaged = fit(
+        config,
+        {name: Path(path) for name, path in job["paths"].items()},
+        work,
+        "cuda" if job["use_gpu"] else "cpu",
+    )
     write_model(job["fit"].removeprefix("fit_"), model, averaged, config, work)
     return config.images
 
 
-def write_model(name: str, model: nn.Module, averaged: dict[str, Tensor], config: LoopConfig, work: Path) -> None:
+def write_model(
+    name: str, model: nn.Module, averaged: dict[str, Tensor], config: LoopConfig, work: Path
+) -> None:
     """Write `config.json` and the weights, averaged and raw, each renamed into place. Called by every worker; the first one writes."""
     is_first = world()[0] == 0
     raw = fsdp.whole(model.state_dict(), is_first)
     if not is_first:
         return
-    facts: dict[str, Any] = {name: config.model_dump(mode="json"), "parameters": sum(p.numel() for p in model.parameters())}
+    facts: dict[str, Any] = {
+        name: config.model_dump(mode="json"),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     if (work / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(work / "tokenizer.json")
         null = getattr(model, "null_z", getattr(model, "null_text", None))
         embed_dim = len(null) if null is not None else facts[name]["embed_dim"]
-        facts |= {"vocab_size": tokenizer.vocab_size, "context": tokenizer.context, "embed_dim": embed_dim}
+        facts |= {
+            "vocab_size": tokenizer.vocab_size,
+            "context": tokenizer.context,
+            "embed_dim": embed_dim,
+        }
     for file, state in (("weights.safetensors", averaged), ("raw.safetensors", raw)):
         aside = work / f"{file}.{os.getpid()}.tmp"
         save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, aside)
@@ -380,5 +505,9 @@ def _own_error(error: BaseException) -> UnclipError | None:
 def _one_line(name: str, error: BaseException) -> str:
     """Say why a training failed in one line; Ray's words hold the tracebacks of the workers, cut in the middle, which are left out."""
     lines = str(error).splitlines()
-    said = " ".join(line for line in lines if not line.startswith(("  ", "Traceback ", "... (Output")) and '", line ' not in line)
+    said = " ".join(
+        line
+        for line in lines
+        if not line.startswith(("  ", "Traceback ", "... (Output")) and '", line ' not in line
+    )
     return f"training {name} failed: {' '.join(said.split())[:400]}; the whole of it is in the log"

@@ -33,7 +33,9 @@ class AutoregressivePrior(nn.Module):
         super().__init__()
         D, K = config.width, config.pca_dims
         if embed_dim < K:
-            raise ValueError(f"pca_dims = {K}, but embeddings have {embed_dim} dimensions: keep that many at most")
+            raise ValueError(
+                f"pca_dims = {K}, but embeddings have {embed_dim} dimensions: keep that many at most"
+            )
         self.config = config
         self.tokens = nn.Embedding(vocab_size, D)
         self.values = nn.Embedding(config.buckets, D)
@@ -57,7 +59,13 @@ class AutoregressivePrior(nn.Module):
         pca = Pca.fit(z_i.cpu())
         self.mean.copy_(pca.mean)
         self.components.copy_(pca.components[: self.config.pca_dims])
-        values = torch.cat([(z_i.cpu() * z_t.cpu()).sum(1, keepdim=True), pca.project(z_i.cpu(), self.config.pca_dims)], 1)
+        values = torch.cat(
+            [
+                (z_i.cpu() * z_t.cpu()).sum(1, keepdim=True),
+                pca.project(z_i.cpu(), self.config.pca_dims),
+            ],
+            1,
+        )
         low, high = values.amin(0), values.amax(0)
         reach = MARGIN * (high - low) + 1e-6
         self.low.copy_(low - reach)
@@ -65,8 +73,14 @@ class AutoregressivePrior(nn.Module):
 
     def to_buckets(self, z_i: Tensor, z_t: Tensor) -> Tensor:
         """Return the buckets, int64 (B, K + 1), of z_i . z_t and of z_i's coordinates; what lies outside goes into the last one there."""
-        values = torch.cat([(z_i * z_t).sum(1, keepdim=True), (z_i - self.mean) @ self.components.T], 1)
-        return ((values - self.low) / (self.high - self.low) * self.config.buckets).long().clamp_(0, self.config.buckets - 1)
+        values = torch.cat(
+            [(z_i * z_t).sum(1, keepdim=True), (z_i - self.mean) @ self.components.T], 1
+        )
+        return (
+            ((values - self.low) / (self.high - self.low) * self.config.buckets)
+            .long()
+            .clamp_(0, self.config.buckets - 1)
+        )
 
     def from_buckets(self, buckets: Tensor) -> Tensor:
         """Return the unit vectors (B, E) in the middle of buckets (B, K + 1)."""
@@ -90,16 +104,29 @@ class AutoregressivePrior(nn.Module):
     def loss(self, step: Step, z_i: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
         """Mean cross entropy of the buckets in nats; z_i and z_t are unit vectors (b, E), ids (b, N)."""
         dropped = (step.uniform(DROP) < self.config.text_drop).to(z_t.device)
-        with torch.autocast(z_i.device.type, enabled=False):  # bfloat16 would move values by whole buckets
+        with torch.autocast(
+            z_i.device.type, enabled=False
+        ):  # bfloat16 would move values by whole buckets
             buckets = self.to_buckets(z_i, z_t)
-        return F.cross_entropy(self(buckets, *self.with_drops(z_t, ids, dropped)).flatten(0, 1), buckets.flatten())
+        return F.cross_entropy(
+            self(buckets, *self.with_drops(z_t, ids, dropped)).flatten(0, 1), buckets.flatten()
+        )
 
     def with_drops(self, z_t: Tensor, ids: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scaled z_t and ids, with the null text where `dropped`, bool (B,)."""
-        return torch.where(dropped[:, None], self.null_text, z_t * self.text_scale), without_captions(ids, dropped)
+        return torch.where(
+            dropped[:, None], self.null_text, z_t * self.text_scale
+        ), without_captions(ids, dropped)
 
     @torch.no_grad()
-    def sample(self, z_t: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, best_of: int | None = None) -> Tensor:
+    def sample(
+        self,
+        z_t: Tensor,
+        ids: Tensor,
+        seeds: list[int],
+        steps: int | None = None,
+        best_of: int | None = None,
+    ) -> Tensor:
         """Draw one z_i, a unit vector, for every row of z_t (B, E), ids (B, N) and seeds: the best of several by its dot product with z_t.
 
         A row's result depends on its own seed and text alone. `steps` is the diffusion prior's and says nothing here.
@@ -107,8 +134,12 @@ class AutoregressivePrior(nn.Module):
         best_of = best_of or self.config.best_of
         rows = torch.arange(len(z_t), device=z_t.device).repeat_interleave(best_of)
         K = self.config.pca_dims
-        draws = generators([seed * best_of + place for seed in seeds for place in range(best_of)], Stream.PRIOR)
-        chance = torch.stack([torch.rand(K + 1, generator=own, dtype=torch.float64) for own in draws]).to(z_t.device)  # (B', K + 1)
+        draws = generators(
+            [seed * best_of + place for seed in seeds for place in range(best_of)], Stream.PRIOR
+        )
+        chance = torch.stack(
+            [torch.rand(K + 1, generator=own, dtype=torch.float64) for own in draws]
+        ).to(z_t.device)  # (B', K + 1)
         chance[:, 0] = 0.5 + chance[:, 0] / 2  # the upper half
         buckets = self.draw(z_t[rows] * self.text_scale, ids[rows], chance)
         z_i = self.from_buckets(buckets).view(len(z_t), best_of, -1)
@@ -127,9 +158,13 @@ class AutoregressivePrior(nn.Module):
                 x = block(x, is_key, past)
             logits = self.out(self.norm(x[:, -1])).double() / self.config.temperature
             cumulated = logits.softmax(-1).cumsum(-1)
-            buckets[:, place] = torch.searchsorted(cumulated, chance[:, place : place + 1].contiguous(), right=True)[:, 0].clamp(
-                max=self.config.buckets - 1
+            buckets[:, place] = torch.searchsorted(
+                cumulated, chance[:, place : place + 1].contiguous(), right=True
+            )[:, 0].clamp(max=self.config.buckets - 1)
+            x = (
+                (self.values(buckets[:, place]) + self.positions[place + 1])[:, None]
+                if place < K
+                else x
             )
-            x = (self.values(buckets[:, place]) + self.positions[place + 1])[:, None] if place < K else x
             is_key = torch.cat([is_key, is_key.new_ones(len(ids), 1)], 1)
         return buckets

@@ -25,7 +25,10 @@ from training.models.transformer import Activation, Block, TextEncoder
 from training.optim.collectives import gather
 from training.optim.step import LoopConfig, OnBroken
 
-LOGIT_SCALE_START, LOGIT_SCALE_MAX = math.log(1 / 0.07), math.log(100)  # Radford et al. 2021, section 2.5
+LOGIT_SCALE_START, LOGIT_SCALE_MAX = (
+    math.log(1 / 0.07),
+    math.log(100),
+)  # Radford et al. 2021, section 2.5
 SIGMOID_SCALE_START, SIGMOID_BIAS_START = math.log(10), -10.0  # Zhai et al. 2023, section 3.2
 MARK = 0x5851F42D4C957F2D
 """An odd number of 63 bits, Knuth's multiplier: texts that differ have the same polynomial in it about once in 2^64."""
@@ -95,10 +98,17 @@ class ClipConfig(LoopConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.compile and self.shard:
-            raise ValueError("compile = true and shard = true: choose one, the compiled towers would not gather their weights")
-        for name, width, heads in (("", self.width, self.image_heads), ("text_", self.text_width, self.text_heads)):
+            raise ValueError(
+                "compile = true and shard = true: choose one, the compiled towers would not gather their weights"
+            )
+        for name, width, heads in (
+            ("", self.width, self.image_heads),
+            ("text_", self.text_width, self.text_heads),
+        ):
             if heads and width % heads:
-                raise ValueError(f"{name}width = {width} but {name or 'image_'}heads = {heads}: the first must be a multiple of the second")
+                raise ValueError(
+                    f"{name}width = {width} but {name or 'image_'}heads = {heads}: the first must be a multiple of the second"
+                )
         return self
 
 
@@ -151,7 +161,13 @@ class VitTower(nn.Module):
         self.class_token = nn.Parameter(torch.randn(width) * width**-0.5)
         self.positions = nn.Parameter(torch.randn(side**2 + 1, width) * width**-0.5)
         self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
-        block = (width, False, config.image_heads, round(config.image_mlp_ratio * width), config.activation)
+        block = (
+            width,
+            False,
+            config.image_heads,
+            round(config.image_mlp_ratio * width),
+            config.activation,
+        )
         self.blocks = nn.Sequential(*(Block(*block) for _ in range(config.depth)))
         self.project = nn.Linear(width, config.embed_dim, bias=False)
 
@@ -175,16 +191,31 @@ class CLIP(nn.Module):
         self.config, self.vocab_size, self.context = config, vocab_size, context
         self.image: nn.Module
         if config.image_tower == "conv":
-            self.image = ConvTower(config.width, config.depth, config.embed_dim).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.image = ConvTower(config.width, config.depth, config.embed_dim).to(
+                memory_format=torch.channels_last
+            )  # type: ignore[call-overload]
         else:
             self.image = VitTower(config)
-        self.text = TextEncoder(vocab_size, context, config.text_width, config.text_depth, config.text_heads, config.activation)
+        self.text = TextEncoder(
+            vocab_size,
+            context,
+            config.text_width,
+            config.text_depth,
+            config.text_heads,
+            config.activation,
+        )
         self.text_project = nn.Linear(config.text_width, config.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_START if config.loss == "softmax" else SIGMOID_SCALE_START))
+        self.logit_scale = nn.Parameter(
+            torch.tensor(LOGIT_SCALE_START if config.loss == "softmax" else SIGMOID_SCALE_START)
+        )
         if config.loss == "sigmoid":
             self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS_START))
-        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False
+        )
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Embed pictures, float (B, 3, S, S) in [-1, 1], as unit vectors (B, E)."""
@@ -198,7 +229,10 @@ class CLIP(nn.Module):
 
     def loss(self, pixels: Tensor, ids: Tensor) -> Tensor:
         """Return the contrastive loss of this worker's pairs, pixels (b, 3, S, S) in [-1, 1] and ids (b, N), against all workers'."""
-        image, text = self._in_chunks(self.encode_image, pixels), self._in_chunks(self.encode_text, ids)
+        image, text = (
+            self._in_chunks(self.encode_image, pixels),
+            self._in_chunks(self.encode_text, ids),
+        )
         if self.config.loss == "sigmoid":
             return sigmoid_loss(image, text, marks(ids), self.logit_scale, self.logit_bias)
         return contrastive_loss(image, text, marks(ids), self.logit_scale)
@@ -207,7 +241,9 @@ class CLIP(nn.Module):
         """Encode so that only a chunk's activations exist at once, in the backward pass too, which encodes each chunk again."""
         if not self.config.chunk or len(x) <= self.config.chunk:
             return encode(x)
-        return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in x.split(self.config.chunk)])
+        return torch.cat(
+            [checkpoint(encode, part, use_reentrant=False) for part in x.split(self.config.chunk)]
+        )
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -226,11 +262,18 @@ def contrastive_loss(image: Tensor, text: Tensor, captions: Tensor, logit_scale:
     target = is_right / is_right.sum(1, keepdim=True)
     all_image, all_text = gather(image), gather(text)
     scale = logit_scale.exp()
-    with torch.autocast(image.device.type, enabled=False):  # bfloat16 would round a logit near 100 to a multiple of 0.5
-        return (F.cross_entropy(scale * image @ all_text.T, target) + F.cross_entropy(scale * text @ all_image.T, target)) / 2
+    with torch.autocast(
+        image.device.type, enabled=False
+    ):  # bfloat16 would round a logit near 100 to a multiple of 0.5
+        return (
+            F.cross_entropy(scale * image @ all_text.T, target)
+            + F.cross_entropy(scale * text @ all_image.T, target)
+        ) / 2
 
 
-def sigmoid_loss(image: Tensor, text: Tensor, captions: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+def sigmoid_loss(
+    image: Tensor, text: Tensor, captions: Tensor, logit_scale: Tensor, logit_bias: Tensor
+) -> Tensor:
     """Every picture with every text of all workers, a pair or not (Zhai et al. 2023, eq. 1): mean over pictures of the sum over texts.
 
     image and text are this worker's unit vectors (b, E), captions is int (b,) and equal where captions are: their pictures are pairs
@@ -284,5 +327,9 @@ def embed_images(model: CLIP, images: Tensor, batch: int = 512) -> Tensor:
     device, config = model.logit_scale.device, model.config
     found = [torch.empty(0, config.embed_dim)]
     for part in images.split(batch):
-        found.append(model.encode_image(to_pixels(part.to(device), config.image_size_px, config.interpolation)).cpu())
+        found.append(
+            model.encode_image(
+                to_pixels(part.to(device), config.image_size_px, config.interpolation)
+            ).cpu()
+        )
     return torch.cat(found)

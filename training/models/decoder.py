@@ -34,7 +34,14 @@ from training.models.tokenizer import PAD
 from training.models.transformer import TextEncoder, attend, heads_of, time_features
 from training.optim.step import LoopConfig, OnBroken, Step
 
-DROP_Z, DROP_TEXT, TIME, NOISE, Z_LEVEL, Z_NOISE = 1, 2, 3, 4, 5, 6  # streams of randomness in a step
+DROP_Z, DROP_TEXT, TIME, NOISE, Z_LEVEL, Z_NOISE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)  # streams of randomness in a step
 GROUPS = 8
 Sampler = Literal["dpm_solver", "ddim", "ancestral"]
 
@@ -105,7 +112,9 @@ class DecoderConfig(LoopConfig):
     def _fits_together(self) -> Self:
         samplers.check_steps(self.sampling_steps, self.T)
         if self.snr_floor > self.snr_ceiling:
-            raise ValueError(f"snr_floor = {self.snr_floor:g} but snr_ceiling = {self.snr_ceiling:g}: the floor must not lie above it")
+            raise ValueError(
+                f"snr_floor = {self.snr_floor:g} but snr_ceiling = {self.snr_ceiling:g}: the floor must not lie above it"
+            )
         return self
 
 
@@ -124,7 +133,10 @@ class ResBlock(nn.Module):
     def __init__(self, before: int, after: int, added: int, dropout: float) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.GroupNorm(GROUPS, before), nn.GroupNorm(GROUPS, after)
-        self.conv_1, self.conv_2 = nn.Conv2d(before, after, 3, padding=1), nn.Conv2d(after, after, 3, padding=1)
+        self.conv_1, self.conv_2 = (
+            nn.Conv2d(before, after, 3, padding=1),
+            nn.Conv2d(after, after, 3, padding=1),
+        )
         self.modulate = nn.Linear(added, 2 * after)
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
@@ -153,8 +165,14 @@ class ContextAttention(nn.Module):
         """Map (B, C, S, S) to the same shape."""
         B, C, S, _ = x.shape
         places = self.norm(x).flatten(2).transpose(1, 2)  # (B, S*S, C)
-        q, k, v = self.qkv(places).view(B, S * S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        k_c, v_c = self.kv(self.norm_context(condition.context)).view(B, -1, 2, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(places).view(B, S * S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        )
+        k_c, v_c = (
+            self.kv(self.norm_context(condition.context))
+            .view(B, -1, 2, self.heads, C // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
         mask = torch.cat([condition.is_key.new_ones(B, S * S), condition.is_key], 1)[:, None, None]
         y = attend(q, torch.cat([k, k_c], 2), torch.cat([v, v_c], 2), mask.expand(B, 1, S * S, -1))
         y = self.out(y.transpose(1, 2).reshape(B, S * S, C))
@@ -164,10 +182,14 @@ class ContextAttention(nn.Module):
 class Decoder(nn.Module):
     """The U-Net with its caption encoder and its sampling."""
 
-    def __init__(self, config: DecoderConfig, embed_dim: int, vocab_size: int, context: int) -> None:
+    def __init__(
+        self, config: DecoderConfig, embed_dim: int, vocab_size: int, context: int
+    ) -> None:
         super().__init__()
         self.config = config
-        with torch.device("cpu"):  # its values are checked, which `count_parameters`' meta device cannot do
+        with torch.device(
+            "cpu"
+        ):  # its values are checked, which `count_parameters`' meta device cannot do
             self.schedule = Schedule.cosine(config.T)
             if config.snr_shift != 1:
                 self.schedule = self.schedule.shifted(config.snr_shift)
@@ -177,7 +199,9 @@ class Decoder(nn.Module):
         self.z_to_added = nn.Linear(embed_dim, added)
         self.z_to_tokens = nn.Linear(embed_dim, config.z_tokens * config.text_width)
         self.text_to_added = nn.Linear(config.text_width, added)
-        self.time = nn.Sequential(nn.Linear(config.width, added), nn.SiLU(), nn.Linear(added, added))
+        self.time = nn.Sequential(
+            nn.Linear(config.width, added), nn.SiLU(), nn.Linear(added, added)
+        )
         self.z_scale = embed_dim**0.5
         folded, side = 3 * config.patch_px**2, config.image_size_px // config.patch_px
         self.enter = nn.Conv2d(folded, widths[0], 3, padding=1)
@@ -194,7 +218,12 @@ class Decoder(nn.Module):
                 skips.append(after)
                 side //= 2
         self.layout = nn.Linear(added, before * side * side) if config.layout else None
-        self.middle = nn.ModuleList([self._level(before, before, side, added), ResBlock(before, before, added, config.dropout)])
+        self.middle = nn.ModuleList(
+            [
+                self._level(before, before, side, added),
+                ResBlock(before, before, added, config.dropout),
+            ]
+        )
         for place, after in reversed(list(enumerate(widths))):
             for _ in range(config.depth + 1):
                 self.up.append(self._level(before + skips.pop(), after, side, added))
@@ -210,9 +239,19 @@ class Decoder(nn.Module):
     def _level(self, before: int, after: int, side: int, added: int) -> nn.Module:
         config = self.config
         block = ResBlock(before, after, added, config.dropout)
-        return nn.ModuleList([block, ContextAttention(after, config.text_width)]) if side in config.attention_px else block
+        return (
+            nn.ModuleList([block, ContextAttention(after, config.text_width)])
+            if side in config.attention_px
+            else block
+        )
 
-    def condition(self, z_i: Tensor, ids: Tensor, drop_z: Tensor | None = None, drop_text: Tensor | None = None) -> Condition:
+    def condition(
+        self,
+        z_i: Tensor,
+        ids: Tensor,
+        drop_z: Tensor | None = None,
+        drop_text: Tensor | None = None,
+    ) -> Condition:
         """Encode unit vectors z_i (B, E) and caption ids (B, N); dropped rows, bool (B,), get the null z and the empty caption."""
         z = z_i * self.z_scale
         if drop_z is not None:
@@ -243,14 +282,18 @@ class Decoder(nn.Module):
         Where the variance is learned, its fraction in [0, 1] comes beside, of the same shape.
         """
         added = F.silu(self.time(time_features(t, self.config.width)) + condition.added)
-        x = F.pixel_unshuffle(x_t, self.config.patch_px).contiguous(memory_format=torch.channels_last)
+        x = F.pixel_unshuffle(x_t, self.config.patch_px).contiguous(
+            memory_format=torch.channels_last
+        )
         x = self.enter(x) + self.places
         skips = [x]
         for layer in self.down:
             x = self._run(layer, x, added, condition)
             skips.append(x)
         if self.layout is not None:
-            x = x + self.layout(added).view(len(x), x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)  # (B, C, S, S)
+            x = x + self.layout(added).view(len(x), x.shape[2], x.shape[3], x.shape[1]).permute(
+                0, 3, 1, 2
+            )  # (B, C, S, S)
         for layer in self.middle:
             x = self._run(layer, x, added, condition)
         for layer in self.up:
@@ -261,7 +304,9 @@ class Decoder(nn.Module):
         x = F.pixel_shuffle(x, self.config.patch_px).float()
         if not self.config.learned_variance:
             return x.contiguous()
-        prediction, fraction = x.chunk(2, 1)  # half-way between the bounds at the start, since `leave` starts at zero
+        prediction, fraction = x.chunk(
+            2, 1
+        )  # half-way between the bounds at the start, since `leave` starts at zero
         return prediction.contiguous(), fraction.sigmoid()
 
     @staticmethod
@@ -277,28 +322,54 @@ class Decoder(nn.Module):
         weighs its terms without moving the best variance at any of them.
         """
         config, device = self.config, x_0.device
-        drop_z, drop_text = step.uniform(DROP_Z) < config.z_drop, step.uniform(DROP_TEXT) < config.text_drop
-        t = (1 + step.uniform(TIME) ** (1 / config.time_power) * config.T).long().clamp_(max=config.T).to(device)
+        drop_z, drop_text = (
+            step.uniform(DROP_Z) < config.z_drop,
+            step.uniform(DROP_TEXT) < config.text_drop,
+        )
+        t = (
+            (1 + step.uniform(TIME) ** (1 / config.time_power) * config.T)
+            .long()
+            .clamp_(max=config.T)
+            .to(device)
+        )
         eps = step.normal(NOISE, *x_0.shape[1:]).to(device)
         if config.z_noise > 0:
-            level, moved_by = step.uniform(Z_LEVEL) * config.z_noise, step.normal(Z_NOISE, z_i.shape[1])
+            level, moved_by = (
+                step.uniform(Z_LEVEL) * config.z_noise,
+                step.normal(Z_NOISE, z_i.shape[1]),
+            )
             z_i = augmented(z_i, level.to(device), moved_by.to(device))
         condition = self.condition(z_i, ids, drop_z.to(device), drop_text.to(device))
         prediction, fraction = split(self(self.schedule.q_sample(x_0, t, eps), t, condition))
-        weight = snr_weight(self.schedule, t, config.snr_ceiling, config.snr_floor, config.parametrisation)
+        weight = snr_weight(
+            self.schedule, t, config.snr_ceiling, config.snr_floor, config.parametrisation
+        )
         if fraction is not None:
-            return hybrid_loss(self.schedule, x_0, eps, t, prediction, fraction, config.parametrisation, weight)
-        return simple_loss(prediction, training_target(self.schedule, x_0, eps, t, config.parametrisation), weight)
+            return hybrid_loss(
+                self.schedule, x_0, eps, t, prediction, fraction, config.parametrisation, weight
+            )
+        return simple_loss(
+            prediction, training_target(self.schedule, x_0, eps, t, config.parametrisation), weight
+        )
 
     @torch.no_grad()
-    def sample(self, z_i: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, guidance: float | None = None) -> Tensor:
+    def sample(
+        self,
+        z_i: Tensor,
+        ids: Tensor,
+        seeds: list[int],
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
         """Draw a picture, float32 (B, 3, S, S) in [-1, 1], for every row of z_i (B, E), ids (B, N) and seeds; rows are independent."""
         w = self.config.guidance if guidance is None else guidance
         S, own = self.config.image_size_px, generators(seeds, Stream.DECODER)
         x_T = noise((len(z_i), 3, S, S), own, z_i.device)
         denoise, count = self.guided_denoise(z_i, ids, w), steps or self.config.sampling_steps
         if self.config.sampler == "ancestral":
-            return samplers.ancestral(denoise, x_T, self.schedule, count, self.variance, generator=own).clamp_(-1, 1)
+            return samplers.ancestral(
+                denoise, x_T, self.schedule, count, self.variance, generator=own
+            ).clamp_(-1, 1)
         sampler = samplers.ddim if self.config.sampler == "ddim" else samplers.dpm_solver
         return sampler(denoise, x_T, self.schedule, count).clamp_(-1, 1)
 
@@ -308,7 +379,9 @@ class Decoder(nn.Module):
         if w in (0, 1):  # one of the two halves is all that counts
             free = torch.full((len(z_i),), w == 0, device=z_i.device)
             condition = self.condition(z_i, ids, free, free)
-            return as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, parametrisation, clip=1.0)
+            return as_denoise(
+                lambda x_t, t: self(x_t, t, condition), self.schedule, parametrisation, clip=1.0
+            )
         drop = torch.arange(2 * len(z_i), device=z_i.device) >= len(z_i)
         condition = self.condition(z_i.repeat(2, 1), ids.repeat(2, 1), drop, drop)
         both = as_denoise(lambda x_t, t: self(x_t, t, condition), self.schedule, parametrisation)
@@ -333,7 +406,11 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def count_parameters(config: DecoderConfig, clip: ClipConfig, vocab_size: int, context: int = 77) -> int:
+def count_parameters(
+    config: DecoderConfig, clip: ClipConfig, vocab_size: int, context: int = 77
+) -> int:
     """Count the decoder's parameters without allocating them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in Decoder(config, clip.embed_dim, vocab_size, context).parameters())
+        return sum(
+            p.numel() for p in Decoder(config, clip.embed_dim, vocab_size, context).parameters()
+        )

@@ -32,13 +32,24 @@ def gaussian(pictures: Tensor, width: int, sigma: float) -> Tensor:
     """Blur pictures (B, C, H, W) by a Gaussian in a window of odd `width`, edges mirrored."""
     place = torch.arange(width, dtype=torch.float32) - width // 2
     line = torch.exp(-(place**2) / (2 * sigma**2))
-    kernel = (line[:, None] * line / line.sum() ** 2).to(pictures).expand(pictures.shape[1], 1, width, width)
-    return F.conv2d(F.pad(pictures, [width // 2] * 4, mode="reflect"), kernel, groups=pictures.shape[1])
+    kernel = (
+        (line[:, None] * line / line.sum() ** 2)
+        .to(pictures)
+        .expand(pictures.shape[1], 1, width, width)
+    )
+    return F.conv2d(
+        F.pad(pictures, [width // 2] * 4, mode="reflect"), kernel, groups=pictures.shape[1]
+    )
 
 
 def bsr(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """Degrade one picture, float32 (H, W, 3) in 0..1: blur, resizing, noise and JPEG, their order and strength drawn; same size."""
-    steps: list[Callable[[np.ndarray, np.random.Generator], np.ndarray]] = [_blurred, _resized, _noisy, _blurred]
+    steps: list[Callable[[np.ndarray, np.random.Generator], np.ndarray]] = [
+        _blurred,
+        _resized,
+        _noisy,
+        _blurred,
+    ]
     for place in draw.permutation(len(steps)):
         picture = steps[place](picture, draw)
     return _compressed(picture, draw)
@@ -56,18 +67,27 @@ def _resized(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     height, width = picture.shape[:2]
     there, back = (RESIZES[draw.integers(len(RESIZES))] for _ in range(2))
     scale = draw.uniform(0.5, 1.5)
-    middle = cv2.resize(picture, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=there)
+    middle = cv2.resize(
+        picture, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=there
+    )
     return cv2.resize(middle, (width, height), interpolation=back).clip(0, 1)
 
 
 def _noisy(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    deviation, channels = draw.uniform(0, NOISE_AT_MOST), 3 if draw.random() < 0.5 else 1  # of each colour, or of the lightness
-    return (picture + deviation * draw.standard_normal((*picture.shape[:2], channels), np.float32)).clip(0, 1)
+    deviation, channels = (
+        draw.uniform(0, NOISE_AT_MOST),
+        3 if draw.random() < 0.5 else 1,
+    )  # of each colour, or of the lightness
+    return (
+        picture + deviation * draw.standard_normal((*picture.shape[:2], channels), np.float32)
+    ).clip(0, 1)
 
 
 def _compressed(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     quality = int(draw.integers(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1))
-    data = cv2.imencode(".jpg", (picture * 255).round().astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    data = cv2.imencode(
+        ".jpg", (picture * 255).round().astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality]
+    )[1]
     decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
     assert decoded is not None, "OpenCV reads its own JPEG"
     return decoded.astype(np.float32) / 255
@@ -82,5 +102,8 @@ def apply(kind: "Degradation", pictures: Tensor, is_degraded: Tensor, seeds: lis
     made = pictures.clone()
     for place in is_degraded.nonzero()[:, 0].tolist():
         picture = ((pictures[place] + 1) / 2).permute(1, 2, 0).contiguous().numpy()
-        made[place] = torch.from_numpy(bsr(picture, np.random.default_rng(seeds[place]))).permute(2, 0, 1) * 2 - 1
+        made[place] = (
+            torch.from_numpy(bsr(picture, np.random.default_rng(seeds[place]))).permute(2, 0, 1) * 2
+            - 1
+        )
     return made

@@ -80,7 +80,9 @@ class Prior(nn.Module):
         super().__init__()
         D = config.width
         self.config = config
-        with torch.device("cpu"):  # its values are checked, which `count_parameters`' meta device cannot do
+        with torch.device(
+            "cpu"
+        ):  # its values are checked, which `count_parameters`' meta device cannot do
             self.schedule = Schedule.cosine(config.T)
         self.tokens = nn.Embedding(vocab_size, D)
         self.positions = nn.Parameter(torch.randn(context + 4, D) * 0.01)
@@ -102,7 +104,9 @@ class Prior(nn.Module):
         if self.config.variance is not None:
             spread = (z_i - z_i.mean(0)).square().mean(dtype=torch.float64)
             if not float(spread) > 0:
-                raise DataError("all image embeddings are the same: there is nothing for the prior to learn")
+                raise DataError(
+                    "all image embeddings are the same: there is nothing for the prior to learn"
+                )
             self.scale.fill_(float((self.config.variance / spread) ** 0.5))
 
     @torch.no_grad()
@@ -110,15 +114,30 @@ class Prior(nn.Module):
         """Measure, once trained, what the analytic variance needs: the errors in z_i of pairs, unit vectors (M, E), ids (M, N)."""
         x_0, scaled = z_i * self.scale, z_t * self.scale
         denoise = as_denoise(lambda x_t, t: self(x_t, t, scaled, ids), self.schedule, "x_0")
-        self.x_0_error.copy_(measure_x_0_error(denoise, x_0, self.schedule, generator=generators(range(len(x_0)), Stream.DATA)))
+        self.x_0_error.copy_(
+            measure_x_0_error(
+                denoise, x_0, self.schedule, generator=generators(range(len(x_0)), Stream.DATA)
+            )
+        )
 
     def forward(self, x_t: Tensor, t: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
         """Predict the scaled z_i, (B, E), from a noised one (B, E), times (B,), scaled z_t (B, E) and caption ids (B, N)."""
         N = ids.shape[1]
-        last = torch.stack([self.from_text(z_t), self.from_time(time_features(t, self.config.width)), self.from_noised(x_t)], 1)
-        x = torch.cat([self.tokens(ids), last, self.query.expand(len(ids), 1, -1)], 1)  # (B, N + 4, D)
+        last = torch.stack(
+            [
+                self.from_text(z_t),
+                self.from_time(time_features(t, self.config.width)),
+                self.from_noised(x_t),
+            ],
+            1,
+        )
+        x = torch.cat(
+            [self.tokens(ids), last, self.query.expand(len(ids), 1, -1)], 1
+        )  # (B, N + 4, D)
         x = x + torch.cat([self.positions[4 : N + 4], self.positions[:4]])
-        is_key = torch.cat([ids != PAD, torch.ones(len(ids), 4, dtype=torch.bool, device=ids.device)], 1)
+        is_key = torch.cat(
+            [ids != PAD, torch.ones(len(ids), 4, dtype=torch.bool, device=ids.device)], 1
+        )
         for block in self.blocks:
             x = block(x, is_key)
         return self.out(self.norm(x[:, -1])).float()
@@ -133,10 +152,19 @@ class Prior(nn.Module):
 
     def with_drops(self, z_t: Tensor, ids: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scaled z_t and ids, with the null text where `dropped`, bool (B,)."""
-        return torch.where(dropped[:, None], self.null_text, z_t * self.scale), without_captions(ids, dropped)
+        return torch.where(dropped[:, None], self.null_text, z_t * self.scale), without_captions(
+            ids, dropped
+        )
 
     @torch.no_grad()
-    def sample(self, z_t: Tensor, ids: Tensor, seeds: list[int], steps: int | None = None, best_of: int | None = None) -> Tensor:
+    def sample(
+        self,
+        z_t: Tensor,
+        ids: Tensor,
+        seeds: list[int],
+        steps: int | None = None,
+        best_of: int | None = None,
+    ) -> Tensor:
         """Draw one z_i, a unit vector, for every row of z_t (B, E), ids (B, N) and seeds: the best of several by its dot product with z_t.
 
         A row's result depends on its own seed and text alone, not on the batch.
@@ -144,12 +172,22 @@ class Prior(nn.Module):
         best_of = best_of or self.config.best_of
         rows = torch.arange(len(z_t)).repeat_interleave(best_of)
         scaled, text = z_t[rows] * self.scale, ids[rows]
-        draws = generators([seed * best_of + place for seed in seeds for place in range(best_of)], Stream.PRIOR)
+        draws = generators(
+            [seed * best_of + place for seed in seeds for place in range(best_of)], Stream.PRIOR
+        )
         x_T = noise((len(rows), z_t.shape[1]), draws, z_t.device)
         denoise = as_denoise(lambda x_t, t: self(x_t, t, scaled, text), self.schedule, "x_0")
         count = steps or self.config.sampling_steps
         if self.config.sampler == "analytic":
-            z_i = samplers.ancestral(denoise, x_T, self.schedule, count, "analytic", self.x_0_error.cpu(), generator=draws)
+            z_i = samplers.ancestral(
+                denoise,
+                x_T,
+                self.schedule,
+                count,
+                "analytic",
+                self.x_0_error.cpu(),
+                generator=draws,
+            )
         else:
             z_i = samplers.ddim(denoise, x_T, self.schedule, count, eta=1.0, generator=draws)
         z_i = F.normalize(z_i, dim=-1).view(len(z_t), best_of, -1)

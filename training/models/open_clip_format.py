@@ -24,7 +24,10 @@ from training.models.clip import CLIP, ClipConfig
 from training.models.tokenizer import END, SPECIAL, START, Tokenizer, TokenizerConfig
 from training.models.transformer import HEAD_WIDTH, heads_of
 
-PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's and open_clip's models
+PIXEL_MEAN, PIXEL_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of OpenAI's and open_clip's models
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 WEIGHT_FILES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 OWN_FILES = ("weights.safetensors", "config.json", "tokenizer.json")
@@ -49,12 +52,49 @@ PUBLISHED = {
 """Where open_clip's `MODEL/TAG` lie on the Hugging Face hub."""
 
 # Understood in `open_clip_config.json`, with the only value that our towers have (None: any).
-VISION: dict[str, Any] = {"image_size": None, "layers": None, "width": None, "patch_size": None, "head_width": None, "mlp_ratio": None}
-VISION |= {"ls_init_value": None, "patch_dropout": None, "pool_type": "tok", "no_ln_pre": False, "final_ln_after_pool": False}
-TEXT: dict[str, Any] = {"context_length": None, "vocab_size": None, "width": None, "heads": None, "layers": None}
-TEXT |= {"mlp_ratio": 4.0, "embed_cls": False, "no_causal_mask": False, "pool_type": "argmax", "proj_bias": False, "proj_type": "linear"}
-PIXELS = {"resize_mode": {"shortest", "longest", "squash", None}, "interpolation": {"bicubic", "bilinear", "random", None}}
-MODEL = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "init_logit_scale", "init_logit_bias", "custom_text"}
+VISION: dict[str, Any] = {
+    "image_size": None,
+    "layers": None,
+    "width": None,
+    "patch_size": None,
+    "head_width": None,
+    "mlp_ratio": None,
+}
+VISION |= {
+    "ls_init_value": None,
+    "patch_dropout": None,
+    "pool_type": "tok",
+    "no_ln_pre": False,
+    "final_ln_after_pool": False,
+}
+TEXT: dict[str, Any] = {
+    "context_length": None,
+    "vocab_size": None,
+    "width": None,
+    "heads": None,
+    "layers": None,
+}
+TEXT |= {
+    "mlp_ratio": 4.0,
+    "embed_cls": False,
+    "no_causal_mask": False,
+    "pool_type": "argmax",
+    "proj_bias": False,
+    "proj_type": "linear",
+}
+PIXELS = {
+    "resize_mode": {"shortest", "longest", "squash", None},
+    "interpolation": {"bicubic", "bilinear", "random", None},
+}
+MODEL = {
+    "embed_dim",
+    "quick_gelu",
+    "vision_cfg",
+    "text_cfg",
+    "init_logit_scale",
+    "init_logit_bias",
+    "custom_text",
+}
 
 BLOCK = {
     "norm_1.weight": "ln_1.weight", "norm_1.bias": "ln_1.bias", "norm_2.weight": "ln_2.weight", "norm_2.bias": "ln_2.bias",
@@ -118,8 +158,12 @@ def find(pretrained: str) -> tuple[Path, Path]:
         for name in WEIGHT_FILES:
             if (path / name).is_file():
                 return path, path / name
-        raise CallerError(f"[clip] pretrained = {pretrained!r}: that folder holds none of {', '.join(WEIGHT_FILES)}")
-    repository = pretrained.removeprefix(HUB) if pretrained.startswith(HUB) else PUBLISHED.get(pretrained)
+        raise CallerError(
+            f"[clip] pretrained = {pretrained!r}: that folder holds none of {', '.join(WEIGHT_FILES)}"
+        )
+    repository = (
+        pretrained.removeprefix(HUB) if pretrained.startswith(HUB) else PUBLISHED.get(pretrained)
+    )
     if repository is None:
         raise CallerError(
             f"[clip] pretrained = {pretrained!r} is neither a file nor a folder, nor {HUB}ORGANISATION/NAME, "
@@ -137,16 +181,24 @@ def _from_hub(repository: str, pretrained: str) -> tuple[Path, Path]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        listed = Path(snapshot_download(repository, allow_patterns=[CONFIG, *MERGE_FILES, *WEIGHT_FILES[:2]]))
+        listed = Path(
+            snapshot_download(repository, allow_patterns=[CONFIG, *MERGE_FILES, *WEIGHT_FILES[:2]])
+        )
         for name in WEIGHT_FILES[:2]:
             if (listed / name).is_file():
                 return listed, listed / name
-        listed = Path(snapshot_download(repository, allow_patterns=[CONFIG, *MERGE_FILES, WEIGHT_FILES[2]]))
+        listed = Path(
+            snapshot_download(repository, allow_patterns=[CONFIG, *MERGE_FILES, WEIGHT_FILES[2]])
+        )
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CallerError(f"[clip] pretrained = {pretrained!r} cannot be fetched: {reason}; give a path to its weights") from None
+        raise CallerError(
+            f"[clip] pretrained = {pretrained!r} cannot be fetched: {reason}; give a path to its weights"
+        ) from None
     if not (listed / WEIGHT_FILES[2]).is_file():
-        raise CallerError(f"[clip] pretrained = {pretrained!r}: that repository holds none of {', '.join(WEIGHT_FILES)}")
+        raise CallerError(
+            f"[clip] pretrained = {pretrained!r}: that repository holds none of {', '.join(WEIGHT_FILES)}"
+        )
     return listed, listed / WEIGHT_FILES[2]
 
 
@@ -158,7 +210,10 @@ def find_merges(named: str, folder: Path) -> Path:
             raise CallerError(f"[tokenizer] merges = {named!r}: there is no such file")
         return path
     package = importlib.util.find_spec("open_clip")
-    for place in (folder, *map(Path, (package.submodule_search_locations or ()) if package else ())):
+    for place in (
+        folder,
+        *map(Path, (package.submodule_search_locations or ()) if package else ()),
+    ):
         for name in MERGE_FILES:
             if (place / name).is_file():
                 return place / name
@@ -171,16 +226,38 @@ def find_merges(named: str, folder: Path) -> Path:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict in open_clip's names, float32, from safetensors or a torch file; a trainer's checkpoint is one as well."""
     try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, torch.serialization.pickle.UnpicklingError) as error:
+        found: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        torch.serialization.pickle.UnpicklingError,
+    ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{path} cannot be read as weights ({reason}): give safetensors or a plain state dict") from None
+        raise DataError(
+            f"{path} cannot be read as weights ({reason}): give safetensors or a plain state dict"
+        ) from None
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(isinstance(value, Tensor) for value in found.values())
+    ):
         raise DataError(f"{path} holds no state dict: give safetensors or a plain state dict")
     state = {name.removeprefix("module."): value for name, value in found.items()}
-    nested = {name.removeprefix("text."): value for name, value in state.items() if name != "text.transformer.attn_mask"}
+    nested = {
+        name.removeprefix("text."): value
+        for name, value in state.items()
+        if name != "text.transformer.attn_mask"
+    }
     return {
         name: value.float()
         for name, value in nested.items()
@@ -194,7 +271,9 @@ def load(model: CLIP, state: Mapping[str, Tensor], path: Path) -> None:
     own = model.state_dict()
     left = set(state) - set(names.values())
     if left:
-        raise DataError(f"{path} holds {min(left)}, which a plain CLIP ViT has not: only such models can be read")
+        raise DataError(
+            f"{path} holds {min(left)}, which a plain CLIP ViT has not: only such models can be read"
+        )
     made = {}
     for name, theirs in names.items():
         if theirs not in state:
@@ -218,7 +297,9 @@ def write(clip: Path, out: Path) -> list[Path]:
     """
     model, tokenizer = clip_model.load(clip)
     if model.config.image_tower != "vit":
-        raise CallerError("open_clip has no convolutional tower like this run's: train with --set clip.image_tower=vit to export it")
+        raise CallerError(
+            "open_clip has no convolutional tower like this run's: train with --set clip.image_tower=vit to export it"
+        )
     out.mkdir(parents=True, exist_ok=True)
     own = model.state_dict()
     state = {}
@@ -229,7 +310,9 @@ def write(clip: Path, out: Path) -> list[Path]:
     told, files = to_config(model), [CONFIG, WEIGHTS, "tokenizer.json"]
     (out / "tokenizer.json").write_text(json.dumps(_to_their_tokens(tokenizer), ensure_ascii=False))
     if not tokenizer.is_clips:  # get_tokenizer would take CLIP's own, whose ids run over the table
-        told["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = files[-1]  # any name: it reads the folder itself
+        told["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = files[
+            -1
+        ]  # any name: it reads the folder itself
         files.append("tokenizer_config.json")
         (out / files[-1]).write_text(json.dumps(_to_their_tokenizer_config(tokenizer), indent=1))
     (out / CONFIG).write_text(json.dumps(told, indent=1))
@@ -239,15 +322,27 @@ def write(clip: Path, out: Path) -> list[Path]:
 def to_their_ids(ids: Tensor, vocab_size: int) -> Tensor:
     """Renumber our token ids as CLIP does, for a vocabulary of ours of `vocab_size`; padding becomes 0."""
     theirs = ids - len(SPECIAL)
-    return torch.where(ids == END, vocab_size - 2, torch.where(ids == START, vocab_size - 3, theirs)).clamp(min=0)
+    return torch.where(
+        ids == END, vocab_size - 2, torch.where(ids == START, vocab_size - 3, theirs)
+    ).clamp(min=0)
 
 
 def _names(model: CLIP) -> dict[str, str]:
     """Return open_clip's name for each tensor of a ViT model."""
-    names = {ours: theirs for ours, theirs in OUTSIDE.items() if ours != "logit_bias" or model.config.loss == "sigmoid"}
-    for tower, prefix, depth in (("image", "visual.", model.config.depth), ("text", "", model.config.text_depth)):
+    names = {
+        ours: theirs
+        for ours, theirs in OUTSIDE.items()
+        if ours != "logit_bias" or model.config.loss == "sigmoid"
+    }
+    for tower, prefix, depth in (
+        ("image", "visual.", model.config.depth),
+        ("text", "", model.config.text_depth),
+    ):
         for place in range(depth):
-            names |= {f"{tower}.blocks.{place}.{ours}": f"{prefix}transformer.resblocks.{place}.{theirs}" for ours, theirs in BLOCK.items()}
+            names |= {
+                f"{tower}.blocks.{place}.{ours}": f"{prefix}transformer.resblocks.{place}.{theirs}"
+                for ours, theirs in BLOCK.items()
+            }
     return names
 
 
@@ -261,7 +356,9 @@ def _to_their_rows(rows: Tensor) -> Tensor:
     return torch.cat([rows[len(SPECIAL) :], rows[START : END + 1]])
 
 
-def _from_config(config: ClipConfig, told: Mapping[str, Any], path: Path) -> tuple[ClipConfig, int, int]:
+def _from_config(
+    config: ClipConfig, told: Mapping[str, Any], path: Path
+) -> tuple[ClipConfig, int, int]:
     """Return the section, context and vocabulary size that an `open_clip_config.json` describes."""
     try:
         model, pixels = told["model_cfg"], told.get("preprocess_cfg", {})
@@ -269,12 +366,18 @@ def _from_config(config: ClipConfig, told: Mapping[str, Any], path: Path) -> tup
         for name, part, known in (("vision_cfg", vision, VISION), ("text_cfg", text, TEXT)):
             for key, value in part.items():
                 if value is not None and (key not in known or known[key] not in (None, value)):
-                    raise CallerError(f"{path}: {name}.{key} = {value!r} is not a plain CLIP ViT: only such models can be read")
+                    raise CallerError(
+                        f"{path}: {name}.{key} = {value!r} is not a plain CLIP ViT: only such models can be read"
+                    )
         for key in model.keys() - MODEL:
-            raise CallerError(f"{path}: model_cfg.{key} is not a plain CLIP ViT's: only such models can be read")
+            raise CallerError(
+                f"{path}: model_cfg.{key} is not a plain CLIP ViT's: only such models can be read"
+            )
         for key, values in PIXELS.items():
             if pixels.get(key) not in values:
-                raise CallerError(f"{path}: preprocess_cfg.{key} = {pixels[key]!r} is none of open_clip's: give another model")
+                raise CallerError(
+                    f"{path}: preprocess_cfg.{key} = {pixels[key]!r} is none of open_clip's: give another model"
+                )
         fields = {
             "image_size_px": vision["image_size"], "patch_px": vision.get("patch_size", 16),
             "width": vision["width"], "depth": vision["layers"],
@@ -286,12 +389,20 @@ def _from_config(config: ClipConfig, told: Mapping[str, Any], path: Path) -> tup
             "interpolation": "bilinear" if pixels.get("interpolation") == "bilinear" else "bicubic",
             "loss": "sigmoid" if model.get("init_logit_bias") is not None else "softmax",
         }  # fmt: skip
-        return _resolved(config, fields), text.get("context_length", 77), text.get("vocab_size", 49_408)
+        return (
+            _resolved(config, fields),
+            text.get("context_length", 77),
+            text.get("vocab_size", 49_408),
+        )
     except (KeyError, TypeError, AttributeError) as error:
-        raise CallerError(f"{path} is not a config of open_clip's ({type(error).__name__}: {error})") from None
+        raise CallerError(
+            f"{path} is not a config of open_clip's ({type(error).__name__}: {error})"
+        ) from None
 
 
-def _from_weights(config: ClipConfig, state: Mapping[str, Tensor], path: Path) -> tuple[ClipConfig, int, int]:
+def _from_weights(
+    config: ClipConfig, state: Mapping[str, Tensor], path: Path
+) -> tuple[ClipConfig, int, int]:
     """Read the shape off a bare state dict; which GELU it was trained with stands in no tensor, so `activation` is the recipe's."""
     try:
         D, _, patch_px, _ = state["visual.conv1.weight"].shape
@@ -305,13 +416,22 @@ def _from_weights(config: ClipConfig, state: Mapping[str, Tensor], path: Path) -
             "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD, "resize_mode": "shortest", "interpolation": "bicubic",
             "loss": "sigmoid" if "logit_bias" in state else "softmax",
         }  # fmt: skip
-        return _resolved(config, fields), len(state["positional_embedding"]), len(state["token_embedding.weight"])
+        return (
+            _resolved(config, fields),
+            len(state["positional_embedding"]),
+            len(state["token_embedding.weight"]),
+        )
     except (KeyError, ValueError) as error:
-        raise DataError(f"{path} is not a CLIP ViT's state dict ({error}): only such models can be read") from None
+        raise DataError(
+            f"{path} is not a CLIP ViT's state dict ({error}): only such models can be read"
+        ) from None
 
 
 def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
-    return sum(name.startswith(f"{prefix}transformer.resblocks.") and name.endswith(".ln_1.weight") for name in state)
+    return sum(
+        name.startswith(f"{prefix}transformer.resblocks.") and name.endswith(".ln_1.weight")
+        for name in state
+    )
 
 
 def _resolved(config: ClipConfig, fields: Mapping[str, Any]) -> ClipConfig:
@@ -322,18 +442,40 @@ def to_config(model: CLIP) -> dict[str, Any]:
     """Describe a ViT model as `open_clip_config.json` does."""
     config = model.config
     heads = config.image_heads or heads_of(config.width)
-    vision: dict[str, float] = {"image_size": config.image_size_px, "patch_size": config.patch_px, "head_width": config.width // heads}
+    vision: dict[str, float] = {
+        "image_size": config.image_size_px,
+        "patch_size": config.patch_px,
+        "head_width": config.width // heads,
+    }
     vision |= {"layers": config.depth, "width": config.width, "mlp_ratio": config.image_mlp_ratio}
-    text = {"context_length": model.context, "vocab_size": model.vocab_size - 1, "width": config.text_width}
+    text = {
+        "context_length": model.context,
+        "vocab_size": model.vocab_size - 1,
+        "width": config.text_width,
+    }
     text["heads"] = config.text_heads or heads_of(config.text_width)
-    told: dict[str, Any] = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text | {"layers": config.text_depth}}
+    told: dict[str, Any] = {
+        "embed_dim": config.embed_dim,
+        "vision_cfg": vision,
+        "text_cfg": text | {"layers": config.text_depth},
+    }
     if config.activation == "quick_gelu":
         told["quick_gelu"] = True
     if config.loss == "sigmoid":
-        told |= {"init_logit_scale": model.logit_scale.item(), "init_logit_bias": model.logit_bias.item()}
-    pixels = {"size": config.image_size_px, "mode": "RGB", "mean": config.pixel_mean, "std": config.pixel_std}
+        told |= {
+            "init_logit_scale": model.logit_scale.item(),
+            "init_logit_bias": model.logit_bias.item(),
+        }
+    pixels = {
+        "size": config.image_size_px,
+        "mode": "RGB",
+        "mean": config.pixel_mean,
+        "std": config.pixel_std,
+    }
     pixels |= {"resize_mode": config.resize_mode, "fill_color": config.fill_color}
-    pixels["interpolation"] = "bilinear" if config.interpolation == "bilinear" else "bicubic"  # it has nothing nearer to `area`
+    pixels["interpolation"] = (
+        "bilinear" if config.interpolation == "bilinear" else "bicubic"
+    )  # it has nothing nearer to `area`
     return {"model_cfg": told, "preprocess_cfg": pixels}
 
 
@@ -343,9 +485,17 @@ def _to_their_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     vocab_size = tokenizer.vocab_size
     ids = torch.arange(vocab_size)
     theirs = to_their_ids(ids, vocab_size).tolist()
-    vocab = {word: theirs[number] for word, number in told["model"]["vocab"].items() if word != SPECIAL[0]}
+    vocab = {
+        word: theirs[number]
+        for word, number in told["model"]["vocab"].items()
+        if word != SPECIAL[0]
+    }
     told["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
-    told["added_tokens"] = [each | {"id": theirs[each["id"]]} for each in told["added_tokens"] if each["content"] != SPECIAL[0]]
+    told["added_tokens"] = [
+        each | {"id": theirs[each["id"]]}
+        for each in told["added_tokens"]
+        if each["content"] != SPECIAL[0]
+    ]
     for name in SPECIAL[1:]:
         told["post_processor"]["special_tokens"][name]["ids"] = [vocab[name]]
     told["padding"] = {

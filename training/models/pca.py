@@ -29,8 +29,14 @@ class Pca:
             centred = part.double() - mean
             covariance += centred.T @ centred
         eigenvalues, columns = torch.linalg.eigh(covariance / len(vectors))  # rising
-        signs = columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()  # eigh's own are arbitrary
-        return cls(mean.float(), (columns * signs).T.flip(0).float().contiguous(), eigenvalues.flip(0).clamp(min=0).float())
+        signs = columns.gather(
+            0, columns.abs().argmax(0, keepdim=True)
+        ).sign()  # eigh's own are arbitrary
+        return cls(
+            mean.float(),
+            (columns * signs).T.flip(0).float().contiguous(),
+            eigenvalues.flip(0).clamp(min=0).float(),
+        )
 
     def project(self, vectors: Tensor, count: int) -> Tensor:
         """Return the coordinates (B, count) of vectors (B, E) along the first components."""
@@ -43,7 +49,9 @@ class Pca:
     def truncate(self, vectors: Tensor, count: int) -> Tensor:
         """Return vectors (B, E) with all but the first components at their mean. Raises ValueError for a count out of 1..K."""
         if not 1 <= count <= len(self.components):
-            raise ValueError(f"{count} principal components: choose from 1 to {len(self.components)}")
+            raise ValueError(
+                f"{count} principal components: choose from 1 to {len(self.components)}"
+            )
         return self.restore(self.project(vectors, count))
 
     def to(self, device: torch.device | str) -> "Pca":

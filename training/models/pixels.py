@@ -28,4 +28,12 @@ def to_pixels(images: Tensor, side_px: int, interpolation: Interpolation = "area
 
 def to_images(x: Tensor) -> np.ndarray:
     """Turn pictures in [-1, 1], (B, 3, S, S), into uint8 (B, S, S, 3)."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return (
+        ((x.clamp(-1, 1) + 1) * 127.5)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .contiguous()
+        .cpu()
+        .numpy()
+    )

@@ -22,12 +22,21 @@ def make(config: PriorConfig, embed_dim: int, vocab_size: int, context: int) -> 
 def load(folder: Path) -> AnyPrior:
     """Read a trained prior (its averaged weights) from a `prior` stage's folder, in evaluation mode."""
     facts = json.loads((folder / "config.json").read_text())
-    model = make(PriorConfig.model_validate(facts["prior"]), facts["embed_dim"], facts["vocab_size"], facts["context"])
+    model = make(
+        PriorConfig.model_validate(facts["prior"]),
+        facts["embed_dim"],
+        facts["vocab_size"],
+        facts["context"],
+    )
     model.load_state_dict(load_file(folder / "weights.safetensors"))
     return model.eval().requires_grad_(False)
 
 
-def count_parameters(config: PriorConfig, clip: ClipConfig, vocab_size: int, context: int = 77) -> int:
+def count_parameters(
+    config: PriorConfig, clip: ClipConfig, vocab_size: int, context: int = 77
+) -> int:
     """Count the prior's parameters without allocating them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in make(config, clip.embed_dim, vocab_size, context).parameters())
+        return sum(
+            p.numel() for p in make(config, clip.embed_dim, vocab_size, context).parameters()
+        )

@@ -65,7 +65,9 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        engine.train_from_iterator((" ".join(_unescaped(caption).split()) for caption in captions), trainer)
+        engine.train_from_iterator(
+            (" ".join(_unescaped(caption).split()) for caption in captions), trainer
+        )
         engine.post_processor = _starts_and_ends()
         return cls(engine, config.context)
 
@@ -74,14 +76,30 @@ class Tokenizer:
         """Build CLIP's own tokenizer from its file of merges, plain or gzipped. Raises CallerError when it is not that file."""
         try:
             data = path.read_bytes()
-            lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode().split("\n")
+            lines = (
+                (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode().split("\n")
+            )
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise CallerError(f"{path} cannot be read as CLIP's merges: {error}") from None
-        merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[1 : CLIP_MERGES + 1])]
-        if len(merges) < CLIP_MERGES or merges[0] != ("i", "n") or not all(right for _, right in merges):
-            raise CallerError(f"{path} is not CLIP's file of {CLIP_MERGES:,} merges (bpe_simple_vocab_16e6.txt.gz)")
+        merges = [
+            (left, right)
+            for left, _, right in (line.partition(" ") for line in lines[1 : CLIP_MERGES + 1])
+        ]
+        if (
+            len(merges) < CLIP_MERGES
+            or merges[0] != ("i", "n")
+            or not all(right for _, right in merges)
+        ):
+            raise CallerError(
+                f"{path} is not CLIP's file of {CLIP_MERGES:,} merges (bpe_simple_vocab_16e6.txt.gz)"
+            )
         symbols = byte_symbols()
-        words = [*SPECIAL, *symbols, *(symbol + WORD_END for symbol in symbols), *(left + right for left, right in merges)]
+        words = [
+            *SPECIAL,
+            *symbols,
+            *(symbol + WORD_END for symbol in symbols),
+            *(left + right for left, right in merges),
+        ]
         vocab = {word: number for number, word in enumerate(words)}
         if not all(left in vocab and right in vocab for left, right in merges):
             raise CallerError(f"{path} is not CLIP's file of merges: it joins what does not exist")
@@ -122,7 +140,9 @@ class Tokenizer:
             rows = self._rows(parted, self._ids_of(parted))
         lengths = np.array([len(row) for row in rows], np.int64)
         ids = np.full((len(rows), max(map(len, rows), default=2)), PAD)
-        ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
+        ids[np.arange(ids.shape[1]) < lengths[:, None]] = np.fromiter(
+            chain.from_iterable(rows), np.int64, int(lengths.sum())
+        )
         return torch.from_numpy(ids)
 
     def _rows(self, parted: list[list[str]], known: dict[str, list[int]]) -> list[list[int]]:
@@ -142,7 +162,10 @@ class Tokenizer:
         known = self.words
         new = list(dict.fromkeys(word for words in parted for word in words if word not in known))
         found = {
-            word: encoding.ids for word, encoding in zip(new, self.engine.encode_batch_fast(new, add_special_tokens=False), strict=True)
+            word: encoding.ids
+            for word, encoding in zip(
+                new, self.engine.encode_batch_fast(new, add_special_tokens=False), strict=True
+            )
         }
         long = {word: ids for word, ids in found.items() if len(word) > LONG_WORD_CHARS}
         known.update((word, ids) for word, ids in found.items() if word not in long)
@@ -163,7 +186,8 @@ def _unescaped(text: str) -> str:
 
 def _starts_and_ends() -> processors.TemplateProcessing:
     return processors.TemplateProcessing(
-        single=f"{SPECIAL[START]} $A {SPECIAL[END]}", special_tokens=[(SPECIAL[START], START), (SPECIAL[END], END)]
+        single=f"{SPECIAL[START]} $A {SPECIAL[END]}",
+        special_tokens=[(SPECIAL[START], START), (SPECIAL[END], END)],
     )
 
 

@@ -50,14 +50,18 @@ class QuickGELU(nn.Module):
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v, (B, H, N, d), for q (B, H, N, d) and k, v (B, H, M, d); `mask`, bool, says who attends to whom.
 
     By the fused kernel, but for short sequences on a CPU, where its backward pass takes four to nine times as long in bfloat16. Its
     forward pass alone is the faster one in float32, by a third at CLIP's 65 tokens.
     """
     N, M = q.shape[2], k.shape[2]
-    is_read_only = not torch.is_grad_enabled() and mask is None and not is_causal and q.dtype == torch.float32
+    is_read_only = (
+        not torch.is_grad_enabled() and mask is None and not is_causal and q.dtype == torch.float32
+    )
     if q.device.type != "cpu" or N * M > SHORT or is_read_only:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     weights = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
@@ -77,13 +81,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, is_key: Tensor | None = None, past: KeyValues | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, is_key: Tensor | None = None, past: KeyValues | None = None
+    ) -> Tensor:
         """Map (B, N, D) to (B, N, D), the N tokens standing behind the P of `past`, which takes them in.
 
         `is_key`, bool (B, P + N), says which tokens may be attended to (all, unless given).
         """
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        q, k, v = (
+            self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        )  # each (B, H, N, D/H)
         if past is not None:
             k, v = past.append(k, v)
         M = k.shape[2]
@@ -105,48 +113,91 @@ class Attention(nn.Module):
         """
         B, N, D = x.shape
         query = x[torch.arange(B, device=x.device), places]
-        q = F.linear(query, self.qkv.weight[:D], self.qkv.bias[:D]).view(B, 1, self.heads, -1).transpose(1, 2)  # (B, H, 1, D/H)
+        q = (
+            F.linear(query, self.qkv.weight[:D], self.qkv.bias[:D])
+            .view(B, 1, self.heads, -1)
+            .transpose(1, 2)
+        )  # (B, H, 1, D/H)
         if not torch.is_grad_enabled():
-            of_k, of_v = self.qkv.weight[D:].view(2, self.heads, D // self.heads, D)  # each (H, D/H, D)
-            scores = (torch.einsum("bhd,hde->bhe", q[:, :, 0], of_k) @ x.transpose(1, 2)).float() * q.shape[-1] ** -0.5  # (B, H, N)
+            of_k, of_v = self.qkv.weight[D:].view(
+                2, self.heads, D // self.heads, D
+            )  # each (H, D/H, D)
+            scores = (
+                torch.einsum("bhd,hde->bhe", q[:, :, 0], of_k) @ x.transpose(1, 2)
+            ).float() * q.shape[-1] ** -0.5  # (B, H, N)
             if self.is_causal:
-                scores = scores.masked_fill(torch.arange(N, device=x.device) > places[:, None, None], -torch.inf)
+                scores = scores.masked_fill(
+                    torch.arange(N, device=x.device) > places[:, None, None], -torch.inf
+                )
             mean = scores.softmax(-1).to(x.dtype) @ x  # (B, H, D)
-            return self.out(torch.einsum("bhe,hde->bhd", mean, of_v).reshape(B, D) + self.qkv.bias[2 * D :])
-        k, v = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).view(B, N, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mask = (torch.arange(N, device=x.device) <= places[:, None])[:, None, None] if self.is_causal else None  # (B, 1, 1, N)
+            return self.out(
+                torch.einsum("bhe,hde->bhd", mean, of_v).reshape(B, D) + self.qkv.bias[2 * D :]
+            )
+        k, v = (
+            F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:])
+            .view(B, N, 2, self.heads, -1)
+            .permute(2, 0, 3, 1, 4)
+        )
+        mask = (
+            (torch.arange(N, device=x.device) <= places[:, None])[:, None, None]
+            if self.is_causal
+            else None
+        )  # (B, 1, 1, N)
         return self.out(attend(q, k, v, mask).reshape(B, D))
 
 
 class Block(nn.Module):
     """Attention and a wider perceptron (four times, unless said), each added to what came in."""
 
-    def __init__(self, width: int, is_causal: bool, heads: int = 0, mlp_width: int = 0, activation: Activation = "gelu") -> None:
+    def __init__(
+        self,
+        width: int,
+        is_causal: bool,
+        heads: int = 0,
+        mlp_width: int = 0,
+        activation: Activation = "gelu",
+    ) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, is_causal, heads)
         inner = mlp_width or 4 * width
-        self.mlp = nn.Sequential(nn.Linear(width, inner), ACTIVATIONS[activation](), nn.Linear(inner, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, inner), ACTIVATIONS[activation](), nn.Linear(inner, width)
+        )
 
-    def forward(self, x: Tensor, is_key: Tensor | None = None, past: KeyValues | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, is_key: Tensor | None = None, past: KeyValues | None = None
+    ) -> Tensor:
         """Map (B, N, D) to (B, N, D); `is_key` and `past` as in Attention."""
         x = x + self.attention(self.norm_1(x), is_key, past)
         return x + self.mlp(self.norm_2(x))
 
     def at(self, x: Tensor, places: Tensor) -> Tensor:
         """Return forward(x)[b, places[b]], (B, D): all that the last block of a tower is read at, at a sixth of the work."""
-        y = x[torch.arange(len(x), device=x.device), places] + self.attention.at(self.norm_1(x), places)
+        y = x[torch.arange(len(x), device=x.device), places] + self.attention.at(
+            self.norm_1(x), places
+        )
         return y + self.mlp(self.norm_2(y))
 
 
 class TextEncoder(nn.Module):
     """Token and position embeddings and a causal transformer; padding behind a text cannot reach it, so no mask is needed."""
 
-    def __init__(self, vocab_size: int, context: int, width: int, depth: int, heads: int = 0, activation: Activation = "gelu") -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        context: int,
+        width: int,
+        depth: int,
+        heads: int = 0,
+        activation: Activation = "gelu",
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.randn(context, width) * 0.01)
-        self.blocks = nn.Sequential(*(Block(width, True, heads, activation=activation) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(Block(width, True, heads, activation=activation) for _ in range(depth))
+        )
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.tokens.weight, std=0.02)
 
@@ -163,5 +214,7 @@ class TextEncoder(nn.Module):
 def time_features(t: Tensor, width: int) -> Tensor:
     """Sines and cosines of t, int (B,), at `width / 2` frequencies from 1 to 1/10,000 (Vaswani et al. 2017), float32 (B, width)."""
     half = width // 2
-    angle = t.float()[:, None] * torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+    angle = t.float()[:, None] * torch.exp(
+        -math.log(10_000) * torch.arange(half, device=t.device) / half
+    )
     return torch.cat([angle.cos(), angle.sin()], 1)

@@ -78,11 +78,19 @@ class Upsampler(nn.Module):
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()
         self.config = config
-        with torch.device("cpu"):  # its values are checked, which `count_parameters`' meta device cannot do
-            self.schedule = Schedule.cosine(config.T) if config.noise_schedule == "cosine" else Schedule.linear(config.T)
+        with torch.device(
+            "cpu"
+        ):  # its values are checked, which `count_parameters`' meta device cannot do
+            self.schedule = (
+                Schedule.cosine(config.T)
+                if config.noise_schedule == "cosine"
+                else Schedule.linear(config.T)
+            )
         added, widths = 4 * config.width, [config.width * multiple for multiple in config.multiples]
         folded = 3 * config.patch_px**2
-        self.time = nn.Sequential(nn.Linear(config.width, added), nn.SiLU(), nn.Linear(added, added))
+        self.time = nn.Sequential(
+            nn.Linear(config.width, added), nn.SiLU(), nn.Linear(added, added)
+        )
         self.enter = nn.Conv2d(2 * folded, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         before, skips = widths[0], [widths[0]]
@@ -94,14 +102,19 @@ class Upsampler(nn.Module):
             if place < len(widths) - 1:
                 self.down.append(nn.Conv2d(after, after, 3, stride=2, padding=1))
                 skips.append(after)
-        self.middle = nn.ModuleList(ResBlock(before, before, added, config.dropout) for _ in range(2))
+        self.middle = nn.ModuleList(
+            ResBlock(before, before, added, config.dropout) for _ in range(2)
+        )
         for place, after in reversed(list(enumerate(widths))):
             for _ in range(config.depth + 1):
                 self.up.append(ResBlock(before + skips.pop(), after, added, config.dropout))
                 before = after
             if place:
                 self.up.append(Upsample(before))
-        self.norm, self.leave = nn.GroupNorm(GROUPS, before), nn.Conv2d(before, folded, 3, padding=1)
+        self.norm, self.leave = (
+            nn.GroupNorm(GROUPS, before),
+            nn.Conv2d(before, folded, 3, padding=1),
+        )
         for p in self.leave.parameters():
             nn.init.zeros_(p)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -109,7 +122,9 @@ class Upsampler(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, enlarged: Tensor) -> Tensor:
         """Predict x_0, float32 (B, 3, S, S'), from noised pictures, times (B,) and the small pictures enlarged, all in [-1, 1]."""
         added = F.silu(self.time(time_features(t, self.config.width)))
-        x = F.pixel_unshuffle(torch.cat([x_t, enlarged], 1), self.config.patch_px).contiguous(memory_format=torch.channels_last)
+        x = F.pixel_unshuffle(torch.cat([x_t, enlarged], 1), self.config.patch_px).contiguous(
+            memory_format=torch.channels_last
+        )
         x = self.enter(x)
         skips = [x]
         for layer in self.down:
@@ -132,15 +147,26 @@ class Upsampler(nn.Module):
         x_0 = to_float(crops(pictures, config.crop_px, step.uniform(CROP, 2))).to(device)
         seeds = (step.uniform(DEGRADE).double() * 2**53).long().tolist()
         low = shrink(x_0, config.factor).cpu()
-        low = degradation.apply(config.degradation, low, step.uniform(IS_DEGRADED) < config.degraded_share, seeds).to(device)
+        low = degradation.apply(
+            config.degradation, low, step.uniform(IS_DEGRADED) < config.degraded_share, seeds
+        ).to(device)
         t = (1 + step.uniform(TIME) * config.T).long().clamp_(max=config.T).to(device)
         eps = step.normal(NOISE, *x_0.shape[1:]).to(device)
         prediction = self(self.schedule.q_sample(x_0, t, eps), t, enlarge(low, config.factor))
-        return simple_loss(prediction, x_0, snr_weight(self.schedule, t, config.min_snr_gamma, parametrisation="x_0"))
+        return simple_loss(
+            prediction,
+            x_0,
+            snr_weight(self.schedule, t, config.min_snr_gamma, parametrisation="x_0"),
+        )
 
     @torch.no_grad()
     def sample(
-        self, low: Tensor, seeds: list[int], steps: int | None = None, tile_px: int | None = None, stream: int = Stream.UPSAMPLER
+        self,
+        low: Tensor,
+        seeds: list[int],
+        steps: int | None = None,
+        tile_px: int | None = None,
+        stream: int = Stream.UPSAMPLER,
     ) -> Tensor:
         """Enlarge pictures in [-1, 1], (B, 3, H, W), to float32 (B, 3, f H, f W); a picture's noise is its own seed's.
 
@@ -159,8 +185,19 @@ class Upsampler(nn.Module):
             window = _window(tile * config.factor, x_t)
             for one in range(len(x_t)):
                 for places in _chunks(list(tiles(low.shape[2], low.shape[3], tile))):
-                    parts = [(slice(None), *(slice(config.factor * at, config.factor * (at + tile)) for at in place)) for place in places]
-                    noised, beside = (torch.stack([x[one][part] for part in parts]) for x in (x_t, enlarged))
+                    parts = [
+                        (
+                            slice(None),
+                            *(
+                                slice(config.factor * at, config.factor * (at + tile))
+                                for at in place
+                            ),
+                        )
+                        for place in places
+                    ]
+                    noised, beside = (
+                        torch.stack([x[one][part] for part in parts]) for x in (x_t, enlarged)
+                    )
                     found = self(noised, t[:1].expand(len(parts)), beside)
                     for part, x_0 in zip(parts, found, strict=True):
                         total[one][part] += x_0 * window
@@ -182,7 +219,10 @@ def crops(pictures: Tensor, side_px: int, chance: Tensor) -> Tensor:
     room = pictures.shape[1] - side_px + 1
     corners = (chance * room).long().tolist()
     return torch.stack(
-        [picture[top : top + side_px, left : left + side_px] for picture, (top, left) in zip(pictures, corners, strict=True)]
+        [
+            picture[top : top + side_px, left : left + side_px]
+            for picture, (top, left) in zip(pictures, corners, strict=True)
+        ]
     )
 
 
@@ -193,7 +233,9 @@ def shrink(pictures: Tensor, factor: int) -> Tensor:
 
 def enlarge(pictures: Tensor, factor: int) -> Tensor:
     """Return pictures (B, 3, H, W) at `factor` times their side, bicubic, in [-1, 1]: what the network starts from."""
-    return F.interpolate(pictures, scale_factor=float(factor), mode="bicubic", align_corners=False).clamp_(-1, 1)
+    return F.interpolate(
+        pictures, scale_factor=float(factor), mode="bicubic", align_corners=False
+    ).clamp_(-1, 1)
 
 
 def tiles(height: int, width: int, side: int) -> Iterator[tuple[int, int]]:

@@ -26,13 +26,21 @@ def load(folder: Path) -> Upsampler:
     return model.eval().requires_grad_(False)
 
 
-def enlarge(models: Sequence[Upsampler], pictures: np.ndarray, seeds: Sequence[int], steps: int | None = None) -> np.ndarray:
+def enlarge(
+    models: Sequence[Upsampler],
+    pictures: np.ndarray,
+    seeds: Sequence[int],
+    steps: int | None = None,
+) -> np.ndarray:
     """Draw pictures (B, H, W, 3) larger by one model behind the other, each from noise of its own; `seeds` (B).
 
     One picture after the other, so that memory grows with one alone.
     """
     for model, stream in zip(models, STREAMS[: len(models)], strict=True):
         low, device = to_float(torch.from_numpy(pictures)), next(model.parameters()).device
-        made = [model.sample(x[None].to(device), [seed], steps, stream=stream) for x, seed in zip(low, seeds, strict=True)]
+        made = [
+            model.sample(x[None].to(device), [seed], steps, stream=stream)
+            for x, seed in zip(low, seeds, strict=True)
+        ]
         pictures = np.concatenate([to_images(x) for x in made])
     return pictures

@@ -23,7 +23,9 @@ def own(x: Tensor) -> Tensor:
 
 def is_part(x: Tensor) -> bool:
     """Say whether other workers hold the rest of this tensor."""
-    return hasattr(x, "to_local")  # a DTensor, whose module costs everybody who imports it a second and a half
+    return hasattr(
+        x, "to_local"
+    )  # a DTensor, whose module costs everybody who imports it a second and a half
 
 
 class _Gather(torch.autograd.Function):
@@ -79,7 +81,9 @@ def agree(number: int) -> bool:
     rank, count = world()
     if count == 1:
         return True
-    numbers = torch.zeros(count, dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    numbers = torch.zeros(
+        count, dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu"
+    )
     numbers[rank] = number
     dist.all_reduce(numbers)
     return bool((numbers == number).all())

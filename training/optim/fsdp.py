@@ -33,13 +33,19 @@ class _WithLoss(nn.Module):
         return self.loss_of(step)
 
 
-def shard(model: nn.Module, loss_of: "Callable[[Step], Tensor]", is_bf16: bool) -> "Callable[[Step], Tensor]":
+def shard(
+    model: nn.Module, loss_of: "Callable[[Step], Tensor]", is_bf16: bool
+) -> "Callable[[Step], Tensor]":
     """Replace the model's parameters by this worker's parts of them; return `loss_of` with the gathering around it.
 
     Called by every worker, all with the same weights; `loss_of` calls the model in any way, its blocks by `forward` or `at`.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (world()[1],))
     kept = kept_whole(model)
@@ -47,7 +53,9 @@ def shard(model: nn.Module, loss_of: "Callable[[Step], Tensor]", is_bf16: bool) 
         p.data = p.data.contiguous()  # FSDP2 cuts no kernel whose channels stand last
     for unit in units(model):
         travels_short = is_bf16 and is_layers_only(unit, kept)
-        policy = MixedPrecisionPolicy(torch.bfloat16 if travels_short else None, torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(
+            torch.bfloat16 if travels_short else None, torch.float32, cast_forward_inputs=False
+        )
         fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=kept)
         if hasattr(unit, "at"):
             register_fsdp_forward_method(unit, "at")
@@ -72,8 +80,12 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 def kept_whole(model: nn.Module) -> set[nn.Parameter]:
     """Return the parameters that every worker holds whole: gains and shifts of norms, which work in float32, and single numbers."""
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)]
-    return {p for norm in norms for p in norm.parameters()} | {p for p in model.parameters() if p.ndim == 0}
+    norms = [
+        module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)
+    ]
+    return {p for norm in norms for p in norm.parameters()} | {
+        p for p in model.parameters() if p.ndim == 0
+    }
 
 
 def is_layers_only(unit: nn.Module, kept: set[nn.Parameter]) -> bool:
@@ -94,7 +106,9 @@ def part(x: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh  # type: ignore[attr-defined]
-    return DTensor.from_local(x.to(like.device), mesh, [Replicate()], run_check=False).redistribute(mesh, like.placements)  # type: ignore[attr-defined]
+    return DTensor.from_local(x.to(like.device), mesh, [Replicate()], run_check=False).redistribute(
+        mesh, like.placements
+    )  # type: ignore[attr-defined]
 
 
 def whole(state: Any, is_wanted: bool) -> Any:
@@ -122,7 +136,10 @@ def cut(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, An
     """Return an optimiser's whole state as this worker's parts of it."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     own_state = {
-        place: {key: part(value, params[place]).clone() if value.shape == params[place].shape else value for key, value in facts.items()}
+        place: {
+            key: part(value, params[place]).clone() if value.shape == params[place].shape else value
+            for key, value in facts.items()
+        }
         for place, facts in state["state"].items()
     }
     return state | {"state": own_state}
@@ -132,7 +149,10 @@ def cut(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, An
 def clip_gradients(model: nn.Module, most: float) -> None:
     """Scale a sharded model's gradients so that the norm of all of them together is at most this."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    parts, rest = [own(grad) for grad in grads if is_part(grad)], [grad for grad in grads if not is_part(grad)]
+    parts, rest = (
+        [own(grad) for grad in grads if is_part(grad)],
+        [grad for grad in grads if not is_part(grad)],
+    )
     square = nn.utils.get_total_norm(parts) ** 2
     dist.all_reduce(square)
     norm = (square + nn.utils.get_total_norm(rest) ** 2).sqrt()

@@ -30,17 +30,28 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
     trained = [p for p in model.parameters() if p.requires_grad]
     layers: list[Tensor] = []
     if config.optimizer == "muon":
-        weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        weights = [
+            layer.weight for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+        ]
         layers = [weight for weight in weights if weight.requires_grad]
     muons, kept = {id(p) for p in layers}, {id(p) for p in fsdp.kept_whole(model)}
     trained = [p for p in trained if id(p) not in muons]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2 and id(p) not in kept], "weight_decay": 0.0},
-        {"params": [p for p in trained if id(p) in kept], "weight_decay": 0.0},  # a fused step takes parts or wholes, not both
+        {
+            "params": [p for p in trained if id(p) in kept],
+            "weight_decay": 0.0,
+        },  # a fused step takes parts or wholes, not both
     ]
     made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta_2), eps=config.adam_eps, fused=True)
+        torch.optim.AdamW(
+            groups,
+            lr=config.learning_rate,
+            betas=(0.9, config.beta_2),
+            eps=config.adam_eps,
+            fused=True,
+        )
     ]
     if layers:
         made.append(Muon(layers, config.learning_rate, config.weight_decay))
@@ -63,7 +74,9 @@ def run(
     """
     rank, workers = world()
     if config.batch_size % workers:
-        raise DataError(f"batch_size {config.batch_size} cannot be shared by {workers} workers: choose a multiple")
+        raise DataError(
+            f"batch_size {config.batch_size} cannot be shared by {workers} workers: choose a multiple"
+        )
     device_type = next(model.parameters()).device.type
     is_sharded = config.shard and workers > 1
     if is_sharded:
@@ -72,12 +85,16 @@ def run(
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     seen, spent_s = _resume(work, model, optimizers, ema, is_sharded)
     if not agree(seen):
-        raise DataError(f"the workers found different states in {work}: it must be one folder that all of them see")
+        raise DataError(
+            f"the workers found different states in {work}: it must be one folder that all of them see"
+        )
     steps = math.ceil(config.images / config.batch_size)
     started_s = saved_s = logged_s = time.monotonic()
     with _metrics(work, seen) if rank == 0 else contextlib.nullcontext() as metrics:
         for number in range(seen // config.batch_size, steps):
-            step = Step(number, number * config.batch_size, config.batch_size, config.seed, rank, workers)
+            step = Step(
+                number, number * config.batch_size, config.batch_size, config.seed, rank, workers
+            )
             loss = _learn(model, config, loss_of, optimizers, step, is_sharded)
             if after_step:
                 after_step()
@@ -87,15 +104,25 @@ def run(
             if last or number % 10 == 0:
                 value = float(average(loss))
                 if not math.isfinite(value):
-                    raise DataError(f"the loss is {value} after {seen:,} images: lower learning_rate (now {config.learning_rate:g})")
+                    raise DataError(
+                        f"the loss is {value} after {seen:,} images: lower learning_rate (now {config.learning_rate:g})"
+                    )
                 if metrics and (last or now - logged_s >= 0.5):
-                    row = {"images_seen": seen, "loss": round(value, 6), "seconds": round(spent_s + now - started_s, 2)}
+                    row = {
+                        "images_seen": seen,
+                        "loss": round(value, 6),
+                        "seconds": round(spent_s + now - started_s, 2),
+                    }
                     if waited_s:
                         row["waiting"] = round(waited_s() / max(now - started_s, 1e-9), 4)
                     metrics.write(json.dumps(row) + "\n")
                     metrics.flush()
                     logged_s = now
-            is_due = rank == 0 and (last or now - saved_s >= config.state_every_s) and math.isfinite(float(loss))
+            is_due = (
+                rank == 0
+                and (last or now - saved_s >= config.state_every_s)
+                and math.isfinite(float(loss))
+            )
             if is_sharded:  # all must take part; asked as rarely as the loss is read, since it makes the workers wait
                 is_due = (last or number % 10 == 0) and fsdp.first_says(is_due, device_type)
             if is_due:
@@ -116,7 +143,11 @@ def _learn(
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = learning_rate(config, step.first + config.batch_size)
     torch.manual_seed(config.seed * 1_000_003 + step.number * step.workers + step.rank)  # dropout
-    with torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+    with torch.autocast(
+        next(model.parameters()).device.type,
+        dtype=torch.bfloat16,
+        enabled=config.precision == "bf16",
+    ):
         loss = loss_of(step)
     loss.backward()
     average_gradients(model)
@@ -134,15 +165,29 @@ def _learn(
 def _average_weights(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
     state = model.state_dict()
     names = [name for name in ema if ema[name].is_floating_point()]
-    torch._foreach_lerp_([own(ema[name]) for name in names], [own(state[name]) for name in names], 1 - decay)
+    torch._foreach_lerp_(
+        [own(ema[name]) for name in names], [own(state[name]) for name in names], 1 - decay
+    )
 
 
 def _save(
-    work: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: dict[str, Tensor], seen: int, seconds: float, rank: int
+    work: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    ema: dict[str, Tensor],
+    seen: int,
+    seconds: float,
+    rank: int,
 ) -> None:
     """Write the state aside and rename it: a kill leaves the old one or the new one. The first worker writes, whoever helps to gather."""
     moments = [optimizer.state_dict() for optimizer in optimizers]
-    state = {"model": model.state_dict(), "optimizers": moments, "ema": ema, "images_seen": seen, "seconds": seconds}
+    state = {
+        "model": model.state_dict(),
+        "optimizers": moments,
+        "ema": ema,
+        "images_seen": seen,
+        "seconds": seconds,
+    }
     state = fsdp.whole(state, rank == 0)
     if rank == 0:
         aside = work / f"state.{os.getpid()}.tmp"
@@ -151,7 +196,11 @@ def _save(
 
 
 def _resume(
-    work: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: dict[str, Tensor], is_sharded: bool
+    work: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    ema: dict[str, Tensor],
+    is_sharded: bool,
 ) -> tuple[int, float]:
     """Load the last state into place, if there is one; return the images seen and the seconds spent by then."""
     path = work / "state.pt"
@@ -165,7 +214,9 @@ def _resume(
         fsdp.put(ema, state["ema"])
     except (EOFError, LookupError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is damaged or of another version of this code ({reason}): remove it to train from the start") from error
+        raise DataError(
+            f"{path} is damaged or of another version of this code ({reason}): remove it to train from the start"
+        ) from error
     return state["images_seen"], state["seconds"]
 
 

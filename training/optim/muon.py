@@ -27,19 +27,27 @@ class Muon(torch.optim.Optimizer):
     each worker makes the whole step's matrix, of which it takes its own.
     """
 
-    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step along every gradient there is."""
         for group in self.param_groups:
-            for weights in _stacks([weight for weight in group["params"] if weight.grad is not None]):
-                directions = orthogonal(torch.stack([self._momentum(weight, group["momentum"]) for weight in weights]))
+            for weights in _stacks(
+                [weight for weight in group["params"] if weight.grad is not None]
+            ):
+                directions = orthogonal(
+                    torch.stack([self._momentum(weight, group["momentum"]) for weight in weights])
+                )
                 for weight, direction in zip(weights, directions, strict=True):
                     size = ADAMS_RMS * max(direction.shape) ** 0.5
                     own(weight).mul_(1 - group["lr"] * group["weight_decay"])
-                    own(weight).add_(own(part(direction.view(weight.shape), weight)), alpha=-group["lr"] * size)
+                    own(weight).add_(
+                        own(part(direction.view(weight.shape), weight)), alpha=-group["lr"] * size
+                    )
 
     def _momentum(self, weight: Tensor, beta: float) -> Tensor:
         """Take a gradient into its momentum; return Nesterov's look ahead, whole, as a matrix (out, in k k)."""
@@ -74,7 +82,10 @@ def orthogonal(matrices: Tensor) -> Tensor:
         return orthogonal(matrices.mT).mT
     a, b, c = COEFFICIENTS
     gram = matrices @ matrices.mT
-    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None] + torch.finfo(gram.dtype).tiny ** 0.5
+    norm = (
+        gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[..., None, None]
+        + torch.finfo(gram.dtype).tiny ** 0.5
+    )
     gram = gram / norm**2
     identity = torch.eye(gram.shape[-1], device=gram.device)
     total = a * identity + b * gram + c * (gram @ gram)

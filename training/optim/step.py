@@ -60,7 +60,9 @@ class LoopConfig(Section):
     cache_bytes: int = Field(default=4 << 30, ge=0)
     """Where all decoded pictures fit into so many bytes, they are held from the start instead; every worker holds its own."""
 
-    outside_key: ClassVar[frozenset[str]] = frozenset({"state_every_s", "shard", "retrain", "readers", "ahead_steps", "cache_bytes"})
+    outside_key: ClassVar[frozenset[str]] = frozenset(
+        {"state_every_s", "shard", "retrain", "readers", "ahead_steps", "cache_bytes"}
+    )
 
 
 @dataclass(frozen=True)
@@ -134,4 +136,8 @@ def learning_rate(config: LoopConfig, images_seen: int) -> float:
     done = images_seen / config.images
     if done < config.warmup:
         return config.learning_rate * done / config.warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - config.warmup) / (1 - config.warmup))))
+    return (
+        config.learning_rate
+        * 0.5
+        * (1 + math.cos(math.pi * min(1.0, (done - config.warmup) / (1 - config.warmup))))
+    )
