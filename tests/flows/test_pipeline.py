@@ -141,7 +141,7 @@ import json, sys
 from pathlib import Path
 from flows.scheduling.prefect_server import prefect_server
 from infra.errors import StorageAwayError
-from tests import fake_cli
+from tests.helpers import fake_cli
 
 recipe = Path(sys.argv[1])
 fake_cli.install()

@@ -275,14 +275,14 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 POISONED = """
 import os
-from flows import shards
-fetch_image = shards.fetch_image
+from flows.ingest import shard_worker
+fetch_image = shard_worker.fetch_image
 def fetch(url, rules):
     if "/poison/" in url:
         os._exit(9)
     return fetch_image(url, rules)
-shards.fetch_image = fetch
-shards.main()
+shard_worker.fetch_image = fetch
+shard_worker.main()
 """
 
 
@@ -388,7 +388,7 @@ def test_a_list_cannot_name_what_is_served_for_other_sources(tmp_path: Path) -> 
 RUN = """
 import sys
 from pathlib import Path
-from flows import ingest
+from flows.ingest import ingest
 from flows.sources.url_table import DataConfig
 ingest.run(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
 """

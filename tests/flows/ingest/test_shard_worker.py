@@ -132,8 +132,8 @@ def test_a_large_picture_is_put_on_white_as_img2dataset_does_it(tmp_path: Path) 
 ONE = """
 import json, sys
 from pathlib import Path
-from flows import shards
-shards.make_shard(Path(sys.argv[1]), 7, Path(sys.argv[2]), json.loads(sys.argv[3]), lambda line: None)
+from flows.ingest import shard_worker
+shard_worker.make_shard(Path(sys.argv[1]), 7, Path(sys.argv[2]), json.loads(sys.argv[3]), lambda line: None)
 print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
 """
 

@@ -32,8 +32,12 @@ NOWHERE: dict[str, list[str]] = {"shards": [], "embeddings": [], "index": []}
 WRITER = """
 import sys
 from pathlib import Path
-from flows import adding, compaction, living, merging
-from infra import manifests, storage
+from flows.live_index import additions
+from flows.live_index import compaction
+from flows.live_index import lineage
+from flows.live_index import merge
+from infra.storage import manifests
+from infra.storage import store
 
 def stop(*_):
     print("stopped", flush=True)
@@ -53,18 +57,18 @@ def stop_then(do):
     return stopping
 
 action, uri, *rest = sys.argv[1:]
-root = storage.open_root(uri)
+root = store.open_root(uri)
 if action == "blank":
     compaction.blank = stop_then(compaction.blank)
 elif action == "exchange":
     manifests._exchange = then_stop(manifests._exchange)
 else:
-    adding.commit = stop_then(adding.commit)
+    additions.commit = stop_then(additions.commit)
 if action == "add":
-    view, lineage = living.open_view(root, None)
-    adding.add(root, lineage, view, Path(rest[0]), "CC0")
+    view, lineage = lineage.open_view(root, None)
+    additions.add(root, lineage, view, Path(rest[0]), "CC0")
 elif action == "merge":
-    merging.merge(root, None, print)
+    merge.merge(root, None, print)
 else:
     compaction.compact(root, lambda line: None)
 """

@@ -27,11 +27,11 @@ DRIVER = """
 import signal
 import sys
 from pathlib import Path
-from flows import submission
-from tests import test_submit
-submission.ENTRYPOINT = "tests.helpers.fake_job"
+from flows.orchestration import ray_submit
+from tests.flows.orchestration import test_ray_submit
+ray_submit.ENTRYPOINT = "tests.helpers.fake_job"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
-test_submit.drive(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
+test_ray_submit.drive(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
 """
 
 

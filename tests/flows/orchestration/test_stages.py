@@ -277,13 +277,13 @@ def writes_nothing(_: StageJob) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stages", [("ingest", "curate"), ("ingest", "curate", "dedup")])
 def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(stages: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.cli import upsample
+    from flows.evaluation import upsampler_comparison
     from flows.orchestration.stages import STAGES, UPSAMPLERS
     from training.jobs import train
 
     seen: list[Path] = []
     monkeypatch.setattr(train, "train_upsampler", lambda section, cluster, ingest, kept, out, work: seen.append(kept) or {})
-    monkeypatch.setattr(upsample, "compare", lambda stage, out, ingest, kept, *more: seen.append(kept) or {})
+    monkeypatch.setattr(upsampler_comparison, "compare", lambda stage, out, ingest, kept, *more: seen.append(kept) or {})
     inputs = {name: SimpleNamespace(local=partial(Path, name)) for name in stages}
     for stage in (each for each in STAGES if each.name in UPSAMPLERS):
         assert inputs_of(stage, stages) == list(stages)

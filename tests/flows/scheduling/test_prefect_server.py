@@ -31,9 +31,9 @@ from flows.scheduling.prefect_server import lasting_server
 
 home = Path(sys.argv[1])
 with lasting_server(home, int(sys.argv[2])):
-    from flows import schedule
+    from flows.scheduling import deployments
     parameters = {"recipe": "quickstart", "root": str(home / "root"), "name": "nightly"}
-    made = schedule.deploy(schedule.Plan("nightly", parameters, home, every_s=86400, paused=True), "http://127.0.0.1:9/hook")
+    made = deployments.deploy(deployments.Plan("nightly", parameters, home, every_s=86400, paused=True), "http://127.0.0.1:9/hook")
     print(json.dumps(made), flush=True)
     sys.stdin.read()
 """

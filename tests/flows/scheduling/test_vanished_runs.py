@@ -23,11 +23,11 @@ from tests.flows.scheduling.test_deployments import Webhook
 
 home = Path(sys.argv[1])
 with Webhook() as webhook, lasting_server(home, free_ports(1)[0]) as url:
-    from flows import schedule
+    from flows.scheduling import deployments
     login = tuple((home / "password").read_text().strip().split(":"))
-    schedule.VANISHED_AFTER_S = 10  # the least that Prefect takes
+    deployments.VANISHED_AFTER_S = 10  # the least that Prefect takes
     parameters = {"recipe": "quickstart", "root": str(home / "root"), "name": "nightly"}
-    made = schedule.deploy(schedule.Plan("nightly", parameters, home, every_s=86400, paused=True), webhook.url)
+    made = deployments.deploy(deployments.Plan("nightly", parameters, home, every_s=86400, paused=True), webhook.url)
 
     def post(path, content):
         return httpx.post(f"{url}/{path}", json=content, timeout=60, auth=login).raise_for_status()

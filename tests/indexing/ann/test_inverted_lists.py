@@ -53,7 +53,7 @@ FILL_TWICE = """
 import sys
 from pathlib import Path
 import faiss
-from indexing import lists
+from indexing.ann import inverted_lists
 from indexing.data.embedding_store import open_rows, part_files
 from indexing.ann.factory import train
 whole, parts, out = map(Path, sys.argv[1:4])
@@ -65,7 +65,7 @@ for factory in sys.argv[4:]:
         index = train(factory, [open_rows(file) for file in part_files(whole / "img_emb")], 0)
         for threads in (1, 2, 3):
             faiss.omp_set_num_threads(threads)
-            lists.fill(faiss.clone_index(index), files, out / "filled")
+            inverted_lists.fill(faiss.clone_index(index), files, out / "filled")
             written.append((out / "filled").read_bytes())
     assert all(content == written[0] for content in written), factory
 """

@@ -12,7 +12,7 @@ from flows.cli.main import app
 HERE = Path(__file__).parents[3]
 TEXT = (HERE / "docs" / "operations.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`(?:[A-Z_]+=\S+ )*unclip ([^`]+)`", TEXT)))
-SOURCES = "".join(path.read_text() for folder in ("flows", "infra", "indexing") for path in (HERE / folder).glob("*.py"))
+SOURCES = "".join(path.read_text() for folder in ("flows", "infra", "indexing") for path in (HERE / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -27,7 +27,7 @@ def test_its_commands_exist_with_those_options(command: str) -> None:
 
 
 def test_its_files_exist() -> None:
-    for name in set(re.findall(r"infra/[\w.]+", TEXT)):
+    for name in set(re.findall(r"infra/deploy/[\w.]+", TEXT)):
         assert (HERE / name).is_file(), name
 
 
@@ -44,7 +44,7 @@ def test_its_messages_are_the_codes_own(message: str) -> None:
 
 def test_the_variables_that_it_asks_for_are_read_somewhere() -> None:
     read = SOURCES + "".join(
-        path.read_text() for path in (HERE / "infra").iterdir() if path.suffix in (".yaml", ".env") or path.name == "Dockerfile"
+        path.read_text() for path in (HERE / "infra" / "deploy").iterdir() if path.suffix in (".yaml", ".env") or path.name == "Dockerfile"
     )
     for name in set(re.findall(r"`((?:UNCLIP|RAY|POSTGRES|AWS)_[A-Z_]+)", TEXT)):
         assert name in read, name

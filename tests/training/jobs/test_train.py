@@ -36,11 +36,11 @@ import sys
 from pathlib import Path
 from infra.compute.cluster import Cluster
 from tests.training.jobs.test_train import ALONE, LONG, TOKENIZER
-from training import jobs
+from training.jobs import train
 root, out, work = map(Path, sys.argv[1:])
 with Cluster(ALONE) as cluster:
     cluster.start()
-    jobs.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
+    train.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
 """
 
 
