@@ -29,6 +29,7 @@ from prometheus_client import (
 from indexing.ann.view import CHOICES, NEAR, Hit, make_filter
 from indexing.service.backend import Backend, Query, found, refused
 from indexing.service.clip_retrieval import add_protocol
+from indexing.service.http_protocol import ConnectionLimits, bounded_protocol
 from indexing.service.json_route import QuickRoute
 from indexing.service.middleware import COOKIE, Guard, is_token
 from indexing.service.requests import Question, Token, speakable
@@ -37,6 +38,11 @@ from indexing.service.text_batcher import Texts
 from infra.errors import DataError
 
 STATIC = Path(__file__).parent / "static"
+LIMITS = ConnectionLimits()
+IDLE_S = 30
+"""Seconds that a connection may stay open between two requests."""
+SHUTDOWN_S = 10
+"""Maximum seconds from a signal to the end; answers under way are finished until then."""
 PAGE = {
     "/": ("search.html", "text/html; charset=utf-8"),
     "/search.js": ("search.js", "text/javascript; charset=utf-8"),
@@ -191,9 +197,11 @@ def run(service: Service, config: ServeConfig, ready: Callable[[str], None], log
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=30,
-            h11_max_incomplete_event_size=64 << 10,
-            limit_concurrency=512,
+            http=bounded_protocol(LIMITS),
+            ws="none",
+            timeout_keep_alive=IDLE_S,
+            timeout_graceful_shutdown=SHUTDOWN_S,
+            limit_concurrency=LIMITS.places,
         )
     ).run()
 
