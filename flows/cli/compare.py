@@ -36,12 +36,12 @@ def compare(
     rows = comparison.compare(reports)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(comparison.render(reports, rows))
-    told = [row for row in rows if row["differs"]]
+    differing = [row for row in rows if row["differs"]]
     if as_json:
         print_json({"runs": runs, "page": str(out), "figures": rows})
         return
-    print(f"{out}  ({len(rows)} figures, {len(told)} told apart)")
-    for row in told:
+    print(f"{out}  ({len(rows)} figures, {len(differing)} told apart)")
+    for row in differing:
         for run, delta in row["differences"].items():
             if comparison.is_told(delta):
                 print(f"{comparison.signed(delta):>14}  {' · '.join(row['place'])}  ({run})")
@@ -58,9 +58,9 @@ def read_report(run: str, root: str) -> dict[str, Any]:
         opened = open_for(root, for_writing=False)
         path = committed_of(opened, find_run(opened, run), "evaluate").local() / "report.json"
     try:
-        found = json.loads(path.read_text())
-        if not {"run", "stages", "zero_shot"} <= found.keys():
+        report_json = json.loads(path.read_text())
+        if not {"run", "stages", "zero_shot"} <= report_json.keys():
             raise ValueError("it holds no run")
     except (ValueError, AttributeError) as error:
         raise CallerError(f"{path} is no report.json of a run ({error})") from error
-    return dict(found)
+    return dict(report_json)

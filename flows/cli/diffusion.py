@@ -35,7 +35,7 @@ Times = Annotated[
         "--t", min=1, help="A time t to start from; repeated. By default 25, 50 and 75 % of T."
     ),
 ]
-Told = Annotated[
+Conditioned = Annotated[
     bool,
     typer.Option(
         "--told",
@@ -110,16 +110,16 @@ def across_time(
     from flows.images import latent_grids
     from training.generation import latents
 
-    found = latents.across_time(model, prompts, columns, steps, seed, guidance)
+    frames = latents.across_time(model, prompts, columns, steps, seed, guidance)
     settings = {
         "prompts": prompts,
-        "times": found.times,
+        "times": frames.times,
         "steps": steps,
         "guidance": guidance,
         **settings,
     }
     _finish(
-        latent_grids.across_time(found, prompts),
+        latent_grids.across_time(frames, prompts),
         f"across time {prompts[0]}",
         seed,
         settings,
@@ -142,7 +142,7 @@ def shared_latents(
     samples: Annotated[
         int, typer.Option("--samples", min=1, max=64, help="Samples from each x_t.")
     ] = 3,
-    is_told: Told = False,
+    is_conditioned: Conditioned = False,
     seed: Seed = 0,
     steps: Steps = None,
     out: Out = Path("out"),
@@ -156,24 +156,32 @@ def shared_latents(
     from flows.images import latent_grids
     from training.generation import latents
 
-    found = latents.sharing(
-        model.decoder, pictures.x_0, chosen, samples, steps, seed, pictures.z_i if is_told else None
+    latents_shared = latents.sharing(
+        model.decoder,
+        pictures.x_0,
+        chosen,
+        samples,
+        steps,
+        seed,
+        pictures.z_i if is_conditioned else None,
     )
     figures = {
         "rms": [
-            {"t": t, "between_samples": round(apart, 3), "to_picture": round(own, 3)}
-            for t, apart, own in zip(chosen, found.apart, found.from_picture, strict=True)
+            {"t": t, "between_samples": round(apart, 3), "to_picture": round(reference, 3)}
+            for t, apart, reference in zip(
+                chosen, latents_shared.apart, latents_shared.from_picture, strict=True
+            )
         ]
     }
     settings = {
         "pictures": pictures.keys,
         "times": chosen,
         "samples": samples,
-        "is_told": is_told,
+        "is_told": is_conditioned,
         "steps": steps,
         **settings,
     }
-    grid = latent_grids.shared(found, pictures, chosen)
+    grid = latent_grids.shared(latents_shared, pictures, chosen)
     _finish(grid, f"shared latents {pictures.captions[0]}", seed, settings, figures, out, as_json)
 
 
@@ -190,7 +198,7 @@ def interpolate(
     columns: Annotated[
         int, typer.Option("--columns", min=2, max=64, help="Blends in a row, both ends included.")
     ] = 9,
-    is_told: Told = False,
+    is_conditioned: Conditioned = False,
     seed: Seed = 0,
     steps: Steps = None,
     out: Out = Path("out"),
@@ -213,19 +221,19 @@ def interpolate(
     from training.generation import latents
 
     first, second = pictures.halves()
-    told = (first.z_i, second.z_i) if is_told else None
-    found = latents.interpolation(
-        model.decoder, first.x_0, second.x_0, chosen, columns, steps, seed, told
+    condition = (first.z_i, second.z_i) if is_conditioned else None
+    blends = latents.interpolation(
+        model.decoder, first.x_0, second.x_0, chosen, columns, steps, seed, condition
     )
     settings = {
         "pictures": [first.keys, second.keys],
         "times": chosen,
         "columns": columns,
-        "is_told": is_told,
+        "is_told": is_conditioned,
         "steps": steps,
         **settings,
     }
-    grid = latent_grids.interpolation(found, first, second, chosen)
+    grid = latent_grids.interpolation(blends, first, second, chosen)
     _finish(
         grid, f"x_t {first.captions[0]} to {second.captions[0]}", seed, settings, {}, out, as_json
     )
@@ -267,12 +275,12 @@ def _pictures(
         return reconstruction.read_files(model, files)
     shards = stages["ingest"].local() / "shards"
     side_px = model.decoder.config.image_size_px
-    found = reconstruction.read(
+    figures_read = reconstruction.read(
         stages["embed"].local(), shards, "held_out_concept", model.tokenizer, side_px, count, seed
     )
-    if not len(found):
+    if not len(figures_read):
         raise CallerError("this run holds out no concept: give pictures of your own")
-    return found
+    return figures_read
 
 
 def _finish(

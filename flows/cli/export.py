@@ -14,7 +14,7 @@ import typer
 
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json
 from flows.config.roots import open_for
-from flows.runs.export_bundle import write_aside, write_export
+from flows.runs.export_bundle import write_export, write_staged
 
 
 class Format(StrEnum):
@@ -48,7 +48,7 @@ def export(
         from training.models import open_clip_format
 
         clip = committed_of(opened, record, "clip").local()
-        written = write_aside(folder, lambda aside: open_clip_format.write(clip, aside))
+        written = write_staged(folder, lambda staging: open_clip_format.write(clip, staging))
     else:
         written = write_export(opened, record, folder)
     if as_json:
@@ -57,11 +57,11 @@ def export(
                 "folder": str(folder),
                 "run": record["name"],
                 "files": written,
-                "bytes": sum(each["bytes"] for each in written),
+                "bytes": sum(entry["bytes"] for entry in written),
             }
         )
         return
-    size = f"{sum(each['bytes'] for each in written) / 1e6:.1f} MB"
+    size = f"{sum(entry['bytes'] for entry in written) / 1e6:.1f} MB"
     hint = (
         f'open_clip.create_model("local-dir:{folder}") loads it'
         if kind is Format.OPEN_CLIP

@@ -53,9 +53,9 @@ def load_system(
     )
 
 
-def guidance_of(model: "Unclip", asked: float | None) -> float:
+def guidance_of(model: "Unclip", requested: float | None) -> float:
     """Return the guidance that is drawn with: what was asked, else the recipe's. It is what pictures remember."""
-    return model.decoder.config.guidance if asked is None else asked
+    return model.decoder.config.guidance if requested is None else requested
 
 
 def spoken(command: str, text: str) -> str:

@@ -88,17 +88,17 @@ def add(
     from flows.live_index.additions import add as add_folder
     from flows.live_index.lineage import open_view, warnings
 
-    view, known = open_view(opened, run)
-    for line in warnings(known):
+    view, run_lineage = open_view(opened, run)
+    for line in warnings(run_lineage):
         say(f"unclip: {line}")
-    committed, reasons = add_folder(opened, known, view, folder, licence)
+    committed, reasons = add_folder(opened, run_lineage, view, folder, licence)
     result = {**reasons, "addition": committed.uri if committed else None}
     print_json(result) if as_json else print(
         ", ".join(f"{name} {count:,}" for name, count in reasons.items())
     )
-    if committed and len(known.additions) >= MANY:
+    if committed and len(run_lineage.additions) >= MANY:
         say(
-            f"unclip: a query looks into {len(known.additions) + 1} additions, one after another: `unclip index merge` makes one of them"
+            f"unclip: a query looks into {len(run_lineage.additions) + 1} additions, one after another: `unclip index merge` makes one of them"
         )
 
 
@@ -137,7 +137,7 @@ def remove(
     from flows.live_index import takedown
 
     rows, urls = _meant(opened, run, url, key, image, text_file)
-    asked = {
+    request = {
         "urls": url or [],
         "keys": key or [],
         "images": [file.name for file in image or []],
@@ -149,8 +149,8 @@ def remove(
         )
     trained = []
     if not dry_run:
-        entry = takedown.take_down(opened, rows, asked, urls)
-        trained = [f"{each['stage']}/{each['key']}" for each in entry["trained_into"]]
+        entry = takedown.take_down(opened, rows, request, urls)
+        trained = [f"{model['stage']}/{model['key']}" for model in entry["trained_into"]]
     result = {
         "removed": sorted({row["key"] for row in rows}),
         "urls": sorted({*(row["origin"] for row in rows), *urls}),
@@ -174,13 +174,13 @@ def compact(root: RootUri = DEFAULT_ROOT, as_json: Json = False) -> None:
     opened = open_for(root, for_writing=True)
     from flows.live_index.compaction import compact as compact_root
 
-    gone = compact_root(opened, say)
+    removed = compact_root(opened, say)
     if as_json:
-        print_json({"rows": gone})
+        print_json({"rows": removed})
         return
-    for name, count in gone.items():
+    for name, count in removed.items():
         print(f"{name}  {count:,} rows")
-    if not gone:
+    if not removed:
         print("nothing that was removed is left")
 
 
@@ -199,13 +199,16 @@ def verify(
     from flows.live_index import takedown
 
     rows, urls = _meant(opened, run, url, key, image, text_file)
-    known = [*rows, *({"key": each, "origin": "", "sha256": ""} for each in key or [])]
-    result = takedown.verify(opened, known, urls)
+    named_rows = [
+        *rows,
+        *({"key": named_key, "origin": "", "sha256": ""} for named_key in key or []),
+    ]
+    result = takedown.verify(opened, named_rows, urls)
     if as_json:
         print_json(result)
         return
-    for place, folders in result["found_in"].items():
-        print(f"{place:<11} {', '.join(folders) or 'not found'}")
+    for kind, folders in result["found_in"].items():
+        print(f"{kind:<11} {', '.join(folders) or 'not found'}")
     for path in result["leftovers"]:
         print(f"left in     {path}")
     for path in result["unreadable"]:
@@ -262,15 +265,15 @@ def _alike(root: Root, run: str | None, file: Path) -> list[dict[str, Any]]:
     from training.data.image_reader import read_file
     from training.jobs import embed
 
-    view, known = open_view(root, run)
+    view, run_lineage = open_view(root, run)
     side_px = 64
-    own = look_of(read_file(file, side_px))
-    hits = view.search(embed.embed_images(known.clip.local(), [file])[0], ALIKE_CANDIDATES)
+    look = look_of(read_file(file, side_px))
+    hits = view.search(embed.embed_images(run_lineage.clip.local(), [file])[0], ALIKE_CANDIDATES)
     pictured = [hit for hit in hits if hit.facts["shard"]]
     return [
         hit.facts
         for hit in pictured
         if is_alike(
-            own, look_of(read_picture(hit.facts, view.segments[hit.segment].shards, side_px))
+            look, look_of(read_picture(hit.facts, view.segments[hit.segment].shards, side_px))
         )
     ]

@@ -106,10 +106,10 @@ def options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    given = sys.argv[1:] if arguments is None else arguments
-    is_debug = "--debug" in given
+    words = sys.argv[1:] if arguments is None else arguments
+    is_debug = "--debug" in words
     try:
-        code = app([each for each in given if each != "--debug"], standalone_mode=False) or 0
+        code = app([word for word in words if word != "--debug"], standalone_mode=False) or 0
     except typer.TyperException as error:
         code = _complain(error.format_message(), error.exit_code)
     except UnclipError as error:

@@ -47,7 +47,7 @@ class Opened:
     settings: dict[str, Any]
     stages: "dict[str, Committed]"
     pictures: "np.ndarray"  # uint8 (B, H, W, 3)
-    shown: "np.ndarray"  # uint8 (B, S, S, 3), at the decoder's side
+    drawn_pictures: "np.ndarray"  # uint8 (B, S, S, 3), at the decoder's side
 
 
 def vary(
@@ -82,14 +82,14 @@ def vary(
     rows = [
         np.concatenate(
             [
-                opened.shown,
+                opened.drawn_pictures,
                 latents.rebuilt,
-                manipulations.vary(opened.model, latents, each, count, seed, steps, guidance),
+                manipulations.vary(opened.model, latents, eta, count, seed, steps, guidance),
             ]
         )
-        for each in etas
+        for eta in etas
     ]
-    columns = ["the picture", "rebuilt", *(f"variation {place + 1}" for place in range(count))]
+    columns = ["the picture", "rebuilt", *(f"variation {number + 1}" for number in range(count))]
     settings = {
         "image": image.name,
         "eta": etas,
@@ -98,7 +98,7 @@ def vary(
         "guidance": guidance,
         **opened.settings,
     }
-    labels = [f"{image.name}, eta = {each:g}" for each in etas]
+    labels = [f"{image.name}, eta = {eta:g}" for eta in etas]
     _finish(
         np.stack(rows),
         labels,
@@ -161,10 +161,10 @@ def interpolate(
             for row in range(count)
         ]
         labels = [f"noise of seed {seed + row}" for row in range(count)]
-    ends = [[opened.shown[:1], row, opened.shown[1:]] for row in rows]
+    ends = [[opened.drawn_pictures[:1], row, opened.drawn_pictures[1:]] for row in rows]
     heads = [
         f"A: {first.stem}",
-        *(f"{place / (columns - 1):.2f}" for place in range(columns)),
+        *(f"{number / (columns - 1):.2f}" for number in range(columns)),
         f"B: {second.stem}",
     ]
     settings = {
@@ -245,7 +245,7 @@ def textdiff(
         **opened.settings,
     }
     name, label = f"textdiff {image.stem} {after}", f"{image.name}: {before} -> {after}"
-    images = np.concatenate([opened.shown, row])[None]
+    images = np.concatenate([opened.drawn_pictures, row])[None]
     _finish(
         images,
         [label],
@@ -316,7 +316,7 @@ def reconstruct(
         "guidance": guidance,
         **opened.settings,
     }
-    grid = np.concatenate([drawn, opened.shown[:, None]], 1)
+    grid = np.concatenate([drawn, opened.drawn_pictures[:, None]], 1)
     figures = {"variance_held": {str(count): round(held[count - 1], 4) for count in dims}}
     name = f"reconstruct {several(images[0].stem, len(images))}"
     _finish(

@@ -70,8 +70,8 @@ def load_config(
     find_recipe(recipe)  # a recipe that is not there is known before the sections are imported
     from flows.config.run_config import load_recipe
 
-    given = [*(overrides or []), *([f"cluster.address={address}"] if address else [])]
-    return load_recipe(recipe, given), given
+    assignments = [*(overrides or []), *([f"cluster.address={address}"] if address else [])]
+    return load_recipe(recipe, assignments), assignments
 
 
 def run_name(recipe: str, name: str | None) -> str:

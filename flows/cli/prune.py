@@ -47,9 +47,9 @@ def prune(
     from flows.live_index.leftovers import leftovers, unfinished
 
     before = datetime.now(UTC) - timedelta(days=older_than)
-    found = unused(opened, before)
+    unused_folders = unused(opened, before)
     rows: list[dict[str, Any]] = []
-    for committed in found:
+    for committed in unused_folders:
         why = discard(opened, committed) if delete else ""
         size = sum(file["bytes"] for file in committed.manifest["files"])
         state = ("kept" if why else "removed") if delete else "unused"
@@ -63,8 +63,8 @@ def prune(
             }
         )
     left = [
-        _dealt_with(each, delete)
-        for each in (*leftovers(opened), *unfinished(opened, before, _claimed(opened)))
+        _dealt_with(leftover, delete)
+        for leftover in (*leftovers(opened), *unfinished(opened, before, _claimed(opened)))
     ]
     if as_json:
         print_json({"root": opened.uri, "folders": rows, "leftovers": left})
@@ -96,21 +96,25 @@ def unused(root: Root, before: datetime) -> list[Committed]:
         STAGES,
     )  # with pyarrow, which `unclip --help` does without
 
-    made = [stage.name for stage in STAGES]
+    stage_names = [stage.name for stage in STAGES]
     there = {
-        (stage, key): found
-        for stage in made
+        (stage, key): committed
+        for stage in stage_names
         for key in store.list_names(root, stage)
-        if (found := manifests.find(root, stage, key))
+        if (committed := manifests.find(root, stage, key))
     }
     limit = before.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    young = [name for name, each in there.items() if each.manifest["finished"] >= limit]
+    young = [name for name, folder in there.items() if folder.manifest["finished"] >= limit]
     newest = [
-        max((each for name, each in there.items() if name[0] == stage), key=_finished, default=None)
-        for stage in made
+        max(
+            (folder for name, folder in there.items() if name[0] == stage),
+            key=_finished,
+            default=None,
+        )
+        for stage in stage_names
     ]
     needed = _with_inputs(
-        {*_named(root), *young, *((each.stage, each.key) for each in newest if each)}, there
+        {*_named(root), *young, *((folder.stage, folder.key) for folder in newest if folder)}, there
     )
     return [there[name] for name in reversed(there) if name not in needed]
 
@@ -153,14 +157,14 @@ def _claimed(root: Root) -> set[Folder]:
 
 def _with_inputs(names: Iterable[Folder], there: dict[Folder, Committed]) -> set[Folder]:
     """Return these folders and all that they were made from."""
-    found: set[Folder] = set()
+    named: set[Folder] = set()
     left = list(names)
     while left:
         name = left.pop()
-        if name not in found:
-            found.add(name)
+        if name not in named:
+            named.add(name)
             left += there[name].manifest["inputs"].items() if name in there else ()
-    return found
+    return named
 
 
 def _finished(committed: Committed) -> str:

@@ -50,7 +50,7 @@ def _lines(
     }
     for name, field in fields.items():
         if name not in below:
-            yield from _told(" ".join(filter(None, (field.description, _allowed(field)))))
+            yield from _sentences(" ".join(filter(None, (field.description, _allowed(field)))))
             yield f"# {name} =" if values[name] is None else f"{name} = {_toml(values[name])}"
     for name, field in fields.items():
         if name in below and only in (None, name):
@@ -63,81 +63,85 @@ def _section(path: str, field: FieldInfo, value: Any) -> Iterator[str]:
     there = value if is_list else () if value is None else (value,)
     head = f"[[{path}]]" if is_list else f"[{path}]"
     about = field.description or ""
-    for each in there:
+    for present in there:
         yield ""
-        yield from _told(
-            f"{about} {_first_line(type(each))}" if is_list else about or _first_line(type(each))
+        yield from _sentences(
+            f"{about} {_first_line(type(present))}"
+            if is_list
+            else about or _first_line(type(present))
         )
         yield head
-        yield from _lines(type(each), dict(each), f"{path}.")
+        yield from _lines(type(present), dict(present), f"{path}.")
         about = ""
     for section in _sections(field) if is_list or not there else ():
         if section not in map(type, there):
             yield ""
-            yield from _told(f"{about} Not in this recipe: {_first_line(section)}")
+            yield from _sentences(f"{about} Not in this recipe: {_first_line(section)}")
             lines = (head, *_lines(section, _defaults(section), f"{path}."))
             yield from (line if line.startswith("#") or not line else f"# {line}" for line in lines)
 
 
 def _defaults(section: type[Section]) -> dict[str, Any]:
     """Return a section's defaults by key, None where a key must be given."""
-    found = {}
+    leaves = {}
     for name, field in section.model_fields.items():
         choices = _choices(field)
         required = choices[0] if len(choices) == 1 else None
-        found[name] = (
+        leaves[name] = (
             required if field.is_required() else field.get_default(call_default_factory=True)
         )
-    return found
+    return leaves
 
 
 def _sections(field: FieldInfo) -> list[type[Section]]:
     """Return the sections that a field may hold."""
     return [
-        each
-        for each in _parts(field.annotation)
-        if isinstance(each, type) and issubclass(each, Section)
+        part
+        for part in _parts(field.annotation)
+        if isinstance(part, type) and issubclass(part, Section)
     ]
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
     """Yield a type and those that it is made of."""
     yield annotation
-    for each in get_args(annotation) if get_origin(annotation) is not Literal else ():
-        yield from _parts(each)
+    for argument in get_args(annotation) if get_origin(annotation) is not Literal else ():
+        yield from _parts(argument)
 
 
 def _allowed(field: FieldInfo) -> str:
     """Say what a field's type and bounds allow, where that is more than its type."""
     choices = _choices(field)
     if len(choices) > 1:
-        return f"One of {', '.join(_toml(each) for each in choices)}."
+        return f"One of {', '.join(_toml(choice) for choice in choices)}."
     low, above, high, below = (_bound(field, name) for name in ("ge", "gt", "le", "lt"))
     if low and high:
         return f"({low} to {high})"
     said = ((low, "at least"), (above, "more than"), (high, "at most"), (below, "less than"))
-    told = ", ".join(f"{word} {bound}" for bound, word in said if bound)
-    return f"({told})" if told else ""
+    bounds = ", ".join(f"{word} {bound}" for bound, word in said if bound)
+    return f"({bounds})" if bounds else ""
 
 
 def _choices(field: FieldInfo) -> list[Any]:
     return [
-        each
+        argument
         for part in _parts(field.annotation)
         if get_origin(part) is Literal
-        for each in get_args(part)
+        for argument in get_args(part)
     ]
 
 
 def _bound(field: FieldInfo, name: str) -> str:
-    return next((f"{getattr(each, name):,}" for each in field.metadata if hasattr(each, name)), "")
+    return next(
+        (f"{getattr(bound, name):,}" for bound in field.metadata if hasattr(bound, name)), ""
+    )
 
 
 def _first_line(section: type[Section]) -> str:
     return (section.__doc__ or "").strip().partition("\n")[0]
 
 
-def _told(text: str) -> list[str]:
+def _sentences(text: str) -> list[str]:
     return textwrap.wrap(" ".join(text.split()), WIDTH, initial_indent="# ", subsequent_indent="# ")
 
 
@@ -147,16 +151,22 @@ def _toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, Section):
         return _toml(
-            {name: each for name, each in value.model_dump(mode="json").items() if each is not None}
+            {
+                name: field_value
+                for name, field_value in value.model_dump(mode="json").items()
+                if field_value is not None
+            }
         )
     if isinstance(value, Mapping):
         return (
             "{ "
-            + ", ".join(f"{json.dumps(name)} = {_toml(each)}" for name, each in value.items())
+            + ", ".join(
+                f"{json.dumps(name)} = {_toml(field_value)}" for name, field_value in value.items()
+            )
             + " }"
             if value
             else "{}"
         )
     if isinstance(value, tuple | list):
-        return f"[{', '.join(_toml(each) for each in value)}]"
+        return f"[{', '.join(_toml(element) for element in value)}]"
     return json.dumps(value, ensure_ascii=False)

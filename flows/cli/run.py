@@ -116,15 +116,17 @@ def status(
         print_json(result)
     else:
         _print_stages(result)
-    clip = next((each.committed for each in plans if each.stage.name == "clip"), None)
+    clip = next(
+        (stage_plan.committed for stage_plan in plans if stage_plan.stage.name == "clip"), None
+    )
     for line in unsearched(additions(opened), clip) if clip else ():
         say(f"unclip: {line}")
     if checksums:
-        for each in plans:
-            broken = manifests.verify(each.committed) if each.committed else []
+        for one_plan in plans:
+            broken = manifests.verify(one_plan.committed) if one_plan.committed else []
             if broken:
                 raise StorageError(
-                    f"{each.committed.uri if each.committed else ''}: {broken[0]}; remove that folder and run again"
+                    f"{one_plan.committed.uri if one_plan.committed else ''}: {broken[0]}; remove that folder and run again"
                 )
 
 
@@ -133,17 +135,17 @@ def runs(root: RootUri = DEFAULT_ROOT, as_json: Json = False) -> None:
     from flows.runs.records import list_runs, no_run
 
     opened = open_for(root, for_writing=False)
-    found = list_runs(opened)
+    listed = list_runs(opened)
     if as_json:
-        print_json({"root": opened.uri, "runs": found})
+        print_json({"root": opened.uri, "runs": listed})
         return
-    if not found:
+    if not listed:
         say(f"unclip: {no_run(opened)}")
-    for each in found:
-        mark = "followed" if each["followed"] else "not promoted" if each.get("gated") else ""
-        when = each["finished"][:16].replace("T", " ")
-        reached = each["report"] or f"{len(each['stages'])} stages, no report"
-        print(f"{each['name']:<16}{when} UTC  {mark:<14}{reached}")
+    for record in listed:
+        mark = "followed" if record["followed"] else "not promoted" if record.get("gated") else ""
+        when = record["finished"][:16].replace("T", " ")
+        reached = record["report"] or f"{len(record['stages'])} stages, no report"
+        print(f"{record['name']:<16}{when} UTC  {mark:<14}{reached}")
 
 
 def foresee(
@@ -167,14 +169,14 @@ def foresee(
     plans = plan(opened, config, stages_of(config, targets, STAGES))
     result = plan_summary(opened, run_name(recipe, name), plans)
     needs, theirs = capacity(config, throughput, pairs), published(recipe)
-    for shown, each in zip(result["stages"], plans, strict=True):
-        parameters = each.stage.parameters(config) if each.stage.parameters else None
+    for row, stage_plan in zip(result["stages"], plans, strict=True):
+        parameters = stage_plan.stage.parameters(config) if stage_plan.stage.parameters else None
         if parameters is not None:
-            shown["parameters"] = parameters
-        if each.stage.name in theirs:
-            shown["paper_parameters"] = theirs[each.stage.name]
-        if each.stage.name in needs:
-            shown["need"] = needs[each.stage.name]
+            row["parameters"] = parameters
+        if stage_plan.stage.name in theirs:
+            row["paper_parameters"] = theirs[stage_plan.stage.name]
+        if stage_plan.stage.name in needs:
+            row["need"] = needs[stage_plan.stage.name]
     print_json(result) if as_json else _print_stages(result)
 
 
@@ -199,14 +201,14 @@ def make(
 
     chosen = run_name(recipe, name)
     started = manifests.now()
-    config, given = load_config(recipe, list(overrides or []), address)
+    config, assignments = load_config(recipe, list(overrides or []), address)
     opened = open_for(root, for_writing=True)
     compact(opened, say)
     plans = plan(opened, config, stages_of(config, targets, STAGES))
     done = {
-        each.stage.name: each.committed
-        for each in plans
-        if each.state == "current" and each.committed
+        stage_plan.stage.name: stage_plan.committed
+        for stage_plan in plans
+        if stage_plan.state == "current" and stage_plan.committed
     }
     if len(done) == len(plans):
         record = write_run(opened, chosen, recipe, started, done, bool(config.evaluate.promote_if))
@@ -219,7 +221,7 @@ def make(
             say(described(judgement))
         result = summary(opened, chosen, results, record["report"], judgement)
     else:
-        result = _run_flow(opened, root, recipe, chosen, given, targets, jobs)
+        result = _run_flow(opened, root, recipe, chosen, assignments, targets, jobs)
     print_json(result) if as_json else _print_stages(result)
 
 
@@ -255,9 +257,9 @@ def _run_flow(
             raise type(error)(f"{_stage_of(error)}{error}") from error
         except Exception as error:
             logging.getLogger("unclip").exception("the run failed")
-            own = _behind(error)
-            if own:  # Prefect, too, may fail for want of space, when it is to note that
-                raise type(own)(f"{_stage_of(own)}{own}") from error
+            cause = _behind(error)
+            if cause:  # Prefect, too, may fail for want of space, when it is to note that
+                raise type(cause)(f"{_stage_of(cause)}{cause}") from error
             last_line = (str(error).strip().splitlines() or [""])[-1]
             raise UnclipError(
                 f"{_stage_of(error)}{type(error).__name__}: {last_line}; the whole story is in {log}"
@@ -288,19 +290,19 @@ def _stage_of(error: BaseException) -> str:
 
 def _print_stages(result: dict[str, Any]) -> None:
     print(f"run {result['run']} in {result['root']}")
-    for each in result["stages"]:
-        size = f"{each['parameters'] / 1e6:.2f} M parameters" if "parameters" in each else ""
+    for row in result["stages"]:
+        size = f"{row['parameters'] / 1e6:.2f} M parameters" if "parameters" in row else ""
         size += (
-            f" (the paper's: {each['paper_parameters'] / 1e6:,.0f} M)"
-            if "paper_parameters" in each
+            f" (the paper's: {row['paper_parameters'] / 1e6:,.0f} M)"
+            if "paper_parameters" in row
             else ""
         )
-        took = f"{each['seconds']:8.1f} s" if each.get("seconds") else ""
-        notes = ", ".join(note for note in (size, each.get("why", ""), took) if note)
-        print(f"{each['stage']:<12}{each['state']:<9}{each['key']}  {notes}".rstrip())
-        if "need" in each:
+        took = f"{row['seconds']:8.1f} s" if row.get("seconds") else ""
+        notes = ", ".join(note for note in (size, row.get("why", ""), took) if note)
+        print(f"{row['stage']:<12}{row['state']:<9}{row['key']}  {notes}".rstrip())
+        if "need" in row:
             from flows.orchestration.capacity_plan import described
 
-            print(f"            {described(each['need'])}")
+            print(f"            {described(row['need'])}")
     if result["report"]:
         print(f"report    {result['report']}")

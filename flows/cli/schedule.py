@@ -193,7 +193,7 @@ def _plan(
     from flows.runs.planning import stages_of
     from flows.scheduling import deployments as schedules
 
-    config, given = load_config(
+    config, assignments = load_config(
         recipe, overrides, address
     )  # a recipe with a mistake is refused now, not at three in the morning
     opened = open_for(root, for_writing=True)
@@ -205,7 +205,7 @@ def _plan(
         "recipe": written,
         "root": opened.uri,
         "name": run_name(recipe, name),
-        "overrides": given,
+        "overrides": assignments,
         "targets": stages or [],
         "scratch": scratch,
         "jobs": jobs,

@@ -34,7 +34,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search the pictures of a run by text, by picture or by another of its pictures."""
-    if sum(each is not None for each in (text, image, key)) != 1:
+    if sum(query_part is not None for query_part in (text, image, key)) != 1:
         raise CallerError(
             'search needs a text, --image FILE or --key KEY, one of them: unclip search "a red heart"'
         )
@@ -44,20 +44,20 @@ def search(
     from flows.live_index.lineage import open_view
     from training.jobs import embed
 
-    view, known = open_view(open_for(root, for_writing=False), run)
+    view, run_lineage = open_view(open_for(root, for_writing=False), run)
     without: frozenset[str] = frozenset()
     if key is not None:
-        own = view.find_key(key)
-        if own is None:
+        row = view.find_key(key)
+        if row is None:
             raise CallerError(
                 f"no sample in the index has the key {key!r}: `unclip search --json` prints keys"
             )
-        query, without = view.vector(own), frozenset({own.facts["sha256"]})
+        query, without = view.vector(row), frozenset({row.facts["sha256"]})
     elif image is not None:
-        query = embed.embed_images(known.clip.local(), [image])[0]
+        query = embed.embed_images(run_lineage.clip.local(), [image])[0]
     else:
-        query = embed.embed_texts(known.clip.local(), [spoken("search", text or "")])[0]
-    found = [
+        query = embed.embed_texts(run_lineage.clip.local(), [spoken("search", text or "")])[0]
+    results = [
         {
             "key": hit.facts["key"],
             "score": round(hit.score, 4),
@@ -67,7 +67,7 @@ def search(
         for hit in view.search(query, k, without=without)
     ]
     if as_json:
-        print_json(found)
+        print_json(results)
         return
-    for each in found:
-        print(f"{each['score']:.3f}  {each['caption']}  {each['url']}")
+    for result in results:
+        print(f"{result['score']:.3f}  {result['caption']}  {result['url']}")

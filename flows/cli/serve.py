@@ -142,10 +142,10 @@ def serve(
             f"--host {host} can be reached from elsewhere: set {TOKEN} to a secret of at least 16 characters"
         )
     check_token(token)
-    origins = tuple(as_origin(each) for each in allow_origin or ())
+    origins = tuple(as_origin(origin) for origin in allow_origin or ())
     opened = open_for(root, for_writing=False)
     if replicas or address:
-        asked = Replicated(
+        settings = Replicated(
             root=opened.uri,
             run=run,
             replicas=replicas or 2,
@@ -155,7 +155,7 @@ def serve(
             allow_origins=origins,
             removal_lag_s=removal_lag,
         )
-        serve_replicas(opened, asked, host, port, token, address)
+        serve_replicas(opened, settings, host, port, token, address)
         return
     from indexing.service.app import run as run_service
     from indexing.service.state import ServeConfig, Service
@@ -179,16 +179,18 @@ def serve(
 
 
 def serve_replicas(
-    opened: Root, asked: Replicated, host: str, port: int, token: str | None, address: str | None
+    opened: Root, settings: Replicated, host: str, port: int, token: str | None, address: str | None
 ) -> None:
     """Deploy the replicas on Ray and stay until interrupted. A Ray of our own gives them the token; another's nodes must have it."""
     from flows.live_index.lineage import lineage
 
-    name = lineage(opened, asked.run).record["name"]  # what is not there is known before Ray starts
+    name = lineage(opened, settings.run).record[
+        "name"
+    ]  # what is not there is known before Ray starts
     if token is not None and not address:
         os.environ[TOKEN] = token
     cores = max(
-        len(os.sched_getaffinity(0)), asked.replicas
+        len(os.sched_getaffinity(0)), settings.replicas
     )  # more replicas than cores share them rather than wait for ever
     cluster = Cluster(ClusterConfig(address=address or "", num_cpus=None if address else cores))
     with (
@@ -201,38 +203,38 @@ def serve_replicas(
         port = port or free_port(host)
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         with suppress(KeyboardInterrupt), terminated():  # after Ray, which has a handler of its own
-            words = f"{asked.replicas} replicas serve run {name} at {where}; Ray's own words are in {log}"
-            run_replicas(application(asked), host, port, lambda: say(words))
+            words = f"{settings.replicas} replicas serve run {name} at {where}; Ray's own words are in {log}"
+            run_replicas(application(settings), host, port, lambda: say(words))
 
 
-def application(asked: Replicated) -> Any:
+def application(settings: Replicated) -> Any:
     """Return the service of a run as a Ray Serve application (its `args` are the fields of Replicated)."""
     from indexing.service.ray_serve import application as replicated
 
-    return replicated(partial(open_replica, asked), asked.replicas, asked.cpus)
+    return replicated(partial(open_replica, settings), settings.replicas, settings.cpus)
 
 
-def open_replica(asked: Replicated) -> "tuple[Service, ServeConfig]":
+def open_replica(settings: Replicated) -> "tuple[Service, ServeConfig]":
     """Open the service in a replica. Raises CallerError where it must have a token and its node's environment holds none."""
     from indexing.service.state import ServeConfig, Service
 
-    token = None if asked.is_open else os.environ.get(TOKEN)
-    if token is None and not asked.is_open:
+    token = None if settings.is_open else os.environ.get(TOKEN)
+    if token is None and not settings.is_open:
         raise CallerError(
             f"{TOKEN} is not in the environment of the Ray node that a replica started on: set it on every node"
         )
     check_token(token)
     service = Service(
-        parts_of(open_for(asked.root, for_writing=False), asked.run, asked.allow_urls, say)
+        parts_of(open_for(settings.root, for_writing=False), settings.run, settings.allow_urls, say)
     )
-    share = asked.rate / asked.replicas
+    share = settings.rate / settings.replicas
     burst = max(1, 4 * share)
     return service, ServeConfig(
         token=token,
         rate=share,
         burst=burst,
-        allow_origins=asked.allow_origins,
-        removal_lag_s=asked.removal_lag_s,
+        allow_origins=settings.allow_origins,
+        removal_lag_s=settings.removal_lag_s,
     )
 
 
@@ -307,31 +309,31 @@ class Opener:
         from flows.live_index.lineage import lineage, open_segments, warnings
         from indexing.service.state import Opened
 
-        known = lineage(self.root, self.run)
-        segments = open_segments(known, self._segments)
-        if self._encoders is None or self._encoders.clip != known.fingerprint:
-            self._encoders = load_encoders(known)
-        self._segments = {each.name: each for each in segments}
-        for line in warnings(known):
+        run_lineage = lineage(self.root, self.run)
+        segments = open_segments(run_lineage, self._segments)
+        if self._encoders is None or self._encoders.clip != run_lineage.fingerprint:
+            self._encoders = load_encoders(run_lineage)
+        self._segments = {segment.name: segment for segment in segments}
+        for line in warnings(run_lineage):
             if line not in self._told:
                 self.report(line)
-        self._told = set(warnings(known))
-        return Opened(known.record["name"], segments, self._encoders)
+        self._told = set(warnings(run_lineage))
+        return Opened(run_lineage.record["name"], segments, self._encoders)
 
 
-def load_encoders(known: "Lineage") -> "Encoders":
+def load_encoders(run_lineage: "Lineage") -> "Encoders":
     """Load the CLIP that made an index."""
     from indexing.service.state import Encoders
     from training.data.image_reader import as_square
     from training.jobs import embed
 
-    texts, images, image_px = embed.encoders(known.clip.local())
+    texts, images, image_px = embed.encoders(run_lineage.clip.local())
     return Encoders(
-        known.fingerprint,
+        run_lineage.fingerprint,
         texts,
         images,
         image_px,
-        partial(as_square, look=embed.look_of(known.clip.local())),
+        partial(as_square, look=embed.look_of(run_lineage.clip.local())),
     )
 
 

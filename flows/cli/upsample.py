@@ -13,7 +13,7 @@ from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName
 from flows.config.roots import open_for
 from infra.errors import CallerError
 
-SIDE_AT_MOST_PX = 4096
+MAX_SIDE_PX = 4096
 
 
 def upsample(
@@ -25,7 +25,7 @@ def upsample(
         typer.Option(
             "--side",
             min=8,
-            max=SIDE_AT_MOST_PX,
+            max=MAX_SIDE_PX,
             help="Side to which the pictures are first brought, in pixels; by default the one trained for.",
         ),
     ] = None,
@@ -58,13 +58,11 @@ def upsample(
     first = models[0].config
     start = side or first.image_size_px // first.factor
     factor = int(np.prod([model.config.factor for model in models]))
-    if start * factor > SIDE_AT_MOST_PX:
-        raise CallerError(
-            f"--side {start}: {factor} times that is more than {SIDE_AT_MOST_PX} pixels"
-        )
+    if start * factor > MAX_SIDE_PX:
+        raise CallerError(f"--side {start}: {factor} times that is more than {MAX_SIDE_PX} pixels")
     small = np.stack([read_file(image, start) for image in images])
-    made = upsampler_cascade.enlarge(
-        models, small, [seed * SEED_STRIDE + place for place in range(len(small))], steps
+    enlarged = upsampler_cascade.enlarge(
+        models, small, [seed * SEED_STRIDE + number for number in range(len(small))], steps
     )
     ways = [
         np.kron(small, np.ones((1, factor, factor, 1), np.uint8)),
@@ -72,7 +70,7 @@ def upsample(
             upsampling_eval.interpolate(small, factor, name)
             for name in upsampling_eval.INTERPOLATIONS
         ),
-        made,
+        enlarged,
     ]
     settings = {
         "run": record["name"],

@@ -26,14 +26,14 @@ BUILT_IN = Path(__file__).parents[1] / "recipes"
 
 def find_recipe(name: str) -> Path:
     """Return the file of a recipe: a path, or the name of one that comes with us (`quickstart`). Raises CallerError."""
-    given = Path(name)
-    if given.is_file():
-        return given
-    built_in = BUILT_IN / f"{given.stem}.toml"
-    if str(given) in (given.stem, built_in.name) and built_in.is_file():
+    file = Path(name)
+    if file.is_file():
+        return file
+    built_in = BUILT_IN / f"{file.stem}.toml"
+    if str(file) in (file.stem, built_in.name) and built_in.is_file():
         return built_in
-    known = sorted(path.stem for path in BUILT_IN.glob("*.toml"))
-    raise CallerError(f"there is no recipe {name}: give a TOML file or one of {', '.join(known)}")
+    bundled = sorted(path.stem for path in BUILT_IN.glob("*.toml"))
+    raise CallerError(f"there is no recipe {name}: give a TOML file or one of {', '.join(bundled)}")
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -45,27 +45,29 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for override in overrides:
         _apply(tree, override)
     for section, value in tree.items():
-        place = _secret_in(value, "")
-        if place is not None:
+        secret_key = _secret_in(value, "")
+        if secret_key is not None:
             raise CallerError(
-                f"{path.name}: [{section}] {place.lstrip('.')} holds credentials (a user, a password or a signature in an URL): "
+                f"{path.name}: [{section}] {secret_key.lstrip('.')} holds credentials (a user, a password or a signature in an URL): "
                 "a recipe is recorded, give them in the environment"
             )
     return tree
 
 
-def _secret_in(value: Any, place: str) -> str | None:
+def _secret_in(value: Any, key_path: str) -> str | None:
     """Return where in a value the first URL with credentials is, or None; the URL itself is not to be shown."""
     if isinstance(value, str):
-        return place if SECRET.search(value) else None
-    parts = [(f".{name}", each) for name, each in value.items()] if isinstance(value, dict) else []
+        return key_path if SECRET.search(value) else None
+    parts = (
+        [(f".{name}", child) for name, child in value.items()] if isinstance(value, dict) else []
+    )
     parts += (
-        [(f"[{number}]", each) for number, each in enumerate(value)]
+        [(f"[{number}]", child) for number, child in enumerate(value)]
         if isinstance(value, list)
         else []
     )
-    found = (_secret_in(each, place + part) for part, each in parts)
-    return next((each for each in found if each is not None), None)
+    secrets = (_secret_in(child, key_path + part) for part, child in parts)
+    return next((secret for secret in secrets if secret is not None), None)
 
 
 def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
@@ -125,16 +127,16 @@ def validated(tree: Mapping[str, Any], model: type[Model], source: str) -> Model
         return model.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         # A key that does not exist is often why another one is missing: name it first.
-        found = sorted(
-            error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden"
+        faults = sorted(
+            error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden"
         )
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    raise CallerError(f"{source}: {_complaint(found[0], tree, model)}{more}")
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    raise CallerError(f"{source}: {_complaint(faults[0], tree, model)}{more}")
 
 
 def _complaint(error: Any, tree: Mapping[str, Any], model: type[BaseModel]) -> str:
     section, *keys = _written(error["loc"], tree) or [""]
-    place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+    dotted = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
     kind, message = (
         error["type"],
         str(error["msg"]).removeprefix("Value error, ").removeprefix("Input "),
@@ -144,13 +146,13 @@ def _complaint(error: Any, tree: Mapping[str, Any], model: type[BaseModel]) -> s
             return (
                 f"[{section}]: no such section{_nearest(str(section), model.model_fields, '[{}]')}"
             )
-        return f"[{section}] {place}: no such key{_nearest(str(keys[-1]), _fields(model, [section, *keys[:-1]]), '{}')}"
+        return f"[{section}] {dotted}: no such key{_nearest(str(keys[-1]), _fields(model, [section, *keys[:-1]]), '{}')}"
     if kind == "missing":
-        return f"[{section}] {place}: must be given"
+        return f"[{section}] {dotted}: must be given"
     if not keys:
         return f"[{section}]: {message}" if section else message
-    shown = json.dumps(error["input"], default=str)
-    return f"[{section}] {place} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {message}"
+    rejected = json.dumps(error["input"], default=str)
+    return f"[{section}] {dotted} = {rejected if len(rejected) <= 80 else rejected[:77] + '...'}: {message}"
 
 
 def _written(location: Sequence[str | int], tree: Any) -> list[str | int]:
@@ -170,12 +172,14 @@ def _written(location: Sequence[str | int], tree: Any) -> list[str | int]:
     return written
 
 
-def _nearest(name: str, known: Iterable[str], form: str) -> str:
-    names = list(known)
+def _nearest(name: str, candidates: Iterable[str], form: str) -> str:
+    names = list(candidates)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if near:
         return f", did you mean {form.format(near[0])}?"
-    return f"; there are {', '.join(form.format(each) for each in names)}" if names else ""
+    return (
+        f"; there are {', '.join(form.format(candidate) for candidate in names)}" if names else ""
+    )
 
 
 def _fields(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
@@ -183,13 +187,13 @@ def _fields(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     models = [model]
     for name in path:
         if isinstance(name, str):
-            fields = [each.model_fields[name] for each in models if name in each.model_fields]
-            models = [found for field in fields for found in _models(field.annotation)]
-    return list(dict.fromkeys(name for each in models for name in each.model_fields))
+            fields = [model.model_fields[name] for model in models if name in model.model_fields]
+            models = [nested for field in fields for nested in _models(field.annotation)]
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
     """Return the sections named anywhere in a type: through `X | None`, tuples and unions."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for argument in get_args(annotation) for found in _models(argument)]
+    return [nested for argument in get_args(annotation) for nested in _models(argument)]

@@ -137,9 +137,9 @@ def _worker_disagreement(config: RunConfig) -> str:
         ("prior", config.prior.batch_size, cluster.prior_workers),
         ("decoder", config.decoder.batch_size, cluster.decoder_workers),
         *(
-            ("upsampler", each.batch_size, cluster.upsampler_workers)
-            for each in (config.upsampler, config.upsampler_2)
-            if each
+            ("upsampler", section.batch_size, cluster.upsampler_workers)
+            for section in (config.upsampler, config.upsampler_2)
+            if section
         ),
     )
     for name, batch_size, workers in trained:

@@ -256,7 +256,7 @@ def sounds_like_vowel(word: str) -> bool:
     return lower[0] in "aeiou" and not re.match(r"uni|eu|one\b|ewe|use|ufo|uk", lower)
 
 
-def phrasings(
+def build_phrasings(
     name: str,
     style: str = "",
     tags: tuple[str, ...] = (),
@@ -270,12 +270,12 @@ def phrasings(
     """
     article = with_article(name)
     if name.startswith("flag of "):
-        found = flag_phrasings(
+        phrasings = flag_phrasings(
             name.removeprefix("flag of "), is_country=subcategory != "subdivision-flag"
         )
         noun = f"the {name.removeprefix('flag of ')} flag"
     else:
-        found = [name, article, *special_phrasings(name, subcategory)]
+        phrasings = [name, article, *special_phrasings(name, subcategory)]
         noun = article
         if is_yellow_face(name, subcategory):
             colour = "yellow"
@@ -284,10 +284,10 @@ def phrasings(
             and category not in ("People & Body", "Flags")
             and not COLOUR_WORDS & set(re.split(r"[ -]", name.lower()))
         ):
-            found.append(with_article(f"{colour} {name}"))
-    found += [f"{noun} {'emoji' if category else 'icon'}", f"an icon of {article}"]
+            phrasings.append(with_article(f"{colour} {name}"))
+    phrasings += [f"{noun} {'emoji' if category else 'icon'}", f"an icon of {article}"]
     if style in STYLE_PHRASES:
-        found.append(STYLE_PHRASES[style].format(name=name, article=article))
+        phrasings.append(STYLE_PHRASES[style].format(name=name, article=article))
     words = [
         tag
         for tag in tags
@@ -296,37 +296,37 @@ def phrasings(
         and not name.lower().startswith("flag of ")
     ]
     if words:
-        found.append(f"{name}, {', '.join(words[:2])}")
-    found.append(f"a picture of {article}")
+        phrasings.append(f"{name}, {', '.join(words[:2])}")
+    phrasings.append(f"a picture of {article}")
     kind = KINDS.get(subcategory)
     if kind and kind.split()[-1] not in name:
-        found.append(f"{article}, {kind}")
+        phrasings.append(f"{article}, {kind}")
     if len(words) > 3:
-        found.append(f"{name}, {', '.join(words[2:4])}")
-    found = list(dict.fromkeys(found))
+        phrasings.append(f"{name}, {', '.join(words[2:4])}")
+    phrasings = list(dict.fromkeys(phrasings))
     for filler in (
         f"a small picture of {article}",
         f"a drawing of {article}",
         f"an image of {article}",
     ):
-        if len(found) < MIN_PHRASINGS:
-            found.append(filler)
+        if len(phrasings) < MIN_PHRASINGS:
+            phrasings.append(filler)
     if category:
-        found[MAX_PHRASINGS - 1 :] = [f"{name}, {category.lower().replace('&', 'and')}"]
-    return found[:MAX_PHRASINGS]
+        phrasings[MAX_PHRASINGS - 1 :] = [f"{name}, {category.lower().replace('&', 'and')}"]
+    return phrasings[:MAX_PHRASINGS]
 
 
-def flag_phrasings(place: str, is_country: bool) -> list[str]:
+def flag_phrasings(region: str, is_country: bool) -> list[str]:
     """Return how people ask for a place's flag."""
-    national = [f"the national flag of {place}"] if is_country else []
+    national = [f"the national flag of {region}"] if is_country else []
     return [
-        f"flag of {place}",
-        f"the flag of {place}",
-        f"the {place} flag",
-        f"{place} flag",
+        f"flag of {region}",
+        f"the flag of {region}",
+        f"the {region} flag",
+        f"{region} flag",
         *national,
         "a flag",
-        place,
+        region,
     ]
 
 

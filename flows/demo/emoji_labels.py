@@ -36,7 +36,7 @@ class Label:
 def concept_of(code_points: str) -> str:
     """Return the concept of code points joined by `-` or `_`: lower case, no leading zeros, no variation selector."""
     parts = code_points.lower().replace("_", "-").split("-")
-    return "-".join(part for part in (each.lstrip("0") for each in parts) if part != "fe0f")
+    return "-".join(part for part in (part.lstrip("0") for part in parts) if part != "fe0f")
 
 
 def flag_concept(iso_code: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import resvg_py
 
-from flows.demo.emoji_captions import clean_name, phrasings
+from flows.demo.emoji_captions import clean_name, build_phrasings
 from flows.demo.emoji_labels import Labels, concept_of, flag_concept, slug
 from flows.demo.main_colour import main_colour
 from flows.demo.npm_packages import split_spec
@@ -225,7 +225,7 @@ def describe(drawing: Drawing, family: Family, labels: Labels, rendered: Path) -
     name = clean_name(label.text if label else drawing.name or drawing.concept, subcategory)
     category = label.category if label else drawing.category
     file = drawing.file or rendered / rendered_name(drawing)
-    captions = phrasings(
+    captions = build_phrasings(
         name,
         family.style,
         label.tags if label else drawing.tags,

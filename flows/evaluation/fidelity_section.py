@@ -22,6 +22,6 @@ def section(
             :, 0
         ]
 
-    found = imagenet_features.efficientnet_lite0()
-    networks = {imagenet_features.LITE_NAME: found} if found else {}
+    network = imagenet_features.efficientnet_lite0()
+    networks = {imagenet_features.LITE_NAME: network} if network else {}
     return fidelity(config, subject, model.decoder.config.image_size_px, draw, networks)

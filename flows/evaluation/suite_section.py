@@ -18,8 +18,8 @@ from training.models import imagenet_features
 
 def networks(config: SuiteConfig) -> dict[str, imagenet_features.Features]:
     """Return the networks whose features are probed, by name: the packaged one where it is installed, a ResNet-50 where a path is given."""
-    found = {imagenet_features.LITE_NAME: imagenet_features.efficientnet_lite0()}
-    named = {name: each for name, each in found.items() if each is not None}
+    probes = {imagenet_features.LITE_NAME: imagenet_features.efficientnet_lite0()}
+    named = {name: network for name, network in probes.items() if network is not None}
     return named | (
         {
             imagenet_features.RESNET_NAME: imagenet_features.resnet_50(

@@ -14,10 +14,10 @@ TITLE = "The diffusion process: the Swiss roll"
 
 def section(config: EvaluateConfig, out: Path) -> sections.ReportSection:
     """Learn the roll, sample it by diffusion rate, sampler and step count; writes `out`/pictures/swiss_roll.png."""
-    found = roll.swiss_roll(out / "pictures", config.swiss_roll_steps, seed=config.seed)
-    chance = f"data to other data, by chance alone: {found['data_to_data']:.4f}"
+    figures = roll.swiss_roll(out / "pictures", config.swiss_roll_steps, seed=config.seed)
+    chance = f"data to other data, by chance alone: {figures['data_to_data']:.4f}"
     caption = (
-        f"Data to noise, noise to data, and the drift that leads back; {found['steps']:,} training steps of a small network, "
+        f"Data to noise, noise to data, and the drift that leads back; {figures['steps']:,} training steps of a small network, "
         f"seed {config.seed}. Below: energy distance of samples to data by diffusion rate and by step count."
     )
     by_rate = sections.table(
@@ -25,14 +25,14 @@ def section(config: EvaluateConfig, out: Path) -> sections.ReportSection:
         ["Rate", "Steps", "Energy distance"],
         [
             [f"{row['rate']:g}", f"{row['steps']:,}", row["energy_distance"]]
-            for row in found["by_rate"]
+            for row in figures["by_rate"]
         ],
     )
-    counts = list(next(iter(found["by_steps"].values())))
+    counts = list(next(iter(figures["by_steps"].values())))
     by_steps = sections.table(
         f"Energy distance by step count, cosine schedule ({chance})",
         ["Sampler", *(str(count) for count in counts)],
-        [[name, *(row[count] for count in counts)] for name, row in found["by_steps"].items()],
+        [[name, *(row[count] for count in counts)] for name, row in figures["by_steps"].items()],
     )
     alt = "The Swiss roll's forward and reverse trajectories, its drift field, and energy distances by rate and by steps"
     return sections.section(

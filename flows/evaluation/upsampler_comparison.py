@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-COMPARED_AT_MOST, SHOWN_AT_MOST = 64, 6
+MAX_COMPARED, MAX_IMAGE_ROWS = 64, 6
 
 
 def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]:
@@ -17,40 +17,40 @@ def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]
     from training.models import upsampler_cascade
 
     model = upsampler_cascade.load(out)
-    found: dict[str, Any] = {}
-    rows, shown = [], []
+    comparison: dict[str, Any] = {}
+    rows, image_rows = [], []
     for split in ("held_out_style", "held_out_concept"):
         table = read_table(curate / "keep.parquet", split)
         if not table.num_rows:
             continue
-        places = np.unique(
-            np.linspace(0, table.num_rows - 1, min(COMPARED_AT_MOST, table.num_rows))
+        picks = np.unique(
+            np.linspace(0, table.num_rows - 1, min(MAX_COMPARED, table.num_rows))
             .round()
             .astype(int)
         )
-        figures, made = upsampling_eval.compare(
+        figures, enlarged = upsampling_eval.compare(
             model,
-            Pictures(table.take(places), ingest / "shards", model.config.image_size_px)[
-                range(len(places))
+            Pictures(table.take(picks), ingest / "shards", model.config.image_size_px)[
+                range(len(picks))
             ].numpy(),
         )
-        found[split] = figures
-        for place in range(min(SHOWN_AT_MOST, len(places))):
+        comparison[split] = figures
+        for index in range(min(MAX_IMAGE_ROWS, len(picks))):
             small = np.kron(
-                made["small"][place], np.ones((model.config.factor,) * 2 + (1,), np.uint8)
+                enlarged["small"][index], np.ones((model.config.factor,) * 2 + (1,), np.uint8)
             )
-            shown.append(np.stack([small, *(made[name][place] for name in list(made)[1:])]))
-            rows.append(
-                f"{split.replace('_', ' ')}: {table['caption'][int(places[place])].as_py()}"
+            image_rows.append(
+                np.stack([small, *(enlarged[name][index] for name in list(enlarged)[1:])])
             )
-    (out / "comparison.json").write_text(json.dumps(found, indent=1) + "\n")
-    if shown:
+            rows.append(f"{split.replace('_', ' ')}: {table['caption'][int(picks[index])].as_py()}")
+    (out / "comparison.json").write_text(json.dumps(comparison, indent=1) + "\n")
+    if image_rows:
         columns = ["small", "bicubic", "Lanczos", "up-sampler", "real"]
         write_sheet(
-            np.stack(shown),
+            np.stack(image_rows),
             rows,
             columns,
             out / "comparison.png",
-            {"stage": stage, "comparison": found},
+            {"stage": stage, "comparison": comparison},
         )
-    return found
+    return comparison

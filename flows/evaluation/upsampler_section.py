@@ -30,7 +30,7 @@ def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
 
     model = upsampler_cascade.load(folder)
     config = model.config
-    found = json.loads((folder / "comparison.json").read_text())
+    comparison = json.loads((folder / "comparison.json").read_text())
     side_px = config.image_size_px
     text = [
         f"A convolutional diffusion model of {sum(p.numel() for p in model.parameters()):,} parameters that draws pictures at "
@@ -43,9 +43,9 @@ def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
             ["Enlarged by", "PSNR, dB", "Standard error, dB", "Up-sampler is better on"],
             [_row(name, figures) for name in WAYS],
         )
-        for split, figures in found.items()
+        for split, figures in comparison.items()
     ]
-    if not found:
+    if not comparison:
         text.append("There is no held-out picture to compare on.")
     rows: list[list[Any]] = []
     for side in (side_px, 2 * side_px):

@@ -38,8 +38,8 @@ def labelled(
         if rows:
             _write(draw, rows[r], GAP_PX, top, size[0] - 2 * GAP_PX)
         for c in range(C):
-            shown = Image.fromarray(images[r, c]).resize(cell, Image.Resampling.NEAREST)
-            page.paste(shown, (GAP_PX + c * (cell[0] + GAP_PX), top + above))
+            tile = Image.fromarray(images[r, c]).resize(cell, Image.Resampling.NEAREST)
+            page.paste(tile, (GAP_PX + c * (cell[0] + GAP_PX), top + above))
     for c, label in enumerate(columns):
         _write(draw, label, GAP_PX + c * (cell[0] + GAP_PX), size[1] - LINE_PX, cell[0])
     return np.asarray(page)

@@ -22,39 +22,40 @@ class Grid:
     columns: list[str]
 
 
-def across_time(found: AcrossTime, prompts: Sequence[str]) -> Grid:
+def across_time(frames: AcrossTime, prompts: Sequence[str]) -> Grid:
     """Lay out two rows for each prompt: x_t, and the x_0 predicted from it."""
-    images = np.stack([found.x_t, found.x_0], 1).reshape(-1, *found.x_t.shape[1:])
+    images = np.stack([frames.x_t, frames.x_0], 1).reshape(-1, *frames.x_t.shape[1:])
     rows = [f"{prompt}: {what}" for prompt in prompts for what in ("x_t", "x_0 predicted from it")]
-    return Grid(images, rows, [f"t = {t}" for t in found.times])
+    return Grid(images, rows, [f"t = {t}" for t in frames.times])
 
 
-def shared(found: Shared, pictures: Described, times: Sequence[int]) -> Grid:
+def shared(latents: Shared, pictures: Described, times: Sequence[int]) -> Grid:
     """Lay out one row for each picture: itself, then for each t its x_t and the samples drawn from that."""
-    own = to_images(pictures.x_0)[:, None]  # (B, 1, S, S, 3)
+    originals = to_images(pictures.x_0)[:, None]  # (B, 1, S, S, 3)
     parts = [
-        np.concatenate([found.x_t[:, k, None], found.samples[:, k]], 1) for k in range(len(times))
+        np.concatenate([latents.x_t[:, k, None], latents.samples[:, k]], 1)
+        for k in range(len(times))
     ]
-    count = found.samples.shape[2]
+    count = latents.samples.shape[2]
     columns = [
         "the picture",
         *(
             label
             for t in times
-            for label in (f"x_t, t = {t}", *(f"sample {place + 1}" for place in range(count)))
+            for label in (f"x_t, t = {t}", *(f"sample {number + 1}" for number in range(count)))
         ),
     ]
-    return Grid(np.concatenate([own, *parts], 1), list(pictures.captions), columns)
+    return Grid(np.concatenate([originals, *parts], 1), list(pictures.captions), columns)
 
 
 def interpolation(
-    found: np.ndarray, first: Described, second: Described, times: Sequence[int]
+    images: np.ndarray, first: Described, second: Described, times: Sequence[int]
 ) -> Grid:
     """Lay out a row for each pair and t: the one picture, the blends, the other."""
     a, b = to_images(first.x_0), to_images(second.x_0)
     rows = [
-        np.concatenate([a[pair, None], found[pair, k], b[pair, None]])
-        for pair in range(len(found))
+        np.concatenate([a[pair, None], images[pair, k], b[pair, None]])
+        for pair in range(len(images))
         for k in range(len(times))
     ]
     labels = [
@@ -62,5 +63,5 @@ def interpolation(
         for one, other in zip(first.captions, second.captions, strict=True)
         for t in times
     ]
-    weights = [f"w = {weight:.3g}" for weight in np.linspace(0, 1, found.shape[2])]
+    weights = [f"w = {weight:.3g}" for weight in np.linspace(0, 1, images.shape[2])]
     return Grid(np.stack(rows), labels, ["A", *weights, "B"])

@@ -25,10 +25,10 @@ def write_pictures(
     with one_line_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         for prompt, row in zip(prompts, images, strict=True):
-            for place, picture in enumerate(row):
-                file = out / f"{slug(prompt)}-seed{seed}-{place:02d}.png"
+            for column, picture in enumerate(row):
+                file = out / f"{slug(prompt)}-seed{seed}-{column:02d}.png"
                 _write(
-                    file, picture, {"prompt": prompt, "seed": seed, "picture": place, **settings}
+                    file, picture, {"prompt": prompt, "seed": seed, "picture": column, **settings}
                 )
                 files.append(file)
         grid = (

@@ -78,8 +78,8 @@ def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Remo
     candidates = out / "candidates.parquet"
     with pq.ParquetWriter(out / "dropped.parquet", DROPPED) as dropped:
         seen, ranks, reasons = write_candidates(config, shards, candidates, dropped, removals)
-        is_kept = keepers(ranks) if config.drop_duplicates else np.ones(len(ranks), bool)
-        shown_by = (
+        is_keeper = keepers(ranks) if config.drop_duplicates else np.ones(len(ranks), bool)
+        evaluation_images = (
             leaks(candidates, ranks["is_train"], ingest / "shards")
             if config.decontaminate
             else np.full(len(ranks), -1)
@@ -89,27 +89,27 @@ def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Remo
         with pq.ParquetWriter(out / "keep.parquet", KEEP) as keep:
             for batch in open_parquet(candidates).iter_batches(BATCH_ROWS):
                 first, leaked_by = (
-                    is_kept[start : start + batch.num_rows],
-                    shown_by[start : start + batch.num_rows],
+                    is_keeper[start : start + batch.num_rows],
+                    evaluation_images[start : start + batch.num_rows],
                 )
                 start += batch.num_rows
                 is_leaked = first & (leaked_by >= 0)
-                kept, doubled, leaked = (
-                    batch.filter(pa.array(each)) for each in (first & ~is_leaked, ~first, is_leaked)
+                train_rows, doubled, leaked = (
+                    batch.filter(pa.array(mask)) for mask in (first & ~is_leaked, ~first, is_leaked)
                 )
-                splits.update(kept.column("split").to_pylist())
-                keep.write_batch(kept)
+                splits.update(train_rows.column("split").to_pylist())
+                keep.write_batch(train_rows)
                 dropped.write_table(duplicates(doubled))
                 dropped.write_table(alike(leaked, ranks["key"][leaked_by[is_leaked]]))
                 reasons.update(duplicate=doubled.num_rows, evaluation_alike=leaked.num_rows)
     candidates.unlink()
     assert seen == splits.total() + reasons.total()
-    told = {"dropped": dict(sorted((+reasons).items())), "splits": dict(sorted(splits.items()))}
+    counts = {"dropped": dict(sorted((+reasons).items())), "splits": dict(sorted(splits.items()))}
     if not splits["train"]:
         raise DataError(
-            f"no pair is left to train on of {seen:,} (dropped: {told['dropped']}, splits: {told['splits']}): loosen [curate]"
+            f"no pair is left to train on of {seen:,} (dropped: {counts['dropped']}, splits: {counts['splits']}): loosen [curate]"
         )
-    return {"in": seen, "out": splits.total(), **told}
+    return {"in": seen, "out": splits.total(), **counts}
 
 
 def write_candidates(
@@ -167,7 +167,7 @@ def judged(shard: Path, config: CurateConfig) -> Iterator[tuple[Row, str]]:
     Raises DataError when tar and parquet disagree or the tar does not read whole.
     """
     table = pq.read_table(shard.with_suffix(".parquet"))
-    told = {item["key"]: item for item in table.to_pylist() if item["status"] == "success"}
+    by_key = {item["key"]: item for item in table.to_pylist() if item["status"] == "success"}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
@@ -175,18 +175,18 @@ def judged(shard: Path, config: CurateConfig) -> Iterator[tuple[Row, str]]:
                 if suffix in ("txt", "json"):
                     continue
                 stream = tar.extractfile(member)
-                if stream is None or key not in told:
+                if stream is None or key not in by_key:
                     raise DataError(
                         f"shard {shard} holds {member.name}, of which its parquet knows nothing: run the ingest stage again"
                     )
-                yield judge(stream.read(), told.pop(key), shard.name, member, config)
+                yield judge(stream.read(), by_key.pop(key), shard.name, member, config)
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
             f"shard {shard} does not read ({error}): run the ingest stage again"
         ) from error
-    if told:
+    if by_key:
         raise DataError(
-            f"shard {shard} lacks {len(told)} images that its parquet names, such as {min(told)}: run the ingest stage again"
+            f"shard {shard} lacks {len(by_key)} images that its parquet names, such as {min(by_key)}: run the ingest stage again"
         )
 
 
@@ -263,9 +263,9 @@ def keepers(ranks: np.ndarray) -> np.ndarray:
     """Return which of the images (RANK) stay: the first of each group of equal ones, in RANK's order."""
     order = np.argsort(ranks, order=("image", "is_train", "key"))
     images = ranks["image"][order]
-    is_kept = np.zeros(len(ranks), bool)
-    is_kept[order[np.concatenate([[True], images[1:] != images[:-1]])[: len(ranks)]]] = True
-    return is_kept
+    is_keeper = np.zeros(len(ranks), bool)
+    is_keeper[order[np.concatenate([[True], images[1:] != images[:-1]])[: len(ranks)]]] = True
+    return is_keeper
 
 
 def detail_of(row: Row, reason: str) -> str:
@@ -292,17 +292,18 @@ def leaks(candidates: Path, is_train: np.ndarray, shards: Path) -> np.ndarray:
     thumbs = candidates.with_suffix(".looks")
     with open_parquet(candidates) as opened:
         looks = look_at(opened.iter_batches(BATCH_ROWS, columns=PLACE), shards, thumbs)
-    found = like_evaluation(looks, is_train)
+    lookalikes = like_evaluation(looks, is_train)
     thumbs.unlink()
-    return found
+    return lookalikes
 
 
-def alike(batch: pa.RecordBatch, shown_by: np.ndarray) -> pa.Table:
+def alike(batch: pa.RecordBatch, evaluation_images: np.ndarray) -> pa.Table:
     """Return the rows of dropped.parquet for images that look like a held-out one, whose keys are given."""
     columns = [
         *(batch.column(name) for name in ("key", "origin")),
         ["evaluation_alike"] * batch.num_rows,
     ]
     return pa.table(
-        [*columns, [f"looks like {key.decode()}" for key in shown_by.tolist()]], schema=DROPPED
+        [*columns, [f"looks like {key.decode()}" for key in evaluation_images.tolist()]],
+        schema=DROPPED,
     )

@@ -20,7 +20,7 @@ FAILURE_S = 60
 """So long a host is left alone that did not answer."""
 VAIN_CONNECTIONS = 6
 """So many connections in a row must have failed before it is."""
-MOST_HOSTS, MOST_BYTES = 10_000, 64 << 20
+MAX_HOSTS, MAX_BYTES = 10_000, 64 << 20
 """What one process keeps: hosts, and bytes of their rules."""
 
 Origin = tuple[str, str, int]
@@ -47,15 +47,15 @@ class Host:
     """That failed in a row."""
     silent_until_s: float = 0.0
     """Neither its robots.txt nor a connection is tried before."""
-    places: dict[int, threading.BoundedSemaphore] = field(default_factory=dict)
+    slots: dict[int, threading.BoundedSemaphore] = field(default_factory=dict)
     users: int = 0
 
 
 class Hosts:
     """What one process knows of the hosts it asks; threads share it. Bounded: hosts that were not asked for longest are forgotten."""
 
-    def __init__(self, most_hosts: int = MOST_HOSTS, most_bytes: int = MOST_BYTES) -> None:
-        self.most_hosts, self.most_bytes = most_hosts, most_bytes
+    def __init__(self, max_hosts: int = MAX_HOSTS, max_bytes: int = MAX_BYTES) -> None:
+        self.most_hosts, self.most_bytes = max_hosts, max_bytes
         self.guard = threading.Lock()
         self.known: OrderedDict[Origin, Host] = OrderedDict()
         self.rules_bytes = 0
@@ -67,7 +67,7 @@ class Hosts:
 
         What it raises is remembered for `FAILURE_S`, and raised as StillFailingError meanwhile: a host that does not answer costs one wait.
         """
-        with self._asked(origin) as host:
+        with self._requesting(origin) as host:
             with host.reading:
                 now = time.monotonic()
                 if host.failure and now < host.silent_until_s:
@@ -91,16 +91,16 @@ class Hosts:
             return robots.allows(target)
 
     @contextmanager
-    def place(self, origin: Origin, at_once: int) -> Iterator[None]:
+    def slot(self, origin: Origin, at_once: int) -> Iterator[None]:
         """Hold one of the host's `at_once` places while the block runs; 0 sets no limit."""
-        with self._asked(origin) as host:
+        with self._requesting(origin) as host:
             with self.guard:
-                places = (
-                    host.places.setdefault(at_once, threading.BoundedSemaphore(at_once))
+                slots = (
+                    host.slots.setdefault(at_once, threading.BoundedSemaphore(at_once))
                     if at_once
                     else nullcontext()
                 )
-            with places:
+            with slots:
                 try:
                     yield
                 finally:
@@ -133,7 +133,7 @@ class Hosts:
                 host.failure, host.vain_connections, host.silent_until_s = None, 0, 0.0
 
     @contextmanager
-    def _asked(self, origin: Origin) -> Iterator[Host]:
+    def _requesting(self, origin: Origin) -> Iterator[Host]:
         with self.guard:
             host = self.known.setdefault(origin, Host())
             self.known.move_to_end(origin)

@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from urllib.parse import quote, urljoin, urlsplit
 
 from PIL import Image
@@ -100,24 +101,22 @@ def fetch(url: str, rules: Rules) -> bytes:
     """GET `url`, following redirects, within the rules; time spent waiting for a host's turn or its robots.txt does not count."""
     deadline = time.monotonic() + rules.timeout_s
     for _ in range(MAX_REDIRECTS + 1):
-        asked = time.monotonic()
+        started_s = time.monotonic()
         origin, target = parted(url)
         if rules.opt_out.covers(url):
             raise FetchError("opted_out", f"{origin[1]} does not want to be used")
         is_ours = bool(rules.loopback) and url.startswith(rules.loopback + "/")
         if rules.robots and not is_ours:
             try:
-                if not hosts.allows(
-                    origin, target, lambda origin=origin: robots_txt(origin, rules)
-                ):  # type: ignore[misc]
+                if not hosts.allows(origin, target, partial(robots_txt, origin, rules)):
                     raise FetchError("robots", f"robots.txt of {origin[1]} forbids it")
             except StillFailingError as still:
                 assert isinstance(still.first, FetchError)
                 raise FetchError(
                     still.first.reason, still.first.detail, is_hopeless=True
                 ) from still
-        with hosts.place(origin, 0 if is_ours else rules.per_host):
-            deadline += time.monotonic() - asked
+        with hosts.slot(origin, 0 if is_ours else rules.per_host):
+            deadline += time.monotonic() - started_s
             answer = get(url, replace(rules, allow_private=True) if is_ours else rules, deadline)
         if isinstance(answer, bytes):
             return answer
@@ -186,13 +185,13 @@ def get(url: str, rules: Rules, deadline: float) -> bytes | str:
 
 def exchange(origin: Origin, target: str, rules: Rules, deadline: float) -> bytes | str:
     """Send one request on this thread's connection to the host, and once more on a fresh one if the kept one has died meanwhile."""
-    place = (
+    pool_key = (
         origin,
         rules.allow_private,
     )  # one that was let through the check of addresses serves nobody else
     while True:
-        kept = connections().pop(place, None)
-        connection = kept or connect(origin, rules, deadline)
+        pooled = connections().pop(pool_key, None)
+        connection = pooled or connect(origin, rules, deadline)
         sock = connection.sock
         assert sock is not None
         try:
@@ -205,17 +204,17 @@ def exchange(origin: Origin, target: str, rules: Rules, deadline: float) -> byte
                 answer = read(response, sock, rules, deadline)
         except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
             connection.close()
-            if kept is None or time.monotonic() >= deadline:
+            if pooled is None or time.monotonic() >= deadline:
                 raise
             continue
         except BaseException as error:
             if not (isinstance(error, FetchError) and response.isclosed()):
                 connection.close()
             elif connection.sock is not None:
-                connections()[place] = connection
+                connections()[pool_key] = connection
             raise
         if response.isclosed() and connection.sock is not None:
-            connections()[place] = connection
+            connections()[pool_key] = connection
         else:
             connection.close()
         return answer
@@ -290,11 +289,11 @@ def connect(origin: Origin, rules: Rules, deadline: float) -> http.client.HTTPCo
             True,
         )
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        address_infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         hosts.connected(origin, False)
         raise FetchError("unreachable", f"{host}: {error.strerror}") from error
-    addresses = list(dict.fromkeys(entry[4][0] for entry in found))
+    addresses = list(dict.fromkeys(entry[4][0] for entry in address_infos))
     if not rules.allow_private:
         for address in addresses:
             if not is_public(str(address)):
@@ -334,20 +333,26 @@ def dial(addresses: list[str], port: int, deadline: float) -> socket.socket:
 
 def is_public(address: str) -> bool:
     """Whether an address lies in the open internet; an IPv4 address wrapped in IPv6 (mapped, 6to4, NAT64, Teredo) is judged itself."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        wrapped = [found.ipv4_mapped, found.sixtofour, *(found.teredo or ())]
-        if found.is_site_local or found in ipaddress.ip_network(
+    address_value = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(address_value, ipaddress.IPv6Address):
+        wrapped = [
+            address_value.ipv4_mapped,
+            address_value.sixtofour,
+            *(address_value.teredo or ()),
+        ]
+        if address_value.is_site_local or address_value in ipaddress.ip_network(
             "64:ff9b:1::/48"
         ):  # fec0::/10; NAT64 for local use (RFC 8215)
             return False
-        if found in ipaddress.ip_network("64:ff9b::/96") or found in ipaddress.ip_network("::/96"):
-            wrapped.append(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF))
+        if address_value in ipaddress.ip_network(
+            "64:ff9b::/96"
+        ) or address_value in ipaddress.ip_network("::/96"):
+            wrapped.append(ipaddress.IPv4Address(int(address_value) & 0xFFFFFFFF))
         if any(inner is not None and not is_public(str(inner)) for inner in wrapped):
             return False
-        if found.ipv4_mapped:
+        if address_value.ipv4_mapped:
             return True
-    return found.is_global and not found.is_multicast
+    return address_value.is_global and not address_value.is_multicast
 
 
 def look_at(body: bytes, rules: Rules) -> None:
@@ -398,10 +403,10 @@ def connections() -> dict[tuple[Origin, bool], http.client.HTTPConnection]:
     """This thread's idle connections."""
     if not hasattr(_local, "connections"):
         _local.connections = {}
-    kept: dict[tuple[Origin, bool], http.client.HTTPConnection] = _local.connections
-    while len(kept) > 4:
-        kept.pop(next(iter(kept))).close()
-    return kept
+    pool: dict[tuple[Origin, bool], http.client.HTTPConnection] = _local.connections
+    while len(pool) > 4:
+        pool.pop(next(iter(pool))).close()
+    return pool
 
 
 def tls() -> ssl.SSLContext:

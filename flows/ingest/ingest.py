@@ -26,7 +26,7 @@ from flows.sources.static_server import StaticServer
 from flows.sources.url_table import SERVED, DataConfig, Mounts, write_url_table
 from infra.errors import DataError
 from infra.schemas import DROPPED, URLS, open_parquet
-from infra.storage.atomic_files import place, put_folder
+from infra.storage.atomic_files import move_file, put_folder
 from infra.storage.removal_log import Removals
 
 FILTERED_ROWS = 65_536
@@ -105,39 +105,44 @@ def url_table(config: DataConfig, work: Path, removals: Removals = Removals()) -
     """Write the URL table once, without what was taken down; a folder under its final name is whole."""
     table = work / "table"
     if not table.is_dir():
-        aside = work / "table.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        rows = write_url_table(config, aside, Path(config.cache).expanduser())
+        table_part = work / "table.part"
+        shutil.rmtree(table_part, ignore_errors=True)
+        table_part.mkdir()
+        rows = write_url_table(config, table_part, Path(config.cache).expanduser())
         if rows == 0:
-            dropped = pq.read_table(aside / "dropped.parquet")
+            dropped = pq.read_table(table_part / "dropped.parquet")
             raise DataError(
                 f"the sources of [data] name no URL with a caption ({describe(Counter(dropped.column('reason').to_pylist()))})"
             )
         if removals:
-            leave_out(aside, removals)
-        put_folder(aside, table)
+            leave_out(table_part, removals)
+        put_folder(table_part, table)
     return table
 
 
 def leave_out(folder: Path, removals: Removals) -> None:
     """Move the rows of urls.parquet that were taken down to dropped.parquet, so that they are not even downloaded."""
-    source, kept = folder / "urls.parquet", folder / "kept.parquet"
+    source, remaining = folder / "urls.parquet", folder / "kept.parquet"
     dropped, longer = folder / "dropped.parquet", folder / "longer.parquet"
-    with pq.ParquetWriter(kept, URLS) as writer, pq.ParquetWriter(longer, DROPPED) as gone_writer:
+    with (
+        pq.ParquetWriter(remaining, URLS) as writer,
+        pq.ParquetWriter(longer, DROPPED) as removed_writer,
+    ):
         for batch in open_parquet(dropped).iter_batches(FILTERED_ROWS):
-            gone_writer.write_batch(batch)
+            removed_writer.write_batch(batch)
         for batch in open_parquet(source).iter_batches(FILTERED_ROWS):
             rows = pa.Table.from_batches([batch])
             is_removed = removals.mask({name: rows[name] for name in ("key", "origin", "url")})
             writer.write_table(rows.filter(pc.invert(is_removed)).cast(URLS))
-            gone = rows.filter(is_removed)
+            removed = rows.filter(is_removed)
             words = [
-                pa.array([word] * gone.num_rows, pa.string())
+                pa.array([word] * removed.num_rows, pa.string())
                 for word in ("removed", "the removal log")
             ]
-            gone_writer.write_table(pa.table([gone["key"], gone["origin"], *words], schema=DROPPED))
-    kept.replace(source)
+            removed_writer.write_table(
+                pa.table([removed["key"], removed["origin"], *words], schema=DROPPED)
+            )
+    remaining.replace(source)
     longer.replace(dropped)
 
 
@@ -169,14 +174,14 @@ def shard_settings(config: DataConfig, table: Path, actual: str, workers: int) -
 def write_feeds(rows: Path, folder: Path, first_number: int, images_per_shard: int) -> list[Feed]:
     """Cut a table into one Arrow file a shard, equal counts. A folder under its final name is whole."""
     if not folder.is_dir():
-        aside = folder.with_suffix(".part")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
         for offset, batch in enumerate(open_parquet(rows).iter_batches(images_per_shard)):
             feed = pa.Table.from_batches([batch]).rename_columns(FEED.names).cast(FEED)
-            with pa.ipc.new_file(aside / f"{first_number + offset:05d}.arrow", FEED) as writer:
+            with pa.ipc.new_file(part / f"{first_number + offset:05d}.arrow", FEED) as writer:
                 writer.write_table(feed)
-        put_folder(aside, folder)
+        put_folder(part, folder)
     feeds = []
     for file in sorted(folder.glob("*.arrow"), key=lambda file: int(file.stem)):
         with pa.ipc.open_file(file) as reader:
@@ -196,20 +201,20 @@ def finish(config: DataConfig, table: Path, shards: Path, count: int, out: Path)
     early, reasons, examples = write_dropped(
         table / "dropped.parquet", outcomes, out / "dropped.parquet"
     )
-    succeeded, asked = outcomes.succeeded, outcomes.succeeded + reasons.total()
-    if succeeded == 0 or succeeded < config.min_success * asked:
+    succeeded, requested = outcomes.succeeded, outcomes.succeeded + reasons.total()
+    if succeeded == 0 or succeeded < config.min_success * requested:
         reason, _ = reasons.most_common(1)[0]
         raise DataError(
-            f"only {succeeded:,} of {asked:,} URLs became images, [data] min_success asks for {config.min_success:.0%}: mostly {reason} "
+            f"only {succeeded:,} of {requested:,} URLs became images, [data] min_success asks for {config.min_success:.0%}: mostly {reason} "
             f"({reasons[reason]:,}), such as {examples[reason]}"
         )
-    place(table / "urls.parquet", out / "urls.parquet")
+    move_file(table / "urls.parquet", out / "urls.parquet")
     (out / "shards").mkdir()
     for number in range(count):
         for suffix in (".tar", ".parquet"):
-            place(shards / f"{number:05d}{suffix}", out / "shards" / f"{number:05d}{suffix}")
+            move_file(shards / f"{number:05d}{suffix}", out / "shards" / f"{number:05d}{suffix}")
     return {
-        "in": asked + early.total(),
+        "in": requested + early.total(),
         "out": succeeded,
         "dropped": dict(sorted((reasons + early).items())),
         "shards": count,

@@ -25,7 +25,7 @@ PIECE_BYTES = 16 << 20
 HEARING_S = 1.0
 LOST_S = 60.0
 """A node that has not answered for so long is given up."""
-PLACE: dict[str, Any] = {
+SCHEDULING: dict[str, Any] = {
     "num_cpus": 1,
     "max_restarts": 0,
     "max_task_retries": 0,
@@ -119,7 +119,9 @@ class RemoteWorker:
         self.is_ready = self.is_over = False
         self.folder = Path()
         self.guard = threading.Lock()
-        self.actor: Any = ray.remote(Post).options(**PLACE).remote(opt_out.read_bytes(), max_pixels)
+        self.actor: Any = (
+            ray.remote(Post).options(**SCHEDULING).remote(opt_out.read_bytes(), max_pixels)
+        )
         threading.Thread(target=self.listen, daemon=True).start()
 
     def give(self, feed: Feed, folder: Path, settings: dict[str, Any]) -> None:
@@ -170,21 +172,21 @@ class RemoteWorker:
 
     def collect(self, number: int) -> None:
         """Fetch a shard and put it under its name, unless this worker has been given up meanwhile."""
-        aside = self.folder / f".{number:05d}.{uuid.uuid4().hex}"
-        aside.mkdir()
+        part = self.folder / f".{number:05d}.{uuid.uuid4().hex}"
+        part.mkdir()
         try:
             names = [f"{number:05d}{suffix}" for suffix in SUFFIXES]
             for name in names:
-                with (aside / name).open("wb") as file:
+                with (part / name).open("wb") as file:
                     while piece := self.ask("read", name, file.tell()):
                         file.write(piece)
                         self.heard.put((self, "rows 0"))
             with self.guard:
                 if not self.is_over:
-                    put(aside, names, self.folder)
+                    put(part, names, self.folder)
             self.ask("drop", number)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Call a method of the actor; raises RayError where no answer comes."""

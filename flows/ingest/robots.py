@@ -24,10 +24,10 @@ class Robots:
 
     def allows(self, target: str) -> bool:
         """Say whether a path with its query may be asked: the longest pattern that matches decides, a tie allows (RFC 9309, 2.2.2)."""
-        found = [
+        decisions = [
             (len(pattern), allowed) for pattern, allowed in self.rules if matches(pattern, target)
         ]
-        return max(found)[1] if found else True
+        return max(decisions)[1] if decisions else True
 
 
 def parse(text: str) -> Robots:
@@ -67,10 +67,10 @@ def matches(pattern: str, target: str) -> bool:
     position = len(first)
     last = others.pop() if ends and others else None
     for part in others:
-        found = target.find(part, position)
-        if found < 0:
+        offset = target.find(part, position)
+        if offset < 0:
             return False
-        position = found + len(part)
+        position = offset + len(part)
     if last is not None:
         return len(target) - len(last) >= position and target.endswith(last)
     return not ends or position == len(target)

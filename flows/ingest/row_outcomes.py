@@ -37,22 +37,22 @@ class Outcomes:
         for number in range(self.count):
             rows = pq.read_table(self.shards / f"{number:05d}.parquet")
             rows = rows.filter(pc.not_equal(rows["status"], "success"))
-            found, place = _find(_numbers(rows["sample"]), self.samples)
-            found[found] = self.last[place[found]] == number
-            if found.any():
-                yield rows.filter(pa.array(found))
+            matches, positions = _find(_numbers(rows["sample"]), self.samples)
+            matches[matches] = self.last[positions[matches]] == number
+            if matches.any():
+                yield rows.filter(pa.array(matches))
 
 
 def read_outcomes(shards: Path, count: int) -> Outcomes:
     """Read which rows of shards 0..count-1 succeeded and which failed last time they were asked."""
     outcomes = Outcomes(shards, count)
-    failed, told_in = [outcomes.samples], [outcomes.last]
+    failed, last_shards = [outcomes.samples], [outcomes.last]
     for number in range(count):
         samples, is_good = _statuses(shards, number)
         failed.append(samples[~is_good])
-        told_in.append(np.full(len(failed[-1]), number, np.int32))
+        last_shards.append(np.full(len(failed[-1]), number, np.int32))
         outcomes.succeeded += int(is_good.sum())
-    samples, last = np.concatenate(failed), np.concatenate(told_in)
+    samples, last = np.concatenate(failed), np.concatenate(last_shards)
     order = np.argsort(
         samples, kind="stable"
     )  # those of one sample stay in the order of their shards
@@ -61,19 +61,19 @@ def read_outcomes(shards: Path, count: int) -> Outcomes:
     samples, last = samples[is_last], last[is_last]
     is_mended = np.zeros(len(samples), bool)
     for number in range(count):
-        asked, is_good = _statuses(shards, number)
-        found, place = _find(asked[is_good], samples)
-        is_mended[place[found]] = True
+        requested, is_good = _statuses(shards, number)
+        matches, positions = _find(requested[is_good], samples)
+        is_mended[positions[matches]] = True
     outcomes.samples, outcomes.last = samples[~is_mended], last[~is_mended]
     return outcomes
 
 
 def rows_to_ask_again(shards: Path, count: int, file: Path) -> Path:
     """Write the rows of shards 0..count-1 that failed last time for a reason that may pass as `file` (schema URLS); return it."""
-    aside = file.with_suffix(".part")
-    with pq.ParquetWriter(aside, URLS) as writer:
+    part = file.with_suffix(".part")
+    with pq.ParquetWriter(part, URLS) as writer:
         for rows in read_outcomes(shards, count).failures():
-            passes = [split_problem(*told)[0] in PASSING for told in _told(rows)]
+            passes = [split_problem(*problem)[0] in PASSING for problem in _problems(rows)]
             chosen = rows.filter(pa.array(passes, pa.bool_()))
             chosen = (
                 chosen.drop_columns(["key"]) if "key" in chosen.column_names else chosen
@@ -81,7 +81,7 @@ def rows_to_ask_again(shards: Path, count: int, file: Path) -> Path:
             writer.write_table(
                 chosen.rename_columns({"sample": "key"}).select(URLS.names).cast(URLS)
             )
-    aside.replace(file)
+    part.replace(file)
     return file
 
 
@@ -101,7 +101,7 @@ def write_dropped(
             writer.write_batch(batch)
         pending: list[pa.Table] = []
         for rows in outcomes.failures():
-            words = [split_problem(*told) for told in _told(rows)]
+            words = [split_problem(*problem) for problem in _problems(rows)]
             origins = rows["origin"].to_pylist()
             reasons.update(reason for reason, _ in words)
             for origin, (reason, detail) in zip(origins, words, strict=True):
@@ -109,10 +109,10 @@ def write_dropped(
             columns = [
                 rows["sample"],
                 rows["origin"],
-                *(pa.array(list(each), pa.string()) for each in zip(*words, strict=True)),
+                *(pa.array(list(column), pa.string()) for column in zip(*words, strict=True)),
             ]
             pending.append(pa.table(columns, schema=DROPPED))
-            if sum(each.num_rows for each in pending) >= GROUP_ROWS:
+            if sum(table.num_rows for table in pending) >= GROUP_ROWS:
                 writer.write_table(pa.concat_tables(pending))
                 pending.clear()
         if pending:
@@ -128,7 +128,7 @@ def split_problem(status: str, message: str | None) -> tuple[str, str]:
     return reason, detail
 
 
-def _told(rows: pa.Table) -> Iterator[tuple[str, str | None]]:
+def _problems(rows: pa.Table) -> Iterator[tuple[str, str | None]]:
     return zip(rows["status"].to_pylist(), rows["error_message"].to_pylist(), strict=True)
 
 
@@ -144,8 +144,8 @@ def _numbers(keys: pa.ChunkedArray) -> np.ndarray:
 
 def _find(wanted: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return which of `wanted` stand in the sorted `among`, and where."""
-    place = np.searchsorted(among, wanted)
-    found = np.zeros(len(wanted), bool)
-    inside = place < len(among)
-    found[inside] = among[place[inside]] == wanted[inside]
-    return found, place
+    positions = np.searchsorted(among, wanted)
+    matches = np.zeros(len(wanted), bool)
+    inside = positions < len(among)
+    matches[inside] = among[positions[inside]] == wanted[inside]
+    return matches, positions

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.schemas import URLS, open_parquet
-from infra.storage.atomic_files import place, put
+from infra.storage.atomic_files import move_file, put
 
 SAME = (
     "image_size_px",
@@ -30,7 +30,7 @@ SAME = (
     "robots",
 )
 """Fields of [data] that decide what becomes of a URL."""
-TOLD = tuple(name for name in URLS.names if name not in ("key", "url"))
+COMPARED = tuple(name for name in URLS.names if name not in ("key", "url"))
 BATCH_ROWS = 10_000
 
 
@@ -61,28 +61,28 @@ def take_over(previous: Path, table: Path, shards: Path) -> int:
 
 def unknown_rows(table: Path, shards: Path, count: int, out: Path) -> Path:
     """Write the rows of `table` that none of the first `count` shards holds, as `out`; return it."""
-    known = [
+    hashes = [
         marks(pq.read_table(file))
         for file in (shards / f"{number:05d}.parquet" for number in range(count))
         if file.exists()
     ]
-    sorted_known = np.sort(np.concatenate(known or [np.empty(0, np.uint64)]))
-    aside = out.with_suffix(".part")
-    with pq.ParquetWriter(aside, URLS) as writer:
+    sorted_hashes = np.sort(np.concatenate(hashes or [np.empty(0, np.uint64)]))
+    part = out.with_suffix(".part")
+    with pq.ParquetWriter(part, URLS) as writer:
         for batch in open_parquet(table).iter_batches(BATCH_ROWS):
-            writer.write_batch(batch.filter(pa.array(~np.isin(marks(batch), sorted_known))))
-    aside.replace(out)
+            writer.write_batch(batch.filter(pa.array(~np.isin(marks(batch), sorted_hashes))))
+    part.replace(out)
     return out
 
 
 def marks(rows: pa.RecordBatch | pa.Table) -> np.ndarray:
     """Return a 64-bit hash of what the list says of each row."""
-    columns = [rows.column(name).to_pylist() for name in TOLD]
-    found = (
+    columns = [rows.column(name).to_pylist() for name in COMPARED]
+    matches = (
         hashlib.blake2b(json.dumps(values).encode(), digest_size=8).digest()
         for values in zip(*columns, strict=True)
     )
-    return np.frombuffer(b"".join(found), np.uint64)
+    return np.frombuffer(b"".join(matches), np.uint64)
 
 
 def is_url(rows: pa.Table) -> np.ndarray:
@@ -96,24 +96,24 @@ def is_url(rows: pa.Table) -> np.ndarray:
     )
 
 
-def _copy(file: Path, rows: pa.Table, is_kept: np.ndarray, shards: Path) -> None:
+def _copy(file: Path, rows: pa.Table, is_reused: np.ndarray, shards: Path) -> None:
     """Put one shard under its name, its tar last: linked where all of it is kept, else written anew without the rest."""
     target = shards / file.name
-    if is_kept.all():
-        place(file, target)
-        place(file.with_suffix(".tar"), target.with_suffix(".tar"))
+    if is_reused.all():
+        move_file(file, target)
+        move_file(file.with_suffix(".tar"), target.with_suffix(".tar"))
         return
-    keys = set(rows.filter(pa.array(is_kept)).column("key").to_pylist())
-    aside = shards / f".{file.stem}.renewed"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    pq.write_table(rows.filter(pa.array(is_kept)), aside / file.name)
+    keys = set(rows.filter(pa.array(is_reused)).column("key").to_pylist())
+    part = shards / f".{file.stem}.renewed"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    pq.write_table(rows.filter(pa.array(is_reused)), part / file.name)
     with (
         tarfile.open(file.with_suffix(".tar"), "r:") as old,
-        tarfile.open(aside / f"{file.stem}.tar", "w:", format=tarfile.USTAR_FORMAT) as new,
+        tarfile.open(part / f"{file.stem}.tar", "w:", format=tarfile.USTAR_FORMAT) as new,
     ):
         for member in old:
             if member.name.partition(".")[0] in keys:
                 new.addfile(member, old.extractfile(member))
-    put(aside, [file.name, f"{file.stem}.tar"], shards)
-    aside.rmdir()
+    put(part, [file.name, f"{file.stem}.tar"], shards)
+    part.rmdir()

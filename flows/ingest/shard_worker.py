@@ -132,27 +132,27 @@ def make_shard(
     rows, NetworkAwayError when more than `max_passing` failed for what may pass.
     """
     name = shard_name(number)
-    aside = folder / f".{name}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    staging = folder / f".{name}.{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     try:
         with Pulse(say, settings["is_single"]) as pulse:
             try:
-                (aside / "feed.arrow").hardlink_to(feed)  # img2dataset deletes its input
+                (staging / "feed.arrow").hardlink_to(feed)  # img2dataset deletes its input
             except OSError:
-                shutil.copyfile(feed, aside / "feed.arrow")
+                shutil.copyfile(feed, staging / "feed.arrow")
             img2dataset_downloader.download_image_with_retry = fetcher(settings, pulse)
-            maker(aside, settings, pulse).download_shard((number, str(aside / "feed.arrow")))
-        passing = check_shard(aside / name, feed)
+            maker(staging, settings, pulse).download_shard((number, str(staging / "feed.arrow")))
+        passing = check_shard(staging / name, feed)
         if passing > settings["max_passing"]:
             raise NetworkAwayError(f"{passing:.0%} of the rows failed for what may pass")
-        put(aside, [f"{name}{suffix}" for suffix in SUFFIXES], folder)
+        put(staging, [f"{name}{suffix}" for suffix in SUFFIXES], folder)
         return passing
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
-def maker(aside: Path, settings: dict[str, Any], pulse: Pulse) -> Downloader:
+def maker(staging: Path, settings: dict[str, Any], pulse: Pulse) -> Downloader:
     """Return img2dataset's shard maker, writing into `aside`."""
     resizer = Resizer(
         image_size=settings["image_size_px"],
@@ -177,7 +177,7 @@ def maker(aside: Path, settings: dict[str, Any], pulse: Pulse) -> Downloader:
         thread_count=1 if settings["is_single"] else settings["threads"],
         save_caption=True,
         extract_exif=False,
-        output_folder=str(aside),
+        output_folder=str(staging),
         column_list=COLUMNS,
         timeout=None,
         number_sample_per_shard=settings["images_per_shard"],
@@ -203,7 +203,7 @@ def fetcher(
         row: tuple[int, str], **_: object
     ) -> tuple[int, io.BytesIO | None, str | None]:
         key, url = row
-        is_kept = False
+        is_whole = False
         try:
             if key in crashed:
                 raise FetchError(
@@ -220,14 +220,14 @@ def fetcher(
                         )
                     )
                 )
-            body.row, is_kept = key, True
+            body.row, is_whole = key, True
             return key, body, None
         except FetchError as error:
             return key, None, str(error)
         except cv2.error as error:
             return key, None, f"decode_error: {error}"
         finally:
-            if not is_kept:
+            if not is_whole:
                 with pulse.guard:
                     pulse.rows += 1
 
@@ -281,23 +281,28 @@ def check_shard(stem: Path, feed: Path) -> float:
     Returns the share of rows that failed for what may pass.
     """
     with pyarrow.ipc.open_file(feed) as reader:
-        asked = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
-    told = pq.read_table(stem.with_suffix(".parquet"), columns=["status", "error_message"])
-    status, words = told.column("status").to_pylist(), told.column("error_message").to_pylist()
+        requested = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
+    outcomes = pq.read_table(stem.with_suffix(".parquet"), columns=["status", "error_message"])
+    status, words = (
+        outcomes.column("status").to_pylist(),
+        outcomes.column("error_message").to_pylist(),
+    )
     members = 0
     with tarfile.open(stem.with_suffix(".tar"), "r:") as tar:
         for member in tar:
             members += member.name.endswith(".txt")
-    if len(status) != asked or members != status.count("success"):
+    if len(status) != requested or members != status.count("success"):
         if shutil.disk_usage(stem.parent).free < 2**20:
             raise OSError("no space left on the device")
         raise RuntimeError(
-            f"{asked} rows asked, {len(status)} recorded, {status.count('success')} succeeded, {members} stored"
+            f"{requested} rows asked, {len(status)} recorded, {status.count('success')} succeeded, {members} stored"
         )
     problems = (
-        split_problem(*each)[0] for each in zip(status, words, strict=True) if each[0] != "success"
+        split_problem(*problem)[0]
+        for problem in zip(status, words, strict=True)
+        if problem[0] != "success"
     )
-    return sum(problem in PASSING for problem in problems) / asked
+    return sum(problem in PASSING for problem in problems) / requested
 
 
 def end_with(parent: int, folder: str | None) -> None:

@@ -1,9 +1,10 @@
-"""Adds pictures or embeddings to a run's index without building it again: a folder of its own beside the run's, searched along with it.
+"""Add images or embeddings to a run's index without rebuilding it.
 
-Pictures (beside .txt captions, or named in a table of captions) are embedded by the run's own CLIP; embeddings must name that CLIP.
-Writes ROOT/additions/<key>/: an embed folder, an index over it, and for pictures the shard that thumbnails are read from. The key
-is made from what is added, so adding the same twice does nothing. An addition lasts as long as that CLIP: one that is trained anew does
-not search it, which `unclip serve` and `unclip index add` say, and its pictures have to be added again.
+Images, with captions in .txt files beside them, are embedded by the run's CLIP; embeddings must
+come from that CLIP. Writes ROOT/additions/<key>/: an embed folder, an index over it and, for
+images, a shard for thumbnails. The key depends on the content, so adding the same folder twice does
+nothing. After CLIP is trained again an addition is no longer searched (`unclip serve` and `unclip
+index add` report this), and its images must be added again.
 """
 
 import hashlib
@@ -36,68 +37,72 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
-KEPT_PX = 256
+STORED_PX = 256
 ORIENTATION = 0x0112
-"""EXIF's tag for how a picture lies."""
+"""The EXIF tag Orientation."""
 BATCH = 256
 LEAST_BYTES = 64 << 20
-"""Memory that the index of a small addition may take."""
+"""Minimum memory budget of an addition's index."""
 
 
 def add(
-    root: Root, known: Lineage, view: "View", source: Path, licence: str
+    root: Root, run_lineage: Lineage, view: "View", source: Path, licence: str
 ) -> tuple[Committed | None, dict[str, int]]:
-    """Add a folder; return the committed addition (None where nothing was left to add) and what became of its rows, by reason.
+    """Add a folder to a run's index; return the committed addition and the row counts by reason.
 
-    A sample whose key is in the index already is left out, and one that was taken down stays down. Raises CallerError for a folder that
-    holds neither, or embeddings of another CLIP, DataError for embeddings that disagree with their metadata.
+    The addition is None if no row is new. Samples whose key is in the index and samples that were
+    taken down are left out. Raises CallerError for a folder without images and embeddings, or with
+    embeddings of another CLIP, and DataError for embeddings that do not match their metadata.
     """
     remove_leftovers(root)
     with writing_folder(root.scratch, ADDITIONS) as out:
         if (source / "facts.json").is_file():
-            rows, images, texts = read_embeddings(source, known)
+            rows, images, texts = read_embeddings(source, run_lineage)
             what: dict[str, Any] = {"embeddings": True}
         else:
-            rows, images, texts = embed_pictures(source, known, licence, out)
+            rows, images, texts = embed_pictures(source, run_lineage, licence, out)
             what = {"embeddings": False}
         is_new, reasons = new_rows(rows, view)
         if not any(is_new):
             return None, reasons
         rows = rows.filter(pa.array(is_new))
-        write_embed(out, rows, images[is_new], texts[is_new], known)
+        write_embed(out, rows, images[is_new], texts[is_new], run_lineage)
         from indexing.ann.index import IndexConfig
 
-        whole = IndexConfig.model_validate(known.index.manifest["sections"]["index"])
+        whole = IndexConfig.model_validate(run_lineage.index.manifest["sections"]["index"])
         memory_bytes = share_of(whole.memory_bytes, len(rows), view)
         dropped = {name: count for name, count in reasons.items() if name != "added"}
         return commit(
-            root, known, out, rows["key"].to_pylist(), memory_bytes, dropped, what
+            root, run_lineage, out, rows["key"].to_pylist(), memory_bytes, dropped, what
         ), reasons
 
 
 def commit(
     root: Root,
-    known: Lineage,
+    run_lineage: Lineage,
     out: Path,
     keys: list[str],
     memory_bytes: int,
     dropped: dict[str, int],
     what: dict[str, Any],
 ) -> Committed:
-    """Build an index over the embed folder in `out`, which holds the samples `keys`, and commit both as one addition.
+    """Build an index over the embed folder in `out` and commit both as one addition.
 
-    `dropped` counts the rows that were left out by reason, and `what` is the manifest's own part.
+    `keys` are the samples' keys, `dropped` counts the dropped rows by reason, and `what` holds
+    additional manifest fields.
     """
     started = manifests.now()
     from indexing.ann.index import IndexConfig, build
 
-    whole = IndexConfig.model_validate(known.index.manifest["sections"]["index"])
+    whole = IndexConfig.model_validate(run_lineage.index.manifest["sections"]["index"])
     section = whole.model_copy(update={"factory": "auto", "memory_bytes": memory_bytes})
     counts = build(section, out, out)
-    key = hashlib.sha256("\n".join([known.fingerprint, *sorted(keys)]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([run_lineage.fingerprint, *sorted(keys)]).encode()).hexdigest()[
+        :16
+    ]
     facts = {
         "stage_version": 1,
-        "clip_digest": known.fingerprint,
+        "clip_digest": run_lineage.fingerprint,
         "sections": {"index": section.model_dump(mode="json")},
         "inputs": {},
         "input_digests": {},
@@ -108,18 +113,28 @@ def commit(
 
 
 def share_of(memory_bytes: int, count: int, view: "View") -> int:
-    """Return what the index of so many more samples may take of the memory of all, by their number; at least LEAST_BYTES."""
+    """Return the memory budget of an addition of `count` samples, in proportion to the whole.
+
+    It is at least LEAST_BYTES and at most `memory_bytes`.
+    """
     before = sum(segment.index.count for segment in view.segments)
     return min(memory_bytes, max(LEAST_BYTES, memory_bytes * count // (before + count)))
 
 
-def read_embeddings(source: Path, known: Lineage) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """Read an embed folder whose facts name the run's CLIP. Returns metadata, vectors of pictures and of captions (N, D)."""
+def read_embeddings(source: Path, run_lineage: Lineage) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """Read an embed folder made by the run's CLIP.
+
+    Returns the metadata, the image vectors (N, D) and the text vectors (N, D). Raises CallerError
+    if another CLIP made it.
+    """
     facts = json.loads((source / "facts.json").read_text())
-    if facts.get("clip_digest", facts.get("clip_key")) not in (known.fingerprint, known.clip.key):
+    if facts.get("clip_digest", facts.get("clip_key")) not in (
+        run_lineage.fingerprint,
+        run_lineage.clip.key,
+    ):
         raise CallerError(
-            f"{source} was embedded by CLIP {facts.get('clip_digest', facts.get('clip_key'))}, the index by {known.clip.key}: "
-            "embed it with the run's own CLIP"
+            f"{source} was embedded by CLIP {facts.get('clip_digest', facts.get('clip_key'))}, "
+            f"the index by {run_lineage.clip.key}: embed it with the run's own CLIP"
         )
     from indexing.data.embedding_store import open_parts, read_metadata
 
@@ -128,7 +143,7 @@ def read_embeddings(source: Path, known: Lineage) -> tuple[pa.Table, np.ndarray,
         np.concatenate(open_parts(source / name, count, dim)) for name in ("img_emb", "text_emb")
     )
     table = read_metadata(source / "metadata", EMBEDDED.names, count).cast(EMBEDDED)
-    # Shards are not carried along: such samples are found, but have no thumbnail.
+    # The shards are not copied: these samples can be found, but have no thumbnail.
     return (
         table.set_column(
             EMBEDDED.get_field_index("shard"), "shard", pa.array([""] * count, pa.string())
@@ -139,9 +154,13 @@ def read_embeddings(source: Path, known: Lineage) -> tuple[pa.Table, np.ndarray,
 
 
 def embed_pictures(
-    source: Path, known: Lineage, licence: str, out: Path
+    source: Path, run_lineage: Lineage, licence: str, out: Path
 ) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """Embed the pictures below a folder, each with the caption beside it, and write them as one shard into OUT/shards."""
+    """Embed the images below a folder with the captions beside them; write them as a shard.
+
+    The shard is `out`/shards/00000.tar. Returns the metadata, the image vectors (N, D) and the text
+    vectors (N, D), float16. Raises CallerError if there is no image.
+    """
     files = (
         sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURES)
         if source.is_dir()
@@ -149,12 +168,13 @@ def embed_pictures(
     )
     if not files:
         raise CallerError(
-            f"{source} holds neither embeddings (facts.json, img_emb/, text_emb/, metadata/) nor PNG, JPEG or WebP pictures"
+            f"{source} holds neither embeddings (facts.json, img_emb/, text_emb/, metadata/) "
+            "nor PNG, JPEG or WebP pictures"
         )
     from training.jobs import embed
 
-    texts_of, images_of, side_px = embed.encoders(known.clip.local())
-    look = embed.look_of(known.clip.local())
+    texts_of, images_of, side_px = embed.encoders(run_lineage.clip.local())
+    look = embed.look_of(run_lineage.clip.local())
     (out / "shards").mkdir()
     rows: list[dict[str, Any]] = []
     images, texts = [], []
@@ -178,11 +198,14 @@ def embed_pictures(
 def read_one(
     file: Path, side_px: int, look: "Look", licence: str, source: Path
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return a picture as the encoder sees it, and its row with the picture that is kept of it, uint8 RGB."""
+    """Return an image preprocessed for the encoder, and its row.
+
+    The row's field "picture" holds the image to store, uint8 RGB, at most STORED_PX on a side.
+    """
     from training.data.image_reader import read_file
 
     width_px, height_px = size_of(file)
-    kept = read_file(file, min(KEPT_PX, max(width_px, height_px)))
+    pixels = read_file(file, min(STORED_PX, max(width_px, height_px)))
     beside = file.with_suffix(".txt")
     caption = (
         " ".join(beside.read_text(errors="replace").split())[:2000]
@@ -199,42 +222,48 @@ def read_one(
         "split": "added",
         "width_px": width_px,
         "height_px": height_px,
-        "picture": kept,
+        "picture": pixels,
     }
     return read_file(file, side_px, look), row
 
 
 def size_of(file: Path) -> tuple[int, int]:
-    """Return width and height of a picture file as it is shown; read from its header. Raises CallerError for what is none."""
+    """Return width and height of an image file as displayed, read from its header.
+
+    Raises CallerError for a file that is not a readable image.
+    """
     try:
         with Image.open(file, formats=FORMATS) as opened:
             lies = opened.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
             return (opened.height, opened.width) if lies else (opened.width, opened.height)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CallerError(
-            f"{file} is no picture that can be read ({error}): give a PNG, JPEG or WebP file"
+            f"{file} is not a readable picture ({error}): give a PNG, JPEG or WebP file"
         ) from None
 
 
 def store(tar: tarfile.TarFile, name: str, picture: np.ndarray) -> dict[str, Any]:
-    """Append a picture to the shard; return where it is."""
+    """Append an image to the shard as PNG; return its row fields: shard, member, offset, sha256."""
     data = cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
     member = tarfile.TarInfo(name)
     member.size = len(data)
     offset = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(member, io.BytesIO(data))
-    place = {"shard": "00000.tar", "member": name, "offset": offset, "size_bytes": len(data)}
-    return place | {"sha256": hashlib.sha256(data).hexdigest()}
+    location = {"shard": "00000.tar", "member": name, "offset": offset, "size_bytes": len(data)}
+    return location | {"sha256": hashlib.sha256(data).hexdigest()}
 
 
 def new_rows(rows: pa.Table, view: "View") -> tuple[np.ndarray, dict[str, int]]:
-    """Return which rows are neither taken down, nor in the index, nor repeated, and how many were left out for which reason."""
+    """Return which rows are new, and the row counts by reason.
+
+    A row is new if it is not taken down, not in the index and not a repeat of an earlier row.
+    """
     columns = {name: rows[name] for name in ("key", "origin", "sha256")}
     is_removed = np.asarray((view.removals or Removals()).mask(columns).to_numpy(), bool)
     keys = rows["key"].combine_chunks()
-    is_known = np.zeros(len(rows), bool)
+    is_present = np.zeros(len(rows), bool)
     for segment in view.segments:
-        is_known |= np.asarray(
+        is_present |= np.asarray(
             pc.is_in(keys, segment.index.column("key").combine_chunks()).to_numpy(
                 zero_copy_only=False
             ),
@@ -243,31 +272,30 @@ def new_rows(rows: pa.Table, view: "View") -> tuple[np.ndarray, dict[str, int]]:
     _, first = np.unique(np.array(keys.to_pylist()), return_index=True)
     is_first = np.zeros(len(rows), bool)
     is_first[first] = True
-    is_new = ~is_removed & ~is_known & is_first
+    is_new = ~is_removed & ~is_present & is_first
     reasons = {
         "added": int(is_new.sum()),
         "removed": int(is_removed.sum()),
-        "already_there": int((~is_removed & (is_known | ~is_first)).sum()),
+        "already_there": int((~is_removed & (is_present | ~is_first)).sum()),
     }
     return is_new, reasons
 
 
 def write_embed(
-    out: Path, rows: pa.Table, images: np.ndarray, texts: np.ndarray, known: Lineage
+    out: Path, rows: pa.Table, images: np.ndarray, texts: np.ndarray, run_lineage: Lineage
 ) -> None:
-    """Write an embed folder of one part. Raises DataError for vectors that are not finite."""
+    """Write an embed folder with a single part. Raises DataError for NaN or infinite vectors."""
     (out / "metadata").mkdir()
-    pq.write_table(
-        rows, out / "metadata" / "metadata_0000.parquet"
-    )  # first: vectors alone do not say whose they are
+    # First, because vectors without metadata cannot be attributed to a sample.
+    pq.write_table(rows, out / "metadata" / "metadata_0000.parquet")
     for name, vectors in (("img_emb", images), ("text_emb", texts)):
         if not np.isfinite(vectors.astype(np.float32)).all():
             raise DataError("the embeddings hold NaN or infinity: embed again")
         (out / name).mkdir()
         np.save(out / name / f"{name}_0000.npy", vectors.astype(np.float16))
     facts = {
-        "clip_key": known.clip.key,
-        "clip_digest": known.fingerprint,
+        "clip_key": run_lineage.clip.key,
+        "clip_digest": run_lineage.fingerprint,
         "dim": int(images.shape[1]),
         "count": rows.num_rows,
     }

@@ -1,9 +1,10 @@
-"""Takes what the removal log names out of committed folders: shards, keep lists, embeddings with and without copies, indexes and additions.
+"""Compaction: remove the samples named in the removal log from all committed folders.
 
-Every folder is made again aside, with the rows gone and everything else as it was, and committed under its own key in the old one's place;
-readers see the old folder or the new one, and a stage that is running finds its inputs as they were: compaction waits for it. Where ROOT is
-a store, this machine's downloads go as well. The chain from ingest to index stays in agreement with itself, so nothing is downloaded again;
-models find their input changed and are trained again by the next run.
+Rewrites shards, keep lists, embeddings, indexes and additions without the removed rows, and commits
+each folder under its old key; readers see either the old folder or the new one. Compaction waits
+for stages that read a folder. If ROOT is a store, this machine's downloads are deleted as well.
+Manifests from ingest to index are updated to match, so nothing is downloaded again; models see
+changed inputs, so the next run trains them again.
 """
 
 import json
@@ -30,14 +31,14 @@ from flows.live_index.takedown import (
 )
 from infra.schemas import DROPPED
 from infra.storage import manifests, store
-from infra.storage.atomic_files import place
+from infra.storage.atomic_files import move_file
 from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
 from infra.storage.manifests import MANIFEST, Committed
 from infra.storage.removal_log import Removals, read_removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
 
-MADE_BY_COMMIT = (
+COMMIT_FIELDS = (
     "files",
     "digest",
     "packages",
@@ -51,9 +52,10 @@ MADE_BY_COMMIT = (
 
 
 def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
-    """Take everything that the log names out of ROOT; return how many rows left each folder. Nothing happens where nothing is left.
+    """Remove everything that the log names from ROOT; return the number of removed rows by folder.
 
-    Waits (and says so) where a run on this machine makes or reads a folder that must change.
+    Does nothing if no folder holds a removed sample. Waits, and reports it through `say`, while a
+    run on this machine writes or reads a folder that must change.
     """
     for stage, key in manifests.interrupted(root):
         with (
@@ -66,7 +68,7 @@ def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
     removals = with_copies(root, logged) if logged else logged
     if removals != logged:
         log(root, removals - logged, {"copies": "equal pictures that came after the take-down"})
-    gone: dict[str, int] = {}
+    removed_counts: dict[str, int] = {}
     for committed in pending(root, removals):
         name = f"{committed.stage}/{committed.key}"
         lock = lock_file(root.scratch, committed.stage, committed.key)
@@ -76,15 +78,14 @@ def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
             writer_lock(lock, name, say),
             unread_lock(being_read, name, say),
         ):
-            now = manifests.find(
-                root, committed.stage, committed.key
-            )  # who was waited for may have made it anew
+            # Another process may have rewritten the folder while we waited for the lock.
+            now = manifests.find(root, committed.stage, committed.key)
             if now is not None and pending(root, removals, [now]):
-                gone[name] = _replace(root, now, removals)
+                removed_counts[name] = _replace(root, now, removals)
     if removals:
         _agree(root)
         manifests.forget_downloads(root)  # copies of the same bytes
-    return gone
+    return removed_counts
 
 
 def _replace(root: Root, committed: Committed, removals: Removals) -> int:
@@ -93,7 +94,7 @@ def _replace(root: Root, committed: Committed, removals: Removals) -> int:
     with writing_folder(root.scratch, f"{committed.stage}-{committed.key}-compact") as out:
         count = WAYS[committed.stage](committed.local(), out, removals, committed)
         manifest = committed.manifest
-        facts = {name: value for name, value in manifest.items() if name not in MADE_BY_COMMIT}
+        facts = {name: value for name, value in manifest.items() if name not in COMMIT_FIELDS}
         facts |= {
             "compacted_from": [*manifest.get("compacted_from", ()), manifest["digest"]],
             "compacted": manifests.now(),
@@ -106,10 +107,11 @@ def _replace(root: Root, committed: Committed, removals: Removals) -> int:
 
 
 def _agree(root: Root) -> None:
-    """Let manifests name the compacted folders as the inputs that they were made from, where that is still true.
+    """Update the input digests of manifests whose inputs were compacted, where still correct.
 
-    It is for what was compacted along with its input. Other stages read shards through keep lists alone: shards in which blanks have taken
-    the place of pictures are the same to them, unless the keep list has changed as well.
+    That is the case for folders that were compacted together with their inputs. Other stages read
+    shards only through keep lists, so blanked shards are unchanged for them unless the keep list
+    has changed as well.
     """
     stages = [stage for stage in store.list_names(root, "") if stage not in NO_STAGES]
     for committed in committed_folders(root, stages):
@@ -133,7 +135,7 @@ def _agree(root: Root) -> None:
 
 
 def _instead(before: dict[str, Any], changed: dict[str, Any], old: bytes | None) -> bytes | None:
-    """Return the changed manifest, unless what is there is no longer the one that was read."""
+    """Return the changed manifest, or None if the stored one has been changed meanwhile."""
     return store.json_bytes(changed) if old is not None and json.loads(old) == before else None
 
 
@@ -144,38 +146,38 @@ def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
         source, target = folder / file, out / file
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.parts[0] == "shards" or file.suffix != ".parquet":
-            place(source, target)
+            move_file(source, target)
     for file in sorted((folder / "shards").glob("*.parquet")):
         table = pq.read_table(file)
         columns = {"key": "sample", "origin": "origin", "url": "url", "download": "sha256"}
-        is_gone = removals.mask({ours: table[theirs] for ours, theirs in columns.items()})
-        if not pc.any(is_gone).as_py():
+        is_removed_row = removals.mask({ours: table[theirs] for ours, theirs in columns.items()})
+        if not pc.any(is_removed_row).as_py():
             continue
-        names = [name for name in table.filter(is_gone)["key"].to_pylist() if name]
-        keys += table.filter(is_gone)["sample"].to_pylist()
+        names = [name for name in table.filter(is_removed_row)["key"].to_pylist() if name]
+        keys += table.filter(is_removed_row)["sample"].to_pylist()
         tar = out / "shards" / f"{file.stem}.tar"
-        _own_copy(tar)
+        _unlink_copy(tar)
         members = [
             f"{name}.{suffix}" for name in names for suffix in ("txt", "json", "png", "jpg", "webp")
         ]
         blank(tar, members)
         (out / "shards" / file.name).unlink()
-        pq.write_table(table.filter(pc.invert(is_gone)), out / "shards" / file.name)
+        pq.write_table(table.filter(pc.invert(is_removed_row)), out / "shards" / file.name)
         count += len(names)
     urls = pq.read_table(folder / "urls.parquet")
     by_log = removals.mask({name: urls[name] for name in ("key", "origin", "url")})
-    is_gone = pc.or_(by_log, pc.is_in(urls["key"], pa.array(keys, pa.string())))
-    pq.write_table(urls.filter(pc.invert(is_gone)), out / "urls.parquet")
-    _write_dropped(folder, out, urls.filter(is_gone), removals)
+    is_removed_row = pc.or_(by_log, pc.is_in(urls["key"], pa.array(keys, pa.string())))
+    pq.write_table(urls.filter(pc.invert(is_removed_row)), out / "urls.parquet")
+    _write_dropped(folder, out, urls.filter(is_removed_row), removals)
     return count
 
 
 def _curate(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
     table = pq.read_table(folder / "keep.parquet")
-    is_gone = _mask(table, removals)
-    pq.write_table(table.filter(pc.invert(is_gone)), out / "keep.parquet")
-    _write_dropped(folder, out, table.filter(is_gone), removals)
-    return int(pc.sum(is_gone).as_py())
+    is_removed_row = _mask(table, removals)
+    pq.write_table(table.filter(pc.invert(is_removed_row)), out / "keep.parquet")
+    _write_dropped(folder, out, table.filter(is_removed_row), removals)
+    return int(pc.sum(is_removed_row).as_py())
 
 
 def _embed(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
@@ -187,12 +189,12 @@ def _embed(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
         sorted((folder / "metadata").glob("*.parquet")), images, texts, strict=True
     ):
         table = pq.read_table(metadata)
-        is_kept = np.asarray(pc.invert(_mask(table, removals)).to_numpy(), bool)
-        pq.write_table(table.filter(pa.array(is_kept)), out / "metadata" / metadata.name)
+        is_remaining = np.asarray(pc.invert(_mask(table, removals)).to_numpy(), bool)
+        pq.write_table(table.filter(pa.array(is_remaining)), out / "metadata" / metadata.name)
         for file in (image, text):
-            np.save(out / file.parent.name / file.name, np.load(file, mmap_mode="r")[is_kept])
-        count += int((~is_kept).sum())
-        left += int(is_kept.sum())
+            np.save(out / file.parent.name / file.name, np.load(file, mmap_mode="r")[is_remaining])
+        count += int((~is_remaining).sum())
+        left += int(is_remaining.sum())
     facts = json.loads((folder / "facts.json").read_text())
     (out / "facts.json").write_text(json.dumps(facts | {"count": left}, indent=1))
     return count
@@ -203,15 +205,14 @@ def _dedup(folder: Path, out: Path, removals: Removals, committed: Committed) ->
     keep = pq.read_table(folder / "keep.parquet")
     pq.write_table(keep.filter(pc.invert(_mask(keep, removals))), out / "keep.parquet")
     copies = pq.read_table(folder / "groups.parquet")
-    is_gone = removals.mask({"key": copies["key"]})
-    is_without = pc.or_(is_gone, removals.mask({"key": copies["keeper"]}))
+    is_removed_row = removals.mask({"key": copies["key"]})
+    is_without = pc.or_(is_removed_row, removals.mask({"key": copies["keeper"]}))
     pq.write_table(copies.filter(pc.invert(is_without)), out / "groups.parquet")
-    place(folder / "threshold.json", out / "threshold.json")
-    if (folder / "groups.png").is_file() and not pc.any(
-        is_without
-    ).as_py():  # else it may show what is to go, and nothing reads it
-        place(folder / "groups.png", out / "groups.png")
-    return count + int(pc.sum(is_gone).as_py() or 0)
+    move_file(folder / "threshold.json", out / "threshold.json")
+    # If a group changed, the picture may show removed images; nothing reads it, so it is dropped.
+    if (folder / "groups.png").is_file() and not pc.any(is_without).as_py():
+        move_file(folder / "groups.png", out / "groups.png")
+    return count + int(pc.sum(is_removed_row).as_py() or 0)
 
 
 def _index(folder: Path, out: Path, removals: Removals, committed: Committed) -> int:
@@ -220,9 +221,10 @@ def _index(folder: Path, out: Path, removals: Removals, committed: Committed) ->
     embed = manifests.find(committed.root, "embed", committed.manifest["inputs"]["embed"])
     assert embed is not None, "an index's embeddings are committed before it"
     before = json.loads((folder / "index.json").read_text())["count"]
+    # "config" also holds the fields that are not part of the key.
     section = (
         committed.manifest["config"].get("index", {}) | committed.manifest["sections"]["index"]
-    )  # with what is outside the key
+    )
     counts = build(IndexConfig.model_validate(section), embed.local(), out)
     return int(before - counts["out"])
 
@@ -233,19 +235,19 @@ def _addition(folder: Path, out: Path, removals: Removals, committed: Committed)
     tables = {file: pq.read_table(file) for file in sorted((folder / "metadata").glob("*.parquet"))}
     for file in (file for file in _files(folder) if file.parts[0] == "shards"):
         (out / "shards").mkdir(exist_ok=True)
-        place(folder / file, out / file)
+        move_file(folder / file, out / file)
     for table in tables.values():
-        gone = table.filter(_mask(table, removals))
-        for shard in set(gone["shard"].to_pylist()) - {""}:
-            _own_copy(out / "shards" / shard)
+        removed = table.filter(_mask(table, removals))
+        for shard in set(removed["shard"].to_pylist()) - {""}:
+            _unlink_copy(out / "shards" / shard)
             blank(
                 out / "shards" / shard,
-                gone.filter(pc.equal(gone["shard"], shard))["member"].to_pylist(),
+                removed.filter(pc.equal(removed["shard"], shard))["member"].to_pylist(),
             )
     count = _embed(folder, out, removals, committed)
     if json.loads((out / "facts.json").read_text())["count"]:
         build(IndexConfig.model_validate(committed.manifest["sections"]["index"]), out, out)
-    else:  # nothing is left of it
+    else:  # every sample was removed
         shutil.rmtree(out)
         out.mkdir()
     return count
@@ -265,11 +267,11 @@ def _mask(table: pa.Table, removals: Removals) -> pa.ChunkedArray:
     return removals.mask({name: table[name] for name in ("key", "origin", "sha256")})
 
 
-def _write_dropped(folder: Path, out: Path, gone: pa.Table, removals: Removals) -> None:
+def _write_dropped(folder: Path, out: Path, removed: pa.Table, removals: Removals) -> None:
     words = [
-        pa.array([word] * gone.num_rows, pa.string()) for word in ("removed", "the removal log")
+        pa.array([word] * removed.num_rows, pa.string()) for word in ("removed", "the removal log")
     ]
-    more = pa.table([gone["key"], gone["origin"], *words], schema=DROPPED)
+    more = pa.table([removed["key"], removed["origin"], *words], schema=DROPPED)
     pq.write_table(
         pa.concat_tables([pq.read_table(folder / "dropped.parquet"), more]), out / "dropped.parquet"
     )
@@ -283,8 +285,8 @@ def _files(folder: Path) -> list[Path]:
     ]
 
 
-def _own_copy(file: Path) -> None:
-    """Make a file that may be a link of the committed one into a copy of its own."""
-    aside = file.with_suffix(".copy")
-    shutil.copyfile(file, aside)
-    aside.replace(file)
+def _unlink_copy(file: Path) -> None:
+    """Replace a file that may be hard-linked to a committed one by an independent copy."""
+    part = file.with_suffix(".copy")
+    shutil.copyfile(file, part)
+    part.replace(file)

@@ -1,9 +1,10 @@
-"""What dead writers left: temporary folders, committed folders that were half removed, and attempts on a store that nothing names.
+"""Find and remove what dead writers left behind: temporary folders, half-removed folders, attempts.
 
-A temporary folder is dead by the rule of `infra.storage.temporary_folders`. A folder of a stage without a manifest on a local ROOT is one whose remover
-was killed, since folders get their names whole. On a store an attempt is dead as soon as the manifest says that it took its place, and
-else once nothing was put into it for a day: any machine may be writing it. The `work` folder of a stage that was killed is no such thing:
-its next run goes on from there, and `unclip prune` removes it by its age.
+`infra.storage.temporary_folders` decides whether a temporary folder is dead. On a local ROOT a
+stage folder without a manifest was half removed, since folders are renamed into place when
+complete. In a store an attempt is dead once the manifest supersedes it, or after a day without
+uploads, because any machine may be writing it. The `work` folder of a killed stage is not a
+leftover: the next run resumes from it, and `unclip prune` removes it by age.
 """
 
 import json
@@ -33,39 +34,43 @@ from infra.storage.temporary_folders import (
 )
 
 KEY, ATTEMPT = re.compile("[0-9a-f]{16}"), re.compile("[0-9a-f]{12}")
-"""Names of folders that we make; another name is somebody's own and stays."""
+"""Names of the folders that we create; folders with other names are never removed."""
 
 
 class BusyError(UnclipError):
-    """Someone makes or reads the folder; the message says who."""
+    """Another process writes or reads the folder; the message says which."""
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that a dead writer left; `path` is relative to ROOT, or absolute where it lies outside."""
+    """A file or folder of a dead writer; `path` is relative to ROOT, or absolute if outside."""
 
     path: str
     size_bytes: int
-    """What removing it frees: files that a committed folder shares count nothing."""
+    """Bytes that removing it frees; files shared with a committed folder count as 0."""
     remove: Callable[[], str]
-    """Removes it and returns "", or returns why it stays."""
+    """Removes it and returns "", or returns the reason why it cannot be removed."""
 
 
 def remove_leftovers(root: Root) -> None:
-    """Remove what dead writers left, before another writes; what somebody uses stays."""
+    """Remove all leftovers that no process uses; called before a new write."""
     remove_dead(root.scratch)
     for leftover in leftovers(root):
         leftover.remove()
 
 
 def leftovers(root: Root) -> list[Leftover]:
-    """Return what dead writers left."""
+    """Return the leftovers of dead writers."""
     temporary = [
         folder for folder in dead_folders(root.scratch) if not _is_recoverable(root, folder)
     ]
     listed = [
-        Leftover(path_of(root, each), size_of(each), partial(_remove_dead, root, each))
-        for each in temporary
+        Leftover(
+            path_of(root, folder_entry),
+            size_of(folder_entry),
+            partial(_remove_dead, root, folder_entry),
+        )
+        for folder_entry in temporary
     ]
     return [*listed, *(_half_removed(root) if root.folder else _attempts(root))]
 
@@ -73,7 +78,10 @@ def leftovers(root: Root) -> list[Leftover]:
 def unfinished(
     root: Root, before: datetime, claimed: Collection[tuple[str, str]]
 ) -> list[Leftover]:
-    """Return the work folders of stages that were killed, untouched since a time, without those of the stages and keys in `claimed`."""
+    """Return the work folders of killed stages that have not changed since `before`.
+
+    Folders of the (stage, key) pairs in `claimed` are left out.
+    """
     folders = [
         (stage, folder)
         for stage in _stages()
@@ -89,7 +97,7 @@ def unfinished(
 
 
 def path_of(root: Root, path: Path) -> str:
-    """Return where a local path is: relative to ROOT, or absolute where it lies outside."""
+    """Return a local path relative to ROOT, or absolute if it is outside of it."""
     return (
         str(path.relative_to(root.folder))
         if root.folder and path.is_relative_to(root.folder)
@@ -98,7 +106,7 @@ def path_of(root: Root, path: Path) -> str:
 
 
 def size_of(folder: Path) -> int:
-    """Return how many bytes removing a folder frees."""
+    """Return the bytes that removing a folder frees."""
     total = 0
     for path in folder.rglob("*"):
         try:
@@ -111,13 +119,18 @@ def size_of(folder: Path) -> int:
 
 @contextmanager
 def locked(root: Root, stage: str, key: str) -> Iterator[None]:
-    """Hold the locks of a stage's folder while the block runs. Raises BusyError at once where somebody makes or reads it."""
+    """Hold the locks of a stage's folder while the block runs.
+
+    Raises BusyError at once if another process writes or reads the folder.
+    """
     name = f"{stage} {key}"
 
     def give_up(line: str) -> None:
         raise BusyError(line.removeprefix(f"{name} ").partition(":")[0])
 
-    lock, reading = (each(root.scratch, stage, key) for each in (lock_file, reading_file))
+    lock, reading = (
+        path_of_lock(root.scratch, stage, key) for path_of_lock in (lock_file, reading_file)
+    )
     with (
         store.one_line_errors(root.scratch),
         writer_lock(lock, name, give_up),
@@ -127,9 +140,8 @@ def locked(root: Root, stage: str, key: str) -> Iterator[None]:
 
 
 def _stages() -> list[str]:
-    from flows.orchestration.stages import (
-        STAGES,
-    )  # with pyarrow, which `unclip --help` does without
+    # Imported late: it imports pyarrow, which `unclip --help` does not need.
+    from flows.orchestration.stages import STAGES
 
     return [*(stage.name for stage in STAGES), ADDITIONS]
 
@@ -147,7 +159,7 @@ def _remove_dead(root: Root, folder: Path) -> str:
     if not folder.exists():
         return ""
     if not is_dead(folder) or _is_recoverable(root, folder):
-        return "another uses it by now"
+        return "another process uses it now"
     shutil.rmtree(folder, ignore_errors=True)
     remove_dead(root.scratch)  # its lock
     return "" if not folder.exists() else "it cannot be removed"
@@ -189,16 +201,15 @@ def _remove_work(root: Root, stage: str, folder: Path) -> str:
 
 
 def _attempts(root: Root) -> list[Leftover]:
-    """Return the attempts on a store that are dead."""
+    """Return the dead attempts in a store."""
     dead = []
     for stage in _stages():
         for key in store.list_names(root, stage):
             names = [
                 name for name in store.list_names(root, f"{stage}/{key}") if ATTEMPT.fullmatch(name)
             ]
-            committed = manifests.find(
-                root, stage, key
-            )  # read behind the list: what was committed meanwhile is no leftover
+            # Read after the listing, so that an attempt committed meanwhile is not a leftover.
+            committed = manifests.find(root, stage, key)
             current = committed.manifest["prefix"] if committed else None
             superseded = committed.manifest.get("supersedes", ()) if committed else ()
             for name in names:

@@ -1,6 +1,7 @@
-"""The living index of a run, opened from ROOT: the run's own index, what was added to it, and what the removal log takes out.
+"""The live index of a run: its own index, the additions to it, and the removal log.
 
-Manifests say which CLIP made which vectors: the digest of the clip folder is the fingerprint, and folders of another are refused.
+Reads ROOT and writes nothing. The digest of the clip folder is the fingerprint of the CLIP that
+embedded the vectors; indexes and additions with another fingerprint are refused or left out.
 """
 
 import time
@@ -33,14 +34,14 @@ if TYPE_CHECKING:
 
 ADDITIONS = "additions"
 GRAIN_NS = 50_000_000
-"""A folder changed less than this ago may change again without its time doing so."""
+"""Resolution of modification times: a folder changed more recently may change again unnoticed."""
 READERS = 8
-"""Entries of a store's removal log that are read at a time."""
+"""Number of removal log entries read concurrently from a store."""
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """The committed folders behind a run's index, and the additions that the same CLIP made."""
+    """The committed folders behind a run's index, and the additions embedded by the same CLIP."""
 
     record: dict[str, Any]
     ingest: Committed
@@ -48,82 +49,93 @@ class Lineage:
     index: Committed
     additions: tuple[Committed, ...]
     left_out: tuple[Committed, ...] = ()
-    """Additions of another CLIP: their vectors mean nothing to this one."""
+    """Additions embedded by another CLIP, whose vectors cannot be compared with this index."""
 
     @property
     def fingerprint(self) -> str:
-        """The CLIP that made every vector of it."""
+        """Digest of the CLIP that embedded all of its vectors."""
         return self.clip.digest
 
 
 def lineage(root: Root, run: str | None) -> Lineage:
-    """Return what a run's index is made of. Raises CallerError where the run has none, or its CLIP is not the one that made it."""
+    """Return the folders that a run's index consists of.
+
+    Raises CallerError if the run has no index, or if another CLIP than the run's embedded it.
+    """
     record = find_run(root, run)
     ingest, clip, embed, index = (
         committed_of(root, record, stage) for stage in ("ingest", "clip", "embed", "index")
     )
-    made_from = index.manifest["inputs"]["embed"], index.manifest["input_digests"]["embed"]
+    source = index.manifest["inputs"]["embed"], index.manifest["input_digests"]["embed"]
+    # Accept earlier digests as well: compaction may be under way.
     stood = {
         (embed.key, digest) for digest in (embed.digest, *embed.manifest.get("compacted_from", ()))
-    }  # compaction is under way
-    if made_from not in stood or embed.manifest["input_digests"]["clip"] != clip.digest:
+    }
+    if source not in stood or embed.manifest["input_digests"]["clip"] != clip.digest:
         raise CallerError(
-            f"the index of run {record['name']} was made by another CLIP than the run's: run `unclip run {record['recipe']} "
-            f"--root {root.uri}`"
+            f"the index of run {record['name']} was made by another CLIP than the run's: "
+            f"run `unclip run {record['recipe']} --root {root.uri}`"
         )
     added = additions(root)
-    is_own = [each.manifest["clip_digest"] == clip.digest for each in added]
+    is_same_clip = [addition.manifest["clip_digest"] == clip.digest for addition in added]
     return Lineage(
         record,
         ingest,
         clip,
         index,
-        tuple(compress(added, is_own)),
-        tuple(compress(added, map(not_, is_own))),
+        tuple(compress(added, is_same_clip)),
+        tuple(compress(added, map(not_, is_same_clip))),
     )
 
 
-def warnings(known: Lineage) -> list[str]:
-    """Say, in a line each, which additions the run's index is searched without, and the mend."""
-    return unsearched(known.left_out, known.clip)
+def warnings(run_lineage: Lineage) -> list[str]:
+    """Return one line for every addition that is not searched, with the fix."""
+    return unsearched(run_lineage.left_out, run_lineage.clip)
 
 
 def unsearched(added: Iterable[Committed], clip: Committed) -> list[str]:
-    """Say, in a line each, which additions another CLIP than this embedded, and the mend."""
+    """Return one line for every addition that another CLIP than `clip` embedded, with the fix."""
     return [
-        f"additions/{each.key} ({each.manifest['counts']['out']:,} samples) is not searched: not clip/{clip.key} embedded it; "
+        f"additions/{addition.key} ({addition.manifest['counts']['out']:,} samples) is not "
+        f"searched: another CLIP than clip/{clip.key} embedded it; "
         "add its pictures again with `unclip index add FOLDER`"
-        for each in added
-        if each.manifest["clip_digest"] != clip.digest
+        for addition in added
+        if addition.manifest["clip_digest"] != clip.digest
     ]
 
 
 def additions(root: Root) -> list[Committed]:
-    """Return the additions that count, whatever CLIP made them, the oldest first: none that another was merged from."""
-    return [each for each, is_merged in _with_merged(root) if not is_merged]
+    """Return the additions of any CLIP, oldest first, without those replaced by a merged one."""
+    return [addition for addition, is_merged in _with_merged(root) if not is_merged]
 
 
 def merged_away(root: Root) -> list[Committed]:
-    """Return the additions that are there still though a merged one has taken their place."""
-    return [each for each, is_merged in _with_merged(root) if is_merged]
+    """Return the additions that a merged one has replaced but that still exist."""
+    return [addition for addition, is_merged in _with_merged(root) if is_merged]
 
 
 def _with_merged(root: Root) -> list[tuple[Committed, bool]]:
-    found = [
-        each
+    committed = [
+        addition
         for key in store.list_names(root, ADDITIONS)
-        if (each := manifests.find(root, ADDITIONS, key))
+        if (addition := manifests.find(root, ADDITIONS, key))
     ]
-    # By content, which compaction may have changed since; the same pictures may be added again later.
+    # Compare digests from before compaction, too, and times: the same images may be added again.
     since = {
-        digest: str(each.manifest["started"])
-        for each in found
-        for digest in each.manifest.get("merged_from", ())
+        digest: str(addition.manifest["started"])
+        for addition in committed
+        for digest in addition.manifest.get("merged_from", ())
     }
-    ordered = sorted(found, key=lambda each: str(each.manifest["finished"]))
+    ordered = sorted(committed, key=lambda addition: str(addition.manifest["finished"]))
     return [
-        (each, any(each.manifest["started"] < since.get(digest, "") for digest in _digests(each)))
-        for each in ordered
+        (
+            addition,
+            any(
+                addition.manifest["started"] < since.get(digest, "")
+                for digest in _digests(addition)
+            ),
+        )
+        for addition in ordered
     ]
 
 
@@ -131,18 +143,21 @@ def _digests(committed: Committed) -> list[str]:
     return [committed.digest, *committed.manifest.get("compacted_from", ())]
 
 
-def open_segments(known: Lineage, opened: "Mapping[str, Segment] | None" = None) -> "list[Segment]":
-    """Open the run's index and the additions to it; those that are among `opened`, by name, stay as they are."""
+def open_segments(
+    run_lineage: Lineage, opened: "Mapping[str, Segment] | None" = None
+) -> "list[Segment]":
+    """Open the run's index and its additions; segments in `opened`, by name, are reused."""
     from indexing.ann.index import Index
     from indexing.ann.view import Segment
 
     segments = []
     for vectors, pictures in (
-        (known.index, known.ingest),
-        *((each, each) for each in known.additions),
+        (run_lineage.index, run_lineage.ingest),
+        *((addition, addition) for addition in run_lineage.additions),
     ):
         name = " ".join(
-            f"{each.stage}/{each.key}/{each.manifest['attempt']}" for each in (vectors, pictures)
+            f"{folder.stage}/{folder.key}/{folder.manifest['attempt']}"
+            for folder in (vectors, pictures)
         )
         before = opened.get(name) if opened else None
         segments.append(
@@ -152,24 +167,35 @@ def open_segments(known: Lineage, opened: "Mapping[str, Segment] | None" = None)
 
 
 def open_view(root: Root, run: str | None) -> "tuple[View, Lineage]":
-    """Open a run's index as it is now, without what was taken down."""
+    """Open the current index of a run, without removed samples."""
     from indexing.ann.view import View
 
-    known = lineage(root, run)
-    return View(open_segments(known), read_removals(root), known.fingerprint), known
+    run_lineage = lineage(root, run)
+    return View(
+        open_segments(run_lineage), read_removals(root), run_lineage.fingerprint
+    ), run_lineage
 
 
 def segments_stamp(root: Root, run: str | None) -> Hashable:
-    """Return what changes whenever `open_segments` would open something else; without a name, of the run that the pointer names now."""
-    known = lineage(root, run)
-    folders = (known.ingest, known.clip, known.index, *known.additions, *known.left_out)
-    return known.record["name"], *(
-        (each.stage, each.key, each.manifest["attempt"]) for each in folders
+    """Return a value that changes whenever `open_segments` would open other folders.
+
+    Without a run name it is that of the current run.
+    """
+    run_lineage = lineage(root, run)
+    folders = (
+        run_lineage.ingest,
+        run_lineage.clip,
+        run_lineage.index,
+        *run_lineage.additions,
+        *run_lineage.left_out,
+    )
+    return run_lineage.record["name"], *(
+        (folder.stage, folder.key, folder.manifest["attempt"]) for folder in folders
     )
 
 
 class SegmentsStamp:
-    """Changes whenever `segments_stamp` does, and reads manifests only where a folder that holds some has changed."""
+    """Callable `segments_stamp` that reads manifests only after a stage folder has changed."""
 
     def __init__(self, root: Root, run: str | None) -> None:
         self.root, self.run = root, run
@@ -186,18 +212,19 @@ class SegmentsStamp:
         )
         if folders != self._folders:
             self._stamp = segments_stamp(self.root, self.run)
-            self._folders = folders  # as they were before the manifests were read
+            self._folders = folders  # the state before the manifests were read
         return self._stamp
 
 
 class RemovalLog:
-    """The removal log, whose entries are read once: they are never rewritten.
+    """The removal log. Each entry is read only once, because entries are never rewritten.
 
-    `stamp` changes whenever the log does. A local log is looked at on every call; another store's by `look`, which takes its time.
+    `stamp` changes whenever the log does. A local log is checked on every call; a log in a store
+    only by `look`, which is slow.
     """
 
     def __init__(self, root: Root) -> None:
-        """Look at the log."""
+        """List the log's entries."""
         self.root = root
         self._reading = Lock()
         self._known: dict[str, Removals] = {}
@@ -207,7 +234,7 @@ class RemovalLog:
         self.look()
 
     def look(self) -> None:
-        """List the log where it is not local."""
+        """List the entries of a log in a store; do nothing for a local log."""
         if self.root.folder is None:
             self._listed = tuple(entry_names(self.root))
 
@@ -216,24 +243,26 @@ class RemovalLog:
         return self._listed if self._folder is None else _changed(self._folder)
 
     def read(self) -> Removals:
-        """Return everything that the log names. Raises DataError for an entry that does not read."""
+        """Return all removals in the log. Raises DataError for an entry that cannot be parsed."""
         with self._reading:
             names = self._listed if self.root.folder is None else entry_names(self.root)
             new = [name for name in names if name not in self._known]
             with ThreadPoolExecutor(READERS) as pool:
-                found = dict(
+                removals = dict(
                     zip(
                         new,
                         pool.map(lambda name: gather([read_entry(self.root, name)]), new),
                         strict=True,
                     )
                 )
-            if self._known.keys() - set(names):  # somebody took an entry back
-                found = {name: self._known[name] for name in names if name in self._known} | found
+            if self._known.keys() - set(names):  # an entry was deleted
+                removals = {
+                    name: self._known[name] for name in names if name in self._known
+                } | removals
                 self._known, self._all = {}, Removals()
-            self._known |= found
-            if found:
-                self._all = reduce(or_, found.values(), self._all)
+            self._known |= removals
+            if removals:
+                self._all = reduce(or_, removals.values(), self._all)
             return self._all
 
 

@@ -1,8 +1,9 @@
-"""Makes one addition of many: every addition has an index of its own, and a query looks into each.
+"""Merge the additions to a run's index into one, because a query searches every addition's index.
 
-The vectors are those that were embedded, only the index over them is built anew; pictures stay in the shards that they came in, under
-other names. The merged addition counts from the moment of its commit, and names what it takes the place of (`merged_from`), so that
-nothing is found twice or missing while the old folders go, nor where a kill leaves them: the next merge clears them.
+Reuses the embeddings and builds only the index again; shards keep their content and get new names.
+The merged addition takes effect when it is committed and lists the additions that it replaces
+(`merged_from`), so no sample is found twice or missing while the old folders are removed. If a
+merge is killed before that, the next one removes them.
 """
 
 import json
@@ -17,7 +18,7 @@ import flows.live_index.additions as additions
 from flows.live_index.leftovers import remove_leftovers
 from flows.live_index.lineage import ADDITIONS, lineage, merged_away
 from infra.storage import manifests, store
-from infra.storage.atomic_files import place
+from infra.storage.atomic_files import move_file
 from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
 from infra.storage.manifests import MANIFEST, Committed
 from infra.storage.store import Root
@@ -27,10 +28,12 @@ VECTORS = ("img_emb", "text_emb")
 
 
 def merge(root: Root, run: str | None, say: Callable[[str], None]) -> tuple[Committed | None, int]:
-    """Make one addition of those that a run's index is searched with; return it and of how many it was made.
+    """Merge the additions of a run's index; return the merged addition and how many went into it.
 
-    Where there are fewer than two, nothing is made: (None, how many there are). What was taken down stays unseen, and is compacted from
-    there. Waits, and says so, for whoever compacts or reads an addition on this machine. Raises CallerError where the run has no index.
+    With fewer than two additions nothing is merged, and the result is (None, count). Removed
+    samples stay hidden; compaction removes them from the merged addition. Waits, and reports it
+    through `say`, while another process on this machine compacts or reads an addition. Raises
+    CallerError if the run has no index.
     """
     remove_leftovers(root)
     with ExitStack() as held:
@@ -40,24 +43,30 @@ def merge(root: Root, run: str | None, say: Callable[[str], None]) -> tuple[Comm
             held.enter_context(writer_lock(lock_file(root.scratch, ADDITIONS, key), name, say))
             held.enter_context(unread_lock(reading_file(root.scratch, ADDITIONS, key), name, say))
         clear(root)
-        known = lineage(root, run)
-        old = known.additions
+        run_lineage = lineage(root, run)
+        old = run_lineage.additions
         if len(old) < 2:
             return None, len(old)
         with writing_folder(root.scratch, f"{ADDITIONS}-merge") as out:
-            keys = gather([each.local() for each in old], out, known.fingerprint, known.clip.key)
-            whole = known.index.manifest["sections"]["index"]["memory_bytes"]
+            keys = gather(
+                [addition.local() for addition in old],
+                out,
+                run_lineage.fingerprint,
+                run_lineage.clip.key,
+            )
+            whole = run_lineage.index.manifest["sections"]["index"]["memory_bytes"]
             memory_bytes = min(
-                whole, sum(each.manifest["sections"]["index"]["memory_bytes"] for each in old)
+                whole,
+                sum(addition.manifest["sections"]["index"]["memory_bytes"] for addition in old),
             )
             merged = additions.commit(
                 root,
-                known,
+                run_lineage,
                 out,
                 keys,
                 memory_bytes,
                 {},
-                {"merged_from": [each.digest for each in old]},
+                {"merged_from": [addition.digest for addition in old]},
             )
         clear(root)
     manifests.forget_downloads(root)
@@ -65,17 +74,20 @@ def merge(root: Root, run: str | None, say: Callable[[str], None]) -> tuple[Comm
 
 
 def gather(folders: Sequence[Path], out: Path, fingerprint: str, clip_key: str) -> list[str]:
-    """Put the embed folders and shards of additions into one, files linked where they can be; return the keys of its samples, in order."""
+    """Combine the embed folders and shards of additions in `out`; return the sample keys in order.
+
+    Files are hard-linked where possible, else copied.
+    """
     for name in (*VECTORS, "metadata", "shards"):
         (out / name).mkdir(parents=True)
     keys: list[str] = []
     parts = shards = dim = 0
     for folder in folders:
         dim = json.loads((folder / "facts.json").read_text())["dim"]
-        renamed = {"": ""}  # a sample that came as an embedding has no picture
+        renamed = {"": ""}  # a sample that was added as an embedding has no image
         for shard in sorted((folder / "shards").glob("*.tar")):
             renamed[shard.name] = f"{shards:05d}.tar"
-            place(shard, out / "shards" / renamed[shard.name])
+            move_file(shard, out / "shards" / renamed[shard.name])
             shards += 1
         for metadata, *vectors in zip(
             *(sorted((folder / name).iterdir()) for name in ("metadata", *VECTORS)), strict=True
@@ -85,7 +97,7 @@ def gather(folders: Sequence[Path], out: Path, fingerprint: str, clip_key: str) 
             table = table.set_column(table.column_names.index("shard"), "shard", column)
             pq.write_table(table, out / "metadata" / f"metadata_{parts:04d}.parquet")
             for name, file in zip(VECTORS, vectors, strict=True):
-                place(file, out / name / f"{name}_{parts:04d}.npy")
+                move_file(file, out / name / f"{name}_{parts:04d}.npy")
             keys += table["key"].to_pylist()
             parts += 1
     facts = {"clip_key": clip_key, "clip_digest": fingerprint, "dim": dim, "count": len(keys)}
@@ -94,7 +106,7 @@ def gather(folders: Sequence[Path], out: Path, fingerprint: str, clip_key: str) 
 
 
 def clear(root: Root) -> None:
-    """Remove the additions that a merged one has taken the place of, their manifests first."""
-    for each in merged_away(root):
-        store.remove(root, f"{ADDITIONS}/{each.key}/{MANIFEST}")
-        store.remove(root, f"{ADDITIONS}/{each.key}")
+    """Remove the additions that a merged one has replaced, their manifests first."""
+    for addition in merged_away(root):
+        store.remove(root, f"{ADDITIONS}/{addition.key}/{MANIFEST}")
+        store.remove(root, f"{ADDITIONS}/{addition.key}")

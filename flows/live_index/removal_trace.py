@@ -1,9 +1,10 @@
-"""Looks for samples in every file below ROOT and in the scratch folder, whatever put it there: shards, tables, pictures.
+"""Search every file below ROOT and in the scratch folder for samples: shards, tables, images.
 
-Reads what is there, not what manifests say: temporary folders of writers, half-removed folders and this machine's downloads included. A
-shard holds a sample if one of its members has the sample's bytes or its .json names it; a table does if one of its rows names it and says
-where a picture is (it has a column `sha256`; embeddings stand beside such tables). Lists of URLs, of drops and the log itself name samples
-and hold none. Knows nothing of stages.
+Reads the files, not the manifests, so it covers temporary folders, half-removed folders and this
+machine's downloads. Knows nothing of stages. A shard holds a sample if a member has its bytes or a
+.json member names it. A table holds it if a row names it and the table has a column `sha256`, which
+every table beside images or embeddings has. URL lists, lists of dropped rows and the removal log
+name samples but do not hold them.
 """
 
 import hashlib
@@ -30,23 +31,23 @@ HEAD_BYTES = 512
 USTAR_AT = 257
 PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 MAX_JSON_BYTES = 1 << 20
-"""Of a member that describes a picture; a larger one is something else."""
+"""Maximum size of a member that describes an image; a larger .json member is compared by digest."""
 BATCH_ROWS = 65_536
 UNREADABLE = (tarfile.TarError, pa.ArrowInvalid, EOFError)
 
 
 @dataclass(frozen=True)
 class Traces:
-    """Files, relative to ROOT or absolute outside of it, sorted."""
+    """Sorted paths, relative to ROOT, or absolute if outside of it."""
 
     holding: list[str]
-    """Those that hold one of the samples."""
+    """Files that hold one of the samples."""
     unreadable: list[str]
-    """Shards and tables that were cut short or damaged: nobody can say what they hold."""
+    """Truncated or damaged shards and tables, whose content is unknown."""
 
 
 def trace(root: Root, sought: Removals) -> Traces:
-    """Look for what is named in every file of ROOT and of the scratch folder."""
+    """Search every file of ROOT and of the scratch folder for the samples."""
     holding, unreadable = [], []
     for path, opened in _files(root):
         try:
@@ -54,7 +55,7 @@ def trace(root: Root, sought: Removals) -> Traces:
                 if patiently(partial(_opened_holds, opened, sought)):
                     holding.append(path)
         except FileNotFoundError:
-            continue  # a living writer has moved or removed it since it was listed
+            continue  # a writer has moved or removed it since it was listed
         except UNREADABLE:
             unreadable.append(path)
     return Traces(sorted(holding), sorted(unreadable))
@@ -66,7 +67,10 @@ def _opened_holds(opened: Callable[[], Any], sought: Removals) -> bool:
 
 
 def holds(file: Any, sought: Removals) -> bool:
-    """Say whether an open file holds one of the samples. Raises tarfile.TarError or ArrowInvalid for one that is cut short."""
+    """Return whether an open file holds one of the samples.
+
+    Raises tarfile.TarError or ArrowInvalid for a truncated file.
+    """
     head = file.read(HEAD_BYTES)
     file.seek(0)
     if head[USTAR_AT:].startswith(b"ustar"):
@@ -89,7 +93,7 @@ def _shard_holds(file: Any, sought: Removals) -> bool:
     names = sought.keys | sought.origins | sought.sha256 | sought.downloads
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            if member.type == b"R" or not member.isfile():  # R: a blank
+            if member.type == b"R" or not member.isfile():  # R: blanked by a take-down
                 continue
             content = tar.extractfile(member)
             assert content, "a regular file has content"
@@ -104,7 +108,7 @@ def _shard_holds(file: Any, sought: Removals) -> bool:
 def _texts_in(data: bytes) -> set[str]:
     try:
         described = json.loads(data)
-    except (ValueError, RecursionError):  # somebody else's member
+    except (ValueError, RecursionError):  # not a description that we wrote
         return set()
     return (
         {value for value in described.values() if isinstance(value, str)}
@@ -116,7 +120,7 @@ def _texts_in(data: bytes) -> set[str]:
 def _table_holds(table: pa.Table, sought: Removals) -> bool:
     if "sha256" not in table.column_names:
         return False
-    if "status" in table.column_names:  # of a shard's table: only such a row has a picture
+    if "status" in table.column_names:  # a shard's table, in which failed rows have no image
         table = table.filter(pc.equal(table["status"], "success"))
     values = pa.array(sorted(set().union(*(getattr(sought, name) for name in NAMES))), pa.string())
     columns = (table[field.name] for field in table.schema if pa.types.is_string(field.type))
@@ -131,7 +135,7 @@ def _digest(file: Any) -> str:
 
 
 def _files(root: Root) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield every file's path for people and what opens it; the removal log left out."""
+    """Yield the display path and an opener of every file except the removal log."""
     folders = [folder for folder in (root.folder, root.scratch) if folder]
     if root.folder and root.scratch.is_relative_to(root.folder):
         folders = [root.folder]

@@ -1,9 +1,10 @@
-"""Takes samples down: finds them in every folder of ROOT, writes the removal log, takes them out of what is committed, and proves it.
+"""Take samples down: find them in every folder of ROOT, write the removal log, and verify it.
 
-A take-down is in force with the log's entry: no later query and no later run shows it. Equal pictures from elsewhere go along, also those
-that curate left out as copies: their bytes are in the shards. `compact` then takes the bytes out of shards, keep lists, embeddings and
-indexes; folders keep their keys and offsets, so what is served from them goes on. Models stay as they are, and are named: the next run
-trains them again, because what they were made from has changed.
+A take-down is in force as soon as its log entry exists: no later query or run returns the sample.
+It includes images with equal bytes from other origins, also those that curate dropped as copies,
+because their bytes are still in the shards. `compact` (compaction.py) then removes the bytes.
+Models are not changed; the log entry lists those trained on the samples, and the next run trains
+them again because their inputs have changed.
 """
 
 import tarfile
@@ -31,10 +32,10 @@ TABLES = {
     "dedup": "metadata/*.parquet",
     "additions": "metadata/*.parquet",
 }
-"""Where each stage's folder lists its samples; an index has Arrow instead."""
+"""Files that list the samples of each stage's folder; an index uses an Arrow file instead."""
 SAMPLED = ("embed", "curate", "additions", "ingest")
-"""Stages that name every sample there is, in the order of how much they know of it."""
-PLACES = {
+"""Stages that together list every sample, those with the most columns first."""
+FOLDER_KINDS = {
     "ingest": "shards",
     "curate": "shards",
     "additions": "shards",
@@ -50,30 +51,33 @@ MODEL_FILE = "weights.safetensors"
 
 
 def committed_folders(root: Root, stages: Sequence[str]) -> Iterator[Committed]:
-    """Yield every committed folder of the stages, whether a run still names it or not."""
+    """Yield every committed folder of the stages, including those that no run refers to."""
     for stage in stages:
         for key in store.list_names(root, stage):
-            found = manifests.find(root, stage, key)
-            if found:
-                yield found
+            committed = manifests.find(root, stage, key)
+            if committed:
+                yield committed
 
 
 def find(root: Root, is_meant: Callable[[pa.Table], pa.ChunkedArray]) -> list[Row]:
-    """Return key, origin, sha256 and download of all samples in ROOT that are meant, each once; a digest is "" where nothing knows it."""
-    found: dict[tuple[str, str], Row] = {}
+    """Return key, origin, sha256 and download of every matching sample in ROOT, without repeats.
+
+    An unknown digest is "".
+    """
+    matches: dict[tuple[str, str], Row] = {}
     for committed in committed_folders(root, SAMPLED):
         for table in (*_tables(committed), *_copies(committed)):
             for row in table.filter(is_meant(table)).select(COLUMNS).to_pylist():
-                known = found.setdefault((row["key"], row["origin"]), row)
-                known.update({name: known[name] or row[name] for name in DIGESTS})
-    return list(found.values())
+                match = matches.setdefault((row["key"], row["origin"]), row)
+                match.update({name: match[name] or row[name] for name in DIGESTS})
+    return list(matches.values())
 
 
 def named(rows: Iterable[Row], urls: Sequence[str] = ()) -> Removals:
-    """Return what names these samples, and these URLs."""
+    """Return the removals that identify these samples and URLs."""
     values = {
-        column: frozenset(row[column] for row in found if row.get(column))
-        for found in [list(rows)]
+        column: frozenset(row[column] for row in values if row.get(column))
+        for values in [list(rows)]
         for column in COLUMNS
     }
     return Removals(
@@ -82,7 +86,7 @@ def named(rows: Iterable[Row], urls: Sequence[str] = ()) -> Removals:
 
 
 def with_copies(root: Root, meant: Removals) -> Removals:
-    """Return what is meant along with all of ROOT that holds the same pictures: equal as they are stored, or as they were downloaded."""
+    """Add every sample in ROOT whose stored or downloaded bytes equal those of a removed one."""
     while True:
         grown = meant | named(find(root, partial(_mask, removals=meant)))
         if grown == meant:
@@ -91,7 +95,10 @@ def with_copies(root: Root, meant: Removals) -> Removals:
 
 
 def by_values(column: str, values: Sequence[str]) -> Callable[[pa.Table], pa.ChunkedArray]:
-    """Return what is meant by some values of a column; an origin may be given as the URL that was downloaded as well."""
+    """Return a predicate that selects rows by the values of a column.
+
+    An origin also matches the URL that the image was downloaded from.
+    """
     wanted = pa.array(list(values), pa.string())
 
     def is_meant(table: pa.Table) -> pa.ChunkedArray:
@@ -106,20 +113,20 @@ def by_values(column: str, values: Sequence[str]) -> Callable[[pa.Table], pa.Chu
 
 
 def take_down(
-    root: Root, rows: Sequence[Row], asked: Mapping[str, Any], urls: Sequence[str] = ()
+    root: Root, rows: Sequence[Row], request: Mapping[str, Any], urls: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Write one entry of the removal log for these samples, equal pictures from elsewhere included; return the entry.
+    """Write one removal log entry for these samples and their copies; return the entry.
 
-    `urls` are logged even where nothing in ROOT came from them yet.
+    `urls` are logged even if no sample in ROOT came from them.
     """
-    return log(root, with_copies(root, named(rows, urls)), asked)
+    return log(root, with_copies(root, named(rows, urls)), request)
 
 
-def log(root: Root, removals: Removals, asked: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Write one entry of the removal log with the models that trained on what it names; return it."""
+def log(root: Root, removals: Removals, request: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Write one removal log entry that includes the models trained on the samples; return it."""
     entry = {
         **removals.named(),
-        "asked": dict(asked),
+        "asked": dict(request),
         "trained_into": trained_into(root, removals),
         **more,
     }
@@ -128,16 +135,16 @@ def log(root: Root, removals: Removals, asked: Mapping[str, Any], **more: Any) -
 
 
 def trained_into(root: Root, removals: Removals) -> list[dict[str, str]]:
-    """Return stage, key and attempt of every model whose lineage trained on one of these samples."""
+    """Return stage, key and attempt of every model trained on one of these samples."""
     lists = {committed.key: committed for committed in committed_folders(root, ("curate",))}
     has_trained = {
         key: any(_trained(table, removals).num_rows for table in _tables(committed))
         for key, committed in lists.items()
     }
     return [
-        {"stage": each.stage, "key": each.key, "attempt": each.manifest["attempt"]}
-        for each in models(root)
-        if any(has_trained.get(key, False) for key in ancestors(root, each, "curate"))
+        {"stage": model.stage, "key": model.key, "attempt": model.manifest["attempt"]}
+        for model in models(root)
+        if any(has_trained.get(key, False) for key in ancestors(root, model, "curate"))
     ]
 
 
@@ -147,107 +154,145 @@ def models(root: Root) -> list[Committed]:
         stage for stage in store.list_names(root, "") if stage not in (*TABLES, "index", *NO_STAGES)
     ]
     return [
-        each
-        for each in committed_folders(root, stages)
-        if any(file["path"] == MODEL_FILE for file in each.manifest["files"])
+        folder
+        for folder in committed_folders(root, stages)
+        if any(file["path"] == MODEL_FILE for file in folder.manifest["files"])
     ]
 
 
 def record_lineage(root: Root, curate: Committed, removals: Removals) -> None:
-    """Log which models a keep list's rows were trained into, before compaction takes the rows out of it.
+    """Log the models trained on a keep list's removed rows, before compaction deletes those rows.
 
-    The entry of the take-down knows the models of its own time only: one that was being trained then has been committed since, or will be
-    (`held`): whatever was started from this list until now has read the rows.
+    The take-down's own entry lists only the models committed at that time. A model in training then
+    is committed later; `held` covers it: every model started from this list until now has read the
+    rows.
     """
-    gone = [
+    removed = [
         row
         for table in _tables(curate)
         for row in _trained(table, removals).select(COLUMNS).to_pylist()
     ]
-    if gone:
+    if removed:
         held = {"key": curate.key, "until": manifests.now()}
-        log(root, named(gone), {"compacted": f"{curate.stage}/{curate.key}"}, held=held)
+        log(root, named(removed), {"compacted": f"{curate.stage}/{curate.key}"}, held=held)
 
 
 def ancestors(root: Root, committed: Committed, stage: str) -> set[str]:
-    """Return the keys of a stage's folders that a folder was made from, at any remove."""
-    found: set[str] = set()
+    """Return the keys of a stage's folders that a folder depends on, directly or indirectly."""
+    keys: set[str] = set()
     for name, key in committed.manifest["inputs"].items():
         if name == stage:
-            found.add(key)
+            keys.add(key)
         before = manifests.find(root, name, key)
         if before:
-            found |= ancestors(root, before, stage)
-    return found
+            keys |= ancestors(root, before, stage)
+    return keys
 
 
 def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> dict[str, Any]:
-    """Return where in ROOT samples still are and what was trained on them, as `unclip index verify --json` prints it.
+    """Find where in ROOT samples still are and which models were trained on them.
 
-    Reads what is there: a folder is named if its files hold one of the samples, or an equal picture. The log only says more of what is
-    sought (digests of what has left ROOT; what was taken down with it is sought with it). `trained_into` holds the models that exist still.
-    `leftovers` are the files outside those folders that hold a sample: what dead writers left, work of stages that are not finished,
-    downloads of this machine, reports. `unreadable` are shards and tables that were cut short, which may hold it.
+    Returns the object that `unclip index verify --json` prints:
+
+    - `found_in`: folders whose files hold one of the samples, or an image with equal bytes.
+    - `leftovers`: files outside those folders that hold a sample: remains of dead writers, work of
+      unfinished stages, this machine's downloads, reports.
+    - `unreadable`: truncated shards and tables, which may hold a sample.
+    - `trained_into`: models trained on a sample that still exist.
+
+    Reads the files themselves. The log only extends the search: it adds the digests of samples that
+    are no longer in ROOT, and the samples that were taken down in the same entry.
     """
     sought = with_copies(root, named(rows, urls))
     entries = [entry for entry in read_entries(root) if gather([entry]) & sought]
     sought = with_copies(root, sought | gather(entries))
+    found_in = _find_folders(root, sought)
+    models_left = _find_models(root, sought, entries)
+    traces = trace(root, sought)
+    return {
+        "found_in": found_in,
+        "leftovers": _split_leftovers(root, traces.holding, found_in),
+        "unreadable": traces.unreadable,
+        "trained_into": models_left,
+    }
+
+
+def _find_folders(root: Root, sought: Removals) -> dict[str, list[str]]:
+    """Return the committed folders whose tables name one of the samples, by kind of folder."""
     found_in: dict[str, list[str]] = {"shards": [], "embeddings": [], "index": []}
     for committed in committed_folders(root, (*TABLES, "index")):
         if any(pc.any(_mask(table, sought)).as_py() for table in _tables(committed)):
-            found_in[PLACES[committed.stage]].append(f"{committed.stage}/{committed.key}")
+            name = f"{committed.stage}/{committed.key}"
+            found_in[FOLDER_KINDS[committed.stage]].append(name)
             if committed.stage == "additions":
-                found_in["embeddings"].append(f"{committed.stage}/{committed.key}")
-                found_in["index"].append(f"{committed.stage}/{committed.key}")
+                found_in["embeddings"].append(name)
+                found_in["index"].append(name)
+    return found_in
+
+
+def _find_models(root: Root, sought: Removals, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the existing models that were trained on the samples, by the log's entries and ROOT.
+
+    An entry with `held` stands for every model that was started from a keep list before a time.
+    """
     logged = [model for entry in entries for model in entry.get("trained_into", [])]
     trained = {
-        (each["stage"], each["key"], each["attempt"])
-        for each in (*logged, *trained_into(root, sought))
+        (model["stage"], model["key"], model["attempt"])
+        for model in (*logged, *trained_into(root, sought))
     }
     held = [entry["held"] for entry in entries if "held" in entry]
     trained |= {
         (model.stage, model.key, model.manifest["attempt"])
         for model in (models(root) if held else ())
-        for each in held
-        if model.manifest["started"] < each["until"]
-        and each["key"] in ancestors(root, model, "curate")
+        for keep_list in held
+        if model.manifest["started"] < keep_list["until"]
+        and keep_list["key"] in ancestors(root, model, "curate")
     }
-    current = {
-        f"{stage}/{key}"
-        for stage, key, attempt in trained
-        if (known := manifests.find(root, stage, key)) is not None
-        and known.manifest["attempt"] == attempt
-    }
-    traces = trace(root, sought)
-    left = []
-    for path in traces.holding:
-        committed_in = _committed_at(root, path)
-        if committed_in is None or committed_in.stage not in PLACES:
-            left.append(path)
-        elif (name := f"{committed_in.stage}/{committed_in.key}") not in found_in[
-            PLACES[committed_in.stage]
-        ]:
-            found_in[PLACES[committed_in.stage]].append(name)  # though its table does not say so
-    return {
-        "found_in": found_in,
-        "leftovers": left,
-        "unreadable": traces.unreadable,
-        "trained_into": sorted(current),
-    }
+    return sorted(
+        {
+            f"{stage}/{key}"
+            for stage, key, attempt in trained
+            if (now := manifests.find(root, stage, key)) is not None
+            and now.manifest["attempt"] == attempt
+        }
+    )
+
+
+def _split_leftovers(root: Root, paths: Iterable[str], found_in: dict[str, list[str]]) -> list[str]:
+    """Return the paths outside of committed folders; add the folders of the others to `found_in`.
+
+    Such a folder's files hold a sample although its table does not name it.
+    """
+    leftovers = []
+    for path in paths:
+        committed = _committed_at(root, path)
+        if committed is None or committed.stage not in FOLDER_KINDS:
+            leftovers.append(path)
+            continue
+        folders = found_in[FOLDER_KINDS[committed.stage]]
+        name = f"{committed.stage}/{committed.key}"
+        if name not in folders:
+            folders.append(name)
+    return leftovers
 
 
 def _committed_at(root: Root, path: str) -> Committed | None:
-    """Return the committed folder that a file, relative to ROOT, is part of, or None."""
+    """Return the committed folder that contains a path relative to ROOT, or None."""
     stage, _, rest = path.partition("/")
     key = rest.partition("/")[0]
-    found = manifests.find(root, stage, key) if stage and key and stage not in NO_STAGES else None
-    return found if found and path.startswith(f"{found.path}/") else None
+    committed = (
+        manifests.find(root, stage, key) if stage and key and stage not in NO_STAGES else None
+    )
+    return committed if committed and path.startswith(f"{committed.path}/") else None
 
 
 def pending(
     root: Root, removals: Removals, among: Iterable[Committed] | None = None
 ) -> list[Committed]:
-    """Return the committed folders, of ROOT or those given, that still hold something that was taken down, in the order of the stages."""
+    """Return the committed folders that still hold removed samples, in stage order.
+
+    Looks at all folders of ROOT, or only at those in `among`.
+    """
     if not removals:
         return []
     held = (
@@ -256,22 +301,23 @@ def pending(
         else among
     )
     return [
-        each
-        for each in held
-        if any(pc.any(_mask(table, removals)).as_py() for table in _tables(each))
+        folder
+        for folder in held
+        if any(pc.any(_mask(table, removals)).as_py() for table in _tables(folder))
     ]
 
 
 def blank(tar: Path, members: Sequence[str]) -> None:
-    """Overwrite members of a tar with nothing, in place: every other member stays where it was.
+    """Overwrite members of a tar with zeros in place; the offsets of all other members stay valid.
 
-    The header gets a type that readers of samples skip (POSIX leaves letters to vendors) and a name that tells nothing.
+    The header gets a type that sample readers skip (POSIX reserves the letters A to Z for vendors)
+    and a neutral name.
     """
     meant = frozenset(members)
     with tarfile.open(tar, "r:") as opened:
-        places = [(member.offset_data, member.size) for member in opened if member.name in meant]
+        ranges = [(member.offset_data, member.size) for member in opened if member.name in meant]
     with tar.open("r+b") as file:
-        for offset, size in places:
+        for offset, size in ranges:
             header_at = offset - tarfile.BLOCKSIZE
             file.seek(header_at)
             header = bytearray(file.read(tarfile.BLOCKSIZE))
@@ -287,7 +333,10 @@ def blank(tar: Path, members: Sequence[str]) -> None:
 
 
 def _tables(committed: Committed) -> Iterator[pa.Table]:
-    """Yield the rows of a folder with COLUMNS and, where known, url and split; a table at a time. Of what dedup left out only the key."""
+    """Yield a folder's rows as tables with COLUMNS and, where known, url and split.
+
+    For the samples that dedup dropped only the key is known.
+    """
     if committed.stage == "index":
         (arrow,) = committed.files("metadata.arrow")
         with pa.memory_map(str(arrow)) as source, pa.ipc.open_file(source) as reader:
@@ -310,7 +359,10 @@ def _tables(committed: Committed) -> Iterator[pa.Table]:
 
 
 def _copies(committed: Committed) -> Iterator[pa.Table]:
-    """Yield the rows that curate left out for their picture's bytes, with COLUMNS: equal to another's, or to what was taken down."""
+    """Yield, with COLUMNS, the rows that curate dropped because of their image's bytes.
+
+    Their bytes equal those of another sample or of a removed one.
+    """
     for file in committed.files("dropped.parquet") if committed.stage == "curate" else ():
         table = pq.read_table(file)
         digests = pc.struct_field(
@@ -328,7 +380,7 @@ def _copies(committed: Committed) -> Iterator[pa.Table]:
 
 
 def samples_of(table: pa.Table, stage: str) -> pa.Table:
-    """Return a stage's table with the names that the removal log uses; only rows that hold a picture."""
+    """Return a stage's rows that have an image, with the removal log's column names."""
     if stage != "ingest":
         return table.select(["key", "origin", "sha256", "split"]).append_column(
             "download", _nothing(table)
@@ -340,9 +392,8 @@ def samples_of(table: pa.Table, stage: str) -> pa.Table:
         "url": stored["url"],
         "sha256": _nothing(stored),
     }
-    return pa.table(
-        columns | {"download": stored["sha256"]}
-    )  # img2dataset's SHA-256 is of the download, not of what is stored
+    # img2dataset's sha256 is that of the download, not of the stored image.
+    return pa.table(columns | {"download": stored["sha256"]})
 
 
 def _nothing(table: pa.Table) -> pa.Array:

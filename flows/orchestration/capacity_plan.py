@@ -67,19 +67,19 @@ def capacity(
     for name, section in (("upsampler", config.upsampler), ("upsampler_2", config.upsampler_2)):
         if section:
             trained[name] = (section, costs.upsampler_cost(section), cluster.upsampler_workers)
-    found = {
+    sizes = {
         name: costs.need(cost, section, workers, rate)
         for name, (section, cost, workers) in trained.items()
     }
     if pairs and not config.clip.pretrained:
-        found["embed"] = {"storage_bytes": pairs * 2 * dim * 2}
-        found["index"] = {
+        sizes["embed"] = {"storage_bytes": pairs * 2 * dim * 2}
+        sizes["index"] = {
             "storage_bytes": pairs * 2 * dim
         }  # eight bits a dimension, pictures and texts
     if pairs:
         side_px = config.data.image_size_px
-        found["ingest"] = {"storage_bytes": int(pairs * side_px**2 * STORED_BYTES_PER_PIXEL)}
-    return found
+        sizes["ingest"] = {"storage_bytes": int(pairs * side_px**2 * STORED_BYTES_PER_PIXEL)}
+    return sizes
 
 
 def described(need: dict[str, Any]) -> str:

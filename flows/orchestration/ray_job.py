@@ -42,16 +42,18 @@ def run(root: Root, stage_name: str, key: str, attempt: int) -> None:
     """
     claim = check_claim(root, stage_name, key, attempt)
     config: Any = load(claim["config"])
-    stage = next(each for each in stages.STAGES if each.name == stage_name)
+    stage = next(candidate for candidate in stages.STAGES if candidate.name == stage_name)
     inputs = {}
     for name, input_key in claim["inputs"].items():
-        found = manifests.find(root, name, input_key)
-        if found is None:
+        committed = manifests.find(root, name, input_key)
+        if committed is None:
             raise CallerError(
                 f"{root.uri} has no {name}/{input_key} as seen from the cluster: ROOT must be a store that every node reaches"
             )
-        inputs[name] = found
-    here = key_of(stage, config, {name: each.key for name, each in inputs.items()})
+        inputs[name] = committed
+    here = key_of(
+        stage, config, {name: committed_input.key for name, committed_input in inputs.items()}
+    )
     if here != key:
         raise CallerError(
             f"{stage_name} has the key {here} on the cluster but {key} where it was submitted: its sources or code differ"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.orchestration.stages import trained_of
-from flows.runs.planning import fault, kept
+from flows.runs.planning import fault, frozen_model
 from flows.runs.stage import Stage, StageResult, inputs_of, key_of
 from infra.compute.cluster import StageResources
 from infra.compute.ray_jobs import Job, JobServer
@@ -52,19 +52,23 @@ def submit_stage(
     from flows.orchestration.ray_job import claim_name
 
     clock = time.monotonic()
-    given = {name: inputs[name] for name in inputs_of(stage, inputs)}
-    stays = kept(root, config, stage, trained_of(given))
+    stage_inputs = {name: inputs[name] for name in inputs_of(stage, inputs)}
+    stays = frozen_model(root, config, stage, trained_of(stage_inputs))
     if stays:
         return StageResult(stage.name, stays.key, "current", time.monotonic() - clock, stays)
-    key = key_of(stage, config, {name: each.key for name, each in given.items()})
+    key = key_of(stage, config, {name: committed.key for name, committed in stage_inputs.items()})
 
     def current() -> Committed | None:
-        found = manifests.find(root, stage.name, key)
-        return found if found and not fault(found, list(given.values())) else None
+        committed_before = manifests.find(root, stage.name, key)
+        return (
+            committed_before
+            if committed_before and not fault(committed_before, list(stage_inputs.values()))
+            else None
+        )
 
-    made = current()
-    if made:
-        return StageResult(stage.name, key, "current", time.monotonic() - clock, made)
+    result = current()
+    if result:
+        return StageResult(stage.name, key, "current", time.monotonic() - clock, result)
     name = claim_name(stage.name, key)
     before = store.read_json(root, name)
 
@@ -72,7 +76,7 @@ def submit_stage(
         content = {
             "attempt": number,
             "config": config.model_dump(mode="json"),
-            "inputs": {n: each.key for n, each in given.items()},
+            "inputs": {n: committed.key for n, committed in stage_inputs.items()},
         }
 
         def later(old: bytes | None) -> bytes | None:
@@ -82,9 +86,9 @@ def submit_stage(
                 else None
             )
 
-        kept_now = store.change_bytes(root, name, later)
-        assert kept_now is not None, "where no claim was, ours is now"
-        return int(json.loads(kept_now)["attempt"])
+        claim_now = store.change_bytes(root, name, later)
+        assert claim_now is not None, "where no claim was, ours is now"
+        return int(json.loads(claim_now)["attempt"])
 
     wanted: StageResources = config.cluster.stages.get(stage.name) or default_resources(
         stage, config
@@ -108,10 +112,10 @@ def submit_stage(
         lambda: current() is not None,
         lambda line: say(line),
     )
-    made = current()
-    assert made, "the job ends when the stage is current"
+    result = current()
+    assert result, "the job ends when the stage is current"
     store.remove(root, name)
-    return StageResult(stage.name, key, "ran", time.monotonic() - clock, made)
+    return StageResult(stage.name, key, "ran", time.monotonic() - clock, result)
 
 
 def default_resources(stage: Stage, config: Any) -> StageResources:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from flows.orchestration.stages import trained_of
-from flows.runs.planning import fault, kept
+from flows.runs.planning import fault, frozen_model
 from flows.runs.stage import Stage, StageJob, StageResult, inputs_of, key_of, sections_of
 from infra.compute.cluster import Cluster
 from infra.storage import manifests, store
@@ -34,30 +34,32 @@ def run_stage(
     before stays, and the stage's `work` folder stays for the next attempt.
     """
     started, clock = manifests.now(), time.monotonic()
-    given = {name: inputs[name] for name in inputs_of(stage, inputs)}
-    stays = kept(root, config, stage, trained_of(given))
+    stage_inputs = {name: inputs[name] for name in inputs_of(stage, inputs)}
+    stays = frozen_model(root, config, stage, trained_of(stage_inputs))
     if stays:
         return StageResult(stage.name, stays.key, "current", time.monotonic() - clock, stays)
-    key = key_of(stage, config, {name: committed.key for name, committed in given.items()})
+    key = key_of(stage, config, {name: committed.key for name, committed in stage_inputs.items()})
     lock = lock_file(root.scratch, stage.name, key)
     with (
         store.one_line_errors(root.scratch),
         writer_lock(lock, f"{stage.name} {key}", say),
-        _reading(root, given.values(), say) as given_now,
+        _reading(root, stage_inputs.values(), say) as inputs_now,
     ):
-        given = dict(zip(given, given_now, strict=True))
+        stage_inputs = dict(zip(stage_inputs, inputs_now, strict=True))
         manifests.recover(root, stage.name, key)
         existing = manifests.find(root, stage.name, key)
-        if existing and not fault(existing, list(given.values())):
+        if existing and not fault(existing, list(stage_inputs.values())):
             return StageResult(stage.name, key, "current", time.monotonic() - clock, existing)
         work = root.scratch / stage.name / key
         work.mkdir(parents=True, exist_ok=True)
         previous = _previous(root, stage, key)
         with writing_folder(root.scratch, f"{stage.name}-{key}") as out:
             with store.one_line_errors(out), _reading(root, [previous] if previous else [], say):
-                given_too = (read_removals(root), previous)
+                extra_inputs = (read_removals(root), previous)
                 counts = stage.run(
-                    StageJob(stage.name, key, config, given, out, work, cluster, *given_too)
+                    StageJob(
+                        stage.name, key, config, stage_inputs, out, work, cluster, *extra_inputs
+                    )
                 )
             assert counts.keys() >= {"in", "out", "dropped"}, (
                 f"{stage.name} must count what came in, went out and was dropped"
@@ -66,13 +68,15 @@ def run_stage(
                 "stage_version": stage.version,
                 "config": config.model_dump(mode="json"),
                 "sections": sections_of(stage, config),
-                "inputs": {name: committed.key for name, committed in given.items()},
-                "input_digests": {name: committed.digest for name, committed in given.items()},
+                "inputs": {name: committed.key for name, committed in stage_inputs.items()},
+                "input_digests": {
+                    name: committed.digest for name, committed in stage_inputs.items()
+                },
                 "counts": counts,
                 "started": started,
             }
             guard()
-            made = manifests.commit(
+            result = manifests.commit(
                 root,
                 stage.name,
                 key,
@@ -81,7 +85,7 @@ def run_stage(
                 existing.manifest["attempt"] if existing else None,
             )
         shutil.rmtree(work, ignore_errors=True)
-        return StageResult(stage.name, key, "ran", time.monotonic() - clock, made)
+        return StageResult(stage.name, key, "ran", time.monotonic() - clock, result)
 
 
 @contextmanager
@@ -91,12 +95,12 @@ def _reading(
     """Keep folders from being compacted while the block runs; yields them as they are now."""
     with ExitStack() as stack:
         now = []
-        for each in folders:
-            name = f"{each.stage} {each.key}"
+        for folder in folders:
+            name = f"{folder.stage} {folder.key}"
             stack.enter_context(
-                reader_lock(reading_file(root.scratch, each.stage, each.key), name, say)
+                reader_lock(reading_file(root.scratch, folder.stage, folder.key), name, say)
             )
-            now.append(manifests.find(root, each.stage, each.key) or each)
+            now.append(manifests.find(root, folder.stage, folder.key) or folder)
         yield now
 
 

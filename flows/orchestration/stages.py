@@ -155,14 +155,16 @@ def run_upsampler(job: StageJob) -> Counts:
     from training.jobs import train
 
     job.cluster.start()
-    ingest, kept = (
+    ingest, keep_list = (
         job.inputs["ingest"].local(),
         job.inputs["dedup" if "dedup" in job.inputs else "curate"].local(),
     )
     counts = train.train_upsampler(
-        getattr(job.config, job.stage), job.config.cluster, ingest, kept, job.out, job.work
+        getattr(job.config, job.stage), job.config.cluster, ingest, keep_list, job.out, job.work
     )
-    return counts | {"comparison": upsampler_comparison.compare(job.stage, job.out, ingest, kept)}
+    return counts | {
+        "comparison": upsampler_comparison.compare(job.stage, job.out, ingest, keep_list)
+    }
 
 
 def run_evaluate(job: StageJob) -> Counts:

@@ -1,4 +1,7 @@
-"""Writes a self-contained folder of a run's models, with a card that says where they come from."""
+"""Write a self-contained folder of a run's models, with a model card and the run's lineage.
+
+Reads a run's committed folders; writes only the new folder.
+"""
 
 import json
 import shutil
@@ -24,10 +27,10 @@ FORMAT = 1
 
 
 def write_export(root: Root, record: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Write the folder aside and rename it into place; returns path, size and SHA-256 of its files.
+    """Write a run's models, card and lineage to a folder; return its files.
 
-    Raises CallerError where the folder holds something or the run has no decoder, StorageError where a stage's file is not what its
-    manifest says.
+    Returns path, size in bytes and SHA-256 of each file. Raises CallerError if the folder is not
+    empty or the run lacks a model, and StorageError if a file does not match its manifest.
     """
     from flows.runs.records import committed_of
 
@@ -35,53 +38,57 @@ def write_export(root: Root, record: dict[str, Any], folder: Path) -> list[dict[
         stage: committed_of(root, record, stage)
         for stage in dict.fromkeys([*NEEDED, *record["stages"]])
     }
-    return write_aside(folder, lambda aside: _fill(aside, record, stages))
+    return write_staged(folder, lambda staging: _fill(staging, record, stages))
 
 
-def write_aside(folder: Path, fill: Callable[[Path], object]) -> list[dict[str, Any]]:
-    """Fill a folder aside and rename it into place; returns path, size and SHA-256 of its files. CallerError where it holds something."""
+def write_staged(folder: Path, fill: Callable[[Path], object]) -> list[dict[str, Any]]:
+    """Fill a temporary folder and rename it to `folder`; return its files.
+
+    Returns path, size in bytes and SHA-256 of each file. Raises CallerError if the folder is not
+    empty.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CallerError(f"{folder} is there already: give a folder that is new or empty")
     with one_line_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            fill(aside)
-            written = _listed(aside)
-            aside.chmod(0o755)
-            aside.replace(folder)
+            fill(staging)
+            written = _listed(staging)
+            staging.chmod(0o755)
+            staging.replace(folder)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
     return written
 
 
-def _fill(aside: Path, record: dict[str, Any], stages: dict[str, Committed]) -> None:
+def _fill(staging: Path, record: dict[str, Any], stages: dict[str, Committed]) -> None:
     from flows.runs.model_card import card
 
     for stage in MODELS:
         if stage in stages:
-            (aside / stage).mkdir()
+            (staging / stage).mkdir()
             for name in FILES:
                 if name != "tokenizer.json" or stage == "clip":
-                    _copy(stages[stage], name, aside / stage / name)
+                    _copy(stages[stage], name, staging / stage / name)
     report: dict[str, Any] = {}
     if "evaluate" in stages:
         evaluated = stages["evaluate"].local()
         report = json.loads((evaluated / "report.json").read_text())
-        shutil.copyfile(evaluated / report["generation"]["sheet"], aside / "samples.png")
+        shutil.copyfile(evaluated / report["generation"]["sheet"], staging / "samples.png")
     manifests = {
-        stage: {name: value for name, value in each.manifest.items() if name != "prefix"}
-        for stage, each in stages.items()
+        stage: {name: value for name, value in committed.manifest.items() if name != "prefix"}
+        for stage, committed in stages.items()
     }
     lineage = {"format": FORMAT, "run": record, "stages": manifests}
-    (aside / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False) + "\n")
+    (staging / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False) + "\n")
     facts = {
-        stage: json.loads((aside / stage / "config.json").read_text())
+        stage: json.loads((staging / stage / "config.json").read_text())
         for stage in MODELS
         if stage in stages
     }
     pictures = _pictures(stages["embed"]) if "embed" in stages else {}
-    (aside / "README.md").write_text(card(record, manifests, facts, pictures, report or None))
+    (staging / "README.md").write_text(card(record, manifests, facts, pictures, report or None))
 
 
 def _copy(committed: Committed, name: str, to: Path) -> None:
@@ -91,12 +98,13 @@ def _copy(committed: Committed, name: str, to: Path) -> None:
     )
     if file_sha256(to) != expected:
         raise StorageError(
-            f"{committed.uri}/{name} is not what its manifest says: run the pipeline again to make that stage anew"
+            f"{committed.uri}/{name} is not what its manifest says: "
+            "run the pipeline again to make that stage anew"
         )
 
 
 def _pictures(embed: Committed) -> dict[str, dict[str, int]]:
-    """Count the training pictures by licence and by style."""
+    """Return the number of training images by licence and by style."""
     from collections import Counter
 
     import pyarrow.parquet as pq

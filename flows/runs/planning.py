@@ -1,4 +1,7 @@
-"""Where the stages of a config stand in a ROOT: current, stale (and why) or missing. The truth is in the manifests alone; runs nothing."""
+"""Plan: decide for the stages of a config whether they are current, stale (and why) or missing.
+
+Reads only manifests and file sizes in ROOT; runs and writes nothing.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +14,10 @@ from infra.storage.store import Root
 
 
 def stages_of(config: Any, targets: Sequence[str], stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Return the stages that a config has: all, or the targets and what they need. A stage whose section is missing is none.
+    """Return the stages of a config: all of them, or the targets and the stages that they need.
 
-    Raises CallerError for a target that is none.
+    Stages without a section in the config are left out. Raises CallerError for an unknown target or
+    one without a section.
     """
     missing = {
         stage.name
@@ -30,7 +34,7 @@ def stages_of(config: Any, targets: Sequence[str], stages: Sequence[Stage]) -> t
 
 
 def with_needs(names: Sequence[str], stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Return the named stages and all that they need, in the table's order."""
+    """Return the named stages and all stages that they need, in the order of `stages`."""
     by_name = {stage.name: stage for stage in stages}
     wanted: set[str] = set()
     left = list(names)
@@ -45,7 +49,7 @@ def with_needs(names: Sequence[str], stages: Sequence[Stage]) -> tuple[Stage, ..
 
 
 def plan(root: Root, config: Any, stages: Sequence[Stage]) -> list[StagePlan]:
-    """Say of each stage whether it is current, stale (and why) or missing; reads manifests and file sizes, runs nothing."""
+    """Return for each stage whether it is current, stale (and why) or missing."""
     plans: dict[str, StagePlan] = {}
     for stage in stages:
         plans[stage.name] = _plan_one(
@@ -54,33 +58,43 @@ def plan(root: Root, config: Any, stages: Sequence[Stage]) -> list[StagePlan]:
     return list(plans.values())
 
 
-def kept(root: Root, config: Any, stage: Stage, trained: Mapping[str, str]) -> Committed | None:
-    """Return the model that the recipe keeps although its data may have changed (`retrain = "never"`), or None.
+def frozen_model(
+    root: Root, config: Any, stage: Stage, trained: Mapping[str, str]
+) -> Committed | None:
+    """Return the model that the recipe keeps although its data changed, or None.
 
-    It is the newest of the same code and settings, made with the same models; `trained` holds the digests of those that it builds on.
+    Only a stage with `retrain = "never"` has one: the newest with the same code version, settings
+    and input models. `trained` holds the digests of the input models by stage.
     """
     section = getattr(config, stage.name, None) if stage.parameters else None
     if getattr(section, "retrain", "") != "never":
         return None
-    found = [manifests.find(root, stage.name, key) for key in store.list_names(root, stage.name)]
+    committed = [
+        manifests.find(root, stage.name, key) for key in store.list_names(root, stage.name)
+    ]
     sections = sections_of(stage, config)
     fitting = [
-        each
-        for each in found
-        if each
-        and (each.manifest["stage_version"], each.manifest["sections"]) == (stage.version, sections)
-        and {name: each.manifest["input_digests"].get(name) for name in trained} == trained
-        and not manifests.damage(each)
+        candidate
+        for candidate in committed
+        if candidate
+        and (candidate.manifest["stage_version"], candidate.manifest["sections"])
+        == (stage.version, sections)
+        and {name: candidate.manifest["input_digests"].get(name) for name in trained} == trained
+        and not manifests.damage(candidate)
     ]
-    return max(fitting, key=lambda each: str(each.manifest["finished"]), default=None)
+    return max(fitting, key=lambda candidate: str(candidate.manifest["finished"]), default=None)
 
 
 def _plan_one(root: Root, config: Any, stage: Stage, before: Sequence[StagePlan]) -> StagePlan:
-    inputs = {each.stage.name: each.key for each in before}
-    models = {each.stage.name: each.committed for each in before if each.stage.parameters}
+    inputs = {stage_plan.stage.name: stage_plan.key for stage_plan in before}
+    models = {
+        stage_plan.stage.name: stage_plan.committed
+        for stage_plan in before
+        if stage_plan.stage.parameters
+    }
     if all(models.values()):
-        stays = kept(
-            root, config, stage, {name: each.digest for name, each in models.items() if each}
+        stays = frozen_model(
+            root, config, stage, {name: model.digest for name, model in models.items() if model}
         )
         if stays:
             changed = [
@@ -95,11 +109,13 @@ def _plan_one(root: Root, config: Any, stage: Stage, before: Sequence[StagePlan]
     key = key_of(stage, config, inputs)
     committed = manifests.find(root, stage.name, key)
     if committed:
-        again = [each.stage.name for each in before if each.state != "current"]
+        again = [stage_plan.stage.name for stage_plan in before if stage_plan.state != "current"]
         why = (
             f"{again[0]} will be made again"
             if again
-            else fault(committed, [each.committed for each in before if each.committed])
+            else fault(
+                committed, [stage_plan.committed for stage_plan in before if stage_plan.committed]
+            )
         )
         return StagePlan(stage, key, "stale" if why else "current", why, committed)
     last = manifests.newest(root, stage.name)
@@ -115,14 +131,14 @@ def _plan_one(root: Root, config: Any, stage: Stage, before: Sequence[StagePlan]
 
 
 def fault(committed: Committed, inputs: Sequence[Committed]) -> str:
-    """Return why a committed folder of the right key must still be made again, or "".
+    """Return why a committed folder with the right key must still be made again, or "".
 
-    It must when a file is gone or cut, or when an input was made again under its old key and came out otherwise (a training run that was
-    deleted and repeated): a folder made from the old one must not stand beside the new one.
+    That is the case if a file is missing or truncated, or if an input was made again under the same
+    key with another result (a training run that was deleted and repeated).
     """
-    for each in inputs:
-        if committed.manifest["input_digests"][each.stage] != each.digest:
-            return f"{each.stage} was made again with another result"
+    for committed_input in inputs:
+        if committed.manifest["input_digests"][committed_input.stage] != committed_input.digest:
+            return f"{committed_input.stage} was made again with another result"
     return manifests.damage(committed)
 
 
@@ -132,7 +148,7 @@ def _changes(
     sections: Mapping[str, Any],
     inputs: Mapping[str, str],
 ) -> str:
-    """Name what differs from the newest manifest of the stage."""
+    """Return the differences from the stage's newest manifest, as text."""
     changes = []
     if manifest["stage_version"] != stage.version:
         changes.append(f"code version {manifest['stage_version']} -> {stage.version}")

@@ -1,7 +1,9 @@
-"""The promotion gate: `ROOT/current.json` moves to a run only if its report passes `[evaluate] promote_if`.
+"""The promotion gate: `ROOT/current.json` moves to a run only if it passes `[evaluate] promote_if`.
 
-A condition compares a figure of `report.json` with a number or with the current run's own figure: `retrieval.held_out_style.
-image_to_text.recall@10 >= 0.1`, `generation.own_prompt_first >= current - 0.05`. Search, generation and the service follow the pointer.
+A condition compares a figure of the run's `report.json` with a number, or with the same figure of
+the current run, for example `retrieval.held_out_style.image_to_text.recall@10 >= 0.1` or
+`generation.own_prompt_first >= current - 0.05`. By default search, generation and the service use
+the run that `current.json` names.
 """
 
 import operator
@@ -34,14 +36,15 @@ def settle(
     record: Mapping[str, Any],
     committed: Mapping[str, Committed],
 ) -> dict[str, Any] | None:
-    """Judge a run and move the pointer if it passes; returns the judgement, or None where there is no gate or no report.
+    """Judge a run and promote it if it passes; return the judgement.
 
-    Raises CallerError for a condition that names no figure of the report.
+    Returns None if there are no conditions or no report. Raises CallerError for a condition on a
+    figure that the report does not have.
     """
     if not conditions or "evaluate" not in committed:
         return None
-    found = store.read_json(root, CURRENT)
-    before = manifests.find(root, "evaluate", found["stages"]["evaluate"]) if found else None
+    pointer = store.read_json(root, CURRENT)
+    before = manifests.find(root, "evaluate", pointer["stages"]["evaluate"]) if pointer else None
     verdicts = judge(
         _report(committed["evaluate"]), conditions, _report(before) if before else None
     )
@@ -55,9 +58,10 @@ def settle(
 def judge(
     report: Mapping[str, Any], conditions: Sequence[str], current: Mapping[str, Any] | None
 ) -> list[dict[str, Any]]:
-    """Say of each condition what was asked, what the report has, and whether it holds.
+    """Return for each condition its text, the report's value, the limit and whether it holds.
 
-    Without a current run, or where its report lacks the figure, a condition that refers to it holds.
+    A condition that refers to the current run holds if there is none or its report lacks the
+    figure.
     """
     verdicts = []
     for condition in conditions:
@@ -65,7 +69,8 @@ def judge(
         value = figure(report, path)
         if value is None:
             raise CallerError(
-                f"[evaluate] promote_if {condition!r}: report.json has no figure {path}; it has {', '.join(near(report, path))}"
+                f"[evaluate] promote_if {condition!r}: report.json has no figure {path}; "
+                f"it has {', '.join(near(report, path))}"
             )
         limit: float | None
         if number is not None:
@@ -80,7 +85,10 @@ def judge(
 
 
 def figure(report: Mapping[str, Any], path: str) -> float | None:
-    """Return the number at a dotted path of a report (`value` of a figure with an interval), or None."""
+    """Return the number at a dotted path of a report, or None.
+
+    For a figure with an interval this is its `value`.
+    """
     node: Any = report
     for part in path.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
@@ -90,7 +98,7 @@ def figure(report: Mapping[str, Any], path: str) -> float | None:
 
 
 def near(report: Mapping[str, Any], path: str) -> list[str]:
-    """Return the names at the deepest part of a path that exists."""
+    """Return the names below the longest existing prefix of a dotted path."""
     node: Any = report
     for part in path.split("."):
         if not isinstance(node, Mapping) or not isinstance(node.get(part), Mapping):
@@ -100,11 +108,11 @@ def near(report: Mapping[str, Any], path: str) -> list[str]:
 
 
 def described(judgement: Mapping[str, Any]) -> str:
-    """Write a judgement in one line."""
+    """Format a judgement as one line."""
     failed = [
-        f"{each['condition']} ({each['value']:.4g})"
-        for each in judgement["conditions"]
-        if not each["holds"]
+        f"{condition['condition']} ({condition['value']:.4g})"
+        for condition in judgement["conditions"]
+        if not condition["holds"]
     ]
     return f"not promoted: {'; '.join(failed)}" if failed else "promoted: current.json points here"
 

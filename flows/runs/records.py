@@ -1,6 +1,7 @@
-"""The record of a run, `ROOT/runs/<name>.json`: which keys belong together, for those who come after (search, generate, reports).
+"""The record of a run, `ROOT/runs/<name>.json`: the key of each of its stages.
 
-A record points at committed folders; the manifests stay the truth. Knows nothing of how a run was made.
+Search, generation and reports find a run's committed folders through its record; the manifests hold
+the facts. Knows nothing of how a run is executed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,13 +25,16 @@ def write_run(
     committed: Mapping[str, Committed],
     is_gated: bool = False,
 ) -> dict[str, Any]:
-    """Write the record of a run that is complete as far as it went, and return it; a gated one is followed only once it is promoted."""
+    """Write the record of a finished run, and return it.
+
+    A gated run is used by default only after its promotion.
+    """
     record = {
         "name": name,
         "recipe": recipe,
         "started": started,
         "finished": manifests.now(),
-        "stages": {stage: each.key for stage, each in committed.items()},
+        "stages": {stage: folder.key for stage, folder in committed.items()},
         "report": report_of(committed),
         "gated": is_gated and "evaluate" in committed,
     }
@@ -39,45 +43,50 @@ def write_run(
 
 
 def report_of(committed: Mapping[str, Committed]) -> str | None:
-    """Return where the report is, or None before `evaluate`."""
+    """Return the URI of the report, or None if `evaluate` has not run."""
     return f"{committed['evaluate'].uri}/{REPORT}" if "evaluate" in committed else None
 
 
 def find_run(root: Root, name: str | None = None) -> dict[str, Any]:
-    """Return the record of the named run, by default the promoted one or, where there is none, the last one that no gate judges.
+    """Return the record of a run: the named one, else the promoted one, else the last ungated one.
 
-    Raises CallerError where there is none: a run that its gate did not promote can be had by its name alone.
+    Raises CallerError if there is none. A gated run that was not promoted must be named.
     """
-    found: dict[str, Any] | None = store.read_json(root, f"runs/{name}.json" if name else CURRENT)
-    if found:
-        return found
+    record: dict[str, Any] | None = store.read_json(root, f"runs/{name}.json" if name else CURRENT)
+    if record:
+        return record
     records = [] if name else _records(root)
     if latest := _latest(records):
         return latest
     if records:
         raise CallerError(
-            f"no run in {root.uri} has passed its gate, [evaluate] promote_if: name one, --run {records[-1]['name']}"
+            f"no run in {root.uri} has passed its gate, [evaluate] promote_if: "
+            f"name one, --run {records[-1]['name']}"
         )
     raise CallerError(no_run(root, name))
 
 
 def no_run(root: Root, name: str | None = None) -> str:
-    """Say that there is no run, or none of that name, and how to make one."""
-    return f"{root.uri} has no run{f' {name}' if name else ''}: make one with `unclip run quickstart --root {root.uri}`"
+    """Return the message that there is no run, or none of that name, and how to make one."""
+    return (
+        f"{root.uri} has no run{f' {name}' if name else ''}: "
+        f"make one with `unclip run quickstart --root {root.uri}`"
+    )
 
 
 def list_runs(root: Root) -> list[dict[str, Any]]:
-    """Return the records of all runs, the last finished first; `followed` is true for the one that `find_run` gives.
+    """Return the records of all runs, the last finished first.
 
-    A promoted run whose name another has taken since stands there as it was promoted.
+    `followed` is true for the run that `find_run` returns by default. A promoted run is listed as
+    it was promoted, even if a later run has taken its name.
     """
     records = _records(root)
     followed = store.read_json(root, CURRENT) or _latest(records)
     listed = [
-        {**each, "followed": followed is not None and _told_apart(each) == _told_apart(followed)}
-        for each in records
+        {**record, "followed": followed is not None and _sort_key(record) == _sort_key(followed)}
+        for record in records
     ]
-    if followed and not any(each["followed"] for each in listed):
+    if followed and not any(row["followed"] for row in listed):
         listed.append({**followed, "followed": True})
     return sorted(listed, key=lambda record: record["finished"], reverse=True)
 
@@ -90,25 +99,26 @@ def _records(root: Root) -> list[dict[str, Any]]:
 
 
 def _latest(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the last finished of those that no gate judges, or None."""
+    """Return the last finished ungated run, or None."""
     return max(
-        (each for each in records if not each.get("gated")),
+        (record for record in records if not record.get("gated")),
         key=lambda record: record["finished"],
         default=None,
     )
 
 
-def _told_apart(record: Mapping[str, Any]) -> tuple[str, str]:
+def _sort_key(record: Mapping[str, Any]) -> tuple[str, str]:
     return record["name"], record["finished"]
 
 
 def committed_of(root: Root, record: Mapping[str, Any], stage: str) -> Committed:
-    """Return the folder of one stage of a run. Raises CallerError where the run did not come that far."""
+    """Return the folder of one stage of a run. Raises CallerError if the run does not have it."""
     key = record["stages"].get(stage)
     committed = manifests.find(root, stage, key) if key else None
     if committed is None:
         raise CallerError(
-            f"run {record['name']} in {root.uri} has no {stage}: run `unclip run {record['recipe']} --root {root.uri}`"
+            f"run {record['name']} in {root.uri} has no {stage}: "
+            f"run `unclip run {record['recipe']} --root {root.uri}`"
         )
     return committed
 
@@ -120,15 +130,15 @@ def summary(
     report: str | None,
     judgement: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return what `unclip run --json` prints, with the gate's judgement where there is a gate."""
+    """Return the object that `unclip run --json` prints, with the judgement if there is a gate."""
     stages = [
         {
-            "stage": each.stage,
-            "key": each.key,
-            "state": each.state,
-            "seconds": round(each.seconds, 3),
+            "stage": result.stage,
+            "key": result.key,
+            "state": result.state,
+            "seconds": round(result.seconds, 3),
         }
-        for each in results
+        for result in results
     ]
     return {"run": name, "root": root.uri, "report": report, "stages": stages} | (
         dict(judgement) if judgement else {}
@@ -136,14 +146,19 @@ def summary(
 
 
 def plan_summary(root: Root, name: str, plans: Sequence[StagePlan]) -> dict[str, Any]:
-    """Return what `unclip status --json` prints."""
+    """Return the object that `unclip status --json` prints."""
     stages = [
-        {"stage": each.stage.name, "key": each.key, "state": each.state, "why": each.why}
-        for each in plans
+        {
+            "stage": stage_plan.stage.name,
+            "key": stage_plan.key,
+            "state": stage_plan.state,
+            "why": stage_plan.why,
+        }
+        for stage_plan in plans
     ]
     current = {
-        each.stage.name: each.committed
-        for each in plans
-        if each.state == "current" and each.committed
+        stage_plan.stage.name: stage_plan.committed
+        for stage_plan in plans
+        if stage_plan.state == "current" and stage_plan.committed
     }
     return {"run": name, "root": root.uri, "report": report_of(current), "stages": stages}

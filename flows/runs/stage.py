@@ -1,4 +1,7 @@
-"""What a stage is, what it is handed, and the key of what it makes. The stages themselves are in flows.orchestration.stages."""
+"""The types of a stage, its job, plan and result, and the content key of its output.
+
+The stages themselves are in `flows.orchestration.stages`.
+"""
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
@@ -10,13 +13,11 @@ from infra.storage import manifests
 from infra.storage.manifests import Committed
 from infra.storage.removal_log import Removals
 
-if (
-    TYPE_CHECKING
-):  # the sections live beside torch and faiss, which planning with a given config does not need
+if TYPE_CHECKING:  # the sections import torch and faiss, which planning does not need
     from flows.config.run_config import RunConfig
 
 UPSAMPLERS = ("upsampler", "upsampler_2")
-"""The stages that enlarge what the decoder draws, one behind the other."""
+"""The up-sampling stages, in the order in which they are applied to the decoder's images."""
 
 Counts = dict[str, Any]
 State = Literal["current", "stale", "missing"]
@@ -24,7 +25,7 @@ State = Literal["current", "stale", "missing"]
 
 @dataclass(frozen=True)
 class StageJob:
-    """What an adapter gets; everything written to `out` is committed by the caller once the adapter returns."""
+    """The arguments of a stage's adapter; after it returns, the caller commits `out`."""
 
     stage: str
     key: str
@@ -33,17 +34,20 @@ class StageJob:
     out: Path
     """An empty local folder."""
     work: Path
-    """A local folder that persists across killed attempts of the same key: state for resuming lives here."""
+    """A local folder for state to resume from; it survives killed attempts of the same key."""
     cluster: Cluster
     removals: Removals
-    """What was taken down and must not come back."""
+    """Samples that were taken down and must not be used again."""
     previous: Committed | None = None
-    """What the stage committed last, under another key: whatever it has of the same inputs may be taken over."""
+    """The stage's last commit, under another key; results for the same inputs may be reused."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the pipeline. Raise `version` when its code makes other results from the same input and config."""
+    """One step of the pipeline.
+
+    Increase `version` when its code gives other results for the same inputs and config.
+    """
 
     name: str
     needs: tuple[str, ...]
@@ -51,14 +55,17 @@ class Stage:
     version: int
     run: Callable[[StageJob], Counts]
     wants: tuple[str, ...] = ()
-    """Stages whose folder it takes as well where the recipe has them."""
+    """Optional inputs: stages whose folders it uses if the recipe has them."""
     parameters: Callable[[Any], int | None] | None = None
-    """Counts the parameters of the model that the stage would train under a config, where it trains one; None: not known before it runs."""
+    """Counts the parameters of the model that the stage trains; None for stages that train none.
+
+    It returns None if the count is not known before the stage runs.
+    """
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Where one stage stands in a ROOT under a config; `why` says what makes it stale."""
+    """The state of one stage in a ROOT under a config; `why` is the reason why it is stale."""
 
     stage: Stage
     key: str
@@ -69,7 +76,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What running one stage came to."""
+    """The result of running one stage."""
 
     stage: str
     key: str
@@ -79,16 +86,19 @@ class StageResult:
 
 
 def inputs_of(stage: Stage, there: Container[str]) -> list[str]:
-    """Return the stages whose folders a stage takes: what it needs, and what it wants where it is there."""
+    """Return the stages that a stage reads: those it needs, and those it wants that are present."""
     return [*stage.needs, *(name for name in stage.wants if name in there)]
 
 
 def sections_of(stage: Stage, config: Any) -> dict[str, Any]:
-    """Return the config that the stage's key depends on, by section; a section that the recipe leaves out is None."""
+    """Return the config fields that the stage's key depends on, by section.
+
+    A section that the recipe does not have is None.
+    """
     chosen = ((name, getattr(config, name)) for name in stage.sections)
     return {name: section.keyed() if section is not None else None for name, section in chosen}
 
 
 def key_of(stage: Stage, config: Any, input_keys: Mapping[str, str]) -> str:
-    """Return the content key of what the stage makes from inputs of these keys under this config."""
+    """Return the content key of the stage's output for these input keys and this config."""
     return manifests.content_key(stage.name, stage.version, sections_of(stage, config), input_keys)

@@ -1,11 +1,13 @@
-"""Prefect deployments of a recipe: on which schedule, one run per ROOT at a time, and who hears of a failure.
+"""Prefect deployments of a recipe: schedule, work queue and failure webhook.
 
-A deployment runs `flows/pipeline.py:run_pipeline` from this installation in a process work pool. Runs of one ROOT share a work queue
-that lets one through; a run whose process has vanished (its heartbeats stop) is marked crashed, so that it does not block the queue.
-The pool takes no job variables: a run that somebody makes through Prefect's API can change neither the command nor the environment
-nor the folder that it runs in. Secrets stay in the worker's environment; the webhook's URL, often a secret itself, comes from the
-environment too and is kept in a secret block named after the deployment.
-`python -m flows.scheduling.deployments ROOT` makes the queue alone and prints its name, for deployments from `infra/deploy/prefect.yaml`.
+A deployment runs `flows/pipeline.py:run_pipeline` from this installation in a process work pool.
+Runs into one ROOT share a work queue with a concurrency limit of 1; a run whose heartbeats stop is
+marked as crashed, so that it does not block the queue. The pool accepts no job variables, so a run
+created through Prefect's API cannot change its command, environment or working directory. Secrets
+stay in the worker's environment; the webhook's URL, often a secret itself, is stored in a secret
+block of the deployment.
+`python -m flows.scheduling.deployments ROOT` only creates the queue and prints its name, for
+deployments from `infra/deploy/prefect.yaml`.
 """
 
 import hashlib
@@ -29,15 +31,15 @@ if TYPE_CHECKING:  # Prefect reads its settings when it is imported, and takes s
 POOL = "unclip"
 ENTRYPOINT = "flows.pipeline.run_pipeline"
 WORKER_SETTINGS = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
-"""What a worker needs in its environment, for its runs to send the heartbeats that `_watch_vanished` looks for."""
+"""Environment of a worker: its runs send the heartbeats that `_watch_vanished` watches."""
 JOB_TEMPLATE = {
-    # No key `env`: into one that is there a worker merges a run's job variables, whatever the schema says.
+    # No key `env`: a worker would merge a run's job variables into it, whatever the schema says.
     "job_configuration": {"stream_output": True},
     "variables": {"type": "object", "properties": {}, "additionalProperties": False},
 }
 VANISHED_AFTER_S = 90
 VANISHED = "no heartbeat"
-"""So begins the message of the state that the server gives a run that has vanished."""
+"""Start of the state message that the server gives a vanished run."""
 ENDED = tuple(
     f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")
 )
@@ -45,12 +47,12 @@ ENDED = tuple(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to run when; `cron` (in `timezone`) or `every_s`, one of them."""
+    """A flow run and its schedule: exactly one of `cron` (in `timezone`) and `every_s`."""
 
     name: str
     parameters: dict[str, Any]
     folder: Path
-    """Working directory of the runs: relative paths in the recipe count from here."""
+    """Working directory of the runs; relative paths in the recipe are resolved from here."""
     cron: str = ""
     timezone: str = "UTC"
     every_s: int = 0
@@ -58,12 +60,12 @@ class Plan:
 
 
 def queue_of(root_uri: str) -> str:
-    """Return the name of the work queue that all deployments into a ROOT share."""
+    """Return the name of the work queue shared by all deployments into a ROOT."""
     return f"root-{hashlib.sha256(root_uri.encode()).hexdigest()[:12]}"
 
 
 def prepared_queue(root_uri: str) -> str:
-    """Make the work queue of a ROOT, which lets one run through, and the watch over runs that vanish; return the queue's name."""
+    """Create the work queue of a ROOT and the watch for vanished runs; return the queue's name."""
     with _client() as client:
         _prepare_pool(client)
         _one_at_a_time(client, queue_of(root_uri))
@@ -72,79 +74,70 @@ def prepared_queue(root_uri: str) -> str:
 
 
 def deploy(plan: Plan, notify_url: str = "") -> dict[str, Any]:
-    """Make or renew the deployment of a plan on Prefect's server and return what `unclip schedule --json` prints.
+    """Create or replace the deployment of a plan; return what `unclip schedule --json` prints.
 
-    Raises CallerError for a schedule that is none, UnclipError where the server does not answer.
+    Raises CallerError for an invalid schedule, and UnclipError if Prefect's server does not answer
+    or refuses the deployment.
     """
-    from prefect.exceptions import PrefectHTTPStatusError
-    from prefect.utilities.callables import parameter_schema
-
-    from flows.pipeline import run_pipeline
-
     schedule = _schedule(plan)
-    root_uri = plan.parameters["root"]
+    queue = queue_of(plan.parameters["root"])
     with _client() as client:
         _prepare_pool(client)
-        _one_at_a_time(client, queue_of(root_uri))
-        try:
-            deployment = client.create_deployment(
-                flow_id=client.create_flow(run_pipeline),
-                name=plan.name,
-                schedules=[schedule],
-                parameters=plan.parameters,
-                parameter_openapi_schema=parameter_schema(run_pipeline).model_dump(),
-                tags=[
-                    "unclip",
-                    f"recipe:{Path(plan.parameters['recipe']).stem}",
-                    queue_of(root_uri),
-                ],
-                description=f"{plan.parameters['recipe']} into {root_uri}",
-                work_pool_name=POOL,
-                work_queue_name=queue_of(root_uri),
-                entrypoint=ENTRYPOINT,
-                pull_steps=[
-                    {
-                        "prefect.deployments.steps.set_working_directory": {
-                            "directory": str(plan.folder)
-                        }
-                    }
-                ],
-                paused=plan.paused,
-                enforce_parameter_schema=True,
-            )
-        except PrefectHTTPStatusError as error:
-            raise UnclipError(
-                f"Prefect's server refused the deployment {plan.name}: {error.response.text[:300]}"
-            ) from error
+        _one_at_a_time(client, queue)
+        deployment = _create_deployment(client, plan, schedule, queue)
         _watch_vanished(client)
         client.delete_resource_owned_automations(f"prefect.deployment.{deployment}")
         _remove_webhook(client, deployment)
         if notify_url:
             _notify(client, deployment, plan.name, _webhook(deployment, notify_url))
+    worker_settings = [f"{name}={value}" for name, value in WORKER_SETTINGS.items()]
     return {
         "deployment": f"unclip/{plan.name}",
         "id": str(deployment),
         "pool": POOL,
-        "queue": queue_of(root_uri),
+        "queue": queue,
         "schedule": plan.cron or f"every {plan.every_s} s",
         "paused": plan.paused,
         "notifies": bool(notify_url),
         "worker": shlex.join(
-            [
-                "env",
-                *(f"{name}={value}" for name, value in WORKER_SETTINGS.items()),
-                "prefect",
-                "worker",
-                "start",
-                "--pool",
-                POOL,
-            ]
+            ["env", *worker_settings, "prefect", "worker", "start", "--pool", POOL]
         ),
     }
 
 
+def _create_deployment(client: "SyncPrefectClient", plan: Plan, schedule: Any, queue: str) -> UUID:
+    """Create or replace the deployment on the server. Raises UnclipError if it refuses it."""
+    from prefect.exceptions import PrefectHTTPStatusError
+    from prefect.utilities.callables import parameter_schema
+
+    from flows.pipeline import run_pipeline
+
+    recipe, root_uri = plan.parameters["recipe"], plan.parameters["root"]
+    working_directory = {"directory": str(plan.folder)}
+    try:
+        return client.create_deployment(
+            flow_id=client.create_flow(run_pipeline),
+            name=plan.name,
+            schedules=[schedule],
+            parameters=plan.parameters,
+            parameter_openapi_schema=parameter_schema(run_pipeline).model_dump(),
+            tags=["unclip", f"recipe:{Path(recipe).stem}", queue],
+            description=f"{recipe} into {root_uri}",
+            work_pool_name=POOL,
+            work_queue_name=queue,
+            entrypoint=ENTRYPOINT,
+            pull_steps=[{"prefect.deployments.steps.set_working_directory": working_directory}],
+            paused=plan.paused,
+            enforce_parameter_schema=True,
+        )
+    except PrefectHTTPStatusError as error:
+        raise UnclipError(
+            f"Prefect's server refused the deployment {plan.name}: {error.response.text[:300]}"
+        ) from error
+
+
 def remove(name: str) -> dict[str, Any]:
-    """Remove a deployment with its automations. Raises CallerError where there is none of that name."""
+    """Remove a deployment and its automations. Raises CallerError if there is none of that name."""
     from prefect.exceptions import ObjectNotFound
 
     with _client() as client:
@@ -162,7 +155,10 @@ def remove(name: str) -> dict[str, Any]:
 
 @contextmanager
 def _client() -> Iterator["SyncPrefectClient"]:
-    """Give a client of Prefect's server. Raises UnclipError where it does not answer, or not to us."""
+    """Yield a client of Prefect's server.
+
+    Raises UnclipError if the server does not answer or refuses our password.
+    """
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError
@@ -185,7 +181,8 @@ def _client() -> Iterator["SyncPrefectClient"]:
         if error.response.status_code != httpx.codes.UNAUTHORIZED:
             raise
         raise UnclipError(
-            f"{url} wants a password: set PREFECT_API_AUTH_STRING to it; `unclip up` keeps its own in ROOT/prefect/{TOKEN_FILE}"
+            f"{url} wants a password: set PREFECT_API_AUTH_STRING to it; "
+            f"`unclip up` keeps its own in ROOT/prefect/{TOKEN_FILE}"
         ) from None
 
 
@@ -221,15 +218,15 @@ def _one_at_a_time(client: "SyncPrefectClient", queue: str) -> None:
     from prefect.exceptions import ObjectNotFound
 
     try:
-        found = client.read_work_queue_by_name(queue, work_pool_name=POOL)
+        work_queue = client.read_work_queue_by_name(queue, work_pool_name=POOL)
     except ObjectNotFound:
         client.create_work_queue(name=queue, concurrency_limit=1, work_pool_name=POOL)
     else:
-        client.update_work_queue(found.id, concurrency_limit=1)
+        client.update_work_queue(work_queue.id, concurrency_limit=1)
 
 
 def _watch_vanished(client: "SyncPrefectClient") -> None:
-    """Have the server mark a run as crashed whose heartbeats have stopped without an end: its machine is gone."""
+    """Make the server mark a run as crashed if its heartbeats stop before it has ended."""
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
@@ -255,15 +252,15 @@ def _watch_vanished(client: "SyncPrefectClient") -> None:
             )
         ],
     )
-    found = client.read_automations_by_name(watch.name)
-    if found:
-        client.update_automation(found[0].id, watch)
+    existing = client.read_automations_by_name(watch.name)
+    if existing:
+        client.update_automation(existing[0].id, watch)
     else:
         client.create_automation(watch)
 
 
 def _webhook(deployment: UUID, url: str) -> UUID:
-    """Keep the webhook's URL in a secret block, where the deployment's runs look for it; return its document's id."""
+    """Store the webhook's URL in the secret block that the deployment's runs read; return its id."""
     from prefect.blocks.webhook import Webhook
     from pydantic import SecretStr
 
@@ -290,11 +287,14 @@ def _remove_webhook(client: "SyncPrefectClient", deployment: UUID) -> None:
 
 
 def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, block: UUID) -> None:
-    """Have the server POST a line when a run of the deployment has vanished with its worker; of all else these tell (`tell_failure`)."""
+    """Make the server POST a line when a run of the deployment vanishes together with its worker.
+
+    All other failures are reported by the run or its worker (`tell_failure`).
+    """
     from prefect.events.actions import CallWebhook
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-    told = AutomationCore(
+    automation = AutomationCore(
         name=f"unclip: {name} vanished",
         trigger=EventTrigger(
             expect={"prefect.flow-run.Crashed"},
@@ -318,7 +318,7 @@ def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, block: UUI
         ],
         owner_resource=f"prefect.deployment.{deployment}",
     )
-    client.create_automation(told)
+    client.create_automation(automation)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Prefect's server application behind a check of Host and Origin, for uvicorn: `flows.scheduling.prefect_app:create_app` with `--factory`.
+"""Prefect's server application with a check of the headers Host and Origin.
 
-Prefect itself answers any page of any site. Here a request must carry the token (Prefect's own basic authentication), be sent to
-one of the server's own addresses (a site whose name was made to point at this machine is refused) and come from no page but its own.
+Runs under uvicorn as `flows.scheduling.prefect_app:create_app` with `--factory`. Prefect itself
+answers pages of any site. Here a request must carry the token (Prefect's basic authentication), its
+Host must be one of the server's own addresses (this refuses DNS rebinding), and its Origin, if any,
+must be the server itself.
 """
 
 import os
@@ -10,13 +12,16 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 HOSTS = "UNCLIP_PREFECT_HOSTS"
-"""Environment variable: the addresses, as `host:port` with commas between, under which the server is asked."""
+"""Environment variable: comma-separated `host:port` addresses under which the server is reached."""
 TOKEN = "PREFECT_SERVER_API_AUTH_STRING"
 CLOSED_BY_POLICY = 1008
 
 
 class OwnAddresses:
-    """ASGI middleware: refuses requests to other hosts and from pages of other origins, WebSockets before they are accepted."""
+    """ASGI middleware that refuses requests with another Host or Origin.
+
+    WebSockets are refused before they are accepted.
+    """
 
     def __init__(self, app: ASGIApp, hosts: list[str]) -> None:
         self.app = app
@@ -47,15 +52,15 @@ class OwnAddresses:
 
 
 def create_app() -> ASGIApp:
-    """Return the application. Raises ValueError where the environment lacks the token or the addresses."""
+    """Return the application. Raises ValueError if the environment lacks the token or addresses."""
     hosts = [host.strip().lower() for host in os.environ.get(HOSTS, "").split(",") if host.strip()]
     if not hosts or not os.environ.get(TOKEN):
         raise ValueError(
-            f"Prefect's server needs {HOSTS} (host:port, ...) and {TOKEN} (user:password) in its environment"
+            f"Prefect's server needs {HOSTS} (host:port, ...) and {TOKEN} (user:password) "
+            "in its environment"
         )
     os.environ["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(f"http://{host}" for host in hosts)
-    from prefect.server.api.server import (
-        create_app as create_prefect_app,
-    )  # reads its settings when it is imported
+    # Imported here because Prefect reads its settings at import.
+    from prefect.server.api.server import create_app as create_prefect_app
 
     return OwnAddresses(create_prefect_app(), hosts)

@@ -1,9 +1,10 @@
-"""Prefect servers on loopback: one for a run, gone with it, or a lasting one with page and scheduler; their state under ROOT.
+"""Start Prefect servers on loopback: a temporary one for a run, or a lasting one with a web page.
 
-Where `PREFECT_API_URL` is set a run uses that server, with what else is set for it, and nothing is started. Otherwise no `PREFECT_*`
-variable of the user reaches our server or its clients. Prefect's own ephemeral server would outlive a run that is killed and write to
-the user's home; ours gets a signal from the kernel when its parent dies. Who may ask ours must have its token; it travels in
-environments and, for a lasting server, lies in a file that only its user can read.
+If `PREFECT_API_URL` is set, a run uses that server with the user's settings, and none is started.
+Otherwise no `PREFECT_*` variable of the user reaches our server or its clients. Prefect's own
+ephemeral server outlives a killed run and writes to the user's home; ours keeps its state under
+ROOT and is killed by the kernel when its parent dies. Clients need the server's token, which is
+passed in environments and, for a lasting server, stored in a file that only its user can read.
 """
 
 import ctypes
@@ -28,20 +29,23 @@ from flows.scheduling.prefect_app import HOSTS
 from infra.errors import CallerError, UnclipError
 
 START_LIMIT_S = 120
-CODE = Path(__file__).parent.parent
+CODE = Path(__file__).parents[2]
 DATABASE = "prefect.db"
 TOKEN_FILE = "password"
-"""Holds a lasting server's token as `user:password`: what its page asks for, and `PREFECT_API_AUTH_STRING` for commands."""
+"""File with a lasting server's token, `user:password`.
+
+Its page asks for it, and commands need it as `PREFECT_API_AUTH_STRING`.
+"""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EMPTY_DATABASE = "~/.cache/unclip/prefect-{}.db"
-"""Prefect's tables without a row of ours: to make them step by step takes 4 s, to copy them none. {} is Prefect's version."""
+"""Cached empty database of a Prefect version ({}); migrating a new one takes 4 s, a copy none."""
 PR_SET_PDEATHSIG = 1
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_COLORS": "false",
     "PREFECT_CLI_COLORS": "false",
-    # While the terminal is kept quiet, stdout is the log; Prefect's console handlers would otherwise find the terminal.
+    # In `quiet_terminal` stdout is the log; Prefect's handlers would write to the terminal.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_STREAM": "ext://sys.stdout",
     "PREFECT_LOGGING_HANDLERS_DEBUG_STREAM": "ext://sys.stdout",
 }
@@ -49,10 +53,10 @@ QUIET = {
 
 @contextmanager
 def prefect_server(home: Path) -> Iterator[str]:
-    """Give this process a Prefect API while the block runs and return its URL; `home` keeps Prefect's database.
+    """Provide a Prefect API while the block runs; yield its URL. `home` holds Prefect's database.
 
     Sets environment variables that Prefect reads at import, so enter it before `import prefect`.
-    Raises UnclipError if it does not start.
+    Raises UnclipError if the server does not start.
     """
     os.environ.update(QUIET)
     url = os.environ.get("PREFECT_API_URL")
@@ -71,10 +75,11 @@ def prefect_server(home: Path) -> Iterator[str]:
 
 @contextmanager
 def lasting_server(home: Path, port: int) -> Iterator[str]:
-    """Run a whole Prefect server (scheduler, automations, page) on a port of loopback while the block runs; returns its API's URL.
+    """Run a complete Prefect server (scheduler, automations, page) while the block runs.
 
-    Its token is in `home`/TOKEN_FILE, the same as long as the file is there.
-    Raises CallerError where the port is taken, UnclipError if it does not start.
+    Yields the URL of its API, on `port` of loopback. Its token is in `home`/TOKEN_FILE and stays
+    the same as long as that file exists. Raises CallerError if the port is in use, and UnclipError
+    if the server does not start.
     """
     os.environ.update(QUIET)
     with socket.socket() as probe:
@@ -90,6 +95,7 @@ def lasting_server(home: Path, port: int) -> Iterator[str]:
 
 @contextmanager
 def _server(home: Path, port: int, token: str, more: dict[str, str]) -> Iterator[str]:
+    """Run a server with the additional variables `more`, and point this process's Prefect at it."""
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
     is_new = _copy_database(home)
@@ -104,40 +110,13 @@ def _server(home: Path, port: int, token: str, more: dict[str, str]) -> Iterator
         "PREFECT_UI_API_URL": url,
         HOSTS: f"127.0.0.1:{port},localhost:{port}",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "uvicorn",
-        "--factory",
-        "flows.scheduling.prefect_app:create_app",
-        "--app-dir",
-        str(CODE),
-    ]
-    server = subprocess.Popen(
-        [
-            *command,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--log-level",
-            "error",
-            "--lifespan",
-            "on",
-        ],
-        env=inherited | shared | ours | more,
-        cwd=home,  # Prefect reads settings from files of the working directory, too
-        stdin=subprocess.DEVNULL,
-        stdout=1,  # the log while `quiet_terminal` is open
-        stderr=2,
-        start_new_session=True,  # a Ctrl-C is for us: without its server Prefect would retry for a minute instead of ending
-        preexec_fn=die_with_parent,
-    )
+    server = _start_uvicorn(home, port, inherited | shared | ours | more)
     try:
         with _environment(
             shared | {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": token}, without="PREFECT_"
         ):
-            import prefect.flows  # noqa: F401  (takes seconds, as the server's start does: both at once)
+            # Imported while the server starts, because both take seconds.
+            import prefect.flows  # noqa: F401
 
             _wait_until_healthy(server, url)
             if is_new:
@@ -146,15 +125,35 @@ def _server(home: Path, port: int, token: str, more: dict[str, str]) -> Iterator
     finally:
         server.terminate()
         try:
-            server.wait(timeout=20)  # it writes down what it has heard last
+            server.wait(timeout=20)  # it still writes the last events
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
 
 
+def _start_uvicorn(
+    home: Path, port: int, environment: Mapping[str, str]
+) -> "subprocess.Popen[bytes]":
+    """Start the server process in `home`; the kernel kills it when this process dies."""
+    app = ["flows.scheduling.prefect_app:create_app", "--app-dir", str(CODE)]
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "uvicorn", "--factory", *app, *address]
+        + ["--log-level", "error", "--lifespan", "on"],
+        env=environment,
+        cwd=home,  # Prefect also reads settings from files of the working directory
+        stdin=subprocess.DEVNULL,
+        stdout=1,  # the log while `quiet_terminal` is open
+        stderr=2,
+        # Ctrl-C must not stop the server: without it Prefect retries for a minute before it ends.
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+
+
 @contextmanager
 def _environment(variables: Mapping[str, str], without: str | None = None) -> Iterator[None]:
-    """Set variables of this process while the block runs, and take away the others that begin with `without`."""
+    """Set environment variables while the block runs; unset others with the prefix `without`."""
     hidden = {
         name for name in os.environ if without and name.startswith(without)
     } - variables.keys()
@@ -173,7 +172,7 @@ def _environment(variables: Mapping[str, str], without: str | None = None) -> It
 
 
 def loopback_without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that keep requests to this machine away from a proxy that the environment names."""
+    """Return the variables that exclude loopback addresses from the environment's proxy."""
     listed = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
     hosts = [host.strip() for host in listed.split(",") if host.strip()]
     every = ",".join(hosts + [host for host in LOOPBACK if host not in hosts and "*" not in hosts])
@@ -185,7 +184,10 @@ def _new_token() -> str:
 
 
 def _lasting_token(file: Path) -> str:
-    """Return the token in a file that only this user can read; make it where there is none, or where others could have read it."""
+    """Return the token stored in `file`, which only this user can read.
+
+    Creates a new token if there is none, or if other users could have read it.
+    """
     with suppress(FileNotFoundError):
         about = file.lstat()
         if (
@@ -206,34 +208,34 @@ def _lasting_token(file: Path) -> str:
 
 
 def _copy_database(home: Path) -> bool:
-    """Give a new home the empty database that an earlier one has left, if there is one; say whether Prefect has to make it."""
-    kept = Path(EMPTY_DATABASE.format(version("prefect"))).expanduser()
+    """Copy the cached empty database into a new home; return whether Prefect must create it."""
+    template = Path(EMPTY_DATABASE.format(version("prefect"))).expanduser()
     if (home / DATABASE).exists():
         return False
-    if kept.is_file():
-        aside = home / f"{DATABASE}.part"
-        shutil.copyfile(kept, aside)
-        aside.replace(home / DATABASE)
+    if template.is_file():
+        part = home / f"{DATABASE}.part"
+        shutil.copyfile(template, part)
+        part.replace(home / DATABASE)
         return False
     return True
 
 
 def _keep_database(home: Path) -> None:
-    """Keep the database that Prefect has just made, before it holds anything, for the homes to come."""
-    kept = Path(EMPTY_DATABASE.format(version("prefect"))).expanduser()
-    with suppress(OSError):  # a read-only home of the user: then every new ROOT takes its 4 s
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_name(f"{kept.name}.{os.getpid()}")
+    """Cache the database that Prefect has just created, while it is empty, for later homes."""
+    template = Path(EMPTY_DATABASE.format(version("prefect"))).expanduser()
+    with suppress(OSError):  # the user's home is read-only: then every new ROOT takes 4 s
+        template.parent.mkdir(parents=True, exist_ok=True)
+        part = template.with_name(f"{template.name}.{os.getpid()}")
         with (
-            closing(sqlite3.connect(home / DATABASE)) as made,
-            closing(sqlite3.connect(aside)) as copy,
+            closing(sqlite3.connect(home / DATABASE)) as source,
+            closing(sqlite3.connect(part)) as copy,
         ):
-            made.backup(copy)
-        aside.replace(kept)
+            source.backup(copy)
+        part.replace(template)
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends; for `preexec_fn`."""
+    """Make the kernel kill this process when its parent dies; for `preexec_fn`."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -245,13 +247,13 @@ def _free_port() -> int:
 
 def _wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
     limit = time.monotonic() + START_LIMIT_S
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # whatever proxy the environment names
+    # Ignores the proxy that the environment names.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < limit:
         if server.poll() is not None:
             raise UnclipError(
-                f"Prefect's server stopped with exit code {server.returncode} while starting: see the run's log under ROOT/logs"
+                f"Prefect's server stopped with exit code {server.returncode} while starting: "
+                "see the run's log under ROOT/logs"
             )
         try:
             with opener.open(f"{url}/health", timeout=2) as answer:
@@ -260,5 +262,6 @@ def _wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
     raise UnclipError(
-        f"Prefect's server did not answer within {START_LIMIT_S} s: see the run's log under ROOT/logs"
+        f"Prefect's server did not answer within {START_LIMIT_S} s: "
+        "see the run's log under ROOT/logs"
     )

@@ -73,11 +73,11 @@ class Drawn:
 @cache
 def rows() -> dict[str, list[Scene | Puzzle]]:
     """Return everything that is drawn, by row."""
-    found: dict[str, list[Scene | Puzzle]] = {}
+    by_row: dict[str, list[Scene | Puzzle]] = {}
     every: list[Scene | Puzzle] = [*scenes.every_scene(), *puzzles.every_puzzle()]
     for scene in every:
-        found.setdefault(scene.row, []).append(scene)
-    return found
+        by_row.setdefault(scene.row, []).append(scene)
+    return by_row
 
 
 def draw_all(source: ScenesSource, side_px: int, cache_folder: Path) -> Iterator[Drawn]:
@@ -85,10 +85,10 @@ def draw_all(source: ScenesSource, side_px: int, cache_folder: Path) -> Iterator
     folder = folder_of(source, side_px, cache_folder)
     chosen = list(source.shares)
     chances = np.array(list(source.shares.values())) / sum(source.shares.values())
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
     is_drawn = folder.is_dir()
     if not is_drawn:
-        aside.mkdir(parents=True)
+        staging.mkdir(parents=True)
     drawn = []
     for number in range(source.count):
         rng = np.random.default_rng([source.seed, number])
@@ -106,15 +106,15 @@ def draw_all(source: ScenesSource, side_px: int, cache_folder: Path) -> Iterator
                 if isinstance(scene, Puzzle)
                 else scenes.draw(scene, side_px, rng)
             )
-            cv2.imwrite(str(aside / name), picture[..., ::-1])
+            cv2.imwrite(str(staging / name), picture[..., ::-1])
         drawn.append(Drawn(folder / name, number, captions, scene.concept, row))
     if not is_drawn:
         try:
-            aside.rename(folder)
+            staging.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another run was faster, and its pictures are the same
                 raise
-            shutil.rmtree(aside)
+            shutil.rmtree(staging)
     yield from drawn
 
 

@@ -39,7 +39,7 @@ class OptOut:
         labels = host.split(".")
         above = (".".join(labels[start:]) for start in range(len(labels)))
         return (
-            any(each in self.hosts for each in above)
+            any(domain in self.hosts for domain in above)
             or url in self.urls
             or url.startswith(self.prefixes)
         )
@@ -66,8 +66,8 @@ def save(lists: OptOut, file: Path) -> None:
 @lru_cache(maxsize=1)
 def load(file: Path) -> OptOut:
     """Return what `save` wrote."""
-    told = json.loads(file.read_text())
-    return OptOut(frozenset(told["hosts"]), frozenset(told["urls"]))
+    entries = json.loads(file.read_text())
+    return OptOut(frozenset(entries["hosts"]), frozenset(entries["urls"]))
 
 
 def content_of_lists(paths: Sequence[str]) -> str:

@@ -290,13 +290,13 @@ def listed_rows(source: UrlsSource, base: str) -> Iterator[Row]:
         further = values.pop("captions", None) or []
         captions = [values.pop("caption"), *([further] if isinstance(further, str) else further)]
         texts = {name: str(value) for name, value in values.items() if value is not None}
-        asked = (
+        requested = (
             url.replace(f"{base}/", f"{base.removesuffix(':80')}/", 1)
             if url.startswith(f"{base}/")
             else url
         )
         yield row(
-            asked,
+            requested,
             url,
             [str(caption) for caption in captions if caption is not None],
             **{"licence": source.licence, **texts},
@@ -312,14 +312,14 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERV
     mounts = Mounts()
     opt_out = read_opt_out(config.opt_out)
     seen = np.empty(0, np.uint64)
-    kept = 0
+    row_count = 0
     with (
         pq.ParquetWriter(out / "urls.parquet", URLS) as urls,
         pq.ParquetWriter(out / "dropped.parquet", DROPPED) as dropped,
         Progress("sources", None, "rows") as progress,
     ):
         for number, block in enumerate(
-            blocks(shown(all_rows(config, cache, base, mounts), progress))
+            blocks(with_progress(all_rows(config, cache, base, mounts), progress))
         ):
             is_new, seen = new_urls([item["url"] for item in block], seen)
             good: list[Row] = []
@@ -353,10 +353,10 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERV
             random.Random(f"{config.seed} {number}").shuffle(good)
             urls.write_table(pa.Table.from_pylist(good, URLS))
             dropped.write_table(pa.Table.from_pylist(bad, DROPPED))
-            kept += len(good)
+            row_count += len(good)
     mounts.save(out / "mounts.json")
     save(opt_out, out / "opt_out.json")
-    return kept
+    return row_count
 
 
 def new_urls(urls: list[str], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -369,13 +369,15 @@ def new_urls(urls: list[str], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         np.uint64,
     )
     first, position = np.unique(hashes, return_index=True)
-    place = np.searchsorted(seen, first)
-    is_known = np.zeros(len(first), bool)
-    is_known[place < len(seen)] = seen[place[place < len(seen)]] == first[place < len(seen)]
+    positions = np.searchsorted(seen, first)
+    is_seen = np.zeros(len(first), bool)
+    is_seen[positions < len(seen)] = (
+        seen[positions[positions < len(seen)]] == first[positions < len(seen)]
+    )
     is_new = np.zeros(len(urls), bool)
-    is_new[position[~is_known]] = True
+    is_new[position[~is_seen]] = True
     return is_new, np.insert(
-        seen, place[~is_known], first[~is_known]
+        seen, positions[~is_seen], first[~is_seen]
     )  # one copy; sorting all again would grow with every block
 
 
@@ -392,7 +394,7 @@ def all_rows(config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iter
             yield from listed_rows(source, base)
 
 
-def shown(rows: Iterator[Row], progress: Progress) -> Iterator[Row]:
+def with_progress(rows: Iterator[Row], progress: Progress) -> Iterator[Row]:
     """Pass rows on and show how many there are."""
     for number, item in enumerate(rows, 1):
         progress.update(number)

@@ -191,16 +191,16 @@ class Cluster:
             self.is_ours = False
 
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def spread(
     config: ClusterConfig,
-    function: Callable[..., Made],
+    function: Callable[..., Result],
     arguments: Iterable[tuple[Any, ...]],
     gpus: int = 0,
     at_once: int | None = None,
-) -> Iterator[list[Made]]:
+) -> Iterator[list[Result]]:
     """Call `function` with each of the arguments as a task on the running Ray; yield what has ended every second, none twice.
 
     At most `at_once` tasks run at the same time, by default as many as the cluster has room for. A task that is lost with its process or
@@ -210,7 +210,7 @@ def spread(
     from ray.exceptions import RayTaskError
 
     task = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=gpus, max_retries=3)(function)
-    begun = (task.remote(*each) for each in arguments)
+    begun = (task.remote(*args) for args in arguments)
     waiting = list(islice(begun, at_once))
     try:
         while waiting:
@@ -222,8 +222,8 @@ def spread(
             raise type(error.cause)(str(error.cause)) from error
         raise
     finally:
-        for each in waiting:
-            ray.cancel(each)
+        for task_ref in waiting:
+            ray.cancel(task_ref)
 
 
 def _knock(address: str) -> None:

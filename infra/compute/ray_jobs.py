@@ -17,12 +17,12 @@ from infra.errors import CallerError, StorageAwayError, UnclipError
 
 POLL_S = 1.0
 ANSWER_LIMIT_S = 60
-WAIT_TOLD_AFTER_S = 30
-RETRY_AFTER_S, RETRY_AT_MOST_S = 5.0, 300.0
+WAIT_NOTICE_S = 30
+RETRY_AFTER_S, MAX_RETRY_S = 5.0, 300.0
 """Pause before the second attempt, which doubles with each further one, and its limit."""
 RUNNING = ("PENDING", "RUNNING")
 PASSING = ("No available agent", "status code 502", "status code 503", "status code 504")
-RAYS_OWN = ("job_manager.py", "Running entrypoint for job")
+RAY_LOG_MARKS = ("job_manager.py", "Running entrypoint for job")
 HOPELESS_EXIT = 2
 """Exit code of an entrypoint that would fail again."""
 AWAY_EXIT = 3
@@ -95,7 +95,7 @@ class JobServer:
                 raise StorageAwayError(f"{job_id(job, number)}: {why}")
             if tries >= job.attempts or code == HOPELESS_EXIT:
                 raise UnclipError(f"{job_id(job, number)}: {why}")
-            pause_s = min(RETRY_AFTER_S * 2 ** max(0, tries - 1), RETRY_AT_MOST_S)
+            pause_s = min(RETRY_AFTER_S * 2 ** max(0, tries - 1), MAX_RETRY_S)
             show(f"{job_id(job, number)}: {why}; attempt {number + 1} follows in {pause_s:.0f} s")
             time.sleep(pause_s)
             number, tries = self._submit(job, number + 1, claim), tries + 1
@@ -141,7 +141,7 @@ class JobServer:
                     return state, tail.last_word
                 if state != "PENDING":
                     waits_since_s = None
-                elif waits_since_s and time.monotonic() - waits_since_s > WAIT_TOLD_AFTER_S:
+                elif waits_since_s and time.monotonic() - waits_since_s > WAIT_NOTICE_S:
                     show(f"{job_id(job, number)} waits: {self._message(job, number)}")
                     waits_since_s = None
                 time.sleep(POLL_S)
@@ -168,8 +168,8 @@ class JobServer:
     def _message(self, job: Job, number: int) -> str:
         """Return what the server says of an attempt that has not begun: which resources it waits for, say."""
         message = self._patiently(lambda: self._client().get_job_info(job_id(job, number)).message)
-        asked = {"CPU": job.cpus, "GPU": job.gpus, "memory": job.memory_bytes, **job.labels}
-        return f"{' '.join(str(message).split())} It asks one node for {', '.join(f'{k} {v}' for k, v in asked.items() if v) or 'nothing'}"
+        required = {"CPU": job.cpus, "GPU": job.gpus, "memory": job.memory_bytes, **job.labels}
+        return f"{' '.join(str(message).split())} It asks one node for {', '.join(f'{k} {v}' for k, v in required.items() if v) or 'nothing'}"
 
     def _exit_code(self, job: Job, number: int) -> int | None:
         try:
@@ -242,7 +242,7 @@ class _Tail:
     def _take(self, line: str) -> None:
         if line.startswith("unclip: "):
             self.last_word = line.removeprefix("unclip: ")
-        elif line.strip() and not any(words in line for words in RAYS_OWN):
+        elif line.strip() and not any(words in line for words in RAY_LOG_MARKS):
             self.show(line)
 
 

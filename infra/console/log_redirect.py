@@ -85,7 +85,7 @@ def quiet_terminal(log_path: Path) -> Iterator[Path]:
     log_path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    kept_out, kept_err = os.dup(1), os.dup(2)
+    saved_stdout, saved_stderr = os.dup(1), os.dup(2)
     root_logger = logging.getLogger()
     with closing(_Log(log_path)) as log, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
         handler = logging.StreamHandler(log)
@@ -102,10 +102,10 @@ def quiet_terminal(log_path: Path) -> Iterator[Path]:
             logging.raiseExceptions = raises
             logging.captureWarnings(False)
             root_logger.removeHandler(handler)
-            os.dup2(kept_out, 1)
-            os.dup2(kept_err, 2)
-            os.close(kept_out)
-            os.close(kept_err)
+            os.dup2(saved_stdout, 1)
+            os.dup2(saved_stderr, 2)
+            os.close(saved_stdout)
+            os.close(saved_stderr)
 
 
 @contextmanager

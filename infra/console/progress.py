@@ -13,7 +13,7 @@ from typing import Self, TextIO
 
 TERMINAL_EVERY_S = 0.2
 MB = 10**6
-SHOWN_BYTES = 100 * MB
+MIN_PROGRESS_BYTES = 100 * MB
 """Less than this is moved before anybody wonders."""
 LOG_EVERY_S = 10.0
 
@@ -100,19 +100,19 @@ class Progress:
 def transfer(
     label: str, total_bytes: int, stream: TextIO | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Show how far a large transfer is while the block runs; yields what is told of every few bytes that have gone, from any thread."""
-    if total_bytes < SHOWN_BYTES:
+    """Show how far a large transfer is while the block runs; yields what is told of every few bytes that have moved_total, from any thread."""
+    if total_bytes < MIN_PROGRESS_BYTES:
         yield lambda _: None
         return
     guard = threading.Lock()
-    gone = 0
+    moved_total = 0
     with Progress(label, total_bytes // MB, "MB", stream) as progress:
         progress.update(0)
 
         def tell(moved_bytes: int) -> None:
-            nonlocal gone
+            nonlocal moved_total
             with guard:
-                gone += moved_bytes
-                progress.update(gone // MB)
+                moved_total += moved_bytes
+                progress.update(moved_total // MB)
 
         yield tell

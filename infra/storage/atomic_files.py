@@ -7,37 +7,37 @@ from pathlib import Path
 from infra.storage.manifests import sync
 
 
-def put(aside: Path, names: Sequence[str], folder: Path) -> None:
+def put(staging: Path, names: Sequence[str], folder: Path) -> None:
     """Move files from `aside` into `folder` in this order; the last one's name stands on the disk only behind all else."""
     for name in names:
-        sync(aside / name)
+        sync(staging / name)
     *others, last = names
     for name in others:
-        (aside / name).replace(folder / name)
+        (staging / name).replace(folder / name)
     sync(folder)
-    (aside / last).replace(folder / last)
+    (staging / last).replace(folder / last)
     sync(folder)
 
 
-def put_folder(aside: Path, folder: Path) -> None:
+def put_folder(staged: Path, folder: Path) -> None:
     """Give a finished flat folder its final name."""
-    for file in aside.iterdir():
+    for file in staged.iterdir():
         sync(file)
-    sync(aside)
-    aside.rename(folder)
+    sync(staged)
+    staged.rename(folder)
     sync(folder.parent)
 
 
-def place(source: Path, target: Path) -> None:
+def move_file(source: Path, target: Path) -> None:
     """Link a finished file, or copy it to another file system (whole under its name at once); the original stays."""
     target.unlink(missing_ok=True)
     try:
         target.hardlink_to(source)
     except OSError:
-        aside = target.with_name(f".{target.name}.part")
-        shutil.copyfile(source, aside)
-        sync(aside)
-        aside.replace(target)
+        part = target.with_name(f".{target.name}.part")
+        shutil.copyfile(source, part)
+        sync(part)
+        part.replace(target)
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -69,13 +69,13 @@ def _flock(path: Path, kind: int, held: str, say: Callable[[str], None]) -> Iter
 
 def _take(attempt: Callable[[], None], path: Path, held: str, say: Callable[[str], None]) -> None:
     """Try to take a lock until it is had; while another has it, say once that it is `held` and by whom."""
-    is_told = False
+    is_reported = False
     while True:
         try:
             return attempt()
         except (BlockingIOError, PermissionError):  # POSIX lets lockf answer with either
-            if not is_told:
-                is_told = True
+            if not is_reported:
+                is_reported = True
                 say(f"{held} {_holder(path)}: waiting until it has finished")
             time.sleep(POLL_S)
 

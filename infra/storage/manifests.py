@@ -80,10 +80,10 @@ class Committed:
         """
         if self.root.folder:
             return self.root.folder / self.stage / self.key
-        kept = downloads(self.root, self.stage) / f"{self.key}-{self.digest[:8]}"
-        if not kept.is_dir():
-            self._keep(kept, self.manifest["files"])
-        return kept
+        cache_folder = downloads(self.root, self.stage) / f"{self.key}-{self.digest[:8]}"
+        if not cache_folder.is_dir():
+            self._keep(cache_folder, self.manifest["files"])
+        return cache_folder
 
     def files(self, pattern: str) -> list[Path]:
         """Return local copies of the files whose path matches a glob, sorted; of a store, no other file is downloaded for them.
@@ -98,23 +98,29 @@ class Committed:
             for file in self.manifest["files"]
             if PurePosixPath(f"/{file['path']}").match(f"/{pattern}")
         ]
-        kept = whole.with_name(f"{whole.name}-{hashlib.sha256(pattern.encode()).hexdigest()[:8]}")
-        if not kept.is_dir():
-            self._keep(kept, chosen)
-        return [kept / path for path in sorted(file["path"] for file in chosen)]
+        part_folder = whole.with_name(
+            f"{whole.name}-{hashlib.sha256(pattern.encode()).hexdigest()[:8]}"
+        )
+        if not part_folder.is_dir():
+            self._keep(part_folder, chosen)
+        return [part_folder / path for path in sorted(file["path"] for file in chosen)]
 
-    def _keep(self, kept: Path, files: list[dict[str, Any]]) -> None:
+    def _keep(self, cache_folder: Path, files: list[dict[str, Any]]) -> None:
         """Download files of this folder into `kept`, which appears when it is whole."""
         with (
-            store.one_line_errors(kept),
-            writing_folder(self.root.scratch, f"download-{self.stage}-{kept.name}") as folder,
+            store.one_line_errors(cache_folder),
+            writing_folder(
+                self.root.scratch, f"download-{self.stage}-{cache_folder.name}"
+            ) as folder,
         ):
             self._download(folder, files)
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            cache_folder.parent.mkdir(parents=True, exist_ok=True)
             try:
-                folder.rename(kept)
+                folder.rename(cache_folder)
             except OSError:
-                if not kept.is_dir():  # else another process has downloaded the same folder first
+                if (
+                    not cache_folder.is_dir()
+                ):  # else another process has downloaded the same folder first
                     raise
 
     def _download(self, folder: Path, files: list[dict[str, Any]]) -> None:
@@ -156,13 +162,13 @@ def forget_downloads(root: Root) -> None:
     stages = downloads(root, "")
     if root.folder or not stages.is_dir():
         return
-    for kept in sorted(stages.glob("*/*-*")):
-        key, digest = kept.name.lstrip(".").split("-")[:2]
-        if is_being_read(reading_file(root.scratch, kept.parent.name, key)):
+    for cached in sorted(stages.glob("*/*-*")):
+        key, digest = cached.name.lstrip(".").split("-")[:2]
+        if is_being_read(reading_file(root.scratch, cached.parent.name, key)):
             continue
-        now = find(root, kept.parent.name, key)
+        now = find(root, cached.parent.name, key)
         if now is None or not now.digest.startswith(digest[:8]):
-            shutil.rmtree(kept, ignore_errors=True)
+            shutil.rmtree(cached, ignore_errors=True)
 
 
 def content_key(
@@ -181,9 +187,11 @@ def find(root: Root, stage: str, key: str) -> Committed | None:
 
 def newest(root: Root, stage: str) -> Committed | None:
     """Return the folder of a stage that was committed last, under whatever key, or None."""
-    found = (find(root, stage, key) for key in store.list_names(root, stage))
+    committed = (find(root, stage, key) for key in store.list_names(root, stage))
     return max(
-        (each for each in found if each), key=lambda each: each.manifest["finished"], default=None
+        (entry for entry in committed if entry),
+        key=lambda entry: entry.manifest["finished"],
+        default=None,
     )
 
 
@@ -356,7 +364,7 @@ def interrupted(root: Root) -> list[tuple[str, str]]:
         for folder in (root.scratch / FOLDER).glob(f"*{REPLACED}")
         if (folder / MANIFEST).is_file()
     ]
-    return sorted({(each["stage"], each["key"]) for each in left})
+    return sorted({(entry["stage"], entry["key"]) for entry in left})
 
 
 def recover(root: Root, stage: str, key: str) -> None:
@@ -385,7 +393,7 @@ def _commit_by_put(
     root: Root, stage: str, key: str, out: Path, manifest: dict[str, Any], replaces: str | None
 ) -> Committed:
     attempt = manifest["prefix"]
-    place, name = f"{stage}/{key}", f"{stage}/{key}/{MANIFEST}"
+    prefix, name = f"{stage}/{key}", f"{stage}/{key}/{MANIFEST}"
     sent = Committed(root, stage, key, manifest)
     try:
         total = sum(file["bytes"] for file in manifest["files"])
@@ -393,7 +401,7 @@ def _commit_by_put(
             list(
                 pool.map(
                     lambda f: store.upload(
-                        root, out / f["path"], f"{place}/{attempt}/{f['path']}", tell
+                        root, out / f["path"], f"{prefix}/{attempt}/{f['path']}", tell
                     ),
                     manifest["files"],
                 )
@@ -406,11 +414,11 @@ def _commit_by_put(
         with suppress(
             StorageError
         ):  # the store that has just failed; the next commit of this key clears what is left
-            store.remove(root, f"{place}/{attempt}")
+            store.remove(root, f"{prefix}/{attempt}")
         raise
     # Before the manifest is there: who replaces it later is not in this list, and must not be cleared along with the attempts that were
     # killed and those that can only be refused now.
-    others = [other for other in store.list_names(root, place) if other not in (attempt, MANIFEST)]
+    others = [other for other in store.list_names(root, prefix) if other not in (attempt, MANIFEST)]
     manifest |= {"supersedes": others}  # for whoever clears them if we are killed before we have
 
     def put(old: bytes | None) -> bytes | None:
@@ -426,11 +434,11 @@ def _commit_by_put(
     if (
         first.manifest["attempt"] != attempt
     ):  # not ours, and not ours either whose answer was lost on the way
-        store.remove(root, f"{place}/{attempt}")
+        store.remove(root, f"{prefix}/{attempt}")
         return first
     for other in others:
-        store.remove(root, f"{place}/{other}")
-    store.abort_uploads(root, place)
+        store.remove(root, f"{prefix}/{other}")
+    store.abort_uploads(root, prefix)
     return sent
 
 

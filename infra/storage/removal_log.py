@@ -60,14 +60,14 @@ class Removals:
 
     def mask(self, columns: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
         """Return which rows were taken down; `columns` are some of key, origin, url, sha256 and download, at least one."""
-        found = [
+        entries = [
             pc.is_in(columns[column], pa.array(sorted(getattr(self, name)), pa.string()))
             for name, column in HELD_AGAINST
             if column in columns
         ]
-        mask = found[0]
-        for each in found[1:]:
-            mask = pc.or_(mask, each)
+        mask = entries[0]
+        for entry in entries[1:]:
+            mask = pc.or_(mask, entry)
         return mask
 
 
@@ -93,7 +93,7 @@ def read_entry(root: Root, name: str) -> dict[str, Any]:
     """Return the entry in a file of the log. Raises DataError as `read_entries` does."""
     entry = store.read_json(root, f"{FOLDER}/{name}")
     if not isinstance(entry, dict) or any(
-        not _is_texts(entry.get(each, None if each in REQUIRED else [])) for each in NAMES
+        not _is_texts(entry.get(column, None if column in REQUIRED else [])) for column in NAMES
     ):
         raise DataError(
             f"{root.uri}/{FOLDER}/{name} is no entry of the removal log: mend it, or remove the thing again and delete it"
@@ -108,9 +108,12 @@ def read_removals(root: Root) -> Removals:
 
 def gather(entries: Iterable[Mapping[str, Any]]) -> Removals:
     """Return what some entries name together."""
-    found = list(entries)
+    entry_names = list(entries)
     return Removals(
-        *(frozenset(text for entry in found for text in entry.get(name, ())) for name in NAMES)
+        *(
+            frozenset(text for entry in entry_names for text in entry.get(name, ()))
+            for name in NAMES
+        )
     )
 
 

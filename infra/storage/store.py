@@ -136,14 +136,14 @@ def complaint(error: BaseException, where: str | Path) -> str | None:
     while seen is not None:
         number = seen.errno if isinstance(seen, OSError) else None
         named = getattr(seen, "filename", None)
-        place = str(named) if isinstance(named, str | Path) else str(where)
+        location = str(named) if isinstance(named, str | Path) else str(where)
         if number in FULL_DISK or any(words in str(seen) for words in FULL_DISK_WORDS):
-            return f"no space left to write {place}: free some space and run the same command again (what is committed is kept)"
+            return f"no space left to write {location}: free some space and run the same command again (what is committed is kept)"
         if number in REFUSED or isinstance(seen, PermissionError):
             reason = os.strerror(number) if number else seen
             if "://" in str(where):
                 return f"cannot write {where}: {reason}; check the credentials in the environment and what they may do"
-            return f"cannot write {place}: {reason}; choose another --root or change its rights"
+            return f"cannot write {location}: {reason}; choose another --root or change its rights"
         seen = seen.__cause__ or seen.__context__
     module = type(error).__module__.partition(".")[0]
     if module in ("botocore", "aiobotocore", "s3fs", "aiohttp", "fsspec") or (
@@ -218,15 +218,15 @@ def write_bytes(root: Root, name: str, data: bytes) -> None:
     target = root.folder / name
     with one_line_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
-            with aside.open("wb") as file:
+            with part.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(target)
+            part.replace(target)
         finally:
-            aside.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
 
 
 def write_json(root: Root, name: str, value: Any) -> None:
@@ -361,10 +361,10 @@ def file_sizes(root: Root, name: str) -> dict[str, int]:
     base_path = join(root, name).strip("/")
     with one_line_errors(uri_of(root, name)):
         root.fs.invalidate_cache()
-        found = patiently(lambda: root.fs.find(join(root, name), detail=True))
+        infos = patiently(lambda: root.fs.find(join(root, name), detail=True))
     return {
         str(path).strip("/")[len(base_path) + 1 :]: int(entry["size"])
-        for path, entry in found.items()
+        for path, entry in infos.items()
     }
 
 
@@ -462,16 +462,19 @@ def abort_uploads(root: Root, name: str) -> int:
     with one_line_errors(uri_of(root, name)):
         try:
             left = [
-                each
-                for each in patiently(lambda: root.fs.list_multipart_uploads(bucket))
-                if each["Key"].startswith(f"{prefix}/")
+                upload
+                for upload in patiently(lambda: root.fs.list_multipart_uploads(bucket))
+                if upload["Key"].startswith(f"{prefix}/")
             ]
         except (
             PermissionError
         ):  # a right of its own on S3; without it the bucket's lifecycle rule has to clear them
             return 0
-        for each in left:
+        for upload_entry in left:
             root.fs.call_s3(
-                "abort_multipart_upload", Bucket=bucket, Key=each["Key"], UploadId=each["UploadId"]
+                "abort_multipart_upload",
+                Bucket=bucket,
+                Key=upload_entry["Key"],
+                UploadId=upload_entry["UploadId"],
             )
     return len(left)

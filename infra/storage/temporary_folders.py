@@ -92,7 +92,9 @@ def last_change(folder: Path) -> float:
 
 def _parts(folder: Path) -> Iterator[Path]:
     return (
-        each for each in (folder, folder.with_name(f"{folder.name}{REPLACED}")) if each.exists()
+        candidate
+        for candidate in (folder, folder.with_name(f"{folder.name}{REPLACED}"))
+        if candidate.exists()
     )
 
 

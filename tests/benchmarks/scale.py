@@ -189,7 +189,7 @@ def lists(folder: Path, count: int) -> int:
     from training.models.tokenizer import Tokenizer
 
     image_reader.CACHE_BYTES = 0  # which is bounded
-    table, z_i = embedding_dataset.read(folder / "long", "train", ["captions", "key", *image_reader.PLACE])
+    table, z_i = embedding_dataset.read(folder / "long", "train", ["captions", "key", *image_reader.LOCATION])
     held = image_reader.Pictures(table, folder / "ingest" / "shards", 32)
     texts = embedding_dataset.Captions(table["captions"], Tokenizer.load(folder / "clip" / "tokenizer.json"))
     rows = torch.arange(0, len(z_i), len(z_i) // 64)

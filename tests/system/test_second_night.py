@@ -12,7 +12,7 @@ import pytest
 from flows.config.run_config import RunConfig, load_recipe
 from flows.orchestration.run_stage import run_stage
 from flows.orchestration.stages import STAGES
-from flows.runs.planning import kept, plan, with_needs
+from flows.runs.planning import frozen_model, plan, with_needs
 from flows.runs.stage import StageJob, StageResult
 from indexing.ann.index import Index
 from infra.compute.cluster import Cluster
@@ -96,16 +96,16 @@ def test_a_kept_model_is_of_the_same_code_and_of_the_same_clip(server: Server, t
     root = store.open_root(str(tmp_path / "root"))
     config = config_of(server, FIRST, tmp_path, "clip.retrain=never", "prior.retrain=never")
     clip, prior = (replace(stage, needs=(), wants=(), run=write_model) for stage in STAGES if stage.name in ("clip", "prior"))
-    assert kept(root, config, clip, {}) is None
+    assert frozen_model(root, config, clip, {}) is None
     with Cluster(config.cluster) as cluster:
         made = run_stage(clip, root, config, {}, cluster, print).committed
         run_stage(prior, root, config, {}, cluster, print)
-    found = kept(root, config, clip, {})
+    found = frozen_model(root, config, clip, {})
     assert found and found.key == made.key
-    assert kept(root, config, replace(clip, version=clip.version + 1), {}) is None
-    assert kept(root, config, prior, {"clip": made.digest}) is None, "made with no CLIP, so not with this one"
+    assert frozen_model(root, config, replace(clip, version=clip.version + 1), {}) is None
+    assert frozen_model(root, config, prior, {"clip": made.digest}) is None, "made with no CLIP, so not with this one"
     (made.local() / "x.bin").write_bytes(b"cut")
-    assert kept(root, config, clip, {}) is None, "a damaged folder is none"
+    assert frozen_model(root, config, clip, {}) is None, "a damaged folder is none"
 
 
 def write_model(job: StageJob) -> dict[str, Any]:

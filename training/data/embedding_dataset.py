@@ -43,18 +43,18 @@ class Vectors:
         """E."""
         return int(self.parts[0].shape[1])
 
-    def __getitem__(self, places: Tensor) -> Tensor:
-        rows = self.rows[places.numpy()]
+    def __getitem__(self, rows_wanted: Tensor) -> Tensor:
+        rows = self.rows[rows_wanted.numpy()]
         part_of = np.searchsorted(self.starts, rows, side="right") - 1
-        found = np.empty((len(rows), self.dim), np.float32)
+        vectors = np.empty((len(rows), self.dim), np.float32)
         for number in np.unique(part_of):
             inside = part_of == number
-            found[inside] = self.parts[number][rows[inside] - self.starts[number]]
-        return F.normalize(torch.from_numpy(found), dim=-1)
+            vectors[inside] = self.parts[number][rows[inside] - self.starts[number]]
+        return F.normalize(torch.from_numpy(vectors), dim=-1)
 
-    def where(self, kept: NDArray[np.bool_]) -> "Vectors":
+    def where(self, mask: NDArray[np.bool_]) -> "Vectors":
         """Return those of the rows that are marked, bool (len(self),)."""
-        chosen = Vectors((), self.rows[kept])
+        chosen = Vectors((), self.rows[mask])
         chosen.parts, chosen.starts = self.parts, self.starts
         return chosen
 
@@ -98,8 +98,8 @@ class Captions:
         """Return the ids of phrasings (b,) by their numbers, int64 (b, N), N the longest of them."""
         lengths = self.lengths[phrasing, None]
         column = torch.arange(int(lengths.max()))
-        places = (self.starts[phrasing, None] + column).clamp_(max=len(self.tokens) - 1)
-        return self.tokens[places].long().where(column < lengths, PAD)
+        positions = (self.starts[phrasing, None] + column).clamp_(max=len(self.tokens) - 1)
+        return self.tokens[positions].long().where(column < lengths, PAD)
 
     def draw(self, rows: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
         """Pick one phrasing for each picture by `chance` in [0, 1), (b,): its ids (b, N), N the longest drawn, and its number (b,)."""

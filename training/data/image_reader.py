@@ -29,7 +29,7 @@ from training.models.preprocessing import WHOLE, Interpolation, Look
 READERS = 4
 CACHE_BYTES = 4 << 30
 FILE_BYTES, FILE_PIXELS, FILE_SIDE_PX = 64 << 20, 64 << 20, 4096
-PLACE = ("shard", "member", "offset", "size_bytes", "sha256")
+LOCATION = ("shard", "member", "offset", "size_bytes", "sha256")
 """Columns of a keep list that say where a picture's bytes lie and what they are."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 LONGEST = 16
@@ -91,9 +91,9 @@ def _as_open_clip(picture: np.ndarray, side_px: int, look: Look) -> np.ndarray:
     if (
         look.resize == "shortest"
     ):  # of a very long one, which would be large at any side, only the middle is cropped anyway
-        (height, width), most = picture.shape[:2], LONGEST * min(picture.shape[:2])
-        top, left = max(height - most, 0) // 2, max(width - most, 0) // 2
-        picture = picture[top : top + most, left : left + most]
+        (height, width), max_side = picture.shape[:2], LONGEST * min(picture.shape[:2])
+        top, left = max(height - max_side, 0) // 2, max(width - max_side, 0) // 2
+        picture = picture[top : top + max_side, left : left + max_side]
     image = Image.fromarray(np.ascontiguousarray(picture))
     width, height = side_px, side_px
     if look.resize != "squash":
@@ -179,7 +179,7 @@ class Pictures:
         cache_bytes: int | None = None,
     ) -> None:
         self.shards, self.side_px, self.look = shards, side_px, look
-        self.places = table.select(PLACE).combine_chunks()
+        self.places = table.select(LOCATION).combine_chunks()
         in_order = pc.sort_indices(
             self.places, [("shard", "ascending"), ("offset", "ascending")]
         ).to_numpy()
@@ -210,9 +210,9 @@ class Pictures:
             return self.cache[wanted]
         self.read_ahead(wanted)
         started_s = time.perf_counter()
-        found = {row: self.ahead.pop(row).result() for row in set(wanted.tolist())}
+        decoded = {row: self.ahead.pop(row).result() for row in set(wanted.tolist())}
         self.waited_s += time.perf_counter() - started_s
-        return torch.from_numpy(np.stack([found[row] for row in wanted.tolist()]))
+        return torch.from_numpy(np.stack([decoded[row] for row in wanted.tolist()]))
 
     def read_ahead(self, rows: Tensor) -> None:
         """Begin to read and decode rows that will be asked for, as they lie in the shards, so that a step need not wait for them."""
@@ -231,23 +231,23 @@ class Pictures:
         return file
 
     def _read(self, row: int) -> np.ndarray:
-        place = {
+        location = {
             name: column[row].as_py()
-            for name, column in zip(PLACE, self.places.columns, strict=True)
+            for name, column in zip(LOCATION, self.places.columns, strict=True)
         }
-        name = f"{place['shard']}/{place['member']}"
+        name = f"{location['shard']}/{location['member']}"
         try:
-            file = self._open(place["shard"])
-            file.seek(place["offset"])
-            data = file.read(place["size_bytes"])
+            file = self._open(location["shard"])
+            file.seek(location["offset"])
+            data = file.read(location["size_bytes"])
         except FileNotFoundError:
             raise DataError(
-                f"shard {place['shard']} is missing from {self.shards}: {MEND}"
+                f"shard {location['shard']} is missing from {self.shards}: {MEND}"
             ) from None
-        if len(data) < place["size_bytes"]:
+        if len(data) < location["size_bytes"]:
             raise DataError(
-                f"shard {place['shard']} in {self.shards} ends before {place['member']} does: {MEND}"
+                f"shard {location['shard']} in {self.shards} ends before {location['member']} does: {MEND}"
             )
-        if hashlib.sha256(data).hexdigest() != place["sha256"]:
+        if hashlib.sha256(data).hexdigest() != location["sha256"]:
             raise DataError(f"{name} is not what curate saw (SHA-256 differs): {MEND}")
         return decode(data, self.side_px, name, self.look)

@@ -39,7 +39,7 @@ def settle(table: pa.Table, shards: Path, on_broken: OnBroken, work: Path) -> di
         ends = np.cumsum(np.bincount(names.indices.to_numpy(), minlength=len(names.dictionary)))
         parts = zip(names.dictionary.to_pylist(), np.split(by_shard, ends[:-1]), strict=True)
         with ThreadPoolExecutor(READERS) as readers:
-            found = list(
+            faults = list(
                 readers.map(
                     lambda part: _broken(
                         shards / part[0], table.take(part[1]), on_broken == "skip"
@@ -47,20 +47,20 @@ def settle(table: pa.Table, shards: Path, on_broken: OnBroken, work: Path) -> di
                     parts,
                 )
             )
-        left_out = {key: reason for part in found for key, reason in part.items()}
+        left_out = {key: reason for part in faults for key, reason in part.items()}
         if left_out and on_broken == "stop":
             shard, first = next(
                 (shard, part)
-                for shard, part in zip(names.dictionary.to_pylist(), found, strict=True)
+                for shard, part in zip(names.dictionary.to_pylist(), faults, strict=True)
                 if part
             )
             reason = next(iter(first.values())).removeprefix("shard_")
             raise DataError(
                 f"shard {shard} in {shards} is {reason} ({len(left_out)} of {table.num_rows} pictures are lost): {MEND}"
             )
-        aside = work / f"{LEFT_OUT}.{os.getpid()}.tmp"
-        aside.write_text(json.dumps(left_out))
-        aside.replace(decided)
+        tmp_path = work / f"{LEFT_OUT}.{os.getpid()}.tmp"
+        tmp_path.write_text(json.dumps(left_out))
+        tmp_path.replace(decided)
     counts = Counter(json.loads(decided.read_text()).values())
     if counts.total() == table.num_rows:
         raise DataError(
@@ -69,23 +69,23 @@ def settle(table: pa.Table, shards: Path, on_broken: OnBroken, work: Path) -> di
     return dict(sorted(counts.items()))
 
 
-def is_kept(table: pa.Table, work: Path) -> NDArray[np.bool_]:
+def is_readable(table: pa.Table, work: Path) -> NDArray[np.bool_]:
     """Say of every row, bool (rows,), whether `settle` kept it."""
     left_out = pa.array(list(json.loads((work / LEFT_OUT).read_text())), pa.string())
     return pc.invert(pc.is_in(table["key"], left_out)).to_numpy()
 
 
-def _broken(shard: Path, places: pa.Table, is_read: bool) -> dict[str, str]:
+def _broken(shard: Path, members: pa.Table, is_read: bool) -> dict[str, str]:
     """Return the reason for every picture of a shard that cannot be had; whole files are only read where `is_read`."""
     if not shard.is_file():
-        return dict.fromkeys(places["key"].to_pylist(), "shard_missing")
+        return dict.fromkeys(members["key"].to_pylist(), "shard_missing")
     size_bytes = shard.stat().st_size
-    is_cut = pc.greater(pc.add(places["offset"], places["size_bytes"]), size_bytes)
-    found = dict.fromkeys(places.filter(is_cut)["key"].to_pylist(), "shard_truncated")
+    is_cut = pc.greater(pc.add(members["offset"], members["size_bytes"]), size_bytes)
+    reasons = dict.fromkeys(members.filter(is_cut)["key"].to_pylist(), "shard_truncated")
     if is_read:
         with shard.open("rb") as file:
-            for place in places.filter(pc.invert(is_cut)).to_pylist():
-                file.seek(place["offset"])
-                if hashlib.sha256(file.read(place["size_bytes"])).hexdigest() != place["sha256"]:
-                    found[place["key"]] = "checksum"
-    return found
+            for member in members.filter(pc.invert(is_cut)).to_pylist():
+                file.seek(member["offset"])
+                if hashlib.sha256(file.read(member["size_bytes"])).hexdigest() != member["sha256"]:
+                    reasons[member["key"]] = "checksum"
+    return reasons

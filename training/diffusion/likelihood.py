@@ -159,17 +159,17 @@ def bits_per_dim(
             raise ValueError(
                 f"x_0 spans {x_0.min():.3g}..{x_0.max():.3g}: 8-bit images are scaled to [-1, 1]; densities take levels = None"
             )
-        own = generators((seed + seen + i for i in range(len(x_0))), Stream.LIKELIHOOD)
+        sample_noise = generators((seed + seen + i for i in range(len(x_0))), Stream.LIKELIHOOD)
 
         def term(
             t: Tensor,
             x_0: Tensor = x_0,
             denoise: Denoise = denoise,
-            own: Noise = own,
+            sample_noise: Noise = sample_noise,
             seen: int = seen,
         ) -> Tensor:
             t = t.to(x_0.device)
-            x_t = schedule.q_sample(x_0, t, noise_like(x_0, own))
+            x_t = schedule.q_sample(x_0, t, noise_like(x_0, sample_noise))
             predicted_x_0, fraction = split(denoise(x_t, t))
             log_variance = _log_variance(schedule, variance, x_0_error, t, x_t, fraction)
             bits = (
@@ -183,7 +183,7 @@ def bits_per_dim(
             return bits
 
         times = torch.stack(
-            [start + (torch.rand(len(start), generator=each) * length).long() for each in own]
+            [start + (torch.rand(len(start), generator=generator_of_row) * length).long() for generator_of_row in sample_noise]
         )  # (B, draws)
         diffusion = torch.zeros(len(x_0), dtype=torch.float64)
         for t, terms in zip(times.unbind(1), length.tolist(), strict=True):

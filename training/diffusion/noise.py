@@ -55,8 +55,8 @@ def noise(
             f"{len(generator)} generators for a batch of {shape[0]}: give one a sample"
         )
     eps = torch.empty(*shape)
-    for sample, own in zip(eps, generator, strict=True):
-        sample.normal_(generator=own)
+    for sample, sample_generator in zip(eps, generator, strict=True):
+        sample.normal_(generator=sample_generator)
     return eps.to(device, dtype)
 
 

@@ -190,7 +190,7 @@ def posterior_tables(schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
     return posterior_coefficients(schedule.alpha_bar[1:], schedule.alpha_bar[:-1])
 
 
-def _known(parametrisation: str) -> None:
+def _check_parametrisation(parametrisation: str) -> None:
     if parametrisation not in PARAMETRISATIONS:
         raise ValueError(
             f"parametrisation = {parametrisation!r}: choose one of {', '.join(PARAMETRISATIONS)}"
@@ -201,7 +201,7 @@ def training_target(
     schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor, parametrisation: Parametrisation
 ) -> Tensor:
     """What a network must predict: x_0, eps or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022)."""
-    _known(parametrisation)
+    _check_parametrisation(parametrisation)
     _check(x_0, t, eps)
     check_t(t, schedule.T, lowest=0)
     if parametrisation == "x_0":
@@ -220,7 +220,7 @@ def to_x_0(
 
     From eps: (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar); from v: sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v.
     """
-    _known(parametrisation)
+    _check_parametrisation(parametrisation)
     _check(x_t, t, prediction)
     check_t(t, schedule.T, lowest=0)
     if parametrisation == "x_0":
@@ -256,20 +256,20 @@ def as_denoise(
     A pair (prediction, fraction) becomes (x_0, fraction). Under guidance leave `clip` to `guided`: it must come after the extrapolation.
     `denoise` raises ValueError for a t that is no integer in 1..T.
     """
-    _known(parametrisation)
+    _check_parametrisation(parametrisation)
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
         check_t(t, schedule.T)
         prediction, fraction = split(network(x_t, t))
         x_0 = to_x_0(schedule, x_t, t, prediction, parametrisation)
         if clip is not None:
-            x_0 = clipped(x_0, clip, is_own=x_0 is not prediction)
+            x_0 = clipped(x_0, clip, is_new=x_0 is not prediction)
         return x_0 if fraction is None else (x_0, fraction)
 
     return denoise
 
 
-def clipped(x_0: Tensor, limit: float, is_own: bool = True) -> Tensor:
+def clipped(x_0: Tensor, limit: float, is_new: bool = True) -> Tensor:
     """Clamp x_0 (B, ...) to [-limit, limit], in place where it is the caller's own.
 
     A sample that is not finite becomes NaN throughout: a clamp alone would pass an infinity off as a bright pixel, and looking for one
@@ -278,7 +278,7 @@ def clipped(x_0: Tensor, limit: float, is_own: bool = True) -> Tensor:
     lost = x_0.sum(
         tuple(range(1, x_0.ndim)), keepdim=True, dtype=torch.promote_types(x_0.dtype, torch.float32)
     ).mul_(0)  # 0 or NaN
-    return (x_0.clamp_(-limit, limit) if is_own else x_0.clamp(-limit, limit)).add_(lost)
+    return (x_0.clamp_(-limit, limit) if is_new else x_0.clamp(-limit, limit)).add_(lost)
 
 
 def split(prediction: Prediction) -> tuple[Tensor, Tensor | None]:
@@ -299,7 +299,7 @@ def snr_weight(
     truncated weight of Salimans & Ho 2022 (arXiv 2202.00512, section 4: 1): without it the noisiest steps, which settle a conditional
     picture's layout, weigh next to nothing.
     """
-    _known(parametrisation)
+    _check_parametrisation(parametrisation)
     check_t(t, schedule.T)
     snr = schedule.log_snr.exp()
     per = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[parametrisation]

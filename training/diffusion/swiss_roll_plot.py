@@ -46,9 +46,9 @@ def draw(
     figure = Figure(figsize=(15, 11.7), dpi=110, facecolor="white", layout=layout)
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=[3, 1.45]))
     panels = above.subplots(3, len(TIMES))
-    own = generators(range(seed, seed + len(data)))
-    eps = noise(data.shape, own)
-    reverse = reverse_trajectory(denoise, schedule, eps, own)
+    point_generators = generators(range(seed, seed + len(data)))
+    eps = noise(data.shape, point_generators)
+    reverse = reverse_trajectory(denoise, schedule, eps, point_generators)
     for column, t in enumerate(TIMES):
         panels[0, column].set_title("data, t = 0" if t == 0 else f"t = {t}", color=INK, fontsize=13)
         _points(
@@ -89,7 +89,7 @@ def radius(points: Tensor) -> np.ndarray:
 
 
 def reverse_trajectory(
-    denoise: Denoise, schedule: Schedule, x_T: Tensor, own: list[torch.Generator]
+    denoise: Denoise, schedule: Schedule, x_T: Tensor, point_generators: list[torch.Generator]
 ) -> dict[int, Tensor]:
     """Sample by Algorithm 2 in 500 steps; returns x_t by t, the end at t = 0."""
     seen: dict[int, Tensor] = {}
@@ -98,7 +98,7 @@ def reverse_trajectory(
         x_T,
         schedule,
         500,
-        generator=own,
+        generator=point_generators,
         callback=lambda step, t, x_t, x_0: seen.update({t: x_t.clone()}),
     )
     return seen | {0: end}
@@ -179,14 +179,14 @@ def _flow(axes: Axes, denoise: Denoise, schedule: Schedule, x_T: Tensor, data: T
 
 
 def _by_rate(axes: Axes, by_rate: list[dict[str, Any]], chance: float) -> None:
-    places = list(range(len(by_rate)))
+    positions = list(range(len(by_rate)))
     axes.plot(
-        places,
-        [_shown(row["energy_distance"], chance) for row in by_rate],
+        positions,
+        [_label(row["energy_distance"], chance) for row in by_rate],
         color=LINE_COLOURS[3],
         marker="o",
     )
-    axes.set_xticks(places, [f"{row['rate']:g}\n{row['steps']}" for row in by_rate])
+    axes.set_xticks(positions, [f"{row['rate']:g}\n{row['steps']}" for row in by_rate])
     _curve(
         axes, "by diffusion rate", "diffusion rate beta, and the steps it needs (ancestral)", chance
     )
@@ -194,15 +194,15 @@ def _by_rate(axes: Axes, by_rate: list[dict[str, Any]], chance: float) -> None:
 
 def _by_steps(axes: Axes, by_steps: dict[str, dict[int, float]], chance: float) -> None:
     for (name, row), colour in zip(by_steps.items(), LINE_COLOURS, strict=True):
-        shown = [_shown(distance, chance) for distance in row.values()]
+        labels = [_label(distance, chance) for distance in row.values()]
         axes.plot(
-            [str(count) for count in row], shown, marker="o", markersize=4, label=name, color=colour
+            [str(count) for count in row], labels, marker="o", markersize=4, label=name, color=colour
         )
     _curve(axes, "by step count", "network calls (cosine schedule)", chance)
     axes.legend(frameon=False, fontsize=9)
 
 
-def _shown(distance: float, chance: float) -> float:
+def _label(distance: float, chance: float) -> float:
     return max(
         distance, chance / 3
     )  # the estimate falls to 0 and below by chance, where a logarithm cannot follow

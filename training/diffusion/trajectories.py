@@ -63,7 +63,7 @@ def sharing_x_t(
     x_t_seen, sampled = [], []
     for t in times:
         x_t = schedule.q_sample(x_0, torch.full((len(x_0),), t, device=x_0.device), eps)
-        own = generators(
+        step_generators = generators(
             ((seed + i) * samples + k for i in range(len(x_0)) for k in range(samples)),
             Stream.STEPS,
         )
@@ -73,7 +73,7 @@ def sharing_x_t(
             schedule,
             share(steps, t, schedule),
             start=t,
-            generator=own,
+            generator=step_generators,
         )
         x_t_seen.append(x_t)
         sampled.append(sample.unflatten(0, (len(x_0), samples)))
@@ -108,8 +108,8 @@ def interpolate_in_x_t(
         t_batch = torch.full((len(first),), t, device=first.device)
         start, end = (schedule.q_sample(x_0, t_batch, eps).unsqueeze(1) for x_0 in (first, second))
         x_t = torch.lerp(start, end, w.to(start.dtype)).flatten(0, 1)  # (B * columns, C, H, W)
-        own = generators((one for one in seeds for _ in range(columns)), Stream.STEPS)
-        row = ancestral(denoise, x_t, schedule, share(steps, t, schedule), start=t, generator=own)
+        step_generators = generators((one for one in seeds for _ in range(columns)), Stream.STEPS)
+        row = ancestral(denoise, x_t, schedule, share(steps, t, schedule), start=t, generator=step_generators)
         rows.append(row.unflatten(0, (len(first), columns)))
     return torch.stack(rows, dim=1)
 

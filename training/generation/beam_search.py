@@ -99,12 +99,12 @@ def search(
     pictures = []
     for start in range(0, len(texts), at_once):
         rows = torch.arange(start, min(start + at_once, len(texts))).repeat_interleave(members)
-        seeds = [seed * SEED_STRIDE + place for place in range(members)] * (len(rows) // members)
+        seeds = [seed * SEED_STRIDE + number for number in range(members)] * (len(rows) // members)
         z_i = model.prior.sample(z_t[rows], ids[rows], seeds)
         x_T = noise((len(rows), 3, S, S), generators(seeds, Stream.DECODER), model.device)
 
-        def denoise_of(own: Tensor, z_i: Tensor = z_i, rows: Tensor = rows) -> Denoise:
-            return decoder.guided_denoise(z_i[own], ids[rows][own], w)
+        def denoise_of(member_z_i: Tensor, z_i: Tensor = z_i, rows: Tensor = rows) -> Denoise:
+            return decoder.guided_denoise(z_i[member_z_i], ids[rows][member_z_i], w)
 
         def judged(x_0: Tensor, rows: Tensor = rows) -> Tensor:
             assert score is not None

@@ -67,7 +67,7 @@ def across_time(
     side_px = decoder.config.image_size_px
     x_T = noise((len(prompts), 3, side_px, side_px), generators(seeds, Stream.DECODER), device)
     x_t, x_0, times = trajectories.across_time(denoise, x_T, decoder.schedule, columns, steps)
-    return AcrossTime(_shown(x_t), _shown(x_0), times)
+    return AcrossTime(_to_pixels(x_t), _to_pixels(x_0), times)
 
 
 @torch.no_grad()
@@ -103,15 +103,15 @@ def sharing(
         torch.cat(x_t_parts),
         torch.cat(sampled_parts),
     )  # (B, K, 3, S, S), (B, K, samples, 3, S, S)
-    own = sampled - x_0[:, None, None].cpu()
+    differences = sampled - x_0[:, None, None].cpu()
     return Shared(
-        _shown(x_t),
-        _shown(sampled),
+        _to_pixels(x_t),
+        _to_pixels(sampled),
         [
             _rms((2 * sampled[:, k].var(1)).mean()) if samples > 1 else 0.0
             for k in range(len(times))
         ],
-        [_rms(own[:, k].square().mean()) for k in range(len(times))],
+        [_rms(differences[:, k].square().mean()) for k in range(len(times))],
     )
 
 
@@ -132,20 +132,20 @@ def interpolation(
     """
     rows = []
     for start, part in _parts(len(first), columns):
-        told = None
+        condition = None
         if z_i is not None:
             left, right = z_i[0][part], z_i[1][part]
-            told = torch.stack(
+            condition = torch.stack(
                 [slerp(left, right, weight) for weight in torch.linspace(0, 1, columns).tolist()], 1
             ).flatten(0, 1)
-        denoise = _denoise(decoder, told, len(first[part]) * columns)
+        denoise = _denoise(decoder, condition, len(first[part]) * columns)
         a, b = first[part].to(decoder.device), second[part].to(decoder.device)
         rows.append(
             trajectories.interpolate_in_x_t(
                 denoise, a, b, decoder.schedule, times, columns, steps, seed + start
             ).cpu()
         )
-    return _shown(torch.cat(rows))
+    return _to_pixels(torch.cat(rows))
 
 
 def times_at(schedule: Schedule, shares: Sequence[float]) -> list[int]:
@@ -153,9 +153,9 @@ def times_at(schedule: Schedule, shares: Sequence[float]) -> list[int]:
     return sorted({max(1, min(schedule.T, round(share * schedule.T))) for share in shares})
 
 
-def _parts(count: int, each: int) -> list[tuple[int, slice]]:
+def _parts(count: int, per_part: int) -> list[tuple[int, slice]]:
     """Cut `count` pictures, each of which becomes several, so that a network call gets BATCH or little more."""
-    size = max(1, BATCH // each)
+    size = max(1, BATCH // per_part)
     return [(start, slice(start, start + size)) for start in range(0, count, size)]
 
 
@@ -170,7 +170,7 @@ def _denoise(decoder: Decoder, z_i: Tensor | None, count: int) -> Denoise:
     )
 
 
-def _shown(x: Tensor) -> np.ndarray:
+def _to_pixels(x: Tensor) -> np.ndarray:
     return to_images(x.flatten(0, -4)).reshape(*x.shape[:-3], *x.shape[-2:], 3)
 
 

@@ -96,13 +96,13 @@ def draw(
     pictures = []
     for start in range(0, len(z_i), BATCH):
         part = slice(start, start + BATCH)
-        own = generators(seeds[part], Stream.STEPS) if seeds is not None else None
+        step_generators = generators(seeds[part], Stream.STEPS) if seeds is not None else None
         denoise = _denoise(model, z_i[part], guidance)
         if calibration is not None:
             denoise = calibration.faded(eta)(denoise)
         pictures.append(
             to_images(
-                samplers.ddim(denoise, x_T[part], model.decoder.schedule, steps, eta, generator=own)
+                samplers.ddim(denoise, x_T[part], model.decoder.schedule, steps, eta, generator=step_generators)
             )
         )
     return np.concatenate(pictures)
@@ -119,7 +119,7 @@ def variations(
     """Draw what the decoder makes of each picture's z_i alone, from noise of its own, (B, count, S, S, 3)."""
     S = model.decoder.config.image_size_px
     z_i = embed(model, pictures).repeat_interleave(count, 0)
-    seeds = [seed * SEED_STRIDE + place for place in range(count)] * len(pictures)
+    seeds = [seed * SEED_STRIDE + number for number in range(count)] * len(pictures)
     drawn = draw(
         model,
         z_i,
@@ -140,7 +140,7 @@ def vary(
     guidance: float | None = None,
 ) -> np.ndarray:
     """Draw variations of the first picture, (count, S, S, 3): DDIM from its (z_i, x_T) with eta, 0 the picture itself (section 3.1)."""
-    seeds = [seed * SEED_STRIDE + place for place in range(count)]
+    seeds = [seed * SEED_STRIDE + number for number in range(count)]
     return draw(
         model,
         latents.z_i[:1].expand(count, -1),
@@ -235,8 +235,8 @@ def reconstruct(
 
     The decoder's noise is the seed's throughout.
     """
-    kept = [pca.truncate(z_i, count) for count in dims]
-    z = F.normalize(torch.stack([*kept, z_i], 1), dim=-1)  # (B, C, E)
+    truncated = [pca.truncate(z_i, count) for count in dims]
+    z = F.normalize(torch.stack([*truncated, z_i], 1), dim=-1)  # (B, C, E)
     B, C, _ = z.shape
     S = model.decoder.config.image_size_px
     x_T = noise(

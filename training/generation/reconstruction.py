@@ -18,7 +18,7 @@ from torch import Tensor
 
 from infra.errors import DataError
 from training.data import embedding_dataset
-from training.data.image_reader import PLACE, Pictures
+from training.data.image_reader import LOCATION, Pictures
 from training.diffusion.calibration import calibrate
 from training.diffusion.likelihood import bits_per_dim
 from training.diffusion.noise import Stream, generators
@@ -70,12 +70,12 @@ def read(
     split: str,
     tokenizer: Tokenizer,
     side_px: int,
-    at_most: int,
+    max_images: int,
     seed: int,
 ) -> Described:
     """Read pictures of a split, drawn by the seed, one of each concept, so that they are independent of each other."""
-    table, z_i = embedding_dataset.read(embed, split, ["key", "caption", "concept", *PLACE])
-    rows = _one_a_concept(table, seed)[:at_most]
+    table, z_i = embedding_dataset.read(embed, split, ["key", "caption", "concept", *LOCATION])
+    rows = _one_a_concept(table, seed)[:max_images]
     chosen = table.take(pa.array(rows, pa.int64()))
     pictures = Pictures(chosen, shards, side_px)
     x_0 = (
@@ -125,7 +125,7 @@ def likelihood(
             f"{len(judged)} held-out and {len(trained)} training pictures: bits per dimension need one of each at least"
         )
     variance: Variance = "learned" if decoder.config.learned_variance else "analytic"
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "T": decoder.schedule.T,
         "draws": draws,
         "variance": variance,
@@ -134,23 +134,23 @@ def likelihood(
             np.mean([_png_bits(picture) for picture in to_images(judged.x_0)])
         ),
     }
-    for told, w in (("told_all", 1.0), ("told_nothing", 0.0)):
-        own, known = (
+    for condition, w in (("told_all", 1.0), ("told_nothing", 0.0)):
+        z_condition, ids_condition = (
             generators(range(seed, seed + len(trained)), Stream.DATA),
             trained.x_0.to(decoder.device),
         )
         denoise = _denoise(decoder, trained, w)
-        calibration = calibrate(denoise, known, decoder.schedule, POINTS, own)
+        calibration = calibrate(denoise, ids_condition, decoder.schedule, POINTS, z_condition)
         x_0_error = None
         if variance == "analytic":
             x_0_error = measure_x_0_error(
-                calibration(denoise), known, decoder.schedule, POINTS, own
+                calibration(denoise), ids_condition, decoder.schedule, POINTS, z_condition
             )
         batches = ((x_0, calibration(denoise)) for x_0, denoise in _batches(decoder, judged, w))
-        found[told] = bits_per_dim(batches, decoder.schedule, variance, x_0_error, draws, seed=seed)
+        figures[condition] = bits_per_dim(batches, decoder.schedule, variance, x_0_error, draws, seed=seed)
         if len(judged) == 1:
-            found[told]["standard_error"] = None
-    return found
+            figures[condition]["standard_error"] = None
+    return figures
 
 
 def inversion(
@@ -167,11 +167,11 @@ def inversion(
         denoise, x_0, decoder.schedule, POINTS, generators(range(len(x_0)), Stream.DATA)
     )(denoise)
     rows = []
-    for steps in (each for each in step_counts if each <= decoder.schedule.T):
+    for steps in (step_count for step_count in step_counts if step_count <= decoder.schedule.T):
         for refinements in REFINEMENTS:
             x_T = ddim_invert(denoise, x_0, decoder.schedule, steps, refinements)
             back = ddim(denoise, x_T, decoder.schedule, steps)
-            each_db = [
+            image_db = [
                 manipulations.psnr_db(a, b)
                 for a, b in zip(to_images(back), to_images(x_0), strict=True)
             ]
@@ -180,7 +180,7 @@ def inversion(
                     "steps": steps,
                     "refinements": refinements,
                     "calls": steps * (2 + refinements),
-                    "psnr_db": each_db,
+                    "psnr_db": image_db,
                 }
             )
     return rows

@@ -80,7 +80,7 @@ class Unclip:
             tokenizer,
             a_prior,
             a_decoder,
-            [each for each in behind if (each / "config.json").is_file()],
+            [folder for folder in behind if (folder / "config.json").is_file()],
         )
 
     @property
@@ -116,13 +116,13 @@ class Unclip:
         ids = self.tokenizer(prompts).to(self.device)
         rows = torch.arange(len(prompts)).repeat_interleave(count)
         seeds = [
-            each * SEED_STRIDE + place for each in _each(seed, prompts) for place in range(count)
+            base_seed * SEED_STRIDE + number for base_seed in _seed_per_prompt(seed, prompts) for number in range(count)
         ]
         pictures: list[Tensor] = []
         for start in range(0, len(rows), BATCH):
-            part, own = rows[start : start + BATCH], seeds[start : start + BATCH]
-            z_i = self.prior.sample(z_t[part], ids[part], own)
-            pictures.append(self.decoder.sample(z_i, ids[part], own, steps, guidance))
+            part, part_seeds = rows[start : start + BATCH], seeds[start : start + BATCH]
+            z_i = self.prior.sample(z_t[part], ids[part], part_seeds)
+            pictures.append(self.decoder.sample(z_i, ids[part], part_seeds, steps, guidance))
         drawn = to_images(torch.cat(pictures))
         if upsample:
             from training.models import upsampler_cascade as upsamplers
@@ -137,11 +137,11 @@ class Unclip:
         z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(self.device)
         ids = self.tokenizer(prompts).to(self.device)
         parts = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
-        own = [each * SEED_STRIDE for each in _each(seed, prompts)]
+        draw_seeds = [base_seed * SEED_STRIDE for base_seed in _seed_per_prompt(seed, prompts)]
         return (
             torch.cat(
                 [
-                    self.prior.sample(z_t[part], ids[part], own[part], best_of=best_of)
+                    self.prior.sample(z_t[part], ids[part], draw_seeds[part], best_of=best_of)
                     for part in parts
                 ]
             )
@@ -158,7 +158,7 @@ class Unclip:
         return clip_model.embed_images(self.clip, torch.from_numpy(images)).numpy()
 
 
-def _each(seed: int | Sequence[int], prompts: list[str]) -> Sequence[int]:
+def _seed_per_prompt(seed: int | Sequence[int], prompts: list[str]) -> Sequence[int]:
     """Return a seed for every prompt."""
     if isinstance(seed, int):
         return [seed] * len(prompts)

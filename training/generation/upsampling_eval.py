@@ -40,12 +40,12 @@ def compare(
     """
     factor = model.config.factor
     small = to_images(shrink(to_float(torch.from_numpy(pictures)), factor))
-    made = {"small": small, **{name: interpolate(small, factor, name) for name in INTERPOLATIONS}}
-    seeds = [seed * SEED_STRIDE + place for place in range(len(small))]
-    made |= {"up-sampler": enlarge([model], small, seeds), "real": pictures}
+    results = {"small": small, **{name: interpolate(small, factor, name) for name in INTERPOLATIONS}}
+    seeds = [seed * SEED_STRIDE + number for number in range(len(small))]
+    results |= {"up-sampler": enlarge([model], small, seeds), "real": pictures}
     psnr = {
-        name: np.array([psnr_db(a, b) for a, b in zip(made[name], pictures, strict=True)])
-        for name in made
+        name: np.array([psnr_db(a, b) for a, b in zip(results[name], pictures, strict=True)])
+        for name in results
         if name not in ("small", "real")
     }
     figures = {
@@ -62,7 +62,7 @@ def compare(
             for name in INTERPOLATIONS
         },
     }
-    return figures, made
+    return figures, results
 
 
 def peak_bytes(model: Upsampler, side_px: int, tile_px: int | None = None) -> int:
@@ -82,17 +82,17 @@ class _Held(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        known = {
+        result = func(*args, **(kwargs or {}))
+        live_bytes = {
             id_of
             for value in tree_leaves((args, kwargs))
             if isinstance(value, Tensor)
             for id_of in [value.untyped_storage()._cdata]
         }
-        for value in tree_leaves(made):
-            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in known:
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in live_bytes:
                 storage = value.untyped_storage()
                 self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.alive = {place: one for place, one in self.alive.items() if not one[0].expired()}
+        self.alive = {address: one for address, one in self.alive.items() if not one[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return made
+        return result

@@ -41,7 +41,7 @@ class Cost:
     parameters: int
     flops: float
     activation_bytes: int
-    kept: int = 0
+    undivided: int = 0
     """Parameters that every worker of a sharded training keeps whole."""
     held: int = 0
     """Parameters that it gathers for a whole step."""
@@ -86,8 +86,8 @@ def decoder_cost(config: DecoderConfig, embed_dim: int, vocab_size: int, context
         z, ids = torch.zeros(1, embed_dim), torch.ones(1, context, dtype=torch.long)
 
     def forward() -> Tensor:
-        found: Any = model(x_t, t, model.condition(z, ids))
-        return sum(part.sum() for part in found) if isinstance(found, tuple) else found.sum()
+        prediction: Any = model(x_t, t, model.condition(z, ids))
+        return sum(part.sum() for part in prediction) if isinstance(prediction, tuple) else prediction.sum()
 
     return _count(model, forward)
 
@@ -100,19 +100,19 @@ def upsampler_cost(config: UpsamplerConfig) -> Cost:
     return _count(model, lambda: model(x, t, x).sum())
 
 
-class _Kept(TorchFunctionMode):
+class _SavedTensors(TorchFunctionMode):
     """Notes what autograd keeps of a forward pass, by storage; of attention the inputs and the output alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.own = {id(p) for p in model.parameters()}
-        self.kept: dict[int, Tensor] = {}
+        self.tensors: dict[int, Tensor] = {}
         self.is_in_attention = False
 
     def keep(self, x: Tensor) -> Tensor:
         base = x if x._base is None else x._base
         if not self.is_in_attention and id(base) not in self.own and x.is_floating_point():
-            self.kept[id(base)] = base
+            self.tensors[id(base)] = base
         return x
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,7 +127,7 @@ class _Kept(TorchFunctionMode):
 
 
 def _count(model: nn.Module, forward: Callable[[], Tensor]) -> Cost:
-    noted = _Kept(model)
+    noted = _SavedTensors(model)
     with (
         torch.device("meta"),
         FlopCounterMode(display=False) as counter,
@@ -136,10 +136,10 @@ def _count(model: nn.Module, forward: Callable[[], Tensor]) -> Cost:
         with noted:
             loss = forward()
         loss.backward()
-    activations = BF16_BYTES * sum(x.numel() for x in noted.kept.values())
-    kept = fsdp.kept_whole(model)
-    total, whole = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in kept)
-    blocks = [sum(p.numel() for p in set(unit.parameters()) - kept) for unit in fsdp.units(model)]
+    activations = BF16_BYTES * sum(x.numel() for x in noted.tensors.values())
+    unsharded = fsdp.unsharded_parameters(model)
+    total, whole = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in unsharded)
+    blocks = [sum(p.numel() for p in set(unit.parameters()) - unsharded) for unit in fsdp.units(model)]
     return Cost(
         total,
         float(counter.get_total_flops()),
@@ -158,15 +158,15 @@ def need(cost: Cost, config: LoopConfig, workers: int, flops_per_s: float | None
     """
     is_sharded, state = config.shard and workers > 1, STATE_BYTES * cost.parameters
     if is_sharded:
-        divided = STATE_BYTES * (cost.parameters - cost.kept) // workers
+        divided = STATE_BYTES * (cost.parameters - cost.undivided) // workers
         state = (
             divided
-            + STATE_BYTES * cost.kept
+            + STATE_BYTES * cost.undivided
             + HELD_BYTES * cost.held
             + PASSING_BYTES[config.precision] * cost.largest
         )
     batch = config.batch_size // workers
-    found: dict[str, Any] = {
+    costs: dict[str, Any] = {
         "parameters": cost.parameters,
         "flops_per_image": cost.flops,
         "activation_bytes_per_image": cost.activation_bytes,
@@ -179,6 +179,6 @@ def need(cost: Cost, config: LoopConfig, workers: int, flops_per_s: float | None
         "checkpoint_bytes": 2 * 4 * cost.parameters,
     }
     if flops_per_s:
-        found["images_per_s"] = round(workers * flops_per_s / cost.flops, 2)
-        found["days"] = round(config.images * cost.flops / (workers * flops_per_s) / DAY_S, 3)
-    return found
+        costs["images_per_s"] = round(workers * flops_per_s / cost.flops, 2)
+        costs["days"] = round(config.images * cost.flops / (workers * flops_per_s) / DAY_S, 3)
+    return costs

@@ -61,12 +61,12 @@ def run(
 ) -> dict[str, Any]:
     """Embed all of the keep list on the running Ray; returns the counts."""
     table = read_table(curate / "keep.parquet", columns=shard_check.READ)
-    found = table.num_rows
-    if not found:
+    row_count = table.num_rows
+    if not row_count:
         raise CallerError("curate kept no pair: loosen [curate] or give [data] more sources")
-    if found > PARTS * config.rows_per_part:
+    if row_count > PARTS * config.rows_per_part:
         raise CallerError(
-            f"[embed] rows_per_part = {config.rows_per_part} makes over {PARTS:,} parts: set {-(-found // PARTS)} or more"
+            f"[embed] rows_per_part = {config.rows_per_part} makes over {PARTS:,} parts: set {-(-row_count // PARTS)} or more"
         )
     dropped = shard_check.settle(table, ingest / "shards", config.broken_pictures, work)
     del table
@@ -92,7 +92,7 @@ def run(
     (out / "facts.json").write_text(
         json.dumps({"clip_key": clip_key, "dim": dim, "count": count}, indent=1)
     )
-    return {"in": found, "out": count, "dropped": dropped, "dim": dim, "taken_over": taken_over}
+    return {"in": row_count, "out": count, "dropped": dropped, "dim": dim, "taken_over": taken_over}
 
 
 def cut(config: EmbedConfig, keep_list: Path, work: Path) -> tuple[int, int]:
@@ -113,7 +113,7 @@ def cut(config: EmbedConfig, keep_list: Path, work: Path) -> tuple[int, int]:
     with open_parquet(keep_list) as file:
         for batch in file.iter_batches(READ_ROWS):
             piece = pa.Table.from_batches([batch])
-            waiting.append(piece.filter(pa.array(shard_check.is_kept(piece, work))))
+            waiting.append(piece.filter(pa.array(shard_check.is_readable(piece, work))))
             count += waiting[-1].num_rows
             while count - parts * config.rows_per_part >= config.rows_per_part:
                 write(config.rows_per_part)
@@ -149,7 +149,7 @@ def marks(rows: pa.Table) -> np.ndarray:
     )
 
 
-def _known(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _reused_rows(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return which rows have been embedded before (rows,), and their vectors of both kinds float16 (those rows, D)."""
     if not (work / "known.json").exists():
         return np.zeros(table.num_rows, bool), {}
@@ -158,19 +158,19 @@ def _known(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.ndarra
         np.load(work / f"known_{name}.npy", mmap_mode="r") for name in ("marks", "rows")
     )
     wanted = marks(table)
-    places = np.minimum(np.searchsorted(marked, wanted), len(marked) - 1)
-    is_known = marked[places] == wanted
-    found = np.asarray(rows[places[is_known]])
+    positions = np.minimum(np.searchsorted(marked, wanted), len(marked) - 1)
+    is_reused = marked[positions] == wanted
+    source_rows = np.asarray(rows[positions[is_reused]])
     vectors = {}
     for kind in ("img_emb", "text_emb"):
         parts = [np.load(file, mmap_mode="r") for file in sorted((previous / kind).glob("*.npy"))]
         starts = np.cumsum([0, *(len(part) for part in parts)])
-        taken = np.empty((len(found), parts[0].shape[1]), np.float16)
+        taken = np.empty((len(source_rows), parts[0].shape[1]), np.float16)
         for start, part in zip(starts, parts, strict=False):
-            inside = (found >= start) & (found < start + len(part))
-            taken[inside] = part[found[inside] - start]
+            inside = (source_rows >= start) & (source_rows < start + len(part))
+            taken[inside] = part[source_rows[inside] - start]
         vectors[kind] = taken
-    return is_known, vectors
+    return is_reused, vectors
 
 
 def _embed_part(
@@ -192,21 +192,21 @@ def _embed_part(
         f"metadata/metadata_{number:04}.parquet",
     ]
     if not all((work / Path(name).name).exists() for name in names):
-        is_known, vectors = _known(table, work)
-        made = (
-            _embed_rows(config, table.filter(pa.array(~is_known)), use_gpu, ingest, clip)
-            if not is_known.all()
+        is_reused, vectors = _reused_rows(table, work)
+        fresh = (
+            _embed_rows(config, table.filter(pa.array(~is_reused)), use_gpu, ingest, clip)
+            if not is_reused.all()
             else {}
         )
         for name, kind in zip(names, ("img_emb", "text_emb"), strict=False):
-            both = np.empty((table.num_rows, (made or vectors)[kind].shape[1]), np.float16)
-            for chosen, some in ((is_known, vectors), (~is_known, made)):
+            both = np.empty((table.num_rows, (fresh or vectors)[kind].shape[1]), np.float16)
+            for chosen, rows_of in ((is_reused, vectors), (~is_reused, fresh)):
                 if chosen.any():
-                    both[chosen] = some[kind]
+                    both[chosen] = rows_of[kind]
             with (work / f"part_{number:04}.tmp").open("wb") as file:
                 np.save(file, both)
             (work / f"part_{number:04}.tmp").replace(work / Path(name).name)
-        (work / f"known_{number:04}.count").write_text(str(int(is_known.sum())))
+        (work / f"known_{number:04}.count").write_text(str(int(is_reused.sum())))
         pq.write_table(table, work / f"table_{number:04}.tmp")
         (work / f"table_{number:04}.tmp").replace(work / Path(names[2]).name)
     for name in names:
@@ -267,10 +267,10 @@ def encoders(
     """
     model, tokenizer = clip_model.load(clip)
 
-    def texts(given: list[str]) -> np.ndarray:
-        return clip_model.embed_texts(model, tokenizer, given).numpy()
+    def texts(captions: list[str]) -> np.ndarray:
+        return clip_model.embed_texts(model, tokenizer, captions).numpy()
 
-    def images(given: np.ndarray) -> np.ndarray:
-        return clip_model.embed_images(model, torch.from_numpy(given)).numpy()
+    def images(pixels: np.ndarray) -> np.ndarray:
+        return clip_model.embed_images(model, torch.from_numpy(pixels)).numpy()
 
     return texts, images, model.config.image_size_px

@@ -26,12 +26,12 @@ from infra.compute.cluster import ClusterConfig
 from infra.console.progress import Progress
 from infra.errors import DataError, UnclipError
 from training.data import embedding_dataset, shard_check
-from training.data.image_reader import PLACE, Pictures, read_table
+from training.data.image_reader import LOCATION, Pictures, read_table
 from training.models import clip as clip_model
 from training.models import open_clip_format, priors
 from training.models.clip import CLIP, ClipConfig
 from training.models.decoder import Decoder, DecoderConfig
-from training.models.diffusion_prior import MEASURED_AT_MOST, Prior, PriorConfig
+from training.models.diffusion_prior import MAX_MEASURED, Prior, PriorConfig
 from training.models.pixels import to_pixels
 from training.models.preprocessing import WHOLE, Look
 from training.models.tokenizer import Tokenizer, TokenizerConfig
@@ -156,9 +156,9 @@ def fit_clip(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_clip`."""
     table = read_table(
-        paths["curate"] / "keep.parquet", "train", ["caption", "captions", "key", *PLACE]
+        paths["curate"] / "keep.parquet", "train", ["caption", "captions", "key", *LOCATION]
     )
-    table = table.filter(pa.array(shard_check.is_kept(table, work)))
+    table = table.filter(pa.array(shard_check.is_readable(table, work)))
     tokenizer = Tokenizer.load(work / "tokenizer.json")
     pictures = _pictures(table, paths, config, config.image_size_px, config.look)
     texts = embedding_dataset.Captions(
@@ -208,12 +208,12 @@ def fit_prior(
 
     averaged = loop.run(model, config, loss_of, work)
     if config.kind == "diffusion" and config.sampler == "analytic" and world()[0] == 0:
-        sample = sample[:: math.ceil(len(sample) / MEASURED_AT_MOST)]
+        sample = sample[:: math.ceil(len(sample) / MAX_MEASURED)]
         trained = Prior(config, z_i.dim, tokenizer.vocab_size, tokenizer.context).to(device)
         trained.load_state_dict(averaged)
         trained.eval().measure(
             z_i[sample].to(device),
-            *(each(texts.firsts[sample]).to(device) for each in (z_t, texts.ids)),
+            *(column(texts.firsts[sample]).to(device) for column in (z_t, texts.ids)),
         )
         averaged["x_0_error"] = trained.x_0_error
     return model, averaged
@@ -224,9 +224,9 @@ def fit_decoder(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_decoder`."""
     tokenizer = Tokenizer.load(paths["clip"] / "tokenizer.json")
-    table, z_i = embedding_dataset.read(paths["embed"], "train", ["captions", "key", *PLACE])
-    kept = shard_check.is_kept(table, work)
-    table, z_i = table.filter(pa.array(kept)), z_i.where(kept)
+    table, z_i = embedding_dataset.read(paths["embed"], "train", ["captions", "key", *LOCATION])
+    readable = shard_check.is_readable(table, work)
+    table, z_i = table.filter(pa.array(readable)), z_i.where(readable)
     pictures = _pictures(table, paths, config, config.image_size_px)
     texts = embedding_dataset.Captions(table["captions"], tokenizer)
     del table
@@ -247,9 +247,9 @@ def fit_upsampler(
     config: UpsamplerConfig, paths: dict[str, Path], work: Path, device: str
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The worker's side of `train_upsampler`."""
-    table = read_table(paths["curate"] / "keep.parquet", "train", ["key", *PLACE])
+    table = read_table(paths["curate"] / "keep.parquet", "train", ["key", *LOCATION])
     pictures = _pictures(
-        table.filter(pa.array(shard_check.is_kept(table, work))),
+        table.filter(pa.array(shard_check.is_readable(table, work))),
         paths,
         config,
         config.image_size_px,
@@ -295,9 +295,9 @@ def shifted(pixels: Tensor, draw: Tensor) -> Tensor:
     """Move each picture (B, 3, S, S) by up to SHIFT_PX, white coming in; `draw` in [0, 1) is (B, 2)."""
     B, _, S, _ = pixels.shape
     padded = nn.functional.pad(pixels, [SHIFT_PX] * 4, value=1.0)
-    place = (draw * (2 * SHIFT_PX + 1)).long().to(pixels.device)  # (B, 2)
+    offset = (draw * (2 * SHIFT_PX + 1)).long().to(pixels.device)  # (B, 2)
     span = torch.arange(S, device=pixels.device)
-    rows, columns = (place[:, :1] + span)[:, :, None], (place[:, 1:] + span)[:, None, :]
+    rows, columns = (offset[:, :1] + span)[:, :, None], (offset[:, 1:] + span)[:, None, :]
     return padded.permute(0, 2, 3, 1)[
         torch.arange(B, device=pixels.device)[:, None, None], rows, columns
     ].permute(0, 3, 1, 2)
@@ -357,9 +357,9 @@ def _train(
                     _run_group(job, name, cluster, workers)
                     break
                 except Exception as error:
-                    own = _own_error(error)
-                    if own or not left:
-                        raise own or UnclipError(_one_line(name, error)) from error
+                    worker_error = _worker_error(error)
+                    if worker_error or not left:
+                        raise worker_error or UnclipError(_one_line(name, error)) from error
                     logging.getLogger("unclip").warning(
                         "%s; it goes on from its last state, %d restarts left",
                         _one_line(name, error),
@@ -453,9 +453,9 @@ def write_model(
             "embed_dim": embed_dim,
         }
     for file, state in (("weights.safetensors", averaged), ("raw.safetensors", raw)):
-        aside = work / f"{file}.{os.getpid()}.tmp"
-        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, aside)
-        aside.replace(work / file)
+        part = work / f"{file}.{os.getpid()}.tmp"
+        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, part)
+        part.replace(work / file)
     (work / "config.json").write_text(json.dumps(facts, indent=1))
 
 
@@ -488,16 +488,16 @@ def _outcome(out: Path) -> dict[str, Any]:
     }
 
 
-def _own_error(error: BaseException) -> UnclipError | None:
+def _worker_error(error: BaseException) -> UnclipError | None:
     """Return the error of ours that a worker raised, if that is why Ray Train failed: a restart would only meet it again."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
         for inner in (cause, *getattr(cause, "worker_failures", {}).values()):
-            own = getattr(inner, "cause", inner)
-            if isinstance(own, UnclipError):
-                return type(own)(str(own))
+            inner_cause = getattr(inner, "cause", inner)
+            if isinstance(inner_cause, UnclipError):
+                return type(inner_cause)(str(inner_cause))
         cause = cause.__cause__
     return None
 

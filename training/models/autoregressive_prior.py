@@ -135,10 +135,10 @@ class AutoregressivePrior(nn.Module):
         rows = torch.arange(len(z_t), device=z_t.device).repeat_interleave(best_of)
         K = self.config.pca_dims
         draws = generators(
-            [seed * best_of + place for seed in seeds for place in range(best_of)], Stream.PRIOR
+            [seed * best_of + draw_number for seed in seeds for draw_number in range(best_of)], Stream.PRIOR
         )
         chance = torch.stack(
-            [torch.rand(K + 1, generator=own, dtype=torch.float64) for own in draws]
+            [torch.rand(K + 1, generator=draw_generator, dtype=torch.float64) for draw_generator in draws]
         ).to(z_t.device)  # (B', K + 1)
         chance[:, 0] = 0.5 + chance[:, 0] / 2  # the upper half
         buckets = self.draw(z_t[rows] * self.text_scale, ids[rows], chance)
@@ -153,17 +153,17 @@ class AutoregressivePrior(nn.Module):
         pasts = [KeyValues(N + 1 + K) for _ in self.blocks]
         x, is_key = self._prefix(z_t, ids, ids.new_empty(len(ids), 0))
         buckets = ids.new_empty(len(ids), K + 1)
-        for place in range(K + 1):
+        for position in range(K + 1):
             for block, past in zip(self.blocks, pasts, strict=True):
                 x = block(x, is_key, past)
             logits = self.out(self.norm(x[:, -1])).double() / self.config.temperature
             cumulated = logits.softmax(-1).cumsum(-1)
-            buckets[:, place] = torch.searchsorted(
-                cumulated, chance[:, place : place + 1].contiguous(), right=True
+            buckets[:, position] = torch.searchsorted(
+                cumulated, chance[:, position : position + 1].contiguous(), right=True
             )[:, 0].clamp(max=self.config.buckets - 1)
             x = (
-                (self.values(buckets[:, place]) + self.positions[place + 1])[:, None]
-                if place < K
+                (self.values(buckets[:, position]) + self.positions[position + 1])[:, None]
+                if position < K
                 else x
             )
             is_key = torch.cat([is_key, is_key.new_ones(len(ids), 1)], 1)

@@ -121,8 +121,8 @@ class ConvTower(nn.Module):
         self.stem = nn.Conv2d(3, width, 4, stride=2, padding=1)
         stages: list[nn.Module] = []
         before = width
-        for place, after in enumerate(widths):
-            if place:
+        for level, after in enumerate(widths):
+            if level:
                 stages.append(nn.Conv2d(before, after, 2, stride=2))
             stages += [ConvBlock(after) for _ in range(depth)]
             before = after
@@ -314,22 +314,22 @@ def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: list[str], batch: int 
     ids = tokenizer(texts)
     lengths = (ids != PAD).sum(1)
     order = lengths.argsort()
-    found = torch.empty(len(texts), model.config.embed_dim)
+    embeddings = torch.empty(len(texts), model.config.embed_dim)
     for start in range(0, len(texts), batch):
         rows = order[start : start + batch]
-        found[rows] = model.encode_text(ids[rows, : int(lengths[rows].max())].to(device)).cpu()
-    return found
+        embeddings[rows] = model.encode_text(ids[rows, : int(lengths[rows].max())].to(device)).cpu()
+    return embeddings
 
 
 @torch.no_grad()
 def embed_images(model: CLIP, images: Tensor, batch: int = 512) -> Tensor:
     """Embed pictures, uint8 (B, H, W, 3), as unit vectors float32 (B, E) on the CPU."""
     device, config = model.logit_scale.device, model.config
-    found = [torch.empty(0, config.embed_dim)]
+    batches = [torch.empty(0, config.embed_dim)]
     for part in images.split(batch):
-        found.append(
+        batches.append(
             model.encode_image(
                 to_pixels(part.to(device), config.image_size_px, config.interpolation)
             ).cpu()
         )
-    return torch.cat(found)
+    return torch.cat(batches)

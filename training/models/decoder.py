@@ -164,9 +164,9 @@ class ContextAttention(nn.Module):
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """Map (B, C, S, S) to the same shape."""
         B, C, S, _ = x.shape
-        places = self.norm(x).flatten(2).transpose(1, 2)  # (B, S*S, C)
+        positions = self.norm(x).flatten(2).transpose(1, 2)  # (B, S*S, C)
         q, k, v = (
-            self.qkv(places).view(B, S * S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+            self.qkv(positions).view(B, S * S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         )
         k_c, v_c = (
             self.kv(self.norm_context(condition.context))
@@ -208,12 +208,12 @@ class Decoder(nn.Module):
         self.places = nn.Parameter(torch.randn(1, widths[0], side, side) * 0.1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         before, skips = widths[0], [widths[0]]
-        for place, after in enumerate(widths):
+        for level, after in enumerate(widths):
             for _ in range(config.depth):
                 self.down.append(self._level(before, after, side, added))
                 before = after
                 skips.append(after)
-            if place < len(widths) - 1:
+            if level < len(widths) - 1:
                 self.down.append(nn.Conv2d(after, after, 3, stride=2, padding=1))
                 skips.append(after)
                 side //= 2
@@ -224,11 +224,11 @@ class Decoder(nn.Module):
                 ResBlock(before, before, added, config.dropout),
             ]
         )
-        for place, after in reversed(list(enumerate(widths))):
+        for level, after in reversed(list(enumerate(widths))):
             for _ in range(config.depth + 1):
                 self.up.append(self._level(before + skips.pop(), after, side, added))
                 before = after
-            if place:
+            if level:
                 self.up.append(Upsample(before))
                 side *= 2
         self.norm = nn.GroupNorm(GROUPS, before)
@@ -363,12 +363,12 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Draw a picture, float32 (B, 3, S, S) in [-1, 1], for every row of z_i (B, E), ids (B, N) and seeds; rows are independent."""
         w = self.config.guidance if guidance is None else guidance
-        S, own = self.config.image_size_px, generators(seeds, Stream.DECODER)
-        x_T = noise((len(z_i), 3, S, S), own, z_i.device)
+        S, sample_generators = self.config.image_size_px, generators(seeds, Stream.DECODER)
+        x_T = noise((len(z_i), 3, S, S), sample_generators, z_i.device)
         denoise, count = self.guided_denoise(z_i, ids, w), steps or self.config.sampling_steps
         if self.config.sampler == "ancestral":
             return samplers.ancestral(
-                denoise, x_T, self.schedule, count, self.variance, generator=own
+                denoise, x_T, self.schedule, count, self.variance, generator=sample_generators
             ).clamp_(-1, 1)
         sampler = samplers.ddim if self.config.sampler == "ddim" else samplers.dpm_solver
         return sampler(denoise, x_T, self.schedule, count).clamp_(-1, 1)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # the up-sampler is above
     from training.models.upsampler import Degradation
 
 BLUR_WIDTH, BLUR_SIGMA = 3, 0.6  # unCLIP, appendix C
-NOISE_AT_MOST = 25 / 255  # standard deviation, of the range 0..1
+MAX_NOISE = 25 / 255  # standard deviation, of the range 0..1
 JPEG_QUALITY = (30, 95)
 RESIZES = (cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_CUBIC)
 
@@ -30,8 +30,8 @@ def blur(pictures: Tensor) -> Tensor:
 
 def gaussian(pictures: Tensor, width: int, sigma: float) -> Tensor:
     """Blur pictures (B, C, H, W) by a Gaussian in a window of odd `width`, edges mirrored."""
-    place = torch.arange(width, dtype=torch.float32) - width // 2
-    line = torch.exp(-(place**2) / (2 * sigma**2))
+    offset = torch.arange(width, dtype=torch.float32) - width // 2
+    line = torch.exp(-(offset**2) / (2 * sigma**2))
     kernel = (
         (line[:, None] * line / line.sum() ** 2)
         .to(pictures)
@@ -50,8 +50,8 @@ def bsr(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
         _noisy,
         _blurred,
     ]
-    for place in draw.permutation(len(steps)):
-        picture = steps[place](picture, draw)
+    for step in draw.permutation(len(steps)):
+        picture = steps[step](picture, draw)
     return _compressed(picture, draw)
 
 
@@ -75,7 +75,7 @@ def _resized(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
 
 def _noisy(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     deviation, channels = (
-        draw.uniform(0, NOISE_AT_MOST),
+        draw.uniform(0, MAX_NOISE),
         3 if draw.random() < 0.5 else 1,
     )  # of each colour, or of the lightness
     return (
@@ -99,11 +99,11 @@ def apply(kind: "Degradation", pictures: Tensor, is_degraded: Tensor, seeds: lis
         return pictures
     if kind == "blur":
         return torch.where(is_degraded[:, None, None, None], blur(pictures), pictures)
-    made = pictures.clone()
-    for place in is_degraded.nonzero()[:, 0].tolist():
-        picture = ((pictures[place] + 1) / 2).permute(1, 2, 0).contiguous().numpy()
-        made[place] = (
-            torch.from_numpy(bsr(picture, np.random.default_rng(seeds[place]))).permute(2, 0, 1) * 2
+    degraded = pictures.clone()
+    for index in is_degraded.nonzero()[:, 0].tolist():
+        picture = ((pictures[index] + 1) / 2).permute(1, 2, 0).contiguous().numpy()
+        degraded[index] = (
+            torch.from_numpy(bsr(picture, np.random.default_rng(seeds[index]))).permute(2, 0, 1) * 2
             - 1
         )
-    return made
+    return degraded

@@ -22,7 +22,7 @@ from training.models.transformer import Block, time_features
 from training.optim.step import LoopConfig, Step
 
 NULL_TEXT = torch.tensor([1, 2])  # start, end: what a dropped caption becomes
-MEASURED_AT_MOST = 256
+MAX_MEASURED = 256
 """Pairs on which the errors for the analytic variance are measured."""
 DROP, TIME, NOISE = 1, 2, 3  # streams of randomness in a step
 
@@ -173,7 +173,7 @@ class Prior(nn.Module):
         rows = torch.arange(len(z_t)).repeat_interleave(best_of)
         scaled, text = z_t[rows] * self.scale, ids[rows]
         draws = generators(
-            [seed * best_of + place for seed in seeds for place in range(best_of)], Stream.PRIOR
+            [seed * best_of + draw_number for seed in seeds for draw_number in range(best_of)], Stream.PRIOR
         )
         x_T = noise((len(rows), z_t.shape[1]), draws, z_t.device)
         denoise = as_denoise(lambda x_t, t: self(x_t, t, scaled, text), self.schedule, "x_0")

@@ -75,7 +75,7 @@ def resnet_50(weights: Path) -> Features:
         )
     model.load_state_dict({name: state[name] for name in wanted})
     model.eval().requires_grad_(False)
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    mean, std = (torch.tensor(channel_values).view(3, 1, 1) for channel_values in (MEAN, STD))
     return _pooled(lambda x: model((x / 255 - mean) / std), RESNET_PX)
 
 

@@ -30,7 +30,7 @@ PIXEL_MEAN, PIXEL_STD = (
 )  # of OpenAI's and open_clip's models
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 WEIGHT_FILES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-OWN_FILES = ("weights.safetensors", "config.json", "tokenizer.json")
+UNCLIP_FILES = ("weights.safetensors", "config.json", "tokenizer.json")
 MERGE_FILES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
 """Channels of a head by the image tower's width where they are not 64: ViT-H, g and bigG."""
@@ -121,7 +121,7 @@ def read(config: ClipConfig, tokens: TokenizerConfig) -> tuple[CLIP, Tokenizer, 
     Raises CallerError where it is not there or of a kind that our towers are not, DataError where the weights are broken.
     """
     folder, weights = find(config.pretrained)
-    if weights.name == OWN_FILES[0] and _is_own(folder):
+    if weights.name == UNCLIP_FILES[0] and _is_unclip_folder(folder):
         model, tokenizer = clip_model.load(folder)
         model.config = model.config.model_copy(update={"pretrained": config.pretrained})
         return model, tokenizer, _source(config, weights)
@@ -153,8 +153,8 @@ def find(pretrained: str) -> tuple[Path, Path]:
     if path.is_file():
         return path.parent, path
     if path.is_dir():
-        if _is_own(path):
-            return path, path / OWN_FILES[0]
+        if _is_unclip_folder(path):
+            return path, path / UNCLIP_FILES[0]
         for name in WEIGHT_FILES:
             if (path / name).is_file():
                 return path, path / name
@@ -172,8 +172,8 @@ def find(pretrained: str) -> tuple[Path, Path]:
     return _from_hub(repository, pretrained)
 
 
-def _is_own(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in OWN_FILES)
+def _is_unclip_folder(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in UNCLIP_FILES)
 
 
 def _from_hub(repository: str, pretrained: str) -> tuple[Path, Path]:
@@ -210,13 +210,13 @@ def find_merges(named: str, folder: Path) -> Path:
             raise CallerError(f"[tokenizer] merges = {named!r}: there is no such file")
         return path
     package = importlib.util.find_spec("open_clip")
-    for place in (
+    for position in (
         folder,
         *map(Path, (package.submodule_search_locations or ()) if package else ()),
     ):
         for name in MERGE_FILES:
-            if (place / name).is_file():
-                return place / name
+            if (position / name).is_file():
+                return position / name
     raise CallerError(
         f"CLIP's merges are neither beside the weights in {folder} nor in an installed open_clip: "
         f"set [tokenizer] merges to a {' or '.join(MERGE_FILES)}"
@@ -226,7 +226,7 @@ def find_merges(named: str, folder: Path) -> Path:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict in open_clip's names, float32, from safetensors or a torch file; a trainer's checkpoint is one as well."""
     try:
-        found: Any = (
+        loaded: Any = (
             load_file(path)
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
@@ -244,15 +244,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise DataError(
             f"{path} cannot be read as weights ({reason}): give safetensors or a plain state dict"
         ) from None
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
     if (
-        not isinstance(found, dict)
-        or not found
-        or not all(isinstance(value, Tensor) for value in found.values())
+        not isinstance(loaded, dict)
+        or not loaded
+        or not all(isinstance(value, Tensor) for value in loaded.values())
     ):
         raise DataError(f"{path} holds no state dict: give safetensors or a plain state dict")
-    state = {name.removeprefix("module."): value for name, value in found.items()}
+    state = {name.removeprefix("module."): value for name, value in loaded.items()}
     nested = {
         name.removeprefix("text."): value
         for name, value in state.items()
@@ -268,24 +268,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def load(model: CLIP, state: Mapping[str, Tensor], path: Path) -> None:
     """Put open_clip's state dict into our model. Raises DataError naming a tensor that is missing, left over or of another shape."""
     names = _names(model)
-    own = model.state_dict()
+    unclip_state = model.state_dict()
     left = set(state) - set(names.values())
     if left:
         raise DataError(
             f"{path} holds {min(left)}, which a plain CLIP ViT has not: only such models can be read"
         )
-    made = {}
+    converted = {}
     for name, theirs in names.items():
         if theirs not in state:
             raise DataError(f"{path} lacks {theirs}: it is not a whole CLIP ViT")
         value = state[theirs].T if name in TRANSPOSED else state[theirs]
         value = _to_our_rows(value) if name == "text.tokens.weight" else value
-        if value.shape != own[name].shape:
+        if value.shape != unclip_state[name].shape:
             raise DataError(
                 f"{path}: {theirs} has the shape {tuple(state[theirs].shape)}, which does not fit its {CONFIG} or the other tensors"
             )
-        made[name] = value.contiguous()
-    model.load_state_dict(made)
+        converted[name] = value.contiguous()
+    model.load_state_dict(converted)
 
 
 def write(clip: Path, out: Path) -> list[Path]:
@@ -301,21 +301,21 @@ def write(clip: Path, out: Path) -> list[Path]:
             "open_clip has no convolutional tower like this run's: train with --set clip.image_tower=vit to export it"
         )
     out.mkdir(parents=True, exist_ok=True)
-    own = model.state_dict()
+    unclip_state = model.state_dict()
     state = {}
     for name, theirs in _names(model).items():
-        value = _to_their_rows(own[name]) if name == "text.tokens.weight" else own[name]
+        value = _to_their_rows(unclip_state[name]) if name == "text.tokens.weight" else unclip_state[name]
         state[theirs] = (value.T if name in TRANSPOSED else value).contiguous()
     save_file(state, out / WEIGHTS)
-    told, files = to_config(model), [CONFIG, WEIGHTS, "tokenizer.json"]
+    facts, files = to_config(model), [CONFIG, WEIGHTS, "tokenizer.json"]
     (out / "tokenizer.json").write_text(json.dumps(_to_their_tokens(tokenizer), ensure_ascii=False))
     if not tokenizer.is_clips:  # get_tokenizer would take CLIP's own, whose ids run over the table
-        told["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = files[
+        facts["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = files[
             -1
         ]  # any name: it reads the folder itself
         files.append("tokenizer_config.json")
         (out / files[-1]).write_text(json.dumps(_to_their_tokenizer_config(tokenizer), indent=1))
-    (out / CONFIG).write_text(json.dumps(told, indent=1))
+    (out / CONFIG).write_text(json.dumps(facts, indent=1))
     return [out / name for name in files]
 
 
@@ -338,9 +338,9 @@ def _names(model: CLIP) -> dict[str, str]:
         ("image", "visual.", model.config.depth),
         ("text", "", model.config.text_depth),
     ):
-        for place in range(depth):
+        for block in range(depth):
             names |= {
-                f"{tower}.blocks.{place}.{ours}": f"{prefix}transformer.resblocks.{place}.{theirs}"
+                f"{tower}.blocks.{block}.{ours}": f"{prefix}transformer.resblocks.{block}.{theirs}"
                 for ours, theirs in BLOCK.items()
             }
     return names
@@ -357,15 +357,15 @@ def _to_their_rows(rows: Tensor) -> Tensor:
 
 
 def _from_config(
-    config: ClipConfig, told: Mapping[str, Any], path: Path
+    config: ClipConfig, declared: Mapping[str, Any], path: Path
 ) -> tuple[ClipConfig, int, int]:
     """Return the section, context and vocabulary size that an `open_clip_config.json` describes."""
     try:
-        model, pixels = told["model_cfg"], told.get("preprocess_cfg", {})
+        model, pixels = declared["model_cfg"], declared.get("preprocess_cfg", {})
         vision, text = model["vision_cfg"], model["text_cfg"]
-        for name, part, known in (("vision_cfg", vision, VISION), ("text_cfg", text, TEXT)):
+        for name, part, supported in (("vision_cfg", vision, VISION), ("text_cfg", text, TEXT)):
             for key, value in part.items():
-                if value is not None and (key not in known or known[key] not in (None, value)):
+                if value is not None and (key not in supported or supported[key] not in (None, value)):
                     raise CallerError(
                         f"{path}: {name}.{key} = {value!r} is not a plain CLIP ViT: only such models can be read"
                     )
@@ -454,15 +454,15 @@ def to_config(model: CLIP) -> dict[str, Any]:
         "width": config.text_width,
     }
     text["heads"] = config.text_heads or heads_of(config.text_width)
-    told: dict[str, Any] = {
+    tokenizer_config: dict[str, Any] = {
         "embed_dim": config.embed_dim,
         "vision_cfg": vision,
         "text_cfg": text | {"layers": config.text_depth},
     }
     if config.activation == "quick_gelu":
-        told["quick_gelu"] = True
+        tokenizer_config["quick_gelu"] = True
     if config.loss == "sigmoid":
-        told |= {
+        tokenizer_config |= {
             "init_logit_scale": model.logit_scale.item(),
             "init_logit_bias": model.logit_bias.item(),
         }
@@ -476,37 +476,37 @@ def to_config(model: CLIP) -> dict[str, Any]:
     pixels["interpolation"] = (
         "bilinear" if config.interpolation == "bilinear" else "bicubic"
     )  # it has nothing nearer to `area`
-    return {"model_cfg": told, "preprocess_cfg": pixels}
+    return {"model_cfg": tokenizer_config, "preprocess_cfg": pixels}
 
 
 def _to_their_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return our `tokenizer.json` with CLIP's numbers, padded with 0 to the context."""
-    told: dict[str, Any] = json.loads(tokenizer.engine.to_str())
+    engine_json: dict[str, Any] = json.loads(tokenizer.engine.to_str())
     vocab_size = tokenizer.vocab_size
     ids = torch.arange(vocab_size)
     theirs = to_their_ids(ids, vocab_size).tolist()
     vocab = {
         word: theirs[number]
-        for word, number in told["model"]["vocab"].items()
+        for word, number in engine_json["model"]["vocab"].items()
         if word != SPECIAL[0]
     }
-    told["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
-    told["added_tokens"] = [
-        each | {"id": theirs[each["id"]]}
-        for each in told["added_tokens"]
-        if each["content"] != SPECIAL[0]
+    engine_json["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
+    engine_json["added_tokens"] = [
+        token | {"id": theirs[token["id"]]}
+        for token in engine_json["added_tokens"]
+        if token["content"] != SPECIAL[0]
     ]
     for name in SPECIAL[1:]:
-        told["post_processor"]["special_tokens"][name]["ids"] = [vocab[name]]
-    told["padding"] = {
+        engine_json["post_processor"]["special_tokens"][name]["ids"] = [vocab[name]]
+    engine_json["padding"] = {
         "strategy": {"Fixed": tokenizer.context}, "direction": "Right", "pad_to_multiple_of": None,
         "pad_id": 0, "pad_type_id": 0, "pad_token": next(word for word, number in vocab.items() if number == 0),
     }  # fmt: skip
-    return told
+    return engine_json
 
 
 def _to_their_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """Tell transformers how to read `tokenizer.json`. It pads with the end, which is read where it stands first; 0 is a word of its own."""
     _, start, end = SPECIAL
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.context}
-    return told | {"bos_token": start, "eos_token": end, "pad_token": end}
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.context}
+    return tokenizer_config | {"bos_token": start, "eos_token": end, "pad_token": end}

@@ -145,9 +145,9 @@ class Tokenizer:
         )
         return torch.from_numpy(ids)
 
-    def _rows(self, parted: list[list[str]], known: dict[str, list[int]]) -> list[list[int]]:
+    def _rows(self, parted: list[list[str]], token_ids: dict[str, list[int]]) -> list[list[int]]:
         """Put the words' ids together, text by text. Raises KeyError where a word is not known."""
-        ids_of, rows = known.__getitem__, []
+        ids_of, rows = token_ids.__getitem__, []
         for words in parted:
             row = [START, *chain.from_iterable(map(ids_of, words))]
             del row[self.context - 1 :]
@@ -159,17 +159,17 @@ class Tokenizer:
         """Return the ids of every word there, asking the engine for those only that were never seen."""
         if len(self.words) > REMEMBERED_WORDS:
             self.words = {}
-        known = self.words
-        new = list(dict.fromkeys(word for words in parted for word in words if word not in known))
-        found = {
+        cached = self.words
+        new = list(dict.fromkeys(word for words in parted for word in words if word not in cached))
+        encoded = {
             word: encoding.ids
             for word, encoding in zip(
                 new, self.engine.encode_batch_fast(new, add_special_tokens=False), strict=True
             )
         }
-        long = {word: ids for word, ids in found.items() if len(word) > LONG_WORD_CHARS}
-        known.update((word, ids) for word, ids in found.items() if word not in long)
-        return known | long if long else known
+        long = {word: ids for word, ids in encoded.items() if len(word) > LONG_WORD_CHARS}
+        cached.update((word, ids) for word, ids in encoded.items() if word not in long)
+        return cached | long if long else cached
 
     def clean(self, text: str) -> str:
         """Undo HTML entities, as CLIP's own tokenizer does; for CLIP's own vocabulary broken Unicode and capitals too."""
@@ -195,4 +195,4 @@ def byte_symbols() -> list[str]:
     """Return the characters that stand for the 256 bytes in byte-level BPE, in CLIP's order: printable ones first, as they are."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = 256 - len(printable)
-    return [chr(byte) for byte in printable] + [chr(256 + place) for place in range(others)]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(others)]

@@ -25,8 +25,8 @@ def heads_of(width: int) -> int:
 class KeyValues:
     """The keys and values of one layer for the tokens so far, so that a next token costs itself alone."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.length = most, 0
+    def __init__(self, max_length: int) -> None:
+        self.most, self.length = max_length, 0
         self.k = self.v = torch.empty(0)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,14 +105,14 @@ class Attention(nn.Module):
             y = attend(q, k, v, mask)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
-    def at(self, x: Tensor, places: Tensor) -> Tensor:
+    def at(self, x: Tensor, positions: Tensor) -> Tensor:
         """Return forward(x)[b, places[b]], (B, D), without the queries of all other tokens; places is int (B,).
 
         Without gradients keys and values are not made either: q . (W_k x + b_k) is (q W_k) . x and a constant, which softmax drops, and
         what the token takes from the others goes through W_v as their weighted mean.
         """
         B, N, D = x.shape
-        query = x[torch.arange(B, device=x.device), places]
+        query = x[torch.arange(B, device=x.device), positions]
         q = (
             F.linear(query, self.qkv.weight[:D], self.qkv.bias[:D])
             .view(B, 1, self.heads, -1)
@@ -127,7 +127,7 @@ class Attention(nn.Module):
             ).float() * q.shape[-1] ** -0.5  # (B, H, N)
             if self.is_causal:
                 scores = scores.masked_fill(
-                    torch.arange(N, device=x.device) > places[:, None, None], -torch.inf
+                    torch.arange(N, device=x.device) > positions[:, None, None], -torch.inf
                 )
             mean = scores.softmax(-1).to(x.dtype) @ x  # (B, H, D)
             return self.out(
@@ -139,7 +139,7 @@ class Attention(nn.Module):
             .permute(2, 0, 3, 1, 4)
         )
         mask = (
-            (torch.arange(N, device=x.device) <= places[:, None])[:, None, None]
+            (torch.arange(N, device=x.device) <= positions[:, None])[:, None, None]
             if self.is_causal
             else None
         )  # (B, 1, 1, N)
@@ -172,10 +172,10 @@ class Block(nn.Module):
         x = x + self.attention(self.norm_1(x), is_key, past)
         return x + self.mlp(self.norm_2(x))
 
-    def at(self, x: Tensor, places: Tensor) -> Tensor:
+    def at(self, x: Tensor, positions: Tensor) -> Tensor:
         """Return forward(x)[b, places[b]], (B, D): all that the last block of a tower is read at, at a sixth of the work."""
-        y = x[torch.arange(len(x), device=x.device), places] + self.attention.at(
-            self.norm_1(x), places
+        y = x[torch.arange(len(x), device=x.device), positions] + self.attention.at(
+            self.norm_1(x), positions
         )
         return y + self.mlp(self.norm_2(y))
 
@@ -205,10 +205,10 @@ class TextEncoder(nn.Module):
         """Map ids (B, N) to hidden states (B, N, D)."""
         return self.norm(self.blocks(self.tokens(ids) + self.positions[: ids.shape[1]]))
 
-    def at(self, ids: Tensor, places: Tensor) -> Tensor:
-        """Return forward(ids)[b, places[b]], (B, D), without the last block's work on other tokens; depth must be at least 1."""
+    def at(self, ids: Tensor, columns: Tensor) -> Tensor:
+        """Return forward(ids)[b, columns[b]], (B, D), without the last block's work on other tokens; depth must be at least 1."""
         x = self.blocks[:-1](self.tokens(ids) + self.positions[: ids.shape[1]])
-        return self.norm(self.blocks[-1].at(x, places))  # type: ignore[operator]
+        return self.norm(self.blocks[-1].at(x, columns))  # type: ignore[operator]
 
 
 def time_features(t: Tensor, width: int) -> Tensor:

@@ -94,22 +94,22 @@ class Upsampler(nn.Module):
         self.enter = nn.Conv2d(2 * folded, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         before, skips = widths[0], [widths[0]]
-        for place, after in enumerate(widths):
+        for level, after in enumerate(widths):
             for _ in range(config.depth):
                 self.down.append(ResBlock(before, after, added, config.dropout))
                 before = after
                 skips.append(after)
-            if place < len(widths) - 1:
+            if level < len(widths) - 1:
                 self.down.append(nn.Conv2d(after, after, 3, stride=2, padding=1))
                 skips.append(after)
         self.middle = nn.ModuleList(
             ResBlock(before, before, added, config.dropout) for _ in range(2)
         )
-        for place, after in reversed(list(enumerate(widths))):
+        for level, after in reversed(list(enumerate(widths))):
             for _ in range(config.depth + 1):
                 self.up.append(ResBlock(before + skips.pop(), after, added, config.dropout))
                 before = after
-            if place:
+            if level:
                 self.up.append(Upsample(before))
         self.norm, self.leave = (
             nn.GroupNorm(GROUPS, before),
@@ -184,22 +184,22 @@ class Upsampler(nn.Module):
             total, weight = torch.zeros_like(x_t), x_t.new_zeros(1, 1, *x_t.shape[2:])
             window = _window(tile * config.factor, x_t)
             for one in range(len(x_t)):
-                for places in _chunks(list(tiles(low.shape[2], low.shape[3], tile))):
+                for corners in _chunks(list(tiles(low.shape[2], low.shape[3], tile))):
                     parts = [
                         (
                             slice(None),
                             *(
                                 slice(config.factor * at, config.factor * (at + tile))
-                                for at in place
+                                for at in corner
                             ),
                         )
-                        for place in places
+                        for corner in corners
                     ]
                     noised, beside = (
                         torch.stack([x[one][part] for part in parts]) for x in (x_t, enlarged)
                     )
-                    found = self(noised, t[:1].expand(len(parts)), beside)
-                    for part, x_0 in zip(parts, found, strict=True):
+                    predictions = self(noised, t[:1].expand(len(parts)), beside)
+                    for part, x_0 in zip(parts, predictions, strict=True):
                         total[one][part] += x_0 * window
                         if one == 0:
                             weight[0][part] += window
@@ -246,9 +246,9 @@ def tiles(height: int, width: int, side: int) -> Iterator[tuple[int, int]]:
             yield top, left
 
 
-def _chunks(places: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    for start in range(0, len(places), TILES_AT_ONCE):
-        yield places[start : start + TILES_AT_ONCE]
+def _chunks(corners: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    for start in range(0, len(corners), TILES_AT_ONCE):
+        yield corners[start : start + TILES_AT_ONCE]
 
 
 def _window(side_px: int, like: Tensor) -> Tensor:

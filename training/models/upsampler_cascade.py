@@ -38,9 +38,9 @@ def enlarge(
     """
     for model, stream in zip(models, STREAMS[: len(models)], strict=True):
         low, device = to_float(torch.from_numpy(pictures)), next(model.parameters()).device
-        made = [
+        loaded = [
             model.sample(x[None].to(device), [seed], steps, stream=stream)
             for x, seed in zip(low, seeds, strict=True)
         ]
-        pictures = np.concatenate([to_images(x) for x in made])
+        pictures = np.concatenate([to_images(x) for x in loaded])
     return pictures

@@ -16,7 +16,7 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def own(x: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
     """Return this worker's part of a sharded tensor, in place: what is written there is the tensor's. Others are their own part."""
     return x.to_local() if is_part(x) else x  # type: ignore[attr-defined]
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.optim.collectives import is_part, own, world
+from training.optim.collectives import is_part, local_part, world
 
 if TYPE_CHECKING:  # the loop is above
     from training.optim.step import Step
@@ -48,37 +48,37 @@ def shard(
     )
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (world()[1],))
-    kept = kept_whole(model)
+    unsharded = unsharded_parameters(model)
     for p in model.parameters():
         p.data = p.data.contiguous()  # FSDP2 cuts no kernel whose channels stand last
     for unit in units(model):
-        travels_short = is_bf16 and is_layers_only(unit, kept)
+        travels_short = is_bf16 and is_layers_only(unit, unsharded)
         policy = MixedPrecisionPolicy(
             torch.bfloat16 if travels_short else None, torch.float32, cast_forward_inputs=False
         )
-        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=kept)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=unsharded)
         if hasattr(unit, "at"):
             register_fsdp_forward_method(unit, "at")
-    return fully_shard(_WithLoss(model, loss_of), mesh=mesh, ignored_params=kept)  # type: ignore[return-value]  # a module still
+    return fully_shard(_WithLoss(model, loss_of), mesh=mesh, ignored_params=unsharded)  # type: ignore[return-value]  # a module still
 
 
 def units(model: nn.Module) -> list[nn.Module]:
     """Return what is gathered at a time: the blocks and layers in the model's lists; what stands in none is held through a step."""
-    found: list[nn.Module] = []
+    matched: list[nn.Module] = []
 
     def visit(module: nn.Module, is_listed: bool) -> None:
         is_list = isinstance(module, nn.ModuleList | nn.Sequential)
         if is_listed and not is_list:
-            found.append(module)
+            matched.append(module)
             return
         for child in module.children():
             visit(child, is_list)
 
     visit(model, False)
-    return [unit for unit in found if any(True for _ in unit.parameters())]
+    return [unit for unit in matched if any(True for _ in unit.parameters())]
 
 
-def kept_whole(model: nn.Module) -> set[nn.Parameter]:
+def unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Return the parameters that every worker holds whole: gains and shifts of norms, which work in float32, and single numbers."""
     norms = [
         module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)
@@ -88,10 +88,10 @@ def kept_whole(model: nn.Module) -> set[nn.Parameter]:
     }
 
 
-def is_layers_only(unit: nn.Module, kept: set[nn.Parameter]) -> bool:
+def is_layers_only(unit: nn.Module, unsharded: set[nn.Parameter]) -> bool:
     """Say whether all that a unit's gathering brings are weights of linear layers and convolutions."""
     layers = [module for module in unit.modules() if isinstance(module, LAYERS)]
-    return {p for layer in layers for p in layer.parameters()} == set(unit.parameters()) - kept
+    return {p for layer in layers for p in layer.parameters()} == set(unit.parameters()) - unsharded
 
 
 def gathered(x: Tensor) -> Tensor:
@@ -106,9 +106,8 @@ def part(x: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh  # type: ignore[attr-defined]
-    return DTensor.from_local(x.to(like.device), mesh, [Replicate()], run_check=False).redistribute(
-        mesh, like.placements
-    )  # type: ignore[attr-defined]
+    replicated = DTensor.from_local(x.to(like.device), mesh, [Replicate()], run_check=False)
+    return replicated.redistribute(mesh, like.placements)  # type: ignore[attr-defined]
 
 
 def whole(state: Any, is_wanted: bool) -> Any:
@@ -119,8 +118,8 @@ def whole(state: Any, is_wanted: bool) -> Any:
         return [whole(value, is_wanted) for value in state]
     if not isinstance(state, Tensor) or not is_part(state):
         return state
-    found = gathered(state)
-    return found.cpu() if is_wanted else None
+    full_state = gathered(state)
+    return full_state.cpu() if is_wanted else None
 
 
 @torch.no_grad()
@@ -129,38 +128,38 @@ def put(into: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     if into.keys() != state.keys():
         raise ValueError(f"{min(into.keys() ^ state.keys())} is on one side only")
     for name, value in state.items():
-        own(into[name]).copy_(own(part(value, into[name])))
+        local_part(into[name]).copy_(local_part(part(value, into[name])))
 
 
 def cut(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """Return an optimiser's whole state as this worker's parts of it."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    own_state = {
-        place: {
-            key: part(value, params[place]).clone() if value.shape == params[place].shape else value
+    local_state = {
+        index: {
+            key: part(value, params[index]).clone() if value.shape == params[index].shape else value
             for key, value in facts.items()
         }
-        for place, facts in state["state"].items()
+        for index, facts in state["state"].items()
     }
-    return state | {"state": own_state}
+    return state | {"state": local_state}
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, most: float) -> None:
+def clip_gradients(model: nn.Module, max_norm: float) -> None:
     """Scale a sharded model's gradients so that the norm of all of them together is at most this."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     parts, rest = (
-        [own(grad) for grad in grads if is_part(grad)],
+        [local_part(grad) for grad in grads if is_part(grad)],
         [grad for grad in grads if not is_part(grad)],
     )
     square = nn.utils.get_total_norm(parts) ** 2
     dist.all_reduce(square)
     norm = (square + nn.utils.get_total_norm(rest) ** 2).sqrt()
-    torch._foreach_mul_(parts + rest, (most / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_(parts + rest, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 def first_says(claim: bool, device: str) -> bool:
     """Return what the first worker claims."""
-    told = torch.tensor(int(claim), device=device)
-    dist.broadcast(told, 0)
-    return bool(told)
+    verdict = torch.tensor(int(claim), device=device)
+    dist.broadcast(verdict, 0)
+    return bool(verdict)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from infra.errors import DataError
 from training.optim import fsdp
-from training.optim.collectives import agree, average, average_gradients, own, world
+from training.optim.collectives import agree, average, average_gradients, local_part, world
 from training.optim.muon import Muon
 from training.optim.step import LoopConfig, Step, learning_rate
 
@@ -34,17 +34,17 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
             layer.weight for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)
         ]
         layers = [weight for weight in weights if weight.requires_grad]
-    muons, kept = {id(p) for p in layers}, {id(p) for p in fsdp.kept_whole(model)}
+    muons, unsharded = {id(p) for p in layers}, {id(p) for p in fsdp.unsharded_parameters(model)}
     trained = [p for p in trained if id(p) not in muons]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2 and id(p) not in kept], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim < 2 and id(p) not in unsharded], "weight_decay": 0.0},
         {
-            "params": [p for p in trained if id(p) in kept],
+            "params": [p for p in trained if id(p) in unsharded],
             "weight_decay": 0.0,
         },  # a fused step takes parts or wholes, not both
     ]
-    made: list[torch.optim.Optimizer] = [
+    optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             groups,
             lr=config.learning_rate,
@@ -54,8 +54,8 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
         )
     ]
     if layers:
-        made.append(Muon(layers, config.learning_rate, config.weight_decay))
-    return made
+        optimizers.append(Muon(layers, config.learning_rate, config.weight_decay))
+    return optimizers
 
 
 def run(
@@ -166,7 +166,7 @@ def _average_weights(ema: dict[str, Tensor], model: nn.Module, decay: float) -> 
     state = model.state_dict()
     names = [name for name in ema if ema[name].is_floating_point()]
     torch._foreach_lerp_(
-        [own(ema[name]) for name in names], [own(state[name]) for name in names], 1 - decay
+        [local_part(ema[name]) for name in names], [local_part(state[name]) for name in names], 1 - decay
     )
 
 
@@ -190,9 +190,9 @@ def _save(
     }
     state = fsdp.whole(state, rank == 0)
     if rank == 0:
-        aside = work / f"state.{os.getpid()}.tmp"
-        torch.save(state, aside)
-        aside.replace(work / "state.pt")
+        part = work / f"state.{os.getpid()}.tmp"
+        torch.save(state, part)
+        part.replace(work / "state.pt")
 
 
 def _resume(
@@ -224,15 +224,15 @@ def _resume(
 def _metrics(work: Path, seen: int) -> Iterator[TextIO]:
     """Open `metrics.jsonl` for appending, without the rows of steps that a killed run made after its last state."""
     path = work / "metrics.jsonl"
-    kept = []
+    rows_before = []
     if path.exists():
         for line in path.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut
                 row = json.loads(line)
                 if row["images_seen"] <= seen:
-                    kept.append(json.dumps(row) + "\n")
-    aside = work / f"metrics.{os.getpid()}.tmp"
-    aside.write_text("".join(kept))
-    aside.replace(path)
+                    rows_before.append(json.dumps(row) + "\n")
+    part = work / f"metrics.{os.getpid()}.tmp"
+    part.write_text("".join(rows_before))
+    part.replace(path)
     with path.open("a") as file:
         yield file

@@ -7,7 +7,7 @@ third of the images that AdamW needs. Gains, biases, embeddings and maps are lef
 import torch
 from torch import Tensor
 
-from training.optim.collectives import own
+from training.optim.collectives import local_part
 from training.optim.fsdp import gathered, part
 
 STEPS = 5
@@ -44,9 +44,9 @@ class Muon(torch.optim.Optimizer):
                 )
                 for weight, direction in zip(weights, directions, strict=True):
                     size = ADAMS_RMS * max(direction.shape) ** 0.5
-                    own(weight).mul_(1 - group["lr"] * group["weight_decay"])
-                    own(weight).add_(
-                        own(part(direction.view(weight.shape), weight)), alpha=-group["lr"] * size
+                    local_part(weight).mul_(1 - group["lr"] * group["weight_decay"])
+                    local_part(weight).add_(
+                        local_part(part(direction.view(weight.shape), weight)), alpha=-group["lr"] * size
                     )
 
     def _momentum(self, weight: Tensor, beta: float) -> Tensor:
@@ -55,8 +55,8 @@ class Muon(torch.optim.Optimizer):
         assert gradient is not None
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
-        momentum = own(state["momentum"]).lerp_(own(gradient), 1 - beta)
-        own(gradient).lerp_(momentum, beta)  # it has done its work
+        momentum = local_part(state["momentum"]).lerp_(local_part(gradient), 1 - beta)
+        local_part(gradient).lerp_(momentum, beta)  # it has done its work
         return gathered(gradient).flatten(1)
 
 
@@ -67,8 +67,8 @@ def _stacks(weights: list[Tensor]) -> list[list[Tensor]]:
         by_shape.setdefault(weight.shape, []).append(weight)
     stacks = []
     for shape, alike in by_shape.items():
-        most = max(1, STACKED // shape.numel())
-        stacks += [alike[start : start + most] for start in range(0, len(alike), most)]
+        stack_size = max(1, STACKED // shape.numel())
+        stacks += [alike[start : start + stack_size] for start in range(0, len(alike), stack_size)]
     return stacks
 
 

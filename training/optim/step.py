@@ -124,8 +124,8 @@ def order(count: int, seed: int, first: int, number: int) -> Tensor:
     """Return the samples at places first..first + number of the endless stream of shuffled epochs, int64 (number,)."""
     parts = []
     while number > 0:
-        epoch, place = divmod(first, count)
-        part = _permutation(count, seed, epoch)[place : place + number]
+        epoch, position = divmod(first, count)
+        part = _permutation(count, seed, epoch)[position : position + number]
         parts.append(part)
         first, number = first + len(part), number - len(part)
     return torch.cat(parts)

@@ -110,8 +110,8 @@ def test_a_host_without_robots_txt_allows_and_one_that_fails_is_tried_later(serv
 
 
 def test_hosts_that_were_not_asked_for_longest_are_forgotten_unless_in_use() -> None:
-    hosts = Hosts(most_hosts=3, most_bytes=1000)
-    with hosts.place(("http", "used", 80), 1):
+    hosts = Hosts(max_hosts=3, max_bytes=1000)
+    with hosts.slot(("http", "used", 80), 1):
         for number in range(10):
             assert hosts.allows(("http", str(number), 80), "/", lambda: "User-agent: *\nDisallow: /a")
         assert [host for _, host, _ in hosts.known] == ["used", "8", "9"]

@@ -247,7 +247,7 @@ def test_a_job_server_that_is_silent_or_refuses_us_is_one_line(cluster: RayClust
 
 
 def test_a_job_that_no_node_can_take_says_what_it_waits_for(cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_jobs, "WAIT_TOLD_AFTER_S", 0)
+    monkeypatch.setattr(ray_jobs, "WAIT_NOTICE_S", 0)
 
     def show(line: str) -> None:
         if " waits: " in line:

@@ -72,7 +72,7 @@ def test_durations_are_for_people() -> None:
 
 def test_a_large_transfer_is_shown_in_megabytes_and_a_small_one_is_not(clock: Clock) -> None:
     log = io.StringIO()
-    with transfer("clip up", progress.SHOWN_BYTES - 1, log) as tell:
+    with transfer("clip up", progress.MIN_PROGRESS_BYTES - 1, log) as tell:
         clock.now_s += 60
         tell(5)
     assert log.getvalue() == ""
@@ -87,7 +87,7 @@ def test_a_large_transfer_is_shown_in_megabytes_and_a_small_one_is_not(clock: Cl
 
 def test_a_store_tells_of_every_byte_once_however_often_it_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
-    monkeypatch.setattr(progress, "SHOWN_BYTES", 0)
+    monkeypatch.setattr(progress, "MIN_PROGRESS_BYTES", 0)
     monkeypatch.setattr("infra.storage.retry.FIRST_PAUSE_S", 0.001)
     told: dict[str, int] = {}
     show = progress.Progress

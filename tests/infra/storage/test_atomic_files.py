@@ -7,7 +7,7 @@ import pytest
 
 from flows.ingest import shard_worker
 from infra.storage import atomic_files
-from infra.storage.atomic_files import place, put, put_folder
+from infra.storage.atomic_files import move_file, put, put_folder
 from tests.flows.ingest.test_shard_worker import disc, made
 
 
@@ -52,12 +52,12 @@ def test_a_folder_is_whole_when_it_has_its_name(tmp_path: Path, events: list[str
 
 def test_a_file_is_linked_or_copied_whole(tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").write_text("x")
-    place(tmp_path / "x", tmp_path / "linked")
+    move_file(tmp_path / "x", tmp_path / "linked")
     assert events == [] and (tmp_path / "linked").stat().st_ino == (tmp_path / "x").stat().st_ino
 
     def elsewhere(*_: object) -> None:
         raise OSError("another file system")
 
     monkeypatch.setattr(atomic_files.Path, "hardlink_to", elsewhere)
-    place(tmp_path / "x", tmp_path / "copied")
+    move_file(tmp_path / "x", tmp_path / "copied")
     assert events == ["sync .copied.part", "name copied"] and (tmp_path / "copied").read_text() == "x"

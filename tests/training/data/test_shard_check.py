@@ -53,7 +53,7 @@ def cut(path: Path, size_bytes: int) -> None:
 def test_a_sound_keep_list_is_kept_whole(root: Path) -> None:
     for on_broken in ("stop", "skip"):
         assert settle(root, on_broken) == {}  # type: ignore[arg-type]
-        assert shard_check.is_kept(read_table(root / "curate" / "keep.parquet"), root / "work").all()
+        assert shard_check.is_readable(read_table(root / "curate" / "keep.parquet"), root / "work").all()
         (root / "work" / LEFT_OUT).unlink()
 
 
@@ -91,7 +91,7 @@ def test_all_that_is_broken_is_left_out_and_counted(root: Path) -> None:
     lost = sum(row["shard"] == shard.name and row["offset"] + row["size_bytes"] > end for row in table.to_pylist())
     assert 0 < lost < SHARDS[1]
     assert settle(root, "skip") == {"checksum": 1, "shard_missing": SHARDS[2], "shard_truncated": lost}
-    kept = shard_check.is_kept(table, root / "work")
+    kept = shard_check.is_readable(table, root / "work")
     assert kept.sum() == COUNT - 1 - SHARDS[2] - lost
     assert altered in json.loads((root / "work" / LEFT_OUT).read_text())
     assert len(Pictures(table.filter(kept), root / "ingest" / "shards", 16)) == kept.sum()  # reads and checks every one

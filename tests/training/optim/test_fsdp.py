@@ -23,7 +23,7 @@ from training.models.clip import ClipConfig
 from training.models.decoder import DecoderConfig
 from training.models.diffusion_prior import PriorConfig
 from training.models.upsampler import UpsamplerConfig
-from training.optim.collectives import own
+from training.optim.collectives import local_part
 from training.optim.step import LoopConfig, Step
 
 STEPS, BATCH, STOPPED_AT = 14, 4, 12
@@ -88,7 +88,7 @@ def trainings(rank: int, workers: int, root: Path, runs: Path) -> None:
         held = {}
         for name, is_sharded in itertools.product(TRAINED, (False, True)):
             model = train(name, root, runs / f"{name} {is_sharded}", is_sharded)
-            held[f"{name} {is_sharded}"] = sum(own(p).numel() for p in model.parameters())
+            held[f"{name} {is_sharded}"] = sum(local_part(p).numel() for p in model.parameters())
         with pytest.raises(StoppedError):
             train(RESUMED, root, runs / "cut", True, STOPPED_AT)
         for after, is_sharded in (("sharded", True), ("unsharded", False)):
