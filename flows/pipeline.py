@@ -1,6 +1,7 @@
-"""The Prefect flow: one task per stage, in dependency order, and one for each other thing that needs the store, all with retries.
+"""The Prefect flow: one task per stage, in dependency order, and one per other step on the store.
 
-Prefect shows and schedules; what is done is decided by the manifests alone. Entrypoint of deployments: `flows/pipeline.py:run_pipeline`.
+All tasks have retries. Prefect displays and schedules; only the manifests decide which stages run.
+`run_pipeline` is the entrypoint of deployments.
 """
 
 import sys
@@ -49,9 +50,10 @@ HOPELESS = (
 
 
 def is_worth_retrying(_task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
-    """Say whether trying again may help: not after Ctrl-C, a caller's mistake, bad data, a full disk or a fault in our code.
+    """Return whether to retry a failed task.
 
-    A store that is away gets eight minutes to come back, any other fault that may pass `RETRIES`.
+    Not after Ctrl-C, a caller's mistake, bad data, a full disk or a bug in our code. An unavailable
+    store is retried for about eight minutes, any other error `RETRIES` times.
     """
     error = state.data if isinstance(state.data, BaseException) else None
     if INTERRUPTED.is_set():
@@ -69,25 +71,26 @@ def is_worth_retrying(_task: Task[Any, Any], run: TaskRun, state: State[Any]) ->
     persist_result=False,
 )
 def step(what: Callable[[], Any]) -> Any:
-    """Do one thing that may be done again."""
+    """Call a function that can safely be called again."""
     return what()
 
 
 def do(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Do one step of the run under a name, and again as `is_worth_retrying` says."""
+    """Call a function as a named task, with retries as `is_worth_retrying` decides."""
     return step.with_options(name=name, task_run_name=name)(partial(function, *arguments))
 
 
 def notify_block(deployment: UUID) -> str:
-    """Return the name of Prefect's block that holds the webhook's URL of a deployment."""
+    """Return the name of the Prefect block that holds a deployment's webhook URL."""
     return f"unclip-{deployment}"
 
 
 async def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """POST one line to the deployment's webhook, from the run itself or, where its process was killed, from the worker's.
+    """POST one line to the deployment's webhook.
 
-    An automation of the server would do so a quarter of an hour late: Prefect's scheduler tells no event of a run that it makes, and
-    events of a run wait that long for the one that they follow.
+    Runs in the flow run's process or, if that was killed, in the worker. A server automation would
+    be 15 minutes late: Prefect's scheduler emits no event for the runs that it creates, and a run's
+    later events wait that long for the event that they follow.
     """
     if flow_run.deployment_id is None:
         return
@@ -100,7 +103,8 @@ async def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any
     webhook: Any = await Webhook.aload(name)
     answer = await webhook.call(
         {
-            "text": f"unclip {runtime.deployment.name}: run {runtime.flow_run.name} {state.name}: {state.message}"
+            "text": f"unclip {runtime.deployment.name}: "
+            f"run {runtime.flow_run.name} {state.name}: {state.message}"
         }
     )
     answer.raise_for_status()
@@ -123,13 +127,13 @@ def run_pipeline(
     scratch: str | None = None,
     jobs: str | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe into a ROOT and return what `unclip run --json` prints.
+    """Run a recipe into a ROOT and return the object that `unclip run --json` prints.
 
-    `targets` are the stages wanted, by default all; `jobs` is the address of a Ray job server that each stage is handed to.
+    `targets` are the stages to run, by default all. `jobs` is the address of a Ray job server that
+    runs each stage as a job; by default they run here.
     """
-    from flows.config.run_config import (
-        load_recipe,
-    )  # with torch and faiss, which the tests of the flow itself do without
+    # Imports torch and faiss, which tests of the flow do not need.
+    from flows.config.run_config import load_recipe
 
     config = load_recipe(recipe, overrides or [])
     opened = do("open", open_root, root, Path(scratch) if scratch else None)
@@ -145,7 +149,7 @@ def run_stages(
     stages: Sequence[Stage],
     jobs: str | None = None,
 ) -> dict[str, Any]:
-    """Run the stages as tasks of the flow around it, record the run and leave its artifacts."""
+    """Run the stages as tasks of the current flow, record and judge the run, create artifacts."""
     started = manifests.now()
     results: dict[str, StageResult] = {}
     with Cluster(config.cluster) as cluster:
@@ -190,9 +194,8 @@ def _make(
         cluster.stop()  # a retry starts with a fresh Ray
         error.add_note(stage.name)
         if not isinstance(error, UnclipError):
-            get_run_logger().error(
-                "this attempt failed", exc_info=True
-            )  # Prefect keeps the story of the last one only
+            # Prefect itself logs the traceback of the last attempt only.
+            get_run_logger().error("this attempt failed", exc_info=True)
         raise
     counts = result.committed.manifest["counts"]
     dropped = sum(counts["dropped"].values())

@@ -43,7 +43,7 @@ def compare(
     print(f"{out}  ({len(rows)} figures, {len(differing)} told apart)")
     for row in differing:
         for run, delta in row["differences"].items():
-            if comparison.is_told(delta):
+            if comparison.is_significant(delta):
                 print(f"{comparison.signed(delta):>14}  {' · '.join(row['place'])}  ({run})")
 
 

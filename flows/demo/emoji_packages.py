@@ -14,7 +14,7 @@ from pathlib import Path
 
 import resvg_py
 
-from flows.demo.emoji_captions import clean_name, build_phrasings
+from flows.demo.emoji_captions import build_phrasings, clean_name
 from flows.demo.emoji_labels import Labels, concept_of, flag_concept, slug
 from flows.demo.main_colour import main_colour
 from flows.demo.npm_packages import split_spec

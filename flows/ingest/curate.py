@@ -287,11 +287,11 @@ def duplicates(batch: pa.RecordBatch) -> pa.Table:
 
 def leaks(candidates: Path, is_train: np.ndarray, shards: Path) -> np.ndarray:
     """Return for each training image the row of the held-out one that it looks like, else -1. Memory: some 50 bytes an image."""
-    from indexing.dedup.perceptual_hash import PLACE, like_evaluation, look_at
+    from indexing.dedup.perceptual_hash import LOCATION, like_evaluation, look_at
 
     thumbs = candidates.with_suffix(".looks")
     with open_parquet(candidates) as opened:
-        looks = look_at(opened.iter_batches(BATCH_ROWS, columns=PLACE), shards, thumbs)
+        looks = look_at(opened.iter_batches(BATCH_ROWS, columns=LOCATION), shards, thumbs)
     lookalikes = like_evaluation(looks, is_train)
     thumbs.unlink()
     return lookalikes

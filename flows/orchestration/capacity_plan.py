@@ -1,6 +1,7 @@
-"""The capacity plan that `unclip run RECIPE --dry-run` prints: what each trained stage takes of memory, arithmetic, time and storage.
+"""The capacity plan that `unclip run RECIPE --dry-run` prints: memory, FLOPs, time and storage.
 
-Counts come from the recipe and the models on the meta device; what only the hardware knows (throughput) and the data (pairs) is passed in.
+Counts come from the recipe and from models on the meta device; throughput and the number of pairs
+are passed in. Reads no data.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from training.optim.step import LoopConfig
 
 STORED_BYTES_PER_PIXEL = 0.4
-"""Of a photograph stored as JPEG of quality 95, roughly; PNG drawings take less."""
+"""Approximate size of a photograph stored as JPEG of quality 95; PNG drawings take less."""
 
 
 PUBLISHED = {
@@ -26,16 +27,18 @@ PAPERS = ("paper", "paper_autoregressive")
 
 
 def published(recipe: str) -> dict[str, int]:
-    """Return the paper's parameter counts by stage where the recipe is one of ours that transcribe it, else nothing."""
+    """Return the paper's parameter counts by stage if the recipe transcribes the paper, else {}."""
     return PUBLISHED if find_recipe(recipe).stem in PAPERS else {}
 
 
 def capacity(
     config: "RunConfig", tflops: float | None, pairs: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Return the plan by stage; `tflops` are those that one worker reaches in training, `pairs` how many pairs are kept.
+    """Return the plan by stage.
 
-    With a pretrained CLIP, whose sizes are known once it is read, only the up-samplers are counted.
+    `tflops` is the throughput of one worker in training, in TFLOP/s, and `pairs` the number of
+    pairs in the data set. With a pretrained CLIP, whose sizes are known only after it is read, only
+    the up-samplers are counted.
     """
     from training.jobs import cost_model as costs
 
@@ -83,25 +86,27 @@ def capacity(
 
 
 def described(need: dict[str, Any]) -> str:
-    """Return one stage's plan in a line for people."""
+    """Format one stage's plan as one line."""
     if "parameters" not in need:
         return f"storage {size(need['storage_bytes'])}"
     parts = [
         f"{need['flops_per_image'] / 1e9:,.1f} GFLOP an image",
-        f"state {size(need['state_bytes_per_worker'])}{', sharded,' if need['sharded'] else ''} and activations "
-        f"{size(need['activation_bytes_per_image'])} an image on each of {need['workers']} worker(s), {need['batch_per_worker']} images "
-        f"each: {size(need['memory_bytes_per_worker'])} together",
+        f"state {size(need['state_bytes_per_worker'])}{', sharded,' if need['sharded'] else ''} "
+        f"and activations {size(need['activation_bytes_per_image'])} an image on each of "
+        f"{need['workers']} worker(s), {need['batch_per_worker']} images each: "
+        f"{size(need['memory_bytes_per_worker'])} together",
         f"checkpoint {size(need['checkpoint_bytes'])}",
     ]
     if "days" in need:
         parts.append(
-            f"{need['images_per_s']:,.1f} images/s, {need['days']:,.2f} days for {need['images']:,} images"
+            f"{need['images_per_s']:,.1f} images/s, "
+            f"{need['days']:,.2f} days for {need['images']:,} images"
         )
     return "; ".join(parts)
 
 
 def size(count: float) -> str:
-    """Write bytes for people."""
+    """Format a number of bytes with a unit."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= scale:
             return f"{count / scale:,.1f} {unit}"

@@ -1,7 +1,9 @@
-"""One stage as a Ray job: `python -m flows.orchestration.ray_job ROOT STAGE KEY ATTEMPT`, started by `flows/orchestration/ray_submit.py` on the cluster.
+"""Run one stage as a Ray job: `python -m flows.orchestration.ray_job ROOT STAGE KEY ATTEMPT`.
 
-Reads what to do from `ROOT/jobs/<stage>-<key>.json`, which also is the fence: an attempt that is no longer the one claimed there commits
-nothing. Exit code 2 says that another attempt would fail as well, 3 that ROOT was away.
+`flows/orchestration/ray_submit.py` starts it on the cluster. Reads its config and inputs from the
+claim `ROOT/jobs/<stage>-<key>.json`. The claim is also the fence: an attempt that it does not name
+commits nothing. Exit code 2 means that another attempt would fail as well, 3 that ROOT was
+unavailable.
 """
 
 import os
@@ -31,14 +33,15 @@ HOPELESS = (
 
 
 def claim_name(stage: str, key: str) -> str:
-    """Return where below ROOT a stage's claim is kept."""
+    """Return the path of a stage's claim, relative to ROOT."""
     return f"jobs/{stage}-{key}.json"
 
 
 def run(root: Root, stage_name: str, key: str, attempt: int) -> None:
-    """Make one stage and commit it, unless a later attempt has been claimed meanwhile.
+    """Run one stage and commit it, unless a later attempt has claimed it meanwhile.
 
-    Raises CallerError where this machine sees other sources than the one that submitted, UnclipError where the attempt is fenced off.
+    Raises CallerError if this node sees other inputs or code than the submitting machine, and
+    UnclipError if a later attempt has taken over.
     """
     claim = check_claim(root, stage_name, key, attempt)
     config: Any = load(claim["config"])
@@ -48,7 +51,8 @@ def run(root: Root, stage_name: str, key: str, attempt: int) -> None:
         committed = manifests.find(root, name, input_key)
         if committed is None:
             raise CallerError(
-                f"{root.uri} has no {name}/{input_key} as seen from the cluster: ROOT must be a store that every node reaches"
+                f"{root.uri} has no {name}/{input_key} as seen from the cluster: "
+                "ROOT must be a store that every node reaches"
             )
         inputs[name] = committed
     here = key_of(
@@ -56,7 +60,8 @@ def run(root: Root, stage_name: str, key: str, attempt: int) -> None:
     )
     if here != key:
         raise CallerError(
-            f"{stage_name} has the key {here} on the cluster but {key} where it was submitted: its sources or code differ"
+            f"{stage_name} has the key {here} on the cluster but {key} where it was submitted: "
+            "its sources or code differ"
         )
     with Cluster(config.cluster) as cluster:
         run_stage(
@@ -71,7 +76,10 @@ def run(root: Root, stage_name: str, key: str, attempt: int) -> None:
 
 
 def check_claim(root: Root, stage: str, key: str, attempt: int) -> dict[str, Any]:
-    """Return the claim if it is this attempt's; raises UnclipError where a later attempt has it or the work is done."""
+    """Return this attempt's claim.
+
+    Raises UnclipError if a later attempt has claimed the stage, or if the stage is already done.
+    """
     claim: dict[str, Any] | None = store.read_json(root, claim_name(stage, key))
     if claim is None or claim["attempt"] != attempt:
         later = f"attempt {claim['attempt']} has taken over" if claim else "its claim has gone"
@@ -82,7 +90,7 @@ def check_claim(root: Root, stage: str, key: str, attempt: int) -> dict[str, Any
 
 
 def load(config: dict[str, Any]) -> Any:
-    """Return the submitted config for use on the cluster that this job runs on."""
+    """Return the submitted config, with the address of the cluster that this job runs on."""
     from flows.config.recipe_file import validated
     from flows.config.run_config import RunConfig
 
@@ -93,7 +101,7 @@ def load(config: dict[str, Any]) -> Any:
 
 
 def say(line: str) -> None:
-    """Print a line that the submitter sees."""
+    """Print a line to the job's log, which the submitter shows."""
     print(line, flush=True)
 
 
@@ -104,9 +112,8 @@ def main(arguments: list[str]) -> int:
     try:
         run(open_root(uri, scratch_for(uri)), stage, key, int(attempt))
     except HOPELESS as error:
-        say(
-            f"unclip: {type(error).__name__ + ': ' if not isinstance(error, UnclipError) else ''}{' '.join(str(error).split())}"
-        )
+        kind = "" if isinstance(error, UnclipError) else f"{type(error).__name__}: "
+        say(f"unclip: {kind}{' '.join(str(error).split())}")
         return HOPELESS_EXIT
     except UnclipError as error:
         say(f"unclip: {' '.join(str(error).split())}")

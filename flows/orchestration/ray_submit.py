@@ -1,7 +1,8 @@
-"""A stage handed to a Ray cluster as a job, under an id that its ROOT and key decide.
+"""Run a stage on a Ray cluster as a job whose id depends only on ROOT and the stage's key.
 
-The driver that submits only waits, shows the job's log and reads manifests: it may die and come back, on another machine too. The
-claim below `ROOT/jobs/` says which attempt may commit (`flows/orchestration/ray_job.py`) and goes when the stage is committed.
+The submitting driver only waits, shows the job's log and reads manifests, so it may die and be
+restarted, also on another machine. The claim below `ROOT/jobs/` names the attempt that may commit
+(`flows/orchestration/ray_job.py`) and is removed when the stage is committed.
 """
 
 import hashlib
@@ -9,7 +10,8 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ LEFT_OUT = [
     "*.safetensors",
 ]
 CARRIED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "UNCLIP_SCRATCH", "OMP_NUM_THREADS")
-"""Variables that travel with a job. Ray keeps and shows them, so secrets do not: the cluster's nodes have their own."""
+"""Environment variables passed to a job. No secrets: Ray stores and shows them."""
 
 
 def submit_stage(
@@ -48,80 +50,84 @@ def submit_stage(
     address: str,
     say: Callable[[str], None],
 ) -> StageResult:
-    """Have one stage made on the cluster whose job server is at `address`, unless it is current; the twin of `running.run_stage`."""
+    """Run one stage as a job on the cluster with the job server `address`, unless it is current.
+
+    The counterpart of `run_stage.run_stage`; returns the same result.
+    """
     from flows.orchestration.ray_job import claim_name
 
     clock = time.monotonic()
     stage_inputs = {name: inputs[name] for name in inputs_of(stage, inputs)}
-    stays = frozen_model(root, config, stage, trained_of(stage_inputs))
-    if stays:
-        return StageResult(stage.name, stays.key, "current", time.monotonic() - clock, stays)
-    key = key_of(stage, config, {name: committed.key for name, committed in stage_inputs.items()})
-
-    def current() -> Committed | None:
-        committed_before = manifests.find(root, stage.name, key)
-        return (
-            committed_before
-            if committed_before and not fault(committed_before, list(stage_inputs.values()))
-            else None
-        )
-
-    result = current()
-    if result:
-        return StageResult(stage.name, key, "current", time.monotonic() - clock, result)
+    frozen = frozen_model(root, config, stage, trained_of(stage_inputs))
+    if frozen:
+        return StageResult(stage.name, frozen.key, "current", time.monotonic() - clock, frozen)
+    input_keys = {name: committed.key for name, committed in stage_inputs.items()}
+    key = key_of(stage, config, input_keys)
+    find_current = partial(_find_current, root, stage.name, key, list(stage_inputs.values()))
+    committed = find_current()
+    if committed:
+        return StageResult(stage.name, key, "current", time.monotonic() - clock, committed)
     name = claim_name(stage.name, key)
     before = store.read_json(root, name)
+    content = {"config": config.model_dump(mode="json"), "inputs": input_keys}
+    JobServer(address).run(
+        _job(stage, root, config, key),
+        before["attempt"] if before else 0,
+        partial(_claim, root, name, content),
+        lambda: find_current() is not None,
+        say,
+    )
+    committed = find_current()
+    assert committed, "the job ends when the stage is current"
+    store.remove(root, name)
+    return StageResult(stage.name, key, "ran", time.monotonic() - clock, committed)
 
-    def claim(number: int) -> int:
-        content = {
-            "attempt": number,
-            "config": config.model_dump(mode="json"),
-            "inputs": {n: committed.key for n, committed in stage_inputs.items()},
-        }
 
-        def later(old: bytes | None) -> bytes | None:
-            return (
-                store.json_bytes(content)
-                if old is None or json.loads(old)["attempt"] < number
-                else None
-            )
+def _find_current(
+    root: Root, stage_name: str, key: str, inputs: Sequence[Committed]
+) -> Committed | None:
+    """Return the committed folder if it is whole and made from the inputs as they are now."""
+    committed = manifests.find(root, stage_name, key)
+    return committed if committed and not fault(committed, inputs) else None
 
-        claim_now = store.change_bytes(root, name, later)
-        assert claim_now is not None, "where no claim was, ours is now"
-        return int(json.loads(claim_now)["attempt"])
 
-    wanted: StageResources = config.cluster.stages.get(stage.name) or default_resources(
+def _claim(root: Root, name: str, content: Mapping[str, Any], attempt: int) -> int:
+    """Claim the stage for an attempt, unless a later one has it; return the attempt that has it."""
+    claim = {"attempt": attempt, **content}
+
+    def change(old: bytes | None) -> bytes | None:
+        is_earlier = old is None or json.loads(old)["attempt"] < attempt
+        return store.json_bytes(claim) if is_earlier else None
+
+    claim_now = store.change_bytes(root, name, change)
+    assert claim_now is not None, "where no claim was, ours is now"
+    return int(json.loads(claim_now)["attempt"])
+
+
+def _job(stage: Stage, root: Root, config: Any, key: str) -> Job:
+    """Return the job that runs the stage, with its name, resources and environment."""
+    resources: StageResources = config.cluster.stages.get(stage.name) or default_resources(
         stage, config
     )
-    job = Job(
+    command = [config.cluster.python, "-m", ENTRYPOINT, root.uri, stage.name, key]
+    return Job(
         name=f"unclip-{stage.name}-{key}-{hashlib.sha256(root.uri.encode()).hexdigest()[:8]}",
-        command=lambda number: shlex.join(
-            [config.cluster.python, "-m", ENTRYPOINT, root.uri, stage.name, key, str(number)]
-        ),
+        command=lambda attempt: shlex.join([*command, str(attempt)]),
         attempts=config.cluster.attempts,
-        cpus=wanted.cpus,
-        gpus=wanted.gpus,
-        memory_bytes=wanted.memory_bytes,
-        labels=wanted.labels,
+        cpus=resources.cpus,
+        gpus=resources.gpus,
+        memory_bytes=resources.memory_bytes,
+        labels=resources.labels,
         runtime_env=runtime_env(config),
     )
-    JobServer(address).run(
-        job,
-        before["attempt"] if before else 0,
-        claim,
-        lambda: current() is not None,
-        lambda line: say(line),
-    )
-    result = current()
-    assert result, "the job ends when the stage is current"
-    store.remove(root, name)
-    return StageResult(stage.name, key, "ran", time.monotonic() - clock, result)
 
 
 def default_resources(stage: Stage, config: Any) -> StageResources:
-    """Return what a stage's own process asks for: training, embedding and a spread download ask for their workers themselves.
+    """Return the resources of a stage's driver process.
 
-    A download on one node asks for its processes, and so does a spread one whose sources are in part served on that node's loopback.
+    Training, embedding and distributed downloads request their workers' resources themselves. A
+    download on one node requests its processes, and so does a distributed one if some of its
+    sources are served on that node's loopback.
     """
     if stage.name == "ingest":
         is_here = not config.cluster.ingest_workers or any(
@@ -132,7 +138,7 @@ def default_resources(stage: Stage, config: Any) -> StageResources:
 
 
 def runtime_env(config: Any) -> dict[str, Any]:
-    """Return Ray's runtime environment: this code, unless the cluster's image holds it, and the variables that travel."""
+    """Return Ray's runtime environment: environment variables and, unless disabled, this code."""
     variables = {name: os.environ[name] for name in CARRIED if name in os.environ}
     variables |= {
         "RAY_USAGE_STATS_ENABLED": "0",

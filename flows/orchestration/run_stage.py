@@ -1,4 +1,8 @@
-"""Runs one stage under its lock and commits what it made. Knows nothing of Prefect: the flow and the tests call `run_stage`."""
+"""Run one stage under its lock and commit its output.
+
+Reads the committed folders of the inputs, and writes the stage's `work` and output folders. Knows
+nothing of Prefect.
+"""
 
 import shutil
 import time
@@ -8,7 +12,7 @@ from typing import Any
 
 from flows.orchestration.stages import trained_of
 from flows.runs.planning import fault, frozen_model
-from flows.runs.stage import Stage, StageJob, StageResult, inputs_of, key_of, sections_of
+from flows.runs.stage import Counts, Stage, StageJob, StageResult, inputs_of, key_of, sections_of
 from infra.compute.cluster import Cluster
 from infra.storage import manifests, store
 from infra.storage.locks import lock_file, reader_lock, reading_file, writer_lock
@@ -27,22 +31,23 @@ def run_stage(
     say: Callable[[str], None],
     guard: Callable[[], object] = lambda: None,
 ) -> StageResult:
-    """Run one stage on its inputs and commit what it made, unless that is current already.
+    """Run one stage on its inputs and commit its output, unless that is already current.
 
-    `inputs` holds what `inputs_of` names. Waits (and says so) where another run is making the same folder, or compacts an input. Raises
-    StorageError for a full disk or a refused write, and whatever the adapter raises, or `guard` just before the commit; what was committed
-    before stays, and the stage's `work` folder stays for the next attempt.
+    `inputs` holds at least the stages in `inputs_of`. Waits, and reports it through `say`, while
+    another process makes the same folder or compacts an input. `guard` is called just before the
+    commit and may raise to prevent it. Raises StorageError for a full disk or a refused write, and
+    everything that the adapter or `guard` raises; earlier commits stay, and so does the stage's
+    `work` folder, for the next attempt.
     """
     started, clock = manifests.now(), time.monotonic()
     stage_inputs = {name: inputs[name] for name in inputs_of(stage, inputs)}
-    stays = frozen_model(root, config, stage, trained_of(stage_inputs))
-    if stays:
-        return StageResult(stage.name, stays.key, "current", time.monotonic() - clock, stays)
+    frozen = frozen_model(root, config, stage, trained_of(stage_inputs))
+    if frozen:
+        return StageResult(stage.name, frozen.key, "current", time.monotonic() - clock, frozen)
     key = key_of(stage, config, {name: committed.key for name, committed in stage_inputs.items()})
-    lock = lock_file(root.scratch, stage.name, key)
     with (
         store.one_line_errors(root.scratch),
-        writer_lock(lock, f"{stage.name} {key}", say),
+        writer_lock(lock_file(root.scratch, stage.name, key), f"{stage.name} {key}", say),
         _reading(root, stage_inputs.values(), say) as inputs_now,
     ):
         stage_inputs = dict(zip(stage_inputs, inputs_now, strict=True))
@@ -55,44 +60,45 @@ def run_stage(
         previous = _previous(root, stage, key)
         with writing_folder(root.scratch, f"{stage.name}-{key}") as out:
             with store.one_line_errors(out), _reading(root, [previous] if previous else [], say):
-                extra_inputs = (read_removals(root), previous)
-                counts = stage.run(
-                    StageJob(
-                        stage.name, key, config, stage_inputs, out, work, cluster, *extra_inputs
-                    )
+                removals = read_removals(root)
+                job = StageJob(
+                    stage.name, key, config, stage_inputs, out, work, cluster, removals, previous
                 )
-            assert counts.keys() >= {"in", "out", "dropped"}, (
-                f"{stage.name} must count what came in, went out and was dropped"
-            )
-            facts = {
-                "stage_version": stage.version,
-                "config": config.model_dump(mode="json"),
-                "sections": sections_of(stage, config),
-                "inputs": {name: committed.key for name, committed in stage_inputs.items()},
-                "input_digests": {
-                    name: committed.digest for name, committed in stage_inputs.items()
-                },
-                "counts": counts,
-                "started": started,
-            }
+                counts = _run_adapter(stage, job)
+            facts = _facts(stage, job, counts, started)
             guard()
-            result = manifests.commit(
-                root,
-                stage.name,
-                key,
-                out,
-                facts,
-                existing.manifest["attempt"] if existing else None,
-            )
+            attempt = existing.manifest["attempt"] if existing else None
+            committed = manifests.commit(root, stage.name, key, out, facts, attempt)
         shutil.rmtree(work, ignore_errors=True)
-        return StageResult(stage.name, key, "ran", time.monotonic() - clock, result)
+        return StageResult(stage.name, key, "ran", time.monotonic() - clock, committed)
+
+
+def _run_adapter(stage: Stage, job: StageJob) -> Counts:
+    counts = stage.run(job)
+    assert counts.keys() >= {"in", "out", "dropped"}, (
+        f"{stage.name} must count what came in, went out and was dropped"
+    )
+    return counts
+
+
+def _facts(stage: Stage, job: StageJob, counts: Counts, started: str) -> dict[str, Any]:
+    """Return the stage's own fields of the manifest."""
+    return {
+        "stage_version": stage.version,
+        "config": job.config.model_dump(mode="json"),
+        "sections": sections_of(stage, job.config),
+        "inputs": {name: committed.key for name, committed in job.inputs.items()},
+        "input_digests": {name: committed.digest for name, committed in job.inputs.items()},
+        "counts": counts,
+        "started": started,
+    }
 
 
 @contextmanager
 def _reading(
     root: Root, folders: Iterable[Committed], say: Callable[[str], None]
 ) -> Iterator[list[Committed]]:
-    """Keep folders from being compacted while the block runs; yields them as they are now."""
+    """Prevent compaction of folders while the block runs; yield their current state."""
     with ExitStack() as stack:
         now = []
         for folder in folders:

@@ -1,6 +1,7 @@
-"""The stages in dependency order: what each reads, which sections configure it, and the adapter that runs it.
+"""The stages in dependency order, with their inputs, config sections and adapters.
 
-An adapter `run_<stage>` hands a room's function plain paths and sections and returns its counts; it holds no computation.
+An adapter `run_<stage>` passes plain paths and sections to the function that does the work, and
+returns its counts; it computes nothing itself.
 """
 
 from collections.abc import Mapping
@@ -13,9 +14,7 @@ from infra.compute import cluster
 from infra.storage import manifests
 from infra.storage.manifests import Committed
 
-if (
-    TYPE_CHECKING
-):  # the sections live beside torch and faiss, which planning with a given config does not need
+if TYPE_CHECKING:  # the sections import torch and faiss, which planning does not need
     from flows.config.run_config import RunConfig
 
 INGEST_VERSION = EMBED_VERSION = 1
@@ -94,7 +93,10 @@ def run_index(job: StageJob) -> Counts:
 
 
 def _grown_from(job: StageJob) -> tuple[Path, Path] | None:
-    """Return the last index of the same settings and the embeddings that are in it, where both are still there."""
+    """Return the folders of the last index with the same settings and of its embeddings, or None.
+
+    Both must still exist unchanged.
+    """
     before = job.previous
     if (
         before is None
@@ -124,7 +126,7 @@ def run_dedup(job: StageJob) -> Counts:
 
 
 def trained_embeddings(job: StageJob) -> Path:
-    """Return the embeddings that models train on: those that dedup has kept where the recipe has it, else all."""
+    """Return the folder of the training embeddings: that of dedup if there is one, else of embed."""
     return job.inputs["dedup" if "dedup" in job.inputs else "embed"].local()
 
 
@@ -214,7 +216,7 @@ def upsampler_2_parameters(config: "RunConfig") -> int:
 
 
 REPORTED = ("dedup", *UPSAMPLERS)
-"""Stages that the report tells of where the recipe has them."""
+"""Optional stages that the report includes if the recipe has them."""
 
 STAGES = (
     Stage("ingest", (), ("data",), INGEST_VERSION, run_ingest),
@@ -263,7 +265,7 @@ STAGES = (
 
 
 def trained_of(inputs: Mapping[str, Committed]) -> dict[str, str]:
-    """Return the digests of those inputs that are models."""
+    """Return the digests of the inputs that are models, by stage."""
     return {
         stage.name: inputs[stage.name].digest
         for stage in STAGES

@@ -260,19 +260,14 @@ def _watch_vanished(client: "SyncPrefectClient") -> None:
 
 
 def _webhook(deployment: UUID, url: str) -> UUID:
-    """Store the webhook's URL in the secret block that the deployment's runs read; return its id."""
+    """Store the webhook's URL in the secret block that the deployment's runs read."""
     from prefect.blocks.webhook import Webhook
     from pydantic import SecretStr
 
     from flows.pipeline import notify_block
 
-    return UUID(
-        str(
-            Webhook(method="POST", url=SecretStr(url)).save(
-                notify_block(deployment), overwrite=True
-            )
-        )
-    )
+    webhook = Webhook(method="POST", url=SecretStr(url))
+    return UUID(str(webhook.save(notify_block(deployment), overwrite=True)))
 
 
 def _remove_webhook(client: "SyncPrefectClient", deployment: UUID) -> None:
@@ -312,7 +307,8 @@ def _notify(client: "SyncPrefectClient", deployment: UUID, name: str, block: UUI
         actions=[
             CallWebhook(
                 block_document_id=block,
-                payload='{"text": {{ ("unclip " ~ deployment.name ~ ": run " ~ flow_run.name ~ " " ~ flow_run.state.name ~ ": "'
+                payload='{"text": {{ ("unclip " ~ deployment.name ~ ": run " ~ flow_run.name '
+                '~ " " ~ flow_run.state.name ~ ": "'
                 " ~ (flow_run.state.message or '')) | tojson }}}",
             )
         ],

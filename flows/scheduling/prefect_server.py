@@ -137,9 +137,9 @@ def _start_uvicorn(
     """Start the server process in `home`; the kernel kills it when this process dies."""
     app = ["flows.scheduling.prefect_app:create_app", "--app-dir", str(CODE)]
     address = ["--host", "127.0.0.1", "--port", str(port)]
+    behaviour = ["--log-level", "error", "--lifespan", "on"]
     return subprocess.Popen(
-        [sys.executable, "-m", "uvicorn", "--factory", *app, *address]
-        + ["--log-level", "error", "--lifespan", "on"],
+        [sys.executable, "-m", "uvicorn", "--factory", *app, *address, *behaviour],
         env=environment,
         cwd=home,  # Prefect also reads settings from files of the working directory
         stdin=subprocess.DEVNULL,

@@ -37,7 +37,7 @@ FOURS = 4
 a cell; for dimensions that are a multiple of it."""
 TWOS = 2
 """Dimensions of a centroid that share a code of four bits: a sixteenth of its bytes, and cells are found in a sixth of the time."""
-MOST_CELLS = 1 << 15
+MAX_CELLS = 1 << 15
 """More take long to find, and twice the memory of what they are found with; from 4.2M vectors on cells grow instead."""
 CODED_CENTROIDS_FROM = 16 * POINTS_PER_CELL
 """Cells; fewer are not enough to choose the codes by, nor do they take long."""
@@ -58,8 +58,8 @@ def has_coded_centroids(factory: str) -> bool:
 
 def trained_on(factory: str, count: int) -> int:
     """Return how many of the vectors cells and codes are found with."""
-    each = TRAINED_PER_CODED_CELL if has_coded_centroids(factory) else TRAINED_PER_CELL
-    return min(count, max(LEAST_TRAINED, cells_of(factory) * each))
+    per_cell = TRAINED_PER_CODED_CELL if has_coded_centroids(factory) else TRAINED_PER_CELL
+    return min(count, max(LEAST_TRAINED, cells_of(factory) * per_cell))
 
 
 def hot_bytes(factory: str, count: int, dim: int) -> int:
@@ -100,18 +100,22 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
     each costs a look-up table. From CODED_FROM vectors on only the last kind is left, whatever the memory: it is the fastest then. Raises
     CallerError when none fits.
     """
-    few, cells, some, many = (
-        max(1, min(round(each * math.sqrt(count)), count // POINTS_PER_CELL, MOST_CELLS))
-        for each in (2, 4, 8, 16)
+    few, cells, eightfold, many = (
+        max(1, min(round(factor * math.sqrt(count)), count // POINTS_PER_CELL, MAX_CELLS))
+        for factor in (2, 4, 8, 16)
     )
     if dim % FOURS:
         kinds = [f"RR{dim},IVF{few},{BITS}"]
     else:
-        found = [
-            f"IVF{each}(PQ{dim // TWOS}x4fs)" if each >= CODED_CENTROIDS_FROM else f"IVF{each}"
-            for each in (many, some, cells, few)
+        cell_kinds = [
+            f"IVF{cell_count}(PQ{dim // TWOS}x4fs)"
+            if cell_count >= CODED_CENTROIDS_FROM
+            else f"IVF{cell_count}"
+            for cell_count in (many, eightfold, cells, few)
         ]
-        kinds = [f"RR{dim},{each},PQ{dim // FOURS}x4fs,Refine(SQ8)" for each in found]
+        kinds = [
+            f"RR{dim},{cell_kind},PQ{dim // FOURS}x4fs,Refine(SQ8)" for cell_kind in cell_kinds
+        ]
     if count < CODED_FROM:
         kinds = [f"IVF{cells},Flat", f"IVF{cells},SQ8", *kinds]
     if count < FLAT_BELOW:
@@ -183,11 +187,11 @@ def train(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
         if has_coded_centroids(factory):
             if rotates := rotation(index):
                 rotates.train(sample)
-            found = centroids(turned(index, sample), inverted.nlist, inverted.cp)
+            centres = centroids(turned(index, sample), inverted.nlist, inverted.cp)
             coarse: Any = faiss.downcast_index(inverted.quantizer)
             coarse.pq.cp.min_points_per_centroid = 1
-            coarse.train(found)
-            coarse.add(found)
+            coarse.train(centres)
+            coarse.add(centres)
         index.train(sample)
     return index
 

@@ -23,7 +23,7 @@ class _Inside(NamedTuple):
     finer: Any
 
 
-_known: weakref.WeakKeyDictionary[Any, _Inside] = weakref.WeakKeyDictionary()
+_cache: weakref.WeakKeyDictionary[Any, _Inside] = weakref.WeakKeyDictionary()
 """To look for every query would take as long as looking into some cells."""
 
 
@@ -94,21 +94,21 @@ def _blocks(vectors: Floats, matrix: Floats) -> Iterator[Floats]:
 
 
 def _inside(index: Any) -> _Inside:
-    if index not in _known:
-        _known[index] = _look(index)
-    return _known[index]
+    if index not in _cache:
+        _cache[index] = _look(index)
+    return _cache[index]
 
 
 def _look(index: Any) -> _Inside:
-    found: list[Any] = [faiss.downcast_index(index)]
+    chain_layers: list[Any] = [faiss.downcast_index(index)]
     rotates = fine = None
     while True:
-        if isinstance(found[-1], faiss.IndexPreTransform):
-            chain: Any = found[-1].chain
+        if isinstance(chain_layers[-1], faiss.IndexPreTransform):
+            chain: Any = chain_layers[-1].chain
             rotates = faiss.downcast_VectorTransform(chain.at(0))
-            found.append(faiss.downcast_index(found[-1].index))
-        elif isinstance(found[-1], faiss.IndexRefine):
-            fine = faiss.downcast_index(found[-1].refine_index)
-            found.append(faiss.downcast_index(found[-1].base_index))
+            chain_layers.append(faiss.downcast_index(chain_layers[-1].index))
+        elif isinstance(chain_layers[-1], faiss.IndexRefine):
+            fine = faiss.downcast_index(chain_layers[-1].refine_index)
+            chain_layers.append(faiss.downcast_index(chain_layers[-1].base_index))
         else:
-            return _Inside(found, rotates, fine)
+            return _Inside(chain_layers, rotates, fine)

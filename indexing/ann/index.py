@@ -114,7 +114,8 @@ def build(
     if count == 0:
         raise DataError(f"{embed}: no embeddings, so there is nothing to index")
     parts: dict[Modality, list[NDArray[Any]]] = {
-        each: open_parts(embed / FOLDERS[each], count, dim) for each in MODALITIES
+        modality_name: open_parts(embed / FOLDERS[modality_name], count, dim)
+        for modality_name in MODALITIES
     }
     base = _base(grown_from, parts, config) if grown_from else None
     factory = base["factory"] if base else _factory(config, count, dim)
@@ -159,9 +160,11 @@ def build(
         "task_peak_bytes": task_peak,
     }
     facts = {"dim": dim, "count": count, "factory": factory, "clip_key": clip_key, **worse}
-    facts |= {name: max(each[name] for each in figures.values()) for name in ("nprobe", "k_factor")}
+    facts |= {
+        name: max(figure[name] for figure in figures.values()) for name in ("nprobe", "k_factor")
+    }
     facts["built_count"] = base.get("built_count", base["count"]) if base else count
-    facts |= {"target_met": all(each["target_met"] for each in figures.values()), **figures}
+    facts |= {"target_met": all(figure["target_met"] for figure in figures.values()), **figures}
     (out / "index.json").write_text(json.dumps(facts, indent=1) + "\n")
     return {
         "in": count,
@@ -185,7 +188,7 @@ def _factory(config: IndexConfig, count: int, dim: int) -> str:
             f"[index] factory = {factory} has more cells than there are vectors ({count}): name fewer, or auto"
         )
     rotated, codes = (re.findall(f"{kind}([0-9]+)", factory) for kind in ("RR", "PQ"))
-    if any(int(each) != dim for each in rotated) or any(dim % int(each) for each in codes):
+    if any(int(number) != dim for number in rotated) or any(dim % int(number) for number in codes):
         raise CallerError(
             f"[index] factory = {factory} does not suit vectors of {dim} dimensions: RR takes exactly these, the codes of PQ divide them"
         )
@@ -208,12 +211,12 @@ def _check_memory(
 def _worse(both: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the lower recalls and the longer times of two indexes, and their bytes together."""
     worse: dict[str, Any] = {
-        f"recall@{k}": min(each[f"recall@{k}"] for each in both) for k in DEPTHS
+        f"recall@{k}": min(figure[f"recall@{k}"] for figure in both) for k in DEPTHS
     }
     worse |= {
-        name: max(each[name] for each in both) for name in ("latency_p50_ms", "latency_p99_ms")
+        name: max(figure[name] for figure in both) for name in ("latency_p50_ms", "latency_p99_ms")
     }
-    return worse | {"bytes": sum(each["bytes"] for each in both)}
+    return worse | {"bytes": sum(figure["bytes"] for figure in both)}
 
 
 def _build_one(
@@ -246,8 +249,10 @@ def _needed(
     """Return about how many bytes a process will hold at most."""
     lengths = [len(part) for part in parts]
     at_once = max(sum(lengths[first:last]) for first, last, _ in inverted_lists.shares(lengths))
-    asked = -(-min(config.queries, sum(lengths)) // 2)  # half of them at a time
-    return building_bytes(factory, sum(lengths), parts[0].shape[1], at_once, asked, is_grown)
+    queries_at_once = -(-min(config.queries, sum(lengths)) // 2)  # half of them at a time
+    return building_bytes(
+        factory, sum(lengths), parts[0].shape[1], at_once, queries_at_once, is_grown
+    )
 
 
 def _base(
@@ -297,10 +302,10 @@ class Index:
         self.dim: int = facts["dim"]
         self.count: int = facts["count"]
         self._indexes = {
-            each: faiss.read_index(str(folder / f"{each}.index"), faiss.IO_FLAG_MMAP_IFC)
-            for each in MODALITIES
+            modality: faiss.read_index(str(folder / f"{modality}.index"), faiss.IO_FLAG_MMAP_IFC)
+            for modality in MODALITIES
         }
-        self._efforts = {each: _efforts(facts[each]) for each in MODALITIES}
+        self._efforts = {modality: _efforts(facts[modality]) for modality in MODALITIES}
         self._direct_map = threading.Lock()
         reader = pa.ipc.open_file(pa.memory_map(os.fspath(folder / "metadata.arrow")))
         self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
@@ -380,8 +385,8 @@ class Index:
     def facts_of(self, row: int, columns: Sequence[str]) -> dict[str, Any]:
         """Return the metadata of a row that is there, value by value: taking few rows of each of many batches costs ten times as much."""
         batch = bisect.bisect_right(self._ends, row)
-        place = row - (self._ends[batch - 1] if batch else 0)
-        return {name: self._values[name][batch](place) for name in columns}
+        offset = row - (self._ends[batch - 1] if batch else 0)
+        return {name: self._values[name][batch](offset) for name in columns}
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return one column of the metadata (count,)."""
@@ -393,9 +398,9 @@ class Index:
         """Return the first row of the sample with that key. Raises KeyError where there is none."""
         start = 0
         for batch in self._batches:
-            place = pc.index(batch["key"], key).as_py()
-            if place >= 0:
-                return start + int(place)
+            offset = pc.index(batch["key"], key).as_py()
+            if offset >= 0:
+                return start + int(offset)
             start += batch.num_rows
         raise KeyError(key)
 
@@ -423,8 +428,8 @@ class Index:
 def _efforts(facts: Mapping[str, Any]) -> tuple[Effort, Effort]:
     """Return what a query for up to ten results may spend, and one for more, as tuning told; an index of before has one for both."""
     few, many = (
-        Effort(each["nprobe"], each["k_factor"], each.get("margin"))
-        for each in (facts, facts.get("deep", facts))
+        Effort(part["nprobe"], part["k_factor"], part.get("margin"))
+        for part in (facts, facts.get("deep", facts))
     )
     return few, many
 
@@ -437,15 +442,15 @@ def _reader(column: pa.Array) -> Callable[[int], Any]:
         if pa.types.is_string(column.type):
             _, offsets, data = column.buffers()
             ends, text = memoryview(offsets).cast("i"), memoryview(data or b"")
-            return lambda place: str(text[ends[place] : ends[place + 1]], "utf-8")
-    return lambda place: column[place].as_py()
+            return lambda row: str(text[ends[row] : ends[row + 1]], "utf-8")
+    return lambda row: column[row].as_py()
 
 
 def _write_metadata(folder: Path, file: Path, count: int) -> None:
     rows = 0
     with pa.OSFile(os.fspath(file), "wb") as sink, pa.ipc.new_file(sink, EMBEDDED) as writer:
-        for each in sorted(folder.glob("*.parquet")):
-            for batch in open_parquet(each).iter_batches(CHUNK_ROWS):
+        for metadata_file in sorted(folder.glob("*.parquet")):
+            for batch in open_parquet(metadata_file).iter_batches(CHUNK_ROWS):
                 writer.write_table(
                     pa.Table.from_batches([batch]).select(EMBEDDED.names).cast(EMBEDDED)
                 )

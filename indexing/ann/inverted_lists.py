@@ -32,13 +32,13 @@ Spread = Callable[[Callable[..., int], Sequence[Task]], Iterable[list[int]]]
 def shares(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     """Put files of so many rows into at most SHARES pieces of work: (first file, last file + 1, first row) of each, in order."""
     least = -(-sum(lengths) // SHARES)
-    found, first, start, end = [], 0, 0, 0
-    for place, length in enumerate(lengths, 1):
+    pieces, first, start, end = [], 0, 0, 0
+    for number, length in enumerate(lengths, 1):
         end += length
-        if end - start >= least or place == len(lengths):
-            found.append((first, place, start))
-            first, start = place, end
-    return found
+        if end - start >= least or number == len(lengths):
+            pieces.append((first, number, start))
+            first, start = number, end
+    return pieces
 
 
 def fill(index: Any, files: Sequence[Path], out: Path, spread: Spread | None = None) -> int:
@@ -48,23 +48,23 @@ def fill(index: Any, files: Sequence[Path], out: Path, spread: Spread | None = N
     memory in bytes that one of them held, 0 without. Raises DataError where the vectors hold NaN or infinity. The index is used up.
     """
     lengths = [len(open_rows(file)) for file in files]
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".lists-") as aside:
-        trained = Path(aside) / "trained"
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".lists-") as staging:
+        trained = Path(staging) / "trained"
         faiss.write_index(index, str(trained))
         pieces = shares(lengths)
         tasks = [
-            (trained, list(files[first:last]), Path(aside) / f"{first:05}")
+            (trained, list(files[first:last]), Path(staging) / f"{first:05}")
             for first, last, _ in pieces
         ]
         if spread:
-            peak = max(each for some in spread(encode, tasks) for each in some)
+            peak = max(peak_bytes for peaks in spread(encode, tasks) for peak_bytes in peaks)
         else:
             peak = 0
             for task in tasks:
                 encode(*task)
-        made = [task[2] for task in tasks]
-        _gather(index, made, [start for *_, start in pieces], sum(lengths))
-        _write(index, made, sum(lengths), out)
+        encoded = [task[2] for task in tasks]
+        _gather(index, encoded, [start for *_, start in pieces], sum(lengths))
+        _write(index, encoded, sum(lengths), out)
     return peak
 
 
@@ -77,7 +77,7 @@ def encode(trained: Path, files: Sequence[Path], out: Path) -> int:
         index = faiss.read_index(str(trained))
         ivf, fine = layers(index)[-1], finer(index)
         vectors = [open_rows(file) for file in files]
-        cells = np.empty(sum(len(each) for each in vectors), np.int64)
+        cells = np.empty(sum(len(part) for part in vectors), np.int64)
         codes = np.empty((len(cells), ivf.code_size), np.uint8)
         start = 0
         with out.with_suffix(".finer").open("wb") as file:
@@ -88,8 +88,8 @@ def encode(trained: Path, files: Sequence[Path], out: Path) -> int:
                 ivf.encode_vectors(
                     len(chunk),
                     *(
-                        faiss.swig_ptr(each)
-                        for each in (inside, cells[start:end], codes[start:end])
+                        faiss.swig_ptr(array)
+                        for array in (inside, cells[start:end], codes[start:end])
                     ),
                 )
                 if fine:
@@ -111,28 +111,37 @@ def encode(trained: Path, files: Sequence[Path], out: Path) -> int:
     return memory.bytes
 
 
-def _gather(index: Any, made: Sequence[Path], firsts: Sequence[int], count: int) -> None:
+def _gather(index: Any, encoded: Sequence[Path], firsts: Sequence[int], count: int) -> None:
     """Put what was encoded into the cells, in the order of rows."""
     ivf = layers(index)[-1]
     lists: Any = faiss.downcast_InvertedLists(ivf.invlists)
     ends = [
-        np.concatenate([[0], np.cumsum(np.load(each.with_suffix(".sizes.npy")))]) for each in made
+        np.concatenate([[0], np.cumsum(np.load(piece.with_suffix(".sizes.npy")))])
+        for piece in encoded
     ]
     rows, codes = (
-        [np.load(each.with_suffix(f".{name}.npy"), mmap_mode="r") for each in made]
+        [np.load(piece.with_suffix(f".{name}.npy"), mmap_mode="r") for piece in encoded]
         for name in ("rows", "codes")
     )
     for cell in range(ivf.nlist):
-        slices = [slice(each[cell], each[cell + 1]) for each in ends]
+        slices = [slice(piece_ends[cell], piece_ends[cell + 1]) for piece_ends in ends]
         inside: Rows = np.concatenate(
-            [each[some] + first for each, some, first in zip(rows, slices, firsts, strict=True)]
+            [
+                piece_rows[cell_slice] + first
+                for piece_rows, cell_slice, first in zip(rows, slices, firsts, strict=True)
+            ]
         )
         if len(inside):
-            coded = np.concatenate([each[some] for each, some in zip(codes, slices, strict=True)])
+            coded = np.concatenate(
+                [
+                    piece_codes[cell_slice]
+                    for piece_codes, cell_slice in zip(codes, slices, strict=True)
+                ]
+            )
             coded = _packed(lists, coded) if hasattr(lists, "packer") else coded
             lists.add_entries(cell, len(inside), faiss.swig_ptr(inside), faiss.swig_ptr(coded))
-    for each in (*layers(index), finer(index) or ivf):
-        each.ntotal = count
+    for layer in (*layers(index), finer(index) or ivf):
+        layer.ntotal = count
 
 
 def _packed(lists: Any, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -149,7 +158,7 @@ def _packed(lists: Any, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return packed
 
 
-def _write(index: Any, made: Sequence[Path], count: int, out: Path) -> None:
+def _write(index: Any, encoded: Sequence[Path], count: int, out: Path) -> None:
     """Write the index; the codes that it re-ranks from go from file to file.
 
     In FAISS's format they are the last but one thing of an index with Refine: their number, the bytes, then k_factor (a float).
@@ -164,8 +173,8 @@ def _write(index: Any, made: Sequence[Path], count: int, out: Path) -> None:
         assert tail[:8] == bytes(8), "the index that is written holds no finer codes"
         file.seek(-12, 2)
         file.write(struct.pack("<Q", count * fine.code_size))
-        for each in made:
-            with each.with_suffix(".finer").open("rb") as some:
-                while piece := some.read(COPIED_BYTES):
+        for one_part in encoded:
+            with one_part.with_suffix(".finer").open("rb") as source:
+                while piece := source.read(COPIED_BYTES):
                     file.write(piece)
         file.write(tail[8:])

@@ -22,12 +22,12 @@ def numbers_of(keys: pa.ChunkedArray) -> Rows:
 
 def hashes_of(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
     """Return 64 bits of each text (N,): its bytes, eight at a time, through the finaliser of splitmix64 (Steele et al. 2014)."""
-    found = [np.zeros(0, np.uint64)]
+    hashes = [np.zeros(0, np.uint64)]
     for chunk in texts.chunks:
-        found += [
+        hashes += [
             _hashes(chunk.slice(start, CHUNK_ROWS)) for start in range(0, len(chunk), CHUNK_ROWS)
         ]
-    return np.concatenate(found)
+    return np.concatenate(hashes)
 
 
 def _hashes(texts: pa.Array) -> NDArray[np.uint64]:

@@ -26,8 +26,8 @@ def centroids(vectors: Floats, count: int, parameters: Any) -> Floats:
     ).astype(int)
     shares = np.diff(ends, prepend=0)
     within = [
-        _clustered(vectors[group == each], int(share), parameters, ROUGH_ROUNDS)
-        for each, share in enumerate(shares)
+        _clustered(vectors[group == group_number], int(share), parameters, ROUGH_ROUNDS)
+        for group_number, share in enumerate(shares)
         if share
     ]
     return _clustered(vectors, count, parameters, LAST_ROUNDS, np.concatenate(within))
@@ -42,12 +42,12 @@ def _clustered(
     if begun is not None:
         faiss.copy_array_to_vector(begun.ravel(), clustering.centroids)
     clustering.train(vectors, faiss.IndexFlatIP(vectors.shape[1]))
-    found: Floats = faiss.vector_to_array(clustering.centroids).reshape(count, -1)
-    return found
+    trained_centroids: Floats = faiss.vector_to_array(clustering.centroids).reshape(count, -1)
+    return trained_centroids
 
 
-def _nearest(some: Floats, vectors: Floats) -> NDArray[np.int64]:
+def _nearest(centres: Floats, vectors: Floats) -> NDArray[np.int64]:
     """Return which of the centroids scores best for each vector (n,)."""
-    index = faiss.IndexFlatIP(some.shape[1])
-    index.add(some)
+    index = faiss.IndexFlatIP(centres.shape[1])
+    index.add(centres)
     return np.asarray(index.search(vectors, 1)[1][:, 0])

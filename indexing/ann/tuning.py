@@ -30,7 +30,7 @@ Z_SURE = 1.645
 """So many standard errors below the sampled recall the true one lies in one of twenty samples; a second sample then has to agree."""
 TIMED, ROUNDS = 64, 3
 """Queries that efforts are timed with, and how often each."""
-MOST_RANKED = 4096
+MAX_RANKED = 4096
 """Candidates that a query re-ranks at most."""
 THINNED = 4
 """Of many queries one of so many is asked for a hundred."""
@@ -95,23 +95,23 @@ def search(
     if isinstance(index, faiss.IndexPreTransform):
         index, queries = layers(index)[1], turned(index, queries)
     inside = layers(index)
-    kinds = tuple(type(each) for each in inside)
+    kinds = tuple(type(layer) for layer in inside)
     k_factor = float(max(1, min(effort.k_factor, index.ntotal // k)))
     make = _parameters if selector is None else _parameters.__wrapped__
 
-    def found(some: Floats, nprobe: int) -> tuple[Floats, Rows]:
+    def search_cells(part: Floats, nprobe: int) -> tuple[Floats, Rows]:
         return cast(
             tuple[Floats, Rows],
-            index.search(some, k, params=make(kinds, nprobe, k_factor, selector)),
+            index.search(part, k, params=make(kinds, nprobe, k_factor, selector)),
         )
 
-    most = inside[-1].nlist
+    cell_count = inside[-1].nlist
     probed = _probed(index, queries, effort)
     if selection:
         probed = np.ceil(probed / selection.share).astype(np.int64)
-    probed = np.minimum(probed, most)
+    probed = np.minimum(probed, cell_count)
     if (probed == probed[0]).all():
-        scores, rows = found(queries, int(probed[0]))
+        scores, rows = search_cells(queries, int(probed[0]))
     else:
         scores, rows = (
             np.empty((len(queries), k), np.float32),
@@ -119,13 +119,15 @@ def search(
         )
         for nprobe in np.unique(probed):
             same = probed == nprobe
-            scores[same], rows[same] = found(queries[same], int(nprobe))
+            scores[same], rows[same] = search_cells(queries[same], int(nprobe))
     for few in np.flatnonzero((rows < 0).any(axis=1)):
         nprobe = int(probed[few])
         while (rows[few] < 0).any():
-            assert nprobe < most, "with every cell probed every vector is found"
-            nprobe = min(most, 2 * nprobe)
-            scores[few], rows[few] = (each[0] for each in found(queries[few : few + 1], nprobe))
+            assert nprobe < cell_count, "with every cell probed every vector is found"
+            nprobe = min(cell_count, 2 * nprobe)
+            scores[few], rows[few] = (
+                answer[0] for answer in search_cells(queries[few : few + 1], nprobe)
+            )
     return scores, rows
 
 
@@ -141,13 +143,15 @@ def _probed(index: Any, queries: Floats, effort: Effort) -> Rows:
 @lru_cache(1024)
 def _parameters(kinds: tuple[type, ...], nprobe: int, k_factor: float, selector: Any) -> Any:
     """Return FAISS's parameters for a search: to make them takes as long as looking into some cells."""
-    made: Any = faiss  # whose type stubs do not know that parameters take arguments, which keeps alive what they are given
-    params = made.SearchParametersIVF(nprobe=nprobe, sel=selector)
+    faiss_module: Any = faiss  # whose type stubs do not know that parameters take arguments, which keeps alive what they are given
+    params = faiss_module.SearchParametersIVF(nprobe=nprobe, sel=selector)
     for kind in kinds[-2::-1]:
         if kind is faiss.IndexRefine:
-            params = made.IndexRefineSearchParameters(k_factor=k_factor, base_index_params=params)
+            params = faiss_module.IndexRefineSearchParameters(
+                k_factor=k_factor, base_index_params=params
+            )
         else:
-            params = made.SearchParametersPreTransform(index_params=params)
+            params = faiss_module.SearchParametersPreTransform(index_params=params)
     return params
 
 
@@ -174,11 +178,11 @@ class Measured:
     ) -> None:
         """Compute the truth of every query."""
         self.index, self.parts, self.samples = index, parts, samples
-        own = [int(each.rows is not None) for each in samples]
+        skips = [int(sample.rows is not None) for sample in samples]
         # Of the scores of a vector of the index the best is its own.
         self.truth = [
-            brute_force(parts, each.vectors, max(DEPTHS) + skip)[:, skip:]
-            for each, skip in zip(samples, own, strict=True)
+            brute_force(parts, sample.vectors, max(DEPTHS) + skip)[:, skip:]
+            for sample, skip in zip(samples, skips, strict=True)
         ]
 
     def recall(self, k: int, effort: Effort, z: float = 0.0) -> float:
@@ -188,23 +192,29 @@ class Measured:
             wanted = min(k, truth.shape[1])
             if wanted == 0:  # an index of one vector has no other
                 continue
-            found = recalls(self.parts, sample.vectors, self._found(sample, wanted, effort), truth)
-            worst = min(worst, float(found.mean() - z * found.std() / len(found) ** 0.5))
+            measured = recalls(
+                self.parts, sample.vectors, self._search_sample(sample, wanted, effort), truth
+            )
+            worst = min(worst, float(measured.mean() - z * measured.std() / len(measured) ** 0.5))
         return worst
 
     def thinned(self) -> "Measured":
         """Return the same with every fourth query, of many: a hundred results say more of a query than ten do, and take longer."""
-        made = copy.copy(self)
-        steps = [THINNED if len(each.vectors) > THINNED * TIMED else 1 for each in self.samples]
-        made.samples = [each.every(step) for each, step in zip(self.samples, steps, strict=True)]
-        made.truth = [each[::step] for each, step in zip(self.truth, steps, strict=True)]
-        return made
+        thinned_copy = copy.copy(self)
+        steps = [THINNED if len(sample.vectors) > THINNED * TIMED else 1 for sample in self.samples]
+        thinned_copy.samples = [
+            sample.every(step) for sample, step in zip(self.samples, steps, strict=True)
+        ]
+        thinned_copy.truth = [
+            neighbours[::step] for neighbours, step in zip(self.truth, steps, strict=True)
+        ]
+        return thinned_copy
 
     def seconds(self, k: int, effort: Effort) -> list[float]:
         """Return what some of the queries take, one by one."""
-        asked = self._asked()
+        queries = self._all_queries()
         taken = []
-        for query in asked[:: max(1, len(asked) // TIMED)]:
+        for query in queries[:: max(1, len(queries) // TIMED)]:
             started = time.perf_counter()
             search(self.index, query[None], min(k, self.index.ntotal), effort)
             taken.append(time.perf_counter() - started)
@@ -212,13 +222,15 @@ class Measured:
 
     def span(self, nprobe: int) -> float:
         """Return the margin with which every query looks into that many cells."""
-        near = layers(self.index)[-1].quantizer.search(turned(self.index, self._asked()), nprobe)[0]
+        near = layers(self.index)[-1].quantizer.search(
+            turned(self.index, self._all_queries()), nprobe
+        )[0]
         return float((near[:, 0] - near[:, -1]).max())
 
-    def _asked(self) -> Floats:
-        return np.concatenate([each.vectors for each in self.samples])
+    def _all_queries(self) -> Floats:
+        return np.concatenate([sample.vectors for sample in self.samples])
 
-    def _found(self, sample: Sample, k: int, effort: Effort) -> Rows:
+    def _search_sample(self, sample: Sample, k: int, effort: Effort) -> Rows:
         if sample.rows is None:
             return search(self.index, sample.vectors, k, effort)[1]
         _, rows = search(
@@ -244,17 +256,17 @@ def tune(
     k_factor 0 where nothing is re-ranked.
     """
     tuning, judging = (
-        Measured(index, parts, [each.part(half) for each in samples]) for half in (0, 1)
+        Measured(index, parts, [sample.part(half) for sample in samples]) for half in (0, 1)
     )
     best = least_effort(tuning, judging, DEPTHS[1], target)
     deep = least_effort(tuning.thinned(), judging.thinned(), DEPTHS[2], target)
     taken_ms = np.array(tuning.seconds(DEPTHS[1], best)) * 1000
-    told = {f"recall@{k}": judging.recall(k, effort_for(k, best, deep)) for k in DEPTHS}
+    figures = {f"recall@{k}": judging.recall(k, effort_for(k, best, deep)) for k in DEPTHS}
     return {
         **best._asdict(),
         "deep": deep._asdict(),
-        "target_met": told[f"recall@{DEPTHS[1]}"] >= target,
-        **told,
+        "target_met": figures[f"recall@{DEPTHS[1]}"] >= target,
+        **figures,
         "latency_p50_ms": round(float(np.percentile(taken_ms, 50)), 4),
         "latency_p99_ms": round(float(np.percentile(taken_ms, 99)), 4),
     }
@@ -306,11 +318,15 @@ def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> 
     def of_cells(k_factor: int, nprobe: int) -> float:
         return surely(Effort(nprobe, k_factor))
 
-    most_ranked, *less_ranked = (
-        [each for each in K_FACTORS[::-1] if each * k <= MOST_RANKED] if finer(index) else [0]
+    highest_k_factor, *less_ranked = (
+        [k_factor for k_factor in K_FACTORS[::-1] if k_factor * k <= MAX_RANKED]
+        if finer(index)
+        else [0]
     )
-    nprobe, reached = fewest_cells(1, cells, target, partial(of_cells, most_ranked), sated_from)
-    enough = [Effort(nprobe, most_ranked)]
+    nprobe, reached = fewest_cells(
+        1, cells, target, partial(of_cells, highest_k_factor), sated_from
+    )
+    enough = [Effort(nprobe, highest_k_factor)]
     if reached < target:
         return enough[0]
     for k_factor in less_ranked:
@@ -323,13 +339,15 @@ def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> 
         if nprobe == fewest:
             enough.pop()  # which re-ranks more, and looks into as many
         enough.append(Effort(nprobe, k_factor))
-    for each in tuple(enough):
-        widest = min(cells, WIDER * each.nprobe)
+    for candidate_effort in tuple(enough):
+        widest = min(cells, WIDER * candidate_effort.nprobe)
         enough.append(
-            _least_margin(Effort(widest, each.k_factor, tuning.span(widest)), target, surely)
+            _least_margin(
+                Effort(widest, candidate_effort.k_factor, tuning.span(widest)), target, surely
+            )
         )
-    # In turns, and each query's best round: another process that takes the cores for a while slows all of them.
-    rounds = [[tuning.seconds(k, each) for each in enough] for _ in range(ROUNDS)]
+    # In turns, and candidate_effort query's best round: another process that takes the cores for a while slows all of them.
+    rounds = [[tuning.seconds(k, effort) for effort in enough] for _ in range(ROUNDS)]
     best = enough[int(np.min(rounds, axis=0).mean(axis=1).argmin())]
     while best.nprobe < cells and judging.recall(k, best) < target:
         wider = None if best.margin is None else best.margin * 1.05
@@ -349,7 +367,7 @@ def _least_margin(widest: Effort, target: float, recall_of: Callable[[Effort], f
 
 
 def fewest_cells(
-    least: int, most: int, target: float, recall_of: Callable[[int], float], sated_from: int = 1
+    least: int, highest: int, target: float, recall_of: Callable[[int], float], sated_from: int = 1
 ) -> tuple[int, float]:
     """Return the least number of cells, `least` to `most`, whose recall reaches the target, to an eighth, and that recall.
 
@@ -361,12 +379,12 @@ def fewest_cells(
         tried[cells] = recall_of(cells)
         if tried[cells] >= target:
             break
-        if cells == most or (
+        if cells == highest or (
             cells >= 2 * sated_from and tried[cells] > 0.5 and tried[cells] - before < SATURATED
         ):
-            return max(tried.items(), key=lambda each: each[1])
-        cells, before = min(most, 2 * cells), tried[cells]
-    low, high = max((each for each in tried if tried[each] < target), default=least - 1), cells
+            return max(tried.items(), key=lambda tried_cell: tried_cell[1])
+        cells, before = min(highest, 2 * cells), tried[cells]
+    low, high = max((cell for cell in tried if tried[cell] < target), default=least - 1), cells
     while high - low > max(1, high // 8):
         middle = (low + high) // 2
         tried[middle] = recall_of(middle)

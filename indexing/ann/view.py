@@ -25,12 +25,12 @@ from infra.schemas import EMBEDDED
 from infra.storage.removal_log import Removals
 
 Mask = NDArray[np.bool_]
-Place = tuple[int, int, float]
+Position = tuple[int, int, float]
 """A segment, a row of it, and its score."""
 
 NEAR = 0.94
 """Results with a picture cosine of at least this count as copies where near ones are asked to go; clip-retrieval's figure."""
-MASKS_KEPT = 64
+MAX_MASKS = 64
 FIRST, FETCH, DEEPER = 10, 64, 4
 """Candidates of the first look and of the second, at least, and by how much each further one is deeper."""
 FETCHED, FETCHED_APART = 1 << 14, 1 << 12
@@ -66,7 +66,7 @@ class Segment:
         self._lock = Lock()
         self._numbers: tuple[Rows, Rows] | None = None
 
-    def gone(self, removals: Removals) -> Mask:
+    def removed_mask(self, removals: Removals) -> Mask:
         """Return which rows were taken down (N,)."""
         if not removals:
             return np.zeros(self.index.count, bool)
@@ -94,21 +94,25 @@ class View:
         segments: Sequence[Segment],
         removals: Removals,
         clip: str,
-        gone: Sequence[Mask] | None = None,
+        removed: Sequence[Mask] | None = None,
     ) -> None:
-        """Hold segments of one CLIP, whose fingerprint is `clip`; `gone` is what the removals name, where that is known.
+        """Hold segments of one CLIP, whose fingerprint is `clip`; `removed` is what the removals name, where that is known.
 
         Raises ValueError where their dimensions differ.
         """
-        if len({each.index.dim for each in segments}) != 1:
+        if len({segment.index.dim for segment in segments}) != 1:
             raise ValueError(
-                f"the segments have {sorted({each.index.dim for each in segments})} dimensions: they must have the same"
+                f"the segments have {sorted({segment.index.dim for segment in segments})} dimensions: they must have the same"
             )
         self.segments, self.clip, self.removals = list(segments), clip, removals
         self.dim = segments[0].index.dim
-        self.gone = [each.gone(removals) for each in segments] if gone is None else list(gone)
-        self.count = sum(int((~each).sum()) for each in self.gone)
-        self.version = _fingerprint(clip, [each.name for each in segments], self.gone)
+        self.removed = (
+            [segment.removed_mask(removals) for segment in segments]
+            if removed is None
+            else list(removed)
+        )
+        self.count = sum(int((~mask).sum()) for mask in self.removed)
+        self.version = _fingerprint(clip, [segment.name for segment in segments], self.removed)
         """Tells this view from others: the same segments without the same rows have the same, in every process."""
         self._masks: OrderedDict[Filter, list[Allowed]] = OrderedDict()
         self._facets: dict[str, dict[str, int]] | None = None
@@ -122,10 +126,11 @@ class View:
         if self.removals - removals:
             return View(self.segments, removals, self.clip)  # an entry was taken back
         new = removals - self.removals
-        gone = [
-            was | segment.gone(new) for was, segment in zip(self.gone, self.segments, strict=True)
+        removed = [
+            was | segment.removed_mask(new)
+            for was, segment in zip(self.removed, self.segments, strict=True)
         ]
-        return View(self.segments, removals, self.clip, gone)
+        return View(self.segments, removals, self.clip, removed)
 
     def search(
         self,
@@ -150,31 +155,33 @@ class View:
         """
         wanted, fetch = offset + k, max(FIRST, k)
         masks = self._allowed(chosen)
-        most = FETCHED if near is None else FETCHED_APART
-        enough = min(sum(mask.count for mask in masks), max(wanted, most))
+        max_fetched = FETCHED if near is None else FETCHED_APART
+        enough = min(sum(mask.count for mask in masks), max(wanted, max_fetched))
         seen = (
             set(hashes_of(pa.chunked_array([sorted(without)], pa.string())).tolist())
             if without
             else set()
         )
-        kept: list[Place] = []
+        unique: list[Position] = []
         vectors = np.empty((wanted if near is not None else 0, self.dim), np.float32)
         while True:
-            places, pictures = self._nearest(query, fetch, modality, masks)
+            positions, pictures = self._nearest(query, fetch, modality, masks)
             distinct = []
-            for place, picture in zip(places, pictures, strict=True):
+            for position, picture in zip(positions, pictures, strict=True):
                 if picture not in seen:
                     seen.add(picture)
-                    distinct.append(place)
-            kept += distinct if near is None else self._apart(distinct, near, vectors, len(kept))
-            if len(kept) >= wanted or fetch >= enough:
-                shown = sorted(kept[offset:wanted], key=lambda place: -place[2])
+                    distinct.append(position)
+            unique += (
+                distinct if near is None else self._apart(distinct, near, vectors, len(unique))
+            )
+            if len(unique) >= wanted or fetch >= enough:
+                page = sorted(unique[offset:wanted], key=lambda position: -position[2])
                 return [
                     Hit(segment, row, score, self.segments[segment].index.facts_of(row, columns))
-                    for segment, row, score in shown
+                    for segment, row, score in page
                 ]
             deeper = max(FETCH, fetch * DEEPER)
-            fetch = most if fetch < most < deeper else deeper
+            fetch = max_fetched if fetch < max_fetched < deeper else deeper
 
     def find_key(self, key: str) -> Hit | None:
         """Return the sample with that key, or None where there is none or it is gone."""
@@ -185,10 +192,14 @@ class View:
     def find_number(self, number: int) -> list[Hit]:
         """Return the samples whose keys have that number: one, or none where there is none or it is gone."""
         hits = []
-        for place, segment in enumerate(self.segments):
-            rows = [row for row in segment.rows_of(number).tolist() if not self.gone[place][row]]
+        for segment_number, segment in enumerate(self.segments):
+            rows = [
+                row
+                for row in segment.rows_of(number).tolist()
+                if not self.removed[segment_number][row]
+            ]
             hits += [
-                Hit(place, row, 1.0, facts)
+                Hit(segment_number, row, 1.0, facts)
                 for row, facts in zip(rows, segment.index.metadata(rows), strict=True)
             ]
         return hits
@@ -204,8 +215,8 @@ class View:
 
     def vector(self, hit: Hit, modality: Modality = "image") -> Floats:
         """Return the vector of a sample (D,), as the index holds it."""
-        found: Floats = self.segments[hit.segment].index.vectors([hit.row], modality)[0]
-        return found
+        row_vectors: Floats = self.segments[hit.segment].index.vectors([hit.row], modality)[0]
+        return row_vectors
 
     def facets(self) -> dict[str, dict[str, int]]:
         """Count, for every column that can be chosen by, the samples of each value that is not empty; the commonest first. Counts once."""
@@ -218,54 +229,56 @@ class View:
         counted: dict[str, dict[str, int]] = {}
         for name in CHOICES:
             totals: dict[str, int] = {}
-            for segment, gone in zip(self.segments, self.gone, strict=True):
-                for each in pc.value_counts(
-                    segment.index.column(name).filter(pa.array(~gone))
+            for segment, mask in zip(self.segments, self.removed, strict=True):
+                for value_count in pc.value_counts(
+                    segment.index.column(name).filter(pa.array(~mask))
                 ).to_pylist():
-                    totals[each["values"]] = totals.get(each["values"], 0) + each["counts"]
+                    totals[value_count["values"]] = (
+                        totals.get(value_count["values"], 0) + value_count["counts"]
+                    )
             totals.pop("", None)
             counted[name] = dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
         return counted
 
     def _nearest(
         self, query: ArrayLike, k: int, modality: Modality, masks: Sequence[Allowed]
-    ) -> tuple[list[Place], list[int]]:
+    ) -> tuple[list[Position], list[int]]:
         """Return the k nearest rows, best first, and what tells their pictures apart (k)."""
-        places: list[Place] = []
+        positions: list[Position] = []
         pictures: list[int] = []
         for number, (segment, mask) in enumerate(zip(self.segments, masks, strict=True)):
             scores, rows = segment.index.search(
                 np.asarray(query, np.float32)[None], k, modality, mask
             )
-            places += [
+            positions += [
                 (number, row, score)
                 for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)
             ]
             pictures += segment.pictures[rows[0]].tolist()
         if len(self.segments) == 1:
-            return places, pictures
-        order = sorted(range(len(places)), key=lambda place: -places[place][2])[:k]
-        return [places[place] for place in order], [pictures[place] for place in order]
+            return positions, pictures
+        order = sorted(range(len(positions)), key=lambda number: -positions[number][2])[:k]
+        return [positions[number] for number in order], [pictures[number] for number in order]
 
     def _apart(
-        self, places: Sequence[Place], near: float, vectors: Floats, count: int
-    ) -> list[Place]:
+        self, positions: Sequence[Position], near: float, vectors: Floats, count: int
+    ) -> list[Position]:
         """Return the places without those near to a better one; `vectors` (wanted, D) holds `count` better ones' and takes more."""
-        kept: list[Place] = []
-        for place, vector in zip(places, self._vectors(places), strict=True):
+        distinct: list[Position] = []
+        for position, vector in zip(positions, self._vectors(positions), strict=True):
             if count == len(vectors):
                 break
             if count == 0 or float((vectors[:count] @ vector).max()) < near:
                 vectors[count] = vector
-                kept.append(place)
+                distinct.append(position)
                 count += 1
-        return kept
+        return distinct
 
-    def _vectors(self, places: Sequence[Place]) -> Floats:
+    def _vectors(self, positions: Sequence[Position]) -> Floats:
         """Return the unit vectors of the places (n, D)."""
-        vectors = np.empty((len(places), self.dim), np.float32)
-        segments = np.array([segment for segment, *_ in places], np.int64)
-        rows = np.array([row for _, row, _ in places], np.int64)
+        vectors = np.empty((len(positions), self.dim), np.float32)
+        segments = np.array([segment for segment, *_ in positions], np.int64)
+        rows = np.array([row for _, row, _ in positions], np.int64)
         for number in np.unique(segments):
             vectors[segments == number] = self.segments[number].index.vectors(
                 rows[segments == number]
@@ -278,12 +291,12 @@ class View:
                 self._masks.move_to_end(chosen)
                 return self._masks[chosen]
         masks = [
-            Allowed(~gone & _matching(segment.index, chosen))
-            for segment, gone in zip(self.segments, self.gone, strict=True)
+            Allowed(~mask & _matching(segment.index, chosen))
+            for segment, mask in zip(self.segments, self.removed, strict=True)
         ]
         with self._lock:
             self._masks[chosen] = masks
-            while len(self._masks) > MASKS_KEPT:
+            while len(self._masks) > MAX_MASKS:
                 self._masks.popitem(last=False)
         return masks
 
@@ -318,9 +331,9 @@ def make_filter(
     )
 
 
-def _fingerprint(clip: str, names: Sequence[str], gone: Sequence[Mask]) -> str:
+def _fingerprint(clip: str, names: Sequence[str], removed: Sequence[Mask]) -> str:
     """Return 16 hex digits of a CLIP, the names of segments, and which of their rows are gone."""
     digest = hashlib.sha256(repr((clip, list(names))).encode())
-    for each in gone:
-        digest.update(np.packbits(each).tobytes())
+    for mask in removed:
+        digest.update(np.packbits(mask).tobytes())
     return digest.hexdigest()[:16]

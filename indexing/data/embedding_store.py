@@ -96,10 +96,12 @@ def metadata_batches(folder: Path, columns: Sequence[str]) -> Iterator[pa.Record
 
 def metadata_of(folder: Path, rows: Rows, columns: Sequence[str]) -> list[dict[str, Any]]:
     """Return these columns of some rows (B,), in their order, reading the metadata a piece at a time."""
-    found: dict[int, dict[str, Any]] = {}
+    records: dict[int, dict[str, Any]] = {}
     wanted, start = np.unique(rows), 0
     for batch in metadata_batches(folder, columns):
         inside = wanted[(wanted >= start) & (wanted < start + batch.num_rows)]
-        found |= zip(inside.tolist(), batch.take(pa.array(inside - start)).to_pylist(), strict=True)
+        records |= zip(
+            inside.tolist(), batch.take(pa.array(inside - start)).to_pylist(), strict=True
+        )
         start += batch.num_rows
-    return [found[row] for row in rows.tolist()]
+    return [records[row] for row in rows.tolist()]

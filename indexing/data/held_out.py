@@ -68,11 +68,11 @@ def open_embedded(embed: Path) -> Embedded:
     return Embedded(read_metadata(embed / "metadata", COLUMNS, count), *parts)
 
 
-def read_pairs(embedded: Embedded, split: str, at_most: int, seed: int) -> Pairs:
+def read_pairs(embedded: Embedded, split: str, max_pairs: int, seed: int) -> Pairs:
     """Read the pairs of a split into memory; when there are more than `at_most`, that many drawn by the seed, in their order."""
     rows = embedded.rows(split)
-    if len(rows) > at_most:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, at_most, replace=False))
+    if len(rows) > max_pairs:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, max_pairs, replace=False))
     vectors = [take(parts, rows) for parts in (embedded.image_parts, embedded.text_parts)]
     return Pairs(embedded.table.take(rows).to_pylist(), *vectors)
 
@@ -98,8 +98,8 @@ def seen_in_training(embedded: Embedded, splits: tuple[str, ...]) -> dict[str, d
 def licences(embedded: Embedded) -> dict[str, int]:
     """Count the pairs of each licence, the commonest first."""
     counts = {
-        each["values"] or "not stated": each["counts"]
-        for each in pc.value_counts(embedded.table["licence"]).to_pylist()
+        value_count["values"] or "not stated": value_count["counts"]
+        for value_count in pc.value_counts(embedded.table["licence"]).to_pylist()
     }
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
@@ -109,8 +109,8 @@ def trained_captions(embedded: Embedded, texts: list[str]) -> list[bool]:
     train = embedded.table.take(embedded.rows("train"))
     captions = pc.utf8_lower(pc.list_flatten(train["captions"]))
     return [
-        bool(each)
-        for each in pc.is_in(
+        bool(flag)
+        for flag in pc.is_in(
             pa.array([text.lower() for text in texts], pa.string()), captions.combine_chunks()
         ).to_pylist()
     ]

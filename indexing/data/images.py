@@ -81,8 +81,8 @@ def sheet(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], scale: int = 
         top = GAP_PX + line * (LINE_PX + side_px + GAP_PX)
         draw.text((GAP_PX, top), _fitting(title, font, width - 2 * GAP_PX), fill=INK, font=font)
         for column, picture in enumerate(row):
-            shown = Image.fromarray(picture).resize((side_px, side_px), Image.Resampling.NEAREST)
-            page.paste(shown, (GAP_PX + column * (side_px + GAP_PX), top + LINE_PX))
+            scaled = Image.fromarray(picture).resize((side_px, side_px), Image.Resampling.NEAREST)
+            page.paste(scaled, (GAP_PX + column * (side_px + GAP_PX), top + LINE_PX))
     return np.asarray(page)
 
 

@@ -46,8 +46,8 @@ class ImageSet:
 
     def pictures(self, side_px: int) -> Pixels:
         """Decode all pictures as squares, uint8 (N, S, S, 3) RGB. Raises DataError for one that does not decode."""
-        made = np.empty((len(self), side_px, side_px, 3), np.uint8)
-        for place, data in enumerate(self.encoded):
+        pixels = np.empty((len(self), side_px, side_px, 3), np.uint8)
+        for number, data in enumerate(self.encoded):
             decoded = (
                 cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
             )
@@ -57,43 +57,41 @@ class ImageSet:
                 or decoded.shape[0] * decoded.shape[1] > LARGEST_PIXELS
             ):
                 raise DataError(
-                    f"set {self.name}: picture {place} is no 8-bit picture that can be read: take it out"
+                    f"set {self.name}: picture {number} is no 8-bit picture that can be read: take it out"
                 )
-            made[place] = self.square(decoded, side_px)
-        return made
+            pixels[number] = self.square(decoded, side_px)
+        return pixels
 
-    def only(self, places: NDArray[np.int64]) -> "ImageSet":
+    def only(self, rows: NDArray[np.int64]) -> "ImageSet":
         """Return the pictures at these places."""
-        return replace(
-            self, encoded=[self.encoded[place] for place in places], labels=self.labels[places]
-        )
+        return replace(self, encoded=[self.encoded[row] for row in rows], labels=self.labels[rows])
 
 
 def open_set(path: Path, name: str = "") -> ImageSet:
     """Read a set in any of the layouts. Raises CallerError where the path holds none, DataError where labels and names disagree."""
     name = name or path.stem
     if path.is_file() and path.suffix == ".parquet":
-        return _made(name, path.parent, list(_from_parquet(path)), path.stem)
+        return _build(name, path.parent, list(_from_parquet(path)), path.stem)
     if not path.is_dir():
         raise CallerError(
             f"[evaluate.suite] set {str(path)!r} is not there: give a folder of classes, a parquet file or a folder of WebDataset shards"
         )
     shards = sorted(path.glob("test/*.tar")) or sorted(path.glob("*.tar"))
     if shards:
-        return _made(name, path, [each for shard in shards for each in _from_shard(shard)])
-    found = list(_from_folders(path))
-    if not found:
+        return _build(name, path, [pair for shard in shards for pair in _from_shard(shard)])
+    pairs = list(_from_folders(path))
+    if not pairs:
         raise CallerError(
             f"[evaluate.suite] set {str(path)!r} holds no pictures: want CLASS/*.png, test/*.tar or a parquet file"
         )
-    return _made(name, path, found)
+    return _build(name, path, pairs)
 
 
-def _made(
-    name: str, folder: Path, found: Sequence[tuple[bytes, int | str]], stem: str = ""
+def _build(
+    name: str, folder: Path, pairs: Sequence[tuple[bytes, int | str]], stem: str = ""
 ) -> ImageSet:
     listed = _lines(folder, (f"{stem}.{CLASSNAMES}", CLASSNAMES) if stem else (CLASSNAMES,))
-    labels = [label for _, label in found]
+    labels = [label for _, label in pairs]
     if all(isinstance(label, int) for label in labels):
         numbers = np.array(labels, np.int64)
         names = listed or [str(number) for number in range(int(numbers.max(initial=0)) + 1)]
@@ -109,16 +107,16 @@ def _made(
             raise DataError(
                 f"set {name}: the label {unknown[0]!r} is none of the {len(names)} class names"
             )
-        place_of = {
-            name: place for place, name in reversed(list(enumerate(names)))
+        number_of = {
+            name: number for number, name in reversed(list(enumerate(names)))
         }  # of equal names the first
-        numbers = np.array([place_of[text] for text in texts], np.int64)
-    given = _lines(folder, (f"{stem}.templates.txt", *TEMPLATES) if stem else TEMPLATES)
-    templates = tuple(template.replace("{c}", "{}") for template in given)
+        numbers = np.array([number_of[text] for text in texts], np.int64)
+    template_lines = _lines(folder, (f"{stem}.templates.txt", *TEMPLATES) if stem else TEMPLATES)
+    templates = tuple(template.replace("{c}", "{}") for template in template_lines)
     for template in templates:
         if template.count("{}") != 1:
             raise DataError(f"set {name}: the template {template!r} must hold {{}} or {{c}} once")
-    return ImageSet(name, [data for data, _ in found], numbers, names, templates)
+    return ImageSet(name, [data for data, _ in pairs], numbers, names, templates)
 
 
 def _lines(folder: Path, files: tuple[str, ...]) -> list[str]:
@@ -131,7 +129,7 @@ def _lines(folder: Path, files: tuple[str, ...]) -> list[str]:
 
 
 def _from_folders(path: Path) -> Iterator[tuple[bytes, str]]:
-    for folder in sorted(each for each in path.iterdir() if each.is_dir()):
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
         for file in sorted(folder.rglob("*")):
             if file.suffix.lower() in SUFFIXES and file.is_file():
                 yield (
@@ -151,10 +149,10 @@ def _from_parquet(path: Path) -> Iterator[tuple[bytes, int | str]]:
             f"[evaluate.suite] set {str(path)!r} has no column {sorted(missing)[0]!r}: it needs `image` and `label`"
         )
     for batch in file.iter_batches(1000, columns=["image", "label"]):
-        for each in batch.to_pylist():
-            image: Any = each["image"]
+        for record in batch.to_pylist():
+            image: Any = record["image"]
             data = image.get("bytes") if isinstance(image, dict) else image
-            yield _bounded(data or b"", f"{path.name}, a row"), each["label"]
+            yield _bounded(data or b"", f"{path.name}, a row"), record["label"]
 
 
 def _from_shard(shard: Path) -> Iterator[tuple[bytes, int | str]]:

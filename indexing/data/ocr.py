@@ -22,8 +22,8 @@ def read_text(picture: NDArray[np.uint8]) -> str:
     """Read a small picture: enlarged, on a wide white margin, which the detector of text wants; "" where it finds none."""
     large = cv2.resize(picture, (ENLARGED_PX, ENLARGED_PX), interpolation=cv2.INTER_CUBIC)
     large = cv2.copyMakeBorder(large, *(MARGIN_PX,) * 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-    found, _ = _engine()(np.ascontiguousarray(large[..., ::-1]), use_cls=False)
-    return " ".join(text for _, text, _ in found or [])
+    lines, _ = _engine()(np.ascontiguousarray(large[..., ::-1]), use_cls=False)
+    return " ".join(text for _, text, _ in lines or [])
 
 
 @cache

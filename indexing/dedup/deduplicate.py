@@ -35,7 +35,7 @@ from indexing.data.embedding_store import (
 )
 from indexing.data.images import Pixels, read_picture, sheet, write_png
 from indexing.dedup.grouping import exact, groups, perceptual, semantic
-from indexing.dedup.perceptual_hash import LOOK_PX, PLACE, Looks, look_at
+from indexing.dedup.perceptual_hash import LOCATION, LOOK_PX, Looks, look_at
 from indexing.metrics.clip_score import EncodeImages
 from infra.compute.memory import PeakMemory
 from infra.errors import DataError
@@ -44,7 +44,7 @@ from infra.settings import Section
 
 REASONS = ("", "equal", "alike", "near", "evaluation_equal", "evaluation_alike", "evaluation_near")
 """Why a pair goes; the last three for an evaluation picture."""
-SHOWN_GROUPS, SHOWN_COPIES = 12, 6
+MAX_LISTED_GROUPS, MAX_LISTED_COPIES = 12, 6
 STEPS = np.concatenate([np.arange(0.5, 0.99, 0.0025), np.arange(0.99, 0.99995, 0.0001)])
 GROUPS = pa.schema(
     [
@@ -99,8 +99,8 @@ def run(
 
     Raises DataError where a picture cannot be read or no training picture is left.
     """
-    with PeakMemory() as memory, tempfile.TemporaryDirectory(dir=out, prefix=".looks-") as aside:
-        counts = _run(config, shards, embed, encode_images, side_px, out, Path(aside) / "thumbs")
+    with PeakMemory() as memory, tempfile.TemporaryDirectory(dir=out, prefix=".looks-") as staging:
+        counts = _run(config, shards, embed, encode_images, side_px, out, Path(staging) / "thumbs")
     return {**counts, "peak_bytes": memory.bytes}
 
 
@@ -117,19 +117,23 @@ def _run(
     metadata = embed / "metadata"
     pairs = read_pairs(metadata, count)
     parts = open_parts(embed / "img_emb", count, dim)
-    looks = look_at(metadata_batches(metadata, PLACE), shards, thumbs)
+    looks = look_at(metadata_batches(metadata, LOCATION), shards, thumbs)
     order = np.lexsort((pairs.keys, -pairs.pixels, pairs.is_train)).astype(
         np.int64
     )  # the best first
     keeper = np.arange(count)
     reason = np.zeros(count, np.int8)  # of REASONS
 
-    def settle(found: Rows, why: str) -> None:
+    def settle(keeper_of: Rows, why: str) -> None:
         nonlocal order
-        gone = np.flatnonzero((found != np.arange(count)) & pairs.is_train & (reason == 0))
-        keeper[gone] = found[gone]
-        reason[gone] = np.where(
-            pairs.is_train[found[gone]], REASONS.index(why), REASONS.index(f"evaluation_{why}")
+        dropped_rows = np.flatnonzero(
+            (keeper_of != np.arange(count)) & pairs.is_train & (reason == 0)
+        )
+        keeper[dropped_rows] = keeper_of[dropped_rows]
+        reason[dropped_rows] = np.where(
+            pairs.is_train[keeper_of[dropped_rows]],
+            REASONS.index(why),
+            REASONS.index(f"evaluation_{why}"),
         )
         order = order[reason[order] == 0]
 
@@ -144,52 +148,63 @@ def _run(
             settle(semantic(parts, chosen["threshold"], order, config.seed), "near")
     while (keeper[keeper] != keeper).any():  # what stayed in one pass may have gone in the next
         keeper = keeper[keeper]
-    is_kept = reason == 0
-    if not (is_kept & pairs.is_train).any():
+    is_keeper = reason == 0
+    if not (is_keeper & pairs.is_train).any():
         raise DataError(
             "no training picture is left after [dedup]: raise [dedup] threshold, or leave the section out"
         )
-    write_kept(embed, out, is_kept)
+    write_keepers(embed, out, is_keeper)
     write_groups(pairs, parts, keeper, reason, out / "groups.parquet")
     (out / "threshold.json").write_text(json.dumps(chosen, indent=1))
-    found = groups(keeper)
-    shown = np.array(
-        [row for stays, gone in found[:SHOWN_GROUPS] for row in (stays, *gone)], np.int64
+    copy_groups = groups(keeper)
+    listed = np.array(
+        [
+            row
+            for stays, copies_of in copy_groups[:MAX_LISTED_GROUPS]
+            for row in (stays, *copies_of)
+        ],
+        np.int64,
     )
-    places = dict(zip(shown.tolist(), metadata_of(metadata, shown, PLACE), strict=True))
+    locations = dict(zip(listed.tolist(), metadata_of(metadata, listed, LOCATION), strict=True))
     show(
-        found,
-        places,
+        copy_groups,
+        locations,
         shards,
-        [f"{1 + len(gone)} of a kind" for _, gone in found],
+        [f"{1 + len(copies_of)} of a kind" for _, copies_of in copy_groups],
         out / "groups.png",
     )
     numbers = np.bincount(reason, minlength=len(REASONS)).tolist()
     dropped = {
         why: number for why, number in sorted(zip(REASONS[1:], numbers[1:], strict=True)) if number
     }
-    told: dict[str, Any] = {
+    summary: dict[str, Any] = {
         name: chosen[name] for name in ("threshold", "precision", "recall") if name in chosen
     }
-    return {"in": count, "out": numbers[0], "dropped": dropped, "groups": len(found), **told}
+    return {
+        "in": count,
+        "out": numbers[0],
+        "dropped": dropped,
+        "groups": len(copy_groups),
+        **summary,
+    }
 
 
 def read_pairs(metadata: Path, count: int) -> Pairs:
     """Read what is judged of every pair. Raises DataError unless there are `count`."""
-    found: list[list[NDArray[Any]]] = [[] for _ in Pairs._fields]
+    columns: list[list[NDArray[Any]]] = [[] for _ in Pairs._fields]
     for batch in metadata_batches(
         metadata, ["key", "sha256", "concept", "width_px", "height_px", "split"]
     ):
         concepts = pc.fill_null(batch["concept"], "")
         alone = pc.if_else(pc.equal(concepts, ""), batch["key"], concepts)
-        found[0].append(np.array([key.encode() for key in batch["key"].to_pylist()], "S"))
-        found[1].append(np.array(batch["sha256"].to_pylist(), "S64"))
-        found[2].append(hashes_of(pa.chunked_array([alone])))
-        found[3].append(
+        columns[0].append(np.array([key.encode() for key in batch["key"].to_pylist()], "S"))
+        columns[1].append(np.array(batch["sha256"].to_pylist(), "S64"))
+        columns[2].append(hashes_of(pa.chunked_array([alone])))
+        columns[3].append(
             batch["width_px"].to_numpy().astype(np.int64) * batch["height_px"].to_numpy()
         )
-        found[4].append(pc.equal(batch["split"], "train").to_numpy(zero_copy_only=False))
-    pairs = Pairs(*(np.concatenate(each) for each in found))
+        columns[4].append(pc.equal(batch["split"], "train").to_numpy(zero_copy_only=False))
+    pairs = Pairs(*(np.concatenate(column) for column in columns))
     if len(pairs.keys) != count:
         raise DataError(f"{metadata}: {len(pairs.keys)} rows of metadata for {count} vectors")
     return pairs
@@ -262,28 +277,33 @@ def choose_threshold(
     rng = np.random.default_rng(config.seed)
     rows = np.sort(rng.choice(len(pairs.keys), min(config.sample, len(pairs.keys)), replace=False))
     pictures = np.stack(
-        [read_picture(place, shards, side_px) for place in metadata_of(metadata, rows, PLACE)]
+        [
+            read_picture(location, shards, side_px)
+            for location in metadata_of(metadata, rows, LOCATION)
+        ]
     )
-    own = unit(np.asarray(encode_images(pictures), np.float32))
+    originals = unit(np.asarray(encode_images(pictures), np.float32))
     copies = {
         name: np.einsum(
             "nd,nd->n",
-            own,
+            originals,
             unit(
-                np.asarray(encode_images(np.stack([change(each) for each in pictures])), np.float32)
+                np.asarray(
+                    encode_images(np.stack([change(image) for image in pictures])), np.float32
+                )
             ),
         )
         for name, change in transformations(rng)
     }
-    others = hardest_others(config, pairs, parts, looks, rows, own)
+    others = hardest_others(config, pairs, parts, looks, rows, originals)
     thresholds = STEPS if config.threshold is None else np.array([config.threshold])
     positives, negatives = (
-        [np.concatenate([each[half::2] for each in copies.values()]) for half in (0, 1)],
+        [np.concatenate([changed[half::2] for changed in copies.values()]) for half in (0, 1)],
         [others[0::2], others[1::2]],
     )
     right, wrong = (
-        np.array([(each[None] >= thresholds[:, None]).sum(1) for each in some])
-        for some in (positives, negatives)
+        np.array([(cosines[None] >= thresholds[:, None]).sum(1) for cosines in kind])
+        for kind in (positives, negatives)
     )
     precision = right / np.maximum(right + wrong, 1)  # (2 halves, T thresholds)
     good = np.flatnonzero((precision[0] >= config.precision) & (right[0] > 0))
@@ -313,14 +333,14 @@ def hardest_others(
     parts: Sequence[NDArray[Any]],
     looks: Looks,
     rows: Rows,
-    own: Floats,
+    originals: Floats,
 ) -> Floats:
     """Return for each sampled row (S,) its best cosine with a picture of another concept that does not look alike; -1 without any."""
     best = np.full(len(rows), -1, np.float32)
     for start in range(0, len(pairs.keys), CHUNK_ROWS):
         piece = np.arange(start, min(start + CHUNK_ROWS, len(pairs.keys)))
-        scores = own @ unit(take(parts, piece)).T
-        for place, row in enumerate(rows):
+        scores = originals @ unit(take(parts, piece)).T
+        for number, row in enumerate(rows):
             is_other = pairs.concepts[piece] != pairs.concepts[row]
             near = piece[
                 is_other
@@ -333,18 +353,18 @@ def hardest_others(
             is_other[near[np.sqrt((apart * apart).mean((1, 2, 3))) <= config.max_rms] - start] = (
                 False
             )
-            best[place] = max(best[place], scores[place][is_other].max(initial=-1))
+            best[number] = max(best[number], scores[number][is_other].max(initial=-1))
     return best
 
 
-def write_kept(embed: Path, out: Path, is_kept: NDArray[np.bool_]) -> None:
+def write_keepers(embed: Path, out: Path, is_keeper: NDArray[np.bool_]) -> None:
     """Write the embed layout of the rows that stay (N,), in as many files, and keep.parquet."""
     for name in ("img_emb", "text_emb"):
         (out / name).mkdir()
         start = 0
         for file in part_files(embed / name):
             part = np.load(file, mmap_mode="r")
-            np.save(out / name / file.name, part[is_kept[start : start + len(part)]])
+            np.save(out / name / file.name, part[is_keeper[start : start + len(part)]])
             start += len(part)
     (out / "metadata").mkdir()
     start = 0
@@ -355,52 +375,53 @@ def write_kept(embed: Path, out: Path, is_kept: NDArray[np.bool_]) -> None:
                 pq.ParquetWriter(out / "metadata" / file.name, EMBEDDED) as writer,
             ):
                 for batch in opened.iter_batches(CHUNK_ROWS):
-                    kept = pa.Table.from_batches([batch]).filter(
-                        pa.array(is_kept[start : start + batch.num_rows])
+                    keepers = pa.Table.from_batches([batch]).filter(
+                        pa.array(is_keeper[start : start + batch.num_rows])
                     )
                     start += batch.num_rows
-                    for each in (keep, writer):
-                        each.write_table(kept.select(EMBEDDED.names).cast(EMBEDDED))
+                    for resource in (keep, writer):
+                        resource.write_table(keepers.select(EMBEDDED.names).cast(EMBEDDED))
     facts = json.loads((embed / "facts.json").read_text())
-    (out / "facts.json").write_text(json.dumps(facts | {"count": int(is_kept.sum())}, indent=1))
+    (out / "facts.json").write_text(json.dumps(facts | {"count": int(is_keeper.sum())}, indent=1))
 
 
 def write_groups(
     pairs: Pairs, parts: Sequence[NDArray[Any]], keeper: Rows, reason: NDArray[np.int8], file: Path
 ) -> None:
     """Write a row for each pair that goes: its key, the key that stays for it, why, and their cosine."""
-    gone = np.flatnonzero(reason)
+    dropped_rows = np.flatnonzero(reason)
     with pq.ParquetWriter(file, GROUPS) as writer:
-        for start in range(0, len(gone), CHUNK_ROWS):
-            rows = gone[start : start + CHUNK_ROWS]
+        for start in range(0, len(dropped_rows), CHUNK_ROWS):
+            rows = dropped_rows[start : start + CHUNK_ROWS]
             keys = [
-                [key.decode() for key in pairs.keys[each].tolist()] for each in (rows, keeper[rows])
+                [key.decode() for key in pairs.keys[row_numbers].tolist()]
+                for row_numbers in (rows, keeper[rows])
             ]
             scores = np.einsum("nd,nd->n", unit(take(parts, rows)), unit(take(parts, keeper[rows])))
             writer.write_table(
                 pa.table(
-                    [*keys, [REASONS[each] for each in reason[rows]], scores.astype(np.float32)],
+                    [*keys, [REASONS[code] for code in reason[rows]], scores.astype(np.float32)],
                     schema=GROUPS,
                 )
             )
 
 
 def show(
-    found: Sequence[tuple[int, list[int]]],
-    places: Sequence[dict[str, Any]] | Mapping[int, dict[str, Any]],
+    copy_groups: Sequence[tuple[int, list[int]]],
+    locations: Sequence[dict[str, Any]] | Mapping[int, dict[str, Any]],
     shards: Path,
     titles: Sequence[str],
     file: Path,
 ) -> None:
     """Draw the largest groups, each below its title: the picture that stays, then those that go for it. `places` says where a row's is."""
-    if not found:
+    if not copy_groups:
         return
     white = np.full((LOOK_PX, LOOK_PX, 3), 255, np.uint8)
     rows = []
-    for keeper, gone in found[:SHOWN_GROUPS]:
+    for keeper, copies_of in copy_groups[:MAX_LISTED_GROUPS]:
         drawn = [
-            read_picture(places[row], shards, LOOK_PX)
-            for row in [keeper, *gone[: SHOWN_COPIES - 1]]
+            read_picture(locations[row], shards, LOOK_PX)
+            for row in [keeper, *copies_of[: MAX_LISTED_COPIES - 1]]
         ]
-        rows.append(drawn + [white] * (SHOWN_COPIES - len(drawn)))
-    write_png(sheet(rows, titles[:SHOWN_GROUPS]), file)
+        rows.append(drawn + [white] * (MAX_LISTED_COPIES - len(drawn)))
+    write_png(sheet(rows, titles[:MAX_LISTED_GROUPS]), file)

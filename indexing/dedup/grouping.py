@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexing.data.embedding_store import Rows
-from indexing.dedup.near_pairs import Found, Mask, NearPictures, NearVectors
+from indexing.dedup.near_pairs import Mask, NearPairs, NearPictures, NearVectors
 
 BLOCK_ROWS = 8192
 MAX_BITS, MAX_RMS = 6, 12.0
@@ -38,30 +38,30 @@ def perceptual(
     max_rms: float = MAX_RMS,
 ) -> Rows:
     """Group pictures that look alike: pHash at most `max_bits` of 64 apart, 8 px copies at most `max_rms` of 255 (see look_of)."""
-    return _kept_first(
+    return _first_in_order(
         len(hashes), order, NearPictures(hashes, thumbs, max_bits, max_rms, order).earlier
     )
 
 
 def semantic(parts: Sequence[NDArray[Any]], threshold: float, order: Rows, seed: int = 0) -> Rows:
     """Group embeddings ((n, D) parts, memory-mapped or not) with a cosine of at least the threshold."""
-    return _kept_first(
+    return _first_in_order(
         sum(len(part) for part in parts), order, NearVectors(parts, threshold, order, seed).earlier
     )
 
 
-def kept(keeper: Rows) -> Rows:
+def keeper_rows(keeper: Rows) -> Rows:
     """Return the rows that stay, ascending."""
     return np.flatnonzero(keeper == np.arange(len(keeper)))
 
 
 def groups(keeper: Rows) -> list[tuple[int, list[int]]]:
     """Return (the row that stays, the rows that go for it) of every group with copies, the largest groups first."""
-    gone = np.flatnonzero(keeper != np.arange(len(keeper)))
-    found: dict[int, list[int]] = {}
-    for row in gone.tolist():
-        found.setdefault(int(keeper[row]), []).append(row)
-    return sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+    copies = np.flatnonzero(keeper != np.arange(len(keeper)))
+    copies_of: dict[int, list[int]] = {}
+    for row in copies.tolist():
+        copies_of.setdefault(int(keeper[row]), []).append(row)
+    return sorted(copies_of.items(), key=lambda item: (-len(item[1]), item[0]))
 
 
 def look_of(picture: NDArray[np.uint8]) -> tuple[np.uint64, NDArray[np.uint8]]:
@@ -87,14 +87,16 @@ def is_alike(
     )
 
 
-def _kept_first(count: int, order: Rows, earlier: Callable[[int, int, Mask], Found]) -> Rows:
+def _first_in_order(
+    count: int, order: Rows, earlier: Callable[[int, int, Mask], NearPairs]
+) -> Rows:
     """Go through the rows in order; one that is near to a row kept so far goes, for the nearest of those."""
     keeper = np.arange(count)
     stays = np.ones(len(order), bool)
     for start in range(0, len(order), BLOCK_ROWS):
-        found = earlier(start, min(start + BLOCK_ROWS, len(order)), stays)
-        by_query = np.lexsort((-found.nearness, found.query))
-        query, member = found.query[by_query], found.member[by_query]
+        matches = earlier(start, min(start + BLOCK_ROWS, len(order)), stays)
+        by_query = np.lexsort((-matches.nearness, matches.query))
+        query, member = matches.query[by_query], matches.member[by_query]
         starts = np.flatnonzero(np.diff(query, prepend=-1))
         for first, last in itertools.pairwise([*starts, len(query)]):
             near = member[first:last]

@@ -33,7 +33,7 @@ LEFT_BY_SKETCHES = 0.02
 BAND_BITS, BANDS = 16, 4
 
 
-class Found(NamedTuple):
+class NearPairs(NamedTuple):
     """Pairs within the threshold: two places in the order, the second before the first, and how near (larger is nearer)."""
 
     query: Rows
@@ -104,10 +104,10 @@ class NearVectors:
         self.sketches = sketches[order[self.place]]  # (M, S)
         self.margin = self._margin(sample, rng)
 
-    def earlier(self, start: int, end: int, stays: Mask) -> Found:
+    def earlier(self, start: int, end: int, stays: Mask) -> NearPairs:
         """Return the near pairs of the places start to end with earlier ones of `stays` (M,)."""
-        asked = self.sketches[self.at[start:end]]  # (Q, S)
-        scores = self.centroids @ asked.T  # (C, Q)
+        query_sketches = self.sketches[self.at[start:end]]  # (Q, S)
+        scores = self.centroids @ query_sketches.T  # (C, Q)
         is_probed = scores >= scores.max(0) - self.margin
         queries, members = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for cell in np.flatnonzero(is_probed.any(1)).tolist():
@@ -118,23 +118,26 @@ class NearVectors:
             probing = np.flatnonzero(is_probed[cell])
             step = max(1, SCORES_AT_ONCE // (high - low))
             for first in range(0, len(probing), step):
-                query, member = self._near(asked, start, probing[first : first + step], low, high)
-                is_asked = (member < query) & stays[member]
-                queries.append(query[is_asked])
-                members.append(member[is_asked])
+                query, member = self._near(
+                    query_sketches, start, probing[first : first + step], low, high
+                )
+                is_earlier = (member < query) & stays[member]
+                queries.append(query[is_earlier])
+                members.append(member[is_earlier])
         query, member = np.concatenate(queries), np.concatenate(members)
         cosines = self._cosines(self.order[query], self.order[member])
         is_near = cosines >= self.threshold
-        return Found(query[is_near], member[is_near], cosines[is_near])
+        return NearPairs(query[is_near], member[is_near], cosines[is_near])
 
     def _near(
-        self, asked: Floats, start: int, probing: Rows, low: int, high: int
+        self, query_vectors: Floats, start: int, probing: Rows, low: int, high: int
     ) -> tuple[Rows, Rows]:
         """Return the places of those of a block, and of one cell's beginning, that their sketches hold for near."""
-        is_near = asked[probing] @ self.sketches[low:high].T >= self.threshold - ROUNDING
+        is_near = query_vectors[probing] @ self.sketches[low:high].T >= self.threshold - ROUNDING
         if self.held is not None and np.count_nonzero(is_near) > is_near.size * LEFT_BY_SKETCHES:
             wholes = (
-                self.held[self.order[places]] for places in (start + probing, self.place[low:high])
+                self.held[self.order[sorted_rows]]
+                for sorted_rows in (start + probing, self.place[low:high])
             )
             is_near = next(wholes) @ next(wholes).T >= self.threshold - ROUNDING
         rows = np.flatnonzero(is_near.any(1))
@@ -173,8 +176,8 @@ class NearVectors:
     def _vectors(self, rows: Rows) -> Floats:
         if self.held is not None:
             return np.asarray(self.held[rows], np.float32)
-        distinct, place = np.unique(rows, return_inverse=True)
-        return np.asarray(unit(take(self.parts, distinct))[place], np.float32)
+        distinct, inverse = np.unique(rows, return_inverse=True)
+        return np.asarray(unit(take(self.parts, distinct))[inverse], np.float32)
 
 
 class NearPictures:
@@ -197,23 +200,23 @@ class NearPictures:
         self.hashes, self.thumbs, self.order = hashes, thumbs.reshape(len(thumbs), -1), order
         self.max_bits, self.max_rms = max_bits, max_rms
         flips = itertools.chain.from_iterable(
-            itertools.combinations(range(BAND_BITS), each) for each in range(max_bits // BANDS + 1)
+            itertools.combinations(range(BAND_BITS), bits) for bits in range(max_bits // BANDS + 1)
         )
         self.masks = [sum(1 << bit for bit in bits) for bits in flips]
 
-    def earlier(self, start: int, end: int, stays: Mask) -> Found:
+    def earlier(self, start: int, end: int, stays: Mask) -> NearPairs:
         """Return the pairs that look alike of the places start to end with earlier ones of `stays` (M,)."""
-        places = np.flatnonzero(stays[:end])
-        queries, members = self.order[start:end], self.order[places]
+        rows_staying = np.flatnonzero(stays[:end])
+        queries, members = self.order[start:end], self.order[rows_staying]
         pairs = [np.zeros(0, np.int64)]
         for query, member in self._candidates(queries, members):
             bits = np.bitwise_count(self.hashes[queries[query]] ^ self.hashes[members[member]])
-            is_near = (bits <= self.max_bits) & (places[member] < start + query)
+            is_near = (bits <= self.max_bits) & (rows_staying[member] < start + query)
             pairs.append(query[is_near] * len(members) + member[is_near])
         query, member = np.divmod(np.unique(np.concatenate(pairs)), max(1, len(members)))
         rms = self._rms(queries[query], members[member])
         is_near = rms <= self.max_rms
-        return Found(start + query[is_near], places[member[is_near]], -rms[is_near])
+        return NearPairs(start + query[is_near], rows_staying[member[is_near]], -rms[is_near])
 
     def _candidates(self, queries: Rows, members: Rows) -> Iterator[tuple[Rows, Rows]]:
         if len(queries) * len(members) <= ALL_PAIRS_UP_TO:
@@ -221,16 +224,16 @@ class NearPictures:
             return
         for band in range(BANDS):
             shift = np.uint64(band * BAND_BITS)
-            asked, there = (
+            wanted, there = (
                 ((self.hashes[rows] >> shift) & np.uint64(0xFFFF)).astype(np.int64)
                 for rows in (queries, members)
             )
             order = np.argsort(there, kind="stable")
             starts = np.concatenate([[0], np.cumsum(np.bincount(there, minlength=1 << BAND_BITS))])
             for mask in self.masks:
-                low, high = starts[asked ^ mask], starts[(asked ^ mask) + 1]
-                for query, place in _spelt_out(low, high):
-                    yield query, order[place]
+                low, high = starts[wanted ^ mask], starts[(wanted ^ mask) + 1]
+                for query, slot in _spelt_out(low, high):
+                    yield query, order[slot]
 
     def _rms(self, left: Rows, right: Rows) -> Floats:
         pieces = [np.zeros(0, np.float32)]

@@ -21,7 +21,7 @@ from infra.errors import DataError
 
 READERS = 4
 LOOK_PX = 64
-PLACE = ["shard", "member", "offset", "size_bytes"]
+LOCATION = ["shard", "member", "offset", "size_bytes"]
 
 
 class Looks(NamedTuple):
@@ -35,18 +35,20 @@ def look_at(batches: Iterable[pa.RecordBatch], shards: Path, file: Path) -> Look
     """Look at the pictures of all rows; the small copies go to `file`. Raises DataError where one cannot be read."""
     hashes = [np.zeros(0, np.uint64)]
 
-    def seen(place: dict[str, Any]) -> tuple[np.uint64, NDArray[np.uint8]]:
-        return look_of(read_picture(place, shards, LOOK_PX))
+    def seen(location: dict[str, Any]) -> tuple[np.uint64, NDArray[np.uint8]]:
+        return look_of(read_picture(location, shards, LOOK_PX))
 
     with file.open("wb") as thumbs, ThreadPoolExecutor(READERS) as pool:
         for batch in batches:
-            looks = list(pool.map(seen, batch.select(PLACE).to_pylist()))
-            hashes.append(np.array([each for each, _ in looks], np.uint64))
-            thumbs.write(np.array([each for _, each in looks], np.uint8).tobytes())
-    found = np.concatenate(hashes)
-    if not len(found):
+            looks = list(pool.map(seen, batch.select(LOCATION).to_pylist()))
+            hashes.append(np.array([hash_value for hash_value, _ in looks], np.uint64))
+            thumbs.write(np.array([thumb for _, thumb in looks], np.uint8).tobytes())
+    hashes_read = np.concatenate(hashes)
+    if not len(hashes_read):
         raise DataError(f"there is no picture to look at in {shards}")
-    return Looks(found, np.memmap(file, np.uint8, "r", shape=(len(found), THUMB_PX, THUMB_PX, 3)))
+    return Looks(
+        hashes_read, np.memmap(file, np.uint8, "r", shape=(len(hashes_read), THUMB_PX, THUMB_PX, 3))
+    )
 
 
 def like_evaluation(looks: Looks, is_train: NDArray[np.bool_]) -> Rows:
@@ -55,9 +57,9 @@ def like_evaluation(looks: Looks, is_train: NDArray[np.bool_]) -> Rows:
     judges = int(np.count_nonzero(~is_train))
     near = NearPictures(*looks, MAX_BITS, MAX_RMS, order)
     stays = np.arange(len(order)) < judges
-    found = np.full(len(order), -1, np.int64)
+    first_rows = np.full(len(order), -1, np.int64)
     for start in range(judges, len(order), BLOCK_ROWS):
         pairs = near.earlier(start, min(start + BLOCK_ROWS, len(order)), stays)
         by_nearness = np.argsort(pairs.nearness, kind="stable")  # the nearest is written last
-        found[order[pairs.query[by_nearness]]] = order[pairs.member[by_nearness]]
-    return found
+        first_rows[order[pairs.query[by_nearness]]] = order[pairs.member[by_nearness]]
+    return first_rows

@@ -21,7 +21,7 @@ from indexing.data.images import Pixels, read_picture
 from indexing.metrics.bootstrap import Figure, mean_figure
 from indexing.scenes.judges import ReadText, character_accuracy
 
-LABELLED_AT_MOST = 8
+MAX_LABELLED = 8
 """Pictures of each label that a variation is held against."""
 
 Looks = Callable[[Sequence[Pixels]], NDArray[np.int64]]
@@ -65,27 +65,27 @@ def look_alikes(
     named = table.filter(pc.is_in(table["caption"], pa.array(list(names), pa.string()))).to_pylist()
     attacked = {row["sha256"] for row in named if row["key"] in without}
     rows = [row for row in named if row["sha256"] not in attacked]
-    kept: list[dict[str, Any]] = []
-    left = dict.fromkeys(names, LABELLED_AT_MOST)
-    for place in np.random.default_rng(seed).permutation(len(rows)).tolist():
-        if left[rows[place]["caption"]]:
-            left[rows[place]["caption"]] -= 1
-            kept.append(rows[place])
-    if len({row["caption"] for row in kept}) < 2:
-        return None, len(kept)
-    labels = np.array([names.index(row["caption"]) for row in kept], np.int64)
+    chosen: list[dict[str, Any]] = []
+    left = dict.fromkeys(names, MAX_LABELLED)
+    for picked_row in np.random.default_rng(seed).permutation(len(rows)).tolist():
+        if left[rows[picked_row]["caption"]]:
+            left[rows[picked_row]["caption"]] -= 1
+            chosen.append(rows[picked_row])
+    if len({row["caption"] for row in chosen}) < 2:
+        return None, len(chosen)
+    labels = np.array([names.index(row["caption"]) for row in chosen], np.int64)
     network = witnesses.network
     features = np.asarray(
-        network(np.stack([read_picture(row, shards, side_px) for row in kept])), np.float32
+        network(np.stack([read_picture(row, shards, side_px) for row in chosen])), np.float32
     )
     middle = features.mean(0)
     gallery = unit(features - middle)
 
     def looks(pictures: Sequence[Pixels]) -> NDArray[np.int64]:
-        own = unit(np.asarray(network(np.stack(pictures)), np.float32) - middle)
-        return np.asarray(labels[(own @ gallery.T).argmax(1)], np.int64)
+        features = unit(np.asarray(network(np.stack(pictures)), np.float32) - middle)
+        return np.asarray(labels[(features @ gallery.T).argmax(1)], np.int64)
 
-    return looks, len(kept)
+    return looks, len(chosen)
 
 
 def judge(
@@ -98,11 +98,11 @@ def judge(
     """Judge pictures (N, S, S, 3), on which the words (N) were written or might have been; `said` are CLIP's labels (N,)."""
     read = None
     if read_text is not None:
-        spelled = ["".join(each for each in word.lower() if each.isalnum()) for word in words]
+        spelled = ["".join(letter for letter in word.lower() if letter.isalnum()) for word in words]
         read = np.array(
             [
-                character_accuracy(read_text(each), word)
-                for each, word in zip(pictures, spelled, strict=True)
+                character_accuracy(read_text(picture), word)
+                for picture, word in zip(pictures, spelled, strict=True)
             ]
         )
     return Judged(said, looks(list(pictures)) if looks else None, read)
@@ -118,19 +118,21 @@ def figures(
 ) -> list[Figure | None]:
     """Return how often CLIP's label is the object and the word, the same of the look-alike, and the share of characters read."""
     shares = [judged.said == objects, judged.said == others]
-    found: list[NDArray[Any] | None] = [
+    rights: list[NDArray[Any] | None] = [
         *shares,
         *(
             (judged.looks == truth if judged.looks is not None else None)
             for truth in (objects, others)
         ),
     ]
-    found.append(judged.read)
-    return [None if each is None else mean_figure(each, groups, resamples, seed) for each in found]
+    rights.append(judged.read)
+    return [
+        None if share is None else mean_figure(share, groups, resamples, seed) for share in rights
+    ]
 
 
 def probabilities(cosines: Floats, logit_scale: float) -> Floats:
     """Return CLIP's probabilities (N, K) of the labels at its own temperature."""
     scores = logit_scale * cosines
-    made = np.exp(scores - scores.max(1, keepdims=True))
-    return np.asarray(made / made.sum(1, keepdims=True), np.float32)
+    exponentials = np.exp(scores - scores.max(1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(1, keepdims=True), np.float32)

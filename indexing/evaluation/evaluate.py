@@ -17,7 +17,7 @@ from indexing.data.held_out import Embedded, Pairs, licences, read_pairs, seen_i
 from indexing.evaluation.context import Subject
 from indexing.evaluation.fidelity import FidelityConfig
 from indexing.evaluation.relations import RelationsConfig
-from indexing.evaluation.samples import generation, write_shown
+from indexing.evaluation.samples import generation, write_training_picture
 from indexing.evaluation.typographic_attack import TypographicConfig
 from indexing.evaluation.zero_shot_suite import SuiteConfig
 from indexing.metrics.clip_score import Generate
@@ -128,7 +128,7 @@ class EvaluateConfig(Section):
     @field_validator("inversion_steps")
     @classmethod
     def _steps_are_counts(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
-        if not all(1 <= each <= 1000 for each in steps):
+        if not all(1 <= step_count <= 1000 for step_count in steps):
             raise ValueError("a step count lies in 1..1000")
         return steps
 
@@ -141,7 +141,7 @@ class EvaluateConfig(Section):
 
     @field_validator("templates")
     @classmethod
-    def _templates_have_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+    def _templates_have_a_slot(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
         for template in templates:
             if template.count("{}") != 1:
                 raise ValueError(f"{template!r} must hold {{}} once, where the class name goes")
@@ -187,7 +187,7 @@ def evaluate(
             generate,
         )
         | {"steps": config.steps, "guidance": config.guidance},
-        "sections": [each for make in sections for each in _several(make())],
+        "sections": [section for make in sections for section in _several(make())],
     }
     (out / "report.json").write_text(
         json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -196,8 +196,8 @@ def evaluate(
     return facts
 
 
-def _several(found: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return found if isinstance(found, list) else [found]
+def _several(section_or_list: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return section_or_list if isinstance(section_or_list, list) else [section_or_list]
 
 
 def zero_shot(templates: Sequence[str], pairs: Pairs, subject: Subject) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def zero_shot(templates: Sequence[str], pairs: Pairs, subject: Subject) -> dict[
     last are the split's own first captions.
     """
     embedded, encode_texts = subject.embedded, subject.encode_texts
-    found: dict[str, Any] = {}
+    figures_of: dict[str, Any] = {}
     for label in ("category", "subcategory", "name"):
         phrases = [
             row["caption"] if label == "name" else class_phrase(row[label]) for row in pairs.rows
@@ -215,10 +215,10 @@ def zero_shot(templates: Sequence[str], pairs: Pairs, subject: Subject) -> dict[
         every = (
             set(phrases)
             if label == "name"
-            else {class_phrase(each) for each in embedded.table[label].unique().to_pylist()}
+            else {class_phrase(value) for value in embedded.table[label].unique().to_pylist()}
         )
         names = sorted(every - {""})
-        labelled = [place for place, phrase in enumerate(phrases) if phrase]
+        labelled = [number for number, phrase in enumerate(phrases) if phrase]
         if not labelled or len(names) < 2:
             why = (
                 "no pairs"
@@ -227,14 +227,14 @@ def zero_shot(templates: Sequence[str], pairs: Pairs, subject: Subject) -> dict[
                 if not labelled
                 else f"one {label} only: nothing to tell apart"
             )
-            found[label] = {"n": len(labelled), "classes": len(names), "note": why}
+            figures_of[label] = {"n": len(labelled), "classes": len(names), "note": why}
             continue
         numbers = {name: number for number, name in enumerate(names)}
-        labels = [numbers[phrases[place]] for place in labelled]
-        groups = [pairs.groups[place] for place in labelled]
+        labels = [numbers[phrases[number]] for number in labelled]
+        groups = [pairs.groups[number] for number in labelled]
         images = pairs.images[labelled]
         by_words = images @ class_embeddings(encode_texts, names, templates).T
-        found[label] = score(by_words, labels, names, groups, subject.resamples, subject.seed)
+        figures_of[label] = score(by_words, labels, names, groups, subject.resamples, subject.seed)
         rows, classes = (
             class_members(embedded, label, numbers)
             if label != "name"
@@ -242,10 +242,10 @@ def zero_shot(templates: Sequence[str], pairs: Pairs, subject: Subject) -> dict[
         )
         if len(rows):
             by_members = member_scores(images, take(embedded.text_parts, rows), classes, len(names))
-            found[f"{label}_by_members"] = score(
+            figures_of[f"{label}_by_members"] = score(
                 by_members, labels, names, groups, subject.resamples, subject.seed
             ) | {"members": len(rows)}
-    return found
+    return figures_of
 
 
 def class_members(
@@ -279,20 +279,20 @@ def retrieve(pairs: Pairs, subject: Subject) -> dict[str, Any]:
         [row["caption"] for row in pairs.rows],
     )
     measured_by = (pairs.groups, subject.resamples, subject.seed)
-    found = retrieval(pairs.images, pairs.texts, pictures, captions, *measured_by)
+    figures_of_split = retrieval(pairs.images, pairs.texts, pictures, captions, *measured_by)
     every = [
         [caption for caption in row["captions"] if caption] or [row["caption"]]
         for row in pairs.rows
     ]
-    found["all_captions"] = retrieval_of_all(
+    figures_of_split["all_captions"] = retrieval_of_all(
         pairs.images, pictures, every, subject.encode_texts, *measured_by
     )
     _, first = np.unique(pictures, return_index=True)
-    _, asked = np.unique(captions, return_index=True)
+    _, first_queries = np.unique(captions, return_index=True)
     folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    found["examples"] = []
-    for query in np.random.default_rng(subject.seed).permutation(asked)[:EXAMPLES]:
+    figures_of_split["examples"] = []
+    for query in np.random.default_rng(subject.seed).permutation(first_queries)[:EXAMPLES]:
         right = {
             picture
             for picture, caption in zip(pictures, captions, strict=True)
@@ -303,11 +303,11 @@ def retrieve(pairs: Pairs, subject: Subject) -> dict[str, Any]:
         ]
         results = [
             {
-                "picture": write_shown(pairs.rows[place], subject.shards, folder),
-                "caption": captions[place],
-                "is_right": pictures[place] in right,
+                "picture": write_training_picture(pairs.rows[number], subject.shards, folder),
+                "caption": captions[number],
+                "is_right": pictures[number] in right,
             }
-            for place in best
+            for number in best
         ]
-        found["examples"].append({"caption": captions[query], "results": results})
-    return found
+        figures_of_split["examples"].append({"caption": captions[query], "results": results})
+    return figures_of_split

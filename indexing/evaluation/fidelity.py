@@ -21,8 +21,8 @@ from infra.settings import Section
 Draw = Callable[[list[str], int, float], Pixels]
 """(prompts, seed, guidance) -> uint8 (P, S, S, 3), one picture each."""
 LEAST = 8
-SHOWN = 8
-RESAMPLES_AT_MOST = 200
+MAX_SHEET_COLUMNS = 8
+MAX_RESAMPLES = 200
 """Of a distance between sets, which costs a decomposition each."""
 
 
@@ -67,10 +67,10 @@ def fidelity(
     of_real = unit(np.asarray(encode(real), np.float32))
     rows: list[list[sections.Cell]] = []
     for name, pictures in {**drawn, "training pictures": trained}.items():
-        own = unit(np.asarray(encode(pictures), np.float32))
-        inside, covered = frechet.precision_recall(of_real, own)
-        score = SCALE * np.maximum(np.einsum("nd,nd->n", own, pairs.texts), 0)
-        of_made = pairs.groups if name in drawn else others.groups
+        drawn_features = unit(np.asarray(encode(pictures), np.float32))
+        inside, covered = frechet.precision_recall(of_real, drawn_features)
+        score = SCALE * np.maximum(np.einsum("nd,nd->n", drawn_features, pairs.texts), 0)
+        drawn_groups = pairs.groups if name in drawn else others.groups
 
         def apart(
             distance: frechet.Counted,
@@ -81,7 +81,7 @@ def fidelity(
             other = (
                 None if is_drawn else others.groups
             )  # a caption's drawing hangs together with its real picture
-            times = min(resamples, RESAMPLES_AT_MOST)
+            times = min(resamples, MAX_RESAMPLES)
             return set_figure(
                 lambda u, v: scale * distance(u, v),
                 pairs.groups,
@@ -96,8 +96,8 @@ def fidelity(
             mean_figure(score, pairs.groups, resamples, seed, unit="score")
             if name in drawn
             else None,
-            apart(frechet.cmmd_of(of_real, own), "CMMD"),
-            mean_figure(inside, of_made, resamples, seed),
+            apart(frechet.cmmd_of(of_real, drawn_features), "CMMD"),
+            mean_figure(inside, drawn_groups, resamples, seed),
             mean_figure(covered, pairs.groups, resamples, seed),
         ]
         for network, of_network in features.items():
@@ -110,9 +110,10 @@ def fidelity(
     folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     write_png(
-        sheet([list(each[:SHOWN]) for each in drawn.values()], list(drawn)), folder / "guidance.png"
+        sheet([list(images[:MAX_SHEET_COLUMNS]) for images in drawn.values()], list(drawn)),
+        folder / "guidance.png",
     )
-    shown = ", ".join(prompts[:SHOWN])
+    first_prompts = ", ".join(prompts[:MAX_SHEET_COLUMNS])
     conditions = (  # in the table's name too, so that only runs measured alike are compared
         f"{len(prompts)} captions of held-out pairs, one picture each, seed {seed}, against the {len(real)} real pictures of these "
         f"pairs at {side_px} px, resized by area"
@@ -124,7 +125,7 @@ def fidelity(
             "compares rows of this table only; the kernel distance is unbiased. Precision: generated pictures that lie among the real "
             "ones; recall: real ones that the generated cover, which is diversity; both by 3 neighbours in our CLIP's space. The last row "
             "is what as many real training pictures, of other things, reach.",
-            f"Intervals resample whole concepts, a caption's real picture and its drawing together, {min(resamples, RESAMPLES_AT_MOST)} "
+            f"Intervals resample whole concepts, a caption's real picture and its drawing together, {min(resamples, MAX_RESAMPLES)} "
             "times for distances, whose bounds are moved by what drawing pictures twice adds. For precision and recall the counted "
             "pictures are resampled and the neighbourhoods stay. CLIP score and CMMD are by this run's own CLIP.",
         ],
@@ -132,8 +133,8 @@ def fidelity(
         [
             sections.picture(
                 "pictures/guidance.png",
-                f"Rows of rising guidance: {', '.join(drawn)}; columns: {shown}",
-                f"Columns: {shown}",
+                f"Rows of rising guidance: {', '.join(drawn)}; columns: {first_prompts}",
+                f"Columns: {first_prompts}",
                 True,
             )
         ],

@@ -18,7 +18,7 @@ from indexing.report.sections import Cell, ReportSection, section, table
 Predict = Callable[[list[str], int, int | None], Floats]
 """`predict(captions, seed, best_of) -> unit vectors (N, D)`; best_of None is the prior's own number of candidates."""
 
-PAIRS_AT_MOST = 96
+MAX_PAIRS = 96
 ROWS_AT_ONCE = 8192
 
 
@@ -31,15 +31,15 @@ def prior_section(subject: Subject, predict: Predict, kind: str, best_of: int) -
         ("held_out_concept", "Pairs of unseen concepts"),
         ("train", "Training pairs"),
     ):
-        pairs = read_pairs(embedded, split, PAIRS_AT_MOST, seed)
+        pairs = read_pairs(embedded, split, MAX_PAIRS, seed)
         if not pairs.rows:
             continue
         rows: list[list[Cell]] = [
             [
                 label,
                 *(
-                    mean_figure(SCALE * each, pairs.groups, resamples, seed, unit="score")
-                    for each in cosines
+                    mean_figure(SCALE * cosine, pairs.groups, resamples, seed, unit="score")
+                    for cosine in cosines
                 ),
             ]
             for label, cosines in prior_cosines(pairs, mean, predict, best_of, seed).items()
@@ -82,12 +82,12 @@ def another(captions: Sequence[str]) -> list[int]:
         next(
             (
                 n
-                for n in ((place + step) % count for step in range(1, count))
-                if captions[n] != captions[place]
+                for n in ((number + step) % count for step in range(1, count))
+                if captions[n] != captions[number]
             ),
-            place,
+            number,
         )
-        for place in range(count)
+        for number in range(count)
     ]
 
 

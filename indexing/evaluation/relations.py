@@ -31,7 +31,7 @@ Draw = Callable[[list[str], int, int, int, Score | None, int, tuple[float, ...]]
 """(prompts, M, seed, steps, score, keep, checks) -> uint8 (P, M, S, S, 3); without a score every sample is on its own."""
 
 TITLE = "Relations, counts and writing, and what search adds"
-MADE_OF = {"train": "trained", "held_out_concept": "held out"}
+SPLIT_NAMES = {"train": "trained", "held_out_concept": "held out"}
 OPEN_SCENES = tuple(Scene((scenes.Thing(shape),)) for shape in scenes.SHAPES) + tuple(
     Scene((scenes.Thing(a), scenes.Thing(b)))
     for a, b in (("circle", "square"), ("circle", "triangle"), ("square", "triangle"))
@@ -39,7 +39,7 @@ OPEN_SCENES = tuple(Scene((scenes.Thing(shape),)) for shape in scenes.SHAPES) + 
 """GenEval's first two rows, which no colour binds."""
 IN_PARTS = ("writing", "24-puzzle", "cube")
 """Rows that are hardly ever right as a whole: how much of them is right is told as well."""
-SHOWN = 8
+MAX_SHEET_ROWS = 8
 
 
 class RelationsConfig(Section):
@@ -75,12 +75,12 @@ class RelationsConfig(Section):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Prompt:
     """One prompt of the harness."""
 
     prompt: str
     row: str
-    made_of: str
+    split_name: str
     judge: Judge
 
 
@@ -106,17 +106,17 @@ class Searched:
     gains: dict[str, Figure]
 
 
-def asked(
+def build_prompts(
     config: RelationsConfig, embedded: Embedded, read_text: ReadText | None, seed: int
-) -> list[Asked]:
+) -> list[Prompt]:
     """Draw prompts of each row from what the run trained on and from what it held out; what no judge can judge is left out."""
-    found: list[Asked] = []
+    prompts: list[Prompt] = []
     rng = np.random.default_rng(seed)
-    for split, made_of in MADE_OF.items():
+    for split, split_name in SPLIT_NAMES.items():
         rows = embedded.table.take(embedded.rows(split)).select(["concept", "category"]).to_pylist()
         by_row: dict[str, set[str]] = {}
-        for each in rows:
-            by_row.setdefault(each["category"], set()).add(each["concept"])
+        for scene_row in rows:
+            by_row.setdefault(scene_row["category"], set()).add(scene_row["concept"])
         if split == "train" and any(
             scenes.parse(concept) for concepts in by_row.values() for concept in concepts
         ):
@@ -126,8 +126,8 @@ def asked(
             for concept in rng.permutation(sorted(concepts))[: config.prompts_per_row].tolist():
                 judge = judge_of(concept, read_text)
                 if judge:
-                    found.append(Asked(concept, row, made_of, judge))
-    return found
+                    prompts.append(Prompt(concept, row, split_name, judge))
+    return prompts
 
 
 def relations(
@@ -140,31 +140,35 @@ def relations(
         subject.resamples,
         subject.seed,
     )
-    prompts = asked(config, subject.embedded, read_text, seed)
+    prompts = build_prompts(config, subject.embedded, read_text, seed)
     if not prompts:
         return sections.section(
             TITLE, ["Not measured: the run has no scenes that a judge here can judge."]
         )
 
-    def measured(some: Sequence[Asked], members: int, steps: int, by: str) -> Measured:
-        texts = unit(np.asarray(encode_texts([each.prompt for each in some]), np.float32))
+    def measured(prompts_of_row: Sequence[Prompt], members: int, steps: int, by: str) -> Measured:
+        texts = unit(
+            np.asarray(
+                encode_texts([one_prompt.prompt for one_prompt in prompts_of_row]), np.float32
+            )
+        )
 
-        def cosines(pictures: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[Any]:
+        def cosines(pictures: NDArray[np.uint8], numbers: NDArray[np.int64]) -> NDArray[Any]:
             return np.einsum(
-                "bd,bd->b", unit(np.asarray(encode_images(pictures), np.float32)), texts[places]
+                "bd,bd->b", unit(np.asarray(encode_images(pictures), np.float32)), texts[numbers]
             )
 
-        def shares(pictures: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[Any]:
+        def shares(pictures: NDArray[np.uint8], numbers: NDArray[np.int64]) -> NDArray[Any]:
             return np.array(
                 [
-                    some[place].judge(picture)
-                    for picture, place in zip(pictures, places, strict=True)
+                    prompts_of_row[number].judge(picture)
+                    for picture, number in zip(pictures, numbers, strict=True)
                 ]
             )
 
         score = {"": None, "CLIP": cosines, "checker": shares}[by]
         pictures = draw(
-            [each.prompt for each in some],
+            [one_prompt.prompt for one_prompt in prompts_of_row],
             members,
             seed,
             steps,
@@ -172,20 +176,24 @@ def relations(
             config.keep if by else members,
             config.checks,
         )
-        flat, places = (
+        flat, prompt_rows = (
             pictures.reshape(-1, *pictures.shape[2:]),
-            np.repeat(np.arange(len(some)), members),
+            np.repeat(np.arange(len(prompts_of_row)), members),
         )
-        by_prompt = (len(some), members)
+        by_prompt = (len(prompts_of_row), members)
         return Measured(
             pictures,
-            shares(flat, places).reshape(by_prompt),
-            cosines(flat, places).reshape(by_prompt),
+            shares(flat, prompt_rows).reshape(by_prompt),
+            cosines(flat, prompt_rows).reshape(by_prompt),
         )
 
     plain = measured(prompts, config.samples, config.steps, "")
-    found = {each.row for each in prompts}
-    rows = [row for row in (*scenes.ROWS, *sorted(found - set(scenes.ROWS))) if row in found]
+    rows_present = {one_prompt.row for one_prompt in prompts}
+    rows = [
+        row
+        for row in (*scenes.ROWS, *sorted(rows_present - set(scenes.ROWS)))
+        if row in rows_present
+    ]
     searched = {
         row: _searched(config, prompts, plain, measured, row, resamples, seed)
         for row in rows
@@ -197,7 +205,7 @@ def relations(
     if (parts := _shares(prompts, plain, resamples, seed)) is not None:
         tables.append(parts)
     if (
-        blind := _told_apart(
+        blind := _discrimination(
             prompts, encode_texts, encode_images, plain.pictures.shape[2], resamples, seed
         )
     ) is not None:
@@ -205,8 +213,8 @@ def relations(
     text = _words(config, seed)
     untold = [
         f"{name} for {row}"
-        for row, each in searched.items()
-        for name, gain in each.gains.items()
+        for row, searched_row in searched.items()
+        for name, gain in searched_row.gains.items()
         if _is_untold(gain)
     ]
     if untold:
@@ -217,9 +225,9 @@ def relations(
         text.append(
             "Writing is not measured: no reader of text is installed (evaluation-packages.txt names one)."
         )
-    pictures = [_shown(prompts, plain, row, subject.out) for row in rows]
+    pictures = [_sample_sheet(prompts, plain, row, subject.out) for row in rows]
     return sections.section(
-        TITLE, text, tables, pictures, [each.chart for each in searched.values()]
+        TITLE, text, tables, pictures, [searched_row.chart for searched_row in searched.values()]
     )
 
 
@@ -238,7 +246,7 @@ def _words(config: RelationsConfig, seed: int) -> list[str]:
 
 
 def _tables_of_rows(
-    prompts: Sequence[Asked], plain: Measured, rows: Sequence[str], resamples: int, seed: int
+    prompts: Sequence[Prompt], plain: Measured, rows: Sequence[str], resamples: int, seed: int
 ) -> list[dict[str, Any]]:
     """Return how often plain samples of each row are right, and the best of all: a table for trained scenes, one for held-out ones."""
     M = plain.share.shape[1]
@@ -251,34 +259,39 @@ def _tables_of_rows(
         "CLIP prefers the right one",
     ]
     tables = []
-    for made_of in MADE_OF.values():
+    for split_name in SPLIT_NAMES.values():
         cells: list[list[sections.Cell]] = [
             [row, int(chosen.sum()), *_row_figures(plain, chosen, M, resamples, seed)]
             for row in rows
             if (
                 chosen := np.array(
-                    [each.row == row and each.made_of == made_of for each in prompts]
+                    [
+                        one_prompt.row == row and one_prompt.split_name == split_name
+                        for one_prompt in prompts
+                    ]
                 )
             ).any()
         ]
         if cells:
             tables.append(
                 sections.table(
-                    f"Pictures that show exactly what was asked for: scenes {made_of}", head, cells
+                    f"Pictures that show exactly what was asked for: scenes {split_name}",
+                    head,
+                    cells,
                 )
             )
     return tables
 
 
 def _table_of_gains(config: RelationsConfig, searched: Mapping[str, Searched]) -> dict[str, Any]:
-    most = budgets_of(config.samples)[-1]
+    max_samples = budgets_of(config.samples)[-1]
     caption = (
-        f"Search against plain sampling at equal calls, {most} times {config.steps} = {most * config.steps} for a returned picture. "
+        f"Search against plain sampling at equal calls, {max_samples} times {config.steps} = {max_samples * config.steps} for a returned picture. "
         "Plain sampling has more steps or several samples, of which one is returned unjudged; what search adds to the better of "
         "these, in percentage points, is paired by prompt"
     )
     cells: list[list[sections.Cell]] = [
-        [row, *each.gains.values()] for row, each in searched.items()
+        [row, *searched_row.gains.values()] for row, searched_row in searched.items()
     ]
     return sections.table(caption, ["Row", *next(iter(searched.values())).gains], cells)
 
@@ -302,7 +315,7 @@ def _row_figures(
 ) -> list[Figure]:
     right, cosine = plain.is_right[chosen], plain.cosine[chosen]
     groups = np.arange(len(right))
-    found = [
+    row_gains = [
         mean_figure(right.ravel(), np.repeat(groups, M), resamples, seed),
         mean_figure(
             [best_of(c, r, M) for c, r in zip(cosine, right, strict=True)], groups, resamples, seed
@@ -314,52 +327,54 @@ def _row_figures(
         for c, r in zip(cosine, right, strict=True)
         if 0 < r.mean() < 1
     ]
-    return [*found, mean_figure(pairs, np.arange(len(pairs)), resamples, seed, chance=0.5)]
+    return [*row_gains, mean_figure(pairs, np.arange(len(pairs)), resamples, seed, chance=0.5)]
 
 
 def _searched(
     config: RelationsConfig,
-    prompts: Sequence[Asked],
+    prompts: Sequence[Prompt],
     plain: Measured,
-    measured: Callable[[Sequence[Asked], int, int, str], Measured],
+    measured: Callable[[Sequence[Prompt], int, int, str], Measured],
     row: str,
     resamples: int,
     seed: int,
 ) -> Searched:
     """Return success against calls for one row, and what search gains over plain sampling at the most calls."""
-    some = [each for each in prompts if each.row == row]
-    chosen = np.array([each.row == row for each in prompts])
+    row_prompts = [one_prompt for one_prompt in prompts if one_prompt.row == row]
+    chosen = np.array([one_prompt.row == row for one_prompt in prompts])
     right, share, cosine = plain.is_right[chosen], plain.share[chosen], plain.cosine[chosen]
-    groups, budgets = np.arange(len(some)), budgets_of(config.samples)
-    most = budgets[-1]
+    groups, budgets = np.arange(len(row_prompts)), budgets_of(config.samples)
+    max_samples = budgets[-1]
 
     def over_prompts(values: Sequence[float] | NDArray[Any]) -> Figure:
         return mean_figure(values, groups, resamples, seed)
 
     one = over_prompts(right.mean(1))
-    longer = measured(some, 1, config.steps * most, "").is_right[:, 0]
-    plainly = {"more steps": longer, f"one of {most}, unjudged": right.mean(1)}
+    longer = measured(row_prompts, 1, config.steps * max_samples, "").is_right[:, 0]
+    plainly = {"more steps": longer, f"one of {max_samples}, unjudged": right.mean(1)}
     better = max(plainly.values(), key=lambda values: float(values.mean()))
     gains = {name: over_prompts(values) for name, values in plainly.items()}
     series: dict[str, list[tuple[float, Figure]]] = {
         "one sample, more steps": [
             (config.steps, one),
-            (config.steps * most, over_prompts(longer)),
+            (config.steps * max_samples, over_prompts(longer)),
         ],
     }
     for by, scores in (("CLIP", cosine), ("checker", share)):
         best = {n: [best_of(s, r, n) for s, r in zip(scores, right, strict=True)] for n in budgets}
         series[f"best of n by {by}"] = [(n * config.steps, over_prompts(best[n])) for n in budgets]
-        gains[f"best of {most} by {by}"] = _gain(best[most], better, resamples, seed)
+        gains[f"best of {max_samples} by {by}"] = _gain(best[max_samples], better, resamples, seed)
         points: list[tuple[float, Figure]] = [(config.steps, one)]
         for n in budgets:
             if n > config.keep and n % config.keep == 0:
-                found = measured(some, n, config.steps, by)
-                judged = found.cosine if by == "CLIP" else found.share
-                values = [best_of(s, r, n) for s, r in zip(judged, found.is_right, strict=True)]
+                measured_now = measured(row_prompts, n, config.steps, by)
+                judged = measured_now.cosine if by == "CLIP" else measured_now.share
+                values = [
+                    best_of(s, r, n) for s, r in zip(judged, measured_now.is_right, strict=True)
+                ]
                 points.append((n * config.steps, over_prompts(values)))
-                if n == most:
-                    gains[f"beam of {most} by {by}"] = _gain(values, better, resamples, seed)
+                if n == max_samples:
+                    gains[f"beam of {max_samples} by {by}"] = _gain(values, better, resamples, seed)
         series[f"beam by {by}"] = points
     title = f"Success against compute: {row}"
     return Searched(
@@ -370,33 +385,35 @@ def _searched(
     )
 
 
-def _gain(found: Sequence[float], plain: NDArray[np.float64], resamples: int, seed: int) -> Figure:
+def _gain(values: Sequence[float], plain: NDArray[np.float64], resamples: int, seed: int) -> Figure:
     """Return the mean difference in percentage points, prompts paired."""
     return mean_figure(
-        100 * (np.asarray(found) - plain), np.arange(len(plain)), resamples, seed, unit="points"
+        100 * (np.asarray(values) - plain), np.arange(len(plain)), resamples, seed, unit="points"
     )
 
 
 def _shares(
-    prompts: Sequence[Asked], plain: Measured, resamples: int, seed: int
+    prompts: Sequence[Prompt], plain: Measured, resamples: int, seed: int
 ) -> dict[str, Any] | None:
     """Return the table of how much of a sign or a puzzle is right, beside the same of those drawn for training; None without such rows."""
     M, side_px = plain.share.shape[1], plain.pictures.shape[2]
     cells: list[list[sections.Cell]] = []
-    for row, made_of in ((row, made_of) for row in IN_PARTS for made_of in MADE_OF.values()):
-        places = [
-            place
-            for place, each in enumerate(prompts)
-            if each.row == row and each.made_of == made_of
+    for row, split_name in (
+        (row, split_name) for row in IN_PARTS for split_name in SPLIT_NAMES.values()
+    ):
+        numbers = [
+            number
+            for number, one_prompt in enumerate(prompts)
+            if one_prompt.row == row and one_prompt.split_name == split_name
         ]
-        if not places:
+        if not numbers:
             continue
-        share, cosine, groups = plain.share[places], plain.cosine[places], np.arange(len(places))
+        share, cosine, groups = plain.share[numbers], plain.cosine[numbers], np.arange(len(numbers))
         taught = [
-            prompts[place].judge(
-                _drawn(prompts[place].prompt, side_px, np.random.default_rng([seed, place]))
+            prompts[number].judge(
+                _drawn(prompts[number].prompt, side_px, np.random.default_rng([seed, number]))
             )
-            for place in places
+            for number in numbers
         ]
         figures = [
             mean_figure(share.ravel(), np.repeat(groups, M), resamples, seed),
@@ -409,7 +426,7 @@ def _shares(
             mean_figure(share.max(1), groups, resamples, seed),
             mean_figure(taught, groups, resamples, seed),
         ]
-        cells.append([f"{row}, {made_of}", len(places), *figures])
+        cells.append([f"{row}, {split_name}", len(numbers), *figures])
     if not cells:
         return None
     caption = (
@@ -436,19 +453,23 @@ def _drawn(prompt: str, side_px: int, rng: np.random.Generator) -> NDArray[np.ui
     return scenes.draw(scene, side_px, rng)
 
 
-def _shown(prompts: Sequence[Asked], plain: Measured, row: str, out: Path) -> dict[str, Any]:
+def _sample_sheet(
+    prompts: Sequence[Prompt], plain: Measured, row: str, out: Path
+) -> dict[str, Any]:
     """Write the first prompts of a row with all their samples, right ones framed, and return the picture."""
-    places = [place for place, each in enumerate(prompts) if each.row == row][:SHOWN]
+    numbers = [number for number, one_prompt in enumerate(prompts) if one_prompt.row == row][
+        :MAX_SHEET_ROWS
+    ]
     framed = [
         [
             _framed(plain.pictures[p, m], bool(plain.is_right[p, m]))
             for m in range(plain.pictures.shape[1])
         ]
-        for p in places
+        for p in numbers
     ]
     titles = [
-        f"{prompts[p].prompt} ({prompts[p].made_of}): {int(plain.is_right[p].sum())} of {plain.pictures.shape[1]}"
-        for p in places
+        f"{prompts[p].prompt} ({prompts[p].split_name}): {int(plain.is_right[p].sum())} of {plain.pictures.shape[1]}"
+        for p in numbers
     ]
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -469,8 +490,8 @@ def _framed(picture: NDArray[np.uint8], is_right: bool) -> NDArray[np.uint8]:
     return framed
 
 
-def _told_apart(
-    prompts: Sequence[Asked],
+def _discrimination(
+    prompts: Sequence[Prompt],
     encode_texts: EncodeTexts,
     encode_images: EncodeImages,
     side_px: int,
@@ -482,15 +503,15 @@ def _told_apart(
     for row in ("position", "attribution"):
         pairs = [
             (scene, exchanged(scene))
-            for each in prompts
-            if each.row == row and (scene := scenes.parse(each.prompt))
+            for one_prompt in prompts
+            if one_prompt.row == row and (scene := scenes.parse(one_prompt.prompt))
         ]
         if not pairs:
             continue
         drawn = np.stack(
             [
-                scenes.draw(scene, side_px, np.random.default_rng([seed, place]))
-                for place, (scene, _) in enumerate(pairs)
+                scenes.draw(scene, side_px, np.random.default_rng([seed, number]))
+                for number, (scene, _) in enumerate(pairs)
             ]
         )
         images = unit(np.asarray(encode_images(drawn), np.float32))

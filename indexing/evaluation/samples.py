@@ -27,10 +27,10 @@ from indexing.metrics.clip_score import (
     pair_clip_score,
 )
 
-SHOWN_PX = 64
+THUMBNAIL_PX = 64
 READERS = 4
 ROWS_AT_ONCE = 1024
-REFERENCES_AT_MOST = 200
+MAX_REFERENCES = 200
 
 
 def generation(
@@ -69,10 +69,10 @@ def generation(
         if len(train) <= pixel_pool
         else np.sort(np.random.default_rng(seed).choice(train, pixel_pool, replace=False))
     )
-    references = _spread(len(unseen.rows), REFERENCES_AT_MOST)
-    real = [read_picture(unseen.rows[place], shards, flat.shape[1]) for place in references]
+    references = _spread(len(unseen.rows), MAX_REFERENCES)
+    real = [read_picture(unseen.rows[number], shards, flat.shape[1]) for number in references]
     queries = np.concatenate([flat, np.stack(real)]) if real else flat
-    groups = [*np.repeat(list(prompts), count), *(unseen.groups[place] for place in references)]
+    groups = [*np.repeat(list(prompts), count), *(unseen.groups[number] for number in references)]
     by_clip = nearest_by_embedding(
         np.concatenate([images, unseen.images[references]]), _vectors(embedded, train)
     )
@@ -96,18 +96,18 @@ def generation(
     }
     folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    shown = []
+    sample_rows = []
     for number, (prompt, is_trained) in enumerate(
         zip(prompts, trained_captions(embedded, list(prompts)), strict=True)
     ):
         samples = []
-        for place in range(count):
-            file = folder / f"{number:02d}-{slug(prompt)}-{place}.png"
-            write_png(pictures[number, place], file)
-            at = number * count + place
+        for draw in range(count):
+            file = folder / f"{number:02d}-{slug(prompt)}-{draw}.png"
+            write_png(pictures[number, draw], file)
+            at = number * count + draw
             sample = {
                 "picture": f"pictures/{file.name}",
-                "clip_score": round(SCALE * max(0.0, float(cosines[number, place])), 2),
+                "clip_score": round(SCALE * max(0.0, float(cosines[number, draw])), 2),
             }
             if len(train):
                 sample["nearest"] = {
@@ -123,7 +123,9 @@ def generation(
                     ),
                 }
             samples.append(sample)
-        shown.append({"prompt": prompt, "is_training_caption": is_trained, "samples": samples})
+        sample_rows.append(
+            {"prompt": prompt, "is_training_caption": is_trained, "samples": samples}
+        )
     write_png(sheet(list(pictures), list(prompts)), folder / "samples.png")
     return {
         "n": len(flat),
@@ -133,7 +135,7 @@ def generation(
         "real_pairs": pair_clip_score(unseen.images, unseen.texts, unseen.groups, resamples, seed),
         "nearest_training": {**nearest, "pixel_pool": len(pool), "training_pictures": len(train)},
         "sheet": "pictures/samples.png",
-        "prompts": shown,
+        "prompts": sample_rows,
     }
 
 
@@ -142,16 +144,16 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "prompt"
 
 
-def write_shown(row: dict[str, Any], shards: Path, folder: Path) -> str:
+def write_training_picture(row: dict[str, Any], shards: Path, folder: Path) -> str:
     """Write a row's picture as the report shows it, once, and return its name in the report's folder."""
     file = folder / f"key-{slug(row['key'])}.png"
     if not file.exists():
-        write_png(read_picture(row, shards, SHOWN_PX), file)
+        write_png(read_picture(row, shards, THUMBNAIL_PX), file)
     return f"{folder.name}/{file.name}"
 
 
-def _spread(count: int, at_most: int) -> Rows:
-    return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))
+def _spread(count: int, max_count: int) -> Rows:
+    return np.unique(np.linspace(0, count - 1, min(count, max_count)).round().astype(np.int64))
 
 
 def _vectors(embedded: Embedded, rows: Rows) -> Iterator[Floats]:
@@ -185,5 +187,5 @@ def _neighbour(
         "value": round(value, 4),
         **about,
         "url": sample["origin"],
-        "picture": write_shown(sample, shards, folder),
+        "picture": write_training_picture(sample, shards, folder),
     }

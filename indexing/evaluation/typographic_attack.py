@@ -40,7 +40,7 @@ FONTS = {
     "DejaVu Mono": "DejaVuSansMono-Bold.ttf",
 }
 SIZES = {"small": 0.17, "large": 0.27}
-PLACES = {"top": 0.0, "middle": 0.5, "bottom": 1.0}
+HEIGHTS = {"top": 0.0, "middle": 0.5, "bottom": 1.0}
 WORDS = ("right", "wrong", "scrambled")
 VARIED = ("", "right", "wrong")
 """What is written on pictures that the decoder varies; nothing first."""
@@ -65,8 +65,8 @@ class TypographicConfig(Section):
     """A TrueType file to write with besides the packaged fonts."""
 
 
-def write_word(picture: Pixels, word: str, font: str, size: float, place: float) -> Pixels:
-    """Write a word in black on a white strip across a picture (S, S, 3): `size` the letters' height and `place` from top 0 to bottom 1."""
+def write_word(picture: Pixels, word: str, font: str, size: float, vertical: float) -> Pixels:
+    """Write a word in black on a white strip across a picture (S, S, 3): `size` the letters' height and `vertical` from top 0 to bottom 1."""
     side = len(picture)
     page = Image.fromarray(picture)
     pen = ImageDraw.Draw(page)
@@ -76,7 +76,7 @@ def write_word(picture: Pixels, word: str, font: str, size: float, place: float)
         height *= 0.94
         letters = _font(font, height)
     strip = round(1.25 * size * side)
-    top = round(place * (side - strip))
+    top = round(vertical * (side - strip))
     pen.rectangle((0, top, side, top + strip), fill=PAPER)
     at = (side / 2 - (box[0] + box[2]) / 2, top + strip / 2 - (box[1] + box[3]) / 2)
     pen.text(at, word, fill=(0, 0, 0), font=letters)
@@ -94,16 +94,16 @@ def _font(name: str, height: float) -> Any:
         ) from None
 
 
-def fonts(own: str) -> dict[str, str]:
+def fonts(user_font: str) -> dict[str, str]:
     """Return fonts by name: Pillow's own, matplotlib's, whose files are read without importing it, and the caller's."""
-    found = find_spec("matplotlib")
-    folder = Path(found.origin or "").parent / "mpl-data" / "fonts" / "ttf" if found else None
+    spec = find_spec("matplotlib")
+    folder = Path(spec.origin or "").parent / "mpl-data" / "fonts" / "ttf" if spec else None
     packaged = {
         name: str(folder / file) if file and folder else ""
         for name, file in FONTS.items()
         if not file or folder
     }
-    return packaged | ({Path(own).stem: own} if own else {})
+    return packaged | ({Path(user_font).stem: user_font} if user_font else {})
 
 
 def scrambled(word: str, rng: np.random.Generator) -> str:
@@ -115,40 +115,45 @@ def scrambled(word: str, rng: np.random.Generator) -> str:
     return word[::-1]
 
 
-def ways(own: str) -> dict[str, Way]:
+def ways(user_font: str) -> dict[str, Way]:
     """Return ways of writing by name: the first one, and from it one change at a time."""
-    every = fonts(own)
+    every = fonts(user_font)
     base = next(iter(every))
-    found = {f"{base}, large, top": (every[base], SIZES["large"], PLACES["top"])}
-    found |= {
-        f"{font}, large, top": (file, SIZES["large"], PLACES["top"]) for font, file in every.items()
+    variants = {f"{base}, large, top": (every[base], SIZES["large"], HEIGHTS["top"])}
+    variants |= {
+        f"{font}, large, top": (file, SIZES["large"], HEIGHTS["top"])
+        for font, file in every.items()
     }
-    found |= {f"{base}, small, top": (every[base], SIZES["small"], PLACES["top"])}
-    return found | {
-        f"{base}, large, {place}": (every[base], SIZES["large"], share)
-        for place, share in PLACES.items()
+    variants |= {f"{base}, small, top": (every[base], SIZES["small"], HEIGHTS["top"])}
+    return variants | {
+        f"{base}, large, {height}": (every[base], SIZES["large"], share)
+        for height, share in HEIGHTS.items()
     }
 
 
-def known_names(pairs: Pairs, count: int) -> tuple[list[str], int, int]:
+def frequent_names(pairs: Pairs, count: int) -> tuple[list[str], int, int]:
     """Return so many names, short ones that CLIP finds for one of their pictures first; how many it finds so, and of how many.
 
     It must find the name among those of all pairs, by first captions: a picture that CLIP calls wrongly cannot be led astray.
     """
     captions = [row["caption"] for row in pairs.rows]
-    first = {caption: place for place, caption in reversed(list(enumerate(captions)))}
+    first = {caption: number for number, caption in reversed(list(enumerate(captions)))}
     names = sorted(first, key=lambda name: (len(name), name))
     texts = pairs.texts[[first[name] for name in names]]
-    found = [
+    predictions = [
         (pairs.images[start : start + AT_ONCE] @ texts.T).argmax(1)
         for start in range(0, len(captions), AT_ONCE)
     ]
-    known = {
+    labelled_rows = {
         caption
-        for caption, said in zip(captions, np.concatenate(found), strict=True)
+        for caption, said in zip(captions, np.concatenate(predictions), strict=True)
         if names[said] == caption
     }
-    return sorted(names, key=lambda name: name not in known)[:count], len(known), len(names)
+    return (
+        sorted(names, key=lambda name: name not in labelled_rows)[:count],
+        len(labelled_rows),
+        len(names),
+    )
 
 
 def choose(
@@ -156,12 +161,12 @@ def choose(
 ) -> tuple[list[int], NDArray[np.int64], float]:
     """Return which rows are written on (N), the label of each (N,), and the share of all rows of these names that CLIP names rightly."""
     number_of = {name: number for number, name in enumerate(names)}
-    known = [place for place, row in enumerate(pairs.rows) if row["caption"] in number_of]
-    labels = np.array([number_of[pairs.rows[place]["caption"]] for place in known], np.int64)
-    is_right = (pairs.images[known] @ classes.T).argmax(1) == labels
-    order = np.random.default_rng(seed).permutation(len(known))
+    labelled_rows = [number for number, row in enumerate(pairs.rows) if row["caption"] in number_of]
+    labels = np.array([number_of[pairs.rows[row]["caption"]] for row in labelled_rows], np.int64)
+    is_right = (pairs.images[labelled_rows] @ classes.T).argmax(1) == labels
+    order = np.random.default_rng(seed).permutation(len(labelled_rows))
     order = order[np.argsort(~is_right[order], kind="stable")][:count]
-    return [known[place] for place in order], labels[order], float(is_right.mean())
+    return [labelled_rows[number] for number in order], labels[order], float(is_right.mean())
 
 
 @dataclass(frozen=True)
@@ -176,10 +181,12 @@ class Attack:
     """The label of the wrong word."""
     words: dict[str, list[str]]
 
-    def written(self, kind: str, way: Way, places: Iterable[int] | None = None) -> list[Pixels]:
+    def written(self, kind: str, way: Way, numbers: Iterable[int] | None = None) -> list[Pixels]:
         """Return the pictures, or those at some places, with their words of a kind written on them in a way."""
-        chosen = range(len(self.pictures)) if places is None else places
-        return [write_word(self.pictures[place], self.words[kind][place], *way) for place in chosen]
+        chosen = range(len(self.pictures)) if numbers is None else numbers
+        return [
+            write_word(self.pictures[number], self.words[kind][number], *way) for number in chosen
+        ]
 
 
 Scores = Callable[[Sequence[Pixels]], Floats]
@@ -201,7 +208,7 @@ def typographic(
     if len({row["caption"] for row in pairs.rows}) < 2:
         return sections.section(title, ["Not measured: fewer than two held-out names."])
     rng = np.random.default_rng(seed)
-    names, known, of_names = known_names(pairs, config.labels)
+    names, labelled_rows, of_names = frequent_names(pairs, config.labels)
     classes = class_embeddings(subject.encode_texts, names, templates)
     picked, labels, right_of_all = choose(pairs, classes, names, config.pictures, seed)
     others = (labels + rng.integers(1, len(names), len(labels))) % len(names)
@@ -210,9 +217,9 @@ def typographic(
         "wrong": [names[label] for label in others],
         "scrambled": [scrambled(names[label], rng) for label in others],
     }
-    pictures = [read_picture(pairs.rows[place], shards, SIDE_PX) for place in picked]
+    pictures = [read_picture(pairs.rows[number], shards, SIDE_PX) for number in picked]
     attack = Attack(
-        pictures, [pairs.groups[place] for place in picked], names, labels, others, words
+        pictures, [pairs.groups[number] for number in picked], names, labels, others, words
     )
     by_way = ways(config.font)
 
@@ -220,24 +227,26 @@ def typographic(
         return encoded(subject.encode_images, np.stack(images)) @ classes.T
 
     tables = _tables_of_words(attack, by_way, scores, resamples, seed)
-    some = rng.permutation(len(pictures))[: config.varied]
+    subset = rng.permutation(len(pictures))[: config.varied]
     keys = {pairs.rows[at]["key"] for at in picked}
     looks, labelled = look_alikes(witnesses, subject.embedded, names, keys, shards, SIDE_PX, seed)
-    of_some = {"": np.stack([pictures[n] for n in some])}
-    of_some |= {
-        kind: np.stack(attack.written(kind, next(iter(by_way.values())), some))
+    subset_pictures = {"": np.stack([pictures[n] for n in subset])}
+    subset_pictures |= {
+        kind: np.stack(attack.written(kind, next(iter(by_way.values())), subset))
         for kind in VARIED[1:]
     }
     drawn = {
-        kind: vary(each, config.variations, seed) for kind, each in of_some.items()
+        kind: vary(images, config.variations, seed) for kind, images in subset_pictures.items()
     }  # (N, count, S', S', 3) each
     rows: list[list[sections.Cell]] = []
     chances: dict[str, Floats] = {}
-    for kind, (what, own) in product(VARIED, (("the picture", of_some), ("variations", drawn))):
-        count = config.variations if own is drawn else 1
-        flat = own[kind].reshape(-1, *own[kind].shape[-3:])
+    for kind, (what, images_of) in product(
+        VARIED, (("the picture", subset_pictures), ("variations", drawn))
+    ):
+        count = config.variations if images_of is drawn else 1
+        flat = images_of[kind].reshape(-1, *images_of[kind].shape[-3:])
         cosines = scores(list(flat))
-        at = np.repeat(some, count)
+        at = np.repeat(subset, count)
         judged = judge(
             flat,
             [words[kind or "wrong"][n] for n in at],
@@ -245,12 +254,12 @@ def typographic(
             looks,
             witnesses.read_text,
         )
-        found = figures(
+        figures_of = figures(
             judged, labels[at], others[at], [attack.groups[n] for n in at], resamples, seed
         )
-        rows.append([f"{what}, {kind + ' word' if kind else 'untouched'}", len(flat), *found])
+        rows.append([f"{what}, {kind + ' word' if kind else 'untouched'}", len(flat), *figures_of])
         chances[f"{what} {kind}"] = probabilities(cosines, logit_scale).reshape(
-            len(some), count, -1
+            len(subset), count, -1
         )
     head = [
         "What",
@@ -262,28 +271,30 @@ def typographic(
     ]
     caption = "What the decoder draws from an attacked picture's embedding, by the attacked CLIP, by a network that it never met, and by OCR"
     tables.append(sections.table(caption, [*head, "Characters of the word read"], rows))
-    shown = [(n, kind) for n in range(min(config.shown, len(some))) for kind in VARIED[1:]]
+    sheet_cells = [(n, kind) for n in range(min(config.shown, len(subset))) for kind in VARIED[1:]]
     page = figure_6(
-        np.stack([of_some[kind][n] for n, kind in shown]),
-        np.stack([chances[f"the picture {kind}"][n, 0] for n, kind in shown]),
+        np.stack([subset_pictures[kind][n] for n, kind in sheet_cells]),
+        np.stack([chances[f"the picture {kind}"][n, 0] for n, kind in sheet_cells]),
         names,
-        np.stack([drawn[kind][n] for n, kind in shown]),
-        np.stack([chances[f"variations {kind}"][n] for n, kind in shown]),
+        np.stack([drawn[kind][n] for n, kind in sheet_cells]),
+        np.stack([chances[f"variations {kind}"][n] for n, kind in sheet_cells]),
     )
     folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     write_png(page, folder / "typographic.png")
-    told = "; ".join(f"“{words[kind][some[n]]}” on {names[labels[some[n]]]}" for n, kind in shown)
+    description = "; ".join(
+        f"“{words[kind][subset[n]]}” on {names[labels[subset[n]]]}" for n, kind in sheet_cells
+    )
     network = f"the look-alike by {witnesses.name}" if looks else "no look-alike"
     return sections.section(
         title,
         [
             f"{len(pictures)} held-out pictures are written on in {len(by_way)} ways, with their own name, with another's, and with that "
-            f"other's letters scrambled. CLIP chooses among {len(names)} names: the shortest of {known:,} that it finds among {of_names:,} "
+            f"other's letters scrambled. CLIP chooses among {len(names)} names: the shortest of {labelled_rows:,} that it finds among {of_names:,} "
             f"for a picture, since what it calls wrongly cannot be led astray ({right_of_all:.0%} of all held-out pictures of these are "
             "named rightly; those come first here). Where a label moves to the wrong word more often than it does for scrambled letters, "
             "the word was read; the rest is what a strip across the picture hides.",
-            f"The decoder draws {config.variations} variations of {len(some)} of them from their embeddings alone (seed {seed}). What "
+            f"The decoder draws {config.variations} variations of {len(subset)} of them from their embeddings alone (seed {seed}). What "
             f"these show is asked of the CLIP that was attacked; of {network}, the nearest of {labelled} other pictures of these names; "
             "and of OCR, which reads the wrong word on untouched pictures only by chance. The rows of the pictures themselves tell how "
             "far each of these is to be trusted.",
@@ -293,7 +304,7 @@ def typographic(
         [
             sections.picture(
                 "pictures/typographic.png",
-                f"Attacked pictures and their variations: {told}",
+                f"Attacked pictures and their variations: {description}",
                 "One row each",
             )
         ],
@@ -311,13 +322,13 @@ def _tables_of_words(
         for kind in WORDS
     }  # (V, N) each
 
-    def row(name: str, found: NDArray[np.int64]) -> list[sections.Cell]:
-        groups = np.tile(np.array(attack.groups, object), len(found)).astype(str)
-        shares = [found == labels, found == others, found != clean]
+    def row(name: str, values: NDArray[np.int64]) -> list[sections.Cell]:
+        groups = np.tile(np.array(attack.groups, object), len(values)).astype(str)
+        shares = [values == labels, values == others, values != clean]
         return [
             name,
-            int(found.size),
-            *(mean_figure(each.ravel(), groups, resamples, seed) for each in shares),
+            int(values.size),
+            *(mean_figure(share.ravel(), groups, resamples, seed) for share in shares),
         ]
 
     untouched: list[sections.Cell] = [
@@ -335,7 +346,7 @@ def _tables_of_words(
         "Label changed",
     ]
     of_kinds = [untouched, *(row(f"{kind} word", said[kind]) for kind in WORDS)]
-    of_ways = [row(name, said["wrong"][place : place + 1]) for place, name in enumerate(by_way)]
+    of_ways = [row(name, said["wrong"][number : number + 1]) for number, name in enumerate(by_way)]
     return [
         sections.table("What CLIP says with a word written on the picture", head, of_kinds),
         sections.table("The wrong word, by how it is written", head, of_ways),
@@ -356,14 +367,14 @@ def figure_6(
     pen, letters = ImageDraw.Draw(page), ImageFont.load_default(11)
     for row, picture in enumerate(attacked):
         top = gap + row * height
-        for place, (each, own) in enumerate(
+        for number, (row_cells, way_name) in enumerate(
             ((picture, chances[row]), *zip(varied[row], of_varied[row], strict=True))
         ):
-            left = gap + place * column + (2 * gap if place else 0)
-            resample = Image.Resampling.NEAREST if place else Image.Resampling.LANCZOS
-            page.paste(Image.fromarray(each).resize((side, side), resample), (left, top))
-            for rank, label in enumerate(np.argsort(-own, kind="stable")[:TOP]):
-                text = f"{own[label]:.0%} {names[label]}"
+            left = gap + number * column + (2 * gap if number else 0)
+            resample = Image.Resampling.NEAREST if number else Image.Resampling.LANCZOS
+            page.paste(Image.fromarray(row_cells).resize((side, side), resample), (left, top))
+            for rank, label in enumerate(np.argsort(-way_name, kind="stable")[:TOP]):
+                text = f"{way_name[label]:.0%} {names[label]}"
                 while letters.getlength(text) > column - gap:
                     text = text[:-1]
                 pen.text((left, top + side + 2 + rank * line), text, fill=INK, font=letters)

@@ -31,7 +31,7 @@ from infra.settings import Section
 SIDE_PX = 96
 SHOTS = (1, 2, 4, 8, 16)
 DRAWS = 3
-MOST_CLASSES_PROBED = 200
+MAX_CLASSES_PROBED = 200
 LARGEST_CONFUSION, LONGEST_NAME = 40, 36
 SAME_COSINE, SAME_RMS = 0.98, 24.0
 """What is nearer than both is one picture: two ways of resizing a flag differ by up to 20 of 255 at its edges."""
@@ -72,9 +72,9 @@ def suite(
     rows: list[list[sections.Cell]] = []
     leaks: list[list[sections.Cell]] = []
     pictures, probed = [], []
-    for each in loaded:
+    for labelled_set in loaded:
         drawn = draw_unseen(
-            each,
+            labelled_set,
             config.pictures,
             seed,
             subject.encode_images,
@@ -82,39 +82,50 @@ def suite(
             subject.embedded,
             subject.shards,
         )
-        some, vectors = drawn.images, drawn.vectors
+        labelled, vectors = drawn.images, drawn.vectors
         leaks.append(
-            [some.name, len(each), drawn.looked_at, drawn.same_file, drawn.same_picture, len(some)]
+            [
+                labelled.name,
+                len(labelled_set),
+                drawn.looked_at,
+                drawn.same_file,
+                drawn.same_picture,
+                len(labelled),
+            ]
         )
-        if not len(some):
+        if not len(labelled):
             continue
-        by_words = class_scores(some, vectors, subject.encode_texts, templates)
-        found = score(by_words, some.labels, some.names, range(len(some)), resamples, seed)
-        top_1 = found["top_1"]
-        top_5 = found["top_5"] if len(some.names) > 5 else None  # five of five are always right
+        by_words = class_scores(labelled, vectors, subject.encode_texts, templates)
+        scored = score(
+            by_words, labelled.labels, labelled.names, range(len(labelled)), resamples, seed
+        )
+        top_1 = scored["top_1"]
+        top_5 = (
+            scored["top_5"] if len(labelled.names) > 5 else None
+        )  # five of five are always right
         rows.append(
             [
-                some.name,
+                labelled.name,
                 top_1["n"],
-                found["classes"],
+                scored["classes"],
                 top_1,
                 top_5,
-                found["mean_per_class"],
+                scored["mean_per_class"],
                 *_bars(top_1),
                 verdict(top_1),
             ]
         )
-        if 1 < len(some.names) <= LARGEST_CONFUSION:
-            pictures.append(_confusion(some, by_words.argmax(1), subject.out))
-        if config.probe and 1 < len(some.names) <= MOST_CLASSES_PROBED:
+        if 1 < len(labelled.names) <= LARGEST_CONFUSION:
+            pictures.append(_confusion(labelled, by_words.argmax(1), subject.out))
+        if config.probe and 1 < len(labelled.names) <= MAX_CLASSES_PROBED:
             named = {"our CLIP": vectors}
             if networks:
-                larger = some.pictures(SIDE_PX)
+                larger = labelled.pictures(SIDE_PX)
                 named |= {
                     name: encoded(network, larger, is_unit=False)
                     for name, network in networks.items()
                 }
-            probed.append((some, by_words.argmax(1), named))
+            probed.append((labelled, by_words.argmax(1), named))
     head = [
         "Set",
         "Pictures",
@@ -126,8 +137,8 @@ def suite(
         "Majority",
         "Verdict",
     ]
-    names = ", ".join(each.name for each in loaded)
-    made = [
+    names = ", ".join(labelled_set.name for labelled_set in loaded)
+    result_tables = [
         sections.section(
             "Zero-shot suite",
             [
@@ -158,7 +169,7 @@ def suite(
     ]
     if probed:
         tables, charts = _against_probes(probed, resamples, seed)
-        made.append(
+        result_tables.append(
             sections.section(
                 "Zero-shot against explicit classification",
                 [
@@ -171,14 +182,16 @@ def suite(
                 charts=charts,
             )
         )
-    return made
+    return result_tables
 
 
 def class_scores(
-    some: ImageSet, vectors: Floats, encode_texts: EncodeTexts, templates: Sequence[str]
+    labelled: ImageSet, vectors: Floats, encode_texts: EncodeTexts, templates: Sequence[str]
 ) -> Floats:
     """Return cosines (N, C) of a set's pictures, unit vectors (N, D), with its classes in its own templates, or else in these."""
-    return vectors @ class_embeddings(encode_texts, some.names, some.templates or templates).T
+    return (
+        vectors @ class_embeddings(encode_texts, labelled.names, labelled.templates or templates).T
+    )
 
 
 def _bars(top_1: Figure) -> list[Figure]:
@@ -207,7 +220,7 @@ class Drawn:
 
 def draw_unseen(
     whole: ImageSet,
-    at_most: int,
+    max_images: int,
     seed: int,
     encode_images: EncodeImages,
     side_px: int,
@@ -216,35 +229,40 @@ def draw_unseen(
 ) -> Drawn:
     """Draw pictures by the seed, leave out those that training saw, and go on until there are enough or no more."""
     train = embedded.rows("train")
-    known = set(embedded.table.take(train)["sha256"].to_pylist())
+    trained_hashes = set(embedded.table.take(train)["sha256"].to_pylist())
     order = np.random.default_rng(seed).permutation(len(whole))
-    kept: list[NDArray[np.int64]] = []
+    remaining_rows: list[NDArray[np.int64]] = []
     vectors: list[Floats] = []
     same_file = same_picture = looked_at = 0
-    while looked_at < len(order) and sum(map(len, kept)) < at_most:
-        places = np.sort(order[looked_at : looked_at + at_most - sum(map(len, kept))])
-        looked_at += len(places)
+    while looked_at < len(order) and sum(map(len, remaining_rows)) < max_images:
+        rows_left = np.sort(
+            order[looked_at : looked_at + max_images - sum(map(len, remaining_rows))]
+        )
+        looked_at += len(rows_left)
         is_new = np.array(
-            [hashlib.sha256(whole.encoded[place]).hexdigest() not in known for place in places]
+            [
+                hashlib.sha256(whole.encoded[number]).hexdigest() not in trained_hashes
+                for number in rows_left
+            ]
         )
         same_file += int((~is_new).sum())
-        places = places[is_new]
-        if not len(places):
+        rows_left = rows_left[is_new]
+        if not len(rows_left):
             continue
-        pixels = whole.only(places).pictures(side_px)
-        found = encoded(encode_images, pixels)
-        is_seen = _is_seen(pixels, found, train, embedded, shards)
+        pixels = whole.only(rows_left).pictures(side_px)
+        features = encoded(encode_images, pixels)
+        is_seen = _is_seen(pixels, features, train, embedded, shards)
         same_picture += int(is_seen.sum())
-        kept.append(places[~is_seen])
-        vectors.append(found[~is_seen])
-    places = np.concatenate(kept) if kept else np.empty(0, np.int64)
-    if not len(places):
+        remaining_rows.append(rows_left[~is_seen])
+        vectors.append(features[~is_seen])
+    rows_left = np.concatenate(remaining_rows) if remaining_rows else np.empty(0, np.int64)
+    if not len(rows_left):
         return Drawn(
-            whole.only(places), np.empty((0, 0), np.float32), looked_at, same_file, same_picture
+            whole.only(rows_left), np.empty((0, 0), np.float32), looked_at, same_file, same_picture
         )
-    in_order = places.argsort()
+    in_order = rows_left.argsort()
     return Drawn(
-        whole.only(places[in_order]),
+        whole.only(rows_left[in_order]),
         np.concatenate(vectors)[in_order],
         looked_at,
         same_file,
@@ -260,19 +278,23 @@ def _is_seen(
     The nearest alone is not enough: of near siblings, such as one emoji in two skin tones, the other one may come first.
     """
     cosine = np.full((len(vectors), 0), 0, np.float32)
-    place = np.zeros((len(vectors), 0), np.int64)
+    nearest_rows = np.zeros((len(vectors), 0), np.int64)
     for start in range(0, len(train), 1024):
-        own = vectors @ take(embedded.image_parts, train[start : start + 1024]).T
-        both = np.concatenate([cosine, own], 1)
+        cosines = vectors @ take(embedded.image_parts, train[start : start + 1024]).T
+        both = np.concatenate([cosine, cosines], 1)
         where = np.concatenate(
-            [place, np.broadcast_to(np.arange(start, start + own.shape[1]), own.shape)], 1
+            [
+                nearest_rows,
+                np.broadcast_to(np.arange(start, start + cosines.shape[1]), cosines.shape),
+            ],
+            1,
         )
         best = np.argpartition(-both, min(LOOKED_AT, both.shape[1]) - 1, axis=1)[:, :LOOKED_AT]
-        cosine, place = np.take_along_axis(both, best, 1), np.take_along_axis(where, best, 1)
+        cosine, nearest_rows = np.take_along_axis(both, best, 1), np.take_along_axis(where, best, 1)
     same = np.zeros(len(pixels), bool)
     for near, rank in np.argwhere(cosine > SAME_COSINE):
         if not same[near]:
-            row = embedded.table.slice(int(train[place[near, rank]]), 1).to_pylist()[0]
+            row = embedded.table.slice(int(train[nearest_rows[near, rank]]), 1).to_pylist()[0]
             theirs = read_picture(row, shards, COMPARED_PX).astype(np.float32)
             mine = np.asarray(
                 Image.fromarray(pixels[near]).resize(
@@ -284,15 +306,15 @@ def _is_seen(
     return same
 
 
-def _confusion(some: ImageSet, said: NDArray[np.int64], out: Path) -> dict[str, Any]:
+def _confusion(labelled: ImageSet, said: NDArray[np.int64], out: Path) -> dict[str, Any]:
     """Write which class is taken for which, rows true and columns said, each row summing to one."""
-    count = len(some.names)
+    count = len(labelled.names)
     counts = np.zeros((count, count))
-    np.add.at(counts, (some.labels, said), 1)
+    np.add.at(counts, (labelled.labels, said), 1)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     cell = min(48, max(10, 320 // count))
     letters = ImageFont.load_default(min(11, cell))
-    margin = 12 + round(max(letters.getlength(name[:LONGEST_NAME]) for name in some.names))
+    margin = 12 + round(max(letters.getlength(name[:LONGEST_NAME]) for name in labelled.names))
     heading = "said to be, in the same order"
     width = margin + max(cell * count, round(letters.getlength(heading))) + 4
     page = Image.new("RGB", (width, 20 + cell * count + 4), PAPER)
@@ -301,7 +323,7 @@ def _confusion(some: ImageSet, said: NDArray[np.int64], out: Path) -> dict[str, 
     for true in range(count):
         pen.text(
             (4, 20 + true * cell + (cell - 11) / 2),
-            some.names[true][:LONGEST_NAME],
+            labelled.names[true][:LONGEST_NAME],
             fill=INK,
             font=letters,
         )
@@ -320,13 +342,13 @@ def _confusion(some: ImageSet, said: NDArray[np.int64], out: Path) -> dict[str, 
             )
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"confusion-{slug(some.name)}.png"
+    name = f"confusion-{slug(labelled.name)}.png"
     write_png(np.asarray(page), folder / name)
     often = int(np.bincount(said, minlength=count).argmax())
     return sections.picture(
         f"pictures/{name}",
-        f"Confusion of {some.name}: most often said is {some.names[often]}",
-        f"{some.name}: true rows, said columns",
+        f"Confusion of {labelled.name}: most often said is {labelled.names[often]}",
+        f"{labelled.name}: true rows, said columns",
     )
 
 
@@ -339,46 +361,49 @@ def _against_probes(
     cells: list[list[sections.Cell]] = []
     shot_charts = []
     differences: dict[str, list[tuple[str, Figure]]] = {name: [] for name in probed[0][2]}
-    for some, said, named in probed:
-        train, judged = probe.halves(some.labels, seed)
-        classes, groups = len(some.names), range(len(judged))
-        zero = said[judged] == some.labels[judged]
+    for labelled, said, named in probed:
+        train, judged = probe.halves(labelled.labels, seed)
+        classes, groups = len(labelled.names), range(len(judged))
+        zero = said[judged] == labelled.labels[judged]
         zero_figure = mean_figure(zero, groups, resamples, seed)
-        row: list[sections.Cell] = [some.name, zero_figure]
-        most = max(
+        row: list[sections.Cell] = [labelled.name, zero_figure]
+        max_classes = max(
             2 * SHOTS[-1], round(len(train) / classes)
         )  # "all" stands right of the last count, however few a class has
         series = {
-            "zero-shot CLIP": [(SHOTS[0], zero_figure), (most, {**zero_figure, "name": "all"})]
+            "zero-shot CLIP": [
+                (SHOTS[0], zero_figure),
+                (max_classes, {**zero_figure, "name": "all"}),
+            ]
         }
         for name, features in named.items():
-            own = probe.standardised(features[train])[0]
-            penalty = probe.sweep(own, some.labels[train], classes, seed)
-            taught = probe.right(features, some.labels, train, judged, classes, penalty)
+            train_features = probe.standardised(features[train])[0]
+            penalty = probe.sweep(train_features, labelled.labels[train], classes, seed)
+            taught = probe.right(features, labelled.labels, train, judged, classes, penalty)
             by_all = mean_figure(taught, groups, resamples, seed)
             row.append(by_all)
             differences[name].append(
                 (
-                    some.name,
+                    labelled.name,
                     mean_figure(zero.astype(float) - taught.astype(float), groups, resamples, seed),
                 )
             )
             points = []
             for shots in SHOTS:
                 draws = [
-                    train[probe.few(some.labels[train], shots, seed + draw)]
+                    train[probe.few(labelled.labels[train], shots, seed + draw)]
                     for draw in range(DRAWS)
                 ]
                 hits = [
-                    probe.right(features, some.labels, rows, judged, classes, penalty)
+                    probe.right(features, labelled.labels, rows, judged, classes, penalty)
                     for rows in draws
                 ]
                 points.append((shots, mean_figure(np.mean(hits, 0), groups, resamples, seed)))
-            series[name] = [*points, (most, {**by_all, "name": "all"})]
+            series[name] = [*points, (max_classes, {**by_all, "name": "all"})]
         cells.append(row)
         shot_charts.append(
             sections.lines(
-                f"Few-shot probes: {some.name}",
+                f"Few-shot probes: {labelled.name}",
                 "pictures of each class",
                 "top-1",
                 series,
@@ -389,8 +414,8 @@ def _against_probes(
         sections.bars(
             f"Zero-shot CLIP minus a probe on {name}",
             "percentage points",
-            sorted(each, key=lambda item: -(item[1]["value"] or 0)),
+            sorted(difference, key=lambda item: -(item[1]["value"] or 0)),
         )
-        for name, each in differences.items()
+        for name, difference in differences.items()
     ]
     return [sections.table("Top-1 on the judged half", head, cells)], [*bar_charts, *shot_charts]

@@ -43,7 +43,9 @@ def mean_figure(
         low, high = wilson(value, count)
     elif count > 1:
         weights = _resampled(count, resamples, seed)
-        low, high = _middle_95(np.concatenate([(each @ sums) / (each @ sizes) for each in weights]))
+        low, high = _middle_95(
+            np.concatenate([(weight @ sums) / (weight @ sizes) for weight in weights])
+        )
     return {"value": value, "low": low, "high": high, "n": len(numbers), "groups": count, **more}
 
 
@@ -75,7 +77,7 @@ def class_mean_figure(
         low, high = wilson(value, count)
     elif count > 1:
         weights = np.concatenate(_resampled(count, resamples, seed))
-        low, high = _middle_95(np.array([mean_over_classes(each[pairs[0]]) for each in weights]))
+        low, high = _middle_95(np.array([mean_over_classes(draw[pairs[0]]) for draw in weights]))
     return {"value": value, "low": low, "high": high, "n": len(numbers), "groups": count, **more}
 
 
@@ -93,12 +95,14 @@ def set_figure(
     sample by sample (a caption's real picture and its drawing), and are drawn together. Samples that stand in a set twice bring most
     distances nearer or further by themselves, so the bounds are moved by as much as the resamples' mean lies off the value.
     """
-    own, at = (
-        np.unique(np.asarray(each), return_inverse=True)[1] if each is not None else None
-        for each in (groups, other_groups)
+    sums_of, at = (
+        np.unique(np.asarray(group_list), return_inverse=True)[1]
+        if group_list is not None
+        else None
+        for group_list in (groups, other_groups)
     )
-    assert own is not None
-    count, n = int(own.max()) + 1, len(own)
+    assert sums_of is not None
+    count, n = int(sums_of.max()) + 1, len(sums_of)
     value = distance(np.ones(n), np.ones(n if at is None else len(at)))
     low: float | None = None
     high: float | None = None
@@ -111,14 +115,14 @@ def set_figure(
                 np.float64
             )
         )
-        found = np.array(
+        means = np.array(
             [
-                distance(u[own], v[own if at is None else at])
+                distance(u[sums_of], v[sums_of if at is None else at])
                 for u, v in zip(drawn, others, strict=True)
                 if min(np.count_nonzero(u), np.count_nonzero(v)) > 1
             ]
         )
-        low, high = _middle_95(found + (value - found.mean()))
+        low, high = _middle_95(means + (value - means.mean()))
     return {"value": value, "low": low, "high": high, "n": n, "groups": count, **more}
 
 

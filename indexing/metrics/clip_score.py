@@ -41,14 +41,16 @@ def clip_scores(images: Floats, texts: Floats, resamples: int, seed: int) -> dic
     prompts, count = images.shape[:2]
     cosines = np.einsum("pkd,qd->pkq", images, texts)  # (P, K, P)
     scores = SCALE * np.maximum(cosines, 0)
-    is_own = np.eye(prompts, dtype=bool)
-    own = scores.transpose(0, 2, 1)[is_own]  # (P, K)
-    others = (scores.sum(2) - own) / (prompts - 1) if prompts > 1 else np.zeros((0, count))
+    is_same_prompt = np.eye(prompts, dtype=bool)
+    prompt_scores = scores.transpose(0, 2, 1)[is_same_prompt]  # (P, K)
+    others = (
+        (scores.sum(2) - prompt_scores) / (prompts - 1) if prompts > 1 else np.zeros((0, count))
+    )
     groups = np.repeat(np.arange(prompts), count)
     labels = groups if prompts > 1 else groups[:0]
     first = ranks(cosines.reshape(-1, prompts)[: len(labels)], labels) < 1
     return {
-        "clip_score": mean_figure(own.ravel(), groups, resamples, seed, unit="score"),
+        "clip_score": mean_figure(prompt_scores.ravel(), groups, resamples, seed, unit="score"),
         "mismatched": mean_figure(
             others.ravel(), groups[: others.size], resamples, seed, unit="score"
         ),
@@ -77,10 +79,10 @@ def nearest_by_embedding(queries: Floats, gallery: Iterable[Floats]) -> tuple[Fl
     for piece in gallery:
         if len(piece):
             scores = queries @ piece.T
-            found = scores.argmax(1)
-            score = scores[np.arange(len(queries)), found]
+            nearest = scores.argmax(1)
+            score = scores[np.arange(len(queries)), nearest]
             is_better = score > best
-            best[is_better], row[is_better] = score[is_better], start + found[is_better]
+            best[is_better], row[is_better] = score[is_better], start + nearest[is_better]
         start += len(piece)
     return best, row
 
@@ -100,9 +102,9 @@ def nearest_by_pixels(
             distance = (
                 squares[:, None] + (other * other).sum(1) - 2 * flat @ other.T
             )  # (M, piece), squared
-            found = distance.argmin(1)
-            value = distance[np.arange(len(queries)), found]
+            nearest = distance.argmin(1)
+            value = distance[np.arange(len(queries)), nearest]
             is_better = value < best
-            best[is_better], row[is_better] = value[is_better], start + found[is_better]
+            best[is_better], row[is_better] = value[is_better], start + nearest[is_better]
         start += len(piece)
     return np.sqrt(np.maximum(best, 0) / flat.shape[1], dtype=np.float32), row

@@ -18,18 +18,18 @@ Counted = Callable[[NDArray[Any], NDArray[Any]], float]
 """(u (N,), v (M,)) -> the distance of the sets in which the pictures stand so often."""
 
 
-def frechet_of(real: NDArray[Any], made: NDArray[Any]) -> Counted:
+def frechet_of(real: NDArray[Any], generated: NDArray[Any]) -> Counted:
     """Return |m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of Gaussians fitted to both (Dowson & Landau 1982).
 
     It is FID on Inception's features alone; with fewer pictures than dimensions it is far too large, comparable at equal counts only, and
     its bootstrap's interval up to half too wide.
     """
-    x, y = (np.asarray(each, np.float64) for each in (real, made))
+    x, y = (np.asarray(features, np.float64) for features in (real, generated))
 
-    def fitted(each: NDArray[Any], count: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def fitted(features: NDArray[Any], count: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         drawn = count > 0
-        mean = count @ each / count.sum()
-        root = (each[drawn] - mean) * np.sqrt(count[drawn] / max(1, count.sum() - 1))[
+        mean = count @ features / count.sum()
+        root = (features[drawn] - mean) * np.sqrt(count[drawn] / max(1, count.sum() - 1))[
             :, None
         ]  # S = root^T root
         return mean, np.asarray(np.linalg.qr(root, "r")) if len(root) > root.shape[1] else root
@@ -44,12 +44,12 @@ def frechet_of(real: NDArray[Any], made: NDArray[Any]) -> Counted:
     return distance
 
 
-def kernel_distance_of(real: NDArray[Any], made: NDArray[Any]) -> Counted:
+def kernel_distance_of(real: NDArray[Any], generated: NDArray[Any]) -> Counted:
     """Return the unbiased squared MMD with the kernel (x . y / D + 1)^3 (Binkowski et al. 2018); it may fall below 0.
 
     A picture that is drawn again is no other picture: pairs of it with itself are left out.
     """
-    x, y = (np.asarray(each, np.float64) for each in (real, made))
+    x, y = (np.asarray(features, np.float64) for features in (real, generated))
 
     def kernel(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
         return np.asarray((a @ b.T / a.shape[1] + 1) ** 3)
@@ -66,9 +66,9 @@ def kernel_distance_of(real: NDArray[Any], made: NDArray[Any]) -> Counted:
     )
 
 
-def cmmd_of(real: NDArray[Any], made: NDArray[Any]) -> Counted:
+def cmmd_of(real: NDArray[Any], generated: NDArray[Any]) -> Counted:
     """Return 1000 times the squared MMD of unit vectors with a Gaussian kernel, sigma 10 (Jayasumana et al. 2024); on CLIP embeddings."""
-    x, y = (np.asarray(each, np.float64) for each in (real, made))
+    x, y = (np.asarray(features, np.float64) for features in (real, generated))
 
     def kernel(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
         apart = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
@@ -83,30 +83,30 @@ def cmmd_of(real: NDArray[Any], made: NDArray[Any]) -> Counted:
     return distance
 
 
-def frechet(real: NDArray[Any], made: NDArray[Any]) -> float:
+def frechet(real: NDArray[Any], generated: NDArray[Any]) -> float:
     """Return the Fréchet distance of two sets, every picture counted once."""
-    return frechet_of(real, made)(np.ones(len(real)), np.ones(len(made)))
+    return frechet_of(real, generated)(np.ones(len(real)), np.ones(len(generated)))
 
 
-def kernel_distance(real: NDArray[Any], made: NDArray[Any]) -> float:
+def kernel_distance(real: NDArray[Any], generated: NDArray[Any]) -> float:
     """Return the kernel distance of two sets, every picture counted once."""
-    return kernel_distance_of(real, made)(np.ones(len(real)), np.ones(len(made)))
+    return kernel_distance_of(real, generated)(np.ones(len(real)), np.ones(len(generated)))
 
 
-def cmmd(real: NDArray[Any], made: NDArray[Any]) -> float:
+def cmmd(real: NDArray[Any], generated: NDArray[Any]) -> float:
     """Return the CMMD of two sets, every picture counted once."""
-    return cmmd_of(real, made)(np.ones(len(real)), np.ones(len(made)))
+    return cmmd_of(real, generated)(np.ones(len(real)), np.ones(len(generated)))
 
 
 def precision_recall(
-    real: NDArray[Any], made: NDArray[Any], k: int = NEIGHBOURS
+    real: NDArray[Any], generated: NDArray[Any], k: int = NEIGHBOURS
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return which generated pictures lie within the real ones' manifold, (M,), and which real ones within the generated, (N,).
 
     A manifold is the balls around its pictures that reach to the k-th nearest other one (Kynkaanniemi et al. 2019). Their means are
     precision and recall, which tells diversity. Raises ValueError where a set has k pictures or fewer.
     """
-    x, y = (np.asarray(each, np.float64) for each in (real, made))
+    x, y = (np.asarray(features, np.float64) for features in (real, generated))
     if min(len(x), len(y)) <= k:
         raise ValueError(f"{len(x)} and {len(y)} pictures: the {k}-th neighbour asks for more")
 
@@ -116,7 +116,7 @@ def precision_recall(
         )
 
     radius_x, radius_y = (
-        np.partition(apart(each, each), k, axis=1)[:, k] for each in (x, y)
+        np.partition(apart(features, features), k, axis=1)[:, k] for features in (x, y)
     )  # place 0 is the picture itself
     between = apart(x, y)  # (N, M)
     return np.asarray((between <= radius_x[:, None]).any(0)), np.asarray(

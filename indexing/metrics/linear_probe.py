@@ -23,12 +23,12 @@ def standardised(train: Floats, *others: Floats) -> list[Floats]:
     """
     mean = train.mean(0)
     scale = float(np.sqrt(((train - mean) ** 2).mean())) or 1.0
-    scaled = [np.asarray((each - mean) / scale, np.float32) for each in (train, *others)]
+    scaled = [np.asarray((features - mean) / scale, np.float32) for features in (train, *others)]
     if len(train) >= train.shape[1]:
         return scaled
     _, size, axes = np.linalg.svd(scaled[0], full_matrices=False)
     axes = axes[size > 1e-5 * size.max(initial=1e-9)]
-    return [each @ axes.T for each in scaled]
+    return [features @ axes.T for features in scaled]
 
 
 def fit(
@@ -53,14 +53,14 @@ def fit(
         gradient[:-1] += penalty * weights[:-1]
         return value, gradient.ravel()
 
-    found = minimize(
+    solution = minimize(
         loss,
         np.zeros(x.shape[1] * classes),
         jac=True,
         method="L-BFGS-B",
         options={"maxiter": ITERATIONS},
     )
-    return np.asarray(found.x.reshape(x.shape[1], classes), np.float64)
+    return np.asarray(solution.x.reshape(x.shape[1], classes), np.float64)
 
 
 def predict(features: Floats, weights: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -90,8 +90,8 @@ def halves(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDA
     rng = np.random.default_rng(seed)
     train: list[int] = []
     for label in np.unique(labels):
-        own = rng.permutation(np.flatnonzero(labels == label))
-        train += own[: len(own) // 2].tolist()
+        class_rows = rng.permutation(np.flatnonzero(labels == label))
+        train += class_rows[: len(class_rows) // 2].tolist()
     is_train = np.zeros(len(labels), bool)
     is_train[train] = True
     return np.flatnonzero(is_train), np.flatnonzero(~is_train)
@@ -119,5 +119,7 @@ def right(
     penalty: float,
 ) -> NDArray[np.bool_]:
     """Return which of the judged rows a probe trained on the others names rightly."""
-    own, others = standardised(features[train], features[judged])
-    return np.asarray(predict(others, fit(own, labels[train], classes, penalty)) == labels[judged])
+    train_features, others = standardised(features[train], features[judged])
+    return np.asarray(
+        predict(others, fit(train_features, labels[train], classes, penalty)) == labels[judged]
+    )

@@ -64,11 +64,11 @@ def retrieval_of_all(
 
     A picture is found right where any of its captions is among the k nearest; every caption asks for its picture.
     """
-    of = [place for place, own in enumerate(captions) for _ in own]
-    each = [caption for own in captions for caption in own]
-    picture_of, first_picture = _distinct([pictures[place] for place in of])
-    caption_of, first_caption = _distinct(each)
-    texts = unit(np.asarray(encode_texts([each[i] for i in first_caption]), np.float32))
+    of = [number for number, captions_of in enumerate(captions) for _ in captions_of]
+    all_captions = [caption for captions_of in captions for caption in captions_of]
+    picture_of, first_picture = _distinct([pictures[number] for number in of])
+    caption_of, first_caption = _distinct(all_captions)
+    texts = unit(np.asarray(encode_texts([all_captions[i] for i in first_caption]), np.float32))
     named = ([groups[of[i]] for i in first_picture], [groups[of[i]] for i in first_caption])
     return _both_ways(
         images[[of[i] for i in first_picture]],
@@ -76,7 +76,7 @@ def retrieval_of_all(
         picture_of,
         caption_of,
         named,
-        len(each),
+        len(all_captions),
         resamples,
         seed,
     )
@@ -105,21 +105,21 @@ def _both_ways(
     }
 
 
-def right_places(
+def right_ranks(
     queries: Floats, gallery: Floats, query_of: NDArray[np.int64], answer_of: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Return how many wrong answers stand before the best right one for each query, (B,); right is answer_of[r] for query_of[r], (R,)."""
-    places = []
+    rank_parts = []
     order = np.argsort(query_of, kind="stable")
     query_of, answer_of = query_of[order], answer_of[order]
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         scores = queries[start : start + QUERIES_AT_ONCE] @ gallery.T
-        some = slice(*np.searchsorted(query_of, [start, start + QUERIES_AT_ONCE]))
+        batch = slice(*np.searchsorted(query_of, [start, start + QUERIES_AT_ONCE]))
         right = np.zeros(scores.shape, bool)
-        right[query_of[some] - start, answer_of[some]] = True
+        right[query_of[batch] - start, answer_of[batch]] = True
         best = np.where(right, scores, -np.inf).max(1, keepdims=True)
-        places.append(((scores >= best - SAME_SCORE) & ~right).sum(1))
-    return np.concatenate(places) if places else np.zeros(0, np.int64)
+        rank_parts.append(((scores >= best - SAME_SCORE) & ~right).sum(1))
+    return np.concatenate(rank_parts) if rank_parts else np.zeros(0, np.int64)
 
 
 def chance_of_hit(right: int, size: int, k: int) -> float:
@@ -131,10 +131,10 @@ def _distinct(things: Sequence[Hashable]) -> tuple[NDArray[np.int64], list[int]]
     """Number equal things alike in order of appearance; return the numbers and where each stands first."""
     numbers: dict[Hashable, int] = {}
     first: list[int] = []
-    for place, thing in enumerate(things):
+    for number, thing in enumerate(things):
         if thing not in numbers:
             numbers[thing] = len(first)
-            first.append(place)
+            first.append(number)
     return np.array([numbers[thing] for thing in things], np.int64), first
 
 
@@ -147,14 +147,16 @@ def _one_way(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    places = right_places(queries, gallery, query_of, answer_of)
+    ranks_right = right_ranks(queries, gallery, query_of, answer_of)
     answers = np.bincount(
         np.unique(np.stack([query_of, answer_of]), axis=1)[0], minlength=len(queries)
     )  # a pair may stand there twice
     rights, times = np.unique(answers, return_counts=True)
-    found = {}
+    figures = {}
     for k in DEPTHS:
         chances = [chance_of_hit(int(right), len(gallery), k) for right in rights]
         chance = float(np.average(chances, weights=times)) if chances else None
-        found[f"recall@{k}"] = mean_figure(places < k, groups, resamples, seed, chance=chance)
-    return found
+        figures[f"recall@{k}"] = mean_figure(
+            ranks_right < k, groups, resamples, seed, chance=chance
+        )
+    return figures

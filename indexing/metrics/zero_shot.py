@@ -44,17 +44,17 @@ def member_scores(
     present, starts = np.unique(class_of[order], return_index=True)
     scores = np.full((len(images), count), -1, np.float32)
     for start in range(0, len(images), PICTURES_AT_ONCE):
-        each = images[start : start + PICTURES_AT_ONCE] @ members[order].T  # (n, M)
+        similarities = images[start : start + PICTURES_AT_ONCE] @ members[order].T  # (n, M)
         scores[start : start + PICTURES_AT_ONCE, present] = np.maximum.reduceat(
-            each, starts, axis=1
+            similarities, starts, axis=1
         )
     return scores
 
 
 def ranks(scores: Floats, labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return how many classes stand before the right one, (N,), for scores (N, C); a tie stands before it."""
-    own = np.take_along_axis(scores, labels[:, None], axis=1)
-    return (scores >= own - SAME_SCORE).sum(1) - 1  # the right one itself is among them
+    label_score = np.take_along_axis(scores, labels[:, None], axis=1)
+    return (scores >= label_score - SAME_SCORE).sum(1) - 1  # the right one itself is among them
 
 
 def score(
@@ -73,23 +73,23 @@ def score(
     right = np.asarray(labels, np.int64)
     count = len(names)
     majority = float(np.bincount(right).max() / len(right)) if len(right) else None
-    place = ranks(scores, right)
-    found: dict[str, Any] = {"n": len(right), "classes": count}
+    rank = ranks(scores, right)
+    figures: dict[str, Any] = {"n": len(right), "classes": count}
     for depth in DEPTHS:
         more = {"chance": min(depth, count) / count} | (
             {"majority": majority} if depth == 1 else {}
         )
-        found[f"top_{depth}"] = mean_figure(place < depth, groups, resamples, seed, **more)
-    found["mean_per_class"] = class_mean_figure(
-        place < 1, right, groups, resamples, seed, chance=1 / count
+        figures[f"top_{depth}"] = mean_figure(rank < depth, groups, resamples, seed, **more)
+    figures["mean_per_class"] = class_mean_figure(
+        rank < 1, right, groups, resamples, seed, chance=1 / count
     )
     if count <= LISTED_CLASSES:
-        found["per_class"] = [
+        figures["per_class"] = [
             {
                 "class": names[label],
                 "n": int((right == label).sum()),
-                "value": float((place[right == label] < 1).mean()),
+                "value": float((rank[right == label] < 1).mean()),
             }
             for label in np.unique(right)
         ]
-    return found
+    return figures

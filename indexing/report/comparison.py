@@ -22,16 +22,16 @@ def figures(facts: Mapping[str, Any]) -> dict[tuple[str, ...], Figure]:
     return dict(_walk(facts, ()))
 
 
-def _walk(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Figure]]:
+def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Figure]]:
     if isinstance(value, Mapping) and {"value", "low", "high", "n"} <= value.keys():
         if value["value"] is not None:
-            yield place, dict(value)
+            yield path, dict(value)
     elif isinstance(value, Mapping):
-        for name, each in value.items():
+        for name, child in value.items():
             if name == "sections":
-                yield from _of_sections(each)
+                yield from _of_sections(child)
             elif name not in SKIPPED:
-                yield from _walk(each, (*place, str(name).replace("_", " ")))
+                yield from _walk(child, (*path, str(name).replace("_", " ")))
 
 
 def _of_sections(sections: Any) -> Iterator[tuple[tuple[str, ...], Figure]]:
@@ -65,29 +65,29 @@ def difference(figure: Figure, first: Figure) -> Figure:
 
 def compare(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each figure of any report: its place, each run's figure or None, each later run's difference from the first."""
-    found = {run: figures(facts) for run, facts in reports.items()}
-    places = list(dict.fromkeys(place for each in found.values() for place in each))
-    first, *others = found
+    figures_of = {run: figures(facts) for run, facts in reports.items()}
+    paths = list(dict.fromkeys(path for run_figures in figures_of.values() for path in run_figures))
+    first, *others = figures_of
     rows = []
-    for place in places:
-        own = {run: each.get(place) for run, each in found.items()}
-        base = own[first]
+    for figure_path in paths:
+        by_run = {run: run_figures.get(figure_path) for run, run_figures in figures_of.items()}
+        base = by_run[first]
         deltas = {
-            run: difference(figure, base) if base and (figure := own[run]) else None
+            run: difference(figure, base) if base and (figure := by_run[run]) else None
             for run in others
         }
         rows.append(
             {
-                "place": list(place),
-                "runs": own,
+                "figure_path": list(figure_path),
+                "runs": by_run,
                 "differences": deltas,
-                "differs": any(map(is_told, deltas.values())),
+                "differs": any(map(is_significant, deltas.values())),
             }
         )
     return rows
 
 
-def is_told(delta: Figure | None) -> bool:
+def is_significant(delta: Figure | None) -> bool:
     """Whether a difference's interval leaves out zero."""
     return (
         delta is not None and delta["low"] is not None and (delta["low"] > 0 or delta["high"] < 0)
@@ -128,11 +128,11 @@ def signed(figure: Figure) -> str:
 def changed(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """Return the keys of the recipes whose values are not all equal, with each run's value."""
     flat = [dict(_flat(config, "")) for config in configs.values()]
-    names = list(dict.fromkeys(name for each in flat for name in each))
+    names = list(dict.fromkeys(name for flat_config in flat for name in flat_config))
     return [
-        (name, [each.get(name, "not there") for each in flat])
+        (name, [flat_config.get(name, "not there") for flat_config in flat])
         for name in names
-        if len({each.get(name) for each in flat}) > 1
+        if len({flat_config.get(name) for flat_config in flat}) > 1
     ]
 
 

@@ -40,8 +40,10 @@ def curve(points: Sequence[tuple[float, float]], x_label: str, y_label: str, tit
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
     def line(values: Sequence[float], name: str) -> str:
-        places = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(xs, values, strict=True))
-        return f'<polyline class="{name}" points="{places}"/>'
+        points_text = " ".join(
+            f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(xs, values, strict=True)
+        )
+        return f'<polyline class="{name}" points="{points_text}"/>'
 
     scale = f"{y_label}{', log scale' if is_log else ''}"
     parts = [
@@ -86,8 +88,8 @@ def strip(value: float, low: float | None, high: float | None, chance: float | N
     ]
     parts.append(f'<line class="rule" x1="{at(0)}" x2="{at(1)}" y1="{middle}" y2="{middle}"/>')
     parts += [
-        f'<line class="rule" x1="{at(each)}" x2="{at(each)}" y1="{middle - 3}" y2="{middle + 3}"/>'
-        for each in (0, 0.5, 1)
+        f'<line class="rule" x1="{at(share)}" x2="{at(share)}" y1="{middle - 3}" y2="{middle + 3}"/>'
+        for share in (0, 0.5, 1)
     ]
     if chance is not None:
         parts.append(
@@ -123,15 +125,15 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Return 1, 2 and 5 times powers of ten within low..high, only the powers where there would be many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
-        found = [
+        curves = [
             factor * 10.0**power
             for power in powers
             for factor in factors
             if low <= factor * 10.0**power <= high
         ]
-        if len(found) <= 6:
+        if len(curves) <= 6:
             break
-    return found or [low, high]
+    return curves or [low, high]
 
 
 def short(number: float) -> str:
@@ -145,8 +147,8 @@ def short(number: float) -> str:
 def smoothed(values: Sequence[float]) -> list[float]:
     """Return the mean of each value and its neighbours on both sides, fewer of them at the ends."""
     reach = int(len(values) * SMOOTHED_SHARE / 2)
-    around = [min(reach, place, len(values) - 1 - place) for place in range(len(values))]
+    around = [min(reach, number, len(values) - 1 - number) for number in range(len(values))]
     return [
-        sum(values[place - near : place + near + 1]) / (2 * near + 1)
-        for place, near in enumerate(around)
+        sum(values[number - near : number + near + 1]) / (2 * near + 1)
+        for number, near in enumerate(around)
     ]

@@ -16,7 +16,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 40
 SERIES_COLOURS = 6
 NAME_PX = 17
 """Height of a line of the legend."""
-BAR_PX, LETTER_PX, MOST_NAMES_PX = 24, 6.2, 200
+BAR_PX, LETTER_PX, MAX_NAMES_PX = 24, 6.2, 200
 
 
 def plot(chart: Mapping[str, Any]) -> str:
@@ -72,7 +72,7 @@ def lines(chart: Mapping[str, Any]) -> str:
         parts.append(
             f'<text x="{LEFT - 6}" y="{y_at(tick) + 3.5:.1f}" text-anchor="end">{written}</text>'
         )
-    for x in _told_apart(xs, x_at):
+    for x in _spread_labels(xs, x_at):
         parts.append(
             f'<text x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(names.get(x, short(x)))}</text>'
         )
@@ -82,8 +82,12 @@ def lines(chart: Mapping[str, Any]) -> str:
     parts.append(f'<text class="label" x="4" y="{TOP - 12}">{escape(chart["y_label"])}</text>')
     for number, (name, points) in enumerate(series.items()):
         points = sorted(points, key=lambda point: point["x"])
-        places = " ".join(f"{x_at(point['x']):.1f},{y_at(point['value']):.1f}" for point in points)
-        parts.append(f'<g class="series s{number % SERIES_COLOURS}"><polyline points="{places}"/>')
+        points_text = " ".join(
+            f"{x_at(point['x']):.1f},{y_at(point['value']):.1f}" for point in points
+        )
+        parts.append(
+            f'<g class="series s{number % SERIES_COLOURS}"><polyline points="{points_text}"/>'
+        )
         for point in points:
             x = x_at(point["x"])
             if point["low"] is not None:
@@ -113,7 +117,7 @@ def bars(chart: Mapping[str, Any]) -> str:
     low, high = min(0.0, *bounds), max(0.0, *bounds)
     height = TOP + BAR_PX * len(rows) + BOTTOM
     span = (high - low) or 1.0
-    names_px = min(MOST_NAMES_PX, 12 + round(LETTER_PX * max(len(row["name"]) for row in rows)))
+    names_px = min(MAX_NAMES_PX, 12 + round(LETTER_PX * max(len(row["name"]) for row in rows)))
 
     def x_at(value: float) -> float:
         return names_px + (value - low) / span * (WIDTH - names_px - 60)
@@ -156,10 +160,10 @@ def bars(chart: Mapping[str, Any]) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _told_apart(xs: list[float], x_at: Any) -> list[float]:
+def _spread_labels(xs: list[float], x_at: Any) -> list[float]:
     """Return the values of x whose labels do not run into each other."""
-    shown: list[float] = []
+    label_xs: list[float] = []
     for x in xs:
-        if not shown or x_at(x) - x_at(shown[-1]) >= 30:
-            shown.append(x)
-    return shown
+        if not label_xs or x_at(x) - x_at(label_xs[-1]) >= 30:
+            label_xs.append(x)
+    return label_xs

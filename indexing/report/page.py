@@ -27,14 +27,15 @@ STANDARD_COUNTS = ("in", "out", "dropped")
 def run_facts(facts: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the report's `run` from the caller's facts and the stages' manifests: times, seconds spent, package versions."""
     packages = [manifest.get("packages", {}) for manifest in manifests]
-    names = sorted({name for each in packages for name in each})
+    names = sorted({name for versions in packages for name in versions})
     return {
         **facts,
         "started": min((manifest["started"] for manifest in manifests), default=None),
         "finished": max((manifest["finished"] for manifest in manifests), default=None),
         "seconds": round(sum(_seconds(manifest) for manifest in manifests), 1),
         "packages": {
-            name: sorted({each[name] for each in packages if name in each}) for name in names
+            name: sorted({versions[name] for versions in packages if name in versions})
+            for name in names
         },
     }
 
@@ -51,7 +52,7 @@ def stage_facts(
         and math.isfinite(row["loss"])
         and "images_seen" in row
     ]
-    found: dict[str, Any] = {
+    context: dict[str, Any] = {
         "stage": manifest["stage"],
         "key": manifest["key"],
         "inputs": dict(manifest.get("inputs", {})),
@@ -64,18 +65,18 @@ def stage_facts(
     }
     if points:
         last = points[-max(1, len(points) // 20) :]
-        found["loss"] = {
+        context["loss"] = {
             "value": sum(loss for _, loss in last) / len(last),
             "n": len(last),
             "images_seen": points[-1][0],
         }
-        found["curve"] = thinned(points, CURVE_POINTS)
-    return found
+        context["curve"] = thinned(points, CURVE_POINTS)
+    return context
 
 
-def thinned(points: Sequence[tuple[float, float]], at_most: int) -> list[tuple[float, float]]:
+def thinned(points: Sequence[tuple[float, float]], max_points: int) -> list[tuple[float, float]]:
     """Return at most so many points: the means of neighbours in equal runs."""
-    size = math.ceil(len(points) / at_most)
+    size = math.ceil(len(points) / max_points)
     runs = [points[start : start + size] for start in range(0, len(points), size)]
     return [(run[-1][0], round(sum(y for _, y in run) / len(run), 6)) for run in runs]
 
@@ -226,7 +227,7 @@ def _is_tables(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and bool(value)
-        and all(isinstance(each, Mapping) for each in value)
+        and all(isinstance(element, Mapping) for element in value)
     )
 
 
@@ -234,7 +235,7 @@ def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return (
             "{ "
-            + ", ".join(f"{json.dumps(key)} = {_value(each)}" for key, each in value.items())
+            + ", ".join(f"{json.dumps(key)} = {_value(element)}" for key, element in value.items())
             + " }"
         )
     if isinstance(value, list | tuple):

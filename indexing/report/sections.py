@@ -56,7 +56,9 @@ def lines(
     is_log_x: bool = False,
 ) -> dict[str, Any]:
     """Return a chart of figures over x, one line for each of the series, with their intervals."""
-    points = {name: [{"x": x, **figure} for x, figure in each] for name, each in series.items()}
+    points = {
+        name: [{"x": x, **figure} for x, figure in figures] for name, figures in series.items()
+    }
     return {
         "kind": "lines",
         "title": title,

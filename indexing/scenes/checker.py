@@ -58,25 +58,27 @@ def objects(picture: NDArray[np.uint8]) -> list[Object]:
     large = cv2.resize(picture, (JUDGED_PX, JUDGED_PX), interpolation=cv2.INTER_CUBIC)
     large = np.asarray(cv2.GaussianBlur(large, (0, 0), BLUR * JUDGED_PX), np.uint8)
     span, hue = large.max(2) - large.min(2), _hues(large)
-    found = []
+    detected = []
     for colour, rgb in COLOURS.items():
         away = np.abs((hue - _hues(np.array([[rgb]], np.uint8))[0, 0] + 180) % 360 - 180)
         mask = ((span >= LEAST_SATURATION * np.ptp(rgb)) & (away <= HUE_TOLERANCE)).astype(np.uint8)
         count, pieces = cv2.connectedComponents(mask, connectivity=4)
         for piece in range(1, count):
-            own = (pieces == piece).astype(np.uint8)
+            piece_mask = (pieces == piece).astype(np.uint8)
             if (
-                cv2.distanceTransform(np.pad(own, 1), cv2.DIST_L2, 5).max()
+                cv2.distanceTransform(np.pad(piece_mask, 1), cv2.DIST_L2, 5).max()
                 < LEAST_THICKNESS * JUDGED_PX
             ):
                 continue
-            outlines, _ = cv2.findContours(own, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-            filled = cv2.drawContours(np.zeros_like(own), outlines, -1, 1, cv2.FILLED).astype(bool)
+            outlines, _ = cv2.findContours(piece_mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+            filled = cv2.drawContours(
+                np.zeros_like(piece_mask), outlines, -1, 1, cv2.FILLED
+            ).astype(bool)
             left, top, width, height = cv2.boundingRect(filled.astype(np.uint8))
             shape = shape_of(filled[top : top + height, left : left + width])
-            box = [each / JUDGED_PX for each in (left, top, left + width, top + height)]
-            found.append(Object(shape, colour, box[0], box[1], box[2], box[3], filled))
-    return sorted(found, key=lambda each: (each.x, each.y))
+            box = [edge / JUDGED_PX for edge in (left, top, left + width, top + height)]
+            detected.append(Object(shape, colour, box[0], box[1], box[2], box[3], filled))
+    return sorted(detected, key=lambda one_object: (one_object.x, one_object.y))
 
 
 def _hues(picture: NDArray[Any]) -> NDArray[np.float32]:
@@ -126,28 +128,34 @@ def claims(picture: NDArray[np.uint8], scene: Scene) -> list[bool]:
     for thing in sorted(
         scene.things, key=lambda thing: not thing.colour
     ):  # the ones that ask for most choose first
-        own = [place for place, each in enumerate(seen) if place not in taken and is_a(each, thing)]
-        taken.update(own[: thing.count])
-        groups.append([seen[place] for place in own[: thing.count]])
+        matching = [
+            number
+            for number, candidate in enumerate(seen)
+            if number not in taken and is_a(candidate, thing)
+        ]
+        taken.update(matching[: thing.count])
+        groups.append([seen[number] for number in matching[: thing.count]])
     of_thing = dict(
         zip(
-            sorted(range(len(scene.things)), key=lambda place: not scene.things[place].colour),
+            sorted(range(len(scene.things)), key=lambda number: not scene.things[number].colour),
             groups,
             strict=True,
         )
     )
-    found = [len(of_thing[place]) == thing.count for place, thing in enumerate(scene.things)]
-    held = [*found, len(seen) == sum(thing.count for thing in scene.things)]
+    counts_right = [
+        len(of_thing[number]) == thing.count for number, thing in enumerate(scene.things)
+    ]
+    held = [*counts_right, len(seen) == sum(thing.count for thing in scene.things)]
     if scene.relation:
-        held.append(all(found) and stands(of_thing[0][0], of_thing[1][0], scene.relation))
+        held.append(all(counts_right) and stands(of_thing[0][0], of_thing[1][0], scene.relation))
     return held
 
 
-def is_a(each: Object, thing: Thing) -> bool:
+def is_a(candidate: Object, thing: Thing) -> bool:
     """Whether an object is such a thing."""
-    half = max(each.right - each.left, each.bottom - each.top) / 2
+    half = max(candidate.right - candidate.left, candidate.bottom - candidate.top) / 2
     has_size = not thing.size or (half > SIZE_LIMIT) == (thing.size == "large")
-    return each.shape == thing.shape and thing.colour in ("", each.colour) and has_size
+    return candidate.shape == thing.shape and thing.colour in ("", candidate.colour) and has_size
 
 
 def stands(first: Object, second: Object, relation: str) -> bool:

@@ -18,8 +18,8 @@ ReadText = Callable[[NDArray[np.uint8]], str]
 def judge_of(caption: str, read_text: ReadText | None) -> Judge | None:
     """Return what judges pictures of a caption, or None where nothing can: no scene and no puzzle, or a sign and no reader of text."""
     if puzzle := puzzles.parse(caption):
-        asked = puzzle
-        return lambda picture: float(np.mean(puzzles.claims(picture, asked)))
+        wanted_puzzle = puzzle
+        return lambda picture: float(np.mean(puzzles.claims(picture, wanted_puzzle)))
     scene = scenes.parse(caption)
     if scene is None or (scene.word and read_text is None):
         return None
@@ -32,15 +32,15 @@ def judge_of(caption: str, read_text: ReadText | None) -> Judge | None:
 
 def character_accuracy(read: str, word: str) -> float:
     """Return 1 minus the edit distance as a share of the longer word, of letters and digits in lower case; 1 is the word itself."""
-    text = "".join(each for each in read.lower() if each.isalnum())
+    text = "".join(letter for letter in read.lower() if letter.isalnum())
     return 1 - edit_distance(text, word) / max(len(text), len(word), 1)
 
 
 def edit_distance(a: str, b: str) -> int:
     """Return how many letters must be put in, taken out or replaced (Levenshtein 1966)."""
     row = list(range(len(b) + 1))
-    for place, letter in enumerate(a, 1):
-        before, row[0] = row[0], place
+    for position, letter in enumerate(a, 1):
+        before, row[0] = row[0], position
         for other in range(1, len(b) + 1):
             before, row[other] = (
                 row[other],
@@ -57,10 +57,12 @@ def best_of(scores: NDArray[np.float64], values: NDArray[np.float64], n: int) ->
     total = len(scores)
     if not 1 <= n <= total:
         raise ValueError(f"best of {n} needs as many samples, there are {total}")
-    found, below = 0.0, 0
+    expectation, below = 0.0, 0
     for level in np.unique(scores):
         equal = scores == level
         upto = below + int(equal.sum())
-        found += (comb(upto, n) - comb(below, n)) / comb(total, n) * float(values[equal].mean())
+        expectation += (
+            (comb(upto, n) - comb(below, n)) / comb(total, n) * float(values[equal].mean())
+        )
         below = upto
-    return found
+    return expectation

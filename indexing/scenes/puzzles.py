@@ -26,7 +26,7 @@ COLOURS = {
     "B": (45, 75, 215),
     "D": (245, 205, 20),
 }
-PLACES = {"U": (0, 3), "L": (3, 0), "F": (3, 3), "R": (3, 6), "B": (3, 9), "D": (6, 3)}
+FACE_CORNERS = {"U": (0, 3), "L": (3, 0), "F": (3, 3), "R": (3, 6), "B": (3, 9), "D": (6, 3)}
 """Row and column of each face in the unfolded cube."""
 NORMALS = {
     "U": (0, 1, 0),
@@ -77,8 +77,8 @@ def parse(caption: str) -> Puzzle | None:
     text = " ".join(caption.lower().split())
     if text in (EVEN, ANY):
         return Puzzle(is_even=text == EVEN)
-    found = TURNED.fullmatch(text)
-    puzzle = Puzzle(tuple(found[1].upper().split())) if found else None
+    match = TURNED.fullmatch(text)
+    puzzle = Puzzle(tuple(match[1].upper().split())) if match else None
     return puzzle if puzzle and puzzle.caption == text else None
 
 
@@ -141,7 +141,7 @@ def claims(picture: NDArray[np.uint8], puzzle: Puzzle) -> list[bool]:
 
 def read_grid(page: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Read a picture of 40 pixels as a grid (5, 5); -1 for a cell that is like no number."""
-    known = (
+    face_answers = (
         np.stack([_cell(number) for number in range(SIDE * SIDE)])
         .reshape(SIDE * SIDE, -1)
         .astype(np.float64)
@@ -152,57 +152,57 @@ def read_grid(page: NDArray[np.uint8]) -> NDArray[np.int64]:
         .reshape(SIDE * SIDE, -1)
         .astype(np.float64)
     )
-    away = ((cells[:, None] - known) ** 2).mean(2)  # (25, 25)
+    away = ((cells[:, None] - face_answers) ** 2).mean(2)  # (25, 25)
     best = away.argmin(1)
-    level = known.std(1).mean() ** 2
+    level = face_answers.std(1).mean() ** 2
     return np.where(away.min(1) <= (1 - LEAST_READABLE) * level, best, -1).reshape(SIDE, SIDE)
 
 
 def read_cube(page: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Read a picture of 40 pixels as stickers (6, 3, 3): each the colour nearest to the mean of its place."""
     palette = np.array([COLOURS[face] for face in FACES], np.float64)
-    found = np.zeros((6, 3, 3), np.int64)
+    faces = np.zeros((6, 3, 3), np.int64)
     for face, name in enumerate(FACES):
         for row, column in np.ndindex(3, 3):
             y, x = _corner(name, row, column)
             mean = page[y : y + STICKER_PX, x : x + STICKER_PX].reshape(-1, 3).mean(0)
-            found[face, row, column] = ((mean - palette) ** 2).sum(1).argmin()
-    return found
+            faces[face, row, column] = ((mean - palette) ** 2).sum(1).argmin()
+    return faces
 
 
 @cache
 def _moves() -> dict[str, NDArray[np.int64]]:
     """Return for each turn which sticker comes to each place, by turning the layer's stickers about its axis."""
-    places = {}
+    sticker_cells = {}
     for face, name in enumerate(FACES):
         normal = np.array(NORMALS[name])
         for row, column in np.ndindex(3, 3):
-            places[(face, row, column)] = (_position(name, row, column), normal)
+            sticker_cells[(face, row, column)] = (_position(name, row, column), normal)
     where = {
         (*position, *normal): number
         for number, (position, normal) in enumerate(
-            (tuple(p), tuple(n)) for p, n in places.values()
+            (tuple(p), tuple(n)) for p, n in sticker_cells.values()
         )
     }
-    found = {}
+    turned_stickers = {}
     for turn in TURNS:
         axis = np.array(NORMALS[turn[0]])
         clockwise = (
             -1 if len(turn) == 1 else 1
         )  # seen from outside, a quarter turn against the axis' right hand
         order = np.arange(54)
-        for position, normal in places.values():
+        for position, normal in sticker_cells.values():
             if position @ axis == 1:
                 moved = (*_quarter(position, axis, clockwise), *_quarter(normal, axis, clockwise))
                 order[where[moved]] = where[(*position, *normal)]
-        found[turn] = order
-    return found
+        turned_stickers[turn] = order
+    return turned_stickers
 
 
 def _quarter(vector: NDArray[np.int64], axis: NDArray[np.int64], way: int) -> tuple[int, ...]:
     """Turn a vector by 90 degrees about an axis, by the right hand for way = 1 (Rodrigues)."""
     along = axis * int(vector @ axis)
-    return tuple(int(each) for each in along + way * np.cross(axis, vector))
+    return tuple(int(coordinate) for coordinate in along + way * np.cross(axis, vector))
 
 
 def _position(name: str, row: int, column: int) -> NDArray[np.int64]:
@@ -230,7 +230,7 @@ def turned(turns: tuple[str, ...]) -> NDArray[np.int64]:
 
 
 def _corner(name: str, row: int, column: int) -> tuple[int, int]:
-    top, left = PLACES[name]
+    top, left = FACE_CORNERS[name]
     return 6 + (top + row) * STICKER_PX, 2 + (left + column) * STICKER_PX
 
 
@@ -256,8 +256,8 @@ def _cell(number: int) -> NDArray[np.uint8]:
     cell = np.full((CELL_PX, CELL_PX, 3), PAPER if number else GAP, np.uint8)
     cell[-1], cell[:, -1] = GAP, GAP
     text = str(number) if number else ""
-    for place, digit in enumerate(text):
+    for position, digit in enumerate(text):
         glyph = np.array(list(GLYPHS[digit])).reshape(5, 3) == "1"
-        left = 4 * place if len(text) == 2 else 2
+        left = 4 * position if len(text) == 2 else 2
         cell[1:6, left : left + 3][glyph] = INK
     return cell

@@ -36,7 +36,7 @@ ROWS = (
 INK = (25, 25, 30)
 BOARD = (250, 240, 200)
 SUPERSAMPLED = 8
-TRIES, TRIES_EACH = 500, 20
+TRIES, TRIES_PER_THING = 500, 20
 
 WORDS = (
     *(
@@ -206,10 +206,10 @@ def parse(caption: str) -> Scene | None:
     text = " ".join(caption.lower().split())
     if sign := SIGN.fullmatch(text):
         return Scene(word=sign[1])
-    found = SCENE.fullmatch(text)
-    if not found:
+    match = SCENE.fullmatch(text)
+    if not match:
         return None
-    number, size, colour, shape, joint, *second = found.groups()
+    number, size, colour, shape, joint, *second = match.groups()
     things = [Thing(shape, colour or "", size or "", NUMBERS.index(number))]
     if joint:
         things.append(Thing(second[3], second[2] or "", second[1] or "", NUMBERS.index(second[0])))
@@ -236,19 +236,19 @@ def phrasings(scene: Scene, rng: np.random.Generator) -> list[str]:
     """Return captions that are true of a picture of the scene, its own first: things in either order, and without their colours."""
     if scene.word:
         return [scene.caption, f"a board with the word {scene.word}"]
-    found = [scene.caption]
+    sentences = [scene.caption]
     if len(scene.things) == 2 and not scene.relation:
-        found = [scene.caption, replace(scene, things=scene.things[::-1]).caption]
-        found = found[:: int(rng.choice([1, -1]))]
+        sentences = [scene.caption, replace(scene, things=scene.things[::-1]).caption]
+        sentences = sentences[:: int(rng.choice([1, -1]))]
     bare = replace(
         scene, things=tuple(replace(thing, colour="", size="") for thing in scene.things)
     )
     if scene.row in ("colours", "attribution"):
-        found.append(bare.caption)
-    return [*found, f"a picture of {scene.caption}"]
+        sentences.append(bare.caption)
+    return [*sentences, f"a picture of {scene.caption}"]
 
 
-def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
+def arrange(scene: Scene, rng: np.random.Generator) -> list[Placed]:
     """Return where the shapes of a scene go, drawn by `rng`; what is drawn later lies in front. Open colours are drawn too."""
     things = [
         replace(thing, colour=thing.colour or str(rng.choice(list(COLOURS))))
@@ -267,11 +267,11 @@ def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
             radius = {"small": rng.uniform(0.135, 0.165), "large": rng.uniform(0.27, 0.34)}.get(
                 thing.size, shared
             )
-            for _ in range(TRIES_EACH):
+            for _ in range(TRIES_PER_THING):
                 x, y = rng.uniform(radius + 0.04, 0.96 - radius, 2)
                 if all(
-                    np.hypot(x - each.x, y - each.y) > 1.15 * (radius + each.radius) + 0.04
-                    for each in placed
+                    np.hypot(x - other.x, y - other.y) > 1.15 * (radius + other.radius) + 0.04
+                    for other in placed
                 ):
                     placed.append(Placed(thing.shape, thing.colour, x, y, radius))
                     break
@@ -284,8 +284,8 @@ def _inside(inner: Thing, outer: Thing, rng: np.random.Generator) -> list[Placed
     is_narrow = outer.shape == "triangle"  # its widest place lies below its middle
     radius = rng.uniform(0.4, 0.44) if is_narrow else rng.uniform(0.36, 0.42)
     x, y = rng.uniform(radius + 0.04, 0.96 - radius, 2)
-    own = rng.uniform(0.11, 0.125) if is_narrow else rng.uniform(0.13, 0.155)
-    small = Placed(inner.shape, inner.colour, x, y + (0.1 if is_narrow else 0.0), own)
+    size_radius = rng.uniform(0.11, 0.125) if is_narrow else rng.uniform(0.13, 0.155)
+    small = Placed(inner.shape, inner.colour, x, y + (0.1 if is_narrow else 0.0), size_radius)
     return [Placed(outer.shape, outer.colour, x, y, radius), small]
 
 
@@ -334,9 +334,12 @@ def draw(scene: Scene, side_px: int, rng: np.random.Generator) -> NDArray[np.uin
     if scene.word:
         return _shrunk(_sign(scene.word, big, rng), side_px)
     canvas = np.full((big, big, 3), 255, np.uint8)
-    for each in place(scene, rng):
-        points = (np.array([each.x, each.y]) + each.radius * corners(each.shape)) * big
-        cv2.fillPoly(canvas, [points.round().astype(np.int32)], COLOURS[each.colour])
+    for placed_thing in arrange(scene, rng):
+        points = (
+            np.array([placed_thing.x, placed_thing.y])
+            + placed_thing.radius * corners(placed_thing.shape)
+        ) * big
+        cv2.fillPoly(canvas, [points.round().astype(np.int32)], COLOURS[placed_thing.colour])
     return _shrunk(canvas, side_px)
 
 

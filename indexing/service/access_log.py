@@ -19,7 +19,9 @@ class Lines:
         """Add a line."""
         if not self._waiting:
             asyncio.get_running_loop().call_later(LOG_S, self.write)
-        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}, ensure_ascii=True)
+        line = json.dumps(
+            {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}, ensure_ascii=True
+        )
         self._waiting.append(line + "\n")
 
     def write(self) -> None:

@@ -27,7 +27,7 @@ from prometheus_client import (
 )
 
 from indexing.ann.view import CHOICES, NEAR, Hit, make_filter
-from indexing.service.backend import Backend, Query, found, refused
+from indexing.service.backend import Backend, Query, find_hit, refused
 from indexing.service.clip_retrieval import add_protocol
 from indexing.service.http_protocol import ConnectionLimits, bounded_protocol
 from indexing.service.json_route import QuickRoute
@@ -49,7 +49,16 @@ PAGE = {
     "/search.css": ("search.css", "text/css; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-RESULT_COLUMNS = ("key", "caption", "licence", "style", "category", "split", "width_px", "height_px")
+RESULT_COLUMNS = (
+    "key",
+    "caption",
+    "licence",
+    "style",
+    "category",
+    "split",
+    "width_px",
+    "height_px",
+)
 FACET_VALUES = 200
 
 Key = Annotated[str, InPath(max_length=200)]
@@ -58,12 +67,21 @@ Key = Annotated[str, InPath(max_length=200)]
 def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) -> FastAPI:
     """Return the application; it closes the service when it ends."""
     registry = CollectorRegistry()
-    batches = Histogram("unclip_text_batch", "Texts encoded at once.", registry=registry, buckets=(1, 2, 4, 8, 16, 32))
+    batches = Histogram(
+        "unclip_text_batch",
+        "Texts encoded at once.",
+        registry=registry,
+        buckets=(1, 2, 4, 8, 16, 32),
+    )
     texts = Texts(batches.observe)
     backend = Backend(service, config, texts)
     for name, what, value in (
         ("unclip_index_samples", "Samples that can be found.", lambda: service.version.view.count),
-        ("unclip_index_segments", "Index folders that are searched.", lambda: len(service.version.view.segments)),
+        (
+            "unclip_index_segments",
+            "Index folders that are searched.",
+            lambda: len(service.version.view.segments),
+        ),
         ("unclip_index_swaps", "How often another version took over.", lambda: service.swaps),
         ("unclip_text_cache_hits", "Texts whose vector was remembered.", lambda: texts.hits),
         ("unclip_text_cache_misses", "Texts that had to be encoded.", lambda: texts.misses),
@@ -97,14 +115,21 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
     return app
 
 
-def _add_about(app: FastAPI, service: Service, config: ServeConfig, registry: CollectorRegistry) -> None:
+def _add_about(
+    app: FastAPI, service: Service, config: ServeConfig, registry: CollectorRegistry
+) -> None:
     """Add what is told of the service itself, and the session of its page."""
 
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
         """Say that the service answers, and from what; waits for nothing."""
         name, view = service.version.name, service.version.view
-        about = {"samples": view.count, "segments": len(view.segments), "clip": view.clip, "version": view.version}
+        about = {
+            "samples": view.count,
+            "segments": len(view.segments),
+            "clip": view.clip,
+            "version": view.version,
+        }
         return {"status": "ok", "run": name, **about}
 
     @app.get("/metrics", response_class=Response)
@@ -113,15 +138,22 @@ def _add_about(app: FastAPI, service: Service, config: ServeConfig, registry: Co
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/session", status_code=204)
-    async def session(given: Token, request: Request) -> Response:
+    async def session(token: Token, request: Request) -> Response:
         """Keep the token in a cookie that no script can read, for the page and its pictures."""
         if config.token is None:
             return Response(status_code=204)
-        if not is_token(given.token, config.token):
+        if not is_token(token.token, config.token):
             raise HTTPException(401, "that is not the token")
         answer = Response(status_code=204)
         is_https = request.url.scheme == "https"
-        answer.set_cookie(COOKIE, config.token, httponly=True, samesite="strict", secure=is_https, max_age=30 * 86_400)
+        answer.set_cookie(
+            COOKIE,
+            config.token,
+            httponly=True,
+            samesite="strict",
+            secure=is_https,
+            max_age=30 * 86_400,
+        )
         return answer
 
 
@@ -132,50 +164,79 @@ def _add_search(app: FastAPI, backend: Backend) -> None:
     @app.get("/facets")
     async def facets() -> dict[str, dict[str, int]]:
         """Count the samples of each licence, style, category and split: what a query can be filtered by. Counted once a version."""
-        counted = await to_thread.run_sync((await backend.version()).view.facets, limiter=threads.counting)
+        counted = await to_thread.run_sync(
+            (await backend.version()).view.facets, limiter=threads.counting
+        )
         return {name: dict(list(values.items())[:FACET_VALUES]) for name, values in counted.items()}
 
     @app.post("/search")
-    async def search(asked: Question) -> dict[str, Any]:
+    async def search(question: Question) -> dict[str, Any]:
         """Find the samples nearest to a text, a picture, an embedding or another sample."""
-        if asked.k > config.max_results:
+        if question.k > config.max_results:
             raise HTTPException(422, f"k: at most {config.max_results}")
-        if asked.offset + asked.k > config.max_depth:
+        if question.offset + question.k > config.max_depth:
             raise HTTPException(422, f"offset + k: at most {config.max_depth}")
         version = await backend.version()
         view = version.view
-        backend.check_clip(version, asked.clip)
-        query = Query(asked.text, asked.image, asked.image_url, asked.embedding, asked.key)
-        if sum(each is not None for each in query) != 1:
+        backend.check_clip(version, question.clip)
+        query = Query(
+            question.text, question.image, question.image_url, question.embedding, question.key
+        )
+        if sum(query_part is not None for query_part in query) != 1:
             raise HTTPException(422, "give one of text, image, image_url, embedding and key")
         vector, without = await backend.vector(version, query)
-        wanted = {name: getattr(asked, name) for name in CHOICES if getattr(asked, name)}
-        chosen = refused(make_filter, wanted, asked.min_side_px, asked.max_side_px)
-        near, columns = None if asked.near_copies else NEAR, ("origin", *RESULT_COLUMNS)
-        hits = await backend.hits(view, vector, asked.k, asked.modality, chosen, asked.offset, near, without, columns)
-        about = {"clip": view.clip, "version": view.version, "samples": view.count, "offset": asked.offset}
+        wanted = {name: getattr(question, name) for name in CHOICES if getattr(question, name)}
+        chosen = refused(make_filter, wanted, question.min_side_px, question.max_side_px)
+        near, columns = None if question.near_copies else NEAR, ("origin", *RESULT_COLUMNS)
+        hits = await backend.hits(
+            view,
+            vector,
+            question.k,
+            question.modality,
+            chosen,
+            question.offset,
+            near,
+            without,
+            columns,
+        )
+        about = {
+            "clip": view.clip,
+            "version": view.version,
+            "samples": view.count,
+            "offset": question.offset,
+        }
         return {**about, "results": [_result(hit) for hit in hits]}
 
     @app.get("/sample/{key}")
     async def sample(key: Key) -> dict[str, Any]:
         """Return what is known of one sample."""
-        facts = found((await backend.version()).view, key).facts
-        return {name: value for name, value in facts.items() if name not in ("shard", "member", "offset")}
+        facts = find_hit((await backend.version()).view, key).facts
+        return {
+            name: value
+            for name, value in facts.items()
+            if name not in ("shard", "member", "offset")
+        }
 
     @app.get("/thumbnail/{key}", response_class=Response)
     async def thumbnail(key: Key) -> Response:
         """Return a sample's picture, as it is stored, at most 256 pixels wide."""
         view = (await backend.version()).view
-        hit = found(view, key)
+        hit = find_hit(view, key)
         try:
-            drawn = await to_thread.run_sync(backend.service.thumbnail, view, hit, limiter=threads.drawing)
+            drawn = await to_thread.run_sync(
+                backend.service.thumbnail, view, hit, limiter=threads.drawing
+            )
         except DataError as error:
             backend.service.parts.report(str(error))
             raise HTTPException(404, "its picture cannot be read") from None
-        return Response(drawn, media_type="image/png", headers={"cache-control": "private, max-age=60"})
+        return Response(
+            drawn, media_type="image/png", headers={"cache-control": "private, max-age=60"}
+        )
 
 
-def run(service: Service, config: ServeConfig, ready: Callable[[str], None], log: TextIO = sys.stderr) -> None:
+def run(
+    service: Service, config: ServeConfig, ready: Callable[[str], None], log: TextIO = sys.stderr
+) -> None:
     """Serve until interrupted; `ready` is told the address once it answers."""
 
     class Server(uvicorn.Server):
@@ -201,7 +262,7 @@ def run(service: Service, config: ServeConfig, ready: Callable[[str], None], log
             ws="none",
             timeout_keep_alive=IDLE_S,
             timeout_graceful_shutdown=SHUTDOWN_S,
-            limit_concurrency=LIMITS.places,
+            limit_concurrency=LIMITS.max_connections,
         )
     ).run()
 
@@ -213,20 +274,26 @@ def _add_page(app: FastAPI) -> None:
         async def answer(body: bytes = body, kind: str = kind) -> Response:
             return Response(body, media_type=kind, headers={"cache-control": "no-cache"})
 
-        app.add_api_route(path, answer, methods=["GET"], include_in_schema=False, response_model=None)
+        app.add_api_route(
+            path, answer, methods=["GET"], include_in_schema=False, response_model=None
+        )
 
 
 def _result(hit: Hit) -> dict[str, Any]:
-    told = {**hit.facts, "url": hit.facts["origin"], "score": round(hit.score, 4)}
-    del told["origin"]
-    return told
+    result = {**hit.facts, "url": hit.facts["origin"], "score": round(hit.score, 4)}
+    del result["origin"]
+    return result
 
 
 async def _say_what_is_wrong(_: Request, error: Exception) -> JSONResponse:
     """Answer 422 with places and reasons, without the input: it may hold what JSON cannot."""
     assert isinstance(error, RequestValidationError)
     detail = [
-        {"loc": [speakable(str(part)[:100]) for part in each["loc"]], "msg": speakable(str(each["msg"])[:300]), "type": each["type"]}
-        for each in error.errors()[:20]
+        {
+            "loc": [speakable(str(part)[:100]) for part in fault["loc"]],
+            "msg": speakable(str(fault["msg"])[:300]),
+            "type": fault["type"],
+        }
+        for fault in error.errors()[:20]
     ]
     return JSONResponse({"detail": detail}, 422)

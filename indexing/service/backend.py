@@ -66,12 +66,18 @@ class Backend:
             return await self.freshness.version()
         except UnclipError as error:
             self.service.parts.report(str(error))
-            raise HTTPException(503, "the removal log cannot be read, so nothing is shown; the service's log says why") from None
+            raise HTTPException(
+                503,
+                "the removal log cannot be read, so nothing is shown; the service's log says why",
+            ) from None
 
     def check_clip(self, version: Version, clip: str | None) -> None:
         """Refuse a question that names another CLIP than the index's."""
         if clip is not None and clip != version.view.clip:
-            raise HTTPException(409, f"the index was made by CLIP {version.view.clip}, the query by {clip}: embed it with the index's own")
+            raise HTTPException(
+                409,
+                f"the index was made by CLIP {version.view.clip}, the query by {clip}: embed it with the index's own",
+            )
 
     async def vector(self, version: Version, query: Query) -> tuple[Floats | Hit, frozenset[str]]:
         """Return the query's unit vector (D,), or the sample whose it is, and the pictures (SHA-256) that are no answer to it."""
@@ -79,26 +85,36 @@ class Backend:
         if query.text is not None:
             if not query.text.strip():
                 raise HTTPException(422, "text: it is empty")
-            return await self.texts.vector(encoders.texts, encoders.clip, query.text.strip()), frozenset()
+            return await self.texts.vector(
+                encoders.texts, encoders.clip, query.text.strip()
+            ), frozenset()
         if query.embedding is not None:
             return refused(_as_vector, query.embedding, view.dim), frozenset()
         if query.key is not None:
-            hit = found(view, query.key)
+            hit = find_hit(view, query.key)
             return hit, frozenset({hit.facts["sha256"]})
         try:
             if query.image is not None:
                 data = image_upload.from_base64(query.image)
             elif self.service.parts.fetch is None:
-                raise HTTPException(403, "image_url: this service fetches no pictures; send the picture itself")
+                raise HTTPException(
+                    403, "image_url: this service fetches no pictures; send the picture itself"
+                )
             else:
-                data = await to_thread.run_sync(self.service.parts.fetch, query.image_url or "", limiter=threads.fetching)
-            return await to_thread.run_sync(self.service.encode_picture, encoders, data, limiter=threads.decoding), frozenset()
+                data = await to_thread.run_sync(
+                    self.service.parts.fetch, query.image_url or "", limiter=threads.fetching
+                )
+            return await to_thread.run_sync(
+                self.service.encode_picture, encoders, data, limiter=threads.decoding
+            ), frozenset()
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
 
-    async def hits(self, view: View, asked: Floats | Hit, *arguments: Any, **more: Any) -> list[Hit]:
+    async def hits(
+        self, view: View, query: Floats | Hit, *arguments: Any, **more: Any
+    ) -> list[Hit]:
         """Search as `View.search` does, in a thread, so that requests are read and answered meanwhile."""
-        search = partial(refused, _search, view, asked, *arguments, **more)
+        search = partial(refused, _search, view, query, *arguments, **more)
         return await asyncio.get_running_loop().run_in_executor(self.threads.searching, search)
 
     def close(self) -> None:
@@ -114,7 +130,7 @@ def refused(ask: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
         raise HTTPException(422, str(error)) from None
 
 
-def found(view: View, key: str) -> Hit:
+def find_hit(view: View, key: str) -> Hit:
     """Return the sample with that key; HTTP 404 where there is none."""
     hit = view.find_key(key)
     if hit is None:
@@ -122,15 +138,17 @@ def found(view: View, key: str) -> Hit:
     return hit
 
 
-def _search(view: View, asked: Floats | Hit, *arguments: Any, **more: Any) -> list[Hit]:
-    vector = unit(view.vector(asked)[None])[0] if isinstance(asked, Hit) else asked
+def _search(view: View, query: Floats | Hit, *arguments: Any, **more: Any) -> list[Hit]:
+    vector = unit(view.vector(query)[None])[0] if isinstance(query, Hit) else query
     return view.search(vector, *arguments, **more)
 
 
 def _as_vector(embedding: Sequence[float], dim: int) -> Floats:
     """Return numbers as a unit vector (D,). Raises ValueError where they are too many or too few, or have no direction."""
     if len(embedding) != dim:
-        raise ValueError(f"embedding: it has {len(embedding)} numbers but the index has {dim} dimensions")
+        raise ValueError(
+            f"embedding: it has {len(embedding)} numbers but the index has {dim} dimensions"
+        )
     length = math.hypot(*embedding)  # of a list in a tenth of the time that numpy takes to begin
     if length == 0:
         raise ValueError("embedding: it has no direction")

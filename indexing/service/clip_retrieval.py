@@ -8,7 +8,17 @@ from indexing.ann.view import NEAR, Hit
 from indexing.service.backend import Backend, Query
 from indexing.service.requests import KnnQuestion, MetadataQuestion
 
-COLUMNS = ("url", "caption", "key", "licence", "style", "category", "split", "width_px", "height_px")
+COLUMNS = (
+    "url",
+    "caption",
+    "key",
+    "licence",
+    "style",
+    "category",
+    "split",
+    "width_px",
+    "height_px",
+)
 
 
 def add_protocol(app: FastAPI, backend: Backend) -> None:
@@ -17,7 +27,9 @@ def add_protocol(app: FastAPI, backend: Backend) -> None:
 
     def check_name(name: str | None) -> None:
         if name and name not in service.names:
-            raise HTTPException(404, f"there is no index of that name: {service.version.name} is served")
+            raise HTTPException(
+                404, f"there is no index of that name: {service.version.name} is served"
+            )
 
     @app.get("/indices-list")
     async def indices_list() -> list[str]:
@@ -25,35 +37,58 @@ def add_protocol(app: FastAPI, backend: Backend) -> None:
         return [service.version.name]
 
     @app.post("/knn-service")
-    async def knn_service(asked: KnnQuestion) -> list[dict[str, Any]]:
+    async def knn_service(question: KnnQuestion) -> list[dict[str, Any]]:
         """clip-retrieval's protocol: the nearest samples; the first `num_images` with their metadata, all with their number.
 
         An embedding says nothing of the CLIP that made it, so that only its dimensions are checked, unless `clip` names it.
         """
         version = await backend.version()
-        check_name(asked.indice_name)
-        backend.check_clip(version, asked.clip)
-        query = Query(asked.text or None, asked.image or None, asked.image_url or None, asked.embedding_input)
-        if sum(each is not None for each in query) != 1:
+        check_name(question.indice_name)
+        backend.check_clip(version, question.clip)
+        query = Query(
+            question.text or None,
+            question.image or None,
+            question.image_url or None,
+            question.embedding_input,
+        )
+        if sum(query_part is not None for query_part in query) != 1:
             raise HTTPException(422, "give one of text, image, image_url and embedding_input")
-        k = min(max(asked.num_images, asked.num_result_ids), config.max_results)
+        k = min(max(question.num_images, question.num_result_ids), config.max_results)
         if k == 0:
             return []
         vector, without = await backend.vector(version, query)
-        near = NEAR if asked.deduplicate else None
-        hits = await backend.hits(version.view, vector, k, asked.modality, near=near, without=without, columns=("origin", *COLUMNS[1:]))
+        near = NEAR if question.deduplicate else None
+        hits = await backend.hits(
+            version.view,
+            vector,
+            k,
+            question.modality,
+            near=near,
+            without=without,
+            columns=("origin", *COLUMNS[1:]),
+        )
         return [
-            {**(_metadata(hit) if place < asked.num_images else {}), "id": number, "similarity": hit.score}
-            for place, (hit, number) in enumerate(zip(hits, version.view.numbers(hits), strict=True))
+            {
+                **(_metadata(hit) if number_in_page < question.num_images else {}),
+                "id": number,
+                "similarity": hit.score,
+            }
+            for number_in_page, (hit, number) in enumerate(
+                zip(hits, version.view.numbers(hits), strict=True)
+            )
         ]
 
     @app.post("/metadata")
-    async def metadata(asked: MetadataQuestion) -> list[dict[str, Any]]:
+    async def metadata(question: MetadataQuestion) -> list[dict[str, Any]]:
         """clip-retrieval's protocol: the metadata of samples by number; those that are gone are left out."""
         view = (await backend.version()).view
-        check_name(asked.indice_name)
-        wanted = asked.ids[: config.max_results]
-        return [{"id": number, "metadata": _metadata(hit)} for number in wanted for hit in view.find_number(number)[:1]]
+        check_name(question.indice_name)
+        wanted = question.ids[: config.max_results]
+        return [
+            {"id": number, "metadata": _metadata(hit)}
+            for number in wanted
+            for hit in view.find_number(number)[:1]
+        ]
 
 
 def _metadata(hit: Hit) -> dict[str, Any]:

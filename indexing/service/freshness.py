@@ -27,7 +27,9 @@ class Freshness:
         self._known_at = float("-inf")
         self._complaint = ""
         self._applying = asyncio.Lock()
-        self._threads = CapacityLimiter(2)  # a look that hangs, and the change that another one found
+        self._threads = CapacityLimiter(
+            2
+        )  # a look that hangs, and the change that another one found
 
     async def version(self) -> Version:
         """Return the version to answer from. Raises DataError where the log cannot be read: what it names must not be shown."""
@@ -50,7 +52,9 @@ class Freshness:
                 assert self._look is not None
                 await asyncio.shield(self._look)
         except TimeoutError:
-            self._complain(f"the store has not shown the removal log for {WAIT_S:.0f} s: answers go by what is known of it")
+            self._complain(
+                f"the store has not shown the removal log for {WAIT_S:.0f} s: answers go by what is known of it"
+            )
 
     async def _do_look(self) -> None:
         began = time.monotonic()
@@ -58,8 +62,12 @@ class Freshness:
         try:
             await self._in_thread(self.service.parts.look_at_removals)
             self._known_at, self._complaint = began, ""
-        except Exception as error:  # the store's, of whatever kind: it does not stop the search either
-            self._complain(f"the removal log could not be looked at, answers go by what is known of it: {type(error).__name__}: {error}")
+        except (
+            Exception
+        ) as error:  # the store's, of whatever kind: it does not stop the search either
+            self._complain(
+                f"the removal log could not be looked at, answers go by what is known of it: {type(error).__name__}: {error}"
+            )
 
     def _complain(self, line: str) -> None:
         """Report a fault once, until a look has gone well again or fails otherwise."""

@@ -23,7 +23,7 @@ REASONS = {414: b"URI Too Long", 431: b"Request Header Fields Too Large"}
 class ConnectionLimits:
     """Bounds on what a client may send and how long it may take."""
 
-    places: int = 512
+    max_connections: int = 512
     """Maximum open connections; the longest silent one makes room for a new one."""
     address_share: float = 0.25
     """Maximum share of the places for one client address; more connections are closed at once."""
@@ -39,9 +39,9 @@ class ConnectionLimits:
     """Maximum seconds in which a client reads nothing of an answer that waits for it."""
 
     @property
-    def places_per_address(self) -> int:
+    def max_per_address(self) -> int:
         """Maximum open connections of one client address."""
-        return max(1, int(self.places * self.address_share))
+        return max(1, int(self.max_connections * self.address_share))
 
 
 class Phase(Enum):
@@ -64,9 +64,9 @@ class OpenConnections:
 
     def add(self, connection: "BoundedProtocol") -> bool:
         """Count a new connection; return False where its address has its share already."""
-        if self.by_address[connection.address] >= self.limits.places_per_address:
+        if self.by_address[connection.address] >= self.limits.max_per_address:
             return False
-        if len(self.connections) >= self.limits.places - 1:
+        if len(self.connections) >= self.limits.max_connections - 1:
             self._close_longest_silent()
         self.connections.add(connection)
         self.by_address[connection.address] += 1

@@ -20,7 +20,18 @@ MAX_PIXELS = 32 << 20
 SIDES, LEAST_PX = 8, 512
 """A picture is made smaller to so many times the side that the encoder sees, at least LEAST_PX, before anything else is done to it."""
 FORMATS = ("PNG", "JPEG", "WEBP")
-HOSTILE = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError, struct.error, MemoryError)
+HOSTILE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    MemoryError,
+)
 """What Pillow raises for broken files."""
 
 
@@ -46,13 +57,17 @@ def decode(data: bytes, side_px: int, square: Square = square) -> Pixels:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                most_pixels = MAX_PIXELS // 2 if opened.format == "WEBP" else MAX_PIXELS  # of which Pillow holds two
-                if opened.width * opened.height > most_pixels:
+                max_pixels = (
+                    MAX_PIXELS // 2 if opened.format == "WEBP" else MAX_PIXELS
+                )  # of which Pillow holds two
+                if opened.width * opened.height > max_pixels:
                     raise PictureTooLargeError(
-                        f"the picture is {opened.width} x {opened.height} pixels: at most {most_pixels >> 20} million are taken"
+                        f"the picture is {opened.width} x {opened.height} pixels: at most {max_pixels >> 20} million are taken"
                     )
-                most = max(LEAST_PX, SIDES * side_px)
-                upright = np.asarray(ImageOps.exif_transpose(_smaller(opened, most)).convert("RGBA"))
+                max_side_px = max(LEAST_PX, SIDES * side_px)
+                upright = np.asarray(
+                    ImageOps.exif_transpose(_smaller(opened, max_side_px)).convert("RGBA")
+                )
     except PictureTooLargeError:
         raise
     except (*HOSTILE, Image.DecompressionBombError):
@@ -60,14 +75,16 @@ def decode(data: bytes, side_px: int, square: Square = square) -> Pixels:
     return square(cv2.cvtColor(upright, cv2.COLOR_RGBA2BGRA), side_px)
 
 
-def _smaller(opened: Image.Image, most_px: int) -> Image.Image:
+def _smaller(opened: Image.Image, max_side_px: int) -> Image.Image:
     """Return a picture with sides of at most `most_px`, each of its pixels the mean of those that it covers."""
-    if max(opened.size) <= most_px:
+    if max(opened.size) <= max_side_px:
         return opened
-    opened.draft(None, (most_px, most_px))  # a JPEG can be decoded at a half, a quarter or an eighth
+    opened.draft(
+        None, (max_side_px, max_side_px)
+    )  # a JPEG can be decoded at a half, a quarter or an eighth
     if opened.mode in ("1", "P", "PA"):  # of a palette's numbers no mean can be taken
         opened = opened.convert("RGBA")
-    scale = most_px / max(opened.size)
+    scale = max_side_px / max(opened.size)
     size = max(1, round(opened.width * scale)), max(1, round(opened.height * scale))
     return opened.resize(size, Image.Resampling.BOX) if scale < 1 else opened
 

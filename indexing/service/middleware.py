@@ -74,7 +74,12 @@ class Guard:
         self.origins = frozenset(origins)
         self.held_bytes = 0
         self.buckets = Buckets(rate, burst)
-        self.requests = Counter("unclip_requests", "Requests by route and status.", ["route", "status"], registry=registry)
+        self.requests = Counter(
+            "unclip_requests",
+            "Requests by route and status.",
+            ["route", "status"],
+            registry=registry,
+        )
         self.seconds = Histogram(
             "unclip_request_seconds",
             "Time to answer, by route.",
@@ -94,14 +99,23 @@ class Guard:
                 self.lines.write()  # the application's end
             return
         if scope["method"] == "POST" and scope["path"] in PROTOCOL_PATHS:
-            others = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-type"]
+            others = [
+                (name, value) for name, value in scope["headers"] if name.lower() != b"content-type"
+            ]
             scope["headers"] = [*others, (b"content-type", b"application/json")]
         started, status, sent, is_too_large = time.perf_counter(), 500, False, False
         request_id = f"{random.getrandbits(48):012x}"
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
         client = scope["client"][0] if scope.get("client") else "local"
         origin = headers.get("origin", "")
-        shared = {"access-control-allow-origin": origin, "vary": "origin"} if origin in self.origins else {}
+        shared = (
+            {"access-control-allow-origin": origin, "vary": "origin"}
+            if origin in self.origins
+            else {}
+        )
 
         async def answer(message: MutableMapping[str, Any]) -> None:
             nonlocal status, sent
@@ -109,8 +123,8 @@ class Guard:
                 return  # the framework's own answer to a body that it could not read
             if message["type"] == "http.response.start":
                 status, sent = message["status"], True
-                own = [*_encoded(shared), (b"x-request-id", request_id.encode())]
-                message["headers"] = [*message.get("headers", []), *ENCODED, *own]
+                extra_headers = [*_encoded(shared), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", []), *ENCODED, *extra_headers]
             await send(message)
 
         total = 0
@@ -121,7 +135,9 @@ class Guard:
             size = len(message.get("body", b""))
             total += size
             self.held_bytes += size
-            if total > self.body_bytes or self.held_bytes > HELD_BYTES:  # whatever length it declared
+            if (
+                total > self.body_bytes or self.held_bytes > HELD_BYTES
+            ):  # whatever length it declared
                 is_too_large = True
                 raise BodyTooLarge
             return message
@@ -133,23 +149,45 @@ class Guard:
                 return
             if self._is_preflight(scope, headers):
                 is_private = headers.get("access-control-request-private-network") == "true"
-                asked = {"access-control-allow-private-network": "true"} if is_private else {}
-                await _answer(answer, 204, "", {**PREFLIGHT, **asked})
+                private_network = (
+                    {"access-control-allow-private-network": "true"} if is_private else {}
+                )
+                await _answer(answer, 204, "", {**PREFLIGHT, **private_network})
                 return
             try:
                 await self.app(scope, bounded, answer)
             except BodyTooLarge:
                 pass
             except Exception as error:
-                self.lines.add(event="error", request=request_id, path=scope["path"], error=f"{type(error).__name__}: {error}")
+                self.lines.add(
+                    event="error",
+                    request=request_id,
+                    path=scope["path"],
+                    error=f"{type(error).__name__}: {error}",
+                )
                 if not sent and not is_too_large:
-                    await _answer(answer, 500, "something went wrong; the log has it under this request's id", {})
+                    await _answer(
+                        answer,
+                        500,
+                        "something went wrong; the log has it under this request's id",
+                        {},
+                    )
             if is_too_large and not sent:
                 is_too_large = False
                 if total > self.body_bytes:
-                    await _answer(answer, 413, f"the body has more than {self.body_bytes} bytes", {"connection": "close"})
+                    await _answer(
+                        answer,
+                        413,
+                        f"the body has more than {self.body_bytes} bytes",
+                        {"connection": "close"},
+                    )
                 else:
-                    await _answer(answer, 503, "too many large requests at once", {"connection": "close", "retry-after": "1"})
+                    await _answer(
+                        answer,
+                        503,
+                        "too many large requests at once",
+                        {"connection": "close", "retry-after": "1"},
+                    )
         finally:
             self.held_bytes -= total
             took = time.perf_counter() - started
@@ -166,7 +204,9 @@ class Guard:
                 client=client,
             )
 
-    def _refusal(self, scope: Scope, headers: dict[str, str], client: str) -> tuple[int, str, dict[str, str]] | None:
+    def _refusal(
+        self, scope: Scope, headers: dict[str, str], client: str
+    ) -> tuple[int, str, dict[str, str]] | None:
         """Return status, reason and headers of a refusal, or None."""
         cost = THUMBNAIL_COST if scope["path"].startswith("/thumbnail/") else 1.0
         wait = self.buckets.take(client, cost, time.monotonic())
@@ -176,8 +216,16 @@ class Guard:
             # Without a token a page of another site could ask through a name that it points at this machine (DNS rebinding).
             if not is_loopback_name(headers.get("host", "")):
                 return 421, "this service answers to loopback names only", {}
-        elif scope["path"] not in OPEN_PATHS and not self._is_known(headers) and not self._is_preflight(scope, headers):
-            return 401, "a token is needed: Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"}
+        elif (
+            scope["path"] not in OPEN_PATHS
+            and not self._has_token(headers)
+            and not self._is_preflight(scope, headers)
+        ):
+            return (
+                401,
+                "a token is needed: Authorization: Bearer TOKEN",
+                {"www-authenticate": "Bearer"},
+            )
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
             return 400, "content-length is no number", {}
@@ -187,27 +235,31 @@ class Guard:
 
     def _is_preflight(self, scope: Scope, headers: dict[str, str]) -> bool:
         """Say whether a browser asks if a page of an allowed origin may ask: it presents no token then, and is told nothing else."""
-        return scope["method"] == "OPTIONS" and headers.get("origin") in self.origins and "access-control-request-method" in headers
+        return (
+            scope["method"] == "OPTIONS"
+            and headers.get("origin") in self.origins
+            and "access-control-request-method" in headers
+        )
 
-    def _is_known(self, headers: dict[str, str]) -> bool:
+    def _has_token(self, headers: dict[str, str]) -> bool:
         assert self.token is not None
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+        scheme, _, presented = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             try:
                 morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
             except CookieError:
                 morsel = None
-            given = morsel.value if morsel else ""
-        return is_token(given, self.token)
+            presented = morsel.value if morsel else ""
+        return is_token(presented, self.token)
 
 
 class BodyTooLarge(Exception):  # noqa: N818 (an answer rather than an error)
     """A body that is larger than allowed."""
 
 
-def is_token(given: str, token: str) -> bool:
+def is_token(presented: str, token: str) -> bool:
     """Compare without telling by the time it takes how much was right."""
-    return hmac.compare_digest(given.strip().encode("utf-8", "replace"), token.encode())
+    return hmac.compare_digest(presented.strip().encode("utf-8", "replace"), token.encode())
 
 
 @lru_cache(32)

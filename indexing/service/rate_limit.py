@@ -3,7 +3,7 @@
 import ipaddress
 from collections import OrderedDict
 
-CLIENTS_KEPT = 10_000
+MAX_CLIENTS = 10_000
 
 
 class Buckets:
@@ -22,7 +22,7 @@ class Buckets:
         level = min(self.burst, level + (now - since) * self.rate)
         is_allowed = level >= cost
         self._level[client] = (level - cost if is_allowed else level, now)
-        while len(self._level) > CLIENTS_KEPT:
+        while len(self._level) > MAX_CLIENTS:
             self._level.popitem(last=False)
         return 0.0 if is_allowed else (cost - level) / self.rate
 
@@ -30,9 +30,9 @@ class Buckets:
 def network_of(address: str) -> str:
     """Return whose an address is: of IPv6 everybody has a network of 64 bits and all the addresses in it."""
     try:
-        known = ipaddress.ip_address(address.partition("%")[0])
+        parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return address
-    if isinstance(known, ipaddress.IPv4Address):
-        return str(known)
-    return str(known.ipv4_mapped or ipaddress.ip_network((known, 64), strict=False))
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, 64), strict=False))

@@ -45,12 +45,15 @@ def application(open_replica: OpenReplica, replicas: int, cpus: float) -> Applic
         max_queued_requests=QUEUED,
         max_constructor_retry_count=1,  # an index that cannot be opened is no passing fault
         graceful_shutdown_timeout_s=10,
-        logging_config={"enable_access_log": False, "log_level": "WARNING"},  # the guard logs requests, without what they ask
+        logging_config={
+            "enable_access_log": False,
+            "log_level": "WARNING",
+        },  # the guard logs requests, without what they ask
     )(wrapped)
     return deployed.bind()
 
 
-def run(made: Application, host: str, port: int, ready: Callable[[], None]) -> None:
+def run(application: Application, host: str, port: int, ready: Callable[[], None]) -> None:
     """Deploy on the Ray that this process has joined, and look after it until interrupted; take it down then.
 
     A Serve that runs on that Ray already keeps its own host and port. Raises UnclipError where the replicas do not come up, or go.
@@ -63,25 +66,38 @@ def run(made: Application, host: str, port: int, ready: Callable[[], None]) -> N
             logging_config={"enable_access_log": False, "log_level": "WARNING"},
         )
     except (RayError, TimeoutError) as error:
-        raise UnclipError(f"Ray Serve does not start on {host}:{port}: {' '.join(str(error).split())[-300:]}") from error
+        raise UnclipError(
+            f"Ray Serve does not start on {host}:{port}: {' '.join(str(error).split())[-300:]}"
+        ) from error
     try:
         try:
-            serve.run(made, name=NAME, route_prefix="/")
+            serve.run(application, name=NAME, route_prefix="/")
         except (RuntimeError, RayServeException) as error:
-            raise UnclipError(f"the replicas do not come up: {told(error)}") from error
+            raise UnclipError(f"the replicas do not come up: {failure_line(error)}") from error
         ready()
         while True:
             time.sleep(LOOK_S)
             state = serve.status().applications[NAME]
             if state.status in ("DEPLOY_FAILED", "DELETING"):
-                raise UnclipError(f"the replicas are gone: {' '.join(state.message.split())[-300:]}")
+                raise UnclipError(
+                    f"the replicas are gone: {' '.join(state.message.split())[-300:]}"
+                )
     finally:
         serve.delete(NAME)
 
 
-def told(error: BaseException) -> str:
+def failure_line(error: BaseException) -> str:
     """Return what the last replica said as it failed, in one line: Serve's own message holds all of their tracebacks."""
-    found = serve.status().applications.get(NAME)
-    messages = [each.message for each in found.deployments.values()] if found else []
-    lines = [line.strip() for text in (*messages, str(error)) for line in text.splitlines() if "Error: " in line]
+    application_status = serve.status().applications.get(NAME)
+    messages = (
+        [deployment.message for deployment in application_status.deployments.values()]
+        if application_status
+        else []
+    )
+    lines = [
+        line.strip()
+        for text in (*messages, str(error))
+        for line in text.splitlines()
+        if "Error: " in line
+    ]
     return lines[-1].partition("Error: ")[2][:300] if lines else " ".join(str(error).split())[:300]

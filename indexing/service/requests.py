@@ -21,7 +21,10 @@ def speakable(text: str) -> str:
 
 
 Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(speakable)]
-Choice = Annotated[tuple[Annotated[str, Field(max_length=200), AfterValidator(speakable)], ...], Field(max_length=100)]
+Choice = Annotated[
+    tuple[Annotated[str, Field(max_length=200), AfterValidator(speakable)], ...],
+    Field(max_length=100),
+]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 Embedding = Annotated[list[Number], Field(max_length=MAX_DIM)]
 

@@ -165,7 +165,9 @@ class Service:
         view = View(opened.segments, self.parts.read_removals(), opened.encoders.clip)
         with self._changing:
             removals_stamp = self.parts.removals_stamp()
-            self.version = Version(opened.name, view.after(self.parts.read_removals()), opened.encoders)
+            self.version = Version(
+                opened.name, view.after(self.parts.read_removals()), opened.encoders
+            )
             self._removals_stamp, self._segments_stamp = removals_stamp, stamp
             self.names.add(opened.name)
 
@@ -205,7 +207,9 @@ class Service:
                 if self.parts.look_at_removals:
                     self.parts.look_at_removals()
                 self.refresh()
-            except Exception as error:  # the old version goes on being served; the next second tries again
+            except (
+                Exception
+            ) as error:  # the old version goes on being served; the next second tries again
                 complaint = f"the index could not be opened again: {type(error).__name__}: {error}"
             if complaint and complaint != self._complaint:
                 self.parts.report(complaint)

@@ -42,26 +42,35 @@ class Texts:
         future = self._waiting[name][1]
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await asyncio.shield(future)  # a client that leaves does not take the others' answer with it
+        return await asyncio.shield(
+            future
+        )  # a client that leaves does not take the others' answer with it
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting:
             clip, encode = next((name[0], waiting[0]) for name, waiting in self._waiting.items())
             batch = [name for name in self._waiting if name[0] == clip][:AT_ONCE]
-            found: Floats | Exception
+            vectors: Floats | Exception
             try:
-                found = unit(np.asarray(await loop.run_in_executor(self._thread, encode, [text for _, text in batch]), np.float32))
+                vectors = unit(
+                    np.asarray(
+                        await loop.run_in_executor(
+                            self._thread, encode, [text for _, text in batch]
+                        ),
+                        np.float32,
+                    )
+                )
             except Exception as error:  # handed to those who asked
-                found = error
+                vectors = error
             self._observe(len(batch))
-            for place, name in enumerate(batch):
+            for position, name in enumerate(batch):
                 future = self._waiting.pop(name)[1]
-                if isinstance(found, Exception):
-                    future.set_exception(found)
+                if isinstance(vectors, Exception):
+                    future.set_exception(vectors)
                 else:
-                    self._known[name] = found[place]
-                    future.set_result(found[place])
+                    self._known[name] = vectors[position]
+                    future.set_result(vectors[position])
             while len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from flows.config.run_config import RunConfig, load_recipe
 from indexing.metrics.bootstrap import mean_figure
-from indexing.metrics.retrieval import right_places
+from indexing.metrics.retrieval import right_ranks
 from indexing.metrics.zero_shot import ranks
 from tests.benchmarks.clip_vs_open_clip import PYTHON
 from tests.helpers.peer_environment import SCRIPTS
@@ -73,8 +73,8 @@ def judge(images: Tensor, texts: Tensor, names: Tensor, rows: list[dict[str, Any
     image, text = images.numpy()[pictures], texts.numpy()[captions]
     labels = np.array([classes.index(row["caption"]) for row in rows])
     return {
-        "image to text R@5": (right_places(image, text, picture_of, caption_of) < 5, concepts[pictures]),
-        "text to image R@5": (right_places(text, image, caption_of, picture_of) < 5, concepts[captions]),
+        "image to text R@5": (right_ranks(image, text, picture_of, caption_of) < 5, concepts[pictures]),
+        "text to image R@5": (right_ranks(text, image, caption_of, picture_of) < 5, concepts[captions]),
         "zero-shot top-1": (ranks(images.numpy() @ names.numpy().T, labels) < 1, concepts),
     }
 

@@ -18,7 +18,7 @@ from flows.live_index.lineage import lineage
 from flows.runs.records import committed_of
 from indexing.data.embedding_store import metadata_batches
 from indexing.data.images import Pixels, read_picture
-from indexing.dedup.perceptual_hash import PLACE
+from indexing.dedup.perceptual_hash import LOCATION
 from infra.console.progress import Progress
 from infra.errors import CallerError
 from infra.storage.store import open_root
@@ -58,7 +58,7 @@ def main() -> int:
     _, images_of, side_px = embed.encoders(known.clip.local())
     metadata = committed_of(root, known.record, "embed").local() / "metadata"
     shards = known.ingest.local() / "shards"
-    places = [place for batch in metadata_batches(metadata, PLACE) for place in batch.to_pylist()]
+    places = [place for batch in metadata_batches(metadata, LOCATION) for place in batch.to_pylist()]
     pictures = np.stack([read_picture(place, shards, side_px) for place in places])
     rng = np.random.default_rng(0)
     total = len(pictures) * given.views

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.demo.emoji_captions import MAX_PHRASINGS, MIN_PHRASINGS, clean_name, build_phrasings, with_article
+from flows.demo.emoji_captions import MAX_PHRASINGS, MIN_PHRASINGS, build_phrasings, clean_name, with_article
 
 
 @pytest.mark.parametrize(

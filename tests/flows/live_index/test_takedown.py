@@ -196,7 +196,7 @@ def commit_dedup(root: Root) -> tuple[str, str]:
     table = pq.read_table(embed.local() / "metadata" / "metadata_0000.parquet")
     keys = table["key"].to_pylist()
     is_kept = np.array([key != keys[4] for key in keys])
-    deduplicate.write_kept(embed.local(), out, is_kept)
+    deduplicate.write_keepers(embed.local(), out, is_kept)
     row = {"key": keys[4], "keeper": keys[5], "reason": "alike", "score": 0.9}
     pq.write_table(pa.Table.from_pylist([row], deduplicate.GROUPS), out / "groups.parquet")
     (out / "threshold.json").write_text("{}")

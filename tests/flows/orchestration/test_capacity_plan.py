@@ -97,7 +97,7 @@ def test_every_kind_of_model_is_counted() -> None:
 
 
 def test_sharding_divides_the_state_and_throughput_gives_days() -> None:
-    cost = Cost(10**9, 1e12, 10**6, kept=10**6, held=5 * 10**6, largest=10**7)
+    cost = Cost(10**9, 1e12, 10**6, undivided=10**6, held=5 * 10**6, largest=10**7)
     config = PriorConfig(images=864_000, batch_size=64)
     whole, sharded, alone = (
         need(cost, config.model_copy(update={"shard": shard}), workers, 1e12) for shard, workers in ((False, 8), (True, 8), (True, 1))

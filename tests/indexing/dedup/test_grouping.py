@@ -13,7 +13,7 @@ from indexing.data import embedding_store
 from indexing.data.embedding_store import unit
 from indexing.dedup import deduplicate, near_pairs, perceptual_hash
 from indexing.dedup.deduplicate import DedupConfig, run
-from indexing.dedup.grouping import MAX_BITS, MAX_RMS, exact, groups, is_alike, kept, look_of, perceptual, semantic
+from indexing.dedup.grouping import MAX_BITS, MAX_RMS, exact, groups, is_alike, keeper_rows, look_of, perceptual, semantic
 from indexing.dedup.perceptual_hash import like_evaluation
 from infra.errors import DataError
 from tests.helpers.evaluation_run import DIM, direction, encode_images, row, usual_rows, write_run
@@ -68,7 +68,7 @@ def test_a_row_goes_only_for_one_that_stays_and_never_over_a_chain() -> None:
     keeper = semantic([vectors], np.cos(np.deg2rad(16)), np.arange(5))
     assert keeper.tolist() == [0, 0, 2, 2, 4]
     assert semantic([vectors], np.cos(np.deg2rad(16)), np.array([3, 1, 0, 2, 4])).tolist() == [1, 1, 3, 3, 3]
-    assert kept(keeper).tolist() == [0, 2, 4] and groups(keeper) == [(0, [1]), (2, [3])]
+    assert keeper_rows(keeper).tolist() == [0, 2, 4] and groups(keeper) == [(0, [1]), (2, [3])]
     assert semantic([vectors], 0.999, np.arange(5)).tolist() == [0, 1, 2, 3, 4], "no pair at all is no fault"
 
 
@@ -198,9 +198,9 @@ def test_pieces_and_parts_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         assert pq.read_table(apart / name) == pq.read_table(out / name)
     assert (apart / "groups.png").read_bytes() == (out / "groups.png").read_bytes()
     assert (apart / "threshold.json").read_text() == (out / "threshold.json").read_text()
-    kept = pq.read_table(out / "keep.parquet")["key"].to_pylist()
+    keeper_rows = pq.read_table(out / "keep.parquet")["key"].to_pylist()
     files = sorted((apart / "metadata").glob("*.parquet"))
-    assert [key for file in files for key in pq.read_table(file)["key"].to_pylist()] == kept
+    assert [key for file in files for key in pq.read_table(file)["key"].to_pylist()] == keeper_rows
     for file in files:
         assert len(np.load(apart / "img_emb" / f"img_emb_{file.stem[-4:]}.npy")) == pq.read_table(file).num_rows
     assert {path.name for path in apart.iterdir()} == {path.name for path in out.iterdir()}, "nothing is left of the looks"

@@ -9,7 +9,7 @@ import pytest
 
 from indexing.data.held_out import open_embedded
 from indexing.evaluation.context import Subject
-from indexing.evaluation.relations import TITLE, RelationsConfig, asked, exchanged, relations
+from indexing.evaluation.relations import TITLE, RelationsConfig, build_prompts, exchanged, relations
 from indexing.report import sections
 from indexing.scenes import scenes
 from indexing.scenes.scenes import Scene, Thing, parse
@@ -143,7 +143,7 @@ def test_equal_calls_are_those_that_were_made(tmp_path: Path, samples: int, most
 
 def test_the_characters_of_signs_are_counted_beside_those_of_drawn_ones(tmp_path: Path) -> None:
     embedded = write(tmp_path)
-    place = [each.row for each in asked(CONFIG, embedded, lambda picture: "", 0)].index("writing")
+    place = [each.row for each in build_prompts(CONFIG, embedded, lambda picture: "", 0)].index("writing")
     taught = scenes.draw(Scene(word="cat"), 32, np.random.default_rng([0, place]))
 
     def reader(picture: np.ndarray) -> str:
@@ -158,10 +158,10 @@ def test_the_characters_of_signs_are_counted_beside_those_of_drawn_ones(tmp_path
 
 def test_prompts_are_the_splits_own_and_an_ocr_brings_writing_in(tmp_path: Path) -> None:
     embedded = write(tmp_path)
-    without = asked(CONFIG, embedded, None, 0)
+    without = build_prompts(CONFIG, embedded, None, 0)
     assert {each.prompt for each in without if each.made_of == "held out"} == {parse(c).concept for cs in CAPTIONS.values() for c in cs[1:]}  # type: ignore[union-attr]
     assert not [each for each in without if each.row == "writing"]
-    within = [each for each in asked(CONFIG, embedded, lambda picture: "cat", 0) if each.row == "writing"]
+    within = [each for each in build_prompts(CONFIG, embedded, lambda picture: "cat", 0) if each.row == "writing"]
     assert [each.prompt for each in within] == ["a sign that says cat"] and within[0].judge(np.zeros((8, 8, 3), np.uint8)) == 1
 
 

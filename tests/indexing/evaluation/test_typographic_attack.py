@@ -9,13 +9,13 @@ import pytest
 from indexing.data.held_out import Pairs, open_embedded, read_pairs
 from indexing.evaluation.attack_judges import Witnesses, judge, look_alikes, probabilities
 from indexing.evaluation.typographic_attack import (
-    PLACES,
+    HEIGHTS,
     SIZES,
     TypographicConfig,
     choose,
     figure_6,
     fonts,
-    known_names,
+    frequent_names,
     scrambled,
     typographic,
     ways,
@@ -44,7 +44,7 @@ def value(table: Any, row: str, column: int) -> float:
     return next(each[column]["value"] for each in table["rows"] if each[0] == row)
 
 
-@pytest.mark.parametrize(("place", "share"), PLACES.items())
+@pytest.mark.parametrize(("place", "share"), HEIGHTS.items())
 def test_the_word_is_a_black_one_on_a_white_strip_at_its_place(place: str, share: float) -> None:
     grey = np.full((96, 96, 3), 128, np.uint8)
     for font in fonts("").values():
@@ -131,8 +131,8 @@ def test_labels_are_short_names_that_clip_finds(tmp_path: Path) -> None:
     eye = np.eye(4, dtype=np.float32)
     rows = [row(number, "plain", "held_out_style", caption=name) for number, name in enumerate(("owl", "elephant", "cat", "elephant"))]
     pairs = Pairs(rows, eye[[0, 1, 0, 3]], eye[[0, 1, 2, 1]])  # the cat's picture looks like an owl, the second elephant like nothing
-    assert known_names(pairs, 2) == (["owl", "elephant"], 2, 3)
-    assert known_names(pairs, 9)[0] == ["owl", "elephant", "cat"]
+    assert frequent_names(pairs, 2) == (["owl", "elephant"], 2, 3)
+    assert frequent_names(pairs, 9)[0] == ["owl", "elephant", "cat"]
 
 
 def test_pictures_that_are_named_rightly_come_first(tmp_path: Path) -> None:

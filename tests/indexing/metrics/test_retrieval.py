@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from indexing.metrics.retrieval import chance_of_hit, retrieval, retrieval_of_all, right_places
+from indexing.metrics.retrieval import chance_of_hit, retrieval, retrieval_of_all, right_ranks
 from tests.helpers.embed_folders import vectors
 
 ROOT = np.sqrt(0.5)
@@ -87,11 +87,11 @@ def test_places_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     is_right = np.random.default_rng(0).random((50, 70)) < 0.05
     is_right[:, 0] = True
     pairs = np.random.default_rng(1).permutation(np.argwhere(is_right)).T
-    whole = right_places(queries, gallery, *pairs)
+    whole = right_ranks(queries, gallery, *pairs)
     scores = queries @ gallery.T
     by_hand = [int((row[~right] >= row[right].max()).sum()) for row, right in zip(scores, is_right, strict=True)]
     monkeypatch.setattr("indexing.metrics.retrieval.QUERIES_AT_ONCE", 7)
-    assert right_places(queries, gallery, *pairs).tolist() == whole.tolist() == by_hand
+    assert right_ranks(queries, gallery, *pairs).tolist() == whole.tolist() == by_hand
 
 
 def test_all_captions_of_a_picture_count_and_are_counted() -> None:

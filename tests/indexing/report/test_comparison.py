@@ -14,7 +14,7 @@ from PIL import Image
 from flows.cli.main import main
 from indexing.evaluation.fidelity import FidelityConfig, fidelity
 from indexing.metrics.bootstrap import mean_figure
-from indexing.report.comparison import changed, compare, difference, figures, is_told, render
+from indexing.report.comparison import changed, compare, difference, figures, is_significant, render
 from indexing.report.sections import section, table
 from tests.helpers.evaluation_run import HOSTILE, draw, row, subject, usual_rows, write_run
 from tests.indexing.report.test_page import Page, assert_stands_alone, make
@@ -85,7 +85,7 @@ def test_the_interval_of_a_difference_is_that_of_two_means() -> None:
     half = 1.96 * np.sqrt(a.var() / 400 + b.var() / 300)
     assert delta["value"] == pytest.approx(a.mean() - b.mean())
     assert (delta["low"], delta["high"]) == pytest.approx((delta["value"] - half, delta["value"] + half), abs=0.02)
-    assert is_told(delta) and not is_told(difference({**delta, "low": None}, delta)) and not is_told(None)
+    assert is_significant(delta) and not is_significant(difference({**delta, "low": None}, delta)) and not is_significant(None)
 
 
 def test_the_page_stands_alone_and_escapes(facts: dict[str, Any]) -> None:

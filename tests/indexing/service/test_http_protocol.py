@@ -38,7 +38,7 @@ def serve(limits: ConnectionLimits, grace_s: int = 5) -> Iterator[tuple[int, uvi
     """Serve the application on a free port of loopback."""
     config = uvicorn.Config(
         echo_app, port=0, log_config=None, lifespan="off", http=bounded_protocol(limits), ws="none",
-        timeout_graceful_shutdown=grace_s, limit_concurrency=limits.places,
+        timeout_graceful_shutdown=grace_s, limit_concurrency=limits.max_connections,
     )  # fmt: skip
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -145,9 +145,9 @@ def test_a_client_that_reads_nothing_of_its_answer_is_closed(monkeypatch: pytest
 
 
 def test_an_address_has_no_more_than_its_share_and_others_are_answered() -> None:
-    limits = ConnectionLimits(places=16, address_share=0.25, head_s=600)
+    limits = ConnectionLimits(max_connections=16, address_share=0.25, head_s=600)
     with serve(limits) as (port, *_), ExitStack() as stack:
-        clients = [stack.enter_context(connect(port)) for _ in range(limits.places_per_address)]
+        clients = [stack.enter_context(connect(port)) for _ in range(limits.max_per_address)]
         assert all(ask(client).startswith(b"HTTP/1.1 200") for client in clients)
         assert read_all(stack.enter_context(connect(port))) == b"", "one more than its share"
         assert ask(stack.enter_context(connect(port, "127.0.0.2"))).startswith(b"HTTP/1.1 200")
@@ -164,7 +164,7 @@ def test_an_address_has_no_more_than_its_share_and_others_are_answered() -> None
 
 
 def test_silent_connections_on_all_places_shut_nobody_out() -> None:
-    limits = ConnectionLimits(places=16, address_share=0.5, head_s=600)
+    limits = ConnectionLimits(max_connections=16, address_share=0.5, head_s=600)
     with serve(limits) as (port, *_), ExitStack() as stack:
         for number in range(40):
             stack.enter_context(connect(port, f"127.0.0.{number % 10 + 10}"))
