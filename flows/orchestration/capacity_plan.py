@@ -10,6 +10,7 @@ from flows.config.recipe_file import find_recipe
 
 if TYPE_CHECKING:
     from flows.config.run_config import RunConfig
+    from training.jobs.cost_model import Cost
     from training.optim.step import LoopConfig
 
 STORED_BYTES_PER_PIXEL = 0.4
@@ -42,47 +43,40 @@ def capacity(
     """
     from training.jobs import cost_model as costs
 
-    vocabulary, context, dim = (
-        config.tokenizer.vocab_size,
-        config.tokenizer.context,
-        config.clip.embed_dim,
-    )
-    cluster, rate = config.cluster, tflops * 1e12 if tflops else None
-    trained: dict[str, tuple[LoopConfig, costs.Cost, int]] = {}
-    if not config.clip.pretrained:
-        trained = {
-            "clip": (
-                config.clip,
-                costs.clip_cost(config.clip, vocabulary, context),
-                cluster.clip_workers,
-            ),
-            "prior": (
-                config.prior,
-                costs.prior_cost(config.prior, dim, vocabulary, context),
-                cluster.prior_workers,
-            ),
-            "decoder": (
-                config.decoder,
-                costs.decoder_cost(config.decoder, dim, vocabulary, context),
-                cluster.decoder_workers,
-            ),
-        }
+    rate = tflops * 1e12 if tflops else None
+    needs = {
+        name: costs.need(cost, section, workers, rate)
+        for name, (section, cost, workers) in _trained(config).items()
+    }
+    if pairs and not config.clip.pretrained:
+        dim = config.clip.embed_dim
+        needs["embed"] = {"storage_bytes": pairs * 2 * dim * 2}  # image and text, float16
+        needs["index"] = {"storage_bytes": pairs * 2 * dim}  # image and text, 8 bits a dimension
+    if pairs:
+        side_px = config.data.image_size_px
+        needs["ingest"] = {"storage_bytes": int(pairs * side_px**2 * STORED_BYTES_PER_PIXEL)}
+    return needs
+
+
+def _trained(config: "RunConfig") -> "dict[str, tuple[LoopConfig, Cost, int]]":
+    """Return section, cost and number of workers of every trained stage."""
+    from training.jobs import cost_model as costs
+
+    clip, prior, decoder, cluster = config.clip, config.prior, config.decoder, config.cluster
+    vocabulary, context = config.tokenizer.vocab_size, config.tokenizer.context
+    dim = clip.embed_dim
+    trained: dict[str, tuple[LoopConfig, Cost, int]] = {}
+    if not clip.pretrained:
+        clip_cost = costs.clip_cost(clip, vocabulary, context)
+        prior_cost = costs.prior_cost(prior, dim, vocabulary, context)
+        decoder_cost = costs.decoder_cost(decoder, dim, vocabulary, context)
+        trained["clip"] = (clip, clip_cost, cluster.clip_workers)
+        trained["prior"] = (prior, prior_cost, cluster.prior_workers)
+        trained["decoder"] = (decoder, decoder_cost, cluster.decoder_workers)
     for name, section in (("upsampler", config.upsampler), ("upsampler_2", config.upsampler_2)):
         if section:
             trained[name] = (section, costs.upsampler_cost(section), cluster.upsampler_workers)
-    sizes = {
-        name: costs.need(cost, section, workers, rate)
-        for name, (section, cost, workers) in trained.items()
-    }
-    if pairs and not config.clip.pretrained:
-        sizes["embed"] = {"storage_bytes": pairs * 2 * dim * 2}
-        sizes["index"] = {
-            "storage_bytes": pairs * 2 * dim
-        }  # eight bits a dimension, pictures and texts
-    if pairs:
-        side_px = config.data.image_size_px
-        sizes["ingest"] = {"storage_bytes": int(pairs * side_px**2 * STORED_BYTES_PER_PIXEL)}
-    return sizes
+    return trained
 
 
 def described(need: dict[str, Any]) -> str:

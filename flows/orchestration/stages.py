@@ -126,7 +126,7 @@ def run_dedup(job: StageJob) -> Counts:
 
 
 def trained_embeddings(job: StageJob) -> Path:
-    """Return the folder of the training embeddings: that of dedup if there is one, else of embed."""
+    """Return the folder of the training embeddings: dedup's if the recipe has it, else embed's."""
     return job.inputs["dedup" if "dedup" in job.inputs else "embed"].local()
 
 
