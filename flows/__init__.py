@@ -1,1 +1,3 @@
-"""Floor 3: the stages as Prefect tasks in dependency order, the run's config tree and the command line."""
+"""Floor 3: the stages as Prefect tasks in dependency order, the run's config tree and the command
+line.
+"""

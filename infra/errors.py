@@ -6,7 +6,8 @@
     │   └── StorageAwayError   a store that does not answer, or is too busy, for longer than we wait: another try may help
     └── DataError          input that is broken where it must not be (a shard that lies, no sample left)
 
-Every message names the culprit and the mend in one line; the command line prints it without a traceback.
+Every message names the culprit and the mend in one line; the command line prints it without a
+traceback.
 """
 
 
@@ -27,7 +28,9 @@ class StorageError(UnclipError, OSError):
 
 
 class StorageAwayError(StorageError):
-    """A store that has failed for a reason that may pass, for longer than `infra/storage/retry.py` waits."""
+    """A store that has failed for a reason that may pass, for longer than `infra/storage/retry.py`
+    waits.
+    """
 
 
 class DataError(UnclipError):

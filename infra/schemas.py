@@ -1,8 +1,9 @@
 """The Arrow schemas of the tables that pass between stages.
 
-`URLS` is what a source yields, `KEEP` what curate writes and every loader reads, `DROPPED` every sample that was left out with its
-reason, `EMBEDDED` the metadata beside the embeddings (clip-retrieval's layout: same row order as the .npy files).
-`key` is stable: it is made from what the sample is (`sample_key`), never from its position.
+`URLS` is what a source yields, `KEEP` what curate writes and every loader reads, `DROPPED` every
+sample that was left out with its reason, `EMBEDDED` the metadata beside the embeddings
+(clip-retrieval's layout: same row order as the .npy files). `key` is stable: it is made from what
+the sample is (`sample_key`), never from its position.
 """
 
 import hashlib
@@ -61,13 +62,17 @@ SPLITS = ("train", "held_out_concept", "held_out_style")
 
 
 def sample_key(origin: str, caption: str) -> str:
-    """Return the stable id of a pair: the first 16 hex digits of SHA-256 over its origin and first caption."""
+    """Return the stable id of a pair: the first 16 hex digits of SHA-256 over its origin and first
+    caption.
+    """
     return hashlib.sha256(f"{origin}\n{caption}".encode()).hexdigest()[:16]
 
 
 def open_parquet(source: str | os.PathLike[str] | Any, buffer_size: int = 0) -> pq.ParquetFile:
-    """Open a parquet file or stream so that reading it in batches holds a batch: as it comes, pyarrow keeps every column chunk it has read.
+    """Open a parquet file or stream so that reading it in batches holds a batch: as it comes,
+    pyarrow keeps every column chunk it has read.
 
-    `buffer_size`, in bytes, reads column chunks in such pieces; 0 reads those of a row group whole. Raises what pyarrow raises.
+    `buffer_size`, in bytes, reads column chunks in such pieces; 0 reads those of a row group whole.
+    Raises what pyarrow raises.
     """
     return pq.ParquetFile(source, buffer_size=buffer_size, pre_buffer=False)

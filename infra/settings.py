@@ -1,6 +1,8 @@
-"""The base of every config section: frozen, no unknown keys, every field documented by the docstring below it.
+"""The base of every config section: frozen, no unknown keys, every field documented by the
+docstring below it.
 
-A section lives beside the code that it configures; `flows/config/run_config.py` collects the sections into one recipe.
+A section lives beside the code that it configures; `flows/config/run_config.py` collects the
+sections into one recipe.
 """
 
 from typing import Any, ClassVar
@@ -12,7 +14,8 @@ class Section(BaseModel):
     """One section of a recipe."""
 
     outside_key: ClassVar[frozenset[str]] = frozenset()
-    """Fields that change how a stage works but not what it makes (threads, time limits): changing one makes nothing stale."""
+    """Fields that change how a stage works but not what it makes (threads, time limits): changing
+    one makes nothing stale."""
 
     model_config = ConfigDict(
         frozen=True,

@@ -1,1 +1,3 @@
-"""Floor 2: models, diffusion, losses, the training loop, Ray Train jobs, sampling and generation."""
+"""Floor 2: models, diffusion, losses, the training loop, Ray Train jobs, sampling and
+generation.
+"""

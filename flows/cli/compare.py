@@ -1,4 +1,7 @@
-"""The command `report compare`: two or more runs side by side, on one page and in JSON."""
+"""The command `report compare`: compare the reports of two or more runs.
+
+Reads report.json of every run; writes one HTML page, or prints JSON.
+"""
 
 import json
 from pathlib import Path
@@ -16,7 +19,7 @@ def compare(
         list[str],
         typer.Argument(
             metavar="A B...",
-            help="Names of runs in ROOT, or paths of report.json or of its folder.",
+            help="Names of runs in ROOT, or paths of report.json files or their folders.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the page goes.")] = Path(
@@ -25,7 +28,7 @@ def compare(
     root: RootUri = DEFAULT_ROOT,
     as_json: Json = False,
 ) -> None:
-    """Compare the figures of two or more runs, with intervals, on one page."""
+    """Write a page that compares the figures of two or more runs, with confidence intervals."""
     if len(runs) < 2 or len(set(runs)) < len(runs):
         raise CallerError(
             "report compare needs two or more different runs: unclip report compare A B"
@@ -48,7 +51,7 @@ def compare(
 
 
 def read_report(run: str, root: str) -> dict[str, Any]:
-    """Read the report of a run in ROOT, or at a path. Raises CallerError."""
+    """Read the report of a run in ROOT, or at a path. Raises CallerError if it is not a report."""
     path = Path(run)
     if path.is_dir():
         path /= "report.json"

@@ -1,7 +1,7 @@
-"""The commands `unclip diffusion …`: the lecture's pictures, of the Swiss roll and of a run's decoder.
+"""The commands `diffusion ...`: the lecture's pictures of the Swiss roll and of a run's decoder.
 
-`swiss_roll` needs no ROOT; the others load a run's models and take pictures of a person, or held-out ones of the run. All write into the
-folder that they are given only.
+`swiss_roll` needs no ROOT; the others load a run's models and read the user's image files, or
+held-out images of the run. All write only to the folder --out.
 """
 
 from pathlib import Path
@@ -26,20 +26,20 @@ Steps = Annotated[
         "--steps",
         min=1,
         max=100_000,
-        help="Sampler steps from T to 0, by default 100; a start at t takes its share.",
+        help="Sampler steps from T to 0, by default 100; a start at t uses its share of them.",
     ),
 ]
 Times = Annotated[
     list[int] | None,
     typer.Option(
-        "--t", min=1, help="A time t to start from; repeated. By default 25, 50 and 75 % of T."
+        "--t", min=1, help="Start time t; may be repeated. By default 25, 50 and 75 % of T."
     ),
 ]
 Conditioned = Annotated[
     bool,
     typer.Option(
         "--told",
-        help="Tell the decoder the pictures' CLIP embeddings; by default it is told nothing.",
+        help="Condition the decoder on the pictures' CLIP embeddings; by default unconditional.",
     ),
 ]
 SHARES = (0.25, 0.5, 0.75)
@@ -62,12 +62,13 @@ def swiss_roll(
             "--rate",
             min=0.001,
             max=0.9999,
-            help="A diffusion rate: beta of every step; repeated. By default 0.02 to 0.9999, a map in one step.",
+            help="Diffusion rate, the beta of every step; may be repeated. "
+            "By default 0.02 to 0.9999, a map in one step.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Learn the two-dimensional Swiss roll, sample it at several diffusion rates and step counts, and draw both."""
+    """Train on the two-dimensional Swiss roll, and sample it at several rates and step counts."""
     from training.diffusion import swiss_roll as roll
 
     result = roll.swiss_roll(out, steps, seed=seed, rates=rates or ())
@@ -101,7 +102,7 @@ def across_time(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Follow generation across time: x_t and the x_0 that the decoder predicts from it (DDPM, figure 6)."""
+    """Show generation over time: x_t and the decoder's prediction of x_0 (DDPM, figure 6)."""
     prompts = [spoken("across-time", prompt) for prompt in prompts]
     model, steps, settings, _ = _open(root, run, steps)
     guidance = guidance_of(model, guidance)
@@ -150,7 +151,10 @@ def shared_latents(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Draw several samples from one x_t of a picture: the smaller t, the more they share (DDPM, figure 7)."""
+    """Draw several samples from one x_t of a picture (DDPM, figure 7).
+
+    The smaller t is, the more the samples share.
+    """
     model, steps, settings, stages = _open(root, run, steps, not images)
     chosen, pictures = _times(model, times), _pictures(model, images or [], stages, count, seed)
     from flows.images import latent_grids
@@ -206,10 +210,14 @@ def interpolate(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Blend two pictures in x_t space and draw what lies behind (DDPM, figure 8); `unclip interpolate` blends their meaning instead."""
+    """Blend two pictures in x_t space and denoise the blends (DDPM, figure 8).
+
+    `unclip interpolate` blends their meaning instead.
+    """
     if images and len(images) != 2:
         raise CallerError(
-            f"interpolate: {len(images)} picture{'s' if len(images) > 1 else ''} given: give two, or none for held-out ones"
+            f"interpolate: {len(images)} picture{'s' if len(images) > 1 else ''} given: "
+            "give two, or none for held-out ones"
         )
     model, steps, settings, stages = _open(root, run, steps, not images)
     chosen, pictures = _times(model, times), _pictures(model, images or [], stages, 2 * count, seed)
@@ -242,7 +250,7 @@ def interpolate(
 def _open(
     root: str, run: str | None, steps: int | None, wants_held_out: bool = False
 ) -> "tuple[Unclip, int, dict[str, Any], dict[str, Committed]]":
-    """Load a run's models; return them, the steps to take, what a PNG shall tell of the run, and the folders of its stages."""
+    """Load a run's models; return them, the steps, the PNG's settings and the stage folders."""
     more = ("ingest", "embed") if wants_held_out else ()
     model, record, stages = load_system(open_for(root, for_writing=False), run, more)
     T = model.decoder.schedule.T
@@ -268,7 +276,7 @@ def _times(model: "Unclip", times: list[int] | None) -> list[int]:
 def _pictures(
     model: "Unclip", files: list[Path], stages: "dict[str, Committed]", count: int, seed: int
 ) -> "Described":
-    """Read a person's pictures, or draw `count` held-out ones by the seed."""
+    """Read the user's images, or select `count` held-out ones by the seed."""
     from training.generation import reconstruction
 
     if files:

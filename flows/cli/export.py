@@ -1,9 +1,9 @@
-"""`unclip export`: one self-contained folder with everything that drawing needs, and a card that says where it comes from.
+"""The command `export`: write one self-contained folder with a run's models and a model card.
 
-Or, with `--format open_clip`, the run's CLIP alone, as `open_clip.create_model` loads it.
-
-The folder holds `clip/`, `prior/`, `decoder/` (config and averaged weights; the tokenizer beside CLIP), `lineage.json` (the manifests of
-all stages of the run), `README.md` (the model card) and, where the run was evaluated, its sheet of samples. `Unclip.load(folder)` reads it.
+The folder holds `clip/`, `prior/`, `decoder/` (config and averaged weights; the tokenizer is in
+`clip/`), `lineage.json` (the manifests of the run's stages), `README.md` (the model card) and, if
+the run was evaluated, its sheet of samples. `Unclip.load(folder)` reads it. With `--format
+open_clip` it holds only the run's CLIP, in the format of `open_clip.create_model`.
 """
 
 from enum import StrEnum
@@ -27,19 +27,17 @@ class Format(StrEnum):
 def export(
     folder: Annotated[
         Path,
-        typer.Argument(
-            metavar="DIR", help="The folder to make; it must not exist yet, or be empty."
-        ),
+        typer.Argument(metavar="DIR", help="The folder to write; it must be new or empty."),
     ],
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
     kind: Annotated[
         Format,
-        typer.Option("--format", help="The whole system, or its CLIP for the package open_clip."),
+        typer.Option("--format", help="The whole system, or only its CLIP for open_clip."),
     ] = Format.UNCLIP,
     as_json: Json = False,
 ) -> None:
-    """Write a run's models, card and lineage into one folder that needs no Ray, no Prefect and no network to draw."""
+    """Write a run's models, card and lineage to a folder that is usable without Ray or Prefect."""
     from flows.runs.records import committed_of, find_run
 
     opened = open_for(root, for_writing=False)

@@ -1,4 +1,7 @@
-"""The command `generate`, and what the other commands that draw share with it."""
+"""The command `generate`, and the options and helpers of all commands that draw images.
+
+Reads a run's models; writes images to the folder --out.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +40,7 @@ Out = Annotated[
 def load_system(
     opened: Root, run: str | None, more: tuple[str, ...] = ()
 ) -> "tuple[Unclip, dict[str, Any], dict[str, Committed]]":
-    """Return a run's models, its record, and the folders of their stages and of `more`."""
+    """Return a run's models, its record, and the folders of clip, prior, decoder and `more`."""
     from flows.runs.records import committed_of, find_run
 
     record = find_run(opened, run)
@@ -54,26 +57,26 @@ def load_system(
 
 
 def guidance_of(model: "Unclip", requested: float | None) -> float:
-    """Return the guidance that is drawn with: what was asked, else the recipe's. It is what pictures remember."""
+    """Return the requested guidance scale, or the recipe's; it is stored in the images."""
     return model.decoder.config.guidance if requested is None else requested
 
 
 def spoken(command: str, text: str) -> str:
-    """Return a text of the command line, which may hold bytes that are no text. Raises CallerError where it says nothing."""
+    """Return a command line text as valid UTF-8. Raises CallerError for a blank text."""
     if not text.strip():
         raise CallerError(f"{command}: a caption or prompt is empty")
     return text.encode("utf-8", "replace").decode()
 
 
 def check_files(files: Iterable[Path], option: str = "") -> None:
-    """Raise CallerError for a file that is not there; `option` is what named it."""
+    """Raise CallerError for a missing file; `option` is the option that named it."""
     for file in files:
         if not file.is_file():
             raise CallerError(f"{option} {file}: there is no such file".lstrip())
 
 
 def several(first: str, count: int) -> str:
-    """Return the name of a grid of so many pictures."""
+    """Return the name of a grid of `count` images, from the name of the first."""
     return f"{first} and {count - 1} more" if count > 1 else first
 
 
@@ -86,7 +89,7 @@ def tell_pictures(
     figures: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> None:
-    """Print what was drawn: with `as_json` the one object, `figures` in it where there are some, else a line that ends in `note`."""
+    """Print the written files: as one JSON object with `figures`, or as a line that ends in `note`."""
     if as_json:
         measured = {} if figures is None else {"figures": figures}
         print_json(
@@ -103,7 +106,7 @@ def tell_pictures(
 
 
 def upsampler_stages(opened: Root, record: dict[str, Any]) -> dict[str, Committed]:
-    """Return the folders of a run's up-samplers in their order. Raises CallerError where it has none."""
+    """Return the folders of a run's up-samplers in order. Raises CallerError if it has none."""
     from flows.runs.records import committed_of
     from flows.runs.stage import UPSAMPLERS
 
@@ -138,7 +141,7 @@ def generate(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Draw pictures from text: one grid, and every picture as a PNG that knows its prompt, seed and settings."""
+    """Draw pictures from text: one grid, and every picture as a PNG with its prompt and settings."""
     prompts = [spoken("generate", prompt) for prompt in prompts]
     opened = open_for(root, for_writing=False)
     model, record, stages = load_system(opened, run)

@@ -1,4 +1,7 @@
-"""The commands of a living index: `unclip index RECIPE` builds it; `add`, `merge`, `remove`, `compact` and `verify` keep it in order."""
+"""The commands of a live index: `index RECIPE` builds it, and `add`, `merge`, `remove`, ... change it.
+
+Each command reads and writes ROOT through one function of `flows.live_index`.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,38 +18,36 @@ from infra.storage.store import Root
 
 BUILD = "build"
 MANY = 8
-"""Additions beyond which a query that looks into each is told to be slow."""
+"""Number of additions from which `add` warns that queries are slow, since each is searched."""
 MAX_LINES = 1_000_000
 ALIKE_CANDIDATES = 64
 
 Urls = Annotated[
     list[str] | None,
-    typer.Option("--url", metavar="URL", help="Where the picture came from; may be repeated."),
+    typer.Option("--url", metavar="URL", help="The URL of the picture; may be repeated."),
 ]
 Keys = Annotated[
     list[str] | None,
     typer.Option(
         "--key",
         metavar="KEY",
-        help="Its key, as `unclip search --json` prints it; may be repeated.",
+        help="The key that `unclip search --json` prints; may be repeated.",
     ),
 ]
 Images = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--image", metavar="FILE", help="The picture itself, or a copy that looks like it."
-    ),
+    typer.Option("--image", metavar="FILE", help="The picture, or a copy that looks like it."),
 ]
 TextFile = Annotated[
     Path | None,
     typer.Option(
-        "--text-file", metavar="FILE", help="A list, one URL, key or whole caption a line."
+        "--text-file", metavar="FILE", help="A list with one URL, key or whole caption per line."
     ),
 ]
 
 
 class WithBuild(TyperGroup):
-    """A group whose first argument may be a recipe: then `build` is meant, as in `unclip index quickstart`."""
+    """A command group whose default command is `build`, as in `unclip index quickstart`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":
@@ -56,12 +57,12 @@ class WithBuild(TyperGroup):
 
 app = typer.Typer(
     cls=WithBuild,
-    help="Build a run's index, and keep it in order.",
+    help="Build a run's index, add to it and remove from it.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 app.command(
-    BUILD, help="Run the stage index, with what it needs; `unclip index RECIPE` is short for it."
+    BUILD, help="Run the stage index, with what it needs; short form: `unclip index RECIPE`."
 )(run_command.verb("index"))
 
 
@@ -71,7 +72,7 @@ def add(
         Path,
         typer.Argument(
             metavar="FOLDER",
-            help="Pictures beside .txt captions, or an embed folder made by the run's CLIP.",
+            help="Pictures with .txt captions, or an embed folder made by the run's CLIP.",
         ),
     ],
     licence: Annotated[
@@ -81,7 +82,10 @@ def add(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Add pictures or embeddings to a run's index, without building it again; a CLIP that is trained anew does not search them any more."""
+    """Add pictures or embeddings to a run's index without rebuilding it.
+
+    They are searched until CLIP is trained again.
+    """
     if not folder.is_dir():
         raise CallerError(f"{folder}: there is no such folder")
     opened = open_for(root, for_writing=True)
@@ -104,7 +108,7 @@ def add(
 
 @app.command()
 def merge(root: RootUri = DEFAULT_ROOT, run: RunName = None, as_json: Json = False) -> None:
-    """Make one addition of all that were added to a run's index, so that a query looks into one index instead of each."""
+    """Merge all additions to a run's index into one, so that queries are faster."""
     opened = open_for(root, for_writing=True)
     from flows.live_index.merge import merge as merge_additions
 
@@ -126,13 +130,13 @@ def remove(
     image: Images = None,
     text_file: TextFile = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be taken down, and take nothing down.")
+        bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")
     ] = False,
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Take samples down: gone from the next query on, logged, and left out of every later run."""
+    """Take samples down: log them, and exclude them from all later queries and runs."""
     opened = open_for(root, for_writing=not dry_run)
     from flows.live_index import takedown
 
@@ -170,7 +174,7 @@ def remove(
 
 @app.command()
 def compact(root: RootUri = DEFAULT_ROOT, as_json: Json = False) -> None:
-    """Take the bytes of what was removed out of shards, keep lists, embeddings and indexes; `unclip run` does so by itself."""
+    """Delete the data of removed samples from all folders; `unclip run` does so by itself."""
     opened = open_for(root, for_writing=True)
     from flows.live_index.compaction import compact as compact_root
 
@@ -181,7 +185,7 @@ def compact(root: RootUri = DEFAULT_ROOT, as_json: Json = False) -> None:
     for name, count in removed.items():
         print(f"{name}  {count:,} rows")
     if not removed:
-        print("nothing that was removed is left")
+        print("nothing to compact: no removed sample is left")
 
 
 @app.command()
@@ -194,7 +198,7 @@ def verify(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Say in which shards, embeddings, indexes and other files below ROOT samples are, and which models were trained with them."""
+    """Show which files in ROOT still hold samples, and which models were trained on them."""
     opened = open_for(root, for_writing=False)
     from flows.live_index import takedown
 
@@ -224,7 +228,10 @@ def _meant(
     images: list[Path] | None,
     text_file: Path | None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the samples in ROOT that the options mean, and the URLs that are meant whether a sample is there or not."""
+    """Return the samples in ROOT that the options select, and all selected URLs.
+
+    The URLs include those without a sample in ROOT. Raises CallerError if no option is set.
+    """
     if not (urls or keys or images or text_file):
         raise CallerError("say what is meant: --url, --key, --image or --text-file")
     import pyarrow as pa
@@ -257,7 +264,10 @@ def _lines(file: Path) -> list[str]:
 
 
 def _alike(root: Root, run: str | None, file: Path) -> list[dict[str, Any]]:
-    """Return the samples of a run's index that look like a picture file: by CLIP's neighbours, each looked at itself."""
+    """Return the samples of a run's index that look like an image file.
+
+    Candidates are CLIP's nearest neighbours; a perceptual hash decides.
+    """
     check_files([file], "--image")
     from flows.live_index.lineage import open_view
     from indexing.data.images import read_picture

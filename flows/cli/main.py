@@ -1,7 +1,8 @@
-"""The command line `unclip`: parses, prints, and sets the exit code (2 for a caller's mistake, 1 for a failure, 130 when interrupted).
+"""The command line `unclip`: registers the commands, reports errors and sets the exit code.
 
-Nothing heavy is imported before a command needs it, so that `--help` and a run whose stages are all current answer at once. Results
-go to stdout (`--json`: one object), everything else to stderr.
+Exit codes are 2 for a caller's mistake, 1 for a failure and 130 for an interruption. Commands
+import heavy packages only when they need them, so that `--help` and a run whose stages are all
+current are fast. Results go to stdout (one JSON object with `--json`), everything else to stderr.
 """
 
 import os
@@ -104,7 +105,7 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and leave the process with its exit code."""
+    """Run the command line and exit the process with its exit code."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     words = sys.argv[1:] if arguments is None else arguments
     is_debug = "--debug" in words
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = _complain(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader of stdout (`| head`) has gone
+    except BrokenPipeError:  # the reader of stdout has ended, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
     except Exception as error:
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
             1,
         )
     if code == INTERRUPTED:  # typer returns it as well
-        _complain("interrupted; the same command goes on from here", code)
+        _complain("interrupted; the same command resumes from here", code)
     sys.exit(code)
 
 

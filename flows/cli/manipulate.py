@@ -1,7 +1,8 @@
-"""The commands that change pictures one has: `vary`, `interpolate`, `textdiff` and `reconstruct`.
+"""The commands that manipulate image files: `vary`, `interpolate`, `textdiff` and `reconstruct`.
 
-They read the pictures (hostile until training.data.image_reader has read them), load a run's models, and write a labelled grid and its single
-pictures. What is computed stands in training/generation/manipulations.py.
+They read the files (untrusted until training.data.image_reader has decoded them), load a run's
+models, and write a labelled grid and its single images. The computation is in
+training/generation/manipulations.py.
 """
 
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ FIGURE_7 = "2,5,10,20,30,40,80,120,160,200,320"
 
 @dataclass(frozen=True)
 class Opened:
-    """A run's models, and the pictures at the side on which they are encoded and drawn."""
+    """A run's models, and the images at the sizes used for encoding and for drawing."""
 
     model: "Unclip"
     settings: dict[str, Any]
@@ -59,7 +60,7 @@ def vary(
             "--eta",
             min=0,
             max=1,
-            help="0 gives the picture back, 1 strays furthest; repeated: one row each.",
+            help="0 reproduces the picture, 1 varies most; may be repeated, one row each.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -70,7 +71,7 @@ def vary(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Draw variations of a picture: the same meaning, other details (unCLIP, figure 3)."""
+    """Draw variations of a picture: same meaning, other details (unCLIP, figure 3)."""
     import numpy as np
 
     from training.generation import manipulations
@@ -121,14 +122,14 @@ def interpolate(
     count: Annotated[
         int,
         typer.Option(
-            "--count", min=1, max=64, help="Rows, each with its own noise of the decoder."
+            "--count", min=1, max=64, help="Rows, each with another noise for the decoder."
         ),
     ] = 3,
     slerp_noise: Annotated[
         bool,
         typer.Option(
             "--slerp-noise",
-            help="One row whose noise also goes from A's to B's, so that both ends are the pictures.",
+            help="Draw one row and interpolate the noise as well; its ends are the pictures.",
         ),
     ] = False,
     seed: Seed = 0,
@@ -139,7 +140,10 @@ def interpolate(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Blend the meaning of two pictures: slerp of their z_i, the decoder's noise fixed along a row (unCLIP, figure 4)."""
+    """Blend the meaning of two pictures (unCLIP, figure 4).
+
+    Interpolates their z_i by slerp, with the decoder's noise fixed along a row.
+    """
     import numpy as np
 
     from training.generation import manipulations
@@ -199,7 +203,7 @@ def textdiff(
             "--theta",
             min=0,
             max=1,
-            help="How far to go, as a share of the angle; unCLIP: 0.25 to 0.5.",
+            help="How far to go, as a fraction of the angle; unCLIP: 0.25 to 0.5.",
         ),
     ] = 0.5,
     columns: Annotated[
@@ -214,7 +218,10 @@ def textdiff(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a picture from one caption towards another, its noise from DDIM inversion kept (unCLIP, figure 5)."""
+    """Change a picture from one caption towards another (unCLIP, figure 5).
+
+    Keeps the picture's noise from DDIM inversion.
+    """
     before, after = spoken("textdiff", before), spoken("textdiff", after)
     if before == after:
         raise CallerError(
@@ -269,7 +276,7 @@ def reconstruct(
         typer.Option(
             "--pca-dims",
             metavar="N,N,...",
-            help="How many principal components of z_i are kept; more than there are are left out.",
+            help="Numbers of principal components of z_i; those above its dimension are ignored.",
         ),
     ] = FIGURE_7,
     seed: Seed = 0,
@@ -280,7 +287,7 @@ def reconstruct(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Draw pictures from a part of their z_i: what each number of principal components holds (unCLIP, figure 7)."""
+    """Draw pictures from the first principal components of their z_i (unCLIP, figure 7)."""
     wanted = _dims(pca_dims)
     import numpy as np
 
@@ -294,7 +301,8 @@ def reconstruct(
     dims = [count for count in wanted if count <= z_train.dim]
     if not dims:
         raise CallerError(
-            f"--pca-dims {pca_dims}: this run's z_i has {z_train.dim} dimensions, ask for that many at most"
+            f"--pca-dims {pca_dims}: this run's z_i has {z_train.dim} dimensions, "
+            "ask for that many at most"
         )
     pca, z_i = (
         Pca.fit(z_train[z_train.sampled()]),
@@ -336,7 +344,7 @@ def _dims(text: str) -> list[int]:
 def _open(
     root: str, run: str | None, images: list[Path], steps: int, more: tuple[str, ...] = ()
 ) -> Opened:
-    """Load the run's models and read the pictures, each at the larger of the sides that CLIP and the decoder want."""
+    """Load the run's models and read the images, at the larger of the sides of CLIP and decoder."""
     check_files(images)
     from training.generation import manipulations
 

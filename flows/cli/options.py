@@ -1,6 +1,6 @@
-"""What the commands share: their options, how they open a ROOT and load a recipe, and how they print.
+"""Options and helpers that the commands share: loading a recipe, naming a run and printing.
 
-The only place that reads the environment (`UNCLIP_ROOT`, `UNCLIP_SCRATCH`) for the commands.
+The option --root reads `UNCLIP_ROOT` from the environment. Reads recipes and writes no files.
 """
 
 import json
@@ -28,7 +28,7 @@ RootUri = Annotated[
         "--root",
         envvar="UNCLIP_ROOT",
         metavar="URI",
-        help="Where everything is kept: a folder or an URL such as s3://bucket/prefix.",
+        help="Where everything is stored: a folder or a URL such as s3://bucket/prefix.",
     ),
 ]
 Name = Annotated[
@@ -64,10 +64,10 @@ DEFAULT_ROOT = "unclip-data"
 def load_config(
     recipe: str, overrides: list[str] | None, address: str | None = None
 ) -> "tuple[RunConfig, list[str]]":
-    """Return the recipe resolved with all overrides, and those overrides."""
+    """Return the recipe with all overrides applied, and the overrides."""
     from flows.config.recipe_file import find_recipe
 
-    find_recipe(recipe)  # a recipe that is not there is known before the sections are imported
+    find_recipe(recipe)  # reports a missing recipe before the slow import of the sections
     from flows.config.run_config import load_recipe
 
     assignments = [*(overrides or []), *([f"cluster.address={address}"] if address else [])]
@@ -75,7 +75,7 @@ def load_config(
 
 
 def run_name(recipe: str, name: str | None) -> str:
-    """Return the run's name, by default the recipe's. Raises CallerError for one that cannot be a file name."""
+    """Return the run's name, by default the recipe's. Raises CallerError for an invalid name."""
     chosen = name or Path(recipe).stem
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", chosen):
         raise CallerError(f"--name {chosen}: use letters, digits, dots, dashes and underscores")
@@ -83,11 +83,11 @@ def run_name(recipe: str, name: str | None) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line for people: to stderr, so that stdout holds the result alone."""
+    """Print a message to stderr; stdout holds only the result."""
     print(line, file=sys.stderr, flush=True)
 
 
 def print_json(result: Any) -> None:
-    """Print the one object that `--json` promises."""
+    """Print the result of `--json` as one JSON object."""
     json.dump(result, sys.stdout, indent=1, ensure_ascii=False)
     sys.stdout.write("\n")

@@ -1,9 +1,10 @@
-"""`unclip prune`: removes the folders of stages that nothing needs any more; nightly runs leave a set of them each night.
+"""The command `prune`: remove stage folders that nothing needs; every nightly run leaves some.
 
-Kept are: what a run, the promoted run or a submitted job names and everything that it was made from, the newest folder of every stage
-(the next run takes over from it), what was committed lately (a run names its folders when it ends), and what is being made or read.
-Additions to an index and the removal log are no such folders, and stay. What dead writers left goes as well (`flows.live_index.leftovers`), and the
-work of stages that were killed and not resumed for as long.
+Keeps the folders named by a run, the promoted run or a submitted job, with all their inputs; the
+newest folder of every stage, because the next run reuses it; recent commits, because a run names
+its folders only when it ends; and folders in use. Additions to an index and the removal log always
+stay. Also removes leftovers of dead writers (`flows.live_index.leftovers`) and old work folders of
+killed stages.
 """
 
 from collections.abc import Iterable
@@ -28,7 +29,7 @@ Folder = tuple[str, str]
 
 def prune(
     delete: Annotated[
-        bool, typer.Option("--delete", help="Remove them; without it they are only listed.")
+        bool, typer.Option("--delete", help="Remove the folders; by default only list them.")
     ] = False,
     older_than: Annotated[
         float,
@@ -36,13 +37,13 @@ def prune(
             "--older-than",
             metavar="DAYS",
             min=0,
-            help="Only what was committed at least so many days ago.",
+            help="Only folders committed at least this many days ago.",
         ),
     ] = 7,
     root: RootUri = DEFAULT_ROOT,
     as_json: Json = False,
 ) -> None:
-    """List the folders that no run names and nothing needs, and what dead writers left, or remove them (--delete)."""
+    """List the folders that nothing needs and the leftovers of dead writers, or remove them."""
     opened = open_for(root, for_writing=delete)
     from flows.live_index.leftovers import leftovers, unfinished
 
@@ -84,17 +85,16 @@ def prune(
 
 
 def _dealt_with(leftover: "Leftover", delete: bool) -> dict[str, Any]:
-    """Remove a leftover if `delete`; return its row."""
+    """Return the row of a leftover; remove the leftover if `delete` is set."""
     why = leftover.remove() if delete else ""
     state = ("kept" if why else "removed") if delete else "left by a dead writer"
     return {"path": leftover.path, "bytes": leftover.size_bytes, "state": state, "why": why}
 
 
 def unused(root: Root, before: datetime) -> list[Committed]:
-    """Return the folders that nothing needs and that were committed before a time, those that depend on others first."""
-    from flows.orchestration.stages import (
-        STAGES,
-    )  # with pyarrow, which `unclip --help` does without
+    """Return the folders committed before a time that nothing needs, dependent ones first."""
+    # Imported late: it imports pyarrow, which `unclip --help` does not need.
+    from flows.orchestration.stages import STAGES
 
     stage_names = [stage.name for stage in STAGES]
     there = {
@@ -120,13 +120,13 @@ def unused(root: Root, before: datetime) -> list[Committed]:
 
 
 def discard(root: Root, committed: Committed) -> str:
-    """Remove a folder, its manifest first; return "" or who makes or reads it, so that it stays."""
+    """Remove a folder, its manifest first; return "", or the reason why it stays."""
     from flows.live_index.leftovers import BusyError, locked
 
     try:
         with locked(root, committed.stage, committed.key):
             if (committed.stage, committed.key) in _named(root):
-                return "a run names it by now"
+                return "a run names it now"
             store.remove(root, f"{committed.stage}/{committed.key}/{manifests.MANIFEST}")
             store.remove(root, f"{committed.stage}/{committed.key}")
             return ""
@@ -135,7 +135,7 @@ def discard(root: Root, committed: Committed) -> str:
 
 
 def _named(root: Root) -> set[Folder]:
-    """Return what runs, the promoted run and submitted jobs name."""
+    """Return the folders that runs, the promoted run and submitted jobs name."""
     records = [store.read_json(root, f"runs/{name}") for name in store.list_names(root, "runs")]
     named = {
         item
@@ -150,13 +150,13 @@ def _named(root: Root) -> set[Folder]:
 
 
 def _claimed(root: Root) -> set[Folder]:
-    """Return what submitted jobs make."""
+    """Return the folders that submitted jobs are making."""
     names = [name.removesuffix(".json").rpartition("-") for name in store.list_names(root, "jobs")]
     return {(stage, key) for stage, _, key in names}
 
 
 def _with_inputs(names: Iterable[Folder], there: dict[Folder, Committed]) -> set[Folder]:
-    """Return these folders and all that they were made from."""
+    """Return these folders and all their direct and indirect inputs."""
     named: set[Folder] = set()
     left = list(names)
     while left:

@@ -1,6 +1,6 @@
-"""The command `recipe`: a recipe resolved, every key with its meaning and what is allowed, as TOML that is a recipe again.
+"""The command `recipe`: print a resolved recipe with the meaning and allowed values of every key.
 
-What it says of a key is the docstring and the bounds beside the code that reads it.
+The output is TOML and again a valid recipe. Descriptions and bounds come from the section classes.
 """
 
 import json
@@ -27,7 +27,7 @@ def recipe(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Show a recipe whole: every key that can be set, what it means, what is allowed, and its value here."""
+    """Show a complete recipe: every key with its meaning, its allowed values and its value here."""
     config, _ = load_config(recipe, overrides)
     if section is not None and section not in type(config).model_fields:
         raise CallerError(f"--section {section}: there are {', '.join(type(config).model_fields)}")
@@ -41,7 +41,7 @@ def recipe(
 def _lines(
     section: type[Section], values: Mapping[str, Any], path: str, only: str | None = None
 ) -> Iterator[str]:
-    """Yield a section's lines: its own keys first, then the sections in it."""
+    """Yield a section's lines: first its own keys, then its subsections."""
     fields = section.model_fields
     below = {
         name
@@ -58,7 +58,7 @@ def _lines(
 
 
 def _section(path: str, field: FieldInfo, value: Any) -> Iterator[str]:
-    """Yield the lines of one section, or of several of the same name; what could stand there as well is shown as comments."""
+    """Yield the lines of one section, or of a list of sections; alternatives become comments."""
     is_list = isinstance(value, tuple)
     there = value if is_list else () if value is None else (value,)
     head = f"[[{path}]]" if is_list else f"[{path}]"
@@ -82,7 +82,7 @@ def _section(path: str, field: FieldInfo, value: Any) -> Iterator[str]:
 
 
 def _defaults(section: type[Section]) -> dict[str, Any]:
-    """Return a section's defaults by key, None where a key must be given."""
+    """Return a section's defaults by key, None for a required key."""
     leaves = {}
     for name, field in section.model_fields.items():
         choices = _choices(field)
@@ -94,7 +94,7 @@ def _defaults(section: type[Section]) -> dict[str, Any]:
 
 
 def _sections(field: FieldInfo) -> list[type[Section]]:
-    """Return the sections that a field may hold."""
+    """Return the section classes that a field may hold."""
     return [
         part
         for part in _parts(field.annotation)
@@ -103,14 +103,14 @@ def _sections(field: FieldInfo) -> list[type[Section]]:
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """Yield a type and those that it is made of."""
+    """Yield a type and, recursively, its type arguments."""
     yield annotation
     for argument in get_args(annotation) if get_origin(annotation) is not Literal else ():
         yield from _parts(argument)
 
 
 def _allowed(field: FieldInfo) -> str:
-    """Say what a field's type and bounds allow, where that is more than its type."""
+    """Describe a field's choices or bounds; "" if it has none."""
     choices = _choices(field)
     if len(choices) > 1:
         return f"One of {', '.join(_toml(choice) for choice in choices)}."
@@ -146,7 +146,7 @@ def _sentences(text: str) -> list[str]:
 
 
 def _toml(value: Any) -> str:
-    """Write a value as TOML does."""
+    """Format a value as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, Section):

@@ -1,6 +1,7 @@
-"""The commands that make things, `run` and one verb per stage, and those that say what there is: `status` and `runs`.
+"""The commands that run the pipeline, `run` and one per stage, and those that list its results.
 
-A run whose stages are all current is answered from the manifests; only otherwise do Prefect and Ray start.
+The latter are `status` and `runs`. If all stages are current, a run reads only the manifests;
+otherwise it starts Prefect and Ray.
 """
 
 import logging
@@ -43,7 +44,7 @@ def run(
             "--throughput",
             min=1e-6,
             metavar="TFLOPS",
-            help="With --dry-run: how long it takes, with workers that reach so many TFLOP/s in training.",
+            help="With --dry-run: estimate the time, for workers with this TFLOP/s in training.",
         ),
     ] = None,
     pairs: Annotated[
@@ -52,12 +53,12 @@ def run(
             "--pairs",
             min=1,
             max=10**12,
-            help="With --dry-run: pairs kept, for the storage they take.",
+            help="With --dry-run: estimate the storage for this many pairs.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Run the whole pipeline; stages that are current are skipped."""
+    """Run the whole pipeline; current stages are skipped."""
     for option, value in (("--throughput", throughput), ("--pairs", pairs)):
         if value and not dry_run:
             raise CallerError(f"{option} is for planning: give --dry-run as well")
@@ -68,7 +69,7 @@ def run(
 
 
 def verb(stage: str) -> Callable[..., None]:
-    """Return the command that runs one stage and what it needs."""
+    """Return the command that runs one stage and the stages that it needs."""
 
     def command(
         recipe: Recipe,
@@ -94,13 +95,11 @@ def status(
     overrides: Overrides = None,
     checksums: Annotated[
         bool,
-        typer.Option(
-            "--checksums", help="Read every committed file and compare it with its manifest."
-        ),
+        typer.Option("--checksums", help="Also compare the checksum of every committed file."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say of every stage whether it is current, stale (and why) or missing."""
+    """Show for every stage whether it is current, stale (and why) or missing."""
     from flows.live_index.lineage import additions, unsearched
     from flows.orchestration.stages import STAGES
     from flows.runs.planning import plan, stages_of
@@ -131,7 +130,7 @@ def status(
 
 
 def runs(root: RootUri = DEFAULT_ROOT, as_json: Json = False) -> None:
-    """List the runs of a ROOT, the last finished first, and which of them search, generation and the service follow."""
+    """List the runs of a ROOT, the last finished first, and mark the one used by default."""
     from flows.runs.records import list_runs, no_run
 
     opened = open_for(root, for_writing=False)
@@ -158,7 +157,7 @@ def foresee(
     throughput: float | None = None,
     pairs: int | None = None,
 ) -> None:
-    """Print where the targets (by default all stages) stand and what they need (flows/orchestration/capacity_plan.py); make nothing."""
+    """Print the state of the targets, by default all stages, and their capacity plan; run nothing."""
     from flows.orchestration.capacity_plan import capacity, published
     from flows.orchestration.stages import STAGES
     from flows.runs.planning import plan, stages_of
@@ -190,7 +189,10 @@ def make(
     as_json: bool,
     jobs: str | None = None,
 ) -> None:
-    """Bring the targets (by default all stages) up to date here, or by Ray jobs at the address `jobs`, and print what came of it."""
+    """Run the targets, by default all stages, and print the result.
+
+    Stages run here, or as Ray jobs if `jobs` is the address of a Ray job server.
+    """
     from flows.live_index.compaction import compact
     from flows.orchestration.stages import STAGES
     from flows.runs.planning import plan, stages_of
@@ -234,7 +236,7 @@ def _run_flow(
     targets: list[str],
     jobs: str | None,
 ) -> dict[str, Any]:
-    """Run the flow with Prefect's, Ray's and other chatter in a log file, and return its result."""
+    """Run the flow with the output of Prefect and Ray in a log file, and return its result."""
     from flows.scheduling.prefect_server import prefect_server
     from infra.console.log_redirect import noting_interrupts, quiet_terminal
 
@@ -262,12 +264,15 @@ def _run_flow(
                 raise type(cause)(f"{_stage_of(cause)}{cause}") from error
             last_line = (str(error).strip().splitlines() or [""])[-1]
             raise UnclipError(
-                f"{_stage_of(error)}{type(error).__name__}: {last_line}; the whole story is in {log}"
+                f"{_stage_of(error)}{type(error).__name__}: {last_line}; details are in {log}"
             ) from error
 
 
 def _drain_prefect() -> None:
-    """Let Prefect send what it still holds while its server is there; afterwards it would complain on the terminal."""
+    """Send Prefect's queued logs and events while its server runs.
+
+    Otherwise it would print errors on the terminal after the server has stopped.
+    """
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
@@ -276,7 +281,7 @@ def _drain_prefect() -> None:
 
 
 def _behind(error: BaseException) -> UnclipError | None:
-    """Return the error of ours while whose handling another was raised, if there is one."""
+    """Return the UnclipError during whose handling this error was raised, or None."""
     context: BaseException | None = error
     while context is not None and not isinstance(context, UnclipError):
         context = context.__cause__ or context.__context__

@@ -1,6 +1,7 @@
-"""The commands that let runs happen elsewhere or by themselves: `submit` on a Ray cluster, `schedule` on a Prefect server, `up`.
+"""The commands that run pipelines remotely or on a schedule: `submit`, `schedule` and `up`.
 
-`up` keeps a server, a worker and a schedule running on this machine until it is interrupted; the rest is `flows/scheduling/deployments.py`.
+`submit` runs the stages on a Ray cluster, `schedule` creates a deployment on a Prefect server, and
+`up` runs a server, a worker and a schedule on this machine until it is interrupted.
 """
 
 import os
@@ -35,13 +36,13 @@ from infra.storage.store import Root
 Cron = Annotated[
     str,
     typer.Option(
-        "--cron", metavar="CRON", help='When, as in a crontab: "0 3 * * *" is every night at three.'
+        "--cron", metavar="CRON", help='Schedule as in a crontab: "0 3 * * *" is 3 a.m. every day.'
     ),
 ]
 Every = Annotated[
     int,
     typer.Option(
-        "--every", metavar="SECONDS", min=0, help="Or every so many seconds, counted from now."
+        "--every", metavar="SECONDS", min=0, help="Or the interval in seconds, from now on."
     ),
 ]
 Timezone = Annotated[
@@ -61,7 +62,7 @@ Jobs = Annotated[
     typer.Option(
         "--submit",
         metavar="URL",
-        help="Hand each stage to this Ray job server, as `unclip submit` does.",
+        help="Run each stage on this Ray job server, as `unclip submit` does.",
     ),
 ]
 NOTIFY = "UNCLIP_NOTIFY_URL"
@@ -81,11 +82,14 @@ def submit(
     stages: Stages = None,
     as_json: Json = False,
 ) -> None:
-    """Run the pipeline on a Ray cluster, each stage as a job; the same command joins jobs that a lost driver left, Ctrl-C stops them."""
+    """Run the pipeline on a Ray cluster, each stage as a job.
+
+    Run the same command again to rejoin jobs after a lost connection. Ctrl-C stops the jobs.
+    """
     from flows.cli.run import make
     from infra.compute.ray_jobs import JobServer
 
-    JobServer(address)  # an address that is none is known at once
+    JobServer(address)  # reports an invalid address at once
     make(recipe, root, name, overrides, None, stages or [], as_json, jobs=address)
 
 
@@ -101,14 +105,17 @@ def schedule(
     stages: Stages = None,
     jobs: Jobs = None,
     paused: Annotated[
-        bool, typer.Option("--paused", help="Make it, but start nothing until it is resumed.")
+        bool, typer.Option("--paused", help="Create it paused; nothing runs until it is resumed.")
     ] = False,
     remove: Annotated[
         bool, typer.Option("--remove", help="Remove the deployment instead.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make or renew a Prefect deployment that runs the recipe on a schedule; $UNCLIP_NOTIFY_URL hears of failures."""
+    """Create or replace a Prefect deployment that runs the recipe on a schedule.
+
+    Failures are posted to the webhook $UNCLIP_NOTIFY_URL, if set.
+    """
     from flows.scheduling import deployments as schedules
 
     if remove:
@@ -249,7 +256,7 @@ def _worker(home: Path) -> Iterator["subprocess.Popen[bytes]"]:
     try:
         yield worker
     finally:
-        worker.send_signal(signal.SIGINT)  # it ends its runs first
+        worker.send_signal(signal.SIGINT)  # the worker first ends its runs
         try:
             worker.wait(timeout=30)
         except subprocess.TimeoutExpired:

@@ -1,6 +1,6 @@
-"""The commands that use what a run made: `search` and `generate`; and what the other such commands share with them.
+"""The command `search`: search the live index of a run by text, image or key.
 
-They resolve a run through `ROOT/runs/`, by default the one that finished last.
+Reads ROOT and writes nothing.
 """
 
 from pathlib import Path
@@ -13,9 +13,6 @@ from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json
 from flows.config.roots import open_for
 from infra.errors import CallerError
 
-if TYPE_CHECKING:
-    pass
-
 
 def search(
     text: Annotated[
@@ -26,14 +23,17 @@ def search(
         typer.Option("--image", metavar="FILE", help="Search with a picture instead of a text."),
     ] = None,
     key: Annotated[
-        str | None, typer.Option("--key", metavar="KEY", help="More like the sample with this key.")
+        str | None,
+        typer.Option(
+            "--key", metavar="KEY", help="Search for pictures like the one with this key."
+        ),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many results.")] = 10,
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Search the pictures of a run by text, by picture or by another of its pictures."""
+    """Search the pictures of a run by text, by a picture file or by one of its pictures."""
     if sum(query_part is not None for query_part in (text, image, key)) != 1:
         raise CallerError(
             'search needs a text, --image FILE or --key KEY, one of them: unclip search "a red heart"'

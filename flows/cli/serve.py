@@ -1,7 +1,9 @@
-"""The command `unclip serve`: opens a run's living index and its CLIP, and hands them to the service as plain callables.
+"""The command `serve`: open a run's live index and its CLIP, and serve them over HTTP.
 
-`application` is the same for Ray Serve, to be named by a Serve config or a RayService (infra/deploy/rayservice.yaml). What is secret, the token
-and the credentials of a store, every process takes from its own environment: Ray stores and shows what is sent to it.
+`application` is the same service for Ray Serve, for use in a Serve config or a RayService
+(infra/deploy/rayservice.yaml). Every process reads secrets (the token, a store's credentials) from
+its own environment, because Ray stores and shows the arguments of an application. Reads ROOT and
+writes nothing to it.
 """
 
 import ipaddress
@@ -40,26 +42,29 @@ TOKEN = "UNCLIP_TOKEN"
 
 
 class Replicated(Section):
-    """What `application` is given: the service of a run, in replicas."""
+    """The arguments of `application`: which run to serve, and how."""
 
     root: str
-    """ROOT, as every node reaches it."""
+    """URI of ROOT, reachable from every node."""
     run: str | None = None
-    """Name of the run; by default the promoted or the last one, and the next one when that is promoted or finishes."""
+    """Name of the run; by default the promoted or the last one, also when that changes later."""
     replicas: int = Field(default=2, ge=1, le=1000)
-    """Processes that answer; each holds the index's hot part in memory."""
+    """Number of server processes; each holds the index's hot part in memory."""
     cpus: float = Field(default=1, gt=0)
-    """Cores that Ray keeps for each."""
+    """CPU cores that Ray reserves for each replica."""
     rate: float = Field(default=50, ge=0)
-    """Requests a second that one address may make of all replicas together; 0 sets no limit."""
+    """Maximum requests per second of one address to all replicas together; 0 is no limit."""
     allow_urls: bool = False
-    """Whether query pictures are fetched from public addresses."""
+    """Whether clients may name query images by a public URL, which the server fetches."""
     is_open: bool = False
-    """Whether it answers without a token, to loopback names alone; else UNCLIP_TOKEN must be in the nodes' environment."""
+    """Whether to serve without a token, to loopback names only.
+
+    Otherwise UNCLIP_TOKEN must be in the nodes' environment.
+    """
     allow_origins: tuple[str, ...] = ()
-    """Origins whose pages may ask from a browser, beside our own page."""
+    """Origins whose web pages may send requests, in addition to our own page."""
     removal_lag_s: float = Field(default=0, ge=0)
-    """With a ROOT in a store, how old what is known of the removal log may be; by default each query has it looked at."""
+    """Maximum age of the cached removal log of a ROOT in a store; 0 checks it on every query."""
 
 
 def serve(
@@ -68,11 +73,11 @@ def serve(
         typer.Option(
             "--host",
             metavar="ADDRESS",
-            help="Address to listen on; any but loopback needs a token.",
+            help="Address to listen on; all except loopback need a token.",
         ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")
+        int, typer.Option("--port", min=0, max=65_535, help="0 selects a free port.")
     ] = 8080,
     token: Annotated[
         str | None,
@@ -80,20 +85,20 @@ def serve(
             "--token",
             envvar=TOKEN,
             metavar="TOKEN",
-            help="What clients must present; better in the environment.",
+            help="Token that clients must send; prefer the environment variable.",
         ),
     ] = None,
     rate: Annotated[
         float,
         typer.Option(
-            "--rate", min=0, help="Requests a second that one address may make; 0 sets no limit."
+            "--rate", min=0, help="Maximum requests per second of one address; 0 is no limit."
         ),
     ] = 50,
     allow_urls: Annotated[
         bool,
         typer.Option(
             "--allow-urls",
-            help="Fetch query pictures from public addresses when a client names an URL.",
+            help="Let clients name query pictures by a public URL, which the server fetches.",
         ),
     ] = False,
     allow_origin: Annotated[
@@ -101,7 +106,8 @@ def serve(
         typer.Option(
             "--allow-origin",
             metavar="ORIGIN",
-            help="Let pages of this origin (https://host:port) ask from a browser, as clip-retrieval's front end does; may be repeated.",
+            help="Let web pages of this origin (https://host:port) send requests, such as "
+            "clip-retrieval's front end; may be repeated.",
         ),
     ] = None,
     removal_lag: Annotated[
@@ -110,7 +116,8 @@ def serve(
             "--removal-lag",
             min=0,
             metavar="SECONDS",
-            help="With a ROOT in a store: how old what is known of the removal log may be; 0 looks at it before every query.",
+            help="With a ROOT in a store: maximum age of the cached removal log; "
+            "0 checks it on every query.",
         ),
     ] = 0,
     replicas: Annotated[
@@ -119,7 +126,7 @@ def serve(
             "--replicas",
             min=1,
             max=1000,
-            help="Serve from so many processes, on Ray Serve; by default from this one.",
+            help="Serve from this many processes on Ray Serve; by default from this process.",
         ),
     ] = None,
     address: Annotated[
@@ -127,7 +134,7 @@ def serve(
         typer.Option(
             "--address",
             metavar="RAY",
-            help="Ray cluster that the replicas run on; by default a small one here.",
+            help="Ray cluster for the replicas; by default a small local one is started.",
         ),
     ] = None,
     root: RootUri = DEFAULT_ROOT,
@@ -135,11 +142,13 @@ def serve(
 ) -> None:
     """Serve a run's index: a search page, an HTTP interface, and clip-retrieval's protocol.
 
-    Without --run it follows the promoted run, or the last one where no gate is set. What is removed is gone from the next query on.
+    Without --run it serves the promoted run, or the last one if there is no gate. Removed samples
+    are no longer returned from the next query on.
     """
     if token is None and not is_loopback(host):
         raise CallerError(
-            f"--host {host} can be reached from elsewhere: set {TOKEN} to a secret of at least 16 characters"
+            f"--host {host} can be reached from elsewhere: "
+            f"set {TOKEN} to a secret of at least 16 characters"
         )
     check_token(token)
     origins = tuple(as_origin(origin) for origin in allow_origin or ())
@@ -181,7 +190,10 @@ def serve(
 def serve_replicas(
     opened: Root, settings: Replicated, host: str, port: int, token: str | None, address: str | None
 ) -> None:
-    """Deploy the replicas on Ray and stay until interrupted. A Ray of our own gives them the token; another's nodes must have it."""
+    """Deploy the replicas on Ray and serve until interrupted.
+
+    A Ray cluster started here passes on the token; the nodes of another cluster must have it.
+    """
     from flows.live_index.lineage import lineage
 
     name = lineage(opened, settings.run).record[
@@ -215,13 +227,17 @@ def application(settings: Replicated) -> Any:
 
 
 def open_replica(settings: Replicated) -> "tuple[Service, ServeConfig]":
-    """Open the service in a replica. Raises CallerError where it must have a token and its node's environment holds none."""
+    """Open the service in a replica.
+
+    Raises CallerError if a token is required and the node's environment has none.
+    """
     from indexing.service.state import ServeConfig, Service
 
     token = None if settings.is_open else os.environ.get(TOKEN)
     if token is None and not settings.is_open:
         raise CallerError(
-            f"{TOKEN} is not in the environment of the Ray node that a replica started on: set it on every node"
+            f"{TOKEN} is not in the environment of the Ray node that a replica started on: "
+            "set it on every node"
         )
     check_token(token)
     service = Service(
@@ -239,7 +255,10 @@ def open_replica(settings: Replicated) -> "tuple[Service, ServeConfig]":
 
 
 def as_origin(text: str) -> str:
-    """Return an origin as browsers send it. Raises CallerError for what is none: a path, a wildcard, another scheme."""
+    """Return an origin as browsers send it.
+
+    Raises CallerError for anything else, such as a URL with a path, a wildcard or another scheme.
+    """
     parts = urlsplit(text.lower().removesuffix("/"))
     try:
         port = parts.port
@@ -249,14 +268,15 @@ def as_origin(text: str) -> str:
     rest = (parts.path, parts.query, parts.fragment, parts.username)
     if parts.scheme not in usual or not parts.hostname or any(rest) or port == -1:
         raise CallerError(
-            f"--allow-origin {text}: give scheme, host and port alone, such as https://search.example.org"
+            f"--allow-origin {text}: give scheme, host and port alone, "
+            "such as https://search.example.org"
         )
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{parts.scheme}://{host}" + (f":{port}" if port and port != usual[parts.scheme] else "")
 
 
 def check_token(token: str | None) -> None:
-    """Raise CallerError for a token that is short or cannot stand in a header."""
+    """Raise CallerError for a token that is too short or not valid in an HTTP header."""
     if token is not None and (
         len(token) < 16
         or not token.isascii()
@@ -264,12 +284,13 @@ def check_token(token: str | None) -> None:
         or set(token) & set(' ";,\\')
     ):
         raise CallerError(
-            f"{TOKEN}: use at least 16 letters, digits, dashes or underscores, such as `openssl rand -hex 16` prints"
+            f"{TOKEN}: use at least 16 letters, digits, dashes or underscores, "
+            "such as `openssl rand -hex 16` prints"
         )
 
 
 def free_port(host: str) -> int:
-    """Return a port that nobody listens on at the address now."""
+    """Return a port of the address that is free now."""
     with socket.create_server(
         (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET
     ) as probe:
@@ -279,7 +300,10 @@ def free_port(host: str) -> int:
 def parts_of(
     root: Root, run: str | None, allow_urls: bool, report: Callable[[str], None]
 ) -> "Parts":
-    """Return what the service needs of a run; without a name, of the run that `find_run` returns, whichever that is at any time."""
+    """Return the parts of a run that the service uses.
+
+    Without a run name it is always the run that `find_run` returns at that time.
+    """
     from flows.live_index.lineage import RemovalLog, SegmentsStamp
     from indexing.service.state import Parts
 
@@ -296,7 +320,7 @@ def parts_of(
 
 
 class Opener:
-    """Opens what a run is made of, again and again; segments and the CLIP that have not changed stay open."""
+    """Opens a run's segments and CLIP on every call; those that have not changed stay open."""
 
     def __init__(self, root: Root, run: str | None, report: Callable[[str], None]) -> None:
         self.root, self.run, self.report = root, run, report
@@ -322,7 +346,7 @@ class Opener:
 
 
 def load_encoders(run_lineage: "Lineage") -> "Encoders":
-    """Load the CLIP that made an index."""
+    """Load the CLIP that embedded an index."""
     from indexing.service.state import Encoders
     from training.data.image_reader import as_square
     from training.jobs import embed
@@ -338,7 +362,10 @@ def load_encoders(run_lineage: "Lineage") -> "Encoders":
 
 
 def fetch_query(url: str) -> bytes:
-    """Return the picture behind an URL of the open internet. Raises ValueError that does not tell what a private address answered."""
+    """Fetch an image from a public URL.
+
+    Raises ValueError, whose message reveals nothing of a private address's response.
+    """
     try:
         return fetch_image(url, QUERY_RULES)
     except FetchError as error:
@@ -346,7 +373,7 @@ def fetch_query(url: str) -> bytes:
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether only this machine can reach an address that is listened on."""
+    """Return whether only this machine can reach a listening address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -354,5 +381,5 @@ def is_loopback(host: str) -> bool:
 
 
 def say(line: str) -> None:
-    """Print a line for people beside the log."""
+    """Print a message to stderr."""
     print(f"unclip: {line}", file=sys.stderr, flush=True)

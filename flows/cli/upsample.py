@@ -1,6 +1,7 @@
-"""What flows add to up-sampling: the comparison that the stage leaves beside its weights, and the command `upsample`.
+"""The command `upsample`: enlarge image files with a run's up-samplers.
 
-The comparison is on held-out pictures, which the up-sampler has not seen: their style first, then their concept.
+Reads image files and a run's up-samplers; writes a grid that compares them with interpolation, and
+the single images.
 """
 
 from pathlib import Path
@@ -26,7 +27,7 @@ def upsample(
             "--side",
             min=8,
             max=MAX_SIDE_PX,
-            help="Side to which the pictures are first brought, in pixels; by default the one trained for.",
+            help="Side to which pictures are first resized, in pixels; by default the trained one.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -39,7 +40,7 @@ def upsample(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Enlarge pictures with the run's up-samplers, bicubic and Lanczos beside them."""
+    """Enlarge pictures with the run's up-samplers, and compare with bicubic and Lanczos."""
     check_files(images)
     import numpy as np
 

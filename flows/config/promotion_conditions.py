@@ -1,4 +1,6 @@
-"""Parses the conditions of `[evaluate] promote_if`, such as `generation.own_prompt_first >= current - 0.05`."""
+"""Parses the conditions of `[evaluate] promote_if`, such as `generation.own_prompt_first >= current
+- 0.05`.
+"""
 
 import re
 
@@ -11,7 +13,9 @@ CONDITION = re.compile(
 
 
 def parsed(condition: str) -> tuple[str, str, str | None, str | None, str | None]:
-    """Return path, comparison, number, and shift of `current` by a number. Raises ValueError for anything else."""
+    """Return path, comparison, number, and shift of `current` by a number. Raises ValueError for
+    anything else.
+    """
     match = CONDITION.fullmatch(condition)
     if not match:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""Reads a TOML recipe into a tree, applies `--set` overrides, and says in one line what a section's model refuses.
+"""Reads a TOML recipe into a tree, applies `--set` overrides, and says in one line what a section's
+model refuses.
 
 Knows no section: `flows/config/run_config.py` brings the model. Reads recipe files only.
 """
@@ -25,7 +26,9 @@ BUILT_IN = Path(__file__).parents[1] / "recipes"
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file of a recipe: a path, or the name of one that comes with us (`quickstart`). Raises CallerError."""
+    """Return the file of a recipe: a path, or the name of one that comes with us (`quickstart`).
+    Raises CallerError.
+    """
     file = Path(name)
     if file.is_file():
         return file
@@ -37,9 +40,11 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the recipe's sections as a tree, its `extends` resolved and the overrides (`clip.width=256`) applied.
+    """Return the recipe's sections as a tree, its `extends` resolved and the overrides
+    (`clip.width=256`) applied.
 
-    Raises CallerError, also for an URL that carries credentials: a recipe is kept in every manifest, in jobs and in Prefect's parameters.
+    Raises CallerError, also for an URL that carries credentials: a recipe is kept in every
+    manifest, in jobs and in Prefect's parameters.
     """
     tree = _read(path, ())
     for override in overrides:
@@ -55,7 +60,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _secret_in(value: Any, key_path: str) -> str | None:
-    """Return where in a value the first URL with credentials is, or None; the URL itself is not to be shown."""
+    """Return where in a value the first URL with credentials is, or None; the URL itself is not to
+    be shown.
+    """
     if isinstance(value, str):
         return key_path if SECRET.search(value) else None
     parts = (
@@ -123,7 +130,8 @@ def validated(tree: Mapping[str, Any], model: type[Model], source: str) -> Model
     Raises CallerError: one line that names `source`, section, key, value and what is allowed.
     """
     try:
-        # As JSON, because there the strict mode lets an array stand for a tuple but no text for a number.
+        # As JSON, because there the strict mode lets an array stand for a tuple but no text for a
+        # number.
         return model.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         # A key that does not exist is often why another one is missing: name it first.
@@ -156,7 +164,9 @@ def _complaint(error: Any, tree: Mapping[str, Any], model: type[BaseModel]) -> s
 
 
 def _written(location: Sequence[str | int], tree: Any) -> list[str | int]:
-    """Return the location as the recipe has it, without the tags that pydantic puts in for the alternatives of a union."""
+    """Return the location as the recipe has it, without the tags that pydantic puts in for the
+    alternatives of a union.
+    """
     written, here = [], tree
     for part in location:
         if isinstance(here, dict) and part not in here and part != location[-1]:

@@ -12,12 +12,16 @@ if TYPE_CHECKING:  # its sections import torch and faiss
 
 
 def open_for(uri: str, for_writing: bool) -> Root:
-    """Open ROOT; one that is not local keeps unfinished work and downloads in $UNCLIP_SCRATCH, by default below ~/.cache/unclip."""
+    """Open ROOT; one that is not local keeps unfinished work and downloads in $UNCLIP_SCRATCH, by
+    default below ~/.cache/unclip.
+    """
     return open_root(uri, scratch_for(uri), for_writing)
 
 
 def scratch_for(uri: str) -> Path | None:
-    """Return the local folder for unfinished work of a ROOT that is not local; None for one that is, which holds its own."""
+    """Return the local folder for unfinished work of a ROOT that is not local; None for one that
+    is, which holds its own.
+    """
     if "://" not in uri:
         return None
     base = Path(os.environ.get("UNCLIP_SCRATCH") or Path.home() / ".cache" / "unclip" / "scratch")

@@ -1,6 +1,8 @@
-"""A run's whole config: the sections, each from beside the code it configures, and what must agree between them.
+"""A run's whole config: the sections, each from beside the code it configures, and what must agree
+between them.
 
-The only place that checks agreement across sections. Reads recipe files; knows nothing of ROOT and stages.
+The only place that checks agreement across sections. Reads recipe files; knows nothing of ROOT and
+stages.
 """
 
 import math
@@ -28,7 +30,9 @@ CONV_FOLD = 8
 
 
 class RunConfig(Section):
-    """One recipe, resolved. A section that the recipe leaves out has its defaults, or is None where it may be missing."""
+    """One recipe, resolved. A section that the recipe leaves out has its defaults, or is None where
+    it may be missing.
+    """
 
     data: DataConfig
     curate: CurateConfig
@@ -49,9 +53,11 @@ class RunConfig(Section):
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe (a path, or the name of a built-in one), apply `section.key=value` overrides and check it whole.
+    """Read a recipe (a path, or the name of a built-in one), apply `section.key=value` overrides
+    and check it whole.
 
-    Raises CallerError: one line that names the recipe, the section, the key, the value and what is allowed.
+    Raises CallerError: one line that names the recipe, the section, the key, the value and what is
+    allowed.
     """
     path = find_recipe(recipe)
     tree = {

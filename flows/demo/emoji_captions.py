@@ -1,7 +1,8 @@
-"""Captions for pictures that come with a name: several phrasings that a person would type, the clean name first.
+"""Captions for pictures that come with a name: several phrasings that a person would type, the
+clean name first.
 
-Phrasings say only what is true of the picture by its name, its group or its measured colour. Knows nothing of files and packages;
-the same input always gives the same captions.
+Phrasings say only what is true of the picture by its name, its group or its measured colour. Knows
+nothing of files and packages; the same input always gives the same captions.
 """
 
 import re
@@ -55,7 +56,8 @@ DEPICTED = {
     "wedding": "wedding chapel",
 }
 
-# Words that make a sign or a symbol of a name, by subcategory, unless the name already ends in one of ENDINGS.
+# Words that make a sign or a symbol of a name, by subcategory, unless the name already ends in one
+# of ENDINGS.
 SUFFIXES = {"warning": "sign", "transport-sign": "sign", "math": "sign", "religion": "symbol"}
 ENDINGS = ("sign", "symbol", "worship", "menorah", "cross", "bicycles", "room")
 SYMBOLS = frozenset(
@@ -181,7 +183,9 @@ NO_KEYWORDS = frozenset(
 
 
 def clean_name(label: str, subcategory: str = "") -> str:
-    """Turn a CLDR label into what a person would say: `flag: France` to `flag of France`, `man: beard` to `man with a beard`."""
+    """Turn a CLDR label into what a person would say: `flag: France` to `flag of France`, `man:
+    beard` to `man with a beard`.
+    """
     text = re.sub(r"[“”!]", "", label.replace("’", "'"))
     text = re.sub(r"\s*\(.*?\)", "", text).replace(" & ", " and ")
     if text.startswith(("Tokyo", "mount ")):
@@ -247,7 +251,9 @@ def with_article(name: str) -> str:
 
 
 def sounds_like_vowel(word: str) -> bool:
-    """Whether `an` goes before a word: by sound, so `an hourglass`, `a unicorn`, `an NG button`, `an x-ray`."""
+    """Whether `an` goes before a word: by sound, so `an hourglass`, `a unicorn`, `an NG button`,
+    `an x-ray`.
+    """
     if word.isupper() and (len(word) == 1 or not set(word) & set("AEIOU") or word == "SOS"):
         return word[0] in "AEFHILMNORSX"
     lower = word.lower()

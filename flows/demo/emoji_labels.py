@@ -1,7 +1,8 @@
 """Unicode's names and keywords of emoji, keyed by concept.
 
-A *concept* is an emoji's code points in lower-case hex without the variation selector, so that every vendor's drawing of one emoji
-shares one concept, one name and one side of a split. Reads an unpacked emojibase-data package (CLDR's labels).
+A *concept* is an emoji's code points in lower-case hex without the variation selector, so that
+every vendor's drawing of one emoji shares one concept, one name and one side of a split. Reads an
+unpacked emojibase-data package (CLDR's labels).
 """
 
 import json
@@ -34,13 +35,17 @@ class Label:
 
 
 def concept_of(code_points: str) -> str:
-    """Return the concept of code points joined by `-` or `_`: lower case, no leading zeros, no variation selector."""
+    """Return the concept of code points joined by `-` or `_`: lower case, no leading zeros, no
+    variation selector.
+    """
     parts = code_points.lower().replace("_", "-").split("-")
     return "-".join(part for part in (part.lstrip("0") for part in parts) if part != "fe0f")
 
 
 def flag_concept(iso_code: str) -> str:
-    """Return the concept of a country's flag: its regional-indicator pair; a subdivision's (`gb-eng`) is the black flag with tags."""
+    """Return the concept of a country's flag: its regional-indicator pair; a subdivision's
+    (`gb-eng`) is the black flag with tags.
+    """
     letters = iso_code.lower().replace("-", "")
     if len(letters) == 2:
         return "-".join(f"{0x1F1E6 + ord(letter) - ord('a'):x}" for letter in letters)
@@ -48,7 +53,9 @@ def flag_concept(iso_code: str) -> str:
 
 
 def slug(text: str) -> str:
-    """Return `text` as words joined by hyphens, ASCII and lower case: the form that icon sets use for file names."""
+    """Return `text` as words joined by hyphens, ASCII and lower case: the form that icon sets use
+    for file names.
+    """
     ascii_text = (
         unicodedata.normalize("NFKD", text)
         .encode("ascii", "ignore")
@@ -77,7 +84,9 @@ class Labels:
                 subcategory=groups["subgroups"].get(str(entry.get("subgroup")), ""),
             )
             if not label.category:
-                continue  # skin tones, hair pieces and single regional indicators are no pictures of something
+                # skin tones, hair pieces and single regional indicators are no pictures of
+                # something
+                continue
             self.by_concept[concept] = label
             self.by_slug.setdefault(slug(label.text.replace("’", "")), concept)
         for file in sorted((english / "shortcodes").glob("*.json")):

@@ -1,7 +1,8 @@
 """Readers of the picture packages: an unpacked npm package in, one `Picture` per drawing out.
 
-Each reader knows the layout of one family of packages. SVG is rendered to PNG once, into the cache. Skin-tone variants are left
-out: they are near-duplicates of their concept. Knows nothing of URLs, shards or splits.
+Each reader knows the layout of one family of packages. SVG is rendered to PNG once, into the cache.
+Skin-tone variants are left out: they are near-duplicates of their concept. Knows nothing of URLs,
+shards or splits.
 """
 
 import json
@@ -25,7 +26,9 @@ SKIN_TONE = re.compile(r"1f3f[b-f]")
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawing: `file` is where its pixels lie, `origin` its path in the package, `captions` all phrasings."""
+    """One drawing: `file` is where its pixels lie, `origin` its path in the package, `captions` all
+    phrasings.
+    """
 
     file: Path
     origin: str
@@ -79,7 +82,9 @@ def read_code_point_files(folder: Path, labels: Labels) -> Iterator[Drawing]:
 
 
 def read_iconify(folder: Path, labels: Labels) -> Iterator[Drawing]:
-    """An @iconify-json set of emoji: SVG bodies in `icons.json`, code points in `chars.json` or names that are Unicode's labels."""
+    """An @iconify-json set of emoji: SVG bodies in `icons.json`, code points in `chars.json` or
+    names that are Unicode's labels.
+    """
     icons = json.loads((folder / "icons.json").read_text())
     chars = json.loads((folder / "chars.json").read_text())
     concepts: dict[str, str] = {
@@ -124,7 +129,9 @@ def iconify_svg(icons: dict, name: str) -> str:
 
 
 def read_openmoji(folder: Path, labels: Labels) -> Iterator[Drawing]:
-    """openmoji: `data/openmoji.json` beside `color/svg/*.svg`; its own extras carry their own annotation and tags."""
+    """openmoji: `data/openmoji.json` beside `color/svg/*.svg`; its own extras carry their own
+    annotation and tags.
+    """
     for entry in json.loads((folder / "data" / "openmoji.json").read_text()):
         if entry["group"] == "component" or entry["skintone"] or "brand" in entry["subgroups"]:
             continue
@@ -195,7 +202,8 @@ FAMILIES = {
 def read_package(
     spec: str, folder: Path, labels: Labels, rendered: Path, svg_px: int
 ) -> list[Picture]:
-    """Return the pictures of one unpacked package; SVGs are rendered into `rendered` at `svg_px` on the longer side.
+    """Return the pictures of one unpacked package; SVGs are rendered into `rendered` at `svg_px` on
+    the longer side.
 
     Raises CallerError for a package that no reader knows.
     """
@@ -219,7 +227,9 @@ def read_package(
 
 
 def describe(drawing: Drawing, family: Family, labels: Labels, rendered: Path) -> Picture:
-    """Put words to a drawing: Unicode's label where the concept has one, else the package's own name."""
+    """Put words to a drawing: Unicode's label where the concept has one, else the package's own
+    name.
+    """
     label = labels.by_concept.get(drawing.concept)
     subcategory = label.subcategory if label else ""
     name = clean_name(label.text if label else drawing.name or drawing.concept, subcategory)
@@ -251,7 +261,9 @@ def rendered_name(drawing: Drawing) -> str:
 
 
 def render(drawings: list[Drawing], rendered: Path, svg_px: int) -> None:
-    """Render what is not in the cache yet; an SVG that does not render is left out of the folder (a 404 later, and counted there)."""
+    """Render what is not in the cache yet; an SVG that does not render is left out of the folder (a
+    404 later, and counted there).
+    """
     rendered.mkdir(parents=True, exist_ok=True)
     present = {file.name for file in rendered.iterdir()}
 

@@ -1,6 +1,8 @@
-"""The main colour of a drawing, measured on its pixels, so that a caption may say `a red apple` and be true.
+"""The main colour of a drawing, measured on its pixels, so that a caption may say `a red apple` and
+be true.
 
-Knows nothing of captions. A colour is named only when it fills most of what is drawn; outlines and small parts do not count.
+Knows nothing of captions. A colour is named only when it fills most of what is drawn; outlines and
+small parts do not count.
 """
 
 from pathlib import Path
@@ -23,7 +25,8 @@ NAMES = (
     "grey",
     "white",
 )
-# Bands of OpenCV's hue (0..179) that everybody would call so; what lies between two bands gets no name.
+# Bands of OpenCV's hue (0..179) that everybody would call so; what lies between two bands gets no
+# name.
 HUES = (
     (0, 5, "red"), (10, 18, "orange"), (20, 32, "yellow"), (38, 85, "green"), (92, 125, "blue"), (128, 150, "purple"), (152, 164, "pink")
 )  # fmt: skip
@@ -45,7 +48,9 @@ def main_colour(file: Path) -> str:
 
 
 def colour_numbers(bgr: np.ndarray) -> np.ndarray:
-    """Return for each pixel of (N, 3) uint8 the index of its colour in NAMES, 0 where it is arguable."""
+    """Return for each pixel of (N, 3) uint8 the index of its colour in NAMES, 0 where it is
+    arguable.
+    """
     hsv = cv2.cvtColor(bgr[None], cv2.COLOR_BGR2HSV)[0].astype(np.int32)
     hue, saturation, value = hsv[:, 0], hsv[:, 1], hsv[:, 2]
     hue = np.where(hue >= 171, 0, hue)  # red lies on both sides of 0

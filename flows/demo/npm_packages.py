@@ -1,7 +1,8 @@
 """Fetch npm packages into a cache folder and unpack them safely.
 
-A package is named `name@version`, fetched with the npm client (`npm pack`: no install, no scripts run) and unpacked once. Knows
-nothing of pictures or captions. Writes CACHE/<name>@<version>/ and nothing outside it; a folder there is always whole.
+A package is named `name@version`, fetched with the npm client (`npm pack`: no install, no scripts
+run) and unpacked once. Knows nothing of pictures or captions. Writes CACHE/<name>@<version>/ and
+nothing outside it; a folder there is always whole.
 """
 
 import re
@@ -21,7 +22,9 @@ SPEC = re.compile(r"((?:@[a-z0-9._~-]+/)?[a-z0-9._~-]+)@(\d[0-9A-Za-z.+-]*)")
 
 
 def split_spec(spec: str) -> tuple[str, str]:
-    """Split `name@version` into its parts; the version is exact, so that a recipe means the same pictures tomorrow."""
+    """Split `name@version` into its parts; the version is exact, so that a recipe means the same
+    pictures tomorrow.
+    """
     match = SPEC.fullmatch(spec)
     if not match or ".." in spec:
         raise CallerError(
@@ -33,7 +36,8 @@ def split_spec(spec: str) -> tuple[str, str]:
 def package_folder(spec: str, cache: Path, retries: int = 2) -> Path:
     """Return the unpacked package's folder, fetching it when the cache lacks it.
 
-    Raises CallerError when npm is missing or the package cannot be had, DataError when the archive is hostile or broken.
+    Raises CallerError when npm is missing or the package cannot be had, DataError when the archive
+    is hostile or broken.
     """
     name, version = split_spec(spec)
     folder = cache / f"{name.replace('/', '__')}@{version}"
@@ -107,9 +111,11 @@ def complaint(text: str) -> str:
 def unpack(
     archive: Path, into: Path, max_files: int = MAX_FILES, max_bytes: int = MAX_UNPACKED_BYTES
 ) -> None:
-    """Unpack an npm tarball: regular files only, below `into`, within the limits; the leading `package/` is taken off.
+    """Unpack an npm tarball: regular files only, below `into`, within the limits; the leading
+    `package/` is taken off.
 
-    Links and devices are left out. A path that leaves the folder, or an archive over the limits, raises DataError.
+    Links and devices are left out. A path that leaves the folder, or an archive over the limits,
+    raises DataError.
     """
     into.mkdir(parents=True)
     root = into.resolve()

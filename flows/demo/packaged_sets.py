@@ -1,7 +1,9 @@
-"""Labelled picture sets that Python and npm packages ship, turned once into a parquet file each, which `indexing.data.labelled_sets` reads.
+"""Labelled picture sets that Python and npm packages ship, turned once into a parquet file each,
+which `indexing.data.labelled_sets` reads.
 
-Files are read from the installed package without importing it. Nothing of them is in this repository; the packages stand in
-`evaluation-packages.txt` or come through npm. A pickle is read by an unpickler that knows numpy arrays and nothing else.
+Files are read from the installed package without importing it. Nothing of them is in this
+repository; the packages stand in `evaluation-packages.txt` or come through npm. A pickle is read by
+an unpickler that knows numpy arrays and nothing else.
 """
 
 import csv
@@ -40,7 +42,9 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def installed(package: str, file: str) -> Path:
-    """Return where an installed package keeps a file. Raises CallerError when either is not there."""
+    """Return where an installed package keeps a file. Raises CallerError when either is not
+    there.
+    """
     spec = find_spec(package)
     path = Path((spec.submodule_search_locations or [""])[0]) / file if spec else None
     if path is None or not path.exists():
@@ -80,7 +84,9 @@ def mnist(cache: Path) -> tuple[Labelled, list[str], list[str]]:
 
 
 def silhouettes(cache: Path) -> tuple[Labelled, list[str], list[str]]:
-    """10,000 animal silhouettes of 28 pixels in ten classes, from animal-mnist (equal pictures once), dark on white."""
+    """10,000 animal silhouettes of 28 pixels in ten classes, from animal-mnist (equal pictures
+    once), dark on white.
+    """
     arrays = []
     for file in ("animal_data_version_3.gz", "animal_label_version_3.gz"):
         with gzip.open(installed("animal_mnist", f"data/Animal_MNIST/{file}"), "rb") as stream:
@@ -93,7 +99,9 @@ def silhouettes(cache: Path) -> tuple[Labelled, list[str], list[str]]:
 
 
 def textiles(cache: Path) -> tuple[Labelled, list[str], list[str]]:
-    """2,000 simulated textiles, whole, with a local or a global defect, from conformal-clip-data."""
+    """2,000 simulated textiles, whole, with a local or a global defect, from
+    conformal-clip-data.
+    """
     folder = installed("conformal_clip_data", "data/textile_images/simulated")
     kinds = {
         "nominal": "textile without a defect",
@@ -129,7 +137,9 @@ def emoji_names(cache: Path) -> tuple[Labelled, list[str], list[str]]:
 
 
 def flags(cache: Path) -> tuple[Labelled, list[str], list[str]]:
-    """The flags of the world's countries; the quickstart trains on them, which the leak check shows."""
+    """The flags of the world's countries; the quickstart trains on them, which the leak check
+    shows.
+    """
     return _drawn(
         cache,
         FLAGS,

@@ -1,6 +1,8 @@
-"""The report's section on the trained decoder: its likelihood and reconstructions on held-out pictures, and what its latents hold.
+"""The report's section on the trained decoder: its likelihood and reconstructions on held-out
+pictures, and what its latents hold.
 
-What is drawn and measured comes from training (`latents`, `fidelity`); the shape of a section from indexing. Writes PNG files.
+What is drawn and measured comes from training (`latents`, `fidelity`); the shape of a section from
+indexing. Writes PNG files.
 """
 
 from pathlib import Path
@@ -194,7 +196,12 @@ def _shared(
         "times": times,
     }
     return table, _sheet(
-        latent_grids.shared(latents_shared, described, times), "shared-latents", alt, caption, facts, out
+        latent_grids.shared(latents_shared, described, times),
+        "shared-latents",
+        alt,
+        caption,
+        facts,
+        out,
     )
 
 

@@ -1,6 +1,8 @@
-"""Hands the evaluation what it needs from both sisters: manifests and metrics, the trained system's callables, embeddings and shards.
+"""Hands the evaluation what it needs from both sisters: manifests and metrics, the trained system's
+callables, embeddings and shards.
 
-No figure is computed here: `indexing.evaluation.evaluate` does that, and knows the models only as plain callables.
+No figure is computed here: `indexing.evaluation.evaluate` does that, and knows the models only as
+plain callables.
 """
 
 import json
@@ -21,7 +23,9 @@ TRAINED = ("clip", "prior", "decoder")
 
 
 def run(job: StageJob) -> Counts:
-    """Evaluate the run's models on the held-out pairs and write `report.html`, `report.json` and the pictures."""
+    """Evaluate the run's models on the held-out pairs and write `report.html`, `report.json` and
+    the pictures.
+    """
     from indexing.data.held_out import open_embedded
     from indexing.evaluation.context import Subject
     from indexing.evaluation.evaluate import evaluate
@@ -65,7 +69,9 @@ def run(job: StageJob) -> Counts:
 def sections_of(
     job: StageJob, model: "Unclip", subject: "Subject", folders: Mapping[str, Path]
 ) -> list["MakeSection"]:
-    """Return what the report measures besides, in the order of the page; each is run when its turn comes."""
+    """Return what the report measures besides, in the order of the page; each is run when its turn
+    comes.
+    """
     import flows.evaluation.decoder_section as decoder_section
     import flows.evaluation.fidelity_section as fidelity_section
     import flows.evaluation.relations_section as relations_section

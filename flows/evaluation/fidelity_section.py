@@ -1,4 +1,6 @@
-"""Hands the distances between generated and real pictures what they need: drawings at any guidance, CLIP, the packaged network."""
+"""Hands the distances between generated and real pictures what they need: drawings at any guidance,
+CLIP, the packaged network.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""Hands the harness of relations what it needs: the run's scenes, CLIP, search at inference, and a reader of text where there is one."""
+"""Hands the harness of relations what it needs: the run's scenes, CLIP, search at inference, and a
+reader of text where there is one.
+"""
 
 from typing import Any
 

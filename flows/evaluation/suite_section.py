@@ -17,7 +17,9 @@ from training.models import imagenet_features
 
 
 def networks(config: SuiteConfig) -> dict[str, imagenet_features.Features]:
-    """Return the networks whose features are probed, by name: the packaged one where it is installed, a ResNet-50 where a path is given."""
+    """Return the networks whose features are probed, by name: the packaged one where it is
+    installed, a ResNet-50 where a path is given.
+    """
     probes = {imagenet_features.LITE_NAME: imagenet_features.efficientnet_lite0()}
     named = {name: network for name, network in probes.items() if network is not None}
     return named | (
@@ -34,7 +36,9 @@ def networks(config: SuiteConfig) -> dict[str, imagenet_features.Features]:
 def sections(
     config: SuiteConfig, whole: EvaluateConfig, model: Unclip, subject: Subject, folder: Path
 ) -> list[ReportSection]:
-    """Judge the sets; packaged ones are unpacked into the cache folder, and one that cannot be had is told of: the others still count."""
+    """Judge the sets; packaged ones are unpacked into the cache folder, and one that cannot be had
+    is told of: the others still count.
+    """
     loaded, missing = [], []
     for name in config.sets:
         try:

@@ -1,6 +1,8 @@
-"""The report's section on the diffusion process itself: the two-dimensional Swiss roll, where it can be seen whole.
+"""The report's section on the diffusion process itself: the two-dimensional Swiss roll, where it
+can be seen whole.
 
-Trained anew in seconds by the same schedules, losses and samplers as the models above it. Writes one PNG file.
+Trained anew in seconds by the same schedules, losses and samplers as the models above it. Writes
+one PNG file.
 """
 
 from pathlib import Path
@@ -13,7 +15,9 @@ TITLE = "The diffusion process: the Swiss roll"
 
 
 def section(config: EvaluateConfig, out: Path) -> sections.ReportSection:
-    """Learn the roll, sample it by diffusion rate, sampler and step count; writes `out`/pictures/swiss_roll.png."""
+    """Learn the roll, sample it by diffusion rate, sampler and step count; writes
+    `out`/pictures/swiss_roll.png.
+    """
     figures = roll.swiss_roll(out / "pictures", config.swiss_roll_steps, seed=config.seed)
     chance = f"data to other data, by chance alone: {figures['data_to_data']:.4f}"
     caption = (

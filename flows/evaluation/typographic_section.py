@@ -1,4 +1,6 @@
-"""Hands the typographic attack what it needs: held-out pairs, CLIP, the decoder's variations, and who judges these besides CLIP."""
+"""Hands the typographic attack what it needs: held-out pairs, CLIP, the decoder's variations, and
+who judges these besides CLIP.
+"""
 
 from typing import Any
 
@@ -17,7 +19,9 @@ from training.models import imagenet_features
 def section(
     config: TypographicConfig, whole: EvaluateConfig, model: Unclip, subject: Subject
 ) -> ReportSection:
-    """Attack pictures of the held-out style, whose things CLIP knows and can be led astray about; without one, held-out concepts."""
+    """Attack pictures of the held-out style, whose things CLIP knows and can be led astray about;
+    without one, held-out concepts.
+    """
     split = "held_out_style" if len(subject.embedded.rows("held_out_style")) else "held_out_concept"
     pairs = read_pairs(subject.embedded, split, whole.pairs_at_most, whole.seed)
 

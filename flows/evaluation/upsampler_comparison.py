@@ -1,4 +1,6 @@
-"""Compares a trained up-sampler with interpolation on held-out images: figures and an image sheet beside the weights."""
+"""Compares a trained up-sampler with interpolation on held-out images: figures and an image sheet
+beside the weights.
+"""
 
 import json
 from pathlib import Path
@@ -8,7 +10,9 @@ MAX_COMPARED, MAX_IMAGE_ROWS = 64, 6
 
 
 def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]:
-    """Write `comparison.json` and `comparison.png` beside the weights in `out` and return the figures by split."""
+    """Write `comparison.json` and `comparison.png` beside the weights in `out` and return the
+    figures by split.
+    """
     import numpy as np
 
     from flows.images.png import write_sheet

@@ -1,6 +1,8 @@
-"""What the up-samplers of a run add to a picture, as a section of its report: PSNR beside interpolation, pictures, memory in tiles.
+"""What the up-samplers of a run add to a picture, as a section of its report: PSNR beside
+interpolation, pictures, memory in tiles.
 
-Figures and pictures are those that the stage left beside its weights; only the memory of sampling is measured here.
+Figures and pictures are those that the stage left beside its weights; only the memory of sampling
+is measured here.
 """
 
 import json
@@ -18,7 +20,9 @@ WAYS = {"bicubic": "bicubic", "lanczos": "Lanczos", "up-sampler": "up-sampler"}
 
 
 def sections(folders: Mapping[str, Path], out: Path) -> "list[ReportSection]":
-    """Return a section for each up-sampler among the stages' folders; copies their pictures into `out` / pictures."""
+    """Return a section for each up-sampler among the stages' folders; copies their pictures into
+    `out` / pictures.
+    """
     return [_section(name, folders[name], out) for name in UPSAMPLERS if name in folders]
 
 

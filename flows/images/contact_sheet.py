@@ -12,14 +12,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 GAP_PX, LINE_PX, FONT_PX = 4, 18, 13
 CELL_PX = 96
-"""Smaller pictures are enlarged by whole pixels to about this side, so that labels fit and pixels stay to be seen."""
+"""Smaller pictures are enlarged by whole pixels to about this side, so that labels fit and pixels
+stay to be seen."""
 INK, PAPER = (34, 37, 43), (255, 255, 255)
 
 
 def labelled(
     images: NDArray[np.uint8], columns: Sequence[str], rows: Sequence[str]
 ) -> NDArray[np.uint8]:
-    """Return pictures (R, C, H, W, 3) as one picture, `rows` written above each row and `columns` below the last one.
+    """Return pictures (R, C, H, W, 3) as one picture, `rows` written above each row and `columns`
+    below the last one.
 
     A label that does not fit is cut; an empty sequence writes nothing.
     """

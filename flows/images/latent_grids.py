@@ -1,6 +1,8 @@
-"""The lecture's pictures of a decoder's latents laid out as labelled grids, for the commands and the report.
+"""The lecture's pictures of a decoder's latents laid out as labelled grids, for the commands and
+the report.
 
-What is drawn comes from training/generation/latents.py. Legend: R rows, C columns, S the decoder's side; pictures are uint8 (S, S, 3).
+What is drawn comes from training/generation/latents.py. Legend: R rows, C columns, S the decoder's
+side; pictures are uint8 (S, S, 3).
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,9 @@ def across_time(frames: AcrossTime, prompts: Sequence[str]) -> Grid:
 
 
 def shared(latents: Shared, pictures: Described, times: Sequence[int]) -> Grid:
-    """Lay out one row for each picture: itself, then for each t its x_t and the samples drawn from that."""
+    """Lay out one row for each picture: itself, then for each t its x_t and the samples drawn from
+    that.
+    """
     originals = to_images(pictures.x_0)[:, None]  # (B, 1, S, S, 3)
     parts = [
         np.concatenate([latents.x_t[:, k, None], latents.samples[:, k]], 1)

@@ -1,4 +1,6 @@
-"""Writes generated pictures: the single ones and a labelled grid, each a PNG that carries its words, seed and settings as text."""
+"""Writes generated pictures: the single ones and a labelled grid, each a PNG that carries its
+words, seed and settings as text.
+"""
 
 import json
 import re
@@ -17,9 +19,11 @@ from infra.storage.store import one_line_errors
 def write_pictures(
     images: np.ndarray, prompts: Sequence[str], seed: int, settings: Mapping[str, Any], out: Path
 ) -> tuple[list[Path], Path]:
-    """Write `images`, uint8 (P prompts, C count, H, W, 3), into `out` and return the single files and the grid (a row per prompt).
+    """Write `images`, uint8 (P prompts, C count, H, W, 3), into `out` and return the single files
+    and the grid (a row per prompt).
 
-    File names come from prompt and seed, so the same command writes the same files. Raises StorageError.
+    File names come from prompt and seed, so the same command writes the same files. Raises
+    StorageError.
     """
     files = []
     with one_line_errors(out):
@@ -52,9 +56,11 @@ def write_grid(
     settings: Mapping[str, Any],
     out: Path,
 ) -> tuple[list[Path], Path]:
-    """Write `images`, uint8 (R, C, H, W, 3), into `out` and return the single files, row by row, and the grid with its labels.
+    """Write `images`, uint8 (R, C, H, W, 3), into `out` and return the single files, row by row,
+    and the grid with its labels.
 
-    File names come from `name` and seed, so the same command writes the same files. Raises StorageError.
+    File names come from `name` and seed, so the same command writes the same files. Raises
+    StorageError.
     """
     files = []
     with one_line_errors(out):
@@ -80,7 +86,9 @@ def write_sheet(
     file: Path,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write `images`, uint8 (R, C, H, W, 3), as one picture with its labels, which knows them and `facts`."""
+    """Write `images`, uint8 (R, C, H, W, 3), as one picture with its labels, which knows them and
+    `facts`.
+    """
     _write(
         file,
         labelled(images, columns, rows),

@@ -1,8 +1,10 @@
-"""The curate stage: reads every shard once and writes the keep list, one row for each pair that the models may see.
+"""The curate stage: reads every shard once and writes the keep list, one row for each pair that the
+models may see.
 
-The section [curate] says what is kept and how it is split: by *style* (a drawing style never trained on), by *concept* (a hash, so
-that the same thing drawn by another vendor never leaks), the rest is for training. Shards are not rewritten: a row points at the
-image's bytes in its tar. Reads INGEST/shards, writes OUT/keep.parquet and OUT/dropped.parquet.
+The section [curate] says what is kept and how it is split: by *style* (a drawing style never
+trained on), by *concept* (a hash, so that the same thing drawn by another vendor never leaks), the
+rest is for training. Shards are not rewritten: a row points at the image's bytes in its tar. Reads
+INGEST/shards, writes OUT/keep.parquet and OUT/dropped.parquet.
 """
 
 import hashlib
@@ -28,7 +30,8 @@ from infra.storage.removal_log import Removals
 
 MAX_PHRASINGS = 16
 BATCH_ROWS = 10_000
-# What decides who stays of equal images: held-out ones, so that a duplicate across splits leaves the training split; then the lowest key.
+# What decides who stays of equal images: held-out ones, so that a duplicate across splits leaves
+# the training split; then the lowest key.
 RANK = np.dtype([("image", "S16"), ("is_train", "?"), ("key", "S16")])
 JOINERS = "\u200c\u200d"
 
@@ -52,12 +55,16 @@ class CurateConfig(Section):
     max_caption_chars: int = Field(200, ge=8)
     """Longer captions are cut at a word."""
     drop_duplicates: bool = True
-    """Whether of images that are equal byte for byte only one is kept: a held-out one if there is one, else the lowest key."""
+    """Whether of images that are equal byte for byte only one is kept: a held-out one if there is
+    one, else the lowest key."""
     decontaminate: bool = False
-    """Whether training images that look like a held-out one (pHash and colours) are dropped as evaluation_alike: no model sees them."""
+    """Whether training images that look like a held-out one (pHash and colours) are dropped as
+    evaluation_alike: no model sees them."""
 
     def keyed(self) -> dict[str, Any]:
-        """Leave out `decontaminate` where it is off: lists made before it was there are the same."""
+        """Leave out `decontaminate` where it is off: lists made before it was there are the
+        same.
+        """
         return {
             name: value
             for name, value in super().keyed().items()
@@ -66,10 +73,12 @@ class CurateConfig(Section):
 
 
 def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Removals()) -> Counts:
-    """Write the keep list of an ingest folder and return the counts; `in` = `out` + all that was dropped.
+    """Write the keep list of an ingest folder and return the counts; `in` = `out` + all that was
+    dropped.
 
-    Rows are in the order of shards, within a shard of keys: the same images give the same list. Memory: a shard's rows, and some 50
-    bytes for each pair. Raises DataError for a shard that does not read, or when nothing is left to train on.
+    Rows are in the order of shards, within a shard of keys: the same images give the same list.
+    Memory: a shard's rows, and some 50 bytes for each pair. Raises DataError for a shard that does
+    not read, or when nothing is left to train on.
     """
     out.mkdir(parents=True, exist_ok=True)
     shards = sorted((ingest / "shards").glob("*.tar"), key=lambda shard: int(shard.stem))
@@ -119,7 +128,9 @@ def write_candidates(
     dropped: pq.ParquetWriter,
     removals: Removals,
 ) -> tuple[int, np.ndarray, Counter[str]]:
-    """Judge every image of the shards; returns how many there were, the ranks of those that passed, the others' reasons."""
+    """Judge every image of the shards; returns how many there were, the ranks of those that passed,
+    the others' reasons.
+    """
     ranks: list[np.ndarray] = []
     reasons: Counter[str] = Counter()
     seen = 0
@@ -162,7 +173,8 @@ def write_candidates(
 
 
 def judged(shard: Path, config: CurateConfig) -> Iterator[tuple[Row, str]]:
-    """Yield (row of KEEP, reason to drop it or "") for every image of a shard, reading the tar once from front to back.
+    """Yield (row of KEEP, reason to drop it or "") for every image of a shard, reading the tar once
+    from front to back.
 
     Raises DataError when tar and parquet disagree or the tar does not read whole.
     """
@@ -232,7 +244,8 @@ def judge(
 
 
 def clean(caption: str, max_chars: int) -> str:
-    """Return a caption in Unicode's NFC, single-spaced, without control and invisible format characters, cut at a word when too long.
+    """Return a caption in Unicode's NFC, single-spaced, without control and invisible format
+    characters, cut at a word when too long.
 
     The joiners of Persian, of Indic scripts and of emoji sequences stay.
     """
@@ -244,7 +257,9 @@ def clean(caption: str, max_chars: int) -> str:
 
 
 def printable(character: str) -> str:
-    """Return a character as captions keep it: a space for white space and controls, nothing for what is invisible."""
+    """Return a character as captions keep it: a space for white space and controls, nothing for
+    what is invisible.
+    """
     kind = unicodedata.category(character)
     if kind in ("Cc", "Zl", "Zp", "Zs"):
         return " "
@@ -260,7 +275,9 @@ def split_of(concept: str, style: str, config: CurateConfig) -> str:
 
 
 def keepers(ranks: np.ndarray) -> np.ndarray:
-    """Return which of the images (RANK) stay: the first of each group of equal ones, in RANK's order."""
+    """Return which of the images (RANK) stay: the first of each group of equal ones, in RANK's
+    order.
+    """
     order = np.argsort(ranks, order=("image", "is_train", "key"))
     images = ranks["image"][order]
     is_keeper = np.zeros(len(ranks), bool)
@@ -269,7 +286,9 @@ def keepers(ranks: np.ndarray) -> np.ndarray:
 
 
 def detail_of(row: Row, reason: str) -> str:
-    """Return the last column of dropped.parquet; the digest of what was taken down, so that compaction finds its bytes in the shard."""
+    """Return the last column of dropped.parquet; the digest of what was taken down, so that
+    compaction finds its bytes in the shard.
+    """
     return f"sha256 {row['sha256']}" if reason == "removed" else f"{row['shard']}/{row['member']}"
 
 
@@ -286,7 +305,9 @@ def duplicates(batch: pa.RecordBatch) -> pa.Table:
 
 
 def leaks(candidates: Path, is_train: np.ndarray, shards: Path) -> np.ndarray:
-    """Return for each training image the row of the held-out one that it looks like, else -1. Memory: some 50 bytes an image."""
+    """Return for each training image the row of the held-out one that it looks like, else -1.
+    Memory: some 50 bytes an image.
+    """
     from indexing.dedup.perceptual_hash import LOCATION, like_evaluation, look_at
 
     thumbs = candidates.with_suffix(".looks")
@@ -298,7 +319,9 @@ def leaks(candidates: Path, is_train: np.ndarray, shards: Path) -> np.ndarray:
 
 
 def alike(batch: pa.RecordBatch, evaluation_images: np.ndarray) -> pa.Table:
-    """Return the rows of dropped.parquet for images that look like a held-out one, whose keys are given."""
+    """Return the rows of dropped.parquet for images that look like a held-out one, whose keys are
+    given.
+    """
     columns = [
         *(batch.column(name) for name in ("key", "origin")),
         ["evaluation_alike"] * batch.num_rows,

@@ -1,8 +1,10 @@
-"""One pass of an ingest: every feed made into a shard by the workers, whatever becomes of single ones.
+"""One pass of an ingest: every feed made into a shard by the workers, whatever becomes of single
+ones.
 
-A shard whose process dies or falls silent is made again elsewhere, the last time row by row, so that the row that kills is found and left
-out (`worker_crash`). A shard of which too much failed for what may pass is not done: all wait, and it is made again. Knows nothing of how
-a worker works or where.
+A shard whose process dies or falls silent is made again elsewhere, the last time row by row, so
+that the row that kills is found and left out (`worker_crash`). A shard of which too much failed for
+what may pass is not done: all wait, and it is made again. Knows nothing of how a worker works or
+where.
 """
 
 import contextlib
@@ -55,7 +57,8 @@ class Downloads:
     config: DataConfig
     todo: deque[Feed]
     number: int
-    """Of the pass; only in the first a shard may be told to be made again because of what may pass."""
+    """Of the pass; only in the first a shard may be told to be made again because of what may
+    pass."""
     finished: int = 0
     troubles: dict[int, Trouble] = field(default_factory=dict)
     pauses: int = 0
@@ -64,7 +67,9 @@ class Downloads:
     failed_starts: int = 0
 
     def next_for(self, worker: Worker) -> None:
-        """Give a worker the next feed that it can make, if there is one and the pass does not wait."""
+        """Give a worker the next feed that it can make, if there is one and the pass does not
+        wait.
+        """
         worker.feed = None
         if time.monotonic() < self.paused_until_s or not (worker.is_ready or worker.is_here):
             return
@@ -106,7 +111,9 @@ class Downloads:
         self.todo.appendleft(feed)
 
     def hear(self, worker: Worker, line: str) -> None:
-        """Act on what a worker said. Raises StorageError when the disk is full, UnclipError when no worker comes to work."""
+        """Act on what a worker said. Raises StorageError when the disk is full, UnclipError when no
+        worker comes to work.
+        """
         if worker not in self.workers.all:
             return  # it was ended meanwhile
         self.heard_s = worker.heard_s = time.monotonic()
@@ -153,7 +160,9 @@ class Downloads:
         trouble.outages += 1
 
     def look_after(self) -> None:
-        """Replace workers that are silent and give idle ones work. Raises UnclipError where nobody takes up work."""
+        """Replace workers that are silent and give idle ones work. Raises UnclipError where nobody
+        takes up work.
+        """
         silence_s = SILENCE_LIMIT_S + 4 * (self.config.timeout_s + 1) * (self.config.retries + 1)
         for worker in list(self.workers.all):
             limit_s = silence_s if worker.is_ready else START_LIMIT_S

@@ -1,6 +1,8 @@
-"""What a downloader owes a host: its robots.txt (RFC 9309), and no more connections at a time than agreed.
+"""What a downloader owes a host: its robots.txt (RFC 9309), and no more connections at a time than
+agreed.
 
-Each download process keeps what it learned of the hosts that it asked last. Knows nothing of HTTP: who asks brings the reading.
+Each download process keeps what it learned of the hosts that it asked last. Knows nothing of HTTP:
+who asks brings the reading.
 """
 
 import threading
@@ -52,7 +54,9 @@ class Host:
 
 
 class Hosts:
-    """What one process knows of the hosts it asks; threads share it. Bounded: hosts that were not asked for longest are forgotten."""
+    """What one process knows of the hosts it asks; threads share it. Bounded: hosts that were not
+    asked for longest are forgotten.
+    """
 
     def __init__(self, max_hosts: int = MAX_HOSTS, max_bytes: int = MAX_BYTES) -> None:
         self.most_hosts, self.most_bytes = max_hosts, max_bytes
@@ -60,12 +64,15 @@ class Hosts:
         self.known: OrderedDict[Origin, Host] = OrderedDict()
         self.rules_bytes = 0
         self.finished = 0
-        """Requests that came to an end, well or not: while any are made, this moves at least once in the time limit of one."""
+        """Requests that came to an end, well or not: while any are made, this moves at least once
+        in the time limit of one."""
 
     def allows(self, origin: Origin, target: str, read: Callable[[], str]) -> bool:
-        """Say whether the host lets us ask for `target`; `read` fetches its robots.txt, once for all, and raises where it cannot.
+        """Say whether the host lets us ask for `target`; `read` fetches its robots.txt, once for
+        all, and raises where it cannot.
 
-        What it raises is remembered for `FAILURE_S`, and raised as StillFailingError meanwhile: a host that does not answer costs one wait.
+        What it raises is remembered for `FAILURE_S`, and raised as StillFailingError meanwhile: a
+        host that does not answer costs one wait.
         """
         with self._requesting(origin) as host:
             with host.reading:
@@ -108,7 +115,9 @@ class Hosts:
                         self.finished += 1
 
     def is_silent(self, origin: Origin) -> bool:
-        """Say whether so many connections to a host failed in a row that it is left alone for a while."""
+        """Say whether so many connections to a host failed in a row that it is left alone for a
+        while.
+        """
         with self.guard:
             host = self.known.get(origin)
             return (
@@ -146,7 +155,9 @@ class Hosts:
                 self._forget()
 
     def _forget(self) -> None:
-        """Let go of the hosts that were not asked for longest, as far as the bounds ask it; one in use stays. Called under the guard."""
+        """Let go of the hosts that were not asked for longest, as far as the bounds ask it; one in
+        use stays. Called under the guard.
+        """
         if len(self.known) <= self.most_hosts and self.rules_bytes <= self.most_bytes:
             return
         for origin, host in list(self.known.items()):

@@ -1,8 +1,9 @@
 """Fetch one picture over HTTP with the manners and the suspicion that the open internet asks for.
 
-Bounded in time, bytes and declared pixels; connections are reused per thread; every address is checked at the moment of connecting,
-redirect targets included, and the connection goes to the checked address (so a name that resolves differently the next time gains
-nothing). What fails, fails as `FetchError` with one of the reasons below. Knows nothing of shards. Proxies are not used.
+Bounded in time, bytes and declared pixels; connections are reused per thread; every address is
+checked at the moment of connecting, redirect targets included, and the connection goes to the
+checked address (so a name that resolves differently the next time gains nothing). What fails, fails
+as `FetchError` with one of the reasons below. Knows nothing of shards. Proxies are not used.
 """
 
 import contextlib
@@ -66,14 +67,16 @@ class Rules:
     max_pixels: int
     allow_private: bool
     loopback: str = ""
-    """URL below which our own static server answers, with a secret in it that no list can name: the one private place always allowed."""
+    """URL below which our own static server answers, with a secret in it that no list can name: the
+    one private place always allowed."""
     robots: bool = False
     """Ask a host's robots.txt first; X-Robots-Tag is heeded in any case."""
     per_host: int = 0
     """Simultaneous requests of this process to one host; 0 sets no limit."""
     is_robots_txt: bool = False
     grown_px: int = 0
-    """Pixels to which the shorter side of a picture will be scaled; 0 where nothing can grow by it."""
+    """Pixels to which the shorter side of a picture will be scaled; 0 where nothing can grow by
+    it."""
     opt_out: OptOut = NOBODY
     """What is not asked even where a redirect leads there."""
 
@@ -98,7 +101,9 @@ def patiently(url: str, rules: Rules) -> bytes:
 
 
 def fetch(url: str, rules: Rules) -> bytes:
-    """GET `url`, following redirects, within the rules; time spent waiting for a host's turn or its robots.txt does not count."""
+    """GET `url`, following redirects, within the rules; time spent waiting for a host's turn or its
+    robots.txt does not count.
+    """
     deadline = time.monotonic() + rules.timeout_s
     for _ in range(MAX_REDIRECTS + 1):
         started_s = time.monotonic()
@@ -125,7 +130,9 @@ def fetch(url: str, rules: Rules) -> bytes:
 
 
 def robots_txt(origin: Origin, rules: Rules) -> str:
-    """Return a host's robots.txt; "" where it has none (a 4xx, RFC 9309, 2.3.1.3). Where it cannot be had now, nor can the picture."""
+    """Return a host's robots.txt; "" where it has none (a 4xx, RFC 9309, 2.3.1.3). Where it cannot
+    be had now, nor can the picture.
+    """
     scheme, host, port = origin
     where = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/robots.txt"
     try:
@@ -141,7 +148,9 @@ def robots_txt(origin: Origin, rules: Rules) -> str:
 
 
 def parted(url: str) -> tuple[Origin, str]:
-    """Return scheme, host and port of a URL, and what is asked of them; raises FetchError for what is no such URL."""
+    """Return scheme, host and port of a URL, and what is asked of them; raises FetchError for what
+    is no such URL.
+    """
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https"):
@@ -184,7 +193,9 @@ def get(url: str, rules: Rules, deadline: float) -> bytes | str:
 
 
 def exchange(origin: Origin, target: str, rules: Rules, deadline: float) -> bytes | str:
-    """Send one request on this thread's connection to the host, and once more on a fresh one if the kept one has died meanwhile."""
+    """Send one request on this thread's connection to the host, and once more on a fresh one if the
+    kept one has died meanwhile.
+    """
     pool_key = (
         origin,
         rules.allow_private,
@@ -265,7 +276,9 @@ def swallow(response: http.client.HTTPResponse) -> None:
 
 
 def is_forbidden(values: list[str]) -> bool:
-    """Whether an X-Robots-Tag without a user agent, for all or for us forbids this use; an agent holds until the next of its line."""
+    """Whether an X-Robots-Tag without a user agent, for all or for us forbids this use; an agent
+    holds until the next of its line.
+    """
     for value in values:
         is_meant = True
         for piece in value.lower().split(","):
@@ -332,7 +345,9 @@ def dial(addresses: list[str], port: int, deadline: float) -> socket.socket:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address lies in the open internet; an IPv4 address wrapped in IPv6 (mapped, 6to4, NAT64, Teredo) is judged itself."""
+    """Whether an address lies in the open internet; an IPv4 address wrapped in IPv6 (mapped, 6to4,
+    NAT64, Teredo) is judged itself.
+    """
     address_value = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(address_value, ipaddress.IPv6Address):
         wrapped = [
@@ -358,8 +373,8 @@ def is_public(address: str) -> bool:
 def look_at(body: bytes, rules: Rules) -> None:
     """Judge an image by its header and its end, without decoding it; raises FetchError.
 
-    OpenCV decodes half a picture without complaint, so that the end has to be checked: PNG's last chunk, JPEG's end marker behind
-    its last scan, WebP's declared length.
+    OpenCV decodes half a picture without complaint, so that the end has to be checked: PNG's last
+    chunk, JPEG's end marker behind its last scan, WebP's declared length.
     """
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
@@ -426,7 +441,9 @@ def left(deadline: float) -> float:
 
 
 class reaped_at:  # noqa: N801 (reads as a statement: with reaped_at(deadline, sock))
-    """Context manager: shuts the socket down at the deadline, whatever its peer drips until then (headers and TLS included)."""
+    """Context manager: shuts the socket down at the deadline, whatever its peer drips until then
+    (headers and TLS included).
+    """
 
     def __init__(self, deadline: float, sock: socket.socket) -> None:
         self.deadline, self.sock = deadline, sock

@@ -1,7 +1,8 @@
 """The ingest stage: sources to URL table to verified WebDataset shards.
 
-Cuts the table into feeds, has them made into shards (`flows/ingest/download_pass.py`) and counts what became of the rows; those that failed for a
-passing reason get another pass, and a killed run takes up where it stood. Writes OUT/urls.parquet, OUT/shards/00000.tar + .parquet,
+Cuts the table into feeds, has them made into shards (`flows/ingest/download_pass.py`) and counts
+what became of the rows; those that failed for a passing reason get another pass, and a killed run
+takes up where it stood. Writes OUT/urls.parquet, OUT/shards/00000.tar + .parquet,
 OUT/dropped.parquet; all state of a run lies in WORK.
 """
 
@@ -45,14 +46,16 @@ def run(
     previous: Path | None = None,
     remote: int = 0,
 ) -> Counts:
-    """Download everything that the sources name into OUT and return the counts; WORK carries the state between killed attempts.
+    """Download everything that the sources name into OUT and return the counts; WORK carries the
+    state between killed attempts.
 
-    What a `previous` ingest of the same settings has of the same URLs is taken over; only its passing failures are asked again. With
-    `remote`, so many download processes run on the nodes of the Ray cluster that is joined; feeds with rows that are served on loopback
-    stay with this machine's `processes`.
+    What a `previous` ingest of the same settings has of the same URLs is taken over; only its
+    passing failures are asked again. With `remote`, so many download processes run on the nodes of
+    the Ray cluster that is joined; feeds with rows that are served on loopback stay with this
+    machine's `processes`.
 
-    Raises CallerError for a source that is not there, DataError when less than `min_success` of the URLs became images, StorageError
-    when the disk is full.
+    Raises CallerError for a source that is not there, DataError when less than `min_success` of the
+    URLs became images, StorageError when the disk is full.
     """
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -90,7 +93,9 @@ def run(
 
 
 def renewed(previous: Path | None, table: Path, work: Path) -> tuple[Path, int]:
-    """Take over what the previous ingest has, once; return the table of the rows that are left and the number of the first new shard."""
+    """Take over what the previous ingest has, once; return the table of the rows that are left and
+    the number of the first new shard.
+    """
     done = work / "taken_over.json"
     if not done.exists():
         assert previous, "without one there is nothing to go on with"
@@ -102,7 +107,9 @@ def renewed(previous: Path | None, table: Path, work: Path) -> tuple[Path, int]:
 
 
 def url_table(config: DataConfig, work: Path, removals: Removals = Removals()) -> Path:
-    """Write the URL table once, without what was taken down; a folder under its final name is whole."""
+    """Write the URL table once, without what was taken down; a folder under its final name is
+    whole.
+    """
     table = work / "table"
     if not table.is_dir():
         table_part = work / "table.part"
@@ -121,7 +128,9 @@ def url_table(config: DataConfig, work: Path, removals: Removals = Removals()) -
 
 
 def leave_out(folder: Path, removals: Removals) -> None:
-    """Move the rows of urls.parquet that were taken down to dropped.parquet, so that they are not even downloaded."""
+    """Move the rows of urls.parquet that were taken down to dropped.parquet, so that they are not
+    even downloaded.
+    """
     source, remaining = folder / "urls.parquet", folder / "kept.parquet"
     dropped, longer = folder / "dropped.parquet", folder / "longer.parquet"
     with (
@@ -147,7 +156,9 @@ def leave_out(folder: Path, removals: Removals) -> None:
 
 
 def shard_settings(config: DataConfig, table: Path, actual: str, workers: int) -> dict[str, Any]:
-    """Return what one of so many download processes has to know. `actual` stands in place of what is recorded of served pictures."""
+    """Return what one of so many download processes has to know. `actual` stands in place of what
+    is recorded of served pictures.
+    """
     return {
         "rules": {
             "timeout_s": config.timeout_s,
@@ -172,7 +183,9 @@ def shard_settings(config: DataConfig, table: Path, actual: str, workers: int) -
 
 
 def write_feeds(rows: Path, folder: Path, first_number: int, images_per_shard: int) -> list[Feed]:
-    """Cut a table into one Arrow file a shard, equal counts. A folder under its final name is whole."""
+    """Cut a table into one Arrow file a shard, equal counts. A folder under its final name is
+    whole.
+    """
     if not folder.is_dir():
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -196,7 +209,9 @@ def write_feeds(rows: Path, folder: Path, first_number: int, images_per_shard: i
 
 
 def finish(config: DataConfig, table: Path, shards: Path, count: int, out: Path) -> Counts:
-    """Put the results under OUT and count them; a row that failed and succeeded in a later pass has succeeded."""
+    """Put the results under OUT and count them; a row that failed and succeeded in a later pass has
+    succeeded.
+    """
     outcomes = read_outcomes(shards, count)
     early, reasons, examples = write_dropped(
         table / "dropped.parquet", outcomes, out / "dropped.parquet"

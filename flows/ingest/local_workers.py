@@ -1,6 +1,8 @@
-"""Download processes: `python -m flows.ingest.shard_worker` started on this machine, fed with one shard at a time and heard in a thread each.
+"""Download processes: `python -m flows.ingest.shard_worker` started on this machine, fed with one
+shard at a time and heard in a thread each.
 
-A worker says what `flows.ingest.shard_worker` says, and `gone` when its process has ended. Who gets which shard is decided by `flows/ingest/download_pass.py`.
+A worker says what `flows.ingest.shard_worker` says, and `gone` when its process has ended. Who gets
+which shard is decided by `flows/ingest/download_pass.py`.
 """
 
 import json
@@ -27,7 +29,8 @@ class Feed:
     file: Path
     rows: int
     is_served: bool = False
-    """Whether some of its pictures are served on loopback, so that only this machine can make it."""
+    """Whether some of its pictures are served on loopback, so that only this machine can make
+    it."""
 
 
 class Worker(Protocol):
@@ -48,7 +51,9 @@ class Worker(Protocol):
 
 
 class LocalWorker:
-    """One download process, and the thread that hears what it says. `folder` goes with the process."""
+    """One download process, and the thread that hears what it says. `folder` goes with the
+    process.
+    """
 
     is_here = True
 
@@ -108,7 +113,8 @@ class LocalWorker:
 class Workers:
     """The download processes of a run; leaving the context ends them all.
 
-    `starts` holds, for each that shall run, what starts it, and starts another in the place of one that ended.
+    `starts` holds, for each that shall run, what starts it, and starts another in the place of one
+    that ended.
     """
 
     def __init__(self, log: Path) -> None:

@@ -1,7 +1,9 @@
-"""Download processes on the nodes of a Ray cluster: an actor each, which starts the very process that a local worker is.
+"""Download processes on the nodes of a Ray cluster: an actor each, which starts the very process
+that a local worker is.
 
-A finished shard comes back in pieces through Ray, and this side puts it under its name: no shared disk is needed, and an actor that is
-given up writes nothing. An actor that ends, or a node that does not answer, is heard as `lost`.
+A finished shard comes back in pieces through Ray, and this side puts it under its name: no shared
+disk is needed, and an actor that is given up writes nothing. An actor that ends, or a node that
+does not answer, is heard as `lost`.
 """
 
 import contextlib
@@ -35,7 +37,9 @@ SCHEDULING: dict[str, Any] = {
 
 
 def sweep() -> None:
-    """Remove the folders of download processes on this node that are no more: nobody holds their claim, which is not a new one."""
+    """Remove the folders of download processes on this node that are no more: nobody holds their
+    claim, which is not a new one.
+    """
     for claim in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{CLAIM}"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError), claim.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,7 +50,8 @@ def sweep() -> None:
 class Post:
     """A download process on the node where Ray put this actor, and its mailbox.
 
-    Their folder goes with the process; where Ray itself kills that, the next one on the node removes it.
+    Their folder goes with the process; where Ray itself kills that, the next one on the node
+    removes it.
     """
 
     def __init__(self, opt_out: bytes, max_pixels: int) -> None:
@@ -171,7 +176,9 @@ class RemoteWorker:
         self.heard.put((self, line))
 
     def collect(self, number: int) -> None:
-        """Fetch a shard and put it under its name, unless this worker has been given up meanwhile."""
+        """Fetch a shard and put it under its name, unless this worker has been given up
+        meanwhile.
+        """
         part = self.folder / f".{number:05d}.{uuid.uuid4().hex}"
         part.mkdir()
         try:
@@ -203,5 +210,7 @@ class RemoteWorker:
 
 
 def start_on_nodes(workers: Workers, count: int, max_pixels: int, opt_out: Path) -> None:
-    """Ask the cluster that has been joined for download processes; they take up work as nodes have room for them."""
+    """Ask the cluster that has been joined for download processes; they take up work as nodes have
+    room for them.
+    """
     workers.start(lambda: RemoteWorker(workers.log, workers.heard, max_pixels, opt_out), count)

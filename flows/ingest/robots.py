@@ -23,7 +23,9 @@ class Robots:
         return sum(RULE_BYTES + len(pattern) for pattern, _ in self.rules)
 
     def allows(self, target: str) -> bool:
-        """Say whether a path with its query may be asked: the longest pattern that matches decides, a tie allows (RFC 9309, 2.2.2)."""
+        """Say whether a path with its query may be asked: the longest pattern that matches decides,
+        a tie allows (RFC 9309, 2.2.2).
+        """
         decisions = [
             (len(pattern), allowed) for pattern, allowed in self.rules if matches(pattern, target)
         ]
@@ -59,7 +61,9 @@ def parse(text: str) -> Robots:
 
 
 def matches(pattern: str, target: str) -> bool:
-    """Say whether a pattern with `*` and a final `$` matches the start of a path; the host wrote it, so the time is linear in both."""
+    """Say whether a pattern with `*` and a final `$` matches the start of a path; the host wrote
+    it, so the time is linear in both.
+    """
     ends = pattern.endswith("$")
     first, *others = pattern.removesuffix("$").split("*")
     if not target.startswith(first):

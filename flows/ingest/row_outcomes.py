@@ -1,7 +1,8 @@
-"""What became of the rows of an ingest, read from the tables of its shards one by one: what to ask again, what was dropped and why.
+"""What became of the rows of an ingest, read from the tables of its shards one by one: what to ask
+again, what was dropped and why.
 
-A row that failed may stand in a later shard again, and the last word counts. Memory: 12 bytes for each failure and one shard's table,
-however many rows there are.
+A row that failed may stand in a later shard again, and the last word counts. Memory: 12 bytes for
+each failure and one shard's table, however many rows there are.
 """
 
 from collections import Counter
@@ -69,7 +70,9 @@ def read_outcomes(shards: Path, count: int) -> Outcomes:
 
 
 def rows_to_ask_again(shards: Path, count: int, file: Path) -> Path:
-    """Write the rows of shards 0..count-1 that failed last time for a reason that may pass as `file` (schema URLS); return it."""
+    """Write the rows of shards 0..count-1 that failed last time for a reason that may pass as
+    `file` (schema URLS); return it.
+    """
     part = file.with_suffix(".part")
     with pq.ParquetWriter(part, URLS) as writer:
         for rows in read_outcomes(shards, count).failures():
@@ -90,7 +93,8 @@ def write_dropped(
 ) -> tuple[Counter[str], Counter[str], dict[str, str]]:
     """Write `early`'s rows and all that failed as `out` (schema DROPPED).
 
-    Returns the reasons of the early ones, those of the failures, and an example of each of the latter.
+    Returns the reasons of the early ones, those of the failures, and an example of each of the
+    latter.
     """
     before: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -121,7 +125,9 @@ def write_dropped(
 
 
 def split_problem(status: str, message: str | None) -> tuple[str, str]:
-    """Return reason and detail of a failed row; what img2dataset itself could not decode has its own words."""
+    """Return reason and detail of a failed row; what img2dataset itself could not decode has its
+    own words.
+    """
     if status == "failed_to_resize":
         return "decode_error", message or ""
     reason, _, detail = (message or "").partition(": ")
@@ -138,7 +144,9 @@ def _statuses(shards: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _numbers(keys: pa.ChunkedArray) -> np.ndarray:
-    """Return sample keys, 16 hex digits each (`infra.schemas.sample_key`), as the numbers that they are."""
+    """Return sample keys, 16 hex digits each (`infra.schemas.sample_key`), as the numbers that they
+    are.
+    """
     return np.frombuffer(bytes.fromhex("".join(keys.to_pylist())), ">u8").astype(np.uint64)
 
 

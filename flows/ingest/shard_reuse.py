@@ -1,7 +1,9 @@
-"""What a new ingest takes over from the one before it: the shards with the pictures of URLs that are still in the list, unchanged.
+"""What a new ingest takes over from the one before it: the shards with the pictures of URLs that
+are still in the list, unchanged.
 
-A row is the same when all that the list says of it is. Only URLs are taken over: a picture in a local folder may have changed under its
-name, and travels over loopback anyway. What the list no longer has goes from the shards too. Memory: 8 bytes a row.
+A row is the same when all that the list says of it is. Only URLs are taken over: a picture in a
+local folder may have changed under its name, and travels over loopback anyway. What the list no
+longer has goes from the shards too. Memory: 8 bytes a row.
 """
 
 import hashlib
@@ -35,14 +37,18 @@ BATCH_ROWS = 10_000
 
 
 def is_renewable(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Say whether shards made under the section `before` are what the section `now` would make of the same URLs."""
+    """Say whether shards made under the section `before` are what the section `now` would make of
+    the same URLs.
+    """
     return all(name in before and before[name] == now[name] for name in SAME)
 
 
 def take_over(previous: Path, table: Path, shards: Path) -> int:
-    """Put the shards of a former ingest into `shards`, without the rows that `table` (urls.parquet) lacks; return their number.
+    """Put the shards of a former ingest into `shards`, without the rows that `table` (urls.parquet)
+    lacks; return their number.
 
-    They keep their numbers, so that new ones follow. What stands there under a final name is whole, so a killed call is repeated.
+    They keep their numbers, so that new ones follow. What stands there under a final name is whole,
+    so a killed call is repeated.
     """
     shards.mkdir(parents=True, exist_ok=True)
     listed = np.sort(
@@ -60,7 +66,9 @@ def take_over(previous: Path, table: Path, shards: Path) -> int:
 
 
 def unknown_rows(table: Path, shards: Path, count: int, out: Path) -> Path:
-    """Write the rows of `table` that none of the first `count` shards holds, as `out`; return it."""
+    """Write the rows of `table` that none of the first `count` shards holds, as `out`; return
+    it.
+    """
     hashes = [
         marks(pq.read_table(file))
         for file in (shards / f"{number:05d}.parquet" for number in range(count))
@@ -97,7 +105,9 @@ def is_url(rows: pa.Table) -> np.ndarray:
 
 
 def _copy(file: Path, rows: pa.Table, is_reused: np.ndarray, shards: Path) -> None:
-    """Put one shard under its name, its tar last: linked where all of it is kept, else written anew without the rest."""
+    """Put one shard under its name, its tar last: linked where all of it is kept, else written anew
+    without the rest.
+    """
     target = shards / file.name
     if is_reused.all():
         move_file(file, target)

@@ -1,9 +1,11 @@
 """One shard of a URL table made into a WebDataset tar by img2dataset, in a process of its own.
 
-`make_shard` takes img2dataset's own parts (Downloader, Resizer, tar and parquet writers) and puts `flows.ingest.http_fetch` in the place of its
-unbounded download function. It writes aside and renames the tar last: a tar under its final name is whole. Run as
-`python -m flows.ingest.shard_worker PARENT [FOLDER]`, it takes one JSON line per shard on stdin and answers on stdout; it ends when the process
-PARENT does, and removes FOLDER then. Pictures are decoded one at a time, so that a process needs the memory of one.
+`make_shard` takes img2dataset's own parts (Downloader, Resizer, tar and parquet writers) and puts
+`flows.ingest.http_fetch` in the place of its unbounded download function. It writes aside and
+renames the tar last: a tar under its final name is whole. Run as `python -m
+flows.ingest.shard_worker PARENT [FOLDER]`, it takes one JSON line per shard on stdin and answers on
+stdout; it ends when the process PARENT does, and removes FOLDER then. Pictures are decoded one at a
+time, so that a process needs the memory of one.
 """
 
 import contextlib
@@ -28,7 +30,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 if __name__ == "__main__":
-    # Nothing here uses img2dataset's command (with Ray and pandas), wandb, or webdataset's wish for torch: two thirds of a process's start.
+    # Nothing here uses img2dataset's command (with Ray and pandas), wandb, or webdataset's wish for
+    # torch: two thirds of a process's start.
     unused = {
         "img2dataset.main": SimpleNamespace(main=None, download=None),
         "wandb": SimpleNamespace(),
@@ -53,7 +56,8 @@ SUFFIXES = (".parquet", "_stats.json", ".tar")
 DIGITS = 5
 BEAT_S = 0.5
 MATTED_PIXELS = 1 << 20
-"""Larger pictures with transparency are put on white here: img2dataset takes 80 bytes a pixel for it."""
+"""Larger pictures with transparency are put on white here: img2dataset takes 80 bytes a pixel for
+it."""
 
 
 class NetworkAwayError(Exception):
@@ -61,9 +65,11 @@ class NetworkAwayError(Exception):
 
 
 class Pulse:
-    """Tells the parent how many rows are finished, in a thread, and only while something moves: rows, or single requests.
+    """Tells the parent how many rows are finished, in a thread, and only while something moves:
+    rows, or single requests.
 
-    `say` gets `rows N`; where `is_single`, one row is worked on at a time and named before as `row K`.
+    `say` gets `rows N`; where `is_single`, one row is worked on at a time and named before as `row
+    K`.
     """
 
     def __init__(self, say: Callable[[str], None], is_single: bool) -> None:
@@ -124,12 +130,15 @@ def shard_name(number: int) -> str:
 def make_shard(
     feed: Path, number: int, folder: Path, settings: dict[str, Any], say: Callable[[str], None]
 ) -> float:
-    """Download the rows of `feed` (an Arrow file with COLUMNS) into FOLDER/<number>.parquet, _stats.json and .tar, in this order.
+    """Download the rows of `feed` (an Arrow file with COLUMNS) into FOLDER/<number>.parquet,
+    _stats.json and .tar, in this order.
 
-    Returns the share of rows that failed for what may pass. `settings`: rules (of flows.ingest.http_fetch), recorded and actual (bases of loopback
-    URLs), opt_out (a file), threads, image_size_px, resize, encode, images_per_shard, max_passing, is_single and crashed (rows that are
-    not to be touched). `say` is told what moves (`Pulse`). Raises OSError when the disk is full, RuntimeError when img2dataset lost
-    rows, NetworkAwayError when more than `max_passing` failed for what may pass.
+    Returns the share of rows that failed for what may pass. `settings`: rules (of
+    flows.ingest.http_fetch), recorded and actual (bases of loopback URLs), opt_out (a file),
+    threads, image_size_px, resize, encode, images_per_shard, max_passing, is_single and crashed
+    (rows that are not to be touched). `say` is told what moves (`Pulse`). Raises OSError when the
+    disk is full, RuntimeError when img2dataset lost rows, NetworkAwayError when more than
+    `max_passing` failed for what may pass.
     """
     name = shard_name(number)
     staging = folder / f".{name}.{os.getpid()}"
@@ -194,7 +203,9 @@ def maker(staging: Path, settings: dict[str, Any], pulse: Pulse) -> Downloader:
 def fetcher(
     settings: dict[str, Any], pulse: Pulse
 ) -> Callable[..., tuple[int, io.BytesIO | None, str | None]]:
-    """Return a function of img2dataset's `download_image_with_retry` shape that fetches by our rules."""
+    """Return a function of img2dataset's `download_image_with_retry` shape that fetches by our
+    rules.
+    """
     rules = Rules(**settings["rules"], opt_out=opt_out.load(Path(settings["opt_out"])))
     recorded, actual = settings["recorded"], settings["actual"]
     crashed = frozenset(settings["crashed"])
@@ -250,7 +261,9 @@ def eight_bit(body: bytes) -> bytes:
 
 
 def on_white(stream: io.BytesIO) -> io.BytesIO:
-    """Return a large picture that has transparency put on white as img2dataset does it, a piece at a time; any other as it is."""
+    """Return a large picture that has transparency put on white as img2dataset does it, a piece at
+    a time; any other as it is.
+    """
     with Image.open(stream) as header:
         is_plain = (
             header.mode in ("RGB", "L", "CMYK", "YCbCr", "1") and "transparency" not in header.info
@@ -276,7 +289,8 @@ def on_white(stream: io.BytesIO) -> io.BytesIO:
 
 
 def check_shard(stem: Path, feed: Path) -> float:
-    """Compare what was written with what was asked: img2dataset swallows a sample's write error, a full disk included.
+    """Compare what was written with what was asked: img2dataset swallows a sample's write error, a
+    full disk included.
 
     Returns the share of rows that failed for what may pass.
     """
@@ -306,7 +320,9 @@ def check_shard(stem: Path, feed: Path) -> float:
 
 
 def end_with(parent: int, folder: str | None) -> None:
-    """End this process when its parent is gone, and its folder with it, so that a killed run leaves no downloader behind."""
+    """End this process when its parent is gone, and its folder with it, so that a killed run leaves
+    no downloader behind.
+    """
 
     def end() -> None:
         if folder:

@@ -1,7 +1,9 @@
-"""The source kind "scenes": pictures drawn here from a seed, each with captions that say exactly what it shows.
+"""The source kind "scenes": pictures drawn here from a seed, each with captions that say exactly
+what it shows.
 
-What is drawn and how it is worded is `indexing.scenes.scenes`' and `indexing.scenes.puzzles`' matter. Writes PNG files into the cache, once for each
-section; they are served and ingested like any other source's.
+What is drawn and how it is worded is `indexing.scenes.scenes`' and `indexing.scenes.puzzles`'
+matter. Writes PNG files into the cache, once for each section; they are served and ingested like
+any other source's.
 """
 
 import hashlib
@@ -46,7 +48,8 @@ class ScenesSource(Section):
         },
         min_length=1,
     )
-    """How much of each row there is, in proportion: colours, sizes, counting, attribution, position, writing; 24-puzzle, cube."""
+    """How much of each row there is, in proportion: colours, sizes, counting, attribution,
+    position, writing; 24-puzzle, cube."""
 
     @field_validator("shares")
     @classmethod
@@ -81,7 +84,9 @@ def rows() -> dict[str, list[Scene | Puzzle]]:
 
 
 def draw_all(source: ScenesSource, side_px: int, cache_folder: Path) -> Iterator[Drawn]:
-    """Yield the pictures of a source in order; what the cache lacks is drawn first, into a folder that is whole once it has its name."""
+    """Yield the pictures of a source in order; what the cache lacks is drawn first, into a folder
+    that is whole once it has its name.
+    """
     folder = folder_of(source, side_px, cache_folder)
     chosen = list(source.shares)
     chances = np.array(list(source.shares.values())) / sum(source.shares.values())

@@ -1,6 +1,8 @@
-"""Opt-out lists: hosts and URLs that are never asked for. Text files on any fsspec path, an entry a line, `#` starts a comment.
+"""Opt-out lists: hosts and URLs that are never asked for. Text files on any fsspec path, an entry a
+line, `#` starts a comment.
 
-`example.org` stands for the host and all below it; an entry with `://` for that URL and, where it ends in `/`, all below it.
+`example.org` stands for the host and all below it; an entry with `://` for that URL and, where it
+ends in `/`, all below it.
 """
 
 import hashlib
@@ -49,7 +51,9 @@ NOBODY = OptOut()
 
 
 def read_opt_out(paths: Sequence[str]) -> OptOut:
-    """Read the lists. Raises CallerError for one that cannot be read: to go on without it would be to ignore it."""
+    """Read the lists. Raises CallerError for one that cannot be read: to go on without it would be
+    to ignore it.
+    """
     entries = [
         line.partition("#")[0].strip() for path in paths for line in _text(path).splitlines()
     ]

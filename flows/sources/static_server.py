@@ -1,7 +1,8 @@
-"""A static file server on loopback, for sources whose pictures lie in a folder and shall still travel over HTTP.
+"""A static file server on loopback, for sources whose pictures lie in a folder and shall still
+travel over HTTP.
 
-Serves named mounts (`/<secret>/<mount>/<path>`) read-only; knows nothing of packages or captions. Bound to 127.0.0.1 only, and the secret
-of each start keeps a URL list from naming what is served.
+Serves named mounts (`/<secret>/<mount>/<path>`) read-only; knows nothing of packages or captions.
+Bound to 127.0.0.1 only, and the secret of each start keeps a URL list from naming what is served.
 """
 
 import mimetypes
@@ -73,7 +74,9 @@ class Mounts(ThreadingHTTPServer):
         pass  # a client that hangs up is no event
 
     def locate(self, target: str) -> Path | None:
-        """Return the file behind a request target, or None: nothing outside a mount is ever reached, links included."""
+        """Return the file behind a request target, or None: nothing outside a mount is ever
+        reached, links included.
+        """
         try:
             path = unquote(urlsplit(target).path)
             for name, root in self.roots.items():
@@ -90,7 +93,9 @@ class Mounts(ThreadingHTTPServer):
 
 
 class StaticServer:
-    """Context manager: serves `mounts` (name to folder) in a thread; `base` is the URL to prefix."""
+    """Context manager: serves `mounts` (name to folder) in a thread; `base` is the URL to
+    prefix.
+    """
 
     def __init__(self, mounts: Mapping[str, Path]) -> None:
         self.mounts = mounts

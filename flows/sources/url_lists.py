@@ -1,6 +1,8 @@
-"""Reads lists of URLs and captions: parquet, csv, tsv or jsonl, on any fsspec path, a batch in memory at a time.
+"""Reads lists of URLs and captions: parquet, csv, tsv or jsonl, on any fsspec path, a batch in
+memory at a time.
 
-Knows the recipe's names for the columns and gives the values under ours; what makes a good row is decided by `flows/sources/url_table.py`.
+Knows the recipe's names for the columns and gives the values under ours; what makes a good row is
+decided by `flows/sources/url_table.py`.
 """
 
 import csv
@@ -55,9 +57,11 @@ class UrlsSource(Section):
 
 
 def read_lists(source: UrlsSource) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all files of a list, file after file: url, caption and those of the other columns that the recipe names.
+    """Yield the rows of all files of a list, file after file: url, caption and those of the other
+    columns that the recipe names.
 
-    Raises CallerError for a path, a format or a column that is not there, DataError for a file that does not parse.
+    Raises CallerError for a path, a format or a column that is not there, DataError for a file that
+    does not parse.
     """
     try:
         files = fsspec.open_files(source.path, "rb", compression="infer")
@@ -145,7 +149,9 @@ def read_columns(stream: Any, kind: str, wanted: Sequence[str], path: str) -> It
 
 
 def read_json_lines(stream: Any, wanted: Sequence[str], path: str) -> Iterator[Columns]:
-    """Yield the wanted columns of JSON objects, one a line; the first line must have them all, later ones may leave some out."""
+    """Yield the wanted columns of JSON objects, one a line; the first line must have them all,
+    later ones may leave some out.
+    """
     lines: list[dict[str, Any]] = []
     is_first = True
     for line in stream:

@@ -1,8 +1,10 @@
-"""Where image-text pairs come from: the recipe's section [data], and one table of URLs and captions made from it.
+"""Where image-text pairs come from: the recipe's section [data], and one table of URLs and captions
+made from it.
 
-Four kinds of source yield rows of the schema URLS: picture packages of npm, URL lists (parquet, csv, tsv, jsonl on any fsspec
-path), folders of images beside `.txt` captions, and drawn scenes. All but the lists are served on loopback, so that every picture
-travels the way a URL list's does. Knows nothing of downloading or shards.
+Four kinds of source yield rows of the schema URLS: picture packages of npm, URL lists (parquet,
+csv, tsv, jsonl on any fsspec path), folders of images beside `.txt` captions, and drawn scenes. All
+but the lists are served on loopback, so that every picture travels the way a URL list's does. Knows
+nothing of downloading or shards.
 """
 
 import hashlib
@@ -33,7 +35,8 @@ from infra.settings import Section
 
 BLOCK_ROWS = 100_000
 SERVED = "http://127.0.0.1:80"
-"""Stands in the table for our own server, whose port and secret no one knows yet; a list's row that says the same loses its `:80`."""
+"""Stands in the table for our own server, whose port and secret no one knows yet; a list's row that
+says the same loses its `:80`."""
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 
 
@@ -42,7 +45,8 @@ class PackagesSource(Section):
 
     kind: Literal["packages"]
     packages: tuple[str, ...] = Field(min_length=1)
-    """Packages as name@version; `flows/demo/emoji_packages.py` lists the ones that have a reader."""
+    """Packages as name@version; `flows/demo/emoji_packages.py` lists the ones that have a
+    reader."""
     words: str = "emojibase-data@17.0.0"
     """The package of names and keywords."""
     svg_px: int = Field(96, ge=16, le=2048)
@@ -50,7 +54,9 @@ class PackagesSource(Section):
 
 
 class FolderSource(Section):
-    """Images in a local folder, each beside a `.txt` of the same name: its first line is the caption, further lines are phrasings."""
+    """Images in a local folder, each beside a `.txt` of the same name: its first line is the
+    caption, further lines are phrasings.
+    """
 
     kind: Literal["folder"]
     path: str = Field(min_length=1)
@@ -62,7 +68,9 @@ class FolderSource(Section):
 
 
 def content_of(source: PackagesSource | UrlsSource | FolderSource | ScenesSource) -> str:
-    """Return what tells one state of a source's files from another, without reading them; "" for packages, whose version does."""
+    """Return what tells one state of a source's files from another, without reading them; "" for
+    packages, whose version does.
+    """
     if isinstance(source, PackagesSource):
         return ""
     if isinstance(source, ScenesSource):
@@ -109,13 +117,15 @@ class DataConfig(Section):
     )
 
     sources: tuple[Source, ...] = Field(min_length=1)
-    """The sources, read in this order; a URL that two of them name is taken once, from the first."""
+    """The sources, read in this order; a URL that two of them name is taken once, from the
+    first."""
     cache: str = "~/.cache/unclip"
     """Local folder for fetched packages and rendered pictures; safe to delete."""
     image_size_px: int = Field(64, ge=8, le=2048)
     """Side of the stored images in pixels."""
     resize: Literal["border", "center_crop", "keep_ratio", "keep_ratio_largest"] = "border"
-    """img2dataset's resize mode; `border` keeps the whole picture and pads it to a square with white."""
+    """img2dataset's resize mode; `border` keeps the whole picture and pads it to a square with
+    white."""
     encode: Literal["png", "jpg", "webp"] = "png"
     """Format of the stored images; png is lossless and, at 64 px, no larger."""
     images_per_shard: int = Field(1000, ge=1, le=100_000)
@@ -127,30 +137,40 @@ class DataConfig(Section):
     timeout_s: float = Field(10, gt=0, le=600)
     """Limit for one request from connecting to the last byte, in seconds."""
     retries: int = Field(2, ge=0, le=10)
-    """Tries after the first for what may pass (time-outs, 429, 5xx, a broken connection), with growing pauses; and for npm."""
+    """Tries after the first for what may pass (time-outs, 429, 5xx, a broken connection), with
+    growing pauses; and for npm."""
     retry_passes: int = Field(1, ge=0, le=10)
     """Further passes over the rows that failed for what may pass, once all others are done."""
     max_passing: float = Field(0.5, ge=0, le=1)
-    """Largest share of a shard's rows that may fail for what may pass; above it the shard is made again up to three times, with pauses."""
+    """Largest share of a shard's rows that may fail for what may pass; above it the shard is made
+    again up to three times, with pauses."""
     max_image_bytes: int = Field(20 * 2**20, ge=1)
     """A response above this many bytes is dropped as too_large, unread."""
     max_image_pixels: int = Field(50_000_000, ge=1)
-    """An image that declares more pixels is dropped as too_large, undecoded: a decompression bomb."""
+    """An image that declares more pixels is dropped as too_large, undecoded: a decompression
+    bomb."""
     min_success: float = Field(0.2, ge=0, le=1)
     """Smallest share of the URLs that must become images; below it the stage fails."""
     allow_private: bool = False
-    """Whether URLs may lead to private, loopback and link-local addresses; the sources served on loopback need it not."""
+    """Whether URLs may lead to private, loopback and link-local addresses; the sources served on
+    loopback need it not."""
     robots: bool = True
-    """Honour each host's robots.txt (RFC 9309, as `unclip`); what it forbids is counted as `robots`, as is what X-Robots-Tag forbids."""
+    """Honour each host's robots.txt (RFC 9309, as `unclip`); what it forbids is counted as
+    `robots`, as is what X-Robots-Tag forbids."""
     per_host: int = Field(16, ge=0, le=1024)
-    """Simultaneous requests to one host, divided among the processes (at least one each); 0 sets no limit. Loopback sources have none."""
+    """Simultaneous requests to one host, divided among the processes (at least one each); 0 sets no
+    limit. Loopback sources have none."""
     opt_out: tuple[str, ...] = ()
-    """Lists of hosts and URLs that do not want to be used, one a line, on any fsspec path; they are never asked (`opted_out`)."""
+    """Lists of hosts and URLs that do not want to be used, one a line, on any fsspec path; they are
+    never asked (`opted_out`)."""
     seed: int = 0
-    """Order of the rows: shuffled in blocks of 100,000, so that neighbours do not all ask one host."""
+    """Order of the rows: shuffled in blocks of 100,000, so that neighbours do not all ask one
+    host."""
 
     def keyed(self) -> dict[str, Any]:
-        """Return the fields that the stage's key depends on, and what state the sources' files are in: a longer list is another input."""
+        """Return the fields that the stage's key depends on, and what state the sources' files are
+        in: a longer list is another input.
+        """
         content = [content_of(source) for source in self.sources] + (
             [content_of_lists(self.opt_out)] if self.opt_out else []
         )
@@ -159,7 +179,9 @@ class DataConfig(Section):
 
 @dataclass
 class Mounts:
-    """The local folders behind a table's loopback URLs, by mount name; a JSON file keeps them for a resumed run."""
+    """The local folders behind a table's loopback URLs, by mount name; a JSON file keeps them for a
+    resumed run.
+    """
 
     folders: dict[str, Path] = field(default_factory=dict)
 
@@ -177,7 +199,9 @@ Row = dict[str, Any]
 
 
 def row(url: str, origin: str, captions: list[str], **columns: str) -> Row:
-    """Make a row of the schema URLS; a missing concept is the row's own key. Lone surrogates, which no file can hold, become `?`."""
+    """Make a row of the schema URLS; a missing concept is the row's own key. Lone surrogates, which
+    no file can hold, become `?`.
+    """
     texts = {
         name: encodable(text)
         for name, text in {
@@ -241,7 +265,9 @@ def package_rows(
 
 
 def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row]:
-    """Yield the images of a folder, sub-folders included; an image without its `.txt` has an empty caption."""
+    """Yield the images of a folder, sub-folders included; an image without its `.txt` has an empty
+    caption.
+    """
     root = Path(source.path).expanduser()
     if not root.is_dir():
         raise CallerError(
@@ -268,7 +294,9 @@ def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row
 def scene_rows(
     source: ScenesSource, config: DataConfig, cache: Path, base: str, mounts: Mounts
 ) -> Iterator[Row]:
-    """Yield the drawn pictures of a source; its concept, by which splits go, is what the scene shows."""
+    """Yield the drawn pictures of a source; its concept, by which splits go, is what the scene
+    shows.
+    """
     for drawn in draw_all(source, config.image_size_px, cache):
         mount = f"scenes/{drawn.file.parent.name}"
         mounts.folders[mount] = drawn.file.parent
@@ -284,7 +312,9 @@ def scene_rows(
 
 
 def listed_rows(source: UrlsSource, base: str) -> Iterator[Row]:
-    """Yield the rows of a URL list; one that names `base`, by which the download knows what we serve, is written so that it does not."""
+    """Yield the rows of a URL list; one that names `base`, by which the download knows what we
+    serve, is written so that it does not.
+    """
     for values in read_lists(source):
         url = str(values.pop("url") or "").strip()
         further = values.pop("captions", None) or []
@@ -304,10 +334,12 @@ def listed_rows(source: UrlsSource, base: str) -> Iterator[Row]:
 
 
 def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERVED) -> int:
-    """Write OUT/urls.parquet (schema URLS), dropped.parquet (DROPPED), mounts.json, opt_out.json; return the number of rows in the first.
+    """Write OUT/urls.parquet (schema URLS), dropped.parquet (DROPPED), mounts.json, opt_out.json;
+    return the number of rows in the first.
 
-    `base` is the prefix of URLs that are served on loopback. Rows without a URL or a caption, and rows whose URL stood before, are
-    dropped and counted. Memory: one block of rows, and 8 bytes for each URL.
+    `base` is the prefix of URLs that are served on loopback. Rows without a URL or a caption, and
+    rows whose URL stood before, are dropped and counted. Memory: one block of rows, and 8 bytes for
+    each URL.
     """
     mounts = Mounts()
     opt_out = read_opt_out(config.opt_out)
@@ -360,7 +392,8 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERV
 
 
 def new_urls(urls: list[str], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return which URLs of a block stand for the first time, and the sorted 64-bit hashes seen so far, this block's included.
+    """Return which URLs of a block stand for the first time, and the sorted 64-bit hashes seen so
+    far, this block's included.
 
     At 10 million URLs the chance that two different ones share a hash is 3 in a million.
     """

@@ -1,6 +1,8 @@
-"""The rule that chooses the kind of FAISS index by count, dimension and memory, what a kind takes, and training it.
+"""The rule that chooses the kind of FAISS index by count, dimension and memory, what a kind takes,
+and training it.
 
-Knows vectors and FAISS's factory strings only; files, metadata and recall are others'. Legend: N vectors, D dimensions, C cells.
+Knows vectors and FAISS's factory strings only; files, metadata and recall are others'. Legend: N
+vectors, D dimensions, C cells.
 """
 
 import math
@@ -20,25 +22,29 @@ from infra.errors import CallerError, DataError
 FLAT_BELOW = 20_000
 """Up to here brute force answers in about a millisecond, exactly."""
 CODED_FROM = 50_000
-"""From here on a query reads so much of the cells that small re-ranked codes answer sooner than whole vectors: in 0.3 (without clusters) to
-0.8 (with) of the time at 50,000 x 512."""
+"""From here on a query reads so much of the cells that small re-ranked codes answer sooner than
+whole vectors: in 0.3 (without clusters) to 0.8 (with) of the time at 50,000 x 512."""
 POINTS_PER_CELL = 39
 """FAISS warns of poor centroids below this many training vectors for each."""
 TRAINED_PER_CELL = 64
-"""More training vectors for each centroid cost time in proportion, and move recall by less than a hundredth."""
+"""More training vectors for each centroid cost time in proportion, and move recall by less than a
+hundredth."""
 TRAINED_PER_CODED_CELL = 32
 """With twice the cells, for the same time."""
 LEAST_TRAINED = 1 << 16
-"""Vectors to train with where there are, however few the cells: what lies beyond the range of those is cut off by codes of eight bits."""
+"""Vectors to train with where there are, however few the cells: what lies beyond the range of those
+is cut off by codes of eight bits."""
 BITS = "RaBitQfs,Refine(SQ8)"
 """A bit for each dimension in memory, re-ranked from eight on disk."""
 FOURS = 4
-"""Dimensions that share a code of four bits: as small as a bit for each, closer to the vectors, and with one look-up table a query, not one
-a cell; for dimensions that are a multiple of it."""
+"""Dimensions that share a code of four bits: as small as a bit for each, closer to the vectors, and
+with one look-up table a query, not one a cell; for dimensions that are a multiple of it."""
 TWOS = 2
-"""Dimensions of a centroid that share a code of four bits: a sixteenth of its bytes, and cells are found in a sixth of the time."""
+"""Dimensions of a centroid that share a code of four bits: a sixteenth of its bytes, and cells are
+found in a sixth of the time."""
 MAX_CELLS = 1 << 15
-"""More take long to find, and twice the memory of what they are found with; from 4.2M vectors on cells grow instead."""
+"""More take long to find, and twice the memory of what they are found with; from 4.2M vectors on
+cells grow instead."""
 CODED_CENTROIDS_FROM = 16 * POINTS_PER_CELL
 """Cells; fewer are not enough to choose the codes by, nor do they take long."""
 SCRATCH_BYTES = 96 << 20
@@ -65,7 +71,8 @@ def trained_on(factory: str, count: int) -> int:
 def hot_bytes(factory: str, count: int, dim: int) -> int:
     """Return about how many bytes one index of that kind keeps in memory while it serves.
 
-    The codes behind Refine are not counted: they stay in the memory-mapped file, of which a query touches some hundred rows.
+    The codes behind Refine are not counted: they stay in the memory-mapped file, of which a query
+    touches some hundred rows.
     """
     if factory == "Flat":
         return count * dim * 4
@@ -92,13 +99,15 @@ def hot_bytes(factory: str, count: int, dim: int) -> int:
 def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
     """Choose the kind of index: the first of the list of which two (image, text) fit in the memory.
 
-    Flat (below FLAT_BELOW vectors only: exact, but every query reads all), IVF,Flat (exact within the probed cells), IVF,SQ8 (a quarter
-    of that), RR,IVF,PQx4fs,Refine(SQ8) (a bit for each dimension in memory, in codes of four, after a random rotation: without one the few
-    directions that carry most of an embedding share their bits with none; re-ranked from disk). There are 4 sqrt(count) cells, of the last
-    kind 16 sqrt(count) with coded centroids, MOST_CELLS at most; fewer where a cell would have under 39 vectors, and down to 2 sqrt(count)
-    where memory is short: each cell pads its codes. Where dimensions do not go into codes of four it is RaBitQ, with 2 sqrt(count) cells:
-    each costs a look-up table. From CODED_FROM vectors on only the last kind is left, whatever the memory: it is the fastest then. Raises
-    CallerError when none fits.
+    Flat (below FLAT_BELOW vectors only: exact, but every query reads all), IVF,Flat (exact within
+    the probed cells), IVF,SQ8 (a quarter of that), RR,IVF,PQx4fs,Refine(SQ8) (a bit for each
+    dimension in memory, in codes of four, after a random rotation: without one the few directions
+    that carry most of an embedding share their bits with none; re-ranked from disk). There are 4
+    sqrt(count) cells, of the last kind 16 sqrt(count) with coded centroids, MOST_CELLS at most;
+    fewer where a cell would have under 39 vectors, and down to 2 sqrt(count) where memory is short:
+    each cell pads its codes. Where dimensions do not go into codes of four it is RaBitQ, with 2
+    sqrt(count) cells: each costs a look-up table. From CODED_FROM vectors on only the last kind is
+    left, whatever the memory: it is the fastest then. Raises CallerError when none fits.
     """
     few, cells, eightfold, many = (
         max(1, min(round(factor * math.sqrt(count)), count // POINTS_PER_CELL, MAX_CELLS))
@@ -133,10 +142,12 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
 def building_bytes(
     factory: str, count: int, dim: int, at_once: int, queries: int, is_grown: bool = False
 ) -> int:
-    """Return about how many bytes a process holds at most while it builds and tunes one index of that kind.
+    """Return about how many bytes a process holds at most while it builds and tunes one index of
+    that kind.
 
-    `at_once` is how many vectors are encoded before they are put into the cells, `queries` how many the tuning asks together. An index
-    that `is_grown` is read whole, with the codes behind Refine, and its arrays are copied as they grow.
+    `at_once` is how many vectors are encoded before they are put into the cells, `queries` how many
+    the tuning asks together. An index that `is_grown` is read whole, with the codes behind Refine,
+    and its arrays are copied as they grow.
     """
     hot, chunk, cells = hot_bytes(factory, count, dim), CHUNK_ROWS * dim * 4, cells_of(factory)
     code_bytes = hot_bytes(factory, 2 * at_once, dim) - hot_bytes(factory, at_once, dim)
@@ -155,10 +166,12 @@ def building_bytes(
 
 
 def empty(factory: str, dim: int) -> Any:
-    """Return an index of that kind, untrained. A rotation is the outermost: it serves the codes that are re-ranked from as well.
+    """Return an index of that kind, untrained. A rotation is the outermost: it serves the codes
+    that are re-ranked from as well.
 
-    FAISS's own factory re-ranks from vectors as they come, and then the eight bits of the few directions that carry most err more than
-    all others together: of the ten nearest among a million clustered vectors a fortieth was lost to that, rotated a hundredth.
+    FAISS's own factory re-ranks from vectors as they come, and then the eight bits of the few
+    directions that carry most err more than all others together: of the ten nearest among a million
+    clustered vectors a fortieth was lost to that, rotated a hundredth.
     """
     first, _, rest = factory.partition(",") if factory.startswith("RR") else ("", "", factory)
     index = faiss.index_factory(dim, rest, faiss.METRIC_INNER_PRODUCT)
@@ -170,7 +183,9 @@ def empty(factory: str, dim: int) -> Any:
 
 
 def train(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
-    """Return an index of that kind, still empty, trained on a sample of the vectors ((n, D) parts). Raises DataError as `checked` does."""
+    """Return an index of that kind, still empty, trained on a sample of the vectors ((n, D) parts).
+    Raises DataError as `checked` does.
+    """
     count, dim = sum(len(part) for part in parts), parts[0].shape[1]
     index = empty(factory, dim)
     if cells_of(factory):
@@ -197,7 +212,9 @@ def train(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
 
 
 def add(index: Any, vectors: Iterable[Floats]) -> None:
-    """Add vectors (n, D) at a time to a trained index. Raises DataError where they hold NaN or infinity."""
+    """Add vectors (n, D) at a time to a trained index. Raises DataError where they hold NaN or
+    infinity.
+    """
     for chunk in vectors:
         if rotation(index) is None:
             index.add(checked(chunk))

@@ -1,4 +1,6 @@
-"""What is inside a FAISS index of one of our kinds: a rotation, what re-ranks, the cells and the codes in them."""
+"""What is inside a FAISS index of one of our kinds: a rotation, what re-ranks, the cells and the
+codes in them.
+"""
 
 import weakref
 from collections.abc import Iterator
@@ -13,8 +15,8 @@ from indexing.data.embedding_store import Floats, Rows
 BLOCK_BYTES = 1 << 24
 """Of float64 numbers that an exact product takes in or makes at once."""
 VECTOR_BITS, MATRIX_BITS = 22, 25
-"""Bits after the point of a vector and of a matrix in products that are exact: with the 5 bits that a sum over 1,024 dimensions can add
-they fit into the 53 of a float64."""
+"""Bits after the point of a vector and of a matrix in products that are exact: with the 5 bits that
+a sum over 1,024 dimensions can add they fit into the 53 of a float64."""
 
 
 class _Inside(NamedTuple):
@@ -28,7 +30,9 @@ _cache: weakref.WeakKeyDictionary[Any, _Inside] = weakref.WeakKeyDictionary()
 
 
 def layers(index: Any) -> list[Any]:
-    """Return an index and what it holds, outermost first, each as what it is; the last one has the cells, or is Flat."""
+    """Return an index and what it holds, outermost first, each as what it is; the last one has the
+    cells, or is Flat.
+    """
     return _inside(index).layers
 
 
@@ -49,7 +53,9 @@ def turned(index: Any, vectors: Floats) -> Floats:
 
 
 def rotate_exactly(index: Any, vectors: Floats) -> Floats:
-    """Return vectors (n, D) as the cells store them: equal vectors give equal results, on any machine and beside any others."""
+    """Return vectors (n, D) as the cells store them: equal vectors give equal results, on any
+    machine and beside any others.
+    """
     rotates = rotation(index)
     if rotates is None:
         return vectors
@@ -60,7 +66,9 @@ def rotate_exactly(index: Any, vectors: Floats) -> Floats:
 
 
 def nearest_cells(index: Any, rotated: Floats) -> Rows:
-    """Return the cell of each rotated vector (n,): equal vectors give equal cells, on any machine and beside any others."""
+    """Return the cell of each rotated vector (n,): equal vectors give equal cells, on any machine
+    and beside any others.
+    """
     quantizer: Any = faiss.downcast_index(layers(index)[-1].quantizer)
     if not isinstance(quantizer, faiss.IndexFlat):
         return np.asarray(
@@ -75,9 +83,10 @@ def nearest_cells(index: Any, rotated: Floats) -> Rows:
 def exact_products(vectors: Floats, matrix: Floats) -> NDArray[np.float64]:
     """Return the dot products (n, m) of vectors (n, D) with the rows of a matrix (m, D).
 
-    Float32 products depend on the order of additions, and BLAS chooses that by its kernel, the number of threads, and a row's place among
-    the others. Here both sides are rounded to fixed point (VECTOR_BITS below the largest number of a vector, MATRIX_BITS below the largest
-    of the matrix), so that float64 holds every sum exactly, in whatever order it is made.
+    Float32 products depend on the order of additions, and BLAS chooses that by its kernel, the
+    number of threads, and a row's place among the others. Here both sides are rounded to fixed
+    point (VECTOR_BITS below the largest number of a vector, MATRIX_BITS below the largest of the
+    matrix), so that float64 holds every sum exactly, in whatever order it is made.
     """
     scales = np.ldexp(1.0, np.frexp(np.abs(vectors).max(axis=1, keepdims=True))[1])
     scale = np.ldexp(1.0, np.frexp(np.abs(matrix).max())[1])

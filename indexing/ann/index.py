@@ -1,7 +1,9 @@
-"""The FAISS index: choose its kind by one rule, build it from the embeddings, tune it to a recall, open it and search it.
+"""The FAISS index: choose its kind by one rule, build it from the embeddings, tune it to a recall,
+open it and search it.
 
-Reads the embed stage's folder (`img_emb/*.npy`, `text_emb/*.npy`, `metadata/*.parquet`, `facts.json`); writes image.index, text.index,
-metadata.arrow (row i belongs to vector i) and index.json. Knows vectors only: what a text or a picture is, the training floor knows.
+Reads the embed stage's folder (`img_emb/*.npy`, `text_emb/*.npy`, `metadata/*.parquet`,
+`facts.json`); writes image.index, text.index, metadata.arrow (row i belongs to vector i) and
+index.json. Knows vectors only: what a text or a picture is, the training floor knows.
 
 Legend: B queries, N vectors, D dimensions, k results.
 """
@@ -69,18 +71,21 @@ class IndexConfig(Section):
         pattern=r"^(auto|Flat|IVF[1-9]\d*,(Flat|SQ8)"
         r"|(RR[1-9]\d*,)?IVF[1-9]\d*(,RaBitQfs|(\(PQ[1-9]\d*x4fs\))?,PQ[1-9]\d*x4fs),Refine\(SQ8\))$",
     )
-    """auto (chosen by count, dimensions and memory), Flat, or IVF<cells> with Flat, SQ8, RaBitQfs,Refine(SQ8) or PQ<codes>x4fs,Refine(SQ8),
-    the last two after RR<dimensions> if wished, the last with coded centroids if wished, as in IVF<cells>(PQ<codes>x4fs), in FAISS's own
+    """auto (chosen by count, dimensions and memory), Flat, or IVF<cells> with Flat, SQ8,
+    RaBitQfs,Refine(SQ8) or PQ<codes>x4fs,Refine(SQ8), the last two after RR<dimensions> if wished,
+    the last with coded centroids if wished, as in IVF<cells>(PQ<codes>x4fs), in FAISS's own
     writing."""
     memory_bytes: int = Field(default=2 * 1024**3, ge=1)
     """What a searching process may hold in memory for both indexes; heeded by factory = auto."""
     build_memory_bytes: int = Field(default=8 * 1024**3, ge=1)
-    """What a process may hold in memory while it builds, mapped files aside; more is refused before anything is built."""
+    """What a process may hold in memory while it builds, mapped files aside; more is refused before
+    anything is built."""
     recall_target: float = Field(default=0.95, gt=0, le=1)
-    """Recall@10 against brute force that a query is to reach, and recall@100 where it asks for more than ten: it probes and re-ranks as
-    much as that takes, no more."""
+    """Recall@10 against brute force that a query is to reach, and recall@100 where it asks for more
+    than ten: it probes and re-ranks as much as that takes, no more."""
     queries: int = Field(default=1024, ge=2)
-    """How many vectors of each modality are sampled as queries: half of them to choose the effort with, half to measure the recall with."""
+    """How many vectors of each modality are sampled as queries: half of them to choose the effort
+    with, half to measure the recall with."""
     threads: int = Field(default=0, ge=0)
     """Threads while building; 0 leaves it to FAISS."""
     seed: int = Field(default=0, ge=0)
@@ -88,7 +93,9 @@ class IndexConfig(Section):
 
 
 def is_spread(embed: Path) -> bool:
-    """Say whether the embeddings of an embed folder are so many that several processes should encode them."""
+    """Say whether the embeddings of an embed folder are so many that several processes should
+    encode them.
+    """
     return read_facts(embed)[1] >= SPREAD_FROM and len(part_files(embed / FOLDERS["image"])) > 1
 
 
@@ -99,16 +106,20 @@ def build(
     grown_from: tuple[Path, Path] | None = None,
     spread: Spread | None = None,
 ) -> dict[str, Any]:
-    """Build both indexes and the metadata table from an embed folder; return the counts, the factory, and the figures of the worse index.
+    """Build both indexes and the metadata table from an embed folder; return the counts, the
+    factory, and the figures of the worse index.
 
-    index.json holds the figures of each index under "image" and "text" and the worse of both at the top, and the most memory that this
-    process and one that `spread` calls held for it. A recall target that the kind of index cannot reach even with every cell probed is no
-    error: "target_met" is false. `spread` changes nothing that is written (see lists.fill). Raises DataError for embeddings that
-    are empty, not finite or do not match their facts or metadata, CallerError for a factory that does not suit them or the memory.
+    index.json holds the figures of each index under "image" and "text" and the worse of both at the
+    top, and the most memory that this process and one that `spread` calls held for it. A recall
+    target that the kind of index cannot reach even with every cell probed is no error: "target_met"
+    is false. `spread` changes nothing that is written (see lists.fill). Raises DataError for
+    embeddings that are empty, not finite or do not match their facts or metadata, CallerError for a
+    factory that does not suit them or the memory.
 
-    `grown_from` is an index of the same section and the embed folder it was built from: where those vectors are the first of these, it
-    gets the others added, its cells as they are; recall is measured and probes are chosen anew. Once it has grown by more than GROWTH
-    since its cells were found, or where adding takes more than the memory, all is built again.
+    `grown_from` is an index of the same section and the embed folder it was built from: where those
+    vectors are the first of these, it gets the others added, its cells as they are; recall is
+    measured and probes are chosen anew. Once it has grown by more than GROWTH since its cells were
+    found, or where adding takes more than the memory, all is built again.
     """
     clip_key, count, dim = read_facts(embed)
     if count == 0:
@@ -177,7 +188,9 @@ def build(
 
 
 def _factory(config: IndexConfig, count: int, dim: int) -> str:
-    """Return the kind of index that the section names or that the rule chooses. Raises CallerError where it does not suit the vectors."""
+    """Return the kind of index that the section names or that the rule chooses. Raises CallerError
+    where it does not suit the vectors.
+    """
     factory = (
         choose_factory(count, dim, config.memory_bytes)
         if config.factory == "auto"
@@ -198,7 +211,9 @@ def _factory(config: IndexConfig, count: int, dim: int) -> str:
 def _check_memory(
     config: IndexConfig, factory: str, parts: Sequence[NDArray[Any]], is_grown: bool
 ) -> None:
-    """Raise CallerError where building an index of that kind over the vectors ((n, D) parts) takes more than the section allows."""
+    """Raise CallerError where building an index of that kind over the vectors ((n, D) parts) takes
+    more than the section allows.
+    """
     needed = _needed(config, factory, parts, is_grown)
     if needed > config.build_memory_bytes:
         count, dim = sum(len(part) for part in parts), parts[0].shape[1]
@@ -227,7 +242,9 @@ def _build_one(
     file: Path,
     spread: Spread | None,
 ) -> int:
-    """Write an index of all the vectors; return the most memory that a process called by `spread` held."""
+    """Write an index of all the vectors; return the most memory that a process called by `spread`
+    held.
+    """
     index = train(factory, parts, seed)
     if cells_of(factory):
         return inverted_lists.fill(index, files, file, spread)
@@ -258,7 +275,9 @@ def _needed(
 def _base(
     grown_from: tuple[Path, Path], parts: dict[Modality, list[NDArray[Any]]], config: IndexConfig
 ) -> dict[str, Any] | None:
-    """Return the facts of the former index if it may be added to: its vectors are the first of these, and not too few of them."""
+    """Return the facts of the former index if it may be added to: its vectors are the first of
+    these, and not too few of them.
+    """
     index, embed = grown_from
     facts: dict[str, Any] = json.loads((index / "index.json").read_text())
     count, dim, total = facts["count"], facts["dim"], sum(len(part) for part in parts["image"])
@@ -292,7 +311,9 @@ class Allowed:
 
 
 class Index:
-    """An index folder, opened for search: memory-mapped, read-only, safe to use from several threads."""
+    """An index folder, opened for search: memory-mapped, read-only, safe to use from several
+    threads.
+    """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         """Use `Index.open`."""
@@ -322,7 +343,9 @@ class Index:
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
-        """Open what `build` wrote. Raises DataError where files are missing, unreadable or disagree."""
+        """Open what `build` wrote. Raises DataError where files are missing, unreadable or
+        disagree.
+        """
         try:
             return cls(folder, json.loads((folder / "index.json").read_text()))
         except (
@@ -343,11 +366,13 @@ class Index:
         modality: Modality = "image",
         allowed: Allowed | None = None,
     ) -> tuple[Floats, Rows]:
-        """Return the scores (B, k') and rows (B, k') of the k' nearest vectors by inner product, best first.
+        """Return the scores (B, k') and rows (B, k') of the k' nearest vectors by inner product,
+        best first.
 
-        `vectors` is (B, D), L2-normalised; scores are approximate where the factory compresses. With `allowed` only those rows are looked
-        at; k' is the lesser of k and the rows looked at. Raises ValueError for a query that is not finite or
-        not (B, D), for k below 1 and for an unknown modality.
+        `vectors` is (B, D), L2-normalised; scores are approximate where the factory compresses.
+        With `allowed` only those rows are looked at; k' is the lesser of k and the rows looked at.
+        Raises ValueError for a query that is not finite or not (B, D), for k below 1 and for an
+        unknown modality.
         """
         try:
             queries = np.ascontiguousarray(vectors, dtype=np.float32)
@@ -379,11 +404,15 @@ class Index:
     def metadata(
         self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names
     ) -> list[dict[str, Any]]:
-        """Return the metadata (schema infra.schemas.EMBEDDED) of the rows, in their order. Raises IndexError outside 0..count-1."""
+        """Return the metadata (schema infra.schemas.EMBEDDED) of the rows, in their order. Raises
+        IndexError outside 0..count-1.
+        """
         return [self.facts_of(int(row), columns) for row in self._inside(rows)]
 
     def facts_of(self, row: int, columns: Sequence[str]) -> dict[str, Any]:
-        """Return the metadata of a row that is there, value by value: taking few rows of each of many batches costs ten times as much."""
+        """Return the metadata of a row that is there, value by value: taking few rows of each of
+        many batches costs ten times as much.
+        """
         batch = bisect.bisect_right(self._ends, row)
         offset = row - (self._ends[batch - 1] if batch else 0)
         return {name: self._values[name][batch](offset) for name in columns}
@@ -405,7 +434,9 @@ class Index:
         raise KeyError(key)
 
     def vectors(self, rows: Sequence[int] | Rows, modality: Modality = "image") -> Floats:
-        """Return the vectors of the rows (B, D) as the index holds them: exact, or as its codes can tell. Raises IndexError."""
+        """Return the vectors of the rows (B, D) as the index holds them: exact, or as its codes can
+        tell. Raises IndexError.
+        """
         index = self._indexes[modality]
         wanted = self._inside(rows)
         with self._direct_map:
@@ -426,7 +457,9 @@ class Index:
 
 
 def _efforts(facts: Mapping[str, Any]) -> tuple[Effort, Effort]:
-    """Return what a query for up to ten results may spend, and one for more, as tuning told; an index of before has one for both."""
+    """Return what a query for up to ten results may spend, and one for more, as tuning told; an
+    index of before has one for both.
+    """
     few, many = (
         Effort(part["nprobe"], part["k_factor"], part.get("margin"))
         for part in (facts, facts.get("deep", facts))
@@ -435,7 +468,9 @@ def _efforts(facts: Mapping[str, Any]) -> tuple[Effort, Effort]:
 
 
 def _reader(column: pa.Array) -> Callable[[int], Any]:
-    """Return what reads one value of a column: from Arrow's own bytes, where it can, in half of the time that Arrow's scalars take."""
+    """Return what reads one value of a column: from Arrow's own bytes, where it can, in half of the
+    time that Arrow's scalars take.
+    """
     if not (column.null_count or column.offset):
         if pa.types.is_int32(column.type):
             return memoryview(column.buffers()[1]).cast("i").__getitem__

@@ -1,8 +1,10 @@
-"""Fills a trained index of cells from embedding files, part by part and in any process, and writes it.
+"""Fills a trained index of cells from embedding files, part by part and in any process, and writes
+it.
 
-A part becomes plain files: how many of its vectors go to each cell, their rows and codes arranged by cell, and the codes that are
-re-ranked from, which never are in memory together. What is written is byte for byte what FAISS writes of an index to which the same
-rotated vectors were added in order. Legend: N vectors, D dimensions, C cells.
+A part becomes plain files: how many of its vectors go to each cell, their rows and codes arranged
+by cell, and the codes that are re-ranked from, which never are in memory together. What is written
+is byte for byte what FAISS writes of an index to which the same rotated vectors were added in
+order. Legend: N vectors, D dimensions, C cells.
 """
 
 import struct
@@ -21,7 +23,8 @@ from indexing.data.embedding_store import Rows, chunks, open_rows
 from infra.compute.memory import PeakMemory
 
 SHARES = 64
-"""Into at most so many pieces of work the files are put: each holds a copy of the trained index, in a file, while the index is built."""
+"""Into at most so many pieces of work the files are put: each holds a copy of the trained index, in
+a file, while the index is built."""
 COPIED_BYTES = 1 << 24
 
 Task = tuple[Path, list[Path], Path]
@@ -30,7 +33,9 @@ Spread = Callable[[Callable[..., int], Sequence[Task]], Iterable[list[int]]]
 
 
 def shares(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Put files of so many rows into at most SHARES pieces of work: (first file, last file + 1, first row) of each, in order."""
+    """Put files of so many rows into at most SHARES pieces of work: (first file, last file + 1,
+    first row) of each, in order.
+    """
     least = -(-sum(lengths) // SHARES)
     pieces, first, start, end = [], 0, 0, 0
     for number, length in enumerate(lengths, 1):
@@ -42,10 +47,12 @@ def shares(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def fill(index: Any, files: Sequence[Path], out: Path, spread: Spread | None = None) -> int:
-    """Fill a trained index of cells, still empty, with the vectors of the files ((n, D) each) and write it as `out`.
+    """Fill a trained index of cells, still empty, with the vectors of the files ((n, D) each) and
+    write it as `out`.
 
-    With `spread` pieces of the work are done by other processes, which must see the files and the folder of `out`. Returns the most
-    memory in bytes that one of them held, 0 without. Raises DataError where the vectors hold NaN or infinity. The index is used up.
+    With `spread` pieces of the work are done by other processes, which must see the files and the
+    folder of `out`. Returns the most memory in bytes that one of them held, 0 without. Raises
+    DataError where the vectors hold NaN or infinity. The index is used up.
     """
     lengths = [len(open_rows(file)) for file in files]
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".lists-") as staging:
@@ -69,9 +76,11 @@ def fill(index: Any, files: Sequence[Path], out: Path, spread: Spread | None = N
 
 
 def encode(trained: Path, files: Sequence[Path], out: Path) -> int:
-    """Write what a trained index makes of the vectors of some files: `out`.sizes (C,), .rows (n,), .codes (n, bytes), and .finer.
+    """Write what a trained index makes of the vectors of some files: `out`.sizes (C,), .rows (n,),
+    .codes (n, bytes), and .finer.
 
-    Returns the most memory in bytes that this process held for it. A repetition, after a lost one, writes the same.
+    Returns the most memory in bytes that this process held for it. A repetition, after a lost one,
+    writes the same.
     """
     with PeakMemory() as memory:
         index = faiss.read_index(str(trained))
@@ -145,9 +154,11 @@ def _gather(index: Any, encoded: Sequence[Path], firsts: Sequence[int], count: i
 
 
 def _packed(lists: Any, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the codes of a cell (n, bytes) as fast scan wants them: blocks of 32 vectors, the last one filled up with zeros.
+    """Return the codes of a cell (n, bytes) as fast scan wants them: blocks of 32 vectors, the last
+    one filled up with zeros.
 
-    FAISS would do so itself where it merges, but reads and writes beyond the end of a cell that is full (1.15, add_entries).
+    FAISS would do so itself where it merges, but reads and writes beyond the end of a cell that is
+    full (1.15, add_entries).
     """
     blocks = -(-len(codes) // lists.n_per_block)
     padded = np.zeros((blocks, lists.n_per_block, codes.shape[1]), np.uint8)
@@ -161,7 +172,8 @@ def _packed(lists: Any, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _write(index: Any, encoded: Sequence[Path], count: int, out: Path) -> None:
     """Write the index; the codes that it re-ranks from go from file to file.
 
-    In FAISS's format they are the last but one thing of an index with Refine: their number, the bytes, then k_factor (a float).
+    In FAISS's format they are the last but one thing of an index with Refine: their number, the
+    bytes, then k_factor (a float).
     """
     faiss.write_index(index, str(out))
     fine = finer(index)

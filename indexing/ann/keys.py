@@ -21,7 +21,9 @@ def numbers_of(keys: pa.ChunkedArray) -> Rows:
 
 
 def hashes_of(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
-    """Return 64 bits of each text (N,): its bytes, eight at a time, through the finaliser of splitmix64 (Steele et al. 2014)."""
+    """Return 64 bits of each text (N,): its bytes, eight at a time, through the finaliser of
+    splitmix64 (Steele et al. 2014).
+    """
     hashes = [np.zeros(0, np.uint64)]
     for chunk in texts.chunks:
         hashes += [

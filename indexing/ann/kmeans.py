@@ -1,4 +1,6 @@
-"""K-means on the sphere in groups, which takes a third of the time of k-means at once. Legend: N vectors, D dimensions, C centroids."""
+"""K-means on the sphere in groups, which takes a third of the time of k-means at once. Legend: N
+vectors, D dimensions, C centroids.
+"""
 
 import math
 from typing import Any
@@ -14,10 +16,12 @@ ROUGH_ROUNDS, LAST_ROUNDS = 10, 2
 
 
 def centroids(vectors: Floats, count: int, parameters: Any) -> Floats:
-    """Return centroids (count, D) of vectors (n, D) by k-means on the sphere, in a third of the time that it takes at once.
+    """Return centroids (count, D) of vectors (n, D) by k-means on the sphere, in a third of the
+    time that it takes at once.
 
-    About sqrt(count) groups are found first, then centroids in each of them, as many as its share of the vectors, and at last two rounds
-    over all vectors, which repair what is wrong at the borders of groups.
+    About sqrt(count) groups are found first, then centroids in each of them, as many as its share
+    of the vectors, and at last two rounds over all vectors, which repair what is wrong at the
+    borders of groups.
     """
     rough = _clustered(vectors, round(math.sqrt(count)), parameters, ROUGH_ROUNDS)
     group = _nearest(rough, vectors)
@@ -36,7 +40,9 @@ def centroids(vectors: Floats, count: int, parameters: Any) -> Floats:
 def _clustered(
     vectors: Floats, count: int, parameters: Any, rounds: int, begun: Floats | None = None
 ) -> Floats:
-    """Return centroids (count, D) after so many rounds of k-means, from those begun with where there are."""
+    """Return centroids (count, D) after so many rounds of k-means, from those begun with where
+    there are.
+    """
     clustering = faiss.Clustering(vectors.shape[1], count, parameters)
     clustering.niter = rounds
     if begun is not None:

@@ -1,7 +1,9 @@
-"""Searching a FAISS index of any of our kinds with given effort, its recall against brute force, and the least effort for a recall.
+"""Searching a FAISS index of any of our kinds with given effort, its recall against brute force,
+and the least effort for a recall.
 
-Effort is the number of probed cells and of candidates re-ranked. It is chosen on one half of sampled queries, with a margin for their
-number, and judged on the other half. Legend: B queries, N vectors, D dimensions, k results.
+Effort is the number of probed cells and of candidates re-ranked. It is chosen on one half of
+sampled queries, with a margin for their number, and judged on the other half. Legend: B queries, N
+vectors, D dimensions, k results.
 """
 
 import copy
@@ -21,13 +23,16 @@ from indexing.data.embedding_store import Floats, Rows, chunks, take
 DEPTHS = (1, 10, 100)
 """The k at which recall is measured; the middle one is held against the target."""
 SAME_SCORE = 1e-5
-"""Vectors whose exact scores differ by less are equally right answers: one caption may stand on many pictures."""
+"""Vectors whose exact scores differ by less are equally right answers: one caption may stand on
+many pictures."""
 K_FACTORS = (2, 4, 8, 16, 32, 64, 128)
 """How many times k are re-ranked, where anything is."""
 SATURATED = 0.002
-"""Where doubling the probed cells gains less recall than this, what is missing is lost by the codes."""
+"""Where doubling the probed cells gains less recall than this, what is missing is lost by the
+codes."""
 Z_SURE = 1.645
-"""So many standard errors below the sampled recall the true one lies in one of twenty samples; a second sample then has to agree."""
+"""So many standard errors below the sampled recall the true one lies in one of twenty samples; a
+second sample then has to agree."""
 TIMED, ROUNDS = 64, 3
 """Queries that efforts are timed with, and how often each."""
 MAX_RANKED = 4096
@@ -35,7 +40,8 @@ MAX_RANKED = 4096
 THINNED = 4
 """Of many queries one of so many is asked for a hundred."""
 WIDER = 2
-"""So many times the cells that every query needs, where all have the same, may one of them look into by a margin."""
+"""So many times the cells that every query needs, where all have the same, may one of them look
+into by a margin."""
 HALVINGS = 6
 """How often the range of a margin is halved to find the least that does."""
 STEPS = np.unique(np.ceil(1.08 ** np.arange(320)).astype(np.int64))
@@ -50,18 +56,23 @@ class Effort(NamedTuple):
     k_factor: float
     """Candidates re-ranked for each result; 0: none are."""
     margin: float | None = None
-    """Cells are left out whose centroid scores less than the nearest one's by more than that; None: none are."""
+    """Cells are left out whose centroid scores less than the nearest one's by more than that; None:
+    none are."""
 
 
 class Selection(NamedTuple):
-    """The rows that a search may return: a FAISS selector, and the share (0, 1] of all that it lets by."""
+    """The rows that a search may return: a FAISS selector, and the share (0, 1] of all that it lets
+    by.
+    """
 
     selector: Any
     share: float
 
 
 class Sample(NamedTuple):
-    """Queries to tune with (B, D), and their own rows (B,) where they are vectors of the index: no query's finding itself counts."""
+    """Queries to tune with (B, D), and their own rows (B,) where they are vectors of the index: no
+    query's finding itself counts.
+    """
 
     vectors: Floats
     rows: Rows | None
@@ -80,10 +91,11 @@ class Sample(NamedTuple):
 def search(
     index: Any, queries: Floats, k: int, effort: Effort, selection: Selection | None = None
 ) -> tuple[Floats, Rows]:
-    """Search with this effort, and with more cells where they hold fewer than k vectors; k is at most what the selection lets by.
+    """Search with this effort, and with more cells where they hold fewer than k vectors; k is at
+    most what the selection lets by.
 
-    Of a selection as many rows are looked at as without one. Returns scores and rows, (B, k) each. Safe from several threads: the effort is
-    of the query, not of the index.
+    Of a selection as many rows are looked at as without one. Returns scores and rows, (B, k) each.
+    Safe from several threads: the effort is of the query, not of the index.
     """
     if len(queries) == 0:
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
@@ -132,7 +144,9 @@ def search(
 
 
 def _probed(index: Any, queries: Floats, effort: Effort) -> Rows:
-    """Return how many cells each query looks into (B,): few numbers, so that queries can be asked together."""
+    """Return how many cells each query looks into (B,): few numbers, so that queries can be asked
+    together.
+    """
     if effort.margin is None:
         return np.full(len(queries), effort.nprobe)
     near = layers(index)[-1].quantizer.search(turned(index, queries), effort.nprobe)[0]
@@ -142,8 +156,12 @@ def _probed(index: Any, queries: Floats, effort: Effort) -> Rows:
 
 @lru_cache(1024)
 def _parameters(kinds: tuple[type, ...], nprobe: int, k_factor: float, selector: Any) -> Any:
-    """Return FAISS's parameters for a search: to make them takes as long as looking into some cells."""
-    faiss_module: Any = faiss  # whose type stubs do not know that parameters take arguments, which keeps alive what they are given
+    """Return FAISS's parameters for a search: to make them takes as long as looking into some
+    cells.
+    """
+    # whose type stubs do not know that parameters take arguments, which keeps alive what they are
+    # given
+    faiss_module: Any = faiss
     params = faiss_module.SearchParametersIVF(nprobe=nprobe, sel=selector)
     for kind in kinds[-2::-1]:
         if kind is faiss.IndexRefine:
@@ -165,13 +183,17 @@ def brute_force(parts: Sequence[NDArray[Any]], queries: Floats, k: int) -> Float
 
 
 def recalls(parts: Sequence[NDArray[Any]], queries: Floats, rows: Rows, truth: Floats) -> Floats:
-    """Return each query's share (B,) of found rows (B, k) that score, exactly, no less than the k-th best of `truth` (B, >= k)."""
+    """Return each query's share (B,) of found rows (B, k) that score, exactly, no less than the
+    k-th best of `truth` (B, >= k).
+    """
     exact = np.einsum("bd,bkd->bk", queries, take(parts, rows))
     return np.asarray((exact >= truth[:, rows.shape[1] - 1, None] - SAME_SCORE).mean(1), np.float32)
 
 
 class Measured:
-    """Recall of an index on samples of queries, against brute force over `parts`; the worst of the samples counts."""
+    """Recall of an index on samples of queries, against brute force over `parts`; the worst of the
+    samples counts.
+    """
 
     def __init__(
         self, index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample]
@@ -199,7 +221,9 @@ class Measured:
         return worst
 
     def thinned(self) -> "Measured":
-        """Return the same with every fourth query, of many: a hundred results say more of a query than ten do, and take longer."""
+        """Return the same with every fourth query, of many: a hundred results say more of a query
+        than ten do, and take longer.
+        """
         thinned_copy = copy.copy(self)
         steps = [THINNED if len(sample.vectors) > THINNED * TIMED else 1 for sample in self.samples]
         thinned_copy.samples = [
@@ -249,11 +273,13 @@ class Measured:
 def tune(
     index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], target: float
 ) -> dict[str, Any]:
-    """Find the effort that reaches the target recall@10 in the least time, for each of several samples of queries; measure there.
+    """Find the effort that reaches the target recall@10 in the least time, for each of several
+    samples of queries; measure there.
 
-    The same for recall@100, told as "deep": who wants more than ten needs more cells. The other half of the samples judges, and the recall
-    that is told is its own, with the effort for that many. Where no effort reaches the target, the best recall wins. nprobe is 0 for Flat,
-    k_factor 0 where nothing is re-ranked.
+    The same for recall@100, told as "deep": who wants more than ten needs more cells. The other
+    half of the samples judges, and the recall that is told is its own, with the effort for that
+    many. Where no effort reaches the target, the best recall wins. nprobe is 0 for Flat, k_factor 0
+    where nothing is re-ranked.
     """
     tuning, judging = (
         Measured(index, parts, [sample.part(half) for sample in samples]) for half in (0, 1)
@@ -273,9 +299,11 @@ def tune(
 
 
 def effort_for(k: int, few: Effort, many: Effort) -> Effort:
-    """Return the effort for k results, of those for ten and for a hundred; nobody re-ranks fewer candidates than ten results have.
+    """Return the effort for k results, of those for ten and for a hundred; nobody re-ranks fewer
+    candidates than ten results have.
 
-    Between the two the cells grow by a power of k: what is missing of the recall is then about the same.
+    Between the two the cells grow by a power of k: what is missing of the recall is then about the
+    same.
     """
     if k <= DEPTHS[1]:
         effort = few
@@ -299,10 +327,12 @@ def effort_for(k: int, few: Effort, many: Effort) -> Effort:
 def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> Effort:
     """Return the effort that reaches the target recall@k in the least time.
 
-    Queries of the other modality lie far from all vectors and need more cells, so the worst sample counts. For every k_factor, the largest
-    first, the fewest cells that do are found by doubling and halving, and the least margin that does where a query may look into WIDER
-    times as many; with Z_SURE standard errors to spare, or the target would be missed on other queries as often as it is met. The fastest
-    of these efforts wins, and gets more cells where the queries that judge miss the target still.
+    Queries of the other modality lie far from all vectors and need more cells, so the worst sample
+    counts. For every k_factor, the largest first, the fewest cells that do are found by doubling
+    and halving, and the least margin that does where a query may look into WIDER times as many;
+    with Z_SURE standard errors to spare, or the target would be missed on other queries as often as
+    it is met. The fastest of these efforts wins, and gets more cells where the queries that judge
+    miss the target still.
     """
     index = tuning.index
     if isinstance(index, faiss.IndexFlat):
@@ -346,7 +376,8 @@ def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> 
                 Effort(widest, candidate_effort.k_factor, tuning.span(widest)), target, surely
             )
         )
-    # In turns, and candidate_effort query's best round: another process that takes the cores for a while slows all of them.
+    # In turns, and candidate_effort query's best round: another process that takes the cores for a
+    # while slows all of them.
     rounds = [[tuning.seconds(k, effort) for effort in enough] for _ in range(ROUNDS)]
     best = enough[int(np.min(rounds, axis=0).mean(axis=1).argmin())]
     while best.nprobe < cells and judging.recall(k, best) < target:
@@ -356,7 +387,9 @@ def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> 
 
 
 def _least_margin(widest: Effort, target: float, recall_of: Callable[[Effort], float]) -> Effort:
-    """Return the effort with the least margin whose recall reaches the target, up to that of `widest`, with which it does."""
+    """Return the effort with the least margin whose recall reaches the target, up to that of
+    `widest`, with which it does.
+    """
     low, high = 0.0, widest.margin or 0.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -369,9 +402,11 @@ def _least_margin(widest: Effort, target: float, recall_of: Callable[[Effort], f
 def fewest_cells(
     least: int, highest: int, target: float, recall_of: Callable[[int], float], sated_from: int = 1
 ) -> tuple[int, float]:
-    """Return the least number of cells, `least` to `most`, whose recall reaches the target, to an eighth, and that recall.
+    """Return the least number of cells, `least` to `most`, whose recall reaches the target, to an
+    eighth, and that recall.
 
-    Where none does, the number with the best recall: no more are tried once doubling from `sated_from` cells or more gains next to nothing.
+    Where none does, the number with the best recall: no more are tried once doubling from
+    `sated_from` cells or more gains next to nothing.
     """
     tried: dict[int, float] = {}
     cells, before = least, 0.0

@@ -1,8 +1,10 @@
-"""One version of a living index: the segments that hold its vectors, and which of their rows are gone.
+"""One version of a living index: the segments that hold its vectors, and which of their rows are
+gone.
 
-A view never changes: a take-down, an addition or another index makes a new one, and a query that has begun ends on the view that it
-began with. Samples are known by key, and by a number made from the key for clients that want numbers; rows are nobody's business
-outside. Legend: N rows of a segment.
+A view never changes: a take-down, an addition or another index makes a new one, and a query that
+has begun ends on the view that it began with. Samples are known by key, and by a number made from
+the key for clients that want numbers; rows are nobody's business outside. Legend: N rows of a
+segment.
 """
 
 import hashlib
@@ -29,19 +31,24 @@ Position = tuple[int, int, float]
 """A segment, a row of it, and its score."""
 
 NEAR = 0.94
-"""Results with a picture cosine of at least this count as copies where near ones are asked to go; clip-retrieval's figure."""
+"""Results with a picture cosine of at least this count as copies where near ones are asked to go;
+clip-retrieval's figure."""
 MAX_MASKS = 64
 FIRST, FETCH, DEEPER = 10, 64, 4
-"""Candidates of the first look and of the second, at least, and by how much each further one is deeper."""
+"""Candidates of the first look and of the second, at least, and by how much each further one is
+deeper."""
 FETCHED, FETCHED_APART = 1 << 14, 1 << 12
-"""So many candidates are looked at for one answer, the second with near copies left out: among results that are nearly all copies there may
-be fewer than asked for, and no question costs more than this."""
+"""So many candidates are looked at for one answer, the second with near copies left out: among
+results that are nearly all copies there may be fewer than asked for, and no question costs more
+than this."""
 CHOICES = ("licence", "style", "category", "subcategory", "split")
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Which samples a query may find: `any_of` holds pairs of a column and the values allowed there; sides are of the stored picture."""
+    """Which samples a query may find: `any_of` holds pairs of a column and the values allowed
+    there; sides are of the stored picture.
+    """
 
     any_of: tuple[tuple[str, tuple[str, ...]], ...] = ()
     min_side_px: int = 0
@@ -58,7 +65,9 @@ class Hit(NamedTuple):
 
 
 class Segment:
-    """An index folder and the shards that hold its pictures; `name` tells what is in it apart from what stood there before."""
+    """An index folder and the shards that hold its pictures; `name` tells what is in it apart from
+    what stood there before.
+    """
 
     def __init__(self, index: Index, shards: Path, name: str = "") -> None:
         self.index, self.shards, self.name = index, shards, name
@@ -96,7 +105,8 @@ class View:
         clip: str,
         removed: Sequence[Mask] | None = None,
     ) -> None:
-        """Hold segments of one CLIP, whose fingerprint is `clip`; `removed` is what the removals name, where that is known.
+        """Hold segments of one CLIP, whose fingerprint is `clip`; `removed` is what the removals
+        name, where that is known.
 
         Raises ValueError where their dimensions differ.
         """
@@ -113,14 +123,17 @@ class View:
         )
         self.count = sum(int((~mask).sum()) for mask in self.removed)
         self.version = _fingerprint(clip, [segment.name for segment in segments], self.removed)
-        """Tells this view from others: the same segments without the same rows have the same, in every process."""
+        """Tells this view from others: the same segments without the same rows have the same, in
+        every process."""
         self._masks: OrderedDict[Filter, list[Allowed]] = OrderedDict()
         self._facets: dict[str, dict[str, int]] | None = None
         self._counting = Lock()
         self._lock = Lock()
 
     def after(self, removals: Removals) -> "View":
-        """Return this view without what the removals name; the segments stay open, and only what is new in the log is looked for."""
+        """Return this view without what the removals name; the segments stay open, and only what is
+        new in the log is looked for.
+        """
         if removals == self.removals:
             return self
         if self.removals - removals:
@@ -143,15 +156,17 @@ class View:
         without: frozenset[str] = frozenset(),
         columns: Sequence[str] = EMBEDDED.names,
     ) -> list[Hit]:
-        """Return the hits offset to offset + k of all distinct pictures, best first, with these columns of their metadata.
+        """Return the hits offset to offset + k of all distinct pictures, best first, with these
+        columns of their metadata.
 
-        `query` is one unit vector (D,). Pictures of equal bytes count once, and with `near` those whose cosine with a better hit is at
-        least that; pictures with a SHA-256 in `without` do not count. Among many copies there may be fewer hits than there are pictures
-        (FETCHED). Raises ValueError as Index.search does.
+        `query` is one unit vector (D,). Pictures of equal bytes count once, and with `near` those
+        whose cosine with a better hit is at least that; pictures with a SHA-256 in `without` do not
+        count. Among many copies there may be fewer hits than there are pictures (FETCHED). Raises
+        ValueError as Index.search does.
 
-        Pages of one size neither repeat nor skip a picture, whatever the index: a deeper look into an approximate one ranks otherwise, so
-        what it finds goes behind what the look before had found, and a page is in order of score by itself. The first look is as deep as
-        a page.
+        Pages of one size neither repeat nor skip a picture, whatever the index: a deeper look into
+        an approximate one ranks otherwise, so what it finds goes behind what the look before had
+        found, and a page is in order of score by itself. The first look is as deep as a page.
         """
         wanted, fetch = offset + k, max(FIRST, k)
         masks = self._allowed(chosen)
@@ -190,7 +205,9 @@ class View:
         )
 
     def find_number(self, number: int) -> list[Hit]:
-        """Return the samples whose keys have that number: one, or none where there is none or it is gone."""
+        """Return the samples whose keys have that number: one, or none where there is none or it is
+        gone.
+        """
         hits = []
         for segment_number, segment in enumerate(self.segments):
             rows = [
@@ -219,7 +236,9 @@ class View:
         return row_vectors
 
     def facets(self) -> dict[str, dict[str, int]]:
-        """Count, for every column that can be chosen by, the samples of each value that is not empty; the commonest first. Counts once."""
+        """Count, for every column that can be chosen by, the samples of each value that is not
+        empty; the commonest first. Counts once.
+        """
         with self._counting:
             if self._facets is None:
                 self._facets = self._count()
@@ -263,7 +282,9 @@ class View:
     def _apart(
         self, positions: Sequence[Position], near: float, vectors: Floats, count: int
     ) -> list[Position]:
-        """Return the places without those near to a better one; `vectors` (wanted, D) holds `count` better ones' and takes more."""
+        """Return the places without those near to a better one; `vectors` (wanted, D) holds `count`
+        better ones' and takes more.
+        """
         distinct: list[Position] = []
         for position, vector in zip(positions, self._vectors(positions), strict=True):
             if count == len(vectors):
@@ -320,7 +341,9 @@ def _matching(index: Index, chosen: Filter) -> Mask:
 def make_filter(
     any_of: Mapping[str, Iterable[str]], min_side_px: int = 0, max_side_px: int | None = None
 ) -> Filter:
-    """Return a filter in its one spelling, so that equal filters share their masks. Raises ValueError for a column that is no choice."""
+    """Return a filter in its one spelling, so that equal filters share their masks. Raises
+    ValueError for a column that is no choice.
+    """
     unknown = sorted(any_of.keys() - set(CHOICES))
     if unknown:
         raise ValueError(f"{unknown[0]!r} is nothing to choose by: use {', '.join(CHOICES)}")

@@ -1,4 +1,5 @@
-"""Reads the embed stage's folder: vectors memory-mapped from its `.npy` parts, their metadata from parquet, in one row order.
+"""Reads the embed stage's folder: vectors memory-mapped from its `.npy` parts, their metadata from
+parquet, in one row order.
 
 What a vector stands for is in the metadata only. Legend: N rows, D dimensions.
 """
@@ -40,7 +41,9 @@ def open_rows(file: Path) -> NDArray[Any]:
 
 
 def open_parts(folder: Path, count: int, dim: int) -> list[NDArray[Any]]:
-    """Memory-map the .npy files of a folder in order of name. Raises DataError unless they hold (count, dim) together."""
+    """Memory-map the .npy files of a folder in order of name. Raises DataError unless they hold
+    (count, dim) together.
+    """
     parts = [open_rows(file) for file in part_files(folder)]
     if (
         any(part.ndim != 2 or part.shape[1] != dim for part in parts)
@@ -78,7 +81,9 @@ def unit(vectors: Floats) -> Floats:
 
 
 def read_metadata(folder: Path, columns: Sequence[str], count: int) -> pa.Table:
-    """Read these columns of the metadata, one row for each vector. Raises DataError for another number of rows."""
+    """Read these columns of the metadata, one row for each vector. Raises DataError for another
+    number of rows.
+    """
     table = pa.concat_tables(
         [pq.read_table(file, columns=list(columns)) for file in sorted(folder.glob("*.parquet"))]
     )
@@ -95,7 +100,9 @@ def metadata_batches(folder: Path, columns: Sequence[str]) -> Iterator[pa.Record
 
 
 def metadata_of(folder: Path, rows: Rows, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Return these columns of some rows (B,), in their order, reading the metadata a piece at a time."""
+    """Return these columns of some rows (B,), in their order, reading the metadata a piece at a
+    time.
+    """
     records: dict[int, dict[str, Any]] = {}
     wanted, start = np.unique(rows), 0
     for batch in metadata_batches(folder, columns):

@@ -1,4 +1,5 @@
-"""The pairs that a run is judged by: one split's embeddings and metadata, and what of it training has seen.
+"""The pairs that a run is judged by: one split's embeddings and metadata, and what of it training
+has seen.
 
 Reads an embed folder. Legend: N pairs, D dimensions.
 """
@@ -34,7 +35,9 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Embedded:
-    """An embed folder, opened: `table` has a row for each vector; vectors stay in their memory-mapped files."""
+    """An embed folder, opened: `table` has a row for each vector; vectors stay in their
+    memory-mapped files.
+    """
 
     table: pa.Table
     image_parts: list[NDArray[Any]]
@@ -49,7 +52,9 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Some pairs, in memory: the metadata, the unit vectors of pictures and of first captions (N, D)."""
+    """Some pairs, in memory: the metadata, the unit vectors of pictures and of first captions (N,
+    D).
+    """
 
     rows: list[dict[str, Any]]
     images: Floats
@@ -69,7 +74,9 @@ def open_embedded(embed: Path) -> Embedded:
 
 
 def read_pairs(embedded: Embedded, split: str, max_pairs: int, seed: int) -> Pairs:
-    """Read the pairs of a split into memory; when there are more than `at_most`, that many drawn by the seed, in their order."""
+    """Read the pairs of a split into memory; when there are more than `at_most`, that many drawn by
+    the seed, in their order.
+    """
     rows = embedded.rows(split)
     if len(rows) > max_pairs:
         rows = np.sort(np.random.default_rng(seed).choice(rows, max_pairs, replace=False))
@@ -78,7 +85,9 @@ def read_pairs(embedded: Embedded, split: str, max_pairs: int, seed: int) -> Pai
 
 
 def seen_in_training(embedded: Embedded, splits: tuple[str, ...]) -> dict[str, dict[str, int]]:
-    """Count each split's pairs, and those whose picture (by its bytes) or concept stands in the training split too."""
+    """Count each split's pairs, and those whose picture (by its bytes) or concept stands in the
+    training split too.
+    """
     train = embedded.table.take(embedded.rows("train"))
     counts = {"train": {"pairs": train.num_rows}}
     for split in splits:

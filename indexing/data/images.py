@@ -1,4 +1,5 @@
-"""Pictures of the evaluation: read by the keep list from ingest's shards, shown side by side, written as PNG.
+"""Pictures of the evaluation: read by the keep list from ingest's shards, shown side by side,
+written as PNG.
 
 Knows nothing of models. A picture is uint8 (S, S, 3) RGB.
 """
@@ -21,12 +22,14 @@ Square = Callable[[NDArray[Any], int], Pixels]
 GAP_PX = 4
 LINE_PX = 16
 BAND_ROWS = 256
-"""Rows that are laid on white at a time: in floating point a picture takes several times its memory."""
+"""Rows that are laid on white at a time: in floating point a picture takes several times its
+memory."""
 INK, PAPER = (34, 37, 43), (255, 255, 255)
 
 
 def read_picture(row: Mapping[str, Any], shards: Path, side_px: int) -> Pixels:
-    """Read the picture of a row (schema infra.schemas.KEEP) as a square of that side: on white where it is transparent or not square.
+    """Read the picture of a row (schema infra.schemas.KEEP) as a square of that side: on white
+    where it is transparent or not square.
 
     Raises DataError where the shard does not hold it.
     """
@@ -46,7 +49,9 @@ def read_picture(row: Mapping[str, Any], shards: Path, side_px: int) -> Pixels:
 
 
 def square(picture: NDArray[Any], side_px: int) -> Pixels:
-    """Turn a decoded picture (grey, BGR or BGRA) into an RGB square, white around it, resized by area."""
+    """Turn a decoded picture (grey, BGR or BGRA) into an RGB square, white around it, resized by
+    area.
+    """
     if picture.ndim == 2:
         picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
     if picture.shape[2] == 4:
@@ -71,7 +76,9 @@ def _on_white(band: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def sheet(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], scale: int = 2) -> Pixels:
-    """Return rows of equal squares on white as one picture (H, W, 3), each row below its title; pixels enlarged `scale` times."""
+    """Return rows of equal squares on white as one picture (H, W, 3), each row below its title;
+    pixels enlarged `scale` times.
+    """
     side_px = scale * rows[0][0].shape[0]
     width = max(len(row) for row in rows) * (side_px + GAP_PX) + GAP_PX
     height = len(rows) * (LINE_PX + side_px + GAP_PX) + GAP_PX

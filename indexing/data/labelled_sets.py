@@ -1,4 +1,5 @@
-"""Labelled picture sets for zero-shot classification and probes, read from what people have: folders, parquet files, WebDataset shards.
+"""Labelled picture sets for zero-shot classification and probes, read from what people have:
+folders, parquet files, WebDataset shards.
 
 - a folder with a folder of pictures for each class;
 - a parquet file with the columns `image` (encoded bytes, or Hugging Face's {"bytes", "path"}) and `label` (a number or a name);
@@ -45,7 +46,9 @@ class ImageSet:
         return len(self.encoded)
 
     def pictures(self, side_px: int) -> Pixels:
-        """Decode all pictures as squares, uint8 (N, S, S, 3) RGB. Raises DataError for one that does not decode."""
+        """Decode all pictures as squares, uint8 (N, S, S, 3) RGB. Raises DataError for one that
+        does not decode.
+        """
         pixels = np.empty((len(self), side_px, side_px, 3), np.uint8)
         for number, data in enumerate(self.encoded):
             decoded = (
@@ -68,7 +71,9 @@ class ImageSet:
 
 
 def open_set(path: Path, name: str = "") -> ImageSet:
-    """Read a set in any of the layouts. Raises CallerError where the path holds none, DataError where labels and names disagree."""
+    """Read a set in any of the layouts. Raises CallerError where the path holds none, DataError
+    where labels and names disagree.
+    """
     name = name or path.stem
     if path.is_file() and path.suffix == ".parquet":
         return _build(name, path.parent, list(_from_parquet(path)), path.stem)

@@ -1,4 +1,6 @@
-"""A reader of text in pictures, for judging what is written: the OCR of evaluation-packages.txt, where it is installed."""
+"""A reader of text in pictures, for judging what is written: the OCR of evaluation-packages.txt,
+where it is installed.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -14,12 +16,16 @@ MARGIN_PX = 48
 
 
 def text_reader() -> Callable[[NDArray[np.uint8]], str] | None:
-    """Return a function from a picture, uint8 (S, S, 3) RGB, to the text in it, or None where no OCR is installed."""
+    """Return a function from a picture, uint8 (S, S, 3) RGB, to the text in it, or None where no
+    OCR is installed.
+    """
     return read_text if find_spec("rapidocr_onnxruntime") else None
 
 
 def read_text(picture: NDArray[np.uint8]) -> str:
-    """Read a small picture: enlarged, on a wide white margin, which the detector of text wants; "" where it finds none."""
+    """Read a small picture: enlarged, on a wide white margin, which the detector of text wants; ""
+    where it finds none.
+    """
     large = cv2.resize(picture, (ENLARGED_PX, ENLARGED_PX), interpolation=cv2.INTER_CUBIC)
     large = cv2.copyMakeBorder(large, *(MARGIN_PX,) * 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
     lines, _ = _engine()(np.ascontiguousarray(large[..., ::-1]), use_cls=False)

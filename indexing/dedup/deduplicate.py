@@ -1,9 +1,12 @@
-"""The stage `dedup`: which training pictures are copies of each other or of an evaluation picture, and the embeddings without them.
+"""The stage `dedup`: which training pictures are copies of each other or of an evaluation picture,
+and the embeddings without them.
 
-Three passes, each judging what the one before has kept: equal bytes, equal looks, near embeddings. Evaluation pictures stay whatever
-happens; of training pictures the larger one stays, then the lower key. Reads an embed folder and the shards; writes the same embed layout
-(which prior and decoder then train on), keep.parquet (which up-samplers train on), groups.parquet, groups.png and threshold.json.
-Memory: some 200 bytes a pair, and what indexing.dedup.near_pairs says; tables and small copies are read a piece at a time.
+Three passes, each judging what the one before has kept: equal bytes, equal looks, near embeddings.
+Evaluation pictures stay whatever happens; of training pictures the larger one stays, then the lower
+key. Reads an embed folder and the shards; writes the same embed layout (which prior and decoder
+then train on), keep.parquet (which up-samplers train on), groups.parquet, groups.png and
+threshold.json. Memory: some 200 bytes a pair, and what indexing.dedup.near_pairs says; tables and
+small copies are read a piece at a time.
 """
 
 import json
@@ -57,16 +60,21 @@ GROUPS = pa.schema(
 
 
 class DedupConfig(Section):
-    """[dedup]: which training pictures count as copies, of each other or of evaluation pictures, and are left out of training."""
+    """[dedup]: which training pictures count as copies, of each other or of evaluation pictures,
+    and are left out of training.
+    """
 
     max_hash_bits: int = Field(default=6, ge=0, le=15)
-    """Most of pHash's 64 bits in which pictures that look alike may differ; `max_rms` must hold as well."""
+    """Most of pHash's 64 bits in which pictures that look alike may differ; `max_rms` must hold as
+    well."""
     max_rms: float = Field(default=12, ge=0, le=255)
-    """Most that their 8 px colour copies may differ, root mean square of 255: pHash knows no colours."""
+    """Most that their 8 px colour copies may differ, root mean square of 255: pHash knows no
+    colours."""
     semantic: bool = True
     """Whether near embeddings count as copies, too."""
     threshold: float | None = Field(default=None, gt=0, le=1)
-    """Least cosine of near embeddings; by default the lowest that has the precision on the labelled sample."""
+    """Least cosine of near embeddings; by default the lowest that has the precision on the labelled
+    sample."""
     precision: float = Field(default=0.995, gt=0.5, le=1)
     """Share of the labelled pairs at or above the threshold that must be copies."""
     sample: int = Field(default=256, ge=16)
@@ -95,7 +103,8 @@ def run(
     side_px: int,
     out: Path,
 ) -> dict[str, Any]:
-    """Write the embeddings without copies and return the counts. `encode_images` is the CLIP that made them, for squares of `side_px`.
+    """Write the embeddings without copies and return the counts. `encode_images` is the CLIP that
+    made them, for squares of `side_px`.
 
     Raises DataError where a picture cannot be read or no training picture is left.
     """
@@ -211,7 +220,9 @@ def read_pairs(metadata: Path, count: int) -> Pairs:
 
 
 def transformations(rng: np.random.Generator) -> list[tuple[str, Callable[[Pixels], Pixels]]]:
-    """Return what makes a copy of a picture that a person takes for the same: RGB uint8 (S, S, 3) in and out."""
+    """Return what makes a copy of a picture that a person takes for the same: RGB uint8 (S, S, 3)
+    in and out.
+    """
 
     def resized(picture: Pixels) -> Pixels:
         small = cv2.resize(picture, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
@@ -267,12 +278,15 @@ def choose_threshold(
     encode_images: EncodeImages,
     side_px: int,
 ) -> dict[str, Any]:
-    """Return the threshold with its precision and recall on pairs whose truth is known, and the recall of each transformation.
+    """Return the threshold with its precision and recall on pairs whose truth is known, and the
+    recall of each transformation.
 
-    Copies are sampled pictures against their own transformations. Of what is no copy, the hardest: the nearest other picture with another
-    concept that does not look alike. Every other sampled picture chooses the lowest threshold with the precision; the figures are those
-    of the others, which had no say. A threshold in the recipe is measured the same. Where no threshold has the precision, it is None: this
-    CLIP cannot tell copies from the rest, and nothing goes on its word; the figures are those at the one that was nearest to it.
+    Copies are sampled pictures against their own transformations. Of what is no copy, the hardest:
+    the nearest other picture with another concept that does not look alike. Every other sampled
+    picture chooses the lowest threshold with the precision; the figures are those of the others,
+    which had no say. A threshold in the recipe is measured the same. Where no threshold has the
+    precision, it is None: this CLIP cannot tell copies from the rest, and nothing goes on its word;
+    the figures are those at the one that was nearest to it.
     """
     rng = np.random.default_rng(config.seed)
     rows = np.sort(rng.choice(len(pairs.keys), min(config.sample, len(pairs.keys)), replace=False))
@@ -335,7 +349,9 @@ def hardest_others(
     rows: Rows,
     originals: Floats,
 ) -> Floats:
-    """Return for each sampled row (S,) its best cosine with a picture of another concept that does not look alike; -1 without any."""
+    """Return for each sampled row (S,) its best cosine with a picture of another concept that does
+    not look alike; -1 without any.
+    """
     best = np.full(len(rows), -1, np.float32)
     for start in range(0, len(pairs.keys), CHUNK_ROWS):
         piece = np.arange(start, min(start + CHUNK_ROWS, len(pairs.keys)))
@@ -388,7 +404,9 @@ def write_keepers(embed: Path, out: Path, is_keeper: NDArray[np.bool_]) -> None:
 def write_groups(
     pairs: Pairs, parts: Sequence[NDArray[Any]], keeper: Rows, reason: NDArray[np.int8], file: Path
 ) -> None:
-    """Write a row for each pair that goes: its key, the key that stays for it, why, and their cosine."""
+    """Write a row for each pair that goes: its key, the key that stays for it, why, and their
+    cosine.
+    """
     dropped_rows = np.flatnonzero(reason)
     with pq.ParquetWriter(file, GROUPS) as writer:
         for start in range(0, len(dropped_rows), CHUNK_ROWS):
@@ -413,7 +431,9 @@ def show(
     titles: Sequence[str],
     file: Path,
 ) -> None:
-    """Draw the largest groups, each below its title: the picture that stays, then those that go for it. `places` says where a row's is."""
+    """Draw the largest groups, each below its title: the picture that stays, then those that go for
+    it. `places` says where a row's is.
+    """
     if not copy_groups:
         return
     white = np.full((LOOK_PX, LOOK_PX, 3), 255, np.uint8)

@@ -1,8 +1,10 @@
-"""Deduplication: which pictures are copies of others, by their bytes, by their look and by what CLIP sees, and which copy stays.
+"""Deduplication: which pictures are copies of others, by their bytes, by their look and by what
+CLIP sees, and which copy stays.
 
-Pure functions. Each returns `keeper` (N,): the row that stays for each row, its own number where it stays itself. A row goes only if it
-is near to a row that stays, never over a chain of likenesses. Rows are judged in a given `order`, the best first: what must stay
-(evaluation pictures, say), then what is worth more. Rows outside the order are left alone. Legend: N rows.
+Pure functions. Each returns `keeper` (N,): the row that stays for each row, its own number where it
+stays itself. A row goes only if it is near to a row that stays, never over a chain of likenesses.
+Rows are judged in a given `order`, the best first: what must stay (evaluation pictures, say), then
+what is worth more. Rows outside the order are left alone. Legend: N rows.
 """
 
 import itertools
@@ -18,7 +20,8 @@ from indexing.dedup.near_pairs import Mask, NearPairs, NearPictures, NearVectors
 
 BLOCK_ROWS = 8192
 MAX_BITS, MAX_RMS = 6, 12.0
-"""Pictures look alike when their hashes differ in at most so many of 64 bits and their small copies by at most so much of 255."""
+"""Pictures look alike when their hashes differ in at most so many of 64 bits and their small copies
+by at most so much of 255."""
 HASHED_PX, HASH_SIDE, THUMB_PX = 32, 8, 8
 
 
@@ -37,14 +40,18 @@ def perceptual(
     max_bits: int = MAX_BITS,
     max_rms: float = MAX_RMS,
 ) -> Rows:
-    """Group pictures that look alike: pHash at most `max_bits` of 64 apart, 8 px copies at most `max_rms` of 255 (see look_of)."""
+    """Group pictures that look alike: pHash at most `max_bits` of 64 apart, 8 px copies at most
+    `max_rms` of 255 (see look_of).
+    """
     return _first_in_order(
         len(hashes), order, NearPictures(hashes, thumbs, max_bits, max_rms, order).earlier
     )
 
 
 def semantic(parts: Sequence[NDArray[Any]], threshold: float, order: Rows, seed: int = 0) -> Rows:
-    """Group embeddings ((n, D) parts, memory-mapped or not) with a cosine of at least the threshold."""
+    """Group embeddings ((n, D) parts, memory-mapped or not) with a cosine of at least the
+    threshold.
+    """
     return _first_in_order(
         sum(len(part) for part in parts), order, NearVectors(parts, threshold, order, seed).earlier
     )
@@ -56,7 +63,9 @@ def keeper_rows(keeper: Rows) -> Rows:
 
 
 def groups(keeper: Rows) -> list[tuple[int, list[int]]]:
-    """Return (the row that stays, the rows that go for it) of every group with copies, the largest groups first."""
+    """Return (the row that stays, the rows that go for it) of every group with copies, the largest
+    groups first.
+    """
     copies = np.flatnonzero(keeper != np.arange(len(keeper)))
     copies_of: dict[int, list[int]] = {}
     for row in copies.tolist():
@@ -67,7 +76,8 @@ def groups(keeper: Rows) -> list[tuple[int, list[int]]]:
 def look_of(picture: NDArray[np.uint8]) -> tuple[np.uint64, NDArray[np.uint8]]:
     """Return the 64-bit perceptual hash and the 8 px colour copy of an RGB picture (H, W, 3).
 
-    The hash is pHash: of the grey 32 px picture's cosine transform the 8 x 8 lowest frequencies, each above their median or not.
+    The hash is pHash: of the grey 32 px picture's cosine transform the 8 x 8 lowest frequencies,
+    each above their median or not.
     """
     small = cv2.resize(picture, (HASHED_PX, HASHED_PX), interpolation=cv2.INTER_AREA)
     grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
@@ -90,7 +100,9 @@ def is_alike(
 def _first_in_order(
     count: int, order: Rows, earlier: Callable[[int, int, Mask], NearPairs]
 ) -> Rows:
-    """Go through the rows in order; one that is near to a row kept so far goes, for the nearest of those."""
+    """Go through the rows in order; one that is near to a row kept so far goes, for the nearest of
+    those.
+    """
     keeper = np.arange(count)
     stays = np.ones(len(order), bool)
     for start in range(0, len(order), BLOCK_ROWS):

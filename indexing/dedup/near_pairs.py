@@ -1,8 +1,11 @@
-"""Near neighbours for deduplication: pairs of rows within a threshold, without comparing all with all.
+"""Near neighbours for deduplication: pairs of rows within a threshold, without comparing all with
+all.
 
-Rows are judged in a given order, a block at a time: each is compared with those before it that stay. Candidates come from small codes and
-cells; each is then checked exactly, so what is found is right and only what is missed can err. Which rows stay is decided elsewhere
-(indexing.dedup.grouping). Legend: N rows, D dimensions, M places in the order, Q queries of a block, C cells, S numbers of a sketch.
+Rows are judged in a given order, a block at a time: each is compared with those before it that
+stay. Candidates come from small codes and cells; each is then checked exactly, so what is found is
+right and only what is missed can err. Which rows stay is decided elsewhere
+(indexing.dedup.grouping). Legend: N rows, D dimensions, M places in the order, Q queries of a
+block, C cells, S numbers of a sketch.
 """
 
 import itertools
@@ -27,14 +30,18 @@ SCORES_AT_ONCE = 1 << 22
 PAIRS_AT_ONCE = 1 << 16
 ROUNDING = 1e-5
 HELD_BYTES = 1 << 30
-"""Vectors that fit in here together are held in memory and compared whole; of more, sketches alone are, and vectors are read for few."""
+"""Vectors that fit in here together are held in memory and compared whole; of more, sketches alone
+are, and vectors are read for few."""
 LEFT_BY_SKETCHES = 0.02
-"""Where sketches leave a larger share of pairs than this, whole vectors that are held are compared instead of pair by pair."""
+"""Where sketches leave a larger share of pairs than this, whole vectors that are held are compared
+instead of pair by pair."""
 BAND_BITS, BANDS = 16, 4
 
 
 class NearPairs(NamedTuple):
-    """Pairs within the threshold: two places in the order, the second before the first, and how near (larger is nearer)."""
+    """Pairs within the threshold: two places in the order, the second before the first, and how
+    near (larger is nearer).
+    """
 
     query: Rows
     member: Rows
@@ -44,17 +51,20 @@ class NearPairs(NamedTuple):
 class NearVectors:
     """Finds vectors whose cosine is at least a threshold.
 
-    A row's *sketch* is its part in the first principal directions and, as one more number, the length of the rest: the product of two
-    sketches is never below that of the vectors, so sketches rule out almost all pairs and lose none. Sketches lie in cells around
-    centroids. A query looks into every cell that scores within `margin` of its best one; the margin is the largest that was needed to find
-    planted pairs, which lie exactly at the threshold. Sketches are compared within the cells; where they leave too many pairs and all
-    vectors fit in HELD_BYTES, those are.
+    A row's *sketch* is its part in the first principal directions and, as one more number, the
+    length of the rest: the product of two sketches is never below that of the vectors, so sketches
+    rule out almost all pairs and lose none. Sketches lie in cells around centroids. A query looks
+    into every cell that scores within `margin` of its best one; the margin is the largest that was
+    needed to find planted pairs, which lie exactly at the threshold. Sketches are compared within
+    the cells; where they leave too many pairs and all vectors fit in HELD_BYTES, those are.
     """
 
     def __init__(
         self, parts: Sequence[NDArray[Any]], threshold: float, order: Rows, seed: int = 0
     ) -> None:
-        """Sketch all rows of `parts` ((n, D) each, any float type). Memory: 64 numbers a row, whatever D is, and HELD_BYTES."""
+        """Sketch all rows of `parts` ((n, D) each, any float type). Memory: 64 numbers a row,
+        whatever D is, and HELD_BYTES.
+        """
         self.parts, self.threshold, self.order = parts, threshold, order
         count, dim = sum(len(part) for part in parts), parts[0].shape[1]
         rng = np.random.default_rng(seed)
@@ -96,7 +106,8 @@ class NearVectors:
             ]
             or [np.zeros(0, np.int64)]
         )
-        # Arranged by cell, and by the order within one: what a cell has from before any place is the beginning of its part.
+        # Arranged by cell, and by the order within one: what a cell has from before any place is
+        # the beginning of its part.
         self.place = np.argsort(cell, kind="stable")
         self.starts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=cells))])
         self.at = np.empty(len(order), np.int64)
@@ -132,7 +143,9 @@ class NearVectors:
     def _near(
         self, query_vectors: Floats, start: int, probing: Rows, low: int, high: int
     ) -> tuple[Rows, Rows]:
-        """Return the places of those of a block, and of one cell's beginning, that their sketches hold for near."""
+        """Return the places of those of a block, and of one cell's beginning, that their sketches
+        hold for near.
+        """
         is_near = query_vectors[probing] @ self.sketches[low:high].T >= self.threshold - ROUNDING
         if self.held is not None and np.count_nonzero(is_near) > is_near.size * LEFT_BY_SKETCHES:
             wholes = (
@@ -152,7 +165,9 @@ class NearVectors:
         return np.concatenate([main, rest[:, None]], axis=1)
 
     def _margin(self, sample: Floats, rng: np.random.Generator) -> float:
-        """Plant pairs at the threshold, half of them apart in directions of the data, and return the margin that finds all of them."""
+        """Plant pairs at the threshold, half of them apart in directions of the data, and return
+        the margin that finds all of them.
+        """
         first = sample[rng.integers(0, len(sample), PLANTED)]
         apart = np.concatenate(
             [
@@ -181,11 +196,12 @@ class NearVectors:
 
 
 class NearPictures:
-    """Finds pictures that look alike: perceptual hashes at most `max_bits` apart, and small copies at most `max_rms` apart.
+    """Finds pictures that look alike: perceptual hashes at most `max_bits` apart, and small copies
+    at most `max_rms` apart.
 
-    The hash knows only shades of grey: the small copies tell a red heart from a blue one. A hash is four bands of 16 bits, of which one
-    differs in at most max_bits // 4 bits where all together differ in max_bits: hashes with such a band in common are compared (Norouzi
-    et al. 2012).
+    The hash knows only shades of grey: the small copies tell a red heart from a blue one. A hash is
+    four bands of 16 bits, of which one differs in at most max_bits // 4 bits where all together
+    differ in max_bits: hashes with such a band in common are compared (Norouzi et al. 2012).
     """
 
     def __init__(
@@ -196,7 +212,9 @@ class NearPictures:
         max_rms: float,
         order: Rows,
     ) -> None:
-        """Take hashes (N,) and small copies (N, ...), as indexing.dedup.grouping.look_of makes them."""
+        """Take hashes (N,) and small copies (N, ...), as indexing.dedup.grouping.look_of makes
+        them.
+        """
         self.hashes, self.thumbs, self.order = hashes, thumbs.reshape(len(thumbs), -1), order
         self.max_bits, self.max_rms = max_bits, max_rms
         flips = itertools.chain.from_iterable(
@@ -205,7 +223,9 @@ class NearPictures:
         self.masks = [sum(1 << bit for bit in bits) for bits in flips]
 
     def earlier(self, start: int, end: int, stays: Mask) -> NearPairs:
-        """Return the pairs that look alike of the places start to end with earlier ones of `stays` (M,)."""
+        """Return the pairs that look alike of the places start to end with earlier ones of `stays`
+        (M,).
+        """
         rows_staying = np.flatnonzero(stays[:end])
         queries, members = self.order[start:end], self.order[rows_staying]
         pairs = [np.zeros(0, np.int64)]

@@ -1,7 +1,8 @@
-"""What pictures look like to the eye, read from the shards once: a hash of each in memory, a small copy of each in a mapped file.
+"""What pictures look like to the eye, read from the shards once: a hash of each in memory, a small
+copy of each in a mapped file.
 
-Decides which training pictures look like one that models are judged on. Reads tables with PLACE and ingest's shards. Memory: 8 bytes a
-picture; 192 more in the file. Legend: N pictures.
+Decides which training pictures look like one that models are judged on. Reads tables with PLACE and
+ingest's shards. Memory: 8 bytes a picture; 192 more in the file. Legend: N pictures.
 """
 
 from collections.abc import Iterable
@@ -32,7 +33,9 @@ class Looks(NamedTuple):
 
 
 def look_at(batches: Iterable[pa.RecordBatch], shards: Path, file: Path) -> Looks:
-    """Look at the pictures of all rows; the small copies go to `file`. Raises DataError where one cannot be read."""
+    """Look at the pictures of all rows; the small copies go to `file`. Raises DataError where one
+    cannot be read.
+    """
     hashes = [np.zeros(0, np.uint64)]
 
     def seen(location: dict[str, Any]) -> tuple[np.uint64, NDArray[np.uint8]]:
@@ -52,7 +55,9 @@ def look_at(batches: Iterable[pa.RecordBatch], shards: Path, file: Path) -> Look
 
 
 def like_evaluation(looks: Looks, is_train: NDArray[np.bool_]) -> Rows:
-    """Return for each training picture (N,) the evaluation picture that it looks most like, -1 where it looks like none."""
+    """Return for each training picture (N,) the evaluation picture that it looks most like, -1
+    where it looks like none.
+    """
     order = np.argsort(is_train, kind="stable")
     judges = int(np.count_nonzero(~is_train))
     near = NearPictures(*looks, MAX_BITS, MAX_RMS, order)

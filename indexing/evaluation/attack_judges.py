@@ -1,7 +1,9 @@
-"""What the decoder makes of attacked pictures, and who says so: the attacked CLIP, a network it never met, and a reader of text.
+"""What the decoder makes of attacked pictures, and who says so: the attacked CLIP, a network it
+never met, and a reader of text.
 
-CLIP alone cannot tell what a variation looks like: it is what was attacked, and what the decoder draws for. So an ImageNet network finds
-the labelled picture that looks most like it, and an OCR reads whether the word itself was drawn. Models are callables.
+CLIP alone cannot tell what a variation looks like: it is what was attacked, and what the decoder
+draws for. So an ImageNet network finds the labelled picture that looks most like it, and an OCR
+reads whether the word itself was drawn. Models are callables.
 Legend: N pictures, K labels, G labelled pictures.
 """
 
@@ -25,12 +27,15 @@ MAX_LABELLED = 8
 """Pictures of each label that a variation is held against."""
 
 Looks = Callable[[Sequence[Pixels]], NDArray[np.int64]]
-"""Pictures (N, S, S, 3) of any sides -> the label of the labelled picture that each looks most like, (N,)."""
+"""Pictures (N, S, S, 3) of any sides -> the label of the labelled picture that each looks most
+like, (N,)."""
 
 
 @dataclass(frozen=True)
 class Witnesses:
-    """Who judges besides the attacked CLIP: a network by name, features of uint8 (B, S, S, 3), and a reader; each may be missing."""
+    """Who judges besides the attacked CLIP: a network by name, features of uint8 (B, S, S, 3), and
+    a reader; each may be missing.
+    """
 
     name: str = ""
     network: Callable[[Pixels], NDArray[Any]] | None = None
@@ -39,7 +44,9 @@ class Witnesses:
 
 @dataclass(frozen=True)
 class Judged:
-    """Pictures under all eyes: CLIP's label, the look-alike's or None, and the share of the word's characters that is read or None."""
+    """Pictures under all eyes: CLIP's label, the look-alike's or None, and the share of the word's
+    characters that is read or None.
+    """
 
     said: NDArray[np.int64]
     looks: NDArray[np.int64] | None
@@ -55,9 +62,11 @@ def look_alikes(
     side_px: int,
     seed: int,
 ) -> tuple[Looks | None, int]:
-    """Return what finds a picture's look-alike among G pictures of these names, and G; None without a network or for less than two names.
+    """Return what finds a picture's look-alike among G pictures of these names, and G; None without
+    a network or for less than two names.
 
-    The pictures are of any split, drawn by the seed, but for those of the keys `without`, which are under attack, and their equals.
+    The pictures are of any split, drawn by the seed, but for those of the keys `without`, which are
+    under attack, and their equals.
     """
     if witnesses.network is None:
         return None, 0
@@ -95,7 +104,9 @@ def judge(
     looks: Looks | None,
     read_text: ReadText | None,
 ) -> Judged:
-    """Judge pictures (N, S, S, 3), on which the words (N) were written or might have been; `said` are CLIP's labels (N,)."""
+    """Judge pictures (N, S, S, 3), on which the words (N) were written or might have been; `said`
+    are CLIP's labels (N,).
+    """
     read = None
     if read_text is not None:
         spelled = ["".join(letter for letter in word.lower() if letter.isalnum()) for word in words]
@@ -116,7 +127,9 @@ def figures(
     resamples: int,
     seed: int,
 ) -> list[Figure | None]:
-    """Return how often CLIP's label is the object and the word, the same of the look-alike, and the share of characters read."""
+    """Return how often CLIP's label is the object and the word, the same of the look-alike, and the
+    share of characters read.
+    """
     shares = [judged.said == objects, judged.said == others]
     rights: list[NDArray[Any] | None] = [
         *shares,

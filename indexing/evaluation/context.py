@@ -1,4 +1,6 @@
-"""What the sections of a report have in common: whose pictures and captions are measured, by which CLIP, and how figures are drawn."""
+"""What the sections of a report have in common: whose pictures and captions are measured, by which
+CLIP, and how figures are drawn.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,9 @@ from indexing.metrics.zero_shot import EncodeTexts
 
 @dataclass(frozen=True)
 class Subject:
-    """A run's embedded pairs and the CLIP that embedded them, as callables that return unit vectors (N, D)."""
+    """A run's embedded pairs and the CLIP that embedded them, as callables that return unit vectors
+    (N, D).
+    """
 
     embedded: Embedded
     shards: Path

@@ -1,6 +1,8 @@
-"""The report's section on deduplication: what went and why, how the threshold was chosen, and the largest groups with their pictures.
+"""The report's section on deduplication: what went and why, how the threshold was chosen, and the
+largest groups with their pictures.
 
-Reads what the stage `dedup` wrote (indexing.dedup.deduplicate) beside the embeddings that it judged; computes no likeness of its own.
+Reads what the stage `dedup` wrote (indexing.dedup.deduplicate) beside the embeddings that it
+judged; computes no likeness of its own.
 """
 
 import json
@@ -30,7 +32,9 @@ CAPTION_CHARS = 60
 def copies_section(
     folder: Path, embed: Path, shards: Path, counts: Mapping[str, Any], out: Path
 ) -> ReportSection:
-    """Return the section of a dedup folder; `counts` are its manifest's. Draws the groups into `out`/pictures."""
+    """Return the section of a dedup folder; `counts` are its manifest's. Draws the groups into
+    `out`/pictures.
+    """
     chosen = json.loads((folder / "threshold.json").read_text())
     dropped = pq.read_table(folder / "groups.parquet").to_pylist()
     text = [

@@ -1,7 +1,8 @@
-"""The evaluation of a run: zero-shot classification and retrieval on held-out pairs, generated pictures, and the report of it all.
+"""The evaluation of a run: zero-shot classification and retrieval on held-out pairs, generated
+pictures, and the report of it all.
 
-Knows the models only as callables and the run only as manifests, metrics, embeddings and shards. Writes report.json (its schema is
-report.schema.json), report.html and pictures/*.png.
+Knows the models only as callables and the run only as manifests, metrics, embeddings and shards.
+Writes report.json (its schema is report.schema.json), report.html and pictures/*.png.
 """
 
 import json
@@ -33,7 +34,9 @@ EXAMPLES, EXAMPLE_RESULTS = 6, 5
 
 
 class EvaluateConfig(Section):
-    """[evaluate]: what is drawn, how classes are put into words, and how many pairs the figures rest on."""
+    """[evaluate]: what is drawn, how classes are put into words, and how many pairs the figures
+    rest on.
+    """
 
     prompts: tuple[str, ...] = Field(
         default=(
@@ -77,17 +80,20 @@ class EvaluateConfig(Section):
         ),
         min_length=1,
     )
-    """Prompts around a class name, averaged in embedding space (CLIP, section 3.1.4); {} stands for the name."""
+    """Prompts around a class name, averaged in embedding space (CLIP, section 3.1.4); {} stands for
+    the name."""
     resamples: int = Field(default=2000, ge=100, le=100_000)
     """Bootstrap resamples behind each 95 % interval."""
     pairs_at_most: int = Field(default=10_000, ge=1)
     """Pairs of a held-out split that are judged, drawn by the seed when there are more."""
     pixel_pool: int = Field(default=20_000, ge=1)
-    """Training pictures that samples are compared with pixel by pixel, drawn by the seed when there are more."""
+    """Training pictures that samples are compared with pixel by pixel, drawn by the seed when there
+    are more."""
     latent_prompts: int = Field(default=3, ge=1, le=64)
     """How many of the prompts are followed from noise to picture."""
     latent_pictures: int = Field(default=4, ge=0, le=64)
-    """Held-out pictures whose x_t is drawn from again, and that are blended two by two in x_t space; 0 leaves both out."""
+    """Held-out pictures whose x_t is drawn from again, and that are blended two by two in x_t
+    space; 0 leaves both out."""
     latent_times: tuple[float, ...] = Field(default=(0.25, 0.5, 0.75), min_length=1, max_length=8)
     """The t of those, as shares of the decoder's T."""
     latent_steps: int = Field(default=32, ge=1, le=1000)
@@ -99,9 +105,11 @@ class EvaluateConfig(Section):
     inversion_pictures: int = Field(default=4, ge=0, le=1000)
     """Held-out pictures that are carried to noise and back; 0 leaves it out."""
     inversion_steps: tuple[int, ...] = Field(default=(10, 25, 50), min_length=1, max_length=16)
-    """DDIM steps of that way, one row of the report each; counts above the decoder's T are left out."""
+    """DDIM steps of that way, one row of the report each; counts above the decoder's T are left
+    out."""
     swiss_roll_steps: int = Field(default=3000, ge=0, le=1_000_000)
-    """Training steps of the Swiss roll that shows the diffusion process itself, some seconds; 0 leaves it out."""
+    """Training steps of the Swiss roll that shows the diffusion process itself, some seconds; 0
+    leaves it out."""
 
     fidelity: FidelityConfig | None = FidelityConfig()
     """Distances between generated and real pictures, by guidance."""
@@ -113,8 +121,9 @@ class EvaluateConfig(Section):
     """Scenes to be drawn and judged, where the run has learned some; nothing by default."""
 
     promote_if: tuple[str, ...] = ()
-    """Conditions on `report.json` under which a run becomes the current one, such as "generation.own_prompt_first >= current - 0.05";
-    none: there is no gate, and what follows runs takes the last one."""
+    """Conditions on `report.json` under which a run becomes the current one, such as
+    "generation.own_prompt_first >= current - 0.05"; none: there is no gate, and what follows runs
+    takes the last one."""
 
     outside_key: ClassVar[frozenset[str]] = frozenset({"promote_if"})
 
@@ -157,11 +166,13 @@ def evaluate(
     generate: Generate,
     sections: Sequence[MakeSection] = (),
 ) -> dict[str, Any]:
-    """Evaluate a run, write report.json, report.html and the pictures into the subject's folder, and return what report.json holds.
+    """Evaluate a run, write report.json, report.html and the pictures into the subject's folder,
+    and return what report.json holds.
 
-    `run_facts` holds the resolved `config` of the run and whatever else is to be told of it; `metrics` the rows of metrics.jsonl of each
-    trained stage; `generate(prompts, count, seed) -> uint8 (P, count, H, W, 3)`. A split without pairs is no error: its figures say so.
-    `sections` measure the rest of the report, in its order (indexing.report.sections).
+    `run_facts` holds the resolved `config` of the run and whatever else is to be told of it;
+    `metrics` the rows of metrics.jsonl of each trained stage; `generate(prompts, count, seed) ->
+    uint8 (P, count, H, W, 3)`. A split without pairs is no error: its figures say so. `sections`
+    measure the rest of the report, in its order (indexing.report.sections).
     """
     embedded, out = subject.embedded, subject.out
     pairs = {
@@ -201,10 +212,11 @@ def _several(section_or_list: dict[str, Any] | list[dict[str, Any]]) -> list[dic
 
 
 def zero_shot(templates: Sequence[str], pairs: Pairs, subject: Subject) -> dict[str, Any]:
-    """Return the scores of a split's pictures by category and subcategory, each in its own words and by its members, and by name.
+    """Return the scores of a split's pictures by category and subcategory, each in its own words
+    and by its members, and by name.
 
-    The classes of the first two are all that occur in any split, their members the first captions of training pairs; the classes of the
-    last are the split's own first captions.
+    The classes of the first two are all that occur in any split, their members the first captions
+    of training pairs; the classes of the last are the split's own first captions.
     """
     embedded, encode_texts = subject.embedded, subject.encode_texts
     figures_of: dict[str, Any] = {}
@@ -251,7 +263,9 @@ def zero_shot(templates: Sequence[str], pairs: Pairs, subject: Subject) -> dict[
 def class_members(
     embedded: Embedded, label: str, numbers: Mapping[str, int]
 ) -> tuple[Rows, NDArray[np.int64]]:
-    """Return the rows of the training pairs whose first captions speak for a class, each caption once in each class, and the classes."""
+    """Return the rows of the training pairs whose first captions speak for a class, each caption
+    once in each class, and the classes.
+    """
     rows = embedded.rows("train")
     train = embedded.table.take(rows)
     members: dict[tuple[int, str], int] = {}
@@ -266,12 +280,16 @@ def class_members(
 
 
 def class_phrase(label: str) -> str:
-    """Turn a class label into words: "Food & Drink" is asked for as "food and drink", "animal-bird" as "animal bird"."""
+    """Turn a class label into words: "Food & Drink" is asked for as "food and drink", "animal-bird"
+    as "animal bird".
+    """
     return " ".join(label.lower().replace("&", " and ").replace("-", " ").replace("_", " ").split())
 
 
 def retrieve(pairs: Pairs, subject: Subject) -> dict[str, Any]:
-    """Return a split's recall both ways by first captions and by all, and some captions, drawn by the seed, with what is found."""
+    """Return a split's recall both ways by first captions and by all, and some captions, drawn by
+    the seed, with what is found.
+    """
     if not pairs.rows:
         return {"n": 0, "note": "no pairs"}
     pictures, captions = (

@@ -1,6 +1,8 @@
-"""How near generated pictures come to real ones as sets, at several strengths of guidance, beside what other real pictures reach.
+"""How near generated pictures come to real ones as sets, at several strengths of guidance, beside
+what other real pictures reach.
 
-Counts, seed, resize and feature network are written beside the figures; every figure has its interval. Models are callables.
+Counts, seed, resize and feature network are written beside the figures; every figure has its
+interval. Models are callables.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,7 +44,9 @@ def fidelity(
     draw: Draw,
     networks: Mapping[str, EncodeImages],
 ) -> sections.ReportSection:
-    """Draw the captions of held-out pairs and return the report's section; writes its picture into the report's folder."""
+    """Draw the captions of held-out pairs and return the report's section; writes its picture into
+    the report's folder.
+    """
     embedded, shards, encode, resamples, seed = (
         subject.embedded,
         subject.shards,

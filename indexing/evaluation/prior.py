@@ -1,7 +1,9 @@
-"""How near the prior comes to the true z_i of unseen pictures, beside what knows less: the report's section on it.
+"""How near the prior comes to the true z_i of unseen pictures, beside what knows less: the report's
+section on it.
 
-As DALLE2-pytorch's guide to its prior does: cosines of the predicted z_i to the picture's own, held against z_t itself, the mean of the
-training pictures and the prediction for another pair's caption. The prior is a callable. Legend: N pairs, D dimensions.
+As DALLE2-pytorch's guide to its prior does: cosines of the predicted z_i to the picture's own, held
+against z_t itself, the mean of the training pictures and the prediction for another pair's caption.
+The prior is a callable. Legend: N pairs, D dimensions.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +18,17 @@ from indexing.metrics.clip_score import SCALE
 from indexing.report.sections import Cell, ReportSection, section, table
 
 Predict = Callable[[list[str], int, int | None], Floats]
-"""`predict(captions, seed, best_of) -> unit vectors (N, D)`; best_of None is the prior's own number of candidates."""
+"""`predict(captions, seed, best_of) -> unit vectors (N, D)`; best_of None is the prior's own number
+of candidates."""
 
 MAX_PAIRS = 96
 ROWS_AT_ONCE = 8192
 
 
 def prior_section(subject: Subject, predict: Predict, kind: str, best_of: int) -> ReportSection:
-    """Return the section for a prior of some kind, on unseen concepts and, to tell learning by heart, on training pairs."""
+    """Return the section for a prior of some kind, on unseen concepts and, to tell learning by
+    heart, on training pairs.
+    """
     embedded, resamples, seed = subject.embedded, subject.resamples, subject.seed
     mean = mean_image(embedded)
     tables = []
@@ -76,7 +81,9 @@ def prior_cosines(
 
 
 def another(captions: Sequence[str]) -> list[int]:
-    """Return for every pair the next pair, around the end, that has another caption; its own where there is none."""
+    """Return for every pair the next pair, around the end, that has another caption; its own where
+    there is none.
+    """
     count = len(captions)
     return [
         next(

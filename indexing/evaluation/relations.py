@@ -1,7 +1,9 @@
-"""Relational reasoning, counting and writing of a system, and what search at inference adds (unCLIP, fig. 14 to 16; GenEval's rows).
+"""Relational reasoning, counting and writing of a system, and what search at inference adds
+(unCLIP, fig. 14 to 16; GenEval's rows).
 
-Prompts are the run's own scenes, trained and held-out ones apart; judges are exact. Success is shown against the decoder's calls that a
-returned picture cost. Models are callables. Legend: P prompts, M samples of each.
+Prompts are the run's own scenes, trained and held-out ones apart; judges are exact. Success is
+shown against the decoder's calls that a returned picture cost. Models are callables. Legend: P
+prompts, M samples of each.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,8 @@ from infra.settings import Section
 
 Score = Callable[[NDArray[np.uint8], NDArray[np.int64]], NDArray[Any]]
 Draw = Callable[[list[str], int, int, int, Score | None, int, tuple[float, ...]], NDArray[np.uint8]]
-"""(prompts, M, seed, steps, score, keep, checks) -> uint8 (P, M, S, S, 3); without a score every sample is on its own."""
+"""(prompts, M, seed, steps, score, keep, checks) -> uint8 (P, M, S, S, 3); without a score every
+sample is on its own."""
 
 TITLE = "Relations, counts and writing, and what search adds"
 SPLIT_NAMES = {"train": "trained", "held_out_concept": "held out"}
@@ -100,7 +103,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Searched:
-    """One row under search: success against calls; at the most calls, plain sampling's success and what each search adds, by name."""
+    """One row under search: success against calls; at the most calls, plain sampling's success and
+    what each search adds, by name.
+    """
 
     chart: dict[str, Any]
     gains: dict[str, Figure]
@@ -109,7 +114,9 @@ class Searched:
 def build_prompts(
     config: RelationsConfig, embedded: Embedded, read_text: ReadText | None, seed: int
 ) -> list[Prompt]:
-    """Draw prompts of each row from what the run trained on and from what it held out; what no judge can judge is left out."""
+    """Draw prompts of each row from what the run trained on and from what it held out; what no
+    judge can judge is left out.
+    """
     prompts: list[Prompt] = []
     rng = np.random.default_rng(seed)
     for split, split_name in SPLIT_NAMES.items():
@@ -133,7 +140,9 @@ def build_prompts(
 def relations(
     config: RelationsConfig, subject: Subject, draw: Draw, read_text: ReadText | None
 ) -> sections.ReportSection:
-    """Measure plain sampling, best of n and beams, and return the report's section; writes pictures into the report's folder."""
+    """Measure plain sampling, best of n and beams, and return the report's section; writes pictures
+    into the report's folder.
+    """
     encode_texts, encode_images, resamples, seed = (
         subject.encode_texts,
         subject.encode_images,
@@ -248,7 +257,9 @@ def _words(config: RelationsConfig, seed: int) -> list[str]:
 def _tables_of_rows(
     prompts: Sequence[Prompt], plain: Measured, rows: Sequence[str], resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Return how often plain samples of each row are right, and the best of all: a table for trained scenes, one for held-out ones."""
+    """Return how often plain samples of each row are right, and the best of all: a table for
+    trained scenes, one for held-out ones.
+    """
     M = plain.share.shape[1]
     head = [
         "Row",
@@ -306,7 +317,9 @@ def _is_untold(gain: Figure) -> bool:
 
 
 def budgets_of(samples: int) -> list[int]:
-    """Return how many samples searches are tried with: the powers of two up to those that are drawn."""
+    """Return how many samples searches are tried with: the powers of two up to those that are
+    drawn.
+    """
     return [2**power for power in range(samples.bit_length())]
 
 
@@ -339,7 +352,9 @@ def _searched(
     resamples: int,
     seed: int,
 ) -> Searched:
-    """Return success against calls for one row, and what search gains over plain sampling at the most calls."""
+    """Return success against calls for one row, and what search gains over plain sampling at the
+    most calls.
+    """
     row_prompts = [one_prompt for one_prompt in prompts if one_prompt.row == row]
     chosen = np.array([one_prompt.row == row for one_prompt in prompts])
     right, share, cosine = plain.is_right[chosen], plain.share[chosen], plain.cosine[chosen]
@@ -395,7 +410,9 @@ def _gain(values: Sequence[float], plain: NDArray[np.float64], resamples: int, s
 def _shares(
     prompts: Sequence[Prompt], plain: Measured, resamples: int, seed: int
 ) -> dict[str, Any] | None:
-    """Return the table of how much of a sign or a puzzle is right, beside the same of those drawn for training; None without such rows."""
+    """Return the table of how much of a sign or a puzzle is right, beside the same of those drawn
+    for training; None without such rows.
+    """
     M, side_px = plain.share.shape[1], plain.pictures.shape[2]
     cells: list[list[sections.Cell]] = []
     for row, split_name in (
@@ -456,7 +473,9 @@ def _drawn(prompt: str, side_px: int, rng: np.random.Generator) -> NDArray[np.ui
 def _sample_sheet(
     prompts: Sequence[Prompt], plain: Measured, row: str, out: Path
 ) -> dict[str, Any]:
-    """Write the first prompts of a row with all their samples, right ones framed, and return the picture."""
+    """Write the first prompts of a row with all their samples, right ones framed, and return the
+    picture.
+    """
     numbers = [number for number, one_prompt in enumerate(prompts) if one_prompt.row == row][
         :MAX_SHEET_ROWS
     ]
@@ -498,7 +517,9 @@ def _discrimination(
     resamples: int,
     seed: int,
 ) -> dict[str, Any] | None:
-    """Return how often CLIP prefers a drawn scene's caption to the one with its two things, or their colours, exchanged."""
+    """Return how often CLIP prefers a drawn scene's caption to the one with its two things, or
+    their colours, exchanged.
+    """
     cells: list[list[sections.Cell]] = []
     for row in ("position", "attribution"):
         pairs = [
@@ -537,7 +558,9 @@ def _discrimination(
 
 
 def exchanged(scene: Scene) -> Scene:
-    """Return the scene with its two things exchanged in a relation, or with their colours exchanged side by side."""
+    """Return the scene with its two things exchanged in a relation, or with their colours exchanged
+    side by side.
+    """
     first, second = scene.things
     if scene.relation:
         return Scene((second, first), scene.relation)

@@ -1,6 +1,8 @@
-"""The evaluation's generated pictures: drawn, scored by CLIP, and each shown beside the training pictures nearest to it.
+"""The evaluation's generated pictures: drawn, scored by CLIP, and each shown beside the training
+pictures nearest to it.
 
-Reads training pictures from ingest's shards; writes PNG files. Models are callables. Legend: P prompts, K pictures of each, M pictures.
+Reads training pictures from ingest's shards; writes PNG files. Models are callables. Legend: P
+prompts, K pictures of each, M pictures.
 """
 
 import re
@@ -41,10 +43,12 @@ def generation(
     unseen: Pairs,
     generate: Generate,
 ) -> dict[str, Any]:
-    """Draw `count` pictures of each prompt and return the report's `generation`; writes PNG files into the report's folder.
+    """Draw `count` pictures of each prompt and return the report's `generation`; writes PNG files
+    into the report's folder.
 
-    `unseen` are real held-out pairs: what their pictures score, and how far they lie from the training pictures, is what the samples'
-    figures are held against. At most `pixel_pool` training pictures, drawn by the seed, are compared pixel by pixel.
+    `unseen` are real held-out pairs: what their pictures score, and how far they lie from the
+    training pictures, is what the samples' figures are held against. At most `pixel_pool` training
+    pictures, drawn by the seed, are compared pixel by pixel.
     """
     embedded, shards, resamples, seed = (
         subject.embedded,
@@ -140,12 +144,16 @@ def generation(
 
 
 def slug(text: str) -> str:
-    """Return a text as a part of a file name: nothing of a prompt but a to z and digits gets into a path."""
+    """Return a text as a part of a file name: nothing of a prompt but a to z and digits gets into a
+    path.
+    """
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "prompt"
 
 
 def write_training_picture(row: dict[str, Any], shards: Path, folder: Path) -> str:
-    """Write a row's picture as the report shows it, once, and return its name in the report's folder."""
+    """Write a row's picture as the report shows it, once, and return its name in the report's
+    folder.
+    """
     file = folder / f"key-{slug(row['key'])}.png"
     if not file.exists():
         write_png(read_picture(row, shards, THUMBNAIL_PX), file)

@@ -1,7 +1,9 @@
-"""Typographic attacks: a word written on held-out pictures, what CLIP then calls them and the decoder makes of them (unCLIP, fig. 6).
+"""Typographic attacks: a word written on held-out pictures, what CLIP then calls them and the
+decoder makes of them (unCLIP, fig. 6).
 
-Each picture gets the right word, a wrong one and a scrambled one, which takes the same room and says nothing, in several fonts, sizes
-and places. Models are callables. Legend: N pictures, K labels, V ways of writing.
+Each picture gets the right word, a wrong one and a scrambled one, which takes the same room and
+says nothing, in several fonts, sizes and places. Models are callables. Legend: N pictures, K
+labels, V ways of writing.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +33,8 @@ from infra.settings import Section
 Way = tuple[str, float, float]
 """How a word is written: font, size and place, as `write_word` takes them."""
 Vary = Callable[[Pixels, int, int], NDArray[np.uint8]]
-"""(pictures (N, H, W, 3), count, seed) -> variations uint8 (N, count, S, S, 3), from the pictures' CLIP embeddings alone."""
+"""(pictures (N, H, W, 3), count, seed) -> variations uint8 (N, count, S, S, 3), from the pictures'
+CLIP embeddings alone."""
 
 SIDE_PX = 96
 FONTS = {
@@ -49,14 +52,19 @@ AT_ONCE = 256
 
 
 class TypographicConfig(Section):
-    """[evaluate.typographic]: how many pictures are written on, and how many of them the decoder varies."""
+    """[evaluate.typographic]: how many pictures are written on, and how many of them the decoder
+    varies.
+    """
 
     labels: int = Field(default=32, ge=2, le=1000)
-    """Names among which a picture's label is chosen: the shortest of those held-out ones that CLIP finds among all for a picture of it."""
+    """Names among which a picture's label is chosen: the shortest of those held-out ones that CLIP
+    finds among all for a picture of it."""
     pictures: int = Field(default=32, ge=1, le=10_000)
-    """Pictures that are written on, drawn by the seed; those that CLIP names rightly come first, since only they can be led astray."""
+    """Pictures that are written on, drawn by the seed; those that CLIP names rightly come first,
+    since only they can be led astray."""
     varied: int = Field(default=12, ge=1, le=10_000)
-    """Pictures whose variations are drawn and judged: untouched, with the right and with the wrong word."""
+    """Pictures whose variations are drawn and judged: untouched, with the right and with the wrong
+    word."""
     shown: int = Field(default=4, ge=1, le=64)
     """How many of them are shown, one row of each for the right and the wrong word."""
     variations: int = Field(default=3, ge=1, le=64)
@@ -66,7 +74,9 @@ class TypographicConfig(Section):
 
 
 def write_word(picture: Pixels, word: str, font: str, size: float, vertical: float) -> Pixels:
-    """Write a word in black on a white strip across a picture (S, S, 3): `size` the letters' height and `vertical` from top 0 to bottom 1."""
+    """Write a word in black on a white strip across a picture (S, S, 3): `size` the letters' height
+    and `vertical` from top 0 to bottom 1.
+    """
     side = len(picture)
     page = Image.fromarray(picture)
     pen = ImageDraw.Draw(page)
@@ -95,7 +105,9 @@ def _font(name: str, height: float) -> Any:
 
 
 def fonts(user_font: str) -> dict[str, str]:
-    """Return fonts by name: Pillow's own, matplotlib's, whose files are read without importing it, and the caller's."""
+    """Return fonts by name: Pillow's own, matplotlib's, whose files are read without importing it,
+    and the caller's.
+    """
     spec = find_spec("matplotlib")
     folder = Path(spec.origin or "").parent / "mpl-data" / "fonts" / "ttf" if spec else None
     packaged = {
@@ -132,9 +144,11 @@ def ways(user_font: str) -> dict[str, Way]:
 
 
 def frequent_names(pairs: Pairs, count: int) -> tuple[list[str], int, int]:
-    """Return so many names, short ones that CLIP finds for one of their pictures first; how many it finds so, and of how many.
+    """Return so many names, short ones that CLIP finds for one of their pictures first; how many it
+    finds so, and of how many.
 
-    It must find the name among those of all pairs, by first captions: a picture that CLIP calls wrongly cannot be led astray.
+    It must find the name among those of all pairs, by first captions: a picture that CLIP calls
+    wrongly cannot be led astray.
     """
     captions = [row["caption"] for row in pairs.rows]
     first = {caption: number for number, caption in reversed(list(enumerate(captions)))}
@@ -159,7 +173,9 @@ def frequent_names(pairs: Pairs, count: int) -> tuple[list[str], int, int]:
 def choose(
     pairs: Pairs, classes: Floats, names: Sequence[str], count: int, seed: int
 ) -> tuple[list[int], NDArray[np.int64], float]:
-    """Return which rows are written on (N), the label of each (N,), and the share of all rows of these names that CLIP names rightly."""
+    """Return which rows are written on (N), the label of each (N,), and the share of all rows of
+    these names that CLIP names rightly.
+    """
     number_of = {name: number for number, name in enumerate(names)}
     labelled_rows = [number for number, row in enumerate(pairs.rows) if row["caption"] in number_of]
     labels = np.array([number_of[pairs.rows[row]["caption"]] for row in labelled_rows], np.int64)
@@ -171,7 +187,9 @@ def choose(
 
 @dataclass(frozen=True)
 class Attack:
-    """Pictures (N) that are written on: what each is, (N,) of the names, and the words, N for each of WORDS."""
+    """Pictures (N) that are written on: what each is, (N,) of the names, and the words, N for each
+    of WORDS.
+    """
 
     pictures: list[Pixels]
     groups: list[str]
@@ -182,7 +200,9 @@ class Attack:
     words: dict[str, list[str]]
 
     def written(self, kind: str, way: Way, numbers: Iterable[int] | None = None) -> list[Pixels]:
-        """Return the pictures, or those at some places, with their words of a kind written on them in a way."""
+        """Return the pictures, or those at some places, with their words of a kind written on them
+        in a way.
+        """
         chosen = range(len(self.pictures)) if numbers is None else numbers
         return [
             write_word(self.pictures[number], self.words[kind][number], *way) for number in chosen
@@ -202,7 +222,9 @@ def typographic(
     vary: Vary,
     witnesses: Witnesses,
 ) -> sections.ReportSection:
-    """Attack held-out pictures and return the report's section; writes its picture into the report's folder."""
+    """Attack held-out pictures and return the report's section; writes its picture into the
+    report's folder.
+    """
     shards, resamples, seed = subject.shards, subject.resamples, subject.seed
     title = "Typographic attack"
     if len({row["caption"] for row in pairs.rows}) < 2:
@@ -314,7 +336,9 @@ def typographic(
 def _tables_of_words(
     attack: Attack, by_way: Mapping[str, Way], scores: Scores, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Return what CLIP says with each kind of word written in all ways, and with the wrong word by the way it is written."""
+    """Return what CLIP says with each kind of word written in all ways, and with the wrong word by
+    the way it is written.
+    """
     labels, others = attack.labels, attack.others
     clean = scores(attack.pictures).argmax(1)
     said = {
@@ -356,7 +380,8 @@ def _tables_of_words(
 def figure_6(
     attacked: Pixels, chances: Floats, names: Sequence[str], varied: Pixels, of_varied: Floats
 ) -> Pixels:
-    """Return a page with each attacked picture (N, S, S, 3) and its variations (N, count, S', S', 3) in a row.
+    """Return a page with each attacked picture (N, S, S, 3) and its variations (N, count, S', S',
+    3) in a row.
 
     Below each stand the names it most likely has, by probabilities (N, K) and (N, count, K).
     """

@@ -1,4 +1,5 @@
-"""The zero-shot suite: labelled sets named by CLIP from words alone, beside linear probes that were taught (CLIP, fig. 5 and 6).
+"""The zero-shot suite: labelled sets named by CLIP from words alone, beside linear probes that were
+taught (CLIP, fig. 5 and 6).
 
 Models are callables. Legend: N pictures, C classes, D dimensions.
 """
@@ -34,23 +35,27 @@ DRAWS = 3
 MAX_CLASSES_PROBED = 200
 LARGEST_CONFUSION, LONGEST_NAME = 40, 36
 SAME_COSINE, SAME_RMS = 0.98, 24.0
-"""What is nearer than both is one picture: two ways of resizing a flag differ by up to 20 of 255 at its edges."""
+"""What is nearer than both is one picture: two ways of resizing a flag differ by up to 20 of 255 at
+its edges."""
 COMPARED_PX = 32
 LOOKED_AT = 16
-"""So many training pictures, the nearest ones, are looked at for each picture as far as they lie above that cosine."""
+"""So many training pictures, the nearest ones, are looked at for each picture as far as they lie
+above that cosine."""
 
 
 class SuiteConfig(Section):
     """[evaluate.suite]: which sets, and how many of their pictures."""
 
     sets: tuple[str, ...] = ()
-    """Names of packaged sets (flows/demo/packaged_sets.py lists them), or paths: a folder of classes, a parquet file, WebDataset shards."""
+    """Names of packaged sets (flows/demo/packaged_sets.py lists them), or paths: a folder of
+    classes, a parquet file, WebDataset shards."""
     pictures: int = Field(default=1000, ge=10)
     """Pictures of a set that are judged, drawn by the seed when there are more."""
     probe: bool = True
     """Whether linear probes are trained beside."""
     features: str = ""
-    """Path of a torchvision-format ResNet-50 state dict to probe besides the packaged ImageNet network."""
+    """Path of a torchvision-format ResNet-50 state dict to probe besides the packaged ImageNet
+    network."""
 
 
 def suite(
@@ -62,11 +67,13 @@ def suite(
     networks: Mapping[str, EncodeImages],
     missing: Sequence[str] = (),
 ) -> list[sections.ReportSection]:
-    """Judge every set and return the report's sections: zero-shot, and against probes on CLIP's features and other `networks`'.
+    """Judge every set and return the report's sections: zero-shot, and against probes on CLIP's
+    features and other `networks`'.
 
-    Pictures that training saw are left out before anything is judged, and others of the set take their places where it has more.
-    CLIP sees pictures at its own side, `side_px`, so that they are resized once; the other networks at SIDE_PX.
-    `missing` says in sentences which sets could not be had.
+    Pictures that training saw are left out before anything is judged, and others of the set take
+    their places where it has more. CLIP sees pictures at its own side, `side_px`, so that they are
+    resized once; the other networks at SIDE_PX. `missing` says in sentences which sets could not be
+    had.
     """
     resamples, seed = subject.resamples, subject.seed
     rows: list[list[sections.Cell]] = []
@@ -188,7 +195,9 @@ def suite(
 def class_scores(
     labelled: ImageSet, vectors: Floats, encode_texts: EncodeTexts, templates: Sequence[str]
 ) -> Floats:
-    """Return cosines (N, C) of a set's pictures, unit vectors (N, D), with its classes in its own templates, or else in these."""
+    """Return cosines (N, C) of a set's pictures, unit vectors (N, D), with its classes in its own
+    templates, or else in these.
+    """
     return (
         vectors @ class_embeddings(encode_texts, labelled.names, labelled.templates or templates).T
     )
@@ -209,7 +218,9 @@ def _bars(top_1: Figure) -> list[Figure]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures of a set that training did not see, their unit vectors (N, D), and how many were looked at and left out."""
+    """Pictures of a set that training did not see, their unit vectors (N, D), and how many were
+    looked at and left out.
+    """
 
     images: ImageSet
     vectors: Floats
@@ -227,7 +238,9 @@ def draw_unseen(
     embedded: Embedded,
     shards: Path,
 ) -> Drawn:
-    """Draw pictures by the seed, leave out those that training saw, and go on until there are enough or no more."""
+    """Draw pictures by the seed, leave out those that training saw, and go on until there are
+    enough or no more.
+    """
     train = embedded.rows("train")
     trained_hashes = set(embedded.table.take(train)["sha256"].to_pylist())
     order = np.random.default_rng(seed).permutation(len(whole))
@@ -273,9 +286,11 @@ def draw_unseen(
 def _is_seen(
     pixels: Pixels, vectors: Floats, train: NDArray[np.int64], embedded: Embedded, shards: Path
 ) -> NDArray[np.bool_]:
-    """Say which pictures (N,) are equal to the eye to one of the LOOKED_AT training pictures nearest to them by embedding.
+    """Say which pictures (N,) are equal to the eye to one of the LOOKED_AT training pictures
+    nearest to them by embedding.
 
-    The nearest alone is not enough: of near siblings, such as one emoji in two skin tones, the other one may come first.
+    The nearest alone is not enough: of near siblings, such as one emoji in two skin tones, the
+    other one may come first.
     """
     cosine = np.full((len(vectors), 0), 0, np.float32)
     nearest_rows = np.zeros((len(vectors), 0), np.int64)

@@ -1,7 +1,9 @@
-"""Figures with their 95 % intervals: a mean over samples that hang together in groups, and how sure one can be of it.
+"""Figures with their 95 % intervals: a mean over samples that hang together in groups, and how sure
+one can be of it.
 
-A figure is {"value", "low", "high", "n", "groups", ...}: n samples in so many independent groups. Drawings of one concept by several
-hands are no independent samples, so whole groups are resampled. Legend: N samples, G groups, R resamples.
+A figure is {"value", "low", "high", "n", "groups", ...}: n samples in so many independent groups.
+Drawings of one concept by several hands are no independent samples, so whole groups are resampled.
+Legend: N samples, G groups, R resamples.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,9 @@ Figure = dict[str, Any]
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of n independent trials (Wilson 1927); it has a width at 0 and at 1 as well."""
+    """Return the 95 % interval of a share of n independent trials (Wilson 1927); it has a width at
+    0 and at 1 as well.
+    """
     middle = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
     half = Z_95 / (1 + Z_95**2 / n) * np.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
     return max(0.0, float(middle - half)), min(1.0, float(middle + half))
@@ -26,10 +30,12 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def mean_figure(
     values: ArrayLike, groups: ArrayLike, resamples: int, seed: int, **more: Any
 ) -> Figure:
-    """Return the mean of `values` (N,) with the bootstrap's 95 % interval over whole groups (N labels); `more` joins the figure.
+    """Return the mean of `values` (N,) with the bootstrap's 95 % interval over whole groups (N
+    labels); `more` joins the figure.
 
-    Where all groups agree on 0 or 1, resampling them would give no width: then it is Wilson's interval of as many trials as there are
-    groups. No samples give a value of None; one group that is not at 0 or 1 gives no interval.
+    Where all groups agree on 0 or 1, resampling them would give no width: then it is Wilson's
+    interval of as many trials as there are groups. No samples give a value of None; one group that
+    is not at 0 or 1 gives no interval.
     """
     numbers = np.asarray(values, np.float64)
     if not len(numbers):
@@ -52,7 +58,8 @@ def mean_figure(
 def class_mean_figure(
     hits: ArrayLike, classes: ArrayLike, groups: ArrayLike, resamples: int, seed: int, **more: Any
 ) -> Figure:
-    """Return the mean over classes of each class's share of `hits` (N,), so that a rare class counts as much as a common one.
+    """Return the mean over classes of each class's share of `hits` (N,), so that a rare class
+    counts as much as a common one.
 
     Interval as in mean_figure; a class that a resample misses is left out of that resample.
     """
@@ -89,11 +96,13 @@ def set_figure(
     seed: int,
     **more: Any,
 ) -> Figure:
-    """Return a distance between two sets with the bootstrap's 95 % interval; `distance(u, v)` takes how often each sample counts.
+    """Return a distance between two sets with the bootstrap's 95 % interval; `distance(u, v)` takes
+    how often each sample counts.
 
-    Whole groups of the one set, N labels, are drawn, and of the other one its own, M labels; None says that the sets belong together
-    sample by sample (a caption's real picture and its drawing), and are drawn together. Samples that stand in a set twice bring most
-    distances nearer or further by themselves, so the bounds are moved by as much as the resamples' mean lies off the value.
+    Whole groups of the one set, N labels, are drawn, and of the other one its own, M labels; None
+    says that the sets belong together sample by sample (a caption's real picture and its drawing),
+    and are drawn together. Samples that stand in a set twice bring most distances nearer or further
+    by themselves, so the bounds are moved by as much as the resamples' mean lies off the value.
     """
     sums_of, at = (
         np.unique(np.asarray(group_list), return_inverse=True)[1]

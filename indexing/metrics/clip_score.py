@@ -1,6 +1,8 @@
-"""What can be said of generated pictures by numbers: whether they follow their prompts, and whether they copy training pictures.
+"""What can be said of generated pictures by numbers: whether they follow their prompts, and whether
+they copy training pictures.
 
-Pure functions on arrays. Legend: P prompts, K pictures of each, N training pictures, M queries, D dimensions.
+Pure functions on arrays. Legend: P prompts, K pictures of each, N training pictures, M queries, D
+dimensions.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +24,9 @@ AT_ONCE = 256
 
 
 def encoded(encode: EncodeImages, pictures: NDArray[np.uint8], is_unit: bool = True) -> Floats:
-    """Return vectors (N, D) of pictures (N, S, S, 3), encoded AT_ONCE at a time and made unit vectors unless told otherwise."""
+    """Return vectors (N, D) of pictures (N, S, S, 3), encoded AT_ONCE at a time and made unit
+    vectors unless told otherwise.
+    """
     pieces = [
         np.asarray(encode(pictures[start : start + AT_ONCE]), np.float32)
         for start in range(0, len(pictures), AT_ONCE)
@@ -32,11 +36,13 @@ def encoded(encode: EncodeImages, pictures: NDArray[np.uint8], is_unit: bool = T
 
 
 def clip_scores(images: Floats, texts: Floats, resamples: int, seed: int) -> dict[str, Figure]:
-    """Return how well pictures (P, K, D) follow the prompts (P, D) that they were drawn from; all unit vectors.
+    """Return how well pictures (P, K, D) follow the prompts (P, D) that they were drawn from; all
+    unit vectors.
 
-    `clip_score`: the mean of 100 max(cos, 0) with the own prompt (Hessel et al. 2021, without its factor of 2.5). `mismatched`: the same
-    with all other prompts, what an unrelated picture scores. `own_prompt_first`: how often the own prompt scores highest of the P.
-    Intervals resample prompts. A single prompt has no other ones, so those two have no value then.
+    `clip_score`: the mean of 100 max(cos, 0) with the own prompt (Hessel et al. 2021, without its
+    factor of 2.5). `mismatched`: the same with all other prompts, what an unrelated picture scores.
+    `own_prompt_first`: how often the own prompt scores highest of the P. Intervals resample
+    prompts. A single prompt has no other ones, so those two have no value then.
     """
     prompts, count = images.shape[:2]
     cosines = np.einsum("pkd,qd->pkq", images, texts)  # (P, K, P)
@@ -61,7 +67,9 @@ def clip_scores(images: Floats, texts: Floats, resamples: int, seed: int) -> dic
 def pair_clip_score(
     images: Floats, texts: Floats, groups: Sequence[Any], resamples: int, seed: int
 ) -> Figure:
-    """Return the mean of 100 max(cos, 0) of real pictures (N, D) with their captions (N, D): what a faithful sample would score."""
+    """Return the mean of 100 max(cos, 0) of real pictures (N, D) with their captions (N, D): what a
+    faithful sample would score.
+    """
     return mean_figure(
         SCALE * np.maximum(np.einsum("nd,nd->n", images, texts), 0),
         groups,
@@ -72,7 +80,9 @@ def pair_clip_score(
 
 
 def nearest_by_embedding(queries: Floats, gallery: Iterable[Floats]) -> tuple[Floats, Rows]:
-    """Return the cosine and the row of the nearest of all gallery vectors, given in pieces (·, D), for each query (M, D)."""
+    """Return the cosine and the row of the nearest of all gallery vectors, given in pieces (·, D),
+    for each query (M, D).
+    """
     best = np.full(len(queries), -np.inf, np.float32)
     row = np.full(len(queries), -1, np.int64)
     start = 0
@@ -90,7 +100,9 @@ def nearest_by_embedding(queries: Floats, gallery: Iterable[Floats]) -> tuple[Fl
 def nearest_by_pixels(
     queries: NDArray[np.uint8], gallery: Iterable[NDArray[np.uint8]]
 ) -> tuple[Floats, Rows]:
-    """Return the root mean square difference (0 to 255) and the row of the nearest gallery picture for each query, all (·, S, S, 3)."""
+    """Return the root mean square difference (0 to 255) and the row of the nearest gallery picture
+    for each query, all (·, S, S, 3).
+    """
     flat = queries.reshape(len(queries), -1).astype(np.float32)
     squares = (flat * flat).sum(1)
     best = np.full(len(queries), np.inf, np.float32)

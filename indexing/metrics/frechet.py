@@ -1,7 +1,9 @@
-"""Distances between a set of generated and a set of real pictures, on features of a network that is named beside every figure.
+"""Distances between a set of generated and a set of real pictures, on features of a network that is
+named beside every figure.
 
-Pure functions on features; sample counts decide what they mean. Each distance stands as a function of how often every picture is drawn,
-which a bootstrap asks for. Legend: N real and M generated pictures, D dimensions, u and v how often each of them counts.
+Pure functions on features; sample counts decide what they mean. Each distance stands as a function
+of how often every picture is drawn, which a bootstrap asks for. Legend: N real and M generated
+pictures, D dimensions, u and v how often each of them counts.
 """
 
 from collections.abc import Callable
@@ -19,10 +21,11 @@ Counted = Callable[[NDArray[Any], NDArray[Any]], float]
 
 
 def frechet_of(real: NDArray[Any], generated: NDArray[Any]) -> Counted:
-    """Return |m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of Gaussians fitted to both (Dowson & Landau 1982).
+    """Return |m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of Gaussians fitted to both (Dowson
+    & Landau 1982).
 
-    It is FID on Inception's features alone; with fewer pictures than dimensions it is far too large, comparable at equal counts only, and
-    its bootstrap's interval up to half too wide.
+    It is FID on Inception's features alone; with fewer pictures than dimensions it is far too
+    large, comparable at equal counts only, and its bootstrap's interval up to half too wide.
     """
     x, y = (np.asarray(features, np.float64) for features in (real, generated))
 
@@ -45,7 +48,8 @@ def frechet_of(real: NDArray[Any], generated: NDArray[Any]) -> Counted:
 
 
 def kernel_distance_of(real: NDArray[Any], generated: NDArray[Any]) -> Counted:
-    """Return the unbiased squared MMD with the kernel (x . y / D + 1)^3 (Binkowski et al. 2018); it may fall below 0.
+    """Return the unbiased squared MMD with the kernel (x . y / D + 1)^3 (Binkowski et al. 2018); it
+    may fall below 0.
 
     A picture that is drawn again is no other picture: pairs of it with itself are left out.
     """
@@ -67,7 +71,9 @@ def kernel_distance_of(real: NDArray[Any], generated: NDArray[Any]) -> Counted:
 
 
 def cmmd_of(real: NDArray[Any], generated: NDArray[Any]) -> Counted:
-    """Return 1000 times the squared MMD of unit vectors with a Gaussian kernel, sigma 10 (Jayasumana et al. 2024); on CLIP embeddings."""
+    """Return 1000 times the squared MMD of unit vectors with a Gaussian kernel, sigma 10
+    (Jayasumana et al. 2024); on CLIP embeddings.
+    """
     x, y = (np.asarray(features, np.float64) for features in (real, generated))
 
     def kernel(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
@@ -101,10 +107,12 @@ def cmmd(real: NDArray[Any], generated: NDArray[Any]) -> float:
 def precision_recall(
     real: NDArray[Any], generated: NDArray[Any], k: int = NEIGHBOURS
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return which generated pictures lie within the real ones' manifold, (M,), and which real ones within the generated, (N,).
+    """Return which generated pictures lie within the real ones' manifold, (M,), and which real ones
+    within the generated, (N,).
 
-    A manifold is the balls around its pictures that reach to the k-th nearest other one (Kynkaanniemi et al. 2019). Their means are
-    precision and recall, which tells diversity. Raises ValueError where a set has k pictures or fewer.
+    A manifold is the balls around its pictures that reach to the k-th nearest other one
+    (Kynkaanniemi et al. 2019). Their means are precision and recall, which tells diversity. Raises
+    ValueError where a set has k pictures or fewer.
     """
     x, y = (np.asarray(features, np.float64) for features in (real, generated))
     if min(len(x), len(y)) <= k:

@@ -1,4 +1,5 @@
-"""A linear probe on frozen features: multinomial logistic regression, its regularisation swept, and few-shot curves (CLIP, section 3.2).
+"""A linear probe on frozen features: multinomial logistic regression, its regularisation swept, and
+few-shot curves (CLIP, section 3.2).
 
 Pure functions on arrays. Legend: N samples, D dimensions, C classes.
 """
@@ -16,10 +17,12 @@ ITERATIONS = 100
 
 
 def standardised(train: Floats, *others: Floats) -> list[Floats]:
-    """Return features with the training ones' mean 0 and, in all dimensions together, variance 1, rotated into the span of those.
+    """Return features with the training ones' mean 0 and, in all dimensions together, variance 1,
+    rotated into the span of those.
 
-    The rotation changes no probe: an L2-penalised one has no weight outside the span of what it saw. With fewer pictures than dimensions,
-    as in few-shot probes, it makes a fit many times cheaper.
+    The rotation changes no probe: an L2-penalised one has no weight outside the span of what it
+    saw. With fewer pictures than dimensions, as in few-shot probes, it makes a fit many times
+    cheaper.
     """
     mean = train.mean(0)
     scale = float(np.sqrt(((train - mean) ** 2).mean())) or 1.0
@@ -34,7 +37,9 @@ def standardised(train: Floats, *others: Floats) -> list[Floats]:
 def fit(
     features: Floats, labels: NDArray[np.int64], classes: int, penalty: float
 ) -> NDArray[np.float64]:
-    """Return weights (D + 1, C), the last row the bias: mean cross-entropy + penalty / 2 |W|^2, minimised by L-BFGS; the bias is free."""
+    """Return weights (D + 1, C), the last row the bias: mean cross-entropy + penalty / 2 |W|^2,
+    minimised by L-BFGS; the bias is free.
+    """
     x = np.concatenate([features, np.ones((len(features), 1), np.float32)], 1).astype(
         np.float64
     )  # (N, D + 1)
@@ -86,7 +91,9 @@ def sweep(features: Floats, labels: NDArray[np.int64], classes: int, seed: int) 
 
 
 def halves(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the rows to train on and those to judge, half of each class to either; a class of one is judged only."""
+    """Return the rows to train on and those to judge, half of each class to either; a class of one
+    is judged only.
+    """
     rng = np.random.default_rng(seed)
     train: list[int] = []
     for label in np.unique(labels):

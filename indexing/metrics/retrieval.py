@@ -1,8 +1,10 @@
-"""Retrieval both ways: how often the right caption is among a picture's k nearest, and the right picture among a caption's.
+"""Retrieval both ways: how often the right caption is among a picture's k nearest, and the right
+picture among a caption's.
 
-Pictures and captions are told apart by what they are: a caption that stands on several pictures is one caption with several right
-answers, and equal pictures are one picture. Pure functions on unit vectors; texts are embedded by a callable. Legend: N pairs, P
-pictures, Q captions, R right answers (picture and caption), D dimensions.
+Pictures and captions are told apart by what they are: a caption that stands on several pictures is
+one caption with several right answers, and equal pictures are one picture. Pure functions on unit
+vectors; texts are embedded by a callable. Legend: N pairs, P pictures, Q captions, R right answers
+(picture and caption), D dimensions.
 """
 
 import math
@@ -31,10 +33,12 @@ def retrieval(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Return recall@1/5/10 from pictures to captions and back, with 95 % intervals and chance, for N pairs.
+    """Return recall@1/5/10 from pictures to captions and back, with 95 % intervals and chance, for
+    N pairs.
 
-    Pair i is the picture `pictures[i]` (an id; equal ids are one picture) with embedding images[i] (N, D), and the caption captions[i]
-    with texts[i] (N, D). A picture with many captions stands in many pairs. `groups[i]` names what hangs together (the concept).
+    Pair i is the picture `pictures[i]` (an id; equal ids are one picture) with embedding images[i]
+    (N, D), and the caption captions[i] with texts[i] (N, D). A picture with many captions stands in
+    many pairs. `groups[i]` names what hangs together (the concept).
     """
     picture_of, first_picture = _distinct(pictures)
     caption_of, first_caption = _distinct(captions)
@@ -60,9 +64,11 @@ def retrieval_of_all(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Return the same with all captions of each of N pictures, as COCO's figures are counted (5 captions a picture there).
+    """Return the same with all captions of each of N pictures, as COCO's figures are counted (5
+    captions a picture there).
 
-    A picture is found right where any of its captions is among the k nearest; every caption asks for its picture.
+    A picture is found right where any of its captions is among the k nearest; every caption asks
+    for its picture.
     """
     of = [number for number, captions_of in enumerate(captions) for _ in captions_of]
     all_captions = [caption for captions_of in captions for caption in captions_of]
@@ -108,7 +114,9 @@ def _both_ways(
 def right_ranks(
     queries: Floats, gallery: Floats, query_of: NDArray[np.int64], answer_of: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return how many wrong answers stand before the best right one for each query, (B,); right is answer_of[r] for query_of[r], (R,)."""
+    """Return how many wrong answers stand before the best right one for each query, (B,); right is
+    answer_of[r] for query_of[r], (R,).
+    """
     rank_parts = []
     order = np.argsort(query_of, kind="stable")
     query_of, answer_of = query_of[order], answer_of[order]
@@ -123,12 +131,16 @@ def right_ranks(
 
 
 def chance_of_hit(right: int, size: int, k: int) -> float:
-    """Return how likely k different answers drawn out of `size` hold one of the `right` ones (hypergeometric)."""
+    """Return how likely k different answers drawn out of `size` hold one of the `right` ones
+    (hypergeometric).
+    """
     return 1 - math.comb(size - right, k) / math.comb(size, k) if k < size else 1.0
 
 
 def _distinct(things: Sequence[Hashable]) -> tuple[NDArray[np.int64], list[int]]:
-    """Number equal things alike in order of appearance; return the numbers and where each stands first."""
+    """Number equal things alike in order of appearance; return the numbers and where each stands
+    first.
+    """
     numbers: dict[Hashable, int] = {}
     first: list[int] = []
     for number, thing in enumerate(things):

@@ -1,6 +1,8 @@
-"""Two or more runs' reports side by side: every figure that they share, and how far each run lies from the first, with an interval.
+"""Two or more runs' reports side by side: every figure that they share, and how far each run lies
+from the first, with an interval.
 
-Reads what report.json holds; writes one self-contained page. Legend: a figure's name is its place in the report.
+Reads what report.json holds; writes one self-contained page. Legend: a figure's name is its place
+in the report.
 """
 
 import math
@@ -18,7 +20,9 @@ SKIPPED = ("per_class", "examples", "prompts", "charts", "run", "stages")
 
 
 def figures(facts: Mapping[str, Any]) -> dict[tuple[str, ...], Figure]:
-    """Return every figure of a report with a value, by its place: keys, and in a section its title, table, row and column."""
+    """Return every figure of a report with a value, by its place: keys, and in a section its title,
+    table, row and column.
+    """
     return dict(_walk(facts, ()))
 
 
@@ -43,9 +47,11 @@ def _of_sections(sections: Any) -> Iterator[tuple[tuple[str, ...], Figure]]:
 
 
 def difference(figure: Figure, first: Figure) -> Figure:
-    """Return figure minus first with the 95 % interval of two independent figures, each's own bounds added in squares (Zou & Donner 2008).
+    """Return figure minus first with the 95 % interval of two independent figures, each's own
+    bounds added in squares (Zou & Donner 2008).
 
-    Runs judged on the same pictures vary together, so for them the interval is too wide rather than too narrow.
+    Runs judged on the same pictures vary together, so for them the interval is too wide rather than
+    too narrow.
     """
     delta = figure["value"] - first["value"]
     low = high = None
@@ -64,7 +70,9 @@ def difference(figure: Figure, first: Figure) -> Figure:
 
 
 def compare(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each figure of any report: its place, each run's figure or None, each later run's difference from the first."""
+    """Return a row for each figure of any report: its place, each run's figure or None, each later
+    run's difference from the first.
+    """
     figures_of = {run: figures(facts) for run, facts in reports.items()}
     paths = list(dict.fromkeys(path for run_figures in figures_of.values() for path in run_figures))
     first, *others = figures_of
@@ -95,7 +103,9 @@ def is_significant(delta: Figure | None) -> bool:
 
 
 def render(reports: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]]) -> str:
-    """Return the page: what differs in the recipes, then the figures, those that are told apart marked."""
+    """Return the page: what differs in the recipes, then the figures, those that are told apart
+    marked.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -1,6 +1,8 @@
-"""Charts as inline SVG for reports: a training curve with axes, and a figure with its interval on a scale.
+"""Charts as inline SVG for reports: a training curve with axes, and a figure with its interval on a
+scale.
 
-Colours are the page's (`currentColor` and its custom properties), so that charts follow light and dark. Knows numbers only.
+Colours are the page's (`currentColor` and its custom properties), so that charts follow light and
+dark. Knows numbers only.
 """
 
 import math
@@ -17,7 +19,9 @@ SMOOTHED_SHARE = 1 / 20
 
 
 def curve(points: Sequence[tuple[float, float]], x_label: str, y_label: str, title: str) -> str:
-    """Draw (x, y) pairs in order of x as an SVG: the points as a faint line, their running mean above it; axes with round ticks."""
+    """Draw (x, y) pairs in order of x as an SVG: the points as a faint line, their running mean
+    above it; axes with round ticks.
+    """
     xs, ys = [x for x, _ in points], [y for _, y in points]
     is_log = min(ys) > 0 and max(ys) / min(ys) > LOG_ABOVE
     step = round_step(max(ys) - min(ys), 4)
@@ -77,7 +81,9 @@ def curve(points: Sequence[tuple[float, float]], x_label: str, y_label: str, tit
 
 
 def strip(value: float, low: float | None, high: float | None, chance: float | None) -> str:
-    """Draw a share as a dot with its interval as a bar, on a scale from 0 to 100 %, chance as a tick across."""
+    """Draw a share as a dot with its interval as a bar, on a scale from 0 to 100 %, chance as a
+    tick across.
+    """
     middle = STRIP_HEIGHT / 2
 
     def at(share: float) -> float:
@@ -104,7 +110,9 @@ def strip(value: float, low: float | None, high: float | None, chance: float | N
 
 
 def round_step(span: float, about: int) -> float:
-    """Return 1, 2 or 5 times a power of ten that divides a span into roughly `about` parts; 1 for no span."""
+    """Return 1, 2 or 5 times a power of ten that divides a span into roughly `about` parts; 1 for
+    no span.
+    """
     if span <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(span / about))
@@ -122,7 +130,9 @@ def ticks(low: float, high: float, step: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times powers of ten within low..high, only the powers where there would be many."""
+    """Return 1, 2 and 5 times powers of ten within low..high, only the powers where there would be
+    many.
+    """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
         curves = [

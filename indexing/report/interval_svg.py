@@ -1,7 +1,8 @@
-"""Charts of the report's further sections as inline SVG: lines with intervals, and bars on both sides of zero.
+"""Charts of the report's further sections as inline SVG: lines with intervals, and bars on both
+sides of zero.
 
-Colours are the page's custom properties; a series is told by its colour, its dash and its name below the picture, where a long one has
-room on a phone too. Knows numbers only.
+Colours are the page's custom properties; a series is told by its colour, its dash and its name
+below the picture, where a long one has room on a phone too. Knows numbers only.
 """
 
 import math
@@ -25,7 +26,9 @@ def plot(chart: Mapping[str, Any]) -> str:
 
 
 def lines(chart: Mapping[str, Any]) -> str:
-    """Draw figures over x: lines, dots and intervals as whiskers; x is linear or logarithmic, a point's `name` stands for it."""
+    """Draw figures over x: lines, dots and intervals as whiskers; x is linear or logarithmic, a
+    point's `name` stands for it.
+    """
     series = {
         name: [point for point in points if point["value"] is not None]
         for name, points in chart["series"].items()
@@ -104,7 +107,9 @@ def lines(chart: Mapping[str, Any]) -> str:
 
 
 def bars(chart: Mapping[str, Any]) -> str:
-    """Draw one bar a row from zero to its value, green to the right and red to the left, its interval as a line, its value in words."""
+    """Draw one bar a row from zero to its value, green to the right and red to the left, its
+    interval as a line, its value in words.
+    """
     rows = [row for row in chart["rows"] if row["value"] is not None]
     if not rows:
         return f"<p>{escape(chart['title'])}: nothing was measured.</p>"

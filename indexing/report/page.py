@@ -1,7 +1,8 @@
 """The report as a page: report.html from what report.json holds and the pictures beside it.
 
-The page stands alone: pictures are data URIs, charts inline SVG, no script and no network. Everything that comes from data (captions,
-prompts, URLs) is hostile until jinja has escaped it. Legend: figures are as in indexing.metrics.bootstrap.
+The page stands alone: pictures are data URIs, charts inline SVG, no script and no network.
+Everything that comes from data (captions, prompts, URLs) is hostile until jinja has escaped it.
+Legend: figures are as in indexing.metrics.bootstrap.
 """
 
 import base64
@@ -25,7 +26,9 @@ STANDARD_COUNTS = ("in", "out", "dropped")
 
 
 def run_facts(facts: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the report's `run` from the caller's facts and the stages' manifests: times, seconds spent, package versions."""
+    """Return the report's `run` from the caller's facts and the stages' manifests: times, seconds
+    spent, package versions.
+    """
     packages = [manifest.get("packages", {}) for manifest in manifests]
     names = sorted({name for versions in packages for name in versions})
     return {
@@ -43,7 +46,9 @@ def run_facts(facts: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) 
 def stage_facts(
     manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return one of the report's `stages` from its manifest and, for a trained stage, the rows of its metrics.jsonl."""
+    """Return one of the report's `stages` from its manifest and, for a trained stage, the rows of
+    its metrics.jsonl.
+    """
     counts = manifest["counts"]
     points = [
         (row["images_seen"], row["loss"])
@@ -144,7 +149,9 @@ def interval(figure: Mapping[str, Any], as_percent: bool = True) -> str:
 
 
 def figure_text(figure: Mapping[str, Any]) -> str:
-    """Write a figure's value: a share (the usual unit) in percent, anything else as a number of three or four digits."""
+    """Write a figure's value: a share (the usual unit) in percent, anything else as a number of
+    three or four digits.
+    """
     if figure.get("unit", "share") == "share":
         return percent(figure["value"])
     return (
@@ -188,7 +195,9 @@ def megabytes(size: int) -> str:
 
 
 def verdict(figure: Mapping[str, Any]) -> str:
-    """Say whether the interval of a figure lies above what chance, or the commonest class, would reach."""
+    """Say whether the interval of a figure lies above what chance, or the commonest class, would
+    reach.
+    """
     bar = figure.get("chance")
     if figure["low"] is None or bar is None:
         return ""

@@ -1,8 +1,9 @@
-"""Further sections of the report as plain data: words, tables, pictures and charts, one shape for all of them.
+"""Further sections of the report as plain data: words, tables, pictures and charts, one shape for
+all of them.
 
-Whoever measures something new returns `section(...)` and hands it to `evaluate` in a callable; page, JSON schema and the comparison of
-runs then know it. A table's cell is a text, a number, None or a figure of indexing.metrics.bootstrap; figures are written with their intervals.
-Writes nothing.
+Whoever measures something new returns `section(...)` and hands it to `evaluate` in a callable;
+page, JSON schema and the comparison of runs then know it. A table's cell is a text, a number, None
+or a figure of indexing.metrics.bootstrap; figures are written with their intervals. Writes nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,8 @@ from indexing.metrics.bootstrap import Figure
 ReportSection = dict[str, Any]
 Cell = str | int | float | None | Figure
 MakeSection = Callable[[], ReportSection | list[ReportSection]]
-"""Measures and returns a section, or several; may write PNG files into the `pictures/` of the report's folder."""
+"""Measures and returns a section, or several; may write PNG files into the `pictures/` of the
+report's folder."""
 
 
 def section(
@@ -23,7 +25,9 @@ def section(
     pictures: Sequence[Mapping[str, Any]] = (),
     charts: Sequence[Mapping[str, Any]] = (),
 ) -> ReportSection:
-    """Return a section of the report: paragraphs, then tables, charts and pictures; `title` must differ from other sections'."""
+    """Return a section of the report: paragraphs, then tables, charts and pictures; `title` must
+    differ from other sections'.
+    """
     return {
         "title": title,
         "text": list(text),
@@ -34,7 +38,9 @@ def section(
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> dict[str, Any]:
-    """Return a table; a row's first cell is its name. Raises ValueError where a row is not as long as the head."""
+    """Return a table; a row's first cell is its name. Raises ValueError where a row is not as long
+    as the head.
+    """
     for row in rows:
         if len(row) != len(head):
             raise ValueError(
@@ -44,7 +50,9 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> 
 
 
 def picture(name: str, alt: str, caption: str = "", is_pixelated: bool = False) -> dict[str, Any]:
-    """Return a picture: its file's name in the report's folder, what it shows in words, what stands below it."""
+    """Return a picture: its file's name in the report's folder, what it shows in words, what stands
+    below it.
+    """
     return {"picture": name, "alt": alt, "caption": caption, "is_pixelated": is_pixelated}
 
 
@@ -70,7 +78,9 @@ def lines(
 
 
 def bars(title: str, x_label: str, rows: Sequence[tuple[str, Figure]]) -> dict[str, Any]:
-    """Return a chart of one bar a row, to the left of zero or to the right of it, with its interval."""
+    """Return a chart of one bar a row, to the left of zero or to the right of it, with its
+    interval.
+    """
     return {
         "kind": "bars",
         "title": title,

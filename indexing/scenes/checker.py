@@ -1,7 +1,9 @@
-"""An exact checker of scenes: finds coloured shapes in the pixels of a picture and says whether they are what a caption asked for.
+"""An exact checker of scenes: finds coloured shapes in the pixels of a picture and says whether
+they are what a caption asked for.
 
-It sees pixels only. Hue tells colours apart, connected pieces are objects, overlap with the ideal shape in the same box names them. A
-scene is shown when every claim of it holds: each thing there with its colour and number, nothing else, and the relation between them.
+It sees pixels only. Hue tells colours apart, connected pieces are objects, overlap with the ideal
+shape in the same box names them. A scene is shown when every claim of it holds: each thing there
+with its colour and number, nothing else, and the relation between them.
 """
 
 from dataclasses import dataclass
@@ -14,11 +16,13 @@ from numpy.typing import NDArray
 from indexing.scenes.scenes import COLOURS, SHAPES, Scene, Thing, corners
 
 LEAST_SATURATION = 0.5
-"""Share of a colour's own span between its channels: what is paler, such as an edge that covers less than half a pixel, is background."""
+"""Share of a colour's own span between its channels: what is paler, such as an edge that covers
+less than half a pixel, is background."""
 HUE_TOLERANCE = 32
 """Degrees from a colour's own hue; what lies between two colours is neither."""
 JUDGED_PX = 128
-"""Side to which a picture is enlarged, so that outlines lie between its pixels; all lengths below are shares of the side."""
+"""Side to which a picture is enlarged, so that outlines lie between its pixels; all lengths below
+are shares of the side."""
 BLUR = 0.02
 LEAST_THICKNESS = 0.042
 """From the middle of an object to its edge; a blended seam between two colours is thinner."""
@@ -32,7 +36,9 @@ SLACK = 0.1
 
 @dataclass(frozen=True)
 class Object:
-    """A piece of one colour: its box in shares of the side, its outline filled (JUDGED_PX, JUDGED_PX), its shape or "" where none fits."""
+    """A piece of one colour: its box in shares of the side, its outline filled (JUDGED_PX,
+    JUDGED_PX), its shape or "" where none fits.
+    """
 
     shape: str
     colour: str
@@ -87,7 +93,9 @@ def _hues(picture: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def shape_of(mask: NDArray[np.bool_]) -> str:
-    """Name the shape whose ideal form overlaps best with a mask cut to its box (H, W), or "" where none fits or the box is no square."""
+    """Name the shape whose ideal form overlaps best with a mask cut to its box (H, W), or "" where
+    none fits or the box is no square.
+    """
     height, width = mask.shape
     if not 0.65 < height / width < 1.5:
         return ""
@@ -101,7 +109,9 @@ def shape_of(mask: NDArray[np.bool_]) -> str:
 
 
 def _overlap(mask: NDArray[np.bool_], shape: str, cut: int) -> float:
-    """Return intersection over union with an ideal shape whose `cut` topmost rows, an apex too thin to be seen, are missing."""
+    """Return intersection over union with an ideal shape whose `cut` topmost rows, an apex too thin
+    to be seen, are missing.
+    """
     height, width = mask.shape
     ideal = _ideal(shape, width, height + cut)[cut:]
     return float((mask & ideal).sum() / (mask | ideal).sum())
@@ -116,7 +126,8 @@ def _ideal(shape: str, width: int, height: int) -> NDArray[np.bool_]:
 
 
 def claims(picture: NDArray[np.uint8], scene: Scene) -> list[bool]:
-    """Return what holds of a scene's claims, always as many: each thing is there in its number, nothing else is, the relation holds.
+    """Return what holds of a scene's claims, always as many: each thing is there in its number,
+    nothing else is, the relation holds.
 
     Raises ValueError for a sign, whose word a reader of text must judge.
     """

@@ -1,6 +1,8 @@
-"""What says whether a picture shows its prompt: the checker for scenes, a reader of text for signs, and exact expectations of best of n.
+"""What says whether a picture shows its prompt: the checker for scenes, a reader of text for signs,
+and exact expectations of best of n.
 
-A judge maps a picture to a share of what was asked for; 1 is exactly right. Knows pixels and captions, no model.
+A judge maps a picture to a share of what was asked for; 1 is exactly right. Knows pixels and
+captions, no model.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,9 @@ ReadText = Callable[[NDArray[np.uint8]], str]
 
 
 def judge_of(caption: str, read_text: ReadText | None) -> Judge | None:
-    """Return what judges pictures of a caption, or None where nothing can: no scene and no puzzle, or a sign and no reader of text."""
+    """Return what judges pictures of a caption, or None where nothing can: no scene and no puzzle,
+    or a sign and no reader of text.
+    """
     if puzzle := puzzles.parse(caption):
         wanted_puzzle = puzzle
         return lambda picture: float(np.mean(puzzles.claims(picture, wanted_puzzle)))
@@ -31,7 +35,9 @@ def judge_of(caption: str, read_text: ReadText | None) -> Judge | None:
 
 
 def character_accuracy(read: str, word: str) -> float:
-    """Return 1 minus the edit distance as a share of the longer word, of letters and digits in lower case; 1 is the word itself."""
+    """Return 1 minus the edit distance as a share of the longer word, of letters and digits in
+    lower case; 1 is the word itself.
+    """
     text = "".join(letter for letter in read.lower() if letter.isalnum())
     return 1 - edit_distance(text, word) / max(len(text), len(word), 1)
 
@@ -50,7 +56,8 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def best_of(scores: NDArray[np.float64], values: NDArray[np.float64], n: int) -> float:
-    """Return the mean value of the best-scored one of n, over all subsets of n of the M drawn (M,): exact, no subset is sampled.
+    """Return the mean value of the best-scored one of n, over all subsets of n of the M drawn (M,):
+    exact, no subset is sampled.
 
     Among equal scores each is as likely. Raises ValueError where n > M.
     """

@@ -1,7 +1,9 @@
-"""The lecture's puzzles: a 24-puzzle whose rows sum to even numbers, and the faces of a cube after given turns; drawn and judged exactly.
+"""The lecture's puzzles: a 24-puzzle whose rows sum to even numbers, and the faces of a cube after
+given turns; drawn and judged exactly.
 
-A puzzle's caption is all that is known of it: many grids answer the first, one picture the second. Pictures are laid out on 40 pixels, at
-which every number and sticker is a few pixels wide. Knows no model. Legend: cells row by row, stickers (6, 3, 3) in the order of FACES.
+A puzzle's caption is all that is known of it: many grids answer the first, one picture the second.
+Pictures are laid out on 40 pixels, at which every number and sticker is a few pixels wide. Knows no
+model. Legend: cells row by row, stickers (6, 3, 3) in the order of FACES.
 """
 
 import re
@@ -83,7 +85,9 @@ def parse(caption: str) -> Puzzle | None:
 
 
 def every_puzzle() -> Iterator[Puzzle]:
-    """Yield what is drawn for training: both grids, and cubes after one turn or two that do not undo each other."""
+    """Yield what is drawn for training: both grids, and cubes after one turn or two that do not
+    undo each other.
+    """
     yield from (Puzzle(is_even=is_even) for is_even in (True, False))
     for turn in TURNS:
         yield Puzzle((turn,))
@@ -112,7 +116,9 @@ def draw(puzzle: Puzzle, side_px: int, rng: np.random.Generator) -> NDArray[np.u
 
 
 def numbers(is_even: bool, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw a grid (5, 5) of 0 (the gap) to 24, if asked one whose rows all have even sums; about one in 16 has."""
+    """Draw a grid (5, 5) of 0 (the gap) to 24, if asked one whose rows all have even sums; about
+    one in 16 has.
+    """
     while True:
         grid = rng.permutation(SIDE * SIDE).reshape(SIDE, SIDE)
         if not is_even or not (grid.sum(1) % 2).any():
@@ -120,7 +126,9 @@ def numbers(is_even: bool, rng: np.random.Generator) -> NDArray[np.int64]:
 
 
 def claims(picture: NDArray[np.uint8], puzzle: Puzzle) -> list[bool]:
-    """Return what holds: of a grid, for each number that it is there, and each row's even sum; of a cube, that each sticker is right."""
+    """Return what holds: of a grid, for each number that it is there, and each row's even sum; of a
+    cube, that each sticker is right.
+    """
     side = LAID_OUT_PX
     page = (
         picture
@@ -159,7 +167,9 @@ def read_grid(page: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def read_cube(page: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Read a picture of 40 pixels as stickers (6, 3, 3): each the colour nearest to the mean of its place."""
+    """Read a picture of 40 pixels as stickers (6, 3, 3): each the colour nearest to the mean of its
+    place.
+    """
     palette = np.array([COLOURS[face] for face in FACES], np.float64)
     faces = np.zeros((6, 3, 3), np.int64)
     for face, name in enumerate(FACES):
@@ -172,7 +182,9 @@ def read_cube(page: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 @cache
 def _moves() -> dict[str, NDArray[np.int64]]:
-    """Return for each turn which sticker comes to each place, by turning the layer's stickers about its axis."""
+    """Return for each turn which sticker comes to each place, by turning the layer's stickers about
+    its axis.
+    """
     sticker_cells = {}
     for face, name in enumerate(FACES):
         normal = np.array(NORMALS[name])
@@ -206,7 +218,9 @@ def _quarter(vector: NDArray[np.int64], axis: NDArray[np.int64], way: int) -> tu
 
 
 def _position(name: str, row: int, column: int) -> NDArray[np.int64]:
-    """Return the cubie of a sticker, coordinates -1 to 1, x right, y up, z to the viewer, faces unfolded around the front."""
+    """Return the cubie of a sticker, coordinates -1 to 1, x right, y up, z to the viewer, faces
+    unfolded around the front.
+    """
     a, b = column - 1, row - 1
     return np.array(
         {
@@ -222,7 +236,9 @@ def _position(name: str, row: int, column: int) -> NDArray[np.int64]:
 
 
 def turned(turns: tuple[str, ...]) -> NDArray[np.int64]:
-    """Return the stickers (6, 3, 3) of a solved cube after the turns, each the number of its colour's face."""
+    """Return the stickers (6, 3, 3) of a solved cube after the turns, each the number of its
+    colour's face.
+    """
     stickers = np.repeat(np.arange(6), 9)
     for turn in turns:
         stickers = stickers[_moves()[turn]]

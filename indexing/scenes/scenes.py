@@ -1,7 +1,9 @@
-"""Scenes of a few shapes and signs with words: what a caption asks for, and pictures of it drawn from a seed (unCLIP, fig. 14 to 16).
+"""Scenes of a few shapes and signs with words: what a caption asks for, and pictures of it drawn
+from a seed (unCLIP, fig. 14 to 16).
 
-A caption is the scene's whole description: `parse` reads what `Scene.caption` writes. Rows are GenEval's (Ghosh et al. 2023), with sizes
-and writing besides. Coordinates are shares of the side, y downwards. Knows nothing of models; `indexing.scenes.checker` judges pictures.
+A caption is the scene's whole description: `parse` reads what `Scene.caption` writes. Rows are
+GenEval's (Ghosh et al. 2023), with sizes and writing besides. Coordinates are shares of the side, y
+downwards. Knows nothing of models; `indexing.scenes.checker` judges pictures.
 """
 
 import re
@@ -148,7 +150,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture should show: one thing, two side by side or in a relation, or a sign with a word."""
+    """What a picture should show: one thing, two side by side or in a relation, or a sign with a
+    word.
+    """
 
     things: tuple[Thing, ...] = ()
     relation: str = ""
@@ -218,7 +222,9 @@ def parse(caption: str) -> Scene | None:
 
 
 def every_scene() -> Iterator[Scene]:
-    """Yield each scene that is drawn for training once, by concept; things that touch or are bound to their colours differ in colour."""
+    """Yield each scene that is drawn for training once, by concept; things that touch or are bound
+    to their colours differ in colour.
+    """
     coloured = [Thing(shape, colour) for shape in SHAPES for colour in COLOURS]
     for thing in coloured:
         yield Scene((thing,))
@@ -233,7 +239,9 @@ def every_scene() -> Iterator[Scene]:
 
 
 def phrasings(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Return captions that are true of a picture of the scene, its own first: things in either order, and without their colours."""
+    """Return captions that are true of a picture of the scene, its own first: things in either
+    order, and without their colours.
+    """
     if scene.word:
         return [scene.caption, f"a board with the word {scene.word}"]
     sentences = [scene.caption]
@@ -249,7 +257,9 @@ def phrasings(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 
 def arrange(scene: Scene, rng: np.random.Generator) -> list[Placed]:
-    """Return where the shapes of a scene go, drawn by `rng`; what is drawn later lies in front. Open colours are drawn too."""
+    """Return where the shapes of a scene go, drawn by `rng`; what is drawn later lies in front.
+    Open colours are drawn too.
+    """
     things = [
         replace(thing, colour=thing.colour or str(rng.choice(list(COLOURS))))
         for thing in scene.things

@@ -9,7 +9,9 @@ LOG_S = 0.1
 
 
 class Lines:
-    """A log of JSON lines, written together LOG_S after the first of them at most: the event loop waits for every write."""
+    """A log of JSON lines, written together LOG_S after the first of them at most: the event loop
+    waits for every write.
+    """
 
     def __init__(self, log: TextIO) -> None:
         self._log = log

@@ -1,8 +1,10 @@
-"""The HTTP service: the search page, our own routes and clip-retrieval's protocol over one `Service`.
+"""The HTTP service: the search page, our own routes and clip-retrieval's protocol over one
+`Service`.
 
-Reads nothing but what the service holds: no path of a request reaches the file system. `make_app` returns the ASGI application, `run`
-serves it with uvicorn. What clients may send is in indexing.service.requests, who may send it in indexing.service.middleware, clip-retrieval's routes are in
-indexing.service.clip_retrieval, and what all routes share in indexing.service.backend.
+Reads nothing but what the service holds: no path of a request reaches the file system. `make_app`
+returns the ASGI application, `run` serves it with uvicorn. What clients may send is in
+indexing.service.requests, who may send it in indexing.service.middleware, clip-retrieval's routes
+are in indexing.service.clip_retrieval, and what all routes share in indexing.service.backend.
 """
 
 import gc
@@ -163,7 +165,9 @@ def _add_search(app: FastAPI, backend: Backend) -> None:
 
     @app.get("/facets")
     async def facets() -> dict[str, dict[str, int]]:
-        """Count the samples of each licence, style, category and split: what a query can be filtered by. Counted once a version."""
+        """Count the samples of each licence, style, category and split: what a query can be
+        filtered by. Counted once a version.
+        """
         counted = await to_thread.run_sync(
             (await backend.version()).view.facets, limiter=threads.counting
         )
@@ -243,7 +247,9 @@ def run(
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             gc.collect()
-            gc.freeze()  # what is there by now stays: to go through it again and again would be the longest pauses
+            # what is there by now stays: to go through it again and again would be the longest
+            # pauses
+            gc.freeze()
             if self.started:
                 port = self.servers[0].sockets[0].getsockname()[1]
                 host = f"[{config.host}]" if ":" in config.host else config.host

@@ -1,4 +1,5 @@
-"""What the routes of the service have in common: the current version, a query's vector and the hits, and on which threads.
+"""What the routes of the service have in common: the current version, a query's vector and the
+hits, and on which threads.
 
 Whatever is wrong with a question becomes an HTTPException here, with words for whoever asked.
 """
@@ -24,13 +25,16 @@ from indexing.service.text_batcher import Texts
 from infra.errors import UnclipError
 
 DECODED_AT_ONCE = 2
-"""Query pictures in work at a time: one of 32 million pixels takes a third of a gigabyte while it is made smaller."""
+"""Query pictures in work at a time: one of 32 million pixels takes a third of a gigabyte while it
+is made smaller."""
 FETCHED_AT_ONCE = 8
 DRAWN_AT_ONCE = 4
 
 
 class Threads:
-    """How many threads each kind of work may take, so that none keeps another, or a look at the service's health, waiting."""
+    """How many threads each kind of work may take, so that none keeps another, or a look at the
+    service's health, waiting.
+    """
 
     def __init__(self) -> None:
         self.searching = ThreadPoolExecutor(os.cpu_count() or 1, "search")
@@ -61,7 +65,9 @@ class Backend:
         self.threads = Threads()
 
     async def version(self) -> Version:
-        """Return what is served now, without what the removal log names; HTTP 503 where that cannot be read."""
+        """Return what is served now, without what the removal log names; HTTP 503 where that cannot
+        be read.
+        """
         try:
             return await self.freshness.version()
         except UnclipError as error:
@@ -80,7 +86,9 @@ class Backend:
             )
 
     async def vector(self, version: Version, query: Query) -> tuple[Floats | Hit, frozenset[str]]:
-        """Return the query's unit vector (D,), or the sample whose it is, and the pictures (SHA-256) that are no answer to it."""
+        """Return the query's unit vector (D,), or the sample whose it is, and the pictures
+        (SHA-256) that are no answer to it.
+        """
         view, encoders, threads = version.view, version.encoders, self.threads
         if query.text is not None:
             if not query.text.strip():
@@ -113,7 +121,9 @@ class Backend:
     async def hits(
         self, view: View, query: Floats | Hit, *arguments: Any, **more: Any
     ) -> list[Hit]:
-        """Search as `View.search` does, in a thread, so that requests are read and answered meanwhile."""
+        """Search as `View.search` does, in a thread, so that requests are read and answered
+        meanwhile.
+        """
         search = partial(refused, _search, view, query, *arguments, **more)
         return await asyncio.get_running_loop().run_in_executor(self.threads.searching, search)
 
@@ -144,7 +154,9 @@ def _search(view: View, query: Floats | Hit, *arguments: Any, **more: Any) -> li
 
 
 def _as_vector(embedding: Sequence[float], dim: int) -> Floats:
-    """Return numbers as a unit vector (D,). Raises ValueError where they are too many or too few, or have no direction."""
+    """Return numbers as a unit vector (D,). Raises ValueError where they are too many or too few,
+    or have no direction.
+    """
     if len(embedding) != dim:
         raise ValueError(
             f"embedding: it has {len(embedding)} numbers but the index has {dim} dimensions"

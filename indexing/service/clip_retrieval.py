@@ -1,4 +1,6 @@
-"""clip-retrieval's protocol: the routes that its clients and its front end ask, over our service."""
+"""clip-retrieval's protocol: the routes that its clients and its front end ask, over our
+service.
+"""
 
 from typing import Any
 
@@ -38,9 +40,11 @@ def add_protocol(app: FastAPI, backend: Backend) -> None:
 
     @app.post("/knn-service")
     async def knn_service(question: KnnQuestion) -> list[dict[str, Any]]:
-        """clip-retrieval's protocol: the nearest samples; the first `num_images` with their metadata, all with their number.
+        """clip-retrieval's protocol: the nearest samples; the first `num_images` with their
+        metadata, all with their number.
 
-        An embedding says nothing of the CLIP that made it, so that only its dimensions are checked, unless `clip` names it.
+        An embedding says nothing of the CLIP that made it, so that only its dimensions are checked,
+        unless `clip` names it.
         """
         version = await backend.version()
         check_name(question.indice_name)
@@ -80,7 +84,9 @@ def add_protocol(app: FastAPI, backend: Backend) -> None:
 
     @app.post("/metadata")
     async def metadata(question: MetadataQuestion) -> list[dict[str, Any]]:
-        """clip-retrieval's protocol: the metadata of samples by number; those that are gone are left out."""
+        """clip-retrieval's protocol: the metadata of samples by number; those that are gone are
+        left out.
+        """
         view = (await backend.version()).view
         check_name(question.indice_name)
         wanted = question.ids[: config.max_results]

@@ -1,7 +1,9 @@
-"""Which version a request is answered from: one without anything that was taken down before the request came.
+"""Which version a request is answered from: one without anything that was taken down before the
+request came.
 
-Where the log lies in a store a look at it is a round trip: it is made in a thread, once for all requests that wait for one, and no request
-is content with a look that began before it came, unless the service may answer from an older one. Belongs to one event loop.
+Where the log lies in a store a look at it is a round trip: it is made in a thread, once for all
+requests that wait for one, and no request is content with a look that began before it came, unless
+the service may answer from an older one. Belongs to one event loop.
 """
 
 import asyncio
@@ -14,7 +16,8 @@ from anyio import CapacityLimiter, to_thread
 from indexing.service.state import Service, Version
 
 WAIT_S = 2.0
-"""A store that has not answered by then does not stop the search: what is known answers, and the look goes on."""
+"""A store that has not answered by then does not stop the search: what is known answers, and the
+look goes on."""
 
 
 class Freshness:
@@ -32,7 +35,9 @@ class Freshness:
         )  # a look that hangs, and the change that another one found
 
     async def version(self) -> Version:
-        """Return the version to answer from. Raises DataError where the log cannot be read: what it names must not be shown."""
+        """Return the version to answer from. Raises DataError where the log cannot be read: what it
+        names must not be shown.
+        """
         if self.service.parts.look_at_removals and time.monotonic() - self._known_at > self.lag_s:
             await self._have_looked()
         if not self.service.is_current():

@@ -18,7 +18,8 @@ from indexing.data.images import Pixels, Square, square
 MAX_BYTES = 8 << 20
 MAX_PIXELS = 32 << 20
 SIDES, LEAST_PX = 8, 512
-"""A picture is made smaller to so many times the side that the encoder sees, at least LEAST_PX, before anything else is done to it."""
+"""A picture is made smaller to so many times the side that the encoder sees, at least LEAST_PX,
+before anything else is done to it."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 HOSTILE = (
     OSError,
@@ -36,7 +37,9 @@ HOSTILE = (
 
 
 def from_base64(text: str) -> bytes:
-    """Return the bytes of a picture in base64, with or without a `data:` prefix. Raises ValueError for what is none, or too much."""
+    """Return the bytes of a picture in base64, with or without a `data:` prefix. Raises ValueError
+    for what is none, or too much.
+    """
     body = text.partition(",")[2] if text.startswith("data:") else text
     if len(body) > MAX_BYTES * 4 // 3 + 4:
         raise ValueError(f"the picture has more than {MAX_BYTES >> 20} MiB")
@@ -47,9 +50,11 @@ def from_base64(text: str) -> bytes:
 
 
 def decode(data: bytes, side_px: int, square: Square = square) -> Pixels:
-    """Decode a PNG, JPEG or WebP file to an upright RGB square (S, S, 3), on white unless `square` crops. Raises ValueError that says why.
+    """Decode a PNG, JPEG or WebP file to an upright RGB square (S, S, 3), on white unless `square`
+    crops. Raises ValueError that says why.
 
-    Takes at most about 12 bytes a pixel of the file (MAX_PIXELS), and hardly more for a JPEG, which is decoded smaller at once.
+    Takes at most about 12 bytes a pixel of the file (MAX_PIXELS), and hardly more for a JPEG, which
+    is decoded smaller at once.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"the picture has more than {MAX_BYTES >> 20} MiB")
@@ -76,7 +81,9 @@ def decode(data: bytes, side_px: int, square: Square = square) -> Pixels:
 
 
 def _smaller(opened: Image.Image, max_side_px: int) -> Image.Image:
-    """Return a picture with sides of at most `most_px`, each of its pixels the mean of those that it covers."""
+    """Return a picture with sides of at most `most_px`, each of its pixels the mean of those that
+    it covers.
+    """
     if max(opened.size) <= max_side_px:
         return opened
     opened.draft(

@@ -1,7 +1,8 @@
 """Routes whose questions pydantic reads and whose answers it writes, in one step each.
 
-FastAPI's own way through a request (dependencies, contexts to close, the body as Python's objects, the answer held against a model) takes
-about as long as a search among a million vectors. Clients are told the same, and so is whoever reads the OpenAPI document.
+FastAPI's own way through a request (dependencies, contexts to close, the body as Python's objects,
+the answer held against a model) takes about as long as a search among a million vectors. Clients
+are told the same, and so is whoever reads the OpenAPI document.
 """
 
 import inspect
@@ -18,7 +19,9 @@ from indexing.service.middleware import Receive, Scope, Send
 
 
 class QuickRoute(APIRoute):
-    """A route that goes the short way where its coroutine takes nothing but the model in the body, and FastAPI's own way elsewhere."""
+    """A route that goes the short way where its coroutine takes nothing but the model in the body,
+    and FastAPI's own way elsewhere.
+    """
 
     @cached_property
     def model(self) -> type[BaseModel] | None:
@@ -34,7 +37,9 @@ class QuickRoute(APIRoute):
         )
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request. What is wrong with it is raised, for the application's handlers, as by any route."""
+        """Answer a request. What is wrong with it is raised, for the application's handlers, as by
+        any route.
+        """
         if self.model is None or scope["method"] not in (self.methods or ()):
             await super().handle(scope, receive, send)
             return

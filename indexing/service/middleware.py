@@ -1,7 +1,8 @@
-"""What stands before every route: who may ask, how often, how much; and what is counted and logged of it.
+"""What stands before every route: who may ask, how often, how much; and what is counted and logged
+of it.
 
-One plain ASGI layer, so that nothing is read, parsed or answered before it has judged. Queries are private: neither their text nor the
-query string of an URL is logged. Knows nothing of the index.
+One plain ASGI layer, so that nothing is read, parsed or answered before it has judged. Queries are
+private: neither their text nor the query string of an URL is logged. Knows nothing of the index.
 """
 
 import hmac
@@ -56,7 +57,8 @@ ENCODED = _encoded(HEADERS)
 class Guard:
     """The layer. `token` None lets everybody in who names this machine by a loopback name.
 
-    Pages of other `origins` may ask from a browser (CORS), with the token in a header where there is one, never with the cookie.
+    Pages of other `origins` may ask from a browser (CORS), with the token in a header where there
+    is one, never with the cookie.
     """
 
     def __init__(
@@ -213,7 +215,8 @@ class Guard:
         if wait:
             return 429, "too many requests", {"retry-after": str(max(1, round(wait)))}
         if self.token is None:
-            # Without a token a page of another site could ask through a name that it points at this machine (DNS rebinding).
+            # Without a token a page of another site could ask through a name that it points at this
+            # machine (DNS rebinding).
             if not is_loopback_name(headers.get("host", "")):
                 return 421, "this service answers to loopback names only", {}
         elif (
@@ -234,7 +237,9 @@ class Guard:
         return None
 
     def _is_preflight(self, scope: Scope, headers: dict[str, str]) -> bool:
-        """Say whether a browser asks if a page of an allowed origin may ask: it presents no token then, and is told nothing else."""
+        """Say whether a browser asks if a page of an allowed origin may ask: it presents no token
+        then, and is told nothing else.
+        """
         return (
             scope["method"] == "OPTIONS"
             and headers.get("origin") in self.origins

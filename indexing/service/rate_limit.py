@@ -14,7 +14,9 @@ class Buckets:
         self._level: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, address: str, cost: float, now: float) -> float:
-        """Take `cost` of the client's tokens; return 0, or the seconds to wait where there are too few."""
+        """Take `cost` of the client's tokens; return 0, or the seconds to wait where there are too
+        few.
+        """
         if self.rate == 0:
             return 0.0
         client = network_of(address)
@@ -28,7 +30,9 @@ class Buckets:
 
 
 def network_of(address: str) -> str:
-    """Return whose an address is: of IPv6 everybody has a network of 64 bits and all the addresses in it."""
+    """Return whose an address is: of IPv6 everybody has a network of 64 bits and all the addresses
+    in it.
+    """
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -1,7 +1,9 @@
-"""The service on Ray Serve: replicas of the same application behind Serve's proxies, for more than one process or machine.
+"""The service on Ray Serve: replicas of the same application behind Serve's proxies, for more than
+one process or machine.
 
-Every replica opens the index for itself and answers whole requests; what is shared is ROOT, and the token in the nodes' environment. Rates
-are per replica, so whoever opens a replica divides them. `application` is what Serve deploys, `run` deploys it from here.
+Every replica opens the index for itself and answers whole requests; what is shared is ROOT, and the
+token in the nodes' environment. Rates are per replica, so whoever opens a replica divides them.
+`application` is what Serve deploys, `run` deploys it from here.
 """
 
 import logging
@@ -21,7 +23,8 @@ from infra.errors import UnclipError
 NAME = "unclip"
 DEPLOYMENT = "search"
 ONGOING = 64
-"""Requests that a replica answers at a time: its texts are encoded together, so that few would waste it."""
+"""Requests that a replica answers at a time: its texts are encoded together, so that few would
+waste it."""
 QUEUED = 512
 """Requests that wait at a proxy; more are answered 503."""
 LOOK_S = 2.0
@@ -30,7 +33,9 @@ OpenReplica = Callable[[], tuple[Service, ServeConfig]]
 
 
 def application(open_replica: OpenReplica, replicas: int, cpus: float) -> Application:
-    """Return the application for Serve; `open_replica` is called in each replica, on whatever node, and must be importable there."""
+    """Return the application for Serve; `open_replica` is called in each replica, on whatever node,
+    and must be importable there.
+    """
 
     def build() -> FastAPI:
         service, config = open_replica()
@@ -54,9 +59,11 @@ def application(open_replica: OpenReplica, replicas: int, cpus: float) -> Applic
 
 
 def run(application: Application, host: str, port: int, ready: Callable[[], None]) -> None:
-    """Deploy on the Ray that this process has joined, and look after it until interrupted; take it down then.
+    """Deploy on the Ray that this process has joined, and look after it until interrupted; take it
+    down then.
 
-    A Serve that runs on that Ray already keeps its own host and port. Raises UnclipError where the replicas do not come up, or go.
+    A Serve that runs on that Ray already keeps its own host and port. Raises UnclipError where the
+    replicas do not come up, or go.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it tells the terminal of every replica
     try:
@@ -87,7 +94,9 @@ def run(application: Application, host: str, port: int, ready: Callable[[], None
 
 
 def failure_line(error: BaseException) -> str:
-    """Return what the last replica said as it failed, in one line: Serve's own message holds all of their tracebacks."""
+    """Return what the last replica said as it failed, in one line: Serve's own message holds all of
+    their tracebacks.
+    """
     application_status = serve.status().applications.get(NAME)
     messages = (
         [deployment.message for deployment in application_status.deployments.values()]

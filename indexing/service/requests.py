@@ -1,7 +1,8 @@
-"""What a client may ask, as it arrives in JSON: bounded, typed and free of what could not be sent back.
+"""What a client may ask, as it arrives in JSON: bounded, typed and free of what could not be sent
+back.
 
-`Question` is our own; `KnnQuestion` and `MetadataQuestion` are clip-retrieval's, whose fields that mean nothing here are taken and
-left alone, so that its clients work unchanged.
+`Question` is our own; `KnnQuestion` and `MetadataQuestion` are clip-retrieval's, whose fields that
+mean nothing here are taken and left alone, so that its clients work unchanged.
 """
 
 from typing import Annotated, Any, Literal
@@ -42,7 +43,8 @@ class Question(BaseModel):
     key: Text | None = None
     """More like this: the sample with this key."""
     clip: Text | None = None
-    """The fingerprint of the CLIP that made `embedding`; refused where the index was made by another."""
+    """The fingerprint of the CLIP that made `embedding`; refused where the index was made by
+    another."""
     modality: Literal["image", "text"] = "image"
     """Search the pictures, or their captions."""
     k: int = Field(default=24, ge=1)
@@ -72,7 +74,8 @@ class KnnQuestion(BaseModel):
     image_url: Annotated[str, Field(max_length=4000), AfterValidator(speakable)] | None = None
     embedding_input: Embedding | None = None
     clip: Text | None = None
-    """The fingerprint of the CLIP that made `embedding_input`; clip-retrieval's clients do not send it."""
+    """The fingerprint of the CLIP that made `embedding_input`; clip-retrieval's clients do not send
+    it."""
     modality: Literal["image", "text"] = "image"
     num_images: Annotated[int, BeforeValidator(_lenient_number)] = Field(default=100, ge=0)
     num_result_ids: Annotated[int, BeforeValidator(_lenient_number)] = Field(default=0, ge=0)

@@ -1,7 +1,8 @@
-"""What the service holds between requests: the current version of index and CLIP, the thumbnails; and how a view is replaced.
+"""What the service holds between requests: the current version of index and CLIP, the thumbnails;
+and how a view is replaced.
 
-Handed over by the flows as plain callables; knows nothing of ROOT, of models and of HTTP. A request takes `current()` once and answers
-from it alone, so that every answer comes from one version.
+Handed over by the flows as plain callables; knows nothing of ROOT, of models and of HTTP. A request
+takes `current()` once and answers from it alone, so that every answer comes from one version.
 """
 
 import threading
@@ -28,7 +29,9 @@ THUMBNAIL_PX = 256
 
 
 class ServeConfig(Section):
-    """How the service is reached and what it allows; no part of a recipe, since it makes nothing."""
+    """How the service is reached and what it allows; no part of a recipe, since it makes
+    nothing.
+    """
 
     host: str = "127.0.0.1"
     """Address to listen on."""
@@ -37,8 +40,9 @@ class ServeConfig(Section):
     token: str | None = Field(default=None, min_length=16)
     """What a client must present; None only on loopback."""
     rate: float = Field(default=50, ge=0)
-    """Requests a second that one address may make in the long run (a thumbnail counts a tenth); 0 sets no limit. All addresses of an
-    IPv6 network of 64 bits are one. Behind a proxy everybody has the proxy's address: limit the rate there, and set 0 here."""
+    """Requests a second that one address may make in the long run (a thumbnail counts a tenth); 0
+    sets no limit. All addresses of an IPv6 network of 64 bits are one. Behind a proxy everybody has
+    the proxy's address: limit the rate there, and set 0 here."""
     burst: float = Field(default=200, ge=1)
     """Requests that it may make at once."""
     body_bytes: int = Field(default=12 << 20, ge=1024)
@@ -48,9 +52,11 @@ class ServeConfig(Section):
     max_depth: int = Field(default=2000, ge=1, le=100_000)
     """How deep one may page."""
     allow_origins: tuple[str, ...] = ()
-    """Origins (`https://host:port`) whose pages may ask from a browser, such as clip-retrieval's front end; by default ours alone."""
+    """Origins (`https://host:port`) whose pages may ask from a browser, such as clip-retrieval's
+    front end; by default ours alone."""
     removal_lag_s: float = Field(default=0, ge=0)
-    """How old what is known of the removal log may be when a query comes, where a look at it is a round trip (a ROOT in a store)."""
+    """How old what is known of the removal log may be when a query comes, where a look at it is a
+    round trip (a ROOT in a store)."""
 
 
 @dataclass(frozen=True)
@@ -91,18 +97,21 @@ class Parts:
     """What the flows hand over."""
 
     removals_stamp: Callable[[], Hashable]
-    """Changes whenever the removal log, as far as it has been looked at, does; asked before every query, so it must be cheap."""
+    """Changes whenever the removal log, as far as it has been looked at, does; asked before every
+    query, so it must be cheap."""
     read_removals: Callable[[], Removals]
     segments_stamp: Callable[[], Hashable]
     """Changes whenever another run or other segments are to be served; asked every second."""
     open_segments: Callable[[], Opened]
     """Open them; those that have not changed should stay open."""
     fetch: Callable[[str], bytes] | None
-    """Returns the bytes behind an URL or raises ValueError; None where query URLs are not allowed."""
+    """Returns the bytes behind an URL or raises ValueError; None where query URLs are not
+    allowed."""
     report: Callable[[str], None]
     """Is told, in a line, what goes wrong between requests."""
     look_at_removals: Callable[[], None] | None = None
-    """Looks at the log, for the stamp, where that takes a round trip; None where the stamp itself looks."""
+    """Looks at the log, for the stamp, where that takes a round trip; None where the stamp itself
+    looks."""
 
 
 class Service:
@@ -118,7 +127,8 @@ class Service:
         self.version: Version
         """The version that was made last; `current` makes another where the log has changed."""
         self.names: set[str] = set()
-        """What the served run was called since the service started: a client may go on asking by an older name."""
+        """What the served run was called since the service started: a client may go on asking by an
+        older name."""
         self._open()
         self.swaps = 0
         self._thumbnails: OrderedDict[tuple[str, int], bytes] = OrderedDict()
@@ -134,7 +144,8 @@ class Service:
         return self.parts.removals_stamp() == self._removals_stamp
 
     def current(self) -> Version:
-        """Return the version to answer from: nothing that was taken down before this call is in it. Takes its time where there is news.
+        """Return the version to answer from: nothing that was taken down before this call is in it.
+        Takes its time where there is news.
 
         Raises DataError where the log cannot be read: what it names must not be shown.
         """
@@ -151,7 +162,9 @@ class Service:
             return self.version
 
     def refresh(self) -> None:
-        """Serve another run or other segments where there are others; queries go on meanwhile, on the old ones."""
+        """Serve another run or other segments where there are others; queries go on meanwhile, on
+        the old ones.
+        """
         if self.parts.segments_stamp() != self._segments_stamp:
             self._open()
             self.swaps += 1
@@ -172,14 +185,18 @@ class Service:
             self.names.add(opened.name)
 
     def encode_picture(self, encoders: Encoders, data: bytes) -> Floats:
-        """Return the unit vector (D,) of a picture file's bytes. Raises ValueError for what is no picture."""
+        """Return the unit vector (D,) of a picture file's bytes. Raises ValueError for what is no
+        picture.
+        """
         pixels = decode(data, encoders.image_px, encoders.square)
         with self._encoding:
             vectors = np.asarray(encoders.images(pixels[None]), np.float32)
         return np.asarray(unit(vectors)[0], np.float32)
 
     def thumbnail(self, view: View, hit: Hit) -> bytes:
-        """Return a sample's picture as a PNG of at most THUMBNAIL_PX. Raises DataError where its shard does not hold it."""
+        """Return a sample's picture as a PNG of at most THUMBNAIL_PX. Raises DataError where its
+        shard does not hold it.
+        """
         name = (hit.facts["sha256"], hit.facts["offset"])
         with self._drawing:
             if name in self._thumbnails:

@@ -1,6 +1,8 @@
-"""Text queries on their way to CLIP: those that arrive together are encoded together, those asked for before are remembered.
+"""Text queries on their way to CLIP: those that arrive together are encoded together, those asked
+for before are remembered.
 
-Knows the encoder as a plain callable that takes a list of texts; runs it in one thread, so that answers to other queries go on.
+Knows the encoder as a plain callable that takes a list of texts; runs it in one thread, so that
+answers to other queries go on.
 """
 
 import asyncio
@@ -30,7 +32,9 @@ class Texts:
         self.hits = self.misses = 0
 
     async def vector(self, encode: EncodeTexts, clip: str, text: str) -> Floats:
-        """Return the unit vector of a text (D,), as the CLIP of that fingerprint sees it; `encode` is that CLIP."""
+        """Return the unit vector of a text (D,), as the CLIP of that fingerprint sees it; `encode`
+        is that CLIP.
+        """
         name = (clip, text)
         if name in self._known:
             self._known.move_to_end(name)

@@ -1,7 +1,9 @@
-"""The Ray cluster of a run: started or joined once, when the first stage needs it, and left when the run ends.
+"""The Ray cluster of a run: started or joined once, when the first stage needs it, and left when
+the run ends.
 
-A run whose stages are all current never starts Ray. Stops only what it started itself. Knows nothing of stages; the floors above
-submit their work through `ray` once `Cluster.start()` has returned.
+A run whose stages are all current never starts Ray. Stops only what it started itself. Knows
+nothing of stages; the floors above submit their work through `ray` once `Cluster.start()` has
+returned.
 """
 
 import logging
@@ -19,18 +21,21 @@ from infra.settings import Section
 
 KNOCK_LIMIT_S = 10
 SPIN_COUNT = "300000"
-"""GOMP_SPINCOUNT, read when torch loads OpenMP: threads wait for each other by spinning for about a millisecond, then sleep. Sleeping at
-once (OMP_WAIT_POLICY=passive) made training a third slower, and spinning for ever (active) five times where another process wanted the
-core too."""
+"""GOMP_SPINCOUNT, read when torch loads OpenMP: threads wait for each other by spinning for about a
+millisecond, then sleep. Sleeping at once (OMP_WAIT_POLICY=passive) made training a third slower,
+and spinning for ever (active) five times where another process wanted the core too."""
 
 
 LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Read when Ray is imported and when its processes start: with 0 a Ray of one machine listens on loopback and not on every interface.
-Who reaches it needs Ray's token besides, which a Ray that `ray.init` starts asks for unless RAY_AUTH_MODE says otherwise."""
+"""Read when Ray is imported and when its processes start: with 0 a Ray of one machine listens on
+loopback and not on every interface. Who reaches it needs Ray's token besides, which a Ray that
+`ray.init` starts asks for unless RAY_AUTH_MODE says otherwise."""
 
 
 class StageResources(Section):
-    """What a stage's own process asks of a cluster that it is submitted to; its workers ask for themselves."""
+    """What a stage's own process asks of a cluster that it is submitted to; its workers ask for
+    themselves.
+    """
 
     cpus: float = Field(default=1, ge=0)
     """CPU cores."""
@@ -39,18 +44,21 @@ class StageResources(Section):
     memory_bytes: int = Field(default=0, ge=0)
     """Memory; 0 asks for none."""
     labels: dict[str, str] = Field(default_factory=dict)
-    """Labels that the node must have, in Ray's form: `{"market-type" = "!spot"}` keeps a stage off nodes that may vanish."""
+    """Labels that the node must have, in Ray's form: `{"market-type" = "!spot"}` keeps a stage off
+    nodes that may vanish."""
 
 
 class ClusterConfig(Section):
     """Where the work runs and with how many workers; nothing here changes what a stage makes."""
 
     address: str = ""
-    """Ray address (`auto`, `ray://host:10001` or `host:6379`); empty starts a small Ray on this machine for the run."""
+    """Ray address (`auto`, `ray://host:10001` or `host:6379`); empty starts a small Ray on this
+    machine for the run."""
     num_cpus: int | None = Field(default=None, ge=1)
     """CPU cores for the local Ray; by default all that this process may use."""
     ingest_workers: int = Field(default=0, ge=0, le=1024)
-    """Download processes, one CPU core each, that Ray spreads over the nodes; 0 downloads on one machine with `[data] processes`."""
+    """Download processes, one CPU core each, that Ray spreads over the nodes; 0 downloads on one
+    machine with `[data] processes`."""
     clip_workers: int = Field(default=1, ge=1)
     """Processes that train CLIP data-parallel."""
     embed_workers: int | None = Field(default=None, ge=1)
@@ -62,23 +70,29 @@ class ClusterConfig(Section):
     upsampler_workers: int = Field(default=1, ge=1)
     """Processes that train an up-sampler."""
     cpus_per_worker: float = Field(default=1, gt=0)
-    """CPU cores that Ray keeps free for each worker; a worker uses as many torch threads, rounded down but at least one."""
+    """CPU cores that Ray keeps free for each worker; a worker uses as many torch threads, rounded
+    down but at least one."""
     use_gpu: bool = False
     """Give each worker one GPU."""
     object_store_memory_bytes: int = Field(default=200 << 20, ge=80 << 20)
     """Shared memory of the local Ray's object store; the stages pass files, so little is needed."""
     max_failures: int = Field(default=2, ge=0)
-    """How often a training group is restarted from its last checkpoint before the stage fails (Ray's own default is 0)."""
+    """How often a training group is restarted from its last checkpoint before the stage fails
+    (Ray's own default is 0)."""
     collective_timeout_s: int = Field(default=1800, ge=1)
-    """How long a worker waits for the others of its group, in seconds: for the slowest to read its data, for the first to write the state.
-    A worker that ended is noticed at once, whatever this is."""
+    """How long a worker waits for the others of its group, in seconds: for the slowest to read its
+    data, for the first to write the state. A worker that ended is noticed at once, whatever this
+    is."""
     stages: dict[str, StageResources] = Field(default_factory=dict)
-    """Under `unclip submit`: what the process of a stage asks for, such as `{ curate = { cpus = 4 } }`: cpus, gpus, memory_bytes, labels.
-    By default a download asks for its processes, training for none."""
+    """Under `unclip submit`: what the process of a stage asks for, such as `{ curate = { cpus = 4 }
+    }`: cpus, gpus, memory_bytes, labels. By default a download asks for its processes, training for
+    none."""
     attempts: int = Field(default=3, ge=1, le=100)
-    """Under `unclip submit`: how often the job of a stage is tried; raise it on nodes that may vanish."""
+    """Under `unclip submit`: how often the job of a stage is tried; raise it on nodes that may
+    vanish."""
     upload_code: bool = True
-    """Under `unclip submit`: send this checkout with each job; false where the cluster's image has it. Packages are the image's."""
+    """Under `unclip submit`: send this checkout with each job; false where the cluster's image has
+    it. Packages are the image's."""
     python: str = "python"
     """Under `unclip submit`: the interpreter on the cluster."""
 
@@ -107,7 +121,9 @@ class ClusterConfig(Section):
 
 
 class Cluster:
-    """Ray for one run. `start()` is cheap when Ray runs already; leaving the block stops only a Ray that it started."""
+    """Ray for one run. `start()` is cheap when Ray runs already; leaving the block stops only a Ray
+    that it started.
+    """
 
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config
@@ -125,19 +141,25 @@ class Cluster:
         self.stop()
 
     def start(self) -> None:
-        """Start Ray on this machine, or join the cluster at `[cluster] address`. Raises UnclipError where neither works."""
-        # Read by Ray, gRPC and OpenMP when they are loaded, so before the import below; a local Ray's workers inherit them.
+        """Start Ray on this machine, or join the cluster at `[cluster] address`. Raises UnclipError
+        where neither works.
+        """
+        # Read by Ray, gRPC and OpenMP when they are loaded, so before the import below; a local
+        # Ray's workers inherit them.
         for name, value in {
             "RAY_USAGE_STATS_ENABLED": "0",
             "GRPC_VERBOSITY": "NONE",
             "RAY_BACKEND_LOG_LEVEL": "error",
             "GOMP_SPINCOUNT": SPIN_COUNT,
-            # Ray Train looks at its workers this often, and so finds out that long after they have ended that they have (its default: 2).
+            # Ray Train looks at its workers this often, and so finds out that long after they have
+            # ended that they have (its default: 2).
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_TRAIN_METRICS_ENABLED": "0",
-            # A process that asks whether a node will be taken away; a group that lost one goes on from our own state anyway.
+            # A process that asks whether a node will be taken away; a group that lost one goes on
+            # from our own state anyway.
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-            # Serve kills a proxy that is not up in so many seconds (its default: 5) and starts another: on a busy machine, for ever.
+            # Serve kills a proxy that is not up in so many seconds (its default: 5) and starts
+            # another: on a busy machine, for ever.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         }.items():
             os.environ.setdefault(name, value)
@@ -183,7 +205,9 @@ class Cluster:
         self.is_ours = True
 
     def stop(self) -> None:
-        """Leave the cluster; a Ray that `start()` started on this machine ends with all its processes."""
+        """Leave the cluster; a Ray that `start()` started on this machine ends with all its
+        processes.
+        """
         if self.is_ours:
             import ray
 
@@ -201,10 +225,12 @@ def spread(
     gpus: int = 0,
     at_once: int | None = None,
 ) -> Iterator[list[Result]]:
-    """Call `function` with each of the arguments as a task on the running Ray; yield what has ended every second, none twice.
+    """Call `function` with each of the arguments as a task on the running Ray; yield what has ended
+    every second, none twice.
 
-    At most `at_once` tasks run at the same time, by default as many as the cluster has room for. A task that is lost with its process or
-    node is done again, three times at most, so it must write aside and rename. An error of ours is raised as it was in the task.
+    At most `at_once` tasks run at the same time, by default as many as the cluster has room for. A
+    task that is lost with its process or node is done again, three times at most, so it must write
+    aside and rename. An error of ours is raised as it was in the task.
     """
     import ray
     from ray.exceptions import RayTaskError

@@ -1,6 +1,8 @@
-"""What this process holds in memory itself: its own pages, not those of mapped files, which the system takes back when it needs them.
+"""What this process holds in memory itself: its own pages, not those of mapped files, which the
+system takes back when it needs them.
 
-Reads /proc, so that the figures are 0 on systems without one. Knows nothing of what is done meanwhile.
+Reads /proc, so that the figures are 0 on systems without one. Knows nothing of what is done
+meanwhile.
 """
 
 import threading

@@ -1,9 +1,11 @@
-"""Ray jobs that a driver may lose and find again: fixed submission ids, numbered attempts, logs that stream, cancelling that stops.
+"""Ray jobs that a driver may lose and find again: fixed submission ids, numbered attempts, logs
+that stream, cancelling that stops.
 
-Ray runs a job once and forgets it with its cluster. So the attempt's number is kept by the caller (`claim`), before the job is
-submitted: whoever comes back asks for the attempt that was claimed last, joins it while it runs and claims the next one otherwise. Two
-drivers that do so at once submit the same id, and the second joins; one that wakes late follows the attempt that others have claimed
-meanwhile. Knows nothing of stages.
+Ray runs a job once and forgets it with its cluster. So the attempt's number is kept by the caller
+(`claim`), before the job is submitted: whoever comes back asks for the attempt that was claimed
+last, joins it while it runs and claims the next one otherwise. Two drivers that do so at once
+submit the same id, and the second joins; one that wakes late follows the attempt that others have
+claimed meanwhile. Knows nothing of stages.
 """
 
 import asyncio
@@ -69,12 +71,14 @@ class JobServer:
         is_done: Callable[[], bool],
         show: Callable[[str], None],
     ) -> None:
-        """Have the job done: join the attempt `claimed` (0 for none) if it runs, else claim and submit attempts until one succeeds.
+        """Have the job done: join the attempt `claimed` (0 for none) if it runs, else claim and
+        submit attempts until one succeeds.
 
-        `claim(n)` must keep n where a returning driver finds it, unless a later attempt is kept there, and return the one that is kept
-        then; `is_done()` tells whether the result is there. Attempts follow each other after pauses that double. An interruption
-        stops the job. Raises UnclipError when the attempts are used up, when someone else stopped it, or when the server is silent, and
-        StorageAwayError where an attempt ended because its store was away.
+        `claim(n)` must keep n where a returning driver finds it, unless a later attempt is kept
+        there, and return the one that is kept then; `is_done()` tells whether the result is there.
+        Attempts follow each other after pauses that double. An interruption stops the job. Raises
+        UnclipError when the attempts are used up, when someone else stopped it, or when the server
+        is silent, and StorageAwayError where an attempt ended because its store was away.
         """
         number, tries = claimed, 0
         if not number or self.status(job, number) not in RUNNING:
@@ -122,7 +126,9 @@ class JobServer:
         return number
 
     def _follow(self, job: Job, number: int, show: Callable[[str], None]) -> tuple[str, str]:
-        """Show an attempt's log until it ends; returns its state ("" where the cluster does not know it) and its last own word."""
+        """Show an attempt's log until it ends; returns its state ("" where the cluster does not
+        know it) and its last own word.
+        """
         tail = _Tail(show)
         reader: threading.Thread | None = None
         waits_since_s: float | None = time.monotonic()
@@ -153,7 +159,9 @@ class JobServer:
             raise
 
     def status(self, job: Job, number: int) -> str:
-        """Return the state of an attempt, "" where the cluster has never heard of it (it was made anew since)."""
+        """Return the state of an attempt, "" where the cluster has never heard of it (it was made
+        anew since).
+        """
 
         def ask() -> str:
             try:
@@ -166,7 +174,9 @@ class JobServer:
         return self._patiently(ask)
 
     def _message(self, job: Job, number: int) -> str:
-        """Return what the server says of an attempt that has not begun: which resources it waits for, say."""
+        """Return what the server says of an attempt that has not begun: which resources it waits
+        for, say.
+        """
         message = self._patiently(lambda: self._client().get_job_info(job_id(job, number)).message)
         required = {"CPU": job.cpus, "GPU": job.gpus, "memory": job.memory_bytes, **job.labels}
         return f"{' '.join(str(message).split())} It asks one node for {', '.join(f'{k} {v}' for k, v in required.items() if v) or 'nothing'}"
@@ -185,7 +195,9 @@ class JobServer:
             from ray.job_submission import JobSubmissionClient
 
             class Client(JobSubmissionClient):
-                """Ray's own would wait for ever for the answer of a head that lost power or network in the middle of it."""
+                """Ray's own would wait for ever for the answer of a head that lost power or network
+                in the middle of it.
+                """
 
                 def _do_request(self, *arguments: Any, **named: Any) -> Any:
                     return super()._do_request(*arguments, timeout=ANSWER_LIMIT_S, **named)
@@ -216,7 +228,9 @@ class JobServer:
 
 
 class _Tail:
-    """Shows a job's log line by line; after a cut the server sends it from the beginning, and only what is new is shown."""
+    """Shows a job's log line by line; after a cut the server sends it from the beginning, and only
+    what is new is shown.
+    """
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self.show, self.shown, self.last_word = show, 0, ""

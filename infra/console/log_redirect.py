@@ -1,8 +1,10 @@
 """Keeps what libraries and their processes print away from the person's terminal, in a log file.
 
-While `quiet_terminal` is open, file descriptors 1 and 2 (and so every child process and every C++ library) write to the log, as does
-`print`; only what our own code writes to `sys.stderr` reaches the terminal, and a copy of it stands in the log. `terminated` lets a service
-manager's signal end a block as a person's Ctrl-C does; `noting_interrupts` remembers a Ctrl-C that a library made another error of.
+While `quiet_terminal` is open, file descriptors 1 and 2 (and so every child process and every C++
+library) write to the log, as does `print`; only what our own code writes to `sys.stderr` reaches
+the terminal, and a copy of it stands in the log. `terminated` lets a service manager's signal end a
+block as a person's Ctrl-C does; `noting_interrupts` remembers a Ctrl-C that a library made another
+error of.
 """
 
 import logging
@@ -22,11 +24,14 @@ from infra.console.progress import LOG_EVERY_S
 
 CLEAR_LINE = "\x1b[2K"
 INTERRUPTED = threading.Event()
-"""Set by a Ctrl-C within `noting_interrupts`: whatever is raised after it, nothing is to be tried again."""
+"""Set by a Ctrl-C within `noting_interrupts`: whatever is raised after it, nothing is to be tried
+again."""
 
 
 class _Log(TextIOBase):
-    """The log as a stream that takes everything and never fails: a disk that is full must not keep us from saying so."""
+    """The log as a stream that takes everything and never fails: a disk that is full must not keep
+    us from saying so.
+    """
 
     def __init__(self, path: Path) -> None:
         self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -46,7 +51,9 @@ class _Log(TextIOBase):
 
 
 class _Tee(TextIOBase):
-    """Writes to the terminal and, by whole lines, to the log; of a line that a terminal rewrites the log gets one now and then."""
+    """Writes to the terminal and, by whole lines, to the log; of a line that a terminal rewrites
+    the log gets one now and then.
+    """
 
     def __init__(self, terminal: TextIO, log: TextIOBase) -> None:
         self.terminal, self.log = terminal, log
@@ -81,7 +88,9 @@ def _as_last_written(line: str) -> str:
 
 @contextmanager
 def quiet_terminal(log_path: Path) -> Iterator[Path]:
-    """Send everything but our own `sys.stderr` lines to `log_path` (appended) while the block runs."""
+    """Send everything but our own `sys.stderr` lines to `log_path` (appended) while the block
+    runs.
+    """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -126,7 +135,8 @@ def terminated() -> Iterator[None]:
 def noting_interrupts() -> Iterator[None]:
     """Let Ctrl-C set INTERRUPTED before it raises, and end the block as KeyboardInterrupt.
 
-    Prefect, Ray and Arrow may turn it into an error of their own, depending on the line that it hits.
+    Prefect, Ray and Arrow may turn it into an error of their own, depending on the line that it
+    hits.
     """
 
     def note(number: int, frame: FrameType | None) -> None:

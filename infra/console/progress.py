@@ -1,6 +1,8 @@
-"""Progress of a long step: one line that is rewritten on a terminal, a line now and then in a log file.
+"""Progress of a long step: one line that is rewritten on a terminal, a line now and then in a log
+file.
 
-Writes to stderr only, so that `--json` output on stdout stays clean. Knows nothing of stages, Ray or Prefect.
+Writes to stderr only, so that `--json` output on stdout stays clean. Knows nothing of stages, Ray
+or Prefect.
 """
 
 import sys
@@ -31,8 +33,9 @@ def duration(seconds: float) -> str:
 class Progress:
     """Shows how far a step is, at which rate it goes and how long it still takes.
 
-    `update(done)` takes the absolute count; the rate counts from the first update of this process, so that a resumed step does
-    not claim the speed of work done before. `note` is a short text behind the figures (a loss, say).
+    `update(done)` takes the absolute count; the rate counts from the first update of this process,
+    so that a resumed step does not claim the speed of work done before. `note` is a short text
+    behind the figures (a loss, say).
     """
 
     def __init__(
@@ -100,7 +103,9 @@ class Progress:
 def transfer(
     label: str, total_bytes: int, stream: TextIO | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Show how far a large transfer is while the block runs; yields what is told of every few bytes that have moved_total, from any thread."""
+    """Show how far a large transfer is while the block runs; yields what is told of every few bytes
+    that have moved_total, from any thread.
+    """
     if total_bytes < MIN_PROGRESS_BYTES:
         yield lambda _: None
         return

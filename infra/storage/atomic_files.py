@@ -1,4 +1,6 @@
-"""Puts finished files under their final names so that neither a kill nor a power cut leaves a part there. Knows nothing of contents."""
+"""Puts finished files under their final names so that neither a kill nor a power cut leaves a part
+there. Knows nothing of contents.
+"""
 
 import shutil
 from collections.abc import Sequence
@@ -8,7 +10,9 @@ from infra.storage.manifests import sync
 
 
 def put(staging: Path, names: Sequence[str], folder: Path) -> None:
-    """Move files from `aside` into `folder` in this order; the last one's name stands on the disk only behind all else."""
+    """Move files from `aside` into `folder` in this order; the last one's name stands on the disk
+    only behind all else.
+    """
     for name in names:
         sync(staging / name)
     *others, last = names
@@ -29,7 +33,9 @@ def put_folder(staged: Path, folder: Path) -> None:
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Link a finished file, or copy it to another file system (whole under its name at once); the original stays."""
+    """Link a finished file, or copy it to another file system (whole under its name at once); the
+    original stays.
+    """
     target.unlink(missing_ok=True)
     try:
         target.hardlink_to(source)

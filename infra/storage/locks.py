@@ -1,8 +1,10 @@
-"""One writer at a time for a stage's folder, and none that changes one that is being read, among the processes of one machine.
+"""One writer at a time for a stage's folder, and none that changes one that is being read, among
+the processes of one machine.
 
-A second writer waits, and says for whom. POSIX record locks: they vanish with the process that holds them, SIGKILL included, and a
-forked child (a download worker that outlived its parent, say) does not keep them. Between machines the conditional commit decides.
-Readers share a lock of another kind (flock), since several threads of a process may read the same folder.
+A second writer waits, and says for whom. POSIX record locks: they vanish with the process that
+holds them, SIGKILL included, and a forked child (a download worker that outlived its parent, say)
+does not keep them. Between machines the conditional commit decides. Readers share a lock of another
+kind (flock), since several threads of a process may read the same folder.
 """
 
 import fcntl
@@ -34,14 +36,18 @@ def reading_file(scratch: Path, stage: str, key: str) -> Path:
 
 @contextmanager
 def reader_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Share the lock file `path` with other readers while the block runs; while a writer has it, wait and `say` so once."""
+    """Share the lock file `path` with other readers while the block runs; while a writer has it,
+    wait and `say` so once.
+    """
     with _flock(path, fcntl.LOCK_SH, f"{what} is being changed by", say):
         yield
 
 
 @contextmanager
 def unread_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep readers away from what the lock file `path` stands for while the block runs; while some read it, wait and `say` so once."""
+    """Keep readers away from what the lock file `path` stands for while the block runs; while some
+    read it, wait and `say` so once.
+    """
     with _flock(path, fcntl.LOCK_EX, f"{what} is being read by", say):
         yield
 
@@ -68,7 +74,9 @@ def _flock(path: Path, kind: int, held: str, say: Callable[[str], None]) -> Iter
 
 
 def _take(attempt: Callable[[], None], path: Path, held: str, say: Callable[[str], None]) -> None:
-    """Try to take a lock until it is had; while another has it, say once that it is `held` and by whom."""
+    """Try to take a lock until it is had; while another has it, say once that it is `held` and by
+    whom.
+    """
     is_reported = False
     while True:
         try:
@@ -97,7 +105,9 @@ def write_holder(file: TextIO) -> None:
 
 @contextmanager
 def writer_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs; while another run holds it, wait and `say` so once."""
+    """Hold the lock file `path` while the block runs; while another run holds it, wait and `say` so
+    once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _threads_guard:
         in_process = _threads.setdefault(path.resolve(), threading.Lock())
@@ -116,7 +126,8 @@ def writer_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[N
 
 
 def _holder(path: Path) -> str:
-    # Opening the file again and closing it would drop this process's own record locks on it; it holds none here.
+    # Opening the file again and closing it would drop this process's own record locks on it; it
+    # holds none here.
     try:
         holder = json.loads(path.read_text())
         return f"another run (process {holder['pid']} on {holder['host']}, since {holder['since']})"

@@ -1,9 +1,10 @@
 """Committed stage folders: content keys, manifests, and the commit that makes a folder exist.
 
-`ROOT/<stage>/<key>/` exists once its `manifest.json` does. In a local ROOT the whole folder is made aside, synced and renamed into place;
-in an object store the files go below an attempt's own prefix, which the manifest names, and the manifest is put last and only if there is
-none. One that replaces another is exchanged for it in one step, there too. Readers go through `Committed.local()` and never join paths by
-hand. Knows nothing of what the stages do.
+`ROOT/<stage>/<key>/` exists once its `manifest.json` does. In a local ROOT the whole folder is made
+aside, synced and renamed into place; in an object store the files go below an attempt's own prefix,
+which the manifest names, and the manifest is put last and only if there is none. One that replaces
+another is exchanged for it in one step, there too. Readers go through `Committed.local()` and never
+join paths by hand. Knows nothing of what the stages do.
 """
 
 import ctypes
@@ -74,7 +75,8 @@ class Committed:
         return str(self.manifest["digest"])
 
     def local(self) -> Path:
-        """Return a local folder with the files: the folder itself, or a download that is checked and kept in the scratch folder.
+        """Return a local folder with the files: the folder itself, or a download that is checked
+        and kept in the scratch folder.
 
         Raises DataError where a download does not match the manifest.
         """
@@ -86,7 +88,8 @@ class Committed:
         return cache_folder
 
     def files(self, pattern: str) -> list[Path]:
-        """Return local copies of the files whose path matches a glob, sorted; of a store, no other file is downloaded for them.
+        """Return local copies of the files whose path matches a glob, sorted; of a store, no other
+        file is downloaded for them.
 
         Raises DataError as `local` does.
         """
@@ -141,7 +144,9 @@ class Committed:
         (folder / MANIFEST).write_bytes(store.json_bytes(self.manifest))
 
     def _download_one(self, file: dict[str, Any], folder: Path, tell: Callable[[int], None]) -> str:
-        """Download a file, again where it arrives otherwise than the manifest says; return what is wrong with it at last, or ""."""
+        """Download a file, again where it arrives otherwise than the manifest says; return what is
+        wrong with it at last, or "".
+        """
         wrong: list[str] = []
         for _ in range(DOWNLOAD_TRIES):
             store.download(self.root, f"{self.path}/{file['path']}", folder / file["path"], tell)
@@ -153,12 +158,16 @@ class Committed:
 
 
 def downloads(root: Root, stage: str) -> Path:
-    """Return where downloads of a stage's folders lie on this machine, for a ROOT that is not local."""
+    """Return where downloads of a stage's folders lie on this machine, for a ROOT that is not
+    local.
+    """
     return root.scratch / "cache" / stage
 
 
 def forget_downloads(root: Root) -> None:
-    """Remove this machine's downloads of folders that are no longer committed, or not as they were; those that are being read stay."""
+    """Remove this machine's downloads of folders that are no longer committed, or not as they were;
+    those that are being read stay.
+    """
     stages = downloads(root, "")
     if root.folder or not stages.is_dir():
         return
@@ -174,13 +183,17 @@ def forget_downloads(root: Root) -> None:
 def content_key(
     stage: str, version: int, sections: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> str:
-    """Return 16 hex digits that name what a stage makes: a hash of its name, code version, config sections and the keys of its inputs."""
+    """Return 16 hex digits that name what a stage makes: a hash of its name, code version, config
+    sections and the keys of its inputs.
+    """
     what = {"stage": stage, "version": version, "sections": dict(sections), "inputs": dict(inputs)}
     return hashlib.sha256(store.json_bytes(what)).hexdigest()[:16]
 
 
 def find(root: Root, stage: str, key: str) -> Committed | None:
-    """Return the committed folder of that key, or None; a folder without a manifest does not exist."""
+    """Return the committed folder of that key, or None; a folder without a manifest does not
+    exist.
+    """
     manifest = store.read_json(root, f"{stage}/{key}/{MANIFEST}")
     return Committed(root, stage, key, manifest) if manifest is not None else None
 
@@ -196,7 +209,9 @@ def newest(root: Root, stage: str) -> Committed | None:
 
 
 def damage(committed: Committed) -> str:
-    """Return the first file that is missing or has another size than the manifest says, or ""; reads no contents."""
+    """Return the first file that is missing or has another size than the manifest says, or "";
+    reads no contents.
+    """
     sizes = store.file_sizes(committed.root, committed.path)
     for file in committed.manifest["files"]:
         if file["path"] not in sizes:
@@ -207,7 +222,9 @@ def damage(committed: Committed) -> str:
 
 
 def verify(committed: Committed) -> list[str]:
-    """Read every file of a folder and return what differs from the manifest's sizes and checksums; an empty list is good."""
+    """Read every file of a folder and return what differs from the manifest's sizes and checksums;
+    an empty list is good.
+    """
     folder = committed.root.folder
     if folder:
         return _differences(folder / committed.stage / committed.key, committed.manifest["files"])
@@ -219,7 +236,9 @@ def verify(committed: Committed) -> list[str]:
 
 
 def _is_stored(committed: Committed, file: dict[str, Any]) -> bool:
-    """Read a file from a store and say whether it is what the manifest says; a byte that only the network turned gets another try."""
+    """Read a file from a store and say whether it is what the manifest says; a byte that only the
+    network turned gets another try.
+    """
     name = f"{committed.path}/{file['path']}"
     return any(
         store.sha256_of(committed.root, name) == file["sha256"] for _ in range(DOWNLOAD_TRIES)
@@ -271,8 +290,9 @@ def commit(
 ) -> Committed:
     """Make the files in `out` the committed folder of `stage` and `key`, and return it.
 
-    `facts` are the manifest's own part (config, input keys, counts, times). Where a folder of that key is committed already it stays and
-    is returned, unless its attempt is the one in `replaces` (a damaged folder). `out` is gone afterwards. Raises StorageError.
+    `facts` are the manifest's own part (config, input keys, counts, times). Where a folder of that
+    key is committed already it stays and is returned, unless its attempt is the one in `replaces`
+    (a damaged folder). `out` is gone afterwards. Raises StorageError.
     """
     with store.one_line_errors(out):
         files = [
@@ -345,7 +365,9 @@ def _commit_by_rename(
 
 
 def _exchange(left: Path, right: Path) -> bool:
-    """Let two folders change places at once (Linux: renameat2); False where the system or the file system cannot."""
+    """Let two folders change places at once (Linux: renameat2); False where the system or the file
+    system cannot.
+    """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -358,7 +380,9 @@ def _exchange(left: Path, right: Path) -> bool:
 
 
 def interrupted(root: Root) -> list[tuple[str, str]]:
-    """Return stage and key of folders that a killed writer had moved away, on a system that cannot exchange, before it put the new one."""
+    """Return stage and key of folders that a killed writer had moved away, on a system that cannot
+    exchange, before it put the new one.
+    """
     left = [
         _manifest_in(folder)
         for folder in (root.scratch / FOLDER).glob(f"*{REPLACED}")
@@ -368,7 +392,9 @@ def interrupted(root: Root) -> list[tuple[str, str]]:
 
 
 def recover(root: Root, stage: str, key: str) -> None:
-    """Put a folder back that a killed writer had moved away; where another is in its place by now, remove it. Call it under its lock."""
+    """Put a folder back that a killed writer had moved away; where another is in its place by now,
+    remove it. Call it under its lock.
+    """
     for left in sorted((root.scratch / FOLDER).glob(f"{stage}-{key}*{REPLACED}")):
         with store.one_line_errors(left):
             if (
@@ -416,8 +442,8 @@ def _commit_by_put(
         ):  # the store that has just failed; the next commit of this key clears what is left
             store.remove(root, f"{prefix}/{attempt}")
         raise
-    # Before the manifest is there: who replaces it later is not in this list, and must not be cleared along with the attempts that were
-    # killed and those that can only be refused now.
+    # Before the manifest is there: who replaces it later is not in this list, and must not be
+    # cleared along with the attempts that were killed and those that can only be refused now.
     others = [other for other in store.list_names(root, prefix) if other not in (attempt, MANIFEST)]
     manifest |= {"supersedes": others}  # for whoever clears them if we are killed before we have
 

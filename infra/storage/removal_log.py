@@ -1,8 +1,10 @@
-"""The removal log, `ROOT/removals/<time>-<id>.json`: what was taken down, for every later query and every later run.
+"""The removal log, `ROOT/removals/<time>-<id>.json`: what was taken down, for every later query and
+every later run.
 
-One small file a take-down, never rewritten: writers cannot lose each other's entries, on any store. An entry names samples by key, by
-the place they came from (origin), by the SHA-256 of the stored picture and, where it is known, by that of what was downloaded. Knows
-nothing of shards, embeddings and indexes.
+One small file a take-down, never rewritten: writers cannot lose each other's entries, on any store.
+An entry names samples by key, by the place they came from (origin), by the SHA-256 of the stored
+picture and, where it is known, by that of what was downloaded. Knows nothing of shards, embeddings
+and indexes.
 """
 
 import secrets
@@ -59,7 +61,9 @@ class Removals:
         )
 
     def mask(self, columns: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
-        """Return which rows were taken down; `columns` are some of key, origin, url, sha256 and download, at least one."""
+        """Return which rows were taken down; `columns` are some of key, origin, url, sha256 and
+        download, at least one.
+        """
         entries = [
             pc.is_in(columns[column], pa.array(sorted(getattr(self, name)), pa.string()))
             for name, column in HELD_AGAINST
@@ -72,7 +76,9 @@ class Removals:
 
 
 def write_removal(root: Root, entry: Mapping[str, Any], time: str) -> str:
-    """Append an entry (lists `keys`, `origins`, `sha256`, perhaps `downloads`, and whatever else is worth keeping); return its name."""
+    """Append an entry (lists `keys`, `origins`, `sha256`, perhaps `downloads`, and whatever else is
+    worth keeping); return its name.
+    """
     assert entry.keys() >= set(REQUIRED)
     name = f"{time.replace(':', '').replace('-', '').replace('.', '')}-{secrets.token_hex(4)}"
     store.write_json(root, f"{FOLDER}/{name}.json", {**entry, "time": time})
@@ -80,7 +86,9 @@ def write_removal(root: Root, entry: Mapping[str, Any], time: str) -> str:
 
 
 def read_entries(root: Root) -> list[dict[str, Any]]:
-    """Return all entries, the oldest first. Raises DataError for one that does not read: what it names must not come back."""
+    """Return all entries, the oldest first. Raises DataError for one that does not read: what it
+    names must not come back.
+    """
     return [read_entry(root, name) for name in entry_names(root)]
 
 

@@ -1,7 +1,8 @@
 """Trying again what a store or its network failed at for a reason that may pass.
 
-Every client library has its own exceptions for the same few events, and some are wrapped in OSError with a number; what is told by
-type name here needs no import of a client that a local ROOT does without.
+Every client library has its own exceptions for the same few events, and some are wrapped in OSError
+with a number; what is told by type name here needs no import of a client that a local ROOT does
+without.
 """
 
 import errno
@@ -42,7 +43,9 @@ Answer = TypeVar("Answer")
 
 
 def patiently(action: Callable[[], Answer]) -> Answer:
-    """Do what may be done twice, and again after doubling pauses (8 s in all) while it fails for a reason that may pass."""
+    """Do what may be done twice, and again after doubling pauses (8 s in all) while it fails for a
+    reason that may pass.
+    """
     for number in range(TRIES):
         try:
             return action()
@@ -54,7 +57,9 @@ def patiently(action: Callable[[], Answer]) -> Answer:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Say whether a failure may pass: one of the network, the store's load or a flipped byte, not of rights, names or space."""
+    """Say whether a failure may pass: one of the network, the store's load or a flipped byte, not
+    of rights, names or space.
+    """
     if isinstance(error, FINAL):
         return False
     if (

@@ -1,8 +1,10 @@
-"""A ROOT on any fsspec store, as plain functions over names relative to it (`runs/quickstart.json`).
+"""A ROOT on any fsspec store, as plain functions over names relative to it
+(`runs/quickstart.json`).
 
-A local folder is written through the operating system (rename, fsync), everything else through fsspec (a whole object appears at
-once, `create` is conditional); what a network does now and then (503, a cut connection, a flipped byte that the store's checksum
-shows) is tried again. Knows nothing of stages and manifests. Every failure leaves as one line: `StorageError` or `CallerError`.
+A local folder is written through the operating system (rename, fsync), everything else through
+fsspec (a whole object appears at once, `create` is conditional); what a network does now and then
+(503, a cut connection, a flipped byte that the store's checksum shows) is tried again. Knows
+nothing of stages and manifests. Every failure leaves as one line: `StorageError` or `CallerError`.
 """
 
 import errno
@@ -34,7 +36,8 @@ PIECE_BYTES = 8 << 20
 CHANGE_TRIES = 50
 S3_OPTIONS = {
     "use_listings_cache": False,  # other processes write the same bucket
-    "skip_instance_cache": True,  # fsspec would hand out a client with the credentials of an earlier environment
+    # fsspec would hand out a client with the credentials of an earlier environment
+    "skip_instance_cache": True,
     "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 4}},  # backs off with jitter
 }
 FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
@@ -56,8 +59,9 @@ class Root:
 def open_root(uri: str, scratch: Path | None = None, for_writing: bool = True) -> Root:
     """Open a ROOT: a folder, `file://…` or any fsspec URL such as `s3://bucket/prefix`.
 
-    `scratch` is the local folder for unfinished work; a store that is not local needs one. Credentials come from the environment only.
-    Raises CallerError for an URL that cannot be a ROOT, StorageError for one that cannot be read or (`for_writing`) written.
+    `scratch` is the local folder for unfinished work; a store that is not local needs one.
+    Credentials come from the environment only. Raises CallerError for an URL that cannot be a ROOT,
+    StorageError for one that cannot be read or (`for_writing`) written.
     """
     try:
         fs, path = (
@@ -88,7 +92,9 @@ def open_root(uri: str, scratch: Path | None = None, for_writing: bool = True) -
 
 
 def _probe(root: Root) -> None:
-    """Write and remove one small file, so that a ROOT that cannot be written is known before any work."""
+    """Write and remove one small file, so that a ROOT that cannot be written is known before any
+    work.
+    """
     name = f"work/.probe-{secrets.token_hex(4)}"
     try:
         with one_line_errors(root.uri):
@@ -103,10 +109,11 @@ def _probe(root: Root) -> None:
 
 @contextmanager
 def one_line_errors(where: str | Path) -> Iterator[None]:
-    """Turn a full disk, a refused write and a store that fails into a StorageError that names the place and the mend.
+    """Turn a full disk, a refused write and a store that fails into a StorageError that names the
+    place and the mend.
 
-    It is a StorageAwayError where the reason may pass: patience was at its end, and a later try may help. A missing file stays
-    FileNotFoundError: its absence is an answer.
+    It is a StorageAwayError where the reason may pass: patience was at its end, and a later try may
+    help. A missing file stays FileNotFoundError: its absence is an answer.
     """
     try:
         yield
@@ -240,9 +247,11 @@ def json_bytes(value: Any) -> bytes:
 
 
 def create_bytes(root: Root, name: str, data: bytes) -> None:
-    """Write an object only where none is (If-None-Match on S3); raises FileExistsError where one is. Not for local folders.
+    """Write an object only where none is (If-None-Match on S3); raises FileExistsError where one
+    is. Not for local folders.
 
-    Where the answer to the write was lost, the object that refuses the second try may be the caller's own: the caller must look.
+    Where the answer to the write was lost, the object that refuses the second try may be the
+    caller's own: the caller must look.
     """
     assert root.folder is None, "a local folder commits by rename"
     path = join(root, name)
@@ -254,7 +263,8 @@ def create_bytes(root: Root, name: str, data: bytes) -> None:
         except FileExistsError:
             return False
         except OSError:
-            # Some servers answer 412 without saying which condition failed: then the object itself is the answer.
+            # Some servers answer 412 without saying which condition failed: then the object itself
+            # is the answer.
             if root.fs.exists(path):
                 return False
             raise
@@ -268,11 +278,13 @@ def create_bytes(root: Root, name: str, data: bytes) -> None:
 def change_bytes(
     root: Root, name: str, change: Callable[[bytes | None], bytes | None]
 ) -> bytes | None:
-    """Replace a file by what `change` makes of it and return what is there then; what another writer puts meanwhile is never overwritten.
+    """Replace a file by what `change` makes of it and return what is there then; what another
+    writer puts meanwhile is never overwritten.
 
-    `change` gets None where there is no file, answers None to leave everything as it is, and may be asked again with what is there by
-    then: its own bytes where the answer to the write was lost. A local folder takes a lock, S3 a condition on the write (If-Match,
-    If-None-Match). Raises StorageError where others never cease to write.
+    `change` gets None where there is no file, answers None to leave everything as it is, and may be
+    asked again with what is there by then: its own bytes where the answer to the write was lost. A
+    local folder takes a lock, S3 a condition on the write (If-Match, If-None-Match). Raises
+    StorageError where others never cease to write.
     """
     if root.folder is not None:
         lock = root.scratch / "locks" / f"{name.replace('/', '-')}.lock"
@@ -296,7 +308,9 @@ def change_bytes(
 
 
 def _read_version(root: Root, name: str) -> tuple[str | None, bytes | None]:
-    """Return an object's ETag ("" where the store has none) and its content, or twice None; the tag is never newer than the content."""
+    """Return an object's ETag ("" where the store has none) and its content, or twice None; the tag
+    is never newer than the content.
+    """
     path = join(root, name)
     try:
         version = str(patiently(lambda: root.fs.info(path)).get("ETag") or "")
@@ -306,7 +320,9 @@ def _read_version(root: Root, name: str) -> tuple[str | None, bytes | None]:
 
 
 def _put_over(root: Root, name: str, data: bytes, version: str | None) -> bool:
-    """Write an object if it is still the one of that ETag, or if there is still none (None); say whether it was."""
+    """Write an object if it is still the one of that ETag, or if there is still none (None); say
+    whether it was.
+    """
     path = join(root, name)
     if version is None:
         try:
@@ -331,7 +347,9 @@ def _put_over(root: Root, name: str, data: bytes, version: str | None) -> bool:
 
 
 def list_names(root: Root, name: str) -> list[str]:
-    """Return the names directly below `name`, sorted, those that start with a dot left out; empty where there is nothing."""
+    """Return the names directly below `name`, sorted, those that start with a dot left out; empty
+    where there is nothing.
+    """
     if root.folder:
         folder = root.folder / name
         return (
@@ -350,7 +368,9 @@ def list_names(root: Root, name: str) -> list[str]:
 
 
 def file_sizes(root: Root, name: str) -> dict[str, int]:
-    """Return the sizes in bytes of all files at any depth below `name`, by their names relative to it."""
+    """Return the sizes in bytes of all files at any depth below `name`, by their names relative to
+    it.
+    """
     if root.folder:
         base = root.folder / name
         return {
@@ -369,7 +389,9 @@ def file_sizes(root: Root, name: str) -> dict[str, int]:
 
 
 def last_put(root: Root, name: str) -> float:
-    """Return when something was put last below `name` in a store, in seconds since 1970; now where the store does not say."""
+    """Return when something was put last below `name` in a store, in seconds since 1970; now where
+    the store does not say.
+    """
     assert root.folder is None, "a local folder has times of its own"
     with one_line_errors(uri_of(root, name)):
         root.fs.invalidate_cache()
@@ -404,7 +426,9 @@ class _Sent(Callback):
 def upload(
     root: Root, source: Path, name: str, tell: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Copy one local file into a store that is not local; `tell` hears of bytes as they go (negative where they go again)."""
+    """Copy one local file into a store that is not local; `tell` hears of bytes as they go
+    (negative where they go again).
+    """
 
     def put() -> None:
         sent = _Sent(tell)
@@ -455,7 +479,9 @@ def remove(root: Root, name: str) -> None:
 
 
 def abort_uploads(root: Root, name: str) -> int:
-    """End the multipart uploads below `name` that nobody will finish, and return how many; they are invisible, and a store bills them."""
+    """End the multipart uploads below `name` that nobody will finish, and return how many; they are
+    invisible, and a store bills them.
+    """
     if "s3" not in root.fs.protocol:
         return 0
     bucket, prefix, _ = root.fs.split_path(join(root, name))

@@ -1,9 +1,10 @@
 """Temporary folders of writers, `SCRATCH/aside/<name>`, each with a lock that its writer holds.
 
-The lock, `SCRATCH/locks/writing-<name>.lock`, is a flock: it vanishes with its process, SIGKILL included, and names process and host.
-The rule by which a folder is a dead writer's: nobody holds its lock, and the lock names this host. A folder without a lock file, or whose
-lock names another host (a file system may not pass locks on), is dead once nothing in it has changed for a day. Every new writer
-removes what dead ones left. Knows nothing of what the folders hold.
+The lock, `SCRATCH/locks/writing-<name>.lock`, is a flock: it vanishes with its process, SIGKILL
+included, and names process and host. The rule by which a folder is a dead writer's: nobody holds
+its lock, and the lock names this host. A folder without a lock file, or whose lock names another
+host (a file system may not pass locks on), is dead once nothing in it has changed for a day. Every
+new writer removes what dead ones left. Knows nothing of what the folders hold.
 """
 
 import fcntl
@@ -23,14 +24,16 @@ from infra.storage.locks import write_holder
 FOLDER = "aside"
 PREFIX, SUFFIX = "writing-", ".lock"
 REPLACED = ".replaced"
-"""Ends the name of a committed folder that its writer moved away to put another in its place: `manifests.recover` knows what to do."""
+"""Ends the name of a committed folder that its writer moved away to put another in its place:
+`manifests.recover` knows what to do."""
 UNTOUCHED_S = 86_400
 """Time without a change after which a folder is dead whose lock says nothing here."""
 
 
 @contextmanager
 def writing_folder(scratch: Path, name: str) -> Iterator[Path]:
-    """Make an empty temporary folder whose name begins with `name`; it goes when the block ends, unless it was committed by then.
+    """Make an empty temporary folder whose name begins with `name`; it goes when the block ends,
+    unless it was committed by then.
 
     Removes what dead writers left first. Raises OSError.
     """
@@ -49,7 +52,9 @@ def writing_folder(scratch: Path, name: str) -> Iterator[Path]:
 
 
 def dead_folders(scratch: Path) -> list[Path]:
-    """Return the folders that dead writers left, sorted; those that `recover` may have to put back included."""
+    """Return the folders that dead writers left, sorted; those that `recover` may have to put back
+    included.
+    """
     parent = scratch / FOLDER
     return (
         [folder for folder in sorted(parent.iterdir()) if folder.is_dir() and is_dead(folder)]
@@ -59,7 +64,9 @@ def dead_folders(scratch: Path) -> list[Path]:
 
 
 def remove_dead(scratch: Path) -> None:
-    """Remove the folders and locks of dead writers; those that `recover` may have to put back stay."""
+    """Remove the folders and locks of dead writers; those that `recover` may have to put back
+    stay.
+    """
     for folder in dead_folders(scratch):
         if not folder.name.endswith(REPLACED):
             shutil.rmtree(folder, ignore_errors=True)
@@ -80,7 +87,9 @@ def is_dead(folder: Path) -> bool:
 
 
 def last_change(folder: Path) -> float:
-    """Return when a folder or anything below it changed last, in seconds since 1970; 0 where it is no longer there."""
+    """Return when a folder or anything below it changed last, in seconds since 1970; 0 where it is
+    no longer there.
+    """
     changes = [0.0]
     for path in (folder, *folder.rglob("*")):
         try:

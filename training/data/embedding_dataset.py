@@ -1,7 +1,9 @@
-"""What the prior and the decoder read of an `embed` folder: z_i of a split, and all phrasings of every picture as token ids.
+"""What the prior and the decoder read of an `embed` folder: z_i of a split, and all phrasings of
+every picture as token ids.
 
-Vectors stay in their files until they are asked for, captions in Arrow, ids without padding: a worker's memory is some hundred bytes a
-pair, whatever the embeddings' dimension. Legend: M phrasings in all, N tokens, E embedding dimensions.
+Vectors stay in their files until they are asked for, captions in Arrow, ids without padding: a
+worker's memory is some hundred bytes a pair, whatever the embeddings' dimension. Legend: M
+phrasings in all, N tokens, E embedding dimensions.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +30,9 @@ HELD_BYTES = 4 << 30
 
 
 class Vectors:
-    """z_i of a table's rows, in memory-mapped float16 files: `vectors[rows]` is float32 (len(rows), E), unit vectors on the CPU."""
+    """z_i of a table's rows, in memory-mapped float16 files: `vectors[rows]` is float32 (len(rows),
+    E), unit vectors on the CPU.
+    """
 
     def __init__(self, files: Sequence[Path], rows: NDArray[np.int64]) -> None:
         self.parts = [np.load(file, mmap_mode="r") for file in files]
@@ -59,7 +63,9 @@ class Vectors:
         return chosen
 
     def sampled(self) -> Tensor:
-        """Return the places of all rows, or of SAMPLED at equal distances where there are more, int64."""
+        """Return the places of all rows, or of SAMPLED at equal distances where there are more,
+        int64.
+        """
         return (
             torch.arange(len(self))
             if len(self) <= SAMPLED
@@ -78,7 +84,9 @@ def read(embed: Path, split: str, columns: Sequence[str] | None = None) -> tuple
 
 
 class Captions:
-    """All phrasings of every picture, a list of texts for each row, tokenised once; Arrow keeps the texts."""
+    """All phrasings of every picture, a list of texts for each row, tokenised once; Arrow keeps the
+    texts.
+    """
 
     def __init__(self, phrasings: pa.ChunkedArray | pa.Array, tokenizer: Tokenizer) -> None:
         self.texts = pc.list_flatten(phrasings)
@@ -95,21 +103,27 @@ class Captions:
         self.firsts = self.counts.cumsum(0) - self.counts
 
     def ids(self, phrasing: Tensor) -> Tensor:
-        """Return the ids of phrasings (b,) by their numbers, int64 (b, N), N the longest of them."""
+        """Return the ids of phrasings (b,) by their numbers, int64 (b, N), N the longest of
+        them.
+        """
         lengths = self.lengths[phrasing, None]
         column = torch.arange(int(lengths.max()))
         positions = (self.starts[phrasing, None] + column).clamp_(max=len(self.tokens) - 1)
         return self.tokens[positions].long().where(column < lengths, PAD)
 
     def draw(self, rows: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
-        """Pick one phrasing for each picture by `chance` in [0, 1), (b,): its ids (b, N), N the longest drawn, and its number (b,)."""
+        """Pick one phrasing for each picture by `chance` in [0, 1), (b,): its ids (b, N), N the
+        longest drawn, and its number (b,).
+        """
         phrasing = self.firsts[rows] + (chance * self.counts[rows]).long()
         return self.ids(phrasing), phrasing
 
     def embedded(self, clip: CLIP) -> Callable[[Tensor], Tensor]:
-        """Return what gives z_t of phrasings (b,) by their numbers, unit vectors float32 (b, E) on the CPU.
+        """Return what gives z_t of phrasings (b,) by their numbers, unit vectors float32 (b, E) on
+        the CPU.
 
-        All are computed at once where they fit into HELD_BYTES; else they are when they are asked for, by the CLIP that is then kept.
+        All are computed at once where they fit into HELD_BYTES; else they are when they are asked
+        for, by the CLIP that is then kept.
         """
         if len(self.texts) * clip.config.embed_dim * 4 <= HELD_BYTES:
             return embed_texts(clip, self.tokenizer, self.texts.to_pylist()).__getitem__
@@ -123,7 +137,9 @@ class Captions:
 
 
 def towards_first(chance: Tensor, share: float) -> Tensor:
-    """Turn chances in [0, 1) for `Captions.draw` into such that `share` of them pick the first phrasing and the others any."""
+    """Turn chances in [0, 1) for `Captions.draw` into such that `share` of them pick the first
+    phrasing and the others any.
+    """
     return torch.where(chance < share, 0.0, (chance - share) / max(1 - share, 1e-9)).clamp_(
         max=1 - 2**-24
     )

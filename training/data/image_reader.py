@@ -1,7 +1,8 @@
-"""Reads a run's pictures by the keep list: straight from their place in the tar shards, decoded ahead by threads, cached when small.
+"""Reads a run's pictures by the keep list: straight from their place in the tar shards, decoded
+ahead by threads, cached when small.
 
-Reads curate's `keep.parquet` (or embed's metadata, the same schema) and ingest's `shards/`. Every picture's bytes are checked against
-the keep list's SHA-256 as they are read.
+Reads curate's `keep.parquet` (or embed's metadata, the same schema) and ingest's `shards/`. Every
+picture's bytes are checked against the keep list's SHA-256 as they are read.
 """
 
 import hashlib
@@ -45,7 +46,9 @@ MEND = 'delete that ingest folder and run again, or set broken_pictures = "skip"
 def read_table(
     path: Path, split: str | None = None, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Read a keep list (a parquet file, or a folder of them in name order), one split of it and some of its columns if named."""
+    """Read a keep list (a parquet file, or a folder of them in name order), one split of it and
+    some of its columns if named.
+    """
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     filters = None if split is None else [("split", "=", split)]
     return pa.concat_tables(
@@ -66,7 +69,9 @@ def decode(data: bytes, side_px: int, name: str, look: Look = WHOLE) -> np.ndarr
 
 
 def as_square(picture: np.ndarray, side_px: int, look: Look = WHOLE) -> np.ndarray:
-    """Turn a decoded picture, uint8 grey, BGR or BGRA, into an RGB square of that side: on white where it is transparent."""
+    """Turn a decoded picture, uint8 grey, BGR or BGRA, into an RGB square of that side: on white
+    where it is transparent.
+    """
     if picture.ndim == 2:
         picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
     if picture.shape[2] == 4:
@@ -87,7 +92,9 @@ def as_square(picture: np.ndarray, side_px: int, look: Look = WHOLE) -> np.ndarr
 
 
 def _as_open_clip(picture: np.ndarray, side_px: int, look: Look) -> np.ndarray:
-    """Make an RGB picture, uint8 (H, W, 3), a square by Pillow, whose resizing is what open_clip's transforms are made of."""
+    """Make an RGB picture, uint8 (H, W, 3), a square by Pillow, whose resizing is what open_clip's
+    transforms are made of.
+    """
     if (
         look.resize == "shortest"
     ):  # of a very long one, which would be large at any side, only the middle is cropped anyway
@@ -110,9 +117,11 @@ def _as_open_clip(picture: np.ndarray, side_px: int, look: Look) -> np.ndarray:
 
 
 def read_file(file: Path, side_px: int, look: Look = WHOLE) -> np.ndarray:
-    """Read a person's picture file as an RGB square, uint8 (S, S, 3), upright and on white. Raises CallerError in one line.
+    """Read a person's picture file as an RGB square, uint8 (S, S, 3), upright and on white. Raises
+    CallerError in one line.
 
-    The file may be hostile: its size and the size that its header tells are bounded before a pixel is decoded.
+    The file may be hostile: its size and the size that its header tells are bounded before a pixel
+    is decoded.
     """
     try:
         if not file.is_file():
@@ -164,9 +173,11 @@ def read_file(file: Path, side_px: int, look: Look = WHOLE) -> np.ndarray:
 
 
 class Pictures:
-    """The pictures of a table's rows at one side length; `pictures[rows]` is uint8 (len(rows), S, S, 3) on the CPU.
+    """The pictures of a table's rows at one side length; `pictures[rows]` is uint8 (len(rows), S,
+    S, 3) on the CPU.
 
-    Holds PLACE of every row, some 140 bytes, and the pictures themselves where they fit into `cache_bytes` (CACHE_BYTES unless told).
+    Holds PLACE of every row, some 140 bytes, and the pictures themselves where they fit into
+    `cache_bytes` (CACHE_BYTES unless told).
     """
 
     def __init__(
@@ -215,13 +226,17 @@ class Pictures:
         return torch.from_numpy(np.stack([decoded[row] for row in wanted.tolist()]))
 
     def read_ahead(self, rows: Tensor) -> None:
-        """Begin to read and decode rows that will be asked for, as they lie in the shards, so that a step need not wait for them."""
+        """Begin to read and decode rows that will be asked for, as they lie in the shards, so that
+        a step need not wait for them.
+        """
         if self.cache is None:
             new = sorted({*rows.tolist()} - self.ahead.keys(), key=self.rank.__getitem__)
             self.ahead |= {row: self.readers.submit(self._read, row) for row in new}
 
     def _open(self, shard: str) -> BinaryIO:
-        """Return a shard, open; each reader keeps the last one, since the next row mostly lies in it as well."""
+        """Return a shard, open; each reader keeps the last one, since the next row mostly lies in
+        it as well.
+        """
         if getattr(self.opened, "shard", None) != shard:
             if hasattr(self.opened, "file"):
                 self.opened.file.close()

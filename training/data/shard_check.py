@@ -1,7 +1,8 @@
-"""Shards lie: which pictures of a table can be read at all, decided once before a job, and the same for all its workers and attempts.
+"""Shards lie: which pictures of a table can be read at all, decided once before a job, and the same
+for all its workers and attempts.
 
-Reads ingest's `shards/` and compares with the keep list's places and SHA-256; writes `left_out.json` into the job's work folder.
-Memory: the table's places, some 150 bytes a pair.
+Reads ingest's `shards/` and compares with the keep list's places and SHA-256; writes
+`left_out.json` into the job's work folder. Memory: the table's places, some 150 bytes a pair.
 """
 
 import hashlib
@@ -26,11 +27,13 @@ READ = ["key", "shard", "offset", "size_bytes", "sha256"]
 
 
 def settle(table: pa.Table, shards: Path, on_broken: OnBroken, work: Path) -> dict[str, int]:
-    """Look at every shard of a table with READ once before a job; return how many pictures are left out, by reason.
+    """Look at every shard of a table with READ once before a job; return how many pictures are left
+    out, by reason.
 
-    `stop`: a shard that is missing or too short raises DataError here, an altered picture when it is read. `skip`: every picture is read
-    and compared with its SHA-256, and `work/left_out.json` names those that are broken (`shard_missing`, `shard_truncated`,
-    `checksum`); `is_kept` tells the workers. What a killed attempt decided stands.
+    `stop`: a shard that is missing or too short raises DataError here, an altered picture when it
+    is read. `skip`: every picture is read and compared with its SHA-256, and `work/left_out.json`
+    names those that are broken (`shard_missing`, `shard_truncated`, `checksum`); `is_kept` tells
+    the workers. What a killed attempt decided stands.
     """
     decided = work / LEFT_OUT
     if not decided.exists():
@@ -76,7 +79,9 @@ def is_readable(table: pa.Table, work: Path) -> NDArray[np.bool_]:
 
 
 def _broken(shard: Path, members: pa.Table, is_read: bool) -> dict[str, str]:
-    """Return the reason for every picture of a shard that cannot be had; whole files are only read where `is_read`."""
+    """Return the reason for every picture of a shard that cannot be had; whole files are only read
+    where `is_read`.
+    """
     if not shard.is_file():
         return dict.fromkeys(members["key"].to_pylist(), "shard_missing")
     size_bytes = shard.stat().st_size

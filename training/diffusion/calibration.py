@@ -1,8 +1,10 @@
-"""What a trained denoiser's x_0 is worth at every t: its best blend with the noised data itself, fitted on training data.
+"""What a trained denoiser's x_0 is worth at every t: its best blend with the noised data itself,
+fitted on training data.
 
-A network that predicts x_0 and saw few nearly clean pictures gives them back blurred, where x_t alone is all but the answer. The blend
-a_t x_0' + b_t x_t with the least squared error mends that with two numbers a time. For what starts from real data and lives at small t
-(the likelihood); what is sampled from noise has no detail there to keep.
+A network that predicts x_0 and saw few nearly clean pictures gives them back blurred, where x_t
+alone is all but the answer. The blend a_t x_0' + b_t x_t with the least squared error mends that
+with two numbers a time. For what starts from real data and lives at small t (the likelihood); what
+is sampled from noise has no detail there to keep.
 Legend: B batch, T diffusion steps.
 """
 
@@ -19,7 +21,9 @@ from training.diffusion.variance import probe_times
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Factors of the network's x_0 and of x_t in the blend, float64 (T + 1,) each; (0, 1) at t = 0."""
+    """Factors of the network's x_0 and of x_t in the blend, float64 (T + 1,) each; (0, 1) at t
+    = 0.
+    """
 
     of_x_0: Tensor
     of_x_t: Tensor
@@ -35,7 +39,9 @@ class Calibration:
         return blended
 
     def faded(self, share: float) -> "Calibration":
-        """Go this share of the way, 0 to 1, back to the denoiser alone: for samplers that add noise, which x_t then holds too."""
+        """Go this share of the way, 0 to 1, back to the denoiser alone: for samplers that add
+        noise, which x_t then holds too.
+        """
         return Calibration(
             self.of_x_0.lerp(torch.ones_like(self.of_x_0), share), self.of_x_t * (1 - share)
         )
@@ -45,7 +51,9 @@ class Calibration:
 def calibrate(
     denoise: Denoise, x_0: Tensor, schedule: Schedule, points: int = 32, generator: Noise = None
 ) -> Calibration:
-    """Fit the blend on data x_0 (B, ...) at about `points` times; it is linear in log t between them."""
+    """Fit the blend on data x_0 (B, ...) at about `points` times; it is linear in log t between
+    them.
+    """
     times = probe_times(schedule.T, points)
     factors = np.empty((len(times), 2))
     for i, t in enumerate(times):

@@ -1,7 +1,9 @@
-"""The variational bound on log-likelihood in bits per dimension, and the hybrid loss that trains a learned variance with it.
+"""The variational bound on log-likelihood in bits per dimension, and the hybrid loss that trains a
+learned variance with it.
 
-Knows a schedule and a denoiser, no network. Images are 8-bit values scaled to [-1, 1] (`levels` = 256); with `levels` = None the data
-are a density and the last term is its Gaussian's. Legend: B batch; x_0 and x_t (B, ...), t (B,).
+Knows a schedule and a denoiser, no network. Images are 8-bit values scaled to [-1, 1] (`levels` =
+256); with `levels` = None the data are a density and the last term is its Gaussian's. Legend: B
+batch; x_0 and x_t (B, ...), t (B,).
 """
 
 import math
@@ -49,7 +51,9 @@ def gaussian_log_density(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tenso
 def discretised_log_likelihood(
     x_0: Tensor, mean: Tensor, log_variance: Tensor, levels: int = 256
 ) -> Tensor:
-    """Log of the Gaussian's mass on x_0's own level, the outermost levels reaching to infinity (Ho et al. 2020, eq. 13), elementwise."""
+    """Log of the Gaussian's mass on x_0's own level, the outermost levels reaching to infinity (Ho
+    et al. 2020, eq. 13), elementwise.
+    """
     half = 1 / (levels - 1)
     precision = torch.exp(-0.5 * log_variance)
     above, below = (x_0 - mean + half) * precision, (x_0 - mean - half) * precision
@@ -82,9 +86,11 @@ def vlb_term(
     log_variance: Tensor,
     levels: int | None = 256,
 ) -> Tensor:
-    """L_{t-1} in bits/dim, (B,): KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and -log p(x_0 | x_1) where t = 1 (Ho et al. 2020, eq. 5).
+    """L_{t-1} in bits/dim, (B,): KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and -log p(x_0 |
+    x_1) where t = 1 (Ho et al. 2020, eq. 5).
 
-    log_variance: of p, broadcastable to x_0. Sum it over t = 1..T and add `prior_term` for the bound.
+    log_variance: of p, broadcastable to x_0. Sum it over t = 1..T and add `prior_term` for the
+    bound.
     """
     mean_q, variance_q = posterior(schedule, x_0, x_t, t)
     mean_p, _ = posterior(schedule, predicted_x_0, x_t, t)
@@ -114,9 +120,11 @@ def hybrid_loss(
     weight: Tensor | None = None,
     levels: int | None = 256,
 ) -> Tensor:
-    """L_simple + 0.001 L_vlb for a network that gives `fraction` as well (Nichol & Dhariwal 2021, eq. 16).
+    """L_simple + 0.001 L_vlb for a network that gives `fraction` as well (Nichol & Dhariwal 2021,
+    eq. 16).
 
-    L_vlb, estimated as T times the drawn term, teaches the variance alone: no gradient flows from it to `prediction`.
+    L_vlb, estimated as T times the drawn term, teaches the variance alone: no gradient flows from
+    it to `prediction`.
     """
     prediction, fraction = prediction.float(), fraction.float()
     simple = simple_loss(
@@ -146,10 +154,11 @@ def bits_per_dim(
 ) -> dict[str, float]:
     """Estimate -log2 p(x_0) per dimension from above, over a held-out set.
 
-    batches: x_0 with the `denoise` that knows its condition. draws: network calls a sample for the terms of t = 2..T, one from each of as
-    many stretches that are equal in log t, for most of the bits are near the data (all T - 1 where None); t = 1 takes one more. Noise and
-    times depend on `seed` and the sample's place in the set alone.
-    Returns bits_per_dim, its standard_error, its parts (prior, diffusion, decoder) and the number of samples.
+    batches: x_0 with the `denoise` that knows its condition. draws: network calls a sample for the
+    terms of t = 2..T, one from each of as many stretches that are equal in log t, for most of the
+    bits are near the data (all T - 1 where None); t = 1 takes one more. Noise and times depend on
+    `seed` and the sample's place in the set alone. Returns bits_per_dim, its standard_error, its
+    parts (prior, diffusion, decoder) and the number of samples.
     """
     start, length = _stretches(schedule.T, schedule.T - 1 if draws is None else draws)
     parts: list[Tensor] = []
@@ -183,7 +192,10 @@ def bits_per_dim(
             return bits
 
         times = torch.stack(
-            [start + (torch.rand(len(start), generator=generator_of_row) * length).long() for generator_of_row in sample_noise]
+            [
+                start + (torch.rand(len(start), generator=generator_of_row) * length).long()
+                for generator_of_row in sample_noise
+            ]
         )  # (B, draws)
         diffusion = torch.zeros(len(x_0), dtype=torch.float64)
         for t, terms in zip(times.unbind(1), length.tolist(), strict=True):
@@ -208,7 +220,9 @@ def bits_per_dim(
 
 
 def _stretches(T: int, count: int) -> tuple[Tensor, Tensor]:
-    """Cut 2..T into at most `count` stretches equal in log t, at least one time in each: their starts and lengths, int64 (count,)."""
+    """Cut 2..T into at most `count` stretches equal in log t, at least one time in each: their
+    starts and lengths, int64 (count,).
+    """
     count = min(count, T - 1)
     edges = (
         torch.logspace(math.log10(2), math.log10(T + 1), count + 1, dtype=torch.float64)

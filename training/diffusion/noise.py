@@ -1,7 +1,8 @@
 """Gaussian noise that is the same on every device and however a batch is split.
 
-One generator a sample, drawn on the CPU in float32, then moved: sample i's noise depends on its own seed alone.
-A single `torch.Generator` draws the whole batch at once, on its own device; then the batch's size matters.
+One generator a sample, drawn on the CPU in float32, then moved: sample i's noise depends on its own
+seed alone. A single `torch.Generator` draws the whole batch at once, on its own device; then the
+batch's size matters.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,9 @@ SEED_BITS = 29
 
 
 class Stream(IntEnum):
-    """What noise is for. A picture's seed is the same all along its way; its generators are not: no purpose repeats another's noise."""
+    """What noise is for. A picture's seed is the same all along its way; its generators are not: no
+    purpose repeats another's noise.
+    """
 
     UPSAMPLER = 0  # where the first up-sampler starts; and whatever has one purpose only
     PRIOR = 1  # z_i, each candidate from its start to its end
@@ -32,8 +35,8 @@ class Stream(IntEnum):
 def generators(seeds: Iterable[int], stream: int = 0) -> list[torch.Generator]:
     """One CPU generator a sample, from its own seed and the stream, 0 to 7.
 
-    torch's CPU generator looks at 32 bits of a seed alone, so the stream takes the upper three: streams never meet, and within one
-    2^29 seeds are told apart.
+    torch's CPU generator looks at 32 bits of a seed alone, so the stream takes the upper three:
+    streams never meet, and within one 2^29 seeds are told apart.
     """
     return [
         torch.Generator().manual_seed(seed % 2**SEED_BITS + (stream << SEED_BITS)) for seed in seeds
@@ -46,7 +49,9 @@ def noise(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw eps ~ N(0, I) of shape (B, ...); with one generator a sample there must be B of them, each advanced by its sample's size."""
+    """Draw eps ~ N(0, I) of shape (B, ...); with one generator a sample there must be B of them,
+    each advanced by its sample's size.
+    """
     if generator is None or isinstance(generator, torch.Generator):
         where = generator.device if generator is not None else device
         return torch.randn(*shape, generator=generator, device=where).to(device, dtype)

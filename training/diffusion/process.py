@@ -1,7 +1,9 @@
-"""The diffusion process: schedules, q(x_t | x_0), its posterior, the three parametrisations and the simple loss.
+"""The diffusion process: schedules, q(x_t | x_0), its posterior, the three parametrisations and the
+simple loss.
 
-The only place that knows what a network's output means ("x_0", "eps" or "v"); samplers and the likelihood see `denoise(x_t, t) -> x_0`.
-Time t is an integer in 1..T as in Ho et al. 2020; `alpha_bar[t]` is indexed by it and `alpha_bar[0]` is exactly 1, so t = 0 is the data.
+The only place that knows what a network's output means ("x_0", "eps" or "v"); samplers and the
+likelihood see `denoise(x_t, t) -> x_0`. Time t is an integer in 1..T as in Ho et al. 2020;
+`alpha_bar[t]` is indexed by it and `alpha_bar[0]` is exactly 1, so t = 0 is the data.
 Legend: B batch, T diffusion steps; x_0, x_t, eps, v have shape (B, ...) and t has shape (B,).
 """
 
@@ -18,10 +20,12 @@ Parametrisation = Literal["x_0", "eps", "v"]
 PARAMETRISATIONS: tuple[Parametrisation, ...] = ("x_0", "eps", "v")
 
 Prediction = Tensor | tuple[Tensor, Tensor]
-"""A tensor, or where the variance is learned a pair of it and `fraction` in [0, 1], which goes from the small variance to the large."""
+"""A tensor, or where the variance is learned a pair of it and `fraction` in [0, 1], which goes from
+the small variance to the large."""
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
-"""`denoise(x_t, t) -> x_0`: the expected data given the noised data, in a fresh tensor; t is an int64 tensor (B,)."""
+"""`denoise(x_t, t) -> x_0`: the expected data given the noised data, in a fresh tensor; t is an
+int64 tensor (B,)."""
 
 Number = TypeVar("Number", float, Tensor)  # a float64 value, or a float64 tensor of them
 
@@ -31,7 +35,8 @@ T_OF_DDPM = 1000  # the T for which the linear schedule's usual betas are meant
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """How much of the data is left at every t: `alpha_bar`, float64 (T + 1,), from exactly 1 at t = 0 strictly down to above 0 at t = T.
+    """How much of the data is left at every t: `alpha_bar`, float64 (T + 1,), from exactly 1 at t =
+    0 strictly down to above 0 at t = T.
 
     Raises ValueError naming the first t at which that does not hold.
     """
@@ -63,7 +68,9 @@ class Schedule:
 
     @classmethod
     def linear(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Self:
-        """Ho et al. 2020: beta from 1e-4 to 0.02 over T = 1000; for another T the betas scale with 1000 / T, so that the path stays."""
+        """Ho et al. 2020: beta from 1e-4 to 0.02 over T = 1000; for another T the betas scale with
+        1000 / T, so that the path stays.
+        """
         scale = T_OF_DDPM / _positive(T)
         return cls.from_betas(
             torch.linspace(scale * beta_1, scale * beta_T, T, dtype=torch.float64).clamp(
@@ -73,7 +80,9 @@ class Schedule:
 
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008) -> Self:
-        """Nichol & Dhariwal 2021, eq. 17: alpha_bar = f(t) / f(0), f = cos^2, each beta clipped at 0.999."""
+        """Nichol & Dhariwal 2021, eq. 17: alpha_bar = f(t) / f(0), f = cos^2, each beta clipped at
+        0.999.
+        """
         f = (
             torch.cos(
                 (torch.linspace(0, 1, _positive(T) + 1, dtype=torch.float64) + s)
@@ -86,9 +95,11 @@ class Schedule:
 
     @classmethod
     def constant(cls, rate: float, end: float = 1e-4) -> Self:
-        """One diffusion rate beta at every step, and as many steps as alpha_bar needs to fall to `end` (Sohl-Dickstein et al. 2015).
+        """One diffusion rate beta at every step, and as many steps as alpha_bar needs to fall to
+        `end` (Sohl-Dickstein et al. 2015).
 
-        A rate near 1 is a map in one step, a low one is slow to sample: T = ln(end) / ln(1 - rate), rounded up.
+        A rate near 1 is a map in one step, a low one is slow to sample: T = ln(end) / ln(1 - rate),
+        rounded up.
         """
         if not (0 < rate < 1 and 0 < end < 1):
             raise ValueError(
@@ -98,7 +109,9 @@ class Schedule:
         return cls.from_betas(torch.full((T,), rate, dtype=torch.float64))
 
     def shifted(self, factor: float) -> "Schedule":
-        """Multiply SNR by factor^2 at every t (Hoogeboom et al. 2023, eq. 5): factor = 64 / side_px adds noise for larger images."""
+        """Multiply SNR by factor^2 at every t (Hoogeboom et al. 2023, eq. 5): factor = 64 / side_px
+        adds noise for larger images.
+        """
         if not factor > 0:
             raise ValueError(
                 f"shift = {factor:g}: it multiplies a noise level, give a positive number"
@@ -127,7 +140,9 @@ class Schedule:
         return torch.logit(self.alpha_bar)
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4); t = 0 gives x_0 itself."""
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4); t = 0
+        gives x_0 itself.
+        """
         _check(x_0, t, eps)
         check_t(t, self.T, lowest=0)
         return (at(self.sqrt_alpha_bar, t, x_0) * x_0).addcmul_(
@@ -154,7 +169,9 @@ def _check(x: Tensor, t: Tensor, other: Tensor) -> None:
 
 
 def check_t(t: Tensor, T: int, lowest: int = 1) -> None:
-    """Raise ValueError unless every t is an integer in lowest..T; on an accelerator `at`'s gather does it, without a wait."""
+    """Raise ValueError unless every t is an integer in lowest..T; on an accelerator `at`'s gather
+    does it, without a wait.
+    """
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f"t is {t.dtype}: time is an integer in {lowest}..{T}")
     if t.device.type == "cpu" and t.numel() and not lowest <= int(t.min()) <= int(t.max()) <= T:
@@ -162,7 +179,9 @@ def check_t(t: Tensor, T: int, lowest: int = 1) -> None:
 
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Look up a float64 table (T + 1,) at t (B,) as (B, 1, ...), float32 or better, to multiply with `like` (B, ...)."""
+    """Look up a float64 table (T + 1,) at t (B,) as (B, 1, ...), float32 or better, to multiply
+    with `like` (B, ...).
+    """
     values = table.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
     return values.gather(0, t.to(like.device, torch.int64)).view(-1, *[1] * (like.ndim - 1))
 
@@ -170,7 +189,9 @@ def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 def posterior_coefficients(
     alpha_bar_t: Number, alpha_bar_s: Number
 ) -> tuple[Number, Number, Number]:
-    """Factors of x_0 and x_t in the mean of q(x_s | x_t, x_0), and its variance, for any s < t (Ho et al. 2020, eq. 6-7)."""
+    """Factors of x_0 and x_t in the mean of q(x_s | x_t, x_0), and its variance, for any s < t (Ho
+    et al. 2020, eq. 6-7).
+    """
     alpha = alpha_bar_t / alpha_bar_s
     of_x_0 = alpha_bar_s**0.5 * (1 - alpha) / (1 - alpha_bar_t)
     of_x_t = alpha**0.5 * (1 - alpha_bar_s) / (1 - alpha_bar_t)
@@ -178,7 +199,9 @@ def posterior_coefficients(
 
 
 def posterior(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (B, ...) and variance (B, 1, ...) of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7); the variance is 0 at t = 1."""
+    """Mean (B, ...) and variance (B, 1, ...) of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7);
+    the variance is 0 at t = 1.
+    """
     _check(x_0, t, x_t)
     check_t(t, schedule.T)
     of_x_0, of_x_t, variance = (at(table, t - 1, x_t) for table in posterior_tables(schedule))
@@ -186,7 +209,9 @@ def posterior(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[
 
 
 def posterior_tables(schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-    """`posterior_coefficients` for every t = 1..T with s = t - 1, float64 (T,) each; entry t - 1 belongs to t."""
+    """`posterior_coefficients` for every t = 1..T with s = t - 1, float64 (T,) each; entry t - 1
+    belongs to t.
+    """
     return posterior_coefficients(schedule.alpha_bar[1:], schedule.alpha_bar[:-1])
 
 
@@ -200,7 +225,9 @@ def _check_parametrisation(parametrisation: str) -> None:
 def training_target(
     schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor, parametrisation: Parametrisation
 ) -> Tensor:
-    """What a network must predict: x_0, eps or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022)."""
+    """What a network must predict: x_0, eps or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
+    (Salimans & Ho 2022).
+    """
     _check_parametrisation(parametrisation)
     _check(x_0, t, eps)
     check_t(t, schedule.T, lowest=0)
@@ -218,7 +245,8 @@ def to_x_0(
 ) -> Tensor:
     """Read x_0 out of a network's prediction; allocates one batch at most.
 
-    From eps: (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar); from v: sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v.
+    From eps: (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar); from v: sqrt(alpha_bar) x_t -
+    sqrt(1 - alpha_bar) v.
     """
     _check_parametrisation(parametrisation)
     _check(x_t, t, prediction)
@@ -235,7 +263,9 @@ def to_x_0(
 
 
 def to_eps(schedule: Schedule, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
-    """The noise that leads from x_0 to x_t: (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar), t at least 1."""
+    """The noise that leads from x_0 to x_t: (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar), t at
+    least 1.
+    """
     _check(x_t, t, x_0)
     check_t(t, schedule.T)
     signal, noise = (
@@ -251,10 +281,12 @@ def as_denoise(
     parametrisation: Parametrisation,
     clip: float | None = None,
 ) -> Denoise:
-    """Turn `network(x_t, t) -> prediction` into `denoise(x_t, t) -> x_0`, clamped to [-clip, clip] where given.
+    """Turn `network(x_t, t) -> prediction` into `denoise(x_t, t) -> x_0`, clamped to [-clip, clip]
+    where given.
 
-    A pair (prediction, fraction) becomes (x_0, fraction). Under guidance leave `clip` to `guided`: it must come after the extrapolation.
-    `denoise` raises ValueError for a t that is no integer in 1..T.
+    A pair (prediction, fraction) becomes (x_0, fraction). Under guidance leave `clip` to `guided`:
+    it must come after the extrapolation. `denoise` raises ValueError for a t that is no integer in
+    1..T.
     """
     _check_parametrisation(parametrisation)
 
@@ -272,8 +304,8 @@ def as_denoise(
 def clipped(x_0: Tensor, limit: float, is_new: bool = True) -> Tensor:
     """Clamp x_0 (B, ...) to [-limit, limit], in place where it is the caller's own.
 
-    A sample that is not finite becomes NaN throughout: a clamp alone would pass an infinity off as a bright pixel, and looking for one
-    here would make an accelerator wait; samplers look for NaN.
+    A sample that is not finite becomes NaN throughout: a clamp alone would pass an infinity off as
+    a bright pixel, and looking for one here would make an accelerator wait; samplers look for NaN.
     """
     lost = x_0.sum(
         tuple(range(1, x_0.ndim)), keepdim=True, dtype=torch.promote_types(x_0.dtype, torch.float32)
@@ -282,7 +314,9 @@ def clipped(x_0: Tensor, limit: float, is_new: bool = True) -> Tensor:
 
 
 def split(prediction: Prediction) -> tuple[Tensor, Tensor | None]:
-    """Part a prediction from its variance fraction, which is None where the variance is not learned."""
+    """Part a prediction from its variance fraction, which is None where the variance is not
+    learned.
+    """
     return prediction if isinstance(prediction, tuple) else (prediction, None)
 
 
@@ -293,11 +327,13 @@ def snr_weight(
     floor: float = 0.0,
     parametrisation: Parametrisation = "eps",
 ) -> Tensor:
-    """Weight (B,) of a sample's squared error, so that every parametrisation has the x_0 loss clamp(SNR, floor, ceiling) |x_0 - x_0'|^2.
+    """Weight (B,) of a sample's squared error, so that every parametrisation has the x_0 loss
+    clamp(SNR, floor, ceiling) |x_0 - x_0'|^2.
 
-    The ceiling is min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, section 3.4): / SNR for eps, / (SNR + 1) for v. The floor is the
-    truncated weight of Salimans & Ho 2022 (arXiv 2202.00512, section 4: 1): without it the noisiest steps, which settle a conditional
-    picture's layout, weigh next to nothing.
+    The ceiling is min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, section 3.4): / SNR for eps, /
+    (SNR + 1) for v. The floor is the truncated weight of Salimans & Ho 2022 (arXiv 2202.00512,
+    section 4: 1): without it the noisiest steps, which settle a conditional picture's layout, weigh
+    next to nothing.
     """
     _check_parametrisation(parametrisation)
     check_t(t, schedule.T)
@@ -307,7 +343,9 @@ def snr_weight(
 
 
 def simple_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error over the batch, float32 (Ho et al. 2020, eq. 14), each sample times its weight (B,) where given."""
+    """Mean squared error over the batch, float32 (Ho et al. 2020, eq. 14), each sample times its
+    weight (B,) where given.
+    """
     if prediction.shape != target.shape:
         raise ValueError(
             f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}: the shapes must be equal"

@@ -1,8 +1,10 @@
-"""Samplers as plain functions over `denoise(x_t, t) -> x_0`: ancestral, DDIM and its inversion, DPM-Solver++(2M); guidance wraps `denoise`.
+"""Samplers as plain functions over `denoise(x_t, t) -> x_0`: ancestral, DDIM and its inversion,
+DPM-Solver++(2M); guidance wraps `denoise`.
 
-They know a schedule and no network. A step is `x_s = a x_t + b x_0 + sigma z` done in place on the sampler's own copy, with float64
-coefficients, so beside the network's output it allocates the noise at most. `steps` counts network calls, `start` is the t of the given x.
-A callback gets (step, t, x_t, x_0) before x_t is overwritten: clone what is to be kept.
+They know a schedule and no network. A step is `x_s = a x_t + b x_0 + sigma z` done in place on the
+sampler's own copy, with float64 coefficients, so beside the network's output it allocates the noise
+at most. `steps` counts network calls, `start` is the t of the given x. A callback gets (step, t,
+x_t, x_0) before x_t is overwritten: clone what is to be kept.
 Legend: B batch; x_t and x_0 (B, ...), t (B,) int64.
 """
 
@@ -40,11 +42,14 @@ Callback = Callable[[int, int, Tensor, Tensor], None]
 def timesteps(
     schedule: Schedule, steps: int, spacing: Spacing = "uniform", start: int | None = None
 ) -> list[int]:
-    """The times that a sampler visits: `start` (T unless given), then `steps` - 1 strictly falling ones, and 0.
+    """The times that a sampler visits: `start` (T unless given), then `steps` - 1 strictly falling
+    ones, and 0.
 
-    Equal distances in t, or in log SNR from the noisy end to t = 1; where rounding would repeat a time, the next free one is taken.
-    The noisy end is log SNR = -5 for 25 steps or fewer: the cosine schedule goes on to -20, and on mixtures with a known denoiser the
-    steps spent there more than doubled DPM-Solver++'s error. Beyond 25 it sinks with the solver's own error, which is 1 / steps^2.
+    Equal distances in t, or in log SNR from the noisy end to t = 1; where rounding would repeat a
+    time, the next free one is taken. The noisy end is log SNR = -5 for 25 steps or fewer: the
+    cosine schedule goes on to -20, and on mixtures with a known denoiser the steps spent there more
+    than doubled DPM-Solver++'s error. Beyond 25 it sinks with the solver's own error, which is 1 /
+    steps^2.
     """
     start = schedule.T if start is None else start
     if not 1 <= start <= schedule.T:
@@ -84,9 +89,11 @@ def ancestral(
     generator: Noise = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Sample by Algorithm 2 of Ho et al. 2020, in all T steps unless fewer are asked for; the last step adds no noise.
+    """Sample by Algorithm 2 of Ho et al. 2020, in all T steps unless fewer are asked for; the last
+    step adds no noise.
 
-    variance: "small", "large", "learned" (denoise returns (x_0, fraction)) or "analytic" (needs `x_0_error` from measure_x_0_error).
+    variance: "small", "large", "learned" (denoise returns (x_0, fraction)) or "analytic" (needs
+    `x_0_error` from measure_x_0_error).
     """
     check_variance(variance, x_0_error, schedule)
     times = timesteps(schedule, (start or schedule.T) if steps is None else steps, spacing, start)
@@ -132,7 +139,8 @@ def ddim(
     generator: Noise = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Sample by DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16): eta = 0 is deterministic, eta = 1 the small ancestral variance.
+    """Sample by DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16): eta = 0 is deterministic,
+    eta = 1 the small ancestral variance.
 
     The last step ends at alpha_bar = 1, which is x_0 itself.
     """
@@ -153,7 +161,9 @@ def ddim(
 def ddim_coefficients(
     alpha_bar_t: float, alpha_bar_s: float, eta: float
 ) -> tuple[float, float, float]:
-    """Factors of x_0, x_t and the noise in a DDIM step from t to s (arXiv 2010.02502, eq. 12 with eps written out, sigma by eq. 16)."""
+    """Factors of x_0, x_t and the noise in a DDIM step from t to s (arXiv 2010.02502, eq. 12 with
+    eps written out, sigma by eq. 16).
+    """
     sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
     if eta < 0 or sigma**2 > 1 - alpha_bar_s:
         raise ValueError(
@@ -174,11 +184,13 @@ def ddim_invert(
     start: int | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Find the x_T (or x at `start`) from which `ddim` with eta = 0 and the same steps gives x_0 back (arXiv 2010.02502, section 4.3).
+    """Find the x_T (or x at `start`) from which `ddim` with eta = 0 and the same steps gives x_0
+    back (arXiv 2010.02502, section 4.3).
 
-    A step up from s to t needs eps at x_t, which is what it looks for, so it takes eps at x_s. Each refinement then costs one more call
-    and moves x_t by what the step down from it misses x_s (Pan et al. 2023, arXiv 2309.04907, iterate likewise), divided by the slope
-    that this step has for N(0, I) data; without the slope the iteration creeps where alpha_bar is near 0.
+    A step up from s to t needs eps at x_t, which is what it looks for, so it takes eps at x_s. Each
+    refinement then costs one more call and moves x_t by what the step down from it misses x_s (Pan
+    et al. 2023, arXiv 2309.04907, iterate likewise), divided by the slope that this step has for
+    N(0, I) data; without the slope the iteration creeps where alpha_bar is near 0.
     """
     x_s, network = _begin(x_0), _Network(denoise, schedule)
     for step, (s, t) in enumerate(pairwise(reversed(timesteps(schedule, steps, spacing, start)))):
@@ -216,7 +228,9 @@ def dpm_solver(
     start: int | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Sample by DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2); the first and the last step are of first order."""
+    """Sample by DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2); the first and the
+    last step are of first order.
+    """
     x_t, network = _begin(x_T), _Network(denoise, schedule)
     half_log_snr = (schedule.log_snr / 2).tolist()  # the paper's lambda
     x_0_before: Tensor | None = None
@@ -238,11 +252,13 @@ def dpm_solver(
 def guided(
     denoise: Denoise, w: float, dynamic_threshold: float | None = None, clip: float | None = None
 ) -> Denoise:
-    """Classifier-free guidance in one network call: x_0 = x_0_u + w (x_0_c - x_0_u) (Ho & Salimans 2022; the same in eps and in x_0).
+    """Classifier-free guidance in one network call: x_0 = x_0_u + w (x_0_c - x_0_u) (Ho & Salimans
+    2022; the same in eps and in x_0).
 
-    `denoise` gets x_t and t twice over, (2 B, ...): the first half is to be read with the condition, the second without. Then each sample
-    is thresholded at its `dynamic_threshold` quantile of |x_0| (Saharia et al. 2022, section 2.3), or clamped to [-clip, clip].
-    A learned variance is the conditioned half's.
+    `denoise` gets x_t and t twice over, (2 B, ...): the first half is to be read with the
+    condition, the second without. Then each sample is thresholded at its `dynamic_threshold`
+    quantile of |x_0| (Saharia et al. 2022, section 2.3), or clamped to [-clip, clip]. A learned
+    variance is the conditioned half's.
     """
     if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
         raise ValueError(
@@ -270,7 +286,9 @@ def guided(
 
 
 def threshold(x_0: Tensor, quantile: float) -> Tensor:
-    """Clamp each sample, in place, to its own quantile of |x_0|, at least 1, and divide by it (Saharia et al. 2022, section 2.3)."""
+    """Clamp each sample, in place, to its own quantile of |x_0|, at least 1, and divide by it
+    (Saharia et al. 2022, section 2.3).
+    """
     size = x_0[0].numel()
     above = (
         size - max(1, math.ceil(quantile * size)) + 1
@@ -294,7 +312,9 @@ def _begin(x: Tensor) -> Tensor:
 
 
 class _Network:
-    """Calls `denoise` and checks its answer: at once on the CPU; on an accelerator NaN is looked for at the end, so that no step waits."""
+    """Calls `denoise` and checks its answer: at once on the CPU; on an accelerator NaN is looked
+    for at the end, so that no step waits.
+    """
 
     def __init__(self, denoise: Denoise, schedule: Schedule) -> None:
         self.denoise, self.T = denoise, schedule.T

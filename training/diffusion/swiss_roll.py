@@ -1,6 +1,8 @@
-"""The two-dimensional Swiss roll (Sohl-Dickstein et al. 2015, figure 1): train a small network, sample it, measure it, draw it.
+"""The two-dimensional Swiss roll (Sohl-Dickstein et al. 2015, figure 1): train a small network,
+sample it, measure it, draw it.
 
-Knows nothing of images or of the pipeline. Reads nothing; writes `swiss_roll.png` into the folder it is given.
+Knows nothing of images or of the pipeline. Reads nothing; writes `swiss_roll.png` into the folder
+it is given.
 Legend: B points; x (B, 2).
 """
 
@@ -29,14 +31,18 @@ Loss = Callable[["RollNetwork", Tensor, torch.Generator], Tensor]
 
 
 def roll_points(count: int, generator: torch.Generator) -> Tensor:
-    """Draw points of the roll, float32 (count, 2): r = angle from 1.5 pi to 4.5 pi, scaled to a radius of 2, noise 0.02."""
+    """Draw points of the roll, float32 (count, 2): r = angle from 1.5 pi to 4.5 pi, scaled to a
+    radius of 2, noise 0.02.
+    """
     angle = 1.5 * math.pi * (1 + 2 * torch.rand(count, generator=generator))
     spiral = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 7
     return spiral + 0.02 * torch.randn(count, 2, generator=generator)
 
 
 class RollNetwork(nn.Module):
-    """A perceptron of four hidden layers over (x_t, log SNR); conditioned on log SNR it serves every schedule and diffusion rate."""
+    """A perceptron of four hidden layers over (x_t, log SNR); conditioned on log SNR it serves
+    every schedule and diffusion rate.
+    """
 
     def __init__(self, width: int = 96, waves: int = 16) -> None:
         super().__init__()
@@ -71,9 +77,11 @@ def velocity_loss(schedule: Schedule) -> Loss:
 def train(
     loss: Loss, steps: int | None = None, seconds: float | None = None, seed: int = 0
 ) -> tuple[RollNetwork, int]:
-    """Train until `steps` or `seconds` are used up, whichever comes first; returns the averaged network and the steps taken.
+    """Train until `steps` or `seconds` are used up, whichever comes first; returns the averaged
+    network and the steps taken.
 
-    The learning rate follows a cosine over that budget, so a result depends on the seed alone where only `steps` is given.
+    The learning rate follows a cosine over that budget, so a result depends on the seed alone where
+    only `steps` is given.
     """
     if steps is None and seconds is None:
         raise ValueError("neither steps nor seconds: give at least one budget")
@@ -113,7 +121,9 @@ def denoise_with(network: RollNetwork, schedule: Schedule) -> Denoise:
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| without bias (Székely & Rizzo 2013): 0 for equal distributions, below it by chance alone."""
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| without bias (Székely & Rizzo 2013): 0 for equal
+    distributions, below it by chance alone.
+    """
     within = (torch.cdist(z, z).sum() / (len(z) * (len(z) - 1)) for z in (x, y))
     return float(2 * torch.cdist(x, y).mean() - sum(within))
 
@@ -121,11 +131,13 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 def swiss_roll(
     out: Path, steps: int = 4000, seed: int = 0, count: int = 3000, rates: Sequence[float] = ()
 ) -> dict[str, Any]:
-    """Train on the roll, sample it at several diffusion rates and step counts, and draw `out`/swiss_roll.png.
+    """Train on the roll, sample it at several diffusion rates and step counts, and draw
+    `out`/swiss_roll.png.
 
-    count: points behind every energy distance. rates: diffusion rates, the beta of every step; RATES where none is given. Returns the
-    distance of DPM-Solver++ in 50 steps to fresh data, what chance makes of data to data (root mean square of 8 draws), tables by
-    diffusion rate and by step count, the seconds that training took, and the picture.
+    count: points behind every energy distance. rates: diffusion rates, the beta of every step;
+    RATES where none is given. Returns the distance of DPM-Solver++ in 50 steps to fresh data, what
+    chance makes of data to data (root mean square of 8 draws), tables by diffusion rate and by step
+    count, the seconds that training took, and the picture.
     """
     if steps < 1 or count < 100:
         raise CallerError(f"steps = {steps}, count = {count}: give at least 1 step and 100 points")

@@ -1,6 +1,8 @@
-"""The Swiss roll's picture: forward and reverse trajectories side by side, the drift between them, energy distances below.
+"""The Swiss roll's picture: forward and reverse trajectories side by side, the drift between them,
+energy distances below.
 
-Knows a denoiser over (B, 2) and the measured tables; writes one PNG. Uses matplotlib's Figure alone, so no state is shared.
+Knows a denoiser over (B, 2) and the measured tables; writes one PNG. Uses matplotlib's Figure
+alone, so no state is shared.
 """
 
 from collections.abc import Mapping
@@ -38,7 +40,8 @@ def draw(
     seed: int,
     facts: Mapping[str, Any],
 ) -> None:
-    """Draw the roll's processes and measurements; data (N, 2) are the points shown, `chance` the energy distance of data to data.
+    """Draw the roll's processes and measurements; data (N, 2) are the points shown, `chance` the
+    energy distance of data to data.
 
     `facts` become text in the PNG.
     """
@@ -84,7 +87,9 @@ def draw(
 
 
 def radius(points: Tensor) -> np.ndarray:
-    """Distance from the middle, which tells the place along the roll and so gives a point its colour."""
+    """Distance from the middle, which tells the place along the roll and so gives a point its
+    colour.
+    """
     return points.norm(dim=1).numpy()
 
 
@@ -125,7 +130,9 @@ def _square(axes: Axes) -> None:
 
 
 def _drift(axes: Axes, denoise: Denoise, schedule: Schedule, t: int, data: Tensor) -> None:
-    """Lines along the mean of the reverse step at x_t, broader and darker where it moves farther."""
+    """Lines along the mean of the reverse step at x_t, broader and darker where it moves
+    farther.
+    """
     line = torch.linspace(-LIMIT, LIMIT, 61)
     x_t = torch.cartesian_prod(line, line)
     of_x_0, of_x_t, _ = posterior_coefficients(
@@ -196,7 +203,12 @@ def _by_steps(axes: Axes, by_steps: dict[str, dict[int, float]], chance: float) 
     for (name, row), colour in zip(by_steps.items(), LINE_COLOURS, strict=True):
         labels = [_label(distance, chance) for distance in row.values()]
         axes.plot(
-            [str(count) for count in row], labels, marker="o", markersize=4, label=name, color=colour
+            [str(count) for count in row],
+            labels,
+            marker="o",
+            markersize=4,
+            label=name,
+            color=colour,
         )
     _curve(axes, "by step count", "network calls (cosine schedule)", chance)
     axes.legend(frameon=False, fontsize=9)

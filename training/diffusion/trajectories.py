@@ -1,7 +1,10 @@
-"""What a diffusion model's latents hold: generation across time, samples that share an x_t, interpolation in x_t space.
+"""What a diffusion model's latents hold: generation across time, samples that share an x_t,
+interpolation in x_t space.
 
-Functions over `denoise` and images that return arrays for picture grids; they know no network and write nothing.
-Legend: B images, K columns or times, C channels, H x W pixels; all images are float in the model's range.
+Functions over `denoise` and images that return arrays for picture grids; they know no network and
+write nothing.
+Legend: B images, K columns or times, C channels, H x W pixels; all images are float in the model's
+range.
 """
 
 from collections.abc import Sequence
@@ -25,8 +28,9 @@ def across_time(
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Follow samples from noise to data (Ho et al. 2020, figure 6).
 
-    Returns x_t and the x_0 predicted from it, both (B, columns, C, H, W), and the t of each column, from T down to 0; at t = 0 both are
-    the sample. The columns are spread evenly over the sampler's steps.
+    Returns x_t and the x_0 predicted from it, both (B, columns, C, H, W), and the t of each column,
+    from T down to 0; at t = 0 both are the sample. The columns are spread evenly over the sampler's
+    steps.
     """
     if not 2 <= columns <= steps + 1:
         raise ValueError(f"columns = {columns} of {steps} steps: take 2 to {steps + 1}")
@@ -54,10 +58,12 @@ def sharing_x_t(
     steps: int = 100,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Noise each image to x_t once and sample p(x_0 | x_t) several times (Ho et al. 2020, figure 7): the smaller t, the more they share.
+    """Noise each image to x_t once and sample p(x_0 | x_t) several times (Ho et al. 2020, figure
+    7): the smaller t, the more they share.
 
-    steps: of a whole run from T; a run from t takes its share of them. `denoise` gets B * samples images, an image's samples in a row.
-    Returns x_t (B, K, C, H, W) and the samples (B, K, samples, C, H, W) for the K times.
+    steps: of a whole run from T; a run from t takes its share of them. `denoise` gets B * samples
+    images, an image's samples in a row. Returns x_t (B, K, C, H, W) and the samples (B, K, samples,
+    C, H, W) for the K times.
     """
     eps = noise_like(x_0, generators((seed + i for i in range(len(x_0))), Stream.DATA))
     x_t_seen, sampled = [], []
@@ -90,11 +96,13 @@ def interpolate_in_x_t(
     steps: int = 100,
     seed: int = 0,
 ) -> Tensor:
-    """Blend two images as x_t and sample the data behind it (Ho et al. 2020, section 4.3, figures 8 and 9), t = 500 in the paper.
+    """Blend two images as x_t and sample the data behind it (Ho et al. 2020, section 4.3, figures 8
+    and 9), t = 500 in the paper.
 
-    Both images (B, C, H, W) are noised with the same eps, so that the linear blend (1 - w) x_t + w x_t' keeps the noise level of t, and a
-    row's samples share all later noise: only w changes along it. `denoise` gets B * columns images, a row's columns side by side.
-    Returns (B, K, columns, C, H, W) for the K times; w runs from 0 to 1, where the ends are each image's own reconstruction.
+    Both images (B, C, H, W) are noised with the same eps, so that the linear blend (1 - w) x_t + w
+    x_t' keeps the noise level of t, and a row's samples share all later noise: only w changes along
+    it. `denoise` gets B * columns images, a row's columns side by side. Returns (B, K, columns, C,
+    H, W) for the K times; w runs from 0 to 1, where the ends are each image's own reconstruction.
     """
     if first.shape != second.shape:
         raise ValueError(
@@ -109,20 +117,26 @@ def interpolate_in_x_t(
         start, end = (schedule.q_sample(x_0, t_batch, eps).unsqueeze(1) for x_0 in (first, second))
         x_t = torch.lerp(start, end, w.to(start.dtype)).flatten(0, 1)  # (B * columns, C, H, W)
         step_generators = generators((one for one in seeds for _ in range(columns)), Stream.STEPS)
-        row = ancestral(denoise, x_t, schedule, share(steps, t, schedule), start=t, generator=step_generators)
+        row = ancestral(
+            denoise, x_t, schedule, share(steps, t, schedule), start=t, generator=step_generators
+        )
         rows.append(row.unflatten(0, (len(first), columns)))
     return torch.stack(rows, dim=1)
 
 
 def share(steps: int, t: int, schedule: Schedule) -> int:
-    """How many of the steps of a whole run one from t takes: their density in t stays, and there is at least one."""
+    """How many of the steps of a whole run one from t takes: their density in t stays, and there is
+    at least one.
+    """
     return max(1, min(t, round(steps * t / schedule.T)))
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """Walk the great circle from a to b, the angle taken between whole vectors (B, ...); parallel ones are blended linearly.
+    """Walk the great circle from a to b, the angle taken between whole vectors (B, ...); parallel
+    ones are blended linearly.
 
-    For noise found by `ddim_invert` and for embeddings: unlike a blend it keeps their length (Ramesh et al. 2022, section 3.2).
+    For noise found by `ddim_invert` and for embeddings: unlike a blend it keeps their length
+    (Ramesh et al. 2022, section 3.2).
     """
     flat_a, flat_b = a.flatten(1), b.flatten(1)
     cosine = (

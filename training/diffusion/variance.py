@@ -1,7 +1,8 @@
 """The variance of a reverse step p(x_s | x_t), s < t: fixed small or large, learned, analytic.
 
-Samplers read it for any pair of times, the likelihood for s = t - 1. The formulas take alpha_bar_t and alpha_bar_s as float64, one value
-or a table, and know no network; `measure_x_0_error` calls one to fill the analytic variance's table.
+Samplers read it for any pair of times, the likelihood for s = t - 1. The formulas take alpha_bar_t
+and alpha_bar_s as float64, one value or a table, and know no network; `measure_x_0_error` calls one
+to fill the analytic variance's table.
 """
 
 import math
@@ -24,21 +25,27 @@ def small_variance(alpha_bar_t: Number, alpha_bar_s: Number) -> Number:
 
 
 def large_variance(alpha_bar_t: Number, alpha_bar_s: Number) -> Number:
-    """beta = 1 - alpha_bar_t / alpha_bar_s, right for data that are N(0, I) (Ho et al. 2020, section 3.2)."""
+    """beta = 1 - alpha_bar_t / alpha_bar_s, right for data that are N(0, I) (Ho et al. 2020,
+    section 3.2).
+    """
     return 1 - alpha_bar_t / alpha_bar_s
 
 
 def analytic_variance(alpha_bar_t: Number, alpha_bar_s: Number, x_0_error_t: Number) -> Number:
-    """The best isotropic variance for a given network: the posterior's, and what not knowing x_0 adds to it.
+    """The best isotropic variance for a given network: the posterior's, and what not knowing x_0
+    adds to it.
 
-    Bao et al. 2022 (arXiv 2201.06503), theorem 1, with the mean squared error of x_0 in place of the score's second moment.
+    Bao et al. 2022 (arXiv 2201.06503), theorem 1, with the mean squared error of x_0 in place of
+    the score's second moment.
     """
     of_x_0, _, variance = posterior_coefficients(alpha_bar_t, alpha_bar_s)
     return variance + of_x_0**2 * x_0_error_t
 
 
 def learned_deviation(alpha_bar_t: float, alpha_bar_s: float, fraction: Tensor) -> Tensor:
-    """Standard deviation whose logarithm lies at `fraction` from the small to the large (Nichol & Dhariwal 2021, eq. 15); s at least 1."""
+    """Standard deviation whose logarithm lies at `fraction` from the small to the large (Nichol &
+    Dhariwal 2021, eq. 15); s at least 1.
+    """
     lower = math.log(small_variance(alpha_bar_t, alpha_bar_s)) / 2
     upper = math.log(large_variance(alpha_bar_t, alpha_bar_s)) / 2
     return torch.mul(fraction.float(), upper - lower).add_(lower).exp_()
@@ -57,9 +64,11 @@ def check_variance(variance: str, x_0_error: Tensor | None, schedule: Schedule) 
 def log_variance_bounds(
     schedule: Schedule, variance: Variance, x_0_error: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log variance of p(x_{t-1} | x_t) for t = 1..T as (lower, upper), float64 (T,); they differ only where it is learned.
+    """Log variance of p(x_{t-1} | x_t) for t = 1..T as (lower, upper), float64 (T,); they differ
+    only where it is learned.
 
-    The posterior's variance is 0 at t = 1; its value at t = 2 stands in for it (Nichol & Dhariwal 2021).
+    The posterior's variance is 0 at t = 1; its value at t = 2 stands in for it (Nichol & Dhariwal
+    2021).
     """
     check_variance(variance, x_0_error, schedule)
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar[1:], schedule.alpha_bar[:-1]
@@ -77,9 +86,11 @@ def log_variance_bounds(
 def measure_x_0_error(
     denoise: Denoise, x_0: Tensor, schedule: Schedule, points: int = 32, generator: Noise = None
 ) -> Tensor:
-    """Mean squared error per dimension of `denoise` on data x_0 (B, ...), at `probe_times`; error / (1 - alpha_bar) is linear between.
+    """Mean squared error per dimension of `denoise` on data x_0 (B, ...), at `probe_times`; error /
+    (1 - alpha_bar) is linear between.
 
-    Returns float64 (T + 1,), 0 at t = 0. A few hundred samples are enough: it is one number a time, averaged over all dimensions.
+    Returns float64 (T + 1,), 0 at t = 0. A few hundred samples are enough: it is one number a time,
+    averaged over all dimensions.
     """
     times = probe_times(schedule.T, points)
     ratios = torch.empty(len(times), dtype=torch.float64)
@@ -93,9 +104,11 @@ def measure_x_0_error(
 
 
 def probe_times(T: int, points: int) -> Tensor:
-    """Choose about `points` times in 1..T, both ends among them, rising int64: half spread evenly, half evenly in log t.
+    """Choose about `points` times in 1..T, both ends among them, rising int64: half spread evenly,
+    half evenly in log t.
 
-    What a denoiser is worth changes slowly over most of the way, and within a few steps near the data.
+    What a denoiser is worth changes slowly over most of the way, and within a few steps near the
+    data.
     """
     half = max(2, min(points // 2, T))
     even, geometric = torch.linspace(1, T, half), torch.logspace(0, np.log10(T), half)

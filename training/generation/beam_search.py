@@ -1,7 +1,9 @@
-"""Search at inference: several drawings of a prompt grow side by side, judged by the picture that each is heading for.
+"""Search at inference: several drawings of a prompt grow side by side, judged by the picture that
+each is heading for.
 
-A beam over partially denoised x_t: at some steps the x_0 predicted so far is scored, the best are kept and take the others' places, and
-go on with noise of their own. With no such steps it is the plain sampler. Knows a score as a callable only.
+A beam over partially denoised x_t: at some steps the x_0 predicted so far is scored, the best are
+kept and take the others' places, and go on with noise of their own. With no such steps it is the
+plain sampler. Knows a score as a callable only.
 Legend: P prompts, M members of a prompt's population, B = P * M rows, a prompt's rows side by side.
 """
 
@@ -36,11 +38,13 @@ def beam(
     noises: list[torch.Generator],
     eta: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Denoise x_T (B, ...) by DDIM and return x_0 and the row of x_T whose condition each ended with (B,).
+    """Denoise x_T (B, ...) by DDIM and return x_0 and the row of x_T whose condition each ended
+    with (B,).
 
-    At each of `checks` (shares of the steps taken) a prompt's `keep` best members by `score(x_0) -> (B,)` are each copied members / keep
-    times. `denoise_of(rows)` denoises under the conditions of these rows. `noises`: a generator a row, which stays at its place.
-    Raises ValueError where keep does not divide members.
+    At each of `checks` (shares of the steps taken) a prompt's `keep` best members by `score(x_0) ->
+    (B,)` are each copied members / keep times. `denoise_of(rows)` denoises under the conditions of
+    these rows. `noises`: a generator a row, which stays at its place. Raises ValueError where keep
+    does not divide members.
     """
     if not 1 <= keep <= members or members % keep:
         raise ValueError(f"keep = {keep} of {members} members: it must divide them")
@@ -68,7 +72,9 @@ def beam(
 
 
 def survivors(scores: Tensor, members: int, keep: int) -> Tensor:
-    """Return the row that goes on in each row's place (B,): a prompt's best, each as often as the next; of equals the first."""
+    """Return the row that goes on in each row's place (B,): a prompt's best, each as often as the
+    next; of equals the first.
+    """
     by_prompt = scores.view(-1, members)
     best = by_prompt.argsort(dim=1, descending=True, stable=True)[:, :keep]  # (P, keep)
     rows = best + members * torch.arange(len(by_prompt), device=scores.device)[:, None]
@@ -86,9 +92,11 @@ def search(
     keep: int = 1,
     checks: Sequence[float] = (),
 ) -> np.ndarray:
-    """Draw `members` pictures of each prompt, uint8 (P, members, S, S, 3), by a beam when there is a score, else each on its own.
+    """Draw `members` pictures of each prompt, uint8 (P, members, S, S, 3), by a beam when there is
+    a score, else each on its own.
 
-    A picture costs `steps` calls of the decoder in either case, and depends on its prompt, the seed and the settings alone.
+    A picture costs `steps` calls of the decoder in either case, and depends on its prompt, the seed
+    and the settings alone.
     """
     decoder, texts = model.decoder, list(prompts)
     S, steps = decoder.config.image_size_px, steps or decoder.config.sampling_steps

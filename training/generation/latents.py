@@ -1,8 +1,11 @@
-"""What the trained decoder's latents x_t hold, as pictures: across time, shared by samples, blended (Ho et al. 2020, figures 6 to 8).
+"""What the trained decoder's latents x_t hold, as pictures: across time, shared by samples, blended
+(Ho et al. 2020, figures 6 to 8).
 
-Functions over a loaded `Unclip` or its decoder that return uint8 arrays; they read and write no files. Unless z_i is given the decoder is
-told nothing (null z_i, no caption), so that whatever samples have in common comes from x_t alone.
-Legend: P prompts, B pictures, K times, C columns, E embedding dimensions, S the decoder's side; x_0 (B, 3, S, S) in [-1, 1].
+Functions over a loaded `Unclip` or its decoder that return uint8 arrays; they read and write no
+files. Unless z_i is given the decoder is told nothing (null z_i, no caption), so that whatever
+samples have in common comes from x_t alone.
+Legend: P prompts, B pictures, K times, C columns, E embedding dimensions, S the decoder's side; x_0
+(B, 3, S, S) in [-1, 1].
 """
 
 from collections.abc import Sequence
@@ -39,7 +42,8 @@ class Shared:
     x_t: np.ndarray  # uint8 (B, K, S, S, 3)
     samples: np.ndarray  # uint8 (B, K, samples, S, S, 3)
     apart: list[float]
-    """Root mean square difference of two samples from one x_t on the scale 0 to 255, for each of the K times."""
+    """Root mean square difference of two samples from one x_t on the scale 0 to 255, for each of
+    the K times."""
     from_picture: list[float]
     """Likewise of a sample to the picture that x_t was made of."""
 
@@ -53,7 +57,9 @@ def across_time(
     seed: int,
     guidance: float | None = None,
 ) -> AcrossTime:
-    """Follow the first picture that `generate` would draw of each prompt, by DDIM from the same z_i and noise (DDPM, figure 6)."""
+    """Follow the first picture that `generate` would draw of each prompt, by DDIM from the same z_i
+    and noise (DDPM, figure 6).
+    """
     decoder, device = model.decoder, model.device
     seeds = [seed * SEED_STRIDE] * len(prompts)
     z_t, ids = (
@@ -80,7 +86,9 @@ def sharing(
     seed: int,
     z_i: Tensor | None = None,
 ) -> Shared:
-    """Sample several pictures from one x_t of each picture (DDPM, figure 7). steps: of a whole run; one from t takes its share."""
+    """Sample several pictures from one x_t of each picture (DDPM, figure 7). steps: of a whole run;
+    one from t takes its share.
+    """
     x_t_parts, sampled_parts = [], []
     for start, part in _parts(len(x_0), samples):
         denoise = _denoise(
@@ -126,9 +134,11 @@ def interpolation(
     seed: int,
     z_i: tuple[Tensor, Tensor] | None = None,
 ) -> np.ndarray:
-    """Blend the x_t of pictures two by two and draw what lies behind it, uint8 (B, K, C, S, S, 3) (DDPM, figure 8).
+    """Blend the x_t of pictures two by two and draw what lies behind it, uint8 (B, K, C, S, S, 3)
+    (DDPM, figure 8).
 
-    z_i: both sides' embeddings (B, E); along a row the decoder is then told the point between them on their great circle.
+    z_i: both sides' embeddings (B, E); along a row the decoder is then told the point between them
+    on their great circle.
     """
     rows = []
     for start, part in _parts(len(first), columns):
@@ -154,7 +164,9 @@ def times_at(schedule: Schedule, shares: Sequence[float]) -> list[int]:
 
 
 def _parts(count: int, per_part: int) -> list[tuple[int, slice]]:
-    """Cut `count` pictures, each of which becomes several, so that a network call gets BATCH or little more."""
+    """Cut `count` pictures, each of which becomes several, so that a network call gets BATCH or
+    little more.
+    """
     size = max(1, BATCH // per_part)
     return [(start, slice(start, start + size)) for start in range(0, count, size)]
 

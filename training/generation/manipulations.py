@@ -1,8 +1,10 @@
-"""What unCLIP does to pictures one has: variations, interpolation, text diffs, and what each principal component of z_i holds.
+"""What unCLIP does to pictures one has: variations, interpolation, text diffs, and what each
+principal component of z_i holds.
 
-A picture is split into (z_i, x_T): its CLIP image embedding, and the noise from which the decoder, given z_i, draws it back (DDIM
-inversion; Ramesh et al. 2022, section 3). Functions over a loaded `Unclip`; they read and write no files. Pictures in are uint8
-(B, H, W, 3) squares of any side; pictures out are uint8 (…, S, S, 3).
+A picture is split into (z_i, x_T): its CLIP image embedding, and the noise from which the decoder,
+given z_i, draws it back (DDIM inversion; Ramesh et al. 2022, section 3). Functions over a loaded
+`Unclip`; they read and write no files. Pictures in are uint8 (B, H, W, 3) squares of any side;
+pictures out are uint8 (…, S, S, 3).
 Legend: B pictures, C columns, E embedding dimensions, S the decoder's side.
 """
 
@@ -29,8 +31,9 @@ STEPS = 25
 REFINEMENTS = 1
 """Of each inverted step, a network call each."""
 POINTS = 24
-"""Times at which the decoder is calibrated on the pictures that are inverted, a network call each; without it a decoder that predicts x_0
-blurs them near the data (quickstart, 25 steps: 30 dB without, 48 with it; without the refinement 27)."""
+"""Times at which the decoder is calibrated on the pictures that are inverted, a network call each;
+without it a decoder that predicts x_0 blurs them near the data (quickstart, 25 steps: 30 dB
+without, 48 with it; without the refinement 27)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class Latents:
 
 
 def read(model: Unclip, files: Sequence[Path]) -> np.ndarray:
-    """Read picture files at the larger of the sides that CLIP and the decoder want, uint8 (B, H, W, 3). Raises CallerError."""
+    """Read picture files at the larger of the sides that CLIP and the decoder want, uint8 (B, H, W,
+    3). Raises CallerError.
+    """
     side_px = max(model.decoder.config.image_size_px, model.clip.config.image_size_px)
     return np.stack([read_file(file, side_px) for file in files])
 
@@ -59,7 +64,9 @@ def as_drawn(model: Unclip, pictures: np.ndarray) -> np.ndarray:
 def invert(
     model: Unclip, pictures: np.ndarray, steps: int = STEPS, guidance: float | None = None
 ) -> Latents:
-    """Find z_i and x_T of pictures, and draw them back from there: steps and guidance must be those of later drawings."""
+    """Find z_i and x_T of pictures, and draw them back from there: steps and guidance must be those
+    of later drawings.
+    """
     x_0 = to_pixels(torch.from_numpy(pictures), model.decoder.config.image_size_px).to(model.device)
     z_i = embed(model, pictures)
     denoise = _denoise(model, z_i, guidance)
@@ -89,9 +96,11 @@ def draw(
     seeds: list[int] | None = None,
     calibration: Calibration | None = None,
 ) -> np.ndarray:
-    """Decode pairs (z_i, x_T), (B, E) and (B, 3, S, S), by DDIM without a caption; `seeds` (B) of the noise that eta > 0 adds.
+    """Decode pairs (z_i, x_T), (B, E) and (B, 3, S, S), by DDIM without a caption; `seeds` (B) of
+    the noise that eta > 0 adds.
 
-    calibration: that of the inversion which found x_T; the noise that eta adds is none of the picture's detail, so eta fades it.
+    calibration: that of the inversion which found x_T; the noise that eta adds is none of the
+    picture's detail, so eta fades it.
     """
     pictures = []
     for start in range(0, len(z_i), BATCH):
@@ -102,7 +111,14 @@ def draw(
             denoise = calibration.faded(eta)(denoise)
         pictures.append(
             to_images(
-                samplers.ddim(denoise, x_T[part], model.decoder.schedule, steps, eta, generator=step_generators)
+                samplers.ddim(
+                    denoise,
+                    x_T[part],
+                    model.decoder.schedule,
+                    steps,
+                    eta,
+                    generator=step_generators,
+                )
             )
         )
     return np.concatenate(pictures)
@@ -116,7 +132,9 @@ def variations(
     steps: int = STEPS,
     guidance: float | None = None,
 ) -> np.ndarray:
-    """Draw what the decoder makes of each picture's z_i alone, from noise of its own, (B, count, S, S, 3)."""
+    """Draw what the decoder makes of each picture's z_i alone, from noise of its own, (B, count, S,
+    S, 3).
+    """
     S = model.decoder.config.image_size_px
     z_i = embed(model, pictures).repeat_interleave(count, 0)
     seeds = [seed * SEED_STRIDE + number for number in range(count)] * len(pictures)
@@ -139,7 +157,9 @@ def vary(
     steps: int = STEPS,
     guidance: float | None = None,
 ) -> np.ndarray:
-    """Draw variations of the first picture, (count, S, S, 3): DDIM from its (z_i, x_T) with eta, 0 the picture itself (section 3.1)."""
+    """Draw variations of the first picture, (count, S, S, 3): DDIM from its (z_i, x_T) with eta, 0
+    the picture itself (section 3.1).
+    """
     seeds = [seed * SEED_STRIDE + number for number in range(count)]
     return draw(
         model,
@@ -162,9 +182,11 @@ def interpolate(
     steps: int = STEPS,
     guidance: float | None = None,
 ) -> np.ndarray:
-    """Walk the great circle from the first z_i to the second, (2, E), in one row (columns, S, S, 3) (section 3.2).
+    """Walk the great circle from the first z_i to the second, (2, E), in one row (columns, S, S, 3)
+    (section 3.2).
 
-    The decoder's noise is the seed's, the same along the row; or, given the latents of both pictures, the slerp of their x_T.
+    The decoder's noise is the seed's, the same along the row; or, given the latents of both
+    pictures, the slerp of their x_T.
     """
     weights = torch.linspace(0, 1, columns).tolist()
     z = torch.cat([slerp(z_i[:1], z_i[1:2], weight) for weight in weights])
@@ -190,9 +212,11 @@ def text_diff(
     steps: int = STEPS,
     guidance: float | None = None,
 ) -> np.ndarray:
-    """Turn the first picture from one caption towards another, (columns, S, S, 3): slerp(z_i, z_d, 0..theta), x_T fixed (section 3.3).
+    """Turn the first picture from one caption towards another, (columns, S, S, 3): slerp(z_i, z_d,
+    0..theta), x_T fixed (section 3.3).
 
-    z_d = norm(z_t(after) - z_t(before)). theta is a share of the angle between z_i and z_d; unCLIP stops at 0.25 to 0.5.
+    z_d = norm(z_t(after) - z_t(before)). theta is a share of the angle between z_i and z_d; unCLIP
+    stops at 0.25 to 0.5.
     """
     z_d = difference(model, before, after).to(latents.z_i)
     z = torch.cat(
@@ -212,7 +236,9 @@ def text_diff(
 
 
 def difference(model: Unclip, before: str, after: str) -> Tensor:
-    """Return the unit vector (1, E) from one caption's text embedding towards another's. Raises ValueError where they are the same."""
+    """Return the unit vector (1, E) from one caption's text embedding towards another's. Raises
+    ValueError where they are the same.
+    """
     z_t = torch.from_numpy(model.encode_texts([before, after]))
     z_d = z_t[1:] - z_t[:1]
     if float(z_d.norm()) < 1e-6:
@@ -231,7 +257,8 @@ def reconstruct(
     steps: int = STEPS,
     guidance: float | None = None,
 ) -> np.ndarray:
-    """Draw pictures from z_i (B, E) kept in so many principal components, and whole: (B, len(dims) + 1, S, S, 3) (figure 7).
+    """Draw pictures from z_i (B, E) kept in so many principal components, and whole: (B, len(dims)
+    + 1, S, S, 3) (figure 7).
 
     The decoder's noise is the seed's throughout.
     """
@@ -251,7 +278,9 @@ def embed(model: Unclip, pictures: np.ndarray) -> Tensor:
 
 
 def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio of two uint8 pictures in dB, at most 99 (they are equal)."""
+    """Return the peak signal-to-noise ratio of two uint8 pictures in dB, at most 99 (they are
+    equal).
+    """
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
     return 99.0 if error == 0 else min(99.0, 10 * float(np.log10(255**2 / error)))
 

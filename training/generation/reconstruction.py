@@ -1,4 +1,5 @@
-"""How well the trained decoder accounts for pictures it was not trained on: bits per dimension, and DDIM inversion by step count.
+"""How well the trained decoder accounts for pictures it was not trained on: bits per dimension, and
+DDIM inversion by step count.
 
 Reads an `embed` folder and ingest's shards, or picture files; writes nothing.
 Legend: N pictures, E embedding dimensions, S the decoder's side.
@@ -32,7 +33,8 @@ from training.models.pixels import to_images, to_pixels
 from training.models.tokenizer import Tokenizer
 
 POINTS = 24
-"""Times at which the decoder's own error is measured, for its calibration and the analytic variance."""
+"""Times at which the decoder's own error is measured, for its calibration and the analytic
+variance."""
 REFINEMENTS = (0, 1)
 
 
@@ -73,7 +75,9 @@ def read(
     max_images: int,
     seed: int,
 ) -> Described:
-    """Read pictures of a split, drawn by the seed, one of each concept, so that they are independent of each other."""
+    """Read pictures of a split, drawn by the seed, one of each concept, so that they are
+    independent of each other.
+    """
     table, z_i = embedding_dataset.read(embed, split, ["key", "caption", "concept", *LOCATION])
     rows = _one_a_concept(table, seed)[:max_images]
     chosen = table.take(pa.array(rows, pa.int64()))
@@ -91,7 +95,9 @@ def read(
 
 
 def read_files(model: Unclip, files: Sequence[Path]) -> Described:
-    """Read a person's picture files; they have no captions to tell, their names stand for them. Raises CallerError."""
+    """Read a person's picture files; they have no captions to tell, their names stand for them.
+    Raises CallerError.
+    """
     pictures = manipulations.read(model, files)
     x_0 = to_pixels(torch.from_numpy(pictures), model.decoder.config.image_size_px)
     names = [file.name for file in files]
@@ -114,11 +120,14 @@ def _one_a_concept(table: pa.Table, seed: int) -> list[int]:
 def likelihood(
     decoder: Decoder, judged: Described, trained: Described, draws: int, seed: int
 ) -> dict[str, Any]:
-    """Return the bound on -log2 p(x_0) in bits per dimension of `judged`, told z_i and caption, and told nothing.
+    """Return the bound on -log2 p(x_0) in bits per dimension of `judged`, told z_i and caption, and
+    told nothing.
 
-    The second is the one to hold against PNG and other models of pictures: z_i is made from the picture itself. The decoder is calibrated
-    on `trained` pictures (`training.diffusion.calibration`); unless it learned its variance, the best one for its errors there is taken (Bao et al.
-    2022). `draws`: network calls a picture for t = 2..T, beside one for t = 1.
+    The second is the one to hold against PNG and other models of pictures: z_i is made from the
+    picture itself. The decoder is calibrated on `trained` pictures
+    (`training.diffusion.calibration`); unless it learned its variance, the best one for its errors
+    there is taken (Bao et al. 2022). `draws`: network calls a picture for t = 2..T, beside one for
+    t = 1.
     """
     if not len(judged) or not len(trained):
         raise DataError(
@@ -147,7 +156,9 @@ def likelihood(
                 calibration(denoise), ids_condition, decoder.schedule, POINTS, z_condition
             )
         batches = ((x_0, calibration(denoise)) for x_0, denoise in _batches(decoder, judged, w))
-        figures[condition] = bits_per_dim(batches, decoder.schedule, variance, x_0_error, draws, seed=seed)
+        figures[condition] = bits_per_dim(
+            batches, decoder.schedule, variance, x_0_error, draws, seed=seed
+        )
         if len(judged) == 1:
             figures[condition]["standard_error"] = None
     return figures
@@ -156,10 +167,12 @@ def likelihood(
 def inversion(
     decoder: Decoder, pictures: Described, step_counts: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Carry pictures to noise by DDIM inversion and back by DDIM, told z_i and caption; each picture's PSNR by step count.
+    """Carry pictures to noise by DDIM inversion and back by DDIM, told z_i and caption; each
+    picture's PSNR by step count.
 
-    With and without a refinement of each inverted step, which costs a network call more. The decoder is calibrated on the pictures, as in
-    `manipulate.invert`. Step counts above T are left out.
+    With and without a refinement of each inverted step, which costs a network call more. The
+    decoder is calibrated on the pictures, as in `manipulate.invert`. Step counts above T are left
+    out.
     """
     x_0 = pictures.x_0.to(decoder.device)
     denoise = _denoise(decoder, pictures, 1.0)

@@ -1,4 +1,5 @@
-"""Text to image with a trained run: caption -> z_t -> prior -> z_i -> decoder -> picture. Plain torch: no Ray, no Prefect, no network.
+"""Text to image with a trained run: caption -> z_t -> prior -> z_i -> decoder -> picture. Plain
+torch: no Ray, no Prefect, no network.
 
 Every picture depends on its prompt, its seed and its place among that prompt's pictures alone.
 """
@@ -53,7 +54,8 @@ class Unclip:
         decoder: Path | None = None,
         device: str = "cpu",
     ) -> Self:
-        """Read an exported folder; or, given all three, those of the stages `clip`, `prior` and `decoder`. Averaged weights in both cases.
+        """Read an exported folder; or, given all three, those of the stages `clip`, `prior` and
+        `decoder`. Averaged weights in both cases.
 
         An exported folder's up-samplers come along. Raises CallerError where the folder is neither.
         """
@@ -103,10 +105,12 @@ class Unclip:
         guidance: float | None = None,
         upsample: bool = False,
     ) -> np.ndarray:
-        """Draw `count` pictures of each prompt, uint8 (P, count, S, S, 3) RGB; equal arguments give equal pictures.
+        """Draw `count` pictures of each prompt, uint8 (P, count, S, S, 3) RGB; equal arguments give
+        equal pictures.
 
-        seed: one for all prompts, whose noise is then the same from prompt to prompt, or one for each: what is judged as a set of
-        pictures needs noise of its own in every one. upsample: enlarge them by the up-samplers; CallerError where there are none.
+        seed: one for all prompts, whose noise is then the same from prompt to prompt, or one for
+        each: what is judged as a set of pictures needs noise of its own in every one. upsample:
+        enlarge them by the up-samplers; CallerError where there are none.
         """
         if upsample and not self.upsamplers:
             raise CallerError(
@@ -116,7 +120,9 @@ class Unclip:
         ids = self.tokenizer(prompts).to(self.device)
         rows = torch.arange(len(prompts)).repeat_interleave(count)
         seeds = [
-            base_seed * SEED_STRIDE + number for base_seed in _seed_per_prompt(seed, prompts) for number in range(count)
+            base_seed * SEED_STRIDE + number
+            for base_seed in _seed_per_prompt(seed, prompts)
+            for number in range(count)
         ]
         pictures: list[Tensor] = []
         for start in range(0, len(rows), BATCH):
@@ -133,7 +139,9 @@ class Unclip:
     def predict(
         self, prompts: list[str], seed: int | Sequence[int] = 0, best_of: int | None = None
     ) -> np.ndarray:
-        """Draw one z_i for each prompt by the prior, unit vectors float32 (P, E): that of `generate`'s first picture; seed as there."""
+        """Draw one z_i for each prompt by the prior, unit vectors float32 (P, E): that of
+        `generate`'s first picture; seed as there.
+        """
         z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(self.device)
         ids = self.tokenizer(prompts).to(self.device)
         parts = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]

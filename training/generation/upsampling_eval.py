@@ -1,4 +1,5 @@
-"""By how much enlarging pictures with a trained up-sampler beats interpolation, on pictures whose large form is known, and its memory.
+"""By how much enlarging pictures with a trained up-sampler beats interpolation, on pictures whose
+large form is known, and its memory.
 
 Pictures are uint8 (B, H, W, 3). Reads and writes no files.
 """
@@ -33,14 +34,19 @@ def interpolate(pictures: np.ndarray, factor: int, name: str) -> np.ndarray:
 def compare(
     model: Upsampler, pictures: np.ndarray, seed: int = 0
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Shrink pictures whose large form is known, enlarge them again, and return figures and pictures for every way of doing so.
+    """Shrink pictures whose large form is known, enlarge them again, and return figures and
+    pictures for every way of doing so.
 
-    Figures: mean PSNR in dB with its standard error, over n pictures, and the share of them on which the up-sampler beats each
-    interpolation. Pictures (B, S, S, 3) by name; "small" are what all started from.
+    Figures: mean PSNR in dB with its standard error, over n pictures, and the share of them on
+    which the up-sampler beats each interpolation. Pictures (B, S, S, 3) by name; "small" are what
+    all started from.
     """
     factor = model.config.factor
     small = to_images(shrink(to_float(torch.from_numpy(pictures)), factor))
-    results = {"small": small, **{name: interpolate(small, factor, name) for name in INTERPOLATIONS}}
+    results = {
+        "small": small,
+        **{name: interpolate(small, factor, name) for name in INTERPOLATIONS},
+    }
     seeds = [seed * SEED_STRIDE + number for number in range(len(small))]
     results |= {"up-sampler": enlarge([model], small, seeds), "real": pictures}
     psnr = {
@@ -66,7 +72,9 @@ def compare(
 
 
 def peak_bytes(model: Upsampler, side_px: int, tile_px: int | None = None) -> int:
-    """Measure the most memory that tensors hold at once, beside the weights, while a picture of `side_px` is sampled for one step."""
+    """Measure the most memory that tensors hold at once, beside the weights, while a picture of
+    `side_px` is sampled for one step.
+    """
     side = side_px // model.config.factor
     with _Held() as held:
         model.sample(torch.zeros(1, 3, side, side), [0], steps=1, tile_px=tile_px)
@@ -74,7 +82,9 @@ def peak_bytes(model: Upsampler, side_px: int, tile_px: int | None = None) -> in
 
 
 class _Held(TorchDispatchMode):
-    """Sums the storages of all tensors that operators made and that are still alive; a kernel's own scratch memory is not seen."""
+    """Sums the storages of all tensors that operators made and that are still alive; a kernel's own
+    scratch memory is not seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()

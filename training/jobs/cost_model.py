@@ -1,8 +1,10 @@
-"""What training a recipe's models takes, counted without allocating them: parameters, FLOPs and activations of one sample, optimiser state.
+"""What training a recipe's models takes, counted without allocating them: parameters, FLOPs and
+activations of one sample, optimiser state.
 
-Each model runs once forward and backward on the meta device at batch 1; multiplications and additions count as one FLOP each, and every
-tensor that autograd keeps counts as an activation, at two bytes a number (bfloat16) and without checkpointing. Attention counts as a
-fused kernel keeps it: its inputs and output, not its N x N weights. Knows no hardware: throughput is the caller's.
+Each model runs once forward and backward on the meta device at batch 1; multiplications and
+additions count as one FLOP each, and every tensor that autograd keeps counts as an activation, at
+two bytes a number (bfloat16) and without checkpointing. Attention counts as a fused kernel keeps
+it: its inputs and output, not its N x N weights. Knows no hardware: throughput is the caller's.
 """
 
 from collections.abc import Callable
@@ -27,16 +29,20 @@ from training.optim.step import LoopConfig
 STATE_BYTES = 4 * 5
 """Of one parameter: weight, gradient, both moments of Adam and the average, all float32."""
 HELD_BYTES = 4 * 2
-"""Of one parameter that a sharded step holds from its start to its end: weight and gradient, gathered."""
+"""Of one parameter that a sharded step holds from its start to its end: weight and gradient,
+gathered."""
 PASSING_BYTES = {"bf16": 2 * 2 + 2 + 4, "float32": 2 * 4 + 4 + 4}
-"""Of one parameter of the largest block: gathered for this block and the next, its gradient, and that once more in float32 on its way."""
+"""Of one parameter of the largest block: gathered for this block and the next, its gradient, and
+that once more in float32 on its way."""
 BF16_BYTES = 2
 DAY_S = 86_400
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model costs; `flops` and `activation_bytes` are one sample's, forward and backward."""
+    """What one model costs; `flops` and `activation_bytes` are one sample's, forward and
+    backward.
+    """
 
     parameters: int
     flops: float
@@ -87,7 +93,11 @@ def decoder_cost(config: DecoderConfig, embed_dim: int, vocab_size: int, context
 
     def forward() -> Tensor:
         prediction: Any = model(x_t, t, model.condition(z, ids))
-        return sum(part.sum() for part in prediction) if isinstance(prediction, tuple) else prediction.sum()
+        return (
+            sum(part.sum() for part in prediction)
+            if isinstance(prediction, tuple)
+            else prediction.sum()
+        )
 
     return _count(model, forward)
 
@@ -101,7 +111,9 @@ def upsampler_cost(config: UpsamplerConfig) -> Cost:
 
 
 class _SavedTensors(TorchFunctionMode):
-    """Notes what autograd keeps of a forward pass, by storage; of attention the inputs and the output alone."""
+    """Notes what autograd keeps of a forward pass, by storage; of attention the inputs and the
+    output alone.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -139,7 +151,9 @@ def _count(model: nn.Module, forward: Callable[[], Tensor]) -> Cost:
     activations = BF16_BYTES * sum(x.numel() for x in noted.tensors.values())
     unsharded = fsdp.unsharded_parameters(model)
     total, whole = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in unsharded)
-    blocks = [sum(p.numel() for p in set(unit.parameters()) - unsharded) for unit in fsdp.units(model)]
+    blocks = [
+        sum(p.numel() for p in set(unit.parameters()) - unsharded) for unit in fsdp.units(model)
+    ]
     return Cost(
         total,
         float(counter.get_total_flops()),
@@ -151,10 +165,11 @@ def _count(model: nn.Module, forward: Callable[[], Tensor]) -> Cost:
 
 
 def need(cost: Cost, config: LoopConfig, workers: int, flops_per_s: float | None) -> dict[str, Any]:
-    """Return what training takes on so many workers: memory of each, FLOPs of all, and days at `flops_per_s` reached by each worker.
+    """Return what training takes on so many workers: memory of each, FLOPs of all, and days at
+    `flops_per_s` reached by each worker.
 
-    Where the section shards, weights, gradients and optimiser state are divided among the workers, and what is gathered at a time is added;
-    otherwise each holds them whole.
+    Where the section shards, weights, gradients and optimiser state are divided among the workers,
+    and what is gathered at a time is added; otherwise each holds them whole.
     """
     is_sharded, state = config.shard and workers > 1, STATE_BYTES * cost.parameters
     if is_sharded:

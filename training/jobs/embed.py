@@ -1,8 +1,10 @@
-"""Embeds every kept picture and its first caption with the run's frozen CLIP, in clip-retrieval's layout.
+"""Embeds every kept picture and its first caption with the run's frozen CLIP, in clip-retrieval's
+layout.
 
-Reads curate's keep list, ingest's shards and a `clip` folder; writes `img_emb/`, `text_emb/` (float16, unit rows), `metadata/` and
-`facts.json`. Parts are embedded by Ray tasks and renamed into place, so a killed run keeps the parts it has. Pairs that the same CLIP
-has embedded before (`know`) are not embedded again.
+Reads curate's keep list, ingest's shards and a `clip` folder; writes `img_emb/`, `text_emb/`
+(float16, unit rows), `metadata/` and `facts.json`. Parts are embedded by Ray tasks and renamed into
+place, so a killed run keeps the parts it has. Pairs that the same CLIP has embedded before (`know`)
+are not embedded again.
 """
 
 import hashlib
@@ -44,7 +46,8 @@ class EmbedConfig(Section):
     batch_size: int = Field(default=256, ge=1)
     """Pictures or captions that go through CLIP at once."""
     broken_pictures: OnBroken = "stop"
-    """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them, counted in the manifest."""
+    """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them,
+    counted in the manifest."""
 
     outside_key: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
@@ -96,7 +99,8 @@ def run(
 
 
 def cut(config: EmbedConfig, keep_list: Path, work: Path) -> tuple[int, int]:
-    """Write the pairs that `soundness.settle` kept as `work`/rows_NNNN.parquet, one for each part; return the parts and the pairs.
+    """Write the pairs that `soundness.settle` kept as `work`/rows_NNNN.parquet, one for each part;
+    return the parts and the pairs.
 
     The list is read in pieces, so that neither this process nor a part ever holds it.
     """
@@ -123,7 +127,9 @@ def cut(config: EmbedConfig, keep_list: Path, work: Path) -> tuple[int, int]:
 
 
 def know(previous: Path, work: Path) -> None:
-    """Note in `work` what the embeddings in the folder `previous`, made by the same CLIP, are of. 24 bytes a pair."""
+    """Note in `work` what the embeddings in the folder `previous`, made by the same CLIP, are of.
+    24 bytes a pair.
+    """
     if not (work / "known.json").exists():
         marked = np.concatenate(
             [
@@ -139,7 +145,9 @@ def know(previous: Path, work: Path) -> None:
 
 
 def marks(rows: pa.Table) -> np.ndarray:
-    """Return 64 bits for each row that tell apart pairs (origin and first caption) and their pictures' bytes, uint64 (rows,)."""
+    """Return 64 bits for each row that tell apart pairs (origin and first caption) and their
+    pictures' bytes, uint64 (rows,).
+    """
     texts = [
         f"{key}{sha256}".encode()
         for key, sha256 in zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True)
@@ -150,7 +158,9 @@ def marks(rows: pa.Table) -> np.ndarray:
 
 
 def _reused_rows(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return which rows have been embedded before (rows,), and their vectors of both kinds float16 (those rows, D)."""
+    """Return which rows have been embedded before (rows,), and their vectors of both kinds float16
+    (those rows, D).
+    """
     if not (work / "known.json").exists():
         return np.zeros(table.num_rows, bool), {}
     previous = Path(json.loads((work / "known.json").read_text()))
@@ -244,7 +254,9 @@ def embed_texts(clip: Path, texts: list[str]) -> np.ndarray:
 
 
 def embed_images(clip: Path, files: Sequence[Path]) -> np.ndarray:
-    """Embed picture files with the CLIP of a `clip` folder, float32 (B, D). Raises CallerError naming a file that is no picture."""
+    """Embed picture files with the CLIP of a `clip` folder, float32 (B, D). Raises CallerError
+    naming a file that is no picture.
+    """
     model, _ = clip_model.load(clip)
     pictures = [
         torch.from_numpy(read_file(file, model.config.image_size_px, model.config.look))
@@ -261,7 +273,8 @@ def look_of(clip: Path) -> Look:
 def encoders(
     clip: Path,
 ) -> tuple[Callable[[list[str]], np.ndarray], Callable[[np.ndarray], np.ndarray], int]:
-    """Load the CLIP of a `clip` folder once: return what embeds texts, what embeds uint8 squares (B, S, S, 3), and their side S.
+    """Load the CLIP of a `clip` folder once: return what embeds texts, what embeds uint8 squares
+    (B, S, S, 3), and their side S.
 
     Both return float32 (B, D) and may be called from any thread.
     """

@@ -1,8 +1,10 @@
-"""The Ray Train jobs: section -> data and model -> `loop.run`, for CLIP, the prior, the decoder and up-samplers.
+"""The Ray Train jobs: section -> data and model -> `loop.run`, for CLIP, the prior, the decoder and
+up-samplers.
 
-Each `train_*` runs on the Ray that the caller started, shows progress, and leaves `config.json`, `weights.safetensors` (averaged),
-`raw.safetensors`, `metrics.jsonl` and, where captions are read, `tokenizer.json` in `out`. State for resuming lies in `work`, which all
-workers must see. The `fit_*` functions are the worker's side; they know Ray no more than a bare script does.
+Each `train_*` runs on the Ray that the caller started, shows progress, and leaves `config.json`,
+`weights.safetensors` (averaged), `raw.safetensors`, `metrics.jsonl` and, where captions are read,
+`tokenizer.json` in `out`. State for resuming lies in `work`, which all workers must see. The
+`fit_*` functions are the worker's side; they know Ray no more than a bare script does.
 """
 
 import json
@@ -55,7 +57,9 @@ def train_clip(
     out: Path,
     work: Path,
 ) -> dict[str, Any]:
-    """Train CLIP on the keep list's training pairs; the tokenizer is fitted to their captions first. Or take a pretrained one."""
+    """Train CLIP on the keep list's training pairs; the tokenizer is fitted to their captions
+    first. Or take a pretrained one.
+    """
     table = read_table(curate / "keep.parquet", "train", ["captions", *shard_check.READ])
     if not table.num_rows:
         raise DataError(
@@ -292,7 +296,9 @@ def alone(captions: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def shifted(pixels: Tensor, draw: Tensor) -> Tensor:
-    """Move each picture (B, 3, S, S) by up to SHIFT_PX, white coming in; `draw` in [0, 1) is (B, 2)."""
+    """Move each picture (B, 3, S, S) by up to SHIFT_PX, white coming in; `draw` in [0, 1) is (B,
+    2).
+    """
     B, _, S, _ = pixels.shape
     padded = nn.functional.pad(pixels, [SHIFT_PX] * 4, value=1.0)
     offset = (draw * (2 * SHIFT_PX + 1)).long().to(pixels.device)  # (B, 2)
@@ -336,7 +342,9 @@ def _train(
     out: Path,
     work: Path,
 ) -> None:
-    """Run `fit` on `workers` Ray Train workers, restarted from the last state when one is lost; then move the results to `out`."""
+    """Run `fit` on `workers` Ray Train workers, restarted from the last state when one is lost;
+    then move the results to `out`.
+    """
     job = {
         "fit": fit.__name__,
         "section": config.model_dump_json(),
@@ -391,7 +399,8 @@ def _run_group(job: dict[str, Any], name: str, cluster: ClusterConfig, workers: 
             num_workers=workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name=f"{name}-{time.time_ns():x}",  # a fresh name: our own state in `work` says where to resume, not Ray's
+            # a fresh name: our own state in `work` says where to resume, not Ray's
+            name=f"{name}-{time.time_ns():x}",
             storage_path=str((Path(job["work"]) / "ray").absolute()),
             failure_config=FailureConfig(
                 max_failures=0
@@ -411,7 +420,9 @@ def _worker(job: dict[str, Any]) -> None:
 
 
 def _fit(job: dict[str, Any]) -> int:
-    """What every worker does: train as the job says and write the model. Returns the images seen."""
+    """What every worker does: train as the job says and write the model. Returns the images
+    seen.
+    """
     torch.set_num_threads(job["threads"])
     fits: dict[str, tuple[Fit, type[LoopConfig]]] = {
         "fit_clip": (fit_clip, ClipConfig),
@@ -434,7 +445,9 @@ def _fit(job: dict[str, Any]) -> int:
 def write_model(
     name: str, model: nn.Module, averaged: dict[str, Tensor], config: LoopConfig, work: Path
 ) -> None:
-    """Write `config.json` and the weights, averaged and raw, each renamed into place. Called by every worker; the first one writes."""
+    """Write `config.json` and the weights, averaged and raw, each renamed into place. Called by
+    every worker; the first one writes.
+    """
     is_first = world()[0] == 0
     raw = fsdp.whole(model.state_dict(), is_first)
     if not is_first:
@@ -472,7 +485,9 @@ def _watch(metrics: Path, progress: Progress, over: threading.Event) -> None:
 
 
 def _last_line(file: Path) -> str:
-    """Return the last line of a file of short ones, of which only the end is read: it grows for days."""
+    """Return the last line of a file of short ones, of which only the end is read: it grows for
+    days.
+    """
     with file.open("rb") as opened:
         opened.seek(max(0, opened.seek(0, os.SEEK_END) - LINE_BYTES))
         return (opened.read().decode(errors="replace").splitlines() or [""])[-1]
@@ -489,7 +504,9 @@ def _outcome(out: Path) -> dict[str, Any]:
 
 
 def _worker_error(error: BaseException) -> UnclipError | None:
-    """Return the error of ours that a worker raised, if that is why Ray Train failed: a restart would only meet it again."""
+    """Return the error of ours that a worker raised, if that is why Ray Train failed: a restart
+    would only meet it again.
+    """
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -503,7 +520,9 @@ def _worker_error(error: BaseException) -> UnclipError | None:
 
 
 def _one_line(name: str, error: BaseException) -> str:
-    """Say why a training failed in one line; Ray's words hold the tracebacks of the workers, cut in the middle, which are left out."""
+    """Say why a training failed in one line; Ray's words hold the tracebacks of the workers, cut in
+    the middle, which are left out.
+    """
     lines = str(error).splitlines()
     said = " ".join(
         line

@@ -1,8 +1,11 @@
-"""The autoregressive prior: z_i drawn coordinate by coordinate, as buckets of its principal components (unCLIP, section 2.2).
+"""The autoregressive prior: z_i drawn coordinate by coordinate, as buckets of its principal
+components (unCLIP, section 2.2).
 
-A causal transformer over [caption, z_t, dot product, c_1, ..., c_(K-1)]: the output at z_t predicts the bucket of z_i . z_t, the one at
-that token the bucket of the first coordinate, and so on. At sampling the dot product is drawn from the upper half of its distribution,
-which asks for pictures that fit their caption. Same interface as `training.models.diffusion_prior.Prior`; buckets are fitted to the data before training.
+A causal transformer over [caption, z_t, dot product, c_1, ..., c_(K-1)]: the output at z_t predicts
+the bucket of z_i . z_t, the one at that token the bucket of the first coordinate, and so on. At
+sampling the dot product is drawn from the upper half of its distribution, which asks for pictures
+that fit their caption. Same interface as `training.models.diffusion_prior.Prior`; buckets are
+fitted to the data before training.
 Legend: B batch, N caption tokens, D width, E embedding dimensions, K components kept, V buckets.
 """
 
@@ -55,7 +58,9 @@ class AutoregressivePrior(nn.Module):
 
     @torch.no_grad()
     def fit_to(self, z_i: Tensor, z_t: Tensor) -> None:
-        """Fit components and buckets to the training embeddings, unit vectors z_i and z_t (M, E), z_t one caption of each picture."""
+        """Fit components and buckets to the training embeddings, unit vectors z_i and z_t (M, E),
+        z_t one caption of each picture.
+        """
         pca = Pca.fit(z_i.cpu())
         self.mean.copy_(pca.mean)
         self.components.copy_(pca.components[: self.config.pca_dims])
@@ -72,7 +77,9 @@ class AutoregressivePrior(nn.Module):
         self.high.copy_(high + reach)
 
     def to_buckets(self, z_i: Tensor, z_t: Tensor) -> Tensor:
-        """Return the buckets, int64 (B, K + 1), of z_i . z_t and of z_i's coordinates; what lies outside goes into the last one there."""
+        """Return the buckets, int64 (B, K + 1), of z_i . z_t and of z_i's coordinates; what lies
+        outside goes into the last one there.
+        """
         values = torch.cat(
             [(z_i * z_t).sum(1, keepdim=True), (z_i - self.mean) @ self.components.T], 1
         )
@@ -88,21 +95,27 @@ class AutoregressivePrior(nn.Module):
         return F.normalize(values[:, 1:] @ self.components + self.mean, dim=-1)
 
     def forward(self, buckets: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
-        """Return logits, float32 (B, K + 1, V), for all buckets (B, K + 1), each from those before it, scaled z_t (B, E) and ids (B, N)."""
+        """Return logits, float32 (B, K + 1, V), for all buckets (B, K + 1), each from those before
+        it, scaled z_t (B, E) and ids (B, N).
+        """
         x, is_key = self._prefix(z_t, ids, buckets[:, :-1])
         for block in self.blocks:
             x = block(x, is_key)
         return self.out(self.norm(x[:, ids.shape[1] :])).float()
 
     def _prefix(self, z_t: Tensor, ids: Tensor, buckets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens [caption, z_t, buckets] (B, N + 1 + n, D) and which may be attended to; buckets (B, n) may be none."""
+        """Return the tokens [caption, z_t, buckets] (B, N + 1 + n, D) and which may be attended to;
+        buckets (B, n) may be none.
+        """
         K, N, n = self.config.pca_dims, ids.shape[1], buckets.shape[1]
         x = torch.cat([self.tokens(ids), self.from_text(z_t)[:, None], self.values(buckets)], 1)
         x = x + torch.cat([self.positions[K + 1 : K + 1 + N], self.positions[: n + 1]])
         return x, torch.cat([ids != PAD, ids.new_ones(len(ids), n + 1, dtype=torch.bool)], 1)
 
     def loss(self, step: Step, z_i: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
-        """Mean cross entropy of the buckets in nats; z_i and z_t are unit vectors (b, E), ids (b, N)."""
+        """Mean cross entropy of the buckets in nats; z_i and z_t are unit vectors (b, E), ids (b,
+        N).
+        """
         dropped = (step.uniform(DROP) < self.config.text_drop).to(z_t.device)
         with torch.autocast(
             z_i.device.type, enabled=False
@@ -127,18 +140,24 @@ class AutoregressivePrior(nn.Module):
         steps: int | None = None,
         best_of: int | None = None,
     ) -> Tensor:
-        """Draw one z_i, a unit vector, for every row of z_t (B, E), ids (B, N) and seeds: the best of several by its dot product with z_t.
+        """Draw one z_i, a unit vector, for every row of z_t (B, E), ids (B, N) and seeds: the best
+        of several by its dot product with z_t.
 
-        A row's result depends on its own seed and text alone. `steps` is the diffusion prior's and says nothing here.
+        A row's result depends on its own seed and text alone. `steps` is the diffusion prior's and
+        says nothing here.
         """
         best_of = best_of or self.config.best_of
         rows = torch.arange(len(z_t), device=z_t.device).repeat_interleave(best_of)
         K = self.config.pca_dims
         draws = generators(
-            [seed * best_of + draw_number for seed in seeds for draw_number in range(best_of)], Stream.PRIOR
+            [seed * best_of + draw_number for seed in seeds for draw_number in range(best_of)],
+            Stream.PRIOR,
         )
         chance = torch.stack(
-            [torch.rand(K + 1, generator=draw_generator, dtype=torch.float64) for draw_generator in draws]
+            [
+                torch.rand(K + 1, generator=draw_generator, dtype=torch.float64)
+                for draw_generator in draws
+            ]
         ).to(z_t.device)  # (B', K + 1)
         chance[:, 0] = 0.5 + chance[:, 0] / 2  # the upper half
         buckets = self.draw(z_t[rows] * self.text_scale, ids[rows], chance)
@@ -148,7 +167,9 @@ class AutoregressivePrior(nn.Module):
 
     @torch.no_grad()
     def draw(self, z_t: Tensor, ids: Tensor, chance: Tensor) -> Tensor:
-        """Draw buckets, int64 (B, K + 1): for each the first at which the cumulated probability passes `chance` in [0, 1), (B, K + 1)."""
+        """Draw buckets, int64 (B, K + 1): for each the first at which the cumulated probability
+        passes `chance` in [0, 1), (B, K + 1).
+        """
         N, K = ids.shape[1], self.config.pca_dims
         pasts = [KeyValues(N + 1 + K) for _ in self.blocks]
         x, is_key = self._prefix(z_t, ids, ids.new_empty(len(ids), 0))

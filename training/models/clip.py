@@ -1,7 +1,8 @@
-"""CLIP: an image and a text tower, their symmetric contrastive loss, and how a trained one is read and written.
+"""CLIP: an image and a text tower, their symmetric contrastive loss, and how a trained one is read
+and written.
 
-Two image towers: the paper's ViT, and a small residual convolutional net, which learns far more in minutes on a CPU at 32 px.
-Knows nothing of files of pictures, Ray or the index.
+Two image towers: the paper's ViT, and a small residual convolutional net, which learns far more in
+minutes on a CPU at 32 px. Knows nothing of files of pictures, Ray or the index.
 Legend: B batch, N tokens, D width, E embedding dimensions, C channels.
 """
 
@@ -31,7 +32,8 @@ LOGIT_SCALE_START, LOGIT_SCALE_MAX = (
 )  # Radford et al. 2021, section 2.5
 SIGMOID_SCALE_START, SIGMOID_BIAS_START = math.log(10), -10.0  # Zhai et al. 2023, section 3.2
 MARK = 0x5851F42D4C957F2D
-"""An odd number of 63 bits, Knuth's multiplier: texts that differ have the same polynomial in it about once in 2^64."""
+"""An odd number of 63 bits, Knuth's multiplier: texts that differ have the same polynomial in it
+about once in 2^64."""
 
 Channels = tuple[float, float, float]
 
@@ -40,22 +42,28 @@ class ClipConfig(LoopConfig):
     """The two towers and their training (Radford et al. 2021)."""
 
     pretrained: str = ""
-    """Take a ViT that open_clip trained instead of training one: a folder or file of it, `hf-hub:ORGANISATION/NAME`, or `MODEL/TAG` as
-    open_clip names them (`ViT-B-32/laion2b_s34b_b79k`). What the towers look like is then read from there."""
+    """Take a ViT that open_clip trained instead of training one: a folder or file of it,
+    `hf-hub:ORGANISATION/NAME`, or `MODEL/TAG` as open_clip names them
+    (`ViT-B-32/laion2b_s34b_b79k`). What the towers look like is then read from there."""
     image_size_px: int = Field(default=32, ge=16, le=1024)
     """Side of the pictures that the image tower sees."""
     resize_mode: Resize = WHOLE.resize
-    """How a picture becomes such a square: `longest` keeps all of it, `shortest` the square in its middle, `squash` no proportions."""
+    """How a picture becomes such a square: `longest` keeps all of it, `shortest` the square in its
+    middle, `squash` no proportions."""
     interpolation: Interpolation = WHOLE.interpolation
-    """How pictures are resized to it; a pretrained CLIP brings along what it was made for (mostly `bicubic` and `shortest`)."""
+    """How pictures are resized to it; a pretrained CLIP brings along what it was made for (mostly
+    `bicubic` and `shortest`)."""
     fill_color: int = Field(default=WHOLE.fill, ge=0, le=255)
     """Grey value of the border that `longest` leaves; 255 is white."""
     image_tower: Literal["conv", "vit"] = "conv"
-    """`conv`: residual convolutions, for small pictures and budgets; `vit`: the vision transformer."""
+    """`conv`: residual convolutions, for small pictures and budgets; `vit`: the vision
+    transformer."""
     width: int = Field(default=64, ge=16, le=8192)
-    """Image tower: channels at half the picture's side (conv; doubled twice further down), or the transformer's width (vit)."""
+    """Image tower: channels at half the picture's side (conv; doubled twice further down), or the
+    transformer's width (vit)."""
     depth: int = Field(default=2, ge=1, le=64)
-    """Image tower: residual blocks at each of three resolutions (conv), or transformer blocks (vit; unCLIP: 32)."""
+    """Image tower: residual blocks at each of three resolutions (conv), or transformer blocks (vit;
+    unCLIP: 32)."""
     patch_px: int = Field(default=8, ge=1, le=64)
     """Side of a patch (vit only; unCLIP: 16)."""
     text_width: int = Field(default=128, ge=16, le=8192)
@@ -77,18 +85,23 @@ class ClipConfig(LoopConfig):
     pixel_std: Channels = (0.25, 0.25, 0.25)
     """What the channels are divided by then."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """`softmax`: CLIP's own; `sigmoid`: every pair is judged for itself (SigLIP, Zhai et al. 2023)."""
+    """`softmax`: CLIP's own; `sigmoid`: every pair is judged for itself (SigLIP, Zhai et al.
+    2023)."""
     chunk: int = Field(default=0, ge=0)
-    """Pairs whose activations are held at once by a worker (Gao et al. 2021, GradCache): the loss is over the whole batch all the same, at
-    the price of a second forward pass; 0 holds the whole batch."""
+    """Pairs whose activations are held at once by a worker (Gao et al. 2021, GradCache): the loss
+    is over the whole batch all the same, at the price of a second forward pass; 0 holds the whole
+    batch."""
     compile: bool = False
     """Let torch compile the towers (minutes at the start, worth it on a GPU)."""
     style_captions: bool = True
-    """Train on all phrasings of a picture, one drawn anew each time it is seen; otherwise on the first one only."""
+    """Train on all phrasings of a picture, one drawn anew each time it is seen; otherwise on the
+    first one only."""
     first_caption: float = Field(default=0.0, ge=0, le=1)
-    """With style_captions: share of the draws that are the first phrasing, by which search mostly asks; the others fall on all alike."""
+    """With style_captions: share of the draws that are the first phrasing, by which search mostly
+    asks; the others fall on all alike."""
     broken_pictures: OnBroken = "stop"
-    """What to do about pictures whose shard is missing, cut or altered: `stop` with one line, or `skip` them, counted in the manifest."""
+    """What to do about pictures whose shard is missing, cut or altered: `stop` with one line, or
+    `skip` them, counted in the manifest."""
 
     @property
     def look(self) -> Look:
@@ -113,7 +126,9 @@ class ClipConfig(LoopConfig):
 
 
 class ConvTower(nn.Module):
-    """Residual 3x3 convolutions at a half, a quarter and an eighth of the side, averaged over places."""
+    """Residual 3x3 convolutions at a half, a quarter and an eighth of the side, averaged over
+    places.
+    """
 
     def __init__(self, width: int, depth: int, embed_dim: int) -> None:
         super().__init__()
@@ -137,7 +152,9 @@ class ConvTower(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """norm, conv, GELU, conv; the last starts at zero, so that a deep tower starts as a shallow one."""
+    """norm, conv, GELU, conv; the last starts at zero, so that a deep tower starts as a shallow
+    one.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -152,7 +169,9 @@ class ConvBlock(nn.Module):
 
 
 class VitTower(nn.Module):
-    """The vision transformer of CLIP: patches, a class token, pre-norm blocks, read at the class token."""
+    """The vision transformer of CLIP: patches, a class token, pre-norm blocks, read at the class
+    token.
+    """
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -228,7 +247,9 @@ class CLIP(nn.Module):
         return F.normalize(self.text_project(self.text.at(ids, ends)).float(), dim=-1)
 
     def loss(self, pixels: Tensor, ids: Tensor) -> Tensor:
-        """Return the contrastive loss of this worker's pairs, pixels (b, 3, S, S) in [-1, 1] and ids (b, N), against all workers'."""
+        """Return the contrastive loss of this worker's pairs, pixels (b, 3, S, S) in [-1, 1] and
+        ids (b, N), against all workers'.
+        """
         image, text = (
             self._in_chunks(self.encode_image, pixels),
             self._in_chunks(self.encode_text, ids),
@@ -238,7 +259,9 @@ class CLIP(nn.Module):
         return contrastive_loss(image, text, marks(ids), self.logit_scale)
 
     def _in_chunks(self, encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Encode so that only a chunk's activations exist at once, in the backward pass too, which encodes each chunk again."""
+        """Encode so that only a chunk's activations exist at once, in the backward pass too, which
+        encodes each chunk again.
+        """
         if not self.config.chunk or len(x) <= self.config.chunk:
             return encode(x)
         return torch.cat(
@@ -247,16 +270,20 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the temperature at or above 1 / 100 (Radford et al. 2021, section 2.5); call after every step."""
+        """Keep the temperature at or above 1 / 100 (Radford et al. 2021, section 2.5); call after
+        every step.
+        """
         self.logit_scale.clamp_(max=LOGIT_SCALE_MAX)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, captions: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric cross entropy over the cosine similarities of all workers' pairs (Radford et al. 2021, fig. 3).
+    """Symmetric cross entropy over the cosine similarities of all workers' pairs (Radford et al.
+    2021, fig. 3).
 
-    image and text are this worker's unit vectors (b, E), captions is int (b,) and equal where captions are: such pairs are right for each
-    other and share the target (Yang et al. 2022, UniCL, eq. 4-5). Each worker scores its own rows against everybody's columns, so memory
-    is linear in the global batch, and the mean over workers is the single-process loss with the same gradients.
+    image and text are this worker's unit vectors (b, E), captions is int (b,) and equal where
+    captions are: such pairs are right for each other and share the target (Yang et al. 2022, UniCL,
+    eq. 4-5). Each worker scores its own rows against everybody's columns, so memory is linear in
+    the global batch, and the mean over workers is the single-process loss with the same gradients.
     """
     is_right = captions[:, None] == gather(captions)  # (b, B)
     target = is_right / is_right.sum(1, keepdim=True)
@@ -274,10 +301,12 @@ def contrastive_loss(image: Tensor, text: Tensor, captions: Tensor, logit_scale:
 def sigmoid_loss(
     image: Tensor, text: Tensor, captions: Tensor, logit_scale: Tensor, logit_bias: Tensor
 ) -> Tensor:
-    """Every picture with every text of all workers, a pair or not (Zhai et al. 2023, eq. 1): mean over pictures of the sum over texts.
+    """Every picture with every text of all workers, a pair or not (Zhai et al. 2023, eq. 1): mean
+    over pictures of the sum over texts.
 
-    image and text are this worker's unit vectors (b, E), captions is int (b,) and equal where captions are: their pictures are pairs
-    with them all. The mean over workers is the single-process loss with the same gradients.
+    image and text are this worker's unit vectors (b, E), captions is int (b,) and equal where
+    captions are: their pictures are pairs with them all. The mean over workers is the
+    single-process loss with the same gradients.
     """
     is_pair = torch.where(captions[:, None] == gather(captions), 1.0, -1.0)  # (b, B)
     all_text = gather(text)
@@ -287,7 +316,9 @@ def sigmoid_loss(
 
 
 def marks(ids: Tensor) -> Tensor:
-    """Return a number for every text, int64 (b,), of its ids (b, N): equal texts have equal ones, however far they are padded."""
+    """Return a number for every text, int64 (b,), of its ids (b, N): equal texts have equal ones,
+    however far they are padded.
+    """
     powers = torch.full((ids.shape[1],), MARK, device=ids.device).cumprod(0)  # modulo 2^64
     return (ids * powers).sum(1)
 
@@ -299,7 +330,9 @@ def count_parameters(config: ClipConfig, vocab_size: int, context: int = 77) -> 
 
 
 def load(folder: Path) -> tuple[CLIP, Tokenizer]:
-    """Read a trained CLIP (its averaged weights) and its tokenizer from a `clip` stage's folder, in evaluation mode."""
+    """Read a trained CLIP (its averaged weights) and its tokenizer from a `clip` stage's folder, in
+    evaluation mode.
+    """
     facts = json.loads((folder / "config.json").read_text())
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     model = CLIP(ClipConfig.model_validate(facts["clip"]), facts["vocab_size"], facts["context"])
@@ -309,7 +342,9 @@ def load(folder: Path) -> tuple[CLIP, Tokenizer]:
 
 @torch.no_grad()
 def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: list[str], batch: int = 512) -> Tensor:
-    """Embed texts in batches of like length (no padding work), unit vectors float32 (len(texts), E) on the CPU."""
+    """Embed texts in batches of like length (no padding work), unit vectors float32 (len(texts), E)
+    on the CPU.
+    """
     device = model.logit_scale.device
     ids = tokenizer(texts)
     lengths = (ids != PAD).sum(1)

@@ -1,7 +1,9 @@
-"""The decoder: a U-Net that draws a picture from a CLIP image embedding z_i and a caption (unCLIP, section 2.1; GLIDE's U-Net).
+"""The decoder: a U-Net that draws a picture from a CLIP image embedding z_i and a caption (unCLIP,
+section 2.1; GLIDE's U-Net).
 
-z_i is added to the timestep embedding and becomes extra context tokens behind the caption's; image tokens attend to both. The network
-predicts x_0 unless told otherwise. Knows nothing of CLIP's weights and of files.
+z_i is added to the timestep embedding and becomes extra context tokens behind the caption's; image
+tokens attend to both. The network predicts x_0 unless told otherwise. Knows nothing of CLIP's
+weights and of files.
 Legend: B batch, N context tokens, D width, E embedding dimensions, C channels, S side, H heads.
 """
 
@@ -52,15 +54,18 @@ class DecoderConfig(LoopConfig):
     image_size_px: int = Field(default=32, ge=8, le=1024)
     """Side of the pictures that it draws; unCLIP: 64."""
     patch_px: int = Field(default=2, ge=1, le=8)
-    """Pixels folded into channels at the entrance and unfolded at the exit: 2 makes every step four times cheaper. unCLIP: 1."""
+    """Pixels folded into channels at the entrance and unfolded at the exit: 2 makes every step four
+    times cheaper. unCLIP: 1."""
     width: int = Field(default=64, ge=GROUPS, le=4096)
     """Channels at the first resolution; unCLIP: 512."""
     multiples: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1, max_length=6)
-    """Channels at each resolution, times `width`, halving the side each time; unCLIP: 1, 2, 3, 4."""
+    """Channels at each resolution, times `width`, halving the side each time; unCLIP: 1, 2, 3,
+    4."""
     depth: int = Field(default=1, ge=1, le=8)
     """Residual blocks at each resolution; unCLIP: 3."""
     attention_px: tuple[int, ...] = (8, 4)
-    """Sides (after folding) at which places attend to each other and to the context; unCLIP: 32, 16, 8."""
+    """Sides (after folding) at which places attend to each other and to the context; unCLIP: 32,
+    16, 8."""
     text_width: int = Field(default=128, ge=16, le=8192)
     """Width of the caption encoder; unCLIP: 2048."""
     text_depth: int = Field(default=1, ge=0, le=64)
@@ -68,45 +73,53 @@ class DecoderConfig(LoopConfig):
     z_tokens: int = Field(default=4, ge=0, le=64)
     """Context tokens made from z_i."""
     layout: bool = True
-    """Whether the conditions also draw a map at the lowest resolution, one value a channel and place: a short training then need not learn
-    to spread a picture from vectors that are equal everywhere. unCLIP: no; it costs `4 * width` times the map's size in parameters."""
+    """Whether the conditions also draw a map at the lowest resolution, one value a channel and
+    place: a short training then need not learn to spread a picture from vectors that are equal
+    everywhere. unCLIP: no; it costs `4 * width` times the map's size in parameters."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in the residual blocks; unCLIP: 0.1."""
     T: int = Field(default=1000, ge=2, le=100_000)
     """Diffusion steps of the cosine schedule."""
     snr_shift: float = Field(default=1.0, gt=0, le=16)
-    """Multiplies sqrt(SNR) at every time: 64 / image_size_px gives larger pictures the noise that they need (Hoogeboom et al. 2023, eq. 5).
-    unCLIP: 1."""
+    """Multiplies sqrt(SNR) at every time: 64 / image_size_px gives larger pictures the noise that
+    they need (Hoogeboom et al. 2023, eq. 5). unCLIP: 1."""
     time_power: float = Field(default=2.0, gt=0, le=10)
-    """Training times are T u^(1 / time_power) with u uniform in [0, 1): 1 is uniform (Ho et al. 2020), more favours noisy steps, where z_i
-    must settle the layout."""
+    """Training times are T u^(1 / time_power) with u uniform in [0, 1): 1 is uniform (Ho et al.
+    2020), more favours noisy steps, where z_i must settle the layout."""
     parametrisation: Parametrisation = "x_0"
-    """What the network predicts. A small one that folds pixels draws cleaner with `x_0`: it need not carry the noise through its middle."""
+    """What the network predicts. A small one that folds pixels draws cleaner with `x_0`: it need
+    not carry the noise through its middle."""
     snr_floor: float = Field(default=1.0, ge=0)
-    """Lower bound of the signal-to-noise weight on the error in x_0 (Salimans & Ho 2022): the noisiest steps settle the layout."""
+    """Lower bound of the signal-to-noise weight on the error in x_0 (Salimans & Ho 2022): the
+    noisiest steps settle the layout."""
     snr_ceiling: float = Field(default=5.0, gt=0)
     """Upper bound of that weight: gamma of min-SNR (Hang et al. 2023)."""
     learned_variance: bool = False
-    """Predict the variance of every reverse step too, trained by L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021); unCLIP: yes."""
+    """Predict the variance of every reverse step too, trained by L_simple + 0.001 L_vlb (Nichol &
+    Dhariwal 2021); unCLIP: yes."""
     z_drop: float = Field(default=0.1, ge=0, le=1)
     """Share of samples trained without z_i."""
     text_drop: float = Field(default=0.5, ge=0, le=1)
     """Share of samples trained without caption."""
     z_noise: float = Field(default=0.0, ge=0, le=2)
-    """Most noise that training puts on z_i, as a share of its length: each sample's is moved by Gaussian noise of a level drawn between 0
-    and this, and brought back to its length, so that the decoder forgives what a prior's z_i misses (conditioning augmentation, Ho et al.
-    2022, arXiv 2106.15282, section 4; on CLIP embeddings as in Stable unCLIP, but its level is not told to the network). unCLIP: none."""
+    """Most noise that training puts on z_i, as a share of its length: each sample's is moved by
+    Gaussian noise of a level drawn between 0 and this, and brought back to its length, so that the
+    decoder forgives what a prior's z_i misses (conditioning augmentation, Ho et al. 2022, arXiv
+    2106.15282, section 4; on CLIP embeddings as in Stable unCLIP, but its level is not told to the
+    network). unCLIP: none."""
     sampler: Sampler = "dpm_solver"
-    """DPM-Solver++(2M) and DDIM take the same way in any number of steps; ancestral ones add noise and want many. unCLIP: ancestral."""
+    """DPM-Solver++(2M) and DDIM take the same way in any number of steps; ancestral ones add noise
+    and want many. unCLIP: ancestral."""
     sampling_steps: int = Field(default=20, ge=1, le=1000)
     """Steps at sampling; unCLIP: 250 ancestral ones."""
     guidance: float = Field(default=2.0, ge=0, le=50)
     """Classifier-free guidance at sampling; 1 is none."""
     dynamic_threshold: float | None = Field(default=None, gt=0, le=1)
-    """Under guidance, quantile of |x_0| at which each picture is clamped and scaled back at every step (Saharia et al. 2022, section 2.3),
-    0.995 there; unset: clamped at 1, as unCLIP."""
+    """Under guidance, quantile of |x_0| at which each picture is clamped and scaled back at every
+    step (Saharia et al. 2022, section 2.3), 0.995 there; unset: clamped at 1, as unCLIP."""
     broken_pictures: OnBroken = "stop"
-    """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them, counted in the manifest."""
+    """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them,
+    counted in the manifest."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -120,7 +133,9 @@ class DecoderConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class Condition:
-    """What a batch is conditioned on, computed once for all steps: z_i's part of the time embedding, context tokens, which are real."""
+    """What a batch is conditioned on, computed once for all steps: z_i's part of the time
+    embedding, context tokens, which are real.
+    """
 
     added: Tensor  # (B, 4D)
     context: Tensor  # (B, N, D_text)
@@ -128,7 +143,9 @@ class Condition:
 
 
 class ResBlock(nn.Module):
-    """norm, conv, modulation by the time embedding, conv; the last starts at zero (Dhariwal & Nichol 2021)."""
+    """norm, conv, modulation by the time embedding, conv; the last starts at zero (Dhariwal &
+    Nichol 2021).
+    """
 
     def __init__(self, before: int, after: int, added: int, dropout: float) -> None:
         super().__init__()
@@ -166,7 +183,9 @@ class ContextAttention(nn.Module):
         B, C, S, _ = x.shape
         positions = self.norm(x).flatten(2).transpose(1, 2)  # (B, S*S, C)
         q, k, v = (
-            self.qkv(positions).view(B, S * S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+            self.qkv(positions)
+            .view(B, S * S, 3, self.heads, C // self.heads)
+            .permute(2, 0, 3, 1, 4)
         )
         k_c, v_c = (
             self.kv(self.norm_context(condition.context))
@@ -252,7 +271,9 @@ class Decoder(nn.Module):
         drop_z: Tensor | None = None,
         drop_text: Tensor | None = None,
     ) -> Condition:
-        """Encode unit vectors z_i (B, E) and caption ids (B, N); dropped rows, bool (B,), get the null z and the empty caption."""
+        """Encode unit vectors z_i (B, E) and caption ids (B, N); dropped rows, bool (B,), get the
+        null z and the empty caption.
+        """
         z = z_i * self.z_scale
         if drop_z is not None:
             z = torch.where(drop_z[:, None], self.null_z * self.z_scale, z)
@@ -273,11 +294,14 @@ class Decoder(nn.Module):
 
     @property
     def variance(self) -> Variance:
-        """Return the variance that an ancestral step takes: what was learned, or the posterior's."""
+        """Return the variance that an ancestral step takes: what was learned, or the
+        posterior's.
+        """
         return "learned" if self.config.learned_variance else "small"
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        """Predict as `parametrisation` says, float32 (B, 3, S, S), from noised pictures in [-1, 1] (B, 3, S, S) and times (B,).
+        """Predict as `parametrisation` says, float32 (B, 3, S, S), from noised pictures in [-1, 1]
+        (B, 3, S, S) and times (B,).
 
         Where the variance is learned, its fraction in [0, 1] comes beside, of the same shape.
         """
@@ -316,10 +340,12 @@ class Decoder(nn.Module):
         return layer(x, added) if isinstance(layer, ResBlock) else layer(x)
 
     def loss(self, step: Step, x_0: Tensor, z_i: Tensor, ids: Tensor) -> Tensor:
-        """SNR-weighted loss of pictures x_0 in [-1, 1], (b, 3, S, S), with unit vectors z_i (b, E) and caption ids (b, N).
+        """SNR-weighted loss of pictures x_0 in [-1, 1], (b, 3, S, S), with unit vectors z_i (b, E)
+        and caption ids (b, N).
 
-        Where the variance is learned, 0.001 L_vlb is added, which teaches that alone; the times are drawn as `time_power` says, which
-        weighs its terms without moving the best variance at any of them.
+        Where the variance is learned, 0.001 L_vlb is added, which teaches that alone; the times are
+        drawn as `time_power` says, which weighs its terms without moving the best variance at any
+        of them.
         """
         config, device = self.config, x_0.device
         drop_z, drop_text = (
@@ -361,7 +387,9 @@ class Decoder(nn.Module):
         steps: int | None = None,
         guidance: float | None = None,
     ) -> Tensor:
-        """Draw a picture, float32 (B, 3, S, S) in [-1, 1], for every row of z_i (B, E), ids (B, N) and seeds; rows are independent."""
+        """Draw a picture, float32 (B, 3, S, S) in [-1, 1], for every row of z_i (B, E), ids (B, N)
+        and seeds; rows are independent.
+        """
         w = self.config.guidance if guidance is None else guidance
         S, sample_generators = self.config.image_size_px, generators(seeds, Stream.DECODER)
         x_T = noise((len(z_i), 3, S, S), sample_generators, z_i.device)
@@ -374,7 +402,9 @@ class Decoder(nn.Module):
         return sampler(denoise, x_T, self.schedule, count).clamp_(-1, 1)
 
     def guided_denoise(self, z_i: Tensor, ids: Tensor, w: float) -> Denoise:
-        """Return `denoise(x_t, t) -> x_0` under these conditions, guided with weight w in one network call; w = 0 tells it nothing."""
+        """Return `denoise(x_t, t) -> x_0` under these conditions, guided with weight w in one
+        network call; w = 0 tells it nothing.
+        """
         parametrisation = self.config.parametrisation
         if w in (0, 1):  # one of the two halves is all that counts
             free = torch.full((len(z_i),), w == 0, device=z_i.device)
@@ -389,7 +419,9 @@ class Decoder(nn.Module):
 
 
 def augmented(z_i: Tensor, level: Tensor, eps: Tensor) -> Tensor:
-    """Move embeddings z_i (B, E) by eps ~ N(0, I), about `level` (B,) times as long as they are, and bring them back to their length."""
+    """Move embeddings z_i (B, E) by eps ~ N(0, I), about `level` (B,) times as long as they are,
+    and bring them back to their length.
+    """
     length = z_i.norm(dim=1, keepdim=True)
     return F.normalize(z_i + eps * (level[:, None] * length / z_i.shape[1] ** 0.5), dim=1) * length
 

@@ -1,7 +1,9 @@
-"""What is done to the small picture that an up-sampler is trained on, so that it mends a decoder's faults and does not enlarge them.
+"""What is done to the small picture that an up-sampler is trained on, so that it mends a decoder's
+faults and does not enlarge them.
 
-`blur`: Gaussian, 3 pixels wide (unCLIP's first up-sampler). `bsr`: blur, resizing there and back, noise and JPEG in an order drawn anew
-each time, as latent diffusion's BSR degradation does (Zhang et al. 2021, arXiv 2103.14006; unCLIP's second up-sampler).
+`blur`: Gaussian, 3 pixels wide (unCLIP's first up-sampler). `bsr`: blur, resizing there and back,
+noise and JPEG in an order drawn anew each time, as latent diffusion's BSR degradation does (Zhang
+et al. 2021, arXiv 2103.14006; unCLIP's second up-sampler).
 Legend: B batch, H x W the small picture.
 """
 
@@ -43,7 +45,9 @@ def gaussian(pictures: Tensor, width: int, sigma: float) -> Tensor:
 
 
 def bsr(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Degrade one picture, float32 (H, W, 3) in 0..1: blur, resizing, noise and JPEG, their order and strength drawn; same size."""
+    """Degrade one picture, float32 (H, W, 3) in 0..1: blur, resizing, noise and JPEG, their order
+    and strength drawn; same size.
+    """
     steps: list[Callable[[np.ndarray, np.random.Generator], np.ndarray]] = [
         _blurred,
         _resized,
@@ -94,7 +98,9 @@ def _compressed(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
 
 
 def apply(kind: "Degradation", pictures: Tensor, is_degraded: Tensor, seeds: list[int]) -> Tensor:
-    """Degrade those of the pictures, float32 (B, 3, H, W) in [-1, 1] on the CPU, that `is_degraded`, bool (B,), names; each by its seed."""
+    """Degrade those of the pictures, float32 (B, 3, H, W) in [-1, 1] on the CPU, that
+    `is_degraded`, bool (B,), names; each by its seed.
+    """
     if kind == "none" or not bool(is_degraded.any()):
         return pictures
     if kind == "blur":

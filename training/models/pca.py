@@ -1,4 +1,5 @@
-"""Principal components of CLIP embeddings: what unCLIP's autoregressive prior and its figure 7 keep of a z_i.
+"""Principal components of CLIP embeddings: what unCLIP's autoregressive prior and its figure 7 keep
+of a z_i.
 
 Legend: B vectors, E embedding dimensions, K components kept.
 """
@@ -43,11 +44,15 @@ class Pca:
         return (vectors - self.mean) @ self.components[:count].T
 
     def restore(self, coordinates: Tensor) -> Tensor:
-        """Return the vectors (B, E) with these coordinates (B, count) along the first components and the mean's in the rest."""
+        """Return the vectors (B, E) with these coordinates (B, count) along the first components
+        and the mean's in the rest.
+        """
         return coordinates @ self.components[: coordinates.shape[1]] + self.mean
 
     def truncate(self, vectors: Tensor, count: int) -> Tensor:
-        """Return vectors (B, E) with all but the first components at their mean. Raises ValueError for a count out of 1..K."""
+        """Return vectors (B, E) with all but the first components at their mean. Raises ValueError
+        for a count out of 1..K.
+        """
         if not 1 <= count <= len(self.components):
             raise ValueError(
                 f"{count} principal components: choose from 1 to {len(self.components)}"

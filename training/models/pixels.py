@@ -1,4 +1,5 @@
-"""Pictures as people store them, uint8 (B, H, W, 3), and as networks see them, float32 (B, 3, H, W) in [-1, 1]: the way there and back.
+"""Pictures as people store them, uint8 (B, H, W, 3), and as networks see them, float32 (B, 3, H, W)
+in [-1, 1]: the way there and back.
 
 Legend: B pictures, H x W pixels, S a side.
 """
@@ -17,7 +18,9 @@ def to_float(pictures: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor, side_px: int, interpolation: Interpolation = "area") -> Tensor:
-    """Turn square pictures, uint8 (B, H, H, 3), into float32 (B, 3, S, S) in [-1, 1], resized where the side differs."""
+    """Turn square pictures, uint8 (B, H, H, 3), into float32 (B, 3, S, S) in [-1, 1], resized where
+    the side differs.
+    """
     x = to_float(images)
     if x.shape[-2:] == (side_px, side_px):
         return x

@@ -1,8 +1,11 @@
-"""Captions to token ids: a lower-cased byte-level BPE, trained on the run's own training captions by Hugging Face `tokenizers`.
+"""Captions to token ids: a lower-cased byte-level BPE, trained on the run's own training captions
+by Hugging Face `tokenizers`.
 
-Or CLIP's own vocabulary, from its file of merges, for a pretrained CLIP. Ids: 0 pads, 1 starts, 2 ends a text, in both (CLIP's own
-numbers are these with the three special ones moved: `training.models.open_clip_format`). Nothing is unknown, since every byte has an id. Neither
-vocabulary joins what white space parts, so each word's ids are looked up. Reads and writes `tokenizer.json`.
+Or CLIP's own vocabulary, from its file of merges, for a pretrained CLIP. Ids: 0 pads, 1 starts, 2
+ends a text, in both (CLIP's own numbers are these with the three special ones moved:
+`training.models.open_clip_format`). Nothing is unknown, since every byte has an id. Neither
+vocabulary joins what white space parts, so each word's ids are looked up. Reads and writes
+`tokenizer.json`.
 """
 
 import gzip
@@ -37,9 +40,11 @@ class TokenizerConfig(Section):
     vocab_size: int = Field(default=2048, ge=259, le=1 << 20)
     """Ids in all, the 256 bytes and 3 special ones included; CLIP's own vocabulary has 49,408."""
     context: int = Field(default=24, ge=4, le=1024)
-    """Most tokens of a text, start and end included; longer ones are cut and still end with the end token. CLIP: 77."""
+    """Most tokens of a text, start and end included; longer ones are cut and still end with the end
+    token. CLIP: 77."""
     merges: str = ""
-    """File of CLIP's merges (`bpe_simple_vocab_16e6.txt.gz` or `merges.txt`), where a pretrained CLIP does not bring it along."""
+    """File of CLIP's merges (`bpe_simple_vocab_16e6.txt.gz` or `merges.txt`), where a pretrained
+    CLIP does not bring it along."""
 
 
 class Tokenizer:
@@ -54,7 +59,9 @@ class Tokenizer:
 
     @classmethod
     def fit(cls, captions: Iterable[str], config: TokenizerConfig) -> "Tokenizer":
-        """Learn merges from the captions until `config.vocab_size` ids exist (or no pair repeats)."""
+        """Learn merges from the captions until `config.vocab_size` ids exist (or no pair
+        repeats).
+        """
         engine = Engine(models.BPE())
         engine.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -73,7 +80,9 @@ class Tokenizer:
 
     @classmethod
     def from_merges(cls, path: Path, context: int = 77) -> "Tokenizer":
-        """Build CLIP's own tokenizer from its file of merges, plain or gzipped. Raises CallerError when it is not that file."""
+        """Build CLIP's own tokenizer from its file of merges, plain or gzipped. Raises CallerError
+        when it is not that file.
+        """
         try:
             data = path.read_bytes()
             lines = (
@@ -132,7 +141,9 @@ class Tokenizer:
         return self.engine.get_vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return ids, int64 (B, N): N is the longest text of the batch, at most the context; shorter rows end in PAD."""
+        """Return ids, int64 (B, N): N is the longest text of the batch, at most the context;
+        shorter rows end in PAD.
+        """
         parted = [self.clean(text).split() for text in texts]
         try:
             rows = self._rows(parted, self.words)
@@ -156,7 +167,9 @@ class Tokenizer:
         return rows
 
     def _ids_of(self, parted: list[list[str]]) -> dict[str, list[int]]:
-        """Return the ids of every word there, asking the engine for those only that were never seen."""
+        """Return the ids of every word there, asking the engine for those only that were never
+        seen.
+        """
         if len(self.words) > REMEMBERED_WORDS:
             self.words = {}
         cached = self.words
@@ -172,7 +185,9 @@ class Tokenizer:
         return cached | long if long else cached
 
     def clean(self, text: str) -> str:
-        """Undo HTML entities, as CLIP's own tokenizer does; for CLIP's own vocabulary broken Unicode and capitals too."""
+        """Undo HTML entities, as CLIP's own tokenizer does; for CLIP's own vocabulary broken
+        Unicode and capitals too.
+        """
         if not self.is_clips:
             return _unescaped(text)
         if text.isascii() and text.isprintable() and "&" not in text:  # nothing in it to mend
@@ -192,7 +207,9 @@ def _starts_and_ends() -> processors.TemplateProcessing:
 
 
 def byte_symbols() -> list[str]:
-    """Return the characters that stand for the 256 bytes in byte-level BPE, in CLIP's order: printable ones first, as they are."""
+    """Return the characters that stand for the 256 bytes in byte-level BPE, in CLIP's order:
+    printable ones first, as they are.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = 256 - len(printable)
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(others)]

@@ -1,4 +1,5 @@
-"""The pre-norm transformer block that CLIP's towers, the prior and the decoder's caption encoder share.
+"""The pre-norm transformer block that CLIP's towers, the prior and the decoder's caption encoder
+share.
 
 Legend: B batch, N tokens, D width, H heads.
 """
@@ -23,14 +24,18 @@ def heads_of(width: int) -> int:
 
 
 class KeyValues:
-    """The keys and values of one layer for the tokens so far, so that a next token costs itself alone."""
+    """The keys and values of one layer for the tokens so far, so that a next token costs itself
+    alone.
+    """
 
     def __init__(self, max_length: int) -> None:
         self.most, self.length = max_length, 0
         self.k = self.v = torch.empty(0)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (B, H, N, D/H) of the next N tokens; return those of all tokens so far."""
+        """Add keys and values (B, H, N, D/H) of the next N tokens; return those of all tokens so
+        far.
+        """
         if not self.length:
             self.k, self.v = (x.new_empty(*x.shape[:2], self.most, x.shape[3]) for x in (k, v))
         end = self.length + k.shape[2]
@@ -40,7 +45,9 @@ class KeyValues:
 
 
 class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), the approximation that the first CLIP models were trained with (Hendrycks & Gimpel 2016)."""
+    """x sigmoid(1.702 x), the approximation that the first CLIP models were trained with (Hendrycks
+    & Gimpel 2016).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any shape to itself."""
@@ -53,10 +60,12 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu":
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v, (B, H, N, d), for q (B, H, N, d) and k, v (B, H, M, d); `mask`, bool, says who attends to whom.
+    """Return softmax(q k^T / sqrt(d)) v, (B, H, N, d), for q (B, H, N, d) and k, v (B, H, M, d);
+    `mask`, bool, says who attends to whom.
 
-    By the fused kernel, but for short sequences on a CPU, where its backward pass takes four to nine times as long in bfloat16. Its
-    forward pass alone is the faster one in float32, by a third at CLIP's 65 tokens.
+    By the fused kernel, but for short sequences on a CPU, where its backward pass takes four to
+    nine times as long in bfloat16. Its forward pass alone is the faster one in float32, by a third
+    at CLIP's 65 tokens.
     """
     N, M = q.shape[2], k.shape[2]
     is_read_only = (
@@ -84,7 +93,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, is_key: Tensor | None = None, past: KeyValues | None = None
     ) -> Tensor:
-        """Map (B, N, D) to (B, N, D), the N tokens standing behind the P of `past`, which takes them in.
+        """Map (B, N, D) to (B, N, D), the N tokens standing behind the P of `past`, which takes
+        them in.
 
         `is_key`, bool (B, P + N), says which tokens may be attended to (all, unless given).
         """
@@ -106,10 +116,12 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
     def at(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Return forward(x)[b, places[b]], (B, D), without the queries of all other tokens; places is int (B,).
+        """Return forward(x)[b, places[b]], (B, D), without the queries of all other tokens; places
+        is int (B,).
 
-        Without gradients keys and values are not made either: q . (W_k x + b_k) is (q W_k) . x and a constant, which softmax drops, and
-        what the token takes from the others goes through W_v as their weighted mean.
+        Without gradients keys and values are not made either: q . (W_k x + b_k) is (q W_k) . x and
+        a constant, which softmax drops, and what the token takes from the others goes through W_v
+        as their weighted mean.
         """
         B, N, D = x.shape
         query = x[torch.arange(B, device=x.device), positions]
@@ -173,7 +185,9 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
     def at(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Return forward(x)[b, places[b]], (B, D): all that the last block of a tower is read at, at a sixth of the work."""
+        """Return forward(x)[b, places[b]], (B, D): all that the last block of a tower is read at,
+        at a sixth of the work.
+        """
         y = x[torch.arange(len(x), device=x.device), positions] + self.attention.at(
             self.norm_1(x), positions
         )
@@ -181,7 +195,9 @@ class Block(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token and position embeddings and a causal transformer; padding behind a text cannot reach it, so no mask is needed."""
+    """Token and position embeddings and a causal transformer; padding behind a text cannot reach
+    it, so no mask is needed.
+    """
 
     def __init__(
         self,
@@ -206,13 +222,17 @@ class TextEncoder(nn.Module):
         return self.norm(self.blocks(self.tokens(ids) + self.positions[: ids.shape[1]]))
 
     def at(self, ids: Tensor, columns: Tensor) -> Tensor:
-        """Return forward(ids)[b, columns[b]], (B, D), without the last block's work on other tokens; depth must be at least 1."""
+        """Return forward(ids)[b, columns[b]], (B, D), without the last block's work on other
+        tokens; depth must be at least 1.
+        """
         x = self.blocks[:-1](self.tokens(ids) + self.positions[: ids.shape[1]])
         return self.norm(self.blocks[-1].at(x, columns))  # type: ignore[operator]
 
 
 def time_features(t: Tensor, width: int) -> Tensor:
-    """Sines and cosines of t, int (B,), at `width / 2` frequencies from 1 to 1/10,000 (Vaswani et al. 2017), float32 (B, width)."""
+    """Sines and cosines of t, int (B,), at `width / 2` frequencies from 1 to 1/10,000 (Vaswani et
+    al. 2017), float32 (B, width).
+    """
     half = width // 2
     angle = t.float()[:, None] * torch.exp(
         -math.log(10_000) * torch.arange(half, device=t.device) / half

@@ -19,7 +19,9 @@ STREAMS = (Stream.UPSAMPLER, Stream.UPSAMPLER_2)
 
 
 def load(folder: Path) -> Upsampler:
-    """Read a trained up-sampler (its averaged weights) from its stage's folder, in evaluation mode."""
+    """Read a trained up-sampler (its averaged weights) from its stage's folder, in evaluation
+    mode.
+    """
     facts = json.loads((folder / "config.json").read_text())
     model = Upsampler(UpsamplerConfig.model_validate(facts["upsampler"]))
     model.load_state_dict(load_file(folder / "weights.safetensors"))
@@ -32,7 +34,8 @@ def enlarge(
     seeds: Sequence[int],
     steps: int | None = None,
 ) -> np.ndarray:
-    """Draw pictures (B, H, W, 3) larger by one model behind the other, each from noise of its own; `seeds` (B).
+    """Draw pictures (B, H, W, 3) larger by one model behind the other, each from noise of its own;
+    `seeds` (B).
 
     One picture after the other, so that memory grows with one alone.
     """

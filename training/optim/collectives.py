@@ -1,7 +1,8 @@
-"""What the workers of one job say to each other: gradients averaged, features gathered. With one worker all of it is free.
+"""What the workers of one job say to each other: gradients averaged, features gathered. With one
+worker all of it is free.
 
-A tensor may be sharded (training/optim/fsdp.py): then each worker has a part of it.
-Plain torch.distributed: Ray Train, torchrun or a test may have set up the process group.
+A tensor may be sharded (training/optim/fsdp.py): then each worker has a part of it. Plain
+torch.distributed: Ray Train, torchrun or a test may have set up the process group.
 """
 
 import torch
@@ -17,7 +18,9 @@ def world() -> tuple[int, int]:
 
 
 def local_part(x: Tensor) -> Tensor:
-    """Return this worker's part of a sharded tensor, in place: what is written there is the tensor's. Others are their own part."""
+    """Return this worker's part of a sharded tensor, in place: what is written there is the
+    tensor's. Others are their own part.
+    """
     return x.to_local() if is_part(x) else x  # type: ignore[attr-defined]
 
 
@@ -29,7 +32,9 @@ def is_part(x: Tensor) -> bool:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather whose gradient is the sum of what every worker's loss says about this worker's rows."""
+    """All-gather whose gradient is the sum of what every worker's loss says about this worker's
+    rows.
+    """
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
@@ -45,13 +50,17 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """Return every worker's rows, (workers * b, ...) in rank order, differentiable; b must be equal everywhere."""
+    """Return every worker's rows, (workers * b, ...) in rank order, differentiable; b must be equal
+    everywhere.
+    """
     return _Gather.apply(x) if world()[1] > 1 else x
 
 
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
-    """Replace every gradient that this worker holds whole by its mean over the workers, in one flat message."""
+    """Replace every gradient that this worker holds whole by its mean over the workers, in one flat
+    message.
+    """
     count = world()[1]
     if count == 1:
         return

@@ -1,8 +1,10 @@
-"""Training what one device cannot hold: each worker keeps a part of every weight, gradient, moment and average (ZeRO-3, torch's FSDP2).
+"""Training what one device cannot hold: each worker keeps a part of every weight, gradient, moment
+and average (ZeRO-3, torch's FSDP2).
 
-A block's parts are gathered just before it works and let go behind it, in the arithmetic's own precision; gains of norms and single
-numbers stay whole with everybody. It is the same function as with whole copies: sums may be rounded in another order, no more. What is
-written to disk is whole, so a run may go on with other workers, or unsharded. Plain torch.distributed; knows no model.
+A block's parts are gathered just before it works and let go behind it, in the arithmetic's own
+precision; gains of norms and single numbers stay whole with everybody. It is the same function as
+with whole copies: sums may be rounded in another order, no more. What is written to disk is whole,
+so a run may go on with other workers, or unsharded. Plain torch.distributed; knows no model.
 """
 
 from collections.abc import Callable
@@ -36,9 +38,11 @@ class _WithLoss(nn.Module):
 def shard(
     model: nn.Module, loss_of: "Callable[[Step], Tensor]", is_bf16: bool
 ) -> "Callable[[Step], Tensor]":
-    """Replace the model's parameters by this worker's parts of them; return `loss_of` with the gathering around it.
+    """Replace the model's parameters by this worker's parts of them; return `loss_of` with the
+    gathering around it.
 
-    Called by every worker, all with the same weights; `loss_of` calls the model in any way, its blocks by `forward` or `at`.
+    Called by every worker, all with the same weights; `loss_of` calls the model in any way, its
+    blocks by `forward` or `at`.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -63,7 +67,9 @@ def shard(
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """Return what is gathered at a time: the blocks and layers in the model's lists; what stands in none is held through a step."""
+    """Return what is gathered at a time: the blocks and layers in the model's lists; what stands in
+    none is held through a step.
+    """
     matched: list[nn.Module] = []
 
     def visit(module: nn.Module, is_listed: bool) -> None:
@@ -79,7 +85,9 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 
 def unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters that every worker holds whole: gains and shifts of norms, which work in float32, and single numbers."""
+    """Return the parameters that every worker holds whole: gains and shifts of norms, which work in
+    float32, and single numbers.
+    """
     norms = [
         module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)
     ]
@@ -89,7 +97,9 @@ def unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def is_layers_only(unit: nn.Module, unsharded: set[nn.Parameter]) -> bool:
-    """Say whether all that a unit's gathering brings are weights of linear layers and convolutions."""
+    """Say whether all that a unit's gathering brings are weights of linear layers and
+    convolutions.
+    """
     layers = [module for module in unit.modules() if isinstance(module, LAYERS)]
     return {p for layer in layers for p in layer.parameters()} == set(unit.parameters()) - unsharded
 
@@ -111,7 +121,9 @@ def part(x: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(state: Any, is_wanted: bool) -> Any:
-    """Return nested dicts and lists with their sharded tensors whole, on the CPU; every worker must ask, those that want it get it."""
+    """Return nested dicts and lists with their sharded tensors whole, on the CPU; every worker must
+    ask, those that want it get it.
+    """
     if isinstance(state, dict):
         return {key: whole(value, is_wanted) for key, value in state.items()}
     if isinstance(state, list):
@@ -124,7 +136,9 @@ def whole(state: Any, is_wanted: bool) -> Any:
 
 @torch.no_grad()
 def put(into: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Write whole tensors over those of the same names, sharded or not; raises ValueError where there are others."""
+    """Write whole tensors over those of the same names, sharded or not; raises ValueError where
+    there are others.
+    """
     if into.keys() != state.keys():
         raise ValueError(f"{min(into.keys() ^ state.keys())} is on one side only")
     for name, value in state.items():
@@ -146,7 +160,9 @@ def cut(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, An
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float) -> None:
-    """Scale a sharded model's gradients so that the norm of all of them together is at most this."""
+    """Scale a sharded model's gradients so that the norm of all of them together is at most
+    this.
+    """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     parts, rest = (
         [local_part(grad) for grad in grads if is_part(grad)],

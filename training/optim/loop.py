@@ -1,8 +1,10 @@
-"""The training loop that every model shares: plain torch, no Ray, no files but its own state and metrics.
+"""The training loop that every model shares: plain torch, no Ray, no files but its own state and
+metrics.
 
-A step's samples and noise are functions of seed and samples seen alone, never of the number of workers (dropouts are, of that too), so a
-run that was killed resumes exactly where its last state stands. Writes `state.pt` (whole, renamed into place) and `metrics.jsonl` into the
-work folder. Progress counts images seen. Legend: B global batch, b this worker's part of it.
+A step's samples and noise are functions of seed and samples seen alone, never of the number of
+workers (dropouts are, of that too), so a run that was killed resumes exactly where its last state
+stands. Writes `state.pt` (whole, renamed into place) and `metrics.jsonl` into the work folder.
+Progress counts images seen. Legend: B global batch, b this worker's part of it.
 """
 
 import contextlib
@@ -26,7 +28,9 @@ from training.optim.step import LoopConfig, Step, learning_rate
 
 
 def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, fused, with weight decay on matrices and kernels only; beside it Muon, for the layers' own, where the recipe says so."""
+    """AdamW, fused, with weight decay on matrices and kernels only; beside it Muon, for the layers'
+    own, where the recipe says so.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     layers: list[Tensor] = []
     if config.optimizer == "muon":
@@ -38,7 +42,10 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
     trained = [p for p in trained if id(p) not in muons]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2 and id(p) not in unsharded], "weight_decay": 0.0},
+        {
+            "params": [p for p in trained if p.ndim < 2 and id(p) not in unsharded],
+            "weight_decay": 0.0,
+        },
         {
             "params": [p for p in trained if id(p) in unsharded],
             "weight_decay": 0.0,
@@ -66,11 +73,13 @@ def run(
     after_step: Callable[[], None] | None = None,
     waited_s: Callable[[], float] | None = None,
 ) -> dict[str, Tensor]:
-    """Train the model in place and return its averaged (EMA) weights; resumes from `work/state.pt` where that exists.
+    """Train the model in place and return its averaged (EMA) weights; resumes from `work/state.pt`
+    where that exists.
 
-    `loss_of(step)` returns the mean loss over this worker's b samples; `waited_s()` for how long it waited for data so far, which is
-    logged as a share of the time (`waiting`). Called by every worker with equal arguments. Where the model is sharded it stays so, and
-    the averaged weights are the first worker's alone. Raises DataError when the loss is no longer finite.
+    `loss_of(step)` returns the mean loss over this worker's b samples; `waited_s()` for how long it
+    waited for data so far, which is logged as a share of the time (`waiting`). Called by every
+    worker with equal arguments. Where the model is sharded it stays so, and the averaged weights
+    are the first worker's alone. Raises DataError when the loss is no longer finite.
     """
     rank, workers = world()
     if config.batch_size % workers:
@@ -123,7 +132,9 @@ def run(
                 and (last or now - saved_s >= config.state_every_s)
                 and math.isfinite(float(loss))
             )
-            if is_sharded:  # all must take part; asked as rarely as the loss is read, since it makes the workers wait
+            # all must take part; asked as rarely as the loss is read, since it makes the workers
+            # wait
+            if is_sharded:
                 is_due = (last or number % 10 == 0) and fsdp.first_says(is_due, device_type)
             if is_due:
                 _save(work, model, optimizers, ema, seen, spent_s + now - started_s, rank)
@@ -139,7 +150,9 @@ def _learn(
     step: Step,
     is_sharded: bool,
 ) -> Tensor:
-    """Take one step along the clipped gradient of the mean loss of all workers; return this worker's loss."""
+    """Take one step along the clipped gradient of the mean loss of all workers; return this
+    worker's loss.
+    """
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = learning_rate(config, step.first + config.batch_size)
     torch.manual_seed(config.seed * 1_000_003 + step.number * step.workers + step.rank)  # dropout
@@ -166,7 +179,9 @@ def _average_weights(ema: dict[str, Tensor], model: nn.Module, decay: float) -> 
     state = model.state_dict()
     names = [name for name in ema if ema[name].is_floating_point()]
     torch._foreach_lerp_(
-        [local_part(ema[name]) for name in names], [local_part(state[name]) for name in names], 1 - decay
+        [local_part(ema[name]) for name in names],
+        [local_part(state[name]) for name in names],
+        1 - decay,
     )
 
 
@@ -179,7 +194,9 @@ def _save(
     seconds: float,
     rank: int,
 ) -> None:
-    """Write the state aside and rename it: a kill leaves the old one or the new one. The first worker writes, whoever helps to gather."""
+    """Write the state aside and rename it: a kill leaves the old one or the new one. The first
+    worker writes, whoever helps to gather.
+    """
     moments = [optimizer.state_dict() for optimizer in optimizers]
     state = {
         "model": model.state_dict(),
@@ -202,7 +219,9 @@ def _resume(
     ema: dict[str, Tensor],
     is_sharded: bool,
 ) -> tuple[int, float]:
-    """Load the last state into place, if there is one; return the images seen and the seconds spent by then."""
+    """Load the last state into place, if there is one; return the images seen and the seconds spent
+    by then.
+    """
     path = work / "state.pt"
     if not path.exists():
         return 0, 0.0
@@ -222,7 +241,9 @@ def _resume(
 
 @contextlib.contextmanager
 def _metrics(work: Path, seen: int) -> Iterator[TextIO]:
-    """Open `metrics.jsonl` for appending, without the rows of steps that a killed run made after its last state."""
+    """Open `metrics.jsonl` for appending, without the rows of steps that a killed run made after
+    its last state.
+    """
     path = work / "metrics.jsonl"
     rows_before = []
     if path.exists():

@@ -1,7 +1,9 @@
-"""Muon: momentum that is made orthogonal, layer by layer, before it is applied (Jordan et al. 2024), for short trainings.
+"""Muon: momentum that is made orthogonal, layer by layer, before it is applied (Jordan et al.
+2024), for short trainings.
 
-Orthogonal steps use all directions of a matrix alike, where a few large ones would dominate; the quickstart's decoder then needs about a
-third of the images that AdamW needs. Gains, biases, embeddings and maps are left to AdamW beside it (`training/optim/loop.py`).
+Orthogonal steps use all directions of a matrix alike, where a few large ones would dominate; the
+quickstart's decoder then needs about a third of the images that AdamW needs. Gains, biases,
+embeddings and maps are left to AdamW beside it (`training/optim/loop.py`).
 """
 
 import torch
@@ -12,19 +14,22 @@ from training.optim.fsdp import gathered, part
 
 STEPS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-"""Of the odd quintic whose repetition pulls all singular values towards 1 (Jordan et al. 2024); they end between 0.7 and 1.2."""
+"""Of the odd quintic whose repetition pulls all singular values towards 1 (Jordan et al. 2024);
+they end between 0.7 and 1.2."""
 STACKED = 1 << 22
 """Numbers in the matrices that are made orthogonal at once."""
 ADAMS_RMS = 0.2
-"""Root mean square of AdamW's usual step over its learning rate: layers take steps of that size too, so that one rate and one decay
-serve both (Liu et al. 2025, arXiv 2502.16982)."""
+"""Root mean square of AdamW's usual step over its learning rate: layers take steps of that size
+too, so that one rate and one decay serve both (Liu et al. 2025, arXiv 2502.16982)."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of orthogonalised Nesterov momentum with decoupled weight decay; a kernel (out, in, k, k) counts as a matrix (out, in k k).
+    """Steps of orthogonalised Nesterov momentum with decoupled weight decay; a kernel (out, in, k,
+    k) counts as a matrix (out, in k k).
 
-    Takes weights of linear layers and convolutions; state and arithmetic are float32. Of sharded ones the momentum stays in parts, and
-    each worker makes the whole step's matrix, of which it takes its own.
+    Takes weights of linear layers and convolutions; state and arithmetic are float32. Of sharded
+    ones the momentum stays in parts, and each worker makes the whole step's matrix, of which it
+    takes its own.
     """
 
     def __init__(
@@ -46,11 +51,14 @@ class Muon(torch.optim.Optimizer):
                     size = ADAMS_RMS * max(direction.shape) ** 0.5
                     local_part(weight).mul_(1 - group["lr"] * group["weight_decay"])
                     local_part(weight).add_(
-                        local_part(part(direction.view(weight.shape), weight)), alpha=-group["lr"] * size
+                        local_part(part(direction.view(weight.shape), weight)),
+                        alpha=-group["lr"] * size,
                     )
 
     def _momentum(self, weight: Tensor, beta: float) -> Tensor:
-        """Take a gradient into its momentum; return Nesterov's look ahead, whole, as a matrix (out, in k k)."""
+        """Take a gradient into its momentum; return Nesterov's look ahead, whole, as a matrix (out,
+        in k k).
+        """
         gradient, state = weight.grad, self.state[weight]
         assert gradient is not None
         if not state:
@@ -61,7 +69,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def _stacks(weights: list[Tensor]) -> list[list[Tensor]]:
-    """Return the weights by shape, small ones together: cores then share matrices instead of parts of each product."""
+    """Return the weights by shape, small ones together: cores then share matrices instead of parts
+    of each product.
+    """
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for weight in weights:
         by_shape.setdefault(weight.shape, []).append(weight)
@@ -73,10 +83,12 @@ def _stacks(weights: list[Tensor]) -> list[list[Tensor]]:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Return float32 matrices (..., m, n) with their singular values pulled to about 1 and singular vectors kept; all zeros stay so.
+    """Return float32 matrices (..., m, n) with their singular values pulled to about 1 and singular
+    vectors kept; all zeros stay so.
 
-    All factors are polynomials in the Gram matrix of the shorter side, so the iteration runs on that alone and touches the long side
-    twice: 2.5 times cheaper than on the matrix itself for a 3 x 3 kernel. It wants float32, since rounding errors grow with every step.
+    All factors are polynomials in the Gram matrix of the shorter side, so the iteration runs on
+    that alone and touches the long side twice: 2.5 times cheaper than on the matrix itself for a 3
+    x 3 kernel. It wants float32, since rounding errors grow with every step.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonal(matrices.mT).mT

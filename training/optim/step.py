@@ -1,4 +1,6 @@
-"""What a training step is: the settings that every model's training shares, the order of samples, and one step's share of them."""
+"""What a training step is: the settings that every model's training shares, the order of samples,
+and one step's share of them.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,7 +15,8 @@ from torch import Tensor
 from infra.settings import Section
 
 OnBroken = Literal["stop", "skip"]
-"""What a stage does about shards that lie (training.data.shard_check); here, because a trained model must load without pyarrow."""
+"""What a stage does about shards that lie (training.data.shard_check); here, because a trained
+model must load without pyarrow."""
 
 
 class LoopConfig(Section):
@@ -34,11 +37,13 @@ class LoopConfig(Section):
     adam_eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` makes the steps of linear layers and convolutions orthogonal and leaves the rest to AdamW: far better in short trainings."""
+    """`muon` makes the steps of linear layers and convolutions orthogonal and leaves the rest to
+    AdamW: far better in short trainings."""
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the averaged weights at the end; it grows towards this from 0.1 in the first steps."""
+    """Decay of the averaged weights at the end; it grows towards this from 0.1 in the first
+    steps."""
     precision: Literal["bf16", "float32"] = "bf16"
     """Arithmetic of the network; losses, norms and the optimiser stay in float32."""
     seed: int = Field(default=0, ge=0)
@@ -46,19 +51,23 @@ class LoopConfig(Section):
     state_every_s: float = Field(default=20, gt=0)
     """How often the state is written from which a killed run resumes, in seconds."""
     shard: bool = False
-    """Give each worker a part of weights, gradients and optimiser state instead of all (FSDP), for a model that one device cannot hold:
-    16 bytes a parameter are divided among the workers, for three gatherings of the weights a step. Same losses; one worker ignores it."""
+    """Give each worker a part of weights, gradients and optimiser state instead of all (FSDP), for
+    a model that one device cannot hold: 16 bytes a parameter are divided among the workers, for
+    three gatherings of the weights a step. Same losses; one worker ignores it."""
     retrain: Literal["when_data_changes", "never"] = "when_data_changes"
-    """`never`: the newest model of these very settings stays although its data has changed, as long as what it builds on (CLIP) is the
-    same; a nightly run then embeds and indexes what is new and trains nothing."""
+    """`never`: the newest model of these very settings stays although its data has changed, as long
+    as what it builds on (CLIP) is the same; a nightly run then embeds and indexes what is new and
+    trains nothing."""
 
     readers: int = Field(default=4, ge=1, le=256)
     """Threads of each worker that read and decode pictures."""
     ahead_steps: int = Field(default=2, ge=0, le=64)
-    """For how many steps pictures are decoded before they are asked for; a worker holds its share of so many batches. Whether that is
-    enough says `waiting` in metrics.jsonl: the share of the time in which the first worker waited for pictures."""
+    """For how many steps pictures are decoded before they are asked for; a worker holds its share
+    of so many batches. Whether that is enough says `waiting` in metrics.jsonl: the share of the
+    time in which the first worker waited for pictures."""
     cache_bytes: int = Field(default=4 << 30, ge=0)
-    """Where all decoded pictures fit into so many bytes, they are held from the start instead; every worker holds its own."""
+    """Where all decoded pictures fit into so many bytes, they are held from the start instead;
+    every worker holds its own."""
 
     outside_key: ClassVar[frozenset[str]] = frozenset(
         {"state_every_s", "shard", "retrain", "readers", "ahead_steps", "cache_bytes"}
@@ -83,7 +92,9 @@ class Step:
         return self.batch_size // self.workers
 
     def samples(self, count: int) -> Tensor:
-        """Return this worker's sample indices, int64 (b,), out of `count`: every epoch is a permutation drawn from seed and epoch."""
+        """Return this worker's sample indices, int64 (b,), out of `count`: every epoch is a
+        permutation drawn from seed and epoch.
+        """
         first = self.first + self.rank * self.b
         return order(count, self.seed, first, self.b)
 
@@ -96,7 +107,9 @@ class Step:
         return mixed(self.seed, stream, self.number)
 
     def normal(self, stream: int, *shape: int) -> Tensor:
-        """Draw N(0, 1), float32 (b, *shape): drawn for the global batch, so that a sample's noise does not depend on the workers."""
+        """Draw N(0, 1), float32 (b, *shape): drawn for the global batch, so that a sample's noise
+        does not depend on the workers.
+        """
         return self._mine(torch.randn(self.batch_size, *shape, generator=self.generator(stream)))
 
     def uniform(self, stream: int, *shape: int) -> Tensor:
@@ -110,7 +123,8 @@ class Step:
 def mixed(*numbers: int) -> torch.Generator:
     """Return a generator of its own for some numbers >= 0, in their order.
 
-    torch's CPU generator looks at 32 bits of a seed alone: numbers that are added up into one would meet, step n of a stream another's.
+    torch's CPU generator looks at 32 bits of a seed alone: numbers that are added up into one would
+    meet, step n of a stream another's.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
@@ -121,7 +135,9 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def order(count: int, seed: int, first: int, number: int) -> Tensor:
-    """Return the samples at places first..first + number of the endless stream of shuffled epochs, int64 (number,)."""
+    """Return the samples at places first..first + number of the endless stream of shuffled epochs,
+    int64 (number,).
+    """
     parts = []
     while number > 0:
         epoch, position = divmod(first, count)
