@@ -6,6 +6,7 @@ The option --root reads `UNCLIP_ROOT` from the environment. Reads recipes and wr
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +60,23 @@ RunName = Annotated[
     ),
 ]
 DEFAULT_ROOT = "unclip-data"
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """Which recipe to run, into which ROOT and under which name, as given on the command line."""
+
+    recipe: str
+    root: str
+    name: str | None
+    overrides: list[str] | None
+    targets: list[str]
+    """Stages to run, with what they need; empty for all."""
+
+    @property
+    def run_name(self) -> str:
+        """The run's name, by default the recipe's. Raises CallerError for an invalid name."""
+        return run_name(self.recipe, self.name)
 
 
 def load_config(

@@ -6,8 +6,8 @@ otherwise it starts Prefect and Ray.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from flows.cli.options import (
     Overrides,
     Recipe,
     RootUri,
+    RunRequest,
     load_config,
     print_json,
     run_name,
@@ -26,7 +27,11 @@ from flows.cli.options import (
 )
 from flows.config.roots import open_for
 from infra.errors import CallerError, UnclipError
+from infra.storage.manifests import Committed
 from infra.storage.store import Root
+
+if TYPE_CHECKING:  # its sections import torch and faiss
+    from flows.config.run_config import RunConfig
 
 STILL = "Say what would run, with parameters, memory and FLOPs of its models, and run nothing."
 
@@ -62,10 +67,11 @@ def run(
     for option, value in (("--throughput", throughput), ("--pairs", pairs)):
         if value and not dry_run:
             raise CallerError(f"{option} is for planning: give --dry-run as well")
+    request = RunRequest(recipe, root, name, overrides, [])
     if dry_run:
-        foresee(recipe, root, name, overrides, [], as_json, throughput, pairs)
+        print_plan(request, as_json, throughput, pairs)
     else:
-        make(recipe, root, name, overrides, address, [], as_json)
+        make(request, address, as_json)
 
 
 def verb(stage: str) -> Callable[..., None]:
@@ -80,10 +86,11 @@ def verb(stage: str) -> Callable[..., None]:
         dry_run: Annotated[bool, typer.Option("--dry-run", help=STILL)] = False,
         as_json: Json = False,
     ) -> None:
+        request = RunRequest(recipe, root, name, overrides, [stage])
         if dry_run:
-            foresee(recipe, root, name, overrides, [stage], as_json)
+            print_plan(request, as_json)
         else:
-            make(recipe, root, name, overrides, address, [stage], as_json)
+            make(request, address, as_json)
 
     return command
 
@@ -111,10 +118,7 @@ def status(
     opened = open_for(root, for_writing=False)
     plans = plan(opened, config, stages_of(config, (), STAGES))
     result = plan_summary(opened, run_name(recipe, name), plans)
-    if as_json:
-        print_json(result)
-    else:
-        _print_stages(result)
+    _print_result(result, as_json)
     clip = next(
         (stage_plan.committed for stage_plan in plans if stage_plan.stage.name == "clip"), None
     )
@@ -125,7 +129,8 @@ def status(
             broken = manifests.verify(one_plan.committed) if one_plan.committed else []
             if broken:
                 raise StorageError(
-                    f"{one_plan.committed.uri if one_plan.committed else ''}: {broken[0]}; remove that folder and run again"
+                    f"{one_plan.committed.uri if one_plan.committed else ''}: {broken[0]}; "
+                    "remove that folder and run again"
                 )
 
 
@@ -147,27 +152,20 @@ def runs(root: RootUri = DEFAULT_ROOT, as_json: Json = False) -> None:
         print(f"{record['name']:<16}{when} UTC  {mark:<14}{reached}")
 
 
-def foresee(
-    recipe: str,
-    root: str,
-    name: str | None,
-    overrides: Sequence[str] | None,
-    targets: list[str],
-    as_json: bool,
-    throughput: float | None = None,
-    pairs: int | None = None,
+def print_plan(
+    request: RunRequest, as_json: bool, throughput: float | None = None, pairs: int | None = None
 ) -> None:
-    """Print the state of the targets, by default all stages, and their capacity plan; run nothing."""
+    """Print the state of the requested stages and their capacity plan; run nothing."""
     from flows.orchestration.capacity_plan import capacity, published
     from flows.orchestration.stages import STAGES
     from flows.runs.planning import plan, stages_of
     from flows.runs.records import plan_summary
 
-    config, _ = load_config(recipe, list(overrides or []))
-    opened = open_for(root, for_writing=False)
-    plans = plan(opened, config, stages_of(config, targets, STAGES))
-    result = plan_summary(opened, run_name(recipe, name), plans)
-    needs, theirs = capacity(config, throughput, pairs), published(recipe)
+    config, _ = load_config(request.recipe, request.overrides)
+    opened = open_for(request.root, for_writing=False)
+    plans = plan(opened, config, stages_of(config, request.targets, STAGES))
+    result = plan_summary(opened, request.run_name, plans)
+    needs, theirs = capacity(config, throughput, pairs), published(request.recipe)
     for row, stage_plan in zip(result["stages"], plans, strict=True):
         parameters = stage_plan.stage.parameters(config) if stage_plan.stage.parameters else None
         if parameters is not None:
@@ -176,71 +174,71 @@ def foresee(
             row["paper_parameters"] = theirs[stage_plan.stage.name]
         if stage_plan.stage.name in needs:
             row["need"] = needs[stage_plan.stage.name]
-    print_json(result) if as_json else _print_stages(result)
+    _print_result(result, as_json)
 
 
-def make(
-    recipe: str,
-    root: str,
-    name: str | None,
-    overrides: Sequence[str] | None,
-    address: str | None,
-    targets: list[str],
-    as_json: bool,
-    jobs: str | None = None,
-) -> None:
-    """Run the targets, by default all stages, and print the result.
+def make(request: RunRequest, address: str | None, as_json: bool, jobs: str | None = None) -> None:
+    """Run the requested stages and print the result.
 
-    Stages run here, or as Ray jobs if `jobs` is the address of a Ray job server.
+    `address` is the Ray cluster to join, by default a small local one. If `jobs` is the address of a
+    Ray job server, the stages run there as jobs.
     """
     from flows.live_index.compaction import compact
     from flows.orchestration.stages import STAGES
     from flows.runs.planning import plan, stages_of
-    from flows.runs.promotion import described, settle
-    from flows.runs.records import summary, write_run
-    from flows.runs.stage import StageResult
     from infra.storage import manifests
 
-    chosen = run_name(recipe, name)
+    name = request.run_name
     started = manifests.now()
-    config, assignments = load_config(recipe, list(overrides or []), address)
-    opened = open_for(root, for_writing=True)
+    config, overrides = load_config(request.recipe, request.overrides, address)
+    opened = open_for(request.root, for_writing=True)
     compact(opened, say)
-    plans = plan(opened, config, stages_of(config, targets, STAGES))
-    done = {
+    plans = plan(opened, config, stages_of(config, request.targets, STAGES))
+    current = {
         stage_plan.stage.name: stage_plan.committed
         for stage_plan in plans
         if stage_plan.state == "current" and stage_plan.committed
     }
-    if len(done) == len(plans):
-        record = write_run(opened, chosen, recipe, started, done, bool(config.evaluate.promote_if))
-        results = [
-            StageResult(stage, committed.key, "current", 0.0, committed)
-            for stage, committed in done.items()
-        ]
-        judgement = settle(opened, config.evaluate.promote_if, record, done)
-        if judgement:
-            say(described(judgement))
-        result = summary(opened, chosen, results, record["report"], judgement)
+    if len(current) == len(plans):
+        result = _record_current(opened, config, name, request.recipe, started, current)
     else:
-        result = _run_flow(opened, root, recipe, chosen, assignments, targets, jobs)
-    print_json(result) if as_json else _print_stages(result)
+        result = _run_flow(opened, request, overrides, jobs)
+    _print_result(result, as_json)
+
+
+def _record_current(
+    opened: Root,
+    config: "RunConfig",
+    name: str,
+    recipe: str,
+    started: str,
+    committed: dict[str, Committed],
+) -> dict[str, Any]:
+    """Record and judge a run whose stages are all current, and return its summary."""
+    from flows.runs.promotion import described, settle
+    from flows.runs.records import summary, write_run
+    from flows.runs.stage import StageResult
+
+    conditions = config.evaluate.promote_if
+    record = write_run(opened, name, recipe, started, committed, bool(conditions))
+    judgement = settle(opened, conditions, record, committed)
+    if judgement:
+        say(described(judgement))
+    results = [
+        StageResult(stage, folder.key, "current", 0.0, folder)
+        for stage, folder in committed.items()
+    ]
+    return summary(opened, name, results, record["report"], judgement)
 
 
 def _run_flow(
-    opened: Root,
-    root: str,
-    recipe: str,
-    name: str,
-    overrides: list[str],
-    targets: list[str],
-    jobs: str | None,
+    opened: Root, request: RunRequest, overrides: list[str], jobs: str | None
 ) -> dict[str, Any]:
     """Run the flow with the output of Prefect and Ray in a log file, and return its result."""
     from flows.scheduling.prefect_server import prefect_server
     from infra.console.log_redirect import noting_interrupts, quiet_terminal
 
-    logs = (opened.folder or opened.scratch) / "logs"
+    name, logs = request.run_name, (opened.folder or opened.scratch) / "logs"
     with (
         noting_interrupts(),
         quiet_terminal(logs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.log") as log,
@@ -252,7 +250,15 @@ def _run_flow(
 
                 scratch = None if opened.folder else str(opened.scratch)
                 try:
-                    return run_pipeline(recipe, root, name, overrides, targets, scratch, jobs)
+                    return run_pipeline(
+                        request.recipe,
+                        request.root,
+                        name,
+                        overrides,
+                        request.targets,
+                        scratch,
+                        jobs,
+                    )
                 finally:
                     _drain_prefect()
         except UnclipError as error:
@@ -260,7 +266,7 @@ def _run_flow(
         except Exception as error:
             logging.getLogger("unclip").exception("the run failed")
             cause = _behind(error)
-            if cause:  # Prefect, too, may fail for want of space, when it is to note that
+            if cause:  # after a full disk, for example, Prefect's own writes fail as well
                 raise type(cause)(f"{_stage_of(cause)}{cause}") from error
             last_line = (str(error).strip().splitlines() or [""])[-1]
             raise UnclipError(
@@ -291,6 +297,13 @@ def _behind(error: BaseException) -> UnclipError | None:
 def _stage_of(error: BaseException) -> str:
     notes = getattr(error, "__notes__", [])
     return f"{notes[0]}: " if notes else ""
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+    else:
+        _print_stages(result)
 
 
 def _print_stages(result: dict[str, Any]) -> None:

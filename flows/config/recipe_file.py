@@ -53,7 +53,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         secret_key = _secret_in(value, "")
         if secret_key is not None:
             raise CallerError(
-                f"{path.name}: [{section}] {secret_key.lstrip('.')} holds credentials (a user, a password or a signature in an URL): "
+                f"{path.name}: [{section}] {secret_key.lstrip('.')} holds credentials (a user, a "
+                "password or a signature in an URL): "
                 "a recipe is recorded, give them in the environment"
             )
     return tree
@@ -154,13 +155,19 @@ def _complaint(error: Any, tree: Mapping[str, Any], model: type[BaseModel]) -> s
             return (
                 f"[{section}]: no such section{_nearest(str(section), model.model_fields, '[{}]')}"
             )
-        return f"[{section}] {dotted}: no such key{_nearest(str(keys[-1]), _fields(model, [section, *keys[:-1]]), '{}')}"
+        return (
+            f"[{section}] {dotted}: no such "
+            f"key{_nearest(str(keys[-1]), _fields(model, [section, *keys[:-1]]), '{}')}"
+        )
     if kind == "missing":
         return f"[{section}] {dotted}: must be given"
     if not keys:
         return f"[{section}]: {message}" if section else message
     rejected = json.dumps(error["input"], default=str)
-    return f"[{section}] {dotted} = {rejected if len(rejected) <= 80 else rejected[:77] + '...'}: {message}"
+    return (
+        f"[{section}] {dotted} = {rejected if len(rejected) <= 80 else rejected[:77] + '...'}: "
+        f"{message}"
+    )
 
 
 def _written(location: Sequence[str | int], tree: Any) -> list[str | int]:

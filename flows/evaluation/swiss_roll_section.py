@@ -21,11 +21,14 @@ def section(config: EvaluateConfig, out: Path) -> sections.ReportSection:
     figures = roll.swiss_roll(out / "pictures", config.swiss_roll_steps, seed=config.seed)
     chance = f"data to other data, by chance alone: {figures['data_to_data']:.4f}"
     caption = (
-        f"Data to noise, noise to data, and the drift that leads back; {figures['steps']:,} training steps of a small network, "
-        f"seed {config.seed}. Below: energy distance of samples to data by diffusion rate and by step count."
+        f"Data to noise, noise to data, and the drift that leads back; {figures['steps']:,} "
+        "training steps of a small network, "
+        f"seed {config.seed}. Below: energy distance of samples to data by diffusion rate and by "
+        "step count."
     )
     by_rate = sections.table(
-        f"Energy distance by diffusion rate, ancestral sampling ({chance}); a high rate is a map in one step, a low one slow to sample",
+        f"Energy distance by diffusion rate, ancestral sampling ({chance}); a high rate is a map "
+        "in one step, a low one slow to sample",
         ["Rate", "Steps", "Energy distance"],
         [
             [f"{row['rate']:g}", f"{row['steps']:,}", row["energy_distance"]]
@@ -38,7 +41,10 @@ def section(config: EvaluateConfig, out: Path) -> sections.ReportSection:
         ["Sampler", *(str(count) for count in counts)],
         [[name, *(row[count] for count in counts)] for name, row in figures["by_steps"].items()],
     )
-    alt = "The Swiss roll's forward and reverse trajectories, its drift field, and energy distances by rate and by steps"
+    alt = (
+        "The Swiss roll's forward and reverse trajectories, its drift field, and energy distances "
+        "by rate and by steps"
+    )
     return sections.section(
         TITLE, [], [by_rate, by_steps], [sections.picture("pictures/swiss_roll.png", alt, caption)]
     )

@@ -37,9 +37,12 @@ def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
     comparison = json.loads((folder / "comparison.json").read_text())
     side_px = config.image_size_px
     text = [
-        f"A convolutional diffusion model of {sum(p.numel() for p in model.parameters()):,} parameters that draws pictures at "
-        f"{config.factor} times their side in {config.sampling_steps} steps, trained on crops of {config.crop_px} px of pictures of "
-        f"{side_px} px. Held-out pictures are shrunk by area and enlarged again; PSNR favours the blurred mean of all that may have been."
+        f"A convolutional diffusion model of {sum(p.numel() for p in model.parameters()):,} "
+        "parameters that draws pictures at "
+        f"{config.factor} times their side in {config.sampling_steps} steps, trained on crops of "
+        f"{config.crop_px} px of pictures of "
+        f"{side_px} px. Held-out pictures are shrunk by area and enlarged again; PSNR favours the "
+        "blurred mean of all that may have been."
     ]
     tables = [
         table(
@@ -66,8 +69,10 @@ def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
         )
     )
     text.append(
-        f"It is drawn in tiles of {config.crop_px} px, at most {TILES_AT_ONCE} at a time, so that memory grows with the picture's "
-        "own pixels alone; the table's figures are measured, as the largest sum of tensors alive during one step."
+        f"It is drawn in tiles of {config.crop_px} px, at most {TILES_AT_ONCE} at a time, so that "
+        "memory grows with the picture's "
+        "own pixels alone; the table's figures are measured, as the largest sum of tensors alive "
+        "during one step."
     )
     pictures = []
     if (folder / "comparison.png").exists():
@@ -76,7 +81,8 @@ def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
         pictures.append(
             picture(
                 f"pictures/{stage}.png",
-                "Held-out pictures in rows: small, enlarged by bicubic and Lanczos interpolation and by the up-sampler, and real",
+                "Held-out pictures in rows: small, enlarged by bicubic and Lanczos interpolation "
+                "and by the up-sampler, and real",
                 "Held-out pictures that the up-sampler has not seen.",
             )
         )

@@ -116,7 +116,8 @@ def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Remo
     counts = {"dropped": dict(sorted((+reasons).items())), "splits": dict(sorted(splits.items()))}
     if not splits["train"]:
         raise DataError(
-            f"no pair is left to train on of {seen:,} (dropped: {counts['dropped']}, splits: {counts['splits']}): loosen [curate]"
+            f"no pair is left to train on of {seen:,} (dropped: {counts['dropped']}, splits: "
+            f"{counts['splits']}): loosen [curate]"
         )
     return {"in": seen, "out": splits.total(), **counts}
 
@@ -189,7 +190,8 @@ def judged(shard: Path, config: CurateConfig) -> Iterator[tuple[Row, str]]:
                 stream = tar.extractfile(member)
                 if stream is None or key not in by_key:
                     raise DataError(
-                        f"shard {shard} holds {member.name}, of which its parquet knows nothing: run the ingest stage again"
+                        f"shard {shard} holds {member.name}, of which its parquet knows nothing: "
+                        "run the ingest stage again"
                     )
                 yield judge(stream.read(), by_key.pop(key), shard.name, member, config)
     except (tarfile.TarError, EOFError) as error:
@@ -198,7 +200,8 @@ def judged(shard: Path, config: CurateConfig) -> Iterator[tuple[Row, str]]:
         ) from error
     if by_key:
         raise DataError(
-            f"shard {shard} lacks {len(by_key)} images that its parquet names, such as {min(by_key)}: run the ingest stage again"
+            f"shard {shard} lacks {len(by_key)} images that its parquet names, such as "
+            f"{min(by_key)}: run the ingest stage again"
         )
 
 

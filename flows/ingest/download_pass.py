@@ -106,7 +106,8 @@ class Downloads:
         if trouble.attempts >= MAX_ATTEMPTS or trouble.losses >= MAX_LOSSES:
             count = trouble.losses if is_lost else MAX_ATTEMPTS
             raise DataError(
-                f"shard {feed.number:05d} failed {count} times, at last so: {why} (details in {self.workers.log})"
+                f"shard {feed.number:05d} failed {count} times, at last so: {why} (details in "
+                f"{self.workers.log})"
             )
         self.todo.appendleft(feed)
 
@@ -135,7 +136,8 @@ class Downloads:
         elif word == "failed":
             if "no space left" in rest.lower():
                 raise StorageError(
-                    f"no space left on the device of {self.folder}: free some and run again, finished shards are kept"
+                    f"no space left on the device of {self.folder}: free some and run again, "
+                    "finished shards are kept"
                 )
             worker.row = None  # it lives: no row has killed it
             self.again(worker, rest.partition(" ")[2])
@@ -146,7 +148,8 @@ class Downloads:
             self.again(worker, why, is_lost=word == "lost")
             if self.failed_starts >= MAX_FAILED_STARTS:
                 raise UnclipError(
-                    f"{MAX_FAILED_STARTS} download processes ended before they were ready: {why} (details in {self.workers.log})"
+                    f"{MAX_FAILED_STARTS} download processes ended before they were ready: {why} "
+                    f"(details in {self.workers.log})"
                 )
             self.next_for(self.workers.replace(worker))
 
@@ -174,7 +177,8 @@ class Downloads:
         is_idle = not any(worker.feed for worker in self.workers.all)
         if is_idle and time.monotonic() - max(self.heard_s, self.paused_until_s) >= START_LIMIT_S:
             raise UnclipError(
-                f"no node has started a download process in {START_LIMIT_S} s: ask for fewer, [cluster] ingest_workers"
+                f"no node has started a download process in {START_LIMIT_S} s: ask for fewer, "
+                "[cluster] ingest_workers"
             )
 
 

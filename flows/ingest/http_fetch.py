@@ -298,7 +298,8 @@ def connect(origin: Origin, rules: Rules, deadline: float) -> http.client.HTTPCo
     if hosts.is_silent(origin):
         raise FetchError(
             "unreachable",
-            f"{VAIN_CONNECTIONS} connections to {host} failed in a row: left alone for {FAILURE_S} s",
+            f"{VAIN_CONNECTIONS} connections to {host} failed in a row: left alone for "
+            f"{FAILURE_S} s",
             True,
         )
     try:
@@ -397,7 +398,8 @@ def look_at(body: bytes, rules: Rules) -> None:
     ):
         raise FetchError(
             "too_large",
-            f"{width} x {height} pixels would be over {rules.max_pixels:,} at {rules.grown_px} on the shorter side",
+            f"{width} x {height} pixels would be over {rules.max_pixels:,} at {rules.grown_px} on "
+            "the shorter side",
         )
     is_whole = {
         "PNG": lambda: b"IEND" in body[-64:],

@@ -119,7 +119,8 @@ def url_table(config: DataConfig, work: Path, removals: Removals = Removals()) -
         if rows == 0:
             dropped = pq.read_table(table_part / "dropped.parquet")
             raise DataError(
-                f"the sources of [data] name no URL with a caption ({describe(Counter(dropped.column('reason').to_pylist()))})"
+                "the sources of [data] name no URL with a caption "
+                f"({describe(Counter(dropped.column('reason').to_pylist()))})"
             )
         if removals:
             leave_out(table_part, removals)
@@ -220,7 +221,8 @@ def finish(config: DataConfig, table: Path, shards: Path, count: int, out: Path)
     if succeeded == 0 or succeeded < config.min_success * requested:
         reason, _ = reasons.most_common(1)[0]
         raise DataError(
-            f"only {succeeded:,} of {requested:,} URLs became images, [data] min_success asks for {config.min_success:.0%}: mostly {reason} "
+            f"only {succeeded:,} of {requested:,} URLs became images, [data] min_success asks for "
+            f"{config.min_success:.0%}: mostly {reason} "
             f"({reasons[reason]:,}), such as {examples[reason]}"
         )
     move_file(table / "urls.parquet", out / "urls.parquet")

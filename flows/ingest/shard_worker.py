@@ -309,7 +309,8 @@ def check_shard(stem: Path, feed: Path) -> float:
         if shutil.disk_usage(stem.parent).free < 2**20:
             raise OSError("no space left on the device")
         raise RuntimeError(
-            f"{requested} rows asked, {len(status)} recorded, {status.count('success')} succeeded, {members} stored"
+            f"{requested} rows asked, {len(status)} recorded, {status.count('success')} "
+            f"succeeded, {members} stored"
         )
     problems = (
         split_problem(*problem)[0]

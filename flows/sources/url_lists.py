@@ -106,7 +106,8 @@ def file_format(source: UrlsSource, path: str) -> str:
     suffix = Path(path.removesuffix(".gz")).suffix.lower().lstrip(".")
     if suffix not in FORMATS:
         raise CallerError(
-            f"[data] URL list {path}: set format = parquet, csv, tsv or jsonl, the suffix does not tell"
+            f"[data] URL list {path}: set format = parquet, csv, tsv or jsonl, the suffix does "
+            "not tell"
         )
     return FORMATS[suffix]
 

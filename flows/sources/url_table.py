@@ -271,7 +271,8 @@ def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row
     root = Path(source.path).expanduser()
     if not root.is_dir():
         raise CallerError(
-            f"[data] folder {source.path!r} is not there: give a folder of images beside .txt captions"
+            f"[data] folder {source.path!r} is not there: give a folder of images beside .txt "
+            "captions"
         )
     mount = root.resolve().name
     while mount in mounts.folders:

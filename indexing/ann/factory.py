@@ -134,7 +134,8 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
             return kind
     least = min(2 * hot_bytes(kind, count, dim) for kind in kinds)
     raise CallerError(
-        f"[index] memory_bytes = {memory_bytes} holds no index of {count} vectors of {dim} dimensions: "
+        f"[index] memory_bytes = {memory_bytes} holds no index of {count} vectors of {dim} "
+        "dimensions: "
         f"set it to {least} or more, or name a factory"
     )
 

@@ -198,12 +198,14 @@ def _factory(config: IndexConfig, count: int, dim: int) -> str:
     )
     if cells_of(factory) > count:
         raise CallerError(
-            f"[index] factory = {factory} has more cells than there are vectors ({count}): name fewer, or auto"
+            f"[index] factory = {factory} has more cells than there are vectors ({count}): name "
+            "fewer, or auto"
         )
     rotated, codes = (re.findall(f"{kind}([0-9]+)", factory) for kind in ("RR", "PQ"))
     if any(int(number) != dim for number in rotated) or any(dim % int(number) for number in codes):
         raise CallerError(
-            f"[index] factory = {factory} does not suit vectors of {dim} dimensions: RR takes exactly these, the codes of PQ divide them"
+            f"[index] factory = {factory} does not suit vectors of {dim} dimensions: RR takes "
+            "exactly these, the codes of PQ divide them"
         )
     return factory
 
@@ -218,8 +220,10 @@ def _check_memory(
     if needed > config.build_memory_bytes:
         count, dim = sum(len(part) for part in parts), parts[0].shape[1]
         raise CallerError(
-            f"[index] build_memory_bytes = {config.build_memory_bytes} but building {factory} over {count} vectors of {dim} dimensions "
-            f"takes about {needed}: raise it to that, or name a factory with fewer cells or smaller codes"
+            f"[index] build_memory_bytes = {config.build_memory_bytes} but building {factory} "
+            f"over {count} vectors of {dim} dimensions "
+            f"takes about {needed}: raise it to that, or name a factory with fewer cells or "
+            "smaller codes"
         )
 
 
@@ -338,7 +342,8 @@ class Index:
         rows = {self._ends[-1], *(index.ntotal for index in self._indexes.values())}
         if rows != {self.count}:
             raise DataError(
-                f"{folder}: index.json says {self.count} vectors but its files hold {sorted(rows)}: build the index again"
+                f"{folder}: index.json says {self.count} vectors but its files hold "
+                f"{sorted(rows)}: build the index again"
             )
 
     @classmethod
@@ -356,7 +361,8 @@ class Index:
             pa.ArrowException,
         ) as error:  # FAISS raises RuntimeError
             raise DataError(
-                f"{folder} holds no index that can be opened ({' '.join(str(error).split())[-150:]}): build it again"
+                f"{folder} holds no index that can be opened "
+                f"({' '.join(str(error).split())[-150:]}): build it again"
             ) from error
 
     def search(

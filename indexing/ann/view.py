@@ -112,7 +112,8 @@ class View:
         """
         if len({segment.index.dim for segment in segments}) != 1:
             raise ValueError(
-                f"the segments have {sorted({segment.index.dim for segment in segments})} dimensions: they must have the same"
+                f"the segments have {sorted({segment.index.dim for segment in segments})} "
+                "dimensions: they must have the same"
             )
         self.segments, self.clip, self.removals = list(segments), clip, removals
         self.dim = segments[0].index.dim

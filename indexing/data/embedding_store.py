@@ -50,7 +50,8 @@ def open_parts(folder: Path, count: int, dim: int) -> list[NDArray[Any]]:
         or sum(len(part) for part in parts) != count
     ):
         raise DataError(
-            f"{folder}: arrays of shapes {[part.shape for part in parts]}, where facts.json says {count} vectors of {dim}"
+            f"{folder}: arrays of shapes {[part.shape for part in parts]}, where facts.json says "
+            f"{count} vectors of {dim}"
         )
     return parts
 

@@ -40,7 +40,8 @@ def read_picture(row: Mapping[str, Any], shards: Path, side_px: int) -> Pixels:
             data = file.read(row["size_bytes"])
     except OSError as error:
         raise DataError(
-            f"cannot read {name} in {shards} ({error.strerror}): delete that ingest folder and run again"
+            f"cannot read {name} in {shards} ({error.strerror}): delete that ingest folder and "
+            "run again"
         ) from error
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
     if picture is None or picture.dtype != np.uint8:

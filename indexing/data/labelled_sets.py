@@ -60,7 +60,8 @@ class ImageSet:
                 or decoded.shape[0] * decoded.shape[1] > LARGEST_PIXELS
             ):
                 raise DataError(
-                    f"set {self.name}: picture {number} is no 8-bit picture that can be read: take it out"
+                    f"set {self.name}: picture {number} is no 8-bit picture that can be read: "
+                    "take it out"
                 )
             pixels[number] = self.square(decoded, side_px)
         return pixels
@@ -79,7 +80,8 @@ def open_set(path: Path, name: str = "") -> ImageSet:
         return _build(name, path.parent, list(_from_parquet(path)), path.stem)
     if not path.is_dir():
         raise CallerError(
-            f"[evaluate.suite] set {str(path)!r} is not there: give a folder of classes, a parquet file or a folder of WebDataset shards"
+            f"[evaluate.suite] set {str(path)!r} is not there: give a folder of classes, a "
+            "parquet file or a folder of WebDataset shards"
         )
     shards = sorted(path.glob("test/*.tar")) or sorted(path.glob("*.tar"))
     if shards:
@@ -87,7 +89,8 @@ def open_set(path: Path, name: str = "") -> ImageSet:
     pairs = list(_from_folders(path))
     if not pairs:
         raise CallerError(
-            f"[evaluate.suite] set {str(path)!r} holds no pictures: want CLASS/*.png, test/*.tar or a parquet file"
+            f"[evaluate.suite] set {str(path)!r} holds no pictures: want CLASS/*.png, test/*.tar "
+            "or a parquet file"
         )
     return _build(name, path, pairs)
 
@@ -102,7 +105,8 @@ def _build(
         names = listed or [str(number) for number in range(int(numbers.max(initial=0)) + 1)]
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(names):
             raise DataError(
-                f"set {name}: labels run from {numbers.min()} to {numbers.max()} and there are {len(names)} class names"
+                f"set {name}: labels run from {numbers.min()} to {numbers.max()} and there are "
+                f"{len(names)} class names"
             )
     else:
         texts = [str(label) for label in labels]
@@ -151,7 +155,8 @@ def _from_parquet(path: Path) -> Iterator[tuple[bytes, int | str]]:
     missing = {"image", "label"} - set(file.schema_arrow.names)
     if missing:
         raise CallerError(
-            f"[evaluate.suite] set {str(path)!r} has no column {sorted(missing)[0]!r}: it needs `image` and `label`"
+            f"[evaluate.suite] set {str(path)!r} has no column {sorted(missing)[0]!r}: it needs "
+            "`image` and `label`"
         )
     for batch in file.iter_batches(1000, columns=["image", "label"]):
         for record in batch.to_pylist():

@@ -160,7 +160,8 @@ def _run(
     is_keeper = reason == 0
     if not (is_keeper & pairs.is_train).any():
         raise DataError(
-            "no training picture is left after [dedup]: raise [dedup] threshold, or leave the section out"
+            "no training picture is left after [dedup]: raise [dedup] threshold, or leave the "
+            "section out"
         )
     write_keepers(embed, out, is_keeper)
     write_groups(pairs, parts, keeper, reason, out / "groups.parquet")

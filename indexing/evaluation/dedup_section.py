@@ -38,8 +38,10 @@ def copies_section(
     chosen = json.loads((folder / "threshold.json").read_text())
     dropped = pq.read_table(folder / "groups.parquet").to_pylist()
     text = [
-        f"{counts['in'] - counts['out']:,} of {counts['in']:,} pairs are left out of training: copies of another training picture (the "
-        "larger one stays, then the lower key), and whatever comes near to an evaluation picture. A pair goes only for one that stays."
+        f"{counts['in'] - counts['out']:,} of {counts['in']:,} pairs are left out of training: "
+        "copies of another training picture (the "
+        "larger one stays, then the lower key), and whatever comes near to an evaluation picture. "
+        "A pair goes only for one that stays."
     ]
     rows: list[list[Any]] = [
         [REASONS[why], int(count), f"{100 * count / counts['in']:.2f} %"]
@@ -65,16 +67,19 @@ def copies_section(
 
 def _threshold_words(chosen: Mapping[str, Any]) -> str:
     counted = (
-        f"A sample of pictures and {chosen['copies']:,} copies of them by known transformations was set against the {chosen['others']:,} "
+        f"A sample of pictures and {chosen['copies']:,} copies of them by known transformations "
+        f"was set against the {chosen['others']:,} "
         "nearest pictures of other concepts; as many others had chosen the threshold before"
     )
     if chosen["threshold"] is None:
         return (
-            f"{counted}. At no threshold do enough of the near pairs turn out to be copies (at best {100 * chosen['precision']:.1f} %): "
+            f"{counted}. At no threshold do enough of the near pairs turn out to be copies (at "
+            f"best {100 * chosen['precision']:.1f} %): "
             "this CLIP cannot tell them from the rest, and nothing goes on its word."
         )
     return (
-        f"{counted}. From a cosine of {chosen['threshold']:.4f} on, {100 * chosen['precision']:.1f} % of the sample's near pairs are copies, "
+        f"{counted}. From a cosine of {chosen['threshold']:.4f} on, "
+        f"{100 * chosen['precision']:.1f} % of the sample's near pairs are copies, "
         f"and {100 * chosen['recall']:.1f} % of its copies are found by their embeddings alone."
     )
 
@@ -123,7 +128,10 @@ def _groups(
     head = ["What stays", "Key", "Copies", "By", "Least cosine"]
     name = f"The largest groups of {len(groups):,}" if len(groups) > len(largest) else "All groups"
     alt = "Groups of copies in rows: the picture that stays, then those that go for it"
-    words = f"Numbered as in the table. The first picture of a row stays; of those that go, at most {MAX_LISTED_COPIES - 1} are shown."
+    words = (
+        "Numbered as in the table. The first picture of a row stays; of those that go, at most "
+        f"{MAX_LISTED_COPIES - 1} are shown."
+    )
     return [table(name, head, rows)], [picture("pictures/copies.png", alt, words)]
 
 

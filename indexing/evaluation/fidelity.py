@@ -119,19 +119,26 @@ def fidelity(
     )
     first_prompts = ", ".join(prompts[:MAX_SHEET_COLUMNS])
     conditions = (  # in the table's name too, so that only runs measured alike are compared
-        f"{len(prompts)} captions of held-out pairs, one picture each, seed {seed}, against the {len(real)} real pictures of these "
+        f"{len(prompts)} captions of held-out pairs, one picture each, seed {seed}, against the "
+        f"{len(real)} real pictures of these "
         f"pairs at {side_px} px, resized by area"
     )
     return sections.section(
         title,
         [
-            f"{conditions}. The Fréchet distance is not FID: its network is another, and with so few pictures it "
-            "compares rows of this table only; the kernel distance is unbiased. Precision: generated pictures that lie among the real "
-            "ones; recall: real ones that the generated cover, which is diversity; both by 3 neighbours in our CLIP's space. The last row "
+            f"{conditions}. The Fréchet distance is not FID: its network is another, and with so "
+            "few pictures it "
+            "compares rows of this table only; the kernel distance is unbiased. Precision: "
+            "generated pictures that lie among the real "
+            "ones; recall: real ones that the generated cover, which is diversity; both by 3 "
+            "neighbours in our CLIP's space. The last row "
             "is what as many real training pictures, of other things, reach.",
-            f"Intervals resample whole concepts, a caption's real picture and its drawing together, {min(resamples, MAX_RESAMPLES)} "
-            "times for distances, whose bounds are moved by what drawing pictures twice adds. For precision and recall the counted "
-            "pictures are resampled and the neighbourhoods stay. CLIP score and CMMD are by this run's own CLIP.",
+            "Intervals resample whole concepts, a caption's real picture and its drawing "
+            f"together, {min(resamples, MAX_RESAMPLES)} "
+            "times for distances, whose bounds are moved by what drawing pictures twice adds. For "
+            "precision and recall the counted "
+            "pictures are resampled and the neighbourhoods stay. CLIP score and CMMD are by this "
+            "run's own CLIP.",
         ],
         [sections.table(f"Generated against real: {conditions}", head, rows)],
         [

@@ -57,8 +57,10 @@ def prior_section(subject: Subject, predict: Predict, kind: str, best_of: int) -
             )
         )
     text = [
-        f"The {kind} prior draws z_i from caption and z_t. It is worth its place where its z_i is nearer to the picture's own than z_t is, "
-        "and than what it draws for another pair's caption. The best of several candidates is chosen by its cosine to z_t alone."
+        f"The {kind} prior draws z_i from caption and z_t. It is worth its place where its z_i is "
+        "nearer to the picture's own than z_t is, "
+        "and than what it draws for another pair's caption. The best of several candidates is "
+        "chosen by its cosine to z_t alone."
     ]
     return section("Prior", text if tables else ["No pair to judge the prior by."], tables)
 

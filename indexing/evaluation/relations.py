@@ -72,7 +72,8 @@ class RelationsConfig(Section):
     def _beams_fill_up(self) -> "RelationsConfig":
         if self.searched and self.samples % self.keep:
             raise ValueError(
-                f"keep = {self.keep} must divide samples = {self.samples}: survivors of a check are copied until there are as many again"
+                f"keep = {self.keep} must divide samples = {self.samples}: survivors of a check "
+                "are copied until there are as many again"
             )
         return self
 
@@ -228,11 +229,13 @@ def relations(
     ]
     if untold:
         text.append(
-            f"Not told from plain sampling at equal calls, since the interval holds zero: {', '.join(untold)}."
+            "Not told from plain sampling at equal calls, since the interval holds zero: "
+            f"{', '.join(untold)}."
         )
     if read_text is None:
         text.append(
-            "Writing is not measured: no reader of text is installed (evaluation-packages.txt names one)."
+            "Writing is not measured: no reader of text is installed (evaluation-packages.txt "
+            "names one)."
         )
     pictures = [_sample_sheet(prompts, plain, row, subject.out) for row in rows]
     return sections.section(
@@ -243,14 +246,22 @@ def relations(
 def _words(config: RelationsConfig, seed: int) -> list[str]:
     """Return what the section says before its tables."""
     return [
-        f"The prompts are scenes; each is drawn {config.samples} times in {config.steps} steps. A checker that sees pixels only says "
-        "whether a picture shows exactly the things asked for, in number, colour and relation, and nothing else; the word of a sign is "
-        "read by OCR. Trained scenes were seen as such in training; held-out ones only in their parts.",
-        "A sample's share is a plain sample's chance. Best of n takes the sample that a judge likes best, exact over all subsets of the "
-        "samples. A beam scores the pictures that half-denoised samples are heading for and copies the best. The checker as a judge is "
-        "the test itself: it bounds what search can give; CLIP is what one has where there is no checker. The last column: of two "
-        "samples of a prompt, one right and one wrong, how often CLIP scores the right one higher; 50 % is blind.",
-        f"Costs are calls of the decoder for one returned picture, a guided call counted once. Seed {seed}, guidance the decoder's own.",
+        f"The prompts are scenes; each is drawn {config.samples} times in {config.steps} steps. A "
+        "checker that sees pixels only says "
+        "whether a picture shows exactly the things asked for, in number, colour and relation, "
+        "and nothing else; the word of a sign is "
+        "read by OCR. Trained scenes were seen as such in training; held-out ones only in their "
+        "parts.",
+        "A sample's share is a plain sample's chance. Best of n takes the sample that a judge "
+        "likes best, exact over all subsets of the "
+        "samples. A beam scores the pictures that half-denoised samples are heading for and "
+        "copies the best. The checker as a judge is "
+        "the test itself: it bounds what search can give; CLIP is what one has where there is no "
+        "checker. The last column: of two "
+        "samples of a prompt, one right and one wrong, how often CLIP scores the right one "
+        "higher; 50 % is blind.",
+        "Costs are calls of the decoder for one returned picture, a guided call counted once. "
+        f"Seed {seed}, guidance the decoder's own.",
     ]
 
 
@@ -297,8 +308,10 @@ def _tables_of_rows(
 def _table_of_gains(config: RelationsConfig, searched: Mapping[str, Searched]) -> dict[str, Any]:
     max_samples = budgets_of(config.samples)[-1]
     caption = (
-        f"Search against plain sampling at equal calls, {max_samples} times {config.steps} = {max_samples * config.steps} for a returned picture. "
-        "Plain sampling has more steps or several samples, of which one is returned unjudged; what search adds to the better of "
+        f"Search against plain sampling at equal calls, {max_samples} times {config.steps} = "
+        f"{max_samples * config.steps} for a returned picture. "
+        "Plain sampling has more steps or several samples, of which one is returned unjudged; "
+        "what search adds to the better of "
         "these, in percentage points, is paired by prompt"
     )
     cells: list[list[sections.Cell]] = [
@@ -447,7 +460,8 @@ def _shares(
     if not cells:
         return None
     caption = (
-        "How much of it is right: of a sign's word the characters that OCR reads (1 minus the edit distance over the length), of a grid "
+        "How much of it is right: of a sign's word the characters that OCR reads (1 minus the "
+        "edit distance over the length), of a grid "
         "the numbers that are there and the rows with even sums, of a cube the stickers"
     )
     head = [
@@ -487,7 +501,8 @@ def _sample_sheet(
         for p in numbers
     ]
     titles = [
-        f"{prompts[p].prompt} ({prompts[p].split_name}): {int(plain.is_right[p].sum())} of {plain.pictures.shape[1]}"
+        f"{prompts[p].prompt} ({prompts[p].split_name}): {int(plain.is_right[p].sum())} of "
+        f"{plain.pictures.shape[1]}"
         for p in numbers
     ]
     folder = out / "pictures"

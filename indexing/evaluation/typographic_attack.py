@@ -291,7 +291,10 @@ def typographic(
         "Looks like the object",
         "Looks like the wrong word's",
     ]
-    caption = "What the decoder draws from an attacked picture's embedding, by the attacked CLIP, by a network that it never met, and by OCR"
+    caption = (
+        "What the decoder draws from an attacked picture's embedding, by the attacked CLIP, by a "
+        "network that it never met, and by OCR"
+    )
     tables.append(sections.table(caption, [*head, "Characters of the word read"], rows))
     sheet_cells = [(n, kind) for n in range(min(config.shown, len(subset))) for kind in VARIED[1:]]
     page = figure_6(
@@ -311,16 +314,24 @@ def typographic(
     return sections.section(
         title,
         [
-            f"{len(pictures)} held-out pictures are written on in {len(by_way)} ways, with their own name, with another's, and with that "
-            f"other's letters scrambled. CLIP chooses among {len(names)} names: the shortest of {labelled_rows:,} that it finds among {of_names:,} "
-            f"for a picture, since what it calls wrongly cannot be led astray ({right_of_all:.0%} of all held-out pictures of these are "
-            "named rightly; those come first here). Where a label moves to the wrong word more often than it does for scrambled letters, "
+            f"{len(pictures)} held-out pictures are written on in {len(by_way)} ways, with their "
+            "own name, with another's, and with that "
+            f"other's letters scrambled. CLIP chooses among {len(names)} names: the shortest of "
+            f"{labelled_rows:,} that it finds among {of_names:,} "
+            f"for a picture, since what it calls wrongly cannot be led astray ({right_of_all:.0%} "
+            "of all held-out pictures of these are "
+            "named rightly; those come first here). Where a label moves to the wrong word more "
+            "often than it does for scrambled letters, "
             "the word was read; the rest is what a strip across the picture hides.",
-            f"The decoder draws {config.variations} variations of {len(subset)} of them from their embeddings alone (seed {seed}). What "
-            f"these show is asked of the CLIP that was attacked; of {network}, the nearest of {labelled} other pictures of these names; "
-            "and of OCR, which reads the wrong word on untouched pictures only by chance. The rows of the pictures themselves tell how "
+            f"The decoder draws {config.variations} variations of {len(subset)} of them from "
+            f"their embeddings alone (seed {seed}). What "
+            f"these show is asked of the CLIP that was attacked; of {network}, the nearest of "
+            f"{labelled} other pictures of these names; "
+            "and of OCR, which reads the wrong word on untouched pictures only by chance. The "
+            "rows of the pictures themselves tell how "
             "far each of these is to be trusted.",
-            f"Below: attacked pictures, and to the right their variations, with the {TOP} likeliest names at CLIP's own temperature.",
+            f"Below: attacked pictures, and to the right their variations, with the {TOP} "
+            "likeliest names at CLIP's own temperature.",
         ],
         tables,
         [

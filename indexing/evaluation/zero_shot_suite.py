@@ -149,16 +149,21 @@ def suite(
         sections.section(
             "Zero-shot suite",
             [
-                f"{names}: each named from class names in prompt templates, averaged in embedding space; at most "
-                f"{config.pictures:,} pictures of a set, drawn by seed {seed} among those that training did not see. Intervals resample "
-                "pictures. A set far from what the run was trained on stands at chance, and says so.",
+                f"{names}: each named from class names in prompt templates, averaged in embedding "
+                "space; at most "
+                f"{config.pictures:,} pictures of a set, drawn by seed {seed} among those that "
+                "training did not see. Intervals resample "
+                "pictures. A set far from what the run was trained on stands at chance, and says "
+                "so.",
                 *missing,
             ],
             [
                 sections.table("Zero-shot classification", head, rows),
                 sections.table(
-                    "What was left out because training saw it: the same file by SHA-256, or the same picture by index, where one of "
-                    f"the {LOOKED_AT} nearest training embeddings lies above a cosine of {SAME_COSINE} and its pixels differ by less than "
+                    "What was left out because training saw it: the same file by SHA-256, or the "
+                    "same picture by index, where one of "
+                    f"the {LOOKED_AT} nearest training embeddings lies above a cosine of "
+                    f"{SAME_COSINE} and its pixels differ by less than "
                     f"{SAME_RMS:g} of 255",
                     [
                         "Set",
@@ -180,9 +185,12 @@ def suite(
             sections.section(
                 "Zero-shot against explicit classification",
                 [
-                    "A linear probe is logistic regression on frozen features, taught with half of a set's pictures and judged, like CLIP "
-                    "here, on the other half; its penalty is swept on a fifth of its own half. Few-shot probes see so many pictures of "
-                    f"each class, {DRAWS} draws, with the penalty that all of them chose; “all” is the taught half whole. "
+                    "A linear probe is logistic regression on frozen features, taught with half "
+                    "of a set's pictures and judged, like CLIP "
+                    "here, on the other half; its penalty is swept on a fifth of its own half. "
+                    "Few-shot probes see so many pictures of "
+                    f"each class, {DRAWS} draws, with the penalty that all of them chose; “all” "
+                    "is the taught half whole. "
                     f"Networks: {', '.join(probed[0][2])}.",
                 ],
                 tables,

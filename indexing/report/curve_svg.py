@@ -51,29 +51,36 @@ def curve(points: Sequence[tuple[float, float]], x_label: str, y_label: str, tit
 
     scale = f"{y_label}{', log scale' if is_log else ''}"
     parts = [
-        f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}">',
         f"<title>{escape(title)}</title>",
     ]
     for tick in y_ticks:
         parts.append(
-            f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" y2="{y_at(tick):.1f}"/>'
+            f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" '
+            f'y2="{y_at(tick):.1f}"/>'
         )
         parts.append(
-            f'<text x="{LEFT - 6}" y="{y_at(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>'
+            f'<text x="{LEFT - 6}" y="{y_at(tick) + 3.5:.1f}" '
+            f'text-anchor="end">{short(tick)}</text>'
         )
     for tick in x_ticks:
         anchor = "end" if x_at(tick) > WIDTH - 2 * RIGHT else "middle"
         parts.append(
-            f'<line class="tick" x1="{x_at(tick):.1f}" x2="{x_at(tick):.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
+            f'<line class="tick" x1="{x_at(tick):.1f}" x2="{x_at(tick):.1f}" '
+            f'y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
         )
         parts.append(
-            f'<text x="{x_at(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{short(tick)}</text>'
+            f'<text x="{x_at(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" '
+            f'text-anchor="{anchor}">{short(tick)}</text>'
         )
     parts.append(
-        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
+        f'y2="{HEIGHT - BOTTOM}"/>'
     )
     parts.append(
-        f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>'
+        f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" '
+        f'text-anchor="end">{escape(x_label)}</text>'
     )
     parts.append(f'<text class="label" x="{LEFT}" y="{TOP - 12}">{escape(scale)}</text>')
     parts += [line(ys, "points"), line(smoothed(ys), "mean"), "</svg>"]
@@ -90,16 +97,19 @@ def strip(value: float, low: float | None, high: float | None, chance: float | N
         return round(5 + min(max(share, 0.0), 1.0) * (STRIP_WIDTH - 10), 1)
 
     parts = [
-        f'<svg class="strip" viewBox="0 0 {STRIP_WIDTH} {STRIP_HEIGHT}" width="{STRIP_WIDTH}" height="{STRIP_HEIGHT}" aria-hidden="true">'
+        f'<svg class="strip" viewBox="0 0 {STRIP_WIDTH} {STRIP_HEIGHT}" width="{STRIP_WIDTH}" '
+        f'height="{STRIP_HEIGHT}" aria-hidden="true">'
     ]
     parts.append(f'<line class="rule" x1="{at(0)}" x2="{at(1)}" y1="{middle}" y2="{middle}"/>')
     parts += [
-        f'<line class="rule" x1="{at(share)}" x2="{at(share)}" y1="{middle - 3}" y2="{middle + 3}"/>'
+        f'<line class="rule" x1="{at(share)}" x2="{at(share)}" y1="{middle - 3}" '
+        f'y2="{middle + 3}"/>'
         for share in (0, 0.5, 1)
     ]
     if chance is not None:
         parts.append(
-            f'<line class="chance" x1="{at(chance)}" x2="{at(chance)}" y1="1" y2="{STRIP_HEIGHT - 1}"/>'
+            f'<line class="chance" x1="{at(chance)}" x2="{at(chance)}" y1="1" '
+            f'y2="{STRIP_HEIGHT - 1}"/>'
         )
     if low is not None and high is not None:
         parts.append(

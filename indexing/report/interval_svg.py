@@ -65,22 +65,26 @@ def lines(chart: Mapping[str, Any]) -> str:
     title = escape(chart["title"])
     whole = HEIGHT + NAME_PX * len(series) + 4
     parts = [
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {whole}" role="img" aria-label="{title}"><title>{title}</title>'
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {whole}" role="img" '
+        f'aria-label="{title}"><title>{title}</title>'
     ]
     for tick in ticks(bottom, top, step):
         written = f"{short(round(100 * tick, 6))} %" if is_share else short(round(tick, 6))
         parts.append(
-            f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" y2="{y_at(tick):.1f}"/>'
+            f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" '
+            f'y2="{y_at(tick):.1f}"/>'
         )
         parts.append(
             f'<text x="{LEFT - 6}" y="{y_at(tick) + 3.5:.1f}" text-anchor="end">{written}</text>'
         )
     for x in _spread_labels(xs, x_at):
         parts.append(
-            f'<text x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(names.get(x, short(x)))}</text>'
+            f'<text x="{x_at(x):.1f}" y="{HEIGHT - BOTTOM + 15}" '
+            f'text-anchor="middle">{escape(names.get(x, short(x)))}</text>'
         )
     parts.append(
-        f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(chart["x_label"])}</text>'
+        f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" '
+        f'text-anchor="end">{escape(chart["x_label"])}</text>'
     )
     parts.append(f'<text class="label" x="4" y="{TOP - 12}">{escape(chart["y_label"])}</text>')
     for number, (name, points) in enumerate(series.items()):
@@ -95,12 +99,14 @@ def lines(chart: Mapping[str, Any]) -> str:
             x = x_at(point["x"])
             if point["low"] is not None:
                 parts.append(
-                    f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{y_at(point["low"]):.1f}" y2="{y_at(point["high"]):.1f}"/>'
+                    f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" '
+                    f'y1="{y_at(point["low"]):.1f}" y2="{y_at(point["high"]):.1f}"/>'
                 )
             parts.append(f'<circle cx="{x:.1f}" cy="{y_at(point["value"]):.1f}" r="3"/>')
         y = HEIGHT + NAME_PX * (number + 0.5)
         parts.append(
-            f'<polyline class="key" points="{LEFT},{y:.1f} {LEFT + 34},{y:.1f}"/><circle cx="{LEFT + 17}" cy="{y:.1f}" r="3"/>'
+            f'<polyline class="key" points="{LEFT},{y:.1f} {LEFT + 34},{y:.1f}"/><circle '
+            f'cx="{LEFT + 17}" cy="{y:.1f}" r="3"/>'
         )
         parts.append(f'<text x="{LEFT + 42}" y="{y + 4:.1f}">{escape(name)}</text></g>')
     return "".join([*parts, "</svg>"])
@@ -129,38 +135,46 @@ def bars(chart: Mapping[str, Any]) -> str:
 
     title = escape(chart["title"])
     parts = [
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}"><title>{title}</title>'
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{title}"><title>{title}</title>'
     ]
     for tick in ticks(low, high, round_step(span, 4)):
         parts.append(
-            f'<line class="rule" x1="{x_at(tick):.1f}" x2="{x_at(tick):.1f}" y1="{TOP - 4}" y2="{height - BOTTOM + 4}"/>'
+            f'<line class="rule" x1="{x_at(tick):.1f}" x2="{x_at(tick):.1f}" y1="{TOP - 4}" '
+            f'y2="{height - BOTTOM + 4}"/>'
         )
         parts.append(
-            f'<text x="{x_at(tick):.1f}" y="{height - BOTTOM + 17}" text-anchor="middle">{short(round(100 * tick, 6))}</text>'
+            f'<text x="{x_at(tick):.1f}" y="{height - BOTTOM + 17}" '
+            f'text-anchor="middle">{short(round(100 * tick, 6))}</text>'
         )
     for number, row in enumerate(rows):
         middle = TOP + BAR_PX * (number + 0.5)
         left, right = sorted((x_at(0), x_at(row["value"])))
         side = "gain" if row["value"] >= 0 else "loss"
         parts.append(
-            f'<rect class="{side}" x="{left:.1f}" y="{middle - 7:.1f}" width="{right - left:.1f}" height="14"/>'
+            f'<rect class="{side}" x="{left:.1f}" y="{middle - 7:.1f}" width="{right - left:.1f}" '
+            'height="14"/>'
         )
         if row["low"] is not None:
             parts.append(
-                f'<line class="whisker" x1="{x_at(row["low"]):.1f}" x2="{x_at(row["high"]):.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/>'
+                f'<line class="whisker" x1="{x_at(row["low"]):.1f}" x2="{x_at(row["high"]):.1f}" '
+                f'y1="{middle:.1f}" y2="{middle:.1f}"/>'
             )
         parts.append(
-            f'<text x="{names_px - 8}" y="{middle + 4:.1f}" text-anchor="end">{escape(row["name"])}</text>'
+            f'<text x="{names_px - 8}" y="{middle + 4:.1f}" '
+            f'text-anchor="end">{escape(row["name"])}</text>'
         )
         beside = x_at(max(0.0, row["value"], row["high"] or 0.0)) + 6
         parts.append(
             f'<text x="{beside:.1f}" y="{middle + 4:.1f}">{100 * row["value"]:+.1f}</text>'
         )
     parts.append(
-        f'<line class="axis" x1="{x_at(0):.1f}" x2="{x_at(0):.1f}" y1="{TOP - 4}" y2="{height - BOTTOM + 4}"/>'
+        f'<line class="axis" x1="{x_at(0):.1f}" x2="{x_at(0):.1f}" y1="{TOP - 4}" '
+        f'y2="{height - BOTTOM + 4}"/>'
     )
     parts.append(
-        f'<text class="label" x="{WIDTH - 4}" y="{height - 5}" text-anchor="end">{escape(chart["x_label"])}</text>'
+        f'<text class="label" x="{WIDTH - 4}" y="{height - 5}" '
+        f'text-anchor="end">{escape(chart["x_label"])}</text>'
     )
     return "".join([*parts, "</svg>"])
 

@@ -44,7 +44,8 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> 
     for row in rows:
         if len(row) != len(head):
             raise ValueError(
-                f"table {caption!r}: the row {row[0]!r} has {len(row)} cells and the head {len(head)}"
+                f"table {caption!r}: the row {row[0]!r} has {len(row)} cells and the head "
+                f"{len(head)}"
             )
     return {"caption": caption, "head": list(head), "rows": [list(row) for row in rows]}
 

@@ -60,7 +60,10 @@ class Puzzle:
     def caption(self) -> str:
         """The description that `parse` reads."""
         if self.turns:
-            return f"a cube after the turn{'s' if len(self.turns) > 1 else ''} {' '.join(self.turns).lower()}"
+            return (
+                f"a cube after the turn{'s' if len(self.turns) > 1 else ''} "
+                f"{' '.join(self.turns).lower()}"
+            )
         return EVEN if self.is_even else ANY
 
     @property

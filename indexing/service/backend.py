@@ -82,7 +82,8 @@ class Backend:
         if clip is not None and clip != version.view.clip:
             raise HTTPException(
                 409,
-                f"the index was made by CLIP {version.view.clip}, the query by {clip}: embed it with the index's own",
+                f"the index was made by CLIP {version.view.clip}, the query by {clip}: embed it "
+                "with the index's own",
             )
 
     async def vector(self, version: Version, query: Query) -> tuple[Floats | Hit, frozenset[str]]:

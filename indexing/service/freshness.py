@@ -58,7 +58,8 @@ class Freshness:
                 await asyncio.shield(self._look)
         except TimeoutError:
             self._complain(
-                f"the store has not shown the removal log for {WAIT_S:.0f} s: answers go by what is known of it"
+                f"the store has not shown the removal log for {WAIT_S:.0f} s: answers go by what "
+                "is known of it"
             )
 
     async def _do_look(self) -> None:
@@ -71,7 +72,8 @@ class Freshness:
             Exception
         ) as error:  # the store's, of whatever kind: it does not stop the search either
             self._complain(
-                f"the removal log could not be looked at, answers go by what is known of it: {type(error).__name__}: {error}"
+                "the removal log could not be looked at, answers go by what is known of it: "
+                f"{type(error).__name__}: {error}"
             )
 
     def _complain(self, line: str) -> None:

@@ -67,7 +67,8 @@ def decode(data: bytes, side_px: int, square: Square = square) -> Pixels:
                 )  # of which Pillow holds two
                 if opened.width * opened.height > max_pixels:
                     raise PictureTooLargeError(
-                        f"the picture is {opened.width} x {opened.height} pixels: at most {max_pixels >> 20} million are taken"
+                        f"the picture is {opened.width} x {opened.height} pixels: at most "
+                        f"{max_pixels >> 20} million are taken"
                     )
                 max_side_px = max(LEAST_PX, SIDES * side_px)
                 upright = np.asarray(

@@ -54,11 +54,13 @@ class JobServer:
         """Keep asking for `silence_limit_s` where the server does not answer."""
         if not address.startswith(("http://", "https://")):
             raise CallerError(
-                f"--address {address}: must be the address of Ray's job server, such as http://head:8265"
+                f"--address {address}: must be the address of Ray's job server, such as "
+                "http://head:8265"
             )
         if "@" in address:
             raise CallerError(
-                "--address must not hold credentials, Prefect and logs show it: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+                "--address must not hold credentials, Prefect and logs show it: set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
             )
         self.address, self.silence_limit_s = address, silence_limit_s
         self.client: Any = None
@@ -91,7 +93,8 @@ class JobServer:
                 return
             if state == "STOPPED":
                 raise UnclipError(
-                    f"{job_id(job, number)} was stopped by someone else; the same command goes on from here"
+                    f"{job_id(job, number)} was stopped by someone else; the same command goes on "
+                    "from here"
                 )
             why = said or f"it ended as {state or 'unknown to a new cluster'}"
             code = self._exit_code(job, number)
@@ -179,7 +182,10 @@ class JobServer:
         """
         message = self._patiently(lambda: self._client().get_job_info(job_id(job, number)).message)
         required = {"CPU": job.cpus, "GPU": job.gpus, "memory": job.memory_bytes, **job.labels}
-        return f"{' '.join(str(message).split())} It asks one node for {', '.join(f'{k} {v}' for k, v in required.items() if v) or 'nothing'}"
+        return (
+            f"{' '.join(str(message).split())} It asks one node for "
+            f"{', '.join(f'{k} {v}' for k, v in required.items() if v) or 'nothing'}"
+        )
 
     def _exit_code(self, job: Job, number: int) -> int | None:
         try:
@@ -214,13 +220,15 @@ class JobServer:
                 if time.monotonic() >= limit:
                     line = " ".join(str(error).split())[:200]
                     raise UnclipError(
-                        f"Ray's job server at {self.address} does not answer: {line}; the same command joins the job again"
+                        f"Ray's job server at {self.address} does not answer: {line}; the same "
+                        "command joins the job again"
                     ) from error
                 time.sleep(POLL_S)
             except Exception as error:
                 if type(error).__name__ == "AuthenticationError" or "status code 401" in str(error):
                     raise UnclipError(
-                        f"Ray at {self.address} refuses us: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as its head has them"
+                        f"Ray at {self.address} refuses us: set RAY_AUTH_MODE=token and "
+                        "RAY_AUTH_TOKEN as its head has them"
                     ) from error
                 if not any(words in str(error) for words in PASSING) or time.monotonic() >= limit:
                     raise

@@ -139,7 +139,8 @@ class Committed:
             ]
         if broken:
             raise DataError(
-                f"{self.uri}: {broken[0]}; run again to download it again, or remove the folder to make it again"
+                f"{self.uri}: {broken[0]}; run again to download it again, or remove the folder "
+                "to make it again"
             )
         (folder / MANIFEST).write_bytes(store.json_bytes(self.manifest))
 

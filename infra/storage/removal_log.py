@@ -104,7 +104,8 @@ def read_entry(root: Root, name: str) -> dict[str, Any]:
         not _is_texts(entry.get(column, None if column in REQUIRED else [])) for column in NAMES
     ):
         raise DataError(
-            f"{root.uri}/{FOLDER}/{name} is no entry of the removal log: mend it, or remove the thing again and delete it"
+            f"{root.uri}/{FOLDER}/{name} is no entry of the removal log: mend it, or remove the "
+            "thing again and delete it"
         )
     return entry
 

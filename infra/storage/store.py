@@ -79,7 +79,8 @@ def open_root(uri: str, scratch: Path | None = None, for_writing: bool = True) -
     else:
         if "@" in uri.partition("://")[2]:
             raise CallerError(
-                "--root must not hold credentials: give them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+                "--root must not hold credentials: give them in the environment "
+                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
             )
         if scratch is None:
             raise CallerError(
@@ -103,7 +104,8 @@ def _probe(root: Root) -> None:
             remove(root, name)
     except FileNotFoundError as error:
         raise StorageError(
-            f"cannot write {root.uri}: {error.strerror or error}; choose another --root, or make the bucket first"
+            f"cannot write {root.uri}: {error.strerror or error}; choose another --root, or make "
+            "the bucket first"
         ) from error
 
 
@@ -145,11 +147,17 @@ def complaint(error: BaseException, where: str | Path) -> str | None:
         named = getattr(seen, "filename", None)
         location = str(named) if isinstance(named, str | Path) else str(where)
         if number in FULL_DISK or any(words in str(seen) for words in FULL_DISK_WORDS):
-            return f"no space left to write {location}: free some space and run the same command again (what is committed is kept)"
+            return (
+                f"no space left to write {location}: free some space and run the same command "
+                "again (what is committed is kept)"
+            )
         if number in REFUSED or isinstance(seen, PermissionError):
             reason = os.strerror(number) if number else seen
             if "://" in str(where):
-                return f"cannot write {where}: {reason}; check the credentials in the environment and what they may do"
+                return (
+                    f"cannot write {where}: {reason}; check the credentials in the environment and "
+                    "what they may do"
+                )
             return f"cannot write {location}: {reason}; choose another --root or change its rights"
         seen = seen.__cause__ or seen.__context__
     module = type(error).__module__.partition(".")[0]
@@ -157,7 +165,10 @@ def complaint(error: BaseException, where: str | Path) -> str | None:
         isinstance(error, OSError) and "://" in str(where)
     ):
         detail = " ".join(str(error).split()) or type(error).__name__
-        return f"cannot use {where}: {detail}; check the URL, the credentials in the environment and the network"
+        return (
+            f"cannot use {where}: {detail}; check the URL, the credentials in the environment and "
+            "the network"
+        )
     return None
 
 

@@ -40,7 +40,10 @@ KERNELS: dict[Interpolation, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
 }
-MEND = 'delete that ingest folder and run again, or set broken_pictures = "skip" in this stage\'s section'
+MEND = (
+    'delete that ingest folder and run again, or set broken_pictures = "skip" in this stage\'s '
+    "section"
+)
 
 
 def read_table(
@@ -128,14 +131,16 @@ def read_file(file: Path, side_px: int, look: Look = WHOLE) -> np.ndarray:
             raise CallerError(f"{file}: there is no such file")
         if file.stat().st_size > FILE_BYTES:
             raise CallerError(
-                f"{file} has {file.stat().st_size >> 20} MiB: give a picture of at most {FILE_BYTES >> 20} MiB"
+                f"{file} has {file.stat().st_size >> 20} MiB: give a picture of at most "
+                f"{FILE_BYTES >> 20} MiB"
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows
             with Image.open(file, formats=FORMATS) as opened:
                 if opened.width * opened.height > FILE_PIXELS:
                     raise CallerError(
-                        f"{file} is {opened.width} x {opened.height} pixels: give one of at most {FILE_PIXELS >> 20} million"
+                        f"{file} is {opened.width} x {opened.height} pixels: give one of at most "
+                        f"{FILE_PIXELS >> 20} million"
                     )
                 if opened.mode in ("I", "F") or opened.mode.startswith("I;"):
                     raise CallerError(f"{file} has more than 8 bits a channel: save it with 8")
@@ -261,7 +266,8 @@ class Pictures:
             ) from None
         if len(data) < location["size_bytes"]:
             raise DataError(
-                f"shard {location['shard']} in {self.shards} ends before {location['member']} does: {MEND}"
+                f"shard {location['shard']} in {self.shards} ends before {location['member']} "
+                f"does: {MEND}"
             )
         if hashlib.sha256(data).hexdigest() != location["sha256"]:
             raise DataError(f"{name} is not what curate saw (SHA-256 differs): {MEND}")

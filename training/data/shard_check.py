@@ -59,7 +59,8 @@ def settle(table: pa.Table, shards: Path, on_broken: OnBroken, work: Path) -> di
             )
             reason = next(iter(first.values())).removeprefix("shard_")
             raise DataError(
-                f"shard {shard} in {shards} is {reason} ({len(left_out)} of {table.num_rows} pictures are lost): {MEND}"
+                f"shard {shard} in {shards} is {reason} ({len(left_out)} of {table.num_rows} "
+                f"pictures are lost): {MEND}"
             )
         tmp_path = work / f"{LEFT_OUT}.{os.getpid()}.tmp"
         tmp_path.write_text(json.dumps(left_out))
@@ -67,7 +68,8 @@ def settle(table: pa.Table, shards: Path, on_broken: OnBroken, work: Path) -> di
     counts = Counter(json.loads(decided.read_text()).values())
     if counts.total() == table.num_rows:
         raise DataError(
-            f"none of {table.num_rows} pictures in {shards} can be read ({dict(counts)}): delete that ingest folder and run again"
+            f"none of {table.num_rows} pictures in {shards} can be read ({dict(counts)}): delete "
+            "that ingest folder and run again"
         )
     return dict(sorted(counts.items()))
 

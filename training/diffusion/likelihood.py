@@ -166,7 +166,8 @@ def bits_per_dim(
     for x_0, denoise in batches:
         if levels is not None and (x_0.abs() > 1 + 1e-6).any():
             raise ValueError(
-                f"x_0 spans {x_0.min():.3g}..{x_0.max():.3g}: 8-bit images are scaled to [-1, 1]; densities take levels = None"
+                f"x_0 spans {x_0.min():.3g}..{x_0.max():.3g}: 8-bit images are scaled to [-1, 1]; "
+                "densities take levels = None"
             )
         sample_noise = generators((seed + seen + i for i in range(len(x_0))), Stream.LIKELIHOOD)
 
@@ -187,7 +188,8 @@ def bits_per_dim(
             if not bits.isfinite().all():
                 bad = int((~bits.isfinite()).nonzero()[0])
                 raise DataError(
-                    f"the bound is not finite for held-out sample {seen + bad} at t = {int(t[bad])}: the network gave NaN or infinity"
+                    f"the bound is not finite for held-out sample {seen + bad} at t = "
+                    f"{int(t[bad])}: the network gave NaN or infinity"
                 )
             return bits
 

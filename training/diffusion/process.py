@@ -47,7 +47,8 @@ class Schedule:
         alpha_bar = self.alpha_bar
         if alpha_bar.ndim != 1 or len(alpha_bar) < 2 or alpha_bar.dtype != torch.float64:
             raise ValueError(
-                f"alpha_bar is {alpha_bar.dtype} {tuple(alpha_bar.shape)}: give a float64 vector of T + 1 values, T at least 1"
+                f"alpha_bar is {alpha_bar.dtype} {tuple(alpha_bar.shape)}: give a float64 vector "
+                "of T + 1 values, T at least 1"
             )
         if alpha_bar[0] != 1:
             raise ValueError(
@@ -57,8 +58,10 @@ class Schedule:
         if bad.any():
             t = int(bad.nonzero()[0]) + 1
             raise ValueError(
-                f"alpha_bar[{t}] = {alpha_bar[t]:.6g} after alpha_bar[{t - 1}] = {alpha_bar[t - 1]:.6g}: "
-                "alpha_bar must fall strictly and stay above 0; check the betas (each in (0, 1)) or take fewer steps"
+                f"alpha_bar[{t}] = {alpha_bar[t]:.6g} after alpha_bar[{t - 1}] = "
+                f"{alpha_bar[t - 1]:.6g}: "
+                "alpha_bar must fall strictly and stay above 0; check the betas (each in (0, 1)) "
+                "or take fewer steps"
             )
 
     @classmethod
@@ -348,7 +351,8 @@ def simple_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None
     """
     if prediction.shape != target.shape:
         raise ValueError(
-            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}: the shapes must be equal"
+            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}: the shapes "
+            "must be equal"
         )
     error = (prediction.float() - target.float()).square().flatten(1).mean(1)  # (B,)
     return (error if weight is None else weight * error).mean()

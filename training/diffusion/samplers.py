@@ -109,7 +109,8 @@ def ancestral(
         if variance == "learned":
             if fraction is None:
                 raise ValueError(
-                    f"variance = 'learned', but the network gave no fraction at step {step} (t = {t}): return (x_0, fraction)"
+                    f"variance = 'learned', but the network gave no fraction at step {step} (t = "
+                    f"{t}): return (x_0, fraction)"
                 )
             x_t.addcmul_(
                 learned_deviation(alpha_bar_t, alpha_bar_s, fraction), noise_like(x_t, generator)
@@ -167,7 +168,8 @@ def ddim_coefficients(
     sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
     if eta < 0 or sigma**2 > 1 - alpha_bar_s:
         raise ValueError(
-            f"eta = {eta:g}: a step would need more noise than there is at its end; take eta from 0 to 1"
+            f"eta = {eta:g}: a step would need more noise than there is at its end; take eta from "
+            "0 to 1"
         )
     of_x_t = math.sqrt((1 - alpha_bar_s - sigma**2) / (1 - alpha_bar_t))
     return math.sqrt(alpha_bar_s) - of_x_t * math.sqrt(alpha_bar_t), of_x_t, sigma
@@ -262,7 +264,8 @@ def guided(
     """
     if dynamic_threshold is not None and not 0 < dynamic_threshold <= 1:
         raise ValueError(
-            f"dynamic_threshold = {dynamic_threshold:g}: it is a quantile of |x_0| in (0, 1], 0.995 is usual"
+            f"dynamic_threshold = {dynamic_threshold:g}: it is a quantile of |x_0| in (0, 1], "
+            "0.995 is usual"
         )
 
     def denoise_guided(x_t: Tensor, t: Tensor) -> Prediction:
@@ -271,7 +274,8 @@ def guided(
         )  # (2 B, ...)
         if len(x_0) != 2 * len(x_t):
             raise ValueError(
-                f"the network gave {len(x_0)} samples for {2 * len(x_t)}: under guidance it gets a conditioned and a free half"
+                f"the network gave {len(x_0)} samples for {2 * len(x_t)}: under guidance it gets "
+                "a conditioned and a free half"
             )
         conditioned, free = x_0.chunk(2)
         x_0 = torch.lerp(free, conditioned, w)
@@ -326,7 +330,8 @@ class _Network:
         x_0, fraction = split(self.denoise(x_t, torch.full((len(x_t),), t, device=x_t.device)))
         if x_0.shape != x_t.shape:
             raise ValueError(
-                f"the network gave {tuple(x_0.shape)} for {tuple(x_t.shape)} at step {step} (t = {t}): the shapes must be equal"
+                f"the network gave {tuple(x_0.shape)} for {tuple(x_t.shape)} at step {step} (t = "
+                f"{t}): the shapes must be equal"
             )
         if x_0.data_ptr() == x_t.data_ptr():
             x_0 = x_0.clone()  # a network that hands its input back: x_t is about to change
@@ -348,6 +353,7 @@ class _Network:
         for (step, t, _), is_finite in zip(self.sums, finite, strict=True):
             if not is_finite:
                 raise DataError(
-                    f"the network gave NaN or infinity at step {step} (t = {t} of {self.T}): look at the weights and the condition"
+                    f"the network gave NaN or infinity at step {step} (t = {t} of {self.T}): look "
+                    "at the weights and the condition"
                 )
         self.sums.clear()

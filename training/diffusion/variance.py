@@ -57,7 +57,8 @@ def check_variance(variance: str, x_0_error: Tensor | None, schedule: Schedule) 
         raise ValueError(f"variance = {variance!r}: choose one of {', '.join(VARIANCES)}")
     if variance == "analytic" and (x_0_error is None or x_0_error.shape != (schedule.T + 1,)):
         raise ValueError(
-            f"variance = 'analytic' needs x_0_error of shape ({schedule.T + 1},): take it from measure_x_0_error"
+            f"variance = 'analytic' needs x_0_error of shape ({schedule.T + 1},): take it from "
+            "measure_x_0_error"
         )
 
 

@@ -131,7 +131,8 @@ def likelihood(
     """
     if not len(judged) or not len(trained):
         raise DataError(
-            f"{len(judged)} held-out and {len(trained)} training pictures: bits per dimension need one of each at least"
+            f"{len(judged)} held-out and {len(trained)} training pictures: bits per dimension "
+            "need one of each at least"
         )
     variance: Variance = "learned" if decoder.config.learned_variance else "analytic"
     figures: dict[str, Any] = {

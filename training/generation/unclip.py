@@ -114,7 +114,8 @@ class Unclip:
         """
         if upsample and not self.upsamplers:
             raise CallerError(
-                "this system has no up-sampler: give its recipe [upsampler] and run it, or draw without upsample"
+                "this system has no up-sampler: give its recipe [upsampler] and run it, or draw "
+                "without upsample"
             )
         z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(self.device)
         ids = self.tokenizer(prompts).to(self.device)

@@ -69,7 +69,8 @@ def run(
         raise CallerError("curate kept no pair: loosen [curate] or give [data] more sources")
     if row_count > PARTS * config.rows_per_part:
         raise CallerError(
-            f"[embed] rows_per_part = {config.rows_per_part} makes over {PARTS:,} parts: set {-(-row_count // PARTS)} or more"
+            f"[embed] rows_per_part = {config.rows_per_part} makes over {PARTS:,} parts: set "
+            f"{-(-row_count // PARTS)} or more"
         )
     dropped = shard_check.settle(table, ingest / "shards", config.broken_pictures, work)
     del table

@@ -37,7 +37,8 @@ class AutoregressivePrior(nn.Module):
         D, K = config.width, config.pca_dims
         if embed_dim < K:
             raise ValueError(
-                f"pca_dims = {K}, but embeddings have {embed_dim} dimensions: keep that many at most"
+                f"pca_dims = {K}, but embeddings have {embed_dim} dimensions: keep that many at "
+                "most"
             )
         self.config = config
         self.tokens = nn.Embedding(vocab_size, D)

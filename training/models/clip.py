@@ -112,7 +112,8 @@ class ClipConfig(LoopConfig):
     def _fits_together(self) -> Self:
         if self.compile and self.shard:
             raise ValueError(
-                "compile = true and shard = true: choose one, the compiled towers would not gather their weights"
+                "compile = true and shard = true: choose one, the compiled towers would not "
+                "gather their weights"
             )
         for name, width, heads in (
             ("", self.width, self.image_heads),
@@ -120,7 +121,8 @@ class ClipConfig(LoopConfig):
         ):
             if heads and width % heads:
                 raise ValueError(
-                    f"{name}width = {width} but {name or 'image_'}heads = {heads}: the first must be a multiple of the second"
+                    f"{name}width = {width} but {name or 'image_'}heads = {heads}: the first must "
+                    "be a multiple of the second"
                 )
         return self
 

@@ -126,7 +126,8 @@ class DecoderConfig(LoopConfig):
         samplers.check_steps(self.sampling_steps, self.T)
         if self.snr_floor > self.snr_ceiling:
             raise ValueError(
-                f"snr_floor = {self.snr_floor:g} but snr_ceiling = {self.snr_ceiling:g}: the floor must not lie above it"
+                f"snr_floor = {self.snr_floor:g} but snr_ceiling = {self.snr_ceiling:g}: the "
+                "floor must not lie above it"
             )
         return self
 

@@ -67,7 +67,8 @@ def resnet_50(weights: Path) -> Features:
     """
     if not weights.is_file():
         raise CallerError(
-            f"[evaluate.suite] features {str(weights)!r} is not there: give a torchvision ResNet-50 state dict"
+            f"[evaluate.suite] features {str(weights)!r} is not there: give a torchvision "
+            "ResNet-50 state dict"
         )
     model = ResNet50()
     state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -79,7 +80,8 @@ def resnet_50(weights: Path) -> Features:
     ]
     if wrong:
         raise CallerError(
-            f"[evaluate.suite] features {str(weights)!r} is no torchvision ResNet-50: {wrong[0]} is missing or of another shape"
+            f"[evaluate.suite] features {str(weights)!r} is no torchvision ResNet-50: {wrong[0]} "
+            "is missing or of another shape"
         )
     model.load_state_dict({name: state[name] for name in wanted})
     model.eval().requires_grad_(False)

@@ -138,7 +138,8 @@ def read(config: ClipConfig, tokens: TokenizerConfig) -> tuple[CLIP, Tokenizer, 
     tokenizer = Tokenizer.from_merges(find_merges(tokens.merges, folder), context)
     if tokenizer.vocab_size != vocab_size + 1:
         raise CallerError(
-            f"[clip] pretrained = {config.pretrained!r} has {vocab_size:,} tokens, CLIP's own vocabulary {tokenizer.vocab_size - 1:,}"
+            f"[clip] pretrained = {config.pretrained!r} has {vocab_size:,} tokens, CLIP's own "
+            f"vocabulary {tokenizer.vocab_size - 1:,}"
         )
     model = CLIP(resolved, vocab_size + 1, context)
     load(model, state, weights)
@@ -165,14 +166,16 @@ def find(pretrained: str) -> tuple[Path, Path]:
             if (path / name).is_file():
                 return path, path / name
         raise CallerError(
-            f"[clip] pretrained = {pretrained!r}: that folder holds none of {', '.join(WEIGHT_FILES)}"
+            f"[clip] pretrained = {pretrained!r}: that folder holds none of "
+            f"{', '.join(WEIGHT_FILES)}"
         )
     repository = (
         pretrained.removeprefix(HUB) if pretrained.startswith(HUB) else PUBLISHED.get(pretrained)
     )
     if repository is None:
         raise CallerError(
-            f"[clip] pretrained = {pretrained!r} is neither a file nor a folder, nor {HUB}ORGANISATION/NAME, "
+            f"[clip] pretrained = {pretrained!r} is neither a file nor a folder, nor "
+            f"{HUB}ORGANISATION/NAME, "
             f"nor one of {', '.join(PUBLISHED)}"
         )
     return _from_hub(repository, pretrained)
@@ -199,11 +202,13 @@ def _from_hub(repository: str, pretrained: str) -> tuple[Path, Path]:
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CallerError(
-            f"[clip] pretrained = {pretrained!r} cannot be fetched: {reason}; give a path to its weights"
+            f"[clip] pretrained = {pretrained!r} cannot be fetched: {reason}; give a path to its "
+            "weights"
         ) from None
     if not (listed / WEIGHT_FILES[2]).is_file():
         raise CallerError(
-            f"[clip] pretrained = {pretrained!r}: that repository holds none of {', '.join(WEIGHT_FILES)}"
+            f"[clip] pretrained = {pretrained!r}: that repository holds none of "
+            f"{', '.join(WEIGHT_FILES)}"
         )
     return listed, listed / WEIGHT_FILES[2]
 
@@ -284,7 +289,8 @@ def load(model: CLIP, state: Mapping[str, Tensor], path: Path) -> None:
     left = set(state) - set(names.values())
     if left:
         raise DataError(
-            f"{path} holds {min(left)}, which a plain CLIP ViT has not: only such models can be read"
+            f"{path} holds {min(left)}, which a plain CLIP ViT has not: only such models can be "
+            "read"
         )
     converted = {}
     for name, theirs in names.items():
@@ -294,7 +300,8 @@ def load(model: CLIP, state: Mapping[str, Tensor], path: Path) -> None:
         value = _to_our_rows(value) if name == "text.tokens.weight" else value
         if value.shape != unclip_state[name].shape:
             raise DataError(
-                f"{path}: {theirs} has the shape {tuple(state[theirs].shape)}, which does not fit its {CONFIG} or the other tensors"
+                f"{path}: {theirs} has the shape {tuple(state[theirs].shape)}, which does not fit "
+                f"its {CONFIG} or the other tensors"
             )
         converted[name] = value.contiguous()
     model.load_state_dict(converted)
@@ -312,7 +319,8 @@ def write(clip: Path, out: Path) -> list[Path]:
     model, tokenizer = clip_model.load(clip)
     if model.config.image_tower != "vit":
         raise CallerError(
-            "open_clip has no convolutional tower like this run's: train with --set clip.image_tower=vit to export it"
+            "open_clip has no convolutional tower like this run's: train with --set "
+            "clip.image_tower=vit to export it"
         )
     out.mkdir(parents=True, exist_ok=True)
     unclip_state = model.state_dict()
@@ -393,7 +401,8 @@ def _from_config(
                     key not in supported or supported[key] not in (None, value)
                 ):
                     raise CallerError(
-                        f"{path}: {name}.{key} = {value!r} is not a plain CLIP ViT: only such models can be read"
+                        f"{path}: {name}.{key} = {value!r} is not a plain CLIP ViT: only such "
+                        "models can be read"
                     )
         for key in model.keys() - MODEL:
             raise CallerError(
@@ -402,7 +411,8 @@ def _from_config(
         for key, values in PIXELS.items():
             if pixels.get(key) not in values:
                 raise CallerError(
-                    f"{path}: preprocess_cfg.{key} = {pixels[key]!r} is none of open_clip's: give another model"
+                    f"{path}: preprocess_cfg.{key} = {pixels[key]!r} is none of open_clip's: give "
+                    "another model"
                 )
         fields = {
             "image_size_px": vision["image_size"], "patch_px": vision.get("patch_size", 16),

@@ -100,7 +100,8 @@ class Tokenizer:
             or not all(right for _, right in merges)
         ):
             raise CallerError(
-                f"{path} is not CLIP's file of {CLIP_MERGES:,} merges (bpe_simple_vocab_16e6.txt.gz)"
+                f"{path} is not CLIP's file of {CLIP_MERGES:,} merges "
+                "(bpe_simple_vocab_16e6.txt.gz)"
             )
         symbols = byte_symbols()
         words = [

@@ -84,7 +84,8 @@ def run(
     rank, workers = world()
     if config.batch_size % workers:
         raise DataError(
-            f"batch_size {config.batch_size} cannot be shared by {workers} workers: choose a multiple"
+            f"batch_size {config.batch_size} cannot be shared by {workers} workers: choose a "
+            "multiple"
         )
     device_type = next(model.parameters()).device.type
     is_sharded = config.shard and workers > 1
@@ -95,7 +96,8 @@ def run(
     seen, spent_s = _resume(work, model, optimizers, ema, is_sharded)
     if not agree(seen):
         raise DataError(
-            f"the workers found different states in {work}: it must be one folder that all of them see"
+            f"the workers found different states in {work}: it must be one folder that all of "
+            "them see"
         )
     steps = math.ceil(config.images / config.batch_size)
     started_s = saved_s = logged_s = time.monotonic()
@@ -114,7 +116,8 @@ def run(
                 value = float(average(loss))
                 if not math.isfinite(value):
                     raise DataError(
-                        f"the loss is {value} after {seen:,} images: lower learning_rate (now {config.learning_rate:g})"
+                        f"the loss is {value} after {seen:,} images: lower learning_rate (now "
+                        f"{config.learning_rate:g})"
                     )
                 if metrics and (last or now - logged_s >= 0.5):
                     row = {
@@ -234,7 +237,8 @@ def _resume(
     except (EOFError, LookupError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{path} is damaged or of another version of this code ({reason}): remove it to train from the start"
+            f"{path} is damaged or of another version of this code ({reason}): remove it to train "
+            "from the start"
         ) from error
     return state["images_seen"], state["seconds"]
 
