@@ -3,8 +3,8 @@
     UnclipError            a failure: one line, exit code 1
     ├── CallerError        a caller's mistake (recipe, argument, path): one line, exit code 2
     ├── StorageError       a ROOT that cannot be read or written, a full disk
-    │   └── StorageAwayError   a store that does not answer, or is too busy, for longer than we wait: another try may help
-    └── DataError          input that is broken where it must not be (a shard that lies, no sample left)
+    │   └── StorageAwayError   a store that does not answer for longer than we wait: try again
+    └── DataError          input that is broken (a damaged shard, no sample left)
 
 Every message names the culprit and the mend in one line; the command line prints it without a
 traceback.

@@ -105,7 +105,8 @@ KINDS = {
 # Vendors agree that the faces of these subcategories are yellow, these words apart.
 YELLOW_FACES = frozenset(
     (
-        "face-smiling", "face-affection", "face-tongue", "face-hand", "face-neutral-skeptical", "face-sleepy", "face-unwell", "face-hat",
+        "face-smiling", "face-affection", "face-tongue", "face-hand", "face-neutral-skeptical",
+        "face-sleepy", "face-unwell", "face-hat",
         "face-glasses", "face-concerned",
     )
 )  # fmt: skip
@@ -155,8 +156,10 @@ SINGULARS_IN_S = frozenset(
 PLURALS_NOT_IN_S = frozenset(("people", "men", "women", "skis", "teeth", "feet"))
 UNCOUNTED = frozenset(
     (
-        "bacon", "bread", "broccoli", "butter", "clothing", "customs", "fire", "fog", "food", "garlic", "ice", "liquid",
-        "luggage", "mail", "milk", "money", "points", "popcorn", "rice", "sake", "salt", "seafood", "snow", "soap", "spaghetti", "sushi",
+        "bacon", "bread", "broccoli", "butter", "clothing", "customs", "fire", "fog", "food",
+        "garlic", "ice", "liquid",
+        "luggage", "mail", "milk", "money", "points", "popcorn", "rice", "sake", "salt", "seafood",
+        "snow", "soap", "spaghetti", "sushi",
         "thread", "weather", "wood", "yarn", "ZZZ",
     )
 )  # fmt: skip

@@ -28,7 +28,8 @@ NAMES = (
 # Bands of OpenCV's hue (0..179) that everybody would call so; what lies between two bands gets no
 # name.
 HUES = (
-    (0, 5, "red"), (10, 18, "orange"), (20, 32, "yellow"), (38, 85, "green"), (92, 125, "blue"), (128, 150, "purple"), (152, 164, "pink")
+    (0, 5, "red"), (10, 18, "orange"), (20, 32, "yellow"), (38, 85, "green"), (92, 125, "blue"),
+    (128, 150, "purple"), (152, 164, "pink")
 )  # fmt: skip
 
 

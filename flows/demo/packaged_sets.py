@@ -150,7 +150,8 @@ def flags(cache: Path) -> tuple[Labelled, list[str], list[str]]:
 
 
 SETS: dict[str, Callable[[Path], tuple[Labelled, list[str], list[str]]]] = {
-    "digits": digits, "mnist": mnist, "silhouettes": silhouettes, "textiles": textiles, "faces": faces, "flags": flags,
+    "digits": digits, "mnist": mnist, "silhouettes": silhouettes, "textiles": textiles,
+    "faces": faces, "flags": flags,
     "emoji-groups": emoji_groups, "emoji-names": emoji_names,
 }  # fmt: skip
 

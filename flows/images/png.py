@@ -35,10 +35,8 @@ def write_pictures(
                     file, picture, {"prompt": prompt, "seed": seed, "picture": column, **settings}
                 )
                 files.append(file)
-        grid = (
-            out
-            / f"{slug(prompts[0])}{f'-and-{len(prompts) - 1}-more' if len(prompts) > 1 else ''}-seed{seed}-grid.png"
-        )
+        others = f"-and-{len(prompts) - 1}-more" if len(prompts) > 1 else ""
+        grid = out / f"{slug(prompts[0])}{others}-seed{seed}-grid.png"
         _write(
             grid,
             labelled(images, (), prompts),

@@ -74,7 +74,8 @@ class LocalWorker:
         with log.open("ab") as stderr:
             self.process = subprocess.Popen(
                 [*WORKER, str(os.getpid()), *([str(folder)] if folder else [])],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, bufsize=1, env=environment, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, bufsize=1,
+                env=environment, start_new_session=True,
             )  # fmt: skip
         self.heard = heard
         self.feed: Feed | None = None

@@ -70,8 +70,10 @@ def read_lists(source: UrlsSource) -> Iterator[dict[str, Any]]:
     if not files:
         raise CallerError(f"[data] URL list {source.path!r} matches no file")
     wanted = {
-        "url": source.url_column, "caption": source.caption_column, "captions": source.captions_column, "licence": source.licence_column,
-        "concept": source.concept_column, "style": source.style_column, "category": source.category_column,
+        "url": source.url_column, "caption": source.caption_column,
+        "captions": source.captions_column, "licence": source.licence_column,
+        "concept": source.concept_column, "style": source.style_column,
+        "category": source.category_column,
         "subcategory": source.subcategory_column,
     }  # fmt: skip
     wanted = {ours: theirs for ours, theirs in wanted.items() if theirs}

@@ -2,10 +2,14 @@
 folders, parquet files, WebDataset shards.
 
 - a folder with a folder of pictures for each class;
-- a parquet file with the columns `image` (encoded bytes, or Hugging Face's {"bytes", "path"}) and `label` (a number or a name);
-- WebDataset shards in CLIP_benchmark's layout: `test/*.tar` with `KEY.jpg|png|webp` beside `KEY.cls`.
-Names come from `classnames.txt` and templates from `templates.txt` or `zeroshot_classification_templates.txt` beside the data, where they
-are; `{c}` and `{}` stand for the name. Knows no model. Everything read is bounded.
+- a parquet file with the columns `image` (encoded bytes, or Hugging Face's {"bytes", "path"})
+  and `label` (a number or a name);
+- WebDataset shards in CLIP_benchmark's layout: `test/*.tar` with `KEY.jpg|png|webp` beside
+  `KEY.cls`.
+
+Class names come from `classnames.txt` and templates from `templates.txt` or
+`zeroshot_classification_templates.txt` beside the data, where they exist; `{c}` and `{}` stand for
+the name. Knows no model. Everything read is bounded.
 """
 
 import tarfile

@@ -124,8 +124,12 @@ def render(reports: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]])
             row | {"name": " · ".join(row["place"][2:]) or row["place"][-1]}
         )
     return environment.get_template("comparison.html").render(
-        runs=list(reports), groups=groups, changed=changed({run: facts["run"].get("config", {}) for run, facts in reports.items()}),
-        keys={run: {stage["stage"]: stage["key"] for stage in facts["stages"]} for run, facts in reports.items()},
+        runs=list(reports), groups=groups,
+        changed=changed({run: facts["run"].get("config", {}) for run, facts in reports.items()}),
+        keys={
+            run: {stage["stage"]: stage["key"] for stage in facts["stages"]}
+            for run, facts in reports.items()
+        },
     )  # fmt: skip
 
 

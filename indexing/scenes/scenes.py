@@ -200,7 +200,10 @@ class Placed:
     radius: float
 
 
-THING = rf"(a|two|three|four) (?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})s?"
+THING = (
+    rf"(a|two|three|four) (?:({'|'.join(SIZES)}) )?"
+    rf"(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)})s?"
+)
 SCENE = re.compile(rf"{THING}(?: (and|{'|'.join(RELATIONS)}) {THING})?")
 SIGN = re.compile(r"a sign that says ([a-z]{1,12})")
 

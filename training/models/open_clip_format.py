@@ -99,10 +99,12 @@ MODEL = {
 }
 
 BLOCK = {
-    "norm_1.weight": "ln_1.weight", "norm_1.bias": "ln_1.bias", "norm_2.weight": "ln_2.weight", "norm_2.bias": "ln_2.bias",
+    "norm_1.weight": "ln_1.weight", "norm_1.bias": "ln_1.bias", "norm_2.weight": "ln_2.weight",
+    "norm_2.bias": "ln_2.bias",
     "attention.qkv.weight": "attn.in_proj_weight", "attention.qkv.bias": "attn.in_proj_bias",
     "attention.out.weight": "attn.out_proj.weight", "attention.out.bias": "attn.out_proj.bias",
-    "mlp.0.weight": "mlp.c_fc.weight", "mlp.0.bias": "mlp.c_fc.bias", "mlp.2.weight": "mlp.c_proj.weight", "mlp.2.bias": "mlp.c_proj.bias",
+    "mlp.0.weight": "mlp.c_fc.weight", "mlp.0.bias": "mlp.c_fc.bias",
+    "mlp.2.weight": "mlp.c_proj.weight", "mlp.2.bias": "mlp.c_proj.bias",
 }  # fmt: skip
 OUTSIDE = {
     "image.patches.weight": "visual.conv1.weight", "image.class_token": "visual.class_embedding",
@@ -111,7 +113,8 @@ OUTSIDE = {
     "image.norm_out.weight": "visual.ln_post.weight", "image.norm_out.bias": "visual.ln_post.bias",
     "text.tokens.weight": "token_embedding.weight", "text.positions": "positional_embedding",
     "text.norm.weight": "ln_final.weight", "text.norm.bias": "ln_final.bias",
-    "text_project.weight": "text_projection", "logit_scale": "logit_scale", "logit_bias": "logit_bias",
+    "text_project.weight": "text_projection", "logit_scale": "logit_scale",
+    "logit_bias": "logit_bias",
 }  # fmt: skip
 TRANSPOSED = {"image.project.weight", "text_project.weight"}
 
@@ -417,11 +420,14 @@ def _from_config(
         fields = {
             "image_size_px": vision["image_size"], "patch_px": vision.get("patch_size", 16),
             "width": vision["width"], "depth": vision["layers"],
-            "image_heads": vision["width"] // (vision.get("head_width") or HEAD_WIDTH), "image_mlp_ratio": vision.get("mlp_ratio", 4.0),
-            "text_width": text["width"], "text_depth": text["layers"], "text_heads": text["heads"], "embed_dim": model["embed_dim"],
+            "image_heads": vision["width"] // (vision.get("head_width") or HEAD_WIDTH),
+            "image_mlp_ratio": vision.get("mlp_ratio", 4.0),
+            "text_width": text["width"], "text_depth": text["layers"], "text_heads": text["heads"],
+            "embed_dim": model["embed_dim"],
             "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
             "pixel_mean": pixels.get("mean", PIXEL_MEAN), "pixel_std": pixels.get("std", PIXEL_STD),
-            "resize_mode": pixels.get("resize_mode") or "shortest", "fill_color": pixels.get("fill_color", 0),
+            "resize_mode": pixels.get("resize_mode") or "shortest",
+            "fill_color": pixels.get("fill_color", 0),
             "interpolation": "bilinear" if pixels.get("interpolation") == "bilinear" else "bicubic",
             "loss": "sigmoid" if model.get("init_logit_bias") is not None else "softmax",
         }  # fmt: skip
@@ -447,11 +453,14 @@ def _from_weights(
         text_width, embed_dim = state["text_projection"].shape
         side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
         fields = {
-            "image_size_px": side * patch_px, "patch_px": patch_px, "width": D, "depth": _depth(state, "visual."),
+            "image_size_px": side * patch_px, "patch_px": patch_px, "width": D,
+            "depth": _depth(state, "visual."),
             "image_heads": D // HEAD_WIDTHS.get(D, HEAD_WIDTH),
             "image_mlp_ratio": len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]) / D,
-            "text_width": text_width, "text_depth": _depth(state, ""), "text_heads": text_width // HEAD_WIDTH, "embed_dim": embed_dim,
-            "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD, "resize_mode": "shortest", "interpolation": "bicubic",
+            "text_width": text_width, "text_depth": _depth(state, ""),
+            "text_heads": text_width // HEAD_WIDTH, "embed_dim": embed_dim,
+            "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD, "resize_mode": "shortest",
+            "interpolation": "bicubic",
             "loss": "sigmoid" if "logit_bias" in state else "softmax",
         }  # fmt: skip
         return (
@@ -538,7 +547,8 @@ def _to_their_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
         engine_json["post_processor"]["special_tokens"][name]["ids"] = [vocab[name]]
     engine_json["padding"] = {
         "strategy": {"Fixed": tokenizer.context}, "direction": "Right", "pad_to_multiple_of": None,
-        "pad_id": 0, "pad_type_id": 0, "pad_token": next(word for word, number in vocab.items() if number == 0),
+        "pad_id": 0, "pad_type_id": 0,
+        "pad_token": next(word for word, number in vocab.items() if number == 0),
     }  # fmt: skip
     return engine_json
 
