@@ -86,7 +86,7 @@ def compare(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         rows.append(
             {
-                "figure_path": list(figure_path),
+                "place": list(figure_path),
                 "runs": by_run,
                 "differences": deltas,
                 "differs": any(map(is_significant, deltas.values())),
