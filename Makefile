@@ -17,7 +17,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: setup run up test test-busy chaos lint format bench peers clean constraints
+.PHONY: setup run up test test-busy chaos lint format docs bench peers clean constraints
 
 setup: $(READY)
 
@@ -73,6 +73,11 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Reference pages from the code, then the site into out/docs.
+docs: setup
+	$(BIN)/python -m tests.helpers.reference_pages
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks
