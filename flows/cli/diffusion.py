@@ -20,6 +20,17 @@ if TYPE_CHECKING:
     from training.generation.reconstruction import Described
     from training.generation.unclip import Unclip
 
+Images = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="IMAGE...", help="Pictures; by default held-out ones of the run."),
+]
+TwoImages = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="A B", help="Two pictures; by default held-out ones of the run."),
+]
+Columns = Annotated[
+    int, typer.Option("--columns", min=2, max=64, help="Blends in a row, both ends included.")
+]
 Steps = Annotated[
     int | None,
     typer.Option(
@@ -75,15 +86,13 @@ def swiss_roll(
     if as_json:
         print_json(result)
         return
-    print(
-        f"energy distance  {result['energy_distance']:9.5f}   to fresh data, DPM-Solver++ in 50 steps"
-    )
-    print(f"data to data     {result['data_to_data']:9.5f}   what chance makes of it")
+    distance = result["energy_distance"]
+    print(f"energy distance  {distance:9.5f}   to fresh data, DPM-Solver++ in 50 steps")
+    print(f"data to data     {result['data_to_data']:9.5f}   between two samples of the data")
     print(f"training         {result['seconds']:9.1f} s {result['steps']:,} steps")
     for row in result["by_rate"]:
-        print(
-            f"rate {row['rate']:<12g}{row['energy_distance']:9.5f}   ancestral, {row['steps']:,} steps"
-        )
+        distance, steps = row["energy_distance"], row["steps"]
+        print(f"rate {row['rate']:<12g}{distance:9.5f}   ancestral, {steps:,} steps")
     print(f"picture          {result['picture']}")
 
 
@@ -131,13 +140,10 @@ def across_time(
 
 
 def shared_latents(
-    images: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="IMAGE...", help="Pictures; by default held-out ones of the run."),
-    ] = None,
+    images: Images = None,
     count: Annotated[
         int,
-        typer.Option("--count", min=1, max=64, help="Held-out pictures where no IMAGE is given."),
+        typer.Option("--count", min=1, max=64, help="Held-out pictures if there is no IMAGE."),
     ] = 4,
     times: Times = None,
     samples: Annotated[
@@ -160,21 +166,13 @@ def shared_latents(
     from flows.images import latent_grids
     from training.generation import latents
 
-    latents_shared = latents.sharing(
-        model.decoder,
-        pictures.x_0,
-        chosen,
-        samples,
-        steps,
-        seed,
-        pictures.z_i if is_conditioned else None,
-    )
+    condition = pictures.z_i if is_conditioned else None
+    shared = latents.sharing(model.decoder, pictures.x_0, chosen, samples, steps, seed, condition)
+    distances = zip(chosen, shared.apart, shared.from_picture, strict=True)
     figures = {
         "rms": [
-            {"t": t, "between_samples": round(apart, 3), "to_picture": round(reference, 3)}
-            for t, apart, reference in zip(
-                chosen, latents_shared.apart, latents_shared.from_picture, strict=True
-            )
+            {"t": t, "between_samples": round(apart, 3), "to_picture": round(from_picture, 3)}
+            for t, apart, from_picture in distances
         ]
     }
     settings = {
@@ -185,23 +183,18 @@ def shared_latents(
         "steps": steps,
         **settings,
     }
-    grid = latent_grids.shared(latents_shared, pictures, chosen)
+    grid = latent_grids.shared(shared, pictures, chosen)
     _finish(grid, f"shared latents {pictures.captions[0]}", seed, settings, figures, out, as_json)
 
 
 def interpolate(
-    images: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="A B", help="Two pictures; by default held-out ones of the run."),
-    ] = None,
+    images: TwoImages = None,
     count: Annotated[
         int,
-        typer.Option("--count", min=1, max=32, help="Held-out pairs where no picture is given."),
+        typer.Option("--count", min=1, max=32, help="Held-out pairs if there is no picture."),
     ] = 1,
     times: Times = None,
-    columns: Annotated[
-        int, typer.Option("--columns", min=2, max=64, help="Blends in a row, both ends included.")
-    ] = 9,
+    columns: Columns = 9,
     is_conditioned: Conditioned = False,
     seed: Seed = 0,
     steps: Steps = None,
@@ -222,9 +215,7 @@ def interpolate(
     model, steps, settings, stages = _open(root, run, steps, not images)
     chosen, pictures = _times(model, times), _pictures(model, images or [], stages, 2 * count, seed)
     if len(pictures) < 2:
-        raise CallerError(
-            "interpolate: this run holds out one concept only: give two pictures A and B"
-        )
+        raise CallerError("interpolate: this run holds out one picture only: give A and B")
     from flows.images import latent_grids
     from training.generation import latents
 
@@ -242,9 +233,8 @@ def interpolate(
         **settings,
     }
     grid = latent_grids.interpolation(blends, first, second, chosen)
-    _finish(
-        grid, f"x_t {first.captions[0]} to {second.captions[0]}", seed, settings, {}, out, as_json
-    )
+    name = f"x_t {first.captions[0]} to {second.captions[0]}"
+    _finish(grid, name, seed, settings, {}, out, as_json)
 
 
 def _open(
@@ -305,6 +295,7 @@ def _finish(
     written = write_grid(grid.images, grid.rows, grid.columns, name, seed, settings, out)
     for row in figures.get("rms", []) if not as_json else ():
         print(
-            f"t = {row['t']:<6} samples {row['between_samples']:6.1f} apart, {row['to_picture']:6.1f} from the picture (RMS, 0 to 255)"
+            f"t = {row['t']:<6} samples {row['between_samples']:6.1f} apart, "
+            f"{row['to_picture']:6.1f} from the picture (RMS, 0 to 255)"
         )
     tell_pictures(*written, seed, settings, as_json, figures)

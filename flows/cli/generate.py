@@ -89,7 +89,7 @@ def tell_pictures(
     figures: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> None:
-    """Print the written files: as one JSON object with `figures`, or as a line that ends in `note`."""
+    """Print the written files: a JSON object with `figures`, or a line that ends in `note`."""
     if as_json:
         measured = {} if figures is None else {"figures": figures}
         print_json(
@@ -141,7 +141,7 @@ def generate(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Draw pictures from text: one grid, and every picture as a PNG with its prompt and settings."""
+    """Draw pictures from text: a grid, and every picture as a PNG with its prompt and settings."""
     prompts = [spoken("generate", prompt) for prompt in prompts]
     opened = open_for(root, for_writing=False)
     model, record, stages = load_system(opened, run)

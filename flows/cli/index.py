@@ -1,4 +1,4 @@
-"""The commands of a live index: `index RECIPE` builds it, and `add`, `merge`, `remove`, ... change it.
+"""The commands of a live index: `index RECIPE`, `add`, `merge`, `remove`, `compact` and `verify`.
 
 Each command reads and writes ROOT through one function of `flows.live_index`.
 """
@@ -97,12 +97,14 @@ def add(
         say(f"unclip: {line}")
     committed, reasons = add_folder(opened, run_lineage, view, folder, licence)
     result = {**reasons, "addition": committed.uri if committed else None}
-    print_json(result) if as_json else print(
-        ", ".join(f"{name} {count:,}" for name, count in reasons.items())
-    )
+    if as_json:
+        print_json(result)
+    else:
+        print(", ".join(f"{name} {count:,}" for name, count in reasons.items()))
     if committed and len(run_lineage.additions) >= MANY:
         say(
-            f"unclip: a query looks into {len(run_lineage.additions) + 1} additions, one after another: `unclip index merge` makes one of them"
+            f"unclip: a query searches {len(run_lineage.additions) + 1} additions, "
+            "one after another: `unclip index merge` makes one of them"
         )
 
 
@@ -117,7 +119,8 @@ def merge(root: RootUri = DEFAULT_ROOT, run: RunName = None, as_json: Json = Fal
         print_json({"merged": count if merged else 0, "addition": merged.uri if merged else None})
     elif merged:
         print(
-            f"{count} additions, {merged.manifest['counts']['out']:,} samples, are one: {merged.stage}/{merged.key}"
+            f"{count} additions, {merged.manifest['counts']['out']:,} samples, are one: "
+            f"{merged.stage}/{merged.key}"
         )
     else:
         print(f"nothing to merge: {'one addition' if count else 'no additions'}")
@@ -148,9 +151,7 @@ def remove(
         "list": text_file.name if text_file else "",
     }
     if not rows and not urls:
-        raise CallerError(
-            "nothing in ROOT is meant by that: look it up with `unclip search --json`"
-        )
+        raise CallerError("no sample in ROOT matches: look it up with `unclip search --json`")
     trained = []
     if not dry_run:
         entry = takedown.take_down(opened, rows, request, urls)
@@ -164,7 +165,8 @@ def remove(
         print_json(result)
         return
     print(
-        f"{'would remove' if dry_run else 'removed'} {len(result['removed']):,}: {', '.join(result['removed'][:10])}"
+        f"{'would remove' if dry_run else 'removed'} {len(result['removed']):,}: "
+        f"{', '.join(result['removed'][:10])}"
     )
     if trained:
         print(
@@ -233,7 +235,7 @@ def _meant(
     The URLs include those without a sample in ROOT. Raises CallerError if no option is set.
     """
     if not (urls or keys or images or text_file):
-        raise CallerError("say what is meant: --url, --key, --image or --text-file")
+        raise CallerError("name the samples: --url, --key, --image or --text-file")
     import pyarrow as pa
     import pyarrow.compute as pc
 

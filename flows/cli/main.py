@@ -34,9 +34,11 @@ from infra.storage.store import complaint
 
 INTERRUPTED = 128 + signal.SIGINT
 
+HELP = "From URL lists of image-text pairs to a text-to-image system, a search index and a report."
+
 app = typer.Typer(
     name="unclip",
-    help="From URL lists of image-text pairs to a text-to-image system, a search index and a report.",
+    help=HELP,
     epilog="Any command takes --debug, which shows the traceback of an error.",
     add_completion=False,
     no_args_is_help=True,

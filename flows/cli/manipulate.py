@@ -29,9 +29,51 @@ from infra.errors import CallerError
 if TYPE_CHECKING:
     import numpy as np
 
+    from flows.images.latent_grids import Grid
     from infra.storage.manifests import Committed
     from training.generation.unclip import Unclip
 
+Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP file.")]
+Etas = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--eta",
+        min=0,
+        max=1,
+        help="0 reproduces the picture, 1 varies most; may be repeated, one row each.",
+    ),
+]
+Columns = Annotated[
+    int, typer.Option("--columns", min=2, max=64, help="Pictures in a row, both ends included.")
+]
+NoiseRows = Annotated[
+    int,
+    typer.Option("--count", min=1, max=64, help="Rows, each with another noise for the decoder."),
+]
+SlerpNoise = Annotated[
+    bool,
+    typer.Option(
+        "--slerp-noise",
+        help="Draw one row and interpolate the noise as well; its ends are the pictures.",
+    ),
+]
+Theta = Annotated[
+    float,
+    typer.Option(
+        "--theta",
+        min=0,
+        max=1,
+        help="How far to go, as a fraction of the angle; unCLIP: 0.25 to 0.5.",
+    ),
+]
+PcaDims = Annotated[
+    str,
+    typer.Option(
+        "--pca-dims",
+        metavar="N,N,...",
+        help="Numbers of principal components of z_i; those above its dimension are ignored.",
+    ),
+]
 Steps = Annotated[
     int,
     typer.Option("--steps", min=1, max=1000, help="DDIM steps, both down to noise and back up."),
@@ -45,24 +87,18 @@ class Opened:
     """A run's models, and the images at the sizes used for encoding and for drawing."""
 
     model: "Unclip"
+    guidance: float
     settings: dict[str, Any]
+    """Steps, guidance, run name and stage keys, as stored in the written images."""
     stages: "dict[str, Committed]"
     pictures: "np.ndarray"  # uint8 (B, H, W, 3)
     drawn_pictures: "np.ndarray"  # uint8 (B, S, S, 3), at the decoder's side
 
 
 def vary(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP file.")],
+    image: Image,
     count: Annotated[int, typer.Option("--count", min=1, max=256, help="Variations in a row.")] = 6,
-    eta: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--eta",
-            min=0,
-            max=1,
-            help="0 reproduces the picture, 1 varies most; may be repeated, one row each.",
-        ),
-    ] = None,
+    eta: Etas = None,
     seed: Seed = 0,
     steps: Steps = STEPS,
     guidance: Guidance = None,
@@ -74,64 +110,31 @@ def vary(
     """Draw variations of a picture: same meaning, other details (unCLIP, figure 3)."""
     import numpy as np
 
+    from flows.images.latent_grids import Grid
     from training.generation import manipulations
 
-    opened = _open(root, run, [image], steps)
-    guidance = guidance_of(opened.model, guidance)
-    latents = manipulations.invert(opened.model, opened.pictures, steps, guidance)
+    opened = _open(root, run, [image], steps, guidance)
+    model, guidance = opened.model, opened.guidance
+    latents = manipulations.invert(model, opened.pictures, steps, guidance)
     etas = eta or [1.0]
-    rows = [
-        np.concatenate(
-            [
-                opened.drawn_pictures,
-                latents.rebuilt,
-                manipulations.vary(opened.model, latents, eta, count, seed, steps, guidance),
-            ]
-        )
-        for eta in etas
-    ]
+    rows = []
+    for value in etas:
+        variations = manipulations.vary(model, latents, value, count, seed, steps, guidance)
+        rows.append(np.concatenate([opened.drawn_pictures, latents.rebuilt, variations]))
+    labels = [f"{image.name}, eta = {value:g}" for value in etas]
     columns = ["the picture", "rebuilt", *(f"variation {number + 1}" for number in range(count))]
-    settings = {
-        "image": image.name,
-        "eta": etas,
-        "count": count,
-        "steps": steps,
-        "guidance": guidance,
-        **opened.settings,
-    }
-    labels = [f"{image.name}, eta = {eta:g}" for eta in etas]
-    _finish(
-        np.stack(rows),
-        labels,
-        columns,
-        f"vary {image.stem}",
-        seed,
-        settings,
-        {"rebuilt_psnr_db": latents.psnr_db},
-        out,
-        as_json,
-    )
+    settings = {"image": image.name, "eta": etas, "count": count, **opened.settings}
+    figures = {"rebuilt_psnr_db": latents.psnr_db}
+    grid = Grid(np.stack(rows), labels, columns)
+    _finish(grid, f"vary {image.stem}", seed, settings, figures, out, as_json)
 
 
 def interpolate(
     first: Annotated[Path, typer.Argument(metavar="A", help="The picture at the left end.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="The picture at the right end.")],
-    columns: Annotated[
-        int, typer.Option("--columns", min=2, max=64, help="Pictures in a row, both ends included.")
-    ] = 9,
-    count: Annotated[
-        int,
-        typer.Option(
-            "--count", min=1, max=64, help="Rows, each with another noise for the decoder."
-        ),
-    ] = 3,
-    slerp_noise: Annotated[
-        bool,
-        typer.Option(
-            "--slerp-noise",
-            help="Draw one row and interpolate the noise as well; its ends are the pictures.",
-        ),
-    ] = False,
+    columns: Columns = 9,
+    count: NoiseRows = 3,
+    slerp_noise: SlerpNoise = False,
     seed: Seed = 0,
     steps: Steps = STEPS,
     guidance: Guidance = None,
@@ -146,17 +149,16 @@ def interpolate(
     """
     import numpy as np
 
+    from flows.images.latent_grids import Grid
     from training.generation import manipulations
 
-    opened = _open(root, run, [first, second], steps)
-    guidance = guidance_of(opened.model, guidance)
-    model, figures = opened.model, {}
+    opened = _open(root, run, [first, second], steps, guidance)
+    model, guidance, figures = opened.model, opened.guidance, {}
     if slerp_noise:
         latents = manipulations.invert(model, opened.pictures, steps, guidance)
         figures = {"rebuilt_psnr_db": latents.psnr_db}
-        rows = [
-            manipulations.interpolate(model, latents.z_i, columns, seed, latents, steps, guidance)
-        ]
+        z_i = latents.z_i
+        rows = [manipulations.interpolate(model, z_i, columns, seed, latents, steps, guidance)]
         labels = ["noise from A's to B's"]
     else:
         z_i = manipulations.embed(model, opened.pictures)
@@ -165,47 +167,21 @@ def interpolate(
             for row in range(count)
         ]
         labels = [f"noise of seed {seed + row}" for row in range(count)]
-    ends = [[opened.drawn_pictures[:1], row, opened.drawn_pictures[1:]] for row in rows]
-    heads = [
-        f"A: {first.stem}",
-        *(f"{number / (columns - 1):.2f}" for number in range(columns)),
-        f"B: {second.stem}",
-    ]
-    settings = {
-        "images": [first.name, second.name],
-        "columns": columns,
-        "slerp_noise": slerp_noise,
-        "steps": steps,
-        "guidance": guidance,
-        **opened.settings,
-    }
+    left, right = opened.drawn_pictures[:1], opened.drawn_pictures[1:]
+    images = np.stack([np.concatenate([left, row, right]) for row in rows])
+    weights = [f"{number / (columns - 1):.2f}" for number in range(columns)]
+    grid = Grid(images, labels, [f"A: {first.stem}", *weights, f"B: {second.stem}"])
+    files = [first.name, second.name]
+    settings = {"images": files, "columns": columns, "slerp_noise": slerp_noise, **opened.settings}
     name = f"interpolate {first.stem} {second.stem}{' noise' if slerp_noise else ''}"
-    _finish(
-        np.stack([np.concatenate(parts) for parts in ends]),
-        labels,
-        heads,
-        name,
-        seed,
-        settings,
-        figures,
-        out,
-        as_json,
-    )
+    _finish(grid, name, seed, settings, figures, out, as_json)
 
 
 def textdiff(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP file.")],
+    image: Image,
     before: Annotated[str, typer.Argument(metavar="FROM", help='What it shows, or "a photo".')],
     after: Annotated[str, typer.Argument(metavar="TO", help="What it should become.")],
-    theta: Annotated[
-        float,
-        typer.Option(
-            "--theta",
-            min=0,
-            max=1,
-            help="How far to go, as a fraction of the angle; unCLIP: 0.25 to 0.5.",
-        ),
-    ] = 0.5,
+    theta: Theta = 0.5,
     columns: Annotated[
         int,
         typer.Option("--columns", min=2, max=64, help="Pictures from the rebuilt one to theta."),
@@ -229,41 +205,25 @@ def textdiff(
         )
     import numpy as np
 
+    from flows.images.latent_grids import Grid
     from training.generation import manipulations
 
-    opened = _open(root, run, [image], steps)
-    guidance = guidance_of(opened.model, guidance)
-    latents = manipulations.invert(opened.model, opened.pictures, steps, guidance)
+    opened = _open(root, run, [image], steps, guidance)
+    model, guidance = opened.model, opened.guidance
+    latents = manipulations.invert(model, opened.pictures, steps, guidance)
     try:
         row = manipulations.text_diff(
-            opened.model, latents, before, after, theta, columns, steps, guidance
+            model, latents, before, after, theta, columns, steps, guidance
         )
     except ValueError as error:
         raise CallerError(f"textdiff: {error}") from None
-    heads = ["the picture", *(f"theta {weight:.2f}" for weight in np.linspace(0, theta, columns))]
-    settings = {
-        "image": image.name,
-        "from": before,
-        "to": after,
-        "theta": theta,
-        "columns": columns,
-        "steps": steps,
-        "guidance": guidance,
-        **opened.settings,
-    }
-    name, label = f"textdiff {image.stem} {after}", f"{image.name}: {before} -> {after}"
     images = np.concatenate([opened.drawn_pictures, row])[None]
-    _finish(
-        images,
-        [label],
-        heads,
-        name,
-        seed,
-        settings,
-        {"rebuilt_psnr_db": latents.psnr_db},
-        out,
-        as_json,
-    )
+    weights = [f"theta {weight:.2f}" for weight in np.linspace(0, theta, columns)]
+    grid = Grid(images, [f"{image.name}: {before} -> {after}"], ["the picture", *weights])
+    request = {"image": image.name, "from": before, "to": after, "theta": theta, "columns": columns}
+    settings = request | opened.settings
+    figures = {"rebuilt_psnr_db": latents.psnr_db}
+    _finish(grid, f"textdiff {image.stem} {after}", seed, settings, figures, out, as_json)
 
 
 def reconstruct(
@@ -271,14 +231,7 @@ def reconstruct(
         list[Path],
         typer.Argument(metavar="IMAGE...", help="PNG, JPEG or WebP files; each is one row."),
     ],
-    pca_dims: Annotated[
-        str,
-        typer.Option(
-            "--pca-dims",
-            metavar="N,N,...",
-            help="Numbers of principal components of z_i; those above its dimension are ignored.",
-        ),
-    ] = FIGURE_7,
+    pca_dims: PcaDims = FIGURE_7,
     seed: Seed = 0,
     steps: Steps = STEPS,
     guidance: Guidance = None,
@@ -291,12 +244,12 @@ def reconstruct(
     wanted = _dims(pca_dims)
     import numpy as np
 
+    from flows.images.latent_grids import Grid
     from training.data import embedding_dataset
     from training.generation import manipulations
     from training.models.pca import Pca
 
-    opened = _open(root, run, images, steps, ("embed",))
-    guidance = guidance_of(opened.model, guidance)
+    opened = _open(root, run, images, steps, guidance, ("embed",))
     _, z_train = embedding_dataset.read(opened.stages["embed"].local(), "train")
     dims = [count for count in wanted if count <= z_train.dim]
     if not dims:
@@ -304,32 +257,20 @@ def reconstruct(
             f"--pca-dims {pca_dims}: this run's z_i has {z_train.dim} dimensions, "
             "ask for that many at most"
         )
-    pca, z_i = (
-        Pca.fit(z_train[z_train.sampled()]),
-        manipulations.embed(opened.model, opened.pictures),
-    )
+    model, pca = opened.model, Pca.fit(z_train[z_train.sampled()])
+    z_i = manipulations.embed(model, opened.pictures)
     drawn = manipulations.reconstruct(
-        opened.model, z_i, pca.to(opened.model.device), dims, seed, steps, guidance
+        model, z_i, pca.to(model.device), dims, seed, steps, opened.guidance
     )
     held = (pca.eigenvalues.cumsum(0) / pca.eigenvalues.sum()).tolist()
-    columns = [
-        *(f"{count} ({100 * held[count - 1]:.0f} %)" for count in dims),
-        f"all {z_train.dim}",
-        "the picture",
-    ]
-    settings = {
-        "images": [file.name for file in images],
-        "pca_dims": dims,
-        "steps": steps,
-        "guidance": guidance,
-        **opened.settings,
-    }
-    grid = np.concatenate([drawn, opened.drawn_pictures[:, None]], 1)
+    files = [file.name for file in images]
+    columns = [f"{count} ({100 * held[count - 1]:.0f} %)" for count in dims]
+    columns += [f"all {z_train.dim}", "the picture"]
+    grid = Grid(np.concatenate([drawn, opened.drawn_pictures[:, None]], 1), files, columns)
+    settings = {"images": files, "pca_dims": dims, **opened.settings}
     figures = {"variance_held": {str(count): round(held[count - 1], 4) for count in dims}}
     name = f"reconstruct {several(images[0].stem, len(images))}"
-    _finish(
-        grid, [file.name for file in images], columns, name, seed, settings, figures, out, as_json
-    )
+    _finish(grid, name, seed, settings, figures, out, as_json)
 
 
 def _dims(text: str) -> list[int]:
@@ -342,9 +283,17 @@ def _dims(text: str) -> list[int]:
 
 
 def _open(
-    root: str, run: str | None, images: list[Path], steps: int, more: tuple[str, ...] = ()
+    root: str,
+    run: str | None,
+    images: list[Path],
+    steps: int,
+    guidance: float | None,
+    more: tuple[str, ...] = (),
 ) -> Opened:
-    """Load the run's models and read the images, at the larger of the sides of CLIP and decoder."""
+    """Load the run's models and read the images, at the larger of the sides of CLIP and decoder.
+
+    Raises CallerError for a missing file and for more steps than the decoder has.
+    """
     check_files(images)
     from training.generation import manipulations
 
@@ -353,17 +302,19 @@ def _open(
     if steps > model.decoder.schedule.T:
         raise CallerError(f"--steps {steps}: this decoder has {model.decoder.schedule.T}")
     pictures = manipulations.read(model, images)
+    guidance = guidance_of(model, guidance)
     settings = {
+        "steps": steps,
+        "guidance": guidance,
         "run": record["name"],
         **{stage: committed.key for stage, committed in stages.items()},
     }
-    return Opened(model, settings, stages, pictures, manipulations.as_drawn(model, pictures))
+    drawn = manipulations.as_drawn(model, pictures)
+    return Opened(model, guidance, settings, stages, pictures, drawn)
 
 
 def _finish(
-    images: "np.ndarray",
-    rows: list[str],
-    columns: list[str],
+    grid: "Grid",
     name: str,
     seed: int,
     settings: dict[str, Any],
@@ -371,9 +322,10 @@ def _finish(
     out: Path,
     as_json: bool,
 ) -> None:
+    """Write the grid and its images to `out`, and print what was written."""
     from flows.images.png import write_grid
 
-    written = write_grid(images, rows, columns, name, seed, settings, out)
+    written = write_grid(grid.images, grid.rows, grid.columns, name, seed, settings, out)
     rebuilt = figures.get("rebuilt_psnr_db")
     note = f"; rebuilt at {', '.join(f'{value:.1f}' for value in rebuilt)} dB" if rebuilt else ""
     tell_pictures(*written, seed, settings, as_json, figures, note)

@@ -7,7 +7,7 @@ stay. Also removes leftovers of dead writers (`flows.live_index.leftovers`) and 
 killed stages.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,47 +48,44 @@ def prune(
     from flows.live_index.leftovers import leftovers, unfinished
 
     before = datetime.now(UTC) - timedelta(days=older_than)
-    unused_folders = unused(opened, before)
-    rows: list[dict[str, Any]] = []
-    for committed in unused_folders:
-        why = discard(opened, committed) if delete else ""
-        size = sum(file["bytes"] for file in committed.manifest["files"])
-        state = ("kept" if why else "removed") if delete else "unused"
-        rows.append(
-            {
-                "stage": committed.stage,
-                "key": committed.key,
-                "bytes": size,
-                "state": state,
-                "why": why,
-            }
-        )
-    left = [
-        _dealt_with(leftover, delete)
+    folders = [_prune_folder(opened, folder, delete) for folder in unused(opened, before)]
+    remains = [
+        _prune_leftover(leftover, delete)
         for leftover in (*leftovers(opened), *unfinished(opened, before, _claimed(opened)))
     ]
     if as_json:
-        print_json({"root": opened.uri, "folders": rows, "leftovers": left})
-        return
-    for row in (*rows, *left):
-        name = row["path"] if "path" in row else f"{row['stage']}/{row['key']}"
-        print(
-            f"{name}  {row['bytes'] / 1e6:,.1f} MB  {row['state']}"
-            + (f", {row['why']}" if row["why"] else "")
-        )
-    total = sum(row["bytes"] for row in (*rows, *left) if row["state"] != "kept")
-    print(
-        f"{total / 1e6:,.1f} MB {'freed' if delete else 'would be freed: --delete removes them'}"
-        if rows or left
-        else "nothing is unused"
-    )
+        print_json({"root": opened.uri, "folders": folders, "leftovers": remains})
+    else:
+        _print([*folders, *remains], delete)
 
 
-def _dealt_with(leftover: "Leftover", delete: bool) -> dict[str, Any]:
+def _prune_folder(root: Root, committed: Committed, delete: bool) -> dict[str, Any]:
+    """Return the row of an unused folder; remove the folder if `delete` is set."""
+    why = discard(root, committed) if delete else ""
+    return {
+        "stage": committed.stage,
+        "key": committed.key,
+        "bytes": sum(file["bytes"] for file in committed.manifest["files"]),
+        "state": ("kept" if why else "removed") if delete else "unused",
+        "why": why,
+    }
+
+
+def _prune_leftover(leftover: "Leftover", delete: bool) -> dict[str, Any]:
     """Return the row of a leftover; remove the leftover if `delete` is set."""
     why = leftover.remove() if delete else ""
     state = ("kept" if why else "removed") if delete else "left by a dead writer"
     return {"path": leftover.path, "bytes": leftover.size_bytes, "state": state, "why": why}
+
+
+def _print(rows: Sequence[Mapping[str, Any]], delete: bool) -> None:
+    for row in rows:
+        name = row["path"] if "path" in row else f"{row['stage']}/{row['key']}"
+        reason = f", {row['why']}" if row["why"] else ""
+        print(f"{name}  {row['bytes'] / 1e6:,.1f} MB  {row['state']}{reason}")
+    total = sum(row["bytes"] for row in rows if row["state"] != "kept")
+    outcome = "freed" if delete else "would be freed: --delete removes them"
+    print(f"{total / 1e6:,.1f} MB {outcome}" if rows else "nothing is unused")
 
 
 def unused(root: Root, before: datetime) -> list[Committed]:

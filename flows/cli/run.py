@@ -33,7 +33,7 @@ from infra.storage.store import Root
 if TYPE_CHECKING:  # its sections import torch and faiss
     from flows.config.run_config import RunConfig
 
-STILL = "Say what would run, with parameters, memory and FLOPs of its models, and run nothing."
+DRY_RUN_HELP = "Show what would run, with the models' parameters, memory and FLOPs; run nothing."
 
 
 def run(
@@ -42,7 +42,7 @@ def run(
     name: Name = None,
     overrides: Overrides = None,
     address: Address = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help=STILL)] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
     throughput: Annotated[
         float | None,
         typer.Option(
@@ -83,7 +83,7 @@ def verb(stage: str) -> Callable[..., None]:
         name: Name = None,
         overrides: Overrides = None,
         address: Address = None,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help=STILL)] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
         as_json: Json = False,
     ) -> None:
         request = RunRequest(recipe, root, name, overrides, [stage])
@@ -180,8 +180,8 @@ def print_plan(
 def make(request: RunRequest, address: str | None, as_json: bool, jobs: str | None = None) -> None:
     """Run the requested stages and print the result.
 
-    `address` is the Ray cluster to join, by default a small local one. If `jobs` is the address of a
-    Ray job server, the stages run there as jobs.
+    `address` is the Ray cluster to join, by default a small local one. If `jobs` is the address of
+    a Ray job server, the stages run there as jobs.
     """
     from flows.live_index.compaction import compact
     from flows.orchestration.stages import STAGES

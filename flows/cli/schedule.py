@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,14 +25,18 @@ from flows.cli.options import (
     Overrides,
     Recipe,
     RootUri,
+    RunRequest,
     load_config,
     print_json,
-    run_name,
+    say,
 )
 from flows.config.roots import open_for
 from infra.console.log_redirect import terminated
 from infra.errors import CallerError, UnclipError
 from infra.storage.store import Root
+
+if TYPE_CHECKING:  # it imports packages that other commands do not need
+    from flows.scheduling.deployments import Plan
 
 Cron = Annotated[
     str,
@@ -68,6 +73,24 @@ Jobs = Annotated[
 NOTIFY = "UNCLIP_NOTIFY_URL"
 
 
+Port = Annotated[
+    int,
+    typer.Option(
+        "--port", min=1024, max=65535, help="Port of Prefect's server and page, on loopback."
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When a deployment runs: either `cron` in `timezone`, or every `every_s` seconds."""
+
+    cron: str
+    every_s: int
+    timezone: str
+    is_paused: bool = False
+
+
 def submit(
     recipe: Recipe,
     address: Annotated[
@@ -90,7 +113,8 @@ def submit(
     from infra.compute.ray_jobs import JobServer
 
     JobServer(address)  # reports an invalid address at once
-    make(recipe, root, name, overrides, None, stages or [], as_json, jobs=address)
+    request = RunRequest(recipe, root, name, overrides, stages or [])
+    make(request, None, as_json, jobs=address)
 
 
 def schedule(
@@ -116,16 +140,18 @@ def schedule(
 
     Failures are posted to the webhook $UNCLIP_NOTIFY_URL, if set.
     """
-    from flows.scheduling import deployments as schedules
+    from flows.scheduling import deployments
 
+    request = RunRequest(recipe, root, name, overrides, stages or [])
     if remove:
-        result = schedules.remove(run_name(recipe, name))
+        result = deployments.remove(request.run_name)
     else:
-        plan, _ = _plan(
-            recipe, root, name, overrides, address, stages, jobs, cron, every, timezone, paused
-        )
-        result = schedules.deploy(plan, os.environ.get(NOTIFY, ""))
-    print_json(result) if as_json else _print(result)
+        plan, _ = _plan(request, address, jobs, Timing(cron, every, timezone, paused))
+        result = deployments.deploy(plan, os.environ.get(NOTIFY, ""))
+    if as_json:
+        print_json(result)
+    else:
+        _print(result)
 
 
 def up(
@@ -139,89 +165,82 @@ def up(
     address: Address = None,
     stages: Stages = None,
     jobs: Jobs = None,
-    port: Annotated[
-        int,
-        typer.Option(
-            "--port", min=1024, max=65535, help="Port of Prefect's server and page, on loopback."
-        ),
-    ] = 4200,
+    port: Port = 4200,
     as_json: Json = False,
 ) -> None:
-    """Start a Prefect server and a worker here, schedule the recipe on them, and stay until interrupted."""
+    """Start a Prefect server and a worker here, schedule the recipe, and run until interrupted."""
     from infra.console.log_redirect import quiet_terminal
 
-    plan, opened = _plan(
-        recipe, root, name, overrides, address, stages, jobs, cron, every, timezone, False
-    )
+    request = RunRequest(recipe, root, name, overrides, stages or [])
+    plan, opened = _plan(request, address, jobs, Timing(cron, every, timezone))
     home = (opened.folder or opened.scratch) / "prefect"
     with quiet_terminal(home / f"up-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
         from flows.scheduling.prefect_server import TOKEN_FILE, lasting_server
 
         with lasting_server(home, port) as url, terminated():
-            from flows.scheduling import deployments as schedules
+            from flows.scheduling import deployments
 
-            result = schedules.deploy(plan, os.environ.get(NOTIFY, "")) | {
+            result = deployments.deploy(plan, os.environ.get(NOTIFY, "")) | {
                 "server": url,
                 "log": str(log),
                 "password": str(home / TOKEN_FILE),
             }
             with _worker(home) as worker:
-                print(
-                    f"up: {url.removesuffix('/api')} runs {result['deployment']} {result['schedule']}, log {log}, "
-                    f"password for the page in {result['password']}",
-                    file=sys.stderr,
-                    flush=True,
+                say(
+                    f"up: {url.removesuffix('/api')} runs {result['deployment']} "
+                    f"{result['schedule']}, log {log}, "
+                    f"password for the page in {result['password']}"
                 )
-                try:
-                    code = worker.wait()
-                except KeyboardInterrupt:
-                    code = 0
-                if code:
-                    raise UnclipError(f"Prefect's worker ended with exit code {code}: see {log}")
+                _wait(worker, log)
     if as_json:
         print_json(result)
 
 
+def _wait(worker: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Wait until the worker ends or Ctrl-C. Raises UnclipError if the worker fails."""
+    try:
+        code = worker.wait()
+    except KeyboardInterrupt:
+        code = 0
+    if code:
+        raise UnclipError(f"Prefect's worker ended with exit code {code}: see {log}")
+
+
 def _plan(
-    recipe: str,
-    root: str,
-    name: str | None,
-    overrides: list[str] | None,
-    address: str | None,
-    stages: list[str] | None,
-    jobs: str | None,
-    cron: str,
-    every: int,
-    timezone: str,
-    paused: bool,
-) -> tuple[Any, Root]:
+    request: RunRequest, address: str | None, jobs: str | None, timing: Timing
+) -> "tuple[Plan, Root]":
+    """Check the request and return its deployment plan and its ROOT."""
     from flows.config.recipe_file import BUILT_IN, find_recipe
     from flows.orchestration.stages import STAGES
     from flows.runs.planning import stages_of
-    from flows.scheduling import deployments as schedules
+    from flows.scheduling.deployments import Plan
 
-    config, assignments = load_config(
-        recipe, overrides, address
-    )  # a recipe with a mistake is refused now, not at three in the morning
-    opened = open_for(root, for_writing=True)
-    stages_of(config, stages or (), STAGES)
-    path = find_recipe(recipe)
-    written = path.stem if path.parent == BUILT_IN else str(path.resolve())
-    scratch = None if opened.folder else str(opened.scratch)
+    # Loading reports a mistake in the recipe now rather than at the first scheduled run.
+    config, overrides = load_config(request.recipe, request.overrides, address)
+    opened = open_for(request.root, for_writing=True)
+    stages_of(config, request.targets, STAGES)
+    path = find_recipe(request.recipe)
     parameters = {
-        "recipe": written,
+        "recipe": path.stem if path.parent == BUILT_IN else str(path.resolve()),
         "root": opened.uri,
-        "name": run_name(recipe, name),
-        "overrides": assignments,
-        "targets": stages or [],
-        "scratch": scratch,
+        "name": request.run_name,
+        "overrides": overrides,
+        "targets": request.targets,
+        "scratch": None if opened.folder else str(opened.scratch),
         "jobs": jobs,
     }
-    if not cron and not every:
+    if not timing.cron and not timing.every_s:
         raise CallerError('a schedule needs --cron "0 3 * * *" or --every SECONDS, one of them')
-    return schedules.Plan(
-        run_name(recipe, name), parameters, Path.cwd(), cron, timezone, every, paused
-    ), opened
+    plan = Plan(
+        request.run_name,
+        parameters,
+        Path.cwd(),
+        timing.cron,
+        timing.timezone,
+        timing.every_s,
+        timing.is_paused,
+    )
+    return plan, opened
 
 
 @contextmanager

@@ -13,6 +13,11 @@ from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json
 from flows.config.roots import open_for
 from infra.errors import CallerError
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from indexing.ann.view import View
+
 
 def search(
     text: Annotated[
@@ -34,29 +39,21 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search the pictures of a run by text, by a picture file or by one of its pictures."""
-    if sum(query_part is not None for query_part in (text, image, key)) != 1:
+    if sum(value is not None for value in (text, image, key)) != 1:
         raise CallerError(
-            'search needs a text, --image FILE or --key KEY, one of them: unclip search "a red heart"'
+            "search needs a text, --image FILE or --key KEY, one of them: "
+            'unclip search "a red heart"'
         )
     if text is not None and not text.strip():
         raise CallerError("search: the text is empty")
     check_files([image] if image else [], "--image")
     from flows.live_index.lineage import open_view
-    from training.jobs import embed
 
     view, run_lineage = open_view(open_for(root, for_writing=False), run)
-    without: frozenset[str] = frozenset()
     if key is not None:
-        row = view.find_key(key)
-        if row is None:
-            raise CallerError(
-                f"no sample in the index has the key {key!r}: `unclip search --json` prints keys"
-            )
-        query, without = view.vector(row), frozenset({row.facts["sha256"]})
-    elif image is not None:
-        query = embed.embed_images(run_lineage.clip.local(), [image])[0]
+        query, without = _vector_of(view, key)
     else:
-        query = embed.embed_texts(run_lineage.clip.local(), [spoken("search", text or "")])[0]
+        query, without = _embed(run_lineage.clip.local(), text, image), frozenset[str]()
     results = [
         {
             "key": hit.facts["key"],
@@ -71,3 +68,22 @@ def search(
         return
     for result in results:
         print(f"{result['score']:.3f}  {result['caption']}  {result['url']}")
+
+
+def _vector_of(view: "View", key: str) -> "tuple[np.ndarray, frozenset[str]]":
+    """Return the image vector of a sample, and its sha256 to exclude it from the results."""
+    hit = view.find_key(key)
+    if hit is None:
+        raise CallerError(
+            f"no sample in the index has the key {key!r}: `unclip search --json` prints keys"
+        )
+    return view.vector(hit), frozenset({hit.facts["sha256"]})
+
+
+def _embed(clip: Path, text: str | None, image: Path | None) -> "np.ndarray":
+    """Return the query vector of an image file or, without one, of a text."""
+    from training.jobs import embed
+
+    if image is not None:
+        return embed.embed_images(clip, [image])[0]
+    return embed.embed_texts(clip, [spoken("search", text or "")])[0]

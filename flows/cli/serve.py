@@ -42,7 +42,7 @@ TOKEN = "UNCLIP_TOKEN"
 
 
 class Replicated(Section):
-    """The arguments of `application`: which run to serve, and how."""
+    """Which run to serve, and how; the arguments of `application`."""
 
     root: str
     """URI of ROOT, reachable from every node."""
@@ -67,76 +67,85 @@ class Replicated(Section):
     """Maximum age of the cached removal log of a ROOT in a store; 0 checks it on every query."""
 
 
+Host = Annotated[
+    str,
+    typer.Option(
+        "--host",
+        metavar="ADDRESS",
+        help="Address to listen on; all except loopback need a token.",
+    ),
+]
+Port = Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 selects a free port.")]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        "--token",
+        envvar=TOKEN,
+        metavar="TOKEN",
+        help="Token that clients must send; prefer the environment variable.",
+    ),
+]
+Rate = Annotated[
+    float,
+    typer.Option(
+        "--rate", min=0, help="Maximum requests per second of one address; 0 is no limit."
+    ),
+]
+AllowUrls = Annotated[
+    bool,
+    typer.Option(
+        "--allow-urls",
+        help="Let clients name query pictures by a public URL, which the server fetches.",
+    ),
+]
+AllowOrigins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-origin",
+        metavar="ORIGIN",
+        help="Let web pages of this origin (https://host:port) send requests, such as "
+        "clip-retrieval's front end; may be repeated.",
+    ),
+]
+RemovalLag = Annotated[
+    float,
+    typer.Option(
+        "--removal-lag",
+        min=0,
+        metavar="SECONDS",
+        help="With a ROOT in a store: maximum age of the cached removal log; "
+        "0 checks it on every query.",
+    ),
+]
+Replicas = Annotated[
+    int | None,
+    typer.Option(
+        "--replicas",
+        min=1,
+        max=1000,
+        help="Serve from this many processes on Ray Serve; by default from this process.",
+    ),
+]
+ReplicaAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="RAY",
+        help="Ray cluster for the replicas; by default a small local one is started.",
+    ),
+]
+
+
 def serve(
-    host: Annotated[
-        str,
-        typer.Option(
-            "--host",
-            metavar="ADDRESS",
-            help="Address to listen on; all except loopback need a token.",
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65_535, help="0 selects a free port.")
-    ] = 8080,
-    token: Annotated[
-        str | None,
-        typer.Option(
-            "--token",
-            envvar=TOKEN,
-            metavar="TOKEN",
-            help="Token that clients must send; prefer the environment variable.",
-        ),
-    ] = None,
-    rate: Annotated[
-        float,
-        typer.Option(
-            "--rate", min=0, help="Maximum requests per second of one address; 0 is no limit."
-        ),
-    ] = 50,
-    allow_urls: Annotated[
-        bool,
-        typer.Option(
-            "--allow-urls",
-            help="Let clients name query pictures by a public URL, which the server fetches.",
-        ),
-    ] = False,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-origin",
-            metavar="ORIGIN",
-            help="Let web pages of this origin (https://host:port) send requests, such as "
-            "clip-retrieval's front end; may be repeated.",
-        ),
-    ] = None,
-    removal_lag: Annotated[
-        float,
-        typer.Option(
-            "--removal-lag",
-            min=0,
-            metavar="SECONDS",
-            help="With a ROOT in a store: maximum age of the cached removal log; "
-            "0 checks it on every query.",
-        ),
-    ] = 0,
-    replicas: Annotated[
-        int | None,
-        typer.Option(
-            "--replicas",
-            min=1,
-            max=1000,
-            help="Serve from this many processes on Ray Serve; by default from this process.",
-        ),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address",
-            metavar="RAY",
-            help="Ray cluster for the replicas; by default a small local one is started.",
-        ),
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
+    token: Token = None,
+    rate: Rate = 50,
+    allow_urls: AllowUrls = False,
+    allow_origin: AllowOrigins = None,
+    removal_lag: RemovalLag = 0,
+    replicas: Replicas = None,
+    address: ReplicaAddress = None,
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
 ) -> None:
@@ -153,32 +162,37 @@ def serve(
     check_token(token)
     origins = tuple(as_origin(origin) for origin in allow_origin or ())
     opened = open_for(root, for_writing=False)
+    settings = Replicated(
+        root=opened.uri,
+        run=run,
+        replicas=replicas or 2,
+        rate=rate,
+        allow_urls=allow_urls,
+        is_open=token is None,
+        allow_origins=origins,
+        removal_lag_s=removal_lag,
+    )
     if replicas or address:
-        settings = Replicated(
-            root=opened.uri,
-            run=run,
-            replicas=replicas or 2,
-            rate=rate,
-            allow_urls=allow_urls,
-            is_open=token is None,
-            allow_origins=origins,
-            removal_lag_s=removal_lag,
-        )
         serve_replicas(opened, settings, host, port, token, address)
-        return
+    else:
+        serve_here(opened, settings, host, port, token)
+
+
+def serve_here(opened: Root, settings: Replicated, host: str, port: int, token: str | None) -> None:
+    """Serve from this process until interrupted."""
     from indexing.service.app import run as run_service
     from indexing.service.state import ServeConfig, Service
 
-    service = Service(parts_of(opened, run, allow_urls, say))
+    service = Service(parts_of(opened, settings.run, settings.allow_urls, say))
     version = service.current()
     config = ServeConfig(
         host=host,
         port=port,
         token=token,
-        rate=rate,
-        burst=max(1, 4 * rate),
-        allow_origins=origins,
-        removal_lag_s=removal_lag,
+        rate=settings.rate,
+        burst=max(1, 4 * settings.rate),
+        allow_origins=settings.allow_origins,
+        removal_lag_s=settings.removal_lag_s,
     )
     run_service(
         service,
@@ -196,14 +210,11 @@ def serve_replicas(
     """
     from flows.live_index.lineage import lineage
 
-    name = lineage(opened, settings.run).record[
-        "name"
-    ]  # what is not there is known before Ray starts
+    name = lineage(opened, settings.run).record["name"]  # reports a missing run before Ray starts
     if token is not None and not address:
         os.environ[TOKEN] = token
-    cores = max(
-        len(os.sched_getaffinity(0)), settings.replicas
-    )  # more replicas than cores share them rather than wait for ever
+    # With fewer cores than replicas Ray would wait forever to start the last ones.
+    cores = max(len(os.sched_getaffinity(0)), settings.replicas)
     cluster = Cluster(ClusterConfig(address=address or "", num_cpus=None if address else cores))
     with (
         quiet_terminal(Path(tempfile.gettempdir()) / f"unclip-serve-{os.getpid()}.log") as log,
@@ -213,14 +224,17 @@ def serve_replicas(
         from indexing.service.ray_serve import run as run_replicas
 
         port = port or free_port(host)
-        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        with suppress(KeyboardInterrupt), terminated():  # after Ray, which has a handler of its own
-            words = f"{settings.replicas} replicas serve run {name} at {where}; Ray's own words are in {log}"
-            run_replicas(application(settings), host, port, lambda: say(words))
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        message = f"{settings.replicas} replicas serve run {name} at {url}; Ray's log is {log}"
+        with suppress(KeyboardInterrupt), terminated():  # after Ray, which sets its own handler
+            run_replicas(application(settings), host, port, lambda: say(message))
 
 
 def application(settings: Replicated) -> Any:
-    """Return the service of a run as a Ray Serve application (its `args` are the fields of Replicated)."""
+    """Return the service of a run as a Ray Serve application.
+
+    In a Serve config, its `args` are the fields of Replicated.
+    """
     from indexing.service.ray_serve import application as replicated
 
     return replicated(partial(open_replica, settings), settings.replicas, settings.cpus)
@@ -329,7 +343,11 @@ class Opener:
         self._told: set[str] = set()
 
     def __call__(self) -> "Opened":
-        """Open it as it is now. Raises CallerError where there is no such run or no index of it, DataError where one cannot be opened."""
+        """Open the run's current segments and CLIP.
+
+        Raises CallerError if there is no such run or it has no index, and DataError if an index
+        cannot be opened.
+        """
         from flows.live_index.lineage import lineage, open_segments, warnings
         from indexing.service.state import Opened
 

@@ -5,7 +5,7 @@ the single images.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,22 +14,27 @@ from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName
 from flows.config.roots import open_for
 from infra.errors import CallerError
 
+if TYPE_CHECKING:
+    import numpy as np
+
+COLUMNS = ("small", "bicubic", "Lanczos", "up-sampler")
 MAX_SIDE_PX = 4096
+Side = Annotated[
+    int | None,
+    typer.Option(
+        "--side",
+        min=8,
+        max=MAX_SIDE_PX,
+        help="Side to which pictures are first resized, in pixels; by default the trained one.",
+    ),
+]
 
 
 def upsample(
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", help="Small PNG, JPEG or WebP files.")
     ],
-    side: Annotated[
-        int | None,
-        typer.Option(
-            "--side",
-            min=8,
-            max=MAX_SIDE_PX,
-            help="Side to which pictures are first resized, in pixels; by default the trained one.",
-        ),
-    ] = None,
+    side: Side = None,
     seed: Seed = 0,
     steps: Annotated[
         int | None,
@@ -51,7 +56,6 @@ def upsample(
     stages = upsampler_stages(opened, record)
     from flows.images.png import write_grid
     from training.data.image_reader import read_file
-    from training.generation import upsampling_eval
     from training.generation.unclip import SEED_STRIDE
     from training.models import upsampler_cascade
 
@@ -62,28 +66,24 @@ def upsample(
     if start * factor > MAX_SIDE_PX:
         raise CallerError(f"--side {start}: {factor} times that is more than {MAX_SIDE_PX} pixels")
     small = np.stack([read_file(image, start) for image in images])
-    enlarged = upsampler_cascade.enlarge(
-        models, small, [seed * SEED_STRIDE + number for number in range(len(small))], steps
-    )
-    ways = [
-        np.kron(small, np.ones((1, factor, factor, 1), np.uint8)),
-        *(
-            upsampling_eval.interpolate(small, factor, name)
-            for name in upsampling_eval.INTERPOLATIONS
-        ),
-        enlarged,
-    ]
-    settings = {
-        "run": record["name"],
-        "images": [image.name for image in images],
-        "steps": steps,
-        "side_px": start,
-        "factor": factor,
-        **{stage: committed.key for stage, committed in stages.items()},
-    }
+    seeds = [seed * SEED_STRIDE + number for number in range(len(small))]
+    enlarged = upsampler_cascade.enlarge(models, small, seeds, steps)
+    grid = np.stack([*_interpolations(small, factor), enlarged], 1)
+    files = [image.name for image in images]
+    settings = {"run": record["name"], "images": files, "steps": steps}
+    settings |= {"side_px": start, "factor": factor}
+    settings |= {stage: committed.key for stage, committed in stages.items()}
     name = f"upsample {several(images[0].stem, len(images))}"
-    columns = ["small", "bicubic", "Lanczos", "up-sampler"]
-    written = write_grid(
-        np.stack(ways, 1), [image.name for image in images], columns, name, seed, settings, out
-    )
+    written = write_grid(grid, files, [*COLUMNS], name, seed, settings, out)
     tell_pictures(*written, seed, settings, as_json)
+
+
+def _interpolations(small: "np.ndarray", factor: int) -> "list[np.ndarray]":
+    """Return images (B, H, W, 3) enlarged by nearest neighbour and by every interpolation."""
+    import numpy as np
+
+    from training.generation import upsampling_eval
+
+    names = upsampling_eval.INTERPOLATIONS
+    nearest = np.kron(small, np.ones((1, factor, factor, 1), np.uint8))
+    return [nearest, *(upsampling_eval.interpolate(small, factor, name) for name in names)]

@@ -206,12 +206,12 @@ def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> dict[st
     sought = with_copies(root, named(rows, urls))
     entries = [entry for entry in read_entries(root) if gather([entry]) & sought]
     sought = with_copies(root, sought | gather(entries))
-    found_in = _find_folders(root, sought)
+    locations = _find_folders(root, sought)
     models_left = _find_models(root, sought, entries)
     traces = trace(root, sought)
     return {
-        "found_in": found_in,
-        "leftovers": _split_leftovers(root, traces.holding, found_in),
+        "found_in": locations,
+        "leftovers": _split_leftovers(root, traces.holding, locations),
         "unreadable": traces.unreadable,
         "trained_into": models_left,
     }
@@ -219,15 +219,15 @@ def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> dict[st
 
 def _find_folders(root: Root, sought: Removals) -> dict[str, list[str]]:
     """Return the committed folders whose tables name one of the samples, by kind of folder."""
-    found_in: dict[str, list[str]] = {"shards": [], "embeddings": [], "index": []}
+    locations: dict[str, list[str]] = {"shards": [], "embeddings": [], "index": []}
     for committed in committed_folders(root, (*TABLES, "index")):
         if any(pc.any(_mask(table, sought)).as_py() for table in _tables(committed)):
             name = f"{committed.stage}/{committed.key}"
-            found_in[FOLDER_KINDS[committed.stage]].append(name)
+            locations[FOLDER_KINDS[committed.stage]].append(name)
             if committed.stage == "additions":
-                found_in["embeddings"].append(name)
-                found_in["index"].append(name)
-    return found_in
+                locations["embeddings"].append(name)
+                locations["index"].append(name)
+    return locations
 
 
 def _find_models(root: Root, sought: Removals, entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -258,8 +258,10 @@ def _find_models(root: Root, sought: Removals, entries: Sequence[Mapping[str, An
     )
 
 
-def _split_leftovers(root: Root, paths: Iterable[str], found_in: dict[str, list[str]]) -> list[str]:
-    """Return the paths outside of committed folders; add the folders of the others to `found_in`.
+def _split_leftovers(
+    root: Root, paths: Iterable[str], locations: dict[str, list[str]]
+) -> list[str]:
+    """Return the paths outside of committed folders; add the folders of the others to `locations`.
 
     Such a folder's files hold a sample although its table does not name it.
     """
@@ -269,7 +271,7 @@ def _split_leftovers(root: Root, paths: Iterable[str], found_in: dict[str, list[
         if committed is None or committed.stage not in FOLDER_KINDS:
             leftovers.append(path)
             continue
-        folders = found_in[FOLDER_KINDS[committed.stage]]
+        folders = locations[FOLDER_KINDS[committed.stage]]
         name = f"{committed.stage}/{committed.key}"
         if name not in folders:
             folders.append(name)

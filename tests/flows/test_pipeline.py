@@ -179,7 +179,7 @@ def test_a_failure_is_one_line_with_the_stage_the_reason_and_the_log(recipe: Pat
     code, out, err = finished(start(recipe))
     assert (code, out) == (1, "")
     last = err.splitlines()[-1]
-    assert last.startswith("unclip: clip: AssertionError: and the reason on another; the whole story is in ")
+    assert last.startswith("unclip: clip: AssertionError: and the reason on another; details are in ")
     log = Path(last.rpartition(" ")[2]).read_text()
     assert "Traceback" not in err and "Traceback" in log and "in write_chunks" in log
 
@@ -208,7 +208,7 @@ def test_an_interrupted_run_says_so_in_one_line_and_leaves_no_process(recipe: Pa
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
     code, out, err = finished(process)
-    assert (code, out, err) == (130, "", "unclip: interrupted; the same command goes on from here\n")
+    assert (code, out, err) == (130, "", "unclip: interrupted; the same command resumes from here\n")
     assert processes(str(recipe.parent / "root")) == []
 
 

@@ -66,7 +66,7 @@ def test_what_is_being_read_or_named_meanwhile_is_not_removed(root: Root) -> Non
     with reader_lock(reading_file(root.scratch, "curate", "night1"), "curate", print):
         assert discard(root, folder).startswith("is being read by another run (process ")
     store.write_json(root, "runs/again.json", {"stages": {"curate": "night1"}})
-    assert discard(root, folder) == "a run names it by now" and manifests.find(root, "curate", "night1")
+    assert discard(root, folder) == "a run names it now" and manifests.find(root, "curate", "night1")
 
 
 def test_the_command_lists_and_only_when_told_removes(root: Root, capsys: pytest.CaptureFixture[str]) -> None:
