@@ -83,7 +83,9 @@ def test_plain_faces_are_yellow_and_the_others_are_not() -> None:
 
 
 def test_codes_are_no_keywords() -> None:
-    captions = build_phrasings("grinning face", "google", (":D", "4", "CN", "what", "face", "cheerful"), "Smileys & Emotion", "face-smiling")
+    captions = build_phrasings(
+        "grinning face", "google", (":D", "4", "CN", "what", "face", "cheerful"), "Smileys & Emotion", "face-smiling"
+    )
     assert "grinning face, cheerful" in captions
     assert not any(":D" in caption or "what" in caption or "CN" in caption for caption in captions)
 

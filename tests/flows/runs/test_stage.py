@@ -11,9 +11,7 @@ from flows.orchestration.stages import STAGES
 from flows.runs.planning import plan, stages_of
 from infra.storage.store import open_root
 
-RECORDED_KEYS: dict[str, dict[str, str]] = json.loads(
-    Path(__file__).with_name("stage_keys.json").read_text()
-)
+RECORDED_KEYS: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("stage_keys.json").read_text())
 
 
 def test_every_bundled_recipe_has_its_keys_recorded() -> None:

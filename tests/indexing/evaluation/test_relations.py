@@ -159,7 +159,9 @@ def test_the_characters_of_signs_are_counted_beside_those_of_drawn_ones(tmp_path
 def test_prompts_are_the_splits_own_and_an_ocr_brings_writing_in(tmp_path: Path) -> None:
     embedded = write(tmp_path)
     without = build_prompts(CONFIG, embedded, None, 0)
-    assert {each.prompt for each in without if each.split_name == "held out"} == {parse(c).concept for cs in CAPTIONS.values() for c in cs[1:]}  # type: ignore[union-attr]
+    assert {each.prompt for each in without if each.split_name == "held out"} == {
+        parse(c).concept for cs in CAPTIONS.values() for c in cs[1:]
+    }  # type: ignore[union-attr]
     assert not [each for each in without if each.row == "writing"]
     within = [each for each in build_prompts(CONFIG, embedded, lambda picture: "cat", 0) if each.row == "writing"]
     assert [each.prompt for each in within] == ["a sign that says cat"] and within[0].judge(np.zeros((8, 8, 3), np.uint8)) == 1
