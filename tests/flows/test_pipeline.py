@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,30 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "fake.toml"
 
 
-@pytest.fixture(autouse=True)
-def _no_server_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
-        monkeypatch.delenv(name)
+@pytest.fixture(scope="module", autouse=True)
+def _no_server_from_outside() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+            patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Run one Prefect server for the tests that ask nothing of it; gives what a run needs to use it."""
+    with prefect_server(tmp_path_factory.mktemp("prefect")):
+        settings = {name: os.environ[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME")}
+        with pytest.MonkeyPatch.context() as patch:
+            for name in settings:
+                patch.delenv(name)
+            yield settings
+
+
+@pytest.fixture
+def shared(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the runs of a test use that server."""
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
 
 
 def start(recipe: Path, *more: str) -> "subprocess.Popen[str]":
@@ -98,18 +119,19 @@ def _check_prefect_has_run_and_artifacts(root: Path, result: dict[str, Any]) -> 
     assert json.loads(table["data"]) == result["stages"]
 
 
-def test_a_passing_fault_is_tried_again_and_a_callers_mistake_is_not(recipe: Path) -> None:
-    recipe.write_text('[data]\nword = "flaky"\n[prior]\nword = "refused"\n')
+def test_a_passing_fault_and_a_store_that_was_away_are_tried_again_and_a_callers_mistake_is_not(recipe: Path, shared: None) -> None:
+    recipe.write_text('[data]\nword = "flaky"\n[clip]\nword = "away"\n[prior]\nword = "refused"\n')
     code, out, err = finished(start(recipe))
     assert (code, out) == (2, "")
     assert (
-        err.splitlines()[1].startswith("data      ran") and err.splitlines()[-1] == "unclip: prior: [fake] word = refused: choose another"
+        [line[:13] for line in err.splitlines()[1:4]] == ["data      ran", "clip      ran", "embed     ran"]
+        and err.splitlines()[-1] == "unclip: prior: [fake] word = refused: choose another"
     )
     assert "Traceback" not in err
     log = next((recipe.parent / "root" / "logs").iterdir()).read_text()
     assert "ConnectionResetError: the store hung up" in log and "Retry 1/4 will start" in log
-    assert log.count("Retry ") == 1  # the caller's mistake got none
-    recipe.write_text('[data]\nword = "flaky"\n')  # and what was committed before it stays
+    assert log.count("Retry ") == 2  # the caller's mistake got none
+    recipe.write_text('[data]\nword = "flaky"\n[clip]\nword = "away"\n')  # and what was committed before it stays
     code, out, err = finished(start(recipe, "--json"))
     assert code == 0 and [each["state"] for each in json.loads(out)["stages"]] == ["current"] * 3 + ["ran"]
 
@@ -127,12 +149,6 @@ def test_a_store_that_is_away_is_tried_for_longer_than_any_other_fault() -> None
     assert [is_worth(StorageAwayError("s3://x: SlowDown"), failures) for failures in (1, 3, 4)] == [True] * 3 and step.retries == 4
     for hopeless in (StorageError("no space left"), CallerError("no"), DataError("no"), AssertionError("no")):
         assert not is_worth(hopeless, 1)
-
-
-def test_a_stage_whose_store_was_away_is_tried_again(recipe: Path) -> None:
-    recipe.write_text('[clip]\nword = "away"\n')
-    code, out, err = finished(start(recipe, "--json"))
-    assert code == 0 and [each["state"] for each in json.loads(out)["stages"]] == ["ran"] * 4, err
 
 
 # Prefect reads its settings when it is imported, so this has a process of its own. Each part meets a store that is away the first time.
@@ -165,7 +181,7 @@ with prefect_server(recipe.parent / "prefect"):
 """
 
 
-def test_a_store_that_is_away_at_the_beginning_or_the_end_of_a_run_is_waited_for(recipe: Path) -> None:
+def test_a_store_that_is_away_at_the_beginning_or_the_end_of_a_run_is_waited_for(recipe: Path, shared: None) -> None:
     parts = ["open_root", "compact", "write_run", "settle"]
     done = subprocess.run([sys.executable, "-c", AWAY, str(recipe), *parts], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -174,7 +190,7 @@ def test_a_store_that_is_away_at_the_beginning_or_the_end_of_a_run_is_waited_for
     assert (recipe.parent / "root" / "runs" / "nightly.json").exists()
 
 
-def test_a_failure_is_one_line_with_the_stage_the_reason_and_the_log(recipe: Path) -> None:
+def test_a_failure_is_one_line_with_the_stage_the_reason_and_the_log(recipe: Path, shared: None) -> None:
     recipe.write_text('[clip]\nword = "broken"\n')
     code, out, err = finished(start(recipe))
     assert (code, out) == (1, "")
