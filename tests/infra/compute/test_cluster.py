@@ -102,7 +102,7 @@ def test_no_more_tasks_are_begun_than_may_run_at_once(at_once: int | None, most:
 LISTENING = """
 import json, os, time
 from pathlib import Path
-from infra.cluster import Cluster, ClusterConfig
+from infra.compute.cluster import Cluster, ClusterConfig
 
 with Cluster(ClusterConfig(num_cpus=1)) as cluster:
     cluster.start()
