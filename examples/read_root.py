@@ -29,16 +29,13 @@ def main(root: Path) -> None:
 
     shard = sorted((folders["ingest"] / "shards").glob("*.tar"))[0]
     pair = next(iter(wds.WebDataset(str(shard), shardshuffle=False)))
-    print(
-        f"{shard.name} begins with {pair['__key__']}: {sorted(name for name in pair if name[0] != '_')}"
-    )
+    names = sorted(name for name in pair if not name.startswith("_"))
+    print(f"{shard.name} begins with {pair['__key__']}: {names}")
 
     index = faiss.read_index(str(folders["index"] / "image.index"))
-    vector = index.reconstruct(0).reshape(1, -1)
-    scores, rows = index.search(vector, 3)
-    print(
-        f"nearest to row 0: {[(int(r), round(float(s), 3)) for r, s in zip(rows[0], scores[0], strict=True)]}"
-    )
+    scores, rows = index.search(index.reconstruct(0).reshape(1, -1), 3)
+    nearest = [(int(r), round(float(s), 3)) for r, s in zip(rows[0], scores[0], strict=True)]
+    print(f"nearest to row 0: {nearest}")
 
 
 if __name__ == "__main__":

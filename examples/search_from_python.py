@@ -1,4 +1,4 @@
-"""Search a run's index from Python, without a service: `python examples/search_from_python.py ROOT KEY`.
+"""Search a run's index from Python: `python examples/search_from_python.py ROOT KEY`.
 
 Prints the samples nearest to the one with that key. `view.search` takes any unit vector of the
 run's CLIP; rows that were taken down are never returned.

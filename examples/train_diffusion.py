@@ -1,4 +1,4 @@
-"""Train a diffusion model in seconds, without Ray: `python examples/train_diffusion.py OUT [STEPS]`.
+"""Train a diffusion model in seconds: `python examples/train_diffusion.py OUT [STEPS]`.
 
 The model learns the two-dimensional Swiss roll. Prints the energy distance between its samples and
 fresh data for several step counts, and writes a picture of the forward and reverse trajectories.
@@ -14,9 +14,8 @@ def main(out: Path, steps: int) -> None:
     """Train, sample and draw."""
     out.mkdir(parents=True, exist_ok=True)
     figures = swiss_roll(out, steps, seed=0)
-    print(
-        f"energy distance {figures['energy_distance']:.5f} (between two samples of data: {figures['data_to_data']:.5f})"
-    )
+    distance, by_chance = figures["energy_distance"], figures["data_to_data"]
+    print(f"energy distance {distance:.5f} (between two samples of data: {by_chance:.5f})")
     print(f"picture {figures['picture']}")
 
 

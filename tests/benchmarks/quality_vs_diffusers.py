@@ -155,7 +155,8 @@ def main() -> int:
     )
     print(
         f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {chosen.threads} thread(s), {chosen.seconds:g} s of "
-        f"training each on {len(data['z_i']):,} pairs of {ours.side_px} px, {len(prompts)} held-out captions, {imagenet_features.LITE_NAME}, "
+        f"training each on {len(data['z_i']):,} pairs of {ours.side_px} px, "
+        f"{len(prompts)} held-out captions, {imagenet_features.LITE_NAME}, "
         f"diffusers {version('diffusers')}, torch {torch.__version__}"
     )
     for name, each in facts.items():

@@ -123,10 +123,9 @@ def test_a_passing_fault_and_a_store_that_was_away_are_tried_again_and_a_callers
     recipe.write_text('[data]\nword = "flaky"\n[clip]\nword = "away"\n[prior]\nword = "refused"\n')
     code, out, err = finished(start(recipe))
     assert (code, out) == (2, "")
-    assert (
-        [line[:13] for line in err.splitlines()[1:4]] == ["data      ran", "clip      ran", "embed     ran"]
-        and err.splitlines()[-1] == "unclip: prior: [fake] word = refused: choose another"
-    )
+    assert [line[:13] for line in err.splitlines()[1:4]] == ["data      ran", "clip      ran", "embed     ran"] and err.splitlines()[
+        -1
+    ] == "unclip: prior: [fake] word = refused: choose another"
     assert "Traceback" not in err
     log = next((recipe.parent / "root" / "logs").iterdir()).read_text()
     assert "ConnectionResetError: the store hung up" in log and "Retry 1/4 will start" in log

@@ -1,4 +1,6 @@
-"""Runs a command beside processes that keep the cores busy: `python -m tests.helpers.busy COUNT COMMAND…`; ends with the command's exit code."""
+"""Runs a command beside processes that keep the cores busy: `python -m tests.helpers.busy COUNT COMMAND…`; ends with the command's exit
+code.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,6 @@
-"""A flow over the first fake stage, for a deployment: `tests.helpers.fake_deployment.run_fakes`, which a worker starts as it starts the real one."""
+"""A flow over the first fake stage, for a deployment: `tests.helpers.fake_deployment.run_fakes`, which a worker starts as it starts the
+real one.
+"""
 
 import os
 from typing import Any

@@ -1,7 +1,7 @@
 """Stages that are quick but write real files: the house is tested with them, without torch, Ray and downloads.
 
-`python -m tests.helpers.fake_stages ROOT SECONDS` runs them in a process of its own; `--kill-at N` has it end by SIGKILL at its N-th file operation
-in ROOT, `--count` writes down how many there are, `--prefect` runs them as a flow.
+`python -m tests.helpers.fake_stages ROOT SECONDS` runs them in a process of its own; `--kill-at N` has it end by SIGKILL at its N-th file
+operation in ROOT, `--count` writes down how many there are, `--prefect` runs them as a flow.
 """
 
 import hashlib

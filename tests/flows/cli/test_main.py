@@ -46,8 +46,9 @@ def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def test_help_imports_nothing_heavy_and_names_every_command() -> None:
-    told = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); from flows.cli.main import main; main(['--help'])"
-    shown = subprocess.run([sys.executable, "-c", told], cwd=HERE, capture_output=True, text=True)
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
+    code += "from flows.cli.main import main; main(['--help'])"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert shown.returncode == 0 and not {"torch", "ray", "prefect", "faiss", "pyarrow", "numpy"} & set(shown.stderr.split())
     commands = {line.split()[0] for line in shown.stdout.partition("Commands:")[2].splitlines() if line.startswith("  ") and line.split()}
     assert commands >= {"run", "status", "ingest", "curate", "train", "embed", "index", "evaluate", "search", "generate"}

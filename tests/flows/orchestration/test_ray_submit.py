@@ -118,7 +118,9 @@ def test_a_killed_job_is_tried_again_and_the_late_writer_commits_nothing(
     """The first attempt's process is killed; the second makes the stage; a writer of the first that comes late is refused."""
     running = driver(tmp_path, cluster.address, 6)
     until(lambda: "RUNNING" in jobs(cluster, tmp_path).values())
-    (pid,) = until(lambda: [each for each in cluster.processes("tests.helpers.fake_job") if b"-m\0tests.helpers.fake_job\0" in argv(each)][:1])
+    (pid,) = until(
+        lambda: [each for each in cluster.processes("tests.helpers.fake_job") if b"-m\0tests.helpers.fake_job\0" in argv(each)][:1]
+    )
     os.kill(pid, signal.SIGKILL)
     until(lambda: claim_of(tmp_path)["attempt"] == 2)
     claim = claim_of(tmp_path)
