@@ -66,7 +66,7 @@ class Downloads:
     heard_s: float = field(default_factory=time.monotonic)
     failed_starts: int = 0
 
-    def next_for(self, worker: Worker) -> None:
+    def assign_next(self, worker: Worker) -> None:
         """Give a worker the next feed that it can make, if there is one and the pass does not
         wait.
         """
@@ -91,7 +91,7 @@ class Downloads:
                 worker.give(feed, self.folder, self.settings | also)
                 return
 
-    def again(self, worker: Worker, why: str, is_lost: bool = False) -> None:
+    def requeue(self, worker: Worker, why: str, is_lost: bool = False) -> None:
         """Take back what a worker failed at. Raises DataError when that was its last attempt."""
         feed, worker.feed = worker.feed, None
         if feed is None:
@@ -111,7 +111,7 @@ class Downloads:
             )
         self.todo.appendleft(feed)
 
-    def hear(self, worker: Worker, line: str) -> None:
+    def handle_message(self, worker: Worker, line: str) -> None:
         """Act on what a worker said. Raises StorageError when the disk is full, UnclipError when no
         worker comes to work.
         """
@@ -122,17 +122,17 @@ class Downloads:
         if word not in ("gone", "lost"):
             worker.is_ready, self.failed_starts = True, 0
         if word == "ready" and worker.feed is None:
-            self.next_for(worker)
+            self.assign_next(worker)
         elif word == "rows":
             worker.rows += int(rest)
         elif word == "row":
             worker.row = int(rest)
         elif word == "done" and worker.feed:
             self.finished += worker.feed.rows
-            self.next_for(worker)
+            self.assign_next(worker)
         elif word == "outage" and worker.feed:
             self.wait(worker.feed)
-            self.next_for(worker)
+            self.assign_next(worker)
         elif word == "failed":
             if "no space left" in rest.lower():
                 raise StorageError(
@@ -140,18 +140,18 @@ class Downloads:
                     "finished shards are kept"
                 )
             worker.row = None  # it lives: no row has killed it
-            self.again(worker, rest.partition(" ")[2])
-            self.next_for(worker)
+            self.requeue(worker, rest.partition(" ")[2])
+            self.assign_next(worker)
         elif word in ("gone", "lost"):
             why = rest or "the download process died"
             self.failed_starts += not worker.is_ready
-            self.again(worker, why, is_lost=word == "lost")
+            self.requeue(worker, why, is_lost=word == "lost")
             if self.failed_starts >= MAX_FAILED_STARTS:
                 raise UnclipError(
                     f"{MAX_FAILED_STARTS} download processes ended before they were ready: {why} "
                     f"(details in {self.workers.log})"
                 )
-            self.next_for(self.workers.replace(worker))
+            self.assign_next(self.workers.replace(worker))
 
     def wait(self, feed: Feed) -> None:
         """Have nothing started for a while: what failed may be our own network."""
@@ -162,7 +162,7 @@ class Downloads:
             self.paused_until_s = now + PAUSES_S[trouble.outages]
         trouble.outages += 1
 
-    def look_after(self) -> None:
+    def check_timeouts(self) -> None:
         """Replace workers that are silent and give idle ones work. Raises UnclipError where nobody
         takes up work.
         """
@@ -170,10 +170,10 @@ class Downloads:
         for worker in list(self.workers.all):
             limit_s = silence_s if worker.is_ready else START_LIMIT_S
             if worker.feed is None:
-                self.next_for(worker)
+                self.assign_next(worker)
             elif time.monotonic() - worker.heard_s >= limit_s:
-                self.again(worker, f"the download process was silent for {limit_s:.0f} s")
-                self.next_for(self.workers.replace(worker))
+                self.requeue(worker, f"the download process was silent for {limit_s:.0f} s")
+                self.assign_next(self.workers.replace(worker))
         is_idle = not any(worker.feed for worker in self.workers.all)
         if is_idle and time.monotonic() - max(self.heard_s, self.paused_until_s) >= START_LIMIT_S:
             raise UnclipError(
@@ -203,12 +203,12 @@ def make_shards(
     )
     with Progress(f"retry {number}" if number else "download", total) as progress:
         for worker in workers.all:
-            downloads.next_for(worker)
+            downloads.assign_next(worker)
         progress.update(downloads.finished)
         while todo or any(worker.feed for worker in workers.all):
             with contextlib.suppress(queue.Empty):
-                downloads.hear(*workers.heard.get(timeout=1))
-            downloads.look_after()
+                downloads.handle_message(*workers.heard.get(timeout=1))
+            downloads.check_timeouts()
             waits_s = downloads.paused_until_s - time.monotonic()
             note = f"the network seems to be away, waiting {waits_s:.0f} s" if waits_s > 0 else ""
             progress.update(

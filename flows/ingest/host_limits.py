@@ -20,7 +20,7 @@ ROBOTS_S = 86_400
 """RFC 9309, 2.4: a copy older than a day should not be used."""
 FAILURE_S = 60
 """So long a host is left alone that did not answer."""
-VAIN_CONNECTIONS = 6
+MAX_FAILED_CONNECTIONS = 6
 """So many connections in a row must have failed before it is."""
 MAX_HOSTS, MAX_BYTES = 10_000, 64 << 20
 """What one process keeps: hosts, and bytes of their rules."""
@@ -28,7 +28,7 @@ MAX_HOSTS, MAX_BYTES = 10_000, 64 << 20
 Origin = tuple[str, str, int]
 
 
-class StillFailingError(Exception):
+class RecentFailureError(Exception):
     """What a host failed with a short while ago; it is not asked again yet."""
 
     def __init__(self, first: Exception) -> None:
@@ -71,14 +71,14 @@ class Hosts:
         """Say whether the host lets us ask for `target`; `read` fetches its robots.txt, once for
         all, and raises where it cannot.
 
-        What it raises is remembered for `FAILURE_S`, and raised as StillFailingError meanwhile: a
+        What it raises is remembered for `FAILURE_S`, and raised as RecentFailureError meanwhile: a
         host that does not answer costs one wait.
         """
         with self._requesting(origin) as host:
             with host.reading:
                 now = time.monotonic()
                 if host.failure and now < host.silent_until_s:
-                    raise StillFailingError(host.failure)
+                    raise RecentFailureError(host.failure)
                 if host.robots is None or now >= host.robots_until_s:
                     try:
                         robots = parse(read())
@@ -122,7 +122,7 @@ class Hosts:
             host = self.known.get(origin)
             return (
                 host is not None
-                and host.vain_connections >= VAIN_CONNECTIONS
+                and host.vain_connections >= MAX_FAILED_CONNECTIONS
                 and time.monotonic() < host.silent_until_s
             )
 
@@ -132,7 +132,7 @@ class Hosts:
             host = self.known.get(origin)
             if host is not None:
                 host.vain_connections = 0 if is_good else host.vain_connections + 1
-                if host.vain_connections >= VAIN_CONNECTIONS:
+                if host.vain_connections >= MAX_FAILED_CONNECTIONS:
                     host.silent_until_s = time.monotonic() + FAILURE_S
 
     def forgive(self) -> None:

@@ -22,11 +22,11 @@ from PIL import Image
 
 from flows.ingest.host_limits import (
     FAILURE_S,
+    MAX_FAILED_CONNECTIONS,
     ROBOTS_BYTES,
-    VAIN_CONNECTIONS,
     Hosts,
     Origin,
-    StillFailingError,
+    RecentFailureError,
 )
 from flows.ingest.robots import AGENT
 from flows.sources.opt_out import NOBODY, OptOut
@@ -83,12 +83,12 @@ class Rules:
 
 def fetch_image(url: str, rules: Rules) -> bytes:
     """Return the bytes of the image at `url`, looked at but not decoded; raises FetchError."""
-    body = patiently(url, rules)
+    body = retry(url, rules)
     look_at(body, rules)
     return body
 
 
-def patiently(url: str, rules: Rules) -> bytes:
+def retry(url: str, rules: Rules) -> bytes:
     """GET `url`, again after growing pauses for what may pass."""
     for attempt in range(rules.retries):
         try:
@@ -107,7 +107,7 @@ def fetch(url: str, rules: Rules) -> bytes:
     deadline = time.monotonic() + rules.timeout_s
     for _ in range(MAX_REDIRECTS + 1):
         started_s = time.monotonic()
-        origin, target = parted(url)
+        origin, target = split_origin(url)
         if rules.opt_out.covers(url):
             raise FetchError("opted_out", f"{origin[1]} does not want to be used")
         is_ours = bool(rules.loopback) and url.startswith(rules.loopback + "/")
@@ -115,7 +115,7 @@ def fetch(url: str, rules: Rules) -> bytes:
             try:
                 if not hosts.allows(origin, target, partial(robots_txt, origin, rules)):
                     raise FetchError("robots", f"robots.txt of {origin[1]} forbids it")
-            except StillFailingError as still:
+            except RecentFailureError as still:
                 assert isinstance(still.first, FetchError)
                 raise FetchError(
                     still.first.reason, still.first.detail, is_hopeless=True
@@ -136,7 +136,7 @@ def robots_txt(origin: Origin, rules: Rules) -> str:
     scheme, host, port = origin
     where = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/robots.txt"
     try:
-        body = patiently(
+        body = retry(
             where,
             replace(rules, robots=False, per_host=0, is_robots_txt=True, max_bytes=ROBOTS_BYTES),
         )
@@ -147,7 +147,7 @@ def robots_txt(origin: Origin, rules: Rules) -> str:
         raise FetchError(error.reason, f"robots.txt: {error.detail}", is_hopeless=True) from error
 
 
-def parted(url: str) -> tuple[Origin, str]:
+def split_origin(url: str) -> tuple[Origin, str]:
     """Return scheme, host and port of a URL, and what is asked of them; raises FetchError for what
     is no such URL.
     """
@@ -175,7 +175,7 @@ def parted(url: str) -> tuple[Origin, str]:
 def get(url: str, rules: Rules, deadline: float) -> bytes | str:
     """Make one request; returns the body, or the target of a redirect."""
     try:
-        return exchange(*parted(url), rules, deadline)
+        return exchange(*split_origin(url), rules, deadline)
     except FetchError:
         raise
     except ssl.SSLCertVerificationError as error:
@@ -298,7 +298,7 @@ def connect(origin: Origin, rules: Rules, deadline: float) -> http.client.HTTPCo
     if hosts.is_silent(origin):
         raise FetchError(
             "unreachable",
-            f"{VAIN_CONNECTIONS} connections to {host} failed in a row: left alone for "
+            f"{MAX_FAILED_CONNECTIONS} connections to {host} failed in a row: left alone for "
             f"{FAILURE_S} s",
             True,
         )

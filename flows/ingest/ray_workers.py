@@ -47,7 +47,7 @@ def sweep() -> None:
                 shutil.rmtree(claim.parent, ignore_errors=True)
 
 
-class Post:
+class DownloadActor:
     """A download process on the node where Ray put this actor, and its mailbox.
 
     Their folder goes with the process; where Ray itself kills that, the next one on the node
@@ -125,7 +125,7 @@ class RemoteWorker:
         self.folder = Path()
         self.guard = threading.Lock()
         self.actor: Any = (
-            ray.remote(Post).options(**SCHEDULING).remote(opt_out.read_bytes(), max_pixels)
+            ray.remote(DownloadActor).options(**SCHEDULING).remote(opt_out.read_bytes(), max_pixels)
         )
         threading.Thread(target=self.listen, daemon=True).start()
 

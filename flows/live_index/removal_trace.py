@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from flows.live_index.leftovers import path_of
 from infra.storage import store
 from infra.storage.removal_log import FOLDER, NAMES, Removals
-from infra.storage.retry import patiently
+from infra.storage.retry import retry
 from infra.storage.store import Root
 
 HEAD_BYTES = 512
@@ -52,7 +52,7 @@ def trace(root: Root, sought: Removals) -> Traces:
     for path, opened in _files(root):
         try:
             with store.one_line_errors(root.uri):
-                if patiently(partial(_opened_holds, opened, sought)):
+                if retry(partial(_opened_holds, opened, sought)):
                     holding.append(path)
         except FileNotFoundError:
             continue  # a writer has moved or removed it since it was listed

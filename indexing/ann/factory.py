@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.ann.faiss_layers import layers, rotate_exactly, rotation, turned
+from indexing.ann.faiss_layers import layers, rotate, rotate_exactly, rotation
 from indexing.ann.kmeans import centroids
 from indexing.data.embedding_store import CHUNK_ROWS, Floats, take
 from infra.errors import CallerError, DataError
@@ -36,10 +36,10 @@ LEAST_TRAINED = 1 << 16
 is cut off by codes of eight bits."""
 BITS = "RaBitQfs,Refine(SQ8)"
 """A bit for each dimension in memory, re-ranked from eight on disk."""
-FOURS = 4
+DIMS_PER_CODE = 4
 """Dimensions that share a code of four bits: as small as a bit for each, closer to the vectors, and
 with one look-up table a query, not one a cell; for dimensions that are a multiple of it."""
-TWOS = 2
+DIMS_PER_CENTROID_CODE = 2
 """Dimensions of a centroid that share a code of four bits: a sixteenth of its bytes, and cells are
 found in a sixth of the time."""
 MAX_CELLS = 1 << 15
@@ -113,17 +113,18 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
         max(1, min(round(factor * math.sqrt(count)), count // POINTS_PER_CELL, MAX_CELLS))
         for factor in (2, 4, 8, 16)
     )
-    if dim % FOURS:
+    if dim % DIMS_PER_CODE:
         kinds = [f"RR{dim},IVF{few},{BITS}"]
     else:
         cell_kinds = [
-            f"IVF{cell_count}(PQ{dim // TWOS}x4fs)"
+            f"IVF{cell_count}(PQ{dim // DIMS_PER_CENTROID_CODE}x4fs)"
             if cell_count >= CODED_CENTROIDS_FROM
             else f"IVF{cell_count}"
             for cell_count in (many, eightfold, cells, few)
         ]
         kinds = [
-            f"RR{dim},{cell_kind},PQ{dim // FOURS}x4fs,Refine(SQ8)" for cell_kind in cell_kinds
+            f"RR{dim},{cell_kind},PQ{dim // DIMS_PER_CODE}x4fs,Refine(SQ8)"
+            for cell_kind in cell_kinds
         ]
     if count < CODED_FROM:
         kinds = [f"IVF{cells},Flat", f"IVF{cells},SQ8", *kinds]
@@ -191,7 +192,7 @@ def train(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
     index = empty(factory, dim)
     if cells_of(factory):
         size = trained_on(factory, count)
-        sample = checked(
+        sample = check_finite(
             take(parts, np.sort(np.random.default_rng(seed).choice(count, size, replace=False)))
         )
         inverted = layers(index)[-1]
@@ -203,7 +204,7 @@ def train(factory: str, parts: Sequence[NDArray[Any]], seed: int) -> Any:
         if has_coded_centroids(factory):
             if rotates := rotation(index):
                 rotates.train(sample)
-            centres = centroids(turned(index, sample), inverted.nlist, inverted.cp)
+            centres = centroids(rotate(index, sample), inverted.nlist, inverted.cp)
             coarse: Any = faiss.downcast_index(inverted.quantizer)
             coarse.pq.cp.min_points_per_centroid = 1
             coarse.train(centres)
@@ -218,14 +219,14 @@ def add(index: Any, vectors: Iterable[Floats]) -> None:
     """
     for chunk in vectors:
         if rotation(index) is None:
-            index.add(checked(chunk))
+            index.add(check_finite(chunk))
         else:
             inner = layers(index)[1]
-            inner.add(rotate_exactly(index, checked(chunk)))
+            inner.add(rotate_exactly(index, check_finite(chunk)))
             index.ntotal = inner.ntotal
 
 
-def checked(vectors: Floats) -> Floats:
+def check_finite(vectors: Floats) -> Floats:
     """Return the vectors. Raises DataError where they hold NaN or infinity."""
     if not np.isfinite(vectors).all():
         raise DataError("the embeddings hold NaN or infinity: embed again")

@@ -46,7 +46,7 @@ def rotation(index: Any) -> Any:
     return _inside(index).rotation
 
 
-def turned(index: Any, vectors: Floats) -> Floats:
+def rotate(index: Any, vectors: Floats) -> Floats:
     """Return vectors (n, D) as the cells have them."""
     rotates = rotation(index)
     return vectors if rotates is None else rotates.apply(vectors)

@@ -30,7 +30,7 @@ from indexing.ann.factory import (
     add,
     building_bytes,
     cells_of,
-    checked,
+    check_finite,
     choose_factory,
     hot_bytes,
     train,
@@ -134,7 +134,7 @@ def build(
     _write_metadata(embed / "metadata", out / "metadata.arrow", count)
     rng = np.random.default_rng(config.seed)
     sampled = np.sort(rng.choice(count, min(config.queries, count), replace=False))
-    queries = {modality: checked(take(parts[modality], sampled)) for modality in MODALITIES}
+    queries = {modality: check_finite(take(parts[modality], sampled)) for modality in MODALITIES}
     figures: dict[str, dict[str, Any]] = {}
     threads_before, task_peak = faiss.omp_get_max_threads(), 0
     if config.threads:

@@ -17,7 +17,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.ann.factory import checked
+from indexing.ann.factory import check_finite
 from indexing.ann.faiss_layers import finer, layers, nearest_cells, rotate_exactly
 from indexing.data.embedding_store import Rows, chunks, open_rows
 from infra.compute.memory import PeakMemory
@@ -91,7 +91,7 @@ def encode(trained: Path, files: Sequence[Path], out: Path) -> int:
         start = 0
         with out.with_suffix(".finer").open("wb") as file:
             for chunk in chunks(vectors):
-                inside = rotate_exactly(index, checked(chunk))
+                inside = rotate_exactly(index, check_finite(chunk))
                 end = start + len(chunk)
                 cells[start:end] = nearest_cells(index, inside)
                 ivf.encode_vectors(

@@ -17,7 +17,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.ann.faiss_layers import finer, layers, turned
+from indexing.ann.faiss_layers import finer, layers, rotate
 from indexing.data.embedding_store import Floats, Rows, chunks, take
 
 DEPTHS = (1, 10, 100)
@@ -105,7 +105,7 @@ def search(
         flat_params.sel = selector
         return cast(tuple[Floats, Rows], index.search(queries, k, params=flat_params))
     if isinstance(index, faiss.IndexPreTransform):
-        index, queries = layers(index)[1], turned(index, queries)
+        index, queries = layers(index)[1], rotate(index, queries)
     inside = layers(index)
     kinds = tuple(type(layer) for layer in inside)
     k_factor = float(max(1, min(effort.k_factor, index.ntotal // k)))
@@ -149,7 +149,7 @@ def _probed(index: Any, queries: Floats, effort: Effort) -> Rows:
     """
     if effort.margin is None:
         return np.full(len(queries), effort.nprobe)
-    near = layers(index)[-1].quantizer.search(turned(index, queries), effort.nprobe)[0]
+    near = layers(index)[-1].quantizer.search(rotate(index, queries), effort.nprobe)[0]
     count = (near >= near[:, :1] - effort.margin).sum(axis=1)
     return np.minimum(STEPS[np.searchsorted(STEPS, count)], effort.nprobe)
 
@@ -247,7 +247,7 @@ class Measured:
     def span(self, nprobe: int) -> float:
         """Return the margin with which every query looks into that many cells."""
         near = layers(self.index)[-1].quantizer.search(
-            turned(self.index, self._all_queries()), nprobe
+            rotate(self.index, self._all_queries()), nprobe
         )[0]
         return float((near[:, 0] - near[:, -1]).max())
 
@@ -338,7 +338,7 @@ def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> 
     if isinstance(index, faiss.IndexFlat):
         return Effort(0, 0)
     cells = int(layers(index)[-1].nlist)
-    sated_from = -(
+    saturated_from = -(
         -4 * k * cells // index.ntotal
     )  # in fewer there may be no k vectors, and more are looked into anyhow
 
@@ -354,7 +354,7 @@ def least_effort(tuning: Measured, judging: Measured, k: int, target: float) -> 
         else [0]
     )
     nprobe, reached = fewest_cells(
-        1, cells, target, partial(of_cells, highest_k_factor), sated_from
+        1, cells, target, partial(of_cells, highest_k_factor), saturated_from
     )
     enough = [Effort(nprobe, highest_k_factor)]
     if reached < target:
@@ -400,13 +400,17 @@ def _least_margin(widest: Effort, target: float, recall_of: Callable[[Effort], f
 
 
 def fewest_cells(
-    least: int, highest: int, target: float, recall_of: Callable[[int], float], sated_from: int = 1
+    least: int,
+    highest: int,
+    target: float,
+    recall_of: Callable[[int], float],
+    saturated_from: int = 1,
 ) -> tuple[int, float]:
     """Return the least number of cells, `least` to `most`, whose recall reaches the target, to an
     eighth, and that recall.
 
     Where none does, the number with the best recall: no more are tried once doubling from
-    `sated_from` cells or more gains next to nothing.
+    `saturated_from` cells or more gains next to nothing.
     """
     tried: dict[int, float] = {}
     cells, before = least, 0.0
@@ -415,7 +419,7 @@ def fewest_cells(
         if tried[cells] >= target:
             break
         if cells == highest or (
-            cells >= 2 * sated_from and tried[cells] > 0.5 and tried[cells] - before < SATURATED
+            cells >= 2 * saturated_from and tried[cells] > 0.5 and tried[cells] - before < SATURATED
         ):
             return max(tried.items(), key=lambda tried_cell: tried_cell[1])
         cells, before = min(highest, 2 * cells), tried[cells]

@@ -42,7 +42,7 @@ WORDS = ("did not match what we received", "IncompleteBody", "RequestTimeout", "
 Answer = TypeVar("Answer")
 
 
-def patiently(action: Callable[[], Answer]) -> Answer:
+def retry(action: Callable[[], Answer]) -> Answer:
     """Do what may be done twice, and again after doubling pauses (8 s in all) while it fails for a
     reason that may pass.
     """

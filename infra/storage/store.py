@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from infra.errors import CallerError, StorageAwayError, StorageError, UnclipError
 from infra.storage.locks import writer_lock
-from infra.storage.retry import is_passing, patiently
+from infra.storage.retry import is_passing, retry
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -187,7 +187,7 @@ def exists(root: Root, name: str) -> bool:
     if root.folder:
         return (root.folder / name).exists()
     with one_line_errors(uri_of(root, name)):
-        return bool(patiently(lambda: root.fs.exists(join(root, name))))
+        return bool(retry(lambda: root.fs.exists(join(root, name))))
 
 
 def read_bytes(root: Root, name: str) -> bytes:
@@ -195,7 +195,7 @@ def read_bytes(root: Root, name: str) -> bytes:
     if root.folder:
         return (root.folder / name).read_bytes()
     with one_line_errors(uri_of(root, name)):
-        return bytes(patiently(lambda: root.fs.cat_file(join(root, name))))
+        return bytes(retry(lambda: root.fs.cat_file(join(root, name))))
 
 
 def read_json(root: Root, name: str) -> Any | None:
@@ -224,14 +224,14 @@ def sha256_of(root: Root, name: str) -> str:
         return digest.hexdigest()
 
     with one_line_errors(uri_of(root, name)):
-        return patiently(read)
+        return retry(read)
 
 
 def write_bytes(root: Root, name: str, data: bytes) -> None:
     """Write a file so that readers see the old one or the new one, never a part."""
     if root.folder is None:
         with one_line_errors(uri_of(root, name)):
-            patiently(lambda: root.fs.pipe_file(join(root, name), data))
+            retry(lambda: root.fs.pipe_file(join(root, name), data))
         return
     target = root.folder / name
     with one_line_errors(target):
@@ -281,7 +281,7 @@ def create_bytes(root: Root, name: str, data: bytes) -> None:
             raise
 
     with one_line_errors(uri_of(root, name)):
-        if patiently(create):
+        if retry(create):
             return
     raise FileExistsError(uri_of(root, name))
 
@@ -324,8 +324,8 @@ def _read_version(root: Root, name: str) -> tuple[str | None, bytes | None]:
     """
     path = join(root, name)
     try:
-        version = str(patiently(lambda: root.fs.info(path)).get("ETag") or "")
-        return version, bytes(patiently(lambda: root.fs.cat_file(path)))
+        version = str(retry(lambda: root.fs.info(path)).get("ETag") or "")
+        return version, bytes(retry(lambda: root.fs.cat_file(path)))
     except FileNotFoundError:
         return None, None
 
@@ -354,7 +354,7 @@ def _put_over(root: Root, name: str, data: bytes, version: str | None) -> bool:
                 pass
             return False
 
-    return bool(patiently(put))
+    return bool(retry(put))
 
 
 def list_names(root: Root, name: str) -> list[str]:
@@ -371,7 +371,7 @@ def list_names(root: Root, name: str) -> list[str]:
     with one_line_errors(uri_of(root, name)):
         try:
             # Another writer may have changed the listing since this process last looked.
-            paths = patiently(lambda: root.fs.ls(join(root, name), detail=False, refresh=True))
+            paths = retry(lambda: root.fs.ls(join(root, name), detail=False, refresh=True))
         except FileNotFoundError:
             return []
     names = {str(path).rstrip("/").rpartition("/")[2] for path in paths}
@@ -392,7 +392,7 @@ def file_sizes(root: Root, name: str) -> dict[str, int]:
     base_path = join(root, name).strip("/")
     with one_line_errors(uri_of(root, name)):
         root.fs.invalidate_cache()
-        infos = patiently(lambda: root.fs.find(join(root, name), detail=True))
+        infos = retry(lambda: root.fs.find(join(root, name), detail=True))
     return {
         str(path).strip("/")[len(base_path) + 1 :]: int(entry["size"])
         for path, entry in infos.items()
@@ -406,7 +406,7 @@ def last_put(root: Root, name: str) -> float:
     assert root.folder is None, "a local folder has times of its own"
     with one_line_errors(uri_of(root, name)):
         root.fs.invalidate_cache()
-        entries = patiently(lambda: root.fs.find(join(root, name), detail=True)).values()
+        entries = retry(lambda: root.fs.find(join(root, name), detail=True)).values()
     return max(
         (_seconds(entry.get("LastModified") or entry.get("created")) for entry in entries),
         default=time.time(),
@@ -451,7 +451,7 @@ def upload(
         sent.end(source.stat().st_size)
 
     with one_line_errors(uri_of(root, name)):
-        patiently(put)
+        retry(put)
 
 
 def download(
@@ -470,7 +470,7 @@ def download(
 
     with one_line_errors(uri_of(root, name)):
         target.parent.mkdir(parents=True, exist_ok=True)
-        patiently(get)
+        retry(get)
 
 
 def remove(root: Root, name: str) -> None:
@@ -484,7 +484,7 @@ def remove(root: Root, name: str) -> None:
         return
     with one_line_errors(uri_of(root, name)):
         try:
-            patiently(lambda: root.fs.rm(join(root, name), recursive=True))
+            retry(lambda: root.fs.rm(join(root, name), recursive=True))
         except FileNotFoundError:
             return
 
@@ -500,7 +500,7 @@ def abort_uploads(root: Root, name: str) -> int:
         try:
             left = [
                 upload
-                for upload in patiently(lambda: root.fs.list_multipart_uploads(bucket))
+                for upload in retry(lambda: root.fs.list_multipart_uploads(bucket))
                 if upload["Key"].startswith(f"{prefix}/")
             ]
         except (

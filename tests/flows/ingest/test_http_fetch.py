@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flows.ingest import http_fetch
-from flows.ingest.host_limits import VAIN_CONNECTIONS, Hosts
+from flows.ingest.host_limits import MAX_FAILED_CONNECTIONS, Hosts
 from flows.ingest.http_fetch import FetchError, Rules, fetch_image, is_public
 from tests.helpers.hostile_server import Server, encoded, picture
 
@@ -216,7 +216,7 @@ def test_a_host_to_which_no_connection_comes_about_is_left_alone_for_a_while(mon
     for _ in range(10):
         assert reason("http://gone.test/a.png", replace(RULES, retries=1)) == "unreachable"
     assert reason("http://other.test/a.png") == "unreachable"
-    assert asked == ["gone.test"] * VAIN_CONNECTIONS + ["other.test"]
+    assert asked == ["gone.test"] * MAX_FAILED_CONNECTIONS + ["other.test"]
     http_fetch.hosts.forgive()
     assert reason("http://gone.test/a.png") == "unreachable" and asked[-1] == "gone.test"
 

@@ -329,8 +329,8 @@ def test_a_slow_host_is_no_stuck_process(tmp_path: Path, monkeypatch: pytest.Mon
         if line.startswith("rows "):
             reported.release(int(line.split()[1]))
 
-    hear_line = download_pass.Downloads.hear
-    monkeypatch.setattr(download_pass.Downloads, "hear", hear)
+    hear_line = download_pass.Downloads.handle_message
+    monkeypatch.setattr(download_pass.Downloads, "handle_message", hear)
     for module in (download_pass, workers):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock_s[0], sleep=time.sleep))
     with Server() as server:

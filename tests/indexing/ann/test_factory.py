@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from indexing.ann.factory import CODED_FROM, FLAT_BELOW, choose_factory, empty, hot_bytes
-from indexing.ann.faiss_layers import finer, layers, turned
+from indexing.ann.faiss_layers import finer, layers, rotate
 from indexing.ann.kmeans import centroids
 from indexing.ann.tuning import Effort, brute_force, recalls, search
 from infra.errors import CallerError
@@ -83,7 +83,7 @@ def test_layers_are_told_in_either_order() -> None:
         index.add(GIVEN)
         assert isinstance(layers(index)[-1], faiss.IndexIVF)
         assert (finer(index) is None) == ("Refine" not in factory)
-        at = layers(index)[-1].quantizer.search(turned(index, GIVEN), 1)[1][:, 0]
+        at = layers(index)[-1].quantizer.search(rotate(index, GIVEN), 1)[1][:, 0]
         sizes = [layers(index)[-1].invlists.list_size(cell) for cell in range(4)]
         assert np.bincount(at, minlength=4).tolist() == sizes, "the cells have what is turned"
         assert (search(index, GIVEN[:50], 1, Effort(4, 8))[1][:, 0] == np.arange(50)).all()
