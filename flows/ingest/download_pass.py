@@ -1,10 +1,9 @@
-"""One pass of an ingest: every feed made into a shard by the workers, whatever becomes of single
-ones.
+"""One pass of an ingest: give every feed to a worker until all shards are made.
 
-A shard whose process dies or falls silent is made again elsewhere, the last time row by row, so
-that the row that kills is found and left out (`worker_crash`). A shard of which too much failed for
-what may pass is not done: all wait, and it is made again. Knows nothing of how a worker works or
-where.
+A shard whose process dies or stops reporting is made again by another worker. On the last attempt
+its rows are tried one by one, so that the row that kills the process is identified and left out
+(`worker_crash`). If too many rows of a shard fail for temporary reasons, all workers wait and the
+shard is made again. Does not know how or where a worker works.
 """
 
 import contextlib
@@ -23,22 +22,22 @@ from infra.storage.atomic_files import clear_leftovers
 
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 20
-"""So often a shard may lose the node that makes it: that is no fault of the shard's."""
+"""Maximum node losses per shard before it fails."""
 MAX_FAILED_STARTS = 10
-"""So many processes in a row may end before they are ready."""
+"""Maximum processes in a row that may end before they are ready."""
 MAX_CRASHES = 20
-"""So many rows of one shard may be left out."""
+"""Maximum rows of one shard that are left out as `worker_crash`."""
 START_LIMIT_S = 300
 SILENCE_LIMIT_S = 60
 PAUSES_S = (15.0, 60.0, 240.0)
-"""Waiting times before a shard is made again of which too much failed for what may pass."""
+"""Seconds to wait before a shard with too many temporary failures is made again."""
 MAX_PAUSES = 12
-"""So often a pass waits; then it goes on whatever fails."""
+"""Maximum number of waits in a pass; after that it continues whatever fails."""
 
 
 @dataclass
 class Trouble:
-    """What has gone wrong with one shard."""
+    """Failures of one shard so far."""
 
     attempts: int = 0
     losses: int = 0
@@ -49,7 +48,7 @@ class Trouble:
 
 @dataclass
 class Downloads:
-    """What is to do, what went wrong, and who works on what."""
+    """State of a pass: pending feeds, failures, and the workers with their feeds."""
 
     folder: Path
     settings: dict[str, Any]
@@ -67,9 +66,7 @@ class Downloads:
     failed_starts: int = 0
 
     def assign_next(self, worker: Worker) -> None:
-        """Give a worker the next feed that it can make, if there is one and the pass does not
-        wait.
-        """
+        """Give a worker the next feed that it can make, unless the pass waits or no feed is left."""
         worker.feed = None
         if time.monotonic() < self.paused_until_s or not (worker.is_ready or worker.is_here):
             return
@@ -92,7 +89,7 @@ class Downloads:
                 return
 
     def requeue(self, worker: Worker, why: str, is_lost: bool = False) -> None:
-        """Take back what a worker failed at. Raises DataError when that was its last attempt."""
+        """Put a worker's feed back into the queue. Raise DataError after its last attempt."""
         feed, worker.feed = worker.feed, None
         if feed is None:
             return
@@ -154,7 +151,7 @@ class Downloads:
             self.assign_next(self.workers.replace(worker))
 
     def wait(self, feed: Feed) -> None:
-        """Have nothing started for a while: what failed may be our own network."""
+        """Start nothing for a while: the failures may be those of our own network."""
         trouble, now = self.troubles[feed.number], time.monotonic()
         self.todo.appendleft(feed)
         if now >= self.paused_until_s:
@@ -163,8 +160,9 @@ class Downloads:
         trouble.outages += 1
 
     def check_timeouts(self) -> None:
-        """Replace workers that are silent and give idle ones work. Raises UnclipError where nobody
-        takes up work.
+        """Replace workers that stopped reporting and give idle ones work.
+
+        Raise UnclipError if no worker takes up work.
         """
         silence_s = SILENCE_LIMIT_S + 4 * (self.config.timeout_s + 1) * (self.config.retries + 1)
         for worker in list(self.workers.all):

@@ -1,8 +1,7 @@
-"""What a downloader owes a host: its robots.txt (RFC 9309), and no more connections at a time than
-agreed.
+"""Limits per host: robots.txt (RFC 9309) and the number of simultaneous connections.
 
-Each download process keeps what it learned of the hosts that it asked last. Knows nothing of HTTP:
-who asks brings the reading.
+Each download process remembers the rules and failures of the hosts that it asked most recently.
+Knows nothing of HTTP: the caller passes the function that reads robots.txt.
 """
 
 import threading
@@ -19,11 +18,11 @@ ROBOTS_BYTES = 512 << 10
 ROBOTS_S = 86_400
 """RFC 9309, 2.4: a copy older than a day should not be used."""
 FAILURE_S = 60
-"""So long a host is left alone that did not answer."""
+"""Seconds during which a host that did not answer is not asked again."""
 MAX_FAILED_CONNECTIONS = 6
-"""So many connections in a row must have failed before it is."""
+"""Maximum failed connections in a row before a host is left alone."""
 MAX_HOSTS, MAX_BYTES = 10_000, 64 << 20
-"""What one process keeps: hosts, and bytes of their rules."""
+"""Maximum hosts and bytes of robots.txt rules that one process remembers."""
 
 Origin = tuple[str, str, int]
 
@@ -38,7 +37,7 @@ class RecentFailureError(Exception):
 
 @dataclass
 class Host:
-    """What is known of one host."""
+    """State of one host: its rules, recent failure and connection slots."""
 
     reading: threading.Lock = field(default_factory=threading.Lock)
     robots: Robots | None = None

@@ -1,9 +1,9 @@
-"""Fetch one picture over HTTP with the manners and the suspicion that the open internet asks for.
+"""Fetch one image over HTTP: polite to hosts and suspicious of their answers.
 
-Bounded in time, bytes and declared pixels; connections are reused per thread; every address is
-checked at the moment of connecting, redirect targets included, and the connection goes to the
-checked address (so a name that resolves differently the next time gains nothing). What fails, fails
-as `FetchError` with one of the reasons below. Knows nothing of shards. Proxies are not used.
+Time, bytes and declared pixels are bounded; connections are reused per thread. Every address is
+checked when a connection is made, redirect targets included, and the connection goes to the checked
+address, so a name that later resolves differently gains nothing. Failures raise `FetchError` with
+one of the reasons below. Knows nothing of shards. Uses no proxy.
 """
 
 import contextlib

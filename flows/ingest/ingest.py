@@ -1,9 +1,9 @@
-"""The ingest stage: sources to URL table to verified WebDataset shards.
+"""The ingest stage: from sources to a URL table to verified WebDataset shards.
 
-Cuts the table into feeds, has them made into shards (`flows/ingest/download_pass.py`) and counts
-what became of the rows; those that failed for a passing reason get another pass, and a killed run
-takes up where it stood. Writes OUT/urls.parquet, OUT/shards/00000.tar + .parquet,
-OUT/dropped.parquet; all state of a run lies in WORK.
+Splits the table into feeds, has each feed made into a shard (`flows/ingest/download_pass.py`) and
+counts the outcome of every row. Rows that failed for a temporary reason are tried in further
+passes; a killed run continues where it stopped. Writes OUT/urls.parquet, OUT/shards/00000.tar and
+.parquet, OUT/dropped.parquet; the state of a run is in WORK.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Download processes: `python -m flows.ingest.shard_worker` started on this machine, fed with one
-shard at a time and heard in a thread each.
+"""Download processes on this machine, each `python -m flows.ingest.shard_worker`.
 
-A worker says what `flows.ingest.shard_worker` says, and `gone` when its process has ended. Who gets
-which shard is decided by `flows/ingest/download_pass.py`.
+A process gets one shard at a time on stdin; a thread reads its messages. A worker reports what
+`flows.ingest.shard_worker` reports, and `gone` when its process has ended.
+`flows/ingest/download_pass.py` decides which worker gets which shard.
 """
 
 import json

@@ -1,9 +1,8 @@
-"""Download processes on the nodes of a Ray cluster: an actor each, which starts the very process
-that a local worker is.
+"""Download processes on the nodes of a Ray cluster, one actor around each.
 
-A finished shard comes back in pieces through Ray, and this side puts it under its name: no shared
-disk is needed, and an actor that is given up writes nothing. An actor that ends, or a node that
-does not answer, is heard as `lost`.
+A finished shard comes back in pieces through Ray and is written here, so no shared disk is needed
+and an abandoned actor writes nothing. An actor that ends, or a node that does not answer, is
+reported as `lost`.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ SUFFIXES = (".parquet", "_stats.json", ".tar")
 PIECE_BYTES = 16 << 20
 HEARING_S = 1.0
 LOST_S = 60.0
-"""A node that has not answered for so long is given up."""
+"""Seconds without an answer after which a node counts as lost."""
 SCHEDULING: dict[str, Any] = {
     "num_cpus": 1,
     "max_restarts": 0,

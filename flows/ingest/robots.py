@@ -8,7 +8,7 @@ AGENT = "unclip"
 
 
 RULE_BYTES = 150
-"""What a rule takes beside its text."""
+"""Bytes of a rule in memory, beside its text."""
 
 
 @dataclass(frozen=True)

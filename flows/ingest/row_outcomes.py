@@ -1,8 +1,7 @@
-"""What became of the rows of an ingest, read from the tables of its shards one by one: what to ask
-again, what was dropped and why.
+"""Outcomes of an ingest's rows, read from the tables of its shards one by one.
 
-A row that failed may stand in a later shard again, and the last word counts. Memory: 12 bytes for
-each failure and one shard's table, however many rows there are.
+Says which rows to try again, and which were dropped and why. A row may appear in several shards;
+the last one counts. Memory: 12 bytes per failure and the table of one shard.
 """
 
 from collections import Counter
@@ -23,7 +22,7 @@ GROUP_ROWS = 65_536
 
 @dataclass
 class Outcomes:
-    """How the rows of the first `count` shards stand in the end."""
+    """Return the final state of the rows of the first `count` shards."""
 
     shards: Path
     count: int

@@ -1,9 +1,8 @@
-"""What a new ingest takes over from the one before it: the shards with the pictures of URLs that
-are still in the list, unchanged.
+"""Copies the images of URLs that are unchanged in the list from the previous ingest's shards.
 
-A row is the same when all that the list says of it is. Only URLs are taken over: a picture in a
-local folder may have changed under its name, and travels over loopback anyway. What the list no
-longer has goes from the shards too. Memory: 8 bytes a row.
+A row is unchanged if everything that the list says of it is. Only URLs are reused: a file in a
+local folder may have changed under its name and is read over loopback anyway. Rows that the list no
+longer has are removed from the shards. Memory: 8 bytes per row.
 """
 
 import hashlib

@@ -1,11 +1,11 @@
-"""One shard of a URL table made into a WebDataset tar by img2dataset, in a process of its own.
+"""Make one shard of a URL table into a WebDataset tar with img2dataset, in a process of its own.
 
-`make_shard` takes img2dataset's own parts (Downloader, Resizer, tar and parquet writers) and puts
-`flows.ingest.http_fetch` in the place of its unbounded download function. It writes aside and
-renames the tar last: a tar under its final name is whole. Run as `python -m
-flows.ingest.shard_worker PARENT [FOLDER]`, it takes one JSON line per shard on stdin and answers on
-stdout; it ends when the process PARENT does, and removes FOLDER then. Pictures are decoded one at a
-time, so that a process needs the memory of one.
+`make_shard` uses img2dataset's parts (Downloader, Resizer, tar and parquet writers) with
+`flows.ingest.http_fetch` in place of its unbounded download function. It writes to a temporary
+folder and renames the tar last: a tar under its final name is whole. Run as `python -m
+flows.ingest.shard_worker PARENT [FOLDER]`, it reads one JSON line per shard from stdin and reports
+on stdout; it ends when the process PARENT ends, and removes FOLDER then. Images are decoded one at
+a time, so that a process needs the memory of one.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ class Pulse:
 
 
 class Body(io.BytesIO):
-    """A picture's bytes, and the row that they are of."""
+    """An image's bytes and the number of its row."""
 
     row = -1
 

@@ -1,9 +1,7 @@
-"""The source kind "scenes": pictures drawn here from a seed, each with captions that say exactly
-what it shows.
+"""The source kind "scenes": images drawn from a seed, with captions that say what they show.
 
-What is drawn and how it is worded is `indexing.scenes.scenes`' and `indexing.scenes.puzzles`'
-matter. Writes PNG files into the cache, once for each section; they are served and ingested like
-any other source's.
+`indexing.scenes.scenes` and `indexing.scenes.puzzles` define what is drawn and how it is worded.
+Writes PNG files into the cache, once per section; they are served and ingested like any source's.
 """
 
 import hashlib

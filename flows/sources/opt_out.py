@@ -1,8 +1,8 @@
-"""Opt-out lists: hosts and URLs that are never asked for. Text files on any fsspec path, an entry a
-line, `#` starts a comment.
+"""Opt-out lists: hosts and URLs that are never requested.
 
-`example.org` stands for the host and all below it; an entry with `://` for that URL and, where it
-ends in `/`, all below it.
+Text files on any fsspec path, one entry per line, `#` starts a comment. `example.org` matches the
+host and everything below it; an entry with `://` matches that URL and, if it ends in `/`,
+everything below it.
 """
 
 import hashlib

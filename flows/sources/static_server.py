@@ -1,8 +1,7 @@
-"""A static file server on loopback, for sources whose pictures lie in a folder and shall still
-travel over HTTP.
+"""Static file server on loopback, so that images in local folders are downloaded over HTTP as well.
 
 Serves named mounts (`/<secret>/<mount>/<path>`) read-only; knows nothing of packages or captions.
-Bound to 127.0.0.1 only, and the secret of each start keeps a URL list from naming what is served.
+Binds to 127.0.0.1, and a new secret for each start keeps a URL list from naming served files.
 """
 
 import mimetypes

@@ -1,8 +1,6 @@
-"""Reads lists of URLs and captions: parquet, csv, tsv or jsonl, on any fsspec path, a batch in
-memory at a time.
+"""Read lists of URLs and captions: parquet, csv, tsv or jsonl, on any fsspec path, in batches.
 
-Knows the recipe's names for the columns and gives the values under ours; what makes a good row is
-decided by `flows/sources/url_table.py`.
+Maps the recipe's column names to ours. `flows/sources/url_table.py` decides which rows are valid.
 """
 
 import csv

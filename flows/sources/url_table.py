@@ -1,10 +1,9 @@
-"""Where image-text pairs come from: the recipe's section [data], and one table of URLs and captions
-made from it.
+"""The recipe's section [data], and the table of URLs and captions made from its sources.
 
-Four kinds of source yield rows of the schema URLS: picture packages of npm, URL lists (parquet,
-csv, tsv, jsonl on any fsspec path), folders of images beside `.txt` captions, and drawn scenes. All
-but the lists are served on loopback, so that every picture travels the way a URL list's does. Knows
-nothing of downloading or shards.
+Four kinds of source yield rows of the schema URLS: npm packages of images, URL lists (parquet, csv,
+tsv, jsonl on any fsspec path), folders of images beside `.txt` captions, and drawn scenes. All but
+the lists are served on loopback, so that every image is downloaded in the same way. Knows nothing
+of downloading or shards.
 """
 
 import hashlib

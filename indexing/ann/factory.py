@@ -20,7 +20,7 @@ from indexing.data.embedding_store import CHUNK_ROWS, Floats, take
 from infra.errors import CallerError, DataError
 
 FLAT_BELOW = 20_000
-"""Up to here brute force answers in about a millisecond, exactly."""
+"""Number of vectors up to which brute force answers in about a millisecond, exactly."""
 CODED_FROM = 50_000
 """From here on a query reads so much of the cells that small re-ranked codes answer sooner than
 whole vectors: in 0.3 (without clusters) to 0.8 (with) of the time at 50,000 x 512."""
@@ -48,7 +48,7 @@ cells grow instead."""
 CODED_CENTROIDS_FROM = 16 * POINTS_PER_CELL
 """Cells; fewer are not enough to choose the codes by, nor do they take long."""
 SCRATCH_BYTES = 96 << 20
-"""What FAISS takes for itself: blocks of products with centroids, the heaps of searches."""
+"""Bytes that FAISS allocates itself: blocks of products with centroids, heaps of searches."""
 
 
 def cells_of(factory: str) -> int:

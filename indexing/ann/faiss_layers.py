@@ -1,6 +1,4 @@
-"""What is inside a FAISS index of one of our kinds: a rotation, what re-ranks, the cells and the
-codes in them.
-"""
+"""Parts of a FAISS index of one of our kinds: rotation, re-ranking codes, cells and their codes."""
 
 import weakref
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 from indexing.data.embedding_store import Floats, Rows
 
 BLOCK_BYTES = 1 << 24
-"""Of float64 numbers that an exact product takes in or makes at once."""
+"""Maximum bytes of float64 values that an exact product reads or makes at once."""
 VECTOR_BITS, MATRIX_BITS = 22, 25
 """Bits after the point of a vector and of a matrix in products that are exact: with the 5 bits that
 a sum over 1,024 dimensions can add they fit into the 53 of a float64."""

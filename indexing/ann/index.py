@@ -55,7 +55,7 @@ from infra.settings import Section
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 GROWTH = 0.25
-"""By this share an index may grow before its cells are found anew."""
+"""Share by which an index may grow before its cells are trained again."""
 SPREAD_FROM = 300_000
 """Fewer vectors are encoded sooner than other processes start."""
 FOLDERS: dict[Modality, str] = {"image": "img_emb", "text": "text_emb"}

@@ -23,8 +23,7 @@ from indexing.data.embedding_store import Rows, chunks, open_rows
 from infra.compute.memory import PeakMemory
 
 SHARES = 64
-"""Into at most so many pieces of work the files are put: each holds a copy of the trained index, in
-a file, while the index is built."""
+"""Maximum number of tasks that encode the files; each has a copy of the trained index on disk."""
 COPIED_BYTES = 1 << 24
 
 Task = tuple[Path, list[Path], Path]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from indexing.data.embedding_store import Floats
 
 ROUGH_ROUNDS, LAST_ROUNDS = 10, 2
-"""Of k-means: within groups of vectors, and then over all of them."""
+"""Rounds of k-means within groups of vectors, and then over all vectors."""
 
 
 def centroids(vectors: Floats, count: int, parameters: Any) -> Floats:

@@ -26,7 +26,7 @@ SAME_SCORE = 1e-5
 """Vectors whose exact scores differ by less are equally right answers: one caption may stand on
 many pictures."""
 K_FACTORS = (2, 4, 8, 16, 32, 64, 128)
-"""How many times k are re-ranked, where anything is."""
+"""Candidates that are re-ranked, as multiples of k."""
 SATURATED = 0.002
 """Where doubling the probed cells gains less recall than this, what is missing is lost by the
 codes."""
@@ -43,13 +43,13 @@ WIDER = 2
 """So many times the cells that every query needs, where all have the same, may one of them look
 into by a margin."""
 HALVINGS = 6
-"""How often the range of a margin is halved to find the least that does."""
+"""Number of times that the range of a margin is halved."""
 STEPS = np.unique(np.ceil(1.08 ** np.arange(320)).astype(np.int64))
 """Numbers of cells that a margin leads to."""
 
 
 class Effort(NamedTuple):
-    """What a query may spend."""
+    """Effort of a query: cells probed, candidates re-ranked, margin of scores."""
 
     nprobe: int
     """Cells looked into, at most; 0: there are none."""

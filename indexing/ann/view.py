@@ -28,7 +28,7 @@ from infra.storage.removal_log import Removals
 
 Mask = NDArray[np.bool_]
 Position = tuple[int, int, float]
-"""A segment, a row of it, and its score."""
+"""Number of a segment, row in it, and score."""
 
 NEAR = 0.94
 """Results with a picture cosine of at least this count as copies where near ones are asked to go;

@@ -25,7 +25,7 @@ SAMPLE_ROWS = 16_384
 PLANTED = 4096
 POINTS_PER_CELL = 32
 ALL_PAIRS_UP_TO = 1 << 22
-"""So many comparisons of hashes are made outright rather than by bands."""
+"""Maximum comparisons of hashes that are made directly rather than by bands."""
 SCORES_AT_ONCE = 1 << 22
 PAIRS_AT_ONCE = 1 << 16
 ROUNDING = 1e-5

@@ -46,7 +46,7 @@ class Threads:
 
 
 class Query(NamedTuple):
-    """What is searched for; exactly one of them is not None."""
+    """A query: exactly one field is not None."""
 
     text: str | None
     image: str | None
@@ -57,7 +57,7 @@ class Query(NamedTuple):
 
 
 class Backend:
-    """What answers: one service, and all that its routes share."""
+    """The service and the state that its routes share."""
 
     def __init__(self, service: Service, config: ServeConfig, texts: Texts) -> None:
         self.service, self.config, self.texts = service, config, texts

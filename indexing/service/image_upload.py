@@ -33,7 +33,7 @@ HOSTILE = (
     struct.error,
     MemoryError,
 )
-"""What Pillow raises for broken files."""
+"""Exceptions that Pillow raises for broken files."""
 
 
 def from_base64(text: str) -> bytes:

@@ -26,13 +26,13 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/", "/search.js", "/search.css", "/icon.svg", "/healthz", "/session"})
-"""What shows nothing of the index: the page asks for the token itself."""
+"""Paths that show nothing of the index; the page itself asks for the token."""
 PROTOCOL_PATHS = frozenset({"/knn-service", "/metadata"})
 """clip-retrieval's clients send JSON there under other names, or under none."""
 COOKIE = "unclip_token"
 THUMBNAIL_COST = 0.1
 HELD_BYTES = 128 << 20
-"""What the bodies of all requests that are not answered yet may hold together."""
+"""Maximum bytes that the bodies of all unanswered requests hold together."""
 PREFLIGHT = {
     "access-control-allow-methods": "GET, POST",
     "access-control-allow-headers": "authorization, content-type",

@@ -50,7 +50,7 @@ class ServeConfig(Section):
     max_results: int = Field(default=200, ge=1, le=10_000)
     """Most results of one answer."""
     max_depth: int = Field(default=2000, ge=1, le=100_000)
-    """How deep one may page."""
+    """Maximum offset of a page."""
     allow_origins: tuple[str, ...] = ()
     """Origins (`https://host:port`) whose pages may ask from a browser, such as clip-retrieval's
     front end; by default ours alone."""
@@ -85,7 +85,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Version:
-    """What one request is answered from: an index and the CLIP that made it."""
+    """The index and the CLIP that one request is answered from."""
 
     name: str
     view: View
@@ -94,7 +94,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Parts:
-    """What the flows hand over."""
+    """Callables that the flows pass to the service."""
 
     removals_stamp: Callable[[], Hashable]
     """Changes whenever the removal log, as far as it has been looked at, does; asked before every

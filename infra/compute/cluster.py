@@ -1,9 +1,7 @@
-"""The Ray cluster of a run: started or joined once, when the first stage needs it, and left when
-the run ends.
+"""The Ray cluster of a run: started or joined when a stage first needs it, left when the run ends.
 
-A run whose stages are all current never starts Ray. Stops only what it started itself. Knows
-nothing of stages; the floors above submit their work through `ray` once `Cluster.start()` has
-returned.
+A run whose stages are all current never starts Ray. Stops only what it started. Knows nothing of
+stages; callers submit their work through `ray` after `Cluster.start()`.
 """
 
 import logging

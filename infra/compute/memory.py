@@ -1,8 +1,6 @@
-"""What this process holds in memory itself: its own pages, not those of mapped files, which the
-system takes back when it needs them.
+"""Memory that this process holds itself: its own pages, without those of mapped files.
 
-Reads /proc, so that the figures are 0 on systems without one. Knows nothing of what is done
-meanwhile.
+Reads /proc; the figures are 0 on systems without it.
 """
 
 import threading

@@ -1,11 +1,10 @@
-"""Ray jobs that a driver may lose and find again: fixed submission ids, numbered attempts, logs
-that stream, cancelling that stops.
+"""Ray jobs that survive their driver: fixed submission ids, numbered attempts, streamed logs.
 
-Ray runs a job once and forgets it with its cluster. So the attempt's number is kept by the caller
-(`claim`), before the job is submitted: whoever comes back asks for the attempt that was claimed
-last, joins it while it runs and claims the next one otherwise. Two drivers that do so at once
-submit the same id, and the second joins; one that wakes late follows the attempt that others have
-claimed meanwhile. Knows nothing of stages.
+Ray runs a job once and forgets it with its cluster. The caller therefore records the attempt's
+number (`claim`) before the job is submitted. A driver that comes back looks up the last claimed
+attempt, joins it while it runs, and claims the next one otherwise. Two drivers that do so at once
+submit the same id and the second joins; a late driver follows the attempt that others have claimed.
+Knows nothing of stages.
 """
 
 import asyncio

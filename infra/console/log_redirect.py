@@ -1,10 +1,9 @@
-"""Keeps what libraries and their processes print away from the person's terminal, in a log file.
+"""Redirect what libraries and child processes print from the terminal to a log file.
 
-While `quiet_terminal` is open, file descriptors 1 and 2 (and so every child process and every C++
-library) write to the log, as does `print`; only what our own code writes to `sys.stderr` reaches
-the terminal, and a copy of it stands in the log. `terminated` lets a service manager's signal end a
-block as a person's Ctrl-C does; `noting_interrupts` remembers a Ctrl-C that a library made another
-error of.
+While `quiet_terminal` is open, file descriptors 1 and 2 (and so every child process and C++
+library) write to the log, as does `print`; only what our code writes to `sys.stderr` reaches the
+terminal, and the log has a copy. `terminated` lets SIGTERM end a block as Ctrl-C does;
+`noting_interrupts` remembers a Ctrl-C that a library turned into another error.
 """
 
 import logging

@@ -1,6 +1,4 @@
-"""Puts finished files under their final names so that neither a kill nor a power cut leaves a part
-there. Knows nothing of contents.
-"""
+"""Put finished files under their final names so that no kill or power cut leaves a part there."""
 
 import shutil
 from collections.abc import Sequence

@@ -1,10 +1,9 @@
-"""One writer at a time for a stage's folder, and none that changes one that is being read, among
-the processes of one machine.
+"""Locks among the processes of one machine: one writer per stage folder, and none while it is read.
 
-A second writer waits, and says for whom. POSIX record locks: they vanish with the process that
-holds them, SIGKILL included, and a forked child (a download worker that outlived its parent, say)
-does not keep them. Between machines the conditional commit decides. Readers share a lock of another
-kind (flock), since several threads of a process may read the same folder.
+A second writer waits and reports the holder. Writers use POSIX record locks: they vanish with the
+process that holds them, SIGKILL included, and a forked child does not keep them. Between machines
+the conditional commit decides. Readers share a lock of another kind (flock), because several
+threads of a process may read the same folder.
 """
 
 import fcntl

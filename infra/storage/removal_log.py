@@ -1,10 +1,9 @@
-"""The removal log, `ROOT/removals/<time>-<id>.json`: what was taken down, for every later query and
-every later run.
+"""The removal log, `ROOT/removals/<time>-<id>.json`: what was taken down, for all later queries and
+runs.
 
-One small file a take-down, never rewritten: writers cannot lose each other's entries, on any store.
-An entry names samples by key, by the place they came from (origin), by the SHA-256 of the stored
-picture and, where it is known, by that of what was downloaded. Knows nothing of shards, embeddings
-and indexes.
+One small file per take-down, never rewritten, so that writers cannot lose each other's entries on
+any store. An entry names samples by key, by origin, by the SHA-256 of the stored image and, if it
+is known, by that of the download. Knows nothing of shards, embeddings and indexes.
 """
 
 import secrets

@@ -1,8 +1,7 @@
-"""Trying again what a store or its network failed at for a reason that may pass.
+"""Retries of storage and network operations that failed for a temporary reason.
 
-Every client library has its own exceptions for the same few events, and some are wrapped in OSError
-with a number; what is told by type name here needs no import of a client that a local ROOT does
-without.
+Every client library has its own exceptions for the same few events, and some are wrapped in
+OSError. They are recognised by type name, so that no client has to be imported for a local ROOT.
 """
 
 import errno

@@ -1,10 +1,9 @@
-"""A ROOT on any fsspec store, as plain functions over names relative to it
-(`runs/quickstart.json`).
+"""A ROOT on any fsspec store: plain functions over names relative to it (`runs/quickstart.json`).
 
 A local folder is written through the operating system (rename, fsync), everything else through
-fsspec (a whole object appears at once, `create` is conditional); what a network does now and then
-(503, a cut connection, a flipped byte that the store's checksum shows) is tried again. Knows
-nothing of stages and manifests. Every failure leaves as one line: `StorageError` or `CallerError`.
+fsspec (a whole object appears at once, `create` is conditional). Temporary network faults (503, a
+cut connection, a body that fails its checksum) are retried. Knows nothing of stages and manifests.
+Every failure is one line: `StorageError` or `CallerError`.
 """
 
 import errno

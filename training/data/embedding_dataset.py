@@ -1,10 +1,9 @@
-"""What the prior and the decoder read of an `embed` folder: z_i of a split, and all phrasings of
-every picture as token ids.
+"""Embeddings and captions that the prior and the decoder read from an `embed` folder.
 
-Vectors stay in their files until they are asked for, captions in Arrow, ids without padding: a
-worker's memory is some hundred bytes a pair, whatever the embeddings' dimension. Legend: M
-phrasings in all, N tokens, E embedding dimensions.
-"""
+z_i of a split, and all phrasings of every image as token ids. Vectors stay in their files until
+they are indexed, captions stay in Arrow, ids are not padded: a worker's memory is some hundred
+bytes per pair, whatever the embeddings' dimension.
+Legend: M phrasings in all, N tokens, E embedding dimensions."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""What training a recipe's models takes, counted without allocating them: parameters, FLOPs and
-activations of one sample, optimiser state.
+"""Cost of training a recipe's models, counted without allocating them.
 
-Each model runs once forward and backward on the meta device at batch 1; multiplications and
-additions count as one FLOP each, and every tensor that autograd keeps counts as an activation, at
-two bytes a number (bfloat16) and without checkpointing. Attention counts as a fused kernel keeps
-it: its inputs and output, not its N x N weights. Knows no hardware: throughput is the caller's.
+Counts parameters, FLOPs and activations of one sample, and optimiser state. Each model runs once
+forward and backward on the meta device at batch 1; multiplications and additions count as one FLOP
+each, and every tensor that autograd keeps counts as an activation, at two bytes a number (bfloat16)
+and without checkpointing. Attention counts as a fused kernel keeps it: its inputs and output, not
+its N x N weights. Knows no hardware: the caller gives the throughput.
 """
 
 from collections.abc import Callable

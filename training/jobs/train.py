@@ -413,7 +413,7 @@ def _run_group(job: dict[str, Any], name: str, cluster: ClusterConfig, workers: 
 
 
 def _worker(job: dict[str, Any]) -> None:
-    """What every Ray Train worker runs."""
+    """Entry point of every Ray Train worker."""
     import ray.train
 
     ray.train.report({"images_seen": _fit(job)})

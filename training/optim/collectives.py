@@ -1,8 +1,8 @@
-"""What the workers of one job say to each other: gradients averaged, features gathered. With one
-worker all of it is free.
+"""Collectives between the workers of a job: averaged gradients, gathered features.
 
-A tensor may be sharded (training/optim/fsdp.py): then each worker has a part of it. Plain
-torch.distributed: Ray Train, torchrun or a test may have set up the process group.
+With one worker they cost nothing. A tensor may be sharded (training/optim/fsdp.py): then each
+worker has a part of it. Plain torch.distributed: Ray Train, torchrun or a test may have set up the
+process group.
 """
 
 import torch

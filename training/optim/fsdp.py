@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the loop is above
     from training.optim.step import Step
 
 LAYERS = nn.Linear | nn.Conv2d
-"""What autocast runs in bfloat16, and whose weights may therefore travel in it."""
+"""Layers that autocast runs in bfloat16, whose weights may be gathered in it."""
 
 
 class _WithLoss(nn.Module):

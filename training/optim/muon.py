@@ -14,8 +14,8 @@ from training.optim.fsdp import gathered, part
 
 STEPS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-"""Of the odd quintic whose repetition pulls all singular values towards 1 (Jordan et al. 2024);
-they end between 0.7 and 1.2."""
+"""Coefficients of the odd quintic whose iteration moves all singular values towards 1: they end
+between 0.7 and 1.2 (Jordan et al. 2024)."""
 STACKED = 1 << 22
 """Numbers in the matrices that are made orthogonal at once."""
 ADAMS_RMS = 0.2

@@ -1,6 +1,4 @@
-"""What a training step is: the settings that every model's training shares, the order of samples,
-and one step's share of them.
-"""
+"""Settings that every model's training shares, the order of samples, and a step's share of them."""
 
 import math
 from dataclasses import dataclass, replace
