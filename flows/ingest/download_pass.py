@@ -66,7 +66,7 @@ class Downloads:
     failed_starts: int = 0
 
     def assign_next(self, worker: Worker) -> None:
-        """Give a worker the next feed that it can make, unless the pass waits or no feed is left."""
+        """Give a worker the next feed that it can make, unless the pass waits or none is left."""
         worker.feed = None
         if time.monotonic() < self.paused_until_s or not (worker.is_ready or worker.is_here):
             return
