@@ -9,13 +9,14 @@ from tests.helpers.process_guard import pytest_configure  # noqa: F401  (a hook)
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # img2dataset's image library asks for its newest version at import
 
 LONGEST = (
-    *("test_schedule", "test_s3", "test_end_to_end", "test_jobs", "test_pipeline", "test_submit", "test_second_night"),
-    *("test_ingest", "test_resume", "test_remote_workers", "test_vanished_runs", "test_replicas", "test_cluster", "test_stages"),
+    *("test_deployments", "test_s3", "test_end_to_end", "test_train", "test_pipeline", "test_ray_submit", "test_second_night"),
+    *("test_ingest", "test_fsdp", "test_resume", "test_vanished_runs", "test_ray_workers", "test_ray_serve", "test_cluster"),
+    *("test_stages", "test_upsampler", "test_decoder", "test_swiss_roll", "test_shard_worker", "test_capacity_plan", "test_index"),
 )
-"""Where two processes share the files, one that comes last and takes minutes would leave the other without work."""
+"""Files that take longest start first: several processes share the files, and one that comes last would run alone."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests of the longest files first; all others stay in their order."""
-    place = {f"{name}.py": number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+    rank = {f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
