@@ -215,7 +215,7 @@ def interpolate(
     model, steps, settings, stages = _open(root, run, steps, not images)
     chosen, pictures = _times(model, times), _pictures(model, images or [], stages, 2 * count, seed)
     if len(pictures) < 2:
-        raise CallerError("interpolate: this run holds out pictures of one concept only: give A and B")
+        raise CallerError("interpolate: this run holds out one concept only: give A and B")
     from flows.images import latent_grids
     from training.generation import latents
 
