@@ -8,8 +8,7 @@ READY := $(VENV)/ready
 UV := $(BIN)/uv pip install --quiet
 FIND_LINKS := $(addprefix --find-links ,$(PIP_FIND_LINKS))
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
-JOBS ?= 3
-SHARED := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 PEERS ?= .peers
 PYTHON := $(shell command -v python3.11 || command -v python3)
 
@@ -46,20 +45,21 @@ run: setup
 up: setup
 	$(BIN)/unclip up $(RECIPE) --root $(ROOT) --cron "$(CRON)"
 
-# Three processes, one thread each, share all tests file by file in the order of tests/conftest.py: those that start Ray, Prefect or npm
-# wait a third of their time, so that two cores are busy with three. The parity tests with open_clip skip themselves where it cannot be
-# had, which the last line then says; where it was built they must run.
+# Two processes, one thread each, share the quick tests, file by file in the order of tests/conftest.py, and then those that start Ray,
+# Prefect or npm. The parity tests with open_clip skip themselves where it cannot be had, which the last line then says; where it was
+# built they must run.
 test: setup
 	-$(MAKE) $(PEERS)/open_clip/ready
 	export OMP_NUM_THREADS=1; failed=0; \
 	if test -e $(PEERS)/open_clip/ready; then export PEERS_REQUIRED=open_clip; fi; \
-	$(BIN)/python -m pytest $(SHARED) --durations=30 || failed=1; \
+	$(BIN)/python -m pytest -m "not slow" $(SHARED) || failed=1; \
+	$(BIN)/python -m pytest -m "slow and not chaos" $(SHARED) || failed=1; \
 	test -e $(PEERS)/open_clip/ready || echo "NOT COMPARED with open_clip: it could not be installed, see above; its parity tests were skipped"; \
 	exit $$failed
 
 # Only what starts no Ray, Prefect, S3 server or npm.
 test-quick: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(SHARED)
 
 # The same beside six processes that keep every core busy: no test may depend on the clock.
 test-busy: setup
