@@ -24,6 +24,9 @@ millisecond, then sleep. Sleeping at once (OMP_WAIT_POLICY=passive) made trainin
 and spinning for ever (active) five times where another process wanted the core too."""
 
 
+START_ATTEMPTS = 4
+TOO_SLOW = "timed out during startup"
+"""Part of Ray's message when its node was not up in 30 s, as on a busy machine."""
 LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Read when Ray is imported and when its processes start: with 0 a Ray of one machine listens on
 loopback and not on every interface. Who reaches it needs Ray's token besides, which a Ray that
@@ -182,16 +185,7 @@ class Cluster:
             return
         try:
             _knock(self.config.address)
-            ray.init(
-                address=self.config.address or "local",
-                num_cpus=(self.config.num_cpus or len(os.sched_getaffinity(0)))
-                if is_local
-                else None,
-                object_store_memory=self.config.object_store_memory_bytes if is_local else None,
-                include_dashboard=False if is_local else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            self._init(is_local)
         except Exception as error:
             where = (
                 "start Ray on this machine" if is_local else f"reach Ray at {self.config.address}"
@@ -201,6 +195,28 @@ class Cluster:
                 f"cannot {where}: {detail}; check the section [cluster] and RAY_AUTH_MODE"
             ) from error
         self.is_ours = True
+
+    def _init(self, is_local: bool) -> None:
+        """Call `ray.init`, again where a local Ray was not up in the 30 s that it allows itself."""
+        import ray
+
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                ray.init(
+                    address=self.config.address or "local",
+                    num_cpus=(self.config.num_cpus or len(os.sched_getaffinity(0)))
+                    if is_local
+                    else None,
+                    object_store_memory=self.config.object_store_memory_bytes if is_local else None,
+                    include_dashboard=False if is_local else None,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+                return
+            except Exception as error:
+                if not is_local or attempt == START_ATTEMPTS or TOO_SLOW not in str(error):
+                    raise
+                ray.shutdown()
 
     def stop(self) -> None:
         """Leave the cluster; a Ray that `start()` started on this machine ends with all its

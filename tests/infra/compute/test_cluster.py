@@ -138,3 +138,20 @@ def test_a_ray_of_this_machine_listens_on_loopback_alone_and_asks_for_a_token() 
     loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
     assert addresses and set(addresses) <= loopback, addresses
     assert (mode, is_left_behind) == ("token", False)
+
+
+def test_a_ray_that_was_too_slow_to_start_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    calls: list[str] = []
+
+    def init(**_: object) -> None:
+        calls.append("init")
+        if len(calls) < 4:
+            raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    Cluster(ClusterConfig(num_cpus=1)).start()
+    assert calls == ["init", "shutdown", "init", "shutdown", "init"]
