@@ -236,4 +236,4 @@ def test_a_download_process_starts_without_what_only_img2datasets_command_uses()
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[3])
     assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "img2dataset.downloader" in loaded and not {"torch.nn", "ray", "pandas", "wandb"} & loaded
+    assert "img2dataset.downloader" in loaded and not {"torch.nn", "ray", "pandas", "wandb", "albumentations"} & loaded

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from flows.cli.main import main
+from tests.helpers.short_training import learn
 from tests.helpers.small_systems import write_root, write_system
 from training.diffusion.noise import Stream, generators, noise
 from training.generation import manipulations
@@ -39,13 +40,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Unclip:
     folder = write_system(tmp_path_factory.mktemp("run"))
     model = Unclip.load(folder / "clip", folder / "prior", folder / "decoder")
     decoder = model.decoder.requires_grad_(True)
-    x_0, z_i, ids = to_pixels(torch.from_numpy(pictures()), 8), manipulations.embed(model, pictures()), model.tokenizer(["", ""])
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=5e-3)
-    for number in range(150):
-        loss = decoder.loss(Step(number, 0, 16, 0, 0, 1), x_0.repeat(8, 1, 1, 1), z_i.repeat(8, 1), ids.repeat(8, 1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    known = to_pixels(torch.from_numpy(pictures()), 8), manipulations.embed(model, pictures()), model.tokenizer(["", ""])
+    x_0, z_i, ids = (each.repeat(8, *[1] * (each.ndim - 1)) for each in known)
+    learn(decoder, lambda number: decoder.loss(Step(number, 0, 16, 0, 0, 1), x_0, z_i, ids), 80, 1e-2)
     decoder.requires_grad_(False)
     return model
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers.short_training import learn
 from tests.helpers.small_systems import DECODER_CONFIG, PRIOR_CONFIG
 from tests.training.generation.test_manipulations import STEPS, near, pictures
 from tests.training.models.test_open_clip_format import small, stand_in, their_model
@@ -37,15 +38,11 @@ def theirs(stand_in: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CL
     clip, tokenizer = clip_model.load(folder / "system" / "clip")
     torch.manual_seed(0)
     sizes = (clip.config.embed_dim, tokenizer.vocab_size, tokenizer.context)
-    decoder, x_0, ids = Decoder(DECODER_CONFIG, *sizes), to_pixels(torch.from_numpy(pictures()), 8), tokenizer(["", ""])
-    z_i = clip_model.embed_images(clip, torch.from_numpy(pictures()))
+    decoder = Decoder(DECODER_CONFIG, *sizes)
+    known = to_pixels(torch.from_numpy(pictures()), 8), clip_model.embed_images(clip, torch.from_numpy(pictures())), tokenizer(["", ""])
+    x_0, z_i, ids = (each.repeat(8, *[1] * (each.ndim - 1)) for each in known)
     decoder.text.tokens.requires_grad_(False)  # a large table, of which this needs nothing
-    optimizer = torch.optim.Adam([p for p in decoder.parameters() if p.requires_grad], lr=5e-3)
-    for number in range(100):
-        loss = decoder.loss(Step(number, 0, 16, 0, 0, 1), x_0.repeat(8, 1, 1, 1), z_i.repeat(8, 1), ids.repeat(8, 1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    learn(decoder, lambda number: decoder.loss(Step(number, 0, 16, 0, 0, 1), x_0, z_i, ids), 100, 1e-2)
     for name, model, section in (("prior", Prior(PRIOR_CONFIG, *sizes), PRIOR_CONFIG), ("decoder", decoder, DECODER_CONFIG)):
         (folder / "system" / name).mkdir()
         tokenizer.save(folder / "system" / name / "tokenizer.json")

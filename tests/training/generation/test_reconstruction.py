@@ -10,6 +10,7 @@ import torch
 
 from infra.errors import DataError
 from tests.helpers.evaluation_run import direction, draw, row, usual_rows, write_run
+from tests.helpers.short_training import learn
 from training.diffusion.calibration import calibrate
 from training.diffusion.likelihood import bits_per_dim
 from training.diffusion.variance import measure_x_0_error
@@ -43,13 +44,12 @@ def decoder(run: Path) -> Decoder:
     """A decoder that has begun to learn the training pictures."""
     torch.manual_seed(0)
     model, train = Decoder(CONFIG, E, TOKENIZER.vocab_size, TOKENIZER.context), judged(run, "train")
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for number in range(150):
+
+    def loss(number: int) -> torch.Tensor:
         rows = torch.randint(len(train), (32,), generator=torch.Generator().manual_seed(number))
-        loss = model.loss(Step(number, 0, 32, 0, 0, 1), train.x_0[rows], train.z_i[rows], train.ids[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        return model.loss(Step(number, 0, 32, 0, 0, 1), train.x_0[rows], train.z_i[rows], train.ids[rows])
+
+    learn(model, loss, 90, 1e-2)
     return model.eval().requires_grad_(False)
 
 
