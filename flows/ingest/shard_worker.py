@@ -32,7 +32,7 @@ from PIL import Image
 if __name__ == "__main__":
     # Nothing here uses img2dataset's command (with Ray and pandas), wandb, or webdataset's wish for
     # torch, and of albumentations four transforms: five sixths of a process's start.
-    from flows.ingest import resize_transforms
+    import flows.ingest.resize_transforms as resize_transforms
 
     replaced = {
         "img2dataset.main": SimpleNamespace(main=None, download=None),
