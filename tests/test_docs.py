@@ -1,4 +1,6 @@
-"""README and docs: their commands exist, their links lead somewhere, generated pages are current, examples run."""
+"""README and docs: their commands exist, their links lead somewhere, generated pages are current,
+examples run.
+"""
 
 import re
 import shlex
@@ -14,13 +16,24 @@ from tests.helpers.committed_root import write_root
 from tests.helpers.reference_pages import BUILDERS, PAGES
 
 HERE = Path(__file__).parents[1]
-TEXTS = [HERE / "README.md", HERE / "CONTRIBUTING.md", HERE / "SECURITY.md", *sorted((HERE / "docs").rglob("*.md"))]
+TEXTS = [
+    HERE / "README.md",
+    HERE / "CONTRIBUTING.md",
+    HERE / "SECURITY.md",
+    *sorted((HERE / "docs").rglob("*.md")),
+]
 GENERATED = {PAGES / name for name in BUILDERS}
 
 
 def commands_in(text: str) -> list[str]:
-    """Return the `unclip` commands of a page: in indented or fenced blocks, and between backticks."""
-    lines = [line.split("#")[0].strip().rstrip("\\") for line in text.splitlines() if line.startswith(("    ", "\t"))]
+    """Return the `unclip` commands of a page: in indented or fenced blocks, and between
+    backticks.
+    """
+    lines = [
+        line.split("#")[0].strip().rstrip("\\")
+        for line in text.splitlines()
+        if line.startswith(("    ", "\t"))
+    ]
     spans = re.findall(r"`([^`\n]+)`", text)
     found = []
     for line in [*lines, *spans]:
@@ -30,7 +43,14 @@ def commands_in(text: str) -> list[str]:
     return found
 
 
-COMMANDS = sorted({(path.name, command) for path in TEXTS if path not in GENERATED for command in commands_in(path.read_text())})
+COMMANDS = sorted(
+    {
+        (path.name, command)
+        for path in TEXTS
+        if path not in GENERATED
+        for command in commands_in(path.read_text())
+    }
+)
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
@@ -43,7 +63,11 @@ def test_a_command_of_the_docs_exists_with_its_options(page: str, command: str) 
             break
         assert words[0] in node.commands, f"{page}: unclip {command}"
         node = node.commands[words.pop(0)]
-    options = {name for parameter in getattr(node, "params", []) for name in parameter.opts} | {"--help", "--debug", "--install-completion"}
+    options = {name for parameter in getattr(node, "params", []) for name in parameter.opts} | {
+        "--help",
+        "--debug",
+        "--install-completion",
+    }
     assert {word for word in words if word.startswith("--")} <= options, f"{page}: unclip {command}"
 
 
@@ -51,7 +75,11 @@ def test_commands_are_found_in_the_docs() -> None:
     assert len(COMMANDS) > 40
 
 
-@pytest.mark.parametrize("path", [path for path in TEXTS if path not in GENERATED], ids=lambda path: str(path.relative_to(HERE)))
+@pytest.mark.parametrize(
+    "path",
+    [path for path in TEXTS if path not in GENERATED],
+    ids=lambda path: str(path.relative_to(HERE)),
+)
 def test_links_and_pictures_lead_to_files(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
         if "://" not in target:
@@ -78,17 +106,34 @@ def test_every_room_stands_in_the_architecture() -> None:
     for floor in ("flows", "training", "indexing", "infra"):
         for path in (HERE / floor).rglob("*.py"):
             if path.name != "__init__.py":
-                assert f"### `{path.parent.relative_to(HERE)}/`" in text and f"- `{path.name}`:" in text, path
+                assert (
+                    f"### `{path.parent.relative_to(HERE)}/`" in text
+                    and f"- `{path.name}`:" in text
+                ), path
 
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "site" / "index.html").is_file(), done.stderr
 
 
 def run_example(name: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, str(HERE / "examples" / name), *arguments], cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "examples" / name), *arguments],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -96,12 +141,16 @@ def run_example(name: str, *arguments: str) -> str:
 def test_the_examples_read_and_search_a_root(tmp_path: Path) -> None:
     root = write_root(tmp_path)
     printed = run_example("read_root.py", root.uri)
-    assert "pairs are kept" in printed and "00000.tar begins with" in printed and "(0, 1.0)" in printed
+    assert (
+        "pairs are kept" in printed and "00000.tar begins with" in printed and "(0, 1.0)" in printed
+    )
     view_key = re.search(r"begins with (\S+):", printed)
     assert view_key
     import pyarrow.parquet as pq
 
-    key = pq.read_table(next((tmp_path / "root" / "curate").rglob("keep.parquet")))["key"][0].as_py()
+    key = pq.read_table(next((tmp_path / "root" / "curate").rglob("keep.parquet")))["key"][
+        0
+    ].as_py()
     lines = run_example("search_from_python.py", root.uri, key).splitlines()
     assert len(lines) == 5 and any(line.startswith(f"1.000  {key}") for line in lines)
 

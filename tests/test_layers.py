@@ -1,4 +1,6 @@
-"""The house holds: imports run down between floors, rooms do not import each other in circles, third parties live in one place."""
+"""The house holds: imports run down between floors, rooms do not import each other in circles,
+third parties live in one place.
+"""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -60,7 +62,11 @@ def trespasses(module: str, source: str) -> list[str]:
     """Return the imports that do not belong in a module."""
     floor, names = module.partition(".")[0], set(imported_names(ast.parse(source)))
     tops = {*FLOORS, "tests"}
-    upwards = [name for name in names if (top := name.partition(".")[0]) in tops and top not in FLOORS[floor]]
+    upwards = [
+        name
+        for name in names
+        if (top := name.partition(".")[0]) in tops and top not in FLOORS[floor]
+    ]
     strangers = [
         name
         for name in names
@@ -76,7 +82,9 @@ def room_of(module: str) -> str:
 
 
 def imported_modules(source: str) -> set[str]:
-    """Return our modules that a source imports when it runs: what is imported for its types alone does not count."""
+    """Return our modules that a source imports when it runs: what is imported for its types alone
+    does not count.
+    """
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -112,7 +120,9 @@ def test_no_rooms_import_each_other_in_a_circle() -> None:
     for path in FILES:
         module = module_name(path)
         room = room_of(module) if path.name != "__init__.py" else module
-        rooms.setdefault(room, set()).update(room_of(name) for name in imported_modules(path.read_text()))
+        rooms.setdefault(room, set()).update(
+            room_of(name) for name in imported_modules(path.read_text())
+        )
     assert find_circle({room: others - {room} for room, others in rooms.items()}) == []
 
 

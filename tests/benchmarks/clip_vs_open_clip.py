@@ -1,12 +1,19 @@
-"""CLIP training, zero-shot and tokenisation beside open_clip: the same model, batch, pictures, captions, threads and precision, in turns.
+"""CLIP training, zero-shot and tokenisation beside open_clip: the same model, batch, pictures,
+captions, threads and precision, in turns.
 
-    make peers && python -m tests.benchmarks.clip_vs_open_clip [--threads 1] [--rounds 4] [--steps 2] [--json FILE]
+    make peers && python -m tests.benchmarks.clip_vs_open_clip [--threads 1] [--rounds 4] [--steps
+    2] [--json FILE]
 
-Ours is the real training loop with its clipped gradients and averaged weights; open_clip's is its train_one_epoch without its logging.
-open_clip pads texts to 77 tokens as it comes; as it could be set up, to the longest caption of all. Figures are medians of rounds.
-The rows `_shards` are ours reading JPEG pictures of 256 px from tar shards that the page cache has let go, each picture once, decoded by
-readers beside the training threads (on their cores, where there are no others), next to open_clip's figure from memory. Without turns,
-since readers would work on in open_clip's. `_cold`: neither tokenizer has met a word of these texts before.
+Ours is the real training loop with its clipped gradients and averaged weights; open_clip's is its
+train_one_epoch without its logging.
+open_clip pads texts to 77 tokens as it comes; as it could be set up, to the longest caption of all.
+Figures are medians of rounds.
+The rows `_shards` are ours reading JPEG pictures of 256 px from tar shards that the page cache has
+let go, each picture once, decoded by
+readers beside the training threads (on their cores, where there are no others), next to open_clip's
+figure from memory. Without turns,
+since readers would work on in open_clip's. `_cold`: neither tokenizer has met a word of these texts
+before.
 """
 
 import argparse
@@ -40,33 +47,91 @@ from training.optim import loop
 from training.optim.step import Step
 
 PYTHON = PEERS / "open_clip" / "bin" / "python"
-SHAPE = {"width": 192, "depth": 6, "patch_px": 8, "image_size_px": 64, "text_width": 192, "text_depth": 6, "embed_dim": 192}
+SHAPE = {
+    "width": 192,
+    "depth": 6,
+    "patch_px": 8,
+    "image_size_px": 64,
+    "text_width": 192,
+    "text_depth": 6,
+    "embed_dim": 192,
+}
 BATCH, BATCHES = 64, 8
 STORED_PX, SHARDS = 256, 4
 WORDS = {
     "a": ["a", "the", "one", "two", "an old", "a small", "a bright red", "a young"],
-    "b": ["man", "woman", "dog", "cat", "bus", "train", "plate of food", "child", "zebra", "kitchen table", "surfer", "umbrella"],
-    "c": ["sitting on", "standing next to", "riding", "looking at", "in front of", "parked beside", "holding", "flying over"],
-    "d": ["a wooden bench", "the street", "a skateboard", "some water", "a green field", "two bicycles", "a laptop computer"],
-    "e": ["", "in the rain", "at night", "near a window", "with a hat on", "during the day", "while people watch"],
+    "b": [
+        "man",
+        "woman",
+        "dog",
+        "cat",
+        "bus",
+        "train",
+        "plate of food",
+        "child",
+        "zebra",
+        "kitchen table",
+        "surfer",
+        "umbrella",
+    ],
+    "c": [
+        "sitting on",
+        "standing next to",
+        "riding",
+        "looking at",
+        "in front of",
+        "parked beside",
+        "holding",
+        "flying over",
+    ],
+    "d": [
+        "a wooden bench",
+        "the street",
+        "a skateboard",
+        "some water",
+        "a green field",
+        "two bicycles",
+        "a laptop computer",
+    ],
+    "e": [
+        "",
+        "in the rain",
+        "at night",
+        "near a window",
+        "with a hat on",
+        "during the day",
+        "while people watch",
+    ],
 }
 
 
 def captions(count: int) -> list[str]:
     """Draw captions as long as COCO's, about ten words."""
     draw = torch.Generator().manual_seed(0)
-    chosen = {name: torch.randint(0, len(words), (count,), generator=draw).tolist() for name, words in WORDS.items()}
+    chosen = {
+        name: torch.randint(0, len(words), (count,), generator=draw).tolist()
+        for name, words in WORDS.items()
+    }
     numbers = torch.randint(0, 1000, (count,), generator=draw).tolist()
     return [
-        " ".join(WORDS[name][chosen[name][place]] for name in WORDS).strip() + (f" number {numbers[place]}" if place % 4 == 0 else "")
+        " ".join(WORDS[name][chosen[name][place]] for name in WORDS).strip()
+        + (f" number {numbers[place]}" if place % 4 == 0 else "")
         for place in range(count)
     ]
 
 
 def train(
-    config: ClipConfig, pixels: Callable[[Step], Tensor], ids: list[Tensor], peer: Peer, steps: int, rounds: int, contexts: list[int]
+    config: ClipConfig,
+    pixels: Callable[[Step], Tensor],
+    ids: list[Tensor],
+    peer: Peer,
+    steps: int,
+    rounds: int,
+    contexts: list[int],
 ) -> dict[str, float]:
-    """Train with our loop; between rounds of steps open_clip has its turn. Returns samples/s, ours and theirs by context."""
+    """Train with our loop; between rounds of steps open_clip has its turn. Returns samples/s, ours
+    and theirs by context.
+    """
     torch.manual_seed(0)
     model = CLIP(config, 49_409, 77)
     taken: dict[str, list[float]] = {name: [] for name in ("ours", *map(str, contexts))}
@@ -77,12 +142,20 @@ def train(
         if step.number % steps == 0:
             taken["ours"].append(time.perf_counter() - started_s)
             for context in contexts:
-                taken[str(context)].append(peer("train", steps, context, config.precision == "bf16"))
+                taken[str(context)].append(
+                    peer("train", steps, context, config.precision == "bf16")
+                )
             started_s = time.perf_counter()
         return model.loss(pixels(step), ids[step.number % BATCHES])
 
     with tempfile.TemporaryDirectory() as folder:
-        loop.run(model, config.model_copy(update={"images": BATCH * steps * (rounds + 2)}), loss_of, Path(folder), model.clamp_logit_scale)
+        loop.run(
+            model,
+            config.model_copy(update={"images": BATCH * steps * (rounds + 2)}),
+            loss_of,
+            Path(folder),
+            model.clamp_logit_scale,
+        )
     taken["ours"] = taken["ours"][2:]  # the first is none, the second warms up
     return {name: BATCH * steps / statistics.median(each[-rounds:]) for name, each in taken.items()}
 
@@ -94,11 +167,19 @@ def write_shards(folder: Path, count: int) -> pa.Table:
         with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
             for place in range(count // SHARDS):
                 rough = rng.integers(0, 256, (STORED_PX // 8, STORED_PX // 8, 3), np.uint8)
-                data = cv2.imencode(".jpg", cv2.resize(rough, (STORED_PX, STORED_PX), interpolation=cv2.INTER_CUBIC))[1].tobytes()
+                data = cv2.imencode(
+                    ".jpg", cv2.resize(rough, (STORED_PX, STORED_PX), interpolation=cv2.INTER_CUBIC)
+                )[1].tobytes()
                 member = tarfile.TarInfo(f"{number:05d}{place:04d}.jpg")
                 member.size = len(data)
-                row = {"shard": f"{number:05d}.tar", "member": member.name, "offset": tar.offset + tarfile.BLOCKSIZE}
-                rows.append(row | {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+                row = {
+                    "shard": f"{number:05d}.tar",
+                    "member": member.name,
+                    "offset": tar.offset + tarfile.BLOCKSIZE,
+                }
+                rows.append(
+                    row | {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                )
                 tar.addfile(member, io.BytesIO(data))
         with (folder / f"{number:05d}.tar").open("rb") as file:
             os.fsync(file.fileno())
@@ -106,16 +187,28 @@ def write_shards(folder: Path, count: int) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def from_shards(config: ClipConfig, ids: list[Tensor], peer: Peer, steps: int, rounds: int) -> tuple[float, float]:
-    """Train with pictures from cold shards; return our samples/s and the share of the time in which a step waited for its pictures."""
+def from_shards(
+    config: ClipConfig, ids: list[Tensor], peer: Peer, steps: int, rounds: int
+) -> tuple[float, float]:
+    """Train with pictures from cold shards; return our samples/s and the share of the time in which
+    a step waited for its pictures.
+    """
     with tempfile.TemporaryDirectory() as name:
         count = BATCH * (steps * (rounds + 2) + config.ahead_steps)
-        pictures = Pictures(write_shards(Path(name), count), Path(name), config.image_size_px, readers=config.readers, cache_bytes=0)
+        pictures = Pictures(
+            write_shards(Path(name), count),
+            Path(name),
+            config.image_size_px,
+            readers=config.readers,
+            cache_bytes=0,
+        )
 
         def read(step: Step) -> Tensor:
             squares = pictures[step.samples(len(pictures))]
             for later in range(step.number + 1, step.number + 1 + config.ahead_steps):
-                pictures.read_ahead(Step(later, later * BATCH, BATCH, step.seed, 0, 1).samples(len(pictures)))
+                pictures.read_ahead(
+                    Step(later, later * BATCH, BATCH, step.seed, 0, 1).samples(len(pictures))
+                )
             return clip_model.to_pixels(squares, config.image_size_px)
 
         started_s = time.perf_counter()
@@ -124,9 +217,15 @@ def from_shards(config: ClipConfig, ids: list[Tensor], peer: Peer, steps: int, r
 
 
 def zero_shot_prompts(package: Path, count: int) -> list[str]:
-    """Return ImageNet's 1,000 class names in OpenAI's templates, as open_clip has them: texts that nobody made for this benchmark."""
+    """Return ImageNet's 1,000 class names in OpenAI's templates, as open_clip has them: texts that
+    nobody made for this benchmark.
+    """
     told = runpy.run_path(str(package / "zero_shot_metadata.py"))
-    prompts = [template(name) for template in told["OPENAI_IMAGENET_TEMPLATES"] for name in told["IMAGENET_CLASSNAMES"]]
+    prompts = [
+        template(name)
+        for template in told["OPENAI_IMAGENET_TEMPLATES"]
+        for name in told["IMAGENET_CLASSNAMES"]
+    ]
     return prompts[:count]
 
 
@@ -148,28 +247,68 @@ def measure(threads: int, steps: int, rounds: int) -> dict[str, Any]:
     import importlib.metadata
 
     texts = captions(BATCH * BATCHES)
-    merges = next((PYTHON.parent.parent / "lib").glob("python*/site-packages/open_clip/bpe_simple_vocab_16e6.txt.gz"))
+    merges = next(
+        (PYTHON.parent.parent / "lib").glob(
+            "python*/site-packages/open_clip/bpe_simple_vocab_16e6.txt.gz"
+        )
+    )
     tokenizer = Tokenizer.from_merges(merges)
     ids = [tokenizer(texts[place * BATCH : (place + 1) * BATCH]) for place in range(BATCHES)]
     longest = max(each.shape[1] for each in ids)
-    images = torch.randint(0, 256, (BATCHES, BATCH, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(
+        0,
+        256,
+        (BATCHES, BATCH, 64, 64, 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(1),
+    )
     pixels = torch.stack([clip_model.to_pixels(each, 64) for each in images])
-    config = ClipConfig(image_tower="vit", batch_size=BATCH, learning_rate=1e-4, state_every_s=1e9, warmup=0.1, **SHAPE)  # type: ignore[arg-type]
+    config = ClipConfig(
+        image_tower="vit",
+        batch_size=BATCH,
+        learning_rate=1e-4,
+        state_every_s=1e9,
+        warmup=0.1,
+        **SHAPE,
+    )  # type: ignore[arg-type]
     told = open_clip_format.to_config(CLIP(config, 49_409, 77))["model_cfg"]
     with tempfile.TemporaryDirectory() as folder:
         padded = torch.zeros(BATCHES, BATCH, 77, dtype=torch.long)
         for place, each in enumerate(ids):
             padded[place, :, : each.shape[1]] = open_clip_format.to_their_ids(each, 49_409)
-        torch.save({"images": (pixels * 0.5 + 0.5 - 0.5) / 0.25, "ids": padded}, Path(folder) / "data.pt")
+        torch.save(
+            {"images": (pixels * 0.5 + 0.5 - 0.5) / 0.25, "ids": padded}, Path(folder) / "data.pt"
+        )
         peer = Peer(PYTHON, "open_clip_rounds.py")
-        facts = peer.ask({"config": told, "data": str(Path(folder) / "data.pt"), "threads": threads, "contexts": [77, longest]})
+        facts = peer.ask(
+            {
+                "config": told,
+                "data": str(Path(folder) / "data.pt"),
+                "threads": threads,
+                "contexts": [77, longest],
+            }
+        )
     found: dict[str, Any] = {
-        "threads": threads, "torch": torch.__version__, "peer": facts, "batch": BATCH,
-        "tokens": {"mean": float(sum(int((each != 0).sum()) for each in ids)) / len(texts), "longest": longest},
-    }  # fmt: skip
+        "threads": threads,
+        "torch": torch.__version__,
+        "peer": facts,
+        "batch": BATCH,
+        "tokens": {
+            "mean": float(sum(int((each != 0).sum()) for each in ids)) / len(texts),
+            "longest": longest,
+        },
+    }
     for precision in ("float32", "bf16"):
         section = config.model_copy(update={"precision": precision})
-        held = train(section, lambda step: pixels[step.number % BATCHES], ids, peer, steps, rounds, [77, longest])
+        held = train(
+            section,
+            lambda step: pixels[step.number % BATCHES],
+            ids,
+            peer,
+            steps,
+            rounds,
+            [77, longest],
+        )
         rate, found[f"waiting_{precision}"] = from_shards(section, ids, peer, steps, rounds)
         found |= {f"train_{precision}": held, f"train_{precision}_shards": held | {"ours": rate}}
     torch.manual_seed(0)
@@ -184,19 +323,28 @@ def measure(threads: int, steps: int, rounds: int) -> dict[str, Any]:
     for precision in ("float32", "bf16"):
         is_bf16 = precision == "bf16"
         seconds = in_turns(
-            rounds, lambda is_bf16=is_bf16: classify(is_bf16), {"theirs": lambda is_bf16=is_bf16: peer("zero_shot", 4, is_bf16)}
+            rounds,
+            lambda is_bf16=is_bf16: classify(is_bf16),
+            {"theirs": lambda is_bf16=is_bf16: peer("zero_shot", 4, is_bf16)},
         )
         found[f"zero_shot_{precision}"] = {name: 4 * BATCH / each for name, each in seconds.items()}
     names = captions(256)
     seconds = in_turns(
         rounds,
         lambda: clip_model.embed_texts(model, tokenizer, names),
-        {str(context): lambda context=context: peer("classifier", names, context) for context in (77, longest)},
+        {
+            str(context): lambda context=context: peer("classifier", names, context)
+            for context in (77, longest)
+        },
     )
     found["classifier"] = {name: len(names) / each for name, each in seconds.items()}
     many = captions(20_000)
     prompts = zero_shot_prompts(merges.parent, len(many))
-    for name, texts, is_cold in (("captions", many, False), ("prompts", prompts, False), ("prompts_cold", prompts, True)):
+    for name, texts, is_cold in (
+        ("captions", many, False),
+        ("prompts", prompts, False),
+        ("prompts_cold", prompts, True),
+    ):
         fresh = [Tokenizer.from_merges(merges) if is_cold else tokenizer for _ in range(rounds + 1)]
         seconds = in_turns(
             rounds,
@@ -211,7 +359,9 @@ def measure(threads: int, steps: int, rounds: int) -> dict[str, Any]:
 
 def main() -> int:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)
@@ -222,13 +372,21 @@ def main() -> int:
         return 0
     found = measure(chosen.threads, chosen.steps, chosen.rounds)
     tokens = found["tokens"]
-    print(f"open_clip {found['peer']['version']}, {found['threads']} thread(s), {tokens['mean']:.1f} tokens a text")
+    print(
+        f"open_clip {found['peer']['version']}, {found['threads']} thread(s), "
+        f"{tokens['mean']:.1f} tokens a text"
+    )
     for name, figures in found.items():
         if isinstance(figures, dict) and "ours" in figures:
             theirs = {key: value for key, value in figures.items() if key != "ours"}
-            others = "  ".join(f"{key}: {value:10,.1f} ({figures['ours'] / value:5.2f} times)" for key, value in theirs.items())
+            others = "  ".join(
+                f"{key}: {value:10,.1f} ({figures['ours'] / value:5.2f} times)"
+                for key, value in theirs.items()
+            )
             print(f"{name:<22} ours {figures['ours']:10,.1f}/s   open_clip {others}")
-    told = ", ".join(f"{found[f'waiting_{precision}']:.1%} ({precision})" for precision in ("float32", "bf16"))
+    told = ", ".join(
+        f"{found[f'waiting_{precision}']:.1%} ({precision})" for precision in ("float32", "bf16")
+    )
     print(f"of the time from shards, steps waited for pictures: {told}")
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1))

@@ -1,9 +1,12 @@
-"""Embeds many views of a run's pictures by its own CLIP, so that indexes are compared on embeddings of real pictures that are many enough.
+"""Embeds many views of a run's pictures by its own CLIP, so that indexes are compared on embeddings
+of real pictures that are many enough.
 
     python -m tests.benchmarks.picture_views OUT [--root unclip-data] [--views 20]
 
-A view is a part of a picture, half of its side or more, maybe mirrored, laid over another picture with a weight of 0 to 0.4, so that views
-lie between pictures as well as around them. Writes OUT/img_emb/*.npy, for `index_vs_autofaiss --embed OUT`. Without a run in ROOT nothing
+A view is a part of a picture, half of its side or more, maybe mirrored, laid over another picture
+with a weight of 0 to 0.4, so that views
+lie between pictures as well as around them. Writes OUT/img_emb/*.npy, for `index_vs_autofaiss
+--embed OUT`. Without a run in ROOT nothing
 happens.
 """
 
@@ -33,7 +36,9 @@ def view(rng: np.random.Generator, picture: Pixels, other: Pixels) -> Pixels:
     side = picture.shape[0]
     size = int(rng.integers(side // 2, side + 1))
     top, left = rng.integers(0, side - size + 1, 2)
-    part = cv2.resize(picture[top : top + size, left : left + size], (side, side), interpolation=cv2.INTER_AREA)
+    part = cv2.resize(
+        picture[top : top + size, left : left + size], (side, side), interpolation=cv2.INTER_AREA
+    )
     weight = rng.uniform(0, MOST_LAID)
     made = (part[:, ::-1] if rng.random() < 0.5 else part) * (1 - weight) + other * weight
     return np.asarray(made.round(), np.uint8)
@@ -58,7 +63,9 @@ def main() -> int:
     _, images_of, side_px = embed.encoders(known.clip.local())
     metadata = committed_of(root, known.record, "embed").local() / "metadata"
     shards = known.ingest.local() / "shards"
-    places = [place for batch in metadata_batches(metadata, LOCATION) for place in batch.to_pylist()]
+    places = [
+        place for batch in metadata_batches(metadata, LOCATION) for place in batch.to_pylist()
+    ]
     pictures = np.stack([read_picture(place, shards, side_px) for place in places])
     rng = np.random.default_rng(0)
     total = len(pictures) * given.views
@@ -67,7 +74,10 @@ def main() -> int:
         for start in range(0, total, BATCH):
             rows = np.arange(start, min(start + BATCH, total)) % len(pictures)
             others = rng.integers(0, len(pictures), len(rows))
-            views = [view(rng, pictures[row], pictures[other]) for row, other in zip(rows, others, strict=True)]
+            views = [
+                view(rng, pictures[row], pictures[other])
+                for row, other in zip(rows, others, strict=True)
+            ]
             made.append(np.asarray(images_of(np.stack(views)), np.float16))
             progress.update(start + len(rows))
     (given.out / "img_emb").mkdir(parents=True, exist_ok=True)

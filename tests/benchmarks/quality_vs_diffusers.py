@@ -1,14 +1,22 @@
-"""What is drawn after a given time of training, and how fast, beside diffusers' unCLIP classes on the same pictures, embeddings and cores.
+"""What is drawn after a given time of training, and how fast, beside diffusers' unCLIP classes on
+the same pictures, embeddings and cores.
 
-    python -m tests.benchmarks.quality_vs_diffusers --root ROOT [--seconds 400] [--pictures 128] [--threads 1] [--rates 1e-3 2e-3]
+    python -m tests.benchmarks.quality_vs_diffusers --root ROOT [--seconds 400] [--pictures 128]
+    [--threads 1] [--rates 1e-3 2e-3]
         [--rounds 9] [--out DIR] [--json FILE]
 
-ROOT holds a run's ingest, clip and embed stages. Ours are the recipe's [prior] and [decoder]; diffusers' have as many parameters, the same
-batches, schedule of the rate, precision, averaging and drops, and get our CLIP's text encodings ready. They are trained for as long at each
-of --rates. Both draw captions of held-out concepts, one seed for each picture: ours as it comes, text and best of two included; theirs
-by the loop of its pipeline in 25 + 25 steps, with the pipeline's own guidance and with that of ours. Distances are those of
-`quality_vs_dalle2`. Seconds for one picture are medians of rounds that alternate; the batch's are of all pictures, 64 at a time.
-Ends with 1 where ours takes more than a third of the time for one picture, or either distance is higher than the lowest of theirs.
+ROOT holds a run's ingest, clip and embed stages. Ours are the recipe's [prior] and [decoder];
+diffusers' have as many parameters, the same
+batches, schedule of the rate, precision, averaging and drops, and get our CLIP's text encodings
+ready. They are trained for as long at each
+of --rates. Both draw captions of held-out concepts, one seed for each picture: ours as it comes,
+text and best of two included; theirs
+by the loop of its pipeline in 25 + 25 steps, with the pipeline's own guidance and with that of
+ours. Distances are those of
+`quality_vs_dalle2`. Seconds for one picture are medians of rounds that alternate; the batch's are
+of all pictures, 64 at a time.
+Ends with 1 where ours takes more than a third of the time for one picture, or either distance is
+higher than the lowest of theirs.
 """
 
 import argparse
@@ -31,7 +39,15 @@ from flows.config.run_config import RunConfig, load_recipe
 from tests.benchmarks.generate_vs_diffusers import AT_MOST, in_turns
 from tests.benchmarks.steps_and_quality import BLOCKS, compared
 from tests.helpers import equal_time_training
-from tests.helpers.diffusers_models import GUIDANCE, STEPS, Decoder, DecoderLoss, Diffusers, PriorLoss, make_prior
+from tests.helpers.diffusers_models import (
+    GUIDANCE,
+    STEPS,
+    Decoder,
+    DecoderLoss,
+    Diffusers,
+    PriorLoss,
+    make_prior,
+)
 from tests.helpers.equal_time_training import Trained
 from tests.helpers.shortfalls import told
 from tests.peers.timed_training import nearest, train
@@ -46,22 +62,40 @@ Texts = dict[str, Tensor]
 
 
 def texts_of(z_t: Tensor, encodings: Tensor, spread: float) -> Texts:
-    """Scale unit vectors z_t (B, E) and encodings (B, N, E), zero where there is no word, to unit variance."""
-    return {"z_t": z_t * z_t.shape[1] ** 0.5, "encodings": encodings.float() / spread, "is_word": (encodings != 0).any(-1)}
+    """Scale unit vectors z_t (B, E) and encodings (B, N, E), zero where there is no word, to unit
+    variance.
+    """
+    return {
+        "z_t": z_t * z_t.shape[1] ** 0.5,
+        "encodings": encodings.float() / spread,
+        "is_word": (encodings != 0).any(-1),
+    }
 
 
 class Theirs:
     """diffusers' classes of the sizes of ours, trained at one rate."""
 
-    def __init__(self, ours: Trained, data: dict[str, Tensor], config: RunConfig, rate: float) -> None:
+    def __init__(
+        self, ours: Trained, data: dict[str, Tensor], config: RunConfig, rate: float
+    ) -> None:
         torch.manual_seed(0)
         clip, tokenizer = ours.system.clip, ours.system.tokenizer
-        prior_config, decoder_config, wanted = ours.system.prior.config, ours.system.decoder.config, ours.parameters
+        prior_config, decoder_config, wanted = (
+            ours.system.prior.config,
+            ours.system.decoder.config,
+            ours.parameters,
+        )
         self.spread = float(data["encodings"][(data["encodings"] != 0).any(-1)].float().std())
-        empty = clip_model.embed_texts(clip, tokenizer, [""]), equal_time_training.encodings(clip, tokenizer, [""])
+        empty = (
+            clip_model.embed_texts(clip, tokenizer, [""]),
+            equal_time_training.encodings(clip, tokenizer, [""]),
+        )
         self.empty = texts_of(*empty, self.spread)
         self.asked = texts_of(data["asked_z_t"], data["asked_encodings"], self.spread)
-        texts, z_i = texts_of(data["z_t"], data["encodings"], self.spread), data["z_i"] * data["z_i"].shape[1] ** 0.5
+        texts, z_i = (
+            texts_of(data["z_t"], data["encodings"], self.spread),
+            data["z_i"] * data["z_i"].shape[1] ** 0.5,
+        )
         E, N = z_i.shape[1], tokenizer.context
         heads = max(1, prior_config.width // 64)
         prior = nearest(lambda depth: make_prior(E, N, heads, depth), range(1, 33), wanted["prior"])
@@ -73,8 +107,16 @@ class Theirs:
         decoder = nearest(decoder_of, range(GROUPS, 513, GROUPS), wanted["decoder"])
         self.system = Diffusers(prior, decoder)
         losses = {
-            "prior": PriorLoss(prior, self.system.prior_scheduler, z_i, self.empty, prior_config.text_drop),
-            "decoder": DecoderLoss(decoder, self.system.scheduler, self.empty, decoder_config.z_drop, decoder_config.text_drop),
+            "prior": PriorLoss(
+                prior, self.system.prior_scheduler, z_i, self.empty, prior_config.text_drop
+            ),
+            "decoder": DecoderLoss(
+                decoder,
+                self.system.scheduler,
+                self.empty,
+                decoder_config.z_drop,
+                decoder_config.text_drop,
+            ),
         }
 
         def batch_of(rows: Tensor) -> dict[str, Tensor]:
@@ -84,9 +126,14 @@ class Theirs:
             return {"x_0": to_pixels(data["images"][rows], ours.side_px)} | batch_of(rows)
 
         self.facts: dict[str, dict[str, float]] = {}
-        for name, batches, section in (("prior", batch_of, config.prior), ("decoder", pictures_of, config.decoder)):
+        for name, batches, section in (
+            ("prior", batch_of, config.prior),
+            ("decoder", pictures_of, config.decoder),
+        ):
             bf16 = section.precision == "bf16"
-            losses[name], self.facts[name] = train(losses[name], batches, len(z_i), ours.seconds[name], section.batch_size, rate, bf16)
+            losses[name], self.facts[name] = train(
+                losses[name], batches, len(z_i), ours.seconds[name], section.batch_size, rate, bf16
+            )
         self.system = Diffusers(losses["prior"].prior, losses["decoder"].decoder)
 
     def draw(self, rows: Sequence[int], guidance: tuple[float, float]) -> NDArray[np.uint8]:
@@ -94,24 +141,38 @@ class Theirs:
         parts = []
         for start in range(0, len(rows), BATCH):
             own = rows[start : start + BATCH]
-            both = {name: torch.cat([self.empty[name].expand_as(each[own]), each[own]]) for name, each in self.asked.items()}
+            both = {
+                name: torch.cat([self.empty[name].expand_as(each[own]), each[own]])
+                for name, each in self.asked.items()
+            }
             parts.append(self.system(**both, guidance=guidance, seeds=own))
         return to_images(torch.cat(parts))
 
 
 def missed(share: float, ours: tuple[float, float], theirs: list[tuple[float, float]]) -> list[str]:
-    """Return what is slower than promised, and which of the distances, Fréchet and kernel, is higher than the lowest of theirs."""
-    lines = [f"text to image takes {share:.2f} of diffusers' time, at most {AT_MOST:.2f} is promised"] if share > AT_MOST else []
+    """Return what is slower than promised, and which of the distances, Fréchet and kernel, is
+    higher than the lowest of theirs.
+    """
+    lines = (
+        [f"text to image takes {share:.2f} of diffusers' time, at most {AT_MOST:.2f} is promised"]
+        if share > AT_MOST
+        else []
+    )
     for place, kind in enumerate(("Fréchet", "kernel")):
         lowest = min(each[place] for each in theirs)
         if ours[place] > lowest:
-            lines.append(f"{kind} distance {ours[place]:.2f}, diffusers {lowest:.2f}: ours is not to be higher")
+            lines.append(
+                f"{kind} distance {ours[place]:.2f}, diffusers {lowest:.2f}: ours is not to be "
+                f"higher"
+            )
     return lines
 
 
 def main() -> int:
     """Train all and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path)
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--seconds", type=float, default=400)
@@ -137,7 +198,10 @@ def main() -> int:
     places = range(len(prompts))
     guidances = {"its guidance": GUIDANCE, "our guidance": (1.0, system.decoder.config.guidance)}
     started_s = time.perf_counter()
-    drawn, batch_s = {"ours": system.generate(prompts, seed=places)[:, 0]}, {"ours": time.perf_counter() - started_s}
+    drawn, batch_s = (
+        {"ours": system.generate(prompts, seed=places)[:, 0]},
+        {"ours": time.perf_counter() - started_s},
+    )
     facts: dict[str, Any] = {"ours": ours.facts}
     for rate in chosen.rates:
         theirs = Theirs(ours, data, config, rate)
@@ -154,18 +218,29 @@ def main() -> int:
         chosen.rounds,
     )
     print(
-        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {chosen.threads} thread(s), {chosen.seconds:g} s of "
+        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {chosen.threads} "
+        f"thread(s), {chosen.seconds:g} s of "
         f"training each on {len(data['z_i']):,} pairs of {ours.side_px} px, "
         f"{len(prompts)} held-out captions, {imagenet_features.LITE_NAME}, "
         f"diffusers {version('diffusers')}, torch {torch.__version__}"
     )
     for name, each in facts.items():
         print(f"{name}: {json.dumps(each)}")
-    own_steps = {"prior": system.prior.config.sampling_steps, "decoder": system.decoder.config.sampling_steps}
-    print(f"steps: ours {json.dumps(own_steps)}, diffusers {json.dumps(STEPS)}; guidance of prior and decoder: {json.dumps(guidances)}")
-    seen = {name: np.asarray(network(pictures), np.float64) for name, pictures in {"real": ours.real, **drawn}.items()}
+    own_steps = {
+        "prior": system.prior.config.sampling_steps,
+        "decoder": system.decoder.config.sampling_steps,
+    }
     print(
-        "\n| pictures | Fréchet distance | kernel distance x 1000 | ours less this (standard error) | s a picture, alone | in the batch |"
+        f"steps: ours {json.dumps(own_steps)}, diffusers {json.dumps(STEPS)}; guidance of prior "
+        f"and decoder: {json.dumps(guidances)}"
+    )
+    seen = {
+        name: np.asarray(network(pictures), np.float64)
+        for name, pictures in {"real": ours.real, **drawn}.items()
+    }
+    print(
+        "\n| pictures | Fréchet distance | kernel distance x 1000 | ours less this (standard "
+        "error) | s a picture, alone | in the batch |"
     )
     print("|---|---|---|---|---|---|")
     found: dict[str, dict[str, Any]] = {}
@@ -173,19 +248,39 @@ def main() -> int:
         reached = equal_time_training.distances_of(seen["real"], seen[name])
         less = compared(seen["real"], seen["ours"], seen[name])
         found[name] = {
-            "distances": reached, "ours_less_this": 1000 * less["difference"], "standard_error": 1000 * less["standard_error"],
-            "alone_s": seconds[name.partition(",")[0]], "batch_s": batch_s[name] / len(prompts),
-        }  # fmt: skip
+            "distances": reached,
+            "ours_less_this": 1000 * less["difference"],
+            "standard_error": 1000 * less["standard_error"],
+            "alone_s": seconds[name.partition(",")[0]],
+            "batch_s": batch_s[name] / len(prompts),
+        }
         each = found[name]
-        apart = "" if name == "ours" else f"{each['ours_less_this']:.2f} ({each['standard_error']:.2f})"
-        print(f"| {name} | {reached[0]:.2f} | {reached[1]:.2f} | {apart} | {each['alone_s']:.3f} | {each['batch_s']:.3f} |")
+        apart = (
+            "" if name == "ours" else f"{each['ours_less_this']:.2f} ({each['standard_error']:.2f})"
+        )
+        print(
+            f"| {name} | {reached[0]:.2f} | {reached[1]:.2f} | {apart} | {each['alone_s']:.3f} | "
+            f"{each['batch_s']:.3f} |"
+        )
     share = seconds["ours"] / seconds["diffusers"]
     print(f"\nours takes {share:.3f} of diffusers' time for one picture")
     if chosen.out:
-        equal_time_training.write_sheet({"real": ours.real, **drawn}, chosen.out / "quality_vs_diffusers.png")
+        equal_time_training.write_sheet(
+            {"real": ours.real, **drawn}, chosen.out / "quality_vs_diffusers.png"
+        )
     if chosen.json:
-        chosen.json.write_text(json.dumps({"trained": facts, "drawn": found, "guidance": guidances, "share": share}, indent=1))
-    return told(missed(share, found["ours"]["distances"], [each["distances"] for name, each in found.items() if name != "ours"]))
+        chosen.json.write_text(
+            json.dumps(
+                {"trained": facts, "drawn": found, "guidance": guidances, "share": share}, indent=1
+            )
+        )
+    return told(
+        missed(
+            share,
+            found["ours"]["distances"],
+            [each["distances"] for name, each in found.items() if name != "ours"],
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Time, memory and storage of every stage at three sizes, and what that comes to at 1M, 100M and 5B pairs on cores like these.
+"""Time, memory and storage of every stage at three sizes, and what that comes to at 1M, 100M and 5B
+pairs on cores like these.
 
-Ingest, curate, embed and dedup take drawn pictures; what trains, and the index, takes longer lists of the same pictures, so that what
-grows with the list shows. Each measurement is a process of its own, with the quickstart's models. `docs/scale.md` tells of the result.
+Ingest, curate, embed and dedup take drawn pictures; what trains, and the index, takes longer lists
+of the same pictures, so that what
+grows with the list shows. Each measurement is a process of its own, with the quickstart's models.
+`docs/scale.md` tells of the result.
 """
 
 import json
@@ -23,12 +26,16 @@ LONGEST = (50_000, 200_000, 800_000)
 TARGETS = (1_000_000, 100_000_000, 5_000_000_000)
 DIM = 128
 IMAGES = {"clip": 2_048, "prior": 2_048, "decoder": 512}
-"""Images seen by a measured training; the paper's own: 650M by CLIP, 250M by the others, whatever the size of the list."""
+"""Images seen by a measured training; the paper's own: 650M by CLIP, 250M by the others,
+whatever the size of the list.
+"""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """How a stage is measured and how its time grows: `exponent` of the number of pairs; 0 for a training, which goes by images seen."""
+    """How a stage is measured and how its time grows: `exponent` of the number of pairs; 0 for a
+    training, which goes by images seen.
+    """
 
     sizes: tuple[int, int, int]
     exponent: float
@@ -45,8 +52,13 @@ def drawn(folder: Path, count: int) -> None:
     folder.mkdir()
     for number in range(count):
         blocks = chance.integers(0, 255, (6, 6, 3), dtype=np.uint8)
-        cv2.imwrite(str(folder / f"{number}.png"), cv2.resize(blocks, (64, 64), interpolation=cv2.INTER_CUBIC))
-        (folder / f"{number}.txt").write_text(f"a picture of thing number {number}, drawn in the evening\n")
+        cv2.imwrite(
+            str(folder / f"{number}.png"),
+            cv2.resize(blocks, (64, 64), interpolation=cv2.INTER_CUBIC),
+        )
+        (folder / f"{number}.txt").write_text(
+            f"a picture of thing number {number}, drawn in the evening\n"
+        )
 
 
 def ingest(folder: Path, count: int) -> int:
@@ -98,7 +110,16 @@ def embed(folder: Path, count: int) -> int:
     shard_check.settle(table, folder / "ingest" / "shards", "stop", work)
     parts, pairs = stage.cut(config, folder / "curate" / "keep.parquet", work)
     for number in range(parts):
-        stage._embed_part(config, number, len(os.sched_getaffinity(0)), False, folder / "ingest", folder / "clip", out, work)
+        stage._embed_part(
+            config,
+            number,
+            len(os.sched_getaffinity(0)),
+            False,
+            folder / "ingest",
+            folder / "clip",
+            out,
+            work,
+        )
     (out / "facts.json").write_text(json.dumps({"clip_key": "key", "dim": DIM, "count": pairs}))
     return size_of(out)
 
@@ -110,12 +131,21 @@ def dedup(folder: Path, count: int) -> int:
     _, encode_images, side_px = embedding.encoders(folder / "clip")
     shards = folder / "ingest" / "shards"
     (folder / "dedup").mkdir()
-    deduplicate.run(deduplicate.DedupConfig(), shards, folder / "embed", encode_images, side_px, folder / "dedup")
+    deduplicate.run(
+        deduplicate.DedupConfig(),
+        shards,
+        folder / "embed",
+        encode_images,
+        side_px,
+        folder / "dedup",
+    )
     return size_of(folder / "dedup")
 
 
 def lengthen(folder: Path, count: int) -> None:
-    """Write `long`, a keep list and embeddings of `count` rows over the pictures of the middle size, each row with its own key."""
+    """Write `long`, a keep list and embeddings of `count` rows over the pictures of the middle
+    size, each row with its own key.
+    """
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -124,10 +154,16 @@ def lengthen(folder: Path, count: int) -> None:
 
     table = pq.read_table(folder / "curate" / "keep.parquet")
     rows = table.take(pa.array(np.arange(count) % table.num_rows))
-    captions = pa.array([f"{text} {number}" for number, text in enumerate(rows["caption"].to_pylist())])
+    captions = pa.array(
+        [f"{text} {number}" for number, text in enumerate(rows["caption"].to_pylist())]
+    )
     rows = rows.set_column(0, "key", pa.array([f"{number:016x}" for number in range(count)]))
     rows = rows.set_column(rows.column_names.index("caption"), "caption", captions)
-    rows = rows.set_column(rows.column_names.index("captions"), "captions", pa.array([[text] for text in captions.to_pylist()]))
+    rows = rows.set_column(
+        rows.column_names.index("captions"),
+        "captions",
+        pa.array([[text] for text in captions.to_pylist()]),
+    )
     target = folder / "long"
     for name in ("img_emb", "text_emb", "metadata"):
         (target / name).mkdir(parents=True)
@@ -136,7 +172,9 @@ def lengthen(folder: Path, count: int) -> None:
     chance = np.random.default_rng(0)
     centres = chance.standard_normal((200, DIM), dtype=np.float32)
     for name in ("img_emb", "text_emb"):
-        vectors = centres[np.arange(count) % 200] + 0.7 * chance.standard_normal((count, DIM), dtype=np.float32)
+        vectors = centres[np.arange(count) % 200] + 0.7 * chance.standard_normal(
+            (count, DIM), dtype=np.float32
+        )
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         np.save(target / name / f"{name}_0000.npy", vectors.astype(np.float16))
     (target / "facts.json").write_text(json.dumps({"clip_key": "key", "dim": DIM, "count": count}))
@@ -147,9 +185,15 @@ def index(folder: Path, count: int) -> int:
     from indexing.ann.factory import CODED_CENTROIDS_FROM, POINTS_PER_CELL
 
     (folder / "index").mkdir()
-    cells = min(round(16 * math.sqrt(count)), count // POINTS_PER_CELL)  # one kind at all sizes: that of large ones
+    cells = min(
+        round(16 * math.sqrt(count)), count // POINTS_PER_CELL
+    )  # one kind at all sizes: that of large ones
     coded = f"(PQ{DIM // 2}x4fs)" if cells >= CODED_CENTROIDS_FROM else ""
-    stage.build(stage.IndexConfig(factory=f"RR{DIM},IVF{cells}{coded},PQ{DIM // 4}x4fs,Refine(SQ8)"), folder / "long", folder / "index")
+    stage.build(
+        stage.IndexConfig(factory=f"RR{DIM},IVF{cells}{coded},PQ{DIM // 4}x4fs,Refine(SQ8)"),
+        folder / "long",
+        folder / "index",
+    )
     return size_of(folder / "index")
 
 
@@ -170,8 +214,18 @@ def trained(name: str) -> Callable[[Path, int], int]:
         work.mkdir()
         shutil.copyfile(folder / "clip" / "tokenizer.json", work / "tokenizer.json")
         section = getattr(quickstart(), name).model_copy(update={"images": IMAGES[name]})
-        shard_check.settle(read_table(folder / "long" / "keep.parquet", "train"), folder / "ingest" / "shards", "stop", work)
-        paths = {"ingest": folder / "ingest", "curate": folder / "long", "clip": folder / "clip", "embed": folder / "long"}
+        shard_check.settle(
+            read_table(folder / "long" / "keep.parquet", "train"),
+            folder / "ingest" / "shards",
+            "stop",
+            work,
+        )
+        paths = {
+            "ingest": folder / "ingest",
+            "curate": folder / "long",
+            "clip": folder / "clip",
+            "embed": folder / "long",
+        }
         model, averaged = getattr(train, f"fit_{name}")(section, paths, work, "cpu")
         train.write_model(name, model, averaged, section, work)
         row = json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])
@@ -182,16 +236,22 @@ def trained(name: str) -> Callable[[Path, int], int]:
 
 
 def lists(folder: Path, count: int) -> int:
-    """Hold what a worker that trains the decoder holds of every pair: the place of its picture, its captions' ids, and where its z_i is."""
+    """Hold what a worker that trains the decoder holds of every pair: the place of its picture, its
+    captions' ids, and where its z_i is.
+    """
     import torch
 
     from training.data import embedding_dataset, image_reader
     from training.models.tokenizer import Tokenizer
 
     image_reader.CACHE_BYTES = 0  # which is bounded
-    table, z_i = embedding_dataset.read(folder / "long", "train", ["captions", "key", *image_reader.LOCATION])
+    table, z_i = embedding_dataset.read(
+        folder / "long", "train", ["captions", "key", *image_reader.LOCATION]
+    )
     held = image_reader.Pictures(table, folder / "ingest" / "shards", 32)
-    texts = embedding_dataset.Captions(table["captions"], Tokenizer.load(folder / "clip" / "tokenizer.json"))
+    texts = embedding_dataset.Captions(
+        table["captions"], Tokenizer.load(folder / "clip" / "tokenizer.json")
+    )
     rows = torch.arange(0, len(z_i), len(z_i) // 64)
     assert len(held[rows]) == len(z_i[rows]) == len(texts.draw(rows, torch.zeros(len(rows)))[0])
     return 0
@@ -230,13 +290,25 @@ def child(name: str, folder: Path, count: int) -> None:
     clock = time.monotonic()
     stored = COSTS[name].run(folder, count)
     seconds = time.monotonic() - clock
-    peak = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     print(json.dumps({"seconds": seconds, "peak": peak, "stored": stored}))
 
 
 def measured(name: str, folder: Path, count: int) -> dict[str, float]:
     """Measure in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.scale", "--in", name, str(folder), str(count)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.scale",
+        "--in",
+        name,
+        str(folder),
+        str(count),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} of {count:,} failed: {done.stderr[-2000:]}")
@@ -248,8 +320,10 @@ def measured(name: str, folder: Path, count: int) -> dict[str, float]:
 
 def amount(value: float, unit: str) -> str:
     """Write seconds or bytes for people."""
-    steps = {"s": ((86_400 * 365, "years"), (86_400, "days"), (3_600, "h"), (60, "min"), (1, "s")),
-             "B": ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))}[unit]  # fmt: skip
+    steps = {
+        "s": ((86_400 * 365, "years"), (86_400, "days"), (3_600, "h"), (60, "min"), (1, "s")),
+        "B": ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
+    }[unit]
     for size, word in steps:
         if value >= size:
             return f"{value / size:.3g} {word}"
@@ -257,7 +331,9 @@ def amount(value: float, unit: str) -> str:
 
 
 def growth(sizes: tuple[int, int, int], values: list[float]) -> str:
-    """Return e of a + b n^e through three values at sizes of equal ratio, or where they do not grow, "none"."""
+    """Return e of a + b n^e through three values at sizes of equal ratio, or where they do not
+    grow, "none".
+    """
     first, second = values[1] - values[0], values[2] - values[1]
     if first <= 0 or second <= 0 or values[2] < 1.05 * values[0]:
         return "none"
@@ -269,24 +345,37 @@ def rows_of(name: str, cost: Cost, found: list[dict[str, float]]) -> tuple[str, 
     sizes, (low, high) = cost.sizes, (found[0], found[-1])
     span = sizes[-1] - sizes[0]
     memory = max(0.0, (high["peak"] - low["peak"]) / span)
-    each = [amount(one["training_s"] / IMAGES[name] if not cost.exponent else one["seconds"], "s") for one in found]
+    each = [
+        amount(one["training_s"] / IMAGES[name] if not cost.exponent else one["seconds"], "s")
+        for one in found
+    ]
     times = [one["seconds"] for one in found]
     seen = [f"{amount(one['peak'], 'B')}" for one in found]
     stored = [amount(one["stored"], "B") for one in found]
     grows = growth(sizes, [one["stored"] for one in found])
-    head = f"| {name} | {' · '.join(f'{size:,}' for size in sizes)} | {' · '.join(each)}{' an image' if not cost.exponent else ''} "
+    head = f"| {name} | {' · '.join(f'{size:,}' for size in sizes)} | {' · '.join(each)}{' an image' if not cost.exponent else ''} "  # noqa: E501
     shown = growth(sizes, times) if cost.exponent else "images seen"
-    top = head + f"| {shown} | {' · '.join(seen)} | {memory:,.0f} B | {' · '.join(stored)} | {grows} |"
+    top = (
+        head
+        + f"| {shown} | {' · '.join(seen)} | {memory:,.0f} B | {' · '.join(stored)} | {grows} |"
+    )
     cells = []
     for target in TARGETS:
         if cost.exponent:
-            slope = (high["seconds"] - low["seconds"]) / (sizes[-1] ** cost.exponent - sizes[0] ** cost.exponent)
+            slope = (high["seconds"] - low["seconds"]) / (
+                sizes[-1] ** cost.exponent - sizes[0] ** cost.exponent
+            )
             took = amount(max(0.0, slope) * target**cost.exponent, "s")
             kept = amount((high["stored"] - low["stored"]) / span * target, "B")
         else:
             took, kept = "by images", amount(high["stored"], "B")
-        # What short lists add is mostly buffers that fill up: memory is foretold from long lists only.
-        cells.append(f"{took}, {amount(low['peak'] + memory * target, 'B')} held" if sizes == LONGEST else f"{took}, {kept}")
+        # What short lists add is mostly buffers that fill up: memory is foretold from long lists
+        # only.
+        cells.append(
+            f"{took}, {amount(low['peak'] + memory * target, 'B')} held"
+            if sizes == LONGEST
+            else f"{took}, {kept}"
+        )
     return top, f"| {name} | {' | '.join(cells)} |"
 
 
@@ -314,15 +403,22 @@ def main() -> int:
             for name in ("ingest", "curate", "clip"):
                 (long / name).symlink_to(folders[SIZES[1]] / name)
             measured("lengthen", long, count)
-            for name in ("index", "clip", "prior", "decoder") if count in LONG else ("a worker's lists",):
+            for name in (
+                ("index", "clip", "prior", "decoder") if count in LONG else ("a worker's lists",)
+            ):
                 found[name].append(measured(name, long, count))
                 print(f"{name} over {count:,}: {found[name][-1]}", file=sys.stderr, flush=True)
     cores = f"{len(os.sched_getaffinity(0))} cores {platform.processor() or platform.machine()}"
     print(f"Measured {started}, {cores}, load of the last 15 min {os.getloadavg()[2]:.1f}\n")
     lines = [rows_of(name, cost, found[name]) for name, cost in COSTS.items()]
-    print("| stage | pairs | time | grows | peak memory | a pair more | committed | grows |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| stage | pairs | time | grows | peak memory | a pair more | committed | grows "
+        "|\n|---|---|---|---|---|---|---|---|"
+    )
     print("\n".join(top for top, _ in lines))
-    print(f"\n| stage | {' | '.join(f'{target:,} pairs' for target in TARGETS)} |\n|---|---|---|---|")
+    print(
+        f"\n| stage | {' | '.join(f'{target:,} pairs' for target in TARGETS)} |\n|---|---|---|---|"
+    )
     print("\n".join(below for _, below in lines))
     return 0
 

@@ -1,9 +1,13 @@
-"""The README's table of relations and search at inference, from the report of a finished run of the recipe `scenes`.
+"""The README's table of relations and search at inference, from the report of a finished run of the
+recipe `scenes`.
 
-    unclip run scenes --root ROOT && python -m tests.benchmarks.search_at_inference --root ROOT [--run scenes]
+    unclip run scenes --root ROOT && python -m tests.benchmarks.search_at_inference --root ROOT
+    [--run scenes]
 
-Prints each row with its 95 % interval over prompts and the number of prompts. Ends with 1 where search by the checker, by best of n or by a
-beam, does not beat plain sampling at equal calls of the decoder, by an interval above zero, for position and for attribution.
+Prints each row with its 95 % interval over prompts and the number of prompts. Ends with 1 where
+search by the checker, by best of n or by a
+beam, does not beat plain sampling at equal calls of the decoder, by an interval above zero, for
+position and for attribution.
 """
 
 import argparse
@@ -24,7 +28,9 @@ def section_of(report: Mapping[str, Any]) -> Mapping[str, Any]:
     for section in report["sections"]:
         if section["title"] == TITLE and section["tables"]:
             return dict(section)
-    raise SystemExit("the run's report has no relations: give a ROOT in which `unclip run scenes` has ended")
+    raise SystemExit(
+        "the run's report has no relations: give a ROOT in which `unclip run scenes` has ended"
+    )
 
 
 def written(cell: Any) -> str:
@@ -35,19 +41,36 @@ def written(cell: Any) -> str:
 
 
 def missing_gains(section: Mapping[str, Any]) -> list[str]:
-    """Return the rows for which no search by the checker is told from plain sampling, each with what was found."""
-    (table,) = [each for each in section["tables"] if each["caption"].startswith("Search against plain sampling")]
-    gains = {row[0]: {name: cell for name, cell in zip(table["head"][1:], row[1:], strict=True) if JUDGE in name} for row in table["rows"]}
+    """Return the rows for which no search by the checker is told from plain sampling, each with
+    what was found.
+    """
+    (table,) = [
+        each
+        for each in section["tables"]
+        if each["caption"].startswith("Search against plain sampling")
+    ]
+    gains = {
+        row[0]: {
+            name: cell
+            for name, cell in zip(table["head"][1:], row[1:], strict=True)
+            if JUDGE in name
+        }
+        for row in table["rows"]
+    }
     return [
-        f"{row}: {'; '.join(f'{name} {written(cell)}' for name, cell in gains[row].items()) if row in gains else 'not searched'}"
+        f"{row}: {'; '.join(f'{name} {written(cell)}' for name, cell in gains[row].items()) if row in gains else 'not searched'}"  # noqa: E501
         for row in MUST_GAIN
-        if not any(cell["low"] is not None and cell["low"] > 0 for cell in gains.get(row, {}).values())
+        if not any(
+            cell["low"] is not None and cell["low"] > 0 for cell in gains.get(row, {}).values()
+        )
     ]
 
 
 def main() -> int:
     """Print the tables as Markdown and say whether search pays."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default="", help="where the run lies, a folder or s3://…")
     parser.add_argument("--run", default="scenes", help="its name")
     given = parser.parse_args()
@@ -56,11 +79,17 @@ def main() -> int:
         return 0
     section = section_of(read_report(given.run, given.root))
     for table in section["tables"]:
-        print(f"\n{table['caption']}\n\n| {' | '.join(table['head'])} |\n|{'---|' * len(table['head'])}")
+        print(
+            f"\n{table['caption']}\n\n| {' | '.join(table['head'])} "
+            f"|\n|{'---|' * len(table['head'])}"
+        )
         for row in table["rows"]:
             print(f"| {' | '.join(map(written, row))} |")
     missing = missing_gains(section)
-    print(f"\nsearch by the checker beats plain sampling at equal calls for {' and '.join(MUST_GAIN)}: {'no' if missing else 'yes'}")
+    print(
+        f"\nsearch by the checker beats plain sampling at equal calls for "
+        f"{' and '.join(MUST_GAIN)}: {'no' if missing else 'yes'}"
+    )
     for each in missing:
         print(f"  not told from plain sampling: {each}")
     return 1 if missing else 0

@@ -1,11 +1,17 @@
-"""Our zero-shot suite beside CLIP_benchmark and open_clip's own loop: the same CLIP, the same files, the same threads, in turns.
+"""Our zero-shot suite beside CLIP_benchmark and open_clip's own loop: the same CLIP, the same
+files, the same threads, in turns.
 
-    make peers && python -m tests.benchmarks.suite_vs_clip_benchmark [--threads 1] [--rounds 4] [--pictures 400] [--steps 60]
+    make peers && python -m tests.benchmarks.suite_vs_clip_benchmark [--threads 1] [--rounds 4]
+    [--pictures 400] [--steps 60]
 
-A small ViT learns for a minute from half of each packaged set; the other half is written as WebDataset shards in CLIP_benchmark's layout,
-which both sides read: pictures of 8 to hundreds of pixels, one set of them not square, so that what becomes of a picture before the model
-sees it is compared too. Printed are both sides' acc1, acc5 and mean per class, how many pictures are named alike, and of two sets
-pictures a second, of open_clip's loop and of the whole evaluation (files and class names in, figures out), in float32 and bfloat16.
+A small ViT learns for a minute from half of each packaged set; the other half is written as
+WebDataset shards in CLIP_benchmark's layout,
+which both sides read: pictures of 8 to hundreds of pixels, one set of them not square, so that what
+becomes of a picture before the model
+sees it is compared too. Printed are both sides' acc1, acc5 and mean per class, how many pictures
+are named alike, and of two sets
+pictures a second, of open_clip's loop and of the whole evaluation (files and class names in,
+figures out), in float32 and bfloat16.
 Ends with 1 where figures differ or our pictures are not WANTED times as fast as open_clip's loop.
 """
 
@@ -50,7 +56,15 @@ from training.optim.step import Step
 
 PYTHON = PEERS / "clip_benchmark" / "bin" / "python"
 SIDE_PX = 64
-SHAPE = {"width": 192, "depth": 6, "patch_px": 8, "image_size_px": SIDE_PX, "text_width": 192, "text_depth": 6, "embed_dim": 192}
+SHAPE = {
+    "width": 192,
+    "depth": 6,
+    "patch_px": 8,
+    "image_size_px": SIDE_PX,
+    "text_width": 192,
+    "text_depth": 6,
+    "embed_dim": 192,
+}
 BATCH = 64
 LOOK = Look("shortest", "bicubic", 0)
 """How the CLIP sees pictures, as open_clip's do."""
@@ -77,19 +91,27 @@ def oblong(some: ImageSet) -> ImageSet:
     made = []
     for data in some.encoded:
         width, height = rng.integers(*OBLONG_PX, 2).tolist()
-        made.append(packaged_sets.png(cv2.resize(decoded(data), (width, height), interpolation=cv2.INTER_CUBIC)))
+        made.append(
+            packaged_sets.png(
+                cv2.resize(decoded(data), (width, height), interpolation=cv2.INTER_CUBIC)
+            )
+        )
     return replace(some, name=OBLONG, encoded=made)
 
 
 def decoded(data: bytes) -> np.ndarray:
-    """Decode a file to RGB, so that both sides read the same pixels of a PNG whatever decoder of JPEG each has."""
+    """Decode a file to RGB, so that both sides read the same pixels of a PNG whatever decoder of
+    JPEG each has.
+    """
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     assert picture is not None, "packaged sets hold pictures"
     return picture[..., ::-1]
 
 
 def write_shards(some: ImageSet, folder: Path) -> None:
-    """Write a set as `clip_benchmark_export_wds` does: test/N.tar of KEY.png and KEY.cls, nshards.txt, class names and templates."""
+    """Write a set as `clip_benchmark_export_wds` does: test/N.tar of KEY.png and KEY.cls,
+    nshards.txt, class names and templates.
+    """
     (folder / "test").mkdir(parents=True)
     pictures = some.pictures(SIDE_PX) if some.name in SETS else map(decoded, some.encoded)
     with tarfile.open(folder / "test" / "0.tar", "w") as tar:
@@ -106,9 +128,23 @@ def write_shards(some: ImageSet, folder: Path) -> None:
 
 
 def teach(sets: list[ImageSet], tokenizer: Tokenizer, steps: int, folder: Path) -> None:
-    """Train a CLIP on the sets' pictures and prompts by our loop and leave it as a `clip` stage's folder."""
-    look = {"resize_mode": LOOK.resize, "interpolation": LOOK.interpolation, "fill_color": LOOK.fill}
-    config = ClipConfig(image_tower="vit", images=BATCH * steps, batch_size=BATCH, learning_rate=5e-4, state_every_s=1e9, **SHAPE, **look)  # type: ignore[arg-type]
+    """Train a CLIP on the sets' pictures and prompts by our loop and leave it as a `clip` stage's
+    folder.
+    """
+    look = {
+        "resize_mode": LOOK.resize,
+        "interpolation": LOOK.interpolation,
+        "fill_color": LOOK.fill,
+    }
+    config = ClipConfig(
+        image_tower="vit",
+        images=BATCH * steps,
+        batch_size=BATCH,
+        learning_rate=5e-4,
+        state_every_s=1e9,
+        **SHAPE,
+        **look,
+    )  # type: ignore[arg-type]
     pictures = torch.from_numpy(np.concatenate([each.pictures(SIDE_PX) for each in sets]))
     texts = [
         each.templates[place % len(each.templates)].replace("{}", each.names[label])
@@ -117,17 +153,29 @@ def teach(sets: list[ImageSet], tokenizer: Tokenizer, steps: int, folder: Path) 
     ]
     torch.manual_seed(0)
     model = CLIP(config, tokenizer.vocab_size, tokenizer.context)
-    order = torch.randint(0, len(texts), (steps + 1, BATCH), generator=torch.Generator().manual_seed(0))
+    order = torch.randint(
+        0, len(texts), (steps + 1, BATCH), generator=torch.Generator().manual_seed(0)
+    )
 
     def loss_of(step: Step) -> Tensor:
         rows = order[step.number % len(order)]
-        return model.loss(clip_model.to_pixels(pictures[rows], SIDE_PX), tokenizer([texts[row] for row in rows.tolist()]))
+        return model.loss(
+            clip_model.to_pixels(pictures[rows], SIDE_PX),
+            tokenizer([texts[row] for row in rows.tolist()]),
+        )
 
     (folder / "work").mkdir()
     loop.run(model, config, loss_of, folder / "work", model.clamp_logit_scale)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "weights.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()},
+        folder / "weights.safetensors",
+    )
     tokenizer.save(folder / "tokenizer.json")
-    facts = {"clip": config.model_dump(mode="json"), "vocab_size": tokenizer.vocab_size, "context": tokenizer.context}
+    facts = {
+        "clip": config.model_dump(mode="json"),
+        "vocab_size": tokenizer.vocab_size,
+        "context": tokenizer.context,
+    }
     (folder / "config.json").write_text(json.dumps(facts))
 
 
@@ -148,17 +196,32 @@ def in_turns(rounds: int, works: dict[str, Callable[[], float]]) -> dict[str, fl
 def measure(threads: int, rounds: int, pictures: int, steps: int, workers: int) -> dict[str, Any]:
     """Measure everything and return both sides' figures and seconds by set."""
     torch.set_num_threads(threads)
-    merges = next((PYTHON.parent.parent / "lib").glob("python*/site-packages/open_clip/bpe_simple_vocab_16e6.txt.gz"))
+    merges = next(
+        (PYTHON.parent.parent / "lib").glob(
+            "python*/site-packages/open_clip/bpe_simple_vocab_16e6.txt.gz"
+        )
+    )
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as named:
         folder = Path(named)
-        whole_sets = [opened(packaged_sets.set_path(name, folder), name) for name in (*SETS, *OTHERS)]
-        parts = [halves(each, pictures) for each in (*whole_sets, oblong(whole_sets[SETS.index("silhouettes")]))]
+        whole_sets = [
+            opened(packaged_sets.set_path(name, folder), name) for name in (*SETS, *OTHERS)
+        ]
+        parts = [
+            halves(each, pictures)
+            for each in (*whole_sets, oblong(whole_sets[SETS.index("silhouettes")]))
+        ]
         teach([taught for taught, _ in parts], Tokenizer.from_merges(merges), steps, folder)
         open_clip_format.write(folder, folder / "open_clip")
         for _, judged in parts:
             write_shards(judged, folder / "sets" / judged.name)
-        told = {"model": str(folder / "open_clip"), "sets": str(folder / "sets"), "threads": threads, "batch": BATCH, "workers": workers}
+        told = {
+            "model": str(folder / "open_clip"),
+            "sets": str(folder / "sets"),
+            "threads": threads,
+            "batch": BATCH,
+            "workers": workers,
+        }
         peer = Peer(PYTHON, "clip_benchmark_peer.py", folder / "peer.log")
         versions = peer.ask(told)
         model, tokenizer = clip_model.load(folder)
@@ -184,7 +247,10 @@ def measure(threads: int, rounds: int, pictures: int, steps: int, workers: int) 
             started_s = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 some = opened(folder / "sets" / name, name)
-                place = zero_shot.ranks(zero_shot_suite.encoded(encode_images, some.pictures(SIDE_PX)) @ classes, some.labels)
+                place = zero_shot.ranks(
+                    zero_shot_suite.encoded(encode_images, some.pictures(SIDE_PX)) @ classes,
+                    some.labels,
+                )
             assert 0 <= (place < 1).mean() <= (place < 5).mean() <= 1
             return time.perf_counter() - started_s
 
@@ -217,7 +283,9 @@ def measure(threads: int, rounds: int, pictures: int, steps: int, workers: int) 
 
 def main() -> int:
     """Print both sides' figures and a row for the README."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--pictures", type=int, default=400, help="of each set, at most")
@@ -229,7 +297,10 @@ def main() -> int:
         print("skipped: CLIP_benchmark is not installed beside us, make peers")
         return 0
     found = measure(given.threads, given.rounds, given.pictures, given.steps, given.workers)
-    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {given.threads} thread(s); {found['versions']}")
+    print(
+        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {given.threads} "
+        f"thread(s); {found['versions']}"
+    )
     is_same = True
     for name in (*SETS, *OTHERS, OBLONG):
         each = found[name]
@@ -242,23 +313,37 @@ def main() -> int:
             print(f"  {figure:<22} ours {ours:.6f}  CLIP_benchmark {theirs:.6f}")
         for precision in ("float32", "bf16") if name in SETS else ():
             rates = {side: each["pictures"] / seconds for side, seconds in each[precision].items()}
-            for ours, theirs in (("our pictures", "open_clip's loop"), ("our evaluation", "CLIP_benchmark")):
+            for ours, theirs in (
+                ("our pictures", "open_clip's loop"),
+                ("our evaluation", "CLIP_benchmark"),
+            ):
                 ratio = rates[ours] / rates[theirs]
-                print(f"  {precision:<8} {ours} {rates[ours]:,.0f}/s  {theirs} {rates[theirs]:,.0f}/s  {ratio:.2f} times")
+                print(
+                    f"  {precision:<8} {ours} {rates[ours]:,.0f}/s  {theirs} "
+                    f"{rates[theirs]:,.0f}/s  {ratio:.2f} times"
+                )
     times = {
-        (ours, precision): statistics.mean(found[name][precision][theirs] / found[name][precision][ours] for name in SETS)
-        for ours, theirs in (("our pictures", "open_clip's loop"), ("our evaluation", "CLIP_benchmark"))
+        (ours, precision): statistics.mean(
+            found[name][precision][theirs] / found[name][precision][ours] for name in SETS
+        )
+        for ours, theirs in (
+            ("our pictures", "open_clip's loop"),
+            ("our evaluation", "CLIP_benchmark"),
+        )
         for precision in ("float32", "bf16")
     }
     loops = [times["our pictures", precision] for precision in ("float32", "bf16")]
     is_fast = min(loops) >= WANTED
     print(
-        f"| zero-shot suite, {', '.join((*SETS, *OTHERS, OBLONG))} | CLIP_benchmark {found['versions']['clip_benchmark']} | figures "
-        f"{'equal' if is_same else 'differ'}; whole evaluation {times['our evaluation', 'float32']:.2f} times, bfloat16 "
+        f"| zero-shot suite, {', '.join((*SETS, *OTHERS, OBLONG))} | CLIP_benchmark "
+        f"{found['versions']['clip_benchmark']} | figures "
+        f"{'equal' if is_same else 'differ'}; whole evaluation "
+        f"{times['our evaluation', 'float32']:.2f} times, bfloat16 "
         f"{times['our evaluation', 'bf16']:.2f} times |"
     )
     print(
-        f"our pictures against open_clip's loop: float32 {loops[0]:.2f} times, bfloat16 {loops[1]:.2f} times; wanted {WANTED} times: "
+        f"our pictures against open_clip's loop: float32 {loops[0]:.2f} times, bfloat16 "
+        f"{loops[1]:.2f} times; wanted {WANTED} times: "
         f"{'reached' if is_fast else 'missed'}"
     )
     if given.json:

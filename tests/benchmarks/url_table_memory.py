@@ -1,8 +1,12 @@
-"""Peak memory of ingest around the download, by rows of the URL table: sources to table, feeds, failed rows, the count at the end.
+"""Peak memory of ingest around the download, by rows of the URL table: sources to table, feeds,
+failed rows, the count at the end.
 
-A parquet list of each size is generated a block at a time (one row in ten names a URL that stood before); every size runs in a process
-of its own, whose shards are written as a download leaves them, a quarter of the rows failed, half of those for a passing reason.
-`python -m tests.benchmarks.url_table_memory [ROWS …]`; exits with 1 where ten times the rows take more than 30 bytes a row more.
+A parquet list of each size is generated a block at a time (one row in ten names a URL that stood
+before); every size runs in a process
+of its own, whose shards are written as a download leaves them, a quarter of the rows failed, half
+of those for a passing reason.
+`python -m tests.benchmarks.url_table_memory [ROWS …]`; exits with 1 where ten times the rows take
+more than 30 bytes a row more.
 """
 
 import subprocess
@@ -33,13 +37,21 @@ def write_list(file: Path, rows: int) -> None:
         for first in range(0, rows, GROUP_ROWS):
             numbers = np.arange(first, min(first + GROUP_ROWS, rows))
             named = np.where(numbers % 10 == 9, numbers - 9, numbers)
-            urls = [f"https://pictures-{number % 9973}.example.org/albums/{number % 8191:05d}/photo-{number:09d}.jpg" for number in named]
-            captions = [f"A picture of thing number {number}, seen from the garden on a clear evening" for number in numbers]
+            urls = [
+                f"https://pictures-{number % 9973}.example.org/albums/{number % 8191:05d}/photo-{number:09d}.jpg"  # noqa: E501
+                for number in named
+            ]
+            captions = [
+                f"A picture of thing number {number}, seen from the garden on a clear evening"
+                for number in numbers
+            ]
             writer.write_table(pa.table([urls, captions], schema=schema), row_group_size=GROUP_ROWS)
 
 
 def pretend(feeds: list[Feed], shards: Path, problem: np.ndarray) -> None:
-    """Write what a download of the feeds leaves, without the pictures: `problem` is dealt out by row."""
+    """Write what a download of the feeds leaves, without the pictures: `problem` is dealt out by
+    row.
+    """
     shards.mkdir(exist_ok=True)
     for feed in feeds:
         with pa.ipc.open_file(feed.file) as reader:
@@ -54,20 +66,32 @@ def pretend(feeds: list[Feed], shards: Path, problem: np.ndarray) -> None:
 def step(name: str, clock: float, rows: int) -> float:
     """Print seconds and peak memory so far; return the time."""
     now = time.monotonic()
-    print(f"  {name:<28}{now - clock:7.1f} s  {(now - clock) / rows * 1e6:6.1f} us a row  peak {peak_bytes() / 2**20:6.0f} MiB", flush=True)
+    print(
+        f"  {name:<28}{now - clock:7.1f} s  {(now - clock) / rows * 1e6:6.1f} us a row  peak "
+        f"{peak_bytes() / 2**20:6.0f} MiB",
+        flush=True,
+    )
     return now
 
 
 def peak_bytes() -> int:
     """Return the largest resident set of this process so far."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
 def run(folder: Path, rows: int) -> None:
     """Take a list through everything but the download."""
     config = DataConfig.model_validate(
-        {"sources": [{"kind": "urls", "path": str(folder / "list.parquet")}], "images_per_shard": SHARD_ROWS, "min_success": 0.5}
+        {
+            "sources": [{"kind": "urls", "path": str(folder / "list.parquet")}],
+            "images_per_shard": SHARD_ROWS,
+            "min_success": 0.5,
+        }
     )
     clock = step("imports", time.monotonic(), rows)
     table = folder / "table"
@@ -85,7 +109,9 @@ def run(folder: Path, rows: int) -> None:
     clock = step("rows to ask again", clock, rows)
     pretend(retried, folder / "shards", np.array(["", "timeout: 10 s"]))
     (folder / "out").mkdir()
-    counts = ingest.finish(config, table, folder / "shards", len(feeds) + len(retried), folder / "out")
+    counts = ingest.finish(
+        config, table, folder / "shards", len(feeds) + len(retried), folder / "out"
+    )
     assert counts["in"] == rows and counts["dropped"]["duplicate_url"] == rows // 10
     assert abs(counts["dropped"]["timeout"] / kept - 1 / 16) < 0.01
     step("counts and dropped rows", clock, rows)
@@ -103,13 +129,26 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as name:
             write_list(Path(name) / "list.parquet", rows)
             print(f"{rows:,} rows", flush=True)
-            command = [sys.executable, "-m", "tests.benchmarks.url_table_memory", "--in", name, str(rows)]
-            *lines, last = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+            command = [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.url_table_memory",
+                "--in",
+                name,
+                str(rows),
+            ]
+            *lines, last = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout.splitlines()
             print("\n".join(lines), flush=True)
             peaks.append(int(last))
     growth = (peaks[-1] - peaks[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else 0.0
     print(
-        ", ".join(f"{rows:,} rows: {peak / 2**20:,.0f} MiB" for rows, peak in zip(sizes, peaks, strict=True)), f"; {growth:.1f} bytes a row"
+        ", ".join(
+            f"{rows:,} rows: {peak / 2**20:,.0f} MiB"
+            for rows, peak in zip(sizes, peaks, strict=True)
+        ),
+        f"; {growth:.1f} bytes a row",
     )
     return 0 if growth <= LIMIT_BYTES_A_ROW else 1
 

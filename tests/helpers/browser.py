@@ -1,4 +1,6 @@
-"""Drives a headless Chromium over its debugging pipe, for tests of pages; nothing but the browser itself is needed."""
+"""Drives a headless Chromium over its debugging pipe, for tests of pages; nothing but the browser
+itself is needed.
+"""
 
 import base64
 import json
@@ -10,17 +12,34 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 FLAGS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--disable-dev-shm-usage"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions", "--remote-debugging-pipe"),
+    *(
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--hide-scrollbars",
+        "--disable-dev-shm-usage",
+    ),
+    *(
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-extensions",
+        "--remote-debugging-pipe",
+    ),
 )
 CODES = {"Escape": 27}
 """Of keys whose meaning is the browser's own."""
 
 
 class Browser:
-    """Context manager: one page; `errors` collects what the page's scripts throw and what its policy refuses."""
+    """Context manager: one page; `errors` collects what the page's scripts throw and what its
+    policy refuses.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,15 +65,25 @@ class Browser:
         )
         os.close(read_theirs)
         os.close(write_theirs)
-        self.reader, self.writer = os.fdopen(read_ours, "rb"), os.fdopen(write_ours, "wb", buffering=0)
+        self.reader, self.writer = (
+            os.fdopen(read_ours, "rb"),
+            os.fdopen(write_ours, "wb", buffering=0),
+        )
         self.number, self.session, self.left = 0, "", b""
         target = self.tell("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.tell("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.tell("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log"):
             self.tell(f"{domain}.enable")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.process.kill()
         self.process.wait()
         self.reader.close()
@@ -63,7 +92,9 @@ class Browser:
     def tell(self, method: str, **params: Any) -> dict[str, Any]:
         """Send a command of the DevTools protocol and return its result."""
         self.number += 1
-        message = {"id": self.number, "method": method, "params": params} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": self.number, "method": method, "params": params} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         self.writer.write(json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next()
@@ -78,7 +109,9 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """Return the value of a JavaScript expression; awaits a promise."""
-        found = self.tell("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        found = self.tell(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
@@ -94,15 +127,29 @@ class Browser:
         """Press and release one key."""
         code = {"windowsVirtualKeyCode": CODES[key]} if key in CODES else {}
         for kind in ("keyDown", "keyUp"):
-            self.tell("Input.dispatchKeyEvent", type=kind, key=key, **code, **({"text": text} if text and kind == "keyDown" else {}))
+            self.tell(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                **code,
+                **({"text": text} if text and kind == "keyDown" else {}),
+            )
 
     def look(self, file: Path, width: int = 1280, height: int = 900, is_dark: bool = False) -> None:
         """Save a screenshot at that size and colour scheme."""
-        self.tell("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.tell(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
         self.tell("Emulation.setEmulatedMedia", features=[scheme])
         self.run("new Promise((done) => setTimeout(done, 300))")
-        file.write_bytes(base64.b64decode(self.tell("Page.captureScreenshot", format="png")["data"]))
+        file.write_bytes(
+            base64.b64decode(self.tell("Page.captureScreenshot", format="png")["data"])
+        )
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.left:
@@ -114,5 +161,7 @@ class Browser:
         if event.get("method") == "Runtime.exceptionThrown":
             self.errors.append(json.dumps(event["params"]["exceptionDetails"])[:500])
         if event.get("method") == "Log.entryAdded" and event["params"]["entry"]["level"] == "error":
-            self.errors.append(f"{event['params']['entry']['text']} {event['params']['entry'].get('url', '')}")
+            self.errors.append(
+                f"{event['params']['entry']['text']} {event['params']['entry'].get('url', '')}"
+            )
         return event

@@ -1,4 +1,5 @@
-"""Runs a command beside processes that keep the cores busy: `python -m tests.helpers.busy COUNT COMMAND…`; ends with the command's exit
+"""Runs a command beside processes that keep the cores busy: `python -m tests.helpers.busy COUNT
+COMMAND…`; ends with the command's exit
 code.
 """
 

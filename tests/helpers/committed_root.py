@@ -1,4 +1,6 @@
-"""A ROOT with a committed run of the drawn pictures: ingest, curate, clip, embed and index as the stages write them."""
+"""A ROOT with a committed run of the drawn pictures: ingest, curate, clip, embed and index as the
+stages write them.
+"""
 
 import hashlib
 import json
@@ -29,17 +31,36 @@ def write_root(folder: Path, rows: list[dict[str, Any]] | None = None, uri: str 
     ingest = folder / "out"
     (ingest / "shards").mkdir(parents=True)
     (drawn / "shards" / "00000.tar").rename(ingest / "shards" / "00000.tar")
-    items = table.select(["origin", "caption", "captions", "licence", "concept", "style", "category", "subcategory"])
+    items = table.select(
+        ["origin", "caption", "captions", "licence", "concept", "style", "category", "subcategory"]
+    )
     keys = pa.array([member.partition(".")[0] for member in table["member"].to_pylist()])
-    shard = items.append_column("sample", table["key"]).append_column("url", pa.array(urls)).append_column("key", keys)
+    shard = (
+        items.append_column("sample", table["key"])
+        .append_column("url", pa.array(urls))
+        .append_column("key", keys)
+    )
     for name in ("original_width", "original_height"):
         shard = shard.append_column(name, table["width_px"])
     shard = shard.append_column(
-        "sha256", pa.array([hashlib.sha256(f"got {each}".encode()).hexdigest() for each in table["sha256"].to_pylist()])
+        "sha256",
+        pa.array(
+            [
+                hashlib.sha256(f"got {each}".encode()).hexdigest()
+                for each in table["sha256"].to_pylist()
+            ]
+        ),
     )
-    pq.write_table(shard.append_column("status", pa.array(["success"] * len(table))), ingest / "shards" / "00000.parquet")
     pq.write_table(
-        items.append_column("key", table["key"]).append_column("url", pa.array(urls)).select(URLS.names).cast(URLS), ingest / "urls.parquet"
+        shard.append_column("status", pa.array(["success"] * len(table))),
+        ingest / "shards" / "00000.parquet",
+    )
+    pq.write_table(
+        items.append_column("key", table["key"])
+        .append_column("url", pa.array(urls))
+        .select(URLS.names)
+        .cast(URLS),
+        ingest / "urls.parquet",
     )
     pq.write_table(pa.Table.from_pylist([], DROPPED), ingest / "dropped.parquet")
     made: dict[str, Committed] = {}
@@ -69,8 +90,17 @@ def write_root(folder: Path, rows: list[dict[str, Any]] | None = None, uri: str 
     index = _made(folder / "out")
     build(section, made["embed"].local(), index)
     commit("index", index, ("embed",), {"index": section.model_dump(mode="json")})
-    record = {"name": "drawn", "recipe": "drawn", "started": manifests.now(), "finished": manifests.now()}
-    store.write_json(root, "runs/drawn.json", record | {"stages": {stage: each.key for stage, each in made.items()}, "report": None})
+    record = {
+        "name": "drawn",
+        "recipe": "drawn",
+        "started": manifests.now(),
+        "finished": manifests.now(),
+    }
+    store.write_json(
+        root,
+        "runs/drawn.json",
+        record | {"stages": {stage: each.key for stage, each in made.items()}, "report": None},
+    )
     return root
 
 

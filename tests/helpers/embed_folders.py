@@ -1,4 +1,6 @@
-"""Writes a small embed folder: clustered unit vectors, texts near their pictures, metadata in the same order."""
+"""Writes a small embed folder: clustered unit vectors, texts near their pictures, metadata in the
+same order.
+"""
 
 import hashlib
 import json
@@ -33,11 +35,17 @@ def vectors(count: int, dim: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.
     return np.asarray(made / np.linalg.norm(made, axis=1, keepdims=True), np.float16)
 
 
-def spread_out(counts: list[int], dim: int, power: float) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-    """Return float32 unit vectors (N, D) for each count, without clusters: the spread of direction d is d ** power."""
+def spread_out(
+    counts: list[int], dim: int, power: float
+) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    """Return float32 unit vectors (N, D) for each count, without clusters: the spread of direction
+    d is d ** power.
+    """
     rng = np.random.default_rng(0)
     made = [rng.normal(size=(count, dim)) * np.arange(1, dim + 1) ** power for count in counts]
-    return [(each / np.linalg.norm(each, axis=1, keepdims=True)).astype(np.float32) for each in made]
+    return [
+        (each / np.linalg.norm(each, axis=1, keepdims=True)).astype(np.float32) for each in made
+    ]
 
 
 def filled(factory: str, parts: list[np.ndarray[Any, Any]], seed: int) -> faiss.Index:
@@ -47,14 +55,29 @@ def filled(factory: str, parts: list[np.ndarray[Any, Any]], seed: int) -> faiss.
     return index
 
 
-def write_embed(folder: Path, count: int = 1500, dim: int = 32, parts: int = 2, copies: int = 1) -> np.ndarray[Any, np.dtype[np.float16]]:
-    """Write the folder in `parts` files of each kind and return the image vectors; each picture stands there `copies` times in a row."""
+def write_embed(
+    folder: Path, count: int = 1500, dim: int = 32, parts: int = 2, copies: int = 1
+) -> np.ndarray[Any, np.dtype[np.float16]]:
+    """Write the folder in `parts` files of each kind and return the image vectors; each picture
+    stands there `copies` times in a row.
+    """
     image = np.repeat(vectors(-(-count // copies), dim), copies, axis=0)[:count]
     text = vectors(count, dim, seed=1)
     rows = [
         dict.fromkeys(EMBEDDED.names, "")
-        | {"key": f"k{i:06d}", "origin": f"https://example.org/{i}.png", "caption": f"picture {i}", "captions": [f"picture {i}"]}
-        | {"sha256": hashlib.sha256(str(i // copies).encode()).hexdigest(), "offset": i, "size_bytes": 1, "width_px": 8, "height_px": 8}
+        | {
+            "key": f"k{i:06d}",
+            "origin": f"https://example.org/{i}.png",
+            "caption": f"picture {i}",
+            "captions": [f"picture {i}"],
+        }
+        | {
+            "sha256": hashlib.sha256(str(i // copies).encode()).hexdigest(),
+            "offset": i,
+            "size_bytes": 1,
+            "width_px": 8,
+            "height_px": 8,
+        }
         for i in range(count)
     ]
     for name in ("img_emb", "text_emb", "metadata"):
@@ -71,7 +94,9 @@ def write_embed(folder: Path, count: int = 1500, dim: int = 32, parts: int = 2, 
 def exact(embed: Path, modality: str) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Return the vectors (N, D) of an embed folder."""
     name = {"image": "img_emb", "text": "text_emb"}[modality]
-    return np.concatenate([np.load(file) for file in sorted((embed / name).glob("*.npy"))]).astype(np.float32)
+    return np.concatenate([np.load(file) for file in sorted((embed / name).glob("*.npy"))]).astype(
+        np.float32
+    )
 
 
 def cut(embed: Path, folder: Path, count: int) -> None:
@@ -80,7 +105,9 @@ def cut(embed: Path, folder: Path, count: int) -> None:
         (folder / name).mkdir(parents=True)
         whole = np.concatenate([np.load(file) for file in sorted((embed / name).glob("*.npy"))])
         np.save(folder / name / f"{name}_0000.npy", whole[:count])
-    rows = pa.concat_tables([pq.read_table(file) for file in sorted((embed / "metadata").glob("*.parquet"))])
+    rows = pa.concat_tables(
+        [pq.read_table(file) for file in sorted((embed / "metadata").glob("*.parquet"))]
+    )
     (folder / "metadata").mkdir()
     pq.write_table(rows.slice(0, count), folder / "metadata" / "metadata_0000.parquet")
     facts = json.loads((embed / "facts.json").read_text())

@@ -1,6 +1,8 @@
-"""Ours trained for given seconds on a run's pictures and embeddings, what a peer is to be trained on beside, and how both are judged.
+"""Ours trained for given seconds on a run's pictures and embeddings, what a peer is to be trained
+on beside, and how both are judged.
 
-Reads the newest ingest, clip and embed stages of ROOT. A fifth of the time goes to the prior. Both draw captions of held-out concepts.
+Reads the newest ingest, clip and embed stages of ROOT. A fifth of the time goes to the prior. Both
+draw captions of held-out concepts.
 """
 
 import json
@@ -36,7 +38,9 @@ CALIBRATION_STEPS = 6
 
 @dataclass
 class Trained:
-    """Ours after its time, and the question: prompts, and the real pictures that they belong to, uint8 (P, S, S, 3)."""
+    """Ours after its time, and the question: prompts, and the real pictures that they belong to,
+    uint8 (P, S, S, 3).
+    """
 
     system: Unclip
     paths: dict[str, Path]
@@ -56,17 +60,22 @@ class Trained:
         return {name: each["parameters"] for name, each in self.facts.items()}
 
     def for_peers(self) -> dict[str, Tensor]:
-        """Return what peers are trained on, pairs of first captions, and what they are asked: unit vectors and uint8 pictures."""
+        """Return what peers are trained on, pairs of first captions, and what they are asked: unit
+        vectors and uint8 pictures.
+        """
         clip, tokenizer = self.system.clip, self.system.tokenizer
         table, z_i = embedding_dataset.read(self.paths["embed"], "train")
         captions = table["caption"].to_pylist()
         return {
             "z_i": z_i[torch.arange(len(z_i))],
-            "z_t": clip_model.embed_texts(clip, tokenizer, captions), "encodings": encodings(clip, tokenizer, captions),
-            "images": Pictures(table, self.paths["ingest"] / "shards", self.side_px)[range(len(captions))],
+            "z_t": clip_model.embed_texts(clip, tokenizer, captions),
+            "encodings": encodings(clip, tokenizer, captions),
+            "images": Pictures(table, self.paths["ingest"] / "shards", self.side_px)[
+                range(len(captions))
+            ],
             "asked_z_t": clip_model.embed_texts(clip, tokenizer, self.prompts),
             "asked_encodings": encodings(clip, tokenizer, self.prompts),
-        }  # fmt: skip
+        }
 
 
 def trained(config: RunConfig, root: Path, seconds: float, pictures: int) -> Trained:
@@ -79,30 +88,60 @@ def trained(config: RunConfig, root: Path, seconds: float, pictures: int) -> Tra
     system = Unclip(*clip_model.load(paths["clip"]), prior, decoder)  # type: ignore[arg-type]
     held = read_table(paths["embed"] / "metadata", "held_out_concept")
     held = held.take(np.random.default_rng(0).permutation(held.num_rows)[:pictures])
-    real = Pictures(held, paths["ingest"] / "shards", config.decoder.image_size_px)[range(held.num_rows)].numpy()
-    return Trained(system, paths, each_s, {"prior": of_prior, "decoder": of_decoder}, held["caption"].to_pylist(), real)
+    real = Pictures(held, paths["ingest"] / "shards", config.decoder.image_size_px)[
+        range(held.num_rows)
+    ].numpy()
+    return Trained(
+        system,
+        paths,
+        each_s,
+        {"prior": of_prior, "decoder": of_decoder},
+        held["caption"].to_pylist(),
+        real,
+    )
 
 
-def train_ours(fit: Callable[..., Any], config: LoopConfig, paths: dict[str, Path], seconds: float) -> tuple[nn.Module, dict[str, Any]]:
-    """Train as the stage does for that long, the time of seeing how many images fit included; returns the averaged model."""
+def train_ours(
+    fit: Callable[..., Any], config: LoopConfig, paths: dict[str, Path], seconds: float
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train as the stage does for that long, the time of seeing how many images fit included;
+    returns the averaged model.
+    """
     images, taken_s, seen = CALIBRATION_STEPS * config.batch_size, 0.0, 0
     for left in (1, 0):
         with tempfile.TemporaryDirectory() as folder:
             if isinstance(config, DecoderConfig):
-                shard_check.settle(read_table(paths["embed"] / "metadata", "train"), paths["ingest"] / "shards", "stop", Path(folder))
-            model, averaged = fit(config.model_copy(update={"images": images, "state_every_s": 1e9}), paths, Path(folder), "cpu")
+                shard_check.settle(
+                    read_table(paths["embed"] / "metadata", "train"),
+                    paths["ingest"] / "shards",
+                    "stop",
+                    Path(folder),
+                )
+            model, averaged = fit(
+                config.model_copy(update={"images": images, "state_every_s": 1e9}),
+                paths,
+                Path(folder),
+                "cpu",
+            )
             last = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])
         taken_s, seen = taken_s + last["seconds"], last["images_seen"]
         if left:
             images = max(images, int(images * (seconds - taken_s) / taken_s))
     model.load_state_dict(averaged)
-    facts = {"parameters": without_tables(model), "images_seen": seen, "seconds": taken_s, "loss": last["loss"]}
+    facts = {
+        "parameters": without_tables(model),
+        "images_seen": seen,
+        "seconds": taken_s,
+        "loss": last["loss"],
+    }
     return model.eval().requires_grad_(False), facts
 
 
 @torch.no_grad()
 def encodings(clip: CLIP, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """Return the projected hidden states of the text tower, float16 (B, context, E); padding is zero, as DALLE2-pytorch wants it."""
+    """Return the projected hidden states of the text tower, float16 (B, context, E); padding is
+    zero, as DALLE2-pytorch wants it.
+    """
     found = torch.zeros(len(texts), tokenizer.context, clip.config.embed_dim, dtype=torch.float16)
     for start in range(0, len(texts), 256):
         ids = tokenizer(texts[start : start + 256])

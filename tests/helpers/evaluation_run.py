@@ -1,6 +1,8 @@
-"""Writes a small run for the evaluation: coloured pictures in a shard, an embed folder over them, and models that know the colours.
+"""Writes a small run for the evaluation: coloured pictures in a shard, an embed folder over them,
+and models that know the colours.
 
-A concept is a colour; its pictures are a plain square and a framed one, its vector a direction of its own, so figures are known.
+A concept is a colour; its pictures are a plain square and a framed one, its vector a direction of
+its own, so figures are known.
 """
 
 import base64
@@ -73,14 +75,24 @@ def row(number: int, style: str, split: str, /, **more: Any) -> dict[str, Any]:
 
 
 def usual_rows() -> list[dict[str, Any]]:
-    """Return twelve trained concepts and four held-out ones, plain and framed, and all of them in a held-out style."""
-    trained = [row(concept, style, "train") for concept in range(12) for style in ("plain", "framed")]
-    unseen = [row(concept, style, "held_out_concept") for concept in range(12, 16) for style in ("plain", "framed")]
+    """Return twelve trained concepts and four held-out ones, plain and framed, and all of them in a
+    held-out style.
+    """
+    trained = [
+        row(concept, style, "train") for concept in range(12) for style in ("plain", "framed")
+    ]
+    unseen = [
+        row(concept, style, "held_out_concept")
+        for concept in range(12, 16)
+        for style in ("plain", "framed")
+    ]
     return trained + unseen + [row(concept, "other", "held_out_style") for concept in range(16)]
 
 
 def write_run(folder: Path, rows: Sequence[dict[str, Any]], vectors: Any = None) -> None:
-    """Write `folder`/shards and `folder`/embed; vectors (N, D) replace those of pictures and captions alike."""
+    """Write `folder`/shards and `folder`/embed; vectors (N, D) replace those of pictures and
+    captions alike.
+    """
     (folder / "shards").mkdir(parents=True)
     table = []
     with tarfile.open(folder / "shards" / "00000.tar", "w") as tar:
@@ -101,20 +113,34 @@ def write_run(folder: Path, rows: Sequence[dict[str, Any]], vectors: Any = None)
                 "height_px": 20,
             }
             table.append(
-                {name: value for name, value in each.items() if name != "number"} | about | {"sha256": hashlib.sha256(data).hexdigest()}
+                {name: value for name, value in each.items() if name != "number"}
+                | about
+                | {"sha256": hashlib.sha256(data).hexdigest()}
             )
-    image = np.array([direction(each["number"]) for each in rows], np.float16) if vectors is None else np.asarray(vectors, np.float16)
+    image = (
+        np.array([direction(each["number"]) for each in rows], np.float16)
+        if vectors is None
+        else np.asarray(vectors, np.float16)
+    )
     for name in ("img_emb", "text_emb", "metadata"):
         (folder / "embed" / name).mkdir(parents=True)
     np.save(folder / "embed" / "img_emb" / "img_emb_0000.npy", image.reshape(len(rows), DIM))
     np.save(folder / "embed" / "text_emb" / "text_emb_0000.npy", image.reshape(len(rows), DIM))
-    pq.write_table(pa.Table.from_pylist(table, schema=EMBEDDED), folder / "embed" / "metadata" / "metadata_0000.parquet")
-    (folder / "embed" / "facts.json").write_text(json.dumps({"clip_key": "abc", "dim": DIM, "count": len(rows)}))
+    pq.write_table(
+        pa.Table.from_pylist(table, schema=EMBEDDED),
+        folder / "embed" / "metadata" / "metadata_0000.parquet",
+    )
+    (folder / "embed" / "facts.json").write_text(
+        json.dumps({"clip_key": "abc", "dim": DIM, "count": len(rows)})
+    )
 
 
 def encode_texts(texts: list[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Embed "colour N" as the direction of concept N, any other text as a direction of its own."""
-    numbers = [int(text.split()[-1]) if text.split()[-1].isdigit() else 1000 + sum(text.encode()) for text in texts]
+    numbers = [
+        int(text.split()[-1]) if text.split()[-1].isdigit() else 1000 + sum(text.encode())
+        for text in texts
+    ]
     return np.array([direction(number) for number in numbers], np.float32).reshape(len(texts), DIM)
 
 
@@ -122,14 +148,19 @@ def encode_images(pictures: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np
     """Embed pictures as the direction of the concept whose colour is in the middle."""
     middle = pictures[:, pictures.shape[1] // 2, pictures.shape[2] // 2].astype(int)  # (N, 3)
     palette = np.array([colour(concept) for concept in range(16)])
-    return np.array([direction(int(np.abs(palette - each).sum(1).argmin())) for each in middle], np.float32).reshape(-1, DIM)
+    return np.array(
+        [direction(int(np.abs(palette - each).sum(1).argmin())) for each in middle], np.float32
+    ).reshape(-1, DIM)
 
 
 def generate(prompts: Sequence[str], count: int, seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Draw the prompt's concept (the first one for other prompts) plainly, a little noise on it."""
     noise = np.random.default_rng(seed).integers(0, 3, (len(prompts), count, 16, 16, 3))
     numbers = [int(prompt.split()[-1]) if prompt.split()[-1].isdigit() else 0 for prompt in prompts]
-    return np.array([[draw(number, "plain", 16)] * count for number in numbers], np.uint8) // 2 * 2 + noise.astype(np.uint8) % 2
+    return (
+        np.array([[draw(number, "plain", 16)] * count for number in numbers], np.uint8) // 2 * 2
+        + noise.astype(np.uint8) % 2
+    )
 
 
 def manifest(stage: str, inputs: dict[str, str] | None = None, **counts: Any) -> dict[str, Any]:
@@ -147,5 +178,9 @@ def manifest(stage: str, inputs: dict[str, str] | None = None, **counts: Any) ->
 
 
 def subject(folder: Path, texts: Any = encode_texts, images: Any = encode_images) -> Subject:
-    """Return what `write_run` wrote into a folder, seen by these models, with its report's folder beside it."""
-    return Subject(open_embedded(folder / "embed"), folder / "shards", texts, images, 200, 0, folder / "out")
+    """Return what `write_run` wrote into a folder, seen by these models, with its report's folder
+    beside it.
+    """
+    return Subject(
+        open_embedded(folder / "embed"), folder / "shards", texts, images, 200, 0, folder / "out"
+    )

@@ -1,4 +1,6 @@
-"""The command line over the fake stages, for tests that need a process of their own: `python -m tests.helpers.fake_cli run RECIPE …`."""
+"""The command line over the fake stages, for tests that need a process of their own: `python -m
+tests.helpers.fake_cli run RECIPE …`.
+"""
 
 import sys
 import types

@@ -1,4 +1,5 @@
-"""A flow over the first fake stage, for a deployment: `tests.helpers.fake_deployment.run_fakes`, which a worker starts as it starts the
+"""A flow over the first fake stage, for a deployment: `tests.helpers.fake_deployment.run_fakes`,
+which a worker starts as it starts the
 real one.
 """
 
@@ -15,9 +16,13 @@ from tests.helpers.fake_stages import FAKES, FakeConfig, FakeSection
 
 @flow(name="deployed-fakes", persist_result=False)
 def run_fakes(root: str, jobs: str, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
-    """Hand the stage, which takes so many seconds, to the Ray job server at `jobs`, which the environment lets it into."""
+    """Hand the stage, which takes so many seconds, to the Ray job server at `jobs`, which the
+    environment lets it into.
+    """
     os.environ.update(environment)
     ray_submit.ENTRYPOINT = "tests.helpers.fake_job"
     config: Any = FakeConfig(data=FakeSection(seconds=seconds))
-    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"upload_code": False})})
+    config = config.model_copy(
+        update={"cluster": config.cluster.model_copy(update={"upload_code": False})}
+    )
     return run_stages(config, open_root(root), "fakes", "fakes", FAKES[:1], jobs)

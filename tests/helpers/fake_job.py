@@ -1,4 +1,6 @@
-"""The entrypoint of a Ray job over the fake stages: `python -m tests.helpers.fake_job ROOT STAGE KEY ATTEMPT`."""
+"""The entrypoint of a Ray job over the fake stages: `python -m tests.helpers.fake_job ROOT STAGE
+KEY ATTEMPT`.
+"""
 
 import sys
 from typing import Any

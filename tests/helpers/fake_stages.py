@@ -1,6 +1,8 @@
-"""Stages that are quick but write real files: the house is tested with them, without torch, Ray and downloads.
+"""Stages that are quick but write real files: the house is tested with them, without torch, Ray and
+downloads.
 
-`python -m tests.helpers.fake_stages ROOT SECONDS` runs them in a process of its own; `--kill-at N` has it end by SIGKILL at its N-th file
+`python -m tests.helpers.fake_stages ROOT SECONDS` runs them in a process of its own; `--kill-at N`
+has it end by SIGKILL at its N-th file
 operation in ROOT, `--count` writes down how many there are, `--prefect` runs them as a flow.
 """
 
@@ -51,7 +53,9 @@ class FakeConfig(Section):
 
 
 def write_chunks(job: StageJob) -> Counts:
-    """Write CHUNKS files that depend on the config and on every input file; some words make it fail."""
+    """Write CHUNKS files that depend on the config and on every input file; some words make it
+    fail.
+    """
     section = getattr(job.config, {"embed": "clip"}.get(job.stage, job.stage))
     seed = hashlib.sha256(section.word.encode())
     for name in sorted(job.inputs):
@@ -75,7 +79,11 @@ def write_chunks(job: StageJob) -> Counts:
         try:
             time.sleep(section.seconds / CHUNKS)
         except KeyboardInterrupt as interrupt:
-            raise ConnectionResetError("the reader was cancelled") if section.word == "clumsy" else interrupt from None
+            raise (
+                ConnectionResetError("the reader was cancelled")
+                if section.word == "clumsy"
+                else interrupt
+            ) from None
         data = hashlib.sha256(seed.digest() + bytes([index])).digest() * 3000
         (job.out / "parts").mkdir(exist_ok=True)
         (job.out / "parts" / f"{index:02d}.bin").write_bytes(data)
@@ -91,24 +99,46 @@ FAKES = (
 )
 
 
-def run_all(root: Root, config: Any, stages: tuple[Stage, ...] = FAKES, say: Any = print) -> dict[str, Any]:
+def run_all(
+    root: Root, config: Any, stages: tuple[Stage, ...] = FAKES, say: Any = print
+) -> dict[str, Any]:
     """Run the stages without Prefect and return their results by name."""
     done: dict[str, Any] = {}
     with Cluster(config.cluster) as cluster:
         for stage in stages:
-            done[stage.name] = run_stage(stage, root, config, {name: done[name].committed for name in stage.needs}, cluster, say)
+            done[stage.name] = run_stage(
+                stage,
+                root,
+                config,
+                {name: done[name].committed for name in stage.needs},
+                cluster,
+                say,
+            )
     return done
 
 
-OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "fcntl.lockf"}
+OPERATIONS = {
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+    "shutil.rmtree",
+    "fcntl.lockf",
+}
 
 
 def watch_operations(folder: Path, kill_at: int) -> list[str]:
-    """Kill this process just before its `kill_at`-th file operation in `folder`; return the list that they are noted in."""
+    """Kill this process just before its `kill_at`-th file operation in `folder`; return the list
+    that they are noted in.
+    """
     seen: list[str] = []
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in OPERATIONS and (event == "fcntl.lockf" or str(arguments[0]).startswith(str(folder))):
+        if event in OPERATIONS and (
+            event == "fcntl.lockf" or str(arguments[0]).startswith(str(folder))
+        ):
             seen.append(event)
             if len(seen) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -130,7 +160,9 @@ def main(folder: Path, seconds: float, flags: list[str]) -> None:
 
             from flows.pipeline import run_stages
 
-            flow(name="fakes")(lambda: run_stages(config, open_root(str(folder)), "fakes", "fakes", FAKES))()
+            flow(name="fakes")(
+                lambda: run_stages(config, open_root(str(folder)), "fakes", "fakes", FAKES)
+            )()
     else:
         run_all(open_root(str(folder)), config)
     if "--count" in flags:

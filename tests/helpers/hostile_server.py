@@ -1,4 +1,6 @@
-"""A real HTTP server on loopback that answers as the open internet does: well, wrongly, slowly, falsely and not at all."""
+"""A real HTTP server on loopback that answers as the open internet does: well, wrongly, slowly,
+falsely and not at all.
+"""
 
 import struct
 import threading
@@ -17,7 +19,13 @@ import numpy as np
 def picture(number: int, side: int = 48) -> np.ndarray:
     """Return a picture that no other number has: (side, side, 3) uint8."""
     image = np.full((side, side, 3), 255, np.uint8)
-    cv2.circle(image, (side // 2, side // 2), side // 4 + number % 5, ((number * 37) % 200, (number * 91) % 200, (number * 53) % 200), -1)
+    cv2.circle(
+        image,
+        (side // 2, side // 2),
+        side // 4 + number % 5,
+        ((number * 37) % 200, (number * 91) % 200, (number * 53) % 200),
+        -1,
+    )
     cv2.putText(image, str(number), (2, side - 4), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1)
     return image
 
@@ -40,10 +48,14 @@ def png(width: int, height: int, colours: int, data: bytes) -> bytes:
     """Return a PNG of eight bits a channel that declares a size and holds these compressed rows."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, colours, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -73,7 +85,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         if kind == "robots.txt":
             robots = self.server.robots
-            self.answer(503 if robots is None else 200 if robots else 404, robots or b"", "text/plain", robots="noindex")
+            self.answer(
+                503 if robots is None else 200 if robots else 404,
+                robots or b"",
+                "text/plain",
+                robots="noindex",
+            )
             return
         number = int("0" + "".join(c for c in rest if c.isdigit()))
         good = encoded(picture(number))
@@ -109,7 +126,9 @@ class Handler(BaseHTTPRequestHandler):
         elif kind == "redirect":
             self.answer(302, b"", location=f"/good/{rest}")
         elif kind == "away":
-            self.answer(302, b"", location=f"http://localhost:{self.server.server_address[1]}/good/{rest}")
+            self.answer(
+                302, b"", location=f"http://localhost:{self.server.server_address[1]}/good/{rest}"
+            )
         elif kind == "to_file":
             self.answer(302, b"", location="file:///etc/hostname")
         elif kind == "loop":
@@ -136,7 +155,14 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(404, b"not here")
 
-    def answer(self, status: int, body: bytes, kind: str = "image/png", robots: str = "", location: str = "") -> None:
+    def answer(
+        self,
+        status: int,
+        body: bytes,
+        kind: str = "image/png",
+        robots: str = "",
+        location: str = "",
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -161,7 +187,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Context manager; listens at `host`, `base` is its URL, `asked` counts the requests by path, `delay_s` delays every answer."""
+    """Context manager; listens at `host`, `base` is its URL, `asked` counts the requests by path,
+    `delay_s` delays every answer.
+    """
 
     daemon_threads = True
     request_queue_size = 256
@@ -187,10 +215,17 @@ class Server(ThreadingHTTPServer):
         pass
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.closing.set()
         self.shutdown()
         self.server_close()

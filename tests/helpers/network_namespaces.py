@@ -1,7 +1,10 @@
-"""Machines for a test: network namespaces with addresses of their own on one switch, whose cables can be pulled and plugged in again.
+"""Machines for a test: network namespaces with addresses of their own on one switch, whose cables
+can be pulled and plugged in again.
 
-The file system is shared, as a network's would be. A namespace lives as long as its holder, a process that ends with the test's, so
-nothing is left behind on the real machine and nothing there is touched. Needs the right to make namespaces; skips where it lacks.
+The file system is shared, as a network's would be. A namespace lives as long as its holder, a
+process that ends with the test's, so
+nothing is left behind on the real machine and nothing there is touched. Needs the right to make
+namespaces; skips where it lacks.
 """
 
 import ctypes
@@ -43,8 +46,13 @@ class Machine:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Have this thread's new sockets there while the block runs; a server that was bound in it answers there ever after."""
-        with Path("/proc/thread-self/ns/net").open() as home, Path(f"/proc/{self.holder.pid}/ns/net").open() as there:
+        """Have this thread's new sockets there while the block runs; a server that was bound in it
+        answers there ever after.
+        """
+        with (
+            Path("/proc/thread-self/ns/net").open() as home,
+            Path(f"/proc/{self.holder.pid}/ns/net").open() as there,
+        ):
             _move(there.fileno())
             try:
                 yield
@@ -52,12 +60,23 @@ class Machine:
                 _move(home.fileno())
 
     def processes(self, words: str = "") -> list[int]:
-        """Return the pids of what runs there, the holder apart, whose command line holds the words."""
+        """Return the pids of what runs there, the holder apart, whose command line holds the
+        words.
+        """
         mine, found = Path(f"/proc/{self.holder.pid}/ns/net").readlink(), []
         for folder in Path("/proc").iterdir():
             try:
-                if folder.name.isdigit() and (folder / "ns" / "net").readlink() == mine and int(folder.name) != self.holder.pid:
-                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if (
+                    folder.name.isdigit()
+                    and (folder / "ns" / "net").readlink() == mine
+                    and int(folder.name) != self.holder.pid
+                ):
+                    command = (
+                        (folder / "cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")
+                    )
                     if words in command:
                         found.append(int(folder.name))
             except OSError:
@@ -75,7 +94,9 @@ class Machine:
 
 
 class Machines:
-    """Context manager: that many machines, with the addresses 10.77.0.1, 10.77.0.2 and so on, which see each other and nothing else."""
+    """Context manager: that many machines, with the addresses 10.77.0.1, 10.77.0.2 and so on, which
+    see each other and nothing else.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -91,7 +112,19 @@ class Machines:
                 machine = _start(number)
                 self.all.append(machine)
                 pid = str(machine.holder.pid)
-                self.switch.do("ip", "link", "add", f"port{number}", "type", "veth", "peer", "name", "eth0", "netns", pid)
+                self.switch.do(
+                    "ip",
+                    "link",
+                    "add",
+                    f"port{number}",
+                    "type",
+                    "veth",
+                    "peer",
+                    "name",
+                    "eth0",
+                    "netns",
+                    pid,
+                )
                 self.switch.do("ip", "link", "set", f"port{number}", "up")
                 self.plug(machine)
                 machine.do("ip", "address", "add", f"{machine.address}/24", "dev", "eth0")
@@ -109,7 +142,12 @@ class Machines:
         """Put it back."""
         self.switch.do("ip", "link", "set", f"port{machine.number}", "master", "bridge")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for machine in [*self.all, *([self.switch] if hasattr(self, "switch") else [])]:
             machine.lose_power()
             machine.holder.kill()
@@ -125,9 +163,13 @@ def _move(namespace: int) -> None:
 def _start(number: int) -> Machine:
     if not shutil.which("unshare") or not shutil.which("ip"):
         raise OSError("unshare or ip is missing")
-    keep = "ip link set lo up && echo up && exec cat"  # `cat` ends when this process, which holds its input, does
+    # `cat` ends when this process, which holds its input, does
+    keep = "ip link set lo up && echo up && exec cat"
     holder = subprocess.Popen(
-        ["unshare", "--net", "sh", "-c", keep], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ["unshare", "--net", "sh", "-c", keep],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     assert holder.stdout
     if holder.stdout.readline() != b"up\n":

@@ -1,4 +1,6 @@
-"""Peers in environments of their own: their Python, or why it is not there (skipped, or failed where it must be), and their processes."""
+"""Peers in environments of their own: their Python, or why it is not there (skipped, or failed
+where it must be), and their processes.
+"""
 
 import json
 import os
@@ -11,7 +13,9 @@ import pytest
 PEERS = Path(__file__).parents[2] / ".peers"
 SCRIPTS = Path(__file__).parents[1] / "peers"
 REQUIRED = "PEERS_REQUIRED"
-"""Variable with the names of peers, parted by spaces, whose absence is a failure: `make test` sets it to those that it could build."""
+"""Variable with the names of peers, parted by spaces, whose absence is a failure: `make test`
+sets it to those that it could build.
+"""
 
 
 def interpreter_of(name: str) -> Path:
@@ -26,13 +30,19 @@ def interpreter_of(name: str) -> Path:
 
 
 class Peer:
-    """A peer's process, running a script of tests/peers, asked and answering in lines of JSON; its errors go to `log` or are shown."""
+    """A peer's process, running a script of tests/peers, asked and answering in lines of JSON; its
+    errors go to `log` or are shown.
+    """
 
     def __init__(self, python: Path, script: str, log: Path | None = None) -> None:
         self.log = log
         errors = log.open("w") if log else None
         self.process = subprocess.Popen(
-            [str(python), str(SCRIPTS / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            [str(python), str(SCRIPTS / script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         )
         if errors:
             errors.close()

@@ -1,7 +1,9 @@
 """Ends what the tests started when pytest ends, also when pytest is killed or interrupted.
 
-Every process below pytest inherits a mark in its environment. A guard process waits for the end of pytest, by whatever signal, and
-then kills all processes that carry the mark: servers, Ray nodes and runs that a schedule started, in sessions of their own or not.
+Every process below pytest inherits a mark in its environment. A guard process waits for the end of
+pytest, by whatever signal, and
+then kills all processes that carry the mark: servers, Ray nodes and runs that a schedule started,
+in sessions of their own or not.
 """
 
 import os
@@ -35,7 +37,10 @@ def marked_processes(mark: str) -> list[int]:
     pids = []
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdigit() and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+            if (
+                folder.name.isdigit()
+                and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes()
+            ):
                 pids.append(int(folder.name))
         except OSError:
             continue  # it ended, or is another user's

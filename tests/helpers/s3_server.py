@@ -1,6 +1,8 @@
-"""A real S3 server (SeaweedFS) on loopback for a test, and a proxy that does to its connections what networks do.
+"""A real S3 server (SeaweedFS) on loopback for a test, and a proxy that does to its connections
+what networks do.
 
-`S3Server` starts one process, makes one bucket and gives the environment that reaches it. `FaultyProxy` forwards HTTP and, by chance
+`S3Server` starts one process, makes one bucket and gives the environment that reaches it.
+`FaultyProxy` forwards HTTP and, by chance
 under a fixed seed, answers 503, cuts connections, trickles answers, or flips a byte of a body.
 """
 
@@ -29,7 +31,9 @@ START_LIMIT_S = 60
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that are free now, each with the one 10,000 above it (SeaweedFS's gRPC) free too."""
+    """Return ports that are free now, each with the one 10,000 above it (SeaweedFS's gRPC) free
+    too.
+    """
     found: list[int] = []
     while len(found) < count:
         port = random.randint(20_000, 32_000)
@@ -55,15 +59,29 @@ class S3Server:
         (self.folder / "store").mkdir(exist_ok=True)
         rights = [f"{right}:{BUCKET}" for right in ("Read", "Write", "List", "Tagging")]
         identities = [
-            {"name": "maker", "credentials": [{"accessKey": MAKER, "secretKey": MAKER}], "actions": ["Admin", "Write", "Read", "List"]},
-            {"name": "user", "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}], "actions": rights},
+            {
+                "name": "maker",
+                "credentials": [{"accessKey": MAKER, "secretKey": MAKER}],
+                "actions": ["Admin", "Write", "Read", "List"],
+            },
+            {
+                "name": "user",
+                "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+                "actions": rights,
+            },
         ]
         (self.folder / "s3.json").write_text(json.dumps({"identities": identities}))
         # Short, because a socket's name has at most 107 bytes and a test's folder is deep.
-        self.sockets = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
+        self.sockets = Path(
+            subprocess.run(
+                ["mktemp", "-d"], capture_output=True, text=True, check=True
+            ).stdout.strip()
+        )
         self.s3_port, self.master, self.volume, self.filer = free_ports(4)
         self.endpoint = f"http://127.0.0.1:{self.s3_port}"
-        self.process = subprocess.Popen(self._command(), stdout=(self.folder / "weed.log").open("wb"), stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            self._command(), stdout=(self.folder / "weed.log").open("wb"), stderr=subprocess.STDOUT
+        )
         try:
             self._wait()
         except BaseException:
@@ -74,12 +92,30 @@ class S3Server:
     def _command(self) -> list[str]:
         weed = Path(sys.executable).with_name("weed")
         return [
-            str(weed), "-logtostderr=true", "server", f"-dir={self.folder / 'store'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-            "-master.telemetry=false", "-master.electionTimeout=1s", "-master.volumeSizeLimitMB=256", f"-master.port={self.master}",
-            f"-volume.port={self.volume}", "-volume.max=16", "-volume.minFreeSpace=1", "-volume.preStopSeconds=1", "-filer",
-            f"-filer.port={self.filer}", f"-filer.localSocket={self.sockets}/filer", "-s3", f"-s3.port={self.s3_port}",
-            f"-s3.config={self.folder / 's3.json'}", f"-s3.localSocket={self.sockets}/s3", "-s3.port.iceberg=0", "-s3.port.lance=0",
-        ]  # fmt: skip
+            str(weed),
+            "-logtostderr=true",
+            "server",
+            f"-dir={self.folder / 'store'}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            "-master.telemetry=false",
+            "-master.electionTimeout=1s",
+            "-master.volumeSizeLimitMB=256",
+            f"-master.port={self.master}",
+            f"-volume.port={self.volume}",
+            "-volume.max=16",
+            "-volume.minFreeSpace=1",
+            "-volume.preStopSeconds=1",
+            "-filer",
+            f"-filer.port={self.filer}",
+            f"-filer.localSocket={self.sockets}/filer",
+            "-s3",
+            f"-s3.port={self.s3_port}",
+            f"-s3.config={self.folder / 's3.json'}",
+            f"-s3.localSocket={self.sockets}/s3",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+        ]
 
     def _wait(self) -> None:
         limit = time.monotonic() + START_LIMIT_S
@@ -104,7 +140,9 @@ class S3Server:
         )
 
     def environment(self, endpoint: str | None = None) -> dict[str, str]:
-        """Return the variables by which any S3 client finds the server, directly or through a proxy's `endpoint`."""
+        """Return the variables by which any S3 client finds the server, directly or through a
+        proxy's `endpoint`.
+        """
         return {
             "AWS_ENDPOINT_URL": endpoint or self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -113,7 +151,12 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.process.kill()  # a SIGTERM takes it 18 s
         self.process.wait()
         shutil.rmtree(self.sockets, ignore_errors=True)
@@ -141,7 +184,11 @@ class _Forward(BaseHTTPRequestHandler):
         body = self.body()
         happening = self.server.draw(self.command, self.path)
         if happening == "unavailable":
-            self.reply(503, [("Content-Type", "application/xml")], b"<Error><Code>ServiceUnavailable</Code></Error>")
+            self.reply(
+                503,
+                [("Content-Type", "application/xml")],
+                b"<Error><Code>ServiceUnavailable</Code></Error>",
+            )
             return
         if happening == "cut_request":
             self.close_connection = True
@@ -158,7 +205,11 @@ class _Forward(BaseHTTPRequestHandler):
             upstream.endheaders(body)
             answer = upstream.getresponse()
             data = answer.read()
-            headers = [(k, v) for k, v in answer.getheaders() if k.lower() not in ("connection", "transfer-encoding", "content-length")]
+            headers = [
+                (k, v)
+                for k, v in answer.getheaders()
+                if k.lower() not in ("connection", "transfer-encoding", "content-length")
+            ]
             length = answer.getheader("Content-Length", "0")
         finally:
             upstream.close()
@@ -172,12 +223,17 @@ class _Forward(BaseHTTPRequestHandler):
         elif happening == "slow":
             self.reply(answer.status, headers, data, pause_s=0.3)
         else:
-            if happening == "corrupt_answer" and data and self.command == "GET" and "?" not in self.path:
+            if (
+                happening == "corrupt_answer"
+                and data
+                and self.command == "GET"
+                and "?" not in self.path
+            ):
                 data = flipped(data, self.server.chance)
                 self.server.happened["corrupt_answer_body"] += 1
             self.reply(answer.status, headers, data)
 
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward  # noqa: N815 (the base class wants these names)
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward  # noqa: N815
 
     def body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
@@ -189,7 +245,14 @@ class _Forward(BaseHTTPRequestHandler):
             return b"".join(pieces)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def reply(self, status: int, headers: list[tuple[str, str]], data: bytes, length: int | None = None, pause_s: float = 0) -> None:
+    def reply(
+        self,
+        status: int,
+        headers: list[tuple[str, str]],
+        data: bytes,
+        length: int | None = None,
+        pause_s: float = 0,
+    ) -> None:
         self.send_response_only(status)
         for name, value in headers:
             self.send_header(name, value)
@@ -211,9 +274,11 @@ def flipped(data: bytes, chance: random.Random) -> bytes:
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Context manager: listens at `host` and forwards to a server's port on loopback; `happened` counts what it did.
+    """Context manager: listens at `host` and forwards to a server's port on loopback; `happened`
+    counts what it did.
 
-    `only` (method, end of the path) restricts the faults to some requests, which are then counted too, `at_most` their number.
+    `only` (method, end of the path) restricts the faults to some requests, which are then counted
+    too, `at_most` their number.
     """
 
     daemon_threads = True
@@ -229,7 +294,12 @@ class FaultyProxy(ThreadingHTTPServer):
         host: str = "127.0.0.1",
     ) -> None:
         super().__init__((host, 0), _Forward)
-        self.upstream_port, self.faults, self.only, self.at_most = upstream_port, faults, only, at_most
+        self.upstream_port, self.faults, self.only, self.at_most = (
+            upstream_port,
+            faults,
+            only,
+            at_most,
+        )
         self.chance = random.Random(seed)
         self.happened: Counter[str] = Counter()
         self.lock = threading.Lock()
@@ -243,7 +313,10 @@ class FaultyProxy(ThreadingHTTPServer):
                 if method != self.only[0] or not path.partition("?")[0].endswith(self.only[1]):
                     return ""
                 self.happened[" ".join(self.only)] += 1
-            if self.at_most is not None and sum(self.happened[name] for name in vars(self.faults)) >= self.at_most:
+            if (
+                self.at_most is not None
+                and sum(self.happened[name] for name in vars(self.faults)) >= self.at_most
+            ):
                 return ""
             left = self.chance.random()
             for name, share in vars(self.faults).items():
@@ -257,9 +330,16 @@ class FaultyProxy(ThreadingHTTPServer):
         pass  # the client has hung up
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.shutdown()
         self.server_close()

@@ -1,6 +1,8 @@
-"""What changes a ROOT while `search_load` asks: take-downs, additions and their merging, runs that are promoted in turn, compaction.
+"""What changes a ROOT while `search_load` asks: take-downs, additions and their merging, runs that
+are promoted in turn, compaction.
 
-Keeps the times of all of it, so that an answer can be held against what was in force. `make_root` writes a ROOT of drawn vectors.
+Keeps the times of all of it, so that an answer can be held against what was in force. `make_root`
+writes a ROOT of drawn vectors.
 """
 
 import hashlib
@@ -37,10 +39,14 @@ LICENCES = ("CC0", "CC-BY", "MIT")
 
 
 class Changes:
-    """Context manager: changes ROOT from `start` to its end; without a ROOT it changes nothing and knows nothing."""
+    """Context manager: changes ROOT from `start` to its end; without a ROOT it changes nothing and
+    knows nothing.
+    """
 
     def __init__(self, uri: str | None, dim: int, compacts: bool) -> None:
-        """Make the second run, half of the first, and choose the samples that are asked for; every other one of them goes."""
+        """Make the second run, half of the first, and choose the samples that are asked for; every
+        other one of them goes.
+        """
         self.dim, self.compacts = dim, compacts
         self.root = open_root(uri) if uri else None
         self.keys: list[str] = []
@@ -58,7 +64,9 @@ class Changes:
             self._before = store.read_json(self.root, CURRENT)
             self._first = find_run(self.root)
             view, _ = lineage.open_view(self.root, None)
-            self._whole = frozenset(key for segment in view.segments for key in segment.index.column("key").to_pylist())
+            self._whole = frozenset(
+                key for segment in view.segments for key in segment.index.column("key").to_pylist()
+            )
             self._second, self._half = second_run(self.root, self._first)
             there = sorted(key for key in self._half if view.find_key(key))
             self.keys = there[:: max(1, len(there) // KEYS)][:KEYS]
@@ -71,13 +79,20 @@ class Changes:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stop.set()
         if self._thread.ident:
             self._thread.join()
         if self.root:
             store.remove(self.root, f"runs/{RUN}.json")
-            store.write_json(self.root, CURRENT, self._before) if self._before else store.remove(self.root, CURRENT)
+            store.write_json(self.root, CURRENT, self._before) if self._before else store.remove(
+                self.root, CURRENT
+            )
 
     def may_be_gone(self, key: str, answered: float) -> bool:
         """Say whether a sample's take-down had begun when an answer came."""
@@ -93,7 +108,11 @@ class Changes:
             return "two counts of samples in one version"
         is_half = samples <= len(self._half) + len(self.added)
         known = self._half if is_half else self._whole
-        return "" if not self.root or all(key in known or key in self.added for key in keys) else "a sample that its version does not know"
+        return (
+            ""
+            if not self.root or all(key in known or key in self.added for key in keys)
+            else "a sample that its version does not know"
+        )
 
     def told(self) -> dict[str, Any]:
         """Return what was done, for people."""
@@ -109,7 +128,11 @@ class Changes:
                 key = next(leaving, None)
                 if key:
                     self.going[key] = time.monotonic()
-                    write_removal(self.root, {"keys": [key], "origins": [], "sha256": [], "asked": {"benchmark": True}}, manifests.now())
+                    write_removal(
+                        self.root,
+                        {"keys": [key], "origins": [], "sha256": [], "asked": {"benchmark": True}},
+                        manifests.now(),
+                    )
                     self.gone[key] = time.monotonic()
                 if number % 4 == 2:
                     self._add(number)
@@ -129,14 +152,18 @@ class Changes:
         assert self.root
         view, known = lineage.open_view(self.root, None)
         with tempfile.TemporaryDirectory() as folder:
-            keys = write_drawn(Path(folder), 20, self.dim, f"added-{time.time_ns()}-", known.fingerprint, number)
+            keys = write_drawn(
+                Path(folder), 20, self.dim, f"added-{time.time_ns()}-", known.fingerprint, number
+            )
             self.added.update(keys)
             additions.add(self.root, known, view, Path(folder), "")
         self.counts["added"] += 1
 
 
 def second_run(root: Root, first: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
-    """Commit an index over the first half of a run's embeddings, as another run; return its record and the keys in it."""
+    """Commit an index over the first half of a run's embeddings, as another run; return its record
+    and the keys in it.
+    """
     known = lineage.lineage(root, first["name"])
     embed = manifests.find(root, "embed", first["stages"]["embed"])
     assert embed
@@ -147,7 +174,9 @@ def second_run(root: Root, first: dict[str, Any]) -> tuple[dict[str, Any], froze
         parts = np.concatenate(open_parts(embed.local() / name, facts["count"], facts["dim"]))
         (out / name).mkdir(parents=True)
         np.save(out / name / f"{name}_0000.npy", parts[:count])
-    table = read_metadata(embed.local() / "metadata", EMBEDDED.names, facts["count"]).slice(0, count)
+    table = read_metadata(embed.local() / "metadata", EMBEDDED.names, facts["count"]).slice(
+        0, count
+    )
     (out / "metadata").mkdir()
     pq.write_table(table, out / "metadata" / "metadata_0000.parquet")
     (out / "facts.json").write_text(json.dumps(facts | {"count": count}))
@@ -156,7 +185,12 @@ def second_run(root: Root, first: dict[str, Any]) -> tuple[dict[str, Any], froze
     inputs = {each: embed.manifest[each] for each in ("inputs", "input_digests")}
     half = manifests.commit(root, "embed", name, out, facts_of(count, {}) | inputs)
     index = commit_index(root, name, half, section)
-    record = {**first, "name": RUN, "stages": {**first["stages"], "embed": half.key, "index": index.key}, "finished": manifests.now()}
+    record = {
+        **first,
+        "name": RUN,
+        "stages": {**first["stages"], "embed": half.key, "index": index.key},
+        "finished": manifests.now(),
+    }
     store.write_json(root, f"runs/{RUN}.json", record | {"gated": True})
     return record, frozenset(table["key"].to_pylist())
 
@@ -174,7 +208,14 @@ def commit_index(root: Root, key: str, embed: Committed, section: IndexConfig) -
 def facts_of(count: int, sections: dict[str, Any]) -> dict[str, Any]:
     """Return what a manifest says beside its files."""
     counts = {"in": count, "out": count, "dropped": {}}
-    return {"stage_version": 1, "sections": sections, "counts": counts, "inputs": {}, "input_digests": {}, "started": manifests.now()}
+    return {
+        "stage_version": 1,
+        "sections": sections,
+        "counts": counts,
+        "inputs": {},
+        "input_digests": {},
+        "started": manifests.now(),
+    }
 
 
 def make_root(folder: Path, rows: int, dim: int) -> None:
@@ -194,7 +235,13 @@ def make_root(folder: Path, rows: int, dim: int) -> None:
     made["embed"] = manifests.commit(root, "embed", "embed-drawn", out, facts_of(rows, {}) | inputs)
     made["index"] = commit_index(root, "index-drawn", made["embed"], IndexConfig())
     stages = {stage: each.key for stage, each in made.items()}
-    record = {"name": "drawn", "recipe": "drawn", "started": manifests.now(), "finished": manifests.now(), "report": None}
+    record = {
+        "name": "drawn",
+        "recipe": "drawn",
+        "started": manifests.now(),
+        "finished": manifests.now(),
+        "report": None,
+    }
     store.write_json(root, "runs/drawn.json", record | {"stages": stages})
 
 
@@ -206,17 +253,34 @@ def write_drawn(folder: Path, rows: int, dim: int, prefix: str, clip: str, seed:
     for name in ("img_emb", "text_emb"):
         (folder / name).mkdir(parents=True)
         np.save(folder / name / f"{name}_0000.npy", vectors)
-    texts = {"key": "{}", "origin": "https://example.org/{}.png", "caption": "picture {}", "split": "train"}
-    columns = {name: pa.array([text.format(f"{prefix}{row}") for row in range(rows)]) for name, text in texts.items()}
+    texts = {
+        "key": "{}",
+        "origin": "https://example.org/{}.png",
+        "caption": "picture {}",
+        "split": "train",
+    }
+    columns = {
+        name: pa.array([text.format(f"{prefix}{row}") for row in range(rows)])
+        for name, text in texts.items()
+    }
     columns["licence"] = pa.array([LICENCES[row % len(LICENCES)] for row in range(rows)])
-    columns["sha256"] = pa.array([hashlib.sha256(f"{prefix}{row}".encode()).hexdigest() for row in range(rows)])
-    columns["captions"] = pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32), columns["caption"])
+    columns["sha256"] = pa.array(
+        [hashlib.sha256(f"{prefix}{row}".encode()).hexdigest() for row in range(rows)]
+    )
+    columns["captions"] = pa.ListArray.from_arrays(
+        np.arange(rows + 1, dtype=np.int32), columns["caption"]
+    )
     for field in EMBEDDED:
         if field.name not in columns:
             columns[field.name] = pa.array(["" if pa.types.is_string(field.type) else 64] * rows)
-    table = pa.table({field.name: pc.cast(columns[field.name], field.type) for field in EMBEDDED}, schema=EMBEDDED)
+    table = pa.table(
+        {field.name: pc.cast(columns[field.name], field.type) for field in EMBEDDED},
+        schema=EMBEDDED,
+    )
     (folder / "metadata").mkdir()
     pq.write_table(table, folder / "metadata" / "metadata_0000.parquet")
-    (folder / "facts.json").write_text(json.dumps({"clip_key": clip, "clip_digest": clip, "dim": dim, "count": rows}))
+    (folder / "facts.json").write_text(
+        json.dumps({"clip_key": clip, "clip_digest": clip, "dim": dim, "count": rows})
+    )
     keys: list[str] = columns["key"].to_pylist()
     return keys

@@ -1,4 +1,6 @@
-"""A service over the small drawn run of tests.helpers.evaluation_run, whose removal log and segments a test can change."""
+"""A service over the small drawn run of tests.helpers.evaluation_run, whose removal log and
+segments a test can change.
+"""
 
 import hashlib
 import io
@@ -42,8 +44,14 @@ class Fake:
         """Write and open another segment."""
         evaluation_run.write_run(self.folder / name, rows)
         (self.folder / name / "index").mkdir()
-        build(IndexConfig(factory="Flat", queries=4), self.folder / name / "embed", self.folder / name / "index")
-        return Segment(Index.open(self.folder / name / "index"), self.folder / name / "shards", name)
+        build(
+            IndexConfig(factory="Flat", queries=4),
+            self.folder / name / "embed",
+            self.folder / name / "index",
+        )
+        return Segment(
+            Index.open(self.folder / name / "index"), self.folder / name / "shards", name
+        )
 
     def service(self, with_fetch: bool = False) -> Service:
         """Return the service."""
@@ -60,7 +68,11 @@ class Fake:
 
     def opened(self) -> Opened:
         """Return what is to be served now."""
-        return Opened(self.name, list(self.segments), Encoders(self.clip, self.encode_texts, evaluation_run.encode_images, 20))
+        return Opened(
+            self.name,
+            list(self.segments),
+            Encoders(self.clip, self.encode_texts, evaluation_run.encode_images, 20),
+        )
 
     def remove(self, **lists: set[str]) -> None:
         """Write to the removal log."""

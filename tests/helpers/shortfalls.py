@@ -1,4 +1,6 @@
-"""How a benchmark says that a figure falls short of what was promised: one line each on stderr, and exit code 1."""
+"""How a benchmark says that a figure falls short of what was promised: one line each on stderr, and
+exit code 1.
+"""
 
 import sys
 from collections.abc import Sequence

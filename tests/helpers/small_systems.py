@@ -1,4 +1,6 @@
-"""Small text-to-image systems in the folders that a run leaves: untrained ones whose every layer matters, in a ROOT where asked."""
+"""Small text-to-image systems in the folders that a run leaves: untrained ones whose every layer
+matters, in a ROOT where asked.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -21,21 +23,39 @@ from training.models.tokenizer import Tokenizer, TokenizerConfig
 
 E = 16
 PROMPTS = ["a red heart", "blue", "two green apples on a white table"]
-CLIP_CONFIG = ClipConfig(image_size_px=16, width=16, depth=1, text_width=32, text_depth=1, embed_dim=E)
+CLIP_CONFIG = ClipConfig(
+    image_size_px=16, width=16, depth=1, text_width=32, text_depth=1, embed_dim=E
+)
 PRIOR_CONFIG = PriorConfig(width=32, depth=1, T=50, sampling_steps=4)
 DECODER_CONFIG = DecoderConfig(
-    image_size_px=8, width=16, multiples=(1,), attention_px=(4,), text_width=32, text_depth=1, T=50, sampling_steps=4,
-    parametrisation="v", time_power=1,
-)  # fmt: skip
+    image_size_px=8,
+    width=16,
+    multiples=(1,),
+    attention_px=(4,),
+    text_width=32,
+    text_depth=1,
+    T=50,
+    sampling_steps=4,
+    parametrisation="v",
+    time_power=1,
+)
 
 
 def write_system(folder: Path) -> Path:
-    """Write the folders `clip`, `prior` and `decoder` of untrained models and return where they are."""
+    """Write the folders `clip`, `prior` and `decoder` of untrained models and return where they
+    are.
+    """
     tokenizer = Tokenizer.fit(PROMPTS, TokenizerConfig(vocab_size=280, context=32))
     torch.manual_seed(0)
     sizes = (tokenizer.vocab_size, tokenizer.context)
-    models = {"clip": CLIP(CLIP_CONFIG, *sizes), "prior": Prior(PRIOR_CONFIG, E, *sizes), "decoder": Decoder(DECODER_CONFIG, E, *sizes)}
-    for (name, model), config in zip(models.items(), (CLIP_CONFIG, PRIOR_CONFIG, DECODER_CONFIG), strict=True):
+    models = {
+        "clip": CLIP(CLIP_CONFIG, *sizes),
+        "prior": Prior(PRIOR_CONFIG, E, *sizes),
+        "decoder": Decoder(DECODER_CONFIG, E, *sizes),
+    }
+    for (name, model), config in zip(
+        models.items(), (CLIP_CONFIG, PRIOR_CONFIG, DECODER_CONFIG), strict=True
+    ):
         with torch.no_grad():
             for p in model.parameters():
                 if p.ndim > 1 and not p.any():
@@ -53,9 +73,24 @@ def write_embeddings(folder: Path, count: int = 40) -> Path:
         (folder / name).mkdir(parents=True)
     for name in ("img_emb", "text_emb"):
         vectors = rng.normal(size=(count, E)) * np.linspace(3, 0.1, E)
-        np.save(folder / name / f"{name}_0000.npy", (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16))
-    rows = [{"key": f"{n:04}", "caption": "x", "captions": ["x"], "split": "train", "licence": "MIT", "style": "s"} for n in range(count)]
-    pq.write_table(pa.Table.from_pylist(rows, EMBEDDED), folder / "metadata" / "metadata_0000.parquet")
+        np.save(
+            folder / name / f"{name}_0000.npy",
+            (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16),
+        )
+    rows = [
+        {
+            "key": f"{n:04}",
+            "caption": "x",
+            "captions": ["x"],
+            "split": "train",
+            "licence": "MIT",
+            "style": "s",
+        }
+        for n in range(count)
+    ]
+    pq.write_table(
+        pa.Table.from_pylist(rows, EMBEDDED), folder / "metadata" / "metadata_0000.parquet"
+    )
     return folder
 
 
@@ -67,8 +102,12 @@ def write_root(folder: Path) -> Root:
     committed: dict[str, Committed] = {}
     for stage in ("clip", "embed", "prior", "decoder"):
         facts: dict[str, Any] = {
-            "inputs": {}, "input_digests": {}, "config": {}, "counts": {"in": 40, "out": 40, "dropped": {}}, "started": manifests.now(),
-        }  # fmt: skip
+            "inputs": {},
+            "input_digests": {},
+            "config": {},
+            "counts": {"in": 40, "out": 40, "dropped": {}},
+            "started": manifests.now(),
+        }
         committed[stage] = manifests.commit(root, stage, f"{stage}-key", made / stage, facts)
     write_run(root, "small", "small.toml", manifests.now(), committed)
     return root

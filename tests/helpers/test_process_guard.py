@@ -23,12 +23,32 @@ def test_starts_a_server_and_waits():
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL], ids=lambda ending: ending.name)
-def test_a_process_of_a_session_of_its_own_ends_with_pytest(ending: signal.Signals, tmp_path: Path) -> None:
+def test_a_process_of_a_session_of_its_own_ends_with_pytest(
+    ending: signal.Signals, tmp_path: Path
+) -> None:
     (tmp_path / "test_starting.py").write_text(STARTING)
-    environment = {name: value for name, value in os.environ.items() if name != MARK and not name.startswith("PYTEST")}
-    command = [sys.executable, "-m", "pytest", "-s", "-p", "tests.helpers.process_guard", "-c", os.devnull, str(tmp_path)]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name != MARK and not name.startswith("PYTEST")
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-s",
+        "-p",
+        "tests.helpers.process_guard",
+        "-c",
+        os.devnull,
+        str(tmp_path),
+    ]
     with subprocess.Popen(
-        command, env=environment | {"PYTHONPATH": str(HERE)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment | {"PYTHONPATH": str(HERE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as run:
         assert run.stdout
         try:

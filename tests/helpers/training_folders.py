@@ -1,4 +1,6 @@
-"""Writes the folders that a training job reads: an ingest folder, its keep list, and for the later models a CLIP and its embeddings."""
+"""Writes the folders that a training job reads: an ingest folder, its keep list, and for the later
+models a CLIP and its embeddings.
+"""
 
 import json
 from pathlib import Path
@@ -18,7 +20,16 @@ from training.models.tokenizer import Tokenizer, TokenizerConfig
 COUNT = 44
 SHARDS = (30, 11, 3)
 """Pictures of each shard: uneven."""
-TINY = ClipConfig(image_size_px=16, width=16, depth=1, text_width=32, text_depth=1, embed_dim=16, images=160, batch_size=8)
+TINY = ClipConfig(
+    image_size_px=16,
+    width=16,
+    depth=1,
+    text_width=32,
+    text_depth=1,
+    embed_dim=16,
+    images=160,
+    batch_size=8,
+)
 
 
 def write_kept(root: Path) -> Path:
@@ -47,9 +58,13 @@ def write_embedded(root: Path) -> None:
     model = CLIP(TINY, tokenizer.vocab_size, tokenizer.context)
     train.write_model("clip", model, model.state_dict(), TINY, root / "clip")
     table = read_table(root / "curate" / "keep.parquet")
-    images = clip_model.embed_images(model, Pictures(table, root / "ingest" / "shards", 16)[range(table.num_rows)])
+    images = clip_model.embed_images(
+        model, Pictures(table, root / "ingest" / "shards", 16)[range(table.num_rows)]
+    )
     for name in ("img_emb", "metadata"):
         (root / "embed" / name).mkdir(parents=True)
     np.save(root / "embed" / "img_emb" / "img_emb_0000.npy", images.numpy().astype(np.float16))
     pq.write_table(table, root / "embed" / "metadata" / "metadata_0000.parquet")
-    (root / "embed" / "facts.json").write_text(json.dumps({"clip_key": "key", "dim": 16, "count": table.num_rows}))
+    (root / "embed" / "facts.json").write_text(
+        json.dumps({"clip_key": "key", "dim": 16, "count": table.num_rows})
+    )

@@ -11,7 +11,9 @@ from infra.schemas import open_parquet
 
 
 @pytest.mark.parametrize("buffer_size", [0, 1 << 16])
-def test_a_long_table_read_in_batches_never_holds_more_than_some(tmp_path: Path, buffer_size: int) -> None:
+def test_a_long_table_read_in_batches_never_holds_more_than_some(
+    tmp_path: Path, buffer_size: int
+) -> None:
     rng = np.random.default_rng(0)
     with pq.ParquetWriter(tmp_path / "long.parquet", pa.schema({"number": pa.float64()})) as writer:
         for _ in range(64):

@@ -1,7 +1,10 @@
-"""Builds an index by autofaiss, in its own environment: python autofaiss_peer.py VECTORS.npy OUT.index BYTES CORES.
+"""Builds an index by autofaiss, in its own environment: python autofaiss_peer.py VECTORS.npy
+OUT.index BYTES CORES.
 
-Prints one JSON object: processor and wall seconds, its factory string and its own parameter string. An index that is there already is not
-built again, only its parameters are chosen anew: autofaiss takes the best recall that a query has time for, so they are this moment's.
+Prints one JSON object: processor and wall seconds, its factory string and its own parameter string.
+An index that is there already is not
+built again, only its parameters are chosen anew: autofaiss takes the best recall that a query has
+time for, so they are this moment's.
 """
 
 import json
@@ -25,7 +28,9 @@ def main() -> None:
     facts = Path(out + ".built")
     if facts.exists():
         told = json.loads(facts.read_text())
-        parameters = get_optimal_hyperparameters(faiss.read_index(out), told["key"], max_speed_ms=QUERY_MS)
+        parameters = get_optimal_hyperparameters(
+            faiss.read_index(out), told["key"], max_speed_ms=QUERY_MS
+        )
     else:
         given = np.ascontiguousarray(np.load(vectors), np.float32)
         started, clock = time.process_time(), time.perf_counter()
@@ -41,7 +46,11 @@ def main() -> None:
             verbose=40,
         )
         assert infos is not None
-        told = {"seconds": time.process_time() - started, "wall_s": time.perf_counter() - clock, "key": infos["index_key"]}
+        told = {
+            "seconds": time.process_time() - started,
+            "wall_s": time.perf_counter() - clock,
+            "key": infos["index_key"],
+        }
         facts.write_text(json.dumps(told))
         parameters = json.loads(Path(out + ".json").read_text())["index_param"]
     print(json.dumps({**told, "parameters": parameters}))

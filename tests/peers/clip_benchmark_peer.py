@@ -1,6 +1,8 @@
-"""CLIP_benchmark and open_clip's own zero-shot loop in their environment (`make peers`), asked over pipes as `open_clip_peer` is.
+"""CLIP_benchmark and open_clip's own zero-shot loop in their environment (`make peers`), asked over
+pipes as `open_clip_peer` is.
 
-The first line tells of the model's folder, the sets and the threads; each line after it names a method and its arguments. Knows nothing
+The first line tells of the model's folder, the sets and the threads; each line after it names a
+method and its arguments. Knows nothing
 of ours.
 """
 
@@ -32,19 +34,31 @@ class Peer:
 
     def pictures(self, name: str) -> Any:
         """Return a set and its loader as CLIP_benchmark's command line makes them."""
-        dataset = self.build(f"wds/{name}", root=str(Path(self.told["sets"]) / name), transform=self.transform, split="test")
+        dataset = self.build(
+            f"wds/{name}",
+            root=str(Path(self.told["sets"]) / name),
+            transform=self.transform,
+            split="test",
+        )
         loader = torch.utils.data.DataLoader(
-            dataset.batched(self.told["batch"]), batch_size=None, shuffle=False, num_workers=self.told["workers"]
+            dataset.batched(self.told["batch"]),
+            batch_size=None,
+            shuffle=False,
+            num_workers=self.told["workers"],
         )
         return dataset, loader
 
     def evaluate(self, name: str, amp: bool) -> dict[str, Any]:
-        """Return CLIP_benchmark's figures of a set and its seconds, from files to figures, and the class of every picture."""
+        """Return CLIP_benchmark's figures of a set and its seconds, from files to figures, and the
+        class of every picture.
+        """
         from clip_benchmark.metrics import zeroshot_classification as theirs
 
         started_s = time.perf_counter()
         dataset, loader = self.pictures(name)
-        found = theirs.evaluate(self.model, loader, self.tokenizer, dataset.classes, dataset.templates, "cpu", amp=amp)
+        found = theirs.evaluate(
+            self.model, loader, self.tokenizer, dataset.classes, dataset.templates, "cpu", amp=amp
+        )
         return {"figures": found, "seconds": time.perf_counter() - started_s}
 
     def said(self, name: str) -> list[int]:
@@ -52,16 +66,26 @@ class Peer:
         from clip_benchmark.metrics import zeroshot_classification as theirs
 
         dataset, loader = self.pictures(name)
-        classifier = theirs.zero_shot_classifier(self.model, self.tokenizer, dataset.classes, dataset.templates, "cpu", amp=False)
-        return list(theirs.run_classification(self.model, classifier, loader, "cpu", amp=False)[0].argmax(1).tolist())
+        classifier = theirs.zero_shot_classifier(
+            self.model, self.tokenizer, dataset.classes, dataset.templates, "cpu", amp=False
+        )
+        return list(
+            theirs.run_classification(self.model, classifier, loader, "cpu", amp=False)[0]
+            .argmax(1)
+            .tolist()
+        )
 
     def loop(self, name: str, precision: str) -> dict[str, Any]:
-        """Return the seconds of open_clip's own loop (open_clip_train.zero_shot.run) over a set, from files to top-1 and top-5."""
+        """Return the seconds of open_clip's own loop (open_clip_train.zero_shot.run) over a set,
+        from files to top-1 and top-5.
+        """
         from open_clip_train.zero_shot import run
 
         dataset, loader = self.pictures(name)
         templates = [lambda c, text=text: text.format(c=c) for text in dataset.templates]
-        classifier = self.open_clip.build_zero_shot_classifier(self.model, self.tokenizer, dataset.classes, templates, 10, "cpu")
+        classifier = self.open_clip.build_zero_shot_classifier(
+            self.model, self.tokenizer, dataset.classes, templates, 10, "cpu"
+        )
         given = SimpleNamespace(device="cpu", precision=precision, batch_size=self.told["batch"])
         started_s = time.perf_counter()
         top_1, top_5 = run(self.model, classifier, loader, given)
@@ -74,7 +98,10 @@ def main() -> None:
     told = json.loads(sys.stdin.readline())
     torch.set_num_threads(told["threads"])
     peer = Peer(import_open_clip(), told)
-    answers.write(json.dumps({name: version(name) for name in ("clip_benchmark", "open_clip_torch", "torch")}) + "\n")
+    answers.write(
+        json.dumps({name: version(name) for name in ("clip_benchmark", "open_clip_torch", "torch")})
+        + "\n"
+    )
     for line in sys.stdin:
         name, *arguments = json.loads(line)
         answers.write(json.dumps(getattr(peer, name)(*arguments)) + "\n")

@@ -1,6 +1,8 @@
-"""Asks a service through clip-retrieval's own ClipClient: reads questions as JSON lines, answers each with what the client returned.
+"""Asks a service through clip-retrieval's own ClipClient: reads questions as JSON lines, answers
+each with what the client returned.
 
-Runs in the environment of tests/peers/clip_retrieval.txt. The package's own `__init__` imports its server and indexer, which want another
+Runs in the environment of tests/peers/clip_retrieval.txt. The package's own `__init__` imports its
+server and indexer, which want another
 FAISS and torch; the client's module is loaded without it.
 """
 
@@ -25,7 +27,12 @@ def main() -> None:
     module = client_module()
     for line in sys.stdin:
         told = json.loads(line)
-        client = module.ClipClient(**{**told["client"], "modality": module.Modality(told["client"].get("modality", "image"))})
+        client = module.ClipClient(
+            **{
+                **told["client"],
+                "modality": module.Modality(told["client"].get("modality", "image")),
+            }
+        )
         print(json.dumps(client.query(**told["query"])), flush=True)
 
 

@@ -1,6 +1,8 @@
-"""open_clip in its own environment (`make peers`), asked over pipes: `{"do": ..., ...}` a line in, a line of JSON out.
+"""open_clip in its own environment (`make peers`), asked over pipes: `{"do": ..., ...}` a line in,
+a line of JSON out.
 
-Builds random models and writes them as open_clip does, embeds with what it finds in a folder, turns texts into ids. Knows nothing of ours.
+Builds random models and writes them as open_clip does, embeds with what it finds in a folder, turns
+texts into ids. Knows nothing of ours.
 """
 
 import json
@@ -13,7 +15,9 @@ import torch
 
 
 def import_open_clip() -> Any:
-    """Import it although torchvision may be built for another torch: the two operators that it wants to describe are declared first."""
+    """Import it although torchvision may be built for another torch: the two operators that it
+    wants to describe are declared first.
+    """
     library = torch.library.Library("torchvision", "DEF")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -30,7 +34,9 @@ def embed(model: Any, told: dict[str, Any], pixels: dict[str, Any]) -> None:
     with torch.no_grad():
         image = model.encode_image(images.permute(0, 3, 1, 2), normalize=True)
         text = model.encode_text(torch.tensor(told["ids"]), normalize=True)
-    torch.save({"image": image, "text": text, "logit_scale": model.logit_scale.detach()}, told["out"])
+    torch.save(
+        {"image": image, "text": text, "logit_scale": model.logit_scale.detach()}, told["out"]
+    )
 
 
 def answer(open_clip: Any, told: dict[str, Any]) -> Any:
@@ -46,12 +52,20 @@ def answer(open_clip: Any, told: dict[str, Any]) -> Any:
         from safetensors.torch import save_file
 
         save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": told["config"], "preprocess_cfg": pixels}))
+        (folder / "open_clip_config.json").write_text(
+            json.dumps({"model_cfg": told["config"], "preprocess_cfg": pixels})
+        )
         embed(model, told, pixels)
         return True
     if told["do"] == "embed":
         model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{told['folder']}")
-        embed(model.eval(), told, json.loads((Path(told["folder"]) / "open_clip_config.json").read_text())["preprocess_cfg"])
+        embed(
+            model.eval(),
+            told,
+            json.loads((Path(told["folder"]) / "open_clip_config.json").read_text())[
+                "preprocess_cfg"
+            ],
+        )
         return True
     if told["do"] == "ids":
         return open_clip.SimpleTokenizer(context_length=77)(told["texts"]).tolist()
@@ -64,7 +78,10 @@ def answer(open_clip: Any, told: dict[str, Any]) -> Any:
         torch.save(transform(Image.open(told["picture"])), told["out"])
         return True
     if told["do"] == "published":
-        return [open_clip.get_pretrained_cfg(*name.split("/"))["hf_hub"].rstrip("/") for name in told["names"]]
+        return [
+            open_clip.get_pretrained_cfg(*name.split("/"))["hf_hub"].rstrip("/")
+            for name in told["names"]
+        ]
     raise ValueError(told["do"])
 
 
@@ -73,7 +90,12 @@ def main() -> None:
     os.dup2(2, 1)
     torch.set_num_threads(1)
     open_clip = import_open_clip()
-    answers.write(json.dumps({"version": open_clip.__version__, "package": str(Path(open_clip.__file__).parent)}) + "\n")
+    answers.write(
+        json.dumps(
+            {"version": open_clip.__version__, "package": str(Path(open_clip.__file__).parent)}
+        )
+        + "\n"
+    )
     for line in sys.stdin:
         answers.write(json.dumps(answer(open_clip, json.loads(line))) + "\n")
 

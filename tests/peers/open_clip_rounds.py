@@ -1,4 +1,5 @@
-"""open_clip's side of the benchmark, a round at a time: training steps as its trainer makes them, zero-shot, tokenisation.
+"""open_clip's side of the benchmark, a round at a time: training steps as its trainer makes them,
+zero-shot, tokenisation.
 
 Asked over pipes as `open_clip_peer` is; answers are seconds. Knows nothing of ours.
 """
@@ -20,7 +21,10 @@ class Rounds:
     def __init__(self, open_clip: Any, told: dict[str, Any]) -> None:
         self.told, self.open_clip = told, open_clip
         data = torch.load(told["data"])
-        self.images, self.ids = data["images"], data["ids"]  # float (M, B, 3, S, S) normalised, int (M, B, 77)
+        self.images, self.ids = (
+            data["images"],
+            data["ids"],
+        )  # float (M, B, 3, S, S) normalised, int (M, B, 77)
         self.loss = open_clip.ClipLoss()
         self.tokenizer = open_clip.SimpleTokenizer(context_length=77)
         self.unused = dict(self.tokenizer.cache)
@@ -28,10 +32,14 @@ class Rounds:
         self.number = 0
 
     def prepared(self, context: int) -> tuple[Any, torch.optim.Optimizer]:
-        """Return a model of that context, which open_clip fixes when it makes one, and its trainer's optimiser."""
+        """Return a model of that context, which open_clip fixes when it makes one, and its
+        trainer's optimiser.
+        """
         torch.manual_seed(0)
         config = self.told["config"]
-        model = self.open_clip.CLIP(**config | {"text_cfg": config["text_cfg"] | {"context_length": context}})
+        model = self.open_clip.CLIP(
+            **config | {"text_cfg": config["text_cfg"] | {"context_length": context}}
+        )
         decayed = [p for p in model.parameters() if p.ndim >= 2]
         others = [p for p in model.parameters() if p.ndim < 2]
         groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}]
@@ -42,7 +50,10 @@ class Rounds:
         model, optimizer = self.models[context]
         model.train()
         for _ in range(steps):
-            images, ids = self.images[self.number % len(self.images)], self.ids[self.number % len(self.ids)][:, :context]
+            images, ids = (
+                self.images[self.number % len(self.images)],
+                self.ids[self.number % len(self.ids)][:, :context],
+            )
             self.number += 1
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -55,9 +66,13 @@ class Rounds:
 
     @torch.no_grad()
     def zero_shot(self, batches: int, bf16: bool) -> None:
-        """Classify pictures as open_clip's zero_shot does: features, times the classifier's weights, the best."""
+        """Classify pictures as open_clip's zero_shot does: features, times the classifier's
+        weights, the best.
+        """
         model = self.models[77][0].eval()
-        weights = torch.nn.functional.normalize(torch.randn(self.told["config"]["embed_dim"], 1000), dim=0)
+        weights = torch.nn.functional.normalize(
+            torch.randn(self.told["config"]["embed_dim"], 1000), dim=0
+        )
         for place in range(batches):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 image = model.encode_image(self.images[place % len(self.images)], normalize=True)
@@ -68,7 +83,9 @@ class Rounds:
         """Embed the texts of a zero-shot classifier."""
         model = self.models[context][0].eval()
         for start in range(0, len(texts), 256):
-            model.encode_text(self.tokenizer(texts[start : start + 256])[:, :context], normalize=True)
+            model.encode_text(
+                self.tokenizer(texts[start : start + 256])[:, :context], normalize=True
+            )
 
     def tokens(self, texts: list[str], is_cold: bool) -> None:
         """Turn texts into ids, without what it remembers of words if told so."""

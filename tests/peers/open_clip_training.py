@@ -1,8 +1,11 @@
-"""Trains open_clip for a given time on pictures and captions from a file, as its trainer does, and embeds what is held out.
+"""Trains open_clip for a given time on pictures and captions from a file, as its trainer does, and
+embeds what is held out.
 
-    python open_clip_training.py TOLD.json: `data` (images, phrasings, what is held out), `config`, `seconds`, `seed`, `threads`, `out`
+    python open_clip_training.py TOLD.json: `data` (images, phrasings, what is held out), `config`,
+    `seconds`, `seed`, `threads`, `out`
 
-AdamW without decay on gains and biases, warm-up and cosine to nothing over the steps that fit into the time, clamped temperature, texts
+AdamW without decay on gains and biases, warm-up and cosine to nothing over the steps that fit into
+the time, clamped temperature, texts
 padded to the model's context. Knows nothing of ours.
 """
 
@@ -31,7 +34,10 @@ def main() -> None:
     model = open_clip.CLIP(**told["config"])
     groups = [
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": told["weight_decay"]},
+        {
+            "params": [p for p in model.parameters() if p.ndim >= 2],
+            "weight_decay": told["weight_decay"],
+        },
     ]
     optimizer = torch.optim.AdamW(groups, lr=told["learning_rate"], betas=(0.9, 0.98), eps=1e-6)
     loss_of, images, batch = open_clip.ClipLoss(), data["images"], told["batch"]
@@ -61,9 +67,27 @@ def main() -> None:
             break
     model.eval()
     with torch.no_grad():
-        held = torch.cat([model.encode_image(normalised(part), normalize=True) for part in data["held_out"].split(256)])
-        texts = torch.cat([model.encode_text(part, normalize=True) for part in tokenizer(data["texts"]).split(256)])
-    torch.save({"image": held, "text": texts, "images_seen": number * batch, "seconds": time.monotonic() - started_s}, told["out"])
+        held = torch.cat(
+            [
+                model.encode_image(normalised(part), normalize=True)
+                for part in data["held_out"].split(256)
+            ]
+        )
+        texts = torch.cat(
+            [
+                model.encode_text(part, normalize=True)
+                for part in tokenizer(data["texts"]).split(256)
+            ]
+        )
+    torch.save(
+        {
+            "image": held,
+            "text": texts,
+            "images_seen": number * batch,
+            "seconds": time.monotonic() - started_s,
+        },
+        told["out"],
+    )
 
 
 def normalised(images: Any) -> Any:

@@ -1,7 +1,10 @@
-"""Trains any model for a given time, for the peers that are compared after equal seconds. Plain torch: knows nothing of ours nor of theirs.
+"""Trains any model for a given time, for the peers that are compared after equal seconds. Plain
+torch: knows nothing of ours nor of theirs.
 
-AdamW with decay on matrices, clipped gradients, a warm-up and a cosine to nothing over the steps that fit into the time, averaged weights
-as ours are averaged: so models and their losses are compared and not the trainers' defaults, which are made for days.
+AdamW with decay on matrices, clipped gradients, a warm-up and a cosine to nothing over the steps
+that fit into the time, averaged weights
+as ours are averaged: so models and their losses are compared and not the trainers' defaults, which
+are made for days.
 """
 
 import copy
@@ -37,8 +40,14 @@ class Trained:
     def __init__(self, model: nn.Module, learning_rate: float, decay: float, clip: float) -> None:
         self.model, self.clip = model.train(), clip
         groups = [
-            {"params": [p for p in model.parameters() if p.requires_grad and p.ndim >= 2], "weight_decay": decay},
-            {"params": [p for p in model.parameters() if p.requires_grad and p.ndim < 2], "weight_decay": 0.0},
+            {
+                "params": [p for p in model.parameters() if p.requires_grad and p.ndim >= 2],
+                "weight_decay": decay,
+            },
+            {
+                "params": [p for p in model.parameters() if p.requires_grad and p.ndim < 2],
+                "weight_decay": 0.0,
+            },
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99))
 
@@ -62,9 +71,17 @@ def train(
     learning_rate: float,
     bf16: bool,
 ) -> tuple[nn.Module, dict[str, float]]:
-    """Train for so many seconds; returns the averaged model and what it took, `first_loss` and `loss` being medians of a twentieth each."""
+    """Train for so many seconds; returns the averaged model and what it took, `first_loss` and
+    `loss` being medians of a twentieth each.
+    """
     trained, averaged = Trained(model, learning_rate, DECAY, CLIP), copy.deepcopy(model).eval()
-    started_s, steps, number, order, losses = time.monotonic(), 0, 0, torch.empty(0, dtype=torch.long), []
+    started_s, steps, number, order, losses = (
+        time.monotonic(),
+        0,
+        0,
+        torch.empty(0, dtype=torch.long),
+        [],
+    )
     while not steps or number < steps:
         passed_s = time.monotonic() - started_s
         if number == CALIBRATION_STEPS:
@@ -85,6 +102,9 @@ def train(
             break
     part = max(1, len(losses) // 20)
     return averaged, {
-        "parameters": count(model), "images_seen": number * batch, "seconds": time.monotonic() - started_s,
-        "first_loss": statistics.median(losses[:part]), "loss": statistics.median(losses[-part:]),
-    }  # fmt: skip
+        "parameters": count(model),
+        "images_seen": number * batch,
+        "seconds": time.monotonic() - started_s,
+        "first_loss": statistics.median(losses[:part]),
+        "loss": statistics.median(losses[-part:]),
+    }

@@ -1,6 +1,8 @@
-"""A Ray cluster of three machines with addresses of their own, one that submits and one outside: power, processes, network and store fail.
+"""A Ray cluster of three machines with addresses of their own, one that submits and one outside:
+power, processes, network and store fail.
 
-Each time `unclip submit` ends well by itself, and every file of the embeddings and of the trained CLIP, and every picture of an ingest,
+Each time `unclip submit` ends well by itself, and every file of the embeddings and of the trained
+CLIP, and every picture of an ingest,
 is what an undisturbed run made; into a folder that the machines share and into a bucket.
 """
 
@@ -37,8 +39,10 @@ CUT_S = 60
 STAGES = ("ingest", "curate", "clip", "embed")
 SHARD, LISTED = 20, 240
 SETTINGS = {
-    "GLOO_SOCKET_IFNAME": "eth0",  # the machines share one host name, which is none of their addresses
-    "RAY_health_check_period_ms": "2000",  # a node that is silent is given up after some 20 s instead of a minute
+    # the machines share one host name, which is none of their addresses
+    "GLOO_SOCKET_IFNAME": "eth0",
+    # a node that is silent is given up after some 20 s instead of a minute
+    "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "4000",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # here one computer is all the machines
     "RAY_worker_niceness": "0",  # by default 15: whatever else runs on this computer would go first
@@ -46,9 +50,13 @@ SETTINGS = {
 
 
 class Place:
-    """The cluster, the machine that submits, one outside with pictures and a store, and the folder in which recipe and ROOTs lie."""
+    """The cluster, the machine that submits, one outside with pictures and a store, and the folder
+    in which recipe and ROOTs lie.
+    """
 
-    def __init__(self, folder: Path, network: Machines, cluster: RayCluster, keys: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, network: Machines, cluster: RayCluster, keys: dict[str, str]
+    ) -> None:
         self.folder, self.network, self.cluster, self.keys = folder, network, cluster, keys
         self.head, *_, self.submitter, self.outside = network.all
 
@@ -60,15 +68,38 @@ class Place:
             "embed.rows_per_part=1",
             "cluster.upload_code=false",
             "data.processes=1",
-            *(more or [sources({"kind": "folder", "path": str(self.folder / "pictures" / "filled")})]),
+            *(
+                more
+                or [sources({"kind": "folder", "path": str(self.folder / "pictures" / "filled")})]
+            ),
         ]
-        command = [sys.executable, "-m", "flows.cli.main", "submit", str(self.folder / "tiny.toml"), "--stage", stage, "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "flows.cli.main",
+            "submit",
+            str(self.folder / "tiny.toml"),
+            "--stage",
+            stage,
+            "--json",
+        ]
         command += ["--address", self.cluster.address, "--root", root]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PREFECT_"))}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_", "PREFECT_"))
+        }
         return subprocess.Popen(
-            [*self.submitter.within, *command, *(part for each in settings for part in ("--set", each))],
+            [
+                *self.submitter.within,
+                *command,
+                *(part for each in settings for part in ("--set", each)),
+            ],
             cwd=self.folder,
-            env=environment | self.cluster.environment | self.keys | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+            env=environment
+            | self.cluster.environment
+            | self.keys
+            | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -83,7 +114,9 @@ class Place:
         return [machine for machine in self.network.all if machine.processes("RayTrainWorker")]
 
     def lose(self, machine: Machine) -> None:
-        """Turn a machine that is not the head off and on again: all that ran there is gone, then it joins the cluster anew."""
+        """Turn a machine that is not the head off and on again: all that ran there is gone, then it
+        joins the cluster anew.
+        """
         assert machine is not self.head
         machine.lose_power()
 
@@ -105,18 +138,29 @@ def files(root: Root, stages: tuple[str, ...]) -> dict[str, str]:
     """Return the checksum of every file of some stages, what tells of time apart."""
     found = {}
     for each in (made(root, stage) for stage in stages):
-        found |= {f"{each.stage}/{each.key}/{file['path']}": str(file["sha256"]) for file in each.manifest["files"]}
-    return {name: checksum for name, checksum in found.items() if not name.endswith("metrics.jsonl")}
+        found |= {
+            f"{each.stage}/{each.key}/{file['path']}": str(file["sha256"])
+            for file in each.manifest["files"]
+        }
+    return {
+        name: checksum for name, checksum in found.items() if not name.endswith("metrics.jsonl")
+    }
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("chaos")
     prepare(folder)
-    with Machines(5) as network, S3Server(folder / "s3") as store, pytest.MonkeyPatch.context() as patch:
+    with (
+        Machines(5) as network,
+        S3Server(folder / "s3") as store,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         with network.all[-1].entered():
             proxy = FaultyProxy(store.s3_port, Faults(), host=network.all[-1].address)
-        for name, value in (store.environment() | {"UNCLIP_SCRATCH": str(folder / "scratch")}).items():
+        for name, value in (
+            store.environment() | {"UNCLIP_SCRATCH": str(folder / "scratch")}
+        ).items():
             patch.setenv(name, value)
         keys = store.environment(proxy.endpoint)
         with proxy, RayCluster((1, 1, 1), network.all[:3], SETTINGS | keys) as cluster:
@@ -142,9 +186,14 @@ def begun(place: Place, undisturbed: Root, root: Root, stages: tuple[str, ...]) 
 
 
 def ended_well(
-    place: Place, running: "subprocess.Popen[str]", is_midway: Callable[[], bool], disturb: Callable[[], None]
+    place: Place,
+    running: "subprocess.Popen[str]",
+    is_midway: Callable[[], bool],
+    disturb: Callable[[], None],
 ) -> tuple[list[str], str]:
-    """Disturb a run once it is midway and see it end well all the same; return the states of its stages and what was shown."""
+    """Disturb a run once it is midway and see it end well all the same; return the states of its
+    stages and what was shown.
+    """
     shown: list[str] = []
     assert running.stderr and running.stdout
     stderr = running.stderr
@@ -153,7 +202,9 @@ def ended_well(
     try:
         limit = time.monotonic() + 300
         while not is_midway():
-            assert running.poll() is None and time.monotonic() < limit, f"never midway: {''.join(shown)}"
+            assert running.poll() is None and time.monotonic() < limit, (
+                f"never midway: {''.join(shown)}"
+            )
             time.sleep(0.1)
         disturb()
         assert running.wait(timeout=600) == 0, "".join(shown)
@@ -165,12 +216,21 @@ def ended_well(
 
 
 def disturbed(
-    place: Place, undisturbed: Root, uri: str, stage: str, is_midway: Callable[[Root], bool], disturb: Callable[[Root], None]
+    place: Place,
+    undisturbed: Root,
+    uri: str,
+    stage: str,
+    is_midway: Callable[[Root], bool],
+    disturb: Callable[[Root], None],
 ) -> str:
-    """Run one stage again on the same inputs, disturb it midway, and find the files of the undisturbed run; return what was shown."""
+    """Run one stage again on the same inputs, disturb it midway, and find the files of the
+    undisturbed run; return what was shown.
+    """
     root, before = place.opened(uri), STAGES[: STAGES.index(stage)]
     begun(place, undisturbed, root, before)
-    until(lambda: not place.trainers())  # a node that was cut off may still have one, which is no part of this run
+    until(
+        lambda: not place.trainers()
+    )  # a node that was cut off may still have one, which is no part of this run
     running = place.submit(uri, stage)
     states, shown = ended_well(place, running, lambda: is_midway(root), lambda: disturb(root))
     assert states == ["current"] * len(before) + ["ran"]
@@ -188,7 +248,9 @@ def trained(place: Place, undisturbed: Root, uri: str, disturb: Callable[[Root],
 
 
 def images_seen(root: Root) -> int:
-    """Return the images seen by the state that a training would resume from, 0 where there is none."""
+    """Return the images seen by the state that a training would resume from, 0 where there is
+    none.
+    """
     for state in root.scratch.glob("clip/*/state.pt"):
         return int(torch.load(state, weights_only=True)["images_seen"])
     return 0
@@ -204,7 +266,9 @@ def until(condition: Callable[[], Any], limit_s: float = 240) -> Any:
 
 def test_the_jobs_process_on_the_head_is_killed(place: Place, undisturbed: Root) -> None:
     def disturb(_: Root) -> None:
-        (driver,) = (pid for pid in place.head.processes("-m flows.orchestration.ray_job") if is_python(pid))
+        (driver,) = (
+            pid for pid in place.head.processes("-m flows.orchestration.ray_job") if is_python(pid)
+        )
         os.kill(driver, signal.SIGKILL)
 
     shown = trained(place, undisturbed, str(place.folder / "driver"), disturb)
@@ -215,7 +279,9 @@ def is_python(pid: int) -> bool:
     return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
 
 
-def test_who_submitted_and_the_head_do_not_see_each_other_for_a_while(place: Place, undisturbed: Root) -> None:
+def test_who_submitted_and_the_head_do_not_see_each_other_for_a_while(
+    place: Place, undisturbed: Root
+) -> None:
     def disturb(_: Root) -> None:
         place.network.pull(place.submitter)
         time.sleep(CUT_S)
@@ -237,11 +303,15 @@ def test_a_node_that_trains_is_cut_off_for_a_while(place: Place, undisturbed: Ro
 
 
 def test_a_node_that_trains_loses_power(place: Place, undisturbed: Root) -> None:
-    shown = trained(place, undisturbed, str(place.folder / "power"), lambda _: place.lose(place.trainers()[-1]))
+    shown = trained(
+        place, undisturbed, str(place.folder / "power"), lambda _: place.lose(place.trainers()[-1])
+    )
     assert "it goes on from its last state" in shown and "attempt 2" not in shown
 
 
-def test_training_into_a_bucket_a_node_loses_power_and_the_store_is_away_when_it_wants_to_commit(place: Place, undisturbed: Root) -> None:
+def test_training_into_a_bucket_a_node_loses_power_and_the_store_is_away_when_it_wants_to_commit(
+    place: Place, undisturbed: Root
+) -> None:
     def disturb(root: Root) -> None:
         place.network.pull(place.outside)
         place.lose(place.trainers()[-1])
@@ -254,11 +324,15 @@ def test_training_into_a_bucket_a_node_loses_power_and_the_store_is_away_when_it
     assert "it goes on from its last state" in shown
 
 
-def test_embedding_into_a_bucket_a_process_is_killed_and_a_node_loses_power(place: Place, undisturbed: Root) -> None:
+def test_embedding_into_a_bucket_a_process_is_killed_and_a_node_loses_power(
+    place: Place, undisturbed: Root
+) -> None:
     stopped: dict[int, int] = {}
 
     def is_midway(_: Root) -> bool:
-        """Stop a process on each machine while it embeds: a part takes no longer than to look for it."""
+        """Stop a process on each machine while it embeds: a part takes no longer than to look for
+        it.
+        """
         for machine in (each for each in place.network.all[:3] if each.number not in stopped):
             for pid in machine.processes("ray::_embed_part"):
                 os.kill(pid, signal.SIGSTOP)
@@ -269,7 +343,10 @@ def test_embedding_into_a_bucket_a_process_is_killed_and_a_node_loses_power(plac
         return len(stopped) == 3
 
     def disturb(root: Root) -> None:
-        assert len(list(root.scratch.glob("embed/*/metadata_*.parquet"))) < made(undisturbed, "embed").manifest["counts"]["out"] - 3
+        assert (
+            len(list(root.scratch.glob("embed/*/metadata_*.parquet")))
+            < made(undisturbed, "embed").manifest["counts"]["out"] - 3
+        )
         one, another, lost = place.network.all[:3]
         os.kill(stopped[another.number], signal.SIGKILL)
         place.lose(lost)
@@ -280,20 +357,37 @@ def test_embedding_into_a_bucket_a_process_is_killed_and_a_node_loses_power(plac
 
 
 def test_downloading_into_a_bucket_a_process_is_killed_and_a_node_loses_power(place: Place) -> None:
-    paths = [f"good/{number}.png" for number in range(LISTED)] + [f"missing/{number}.png" for number in range(10)]
+    paths = [f"good/{number}.png" for number in range(LISTED)] + [
+        f"missing/{number}.png" for number in range(10)
+    ]
 
     def downloading() -> list[tuple[Machine, int]]:
         return [
-            (machine, pid) for machine in place.network.all[:3] for pid in machine.processes("flows.ingest.shard_worker") if parent_of(pid)
+            (machine, pid)
+            for machine in place.network.all[:3]
+            for pid in machine.processes("flows.ingest.shard_worker")
+            if parent_of(pid)
         ]
 
     with place.outside.entered():
         server = Server(delay_s=0.2, host=place.outside.address)
     with server:
-        listed = write_list(place.folder / "list.jsonl", [{"url": f"{server.base}/{path}", "caption": path} for path in paths])
-        settings = [sources(listed), f"data.images_per_shard={SHARD}", "data.threads=2", "data.timeout_s=10", "data.allow_private=true"]
+        listed = write_list(
+            place.folder / "list.jsonl",
+            [{"url": f"{server.base}/{path}", "caption": path} for path in paths],
+        )
+        settings = [
+            sources(listed),
+            f"data.images_per_shard={SHARD}",
+            "data.threads=2",
+            "data.timeout_s=10",
+            "data.allow_private=true",
+        ]
         settings += ["cluster.ingest_workers=3"]
-        roots = [place.opened(str(place.folder / "downloaded")), place.opened(f"s3://{BUCKET}/downloaded")]
+        roots = [
+            place.opened(str(place.folder / "downloaded")),
+            place.opened(f"s3://{BUCKET}/downloaded"),
+        ]
         alone = place.submit(roots[0].uri, "ingest", *settings)
         assert alone.communicate(timeout=300) and alone.returncode == 0
         server.asked.clear()
@@ -306,12 +400,25 @@ def test_downloading_into_a_bucket_a_process_is_killed_and_a_node_loses_power(pl
             place.lose(lost)
 
         running = place.submit(roots[1].uri, "ingest", *settings)
-        states, shown = ended_well(place, running, lambda: len(downloading()) == 3 and server.asked.total() >= 3 * SHARD, disturb)
+        states, shown = ended_well(
+            place,
+            running,
+            lambda: len(downloading()) == 3 and server.asked.total() >= 3 * SHARD,
+            disturb,
+        )
         asked = sum(number for path, number in server.asked.items() if path != "/robots.txt")
     assert states == ["ran"] and "attempt 2" not in shown
     expected, found = (made(root, "ingest") for root in roots)
     counts = found.manifest["counts"]
-    assert counts == expected.manifest["counts"] and counts["out"] == LISTED and counts["dropped"] == {"http_404": 10}
+    assert (
+        counts == expected.manifest["counts"]
+        and counts["out"] == LISTED
+        and counts["dropped"] == {"http_404": 10}
+    )
     pictures, others = (stored(each.local()) for each in (found, expected))
-    assert {path: image.tobytes() for path, image in pictures.items()} == {path: image.tobytes() for path, image in others.items()}
-    assert asked <= len(paths) + 2 * SHARD  # what was in the making where a process was killed and power lost
+    assert {path: image.tobytes() for path, image in pictures.items()} == {
+        path: image.tobytes() for path, image in others.items()
+    }
+    assert (
+        asked <= len(paths) + 2 * SHARD
+    )  # what was in the making where a process was killed and power lost

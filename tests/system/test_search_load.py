@@ -1,4 +1,6 @@
-"""The load benchmark's judge finds what is wrong with an answer, and nothing wrong with a right one."""
+"""The load benchmark's judge finds what is wrong with an answer, and nothing wrong with a right
+one.
+"""
 
 import json
 from typing import Any
@@ -19,7 +21,9 @@ def asker() -> Asker:
 
 
 def answer(keys: str | list[str], status: int = 200, **more: Any) -> tuple[int, bytes]:
-    results = [{"key": key, "score": 1 - place / 10, "licence": "CC0"} for place, key in enumerate(keys)]
+    results = [
+        {"key": key, "score": 1 - place / 10, "licence": "CC0"} for place, key in enumerate(keys)
+    ]
     return status, json.dumps({"version": "one", "samples": 4, "results": results} | more).encode()
 
 
@@ -33,7 +37,13 @@ def answer(keys: str | list[str], status: int = 200, **more: Any) -> tuple[int, 
         ({"text": "x"}, answer([]), 5, 6, "scores out of order, or none"),
         ({"text": "x", "offset": 24}, answer([]), 5, 6, ""),
         ({"text": "x"}, answer("ae"), 5, 6, "a sample that its version does not know"),
-        ({"text": "x"}, answer("ac", samples=2, version="half"), 5, 6, "a sample that its version does not know"),
+        (
+            {"text": "x"},
+            answer("ac", samples=2, version="half"),
+            5,
+            6,
+            "a sample that its version does not know",
+        ),
         ({"text": "x"}, answer("ab", samples=3), 5, 6, "two counts of samples in one version"),
         ({"licence": ["MIT"]}, answer("ab"), 5, 6, "licence against the filter"),
         ({"key": "a"}, answer("", 404), 5, 6, "404 for a sample that is there"),
@@ -44,7 +54,12 @@ def answer(keys: str | list[str], status: int = 200, **more: Any) -> tuple[int, 
     ],
 )
 def test_an_answer_is_judged(
-    asker: Asker, question: dict[str, Any], given: tuple[int, bytes], asked: float, answered: float, words: str
+    asker: Asker,
+    question: dict[str, Any],
+    given: tuple[int, bytes],
+    asked: float,
+    answered: float,
+    words: str,
 ) -> None:
     assert asker.problem(Answer({"text": "x"}, "text", *answer("abcd"), 1, 2)) == ""
     assert asker.problem(Answer(question, "text", *given, asked, answered)) == words
@@ -54,13 +69,23 @@ def test_scores_that_rise_are_out_of_order(asker: Asker) -> None:
     status, body = answer("ab")
     rising = json.loads(body)
     rising["results"].reverse()
-    assert asker.problem(Answer({"text": "x"}, "text", status, json.dumps(rising).encode(), 1, 2)) == "scores out of order, or none"
+    assert (
+        asker.problem(Answer({"text": "x"}, "text", status, json.dumps(rising).encode(), 1, 2))
+        == "scores out of order, or none"
+    )
 
 
 def test_a_service_of_its_own_is_asked_and_changed_without_a_wrong_answer(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["search_load", "--drawn", "500x16", "--queries", "280", "--clients", "3"])
+    monkeypatch.setattr(
+        "sys.argv", ["search_load", "--drawn", "500x16", "--queries", "280", "--clients", "3"]
+    )
     assert main() == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["queries"] == 276 and set(told["times"]) == set(KINDS) and told["wrong"] == 0 and told["failures"] == []
+    assert (
+        told["queries"] == 276
+        and set(told["times"]) == set(KINDS)
+        and told["wrong"] == 0
+        and told["failures"] == []
+    )

@@ -1,4 +1,6 @@
-"""A second night with a few new URLs: they alone are embedded and added to the index, and a recipe that keeps its models trains none."""
+"""A second night with a few new URLs: they alone are embedded and added to the index, and a recipe
+that keeps its models trains none.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,9 +36,17 @@ def server() -> Iterator[Server]:
 
 def config_of(server: Server, numbers: range, folder: Path, *overrides: str) -> RunConfig:
     """Return the tiny recipe over a list of these pictures."""
-    rows: list[dict[str, Any]] = [{"url": f"{server.base}/good/{number}.png", "caption": f"picture {number}"} for number in numbers]
+    rows: list[dict[str, Any]] = [
+        {"url": f"{server.base}/good/{number}.png", "caption": f"picture {number}"}
+        for number in numbers
+    ]
     data = config_for(write_list(folder / "list.jsonl", rows))
-    quick = ["clip.images=64", "cluster.clip_workers=1", "curate.held_out_styles=[]", "curate.drop_duplicates=false"]
+    quick = [
+        "clip.images=64",
+        "cluster.clip_workers=1",
+        "curate.held_out_styles=[]",
+        "curate.drop_duplicates=false",
+    ]
     return load_recipe(str(RECIPE), [*quick, *overrides]).model_copy(update={"data": data})
 
 
@@ -44,7 +54,14 @@ def night(root: store.Root, config: RunConfig, cluster: Cluster) -> dict[str, St
     """Bring all as far as the index up to date."""
     done: dict[str, StageResult] = {}
     for stage in NIGHT:
-        done[stage.name] = run_stage(stage, root, config, {name: each.committed for name, each in done.items()}, cluster, print)
+        done[stage.name] = run_stage(
+            stage,
+            root,
+            config,
+            {name: each.committed for name, each in done.items()},
+            cluster,
+            print,
+        )
     return done
 
 
@@ -52,10 +69,14 @@ def embedded(result: StageResult) -> tuple[list[str], np.ndarray]:
     """Return captions and picture vectors of an embed folder."""
     folder = result.committed.local()
     captions = pq.read_table(folder / "metadata")["caption"].to_pylist()
-    return captions, np.concatenate([np.load(file) for file in sorted((folder / "img_emb").glob("*.npy"))])
+    return captions, np.concatenate(
+        [np.load(file) for file in sorted((folder / "img_emb").glob("*.npy"))]
+    )
 
 
-def test_a_night_embeds_and_indexes_only_what_is_new_and_trains_nothing(server: Server, tmp_path: Path) -> None:
+def test_a_night_embeds_and_indexes_only_what_is_new_and_trains_nothing(
+    server: Server, tmp_path: Path
+) -> None:
     root = store.open_root(str(tmp_path / "root"))
     config = config_of(server, FIRST, tmp_path)
     with Cluster(config.cluster) as cluster:
@@ -63,27 +84,42 @@ def test_a_night_embeds_and_indexes_only_what_is_new_and_trains_nothing(server: 
         assert first["embed"].committed.manifest["counts"]["taken_over"] == 0
 
         config = config_of(server, SECOND, tmp_path)  # by default new data asks for a new CLIP
-        assert {each.stage.name: each.state for each in plan(root, config, NIGHT)} == dict.fromkeys(first, "stale")
+        assert {each.stage.name: each.state for each in plan(root, config, NIGHT)} == dict.fromkeys(
+            first, "stale"
+        )
 
         config = config_of(server, SECOND, tmp_path, "clip.retrain=never")
         planned = {each.stage.name: each for each in plan(root, config, NIGHT)}
-        assert {name: each.state for name, each in planned.items()} == dict.fromkeys(first, "stale") | {"clip": "current"}
-        assert planned["clip"].why == 'kept, [clip] retrain = "never", although ingest, curate changed'
+        assert {name: each.state for name, each in planned.items()} == dict.fromkeys(
+            first, "stale"
+        ) | {"clip": "current"}
+        assert (
+            planned["clip"].why == 'kept, [clip] retrain = "never", although ingest, curate changed'
+        )
         second = night(root, config, cluster)
         assert (second["clip"].state, second["clip"].key) == ("current", first["clip"].key)
         embed, index = (second[name].committed.manifest["counts"] for name in ("embed", "index"))
-        assert (embed["out"], embed["taken_over"]) == (69, 60) and (index["out"], index["added_to"]) == (69, 60)
+        assert (embed["out"], embed["taken_over"]) == (69, 60) and (
+            index["out"],
+            index["added_to"],
+        ) == (69, 60)
         assert all(each.state == "current" for each in plan(root, config, NIGHT))
 
-        whole = next(stage for stage in STAGES if stage.name == "embed")  # the same, embedded all over
+        whole = next(
+            stage for stage in STAGES if stage.name == "embed"
+        )  # the same, embedded all over
         apart = store.open_root(str(tmp_path / "other"))
         inputs = {name: second[name].committed for name in whole.needs}
         again = run_stage(whole, apart, config, inputs, cluster, print)
         assert again.committed.manifest["counts"]["taken_over"] == 0
-        wider = config_of(server, SECOND, tmp_path, "clip.retrain=never", "clip.width=24")  # other settings: nothing to keep
+        wider = config_of(
+            server, SECOND, tmp_path, "clip.retrain=never", "clip.width=24"
+        )  # other settings: nothing to keep
         assert {each.stage.name: each.state for each in plan(root, wider, NIGHT)}["clip"] == "stale"
     captions, vectors = embedded(second["embed"])
-    assert captions == embedded(again)[0] and set(captions) == {f"picture {number}" for number in SECOND}
+    assert captions == embedded(again)[0] and set(captions) == {
+        f"picture {number}" for number in SECOND
+    }
     assert np.abs(vectors.astype(np.float32) - embedded(again)[1]).max() < 2e-3
     assert np.array_equal(vectors[: len(FIRST)], embedded(first["embed"])[1])
     opened = Index.open(second["index"].committed.local())
@@ -92,10 +128,16 @@ def test_a_night_embeds_and_indexes_only_what_is_new_and_trains_nothing(server: 
     assert np.abs(vectors[rows[:, 0]] - vectors).max() < 2e-3
 
 
-def test_a_kept_model_is_of_the_same_code_and_of_the_same_clip(server: Server, tmp_path: Path) -> None:
+def test_a_kept_model_is_of_the_same_code_and_of_the_same_clip(
+    server: Server, tmp_path: Path
+) -> None:
     root = store.open_root(str(tmp_path / "root"))
     config = config_of(server, FIRST, tmp_path, "clip.retrain=never", "prior.retrain=never")
-    clip, prior = (replace(stage, needs=(), wants=(), run=write_model) for stage in STAGES if stage.name in ("clip", "prior"))
+    clip, prior = (
+        replace(stage, needs=(), wants=(), run=write_model)
+        for stage in STAGES
+        if stage.name in ("clip", "prior")
+    )
     assert frozen_model(root, config, clip, {}) is None
     with Cluster(config.cluster) as cluster:
         made = run_stage(clip, root, config, {}, cluster, print).committed
@@ -103,7 +145,9 @@ def test_a_kept_model_is_of_the_same_code_and_of_the_same_clip(server: Server, t
     found = frozen_model(root, config, clip, {})
     assert found and found.key == made.key
     assert frozen_model(root, config, replace(clip, version=clip.version + 1), {}) is None
-    assert frozen_model(root, config, prior, {"clip": made.digest}) is None, "made with no CLIP, so not with this one"
+    assert frozen_model(root, config, prior, {"clip": made.digest}) is None, (
+        "made with no CLIP, so not with this one"
+    )
     (made.local() / "x.bin").write_bytes(b"cut")
     assert frozen_model(root, config, clip, {}) is None, "a damaged folder is none"
 

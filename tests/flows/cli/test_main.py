@@ -1,4 +1,6 @@
-"""The command line's surface: commands, exit codes, one-line complaints, what `--json` prints, and that it answers at once."""
+"""The command line's surface: commands, exit codes, one-line complaints, what `--json` prints, and
+that it answers at once.
+"""
 
 import json
 import subprocess
@@ -28,7 +30,9 @@ HERE = Path(__file__).parents[3]
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The fake stages behind the commands, and a recipe for them in the working directory."""
-    monkeypatch.setitem(sys.modules, "flows.config.run_config", sys.modules.get("flows.config.run_config"))
+    monkeypatch.setitem(
+        sys.modules, "flows.config.run_config", sys.modules.get("flows.config.run_config")
+    )
     monkeypatch.setattr(flows.orchestration.stages, "STAGES", flows.orchestration.stages.STAGES)
     monkeypatch.delenv("UNCLIP_ROOT", raising=False)
     fake_cli.install()
@@ -49,9 +53,31 @@ def test_help_imports_nothing_heavy_and_names_every_command() -> None:
     code = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
     code += "from flows.cli.main import main; main(['--help'])"
     shown = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert shown.returncode == 0 and not {"torch", "ray", "prefect", "faiss", "pyarrow", "numpy"} & set(shown.stderr.split())
-    commands = {line.split()[0] for line in shown.stdout.partition("Commands:")[2].splitlines() if line.startswith("  ") and line.split()}
-    assert commands >= {"run", "status", "ingest", "curate", "train", "embed", "index", "evaluate", "search", "generate"}
+    assert shown.returncode == 0 and not {
+        "torch",
+        "ray",
+        "prefect",
+        "faiss",
+        "pyarrow",
+        "numpy",
+    } & set(shown.stderr.split())
+    commands = {
+        line.split()[0]
+        for line in shown.stdout.partition("Commands:")[2].splitlines()
+        if line.startswith("  ") and line.split()
+    }
+    assert commands >= {
+        "run",
+        "status",
+        "ingest",
+        "curate",
+        "train",
+        "embed",
+        "index",
+        "evaluate",
+        "search",
+        "generate",
+    }
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +88,12 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 def test_nothing_heavy_is_imported_before_a_command_needs_it() -> None:
     heavy = ("torch", "ray", "prefect", "faiss", "img2dataset")
     code = f"import sys, flows.cli.main; print([name for name in {heavy} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,10 +104,19 @@ def test_nothing_heavy_is_imported_before_a_command_needs_it() -> None:
         (["run", "fake.toml", "--bogus"], "No such option: --bogus"),
         (["run", "nope"], "there is no recipe nope: give a TOML file or one of"),
         (["run", "fake.toml", "--name", "../x"], "--name ../x: use letters, digits"),
-        (["run", "fake.toml", "--set", "data.wrd=b"], "fake.toml: [data] wrd: no such key, did you mean word?"),
-        (["status", "fake.toml", "--set", "data.word=3"], "fake.toml: [data] word = 3: should be a valid string"),
+        (
+            ["run", "fake.toml", "--set", "data.wrd=b"],
+            "fake.toml: [data] wrd: no such key, did you mean word?",
+        ),
+        (
+            ["status", "fake.toml", "--set", "data.word=3"],
+            "fake.toml: [data] word = 3: should be a valid string",
+        ),
         (["run", "fake.toml", "--root", "fake.toml"], "--root fake.toml is a file: give a folder"),
-        (["run", "fake.toml", "--root", "gopher://x"], "--root gopher://x: Protocol not known: gopher"),
+        (
+            ["run", "fake.toml", "--root", "gopher://x"],
+            "--root gopher://x: Protocol not known: gopher",
+        ),
         (["search"], "search needs a text, --image FILE or --key KEY"),
         (["search", "x", "--image", "y"], "search needs a text, --image FILE or --key KEY"),
         (["search", " "], "search: the text is empty"),
@@ -91,8 +131,14 @@ def test_nothing_heavy_is_imported_before_a_command_needs_it() -> None:
         (["interpolate", "fake.toml", "nope.png"], "nope.png: there is no such file"),
         (["textdiff", "fake.toml", "a cat", "a cat"], "there is no difference to follow"),
         (["textdiff", "fake.toml", "", "a cat"], "textdiff: a caption or prompt is empty"),
-        (["textdiff", "fake.toml", "a cat", "a dog", "--theta", "2"], "Invalid value for '--theta'"),
-        (["reconstruct", "fake.toml", "--pca-dims", "3,x"], "--pca-dims 3,x: give up to 64 whole numbers"),
+        (
+            ["textdiff", "fake.toml", "a cat", "a dog", "--theta", "2"],
+            "Invalid value for '--theta'",
+        ),
+        (
+            ["reconstruct", "fake.toml", "--pca-dims", "3,x"],
+            "--pca-dims 3,x: give up to 64 whole numbers",
+        ),
     ],
 )
 def test_a_callers_mistake_is_one_line_and_exit_code_2(
@@ -104,7 +150,9 @@ def test_a_callers_mistake_is_one_line_and_exit_code_2(
     assert not (fakes / "unclip-data").exists()  # a mistake makes no ROOT
 
 
-def test_a_root_that_cannot_be_written_is_one_line_and_exit_code_1(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_root_that_cannot_be_written_is_one_line_and_exit_code_1(
+    fakes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (fakes / "file").touch()
     code, out, err = ran(capsys, "run", "fake.toml", "--root", "file/root")
     assert (code, out) == (1, "") and err.count("\n") == 1 and "choose another --root" in err
@@ -115,11 +163,17 @@ def test_debug_shows_the_traceback(fakes: Path) -> None:
         main(["run", "nope", "--debug"])
 
 
-def test_status_says_missing_then_current_then_stale_and_why(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_says_missing_then_current_then_stale_and_why(
+    fakes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def states(*more: str) -> list[tuple[str, str]]:
         code, out, _ = ran(capsys, "status", "fake.toml", "--json", *more)
         result = json.loads(out)
-        assert code == 0 and result.keys() == {"run", "root", "report", "stages"} and result["run"] == "fake"
+        assert (
+            code == 0
+            and result.keys() == {"run", "root", "report", "stages"}
+            and result["run"] == "fake"
+        )
         assert all(each.keys() == {"stage", "key", "state", "why"} for each in result["stages"])
         return [(each["state"], each["why"]) for each in result["stages"]]
 
@@ -127,12 +181,17 @@ def test_status_says_missing_then_current_then_stale_and_why(fakes: Path, capsys
     assert not (fakes / "unclip-data").exists()
     run_all(store.open_root("unclip-data"), FakeConfig(data=FakeSection(word="x")))
     assert states() == [("current", "")] * 4
-    assert states("--set", "data.word=y")[:2] == [("stale", "[data] word: 'x' -> 'y'"), ("stale", "data changed")]
+    assert states("--set", "data.word=y")[:2] == [
+        ("stale", "[data] word: 'x' -> 'y'"),
+        ("stale", "data changed"),
+    ]
     code, out, _ = ran(capsys, "status", "fake.toml", "--set", "data.word=y")
     assert code == 0 and "stale" in out and "[data] word: 'x' -> 'y'" in out
 
 
-def test_status_with_checksums_finds_a_changed_byte(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_with_checksums_finds_a_changed_byte(
+    fakes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = run_all(store.open_root("unclip-data"), FakeConfig(data=FakeSection(word="x")))
     assert ran(capsys, "status", "fake.toml", "--checksums")[0] == 0
     file = made["embed"].committed.local() / "parts" / "05.bin"
@@ -144,7 +203,9 @@ def test_status_with_checksums_finds_a_changed_byte(fakes: Path, capsys: pytest.
 def test_a_dry_run_counts_parameters_and_runs_nothing(
     fakes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.orchestration.capacity_plan.capacity", lambda *_: {})  # fake stages have no models to plan for
+    monkeypatch.setattr(
+        "flows.orchestration.capacity_plan.capacity", lambda *_: {}
+    )  # fake stages have no models to plan for
     model = replace(FAKES[1], parameters=lambda config: 1_234_567 * len(config.clip.word))
     flows.orchestration.stages.STAGES = (FAKES[0], model, *FAKES[2:])  # type: ignore[assignment]
     code, out, _ = ran(capsys, "run", "fake.toml", "--dry-run", "--json")
@@ -156,16 +217,22 @@ def test_a_dry_run_counts_parameters_and_runs_nothing(
     assert not (fakes / "unclip-data").exists()
 
 
-def test_a_run_that_is_current_records_itself_and_needs_no_prefect(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_current_records_itself_and_needs_no_prefect(
+    fakes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = store.open_root("unclip-data")
     made = run_all(root, FakeConfig(data=FakeSection(word="x")))
     code, out, err = ran(capsys, "run", "fake.toml", "--json", "--name", "second")
-    assert (code, err) == (0, "") and {each["state"] for each in json.loads(out)["stages"]} == {"current"}
+    assert (code, err) == (0, "") and {each["state"] for each in json.loads(out)["stages"]} == {
+        "current"
+    }
     assert find_run(root, "second")["stages"] == {name: each.key for name, each in made.items()}
     assert not (fakes / "unclip-data" / "logs").exists()
 
 
-def test_runs_are_listed_the_last_finished_first(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_listed_the_last_finished_first(
+    fakes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = store.open_root("unclip-data")
     code, out, err = ran(capsys, "runs")
     assert (code, out) == (0, "") and "has no run: make one with `unclip run quickstart" in err
@@ -173,10 +240,18 @@ def test_runs_are_listed_the_last_finished_first(fakes: Path, capsys: pytest.Cap
     write_run(root, "second", "r.toml", "", run_all(root, FakeConfig(data=FakeSection(word="x"))))
     code, out, _ = ran(capsys, "runs")
     lines = [line.split() for line in out.splitlines()]
-    assert code == 0 and [line[0] for line in lines] == ["second", "first"] and "followed" in lines[0] and "followed" not in lines[1]
+    assert (
+        code == 0
+        and [line[0] for line in lines] == ["second", "first"]
+        and "followed" in lines[0]
+        and "followed" not in lines[1]
+    )
     assert "0 stages, no report" in out
     _, out, _ = ran(capsys, "runs", "--json")
-    assert [(each["name"], each["followed"]) for each in json.loads(out)["runs"]] == [("second", True), ("first", False)]
+    assert [(each["name"], each["followed"]) for each in json.loads(out)["runs"]] == [
+        ("second", True),
+        ("first", False),
+    ]
 
 
 def test_the_latest_run_is_the_one_that_finished_last(tmp_path: Path) -> None:
@@ -187,15 +262,27 @@ def test_the_latest_run_is_the_one_that_finished_last(tmp_path: Path) -> None:
     assert find_run(root, "c")["name"] == "c"
 
 
-def test_pictures_carry_their_prompt_seed_and_settings_and_stand_in_the_grid(tmp_path: Path) -> None:
+def test_pictures_carry_their_prompt_seed_and_settings_and_stand_in_the_grid(
+    tmp_path: Path,
+) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 10, 3), np.uint8)
     settings: dict[str, Any] = {"steps": 5, "guidance": None, "clip": "abc"}
-    files, grid = write_pictures(images, ["a red heart", "Ünïcode / ../ path"], 7, settings, tmp_path / "out")
+    files, grid = write_pictures(
+        images, ["a red heart", "Ünïcode / ../ path"], 7, settings, tmp_path / "out"
+    )
     assert len(set(files)) == 6 and all(file.parent == tmp_path / "out" for file in files)
     with Image.open(files[4]) as picture:
         assert np.array_equal(np.asarray(picture), images[1, 1])
-        assert picture.info["prompt"] == "Ünïcode / ../ path" and picture.info["seed"] == "7" and picture.info["guidance"] == "null"
+        assert (
+            picture.info["prompt"] == "Ünïcode / ../ path"
+            and picture.info["seed"] == "7"
+            and picture.info["guidance"] == "null"
+        )
     with Image.open(grid) as picture:
-        last = np.asarray(picture)[-(8 * 10 + GAP_PX) : -GAP_PX, -(10 * 10 + GAP_PX) : -GAP_PX]  # enlarged ten times
-        assert np.array_equal(last[::10, ::10], images[1, 2]) and np.array_equal(last[9::10, 9::10], images[1, 2])
+        last = np.asarray(picture)[
+            -(8 * 10 + GAP_PX) : -GAP_PX, -(10 * 10 + GAP_PX) : -GAP_PX
+        ]  # enlarged ten times
+        assert np.array_equal(last[::10, ::10], images[1, 2]) and np.array_equal(
+            last[9::10, 9::10], images[1, 2]
+        )
         assert json.loads(str(picture.info["prompts"])) == ["a red heart", "Ünïcode / ../ path"]

@@ -23,14 +23,23 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_is_shown_is_the_recipe_again(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "again.toml").write_text(shown(capsys, name, "--set", 'curate.held_out_styles=["a \\"quoted\\" one"]'))
+def test_what_is_shown_is_the_recipe_again(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "again.toml").write_text(
+        shown(capsys, name, "--set", 'curate.held_out_styles=["a \\"quoted\\" one"]')
+    )
     again = load_recipe(str(tmp_path / "again.toml"))
     assert again == load_recipe(name, ['curate.held_out_styles=["a \\"quoted\\" one"]'])
 
 
 def sections(model: type[Section]) -> set[type[Section]]:
-    inner = {part for field in model.model_fields.values() for part in _parts(field.annotation) if isinstance(part, type)}
+    inner = {
+        part
+        for field in model.model_fields.values()
+        for part in _parts(field.annotation)
+        if isinstance(part, type)
+    }
     return {model}.union(*(sections(part) for part in inner if issubclass(part, Section)))
 
 
@@ -46,21 +55,35 @@ def test_every_key_that_can_be_set_says_what_it_means() -> None:
 
 def test_one_section_and_what_it_allows(capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(capsys, "quickstart", "--section", "tokenizer")
-    assert out.startswith("# How captions become tokens.\n[tokenizer]\n") and "(259 to 1,048,576)\nvocab_size = 2048\n" in out
+    assert (
+        out.startswith("# How captions become tokens.\n[tokenizer]\n")
+        and "(259 to 1,048,576)\nvocab_size = 2048\n" in out
+    )
     assert out.count("[") == 1
 
 
-def test_a_section_that_a_recipe_lacks_is_shown_with_its_defaults_as_comments(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_section_that_a_recipe_lacks_is_shown_with_its_defaults_as_comments(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     lines = shown(capsys, "quickstart", "--section", "dedup").splitlines()
-    assert {"# [dedup]", "# semantic = true"} <= set(lines) and all(line.startswith("#") for line in lines)
+    assert {"# [dedup]", "# semantic = true"} <= set(lines) and all(
+        line.startswith("#") for line in lines
+    )
     kinds = shown(capsys, "quickstart", "--section", "data").split("[[data.sources]]\n")
-    assert 'kind = "packages"' in kinds[1] and '# kind = "urls"\n' in kinds[2] and '# url_column = "url"\n' in kinds[2]
+    assert (
+        'kind = "packages"' in kinds[1]
+        and '# kind = "urls"\n' in kinds[2]
+        and '# url_column = "url"\n' in kinds[2]
+    )
 
 
 def test_a_section_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["recipe", "quickstart", "--section", "clipp"])
-    assert left.value.code == 2 and "--section clipp: there are data, curate" in capsys.readouterr().err
+    assert (
+        left.value.code == 2
+        and "--section clipp: there are data, curate" in capsys.readouterr().err
+    )
 
 
 class Awkward(Section):

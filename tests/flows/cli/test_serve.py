@@ -1,4 +1,6 @@
-"""What is served is what the pointer names, opened again only where it changed, without what any machine has taken down."""
+"""What is served is what the pointer names, opened again only where it changed, without what any
+machine has taken down.
+"""
 
 import asyncio
 import io
@@ -42,21 +44,34 @@ GATE = ("generation.own >= 0.5",)
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
-    monkeypatch.setattr(serve, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
+    monkeypatch.setattr(
+        serve,
+        "load_encoders",
+        lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20),
+    )
     return write_root(tmp_path)
 
 
 def finish(root: Root, folder: Path, name: str, numbers: range, own: float | None = None) -> None:
-    """Commit an index over these concepts as the run `name`, with a report that says `own` where it is judged by the gate."""
+    """Commit an index over these concepts as the run `name`, with a report that says `own` where it
+    is judged by the gate.
+    """
     rows = [row(number, name, "train") for number in numbers]
     evaluation_run.write_run(folder / name, rows)
     made = {stage: committed(root, stage) for stage in ("ingest", "curate", "clip")}
 
     def commit(stage: str, out: Path, inputs: tuple[str, ...], sections: dict[str, Any]) -> None:
-        about = {"inputs": {each: made[each].key for each in inputs}, "input_digests": {each: made[each].digest for each in inputs}}
+        about = {
+            "inputs": {each: made[each].key for each in inputs},
+            "input_digests": {each: made[each].digest for each in inputs},
+        }
         counts = {"in": len(rows), "out": len(rows), "dropped": {}}
         made[stage] = manifests.commit(
-            root, stage, f"{stage}-{name}", out, {"stage_version": 1, "sections": sections, "counts": counts, **about}
+            root,
+            stage,
+            f"{stage}-{name}",
+            out,
+            {"stage_version": 1, "sections": sections, "counts": counts, **about},
         )
 
     commit("embed", folder / name / "embed", ("ingest", "curate", "clip"), {})
@@ -76,10 +91,14 @@ def finish(root: Root, folder: Path, name: str, numbers: range, own: float | Non
 
 
 @contextmanager
-def served(root: Root, run: str | None = None, **config: Any) -> Iterator[tuple[TestClient, Service, list[str]]]:
+def served(
+    root: Root, run: str | None = None, **config: Any
+) -> Iterator[tuple[TestClient, Service, list[str]]]:
     told: list[str] = []
     service = Service(parts_of(root, run, False, told.append))
-    with TestClient(make_app(service, ServeConfig(rate=0, **config), io.StringIO()), base_url="http://localhost") as client:
+    with TestClient(
+        make_app(service, ServeConfig(rate=0, **config), io.StringIO()), base_url="http://localhost"
+    ) as client:
         yield client, service, told
 
 
@@ -89,7 +108,9 @@ def shown(client: TestClient) -> tuple[str, set[str]]:
     return client.get("/indices-list").json()[0], {each["style"] for each in found}
 
 
-def test_the_service_follows_the_pointer_and_no_run_that_the_gate_rejected(root: Root, tmp_path: Path) -> None:
+def test_the_service_follows_the_pointer_and_no_run_that_the_gate_rejected(
+    root: Root, tmp_path: Path
+) -> None:
     finish(root, tmp_path, "first", range(8), own=0.7)
     with served(root) as (client, service, _):
         assert shown(client) == ("first", {"first"})
@@ -100,17 +121,23 @@ def test_the_service_follows_the_pointer_and_no_run_that_the_gate_rejected(root:
         service.refresh()
         assert shown(client) == ("better", {"better"}), "it was promoted, under another name"
         body = {"text": "colour 5", "num_images": 1, "indice_name": "first"}
-        assert client.post("/knn-service", json=body).status_code == 200, "who asks by the name that was served before is answered"
+        assert client.post("/knn-service", json=body).status_code == 200, (
+            "who asks by the name that was served before is answered"
+        )
         assert client.post("/knn-service", json=body | {"indice_name": "worse"}).status_code == 404
     with served(root, "worse") as (client, *_):
         assert shown(client) == ("worse", {"worse"}), "by name any run can be had"
 
 
-def test_a_run_of_the_same_name_that_is_not_promoted_is_not_served(root: Root, tmp_path: Path) -> None:
+def test_a_run_of_the_same_name_that_is_not_promoted_is_not_served(
+    root: Root, tmp_path: Path
+) -> None:
     finish(root, tmp_path, "nightly", range(8), own=0.7)
     with served(root) as (client, service, _):
         rejected = store.read_json(root, "runs/drawn.json")
-        store.write_json(root, "runs/nightly.json", {**rejected, "name": "nightly"})  # last night's, which the gate did not let by
+        store.write_json(
+            root, "runs/nightly.json", {**rejected, "name": "nightly"}
+        )  # last night's, which the gate did not let by
         service.refresh()
         assert shown(client) == ("nightly", {"nightly"})
 
@@ -131,10 +158,16 @@ def test_a_first_run_that_its_gate_rejects_is_no_ones_default(root: Root, tmp_pa
     assert find_run(root, "first")["name"] == "first"
 
 
-def test_only_what_changed_is_opened_again(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_changed_is_opened_again(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened, loaded = [], []
     really = Index.open.__func__  # type: ignore[attr-defined]
-    monkeypatch.setattr(Index, "open", classmethod(lambda cls, folder: opened.append(folder.parent.name) or really(cls, folder)))
+    monkeypatch.setattr(
+        Index,
+        "open",
+        classmethod(lambda cls, folder: opened.append(folder.parent.name) or really(cls, folder)),
+    )
 
     def load(known: lineage.Lineage) -> Encoders:
         loaded.append(known.fingerprint)
@@ -148,7 +181,9 @@ def test_only_what_changed_is_opened_again(root: Root, tmp_path: Path, monkeypat
         service.refresh()
         after = service.version
         assert opened == ["additions"] and len(loaded) == 1
-        assert after.view.segments[0] is before.view.segments[0] and after.encoders is before.encoders
+        assert (
+            after.view.segments[0] is before.view.segments[0] and after.encoders is before.encoders
+        )
         assert (after.view.count, after.view.version != before.view.version) == (50, True)
         assert client.get("/healthz").json()["version"] == after.view.version
 
@@ -171,19 +206,31 @@ def test_an_addition_of_another_clip_is_named_with_the_mend(root: Root, tmp_path
         service.refresh()
         assert service.version.view.count == 48
         (line,) = told
-        assert f"additions/{addition} (2 samples) is not searched" in line and "unclip index add" in line
+        assert (
+            f"additions/{addition} (2 samples) is not searched" in line
+            and "unclip index add" in line
+        )
 
 
-def test_entries_of_the_removal_log_are_read_once(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_of_the_removal_log_are_read_once(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[str] = []
-    monkeypatch.setattr(lineage, "read_entry", lambda root, name: read.append(name) or read_entry(root, name))
+    monkeypatch.setattr(
+        lineage, "read_entry", lambda root, name: read.append(name) or read_entry(root, name)
+    )
     log = lineage.RemovalLog(root)
-    names = [write_removal(root, {"keys": [key], "origins": [], "sha256": []}, manifests.now()) for key in "abc"]
+    names = [
+        write_removal(root, {"keys": [key], "origins": [], "sha256": []}, manifests.now())
+        for key in "abc"
+    ]
     assert log.read().keys == {"a", "b", "c"} and len(read) == 3
     write_removal(root, {"keys": ["d"], "origins": [], "sha256": []}, manifests.now())
     assert log.read().keys == {"a", "b", "c", "d"} and len(read) == 4
     store.remove(root, f"removals/{names[1]}.json")
-    assert log.read().keys == {"a", "c", "d"} and len(read) == 4, "an entry that was taken back is out of force"
+    assert log.read().keys == {"a", "c", "d"} and len(read) == 4, (
+        "an entry that was taken back is out of force"
+    )
 
 
 def test_a_change_of_the_log_is_worked_off_the_event_loop(root: Root) -> None:
@@ -199,8 +246,15 @@ def test_a_change_of_the_log_is_worked_off_the_event_loop(root: Root) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(service.version.view), "after", slowly)
             write_removal(root, {"keys": [key], "origins": [], "sha256": []}, manifests.now())
-            assert client.post("/search", json={"text": "colour 5", "k": 1}).json()["results"][0]["key"] != key
-    assert threads and all(each.name.startswith(("AnyIO worker", "watch-index")) for each in threads), threads
+            assert (
+                client.post("/search", json={"text": "colour 5", "k": 1}).json()["results"][0][
+                    "key"
+                ]
+                != key
+            )
+    assert threads and all(
+        each.name.startswith(("AnyIO worker", "watch-index")) for each in threads
+    ), threads
 
 
 def test_a_log_that_does_not_read_shows_nothing_rather_than_what_it_names(root: Root) -> None:
@@ -208,13 +262,21 @@ def test_a_log_that_does_not_read_shows_nothing_rather_than_what_it_names(root: 
         store.write_json(root, "removals/2.json", {"keys": "a"})
         answer = client.post("/search", json={"text": "colour 5"})
         assert answer.status_code == 503 and "removal log cannot be read" in answer.json()["detail"]
-        assert "removals/2.json is no entry" in told[0] and client.get("/healthz").status_code == 200
+        assert (
+            "removals/2.json is no entry" in told[0] and client.get("/healthz").status_code == 200
+        )
         store.remove(root, "removals/2.json")
         assert client.post("/search", json={"text": "colour 5"}).status_code == 200
 
 
-def test_on_a_store_what_another_machine_took_down_is_gone_from_the_next_query_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
+def test_on_a_store_what_another_machine_took_down_is_gone_from_the_next_query_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        serve,
+        "load_encoders",
+        lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20),
+    )
     monkeypatch.setattr("indexing.service.state.POLL_S", 1000)
     root = write_root(tmp_path, uri=f"memory://store-{tmp_path.name}")
     keys = [each["key"] for each in usual_rows()]
@@ -222,18 +284,27 @@ def test_on_a_store_what_another_machine_took_down_is_gone_from_the_next_query_o
         for number, key in enumerate(keys[:5]):
             write_removal(root, {"keys": [key], "origins": [], "sha256": []}, manifests.now())
             answer = client.post("/search", json={"text": "colour 5", "k": 48}).json()
-            assert answer["samples"] == 47 - number and key not in {each["key"] for each in answer["results"]}
+            assert answer["samples"] == 47 - number and key not in {
+                each["key"] for each in answer["results"]
+            }
         monkeypatch.setattr("indexing.service.freshness.WAIT_S", 0.2)
         really, released = service.parts.look_at_removals, threading.Event()
-        object.__setattr__(service.parts, "look_at_removals", lambda: released.wait(10) and really())
+        object.__setattr__(
+            service.parts, "look_at_removals", lambda: released.wait(10) and really()
+        )
         started = time.monotonic()
-        assert client.post("/search", json={"text": "colour 5"}).status_code == 200 and time.monotonic() - started < 5
+        assert (
+            client.post("/search", json={"text": "colour 5"}).status_code == 200
+            and time.monotonic() - started < 5
+        )
         assert "has not shown the removal log" in told[0]
         released.set()
     with served(root, removal_lag_s=1000) as (client, *_):
         assert client.post("/search", json={"text": "colour 5"}).json()["samples"] == 43
         write_removal(root, {"keys": [keys[9]], "origins": [], "sha256": []}, manifests.now())
-        assert client.post("/search", json={"text": "colour 5"}).json()["samples"] == 43, "as old as was allowed"
+        assert client.post("/search", json={"text": "colour 5"}).json()["samples"] == 43, (
+            "as old as was allowed"
+        )
 
 
 def test_no_query_is_content_with_a_look_that_began_before_it(tmp_path: Path) -> None:
@@ -274,13 +345,26 @@ def test_a_store_that_fails_does_not_stop_the_search(tmp_path: Path) -> None:
 
     service = fake.service()
     object.__setattr__(service.parts, "look_at_removals", look)
-    with TestClient(make_app(service, ServeConfig(rate=0), io.StringIO()), base_url="http://localhost") as client:
+    with TestClient(
+        make_app(service, ServeConfig(rate=0), io.StringIO()), base_url="http://localhost"
+    ) as client:
         for _ in range(3):
             assert client.post("/search", json={"text": "colour 5"}).status_code == 200
-    assert len([line for line in fake.reported if "answers go by what is known" in line and "it is down" in line]) == 1
+    assert (
+        len(
+            [
+                line
+                for line in fake.reported
+                if "answers go by what is known" in line and "it is down" in line
+            ]
+        )
+        == 1
+    )
 
 
-def test_removal_addition_swap_and_compaction_race_and_every_answer_is_of_one_version(root: Root, tmp_path: Path) -> None:
+def test_removal_addition_swap_and_compaction_race_and_every_answer_is_of_one_version(
+    root: Root, tmp_path: Path
+) -> None:
     keys = [each["key"] for each in usual_rows()]
     problems, answers = [], 0
     gone: dict[str, float] = {}
@@ -299,14 +383,20 @@ def test_removal_addition_swap_and_compaction_race_and_every_answer_is_of_one_ve
                 told = answer.json()
                 found = {each["key"] for each in told["results"]}
                 problems.extend(key for key in found if gone.get(key, asked) < asked)
-                problems.extend(["another answer of one version"] if known.setdefault(told["version"], found) != found else [])
+                problems.extend(
+                    ["another answer of one version"]
+                    if known.setdefault(told["version"], found) != found
+                    else []
+                )
                 answers += 1
 
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for each in threads:
             each.start()
         for number in range(6):
-            write_removal(root, {"keys": [keys[number]], "origins": [], "sha256": []}, manifests.now())
+            write_removal(
+                root, {"keys": [keys[number]], "origins": [], "sha256": []}, manifests.now()
+            )
             gone[keys[number]] = time.monotonic()
             if number == 1:
                 add_two(root, tmp_path)
@@ -324,7 +414,15 @@ def test_removal_addition_swap_and_compaction_race_and_every_answer_is_of_one_ve
 
 
 @pytest.mark.parametrize(
-    "text", ["*", "search.example.org", "https://a.example/path", "ftp://a.example", "https://u:p@a.example", "http://a:x"]
+    "text",
+    [
+        "*",
+        "search.example.org",
+        "https://a.example/path",
+        "ftp://a.example",
+        "https://u:p@a.example",
+        "http://a:x",
+    ],
 )
 def test_what_is_no_origin_is_refused(text: str) -> None:
     with pytest.raises(CallerError, match="give scheme, host and port alone"):
@@ -332,14 +430,19 @@ def test_what_is_no_origin_is_refused(text: str) -> None:
 
 
 def test_an_origin_is_written_as_browsers_send_it() -> None:
-    assert [as_origin(each) for each in ("HTTPS://Search.Example.org:443/", "http://localhost:1235", "http://[::1]:80")] == [
+    assert [
+        as_origin(each)
+        for each in ("HTTPS://Search.Example.org:443/", "http://localhost:1235", "http://[::1]:80")
+    ] == [
         "https://search.example.org",
         "http://localhost:1235",
         "http://[::1]",
     ]
 
 
-def test_an_added_picture_is_found_by_its_own_size_and_kept_no_larger(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_added_picture_is_found_by_its_own_size_and_kept_no_larger(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from training.jobs import embed
 
     monkeypatch.setattr(embed, "encoders", lambda _: (encode_texts, encode_images, 20))
@@ -354,21 +457,42 @@ def test_an_added_picture_is_found_by_its_own_size_and_kept_no_larger(root: Root
     view, known = lineage.open_view(root, None)
     additions.add(root, known, view, folder, "")
     with served(root) as (client, service, _):
-        found = client.post("/search", json={"text": "colour 5", "split": ["added"]}).json()["results"]
+        found = client.post("/search", json={"text": "colour 5", "split": ["added"]}).json()[
+            "results"
+        ]
         assert {each["caption"]: (each["width_px"], each["height_px"]) for each in found} == {
             "small": (30, 40),
             "large": (900, 600),
             "lying": (300, 400),
         }
-        for least, most, right in ((300, None, {"large", "lying"}), (301, None, {"large"}), (0, 300, {"small", "lying"})):
-            asked = {"text": "colour 5", "split": ["added"], "min_side_px": least, "max_side_px": most}
-            assert {each["caption"] for each in client.post("/search", json=asked).json()["results"]} == right
-        sizes = [service.thumbnail(service.version.view, service.version.view.find_key(each["key"])) for each in found]  # type: ignore[arg-type]
-        shown = {each["caption"]: Image.open(io.BytesIO(data)).size for each, data in zip(found, sizes, strict=True)}
+        for least, most, right in (
+            (300, None, {"large", "lying"}),
+            (301, None, {"large"}),
+            (0, 300, {"small", "lying"}),
+        ):
+            asked = {
+                "text": "colour 5",
+                "split": ["added"],
+                "min_side_px": least,
+                "max_side_px": most,
+            }
+            assert {
+                each["caption"] for each in client.post("/search", json=asked).json()["results"]
+            } == right
+        sizes = [
+            service.thumbnail(service.version.view, service.version.view.find_key(each["key"]))
+            for each in found
+        ]  # type: ignore[arg-type]
+        shown = {
+            each["caption"]: Image.open(io.BytesIO(data)).size
+            for each, data in zip(found, sizes, strict=True)
+        }
         assert shown == {"small": (40, 40), "large": (256, 256), "lying": (256, 256)}
 
 
-def test_an_addition_may_take_its_share_of_the_memory(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_addition_may_take_its_share_of_the_memory(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     view, _ = lineage.open_view(root, None)
     assert additions.share_of(4 << 30, 48, view) == 2 << 30
     assert additions.share_of(4 << 30, 1, view) == (4 << 30) // 49
@@ -376,19 +500,33 @@ def test_an_addition_may_take_its_share_of_the_memory(root: Root, tmp_path: Path
     assert additions.share_of(1 << 20, 1, view) == 1 << 20
     add_two(root, tmp_path)
     (addition,) = lineage.additions(root)
-    assert addition.manifest["sections"]["index"]["memory_bytes"] == additions.share_of(2 << 30, 2, view)
+    assert addition.manifest["sections"]["index"]["memory_bytes"] == additions.share_of(
+        2 << 30, 2, view
+    )
 
 
-def test_status_names_additions_that_are_not_searched(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_names_additions_that_are_not_searched(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     add_two(root, tmp_path)
     (addition,) = lineage.additions(root)
     clip = committed(root, "clip")
     assert lineage.unsearched([addition], clip) == []
-    store.write_json(root, "clip/clip0123456789/manifest.json", {**clip.manifest, "digest": "0" * 64})
+    store.write_json(
+        root, "clip/clip0123456789/manifest.json", {**clip.manifest, "digest": "0" * 64}
+    )
     (line,) = lineage.unsearched(lineage.additions(root), committed(root, "clip"))
     assert f"additions/{addition.key} (2 samples)" in line and "clip/clip0123456789" in line
     told: list[str] = []
-    plans = [StagePlan(next(each for each in STAGES if each.name == "clip"), clip.key, "current", "", committed(root, "clip"))]
+    plans = [
+        StagePlan(
+            next(each for each in STAGES if each.name == "clip"),
+            clip.key,
+            "current",
+            "",
+            committed(root, "clip"),
+        )
+    ]
     monkeypatch.setattr("flows.runs.planning.plan", lambda *_: plans)
     monkeypatch.setattr(run_command, "say", told.append)
     run_command.status(str(RECIPE), root.uri)

@@ -1,4 +1,6 @@
-"""A recipe says what is wrong with it in one line that names recipe, section, key, value and the mend."""
+"""A recipe says what is wrong with it in one line that names recipe, section, key, value and the
+mend.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -72,14 +74,26 @@ def complaint(text: str, tmp_path: Path, *overrides: str) -> str:
         ("[clip]\nwidth = 4", "my.toml: [clip] width = 4: should be greater than or equal to 8"),
         ("[clip]\nwidth = 9", "my.toml: [clip]: width must be even"),
         ("[clip]\nrate = inf", "my.toml: [clip] rate = Infinity: should be a finite number"),
-        ('[clip]\nloss = "hinge"', "my.toml: [clip] loss = \"hinge\": should be 'softmax' or 'sigmoid'"),
+        (
+            '[clip]\nloss = "hinge"',
+            "my.toml: [clip] loss = \"hinge\": should be 'softmax' or 'sigmoid'",
+        ),
         ("[clip]\nsizes = 3", "my.toml: [clip] sizes = 3: should be a valid array"),
         ('[clip]\nsizes = [1, "x"]', 'my.toml: [clip] sizes[1] = "x": should be a valid integer'),
         ("clip = 3", "my.toml: [clip]: should be an object"),
-        ('[[clip.sources]]\nkind = "near"\npth = "x"', "my.toml: [clip] sources[0].pth: no such key, did you mean path? (and 1 more)"),
+        (
+            '[[clip.sources]]\nkind = "near"\npth = "x"',
+            "my.toml: [clip] sources[0].pth: no such key, did you mean path? (and 1 more)",
+        ),
         ('[[clip.sources]]\nkind = "far"', "my.toml: [clip] sources[0].url: must be given"),
-        ('[[clip.sources]]\nkind = "fra"', 'my.toml: [clip] sources[0] = {"kind": "fra"}: tag \'fra\' found'),
-        ("[clip]\nwidth = 4\nrate = true", "my.toml: [clip] width = 4: should be greater than or equal to 8 (and 1 more)"),
+        (
+            '[[clip.sources]]\nkind = "fra"',
+            'my.toml: [clip] sources[0] = {"kind": "fra"}: tag \'fra\' found',
+        ),
+        (
+            "[clip]\nwidth = 4\nrate = true",
+            "my.toml: [clip] width = 4: should be greater than or equal to 8 (and 1 more)",
+        ),
         ("[clip\nwidth = 4", "is not TOML: "),
     ],
 )
@@ -89,7 +103,10 @@ def test_what_is_wrong_is_named(text: str, message: str, tmp_path: Path) -> None
 
 def test_an_unknown_key_in_a_list_of_sections_has_a_suggestion_too(tmp_path: Path) -> None:
     text = '[[clip.sources]]\nkind = "near"\npath = "x"\npats = "y"'
-    assert complaint(text, tmp_path) == "my.toml: [clip] sources[0].pats: no such key, did you mean path?"
+    assert (
+        complaint(text, tmp_path)
+        == "my.toml: [clip] sources[0].pats: no such key, did you mean path?"
+    )
 
 
 def test_a_list_stands_for_a_tuple_and_an_integer_for_a_float(tmp_path: Path) -> None:
@@ -100,13 +117,21 @@ def test_a_list_stands_for_a_tuple_and_an_integer_for_a_float(tmp_path: Path) ->
 
 def test_overrides_are_toml_values_or_bare_words_and_the_last_one_wins(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text("[clip]\nwidth = 64")
-    overrides = ["clip.width=128", "clip.width = 256", "clip.loss=sigmoid", "clip.sizes=[5]", "prior.flip=true"]
+    overrides = [
+        "clip.width=128",
+        "clip.width = 256",
+        "clip.loss=sigmoid",
+        "clip.sizes=[5]",
+        "prior.flip=true",
+    ]
     whole = validated(read_recipe(tmp_path / "my.toml", overrides), Whole, "my.toml")
     assert (whole.clip.width, whole.clip.loss, whole.clip.sizes) == (256, "sigmoid", (5,))
     assert whole.prior and whole.prior.flip is True
 
 
-@pytest.mark.parametrize("override", ["width=3", "clip.width", "clip.=3", ".width=3", "clip.width.deep=3"])
+@pytest.mark.parametrize(
+    "override", ["width=3", "clip.width", "clip.=3", ".width=3", "clip.width.deep=3"]
+)
 def test_an_override_that_cannot_be_applied_is_named(override: str, tmp_path: Path) -> None:
     assert f"--set {override}: " in complaint("[clip]\nwidth = 64", tmp_path, override)
 
@@ -128,7 +153,9 @@ def test_a_recipe_that_extends_itself_or_nothing_is_named(tmp_path: Path) -> Non
 
 
 def test_a_recipe_that_is_not_there_lists_those_that_are() -> None:
-    with pytest.raises(CallerError, match="there is no recipe quikstart: give a TOML file or one of"):
+    with pytest.raises(
+        CallerError, match="there is no recipe quikstart: give a TOML file or one of"
+    ):
         find_recipe("quikstart")
 
 
@@ -143,9 +170,13 @@ def test_a_recipe_that_is_not_there_lists_those_that_are() -> None:
     ],
 )
 def test_an_url_with_credentials_is_refused_without_showing_them(url: str, tmp_path: Path) -> None:
-    source = f'[[clip.sources]]\nkind = "far"\nurl = "https://example.org/list"\n[[clip.sources]]\nkind = "far"\nurl = "{url}"\n'
+    source = f'[[clip.sources]]\nkind = "far"\nurl = "https://example.org/list"\n[[clip.sources]]\nkind = "far"\nurl = "{url}"\n'  # noqa: E501
     said = complaint(source, tmp_path)
-    assert said.startswith("my.toml: [clip] sources[1].url holds credentials") and "hush-hush" not in said and "environment" in said
+    assert (
+        said.startswith("my.toml: [clip] sources[1].url holds credentials")
+        and "hush-hush" not in said
+        and "environment" in said
+    )
     overridden = complaint("", tmp_path, f"clip.loss={url}")
     assert "[clip] loss holds credentials" in overridden and "hush-hush" not in overridden
 

@@ -1,4 +1,6 @@
-"""The built-in recipes are valid, and every key of every section is documented and can be overridden."""
+"""The built-in recipes are valid, and every key of every section is documented and can be
+overridden.
+"""
 
 from pathlib import Path
 from typing import get_args
@@ -34,7 +36,9 @@ def test_every_key_is_documented_and_every_key_outside_the_content_key_exists(na
 
 
 def test_every_section_belongs_to_a_stage_but_the_cluster() -> None:
-    assert {name for stage in STAGES for name in stage.sections} == RunConfig.model_fields.keys() - {"cluster"}
+    assert {
+        name for stage in STAGES for name in stage.sections
+    } == RunConfig.model_fields.keys() - {"cluster"}
 
 
 def test_every_stage_needs_stages_before_it() -> None:
@@ -47,7 +51,10 @@ def test_a_resolved_config_comes_back_from_json() -> None:
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
     for stage in STAGES:
         has_sections = stage.name not in (*UPSAMPLERS, "dedup")  # the quickstart has none of them
-        assert all(isinstance(section, dict) == has_sections for section in sections_of(stage, config).values())
+        assert all(
+            isinstance(section, dict) == has_sections
+            for section in sections_of(stage, config).values()
+        )
 
 
 @pytest.mark.parametrize(
@@ -55,11 +62,24 @@ def test_a_resolved_config_comes_back_from_json() -> None:
     [
         ("clip.widht=3", "quickstart.toml: [clip] widht: no such key"),
         ("decodre.width=3", "quickstart.toml: [decodre]: no such section, did you mean [decoder]?"),
-        ("data.image_size_px=big", 'quickstart.toml: [data] image_size_px = "big": should be a valid integer'),
-        ("data.image_size_px=1", "quickstart.toml: [data] image_size_px = 1: should be greater than or equal to"),
+        (
+            "data.image_size_px=big",
+            'quickstart.toml: [data] image_size_px = "big": should be a valid integer',
+        ),
+        (
+            "data.image_size_px=1",
+            "quickstart.toml: [data] image_size_px = 1: should be greater than or equal to",
+        ),
         ("data.sources=[]", "quickstart.toml: [data] sources = []: "),
-        ("evaluate.relations.checks=[0.5, 1.5]", "quickstart.toml: [evaluate] relations.checks = [0.5, 1.5]: a check is a share"),
-        ("evaluate.relations.keep=3", 'quickstart.toml: [evaluate] relations = {"keep": 3}: keep = 3 must divide samples = 8: survivors'),
+        (
+            "evaluate.relations.checks=[0.5, 1.5]",
+            "quickstart.toml: [evaluate] relations.checks = [0.5, 1.5]: a check is a share",
+        ),
+        (
+            "evaluate.relations.keep=3",
+            'quickstart.toml: [evaluate] relations = {"keep": 3}: keep = 3 must divide samples = '
+            "8: survivors",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(override: str, message: str) -> None:
@@ -71,27 +91,60 @@ def test_a_mistake_is_one_line(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["decoder.image_size_px=128"], "[decoder] image_size_px = 128 but [data] image_size_px = 64: pictures would be enlarged"),
-        (["clip.image_size_px=96"], "[clip] image_size_px = 96 but [data] image_size_px = 64: pictures would be enlarged"),
+        (
+            ["decoder.image_size_px=128"],
+            "[decoder] image_size_px = 128 but [data] image_size_px = 64: pictures would be "
+            "enlarged",
+        ),
+        (
+            ["clip.image_size_px=96"],
+            "[clip] image_size_px = 96 but [data] image_size_px = 64: pictures would be enlarged",
+        ),
         (
             ["decoder.image_size_px=20"],
-            "[decoder] image_size_px = 20 but [decoder] patch_px = 2 with 3 multiples: it must be a multiple of 8",
+            "[decoder] image_size_px = 20 but [decoder] patch_px = 2 with 3 multiples: it must be "
+            "a multiple of 8",
         ),
         (["decoder.multiples=[1,2,2,2,2,2]"], "with 6 multiples: it must be a multiple of 64"),
-        (["clip.image_size_px=20"], '[clip] image_size_px = 20 but [clip] image_tower = "conv": it must be a multiple of 8'),
-        (["clip.image_tower=vit", "clip.patch_px=5"], "[clip] image_size_px = 32 but [clip] patch_px = 5: the first must be a multiple"),
-        (["clip.batch_size=30", "cluster.clip_workers=4"], "[clip] batch_size = 30 but [cluster] clip_workers = 4: the first must be"),
-        (["cluster.prior_workers=5"], "[prior] batch_size = 128 but [cluster] prior_workers = 5: the first must be"),
-        (["cluster.decoder_workers=3"], "[decoder] batch_size = 64 but [cluster] decoder_workers = 3: the first must be"),
+        (
+            ["clip.image_size_px=20"],
+            '[clip] image_size_px = 20 but [clip] image_tower = "conv": it must be a multiple of 8',
+        ),
+        (
+            ["clip.image_tower=vit", "clip.patch_px=5"],
+            "[clip] image_size_px = 32 but [clip] patch_px = 5: the first must be a multiple",
+        ),
+        (
+            ["clip.batch_size=30", "cluster.clip_workers=4"],
+            "[clip] batch_size = 30 but [cluster] clip_workers = 4: the first must be",
+        ),
+        (
+            ["cluster.prior_workers=5"],
+            "[prior] batch_size = 128 but [cluster] prior_workers = 5: the first must be",
+        ),
+        (
+            ["cluster.decoder_workers=3"],
+            "[decoder] batch_size = 64 but [cluster] decoder_workers = 3: the first must be",
+        ),
     ],
 )
 def test_keys_that_disagree_are_both_named(overrides: list[str], message: str) -> None:
     with pytest.raises(CallerError) as caught:
         load_recipe("quickstart", overrides)
-    assert str(caught.value).startswith("quickstart.toml: [") and message in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(caught.value).startswith("quickstart.toml: [")
+        and message in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
-@pytest.mark.parametrize("overrides", [["clip.image_tower=vit", "clip.image_size_px=20", "clip.patch_px=5"], ["cluster.clip_workers=4"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["clip.image_tower=vit", "clip.image_size_px=20", "clip.patch_px=5"],
+        ["cluster.clip_workers=4"],
+    ],
+)
 def test_keys_that_agree_are_taken(overrides: list[str]) -> None:
     load_recipe("quickstart", overrides)
 

@@ -17,7 +17,9 @@ def read(spec: str, tmp_path: Path) -> dict[str, Picture]:
     """Return a package's pictures by origin."""
     for each in (WORDS, spec):
         PACKAGES[each](tmp_path / each)
-    pictures = read_package(spec, tmp_path / spec, Labels(tmp_path / WORDS), tmp_path / "rendered", 96)
+    pictures = read_package(
+        spec, tmp_path / spec, Labels(tmp_path / WORDS), tmp_path / "rendered", 96
+    )
     assert len({picture.origin for picture in pictures}) == len(pictures)
     return {picture.origin: picture for picture in pictures}
 
@@ -39,7 +41,11 @@ def test_google(tmp_path: Path) -> None:
     assert len(found) == 5
     heart = found["img/google/64/2764-fe0f.png"]
     assert (heart.concept, heart.style, heart.licence) == ("2764", "google", "Apache-2.0")
-    assert (heart.captions[0], heart.category, heart.subcategory) == ("red heart", "Smileys & Emotion", "heart")
+    assert (heart.captions[0], heart.category, heart.subcategory) == (
+        "red heart",
+        "Smileys & Emotion",
+        "heart",
+    )
     assert heart.file.is_file()
 
 
@@ -51,21 +57,31 @@ def test_fluent_3d_without_skin_tones(tmp_path: Path) -> None:
 
 def test_fluent_flat_is_rendered_and_what_does_not_render_stays_missing(tmp_path: Path) -> None:
     found = read("@iconify-json/fluent-emoji-flat@1.2.6", tmp_path)
-    assert set(found) == {f"icons.json#{name}" for name in ("red-heart", "red-apple", "waving-hand", "broken")}
+    assert set(found) == {
+        f"icons.json#{name}" for name in ("red-heart", "red-apple", "waving-hand", "broken")
+    }
     apple = found["icons.json#red-apple"]
     assert cv2.imread(str(apple.file), cv2.IMREAD_UNCHANGED).shape == (96, 96, 4)
     assert not found["icons.json#broken"].file.exists()
 
 
-def test_sets_without_code_points_are_found_by_name_and_unknown_ones_left_out(tmp_path: Path) -> None:
+def test_sets_without_code_points_are_found_by_name_and_unknown_ones_left_out(
+    tmp_path: Path,
+) -> None:
     found = read("@iconify-json/emojione@1.2.3", tmp_path)
-    assert {picture.origin: picture.concept for picture in found.values()} == {"icons.json#red-heart": "2764", "icons.json#apple": "1f34e"}
+    assert {picture.origin: picture.concept for picture in found.values()} == {
+        "icons.json#red-heart": "2764",
+        "icons.json#apple": "1f34e",
+    }
 
 
 def test_other_icons_are_named_by_themselves_and_share_an_emojis_concept(tmp_path: Path) -> None:
     found = read("@iconify-json/game-icons@1.2.4", tmp_path)
     assert found["icons.json#heart"].concept == "2764"
-    assert (found["icons.json#battle-axe"].concept, found["icons.json#battle-axe"].captions[0]) == ("battle-axe", "battle axe")
+    assert (found["icons.json#battle-axe"].concept, found["icons.json#battle-axe"].captions[0]) == (
+        "battle-axe",
+        "battle axe",
+    )
     assert found["icons.json#castle-2"].captions[0] == "castle"
 
 
@@ -92,7 +108,9 @@ def test_lucide(tmp_path: Path) -> None:
     assert found["icons/apple.svg"].concept == "1f34e"
 
 
-def test_a_second_reading_renders_nothing_and_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_reading_renders_nothing_and_says_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = "openmoji@17.0.0"
     first = read(spec, tmp_path)
     monkeypatch.setattr("resvg_py.svg_to_bytes", None)
@@ -114,12 +132,22 @@ def test_every_family_names_a_licence() -> None:
 @pytest.mark.parametrize(
     ("bgr", "name"),
     [
-        ((30, 30, 220), "red"), ((0, 120, 255), "orange"), ((40, 210, 250), "yellow"), ((60, 170, 60), "green"), ((220, 120, 30), "blue"),
-        ((200, 60, 140), "purple"), ((180, 80, 250), "pink"), ((40, 70, 120), "brown"), ((20, 20, 20), "black"), ((140, 140, 140), "grey"),
+        ((30, 30, 220), "red"),
+        ((0, 120, 255), "orange"),
+        ((40, 210, 250), "yellow"),
+        ((60, 170, 60), "green"),
+        ((220, 120, 30), "blue"),
+        ((200, 60, 140), "purple"),
+        ((180, 80, 250), "pink"),
+        ((40, 70, 120), "brown"),
+        ((20, 20, 20), "black"),
+        ((140, 140, 140), "grey"),
         ((250, 250, 250), "white"),
     ],
-)  # fmt: skip
-def test_a_colour_is_named_where_it_fills_the_drawing(tmp_path: Path, bgr: tuple[int, int, int], name: str) -> None:
+)
+def test_a_colour_is_named_where_it_fills_the_drawing(
+    tmp_path: Path, bgr: tuple[int, int, int], name: str
+) -> None:
     image = np.zeros((64, 64, 4), np.uint8)
     image[8:56, 8:56] = (*bgr, 255)
     cv2.imwrite(str(tmp_path / "a.png"), image)

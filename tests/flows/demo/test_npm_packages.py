@@ -1,4 +1,6 @@
-"""Packages are fetched once by the npm client and unpacked without letting the archive write elsewhere or grow without bound."""
+"""Packages are fetched once by the npm client and unpacked without letting the archive write
+elsewhere or grow without bound.
+"""
 
 import io
 import os
@@ -57,8 +59,12 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_package_is_fetched_once_and_found_in_the_cache_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tarball = archive(tmp_path / "p.tgz", [("package/package.json", b"{}"), ("package/img/a.png", b"a")])
+def test_a_package_is_fetched_once_and_found_in_the_cache_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tarball = archive(
+        tmp_path / "p.tgz", [("package/package.json", b"{}"), ("package/img/a.png", b"a")]
+    )
     cache = use(tmp_path, monkeypatch, f"cp {tarball} ./p-1.0.0.tgz")
     for _ in range(2):
         folder = package_folder("@scope/p@1.0.0", cache)
@@ -67,7 +73,9 @@ def test_a_package_is_fetched_once_and_found_in_the_cache_after(tmp_path: Path, 
     assert [entry.name for entry in cache.iterdir()] == ["@scope__p@1.0.0"]
 
 
-def test_what_a_killed_fetch_left_is_not_taken_for_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_fetch_left_is_not_taken_for_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tarball = archive(tmp_path / "p.tgz", [("package/a.png", b"a")])
     cache = use(tmp_path, monkeypatch, f"cp {tarball} ./p-1.0.0.tgz")
     old, young = cache / ".fetch-old" / "unpacked", cache / ".fetch-young"
@@ -86,24 +94,40 @@ def test_a_passing_failure_is_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert calls(tmp_path) == 2
 
 
-def test_a_package_that_does_not_exist_is_one_line_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "npm error code E404\nnpm error 404 Not Found - GET https://registry/p\nnpm error A complete log of this run can be found in: x"
+def test_a_package_that_does_not_exist_is_one_line_and_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "npm error code E404\nnpm error 404 Not Found - GET https://registry/p\nnpm error A complete log of this run can be found in: x"  # noqa: E501
     cache = use(tmp_path, monkeypatch, f"cat >&2 <<'E'\n{said}\nE\nexit 1")
-    with pytest.raises(CallerError, match=r"^\[data\] package p@1\.0\.0 cannot be had: E404: Not Found") as caught:
+    with pytest.raises(
+        CallerError, match=r"^\[data\] package p@1\.0\.0 cannot be had: E404: Not Found"
+    ) as caught:
         package_folder("p@1.0.0", cache, retries=3)
     assert "\n" not in str(caught.value)
     assert calls(tmp_path) == 1
     assert list(cache.iterdir()) == []
 
 
-def test_a_machine_without_npm_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_npm_is_told_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CallerError, match=r"p@1\.0\.0 needs the npm client.*install"):
         package_folder("p@1.0.0", tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
-    "spec", ["p", "p@latest", "p@^1.0.0", "../p@1.0.0", "p@1.0.0/../../x", "-x@1.0.0 --foo", "@scope@1.0.0", "git+ssh://h/p@1.0.0"]
+    "spec",
+    [
+        "p",
+        "p@latest",
+        "p@^1.0.0",
+        "../p@1.0.0",
+        "p@1.0.0/../../x",
+        "-x@1.0.0 --foo",
+        "@scope@1.0.0",
+        "git+ssh://h/p@1.0.0",
+    ],
 )
 def test_only_a_name_with_an_exact_version_is_a_package(spec: str) -> None:
     with pytest.raises(CallerError, match="name@version"):
@@ -111,7 +135,15 @@ def test_only_a_name_with_an_exact_version_is_a_package(spec: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["package/../../evil", "package/a/../../../evil", "/package/../evil", "/abs/evil", "package", "package/sub/../evil"]
+    "name",
+    [
+        "package/../../evil",
+        "package/a/../../../evil",
+        "/package/../evil",
+        "/abs/evil",
+        "package",
+        "package/sub/../evil",
+    ],
 )
 def test_a_path_that_leaves_the_folder_refuses_the_whole_archive(tmp_path: Path, name: str) -> None:
     bad = archive(tmp_path / "bad.tgz", [("package/fine", b"1"), (name, b"evil")])
@@ -120,7 +152,9 @@ def test_a_path_that_leaves_the_folder_refuses_the_whole_archive(tmp_path: Path,
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_links_and_devices_are_left_out_so_that_nothing_is_written_through_them(tmp_path: Path) -> None:
+def test_links_and_devices_are_left_out_so_that_nothing_is_written_through_them(
+    tmp_path: Path,
+) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     fifo = tarfile.TarInfo("package/fifo")
@@ -138,14 +172,18 @@ def test_links_and_devices_are_left_out_so_that_nothing_is_written_through_them(
     )
     unpack(bad, tmp_path / "into")
     assert list(outside.iterdir()) == []
-    found = {path.relative_to(tmp_path / "into").as_posix() for path in (tmp_path / "into").rglob("*")}
+    found = {
+        path.relative_to(tmp_path / "into").as_posix() for path in (tmp_path / "into").rglob("*")
+    }
     assert found == {"dir", "dir/evil", "fine"}
     assert not any(path.is_symlink() for path in (tmp_path / "into").rglob("*"))
 
 
 def test_an_archive_over_the_limits_is_refused(tmp_path: Path) -> None:
     many = archive(tmp_path / "many.tgz", [(f"package/{n}", b"") for n in range(11)])
-    large = archive(tmp_path / "large.tgz", [("package/a", b"\0" * 600), ("package/b", b"\0" * 600)])
+    large = archive(
+        tmp_path / "large.tgz", [("package/a", b"\0" * 600), ("package/b", b"\0" * 600)]
+    )
     with pytest.raises(DataError, match="more than 10 files"):
         unpack(many, tmp_path / "a", max_files=10)
     with pytest.raises(DataError, match="1000 bytes"):
@@ -161,8 +199,12 @@ def test_a_broken_archive_is_one_line(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_truncated_archive_is_refused_and_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = archive(tmp_path / "p.tgz", [("package/a", os.urandom(50_000)), ("package/b", os.urandom(50_000))])
+def test_a_truncated_archive_is_refused_and_leaves_nothing_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = archive(
+        tmp_path / "p.tgz", [("package/a", os.urandom(50_000)), ("package/b", os.urandom(50_000))]
+    )
     (tmp_path / "half.tgz").write_bytes(whole.read_bytes()[:60_000])
     cache = use(tmp_path, monkeypatch, f"cp {tmp_path}/half.tgz ./p-1.0.0.tgz")
     with pytest.raises(DataError, match="does not read"):
@@ -177,8 +219,14 @@ def test_a_real_package_is_packed(tmp_path: Path) -> None:
     assert "grinning_face" in (folder / "dist" / "emoji-en-US.json").read_text()
 
 
-def test_the_larger_recipe_takes_every_picture_package_that_has_a_reader_and_holds_openmoji_out() -> None:
-    recipe = tomllib.loads((Path(__file__).parents[3] / "flows" / "recipes" / "emoji64.toml").read_text())
+def test_the_larger_recipe_takes_every_picture_package_that_has_a_reader_and_holds_openmoji_out() -> (  # noqa: E501
+    None
+):
+    recipe = tomllib.loads(
+        (Path(__file__).parents[3] / "flows" / "recipes" / "emoji64.toml").read_text()
+    )
     [source] = recipe["data"]["sources"]
-    assert {split_spec(spec)[0] for spec in source["packages"]} == set(FAMILIES) and len(FAMILIES) == 12
+    assert {split_spec(spec)[0] for spec in source["packages"]} == set(FAMILIES) and len(
+        FAMILIES
+    ) == 12
     assert recipe["curate"]["held_out_styles"] == ["openmoji"]

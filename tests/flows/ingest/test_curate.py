@@ -1,4 +1,6 @@
-"""The keep list points at whole images, splits without leaking, and accounts for every image it read."""
+"""The keep list points at whole images, splits without leaking, and accounts for every image it
+read.
+"""
 
 import hashlib
 import io
@@ -27,24 +29,42 @@ NO_HELD_OUT = CurateConfig(held_out_concept_fraction=0)
 def item(number: int, **changes: Any) -> Row:
     """Return one sample: its image and what img2dataset records of it."""
     return {
-        "image": encoded(picture(number)), "sample": f"{number:016x}", "origin": f"http://h/{number}.png", "caption": f"thing {number}",
-        "captions": [f"thing {number}", f"a thing {number}"], "licence": "CC0", "concept": f"c{number}", "style": "plain",
-        "category": "Objects", "subcategory": "tool",
-        "status": "success", "original_width": 48, "original_height": 48, **changes,
-    }  # fmt: skip
+        "image": encoded(picture(number)),
+        "sample": f"{number:016x}",
+        "origin": f"http://h/{number}.png",
+        "caption": f"thing {number}",
+        "captions": [f"thing {number}", f"a thing {number}"],
+        "licence": "CC0",
+        "concept": f"c{number}",
+        "style": "plain",
+        "category": "Objects",
+        "subcategory": "tool",
+        "status": "success",
+        "original_width": 48,
+        "original_height": 48,
+        **changes,
+    }
 
 
 def write_shard(ingest: Path, number: int, items: list[Row]) -> Path:
-    """Write a shard as img2dataset does: image, .txt and .json of each success in the tar, a row of each attempt in the parquet."""
+    """Write a shard as img2dataset does: image, .txt and .json of each success in the tar, a row of
+    each attempt in the parquet.
+    """
     (ingest / "shards").mkdir(parents=True, exist_ok=True)
     path = ingest / "shards" / f"{number:05d}.tar"
     rows = []
     with tarfile.open(path, "w") as tar:
         for position, each in enumerate(items):
             key = f"{number:05d}{position:04d}"
-            rows.append({name: value for name, value in each.items() if name != "image"} | {"key": key})
+            rows.append(
+                {name: value for name, value in each.items() if name != "image"} | {"key": key}
+            )
             if each["status"] == "success":
-                for suffix, data in (("json", json.dumps({}).encode()), ("png", each["image"]), ("txt", each["caption"].encode())):
+                for suffix, data in (
+                    ("json", json.dumps({}).encode()),
+                    ("png", each["image"]),
+                    ("txt", each["caption"].encode()),
+                ):
                     info = tarfile.TarInfo(f"{key}.{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -52,7 +72,9 @@ def write_shard(ingest: Path, number: int, items: list[Row]) -> Path:
     return path
 
 
-def curated(tmp_path: Path, config: CurateConfig = NO_HELD_OUT) -> tuple[dict[str, Row], Counter[str], Row]:
+def curated(
+    tmp_path: Path, config: CurateConfig = NO_HELD_OUT
+) -> tuple[dict[str, Row], Counter[str], Row]:
     """Return the keep list by key, the drop reasons and the counts."""
     out = tmp_path / "out"
     counts = curate.run(config, tmp_path / "ingest", out)
@@ -81,7 +103,11 @@ def test_a_row_leads_to_the_bytes_of_its_image(tmp_path: Path) -> None:
             image = shard.read(row["size_bytes"])
         assert image == each["image"]
         assert row["sha256"] == hashlib.sha256(image).hexdigest()
-        assert cv2.imdecode(np.frombuffer(image, np.uint8), 1).shape[:2] == (row["height_px"], row["width_px"]) == (48, 48)
+        assert (
+            cv2.imdecode(np.frombuffer(image, np.uint8), 1).shape[:2]
+            == (row["height_px"], row["width_px"])
+            == (48, 48)
+        )
         assert {name: row[name] for name in ("origin", "caption", "concept", "licence")} == {
             name: each[name] for name in ("origin", "caption", "concept", "licence")
         }
@@ -94,7 +120,9 @@ def test_every_bad_image_is_dropped_for_its_reason(tmp_path: Path) -> None:
         "too_small": item(3, original_height=8),
         "caption_too_short": item(4, captions=["x"]),
     }
-    write_shard(tmp_path / "ingest", 0, [item(0), *bad.values(), item(5, status="failed_to_download")])
+    write_shard(
+        tmp_path / "ingest", 0, [item(0), *bad.values(), item(5, status="failed_to_download")]
+    )
     rows, reasons, _ = curated(tmp_path)
     assert set(rows) == {item(0)["sample"]}
     assert reasons == dict.fromkeys(bad, 1)
@@ -106,20 +134,36 @@ def test_of_equal_images_the_lowest_key_stays(tmp_path: Path) -> None:
     rows, reasons, _ = curated(tmp_path)
     assert set(rows) == {item(3)["sample"], item(1)["sample"]}
     assert reasons == {"duplicate": 2}
-    assert len(curated(tmp_path, CurateConfig(held_out_concept_fraction=0, drop_duplicates=False))[0]) == 4
+    assert (
+        len(curated(tmp_path, CurateConfig(held_out_concept_fraction=0, drop_duplicates=False))[0])
+        == 4
+    )
 
 
 def test_a_duplicate_across_splits_leaves_the_training_split(tmp_path: Path) -> None:
     same = encoded(picture(5))
-    write_shard(tmp_path / "ingest", 0, [item(1, image=same), item(2, image=same, style="strange"), item(3)])
-    rows, _, counts = curated(tmp_path, CurateConfig(held_out_concept_fraction=0, held_out_styles=("strange",)))
-    assert {row["key"]: row["split"] for row in rows.values()} == {item(2)["sample"]: "held_out_style", item(3)["sample"]: "train"}
+    write_shard(
+        tmp_path / "ingest", 0, [item(1, image=same), item(2, image=same, style="strange"), item(3)]
+    )
+    rows, _, counts = curated(
+        tmp_path, CurateConfig(held_out_concept_fraction=0, held_out_styles=("strange",))
+    )
+    assert {row["key"]: row["split"] for row in rows.values()} == {
+        item(2)["sample"]: "held_out_style",
+        item(3)["sample"]: "train",
+    }
     assert counts["splits"] == {"held_out_style": 1, "train": 1}
 
 
 def test_keepers_agrees_with_brute_force() -> None:
     generator = np.random.default_rng(0)
-    ranks = np.array([(bytes([65 + i]) * 16, t, f"{k:016x}") for i, t, k in generator.integers(0, (5, 2, 9999), (60, 3))], RANK)
+    ranks = np.array(
+        [
+            (bytes([65 + i]) * 16, t, f"{k:016x}")
+            for i, t, k in generator.integers(0, (5, 2, 9999), (60, 3))
+        ],
+        RANK,
+    )
     best: dict[bytes, Any] = {}
     for rank in ranks.tolist():
         best[rank[0]] = min(rank, best.get(rank[0], rank))
@@ -129,12 +173,17 @@ def test_keepers_agrees_with_brute_force() -> None:
 
 def test_one_concept_never_stands_in_two_splits_and_the_fraction_holds() -> None:
     config = CurateConfig(held_out_concept_fraction=0.1, held_out_styles=("openmoji",))
-    splits = {concept: {split_of(concept, style, config) for style in ("google", "twitter", "flags")} for concept in map(str, range(4000))}
+    splits = {
+        concept: {split_of(concept, style, config) for style in ("google", "twitter", "flags")}
+        for concept in map(str, range(4000))
+    }
     assert all(len(found) == 1 for found in splits.values())
     assert 0.08 < sum(found == {"held_out_concept"} for found in splits.values()) / 4000 < 0.12
     assert {split_of(str(n), "openmoji", config) for n in range(100)} == {"held_out_style"}
     other = config.model_copy(update={"seed": 1})
-    assert any(split_of(str(n), "google", config) != split_of(str(n), "google", other) for n in range(100))
+    assert any(
+        split_of(str(n), "google", config) != split_of(str(n), "google", other) for n in range(100)
+    )
 
 
 def test_the_list_does_not_depend_on_the_order_of_download(tmp_path: Path) -> None:
@@ -164,10 +213,18 @@ def test_captions_are_cleaned_and_cut_at_a_word(caption: str, max_chars: int, cl
 
 
 def test_equal_phrasings_are_kept_once_and_in_order(tmp_path: Path) -> None:
-    write_shard(tmp_path / "ingest", 0, [item(1, captions=["a  cat", "cat", "a cat", "\x00", *map(str, range(30))])])
+    write_shard(
+        tmp_path / "ingest",
+        0,
+        [item(1, captions=["a  cat", "cat", "a cat", "\x00", *map(str, range(30))])],
+    )
     rows, _, _ = curated(tmp_path)
     [row] = rows.values()
-    assert (row["caption"], row["captions"][:3], len(row["captions"])) == ("a cat", ["a cat", "cat", "0"], curate.MAX_PHRASINGS)
+    assert (row["caption"], row["captions"][:3], len(row["captions"])) == (
+        "a cat",
+        ["a cat", "cat", "0"],
+        curate.MAX_PHRASINGS,
+    )
 
 
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
@@ -184,7 +241,14 @@ def test_a_tar_and_a_parquet_that_disagree_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="knows nothing"):
         curate.run(NO_HELD_OUT, tmp_path / "ingest", tmp_path / "out")
     pq.write_table(
-        pa.concat_tables([rows, rows.slice(0, 1).set_column(rows.schema.get_field_index("key"), "key", pa.array(["x"]))]),
+        pa.concat_tables(
+            [
+                rows,
+                rows.slice(0, 1).set_column(
+                    rows.schema.get_field_index("key"), "key", pa.array(["x"])
+                ),
+            ]
+        ),
         path.with_suffix(".parquet"),
     )
     with pytest.raises(DataError, match="lacks 1 images"):
@@ -202,11 +266,17 @@ def test_nothing_to_train_on_is_one_line(tmp_path: Path) -> None:
 
 def test_training_images_that_look_like_a_held_out_one_leave_where_asked(tmp_path: Path) -> None:
     def photo(seed: int, quality: int = 100) -> bytes:
-        made = cv2.resize(np.random.default_rng(seed).integers(0, 256, (6, 6, 3)).astype(np.uint8), (48, 48), interpolation=cv2.INTER_CUBIC)
+        made = cv2.resize(
+            np.random.default_rng(seed).integers(0, 256, (6, 6, 3)).astype(np.uint8),
+            (48, 48),
+            interpolation=cv2.INTER_CUBIC,
+        )
         return cv2.imencode(".jpg", made, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
     items = [item(n, image=photo(n)) for n in range(8)]
-    items += [item(100 + n, image=photo(n, 60), style="strange") for n in (2, 5)]  # other bytes, the same picture
+    items += [
+        item(100 + n, image=photo(n, 60), style="strange") for n in (2, 5)
+    ]  # other bytes, the same picture
     items += [item(200, image=photo(3, 60))]  # of a training image
     write_shard(tmp_path / "ingest", 0, items[3:])
     write_shard(tmp_path / "ingest", 1, items[:3])
@@ -214,9 +284,13 @@ def test_training_images_that_look_like_a_held_out_one_leave_where_asked(tmp_pat
     assert len(curated(tmp_path, plain)[0]) == 11
     rows, reasons, _ = curated(tmp_path, plain.model_copy(update={"decontaminate": True}))
     assert reasons == {"evaluation_alike": 2} and len(rows) == 9
-    assert {f"{n:016x}" for n in (2, 5)}.isdisjoint(rows) and {f"{n:016x}" for n in (102, 105, 3, 200)} <= rows.keys()
+    assert {f"{n:016x}" for n in (2, 5)}.isdisjoint(rows) and {
+        f"{n:016x}" for n in (102, 105, 3, 200)
+    } <= rows.keys()
     dropped = pq.read_table(tmp_path / "out" / "dropped.parquet").to_pylist()
-    assert {(each["key"], each["detail"]) for each in dropped} == {(f"{n:016x}", f"looks like {100 + n:016x}") for n in (2, 5)}
+    assert {(each["key"], each["detail"]) for each in dropped} == {
+        (f"{n:016x}", f"looks like {100 + n:016x}") for n in (2, 5)
+    }
 
 
 def test_a_list_that_asks_for_nothing_new_keeps_its_key() -> None:

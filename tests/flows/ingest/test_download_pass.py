@@ -1,4 +1,6 @@
-"""Who gets which feed, and what becomes of feeds whose workers fail: the scheduling alone, with workers that do what a test says."""
+"""Who gets which feed, and what becomes of feeds whose workers fail: the scheduling alone, with
+workers that do what a test says.
+"""
 
 from collections import deque
 from collections.abc import Callable
@@ -38,7 +40,9 @@ def starting(is_here: bool) -> Callable[[], Worker]:
     return lambda: Fake(is_here)
 
 
-def scene(tmp_path: Path, feeds: list[Feed], here: int = 0, away: int = 0) -> tuple[Downloads, list[Any]]:
+def scene(
+    tmp_path: Path, feeds: list[Feed], here: int = 0, away: int = 0
+) -> tuple[Downloads, list[Any]]:
     """Return a pass over the feeds and its workers."""
     workers = Workers(tmp_path / "log")
     workers.start(starting(True), here)
@@ -51,7 +55,9 @@ def feed(number: int, is_served: bool = False) -> Feed:
     return Feed(number, Path(f"{number:05d}.arrow"), 10, is_served)
 
 
-def test_what_is_served_here_stays_here_and_a_node_that_is_not_ready_gets_nothing(tmp_path: Path) -> None:
+def test_what_is_served_here_stays_here_and_a_node_that_is_not_ready_gets_nothing(
+    tmp_path: Path,
+) -> None:
     pass_, (here, away) = scene(tmp_path, [feed(0, True), feed(1, True), feed(2)], here=1, away=1)
     pass_.assign_next(away)
     assert away.feed is None
@@ -70,12 +76,16 @@ def test_a_lost_node_is_no_fault_of_the_shard_but_has_an_end(tmp_path: Path) -> 
     for _ in range(MAX_LOSSES - 1):
         pass_.handle_message(worker, "lost the node is gone")
         assert worker.is_killed
-        pass_.handle_message(worker, "done 0 0.0")  # too late: nothing that it says is heard any more
+        pass_.handle_message(
+            worker, "done 0 0.0"
+        )  # too late: nothing that it says is heard any more
         (worker,) = pass_.workers.all
         assert worker.feed is None and pass_.finished == 0
         pass_.handle_message(worker, "ready")
         assert not worker.given[-1]["is_single"]
-    with pytest.raises(DataError, match=f"shard 00000 failed {MAX_LOSSES} times, at last so: the node is gone"):
+    with pytest.raises(
+        DataError, match=f"shard 00000 failed {MAX_LOSSES} times, at last so: the node is gone"
+    ):
         pass_.handle_message(worker, "lost the node is gone")
 
 
@@ -88,11 +98,15 @@ def test_the_last_attempt_goes_row_by_row_and_leaves_out_what_kills(tmp_path: Pa
         pass_.handle_message(worker, "gone")
         (worker,) = pass_.workers.all
     assert worker.given[-1]["is_single"] and worker.given[-1]["crashed"] == [7, 8]
-    with pytest.raises(DataError, match="shard 00000 failed 3 times, at last so: the download process died"):
+    with pytest.raises(
+        DataError, match="shard 00000 failed 3 times, at last so: the download process died"
+    ):
         pass_.handle_message(worker, "gone")  # of nothing that is a row's fault
 
 
-def test_nobody_starts_anything_while_the_network_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_starts_anything_while_the_network_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [0.0]
     monkeypatch.setattr(download_pass.time, "monotonic", lambda: clock[0])
     pass_, (one, two) = scene(tmp_path, [feed(number) for number in range(4)], here=2)
@@ -105,7 +119,9 @@ def test_nobody_starts_anything_while_the_network_is_away(tmp_path: Path, monkey
     clock[0] = download_pass.PAUSES_S[0] + 1
     pass_.check_timeouts()
     assert {one.feed.number, two.feed.number} == {0, 1} and one.given[-1]["max_passing"] == 0.5
-    assert one.given[-1]["turn"] > one.given[0]["turn"]  # what the process remembers of failures was before the pause
+    assert (
+        one.given[-1]["turn"] > one.given[0]["turn"]
+    )  # what the process remembers of failures was before the pause
     for _ in range(len(download_pass.PAUSES_S) - 1):
         pass_.handle_message(one, "outage 0 80% of the rows failed for what may pass")
         clock[0] += download_pass.PAUSES_S[-1] + 1
@@ -113,12 +129,16 @@ def test_nobody_starts_anything_while_the_network_is_away(tmp_path: Path, monkey
     assert one.given[-1]["max_passing"] == 1.0  # taken as it is
 
 
-def test_a_cluster_that_never_has_room_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_never_has_room_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pass_, _ = scene(tmp_path, [feed(0)], away=2)
     pass_.check_timeouts()
     late = pass_.heard_s + download_pass.START_LIMIT_S
     monkeypatch.setattr(download_pass.time, "monotonic", lambda: late)
-    with pytest.raises(UnclipError, match=r"no node has started a download process in 300 s: .*ingest_workers"):
+    with pytest.raises(
+        UnclipError, match=r"no node has started a download process in 300 s: .*ingest_workers"
+    ):
         pass_.check_timeouts()
 
 
@@ -135,7 +155,10 @@ def test_processes_that_end_before_they_are_ready_have_an_end(tmp_path: Path, wo
 
 def test_a_submitted_ingest_asks_for_what_runs_on_its_own_node() -> None:
     def cpus(ingest_workers: int, *sources: dict[str, Any]) -> float:
-        config = OnlyData(data=config_for(*sources, processes=3), cluster=ClusterConfig(ingest_workers=ingest_workers))
+        config = OnlyData(
+            data=config_for(*sources, processes=3),
+            cluster=ClusterConfig(ingest_workers=ingest_workers),
+        )
         return default_resources(INGEST, config).cpus
 
     listed, folder = {"kind": "urls", "path": "list.jsonl"}, {"kind": "folder", "path": "mine"}

@@ -1,4 +1,6 @@
-"""What a host does not want is not asked for: robots.txt by RFC 9309, opt-out lists; and no host is asked too much at once."""
+"""What a host does not want is not asked for: robots.txt by RFC 9309, opt-out lists; and no host is
+asked too much at once.
+"""
 
 import threading
 import time
@@ -48,11 +50,24 @@ def server() -> Iterator[Server]:
         ("User-agent: *\nDisallow: /*.png$", "/x/y.png?q", True),
         ("User-agent: *\nDisallow: /a?x=", "/a?x=1", False),
         ("User-agent: other\nDisallow: /", "/a", True),
-        ("User-agent: other\nUser-agent: Unclip\nDisallow: /b\n\nUser-agent: *\nDisallow: /", "/a", True),  # our own group alone
-        ("User-agent: unclip\nDisallow: /a\n\nUser-agent: x\nDisallow: /\n\nUser-agent: unclip\nDisallow: /b", "/b", False),  # merged
+        (
+            "User-agent: other\nUser-agent: Unclip\nDisallow: /b\n\nUser-agent: *\nDisallow: /",
+            "/a",
+            True,
+        ),  # our own group alone
+        (
+            "User-agent: unclip\nDisallow: /a\n\nUser-agent: x\nDisallow: /\n\nUser-agent: "
+            "unclip\nDisallow: /b",
+            "/b",
+            False,
+        ),  # merged
         ("\ufeffUser-agent: * # all\nDisallow: /a # here\nnonsense\n", "/a", False),
         ("Disallow: /\n", "/a", True),  # a rule of no group
-        ("User-agent: *\nDisallow: /(.*+[", "/(.*+[", False),  # no regular expression of theirs is ours
+        (
+            "User-agent: *\nDisallow: /(.*+[",
+            "/(.*+[",
+            False,
+        ),  # no regular expression of theirs is ours
         ("User-agent: *\nDisallow: /*a*b$", "/xaxbxb", False),
         ("User-agent: *\nDisallow: /*ab*b$", "/ab", True),  # one letter does not stand for two
         ("User-agent: *\nDisallow: /a$", "/a/", True),
@@ -67,7 +82,13 @@ def test_robots_txt_is_read_as_the_rfc_says(text: str, target: str, allowed: boo
 
 def test_patterns_of_a_hostile_host_take_no_time() -> None:
     clock = time.monotonic()
-    rules = parse("User-agent: *\n" + "Disallow: /" + "*a" * 60 + "!\n" + "Disallow: /*a*a*a*a*a*a*a*a*a*a*b$\n" * 1000)
+    rules = parse(
+        "User-agent: *\n"
+        + "Disallow: /"
+        + "*a" * 60
+        + "!\n"
+        + "Disallow: /*a*a*a*a*a*a*a*a*a*a*b$\n" * 1000
+    )
     assert rules.allows("/" + "a" * 5000)
     assert time.monotonic() - clock < 2
 
@@ -76,12 +97,19 @@ def test_what_robots_txt_forbids_is_not_asked_and_it_is_read_once(server: Server
     server.robots = b"User-agent: *\nDisallow: /good/\n"
     with pytest.raises(FetchError, match=r"robots: robots\.txt of 127\.0\.0\.1 forbids it"):
         fetch_image(f"{server.base}/good/1.png", POLITE)
-    threads = [threading.Thread(target=fetch_image, args=(f"{server.base}/jpeg/{n}.jpg", POLITE)) for n in range(6)]
+    threads = [
+        threading.Thread(target=fetch_image, args=(f"{server.base}/jpeg/{n}.jpg", POLITE))
+        for n in range(6)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert server.asked["/robots.txt"] == 1 and server.asked["/good/1.png"] == 0 and server.asked.total() == 7
+    assert (
+        server.asked["/robots.txt"] == 1
+        and server.asked["/good/1.png"] == 0
+        and server.asked.total() == 7
+    )
 
 
 def test_a_redirect_to_what_is_forbidden_is_not_followed(server: Server) -> None:
@@ -91,7 +119,9 @@ def test_a_redirect_to_what_is_forbidden_is_not_followed(server: Server) -> None
     assert server.asked["/redirect/1.png"] == 1 and server.asked["/good/1.png"] == 0
 
 
-def test_a_host_without_robots_txt_allows_and_one_that_fails_is_tried_later(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_robots_txt_allows_and_one_that_fails_is_tried_later(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert fetch_image(f"{server.base}/good/1.png", POLITE)
     http_fetch.hosts = Hosts()
     server.robots = None
@@ -113,26 +143,43 @@ def test_hosts_that_were_not_asked_for_longest_are_forgotten_unless_in_use() -> 
     hosts = Hosts(max_hosts=3, max_bytes=1000)
     with hosts.slot(("http", "used", 80), 1):
         for number in range(10):
-            assert hosts.allows(("http", str(number), 80), "/", lambda: "User-agent: *\nDisallow: /a")
+            assert hosts.allows(
+                ("http", str(number), 80), "/", lambda: "User-agent: *\nDisallow: /a"
+            )
         assert [host for _, host, _ in hosts.known] == ["used", "8", "9"]
     for number in range(3):
-        assert not hosts.allows(("http", str(number), 80), "/a", lambda: "User-agent: *\nDisallow: /a\nDisallow: /b\nDisallow: /c")
+        assert not hosts.allows(
+            ("http", str(number), 80),
+            "/a",
+            lambda: "User-agent: *\nDisallow: /a\nDisallow: /b\nDisallow: /c",
+        )
     assert len(hosts.known) == 2 and hosts.rules_bytes <= 1000
 
 
 def test_the_places_at_a_host_are_divided_among_the_processes(tmp_path: Path) -> None:
     def places(per_host: int, workers: int) -> int:
         config = config_for({"kind": "urls", "path": "l.jsonl"}, per_host=per_host)
-        return int(ingest.shard_settings(config, tmp_path, "http://x", workers)["rules"]["per_host"])
+        return int(
+            ingest.shard_settings(config, tmp_path, "http://x", workers)["rules"]["per_host"]
+        )
 
     assert (places(16, 4), places(16, 3), places(2, 8), places(0, 4)) == (4, 5, 1, 0)
 
 
 def test_a_redirect_to_an_opted_out_host_is_not_followed(server: Server, tmp_path: Path) -> None:
-    source = write_list(tmp_path / "list.jsonl", [{"url": f"{server.base}/{kind}/1.png", "caption": kind} for kind in ("away", "jpeg")])
+    source = write_list(
+        tmp_path / "list.jsonl",
+        [{"url": f"{server.base}/{kind}/1.png", "caption": kind} for kind in ("away", "jpeg")],
+    )
     (tmp_path / "no.txt").write_text("localhost\n")
-    counts = ingest.run(config_for(source, opt_out=[str(tmp_path / "no.txt")]), tmp_path / "out", tmp_path / "work")
-    assert counts["dropped"] == {"opted_out": 1} and server.asked["/away/1.png"] == 1 and server.asked["/good/1.png"] == 0
+    counts = ingest.run(
+        config_for(source, opt_out=[str(tmp_path / "no.txt")]), tmp_path / "out", tmp_path / "work"
+    )
+    assert (
+        counts["dropped"] == {"opted_out": 1}
+        and server.asked["/away/1.png"] == 1
+        and server.asked["/good/1.png"] == 0
+    )
 
 
 def test_our_own_server_is_not_asked_for_leave(server: Server) -> None:
@@ -144,7 +191,10 @@ def test_our_own_server_is_not_asked_for_leave(server: Server) -> None:
 def test_one_host_gets_no_more_requests_at_once_than_agreed() -> None:
     with Server(delay_s=0.05) as server:
         threads = [
-            threading.Thread(target=fetch_image, args=(f"{server.base}/good/{n}.png", replace(RULES, per_host=2, timeout_s=0.5)))
+            threading.Thread(
+                target=fetch_image,
+                args=(f"{server.base}/good/{n}.png", replace(RULES, per_host=2, timeout_s=0.5)),
+            )
             for n in range(24)
         ]
         clock = time.monotonic()
@@ -152,18 +202,33 @@ def test_one_host_gets_no_more_requests_at_once_than_agreed() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert server.most_at_once == 2 and server.asked.total() == 24  # and waiting for one's turn is no time-out
+        assert (
+            server.most_at_once == 2 and server.asked.total() == 24
+        )  # and waiting for one's turn is no time-out
         assert time.monotonic() - clock >= 24 / 2 * 0.05
 
 
-def test_opted_out_hosts_and_urls_are_never_asked_and_counted(server: Server, tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(6)]
-    rows += [{"url": "http://img.nothanks.test/a.png", "caption": "a"}, {"url": "http://notnothanks.test/b.png", "caption": "b"}]
+def test_opted_out_hosts_and_urls_are_never_asked_and_counted(
+    server: Server, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(6)
+    ]
+    rows += [
+        {"url": "http://img.nothanks.test/a.png", "caption": "a"},
+        {"url": "http://notnothanks.test/b.png", "caption": "b"},
+    ]
     source = write_list(tmp_path / "list.jsonl", rows)
-    (tmp_path / "no.txt").write_text(f"# by request\nNoThanks.test\n{server.base}/good/3.png\n{server.base}/jpeg/\n")
+    (tmp_path / "no.txt").write_text(
+        f"# by request\nNoThanks.test\n{server.base}/good/3.png\n{server.base}/jpeg/\n"
+    )
     config = config_for(source, opt_out=[str(tmp_path / "no.txt")])
     counts = ingest.run(config, tmp_path / "out", tmp_path / "work")
-    assert counts["dropped"] == {"opted_out": 2, "unreachable": 1} and counts["out"] == 5 and server.asked["/good/3.png"] == 0
+    assert (
+        counts["dropped"] == {"opted_out": 2, "unreachable": 1}
+        and counts["out"] == 5
+        and server.asked["/good/3.png"] == 0
+    )
     (tmp_path / "more.txt").write_text("another.test\n")
     longer = config_for(source, opt_out=[str(tmp_path / "no.txt"), str(tmp_path / "more.txt")])
     assert longer.keyed() != config.keyed()
@@ -175,13 +240,36 @@ def test_opted_out_hosts_and_urls_are_never_asked_and_counted(server: Server, tm
 def test_an_entry_means_what_it_says(tmp_path: Path) -> None:
     (tmp_path / "no.txt").write_text("a.test\nhttps://b.test/one.png\nhttps://b.test/all/\n")
     lists = read_opt_out([str(tmp_path / "no.txt")])
-    assert all(map(lists.covers, ("http://a.test/x", "https://deep.A.test./x", "https://b.test/one.png", "https://b.test/all/x.png")))
+    assert all(
+        map(
+            lists.covers,
+            (
+                "http://a.test/x",
+                "https://deep.A.test./x",
+                "https://b.test/one.png",
+                "https://b.test/all/x.png",
+            ),
+        )
+    )
     assert not any(
-        map(lists.covers, ("http://ba.test/x", "https://b.test/two.png", "https://b.test/al", "http://[", "", "folder:a.test/x"))
+        map(
+            lists.covers,
+            (
+                "http://ba.test/x",
+                "https://b.test/two.png",
+                "https://b.test/al",
+                "http://[",
+                "",
+                "folder:a.test/x",
+            ),
+        )
     )
 
 
 def test_a_list_that_cannot_be_read_stops_the_run(tmp_path: Path) -> None:
-    config: DataConfig = config_for(write_list(tmp_path / "l.jsonl", [{"url": "http://h/a.png", "caption": "x"}]), opt_out=["gone.txt"])
+    config: DataConfig = config_for(
+        write_list(tmp_path / "l.jsonl", [{"url": "http://h/a.png", "caption": "x"}]),
+        opt_out=["gone.txt"],
+    )
     with pytest.raises(CallerError, match=r"\[data\] opt_out 'gone.txt' cannot be read"):
         ingest.run(config, tmp_path / "out", tmp_path / "work")

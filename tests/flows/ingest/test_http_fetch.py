@@ -1,4 +1,6 @@
-"""What the internet does to a fetch comes out as one of a few reasons, within the limits of time, bytes, pixels and addresses."""
+"""What the internet does to a fetch comes out as one of a few reasons, within the limits of time,
+bytes, pixels and addresses.
+"""
 
 import socket
 import time
@@ -28,10 +30,14 @@ def reason(url: str, rules: Rules = RULES) -> str:
     return caught.value.reason
 
 
-@pytest.mark.parametrize("path", ["good/1.png", "jpeg/1.jpg", "redirect/1.png", "other_agent/1.png", "flaky/1.png"])
+@pytest.mark.parametrize(
+    "path", ["good/1.png", "jpeg/1.jpg", "redirect/1.png", "other_agent/1.png", "flaky/1.png"]
+)
 def test_a_good_image_arrives_byte_for_byte(server: Server, path: str) -> None:
     suffix = ".jpg" if "jpeg" in path else ".png"
-    assert fetch_image(f"{server.base}/{path}", replace(RULES, retries=1)) == encoded(picture(1), suffix)
+    assert fetch_image(f"{server.base}/{path}", replace(RULES, retries=1)) == encoded(
+        picture(1), suffix
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,12 +92,18 @@ def test_a_404_is_asked_once_and_a_503_again(server: Server) -> None:
     assert (server.asked["/missing/7.png"], server.asked["/dead/7.png"]) == (1, 3)
 
 
-def test_an_image_of_more_pixels_than_allowed_is_too_large_whatever_its_bytes(server: Server) -> None:
-    assert reason(f"{server.base}/good/1.png", replace(RULES, max_pixels=48 * 48 - 1)) == "too_large"
+def test_an_image_of_more_pixels_than_allowed_is_too_large_whatever_its_bytes(
+    server: Server,
+) -> None:
+    assert (
+        reason(f"{server.base}/good/1.png", replace(RULES, max_pixels=48 * 48 - 1)) == "too_large"
+    )
     assert fetch_image(f"{server.base}/good/1.png", replace(RULES, max_pixels=48 * 48))
 
 
-def test_a_picture_that_grows_out_of_bounds_on_its_way_to_its_size_is_too_large(server: Server) -> None:
+def test_a_picture_that_grows_out_of_bounds_on_its_way_to_its_size_is_too_large(
+    server: Server,
+) -> None:
     url = f"{server.base}/thread/1.png"  # 1 x 1,000,000
     assert reason(url, replace(RULES, grown_px=64)) == "too_large"  # 64 x 64,000,000
     assert fetch_image(url, replace(RULES, grown_px=3)) and fetch_image(url, RULES)
@@ -118,7 +130,9 @@ def test_x_robots_tag_is_read_with_its_agents_and_values(value: str, is_no: bool
     assert http_fetch.is_forbidden(["nosnippet", value]) is is_no
 
 
-def test_one_connection_serves_many_requests_even_after_errors(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_connection_serves_many_requests_even_after_errors(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dialled: list[list[str]] = []
     original = http_fetch.dial
 
@@ -146,16 +160,38 @@ def test_a_kept_connection_that_the_server_closed_is_replaced() -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255",
-        "::1", "::", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
-        "2002:a01:203::1", "2001:0:808:808:0:0:f5fe:fdfc", "64:ff9b:1::808:808", "fec0::1", "::ffff:10.0.0.1",
+        "127.0.0.1",
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "0.0.0.0",
+        "224.0.0.1",
+        "255.255.255.255",
+        "::1",
+        "::",
+        "fe80::1%eth0",
+        "fc00::1",
+        "ff02::1",
+        "::ffff:127.0.0.1",
+        "::127.0.0.1",
+        "64:ff9b::7f00:1",
+        "2002:7f00:1::",
+        "2002:a01:203::1",
+        "2001:0:808:808:0:0:f5fe:fdfc",
+        "64:ff9b:1::808:808",
+        "fec0::1",
+        "::ffff:10.0.0.1",
     ],
-)  # fmt: skip
+)
 def test_reserved_addresses_are_not_public(address: str) -> None:
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+)
 def test_open_addresses_are_public(address: str) -> None:
     assert is_public(address)
 
@@ -163,7 +199,9 @@ def test_open_addresses_are_public(address: str) -> None:
 def test_private_addresses_are_refused_by_name_number_and_redirect(server: Server) -> None:
     port = server.server_address[1]
     rules = replace(RULES, allow_private=False, loopback=f"{server.base}/good")
-    assert fetch_image(f"{server.base}/good/1.png", rules)  # our own static server, below its secret alone
+    assert fetch_image(
+        f"{server.base}/good/1.png", rules
+    )  # our own static server, below its secret alone
     before = server.asked.total()
     for url in (
         f"{server.base}/jpeg/1.jpg",
@@ -175,13 +213,20 @@ def test_private_addresses_are_refused_by_name_number_and_redirect(server: Serve
     ):
         assert reason(url, rules) == "host_refused"
     assert server.asked.total() == before
-    assert reason(f"{server.base}/away/1.png", replace(rules, loopback=f"{server.base}/away")) == "host_refused"
+    assert (
+        reason(f"{server.base}/away/1.png", replace(rules, loopback=f"{server.base}/away"))
+        == "host_refused"
+    )
     assert server.asked["/good/1.png"] >= 1
     assert server.asked.total() == before + 1  # the redirect itself; its target was never asked
 
 
-def test_a_name_is_resolved_once_and_the_checked_address_is_dialled(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that answers with a public address to the check and with a private one to the connection (rebinding) gains nothing."""
+def test_a_name_is_resolved_once_and_the_checked_address_is_dialled(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that answers with a public address to the check and with a private one to the
+    connection (rebinding) gains nothing.
+    """
     answers = iter(["93.184.216.34", "127.0.0.1"])
     dialled: list[str] = []
 
@@ -194,17 +239,26 @@ def test_a_name_is_resolved_once_and_the_checked_address_is_dialled(server: Serv
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(http_fetch, "dial", dial)
-    assert reason("http://rebinding.test/a.png", replace(RULES, allow_private=False)) == "unreachable"
+    assert (
+        reason("http://rebinding.test/a.png", replace(RULES, allow_private=False)) == "unreachable"
+    )
     assert dialled == ["93.184.216.34"]
 
 
-def test_a_name_with_one_private_address_among_public_ones_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("93.184.216.34", "10.0.0.1")]
+def test_a_name_with_one_private_address_among_public_ones_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))
+        for address in ("93.184.216.34", "10.0.0.1")
+    ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     assert reason("http://mixed.test/a.png", replace(RULES, allow_private=False)) == "host_refused"
 
 
-def test_a_host_to_which_no_connection_comes_about_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_to_which_no_connection_comes_about_is_left_alone_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(http_fetch, "hosts", Hosts())
     asked: list[str] = []
 
@@ -222,6 +276,8 @@ def test_a_host_to_which_no_connection_comes_about_is_left_alone_for_a_while(mon
 
 
 def test_an_address_that_does_not_answer_gives_way_to_the_next(server: Server) -> None:
-    sock = http_fetch.dial(["127.0.0.9", "127.0.0.1"], server.server_address[1], time.monotonic() + 2)
+    sock = http_fetch.dial(
+        ["127.0.0.9", "127.0.0.1"], server.server_address[1], time.monotonic() + 2
+    )
     assert sock.getpeername()[0] == "127.0.0.1"
     sock.close()

@@ -1,4 +1,6 @@
-"""Ten kills of an ingest and ten of a download process, at moments drawn by chance, while a reader opens every shard that it sees."""
+"""Ten kills of an ingest and ten of a download process, at moments drawn by chance, while a reader
+opens every shard that it sees.
+"""
 
 import io
 import os
@@ -17,7 +19,15 @@ import pytest
 
 from flows.ingest import ingest
 from flows.sources.url_table import DataConfig
-from tests.flows.ingest.test_ingest import RUN, config_for, parent_of, stored, wait_until, workers_of, write_list
+from tests.flows.ingest.test_ingest import (
+    RUN,
+    config_for,
+    parent_of,
+    stored,
+    wait_until,
+    workers_of,
+    write_list,
+)
 from tests.helpers.hostile_server import Server
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -25,7 +35,9 @@ KILLS, SHARD = 10, 20
 
 
 class Reader:
-    """A thread that reads every tar under a final name to its end, over and over; `broken` says what it could not."""
+    """A thread that reads every tar under a final name to its end, over and over; `broken` says
+    what it could not.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.broken, self.read, self.over = folder, list[str](), 0, threading.Event()
@@ -49,14 +61,21 @@ class Reader:
         self.thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.over.set()
         self.thread.join()
 
 
 def listed(folder: Path, server: Server, count: int) -> DataConfig:
     rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(count)]
-    return config_for(write_list(folder / "list.jsonl", rows), threads=2, images_per_shard=SHARD, timeout_s=10)
+    return config_for(
+        write_list(folder / "list.jsonl", rows), threads=2, images_per_shard=SHARD, timeout_s=10
+    )
 
 
 def test_an_ingest_killed_ten_times_loses_and_doubles_nothing(tmp_path: Path) -> None:
@@ -64,12 +83,26 @@ def test_an_ingest_killed_ten_times_loses_and_doubles_nothing(tmp_path: Path) ->
     with Server(delay_s=0.05) as server, Reader(tmp_path) as reader:
         config = listed(tmp_path, server, count)
         while True:
-            run = subprocess.Popen([sys.executable, "-c", RUN, config.model_dump_json(), str(tmp_path / "out"), str(tmp_path / "work")])
+            run = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    RUN,
+                    config.model_dump_json(),
+                    str(tmp_path / "out"),
+                    str(tmp_path / "work"),
+                ]
+            )
             if len(moments) == KILLS:
                 break
             before, goal = server.asked.total(), chance.choice([0, 1, 5, 15, 25, 35])
             delay_s = chance.uniform(0, 2) if goal == 0 else chance.uniform(0, 0.3)
-            wait_until(lambda before=before, goal=goal, run=run: server.asked.total() >= before + goal or run.poll() is not None, 200)
+            wait_until(
+                lambda before=before, goal=goal, run=run: (
+                    server.asked.total() >= before + goal or run.poll() is not None
+                ),
+                200,
+            )
             time.sleep(delay_s)
             assert run.poll() is None, f"the run ended before its kill; killed at {moments}"
             moments.append((server.asked.total() - before, round(delay_s, 2)))
@@ -79,10 +112,16 @@ def test_an_ingest_killed_ten_times_loses_and_doubles_nothing(tmp_path: Path) ->
             wait_until(lambda workers=workers: not any(map(parent_of, workers)), 60)
         assert run.wait(timeout=200) == 0, moments
         asked = server.asked.total()
-    print("killed after (requests, seconds)", moments, f"; {asked} requests for {count} pictures, {reader.read} readings")
+    print(
+        "killed after (requests, seconds)",
+        moments,
+        f"; {asked} requests for {count} pictures, {reader.read} readings",
+    )
     assert set(stored(tmp_path / "out")) == {str(n) for n in range(count)}
     assert reader.broken == [] and reader.read > count / SHARD
-    assert asked <= count + KILLS * 2 * SHARD  # a kill may cost the two shards in the making, no more
+    assert (
+        asked <= count + KILLS * 2 * SHARD
+    )  # a kill may cost the two shards in the making, no more
 
 
 def test_a_download_process_killed_at_ten_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
@@ -95,12 +134,19 @@ def test_a_download_process_killed_at_ten_moments_loses_and_doubles_nothing(tmp_
             before, goal = server.asked.total(), chance.randrange(count - SHARD)
             results: list[int] = []
 
-            def download(config: DataConfig = config, folder: Path = folder, results: list[int] = results) -> None:
+            def download(
+                config: DataConfig = config, folder: Path = folder, results: list[int] = results
+            ) -> None:
                 results.append(ingest.run(config, folder / "out", folder / "work")["out"])
 
             run = threading.Thread(target=download)
             run.start()
-            wait_until(lambda before=before, goal=goal: server.asked.total() >= before + goal and workers_of(os.getpid()), 200)
+            wait_until(
+                lambda before=before, goal=goal: (
+                    server.asked.total() >= before + goal and workers_of(os.getpid())
+                ),
+                200,
+            )
             victim = chance.choice(workers_of(os.getpid()))
             os.kill(victim, signal.SIGKILL)
             moments.append(server.asked.total() - before)

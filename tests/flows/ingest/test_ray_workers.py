@@ -1,4 +1,6 @@
-"""An ingest spread over a real Ray cluster of two nodes: both download, what comes back equals a local ingest, and a node may die."""
+"""An ingest spread over a real Ray cluster of two nodes: both download, what comes back equals a
+local ingest, and a node may die.
+"""
 
 import fcntl
 import os
@@ -24,7 +26,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 @pytest.fixture
 def nodes() -> Iterator[Any]:
-    """Two nodes of one core each, as Ray starts them for its own tests, and below `nodes.two` the leader of each."""
+    """Two nodes of one core each, as Ray starts them for its own tests, and below `nodes.two` the
+    leader of each.
+    """
     from ray.cluster_utils import Cluster as Nodes
 
     settings = {"num_cpus": 1, "object_store_memory": 100 << 20}
@@ -34,9 +38,14 @@ def nodes() -> Iterator[Any]:
     started.shutdown()
 
 
-def test_folders_of_processes_that_were_killed_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_processes_that_were_killed_are_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    claims = [tmp_path / f"{ray_workers.PREFIX}{name}" / ray_workers.CLAIM for name in ("held", "left", "new")]
+    claims = [
+        tmp_path / f"{ray_workers.PREFIX}{name}" / ray_workers.CLAIM
+        for name in ("held", "left", "new")
+    ]
     for claim in claims:
         claim.parent.mkdir()
         claim.write_text("")
@@ -54,7 +63,9 @@ def tree(pid: int) -> set[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                )
             except OSError:
                 continue  # it has just ended
     found = {pid}
@@ -68,34 +79,54 @@ def downloading(node: Any) -> set[int]:
     return {pid for pid in tree(node.all_processes["raylet"][0].process.pid) if parent_of(pid)}
 
 
-def ingested(folder: Path, paths: list[str], server: Server, workers: int, address: str) -> Committed:
+def ingested(
+    folder: Path, paths: list[str], server: Server, workers: int, address: str
+) -> Committed:
     """Run the ingest stage in a ROOT below `folder`; 0 workers download here."""
     rows = [{"url": f"{server.base}/{path}", "caption": path} for path in paths]
-    data = config_for(write_list(folder / "list.jsonl", rows), threads=2, images_per_shard=20, timeout_s=5.0)
+    data = config_for(
+        write_list(folder / "list.jsonl", rows), threads=2, images_per_shard=20, timeout_s=5.0
+    )
     config = OnlyData(data=data, cluster=ClusterConfig(address=address, ingest_workers=workers))
     root = store.open_root(str(folder / f"root-{workers}"))
     with Cluster(config.cluster) as ray:
         return run_stage(INGEST, root, config, {}, ray, lambda line: None).committed
 
 
-def test_two_nodes_download_what_one_machine_would_and_a_dying_node_loses_and_doubles_nothing(nodes: Any, tmp_path: Path) -> None:
+def test_two_nodes_download_what_one_machine_would_and_a_dying_node_loses_and_doubles_nothing(
+    nodes: Any, tmp_path: Path
+) -> None:
     paths = [f"good/{n}.png" for n in range(150)] + [f"missing/{n}.png" for n in range(150, 160)]
     with Server(delay_s=0.1) as server:
         alone = ingested(tmp_path, paths, server, 0, "")
         server.asked.clear()
         results: list[Committed] = []
-        thread = threading.Thread(target=lambda: results.append(ingested(tmp_path, paths, server, 2, nodes.address)))
+        thread = threading.Thread(
+            target=lambda: results.append(ingested(tmp_path, paths, server, 2, nodes.address))
+        )
         thread.start()
         wait_until(lambda: all(map(downloading, nodes.two)) and server.asked.total() >= 50, 120)
         both = downloading(nodes.two[0]) | downloading(nodes.two[1])
-        assert len(both) == 2 and not any(parent_of(pid) == os.getpid() for pid in both)  # one on each, none of them ours
+        assert len(both) == 2 and not any(
+            parent_of(pid) == os.getpid() for pid in both
+        )  # one on each, none of them ours
         nodes.remove_node(nodes.two[1], allow_graceful=False)
         thread.join(timeout=200)
         assert results
         asked = server.asked
     counts: dict[str, Any] = results[0].manifest["counts"]
-    assert counts == alone.manifest["counts"] and counts["out"] == 150 and counts["dropped"] == {"http_404": 10}
+    assert (
+        counts == alone.manifest["counts"]
+        and counts["out"] == 150
+        and counts["dropped"] == {"http_404": 10}
+    )
     found, expected = stored(results[0].local()), stored(alone.local())
-    assert {name: image.tobytes() for name, image in found.items()} == {name: image.tobytes() for name, image in expected.items()}
-    assert sum(number for path, number in asked.items() if path != "/robots.txt") <= len(paths) + 20  # a shard was begun again
-    wait_until(lambda: not any(map(parent_of, both)), 30)  # and no download process is left on the node that died
+    assert {name: image.tobytes() for name, image in found.items()} == {
+        name: image.tobytes() for name, image in expected.items()
+    }
+    assert (
+        sum(number for path, number in asked.items() if path != "/robots.txt") <= len(paths) + 20
+    )  # a shard was begun again
+    wait_until(
+        lambda: not any(map(parent_of, both)), 30
+    )  # and no download process is left on the node that died

@@ -15,7 +15,9 @@ SHAPES = [*GREY, (77, 200, 3), (90, 61, 3), (9, 13, 3), (45, 50, 4)]
 
 
 @pytest.mark.parametrize("mode", ["border", "center_crop", "keep_ratio", "keep_ratio_largest"])
-def test_every_mode_gives_the_pixels_of_albumentations(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_mode_gives_the_pixels_of_albumentations(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     resizer = img2dataset_resizer.Resizer(
         image_size=SIDE_PX,
         resize_mode=mode,
@@ -24,7 +26,9 @@ def test_every_mode_gives_the_pixels_of_albumentations(mode: str, monkeypatch: p
         encode_quality=1,
     )
     rng = np.random.default_rng(0)
-    bodies = [cv2.imencode(".png", rng.integers(0, 256, shape, np.uint8))[1].tobytes() for shape in SHAPES]
+    bodies = [
+        cv2.imencode(".png", rng.integers(0, 256, shape, np.uint8))[1].tobytes() for shape in SHAPES
+    ]
     expected = [resizer(io.BytesIO(body)) for body in bodies]
     assert all(image is not None for image, *_ in expected)
     monkeypatch.setattr(img2dataset_resizer, "A", resize_transforms)

@@ -1,4 +1,6 @@
-"""What became of an ingest's rows: compared with a dictionary of every row's last word, over shards drawn by chance."""
+"""What became of an ingest's rows: compared with a dictionary of every row's last word, over shards
+drawn by chance.
+"""
 
 import random
 from collections import Counter
@@ -18,7 +20,9 @@ WORDS = ("http_404: gone", "timeout: 10 s", "http_unavailable: 503", "not_an_ima
 
 
 def write_shards(folder: Path, seed: int) -> tuple[int, dict[str, dict[str, Any]], int]:
-    """Write passes over 400 rows, each over those that still fail for a passing reason; return shards, last words and successes."""
+    """Write passes over 400 rows, each over those that still fail for a passing reason; return
+    shards, last words and successes.
+    """
     chance = random.Random(seed)
     names = [f"{chance.getrandbits(64):016x}" for _ in range(400)]
     latest: dict[str, dict[str, Any]] = {}
@@ -30,13 +34,31 @@ def write_shards(folder: Path, seed: int) -> tuple[int, dict[str, dict[str, Any]
             rows = []
             for name in asked[start : start + 37]:
                 word = chance.choice(WORDS)
-                status = "success" if not word else chance.choice(("failed_to_download", "failed_to_download", "failed_to_resize"))
+                status = (
+                    "success"
+                    if not word
+                    else chance.choice(
+                        ("failed_to_download", "failed_to_download", "failed_to_resize")
+                    )
+                )
                 url = f"https://h/{name}.jpg"
-                rows.append({
-                    "key": f"{number:05d}{len(rows):05d}", "sample": name, "url": url, "origin": url, "caption": f"é {name}",
-                    "captions": [f"é {name}", "another"], "licence": "", "concept": name, "style": "", "category": "", "subcategory": "",
-                    "status": status, "error_message": word or None,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "key": f"{number:05d}{len(rows):05d}",
+                        "sample": name,
+                        "url": url,
+                        "origin": url,
+                        "caption": f"é {name}",
+                        "captions": [f"é {name}", "another"],
+                        "licence": "",
+                        "concept": name,
+                        "style": "",
+                        "category": "",
+                        "subcategory": "",
+                        "status": status,
+                        "error_message": word or None,
+                    }
+                )
                 latest[name] = rows[-1]
                 succeeded += not word
             pq.write_table(pa.Table.from_pylist(rows), folder / f"{number:05d}.parquet")
@@ -46,34 +68,57 @@ def write_shards(folder: Path, seed: int) -> tuple[int, dict[str, dict[str, Any]
 
 
 def reason_of(row: dict[str, Any]) -> str:
-    return "" if row["status"] == "success" else split_problem(row["status"], row["error_message"])[0]
+    return (
+        "" if row["status"] == "success" else split_problem(row["status"], row["error_message"])[0]
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_last_word_on_every_row_counts(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_word_on_every_row_counts(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(row_outcomes, "GROUP_ROWS", 50)
     count, latest, succeeded = write_shards(tmp_path, seed)
     expected = {name: reason_of(row) for name, row in latest.items() if reason_of(row)}
     assert {"http_404", "timeout", "decode_error"} <= set(expected.values()) and succeeded > 50
     again = pq.read_table(rows_to_ask_again(tmp_path, count, tmp_path / "again.parquet"))
     assert again.schema.equals(URLS)
-    assert sorted(again["key"].to_pylist()) == sorted(name for name, reason in expected.items() if reason in PASSING)
+    assert sorted(again["key"].to_pylist()) == sorted(
+        name for name, reason in expected.items() if reason in PASSING
+    )
     for row in again.to_pylist():
-        assert row == {name: latest[row["key"]][name] for name in URLS.names if name != "key"} | {"key": row["key"]}
-    early = [{"key": "1" * 16, "origin": "https://h/twice.jpg", "reason": "duplicate_url", "detail": ""}] * 120
+        assert row == {name: latest[row["key"]][name] for name in URLS.names if name != "key"} | {
+            "key": row["key"]
+        }
+    early = [
+        {"key": "1" * 16, "origin": "https://h/twice.jpg", "reason": "duplicate_url", "detail": ""}
+    ] * 120
     pq.write_table(pa.Table.from_pylist(early, DROPPED), tmp_path / "early.parquet")
     found = read_outcomes(tmp_path, count)
-    before, reasons, examples = write_dropped(tmp_path / "early.parquet", found, tmp_path / "dropped.parquet")
-    assert found.succeeded == succeeded and before == {"duplicate_url": 120} and reasons == Counter(expected.values())
+    before, reasons, examples = write_dropped(
+        tmp_path / "early.parquet", found, tmp_path / "dropped.parquet"
+    )
+    assert (
+        found.succeeded == succeeded
+        and before == {"duplicate_url": 120}
+        and reasons == Counter(expected.values())
+    )
     dropped = pq.read_table(tmp_path / "dropped.parquet")
     assert dropped.schema.equals(DROPPED)
     told = dropped.to_pylist()[120:]
     assert len(told) == len(expected) and {row["key"]: row["reason"] for row in told} == expected
-    assert set(examples) == set(expected.values()) and all(text.startswith("https://h/") for text in examples.values())
+    assert set(examples) == set(expected.values()) and all(
+        text.startswith("https://h/") for text in examples.values()
+    )
 
 
 def test_without_a_failure_nothing_is_asked_again(tmp_path: Path) -> None:
-    row = dict.fromkeys(URLS.names, "") | {"captions": [""], "sample": "0" * 16, "status": "success", "error_message": None}
+    row = dict.fromkeys(URLS.names, "") | {
+        "captions": [""],
+        "sample": "0" * 16,
+        "status": "success",
+        "error_message": None,
+    }
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "00000.parquet")
     assert pq.read_table(rows_to_ask_again(tmp_path, 1, tmp_path / "again.parquet")).num_rows == 0
     assert pq.read_table(rows_to_ask_again(tmp_path, 0, tmp_path / "again.parquet")).num_rows == 0

@@ -1,4 +1,6 @@
-"""A nightly ingest asks for what is new, takes over the rest as it is, and lets go of what the list has lost."""
+"""A nightly ingest asks for what is new, takes over the rest as it is, and lets go of what the list
+has lost.
+"""
 
 import json
 import tarfile
@@ -43,37 +45,56 @@ def rows(server: Server, paths: list[str], licence: str = "") -> list[dict[str, 
     return [{"url": f"{server.base}/{path}", "caption": path, "licence": licence} for path in paths]
 
 
-def night(root: store.Root, listed: list[dict[str, Any]], folder: Path, **changes: Any) -> Committed:
+def night(
+    root: store.Root, listed: list[dict[str, Any]], folder: Path, **changes: Any
+) -> Committed:
     """Run the ingest stage on a list, as a run does."""
     source = write_list(folder / "list.jsonl", listed) | {"licence_column": "licence"}
-    config = OnlyData(data=config_for(source, retries=0, images_per_shard=10, **{"processes": 1} | changes))
+    config = OnlyData(
+        data=config_for(source, retries=0, images_per_shard=10, **{"processes": 1} | changes)
+    )
     with Cluster(config.cluster) as cluster:
         return run_stage(INGEST, root, config, {}, cluster, lambda line: None).committed
 
 
-def test_a_night_asks_only_for_what_is_new_and_ends_as_if_it_had_asked_for_all(server: Server, tmp_path: Path) -> None:
+def test_a_night_asks_only_for_what_is_new_and_ends_as_if_it_had_asked_for_all(
+    server: Server, tmp_path: Path
+) -> None:
     root = store.open_root(str(tmp_path / "root"))
     first = [f"good/{n}.png" for n in range(30)] + ["missing/90.png", "flaky3/91.png"]
     before = night(root, rows(server, first), tmp_path, retry_passes=0)
     assert before.manifest["counts"]["dropped"] == {"http_404": 1, "http_unavailable": 1}
     server.asked.clear()
-    second = [path for path in first if path not in ("good/3.png", "good/4.png")] + [f"good/{n}.png" for n in range(40, 47)]
+    second = [path for path in first if path not in ("good/3.png", "good/4.png")] + [
+        f"good/{n}.png" for n in range(40, 47)
+    ]
     server.asked["/flaky3/91.png"] = 3  # its server has recovered
     after = night(root, rows(server, second), tmp_path)
     asked = server.asked - type(server.asked)({"/flaky3/91.png": 3, "/robots.txt": 99})
-    assert set(asked) == {f"/good/{n}.png" for n in range(40, 47)} | {"/flaky3/91.png"} and set(asked.values()) == {1}
-    assert after.manifest["counts"]["dropped"] == {"http_404": 1} and after.manifest["counts"]["shards_taken_over"] == 4
-    pictures = stored(after.local())
-    assert set(pictures) == set(second) - {"missing/90.png"} and after.manifest["counts"]["out"] == len(pictures)
-    fresh = ingest.run(
-        config_for(write_list(tmp_path / "all.jsonl", rows(server, second)), images_per_shard=10), tmp_path / "o", tmp_path / "w"
+    assert set(asked) == {f"/good/{n}.png" for n in range(40, 47)} | {"/flaky3/91.png"} and set(
+        asked.values()
+    ) == {1}
+    assert (
+        after.manifest["counts"]["dropped"] == {"http_404": 1}
+        and after.manifest["counts"]["shards_taken_over"] == 4
     )
-    assert fresh["out"] == len(pictures) and {k: v.tobytes() for k, v in stored(tmp_path / "o").items()} == {
-        k: v.tobytes() for k, v in pictures.items()
-    }
+    pictures = stored(after.local())
+    assert set(pictures) == set(second) - {"missing/90.png"} and after.manifest["counts"][
+        "out"
+    ] == len(pictures)
+    fresh = ingest.run(
+        config_for(write_list(tmp_path / "all.jsonl", rows(server, second)), images_per_shard=10),
+        tmp_path / "o",
+        tmp_path / "w",
+    )
+    assert fresh["out"] == len(pictures) and {
+        k: v.tobytes() for k, v in stored(tmp_path / "o").items()
+    } == {k: v.tobytes() for k, v in pictures.items()}
 
 
-def test_what_the_list_has_lost_is_in_no_shard_and_untouched_shards_are_the_same_files(server: Server, tmp_path: Path) -> None:
+def test_what_the_list_has_lost_is_in_no_shard_and_untouched_shards_are_the_same_files(
+    server: Server, tmp_path: Path
+) -> None:
     root = store.open_root(str(tmp_path / "root"))
     first = [f"good/{n}.png" for n in range(30)]
     before = night(root, rows(server, first), tmp_path)
@@ -92,20 +113,34 @@ def test_what_the_list_has_lost_is_in_no_shard_and_untouched_shards_are_the_same
     assert len(texts) == 29 and "good/7.png" not in stored(after.local())
 
 
-def test_a_row_of_which_the_list_says_something_else_is_asked_again(server: Server, tmp_path: Path) -> None:
+def test_a_row_of_which_the_list_says_something_else_is_asked_again(
+    server: Server, tmp_path: Path
+) -> None:
     root = store.open_root(str(tmp_path / "root"))
     night(root, rows(server, ["good/1.png", "good/2.png"]), tmp_path)
     changed = rows(server, ["good/1.png"], "CC0") + rows(server, ["good/2.png"])
     after = night(root, changed, tmp_path)
     assert server.asked["/good/1.png"] == 2 and server.asked["/good/2.png"] == 1
-    found = [row for file in (after.local() / "shards").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
-    assert {row["caption"]: row["licence"] for row in found} == {"good/1.png": "CC0", "good/2.png": ""}
+    found = [
+        row
+        for file in (after.local() / "shards").glob("*.parquet")
+        for row in pq.read_table(file).to_pylist()
+    ]
+    assert {row["caption"]: row["licence"] for row in found} == {
+        "good/1.png": "CC0",
+        "good/2.png": "",
+    }
 
 
 def test_other_settings_or_a_folder_take_nothing_over(server: Server, tmp_path: Path) -> None:
     root = store.open_root(str(tmp_path / "root"))
     night(root, rows(server, ["good/1.png"]), tmp_path)
-    assert "shards_taken_over" not in night(root, rows(server, ["good/1.png"]), tmp_path, image_size_px=16).manifest["counts"]
+    assert (
+        "shards_taken_over"
+        not in night(root, rows(server, ["good/1.png"]), tmp_path, image_size_px=16).manifest[
+            "counts"
+        ]
+    )
     assert server.asked["/good/1.png"] == 2
     pictures = tmp_path / "mine"
     pictures.mkdir()
@@ -118,7 +153,9 @@ def test_other_settings_or_a_folder_take_nothing_over(server: Server, tmp_path: 
         assert abs(int(stored(made.local())["mine"].mean()) - value) < 2
 
 
-def test_a_killed_take_over_is_repeated_and_ends_the_same(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_take_over_is_repeated_and_ends_the_same(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = store.open_root(str(tmp_path / "root"))
     first = [f"good/{n}.png" for n in range(30)]
     night(root, rows(server, first), tmp_path)
@@ -134,5 +171,8 @@ def test_a_killed_take_over_is_repeated_and_ends_the_same(server: Server, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         night(root, rows(server, first[1:]), tmp_path)
     after = night(root, rows(server, first[1:]), tmp_path)
-    assert set(stored(after.local())) == set(first[1:]) and max(server.asked[f"/{path}"] for path in first) == 1
+    assert (
+        set(stored(after.local())) == set(first[1:])
+        and max(server.asked[f"/{path}"] for path in first) == 1
+    )
     assert json.loads((after.local() / "manifest.json").read_text())["counts"]["out"] == 29

@@ -26,18 +26,41 @@ from tests.helpers.hostile_server import thread
 
 
 def settings(base: str, folder: Path, **changes: Any) -> dict[str, Any]:
-    rules = {"timeout_s": 5, "retries": 0, "max_bytes": 10**7, "max_pixels": 10**8, "allow_private": False, "loopback": base}
+    rules = {
+        "timeout_s": 5,
+        "retries": 0,
+        "max_bytes": 10**7,
+        "max_pixels": 10**8,
+        "allow_private": False,
+        "loopback": base,
+    }
     opt_out.save(OptOut(), folder / "opt_out.json")
     return {
-        "rules": rules, "recorded": "http://127.0.0.1:80", "actual": base, "opt_out": str(folder / "opt_out.json"), "threads": 4,
-        "image_size_px": 32, "resize": "border", "encode": "png", "images_per_shard": 100, "max_passing": 1.0, "is_single": False,
-        "crashed": [], **changes,
-    }  # fmt: skip
+        "rules": rules,
+        "recorded": "http://127.0.0.1:80",
+        "actual": base,
+        "opt_out": str(folder / "opt_out.json"),
+        "threads": 4,
+        "image_size_px": 32,
+        "resize": "border",
+        "encode": "png",
+        "images_per_shard": 100,
+        "max_passing": 1.0,
+        "is_single": False,
+        "crashed": [],
+        **changes,
+    }
 
 
 def write_feed(path: Path, names: list[str]) -> Path:
     rows = [
-        dict.fromkeys(COLUMNS, "") | {"captions": [name], "caption": name, "sample": f"key {name}", "url": f"http://127.0.0.1:80/m/{name}"}
+        dict.fromkeys(COLUMNS, "")
+        | {
+            "captions": [name],
+            "caption": name,
+            "sample": f"key {name}",
+            "url": f"http://127.0.0.1:80/m/{name}",
+        }
         for name in names
     ]
     with pa.ipc.new_file(path, ingest.FEED) as writer:
@@ -45,16 +68,24 @@ def write_feed(path: Path, names: list[str]) -> Path:
     return path
 
 
-def made(tmp_path: Path, images: dict[str, np.ndarray | bytes], **changes: Any) -> dict[str, np.ndarray]:
+def made(
+    tmp_path: Path, images: dict[str, np.ndarray | bytes], **changes: Any
+) -> dict[str, np.ndarray]:
     """Serve the images, make them a shard and return its pictures by caption, BGR."""
     (tmp_path / "pictures").mkdir()
     for name, image in images.items():
-        data = image if isinstance(image, bytes) else cv2.imencode(Path(name).suffix, image)[1].tobytes()
+        data = (
+            image
+            if isinstance(image, bytes)
+            else cv2.imencode(Path(name).suffix, image)[1].tobytes()
+        )
         (tmp_path / "pictures" / name).write_bytes(data)
     feed = write_feed(tmp_path / "feed.arrow", list(images))
     said: list[str] = []
     with StaticServer({"m": tmp_path / "pictures"}) as server:
-        make_shard(feed, 7, tmp_path / "shards", settings(server.base, tmp_path, **changes), said.append)
+        make_shard(
+            feed, 7, tmp_path / "shards", settings(server.base, tmp_path, **changes), said.append
+        )
     assert feed.is_file()
     found: dict[str, dict[str, bytes]] = {}
     with tarfile.open(tmp_path / "shards" / "00007.tar") as tar:
@@ -63,7 +94,10 @@ def made(tmp_path: Path, images: dict[str, np.ndarray | bytes], **changes: Any) 
             stream = tar.extractfile(member)
             assert stream
             found.setdefault(key, {})[suffix] = stream.read()
-    told = {row["caption"]: row for row in pq.read_table(tmp_path / "shards" / "00007.parquet").to_pylist()}
+    told = {
+        row["caption"]: row
+        for row in pq.read_table(tmp_path / "shards" / "00007.parquet").to_pylist()
+    }
     assert set(told) == set(images)
     pictures = {}
     for parts in found.values():
@@ -71,7 +105,9 @@ def made(tmp_path: Path, images: dict[str, np.ndarray | bytes], **changes: Any) 
         facts = json.loads(parts["json"])
         assert facts["sample"] == told[caption]["sample"] == f"key {caption}"
         assert facts["captions"] == told[caption]["captions"] == [caption]
-        pictures[caption] = cv2.imdecode(np.frombuffer(parts[changes.get("encode", "png")], np.uint8), cv2.IMREAD_COLOR)
+        pictures[caption] = cv2.imdecode(
+            np.frombuffer(parts[changes.get("encode", "png")], np.uint8), cv2.IMREAD_COLOR
+        )
     return pictures
 
 
@@ -83,7 +119,9 @@ def disc(side: int, dtype: type = np.uint8) -> np.ndarray:
 
 
 def test_transparency_becomes_white_at_eight_and_sixteen_bits(tmp_path: Path) -> None:
-    pictures = made(tmp_path, {"8.png": disc(64), "16.png": disc(64, np.uint16), "w.webp": disc(256)})
+    pictures = made(
+        tmp_path, {"8.png": disc(64), "16.png": disc(64, np.uint16), "w.webp": disc(256)}
+    )
     for picture in pictures.values():
         assert picture.shape == (32, 32, 3)
         assert picture[0, 0].tolist() == [255, 255, 255]
@@ -92,7 +130,9 @@ def test_transparency_becomes_white_at_eight_and_sixteen_bits(tmp_path: Path) ->
 
 
 def test_a_flag_keeps_its_proportions_on_white(tmp_path: Path) -> None:
-    picture = made(tmp_path, {"flag.png": np.full((100, 200, 3), (200, 30, 30), np.uint8)})["flag.png"]
+    picture = made(tmp_path, {"flag.png": np.full((100, 200, 3), (200, 30, 30), np.uint8)})[
+        "flag.png"
+    ]
     is_flag = (picture != 255).any(axis=2)
     rows, columns = np.flatnonzero(is_flag.any(axis=1)), np.flatnonzero(is_flag.any(axis=0))
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (8, 23, 0, 31)
@@ -104,7 +144,9 @@ def test_grey_and_palette_pictures_come_through(tmp_path: Path) -> None:
 
     buffer = io.BytesIO()
     Image.fromarray(disc(64)[..., [2, 1, 0, 3]]).quantize(4).save(buffer, "PNG")
-    pictures = made(tmp_path, {"grey.png": np.full((40, 40), 128, np.uint8), "palette.png": buffer.getvalue()})
+    pictures = made(
+        tmp_path, {"grey.png": np.full((40, 40), 128, np.uint8), "palette.png": buffer.getvalue()}
+    )
     assert abs(int(pictures["grey.png"][16, 16, 0]) - 128) < 3
     assert pictures["palette.png"][0, 0].tolist() == [255, 255, 255]
     assert pictures["palette.png"][16, 16, 2] > 240
@@ -113,7 +155,9 @@ def test_grey_and_palette_pictures_come_through(tmp_path: Path) -> None:
 def gradient(height: int, width: int) -> np.ndarray:
     """Return a picture whose colours and transparency vary."""
     down, across = np.mgrid[:height, :width]
-    return np.stack([down % 256, across % 256, (down + across) % 256, (down * 3 + across) % 256], axis=2).astype(np.uint8)
+    return np.stack(
+        [down % 256, across % 256, (down + across) % 256, (down * 3 + across) % 256], axis=2
+    ).astype(np.uint8)
 
 
 def test_a_large_picture_is_put_on_white_as_img2dataset_does_it(tmp_path: Path) -> None:
@@ -121,10 +165,23 @@ def test_a_large_picture_is_put_on_white_as_img2dataset_does_it(tmp_path: Path) 
     assert image.shape[0] * image.shape[1] > shard_worker.MATTED_PIXELS
     body = cv2.imencode(".png", image)[1].tobytes()
     mine = shard_worker.on_white(io.BytesIO(body))
-    assert cv2.imdecode(np.frombuffer(mine.getbuffer(), np.uint8), cv2.IMREAD_UNCHANGED).shape == (1100, 1000, 3)
-    resizer = Resizer(image_size=64, resize_mode="border", resize_only_if_bigger=False, encode_format="png", encode_quality=1)
+    assert cv2.imdecode(np.frombuffer(mine.getbuffer(), np.uint8), cv2.IMREAD_UNCHANGED).shape == (
+        1100,
+        1000,
+        3,
+    )
+    resizer = Resizer(
+        image_size=64,
+        resize_mode="border",
+        resize_only_if_bigger=False,
+        encode_format="png",
+        encode_quality=1,
+    )
     assert resizer(mine) == resizer(io.BytesIO(body))
-    for plain in (cv2.imencode(".jpg", image)[1].tobytes(), cv2.imencode(".png", image[..., :3])[1].tobytes()):
+    for plain in (
+        cv2.imencode(".jpg", image)[1].tobytes(),
+        cv2.imencode(".png", image[..., :3])[1].tobytes(),
+    ):
         stream = io.BytesIO(plain)
         assert shard_worker.on_white(stream) is stream
 
@@ -135,15 +192,21 @@ from pathlib import Path
 from flows.ingest import shard_worker
 shard_worker.make_shard(Path(sys.argv[1]), 7, Path(sys.argv[2]), json.loads(sys.argv[3]), lambda line: None)
 print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
-"""
+"""  # noqa: E501
 
 
 def test_pictures_just_within_the_limits_take_bounded_memory(tmp_path: Path) -> None:
-    """25 megapixels with transparency, a picture of sixteen bits and a thread: img2dataset alone takes 2 GB for the first."""
+    """25 megapixels with transparency, a picture of sixteen bits and a thread: img2dataset alone
+    takes 2 GB for the first.
+    """
     (tmp_path / "pictures").mkdir()
     pixels = np.full((5000, 5000, 4), 200, np.uint8)
     cv2.imwrite(str(tmp_path / "pictures" / "large.png"), pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    cv2.imwrite(str(tmp_path / "pictures" / "deep.png"), pixels[:2000, :2000].astype(np.uint16) * 257, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    cv2.imwrite(
+        str(tmp_path / "pictures" / "deep.png"),
+        pixels[:2000, :2000].astype(np.uint16) * 257,
+        [cv2.IMWRITE_PNG_COMPRESSION, 1],
+    )
     del pixels
     (tmp_path / "pictures" / "thread.png").write_bytes(thread(1_000_000))
     feed = write_feed(tmp_path / "feed.arrow", ["large.png", "deep.png", "thread.png"])
@@ -151,9 +214,14 @@ def test_pictures_just_within_the_limits_take_bounded_memory(tmp_path: Path) -> 
         told = settings(server.base, tmp_path)
         told["rules"] |= {"max_pixels": 25_000_000, "timeout_s": 30}
         arguments = [str(feed), str(tmp_path / "shards"), json.dumps(told)]
-        done = subprocess.run([sys.executable, "-c", ONE, *arguments], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", ONE, *arguments], capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stderr
-    rows = {row["caption"]: row for row in pq.read_table(tmp_path / "shards" / "00007.parquet").to_pylist()}
+    rows = {
+        row["caption"]: row
+        for row in pq.read_table(tmp_path / "shards" / "00007.parquet").to_pylist()
+    }
     assert rows["large.png"]["status"] == rows["deep.png"]["status"] == "success"
     assert int(done.stdout) * 1024 < 1e9
 
@@ -161,11 +229,19 @@ def test_pictures_just_within_the_limits_take_bounded_memory(tmp_path: Path) -> 
 def test_missing_files_are_told_and_the_rest_is_stored(tmp_path: Path) -> None:
     pictures = made(tmp_path, {"a.png": disc(64), "b.png": b"<html>", "c.png": disc(32)})
     assert set(pictures) == {"a.png", "c.png"}
-    told = {row["caption"]: row for row in pq.read_table(tmp_path / "shards" / "00007.parquet").to_pylist()}
-    assert (told["b.png"]["status"], told["b.png"]["error_message"][:12]) == ("failed_to_download", "not_an_image")
+    told = {
+        row["caption"]: row
+        for row in pq.read_table(tmp_path / "shards" / "00007.parquet").to_pylist()
+    }
+    assert (told["b.png"]["status"], told["b.png"]["error_message"][:12]) == (
+        "failed_to_download",
+        "not_an_image",
+    )
 
 
-def test_nothing_stands_under_a_final_name_before_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_stands_under_a_final_name_before_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[set[str]] = []
 
     def look(stem: Path, feed: Path) -> None:
@@ -196,7 +272,9 @@ def test_a_shard_that_lost_rows_is_refused(tmp_path: Path) -> None:
         shard_worker.check_shard(stem, tmp_path / "feed.arrow")
 
 
-def test_a_full_disk_is_told_as_such_where_img2dataset_swallows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_as_such_where_img2dataset_swallows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made(tmp_path, {"a.png": disc(64), "b.png": disc(32)})
     stem = tmp_path / "shards" / "00007"
     longer = write_feed(tmp_path / "longer.arrow", ["a.png", "b.png", "c.png"])
@@ -204,7 +282,9 @@ def test_a_full_disk_is_told_as_such_where_img2dataset_swallows_it(tmp_path: Pat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(OSError, match="no space left on the device"):
         shard_worker.check_shard(stem, longer)
-    assert shard_worker.check_shard(stem, tmp_path / "feed.arrow") == 0  # a whole shard is one, however full the disk is
+    assert (
+        shard_worker.check_shard(stem, tmp_path / "feed.arrow") == 0
+    )  # a whole shard is one, however full the disk is
 
 
 def test_only_sixteen_bit_pngs_are_touched() -> None:
@@ -212,7 +292,13 @@ def test_only_sixteen_bit_pngs_are_touched() -> None:
     assert eight_bit(eight) is eight
     assert eight_bit(b"\xff\xd8\xff and so on") == b"\xff\xd8\xff and so on"
     assert np.array_equal(
-        cv2.imdecode(np.frombuffer(eight_bit(cv2.imencode(".png", disc(16, np.uint16))[1].tobytes()), np.uint8), -1), disc(16)
+        cv2.imdecode(
+            np.frombuffer(
+                eight_bit(cv2.imencode(".png", disc(16, np.uint16))[1].tobytes()), np.uint8
+            ),
+            -1,
+        ),
+        disc(16),
     )
 
 
@@ -223,17 +309,52 @@ def test_other_formats_are_stored_too(tmp_path: Path, encode: str) -> None:
 
 
 @pytest.mark.parametrize("is_ours", [True, False])
-def test_a_process_that_ends_with_its_parent_takes_its_folder_along(tmp_path: Path, is_ours: bool) -> None:
+def test_a_process_that_ends_with_its_parent_takes_its_folder_along(
+    tmp_path: Path, is_ours: bool
+) -> None:
     (tmp_path / "its").mkdir()
     (tmp_path / "its" / "feed.arrow").touch()
-    command = [sys.executable, "-m", "flows.ingest.shard_worker", str(os.getpid() if is_ours else 1), str(tmp_path / "its")]
-    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=100, cwd=Path(__file__).parents[3])
+    command = [
+        sys.executable,
+        "-m",
+        "flows.ingest.shard_worker",
+        str(os.getpid() if is_ours else 1),
+        str(tmp_path / "its"),
+    ]
+    subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=100,
+        cwd=Path(__file__).parents[3],
+    )
     assert not (tmp_path / "its").exists()
 
 
 def test_a_download_process_starts_without_what_only_img2datasets_command_uses() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "flows.ingest.shard_worker", str(os.getpid())]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[3])
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "flows.ingest.shard_worker",
+        str(os.getpid()),
+    ]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=Path(__file__).parents[3],
+    )
     assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
-    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "img2dataset.downloader" in loaded and not {"torch.nn", "ray", "pandas", "wandb", "albumentations"} & loaded
+    loaded = {
+        line.rpartition("|")[2].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
+    assert (
+        "img2dataset.downloader" in loaded
+        and not {"torch.nn", "ray", "pandas", "wandb", "albumentations"} & loaded
+    )

@@ -1,4 +1,6 @@
-"""What a killed writer left is named by verify, counted by prune and removed by the next writer; what a living one uses stays."""
+"""What a killed writer left is named by verify, counted by prune and removed by the next writer;
+what a living one uses stays.
+"""
 
 import json
 import os
@@ -82,9 +84,18 @@ def root(tmp_path: Path) -> Root:
 
 @contextmanager
 def stopped(root: Root, action: str, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a writer and yield it at its point; it is killed when the block ends, if it has not ended by then."""
+    """Start a writer and yield it at its point; it is killed when the block ends, if it has not
+    ended by then.
+    """
     command = [sys.executable, "-c", WRITER, action, root.uri, *more]
-    with subprocess.Popen(command, cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE)}, stdin=-1, stdout=-1, text=True) as writer:
+    with subprocess.Popen(
+        command,
+        cwd=HERE,
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+        stdin=-1,
+        stdout=-1,
+        text=True,
+    ) as writer:
         try:
             assert writer.stdin and writer.stdout and writer.stdout.readline() == "stopped\n"
             yield writer
@@ -103,7 +114,11 @@ def take(root: Root, number: int) -> tuple[dict[str, Any], bytes]:
 def holding(root: Root, content: bytes) -> list[str]:
     """Return the files below ROOT that hold some bytes: read by nothing of ours."""
     folder = Path(root.uri)
-    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file() and content in path.read_bytes()]
+    return [
+        str(path.relative_to(folder))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and content in path.read_bytes()
+    ]
 
 
 def prune(root: Root, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
@@ -115,37 +130,56 @@ def prune(root: Root, capsys: pytest.CaptureFixture[str], *arguments: str) -> li
 
 
 @pytest.mark.parametrize("point", ["blank", "exchange"])
-def test_verify_names_what_a_killed_compaction_left_and_the_next_removes_it(root: Root, point: str) -> None:
+def test_verify_names_what_a_killed_compaction_left_and_the_next_removes_it(
+    root: Root, point: str
+) -> None:
     sample, content = take(root, 7)
     with stopped(root, point):
         pass
     (left,) = [path for path in holding(root, content) if path.startswith("work/")]
-    assert left.startswith("work/aside/ingest-ingest0123456789-compact-") and left.endswith("/shards/00000.tar")
+    assert left.startswith("work/aside/ingest-ingest0123456789-compact-") and left.endswith(
+        "/shards/00000.tar"
+    )
     proof = verify(root, [sample])
     assert left in proof["leftovers"] and "embed/embed0123456789" in proof["found_in"]["embeddings"]
     compact(root, print)
     assert holding(root, content) == []
     proof = verify(root, [sample])
     assert (proof["found_in"], proof["leftovers"], proof["unreadable"]) == (NOWHERE, [], [])
-    assert list((root.scratch / "aside").iterdir()) == list((root.scratch / "locks").glob("writing-*")) == []
+    assert (
+        list((root.scratch / "aside").iterdir())
+        == list((root.scratch / "locks").glob("writing-*"))
+        == []
+    )
 
 
-def test_prune_counts_and_removes_what_a_killed_compaction_left(root: Root, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_counts_and_removes_what_a_killed_compaction_left(
+    root: Root, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, content = take(root, 7)
     with stopped(root, "blank"):
         pass
     (row,) = prune(root, capsys)
-    assert row["path"].startswith("work/aside/ingest-") and row["bytes"] > len(content) and row["state"] == "left by a dead writer"
+    assert (
+        row["path"].startswith("work/aside/ingest-")
+        and row["bytes"] > len(content)
+        and row["state"] == "left by a dead writer"
+    )
     assert (Path(root.uri) / row["path"]).is_dir(), "listing removes nothing"
     with pytest.raises(SystemExit):
         main(["prune", "--root", root.uri])
     assert capsys.readouterr().out.startswith(f"{row['path']}  ")
     (removed,) = prune(root, capsys, "--delete")
-    assert removed == row | {"state": "removed"} and [path for path in holding(root, content) if "work/" in path] == []
+    assert (
+        removed == row | {"state": "removed"}
+        and [path for path in holding(root, content) if "work/" in path] == []
+    )
     assert prune(root, capsys) == []
 
 
-def test_what_a_living_writer_uses_is_removed_by_nobody(root: Root, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_living_writer_uses_is_removed_by_nobody(
+    root: Root, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sample, content = take(root, 7)
     write_run(tmp_path / "more", [row(5, "added", "train")])
     own_clip(tmp_path / "more")
@@ -154,7 +188,10 @@ def test_what_a_living_writer_uses_is_removed_by_nobody(root: Root, tmp_path: Pa
         remove_leftovers(root)
         assert prune(root, capsys, "--delete", "--older-than", "0") == []
         assert add(root, tmp_path / "more" / "embed")["added"] == 1
-        assert len(in_use) == 1 and [path for path in holding(root, content) if path.startswith("work/")] == in_use
+        assert (
+            len(in_use) == 1
+            and [path for path in holding(root, content) if path.startswith("work/")] == in_use
+        )
         assert writer.stdin
         for _ in range(2):  # blanks of the shard, should there be more than one
             writer.stdin.write("go on\n")
@@ -163,7 +200,9 @@ def test_what_a_living_writer_uses_is_removed_by_nobody(root: Root, tmp_path: Pa
     assert holding(root, content) == [] and verify(root, [sample])["found_in"] == NOWHERE
 
 
-def test_what_killed_additions_and_merges_left_goes_with_the_next(root: Root, tmp_path: Path) -> None:
+def test_what_killed_additions_and_merges_left_goes_with_the_next(
+    root: Root, tmp_path: Path
+) -> None:
     for number in (5, 6):
         write_run(tmp_path / str(number), [row(number, "added", "train")])
         own_clip(tmp_path / str(number))
@@ -171,16 +210,28 @@ def test_what_killed_additions_and_merges_left_goes_with_the_next(root: Root, tm
     with stopped(root, "add", str(first)):
         pass
     samples = pq.read_table(first / "metadata" / "metadata_0000.parquet").to_pylist()
-    assert any("/additions-" in path and path.endswith(".parquet") for path in verify(root, samples)["leftovers"])
+    assert any(
+        "/additions-" in path and path.endswith(".parquet")
+        for path in verify(root, samples)["leftovers"]
+    )
     assert add(root, first)["added"] == add(root, second)["added"] == 1 and leftovers(root) == []
     with stopped(root, "merge"):
         pass
-    assert [each.path.rpartition("-")[0] for each in leftovers(root)] == ["work/aside/additions-merge"]
+    assert [each.path.rpartition("-")[0] for each in leftovers(root)] == [
+        "work/aside/additions-merge"
+    ]
     merged, count = merge.merge(root, None, print)
-    assert merged and count == 2 and leftovers(root) == [] and list((root.scratch / "aside").iterdir()) == []
+    assert (
+        merged
+        and count == 2
+        and leftovers(root) == []
+        and list((root.scratch / "aside").iterdir()) == []
+    )
 
 
-def test_a_folder_whose_remover_was_killed_is_named_and_goes_unless_somebody_makes_it(root: Root) -> None:
+def test_a_folder_whose_remover_was_killed_is_named_and_goes_unless_somebody_makes_it(
+    root: Root,
+) -> None:
     sample, content = take(root, 7)
     half = Path(root.uri) / "ingest" / "0123456789abcdef"
     (half / "shards").mkdir(parents=True)
@@ -190,10 +241,20 @@ def test_a_folder_whose_remover_was_killed_is_named_and_goes_unless_somebody_mak
     somebodys.mkdir()
     assert verify(root, [sample])["leftovers"] == ["ingest/0123456789abcdef/shards/00000.tar"]
     command = [sys.executable, "-c", HOLDER, str(lock_file(root.scratch, "ingest", half.name))]
-    with subprocess.Popen(command, cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE)}, stdin=-1, stdout=-1, text=True) as maker:
+    with subprocess.Popen(
+        command,
+        cwd=HERE,
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+        stdin=-1,
+        stdout=-1,
+        text=True,
+    ) as maker:
         assert maker.stdout and maker.stdout.readline() == "held\n"
         (left,) = leftovers(root)
-        assert left.remove().startswith(f"is being made by another run (process {maker.pid} ") and half.is_dir()
+        assert (
+            left.remove().startswith(f"is being made by another run (process {maker.pid} ")
+            and half.is_dir()
+        )
         maker.kill()
     compact(root, print)
     assert not half.exists() and somebodys.is_dir() and holding(root, content) == []
@@ -209,7 +270,9 @@ with writer_lock(Path(sys.argv[1]), "it", print):
 """
 
 
-def test_verify_names_shards_that_were_cut_short_and_bytes_that_a_table_no_longer_names(root: Root) -> None:
+def test_verify_names_shards_that_were_cut_short_and_bytes_that_a_table_no_longer_names(
+    root: Root,
+) -> None:
     sample, content = take(root, 7)
     shard = committed(root, "ingest").local() / "shards" / "00000.tar"
     before = shard.read_bytes()
@@ -218,19 +281,28 @@ def test_verify_names_shards_that_were_cut_short_and_bytes_that_a_table_no_longe
         (folder / "00000.tar").write_bytes(before[: sample["offset"] + sample["size_bytes"] // 2])
         (folder / "00000.parquet").write_bytes(b"PAR1" + bytes(100))
         proof = verify(root, [sample])
-        assert proof["unreadable"] == [f"work/aside/{folder.name}/00000.{each}" for each in ("parquet", "tar")]
+        assert proof["unreadable"] == [
+            f"work/aside/{folder.name}/00000.{each}" for each in ("parquet", "tar")
+        ]
     assert shard.read_bytes() != before and content not in shard.read_bytes()
     shard.write_bytes(before)
     proof = verify(root, [sample])
-    assert proof["found_in"] == NOWHERE | {"shards": ["ingest/ingest0123456789"]} and proof["unreadable"] == []
+    assert (
+        proof["found_in"] == NOWHERE | {"shards": ["ingest/ingest0123456789"]}
+        and proof["unreadable"] == []
+    )
 
 
-def test_unfinished_work_of_a_stage_stays_to_be_resumed_until_it_is_old(root: Root, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_work_of_a_stage_stays_to_be_resumed_until_it_is_old(
+    root: Root, capsys: pytest.CaptureFixture[str]
+) -> None:
     work = root.scratch / "ingest" / "0123456789abcdef"
     work.mkdir(parents=True)
     (work / "00000.tar").write_bytes(bytes(500))
     remove_leftovers(root)
-    assert prune(root, capsys, "--delete") == [] and work.is_dir(), "its next run goes on from there"
+    assert prune(root, capsys, "--delete") == [] and work.is_dir(), (
+        "its next run goes on from there"
+    )
     old = time.time() - 8 * 86_400
     for path in (work / "00000.tar", work):
         os.utime(path, (old, old))
@@ -238,7 +310,9 @@ def test_unfinished_work_of_a_stage_stays_to_be_resumed_until_it_is_old(root: Ro
     assert unfinished(root, week, {("ingest", work.name)}) == [], "a submitted job makes it"
     (found,) = prune(root, capsys)
     assert (found["path"], found["bytes"]) == (f"work/ingest/{work.name}", 500)
-    assert [each["state"] for each in prune(root, capsys, "--delete")] == ["removed"] and not work.exists()
+    assert [each["state"] for each in prune(root, capsys, "--delete")] == [
+        "removed"
+    ] and not work.exists()
 
 
 def test_on_a_store_what_was_replaced_goes_at_once_and_what_nobody_named_after_a_day(
@@ -266,7 +340,11 @@ def test_on_a_store_what_was_replaced_goes_at_once_and_what_nobody_named_after_a
     store.write_bytes(root, f"ingest/{key}/0123456789ab/a.txt", b"on its way")
     remove_leftovers(root)
     now = manifests.find(root, "ingest", key)
-    assert now and set(store.list_names(root, f"ingest/{key}")) == {"0123456789ab", now.manifest["prefix"], "manifest.json"}
+    assert now and set(store.list_names(root, f"ingest/{key}")) == {
+        "0123456789ab",
+        now.manifest["prefix"],
+        "manifest.json",
+    }
     for path, file in fsspec.filesystem("memory").store.items():
         if "0123456789ab/" in path or now.manifest["prefix"] in path:
             file.created -= timedelta(days=2)

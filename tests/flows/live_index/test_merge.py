@@ -1,4 +1,6 @@
-"""Additions become one: found as before, with their pictures, at every moment, and compaction knows the way on from there."""
+"""Additions become one: found as before, with their pictures, at every moment, and compaction knows
+the way on from there.
+"""
 
 import io
 from pathlib import Path
@@ -35,7 +37,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
     root = write_root(tmp_path)
     for numbers in ((2, 3), (4,)):
         add_pictures(root, tmp_path / f"pictures-{len(numbers)}", numbers)
-    evaluation_run.write_run(tmp_path / "more", [row(number, "added", "train") for number in (5, 6)])
+    evaluation_run.write_run(
+        tmp_path / "more", [row(number, "added", "train") for number in (5, 6)]
+    )
     facts = tmp_path / "more" / "embed" / "facts.json"
     facts.write_text(facts.read_text().replace('"abc"', '"clip0123456789"'))
     add(root, tmp_path / "more" / "embed")
@@ -60,12 +64,18 @@ def add_pictures(root: Root, folder: Path, numbers: tuple[int, ...]) -> None:
 def found(root: Root) -> list[tuple[str, float]]:
     """Return what is found of an addition, with scores; each once."""
     view, _ = lineage.open_view(root, None)
-    hits = [(hit.facts["key"], round(hit.score, 4)) for hit in view.search(direction(2), view.count) if hit.segment]
+    hits = [
+        (hit.facts["key"], round(hit.score, 4))
+        for hit in view.search(direction(2), view.count)
+        if hit.segment
+    ]
     assert len(hits) == len({key for key, _ in hits}) == view.count - 48
     return sorted(hits)
 
 
-def test_what_was_added_is_found_as_before_with_its_pictures_in_one_folder(root: Root, tmp_path: Path) -> None:
+def test_what_was_added_is_found_as_before_with_its_pictures_in_one_folder(
+    root: Root, tmp_path: Path
+) -> None:
     before = found(root)
     assert len(before) == 5
     merged, count = merge.merge(root, None, print)
@@ -76,14 +86,22 @@ def test_what_was_added_is_found_as_before_with_its_pictures_in_one_folder(root:
     assert len(view.segments) == 2
     hits = [hit for hit in view.search(direction(2), view.count) if hit.segment]
     colours = {
-        hit.facts["caption"]: read_picture(hit.facts, view.segments[1].shards, 40)[20, 20].tolist() for hit in hits if hit.facts["shard"]
+        hit.facts["caption"]: read_picture(hit.facts, view.segments[1].shards, 40)[20, 20].tolist()
+        for hit in hits
+        if hit.facts["shard"]
     }
-    assert colours == {"added colour 2": [14, 250, 250], "added colour 3": [250, 250, 21], "added colour 4": [250, 28, 250]}
+    assert colours == {
+        "added colour 2": [14, 250, 250],
+        "added colour 3": [250, 250, 21],
+        "added colour 4": [250, 28, 250],
+    }
     assert add(root, tmp_path / "pictures-2") == {"added": 0, "removed": 0, "already_there": 2}
     assert merge.merge(root, None, print) == (None, 1)
 
 
-def test_a_kill_before_the_old_folders_go_shows_nothing_twice(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_before_the_old_folders_go_shows_nothing_twice(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = found(root)
     calls = []
 
@@ -113,19 +131,33 @@ def test_a_sample_of_a_merged_addition_can_be_taken_down(root: Root) -> None:
     take_down(root, find(root, by_values("key", [before[1][0]])), {})
     assert found(root) == before[2:]
     assert compact(root, print) == {f"additions/{merged.key}": 2}
-    assert verify(root, [{"key": key, "origin": "", "sha256": ""} for key, _ in before[:2]])["found_in"]["shards"] == []
+    assert (
+        verify(root, [{"key": key, "origin": "", "sha256": ""} for key, _ in before[:2]])[
+            "found_in"
+        ]["shards"]
+        == []
+    )
     assert found(root) == before[2:]
 
 
 def test_the_service_follows_while_it_answers(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "load_encoders", lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20))
+    monkeypatch.setattr(
+        serve,
+        "load_encoders",
+        lambda known: Encoders(known.fingerprint, encode_texts, encode_images, 20),
+    )
     service = Service(serve.parts_of(root, None, False, print))
-    with TestClient(make_app(service, ServeConfig(rate=0), io.StringIO()), base_url="http://localhost") as client:
+    with TestClient(
+        make_app(service, ServeConfig(rate=0), io.StringIO()), base_url="http://localhost"
+    ) as client:
 
         def answer() -> list[tuple[str, str, int]]:
             asked: dict[str, Any] = {"text": "colour 2", "split": ["added"], "k": 10}
             results = client.post("/search", json=asked).json()["results"]
-            return [(each["key"], each["caption"], client.get(f"/thumbnail/{each['key']}").status_code) for each in results]
+            return [
+                (each["key"], each["caption"], client.get(f"/thumbnail/{each['key']}").status_code)
+                for each in results
+            ]
 
         before = answer()
         assert {status for *_, status in before} == {200} and len(before) == 3
@@ -135,11 +167,16 @@ def test_the_service_follows_while_it_answers(root: Root, monkeypatch: pytest.Mo
         assert len(service.version.view.segments) == 2
 
 
-def test_the_command_line_merges_and_says_when_there_is_nothing_to(root: Root, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_merges_and_says_when_there_is_nothing_to(
+    root: Root, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = []
     for _ in range(2):
         with pytest.raises(SystemExit) as left:
             main(["index", "merge", "--root", root.uri])
         assert left.value.code == 0
         said.append(capsys.readouterr().out)
-    assert said[0].startswith("3 additions, 5 samples, are one: additions/") and said[1] == "nothing to merge: one addition\n"
+    assert (
+        said[0].startswith("3 additions, 5 samples, are one: additions/")
+        and said[1] == "nothing to merge: one addition\n"
+    )

@@ -1,4 +1,6 @@
-"""A sample is found in whatever file holds it, by its bytes or by what stands beside them, and lists that only name it are none."""
+"""A sample is found in whatever file holds it, by its bytes or by what stands beside them, and
+lists that only name it are none.
+"""
 
 import hashlib
 import io
@@ -36,10 +38,17 @@ def write_tar(file: Path, members: dict[str, bytes]) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-def test_a_shard_is_found_by_a_members_bytes_or_by_what_its_description_names(root: Root, tmp_path: Path) -> None:
+def test_a_shard_is_found_by_a_members_bytes_or_by_what_its_description_names(
+    root: Root, tmp_path: Path
+) -> None:
     write_tar(tmp_path / "root" / "anywhere" / "bytes.tar", {"0.txt": b"caption", "0.png": PICTURE})
-    write_tar(tmp_path / "root" / "work" / "deep" / "described.tar", {"0.jpg": b"other bytes", "0.json": json.dumps({"url": URL}).encode()})
-    write_tar(tmp_path / "root" / "work" / "none.tar", {"0.jpg": b"other bytes", "0.json": b"[not json"})
+    write_tar(
+        tmp_path / "root" / "work" / "deep" / "described.tar",
+        {"0.jpg": b"other bytes", "0.json": json.dumps({"url": URL}).encode()},
+    )
+    write_tar(
+        tmp_path / "root" / "work" / "none.tar", {"0.jpg": b"other bytes", "0.json": b"[not json"}
+    )
     assert trace(root, BY_BYTES) == Traces(["anywhere/bytes.tar"], [])
     assert trace(root, BY_URL) == Traces(["work/deep/described.tar"], [])
 
@@ -49,10 +58,22 @@ def test_tables_count_where_they_say_where_a_picture_is(root: Root, tmp_path: Pa
     folder.mkdir(parents=True)
     (digest,) = BY_BYTES.sha256
     pq.write_table(pa.table({"origin": [URL], "sha256": [digest]}), folder / "rows.tmp")
-    pq.write_table(pa.table({"url": [URL], "sha256": [""], "status": ["failed_to_download"]}), folder / "failed.parquet")
-    pq.write_table(pa.Table.from_pylist([{"key": "k", "url": URL, "origin": URL}], URLS), folder / "urls.parquet")
-    pq.write_table(pa.Table.from_pylist([{"key": "k", "origin": URL, "reason": "removed"}], DROPPED), folder / "dropped.parquet")
-    with pa.OSFile(str(folder / "metadata.arrow"), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("sha256", pa.string())])) as writer:
+    pq.write_table(
+        pa.table({"url": [URL], "sha256": [""], "status": ["failed_to_download"]}),
+        folder / "failed.parquet",
+    )
+    pq.write_table(
+        pa.Table.from_pylist([{"key": "k", "url": URL, "origin": URL}], URLS),
+        folder / "urls.parquet",
+    )
+    pq.write_table(
+        pa.Table.from_pylist([{"key": "k", "origin": URL, "reason": "removed"}], DROPPED),
+        folder / "dropped.parquet",
+    )
+    with (
+        pa.OSFile(str(folder / "metadata.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, pa.schema([("sha256", pa.string())])) as writer,
+    ):
         writer.write_table(pa.table({"sha256": [digest]}))
     assert trace(root, BY_URL).holding == ["work/tables/rows.tmp"]
     assert trace(root, BY_BYTES).holding == ["work/tables/metadata.arrow", "work/tables/rows.tmp"]
@@ -63,5 +84,8 @@ def test_a_store_and_its_scratch_folder_are_both_looked_through(tmp_path: Path) 
     store.write_bytes(root, "evaluate/k/0123456789ab/worst.png", PICTURE)
     store.write_bytes(root, "evaluate/k/0123456789ab/best.png", PICTURE + b"another")
     write_tar(tmp_path / "scratch" / "cache" / "00000.tar", {"0.png": PICTURE})
-    assert trace(root, BY_BYTES).holding == [str(tmp_path / "scratch" / "cache" / "00000.tar"), "evaluate/k/0123456789ab/worst.png"]
+    assert trace(root, BY_BYTES).holding == [
+        str(tmp_path / "scratch" / "cache" / "00000.tar"),
+        "evaluate/k/0123456789ab/worst.png",
+    ]
     root.fs.rm(root.path, recursive=True)

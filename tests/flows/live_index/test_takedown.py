@@ -1,4 +1,6 @@
-"""What is taken down is gone from the next query on, leaves every committed folder, and comes back in no later run."""
+"""What is taken down is gone from the next query on, leaves every committed folder, and comes back
+in no later run.
+"""
 
 import io
 import json
@@ -32,7 +34,14 @@ from infra.storage.locks import reader_lock, reading_file
 from infra.storage.removal_log import Removals, read_entries, read_removals, write_removal
 from infra.storage.store import Root, open_root
 from tests.helpers.committed_root import committed, index_facts, write_root
-from tests.helpers.evaluation_run import HOSTILE, direction, encode_images, encode_texts, usual_rows, write_run
+from tests.helpers.evaluation_run import (
+    HOSTILE,
+    direction,
+    encode_images,
+    encode_texts,
+    usual_rows,
+    write_run,
+)
 from training.models.preprocessing import WHOLE
 
 TWICE = 2  # of usual_rows(); the first is all black, which curate leaves out
@@ -99,10 +108,18 @@ def test_after_compaction_the_chain_is_current_and_only_models_are_made_again(ro
     take(root, keys_of(root)[0])
     compact(root, print)
     faults = {
-        stage: fault(committed(root, stage), [committed(root, name) for name in committed(root, stage).manifest["inputs"]])
+        stage: fault(
+            committed(root, stage),
+            [committed(root, name) for name in committed(root, stage).manifest["inputs"]],
+        )
         for stage in ("curate", "clip", "embed", "index")
     }
-    assert faults == {"curate": "", "clip": "curate was made again with another result", "embed": "", "index": ""}
+    assert faults == {
+        "curate": "",
+        "clip": "curate was made again with another result",
+        "embed": "",
+        "index": "",
+    }
 
 
 def test_other_pictures_keep_their_places_and_readers_skip_the_blank(root: Root) -> None:
@@ -114,7 +131,9 @@ def test_other_pictures_keep_their_places_and_readers_skip_the_blank(root: Root)
         names = [member.name for member in opened if member.isreg()]
     assert names == [row["member"] for row in table if row["key"] != table[3]["key"]]
     judged = curate.run(
-        CurateConfig(held_out_concept_fraction=0.3, min_side_px=1), committed(root, "ingest").local(), tar.parent.parent.parent / "out"
+        CurateConfig(held_out_concept_fraction=0.3, min_side_px=1),
+        committed(root, "ingest").local(),
+        tar.parent.parent.parent / "out",
     )
     assert judged["in"] == 47
     for row in table[4:6]:
@@ -122,11 +141,17 @@ def test_other_pictures_keep_their_places_and_readers_skip_the_blank(root: Root)
         assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).shape == (20, 20, 3)
 
 
-def second_night(root: Root, key: str, download: str, caption: str = "a mirror") -> tuple[str, bytes]:
-    """Commit an ingest that holds picture TWICE again, from a mirror, and what curate makes of it; return its tar and the bytes."""
+def second_night(
+    root: Root, key: str, download: str, caption: str = "a mirror"
+) -> tuple[str, bytes]:
+    """Commit an ingest that holds picture TWICE again, from a mirror, and what curate makes of it;
+    return its tar and the bytes.
+    """
     first = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()[TWICE]
     before = committed(root, "ingest").local()
-    content = (before / "shards" / "00000.tar").read_bytes()[first["offset"] : first["offset"] + first["size_bytes"]]
+    content = (before / "shards" / "00000.tar").read_bytes()[
+        first["offset"] : first["offset"] + first["size_bytes"]
+    ]
     out = root.scratch / "aside" / key
     shutil.copytree(before, out)
     (out / "manifest.json").unlink()
@@ -139,7 +164,10 @@ def second_night(root: Root, key: str, download: str, caption: str = "a mirror")
         "captions": [caption],
         "sha256": download or shard["sha256"][TWICE].as_py(),
     }
-    pq.write_table(pa.Table.from_pylist([*shard.to_pylist(), mirror], shard.schema), out / "shards" / "00000.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([*shard.to_pylist(), mirror], shard.schema),
+        out / "shards" / "00000.parquet",
+    )
     urls = pq.read_table(out / "urls.parquet").to_pylist()
     told = {name: mirror[name] for name in URLS.names} | {"key": mirror["sample"]}
     pq.write_table(pa.Table.from_pylist([*urls, told], URLS), out / "urls.parquet")
@@ -147,7 +175,13 @@ def second_night(root: Root, key: str, download: str, caption: str = "a mirror")
         member = tarfile.TarInfo("900000000.png")
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
-    facts = {"sections": {}, "inputs": {}, "input_digests": {}, "counts": {}, "started": manifests.now()}
+    facts = {
+        "sections": {},
+        "inputs": {},
+        "input_digests": {},
+        "counts": {},
+        "started": manifests.now(),
+    }
     ingest_made = manifests.commit(root, "ingest", key, out, facts)
     counts = curate.run(CurateConfig(min_side_px=1), ingest_made.local(), out, read_removals(root))
     inputs = {"inputs": {"ingest": key}, "input_digests": {"ingest": ingest_made.digest}}
@@ -157,16 +191,25 @@ def second_night(root: Root, key: str, download: str, caption: str = "a mirror")
 
 @pytest.mark.parametrize(("download", "caption"), [("f" * 64, "a mirror"), ("", "x")])
 @pytest.mark.parametrize("asked", ["A", "its twin"])
-def test_an_equal_picture_that_curate_left_out_goes_along(root: Root, asked: str, download: str, caption: str) -> None:
-    """Known by the stored bytes (another download), and where curate had another reason to leave it out by the download's."""
+def test_an_equal_picture_that_curate_left_out_goes_along(
+    root: Root, asked: str, download: str, caption: str
+) -> None:
+    """Known by the stored bytes (another download), and where curate had another reason to leave it
+    out by the download's.
+    """
     tar, content = second_night(root, "night2", download, caption)
-    kept = pq.read_table(manifests.find(root, "curate", "night2").local() / "keep.parquet")["key"].to_pylist()  # type: ignore[union-attr]
+    kept = pq.read_table(manifests.find(root, "curate", "night2").local() / "keep.parquet")[
+        "key"
+    ].to_pylist()  # type: ignore[union-attr]
     first = usual_rows()[TWICE]
     assert first["key"] in kept and "night2-mirror" not in kept
     assert Path(tar).read_bytes().count(content) == 2
     take(root, first["key"] if asked == "A" else "night2-mirror")
     for key in (first["key"], "night2-mirror"):
-        assert "ingest/night2" in verify(root, find(root, by_values("key", [key])))["found_in"]["shards"]
+        assert (
+            "ingest/night2"
+            in verify(root, find(root, by_values("key", [key])))["found_in"]["shards"]
+        )
     compact(root, print)
     assert content not in Path(tar).read_bytes() and first["key"] not in keys_of(root)
     for url in (first["origin"], "https://mirror.example.org/0"):
@@ -175,22 +218,37 @@ def test_an_equal_picture_that_curate_left_out_goes_along(root: Root, asked: str
 
 
 @pytest.mark.parametrize("download", ["f" * 64, ""])
-def test_an_equal_picture_that_comes_after_the_take_down_does_not_stay(root: Root, download: str) -> None:
+def test_an_equal_picture_that_comes_after_the_take_down_does_not_stay(
+    root: Root, download: str
+) -> None:
     first = usual_rows()[TWICE]
     take(root, first["key"])
     tar, content = second_night(root, "night2", download)
-    dropped = pq.read_table(manifests.find(root, "curate", "night2").local() / "dropped.parquet").to_pylist()  # type: ignore[union-attr]
-    assert {row["key"] for row in dropped if row["reason"] == "removed"} == {first["key"], "night2-mirror"}
+    dropped = pq.read_table(
+        manifests.find(root, "curate", "night2").local() / "dropped.parquet"
+    ).to_pylist()  # type: ignore[union-attr]
+    assert {row["key"] for row in dropped if row["reason"] == "removed"} == {
+        first["key"],
+        "night2-mirror",
+    }
     proof = verify(root, [{"key": first["key"]}])
     assert "ingest/night2" in proof["found_in"]["shards"]
     compact(root, print)
     assert content not in Path(tar).read_bytes() and "night2-mirror" in read_removals(root).keys
-    assert verify(root, [{"key": first["key"]}])["found_in"] == {"shards": [], "embeddings": [], "index": []}
-    assert compact(root, print) == {} and len(read_entries(root)) == 3, "the take-down, what came later, what the lists were trained into"
+    assert verify(root, [{"key": first["key"]}])["found_in"] == {
+        "shards": [],
+        "embeddings": [],
+        "index": [],
+    }
+    assert compact(root, print) == {} and len(read_entries(root)) == 3, (
+        "the take-down, what came later, what the lists were trained into"
+    )
 
 
 def commit_dedup(root: Root) -> tuple[str, str]:
-    """Commit a dedup folder in which one picture has gone for another; return the keys of both, the one that stays first."""
+    """Commit a dedup folder in which one picture has gone for another; return the keys of both, the
+    one that stays first.
+    """
     embed, out = committed(root, "embed"), root.scratch / "aside" / "dedup"
     out.mkdir(parents=True)
     table = pq.read_table(embed.local() / "metadata" / "metadata_0000.parquet")
@@ -202,8 +260,17 @@ def commit_dedup(root: Root) -> tuple[str, str]:
     (out / "threshold.json").write_text("{}")
     (out / "groups.png").write_bytes(b"both pictures")
     inputs = {name: committed(root, name) for name in ("ingest", "clip", "embed")}
-    told = {name: each.key for name, each in inputs.items()}, {name: each.digest for name, each in inputs.items()}
-    facts = {"inputs": told[0], "input_digests": told[1], "sections": {}, "counts": {}, "started": manifests.now()}
+    told = (
+        {name: each.key for name, each in inputs.items()},
+        {name: each.digest for name, each in inputs.items()},
+    )
+    facts = {
+        "inputs": told[0],
+        "input_digests": told[1],
+        "sections": {},
+        "counts": {},
+        "started": manifests.now(),
+    }
     manifests.commit(root, "dedup", "dedup0123456789", out, facts)
     return keys[5], keys[4]
 
@@ -212,19 +279,49 @@ def test_what_dedup_keeps_and_what_it_left_out_leave_its_folder_too(root: Root) 
     keeper, copy = commit_dedup(root)
     for key in (copy, keeper):
         take(root, key)
-        assert "dedup/dedup0123456789" in verify(root, find(root, by_values("key", [key])))["found_in"]["embeddings"]
+        assert (
+            "dedup/dedup0123456789"
+            in verify(root, find(root, by_values("key", [key])))["found_in"]["embeddings"]
+        )
         assert compact(root, print)["dedup/dedup0123456789"] == 1
-        assert verify(root, [{"key": key}])["found_in"] == {"shards": [], "embeddings": [], "index": []}
+        assert verify(root, [{"key": key}])["found_in"] == {
+            "shards": [],
+            "embeddings": [],
+            "index": [],
+        }
     folder = committed(root, "dedup").local()
-    assert pq.read_table(folder / "groups.parquet").num_rows == 0 and not (folder / "groups.png").exists()
-    tables = [pq.read_table(folder / name)["key"].to_pylist() for name in ("keep.parquet", "metadata/metadata_0000.parquet")]
-    assert tables[0] == tables[1] and len(tables[0]) == 46 == json.loads((folder / "facts.json").read_text())["count"]
-    assert len(np.load(folder / "img_emb" / "img_emb_0000.npy")) == len(np.load(folder / "text_emb" / "text_emb_0000.npy")) == 46
-    assert fault(committed(root, "dedup"), [committed(root, name) for name in ("ingest", "clip", "embed")]) == ""
+    assert (
+        pq.read_table(folder / "groups.parquet").num_rows == 0
+        and not (folder / "groups.png").exists()
+    )
+    tables = [
+        pq.read_table(folder / name)["key"].to_pylist()
+        for name in ("keep.parquet", "metadata/metadata_0000.parquet")
+    ]
+    assert (
+        tables[0] == tables[1]
+        and len(tables[0]) == 46 == json.loads((folder / "facts.json").read_text())["count"]
+    )
+    assert (
+        len(np.load(folder / "img_emb" / "img_emb_0000.npy"))
+        == len(np.load(folder / "text_emb" / "text_emb_0000.npy"))
+        == 46
+    )
+    assert (
+        fault(
+            committed(root, "dedup"),
+            [committed(root, name) for name in ("ingest", "clip", "embed")],
+        )
+        == ""
+    )
 
 
-def test_a_model_that_is_committed_between_take_down_and_compaction_or_after_both_is_named(root: Root) -> None:
-    """It was being trained while the sample was taken down: the entry of the take-down cannot know it."""
+def test_a_model_that_is_committed_between_take_down_and_compaction_or_after_both_is_named(
+    root: Root,
+) -> None:
+    """It was being trained while the sample was taken down: the entry of the take-down cannot know
+    it.
+    """
     key = next(row["key"] for row in usual_rows() if row["split"] == "train")
     started = manifests.now()
 
@@ -232,7 +329,13 @@ def test_a_model_that_is_committed_between_take_down_and_compaction_or_after_bot
         out = root.scratch / "aside" / stage
         out.mkdir(parents=True)
         (out / "weights.safetensors").write_bytes(stage.encode())
-        facts = {"inputs": {"curate": "curate0123456789"}, "input_digests": {}, "sections": {}, "counts": {}, "started": started}
+        facts = {
+            "inputs": {"curate": "curate0123456789"},
+            "input_digests": {},
+            "sections": {},
+            "counts": {},
+            "started": started,
+        }
         manifests.commit(root, stage, f"{stage}0123456789", out, facts)
 
     take(root, key)
@@ -241,14 +344,20 @@ def test_a_model_that_is_committed_between_take_down_and_compaction_or_after_bot
     commit_model("upsampler_2", started)
     commit_model("decoder", manifests.now())
     proof = verify(root, [{"key": key}])
-    assert proof["trained_into"] == ["clip/clip0123456789", "upsampler/upsampler0123456789", "upsampler_2/upsampler_20123456789"]
+    assert proof["trained_into"] == [
+        "clip/clip0123456789",
+        "upsampler/upsampler0123456789",
+        "upsampler_2/upsampler_20123456789",
+    ]
     unseen = next(row["key"] for row in usual_rows() if row["split"] == "held_out_style")
     take(root, unseen)
     compact(root, print)
     assert verify(root, [{"key": unseen}])["trained_into"] == []
 
 
-def test_search_opens_at_every_moment_of_a_compaction(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_opens_at_every_moment_of_a_compaction(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gone = keys_of(root)[0]
     take(root, gone)
     replace, agree = compaction._replace, compaction._agree
@@ -269,7 +378,9 @@ def test_search_opens_at_every_moment_of_a_compaction(root: Root, monkeypatch: p
 
 
 def test_compaction_waits_for_a_stage_that_reads_what_it_would_change(root: Root) -> None:
-    """A training that reads pictures by SHA-256 would stop at the first one that is blanked under it."""
+    """A training that reads pictures by SHA-256 would stop at the first one that is blanked under
+    it.
+    """
     take(root, keys_of(root)[0])
     tar = committed(root, "ingest").local() / "shards" / "00000.tar"
     before, said = tar.read_bytes(), []
@@ -279,7 +390,9 @@ def test_compaction_waits_for_a_stage_that_reads_what_it_would_change(root: Root
         limit = time.monotonic() + 60
         while not said and time.monotonic() < limit:
             time.sleep(0.05)
-        assert len(said) == 1 and said[0].startswith(f"ingest/ingest0123456789 is being read by another run (process {os.getpid()} ")
+        assert len(said) == 1 and said[0].startswith(
+            f"ingest/ingest0123456789 is being read by another run (process {os.getpid()} "
+        )
         assert tar.read_bytes() == before
     waiting.join(timeout=60)
     assert tar.read_bytes() != before
@@ -288,7 +401,10 @@ def test_compaction_waits_for_a_stage_that_reads_what_it_would_change(root: Root
 def test_files_beside_the_folders_of_stages_are_no_folders(root: Root) -> None:
     store.write_json(root, "jobs/clip-0123.json", {"attempt": 1})
     store.write_json(root, "models/notes.json", {})
-    assert take(root, usual_rows()[0]["key"])["trained_into"] and manifests.find(root, "models", "notes.json") is None
+    assert (
+        take(root, usual_rows()[0]["key"])["trained_into"]
+        and manifests.find(root, "models", "notes.json") is None
+    )
 
 
 def test_a_blanked_tar_of_img2datasets_form_still_reads(tmp_path: Path) -> None:
@@ -302,17 +418,36 @@ def test_a_blanked_tar_of_img2datasets_form_still_reads(tmp_path: Path) -> None:
     before = tar.read_bytes()
     blank(tar, ["00000001.json", "00000001.png", "00000001.txt"])
     with tarfile.open(tar) as opened:
-        assert [m.name for m in opened if m.isreg()] == [f"{n:08d}.{s}" for n in (0, 2, 3) for s in ("json", "png", "txt")]
-    assert b"secret 1" in before and b"secret 1" not in tar.read_bytes() and len(before) == tar.stat().st_size
+        assert [m.name for m in opened if m.isreg()] == [
+            f"{n:08d}.{s}" for n in (0, 2, 3) for s in ("json", "png", "txt")
+        ]
+    assert (
+        b"secret 1" in before
+        and b"secret 1" not in tar.read_bytes()
+        and len(before) == tar.stat().st_size
+    )
     assert b"secret 2" in tar.read_bytes()
 
 
-def test_ingest_does_not_download_and_curate_does_not_keep_what_was_taken_down(root: Root, tmp_path: Path) -> None:
+def test_ingest_does_not_download_and_curate_does_not_keep_what_was_taken_down(
+    root: Root, tmp_path: Path
+) -> None:
     rows = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()
-    removals = Removals(frozenset({rows[0]["key"]}), frozenset({"https://cdn.example.org/5"}), frozenset({rows[9]["sha256"]}))
-    counts = curate.run(CurateConfig(min_side_px=1), committed(root, "ingest").local(), tmp_path / "curated", removals)
+    removals = Removals(
+        frozenset({rows[0]["key"]}),
+        frozenset({"https://cdn.example.org/5"}),
+        frozenset({rows[9]["sha256"]}),
+    )
+    counts = curate.run(
+        CurateConfig(min_side_px=1),
+        committed(root, "ingest").local(),
+        tmp_path / "curated",
+        removals,
+    )
     dropped = pq.read_table(tmp_path / "curated" / "dropped.parquet").to_pylist()
-    assert Counter(row["reason"] for row in dropped) == {"removed": 2} and counts["dropped"] == {"removed": 2}
+    assert Counter(row["reason"] for row in dropped) == {"removed": 2} and counts["dropped"] == {
+        "removed": 2
+    }
     assert {row["key"] for row in dropped} == {rows[0]["key"], rows[9]["key"]}
     table = tmp_path / "table"
     table.mkdir()
@@ -320,7 +455,10 @@ def test_ingest_does_not_download_and_curate_does_not_keep_what_was_taken_down(r
     pq.write_table(source, table / "urls.parquet")
     pq.write_table(pa.Table.from_pylist([], DROPPED), table / "dropped.parquet")
     ingest.leave_out(table, removals)
-    assert pq.read_table(table / "dropped.parquet")["key"].to_pylist() == [rows[0]["key"], rows[5]["key"]]
+    assert pq.read_table(table / "dropped.parquet")["key"].to_pylist() == [
+        rows[0]["key"],
+        rows[5]["key"],
+    ]
     left = pq.read_table(table / "urls.parquet")
     assert left.schema == URLS and left.num_rows == 46
 
@@ -333,10 +471,14 @@ def test_a_log_that_does_not_read_stops_rather_than_letting_things_come_back(roo
         read_entries(root)
 
 
-def test_manifests_are_read_again_only_where_a_folder_has_changed(root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifests_are_read_again_only_where_a_folder_has_changed(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = []
     read_now = lineage.segments_stamp
-    monkeypatch.setattr(lineage, "segments_stamp", lambda *given: reads.append(given) or read_now(*given))
+    monkeypatch.setattr(
+        lineage, "segments_stamp", lambda *given: reads.append(given) or read_now(*given)
+    )
     monkeypatch.setattr(lineage, "GRAIN_NS", 0)
     stamp = lineage.SegmentsStamp(root, "drawn")
     first = stamp()
@@ -346,8 +488,12 @@ def test_manifests_are_read_again_only_where_a_folder_has_changed(root: Root, tm
     compact(root, print)
     compacted = stamp()
     assert compacted != first and stamp() == compacted and len(reads) <= 3
-    write_run(tmp_path / "more", [each | {"key": f"new{each['number']}"} for each in usual_rows()[:2]])
-    facts = json.loads((tmp_path / "more" / "embed" / "facts.json").read_text()) | {"clip_key": "clip0123456789"}
+    write_run(
+        tmp_path / "more", [each | {"key": f"new{each['number']}"} for each in usual_rows()[:2]]
+    )
+    facts = json.loads((tmp_path / "more" / "embed" / "facts.json").read_text()) | {
+        "clip_key": "clip0123456789"
+    }
     (tmp_path / "more" / "embed" / "facts.json").write_text(json.dumps(facts))
     view, known = lineage.open_view(root, None)
     additions.add(root, known, view, tmp_path / "more" / "embed", "")
@@ -379,7 +525,9 @@ def pictures(folder: Path) -> Path:
     return folder
 
 
-def test_added_pictures_are_found_once_with_thumbnail_and_can_be_taken_down(root: Root, tmp_path: Path, drawn_clip: None) -> None:
+def test_added_pictures_are_found_once_with_thumbnail_and_can_be_taken_down(
+    root: Root, tmp_path: Path, drawn_clip: None
+) -> None:
     from indexing.data.images import read_picture
 
     source = pictures(tmp_path / "pictures")
@@ -391,7 +539,10 @@ def test_added_pictures_are_found_once_with_thumbnail_and_can_be_taken_down(root
     added = [hit for hit in view.search(direction(2), 50) if hit.segment == 1]
     assert sorted(hit.facts["caption"].split()[1] for hit in added) == ["2", "3"]
     assert read_picture(added[0].facts, view.segments[1].shards, 256).shape == (256, 256, 3)
-    assert additions.add(root, known, view, source, "CC0") == (None, {"added": 0, "removed": 0, "already_there": 2})
+    assert additions.add(root, known, view, source, "CC0") == (
+        None,
+        {"added": 0, "removed": 0, "already_there": 2},
+    )
 
     take(root, added[0].facts["key"])
     assert added[0].facts["key"] not in keys_of(root)
@@ -401,13 +552,19 @@ def test_added_pictures_are_found_once_with_thumbnail_and_can_be_taken_down(root
     compact(root, print)
     assert store.list_names(root, "additions") == []
     view, known = lineage.open_view(root, None)
-    assert additions.add(root, known, view, source, "CC0")[1] == {"added": 0, "removed": 2, "already_there": 0}, "it stays down"
+    assert additions.add(root, known, view, source, "CC0")[1] == {
+        "added": 0,
+        "removed": 2,
+        "already_there": 0,
+    }, "it stays down"
 
 
 def test_embeddings_of_another_clip_are_not_added(root: Root, tmp_path: Path) -> None:
     view, known = lineage.open_view(root, None)
     (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "facts.json").write_text(json.dumps({"clip_key": "other", "count": 1, "dim": 16}))
+    (tmp_path / "foreign" / "facts.json").write_text(
+        json.dumps({"clip_key": "other", "count": 1, "dim": 16})
+    )
     with pytest.raises(CallerError, match="was embedded by CLIP other"):
         additions.add(root, known, view, tmp_path / "foreign", "")
     (tmp_path / "empty").mkdir()
@@ -415,7 +572,9 @@ def test_embeddings_of_another_clip_are_not_added(root: Root, tmp_path: Path) ->
         additions.add(root, known, view, tmp_path / "empty", "")
 
 
-def test_the_command_line_removes_by_url_and_proves_it(root: Root, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_removes_by_url_and_proves_it(
+    root: Root, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def unclip(*arguments: str) -> dict:
         with pytest.raises(SystemExit) as left:
             main([*arguments, "--root", root.uri, "--json"])
@@ -425,13 +584,25 @@ def test_the_command_line_removes_by_url_and_proves_it(root: Root, tmp_path: Pat
     url = "https://example.org/4-plain"
     key = unclip("index", "remove", "--url", url, "--dry-run")["removed"]
     assert read_entries(root) == []
-    assert unclip("index", "remove", "--url", url) == {"removed": key, "urls": [url], "trained_into": ["clip/clip0123456789"]}
+    assert unclip("index", "remove", "--url", url) == {
+        "removed": key,
+        "urls": [url],
+        "trained_into": ["clip/clip0123456789"],
+    }
     assert len(unclip("index", "compact")["rows"]) == 4
     proof = unclip("index", "verify", "--url", url)
-    assert proof["found_in"] == {"shards": [], "embeddings": [], "index": []} and proof["trained_into"] == ["clip/clip0123456789"]
+    assert proof["found_in"] == {"shards": [], "embeddings": [], "index": []} and proof[
+        "trained_into"
+    ] == ["clip/clip0123456789"]
     assert proof["leftovers"] == proof["unreadable"] == []
     captions = tmp_path / "list.txt"
-    captions.write_text("# to go\ncolour 6\nhttps://cdn.example.org/0\nhttps://nowhere.example.org/x\n")
+    captions.write_text(
+        "# to go\ncolour 6\nhttps://cdn.example.org/0\nhttps://nowhere.example.org/x\n"
+    )
     removed = unclip("index", "remove", "--text-file", str(captions))
-    assert len(removed["removed"]) == 3 + 1, "three drawings of colour 6, and the one that was downloaded from there"
-    assert "https://nowhere.example.org/x" in read_removals(open_root(root.uri)).origins, "what is not here yet does not come either"
+    assert len(removed["removed"]) == 3 + 1, (
+        "three drawings of colour 6, and the one that was downloaded from there"
+    )
+    assert "https://nowhere.example.org/x" in read_removals(open_root(root.uri)).origins, (
+        "what is not here yet does not come either"
+    )

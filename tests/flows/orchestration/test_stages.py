@@ -1,4 +1,6 @@
-"""What is current is skipped, what is stale says why, and a run that is killed or has no space loses nothing committed."""
+"""What is current is skipped, what is stale says why, and a run that is killed or has no space
+loses nothing committed.
+"""
 
 import hashlib
 import os
@@ -25,7 +27,7 @@ from infra.storage.locks import is_being_read, reading_file
 from infra.storage.store import Root
 from tests.helpers import fake_stages, forked_processes
 from tests.helpers.fake_stages import FAKES, FakeConfig, FakeSection, run_all, write_chunks
-from tests.infra.storage.test_store import full_disk  # noqa: F401  (a fixture)
+from tests.infra.storage.test_store import full_disk  # noqa: F401
 
 HERE = Path(__file__).parents[3]
 
@@ -36,15 +38,24 @@ def root(tmp_path: Path) -> Root:
     return store.open_root(str(tmp_path / "root"))
 
 
-def states(root: Root, config: FakeConfig, stages: tuple[Stage, ...] = FAKES) -> dict[str, tuple[str, str]]:
+def states(
+    root: Root, config: FakeConfig, stages: tuple[Stage, ...] = FAKES
+) -> dict[str, tuple[str, str]]:
     """Return state and reason of every stage."""
     return {each.stage.name: (each.state, each.why) for each in plan(root, config, stages)}
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Return the checksum of every file below a folder, unfinished work left out."""
-    kept = (path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] not in ("work", "logs", "runs"))
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+    kept = (
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.relative_to(folder).parts[0] not in ("work", "logs", "runs")
+    )
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in kept
+    }
 
 
 def test_a_second_run_does_nothing(root: Root) -> None:
@@ -52,8 +63,12 @@ def test_a_second_run_does_nothing(root: Root) -> None:
     first = run_all(root, FakeConfig())
     before = file_hashes(Path(root.uri))
     second = run_all(root, FakeConfig())
-    assert {each.state for each in first.values()} == {"ran"} and {each.state for each in second.values()} == {"current"}
-    assert file_hashes(Path(root.uri)) == before and {state for state, _ in states(root, FakeConfig()).values()} == {"current"}
+    assert {each.state for each in first.values()} == {"ran"} and {
+        each.state for each in second.values()
+    } == {"current"}
+    assert file_hashes(Path(root.uri)) == before and {
+        state for state, _ in states(root, FakeConfig()).values()
+    } == {"current"}
 
 
 def test_a_changed_key_makes_its_stage_and_all_behind_it_stale_and_says_why(root: Root) -> None:
@@ -66,8 +81,15 @@ def test_a_changed_key_makes_its_stage_and_all_behind_it_stale_and_says_why(root
         "prior": ("stale", "embed changed"),
     }
     results = run_all(root, changed)
-    assert [results[name].state for name in ("data", "clip", "embed", "prior")] == ["current", "ran", "ran", "ran"]
-    assert {state for state, _ in states(root, FakeConfig()).values()} == {"current"}  # the old keys are still there
+    assert [results[name].state for name in ("data", "clip", "embed", "prior")] == [
+        "current",
+        "ran",
+        "ran",
+        "ran",
+    ]
+    assert {state for state, _ in states(root, FakeConfig()).values()} == {
+        "current"
+    }  # the old keys are still there
 
 
 def test_a_key_outside_the_content_key_makes_nothing_stale(root: Root) -> None:
@@ -96,24 +118,44 @@ def test_a_file_that_is_gone_or_cut_makes_the_stage_again_under_the_same_key(roo
         assert again["embed"].state == again["prior"].state == "current"
 
 
-def test_a_stage_keeps_compaction_away_from_its_inputs_and_from_what_it_takes_over_and_sees_them_as_they_are(root: Root) -> None:
+def test_a_stage_keeps_compaction_away_from_its_inputs_and_from_what_it_takes_over_and_sees_them_as_they_are(  # noqa: E501
+    root: Root,
+) -> None:
     first = run_all(root, FakeConfig())
     seen: list[tuple[bool, ...]] = []
 
     def look(job: StageJob) -> dict[str, object]:
         assert job.previous
         read = (*job.inputs.values(), job.previous)
-        seen.append(tuple(is_being_read(reading_file(root.scratch, each.stage, each.key)) for each in read))
-        seen.append(tuple(each.manifest == manifests.find(root, each.stage, each.key).manifest for each in read))  # type: ignore[union-attr]
+        seen.append(
+            tuple(is_being_read(reading_file(root.scratch, each.stage, each.key)) for each in read)
+        )
+        seen.append(
+            tuple(
+                each.manifest == manifests.find(root, each.stage, each.key).manifest
+                for each in read
+            )
+        )  # type: ignore[union-attr]
         return write_chunks(job)
 
     name = f"clip/{first['clip'].key}/manifest.json"
-    store.write_json(root, name, {**first["clip"].committed.manifest, "compacted": "since the run has begun"})
+    store.write_json(
+        root, name, {**first["clip"].committed.manifest, "compacted": "since the run has begun"}
+    )
     stages = {stage.name: stage for stage in FAKES}
     inputs = {name: first[name].committed for name in ("data", "clip")}
-    run_stage(replace(stages["embed"], version=2, run=look), root, FakeConfig(), inputs, Cluster(ClusterConfig()), print)
+    run_stage(
+        replace(stages["embed"], version=2, run=look),
+        root,
+        FakeConfig(),
+        inputs,
+        Cluster(ClusterConfig()),
+        print,
+    )
     assert seen == [(True,) * 3] * 2
-    assert not any(is_being_read(reading_file(root.scratch, each.stage, each.key)) for each in inputs.values())
+    assert not any(
+        is_being_read(reading_file(root.scratch, each.stage, each.key)) for each in inputs.values()
+    )
 
 
 def test_a_stage_made_again_with_another_result_makes_those_behind_it_again(root: Root) -> None:
@@ -129,14 +171,24 @@ def test_a_stage_made_again_with_another_result_makes_those_behind_it_again(root
     stages = (FAKES[0], replace(FAKES[1], run=other_weights), *FAKES[2:])
     assert states(root, FakeConfig(), stages)["embed"] == ("stale", "clip will be made again")
     results = run_all(root, FakeConfig(), stages)
-    assert [results[name].state for name in ("data", "clip", "embed", "prior")] == ["current", "ran", "ran", "ran"]
-    assert file_hashes(Path(root.uri) / "embed").keys() == before.keys() and file_hashes(Path(root.uri) / "embed") != before
+    assert [results[name].state for name in ("data", "clip", "embed", "prior")] == [
+        "current",
+        "ran",
+        "ran",
+        "ran",
+    ]
+    assert (
+        file_hashes(Path(root.uri) / "embed").keys() == before.keys()
+        and file_hashes(Path(root.uri) / "embed") != before
+    )
     assert {state for state, _ in states(root, FakeConfig(), stages).values()} == {"current"}
 
 
 def test_a_stage_runs_with_what_it_needs_and_an_unknown_one_is_named() -> None:
     assert [stage.name for stage in with_needs(["embed"], FAKES)] == ["data", "clip", "embed"]
-    with pytest.raises(CallerError, match="there is no stage embbed: choose from data, clip, embed, prior"):
+    with pytest.raises(
+        CallerError, match="there is no stage embbed: choose from data, clip, embed, prior"
+    ):
         with_needs(["embbed"], FAKES)
 
 
@@ -150,14 +202,26 @@ def test_a_stage_that_fails_commits_nothing_and_goes_on_from_its_work_folder(roo
     assert states(root, FakeConfig())["data"] == ("missing", "")
     result = run_all(root, FakeConfig())["data"]
     assert result.committed.manifest["counts"]["resumed"] == 12
-    assert not (root.scratch / "data" / result.key).exists() and list((root.scratch / "aside").iterdir()) == []
+    assert (
+        not (root.scratch / "data" / result.key).exists()
+        and list((root.scratch / "aside").iterdir()) == []
+    )
 
 
 def test_a_manifest_holds_what_lineage_needs(root: Root) -> None:
     manifest = run_all(root, FakeConfig())["embed"].committed.manifest
-    assert manifest["inputs"].keys() == {"data", "clip"} and manifest["config"]["clip"]["word"] == "a"
-    assert manifest["counts"] == {"in": 12, "out": 12, "dropped": {}, "resumed": 0} and manifest["stage_version"] == 1
-    assert manifest["started"] < manifest["finished"] and manifest["packages"].keys() >= {"python", "numpy", "torch"}
+    assert (
+        manifest["inputs"].keys() == {"data", "clip"} and manifest["config"]["clip"]["word"] == "a"
+    )
+    assert (
+        manifest["counts"] == {"in": 12, "out": 12, "dropped": {}, "resumed": 0}
+        and manifest["stage_version"] == 1
+    )
+    assert manifest["started"] < manifest["finished"] and manifest["packages"].keys() >= {
+        "python",
+        "numpy",
+        "torch",
+    }
     assert all(file.keys() == {"path", "bytes", "sha256"} for file in manifest["files"])
 
 
@@ -165,7 +229,9 @@ def test_stages_run_the_same_on_an_object_store(tmp_path: Path) -> None:
     root = store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
     local = store.open_root(str(tmp_path / "root"))
     there, here = run_all(root, FakeConfig()), run_all(local, FakeConfig())
-    assert [there[name].committed.digest for name in there] == [here[name].committed.digest for name in here]
+    assert [there[name].committed.digest for name in there] == [
+        here[name].committed.digest for name in here
+    ]
     assert {each.state for each in run_all(root, FakeConfig()).values()} == {"current"}
 
 
@@ -185,16 +251,27 @@ def test_a_full_disk_is_one_line_and_nothing_committed_is_lost(full_disk: Path) 
 
     small = Stage("small", (), (), 1, writes_one)
     big = Stage("big", ("small",), (), 1, fills)
-    with pytest.raises(StorageError, match=r"no space left to write .*/aside/big-.*free some space and run the same command again"):
+    with pytest.raises(
+        StorageError,
+        match=r"no space left to write .*/aside/big-.*free some space and run the same command "
+        r"again",
+    ):
         run_all(root, FakeConfig(), (small, big))
     assert file_hashes(full_disk) == seen["before"]
-    assert states(root, FakeConfig(), (small, big)) == {"small": ("current", ""), "big": ("missing", "")}
+    assert states(root, FakeConfig(), (small, big)) == {
+        "small": ("current", ""),
+        "big": ("missing", ""),
+    }
     freed = replace(big, run=small.run)
-    assert run_all(root, FakeConfig(), (small, freed))["big"].state == "ran"  # what the full disk left aside is gone first
+    assert (
+        run_all(root, FakeConfig(), (small, freed))["big"].state == "ran"
+    )  # what the full disk left aside is gone first
 
 
 def fake_run(folder: Path, *more: str) -> int | None:
-    """Run the fake stages in a process of their own and return its exit code, -9 when it was killed."""
+    """Run the fake stages in a process of their own and return its exit code, -9 when it was
+    killed.
+    """
     return forked_processes.alone(fake_stages.main, folder, 0.0, list(more))
 
 
@@ -221,7 +298,10 @@ def test_a_run_killed_at_any_file_operation_loses_nothing_and_mixes_nothing(tmp_
         assert fake_run(folder, "--kill-at", str(number)) == -signal.SIGKILL
         kept = assert_whole(folder)
         committed_at_kill.add(len(kept) // 13)
-        assert fake_run(folder, "--kill-at", str(chance.randrange(1, operations))) in (0, -signal.SIGKILL)  # and once more
+        assert fake_run(folder, "--kill-at", str(chance.randrange(1, operations))) in (
+            0,
+            -signal.SIGKILL,
+        )  # and once more
         assert kept.items() <= assert_whole(folder).items()  # nothing committed has changed or gone
         assert fake_run(folder) == 0
         assert kept.items() <= assert_whole(folder).items()
@@ -230,12 +310,19 @@ def test_a_run_killed_at_any_file_operation_loses_nothing_and_mixes_nothing(tmp_
             ours, theirs = manifests.newest(root, stage.name), manifests.newest(whole, stage.name)
             assert ours and theirs and (ours.key, ours.digest) == (theirs.key, theirs.digest)
         assert list((folder / "work" / "aside").iterdir()) == []
-    assert committed_at_kill == {0, 1, 2, 3, 4} or committed_at_kill == {0, 1, 2, 3}  # the moments lay all over the run
+    assert committed_at_kill == {0, 1, 2, 3, 4} or committed_at_kill == {
+        0,
+        1,
+        2,
+        3,
+    }  # the moments lay all over the run
 
 
 def test_two_runs_at_once_make_each_folder_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.helpers.fake_stages", str(tmp_path / "root"), "0.5"]
-    runs = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    runs = [
+        subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
     said = [run.communicate()[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0]
     assert any("is being made by another run" in each for each in said)
@@ -243,7 +330,11 @@ def test_two_runs_at_once_make_each_folder_once(tmp_path: Path) -> None:
     for stage in FAKES:
         assert len(store.list_names(root, stage.name)) == 1
         committed = manifests.newest(root, stage.name)
-        assert committed and committed.manifest["counts"]["resumed"] == 0 and manifests.verify(committed) == []
+        assert (
+            committed
+            and committed.manifest["counts"]["resumed"] == 0
+            and manifests.verify(committed) == []
+        )
     assert list((root.scratch / "aside").iterdir()) == []
 
 
@@ -258,16 +349,27 @@ def test_a_committed_stage_is_left_when_another_writer_commits_first(root: Root)
 
     with Cluster(ClusterConfig()) as cluster:
         result = run_stage(replace(FAKES[0], run=slow), root, FakeConfig(), {}, cluster, print)
-    assert (result.committed.local() / "a").read_text() == "first" and manifests.verify(result.committed) == []
+    assert (result.committed.local() / "a").read_text() == "first" and manifests.verify(
+        result.committed
+    ) == []
 
 
 def test_a_wanted_stage_is_an_input_where_the_recipe_has_it_and_changes_no_key_where_not() -> None:
     wanting = Stage("prior", ("embed",), (), 1, writes_nothing, ("dedup",))
     plain = Stage("prior", ("embed",), (), 1, writes_nothing)
-    embed, dedup = Stage("embed", (), (), 1, writes_nothing), Stage("dedup", ("embed",), (), 1, writes_nothing)
-    assert inputs_of(wanting, ("embed",)) == ["embed"] and inputs_of(wanting, ("embed", "dedup")) == ["embed", "dedup"]
+    embed, dedup = (
+        Stage("embed", (), (), 1, writes_nothing),
+        Stage("dedup", ("embed",), (), 1, writes_nothing),
+    )
+    assert inputs_of(wanting, ("embed",)) == ["embed"] and inputs_of(
+        wanting, ("embed", "dedup")
+    ) == ["embed", "dedup"]
     assert key_of(wanting, None, {"embed": "e"}) == key_of(plain, None, {"embed": "e"})
-    assert [stage.name for stage in with_needs(["prior"], (embed, dedup, wanting))] == ["embed", "dedup", "prior"]
+    assert [stage.name for stage in with_needs(["prior"], (embed, dedup, wanting))] == [
+        "embed",
+        "dedup",
+        "prior",
+    ]
     assert [stage.name for stage in with_needs(["prior"], (embed, wanting))] == ["embed", "prior"]
 
 
@@ -276,34 +378,65 @@ def writes_nothing(_: StageJob) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stages", [("ingest", "curate"), ("ingest", "curate", "dedup")])
-def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(stages: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(
+    stages: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flows.evaluation import upsampler_comparison
     from flows.orchestration.stages import STAGES, UPSAMPLERS
     from training.jobs import train
 
     seen: list[Path] = []
-    monkeypatch.setattr(train, "train_upsampler", lambda section, cluster, ingest, kept, out, work: seen.append(kept) or {})
-    monkeypatch.setattr(upsampler_comparison, "compare", lambda stage, out, ingest, kept, *more: seen.append(kept) or {})
+    monkeypatch.setattr(
+        train,
+        "train_upsampler",
+        lambda section, cluster, ingest, kept, out, work: seen.append(kept) or {},
+    )
+    monkeypatch.setattr(
+        upsampler_comparison,
+        "compare",
+        lambda stage, out, ingest, kept, *more: seen.append(kept) or {},
+    )
     inputs = {name: SimpleNamespace(local=partial(Path, name)) for name in stages}
     for stage in (each for each in STAGES if each.name in UPSAMPLERS):
         assert inputs_of(stage, stages) == list(stages)
         config = SimpleNamespace(cluster=None, **dict.fromkeys(UPSAMPLERS))
-        stage.run(SimpleNamespace(stage=stage.name, config=config, inputs=inputs, cluster=MagicMock(), out=Path(), work=Path()))  # type: ignore[arg-type]
+        stage.run(
+            SimpleNamespace(
+                stage=stage.name,
+                config=config,
+                inputs=inputs,
+                cluster=MagicMock(),
+                out=Path(),
+                work=Path(),
+            )
+        )  # type: ignore[arg-type]
     assert seen == [Path(stages[-1])] * 4
 
 
-def test_many_vectors_in_several_files_are_indexed_on_ray_and_few_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_vectors_in_several_files_are_indexed_on_ray_and_few_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flows.orchestration.stages import run_index
     from indexing.ann import index
     from tests.helpers.embed_folders import write_embed
 
     given: list[Any] = []
     monkeypatch.setattr(index, "SPREAD_FROM", 20)
-    monkeypatch.setattr(index, "build", lambda config, embed, out, grown_from, spread: given.append(spread) or {})
-    for name, count, parts, is_spread in (("few", 19, 2, False), ("one", 20, 1, False), ("many", 20, 2, True)):
+    monkeypatch.setattr(
+        index, "build", lambda config, embed, out, grown_from, spread: given.append(spread) or {}
+    )
+    for name, count, parts, is_spread in (
+        ("few", 19, 2, False),
+        ("one", 20, 1, False),
+        ("many", 20, 2, True),
+    ):
         write_embed(tmp_path / name, count, 8, parts)
         cluster, config = MagicMock(), SimpleNamespace(index=None, cluster="the section")
         inputs = {"embed": SimpleNamespace(local=partial(Path, tmp_path / name))}
-        run_index(SimpleNamespace(config=config, inputs=inputs, out=tmp_path, cluster=cluster, previous=None))  # type: ignore[arg-type]
+        run_index(
+            SimpleNamespace(
+                config=config, inputs=inputs, out=tmp_path, cluster=cluster, previous=None
+            )
+        )  # type: ignore[arg-type]
         assert (given[-1] is not None) == is_spread == cluster.start.called
     assert given[-1].args == ("the section",)

@@ -1,4 +1,6 @@
-"""A run whose process or machine has vanished is marked crashed by Prefect's server, and the webhook hears of it."""
+"""A run whose process or machine has vanished is marked crashed by Prefect's server, and the
+webhook hears of it.
+"""
 
 import json
 import os
@@ -52,13 +54,23 @@ with Webhook() as webhook, lasting_server(home, free_ports(1)[0]) as url:
     time.sleep(2)  # the other run, were it meant, would have been marked before: its heartbeat is older by three seconds
     told = {"vanished": state(vanished), "ended": state(ended), "posted": webhook.posted}
     print(json.dumps(told | {"name": httpx.get(f"{url}/flow_runs/{vanished}", timeout=60, auth=login).json()["name"]}))
-"""
+"""  # noqa: E501
 
 
-def test_a_run_without_heartbeat_is_marked_crashed_and_told_and_one_that_has_ended_is_not(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+def test_a_run_without_heartbeat_is_marked_crashed_and_told_and_one_that_has_ended_is_not(
+    tmp_path: Path,
+) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")
+    }
     environment |= {"PYTHONPATH": str(HERE), "PREFECT_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", SERVER, str(tmp_path)], cwd=HERE, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SERVER, str(tmp_path)],
+        cwd=HERE,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert (told["vanished"]["type"], told["ended"]["type"]) == ("CRASHED", "COMPLETED")

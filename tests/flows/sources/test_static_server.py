@@ -1,4 +1,6 @@
-"""The loopback server gives what lies in its mounts, fast and over kept connections, and nothing else."""
+"""The loopback server gives what lies in its mounts, fast and over kept connections, and nothing
+else.
+"""
 
 import http.client
 import socket
@@ -49,22 +51,38 @@ def test_files_are_served_by_mount_and_quoted_path(server: StaticServer) -> None
 @pytest.mark.parametrize(
     "path",
     [
-        "../secret.txt", "..%2fsecret.txt", "%2e%2e/secret.txt", "deep%20er/../../secret.txt", "../served-too/b.txt", "link.png",
-        "/etc/passwd", "%2fetc/passwd", "a.png%00", "a" * 300, "loop", "", "deep%20er", "missing.png",
+        "../secret.txt",
+        "..%2fsecret.txt",
+        "%2e%2e/secret.txt",
+        "deep%20er/../../secret.txt",
+        "../served-too/b.txt",
+        "link.png",
+        "/etc/passwd",
+        "%2fetc/passwd",
+        "a.png%00",
+        "a" * 300,
+        "loop",
+        "",
+        "deep%20er",
+        "missing.png",
     ],
-)  # fmt: skip
+)
 def test_nothing_outside_the_mount_is_served(server: StaticServer, path: str) -> None:
     status, body = raw(server, f"/{server.server.secret}/@scope/pictures/{path}")
     assert status == 404
     assert b"secret" not in body
 
 
-@pytest.mark.parametrize("target", ["/", "/secret.txt", "/@scope", "/@scope/other/a.png", "*", "http://[::1/a"])
+@pytest.mark.parametrize(
+    "target", ["/", "/secret.txt", "/@scope", "/@scope/other/a.png", "*", "http://[::1/a"]
+)
 def test_nothing_outside_all_mounts_is_served(server: StaticServer, target: str) -> None:
     assert raw(server, target)[0] == raw(server, f"/{server.server.secret}{target}")[0] == 404
 
 
-def test_who_does_not_know_the_secret_of_this_start_gets_nothing(server: StaticServer, tmp_path: Path) -> None:
+def test_who_does_not_know_the_secret_of_this_start_gets_nothing(
+    server: StaticServer, tmp_path: Path
+) -> None:
     with StaticServer({"@scope/pictures": tmp_path / "served"}) as other:
         for secret in ("", "/0", f"/{other.server.secret}"):
             assert raw(server, f"{secret}/@scope/pictures/a.png")[0] == 404
@@ -87,8 +105,12 @@ def test_it_is_gone_when_the_context_is_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.png", "9k.png"])
-def test_kept_connections_carry_many_requests_without_delay(server: StaticServer, name: str) -> None:
-    """With Nagle's algorithm against delayed acknowledgements the 9 KB file would come 23 times a second."""
+def test_kept_connections_carry_many_requests_without_delay(
+    server: StaticServer, name: str
+) -> None:
+    """With Nagle's algorithm against delayed acknowledgements the 9 KB file would come 23 times a
+    second.
+    """
     threads = threading.active_count()
     connection = http.client.HTTPConnection(*server.server.server_address)
     took_s = []

@@ -1,4 +1,6 @@
-"""A source of any kind becomes rows of one schema; what has no URL, no caption or a known URL is dropped and counted."""
+"""A source of any kind becomes rows of one schema; what has no URL, no caption or a known URL is
+dropped and counted.
+"""
 
 import csv
 import gzip
@@ -28,7 +30,9 @@ def table(tmp_path: Path, *given: Row, **settings: Any) -> tuple[list[Row], list
     """Return the rows of urls.parquet and of dropped.parquet."""
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
-    count = write_url_table(DataConfig(sources=given, **settings), out, tmp_path / "cache", "http://127.0.0.1:80")
+    count = write_url_table(
+        DataConfig(sources=given, **settings), out, tmp_path / "cache", "http://127.0.0.1:80"
+    )
     urls, dropped = pq.read_table(out / "urls.parquet"), pq.read_table(out / "dropped.parquet")
     assert urls.schema.equals(URLS) and dropped.schema.equals(DROPPED)
     assert count == urls.num_rows
@@ -41,7 +45,9 @@ def write_list(path: Path, rows: list[Row]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
     if ".csv" in path.name or ".tsv" in path.name:
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if ".tsv" in path.name else ",")
+            writer = csv.DictWriter(
+                file, list(rows[0]), delimiter="\t" if ".tsv" in path.name else ","
+            )
             writer.writeheader()
             writer.writerows(rows)
         text = path.read_text()
@@ -53,7 +59,9 @@ def write_list(path: Path, rows: list[Row]) -> None:
         path.write_text(text)
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.tsv"])
+@pytest.mark.parametrize(
+    "name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.tsv"]
+)
 def test_a_list_of_any_format_becomes_the_same_rows(tmp_path: Path, name: str) -> None:
     rows = [
         *ROWS,
@@ -63,14 +71,24 @@ def test_a_list_of_any_format_becomes_the_same_rows(tmp_path: Path, name: str) -
     ]
     write_list(tmp_path / name, rows)
     urls, dropped = table(tmp_path, {"kind": "urls", "path": str(tmp_path / name)})
-    assert {row["url"]: row["caption"] for row in urls} == {row["url"]: row["caption"] for row in rows}
+    assert {row["url"]: row["caption"] for row in urls} == {
+        row["url"]: row["caption"] for row in rows
+    }
     assert dropped == []
     one = next(row for row in urls if row["url"] == "http://h/3.png")
     key = sample_key("http://h/3.png", "thing 3")
     assert one == {
-        "key": key, "url": "http://h/3.png", "origin": "http://h/3.png", "caption": "thing 3", "captions": ["thing 3"], "licence": "",
-        "concept": key, "style": "", "category": "", "subcategory": "",
-    }  # fmt: skip
+        "key": key,
+        "url": "http://h/3.png",
+        "origin": "http://h/3.png",
+        "caption": "thing 3",
+        "captions": ["thing 3"],
+        "licence": "",
+        "concept": key,
+        "style": "",
+        "category": "",
+        "subcategory": "",
+    }
 
 
 def test_columns_are_found_by_their_names_in_the_recipe(tmp_path: Path) -> None:
@@ -85,9 +103,17 @@ def test_columns_are_found_by_their_names_in_the_recipe(tmp_path: Path) -> None:
     }
     write_list(tmp_path / "a.parquet", [columns])
     source = {
-        "kind": "urls", "path": str(tmp_path / "a.parquet"), "url_column": "URL", "caption_column": "TEXT", "captions_column": "more",
-        "licence_column": "lic", "concept_column": "id", "style_column": "vendor", "category_column": "cls", "licence": "CC0",
-    }  # fmt: skip
+        "kind": "urls",
+        "path": str(tmp_path / "a.parquet"),
+        "url_column": "URL",
+        "caption_column": "TEXT",
+        "captions_column": "more",
+        "licence_column": "lic",
+        "concept_column": "id",
+        "style_column": "vendor",
+        "category_column": "cls",
+        "licence": "CC0",
+    }
     [row], _ = table(tmp_path, source)
     assert (row["captions"], row["licence"], row["concept"], row["style"], row["category"]) == (
         ["a dog", "a hound"],
@@ -109,13 +135,24 @@ def test_bad_rows_are_dropped_for_their_reason_and_nothing_is_lost(tmp_path: Pat
     ]
     write_list(tmp_path / "a.jsonl", rows)
     write_list(tmp_path / "b.jsonl", ROWS[:2])
-    urls, dropped = table(tmp_path, *({"kind": "urls", "path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")))
-    assert Counter(row["reason"] for row in dropped) == {"duplicate_url": 3, "empty_url": 2, "empty_caption": 2}
+    urls, dropped = table(
+        tmp_path,
+        *({"kind": "urls", "path": str(tmp_path / name)} for name in ("a.jsonl", "b.jsonl")),
+    )
+    assert Counter(row["reason"] for row in dropped) == {
+        "duplicate_url": 3,
+        "empty_url": 2,
+        "empty_caption": 2,
+    }
     assert len(urls) + len(dropped) == len(rows) + 2
-    assert {row["caption"] for row in urls} == {row["caption"] for row in ROWS}  # the first of two equal URLs stays
+    assert {row["caption"] for row in urls} == {
+        row["caption"] for row in ROWS
+    }  # the first of two equal URLs stays
 
 
-def test_duplicates_are_found_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicates_are_found_across_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(url_table, "BLOCK_ROWS", 3)
     rows = [{"url": f"http://h/{n % 8}.png", "caption": "x"} for n in range(40)]
     write_list(tmp_path / "a.jsonl", rows)
@@ -137,7 +174,10 @@ def test_new_urls_agrees_with_a_set() -> None:
 def test_any_fsspec_path_and_glob_is_read(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for n in range(3):
-        memory.pipe(f"/lists/part-{n}.jsonl", json.dumps({"url": f"http://h/{n}.png", "caption": "x"}).encode())
+        memory.pipe(
+            f"/lists/part-{n}.jsonl",
+            json.dumps({"url": f"http://h/{n}.png", "caption": "x"}).encode(),
+        )
     try:
         urls, _ = table(tmp_path, {"kind": "urls", "path": "memory://lists/part-*.jsonl"})
     finally:
@@ -150,7 +190,12 @@ def test_any_fsspec_path_and_glob_is_read(tmp_path: Path) -> None:
     [
         ("a.jsonl", None, CallerError, "a.jsonl is not there|matches no file"),
         ("a.xls", b"", CallerError, "set format"),
-        ("a.jsonl", b'{"link": "x", "caption": "y"}\n', CallerError, "no column 'url': it has link, caption"),
+        (
+            "a.jsonl",
+            b'{"link": "x", "caption": "y"}\n',
+            CallerError,
+            "no column 'url': it has link, caption",
+        ),
         ("a.csv", b"link,caption\nx,y\n", CallerError, "no column 'url': it has link, caption"),
         ("a.jsonl", b'{"url": "x", \n', DataError, "does not parse"),
         ("a.jsonl", b"[1]\n", DataError, "does not parse"),
@@ -158,7 +203,12 @@ def test_any_fsspec_path_and_glob_is_read(tmp_path: Path) -> None:
         ("a.csv", b"url,caption\n\xff\xfe,y\n", DataError, "does not parse"),
         ("a.csv", b"", DataError, "does not parse"),
         ("a.parquet", b"PAR1 not", DataError, "does not parse"),
-        ("a.jsonl.gz", gzip.compress(b'{"url": "x", "caption": "y"}\n' * 9999)[:-20], DataError, "does not parse"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"url": "x", "caption": "y"}\n' * 9999)[:-20],
+            DataError,
+            "does not parse",
+        ),
         ("a.jsonl.gz", b"not gzip", DataError, "does not parse"),
     ],
 )
@@ -173,7 +223,9 @@ def test_a_bad_list_is_one_line_that_names_it(
 
 
 def test_text_that_no_file_can_hold_does_no_harm(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"url": "http://h/\\ud800.png", "caption": "half \\ud83d a pair"}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"url": "http://h/\\ud800.png", "caption": "half \\ud83d a pair"}\n'
+    )
     [row], _ = table(tmp_path, {"kind": "urls", "path": str(tmp_path / "a.jsonl")})
     assert row["caption"] == "half ? a pair"
 
@@ -181,16 +233,25 @@ def test_text_that_no_file_can_hold_does_no_harm(tmp_path: Path) -> None:
 def test_a_folder_of_images_beside_captions(tmp_path: Path) -> None:
     root = tmp_path / "my pictures"
     (root / "sub").mkdir(parents=True)
-    for name, text in (("a.png", "a cat\na small cat\n\n"), ("sub/b.JPG", "a dog"), ("c.webp", None), ("notes.txt", "no image")):
+    for name, text in (
+        ("a.png", "a cat\na small cat\n\n"),
+        ("sub/b.JPG", "a dog"),
+        ("c.webp", None),
+        ("notes.txt", "no image"),
+    ):
         if name != "notes.txt":
             (root / name).write_bytes(b"image")
         if text is not None:
             (root / name).with_suffix(".txt").write_text(text)
-    urls, dropped = table(tmp_path, {"kind": "folder", "path": str(root), "licence": "CC0", "style": "mine"})
+    urls, dropped = table(
+        tmp_path, {"kind": "folder", "path": str(root), "licence": "CC0", "style": "mine"}
+    )
     rows = {row["origin"]: row for row in urls}
     assert set(rows) == {"folder:my pictures/a.png", "folder:my pictures/sub/b.JPG"}
     assert rows["folder:my pictures/a.png"]["captions"] == ["a cat", "a small cat"]
-    assert rows["folder:my pictures/sub/b.JPG"]["url"] == "http://127.0.0.1:80/my%20pictures/sub/b.JPG"
+    assert (
+        rows["folder:my pictures/sub/b.JPG"]["url"] == "http://127.0.0.1:80/my%20pictures/sub/b.JPG"
+    )
     assert [row["reason"] for row in dropped] == ["empty_caption"]
     mounts = url_table.Mounts.load(tmp_path / "out" / "mounts.json")
     assert mounts.folders == {"my pictures": root}
@@ -201,7 +262,10 @@ def test_two_folders_of_one_name_stay_apart(tmp_path: Path) -> None:
         (tmp_path / parent / "p").mkdir(parents=True)
         (tmp_path / parent / "p" / "a.png").write_bytes(b"image")
         (tmp_path / parent / "p" / "a.txt").write_text("a cat")
-    urls, _ = table(tmp_path, *({"kind": "folder", "path": str(tmp_path / parent / "p")} for parent in ("x", "y")))
+    urls, _ = table(
+        tmp_path,
+        *({"kind": "folder", "path": str(tmp_path / parent / "p")} for parent in ("x", "y")),
+    )
     assert len({row["key"] for row in urls}) == len({row["url"] for row in urls}) == 2
 
 
@@ -210,9 +274,16 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         table(tmp_path, {"kind": "folder", "path": str(tmp_path / "nowhere")})
 
 
-def test_packages_become_rows_that_share_concepts_across_vendors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_become_rows_that_share_concepts_across_vendors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_fake_npm(tmp_path / "npm", monkeypatch)
-    packages = ["emoji-datasource-google@16.0.0", "@lobehub/fluent-emoji-3d@1.1.0", "svg-country-flags@1.2.10", "openmoji@17.0.0"]
+    packages = [
+        "emoji-datasource-google@16.0.0",
+        "@lobehub/fluent-emoji-3d@1.1.0",
+        "svg-country-flags@1.2.10",
+        "openmoji@17.0.0",
+    ]
     urls, dropped = table(tmp_path, {"kind": "packages", "packages": packages})
     assert dropped == [] and len(urls) == 5 + 3 + 2 + 2
     hearts = {row["style"]: row for row in urls if row["concept"] == "2764"}
@@ -225,12 +296,20 @@ def test_packages_become_rows_that_share_concepts_across_vendors(tmp_path: Path,
     assert heart["key"] == sample_key(heart["origin"], "red heart")
     mounts = url_table.Mounts.load(tmp_path / "out" / "mounts.json").folders
     for row in urls:
-        mount = next(name for name in sorted(mounts, reverse=True) if row["url"].startswith(f"http://127.0.0.1:80/{name}/"))
+        mount = next(
+            name
+            for name in sorted(mounts, reverse=True)
+            if row["url"].startswith(f"http://127.0.0.1:80/{name}/")
+        )
         assert (mounts[mount] / row["url"].removeprefix(f"http://127.0.0.1:80/{mount}/")).is_file()
 
 
-def test_the_same_recipe_gives_the_same_table_and_another_seed_another_order(tmp_path: Path) -> None:
-    write_list(tmp_path / "a.jsonl", [{"url": f"http://h/{n}.png", "caption": "x"} for n in range(50)])
+def test_the_same_recipe_gives_the_same_table_and_another_seed_another_order(
+    tmp_path: Path,
+) -> None:
+    write_list(
+        tmp_path / "a.jsonl", [{"url": f"http://h/{n}.png", "caption": "x"} for n in range(50)]
+    )
     source = {"kind": "urls", "path": str(tmp_path / "a.jsonl")}
     first, again, other = (table(tmp_path, source, seed=seed)[0] for seed in (0, 0, 1))
     assert first == again != other
@@ -250,12 +329,24 @@ def test_a_list_that_grew_is_another_input(tmp_path: Path) -> None:
 
 def test_how_fast_one_downloads_is_no_part_of_the_key() -> None:
     source = {"kind": "packages", "packages": ["openmoji@17.0.0"]}
-    assert DataConfig(sources=(source,), threads=1, cache="/x").keyed() == DataConfig(sources=(source,)).keyed()
-    assert DataConfig(sources=(source,), image_size_px=32).keyed() != DataConfig(sources=(source,)).keyed()
+    assert (
+        DataConfig(sources=(source,), threads=1, cache="/x").keyed()
+        == DataConfig(sources=(source,)).keyed()
+    )
+    assert (
+        DataConfig(sources=(source,), image_size_px=32).keyed()
+        != DataConfig(sources=(source,)).keyed()
+    )
 
 
 @pytest.mark.parametrize(
-    "source", [{"kind": "paper"}, {"kind": "urls"}, {"kind": "packages", "packages": []}, {"kind": "urls", "path": "x", "colour": 1}]
+    "source",
+    [
+        {"kind": "paper"},
+        {"kind": "urls"},
+        {"kind": "packages", "packages": []},
+        {"kind": "urls", "path": "x", "colour": 1},
+    ],
 )
 def test_an_unknown_or_incomplete_source_is_refused(source: Row) -> None:
     with pytest.raises(ValidationError):

@@ -1,4 +1,6 @@
-"""The index agrees with brute force whatever its kind, its rows stay with their metadata, and bad queries are refused."""
+"""The index agrees with brute force whatever its kind, its rows stay with their metadata, and bad
+queries are refused.
+"""
 
 import json
 import re
@@ -41,7 +43,9 @@ def embed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def folder(request: pytest.FixtureRequest, embed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    request: pytest.FixtureRequest, embed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     faiss.omp_set_num_threads(1)
     out = tmp_path_factory.mktemp("index")
     build(IndexConfig(factory=request.param, queries=64), embed, out)
@@ -54,7 +58,10 @@ def test_every_kind_finds_what_brute_force_finds(folder: Path, embed: Path, moda
     scores, rows = Index.open(folder).search(queries, 10, modality)
     truth = queries @ exact(embed, modality).T
     best = np.argsort(-truth, axis=1)[:, :10]
-    shared = [len(set(found) & set(right)) / 10 for found, right in zip(rows.tolist(), best.tolist(), strict=True)]
+    shared = [
+        len(set(found) & set(right)) / 10
+        for found, right in zip(rows.tolist(), best.tolist(), strict=True)
+    ]
     assert np.mean(shared) >= 0.9
     assert (np.diff(scores, axis=1) <= 1e-6).all()
     assert np.allclose(scores, np.take_along_axis(truth, rows, axis=1), atol=0.03)
@@ -64,23 +71,37 @@ def test_flat_is_exact(embed: Path, tmp_path: Path) -> None:
     counts = build(IndexConfig(), embed, tmp_path)
     queries = vectors(50, DIM, seed=7).astype(np.float32)
     scores, _ = Index.open(tmp_path).search(queries, 10)
-    assert np.allclose(scores, -np.sort(-(queries @ exact(embed, "image").T), axis=1)[:, :10], atol=1e-5)
+    assert np.allclose(
+        scores, -np.sort(-(queries @ exact(embed, "image").T), axis=1)[:, :10], atol=1e-5
+    )
     facts = json.loads((tmp_path / "index.json").read_text())
-    told = {name: facts[name] for name in (*RECALLS, "latency_p50_ms", "latency_p99_ms", "bytes", "build_peak_bytes")}
+    told = {
+        name: facts[name]
+        for name in (*RECALLS, "latency_p50_ms", "latency_p99_ms", "bytes", "build_peak_bytes")
+    }
     assert counts.items() >= told.items(), "the manifest holds the figures"
-    assert [told[name] for name in RECALLS] == [1, 1, 1] and 0 < told["latency_p50_ms"] <= told["latency_p99_ms"]
+    assert [told[name] for name in RECALLS] == [1, 1, 1] and 0 < told["latency_p50_ms"] <= told[
+        "latency_p99_ms"
+    ]
     assert told["bytes"] == facts["image"]["bytes"] + facts["text"]["bytes"] > 2 * COUNT * DIM * 4
-    assert counts.items() >= {"in": COUNT, "out": COUNT, "dropped": {}, "factory": "Flat", "added_to": 0}.items()
+    assert (
+        counts.items()
+        >= {"in": COUNT, "out": COUNT, "dropped": {}, "factory": "Flat", "added_to": 0}.items()
+    )
 
 
 def test_the_reported_recall_is_that_of_the_opened_index(folder: Path, embed: Path) -> None:
     facts = json.loads((folder / "index.json").read_text())
-    judges = np.sort(np.random.default_rng(0).choice(COUNT, 64, replace=False))[1::2]  # the other half has chosen the effort
+    judges = np.sort(np.random.default_rng(0).choice(COUNT, 64, replace=False))[
+        1::2
+    ]  # the other half has chosen the effort
     truth = exact(embed, "image")
     recalls = []
     for modality in MODALITIES:  # queries of both kinds on the image index
         queries = exact(embed, modality)[judges]
-        is_own = (judges[:, None] == np.arange(COUNT)) & (modality == "image")  # that a query finds itself is no merit
+        is_own = (judges[:, None] == np.arange(COUNT)) & (
+            modality == "image"
+        )  # that a query finds itself is no merit
         best = np.argsort(-np.where(is_own, -np.inf, queries @ truth.T), axis=1)[:, :10]
         _, rows = Index.open(folder).search(queries, 11)
         shares = []
@@ -91,7 +112,9 @@ def test_the_reported_recall_is_that_of_the_opened_index(folder: Path, embed: Pa
     assert facts["image"]["recall@10"] == pytest.approx(min(recalls), abs=0.015)
     assert facts["recall@10"] == min(facts[modality]["recall@10"] for modality in MODALITIES)
     assert facts["target_met"] and facts["recall@10"] >= 0.95
-    assert facts["bytes"] == sum((folder / f"{modality}.index").stat().st_size for modality in MODALITIES)
+    assert facts["bytes"] == sum(
+        (folder / f"{modality}.index").stat().st_size for modality in MODALITIES
+    )
 
 
 def test_a_higher_target_probes_more_cells(embed: Path, tmp_path: Path) -> None:
@@ -106,7 +129,9 @@ def test_a_higher_target_probes_more_cells(embed: Path, tmp_path: Path) -> None:
 
 def test_every_row_stands_beside_its_metadata(folder: Path, embed: Path) -> None:
     index = Index.open(folder)
-    rows = np.array([COUNT - 1, 0, COUNT // 2 - 1, COUNT // 2, 3])  # out of order and across both files
+    rows = np.array(
+        [COUNT - 1, 0, COUNT // 2 - 1, COUNT // 2, 3]
+    )  # out of order and across both files
     _, found = index.search(exact(embed, "image")[rows], 1)
     assert found[:, 0].tolist() == rows.tolist()
     assert [row["key"] for row in index.metadata(found[:, 0])] == [f"k{row:06d}" for row in rows]
@@ -114,7 +139,9 @@ def test_every_row_stands_beside_its_metadata(folder: Path, embed: Path) -> None
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_a_sample_is_found_by_its_key_with_its_vector(folder: Path, embed: Path, modality: str) -> None:
+def test_a_sample_is_found_by_its_key_with_its_vector(
+    folder: Path, embed: Path, modality: str
+) -> None:
     index = Index.open(folder)
     rows = [COUNT - 1, 0, COUNT // 2, 3]
     assert [index.row_of(f"k{row:06d}") for row in rows] == rows
@@ -181,14 +208,19 @@ def test_threads_share_an_index(folder: Path) -> None:
     queries = vectors(40, DIM, seed=3).astype(np.float32)
     alone = [index.search(query[None], k)[1].tolist() for query in queries for k in (3, 800)]
     with ThreadPoolExecutor(4) as pool:
-        together = pool.map(lambda asked: index.search(asked[0][None], asked[1])[1].tolist(), [(q, k) for q in queries for k in (3, 800)])
+        together = pool.map(
+            lambda asked: index.search(asked[0][None], asked[1])[1].tolist(),
+            [(q, k) for q in queries for k in (3, 800)],
+        )
         assert list(together) == alone
 
 
 @pytest.mark.parametrize("count", [1, 2, 38, 39, 100])
 def test_few_vectors_build_whatever_the_memory(tmp_path: Path, count: int) -> None:
     write_embed(tmp_path / "embed", count, 16, parts=1)
-    for memory in {2 * hot_bytes(kind, count, 16) for kind in ("Flat", f"IVF{max(1, count // 39)},SQ8")}:
+    for memory in {
+        2 * hot_bytes(kind, count, 16) for kind in ("Flat", f"IVF{max(1, count // 39)},SQ8")
+    }:
         out = tmp_path / str(memory)
         out.mkdir()
         build(IndexConfig(memory_bytes=memory), tmp_path / "embed", out)
@@ -207,17 +239,28 @@ def test_more_cells_than_vectors_are_refused(embed: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "factory", ["RR16,IVF4,PQ8x4fs,Refine(SQ8)", "IVF4,PQ7x4fs,Refine(SQ8)", "RR32,IVF38(PQ5x4fs),PQ8x4fs,Refine(SQ8)"]
+    "factory",
+    [
+        "RR16,IVF4,PQ8x4fs,Refine(SQ8)",
+        "IVF4,PQ7x4fs,Refine(SQ8)",
+        "RR32,IVF38(PQ5x4fs),PQ8x4fs,Refine(SQ8)",
+    ],
 )
 def test_a_kind_for_other_dimensions_is_refused(embed: Path, tmp_path: Path, factory: str) -> None:
-    with pytest.raises(CallerError, match=rf"factory = {re.escape(factory)} does not suit vectors of 32 dimensions"):
+    with pytest.raises(
+        CallerError, match=rf"factory = {re.escape(factory)} does not suit vectors of 32 dimensions"
+    ):
         build(IndexConfig(factory=factory), embed, tmp_path)
 
 
 def test_embeddings_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     write_embed(tmp_path, 100, 16)
     facts = {"clip_key": "abc", "dim": 16, "count": 100}
-    for wrong, says in (({"count": 0}, "nothing to index"), ({"count": 99}, "99 vectors"), ({"dim": 8}, "of 8")):
+    for wrong, says in (
+        ({"count": 0}, "nothing to index"),
+        ({"count": 99}, "99 vectors"),
+        ({"dim": 8}, "of 8"),
+    ):
         (tmp_path / "facts.json").write_text(json.dumps(facts | wrong))
         with pytest.raises(DataError, match=says):
             build(IndexConfig(), tmp_path, tmp_path)
@@ -231,17 +274,28 @@ def test_embeddings_that_do_not_fit_together_are_refused(tmp_path: Path) -> None
         build(IndexConfig(), tmp_path, tmp_path)
 
 
-def test_who_asks_for_more_than_ten_gets_the_more_cells_up_to_what_a_hundred_need(tmp_path: Path) -> None:
+def test_who_asks_for_more_than_ten_gets_the_more_cells_up_to_what_a_hundred_need(
+    tmp_path: Path,
+) -> None:
     write_embed(tmp_path / "embed", COUNT, DIM)
-    build(IndexConfig(factory="RR32,IVF38,PQ8x4fs,Refine(SQ8)", queries=256), tmp_path / "embed", made(tmp_path / "index"))
+    build(
+        IndexConfig(factory="RR32,IVF38,PQ8x4fs,Refine(SQ8)", queries=256),
+        tmp_path / "embed",
+        made(tmp_path / "index"),
+    )
     opened = Index.open(tmp_path / "index")
     facts = opened.facts["image"]
     assert facts["recall@100"] >= 0.95 and facts["deep"]["nprobe"] > facts["nprobe"]
     queries, truth = vectors(50, DIM, seed=7).astype(np.float32), exact(tmp_path / "embed", "image")
     few, many = Effort(facts["nprobe"], facts["k_factor"], facts["margin"]), Effort(**facts["deep"])
     efforts = [effort_for(k, few, many) for k in (1, 10, 11, 24, 40, 99, 100, 1000)]
-    assert [each.nprobe for each in efforts] == sorted(each.nprobe for each in efforts) and efforts[0].k_factor == 10 * few.k_factor
-    assert efforts[1] == few and efforts[-2] == efforts[-1]._replace(k_factor=efforts[-2].k_factor) == many
+    assert [each.nprobe for each in efforts] == sorted(each.nprobe for each in efforts) and efforts[
+        0
+    ].k_factor == 10 * few.k_factor
+    assert (
+        efforts[1] == few
+        and efforts[-2] == efforts[-1]._replace(k_factor=efforts[-2].k_factor) == many
+    )
     assert few.nprobe < effort_for(32, few, many).nprobe < many.nprobe
     whole = faiss.read_index(str(tmp_path / "index" / "image.index"))
     for k in (1, 10, 11, 24, 100):
@@ -267,7 +321,9 @@ def test_a_damaged_folder_is_not_opened(embed: Path, tmp_path: Path, file: str) 
 
 
 @pytest.mark.parametrize("factory", KINDS)
-def test_an_index_grows_by_what_was_appended_and_is_built_again_where_that_is_not_all(factory: str, embed: Path, tmp_path: Path) -> None:
+def test_an_index_grows_by_what_was_appended_and_is_built_again_where_that_is_not_all(
+    factory: str, embed: Path, tmp_path: Path
+) -> None:
     section = IndexConfig(factory=factory, queries=32)
     shorter = {"fits": COUNT - 100, "few": COUNT // 2}
     for name, count in shorter.items():
@@ -281,17 +337,32 @@ def test_an_index_grows_by_what_was_appended_and_is_built_again_where_that_is_no
     queries = vectors(50, DIM, seed=7).astype(np.float32)
     _, rows = grown.search(queries, 10)
     best = np.argsort(-(queries @ exact(embed, "image").T), axis=1)[:, :10]
-    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), best.tolist(), strict=True)]) >= 0.9
+    assert (
+        np.mean(
+            [len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), best.tolist(), strict=True)]
+        )
+        >= 0.9
+    )
     assert grown.facts["built_count"] == COUNT - 100 and (best >= COUNT - 100).any()
-    assert build(section, embed, made(tmp_path / "much"), (tmp_path / "few-index", tmp_path / "few"))["added_to"] == 0  # grown by half
+    assert (
+        build(section, embed, made(tmp_path / "much"), (tmp_path / "few-index", tmp_path / "few"))[
+            "added_to"
+        ]
+        == 0
+    )  # grown by half
     first = np.load(tmp_path / "fits" / "text_emb" / "text_emb_0000.npy")
     np.save(tmp_path / "fits" / "text_emb" / "text_emb_0000.npy", np.roll(first, 1, axis=0))
-    assert build(section, embed, made(tmp_path / "other"), before)["added_to"] == 0  # other vectors than these
+    assert (
+        build(section, embed, made(tmp_path / "other"), before)["added_to"] == 0
+    )  # other vectors than these
 
 
 @pytest.mark.slow
 def test_two_workers_of_ray_build_what_one_process_builds(embed: Path, tmp_path: Path) -> None:
-    config, cluster = IndexConfig(factory=KINDS[-1], queries=32), ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20)
+    config, cluster = (
+        IndexConfig(factory=KINDS[-1], queries=32),
+        ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20),
+    )
     folder = uneven(embed, tmp_path / "embed", [700, 3, 500, 297])
     build(config, folder, made(tmp_path / "alone"))
     with Cluster(cluster) as ray:
@@ -302,39 +373,65 @@ def test_two_workers_of_ray_build_what_one_process_builds(embed: Path, tmp_path:
         np.save(folder / "text_emb" / "text_emb_0002.npy", rows)
         with pytest.raises(DataError, match=r"^the embeddings hold NaN or infinity: embed again$"):
             trained = train("IVF8,SQ8", [exact(embed, "text")], 0)
-            inverted_lists.fill(trained, part_files(folder / "text_emb"), tmp_path / "bad", partial(spread, cluster))
+            inverted_lists.fill(
+                trained, part_files(folder / "text_emb"), tmp_path / "bad", partial(spread, cluster)
+            )
     assert counts["task_peak_bytes"] > 0
     for name in ("image.index", "text.index", "metadata.arrow"):
         assert (tmp_path / "spread" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
 @pytest.mark.parametrize("factory", KINDS)
-def test_what_building_takes_is_known_before(factory: str, embed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CallerError, match=rf"\[index\] build_memory_bytes = 1000 but building {re.escape(factory)} .* raise it") as refused:
-        build(IndexConfig(factory=factory, build_memory_bytes=1000), embed, made(tmp_path / "refused"))
+def test_what_building_takes_is_known_before(
+    factory: str, embed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        CallerError,
+        match=rf"\[index\] build_memory_bytes = 1000 but building {re.escape(factory)} .* raise it",
+    ) as refused:
+        build(
+            IndexConfig(factory=factory, build_memory_bytes=1000), embed, made(tmp_path / "refused")
+        )
     assert not list((tmp_path / "refused").iterdir()) and "\n" not in str(refused.value)
     named = int(str(refused.value).split("takes about ")[1].split(":")[0])
-    counts = build(IndexConfig(factory=factory, build_memory_bytes=named), embed, made(tmp_path / "built"))
+    counts = build(
+        IndexConfig(factory=factory, build_memory_bytes=named), embed, made(tmp_path / "built")
+    )
     assert 0 < counts["build_peak_bytes"] <= named
 
 
 def test_an_index_does_not_grow_beyond_the_memory(embed: Path, tmp_path: Path) -> None:
     cut(embed, tmp_path / "before", COUNT - 100)
-    sections = [IndexConfig(factory=KINDS[-1], queries=32, build_memory_bytes=each) for each in (1 << 33, 1)]
+    sections = [
+        IndexConfig(factory=KINDS[-1], queries=32, build_memory_bytes=each) for each in (1 << 33, 1)
+    ]
     build(sections[0], tmp_path / "before", made(tmp_path / "index"))
     before = (tmp_path / "index", tmp_path / "before")
     parts = [np.load(file, mmap_mode="r") for file in part_files(embed / "img_emb")]
     assert index._base(before, {"image": parts, "text": parts}, sections[1]) is None
     once = building_bytes("RR512,IVF632,PQ128x4fs,Refine(SQ8)", 10**7, 512, 10**5, 32)
-    grown = building_bytes("RR512,IVF632,PQ128x4fs,Refine(SQ8)", 10**7, 512, 10**5, 32, is_grown=True)
+    grown = building_bytes(
+        "RR512,IVF632,PQ128x4fs,Refine(SQ8)", 10**7, 512, 10**5, 32, is_grown=True
+    )
     assert grown - once > 10**7 * 512, "who grows it reads the codes behind Refine"
 
 
-def test_an_index_is_compacted_within_the_memory_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_is_compacted_within_the_memory_of_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     section, given = IndexConfig(build_memory_bytes=12_345, queries=99), []
-    manifest = {"config": {"index": section.model_dump()}, "sections": {"index": section.keyed()}, "inputs": {"embed": "e"}}
+    manifest = {
+        "config": {"index": section.model_dump()},
+        "sections": {"index": section.keyed()},
+        "inputs": {"embed": "e"},
+    }
     (tmp_path / "index.json").write_text('{"count": 3}')
     monkeypatch.setattr(manifests, "find", lambda *_: SimpleNamespace(local=lambda: tmp_path))
     monkeypatch.setattr(index, "build", lambda config, *_: given.append(config) or {"out": 2})
-    assert compaction._index(tmp_path, tmp_path, Removals(), SimpleNamespace(root=None, manifest=manifest)) == 1  # type: ignore[arg-type]
+    assert (
+        compaction._index(
+            tmp_path, tmp_path, Removals(), SimpleNamespace(root=None, manifest=manifest)
+        )
+        == 1
+    )  # type: ignore[arg-type]
     assert given == [section]

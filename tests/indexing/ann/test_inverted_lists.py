@@ -25,9 +25,13 @@ def one_thread() -> None:
     faiss.omp_set_num_threads(1)
 
 
-def elsewhere(function: Callable[..., int], tasks: Sequence[inverted_lists.Task]) -> Iterator[list[int]]:
+def elsewhere(
+    function: Callable[..., int], tasks: Sequence[inverted_lists.Task]
+) -> Iterator[list[int]]:
     """Call the function in another process, the last task first and one of them twice."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), faiss.omp_set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), faiss.omp_set_num_threads, (1,)
+    ) as pool:
         for task in (*tasks[::-1], tasks[0]):
             yield [pool.submit(function, *task).result()]
 
@@ -46,7 +50,9 @@ def test_parts_encoded_elsewhere_make_what_faiss_makes_of_all_in_order(
     for name, where in (("here", None), ("elsewhere", elsewhere)):
         inverted_lists.fill(train(factory, [vectors], 0), files, tmp_path / name, where)
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole").read_bytes(), name
-    assert {path.name for path in tmp_path.iterdir()} == {"embed", "whole", "here", "elsewhere"}, "nothing is left of the parts"
+    assert {path.name for path in tmp_path.iterdir()} == {"embed", "whole", "here", "elsewhere"}, (
+        "nothing is left of the parts"
+    )
 
 
 FILL_TWICE = """
@@ -72,14 +78,26 @@ for factory in sys.argv[4:]:
 
 
 @pytest.mark.parametrize("kernels", ["", "Haswell", "Sandybridge"])
-def test_equal_vectors_get_equal_codes_whatever_stands_beside_them_and_however_many_threads(kernels: str, tmp_path: Path) -> None:
-    """In files of 1,500 rows and of a few, by 1 to 3 threads, with the kernels that BLAS chooses and with others."""
+def test_equal_vectors_get_equal_codes_whatever_stands_beside_them_and_however_many_threads(
+    kernels: str, tmp_path: Path
+) -> None:
+    """In files of 1,500 rows and of a few, by 1 to 3 threads, with the kernels that BLAS chooses
+    and with others.
+    """
     write_embed(tmp_path / "whole", 1500, parts=1)
     uneven(tmp_path / "whole", tmp_path / "parts", [1, 30, 600, 5, 864])
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS")
+    }
     if kernels:
         environment["OPENBLAS_CORETYPE"] = kernels
-    command = [sys.executable, "-c", FILL_TWICE, *(str(tmp_path / name) for name in ("whole", "parts", "")), *KINDS[1:]]
+    command = [
+        sys.executable,
+        "-c",
+        FILL_TWICE,
+        *(str(tmp_path / name) for name in ("whole", "parts", "")),
+        *KINDS[1:],
+    ]
     done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -91,4 +109,7 @@ def test_files_are_put_into_pieces_of_work_in_order() -> None:
     assert len(pieces) <= inverted_lists.SHARES and pieces[0][0] == 0 and pieces[-1][1] == 1000
     assert [last for _, last, _ in pieces[:-1]] == [first for first, *_ in pieces[1:]]
     assert [start for *_, start in pieces] == [sum(lengths[:first]) for first, *_ in pieces]
-    assert max(sum(lengths[first:last]) for first, last, _ in pieces) <= sum(lengths) / inverted_lists.SHARES + 100
+    assert (
+        max(sum(lengths[first:last]) for first, last, _ in pieces)
+        <= sum(lengths) / inverted_lists.SHARES + 100
+    )

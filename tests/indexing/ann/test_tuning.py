@@ -4,7 +4,19 @@ import faiss
 import numpy as np
 import pytest
 
-from indexing.ann.tuning import STEPS, Effort, Measured, Sample, Selection, _probed, brute_force, fewest_cells, recalls, search, tune
+from indexing.ann.tuning import (
+    STEPS,
+    Effort,
+    Measured,
+    Sample,
+    Selection,
+    _probed,
+    brute_force,
+    fewest_cells,
+    recalls,
+    search,
+    tune,
+)
 from tests.helpers.embed_folders import KINDS, filled, spread_out, vectors
 
 DIM = 32
@@ -16,7 +28,9 @@ def one_thread() -> None:
 
 
 def test_other_queries_meet_the_target_as_well() -> None:
-    """Tuned to the least effort that a sample allows, every other index would miss it; unclustered vectors make recall vary most."""
+    """Tuned to the least effort that a sample allows, every other index would miss it; unclustered
+    vectors make recall vary most.
+    """
     given, *others = spread_out([6000, *[128] * 8, 2000], 48, -0.5)
     index = filled("IVF96,Flat", [given], 0)
     truth = brute_force([given], others[-1], 10)
@@ -25,11 +39,23 @@ def test_other_queries_meet_the_target_as_well() -> None:
         facts = tune(index, [given], [Sample(sampled, None)], 0.9)
         assert facts["target_met"] and facts["recall@10"] >= 0.9
         effort = Effort(facts["nprobe"], 0, facts["margin"])
-        chosen = recalls([given], sampled[::2], search(index, sampled[::2], 10, effort)[1], brute_force([given], sampled[::2], 10))
+        chosen = recalls(
+            [given],
+            sampled[::2],
+            search(index, sampled[::2], 10, effort)[1],
+            brute_force([given], sampled[::2], 10),
+        )
         assert chosen.mean() - 1.645 * chosen.std() / 8 >= 0.9, "one half has chosen with a margin"
-        judged = recalls([given], sampled[1::2], search(index, sampled[1::2], 10, effort)[1], brute_force([given], sampled[1::2], 10))
+        judged = recalls(
+            [given],
+            sampled[1::2],
+            search(index, sampled[1::2], 10, effort)[1],
+            brute_force([given], sampled[1::2], 10),
+        )
         assert judged.mean() == pytest.approx(facts["recall@10"], abs=1e-6), "the other has judged"
-        reached.append(recalls([given], others[-1], search(index, others[-1], 10, effort)[1], truth).mean())
+        reached.append(
+            recalls([given], others[-1], search(index, others[-1], 10, effort)[1], truth).mean()
+        )
     assert np.mean(np.array(reached) >= 0.9) > 0.8 and np.mean(reached) < 0.95
 
 
@@ -38,7 +64,9 @@ def test_a_query_is_not_paid_for_finding_itself() -> None:
     rows = np.arange(0, 300, 10)
     others = np.setdiff1d(np.arange(300), rows)
     held = given.copy()
-    held[others] = given[np.roll(others, 1)]  # every query is where it should be, its neighbours are not
+    held[others] = given[
+        np.roll(others, 1)
+    ]  # every query is where it should be, its neighbours are not
     index = faiss.index_factory(DIM, "Flat", faiss.METRIC_INNER_PRODUCT)
     index.add(held)
     facts = tune(index, [given], [Sample(given[rows], rows)], 0.9)
@@ -55,8 +83,14 @@ def test_the_fewest_cells_are_found_to_an_eighth(needed: int) -> None:
 
 def test_no_fewer_cells_are_tried_than_named() -> None:
     asked: list[int] = []
-    assert fewest_cells(12, 24, 0.9, lambda cells: asked.append(cells) or 0.95) == (12, 0.95) and asked == [12]
-    assert fewest_cells(12, 24, 0.9, lambda cells: asked.append(cells) or cells / 100) == (24, 0.24) and min(asked) == 12
+    assert fewest_cells(12, 24, 0.9, lambda cells: asked.append(cells) or 0.95) == (
+        12,
+        0.95,
+    ) and asked == [12]
+    assert (
+        fewest_cells(12, 24, 0.9, lambda cells: asked.append(cells) or cells / 100) == (24, 0.24)
+        and min(asked) == 12
+    )
 
 
 def test_cells_are_not_added_where_the_codes_lose_the_rest() -> None:
@@ -67,19 +101,34 @@ def test_cells_are_not_added_where_the_codes_lose_the_rest() -> None:
 
 @pytest.mark.parametrize("factory", KINDS[1:])
 def test_a_margin_gives_each_query_the_cells_that_are_near_it(factory: str) -> None:
-    given, queries = vectors(1500, DIM).astype(np.float32), vectors(60, DIM, seed=7).astype(np.float32)
+    given, queries = (
+        vectors(1500, DIM).astype(np.float32),
+        vectors(60, DIM, seed=7).astype(np.float32),
+    )
     index = filled(factory, [given], 0)
     wide = search(index, queries, 10, Effort(20, 8, 0.3))
     alone = [search(index, query[None], 10, Effort(20, 8, 0.3)) for query in queries]
-    assert np.array_equal(wide[1], np.concatenate([rows for _, rows in alone])), "together and one by one they find the same"
+    assert np.array_equal(wide[1], np.concatenate([rows for _, rows in alone])), (
+        "together and one by one they find the same"
+    )
     assert np.allclose(wide[0], np.concatenate([scores for scores, _ in alone]), atol=1e-6)
-    fixed = {int(each): search(index, queries, 10, Effort(int(each), 8)) for each in STEPS[STEPS <= 20]}
-    matching = [[each for each, (_, rows) in fixed.items() if (rows[at] == wide[1][at]).all()] for at in range(len(queries))]
+    fixed = {
+        int(each): search(index, queries, 10, Effort(int(each), 8)) for each in STEPS[STEPS <= 20]
+    }
+    matching = [
+        [each for each, (_, rows) in fixed.items() if (rows[at] == wide[1][at]).all()]
+        for at in range(len(queries))
+    ]
     assert all(matching), "each is as with a number of cells for all"
-    assert np.array_equal(search(index, queries, 10, Effort(20, 8, 3.0))[1], search(index, queries, 10, Effort(20, 8))[1])
+    assert np.array_equal(
+        search(index, queries, 10, Effort(20, 8, 3.0))[1],
+        search(index, queries, 10, Effort(20, 8))[1],
+    )
     none = search(index, queries, 10, Effort(20, 8, 0.0))[1]
     few = np.mean([(rows == found).all() for rows, found in zip(none, fixed[1][1], strict=True)])
-    assert few > 0.9, "without a margin nearly all look into one cell, and further only for want of ten"
+    assert few > 0.9, (
+        "without a margin nearly all look into one cell, and further only for want of ten"
+    )
 
 
 def test_of_a_selection_as_many_rows_are_looked_at() -> None:
@@ -97,7 +146,9 @@ def test_of_a_selection_as_many_rows_are_looked_at() -> None:
 
 
 def test_a_margin_is_chosen_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the queries lie in tight clusters and need one cell, the others between all and need most: who gives all the same is slow."""
+    """Half of the queries lie in tight clusters and need one cell, the others between all and need
+    most: who gives all the same is slow.
+    """
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(400, DIM))
     tight = centres[rng.integers(0, 400, 40_000)] + 0.05 * rng.normal(size=(40_000, DIM))
@@ -107,6 +158,10 @@ def test_a_margin_is_chosen_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) 
     rows = np.sort(rng.choice(len(given), 512, replace=False))
     index = filled("IVF400,Flat", [given], 0)
     # Cells stand for seconds here, which other processes change.
-    monkeypatch.setattr(Measured, "seconds", lambda self, k, effort: _probed(self.index, given[rows], effort).astype(float).tolist())
+    monkeypatch.setattr(
+        Measured,
+        "seconds",
+        lambda self, k, effort: _probed(self.index, given[rows], effort).astype(float).tolist(),
+    )
     facts = tune(index, [given], [Sample(given[rows], rows)], 0.95)
     assert facts["target_met"] and facts["margin"] is not None

@@ -1,4 +1,6 @@
-"""A view finds the best distinct samples that may be found, across segments, and nothing that was taken down."""
+"""A view finds the best distinct samples that may be found, across segments, and nothing that was
+taken down.
+"""
 
 from pathlib import Path
 
@@ -28,7 +30,9 @@ def view(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    return write_embed(tmp_path_factory.mktemp("again"), COUNT, DIM, copies=COPIES).astype(np.float32)
+    return write_embed(tmp_path_factory.mktemp("again"), COUNT, DIM, copies=COPIES).astype(
+        np.float32
+    )
 
 
 def pictures(hits: list) -> list[int]:
@@ -49,13 +53,20 @@ def test_results_are_the_best_distinct_pictures(view: View, image: np.ndarray) -
 def test_a_hit_carries_its_own_metadata(view: View) -> None:
     for hit in view.search(QUERY, 5):
         number = int(hit.facts["key"][1:])
-        assert (hit.facts["caption"], hit.facts["origin"]) == (f"picture {number}", f"https://example.org/{number}.png")
+        assert (hit.facts["caption"], hit.facts["origin"]) == (
+            f"picture {number}",
+            f"https://example.org/{number}.png",
+        )
         assert type(hit.score) is float and hit.row == number
 
 
 def test_pages_follow_each_other_without_gap_or_repeat(view: View) -> None:
     whole = pictures(view.search(QUERY, 30))  # of copies any may be shown
-    paged = [picture for offset in range(0, 30, 7) for picture in pictures(view.search(QUERY, 7, offset=offset))]
+    paged = [
+        picture
+        for offset in range(0, 30, 7)
+        for picture in pictures(view.search(QUERY, 7, offset=offset))
+    ]
     assert len(set(paged)) == len(paged) and len(set(whole) & set(paged[:30])) >= 28
     if view.segments[0].index.facts["factory"] == "Flat":
         assert paged[:30] == whole
@@ -64,7 +75,9 @@ def test_pages_follow_each_other_without_gap_or_repeat(view: View) -> None:
 
 @pytest.mark.parametrize("factory", ["IVF60,SQ8", "RR32,IVF30,PQ8x4fs,Refine(SQ8)"])
 @pytest.mark.parametrize("near", [None, 0.9])
-def test_deep_pages_of_an_approximate_index_neither_repeat_nor_skip(tmp_path: Path, factory: str, near: float | None) -> None:
+def test_deep_pages_of_an_approximate_index_neither_repeat_nor_skip(
+    tmp_path: Path, factory: str, near: float | None
+) -> None:
     faiss.omp_set_num_threads(1)
     write_embed(tmp_path / "embed", 3000, DIM, copies=2)
     build(IndexConfig(factory=factory, queries=64), tmp_path / "embed", _made(tmp_path / "index"))
@@ -73,12 +86,19 @@ def test_deep_pages_of_an_approximate_index_neither_repeat_nor_skip(tmp_path: Pa
         whole = {hit.facts["sha256"] for hit in view.search(query, 312, near=near)}
         pages = [view.search(query, 24, offset=offset, near=near) for offset in range(0, 312, 24)]
         paged = [hit.facts["sha256"] for page in pages for hit in page]
-        assert len(set(paged)) == len(paged) and len(whole) > 200 and abs(len(paged) - len(whole)) < 5
+        assert (
+            len(set(paged)) == len(paged) and len(whole) > 200 and abs(len(paged) - len(whole)) < 5
+        )
         assert len(whole & set(paged)) > 0.85 * len(whole)
-        assert all([hit.score for hit in page] == sorted((hit.score for hit in page), reverse=True) for page in pages)
+        assert all(
+            [hit.score for hit in page] == sorted((hit.score for hit in page), reverse=True)
+            for page in pages
+        )
 
 
-def test_a_question_among_copies_costs_no_more_than_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_among_copies_costs_no_more_than_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     faiss.omp_set_num_threads(1)
     write_embed(tmp_path / "embed", 3000, DIM, copies=3000)
     build(IndexConfig(factory="Flat", queries=2), tmp_path / "embed", _made(tmp_path / "index"))
@@ -87,18 +107,26 @@ def test_a_question_among_copies_costs_no_more_than_a_bound(tmp_path: Path, monk
     monkeypatch.setattr("indexing.ann.view.FETCHED_APART", 256)
     asked: list[int] = []
     search = Index.search
-    monkeypatch.setattr(Index, "search", lambda self, vector, k, *more: asked.append(k) or search(self, vector, k, *more))
+    monkeypatch.setattr(
+        Index,
+        "search",
+        lambda self, vector, k, *more: asked.append(k) or search(self, vector, k, *more),
+    )
     assert len(view.search(QUERY, 5)) == 1 and asked == [10, 64, 256, 1024]
     asked.clear()
     assert len(view.search(QUERY, 5, near=0.9)) == 1 and asked == [10, 64, 256]
     asked.clear()
-    assert len(view.search(QUERY, 24, offset=24)) == 0 and asked == [24, 96, 384, 1024], "the first look is as deep as a page"
+    assert len(view.search(QUERY, 24, offset=24)) == 0 and asked == [24, 96, 384, 1024], (
+        "the first look is as deep as a page"
+    )
 
 
 def test_facets_are_counted_once_a_version(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh, counted = View(view.segments, Removals(), "clip"), []
     column = Index.column
-    monkeypatch.setattr(Index, "column", lambda self, name: counted.append(name) or column(self, name))
+    monkeypatch.setattr(
+        Index, "column", lambda self, name: counted.append(name) or column(self, name)
+    )
     assert fresh.facets() == fresh.facets() and len(counted) == len(set(counted))
 
 
@@ -108,15 +136,34 @@ def test_a_version_is_named_by_what_it_holds(view: View) -> None:
     removed = one.after(Removals(frozenset({"k000001"})))
     more = removed.after(Removals(frozenset({"k000001", "k000002"})))
     assert one.version == same.version == one.after(Removals(frozenset({"nobody"}))).version
-    assert len({one.version, removed.version, more.version, View([segment], Removals(), "other").version}) == 4
-    assert more.version == one.after(Removals(frozenset({"k000001", "k000002"}))).version, "by whatever way"
+    assert (
+        len(
+            {
+                one.version,
+                removed.version,
+                more.version,
+                View([segment], Removals(), "other").version,
+            }
+        )
+        == 4
+    )
+    assert more.version == one.after(Removals(frozenset({"k000001", "k000002"}))).version, (
+        "by whatever way"
+    )
     assert more.after(Removals()).version == one.version, "an entry may be taken back"
     assert one.after(Removals()) is one
 
 
 def test_numbers_of_texts_of_every_length_are_told_from_their_bytes() -> None:
     rng = np.random.default_rng(0)
-    texts = ["", "k", "déjà vu", "a" * 8 + "b", "\0" * 8, *("".join(map(chr, rng.integers(97, 123, size))) for size in range(1, 70))]
+    texts = [
+        "",
+        "k",
+        "déjà vu",
+        "a" * 8 + "b",
+        "\0" * 8,
+        *("".join(map(chr, rng.integers(97, 123, size))) for size in range(1, 70)),
+    ]
     table = pa.chunked_array([texts[:9], texts[9:]], pa.string())
 
     def slowly(text: str) -> int:
@@ -147,7 +194,10 @@ def test_more_like_a_sample_leaves_that_picture_out(view: View, image: np.ndarra
     own = view.find_key(f"k{7 * COPIES + 5:06d}")  # not the first copy of its picture
     assert own is not None
     right = np.argsort(-(image[::COPIES] @ image[own.row]))[1:5]
-    assert pictures(view.search(view.vector(own), 4, without=frozenset({own.facts["sha256"]}))) == right.tolist()
+    assert (
+        pictures(view.search(view.vector(own), 4, without=frozenset({own.facts["sha256"]})))
+        == right.tolist()
+    )
 
 
 @pytest.mark.parametrize("field", ["keys", "origins", "sha256"])
@@ -164,16 +214,22 @@ def test_what_was_taken_down_is_gone_and_the_next_best_moves_up(view: View, fiel
     assert pictures(after.search(QUERY, 5)) == pictures(before)[1:]
     assert after.count == view.count - COPIES
     assert after.find_key(first["key"]) is None and after.find_number(number_of(first["key"])) == []
-    assert view.search(QUERY, 6) == before, "a query that has begun ends on the version that it began with"
+    assert view.search(QUERY, 6) == before, (
+        "a query that has begun ends on the version that it began with"
+    )
 
 
 def test_a_filter_gives_what_brute_force_over_the_chosen_gives(tmp_path: Path) -> None:
     faiss.omp_set_num_threads(1)
     vectors_of = write_embed(tmp_path / "embed", COUNT, DIM).astype(np.float32)
-    build(IndexConfig(factory="IVF15,Flat", queries=32), tmp_path / "embed", _made(tmp_path / "index"))
+    build(
+        IndexConfig(factory="IVF15,Flat", queries=32), tmp_path / "embed", _made(tmp_path / "index")
+    )
     view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
     styles = np.array(["plain" if row % 40 else "rare" for row in range(COUNT)])
-    view.segments[0].index.column = lambda name: _column(styles) if name == "style" else Index.column(view.segments[0].index, name)  # type: ignore[method-assign]
+    view.segments[0].index.column = lambda name: (
+        _column(styles) if name == "style" else Index.column(view.segments[0].index, name)
+    )  # type: ignore[method-assign]
     right = np.flatnonzero(styles == "rare")[np.argsort(-(vectors_of[styles == "rare"] @ QUERY))]
     rare = make_filter({"style": ["rare"]})
     assert [hit.row for hit in view.search(QUERY, 5, chosen=rare)] == right[:5].tolist()
@@ -202,10 +258,22 @@ def test_two_segments_answer_as_one(tmp_path: Path) -> None:
         write_embed(folder, 400, DIM, parts=1)
         _keep(folder, rows)
     for name in ("embed", "a", "b"):
-        build(IndexConfig(factory="Flat", queries=8), tmp_path / name, _made(tmp_path / f"{name}-index"))
-    segments = {name: Segment(Index.open(tmp_path / f"{name}-index"), tmp_path) for name in ("embed", "a", "b")}
-    one, two = View([segments["embed"]], Removals(), "c"), View([segments["a"], segments["b"]], Removals(), "c")
-    assert [hit.facts["key"] for hit in two.search(QUERY, 50)] == [hit.facts["key"] for hit in one.search(QUERY, 50)]
+        build(
+            IndexConfig(factory="Flat", queries=8),
+            tmp_path / name,
+            _made(tmp_path / f"{name}-index"),
+        )
+    segments = {
+        name: Segment(Index.open(tmp_path / f"{name}-index"), tmp_path)
+        for name in ("embed", "a", "b")
+    }
+    one, two = (
+        View([segments["embed"]], Removals(), "c"),
+        View([segments["a"], segments["b"]], Removals(), "c"),
+    )
+    assert [hit.facts["key"] for hit in two.search(QUERY, 50)] == [
+        hit.facts["key"] for hit in one.search(QUERY, 50)
+    ]
     assert two.count == one.count == len(whole)
     found = two.find_key("k000300")
     assert found is not None and (found.segment, found.row) == (1, 50)

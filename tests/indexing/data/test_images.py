@@ -1,4 +1,6 @@
-"""Pictures are read as the models saw them, and what a damaged shard holds is refused in one line."""
+"""Pictures are read as the models saw them, and what a damaged shard holds is refused in one
+line.
+"""
 
 import tarfile
 from pathlib import Path
@@ -23,7 +25,9 @@ def test_every_picture_of_a_shard_is_found_in_its_place(tmp_path: Path) -> None:
         assert np.array_equal(picture[3:-3], draw(given["number"], given["style"])[3:-3])
 
 
-@pytest.mark.parametrize("shape", [(40, 40, 3), (24, 40, 3), (40, 25, 4), (33, 33, 4), (40, 40), (10, 10, 3)])
+@pytest.mark.parametrize(
+    "shape", [(40, 40, 3), (24, 40, 3), (40, 25, 4), (33, 33, 4), (40, 40), (10, 10, 3)]
+)
 def test_a_picture_is_what_training_saw(shape: tuple[int, ...]) -> None:
     made = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     theirs = decode(cv2.imencode(".png", made)[1].tobytes(), 16, "made")
@@ -49,7 +53,10 @@ def test_a_sheet_shows_every_picture_below_its_title(tmp_path: Path) -> None:
     for row in range(2):
         for column in range(3):
             top, left = 4 + row * 36 + 16, 4 + column * 20
-            assert np.array_equal(made[top : top + 16, left : left + 16], pictures[row, column].repeat(2, 0).repeat(2, 1))
+            assert np.array_equal(
+                made[top : top + 16, left : left + 16],
+                pictures[row, column].repeat(2, 0).repeat(2, 1),
+            )
     assert (made[4:20] != 255).any()  # the title
     write_png(made, tmp_path / "sheet.png")
     assert np.array_equal(cv2.imread(str(tmp_path / "sheet.png"))[..., ::-1], made)

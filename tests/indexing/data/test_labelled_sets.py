@@ -1,4 +1,6 @@
-"""A labelled set reads the same from folders, parquet and WebDataset shards, and what is broken or hostile is named."""
+"""A labelled set reads the same from folders, parquet and WebDataset shards, and what is broken or
+hostile is named.
+"""
 
 import io
 import pickle
@@ -36,7 +38,9 @@ def write_parquet(folder: Path, is_hugging_face: bool) -> Path:
     folder.mkdir()
     rows = [(png(name, place), number) for number, name in enumerate(COLOURS) for place in range(2)]
     images = [{"bytes": data, "path": "x.png"} if is_hugging_face else data for data, _ in rows]
-    pq.write_table(pa.table({"image": images, "label": [label for _, label in rows]}), folder / "pets.parquet")
+    pq.write_table(
+        pa.table({"image": images, "label": [label for _, label in rows]}), folder / "pets.parquet"
+    )
     (folder / "classnames.txt").write_text("cat\ndog\neel\n")
     return folder / "pets.parquet"
 
@@ -56,7 +60,9 @@ def write_shards(folder: Path) -> Path:
 
 
 def content(found: ImageSet) -> set[tuple[str, bytes]]:
-    return {(found.names[label], data) for label, data in zip(found.labels, found.encoded, strict=True)}
+    return {
+        (found.names[label], data) for label, data in zip(found.labels, found.encoded, strict=True)
+    }
 
 
 def test_all_layouts_hold_the_same(tmp_path: Path) -> None:
@@ -71,21 +77,33 @@ def test_all_layouts_hold_the_same(tmp_path: Path) -> None:
     assert all(content(each) == expected and each.names == ["cat", "dog", "eel"] for each in read)
     assert read[3].templates == ("a photo of a {}", "a {}") and read[0].templates == ()
     pixels = read[0].pictures(16)
-    assert pixels.shape == (6, 16, 16, 3) and (pixels[:, 8, 8] == [COLOURS[read[0].names[label]] for label in read[0].labels]).all()
+    assert (
+        pixels.shape == (6, 16, 16, 3)
+        and (pixels[:, 8, 8] == [COLOURS[read[0].names[label]] for label in read[0].labels]).all()
+    )
     assert (pixels[:, 8, 0] == 255).all()  # white beside what is not square
 
 
 def test_a_part_keeps_its_labels(tmp_path: Path) -> None:
     whole = open_set(write_folders(tmp_path / "a"))
     some = whole.only(np.array([4, 1]))
-    assert len(some) == 2 and content(some) < content(whole) and some.labels.tolist() == whole.labels[[4, 1]].tolist()
+    assert (
+        len(some) == 2
+        and content(some) < content(whole)
+        and some.labels.tolist() == whole.labels[[4, 1]].tolist()
+    )
 
 
 @pytest.mark.parametrize(
     ("names", "said"),
-    [("cat\ndog\n", "labels run from 0 to 2 and there are 2 class names"), ("cat\ndog\neel\n", "must hold {} or {c} once")],
+    [
+        ("cat\ndog\n", "labels run from 0 to 2 and there are 2 class names"),
+        ("cat\ndog\neel\n", "must hold {} or {c} once"),
+    ],
 )
-def test_names_and_templates_that_do_not_fit_are_named(tmp_path: Path, names: str, said: str) -> None:
+def test_names_and_templates_that_do_not_fit_are_named(
+    tmp_path: Path, names: str, said: str
+) -> None:
     write_shards(tmp_path / "d")
     (tmp_path / "d" / "classnames.txt").write_text(names)
     (tmp_path / "d" / "zeroshot_classification_templates.txt").write_text("a photo\n")
@@ -96,7 +114,11 @@ def test_names_and_templates_that_do_not_fit_are_named(tmp_path: Path, names: st
 def test_what_is_no_set_is_a_callers_mistake(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "odd.parquet")
-    for path, said in (("none", "is not there"), ("empty", "holds no pictures"), ("odd.parquet", "no column 'image'")):
+    for path, said in (
+        ("none", "is not there"),
+        ("empty", "holds no pictures"),
+        ("odd.parquet", "no column 'image'"),
+    ):
         with pytest.raises(CallerError, match=said):
             open_set(tmp_path / path)
     with pytest.raises(CallerError, match="neither a path nor packaged"):
@@ -122,7 +144,12 @@ def test_a_packaged_set_is_made_once_and_agrees_with_its_package(tmp_path: Path)
 
     path = packaged_sets.set_path("digits", tmp_path)
     found, theirs = open_set(path), load_digits()
-    assert len(found) == 1797 and (found.labels == theirs.target).all() and found.names[3] == "three" and len(found.templates) == 3
+    assert (
+        len(found) == 1797
+        and (found.labels == theirs.target).all()
+        and found.names[3] == "three"
+        and len(found.templates) == 3
+    )
     first = cv2.imdecode(np.frombuffer(found.encoded[0], np.uint8), cv2.IMREAD_GRAYSCALE)
     assert np.allclose(255 - first, theirs.images[0] * 255 / 16, atol=1)
     stamp = path.stat().st_mtime_ns

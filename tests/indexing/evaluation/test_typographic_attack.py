@@ -1,4 +1,6 @@
-"""Words land where they are asked for, and the section tells a CLIP that reads from one that does not."""
+"""Words land where they are asked for, and the section tells a CLIP that reads from one that does
+not.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,16 @@ from indexing.evaluation.typographic_attack import (
     write_word,
 )
 from infra.errors import CallerError
-from tests.helpers.evaluation_run import colour, direction, encode_images, encode_texts, row, subject, usual_rows, write_run
+from tests.helpers.evaluation_run import (
+    colour,
+    direction,
+    encode_images,
+    encode_texts,
+    row,
+    subject,
+    usual_rows,
+    write_run,
+)
 
 CONFIG = TypographicConfig(labels=4, pictures=8, varied=6, shown=2, variations=3)
 NOBODY = Witnesses()
@@ -52,14 +63,20 @@ def test_the_word_is_a_black_one_on_a_white_strip_at_its_place(place: str, share
             written = write_word(grey, "house", font, size, share)
             rows = np.flatnonzero((written != 128).any((1, 2)))
             assert len(rows) == np.ptp(rows) + 1 == pytest.approx(1.25 * size * 96, abs=2)
-            assert {"top": rows[0] == 0, "middle": abs(rows.mean() - 47.5) < 1.5, "bottom": rows[-1] == 95}[place]
+            assert {
+                "top": rows[0] == 0,
+                "middle": abs(rows.mean() - 47.5) < 1.5,
+                "bottom": rows[-1] == 95,
+            }[place]
             ink = (written < 64).all(2)
             assert 20 < ink.sum() < 2000 and not ink[:, :2].any() and not ink[:, -2:].any()
     assert (grey == 128).all()
 
 
 def test_a_font_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CallerError, match=rf"\[evaluate.typographic\] font = '{tmp_path}/no.ttf' cannot be read"):
+    with pytest.raises(
+        CallerError, match=rf"\[evaluate.typographic\] font = '{tmp_path}/no.ttf' cannot be read"
+    ):
         write_word(np.full((32, 32, 3), 128, np.uint8), "house", str(tmp_path / "no.ttf"), 0.2, 0.0)
 
 
@@ -69,28 +86,44 @@ def test_ways_differ_in_one_thing_from_the_first() -> None:
 
 
 def test_a_long_word_is_made_to_fit() -> None:
-    ink = (write_word(np.full((96, 96, 3), 128, np.uint8), "incomprehensibilities", "", 0.27, 0.5) < 64).all(2)
+    ink = (
+        write_word(np.full((96, 96, 3), 128, np.uint8), "incomprehensibilities", "", 0.27, 0.5) < 64
+    ).all(2)
     assert ink.any() and not ink[:, 0].any() and not ink[:, -1].any()
 
 
 def test_scrambling_keeps_the_letters() -> None:
     rng = np.random.default_rng(0)
-    assert sorted(scrambled("house", rng)) == sorted("house") and scrambled("house", rng) != "house" and scrambled("oo", rng) == "oo"
+    assert (
+        sorted(scrambled("house", rng)) == sorted("house")
+        and scrambled("house", rng) != "house"
+        and scrambled("oo", rng) == "oo"
+    )
 
 
 def test_a_clip_that_only_looks_is_not_moved(tmp_path: Path) -> None:
     def looks(pictures: np.ndarray) -> np.ndarray:
-        corner = pictures[:, :, :2].reshape(len(pictures), -1, 3)  # strips are white, and these pictures' colours are not
-        seen = np.array([each[(each < 250).any(1)][len(each[(each < 250).any(1)]) // 2] for each in corner])
+        corner = pictures[:, :, :2].reshape(
+            len(pictures), -1, 3
+        )  # strips are white, and these pictures' colours are not
+        seen = np.array(
+            [each[(each < 250).any(1)][len(each[(each < 250).any(1)]) // 2] for each in corner]
+        )
         return encode_images(np.broadcast_to(seen[:, None, None], (len(seen), 4, 4, 3)))
 
     found = measure(tmp_path, looks, again)
     whole, by_way, after = found["tables"]
     assert value(whole, "nothing", 2) == 1.0
     for kind in ("right word", "wrong word", "scrambled word"):
-        assert value(whole, kind, 2) == 1.0 and value(whole, kind, 3) == 0.0 and value(whole, kind, 4) == 0.0
+        assert (
+            value(whole, kind, 2) == 1.0
+            and value(whole, kind, 3) == 0.0
+            and value(whole, kind, 4) == 0.0
+        )
     assert value(after, "variations, wrong word", 2) == 1.0
-    assert [each[1] for each in whole["rows"]] == [8, 8 * 6, 8 * 6, 8 * 6] and len(by_way["rows"]) == 6
+    assert [each[1] for each in whole["rows"]] == [8, 8 * 6, 8 * 6, 8 * 6] and len(
+        by_way["rows"]
+    ) == 6
     assert (tmp_path / "out" / found["pictures"][0]["picture"]).is_file()
 
 
@@ -119,18 +152,34 @@ def test_a_clip_that_reads_follows_the_word(tmp_path: Path) -> None:
         patch.setattr(module, "write_word", noted)
         found = measure(tmp_path, reads, again)
     whole, by_way, after = found["tables"]
-    assert value(whole, "right word", 2) == 1.0 and value(whole, "wrong word", 3) == 1.0 and value(whole, "wrong word", 2) == 0.0
+    assert (
+        value(whole, "right word", 2) == 1.0
+        and value(whole, "wrong word", 3) == 1.0
+        and value(whole, "wrong word", 2) == 0.0
+    )
     assert value(whole, "scrambled word", 3) < 1.0
-    assert value(after, "variations, wrong word", 3) == 1.0 and value(after, "variations, right word", 2) == 1.0
-    assert value(after, "the picture, untouched", 2) == 1.0 == value(after, "variations, untouched", 2)
-    assert all(each[4:] == [None, None, None] for each in after["rows"]) and "no look-alike" in " ".join(found["text"])
+    assert (
+        value(after, "variations, wrong word", 3) == 1.0
+        and value(after, "variations, right word", 2) == 1.0
+    )
+    assert (
+        value(after, "the picture, untouched", 2) == 1.0 == value(after, "variations, untouched", 2)
+    )
+    assert all(
+        each[4:] == [None, None, None] for each in after["rows"]
+    ) and "no look-alike" in " ".join(found["text"])
     assert all(each[3]["value"] == 1.0 for each in by_way["rows"])
 
 
 def test_labels_are_short_names_that_clip_finds(tmp_path: Path) -> None:
     eye = np.eye(4, dtype=np.float32)
-    rows = [row(number, "plain", "held_out_style", caption=name) for number, name in enumerate(("owl", "elephant", "cat", "elephant"))]
-    pairs = Pairs(rows, eye[[0, 1, 0, 3]], eye[[0, 1, 2, 1]])  # the cat's picture looks like an owl, the second elephant like nothing
+    rows = [
+        row(number, "plain", "held_out_style", caption=name)
+        for number, name in enumerate(("owl", "elephant", "cat", "elephant"))
+    ]
+    pairs = Pairs(
+        rows, eye[[0, 1, 0, 3]], eye[[0, 1, 2, 1]]
+    )  # the cat's picture looks like an owl, the second elephant like nothing
     assert frequent_names(pairs, 2) == (["owl", "elephant"], 2, 3)
     assert frequent_names(pairs, 9)[0] == ["owl", "elephant", "cat"]
 
@@ -151,7 +200,9 @@ def mean_colour(pictures: np.ndarray) -> np.ndarray:
 
 
 def test_variations_are_judged_by_others_than_the_clip_that_was_attacked(tmp_path: Path) -> None:
-    """A CLIP that sees one thing everywhere says nothing; the look-alike and the reader tell objects from words."""
+    """A CLIP that sees one thing everywhere says nothing; the look-alike and the reader tell
+    objects from words.
+    """
     blind = lambda pictures: np.tile(direction(12), (len(pictures), 1))  # noqa: E731
 
     def objects(pictures: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -159,20 +210,28 @@ def test_variations_are_judged_by_others_than_the_clip_that_was_attacked(tmp_pat
         flat = np.median(pictures[:, 60:80].reshape(len(pictures), -1, 3), axis=1).astype(np.uint8)
         return np.broadcast_to(flat[:, None, None, None], (len(pictures), count, 16, 16, 3)).copy()
 
-    found = measure(tmp_path, blind, objects, Witnesses("mean colour", mean_colour, lambda picture: ""))
+    found = measure(
+        tmp_path, blind, objects, Witnesses("mean colour", mean_colour, lambda picture: "")
+    )
     after = {each[0]: each for each in found["tables"][2]["rows"]}
     assert list(after) == [
-        f"{what}, {kind}" for kind in ("untouched", "right word", "wrong word") for what in ("the picture", "variations")
+        f"{what}, {kind}"
+        for kind in ("untouched", "right word", "wrong word")
+        for what in ("the picture", "variations")
     ]
     assert [each[1] for each in after.values()] == [6, 18] * 3
     for each in after.values():
-        assert each[4]["value"] == 1.0 and each[5]["value"] == 0.0 and each[6]["value"] == 0.0  # the object it is; nothing is read
+        assert (
+            each[4]["value"] == 1.0 and each[5]["value"] == 0.0 and each[6]["value"] == 0.0
+        )  # the object it is; nothing is read
         assert each[2]["value"] < 1.0
     assert "mean colour" in " ".join(found["text"])
 
     embedded = open_embedded(tmp_path / "embed")
     names = [f"colour {number}" for number in range(12, 16)]
-    looks, count = look_alikes(Witnesses("", mean_colour), embedded, names, set(), tmp_path / "shards", 20, 0)
+    looks, count = look_alikes(
+        Witnesses("", mean_colour), embedded, names, set(), tmp_path / "shards", 20, 0
+    )
     pictures = [np.full((20, 20, 3), colour(number), np.uint8) for number in (13, 15, 12)]
     assert looks is not None and looks(pictures).tolist() == [1, 3, 0]
     assert count == sum(each["number"] >= 12 for each in usual_rows())
@@ -187,26 +246,52 @@ def test_variations_are_judged_by_others_than_the_clip_that_was_attacked(tmp_pat
 
 
 def test_an_attacked_picture_is_not_its_own_look_alike(tmp_path: Path) -> None:
-    rows = [row(12, "plain", "held_out_concept"), row(13, "plain", "held_out_concept"), row(12, "framed", "train", caption="colour 13")]
+    rows = [
+        row(12, "plain", "held_out_concept"),
+        row(13, "plain", "held_out_concept"),
+        row(12, "framed", "train", caption="colour 13"),
+    ]
     write_run(tmp_path, [*rows, row(14, "plain", "train", caption="colour 12")])
     embedded = open_embedded(tmp_path / "embed")
     attacked = {rows[0]["key"], rows[1]["key"]}
-    looks, count = look_alikes(Witnesses("", mean_colour), embedded, ["colour 12", "colour 13"], attacked, tmp_path / "shards", 20, 0)
+    looks, count = look_alikes(
+        Witnesses("", mean_colour),
+        embedded,
+        ["colour 12", "colour 13"],
+        attacked,
+        tmp_path / "shards",
+        20,
+        0,
+    )
     assert looks is not None and count == 2
-    assert looks([np.full((20, 20, 3), colour(12), np.uint8)]).tolist() == [1]  # the one that is left looks so, and has another name
-    assert look_alikes(Witnesses("", mean_colour), embedded, ["colour 12", "none"], attacked, tmp_path / "shards", 20, 0) == (None, 1)
+    assert looks([np.full((20, 20, 3), colour(12), np.uint8)]).tolist() == [
+        1
+    ]  # the one that is left looks so, and has another name
+    assert look_alikes(
+        Witnesses("", mean_colour),
+        embedded,
+        ["colour 12", "none"],
+        attacked,
+        tmp_path / "shards",
+        20,
+        0,
+    ) == (None, 1)
 
 
 def test_every_variation_shows_its_probabilities() -> None:
     found = probabilities(np.array([[0.9, 0.1], [0.2, 0.2]], np.float32), 10.0)
-    assert found == pytest.approx(np.array([[1 / (1 + np.exp(-8)), 1 / (1 + np.exp(8))], [0.5, 0.5]]))
+    assert found == pytest.approx(
+        np.array([[1 / (1 + np.exp(-8)), 1 / (1 + np.exp(8))], [0.5, 0.5]])
+    )
     grey = np.full((2, 96, 96, 3), 128, np.uint8)
     varied, ones = np.full((2, 3, 16, 16, 3), 128, np.uint8), np.ones((2, 3, 2), np.float32)
     page = figure_6(grey, found, ["house", "cat"], varied, ones * [0.75, 0.25])
     other = figure_6(grey, found, ["house", "cat"], varied, ones * [0.25, 0.75])
     differs = (page != other).any(2)
     left = 8 + 136 + 16  # gap, a column, the space between attacked pictures and their variations
-    assert not differs[:, :left].any() and all(differs[:, left + 136 * place : left + 136 * (place + 1)].any() for place in range(3))
+    assert not differs[:, :left].any() and all(
+        differs[:, left + 136 * place : left + 136 * (place + 1)].any() for place in range(3)
+    )
 
 
 def test_no_held_out_names_are_said(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Intervals are those of independent formulas, and samples that hang together count as the groups that they are."""
+"""Intervals are those of independent formulas, and samples that hang together count as the groups
+that they are.
+"""
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ def test_the_bootstrap_of_independent_samples_has_the_normal_width() -> None:
     figure = mean_figure(values, range(2000), 4000, seed=1)
     half = 1.96 * values.std() / np.sqrt(2000)
     assert figure["value"] == pytest.approx(values.mean())
-    assert (figure["low"], figure["high"]) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+    assert (figure["low"], figure["high"]) == pytest.approx(
+        (values.mean() - half, values.mean() + half), abs=0.1 * half
+    )
     assert (figure["n"], figure["groups"]) == (2000, 2000)
 
 
@@ -26,7 +30,9 @@ def test_copies_of_a_sample_make_nothing_surer() -> None:
     values = np.random.default_rng(0).random(100) < 0.4
     once = mean_figure(values, range(100), 2000, seed=1)
     often = mean_figure(np.repeat(values, 20), np.repeat(np.arange(100), 20), 2000, seed=1)
-    assert (often["low"], often["high"], often["groups"]) == pytest.approx((once["low"], once["high"], once["groups"]))
+    assert (often["low"], often["high"], often["groups"]) == pytest.approx(
+        (once["low"], once["high"], once["groups"])
+    )
     assert often["n"] == 2000
     assert mean_figure(np.repeat(values, 20), range(2000), 2000, seed=1)["low"] > once["low"]
 
@@ -44,7 +50,9 @@ def test_the_interval_holds_the_truth_nineteen_times_in_twenty() -> None:
 
 def test_groups_of_unequal_size_do_not_widen_the_interval() -> None:
     sizes = np.random.default_rng(0).integers(1, 30, 50)
-    hits = np.concatenate([[0, 1] * size for size in sizes])  # half of every group, whatever its size
+    hits = np.concatenate(
+        [[0, 1] * size for size in sizes]
+    )  # half of every group, whatever its size
     figure = mean_figure(hits, np.repeat(np.arange(50), 2 * sizes), 500, seed=0)
     assert (figure["low"], figure["high"]) == pytest.approx((0.5, 0.5))
 
@@ -57,7 +65,14 @@ def test_unanimous_groups_still_have_a_width(value: float) -> None:
 
 
 def test_what_cannot_be_known_is_none() -> None:
-    assert mean_figure([], [], 500, 0, chance=0.1) == {"value": None, "low": None, "high": None, "n": 0, "groups": 0, "chance": 0.1}
+    assert mean_figure([], [], 500, 0, chance=0.1) == {
+        "value": None,
+        "low": None,
+        "high": None,
+        "n": 0,
+        "groups": 0,
+        "chance": 0.1,
+    }
     alone = mean_figure([0, 1, 1], ["a", "a", "a"], 500, 0)
     assert (alone["value"], alone["low"], alone["high"]) == (pytest.approx(2 / 3), None, None)
     assert class_mean_figure([], [], [], 500, 0)["value"] is None
@@ -76,6 +91,7 @@ def test_the_class_mean_weighs_classes_alike() -> None:
 
 
 def test_the_class_mean_of_a_resample_leaves_out_missing_classes() -> None:
-    # Two groups, a class each: a resample holds both (0.5), only the right one (1) or only the wrong one (0).
+    # Two groups, a class each: a resample holds both (0.5), only the right one (1) or only the
+    # wrong one (0).
     figure = class_mean_figure([1, 0], ["a", "b"], ["g", "h"], 2000, seed=0)
     assert (figure["value"], figure["low"], figure["high"]) == (0.5, 0.0, 1.0)

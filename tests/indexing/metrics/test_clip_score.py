@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from indexing.metrics.clip_score import clip_scores, nearest_by_embedding, nearest_by_pixels, pair_clip_score
+from indexing.metrics.clip_score import (
+    clip_scores,
+    nearest_by_embedding,
+    nearest_by_pixels,
+    pair_clip_score,
+)
 from tests.helpers.embed_folders import vectors
 
 
@@ -12,7 +17,9 @@ def test_clip_scores_by_hand() -> None:
     images = np.array([[[1, 0], [0.6, 0.8]], [[-0.6, 0.8], [0, 1]]], np.float32)  # (P, K, D)
     found = clip_scores(images, texts, 500, 0)
     assert found["clip_score"]["value"] == pytest.approx(100 * (1 + 0.6 + 0.8 + 1) / 4)
-    assert found["mismatched"]["value"] == pytest.approx(100 * (0 + 0.8 + 0 + 0) / 4)  # a negative cosine counts as 0
+    assert found["mismatched"]["value"] == pytest.approx(
+        100 * (0 + 0.8 + 0 + 0) / 4
+    )  # a negative cosine counts as 0
     assert found["own_prompt_first"]["value"] == 0.75
     assert found["own_prompt_first"]["chance"] == 0.5
     assert {each["n"] for each in found.values()} == {4}
@@ -29,11 +36,16 @@ def test_one_prompt_has_nothing_to_be_held_against() -> None:
 def test_real_pairs_score_their_cosine() -> None:
     images, texts = vectors(50, 8).astype(np.float32), vectors(50, 8, seed=1).astype(np.float32)
     found = pair_clip_score(images, texts, range(50), 500, 0)
-    assert found["value"] == pytest.approx(100 * np.mean([max(0, a @ b) for a, b in zip(images, texts, strict=True)]), rel=1e-5)
+    assert found["value"] == pytest.approx(
+        100 * np.mean([max(0, a @ b) for a, b in zip(images, texts, strict=True)]), rel=1e-5
+    )
 
 
 def test_nearest_by_embedding_agrees_with_brute_force() -> None:
-    queries, gallery = vectors(20, 16).astype(np.float32), vectors(500, 16, seed=1).astype(np.float32)
+    queries, gallery = (
+        vectors(20, 16).astype(np.float32),
+        vectors(500, 16, seed=1).astype(np.float32),
+    )
     pieces = [gallery[:7], gallery[7:7], gallery[7:400], gallery[400:]]
     cosines, rows = nearest_by_embedding(queries, pieces)
     assert rows.tolist() == (queries @ gallery.T).argmax(1).tolist()

@@ -1,4 +1,6 @@
-"""The probe is scikit-learn's logistic regression, its sweep and its draws keep to their own half."""
+"""The probe is scikit-learn's logistic regression, its sweep and its draws keep to their own
+half.
+"""
 
 import numpy as np
 import pytest
@@ -7,10 +9,14 @@ from sklearn.linear_model import LogisticRegression
 from indexing.metrics import linear_probe
 
 
-def blobs(n: int = 120, d: int = 6, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def blobs(
+    n: int = 120, d: int = 6, classes: int = 3, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n)
-    return (np.random.default_rng(9).normal(size=(classes, d))[labels] * 1.5 + rng.normal(size=(n, d))).astype(np.float32), labels
+    return (
+        np.random.default_rng(9).normal(size=(classes, d))[labels] * 1.5 + rng.normal(size=(n, d))
+    ).astype(np.float32), labels
 
 
 @pytest.mark.parametrize("penalty", [1e-3, 1e-1])
@@ -27,7 +33,10 @@ def test_it_learns_and_a_penalty_shrinks_it() -> None:
     x, y = blobs(400)
     train, judged = linear_probe.halves(y, 0)
     assert linear_probe.right(x, y, train, judged, 3, 1e-3).mean() > 0.8
-    assert np.abs(linear_probe.fit(x, y, 3, 1.0)[:-1]).sum() < np.abs(linear_probe.fit(x, y, 3, 1e-4)[:-1]).sum() / 3
+    assert (
+        np.abs(linear_probe.fit(x, y, 3, 1.0)[:-1]).sum()
+        < np.abs(linear_probe.fit(x, y, 3, 1e-4)[:-1]).sum() / 3
+    )
 
 
 def test_the_sweep_takes_a_strong_penalty_where_features_are_noise() -> None:
@@ -41,9 +50,15 @@ def test_the_sweep_takes_a_strong_penalty_where_features_are_noise() -> None:
 def test_halves_and_draws() -> None:
     y = np.array([0] * 10 + [1] * 5 + [2])
     train, judged = linear_probe.halves(y, 0)
-    assert sorted([*train, *judged]) == list(range(16)) and np.bincount(y[train]).tolist() == [5, 2] and 15 in judged
+    assert (
+        sorted([*train, *judged]) == list(range(16))
+        and np.bincount(y[train]).tolist() == [5, 2]
+        and 15 in judged
+    )
     drawn = linear_probe.few(y, 3, 0)
-    assert np.bincount(y[drawn]).tolist() == [3, 3, 1] and not np.array_equal(drawn, linear_probe.few(y, 3, 1))
+    assert np.bincount(y[drawn]).tolist() == [3, 3, 1] and not np.array_equal(
+        drawn, linear_probe.few(y, 3, 1)
+    )
 
 
 def test_the_rotation_changes_no_probe() -> None:
@@ -55,11 +70,24 @@ def test_the_rotation_changes_no_probe() -> None:
     plain, plain_other = (x[:30] - mean) / scale, (x[30:] - mean) / scale
     logits = [
         a @ w[:-1] + w[-1]
-        for a, w in ((other, linear_probe.fit(own, y[:30], 3, 0.1)), (plain_other, linear_probe.fit(plain, y[:30], 3, 0.1)))
+        for a, w in (
+            (other, linear_probe.fit(own, y[:30], 3, 0.1)),
+            (plain_other, linear_probe.fit(plain, y[:30], 3, 0.1)),
+        )
     ]
-    assert np.allclose(logits[0] - logits[0].mean(1, keepdims=True), logits[1] - logits[1].mean(1, keepdims=True), atol=5e-3)
+    assert np.allclose(
+        logits[0] - logits[0].mean(1, keepdims=True),
+        logits[1] - logits[1].mean(1, keepdims=True),
+        atol=5e-3,
+    )
 
 
 def test_standardising_uses_the_training_rows_alone() -> None:
-    train, other = linear_probe.standardised(np.array([[1.0, 3], [3, 7], [2, 5]], np.float32), np.array([[2.0, 5]], np.float32))
-    assert np.allclose(train.mean(0), 0) and np.allclose((train**2).mean(), 1) and np.allclose(other, 0)
+    train, other = linear_probe.standardised(
+        np.array([[1.0, 3], [3, 7], [2, 5]], np.float32), np.array([[2.0, 5]], np.float32)
+    )
+    assert (
+        np.allclose(train.mean(0), 0)
+        and np.allclose((train**2).mean(), 1)
+        and np.allclose(other, 0)
+    )

@@ -1,4 +1,6 @@
-"""A section of any content reaches page and JSON whole, escaped, and charts put figures where they belong."""
+"""A section of any content reaches page and JSON whole, escaped, and charts put figures where they
+belong.
+"""
 
 import json
 import xml.etree.ElementTree as ElementTree
@@ -30,9 +32,18 @@ def everything(out: Path) -> dict[str, Any]:
     return section(
         f"More {HOSTILE}",
         [f"Words {HOSTILE}"],
-        [table(f"A table {HOSTILE}", ["Row", HOSTILE, "Score"], [[HOSTILE, HALF, SCORE], ["empty", None, 12345]])],
+        [
+            table(
+                f"A table {HOSTILE}",
+                ["Row", HOSTILE, "Score"],
+                [[HOSTILE, HALF, SCORE], ["empty", None, 12345]],
+            )
+        ],
         [picture("pictures/more.png", f"A grey square {HOSTILE}", HOSTILE, is_pixelated=True)],
-        [lines(HOSTILE, "calls", "share", {HOSTILE: [(1, HALF), (8, HALF)]}, is_log_x=True), bars(HOSTILE, "points", [(HOSTILE, HALF)])],
+        [
+            lines(HOSTILE, "calls", "share", {HOSTILE: [(1, HALF), (8, HALF)]}, is_log_x=True),
+            bars(HOSTILE, "points", [(HOSTILE, HALF)]),
+        ],
     )
 
 
@@ -41,15 +52,31 @@ def test_a_section_is_on_the_page_escaped_and_keeps_to_the_schema(tmp_path: Path
     out = tmp_path / "out"
     out.mkdir()
     config = EvaluateConfig(prompts=("colour 3",), count=1, resamples=200)
-    returned = evaluate(config, {"config": {}}, [manifest("ingest")], {}, subject(tmp_path), generate, [lambda: everything(out)])
+    returned = evaluate(
+        config,
+        {"config": {}},
+        [manifest("ingest")],
+        {},
+        subject(tmp_path),
+        generate,
+        [lambda: everything(out)],
+    )
     jsonschema.Draft202012Validator(SCHEMA).validate(json.loads((out / "report.json").read_text()))
     assert returned["sections"][0]["tables"][0]["rows"][0][1]["value"] == 0.5
     page = Page((out / "report.html").read_text())
     assert_stands_alone(page)
     words = " ".join(HOSTILE.split())
-    assert f"More {words}" in page.text and f"Words {words}" in page.text and f"A table {words}" in page.text
+    assert (
+        f"More {words}" in page.text
+        and f"Words {words}" in page.text
+        and f"A table {words}" in page.text
+    )
     assert "50.0 %" in page.text and "124.5" in page.text and "12,345" in page.text
-    shown = [attributes for tag, attributes in page.tags if tag == "img" and attributes["alt"].startswith("A grey square")]
+    shown = [
+        attributes
+        for tag, attributes in page.tags
+        if tag == "img" and attributes["alt"].startswith("A grey square")
+    ]
     assert len(shown) == 1 and shown[0]["class"] == "pixelated"
 
 
@@ -59,27 +86,52 @@ def test_a_row_of_the_wrong_length_is_refused() -> None:
 
 
 def test_lines_rise_with_their_values_and_log_x_is_even() -> None:
-    rising = [(x, {"value": y, "low": y - 0.05, "high": y + 0.05}) for x, y in ((1, 0.1), (4, 0.4), (16, 0.7))]
+    rising = [
+        (x, {"value": y, "low": y - 0.05, "high": y + 0.05})
+        for x, y in ((1, 0.1), (4, 0.4), (16, 0.7))
+    ]
     root = ElementTree.fromstring(draw_lines(lines("t", "x", "y", {"a": rising}, is_log_x=True)))
-    places = np.array([[float(each) for each in pair.split(",")] for pair in next(root.iter("polyline")).get("points", "").split()])
-    assert np.allclose(np.diff(places, 2, axis=0), 0, atol=0.2) and (np.diff(places, axis=0) * [1, -1] > 0).all()
+    places = np.array(
+        [
+            [float(each) for each in pair.split(",")]
+            for pair in next(root.iter("polyline")).get("points", "").split()
+        ]
+    )
+    assert (
+        np.allclose(np.diff(places, 2, axis=0), 0, atol=0.2)
+        and (np.diff(places, axis=0) * [1, -1] > 0).all()
+    )
     whiskers = [each for each in root.iter("line") if each.get("class") == "whisker"]
-    assert len(whiskers) == 3 and all(float(each.get("y1", 0)) > float(each.get("y2", 0)) for each in whiskers)
+    assert len(whiskers) == 3 and all(
+        float(each.get("y1", 0)) > float(each.get("y2", 0)) for each in whiskers
+    )
 
 
 def test_names_of_lines_that_end_together_do_not_cover_each_other() -> None:
     same = [(1, HALF), (2, HALF)]
     root = ElementTree.fromstring(draw_lines(lines("t", "x", "y", dict.fromkeys("abc", same))))
-    heights = sorted(float(each.get("y", 0)) for each in root.iter("text") if each.text in set("abc"))
+    heights = sorted(
+        float(each.get("y", 0)) for each in root.iter("text") if each.text in set("abc")
+    )
     assert np.diff(heights).min() >= 12.9
 
 
 def test_bars_stand_on_their_side_of_zero() -> None:
-    rows = [("up", {"value": 0.2, "low": 0.1, "high": 0.3}), ("down", {"value": -0.4, "low": None, "high": None})]
+    rows = [
+        ("up", {"value": 0.2, "low": 0.1, "high": 0.3}),
+        ("down", {"value": -0.4, "low": None, "high": None}),
+    ]
     root = ElementTree.fromstring(draw_bars(bars("t", "points", rows)))
-    zero = float(next(each for each in root.iter("line") if each.get("class") == "axis").get("x1", 0))
-    found = {each.get("class"): (float(each.get("x", 0)), float(each.get("width", 0))) for each in root.iter("rect")}
-    assert found["gain"][0] == pytest.approx(zero, abs=0.1) and sum(found["loss"]) == pytest.approx(zero, abs=0.2)
+    zero = float(
+        next(each for each in root.iter("line") if each.get("class") == "axis").get("x1", 0)
+    )
+    found = {
+        each.get("class"): (float(each.get("x", 0)), float(each.get("width", 0)))
+        for each in root.iter("rect")
+    }
+    assert found["gain"][0] == pytest.approx(zero, abs=0.1) and sum(found["loss"]) == pytest.approx(
+        zero, abs=0.2
+    )
     assert found["loss"][1] == pytest.approx(2 * found["gain"][1], rel=0.02)
     assert "-40.0" in [each.text for each in root.iter("text")]
 

@@ -1,4 +1,6 @@
-"""Scenes say what they show: captions read back, drawings and checker agree on every row, and anything else is refused."""
+"""Scenes say what they show: captions read back, drawings and checker agree on every row, and
+anything else is refused.
+"""
 
 from dataclasses import replace
 
@@ -7,7 +9,17 @@ import numpy as np
 import pytest
 
 from indexing.scenes.checker import claims, objects, share_held, shows
-from indexing.scenes.scenes import COLOURS, RELATIONS, SHAPES, Scene, Thing, draw, every_scene, parse, phrasings
+from indexing.scenes.scenes import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    draw,
+    every_scene,
+    parse,
+    phrasings,
+)
 
 SCENES = list(every_scene())
 SHAPED = [scene for scene in SCENES if not scene.word]
@@ -23,12 +35,31 @@ def drawn(scene: Scene, seed: int = 0, noise: float = 0) -> np.ndarray:
 def test_every_caption_reads_back_as_its_scene_and_says_it_once() -> None:
     assert all(parse(scene.caption) == scene for scene in SCENES)
     assert len({scene.concept for scene in SCENES}) == len(SCENES) > 500
-    assert {scene.row for scene in SCENES} == {"colours", "sizes", "counting", "attribution", "position", "writing"}
-    assert parse("a circle").row == "single object" and parse("A circle  and a square").row == "two objects"  # type: ignore[union-attr]
+    assert {scene.row for scene in SCENES} == {
+        "colours",
+        "sizes",
+        "counting",
+        "attribution",
+        "position",
+        "writing",
+    }
+    assert (
+        parse("a circle").row == "single object"
+        and parse("A circle  and a square").row == "two objects"
+    )  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
-    "text", ["a red cube", "a circles", "two circle", "a red circle on a square", "", "a sign that says 7", "red circle"]
+    "text",
+    [
+        "a red cube",
+        "a circles",
+        "two circle",
+        "a red circle on a square",
+        "",
+        "a sign that says 7",
+        "red circle",
+    ],
 )
 def test_what_is_no_scene_is_none(text: str) -> None:
     assert parse(text) is None
@@ -75,7 +106,9 @@ def test_a_relation_the_other_way_round_is_refused(relation: str) -> None:
 def test_relations_are_told_from_each_other() -> None:
     for relation in RELATIONS:
         picture = drawn(replace(RED_ON_BLUE, relation=relation))
-        assert [other for other in RELATIONS if shows(picture, replace(RED_ON_BLUE, relation=other))] == [relation]
+        assert [
+            other for other in RELATIONS if shows(picture, replace(RED_ON_BLUE, relation=other))
+        ] == [relation]
 
 
 def test_colours_bound_to_the_wrong_shapes_are_refused() -> None:
@@ -102,12 +135,17 @@ def test_noise_white_and_a_blob_show_nothing() -> None:
     noise = rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
     star = np.full((64, 64, 3), 255, np.uint8)
     arms = np.array(
-        [[32 + r * np.cos(turn), 32 + r * np.sin(turn)] for turn, r in zip(np.arange(10) * np.pi / 5, [28, 9] * 5, strict=True)]
+        [
+            [32 + r * np.cos(turn), 32 + r * np.sin(turn)]
+            for turn, r in zip(np.arange(10) * np.pi / 5, [28, 9] * 5, strict=True)
+        ]
     )
     cv2.fillPoly(star, [arms.astype(np.int32)], COLOURS["red"])
     for picture in (noise, np.full((32, 32, 3), 255, np.uint8), star):
         assert not any(shows(picture, Scene((Thing(shape),))) for shape in SHAPES)
-    assert [each.shape for each in objects(star)] == [""] and objects(np.full((32, 32, 3), 255, np.uint8)) == []
+    assert [each.shape for each in objects(star)] == [""] and objects(
+        np.full((32, 32, 3), 255, np.uint8)
+    ) == []
 
 
 def test_boxes_are_where_the_shapes_are() -> None:
@@ -115,7 +153,11 @@ def test_boxes_are_where_the_shapes_are() -> None:
     picture[8:24, 4:20] = COLOURS["blue"]
     (found,) = objects(picture)
     assert (found.shape, found.colour) == ("square", "blue")
-    assert np.allclose([found.left * 32, found.top * 32, found.right * 32, found.bottom * 32], [4, 8, 20, 24], atol=0.6)
+    assert np.allclose(
+        [found.left * 32, found.top * 32, found.right * 32, found.bottom * 32],
+        [4, 8, 20, 24],
+        atol=0.6,
+    )
 
 
 def test_writing_is_not_for_the_checker() -> None:

@@ -1,4 +1,6 @@
-"""clip-retrieval's own client and its own front end work against the service unchanged (`make peers`; the front end in a real browser)."""
+"""clip-retrieval's own client and its own front end work against the service unchanged (`make
+peers`; the front end in a real browser).
+"""
 
 import json
 import threading
@@ -47,16 +49,21 @@ def test_the_real_client_is_answered(tmp_path: Path) -> None:
                 for modality in ("image", "text"):
                     found = ask({"modality": modality, "deduplicate": False}, **query)
                     assert len(found) == 4 and found[0]["caption"] == right, (query, modality)
-                    assert {"id", "similarity", "url", "caption"} <= found[0].keys() and found[0]["similarity"] == pytest.approx(
-                        1, abs=0.01
-                    )
+                    assert {"id", "similarity", "url", "caption"} <= found[0].keys() and found[0][
+                        "similarity"
+                    ] == pytest.approx(1, abs=0.01)
                     assert [each["caption"] for each in found].count(right) == 3
             apart = ask(text="colour 5")
-            assert [each["caption"] for each in apart].count("colour 5") == 1, "deduplicated, as the client asks unless told otherwise"
+            assert [each["caption"] for each in apart].count("colour 5") == 1, (
+                "deduplicated, as the client asks unless told otherwise"
+            )
             refused = ask(embedding_input=[1.0, 2.0])
             assert "2 numbers but the index has 16 dimensions" in refused["detail"]
             assert "fetches no pictures" in ask(image="http://example.org/a.png")["detail"]
-            assert "no index of that name" in ask({"indice_name": "laion5B"}, text="colour 5")["detail"]
+            assert (
+                "no index of that name"
+                in ask({"indice_name": "laion5B"}, text="colour 5")["detail"]
+            )
         finally:
             ask.process.stop()
 
@@ -70,7 +77,9 @@ class Front(SimpleHTTPRequestHandler):
         if self.path != "/config.json":
             super().do_GET()
             return
-        body = json.dumps({"defaultBackend": self.backend, "defaultIndex": "drawn", "urlColumn": "url"}).encode()
+        body = json.dumps(
+            {"defaultBackend": self.backend, "defaultIndex": "drawn", "urlColumn": "url"}
+        ).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -82,7 +91,9 @@ class Front(SimpleHTTPRequestHandler):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("is_allowed", [True, False])
-def test_the_real_front_end_shows_what_is_found_where_its_origin_is_allowed(tmp_path: Path, is_allowed: bool) -> None:
+def test_the_real_front_end_shows_what_is_found_where_its_origin_is_allowed(
+    tmp_path: Path, is_allowed: bool
+) -> None:
     (built,) = PYTHON.parent.parent.glob("lib/python*/site-packages/front/build")
     front = ThreadingHTTPServer(("127.0.0.1", 0), partial(Front, directory=str(built)))
     origin = f"http://127.0.0.1:{front.server_address[1]}"
@@ -90,7 +101,9 @@ def test_the_real_front_end_shows_what_is_found_where_its_origin_is_allowed(tmp_
     thread.start()
     try:
         with (
-            serving(Fake(tmp_path / "run").service(), allow_origins=(origin,) if is_allowed else ()) as address,
+            serving(
+                Fake(tmp_path / "run").service(), allow_origins=(origin,) if is_allowed else ()
+            ) as address,
             Browser(tmp_path / "browser") as browser,
         ):
             Front.backend = address

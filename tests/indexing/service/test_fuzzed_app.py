@@ -1,4 +1,6 @@
-"""A fuzzer that reads the service's own OpenAPI document finds no question that it answers with a server error."""
+"""A fuzzer that reads the service's own OpenAPI document finds no question that it answers with a
+server error.
+"""
 
 import io
 from collections.abc import Iterator
@@ -41,25 +43,40 @@ def fuzz(operation: APIOperation, mode: GenerationMode, headers: dict[str, str])
     """Ask a route EXAMPLES times, as its document says or otherwise; return the statuses."""
     answers: set[int] = set()
 
-    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(case=operation.as_strategy(generation_mode=mode))
     def ask(case: Case) -> None:
         answer = case.call(headers=headers)
         answers.add(answer.status_code)
-        assert answer.status_code < 500, f"{case.method} {case.path}: {answer.status_code} {answer.text[:200]}"
+        assert answer.status_code < 500, (
+            f"{case.method} {case.path}: {answer.status_code} {answer.text[:200]}"
+        )
 
     ask()
     return answers
 
 
-@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["as documented", "otherwise"])
+@pytest.mark.parametrize(
+    "mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["as documented", "otherwise"]
+)
 def test_no_question_is_answered_by_a_server_error(app: FastAPI, mode: GenerationMode) -> None:
     headers = {"authorization": f"Bearer {TOKEN}"}
     schema = schemathesis.openapi.from_asgi("/openapi.json", app, headers=headers)
-    operations = {f"{each.method.upper()} {each.path}": each for each in (found.ok() for found in schema.get_all_operations())}
+    operations = {
+        f"{each.method.upper()} {each.path}": each
+        for each in (found.ok() for found in schema.get_all_operations())
+    }
     assert set(operations) == ROUTES
     if mode is GenerationMode.NEGATIVE:
         operations = {name: each for name, each in operations.items() if each.body}
     answers = {name: fuzz(each, mode, headers) for name, each in operations.items()}
     assert len(operations) >= 4
-    assert not any(each <= {401, 421, 429} for name, each in answers.items() if name != "POST /session"), "the guard let nothing through"
+    assert not any(
+        each <= {401, 421, 429} for name, each in answers.items() if name != "POST /session"
+    ), "the guard let nothing through"

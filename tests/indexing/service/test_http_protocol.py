@@ -19,7 +19,9 @@ PATIENT = ConnectionLimits(head_s=600, body_s=600, read_s=600)
 LARGE_BYTES = 64 << 20
 
 
-async def echo_app(scope: dict[str, Any], receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
+async def echo_app(
+    scope: dict[str, Any], receive: Callable[[], Any], send: Callable[[Any], Any]
+) -> None:
     """Answer with the number of bytes of the body; `/large` with many bytes."""
     assert scope["type"] == "http"
     size, more = 0, True
@@ -29,12 +31,20 @@ async def echo_app(scope: dict[str, Any], receive: Callable[[], Any], send: Call
             return
         size, more = size + len(message.get("body", b"")), message.get("more_body", False)
     body = b"x" * LARGE_BYTES if scope["path"] == "/large" else str(size).encode()
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(body)).encode())]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-length", str(len(body)).encode())],
+        }
+    )
     await send({"type": "http.response.body", "body": body})
 
 
 @contextmanager
-def serve(limits: ConnectionLimits, grace_s: int = 5) -> Iterator[tuple[int, uvicorn.Server, threading.Thread]]:
+def serve(
+    limits: ConnectionLimits, grace_s: int = 5
+) -> Iterator[tuple[int, uvicorn.Server, threading.Thread]]:
     """Serve the application on a free port of loopback."""
     config = uvicorn.Config(
         echo_app, port=0, log_config=None, lifespan="off", http=bounded_protocol(limits), ws="none",
@@ -78,8 +88,13 @@ def ask(client: socket.socket, body: bytes = b"abc") -> bytes:
 
 def test_whole_requests_are_answered_one_after_the_other_and_pipelined() -> None:
     with serve(ConnectionLimits()) as (port, *_), connect(port) as client:
-        assert ask(client).startswith(b"HTTP/1.1 200") and ask(client, b"x" * 200_000).startswith(b"HTTP/1.1 200")
-        client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 20 + b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert ask(client).startswith(b"HTTP/1.1 200") and ask(client, b"x" * 200_000).startswith(
+            b"HTTP/1.1 200"
+        )
+        client.sendall(
+            b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 20
+            + b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        )
         assert read_all(client).count(b"HTTP/1.1 200") >= 20
 
 
@@ -92,9 +107,17 @@ def test_whole_requests_are_answered_one_after_the_other_and_pipelined() -> None
         (b"GET /", b"a" * 4096, b"414"),
         (b"", b"G" * 4096, b"400"),
     ],
-    ids=["one long header", "headers without end", "a header too many", "a long line", "no request"],
+    ids=[
+        "one long header",
+        "headers without end",
+        "a header too many",
+        "a long line",
+        "no request",
+    ],
 )
-def test_a_head_without_end_is_refused_and_its_connection_closed(start: bytes, piece: bytes, status: bytes) -> None:
+def test_a_head_without_end_is_refused_and_its_connection_closed(
+    start: bytes, piece: bytes, status: bytes
+) -> None:
     with serve(PATIENT) as (port, *_), connect(port) as client:
         sent = 0
         try:
@@ -112,7 +135,11 @@ def test_a_head_without_end_is_refused_and_its_connection_closed(start: bytes, p
 
 @pytest.mark.parametrize(
     "beginning",
-    [b"", b"GET / HTTP/1.1\r\nhost: x\r\n", b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf"],
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nhost: x\r\n",
+        b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf",
+    ],
     ids=["nothing", "half a head", "half a body"],
 )
 def test_a_client_that_is_late_is_closed(beginning: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +149,9 @@ def test_a_client_that_is_late_is_closed(beginning: bytes, monkeypatch: pytest.M
         assert read_all(client) == b""
 
 
-def test_a_late_second_head_is_closed_too_and_a_waiting_answer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_second_head_is_closed_too_and_a_waiting_answer_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(http_protocol, "SWEEP_S", 0.02)
     with serve(ConnectionLimits(head_s=0.3, body_s=0.3)) as (port, *_), connect(port) as client:
         assert ask(client).startswith(b"HTTP/1.1 200")
@@ -130,7 +159,9 @@ def test_a_late_second_head_is_closed_too_and_a_waiting_answer_is_not(monkeypatc
         assert read_all(client) == b""
 
 
-def test_a_client_that_reads_nothing_of_its_answer_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_reads_nothing_of_its_answer_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(http_protocol, "SWEEP_S", 0.02)
     with serve(ConnectionLimits(read_s=0.3)) as (port, server, _), connect(port) as client:
         client.sendall(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -172,7 +203,12 @@ def test_silent_connections_on_all_places_shut_nobody_out() -> None:
 
 
 def test_it_ends_within_its_grace_whatever_clients_do() -> None:
-    halves = (b"", b"GET / HTT", b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf", b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
+    halves = (
+        b"",
+        b"GET / HTT",
+        b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf",
+        b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n",
+    )
     with serve(PATIENT, grace_s=1) as (port, server, thread), ExitStack() as stack:
         for half in halves:
             stack.enter_context(connect(port)).sendall(half)

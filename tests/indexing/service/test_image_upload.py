@@ -1,4 +1,6 @@
-"""A query picture is decoded upright and as a mean of its pixels, in little memory, whatever its size and mode."""
+"""A query picture is decoded upright and as a mean of its pixels, in little memory, whatever its
+size and mode.
+"""
 
 import io
 import subprocess
@@ -28,7 +30,9 @@ def gradient(width: int, height: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("size", [(2000, 1400), (700, 2100), (40, 30)])
-def test_a_large_picture_looks_as_when_it_is_resized_at_once(kind: str, size: tuple[int, int]) -> None:
+def test_a_large_picture_looks_as_when_it_is_resized_at_once(
+    kind: str, size: tuple[int, int]
+) -> None:
     pixels = gradient(*size)
     found = decode(encoded(Image.fromarray(pixels), kind), SIDE_PX)
     right = square(pixels[..., ::-1], SIDE_PX)
@@ -39,7 +43,9 @@ def test_a_large_picture_looks_as_when_it_is_resized_at_once(kind: str, size: tu
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 def test_every_mode_is_made_smaller_as_it_is_seen(mode: str) -> None:
     stripes = np.zeros((1200, 1600), np.uint8)
-    stripes[:, ::2] = 255  # their mean is grey, and a picture that takes every other pixel is black or white
+    stripes[:, ::2] = (
+        255  # their mean is grey, and a picture that takes every other pixel is black or white
+    )
     picture = Image.fromarray(stripes.astype(np.uint16) * 257 if mode == "I;16" else stripes)
     picture = picture if mode == "I;16" else picture.convert(mode)
     found = decode(encoded(picture, "JPEG" if mode == "CMYK" else "PNG"), SIDE_PX)
@@ -84,11 +90,15 @@ Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
 before = told("VmRSS")
 decode(large, 224)
 print(told("VmHWM") - before)
-"""
+"""  # noqa: E501
 
 
-@pytest.mark.parametrize(("mode", "kind", "side", "most_mb"), [("RGBA", "PNG", 5792, 400), ("RGB", "WEBP", 4096, 400)])
-def test_the_largest_picture_takes_a_bounded_memory(tmp_path: Path, mode: str, kind: str, side: int, most_mb: int) -> None:
+@pytest.mark.parametrize(
+    ("mode", "kind", "side", "most_mb"), [("RGBA", "PNG", 5792, 400), ("RGB", "WEBP", 4096, 400)]
+)
+def test_the_largest_picture_takes_a_bounded_memory(
+    tmp_path: Path, mode: str, kind: str, side: int, most_mb: int
+) -> None:
     (tmp_path / "large").write_bytes(encoded(Image.new(mode, (side, side)), kind))
     (tmp_path / "small").write_bytes(encoded(Image.new(mode, (640, 640)), kind))
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "large"), str(tmp_path / "small")]
@@ -99,6 +109,10 @@ def test_the_largest_picture_takes_a_bounded_memory(tmp_path: Path, mode: str, k
 def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("indexing.service.image_upload.MAX_PIXELS", 10_000)
     for kind, side in (("PNG", 100), ("WEBP", 70)):
-        assert decode(encoded(Image.new("RGB", (side, side)), kind), SIDE_PX).shape == (SIDE_PX, SIDE_PX, 3)
+        assert decode(encoded(Image.new("RGB", (side, side)), kind), SIDE_PX).shape == (
+            SIDE_PX,
+            SIDE_PX,
+            3,
+        )
         with pytest.raises(ValueError, match="million are taken"):
             decode(encoded(Image.new("RGB", (side + 1, side + 1)), kind), SIDE_PX)

@@ -49,11 +49,23 @@ GOOD = b'{"numbers": [1, 2.5, "3"], "word": "h\xc3\xbcgel \\u2028"}'
 
 @pytest.mark.parametrize("path", ["/sum", "/made", "/with/x"])
 @pytest.mark.parametrize("method", ["POST", "GET", "PUT"])
-@pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "application/ld+json"])
-def test_what_is_right_is_answered_alike(both: tuple[TestClient, TestClient], path: str, method: str, kind: str) -> None:
-    quick, usual = (each.request(method, path, content=GOOD, headers={"content-type": kind}) for each in both)
-    assert (quick.status_code, quick.headers, quick.json()) == (usual.status_code, usual.headers, usual.json())
-    assert quick.status_code == {"GET": 405, "PUT": 405}.get(method, 201 if path == "/made" else 200)
+@pytest.mark.parametrize(
+    "kind", ["application/json", "application/json; charset=utf-8", "application/ld+json"]
+)
+def test_what_is_right_is_answered_alike(
+    both: tuple[TestClient, TestClient], path: str, method: str, kind: str
+) -> None:
+    quick, usual = (
+        each.request(method, path, content=GOOD, headers={"content-type": kind}) for each in both
+    )
+    assert (quick.status_code, quick.headers, quick.json()) == (
+        usual.status_code,
+        usual.headers,
+        usual.json(),
+    )
+    assert quick.status_code == {"GET": 405, "PUT": 405}.get(
+        method, 201 if path == "/made" else 200
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,8 +83,12 @@ def test_what_is_right_is_answered_alike(both: tuple[TestClient, TestClient], pa
         (GOOD, "", 422),
     ],
 )
-def test_what_is_wrong_is_refused_alike(both: tuple[TestClient, TestClient], body: bytes, kind: str, status: int) -> None:
-    quick, usual = (each.post("/sum", content=body, headers={"content-type": kind}) for each in both)
+def test_what_is_wrong_is_refused_alike(
+    both: tuple[TestClient, TestClient], body: bytes, kind: str, status: int
+) -> None:
+    quick, usual = (
+        each.post("/sum", content=body, headers={"content-type": kind}) for each in both
+    )
     assert quick.status_code == usual.status_code == status
     if status == 409:
         assert (quick.json(), quick.headers) == (usual.json(), usual.headers)
@@ -80,14 +96,31 @@ def test_what_is_wrong_is_refused_alike(both: tuple[TestClient, TestClient], bod
         assert all(each["loc"][0] == "body" and each["msg"] for each in quick.json()["detail"])
 
 
-@pytest.mark.parametrize("body", [b'{"numbers": [1], "word": "\\ud800"}', b"[" * 100_000, b"\xff\xfe", b'{"numbers": [1e999' + b"0" * 9999])
-def test_what_python_itself_stumbles_over_is_refused_as_well(both: tuple[TestClient, TestClient], body: bytes) -> None:
-    assert both[0].post("/sum", content=body, headers={"content-type": "application/json"}).status_code == 422
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"numbers": [1], "word": "\\ud800"}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"numbers": [1e999' + b"0" * 9999,
+    ],
+)
+def test_what_python_itself_stumbles_over_is_refused_as_well(
+    both: tuple[TestClient, TestClient], body: bytes
+) -> None:
+    assert (
+        both[0].post("/sum", content=body, headers={"content-type": "application/json"}).status_code
+        == 422
+    )
 
 
 def test_the_place_of_a_fault_is_told(both: tuple[TestClient, TestClient]) -> None:
-    quick, usual = (each.post("/sum", json={"numbers": [1, "x"], "word": 3}).json()["detail"] for each in both)
-    assert [(each["loc"], each["msg"], each["type"]) for each in quick] == [(each["loc"], each["msg"], each["type"]) for each in usual]
+    quick, usual = (
+        each.post("/sum", json={"numbers": [1, "x"], "word": 3}).json()["detail"] for each in both
+    )
+    assert [(each["loc"], each["msg"], each["type"]) for each in quick] == [
+        (each["loc"], each["msg"], each["type"]) for each in usual
+    ]
 
 
 def test_the_document_is_the_same(both: tuple[TestClient, TestClient]) -> None:

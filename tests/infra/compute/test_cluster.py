@@ -1,4 +1,6 @@
-"""Ray starts when it is first needed, once, and what was started goes again, also after a SIGKILL."""
+"""Ray starts when it is first needed, once, and what was started goes again, also after a
+SIGKILL.
+"""
 
 import json
 import os
@@ -52,21 +54,38 @@ def gone(session: str, within_s: float) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_ray_is_quiet_and_leaves_with_its_run(killed: bool) -> None:
-    done = subprocess.run([sys.executable, "-c", USE, *["kill"] * killed], cwd=HERE, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", USE, *["kill"] * killed],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == (-9 if killed else 0), done.stderr
     session = done.stdout
-    assert session.startswith("/") and "\n" not in session and "from a worker" not in done.stdout + done.stderr
+    assert (
+        session.startswith("/")
+        and "\n" not in session
+        and "from a worker" not in done.stdout + done.stderr
+    )
     assert gone(session, 10)
 
 
 def test_a_cluster_that_is_never_needed_never_imports_ray() -> None:
-    code = "import sys\nfrom infra.compute.cluster import *\nwith Cluster(ClusterConfig()): pass\nprint('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout == "False\n"
+    code = "import sys\nfrom infra.compute.cluster import *\nwith Cluster(ClusterConfig()): pass\nprint('ray' in sys.modules)"  # noqa: E501
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True
+        ).stdout
+        == "False\n"
+    )
 
 
 @pytest.mark.timeout(100)
 def test_a_cluster_that_does_not_answer_is_one_line_and_soon() -> None:
-    with pytest.raises(UnclipError, match=r"cannot reach Ray at 127\.0\.0\.1:1: .*check the section \[cluster\]") as caught:
+    with pytest.raises(
+        UnclipError, match=r"cannot reach Ray at 127\.0\.0\.1:1: .*check the section \[cluster\]"
+    ) as caught:
         Cluster(SMALL.model_copy(update={"address": "127.0.0.1:1"})).start()
     assert "\n" not in str(caught.value)
 
@@ -76,7 +95,9 @@ def test_nothing_in_the_section_changes_what_a_stage_makes() -> None:
 
 
 @pytest.mark.parametrize(("at_once", "most"), [(None, 7), (1, 1), (3, 3)])
-def test_no_more_tasks_are_begun_than_may_run_at_once(at_once: int | None, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_tasks_are_begun_than_may_run_at_once(
+    at_once: int | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
 
     in_flight: set[int] = set()
@@ -95,7 +116,13 @@ def test_no_more_tasks_are_begun_than_may_run_at_once(at_once: int | None, most:
     monkeypatch.setattr(ray, "remote", lambda **_: lambda _: Task())
     monkeypatch.setattr(ray, "wait", wait)
     monkeypatch.setattr(ray, "get", lambda ready: [number * 10 for number in ready])
-    made = [each for some in spread(ClusterConfig(), abs, ((number,) for number in range(7)), at_once=at_once) for each in some]
+    made = [
+        each
+        for some in spread(
+            ClusterConfig(), abs, ((number,) for number in range(7)), at_once=at_once
+        )
+        for each in some
+    ]
     assert sorted(made) == [number * 10 for number in range(7)] and max(peaks) == most
 
 
@@ -124,7 +151,7 @@ with Cluster(ClusterConfig(num_cpus=1)) as cluster:
                 continue
         time.sleep(0.5)
     print(json.dumps([sorted(addresses - {""}), os.environ["RAY_AUTH_MODE"], "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" in os.environ]))
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.slow
@@ -132,7 +159,14 @@ with Cluster(ClusterConfig(num_cpus=1)) as cluster:
 def test_a_ray_of_this_machine_listens_on_loopback_alone_and_asks_for_a_token() -> None:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = inherited | {"OUR_RAY": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    done = subprocess.run([sys.executable, "-c", LISTENING], cwd=HERE, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENING],
+        cwd=HERE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     addresses, mode, is_left_behind = json.loads(done.stdout.splitlines()[-1])
     loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}

@@ -1,4 +1,6 @@
-"""What libraries print goes to the log; what we say goes to the terminal and stands in the log too."""
+"""What libraries print goes to the log; what we say goes to the terminal and stands in the log
+too.
+"""
 
 import io
 import subprocess
@@ -45,7 +47,9 @@ def test_only_our_own_lines_reach_the_terminal(tmp_path: Path) -> None:
     log = (tmp_path / "logs" / "run.log").read_text()
     for line in ("print", "fd 1", "fd 2", "child", "child err", "logging", "warnings"):
         assert f"from {line}" in log
-    assert "said\n" in log and "progress done\n" in log and "progress 1" not in log and "\r" not in log
+    assert (
+        "said\n" in log and "progress done\n" in log and "progress 1" not in log and "\r" not in log
+    )
     assert "before" not in log and "after" not in log
 
 

@@ -42,9 +42,28 @@ def test_a_log_file_gets_a_whole_line_now_and_then_with_rate_and_time_left(clock
             clock.now_s += 1
             shown.update(100 * second, f"note {second}")
     lines = log.getvalue().splitlines()
-    assert len(lines) == 40 / progress.LOG_EVERY_S + 1 and "\r" not in log.getvalue() and "\x1b" not in log.getvalue()
-    assert re.split(r" {2,}", lines[1]) == ["download", "2,000/10,000", "images", "20%", "95/s", "1 min 24 s left", "note 20"]
-    assert re.split(r" {2,}", lines[-1]) == ["download", "4,000/10,000", "images", "40%", "98/s", "in 40 s"]
+    assert (
+        len(lines) == 40 / progress.LOG_EVERY_S + 1
+        and "\r" not in log.getvalue()
+        and "\x1b" not in log.getvalue()
+    )
+    assert re.split(r" {2,}", lines[1]) == [
+        "download",
+        "2,000/10,000",
+        "images",
+        "20%",
+        "95/s",
+        "1 min 24 s left",
+        "note 20",
+    ]
+    assert re.split(r" {2,}", lines[-1]) == [
+        "download",
+        "4,000/10,000",
+        "images",
+        "40%",
+        "98/s",
+        "in 40 s",
+    ]
 
 
 def test_what_was_done_before_is_not_claimed_as_speed(clock: Clock) -> None:
@@ -63,11 +82,18 @@ def test_a_terminal_gets_one_line_that_is_rewritten(clock: Clock) -> None:
             clock.now_s += 1
             shown.update(shown.done + 7)
     assert screen.getvalue().count("\n") == 1 and screen.getvalue().count("\r\x1b[2K") == 6
-    assert "35  pairs" in screen.getvalue() and "left" not in screen.getvalue(), "without a total nobody knows"
+    assert "35  pairs" in screen.getvalue() and "left" not in screen.getvalue(), (
+        "without a total nobody knows"
+    )
 
 
 def test_durations_are_for_people() -> None:
-    assert [duration(seconds) for seconds in (0.4, 59, 126, 12_000)] == ["0 s", "59 s", "2 min 6 s", "3 h 20 min"]
+    assert [duration(seconds) for seconds in (0.4, 59, 126, 12_000)] == [
+        "0 s",
+        "59 s",
+        "2 min 6 s",
+        "3 h 20 min",
+    ]
 
 
 def test_a_large_transfer_is_shown_in_megabytes_and_a_small_one_is_not(clock: Clock) -> None:
@@ -85,7 +111,9 @@ def test_a_large_transfer_is_shown_in_megabytes_and_a_small_one_is_not(clock: Cl
     assert len(lines) == 5 and re.split(r" {2,}", lines[-1])[1:4] == ["400/400", "MB", "100%"]
 
 
-def test_a_store_tells_of_every_byte_once_however_often_it_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_tells_of_every_byte_once_however_often_it_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
     monkeypatch.setattr(progress, "MIN_PROGRESS_BYTES", 0)
     monkeypatch.setattr("infra.storage.retry.FIRST_PAUSE_S", 0.001)

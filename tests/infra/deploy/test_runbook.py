@@ -12,7 +12,11 @@ from flows.cli.main import app
 HERE = Path(__file__).parents[3]
 TEXT = (HERE / "docs" / "operations.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`(?:[A-Z_]+=\S+ )*unclip ([^`]+)`", TEXT)))
-SOURCES = "".join(path.read_text() for folder in ("flows", "infra", "indexing") for path in (HERE / folder).rglob("*.py"))
+SOURCES = "".join(
+    path.read_text()
+    for folder in ("flows", "infra", "indexing")
+    for path in (HERE / folder).rglob("*.py")
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -34,7 +38,14 @@ def test_its_files_exist() -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        *("no space left to write", "is being made by", "is fenced off", "does not answer", "has another checksum", "not promoted"),
+        *(
+            "no space left to write",
+            "is being made by",
+            "is fenced off",
+            "does not answer",
+            "has another checksum",
+            "not promoted",
+        ),
         *("wants a password", "this server is asked at"),
     ],
 )
@@ -44,7 +55,9 @@ def test_its_messages_are_the_codes_own(message: str) -> None:
 
 def test_the_variables_that_it_asks_for_are_read_somewhere() -> None:
     read = SOURCES + "".join(
-        path.read_text() for path in (HERE / "infra" / "deploy").iterdir() if path.suffix in (".yaml", ".env") or path.name == "Dockerfile"
+        path.read_text()
+        for path in (HERE / "infra" / "deploy").iterdir()
+        if path.suffix in (".yaml", ".env") or path.name == "Dockerfile"
     )
     for name in set(re.findall(r"`((?:UNCLIP|RAY|POSTGRES|AWS)_[A-Z_]+)", TEXT)):
         assert name in read, name

@@ -1,4 +1,6 @@
-"""A file gets its name behind its content, and a shard its tar's name last: what a power cut leaves is whole or not there."""
+"""A file gets its name behind its content, and a shard its tar's name last: what a power cut leaves
+is whole or not there.
+"""
 
 import os
 from pathlib import Path
@@ -22,24 +24,41 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return original(path, target)
 
     monkeypatch.setattr(Path, "replace", replace)
-    monkeypatch.setattr(os, "fsync", lambda handle: told.append(f"sync {Path(f'/proc/self/fd/{handle}').readlink().name}"))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: told.append(f"sync {Path(f'/proc/self/fd/{handle}').readlink().name}"),
+    )
     return told
 
 
-def test_contents_are_on_the_disk_before_names_and_the_last_name_behind_the_others(tmp_path: Path, events: list[str]) -> None:
+def test_contents_are_on_the_disk_before_names_and_the_last_name_behind_the_others(
+    tmp_path: Path, events: list[str]
+) -> None:
     for folder in ("aside", "final"):
         (tmp_path / folder).mkdir()
     for name in "abc":
         (tmp_path / "aside" / name).write_text(name)
     put(tmp_path / "aside", ["a", "b", "c"], tmp_path / "final")
-    assert events == ["sync a", "sync b", "sync c", "name a", "name b", "sync final", "name c", "sync final"]
+    assert events == [
+        "sync a",
+        "sync b",
+        "sync c",
+        "name a",
+        "name b",
+        "sync final",
+        "name c",
+        "sync final",
+    ]
     assert [file.name for file in sorted((tmp_path / "final").iterdir())] == ["a", "b", "c"]
 
 
 def test_a_shard_is_put_so(tmp_path: Path, events: list[str]) -> None:
     made(tmp_path, {"a.png": disc(64)})
     named = [event for event in events if "00007" in event]
-    assert named == [f"{what} 00007{suffix}" for what in ("sync", "name") for suffix in shard_worker.SUFFIXES]
+    assert named == [
+        f"{what} 00007{suffix}" for what in ("sync", "name") for suffix in shard_worker.SUFFIXES
+    ]
     assert shard_worker.SUFFIXES[-1] == ".tar"
 
 
@@ -47,10 +66,15 @@ def test_a_folder_is_whole_when_it_has_its_name(tmp_path: Path, events: list[str
     (tmp_path / "a.part").mkdir()
     (tmp_path / "a.part" / "x").write_text("x")
     put_folder(tmp_path / "a.part", tmp_path / "a")
-    assert events == ["sync x", "sync a.part", f"sync {tmp_path.name}"] and (tmp_path / "a" / "x").read_text() == "x"
+    assert (
+        events == ["sync x", "sync a.part", f"sync {tmp_path.name}"]
+        and (tmp_path / "a" / "x").read_text() == "x"
+    )
 
 
-def test_a_file_is_linked_or_copied_whole(tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_linked_or_copied_whole(
+    tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x").write_text("x")
     move_file(tmp_path / "x", tmp_path / "linked")
     assert events == [] and (tmp_path / "linked").stat().st_ino == (tmp_path / "x").stat().st_ino
@@ -60,4 +84,6 @@ def test_a_file_is_linked_or_copied_whole(tmp_path: Path, events: list[str], mon
 
     monkeypatch.setattr(atomic_files.Path, "hardlink_to", elsewhere)
     move_file(tmp_path / "x", tmp_path / "copied")
-    assert events == ["sync .copied.part", "name copied"] and (tmp_path / "copied").read_text() == "x"
+    assert (
+        events == ["sync .copied.part", "name copied"] and (tmp_path / "copied").read_text() == "x"
+    )

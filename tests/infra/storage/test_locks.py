@@ -1,4 +1,6 @@
-"""A lock keeps the second writer out and vanishes with the process that held it, however that ended."""
+"""A lock keeps the second writer out and vanishes with the process that held it, however that
+ended.
+"""
 
 import multiprocessing
 import os
@@ -27,7 +29,10 @@ with writer_lock(Path(sys.argv[1]), "clip abc", print):
 def holder(path: Path, *more: str) -> "subprocess.Popen[str]":
     """Start a process that holds the lock, and wait until it does."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path), *more], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
+        [sys.executable, "-c", HOLD, str(path), *more],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[3],
     )
     assert process.stdout
     return process
@@ -44,7 +49,10 @@ def test_a_second_process_waits_says_for_whom_and_goes_on_after_a_sigkill(tmp_pa
         waited = time.monotonic() - clock
     process.wait()
     assert 0.4 < waited < 5
-    assert len(said) == 1 and f"clip abc is being made by another run (process {process.pid} on " in said[0]
+    assert (
+        len(said) == 1
+        and f"clip abc is being made by another run (process {process.pid} on " in said[0]
+    )
 
 
 def test_a_forked_child_that_outlives_the_holder_does_not_keep_the_lock(tmp_path: Path) -> None:
@@ -66,7 +74,10 @@ def test_a_forked_child_that_outlives_the_holder_does_not_keep_the_lock(tmp_path
 def test_threads_and_processes_take_turns(tmp_path: Path) -> None:
     path, log = tmp_path / "a.lock", tmp_path / "log"
     workers = [threading.Thread(target=_turn, args=(path, log)) for _ in range(3)]
-    workers += [multiprocessing.get_context("spawn").Process(target=_turn, args=(path, log)) for _ in range(2)]  # type: ignore[list-item]
+    workers += [
+        multiprocessing.get_context("spawn").Process(target=_turn, args=(path, log))
+        for _ in range(2)
+    ]  # type: ignore[list-item]
     for worker in workers:
         worker.start()
     for worker in workers:

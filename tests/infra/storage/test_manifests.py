@@ -1,4 +1,6 @@
-"""A committed folder is whole or absent, the first writer's stays, and what was committed can be verified."""
+"""A committed folder is whole or absent, the first writer's stays, and what was committed can be
+verified.
+"""
 
 import errno
 import itertools
@@ -39,12 +41,16 @@ def made(root: Root, word: str, name: str = "out") -> Path:
 
 def damaged(committed: manifests.Committed, name: str, data: bytes) -> None:
     """Overwrite a committed file behind the manifest's back."""
-    store.write_bytes(committed.root, committed.uri.removeprefix(committed.root.uri + "/") + "/" + name, data)
+    store.write_bytes(
+        committed.root, committed.uri.removeprefix(committed.root.uri + "/") + "/" + name, data
+    )
 
 
 def test_a_key_depends_on_every_part_and_on_nothing_else() -> None:
     key = manifests.content_key("clip", 1, {"clip": {"width": 4, "depth": 2}}, {"curate": "aa"})
-    assert key == manifests.content_key("clip", 1, {"clip": {"depth": 2, "width": 4}}, {"curate": "aa"})
+    assert key == manifests.content_key(
+        "clip", 1, {"clip": {"depth": 2, "width": 4}}, {"curate": "aa"}
+    )
     others = {
         manifests.content_key("prior", 1, {"clip": {"width": 4, "depth": 2}}, {"curate": "aa"}),
         manifests.content_key("clip", 2, {"clip": {"width": 4, "depth": 2}}, {"curate": "aa"}),
@@ -60,9 +66,23 @@ def test_a_folder_exists_once_committed_with_all_that_lineage_needs(root: Root) 
     committed = manifests.commit(root, "clip", "k", out, FACTS)
     found = manifests.find(root, "clip", "k")
     assert found and found.manifest == committed.manifest and not out.exists()
-    assert found.manifest.keys() >= {"stage", "key", "counts", "inputs", "files", "finished", "packages", "digest"}
-    assert [(file["path"], file["bytes"]) for file in found.manifest["files"]] == [("a.txt", 1), ("deep/b.bin", 1000)]
-    assert (found.local() / "a.txt").read_text() == "x" and (found.local() / "deep" / "b.bin").stat().st_size == 1000
+    assert found.manifest.keys() >= {
+        "stage",
+        "key",
+        "counts",
+        "inputs",
+        "files",
+        "finished",
+        "packages",
+        "digest",
+    }
+    assert [(file["path"], file["bytes"]) for file in found.manifest["files"]] == [
+        ("a.txt", 1),
+        ("deep/b.bin", 1000),
+    ]
+    assert (found.local() / "a.txt").read_text() == "x" and (
+        found.local() / "deep" / "b.bin"
+    ).stat().st_size == 1000
     assert manifests.damage(found) == "" and manifests.verify(found) == []
 
 
@@ -78,7 +98,9 @@ def test_the_second_writer_finds_the_first_ones_folder_and_leaves_it(root: Root)
     second = manifests.commit(root, "clip", "k", made(root, "y", "other"), FACTS)
     assert second.manifest == first.manifest and manifests.verify(second) == []
     files = set(store.file_sizes(root, "clip"))
-    assert files == {name for name in files if first.manifest["prefix"] in name} | {"k/manifest.json"}
+    assert files == {name for name in files if first.manifest["prefix"] in name} | {
+        "k/manifest.json"
+    }
     assert list((root.scratch / "aside").iterdir()) == []
 
 
@@ -86,16 +108,26 @@ def test_only_the_attempt_that_is_named_is_replaced(root: Root) -> None:
     first = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
     kept = manifests.commit(root, "clip", "k", made(root, "y"), FACTS, replaces="another")
     assert kept.manifest == first.manifest
-    new = manifests.commit(root, "clip", "k", made(root, "y"), FACTS, replaces=first.manifest["attempt"])
+    new = manifests.commit(
+        root, "clip", "k", made(root, "y"), FACTS, replaces=first.manifest["attempt"]
+    )
     found = manifests.find(root, "clip", "k")
-    assert found and found.manifest == new.manifest != first.manifest and manifests.verify(found) == []
+    assert (
+        found and found.manifest == new.manifest != first.manifest and manifests.verify(found) == []
+    )
     assert (found.local() / "a.txt").read_text() == "y"
-    assert len(store.file_sizes(root, "clip")) == 3 and list((root.scratch / "aside").iterdir()) == []
+    assert (
+        len(store.file_sizes(root, "clip")) == 3 and list((root.scratch / "aside").iterdir()) == []
+    )
 
 
 @pytest.mark.parametrize(("can_exchange", "kill_at"), [(True, 1), (False, 1), (False, 2)])
-def test_a_writer_that_is_killed_while_it_replaces_a_folder_loses_nothing(tmp_path: Path, can_exchange: bool, kill_at: int) -> None:
-    """Killed just before it exchanges the folders, or before each of the two renames where the system cannot exchange."""
+def test_a_writer_that_is_killed_while_it_replaces_a_folder_loses_nothing(
+    tmp_path: Path, can_exchange: bool, kill_at: int
+) -> None:
+    """Killed just before it exchanges the folders, or before each of the two renames where the
+    system cannot exchange.
+    """
     root = store.open_root(str(tmp_path / "root"))
     first = manifests.commit(root, "clip", "k", made(root, "x", "clip-k-1"), FACTS)
     new = made(root, "y", "clip-k-2")
@@ -122,12 +154,18 @@ def test_a_writer_that_is_killed_while_it_replaces_a_folder_loses_nothing(tmp_pa
     manifests.recover(root, "clip", "k")
     found = manifests.find(root, "clip", "k")
     assert found and found.manifest == first.manifest and manifests.verify(found) == []
-    again = manifests.commit(root, "clip", "k", made(root, "z", "clip-k-3"), FACTS, replaces=first.manifest["attempt"])
+    again = manifests.commit(
+        root, "clip", "k", made(root, "z", "clip-k-3"), FACTS, replaces=first.manifest["attempt"]
+    )
     assert (again.local() / "a.txt").read_text() == "z"
 
 
-def test_the_second_of_two_repairs_at_once_leaves_the_first_ones_folder(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both saw the damaged folder; the other machine's is committed between our look and our own commit."""
+def test_the_second_of_two_repairs_at_once_leaves_the_first_ones_folder(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both saw the damaged folder; the other machine's is committed between our look and our own
+    commit.
+    """
     damaged_one = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
     replaces = damaged_one.manifest["attempt"]
     other: list[manifests.Committed] = []
@@ -137,14 +175,23 @@ def test_the_second_of_two_repairs_at_once_leaves_the_first_ones_folder(root: Ro
         found = find(*given)
         if not other:
             monkeypatch.setattr(manifests, "find", find)
-            other.append(manifests.commit(root, "clip", "k", made(root, "theirs", "other"), FACTS, replaces=replaces))
+            other.append(
+                manifests.commit(
+                    root, "clip", "k", made(root, "theirs", "other"), FACTS, replaces=replaces
+                )
+            )
         return found
 
     monkeypatch.setattr(manifests, "find", find_and_be_overtaken)
     ours = manifests.commit(root, "clip", "k", made(root, "ours"), FACTS, replaces=replaces)
     assert ours.manifest == other[0].manifest != damaged_one.manifest
     found = find(root, "clip", "k")
-    assert found and found.manifest == ours.manifest and manifests.verify(found) == [] and (found.local() / "a.txt").read_text() == "theirs"
+    assert (
+        found
+        and found.manifest == ours.manifest
+        and manifests.verify(found) == []
+        and (found.local() / "a.txt").read_text() == "theirs"
+    )
 
 
 def test_the_newest_folder_is_the_one_committed_last(root: Root) -> None:
@@ -157,9 +204,14 @@ def test_the_newest_folder_is_the_one_committed_last(root: Root) -> None:
 def test_damage_is_seen_by_size_and_by_checksum(root: Root) -> None:
     committed = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
     damaged(committed, "deep/b.bin", b"y" * 1000)
-    assert manifests.damage(committed) == "" and manifests.verify(committed) == ["deep/b.bin has another checksum"]
+    assert manifests.damage(committed) == "" and manifests.verify(committed) == [
+        "deep/b.bin has another checksum"
+    ]
     damaged(committed, "deep/b.bin", b"y" * 999)
-    assert manifests.damage(committed) == "deep/b.bin has 999 bytes, not 1,000" and manifests.verify(committed) != []
+    assert (
+        manifests.damage(committed) == "deep/b.bin has 999 bytes, not 1,000"
+        and manifests.verify(committed) != []
+    )
     store.remove(root, committed.uri.removeprefix(root.uri + "/") + "/a.txt")
     assert manifests.damage(committed) == "a.txt is missing"
 
@@ -180,7 +232,9 @@ def test_a_download_that_does_not_match_is_refused(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
 
 
-def test_a_commit_that_fails_leaves_nothing_under_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_that_fails_leaves_nothing_under_the_final_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = store.open_root(str(tmp_path / "root"))
     out = made(root, "x")
 
@@ -190,12 +244,21 @@ def test_a_commit_that_fails_leaves_nothing_under_the_final_name(tmp_path: Path,
     monkeypatch.setattr(manifests, "_sync_tree", full)
     with pytest.raises(StorageError, match="no space left"):
         manifests.commit(root, "clip", "k", out, FACTS)
-    assert not (tmp_path / "root" / "clip" / "k").exists() and manifests.find(root, "clip", "k") is None
+    assert (
+        not (tmp_path / "root" / "clip" / "k").exists()
+        and manifests.find(root, "clip", "k") is None
+    )
 
 
-def test_an_attempt_that_was_killed_before_its_manifest_is_cleared_by_the_next(tmp_path: Path) -> None:
+def test_an_attempt_that_was_killed_before_its_manifest_is_cleared_by_the_next(
+    tmp_path: Path,
+) -> None:
     root = store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
     store.write_bytes(root, "clip/k/0123456789ab/a.txt", b"half")
     committed = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
     prefix = committed.manifest["prefix"]
-    assert set(store.file_sizes(root, "clip/k")) == {"manifest.json", f"{prefix}/a.txt", f"{prefix}/deep/b.bin"}
+    assert set(store.file_sizes(root, "clip/k")) == {
+        "manifest.json",
+        f"{prefix}/a.txt",
+        f"{prefix}/deep/b.bin",
+    }

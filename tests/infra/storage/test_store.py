@@ -1,4 +1,6 @@
-"""Storage fails in one line that names the place and the mend, and never shows a half-written file."""
+"""Storage fails in one line that names the place and the mend, and never shows a half-written
+file.
+"""
 
 import errno
 import subprocess
@@ -19,7 +21,9 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB; needs the right to mount."""
     place = tmp_path / "small"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True
+    ).returncode:
         pytest.skip("may not mount a small file system here")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
@@ -82,7 +86,10 @@ def test_readers_see_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     finally:
         stop.set()
         writer.join()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "work"]  # nothing left aside
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.json",
+        "work",
+    ]  # nothing left aside
 
 
 def test_an_object_is_created_only_once(tmp_path: Path) -> None:
@@ -116,7 +123,9 @@ def test_a_root_that_is_a_file_is_the_callers_mistake(tmp_path: Path) -> None:
 def test_a_root_below_a_file_or_where_nobody_may_write_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     for place in (tmp_path / "f" / "root", Path("/proc/unclip")):
-        with pytest.raises(StorageError, match=f"cannot write {place}.*choose another --root") as caught:
+        with pytest.raises(
+            StorageError, match=f"cannot write {place}.*choose another --root"
+        ) as caught:
             store.open_root(str(place))
         assert "\n" not in str(caught.value)
 
@@ -124,7 +133,9 @@ def test_a_root_below_a_file_or_where_nobody_may_write_is_one_line(tmp_path: Pat
 def test_a_read_only_root_is_one_line(full_disk: Path) -> None:
     store.open_root(str(full_disk))
     subprocess.run(["mount", "-o", "remount,ro", str(full_disk)], check=True)
-    with pytest.raises(StorageError, match=r"cannot write .*Read-only file system; choose another --root"):
+    with pytest.raises(
+        StorageError, match=r"cannot write .*Read-only file system; choose another --root"
+    ):
         store.open_root(str(full_disk))
     store.open_root(str(full_disk), for_writing=False)
 
@@ -146,7 +157,12 @@ def test_a_full_disk_is_recognised_through_the_errors_that_wrap_it() -> None:
             raise RuntimeError("the writer failed") from inner
     except RuntimeError as wrapped:
         assert "no space left to write /data/w.bin" in (store.complaint(wrapped, "/data") or "")
-    assert "no space left" in (store.complaint(RuntimeError("SafetensorError: No space left on device (os error 28)"), "/data") or "")
+    assert "no space left" in (
+        store.complaint(
+            RuntimeError("SafetensorError: No space left on device (os error 28)"), "/data"
+        )
+        or ""
+    )
     assert store.complaint(RuntimeError("shapes differ"), "/data") is None
     assert store.complaint(FileNotFoundError(errno.ENOENT, "gone", "/data/x"), "/data") is None
 
@@ -161,7 +177,9 @@ def test_a_full_disk_is_recognised_through_the_errors_that_wrap_it() -> None:
         (OSError(errno.ENOSPC, "No space left on device"), StorageError),
     ],
 )
-def test_a_store_that_may_come_back_is_told_from_one_that_refuses(error: OSError, kind: type[StorageError]) -> None:
+def test_a_store_that_may_come_back_is_told_from_one_that_refuses(
+    error: OSError, kind: type[StorageError]
+) -> None:
     with pytest.raises(StorageError) as caught, store.one_line_errors("s3://bucket/x"):
         raise error
     assert type(caught.value) is kind

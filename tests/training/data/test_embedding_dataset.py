@@ -1,4 +1,6 @@
-"""What the trainings read of embeddings and captions is what lies in the files, however it is held."""
+"""What the trainings read of embeddings and captions is what lies in the files, however it is
+held.
+"""
 
 from pathlib import Path
 
@@ -29,7 +31,9 @@ PHRASINGS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.fit((text for each in PHRASINGS for text in each), TokenizerConfig(vocab_size=300, context=16))
+    return Tokenizer.fit(
+        (text for each in PHRASINGS for text in each), TokenizerConfig(vocab_size=300, context=16)
+    )
 
 
 def write_parts(folder: Path, lengths: list[int], dim: int = 6) -> np.ndarray:
@@ -52,7 +56,9 @@ def test_vectors_of_any_rows_come_from_their_parts(tmp_path: Path) -> None:
     torch.testing.assert_close(some[torch.arange(3)], unit[[2, 4, 7]])
 
 
-def test_statistics_are_taken_from_rows_at_equal_distances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_are_taken_from_rows_at_equal_distances(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_parts(tmp_path / "img_emb", [10])
     vectors = Vectors([tmp_path / "img_emb" / "img_emb_0000.npy"], np.arange(10))
     assert vectors.sampled().tolist() == list(range(10))
@@ -74,11 +80,18 @@ def test_a_split_is_read_row_by_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("texts_at_a_time", [2, 100])
-def test_a_drawn_phrasing_has_the_ids_of_its_text(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, texts_at_a_time: int) -> None:
+def test_a_drawn_phrasing_has_the_ids_of_its_text(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, texts_at_a_time: int
+) -> None:
     monkeypatch.setattr(embedding_dataset, "TOKENISED", texts_at_a_time)
-    captions = Captions(pa.chunked_array([pa.array(PHRASINGS[:1]), pa.array(PHRASINGS[1:])]), tokenizer)
+    captions = Captions(
+        pa.chunked_array([pa.array(PHRASINGS[:1]), pa.array(PHRASINGS[1:])]), tokenizer
+    )
     texts = [text for each in PHRASINGS for text in each]
-    rows, chance = torch.tensor([2, 0, 3, 2, 0, 1]), torch.tensor([0.0, 0.99, 0.5, 0.7, 0.49, 0.999])
+    rows, chance = (
+        torch.tensor([2, 0, 3, 2, 0, 1]),
+        torch.tensor([0.0, 0.99, 0.5, 0.7, 0.49, 0.999]),
+    )
     ids, phrasing = captions.draw(rows, chance)
     assert phrasing.tolist() == [3, 1, 6, 5, 0, 2]
     expected = tokenizer([texts[number] for number in phrasing.tolist()])
@@ -87,7 +100,9 @@ def test_a_drawn_phrasing_has_the_ids_of_its_text(tokenizer: Tokenizer, monkeypa
     assert short.equal(tokenizer(["flag"])) and (short != PAD).all()
 
 
-def test_texts_embedded_when_asked_for_are_those_embedded_at_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_embedded_when_asked_for_are_those_embedded_at_once(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     clip = CLIP(TINY, tokenizer.vocab_size, tokenizer.context).eval()
     captions = Captions(pa.array(PHRASINGS), tokenizer)
@@ -98,23 +113,39 @@ def test_texts_embedded_when_asked_for_are_those_embedded_at_once(tokenizer: Tok
     torch.testing.assert_close(captions.embedded(clip)(numbers), at_once)
 
 
-def test_the_keep_list_is_cut_into_parts_without_what_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_keep_list_is_cut_into_parts_without_what_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(embed, "READ_ROWS", 3)
     keys = [f"{number:02}" for number in range(11)]
-    columns = {field.name: keys if field.name == "key" else pa.nulls(11, field.type) for field in KEEP}
+    columns = {
+        field.name: keys if field.name == "key" else pa.nulls(11, field.type) for field in KEEP
+    }
     pq.write_table(pa.table(columns, KEEP), tmp_path / "keep.parquet")
     (tmp_path / shard_check.LEFT_OUT).write_text('{"01": "checksum", "09": "shard_missing"}')
-    assert embed.cut(embed.EmbedConfig(rows_per_part=4), tmp_path / "keep.parquet", tmp_path) == (3, 9)
+    assert embed.cut(embed.EmbedConfig(rows_per_part=4), tmp_path / "keep.parquet", tmp_path) == (
+        3,
+        9,
+    )
     parts = [read_table(tmp_path / f"rows_{number:04}.parquet") for number in range(3)]
-    assert [part["key"].to_pylist() for part in parts] == [["00", "02", "03", "04"], ["05", "06", "07", "08"], ["10"]]
+    assert [part["key"].to_pylist() for part in parts] == [
+        ["00", "02", "03", "04"],
+        ["05", "06", "07", "08"],
+        ["10"],
+    ]
     assert parts[0].schema.equals(KEEP)
 
 
-def test_more_parts_than_four_digits_name_are_refused_before_anything_is_embedded(tmp_path: Path) -> None:
+def test_more_parts_than_four_digits_name_are_refused_before_anything_is_embedded(
+    tmp_path: Path,
+) -> None:
     columns = {field.name: pa.nulls(21, field.type) for field in KEEP}
     (tmp_path / "curate").mkdir()
     pq.write_table(pa.table(columns, KEEP), tmp_path / "curate" / "keep.parquet")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(CallerError, match=r"rows_per_part = 2 makes over 10 parts: set 3 or more"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(CallerError, match=r"rows_per_part = 2 makes over 10 parts: set 3 or more"),
+    ):
         patch.setattr(embed, "PARTS", 10)
         embed.run(
             embed.EmbedConfig(rows_per_part=2),
@@ -127,12 +158,16 @@ def test_more_parts_than_four_digits_name_are_refused_before_anything_is_embedde
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
-def test_a_share_of_the_draws_is_the_first_phrasing_and_the_others_fall_on_all_alike(share: float) -> None:
+def test_a_share_of_the_draws_is_the_first_phrasing_and_the_others_fall_on_all_alike(
+    share: float,
+) -> None:
     count, phrasings = 30_000, 3
     chance = torch.rand(count, generator=torch.Generator().manual_seed(0))
     chance[0] = 1 - 2**-24
     found = embedding_dataset.towards_first(chance, share)
     drawn = torch.bincount((found * phrasings).long(), minlength=phrasings) / count
     other = (1 - share) / phrasings
-    torch.testing.assert_close(drawn, torch.tensor([share + other, other, other]), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        drawn, torch.tensor([share + other, other, other]), atol=0.01, rtol=0
+    )
     assert share or found.equal(chance), "a share of nothing must change nothing"

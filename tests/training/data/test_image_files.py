@@ -17,7 +17,9 @@ def png(width: int, height: int, body: bytes = b"") -> bytes:
     """Return a PNG whose header says so much, whatever it holds."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
@@ -43,7 +45,15 @@ def test_a_turned_photo_stands_upright(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "name"), [("L", "x.png"), ("P", "x.png"), ("1", "x.png"), ("LA", "x.png"), ("CMYK", "x.jpg"), ("RGB", "x.webp")]
+    ("mode", "name"),
+    [
+        ("L", "x.png"),
+        ("P", "x.png"),
+        ("1", "x.png"),
+        ("LA", "x.png"),
+        ("CMYK", "x.jpg"),
+        ("RGB", "x.webp"),
+    ],
 )
 def test_every_8_bit_mode_is_read(mode: str, name: str, tmp_path: Path) -> None:
     Image.new(mode, (5, 5)).save(tmp_path / name)
@@ -76,7 +86,11 @@ def test_a_hostile_file_is_one_line(data: bytes, message: str, tmp_path: Path) -
     file.write_bytes(data)
     with pytest.raises(CallerError, match=message) as caught:
         read_file(file, 8)
-    assert "\n" not in str(caught.value) and str(file) in str(caught.value) and len(str(caught.value)) < 400
+    assert (
+        "\n" not in str(caught.value)
+        and str(file) in str(caught.value)
+        and len(str(caught.value)) < 400
+    )
 
 
 def test_what_has_more_than_8_bits_and_what_is_no_file_is_said(tmp_path: Path) -> None:

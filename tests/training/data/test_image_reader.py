@@ -1,4 +1,6 @@
-"""training/data/image_reader.py reads exactly the bytes that curate saw, and puts every picture on a white square."""
+"""training/data/image_reader.py reads exactly the bytes that curate saw, and puts every picture on
+a white square.
+"""
 
 from pathlib import Path
 
@@ -31,7 +33,9 @@ def encoded(image: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
-def test_any_row_is_its_own_picture(run: Path, monkeypatch: pytest.MonkeyPatch, cache_bytes: int) -> None:
+def test_any_row_is_its_own_picture(
+    run: Path, monkeypatch: pytest.MonkeyPatch, cache_bytes: int
+) -> None:
     monkeypatch.setattr(image_reader, "CACHE_BYTES", cache_bytes)
     table = read_table(run / "curate" / "keep.parquet")
     found = Pictures(table, run / "shards", SIDE)
@@ -42,7 +46,9 @@ def test_any_row_is_its_own_picture(run: Path, monkeypatch: pytest.MonkeyPatch, 
     assert taken.dtype == torch.uint8 and taken.shape == (5, SIDE, SIDE, 3)
     assert taken.equal(found[rows])
     for place, row in enumerate(rows):
-        bgr = cv2.imdecode(np.frombuffer(by_key[table["key"][row].as_py()], np.uint8), cv2.IMREAD_COLOR)
+        bgr = cv2.imdecode(
+            np.frombuffer(by_key[table["key"][row].as_py()], np.uint8), cv2.IMREAD_COLOR
+        )
         expected = cv2.resize(bgr, (SIDE, SIDE), interpolation=cv2.INTER_AREA)[..., ::-1]
         assert np.array_equal(taken[place].numpy(), expected)
     assert not taken[0].equal(taken[1])
@@ -74,12 +80,17 @@ def test_a_missing_shard_is_an_error_that_names_it(run: Path) -> None:
 
 def test_tables_of_a_folder_come_in_name_order_and_by_split(tmp_path: Path, run: Path) -> None:
     table = read_table(run / "curate" / "keep.parquet")
-    split = table.set_column(table.column_names.index("split"), "split", [["train"] * 4 + ["held_out_concept"] * 5])
+    split = table.set_column(
+        table.column_names.index("split"), "split", [["train"] * 4 + ["held_out_concept"] * 5]
+    )
     (tmp_path / "metadata").mkdir()
     pq.write_table(split.slice(3), tmp_path / "metadata" / "metadata_0001.parquet")
     pq.write_table(split.slice(0, 3), tmp_path / "metadata" / "metadata_0000.parquet")
     assert read_table(tmp_path / "metadata").equals(split)
-    assert read_table(tmp_path / "metadata", "train")["key"].to_pylist() == table["key"].to_pylist()[:4]
+    assert (
+        read_table(tmp_path / "metadata", "train")["key"].to_pylist()
+        == table["key"].to_pylist()[:4]
+    )
 
 
 def test_transparent_pixels_are_white() -> None:
@@ -106,7 +117,11 @@ def test_grey_pictures_have_three_channels() -> None:
     assert (decode(encoded(np.full((8, 8), 90, np.uint8)), 8, "x") == 90).all()
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", encoded(np.zeros((4, 4, 3), np.uint16))], ids=["empty", "text", "16 bit"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no picture", encoded(np.zeros((4, 4, 3), np.uint16))],
+    ids=["empty", "text", "16 bit"],
+)
 def test_what_is_no_8_bit_picture_is_an_error_with_its_name(data: bytes) -> None:
     with pytest.raises(DataError, match=r"a/b\.png"):
         decode(data, 8, "a/b.png")

@@ -1,4 +1,6 @@
-"""Shards lie: a missing, cut or altered one is named, or its pictures are left out and counted; nothing else changes."""
+"""Shards lie: a missing, cut or altered one is named, or its pictures are left out and counted;
+nothing else changes.
+"""
 
 import json
 import shutil
@@ -42,7 +44,12 @@ def flip_a_bit(root: Path, row: int) -> str:
 
 
 def settle(root: Path, on_broken: OnBroken) -> dict[str, int]:
-    return shard_check.settle(read_table(root / "curate" / "keep.parquet"), root / "ingest" / "shards", on_broken, root / "work")
+    return shard_check.settle(
+        read_table(root / "curate" / "keep.parquet"),
+        root / "ingest" / "shards",
+        on_broken,
+        root / "work",
+    )
 
 
 def cut(path: Path, size_bytes: int) -> None:
@@ -53,14 +60,18 @@ def cut(path: Path, size_bytes: int) -> None:
 def test_a_sound_keep_list_is_kept_whole(root: Path) -> None:
     for on_broken in ("stop", "skip"):
         assert settle(root, on_broken) == {}  # type: ignore[arg-type]
-        assert shard_check.is_readable(read_table(root / "curate" / "keep.parquet"), root / "work").all()
+        assert shard_check.is_readable(
+            read_table(root / "curate" / "keep.parquet"), root / "work"
+        ).all()
         (root / "work" / LEFT_OUT).unlink()
 
 
 def test_a_missing_shard_stops_the_job_and_is_named(root: Path) -> None:
     (root / "ingest" / "shards" / "00001.tar").unlink()
     with pytest.raises(
-        DataError, match=rf"^shard 00001\.tar in .* is missing \({SHARDS[1]} of {COUNT} pictures are lost\): .*broken_pictures"
+        DataError,
+        match=rf"^shard 00001\.tar in .* is missing \({SHARDS[1]} of {COUNT} pictures are lost\): "
+        rf".*broken_pictures",
     ):
         settle(root, "stop")
     assert not (root / "work" / LEFT_OUT).exists()
@@ -73,12 +84,18 @@ def test_a_truncated_shard_stops_the_job_and_is_named(root: Path) -> None:
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
-def test_a_flipped_bit_stops_the_job_when_it_is_read(root: Path, cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_bit_stops_the_job_when_it_is_read(
+    root: Path, cache_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("training.data.image_reader.CACHE_BYTES", cache_bytes)
     flip_a_bit(root, 5)
     assert settle(root, "stop") == {}
-    with pytest.raises(DataError, match=r"^00000\.tar/.*\.png is not what curate saw \(SHA-256 differs\)"):
-        Pictures(read_table(root / "curate" / "keep.parquet"), root / "ingest" / "shards", 16)[range(COUNT)]
+    with pytest.raises(
+        DataError, match=r"^00000\.tar/.*\.png is not what curate saw \(SHA-256 differs\)"
+    ):
+        Pictures(read_table(root / "curate" / "keep.parquet"), root / "ingest" / "shards", 16)[
+            range(COUNT)
+        ]
 
 
 def test_all_that_is_broken_is_left_out_and_counted(root: Path) -> None:
@@ -88,13 +105,22 @@ def test_all_that_is_broken_is_left_out_and_counted(root: Path) -> None:
     cut(shard, shard.stat().st_size // 2)
     table = read_table(root / "curate" / "keep.parquet")
     end = shard.stat().st_size
-    lost = sum(row["shard"] == shard.name and row["offset"] + row["size_bytes"] > end for row in table.to_pylist())
+    lost = sum(
+        row["shard"] == shard.name and row["offset"] + row["size_bytes"] > end
+        for row in table.to_pylist()
+    )
     assert 0 < lost < SHARDS[1]
-    assert settle(root, "skip") == {"checksum": 1, "shard_missing": SHARDS[2], "shard_truncated": lost}
+    assert settle(root, "skip") == {
+        "checksum": 1,
+        "shard_missing": SHARDS[2],
+        "shard_truncated": lost,
+    }
     kept = shard_check.is_readable(table, root / "work")
     assert kept.sum() == COUNT - 1 - SHARDS[2] - lost
     assert altered in json.loads((root / "work" / LEFT_OUT).read_text())
-    assert len(Pictures(table.filter(kept), root / "ingest" / "shards", 16)) == kept.sum()  # reads and checks every one
+    assert (
+        len(Pictures(table.filter(kept), root / "ingest" / "shards", 16)) == kept.sum()
+    )  # reads and checks every one
 
 
 def test_what_a_killed_attempt_left_out_stays_out(root: Path) -> None:
@@ -125,7 +151,9 @@ def test_pictures_read_ahead_are_the_pictures(root: Path, monkeypatch: pytest.Mo
     assert read[range(COUNT)].equal(cached[range(COUNT)])
 
 
-def test_pictures_are_read_as_they_lie_and_waiting_for_them_is_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_read_as_they_lie_and_waiting_for_them_is_counted(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = read_table(root / "curate" / "keep.parquet")
     places = list(zip(table["shard"].to_pylist(), table["offset"].to_pylist(), strict=True))
     read: list[int] = []

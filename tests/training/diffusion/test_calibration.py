@@ -1,4 +1,6 @@
-"""The blend of a denoiser with x_t: what it is for denoisers whose best blend is known, and what it saves in bits."""
+"""The blend of a denoiser with x_t: what it is for denoisers whose best blend is known, and what it
+saves in bits.
+"""
 
 import torch
 from torch import Tensor
@@ -23,14 +25,18 @@ def exact(x_t: Tensor, t: Tensor) -> Tensor:
 
 
 def blurred(x_t: Tensor, t: Tensor) -> Tensor:
-    """As exact, but never better than a deviation of 0.1: what a network does that saw no nearly clean data."""
+    """As exact, but never better than a deviation of 0.1: what a network does that saw no nearly
+    clean data.
+    """
     own = torch.Generator().manual_seed(777 + int(t[0]))
     return exact(x_t, t) + 0.1 * torch.randn(x_t.shape, generator=own)
 
 
 def error(denoise: Denoise, t: int) -> float:
     times = torch.full((len(X_0),), t)
-    x_t = SCHEDULE.q_sample(X_0, times, torch.randn(X_0.shape, generator=torch.Generator().manual_seed(9 + t)))
+    x_t = SCHEDULE.q_sample(
+        X_0, times, torch.randn(X_0.shape, generator=torch.Generator().manual_seed(9 + t))
+    )
     return float((split(denoise(x_t, times))[0] - X_0).square().mean())
 
 
@@ -41,16 +47,21 @@ def fitted(denoise: Denoise) -> Calibration:
 def test_an_exact_denoiser_is_left_as_it_is() -> None:
     found = fitted(exact)
     times = probe_times(SCHEDULE.T, 40)
-    # near the data x_t is the same as x_0 to both, and any split of the weight between them is right
+    # near the data x_t is the same as x_0 to both, and any split of the weight between them is
+    # right
     later = times[times > 60]
-    torch.testing.assert_close(found.of_x_0[later], torch.ones(len(later), dtype=torch.float64), atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        found.of_x_0[later], torch.ones(len(later), dtype=torch.float64), atol=0.05, rtol=0
+    )
     for t in (1, 5, 50, 150):
         assert error(found(exact), t) < 1.01 * error(exact, t)
 
 
 def test_a_scale_that_is_wrong_is_put_right() -> None:
     found = fitted(lambda x_t, t: 2 * exact(x_t, t))
-    torch.testing.assert_close(found.of_x_0[60:], torch.full_like(found.of_x_0[60:], 0.5), atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        found.of_x_0[60:], torch.full_like(found.of_x_0[60:], 0.5), atol=0.05, rtol=0
+    )
 
 
 def test_a_blurred_denoiser_is_trusted_where_x_t_is_noisy_and_x_t_where_it_is_clean() -> None:
@@ -73,12 +84,18 @@ def test_fading_leads_back_to_the_denoiser_alone() -> None:
     found, x, t = fitted(blurred), torch.randn(3, 8), torch.tensor([5, 5, 5])
     own, blended = blurred(x, t), split(found(blurred)(x, t))[0]
     for share in (0.0, 0.25, 1.0):
-        torch.testing.assert_close(split(found.faded(share)(blurred)(x, t))[0], torch.lerp(blended, own, share))
+        torch.testing.assert_close(
+            split(found.faded(share)(blurred)(x, t))[0], torch.lerp(blended, own, share)
+        )
 
 
 def test_a_learned_variance_passes_through() -> None:
     fraction = torch.rand(3, 8)
-    _, passed = split(fitted(exact)(lambda x_t, t: (x_t.clone(), fraction))(torch.randn(3, 8), torch.full((3,), 5)))
+    _, passed = split(
+        fitted(exact)(lambda x_t, t: (x_t.clone(), fraction))(
+            torch.randn(3, 8), torch.full((3,), 5)
+        )
+    )
     assert passed is fraction
 
 
@@ -86,7 +103,9 @@ def test_the_bound_falls_to_near_that_of_the_exact_denoiser() -> None:
     def bits(denoise: Denoise) -> float:
         own = generators(range(len(X_0)))
         table = measure_x_0_error(denoise, X_0, SCHEDULE, 40, own)
-        return bits_per_dim([(X_0[:100], denoise)], SCHEDULE, "analytic", table, draws=12, levels=None)["bits_per_dim"]
+        return bits_per_dim(
+            [(X_0[:100], denoise)], SCHEDULE, "analytic", table, draws=12, levels=None
+        )["bits_per_dim"]
 
     best, without = bits(exact), bits(blurred)
     assert without > best + 2

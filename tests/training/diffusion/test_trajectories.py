@@ -8,7 +8,13 @@ from torch import Tensor
 
 from training.diffusion.process import Denoise, Schedule, at
 from training.diffusion.samplers import ddim
-from training.diffusion.trajectories import across_time, interpolate_in_x_t, share, sharing_x_t, slerp
+from training.diffusion.trajectories import (
+    across_time,
+    interpolate_in_x_t,
+    share,
+    sharing_x_t,
+    slerp,
+)
 
 SCHEDULE = Schedule.cosine()
 DEVIATION = 0.5
@@ -26,7 +32,9 @@ def two_images(first: Tensor, second: Tensor) -> Denoise:
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         alpha_bar = at(SCHEDULE.alpha_bar, t, x_t)
         both = torch.stack([first, second])
-        away = (x_t[:, None] - alpha_bar.sqrt()[:, None] * both).flatten(2).square().sum(-1)  # (B, 2)
+        away = (
+            (x_t[:, None] - alpha_bar.sqrt()[:, None] * both).flatten(2).square().sum(-1)
+        )  # (B, 2)
         weight = (-away / (2 * (1 - alpha_bar).view(-1, 1))).softmax(-1)
         return torch.einsum("bk,kchw->bchw", weight, both)
 
@@ -46,7 +54,9 @@ def test_across_time_goes_from_the_noise_to_the_sample() -> None:
     assert torch.equal(x_t[:, -1], ddim(gaussian, x_T, SCHEDULE, 20))
     assert torch.equal(x_t[:, -1], x_0[:, -1])
     for column in (1, 2, 3):
-        torch.testing.assert_close(x_0[:, column], gaussian(x_t[:, column], torch.full((2,), times[column])))
+        torch.testing.assert_close(
+            x_0[:, column], gaussian(x_t[:, column], torch.full((2,), times[column]))
+        )
 
 
 def test_every_number_of_columns_is_met() -> None:
@@ -56,18 +66,27 @@ def test_every_number_of_columns_is_met() -> None:
 
 
 def test_samples_share_more_the_smaller_t_is() -> None:
-    """Their variance about each other is that of p(x_0 | x_t), known in closed form for Gaussian data."""
+    """Their variance about each other is that of p(x_0 | x_t), known in closed form for Gaussian
+    data.
+    """
     times = [1000, 600, 300, 100]
     x_t, samples = sharing_x_t(gaussian, images(6), SCHEDULE, times, samples=8, steps=1000)
     assert x_t.shape == (6, 4, 3, 8, 8)
     assert samples.shape == (6, 4, 8, 3, 8, 8)
     for k, t in enumerate(times):
         alpha_bar = float(SCHEDULE.alpha_bar[t])
-        posterior_variance = DEVIATION**2 * (1 - alpha_bar) / (alpha_bar * DEVIATION**2 + 1 - alpha_bar)
+        posterior_variance = (
+            DEVIATION**2 * (1 - alpha_bar) / (alpha_bar * DEVIATION**2 + 1 - alpha_bar)
+        )
         assert float(samples[:, k].var(dim=1).mean()) == pytest.approx(posterior_variance, rel=0.08)
         expected = gaussian(x_t[:, k], torch.full((6,), t))
-        off = (samples[:, k].mean(1) - expected) / math.sqrt(posterior_variance / 8)  # in standard errors of a mean of 8
-        assert float(off.square().mean()) == pytest.approx(1, rel=0.15) and abs(float(off.mean())) < 0.1
+        off = (samples[:, k].mean(1) - expected) / math.sqrt(
+            posterior_variance / 8
+        )  # in standard errors of a mean of 8
+        assert (
+            float(off.square().mean()) == pytest.approx(1, rel=0.15)
+            and abs(float(off.mean())) < 0.1
+        )
 
 
 def test_shared_x_t_is_the_noised_image_and_does_not_depend_on_the_batch() -> None:
@@ -79,12 +98,22 @@ def test_shared_x_t_is_the_noised_image_and_does_not_depend_on_the_batch() -> No
 
 def test_interpolation_in_x_t_begins_and_ends_at_the_images() -> None:
     first, second = images(2, seed=1)
-    out = interpolate_in_x_t(two_images(first, second), first[None], second[None], SCHEDULE, [100, 300], columns=5, steps=100)
+    out = interpolate_in_x_t(
+        two_images(first, second),
+        first[None],
+        second[None],
+        SCHEDULE,
+        [100, 300],
+        columns=5,
+        steps=100,
+    )
     assert out.shape == (1, 2, 5, 3, 8, 8)
     for row in out[0]:
         torch.testing.assert_close(row[0], first, rtol=0, atol=1e-3)
         torch.testing.assert_close(row[-1], second, rtol=0, atol=1e-3)
-        assert torch.allclose(row[1], first, atol=1e-3)  # nearer to the first image, which this denoiser then draws
+        assert torch.allclose(
+            row[1], first, atol=1e-3
+        )  # nearer to the first image, which this denoiser then draws
 
 
 def test_interpolation_changes_the_weight_alone_along_a_row() -> None:
@@ -93,7 +122,10 @@ def test_interpolation_changes_the_weight_alone_along_a_row() -> None:
     out = interpolate_in_x_t(gaussian, first, second, SCHEDULE, [500], columns=3, steps=100)[0, 0]
     torch.testing.assert_close(out[1], (out[0] + out[2]) / 2, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(out[0], out[2], atol=0.1)
-    assert torch.equal(out, interpolate_in_x_t(gaussian, first, second, SCHEDULE, [500], columns=3, steps=100)[0, 0])
+    assert torch.equal(
+        out,
+        interpolate_in_x_t(gaussian, first, second, SCHEDULE, [500], columns=3, steps=100)[0, 0],
+    )
 
 
 def test_a_run_from_t_takes_its_share_of_the_steps() -> None:

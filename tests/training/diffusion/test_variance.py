@@ -1,4 +1,6 @@
-"""Reverse variances: their bounds, and the analytic one against the true variance of x_{t-1} given x_t."""
+"""Reverse variances: their bounds, and the analytic one against the true variance of x_{t-1} given
+x_t.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ def gaussian(schedule: Schedule):  # type: ignore[no-untyped-def]
 
     def denoise(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha_bar = at(schedule.alpha_bar, t, x_t)
-        return MEAN + alpha_bar.sqrt() * DEVIATION**2 / (alpha_bar * DEVIATION**2 + 1 - alpha_bar) * (x_t - alpha_bar.sqrt() * MEAN)
+        return MEAN + alpha_bar.sqrt() * DEVIATION**2 / (
+            alpha_bar * DEVIATION**2 + 1 - alpha_bar
+        ) * (x_t - alpha_bar.sqrt() * MEAN)
 
     alpha_bar = schedule.alpha_bar
     return denoise, DEVIATION**2 * (1 - alpha_bar) / (alpha_bar * DEVIATION**2 + 1 - alpha_bar)
@@ -36,7 +40,9 @@ def test_analytic_variance_is_the_true_one_for_gaussian_data(t: int, s: int) -> 
     var_t, var_s = (a * DEVIATION**2 + 1 - a for a in (alpha_bar_t, alpha_bar_s))
     covariance = (alpha_bar_t / alpha_bar_s) ** 0.5 * var_s
     x_0_error = float(gaussian(schedule)[1][t])
-    assert analytic_variance(alpha_bar_t, alpha_bar_s, x_0_error) == pytest.approx(var_s - covariance**2 / var_t, rel=1e-9)
+    assert analytic_variance(alpha_bar_t, alpha_bar_s, x_0_error) == pytest.approx(
+        var_s - covariance**2 / var_t, rel=1e-9
+    )
 
 
 def test_small_and_large_are_the_limits_of_the_analytic_variance() -> None:
@@ -49,9 +55,16 @@ def test_small_and_large_are_the_limits_of_the_analytic_variance() -> None:
 
 def test_learned_deviation_spans_small_to_large() -> None:
     alpha_bar_t, alpha_bar_s = 0.5, 0.8
-    deviation = learned_deviation(alpha_bar_t, alpha_bar_s, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
-    small, large = small_variance(alpha_bar_t, alpha_bar_s), large_variance(alpha_bar_t, alpha_bar_s)
-    assert deviation.square().tolist() == pytest.approx([small, (small * large) ** 0.5, large], rel=1e-5)
+    deviation = learned_deviation(
+        alpha_bar_t, alpha_bar_s, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    )
+    small, large = (
+        small_variance(alpha_bar_t, alpha_bar_s),
+        large_variance(alpha_bar_t, alpha_bar_s),
+    )
+    assert deviation.square().tolist() == pytest.approx(
+        [small, (small * large) ** 0.5, large], rel=1e-5
+    )
 
 
 def test_log_variance_bounds_are_finite_and_ordered() -> None:

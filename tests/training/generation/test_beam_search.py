@@ -1,4 +1,6 @@
-"""Search over partially denoised pictures finds what its score asks for, and without a score is the plain sampler."""
+"""Search over partially denoised pictures finds what its score asks for, and without a score is the
+plain sampler.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,9 @@ SCHEDULE = Schedule.cosine(1000)
 
 
 def two_modes(rows: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Denoise exactly where data is -1 or 1, equally often, in each of 4 dimensions: x_0 = tanh(sqrt(alpha_bar) x_t / (1 - alpha_bar))."""
+    """Denoise exactly where data is -1 or 1, equally often, in each of 4 dimensions: x_0 =
+    tanh(sqrt(alpha_bar) x_t / (1 - alpha_bar)).
+    """
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         alpha_bar = SCHEDULE.alpha_bar.to(x_t.dtype)[t][:, None]
@@ -37,13 +41,18 @@ def run(members: int, keep: int, checks: tuple[float, ...], prompts: int = 40) -
 
 def test_without_a_choice_it_is_the_sampler() -> None:
     x_T = noise((6, 4), generators(range(6)))
-    x_0, origin = beam(two_modes, x_T, 1, SCHEDULE, 20, lambda x_0: x_0.sum(1), 1, (0.5,), generators(range(6)))
-    plain = ddim(two_modes(torch.arange(6)), x_T, SCHEDULE, 20, eta=1.0, generator=generators(range(6)))
+    x_0, origin = beam(
+        two_modes, x_T, 1, SCHEDULE, 20, lambda x_0: x_0.sum(1), 1, (0.5,), generators(range(6))
+    )
+    plain = ddim(
+        two_modes(torch.arange(6)), x_T, SCHEDULE, 20, eta=1.0, generator=generators(range(6))
+    )
     assert torch.allclose(x_0, plain, atol=1e-5) and origin.tolist() == list(range(6))
 
 
 def test_a_beam_finds_rare_data_more_often_than_best_of_as_many() -> None:
-    # All four dimensions at 1: one in 16 by chance, so best of 8 has it in 1 - (15/16)^8 = 40 % of the prompts.
+    # All four dimensions at 1: one in 16 by chance, so best of 8 has it in 1 - (15/16)^8 = 40 % of
+    # the prompts.
     plain = (run(8, 8, ()) > 0.9).all(2).any(1).float().mean()
     searched = (run(8, 2, (0.3, 0.5, 0.7)) > 0.9).all(2).any(1).float().mean()
     assert 0.2 < plain < 0.6 and searched > plain + 0.25
@@ -54,7 +63,17 @@ def test_the_best_take_the_places_of_the_others_within_their_prompt() -> None:
     assert survivors(scores, 4, 2).tolist() == [1, 1, 3, 3, 6, 6, 4, 4]
     assert survivors(scores, 4, 1).tolist() == [1] * 4 + [6] * 4
     with pytest.raises(ValueError, match="keep = 3 of 4"):
-        beam(two_modes, torch.zeros(4, 4), 4, SCHEDULE, 4, lambda x_0: x_0.sum(1), 3, (), generators(range(4)))
+        beam(
+            two_modes,
+            torch.zeros(4, 4),
+            4,
+            SCHEDULE,
+            4,
+            lambda x_0: x_0.sum(1),
+            3,
+            (),
+            generators(range(4)),
+        )
 
 
 def test_conditions_follow_their_survivors() -> None:
@@ -65,7 +84,9 @@ def test_conditions_follow_their_survivors() -> None:
         return lambda x_t, t: rows[:, None].float().expand(-1, 4)
 
     x_T = noise((4, 4), generators(range(4)))
-    x_0, origin = beam(denoise_of, x_T, 4, SCHEDULE, 10, lambda x_0: x_0[:, 0], 2, (0.5, 0.8), generators(range(4)))
+    x_0, origin = beam(
+        denoise_of, x_T, 4, SCHEDULE, 10, lambda x_0: x_0[:, 0], 2, (0.5, 0.8), generators(range(4))
+    )
     assert seen == [[0, 1, 2, 3], [3, 3, 2, 2], [3, 3, 3, 3]] and origin.tolist() == [3, 3, 3, 3]
     assert x_0[:, 0].tolist() == [3, 3, 3, 3]
 
@@ -83,5 +104,14 @@ def test_a_systems_pictures_follow_the_score_and_repeat(tmp_path: Path) -> None:
     assert not np.array_equal(plain, search(model, prompts, 4, 1, steps=6))
     checks = (0.5, 0.7, 0.9)
     lit = search(model, prompts, 16, 0, steps=10, score=bright, keep=2, checks=checks)
-    dim = search(model, prompts, 16, 0, steps=10, score=lambda pictures, prompt: -bright(pictures, prompt), keep=2, checks=checks)
+    dim = search(
+        model,
+        prompts,
+        16,
+        0,
+        steps=10,
+        score=lambda pictures, prompt: -bright(pictures, prompt),
+        keep=2,
+        checks=checks,
+    )
     assert lit.mean() > dim.mean() + 3

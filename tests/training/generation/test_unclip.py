@@ -1,4 +1,6 @@
-"""Pictures depend on prompt, seed and place alone, and a system read from its folders is the one that was written."""
+"""Pictures depend on prompt, seed and place alone, and a system read from its folders is the one
+that was written.
+"""
 
 from pathlib import Path
 
@@ -22,7 +24,9 @@ def system(folder: Path) -> Unclip:
 
 
 def near(a: np.ndarray, b: np.ndarray) -> bool:
-    """Say whether pictures are equal but for float rounding, which depends on how a batch is cut."""
+    """Say whether pictures are equal but for float rounding, which depends on how a batch is
+    cut.
+    """
     return int(np.abs(a.astype(int) - b.astype(int)).max()) <= 1
 
 
@@ -38,7 +42,9 @@ def test_two_loads_draw_the_same(system: Unclip, folder: Path) -> None:
     assert np.array_equal(again.generate(PROMPTS), system.generate(PROMPTS))
 
 
-def test_other_prompts_and_counts_do_not_change_a_picture(system: Unclip, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_prompts_and_counts_do_not_change_a_picture(
+    system: Unclip, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures = system.generate(PROMPTS, count=3, seed=3)
     for place, prompt in enumerate(PROMPTS):
         assert near(system.generate([prompt], count=3, seed=3)[0], pictures[place])
@@ -50,9 +56,12 @@ def test_other_prompts_and_counts_do_not_change_a_picture(system: Unclip, monkey
 def test_prompt_seed_place_steps_and_guidance_matter(system: Unclip) -> None:
     two = system.generate(["blue"], count=2, seed=3)[0]
     others = [
-        system.generate(["blue"], seed=4)[0, 0], system.generate(["a red heart"], seed=3)[0, 0], two[1],
-        system.generate(["blue"], seed=3, steps=2)[0, 0], system.generate(["blue"], seed=3, guidance=6.0)[0, 0],
-    ]  # fmt: skip
+        system.generate(["blue"], seed=4)[0, 0],
+        system.generate(["a red heart"], seed=3)[0, 0],
+        two[1],
+        system.generate(["blue"], seed=3, steps=2)[0, 0],
+        system.generate(["blue"], seed=3, guidance=6.0)[0, 0],
+    ]
     assert all(not near(other, two[0]) for other in others)
 
 
@@ -62,7 +71,10 @@ def test_awkward_prompts_are_drawn(system: Unclip, prompt: str) -> None:
 
 
 def test_embeddings_are_unit_vectors(system: Unclip) -> None:
-    for vectors in (system.encode_texts(PROMPTS), system.encode_images(system.generate(PROMPTS)[:, 0])):
+    for vectors in (
+        system.encode_texts(PROMPTS),
+        system.encode_images(system.generate(PROMPTS)[:, 0]),
+    ):
         assert vectors.shape == (3, E)
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 

@@ -1,4 +1,6 @@
-"""The training jobs on a real Ray, with two workers and with one: a kill costs nothing, a worker's own error is told at once."""
+"""The training jobs on a real Ray, with two workers and with one: a kill costs nothing, a worker's
+own error is told at once.
+"""
 
 import json
 import os
@@ -57,7 +59,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: ClusterConfig, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(
+    cluster: ClusterConfig, root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Train CLIP with two workers and nothing in the way; return its folder."""
     out, work = folders(tmp_path_factory.mktemp("undisturbed"), "clip")
     train.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
@@ -71,10 +75,14 @@ def by_itself(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = read_table(root / "curate" / "keep.parquet", "train")
     captions = table["captions"].to_pylist()
     shard_check.settle(table, root / "ingest" / "shards", LONG.broken_pictures, work)
-    Tokenizer.fit((caption for each in captions for caption in each), TOKENIZER).save(work / "tokenizer.json")
+    Tokenizer.fit((caption for each in captions for caption in each), TOKENIZER).save(
+        work / "tokenizer.json"
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model, averaged = train.fit_clip(LONG, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+    model, averaged = train.fit_clip(
+        LONG, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu"
+    )
     torch.set_num_threads(threads)
     train.write_model("clip", model, averaged, LONG, work)
     return work
@@ -88,16 +96,22 @@ def folders(root: Path, name: str) -> tuple[Path, Path]:
 
 
 def is_same(out: Path, other: Path) -> bool:
-    """Say whether two runs ended with the same bits, averaged and raw, and went through the same states."""
+    """Say whether two runs ended with the same bits, averaged and raw, and went through the same
+    states.
+    """
     for file in ("weights.safetensors", "raw.safetensors"):
         a, b = load_file(out / file), load_file(other / file)
         if a.keys() != b.keys() or not all(a[name].equal(b[name]) for name in a):
             return False
-    seen = [json.loads(line)["images_seen"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seen = [
+        json.loads(line)["images_seen"] for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
     return seen == sorted(set(seen)) and seen[-1] == LONG.images
 
 
-def test_a_worker_waits_for_the_others_as_long_as_the_cluster_section_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_waits_for_the_others_as_long_as_the_cluster_section_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
 
     class Trainer:
@@ -113,7 +127,9 @@ def test_a_worker_waits_for_the_others_as_long_as_the_cluster_section_says(tmp_p
     assert [each.timeout_s for each in asked] == [1800, 7]
 
 
-def test_pictures_read_ahead_of_the_steps_train_as_held_ones_do_and_waiting_is_logged(root: Path, tmp_path: Path) -> None:
+def test_pictures_read_ahead_of_the_steps_train_as_held_ones_do_and_waiting_is_logged(
+    root: Path, tmp_path: Path
+) -> None:
     weights, waiting = [], []
     for name, how in (
         ("held", {}),
@@ -122,8 +138,18 @@ def test_pictures_read_ahead_of_the_steps_train_as_held_ones_do_and_waiting_is_l
     ):
         _, work = folders(tmp_path / name, "clip")
         write_tokenizer(root, work)
-        shard_check.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
-        model, _ = train.fit_clip(TINY.model_copy(update=how), {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+        shard_check.settle(
+            read_table(root / "curate" / "keep.parquet", "train"),
+            root / "ingest" / "shards",
+            "stop",
+            work,
+        )
+        model, _ = train.fit_clip(
+            TINY.model_copy(update=how),
+            {"ingest": root / "ingest", "curate": root / "curate"},
+            work,
+            "cpu",
+        )
         weights.append(model.state_dict())
         waiting.append(json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["waiting"])
     assert all(value.equal(each[key]) for each in weights[1:] for key, value in weights[0].items())
@@ -133,8 +159,18 @@ def test_pictures_read_ahead_of_the_steps_train_as_held_ones_do_and_waiting_is_l
 def test_progress_is_that_of_the_last_whole_row_of_a_long_file(tmp_path: Path) -> None:
     metrics, over = tmp_path / "metrics.jsonl", threading.Event()
     over.set()
-    for rows, cut, seen in ((0, "", 0), (1, "", 1), (3000, "", 3000), (3000, '{"images_seen": 3001, "lo', 0)):
-        metrics.write_text("".join(json.dumps({"images_seen": row, "loss": 1.5}) + "\n" for row in range(1, rows + 1)) + cut)
+    for rows, cut, seen in (
+        (0, "", 0),
+        (1, "", 1),
+        (3000, "", 3000),
+        (3000, '{"images_seen": 3001, "lo', 0),
+    ):
+        metrics.write_text(
+            "".join(
+                json.dumps({"images_seen": row, "loss": 1.5}) + "\n" for row in range(1, rows + 1)
+            )
+            + cut
+        )
         progress = Progress("clip", 3000)
         train._watch(metrics, progress, over)
         assert progress.done == seen
@@ -154,7 +190,11 @@ def processes_of(name: bytes) -> list[int]:
     found = []
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdigit() and name in (folder / "cmdline").read_bytes() and ours(int(folder.name)):
+            if (
+                folder.name.isdigit()
+                and name in (folder / "cmdline").read_bytes()
+                and ours(int(folder.name))
+            ):
                 found.append(int(folder.name))
         except OSError:
             continue
@@ -171,7 +211,9 @@ def ours(pid: int) -> bool:
 
 
 def once_mid_epoch(work: Path, act: Callable[[], bool], until_s: float = 150) -> int:
-    """Do `act` as soon as a state lies in the middle of an epoch; return the images seen by that state, 0 if the time is over."""
+    """Do `act` as soon as a state lies in the middle of an epoch; return the images seen by that
+    state, 0 if the time is over.
+    """
     until = time.monotonic() + until_s
     while time.monotonic() < until:
         time.sleep(0.02)
@@ -184,26 +226,54 @@ def once_mid_epoch(work: Path, act: Callable[[], bool], until_s: float = 150) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("tower", "chunk", "backend"), [("vit", 3, "aot_eager"), ("conv", 0, "inductor"), ("vit", 3, "inductor")])
+@pytest.mark.parametrize(
+    ("tower", "chunk", "backend"),
+    [("vit", 3, "aot_eager"), ("conv", 0, "inductor"), ("vit", 3, "inductor")],
+)
 def test_compiled_towers_train_as_plain_ones_do(
-    tower: str, chunk: int, backend: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tower: str,
+    chunk: int,
+    backend: str,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if any(map(shutil.which, ("c++", "g++", "clang++"))) != (backend == "inductor"):
-        pytest.skip("torch compiles for a CPU by a C++ compiler: where there is none, tracing alone is tested, which inductor does as well")
+        pytest.skip(
+            "torch compiles for a CPU by a C++ compiler: where there is none, tracing alone is "
+            "tested, which inductor does as well"
+        )
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    threads = import_module("torch._inductor.config").patch(compile_threads=1)  # more would be processes that import torch each
-    config = TINY.model_copy(update={"precision": "float32", "images": 80, "image_tower": tower, "width": 32, "chunk": chunk})
+    threads = import_module("torch._inductor.config").patch(
+        compile_threads=1
+    )  # more would be processes that import torch each
+    config = TINY.model_copy(
+        update={
+            "precision": "float32",
+            "images": 80,
+            "image_tower": tower,
+            "width": 32,
+            "chunk": chunk,
+        }
+    )
     losses = []
     for is_compiled in (False, True):
         _, work = folders(tmp_path / str(is_compiled), "clip")
         write_tokenizer(root, work)
-        shard_check.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
+        shard_check.settle(
+            read_table(root / "curate" / "keep.parquet", "train"),
+            root / "ingest" / "shards",
+            "stop",
+            work,
+        )
         section = config.model_copy(update={"compile": is_compiled})
         before = counters["stats"]["unique_graphs"]
         with threads:
-            train.fit_clip(section, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu")
+            train.fit_clip(
+                section, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu"
+            )
         assert (counters["stats"]["unique_graphs"] > before) == is_compiled
         losses.append(json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
@@ -237,7 +307,11 @@ def test_a_killed_driver_is_started_again_and_the_weights_are_the_same(
 ) -> None:
     out, work = folders(tmp_path, "clip")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(root), str(out), str(work)], env=environment, start_new_session=True)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(root), str(out), str(work)],
+        env=environment,
+        start_new_session=True,
+    )
 
     def kill() -> bool:
         driver.kill()  # the driver alone: its Ray must notice
@@ -254,7 +328,9 @@ def test_a_killed_driver_is_started_again_and_the_weights_are_the_same(
 
 
 @pytest.mark.slow
-def test_a_workers_own_error_reaches_the_caller_at_once(cluster: ClusterConfig, root: Path, by_itself: Path, tmp_path: Path) -> None:
+def test_a_workers_own_error_reaches_the_caller_at_once(
+    cluster: ClusterConfig, root: Path, by_itself: Path, tmp_path: Path
+) -> None:
     out, work = folders(tmp_path, "clip")
     with pytest.raises(DataError, match="batch_size 9 cannot be shared by 2 workers"):
         odd = TINY.model_copy(update={"batch_size": 9})
@@ -263,16 +339,22 @@ def test_a_workers_own_error_reaches_the_caller_at_once(cluster: ClusterConfig, 
     state = torch.load(by_itself / "state.pt")
     state["model"]["logit_scale"].fill_(torch.nan)
     torch.save(state | {"images_seen": LONG.images - 80}, work / "state.pt")
-    with pytest.raises(DataError, match=f"^the loss is nan after {LONG.images - 72:,} images: lower learning_rate"):
+    with pytest.raises(
+        DataError, match=f"^the loss is nan after {LONG.images - 72:,} images: lower learning_rate"
+    ):
         train.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
 
 
 def test_a_training_that_lost_a_worker_says_so_in_one_line_without_tracebacks() -> None:
     from ray.train.v2.api.exceptions import WorkerGroupError
 
-    story = 'Traceback (most recent call last):\n  File "jobs.py", line 297, in _worker\n    ray.train.report(_fit(job))\n    ^^^^^^^^^'
-    story += '\n... (Output truncated. See individual worker logs for full details) ...\nibuted/c10d_logger.py", line 83, in wrapper'
-    error = WorkerGroupError(f"[Rank 1 Error Snippet]:\n{story}\nRuntimeError: Connection closed by peer [10.77.0.3]:36789", {})
+    story = 'Traceback (most recent call last):\n  File "jobs.py", line 297, in _worker\n    ray.train.report(_fit(job))\n    ^^^^^^^^^'  # noqa: E501
+    story += '\n... (Output truncated. See individual worker logs for full details) ...\nibuted/c10d_logger.py", line 83, in wrapper'  # noqa: E501
+    error = WorkerGroupError(
+        f"[Rank 1 Error Snippet]:\n{story}\nRuntimeError: Connection closed by peer "
+        f"[10.77.0.3]:36789",
+        {},
+    )
     assert train._one_line("clip", error) == (
         "training clip failed: Training failed due to worker errors: [Rank 1 Error Snippet]: "
         "RuntimeError: Connection closed by peer [10.77.0.3]:36789; the whole of it is in the log"

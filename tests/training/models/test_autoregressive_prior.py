@@ -1,4 +1,6 @@
-"""The autoregressive prior learns a batch by heart, its cache changes nothing, and each bucket knows only those before it."""
+"""The autoregressive prior learns a batch by heart, its cache changes nothing, and each bucket
+knows only those before it.
+"""
 
 from pathlib import Path
 
@@ -17,13 +19,17 @@ from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
 from training.optim.step import Step
 
 K, V = 6, 32
-CONFIG = PriorConfig(kind="autoregressive", width=32, depth=2, pca_dims=K, buckets=V, text_drop=0.1, best_of=2)
+CONFIG = PriorConfig(
+    kind="autoregressive", width=32, depth=2, pca_dims=K, buckets=V, text_drop=0.1, best_of=2
+)
 
 
 def spread(count: int = 400) -> tuple[Tensor, Tensor]:
     """Return unit vectors z_i, most of them along few directions, and z_t near them."""
     draw = torch.Generator().manual_seed(2)
-    z_i = F.normalize(torch.randn(count, E, generator=draw) * torch.linspace(2, 0.02, E) ** 2 + 0.1, dim=-1)
+    z_i = F.normalize(
+        torch.randn(count, E, generator=draw) * torch.linspace(2, 0.02, E) ** 2 + 0.1, dim=-1
+    )
     return z_i, F.normalize(z_i + 0.1 * torch.randn(count, E, generator=draw), dim=-1)
 
 
@@ -47,7 +53,9 @@ def learnt() -> tuple[AutoregressivePrior, list[float], Tensor]:
     z_i, z_t, ids = z_i[[3, 11]], z_t[[3, 11]], batch(2)[2]
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for number in range(120):
-        loss = model.loss(Step(number, 0, 32, 0, 0, 1), z_i.repeat(16, 1), z_t.repeat(16, 1), ids.repeat(16, 1))
+        loss = model.loss(
+            Step(number, 0, 32, 0, 0, 1), z_i.repeat(16, 1), z_t.repeat(16, 1), ids.repeat(16, 1)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -55,16 +63,22 @@ def learnt() -> tuple[AutoregressivePrior, list[float], Tensor]:
     return model.eval(), losses, torch.stack([z_i, z_t])
 
 
-def test_one_batch_is_learnt_by_heart(learnt: tuple[AutoregressivePrior, list[float], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_batch_is_learnt_by_heart(
+    learnt: tuple[AutoregressivePrior, list[float], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, losses, (z_i, z_t) = learnt
-    monkeypatch.setattr(model, "config", CONFIG.model_copy(update={"temperature": 0.2}))  # what it finds likeliest, whatever the seed
+    monkeypatch.setattr(
+        model, "config", CONFIG.model_copy(update={"temperature": 0.2})
+    )  # what it finds likeliest, whatever the seed
     assert losses[0] > 3 and sum(losses[-20:]) / 20 < 0.3
     ids = batch(2)[2]
     found = model.sample(z_t, ids, [0, 1])
     torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
     rounded = model.from_buckets(model.to_buckets(z_i, z_t))
     torch.testing.assert_close(found, rounded, atol=1e-5, rtol=0)
-    torch.testing.assert_close(model.sample(z_t.flip(0), ids.flip(0), [0, 1]), rounded.flip(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.sample(z_t.flip(0), ids.flip(0), [0, 1]), rounded.flip(0), atol=1e-5, rtol=0
+    )
 
 
 def test_a_bucket_is_no_further_from_its_value_than_half_its_width() -> None:
@@ -73,7 +87,9 @@ def test_a_bucket_is_no_further_from_its_value_than_half_its_width() -> None:
     buckets = model.to_buckets(z_i, z_t)
     assert buckets.shape == (400, K + 1) and int(buckets.min()) >= 0 and int(buckets.max()) < V
     assert bool((buckets.amax(0) - buckets.amin(0) == V - 1).all())  # all of them are in use
-    values = torch.cat([(z_i * z_t).sum(1, keepdim=True), (z_i - model.mean) @ model.components.T], 1)
+    values = torch.cat(
+        [(z_i * z_t).sum(1, keepdim=True), (z_i - model.mean) @ model.components.T], 1
+    )
     width = (model.high - model.low) / V
     middle = model.low + (buckets + 0.5) * width
     assert bool(((values - middle).abs() <= width / 2 * 1.001).all())
@@ -86,7 +102,11 @@ def test_bfloat16_does_not_move_a_bucket(monkeypatch: pytest.MonkeyPatch) -> Non
     model = untrained()
     z_i, z_t = spread()
     seen = []
-    monkeypatch.setattr(model, "to_buckets", lambda *a: seen.append(AutoregressivePrior.to_buckets(model, *a)) or seen[-1])
+    monkeypatch.setattr(
+        model,
+        "to_buckets",
+        lambda *a: seen.append(AutoregressivePrior.to_buckets(model, *a)) or seen[-1],
+    )
     with torch.autocast("cpu", torch.bfloat16):
         model.loss(Step(0, 0, 400, 0, 0, 1), z_i, z_t, batch(1)[2].repeat(400, 1))
     assert seen[0].equal(AutoregressivePrior.to_buckets(model, z_i, z_t))
@@ -120,14 +140,22 @@ def test_the_dot_product_comes_from_the_upper_half(monkeypatch: pytest.MonkeyPat
     _, z_t = spread(1)
     ids = batch(1)[2]
     drawn: list[Tensor] = []
-    monkeypatch.setattr(model, "draw", lambda *a: drawn.append(AutoregressivePrior.draw(model, *a)) or drawn[-1])
+    monkeypatch.setattr(
+        model, "draw", lambda *a: drawn.append(AutoregressivePrior.draw(model, *a)) or drawn[-1]
+    )
     model.sample(z_t.expand(300, -1), ids.expand(300, -1), list(range(300)))
     shares = model(drawn[0][:1], z_t * model.text_scale, ids)[0, 0].softmax(-1)
     median = int((shares.cumsum(0) < 0.5).sum())
     assert int(drawn[0][:, 0].min()) >= median and len(set(drawn[0][:, 0].tolist())) > 1
-    first = model(drawn[0], z_t.expand(300, -1) * model.text_scale, ids.expand(300, -1))[:, 1].softmax(-1).cumsum(-1)
+    first = (
+        model(drawn[0], z_t.expand(300, -1) * model.text_scale, ids.expand(300, -1))[:, 1]
+        .softmax(-1)
+        .cumsum(-1)
+    )
     below = first.gather(1, drawn[0][:, 1:2]) < 0.5
-    assert 0.05 < float(below.float().mean()) < 0.7  # a coordinate comes from all of its distribution
+    assert (
+        0.05 < float(below.float().mean()) < 0.7
+    )  # a coordinate comes from all of its distribution
 
 
 def test_a_sample_depends_on_its_own_row_alone_and_padding_is_nothing() -> None:
@@ -138,7 +166,12 @@ def test_a_sample_depends_on_its_own_row_alone_and_padding_is_nothing() -> None:
     padded = F.pad(ids, (0, CONTEXT - ids.shape[1]), value=PAD)
     torch.testing.assert_close(model.sample(z_t, padded, [5, 6, 5, 8]), together, atol=1e-5, rtol=0)
     for row, seed in enumerate((5, 6, 5, 8)):
-        torch.testing.assert_close(model.sample(z_t[row : row + 1], ids[row : row + 1], [seed])[0], together[row], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model.sample(z_t[row : row + 1], ids[row : row + 1], [seed])[0],
+            together[row],
+            atol=1e-5,
+            rtol=0,
+        )
     assert not model.sample(z_t[:1], ids[:1], [9])[0].allclose(together[0], atol=1e-2)
 
 
@@ -160,7 +193,9 @@ def test_a_dropped_text_leaves_nothing_behind() -> None:
     torch.testing.assert_close(logits, logits[:1].expand_as(logits))
 
 
-@pytest.mark.parametrize("config", [CONFIG, PriorConfig(width=32, depth=1, T=20, sampling_steps=4, variance=0.29)])
+@pytest.mark.parametrize(
+    "config", [CONFIG, PriorConfig(width=32, depth=1, T=20, sampling_steps=4, variance=0.29)]
+)
 def test_a_written_prior_is_read_as_what_it_was(config: PriorConfig, tmp_path: Path) -> None:
     tokenizer = Tokenizer.fit(["a b"], TokenizerConfig(vocab_size=270, context=CONTEXT))
     tokenizer.save(tmp_path / "tokenizer.json")
@@ -176,7 +211,12 @@ def test_a_written_prior_is_read_as_what_it_was(config: PriorConfig, tmp_path: P
 def test_the_embedding_scale_comes_from_the_data() -> None:
     z_i, z_t = spread()
     scaled, plain = (
-        Prior(PriorConfig(width=32, depth=1, T=20, sampling_steps=4, variance=variance), E, VOCABULARY, CONTEXT)
+        Prior(
+            PriorConfig(width=32, depth=1, T=20, sampling_steps=4, variance=variance),
+            E,
+            VOCABULARY,
+            CONTEXT,
+        )
         for variance in (0.29, None)
     )
     for model in (scaled, plain):
@@ -191,6 +231,9 @@ def test_more_components_than_there_are_is_a_mistake_of_the_recipe() -> None:
     config = load_recipe("quickstart", ["prior.kind=autoregressive"])
     assert find_disagreement(config) == ""
     small = config.model_copy(update={"clip": config.clip.model_copy(update={"embed_dim": 24})})
-    assert find_disagreement(small) == "[prior] pca_dims = 32 but [clip] embed_dim = 24: there are no more components than that"
+    assert (
+        find_disagreement(small)
+        == "[prior] pca_dims = 32 but [clip] embed_dim = 24: there are no more components than that"
+    )
     with pytest.raises(ValueError, match="embeddings have 4 dimensions"):
         AutoregressivePrior(CONFIG, 4, VOCABULARY, CONTEXT)

@@ -1,4 +1,6 @@
-"""CLIP's loss is the paper's, both towers can learn, and a written model is the one that is read."""
+"""CLIP's loss is the paper's, both towers can learn, and a written model is the one that is
+read.
+"""
 
 import math
 import weakref
@@ -15,7 +17,16 @@ from training.models.clip import CLIP, LOGIT_SCALE_MAX, ClipConfig, contrastive_
 from training.models.pixels import to_pixels
 from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
 
-TEXTS = ["red", "a green disc", "a blue square on a white ground", "black", "two yellow crosses", "a heart", "an apple, half eaten", "grey"]
+TEXTS = [
+    "red",
+    "a green disc",
+    "a blue square on a white ground",
+    "black",
+    "two yellow crosses",
+    "a heart",
+    "an apple, half eaten",
+    "grey",
+]
 Tower = Literal["conv", "vit"]
 TOWERS: list[Tower] = ["conv", "vit"]
 
@@ -27,12 +38,27 @@ def tokenizer() -> Tokenizer:
 
 def tiny(tower: Tower, tokenizer: Tokenizer, **changes: Any) -> CLIP:
     torch.manual_seed(0)
-    config = ClipConfig(image_tower=tower, image_size_px=16, width=16, depth=1, text_width=32, text_depth=1, embed_dim=16, **changes)
+    config = ClipConfig(
+        image_tower=tower,
+        image_size_px=16,
+        width=16,
+        depth=1,
+        text_width=32,
+        text_depth=1,
+        embed_dim=16,
+        **changes,
+    )
     return CLIP(config, tokenizer.vocab_size, tokenizer.context)
 
 
 def images(count: int, side: int = 16) -> Tensor:
-    return torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0,
+        256,
+        (count, side, side, 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(1),
+    )
 
 
 def test_loss_is_the_mean_of_both_log_softmaxes_on_the_diagonal() -> None:
@@ -41,9 +67,13 @@ def test_loss_is_the_mean_of_both_log_softmaxes_on_the_diagonal() -> None:
     expected = 0.0
     for a, b in ((image, text), (text, image)):
         for row in range(6):
-            weights = [float((scale.exp() * (a[row] * b[column]).sum()).exp()) for column in range(6)]
+            weights = [
+                float((scale.exp() * (a[row] * b[column]).sum()).exp()) for column in range(6)
+            ]
             expected -= float(torch.tensor(weights[row] / sum(weights)).log()) / 12
-    assert float(contrastive_loss(image, text, torch.arange(6), scale)) == pytest.approx(expected, rel=1e-5)
+    assert float(contrastive_loss(image, text, torch.arange(6), scale)) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_sigmoid_loss_judges_every_pair_for_itself() -> None:
@@ -54,7 +84,9 @@ def test_sigmoid_loss_judges_every_pair_for_itself() -> None:
         for column in range(6):
             logit = float(scale.exp() * (image[row] * text[column]).sum() + bias)
             expected += math.log1p(math.exp(-logit if row == column else logit)) / 6
-    assert float(sigmoid_loss(image, text, torch.arange(6), scale, bias)) == pytest.approx(expected, rel=1e-5)
+    assert float(sigmoid_loss(image, text, torch.arange(6), scale, bias)) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_pairs_with_one_caption_are_right_for_each_other() -> None:
@@ -65,18 +97,28 @@ def test_pairs_with_one_caption_are_right_for_each_other() -> None:
     for row in range(4):
         right = [column for column in range(4) if captions[column] == captions[row]]
         for a, b in ((image, text), (text, image)):
-            weights = [math.exp(float(scale.exp() * (a[row] * b[column]).sum())) for column in range(4)]
-            expected["softmax"] -= sum(math.log(weights[column] / sum(weights)) / len(right) for column in right) / 8
+            weights = [
+                math.exp(float(scale.exp() * (a[row] * b[column]).sum())) for column in range(4)
+            ]
+            expected["softmax"] -= (
+                sum(math.log(weights[column] / sum(weights)) / len(right) for column in right) / 8
+            )
         for column in range(4):
             logit = float(scale.exp() * (image[row] * text[column]).sum() + bias)
             expected["sigmoid"] += math.log1p(math.exp(-logit if column in right else logit)) / 4
-    assert float(contrastive_loss(image, text, captions, scale)) == pytest.approx(expected["softmax"], rel=1e-5)
-    assert float(sigmoid_loss(image, text, captions, scale, bias)) == pytest.approx(expected["sigmoid"], rel=1e-5)
+    assert float(contrastive_loss(image, text, captions, scale)) == pytest.approx(
+        expected["softmax"], rel=1e-5
+    )
+    assert float(sigmoid_loss(image, text, captions, scale, bias)) == pytest.approx(
+        expected["sigmoid"], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_a_batch_of_one_caption_repeated_can_be_learnt(loss: str, chunk: int, tokenizer: Tokenizer) -> None:
+def test_a_batch_of_one_caption_repeated_can_be_learnt(
+    loss: str, chunk: int, tokenizer: Tokenizer
+) -> None:
     model = tiny("conv", tokenizer, loss=loss, chunk=chunk)
     pixels, ids = to_pixels(images(8), 16), tokenizer(["a green disc"] * 8)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -97,14 +139,18 @@ def test_equal_texts_have_equal_marks_however_they_are_padded(tokenizer: Tokeniz
     found = clip.marks(ids)
     assert found[0] == found[-1] and len(set(found.tolist())) == len(TEXTS)
     assert clip.marks(torch.nn.functional.pad(ids, (0, 5), value=PAD)).equal(found)
-    many = torch.randint(1, 300, (4096, 6), generator=torch.Generator().manual_seed(0)).unique(dim=0)
+    many = torch.randint(1, 300, (4096, 6), generator=torch.Generator().manual_seed(0)).unique(
+        dim=0
+    )
     both = torch.cat([many, many.flip(1)]).unique(dim=0)  # the order of the words counts
     assert len(clip.marks(both).unique()) == len(both) > 8000
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_a_batch_in_chunks_has_the_gradients_of_the_whole(loss: str, precision: torch.dtype, tokenizer: Tokenizer) -> None:
+def test_a_batch_in_chunks_has_the_gradients_of_the_whole(
+    loss: str, precision: torch.dtype, tokenizer: Tokenizer
+) -> None:
     found = []
     for chunk in (0, 3, 8):
         model = tiny("vit", tokenizer, loss=loss, chunk=chunk)
@@ -128,9 +174,17 @@ def test_only_a_chunks_activations_are_held_at_once(tokenizer: Tokenizer) -> Non
         alive: list[weakref.ref[Tensor]] = []
         peak = [0]
 
-        def note(_: object, __: object, out: Tensor, alive: list[weakref.ref[Tensor]] = alive, peak: list[int] = peak) -> None:
+        def note(
+            _: object,
+            __: object,
+            out: Tensor,
+            alive: list[weakref.ref[Tensor]] = alive,
+            peak: list[int] = peak,
+        ) -> None:
             alive.append(weakref.ref(out))
-            peak[0] = max(peak[0], sum(held.numel() for each in alive if (held := each()) is not None))
+            peak[0] = max(
+                peak[0], sum(held.numel() for each in alive if (held := each()) is not None)
+            )
 
         for module in model.image.modules():
             if isinstance(module, torch.nn.Conv2d):
@@ -159,7 +213,10 @@ def test_one_batch_is_learnt_by_heart(tower: Tower, tokenizer: Tokenizer) -> Non
 @pytest.mark.parametrize("tower", TOWERS)
 def test_embeddings_are_unit_vectors(tower: Tower, tokenizer: Tokenizer) -> None:
     model = tiny(tower, tokenizer)
-    for vectors in (clip.embed_images(model, images(5, 20)), clip.embed_texts(model, tokenizer, TEXTS)):
+    for vectors in (
+        clip.embed_images(model, images(5, 20)),
+        clip.embed_texts(model, tokenizer, TEXTS),
+    ):
         assert vectors.dtype == torch.float32 and vectors.shape[1] == 16
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)))
 
@@ -174,7 +231,9 @@ def test_logit_scale_is_clamped_from_above_only(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_written_model_is_the_one_that_is_read(tower: Tower, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_written_model_is_the_one_that_is_read(
+    tower: Tower, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     model = tiny(tower, tokenizer).eval()
     tokenizer.save(tmp_path / "tokenizer.json")
     averaged = {name: value + 0.01 for name, value in model.state_dict().items()}
@@ -183,7 +242,9 @@ def test_a_written_model_is_the_one_that_is_read(tower: Tower, tokenizer: Tokeni
     assert not found.training and not any(p.requires_grad for p in found.parameters())
     model.load_state_dict(averaged)  # the averaged weights are what is served
     assert clip.embed_images(found, images(3)).equal(clip.embed_images(model, images(3)))
-    assert clip.embed_texts(found, found_tokenizer, TEXTS).equal(clip.embed_texts(model, tokenizer, TEXTS))
+    assert clip.embed_texts(found, found_tokenizer, TEXTS).equal(
+        clip.embed_texts(model, tokenizer, TEXTS)
+    )
 
 
 def test_a_texts_embedding_depends_on_that_text_alone(tokenizer: Tokenizer) -> None:
@@ -192,7 +253,9 @@ def test_a_texts_embedding_depends_on_that_text_alone(tokenizer: Tokenizer) -> N
     alone = torch.cat([clip.embed_texts(model, tokenizer, [text]) for text in TEXTS])
     by_three = clip.embed_texts(model, tokenizer, TEXTS, batch=3)
     ids = tokenizer(TEXTS)
-    padded = model.encode_text(torch.cat([ids, torch.full((len(ids), 16 - ids.shape[1]), PAD)], 1)).detach()
+    padded = model.encode_text(
+        torch.cat([ids, torch.full((len(ids), 16 - ids.shape[1]), PAD)], 1)
+    ).detach()
     for other in (alone, by_three, padded):
         torch.testing.assert_close(other, together, atol=1e-5, rtol=0)
     assert float((together[0] - together[1]).norm()) > 0.01
@@ -204,7 +267,9 @@ def test_loss_stays_in_float32_under_autocast() -> None:
     scale = torch.tensor(LOGIT_SCALE_MAX)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = contrastive_loss(image, text, torch.arange(64), scale)
-    torch.testing.assert_close(found, contrastive_loss(image, text, torch.arange(64), scale), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        found, contrastive_loss(image, text, torch.arange(64), scale), rtol=1e-5, atol=0
+    )
 
 
 def test_pictures_are_scaled_to_minus_one_to_one_and_resized_by_area() -> None:

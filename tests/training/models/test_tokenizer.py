@@ -1,4 +1,6 @@
-"""Texts survive the way to ids and back, cut ones still end, and no caption can smuggle a special token in."""
+"""Texts survive the way to ids and back, cut ones still end, and no caption can smuggle a special
+token in.
+"""
 
 from pathlib import Path
 
@@ -6,7 +8,14 @@ import pytest
 
 from training.models.tokenizer import END, PAD, SPECIAL, START, Tokenizer, TokenizerConfig
 
-CAPTIONS = ["a red heart", "a red apple", "flag: France", "waving hand & friends", "a blue disc on white", "a red disc"] * 4
+CAPTIONS = [
+    "a red heart",
+    "a red apple",
+    "flag: France",
+    "waving hand & friends",
+    "a blue disc on white",
+    "a red disc",
+] * 4
 AWKWARD = [
     "",
     " \n\t ",
@@ -37,7 +46,9 @@ def test_merges_are_learnt_and_the_vocabulary_keeps_its_bound(tokenizer: Tokeniz
 
 
 @pytest.mark.parametrize("text", AWKWARD, ids=range(len(AWKWARD)))
-def test_an_awkward_text_starts_and_ends_once_within_the_context(tokenizer: Tokenizer, text: str) -> None:
+def test_an_awkward_text_starts_and_ends_once_within_the_context(
+    tokenizer: Tokenizer, text: str
+) -> None:
     row = tokenizer([text])[0].tolist()
     assert row[0] == START and row[-1] == END and len(row) <= 16
     assert all(3 <= token < tokenizer.vocab_size for token in row[1:-1])
@@ -49,7 +60,9 @@ def test_a_cut_text_fills_the_context_and_still_ends(tokenizer: Tokenizer) -> No
 
 
 @pytest.mark.parametrize("special", SPECIAL)
-def test_a_caption_cannot_smuggle_in_a_special_token(tokenizer: Tokenizer, tmp_path: Path, special: str) -> None:
+def test_a_caption_cannot_smuggle_in_a_special_token(
+    tokenizer: Tokenizer, tmp_path: Path, special: str
+) -> None:
     tokenizer.save(tmp_path / "tokenizer.json")
     for each in (tokenizer, Tokenizer.load(tmp_path / "tokenizer.json")):
         row = each([f"a {special} b"])[0].tolist()
@@ -79,10 +92,23 @@ def test_two_fits_and_two_loads_give_the_same_ids(tokenizer: Tokenizer, tmp_path
 
 
 @pytest.mark.parametrize("capacity", [0, 1 << 18])
-def test_words_looked_up_one_by_one_are_the_engines_own_ids(tokenizer: Tokenizer, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_looked_up_one_by_one_are_the_engines_own_ids(
+    tokenizer: Tokenizer, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("training.models.tokenizer.REMEMBERED_WORDS", capacity)
-    texts = [*AWKWARD, *CAPTIONS, "Σίσυφος ΟΔΟΣ İ ß", "a\u0301 \u0301a", "\x1c\x1d x", "don't 12,5 !?...", "y" * 70 + " z", *AWKWARD]
-    expected = [tokenizer.engine.encode(" ".join(tokenizer.clean(text).split())).ids for text in texts]
+    texts = [
+        *AWKWARD,
+        *CAPTIONS,
+        "Σίσυφος ΟΔΟΣ İ ß",
+        "a\u0301 \u0301a",
+        "\x1c\x1d x",
+        "don't 12,5 !?...",
+        "y" * 70 + " z",
+        *AWKWARD,
+    ]
+    expected = [
+        tokenizer.engine.encode(" ".join(tokenizer.clean(text).split())).ids for text in texts
+    ]
     for _ in range(2):  # the second time from memory
         ids = tokenizer(texts)
         assert [row[row != PAD].tolist() for row in ids] == expected

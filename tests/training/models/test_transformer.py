@@ -1,4 +1,6 @@
-"""Attention is the fused kernel's however it is computed; a last block, computed only where it is read, says what the whole one does."""
+"""Attention is the fused kernel's however it is computed; a last block, computed only where it is
+read, says what the whole one does.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,10 @@ def test_a_block_at_one_place_is_the_block_there(is_causal: bool, activation: st
     part = block.at(x, places)
     torch.testing.assert_close(part, whole, atol=1e-6, rtol=1e-5)
     weight = torch.randn(5, 48)
-    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), [x, *block.parameters()]) for y in (part, whole)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((y * weight).sum(), [x, *block.parameters()]) for y in (part, whole)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -27,7 +32,9 @@ def test_a_text_at_its_end_is_the_hidden_state_there() -> None:
     torch.manual_seed(0)
     encoder = TextEncoder(20, 9, 32, 2)
     ids, places = torch.randint(0, 20, (4, 7)), torch.tensor([6, 2, 0, 5])
-    torch.testing.assert_close(encoder.at(ids, places), encoder(ids)[torch.arange(4), places], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        encoder.at(ids, places), encoder(ids)[torch.arange(4), places], atol=1e-6, rtol=1e-5
+    )
     with_other_ends = ids.clone()
     with_other_ends[1, 3:] = 0
     torch.testing.assert_close(encoder.at(with_other_ends, places)[1], encoder.at(ids, places)[1])
@@ -40,9 +47,14 @@ def test_quick_gelu_is_near_gelu_but_not_it() -> None:
 
 
 @pytest.mark.parametrize("kind", ["all", "causal", "mask"])
-def test_attention_of_short_sequences_is_the_fused_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_of_short_sequences_is_the_fused_kernels(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(3, 2, count, 8, requires_grad=True) for count in (5, 5 if kind == "causal" else 9, 5 if kind == "causal" else 9))
+    q, k, v = (
+        torch.randn(3, 2, count, 8, requires_grad=True)
+        for count in (5, 5 if kind == "causal" else 9, 5 if kind == "causal" else 9)
+    )
     mask = torch.rand(3, 1, 5, 9) < 0.6 if kind == "mask" else None
     if mask is not None:
         mask[..., 0] = True
@@ -52,7 +64,9 @@ def test_attention_of_short_sequences_is_the_fused_kernels(kind: str, monkeypatc
         ours = attend(q, k, v, mask, kind == "causal")
     torch.testing.assert_close(ours, fused, atol=1e-6, rtol=1e-5)
     weight = torch.randn_like(fused)
-    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (ours, fused)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (ours, fused)), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -60,13 +74,23 @@ def test_attention_in_bfloat16_rounds_like_the_fused_kernel() -> None:
     torch.manual_seed(0)
     whole = [torch.randn(4, 2, 16, 32) for _ in range(3)]
     exact = F.scaled_dot_product_attention(*(x.bfloat16().float() for x in whole))
-    errors = [float((y.float() - exact).abs().max()) for y in (f(*(x.bfloat16() for x in whole)) for f in (attend, FUSED))]
-    assert errors[0] <= 2 * errors[1] and attend(*(x.bfloat16() for x in whole)).dtype == torch.bfloat16
+    errors = [
+        float((y.float() - exact).abs().max())
+        for y in (f(*(x.bfloat16() for x in whole)) for f in (attend, FUSED))
+    ]
+    assert (
+        errors[0] <= 2 * errors[1]
+        and attend(*(x.bfloat16() for x in whole)).dtype == torch.bfloat16
+    )
 
 
-def test_attention_of_long_sequences_holds_no_table_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_of_long_sequences_holds_no_table_of_all_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     called = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *given, **more: called.append(given) or given[2])
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *given, **more: called.append(given) or given[2]
+    )
     long = torch.randn(1, 1, 129, 4)
     attend(long[:, :, :128], long[:, :, :128], long[:, :, :128])
     assert not called
@@ -76,7 +100,9 @@ def test_attention_of_long_sequences_holds_no_table_of_all_pairs(monkeypatch: py
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_a_token_read_without_gradients_needs_no_keys_and_values(is_causal: bool, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_read_without_gradients_needs_no_keys_and_values(
+    is_causal: bool, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     attention = Attention(24, is_causal, heads)
     with torch.no_grad():

@@ -68,12 +68,16 @@ def test_workers_have_the_loss_and_the_gradients_of_one(workers: int, tmp_path: 
     loss = model.loss(x, y, CAPTIONS)
     loss.backward()
     expected = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
-    assert "logit_scale" in expected and all(float(each.abs().max()) > 1e-4 for each in expected.values())
+    assert "logit_scale" in expected and all(
+        float(each.abs().max()) > 1e-4 for each in expected.values()
+    )
     for rank in range(workers):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found[name], value, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_one_worker_says_nothing() -> None:
@@ -96,7 +100,9 @@ def lose_the_other(rank: int, folder: Path) -> None:
             os._exit(0)
 
 
-def test_a_lost_worker_is_noticed_at_once_however_long_the_others_would_wait(tmp_path: Path) -> None:
+def test_a_lost_worker_is_noticed_at_once_however_long_the_others_would_wait(
+    tmp_path: Path,
+) -> None:
     workers = forked_processes.together(lose_the_other, (tmp_path,), 2, join=False)
     for process in workers.processes:
         process.join(60)

@@ -1,4 +1,6 @@
-"""Sharded training is the training with whole copies: by two workers the same losses and weights, the same state, half the memory."""
+"""Sharded training is the training with whole copies: by two workers the same losses and weights,
+the same state, half the memory.
+"""
 
 import itertools
 import json
@@ -29,31 +31,67 @@ from training.optim.step import LoopConfig, Step
 STEPS, BATCH, STOPPED_AT = 5, 4, 3
 FOLDERS = ("ingest", "curate", "clip", "embed")
 DECODER: dict[str, Any] = {
-    "image_size_px": 16, "width": 16, "multiples": (1, 2), "attention_px": (4,), "text_width": 32, "T": 50, "sampling_steps": 4,
-    "dropout": 0.1, "learned_variance": True, "learning_rate": 3e-3,
-}  # fmt: skip
+    "image_size_px": 16,
+    "width": 16,
+    "multiples": (1, 2),
+    "attention_px": (4,),
+    "text_width": 32,
+    "T": 50,
+    "sampling_steps": 4,
+    "dropout": 0.1,
+    "learned_variance": True,
+    "learning_rate": 3e-3,
+}
 TRAINED: dict[str, LoopConfig] = {
     "clip": TINY.model_copy(update={"precision": "float32"}),
     "clip, vit in bf16": ClipConfig(
-        image_tower="vit", image_size_px=16, patch_px=8, width=32, depth=2, text_width=32, text_depth=2, embed_dim=16, loss="sigmoid"
+        image_tower="vit",
+        image_size_px=16,
+        patch_px=8,
+        width=32,
+        depth=2,
+        text_width=32,
+        text_depth=2,
+        embed_dim=16,
+        loss="sigmoid",
     ),
     "clip, in chunks": TINY.model_copy(update={"precision": "float32", "chunk": 1}),
     "prior": PriorConfig(width=32, depth=2, T=50, sampling_steps=4),
-    "prior, autoregressive": PriorConfig(kind="autoregressive", width=32, depth=2, pca_dims=4, buckets=16, precision="float32"),
+    "prior, autoregressive": PriorConfig(
+        kind="autoregressive", width=32, depth=2, pca_dims=4, buckets=16, precision="float32"
+    ),
     "decoder, by muon": DecoderConfig(**DECODER, optimizer="muon", precision="float32"),
     "decoder, in bf16": DecoderConfig(**DECODER),
-    "upsampler": UpsamplerConfig(image_size_px=16, crop_fraction=1, width=16, depth=1, T=50, sampling_steps=4, precision="float32"),
+    "upsampler": UpsamplerConfig(
+        image_size_px=16,
+        crop_fraction=1,
+        width=16,
+        depth=1,
+        T=50,
+        sampling_steps=4,
+        precision="float32",
+    ),
 }
 RESUMED = "decoder, by muon"
 
 
-def train(name: str, root: Path, work: Path, is_sharded: bool, copy_to: Path | None = None) -> nn.Module:
+def train(
+    name: str, root: Path, work: Path, is_sharded: bool, copy_to: Path | None = None
+) -> nn.Module:
     """Train as this worker and write the model as a job does.
 
     `copy_to` becomes what a kill at the start of step STOPPED_AT would leave of the work folder.
     """
-    kind, state_every_s = name.partition(",")[0], 1.0 if name == RESUMED else 100.0  # behind the first step and the last; the last alone
-    settings = {"images": STEPS * BATCH, "batch_size": BATCH, "state_every_s": state_every_s, "shard": is_sharded}
+    kind, state_every_s = (
+        name.partition(",")[0],
+        1.0 if name == RESUMED else 100.0,
+    )  # behind the first step and the last; the last alone
+    settings = {
+        "images": STEPS * BATCH,
+        "batch_size": BATCH,
+        "state_every_s": state_every_s,
+        "shard": is_sharded,
+    }
     config = TRAINED[name].model_copy(update=settings)
     samples = Step.samples
 
@@ -64,7 +102,9 @@ def train(name: str, root: Path, work: Path, is_sharded: bool, copy_to: Path | N
 
     Step.samples = seen  # type: ignore[method-assign]
     try:
-        model, averaged = getattr(jobs, f"fit_{kind}")(config, {each: root / each for each in FOLDERS}, work, "cpu")
+        model, averaged = getattr(jobs, f"fit_{kind}")(
+            config, {each: root / each for each in FOLDERS}, work, "cpu"
+        )
     finally:
         Step.samples = samples  # type: ignore[method-assign]
     jobs.write_model(kind, model, averaged, config, work)
@@ -76,14 +116,21 @@ def prepare(root: Path, work: Path) -> None:
     work.mkdir()
     if not work.name.startswith("upsampler"):
         write_tokenizer(root, work)
-    shard_check.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
+    shard_check.settle(
+        read_table(root / "curate" / "keep.parquet", "train"),
+        root / "ingest" / "shards",
+        "stop",
+        work,
+    )
 
 
 def trainings(rank: int, workers: int, root: Path, runs: Path) -> None:
     """Be one of two workers in every training of this file, one after the other."""
     torch.set_num_threads(1)
     clock = itertools.count()
-    time.monotonic = lambda: float(next(clock))  # so that rows and states are written whatever the machine does
+    time.monotonic = lambda: float(
+        next(clock)
+    )  # so that rows and states are written whatever the machine does
     with meeting(rank, workers, runs / "meet"):
         held = {}
         for name, is_sharded in itertools.product(TRAINED, (False, True)):
@@ -121,17 +168,22 @@ def rows_of(work: Path) -> list[tuple[int, float]]:
 
 def weights_of(work: Path) -> dict[str, Tensor]:
     states = {kind: load_file(work / f"{kind}.safetensors") for kind in ("weights", "raw")}
-    return {f"{kind}.{key}": value for kind, state in states.items() for key, value in state.items()}
+    return {
+        f"{kind}.{key}": value for kind, state in states.items() for key, value in state.items()
+    }
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Return how far all weights together are from the expected ones, as a share of these.
 
-    Sums are made in another order, and AdamW turns the rounding errors of a gradient that is nothing else into whole steps: no single
+    Sums are made in another order, and AdamW turns the rounding errors of a gradient that is
+    nothing else into whole steps: no single
     weight can be held to much.
     """
     assert found.keys() == expected.keys()
-    far = sum(float((found[key] - value).double().square().sum()) for key, value in expected.items())
+    far = sum(
+        float((found[key] - value).double().square().sum()) for key, value in expected.items()
+    )
     return math.sqrt(far / sum(float(value.double().square().sum()) for value in expected.values()))
 
 
@@ -140,7 +192,9 @@ def test_two_workers_have_the_losses_and_weights_of_whole_copies(name: str, runs
     copies, parts = runs / f"{name} False", runs / f"{name} True"
     assert [seen for seen, _ in rows_of(copies)] == [seen for seen, _ in rows_of(parts)] == [4, 20]
     is_bf16 = TRAINED[name].precision == "bf16"
-    assert [loss for _, loss in rows_of(parts)] == pytest.approx([loss for _, loss in rows_of(copies)], rel=2e-3 if is_bf16 else 5e-4)
+    assert [loss for _, loss in rows_of(parts)] == pytest.approx(
+        [loss for _, loss in rows_of(copies)], rel=2e-3 if is_bf16 else 5e-4
+    )
     assert apart(weights_of(parts), weights_of(copies)) < (3e-3 if is_bf16 else 1e-4)
 
 
@@ -154,21 +208,30 @@ def test_each_worker_holds_its_half(name: str, runs: Path) -> None:
 
 
 def test_a_stopped_sharded_training_goes_on_with_parts_or_whole_copies(runs: Path) -> None:
-    assert torch.load(runs / "cut" / "state.pt")["images_seen"] == BATCH, "stopped before it could prove anything"
-    uninterrupted, sharded, unsharded = (weights_of(runs / work) for work in (f"{RESUMED} True", "sharded", "unsharded"))
+    assert torch.load(runs / "cut" / "state.pt")["images_seen"] == BATCH, (
+        "stopped before it could prove anything"
+    )
+    uninterrupted, sharded, unsharded = (
+        weights_of(runs / work) for work in (f"{RESUMED} True", "sharded", "unsharded")
+    )
     assert all(value.equal(sharded[key]) for key, value in uninterrupted.items())
     assert apart(unsharded, uninterrupted) < 5e-4
     assert rows_of(runs / "sharded") == rows_of(runs / f"{RESUMED} True")
 
 
 def test_states_on_disk_are_the_same_whether_sharded_or_not(runs: Path) -> None:
-    copies, parts = (torch.load(runs / f"{RESUMED} {is_sharded}" / "state.pt") for is_sharded in (False, True))
+    copies, parts = (
+        torch.load(runs / f"{RESUMED} {is_sharded}" / "state.pt") for is_sharded in (False, True)
+    )
     for section in ("model", "ema"):
         assert {name: value.shape for name, value in copies[section].items()} == {
             name: value.shape for name, value in parts[section].items()
         }
     for one, other in zip(copies["optimizers"], parts["optimizers"], strict=True):
-        assert one["param_groups"] == other["param_groups"] and one["state"].keys() == other["state"].keys()
+        assert (
+            one["param_groups"] == other["param_groups"]
+            and one["state"].keys() == other["state"].keys()
+        )
         for place, facts in one["state"].items():
             for key, value in facts.items():
                 torch.testing.assert_close(other["state"][place][key], value, rtol=1e-3, atol=1e-6)

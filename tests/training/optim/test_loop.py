@@ -1,4 +1,6 @@
-"""The loop sees every sample once an epoch, resumes exactly where it was, and does not depend on the number of workers."""
+"""The loop sees every sample once an epoch, resumes exactly where it was, and does not depend on
+the number of workers.
+"""
 
 import itertools
 import json
@@ -18,7 +20,14 @@ from training.optim import loop
 from training.optim.loop import make_optimizers
 from training.optim.step import LoopConfig, Step, learning_rate, order
 
-CONFIG = LoopConfig(images=400, batch_size=8, learning_rate=1e-2, precision="float32", state_every_s=1e-6, ema_decay=0.9)
+CONFIG = LoopConfig(
+    images=400,
+    batch_size=8,
+    learning_rate=1e-2,
+    precision="float32",
+    state_every_s=1e-6,
+    ema_decay=0.9,
+)
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
 Y = X.sin().sum(1, keepdim=True)
 NO_DROPOUT = CONFIG.model_copy(update={"state_every_s": 100.0})
@@ -28,11 +37,15 @@ class StoppedError(Exception):
     """Stands for a kill."""
 
 
-def train(work: Path, stop_at: int | None = None, config: LoopConfig = CONFIG) -> tuple[nn.Module, dict[str, Tensor]]:
+def train(
+    work: Path, stop_at: int | None = None, config: LoopConfig = CONFIG
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """Fit a perceptron with dropout, and noise on its input; stop before a step if told to."""
     work.mkdir(exist_ok=True)
     torch.manual_seed(5)
-    model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Dropout(0.1 if config is CONFIG else 0.0), nn.Linear(16, 1))
+    model = nn.Sequential(
+        nn.Linear(6, 16), nn.GELU(), nn.Dropout(0.1 if config is CONFIG else 0.0), nn.Linear(16, 1)
+    )
 
     def loss_of(step: Step) -> Tensor:
         if step.number == stop_at:
@@ -50,7 +63,9 @@ def rows_of(work: Path) -> list[tuple[int, float]]:
 
 @pytest.fixture
 def a_row_every_ten_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that runs a second at each look, so that what is logged does not depend on the machine."""
+    """A clock that runs a second at each look, so that what is logged does not depend on the
+    machine.
+    """
     clock = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
 
@@ -68,7 +83,9 @@ def test_every_epoch_has_every_sample_once(count: int) -> None:
 def test_the_order_does_not_depend_on_how_it_is_cut() -> None:
     whole = order(11, 0, 0, 60)
     for size in (1, 4, 13, 60):
-        assert torch.cat([order(11, 0, first, min(size, 60 - first)) for first in range(0, 60, size)]).equal(whole)
+        assert torch.cat(
+            [order(11, 0, first, min(size, 60 - first)) for first in range(0, 60, size)]
+        ).equal(whole)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
@@ -81,8 +98,15 @@ def test_workers_share_a_steps_samples_and_noise(workers: int) -> None:
 
 
 def test_noise_differs_between_steps_streams_and_seeds() -> None:
-    draws = [Step(number, 0, 2, seed, 0, 1).uniform(stream) for number in range(100) for seed in (0, 1) for stream in range(1, 7)]
-    assert len({float(draw[0]) for draw in draws}) == len(draws)  # torch reads 32 bits of a seed: streams had met 38 steps apart
+    draws = [
+        Step(number, 0, 2, seed, 0, 1).uniform(stream)
+        for number in range(100)
+        for seed in (0, 1)
+        for stream in range(1, 7)
+    ]
+    assert len({float(draw[0]) for draw in draws}) == len(
+        draws
+    )  # torch reads 32 bits of a seed: streams had met 38 steps apart
 
 
 @pytest.mark.usefixtures("a_row_every_ten_steps")
@@ -94,7 +118,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(stops: list[int], tmp_path: Path
         with pytest.raises(StoppedError):
             train(tmp_path / "cut", stop)
         with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
-            file.write('{"images_seen": 10000, "loss": 1}\n{"images_se')  # a row after the last state, and one that the kill cut
+            file.write(
+                '{"images_seen": 10000, "loss": 1}\n{"images_se'
+            )  # a row after the last state, and one that the kill cut
     resumed, resumed_ema = train(tmp_path / "cut")
     for a, b in ((model.state_dict(), resumed.state_dict()), (ema, resumed_ema)):
         assert all(a[name].equal(b[name]) for name in a)
@@ -108,7 +134,9 @@ def test_a_resumed_run_under_muon_is_the_uninterrupted_one(tmp_path: Path) -> No
     def fitted(work: Path, stop_at: int | None = None) -> dict[str, Tensor]:
         work.mkdir(exist_ok=True)
         torch.manual_seed(5)
-        model = nn.Sequential(nn.Conv2d(1, 8, 2), nn.GELU(), nn.Conv2d(8, 2, 1), nn.Flatten(), nn.Linear(2, 1))
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 2), nn.GELU(), nn.Conv2d(8, 2, 1), nn.Flatten(), nn.Linear(2, 1)
+        )
 
         def loss_of(step: Step) -> Tensor:
             if step.number == stop_at:
@@ -159,11 +187,15 @@ def split_a_group(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [lose_half, write_text, rename_a_weight, split_a_group])
-def test_a_state_that_does_not_fit_is_named_and_stays(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+def test_a_state_that_does_not_fit_is_named_and_stays(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
     train(tmp_path)
     spoil(tmp_path / "state.pt")
     before = (tmp_path / "state.pt").read_bytes()
-    with pytest.raises(DataError, match=r"state\.pt is damaged or of another version of this code .*: remove it") as caught:
+    with pytest.raises(
+        DataError, match=r"state\.pt is damaged or of another version of this code .*: remove it"
+    ) as caught:
         train(tmp_path)
     assert "\n" not in str(caught.value) and (tmp_path / "state.pt").read_bytes() == before
 
@@ -204,8 +236,12 @@ def test_two_workers_have_the_loss_curve_of_one(tmp_path: Path) -> None:
 
 def test_learning_rate_rises_linearly_then_falls_as_a_cosine() -> None:
     config = LoopConfig(images=1000, learning_rate=0.1, warmup=0.2)
-    assert [learning_rate(config, seen) for seen in (50, 100, 200)] == pytest.approx([0.025, 0.05, 0.1])
-    assert [learning_rate(config, seen) for seen in (400, 600, 1000, 1200)] == pytest.approx([0.0853553, 0.05, 0, 0], abs=1e-6)
+    assert [learning_rate(config, seen) for seen in (50, 100, 200)] == pytest.approx(
+        [0.025, 0.05, 0.1]
+    )
+    assert [learning_rate(config, seen) for seen in (400, 600, 1000, 1200)] == pytest.approx(
+        [0.0853553, 0.05, 0, 0], abs=1e-6
+    )
     assert learning_rate(LoopConfig(images=10, learning_rate=0.1, warmup=0), 0) == 0.1
 
 
@@ -215,7 +251,9 @@ def test_a_loss_that_is_not_finite_is_an_error_with_a_mend(tmp_path: Path) -> No
         loop.run(model, CONFIG, lambda step: model(torch.ones(1, 2)).sum() * float("nan"), tmp_path)
 
 
-def test_a_batch_that_workers_cannot_share_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_workers_cannot_share_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loop, "world", lambda: (0, 3))
     with pytest.raises(DataError, match="batch_size 8"):
         train(tmp_path)
@@ -223,10 +261,19 @@ def test_a_batch_that_workers_cannot_share_is_an_error(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_only_matrices_decay(optimizer: Literal["adamw", "muon"]) -> None:
-    model = nn.ModuleDict({"conv": nn.Conv2d(2, 2, 3), "norm": nn.LayerNorm(4), "linear": nn.Linear(4, 4), "frozen": nn.Linear(2, 2)})
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(2, 2, 3),
+            "norm": nn.LayerNorm(4),
+            "linear": nn.Linear(4, 4),
+            "frozen": nn.Linear(2, 2),
+        }
+    )
     model["frozen"].requires_grad_(False)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    optimizers = make_optimizers(model, LoopConfig(weight_decay=0.5, learning_rate=0.1, optimizer=optimizer))
+    optimizers = make_optimizers(
+        model, LoopConfig(weight_decay=0.5, learning_rate=0.1, optimizer=optimizer)
+    )
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)

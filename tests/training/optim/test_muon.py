@@ -1,4 +1,6 @@
-"""Muon's steps are orthogonal, of AdamW's size, and keep the singular vectors; checked against an SVD."""
+"""Muon's steps are orthogonal, of AdamW's size, and keep the singular vectors; checked against an
+SVD.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ def a_matrix(rows: int, columns: int, condition: float = 1e3) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(64, 576), (576, 64), (48, 48), (1, 9), (9, 1)])
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
-def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int], scale: float) -> None:
+def test_singular_values_come_near_one_and_vectors_stay(
+    shape: tuple[int, int], scale: float
+) -> None:
     matrix = a_matrix(*shape, condition=50.0)
     made = orthogonal(matrix * scale)
     values = torch.linalg.svdvals(made)
@@ -48,14 +52,21 @@ def test_a_gradient_of_nothing_is_no_step() -> None:
 def test_a_step_has_adams_size_whatever_the_gradients(shape: tuple[int, ...]) -> None:
     for scale in (1e-3, 1e3):
         kernel = nn.Parameter(torch.zeros(shape).to(memory_format=torch.channels_last))
-        kernel.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last) * scale
+        kernel.grad = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
+                memory_format=torch.channels_last
+            )
+            * scale
+        )
         Muon([kernel], 0.01, 0.0).step()
         moved = kernel.detach()
         assert 0.8 < moved.square().mean().sqrt() / (0.01 * ADAMS_RMS) < 1.2
         assert (moved * kernel.grad).sum() < 0
 
 
-def test_weights_of_one_shape_step_together_as_each_would_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_one_shape_step_together_as_each_would_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shapes = [(16, 8, 3, 3), (16, 24), (16, 8, 3, 3), (24, 16), (16, 24), (16, 8, 3, 3)]
 
     def moved(stacked: int) -> list[torch.Tensor]:

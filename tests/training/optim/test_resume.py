@@ -1,4 +1,6 @@
-"""A training that is killed goes on where it was: every sample of an epoch once, the same weights, with any number of workers."""
+"""A training that is killed goes on where it was: every sample of an epoch once, the same weights,
+with any number of workers.
+"""
 
 import itertools
 import json
@@ -36,11 +38,30 @@ FOLDERS = ("ingest", "curate", "clip", "embed")
 TRAINED: dict[str, LoopConfig] = {
     "clip": TINY.model_copy(update={"precision": "float32"}),
     "prior": PriorConfig(width=32, depth=1, T=50, sampling_steps=4),
-    "prior, autoregressive": PriorConfig(kind="autoregressive", width=32, depth=1, pca_dims=4, buckets=16, precision="float32"),
-    "decoder": DecoderConfig(image_size_px=16, width=16, multiples=(1,), attention_px=(), T=50, sampling_steps=4, dropout=0.1),
+    "prior, autoregressive": PriorConfig(
+        kind="autoregressive", width=32, depth=1, pca_dims=4, buckets=16, precision="float32"
+    ),
+    "decoder": DecoderConfig(
+        image_size_px=16,
+        width=16,
+        multiples=(1,),
+        attention_px=(),
+        T=50,
+        sampling_steps=4,
+        dropout=0.1,
+    ),
     "upsampler": UpsamplerConfig(
-        image_size_px=16, crop_fraction=1, width=16, depth=1, T=50, sampling_steps=4, precision="float32", adam_eps=1e-4
-    ),  # where gradients begin at nothing, Adam would make whole steps of the last digit, in which numbers of workers differ
+        image_size_px=16,
+        crop_fraction=1,
+        width=16,
+        depth=1,
+        T=50,
+        sampling_steps=4,
+        precision="float32",
+        adam_eps=1e-4,
+        # where gradients begin at nothing, Adam would make whole steps of the last digit, in which
+        # numbers of workers differ
+    ),
 }
 
 
@@ -51,15 +72,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def attempt(rank: int, workers: int, name: str, root: Path, work: Path, number: int, killed_rank: int | None) -> None:
-    """Train in this process as one worker and note every step's samples in `work`; one worker may kill itself in the middle of a step."""
+def attempt(
+    rank: int, workers: int, name: str, root: Path, work: Path, number: int, killed_rank: int | None
+) -> None:
+    """Train in this process as one worker and note every step's samples in `work`; one worker may
+    kill itself in the middle of a step.
+    """
     torch.set_num_threads(1)
     clock = itertools.count()
-    time.monotonic = lambda: float(next(clock))  # so that the state is written every few steps, whatever the machine does
-    config = TRAINED[name].model_copy(update={"images": IMAGES, "batch_size": BATCH, "state_every_s": 13.0})
+    time.monotonic = lambda: float(
+        next(clock)
+    )  # so that the state is written every few steps, whatever the machine does
+    config = TRAINED[name].model_copy(
+        update={"images": IMAGES, "batch_size": BATCH, "state_every_s": 13.0}
+    )
     chosen = Step.samples
 
-    def samples(self: Step, count: int) -> Tensor:  # asked for the next step as well, where pictures are read ahead
+    def samples(
+        self: Step, count: int
+    ) -> Tensor:  # asked for the next step as well, where pictures are read ahead
         rows = chosen(self, count)
         with (work / f"seen-{number}-{rank}.jsonl").open("a") as file:
             file.write(json.dumps([self.number, rows.tolist()]) + "\n")
@@ -69,9 +100,15 @@ def attempt(rank: int, workers: int, name: str, root: Path, work: Path, number: 
 
     Step.samples = samples  # type: ignore[method-assign]
     with meeting(rank, workers, work / f"meet-{number}"):
-        model, averaged = getattr(jobs, f"fit_{name.partition(',')[0]}")(config, {each: root / each for each in FOLDERS}, work, "cpu")
+        model, averaged = getattr(jobs, f"fit_{name.partition(',')[0]}")(
+            config, {each: root / each for each in FOLDERS}, work, "cpu"
+        )
         states = {"raw": model.state_dict(), "averaged": averaged}
-        weights = {f"{kind}.{key}": value.contiguous() for kind, state in states.items() for key, value in state.items()}
+        weights = {
+            f"{kind}.{key}": value.contiguous()
+            for kind, state in states.items()
+            for key, value in state.items()
+        }
         save_file(weights, work / f"{rank}.safetensors")
 
 
@@ -81,19 +118,30 @@ def resumed_at(work: Path) -> int:
     return torch.load(state)["images_seen"] // BATCH if state.exists() else 0
 
 
-def train(workers: int, name: str, root: Path, work: Path, number: int = 0, killed_rank: int | None = None) -> dict[str, Tensor]:
+def train(
+    workers: int, name: str, root: Path, work: Path, number: int = 0, killed_rank: int | None = None
+) -> dict[str, Tensor]:
     """Train with that many workers, each a process; return rank 0's weights."""
     if not work.exists():
         work.mkdir()
         write_tokenizer(root, work)
-        shard_check.settle(read_table(root / "curate" / "keep.parquet", "train"), root / "ingest" / "shards", "stop", work)
+        shard_check.settle(
+            read_table(root / "curate" / "keep.parquet", "train"),
+            root / "ingest" / "shards",
+            "stop",
+            work,
+        )
     forked_processes.together(attempt, (workers, name, root, work, number, killed_rank), workers)
     return load_file(work / "0.safetensors")
 
 
 def killed(workers: int, name: str, root: Path, work: Path, rank: int) -> int:
-    """Train until a worker kills itself; return the step from which the next attempt goes on: in the second epoch, before the kill."""
-    with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):  # of two workers, the other's complaint may come first
+    """Train until a worker kills itself; return the step from which the next attempt goes on: in
+    the second epoch, before the kill.
+    """
+    with pytest.raises(
+        (mp.ProcessExitedException, mp.ProcessRaisedException)
+    ):  # of two workers, the other's complaint may come first
         train(workers, name, root, work, 0, rank)
     step = resumed_at(work)
     assert COUNT // BATCH < step < KILLED_AT
@@ -101,7 +149,9 @@ def killed(workers: int, name: str, root: Path, work: Path, rank: int) -> int:
 
 
 def samples(work: Path, number: int, steps: range) -> Counter[int]:
-    """Count the samples that an attempt's workers saw in these steps, all of which must be there."""
+    """Count the samples that an attempt's workers saw in these steps, all of which must be
+    there.
+    """
     seen: Counter[int] = Counter()
     for file in work.glob(f"seen-{number}-*.jsonl"):
         rows = dict(json.loads(line) for line in file.read_text().splitlines())
@@ -110,8 +160,12 @@ def samples(work: Path, number: int, steps: range) -> Counter[int]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[dict[str, Tensor], Path]]:
-    """Return what trains a model in one go, once for all tests: gives its weights and its work folder."""
+def undisturbed(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int], tuple[dict[str, Tensor], Path]]:
+    """Return what trains a model in one go, once for all tests: gives its weights and its work
+    folder.
+    """
 
     @lru_cache
     def trained(name: str, workers: int) -> tuple[dict[str, Tensor], Path]:
@@ -129,17 +183,25 @@ def curve(work: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(name: str, undisturbed: Any, root: Path, tmp_path: Path) -> None:
+def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(
+    name: str, undisturbed: Any, root: Path, tmp_path: Path
+) -> None:
     whole, _ = undisturbed(name, 1)
     step = killed(1, name, root, tmp_path / "cut", 0)
     again = train(1, name, root, tmp_path / "cut", 1)
     assert again.keys() == whole.keys() and all(again[key].equal(whole[key]) for key in whole)
-    seen = samples(tmp_path / "cut", 0, range(step)) + samples(tmp_path / "cut", 1, range(step, STEPS))
+    seen = samples(tmp_path / "cut", 0, range(step)) + samples(
+        tmp_path / "cut", 1, range(step, STEPS)
+    )
     assert seen == Counter(dict.fromkeys(range(COUNT), EPOCHS))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "numbers"), [("clip", (2, 1, 4)), ("prior, autoregressive", (1,)), ("upsampler", (1,))], ids=str)
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("clip", (2, 1, 4)), ("prior, autoregressive", (1,)), ("upsampler", (1,))],
+    ids=str,
+)
 def test_a_lost_worker_costs_nothing_whatever_number_goes_on(
     name: str, numbers: tuple[int, ...], undisturbed: Any, root: Path, tmp_path: Path
 ) -> None:
@@ -150,9 +212,17 @@ def test_a_lost_worker_costs_nothing_whatever_number_goes_on(
         work = tmp_path / f"by-{workers}"
         shutil.copytree(tmp_path / "cut", work)
         again = train(workers, name, root, work, 1)
-        assert before + samples(work, 1, range(step, STEPS)) == Counter(dict.fromkeys(range(COUNT), EPOCHS))
+        assert before + samples(work, 1, range(step, STEPS)) == Counter(
+            dict.fromkeys(range(COUNT), EPOCHS)
+        )
         for key, value in whole.items():
-            torch.testing.assert_close(again[key], value, rtol=0, atol=0 if workers == 2 else 2e-4, msg=f"{workers} workers: {key}")
+            torch.testing.assert_close(
+                again[key],
+                value,
+                rtol=0,
+                atol=0 if workers == 2 else 2e-4,
+                msg=f"{workers} workers: {key}",
+            )
 
 
 @pytest.mark.slow
