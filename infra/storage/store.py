@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 from infra.errors import CallerError, StorageAwayError, StorageError, UnclipError
 from infra.storage.locks import writer_lock
 from infra.storage.retry import is_passing, retry
+from infra.storage.scratch import DEFAULT_BYTES, scratch_bytes, scratch_for
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -39,6 +41,8 @@ S3_OPTIONS = {
     "skip_instance_cache": True,
     "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 4}},  # backs off with jitter
 }
+IDENTITY = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "UNCLIP_SCRATCH_BYTES")
+"""Variables of the environment that make a ROOT of the same URI another one."""
 FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
 
 
@@ -53,6 +57,22 @@ class Root:
     """The folder itself where ROOT is local, else None."""
     scratch: Path
     """A local folder for what is not committed; inside ROOT where ROOT is local."""
+    scratch_bytes: int = DEFAULT_BYTES
+    """How much of a store's scratch folder this node may use."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as an address: each process opens it anew, with its own node's scratch folder."""
+        return (reopen, (self.uri, self.scratch if self.folder else None))
+
+
+def reopen(uri: str, scratch: Path | None) -> Root:
+    """Open a ROOT that another process has opened; a store gets this node's scratch folder."""
+    return _reopen(uri, scratch or scratch_for(uri), *(os.environ.get(name) for name in IDENTITY))
+
+
+@lru_cache(maxsize=16)
+def _reopen(uri: str, scratch: Path | None, *identity: str | None) -> Root:
+    return open_root(uri, scratch, for_writing=False)
 
 
 def open_root(uri: str, scratch: Path | None = None, for_writing: bool = True) -> Root:
@@ -85,7 +105,7 @@ def open_root(uri: str, scratch: Path | None = None, for_writing: bool = True) -
             raise CallerError(
                 f"--root {uri}: a store that is not a local folder needs a scratch folder"
             )
-        root = Root(uri.rstrip("/"), fs, path.rstrip("/"), None, scratch)
+        root = Root(uri.rstrip("/"), fs, path.rstrip("/"), None, scratch, scratch_bytes())
     if for_writing:
         _probe(root)
     return root
@@ -195,6 +215,16 @@ def read_bytes(root: Root, name: str) -> bytes:
         return (root.folder / name).read_bytes()
     with one_line_errors(uri_of(root, name)):
         return bytes(retry(lambda: root.fs.cat_file(join(root, name))))
+
+
+def read_range(root: Root, name: str, offset: int, size_bytes: int) -> bytes:
+    """Read a part of a file; fewer bytes where it ends before. Raises FileNotFoundError."""
+    if root.folder:
+        with (root.folder / name).open("rb") as file:
+            return os.pread(file.fileno(), size_bytes, offset)
+    with one_line_errors(uri_of(root, name)):
+        path = join(root, name)
+        return bytes(retry(lambda: root.fs.cat_file(path, start=offset, end=offset + size_bytes)))
 
 
 def read_json(root: Root, name: str) -> Any | None:
@@ -394,6 +424,24 @@ def file_sizes(root: Root, name: str) -> dict[str, int]:
         infos = retry(lambda: root.fs.find(join(root, name), detail=True))
     return {
         str(path).strip("/")[len(base_path) + 1 :]: int(entry["size"])
+        for path, entry in infos.items()
+    }
+
+
+def etag_of(root: Root, name: str) -> str:
+    """Return the version tag that a store gives a file, "" where it gives none."""
+    with one_line_errors(uri_of(root, name)):
+        return str(retry(lambda: root.fs.info(join(root, name))).get("ETag") or "")
+
+
+def etags(root: Root, name: str) -> dict[str, str]:
+    """Return the version tags of all files below `name` in a store, by their names below it."""
+    base_path = join(root, name).strip("/")
+    with one_line_errors(uri_of(root, name)):
+        root.fs.invalidate_cache()
+        infos = retry(lambda: root.fs.find(join(root, name), detail=True))
+    return {
+        str(path).strip("/")[len(base_path) + 1 :]: str(entry.get("ETag") or "")
         for path, entry in infos.items()
     }
 

@@ -1,0 +1,162 @@
+"""The unfinished output of a stage: any process on any node puts finished files into ROOT.
+
+In a store the files go below the attempt's own prefix, `<stage>/<key>/<attempt>/`, at once; in a
+local ROOT into `work/<stage>/<key>/output/` by rename. Nobody reads them before the manifest names
+them (`infra/storage/manifests.py`). A stage that is made in parts records every finished part in
+`work/<stage>/<key>/parts/`, so that another process, on any node, goes on where one ended.
+"""
+
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from infra.console.progress import transfer
+from infra.storage import store
+from infra.storage.stage_files import FileEntry, file_sha256
+from infra.storage.store import Root
+from infra.storage.temporary_folders import writing_folder
+
+UPLOAD_THREADS = 8
+OUTPUT, PARTS, ATTEMPT = "output", "parts", "attempt"
+
+
+class PutEntry(FileEntry):
+    """A file that was put: its manifest entry, and its version in the store."""
+
+    etag: NotRequired[str]
+
+
+class Part(TypedDict):
+    """The record of a finished part: its files, and what the stage wants to know of it."""
+
+    files: list[PutEntry]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """Where an attempt at a stage puts its files. Small; travels between processes and nodes."""
+
+    root: Root
+    stage: str
+    key: str
+    attempt: str
+
+    @property
+    def folder(self) -> Path:
+        """The local folder that becomes the committed one; only in a local ROOT."""
+        assert self.root.folder, "a store has no folder"
+        return self.root.folder / _work(self.stage, self.key) / OUTPUT
+
+    @property
+    def path(self) -> str:
+        """Where the files go in a store, relative to ROOT."""
+        return f"{self.stage}/{self.key}/{self.attempt}"
+
+    @contextmanager
+    def temporary_folder(self) -> Iterator[Path]:
+        """Provide an empty folder in this node's scratch for files that are not finished."""
+        with writing_folder(self.root.scratch, f"{self.stage}-{self.key}-part") as folder:
+            yield folder
+
+    def put(self, file: Path, name: str, tell: Callable[[int], None] = lambda _: None) -> PutEntry:
+        """Make a finished local file the output's file of that name, and remove it.
+
+        A file that was put before under the name is replaced in one step. Raises StorageError.
+        """
+        entry: PutEntry = {
+            "path": name,
+            "bytes": file.stat().st_size,
+            "sha256": file_sha256(file),
+        }
+        if self.root.folder:
+            target = self.folder / name
+            with store.one_line_errors(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _move(file, target)
+            return entry
+        store.upload(self.root, file, f"{self.path}/{name}", tell)
+        etag = store.etag_of(self.root, f"{self.path}/{name}")
+        file.unlink()
+        return {**entry, "etag": etag} if etag else entry
+
+    def put_tree(self, folder: Path) -> list[PutEntry]:
+        """Put all files of a local folder under their relative names; it is empty afterwards."""
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        total_bytes = 0 if self.root.folder else sum(path.stat().st_size for path in files)
+        with (
+            store.one_line_errors(folder),
+            transfer(f"{self.stage} up", total_bytes) as tell,
+            ThreadPoolExecutor(UPLOAD_THREADS) as pool,
+        ):
+            return list(
+                pool.map(lambda path: self.put(path, str(path.relative_to(folder)), tell), files)
+            )
+
+    def record(self, part: str, files: Sequence[PutEntry], facts: dict[str, Any]) -> Part:
+        """Record that a part is finished; call it after its files were put."""
+        finished = Part(files=list(files), facts=facts)
+        store.write_json(self.root, f"{self._parts}/{part}.json", finished)
+        return finished
+
+    def finished_parts(self) -> dict[str, Part]:
+        """Return the records of all finished parts, by part."""
+        names = [
+            name for name in store.list_names(self.root, self._parts) if name.endswith(".json")
+        ]
+        with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
+            records = pool.map(
+                lambda name: store.read_json(self.root, f"{self._parts}/{name}"), names
+            )
+            return {
+                name.removesuffix(".json"): record
+                for name, record in zip(names, records, strict=True)
+                if record is not None
+            }
+
+    def forget(self, part: str) -> None:
+        """Remove the record of a part, so that it is made again."""
+        store.remove(self.root, f"{self._parts}/{part}.json")
+
+    @property
+    def _parts(self) -> str:
+        return f"{_work(self.stage, self.key)}/{PARTS}"
+
+
+def open_output(root: Root, stage: str, key: str) -> StageOutput:
+    """Return the output of the attempt at a stage that is under way, or of a new one."""
+    if root.folder:
+        return StageOutput(root, stage, key, OUTPUT)
+    name = f"{_work(stage, key)}/{ATTEMPT}"
+    fresh = secrets.token_hex(6).encode()
+    now = store.change_bytes(root, name, lambda old: fresh if old is None else None)
+    assert now, "where no attempt was, ours is now"
+    return StageOutput(root, stage, key, now.decode())
+
+
+def close_output(output: StageOutput) -> None:
+    """Remove the records of an output that was committed, or that another commit has made void."""
+    store.remove(output.root, _work(output.stage, output.key))
+
+
+def _work(stage: str, key: str) -> str:
+    return f"work/{stage}/{key}"
+
+
+def _move(file: Path, target: Path) -> None:
+    """Rename a file, or copy it aside and rename the copy where it lies on another disk."""
+    try:
+        file.replace(target)
+    except OSError:
+        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        try:
+            shutil.copyfile(file, part)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        file.unlink()

@@ -1,0 +1,74 @@
+"""Outputs are put file by file, parts are recorded, and what one process began another goes on."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from infra.storage import stage_output, store
+from infra.storage.stage_output import StageOutput, open_output
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> StageOutput:
+    return open_output(store.open_root(str(tmp_path / "root")), "embed", "k")
+
+
+def written(output: StageOutput, text: str) -> Path:
+    with output.temporary_folder() as folder:
+        file = folder.parent / "file"
+        file.write_text(text)
+    return file
+
+
+def test_a_file_that_was_put_is_in_the_output_under_its_name_alone(output: StageOutput) -> None:
+    entry = output.put(written(output, "one"), "img_emb/0000.npy")
+    assert entry == {
+        "path": "img_emb/0000.npy",
+        "bytes": 3,
+        "sha256": "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed",
+    }
+    assert (output.folder / entry["path"]).read_text() == "one"
+    output.put(written(output, "two"), "img_emb/0000.npy")
+    assert (output.folder / entry["path"]).read_text() == "two"
+    assert [path.name for path in output.folder.rglob("*") if path.is_file()] == ["0000.npy"]
+
+
+def test_a_tree_keeps_its_names(output: StageOutput, tmp_path: Path) -> None:
+    (tmp_path / "tree" / "deep").mkdir(parents=True)
+    (tmp_path / "tree" / "a").write_text("a")
+    (tmp_path / "tree" / "deep" / "b").write_text("b")
+    entries = output.put_tree(tmp_path / "tree")
+    assert [entry["path"] for entry in entries] == ["a", "deep/b"]
+    assert (output.folder / "deep" / "b").read_text() == "b"
+
+
+def test_another_process_finds_what_was_recorded_and_only_that(output: StageOutput) -> None:
+    files = [output.put(written(output, "x"), "0.npy")]
+    output.record("0000", files, {"rows": 7})
+    output.put(written(output, "y"), "1.npy")  # killed before it was recorded
+    again = open_output(output.root, "embed", "k")
+    assert again.attempt == output.attempt
+    assert again.finished_parts() == {"0000": {"files": files, "facts": {"rows": 7}}}
+    again.forget("0000")
+    assert again.finished_parts() == {}
+
+
+def test_an_output_travels_between_processes_as_an_address(output: StageOutput) -> None:
+    data = pickle.dumps(output)
+    assert len(data) < 1000
+    arrived = pickle.loads(data)
+    arrived.put(written(output, "x"), "0.npy")
+    assert (output.folder / "0.npy").exists()
+
+
+def test_a_closed_output_leaves_nothing(output: StageOutput) -> None:
+    output.record("0", [output.put(written(output, "x"), "0")], {})
+    stage_output.close_output(output)
+    assert not (output.folder.parent).exists()
+
+
+def test_a_temporary_folder_goes_with_its_block(output: StageOutput) -> None:
+    with output.temporary_folder() as folder:
+        (folder / "half").write_text("half")
+    assert not folder.exists()
