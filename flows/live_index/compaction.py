@@ -31,7 +31,7 @@ from flows.live_index.takedown import (
 )
 from infra.schemas import DROPPED
 from infra.storage import manifests, store
-from infra.storage.atomic_files import move_file
+from infra.storage.atomic_files import link_or_copy, make_independent
 from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
 from infra.storage.manifests import MANIFEST, Committed
 from infra.storage.removal_log import Removals, read_removals
@@ -146,7 +146,7 @@ def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
         source, target = folder / file, out / file
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.parts[0] == "shards" or file.suffix != ".parquet":
-            move_file(source, target)
+            link_or_copy(source, target)
     for file in sorted((folder / "shards").glob("*.parquet")):
         table = pq.read_table(file)
         columns = {"key": "sample", "origin": "origin", "url": "url", "download": "sha256"}
@@ -156,7 +156,7 @@ def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
         names = [name for name in table.filter(is_removed_row)["key"].to_pylist() if name]
         keys += table.filter(is_removed_row)["sample"].to_pylist()
         tar = out / "shards" / f"{file.stem}.tar"
-        _unlink_copy(tar)
+        make_independent(tar)
         members = [
             f"{name}.{suffix}" for name in names for suffix in ("txt", "json", "png", "jpg", "webp")
         ]
@@ -208,10 +208,10 @@ def _dedup(folder: Path, out: Path, removals: Removals, committed: Committed) ->
     is_removed_row = removals.mask({"key": copies["key"]})
     is_without = pc.or_(is_removed_row, removals.mask({"key": copies["keeper"]}))
     pq.write_table(copies.filter(pc.invert(is_without)), out / "groups.parquet")
-    move_file(folder / "threshold.json", out / "threshold.json")
+    link_or_copy(folder / "threshold.json", out / "threshold.json")
     # If a group changed, the picture may show removed images; nothing reads it, so it is dropped.
     if (folder / "groups.png").is_file() and not pc.any(is_without).as_py():
-        move_file(folder / "groups.png", out / "groups.png")
+        link_or_copy(folder / "groups.png", out / "groups.png")
     return count + int(pc.sum(is_removed_row).as_py() or 0)
 
 
@@ -235,11 +235,11 @@ def _addition(folder: Path, out: Path, removals: Removals, committed: Committed)
     tables = {file: pq.read_table(file) for file in sorted((folder / "metadata").glob("*.parquet"))}
     for file in (file for file in _files(folder) if file.parts[0] == "shards"):
         (out / "shards").mkdir(exist_ok=True)
-        move_file(folder / file, out / file)
+        link_or_copy(folder / file, out / file)
     for table in tables.values():
         removed = table.filter(_mask(table, removals))
         for shard in set(removed["shard"].to_pylist()) - {""}:
-            _unlink_copy(out / "shards" / shard)
+            make_independent(out / "shards" / shard)
             blank(
                 out / "shards" / shard,
                 removed.filter(pc.equal(removed["shard"], shard))["member"].to_pylist(),
@@ -283,10 +283,3 @@ def _files(folder: Path) -> list[Path]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     ]
-
-
-def _unlink_copy(file: Path) -> None:
-    """Replace a file that may be hard-linked to a committed one by an independent copy."""
-    part = file.with_suffix(".copy")
-    shutil.copyfile(file, part)
-    part.replace(file)

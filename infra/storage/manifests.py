@@ -27,6 +27,7 @@ from typing import Any
 from infra.console.progress import transfer
 from infra.errors import DataError, StorageError
 from infra.storage import store
+from infra.storage.atomic_files import sync
 from infra.storage.locks import is_being_read, reading_file
 from infra.storage.store import Root
 from infra.storage.temporary_folders import FOLDER, REPLACED, is_dead, writing_folder
@@ -474,12 +475,3 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             sync(Path(parent) / name)
         sync(Path(parent))
-
-
-def sync(path: Path) -> None:
-    """Have a file's content, or a folder's names, written to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
