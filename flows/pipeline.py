@@ -32,35 +32,27 @@ from flows.runs.stage import Stage, StageResult, inputs_of
 from infra.compute.cluster import Cluster
 from infra.console.log_redirect import INTERRUPTED
 from infra.console.progress import duration
-from infra.errors import StorageAwayError, UnclipError
+from infra.errors import PERMANENT, StorageAwayError, UnclipError
 from infra.storage import manifests
 from infra.storage.store import Root, open_root
 
 RETRIES, STORE_RETRIES = 2, 4
 RETRY_AFTER_S = [5.0, 30.0, 120.0, 300.0]
-HOPELESS = (
-    UnclipError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    NameError,
-    NotImplementedError,
-    TypeError,
-)
 
 
 def is_worth_retrying(_task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
     """Return whether to retry a failed task.
 
-    Not after Ctrl-C, a caller's mistake, bad data, a full disk or a bug in our code. An unavailable
-    store is retried for about eight minutes, any other error `RETRIES` times.
+    An unavailable store is retried for about eight minutes. Not retried are errors in `PERMANENT`,
+    other errors of ours (on this machine a full disk stays full) and, after Ctrl-C, all errors. Any
+    other error is retried `RETRIES` times.
     """
     error = state.data if isinstance(state.data, BaseException) else None
     if INTERRUPTED.is_set():
         return False
-    return isinstance(error, StorageAwayError) or (
-        not isinstance(error, HOPELESS) and run.run_count <= RETRIES
-    )
+    if isinstance(error, StorageAwayError):
+        return True
+    return not isinstance(error, (UnclipError, *PERMANENT)) and run.run_count <= RETRIES
 
 
 @task(

@@ -15,21 +15,10 @@ from flows.config.roots import scratch_for
 from flows.orchestration.run_stage import run_stage
 from flows.runs.stage import key_of
 from infra.compute.cluster import SPIN_COUNT, Cluster
-from infra.compute.ray_jobs import AWAY_EXIT, HOPELESS_EXIT
-from infra.errors import CallerError, DataError, StorageAwayError, UnclipError
+from infra.compute.ray_jobs import AWAY_EXIT, PERMANENT_EXIT
+from infra.errors import PERMANENT, CallerError, StorageAwayError, UnclipError
 from infra.storage import manifests, store
 from infra.storage.store import Root, open_root
-
-HOPELESS = (
-    CallerError,
-    DataError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    NameError,
-    NotImplementedError,
-    TypeError,
-)
 
 
 def claim_name(stage: str, key: str) -> str:
@@ -111,10 +100,10 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # before torch loads OpenMP
     try:
         run(open_root(uri, scratch_for(uri)), stage, key, int(attempt))
-    except HOPELESS as error:
+    except PERMANENT as error:
         kind = "" if isinstance(error, UnclipError) else f"{type(error).__name__}: "
         say(f"unclip: {kind}{' '.join(str(error).split())}")
-        return HOPELESS_EXIT
+        return PERMANENT_EXIT
     except UnclipError as error:
         say(f"unclip: {' '.join(str(error).split())}")
         return AWAY_EXIT if isinstance(error, StorageAwayError) else 1
