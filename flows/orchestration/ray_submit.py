@@ -10,17 +10,17 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.orchestration.stages import trained_of
-from flows.runs.planning import fault, frozen_model
-from flows.runs.stage import Stage, StageResult, inputs_of, key_of
+from flows.orchestration.run_stage import target_of
+from flows.runs.planning import find_current
+from flows.runs.stage import Stage, StageResult
 from infra.compute.cluster import StageResources
 from infra.compute.ray_jobs import Job, JobServer
-from infra.storage import manifests, store
+from infra.storage import store
 from infra.storage.manifests import Committed
 from infra.storage.store import Root
 
@@ -57,38 +57,27 @@ def submit_stage(
     from flows.orchestration.ray_job import claim_name
 
     clock = time.monotonic()
-    stage_inputs = {name: inputs[name] for name in inputs_of(stage, inputs)}
-    frozen = frozen_model(root, config, stage, trained_of(stage_inputs))
-    if frozen:
-        return StageResult(stage.name, frozen.key, "current", time.monotonic() - clock, frozen)
-    input_keys = {name: committed.key for name, committed in stage_inputs.items()}
-    key = key_of(stage, config, input_keys)
-    find_current = partial(_find_current, root, stage.name, key, list(stage_inputs.values()))
-    committed = find_current()
+    target = target_of(root, config, stage, inputs)
+    key = target.key
+    find_output = partial(find_current, root, stage.name, key, list(target.inputs.values()))
+    committed = target.frozen or find_output()
     if committed:
         return StageResult(stage.name, key, "current", time.monotonic() - clock, committed)
     name = claim_name(stage.name, key)
     before = store.read_json(root, name)
+    input_keys = {name: committed_input.key for name, committed_input in target.inputs.items()}
     content = {"config": config.model_dump(mode="json"), "inputs": input_keys}
     JobServer(address).run(
         _job(stage, root, config, key),
         before["attempt"] if before else 0,
         partial(_claim, root, name, content),
-        lambda: find_current() is not None,
+        lambda: find_output() is not None,
         say,
     )
-    committed = find_current()
+    committed = find_output()
     assert committed, "the job ends when the stage is current"
     store.remove(root, name)
     return StageResult(stage.name, key, "ran", time.monotonic() - clock, committed)
-
-
-def _find_current(
-    root: Root, stage_name: str, key: str, inputs: Sequence[Committed]
-) -> Committed | None:
-    """Return the committed folder if it is whole and made from the inputs as they are now."""
-    committed = manifests.find(root, stage_name, key)
-    return committed if committed and not fault(committed, inputs) else None
 
 
 def _claim(root: Root, name: str, content: Mapping[str, Any], attempt: int) -> int:

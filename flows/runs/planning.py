@@ -130,6 +130,14 @@ def _plan_one(root: Root, config: Any, stage: Stage, before: Sequence[StagePlan]
     )
 
 
+def find_current(
+    root: Root, stage_name: str, key: str, inputs: Sequence[Committed]
+) -> Committed | None:
+    """Return the committed folder if it is whole and made from the inputs as they are now."""
+    committed = manifests.find(root, stage_name, key)
+    return committed if committed and not fault(committed, inputs) else None
+
+
 def fault(committed: Committed, inputs: Sequence[Committed]) -> str:
     """Return why a committed folder with the right key must still be made again, or "".
 
