@@ -420,54 +420,71 @@ def _attempt_in(folder: Path) -> str | None:
 def _commit_by_put(
     root: Root, stage: str, key: str, out: Path, manifest: dict[str, Any], replaces: str | None
 ) -> Committed:
-    attempt = manifest["prefix"]
-    prefix, name = f"{stage}/{key}", f"{stage}/{key}/{MANIFEST}"
+    folder, attempt = f"{stage}/{key}", manifest["attempt"]
     sent = Committed(root, stage, key, manifest)
     try:
-        total = sum(file["bytes"] for file in manifest["files"])
-        with transfer(f"{stage} up", total) as tell, ThreadPoolExecutor(UPLOAD_THREADS) as pool:
-            list(
-                pool.map(
-                    lambda f: store.upload(
-                        root, out / f["path"], f"{prefix}/{attempt}/{f['path']}", tell
-                    ),
-                    manifest["files"],
-                )
-            )
-        wrong = damage(sent)
-        existing = find(root, stage, key)
-        if wrong and (existing is None or existing.manifest["attempt"] == replaces):
-            raise DataError(f"{sent.uri}: {wrong} after the upload; run the same command again")
+        _upload(sent, out)
+        _check_upload(sent, replaces)
     except BaseException:
-        with suppress(
-            StorageError
-        ):  # the store that has just failed; the next commit of this key clears what is left
-            store.remove(root, f"{prefix}/{attempt}")
+        # If the store refuses this as well, the next commit of this key removes what is left.
+        with suppress(StorageError):
+            store.remove(root, f"{folder}/{attempt}")
         raise
-    # Before the manifest is there: who replaces it later is not in this list, and must not be
-    # cleared along with the attempts that were killed and those that can only be refused now.
-    others = [other for other in store.list_names(root, prefix) if other not in (attempt, MANIFEST)]
-    manifest |= {"supersedes": others}  # for whoever clears them if we are killed before we have
+    # Listed before the manifest is put, so that a later commit is not removed with the attempts
+    # that were killed or can only be refused now.
+    others = [other for other in store.list_names(root, folder) if other not in (attempt, MANIFEST)]
+    manifest["supersedes"] = others  # whoever cleans up removes them if we are killed before that
+    committed = _put_manifest(sent, replaces)
+    if committed.manifest["attempt"] != attempt:
+        store.remove(root, f"{folder}/{attempt}")
+        return committed
+    for other in others:
+        store.remove(root, f"{folder}/{other}")
+    store.abort_uploads(root, folder)
+    return sent
+
+
+def _upload(sent: Committed, out: Path) -> None:
+    """Upload the files in `out` below the attempt's own prefix."""
+    files = sent.manifest["files"]
+    total = sum(file["bytes"] for file in files)
+    with (
+        transfer(f"{sent.stage} up", total) as tell,
+        ThreadPoolExecutor(UPLOAD_THREADS) as pool,
+    ):
+        paths = [file["path"] for file in files]
+        uploads = pool.map(
+            lambda path: store.upload(sent.root, out / path, f"{sent.path}/{path}", tell), paths
+        )
+        for _ in uploads:  # raises the error of a failed upload
+            pass
+
+
+def _check_upload(sent: Committed, replaces: str | None) -> None:
+    """Raise DataError if an uploaded file is missing or truncated.
+
+    Not if another attempt is committed meanwhile: it may have removed these files as superseded.
+    """
+    wrong = damage(sent)
+    existing = find(sent.root, sent.stage, sent.key)
+    if wrong and (existing is None or existing.manifest["attempt"] == replaces):
+        raise DataError(f"{sent.uri}: {wrong} after the upload; run the same command again")
+
+
+def _put_manifest(sent: Committed, replaces: str | None) -> Committed:
+    """Put the manifest if there is none, or that of the attempt `replaces`; return what is there.
+
+    That is `sent` also if the answer to our write was lost.
+    """
 
     def put(old: bytes | None) -> bytes | None:
-        return (
-            store.json_bytes(manifest)
-            if old is None or json.loads(old)["attempt"] == replaces
-            else None
-        )
+        is_free = old is None or json.loads(old)["attempt"] == replaces
+        return store.json_bytes(sent.manifest) if is_free else None
 
-    store.change_bytes(root, name, put)
-    first = find(root, stage, key)
-    assert first, "a manifest was put, or one that refused it is there"
-    if (
-        first.manifest["attempt"] != attempt
-    ):  # not ours, and not ours either whose answer was lost on the way
-        store.remove(root, f"{prefix}/{attempt}")
-        return first
-    for other in others:
-        store.remove(root, f"{prefix}/{other}")
-    store.abort_uploads(root, prefix)
-    return sent
+    store.change_bytes(sent.root, f"{sent.stage}/{sent.key}/{MANIFEST}", put)
+    committed = find(sent.root, sent.stage, sent.key)
+    assert committed, "a manifest was put, or there is one that refused it"
+    return committed
 
 
 def _sync_tree(folder: Path) -> None:
