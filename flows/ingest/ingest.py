@@ -26,12 +26,12 @@ from flows.ingest.shard_reuse import take_over, unknown_rows
 from flows.sources.static_server import StaticServer
 from flows.sources.url_table import SERVED, DataConfig, Mounts, write_url_table
 from infra.errors import DataError
-from infra.schemas import DROPPED, URLS, open_parquet
+from infra.schemas import DROPPED, SHARD_COLUMNS, URLS, open_parquet
 from infra.storage.atomic_files import link_or_copy, put_folder
 from infra.storage.removal_log import Removals
 
 FILTERED_ROWS = 65_536
-FEED = pa.schema([field.with_name("sample") if field.name == "key" else field for field in URLS])
+FEED = pa.schema([field.with_name(SHARD_COLUMNS.get(field.name, field.name)) for field in URLS])
 GROWING = ("center_crop", "keep_ratio")
 """Resize modes that scale the shorter side to image_size_px, whatever becomes of the longer one."""
 

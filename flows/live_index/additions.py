@@ -24,7 +24,7 @@ from PIL import Image
 from flows.live_index.leftovers import remove_leftovers
 from flows.live_index.lineage import ADDITIONS, Lineage
 from infra.errors import CallerError, DataError
-from infra.schemas import EMBEDDED, sample_key
+from infra.schemas import EMBEDDED, STORED_SHA256, sample_key
 from infra.storage import manifests
 from infra.storage.manifests import Committed
 from infra.storage.removal_log import Removals
@@ -243,14 +243,14 @@ def size_of(file: Path) -> tuple[int, int]:
 
 
 def store(tar: tarfile.TarFile, name: str, picture: np.ndarray) -> dict[str, Any]:
-    """Append an image to the shard as PNG; return its row fields: shard, member, offset, sha256."""
+    """Append an image to the shard as PNG; return its row fields: shard, member, offset, digest."""
     data = cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
     member = tarfile.TarInfo(name)
     member.size = len(data)
     offset = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(member, io.BytesIO(data))
     location = {"shard": "00000.tar", "member": name, "offset": offset, "size_bytes": len(data)}
-    return location | {"sha256": hashlib.sha256(data).hexdigest()}
+    return location | {STORED_SHA256: hashlib.sha256(data).hexdigest()}
 
 
 def new_rows(rows: pa.Table, view: "View") -> tuple[np.ndarray, dict[str, int]]:
@@ -258,7 +258,7 @@ def new_rows(rows: pa.Table, view: "View") -> tuple[np.ndarray, dict[str, int]]:
 
     A row is new if it is not taken down, not in the index and not a repeat of an earlier row.
     """
-    columns = {name: rows[name] for name in ("key", "origin", "sha256")}
+    columns = {name: rows[name] for name in ("key", "origin", STORED_SHA256)}
     is_removed = np.asarray((view.removals or Removals()).mask(columns).to_numpy(), bool)
     keys = rows["key"].combine_chunks()
     is_present = np.zeros(len(rows), bool)

@@ -29,7 +29,7 @@ from flows.live_index.takedown import (
     record_lineage,
     with_copies,
 )
-from infra.schemas import DROPPED
+from infra.schemas import DOWNLOAD_SHA256, DROPPED, MEMBER_KEY, STORED_SHA256, shard_rows
 from infra.storage import manifests, store
 from infra.storage.atomic_files import link_or_copy, make_independent
 from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
@@ -149,12 +149,14 @@ def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
             link_or_copy(source, target)
     for file in sorted((folder / "shards").glob("*.parquet")):
         table = pq.read_table(file)
-        columns = {"key": "sample", "origin": "origin", "url": "url", "download": "sha256"}
-        is_removed_row = removals.mask({ours: table[theirs] for ours, theirs in columns.items()})
+        rows = shard_rows(table)
+        columns = ("key", "origin", "url", DOWNLOAD_SHA256)
+        is_removed_row = removals.mask({name: rows[name] for name in columns})
         if not pc.any(is_removed_row).as_py():
             continue
-        names = [name for name in table.filter(is_removed_row)["key"].to_pylist() if name]
-        keys += table.filter(is_removed_row)["sample"].to_pylist()
+        removed = rows.filter(is_removed_row)
+        names = [name for name in removed[MEMBER_KEY].to_pylist() if name]
+        keys += removed["key"].to_pylist()
         tar = out / "shards" / f"{file.stem}.tar"
         make_independent(tar)
         members = [
@@ -264,7 +266,7 @@ WAYS: dict[str, Callable[[Path, Path, Removals, Committed], int]] = {
 
 
 def _mask(table: pa.Table, removals: Removals) -> pa.ChunkedArray:
-    return removals.mask({name: table[name] for name in ("key", "origin", "sha256")})
+    return removals.mask({name: table[name] for name in ("key", "origin", STORED_SHA256)})
 
 
 def _write_dropped(folder: Path, out: Path, removed: pa.Table, removals: Removals) -> None:
