@@ -24,6 +24,7 @@ from prefect.tasks import Task
 from flows.orchestration.ray_submit import submit_stage
 from flows.orchestration.recipe_run import RecipeRun, begin, finish
 from flows.orchestration.run_stage import run_stage
+from flows.runs.records import RunSummary
 from flows.runs.stage import Stage, StageResult
 from infra.compute.cluster import Cluster
 from infra.console.log_redirect import INTERRUPTED
@@ -116,7 +117,7 @@ def run_pipeline(
     targets: list[str] | None = None,
     scratch: str | None = None,
     jobs: str | None = None,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Run a recipe into a ROOT and return the object that `unclip run --json` prints.
 
     `targets` are the stages to run, by default all. `jobs` is the address of a Ray job server that
@@ -130,7 +131,7 @@ def run_pipeline(
     return run_stages(begin(opened, name, recipe, config, targets or (), _say, do), jobs)
 
 
-def run_stages(run: RecipeRun, jobs: str | None = None) -> dict[str, Any]:
+def run_stages(run: RecipeRun, jobs: str | None = None) -> RunSummary:
     """Run the stages as tasks of the current flow, finish the run, and create artifacts."""
     committed: dict[str, Committed] = {}
     results = []

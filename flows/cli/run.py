@@ -7,7 +7,7 @@ otherwise it starts Prefect and Ray.
 import logging
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,9 @@ from flows.cli.options import (
 from flows.config.roots import open_for
 from infra.errors import CallerError, UnclipError
 from infra.storage.store import Root
+
+if TYPE_CHECKING:
+    from flows.runs.records import RunSummary
 
 DRY_RUN_HELP = "Show what would run, with the models' parameters, memory and FLOPs; run nothing."
 
@@ -195,7 +198,7 @@ def make(request: RunRequest, address: str | None, as_json: bool, jobs: str | No
 
 def _run_flow(
     opened: Root, request: RunRequest, overrides: list[str], jobs: str | None
-) -> dict[str, Any]:
+) -> "RunSummary":
     """Run the flow with the output of Prefect and Ray in a log file, and return its result."""
     from flows.scheduling.prefect_server import prefect_server
     from infra.console.log_redirect import noting_interrupts, quiet_terminal
@@ -261,14 +264,14 @@ def _stage_of(error: BaseException) -> str:
     return f"{notes[0]}: " if notes else ""
 
 
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
+def _print_result(result: "RunSummary", as_json: bool) -> None:
     if as_json:
         print_json(result)
     else:
         _print_stages(result)
 
 
-def _print_stages(result: dict[str, Any]) -> None:
+def _print_stages(result: "RunSummary") -> None:
     print(f"run {result['run']} in {result['root']}")
     for row in result["stages"]:
         size = f"{row['parameters'] / 1e6:.2f} M parameters" if "parameters" in row else ""

@@ -12,7 +12,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import cv2
 import numpy as np
@@ -26,7 +26,7 @@ from flows.live_index.lineage import ADDITIONS, Lineage
 from infra.errors import CallerError, DataError
 from infra.schemas import EMBEDDED, STORED_SHA256, sample_key
 from infra.storage import manifests
-from infra.storage.manifests import Committed
+from infra.storage.manifests import Committed, StageCounts, StageFacts
 from infra.storage.removal_log import Removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
@@ -45,6 +45,13 @@ LEAST_BYTES = 64 << 20
 """Minimum memory budget of an addition's index."""
 
 
+class AdditionFacts(TypedDict, total=False):
+    """The manifest fields that say where an addition comes from."""
+
+    embeddings: bool
+    merged_from: list[str]
+
+
 def add(
     root: Root, run_lineage: Lineage, view: "View", source: Path, licence: str
 ) -> tuple[Committed | None, dict[str, int]]:
@@ -58,7 +65,7 @@ def add(
     with writing_folder(root.scratch, ADDITIONS) as out:
         if (source / "facts.json").is_file():
             rows, images, texts = read_embeddings(source, run_lineage)
-            what: dict[str, Any] = {"embeddings": True}
+            what: AdditionFacts = {"embeddings": True}
         else:
             rows, images, texts = embed_pictures(source, run_lineage, licence, out)
             what = {"embeddings": False}
@@ -84,7 +91,7 @@ def commit(
     keys: list[str],
     memory_bytes: int,
     dropped: dict[str, int],
-    what: dict[str, Any],
+    what: AdditionFacts,
 ) -> Committed:
     """Build an index over the embed folder in `out` and commit both as one addition.
 
@@ -100,16 +107,17 @@ def commit(
     key = hashlib.sha256("\n".join([run_lineage.fingerprint, *sorted(keys)]).encode()).hexdigest()[
         :16
     ]
-    facts = {
+    facts: StageFacts = {
         "stage_version": 1,
         "clip_digest": run_lineage.fingerprint,
         "sections": {"index": section.model_dump(mode="json")},
         "inputs": {},
         "input_digests": {},
-        "counts": {**counts, "dropped": dropped},
+        "counts": cast(StageCounts, {**counts, "dropped": dropped}),
         "started": started,
+        **what,
     }
-    return manifests.commit(root, ADDITIONS, key, out, facts | what)
+    return manifests.commit(root, ADDITIONS, key, out, facts)
 
 
 def share_of(memory_bytes: int, count: int, view: "View") -> int:

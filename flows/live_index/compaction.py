@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,7 @@ from infra.schemas import DOWNLOAD_SHA256, DROPPED, MEMBER_KEY, STORED_SHA256, s
 from infra.storage import manifests, store
 from infra.storage.atomic_files import link_or_copy, make_independent
 from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
-from infra.storage.manifests import MANIFEST, Committed
+from infra.storage.manifests import MANIFEST, Committed, Manifest, StageFacts
 from infra.storage.removal_log import Removals, read_removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
@@ -94,11 +94,10 @@ def _replace(root: Root, committed: Committed, removals: Removals) -> int:
     with writing_folder(root.scratch, f"{committed.stage}-{committed.key}-compact") as out:
         count = WAYS[committed.stage](committed.local(), out, removals, committed)
         manifest = committed.manifest
-        facts = {name: value for name, value in manifest.items() if name not in COMMIT_FIELDS}
-        facts |= {
-            "compacted_from": [*manifest.get("compacted_from", ()), manifest["digest"]],
-            "compacted": manifests.now(),
-        }
+        fields = {name: value for name, value in manifest.items() if name not in COMMIT_FIELDS}
+        facts = cast(StageFacts, fields)
+        facts["compacted_from"] = [*manifest.get("compacted_from", ()), manifest["digest"]]
+        facts["compacted"] = manifests.now()
         if any(out.iterdir()):
             manifests.commit(root, committed.stage, committed.key, out, facts, manifest["attempt"])
         else:
@@ -126,7 +125,7 @@ def _agree(root: Root) -> None:
             ):
                 digests[stage] = now.digest
         if digests != committed.manifest.get("input_digests", {}):
-            changed = {**committed.manifest, "input_digests": digests}
+            changed: Manifest = {**committed.manifest, "input_digests": digests}
             store.change_bytes(
                 root,
                 f"{committed.stage}/{committed.key}/{MANIFEST}",
@@ -134,7 +133,7 @@ def _agree(root: Root) -> None:
             )
 
 
-def _instead(before: dict[str, Any], changed: dict[str, Any], old: bytes | None) -> bytes | None:
+def _instead(before: Manifest, changed: Manifest, old: bytes | None) -> bytes | None:
     """Return the changed manifest, or None if the stored one has been changed meanwhile."""
     return store.json_bytes(changed) if old is not None and json.loads(old) == before else None
 

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +25,45 @@ from infra.storage.removal_log import Removals, gather, read_entries, write_remo
 from infra.storage.store import Root
 
 Row = dict[str, Any]
+"""A sample: a row of schema KEEP, or at least some of the columns in SAMPLE."""
+
+
+class TrainedModel(TypedDict):
+    """A model that was trained on a sample."""
+
+    stage: str
+    key: str
+    attempt: str
+
+
+class HeldList(TypedDict):
+    """A keep list that held a sample until a time: models started before have read it."""
+
+    key: str
+    until: str
+
+
+class LoggedRemoval(TypedDict):
+    """An entry of the removal log, as a take-down or a compaction writes it."""
+
+    keys: list[str]
+    origins: list[str]
+    sha256: list[str]
+    downloads: list[str]
+    asked: dict[str, Any]
+    """What the person asked for, or why the entry was written."""
+    trained_into: list[TrainedModel]
+    held: NotRequired[HeldList]
+
+
+class Found(TypedDict):
+    """Where samples still are; see `verify`."""
+
+    found_in: dict[str, list[str]]
+    leftovers: list[str]
+    unreadable: list[str]
+    trained_into: list[str]
+
 
 TABLES = {
     "ingest": "shards/*.parquet",
@@ -120,7 +159,7 @@ def by_values(column: str, values: Sequence[str]) -> Callable[[pa.Table], pa.Chu
 
 def take_down(
     root: Root, rows: Sequence[Row], request: Mapping[str, Any], urls: Sequence[str] = ()
-) -> dict[str, Any]:
+) -> LoggedRemoval:
     """Write one removal log entry for these samples and their copies; return the entry.
 
     `urls` are logged even if no sample in ROOT came from them.
@@ -128,19 +167,20 @@ def take_down(
     return log(root, with_copies(root, named(rows, urls)), request)
 
 
-def log(root: Root, removals: Removals, request: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def log(
+    root: Root, removals: Removals, request: Mapping[str, Any], held: HeldList | None = None
+) -> LoggedRemoval:
     """Write one removal log entry that includes the models trained on the samples; return it."""
-    entry = {
-        **removals.lists(),
-        "asked": dict(request),
-        "trained_into": trained_into(root, removals),
-        **more,
-    }
+    entry = cast(LoggedRemoval, removals.lists())
+    entry["asked"] = dict(request)
+    entry["trained_into"] = trained_into(root, removals)
+    if held:
+        entry["held"] = held
     write_removal(root, entry, manifests.now())
     return entry
 
 
-def trained_into(root: Root, removals: Removals) -> list[dict[str, str]]:
+def trained_into(root: Root, removals: Removals) -> list[TrainedModel]:
     """Return stage, key and attempt of every model trained on one of these samples."""
     lists = {committed.key: committed for committed in committed_folders(root, ("curate",))}
     has_trained = {
@@ -179,7 +219,7 @@ def record_lineage(root: Root, curate: Committed, removals: Removals) -> None:
         for row in _trained(table, removals).select(SAMPLE).to_pylist()
     ]
     if removed:
-        held = {"key": curate.key, "until": manifests.now()}
+        held: HeldList = {"key": curate.key, "until": manifests.now()}
         log(root, named(removed), {"compacted": f"{curate.stage}/{curate.key}"}, held=held)
 
 
@@ -195,7 +235,7 @@ def ancestors(root: Root, committed: Committed, stage: str) -> set[str]:
     return keys
 
 
-def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> dict[str, Any]:
+def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> Found:
     """Find where in ROOT samples still are and which models were trained on them.
 
     Returns the object that `unclip index verify --json` prints:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.orchestration.run_stage import target_of
 from flows.runs.planning import find_current
@@ -23,6 +23,9 @@ from infra.compute.ray_jobs import Job, JobServer
 from infra.storage import store
 from infra.storage.manifests import Committed
 from infra.storage.store import Root
+
+if TYPE_CHECKING:  # its sections import torch and faiss
+    from flows.config.run_config import RunConfig
 
 CODE = Path(__file__).parents[2]
 ENTRYPOINT = "flows.orchestration.ray_job"
@@ -45,7 +48,7 @@ CARRIED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "UNCLIP_SCRATCH", "OMP_NUM_
 def submit_stage(
     stage: Stage,
     root: Root,
-    config: Any,
+    config: "RunConfig",
     inputs: Mapping[str, Committed],
     address: str,
     say: Callable[[str], None],
@@ -93,7 +96,7 @@ def _claim(root: Root, name: str, content: Mapping[str, Any], attempt: int) -> i
     return int(json.loads(claim_now)["attempt"])
 
 
-def _job(stage: Stage, root: Root, config: Any, key: str) -> Job:
+def _job(stage: Stage, root: Root, config: "RunConfig", key: str) -> Job:
     """Return the job that runs the stage, with its name, resources and environment."""
     resources: StageResources = config.cluster.stages.get(stage.name) or default_resources(
         stage, config
@@ -111,7 +114,7 @@ def _job(stage: Stage, root: Root, config: Any, key: str) -> Job:
     )
 
 
-def default_resources(stage: Stage, config: Any) -> StageResources:
+def default_resources(stage: Stage, config: "RunConfig") -> StageResources:
     """Return the resources of a stage's driver process.
 
     Training, embedding and distributed downloads request their workers' resources themselves. A
@@ -126,7 +129,7 @@ def default_resources(stage: Stage, config: Any) -> StageResources:
     return StageResources(cpus=0 if stage.parameters or stage.name == "embed" else 1)
 
 
-def runtime_env(config: Any) -> dict[str, Any]:
+def runtime_env(config: "RunConfig") -> dict[str, Any]:
     """Return Ray's runtime environment: environment variables and, unless disabled, this code."""
     variables = {name: os.environ[name] for name in CARRIED if name in os.environ}
     variables |= {

@@ -13,7 +13,7 @@ import flows.orchestration.stages as stages
 from flows.live_index.compaction import compact
 from flows.runs.planning import plan, stages_of
 from flows.runs.promotion import described, settle
-from flows.runs.records import summary, write_run
+from flows.runs.records import RunSummary, summary, write_run
 from flows.runs.stage import Stage, StageResult
 from infra.storage import manifests
 from infra.storage.store import Root
@@ -73,7 +73,7 @@ def finish(
     results: Sequence[StageResult],
     say: Callable[[str], None],
     step: Callable[[str, Callable[[], Any]], Any] = call,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Record a run, promote it if it passes its gate, and return its summary."""
     conditions = run.config.evaluate.promote_if
     committed = {result.stage: result.committed for result in results}

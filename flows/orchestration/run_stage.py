@@ -9,18 +9,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from flows.orchestration.stages import trained_of
 from flows.runs.planning import find_current, frozen_model
-from flows.runs.stage import Counts, Stage, StageJob, StageResult, inputs_of, key_of, sections_of
+from flows.runs.stage import Stage, StageJob, StageResult, inputs_of, key_of, sections_of
 from infra.compute.cluster import Cluster
 from infra.storage import manifests, store
 from infra.storage.locks import lock_file, reader_lock, reading_file, writer_lock
-from infra.storage.manifests import Committed
+from infra.storage.manifests import Committed, StageCounts, StageFacts
 from infra.storage.removal_log import read_removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
+
+if TYPE_CHECKING:  # its sections import torch and faiss
+    from flows.config.run_config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Target:
     """The model that the recipe keeps although its data changed; then the stage does not run."""
 
 
-def target_of(root: Root, config: Any, stage: Stage, available: Mapping[str, Committed]) -> Target:
+def target_of(
+    root: Root, config: "RunConfig", stage: Stage, available: Mapping[str, Committed]
+) -> Target:
     """Return a stage's target, given the committed folders of the stages before it."""
     inputs = {name: available[name] for name in inputs_of(stage, available)}
     frozen = frozen_model(root, config, stage, trained_of(inputs))
@@ -44,7 +49,7 @@ def target_of(root: Root, config: Any, stage: Stage, available: Mapping[str, Com
 def run_stage(
     stage: Stage,
     root: Root,
-    config: Any,
+    config: "RunConfig",
     inputs: Mapping[str, Committed],
     cluster: Cluster,
     say: Callable[[str], None],
@@ -92,15 +97,15 @@ def run_stage(
         return StageResult(stage.name, key, "ran", time.monotonic() - clock, committed)
 
 
-def _run_adapter(stage: Stage, job: StageJob) -> Counts:
+def _run_adapter(stage: Stage, job: StageJob) -> StageCounts:
     counts = stage.run(job)
     assert counts.keys() >= {"in", "out", "dropped"}, (
         f"{stage.name} must count what came in, went out and was dropped"
     )
-    return counts
+    return cast(StageCounts, counts)
 
 
-def _facts(stage: Stage, job: StageJob, counts: Counts, started: str) -> dict[str, Any]:
+def _facts(stage: Stage, job: StageJob, counts: StageCounts, started: str) -> StageFacts:
     """Return the stage's own fields of the manifest."""
     return {
         "stage_version": stage.version,
