@@ -5,10 +5,10 @@ All tasks have retries. Prefect displays and schedules; only the manifests decid
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from prefect import Flow, flow, runtime, task
@@ -21,46 +21,36 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.tasks import Task
 
-from flows.live_index.compaction import compact
 from flows.orchestration.ray_submit import submit_stage
+from flows.orchestration.recipe_run import RecipeRun, begin, finish
 from flows.orchestration.run_stage import run_stage
-from flows.orchestration.stages import STAGES
-from flows.runs.planning import stages_of
-from flows.runs.promotion import described, settle
-from flows.runs.records import summary, write_run
-from flows.runs.stage import Stage, StageResult, inputs_of
+from flows.runs.records import RunSummary
+from flows.runs.stage import Stage, StageResult
 from infra.compute.cluster import Cluster
 from infra.console.log_redirect import INTERRUPTED
 from infra.console.progress import duration
-from infra.errors import StorageAwayError, UnclipError
-from infra.storage import manifests
-from infra.storage.store import Root, open_root
+from infra.errors import PERMANENT, StorageAwayError, UnclipError
+from infra.storage.manifests import Committed
+from infra.storage.store import open_root
 
+Result = TypeVar("Result")
 RETRIES, STORE_RETRIES = 2, 4
 RETRY_AFTER_S = [5.0, 30.0, 120.0, 300.0]
-HOPELESS = (
-    UnclipError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    NameError,
-    NotImplementedError,
-    TypeError,
-)
 
 
 def is_worth_retrying(_task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
     """Return whether to retry a failed task.
 
-    Not after Ctrl-C, a caller's mistake, bad data, a full disk or a bug in our code. An unavailable
-    store is retried for about eight minutes, any other error `RETRIES` times.
+    An unavailable store is retried for about eight minutes. Not retried are errors in `PERMANENT`,
+    other errors of ours (on this machine a full disk stays full) and, after Ctrl-C, all errors. Any
+    other error is retried `RETRIES` times.
     """
     error = state.data if isinstance(state.data, BaseException) else None
     if INTERRUPTED.is_set():
         return False
-    return isinstance(error, StorageAwayError) or (
-        not isinstance(error, HOPELESS) and run.run_count <= RETRIES
-    )
+    if isinstance(error, StorageAwayError):
+        return True
+    return not isinstance(error, (UnclipError, *PERMANENT)) and run.run_count <= RETRIES
 
 
 @task(
@@ -70,14 +60,15 @@ def is_worth_retrying(_task: Task[Any, Any], run: TaskRun, state: State[Any]) ->
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def step(what: Callable[[], Any]) -> Any:
+def step(action: Callable[[], Any]) -> Any:
     """Call a function that can safely be called again."""
-    return what()
+    return action()
 
 
-def do(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function as a named task, with retries as `is_worth_retrying` decides."""
-    return step.with_options(name=name, task_run_name=name)(partial(function, *arguments))
+def do(name: str, action: Callable[[], Result]) -> Result:
+    """Do a step of a run as a named task, with retries as `is_worth_retrying` decides."""
+    result: Result = step.with_options(name=name, task_run_name=name)(action)
+    return result
 
 
 def notify_block(deployment: UUID) -> str:
@@ -126,7 +117,7 @@ def run_pipeline(
     targets: list[str] | None = None,
     scratch: str | None = None,
     jobs: str | None = None,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Run a recipe into a ROOT and return the object that `unclip run --json` prints.
 
     `targets` are the stages to run, by default all. `jobs` is the address of a Ray job server that
@@ -136,60 +127,42 @@ def run_pipeline(
     from flows.config.run_config import load_recipe
 
     config = load_recipe(recipe, overrides or [])
-    opened = do("open", open_root, root, Path(scratch) if scratch else None)
-    do("compact", compact, opened, _say)
-    return run_stages(config, opened, name, recipe, stages_of(config, targets or (), STAGES), jobs)
+    opened = do("open", lambda: open_root(root, Path(scratch) if scratch else None))
+    return run_stages(begin(opened, name, recipe, config, targets or (), _say, do), jobs)
 
 
-def run_stages(
-    config: Any,
-    root: Root,
-    name: str,
-    recipe: str,
-    stages: Sequence[Stage],
-    jobs: str | None = None,
-) -> dict[str, Any]:
-    """Run the stages as tasks of the current flow, record and judge the run, create artifacts."""
-    started = manifests.now()
-    results: dict[str, StageResult] = {}
-    with Cluster(config.cluster) as cluster:
-        for stage in stages:
-            inputs = {name: results[name].committed for name in inputs_of(stage, results)}
-            results[stage.name] = do(stage.name, _make, stage, root, config, inputs, cluster, jobs)
-    committed = {stage: result.committed for stage, result in results.items()}
-    record = do(
-        "record",
-        write_run,
-        root,
-        name,
-        recipe,
-        started,
-        committed,
-        bool(config.evaluate.promote_if),
-    )
-    judgement = do("promote", settle, root, config.evaluate.promote_if, record, committed)
-    if judgement:
-        _say(described(judgement))
-    result = summary(root, name, list(results.values()), record["report"], judgement)
-    create_table_artifact(table=result["stages"], key="stages", description=f"{name} in {root.uri}")
-    if record["report"]:
+def run_stages(run: RecipeRun, jobs: str | None = None) -> RunSummary:
+    """Run the stages as tasks of the current flow, finish the run, and create artifacts."""
+    committed: dict[str, Committed] = {}
+    results = []
+    with Cluster(run.config.cluster) as cluster:
+        for stage in run.stages:
+            result = do(stage.name, partial(_run_one, run, stage, committed, cluster, jobs))
+            committed[stage.name] = result.committed
+            results.append(result)
+    finished = finish(run, results, _say, do)
+    description = f"{run.name} in {run.root.uri}"
+    create_table_artifact(table=finished["stages"], key="stages", description=description)
+    if finished["report"]:
         create_link_artifact(
-            link=record["report"],
-            link_text="report",
-            key="report",
-            description=f"{name} in {root.uri}",
+            link=finished["report"], link_text="report", key="report", description=description
         )
-    return result
+    return finished
 
 
-def _make(
-    stage: Stage, root: Root, config: Any, inputs: Any, cluster: Cluster, jobs: str | None
+def _run_one(
+    run: RecipeRun,
+    stage: Stage,
+    committed: Mapping[str, Committed],
+    cluster: Cluster,
+    jobs: str | None,
 ) -> StageResult:
+    """Run one stage here or as a Ray job and print its result; `committed` holds those before."""
     try:
         if jobs:
-            result = submit_stage(stage, root, config, inputs, jobs, _say)
+            result = submit_stage(stage, run.root, run.config, committed, jobs, _say)
         else:
-            result = run_stage(stage, root, config, inputs, cluster, _say)
+            result = run_stage(stage, run.root, run.config, committed, cluster, _say)
     except Exception as error:
         cluster.stop()  # a retry starts with a fresh Ray
         error.add_note(stage.name)

@@ -35,3 +35,17 @@ class StorageAwayError(StorageError):
 
 class DataError(UnclipError):
     """Input data that is broken where it must not be."""
+
+
+PERMANENT = (
+    CallerError,
+    DataError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+)
+"""Errors that come again wherever and whenever the same call is tried: a caller's mistake, broken
+data, a bug in the code. Any other error may pass on another machine or at another time."""

@@ -16,6 +16,7 @@ from infra.storage.manifests import Committed
 from infra.storage.store import Root
 
 if TYPE_CHECKING:
+    from flows.runs.records import RunRecord
     from training.generation.unclip import Unclip
 
 
@@ -39,7 +40,7 @@ Out = Annotated[
 
 def load_system(
     opened: Root, run: str | None, more: tuple[str, ...] = ()
-) -> "tuple[Unclip, dict[str, Any], dict[str, Committed]]":
+) -> "tuple[Unclip, RunRecord, dict[str, Committed]]":
     """Return a run's models, its record, and the folders of clip, prior, decoder and `more`."""
     from flows.runs.records import committed_of, find_run
 
@@ -105,7 +106,7 @@ def tell_pictures(
     print(f"{grid}  ({len(files)} pictures beside it{note})")
 
 
-def upsampler_stages(opened: Root, record: dict[str, Any]) -> dict[str, Committed]:
+def upsampler_stages(opened: Root, record: "RunRecord") -> dict[str, Committed]:
     """Return the folders of a run's up-samplers in order. Raises CallerError if it has none."""
     from flows.runs.records import committed_of
     from flows.runs.stage import UPSAMPLERS

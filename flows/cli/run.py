@@ -7,7 +7,7 @@ otherwise it starts Prefect and Ray.
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,11 +27,10 @@ from flows.cli.options import (
 )
 from flows.config.roots import open_for
 from infra.errors import CallerError, UnclipError
-from infra.storage.manifests import Committed
 from infra.storage.store import Root
 
-if TYPE_CHECKING:  # its sections import torch and faiss
-    from flows.config.run_config import RunConfig
+if TYPE_CHECKING:
+    from flows.runs.records import RunSummary
 
 DRY_RUN_HELP = "Show what would run, with the models' parameters, memory and FLOPs; run nothing."
 
@@ -183,57 +182,23 @@ def make(request: RunRequest, address: str | None, as_json: bool, jobs: str | No
     `address` is the Ray cluster to join, by default a small local one. If `jobs` is the address of
     a Ray job server, the stages run there as jobs.
     """
-    from flows.live_index.compaction import compact
-    from flows.orchestration.stages import STAGES
-    from flows.runs.planning import plan, stages_of
-    from infra.storage import manifests
+    from flows.orchestration.recipe_run import begin, current_results, finish
 
     name = request.run_name
-    started = manifests.now()
     config, overrides = load_config(request.recipe, request.overrides, address)
     opened = open_for(request.root, for_writing=True)
-    compact(opened, say)
-    plans = plan(opened, config, stages_of(config, request.targets, STAGES))
-    current = {
-        stage_plan.stage.name: stage_plan.committed
-        for stage_plan in plans
-        if stage_plan.state == "current" and stage_plan.committed
-    }
-    if len(current) == len(plans):
-        result = _record_current(opened, config, name, request.recipe, started, current)
+    this_run = begin(opened, name, request.recipe, config, request.targets, say)
+    results = current_results(this_run)
+    if results is not None:  # nothing to run: neither Prefect nor Ray is started
+        result = finish(this_run, results, say)
     else:
         result = _run_flow(opened, request, overrides, jobs)
     _print_result(result, as_json)
 
 
-def _record_current(
-    opened: Root,
-    config: "RunConfig",
-    name: str,
-    recipe: str,
-    started: str,
-    committed: dict[str, Committed],
-) -> dict[str, Any]:
-    """Record and judge a run whose stages are all current, and return its summary."""
-    from flows.runs.promotion import described, settle
-    from flows.runs.records import summary, write_run
-    from flows.runs.stage import StageResult
-
-    conditions = config.evaluate.promote_if
-    record = write_run(opened, name, recipe, started, committed, bool(conditions))
-    judgement = settle(opened, conditions, record, committed)
-    if judgement:
-        say(described(judgement))
-    results = [
-        StageResult(stage, folder.key, "current", 0.0, folder)
-        for stage, folder in committed.items()
-    ]
-    return summary(opened, name, results, record["report"], judgement)
-
-
 def _run_flow(
     opened: Root, request: RunRequest, overrides: list[str], jobs: str | None
-) -> dict[str, Any]:
+) -> "RunSummary":
     """Run the flow with the output of Prefect and Ray in a log file, and return its result."""
     from flows.scheduling.prefect_server import prefect_server
     from infra.console.log_redirect import noting_interrupts, quiet_terminal
@@ -299,14 +264,14 @@ def _stage_of(error: BaseException) -> str:
     return f"{notes[0]}: " if notes else ""
 
 
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
+def _print_result(result: "RunSummary", as_json: bool) -> None:
     if as_json:
         print_json(result)
     else:
         _print_stages(result)
 
 
-def _print_stages(result: dict[str, Any]) -> None:
+def _print_stages(result: "RunSummary") -> None:
     print(f"run {result['run']} in {result['root']}")
     for row in result["stages"]:
         size = f"{row['parameters'] / 1e6:.2f} M parameters" if "parameters" in row else ""

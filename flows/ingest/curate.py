@@ -24,7 +24,14 @@ from pydantic import Field
 
 from infra.console.progress import Progress
 from infra.errors import DataError
-from infra.schemas import DROPPED, KEEP, open_parquet
+from infra.schemas import (
+    DOWNLOAD_SHA256,
+    DROPPED,
+    KEEP,
+    SHARD_COLUMNS,
+    STORED_SHA256,
+    open_parquet,
+)
 from infra.settings import Section
 from infra.storage.removal_log import Removals
 
@@ -217,7 +224,7 @@ def judge(
         if text
     ]
     row = {
-        "key": item["sample"],
+        "key": item[SHARD_COLUMNS["key"]],
         **{
             name: item[name]
             for name in ("origin", "licence", "concept", "style", "category", "subcategory")
@@ -229,9 +236,9 @@ def judge(
         "member": member.name,
         "offset": member.offset_data,
         "size_bytes": len(image),
-        "sha256": hashlib.sha256(image).hexdigest(),
-        "download": item.get("sha256")
-        or "",  # no column of KEEP: the removal log is held against it
+        STORED_SHA256: hashlib.sha256(image).hexdigest(),
+        # Not a column of KEEP: the removal log is compared with it.
+        DOWNLOAD_SHA256: item.get(SHARD_COLUMNS[DOWNLOAD_SHA256]) or "",
     }
     pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) if image else None
     if pixels is None:

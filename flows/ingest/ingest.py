@@ -26,12 +26,12 @@ from flows.ingest.shard_reuse import take_over, unknown_rows
 from flows.sources.static_server import StaticServer
 from flows.sources.url_table import SERVED, DataConfig, Mounts, write_url_table
 from infra.errors import DataError
-from infra.schemas import DROPPED, URLS, open_parquet
-from infra.storage.atomic_files import move_file, put_folder
+from infra.schemas import DROPPED, SHARD_COLUMNS, URLS, open_parquet
+from infra.storage.atomic_files import link_or_copy, put_folder
 from infra.storage.removal_log import Removals
 
 FILTERED_ROWS = 65_536
-FEED = pa.schema([field.with_name("sample") if field.name == "key" else field for field in URLS])
+FEED = pa.schema([field.with_name(SHARD_COLUMNS.get(field.name, field.name)) for field in URLS])
 GROWING = ("center_crop", "keep_ratio")
 """Resize modes that scale the shorter side to image_size_px, whatever becomes of the longer one."""
 
@@ -225,11 +225,11 @@ def finish(config: DataConfig, table: Path, shards: Path, count: int, out: Path)
             f"{config.min_success:.0%}: mostly {reason} "
             f"({reasons[reason]:,}), such as {examples[reason]}"
         )
-    move_file(table / "urls.parquet", out / "urls.parquet")
+    link_or_copy(table / "urls.parquet", out / "urls.parquet")
     (out / "shards").mkdir()
     for number in range(count):
         for suffix in (".tar", ".parquet"):
-            move_file(shards / f"{number:05d}{suffix}", out / "shards" / f"{number:05d}{suffix}")
+            link_or_copy(shards / f"{number:05d}{suffix}", out / "shards" / f"{number:05d}{suffix}")
     return {
         "in": requested + early.total(),
         "out": succeeded,

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.ingest.http_fetch import PASSING
-from infra.schemas import DROPPED, URLS, open_parquet
+from infra.schemas import DROPPED, URLS, open_parquet, shard_rows
 
 GROUP_ROWS = 65_536
 
@@ -77,12 +77,7 @@ def rows_to_ask_again(shards: Path, count: int, file: Path) -> Path:
         for rows in read_outcomes(shards, count).failures():
             passes = [split_problem(*problem)[0] in PASSING for problem in _problems(rows)]
             chosen = rows.filter(pa.array(passes, pa.bool_()))
-            chosen = (
-                chosen.drop_columns(["key"]) if "key" in chosen.column_names else chosen
-            )  # img2dataset's, of the shard
-            writer.write_table(
-                chosen.rename_columns({"sample": "key"}).select(URLS.names).cast(URLS)
-            )
+            writer.write_table(shard_rows(chosen).select(URLS.names).cast(URLS))
     part.replace(file)
     return file
 

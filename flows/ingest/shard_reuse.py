@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.schemas import URLS, open_parquet
-from infra.storage.atomic_files import move_file, put
+from infra.storage.atomic_files import link_or_copy, put
 
 SAME = (
     "image_size_px",
@@ -109,8 +109,8 @@ def _copy(file: Path, rows: pa.Table, is_reused: np.ndarray, shards: Path) -> No
     """
     target = shards / file.name
     if is_reused.all():
-        move_file(file, target)
-        move_file(file.with_suffix(".tar"), target.with_suffix(".tar"))
+        link_or_copy(file, target)
+        link_or_copy(file.with_suffix(".tar"), target.with_suffix(".tar"))
         return
     keys = set(rows.filter(pa.array(is_reused)).column("key").to_pylist())
     part = shards / f".{file.stem}.renewed"

@@ -12,7 +12,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import cv2
 import numpy as np
@@ -24,9 +24,9 @@ from PIL import Image
 from flows.live_index.leftovers import remove_leftovers
 from flows.live_index.lineage import ADDITIONS, Lineage
 from infra.errors import CallerError, DataError
-from infra.schemas import EMBEDDED, sample_key
+from infra.schemas import EMBEDDED, STORED_SHA256, sample_key
 from infra.storage import manifests
-from infra.storage.manifests import Committed
+from infra.storage.manifests import Committed, StageCounts, StageFacts
 from infra.storage.removal_log import Removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
@@ -45,6 +45,13 @@ LEAST_BYTES = 64 << 20
 """Minimum memory budget of an addition's index."""
 
 
+class AdditionFacts(TypedDict, total=False):
+    """The manifest fields that say where an addition comes from."""
+
+    embeddings: bool
+    merged_from: list[str]
+
+
 def add(
     root: Root, run_lineage: Lineage, view: "View", source: Path, licence: str
 ) -> tuple[Committed | None, dict[str, int]]:
@@ -58,7 +65,7 @@ def add(
     with writing_folder(root.scratch, ADDITIONS) as out:
         if (source / "facts.json").is_file():
             rows, images, texts = read_embeddings(source, run_lineage)
-            what: dict[str, Any] = {"embeddings": True}
+            what: AdditionFacts = {"embeddings": True}
         else:
             rows, images, texts = embed_pictures(source, run_lineage, licence, out)
             what = {"embeddings": False}
@@ -84,7 +91,7 @@ def commit(
     keys: list[str],
     memory_bytes: int,
     dropped: dict[str, int],
-    what: dict[str, Any],
+    what: AdditionFacts,
 ) -> Committed:
     """Build an index over the embed folder in `out` and commit both as one addition.
 
@@ -100,16 +107,17 @@ def commit(
     key = hashlib.sha256("\n".join([run_lineage.fingerprint, *sorted(keys)]).encode()).hexdigest()[
         :16
     ]
-    facts = {
+    facts: StageFacts = {
         "stage_version": 1,
         "clip_digest": run_lineage.fingerprint,
         "sections": {"index": section.model_dump(mode="json")},
         "inputs": {},
         "input_digests": {},
-        "counts": {**counts, "dropped": dropped},
+        "counts": cast(StageCounts, {**counts, "dropped": dropped}),
         "started": started,
+        **what,
     }
-    return manifests.commit(root, ADDITIONS, key, out, facts | what)
+    return manifests.commit(root, ADDITIONS, key, out, facts)
 
 
 def share_of(memory_bytes: int, count: int, view: "View") -> int:
@@ -243,14 +251,14 @@ def size_of(file: Path) -> tuple[int, int]:
 
 
 def store(tar: tarfile.TarFile, name: str, picture: np.ndarray) -> dict[str, Any]:
-    """Append an image to the shard as PNG; return its row fields: shard, member, offset, sha256."""
+    """Append an image to the shard as PNG; return its row fields: shard, member, offset, digest."""
     data = cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
     member = tarfile.TarInfo(name)
     member.size = len(data)
     offset = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(member, io.BytesIO(data))
     location = {"shard": "00000.tar", "member": name, "offset": offset, "size_bytes": len(data)}
-    return location | {"sha256": hashlib.sha256(data).hexdigest()}
+    return location | {STORED_SHA256: hashlib.sha256(data).hexdigest()}
 
 
 def new_rows(rows: pa.Table, view: "View") -> tuple[np.ndarray, dict[str, int]]:
@@ -258,7 +266,7 @@ def new_rows(rows: pa.Table, view: "View") -> tuple[np.ndarray, dict[str, int]]:
 
     A row is new if it is not taken down, not in the index and not a repeat of an earlier row.
     """
-    columns = {name: rows[name] for name in ("key", "origin", "sha256")}
+    columns = {name: rows[name] for name in ("key", "origin", STORED_SHA256)}
     is_removed = np.asarray((view.removals or Removals()).mask(columns).to_numpy(), bool)
     keys = rows["key"].combine_chunks()
     is_present = np.zeros(len(rows), bool)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -29,11 +29,11 @@ from flows.live_index.takedown import (
     record_lineage,
     with_copies,
 )
-from infra.schemas import DROPPED
+from infra.schemas import DOWNLOAD_SHA256, DROPPED, MEMBER_KEY, STORED_SHA256, shard_rows
 from infra.storage import manifests, store
-from infra.storage.atomic_files import move_file
+from infra.storage.atomic_files import link_or_copy, make_independent
 from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
-from infra.storage.manifests import MANIFEST, Committed
+from infra.storage.manifests import MANIFEST, Committed, Manifest, StageFacts
 from infra.storage.removal_log import Removals, read_removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
@@ -94,11 +94,10 @@ def _replace(root: Root, committed: Committed, removals: Removals) -> int:
     with writing_folder(root.scratch, f"{committed.stage}-{committed.key}-compact") as out:
         count = WAYS[committed.stage](committed.local(), out, removals, committed)
         manifest = committed.manifest
-        facts = {name: value for name, value in manifest.items() if name not in COMMIT_FIELDS}
-        facts |= {
-            "compacted_from": [*manifest.get("compacted_from", ()), manifest["digest"]],
-            "compacted": manifests.now(),
-        }
+        fields = {name: value for name, value in manifest.items() if name not in COMMIT_FIELDS}
+        facts = cast(StageFacts, fields)
+        facts["compacted_from"] = [*manifest.get("compacted_from", ()), manifest["digest"]]
+        facts["compacted"] = manifests.now()
         if any(out.iterdir()):
             manifests.commit(root, committed.stage, committed.key, out, facts, manifest["attempt"])
         else:
@@ -126,7 +125,7 @@ def _agree(root: Root) -> None:
             ):
                 digests[stage] = now.digest
         if digests != committed.manifest.get("input_digests", {}):
-            changed = {**committed.manifest, "input_digests": digests}
+            changed: Manifest = {**committed.manifest, "input_digests": digests}
             store.change_bytes(
                 root,
                 f"{committed.stage}/{committed.key}/{MANIFEST}",
@@ -134,7 +133,7 @@ def _agree(root: Root) -> None:
             )
 
 
-def _instead(before: dict[str, Any], changed: dict[str, Any], old: bytes | None) -> bytes | None:
+def _instead(before: Manifest, changed: Manifest, old: bytes | None) -> bytes | None:
     """Return the changed manifest, or None if the stored one has been changed meanwhile."""
     return store.json_bytes(changed) if old is not None and json.loads(old) == before else None
 
@@ -146,17 +145,19 @@ def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
         source, target = folder / file, out / file
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.parts[0] == "shards" or file.suffix != ".parquet":
-            move_file(source, target)
+            link_or_copy(source, target)
     for file in sorted((folder / "shards").glob("*.parquet")):
         table = pq.read_table(file)
-        columns = {"key": "sample", "origin": "origin", "url": "url", "download": "sha256"}
-        is_removed_row = removals.mask({ours: table[theirs] for ours, theirs in columns.items()})
+        rows = shard_rows(table)
+        columns = ("key", "origin", "url", DOWNLOAD_SHA256)
+        is_removed_row = removals.mask({name: rows[name] for name in columns})
         if not pc.any(is_removed_row).as_py():
             continue
-        names = [name for name in table.filter(is_removed_row)["key"].to_pylist() if name]
-        keys += table.filter(is_removed_row)["sample"].to_pylist()
+        removed = rows.filter(is_removed_row)
+        names = [name for name in removed[MEMBER_KEY].to_pylist() if name]
+        keys += removed["key"].to_pylist()
         tar = out / "shards" / f"{file.stem}.tar"
-        _unlink_copy(tar)
+        make_independent(tar)
         members = [
             f"{name}.{suffix}" for name in names for suffix in ("txt", "json", "png", "jpg", "webp")
         ]
@@ -208,10 +209,10 @@ def _dedup(folder: Path, out: Path, removals: Removals, committed: Committed) ->
     is_removed_row = removals.mask({"key": copies["key"]})
     is_without = pc.or_(is_removed_row, removals.mask({"key": copies["keeper"]}))
     pq.write_table(copies.filter(pc.invert(is_without)), out / "groups.parquet")
-    move_file(folder / "threshold.json", out / "threshold.json")
+    link_or_copy(folder / "threshold.json", out / "threshold.json")
     # If a group changed, the picture may show removed images; nothing reads it, so it is dropped.
     if (folder / "groups.png").is_file() and not pc.any(is_without).as_py():
-        move_file(folder / "groups.png", out / "groups.png")
+        link_or_copy(folder / "groups.png", out / "groups.png")
     return count + int(pc.sum(is_removed_row).as_py() or 0)
 
 
@@ -235,11 +236,11 @@ def _addition(folder: Path, out: Path, removals: Removals, committed: Committed)
     tables = {file: pq.read_table(file) for file in sorted((folder / "metadata").glob("*.parquet"))}
     for file in (file for file in _files(folder) if file.parts[0] == "shards"):
         (out / "shards").mkdir(exist_ok=True)
-        move_file(folder / file, out / file)
+        link_or_copy(folder / file, out / file)
     for table in tables.values():
         removed = table.filter(_mask(table, removals))
         for shard in set(removed["shard"].to_pylist()) - {""}:
-            _unlink_copy(out / "shards" / shard)
+            make_independent(out / "shards" / shard)
             blank(
                 out / "shards" / shard,
                 removed.filter(pc.equal(removed["shard"], shard))["member"].to_pylist(),
@@ -264,7 +265,7 @@ WAYS: dict[str, Callable[[Path, Path, Removals, Committed], int]] = {
 
 
 def _mask(table: pa.Table, removals: Removals) -> pa.ChunkedArray:
-    return removals.mask({name: table[name] for name in ("key", "origin", "sha256")})
+    return removals.mask({name: table[name] for name in ("key", "origin", STORED_SHA256)})
 
 
 def _write_dropped(folder: Path, out: Path, removed: pa.Table, removals: Removals) -> None:
@@ -283,10 +284,3 @@ def _files(folder: Path) -> list[Path]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     ]
-
-
-def _unlink_copy(file: Path) -> None:
-    """Replace a file that may be hard-linked to a committed one by an independent copy."""
-    part = file.with_suffix(".copy")
-    shutil.copyfile(file, part)
-    part.replace(file)

@@ -13,9 +13,9 @@ from itertools import compress
 from operator import not_, or_
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flows.runs.records import committed_of, find_run
+from flows.runs.records import RunRecord, committed_of, find_run
 from infra.errors import CallerError
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed
@@ -43,7 +43,7 @@ READERS = 8
 class Lineage:
     """The committed folders behind a run's index, and the additions embedded by the same CLIP."""
 
-    record: dict[str, Any]
+    record: RunRecord
     ingest: Committed
     clip: Committed
     index: Committed

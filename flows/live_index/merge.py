@@ -18,7 +18,7 @@ import flows.live_index.additions as additions
 from flows.live_index.leftovers import remove_leftovers
 from flows.live_index.lineage import ADDITIONS, lineage, merged_away
 from infra.storage import manifests, store
-from infra.storage.atomic_files import move_file
+from infra.storage.atomic_files import link_or_copy
 from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
 from infra.storage.manifests import MANIFEST, Committed
 from infra.storage.store import Root
@@ -87,7 +87,7 @@ def gather(folders: Sequence[Path], out: Path, fingerprint: str, clip_key: str) 
         renamed = {"": ""}  # a sample that was added as an embedding has no image
         for shard in sorted((folder / "shards").glob("*.tar")):
             renamed[shard.name] = f"{shards:05d}.tar"
-            move_file(shard, out / "shards" / renamed[shard.name])
+            link_or_copy(shard, out / "shards" / renamed[shard.name])
             shards += 1
         for metadata, *vectors in zip(
             *(sorted((folder / name).iterdir()) for name in ("metadata", *VECTORS)), strict=True
@@ -97,7 +97,7 @@ def gather(folders: Sequence[Path], out: Path, fingerprint: str, clip_key: str) 
             table = table.set_column(table.column_names.index("shard"), "shard", column)
             pq.write_table(table, out / "metadata" / f"metadata_{parts:04d}.parquet")
             for name, file in zip(VECTORS, vectors, strict=True):
-                move_file(file, out / name / f"{name}_{parts:04d}.npy")
+                link_or_copy(file, out / name / f"{name}_{parts:04d}.npy")
             keys += table["key"].to_pylist()
             parts += 1
     facts = {"clip_key": clip_key, "clip_digest": fingerprint, "dim": dim, "count": len(keys)}

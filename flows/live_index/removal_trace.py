@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from flows.live_index.leftovers import path_of
 from infra.storage import store
-from infra.storage.removal_log import FOLDER, NAMES, Removals
+from infra.storage.removal_log import FOLDER, Removals
 from infra.storage.retry import retry
 from infra.storage.store import Root
 
@@ -86,11 +86,11 @@ def holds(file: Any, sought: Removals) -> bool:
                 _table_holds(pa.Table.from_batches([reader.get_batch(number)]), sought)
                 for number in range(reader.num_record_batches)
             )
-    return head.startswith(PICTURES) and _digest(file) in sought.sha256 | sought.downloads
+    return head.startswith(PICTURES) and _digest(file) in sought.digests()
 
 
 def _shard_holds(file: Any, sought: Removals) -> bool:
-    names = sought.keys | sought.origins | sought.sha256 | sought.downloads
+    names = sought.texts()
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if member.type == b"R" or not member.isfile():  # R: blanked by a take-down
@@ -100,7 +100,7 @@ def _shard_holds(file: Any, sought: Removals) -> bool:
             if member.name.endswith(".json") and member.size <= MAX_JSON_BYTES:
                 if _texts_in(content.read()) & names:
                     return True
-            elif _digest(content) in sought.sha256 | sought.downloads:
+            elif _digest(content) in sought.digests():
                 return True
     return False
 
@@ -118,11 +118,11 @@ def _texts_in(data: bytes) -> set[str]:
 
 
 def _table_holds(table: pa.Table, sought: Removals) -> bool:
-    if "sha256" not in table.column_names:
+    if "sha256" not in table.column_names:  # of the image in our tables, the download in a shard's
         return False
     if "status" in table.column_names:  # a shard's table, in which failed rows have no image
         table = table.filter(pc.equal(table["status"], "success"))
-    values = pa.array(sorted(set().union(*(getattr(sought, name) for name in NAMES))), pa.string())
+    values = pa.array(sorted(sought.texts()), pa.string())
     columns = (table[field.name] for field in table.schema if pa.types.is_string(field.type))
     return any(pc.any(pc.is_in(column, values)).as_py() for column in columns)
 

@@ -11,19 +11,59 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.live_index.removal_trace import trace
+from infra.schemas import DOWNLOAD_SHA256, SHARD_COLUMNS, STORED_SHA256, shard_rows
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed
-from infra.storage.removal_log import NAMES, Removals, gather, read_entries, write_removal
+from infra.storage.removal_log import Removals, gather, read_entries, write_removal
 from infra.storage.store import Root
 
 Row = dict[str, Any]
+"""A sample: a row of schema KEEP, or at least some of the columns in SAMPLE."""
+
+
+class TrainedModel(TypedDict):
+    """A model that was trained on a sample."""
+
+    stage: str
+    key: str
+    attempt: str
+
+
+class HeldList(TypedDict):
+    """A keep list that held a sample until a time: models started before have read it."""
+
+    key: str
+    until: str
+
+
+class LoggedRemoval(TypedDict):
+    """An entry of the removal log, as a take-down or a compaction writes it."""
+
+    keys: list[str]
+    origins: list[str]
+    sha256: list[str]
+    downloads: list[str]
+    asked: dict[str, Any]
+    """What the person asked for, or why the entry was written."""
+    trained_into: list[TrainedModel]
+    held: NotRequired[HeldList]
+
+
+class Found(TypedDict):
+    """Where samples still are; see `verify`."""
+
+    found_in: dict[str, list[str]]
+    leftovers: list[str]
+    unreadable: list[str]
+    trained_into: list[str]
+
 
 TABLES = {
     "ingest": "shards/*.parquet",
@@ -43,9 +83,17 @@ FOLDER_KINDS = {
     "dedup": "embeddings",
     "index": "index",
 }
-COLUMNS = tuple(NAMES.values())
-DIGESTS = ("sha256", "download")
-READ = {"ingest": ["status", "sample", "origin", "url", "sha256"]}
+SAMPLE = ("key", "origin", STORED_SHA256, DOWNLOAD_SHA256)
+"""Columns that identify a sample."""
+DIGESTS = (STORED_SHA256, DOWNLOAD_SHA256)
+SHARD_READ = [
+    "status",
+    SHARD_COLUMNS["key"],
+    "origin",
+    "url",
+    SHARD_COLUMNS[DOWNLOAD_SHA256],
+]
+KEEP_READ = ["key", "origin", STORED_SHA256, "split"]
 NO_STAGES = ("removals", "runs", "work", "logs", "jobs", "prefect")
 MODEL_FILE = "weights.safetensors"
 
@@ -60,14 +108,14 @@ def committed_folders(root: Root, stages: Sequence[str]) -> Iterator[Committed]:
 
 
 def find(root: Root, is_meant: Callable[[pa.Table], pa.ChunkedArray]) -> list[Row]:
-    """Return key, origin, sha256 and download of every matching sample in ROOT, without repeats.
+    """Return the columns in SAMPLE of every matching sample in ROOT, without repeats.
 
     An unknown digest is "".
     """
     matches: dict[tuple[str, str], Row] = {}
     for committed in committed_folders(root, SAMPLED):
         for table in (*_tables(committed), *_copies(committed)):
-            for row in table.filter(is_meant(table)).select(COLUMNS).to_pylist():
+            for row in table.filter(is_meant(table)).select(SAMPLE).to_pylist():
                 match = matches.setdefault((row["key"], row["origin"]), row)
                 match.update({name: match[name] or row[name] for name in DIGESTS})
     return list(matches.values())
@@ -75,14 +123,11 @@ def find(root: Root, is_meant: Callable[[pa.Table], pa.ChunkedArray]) -> list[Ro
 
 def named(rows: Iterable[Row], urls: Sequence[str] = ()) -> Removals:
     """Return the removals that identify these samples and URLs."""
-    values = {
-        column: frozenset(row[column] for row in values if row.get(column))
-        for values in [list(rows)]
-        for column in COLUMNS
-    }
-    return Removals(
-        values["key"], values["origin"] | frozenset(urls), values["sha256"], values["download"]
+    samples = list(rows)
+    keys, origins, stored, downloads = (
+        frozenset(row[column] for row in samples if row.get(column)) for column in SAMPLE
     )
+    return Removals(keys, origins | frozenset(urls), stored, downloads)
 
 
 def with_copies(root: Root, meant: Removals) -> Removals:
@@ -114,7 +159,7 @@ def by_values(column: str, values: Sequence[str]) -> Callable[[pa.Table], pa.Chu
 
 def take_down(
     root: Root, rows: Sequence[Row], request: Mapping[str, Any], urls: Sequence[str] = ()
-) -> dict[str, Any]:
+) -> LoggedRemoval:
     """Write one removal log entry for these samples and their copies; return the entry.
 
     `urls` are logged even if no sample in ROOT came from them.
@@ -122,19 +167,20 @@ def take_down(
     return log(root, with_copies(root, named(rows, urls)), request)
 
 
-def log(root: Root, removals: Removals, request: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def log(
+    root: Root, removals: Removals, request: Mapping[str, Any], held: HeldList | None = None
+) -> LoggedRemoval:
     """Write one removal log entry that includes the models trained on the samples; return it."""
-    entry = {
-        **removals.named(),
-        "asked": dict(request),
-        "trained_into": trained_into(root, removals),
-        **more,
-    }
+    entry = cast(LoggedRemoval, removals.lists())
+    entry["asked"] = dict(request)
+    entry["trained_into"] = trained_into(root, removals)
+    if held:
+        entry["held"] = held
     write_removal(root, entry, manifests.now())
     return entry
 
 
-def trained_into(root: Root, removals: Removals) -> list[dict[str, str]]:
+def trained_into(root: Root, removals: Removals) -> list[TrainedModel]:
     """Return stage, key and attempt of every model trained on one of these samples."""
     lists = {committed.key: committed for committed in committed_folders(root, ("curate",))}
     has_trained = {
@@ -170,10 +216,10 @@ def record_lineage(root: Root, curate: Committed, removals: Removals) -> None:
     removed = [
         row
         for table in _tables(curate)
-        for row in _trained(table, removals).select(COLUMNS).to_pylist()
+        for row in _trained(table, removals).select(SAMPLE).to_pylist()
     ]
     if removed:
-        held = {"key": curate.key, "until": manifests.now()}
+        held: HeldList = {"key": curate.key, "until": manifests.now()}
         log(root, named(removed), {"compacted": f"{curate.stage}/{curate.key}"}, held=held)
 
 
@@ -189,7 +235,7 @@ def ancestors(root: Root, committed: Committed, stage: str) -> set[str]:
     return keys
 
 
-def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> dict[str, Any]:
+def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> Found:
     """Find where in ROOT samples still are and which models were trained on them.
 
     Returns the object that `unclip index verify --json` prints:
@@ -335,7 +381,7 @@ def blank(tar: Path, members: Sequence[str]) -> None:
 
 
 def _tables(committed: Committed) -> Iterator[pa.Table]:
-    """Yield a folder's rows as tables with COLUMNS and, where known, url and split.
+    """Yield a folder's rows as tables with the columns in SAMPLE and, where known, url and split.
 
     For the samples that dedup dropped only the key is known.
     """
@@ -348,20 +394,15 @@ def _tables(committed: Committed) -> Iterator[pa.Table]:
     for file in committed.files("groups.parquet") if committed.stage == "dedup" else ():
         left_out = pq.read_table(file, columns=["key"])
         yield pa.table(
-            {"key": left_out["key"]}
-            | {name: _nothing(left_out) for name in (*COLUMNS[1:], "split")}
+            {"key": left_out["key"]} | {name: _nothing(left_out) for name in (*SAMPLE[1:], "split")}
         )
     for file in committed.files(TABLES[committed.stage]):
-        yield samples_of(
-            pq.read_table(
-                file, columns=READ.get(committed.stage, ["key", "origin", "sha256", "split"])
-            ),
-            committed.stage,
-        )
+        columns = SHARD_READ if committed.stage == "ingest" else KEEP_READ
+        yield samples_of(pq.read_table(file, columns=columns), committed.stage)
 
 
 def _copies(committed: Committed) -> Iterator[pa.Table]:
-    """Yield, with COLUMNS, the rows that curate dropped because of their image's bytes.
+    """Yield the rows that curate dropped because of their image, with the columns in SAMPLE.
 
     Their bytes equal those of another sample or of a removed one.
     """
@@ -374,28 +415,24 @@ def _copies(committed: Committed) -> Iterator[pa.Table]:
             {
                 "key": table["key"],
                 "origin": table["origin"],
-                "sha256": digests,
-                "download": _nothing(table),
+                STORED_SHA256: digests,
+                DOWNLOAD_SHA256: _nothing(table),
             }
         )
         yield copies.filter(pc.is_valid(digests))
 
 
 def samples_of(table: pa.Table, stage: str) -> pa.Table:
-    """Return a stage's rows that have an image, with the removal log's column names."""
+    """Return a stage's rows that have an image, with the columns in SAMPLE.
+
+    The digest of the download is known only of rows of shards, that of the stored image only of all
+    others.
+    """
     if stage != "ingest":
-        return table.select(["key", "origin", "sha256", "split"]).append_column(
-            "download", _nothing(table)
-        )
-    stored = table.filter(pc.equal(table["status"], "success"))
-    columns = {
-        "key": stored["sample"],
-        "origin": stored["origin"],
-        "url": stored["url"],
-        "sha256": _nothing(stored),
-    }
-    # img2dataset's sha256 is that of the download, not of the stored image.
-    return pa.table(columns | {"download": stored["sha256"]})
+        return table.select(KEEP_READ).append_column(DOWNLOAD_SHA256, _nothing(table))
+    stored = shard_rows(table.filter(pc.equal(table["status"], "success")))
+    stored = stored.select(["key", "origin", "url", DOWNLOAD_SHA256])
+    return stored.append_column(STORED_SHA256, _nothing(stored))
 
 
 def _nothing(table: pa.Table) -> pa.Array:
@@ -407,5 +444,5 @@ def _trained(table: pa.Table, removals: Removals) -> pa.Table:
 
 
 def _mask(table: pa.Table, removals: Removals) -> pa.ChunkedArray:
-    columns = (*COLUMNS, "url") if "url" in table.column_names else COLUMNS
+    columns = (*SAMPLE, "url") if "url" in table.column_names else SAMPLE
     return removals.mask({name: table[name] for name in columns})

@@ -8,28 +8,31 @@ unavailable.
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import flows.orchestration.stages as stages
 from flows.config.roots import scratch_for
 from flows.orchestration.run_stage import run_stage
 from flows.runs.stage import key_of
 from infra.compute.cluster import SPIN_COUNT, Cluster
-from infra.compute.ray_jobs import AWAY_EXIT, HOPELESS_EXIT
-from infra.errors import CallerError, DataError, StorageAwayError, UnclipError
+from infra.compute.ray_jobs import AWAY_EXIT, PERMANENT_EXIT
+from infra.errors import PERMANENT, CallerError, StorageAwayError, UnclipError
 from infra.storage import manifests, store
 from infra.storage.store import Root, open_root
 
-HOPELESS = (
-    CallerError,
-    DataError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    NameError,
-    NotImplementedError,
-    TypeError,
-)
+if TYPE_CHECKING:  # its sections import torch and faiss
+    from flows.config.run_config import RunConfig
+
+
+class Claim(TypedDict):
+    """The content of a stage's claim."""
+
+    attempt: int
+    """The attempt that may commit."""
+    config: dict[str, Any]
+    """The whole resolved recipe."""
+    inputs: dict[str, str]
+    """Keys of the input folders by stage."""
 
 
 def claim_name(stage: str, key: str) -> str:
@@ -44,7 +47,7 @@ def run(root: Root, stage_name: str, key: str, attempt: int) -> None:
     UnclipError if a later attempt has taken over.
     """
     claim = check_claim(root, stage_name, key, attempt)
-    config: Any = load(claim["config"])
+    config = load(claim["config"])
     stage = next(candidate for candidate in stages.STAGES if candidate.name == stage_name)
     inputs = {}
     for name, input_key in claim["inputs"].items():
@@ -75,12 +78,12 @@ def run(root: Root, stage_name: str, key: str, attempt: int) -> None:
         )
 
 
-def check_claim(root: Root, stage: str, key: str, attempt: int) -> dict[str, Any]:
+def check_claim(root: Root, stage: str, key: str, attempt: int) -> Claim:
     """Return this attempt's claim.
 
     Raises UnclipError if a later attempt has claimed the stage, or if the stage is already done.
     """
-    claim: dict[str, Any] | None = store.read_json(root, claim_name(stage, key))
+    claim: Claim | None = store.read_json(root, claim_name(stage, key))
     if claim is None or claim["attempt"] != attempt:
         later = f"attempt {claim['attempt']} has taken over" if claim else "its claim has gone"
         raise UnclipError(
@@ -89,7 +92,7 @@ def check_claim(root: Root, stage: str, key: str, attempt: int) -> dict[str, Any
     return claim
 
 
-def load(config: dict[str, Any]) -> Any:
+def load(config: dict[str, Any]) -> "RunConfig":
     """Return the submitted config, with the address of the cluster that this job runs on."""
     from flows.config.recipe_file import validated
     from flows.config.run_config import RunConfig
@@ -111,10 +114,10 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # before torch loads OpenMP
     try:
         run(open_root(uri, scratch_for(uri)), stage, key, int(attempt))
-    except HOPELESS as error:
+    except PERMANENT as error:
         kind = "" if isinstance(error, UnclipError) else f"{type(error).__name__}: "
         say(f"unclip: {kind}{' '.join(str(error).split())}")
-        return HOPELESS_EXIT
+        return PERMANENT_EXIT
     except UnclipError as error:
         say(f"unclip: {' '.join(str(error).split())}")
         return AWAY_EXIT if isinstance(error, StorageAwayError) else 1

@@ -10,19 +10,22 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flows.orchestration.stages import trained_of
-from flows.runs.planning import fault, frozen_model
-from flows.runs.stage import Stage, StageResult, inputs_of, key_of
+from flows.orchestration.run_stage import target_of
+from flows.runs.planning import find_current
+from flows.runs.stage import Stage, StageResult
 from infra.compute.cluster import StageResources
 from infra.compute.ray_jobs import Job, JobServer
-from infra.storage import manifests, store
+from infra.storage import store
 from infra.storage.manifests import Committed
 from infra.storage.store import Root
+
+if TYPE_CHECKING:  # its sections import torch and faiss
+    from flows.config.run_config import RunConfig
 
 CODE = Path(__file__).parents[2]
 ENTRYPOINT = "flows.orchestration.ray_job"
@@ -45,7 +48,7 @@ CARRIED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "UNCLIP_SCRATCH", "OMP_NUM_
 def submit_stage(
     stage: Stage,
     root: Root,
-    config: Any,
+    config: "RunConfig",
     inputs: Mapping[str, Committed],
     address: str,
     say: Callable[[str], None],
@@ -57,38 +60,27 @@ def submit_stage(
     from flows.orchestration.ray_job import claim_name
 
     clock = time.monotonic()
-    stage_inputs = {name: inputs[name] for name in inputs_of(stage, inputs)}
-    frozen = frozen_model(root, config, stage, trained_of(stage_inputs))
-    if frozen:
-        return StageResult(stage.name, frozen.key, "current", time.monotonic() - clock, frozen)
-    input_keys = {name: committed.key for name, committed in stage_inputs.items()}
-    key = key_of(stage, config, input_keys)
-    find_current = partial(_find_current, root, stage.name, key, list(stage_inputs.values()))
-    committed = find_current()
+    target = target_of(root, config, stage, inputs)
+    key = target.key
+    find_output = partial(find_current, root, stage.name, key, list(target.inputs.values()))
+    committed = target.frozen or find_output()
     if committed:
         return StageResult(stage.name, key, "current", time.monotonic() - clock, committed)
     name = claim_name(stage.name, key)
     before = store.read_json(root, name)
+    input_keys = {name: committed_input.key for name, committed_input in target.inputs.items()}
     content = {"config": config.model_dump(mode="json"), "inputs": input_keys}
     JobServer(address).run(
         _job(stage, root, config, key),
         before["attempt"] if before else 0,
         partial(_claim, root, name, content),
-        lambda: find_current() is not None,
+        lambda: find_output() is not None,
         say,
     )
-    committed = find_current()
+    committed = find_output()
     assert committed, "the job ends when the stage is current"
     store.remove(root, name)
     return StageResult(stage.name, key, "ran", time.monotonic() - clock, committed)
-
-
-def _find_current(
-    root: Root, stage_name: str, key: str, inputs: Sequence[Committed]
-) -> Committed | None:
-    """Return the committed folder if it is whole and made from the inputs as they are now."""
-    committed = manifests.find(root, stage_name, key)
-    return committed if committed and not fault(committed, inputs) else None
 
 
 def _claim(root: Root, name: str, content: Mapping[str, Any], attempt: int) -> int:
@@ -104,7 +96,7 @@ def _claim(root: Root, name: str, content: Mapping[str, Any], attempt: int) -> i
     return int(json.loads(claim_now)["attempt"])
 
 
-def _job(stage: Stage, root: Root, config: Any, key: str) -> Job:
+def _job(stage: Stage, root: Root, config: "RunConfig", key: str) -> Job:
     """Return the job that runs the stage, with its name, resources and environment."""
     resources: StageResources = config.cluster.stages.get(stage.name) or default_resources(
         stage, config
@@ -122,7 +114,7 @@ def _job(stage: Stage, root: Root, config: Any, key: str) -> Job:
     )
 
 
-def default_resources(stage: Stage, config: Any) -> StageResources:
+def default_resources(stage: Stage, config: "RunConfig") -> StageResources:
     """Return the resources of a stage's driver process.
 
     Training, embedding and distributed downloads request their workers' resources themselves. A
@@ -137,7 +129,7 @@ def default_resources(stage: Stage, config: Any) -> StageResources:
     return StageResources(cpus=0 if stage.parameters or stage.name == "embed" else 1)
 
 
-def runtime_env(config: Any) -> dict[str, Any]:
+def runtime_env(config: "RunConfig") -> dict[str, Any]:
     """Return Ray's runtime environment: environment variables and, unless disabled, this code."""
     variables = {name: os.environ[name] for name in CARRIED if name in os.environ}
     variables |= {

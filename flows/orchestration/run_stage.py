@@ -8,24 +8,48 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from flows.orchestration.stages import trained_of
-from flows.runs.planning import fault, frozen_model
-from flows.runs.stage import Counts, Stage, StageJob, StageResult, inputs_of, key_of, sections_of
+from flows.runs.planning import find_current, frozen_model
+from flows.runs.stage import Stage, StageJob, StageResult, inputs_of, key_of, sections_of
 from infra.compute.cluster import Cluster
 from infra.storage import manifests, store
 from infra.storage.locks import lock_file, reader_lock, reading_file, writer_lock
-from infra.storage.manifests import Committed
+from infra.storage.manifests import Committed, StageCounts, StageFacts
 from infra.storage.removal_log import read_removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
+
+if TYPE_CHECKING:  # its sections import torch and faiss
+    from flows.config.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a stage reads and the folder that holds, or will hold, its output."""
+
+    inputs: dict[str, Committed]
+    key: str
+    frozen: Committed | None
+    """The model that the recipe keeps although its data changed; then the stage does not run."""
+
+
+def target_of(
+    root: Root, config: "RunConfig", stage: Stage, available: Mapping[str, Committed]
+) -> Target:
+    """Return a stage's target, given the committed folders of the stages before it."""
+    inputs = {name: available[name] for name in inputs_of(stage, available)}
+    frozen = frozen_model(root, config, stage, trained_of(inputs))
+    key = key_of(stage, config, {name: committed.key for name, committed in inputs.items()})
+    return Target(inputs, frozen.key if frozen else key, frozen)
 
 
 def run_stage(
     stage: Stage,
     root: Root,
-    config: Any,
+    config: "RunConfig",
     inputs: Mapping[str, Committed],
     cluster: Cluster,
     say: Callable[[str], None],
@@ -40,21 +64,21 @@ def run_stage(
     `work` folder, for the next attempt.
     """
     started, clock = manifests.now(), time.monotonic()
-    stage_inputs = {name: inputs[name] for name in inputs_of(stage, inputs)}
-    frozen = frozen_model(root, config, stage, trained_of(stage_inputs))
-    if frozen:
-        return StageResult(stage.name, frozen.key, "current", time.monotonic() - clock, frozen)
-    key = key_of(stage, config, {name: committed.key for name, committed in stage_inputs.items()})
+    target = target_of(root, config, stage, inputs)
+    key = target.key
+    if target.frozen:
+        return StageResult(stage.name, key, "current", time.monotonic() - clock, target.frozen)
     with (
         store.one_line_errors(root.scratch),
         writer_lock(lock_file(root.scratch, stage.name, key), f"{stage.name} {key}", say),
-        _reading(root, stage_inputs.values(), say) as inputs_now,
+        _reading(root, target.inputs.values(), say) as inputs_now,
     ):
-        stage_inputs = dict(zip(stage_inputs, inputs_now, strict=True))
         manifests.recover(root, stage.name, key)
-        existing = manifests.find(root, stage.name, key)
-        if existing and not fault(existing, list(stage_inputs.values())):
-            return StageResult(stage.name, key, "current", time.monotonic() - clock, existing)
+        damaged = manifests.find(root, stage.name, key)
+        current = find_current(root, stage.name, key, inputs_now)
+        if current:
+            return StageResult(stage.name, key, "current", time.monotonic() - clock, current)
+        stage_inputs = dict(zip(target.inputs, inputs_now, strict=True))
         work = root.scratch / stage.name / key
         work.mkdir(parents=True, exist_ok=True)
         previous = _previous(root, stage, key)
@@ -67,21 +91,21 @@ def run_stage(
                 counts = _run_adapter(stage, job)
             facts = _facts(stage, job, counts, started)
             guard()
-            attempt = existing.manifest["attempt"] if existing else None
+            attempt = damaged.manifest["attempt"] if damaged else None
             committed = manifests.commit(root, stage.name, key, out, facts, attempt)
         shutil.rmtree(work, ignore_errors=True)
         return StageResult(stage.name, key, "ran", time.monotonic() - clock, committed)
 
 
-def _run_adapter(stage: Stage, job: StageJob) -> Counts:
+def _run_adapter(stage: Stage, job: StageJob) -> StageCounts:
     counts = stage.run(job)
     assert counts.keys() >= {"in", "out", "dropped"}, (
         f"{stage.name} must count what came in, went out and was dropped"
     )
-    return counts
+    return cast(StageCounts, counts)
 
 
-def _facts(stage: Stage, job: StageJob, counts: Counts, started: str) -> dict[str, Any]:
+def _facts(stage: Stage, job: StageJob, counts: StageCounts, started: str) -> StageFacts:
     """Return the stage's own fields of the manifest."""
     return {
         "stage_version": stage.version,

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flows.runs.records import RunRecord, committed_of
 from infra.errors import CallerError, StorageError
-from infra.storage.manifests import Committed, file_sha256
+from infra.storage.manifests import Committed, ManifestFile, file_sha256
 from infra.storage.store import Root, one_line_errors
 
 NEEDED = ("clip", "prior", "decoder")
@@ -26,14 +27,12 @@ FILES = ("config.json", "weights.safetensors", "tokenizer.json")
 FORMAT = 1
 
 
-def write_export(root: Root, record: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def write_export(root: Root, record: RunRecord, folder: Path) -> list[ManifestFile]:
     """Write a run's models, card and lineage to a folder; return its files.
 
     Returns path, size in bytes and SHA-256 of each file. Raises CallerError if the folder is not
     empty or the run lacks a model, and StorageError if a file does not match its manifest.
     """
-    from flows.runs.records import committed_of
-
     stages = {
         stage: committed_of(root, record, stage)
         for stage in dict.fromkeys([*NEEDED, *record["stages"]])
@@ -41,7 +40,7 @@ def write_export(root: Root, record: dict[str, Any], folder: Path) -> list[dict[
     return write_staged(folder, lambda staging: _fill(staging, record, stages))
 
 
-def write_staged(folder: Path, fill: Callable[[Path], object]) -> list[dict[str, Any]]:
+def write_staged(folder: Path, fill: Callable[[Path], object]) -> list[ManifestFile]:
     """Fill a temporary folder and rename it to `folder`; return its files.
 
     Returns path, size in bytes and SHA-256 of each file. Raises CallerError if the folder is not
@@ -62,7 +61,7 @@ def write_staged(folder: Path, fill: Callable[[Path], object]) -> list[dict[str,
     return written
 
 
-def _fill(staging: Path, record: dict[str, Any], stages: dict[str, Committed]) -> None:
+def _fill(staging: Path, record: RunRecord, stages: dict[str, Committed]) -> None:
     from flows.runs.model_card import card
 
     for stage in MODELS:
@@ -120,7 +119,7 @@ def _pictures(embed: Committed) -> dict[str, dict[str, int]]:
     }
 
 
-def _listed(folder: Path) -> list[dict[str, Any]]:
+def _listed(folder: Path) -> list[ManifestFile]:
     return [
         {
             "path": str(file.relative_to(folder)),

@@ -4,16 +4,21 @@ Reads only manifests and file sizes in ROOT; runs and writes nothing.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.runs.stage import Stage, StagePlan, inputs_of, key_of, sections_of
 from infra.errors import CallerError
 from infra.storage import manifests, store
-from infra.storage.manifests import Committed
+from infra.storage.manifests import Committed, Manifest
 from infra.storage.store import Root
 
+if TYPE_CHECKING:  # its sections import torch and faiss
+    from flows.config.run_config import RunConfig
 
-def stages_of(config: Any, targets: Sequence[str], stages: Sequence[Stage]) -> tuple[Stage, ...]:
+
+def stages_of(
+    config: "RunConfig", targets: Sequence[str], stages: Sequence[Stage]
+) -> tuple[Stage, ...]:
     """Return the stages of a config: all of them, or the targets and the stages that they need.
 
     Stages without a section in the config are left out. Raises CallerError for an unknown target or
@@ -48,7 +53,7 @@ def with_needs(names: Sequence[str], stages: Sequence[Stage]) -> tuple[Stage, ..
     return tuple(stage for stage in stages if stage.name in wanted)
 
 
-def plan(root: Root, config: Any, stages: Sequence[Stage]) -> list[StagePlan]:
+def plan(root: Root, config: "RunConfig", stages: Sequence[Stage]) -> list[StagePlan]:
     """Return for each stage whether it is current, stale (and why) or missing."""
     plans: dict[str, StagePlan] = {}
     for stage in stages:
@@ -59,7 +64,7 @@ def plan(root: Root, config: Any, stages: Sequence[Stage]) -> list[StagePlan]:
 
 
 def frozen_model(
-    root: Root, config: Any, stage: Stage, trained: Mapping[str, str]
+    root: Root, config: "RunConfig", stage: Stage, trained: Mapping[str, str]
 ) -> Committed | None:
     """Return the model that the recipe keeps although its data changed, or None.
 
@@ -85,7 +90,9 @@ def frozen_model(
     return max(fitting, key=lambda candidate: str(candidate.manifest["finished"]), default=None)
 
 
-def _plan_one(root: Root, config: Any, stage: Stage, before: Sequence[StagePlan]) -> StagePlan:
+def _plan_one(
+    root: Root, config: "RunConfig", stage: Stage, before: Sequence[StagePlan]
+) -> StagePlan:
     inputs = {stage_plan.stage.name: stage_plan.key for stage_plan in before}
     models = {
         stage_plan.stage.name: stage_plan.committed
@@ -130,6 +137,14 @@ def _plan_one(root: Root, config: Any, stage: Stage, before: Sequence[StagePlan]
     )
 
 
+def find_current(
+    root: Root, stage_name: str, key: str, inputs: Sequence[Committed]
+) -> Committed | None:
+    """Return the committed folder if it is whole and made from the inputs as they are now."""
+    committed = manifests.find(root, stage_name, key)
+    return committed if committed and not fault(committed, inputs) else None
+
+
 def fault(committed: Committed, inputs: Sequence[Committed]) -> str:
     """Return why a committed folder with the right key must still be made again, or "".
 
@@ -143,7 +158,7 @@ def fault(committed: Committed, inputs: Sequence[Committed]) -> str:
 
 
 def _changes(
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     stage: Stage,
     sections: Mapping[str, Any],
     inputs: Mapping[str, str],

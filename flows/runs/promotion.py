@@ -8,7 +8,7 @@ the run that `current.json` names.
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from flows.config.promotion_conditions import parsed
 from infra.errors import CallerError, StorageError
@@ -30,12 +30,29 @@ SHIFTS: dict[str, Callable[[float, float], float]] = {
 }
 
 
+class Verdict(TypedDict):
+    """Whether a report meets one condition."""
+
+    condition: str
+    value: float
+    limit: float | None
+    """None if the condition refers to a current run that does not exist or lacks the figure."""
+    holds: bool
+
+
+class Judgement(TypedDict):
+    """Whether a run was promoted, and why."""
+
+    promoted: bool
+    conditions: list[Verdict]
+
+
 def settle(
     root: Root,
     conditions: Sequence[str],
-    record: Mapping[str, Any],
+    record: Mapping[str, object],
     committed: Mapping[str, Committed],
-) -> dict[str, Any] | None:
+) -> Judgement | None:
     """Judge a run and promote it if it passes; return the judgement.
 
     Returns None if there are no conditions or no report. Raises CallerError for a condition on a
@@ -49,7 +66,7 @@ def settle(
         _report(committed["evaluate"]), conditions, _report(before) if before else None
     )
     promoted = all(verdict["holds"] for verdict in verdicts)
-    result = {"promoted": promoted, "conditions": verdicts}
+    result: Judgement = {"promoted": promoted, "conditions": verdicts}
     if promoted:
         store.write_json(root, CURRENT, {**record, **result, "promoted_at": manifests.now()})
     return result
@@ -57,13 +74,13 @@ def settle(
 
 def judge(
     report: Mapping[str, Any], conditions: Sequence[str], current: Mapping[str, Any] | None
-) -> list[dict[str, Any]]:
+) -> list[Verdict]:
     """Return for each condition its text, the report's value, the limit and whether it holds.
 
     A condition that refers to the current run holds if there is none or its report lacks the
     figure.
     """
-    verdicts = []
+    verdicts: list[Verdict] = []
     for condition in conditions:
         path, test, number, shift, by = parsed(condition)
         value = figure(report, path)
@@ -107,7 +124,7 @@ def near(report: Mapping[str, Any], path: str) -> list[str]:
     return sorted(node) or ["nothing there"]
 
 
-def described(judgement: Mapping[str, Any]) -> str:
+def described(judgement: Judgement) -> str:
     """Format a judgement as one line."""
     failed = [
         f"{condition['condition']} ({condition['value']:.4g})"

@@ -5,9 +5,9 @@ the facts. Knows nothing of how a run is executed.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from flows.runs.promotion import CURRENT
+from flows.runs.promotion import CURRENT, Judgement, Verdict
 from flows.runs.stage import StagePlan, StageResult
 from infra.errors import CallerError
 from infra.storage import manifests, store
@@ -17,6 +17,61 @@ from infra.storage.store import Root
 REPORT = "report.html"
 
 
+class RunRecord(TypedDict):
+    """The content of `runs/<name>.json`."""
+
+    name: str
+    recipe: str
+    started: str
+    finished: str
+    stages: dict[str, str]
+    """Keys by stage."""
+    report: str | None
+    """URI of the report."""
+    gated: bool
+    """Whether the run is used by default only after its promotion."""
+    promoted: NotRequired[bool]
+    """This and the next two: in `current.json` only."""
+    conditions: NotRequired[list[Verdict]]
+    promoted_at: NotRequired[str]
+
+
+class ListedRun(RunRecord):
+    """A run in the list of `unclip runs`."""
+
+    followed: bool
+    """Whether `find_run` returns it by default."""
+
+
+class StageRow(TypedDict):
+    """A stage in the output of `unclip run` and `unclip status`."""
+
+    stage: str
+    key: str
+    state: str
+    seconds: NotRequired[float]
+    """Of a run."""
+    why: NotRequired[str]
+    """Of a plan: why the stage is stale."""
+    parameters: NotRequired[int]
+    """This and the next two: of `--dry-run`."""
+    paper_parameters: NotRequired[int]
+    need: NotRequired[dict[str, Any]]
+    """The stage's row of `capacity_plan.capacity`."""
+
+
+class RunSummary(TypedDict):
+    """The object that `unclip run --json` and `unclip status --json` print."""
+
+    run: str
+    root: str
+    report: str | None
+    stages: list[StageRow]
+    promoted: NotRequired[bool]
+    """This and the next: of a run with a gate."""
+    conditions: NotRequired[list[Verdict]]
+
+
 def write_run(
     root: Root,
     name: str,
@@ -24,12 +79,12 @@ def write_run(
     started: str,
     committed: Mapping[str, Committed],
     is_gated: bool = False,
-) -> dict[str, Any]:
+) -> RunRecord:
     """Write the record of a finished run, and return it.
 
     A gated run is used by default only after its promotion.
     """
-    record = {
+    record: RunRecord = {
         "name": name,
         "recipe": recipe,
         "started": started,
@@ -47,12 +102,12 @@ def report_of(committed: Mapping[str, Committed]) -> str | None:
     return f"{committed['evaluate'].uri}/{REPORT}" if "evaluate" in committed else None
 
 
-def find_run(root: Root, name: str | None = None) -> dict[str, Any]:
+def find_run(root: Root, name: str | None = None) -> RunRecord:
     """Return the record of a run: the named one, else the promoted one, else the last ungated one.
 
     Raises CallerError if there is none. A gated run that was not promoted must be named.
     """
-    record: dict[str, Any] | None = store.read_json(root, f"runs/{name}.json" if name else CURRENT)
+    record: RunRecord | None = store.read_json(root, f"runs/{name}.json" if name else CURRENT)
     if record:
         return record
     records = [] if name else _records(root)
@@ -74,7 +129,7 @@ def no_run(root: Root, name: str | None = None) -> str:
     )
 
 
-def list_runs(root: Root) -> list[dict[str, Any]]:
+def list_runs(root: Root) -> list[ListedRun]:
     """Return the records of all runs, the last finished first.
 
     `followed` is true for the run that `find_run` returns by default. A promoted run is listed as
@@ -82,7 +137,7 @@ def list_runs(root: Root) -> list[dict[str, Any]]:
     """
     records = _records(root)
     followed = store.read_json(root, CURRENT) or _latest(records)
-    listed = [
+    listed: list[ListedRun] = [
         {**record, "followed": followed is not None and _sort_key(record) == _sort_key(followed)}
         for record in records
     ]
@@ -91,14 +146,14 @@ def list_runs(root: Root) -> list[dict[str, Any]]:
     return sorted(listed, key=lambda record: record["finished"], reverse=True)
 
 
-def _records(root: Root) -> list[dict[str, Any]]:
+def _records(root: Root) -> list[RunRecord]:
     files = [file for file in store.list_names(root, "runs") if file.endswith(".json")]
     return [
         record for record in (store.read_json(root, f"runs/{file}") for file in files) if record
     ]
 
 
-def _latest(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def _latest(records: Sequence[RunRecord]) -> RunRecord | None:
     """Return the last finished ungated run, or None."""
     return max(
         (record for record in records if not record.get("gated")),
@@ -107,11 +162,11 @@ def _latest(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     )
 
 
-def _sort_key(record: Mapping[str, Any]) -> tuple[str, str]:
+def _sort_key(record: RunRecord) -> tuple[str, str]:
     return record["name"], record["finished"]
 
 
-def committed_of(root: Root, record: Mapping[str, Any], stage: str) -> Committed:
+def committed_of(root: Root, record: RunRecord, stage: str) -> Committed:
     """Return the folder of one stage of a run. Raises CallerError if the run does not have it."""
     key = record["stages"].get(stage)
     committed = manifests.find(root, stage, key) if key else None
@@ -128,10 +183,10 @@ def summary(
     name: str,
     results: Sequence[StageResult],
     report: str | None,
-    judgement: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    judgement: Judgement | None = None,
+) -> RunSummary:
     """Return the object that `unclip run --json` prints, with the judgement if there is a gate."""
-    stages = [
+    stages: list[StageRow] = [
         {
             "stage": result.stage,
             "key": result.key,
@@ -140,14 +195,16 @@ def summary(
         }
         for result in results
     ]
-    return {"run": name, "root": root.uri, "report": report, "stages": stages} | (
-        dict(judgement) if judgement else {}
-    )
+    printed: RunSummary = {"run": name, "root": root.uri, "report": report, "stages": stages}
+    if judgement:
+        printed["promoted"] = judgement["promoted"]
+        printed["conditions"] = judgement["conditions"]
+    return printed
 
 
-def plan_summary(root: Root, name: str, plans: Sequence[StagePlan]) -> dict[str, Any]:
+def plan_summary(root: Root, name: str, plans: Sequence[StagePlan]) -> RunSummary:
     """Return the object that `unclip status --json` prints."""
-    stages = [
+    stages: list[StageRow] = [
         {
             "stage": stage_plan.stage.name,
             "key": stage_plan.key,

@@ -20,6 +20,7 @@ UPSAMPLERS = ("upsampler", "upsampler_2")
 """The up-sampling stages, in the order in which they are applied to the decoder's images."""
 
 Counts = dict[str, Any]
+"""What an adapter returns: the fields of `StageCounts`, and figures of its own."""
 State = Literal["current", "stale", "missing"]
 
 
@@ -56,7 +57,7 @@ class Stage:
     run: Callable[[StageJob], Counts]
     wants: tuple[str, ...] = ()
     """Optional inputs: stages whose folders it uses if the recipe has them."""
-    parameters: Callable[[Any], int | None] | None = None
+    parameters: "Callable[[RunConfig], int | None] | None" = None
     """Counts the parameters of the model that the stage trains; None for stages that train none.
 
     It returns None if the count is not known before the stage runs.
@@ -90,7 +91,7 @@ def inputs_of(stage: Stage, there: Container[str]) -> list[str]:
     return [*stage.needs, *(name for name in stage.wants if name in there)]
 
 
-def sections_of(stage: Stage, config: Any) -> dict[str, Any]:
+def sections_of(stage: Stage, config: "RunConfig") -> dict[str, Any]:
     """Return the config fields that the stage's key depends on, by section.
 
     A section that the recipe does not have is None.
@@ -99,6 +100,6 @@ def sections_of(stage: Stage, config: Any) -> dict[str, Any]:
     return {name: section.keyed() if section is not None else None for name, section in chosen}
 
 
-def key_of(stage: Stage, config: Any, input_keys: Mapping[str, str]) -> str:
+def key_of(stage: Stage, config: "RunConfig", input_keys: Mapping[str, str]) -> str:
     """Return the content key of the stage's output for these input keys and this config."""
     return manifests.content_key(stage.name, stage.version, sections_of(stage, config), input_keys)

@@ -24,10 +24,10 @@ RETRY_AFTER_S, MAX_RETRY_S = 5.0, 300.0
 RUNNING = ("PENDING", "RUNNING")
 PASSING = ("No available agent", "status code 502", "status code 503", "status code 504")
 RAY_LOG_MARKS = ("job_manager.py", "Running entrypoint for job")
-HOPELESS_EXIT = 2
-"""Exit code of an entrypoint that would fail again."""
+PERMANENT_EXIT = 2
+"""Exit code of an entrypoint that would fail again (`infra.errors.PERMANENT`)."""
 AWAY_EXIT = 3
-"""Exit code of an entrypoint whose store was away: the caller knows how long to wait for it."""
+"""Exit code of an entrypoint whose store was unavailable; the caller decides how long to wait."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class JobServer:
             code = self._exit_code(job, number)
             if code == AWAY_EXIT:
                 raise StorageAwayError(f"{job_id(job, number)}: {why}")
-            if tries >= job.attempts or code == HOPELESS_EXIT:
+            if tries >= job.attempts or code == PERMANENT_EXIT:
                 raise UnclipError(f"{job_id(job, number)}: {why}")
             pause_s = min(RETRY_AFTER_S * 2 ** max(0, tries - 1), MAX_RETRY_S)
             show(f"{job_id(job, number)}: {why}; attempt {number + 1} follows in {pause_s:.0f} s")

@@ -1,15 +1,33 @@
 """Put finished files under their final names so that no kill or power cut leaves a part there."""
 
+import os
+import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from infra.storage.manifests import sync
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`, and rename it to `target` when the block ends.
+
+    The content is on the disk before the file gets its name. If the block raises, the temporary
+    file is removed and `target` stays as it was.
+    """
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        yield part
+        sync(part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def put(staging: Path, names: Sequence[str], folder: Path) -> None:
-    """Move files from `aside` into `folder` in this order; the last one's name stands on the disk
-    only behind all else.
+    """Move files from `staging` into `folder` in this order.
+
+    The last name is on the disk only after all contents and all other names.
     """
     for name in names:
         sync(staging / name)
@@ -22,7 +40,7 @@ def put(staging: Path, names: Sequence[str], folder: Path) -> None:
 
 
 def put_folder(staged: Path, folder: Path) -> None:
-    """Give a finished flat folder its final name."""
+    """Rename a finished folder without sub-folders to its final name."""
     for file in staged.iterdir():
         sync(file)
     sync(staged)
@@ -30,21 +48,36 @@ def put_folder(staged: Path, folder: Path) -> None:
     sync(folder.parent)
 
 
-def move_file(source: Path, target: Path) -> None:
-    """Link a finished file, or copy it to another file system (whole under its name at once); the
-    original stays.
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a finished file as `target`, or copy it if the file systems differ.
+
+    `source` stays; an existing `target` is replaced. Change the new file only after
+    `make_independent`.
     """
     target.unlink(missing_ok=True)
     try:
         target.hardlink_to(source)
     except OSError:
-        part = target.with_name(f".{target.name}.part")
-        shutil.copyfile(source, part)
-        sync(part)
-        part.replace(target)
+        with atomic_file(target) as part:
+            shutil.copyfile(source, part)
+
+
+def make_independent(file: Path) -> None:
+    """Replace a file that may be hard-linked to another one by a copy that can be changed."""
+    with atomic_file(file) as part:
+        shutil.copyfile(file, part)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed processes left aside."""
+    """Remove the temporary folders that killed processes left in a folder."""
     for leftover in folder.glob(".[0-9]*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Write a file's content, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

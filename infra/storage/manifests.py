@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from infra.console.progress import transfer
 from infra.errors import DataError, StorageError
 from infra.storage import store
+from infra.storage.atomic_files import sync
 from infra.storage.locks import is_being_read, reading_file
 from infra.storage.store import Root
 from infra.storage.temporary_folders import FOLDER, REPLACED, is_dead, writing_folder
@@ -50,6 +51,72 @@ DOWNLOAD_TRIES = 3
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
+StageCounts = TypedDict(
+    "StageCounts",
+    {
+        "in": int,
+        "out": int,
+        "dropped": dict[str, int],
+        "images_seen": NotRequired[int],
+        "loss": NotRequired[float],
+    },
+)
+"""How many samples a stage read, wrote and dropped by reason; stages may add figures of their own.
+
+`images_seen` and `loss` (the last one) are those of training.
+"""
+
+
+class ManifestFile(TypedDict):
+    """One file of a committed folder; `path` is relative to it."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class StageFacts(TypedDict):
+    """The fields of a manifest that the stage's caller gives."""
+
+    stage_version: int
+    sections: dict[str, Any]
+    """The config fields that the key depends on, by section; None for a section that is absent."""
+    inputs: dict[str, str]
+    """Keys of the input folders by stage."""
+    input_digests: dict[str, str]
+    counts: StageCounts
+    started: str
+    config: NotRequired[dict[str, Any]]
+    """The whole resolved recipe."""
+    compacted_from: NotRequired[list[str]]
+    """Digests of this folder before each compaction."""
+    compacted: NotRequired[str]
+    clip_digest: NotRequired[str]
+    """Of an addition: digest of the CLIP that embedded it."""
+    embeddings: NotRequired[bool]
+    """Of an addition: whether it was added as embeddings, without images."""
+    merged_from: NotRequired[list[str]]
+    """Of a merged addition: digests of those that it replaces."""
+
+
+class Manifest(StageFacts):
+    """The content of `manifest.json`."""
+
+    stage: str
+    key: str
+    files: list[ManifestFile]
+    digest: str
+    """SHA-256 over the list of files."""
+    packages: dict[str, str]
+    attempt: str
+    """Random name of the commit."""
+    prefix: str
+    """Folder of the files below the manifest's in a store; "" if ROOT is local."""
+    finished: str
+    supersedes: NotRequired[list[str]]
+    """Attempts in the store that this commit replaces, until they are removed."""
+
+
 @dataclass(frozen=True)
 class Committed:
     """One committed folder of a stage; reading it never waits for a writer."""
@@ -57,7 +124,7 @@ class Committed:
     root: Root
     stage: str
     key: str
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def uri(self) -> str:
@@ -108,7 +175,7 @@ class Committed:
             self._keep(part_folder, chosen)
         return [part_folder / path for path in sorted(file["path"] for file in chosen)]
 
-    def _keep(self, cache_folder: Path, files: list[dict[str, Any]]) -> None:
+    def _keep(self, cache_folder: Path, files: list[ManifestFile]) -> None:
         """Download files of this folder into `kept`, which appears when it is whole."""
         with (
             store.one_line_errors(cache_folder),
@@ -126,7 +193,7 @@ class Committed:
                 ):  # else another process has downloaded the same folder first
                     raise
 
-    def _download(self, folder: Path, files: list[dict[str, Any]]) -> None:
+    def _download(self, folder: Path, files: list[ManifestFile]) -> None:
         total = sum(file["bytes"] for file in files)
         with (
             transfer(f"{self.stage} down", total) as tell,
@@ -144,7 +211,7 @@ class Committed:
             )
         (folder / MANIFEST).write_bytes(store.json_bytes(self.manifest))
 
-    def _download_one(self, file: dict[str, Any], folder: Path, tell: Callable[[int], None]) -> str:
+    def _download_one(self, file: ManifestFile, folder: Path, tell: Callable[[int], None]) -> str:
         """Download a file, again where it arrives otherwise than the manifest says; return what is
         wrong with it at last, or "".
         """
@@ -236,7 +303,7 @@ def verify(committed: Committed) -> list[str]:
     return [f"{f['path']} has another checksum" for f in files if not _is_stored(committed, f)]
 
 
-def _is_stored(committed: Committed, file: dict[str, Any]) -> bool:
+def _is_stored(committed: Committed, file: ManifestFile) -> bool:
     """Read a file from a store and say whether it is what the manifest says; a byte that only the
     network turned gets another try.
     """
@@ -246,7 +313,7 @@ def _is_stored(committed: Committed, file: dict[str, Any]) -> bool:
     )
 
 
-def _differences(folder: Path, files: list[dict[str, Any]]) -> list[str]:
+def _differences(folder: Path, files: list[ManifestFile]) -> list[str]:
     wrong = []
     for file in files:
         path = folder / file["path"]
@@ -286,7 +353,7 @@ def commit(
     stage: str,
     key: str,
     out: Path,
-    facts: Mapping[str, Any],
+    facts: StageFacts,
     replaces: str | None = None,
 ) -> Committed:
     """Make the files in `out` the committed folder of `stage` and `key`, and return it.
@@ -296,7 +363,7 @@ def commit(
     (a damaged folder). `out` is gone afterwards. Raises StorageError.
     """
     with store.one_line_errors(out):
-        files = [
+        files: list[ManifestFile] = [
             {
                 "path": str(path.relative_to(out)),
                 "bytes": path.stat().st_size,
@@ -306,10 +373,10 @@ def commit(
             if path.is_file()
         ]
     attempt = secrets.token_hex(6)
-    manifest = {
+    manifest: Manifest = {
+        **facts,
         "stage": stage,
         "key": key,
-        **facts,
         "files": files,
         "digest": hashlib.sha256(store.json_bytes(files)).hexdigest(),
         "packages": package_versions(),
@@ -331,7 +398,7 @@ def _commit_by_rename(
     stage: str,
     key: str,
     out: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     replaces: str | None,
 ) -> Committed:
     target = folder / stage / key
@@ -408,8 +475,9 @@ def recover(root: Root, stage: str, key: str) -> None:
                 shutil.rmtree(left)
 
 
-def _manifest_in(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / MANIFEST).read_bytes()))
+def _manifest_in(folder: Path) -> Manifest:
+    manifest: Manifest = json.loads((folder / MANIFEST).read_bytes())
+    return manifest
 
 
 def _attempt_in(folder: Path) -> str | None:
@@ -417,56 +485,73 @@ def _attempt_in(folder: Path) -> str | None:
 
 
 def _commit_by_put(
-    root: Root, stage: str, key: str, out: Path, manifest: dict[str, Any], replaces: str | None
+    root: Root, stage: str, key: str, out: Path, manifest: Manifest, replaces: str | None
 ) -> Committed:
-    attempt = manifest["prefix"]
-    prefix, name = f"{stage}/{key}", f"{stage}/{key}/{MANIFEST}"
+    folder, attempt = f"{stage}/{key}", manifest["attempt"]
     sent = Committed(root, stage, key, manifest)
     try:
-        total = sum(file["bytes"] for file in manifest["files"])
-        with transfer(f"{stage} up", total) as tell, ThreadPoolExecutor(UPLOAD_THREADS) as pool:
-            list(
-                pool.map(
-                    lambda f: store.upload(
-                        root, out / f["path"], f"{prefix}/{attempt}/{f['path']}", tell
-                    ),
-                    manifest["files"],
-                )
-            )
-        wrong = damage(sent)
-        existing = find(root, stage, key)
-        if wrong and (existing is None or existing.manifest["attempt"] == replaces):
-            raise DataError(f"{sent.uri}: {wrong} after the upload; run the same command again")
+        _upload(sent, out)
+        _check_upload(sent, replaces)
     except BaseException:
-        with suppress(
-            StorageError
-        ):  # the store that has just failed; the next commit of this key clears what is left
-            store.remove(root, f"{prefix}/{attempt}")
+        # If the store refuses this as well, the next commit of this key removes what is left.
+        with suppress(StorageError):
+            store.remove(root, f"{folder}/{attempt}")
         raise
-    # Before the manifest is there: who replaces it later is not in this list, and must not be
-    # cleared along with the attempts that were killed and those that can only be refused now.
-    others = [other for other in store.list_names(root, prefix) if other not in (attempt, MANIFEST)]
-    manifest |= {"supersedes": others}  # for whoever clears them if we are killed before we have
+    # Listed before the manifest is put, so that a later commit is not removed with the attempts
+    # that were killed or can only be refused now.
+    others = [other for other in store.list_names(root, folder) if other not in (attempt, MANIFEST)]
+    manifest["supersedes"] = others  # whoever cleans up removes them if we are killed before that
+    committed = _put_manifest(sent, replaces)
+    if committed.manifest["attempt"] != attempt:
+        store.remove(root, f"{folder}/{attempt}")
+        return committed
+    for other in others:
+        store.remove(root, f"{folder}/{other}")
+    store.abort_uploads(root, folder)
+    return sent
+
+
+def _upload(sent: Committed, out: Path) -> None:
+    """Upload the files in `out` below the attempt's own prefix."""
+    files = sent.manifest["files"]
+    total = sum(file["bytes"] for file in files)
+    with (
+        transfer(f"{sent.stage} up", total) as tell,
+        ThreadPoolExecutor(UPLOAD_THREADS) as pool,
+    ):
+        paths = [file["path"] for file in files]
+        uploads = pool.map(
+            lambda path: store.upload(sent.root, out / path, f"{sent.path}/{path}", tell), paths
+        )
+        for _ in uploads:  # raises the error of a failed upload
+            pass
+
+
+def _check_upload(sent: Committed, replaces: str | None) -> None:
+    """Raise DataError if an uploaded file is missing or truncated.
+
+    Not if another attempt is committed meanwhile: it may have removed these files as superseded.
+    """
+    wrong = damage(sent)
+    existing = find(sent.root, sent.stage, sent.key)
+    if wrong and (existing is None or existing.manifest["attempt"] == replaces):
+        raise DataError(f"{sent.uri}: {wrong} after the upload; run the same command again")
+
+
+def _put_manifest(sent: Committed, replaces: str | None) -> Committed:
+    """Put the manifest if there is none, or that of the attempt `replaces`; return what is there.
+
+    That is `sent` also if the answer to our write was lost.
+    """
 
     def put(old: bytes | None) -> bytes | None:
-        return (
-            store.json_bytes(manifest)
-            if old is None or json.loads(old)["attempt"] == replaces
-            else None
-        )
+        is_free = old is None or json.loads(old)["attempt"] == replaces
+        return store.json_bytes(sent.manifest) if is_free else None
 
-    store.change_bytes(root, name, put)
-    first = find(root, stage, key)
-    assert first, "a manifest was put, or one that refused it is there"
-    if (
-        first.manifest["attempt"] != attempt
-    ):  # not ours, and not ours either whose answer was lost on the way
-        store.remove(root, f"{prefix}/{attempt}")
-        return first
-    for other in others:
-        store.remove(root, f"{prefix}/{other}")
-    store.abort_uploads(root, prefix)
-    return sent
+    store.change_bytes(sent.root, f"{sent.stage}/{sent.key}/{MANIFEST}", put)
+    committed = find(sent.root, sent.stage, sent.key)
+    assert committed, "a manifest was put, or there is one that refused it"
+    return committed
 
 
 def _sync_tree(folder: Path) -> None:
@@ -474,12 +559,3 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             sync(Path(parent) / name)
         sync(Path(parent))
-
-
-def sync(path: Path) -> None:
-    """Have a file's content, or a folder's names, written to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

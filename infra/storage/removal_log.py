@@ -2,8 +2,9 @@
 runs.
 
 One small file per take-down, never rewritten, so that writers cannot lose each other's entries on
-any store. An entry names samples by key, by origin, by the SHA-256 of the stored image and, if it
-is known, by that of the download. Knows nothing of shards, embeddings and indexes.
+any store. An entry names samples by key, by origin, by the SHA-256 of the stored image (list
+`sha256`) and, if it is known, by that of the download (list `downloads`). Knows nothing of shards,
+embeddings and indexes.
 """
 
 import secrets
@@ -15,14 +16,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.errors import DataError
+from infra.schemas import DOWNLOAD_SHA256, STORED_SHA256
 from infra.storage import store
 from infra.storage.store import Root
 
 FOLDER = "removals"
-NAMES = {"keys": "key", "origins": "origin", "sha256": "sha256", "downloads": "download"}
-"""An entry's lists, and the column that each is held against."""
-HELD_AGAINST = (*NAMES.items(), ("origins", "url"))
-"""In a table of what is downloaded, an origin may also stand as the URL that is asked."""
+LISTS = {
+    "keys": "keys",
+    "origins": "origins",
+    "stored_sha256": "sha256",
+    "download_sha256": "downloads",
+}
+"""The fields of `Removals`, and the list of an entry's file that holds each."""
+COLUMNS = {
+    "keys": "key",
+    "origins": "origin",
+    "stored_sha256": STORED_SHA256,
+    "download_sha256": DOWNLOAD_SHA256,
+}
+"""The fields of `Removals`, and the column that each is compared with."""
+COMPARED = (*COLUMNS.items(), ("origins", "url"))
+"""In a table of URLs to download, an origin may also be the URL."""
 REQUIRED = ("keys", "origins", "sha256")
 
 
@@ -32,40 +46,49 @@ class Removals:
 
     keys: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
-    sha256: frozenset[str] = frozenset()
-    downloads: frozenset[str] = frozenset()
+    stored_sha256: frozenset[str] = frozenset()
+    download_sha256: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.keys or self.origins or self.sha256 or self.downloads)
+        return bool(self.keys or self.origins or self.stored_sha256 or self.download_sha256)
 
     def __or__(self, other: "Removals") -> "Removals":
-        return Removals(*(getattr(self, name) | getattr(other, name) for name in NAMES))
+        return Removals(*(getattr(self, name) | getattr(other, name) for name in LISTS))
 
     def __and__(self, other: "Removals") -> "Removals":
-        return Removals(*(getattr(self, name) & getattr(other, name) for name in NAMES))
+        return Removals(*(getattr(self, name) & getattr(other, name) for name in LISTS))
 
     def __sub__(self, other: "Removals") -> "Removals":
-        return Removals(*(getattr(self, name) - getattr(other, name) for name in NAMES))
+        return Removals(*(getattr(self, name) - getattr(other, name) for name in LISTS))
 
-    def named(self) -> dict[str, list[str]]:
-        """Return the lists of an entry that names all of it."""
-        return {name: sorted(getattr(self, name)) for name in NAMES}
+    def lists(self) -> dict[str, list[str]]:
+        """Return the lists of a log entry that names all of it."""
+        return {in_file: sorted(getattr(self, name)) for name, in_file in LISTS.items()}
+
+    def texts(self) -> frozenset[str]:
+        """Return all keys, origins and digests together."""
+        return self.keys | self.origins | self.digests()
+
+    def digests(self) -> frozenset[str]:
+        """Return the digests of stored images and of downloads together."""
+        return self.stored_sha256 | self.download_sha256
 
     def has(self, row: Mapping[str, Any]) -> bool:
-        """Say whether a sample, a row of schema KEEP or a part of one, was taken down."""
+        """Return whether a sample, a row of schema KEEP or a part of one, was taken down."""
         return any(
             row.get(column) in getattr(self, name)
-            for name, column in NAMES.items()
+            for name, column in COLUMNS.items()
             if column in row
         )
 
     def mask(self, columns: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
-        """Return which rows were taken down; `columns` are some of key, origin, url, sha256 and
-        download, at least one.
+        """Return which rows were taken down.
+
+        `columns` are some of those in `COMPARED`, by name, at least one.
         """
         entries = [
             pc.is_in(columns[column], pa.array(sorted(getattr(self, name)), pa.string()))
-            for name, column in HELD_AGAINST
+            for name, column in COMPARED
             if column in columns
         ]
         mask = entries[0]
@@ -75,8 +98,9 @@ class Removals:
 
 
 def write_removal(root: Root, entry: Mapping[str, Any], time: str) -> str:
-    """Append an entry (lists `keys`, `origins`, `sha256`, perhaps `downloads`, and whatever else is
-    worth keeping); return its name.
+    """Append an entry and return its name.
+
+    It has the lists `keys`, `origins` and `sha256`, optionally `downloads`, and any other fields.
     """
     assert entry.keys() >= set(REQUIRED)
     name = f"{time.replace(':', '').replace('-', '').replace('.', '')}-{secrets.token_hex(4)}"
@@ -85,8 +109,9 @@ def write_removal(root: Root, entry: Mapping[str, Any], time: str) -> str:
 
 
 def read_entries(root: Root) -> list[dict[str, Any]]:
-    """Return all entries, the oldest first. Raises DataError for one that does not read: what it
-    names must not come back.
+    """Return all entries, the oldest first.
+
+    Raises DataError for an entry that cannot be read, because what it names must not come back.
     """
     return [read_entry(root, name) for name in entry_names(root)]
 
@@ -100,11 +125,11 @@ def read_entry(root: Root, name: str) -> dict[str, Any]:
     """Return the entry in a file of the log. Raises DataError as `read_entries` does."""
     entry = store.read_json(root, f"{FOLDER}/{name}")
     if not isinstance(entry, dict) or any(
-        not _is_texts(entry.get(column, None if column in REQUIRED else [])) for column in NAMES
+        not _is_texts(entry.get(name, None if name in REQUIRED else [])) for name in LISTS.values()
     ):
         raise DataError(
-            f"{root.uri}/{FOLDER}/{name} is no entry of the removal log: mend it, or remove the "
-            "thing again and delete it"
+            f"{root.uri}/{FOLDER}/{name} is not an entry of the removal log: repair it, or take "
+            "the samples down again and delete it"
         )
     return entry
 
@@ -115,12 +140,12 @@ def read_removals(root: Root) -> Removals:
 
 
 def gather(entries: Iterable[Mapping[str, Any]]) -> Removals:
-    """Return what some entries name together."""
-    entry_names = list(entries)
+    """Return everything that some entries name."""
+    listed = list(entries)
     return Removals(
         *(
-            frozenset(text for entry in entry_names for text in entry.get(name, ()))
-            for name in NAMES
+            frozenset(text for entry in listed for text in entry.get(in_file, ()))
+            for in_file in LISTS.values()
         )
     )
 

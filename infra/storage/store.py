@@ -27,6 +27,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from infra.errors import CallerError, StorageAwayError, StorageError, UnclipError
+from infra.storage.atomic_files import atomic_file
 from infra.storage.locks import writer_lock
 from infra.storage.retry import is_passing, retry
 from infra.storage.scratch import DEFAULT_BYTES, scratch_bytes, scratch_for
@@ -265,15 +266,8 @@ def write_bytes(root: Root, name: str, data: bytes) -> None:
     target = root.folder / name
     with one_line_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        try:
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        with atomic_file(target) as part:
+            part.write_bytes(data)
 
 
 def write_json(root: Root, name: str, value: Any) -> None:

@@ -221,6 +221,7 @@ recipe = Path(sys.argv[1])
 fake_cli.install()
 with prefect_server(recipe.parent / "prefect"):
     from flows import pipeline
+    from flows.orchestration import recipe_run
     pipeline.step = pipeline.step.with_options(retry_delay_seconds=0)
     called = []
 
@@ -233,7 +234,8 @@ with prefect_server(recipe.parent / "prefect"):
         return call
 
     for part in sys.argv[2:]:
-        setattr(pipeline, part, away_at_first(getattr(pipeline, part)))
+        module = pipeline if hasattr(pipeline, part) else recipe_run
+        setattr(module, part, away_at_first(getattr(module, part)))
     result = pipeline.run_pipeline(str(recipe), str(recipe.parent / "root"), "nightly")
     print(json.dumps({"called": called, "stages": [each["state"] for each in result["stages"]]}))
 """

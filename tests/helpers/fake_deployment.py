@@ -10,8 +10,7 @@ from prefect import flow
 
 from flows.orchestration import ray_submit
 from flows.pipeline import run_stages
-from infra.storage.store import open_root
-from tests.helpers.fake_stages import FAKES, FakeConfig, FakeSection
+from tests.helpers.fake_stages import FAKES, FakeConfig, FakeSection, fake_run
 
 
 @flow(name="deployed-fakes", persist_result=False)
@@ -25,4 +24,4 @@ def run_fakes(root: str, jobs: str, seconds: float, environment: dict[str, str])
     config = config.model_copy(
         update={"cluster": config.cluster.model_copy(update={"upload_code": False})}
     )
-    return run_stages(config, open_root(root), "fakes", "fakes", FAKES[:1], jobs)
+    return run_stages(fake_run(root, config, FAKES[:1]), jobs)

@@ -16,11 +16,13 @@ from typing import Any
 
 from pydantic import Field
 
+from flows.orchestration.recipe_run import RecipeRun
 from flows.orchestration.run_stage import run_stage
 from flows.runs.stage import Counts, Stage, StageJob
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageAwayError
 from infra.settings import Section
+from infra.storage import manifests
 from infra.storage.store import Root, open_root
 
 CHUNKS = 12
@@ -117,6 +119,11 @@ def run_all(
     return done
 
 
+def fake_run(root: str, config: Any, stages: tuple[Stage, ...] = FAKES) -> RecipeRun:
+    """Return a run of the fake stages for `flows.pipeline.run_stages`."""
+    return RecipeRun(open_root(root), "fakes", "fakes", config, stages, manifests.now())
+
+
 OPERATIONS = {
     "open",
     "os.mkdir",
@@ -160,9 +167,7 @@ def main(folder: Path, seconds: float, flags: list[str]) -> None:
 
             from flows.pipeline import run_stages
 
-            flow(name="fakes")(
-                lambda: run_stages(config, open_root(str(folder)), "fakes", "fakes", FAKES)
-            )()
+            flow(name="fakes")(lambda: run_stages(fake_run(str(folder), config)))()
     else:
         run_all(open_root(str(folder)), config)
     if "--count" in flags:

@@ -20,7 +20,7 @@ from infra.storage.store import Root, open_root
 
 PICTURE = b"\x89PNG\r\n\x1a\n and so on"
 URL = "https://example.org/1.png"
-BY_BYTES = Removals(sha256=frozenset({hashlib.sha256(PICTURE).hexdigest()}))
+BY_BYTES = Removals(stored_sha256=frozenset({hashlib.sha256(PICTURE).hexdigest()}))
 BY_URL = Removals(origins=frozenset({URL}))
 
 
@@ -56,7 +56,7 @@ def test_a_shard_is_found_by_a_members_bytes_or_by_what_its_description_names(
 def test_tables_count_where_they_say_where_a_picture_is(root: Root, tmp_path: Path) -> None:
     folder = tmp_path / "root" / "work" / "tables"
     folder.mkdir(parents=True)
-    (digest,) = BY_BYTES.sha256
+    (digest,) = BY_BYTES.stored_sha256
     pq.write_table(pa.table({"origin": [URL], "sha256": [digest]}), folder / "rows.tmp")
     pq.write_table(
         pa.table({"url": [URL], "sha256": [""], "status": ["failed_to_download"]}),

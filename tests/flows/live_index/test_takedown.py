@@ -467,7 +467,7 @@ def test_a_log_that_does_not_read_stops_rather_than_letting_things_come_back(roo
     write_removal(root, {"keys": ["a"], "origins": [], "sha256": []}, manifests.now())
     assert read_removals(root).keys == {"a"}
     store.write_json(root, "removals/2.json", {"keys": "a"})
-    with pytest.raises(DataError, match=r"removals/2\.json is no entry"):
+    with pytest.raises(DataError, match=r"removals/2\.json is not an entry"):
         read_entries(root)
 
 

@@ -200,7 +200,7 @@ def test_more_like_a_sample_leaves_that_picture_out(view: View, image: np.ndarra
     )
 
 
-@pytest.mark.parametrize("field", ["keys", "origins", "sha256"])
+@pytest.mark.parametrize("field", ["keys", "origins", "stored_sha256"])
 def test_what_was_taken_down_is_gone_and_the_next_best_moves_up(view: View, field: str) -> None:
     before = view.search(QUERY, 6)
     first = before[0].facts
@@ -208,7 +208,7 @@ def test_what_was_taken_down_is_gone_and_the_next_best_moves_up(view: View, fiel
     every = {
         "keys": {f"k{row:06d}" for row in rows},
         "origins": {f"https://example.org/{row}.png" for row in rows},
-        "sha256": {first["sha256"]},
+        "stored_sha256": {first["sha256"]},
     }
     after = view.after(Removals(**{field: frozenset(every[field])}))
     assert pictures(after.search(QUERY, 5)) == pictures(before)[1:]

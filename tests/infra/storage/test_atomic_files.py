@@ -9,7 +9,13 @@ import pytest
 
 from flows.ingest import shard_worker
 from infra.storage import atomic_files
-from infra.storage.atomic_files import move_file, put, put_folder
+from infra.storage.atomic_files import (
+    atomic_file,
+    link_or_copy,
+    make_independent,
+    put,
+    put_folder,
+)
 from tests.flows.ingest.test_shard_worker import disc, made
 
 
@@ -76,14 +82,29 @@ def test_a_file_is_linked_or_copied_whole(
     tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x").write_text("x")
-    move_file(tmp_path / "x", tmp_path / "linked")
+    link_or_copy(tmp_path / "x", tmp_path / "linked")
     assert events == [] and (tmp_path / "linked").stat().st_ino == (tmp_path / "x").stat().st_ino
 
     def elsewhere(*_: object) -> None:
         raise OSError("another file system")
 
     monkeypatch.setattr(atomic_files.Path, "hardlink_to", elsewhere)
-    move_file(tmp_path / "x", tmp_path / "copied")
-    assert (
-        events == ["sync .copied.part", "name copied"] and (tmp_path / "copied").read_text() == "x"
-    )
+    link_or_copy(tmp_path / "x", tmp_path / "copied")
+    assert [event.split(".")[:2] for event in events] == [["sync ", "copied"], ["name copied"]]
+    assert (tmp_path / "copied").read_text() == "x"
+
+
+def test_a_file_that_was_linked_can_be_changed_alone(tmp_path: Path) -> None:
+    (tmp_path / "committed").write_text("x")
+    link_or_copy(tmp_path / "committed", tmp_path / "changed")
+    make_independent(tmp_path / "changed")
+    (tmp_path / "changed").write_text("y")
+    assert (tmp_path / "committed").read_text() == "x"
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(ValueError), atomic_file(tmp_path / "x") as part:
+        part.write_text("ne")
+        raise ValueError
+    assert (tmp_path / "x").read_text() == "old" and list(tmp_path.iterdir()) == [tmp_path / "x"]
