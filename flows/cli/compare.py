@@ -12,6 +12,7 @@ import typer
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, print_json
 from flows.config.roots import open_for
 from infra.errors import CallerError
+from infra.storage.stage_files import pinned_copy
 
 
 def compare(
@@ -59,7 +60,8 @@ def read_report(run: str, root: str) -> dict[str, Any]:
         from flows.runs.records import committed_of, find_run
 
         opened = open_for(root, for_writing=False)
-        path = committed_of(opened, find_run(opened, run), "evaluate").local() / "report.json"
+        evaluated = committed_of(opened, find_run(opened, run), "evaluate")
+        path = pinned_copy(evaluated.files, "report.json") / "report.json"
     try:
         report_json = json.loads(path.read_text())
         if not {"run", "stages", "zero_shot"} <= report_json.keys():

@@ -13,6 +13,7 @@ from flows.cli.generate import Guidance, Out, Seed, guidance_of, load_system, sp
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json
 from flows.config.roots import open_for
 from infra.errors import CallerError
+from infra.storage.stage_files import pinned_copy
 
 if TYPE_CHECKING:
     from flows.images.latent_grids import Grid
@@ -271,10 +272,16 @@ def _pictures(
 
     if files:
         return reconstruction.read_files(model, files)
-    shards = stages["ingest"].local() / "shards"
+    shards = pinned_copy(stages["ingest"].files, "shards/*") / "shards"
     side_px = model.decoder.config.image_size_px
     figures_read = reconstruction.read(
-        stages["embed"].local(), shards, "held_out_concept", model.tokenizer, side_px, count, seed
+        pinned_copy(stages["embed"].files),
+        shards,
+        "held_out_concept",
+        model.tokenizer,
+        side_px,
+        count,
+        seed,
     )
     if not len(figures_read):
         raise CallerError("this run holds out no concept: give pictures of your own")

@@ -15,6 +15,7 @@ import typer
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json
 from flows.config.roots import open_for
 from flows.runs.export_bundle import write_export, write_staged
+from infra.storage.stage_files import pinned_copy
 
 
 class Format(StrEnum):
@@ -45,7 +46,7 @@ def export(
     if kind is Format.OPEN_CLIP:
         from training.models import open_clip_format
 
-        clip = committed_of(opened, record, "clip").local()
+        clip = pinned_copy(committed_of(opened, record, "clip").files)
         written = write_staged(folder, lambda staging: open_clip_format.write(clip, staging))
     else:
         written = write_export(opened, record, folder)

@@ -13,6 +13,7 @@ from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json
 from flows.config.roots import open_for
 from infra.errors import CallerError
 from infra.storage.manifests import Committed
+from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root
 
 if TYPE_CHECKING:
@@ -51,7 +52,11 @@ def load_system(
     from training.generation.unclip import Unclip
 
     return (
-        Unclip.load(stages["clip"].local(), stages["prior"].local(), stages["decoder"].local()),
+        Unclip.load(
+            pinned_copy(stages["clip"].files),
+            pinned_copy(stages["prior"].files),
+            pinned_copy(stages["decoder"].files),
+        ),
         record,
         stages,
     )
@@ -149,7 +154,7 @@ def generate(
     if upsample:
         behind = upsampler_stages(opened, record)
         stages |= behind
-        model.upsamplers = tuple(committed.local() for committed in behind.values())
+        model.upsamplers = tuple(pinned_copy(committed.files) for committed in behind.values())
     steps, guidance = steps or model.decoder.config.sampling_steps, guidance_of(model, guidance)
     images = model.generate(prompts, count, seed, steps, guidance, upsample)
     settings = {

@@ -14,6 +14,7 @@ from flows.cli.generate import check_files
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json, say
 from flows.config.roots import open_for
 from infra.errors import CallerError
+from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root
 
 BUILD = "build"
@@ -280,7 +281,9 @@ def _alike(root: Root, run: str | None, file: Path) -> list[dict[str, Any]]:
     view, run_lineage = open_view(root, run)
     side_px = 64
     look = look_of(read_file(file, side_px))
-    hits = view.search(embed.embed_images(run_lineage.clip.local(), [file])[0], ALIKE_CANDIDATES)
+    hits = view.search(
+        embed.embed_images(pinned_copy(run_lineage.clip.files), [file])[0], ALIKE_CANDIDATES
+    )
     pictured = [hit for hit in hits if hit.facts["shard"]]
     return [
         hit.facts

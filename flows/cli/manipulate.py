@@ -25,6 +25,7 @@ from flows.cli.generate import (
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName
 from flows.config.roots import open_for
 from infra.errors import CallerError
+from infra.storage.stage_files import pinned_copy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -250,7 +251,7 @@ def reconstruct(
     from training.models.pca import Pca
 
     opened = _open(root, run, images, steps, guidance, ("embed",))
-    _, z_train = embedding_dataset.read(opened.stages["embed"].local(), "train")
+    _, z_train = embedding_dataset.read(pinned_copy(opened.stages["embed"].files), "train")
     dims = [count for count in wanted if count <= z_train.dim]
     if not dims:
         raise CallerError(

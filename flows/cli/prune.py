@@ -16,7 +16,7 @@ import typer
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, print_json
 from flows.config.roots import open_for
 from flows.runs.promotion import CURRENT
-from infra.storage import manifests, store
+from infra.storage import manifests, stage_files, store
 from infra.storage.manifests import Committed
 from infra.storage.store import Root
 
@@ -124,7 +124,7 @@ def discard(root: Root, committed: Committed) -> str:
         with locked(root, committed.stage, committed.key):
             if (committed.stage, committed.key) in _named(root):
                 return "a run names it now"
-            store.remove(root, f"{committed.stage}/{committed.key}/{manifests.MANIFEST}")
+            store.remove(root, f"{committed.stage}/{committed.key}/{stage_files.MANIFEST}")
             store.remove(root, f"{committed.stage}/{committed.key}")
             return ""
     except BusyError as busy:

@@ -12,6 +12,7 @@ from flows.cli.generate import check_files, spoken
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json
 from flows.config.roots import open_for
 from infra.errors import CallerError
+from infra.storage.stage_files import pinned_copy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +54,7 @@ def search(
     if key is not None:
         query, without = _vector_of(view, key)
     else:
-        query, without = _embed(run_lineage.clip.local(), text, image), frozenset[str]()
+        query, without = _embed(pinned_copy(run_lineage.clip.files), text, image), frozenset[str]()
     results = [
         {
             "key": hit.facts["key"],

@@ -28,6 +28,7 @@ from infra.compute.cluster import Cluster, ClusterConfig
 from infra.console.log_redirect import quiet_terminal, terminated
 from infra.errors import CallerError
 from infra.settings import Section
+from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root
 
 if TYPE_CHECKING:
@@ -369,13 +370,14 @@ def load_encoders(run_lineage: "Lineage") -> "Encoders":
     from training.data.image_reader import as_square
     from training.jobs import embed
 
-    texts, images, image_px = embed.encoders(run_lineage.clip.local())
+    clip = pinned_copy(run_lineage.clip.files)
+    texts, images, image_px = embed.encoders(clip)
     return Encoders(
         run_lineage.fingerprint,
         texts,
         images,
         image_px,
-        partial(as_square, look=embed.look_of(run_lineage.clip.local())),
+        partial(as_square, look=embed.look_of(clip)),
     )
 
 

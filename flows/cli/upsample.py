@@ -13,6 +13,7 @@ from flows.cli.generate import Out, Seed, check_files, several, tell_pictures, u
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName
 from flows.config.roots import open_for
 from infra.errors import CallerError
+from infra.storage.stage_files import pinned_copy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +60,7 @@ def upsample(
     from training.generation.unclip import SEED_STRIDE
     from training.models import upsampler_cascade
 
-    models = [upsampler_cascade.load(committed.local()) for committed in stages.values()]
+    models = [upsampler_cascade.load(pinned_copy(committed.files)) for committed in stages.values()]
     first = models[0].config
     start = side or first.image_size_px // first.factor
     factor = int(np.prod([model.config.factor for model in models]))

@@ -31,7 +31,7 @@ def run(job: StageJob) -> Counts:
     from indexing.evaluation.evaluate import evaluate
     from training.generation.unclip import Unclip
 
-    folders = {name: committed.local() for name, committed in job.inputs.items()}
+    folders = {name: job.local_copy(committed) for name, committed in job.inputs.items()}
     model = Unclip.load(folders["clip"], folders["prior"], folders["decoder"])
     config = job.config.evaluate
     metrics = {name: read_metrics(folders[name] / "metrics.jsonl") for name in TRAINED}

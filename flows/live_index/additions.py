@@ -25,7 +25,7 @@ from flows.live_index.leftovers import remove_leftovers
 from flows.live_index.lineage import ADDITIONS, Lineage
 from infra.errors import CallerError, DataError
 from infra.schemas import EMBEDDED, STORED_SHA256, sample_key
-from infra.storage import manifests
+from infra.storage import commits, manifests, stage_files
 from infra.storage.manifests import Committed, StageCounts, StageFacts
 from infra.storage.removal_log import Removals
 from infra.storage.store import Root
@@ -117,7 +117,7 @@ def commit(
         "started": started,
         **what,
     }
-    return manifests.commit(root, ADDITIONS, key, out, facts)
+    return commits.commit(root, ADDITIONS, key, out, facts)
 
 
 def share_of(memory_bytes: int, count: int, view: "View") -> int:
@@ -181,8 +181,9 @@ def embed_pictures(
         )
     from training.jobs import embed
 
-    texts_of, images_of, side_px = embed.encoders(run_lineage.clip.local())
-    look = embed.look_of(run_lineage.clip.local())
+    with run_lineage.clip.files.local_copy() as clip:
+        texts_of, images_of, side_px = embed.encoders(clip)
+        look = embed.look_of(clip)
     (out / "shards").mkdir()
     rows: list[dict[str, Any]] = []
     images, texts = [], []
@@ -220,7 +221,7 @@ def read_one(
         if beside.is_file()
         else file.stem.replace("_", " ").replace("-", " ")
     )
-    origin = f"file:{file.relative_to(source)}#{manifests.file_sha256(file)[:16]}"
+    origin = f"file:{file.relative_to(source)}#{stage_files.file_sha256(file)[:16]}"
     row = dict.fromkeys(EMBEDDED.names, "") | {
         "key": sample_key(origin, caption),
         "origin": origin,

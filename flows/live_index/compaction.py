@@ -30,7 +30,7 @@ from flows.live_index.takedown import (
     with_copies,
 )
 from infra.schemas import DOWNLOAD_SHA256, DROPPED, MEMBER_KEY, STORED_SHA256, shard_rows
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
 from infra.storage.atomic_files import link_or_copy, make_independent
 from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
 from infra.storage.manifests import MANIFEST, Committed, Manifest, StageFacts
@@ -57,12 +57,12 @@ def compact(root: Root, say: Callable[[str], None]) -> dict[str, int]:
     Does nothing if no folder holds a removed sample. Waits, and reports it through `say`, while a
     run on this machine writes or reads a folder that must change.
     """
-    for stage, key in manifests.interrupted(root):
+    for stage, key in commits.interrupted(root):
         with (
             store.one_line_errors(root.scratch),
             writer_lock(lock_file(root.scratch, stage, key), f"{stage} {key}", say),
         ):
-            manifests.recover(root, stage, key)
+            commits.recover(root, stage, key)
     remove_leftovers(root)
     logged = read_removals(root)
     removals = with_copies(root, logged) if logged else logged
@@ -92,14 +92,15 @@ def _replace(root: Root, committed: Committed, removals: Removals) -> int:
     if committed.stage == "curate":
         record_lineage(root, committed, removals)
     with writing_folder(root.scratch, f"{committed.stage}-{committed.key}-compact") as out:
-        count = WAYS[committed.stage](committed.local(), out, removals, committed)
+        with committed.files.local_copy() as folder:
+            count = WAYS[committed.stage](folder, out, removals, committed)
         manifest = committed.manifest
         fields = {name: value for name, value in manifest.items() if name not in COMMIT_FIELDS}
         facts = cast(StageFacts, fields)
         facts["compacted_from"] = [*manifest.get("compacted_from", ()), manifest["digest"]]
         facts["compacted"] = manifests.now()
         if any(out.iterdir()):
-            manifests.commit(root, committed.stage, committed.key, out, facts, manifest["attempt"])
+            commits.commit(root, committed.stage, committed.key, out, facts, manifest["attempt"])
         else:
             store.remove(root, f"{committed.stage}/{committed.key}")
     return count
@@ -226,7 +227,8 @@ def _index(folder: Path, out: Path, removals: Removals, committed: Committed) ->
     section = (
         committed.manifest["config"].get("index", {}) | committed.manifest["sections"]["index"]
     )
-    counts = build(IndexConfig.model_validate(section), embed.local(), out)
+    with embed.files.local_copy() as embeddings:
+        counts = build(IndexConfig.model_validate(section), embeddings, out)
     return int(before - counts["out"])
 
 

@@ -5,8 +5,10 @@ embedded the vectors; indexes and additions with another fingerprint are refused
 """
 
 import time
+import weakref
 from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
 from itertools import compress
@@ -27,6 +29,7 @@ from infra.storage.removal_log import (
     read_entry,
     read_removals,
 )
+from infra.storage.stage_files import StageFiles
 from infra.storage.store import Root
 
 if TYPE_CHECKING:
@@ -143,13 +146,23 @@ def _digests(committed: Committed) -> list[str]:
     return [committed.digest, *committed.manifest.get("compacted_from", ())]
 
 
+def _open_segment(vectors: StageFiles, pictures: StageFiles, name: str) -> "Segment":
+    """Open a segment; the local copies of its files go when nobody uses it any more."""
+    from indexing.ann.index import Index
+    from indexing.ann.view import Segment
+
+    copies = ExitStack()
+    index = Index.open(copies.enter_context(vectors.local_copy()))
+    shards = copies.enter_context(pictures.local_copy("shards/*.tar")) / "shards"
+    segment = Segment(index, shards, name)
+    weakref.finalize(segment, copies.close)
+    return segment
+
+
 def open_segments(
     run_lineage: Lineage, opened: "Mapping[str, Segment] | None" = None
 ) -> "list[Segment]":
     """Open the run's index and its additions; segments in `opened`, by name, are reused."""
-    from indexing.ann.index import Index
-    from indexing.ann.view import Segment
-
     segments = []
     for vectors, pictures in (
         (run_lineage.index, run_lineage.ingest),
@@ -160,9 +173,7 @@ def open_segments(
             for folder in (vectors, pictures)
         )
         before = opened.get(name) if opened else None
-        segments.append(
-            before or Segment(Index.open(vectors.local()), pictures.local() / "shards", name)
-        )
+        segments.append(before or _open_segment(vectors.files, pictures.files, name))
     return segments
 
 

@@ -47,9 +47,9 @@ def merge(root: Root, run: str | None, say: Callable[[str], None]) -> tuple[Comm
         old = run_lineage.additions
         if len(old) < 2:
             return None, len(old)
-        with writing_folder(root.scratch, f"{ADDITIONS}-merge") as out:
+        with writing_folder(root.scratch, f"{ADDITIONS}-merge") as out, ExitStack() as copies:
             keys = gather(
-                [addition.local() for addition in old],
+                [copies.enter_context(addition.files.local_copy()) for addition in old],
                 out,
                 run_lineage.fingerprint,
                 run_lineage.clip.key,

@@ -386,19 +386,29 @@ def _tables(committed: Committed) -> Iterator[pa.Table]:
     For the samples that dedup dropped only the key is known.
     """
     if committed.stage == "index":
-        (arrow,) = committed.files("metadata.arrow")
-        with pa.memory_map(str(arrow)) as source, pa.ipc.open_file(source) as reader:
+        with (
+            committed.files.local_copy("metadata.arrow") as folder,
+            pa.memory_map(str(folder / "metadata.arrow")) as source,
+            pa.ipc.open_file(source) as reader,
+        ):
             for number in range(reader.num_record_batches):
                 yield samples_of(pa.Table.from_batches([reader.get_batch(number)]), committed.stage)
         return
-    for file in committed.files("groups.parquet") if committed.stage == "dedup" else ():
-        left_out = pq.read_table(file, columns=["key"])
+    if committed.stage == "dedup":
+        left_out = _read_columns(committed, "groups.parquet", ["key"])
         yield pa.table(
             {"key": left_out["key"]} | {name: _nothing(left_out) for name in (*SAMPLE[1:], "split")}
         )
-    for file in committed.files(TABLES[committed.stage]):
+    for name in committed.files.names(TABLES[committed.stage]):
         columns = SHARD_READ if committed.stage == "ingest" else KEEP_READ
-        yield samples_of(pq.read_table(file, columns=columns), committed.stage)
+        yield samples_of(_read_columns(committed, name, columns), committed.stage)
+
+
+def _read_columns(
+    committed: Committed, name: str, columns: Sequence[str] | None = None
+) -> pa.Table:
+    with committed.files.open(name) as file:
+        return pq.read_table(file, columns=columns)
 
 
 def _copies(committed: Committed) -> Iterator[pa.Table]:
@@ -406,8 +416,8 @@ def _copies(committed: Committed) -> Iterator[pa.Table]:
 
     Their bytes equal those of another sample or of a removed one.
     """
-    for file in committed.files("dropped.parquet") if committed.stage == "curate" else ():
-        table = pq.read_table(file)
+    if committed.stage == "curate":
+        table = _read_columns(committed, "dropped.parquet")
         digests = pc.struct_field(
             pc.extract_regex(table["detail"], r"^sha256 (?P<digest>[0-9a-f]{64})$"), "digest"
         )

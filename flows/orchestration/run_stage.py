@@ -15,7 +15,7 @@ from flows.orchestration.stages import trained_of
 from flows.runs.planning import find_current, frozen_model
 from flows.runs.stage import Stage, StageJob, StageResult, inputs_of, key_of, sections_of
 from infra.compute.cluster import Cluster
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
 from infra.storage.locks import lock_file, reader_lock, reading_file, writer_lock
 from infra.storage.manifests import Committed, StageCounts, StageFacts
 from infra.storage.removal_log import read_removals
@@ -73,7 +73,7 @@ def run_stage(
         writer_lock(lock_file(root.scratch, stage.name, key), f"{stage.name} {key}", say),
         _reading(root, target.inputs.values(), say) as inputs_now,
     ):
-        manifests.recover(root, stage.name, key)
+        commits.recover(root, stage.name, key)
         damaged = manifests.find(root, stage.name, key)
         current = find_current(root, stage.name, key, inputs_now)
         if current:
@@ -92,13 +92,14 @@ def run_stage(
             facts = _facts(stage, job, counts, started)
             guard()
             attempt = damaged.manifest["attempt"] if damaged else None
-            committed = manifests.commit(root, stage.name, key, out, facts, attempt)
+            committed = commits.commit(root, stage.name, key, out, facts, attempt)
         shutil.rmtree(work, ignore_errors=True)
         return StageResult(stage.name, key, "ran", time.monotonic() - clock, committed)
 
 
 def _run_adapter(stage: Stage, job: StageJob) -> StageCounts:
-    counts = stage.run(job)
+    with job.copies:
+        counts = stage.run(job)
     assert counts.keys() >= {"in", "out", "dropped"}, (
         f"{stage.name} must count what came in, went out and was dropped"
     )

@@ -40,7 +40,7 @@ def run_ingest(job: StageJob) -> Counts:
         job.out,
         job.work,
         job.removals,
-        before.local() if before and is_taken_over else None,
+        job.local_copy(before) if before and is_taken_over else None,
         remote,
     )
 
@@ -48,14 +48,16 @@ def run_ingest(job: StageJob) -> Counts:
 def run_curate(job: StageJob) -> Counts:
     import flows.ingest.curate as curate
 
-    return curate.run(job.config.curate, job.inputs["ingest"].local(), job.out, job.removals)
+    return curate.run(
+        job.config.curate, job.local_copy(job.inputs["ingest"]), job.out, job.removals
+    )
 
 
 def run_clip(job: StageJob) -> Counts:
     from training.jobs import train
 
     job.cluster.start()
-    ingest, curate = job.inputs["ingest"].local(), job.inputs["curate"].local()
+    ingest, curate = job.local_copy(job.inputs["ingest"]), job.local_copy(job.inputs["curate"])
     return train.train_clip(
         job.config.tokenizer, job.config.clip, job.config.cluster, ingest, curate, job.out, job.work
     )
@@ -65,11 +67,13 @@ def run_embed(job: StageJob) -> Counts:
     from training.jobs import embed
 
     job.cluster.start()
-    ingest, curate, clip = (job.inputs[name].local() for name in ("ingest", "curate", "clip"))
+    ingest, curate, clip = (
+        job.local_copy(job.inputs[name]) for name in ("ingest", "curate", "clip")
+    )
     before = job.previous
     is_same = before and before.manifest["stage_version"] == EMBED_VERSION
     if before and is_same and before.manifest["input_digests"]["clip"] == job.inputs["clip"].digest:
-        embed.know(before.local(), job.work)
+        embed.know(job.local_copy(before), job.work)
     return embed.run(
         job.config.embed,
         job.config.cluster,
@@ -85,7 +89,7 @@ def run_embed(job: StageJob) -> Counts:
 def run_index(job: StageJob) -> Counts:
     from indexing.ann import index
 
-    embed, spread = job.inputs["embed"].local(), None
+    embed, spread = job.local_copy(job.inputs["embed"]), None
     if index.is_spread(embed):
         job.cluster.start()
         spread = partial(cluster.spread, job.config.cluster)
@@ -110,7 +114,7 @@ def _grown_from(job: StageJob) -> tuple[Path, Path] | None:
         and embed.digest == before.manifest["input_digests"]["embed"]
         and not manifests.damage(embed)
     )
-    return (before.local(), embed.local()) if embed and is_whole else None
+    return (job.local_copy(before), job.local_copy(embed)) if embed and is_whole else None
 
 
 def run_dedup(job: StageJob) -> Counts:
@@ -118,23 +122,28 @@ def run_dedup(job: StageJob) -> Counts:
     from training.jobs import embed
 
     assert job.config.dedup, "a stage without its section is not planned"
-    _, encode_images, side_px = embed.encoders(job.inputs["clip"].local())
-    shards = job.inputs["ingest"].local() / "shards"
+    _, encode_images, side_px = embed.encoders(job.local_copy(job.inputs["clip"]))
+    shards = job.local_copy(job.inputs["ingest"]) / "shards"
     return deduplicate.run(
-        job.config.dedup, shards, job.inputs["embed"].local(), encode_images, side_px, job.out
+        job.config.dedup,
+        shards,
+        job.local_copy(job.inputs["embed"]),
+        encode_images,
+        side_px,
+        job.out,
     )
 
 
 def trained_embeddings(job: StageJob) -> Path:
     """Return the folder of the training embeddings: dedup's if the recipe has it, else embed's."""
-    return job.inputs["dedup" if "dedup" in job.inputs else "embed"].local()
+    return job.local_copy(job.inputs["dedup" if "dedup" in job.inputs else "embed"])
 
 
 def run_prior(job: StageJob) -> Counts:
     from training.jobs import train
 
     job.cluster.start()
-    clip, embed = job.inputs["clip"].local(), trained_embeddings(job)
+    clip, embed = job.local_copy(job.inputs["clip"]), trained_embeddings(job)
     return train.train_prior(job.config.prior, job.config.cluster, clip, embed, job.out, job.work)
 
 
@@ -143,8 +152,8 @@ def run_decoder(job: StageJob) -> Counts:
 
     job.cluster.start()
     ingest, clip, embed = (
-        job.inputs["ingest"].local(),
-        job.inputs["clip"].local(),
+        job.local_copy(job.inputs["ingest"]),
+        job.local_copy(job.inputs["clip"]),
         trained_embeddings(job),
     )
     return train.train_decoder(
@@ -158,8 +167,8 @@ def run_upsampler(job: StageJob) -> Counts:
 
     job.cluster.start()
     ingest, keep_list = (
-        job.inputs["ingest"].local(),
-        job.inputs["dedup" if "dedup" in job.inputs else "curate"].local(),
+        job.local_copy(job.inputs["ingest"]),
+        job.local_copy(job.inputs["dedup" if "dedup" in job.inputs else "curate"]),
     )
     counts = train.train_upsampler(
         getattr(job.config, job.stage), job.config.cluster, ingest, keep_list, job.out, job.work

@@ -8,12 +8,16 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.runs.records import RunRecord, committed_of
 from infra.errors import CallerError, StorageError
-from infra.storage.manifests import Committed, ManifestFile, file_sha256
+from infra.storage.manifests import Committed
+from infra.storage.stage_files import FileEntry, StageFiles, file_sha256
 from infra.storage.store import Root, one_line_errors
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 NEEDED = ("clip", "prior", "decoder")
 
@@ -27,7 +31,7 @@ FILES = ("config.json", "weights.safetensors", "tokenizer.json")
 FORMAT = 1
 
 
-def write_export(root: Root, record: RunRecord, folder: Path) -> list[ManifestFile]:
+def write_export(root: Root, record: RunRecord, folder: Path) -> list[FileEntry]:
     """Write a run's models, card and lineage to a folder; return its files.
 
     Returns path, size in bytes and SHA-256 of each file. Raises CallerError if the folder is not
@@ -40,7 +44,7 @@ def write_export(root: Root, record: RunRecord, folder: Path) -> list[ManifestFi
     return write_staged(folder, lambda staging: _fill(staging, record, stages))
 
 
-def write_staged(folder: Path, fill: Callable[[Path], object]) -> list[ManifestFile]:
+def write_staged(folder: Path, fill: Callable[[Path], object]) -> list[FileEntry]:
     """Fill a temporary folder and rename it to `folder`; return its files.
 
     Returns path, size in bytes and SHA-256 of each file. Raises CallerError if the folder is not
@@ -72,9 +76,11 @@ def _fill(staging: Path, record: RunRecord, stages: dict[str, Committed]) -> Non
                     _copy(stages[stage], name, staging / stage / name)
     report: dict[str, Any] = {}
     if "evaluate" in stages:
-        evaluated = stages["evaluate"].local()
-        report = json.loads((evaluated / "report.json").read_text())
-        shutil.copyfile(evaluated / report["generation"]["sheet"], staging / "samples.png")
+        evaluated = stages["evaluate"].files
+        with evaluated.open("report.json") as file:
+            report = json.load(file)
+        with evaluated.local_copy(report["generation"]["sheet"]) as folder:
+            shutil.copyfile(folder / report["generation"]["sheet"], staging / "samples.png")
     manifests = {
         stage: {name: value for name, value in committed.manifest.items() if name != "prefix"}
         for stage, committed in stages.items()
@@ -91,7 +97,8 @@ def _fill(staging: Path, record: RunRecord, stages: dict[str, Committed]) -> Non
 
 
 def _copy(committed: Committed, name: str, to: Path) -> None:
-    shutil.copyfile(committed.local() / name, to)
+    with committed.files.local_copy(name) as folder:
+        shutil.copyfile(folder / name, to)
     expected = next(
         (file["sha256"] for file in committed.manifest["files"] if file["path"] == name), ""
     )
@@ -106,11 +113,9 @@ def _pictures(embed: Committed) -> dict[str, dict[str, int]]:
     """Return the number of training images by licence and by style."""
     from collections import Counter
 
-    import pyarrow.parquet as pq
-
     tables = [
-        pq.read_table(file, columns=["split", "licence", "style"])
-        for file in sorted((embed.local() / "metadata").glob("*.parquet"))
+        _read_columns(embed.files, name, ["split", "licence", "style"])
+        for name in embed.files.names("metadata/*.parquet")
     ]
     rows = [row for table in tables for row in table.to_pylist() if row["split"] == "train"]
     return {
@@ -119,7 +124,14 @@ def _pictures(embed: Committed) -> dict[str, dict[str, int]]:
     }
 
 
-def _listed(folder: Path) -> list[ManifestFile]:
+def _read_columns(files: StageFiles, name: str, columns: list[str]) -> "pa.Table":
+    import pyarrow.parquet as pq
+
+    with files.open(name) as file:
+        return pq.read_table(file, columns=columns)
+
+
+def _listed(folder: Path) -> list[FileEntry]:
     return [
         {
             "path": str(file.relative_to(folder)),

@@ -4,7 +4,8 @@ The stages themselves are in `flows.orchestration.stages`.
 """
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +42,12 @@ class StageJob:
     """Samples that were taken down and must not be used again."""
     previous: Committed | None = None
     """The stage's last commit, under another key; results for the same inputs may be reused."""
+    copies: ExitStack = field(default_factory=ExitStack)
+    """Local copies of committed folders, which the caller releases when the adapter returns."""
+
+    def local_copy(self, committed: Committed, *patterns: str) -> Path:
+        """Return a local folder with the files that match, or all; it stays for this job."""
+        return self.copies.enter_context(committed.files.local_copy(*patterns))
 
 
 @dataclass(frozen=True)

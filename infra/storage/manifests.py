@@ -1,38 +1,34 @@
-"""Committed stage folders: content keys, manifests, and the commit that makes a folder exist.
+"""Committed stage folders: content keys, manifests, and what is wrong with a folder's files.
 
-`ROOT/<stage>/<key>/` exists once its `manifest.json` does. In a local ROOT the whole folder is made
-aside, synced and renamed into place; in an object store the files go below an attempt's own prefix,
-which the manifest names, and the manifest is put last and only if there is none. One that replaces
-another is exchanged for it in one step, there too. Readers go through `Committed.local()` and never
-join paths by hand. Knows nothing of what the stages do.
+`ROOT/<stage>/<key>/` exists once its `manifest.json` does (`infra/storage/commits.py` writes it).
+Readers open files by name through `Committed.files` and never join paths by hand. Knows nothing of
+what the stages do.
 """
 
-import ctypes
-import errno
 import hashlib
-import json
-import os
 import platform
-import secrets
 import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from infra.console.progress import transfer
-from infra.errors import DataError, StorageError
 from infra.storage import store
-from infra.storage.atomic_files import sync
 from infra.storage.locks import is_being_read, reading_file
+from infra.storage.node_cache import FOLDER as CACHE
+from infra.storage.stage_files import (
+    DOWNLOAD_TRIES,
+    MANIFEST,
+    FileEntry,
+    FolderFiles,
+    StageFiles,
+    StoreFiles,
+    file_sha256,
+)
 from infra.storage.store import Root
-from infra.storage.temporary_folders import FOLDER, REPLACED, is_dead, writing_folder
 
-MANIFEST = "manifest.json"
 PACKAGES = (
     "unclip",
     "torch",
@@ -46,9 +42,6 @@ PACKAGES = (
     "safetensors",
     "pydantic",
 )
-UPLOAD_THREADS = 8
-DOWNLOAD_TRIES = 3
-AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 StageCounts = TypedDict(
@@ -65,14 +58,6 @@ StageCounts = TypedDict(
 
 `images_seen` and `loss` (the last one) are those of training.
 """
-
-
-class ManifestFile(TypedDict):
-    """One file of a committed folder; `path` is relative to it."""
-
-    path: str
-    bytes: int
-    sha256: str
 
 
 class StageFacts(TypedDict):
@@ -104,7 +89,7 @@ class Manifest(StageFacts):
 
     stage: str
     key: str
-    files: list[ManifestFile]
+    files: list[FileEntry]
     digest: str
     """SHA-256 over the list of files."""
     packages: dict[str, str]
@@ -141,102 +126,25 @@ class Committed:
         """SHA-256 over the names and contents of the files: equal digests mean equal folders."""
         return str(self.manifest["digest"])
 
-    def local(self) -> Path:
-        """Return a local folder with the files: the folder itself, or a download that is checked
-        and kept in the scratch folder.
+    @property
+    def local_folder(self) -> Path:
+        """The folder itself; only a local ROOT has it."""
+        assert self.root.folder, f"{self.uri} is in a store: read it through `files`"
+        return self.root.folder / self.stage / self.key
 
-        Raises DataError where a download does not match the manifest.
-        """
+    @property
+    def files(self) -> StageFiles:
+        """The folder's files by name, for any process on any node."""
         if self.root.folder:
-            return self.root.folder / self.stage / self.key
-        cache_folder = downloads(self.root, self.stage) / f"{self.key}-{self.digest[:8]}"
-        if not cache_folder.is_dir():
-            self._keep(cache_folder, self.manifest["files"])
-        return cache_folder
-
-    def files(self, pattern: str) -> list[Path]:
-        """Return local copies of the files whose path matches a glob, sorted; of a store, no other
-        file is downloaded for them.
-
-        Raises DataError as `local` does.
-        """
-        whole = downloads(self.root, self.stage) / f"{self.key}-{self.digest[:8]}"
-        if self.root.folder or whole.is_dir():
-            return sorted(self.local().glob(pattern))
-        chosen = [
-            file
-            for file in self.manifest["files"]
-            if PurePosixPath(f"/{file['path']}").match(f"/{pattern}")
-        ]
-        part_folder = whole.with_name(
-            f"{whole.name}-{hashlib.sha256(pattern.encode()).hexdigest()[:8]}"
-        )
-        if not part_folder.is_dir():
-            self._keep(part_folder, chosen)
-        return [part_folder / path for path in sorted(file["path"] for file in chosen)]
-
-    def _keep(self, cache_folder: Path, files: list[ManifestFile]) -> None:
-        """Download files of this folder into `kept`, which appears when it is whole."""
-        with (
-            store.one_line_errors(cache_folder),
-            writing_folder(
-                self.root.scratch, f"download-{self.stage}-{cache_folder.name}"
-            ) as folder,
-        ):
-            self._download(folder, files)
-            cache_folder.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                folder.rename(cache_folder)
-            except OSError:
-                if (
-                    not cache_folder.is_dir()
-                ):  # else another process has downloaded the same folder first
-                    raise
-
-    def _download(self, folder: Path, files: list[ManifestFile]) -> None:
-        total = sum(file["bytes"] for file in files)
-        with (
-            transfer(f"{self.stage} down", total) as tell,
-            ThreadPoolExecutor(UPLOAD_THREADS) as pool,
-        ):
-            broken = [
-                wrong
-                for wrong in pool.map(lambda file: self._download_one(file, folder, tell), files)
-                if wrong
-            ]
-        if broken:
-            raise DataError(
-                f"{self.uri}: {broken[0]}; run again to download it again, or remove the folder "
-                "to make it again"
-            )
-        (folder / MANIFEST).write_bytes(store.json_bytes(self.manifest))
-
-    def _download_one(self, file: ManifestFile, folder: Path, tell: Callable[[int], None]) -> str:
-        """Download a file, again where it arrives otherwise than the manifest says; return what is
-        wrong with it at last, or "".
-        """
-        wrong: list[str] = []
-        for _ in range(DOWNLOAD_TRIES):
-            store.download(self.root, f"{self.path}/{file['path']}", folder / file["path"], tell)
-            wrong = _differences(folder, [file])
-            if not wrong:
-                return ""
-            tell(-(folder / file["path"]).stat().st_size)
-        return wrong[0]
-
-
-def downloads(root: Root, stage: str) -> Path:
-    """Return where downloads of a stage's folders lie on this machine, for a ROOT that is not
-    local.
-    """
-    return root.scratch / "cache" / stage
+            return FolderFiles(self.local_folder)
+        return StoreFiles(self.root, self.stage, self.key, self.manifest["prefix"], self.digest)
 
 
 def forget_downloads(root: Root) -> None:
     """Remove this machine's downloads of folders that are no longer committed, or not as they were;
     those that are being read stay.
     """
-    stages = downloads(root, "")
+    stages = root.scratch / CACHE
     if root.folder or not stages.is_dir():
         return
     for cached in sorted(stages.glob("*/*-*")):
@@ -303,7 +211,7 @@ def verify(committed: Committed) -> list[str]:
     return [f"{f['path']} has another checksum" for f in files if not _is_stored(committed, f)]
 
 
-def _is_stored(committed: Committed, file: ManifestFile) -> bool:
+def _is_stored(committed: Committed, file: FileEntry) -> bool:
     """Read a file from a store and say whether it is what the manifest says; a byte that only the
     network turned gets another try.
     """
@@ -313,7 +221,7 @@ def _is_stored(committed: Committed, file: ManifestFile) -> bool:
     )
 
 
-def _differences(folder: Path, files: list[ManifestFile]) -> list[str]:
+def _differences(folder: Path, files: list[FileEntry]) -> list[str]:
     wrong = []
     for file in files:
         path = folder / file["path"]
@@ -324,12 +232,6 @@ def _differences(folder: Path, files: list[ManifestFile]) -> list[str]:
         elif file_sha256(path) != file["sha256"]:
             wrong.append(f"{file['path']} has another checksum")
     return wrong
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a local file, in hexadecimal, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def package_versions() -> dict[str, str]:
@@ -346,216 +248,3 @@ def package_versions() -> dict[str, str]:
 def now() -> str:
     """Return the time in UTC, sortable as text, to the microsecond."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-def commit(
-    root: Root,
-    stage: str,
-    key: str,
-    out: Path,
-    facts: StageFacts,
-    replaces: str | None = None,
-) -> Committed:
-    """Make the files in `out` the committed folder of `stage` and `key`, and return it.
-
-    `facts` are the manifest's own part (config, input keys, counts, times). Where a folder of that
-    key is committed already it stays and is returned, unless its attempt is the one in `replaces`
-    (a damaged folder). `out` is gone afterwards. Raises StorageError.
-    """
-    with store.one_line_errors(out):
-        files: list[ManifestFile] = [
-            {
-                "path": str(path.relative_to(out)),
-                "bytes": path.stat().st_size,
-                "sha256": file_sha256(path),
-            }
-            for path in sorted(out.rglob("*"))
-            if path.is_file()
-        ]
-    attempt = secrets.token_hex(6)
-    manifest: Manifest = {
-        **facts,
-        "stage": stage,
-        "key": key,
-        "files": files,
-        "digest": hashlib.sha256(store.json_bytes(files)).hexdigest(),
-        "packages": package_versions(),
-        "attempt": attempt,
-        "prefix": "" if root.folder else attempt,
-        "finished": now(),
-    }
-    if root.folder:
-        committed = _commit_by_rename(root, root.folder, stage, key, out, manifest, replaces)
-    else:
-        committed = _commit_by_put(root, stage, key, out, manifest, replaces)
-    shutil.rmtree(out, ignore_errors=True)
-    return committed
-
-
-def _commit_by_rename(
-    root: Root,
-    folder: Path,
-    stage: str,
-    key: str,
-    out: Path,
-    manifest: Manifest,
-    replaces: str | None,
-) -> Committed:
-    target = folder / stage / key
-    with store.one_line_errors(target):
-        (out / MANIFEST).write_bytes(store.json_bytes(manifest))
-        _sync_tree(out)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            existing = find(root, stage, key)
-            if existing and existing.manifest["attempt"] != replaces:
-                return existing
-            if _exchange(out, target):
-                before = _attempt_in(out)
-                if before not in (
-                    None,
-                    replaces,
-                ):  # another machine's repair was first, and what it made stays
-                    _exchange(out, target)
-                sync(target.parent)
-                return Committed(root, stage, key, _manifest_in(target))
-            target.rename(out.with_name(f"{out.name}{REPLACED}"))
-        try:
-            out.rename(target)
-        except OSError:
-            existing = find(root, stage, key)
-            if existing is None:
-                raise
-            return existing  # a writer without our lock (another machine) was first
-        sync(target.parent)
-    shutil.rmtree(out.with_name(f"{out.name}{REPLACED}"), ignore_errors=True)
-    return Committed(root, stage, key, manifest)
-
-
-def _exchange(left: Path, right: Path) -> bool:
-    """Let two folders change places at once (Linux: renameat2); False where the system or the file
-    system cannot.
-    """
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(AT_FDCWD, os.fsencode(left), AT_FDCWD, os.fsencode(right), RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(number, os.strerror(number), str(right))
-
-
-def interrupted(root: Root) -> list[tuple[str, str]]:
-    """Return stage and key of folders that a killed writer had moved away, on a system that cannot
-    exchange, before it put the new one.
-    """
-    left = [
-        _manifest_in(folder)
-        for folder in (root.scratch / FOLDER).glob(f"*{REPLACED}")
-        if (folder / MANIFEST).is_file()
-    ]
-    return sorted({(entry["stage"], entry["key"]) for entry in left})
-
-
-def recover(root: Root, stage: str, key: str) -> None:
-    """Put a folder back that a killed writer had moved away; where another is in its place by now,
-    remove it. Call it under its lock.
-    """
-    for left in sorted((root.scratch / FOLDER).glob(f"{stage}-{key}*{REPLACED}")):
-        with store.one_line_errors(left):
-            if (
-                root.folder
-                and (left / MANIFEST).is_file()
-                and not (root.folder / stage / key).exists()
-            ):
-                left.rename(root.folder / stage / key)
-            elif is_dead(left):  # not of another machine, which is about to remove it itself
-                shutil.rmtree(left)
-
-
-def _manifest_in(folder: Path) -> Manifest:
-    manifest: Manifest = json.loads((folder / MANIFEST).read_bytes())
-    return manifest
-
-
-def _attempt_in(folder: Path) -> str | None:
-    return str(_manifest_in(folder)["attempt"]) if (folder / MANIFEST).is_file() else None
-
-
-def _commit_by_put(
-    root: Root, stage: str, key: str, out: Path, manifest: Manifest, replaces: str | None
-) -> Committed:
-    folder, attempt = f"{stage}/{key}", manifest["attempt"]
-    sent = Committed(root, stage, key, manifest)
-    try:
-        _upload(sent, out)
-        _check_upload(sent, replaces)
-    except BaseException:
-        # If the store refuses this as well, the next commit of this key removes what is left.
-        with suppress(StorageError):
-            store.remove(root, f"{folder}/{attempt}")
-        raise
-    # Listed before the manifest is put, so that a later commit is not removed with the attempts
-    # that were killed or can only be refused now.
-    others = [other for other in store.list_names(root, folder) if other not in (attempt, MANIFEST)]
-    manifest["supersedes"] = others  # whoever cleans up removes them if we are killed before that
-    committed = _put_manifest(sent, replaces)
-    if committed.manifest["attempt"] != attempt:
-        store.remove(root, f"{folder}/{attempt}")
-        return committed
-    for other in others:
-        store.remove(root, f"{folder}/{other}")
-    store.abort_uploads(root, folder)
-    return sent
-
-
-def _upload(sent: Committed, out: Path) -> None:
-    """Upload the files in `out` below the attempt's own prefix."""
-    files = sent.manifest["files"]
-    total = sum(file["bytes"] for file in files)
-    with (
-        transfer(f"{sent.stage} up", total) as tell,
-        ThreadPoolExecutor(UPLOAD_THREADS) as pool,
-    ):
-        paths = [file["path"] for file in files]
-        uploads = pool.map(
-            lambda path: store.upload(sent.root, out / path, f"{sent.path}/{path}", tell), paths
-        )
-        for _ in uploads:  # raises the error of a failed upload
-            pass
-
-
-def _check_upload(sent: Committed, replaces: str | None) -> None:
-    """Raise DataError if an uploaded file is missing or truncated.
-
-    Not if another attempt is committed meanwhile: it may have removed these files as superseded.
-    """
-    wrong = damage(sent)
-    existing = find(sent.root, sent.stage, sent.key)
-    if wrong and (existing is None or existing.manifest["attempt"] == replaces):
-        raise DataError(f"{sent.uri}: {wrong} after the upload; run the same command again")
-
-
-def _put_manifest(sent: Committed, replaces: str | None) -> Committed:
-    """Put the manifest if there is none, or that of the attempt `replaces`; return what is there.
-
-    That is `sent` also if the answer to our write was lost.
-    """
-
-    def put(old: bytes | None) -> bytes | None:
-        is_free = old is None or json.loads(old)["attempt"] == replaces
-        return store.json_bytes(sent.manifest) if is_free else None
-
-    store.change_bytes(sent.root, f"{sent.stage}/{sent.key}/{MANIFEST}", put)
-    committed = find(sent.root, sent.stage, sent.key)
-    assert committed, "a manifest was put, or there is one that refused it"
-    return committed
-
-
-def _sync_tree(folder: Path) -> None:
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync(Path(parent) / name)
-        sync(Path(parent))

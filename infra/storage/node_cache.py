@@ -22,7 +22,7 @@ from infra.errors import StorageError
 FOLDER = "cache"
 PART = ".part-"
 """Ends the name of a copy that is being downloaded, followed by its final size in bytes."""
-GUARD = ".guard"
+GUARD = "cache.lock"
 WAIT_S = 60.0
 """Maximum time to wait for copies in use to be released before the node counts as too small."""
 POLL_S = 0.1
@@ -99,7 +99,7 @@ class NodeCache:
                 continue
             final_bytes = _final_bytes(path, stat.st_size)
             used_bytes += final_bytes
-            if self.folder in path.parents and path.name != GUARD:
+            if self.folder in path.parents:
                 copies.append((stat.st_mtime_ns, path, final_bytes))
         missing_bytes = used_bytes + size_bytes - self.limit_bytes
         for _, path, copy_bytes in sorted(copies):
@@ -112,8 +112,9 @@ class NodeCache:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """Let one process at a time decide what goes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / GUARD).open("ab") as file:
+        locks = self.scratch / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with (locks / GUARD).open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -5,6 +5,7 @@ bounded cache, or ranges of them. Both are small and travel between processes; n
 Every whole file that comes from a store is compared with the manifest's SHA-256.
 """
 
+import atexit
 import hashlib
 import os
 import threading
@@ -211,6 +212,15 @@ def _read_entries(root: Root, stage: str, key: str, digest: str) -> Mapping[str,
             "read: run the same command again"
         )
     return {entry["path"]: entry for entry in manifest["files"]}
+
+
+_PINS = ExitStack()
+atexit.register(_PINS.close)
+
+
+def pinned_copy(files: StageFiles, *patterns: str) -> Path:
+    """Return a local folder with the files that match; they stay until this process ends."""
+    return _PINS.enter_context(files.local_copy(*patterns))
 
 
 def file_sha256(path: Path) -> str:

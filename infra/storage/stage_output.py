@@ -17,6 +17,7 @@ from typing import Any, NotRequired, TypedDict
 
 from infra.console.progress import transfer
 from infra.storage import store
+from infra.storage.atomic_files import atomic_file
 from infra.storage.stage_files import FileEntry, file_sha256
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
@@ -153,10 +154,6 @@ def _move(file: Path, target: Path) -> None:
     try:
         file.replace(target)
     except OSError:
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        try:
+        with atomic_file(target) as part:
             shutil.copyfile(file, part)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
         file.unlink()

@@ -25,7 +25,7 @@ FOLDER = "aside"
 PREFIX, SUFFIX = "writing-", ".lock"
 REPLACED = ".replaced"
 """Ends the name of a committed folder that its writer moved away to put another in its place:
-`manifests.recover` knows what to do."""
+`commits.recover` knows what to do."""
 UNTOUCHED_S = 86_400
 """Time without a change after which a folder is dead whose lock says nothing here."""
 

@@ -60,9 +60,9 @@ def main() -> int:
     except CallerError as error:
         print(f"skipped: {error}")
         return 0
-    _, images_of, side_px = embed.encoders(known.clip.local())
-    metadata = committed_of(root, known.record, "embed").local() / "metadata"
-    shards = known.ingest.local() / "shards"
+    _, images_of, side_px = embed.encoders(known.clip.local_folder)
+    metadata = committed_of(root, known.record, "embed").local_folder / "metadata"
+    shards = known.ingest.local_folder / "shards"
     places = [
         place for batch in metadata_batches(metadata, LOCATION) for place in batch.to_pylist()
     ]

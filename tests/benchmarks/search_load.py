@@ -244,7 +244,7 @@ def serve(folder: Path) -> None:
     from infra.storage.store import open_root
 
     def encoders(known: Any) -> Encoders:
-        dim = json.loads((known.index.local() / "index.json").read_text())["dim"]
+        dim = json.loads((known.index.local_folder / "index.json").read_text())["dim"]
 
         def encode(seeds: list[int]) -> Any:
             return np.stack([np.random.default_rng(seed).normal(size=dim) for seed in seeds])

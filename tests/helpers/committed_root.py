@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.schemas import DROPPED, KEEP, URLS
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
 from infra.storage.manifests import Committed
 from infra.storage.store import Root, open_root
 from tests.helpers.evaluation_run import usual_rows, write_run
@@ -75,7 +75,7 @@ def write_root(folder: Path, rows: list[dict[str, Any]] | None = None, uri: str 
             "counts": {"in": 1, "out": 1, "dropped": {}},
             "started": manifests.now(),
         }
-        made[stage] = manifests.commit(root, stage, f"{stage}0123456789", out, facts)
+        made[stage] = commits.commit(root, stage, f"{stage}0123456789", out, facts)
 
     commit("ingest", ingest, (), {})
     curate = _made(folder / "out")
@@ -88,7 +88,7 @@ def write_root(folder: Path, rows: list[dict[str, Any]] | None = None, uri: str 
     commit("embed", drawn / "embed", ("ingest", "curate", "clip"), {})
     section = IndexConfig(factory="Flat", queries=4)
     index = _made(folder / "out")
-    build(section, made["embed"].local(), index)
+    build(section, made["embed"].local_folder, index)
     commit("index", index, ("embed",), {"index": section.model_dump(mode="json")})
     record = {
         "name": "drawn",
@@ -113,7 +113,7 @@ def committed(root: Root, stage: str) -> Committed:
 
 def index_facts(root: Root) -> dict[str, Any]:
     """Return index.json."""
-    return dict(json.loads((committed(root, "index").local() / "index.json").read_text()))
+    return dict(json.loads((committed(root, "index").local_folder / "index.json").read_text()))
 
 
 def _made(folder: Path) -> Path:

@@ -23,6 +23,7 @@ from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageAwayError
 from infra.settings import Section
 from infra.storage import manifests
+from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root, open_root
 
 CHUNKS = 12
@@ -61,7 +62,7 @@ def write_chunks(job: StageJob) -> Counts:
     section = getattr(job.config, {"embed": "clip"}.get(job.stage, job.stage))
     seed = hashlib.sha256(section.word.encode())
     for name in sorted(job.inputs):
-        for path in sorted(job.inputs[name].local().rglob("*.bin")):
+        for path in sorted(pinned_copy(job.inputs[name].files).rglob("*.bin")):
             seed.update(path.read_bytes())
     if section.word == "broken":
         raise AssertionError("one line\nand the reason on another")

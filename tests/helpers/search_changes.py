@@ -27,7 +27,7 @@ from flows.runs.records import find_run
 from indexing.ann.index import IndexConfig, build
 from indexing.data.embedding_store import open_parts, read_metadata
 from infra.schemas import EMBEDDED
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
 from infra.storage.manifests import Committed
 from infra.storage.removal_log import write_removal
 from infra.storage.store import Root, open_root
@@ -167,14 +167,14 @@ def second_run(root: Root, first: dict[str, Any]) -> tuple[dict[str, Any], froze
     known = lineage.lineage(root, first["name"])
     embed = manifests.find(root, "embed", first["stages"]["embed"])
     assert embed
-    facts = json.loads((embed.local() / "facts.json").read_text())
+    facts = json.loads((embed.local_folder / "facts.json").read_text())
     count = facts["count"] // 2
     out = root.scratch / "aside" / f"{RUN}-{time.time_ns()}"
     for name in ("img_emb", "text_emb"):
-        parts = np.concatenate(open_parts(embed.local() / name, facts["count"], facts["dim"]))
+        parts = np.concatenate(open_parts(embed.local_folder / name, facts["count"], facts["dim"]))
         (out / name).mkdir(parents=True)
         np.save(out / name / f"{name}_0000.npy", parts[:count])
-    table = read_metadata(embed.local() / "metadata", EMBEDDED.names, facts["count"]).slice(
+    table = read_metadata(embed.local_folder / "metadata", EMBEDDED.names, facts["count"]).slice(
         0, count
     )
     (out / "metadata").mkdir()
@@ -183,7 +183,7 @@ def second_run(root: Root, first: dict[str, Any]) -> tuple[dict[str, Any], froze
     name = f"{RUN}-{time.time_ns():x}"
     section = IndexConfig.model_validate(known.index.manifest["sections"]["index"])
     inputs = {each: embed.manifest[each] for each in ("inputs", "input_digests")}
-    half = manifests.commit(root, "embed", name, out, facts_of(count, {}) | inputs)
+    half = commits.commit(root, "embed", name, out, facts_of(count, {}) | inputs)
     index = commit_index(root, name, half, section)
     record = {
         **first,
@@ -199,10 +199,10 @@ def commit_index(root: Root, key: str, embed: Committed, section: IndexConfig) -
     """Build and commit the index of an embed folder."""
     out = root.scratch / "aside" / f"index-{time.time_ns()}"
     out.mkdir(parents=True)
-    build(section, embed.local(), out)
+    build(section, embed.local_folder, out)
     made_from = {"inputs": {"embed": embed.key}, "input_digests": {"embed": embed.digest}}
     counts = facts_of(embed.manifest["counts"]["out"], {"index": section.model_dump(mode="json")})
-    return manifests.commit(root, "index", key, out, counts | made_from)
+    return commits.commit(root, "index", key, out, counts | made_from)
 
 
 def facts_of(count: int, sections: dict[str, Any]) -> dict[str, Any]:
@@ -228,11 +228,11 @@ def make_root(folder: Path, rows: int, dim: int) -> None:
         out = root.scratch / "aside" / stage
         out.mkdir(parents=True)
         (out / "drawn.txt").write_text(f"{rows} x {dim}\n")
-        made[stage] = manifests.commit(root, stage, f"{stage}-drawn", out, facts_of(0, {}))
+        made[stage] = commits.commit(root, stage, f"{stage}-drawn", out, facts_of(0, {}))
     out = root.scratch / "aside" / "embed"
     write_drawn(out, rows, dim, "drawn-", made["clip"].digest, 0)
     inputs = {"inputs": {"clip": made["clip"].key}, "input_digests": {"clip": made["clip"].digest}}
-    made["embed"] = manifests.commit(root, "embed", "embed-drawn", out, facts_of(rows, {}) | inputs)
+    made["embed"] = commits.commit(root, "embed", "embed-drawn", out, facts_of(rows, {}) | inputs)
     made["index"] = commit_index(root, "index-drawn", made["embed"], IndexConfig())
     stages = {stage: each.key for stage, each in made.items()}
     record = {

@@ -12,7 +12,7 @@ import torch
 
 from flows.runs.records import write_run
 from infra.schemas import EMBEDDED
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
 from infra.storage.manifests import Committed
 from infra.storage.store import Root
 from training.jobs.train import write_model
@@ -108,6 +108,6 @@ def write_root(folder: Path) -> Root:
             "counts": {"in": 40, "out": 40, "dropped": {}},
             "started": manifests.now(),
         }
-        committed[stage] = manifests.commit(root, stage, f"{stage}-key", made / stage, facts)
+        committed[stage] = commits.commit(root, stage, f"{stage}-key", made / stage, facts)
     write_run(root, "small", "small.toml", manifests.now(), committed)
     return root

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from flows.config.roots import scratch_for
-from infra.storage import manifests
+from infra.storage import commits, manifests
 from infra.storage import store as storage
 from infra.storage.manifests import MANIFEST, Committed
 from infra.storage.store import Root
@@ -181,8 +181,8 @@ def begun(place: Place, undisturbed: Root, root: Root, stages: tuple[str, ...]) 
     """Commit in a fresh ROOT what the undisturbed run made of some stages."""
     for each in (made(undisturbed, stage) for stage in stages):
         out = place.folder / "given"
-        shutil.copytree(each.local(), out, ignore=shutil.ignore_patterns(MANIFEST))
-        manifests.commit(root, each.stage, each.key, out, each.manifest)
+        shutil.copytree(each.local_folder, out, ignore=shutil.ignore_patterns(MANIFEST))
+        commits.commit(root, each.stage, each.key, out, each.manifest)
 
 
 def ended_well(
@@ -415,7 +415,7 @@ def test_downloading_into_a_bucket_a_process_is_killed_and_a_node_loses_power(pl
         and counts["out"] == LISTED
         and counts["dropped"] == {"http_404": 10}
     )
-    pictures, others = (stored(each.local()) for each in (found, expected))
+    pictures, others = (stored(each.local_folder) for each in (found, expected))
     assert {path: image.tobytes() for path, image in pictures.items()} == {
         path: image.tobytes() for path, image in others.items()
     }

@@ -67,7 +67,7 @@ def night(root: store.Root, config: RunConfig, cluster: Cluster) -> dict[str, St
 
 def embedded(result: StageResult) -> tuple[list[str], np.ndarray]:
     """Return captions and picture vectors of an embed folder."""
-    folder = result.committed.local()
+    folder = result.committed.local_folder
     captions = pq.read_table(folder / "metadata")["caption"].to_pylist()
     return captions, np.concatenate(
         [np.load(file) for file in sorted((folder / "img_emb").glob("*.npy"))]
@@ -122,7 +122,7 @@ def test_a_night_embeds_and_indexes_only_what_is_new_and_trains_nothing(
     }
     assert np.abs(vectors.astype(np.float32) - embedded(again)[1]).max() < 2e-3
     assert np.array_equal(vectors[: len(FIRST)], embedded(first["embed"])[1])
-    opened = Index.open(second["index"].committed.local())
+    opened = Index.open(second["index"].committed.local_folder)
     scores, rows = opened.search(vectors.astype(np.float32), 1)
     assert scores.min() > 0.99 and opened.count == len(SECOND)
     assert np.abs(vectors[rows[:, 0]] - vectors).max() < 2e-3
@@ -148,7 +148,7 @@ def test_a_kept_model_is_of_the_same_code_and_of_the_same_clip(
     assert frozen_model(root, config, prior, {"clip": made.digest}) is None, (
         "made with no CLIP, so not with this one"
     )
-    (made.local() / "x.bin").write_bytes(b"cut")
+    (made.local_folder / "x.bin").write_bytes(b"cut")
     assert frozen_model(root, config, clip, {}) is None, "a damaged folder is none"
 
 

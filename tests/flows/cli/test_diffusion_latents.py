@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flows.runs.records import write_run as write_record
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
 from tests.flows.cli.test_main import ran
 from tests.helpers import evaluation_run
 from tests.helpers.small_systems import write_system
@@ -33,8 +33,7 @@ def write_root(folder: Path, rows: list[dict[str, Any]]) -> str:
     }
     stages = ("ingest", "clip", "embed", "prior", "decoder")
     committed = {
-        stage: manifests.commit(root, stage, f"{stage}-key", made / stage, facts)
-        for stage in stages
+        stage: commits.commit(root, stage, f"{stage}-key", made / stage, facts) for stage in stages
     }
     write_record(root, "small", "small.toml", manifests.now(), committed)
     return str(folder / "root")

@@ -95,7 +95,7 @@ def test_it_draws_the_runs_pictures_with_torch_alone(
     assert done.returncode == 0, done.stderr
     record = find_run(root)
     model = Unclip.load(
-        *(committed_of(root, record, stage).local() for stage in ("clip", "prior", "decoder"))
+        *(committed_of(root, record, stage).local_folder for stage in ("clip", "prior", "decoder"))
     )
     assert np.array_equal(
         np.load(tmp_path / "x.npy"), model.generate(["a red heart", "blue"], count=2, seed=5)
@@ -168,7 +168,7 @@ def test_it_overwrites_nothing_and_refuses_a_changed_file(
     with pytest.raises(CallerError, match="is there already"):
         write_export(root, find_run(root), folder)
     copy = write_root(tmp_path)
-    weights = committed_of(copy, find_run(copy), "prior").local() / "weights.safetensors"
+    weights = committed_of(copy, find_run(copy), "prior").local_folder / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)

@@ -194,7 +194,7 @@ def test_status_with_checksums_finds_a_changed_byte(
 ) -> None:
     made = run_all(store.open_root("unclip-data"), FakeConfig(data=FakeSection(word="x")))
     assert ran(capsys, "status", "fake.toml", "--checksums")[0] == 0
-    file = made["embed"].committed.local() / "parts" / "05.bin"
+    file = made["embed"].committed.local_folder / "parts" / "05.bin"
     file.write_bytes(b"\0" + file.read_bytes()[1:])
     code, _, err = ran(capsys, "status", "fake.toml", "--checksums")
     assert code == 1 and "parts/05.bin has another checksum" in err and err.count("\n") == 1

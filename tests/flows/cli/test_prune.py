@@ -13,7 +13,7 @@ from flows.cli.main import main
 from flows.cli.prune import discard, unused
 from flows.orchestration.ray_job import claim_name
 from flows.runs.promotion import CURRENT
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
 from infra.storage.locks import reader_lock, reading_file
 from infra.storage.store import Root
 
@@ -43,7 +43,7 @@ def commit(root: Root, stage: str, night: int, inputs: tuple[str, ...]) -> None:
     out = root.scratch / "aside" / f"{stage}{night}"
     out.mkdir(parents=True)
     (out / "a.bin").write_bytes(bytes(1000 * night))
-    manifests.commit(
+    commits.commit(
         root, stage, f"night{night}", out, {"inputs": dict.fromkeys(inputs, f"night{night}")}
     )
 

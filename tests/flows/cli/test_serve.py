@@ -29,7 +29,7 @@ from indexing.service.app import make_app
 from indexing.service.freshness import Freshness
 from indexing.service.state import Encoders, ServeConfig, Service
 from infra.errors import CallerError, StorageError
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
 from infra.storage.removal_log import read_entry, write_removal
 from infra.storage.store import Root
 from tests.helpers import evaluation_run
@@ -66,7 +66,7 @@ def finish(root: Root, folder: Path, name: str, numbers: range, own: float | Non
             "input_digests": {each: made[each].digest for each in inputs},
         }
         counts = {"in": len(rows), "out": len(rows), "dropped": {}}
-        made[stage] = manifests.commit(
+        made[stage] = commits.commit(
             root,
             stage,
             f"{stage}-{name}",
@@ -78,7 +78,7 @@ def finish(root: Root, folder: Path, name: str, numbers: range, own: float | Non
     section = IndexConfig(factory="Flat", queries=4)
     index = folder / name / "index"
     index.mkdir()
-    build(section, made["embed"].local(), index)
+    build(section, made["embed"].local_folder, index)
     commit("index", index, ("embed",), {"index": section.model_dump(mode="json")})
     if own is not None:
         report = folder / name / "report"

@@ -120,7 +120,7 @@ def test_two_nodes_download_what_one_machine_would_and_a_dying_node_loses_and_do
         and counts["out"] == 150
         and counts["dropped"] == {"http_404": 10}
     )
-    found, expected = stored(results[0].local()), stored(alone.local())
+    found, expected = stored(results[0].local_folder), stored(alone.local_folder)
     assert {name: image.tobytes() for name, image in found.items()} == {
         name: image.tobytes() for name, image in expected.items()
     }

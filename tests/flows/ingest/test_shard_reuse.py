@@ -78,7 +78,7 @@ def test_a_night_asks_only_for_what_is_new_and_ends_as_if_it_had_asked_for_all(
         after.manifest["counts"]["dropped"] == {"http_404": 1}
         and after.manifest["counts"]["shards_taken_over"] == 4
     )
-    pictures = stored(after.local())
+    pictures = stored(after.local_folder)
     assert set(pictures) == set(second) - {"missing/90.png"} and after.manifest["counts"][
         "out"
     ] == len(pictures)
@@ -101,16 +101,16 @@ def test_what_the_list_has_lost_is_in_no_shard_and_untouched_shards_are_the_same
     after = night(root, rows(server, [path for path in first if path != "good/7.png"]), tmp_path)
     same = [
         old.name
-        for old in (before.local() / "shards").glob("*.tar")
-        if old.stat().st_ino == (after.local() / "shards" / old.name).stat().st_ino
+        for old in (before.local_folder / "shards").glob("*.tar")
+        if old.stat().st_ino == (after.local_folder / "shards" / old.name).stat().st_ino
     ]
     assert len(same) == 2
     texts = []
-    for tar in (after.local() / "shards").glob("*.tar"):
+    for tar in (after.local_folder / "shards").glob("*.tar"):
         with tarfile.open(tar) as opened:
             texts += [member for member in opened if member.name.endswith(".txt")]
         assert pq.read_table(tar.with_suffix(".parquet")).num_rows in (9, 10)
-    assert len(texts) == 29 and "good/7.png" not in stored(after.local())
+    assert len(texts) == 29 and "good/7.png" not in stored(after.local_folder)
 
 
 def test_a_row_of_which_the_list_says_something_else_is_asked_again(
@@ -123,7 +123,7 @@ def test_a_row_of_which_the_list_says_something_else_is_asked_again(
     assert server.asked["/good/1.png"] == 2 and server.asked["/good/2.png"] == 1
     found = [
         row
-        for file in (after.local() / "shards").glob("*.parquet")
+        for file in (after.local_folder / "shards").glob("*.parquet")
         for row in pq.read_table(file).to_pylist()
     ]
     assert {row["caption"]: row["licence"] for row in found} == {
@@ -150,7 +150,7 @@ def test_other_settings_or_a_folder_take_nothing_over(server: Server, tmp_path: 
         config = OnlyData(data=config_for({"kind": "folder", "path": str(pictures)}))
         with Cluster(config.cluster) as cluster:
             made = run_stage(INGEST, root, config, {}, cluster, lambda line: None).committed
-        assert abs(int(stored(made.local())["mine"].mean()) - value) < 2
+        assert abs(int(stored(made.local_folder)["mine"].mean()) - value) < 2
 
 
 def test_a_killed_take_over_is_repeated_and_ends_the_same(
@@ -172,7 +172,7 @@ def test_a_killed_take_over_is_repeated_and_ends_the_same(
         night(root, rows(server, first[1:]), tmp_path)
     after = night(root, rows(server, first[1:]), tmp_path)
     assert (
-        set(stored(after.local())) == set(first[1:])
+        set(stored(after.local_folder)) == set(first[1:])
         and max(server.asked[f"/{path}"] for path in first) == 1
     )
-    assert json.loads((after.local() / "manifest.json").read_text())["counts"]["out"] == 29
+    assert json.loads((after.local_folder / "manifest.json").read_text())["counts"]["out"] == 29

@@ -22,7 +22,7 @@ from flows.live_index import additions, lineage, merge
 from flows.live_index.compaction import compact
 from flows.live_index.leftovers import leftovers, remove_leftovers, unfinished
 from flows.live_index.takedown import by_values, find, take_down, verify
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
 from infra.storage.locks import lock_file
 from infra.storage.store import Root, open_root
 from infra.storage.temporary_folders import writing_folder
@@ -38,7 +38,7 @@ from flows.live_index import additions
 from flows.live_index import compaction
 from flows.live_index import lineage
 from flows.live_index import merge
-from infra.storage import manifests
+from infra.storage import commits
 from infra.storage import store
 
 def stop(*_):
@@ -63,7 +63,7 @@ root = store.open_root(uri)
 if action == "blank":
     compaction.blank = stop_then(compaction.blank)
 elif action == "exchange":
-    manifests._exchange = then_stop(manifests._exchange)
+    commits._exchange = then_stop(commits._exchange)
 else:
     additions.commit = stop_then(additions.commit)
 if action == "add":
@@ -105,8 +105,10 @@ def stopped(root: Root, action: str, *more: str) -> Iterator[subprocess.Popen[st
 
 def take(root: Root, number: int) -> tuple[dict[str, Any], bytes]:
     """Take a sample down; return its row and its picture's bytes."""
-    sample = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()[number]
-    shard = (committed(root, "ingest").local() / "shards" / "00000.tar").read_bytes()
+    sample = pq.read_table(committed(root, "curate").local_folder / "keep.parquet").to_pylist()[
+        number
+    ]
+    shard = (committed(root, "ingest").local_folder / "shards" / "00000.tar").read_bytes()
     take_down(root, find(root, by_values("key", [sample["key"]])), {})
     return sample, shard[sample["offset"] : sample["offset"] + sample["size_bytes"]]
 
@@ -235,7 +237,7 @@ def test_a_folder_whose_remover_was_killed_is_named_and_goes_unless_somebody_mak
     sample, content = take(root, 7)
     half = Path(root.uri) / "ingest" / "0123456789abcdef"
     (half / "shards").mkdir(parents=True)
-    shard = committed(root, "ingest").local() / "shards" / "00000.tar"
+    shard = committed(root, "ingest").local_folder / "shards" / "00000.tar"
     (half / "shards" / "00000.tar").write_bytes(shard.read_bytes())
     somebodys = half.with_name("my notes")
     somebodys.mkdir()
@@ -274,7 +276,7 @@ def test_verify_names_shards_that_were_cut_short_and_bytes_that_a_table_no_longe
     root: Root,
 ) -> None:
     sample, content = take(root, 7)
-    shard = committed(root, "ingest").local() / "shards" / "00000.tar"
+    shard = committed(root, "ingest").local_folder / "shards" / "00000.tar"
     before = shard.read_bytes()
     compact(root, print)
     with writing_folder(root.scratch, "ingest-half") as folder:
@@ -325,7 +327,7 @@ def test_on_a_store_what_was_replaced_goes_at_once_and_what_nobody_named_after_a
     def commit(word: str, replaces: str | None = None) -> manifests.Committed:
         with writing_folder(root.scratch, "out") as out:
             (out / "a.txt").write_text(word)
-            return manifests.commit(root, "ingest", key, out, facts, replaces)
+            return commits.commit(root, "ingest", key, out, facts, replaces)
 
     first = commit("picture")
     remove = store.remove

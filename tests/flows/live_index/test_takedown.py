@@ -29,7 +29,7 @@ from flows.runs.planning import fault
 from indexing.dedup import deduplicate
 from infra.errors import CallerError, DataError
 from infra.schemas import DROPPED, URLS
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
 from infra.storage.locks import reader_lock, reading_file
 from infra.storage.removal_log import Removals, read_entries, read_removals, write_removal
 from infra.storage.store import Root, open_root
@@ -76,9 +76,9 @@ def test_an_entry_names_the_models_that_trained_on_the_sample_and_no_others(root
 
 
 def test_compaction_takes_the_bytes_out_of_every_folder_and_all_others_stay(root: Root) -> None:
-    row = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()[7]
+    row = pq.read_table(committed(root, "curate").local_folder / "keep.parquet").to_pylist()[7]
     others = {hit for hit in keys_of(root) if hit != row["key"]}
-    tar = committed(root, "ingest").local() / "shards" / "00000.tar"
+    tar = committed(root, "ingest").local_folder / "shards" / "00000.tar"
     content = tar.read_bytes()[row["offset"] : row["offset"] + row["size_bytes"]]
     before = verify(root, [row])
     assert before == {
@@ -123,16 +123,16 @@ def test_after_compaction_the_chain_is_current_and_only_models_are_made_again(ro
 
 
 def test_other_pictures_keep_their_places_and_readers_skip_the_blank(root: Root) -> None:
-    table = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()
+    table = pq.read_table(committed(root, "curate").local_folder / "keep.parquet").to_pylist()
     take(root, table[3]["key"])
     compact(root, print)
-    tar = committed(root, "ingest").local() / "shards" / "00000.tar"
+    tar = committed(root, "ingest").local_folder / "shards" / "00000.tar"
     with tarfile.open(tar) as opened:
         names = [member.name for member in opened if member.isreg()]
     assert names == [row["member"] for row in table if row["key"] != table[3]["key"]]
     judged = curate.run(
         CurateConfig(held_out_concept_fraction=0.3, min_side_px=1),
-        committed(root, "ingest").local(),
+        committed(root, "ingest").local_folder,
         tar.parent.parent.parent / "out",
     )
     assert judged["in"] == 47
@@ -147,8 +147,10 @@ def second_night(
     """Commit an ingest that holds picture TWICE again, from a mirror, and what curate makes of it;
     return its tar and the bytes.
     """
-    first = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()[TWICE]
-    before = committed(root, "ingest").local()
+    first = pq.read_table(committed(root, "curate").local_folder / "keep.parquet").to_pylist()[
+        TWICE
+    ]
+    before = committed(root, "ingest").local_folder
     content = (before / "shards" / "00000.tar").read_bytes()[
         first["offset"] : first["offset"] + first["size_bytes"]
     ]
@@ -182,11 +184,13 @@ def second_night(
         "counts": {},
         "started": manifests.now(),
     }
-    ingest_made = manifests.commit(root, "ingest", key, out, facts)
-    counts = curate.run(CurateConfig(min_side_px=1), ingest_made.local(), out, read_removals(root))
+    ingest_made = commits.commit(root, "ingest", key, out, facts)
+    counts = curate.run(
+        CurateConfig(min_side_px=1), ingest_made.local_folder, out, read_removals(root)
+    )
     inputs = {"inputs": {"ingest": key}, "input_digests": {"ingest": ingest_made.digest}}
-    manifests.commit(root, "curate", key, out, facts | inputs | {"counts": counts})
-    return str(ingest_made.local() / "shards" / "00000.tar"), content
+    commits.commit(root, "curate", key, out, facts | inputs | {"counts": counts})
+    return str(ingest_made.local_folder / "shards" / "00000.tar"), content
 
 
 @pytest.mark.parametrize(("download", "caption"), [("f" * 64, "a mirror"), ("", "x")])
@@ -198,7 +202,7 @@ def test_an_equal_picture_that_curate_left_out_goes_along(
     out by the download's.
     """
     tar, content = second_night(root, "night2", download, caption)
-    kept = pq.read_table(manifests.find(root, "curate", "night2").local() / "keep.parquet")[
+    kept = pq.read_table(manifests.find(root, "curate", "night2").local_folder / "keep.parquet")[
         "key"
     ].to_pylist()  # type: ignore[union-attr]
     first = usual_rows()[TWICE]
@@ -225,7 +229,7 @@ def test_an_equal_picture_that_comes_after_the_take_down_does_not_stay(
     take(root, first["key"])
     tar, content = second_night(root, "night2", download)
     dropped = pq.read_table(
-        manifests.find(root, "curate", "night2").local() / "dropped.parquet"
+        manifests.find(root, "curate", "night2").local_folder / "dropped.parquet"
     ).to_pylist()  # type: ignore[union-attr]
     assert {row["key"] for row in dropped if row["reason"] == "removed"} == {
         first["key"],
@@ -251,10 +255,10 @@ def commit_dedup(root: Root) -> tuple[str, str]:
     """
     embed, out = committed(root, "embed"), root.scratch / "aside" / "dedup"
     out.mkdir(parents=True)
-    table = pq.read_table(embed.local() / "metadata" / "metadata_0000.parquet")
+    table = pq.read_table(embed.local_folder / "metadata" / "metadata_0000.parquet")
     keys = table["key"].to_pylist()
     is_kept = np.array([key != keys[4] for key in keys])
-    deduplicate.write_keepers(embed.local(), out, is_kept)
+    deduplicate.write_keepers(embed.local_folder, out, is_kept)
     row = {"key": keys[4], "keeper": keys[5], "reason": "alike", "score": 0.9}
     pq.write_table(pa.Table.from_pylist([row], deduplicate.GROUPS), out / "groups.parquet")
     (out / "threshold.json").write_text("{}")
@@ -271,7 +275,7 @@ def commit_dedup(root: Root) -> tuple[str, str]:
         "counts": {},
         "started": manifests.now(),
     }
-    manifests.commit(root, "dedup", "dedup0123456789", out, facts)
+    commits.commit(root, "dedup", "dedup0123456789", out, facts)
     return keys[5], keys[4]
 
 
@@ -289,7 +293,7 @@ def test_what_dedup_keeps_and_what_it_left_out_leave_its_folder_too(root: Root) 
             "embeddings": [],
             "index": [],
         }
-    folder = committed(root, "dedup").local()
+    folder = committed(root, "dedup").local_folder
     assert (
         pq.read_table(folder / "groups.parquet").num_rows == 0
         and not (folder / "groups.png").exists()
@@ -336,7 +340,7 @@ def test_a_model_that_is_committed_between_take_down_and_compaction_or_after_bot
             "counts": {},
             "started": started,
         }
-        manifests.commit(root, stage, f"{stage}0123456789", out, facts)
+        commits.commit(root, stage, f"{stage}0123456789", out, facts)
 
     take(root, key)
     commit_model("upsampler", started)
@@ -382,7 +386,7 @@ def test_compaction_waits_for_a_stage_that_reads_what_it_would_change(root: Root
     it.
     """
     take(root, keys_of(root)[0])
-    tar = committed(root, "ingest").local() / "shards" / "00000.tar"
+    tar = committed(root, "ingest").local_folder / "shards" / "00000.tar"
     before, said = tar.read_bytes(), []
     with reader_lock(reading_file(root.scratch, "ingest", "ingest0123456789"), "ingest", print):
         waiting = threading.Thread(target=compact, args=(root, said.append))
@@ -432,7 +436,7 @@ def test_a_blanked_tar_of_img2datasets_form_still_reads(tmp_path: Path) -> None:
 def test_ingest_does_not_download_and_curate_does_not_keep_what_was_taken_down(
     root: Root, tmp_path: Path
 ) -> None:
-    rows = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()
+    rows = pq.read_table(committed(root, "curate").local_folder / "keep.parquet").to_pylist()
     removals = Removals(
         frozenset({rows[0]["key"]}),
         frozenset({"https://cdn.example.org/5"}),
@@ -440,7 +444,7 @@ def test_ingest_does_not_download_and_curate_does_not_keep_what_was_taken_down(
     )
     counts = curate.run(
         CurateConfig(min_side_px=1),
-        committed(root, "ingest").local(),
+        committed(root, "ingest").local_folder,
         tmp_path / "curated",
         removals,
     )
@@ -451,7 +455,7 @@ def test_ingest_does_not_download_and_curate_does_not_keep_what_was_taken_down(
     assert {row["key"] for row in dropped} == {rows[0]["key"], rows[9]["key"]}
     table = tmp_path / "table"
     table.mkdir()
-    source = pq.read_table(committed(root, "ingest").local() / "urls.parquet")
+    source = pq.read_table(committed(root, "ingest").local_folder / "urls.parquet")
     pq.write_table(source, table / "urls.parquet")
     pq.write_table(pa.Table.from_pylist([], DROPPED), table / "dropped.parquet")
     ingest.leave_out(table, removals)

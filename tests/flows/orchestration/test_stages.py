@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +21,9 @@ from flows.runs.planning import plan, with_needs
 from flows.runs.stage import Stage, StageJob, inputs_of, key_of
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageError
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
 from infra.storage.locks import is_being_read, reading_file
+from infra.storage.stage_files import FolderFiles, pinned_copy
 from infra.storage.store import Root
 from tests.helpers import fake_stages, forked_processes
 from tests.helpers.fake_stages import FAKES, FakeConfig, FakeSection, run_all, write_chunks
@@ -106,7 +106,7 @@ def test_a_raised_code_version_makes_its_stage_stale(root: Root) -> None:
 
 def test_a_file_that_is_gone_or_cut_makes_the_stage_again_under_the_same_key(root: Root) -> None:
     first = run_all(root, FakeConfig())
-    file = first["clip"].committed.local() / "parts" / "03.bin"
+    file = pinned_copy(first["clip"].committed.files) / "parts" / "03.bin"
     for harm in (file.unlink, lambda: os.truncate(file, 10)):
         harm()
         why = states(root, FakeConfig())["clip"][1]
@@ -344,12 +344,12 @@ def test_a_committed_stage_is_left_when_another_writer_commits_first(root: Root)
         other = root.scratch / "aside" / "other-machine"
         other.mkdir(parents=True)
         (other / "a").write_text("first")
-        manifests.commit(root, job.stage, job.key, other, {"input_digests": {}, "counts": counts})
+        commits.commit(root, job.stage, job.key, other, {"input_digests": {}, "counts": counts})
         return counts
 
     with Cluster(ClusterConfig()) as cluster:
         result = run_stage(replace(FAKES[0], run=slow), root, FakeConfig(), {}, cluster, print)
-    assert (result.committed.local() / "a").read_text() == "first" and manifests.verify(
+    assert (pinned_copy(result.committed.files) / "a").read_text() == "first" and manifests.verify(
         result.committed
     ) == []
 
@@ -396,7 +396,7 @@ def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(
         "compare",
         lambda stage, out, ingest, kept, *more: seen.append(kept) or {},
     )
-    inputs = {name: SimpleNamespace(local=partial(Path, name)) for name in stages}
+    inputs = {name: SimpleNamespace(files=FolderFiles(Path(name))) for name in stages}
     for stage in (each for each in STAGES if each.name in UPSAMPLERS):
         assert inputs_of(stage, stages) == list(stages)
         config = SimpleNamespace(cluster=None, **dict.fromkeys(UPSAMPLERS))
@@ -408,6 +408,7 @@ def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(
                 cluster=MagicMock(),
                 out=Path(),
                 work=Path(),
+                local_copy=lambda committed: committed.files.folder,
             )
         )  # type: ignore[arg-type]
     assert seen == [Path(stages[-1])] * 4
@@ -432,10 +433,15 @@ def test_many_vectors_in_several_files_are_indexed_on_ray_and_few_without(
     ):
         write_embed(tmp_path / name, count, 8, parts)
         cluster, config = MagicMock(), SimpleNamespace(index=None, cluster="the section")
-        inputs = {"embed": SimpleNamespace(local=partial(Path, tmp_path / name))}
+        inputs = {"embed": SimpleNamespace(files=FolderFiles(tmp_path / name))}
         run_index(
             SimpleNamespace(
-                config=config, inputs=inputs, out=tmp_path, cluster=cluster, previous=None
+                config=config,
+                inputs=inputs,
+                out=tmp_path,
+                cluster=cluster,
+                previous=None,
+                local_copy=lambda committed: committed.files.folder,
             )
         )  # type: ignore[arg-type]
         assert (given[-1] is not None) == is_spread == cluster.start.called

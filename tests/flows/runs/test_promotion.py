@@ -13,7 +13,7 @@ from flows.config.run_config import load_recipe
 from flows.runs.promotion import judge, settle
 from flows.runs.records import find_run, list_runs, write_run
 from infra.errors import CallerError
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
 from infra.storage.store import Root
 from tests.helpers.tiny_run import RECIPE
 
@@ -38,7 +38,7 @@ def finished(
         "retrieval": {"recall@1": {"value": recall, "low": 0.0, "n": 9}},
     }
     (out / "report.json").write_text(json.dumps(report))
-    committed = manifests.commit(root, "evaluate", f"key-{name}", out, {"counts": {}, "inputs": {}})
+    committed = commits.commit(root, "evaluate", f"key-{name}", out, {"counts": {}, "inputs": {}})
     return write_run(root, name, "tiny", manifests.now(), {"evaluate": committed}), {
         "evaluate": committed
     }

@@ -10,7 +10,8 @@ import pytest
 
 from infra.console import progress
 from infra.console.progress import Progress, duration, transfer
-from infra.storage import manifests, store
+from infra.storage import commits, store
+from infra.storage.stage_files import pinned_copy
 
 
 class Clock:
@@ -142,7 +143,7 @@ def test_a_store_tells_of_every_byte_once_however_often_it_is_tried(
     out.mkdir()
     (out / "a.bin").write_bytes(bytes(3000))
     (out / "b.bin").write_bytes(bytes(500))
-    committed = manifests.commit(root, "clip", "k", out, {"counts": {}, "inputs": {}})
-    assert sum(path.stat().st_size for path in committed.local().glob("*.bin")) == 3500
+    committed = commits.commit(root, "clip", "k", out, {"counts": {}, "inputs": {}})
+    assert sum(path.stat().st_size for path in pinned_copy(committed.files).glob("*.bin")) == 3500
     assert told == {"clip up": 3500, "clip down": 3500}
     fsspec.filesystem("memory").store.clear()

@@ -14,7 +14,8 @@ import fsspec
 import pytest
 
 from infra.errors import DataError, StorageError
-from infra.storage import manifests, store
+from infra.storage import commits, manifests, store
+from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root
 
 FACTS = {"counts": {"in": 1, "out": 1, "dropped": {}}, "inputs": {}}
@@ -63,7 +64,7 @@ def test_a_key_depends_on_every_part_and_on_nothing_else() -> None:
 def test_a_folder_exists_once_committed_with_all_that_lineage_needs(root: Root) -> None:
     assert manifests.find(root, "clip", "k") is None and manifests.newest(root, "clip") is None
     out = made(root, "x")
-    committed = manifests.commit(root, "clip", "k", out, FACTS)
+    committed = commits.commit(root, "clip", "k", out, FACTS)
     found = manifests.find(root, "clip", "k")
     assert found and found.manifest == committed.manifest and not out.exists()
     assert found.manifest.keys() >= {
@@ -80,8 +81,8 @@ def test_a_folder_exists_once_committed_with_all_that_lineage_needs(root: Root) 
         ("a.txt", 1),
         ("deep/b.bin", 1000),
     ]
-    assert (found.local() / "a.txt").read_text() == "x" and (
-        found.local() / "deep" / "b.bin"
+    assert (pinned_copy(found.files) / "a.txt").read_text() == "x" and (
+        pinned_copy(found.files) / "deep" / "b.bin"
     ).stat().st_size == 1000
     assert manifests.damage(found) == "" and manifests.verify(found) == []
 
@@ -89,13 +90,15 @@ def test_a_folder_exists_once_committed_with_all_that_lineage_needs(root: Root) 
 def test_a_folder_without_a_manifest_does_not_exist(root: Root) -> None:
     store.write_bytes(root, "clip/k/a.txt", b"half")
     assert manifests.find(root, "clip", "k") is None and manifests.newest(root, "clip") is None
-    committed = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
-    assert (committed.local() / "a.txt").read_text() == "x" and manifests.verify(committed) == []
+    committed = commits.commit(root, "clip", "k", made(root, "x"), FACTS)
+    assert (pinned_copy(committed.files) / "a.txt").read_text() == "x" and manifests.verify(
+        committed
+    ) == []
 
 
 def test_the_second_writer_finds_the_first_ones_folder_and_leaves_it(root: Root) -> None:
-    first = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
-    second = manifests.commit(root, "clip", "k", made(root, "y", "other"), FACTS)
+    first = commits.commit(root, "clip", "k", made(root, "x"), FACTS)
+    second = commits.commit(root, "clip", "k", made(root, "y", "other"), FACTS)
     assert second.manifest == first.manifest and manifests.verify(second) == []
     files = set(store.file_sizes(root, "clip"))
     assert files == {name for name in files if first.manifest["prefix"] in name} | {
@@ -105,17 +108,17 @@ def test_the_second_writer_finds_the_first_ones_folder_and_leaves_it(root: Root)
 
 
 def test_only_the_attempt_that_is_named_is_replaced(root: Root) -> None:
-    first = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
-    kept = manifests.commit(root, "clip", "k", made(root, "y"), FACTS, replaces="another")
+    first = commits.commit(root, "clip", "k", made(root, "x"), FACTS)
+    kept = commits.commit(root, "clip", "k", made(root, "y"), FACTS, replaces="another")
     assert kept.manifest == first.manifest
-    new = manifests.commit(
+    new = commits.commit(
         root, "clip", "k", made(root, "y"), FACTS, replaces=first.manifest["attempt"]
     )
     found = manifests.find(root, "clip", "k")
     assert (
         found and found.manifest == new.manifest != first.manifest and manifests.verify(found) == []
     )
-    assert (found.local() / "a.txt").read_text() == "y"
+    assert (pinned_copy(found.files) / "a.txt").read_text() == "y"
     assert (
         len(store.file_sizes(root, "clip")) == 3 and list((root.scratch / "aside").iterdir()) == []
     )
@@ -129,7 +132,7 @@ def test_a_writer_that_is_killed_while_it_replaces_a_folder_loses_nothing(
     system cannot exchange.
     """
     root = store.open_root(str(tmp_path / "root"))
-    first = manifests.commit(root, "clip", "k", made(root, "x", "clip-k-1"), FACTS)
+    first = commits.commit(root, "clip", "k", made(root, "x", "clip-k-1"), FACTS)
     new = made(root, "y", "clip-k-2")
     child = os.fork()
     if child == 0:
@@ -142,22 +145,22 @@ def test_a_writer_that_is_killed_while_it_replaces_a_folder_loses_nothing(
 
         rename = Path.rename
         if can_exchange:
-            manifests._exchange = die
+            commits._exchange = die
         else:
-            manifests._exchange = lambda *_: False
+            commits._exchange = lambda *_: False
             Path.rename = lambda *given: die() or rename(*given)  # type: ignore[method-assign, assignment]
-        manifests.commit(root, "clip", "k", new, FACTS, replaces=first.manifest["attempt"])
+        commits.commit(root, "clip", "k", new, FACTS, replaces=first.manifest["attempt"])
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert (manifests.find(root, "clip", "k") is None) == (kill_at == 2)
-    assert manifests.interrupted(root) == ([("clip", "k")] if kill_at == 2 else [])
-    manifests.recover(root, "clip", "k")
+    assert commits.interrupted(root) == ([("clip", "k")] if kill_at == 2 else [])
+    commits.recover(root, "clip", "k")
     found = manifests.find(root, "clip", "k")
     assert found and found.manifest == first.manifest and manifests.verify(found) == []
-    again = manifests.commit(
+    again = commits.commit(
         root, "clip", "k", made(root, "z", "clip-k-3"), FACTS, replaces=first.manifest["attempt"]
     )
-    assert (again.local() / "a.txt").read_text() == "z"
+    assert (pinned_copy(again.files) / "a.txt").read_text() == "z"
 
 
 def test_the_second_of_two_repairs_at_once_leaves_the_first_ones_folder(
@@ -166,7 +169,7 @@ def test_the_second_of_two_repairs_at_once_leaves_the_first_ones_folder(
     """Both saw the damaged folder; the other machine's is committed between our look and our own
     commit.
     """
-    damaged_one = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
+    damaged_one = commits.commit(root, "clip", "k", made(root, "x"), FACTS)
     replaces = damaged_one.manifest["attempt"]
     other: list[manifests.Committed] = []
     find = manifests.find
@@ -174,35 +177,35 @@ def test_the_second_of_two_repairs_at_once_leaves_the_first_ones_folder(
     def find_and_be_overtaken(*given: Any) -> manifests.Committed | None:
         found = find(*given)
         if not other:
-            monkeypatch.setattr(manifests, "find", find)
+            monkeypatch.setattr(commits, "find", find)
             other.append(
-                manifests.commit(
+                commits.commit(
                     root, "clip", "k", made(root, "theirs", "other"), FACTS, replaces=replaces
                 )
             )
         return found
 
-    monkeypatch.setattr(manifests, "find", find_and_be_overtaken)
-    ours = manifests.commit(root, "clip", "k", made(root, "ours"), FACTS, replaces=replaces)
+    monkeypatch.setattr(commits, "find", find_and_be_overtaken)
+    ours = commits.commit(root, "clip", "k", made(root, "ours"), FACTS, replaces=replaces)
     assert ours.manifest == other[0].manifest != damaged_one.manifest
     found = find(root, "clip", "k")
     assert (
         found
         and found.manifest == ours.manifest
         and manifests.verify(found) == []
-        and (found.local() / "a.txt").read_text() == "theirs"
+        and (pinned_copy(found.files) / "a.txt").read_text() == "theirs"
     )
 
 
 def test_the_newest_folder_is_the_one_committed_last(root: Root) -> None:
     for key in ("zz", "aa", "mm"):
-        manifests.commit(root, "clip", key, made(root, key), FACTS)
+        commits.commit(root, "clip", key, made(root, key), FACTS)
     newest = manifests.newest(root, "clip")
     assert newest and newest.key == "mm"
 
 
 def test_damage_is_seen_by_size_and_by_checksum(root: Root) -> None:
-    committed = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
+    committed = commits.commit(root, "clip", "k", made(root, "x"), FACTS)
     damaged(committed, "deep/b.bin", b"y" * 1000)
     assert manifests.damage(committed) == "" and manifests.verify(committed) == [
         "deep/b.bin has another checksum"
@@ -217,19 +220,19 @@ def test_damage_is_seen_by_size_and_by_checksum(root: Root) -> None:
 
 
 def test_equal_contents_have_equal_digests(root: Root) -> None:
-    first = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
-    same = manifests.commit(root, "clip", "l", made(root, "x"), FACTS)
-    other = manifests.commit(root, "clip", "m", made(root, "y"), FACTS)
+    first = commits.commit(root, "clip", "k", made(root, "x"), FACTS)
+    same = commits.commit(root, "clip", "l", made(root, "x"), FACTS)
+    other = commits.commit(root, "clip", "m", made(root, "y"), FACTS)
     assert first.digest == same.digest != other.digest
 
 
 def test_a_download_that_does_not_match_is_refused(tmp_path: Path) -> None:
     root = store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
-    committed = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
+    committed = commits.commit(root, "clip", "k", made(root, "x"), FACTS)
     damaged(committed, "a.txt", b"y")
     with pytest.raises(DataError, match=r"a\.txt has another checksum; run again"):
-        committed.local()
-    assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+        committed.files.open("a.txt")
+    assert not [path for path in (tmp_path / "scratch" / "cache").rglob("*") if path.is_file()]
 
 
 def test_a_commit_that_fails_leaves_nothing_under_the_final_name(
@@ -241,9 +244,9 @@ def test_a_commit_that_fails_leaves_nothing_under_the_final_name(
     def full(folder: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
-    monkeypatch.setattr(manifests, "_sync_tree", full)
+    monkeypatch.setattr(commits, "_sync_tree", full)
     with pytest.raises(StorageError, match="no space left"):
-        manifests.commit(root, "clip", "k", out, FACTS)
+        commits.commit(root, "clip", "k", out, FACTS)
     assert (
         not (tmp_path / "root" / "clip" / "k").exists()
         and manifests.find(root, "clip", "k") is None
@@ -255,7 +258,7 @@ def test_an_attempt_that_was_killed_before_its_manifest_is_cleared_by_the_next(
 ) -> None:
     root = store.open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
     store.write_bytes(root, "clip/k/0123456789ab/a.txt", b"half")
-    committed = manifests.commit(root, "clip", "k", made(root, "x"), FACTS)
+    committed = commits.commit(root, "clip", "k", made(root, "x"), FACTS)
     prefix = committed.manifest["prefix"]
     assert set(store.file_sizes(root, "clip/k")) == {
         "manifest.json",

@@ -17,7 +17,8 @@ from flows.config.roots import open_for, scratch_for
 from flows.live_index import lineage
 from flows.runs.planning import fault
 from infra.errors import StorageError
-from infra.storage import manifests, retry, store
+from infra.storage import commits, manifests, retry, store
+from infra.storage.stage_files import pinned_copy
 from tests.helpers.committed_root import committed, write_root
 from tests.helpers.evaluation_run import direction, usual_rows, write_run
 from tests.helpers.s3_server import BUCKET, SECRET_KEY, Faults, FaultyProxy, S3Server
@@ -73,7 +74,7 @@ def test_of_writers_at_the_same_time_one_wins_and_nothing_of_the_others_stays(
 
     def write(out: Path) -> None:
         together.wait()
-        won.append(manifests.commit(root, "clip", "k", out, FACTS))
+        won.append(commits.commit(root, "clip", "k", out, FACTS))
 
     threads = [threading.Thread(target=write, args=(out,)) for out in outs]
     for thread in threads:
@@ -87,7 +88,7 @@ def test_of_writers_at_the_same_time_one_wins_and_nothing_of_the_others_stays(
         f"clip/k/{prefix}/a.txt",
         f"clip/k/{prefix}/deep/b.bin",
     }
-    assert manifests.verify(won[0]) == [] and (won[0].local() / "a.txt").stat().st_size == 1
+    assert manifests.verify(won[0]) == [] and won[0].files.size_bytes("a.txt") == 1
 
 
 def test_what_several_writers_change_at_the_same_time_loses_no_change(
@@ -116,7 +117,7 @@ def test_a_replaced_folder_is_there_all_the_time_and_of_two_repairs_the_first_st
     reached: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = store.open_root(f"s3://{BUCKET}/repair", tmp_path / "scratch")
-    replaces = manifests.commit(root, "clip", "k", made(tmp_path / "out-0", "0"), FACTS).manifest[
+    replaces = commits.commit(root, "clip", "k", made(tmp_path / "out-0", "0"), FACTS).manifest[
         "attempt"
     ]
     change, found = store.change_bytes, []
@@ -127,9 +128,7 @@ def test_a_replaced_folder_is_there_all_the_time_and_of_two_repairs_the_first_st
         """
         monkeypatch.setattr(store, "change_bytes", change)
         found.append(
-            manifests.commit(
-                root, "clip", "k", made(tmp_path / "theirs", "theirs"), FACTS, replaces
-            )
+            commits.commit(root, "clip", "k", made(tmp_path / "theirs", "theirs"), FACTS, replaces)
         )
         return change(*given)
 
@@ -139,9 +138,11 @@ def test_a_replaced_folder_is_there_all_the_time_and_of_two_repairs_the_first_st
     monkeypatch.setattr(
         store, "remove", lambda root, name: (removed.append(name), remove(root, name))
     )
-    ours = manifests.commit(root, "clip", "k", made(tmp_path / "ours", "ours!"), FACTS, replaces)
+    ours = commits.commit(root, "clip", "k", made(tmp_path / "ours", "ours!"), FACTS, replaces)
     assert ours.manifest == found[0].manifest and ours.manifest["attempt"] != replaces
-    assert manifests.verify(ours) == [] and (ours.local() / "a.txt").read_text() == "theirs"
+    assert (
+        manifests.verify(ours) == [] and (pinned_copy(ours.files) / "a.txt").read_text() == "theirs"
+    )
     assert "clip/k/manifest.json" not in removed, (
         "readers would find no folder, and one who is killed then loses it"
     )
@@ -184,7 +185,7 @@ def test_a_commit_whose_answer_was_lost_is_known_as_our_own(
     with FaultyProxy(server.s3_port, lost, only=("PUT", "manifest.json"), at_most=1) as proxy:
         reach(server, monkeypatch, proxy.endpoint)
         root = store.open_root(f"s3://{BUCKET}/lost", tmp_path / "scratch")
-        committed = manifests.commit(root, "clip", "k", made(tmp_path / "out", "x"), FACTS)
+        committed = commits.commit(root, "clip", "k", made(tmp_path / "out", "x"), FACTS)
         assert proxy.happened["cut_answer"] == 1 and proxy.happened["PUT manifest.json"] == 2
         assert manifests.damage(committed) == "" and manifests.verify(committed) == []
 
@@ -199,12 +200,12 @@ def test_every_fault_is_outlived_by_a_commit_and_a_download(
     with FaultyProxy(server.s3_port, Faults(**{fault: 0.2}), seed=1) as proxy:
         reach(server, monkeypatch, proxy.endpoint)
         root = store.open_root(f"s3://{BUCKET}/{fault}", tmp_path / "scratch")
-        committed = manifests.commit(root, "clip", "k", made(tmp_path / "out", "x"), FACTS)
+        committed = commits.commit(root, "clip", "k", made(tmp_path / "out", "x"), FACTS)
         found = manifests.find(root, "clip", "k")
         assert (
             found
             and found.manifest == committed.manifest
-            and (found.local() / "a.txt").read_text() == "x"
+            and (pinned_copy(found.files) / "a.txt").read_text() == "x"
         )
         assert manifests.verify(committed) == [] and proxy.happened[fault] >= 2
     left = server.files().find(f"{BUCKET}/{fault}")
@@ -227,7 +228,7 @@ def test_what_a_killed_writer_left_is_cleared_by_the_next_uploads_included(
             PartNumber=1,
             Body=b"x" * (5 << 20),
         )
-    committed = manifests.commit(root, "clip", "k", made(tmp_path / "out", "x"), FACTS)
+    committed = commits.commit(root, "clip", "k", made(tmp_path / "out", "x"), FACTS)
     assert {name.partition("/")[0] for name in store.file_sizes(root, "clip/k")} == {
         "manifest.json",
         committed.manifest["prefix"],
@@ -243,10 +244,10 @@ def test_a_file_of_many_parts_arrives_whole(reached: S3Server, tmp_path: Path) -
     out = tmp_path / "out"
     out.mkdir()
     (out / "big.bin").write_bytes(os.urandom(1 << 20) * 110)  # above s3fs's limit for one PUT
-    committed = manifests.commit(root, "clip", "k", out, FACTS)
+    committed = commits.commit(root, "clip", "k", out, FACTS)
     assert "-" in reached.files().info(f"{committed.uri.removeprefix('s3://')}/big.bin")["ETag"]
     assert manifests.verify(manifests.Committed(root, "clip", "k", committed.manifest)) == []
-    assert (committed.local() / "big.bin").stat().st_size == 110 << 20
+    assert (pinned_copy(committed.files) / "big.bin").stat().st_size == 110 << 20
 
 
 def test_wrong_credentials_are_one_line_without_the_secret(
@@ -363,8 +364,10 @@ def test_a_living_index_on_a_store_adds_removes_compacts_and_proves_it(
     uri = f"s3://{BUCKET}/living"
     monkeypatch.setenv("UNCLIP_SCRATCH", str(tmp_path / "cache"))
     root = write_root(tmp_path, uri=uri)
-    row = pq.read_table(committed(root, "curate").local() / "keep.parquet").to_pylist()[7]
-    tar = (committed(root, "ingest").local() / "shards" / "00000.tar").read_bytes()
+    row = pq.read_table(pinned_copy(committed(root, "curate").files) / "keep.parquet").to_pylist()[
+        7
+    ]
+    tar = (pinned_copy(committed(root, "ingest").files) / "shards" / "00000.tar").read_bytes()
     content = tar[row["offset"] : row["offset"] + row["size_bytes"]]
 
     def unclip(*arguments: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from flows.runs.planning import stages_of
 from flows.runs.records import committed_of, find_run, write_run
 from flows.runs.stage import inputs_of
 from infra.errors import CallerError
-from infra.storage import manifests
+from infra.storage import commits
 from tests.helpers.short_training import learn
 from tests.helpers.small_systems import write_root
 from training.generation import upsampling_eval
@@ -334,7 +334,7 @@ def test_the_commands_enlarge_what_was_drawn_and_what_is_given(
         "counts": {"in": 1, "out": 1, "dropped": {}},
         "started": record["started"],
     }
-    committed["upsampler"] = manifests.commit(root, "upsampler", "up-key", tmp_path / "up", facts)
+    committed["upsampler"] = commits.commit(root, "upsampler", "up-key", tmp_path / "up", facts)
     write_run(root, "small", "small.toml", record["started"], committed)
     for arguments, count in (
         (["upsample", "disc.png", "--side", "8"], 4),
