@@ -1,0 +1,135 @@
+"""State of a stage that is under way, which a process on any node can go on from.
+
+A process writes a file into its node's folder and publishes it; another fetches it. In a local ROOT
+both are the same folder, and publishing does nothing. In a store the published files lie in
+`work/<stage>/<key>/state/` until the stage is committed. Knows nothing of what the files hold.
+"""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from infra.storage import store
+from infra.storage.store import Root
+
+STATE = "state"
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """The work folder of one stage and key. Small; travels between processes and nodes."""
+
+    root: Root
+    name: str
+    """Its path, relative to ROOT's `work` folder: `<stage>/<key>`."""
+
+    @property
+    def folder(self) -> Path:
+        """This node's folder of the files. In a local ROOT every process has the same."""
+        base = self.root.scratch if self.root.folder else self.root.scratch / "work"
+        return base / self.name
+
+    def path(self, name: str) -> Path:
+        """Return where this process writes or reads a file; the folder is made."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def publish(self, name: str) -> None:
+        """Make this node's file the one that all others fetch. Raises StorageError."""
+        if not self.root.folder:
+            store.upload(self.root, self.folder / name, self._published(name))
+
+    def fetch(self, name: str) -> Path | None:
+        """Return the path of the file as it was published last, or None where there is none.
+
+        Raises StorageError.
+        """
+        path = self.path(name)
+        if self.root.folder:
+            return path if path.exists() else None
+        part = path.with_name(f".{path.name}.{threading.get_ident():x}.fetched")
+        try:
+            store.download(self.root, self._published(name), part)
+            part.replace(path)
+        except FileNotFoundError:
+            return None
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+    def fetched(self, name: str) -> Path:
+        """Return the path of a file that was published; raises FileNotFoundError."""
+        path = self.fetch(name)
+        if path is None:
+            raise FileNotFoundError(f"{store.uri_of(self.root, self._published(name))} is missing")
+        return path
+
+    def _published(self, name: str) -> str:
+        return f"work/{self.name}/{STATE}/{name}"
+
+
+def local_work(folder: Path) -> WorkFolder:
+    """Return a work folder on this machine only, for a training without a ROOT."""
+    root = store.open_root(str(folder), folder, for_writing=False)
+    return WorkFolder(root, "")
+
+
+class Publisher:
+    """Publishes files in a thread of its own, so that who writes them does not wait for a store.
+
+    Of a file that is written again before it was published, only the newest content travels. A
+    failure is raised by the next call, or when the block ends; everything is published by then.
+    """
+
+    def __init__(self, work: WorkFolder) -> None:
+        self.work = work
+        self.pending: dict[str, None] = {}
+        self.error: BaseException | None = None
+        self.is_over = False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def publish(self, name: str) -> None:
+        """Have a file published; returns at once. Raises what an earlier file met."""
+        if self.work.root.folder:
+            return
+        with self.changed:
+            if self.error:
+                raise self.error
+            self.pending[name] = None
+            self.changed.notify()
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self.changed:
+            self.is_over = True
+            self.changed.notify()
+        self.thread.join()
+        if self.error and kind is None:
+            raise self.error
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                while not self.pending and not self.is_over:
+                    self.changed.wait()
+                if not self.pending or self.error:
+                    return
+                name = next(iter(self.pending))
+                del self.pending[name]
+            try:
+                self.work.publish(name)
+            except BaseException as error:
+                with self.changed:
+                    self.error = error
