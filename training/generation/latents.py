@@ -152,7 +152,7 @@ def interpolation(
         a, b = first[part].to(decoder.device), second[part].to(decoder.device)
         rows.append(
             trajectories.interpolate_in_x_t(
-                denoise, a, b, decoder.schedule, times, columns, steps, seed + start
+                denoise, (a, b), decoder.schedule, times, columns, steps, seed + start
             ).cpu()
         )
     return _to_pixels(torch.cat(rows))

@@ -117,7 +117,7 @@ def draw(
                     model.decoder.schedule,
                     steps,
                     eta,
-                    generator=step_generators,
+                    options=samplers.SamplerOptions(generator=step_generators),
                 )
             )
         )

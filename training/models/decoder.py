@@ -373,7 +373,7 @@ class Decoder(nn.Module):
         )
         if fraction is not None:
             return hybrid_loss(
-                self.schedule, x_0, eps, t, prediction, fraction, config.parametrisation, weight
+                self.schedule, x_0, eps, t, (prediction, fraction), config.parametrisation, weight
             )
         return simple_loss(
             prediction, training_target(self.schedule, x_0, eps, t, config.parametrisation), weight
@@ -397,7 +397,12 @@ class Decoder(nn.Module):
         denoise, count = self.guided_denoise(z_i, ids, w), steps or self.config.sampling_steps
         if self.config.sampler == "ancestral":
             return samplers.ancestral(
-                denoise, x_T, self.schedule, count, self.variance, generator=sample_generators
+                denoise,
+                x_T,
+                self.schedule,
+                count,
+                self.variance,
+                options=samplers.SamplerOptions(generator=sample_generators),
             ).clamp_(-1, 1)
         sampler = samplers.ddim if self.config.sampler == "ddim" else samplers.dpm_solver
         return sampler(denoise, x_T, self.schedule, count).clamp_(-1, 1)

@@ -201,10 +201,17 @@ class Prior(nn.Module):
                 count,
                 "analytic",
                 self.x_0_error.cpu(),
-                generator=draws,
+                options=samplers.SamplerOptions(generator=draws),
             )
         else:
-            z_i = samplers.ddim(denoise, x_T, self.schedule, count, eta=1.0, generator=draws)
+            z_i = samplers.ddim(
+                denoise,
+                x_T,
+                self.schedule,
+                count,
+                eta=1.0,
+                options=samplers.SamplerOptions(generator=draws),
+            )
         z_i = F.normalize(z_i, dim=-1).view(len(z_t), best_of, -1)
         best = (z_i * z_t[:, None]).sum(-1).argmax(1)
         return z_i[torch.arange(len(z_t)), best]

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.helpers.small_systems import write_system
 from training.diffusion.noise import generators, noise
 from training.diffusion.process import Schedule
-from training.diffusion.samplers import ddim
+from training.diffusion.samplers import SamplerOptions, ddim
 from training.generation.beam_search import beam, search, survivors
 from training.generation.unclip import Unclip
 
@@ -45,7 +45,12 @@ def test_without_a_choice_it_is_the_sampler() -> None:
         two_modes, x_T, 1, SCHEDULE, 20, lambda x_0: x_0.sum(1), 1, (0.5,), generators(range(6))
     )
     plain = ddim(
-        two_modes(torch.arange(6)), x_T, SCHEDULE, 20, eta=1.0, generator=generators(range(6))
+        two_modes(torch.arange(6)),
+        x_T,
+        SCHEDULE,
+        20,
+        eta=1.0,
+        options=SamplerOptions(generator=generators(range(6))),
     )
     assert torch.allclose(x_0, plain, atol=1e-5) and origin.tolist() == list(range(6))
 
