@@ -82,11 +82,7 @@ def run(
     DataError if the loss is not finite.
     """
     rank, workers = world()
-    if config.batch_size % workers:
-        raise DataError(
-            f"batch_size = {config.batch_size} cannot be divided by {workers} workers: set it to "
-            "a multiple"
-        )
+    _check_batch_size(config, workers)
     device_type = next(model.parameters()).device.type
     is_sharded = config.shard and workers > 1
     if is_sharded:
@@ -94,11 +90,6 @@ def run(
     optimizers = make_optimizers(model, config)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     seen, spent_s = _resume(work, model, optimizers, ema, is_sharded)
-    if not agree(seen):
-        raise DataError(
-            f"the workers found different states in {work}: it must be one folder that all "
-            "workers share"
-        )
     steps = math.ceil(config.images / config.batch_size)
     with _metrics(work, seen) if rank == 0 else contextlib.nullcontext() as file:
         log = _Log(file, spent_s, waited_s)
@@ -124,6 +115,15 @@ def run(
                 _save(work, model, optimizers, ema, seen, log.seconds(now_s), rank)
                 saved_s = time.monotonic()
     return fsdp.whole(ema, rank == 0) if is_sharded else ema
+
+
+def _check_batch_size(config: LoopConfig, workers: int) -> None:
+    """Raise DataError unless the workers can share a batch equally."""
+    if config.batch_size % workers:
+        raise DataError(
+            f"batch_size = {config.batch_size} cannot be divided by {workers} workers: set it to "
+            "a multiple"
+        )
 
 
 class _Log:
@@ -245,12 +245,30 @@ def _resume(
     ema: dict[str, Tensor],
     is_sharded: bool,
 ) -> tuple[int, float]:
-    """Load the last state, if there is one; return the images seen and the seconds spent until
-    then.
+    """Load the last state, if there is one; return the images seen and the seconds until then.
+
+    Raises DataError if the state is damaged, or if the workers found different ones.
     """
     path = work / "state.pt"
-    if not path.exists():
-        return 0, 0.0
+    seen, spent_s = 0, 0.0
+    if path.exists():
+        seen, spent_s = _load(path, model, optimizers, ema, is_sharded)
+    if not agree(seen):
+        raise DataError(
+            f"the workers found different states in {work}: it must be one folder that all "
+            "workers share"
+        )
+    return seen, spent_s
+
+
+def _load(
+    path: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    ema: dict[str, Tensor],
+    is_sharded: bool,
+) -> tuple[int, float]:
+    """Load a state file in place; return its images seen and seconds."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_sharded)
         fsdp.put(model.state_dict(), state["model"])
