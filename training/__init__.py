@@ -1,3 +1,1 @@
-"""Floor 2: models, diffusion, losses, the training loop, Ray Train jobs, sampling and
-generation.
-"""
+"""Floor 2: models, diffusion, losses, training loop, Ray Train jobs, sampling and generation."""

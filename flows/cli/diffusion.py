@@ -169,7 +169,7 @@ def shared_latents(
 
     condition = pictures.z_i if is_conditioned else None
     shared = latents.sharing(model.decoder, pictures.x_0, chosen, samples, steps, seed, condition)
-    distances = zip(chosen, shared.apart, shared.from_picture, strict=True)
+    distances = zip(chosen, shared.between_samples_rms, shared.to_image_rms, strict=True)
     figures = {
         "rms": [
             {"t": t, "between_samples": round(apart, 3), "to_picture": round(from_picture, 3)}
@@ -223,7 +223,7 @@ def interpolate(
     first, second = pictures.halves()
     condition = (first.z_i, second.z_i) if is_conditioned else None
     blends = latents.interpolation(
-        model.decoder, first.x_0, second.x_0, chosen, columns, steps, seed, condition
+        model.decoder, (first.x_0, second.x_0), chosen, columns, steps, seed, condition
     )
     settings = {
         "pictures": [first.keys, second.keys],

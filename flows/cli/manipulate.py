@@ -214,7 +214,7 @@ def textdiff(
     latents = manipulations.invert(model, opened.pictures, steps, guidance)
     try:
         row = manipulations.text_diff(
-            model, latents, before, after, theta, columns, steps, guidance
+            model, latents, (before, after), theta, columns, steps, guidance
         )
     except ValueError as error:
         raise CallerError(f"textdiff: {error}") from None

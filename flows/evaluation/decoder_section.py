@@ -192,7 +192,7 @@ def _shared(
         [
             [str(t), apart, reference]
             for t, apart, reference in zip(
-                times, latents_shared.apart, latents_shared.from_picture, strict=True
+                times, latents_shared.between_samples_rms, latents_shared.to_image_rms, strict=True
             )
         ],
     )
@@ -222,7 +222,7 @@ def _interpolation(
     times = latents.times_at(model.decoder.schedule, config.latent_times)
     first, second = described.halves()
     blends = latents.interpolation(
-        model.decoder, first.x_0, second.x_0, times, COLUMNS, config.latent_steps, config.seed
+        model.decoder, (first.x_0, second.x_0), times, COLUMNS, config.latent_steps, config.seed
     )
     caption = (
         "Interpolation of two held-out pictures in x_t space, the decoder told nothing: both are "

@@ -9,7 +9,7 @@ from indexing.evaluation.context import Subject
 from indexing.evaluation.evaluate import EvaluateConfig
 from indexing.evaluation.relations import RelationsConfig, Score, relations
 from indexing.report.sections import ReportSection
-from training.generation.beam_search import search
+from training.generation.beam_search import Beam, search
 from training.generation.unclip import Unclip
 
 
@@ -27,6 +27,7 @@ def section(
         keep: int,
         checks: tuple[float, ...],
     ) -> Any:
-        return search(model, prompts, members, seed, steps, whole.guidance, score, keep, checks)
+        beam = Beam(members, keep, checks)
+        return search(model, prompts, beam, seed, steps, whole.guidance, score)
 
     return relations(config, subject, draw, text_reader())

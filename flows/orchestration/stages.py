@@ -74,16 +74,8 @@ def run_embed(job: StageJob) -> Counts:
     is_same = before and before.manifest["stage_version"] == EMBED_VERSION
     if before and is_same and before.manifest["input_digests"]["clip"] == job.inputs["clip"].digest:
         embed.know(job.local_copy(before), job.work)
-    return embed.run(
-        job.config.embed,
-        job.config.cluster,
-        ingest,
-        curate,
-        clip,
-        job.inputs["clip"].key,
-        job.out,
-        job.work,
-    )
+    folders = embed.EmbedFolders(ingest, curate, clip, job.out, job.work)
+    return embed.run(job.config.embed, job.config.cluster, folders, job.inputs["clip"].key)
 
 
 def run_index(job: StageJob) -> Counts:

@@ -25,7 +25,14 @@ from torch import Tensor
 from flows.config.run_config import load_recipe
 from training.diffusion.noise import generators
 from training.diffusion.process import as_denoise
-from training.diffusion.samplers import ancestral, ddim, ddim_invert, dpm_solver, guided
+from training.diffusion.samplers import (
+    SamplerOptions,
+    ancestral,
+    ddim,
+    ddim_invert,
+    dpm_solver,
+    guided,
+)
 from training.models.decoder import Decoder
 
 STEPS = 10
@@ -50,12 +57,21 @@ def measure(decoder: Decoder, batch: int, rounds: int) -> dict[str, float]:
 
     calls: dict[str, Callable[[], object]] = {
         "the decoder": lambda: told(x, t),
-        "ancestral": lambda: ancestral(free, x, schedule, STEPS, generator=own),
+        "ancestral": lambda: ancestral(
+            free, x, schedule, STEPS, options=SamplerOptions(generator=own)
+        ),
         "ancestral, learned variance": lambda: ancestral(
-            lambda x_t, t: (ready, ready), x, schedule, STEPS, "learned", generator=own
+            lambda x_t, t: (ready, ready),
+            x,
+            schedule,
+            STEPS,
+            "learned",
+            options=SamplerOptions(generator=own),
         ),
         "DDIM": lambda: ddim(free, x, schedule, STEPS),
-        "DDIM, eta = 1": lambda: ddim(free, x, schedule, STEPS, eta=1.0, generator=own),
+        "DDIM, eta = 1": lambda: ddim(
+            free, x, schedule, STEPS, eta=1.0, options=SamplerOptions(generator=own)
+        ),
         "DDIM inversion": lambda: ddim_invert(free, x, schedule, STEPS),
         "DPM-Solver++(2M)": lambda: dpm_solver(free, x, schedule, STEPS),
         "DDIM, v read and clipped": lambda: ddim(

@@ -108,18 +108,10 @@ def embed(folder: Path, count: int) -> int:
         (out / name).mkdir(parents=True)
     table = read_table(folder / "curate" / "keep.parquet", columns=shard_check.READ)
     shard_check.settle(table, folder / "ingest" / "shards", "stop", work)
+    folders = stage.EmbedFolders(folder / "ingest", folder / "curate", folder / "clip", out, work)
     parts, pairs = stage.cut(config, folder / "curate" / "keep.parquet", work)
     for number in range(parts):
-        stage._embed_part(
-            config,
-            number,
-            len(os.sched_getaffinity(0)),
-            False,
-            folder / "ingest",
-            folder / "clip",
-            out,
-            work,
-        )
+        stage._embed_part(config, number, len(os.sched_getaffinity(0)), False, folders)
     (out / "facts.json").write_text(json.dumps({"clip_key": "key", "dim": DIM, "count": pairs}))
     return size_of(out)
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from tests.helpers.shortfalls import told
 from training.diffusion.process import Schedule
-from training.diffusion.samplers import ancestral, ddim, dpm_solver
+from training.diffusion.samplers import SamplerOptions, ancestral, ddim, dpm_solver
 from training.diffusion.swiss_roll import (
     Loss,
     RollNetwork,
@@ -126,8 +126,11 @@ def main() -> int:
                 if (
                     steps < 1000 or sampler is ancestral
                 ):  # the fast ones are not meant for 1000 steps; diffusers' give NaN there
-                    options = {"generator": generator} if sampler is ancestral else {}
-                    samples = sampler(denoise_with(ours, schedule), x_T, schedule, steps, **options)
+                    denoise, options = (
+                        denoise_with(ours, schedule),
+                        SamplerOptions(generator=generator),
+                    )
+                    samples = sampler(denoise, x_T, schedule, steps, options=options)
                     distances.setdefault((name, steps), []).append(energy_distance(samples, data))
             for name, scheduler in THEIRS.items():
                 if steps < 1000 or name == "diffusers DDPM":

@@ -250,7 +250,7 @@ class DecoderLoss(nn.Module):
         prediction, variance = found.float().chunk(2, 1)
         simple = F.mse_loss(prediction, eps)
         hybrid = hybrid_loss(
-            self.schedule, x_0, eps, t + 1, prediction, (variance + 1) / 2, "eps"
+            self.schedule, x_0, eps, t + 1, (prediction, (variance + 1) / 2), "eps"
         )  # simple + 0.001 T times the term
         return simple + (hybrid - simple) / self.schedule.T
 

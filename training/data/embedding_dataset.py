@@ -1,9 +1,10 @@
-"""Embeddings and captions that the prior and the decoder read from an `embed` folder.
+"""Embeddings and captions for the prior and the decoder, read from an `embed` folder.
 
-z_i of a split, and all phrasings of every image as token ids. Vectors stay in their files until
-they are indexed, captions stay in Arrow, ids are not padded: a worker's memory is some hundred
-bytes per pair, whatever the embeddings' dimension.
-Legend: M phrasings in all, N tokens, E embedding dimensions."""
+z_i of a split, and all captions ("phrasings") of every image as token ids. Vectors stay in their
+files until they are indexed, captions stay in Arrow, and ids are not padded: a worker needs some
+hundred bytes for each pair, whatever the embeddings' dimension.
+Legend: M phrasings in all, N tokens, E embedding dimensions.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,16 +22,17 @@ from training.models.clip import CLIP, embed_texts
 from training.models.tokenizer import PAD, Tokenizer
 
 TOKENISED = 1 << 16
-"""Texts at a time."""
+"""Texts tokenised at once."""
 SAMPLED = 1 << 17
-"""Rows that statistics of the embeddings are taken from, at most."""
+"""Maximum rows from which statistics of the embeddings are computed."""
 HELD_BYTES = 4 << 30
-"""Up to this size z_t of all phrasings is computed once and held."""
+"""Maximum size for which z_t of all phrasings is computed once and held in memory."""
 
 
 class Vectors:
-    """z_i of a table's rows, in memory-mapped float16 files: `vectors[rows]` is float32 (len(rows),
-    E), unit vectors on the CPU.
+    """z_i of a table's rows, in memory-mapped float16 files.
+
+    `vectors[rows]` returns float32 (len(rows), E), unit vectors on the CPU.
     """
 
     def __init__(self, files: Sequence[Path], rows: NDArray[np.int64]) -> None:
@@ -43,7 +45,7 @@ class Vectors:
 
     @property
     def dim(self) -> int:
-        """E."""
+        """Embedding dimension E."""
         return int(self.parts[0].shape[1])
 
     def __getitem__(self, rows_wanted: Tensor) -> Tensor:
@@ -56,14 +58,14 @@ class Vectors:
         return F.normalize(torch.from_numpy(vectors), dim=-1)
 
     def where(self, mask: NDArray[np.bool_]) -> "Vectors":
-        """Return those of the rows that are marked, bool (len(self),)."""
+        """Return the vectors of the rows in a mask, bool (len(self),)."""
         chosen = Vectors((), self.rows[mask])
         chosen.parts, chosen.starts = self.parts, self.starts
         return chosen
 
     def sampled(self) -> Tensor:
-        """Return the places of all rows, or of SAMPLED at equal distances where there are more,
-        int64.
+        """Return the numbers of all rows, int64; if there are more than SAMPLED, that many evenly
+        spaced.
         """
         return (
             torch.arange(len(self))
@@ -73,7 +75,9 @@ class Vectors:
 
 
 def read(embed: Path, split: str, columns: Sequence[str] | None = None) -> tuple[pa.Table, Vectors]:
-    """Return a split's metadata, of these columns or all, and its image embeddings row by row."""
+    """Return a split's metadata (`columns`, or all) and its image embeddings, in the same row
+    order.
+    """
     metadata = embed / "metadata"
     in_split = pc.equal(read_table(metadata, columns=["split"])["split"], split).to_numpy(
         zero_copy_only=False
@@ -83,8 +87,9 @@ def read(embed: Path, split: str, columns: Sequence[str] | None = None) -> tuple
 
 
 class Captions:
-    """All phrasings of every picture, a list of texts for each row, tokenised once; Arrow keeps the
-    texts.
+    """All phrasings of every image, tokenised once; the texts stay in Arrow.
+
+    phrasings: a list of texts for each row.
     """
 
     def __init__(self, phrasings: pa.ChunkedArray | pa.Array, tokenizer: Tokenizer) -> None:
@@ -95,34 +100,33 @@ class Captions:
             ids = tokenizer(self.texts.slice(start, TOKENISED).to_pylist())
             tokens.append(ids[ids != PAD].int())
             lengths.append((ids != PAD).sum(1))
-        self.tokens = torch.cat(tokens)  # of all texts, one after the other
+        self.tokens = torch.cat(tokens)  # of all texts, concatenated
         self.lengths = torch.cat(lengths)  # (M,)
         self.starts = self.lengths.cumsum(0) - self.lengths
         self.counts = torch.from_numpy(pc.list_value_length(phrasings).to_numpy().astype(np.int64))
         self.firsts = self.counts.cumsum(0) - self.counts
 
     def ids(self, phrasing: Tensor) -> Tensor:
-        """Return the ids of phrasings (b,) by their numbers, int64 (b, N), N the longest of
-        them.
-        """
+        """Return the ids of phrasings (b,) by number, int64 (b, N), N the longest of them."""
         lengths = self.lengths[phrasing, None]
         column = torch.arange(int(lengths.max()))
         positions = (self.starts[phrasing, None] + column).clamp_(max=len(self.tokens) - 1)
         return self.tokens[positions].long().where(column < lengths, PAD)
 
     def draw(self, rows: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
-        """Pick one phrasing for each picture by `chance` in [0, 1), (b,): its ids (b, N), N the
-        longest drawn, and its number (b,).
+        """Pick one phrasing for each row by `chance` in [0, 1), (b,).
+
+        Returns its ids (b, N), N the longest of them, and its number (b,).
         """
         phrasing = self.firsts[rows] + (chance * self.counts[rows]).long()
         return self.ids(phrasing), phrasing
 
     def embedded(self, clip: CLIP) -> Callable[[Tensor], Tensor]:
-        """Return what gives z_t of phrasings (b,) by their numbers, unit vectors float32 (b, E) on
-        the CPU.
+        """Return a function from phrasing numbers (b,) to z_t, unit vectors float32 (b, E) on the
+        CPU.
 
-        All are computed at once where they fit into HELD_BYTES; else they are when they are asked
-        for, by the CLIP that is then kept.
+        If all z_t fit into HELD_BYTES they are computed now; otherwise the function computes them
+        and holds the CLIP.
         """
         if len(self.texts) * clip.config.embed_dim * 4 <= HELD_BYTES:
             return embed_texts(clip, self.tokenizer, self.texts.to_pylist()).__getitem__
@@ -136,8 +140,10 @@ class Captions:
 
 
 def towards_first(chance: Tensor, share: float) -> Tensor:
-    """Turn chances in [0, 1) for `Captions.draw` into such that `share` of them pick the first
-    phrasing and the others any.
+    """Map uniform chances in [0, 1) so that `share` of them make `Captions.draw` pick the first
+    phrasing.
+
+    The others pick any phrasing.
     """
     return torch.where(chance < share, 0.0, (chance - share) / max(1 - share, 1e-9)).clamp_(
         max=1 - 2**-24

@@ -1,8 +1,9 @@
-"""Reads a run's pictures by the keep list: straight from their place in the tar shards, decoded
-ahead by threads, cached when small.
+"""Reads images listed in a keep list directly from the tar shards: decoded ahead by threads, cached
+if small.
 
-Reads curate's `keep.parquet` (or embed's metadata, the same schema) and ingest's `shards/`. Every
-picture's bytes are checked against the keep list's SHA-256 as they are read.
+Reads curate's `keep.parquet` (or embed's metadata, with the same schema) and ingest's `shards/`.
+The bytes of every image are checked against the keep list's SHA-256. Also reads a person's image
+files.
 """
 
 import hashlib
@@ -31,10 +32,11 @@ READERS = 4
 CACHE_BYTES = 4 << 30
 FILE_BYTES, FILE_PIXELS, FILE_SIDE_PX = 64 << 20, 64 << 20, 4096
 LOCATION = ("shard", "member", "offset", "size_bytes", "sha256")
-"""Columns of a keep list that say where a picture's bytes lie and what they are."""
+"""Columns of a keep list with the position and the checksum of an image's bytes."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 LONGEST = 16
-"""Times its shorter side that a picture's longer one counts where its middle is cut out."""
+"""Maximum ratio of the longer side to the shorter one before the centre is cropped; more is cut
+first."""
 KERNELS: dict[Interpolation, Image.Resampling] = {
     "area": Image.Resampling.BOX,
     "bicubic": Image.Resampling.BICUBIC,
@@ -49,8 +51,9 @@ MEND = (
 def read_table(
     path: Path, split: str | None = None, columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """Read a keep list (a parquet file, or a folder of them in name order), one split of it and
-    some of its columns if named.
+    """Read a keep list: a parquet file, or a folder of them in name order.
+
+    split, columns: read only these (default: all).
     """
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     filters = None if split is None else [("split", "=", split)]
@@ -60,20 +63,18 @@ def read_table(
 
 
 def decode(data: bytes, side_px: int, name: str, look: Look = WHOLE) -> np.ndarray:
-    """Decode a picture to an RGB square, uint8 (S, S, 3), as `as_square` says. Raises DataError."""
-    picture = (
-        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-    )  # OpenCV raises on nothing
+    """Decode an image to an RGB square, uint8 (S, S, 3), as `as_square` does. Raises DataError."""
+    # OpenCV raises its own error for empty data
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
     if picture is None or picture.dtype != np.uint8:
-        raise DataError(
-            f"{name} is not an 8-bit picture that can be read: give a PNG, JPEG or WebP file"
-        )
+        raise DataError(f"{name} cannot be read as an 8-bit picture: use a PNG, JPEG or WebP file")
     return as_square(picture, side_px, look)
 
 
 def as_square(picture: np.ndarray, side_px: int, look: Look = WHOLE) -> np.ndarray:
-    """Turn a decoded picture, uint8 grey, BGR or BGRA, into an RGB square of that side: on white
-    where it is transparent.
+    """Convert a decoded image, uint8 grey, BGR or BGRA, to an RGB square of that side.
+
+    Transparent areas become white.
     """
     if picture.ndim == 2:
         picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
@@ -95,12 +96,9 @@ def as_square(picture: np.ndarray, side_px: int, look: Look = WHOLE) -> np.ndarr
 
 
 def _as_open_clip(picture: np.ndarray, side_px: int, look: Look) -> np.ndarray:
-    """Make an RGB picture, uint8 (H, W, 3), a square by Pillow, whose resizing is what open_clip's
-    transforms are made of.
-    """
-    if (
-        look.resize == "shortest"
-    ):  # of a very long one, which would be large at any side, only the middle is cropped anyway
+    """Make an RGB image, uint8 (H, W, 3), square with Pillow, as open_clip's transforms do."""
+    if look.resize == "shortest":
+        # a very long image would be huge once resized, and only its centre is used
         (height, width), max_side = picture.shape[:2], LONGEST * min(picture.shape[:2])
         top, left = max(height - max_side, 0) // 2, max(width - max_side, 0) // 2
         picture = picture[top : top + max_side, left : left + max_side]
@@ -108,8 +106,8 @@ def _as_open_clip(picture: np.ndarray, side_px: int, look: Look) -> np.ndarray:
     width, height = side_px, side_px
     if look.resize != "squash":
         whole = max(image.size) if look.resize == "longest" else min(image.size)
-        as_it_rounds = round if look.resize == "longest" else int  # timm does, torchvision cuts
-        width, height = (max(1, as_it_rounds(side * side_px / whole)) for side in image.size)
+        to_int = round if look.resize == "longest" else int  # timm rounds, torchvision truncates
+        width, height = (max(1, to_int(side * side_px / whole)) for side in image.size)
     resized = image.resize((width, height), KERNELS[look.interpolation])
     if look.resize == "shortest":
         left, top = round((width - side_px) / 2), round((height - side_px) / 2)
@@ -119,70 +117,83 @@ def _as_open_clip(picture: np.ndarray, side_px: int, look: Look) -> np.ndarray:
     return np.array(square)
 
 
-def read_file(file: Path, side_px: int, look: Look = WHOLE) -> np.ndarray:
-    """Read a person's picture file as an RGB square, uint8 (S, S, 3), upright and on white. Raises
-    CallerError in one line.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""Exceptions that Pillow raises for broken files."""
 
-    The file may be hostile: its size and the size that its header tells are bounded before a pixel
-    is decoded.
+
+def read_file(file: Path, side_px: int, look: Look = WHOLE) -> np.ndarray:
+    """Read a person's image file as an RGB square, uint8 (S, S, 3), upright and on white.
+
+    The file may be hostile: its size, and the size in its header, are checked before any pixel is
+    decoded. Raises CallerError with one line.
     """
     try:
-        if not file.is_file():
-            raise CallerError(f"{file}: there is no such file")
-        if file.stat().st_size > FILE_BYTES:
-            raise CallerError(
-                f"{file} has {file.stat().st_size >> 20} MiB: give a picture of at most "
-                f"{FILE_BYTES >> 20} MiB"
-            )
+        _check_file(file)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
             with Image.open(file, formats=FORMATS) as opened:
-                if opened.width * opened.height > FILE_PIXELS:
-                    raise CallerError(
-                        f"{file} is {opened.width} x {opened.height} pixels: give one of at most "
-                        f"{FILE_PIXELS >> 20} million"
-                    )
-                if opened.mode in ("I", "F") or opened.mode.startswith("I;"):
-                    raise CallerError(f"{file} has more than 8 bits a channel: save it with 8")
-                opened.thumbnail(
-                    (FILE_SIDE_PX, FILE_SIDE_PX), Image.Resampling.BOX
-                )  # a thin one made square would need its side squared
-                upright = ImageOps.exif_transpose(opened)
-                picture = Image.new("RGB", upright.size, "white")
-                picture.paste(
-                    upright.convert("RGB"),
-                    mask=upright.convert("RGBA").getchannel("A")
-                    if upright.has_transparency_data
-                    else None,
-                )
+                _check_header(file, opened)
+                picture = _upright_on_white(opened)
     except CallerError:
         raise
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        KeyError,
-        IndexError,
-        TypeError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
-        reason = (
-            getattr(error, "strerror", None) or type(error).__name__
-        )  # Pillow's messages hold the whole header
+    except UNREADABLE as error:
+        # only the type of most errors: Pillow's messages contain the whole header
+        reason = getattr(error, "strerror", None) or type(error).__name__
         raise CallerError(
             f"{file} cannot be read as a picture ({reason}): give a PNG, JPEG or WebP file"
         ) from None
     return as_square(np.asarray(picture)[..., ::-1], side_px, look)
 
 
-class Pictures:
-    """The pictures of a table's rows at one side length; `pictures[rows]` is uint8 (len(rows), S,
-    S, 3) on the CPU.
+def _check_file(file: Path) -> None:
+    """Raise CallerError if the file does not exist or is too large."""
+    if not file.is_file():
+        raise CallerError(f"{file}: there is no such file")
+    size_bytes = file.stat().st_size
+    if size_bytes > FILE_BYTES:
+        raise CallerError(
+            f"{file} has {size_bytes >> 20} MiB: give a picture of at most {FILE_BYTES >> 20} MiB"
+        )
 
-    Holds PLACE of every row, some 140 bytes, and the pictures themselves where they fit into
-    `cache_bytes` (CACHE_BYTES unless told).
+
+def _check_header(file: Path, opened: Image.Image) -> None:
+    """Raise CallerError if an opened image has too many pixels or more than 8 bits a channel."""
+    if opened.width * opened.height > FILE_PIXELS:
+        raise CallerError(
+            f"{file} is {opened.width} x {opened.height} pixels: give one of at most "
+            f"{FILE_PIXELS >> 20} million"
+        )
+    if opened.mode in ("I", "F") or opened.mode.startswith("I;"):
+        raise CallerError(f"{file} has more than 8 bits a channel: save it with 8")
+
+
+def _upright_on_white(opened: Image.Image) -> Image.Image:
+    """Decode an image, at most FILE_SIDE_PX on each side, rotated as EXIF says, on white."""
+    # a long thin image would become a square of its longer side
+    opened.thumbnail((FILE_SIDE_PX, FILE_SIDE_PX), Image.Resampling.BOX)
+    upright = ImageOps.exif_transpose(opened)
+    alpha = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+    picture = Image.new("RGB", upright.size, "white")
+    picture.paste(upright.convert("RGB"), mask=alpha)
+    return picture
+
+
+class Pictures:
+    """The images of a table's rows at one side; `pictures[rows]` is uint8 (len(rows), S, S, 3) on
+    the CPU.
+
+    Holds the location of every row, some 140 bytes, and the images themselves if they fit into
+    `cache_bytes` (default: CACHE_BYTES).
     """
 
     def __init__(
@@ -204,7 +215,7 @@ class Pictures:
         self.readers = ThreadPoolExecutor(readers)
         self.opened = threading.local()
         self.waited_s = 0.0
-        """For how long it was waited for pictures that had not been read yet."""
+        """Seconds spent waiting for images that were not read yet."""
         self.cache: Tensor | None = None
         self.ahead: dict[int, Future[np.ndarray]] = {}
         if len(self) * side_px * side_px * 3 <= (
@@ -231,16 +242,14 @@ class Pictures:
         return torch.from_numpy(np.stack([decoded[row] for row in wanted.tolist()]))
 
     def read_ahead(self, rows: Tensor) -> None:
-        """Begin to read and decode rows that will be asked for, as they lie in the shards, so that
-        a step need not wait for them.
-        """
+        """Start to read and decode rows that are needed soon, in the order of the shards."""
         if self.cache is None:
             new = sorted({*rows.tolist()} - self.ahead.keys(), key=self.rank.__getitem__)
             self.ahead |= {row: self.readers.submit(self._read, row) for row in new}
 
     def _open(self, shard: str) -> BinaryIO:
-        """Return a shard, open; each reader keeps the last one, since the next row mostly lies in
-        it as well.
+        """Return an open shard; each thread holds its last one, since the next row is mostly in it
+        too.
         """
         if getattr(self.opened, "shard", None) != shard:
             if hasattr(self.opened, "file"):
@@ -270,5 +279,5 @@ class Pictures:
                 f"does: {MEND}"
             )
         if hashlib.sha256(data).hexdigest() != location["sha256"]:
-            raise DataError(f"{name} is not what curate saw (SHA-256 differs): {MEND}")
+            raise DataError(f"{name} has changed since curate (SHA-256 differs): {MEND}")
         return decode(data, self.side_px, name, self.look)

@@ -1,8 +1,8 @@
-"""Shards lie: which pictures of a table can be read at all, decided once before a job, and the same
-for all its workers and attempts.
+"""Checks once before a job which images of a table can be read from the shards; all its workers and
+attempts use the result.
 
-Reads ingest's `shards/` and compares with the keep list's places and SHA-256; writes
-`left_out.json` into the job's work folder. Memory: the table's places, some 150 bytes a pair.
+Compares ingest's `shards/` with the keep list's positions and SHA-256; writes `left_out.json` into
+the job's work folder. Memory: some 150 bytes for each pair.
 """
 
 import hashlib
@@ -23,17 +23,17 @@ from training.optim.step import OnBroken
 
 LEFT_OUT = "left_out.json"
 READ = ["key", "shard", "offset", "size_bytes", "sha256"]
-"""The columns of a keep list that are read here."""
+"""Columns of a keep list that are needed here."""
 
 
 def settle(table: pa.Table, shards: Path, on_broken: OnBroken, work: Path) -> dict[str, int]:
-    """Look at every shard of a table with READ once before a job; return how many pictures are left
-    out, by reason.
+    """Check every shard of a table with the columns READ; return the number of unreadable images by
+    reason.
 
-    `stop`: a shard that is missing or too short raises DataError here, an altered picture when it
-    is read. `skip`: every picture is read and compared with its SHA-256, and `work/left_out.json`
-    names those that are broken (`shard_missing`, `shard_truncated`, `checksum`); `is_kept` tells
-    the workers. What a killed attempt decided stands.
+    `stop`: a missing or truncated shard raises DataError here, an altered image when it is read.
+    `skip`: every image is read and compared with its SHA-256, and `work/left_out.json` names the
+    broken ones (`shard_missing`, `shard_truncated`, `checksum`); `is_readable` tells the workers.
+    The result of a killed attempt is reused. Raises DataError if no image can be read.
     """
     decided = work / LEFT_OUT
     if not decided.exists():
@@ -75,14 +75,15 @@ def settle(table: pa.Table, shards: Path, on_broken: OnBroken, work: Path) -> di
 
 
 def is_readable(table: pa.Table, work: Path) -> NDArray[np.bool_]:
-    """Say of every row, bool (rows,), whether `settle` kept it."""
+    """Return for every row, bool (rows,), whether `settle` found it readable."""
     left_out = pa.array(list(json.loads((work / LEFT_OUT).read_text())), pa.string())
     return pc.invert(pc.is_in(table["key"], left_out)).to_numpy()
 
 
 def _broken(shard: Path, members: pa.Table, is_read: bool) -> dict[str, str]:
-    """Return the reason for every picture of a shard that cannot be had; whole files are only read
-    where `is_read`.
+    """Return the reason for every unreadable image of a shard.
+
+    is_read: also compare each image's SHA-256, which reads the whole file.
     """
     if not shard.is_file():
         return dict.fromkeys(members["key"].to_pylist(), "shard_missing")

@@ -1,10 +1,9 @@
-"""What a trained denoiser's x_0 is worth at every t: its best blend with the noised data itself,
-fitted on training data.
+"""Calibration of a trained denoiser: the best blend of its x_0 with x_t, fitted on training data.
 
-A network that predicts x_0 and saw few nearly clean pictures gives them back blurred, where x_t
-alone is all but the answer. The blend a_t x_0' + b_t x_t with the least squared error mends that
-with two numbers a time. For what starts from real data and lives at small t (the likelihood); what
-is sampled from noise has no detail there to keep.
+A network that predicts x_0 and saw few nearly clean images returns them blurred, although x_t alone
+is almost the answer at small t. The blend a_t x_0' + b_t x_t with the least squared error corrects
+this with two numbers for each time. Use it where real data is the start and small t matters (the
+likelihood, DDIM inversion). Samples that start from noise have no such detail to keep.
 Legend: B batch, T diffusion steps.
 """
 
@@ -21,15 +20,16 @@ from training.diffusion.variance import probe_times
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Factors of the network's x_0 and of x_t in the blend, float64 (T + 1,) each; (0, 1) at t
-    = 0.
+    """Factors of the network's x_0 and of x_t in the blend, float64 (T + 1,) each.
+
+    At t = 0 they are (0, 1).
     """
 
     of_x_0: Tensor
     of_x_t: Tensor
 
     def __call__(self, denoise: Denoise) -> Denoise:
-        """Read `denoise` through the blend."""
+        """Return `denoise` with its x_0 replaced by the blend."""
 
         def blended(x_t: Tensor, t: Tensor) -> Prediction:
             x_0, fraction = split(denoise(x_t, t))
@@ -39,8 +39,9 @@ class Calibration:
         return blended
 
     def faded(self, share: float) -> "Calibration":
-        """Go this share of the way, 0 to 1, back to the denoiser alone: for samplers that add
-        noise, which x_t then holds too.
+        """Return a calibration that is moved towards the plain denoiser by `share`, from 0 to 1.
+
+        Samplers that add noise need this: x_t then contains that noise too.
         """
         return Calibration(
             self.of_x_0.lerp(torch.ones_like(self.of_x_0), share), self.of_x_t * (1 - share)
@@ -51,8 +52,9 @@ class Calibration:
 def calibrate(
     denoise: Denoise, x_0: Tensor, schedule: Schedule, points: int = 32, generator: Noise = None
 ) -> Calibration:
-    """Fit the blend on data x_0 (B, ...) at about `points` times; it is linear in log t between
-    them.
+    """Fit the blend on data x_0 (B, ...).
+
+    The factors are fitted at about `points` times and interpolated between them, linearly in log t.
     """
     times = probe_times(schedule.T, points)
     factors = np.empty((len(times), 2))

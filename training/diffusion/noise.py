@@ -1,8 +1,8 @@
-"""Gaussian noise that is the same on every device and however a batch is split.
+"""Gaussian noise that is the same on every device and for every way to split a batch.
 
-One generator a sample, drawn on the CPU in float32, then moved: sample i's noise depends on its own
-seed alone. A single `torch.Generator` draws the whole batch at once, on its own device; then the
-batch's size matters.
+With one generator for each sample, noise is drawn on the CPU in float32 and then moved, so the
+noise of a sample depends on its own seed alone. A single `torch.Generator` draws the whole batch at
+once on its own device; the noise then depends on the batch size.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,31 +12,32 @@ import torch
 from torch import Tensor
 
 Noise = torch.Generator | Sequence[torch.Generator] | None
-"""Where noise comes from: one generator for the batch, one a sample, or torch's global one."""
+"""Source of noise: one generator for the batch, one for each sample, or None for torch's global
+one."""
 
 
 SEED_BITS = 29
 
 
 class Stream(IntEnum):
-    """What noise is for. A picture's seed is the same all along its way; its generators are not: no
-    purpose repeats another's noise.
+    """Purpose of noise. An image has one seed, and each purpose derives its own generator from it,
+    so no two purposes use the same noise.
     """
 
-    UPSAMPLER = 0  # where the first up-sampler starts; and whatever has one purpose only
-    PRIOR = 1  # z_i, each candidate from its start to its end
+    UPSAMPLER = 0  # x_T of the first up-sampler; also for callers with one purpose only
+    PRIOR = 1  # all noise of a candidate z_i
     DECODER = 2  # x_T, and what an ancestral sampler adds to it
-    STEPS = 3  # what is added on the way from an x_T or x_t that was there before
-    DATA = 4  # put on real pictures
-    LIKELIHOOD = 5  # put on held-out pictures whose likelihood is told
-    UPSAMPLER_2 = 6
+    STEPS = 3  # noise of the steps that start at a known x_T or x_t
+    DATA = 4  # noise added to real images
+    LIKELIHOOD = 5  # noise added to held-out images to measure their likelihood
+    UPSAMPLER_2 = 6  # x_T of the second up-sampler
 
 
 def generators(seeds: Iterable[int], stream: int = 0) -> list[torch.Generator]:
-    """One CPU generator a sample, from its own seed and the stream, 0 to 7.
+    """Return one CPU generator for each seed, of a stream from 0 to 7.
 
-    torch's CPU generator looks at 32 bits of a seed alone, so the stream takes the upper three:
-    streams never meet, and within one 2^29 seeds are told apart.
+    torch's CPU generator uses only 32 bits of a seed. The stream takes the upper three of them, so
+    streams never overlap; within a stream, seeds are distinct modulo 2^29.
     """
     return [
         torch.Generator().manual_seed(seed % 2**SEED_BITS + (stream << SEED_BITS)) for seed in seeds
@@ -49,15 +50,16 @@ def noise(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw eps ~ N(0, I) of shape (B, ...); with one generator a sample there must be B of them,
-    each advanced by its sample's size.
+    """Draw eps ~ N(0, I) of shape (B, ...).
+
+    A list of generators must hold B of them; each is advanced by the size of its sample.
     """
     if generator is None or isinstance(generator, torch.Generator):
         where = generator.device if generator is not None else device
         return torch.randn(*shape, generator=generator, device=where).to(device, dtype)
     if len(generator) != shape[0]:
         raise ValueError(
-            f"{len(generator)} generators for a batch of {shape[0]}: give one a sample"
+            f"{len(generator)} generators for a batch of {shape[0]}: pass one for each sample"
         )
     eps = torch.empty(*shape)
     for sample, sample_generator in zip(eps, generator, strict=True):
@@ -66,5 +68,5 @@ def noise(
 
 
 def noise_like(x: Tensor, generator: Noise = None) -> Tensor:
-    """Draw noise of x's shape, device and dtype."""
+    """Draw noise with the shape, device and dtype of x."""
     return noise(x.shape, generator, x.device, x.dtype)

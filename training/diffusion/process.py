@@ -1,8 +1,7 @@
-"""The diffusion process: schedules, q(x_t | x_0), its posterior, the three parametrisations and the
-simple loss.
+"""The diffusion process: schedules, q(x_t | x_0), its posterior, parametrisations, the simple loss.
 
-The only place that knows what a network's output means ("x_0", "eps" or "v"); samplers and the
-likelihood see `denoise(x_t, t) -> x_0`. Time t is an integer in 1..T as in Ho et al. 2020;
+Only this module knows what the output of a network means ("x_0", "eps" or "v"); samplers and the
+likelihood see `denoise(x_t, t) -> x_0`. Time t is an integer in 1..T as in Ho et al. 2020.
 `alpha_bar[t]` is indexed by it and `alpha_bar[0]` is exactly 1, so t = 0 is the data.
 Legend: B batch, T diffusion steps; x_0, x_t, eps, v have shape (B, ...) and t has shape (B,).
 """
@@ -20,25 +19,25 @@ Parametrisation = Literal["x_0", "eps", "v"]
 PARAMETRISATIONS: tuple[Parametrisation, ...] = ("x_0", "eps", "v")
 
 Prediction = Tensor | tuple[Tensor, Tensor]
-"""A tensor, or where the variance is learned a pair of it and `fraction` in [0, 1], which goes from
-the small variance to the large."""
+"""A tensor; or, if the variance is learned, a pair of it and `fraction` in [0, 1], which
+interpolates between the small variance (0) and the large one (1)."""
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
-"""`denoise(x_t, t) -> x_0`: the expected data given the noised data, in a fresh tensor; t is an
-int64 tensor (B,)."""
+"""`denoise(x_t, t) -> x_0`: the expected data given the noised data, in a new tensor; t is int64
+(B,)."""
 
-Number = TypeVar("Number", float, Tensor)  # a float64 value, or a float64 tensor of them
+Number = TypeVar("Number", float, Tensor)  # one float64 value, or a float64 tensor
 
-BETA_MAX = 0.999  # the clip of Nichol & Dhariwal 2021: a last step of beta = 1 would divide by zero
-T_OF_DDPM = 1000  # the T for which the linear schedule's usual betas are meant
+BETA_MAX = 0.999  # clip of Nichol & Dhariwal 2021: beta = 1 in the last step would divide by zero
+T_OF_DDPM = 1000  # the T that the usual betas of the linear schedule are meant for
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """How much of the data is left at every t: `alpha_bar`, float64 (T + 1,), from exactly 1 at t =
-    0 strictly down to above 0 at t = T.
+    """Share of the data's variance in x_t: `alpha_bar`, float64 (T + 1,).
 
-    Raises ValueError naming the first t at which that does not hold.
+    It falls strictly from exactly 1 at t = 0 and stays above 0. Raises ValueError with the first t
+    where it does not.
     """
 
     alpha_bar: Tensor
@@ -47,32 +46,33 @@ class Schedule:
         alpha_bar = self.alpha_bar
         if alpha_bar.ndim != 1 or len(alpha_bar) < 2 or alpha_bar.dtype != torch.float64:
             raise ValueError(
-                f"alpha_bar is {alpha_bar.dtype} {tuple(alpha_bar.shape)}: give a float64 vector "
+                f"alpha_bar is {alpha_bar.dtype} {tuple(alpha_bar.shape)}: pass a float64 vector "
                 "of T + 1 values, T at least 1"
             )
         if alpha_bar[0] != 1:
             raise ValueError(
-                f"alpha_bar[0] = {alpha_bar[0]:.6g}: t = 0 is the data, put an exact 1 in front"
+                f"alpha_bar[0] = {alpha_bar[0]:.6g}: it must be exactly 1, since t = 0 is the data"
             )
-        bad = ~((alpha_bar[1:] > 0) & (alpha_bar[1:] < alpha_bar[:-1]))  # also true for NaN
+        bad = ~((alpha_bar[1:] > 0) & (alpha_bar[1:] < alpha_bar[:-1]))  # True for NaN too
         if bad.any():
             t = int(bad.nonzero()[0]) + 1
             raise ValueError(
                 f"alpha_bar[{t}] = {alpha_bar[t]:.6g} after alpha_bar[{t - 1}] = "
                 f"{alpha_bar[t - 1]:.6g}: "
                 "alpha_bar must fall strictly and stay above 0; check the betas (each in (0, 1)) "
-                "or take fewer steps"
+                "or use fewer steps"
             )
 
     @classmethod
     def from_betas(cls, beta: Tensor) -> Self:
-        """Build from beta_1..beta_T, float64 (T,), each in (0, 1)."""
+        """Return the schedule of beta_1..beta_T, float64 (T,), each in (0, 1)."""
         return cls(torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)]))
 
     @classmethod
     def linear(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Self:
-        """Ho et al. 2020: beta from 1e-4 to 0.02 over T = 1000; for another T the betas scale with
-        1000 / T, so that the path stays.
+        """Return the linear schedule of Ho et al. 2020: beta from 1e-4 to 0.02 over T = 1000.
+
+        For another T the betas scale with 1000 / T, so that alpha_bar follows the same path.
         """
         scale = T_OF_DDPM / _positive(T)
         return cls.from_betas(
@@ -83,8 +83,9 @@ class Schedule:
 
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008) -> Self:
-        """Nichol & Dhariwal 2021, eq. 17: alpha_bar = f(t) / f(0), f = cos^2, each beta clipped at
-        0.999.
+        """Return the cosine schedule (Nichol & Dhariwal 2021, eq. 17).
+
+        alpha_bar = f(t) / f(0) with f = cos^2; each beta is clipped at 0.999.
         """
         f = (
             torch.cos(
@@ -98,11 +99,11 @@ class Schedule:
 
     @classmethod
     def constant(cls, rate: float, end: float = 1e-4) -> Self:
-        """One diffusion rate beta at every step, and as many steps as alpha_bar needs to fall to
-        `end` (Sohl-Dickstein et al. 2015).
+        """Return the schedule with one diffusion rate beta at every step (Sohl-Dickstein et al.
+        2015).
 
-        A rate near 1 is a map in one step, a low one is slow to sample: T = ln(end) / ln(1 - rate),
-        rounded up.
+        It has as many steps as alpha_bar needs to fall to `end`: T = ln(end) / ln(1 - rate),
+        rounded up. A rate near 1 maps noise to data in one step, a low one is slow to sample.
         """
         if not (0 < rate < 1 and 0 < end < 1):
             raise ValueError(
@@ -112,29 +113,30 @@ class Schedule:
         return cls.from_betas(torch.full((T,), rate, dtype=torch.float64))
 
     def shifted(self, factor: float) -> "Schedule":
-        """Multiply SNR by factor^2 at every t (Hoogeboom et al. 2023, eq. 5): factor = 64 / side_px
-        adds noise for larger images.
+        """Return the schedule with SNR times factor^2 at every t (Hoogeboom et al. 2023, eq. 5).
+
+        factor = 64 / side_px gives larger images more noise.
         """
         if not factor > 0:
             raise ValueError(
-                f"shift = {factor:g}: it multiplies a noise level, give a positive number"
+                f"shift = {factor:g}: it multiplies the noise level, so it must be positive"
             )
         log_snr = self.log_snr[1:] + 2 * math.log(factor)
         return Schedule(torch.cat([torch.ones(1, dtype=torch.float64), torch.sigmoid(log_snr)]))
 
     @property
     def T(self) -> int:  # noqa: N802
-        """The number of diffusion steps; t runs over 1..T."""
+        """Number of diffusion steps; t runs over 1..T."""
         return len(self.alpha_bar) - 1
 
     @cached_property
     def sqrt_alpha_bar(self) -> Tensor:
-        """The factor of x_0 in x_t, float64 (T + 1,)."""
+        """Factor of x_0 in x_t, float64 (T + 1,)."""
         return self.alpha_bar.sqrt()
 
     @cached_property
     def sqrt_one_minus_alpha_bar(self) -> Tensor:
-        """The factor of eps in x_t, float64 (T + 1,)."""
+        """Factor of eps in x_t, float64 (T + 1,)."""
         return (1 - self.alpha_bar).sqrt()
 
     @cached_property
@@ -143,8 +145,9 @@ class Schedule:
         return torch.logit(self.alpha_bar)
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4); t = 0
-        gives x_0 itself.
+        """Return x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4).
+
+        t = 0 returns x_0 itself.
         """
         _check(x_0, t, eps)
         check_t(t, self.T, lowest=0)
@@ -167,13 +170,15 @@ def _check(x: Tensor, t: Tensor, other: Tensor) -> None:
     if x.shape != other.shape or t.shape != x.shape[:1]:
         shapes = f"{tuple(x.shape)} and {tuple(other.shape)} with t {tuple(t.shape)}"
         raise ValueError(
-            f"shapes {shapes}: the first two must be equal, and t one integer a sample"
+            f"shapes {shapes}: the first two must be equal, and t one integer for each sample"
         )
 
 
 def check_t(t: Tensor, T: int, lowest: int = 1) -> None:
-    """Raise ValueError unless every t is an integer in lowest..T; on an accelerator `at`'s gather
-    does it, without a wait.
+    """Raise ValueError unless every t is an integer in lowest..T.
+
+    On an accelerator the range is not checked here, which would wait for the device; the gather in
+    `at` fails there instead.
     """
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f"t is {t.dtype}: time is an integer in {lowest}..{T}")
@@ -182,8 +187,10 @@ def check_t(t: Tensor, T: int, lowest: int = 1) -> None:
 
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Look up a float64 table (T + 1,) at t (B,) as (B, 1, ...), float32 or better, to multiply
-    with `like` (B, ...).
+    """Return the values of a float64 table (T + 1,) at t (B,) as (B, 1, ...), to multiply with
+    `like`.
+
+    `like` is (B, ...); the values are float32, or float64 if it is.
     """
     values = table.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
     return values.gather(0, t.to(like.device, torch.int64)).view(-1, *[1] * (like.ndim - 1))
@@ -192,8 +199,10 @@ def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 def posterior_coefficients(
     alpha_bar_t: Number, alpha_bar_s: Number
 ) -> tuple[Number, Number, Number]:
-    """Factors of x_0 and x_t in the mean of q(x_s | x_t, x_0), and its variance, for any s < t (Ho
-    et al. 2020, eq. 6-7).
+    """Return the factors of x_0 and x_t in the mean of q(x_s | x_t, x_0), and its variance, for s <
+    t.
+
+    Ho et al. 2020, eq. 6-7, for any pair of times.
     """
     alpha = alpha_bar_t / alpha_bar_s
     of_x_0 = alpha_bar_s**0.5 * (1 - alpha) / (1 - alpha_bar_t)
@@ -202,8 +211,10 @@ def posterior_coefficients(
 
 
 def posterior(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (B, ...) and variance (B, 1, ...) of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7);
-    the variance is 0 at t = 1.
+    """Return mean (B, ...) and variance (B, 1, ...) of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq.
+    6-7).
+
+    The variance is 0 at t = 1.
     """
     _check(x_0, t, x_t)
     check_t(t, schedule.T)
@@ -212,8 +223,8 @@ def posterior(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[
 
 
 def posterior_tables(schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-    """`posterior_coefficients` for every t = 1..T with s = t - 1, float64 (T,) each; entry t - 1
-    belongs to t.
+    """Return `posterior_coefficients` for t = 1..T and s = t - 1, float64 (T,) each; entry t - 1 is
+    for t.
     """
     return posterior_coefficients(schedule.alpha_bar[1:], schedule.alpha_bar[:-1])
 
@@ -228,8 +239,9 @@ def _check_parametrisation(parametrisation: str) -> None:
 def training_target(
     schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor, parametrisation: Parametrisation
 ) -> Tensor:
-    """What a network must predict: x_0, eps or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
-    (Salimans & Ho 2022).
+    """Return the tensor that a network must predict: x_0, eps or v.
+
+    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022).
     """
     _check_parametrisation(parametrisation)
     _check(x_0, t, eps)
@@ -246,7 +258,7 @@ def training_target(
 def to_x_0(
     schedule: Schedule, x_t: Tensor, t: Tensor, prediction: Tensor, parametrisation: Parametrisation
 ) -> Tensor:
-    """Read x_0 out of a network's prediction; allocates one batch at most.
+    """Return the x_0 that a prediction stands for; allocates at most one batch.
 
     From eps: (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar); from v: sqrt(alpha_bar) x_t -
     sqrt(1 - alpha_bar) v.
@@ -266,8 +278,8 @@ def to_x_0(
 
 
 def to_eps(schedule: Schedule, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
-    """The noise that leads from x_0 to x_t: (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar), t at
-    least 1.
+    """Return the noise between x_0 and x_t: (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar); t >=
+    1.
     """
     _check(x_t, t, x_0)
     check_t(t, schedule.T)
@@ -284,12 +296,11 @@ def as_denoise(
     parametrisation: Parametrisation,
     clip: float | None = None,
 ) -> Denoise:
-    """Turn `network(x_t, t) -> prediction` into `denoise(x_t, t) -> x_0`, clamped to [-clip, clip]
-    where given.
+    """Turn `network(x_t, t) -> prediction` into `denoise(x_t, t) -> x_0`.
 
-    A pair (prediction, fraction) becomes (x_0, fraction). Under guidance leave `clip` to `guided`:
-    it must come after the extrapolation. `denoise` raises ValueError for a t that is no integer in
-    1..T.
+    clip: clamp x_0 to [-clip, clip]. With guidance, pass `clip` to `guided` instead: the clamp must
+    come after the extrapolation. A pair (prediction, fraction) becomes (x_0, fraction). `denoise`
+    raises ValueError for a t that is not an integer in 1..T.
     """
     _check_parametrisation(parametrisation)
 
@@ -305,10 +316,11 @@ def as_denoise(
 
 
 def clipped(x_0: Tensor, limit: float, is_new: bool = True) -> Tensor:
-    """Clamp x_0 (B, ...) to [-limit, limit], in place where it is the caller's own.
+    """Clamp x_0 (B, ...) to [-limit, limit]; in place if `is_new`.
 
-    A sample that is not finite becomes NaN throughout: a clamp alone would pass an infinity off as
-    a bright pixel, and looking for one here would make an accelerator wait; samplers look for NaN.
+    A sample with a value that is not finite becomes NaN everywhere. A clamp alone would turn an
+    infinity into a bright pixel, and a check here would wait for an accelerator; samplers check for
+    NaN later.
     """
     lost = x_0.sum(
         tuple(range(1, x_0.ndim)), keepdim=True, dtype=torch.promote_types(x_0.dtype, torch.float32)
@@ -317,7 +329,7 @@ def clipped(x_0: Tensor, limit: float, is_new: bool = True) -> Tensor:
 
 
 def split(prediction: Prediction) -> tuple[Tensor, Tensor | None]:
-    """Part a prediction from its variance fraction, which is None where the variance is not
+    """Return a prediction and its variance fraction; the fraction is None if the variance is not
     learned.
     """
     return prediction if isinstance(prediction, tuple) else (prediction, None)
@@ -330,13 +342,13 @@ def snr_weight(
     floor: float = 0.0,
     parametrisation: Parametrisation = "eps",
 ) -> Tensor:
-    """Weight (B,) of a sample's squared error, so that every parametrisation has the x_0 loss
-    clamp(SNR, floor, ceiling) |x_0 - x_0'|^2.
+    """Return a weight (B,) for the squared error of each sample.
 
-    The ceiling is min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, section 3.4): / SNR for eps, /
-    (SNR + 1) for v. The floor is the truncated weight of Salimans & Ho 2022 (arXiv 2202.00512,
-    section 4: 1): without it the noisiest steps, which settle a conditional picture's layout, weigh
-    next to nothing.
+    With it, every parametrisation has the x_0 loss clamp(SNR, floor, ceiling) |x_0 - x_0'|^2. The
+    ceiling is min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, section 3.4): divided by SNR for
+    eps, by SNR + 1 for v. The floor is the truncated weight of Salimans & Ho 2022 (arXiv
+    2202.00512, section 4, with 1): without it the noisiest steps, which decide the layout of a
+    conditional image, have almost no weight.
     """
     _check_parametrisation(parametrisation)
     check_t(t, schedule.T)
@@ -346,8 +358,9 @@ def snr_weight(
 
 
 def simple_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error over the batch, float32 (Ho et al. 2020, eq. 14), each sample times its
-    weight (B,) where given.
+    """Return the mean squared error over the batch, float32 (Ho et al. 2020, eq. 14).
+
+    weight: factor (B,) of the error of each sample.
     """
     if prediction.shape != target.shape:
         raise ValueError(

@@ -1,8 +1,7 @@
-"""The two-dimensional Swiss roll (Sohl-Dickstein et al. 2015, figure 1): train a small network,
-sample it, measure it, draw it.
+"""The two-dimensional Swiss roll (Sohl-Dickstein et al. 2015, figure 1): trains a small network,
+samples it, measures the samples and draws the result.
 
-Knows nothing of images or of the pipeline. Reads nothing; writes `swiss_roll.png` into the folder
-it is given.
+Knows nothing of images or the pipeline. Writes `swiss_roll.png` into a folder.
 Legend: B points; x (B, 2).
 """
 
@@ -20,8 +19,8 @@ from torch.nn import functional as F
 from infra.console.progress import Progress
 from infra.errors import CallerError
 from training.diffusion.process import Denoise, Schedule, as_denoise, simple_loss, training_target
-from training.diffusion.samplers import ancestral, ddim, dpm_solver
-from training.diffusion.swiss_roll_plot import draw
+from training.diffusion.samplers import SamplerOptions, ancestral, ddim, dpm_solver
+from training.diffusion.swiss_roll_plot import Measurements, RateRow, draw
 from training.diffusion.variance import measure_x_0_error
 
 RATES = (0.9999, 0.9, 0.5, 0.2, 0.1, 0.05, 0.02)
@@ -31,8 +30,9 @@ Loss = Callable[["RollNetwork", Tensor, torch.Generator], Tensor]
 
 
 def roll_points(count: int, generator: torch.Generator) -> Tensor:
-    """Draw points of the roll, float32 (count, 2): r = angle from 1.5 pi to 4.5 pi, scaled to a
-    radius of 2, noise 0.02.
+    """Draw points of the roll, float32 (count, 2).
+
+    r is the angle, from 1.5 pi to 4.5 pi, scaled to a radius of 2; the noise is 0.02.
     """
     angle = 1.5 * math.pi * (1 + 2 * torch.rand(count, generator=generator))
     spiral = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 7
@@ -40,8 +40,9 @@ def roll_points(count: int, generator: torch.Generator) -> Tensor:
 
 
 class RollNetwork(nn.Module):
-    """A perceptron of four hidden layers over (x_t, log SNR); conditioned on log SNR it serves
-    every schedule and diffusion rate.
+    """A perceptron with four hidden layers over (x_t, log SNR).
+
+    Conditioning on log SNR instead of t makes one network fit every schedule and diffusion rate.
     """
 
     def __init__(self, width: int = 96, waves: int = 16) -> None:
@@ -53,7 +54,7 @@ class RollNetwork(nn.Module):
         nn.init.zeros_(self.leave.weight)
 
     def forward(self, x_t: Tensor, log_snr: Tensor) -> Tensor:
-        """x_t (B, 2), log_snr (B,) -> prediction (B, 2)."""
+        """Map x_t (B, 2) and log_snr (B,) to a prediction (B, 2)."""
         phase = log_snr[:, None] * self.frequencies  # (B, waves)
         h = F.silu(self.enter(torch.cat([x_t, phase.sin(), phase.cos()], dim=1)))
         for layer in self.hidden:
@@ -62,7 +63,9 @@ class RollNetwork(nn.Module):
 
 
 def velocity_loss(schedule: Schedule) -> Loss:
-    """The simple loss on v, which weighs fine and coarse noise alike (Salimans & Ho 2022)."""
+    """Return the simple loss on v, which weights fine and coarse noise equally (Salimans & Ho
+    2022).
+    """
     log_snr = schedule.log_snr.float()
 
     def loss(network: RollNetwork, x_0: Tensor, generator: torch.Generator) -> Tensor:
@@ -77,14 +80,13 @@ def velocity_loss(schedule: Schedule) -> Loss:
 def train(
     loss: Loss, steps: int | None = None, seconds: float | None = None, seed: int = 0
 ) -> tuple[RollNetwork, int]:
-    """Train until `steps` or `seconds` are used up, whichever comes first; returns the averaged
-    network and the steps taken.
+    """Train until `steps` or `seconds` are used up, whichever comes first.
 
-    The learning rate follows a cosine over that budget, so a result depends on the seed alone where
-    only `steps` is given.
+    Returns the averaged network and the number of steps. The learning rate follows a cosine over
+    that budget, so with `steps` alone the result depends only on the seed.
     """
     if steps is None and seconds is None:
-        raise ValueError("neither steps nor seconds: give at least one budget")
+        raise ValueError("neither steps nor seconds is set: pass at least one of them")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -108,21 +110,25 @@ def train(
             batch_loss.backward()
             optimizer.step()
             done += 1
-            keep = min(EMA_DECAY, (1 + done) / (10 + done))  # forget the first steps soon
+            decay = min(
+                EMA_DECAY, (1 + done) / (10 + done)
+            )  # small at first, to forget the first steps
             for slow, fast in zip(average.parameters(), network.parameters(), strict=True):
-                slow.lerp_(fast.detach(), 1 - keep)
+                slow.lerp_(fast.detach(), 1 - decay)
             progress.update(done)
 
 
 def denoise_with(network: RollNetwork, schedule: Schedule) -> Denoise:
-    """Read a network that predicts v, under any schedule."""
+    """Return `denoise` for a network that predicts v, under any schedule."""
     log_snr = schedule.log_snr.float()
     return as_denoise(lambda x_t, t: network(x_t, log_snr[t]), schedule, "v")
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| without bias (Székely & Rizzo 2013): 0 for equal
-    distributions, below it by chance alone.
+    """Return the unbiased energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| (Székely & Rizzo
+    2013).
+
+    It is 0 for equal distributions; an estimate is below 0 only by chance.
     """
     within = (torch.cdist(z, z).sum() / (len(z) * (len(z) - 1)) for z in (x, y))
     return float(2 * torch.cdist(x, y).mean() - sum(within))
@@ -131,16 +137,15 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 def swiss_roll(
     out: Path, steps: int = 4000, seed: int = 0, count: int = 3000, rates: Sequence[float] = ()
 ) -> dict[str, Any]:
-    """Train on the roll, sample it at several diffusion rates and step counts, and draw
-    `out`/swiss_roll.png.
+    """Train on the roll, sample it with several rates and step counts, draw `out`/swiss_roll.png.
 
-    count: points behind every energy distance. rates: diffusion rates, the beta of every step;
-    RATES where none is given. Returns the distance of DPM-Solver++ in 50 steps to fresh data, what
-    chance makes of data to data (root mean square of 8 draws), tables by diffusion rate and by step
-    count, the seconds that training took, and the picture.
+    count: number of points for every energy distance. rates: diffusion rates, the beta of every
+    step (default: RATES). Returns the distance of DPM-Solver++ in 50 steps to fresh data, the
+    distance of data to data (root mean square of 8 draws), tables by diffusion rate and by step
+    count, the seconds of training, and the path of the figure.
     """
     if steps < 1 or count < 100:
-        raise CallerError(f"steps = {steps}, count = {count}: give at least 1 step and 100 points")
+        raise CallerError(f"steps = {steps}, count = {count}: use at least 1 step and 100 points")
     out.mkdir(parents=True, exist_ok=True)
     schedule = Schedule.cosine()
     started_s = time.monotonic()
@@ -148,50 +153,81 @@ def swiss_roll(
     trained_s = time.monotonic() - started_s
 
     generator = torch.Generator().manual_seed(seed + 1)
-    data, again = roll_points(count, generator), roll_points(count, generator)
-    between = [energy_distance(roll_points(count, generator), data) for _ in range(8)]
-    chance = math.sqrt(sum(distance**2 for distance in between) / len(between))
+    data, calibration_data = roll_points(count, generator), roll_points(count, generator)
+    data_to_data = _data_to_data(data, generator)
     x_T = torch.randn(count, 2, generator=generator)
-    denoise = denoise_with(network, schedule)
+    by_rate = _by_rate(network, x_T, data, sorted(set(rates or RATES), reverse=True), generator)
+    by_steps = _by_steps(network, x_T, data, calibration_data, generator)
 
-    by_rate = []
-    for rate in sorted(set(rates or RATES), reverse=True):
-        constant = Schedule.constant(rate)
-        samples = ancestral(denoise_with(network, constant), x_T, constant, generator=generator)
-        by_rate.append(
-            {"rate": rate, "steps": constant.T, "energy_distance": energy_distance(samples, data)}
-        )
-
-    x_0_error = measure_x_0_error(denoise, again, schedule, points=64, generator=generator)
-    samplers: dict[str, Callable[[int], Tensor]] = {
-        "ancestral, small variance": lambda n: ancestral(
-            denoise, x_T, schedule, n, generator=generator
-        ),
-        "ancestral, analytic variance": lambda n: ancestral(
-            denoise, x_T, schedule, n, "analytic", x_0_error, generator=generator
-        ),
-        "DDIM": lambda n: ddim(denoise, x_T, schedule, n),
-        "DPM-Solver++(2M)": lambda n: dpm_solver(denoise, x_T, schedule, n),
-    }
-    by_steps = {
-        name: {n: energy_distance(sample(n), data) for n in STEP_COUNTS}
-        for name, sample in samplers.items()
-    }
-
-    picture = out / "swiss_roll.png"
+    figure = out / "swiss_roll.png"
     facts = {
         "seed": seed,
         "steps": steps_done,
         "points": count,
         "schedule": f"cosine, T = {schedule.T}",
     }
-    draw(picture, denoise, schedule, data[:2000], by_rate, by_steps, chance, seed, facts)
+    measured = Measurements(by_rate, by_steps, data_to_data)
+    draw(figure, denoise_with(network, schedule), schedule, data[:2000], measured, seed, facts)
     return {
         "energy_distance": by_steps["DPM-Solver++(2M)"][50],
-        "data_to_data": chance,
+        "data_to_data": data_to_data,
         "seconds": trained_s,
         "steps": steps_done,
         "by_rate": by_rate,
         "by_steps": by_steps,
-        "picture": str(picture),
+        "picture": str(figure),
+    }
+
+
+def _data_to_data(data: Tensor, generator: torch.Generator) -> float:
+    """Return the root mean square energy distance of 8 fresh samples of the roll to `data`."""
+    distances = [energy_distance(roll_points(len(data), generator), data) for _ in range(8)]
+    return math.sqrt(sum(distance**2 for distance in distances) / len(distances))
+
+
+def _by_rate(
+    network: RollNetwork,
+    x_T: Tensor,
+    data: Tensor,
+    rates: Sequence[float],
+    generator: torch.Generator,
+) -> list[RateRow]:
+    """Measure ancestral sampling under schedules of one constant diffusion rate."""
+    rows: list[RateRow] = []
+    for rate in rates:
+        schedule = Schedule.constant(rate)
+        denoise = denoise_with(network, schedule)
+        samples = ancestral(denoise, x_T, schedule, options=SamplerOptions(generator=generator))
+        distance = energy_distance(samples, data)
+        rows.append({"rate": rate, "steps": schedule.T, "energy_distance": distance})
+    return rows
+
+
+def _by_steps(
+    network: RollNetwork,
+    x_T: Tensor,
+    data: Tensor,
+    calibration_data: Tensor,
+    generator: torch.Generator,
+) -> dict[str, dict[int, float]]:
+    """Measure each sampler under the cosine schedule: energy distances by name and step count."""
+    schedule = Schedule.cosine()
+    denoise = denoise_with(network, schedule)
+    x_0_error = measure_x_0_error(
+        denoise, calibration_data, schedule, points=64, generator=generator
+    )
+    options = SamplerOptions(generator=generator)
+    samplers: dict[str, Callable[[int], Tensor]] = {
+        "ancestral, small variance": lambda n: ancestral(
+            denoise, x_T, schedule, n, options=options
+        ),
+        "ancestral, analytic variance": lambda n: ancestral(
+            denoise, x_T, schedule, n, "analytic", x_0_error, options
+        ),
+        "DDIM": lambda n: ddim(denoise, x_T, schedule, n),
+        "DPM-Solver++(2M)": lambda n: dpm_solver(denoise, x_T, schedule, n),
+    }
+    return {
+        name: {n: energy_distance(sample(n), data) for n in STEP_COUNTS}
+        for name, sample in samplers.items()
     }

@@ -1,9 +1,9 @@
-"""What a diffusion model's latents hold: generation across time, samples that share an x_t,
-interpolation in x_t space.
+"""Views of a diffusion model's latents: generation over time, samples that share an x_t, and
+interpolation in x_t space (Ho et al. 2020, figures 6 to 9).
 
-Functions over `denoise` and images that return arrays for picture grids; they know no network and
-write nothing.
-Legend: B images, K columns or times, C channels, H x W pixels; all images are float in the model's
+Functions over `denoise` and images; they return tensors for image grids, know no network and write
+nothing.
+Legend: B images, K columns or times, C channels, H x W pixels; images are float in the model's
 range.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.diffusion.noise import Noise, Stream, generators, noise_like
 from training.diffusion.process import Denoise, Schedule
-from training.diffusion.samplers import ancestral, ddim
+from training.diffusion.samplers import SamplerOptions, ancestral, ddim
 
 
 def across_time(
@@ -29,11 +29,11 @@ def across_time(
     """Follow samples from noise to data (Ho et al. 2020, figure 6).
 
     Returns x_t and the x_0 predicted from it, both (B, columns, C, H, W), and the t of each column,
-    from T down to 0; at t = 0 both are the sample. The columns are spread evenly over the sampler's
+    from T down to 0. At t = 0 both are the sample. The columns are spread evenly over the sampler's
     steps.
     """
     if not 2 <= columns <= steps + 1:
-        raise ValueError(f"columns = {columns} of {steps} steps: take 2 to {steps + 1}")
+        raise ValueError(f"columns = {columns} of {steps} steps: choose 2 to {steps + 1}")
     wanted = {round(i * steps / (columns - 1)) for i in range(columns - 1)}
     x_t_seen: list[Tensor] = []
     x_0_seen: list[Tensor] = []
@@ -45,7 +45,9 @@ def across_time(
             x_0_seen.append(x_0.to(x_t.dtype, copy=True))
             times.append(t)
 
-    end = ddim(denoise, x_T, schedule, steps, eta, generator=generator, callback=callback)
+    end = ddim(
+        denoise, x_T, schedule, steps, eta, SamplerOptions(generator=generator, callback=callback)
+    )
     return torch.stack([*x_t_seen, end], dim=1), torch.stack([*x_0_seen, end], dim=1), [*times, 0]
 
 
@@ -59,11 +61,11 @@ def sharing_x_t(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Noise each image to x_t once and sample p(x_0 | x_t) several times (Ho et al. 2020, figure
-    7): the smaller t, the more they share.
+    7).
 
-    steps: of a whole run from T; a run from t takes its share of them. `denoise` gets B * samples
-    images, an image's samples in a row. Returns x_t (B, K, C, H, W) and the samples (B, K, samples,
-    C, H, W) for the K times.
+    The smaller t is, the more the samples share. steps: of a whole run from T; a run from t takes
+    its share of them. `denoise` gets B * samples images, the samples of an image next to each
+    other. Returns x_t (B, K, C, H, W) and the samples (B, K, samples, C, H, W) for the K times.
     """
     eps = noise_like(x_0, generators((seed + i for i in range(len(x_0))), Stream.DATA))
     x_t_seen, sampled = [], []
@@ -78,8 +80,7 @@ def sharing_x_t(
             x_t.repeat_interleave(samples, 0),
             schedule,
             share(steps, t, schedule),
-            start=t,
-            generator=step_generators,
+            options=SamplerOptions(start=t, generator=step_generators),
         )
         x_t_seen.append(x_t)
         sampled.append(sample.unflatten(0, (len(x_0), samples)))
@@ -88,25 +89,25 @@ def sharing_x_t(
 
 def interpolate_in_x_t(
     denoise: Denoise,
-    first: Tensor,
-    second: Tensor,
+    ends: tuple[Tensor, Tensor],
     schedule: Schedule,
     times: Sequence[int],
     columns: int = 9,
     steps: int = 100,
     seed: int = 0,
 ) -> Tensor:
-    """Blend two images as x_t and sample the data behind it (Ho et al. 2020, section 4.3, figures 8
-    and 9), t = 500 in the paper.
+    """Interpolate pairs of images in x_t space and sample the results (Ho et al. 2020, figure 8).
 
-    Both images (B, C, H, W) are noised with the same eps, so that the linear blend (1 - w) x_t + w
-    x_t' keeps the noise level of t, and a row's samples share all later noise: only w changes along
-    it. `denoise` gets B * columns images, a row's columns side by side. Returns (B, K, columns, C,
-    H, W) for the K times; w runs from 0 to 1, where the ends are each image's own reconstruction.
+    Section 4.3 and figures 8 and 9 of the paper, where t = 500. Both images of a pair, (B, C, H, W)
+    each in `ends`, are noised with the same eps, so the blend (1 - w) x_t + w x_t' keeps the noise
+    level of t. The samples of a row share all later noise: only w changes along it, from 0 to 1,
+    where the ends are the reconstructions of the two images. `denoise` gets B * columns images,
+    the columns of a row next to each other. Returns (B, K, columns, C, H, W) for the K times.
     """
+    first, second = ends
     if first.shape != second.shape:
         raise ValueError(
-            f"images {tuple(first.shape)} and {tuple(second.shape)}: both ends must have one shape"
+            f"images {tuple(first.shape)} and {tuple(second.shape)}: the shapes must be equal"
         )
     seeds = range(seed, seed + len(first))
     eps = noise_like(first, generators(seeds, Stream.DATA))
@@ -114,35 +115,33 @@ def interpolate_in_x_t(
     rows = []
     for t in times:
         t_batch = torch.full((len(first),), t, device=first.device)
-        start, end = (schedule.q_sample(x_0, t_batch, eps).unsqueeze(1) for x_0 in (first, second))
-        x_t = torch.lerp(start, end, w.to(start.dtype)).flatten(0, 1)  # (B * columns, C, H, W)
-        step_generators = generators((one for one in seeds for _ in range(columns)), Stream.STEPS)
-        row = ancestral(
-            denoise, x_t, schedule, share(steps, t, schedule), start=t, generator=step_generators
-        )
+        left, right = (schedule.q_sample(x_0, t_batch, eps).unsqueeze(1) for x_0 in ends)
+        x_t = torch.lerp(left, right, w.to(left.dtype)).flatten(0, 1)  # (B * columns, C, H, W)
+        row_seeds = (image_seed for image_seed in seeds for _ in range(columns))
+        options = SamplerOptions(start=t, generator=generators(row_seeds, Stream.STEPS))
+        row = ancestral(denoise, x_t, schedule, share(steps, t, schedule), options=options)
         rows.append(row.unflatten(0, (len(first), columns)))
     return torch.stack(rows, dim=1)
 
 
 def share(steps: int, t: int, schedule: Schedule) -> int:
-    """How many of the steps of a whole run one from t takes: their density in t stays, and there is
-    at least one.
+    """Return how many of the steps of a whole run a run from t takes, at least 1.
+
+    The density of steps in t stays the same.
     """
     return max(1, min(t, round(steps * t / schedule.T)))
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """Walk the great circle from a to b, the angle taken between whole vectors (B, ...); parallel
-    ones are blended linearly.
+    """Interpolate from a to b on the great circle; the angle is between whole samples (B, ...).
 
-    For noise found by `ddim_invert` and for embeddings: unlike a blend it keeps their length
-    (Ramesh et al. 2022, section 3.2).
+    Parallel samples are interpolated linearly. Unlike a linear blend it keeps the length, so it
+    suits noise found by `ddim_invert` and embeddings (Ramesh et al. 2022, section 3.2).
     """
     flat_a, flat_b = a.flatten(1), b.flatten(1)
-    cosine = (
-        torch.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1).view(-1, *[1] * (a.ndim - 1))
-    )
-    angle = cosine.acos()
-    of_a, of_b = (((1 - weight) * angle).sin() / angle.sin(), (weight * angle).sin() / angle.sin())
+    cosine = torch.cosine_similarity(flat_a, flat_b, dim=1).clamp(-1, 1)
+    angle = cosine.view(-1, *[1] * (a.ndim - 1)).acos()
+    of_a = ((1 - weight) * angle).sin() / angle.sin()
+    of_b = (weight * angle).sin() / angle.sin()
     is_parallel = angle.sin() < 1e-4
     return torch.where(is_parallel, torch.lerp(a, b, weight), of_a * a + of_b * b)

@@ -1,8 +1,8 @@
-"""The variance of a reverse step p(x_s | x_t), s < t: fixed small or large, learned, analytic.
+"""Variance of a reverse step p(x_s | x_t), s < t: fixed small or large, learned, or analytic.
 
-Samplers read it for any pair of times, the likelihood for s = t - 1. The formulas take alpha_bar_t
-and alpha_bar_s as float64, one value or a table, and know no network; `measure_x_0_error` calls one
-to fill the analytic variance's table.
+Samplers use it for any pair of times, the likelihood for s = t - 1. The formulas take alpha_bar_t
+and alpha_bar_s in float64, one value or a table, and know no network. `measure_x_0_error` calls a
+network to fill the table of the analytic variance.
 """
 
 import math
@@ -20,31 +20,35 @@ VARIANCES: tuple[Variance, ...] = ("small", "large", "learned", "analytic")
 
 
 def small_variance(alpha_bar_t: Number, alpha_bar_s: Number) -> Number:
-    """The posterior's own variance, right for data at one point (Ho et al. 2020, section 3.2)."""
+    """Return the variance of the posterior, exact if the data is one point (Ho et al. 2020, section
+    3.2).
+    """
     return posterior_coefficients(alpha_bar_t, alpha_bar_s)[2]
 
 
 def large_variance(alpha_bar_t: Number, alpha_bar_s: Number) -> Number:
-    """beta = 1 - alpha_bar_t / alpha_bar_s, right for data that are N(0, I) (Ho et al. 2020,
-    section 3.2).
+    """Return beta = 1 - alpha_bar_t / alpha_bar_s, exact for N(0, I) data (Ho et al. 2020, section
+    3.2).
     """
     return 1 - alpha_bar_t / alpha_bar_s
 
 
 def analytic_variance(alpha_bar_t: Number, alpha_bar_s: Number, x_0_error_t: Number) -> Number:
-    """The best isotropic variance for a given network: the posterior's, and what not knowing x_0
-    adds to it.
+    """Return the best isotropic variance for a network with the squared error `x_0_error_t`.
 
-    Bao et al. 2022 (arXiv 2201.06503), theorem 1, with the mean squared error of x_0 in place of
-    the score's second moment.
+    It is the variance of the posterior plus a term for the uncertainty about x_0: Bao et al. 2022
+    (arXiv 2201.06503), theorem 1, with the mean squared error of x_0 in place of the second moment
+    of the score.
     """
     of_x_0, _, variance = posterior_coefficients(alpha_bar_t, alpha_bar_s)
     return variance + of_x_0**2 * x_0_error_t
 
 
 def learned_deviation(alpha_bar_t: float, alpha_bar_s: float, fraction: Tensor) -> Tensor:
-    """Standard deviation whose logarithm lies at `fraction` from the small to the large (Nichol &
-    Dhariwal 2021, eq. 15); s at least 1.
+    """Return the standard deviation that a learned `fraction` stands for; s must be at least 1.
+
+    Its logarithm is interpolated from the small variance (0) to the large one (1) (Nichol &
+    Dhariwal 2021, eq. 15).
     """
     lower = math.log(small_variance(alpha_bar_t, alpha_bar_s)) / 2
     upper = math.log(large_variance(alpha_bar_t, alpha_bar_s)) / 2
@@ -52,7 +56,7 @@ def learned_deviation(alpha_bar_t: float, alpha_bar_s: float, fraction: Tensor) 
 
 
 def check_variance(variance: str, x_0_error: Tensor | None, schedule: Schedule) -> None:
-    """Raise ValueError for an unknown kind, or an analytic one without its table."""
+    """Raise ValueError for an unknown kind, or for "analytic" without a table of T + 1 errors."""
     if variance not in VARIANCES:
         raise ValueError(f"variance = {variance!r}: choose one of {', '.join(VARIANCES)}")
     if variance == "analytic" and (x_0_error is None or x_0_error.shape != (schedule.T + 1,)):
@@ -65,11 +69,10 @@ def check_variance(variance: str, x_0_error: Tensor | None, schedule: Schedule) 
 def log_variance_bounds(
     schedule: Schedule, variance: Variance, x_0_error: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log variance of p(x_{t-1} | x_t) for t = 1..T as (lower, upper), float64 (T,); they differ
-    only where it is learned.
+    """Return log variances of p(x_{t-1} | x_t) for t = 1..T as (lower, upper), float64 (T,) each.
 
-    The posterior's variance is 0 at t = 1; its value at t = 2 stands in for it (Nichol & Dhariwal
-    2021).
+    The two differ only for the learned variance. The variance of the posterior is 0 at t = 1; its
+    value at t = 2 replaces it there (Nichol & Dhariwal 2021).
     """
     check_variance(variance, x_0_error, schedule)
     alpha_bar_t, alpha_bar_s = schedule.alpha_bar[1:], schedule.alpha_bar[:-1]
@@ -87,11 +90,11 @@ def log_variance_bounds(
 def measure_x_0_error(
     denoise: Denoise, x_0: Tensor, schedule: Schedule, points: int = 32, generator: Noise = None
 ) -> Tensor:
-    """Mean squared error per dimension of `denoise` on data x_0 (B, ...), at `probe_times`; error /
-    (1 - alpha_bar) is linear between.
+    """Measure the mean squared error per dimension of `denoise` on data x_0 (B, ...).
 
-    Returns float64 (T + 1,), 0 at t = 0. A few hundred samples are enough: it is one number a time,
-    averaged over all dimensions.
+    It is measured at `probe_times`; between them error / (1 - alpha_bar) is interpolated linearly.
+    Returns float64 (T + 1,), 0 at t = 0. A few hundred samples are enough, since each value is an
+    average over all dimensions.
     """
     times = probe_times(schedule.T, points)
     ratios = torch.empty(len(times), dtype=torch.float64)
@@ -105,11 +108,10 @@ def measure_x_0_error(
 
 
 def probe_times(T: int, points: int) -> Tensor:
-    """Choose about `points` times in 1..T, both ends among them, rising int64: half spread evenly,
-    half evenly in log t.
+    """Return about `points` times in 1..T, rising int64, with both ends: half even in t, half in
+    log t.
 
-    What a denoiser is worth changes slowly over most of the way, and within a few steps near the
-    data.
+    The error of a denoiser changes slowly for most t, but within a few steps near the data.
     """
     half = max(2, min(points // 2, T))
     even, geometric = torch.linspace(1, T, half), torch.logspace(0, np.log10(T), half)

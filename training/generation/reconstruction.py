@@ -1,8 +1,8 @@
-"""How well the trained decoder accounts for pictures it was not trained on: bits per dimension, and
-DDIM inversion by step count.
+"""How well the decoder explains images it was not trained on: bits per dimension, and DDIM
+inversion by step count.
 
-Reads an `embed` folder and ingest's shards, or picture files; writes nothing.
-Legend: N pictures, E embedding dimensions, S the decoder's side.
+Reads an `embed` folder and ingest's shards, or image files; writes nothing.
+Legend: N images, E embedding dimensions, S the decoder's side.
 """
 
 import io
@@ -33,14 +33,14 @@ from training.models.pixels import to_images, to_pixels
 from training.models.tokenizer import Tokenizer
 
 POINTS = 24
-"""Times at which the decoder's own error is measured, for its calibration and the analytic
-variance."""
+"""Number of times at which the decoder's error is measured, for its calibration and for the
+analytic variance."""
 REFINEMENTS = (0, 1)
 
 
 @dataclass(frozen=True)
 class Described:
-    """Some pictures with what the decoder can be told of them."""
+    """Images with their conditions for the decoder."""
 
     x_0: Tensor  # (N, 3, S, S) in [-1, 1]
     z_i: Tensor  # (N, E)
@@ -52,11 +52,11 @@ class Described:
         return len(self.x_0)
 
     def first(self, count: int) -> "Described":
-        """Return the first `count` pictures."""
+        """Return the first `count` images."""
         return self._part(slice(count))
 
     def halves(self) -> tuple["Described", "Described"]:
-        """Return the first half and the second; an odd one at the end is left out."""
+        """Return the first half and the second half; an odd image at the end is dropped."""
         half = len(self) // 2
         return self._part(slice(half)), self._part(slice(half, 2 * half))
 
@@ -75,8 +75,9 @@ def read(
     max_images: int,
     seed: int,
 ) -> Described:
-    """Read pictures of a split, drawn by the seed, one of each concept, so that they are
-    independent of each other.
+    """Read images of a split, at most one of each concept so that they are independent.
+
+    The seed chooses which.
     """
     table, z_i = embedding_dataset.read(embed, split, ["key", "caption", "concept", *LOCATION])
     rows = _one_a_concept(table, seed)[:max_images]
@@ -95,8 +96,10 @@ def read(
 
 
 def read_files(model: Unclip, files: Sequence[Path]) -> Described:
-    """Read a person's picture files; they have no captions to tell, their names stand for them.
-    Raises CallerError.
+    """Read a person's image files, without captions for the decoder; file names are the captions
+    shown.
+
+    Raises CallerError for a file that is not an image.
     """
     pictures = manipulations.read(model, files)
     x_0 = to_pixels(torch.from_numpy(pictures), model.decoder.config.image_size_px)
@@ -120,19 +123,20 @@ def _one_a_concept(table: pa.Table, seed: int) -> list[int]:
 def likelihood(
     decoder: Decoder, judged: Described, trained: Described, draws: int, seed: int
 ) -> dict[str, Any]:
-    """Return the bound on -log2 p(x_0) in bits per dimension of `judged`, told z_i and caption, and
-    told nothing.
+    """Return upper bounds on -log2 p(x_0) in bits per dimension of `judged`, with and without
+    conditions.
 
-    The second is the one to hold against PNG and other models of pictures: z_i is made from the
-    picture itself. The decoder is calibrated on `trained` pictures
-    (`training.diffusion.calibration`); unless it learned its variance, the best one for its errors
-    there is taken (Bao et al. 2022). `draws`: network calls a picture for t = 2..T, beside one for
-    t = 1.
+    Without conditions ("told_nothing") the bound is comparable with PNG and other models of images;
+    with z_i and caption ("told_all") it is not, since z_i is computed from the image itself. The
+    decoder is calibrated on `trained` images (`training.diffusion.calibration`). If it did not
+    learn its variance, the best one for its errors on them is used (Bao et al. 2022). draws:
+    network calls for each image for t = 2..T, plus one for t = 1. Raises DataError if one of the
+    sets is empty.
     """
     if not len(judged) or not len(trained):
         raise DataError(
             f"{len(judged)} held-out and {len(trained)} training pictures: bits per dimension "
-            "need one of each at least"
+            "needs at least one of each"
         )
     variance: Variance = "learned" if decoder.config.learned_variance else "analytic"
     figures: dict[str, Any] = {
@@ -145,16 +149,14 @@ def likelihood(
         ),
     }
     for condition, w in (("told_all", 1.0), ("told_nothing", 0.0)):
-        z_condition, ids_condition = (
-            generators(range(seed, seed + len(trained)), Stream.DATA),
-            trained.x_0.to(decoder.device),
-        )
+        data_generators = generators(range(seed, seed + len(trained)), Stream.DATA)
+        trained_x_0 = trained.x_0.to(decoder.device)
         denoise = _denoise(decoder, trained, w)
-        calibration = calibrate(denoise, ids_condition, decoder.schedule, POINTS, z_condition)
+        calibration = calibrate(denoise, trained_x_0, decoder.schedule, POINTS, data_generators)
         x_0_error = None
         if variance == "analytic":
             x_0_error = measure_x_0_error(
-                calibration(denoise), ids_condition, decoder.schedule, POINTS, z_condition
+                calibration(denoise), trained_x_0, decoder.schedule, POINTS, data_generators
             )
         batches = ((x_0, calibration(denoise)) for x_0, denoise in _batches(decoder, judged, w))
         figures[condition] = bits_per_dim(
@@ -168,12 +170,12 @@ def likelihood(
 def inversion(
     decoder: Decoder, pictures: Described, step_counts: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Carry pictures to noise by DDIM inversion and back by DDIM, told z_i and caption; each
-    picture's PSNR by step count.
+    """Map images to noise by DDIM inversion and back by DDIM; return each image's PSNR by step
+    count.
 
-    With and without a refinement of each inverted step, which costs a network call more. The
-    decoder is calibrated on the pictures, as in `manipulate.invert`. Step counts above T are left
-    out.
+    With z_i and caption, and with and without a refinement of each inverted step, which costs one
+    more network call. The decoder is calibrated on the images, as in `manipulations.invert`. Step
+    counts above T are skipped.
     """
     x_0 = pictures.x_0.to(decoder.device)
     denoise = _denoise(decoder, pictures, 1.0)
@@ -216,7 +218,7 @@ def _batches(decoder: Decoder, pictures: Described, w: float) -> Iterator[tuple[
 
 
 def _png_bits(picture: np.ndarray) -> float:
-    """Bits per dimension that PNG at its best spends on a picture, header and all."""
+    """Return the bits per dimension of an image as an optimised PNG file, header included."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "png", optimize=True)
     return 8 * file.tell() / picture.size

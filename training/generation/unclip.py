@@ -1,7 +1,7 @@
-"""Text to image with a trained run: caption -> z_t -> prior -> z_i -> decoder -> picture. Plain
-torch: no Ray, no Prefect, no network.
+"""Text to image with a trained run: caption -> z_t -> prior -> z_i -> decoder -> image.
 
-Every picture depends on its prompt, its seed and its place among that prompt's pictures alone.
+Plain torch: no Ray, no Prefect, no network. An image depends only on its prompt, its seed and its
+number among the prompt's images.
 """
 
 import json
@@ -44,7 +44,7 @@ class Unclip:
     ) -> None:
         self.clip, self.tokenizer, self.prior, self.decoder = clip, tokenizer, prior, decoder
         self.upsamplers = tuple(upsamplers)
-        """Folders of what enlarges pictures, in their order; read when that is first asked for."""
+        """Folders of the up-samplers in order; loaded when they are first needed."""
 
     @classmethod
     def load(
@@ -54,45 +54,44 @@ class Unclip:
         decoder: Path | None = None,
         device: str = "cpu",
     ) -> Self:
-        """Read an exported folder; or, given all three, those of the stages `clip`, `prior` and
-        `decoder`. Averaged weights in both cases.
+        """Read an exported folder; or, if `prior` and `decoder` are given, the folders of the three
+        stages.
 
-        An exported folder's up-samplers come along. Raises CallerError where the folder is neither.
+        Loads averaged weights. An exported folder's up-samplers are loaded too. Raises CallerError
+        if a folder holds no model.
         """
-        behind = (
-            ()
-            if prior and decoder
-            else (Path(folder) / name for name in ("upsampler", "upsampler_2"))
-        )
+        is_exported = not (prior and decoder)
+        names = ("upsampler", "upsampler_2") if is_exported else ()
+        upsamplers = [Path(folder) / name for name in names]
         clip, prior, decoder = _folders(Path(folder), prior, decoder)
         model, tokenizer = clip_model.load(clip)
-        a_prior = priors.load(prior)
+        prior_model = priors.load(prior)
         facts = json.loads((decoder / "config.json").read_text())
-        a_decoder = Decoder(
+        decoder_model = Decoder(
             DecoderConfig.model_validate(facts["decoder"]),
             facts["embed_dim"],
             facts["vocab_size"],
             facts["context"],
         )
-        a_decoder.load_state_dict(load_file(decoder / "weights.safetensors"))
-        for part in (model, a_prior, a_decoder):
+        decoder_model.load_state_dict(load_file(decoder / "weights.safetensors"))
+        for part in (model, prior_model, decoder_model):
             part.eval().requires_grad_(False).to(device)
         return cls(
             model,
             tokenizer,
-            a_prior,
-            a_decoder,
-            [folder for folder in behind if (folder / "config.json").is_file()],
+            prior_model,
+            decoder_model,
+            [path for path in upsamplers if (path / "config.json").is_file()],
         )
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """Device of the models."""
         return self.decoder.device
 
     @cached_property
     def _enlargers(self) -> "list[Upsampler]":
-        from training.models import upsampler_cascade as upsamplers  # which few ask for
+        from training.models import upsampler_cascade as upsamplers  # rarely needed
 
         return [upsamplers.load(folder).to(self.device) for folder in self.upsamplers]
 
@@ -105,17 +104,16 @@ class Unclip:
         guidance: float | None = None,
         upsample: bool = False,
     ) -> np.ndarray:
-        """Draw `count` pictures of each prompt, uint8 (P, count, S, S, 3) RGB; equal arguments give
-        equal pictures.
+        """Draw `count` images of each prompt, uint8 (P, count, S, S, 3) RGB.
 
-        seed: one for all prompts, whose noise is then the same from prompt to prompt, or one for
-        each: what is judged as a set of pictures needs noise of its own in every one. upsample:
-        enlarge them by the up-samplers; CallerError where there are none.
+        Equal arguments give equal images. seed: one for all prompts, which then share their noise,
+        or one for each prompt, for images that are judged as a set. upsample: enlarge the images
+        with the up-samplers; raises CallerError if there are none.
         """
         if upsample and not self.upsamplers:
             raise CallerError(
-                "this system has no up-sampler: give its recipe [upsampler] and run it, or draw "
-                "without upsample"
+                "this system has no up-sampler: add [upsampler] to its recipe and run it, or "
+                "generate without upsample"
             )
         z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(self.device)
         ids = self.tokenizer(prompts).to(self.device)
@@ -140,8 +138,9 @@ class Unclip:
     def predict(
         self, prompts: list[str], seed: int | Sequence[int] = 0, best_of: int | None = None
     ) -> np.ndarray:
-        """Draw one z_i for each prompt by the prior, unit vectors float32 (P, E): that of
-        `generate`'s first picture; seed as there.
+        """Draw one z_i for each prompt with the prior, unit vectors float32 (P, E).
+
+        It is the z_i of the first image of `generate`; `seed` as there.
         """
         z_t = clip_model.embed_texts(self.clip, self.tokenizer, prompts).to(self.device)
         ids = self.tokenizer(prompts).to(self.device)
@@ -163,21 +162,21 @@ class Unclip:
         return clip_model.embed_texts(self.clip, self.tokenizer, texts).numpy()
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
-        """Embed pictures, uint8 (B, H, W, 3), as unit vectors float32 (B, E)."""
+        """Embed images, uint8 (B, H, W, 3), as unit vectors float32 (B, E)."""
         return clip_model.embed_images(self.clip, torch.from_numpy(images)).numpy()
 
 
 def _seed_per_prompt(seed: int | Sequence[int], prompts: list[str]) -> Sequence[int]:
-    """Return a seed for every prompt."""
+    """Return one seed for every prompt."""
     if isinstance(seed, int):
         return [seed] * len(prompts)
     if len(seed) != len(prompts):
-        raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts: give one, or one for each")
+        raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts: pass one, or one for each")
     return seed
 
 
 def _folders(folder: Path, prior: Path | None, decoder: Path | None) -> tuple[Path, Path, Path]:
-    """Return the folders of the three models."""
+    """Return the folders of CLIP, prior and decoder. Raises CallerError if one holds no model."""
     parts = (
         (folder, prior, decoder)
         if prior and decoder
@@ -185,5 +184,5 @@ def _folders(folder: Path, prior: Path | None, decoder: Path | None) -> tuple[Pa
     )
     for part in parts:
         if not (part / "config.json").is_file():
-            raise CallerError(f"{part} holds no model: give a folder that `unclip export` made")
+            raise CallerError(f"{part} holds no model: use a folder written by `unclip export`")
     return parts

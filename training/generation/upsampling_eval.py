@@ -1,7 +1,7 @@
-"""By how much enlarging pictures with a trained up-sampler beats interpolation, on pictures whose
-large form is known, and its memory.
+"""A trained up-sampler against interpolation on images whose large form is known, and its peak
+memory.
 
-Pictures are uint8 (B, H, W, 3). Reads and writes no files.
+Images are uint8 (B, H, W, 3). Reads and writes no files.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ INTERPOLATIONS = {"bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 
 
 def interpolate(pictures: np.ndarray, factor: int, name: str) -> np.ndarray:
-    """Return pictures at `factor` times their sides by one of INTERPOLATIONS."""
+    """Return images at `factor` times their sides by one of INTERPOLATIONS."""
     size = (pictures.shape[2] * factor, pictures.shape[1] * factor)
     return np.stack(
         [cv2.resize(picture, size, interpolation=INTERPOLATIONS[name]) for picture in pictures]
@@ -34,12 +34,11 @@ def interpolate(pictures: np.ndarray, factor: int, name: str) -> np.ndarray:
 def compare(
     model: Upsampler, pictures: np.ndarray, seed: int = 0
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Shrink pictures whose large form is known, enlarge them again, and return figures and
-    pictures for every way of doing so.
+    """Shrink images, enlarge them again in every way, and return figures and images.
 
-    Figures: mean PSNR in dB with its standard error, over n pictures, and the share of them on
-    which the up-sampler beats each interpolation. Pictures (B, S, S, 3) by name; "small" are what
-    all started from.
+    Figures: mean PSNR in dB with its standard error over n images, and the share of images on which
+    the up-sampler beats each interpolation. Images (B, S, S, 3) by name; "small" are the shrunken
+    ones.
     """
     factor = model.config.factor
     small = to_images(shrink(to_float(torch.from_numpy(pictures)), factor))
@@ -72,8 +71,10 @@ def compare(
 
 
 def peak_bytes(model: Upsampler, side_px: int, tile_px: int | None = None) -> int:
-    """Measure the most memory that tensors hold at once, beside the weights, while a picture of
-    `side_px` is sampled for one step.
+    """Measure the peak memory of tensors, without the weights, while an image is sampled for one
+    step.
+
+    side_px: the side of the enlarged image.
     """
     side = side_px // model.config.factor
     with _Held() as held:
@@ -82,8 +83,8 @@ def peak_bytes(model: Upsampler, side_px: int, tile_px: int | None = None) -> in
 
 
 class _Held(TorchDispatchMode):
-    """Sums the storages of all tensors that operators made and that are still alive; a kernel's own
-    scratch memory is not seen.
+    """Sums the storages of all live tensors that operators made; kernels' scratch memory is not
+    seen.
     """
 
     def __init__(self) -> None:
@@ -93,16 +94,16 @@ class _Held(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        live_bytes = {
-            id_of
-            for value in tree_leaves((args, kwargs))
-            if isinstance(value, Tensor)
-            for id_of in [value.untyped_storage()._cdata]
-        }
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        input_storages = {value.untyped_storage()._cdata for value in inputs}
         for value in tree_leaves(result):
-            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in live_bytes:
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in input_storages:
                 storage = value.untyped_storage()
                 self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.alive = {address: one for address, one in self.alive.items() if not one[0].expired()}
+        self.alive = {
+            address: (storage, size)
+            for address, (storage, size) in self.alive.items()
+            if not storage.expired()
+        }
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return result

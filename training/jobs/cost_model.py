@@ -27,36 +27,34 @@ from training.optim import fsdp
 from training.optim.step import LoopConfig
 
 STATE_BYTES = 4 * 5
-"""Of one parameter: weight, gradient, both moments of Adam and the average, all float32."""
+"""Bytes for each parameter: weight, gradient, both moments of Adam and the average, all float32."""
 HELD_BYTES = 4 * 2
-"""Of one parameter that a sharded step holds from its start to its end: weight and gradient,
-gathered."""
+"""Bytes for each parameter that a sharded step holds from start to end: gathered weight and
+gradient."""
 PASSING_BYTES = {"bf16": 2 * 2 + 2 + 4, "float32": 2 * 4 + 4 + 4}
-"""Of one parameter of the largest block: gathered for this block and the next, its gradient, and
-that once more in float32 on its way."""
+"""Bytes for each parameter of the largest block: gathered for this block and the next, its
+gradient, and the gradient in float32 while it is reduced."""
 BF16_BYTES = 2
 DAY_S = 86_400
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model costs; `flops` and `activation_bytes` are one sample's, forward and
-    backward.
-    """
+    """Cost of one model; `flops` and `activation_bytes` are one sample's, forward and backward."""
 
     parameters: int
     flops: float
     activation_bytes: int
     undivided: int = 0
-    """Parameters that every worker of a sharded training keeps whole."""
+    """Parameters that every worker of a sharded training holds whole."""
     held: int = 0
     """Parameters that it gathers for a whole step."""
     largest: int = 0
-    """Parameters of the largest block that it gathers when that works."""
+    """Parameters of the largest block, which is gathered while it runs."""
 
 
 def clip_cost(config: ClipConfig, vocab_size: int, context: int) -> Cost:
-    """Count CLIP: one picture and one caption of full length."""
+    """Count CLIP for one image and one caption of full length."""
     with torch.device("meta"):
         model = CLIP(config, vocab_size, context)
         pixels, ids = (
@@ -67,7 +65,7 @@ def clip_cost(config: ClipConfig, vocab_size: int, context: int) -> Cost:
 
 
 def prior_cost(config: PriorConfig, embed_dim: int, vocab_size: int, context: int) -> Cost:
-    """Count a prior of either kind with a caption of full length."""
+    """Count a prior of either kind for a caption of full length."""
     with torch.device("meta"):
         model = make(config, embed_dim, vocab_size, context)
         z, ids, t = (
@@ -103,7 +101,7 @@ def decoder_cost(config: DecoderConfig, embed_dim: int, vocab_size: int, context
 
 
 def upsampler_cost(config: UpsamplerConfig) -> Cost:
-    """Count an up-sampler on a training crop."""
+    """Count an up-sampler for one training crop."""
     with torch.device("meta"):
         model = Upsampler(config)
         x, t = torch.zeros(1, 3, config.crop_px, config.crop_px), torch.ones(1, dtype=torch.long)
@@ -111,8 +109,9 @@ def upsampler_cost(config: UpsamplerConfig) -> Cost:
 
 
 class _SavedTensors(TorchFunctionMode):
-    """Notes what autograd keeps of a forward pass, by storage; of attention the inputs and the
-    output alone.
+    """Collects the tensors that autograd saves in a forward pass, by storage.
+
+    Of attention it collects only the inputs and the output.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -165,11 +164,11 @@ def _count(model: nn.Module, forward: Callable[[], Tensor]) -> Cost:
 
 
 def need(cost: Cost, config: LoopConfig, workers: int, flops_per_s: float | None) -> dict[str, Any]:
-    """Return what training takes on so many workers: memory of each, FLOPs of all, and days at
-    `flops_per_s` reached by each worker.
+    """Return the needs of a training on this many workers: memory of each, total FLOPs, and days.
 
-    Where the section shards, weights, gradients and optimiser state are divided among the workers,
-    and what is gathered at a time is added; otherwise each holds them whole.
+    flops_per_s: throughput reached by each worker; None leaves days out. If the section shards,
+    weights, gradients and optimiser state are divided among the workers and the gathered tensors
+    are added; otherwise each worker holds all.
     """
     is_sharded, state = config.shard and workers > 1, STATE_BYTES * cost.parameters
     if is_sharded:

@@ -1,16 +1,17 @@
-"""Embeds every kept picture and its first caption with the run's frozen CLIP, in clip-retrieval's
+"""Embeds every readable image and its first caption with the run's frozen CLIP, in clip-retrieval's
 layout.
 
 Reads curate's keep list, ingest's shards and a `clip` folder; writes `img_emb/`, `text_emb/`
-(float16, unit rows), `metadata/` and `facts.json`. Parts are embedded by Ray tasks and renamed into
-place, so a killed run keeps the parts it has. Pairs that the same CLIP has embedded before (`know`)
-are not embedded again.
+(float16, unit rows), `metadata/` and `facts.json`. Ray tasks embed the parts and rename them into
+place, so a killed run keeps its finished parts. Pairs that the same CLIP has embedded before
+(`know`) are not embedded again.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,34 +36,43 @@ from training.optim.step import OnBroken
 MARKED = ["key", "sha256"]
 READ_ROWS = 1 << 16
 PARTS = 10_000
-"""Their four digits keep them in order for whoever sorts files by name, as clip-retrieval does."""
+"""Maximum number of parts: four digits keep them in order when files are sorted by name, as
+clip-retrieval does."""
 
 
 class EmbedConfig(Section):
     """How embeddings are made."""
 
     rows_per_part: int = Field(default=100_000, ge=1)
-    """Rows of one file of embeddings."""
+    """Rows in one file of embeddings."""
     batch_size: int = Field(default=256, ge=1)
-    """Pictures or captions that go through CLIP at once."""
+    """Images or captions that CLIP encodes at once."""
     broken_pictures: OnBroken = "stop"
-    """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them,
-    counted in the manifest."""
+    """What to do about images whose shard is missing, truncated or altered: `stop` with an error,
+    or `skip` them and count them in the manifest."""
 
     outside_key: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
 
+@dataclass(frozen=True)
+class EmbedFolders:
+    """Folders of the stages that are read, of the result, and of the unfinished parts."""
+
+    ingest: Path
+    curate: Path
+    clip: Path
+    out: Path
+    work: Path
+
+
 def run(
-    config: EmbedConfig,
-    cluster: ClusterConfig,
-    ingest: Path,
-    curate: Path,
-    clip: Path,
-    clip_key: str,
-    out: Path,
-    work: Path,
+    config: EmbedConfig, cluster: ClusterConfig, folders: EmbedFolders, clip_key: str
 ) -> dict[str, Any]:
-    """Embed all of the keep list on the running Ray; returns the counts."""
+    """Embed the keep list on the running Ray; return the counts.
+
+    Raises CallerError if the list is empty or has too many parts.
+    """
+    curate, out, work = folders.curate, folders.out, folders.work
     table = read_table(curate / "keep.parquet", columns=shard_check.READ)
     row_count = table.num_rows
     if not row_count:
@@ -72,16 +82,13 @@ def run(
             f"[embed] rows_per_part = {config.rows_per_part} makes over {PARTS:,} parts: set "
             f"{-(-row_count // PARTS)} or more"
         )
-    dropped = shard_check.settle(table, ingest / "shards", config.broken_pictures, work)
+    dropped = shard_check.settle(table, folders.ingest / "shards", config.broken_pictures, work)
     del table
     parts, count = cut(config, curate / "keep.parquet", work)
     for folder in ("img_emb", "text_emb", "metadata"):
         (out / folder).mkdir(parents=True)
     threads = max(1, int(cluster.cpus_per_worker))
-    arguments = [
-        (config, number, threads, cluster.use_gpu, ingest, clip, out, work)
-        for number in range(parts)
-    ]
+    arguments = [(config, number, threads, cluster.use_gpu, folders) for number in range(parts)]
     done = 0
     with Progress("embed", count, "pairs") as progress:
         for rows in spread(
@@ -100,10 +107,10 @@ def run(
 
 
 def cut(config: EmbedConfig, keep_list: Path, work: Path) -> tuple[int, int]:
-    """Write the pairs that `soundness.settle` kept as `work`/rows_NNNN.parquet, one for each part;
-    return the parts and the pairs.
+    """Write the readable pairs as `work`/rows_NNNN.parquet, one for each part; return parts and
+    pairs.
 
-    The list is read in pieces, so that neither this process nor a part ever holds it.
+    The list is read in pieces, so that neither this process nor a part holds all of it.
     """
     parts = count = 0
     waiting: list[pa.Table] = []
@@ -128,8 +135,9 @@ def cut(config: EmbedConfig, keep_list: Path, work: Path) -> tuple[int, int]:
 
 
 def know(previous: Path, work: Path) -> None:
-    """Note in `work` what the embeddings in the folder `previous`, made by the same CLIP, are of.
-    24 bytes a pair.
+    """Record in `work` which pairs the embeddings in `previous`, made by the same CLIP, belong to.
+
+    Takes 24 bytes for each pair.
     """
     if not (work / "known.json").exists():
         marked = np.concatenate(
@@ -146,8 +154,9 @@ def know(previous: Path, work: Path) -> None:
 
 
 def marks(rows: pa.Table) -> np.ndarray:
-    """Return 64 bits for each row that tell apart pairs (origin and first caption) and their
-    pictures' bytes, uint64 (rows,).
+    """Return a 64-bit hash of each row's key and image bytes, uint64 (rows,).
+
+    The key identifies the origin and the first caption.
     """
     texts = [
         f"{key}{sha256}".encode()
@@ -159,9 +168,7 @@ def marks(rows: pa.Table) -> np.ndarray:
 
 
 def _reused_rows(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return which rows have been embedded before (rows,), and their vectors of both kinds float16
-    (those rows, D).
-    """
+    """Return which rows were embedded before, bool (rows,), and their vectors, float16 (n, D)."""
     if not (work / "known.json").exists():
         return np.zeros(table.num_rows, bool), {}
     previous = Path(json.loads((work / "known.json").read_text()))
@@ -185,17 +192,11 @@ def _reused_rows(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.
 
 
 def _embed_part(
-    config: EmbedConfig,
-    number: int,
-    threads: int,
-    use_gpu: bool,
-    ingest: Path,
-    clip: Path,
-    out: Path,
-    work: Path,
+    config: EmbedConfig, number: int, threads: int, use_gpu: bool, folders: EmbedFolders
 ) -> int:
-    """Embed one part unless a killed attempt left it whole in `work`; returns its rows."""
+    """Embed one part, unless a killed attempt finished it in `work`; return its rows."""
     torch.set_num_threads(threads)
+    work = folders.work
     table = pq.read_table(work / f"rows_{number:04}.parquet")
     names = [
         f"img_emb/img_emb_{number:04}.npy",
@@ -203,32 +204,32 @@ def _embed_part(
         f"metadata/metadata_{number:04}.parquet",
     ]
     if not all((work / Path(name).name).exists() for name in names):
-        is_reused, vectors = _reused_rows(table, work)
-        fresh = (
-            _embed_rows(config, table.filter(pa.array(~is_reused)), use_gpu, ingest, clip)
-            if not is_reused.all()
-            else {}
-        )
+        is_reused, reused = _reused_rows(table, work)
+        is_new = ~is_reused
+        new: dict[str, np.ndarray] = {}
+        if is_new.any():
+            new_rows = table.filter(pa.array(is_new))
+            new = _embed_rows(config, new_rows, use_gpu, folders.ingest, folders.clip)
         for name, kind in zip(names, ("img_emb", "text_emb"), strict=False):
-            both = np.empty((table.num_rows, (fresh or vectors)[kind].shape[1]), np.float16)
-            for chosen, rows_of in ((is_reused, vectors), (~is_reused, fresh)):
-                if chosen.any():
-                    both[chosen] = rows_of[kind]
+            vectors = np.empty((table.num_rows, (new or reused)[kind].shape[1]), np.float16)
+            for rows, rows_vectors in ((is_reused, reused), (is_new, new)):
+                if rows.any():
+                    vectors[rows] = rows_vectors[kind]
             with (work / f"part_{number:04}.tmp").open("wb") as file:
-                np.save(file, both)
+                np.save(file, vectors)
             (work / f"part_{number:04}.tmp").replace(work / Path(name).name)
         (work / f"known_{number:04}.count").write_text(str(int(is_reused.sum())))
         pq.write_table(table, work / f"table_{number:04}.tmp")
         (work / f"table_{number:04}.tmp").replace(work / Path(names[2]).name)
     for name in names:
-        shutil.copyfile(work / Path(name).name, out / name)
+        shutil.copyfile(work / Path(name).name, folders.out / name)
     return table.num_rows
 
 
 def _embed_rows(
     config: EmbedConfig, table: pa.Table, use_gpu: bool, ingest: Path, clip: Path
 ) -> dict[str, np.ndarray]:
-    """Return both vectors of every row, float16 (rows, D)."""
+    """Return the vectors of every row by kind, float16 (rows, D)."""
     model, tokenizer = clip_model.load(clip)
     model.to("cuda" if use_gpu else "cpu")
     pictures = Pictures(table, ingest / "shards", model.config.image_size_px, model.config.look)
@@ -255,8 +256,9 @@ def embed_texts(clip: Path, texts: list[str]) -> np.ndarray:
 
 
 def embed_images(clip: Path, files: Sequence[Path]) -> np.ndarray:
-    """Embed picture files with the CLIP of a `clip` folder, float32 (B, D). Raises CallerError
-    naming a file that is no picture.
+    """Embed image files with the CLIP of a `clip` folder, float32 (B, D).
+
+    Raises CallerError for a file that is not an image.
     """
     model, _ = clip_model.load(clip)
     pictures = [
@@ -267,17 +269,18 @@ def embed_images(clip: Path, files: Sequence[Path]) -> np.ndarray:
 
 
 def look_of(clip: Path) -> Look:
-    """Say how the CLIP of a `clip` folder wants its pictures made square."""
+    """Return how the CLIP of a `clip` folder wants its images made square."""
     return ClipConfig.model_validate(json.loads((clip / "config.json").read_text())["clip"]).look
 
 
 def encoders(
     clip: Path,
 ) -> tuple[Callable[[list[str]], np.ndarray], Callable[[np.ndarray], np.ndarray], int]:
-    """Load the CLIP of a `clip` folder once: return what embeds texts, what embeds uint8 squares
-    (B, S, S, 3), and their side S.
+    """Load the CLIP of a `clip` folder once; return its text encoder, its image encoder and its
+    side S.
 
-    Both return float32 (B, D) and may be called from any thread.
+    The image encoder takes uint8 squares (B, S, S, 3). Both return float32 (B, D) and may be called
+    from any thread.
     """
     model, tokenizer = clip_model.load(clip)
 

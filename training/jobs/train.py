@@ -1,10 +1,10 @@
-"""The Ray Train jobs: section -> data and model -> `loop.run`, for CLIP, the prior, the decoder and
-up-samplers.
+"""The Ray Train jobs for CLIP, the prior, the decoder and up-samplers: section -> data and model ->
+`loop.run`.
 
-Each `train_*` runs on the Ray that the caller started, shows progress, and leaves `config.json`,
-`weights.safetensors` (averaged), `raw.safetensors`, `metrics.jsonl` and, where captions are read,
-`tokenizer.json` in `out`. State for resuming lies in `work`, which all workers must see. The
-`fit_*` functions are the worker's side; they know Ray no more than a bare script does.
+Each `train_*` uses the Ray that the caller started, shows progress, and writes `config.json`,
+`weights.safetensors` (averaged), `raw.safetensors`, `metrics.jsonl` and, if captions are read,
+`tokenizer.json` into `out`. The state for resuming is in `work`, which all workers must see. The
+`fit_*` functions are the workers' side; they do not use Ray.
 """
 
 import json
@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from training.optim.step import LoopConfig, Step
 PHRASING, SHIFT = 11, 12  # streams of randomness in a step
 SHIFT_PX = 2
 LINE_BYTES = 4096
-"""More than a line of metrics.jsonl takes."""
+"""More bytes than a line of metrics.jsonl has."""
 
 
 def train_clip(
@@ -57,8 +58,9 @@ def train_clip(
     out: Path,
     work: Path,
 ) -> dict[str, Any]:
-    """Train CLIP on the keep list's training pairs; the tokenizer is fitted to their captions
-    first. Or take a pretrained one.
+    """Train CLIP on the keep list's training pairs, or take a pretrained one.
+
+    The tokenizer is fitted to their captions first.
     """
     table = read_table(curate / "keep.parquet", "train", ["captions", *shard_check.READ])
     if not table.num_rows:
@@ -85,7 +87,7 @@ def train_clip(
         fitted.save(work / "tokenizer.tmp")
         (work / "tokenizer.tmp").replace(work / "tokenizer.json")
     paths = {"ingest": str(ingest), "curate": str(curate)}
-    _train("clip", fit_clip, config, cluster, cluster.clip_workers, paths, out, work)
+    _train("clip", fit_clip, config, cluster, cluster.clip_workers, _Folders(paths, out, work))
     return {
         "in": table.num_rows,
         "out": table.num_rows - sum(dropped.values()),
@@ -97,7 +99,7 @@ def train_clip(
 def train_prior(
     config: PriorConfig, cluster: ClusterConfig, clip: Path, embed: Path, out: Path, work: Path
 ) -> dict[str, Any]:
-    """Train the prior on the embeddings, CLIP frozen."""
+    """Train the prior on the embeddings; CLIP is frozen."""
     count = _start_from_clip(clip, embed, work)
     _train(
         "prior",
@@ -105,9 +107,7 @@ def train_prior(
         config,
         cluster,
         cluster.prior_workers,
-        {"clip": str(clip), "embed": str(embed)},
-        out,
-        work,
+        _Folders({"clip": str(clip), "embed": str(embed)}, out, work),
     )
     return {"in": count, "out": count, "dropped": {}, **_outcome(out)}
 
@@ -121,7 +121,7 @@ def train_decoder(
     out: Path,
     work: Path,
 ) -> dict[str, Any]:
-    """Train the decoder on pictures and their embeddings, CLIP frozen."""
+    """Train the decoder on images and their embeddings; CLIP is frozen."""
     count = _start_from_clip(clip, embed, work)
     dropped = shard_check.settle(
         read_table(embed / "metadata", "train", shard_check.READ),
@@ -130,7 +130,9 @@ def train_decoder(
         work,
     )
     paths = {"ingest": str(ingest), "clip": str(clip), "embed": str(embed)}
-    _train("decoder", fit_decoder, config, cluster, cluster.decoder_workers, paths, out, work)
+    _train(
+        "decoder", fit_decoder, config, cluster, cluster.decoder_workers, _Folders(paths, out, work)
+    )
     return {"in": count, "out": count - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
 
 
@@ -142,7 +144,7 @@ def train_upsampler(
     out: Path,
     work: Path,
 ) -> dict[str, Any]:
-    """Train an up-sampler on crops of the keep list's training pictures."""
+    """Train an up-sampler on crops of the keep list's training images."""
     table = read_table(curate / "keep.parquet", "train", shard_check.READ)
     count = table.num_rows
     if not count:
@@ -151,14 +153,21 @@ def train_upsampler(
         )
     dropped = shard_check.settle(table, ingest / "shards", config.broken_pictures, work)
     paths = {"ingest": str(ingest), "curate": str(curate)}
-    _train("upsampler", fit_upsampler, config, cluster, cluster.upsampler_workers, paths, out, work)
+    _train(
+        "upsampler",
+        fit_upsampler,
+        config,
+        cluster,
+        cluster.upsampler_workers,
+        _Folders(paths, out, work),
+    )
     return {"in": count, "out": count - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
 
 
 def fit_clip(
     config: ClipConfig, paths: dict[str, Path], work: Path, device: str
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The worker's side of `train_clip`."""
+    """Train CLIP on one worker; return the model and its averaged weights."""
     table = read_table(
         paths["curate"] / "keep.parquet", "train", ["caption", "captions", "key", *LOCATION]
     )
@@ -171,9 +180,8 @@ def fit_clip(
     del table
     torch.manual_seed(config.seed)
     model = CLIP(config, tokenizer.vocab_size, tokenizer.context).to(device)
-    if (
-        config.compile
-    ):  # what is encoded in chunks is encoded again in the backward pass, which stays outside
+    if config.compile:
+        # the towers only: the backward pass encodes chunks again, outside the compiled code
         model.encode_image = torch.compile(model.encode_image)  # type: ignore[method-assign]
         model.encode_text = torch.compile(model.encode_text, dynamic=True)  # type: ignore[method-assign]
 
@@ -194,12 +202,12 @@ def fit_clip(
 def fit_prior(
     config: PriorConfig, paths: dict[str, Path], work: Path, device: str
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The worker's side of `train_prior`."""
+    """Train the prior on one worker; return the model and its averaged weights."""
     clip, tokenizer = clip_model.load(paths["clip"])
     table, z_i = embedding_dataset.read(paths["embed"], "train", ["captions"])
     texts = embedding_dataset.Captions(table["captions"], tokenizer)
     z_t = texts.embedded(clip.to(device))
-    del clip, table  # nor its memory on the device
+    del clip, table  # frees their memory, on the device too
     torch.manual_seed(config.seed)
     model = priors.make(config, z_i.dim, tokenizer.vocab_size, tokenizer.context).to(device)
     sample = z_i.sampled()
@@ -226,7 +234,7 @@ def fit_prior(
 def fit_decoder(
     config: DecoderConfig, paths: dict[str, Path], work: Path, device: str
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The worker's side of `train_decoder`."""
+    """Train the decoder on one worker; return the model and its averaged weights."""
     tokenizer = Tokenizer.load(paths["clip"] / "tokenizer.json")
     table, z_i = embedding_dataset.read(paths["embed"], "train", ["captions", "key", *LOCATION])
     readable = shard_check.is_readable(table, work)
@@ -250,7 +258,7 @@ def fit_decoder(
 def fit_upsampler(
     config: UpsamplerConfig, paths: dict[str, Path], work: Path, device: str
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The worker's side of `train_upsampler`."""
+    """Train an up-sampler on one worker; return the model and its averaged weights."""
     table = read_table(paths["curate"] / "keep.parquet", "train", ["key", *LOCATION])
     pictures = _pictures(
         table.filter(pa.array(shard_check.is_readable(table, work))),
@@ -278,14 +286,14 @@ def _pictures(
 
 
 def _read_ahead(pictures: Pictures, step: Step, steps: int) -> None:
-    """Begin to read what the next steps will ask for."""
+    """Start to read the images of the next steps."""
     for _ in range(steps if pictures.cache is None else 0):
         step = step.next()
         pictures.read_ahead(step.samples(len(pictures)))
 
 
 def alone(captions: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return a list of one text for each caption."""
+    """Return a list with one text for each caption."""
     return pa.chunked_array(
         [
             pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk)
@@ -296,8 +304,9 @@ def alone(captions: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def shifted(pixels: Tensor, draw: Tensor) -> Tensor:
-    """Move each picture (B, 3, S, S) by up to SHIFT_PX, white coming in; `draw` in [0, 1) is (B,
-    2).
+    """Shift each image (B, 3, S, S) by up to SHIFT_PX, filling with white.
+
+    draw: random shift in [0, 1), (B, 2).
     """
     B, _, S, _ = pixels.shape
     padded = nn.functional.pad(pixels, [SHIFT_PX] * 4, value=1.0)
@@ -332,31 +341,41 @@ def _start_from_clip(clip: Path, embed: Path, work: Path) -> int:
     return count
 
 
+@dataclass(frozen=True)
+class _Folders:
+    """Folders of the stages that a job reads by name, of its result, and of its state."""
+
+    inputs: dict[str, str]
+    out: Path
+    work: Path
+
+
 def _train(
     name: str,
     fit: Fit,
     config: LoopConfig,
     cluster: ClusterConfig,
     workers: int,
-    paths: dict[str, str],
-    out: Path,
-    work: Path,
+    folders: _Folders,
 ) -> None:
-    """Run `fit` on `workers` Ray Train workers, restarted from the last state when one is lost;
-    then move the results to `out`.
+    """Run `fit` on `workers` Ray Train workers, then copy the results to the result's folder.
+
+    When a worker is lost, it restarts from the last state, up to `max_failures` times. Raises the
+    UnclipError of a worker, or one that says why the training failed.
     """
+    work = folders.work
     job = {
         "fit": fit.__name__,
         "section": config.model_dump_json(),
-        "paths": paths,
+        "paths": folders.inputs,
         "work": str(work),
         "threads": max(1, int(cluster.cpus_per_worker)),
         "use_gpu": cluster.use_gpu,
     }
     with Progress(name, config.images, "images") as progress:
-        over = threading.Event()
+        is_over = threading.Event()
         watcher = threading.Thread(
-            target=_watch, args=(work / "metrics.jsonl", progress, over), daemon=True
+            target=_watch, args=(work / "metrics.jsonl", progress, is_over), daemon=True
         )
         watcher.start()
         try:
@@ -369,25 +388,25 @@ def _train(
                     if worker_error or not left:
                         raise worker_error or UnclipError(_one_line(name, error)) from error
                     logging.getLogger("unclip").warning(
-                        "%s; it goes on from its last state, %d restarts left",
+                        "%s; restarting it from its last state, %d restarts left",
                         _one_line(name, error),
                         left,
                     )
         finally:
-            over.set()
+            is_over.set()
             watcher.join()
-    _hand_over(work, out)
+    _hand_over(work, folders.out)
 
 
 def _hand_over(work: Path, out: Path) -> None:
     for file in ("config.json", "weights.safetensors", "raw.safetensors", "metrics.jsonl"):
         shutil.copyfile(work / file, out / file)
-    if (work / "tokenizer.json").exists():  # an up-sampler reads no captions
+    if (work / "tokenizer.json").exists():  # up-samplers have none
         shutil.copyfile(work / "tokenizer.json", out / "tokenizer.json")
 
 
 def _run_group(job: dict[str, Any], name: str, cluster: ClusterConfig, workers: int) -> None:
-    """Fit data-parallel by Ray Train."""
+    """Train data-parallel with Ray Train."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -399,12 +418,11 @@ def _run_group(job: dict[str, Any], name: str, cluster: ClusterConfig, workers: 
             num_workers=workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            # a fresh name: our own state in `work` says where to resume, not Ray's
+            # a new name each time: training resumes from our state in `work`, not from Ray's
             name=f"{name}-{time.time_ns():x}",
             storage_path=str((Path(job["work"]) / "ray").absolute()),
-            failure_config=FailureConfig(
-                max_failures=0
-            ),  # Ray would repeat a worker's plain error as well
+            # no retries by Ray, which would also repeat errors that are ours
+            failure_config=FailureConfig(max_failures=0),
         ),
         torch_config=TorchConfig(
             backend="nccl" if cluster.use_gpu else "gloo", timeout_s=cluster.collective_timeout_s
@@ -413,7 +431,7 @@ def _run_group(job: dict[str, Any], name: str, cluster: ClusterConfig, workers: 
 
 
 def _worker(job: dict[str, Any]) -> None:
-    """Entry point of every Ray Train worker."""
+    """Run on every Ray Train worker."""
     import ray.train
 
     ray.train.report({"images_seen": _fit(job)})
@@ -445,8 +463,9 @@ def _fit(job: dict[str, Any]) -> int:
 def write_model(
     name: str, model: nn.Module, averaged: dict[str, Tensor], config: LoopConfig, work: Path
 ) -> None:
-    """Write `config.json` and the weights, averaged and raw, each renamed into place. Called by
-    every worker; the first one writes.
+    """Write `config.json` and the weights, averaged and raw, each by renaming.
+
+    Every worker calls it; the first one writes.
     """
     is_first = world()[0] == 0
     raw = fsdp.whole(model.state_dict(), is_first)
@@ -472,10 +491,10 @@ def write_model(
     (work / "config.json").write_text(json.dumps(facts, indent=1))
 
 
-def _watch(metrics: Path, progress: Progress, over: threading.Event) -> None:
-    """Show the newest row of the metrics file until told that it is over."""
+def _watch(metrics: Path, progress: Progress, is_over: threading.Event) -> None:
+    """Show the newest row of the metrics file until `is_over` is set."""
     while True:
-        ended = over.wait(0.5)
+        ended = is_over.wait(0.5)
         last = _last_line(metrics) if metrics.exists() else ""
         if last.endswith("}"):
             row = json.loads(last)
@@ -485,9 +504,7 @@ def _watch(metrics: Path, progress: Progress, over: threading.Event) -> None:
 
 
 def _last_line(file: Path) -> str:
-    """Return the last line of a file of short ones, of which only the end is read: it grows for
-    days.
-    """
+    """Return the last line of a file with short lines; only its end is read, since it grows."""
     with file.open("rb") as opened:
         opened.seek(max(0, opened.seek(0, os.SEEK_END) - LINE_BYTES))
         return (opened.read().decode(errors="replace").splitlines() or [""])[-1]
@@ -504,8 +521,9 @@ def _outcome(out: Path) -> dict[str, Any]:
 
 
 def _worker_error(error: BaseException) -> UnclipError | None:
-    """Return the error of ours that a worker raised, if that is why Ray Train failed: a restart
-    would only meet it again.
+    """Return the UnclipError that a worker raised, if that is why Ray Train failed.
+
+    A restart would only raise it again.
     """
     seen: set[int] = set()
     cause: BaseException | None = error
@@ -520,13 +538,15 @@ def _worker_error(error: BaseException) -> UnclipError | None:
 
 
 def _one_line(name: str, error: BaseException) -> str:
-    """Say why a training failed in one line; Ray's words hold the tracebacks of the workers, cut in
-    the middle, which are left out.
+    """Return the reason of a failed training in one line.
+
+    Ray's message contains the workers' tracebacks, truncated; they are left out.
     """
     lines = str(error).splitlines()
-    said = " ".join(
+    message = " ".join(
         line
         for line in lines
         if not line.startswith(("  ", "Traceback ", "... (Output")) and '", line ' not in line
     )
-    return f"training {name} failed: {' '.join(said.split())[:400]}; the whole of it is in the log"
+    message = " ".join(message.split())[:400]
+    return f"training {name} failed: {message}; the log has the full message"

@@ -1,12 +1,12 @@
-"""The autoregressive prior: z_i drawn coordinate by coordinate, as buckets of its principal
-components (unCLIP, section 2.2).
+"""The autoregressive prior: samples z_i one principal component at a time, as buckets (unCLIP,
+section 2.2).
 
-A causal transformer over [caption, z_t, dot product, c_1, ..., c_(K-1)]: the output at z_t predicts
-the bucket of z_i . z_t, the one at that token the bucket of the first coordinate, and so on. At
-sampling the dot product is drawn from the upper half of its distribution, which asks for pictures
-that fit their caption. Same interface as `training.models.diffusion_prior.Prior`; buckets are
-fitted to the data before training.
-Legend: B batch, N caption tokens, D width, E embedding dimensions, K components kept, V buckets.
+A causal transformer over [caption, z_t, dot product, c_1, ..., c_(K-1)]. The output at z_t predicts
+the bucket of z_i . z_t, the output at that token predicts the bucket of the first coordinate, and
+so on. At sampling the dot product is drawn from the upper half of its distribution, for images that
+fit their caption. Same interface as `training.models.diffusion_prior.Prior`; the buckets are fitted
+to the data before training.
+Legend: B batch, N caption tokens, D width, E embedding dimensions, K components, V buckets.
 """
 
 import torch
@@ -21,11 +21,11 @@ from training.models.transformer import Block, KeyValues
 from training.optim.step import Step
 
 MARGIN = 1e-3
-"""The buckets reach beyond the training data's own range by this share of it."""
+"""Share of the training data's range by which the buckets extend beyond it."""
 
 
 class AutoregressivePrior(nn.Module):
-    """Predicts the buckets of z_i's coordinates one after the other."""
+    """Predicts the buckets of z_i's coordinates one after another."""
 
     mean: Tensor
     components: Tensor
@@ -37,8 +37,7 @@ class AutoregressivePrior(nn.Module):
         D, K = config.width, config.pca_dims
         if embed_dim < K:
             raise ValueError(
-                f"pca_dims = {K}, but embeddings have {embed_dim} dimensions: keep that many at "
-                "most"
+                f"pca_dims = {K} but embeddings have {embed_dim} dimensions: use at most that many"
             )
         self.config = config
         self.tokens = nn.Embedding(vocab_size, D)
@@ -59,8 +58,9 @@ class AutoregressivePrior(nn.Module):
 
     @torch.no_grad()
     def fit_to(self, z_i: Tensor, z_t: Tensor) -> None:
-        """Fit components and buckets to the training embeddings, unit vectors z_i and z_t (M, E),
-        z_t one caption of each picture.
+        """Fit components and buckets to training embeddings, unit vectors z_i and z_t (M, E).
+
+        z_t is the embedding of one caption of each image.
         """
         pca = Pca.fit(z_i.cpu())
         self.mean.copy_(pca.mean)
@@ -78,8 +78,9 @@ class AutoregressivePrior(nn.Module):
         self.high.copy_(high + reach)
 
     def to_buckets(self, z_i: Tensor, z_t: Tensor) -> Tensor:
-        """Return the buckets, int64 (B, K + 1), of z_i . z_t and of z_i's coordinates; what lies
-        outside goes into the last one there.
+        """Return the buckets of z_i . z_t and of z_i's coordinates, int64 (B, K + 1).
+
+        Values outside the range go into the first or the last bucket.
         """
         values = torch.cat(
             [(z_i * z_t).sum(1, keepdim=True), (z_i - self.mean) @ self.components.T], 1
@@ -91,13 +92,14 @@ class AutoregressivePrior(nn.Module):
         )
 
     def from_buckets(self, buckets: Tensor) -> Tensor:
-        """Return the unit vectors (B, E) in the middle of buckets (B, K + 1)."""
+        """Return the unit vectors (B, E) at the centres of buckets (B, K + 1)."""
         values = self.low + (buckets + 0.5) / self.config.buckets * (self.high - self.low)
         return F.normalize(values[:, 1:] @ self.components + self.mean, dim=-1)
 
     def forward(self, buckets: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
-        """Return logits, float32 (B, K + 1, V), for all buckets (B, K + 1), each from those before
-        it, scaled z_t (B, E) and ids (B, N).
+        """Return logits of all buckets, float32 (B, K + 1, V), each from the buckets before it.
+
+        Takes buckets (B, K + 1), scaled z_t (B, E) and ids (B, N).
         """
         x, is_key = self._prefix(z_t, ids, buckets[:, :-1])
         for block in self.blocks:
@@ -105,8 +107,9 @@ class AutoregressivePrior(nn.Module):
         return self.out(self.norm(x[:, ids.shape[1] :])).float()
 
     def _prefix(self, z_t: Tensor, ids: Tensor, buckets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens [caption, z_t, buckets] (B, N + 1 + n, D) and which may be attended to;
-        buckets (B, n) may be none.
+        """Return the tokens [caption, z_t, buckets] (B, N + 1 + n, D) and which of them are keys.
+
+        buckets (B, n) may be empty.
         """
         K, N, n = self.config.pca_dims, ids.shape[1], buckets.shape[1]
         x = torch.cat([self.tokens(ids), self.from_text(z_t)[:, None], self.values(buckets)], 1)
@@ -114,20 +117,20 @@ class AutoregressivePrior(nn.Module):
         return x, torch.cat([ids != PAD, ids.new_ones(len(ids), n + 1, dtype=torch.bool)], 1)
 
     def loss(self, step: Step, z_i: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
-        """Mean cross entropy of the buckets in nats; z_i and z_t are unit vectors (b, E), ids (b,
-        N).
+        """Return the mean cross entropy of the buckets in nats.
+
+        z_i and z_t are unit vectors (b, E), ids (b, N).
         """
         dropped = (step.uniform(DROP) < self.config.text_drop).to(z_t.device)
-        with torch.autocast(
-            z_i.device.type, enabled=False
-        ):  # bfloat16 would move values by whole buckets
+        # bfloat16 would move values by whole buckets
+        with torch.autocast(z_i.device.type, enabled=False):
             buckets = self.to_buckets(z_i, z_t)
         return F.cross_entropy(
             self(buckets, *self.with_drops(z_t, ids, dropped)).flatten(0, 1), buckets.flatten()
         )
 
     def with_drops(self, z_t: Tensor, ids: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scaled z_t and ids, with the null text where `dropped`, bool (B,)."""
+        """Return the scaled z_t and the ids, with the null text where `dropped`, bool (B,)."""
         return torch.where(
             dropped[:, None], self.null_text, z_t * self.text_scale
         ), without_captions(ids, dropped)
@@ -141,11 +144,11 @@ class AutoregressivePrior(nn.Module):
         steps: int | None = None,
         best_of: int | None = None,
     ) -> Tensor:
-        """Draw one z_i, a unit vector, for every row of z_t (B, E), ids (B, N) and seeds: the best
-        of several by its dot product with z_t.
+        """Draw one z_i, a unit vector, for every row of z_t (B, E), ids (B, N) and seeds.
 
-        A row's result depends on its own seed and text alone. `steps` is the diffusion prior's and
-        says nothing here.
+        It is the candidate out of `best_of` with the largest dot product with z_t. A row's result
+        depends only on its own seed and text. `steps` belongs to the diffusion prior and is
+        ignored.
         """
         best_of = best_of or self.config.best_of
         rows = torch.arange(len(z_t), device=z_t.device).repeat_interleave(best_of)
@@ -168,8 +171,9 @@ class AutoregressivePrior(nn.Module):
 
     @torch.no_grad()
     def draw(self, z_t: Tensor, ids: Tensor, chance: Tensor) -> Tensor:
-        """Draw buckets, int64 (B, K + 1): for each the first at which the cumulated probability
-        passes `chance` in [0, 1), (B, K + 1).
+        """Draw buckets, int64 (B, K + 1), by inverting the cumulative distribution at `chance`.
+
+        chance: in [0, 1), (B, K + 1).
         """
         N, K = ids.shape[1], self.config.pca_dims
         pasts = [KeyValues(N + 1 + K) for _ in self.blocks]

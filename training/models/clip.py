@@ -1,8 +1,7 @@
-"""CLIP: an image and a text tower, their symmetric contrastive loss, and how a trained one is read
-and written.
+"""CLIP: an image tower and a text tower, their symmetric contrastive loss, loading, embedding.
 
-Two image towers: the paper's ViT, and a small residual convolutional net, which learns far more in
-minutes on a CPU at 32 px. Knows nothing of files of pictures, Ray or the index.
+There are two image towers: the paper's ViT, and a small residual convolutional net that learns far
+more in minutes on a CPU at 32 px. Knows nothing of image files, Ray or the index.
 Legend: B batch, N tokens, D width, E embedding dimensions, C channels.
 """
 
@@ -26,14 +25,12 @@ from training.models.transformer import Activation, Block, TextEncoder
 from training.optim.collectives import gather
 from training.optim.step import LoopConfig, OnBroken
 
-LOGIT_SCALE_START, LOGIT_SCALE_MAX = (
-    math.log(1 / 0.07),
-    math.log(100),
-)  # Radford et al. 2021, section 2.5
+LOGIT_SCALE_START, LOGIT_SCALE_MAX = math.log(1 / 0.07), math.log(100)
+"""Radford et al. 2021, section 2.5."""
 SIGMOID_SCALE_START, SIGMOID_BIAS_START = math.log(10), -10.0  # Zhai et al. 2023, section 3.2
 MARK = 0x5851F42D4C957F2D
-"""An odd number of 63 bits, Knuth's multiplier: texts that differ have the same polynomial in it
-about once in 2^64."""
+"""An odd 63-bit number (Knuth's multiplier). Two different texts have equal polynomials in it about
+once in 2^64."""
 
 Channels = tuple[float, float, float]
 
@@ -42,24 +39,23 @@ class ClipConfig(LoopConfig):
     """The two towers and their training (Radford et al. 2021)."""
 
     pretrained: str = ""
-    """Take a ViT that open_clip trained instead of training one: a folder or file of it,
-    `hf-hub:ORGANISATION/NAME`, or `MODEL/TAG` as open_clip names them
-    (`ViT-B-32/laion2b_s34b_b79k`). What the towers look like is then read from there."""
+    """Use a ViT that open_clip trained instead of training one: its folder or file,
+    `hf-hub:ORGANISATION/NAME`, or open_clip's `MODEL/TAG` (`ViT-B-32/laion2b_s34b_b79k`). The
+    shape of the towers is then read from there."""
     image_size_px: int = Field(default=32, ge=16, le=1024)
-    """Side of the pictures that the image tower sees."""
+    """Side of the images that the image tower sees."""
     resize_mode: Resize = WHOLE.resize
-    """How a picture becomes such a square: `longest` keeps all of it, `shortest` the square in its
-    middle, `squash` no proportions."""
+    """How an image becomes a square: `longest` keeps all of it, `shortest` crops the central
+    square, `squash` changes the proportions."""
     interpolation: Interpolation = WHOLE.interpolation
-    """How pictures are resized to it; a pretrained CLIP brings along what it was made for (mostly
-    `bicubic` and `shortest`)."""
+    """How images are resized; a pretrained CLIP has its own (mostly `bicubic` and `shortest`)."""
     fill_color: int = Field(default=WHOLE.fill, ge=0, le=255)
-    """Grey value of the border that `longest` leaves; 255 is white."""
+    """Grey value of the border that `longest` adds; 255 is white."""
     image_tower: Literal["conv", "vit"] = "conv"
-    """`conv`: residual convolutions, for small pictures and budgets; `vit`: the vision
-    transformer."""
+    """`conv`: residual convolutions, for small images and budgets; `vit`: the vision transformer of
+    CLIP."""
     width: int = Field(default=64, ge=16, le=8192)
-    """Image tower: channels at half the picture's side (conv; doubled twice further down), or the
+    """Image tower: channels at half the image's side (conv; doubled twice further down), or the
     transformer's width (vit)."""
     depth: int = Field(default=2, ge=1, le=64)
     """Image tower: residual blocks at each of three resolutions (conv), or transformer blocks (vit;
@@ -73,47 +69,46 @@ class ClipConfig(LoopConfig):
     embed_dim: int = Field(default=128, ge=8, le=4096)
     """Dimensions of the shared embedding."""
     image_heads: int = Field(default=0, ge=0, le=256)
-    """Attention heads of the vision transformer; 0: one for every 64 channels, 32 in small ones."""
+    """Attention heads of the vision transformer; 0: one for each 64 channels (32 in small ones)."""
     text_heads: int = Field(default=0, ge=0, le=256)
-    """Attention heads of the text tower; 0 likewise."""
+    """Attention heads of the text tower; 0: one for every 64 channels (32 in small ones)."""
     image_mlp_ratio: float = Field(default=4.0, gt=0, le=16)
-    """Width of the vision transformer's perceptrons over its own."""
+    """Width of the vision transformer's MLPs divided by its own width."""
     activation: Activation = "gelu"
-    """Activation of both transformers' perceptrons; OpenAI's own models have `quick_gelu`."""
+    """Activation in both transformers' MLPs; OpenAI's own models use `quick_gelu`."""
     pixel_mean: Channels = (0.5, 0.5, 0.5)
-    """What is subtracted from the channels (0 to 1) of a picture."""
+    """Mean that is subtracted from each channel (0 to 1) of an image."""
     pixel_std: Channels = (0.25, 0.25, 0.25)
-    """What the channels are divided by then."""
+    """Standard deviation that each channel is then divided by."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """`softmax`: CLIP's own; `sigmoid`: every pair is judged for itself (SigLIP, Zhai et al.
-    2023)."""
+    """`softmax`: CLIP's own loss; `sigmoid`: every pair is scored alone (SigLIP: Zhai et al. 2023,
+    section 3)."""
     chunk: int = Field(default=0, ge=0)
-    """Pairs whose activations are held at once by a worker (Gao et al. 2021, GradCache): the loss
-    is over the whole batch all the same, at the price of a second forward pass; 0 holds the whole
-    batch."""
+    """Pairs whose activations a worker holds at once (Gao et al. 2021, GradCache); 0: the whole
+    batch. The loss still covers the whole batch, at the cost of a second forward pass."""
     compile: bool = False
-    """Let torch compile the towers (minutes at the start, worth it on a GPU)."""
+    """Compile the towers with torch.compile; takes minutes at the start and pays off on a GPU."""
     style_captions: bool = True
-    """Train on all phrasings of a picture, one drawn anew each time it is seen; otherwise on the
-    first one only."""
+    """Train on all captions of an image, one drawn at random each time; otherwise only on the
+    first."""
     first_caption: float = Field(default=0.0, ge=0, le=1)
-    """With style_captions: share of the draws that are the first phrasing, by which search mostly
-    asks; the others fall on all alike."""
+    """With style_captions: share of the draws that use the first caption, which is closest to
+    search queries; the others are uniform over all captions."""
     broken_pictures: OnBroken = "stop"
-    """What to do about pictures whose shard is missing, cut or altered: `stop` with one line, or
-    `skip` them, counted in the manifest."""
+    """What to do about images whose shard is missing, truncated or altered: `stop` with an error,
+    or `skip` them and count them in the manifest."""
 
     @property
     def look(self) -> Look:
-        """How pictures are made that the image tower sees."""
+        """How images are made square for the image tower."""
         return Look(self.resize_mode, self.interpolation, self.fill_color)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.compile and self.shard:
             raise ValueError(
-                "compile = true and shard = true: choose one, the compiled towers would not "
-                "gather their weights"
+                "compile = true and shard = true: choose one, since compiled towers do not gather "
+                "their weights"
             )
         for name, width, heads in (
             ("", self.width, self.image_heads),
@@ -121,16 +116,14 @@ class ClipConfig(LoopConfig):
         ):
             if heads and width % heads:
                 raise ValueError(
-                    f"{name}width = {width} but {name or 'image_'}heads = {heads}: the first must "
-                    "be a multiple of the second"
+                    f"{name}width = {width} but {name or 'image_'}heads = {heads}: the width must "
+                    "be a multiple of the heads"
                 )
         return self
 
 
 class ConvTower(nn.Module):
-    """Residual 3x3 convolutions at a half, a quarter and an eighth of the side, averaged over
-    places.
-    """
+    """Residual 3x3 convolutions at 1/2, 1/4 and 1/8 of the side, then a mean over positions."""
 
     def __init__(self, width: int, depth: int, embed_dim: int) -> None:
         super().__init__()
@@ -154,9 +147,7 @@ class ConvTower(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """norm, conv, GELU, conv; the last starts at zero, so that a deep tower starts as a shallow
-    one.
-    """
+    """norm, conv, GELU, conv; the last starts at zero, so a deep tower starts as a shallow one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -171,7 +162,7 @@ class ConvBlock(nn.Module):
 
 
 class VitTower(nn.Module):
-    """The vision transformer of CLIP: patches, a class token, pre-norm blocks, read at the class
+    """CLIP's vision transformer: patches, a class token, pre-norm blocks, output at the class
     token.
     """
 
@@ -202,7 +193,7 @@ class VitTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Embeds pictures and texts into one space; `encode_*` return unit vectors in float32."""
+    """Embeds images and texts into one space; `encode_*` return unit vectors in float32."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -239,30 +230,30 @@ class CLIP(nn.Module):
         )
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Embed pictures, float (B, 3, S, S) in [-1, 1], as unit vectors (B, E)."""
+        """Embed images, float (B, 3, S, S) in [-1, 1], as unit vectors (B, E)."""
         x = (pixels * 0.5 + (0.5 - self.pixel_mean)) / self.pixel_std
         return F.normalize(self.image(x).float(), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Embed texts, ids (B, N), read at the end-of-text token, as unit vectors (B, E)."""
+        """Embed texts, ids (B, N), as unit vectors (B, E), read at the end-of-text token."""
         ends = (ids == END).int().argmax(1)
         return F.normalize(self.text_project(self.text.at(ids, ends)).float(), dim=-1)
 
     def loss(self, pixels: Tensor, ids: Tensor) -> Tensor:
-        """Return the contrastive loss of this worker's pairs, pixels (b, 3, S, S) in [-1, 1] and
-        ids (b, N), against all workers'.
+        """Return the contrastive loss of this worker's pairs against all workers' pairs.
+
+        Takes pixels (b, 3, S, S) in [-1, 1] and ids (b, N).
         """
-        image, text = (
-            self._in_chunks(self.encode_image, pixels),
-            self._in_chunks(self.encode_text, ids),
-        )
+        image = self._in_chunks(self.encode_image, pixels)
+        text = self._in_chunks(self.encode_text, ids)
         if self.config.loss == "sigmoid":
             return sigmoid_loss(image, text, marks(ids), self.logit_scale, self.logit_bias)
         return contrastive_loss(image, text, marks(ids), self.logit_scale)
 
     def _in_chunks(self, encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Encode so that only a chunk's activations exist at once, in the backward pass too, which
-        encodes each chunk again.
+        """Encode in chunks, so that only one chunk's activations exist at a time.
+
+        The backward pass encodes each chunk again.
         """
         if not self.config.chunk or len(x) <= self.config.chunk:
             return encode(x)
@@ -272,28 +263,27 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the temperature at or above 1 / 100 (Radford et al. 2021, section 2.5); call after
-        every step.
+        """Keep the temperature at or above 1 / 100 (Radford et al. 2021, section 2.5).
+
+        Call it after every step.
         """
         self.logit_scale.clamp_(max=LOGIT_SCALE_MAX)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, captions: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric cross entropy over the cosine similarities of all workers' pairs (Radford et al.
-    2021, fig. 3).
+    """Return the symmetric cross entropy over cosine similarities (Radford et al. 2021, fig. 3).
 
-    image and text are this worker's unit vectors (b, E), captions is int (b,) and equal where
-    captions are: such pairs are right for each other and share the target (Yang et al. 2022, UniCL,
-    eq. 4-5). Each worker scores its own rows against everybody's columns, so memory is linear in
-    the global batch, and the mean over workers is the single-process loss with the same gradients.
+    image and text are this worker's unit vectors (b, E). captions, int (b,), is equal for equal
+    captions: such pairs match each other and share the target (Yang et al. 2022, UniCL, eq. 4-5).
+    Each worker scores its own rows against all workers' columns, so memory is linear in the global
+    batch; the mean over workers is the single-process loss with the same gradients.
     """
     is_right = captions[:, None] == gather(captions)  # (b, B)
     target = is_right / is_right.sum(1, keepdim=True)
     all_image, all_text = gather(image), gather(text)
     scale = logit_scale.exp()
-    with torch.autocast(
-        image.device.type, enabled=False
-    ):  # bfloat16 would round a logit near 100 to a multiple of 0.5
+    # bfloat16 would round a logit near 100 to a multiple of 0.5
+    with torch.autocast(image.device.type, enabled=False):
         return (
             F.cross_entropy(scale * image @ all_text.T, target)
             + F.cross_entropy(scale * text @ all_image.T, target)
@@ -303,12 +293,12 @@ def contrastive_loss(image: Tensor, text: Tensor, captions: Tensor, logit_scale:
 def sigmoid_loss(
     image: Tensor, text: Tensor, captions: Tensor, logit_scale: Tensor, logit_bias: Tensor
 ) -> Tensor:
-    """Every picture with every text of all workers, a pair or not (Zhai et al. 2023, eq. 1): mean
-    over pictures of the sum over texts.
+    """Return the sigmoid loss (Zhai et al. 2023, eq. 1): the mean over images of the sum over
+    texts.
 
-    image and text are this worker's unit vectors (b, E), captions is int (b,) and equal where
-    captions are: their pictures are pairs with them all. The mean over workers is the
-    single-process loss with the same gradients.
+    Every image is scored with every text of all workers. image and text are this worker's unit
+    vectors (b, E). captions, int (b,), is equal for equal captions: their images match all of them.
+    The mean over workers is the single-process loss with the same gradients.
     """
     is_pair = torch.where(captions[:, None] == gather(captions), 1.0, -1.0)  # (b, B)
     all_text = gather(text)
@@ -318,9 +308,7 @@ def sigmoid_loss(
 
 
 def marks(ids: Tensor) -> Tensor:
-    """Return a number for every text, int64 (b,), of its ids (b, N): equal texts have equal ones,
-    however far they are padded.
-    """
+    """Return a hash of every text, int64 (b,), from its ids (b, N), independent of the padding."""
     powers = torch.full((ids.shape[1],), MARK, device=ids.device).cumprod(0)  # modulo 2^64
     return (ids * powers).sum(1)
 
@@ -332,8 +320,9 @@ def count_parameters(config: ClipConfig, vocab_size: int, context: int = 77) -> 
 
 
 def load(folder: Path) -> tuple[CLIP, Tokenizer]:
-    """Read a trained CLIP (its averaged weights) and its tokenizer from a `clip` stage's folder, in
-    evaluation mode.
+    """Read a trained CLIP (averaged weights) and its tokenizer from a `clip` stage's folder.
+
+    The model is in evaluation mode, without gradients.
     """
     facts = json.loads((folder / "config.json").read_text())
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -344,8 +333,9 @@ def load(folder: Path) -> tuple[CLIP, Tokenizer]:
 
 @torch.no_grad()
 def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: list[str], batch: int = 512) -> Tensor:
-    """Embed texts in batches of like length (no padding work), unit vectors float32 (len(texts), E)
-    on the CPU.
+    """Embed texts as unit vectors, float32 (len(texts), E) on the CPU.
+
+    Texts of similar length share a batch, which saves padding.
     """
     device = model.logit_scale.device
     ids = tokenizer(texts)
@@ -360,7 +350,7 @@ def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: list[str], batch: int 
 
 @torch.no_grad()
 def embed_images(model: CLIP, images: Tensor, batch: int = 512) -> Tensor:
-    """Embed pictures, uint8 (B, H, W, 3), as unit vectors float32 (B, E) on the CPU."""
+    """Embed images, uint8 (B, H, W, 3), as unit vectors, float32 (B, E) on the CPU."""
     device, config = model.logit_scale.device, model.config
     batches = [torch.empty(0, config.embed_dim)]
     for part in images.split(batch):

@@ -1,9 +1,9 @@
-"""The decoder: a U-Net that draws a picture from a CLIP image embedding z_i and a caption (unCLIP,
+"""The decoder: a U-Net that draws an image from a CLIP image embedding z_i and a caption (unCLIP,
 section 2.1; GLIDE's U-Net).
 
-z_i is added to the timestep embedding and becomes extra context tokens behind the caption's; image
-tokens attend to both. The network predicts x_0 unless told otherwise. Knows nothing of CLIP's
-weights and of files.
+z_i is added to the timestep embedding and becomes extra context tokens after the caption's; image
+tokens attend to both. The network predicts x_0 by default. Knows nothing of CLIP's weights or of
+files.
 Legend: B batch, N context tokens, D width, E embedding dimensions, C channels, S side, H heads.
 """
 
@@ -36,14 +36,8 @@ from training.models.tokenizer import PAD
 from training.models.transformer import TextEncoder, attend, heads_of, time_features
 from training.optim.step import LoopConfig, OnBroken, Step
 
-DROP_Z, DROP_TEXT, TIME, NOISE, Z_LEVEL, Z_NOISE = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-)  # streams of randomness in a step
+# Streams of randomness in a step.
+DROP_Z, DROP_TEXT, TIME, NOISE, Z_LEVEL, Z_NOISE = 1, 2, 3, 4, 5, 6
 GROUPS = 8
 Sampler = Literal["dpm_solver", "ddim", "ancestral"]
 
@@ -52,19 +46,19 @@ class DecoderConfig(LoopConfig):
     """The decoder and its training (unCLIP, table 3: 3.5B parameters at 64 px)."""
 
     image_size_px: int = Field(default=32, ge=8, le=1024)
-    """Side of the pictures that it draws; unCLIP: 64."""
+    """Side of the images that it draws; unCLIP: 64."""
     patch_px: int = Field(default=2, ge=1, le=8)
-    """Pixels folded into channels at the entrance and unfolded at the exit: 2 makes every step four
+    """Pixels folded into channels at the input and unfolded at the output: 2 makes every step four
     times cheaper. unCLIP: 1."""
     width: int = Field(default=64, ge=GROUPS, le=4096)
     """Channels at the first resolution; unCLIP: 512."""
     multiples: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1, max_length=6)
-    """Channels at each resolution, times `width`, halving the side each time; unCLIP: 1, 2, 3,
-    4."""
+    """Channels at each resolution, as multiples of `width`; each resolution has half the side of
+    the one before. unCLIP: 1, 2, 3, 4."""
     depth: int = Field(default=1, ge=1, le=8)
     """Residual blocks at each resolution; unCLIP: 3."""
     attention_px: tuple[int, ...] = (8, 4)
-    """Sides (after folding) at which places attend to each other and to the context; unCLIP: 32,
+    """Sides (after folding) at which positions attend to each other and to the context; unCLIP: 32,
     16, 8."""
     text_width: int = Field(default=128, ge=16, le=8192)
     """Width of the caption encoder; unCLIP: 2048."""
@@ -73,53 +67,54 @@ class DecoderConfig(LoopConfig):
     z_tokens: int = Field(default=4, ge=0, le=64)
     """Context tokens made from z_i."""
     layout: bool = True
-    """Whether the conditions also draw a map at the lowest resolution, one value a channel and
-    place: a short training then need not learn to spread a picture from vectors that are equal
-    everywhere. unCLIP: no; it costs `4 * width` times the map's size in parameters."""
+    """Whether the conditions also predict a map at the lowest resolution, one value for each
+    channel and position. A short training then need not learn to build a layout from vectors
+    that are equal at all positions. It costs `4 * width` times the map's size in parameters.
+    unCLIP: no."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in the residual blocks; unCLIP: 0.1."""
     T: int = Field(default=1000, ge=2, le=100_000)
     """Diffusion steps of the cosine schedule."""
     snr_shift: float = Field(default=1.0, gt=0, le=16)
-    """Multiplies sqrt(SNR) at every time: 64 / image_size_px gives larger pictures the noise that
-    they need (Hoogeboom et al. 2023, eq. 5). unCLIP: 1."""
+    """Factor of sqrt(SNR) at every time: 64 / image_size_px gives larger images the noise that they
+    need (Hoogeboom et al. 2023, eq. 5). unCLIP: 1."""
     time_power: float = Field(default=2.0, gt=0, le=10)
-    """Training times are T u^(1 / time_power) with u uniform in [0, 1): 1 is uniform (Ho et al.
-    2020), more favours noisy steps, where z_i must settle the layout."""
+    """Training times are T u^(1 / time_power) with u uniform in [0, 1). 1 is uniform (Ho et al.
+    2020); larger values favour noisy steps, where z_i must decide the layout."""
     parametrisation: Parametrisation = "x_0"
-    """What the network predicts. A small one that folds pixels draws cleaner with `x_0`: it need
-    not carry the noise through its middle."""
+    """What the network predicts. A small one that folds pixels gives cleaner images with `x_0`,
+    since it need not carry the noise through its middle."""
     snr_floor: float = Field(default=1.0, ge=0)
-    """Lower bound of the signal-to-noise weight on the error in x_0 (Salimans & Ho 2022): the
-    noisiest steps settle the layout."""
+    """Lower bound of the signal-to-noise weight of the error in x_0 (Salimans & Ho 2022): the
+    noisiest steps decide the layout."""
     snr_ceiling: float = Field(default=5.0, gt=0)
     """Upper bound of that weight: gamma of min-SNR (Hang et al. 2023)."""
     learned_variance: bool = False
-    """Predict the variance of every reverse step too, trained by L_simple + 0.001 L_vlb (Nichol &
-    Dhariwal 2021); unCLIP: yes."""
+    """Also predict the variance of every reverse step, trained with L_simple + 0.001 L_vlb (Nichol
+    & Dhariwal 2021); unCLIP: yes."""
     z_drop: float = Field(default=0.1, ge=0, le=1)
-    """Share of samples trained without z_i."""
+    """Share of samples that are trained without z_i."""
     text_drop: float = Field(default=0.5, ge=0, le=1)
-    """Share of samples trained without caption."""
+    """Share of samples that are trained without a caption."""
     z_noise: float = Field(default=0.0, ge=0, le=2)
-    """Most noise that training puts on z_i, as a share of its length: each sample's is moved by
-    Gaussian noise of a level drawn between 0 and this, and brought back to its length, so that the
-    decoder forgives what a prior's z_i misses (conditioning augmentation, Ho et al. 2022, arXiv
-    2106.15282, section 4; on CLIP embeddings as in Stable unCLIP, but its level is not told to the
-    network). unCLIP: none."""
+    """Maximum noise that training adds to z_i, as a share of its length. The level of each sample
+    is drawn between 0 and this maximum, and z_i is rescaled to its length, so that the decoder
+    tolerates the errors of a prior's z_i (conditioning augmentation, Ho et al. 2022, arXiv
+    2106.15282, section 4; on CLIP embeddings as in Stable unCLIP, but the network does not see
+    the level). unCLIP: none."""
     sampler: Sampler = "dpm_solver"
-    """DPM-Solver++(2M) and DDIM take the same way in any number of steps; ancestral ones add noise
-    and want many. unCLIP: ancestral."""
+    """DPM-Solver++(2M) and DDIM give the same image for any number of steps; ancestral sampling
+    adds noise and needs many. unCLIP: ancestral."""
     sampling_steps: int = Field(default=20, ge=1, le=1000)
-    """Steps at sampling; unCLIP: 250 ancestral ones."""
+    """Steps at sampling; unCLIP: 250, ancestral."""
     guidance: float = Field(default=2.0, ge=0, le=50)
-    """Classifier-free guidance at sampling; 1 is none."""
+    """Weight of classifier-free guidance at sampling; 1 means none."""
     dynamic_threshold: float | None = Field(default=None, gt=0, le=1)
-    """Under guidance, quantile of |x_0| at which each picture is clamped and scaled back at every
-    step (Saharia et al. 2022, section 2.3), 0.995 there; unset: clamped at 1, as unCLIP."""
+    """With guidance: the quantile of |x_0| at which each image is clamped and rescaled at every
+    step (Saharia et al. 2022, section 2.3, use 0.995); unset: clamped at 1, as in unCLIP."""
     broken_pictures: OnBroken = "stop"
-    """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them,
-    counted in the manifest."""
+    """What to do about images whose shard is missing, truncated or altered: `stop` with an error,
+    or `skip` them and count them in the manifest."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -127,25 +122,24 @@ class DecoderConfig(LoopConfig):
         if self.snr_floor > self.snr_ceiling:
             raise ValueError(
                 f"snr_floor = {self.snr_floor:g} but snr_ceiling = {self.snr_ceiling:g}: the "
-                "floor must not lie above it"
+                "floor must not be above the ceiling"
             )
         return self
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a batch is conditioned on, computed once for all steps: z_i's part of the time
-    embedding, context tokens, which are real.
-    """
+    """The conditions of a batch, computed once for all steps."""
 
-    added: Tensor  # (B, 4D)
+    added: Tensor  # (B, 4D), added to the time embedding
     context: Tensor  # (B, N, D_text)
-    is_key: Tensor  # bool (B, N)
+    is_key: Tensor  # bool (B, N), false for padding
 
 
 class ResBlock(nn.Module):
-    """norm, conv, modulation by the time embedding, conv; the last starts at zero (Dhariwal &
-    Nichol 2021).
+    """norm, conv, modulation by the time embedding, conv; the last conv starts at zero.
+
+    Dhariwal & Nichol 2021.
     """
 
     def __init__(self, before: int, after: int, added: int, dropout: float) -> None:
@@ -169,7 +163,7 @@ class ResBlock(nn.Module):
 
 
 class ContextAttention(nn.Module):
-    """Places attend to each other and to the context tokens in one softmax (GLIDE)."""
+    """Positions attend to each other and to the context tokens in one softmax (GLIDE)."""
 
     def __init__(self, width: int, text_width: int) -> None:
         super().__init__()
@@ -207,12 +201,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        with torch.device(
-            "cpu"
-        ):  # its values are checked, which `count_parameters`' meta device cannot do
-            self.schedule = Schedule.cosine(config.T)
-            if config.snr_shift != 1:
-                self.schedule = self.schedule.shifted(config.snr_shift)
+        self.schedule = _schedule(config)
         added, widths = 4 * config.width, [config.width * multiple for multiple in config.multiples]
         self.text = TextEncoder(vocab_size, context, config.text_width, config.text_depth)
         self.null_z = nn.Parameter(torch.randn(embed_dim) * embed_dim**-0.5)
@@ -272,8 +261,9 @@ class Decoder(nn.Module):
         drop_z: Tensor | None = None,
         drop_text: Tensor | None = None,
     ) -> Condition:
-        """Encode unit vectors z_i (B, E) and caption ids (B, N); dropped rows, bool (B,), get the
-        null z and the empty caption.
+        """Encode unit vectors z_i (B, E) and caption ids (B, N).
+
+        Rows where `drop_z` or `drop_text`, bool (B,), is set get the null z or the empty caption.
         """
         z = z_i * self.z_scale
         if drop_z is not None:
@@ -290,21 +280,19 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.null_z.device
 
     @property
     def variance(self) -> Variance:
-        """Return the variance that an ancestral step takes: what was learned, or the
-        posterior's.
-        """
+        """The variance of an ancestral step: the learned one, or else the posterior's."""
         return "learned" if self.config.learned_variance else "small"
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
-        """Predict as `parametrisation` says, float32 (B, 3, S, S), from noised pictures in [-1, 1]
-        (B, 3, S, S) and times (B,).
+        """Predict what `parametrisation` names, float32 (B, 3, S, S).
 
-        Where the variance is learned, its fraction in [0, 1] comes beside, of the same shape.
+        Takes noised images in [-1, 1], (B, 3, S, S), and times (B,). If the variance is learned,
+        returns a pair with its fraction in [0, 1], of the same shape.
         """
         added = F.silu(self.time(time_features(t, self.config.width)) + condition.added)
         x = F.pixel_unshuffle(x_t, self.config.patch_px).contiguous(
@@ -329,9 +317,8 @@ class Decoder(nn.Module):
         x = F.pixel_shuffle(x, self.config.patch_px).float()
         if not self.config.learned_variance:
             return x.contiguous()
-        prediction, fraction = x.chunk(
-            2, 1
-        )  # half-way between the bounds at the start, since `leave` starts at zero
+        # `leave` starts at zero, so the fraction starts at 0.5
+        prediction, fraction = x.chunk(2, 1)
         return prediction.contiguous(), fraction.sigmoid()
 
     @staticmethod
@@ -341,31 +328,22 @@ class Decoder(nn.Module):
         return layer(x, added) if isinstance(layer, ResBlock) else layer(x)
 
     def loss(self, step: Step, x_0: Tensor, z_i: Tensor, ids: Tensor) -> Tensor:
-        """SNR-weighted loss of pictures x_0 in [-1, 1], (b, 3, S, S), with unit vectors z_i (b, E)
-        and caption ids (b, N).
+        """Return the SNR-weighted loss of images x_0 in [-1, 1], (b, 3, S, S).
 
-        Where the variance is learned, 0.001 L_vlb is added, which teaches that alone; the times are
-        drawn as `time_power` says, which weighs its terms without moving the best variance at any
-        of them.
+        z_i are unit vectors (b, E), ids caption ids (b, N). If the variance is learned, 0.001 L_vlb
+        is added, which trains only the variance. Times are drawn as `time_power` says, which
+        weights the terms of L_vlb but does not change the best variance at any time.
         """
         config, device = self.config, x_0.device
-        drop_z, drop_text = (
-            step.uniform(DROP_Z) < config.z_drop,
-            step.uniform(DROP_TEXT) < config.text_drop,
-        )
-        t = (
-            (1 + step.uniform(TIME) ** (1 / config.time_power) * config.T)
-            .long()
-            .clamp_(max=config.T)
-            .to(device)
-        )
+        drop_z = step.uniform(DROP_Z) < config.z_drop
+        drop_text = step.uniform(DROP_TEXT) < config.text_drop
+        t = (1 + step.uniform(TIME) ** (1 / config.time_power) * config.T).long()
+        t = t.clamp_(max=config.T).to(device)
         eps = step.normal(NOISE, *x_0.shape[1:]).to(device)
         if config.z_noise > 0:
-            level, moved_by = (
-                step.uniform(Z_LEVEL) * config.z_noise,
-                step.normal(Z_NOISE, z_i.shape[1]),
-            )
-            z_i = augmented(z_i, level.to(device), moved_by.to(device))
+            level = step.uniform(Z_LEVEL) * config.z_noise
+            z_eps = step.normal(Z_NOISE, z_i.shape[1])
+            z_i = augmented(z_i, level.to(device), z_eps.to(device))
         condition = self.condition(z_i, ids, drop_z.to(device), drop_text.to(device))
         prediction, fraction = split(self(self.schedule.q_sample(x_0, t, eps), t, condition))
         weight = snr_weight(
@@ -373,7 +351,7 @@ class Decoder(nn.Module):
         )
         if fraction is not None:
             return hybrid_loss(
-                self.schedule, x_0, eps, t, prediction, fraction, config.parametrisation, weight
+                self.schedule, x_0, eps, t, (prediction, fraction), config.parametrisation, weight
             )
         return simple_loss(
             prediction, training_target(self.schedule, x_0, eps, t, config.parametrisation), weight
@@ -388,8 +366,10 @@ class Decoder(nn.Module):
         steps: int | None = None,
         guidance: float | None = None,
     ) -> Tensor:
-        """Draw a picture, float32 (B, 3, S, S) in [-1, 1], for every row of z_i (B, E), ids (B, N)
-        and seeds; rows are independent.
+        """Draw an image, float32 (B, 3, S, S) in [-1, 1], for every row of z_i (B, E), ids (B, N)
+        and seeds.
+
+        The rows are independent. steps, guidance: None for the config's values.
         """
         w = self.config.guidance if guidance is None else guidance
         S, sample_generators = self.config.image_size_px, generators(seeds, Stream.DECODER)
@@ -397,19 +377,25 @@ class Decoder(nn.Module):
         denoise, count = self.guided_denoise(z_i, ids, w), steps or self.config.sampling_steps
         if self.config.sampler == "ancestral":
             return samplers.ancestral(
-                denoise, x_T, self.schedule, count, self.variance, generator=sample_generators
+                denoise,
+                x_T,
+                self.schedule,
+                count,
+                self.variance,
+                options=samplers.SamplerOptions(generator=sample_generators),
             ).clamp_(-1, 1)
         sampler = samplers.ddim if self.config.sampler == "ddim" else samplers.dpm_solver
         return sampler(denoise, x_T, self.schedule, count).clamp_(-1, 1)
 
     def guided_denoise(self, z_i: Tensor, ids: Tensor, w: float) -> Denoise:
-        """Return `denoise(x_t, t) -> x_0` under these conditions, guided with weight w in one
-        network call; w = 0 tells it nothing.
+        """Return `denoise(x_t, t) -> x_0` under these conditions, with guidance weight w.
+
+        It makes one network call for each step. w = 0 ignores the conditions.
         """
         parametrisation = self.config.parametrisation
-        if w in (0, 1):  # one of the two halves is all that counts
-            free = torch.full((len(z_i),), w == 0, device=z_i.device)
-            condition = self.condition(z_i, ids, free, free)
+        if w in (0, 1):  # only one of the two halves is needed
+            is_dropped = torch.full((len(z_i),), w == 0, device=z_i.device)
+            condition = self.condition(z_i, ids, is_dropped, is_dropped)
             return as_denoise(
                 lambda x_t, t: self(x_t, t, condition), self.schedule, parametrisation, clip=1.0
             )
@@ -419,16 +405,27 @@ class Decoder(nn.Module):
         return samplers.guided(both, w, self.config.dynamic_threshold, clip=1.0)
 
 
+def _schedule(config: DecoderConfig) -> Schedule:
+    """Return the diffusion schedule, on the CPU even under `count_parameters`' meta device.
+
+    Its values are checked, which a meta tensor does not allow.
+    """
+    with torch.device("cpu"):
+        schedule = Schedule.cosine(config.T)
+        return schedule.shifted(config.snr_shift) if config.snr_shift != 1 else schedule
+
+
 def augmented(z_i: Tensor, level: Tensor, eps: Tensor) -> Tensor:
-    """Move embeddings z_i (B, E) by eps ~ N(0, I), about `level` (B,) times as long as they are,
-    and bring them back to their length.
+    """Add noise to embeddings z_i (B, E) and rescale them to their length.
+
+    eps ~ N(0, I), (B, E); the noise is about `level` (B,) times as long as z_i.
     """
     length = z_i.norm(dim=1, keepdim=True)
     return F.normalize(z_i + eps * (level[:, None] * length / z_i.shape[1] ** 0.5), dim=1) * length
 
 
 class Upsample(nn.Module):
-    """Nearest neighbours, then a convolution."""
+    """Nearest-neighbour upsampling by 2, then a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

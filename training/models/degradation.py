@@ -1,10 +1,10 @@
-"""What is done to the small picture that an up-sampler is trained on, so that it mends a decoder's
-faults and does not enlarge them.
+"""Degradation of the small images that an up-sampler trains on, so that it removes a decoder's
+faults instead of enlarging them.
 
-`blur`: Gaussian, 3 pixels wide (unCLIP's first up-sampler). `bsr`: blur, resizing there and back,
-noise and JPEG in an order drawn anew each time, as latent diffusion's BSR degradation does (Zhang
-et al. 2021, arXiv 2103.14006; unCLIP's second up-sampler).
-Legend: B batch, H x W the small picture.
+`blur`: Gaussian, 3 pixels wide (unCLIP's first up-sampler). `bsr`: blur, resizing down or up and
+back, noise and JPEG in a random order, as in latent diffusion's BSR degradation (Zhang et al. 2021,
+arXiv 2103.14006; unCLIP's second up-sampler).
+Legend: B batch, H x W the small image.
 """
 
 from collections.abc import Callable
@@ -16,22 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:  # the up-sampler is above
+if TYPE_CHECKING:  # the up-sampler imports this module
     from training.models.upsampler import Degradation
 
 BLUR_WIDTH, BLUR_SIGMA = 3, 0.6  # unCLIP, appendix C
-MAX_NOISE = 25 / 255  # standard deviation, of the range 0..1
+MAX_NOISE = 25 / 255  # standard deviation for values in 0..1
 JPEG_QUALITY = (30, 95)
 RESIZES = (cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_CUBIC)
 
 
 def blur(pictures: Tensor) -> Tensor:
-    """Blur pictures (B, 3, H, W) by a Gaussian of sigma 0.6 in a 3 x 3 window, edges mirrored."""
+    """Blur images (B, 3, H, W) by a Gaussian of sigma 0.6 in a 3 x 3 window, edges mirrored."""
     return gaussian(pictures, BLUR_WIDTH, BLUR_SIGMA)
 
 
 def gaussian(pictures: Tensor, width: int, sigma: float) -> Tensor:
-    """Blur pictures (B, C, H, W) by a Gaussian in a window of odd `width`, edges mirrored."""
+    """Blur images (B, C, H, W) by a Gaussian in a window of odd `width`, with mirrored edges."""
     offset = torch.arange(width, dtype=torch.float32) - width // 2
     line = torch.exp(-(offset**2) / (2 * sigma**2))
     kernel = (
@@ -45,8 +45,9 @@ def gaussian(pictures: Tensor, width: int, sigma: float) -> Tensor:
 
 
 def bsr(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Degrade one picture, float32 (H, W, 3) in 0..1: blur, resizing, noise and JPEG, their order
-    and strength drawn; same size.
+    """Degrade one image, float32 (H, W, 3) in 0..1, by blur, resizing, noise and JPEG.
+
+    Their order and strength are random; the size stays the same.
     """
     steps: list[Callable[[np.ndarray, np.random.Generator], np.ndarray]] = [
         _blurred,
@@ -78,10 +79,8 @@ def _resized(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
 
 
 def _noisy(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    deviation, channels = (
-        draw.uniform(0, MAX_NOISE),
-        3 if draw.random() < 0.5 else 1,
-    )  # of each colour, or of the lightness
+    deviation = draw.uniform(0, MAX_NOISE)
+    channels = 3 if draw.random() < 0.5 else 1  # colour noise or grey noise
     return (
         picture + deviation * draw.standard_normal((*picture.shape[:2], channels), np.float32)
     ).clip(0, 1)
@@ -98,8 +97,9 @@ def _compressed(picture: np.ndarray, draw: np.random.Generator) -> np.ndarray:
 
 
 def apply(kind: "Degradation", pictures: Tensor, is_degraded: Tensor, seeds: list[int]) -> Tensor:
-    """Degrade those of the pictures, float32 (B, 3, H, W) in [-1, 1] on the CPU, that
-    `is_degraded`, bool (B,), names; each by its seed.
+    """Degrade the images that `is_degraded`, bool (B,), selects, each by its own seed.
+
+    pictures: float32 (B, 3, H, W) in [-1, 1] on the CPU.
     """
     if kind == "none" or not bool(is_degraded.any()):
         return pictures

@@ -1,9 +1,9 @@
-"""The diffusion prior: from a caption and its CLIP text embedding z_t to a CLIP image embedding z_i
-(unCLIP, section 2.2).
+"""The diffusion prior: predicts a CLIP image embedding z_i from a caption and its CLIP text
+embedding z_t (unCLIP, section 2.2).
 
-A causal transformer over [text tokens, z_t, timestep, noised z_i, query]; the query's output
-predicts z_i itself. Embeddings are scaled by the root of their dimensions, or to the variance that
-the recipe names. Knows nothing of pictures and files.
+A causal transformer over [text tokens, z_t, timestep, noised z_i, query]; the output at the query
+predicts z_i itself. Embeddings are scaled by the square root of their dimension, or to the variance
+that the recipe sets. Knows nothing of images or files.
 Legend: B batch, N tokens, D width, E embedding dimensions.
 """
 
@@ -23,9 +23,9 @@ from training.models.tokenizer import PAD
 from training.models.transformer import Block, time_features
 from training.optim.step import LoopConfig, Step
 
-NULL_TEXT = torch.tensor([1, 2])  # start, end: what a dropped caption becomes
+NULL_TEXT = torch.tensor([1, 2])  # start, end: the ids of a dropped caption
 MAX_MEASURED = 256
-"""Pairs on which the errors for the analytic variance are measured."""
+"""Number of pairs on which the errors for the analytic variance are measured."""
 DROP, TIME, NOISE = 1, 2, 3  # streams of randomness in a step
 
 
@@ -40,7 +40,7 @@ class PriorConfig(LoopConfig):
     """The prior and its training (unCLIP, table 3: width 2048, depth 24, 1B parameters)."""
 
     kind: Literal["diffusion", "autoregressive"] = "diffusion"
-    """How z_i is drawn: by denoising it, or coordinate by coordinate (unCLIP, section 2.2, has both
+    """How z_i is sampled: by diffusion, or coordinate by coordinate (unCLIP, section 2.2, has both
     and prefers the first)."""
     width: int = Field(default=256, ge=32, le=8192)
     """Width of the transformer."""
@@ -49,27 +49,27 @@ class PriorConfig(LoopConfig):
     T: int = Field(default=1000, ge=2, le=100_000)
     """Diffusion steps of the cosine schedule."""
     text_drop: float = Field(default=0.1, ge=0, le=1)
-    """Share of samples trained without caption and z_t."""
+    """Share of samples that are trained without caption and z_t."""
     sampling_steps: int = Field(default=24, ge=1, le=1000)
     """Steps at sampling; unCLIP: 64."""
     sampler: Literal["ddim", "analytic"] = "ddim"
-    """How the diffusion prior steps: DDIM with eta = 1, whose variance is the posterior's, or
-    ancestral steps with the analytic variance (Bao et al. 2022), from its errors on training pairs,
-    measured once it is trained. unCLIP: analytic."""
+    """Sampler of the diffusion prior: DDIM with eta = 1, whose variance is the posterior's, or
+    ancestral steps with the analytic variance (Bao et al. 2022), from errors that are measured
+    on training pairs after training. unCLIP: analytic."""
     best_of: int = Field(default=2, ge=1, le=64)
-    """Candidates drawn for each z_i; the one with the largest dot product with z_t is kept. unCLIP:
-    2."""
+    """Candidates that are sampled for each z_i; the one with the largest dot product with z_t is
+    used. unCLIP: 2."""
     variance: float | None = Field(default=None, gt=0, le=100)
     """Variance about their mean to which embeddings are scaled, by a factor from the data; unCLIP:
-    a picture's, about 0.29 (a factor of 17.2 on 1,024 dimensions). Unset: unit vectors times the
-    root of their dimensions. Diffusion only."""
+    that of an image, about 0.29 (a factor of 17.2 for 1,024 dimensions). Unset: unit vectors
+    times the square root of their dimension. Diffusion only."""
     pca_dims: int = Field(default=32, ge=1, le=4096)
-    """Principal components of z_i that are drawn, the largest first; unCLIP: 319 of 1,024.
-    Autoregressive only, like all below."""
+    """Principal components of z_i that are sampled, the largest first; unCLIP: 319 of 1,024.
+    Autoregressive only, like all fields below."""
     buckets: int = Field(default=256, ge=2, le=65_536)
-    """Values that a coordinate is rounded to; unCLIP: 1,024."""
+    """Number of values that a coordinate is rounded to; unCLIP: 1,024."""
     temperature: float = Field(default=1.0, gt=0, le=10)
-    """Divides the logits at sampling: below 1 the likelier values gain."""
+    """Divisor of the logits at sampling; below 1 favours likely values."""
 
     @model_validator(mode="after")
     def _steps_fit_into_the_schedule(self) -> Self:
@@ -78,7 +78,7 @@ class PriorConfig(LoopConfig):
 
 
 class Prior(nn.Module):
-    """Predicts z_i from a noised one; works on scaled embeddings, `scale` times a unit vector."""
+    """Predicts z_i from a noised z_i; works on scaled embeddings, `scale` times a unit vector."""
 
     scale: Tensor
     x_0_error: Tensor
@@ -87,9 +87,8 @@ class Prior(nn.Module):
         super().__init__()
         D = config.width
         self.config = config
-        with torch.device(
-            "cpu"
-        ):  # its values are checked, which `count_parameters`' meta device cannot do
+        # The schedule's values are checked, which `count_parameters`' meta device cannot do.
+        with torch.device("cpu"):
             self.schedule = Schedule.cosine(config.T)
         self.tokens = nn.Embedding(vocab_size, D)
         self.positions = nn.Parameter(torch.randn(context + 4, D) * 0.01)
@@ -107,21 +106,23 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def fit_to(self, z_i: Tensor, z_t: Tensor) -> None:
-        """Take the embedding scale from the training embeddings, unit vectors z_i (M, E), where the
-        config asks for a variance.
+        """Set the embedding scale from training embeddings, unit vectors z_i (M, E).
+
+        Does nothing if the config sets no variance. Raises DataError if all embeddings are equal.
         """
         if self.config.variance is not None:
             spread = (z_i - z_i.mean(0)).square().mean(dtype=torch.float64)
             if not float(spread) > 0:
                 raise DataError(
-                    "all image embeddings are the same: there is nothing for the prior to learn"
+                    "all image embeddings are equal: the prior has nothing to learn; check the CLIP"
                 )
             self.scale.fill_(float((self.config.variance / spread) ** 0.5))
 
     @torch.no_grad()
     def measure(self, z_i: Tensor, z_t: Tensor, ids: Tensor) -> None:
-        """Measure, once trained, what the analytic variance needs: the errors in z_i of pairs, unit
-        vectors (M, E), ids (M, N).
+        """Measure the errors in z_i that the analytic variance needs; call it after training.
+
+        Takes pairs of unit vectors (M, E) and ids (M, N).
         """
         x_0, scaled = z_i * self.scale, z_t * self.scale
         denoise = as_denoise(lambda x_t, t: self(x_t, t, scaled, ids), self.schedule, "x_0")
@@ -132,8 +133,9 @@ class Prior(nn.Module):
         )
 
     def forward(self, x_t: Tensor, t: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
-        """Predict the scaled z_i, (B, E), from a noised one (B, E), times (B,), scaled z_t (B, E)
-        and caption ids (B, N).
+        """Predict the scaled z_i, (B, E).
+
+        Takes a noised z_i (B, E), times (B,), scaled z_t (B, E) and caption ids (B, N).
         """
         N = ids.shape[1]
         last = torch.stack(
@@ -156,7 +158,10 @@ class Prior(nn.Module):
         return self.out(self.norm(x[:, -1])).float()
 
     def loss(self, step: Step, z_i: Tensor, z_t: Tensor, ids: Tensor) -> Tensor:
-        """Mean squared error on the scaled z_i; z_i and z_t are unit vectors (b, E), ids (b, N)."""
+        """Return the mean squared error of the scaled z_i.
+
+        z_i and z_t are unit vectors (b, E), ids (b, N).
+        """
         dropped = (step.uniform(DROP) < self.config.text_drop).to(z_t.device)
         t = (1 + step.uniform(TIME) * self.config.T).long().clamp_(max=self.config.T).to(z_t.device)
         x_0 = z_i * self.scale
@@ -164,7 +169,7 @@ class Prior(nn.Module):
         return F.mse_loss(self(x_t, t, *self.with_drops(z_t, ids, dropped)), x_0)
 
     def with_drops(self, z_t: Tensor, ids: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scaled z_t and ids, with the null text where `dropped`, bool (B,)."""
+        """Return the scaled z_t and the ids, with the null text where `dropped`, bool (B,)."""
         return torch.where(dropped[:, None], self.null_text, z_t * self.scale), without_captions(
             ids, dropped
         )
@@ -178,10 +183,10 @@ class Prior(nn.Module):
         steps: int | None = None,
         best_of: int | None = None,
     ) -> Tensor:
-        """Draw one z_i, a unit vector, for every row of z_t (B, E), ids (B, N) and seeds: the best
-        of several by its dot product with z_t.
+        """Draw one z_i, a unit vector, for every row of z_t (B, E), ids (B, N) and seeds.
 
-        A row's result depends on its own seed and text alone, not on the batch.
+        It is the candidate out of `best_of` with the largest dot product with z_t. A row's result
+        depends only on its own seed and text, not on the batch.
         """
         best_of = best_of or self.config.best_of
         rows = torch.arange(len(z_t)).repeat_interleave(best_of)
@@ -201,10 +206,17 @@ class Prior(nn.Module):
                 count,
                 "analytic",
                 self.x_0_error.cpu(),
-                generator=draws,
+                options=samplers.SamplerOptions(generator=draws),
             )
         else:
-            z_i = samplers.ddim(denoise, x_T, self.schedule, count, eta=1.0, generator=draws)
+            z_i = samplers.ddim(
+                denoise,
+                x_T,
+                self.schedule,
+                count,
+                eta=1.0,
+                options=samplers.SamplerOptions(generator=draws),
+            )
         z_i = F.normalize(z_i, dim=-1).view(len(z_t), best_of, -1)
         best = (z_i * z_t[:, None]).sum(-1).argmax(1)
         return z_i[torch.arange(len(z_t)), best]

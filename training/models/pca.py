@@ -1,7 +1,6 @@
-"""Principal components of CLIP embeddings: what unCLIP's autoregressive prior and its figure 7 keep
-of a z_i.
+"""Principal components of CLIP embeddings, for unCLIP's autoregressive prior and its figure 7.
 
-Legend: B vectors, E embedding dimensions, K components kept.
+Legend: B vectors, E embedding dimensions, K components.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ ROWS_AT_ONCE = 65_536
 
 @dataclass(frozen=True)
 class Pca:
-    """Mean and components of a set of vectors, the component of the largest eigenvalue first."""
+    """Mean and principal components of a set of vectors, the largest eigenvalue first."""
 
     mean: Tensor  # (E,)
     components: Tensor  # (K, E), orthonormal rows
@@ -30,9 +29,8 @@ class Pca:
             centred = part.double() - mean
             covariance += centred.T @ centred
         eigenvalues, columns = torch.linalg.eigh(covariance / len(vectors))  # rising
-        signs = columns.gather(
-            0, columns.abs().argmax(0, keepdim=True)
-        ).sign()  # eigh's own are arbitrary
+        # the signs that eigh returns are arbitrary
+        signs = columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()
         return cls(
             mean.float(),
             (columns * signs).T.flip(0).float().contiguous(),
@@ -44,14 +42,16 @@ class Pca:
         return (vectors - self.mean) @ self.components[:count].T
 
     def restore(self, coordinates: Tensor) -> Tensor:
-        """Return the vectors (B, E) with these coordinates (B, count) along the first components
-        and the mean's in the rest.
+        """Return vectors (B, E) from coordinates (B, count) along the first components.
+
+        The other components are those of the mean.
         """
         return coordinates @ self.components[: coordinates.shape[1]] + self.mean
 
     def truncate(self, vectors: Tensor, count: int) -> Tensor:
-        """Return vectors (B, E) with all but the first components at their mean. Raises ValueError
-        for a count out of 1..K.
+        """Return vectors (B, E) with all but the first `count` components replaced by the mean's.
+
+        Raises ValueError for a count outside 1..K.
         """
         if not 1 <= count <= len(self.components):
             raise ValueError(
@@ -60,5 +60,5 @@ class Pca:
         return self.restore(self.project(vectors, count))
 
     def to(self, device: torch.device | str) -> "Pca":
-        """Return the same on a device."""
+        """Return a copy on a device."""
         return Pca(self.mean.to(device), self.components.to(device), self.eigenvalues.to(device))

@@ -1,7 +1,7 @@
-"""Pictures as people store them, uint8 (B, H, W, 3), and as networks see them, float32 (B, 3, H, W)
-in [-1, 1]: the way there and back.
+"""Conversion of images between uint8 (B, H, W, 3) and float32 (B, 3, H, W) in [-1, 1].
 
-Legend: B pictures, H x W pixels, S a side.
+Files and people use the first form, networks the second.
+Legend: B images, H x W pixels, S a side.
 """
 
 import numpy as np
@@ -13,13 +13,14 @@ from training.models.preprocessing import Interpolation
 
 
 def to_float(pictures: Tensor) -> Tensor:
-    """Turn uint8 (B, H, W, 3) into float32 (B, 3, H, W) in [-1, 1]."""
+    """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1]."""
     return pictures.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def to_pixels(images: Tensor, side_px: int, interpolation: Interpolation = "area") -> Tensor:
-    """Turn square pictures, uint8 (B, H, H, 3), into float32 (B, 3, S, S) in [-1, 1], resized where
-    the side differs.
+    """Convert square images, uint8 (B, H, H, 3), to float32 (B, 3, S, S) in [-1, 1].
+
+    They are resized if their side is not S.
     """
     x = to_float(images)
     if x.shape[-2:] == (side_px, side_px):
@@ -30,7 +31,7 @@ def to_pixels(images: Tensor, side_px: int, interpolation: Interpolation = "area
 
 
 def to_images(x: Tensor) -> np.ndarray:
-    """Turn pictures in [-1, 1], (B, 3, S, S), into uint8 (B, S, S, 3)."""
+    """Convert images in [-1, 1], (B, 3, S, S), to uint8 (B, S, S, 3)."""
     return (
         ((x.clamp(-1, 1) + 1) * 127.5)
         .round()

@@ -1,5 +1,6 @@
-"""How a picture becomes the square that a CLIP sees, in open_clip's words. Knows no pictures: an
-exported model loads without them.
+"""How an image becomes the square that a CLIP sees, in open_clip's terms.
+
+Needs no image library, so exported models can load it.
 """
 
 from typing import Literal, NamedTuple
@@ -9,15 +10,15 @@ Interpolation = Literal["area", "bicubic", "bilinear"]
 
 
 class Look(NamedTuple):
-    """What is kept of a picture that is not square, and how pixels are made of pixels."""
+    """How images that are not square are cropped, padded and resized."""
 
     resize: Resize = "longest"
-    """`longest`: all of it, with a border; `shortest`: the square in its middle; `squash`: all of
-    it, out of proportion."""
+    """`longest`: the whole image with a border; `shortest`: the central square; `squash`: the whole
+    image with changed proportions."""
     interpolation: Interpolation = "area"
     fill: int = 255
-    """Of the border, 0 to 255."""
+    """Grey value of the border, 0 to 255."""
 
 
 WHOLE = Look()
-"""The whole picture on white, resized by area: what models see that are trained here."""
+"""The whole image on white, resized by area: the input of models that are trained here."""

@@ -1,5 +1,5 @@
-"""The two priors behind one interface: `fit_to`, `loss`, `sample`; which one a recipe means, and
-how a trained one is read.
+"""The two priors behind one interface (`fit_to`, `loss`, `sample`): choice by recipe, loading,
+parameter count.
 """
 
 import json
@@ -22,9 +22,7 @@ def make(config: PriorConfig, embed_dim: int, vocab_size: int, context: int) -> 
 
 
 def load(folder: Path) -> AnyPrior:
-    """Read a trained prior (its averaged weights) from a `prior` stage's folder, in evaluation
-    mode.
-    """
+    """Read a trained prior (averaged weights) from a `prior` stage's folder, in evaluation mode."""
     facts = json.loads((folder / "config.json").read_text())
     model = make(
         PriorConfig.model_validate(facts["prior"]),

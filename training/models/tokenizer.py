@@ -1,11 +1,10 @@
-"""Captions to token ids: a lower-cased byte-level BPE, trained on the run's own training captions
-by Hugging Face `tokenizers`.
+"""Captions to token ids: a lower-cased byte-level BPE, trained on the run's training captions by
+Hugging Face `tokenizers`, or CLIP's own vocabulary for a pretrained CLIP.
 
-Or CLIP's own vocabulary, from its file of merges, for a pretrained CLIP. Ids: 0 pads, 1 starts, 2
-ends a text, in both (CLIP's own numbers are these with the three special ones moved:
-`training.models.open_clip_format`). Nothing is unknown, since every byte has an id. Neither
-vocabulary joins what white space parts, so each word's ids are looked up. Reads and writes
-`tokenizer.json`.
+Ids in both: 0 is padding, 1 starts and 2 ends a text (CLIP's own ids have the three special ones
+elsewhere: `training.models.open_clip_format`). There is no unknown token, since every byte has an
+id. Neither vocabulary merges across white space, so the ids of each word are cached. Reads and
+writes `tokenizer.json`.
 """
 
 import gzip
@@ -28,7 +27,7 @@ from infra.settings import Section
 PAD, START, END = 0, 1, 2
 SPECIAL = ("<|pad|>", "<|startoftext|>", "<|endoftext|>")
 CLIP_MERGES = 49_152 - 256 - 2
-"""How many lines of its file CLIP uses."""
+"""Number of lines that CLIP uses of its file of merges."""
 CLIP_WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 WORD_END = "</w>"
 REMEMBERED_WORDS, LONG_WORD_CHARS = 1 << 18, 64
@@ -38,30 +37,28 @@ class TokenizerConfig(Section):
     """How captions become tokens."""
 
     vocab_size: int = Field(default=2048, ge=259, le=1 << 20)
-    """Ids in all, the 256 bytes and 3 special ones included; CLIP's own vocabulary has 49,408."""
+    """Number of ids, with the 256 bytes and 3 special ones; CLIP's own vocabulary has 49,408."""
     context: int = Field(default=24, ge=4, le=1024)
-    """Most tokens of a text, start and end included; longer ones are cut and still end with the end
-    token. CLIP: 77."""
+    """Maximum tokens of a text, including start and end; longer texts are cut and still end with
+    the end token. CLIP: 77."""
     merges: str = ""
-    """File of CLIP's merges (`bpe_simple_vocab_16e6.txt.gz` or `merges.txt`), where a pretrained
-    CLIP does not bring it along."""
+    """CLIP's file of merges (`bpe_simple_vocab_16e6.txt.gz` or `merges.txt`), for a pretrained CLIP
+    without one."""
 
 
 class Tokenizer:
-    """Turns texts into padded id tensors; equal texts give equal rows in any process."""
+    """Converts texts to padded id tensors; equal texts give equal rows in any process."""
 
     def __init__(self, engine: Engine, context: int) -> None:
         self.engine, self.context = engine, context
-        engine.enable_truncation(context)  # the template's start and end count
-        engine.encode_special_tokens = True  # a caption that spells "<|pad|>" means the characters
+        engine.enable_truncation(context)  # start and end count too
+        engine.encode_special_tokens = True  # "<|pad|>" in a caption is text, not a special token
         self.is_clips = engine.model.end_of_word_suffix == WORD_END
         self.words: dict[str, list[int]] = {}
 
     @classmethod
     def fit(cls, captions: Iterable[str], config: TokenizerConfig) -> "Tokenizer":
-        """Learn merges from the captions until `config.vocab_size` ids exist (or no pair
-        repeats).
-        """
+        """Learn merges from captions until `config.vocab_size` ids exist or no pair repeats."""
         engine = Engine(models.BPE())
         engine.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -80,8 +77,9 @@ class Tokenizer:
 
     @classmethod
     def from_merges(cls, path: Path, context: int = 77) -> "Tokenizer":
-        """Build CLIP's own tokenizer from its file of merges, plain or gzipped. Raises CallerError
-        when it is not that file.
+        """Build CLIP's own tokenizer from its file of merges, plain or gzipped.
+
+        Raises CallerError if it is another file.
         """
         try:
             data = path.read_bytes()
@@ -112,7 +110,7 @@ class Tokenizer:
         ]
         vocab = {word: number for number, word in enumerate(words)}
         if not all(left in vocab and right in vocab for left, right in merges):
-            raise CallerError(f"{path} is not CLIP's file of merges: it joins what does not exist")
+            raise CallerError(f"{path} is not CLIP's file of merges: a merge has an unknown part")
         engine = Engine(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END))
         engine.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -127,7 +125,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read `tokenizer.json`; the context length is the truncation stored in it."""
+        """Read `tokenizer.json`; the context is the truncation stored in it."""
         engine = Engine.from_file(str(path))
         assert engine.truncation is not None, f"{path} has no context length"
         return cls(engine, engine.truncation["max_length"])
@@ -138,17 +136,18 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids in use."""
+        """Number of ids in use."""
         return self.engine.get_vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return ids, int64 (B, N): N is the longest text of the batch, at most the context;
-        shorter rows end in PAD.
+        """Return ids, int64 (B, N): N is the length of the longest text, at most the context.
+
+        Shorter rows end in PAD.
         """
         parted = [self.clean(text).split() for text in texts]
         try:
             rows = self._rows(parted, self.words)
-        except KeyError:  # a word that was never seen
+        except KeyError:  # a word that is not in the cache
             rows = self._rows(parted, self._ids_of(parted))
         lengths = np.array([len(row) for row in rows], np.int64)
         ids = np.full((len(rows), max(map(len, rows), default=2)), PAD)
@@ -158,7 +157,7 @@ class Tokenizer:
         return torch.from_numpy(ids)
 
     def _rows(self, parted: list[list[str]], token_ids: dict[str, list[int]]) -> list[list[int]]:
-        """Put the words' ids together, text by text. Raises KeyError where a word is not known."""
+        """Join the ids of the words of each text. Raises KeyError for a word without ids."""
         ids_of, rows = token_ids.__getitem__, []
         for words in parted:
             row = [START, *chain.from_iterable(map(ids_of, words))]
@@ -168,9 +167,7 @@ class Tokenizer:
         return rows
 
     def _ids_of(self, parted: list[list[str]]) -> dict[str, list[int]]:
-        """Return the ids of every word there, asking the engine for those only that were never
-        seen.
-        """
+        """Return the ids of all words; only those that are not in the cache are encoded."""
         if len(self.words) > REMEMBERED_WORDS:
             self.words = {}
         cached = self.words
@@ -186,12 +183,13 @@ class Tokenizer:
         return cached | long if long else cached
 
     def clean(self, text: str) -> str:
-        """Undo HTML entities, as CLIP's own tokenizer does; for CLIP's own vocabulary broken
-        Unicode and capitals too.
+        """Unescape HTML entities, as CLIP's own tokenizer does.
+
+        For CLIP's own vocabulary also repair broken Unicode and lower-case the text.
         """
         if not self.is_clips:
             return _unescaped(text)
-        if text.isascii() and text.isprintable() and "&" not in text:  # nothing in it to mend
+        if text.isascii() and text.isprintable() and "&" not in text:  # nothing to repair
             return text.lower()
         return _unescaped(ftfy.fix_text(text)).lower()
 
@@ -208,8 +206,9 @@ def _starts_and_ends() -> processors.TemplateProcessing:
 
 
 def byte_symbols() -> list[str]:
-    """Return the characters that stand for the 256 bytes in byte-level BPE, in CLIP's order:
-    printable ones first, as they are.
+    """Return the characters that stand for the 256 bytes in byte-level BPE, in CLIP's order.
+
+    Printable bytes come first and stand for themselves.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = 256 - len(printable)

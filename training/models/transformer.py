@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that CLIP's towers, the prior and the decoder's caption encoder
+"""The pre-norm transformer block that CLIP's towers, the priors and the decoder's caption encoder
 share.
 
 Legend: B batch, N tokens, D width, H heads.
@@ -13,31 +13,31 @@ from torch import Tensor, nn
 
 HEAD_WIDTH = 64
 SHORT = 128 * 128
-"""Queries times keys up to which attention on a CPU is two products and a softmax."""
+"""Maximum of queries times keys for which attention on a CPU is two products and a softmax."""
 
 Activation = Literal["gelu", "quick_gelu"]
 
 
 def heads_of(width: int) -> int:
-    """Return the number of heads: 64 channels each as in CLIP and unCLIP, 32 in small models."""
+    """Return the number of heads: one for every 64 channels as in CLIP and unCLIP, 32 in small
+    models.
+    """
     return max(1, width // (HEAD_WIDTH if width >= 4 * HEAD_WIDTH else HEAD_WIDTH // 2))
 
 
 class KeyValues:
-    """The keys and values of one layer for the tokens so far, so that a next token costs itself
-    alone.
-    """
+    """Cache of one layer's keys and values, so that each new token is computed alone."""
 
     def __init__(self, max_length: int) -> None:
-        self.most, self.length = max_length, 0
+        self.max_length, self.length = max_length, 0
         self.k = self.v = torch.empty(0)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (B, H, N, D/H) of the next N tokens; return those of all tokens so
-        far.
-        """
+        """Add keys and values (B, H, N, D/H) of the next N tokens; return those of all tokens."""
         if not self.length:
-            self.k, self.v = (x.new_empty(*x.shape[:2], self.most, x.shape[3]) for x in (k, v))
+            self.k, self.v = (
+                x.new_empty(*x.shape[:2], self.max_length, x.shape[3]) for x in (k, v)
+            )
         end = self.length + k.shape[2]
         self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
         self.length = end
@@ -45,12 +45,13 @@ class KeyValues:
 
 
 class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), the approximation that the first CLIP models were trained with (Hendrycks
-    & Gimpel 2016).
+    """x sigmoid(1.702 x), the approximation of GELU in the first CLIP models.
+
+    Hendrycks & Gimpel 2016.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map any shape to itself."""
+        """Return x sigmoid(1.702 x), of the same shape."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -60,12 +61,11 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu":
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v, (B, H, N, d), for q (B, H, N, d) and k, v (B, H, M, d);
-    `mask`, bool, says who attends to whom.
+    """Return softmax(q k^T / sqrt(d)) v, (B, H, N, d), for q (B, H, N, d) and k, v (B, H, M, d).
 
-    By the fused kernel, but for short sequences on a CPU, where its backward pass takes four to
-    nine times as long in bfloat16. Its forward pass alone is the faster one in float32, by a third
-    at CLIP's 65 tokens.
+    mask: bool, true where a query attends to a key. Uses the fused kernel, except for short
+    sequences on a CPU, where its backward pass takes four to nine times as long in bfloat16. Its
+    forward pass alone is faster in float32, by a third for CLIP's 65 tokens.
     """
     N, M = q.shape[2], k.shape[2]
     is_read_only = (
@@ -82,7 +82,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through the fused kernel; `heads` of 0 are chosen by the width."""
+    """Multi-head self-attention; `heads` = 0 chooses their number by the width."""
 
     def __init__(self, width: int, is_causal: bool, heads: int = 0) -> None:
         super().__init__()
@@ -93,10 +93,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, is_key: Tensor | None = None, past: KeyValues | None = None
     ) -> Tensor:
-        """Map (B, N, D) to (B, N, D), the N tokens standing behind the P of `past`, which takes
-        them in.
+        """Map (B, N, D) to (B, N, D).
 
-        `is_key`, bool (B, P + N), says which tokens may be attended to (all, unless given).
+        The N tokens follow the P tokens of `past`, which stores them too. is_key: bool (B, P + N),
+        which tokens may be attended to (default: all).
         """
         B, N, D = x.shape
         q, k, v = (
@@ -116,12 +116,11 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
     def at(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Return forward(x)[b, places[b]], (B, D), without the queries of all other tokens; places
-        is int (B,).
+        """Return forward(x)[b, positions[b]], (B, D), without the queries of all other tokens.
 
-        Without gradients keys and values are not made either: q . (W_k x + b_k) is (q W_k) . x and
-        a constant, which softmax drops, and what the token takes from the others goes through W_v
-        as their weighted mean.
+        positions: int (B,). Without gradients, keys and values are not computed either: q . (W_k x
+        + b_k) is (q W_k) . x plus a constant that softmax removes, and the output is W_v applied to
+        the weighted mean of x.
         """
         B, N, D = x.shape
         query = x[torch.arange(B, device=x.device), positions]
@@ -159,7 +158,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a wider perceptron (four times, unless said), each added to what came in."""
+    """Attention and an MLP (four times the width by default), each with a residual connection."""
 
     def __init__(
         self,
@@ -185,8 +184,9 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
     def at(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Return forward(x)[b, places[b]], (B, D): all that the last block of a tower is read at,
-        at a sixth of the work.
+        """Return forward(x)[b, positions[b]], (B, D), at a sixth of the cost.
+
+        The last block of a tower needs no other output.
         """
         y = x[torch.arange(len(x), device=x.device), positions] + self.attention.at(
             self.norm_1(x), positions
@@ -195,8 +195,9 @@ class Block(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token and position embeddings and a causal transformer; padding behind a text cannot reach
-    it, so no mask is needed.
+    """Token and position embeddings and a causal transformer.
+
+    Needs no mask, since padding comes after the text and cannot reach it.
     """
 
     def __init__(
@@ -223,15 +224,18 @@ class TextEncoder(nn.Module):
 
     def at(self, ids: Tensor, columns: Tensor) -> Tensor:
         """Return forward(ids)[b, columns[b]], (B, D), without the last block's work on other
-        tokens; depth must be at least 1.
+        tokens.
+
+        The depth must be at least 1.
         """
         x = self.blocks[:-1](self.tokens(ids) + self.positions[: ids.shape[1]])
         return self.norm(self.blocks[-1].at(x, columns))  # type: ignore[operator]
 
 
 def time_features(t: Tensor, width: int) -> Tensor:
-    """Sines and cosines of t, int (B,), at `width / 2` frequencies from 1 to 1/10,000 (Vaswani et
-    al. 2017), float32 (B, width).
+    """Return sines and cosines of t, int (B,), as float32 (B, width) (Vaswani et al. 2017).
+
+    They have `width / 2` frequencies, from 1 to 1/10,000.
     """
     half = width // 2
     angle = t.float()[:, None] * torch.exp(

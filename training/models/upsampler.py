@@ -1,11 +1,11 @@
-"""An up-sampler: a convolutional diffusion model that draws a picture at several times its side
+"""An up-sampler: a convolutional diffusion model that draws an image at several times its side
 (unCLIP, section 2.1; ADM's U-Net).
 
-It sees the noised picture beside the small one enlarged, has no attention and no condition besides,
-is trained on crops, and so is sampled at any size in tiles: only the picture itself grows with the
-size, not the network's memory. It predicts x_0 as the enlarged picture plus a difference that
-starts at zero. Knows nothing of files.
-Legend: B batch, C channels, H x W the small picture, f the factor, S a side in pixels.
+It sees the noised image next to the enlarged small one. It has no attention and no other condition,
+and is trained on crops, so it can sample any size in tiles: only the image itself grows with the
+size, not the network's memory. It predicts x_0 as the enlarged image plus a difference that starts
+at zero. Knows nothing of files.
+Legend: B batch, C channels, H x W the small image, f the factor, S a side in pixels.
 """
 
 from collections.abc import Iterator
@@ -30,25 +30,25 @@ TILES_AT_ONCE = 16
 
 
 class UpsamplerConfig(LoopConfig):
-    """An up-sampler and its training (unCLIP, table 3: 700M parameters from 64 to 256 px, 300M from
-    256 to 1024 px).
+    """An up-sampler and its training.
+
+    unCLIP, table 3: 700M parameters from 64 to 256 px, 300M from 256 to 1024 px.
     """
 
     image_size_px: int = Field(default=256, ge=16, le=8192)
-    """Side of the pictures that it is trained on crops of; unCLIP: 256 and 1024."""
+    """Side of the images that it is trained on crops of; unCLIP: 256 and 1024."""
     factor: int = Field(default=4, ge=2, le=16)
-    """How many times the side of the small picture that is; unCLIP: 4."""
+    """The side of the result divided by the side of the small image; unCLIP: 4."""
     crop_fraction: float = Field(default=0.25, gt=0, le=1)
-    """Side of a training crop, and of a tile at sampling, as a share of the picture's; unCLIP:
-    0.25."""
+    """Side of a training crop, and of a tile at sampling, divided by the image's; unCLIP: 0.25."""
     patch_px: int = Field(default=4, ge=1, le=16)
-    """Pixels folded into channels at the entrance and unfolded at the exit: 4 makes every step
+    """Pixels folded into channels at the input and unfolded at the output: 4 makes every step
     sixteen times cheaper. unCLIP: 1."""
     width: int = Field(default=64, ge=GROUPS, le=4096)
     """Channels at the first resolution; unCLIP: 320 and 192."""
     multiples: tuple[int, ...] = Field(default=(1, 2), min_length=1, max_length=8)
-    """Channels at each resolution, times `width`, halving the side each time; unCLIP: 1, 2, 3, 4
-    and 1, 1, 2, 2, 4, 4."""
+    """Channels at each resolution, as multiples of `width`; each resolution has half the side of
+    the one before. unCLIP: 1, 2, 3, 4 and 1, 1, 2, 2, 4, 4."""
     depth: int = Field(default=2, ge=1, le=8)
     """Residual blocks at each resolution; unCLIP: 3 and 2."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -56,20 +56,20 @@ class UpsamplerConfig(LoopConfig):
     T: int = Field(default=1000, ge=2, le=100_000)
     """Diffusion steps."""
     noise_schedule: Literal["cosine", "linear"] = "cosine"
-    """How the noise grows over the steps; unCLIP: cosine to 256 px, linear to 1024 px."""
+    """Noise schedule; unCLIP: cosine to 256 px, linear to 1024 px."""
     min_snr_gamma: float = Field(default=5.0, gt=0)
-    """Bound of the signal-to-noise weight (Hang et al. 2023)."""
+    """Upper bound of the signal-to-noise weight (Hang et al. 2023)."""
     degradation: Degradation = "blur"
-    """What is done to the small picture in training, lest a decoder's faults are enlarged; unCLIP:
-    blur to 256 px, bsr to 1024 px."""
+    """Degradation of the small image in training, so that a decoder's faults are not enlarged;
+    unCLIP: blur to 256 px, bsr to 1024 px."""
     degraded_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of the samples that it is done to; the others stay clean, so that clean pictures are
-    not sharpened twice."""
+    """Share of the samples that are degraded; the others stay clean, so that clean images are not
+    sharpened twice."""
     sampling_steps: int = Field(default=8, ge=1, le=1000)
-    """Steps of DDIM at sampling; unCLIP: 27 and 15."""
+    """DDIM steps at sampling; unCLIP: 27 and 15."""
     broken_pictures: OnBroken = "stop"
-    """What to do about pictures whose shard is missing, cut or altered: `stop`, or `skip` them,
-    counted in the manifest."""
+    """What to do about images whose shard is missing, truncated or altered: `stop` with an error,
+    or `skip` them and count them in the manifest."""
 
     @model_validator(mode="after")
     def _steps_fit_into_the_schedule(self) -> Self:
@@ -83,14 +83,13 @@ class UpsamplerConfig(LoopConfig):
 
 
 class Upsampler(nn.Module):
-    """The U-Net of convolutions with its loss and its tiled sampling."""
+    """The convolutional U-Net with its loss and its tiled sampling."""
 
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()
         self.config = config
-        with torch.device(
-            "cpu"
-        ):  # its values are checked, which `count_parameters`' meta device cannot do
+        # The schedule's values are checked, which `count_parameters`' meta device cannot do.
+        with torch.device("cpu"):
             self.schedule = (
                 Schedule.cosine(config.T)
                 if config.noise_schedule == "cosine"
@@ -130,8 +129,9 @@ class Upsampler(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x_t: Tensor, t: Tensor, enlarged: Tensor) -> Tensor:
-        """Predict x_0, float32 (B, 3, S, S'), from noised pictures, times (B,) and the small
-        pictures enlarged, all in [-1, 1].
+        """Predict x_0, float32 (B, 3, S, S').
+
+        Takes noised images, times (B,) and the enlarged small images; images are in [-1, 1].
         """
         added = F.silu(self.time(time_features(t, self.config.width)))
         x = F.pixel_unshuffle(torch.cat([x_t, enlarged], 1), self.config.patch_px).contiguous(
@@ -152,8 +152,8 @@ class Upsampler(nn.Module):
         return enlarged + F.pixel_shuffle(x, self.config.patch_px).float()
 
     def loss(self, step: Step, pictures: Tensor) -> Tensor:
-        """Min-SNR weighted error of x_0 on crops of pictures, uint8 (b, S, S, 3)."""
-        from training.models import degradation  # which needs OpenCV, as training alone does
+        """Return the min-SNR weighted error of x_0 on crops of images, uint8 (b, S, S, 3)."""
+        from training.models import degradation  # needs OpenCV, which only training has
 
         config, device = self.config, next(self.parameters()).device
         x_0 = to_float(crops(pictures, config.crop_px, step.uniform(CROP, 2))).to(device)
@@ -180,12 +180,12 @@ class Upsampler(nn.Module):
         tile_px: int | None = None,
         stream: int = Stream.UPSAMPLER,
     ) -> Tensor:
-        """Enlarge pictures in [-1, 1], (B, 3, H, W), to float32 (B, 3, f H, f W); a picture's noise
-        is its own seed's.
+        """Enlarge images in [-1, 1], (B, 3, H, W), to float32 (B, 3, f H, f W), each by its own
+        seed.
 
-        The network sees tiles of `tile_px` (the training crop's side) that overlap by a quarter and
-        are blended at every step, so its memory does not grow with the picture. stream: one
-        up-sampler behind another takes its own, lest both start from one noise.
+        The network sees tiles of `tile_px` (default: the side of a training crop) that overlap by a
+        quarter and are blended at every step, so its memory does not grow with the image. stream:
+        each up-sampler of a chain needs its own, so that they do not start from the same noise.
         """
         config = self.config
         tile = (tile_px or config.crop_px) // config.factor
@@ -197,25 +197,25 @@ class Upsampler(nn.Module):
         def network(x_t: Tensor, t: Tensor) -> Tensor:
             total, weight = torch.zeros_like(x_t), x_t.new_zeros(1, 1, *x_t.shape[2:])
             window = _window(tile * config.factor, x_t)
-            for one in range(len(x_t)):
+            for row in range(len(x_t)):
                 for corners in _chunks(list(tiles(low.shape[2], low.shape[3], tile))):
                     parts = [
                         (
                             slice(None),
                             *(
-                                slice(config.factor * at, config.factor * (at + tile))
-                                for at in corner
+                                slice(config.factor * offset, config.factor * (offset + tile))
+                                for offset in corner
                             ),
                         )
                         for corner in corners
                     ]
                     noised, beside = (
-                        torch.stack([x[one][part] for part in parts]) for x in (x_t, enlarged)
+                        torch.stack([x[row][part] for part in parts]) for x in (x_t, enlarged)
                     )
                     predictions = self(noised, t[:1].expand(len(parts)), beside)
                     for part, x_0 in zip(parts, predictions, strict=True):
-                        total[one][part] += x_0 * window
-                        if one == 0:
+                        total[row][part] += x_0 * window
+                        if row == 0:
                             weight[0][part] += window
             return total.div_(weight)
 
@@ -229,8 +229,9 @@ def _run(layer: nn.Module, x: Tensor, added: Tensor) -> Tensor:
 
 
 def crops(pictures: Tensor, side_px: int, chance: Tensor) -> Tensor:
-    """Cut a square of that side out of each picture, uint8 (B, S, S, 3), at a place drawn by
-    `chance` in [0, 1), (B, 2).
+    """Crop a square of that side from each image, uint8 (B, S, S, 3).
+
+    chance: random position in [0, 1), (B, 2).
     """
     room = pictures.shape[1] - side_px + 1
     corners = (chance * room).long().tolist()
@@ -243,13 +244,14 @@ def crops(pictures: Tensor, side_px: int, chance: Tensor) -> Tensor:
 
 
 def shrink(pictures: Tensor, factor: int) -> Tensor:
-    """Return pictures (B, 3, H, W) at 1 / factor of their side, by area."""
+    """Return images (B, 3, H, W) at 1 / factor of their side, by area."""
     return F.avg_pool2d(pictures, factor)
 
 
 def enlarge(pictures: Tensor, factor: int) -> Tensor:
-    """Return pictures (B, 3, H, W) at `factor` times their side, bicubic, in [-1, 1]: what the
-    network starts from.
+    """Return images (B, 3, H, W) at `factor` times their side, bicubic, clamped to [-1, 1].
+
+    The network's prediction is added to this image.
     """
     return F.interpolate(
         pictures, scale_factor=float(factor), mode="bicubic", align_corners=False
@@ -257,9 +259,7 @@ def enlarge(pictures: Tensor, factor: int) -> Tensor:
 
 
 def tiles(height: int, width: int, side: int) -> Iterator[tuple[int, int]]:
-    """Yield the corners of squares that cover height x width, each overlapping the next by a
-    quarter at least.
-    """
+    """Yield corners of squares that cover height x width and overlap by at least a quarter."""
     step = max(1, side * 3 // 4)
     for top in [*range(0, height - side, step), height - side]:
         for left in [*range(0, width - side, step), width - side]:
@@ -272,9 +272,7 @@ def _chunks(corners: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
 
 
 def _window(side_px: int, like: Tensor) -> Tensor:
-    """Return the weight of a tile's pixels (side, side): 1 in the middle, falling towards the
-    edges, never 0.
-    """
+    """Return the weights of a tile's pixels, (side, side): 1 inside, low at the edges, never 0."""
     ramp = torch.arange(1, side_px + 1, device=like.device, dtype=like.dtype)
     edge = torch.minimum(ramp, ramp.flip(0)).div_(max(1, side_px // 4)).clamp_(max=1)
     return edge[:, None] * edge

@@ -1,6 +1,6 @@
-"""Trained up-samplers, one behind the other: how they are read and what they draw.
+"""A chain of trained up-samplers: loading them and enlarging images with them.
 
-Pictures are uint8 (B, H, W, 3). Reads an up-sampler stage's folder; writes nothing.
+Images are uint8 (B, H, W, 3). Reads an up-sampler stage's folder; writes nothing.
 """
 
 import json
@@ -19,9 +19,7 @@ STREAMS = (Stream.UPSAMPLER, Stream.UPSAMPLER_2)
 
 
 def load(folder: Path) -> Upsampler:
-    """Read a trained up-sampler (its averaged weights) from its stage's folder, in evaluation
-    mode.
-    """
+    """Read a trained up-sampler (averaged weights) from its stage's folder, in evaluation mode."""
     facts = json.loads((folder / "config.json").read_text())
     model = Upsampler(UpsamplerConfig.model_validate(facts["upsampler"]))
     model.load_state_dict(load_file(folder / "weights.safetensors"))
@@ -34,10 +32,10 @@ def enlarge(
     seeds: Sequence[int],
     steps: int | None = None,
 ) -> np.ndarray:
-    """Draw pictures (B, H, W, 3) larger by one model behind the other, each from noise of its own;
-    `seeds` (B).
+    """Enlarge images (B, H, W, 3) with one model after another, each with its own noise.
 
-    One picture after the other, so that memory grows with one alone.
+    seeds: one for each image. Images are enlarged one at a time, so that the memory in use is one
+    image's.
     """
     for model, stream in zip(models, STREAMS[: len(models)], strict=True):
         low, device = to_float(torch.from_numpy(pictures)), next(model.parameters()).device

@@ -1,8 +1,8 @@
-"""Collectives between the workers of a job: averaged gradients, gathered features.
+"""Collective operations between the workers of a job: averaged gradients, gathered features.
 
-With one worker they cost nothing. A tensor may be sharded (training/optim/fsdp.py): then each
-worker has a part of it. Plain torch.distributed: Ray Train, torchrun or a test may have set up the
-process group.
+With one worker they cost nothing. A tensor may be sharded (training/optim/fsdp.py): each worker
+then has a part of it. Uses plain torch.distributed, so the process group may come from Ray Train,
+torchrun or a test.
 """
 
 import torch
@@ -18,23 +18,19 @@ def world() -> tuple[int, int]:
 
 
 def local_part(x: Tensor) -> Tensor:
-    """Return this worker's part of a sharded tensor, in place: what is written there is the
-    tensor's. Others are their own part.
+    """Return this worker's part of a sharded tensor, as a view; other tensors are returned
+    unchanged.
     """
     return x.to_local() if is_part(x) else x  # type: ignore[attr-defined]
 
 
 def is_part(x: Tensor) -> bool:
-    """Say whether other workers hold the rest of this tensor."""
-    return hasattr(
-        x, "to_local"
-    )  # a DTensor, whose module costs everybody who imports it a second and a half
+    """Return whether a tensor is sharded, so that other workers hold the rest of it."""
+    return hasattr(x, "to_local")  # a DTensor, whose module takes 1.5 s to import
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather whose gradient is the sum of what every worker's loss says about this worker's
-    rows.
-    """
+    """All-gather whose gradient is the sum of all workers' gradients for this worker's rows."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
@@ -50,17 +46,16 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """Return every worker's rows, (workers * b, ...) in rank order, differentiable; b must be equal
-    everywhere.
+    """Return every worker's rows, (workers * b, ...) in rank order, differentiable.
+
+    b must be equal on all workers.
     """
     return _Gather.apply(x) if world()[1] > 1 else x
 
 
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> None:
-    """Replace every gradient that this worker holds whole by its mean over the workers, in one flat
-    message.
-    """
+    """Replace every gradient that is not sharded by its mean over the workers, in one message."""
     count = world()[1]
     if count == 1:
         return
@@ -86,7 +81,7 @@ def average(value: Tensor) -> Tensor:
 
 
 def agree(number: int) -> bool:
-    """Say whether all workers hold the same number."""
+    """Return whether all workers have the same number."""
     rank, count = world()
     if count == 1:
         return True

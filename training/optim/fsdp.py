@@ -1,10 +1,11 @@
-"""Training what one device cannot hold: each worker keeps a part of every weight, gradient, moment
-and average (ZeRO-3, torch's FSDP2).
+"""Sharded training for models that one device cannot hold: each worker holds a part of every
+weight, gradient, moment and average (ZeRO-3, torch's FSDP2).
 
-A block's parts are gathered just before it works and let go behind it, in the arithmetic's own
-precision; gains of norms and single numbers stay whole with everybody. It is the same function as
-with whole copies: sums may be rounded in another order, no more. What is written to disk is whole,
-so a run may go on with other workers, or unsharded. Plain torch.distributed; knows no model.
+A block's parts are gathered before it runs and released after it, in the precision of the
+arithmetic. Gains of norms and scalars are not sharded. The model computes the same function as
+without sharding, except that sums may be rounded in another order. Files hold whole tensors, so a
+run can resume with another number of workers, or unsharded. Uses plain torch.distributed; knows no
+model.
 """
 
 from collections.abc import Callable
@@ -16,15 +17,15 @@ from torch import Tensor, nn
 
 from training.optim.collectives import is_part, local_part, world
 
-if TYPE_CHECKING:  # the loop is above
+if TYPE_CHECKING:  # the loop imports this module
     from training.optim.step import Step
 
 LAYERS = nn.Linear | nn.Conv2d
-"""Layers that autocast runs in bfloat16, whose weights may be gathered in it."""
+"""Layers that autocast runs in bfloat16, so their weights may be gathered in it."""
 
 
 class _WithLoss(nn.Module):
-    """The model and what it is trained by, as the one module whose forward pass is a step."""
+    """The model and its loss as one module, whose forward pass is a training step."""
 
     def __init__(self, model: nn.Module, loss_of: "Callable[[Step], Tensor]") -> None:
         super().__init__()
@@ -38,11 +39,10 @@ class _WithLoss(nn.Module):
 def shard(
     model: nn.Module, loss_of: "Callable[[Step], Tensor]", is_bf16: bool
 ) -> "Callable[[Step], Tensor]":
-    """Replace the model's parameters by this worker's parts of them; return `loss_of` with the
-    gathering around it.
+    """Replace the model's parameters by this worker's parts; return `loss_of` with gathering.
 
-    Called by every worker, all with the same weights; `loss_of` calls the model in any way, its
-    blocks by `forward` or `at`.
+    All workers must call it, with the same weights. `loss_of` may call the model in any way, but
+    its blocks only by `forward` or `at`.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -54,21 +54,25 @@ def shard(
     mesh = init_device_mesh(next(model.parameters()).device.type, (world()[1],))
     unsharded = unsharded_parameters(model)
     for p in model.parameters():
-        p.data = p.data.contiguous()  # FSDP2 cuts no kernel whose channels stand last
+        p.data = p.data.contiguous()  # FSDP2 cannot shard kernels in channels-last format
     for unit in units(model):
-        travels_short = is_bf16 and is_layers_only(unit, unsharded)
+        is_gathered_in_bf16 = is_bf16 and is_layers_only(unit, unsharded)
         policy = MixedPrecisionPolicy(
-            torch.bfloat16 if travels_short else None, torch.float32, cast_forward_inputs=False
+            torch.bfloat16 if is_gathered_in_bf16 else None,
+            torch.float32,
+            cast_forward_inputs=False,
         )
         fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=unsharded)
         if hasattr(unit, "at"):
             register_fsdp_forward_method(unit, "at")
-    return fully_shard(_WithLoss(model, loss_of), mesh=mesh, ignored_params=unsharded)  # type: ignore[return-value]  # a module still
+    with_loss = _WithLoss(model, loss_of)
+    return fully_shard(with_loss, mesh=mesh, ignored_params=unsharded)  # type: ignore[return-value]
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """Return what is gathered at a time: the blocks and layers in the model's lists; what stands in
-    none is held through a step.
+    """Return the modules that are gathered one at a time: those in the model's lists.
+
+    Parameters outside lists are gathered for a whole step.
     """
     matched: list[nn.Module] = []
 
@@ -85,9 +89,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 
 def unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters that every worker holds whole: gains and shifts of norms, which work in
-    float32, and single numbers.
-    """
+    """Return the parameters that every worker holds whole: scalars and those of norms (float32)."""
     norms = [
         module for module in model.modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)
     ]
@@ -97,20 +99,18 @@ def unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def is_layers_only(unit: nn.Module, unsharded: set[nn.Parameter]) -> bool:
-    """Say whether all that a unit's gathering brings are weights of linear layers and
-    convolutions.
-    """
+    """Return whether a unit's sharded parameters are all those of linear layers or convolutions."""
     layers = [module for module in unit.modules() if isinstance(module, LAYERS)]
     return {p for layer in layers for p in layer.parameters()} == set(unit.parameters()) - unsharded
 
 
 def gathered(x: Tensor) -> Tensor:
-    """Return the whole of a tensor; of a sharded one, every worker must ask."""
+    """Return the whole tensor; for a sharded one, all workers must call it."""
     return x.full_tensor() if is_part(x) else x  # type: ignore[attr-defined]
 
 
 def part(x: Tensor, like: Tensor) -> Tensor:
-    """Return x cut as `like` is, of the same shape; every worker must have the whole x."""
+    """Return x sharded as `like` is; every worker must have the whole x."""
     if not is_part(like):
         return x
     from torch.distributed.tensor import DTensor, Replicate
@@ -121,8 +121,9 @@ def part(x: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(state: Any, is_wanted: bool) -> Any:
-    """Return nested dicts and lists with their sharded tensors whole, on the CPU; every worker must
-    ask, those that want it get it.
+    """Return nested dicts and lists with whole tensors instead of sharded ones, on the CPU.
+
+    All workers must call it; only those with `is_wanted` get the tensors.
     """
     if isinstance(state, dict):
         return {key: whole(value, is_wanted) for key, value in state.items()}
@@ -136,11 +137,12 @@ def whole(state: Any, is_wanted: bool) -> Any:
 
 @torch.no_grad()
 def put(into: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Write whole tensors over those of the same names, sharded or not; raises ValueError where
-    there are others.
+    """Copy whole tensors into those of the same names, sharded or not.
+
+    Raises ValueError if the names differ.
     """
     if into.keys() != state.keys():
-        raise ValueError(f"{min(into.keys() ^ state.keys())} is on one side only")
+        raise ValueError(f"{min(into.keys() ^ state.keys())} is in only one of the two states")
     for name, value in state.items():
         local_part(into[name]).copy_(local_part(part(value, into[name])))
 
@@ -160,14 +162,10 @@ def cut(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, An
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float) -> None:
-    """Scale a sharded model's gradients so that the norm of all of them together is at most
-    this.
-    """
+    """Scale a sharded model's gradients so that their total norm is at most `max_norm`."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    parts, rest = (
-        [local_part(grad) for grad in grads if is_part(grad)],
-        [grad for grad in grads if not is_part(grad)],
-    )
+    parts = [local_part(grad) for grad in grads if is_part(grad)]
+    rest = [grad for grad in grads if not is_part(grad)]
     square = nn.utils.get_total_norm(parts) ** 2
     dist.all_reduce(square)
     norm = (square + nn.utils.get_total_norm(rest) ** 2).sqrt()
@@ -175,7 +173,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> None:
 
 
 def first_says(claim: bool, device: str) -> bool:
-    """Return what the first worker claims."""
+    """Return the first worker's claim on all workers."""
     verdict = torch.tensor(int(claim), device=device)
     dist.broadcast(verdict, 0)
     return bool(verdict)

@@ -1,10 +1,11 @@
-"""The training loop that every model shares: plain torch, no Ray, no files but its own state and
+"""The training loop that all models share: plain torch, no Ray, no files except its own state and
 metrics.
 
-A step's samples and noise are functions of seed and samples seen alone, never of the number of
-workers (dropouts are, of that too), so a run that was killed resumes exactly where its last state
-stands. Writes `state.pt` (whole, renamed into place) and `metrics.jsonl` into the work folder.
-Progress counts images seen. Legend: B global batch, b this worker's part of it.
+The samples and the noise of a step depend only on the seed and the samples seen, not on the number
+of workers (dropout does depend on it). A killed run therefore resumes exactly at its last state.
+Writes `state.pt` (complete, by renaming) and `metrics.jsonl` into the work folder. Progress counts
+images seen.
+Legend: B global batch, b this worker's part of it.
 """
 
 import contextlib
@@ -28,8 +29,9 @@ from training.optim.step import LoopConfig, Step, learning_rate
 
 
 def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, fused, with weight decay on matrices and kernels only; beside it Muon, for the layers'
-    own, where the recipe says so.
+    """Return AdamW, with weight decay on matrices and kernels only, and Muon if the config says so.
+
+    Muon takes the weights of linear layers and convolutions.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     layers: list[Tensor] = []
@@ -46,10 +48,8 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
             "params": [p for p in trained if p.ndim < 2 and id(p) not in unsharded],
             "weight_decay": 0.0,
         },
-        {
-            "params": [p for p in trained if id(p) in unsharded],
-            "weight_decay": 0.0,
-        },  # a fused step takes parts or wholes, not both
+        # a group of their own, since a fused step cannot mix sharded and whole tensors
+        {"params": [p for p in trained if id(p) in unsharded], "weight_decay": 0.0},
     ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
@@ -73,20 +73,16 @@ def run(
     after_step: Callable[[], None] | None = None,
     waited_s: Callable[[], float] | None = None,
 ) -> dict[str, Tensor]:
-    """Train the model in place and return its averaged (EMA) weights; resumes from `work/state.pt`
-    where that exists.
+    """Train the model in place and return its averaged (EMA) weights.
 
-    `loss_of(step)` returns the mean loss over this worker's b samples; `waited_s()` for how long it
-    waited for data so far, which is logged as a share of the time (`waiting`). Called by every
-    worker with equal arguments. Where the model is sharded it stays so, and the averaged weights
-    are the first worker's alone. Raises DataError when the loss is no longer finite.
+    Resumes from `work/state.pt` if it exists. `loss_of(step)` returns the mean loss over this
+    worker's b samples. `waited_s()` returns the seconds that it has waited for data so far, which
+    are logged as a share of the time (`waiting`). All workers must call it with equal arguments.
+    A sharded model stays sharded, and only the first worker gets its averaged weights. Raises
+    DataError if the loss is not finite.
     """
     rank, workers = world()
-    if config.batch_size % workers:
-        raise DataError(
-            f"batch_size {config.batch_size} cannot be shared by {workers} workers: choose a "
-            "multiple"
-        )
+    _check_batch_size(config, workers)
     device_type = next(model.parameters()).device.type
     is_sharded = config.shard and workers > 1
     if is_sharded:
@@ -94,55 +90,81 @@ def run(
     optimizers = make_optimizers(model, config)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     seen, spent_s = _resume(work, model, optimizers, ema, is_sharded)
-    if not agree(seen):
-        raise DataError(
-            f"the workers found different states in {work}: it must be one folder that all of "
-            "them see"
-        )
     steps = math.ceil(config.images / config.batch_size)
-    started_s = saved_s = logged_s = time.monotonic()
-    with _metrics(work, seen) if rank == 0 else contextlib.nullcontext() as metrics:
+    with _metrics(work, seen) if rank == 0 else contextlib.nullcontext() as file:
+        log = _Log(file, spent_s, waited_s)
+        saved_s = log.started_s
         for number in range(seen // config.batch_size, steps):
-            step = Step(
-                number, number * config.batch_size, config.batch_size, config.seed, rank, workers
-            )
+            first = number * config.batch_size
+            step = Step(number, first, config.batch_size, config.seed, rank, workers)
             loss = _learn(model, config, loss_of, optimizers, step, is_sharded)
             if after_step:
                 after_step()
             _average_weights(ema, model, min(config.ema_decay, (1 + number) / (10 + number)))
-            seen, last = step.first + config.batch_size, number == steps - 1
-            now = time.monotonic()
-            if last or number % 10 == 0:
-                value = float(average(loss))
-                if not math.isfinite(value):
-                    raise DataError(
-                        f"the loss is {value} after {seen:,} images: lower learning_rate (now "
-                        f"{config.learning_rate:g})"
-                    )
-                if metrics and (last or now - logged_s >= 0.5):
-                    row = {
-                        "images_seen": seen,
-                        "loss": round(value, 6),
-                        "seconds": round(spent_s + now - started_s, 2),
-                    }
-                    if waited_s:
-                        row["waiting"] = round(waited_s() / max(now - started_s, 1e-9), 4)
-                    metrics.write(json.dumps(row) + "\n")
-                    metrics.flush()
-                    logged_s = now
-            is_due = (
-                rank == 0
-                and (last or now - saved_s >= config.state_every_s)
-                and math.isfinite(float(loss))
-            )
-            # all must take part; asked as rarely as the loss is read, since it makes the workers
-            # wait
-            if is_sharded:
-                is_due = (last or number % 10 == 0) and fsdp.first_says(is_due, device_type)
+            seen, is_last = first + config.batch_size, number == steps - 1
+            now_s = time.monotonic()
+            # Reading the loss makes the workers wait, so it is read every tenth step only.
+            is_loss_read = is_last or number % 10 == 0
+            if is_loss_read:
+                log.write(seen, _finite_mean(loss, seen, config), now_s, is_last)
+            is_due = rank == 0 and (is_last or now_s - saved_s >= config.state_every_s)
+            is_due = is_due and math.isfinite(float(loss))
+            if is_sharded:  # all workers must take part in saving
+                is_due = is_loss_read and fsdp.first_says(is_due, device_type)
             if is_due:
-                _save(work, model, optimizers, ema, seen, spent_s + now - started_s, rank)
+                _save(work, model, optimizers, ema, seen, log.seconds(now_s), rank)
                 saved_s = time.monotonic()
     return fsdp.whole(ema, rank == 0) if is_sharded else ema
+
+
+def _check_batch_size(config: LoopConfig, workers: int) -> None:
+    """Raise DataError unless the workers can share a batch equally."""
+    if config.batch_size % workers:
+        raise DataError(
+            f"batch_size = {config.batch_size} cannot be divided by {workers} workers: set it to "
+            "a multiple"
+        )
+
+
+class _Log:
+    """Writes rows of `metrics.jsonl` on the first worker, at most two in a second."""
+
+    def __init__(
+        self, file: TextIO | None, spent_s: float, waited_s: Callable[[], float] | None
+    ) -> None:
+        self.file, self.spent_s, self.waited_s = file, spent_s, waited_s
+        self.started_s = self.logged_s = time.monotonic()
+
+    def seconds(self, now_s: float) -> float:
+        """Return the seconds of training until `now_s`, including those before a restart."""
+        return self.spent_s + now_s - self.started_s
+
+    def write(self, seen: int, loss: float, now_s: float, is_last: bool) -> None:
+        """Write a row, unless the previous one is less than half a second old."""
+        if self.file is None or not (is_last or now_s - self.logged_s >= 0.5):
+            return
+        elapsed_s = now_s - self.started_s
+        row = {
+            "images_seen": seen,
+            "loss": round(loss, 6),
+            "seconds": round(self.seconds(now_s), 2),
+        }
+        if self.waited_s:
+            row["waiting"] = round(self.waited_s() / max(elapsed_s, 1e-9), 4)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        self.logged_s = now_s
+
+
+def _finite_mean(loss: Tensor, seen: int, config: LoopConfig) -> float:
+    """Return the mean loss over the workers. Raises DataError if it is not finite."""
+    value = float(average(loss))
+    if not math.isfinite(value):
+        raise DataError(
+            f"the loss is {value} after {seen:,} images: lower learning_rate (now "
+            f"{config.learning_rate:g})"
+        )
+    return value
 
 
 def _learn(
@@ -197,8 +219,9 @@ def _save(
     seconds: float,
     rank: int,
 ) -> None:
-    """Write the state aside and rename it: a kill leaves the old one or the new one. The first
-    worker writes, whoever helps to gather.
+    """Write the state to a temporary file and rename it, so that a kill leaves a complete state.
+
+    All workers take part in gathering; the first one writes.
     """
     moments = [optimizer.state_dict() for optimizer in optimizers]
     state = {
@@ -222,12 +245,30 @@ def _resume(
     ema: dict[str, Tensor],
     is_sharded: bool,
 ) -> tuple[int, float]:
-    """Load the last state into place, if there is one; return the images seen and the seconds spent
-    by then.
+    """Load the last state, if there is one; return the images seen and the seconds until then.
+
+    Raises DataError if the state is damaged, or if the workers found different ones.
     """
     path = work / "state.pt"
-    if not path.exists():
-        return 0, 0.0
+    seen, spent_s = 0, 0.0
+    if path.exists():
+        seen, spent_s = _load(path, model, optimizers, ema, is_sharded)
+    if not agree(seen):
+        raise DataError(
+            f"the workers found different states in {work}: it must be one folder that all "
+            "workers share"
+        )
+    return seen, spent_s
+
+
+def _load(
+    path: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    ema: dict[str, Tensor],
+    is_sharded: bool,
+) -> tuple[int, float]:
+    """Load a state file in place; return its images seen and seconds."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_sharded)
         fsdp.put(model.state_dict(), state["model"])
@@ -237,22 +278,20 @@ def _resume(
     except (EOFError, LookupError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{path} is damaged or of another version of this code ({reason}): remove it to train "
-            "from the start"
+            f"{path} is damaged or from another version of this code ({reason}): delete it to "
+            "train from the start"
         ) from error
     return state["images_seen"], state["seconds"]
 
 
 @contextlib.contextmanager
 def _metrics(work: Path, seen: int) -> Iterator[TextIO]:
-    """Open `metrics.jsonl` for appending, without the rows of steps that a killed run made after
-    its last state.
-    """
+    """Open `metrics.jsonl` for appending, without rows that are newer than the last state."""
     path = work / "metrics.jsonl"
     rows_before = []
     if path.exists():
         for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the line that a kill cut
+            with contextlib.suppress(json.JSONDecodeError):  # a line that a kill left incomplete
                 row = json.loads(line)
                 if row["images_seen"] <= seen:
                     rows_before.append(json.dumps(row) + "\n")

@@ -1,9 +1,9 @@
-"""Muon: momentum that is made orthogonal, layer by layer, before it is applied (Jordan et al.
-2024), for short trainings.
+"""Muon: momentum that is orthogonalised layer by layer before each step (Jordan et al. 2024), for
+short trainings.
 
-Orthogonal steps use all directions of a matrix alike, where a few large ones would dominate; the
-quickstart's decoder then needs about a third of the images that AdamW needs. Gains, biases,
-embeddings and maps are left to AdamW beside it (`training/optim/loop.py`).
+Orthogonal steps use all directions of a matrix equally, where otherwise a few large ones dominate;
+the quickstart's decoder needs about a third of the images that AdamW needs. AdamW trains the gains,
+biases, embeddings and maps (`training/optim/loop.py`).
 """
 
 import torch
@@ -14,22 +14,21 @@ from training.optim.fsdp import gathered, part
 
 STEPS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-"""Coefficients of the odd quintic whose iteration moves all singular values towards 1: they end
+"""Coefficients of the odd quintic whose iteration moves all singular values towards 1; they end
 between 0.7 and 1.2 (Jordan et al. 2024)."""
 STACKED = 1 << 22
-"""Numbers in the matrices that are made orthogonal at once."""
+"""Maximum number of elements in the matrices that are orthogonalised at once."""
 ADAMS_RMS = 0.2
-"""Root mean square of AdamW's usual step over its learning rate: layers take steps of that size
-too, so that one rate and one decay serve both (Liu et al. 2025, arXiv 2502.16982)."""
+"""Root mean square of AdamW's usual step divided by its learning rate. Muon's steps have this size
+too, so that one rate and one decay fit both (Liu et al. 2025, arXiv 2502.16982)."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of orthogonalised Nesterov momentum with decoupled weight decay; a kernel (out, in, k,
-    k) counts as a matrix (out, in k k).
+    """Steps of orthogonalised Nesterov momentum with decoupled weight decay.
 
-    Takes weights of linear layers and convolutions; state and arithmetic are float32. Of sharded
-    ones the momentum stays in parts, and each worker makes the whole step's matrix, of which it
-    takes its own.
+    For weights of linear layers and convolutions; a kernel (out, in, k, k) is treated as a matrix
+    (out, in k k). State and arithmetic are float32. The momentum of sharded weights stays sharded;
+    each worker computes the step of the whole matrix and applies its own part.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take one step along every gradient there is."""
+        """Take one step for every weight that has a gradient."""
         for group in self.param_groups:
             for weights in _stacks(
                 [weight for weight in group["params"] if weight.grad is not None]
@@ -56,7 +55,7 @@ class Muon(torch.optim.Optimizer):
                     )
 
     def _momentum(self, weight: Tensor, beta: float) -> Tensor:
-        """Take a gradient into its momentum; return Nesterov's look ahead, whole, as a matrix (out,
+        """Update the momentum with a gradient; return Nesterov's look-ahead as a whole matrix (out,
         in k k).
         """
         gradient, state = weight.grad, self.state[weight]
@@ -64,14 +63,12 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
         momentum = local_part(state["momentum"]).lerp_(local_part(gradient), 1 - beta)
-        local_part(gradient).lerp_(momentum, beta)  # it has done its work
+        local_part(gradient).lerp_(momentum, beta)  # in place: the gradient is not needed again
         return gathered(gradient).flatten(1)
 
 
 def _stacks(weights: list[Tensor]) -> list[list[Tensor]]:
-    """Return the weights by shape, small ones together: cores then share matrices instead of parts
-    of each product.
-    """
+    """Group weights of one shape, so that cores share matrices instead of parts of each product."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for weight in weights:
         by_shape.setdefault(weight.shape, []).append(weight)
@@ -83,12 +80,13 @@ def _stacks(weights: list[Tensor]) -> list[list[Tensor]]:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Return float32 matrices (..., m, n) with their singular values pulled to about 1 and singular
-    vectors kept; all zeros stay so.
+    """Return float32 matrices (..., m, n) with singular values of about 1 and the same singular
+    vectors.
 
-    All factors are polynomials in the Gram matrix of the shorter side, so the iteration runs on
-    that alone and touches the long side twice: 2.5 times cheaper than on the matrix itself for a 3
-    x 3 kernel. It wants float32, since rounding errors grow with every step.
+    A matrix of zeros stays zero. All factors are polynomials in the Gram matrix of the shorter
+    side, so the iteration runs on that matrix and touches the long side twice: 2.5 times cheaper
+    than on the matrix itself for a 3 x 3 kernel. It needs float32, since rounding errors grow with
+    every iteration.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonal(matrices.mT).mT

@@ -181,7 +181,7 @@ def test_it_overwrites_nothing_and_refuses_a_changed_file(
 
 def test_a_folder_without_models_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(
-        CallerError, match="holds no model: give a folder that `unclip export` made"
+        CallerError, match="holds no model: use a folder written by `unclip export`"
     ):
         Unclip.load(tmp_path)
 

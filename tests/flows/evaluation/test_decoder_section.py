@@ -132,8 +132,8 @@ def test_the_figures_are_those_of_the_measurements(tmp_path: Path, model: Unclip
     alike = latents.sharing(
         model.decoder, read("held_out_concept", 4).x_0, [12, 25, 38], decoder_section.SAMPLES, 6, 0
     )  # told nothing
-    assert [cells[1] for cells in shared["rows"]] == pytest.approx(alike.apart)
-    assert [cells[2] for cells in shared["rows"]] == pytest.approx(alike.from_picture)
+    assert [cells[1] for cells in shared["rows"]] == pytest.approx(alike.between_samples_rms)
+    assert [cells[2] for cells in shared["rows"]] == pytest.approx(alike.to_image_rms)
 
 
 def test_pictures_know_their_settings_and_are_described(tmp_path: Path, model: Unclip) -> None:

@@ -150,10 +150,10 @@ def test_more_parts_than_four_digits_name_are_refused_before_anything_is_embedde
         embed.run(
             embed.EmbedConfig(rows_per_part=2),
             ClusterConfig(),
-            *(tmp_path / each for each in ("none", "curate", "none")),
+            embed.EmbedFolders(
+                tmp_path / "none", tmp_path / "curate", tmp_path / "none", tmp_path, tmp_path
+            ),
             "",
-            tmp_path,
-            tmp_path,
         )
 
 

@@ -91,7 +91,7 @@ def test_a_flipped_bit_stops_the_job_when_it_is_read(
     flip_a_bit(root, 5)
     assert settle(root, "stop") == {}
     with pytest.raises(
-        DataError, match=r"^00000\.tar/.*\.png is not what curate saw \(SHA-256 differs\)"
+        DataError, match=r"^00000\.tar/.*\.png has changed since curate \(SHA-256 differs\)"
     ):
         Pictures(read_table(root / "curate" / "keep.parquet"), root / "ingest" / "shards", 16)[
             range(COUNT)

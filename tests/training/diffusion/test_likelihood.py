@@ -175,7 +175,7 @@ def test_hybrid_loss_teaches_the_prediction_by_l_simple_alone_and_the_variance_b
     x_0[:, 0] = -1  # the edge of the discretised likelihood
     prediction = (eps + 0.1).requires_grad_()
     fraction = torch.full_like(eps, 0.4).requires_grad_()
-    loss = hybrid_loss(schedule, x_0, eps, t, prediction, fraction, "eps")
+    loss = hybrid_loss(schedule, x_0, eps, t, (prediction, fraction), "eps")
     by_prediction, by_fraction = torch.autograd.grad(loss, (prediction, fraction))
     (simple,) = torch.autograd.grad(
         simple_loss(prediction, training_target(schedule, x_0, eps, t, "eps")), prediction

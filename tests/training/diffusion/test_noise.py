@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.helpers.small_systems import write_system
 from training.diffusion.noise import Stream, generators, noise, noise_like
 from training.generation import manipulations
-from training.generation.beam_search import search
+from training.generation.beam_search import Beam, search
 from training.generation.unclip import Unclip
 from training.models.upsampler import Upsampler, UpsamplerConfig
 from training.models.upsampler_cascade import enlarge
@@ -118,12 +118,10 @@ def test_search_shares_no_noise_among_members_and_steps(
     search(
         system,
         ["blue"],
-        6,
+        Beam(members=6, keep=2, checks=(0.5,)),
         0,
         steps=4,
         score=lambda pictures, _: pictures.astype(np.float32).mean((1, 2, 3)),
-        keep=2,
-        checks=(0.5,),
     )
     assert len(drawn) == 6 * (2 * system.prior.config.sampling_steps + 1 + 3) and len(
         set(drawn)

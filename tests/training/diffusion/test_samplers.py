@@ -20,7 +20,9 @@ from infra.errors import DataError
 from training.diffusion.noise import generators, noise
 from training.diffusion.process import Denoise, Prediction, Schedule, as_denoise, to_eps
 from training.diffusion.samplers import (
-    _Network,
+    SamplerOptions,
+    Spacing,
+    _CheckedDenoise,
     ancestral,
     ddim,
     ddim_invert,
@@ -29,6 +31,7 @@ from training.diffusion.samplers import (
     threshold,
     timesteps,
 )
+from training.diffusion.variance import Variance
 
 LINEAR, COSINE = Schedule.linear(), Schedule.cosine()
 MEAN = torch.tensor([0.5, -0.3, 0.1], dtype=torch.float64)
@@ -96,7 +99,11 @@ def test_deterministic_samplers_recover_mean_and_covariance(
 def test_deterministic_samplers_converge_with_their_order() -> None:
     def error(sampler, steps: int) -> float:  # type: ignore[no-untyped-def]
         fine = Schedule.cosine(20_000)
-        a, _ = affine_map(lambda x_T: sampler(gaussian(fine), x_T, fine, steps, start=fine.T // 2))
+        a, _ = affine_map(
+            lambda x_T: sampler(
+                gaussian(fine), x_T, fine, steps, options=SamplerOptions(start=fine.T // 2)
+            )
+        )
         return float((a - exact).abs().max())
 
     fine = Schedule.cosine(20_000)
@@ -121,7 +128,7 @@ def test_the_reverse_trajectory_of_ddim_is_the_probability_flow(schedule: Schedu
             (x_t - alpha_bar.sqrt() * MEAN) @ vectors / (alpha_bar * values + 1 - alpha_bar).sqrt()
         )
 
-    ddim(gaussian(schedule), start(4, 3), schedule, 1000, callback=callback)
+    ddim(gaussian(schedule), start(4, 3), schedule, 1000, options=SamplerOptions(callback=callback))
     for place in places[::50]:
         torch.testing.assert_close(place, places[0], rtol=0, atol=1e-2)
 
@@ -173,7 +180,7 @@ def test_ancestral_sampling_has_its_analytic_moments(variance: str, steps: int) 
         steps,
         variance,
         x_0_error,
-        generator=torch.Generator().manual_seed(1),
+        options=SamplerOptions(generator=torch.Generator().manual_seed(1)),
     )
     count = sampled.numel()
     assert abs(float(sampled.mean()) - expected_mean) < 4 * math.sqrt(expected_variance / count)
@@ -196,7 +203,7 @@ def test_stochastic_ddim_recovers_mean_and_covariance(eta: float) -> None:
         COSINE,
         250,
         eta=eta,
-        generator=torch.Generator().manual_seed(1),
+        options=SamplerOptions(generator=torch.Generator().manual_seed(1)),
     )
     torch.testing.assert_close(sampled.mean(0), MEAN, rtol=0, atol=0.02)
     torch.testing.assert_close(sampled.T.cov(), COVARIANCE, rtol=0, atol=0.03)
@@ -204,7 +211,14 @@ def test_stochastic_ddim_recovers_mean_and_covariance(eta: float) -> None:
 
 def test_ddim_with_eta_1_is_ancestral_sampling_with_the_small_variance() -> None:
     samples = (
-        sampler(network, start(4, 5), COSINE, 30, generator=generators(range(4)), **options)
+        sampler(
+            network,
+            start(4, 5),
+            COSINE,
+            30,
+            options=SamplerOptions(generator=generators(range(4))),
+            **options,
+        )
         for sampler, options in ((ddim, {"eta": 1.0}), (ancestral, {"variance": "small"}))
     )
     torch.testing.assert_close(*samples, rtol=1e-9, atol=1e-9)
@@ -231,6 +245,7 @@ def follow(  # type: ignore[no-untyped-def]
     compared: int | None = None,
     fraction: Tensor | None = None,
     told=None,
+    spacing: Spacing | None = None,
     **options,
 ) -> float:
     """Run ours, give diffusers each of our x_t and x_0, and return the largest relative difference
@@ -249,12 +264,15 @@ def follow(  # type: ignore[no-untyped-def]
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
         return network(x_t, t) if fraction is None else (network(x_t, t), fraction)
 
+    def visit(step: int, t: int, x_t: Tensor, x_0: Tensor) -> None:
+        visited.append((t, x_t.clone(), x_0.clone()))
+
     end = sampler(
         denoise,
         start(4, 5),
         schedule,
         steps,
-        callback=lambda step, t, x_t, x_0: visited.append((t, x_t.clone(), x_0.clone())),
+        options=SamplerOptions(spacing=spacing, callback=visit),
         **options,
     )
     worst = 0.0
@@ -503,15 +521,12 @@ def test_learned_variance_survives_guidance() -> None:
     def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return network(x_t, t), torch.cat([torch.zeros(4, 5), torch.ones(4, 5)])
 
-    options = {"steps": 20, "generator": torch.Generator().manual_seed(0)}
-    learned = ancestral(guided(denoise, 1.0), start(4, 5), COSINE, variance="learned", **options)
-    options["generator"] = torch.Generator().manual_seed(0)
-    torch.testing.assert_close(
-        learned,
-        ancestral(network, start(4, 5), COSINE, variance="small", **options),
-        rtol=1e-6,
-        atol=1e-6,
-    )
+    def sample(denoise: Denoise, variance: Variance) -> Tensor:
+        options = SamplerOptions(generator=torch.Generator().manual_seed(0))
+        return ancestral(denoise, start(4, 5), COSINE, 20, variance, options=options)
+
+    learned, small = sample(guided(denoise, 1.0), "learned"), sample(network, "small")
+    torch.testing.assert_close(learned, small, rtol=1e-6, atol=1e-6)
 
 
 # Determinism, memory, times
@@ -530,7 +545,7 @@ def test_samples_do_not_depend_on_how_the_batch_is_split(size: int) -> None:
             noise((len(seeds), 3, 8), own),
             COSINE,
             12,
-            generator=own,
+            options=SamplerOptions(generator=own),
             **options,
         )
 
@@ -632,7 +647,13 @@ def test_the_callback_sees_every_step_with_its_x_t_and_x_0() -> None:
 
     for sampler in (ddim, ancestral, dpm_solver):
         seen.clear()
-        sampler(network, start(2, 5), COSINE, 4, spacing="uniform", callback=callback)
+        sampler(
+            network,
+            start(2, 5),
+            COSINE,
+            4,
+            options=SamplerOptions(spacing="uniform", callback=callback),
+        )
         assert seen == [(0, 1000), (1, 750), (2, 500), (3, 250)]
 
 
@@ -643,7 +664,11 @@ def test_nan_from_the_network_is_named_with_step_and_t() -> None:
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         return x_t / 0 if t[0] == 600 else network(x_t, t)
 
-    for sampler in (ddim, ancestral, lambda *a: dpm_solver(*a, spacing="uniform")):
+    for sampler in (
+        ddim,
+        ancestral,
+        lambda *a: dpm_solver(*a, options=SamplerOptions(spacing="uniform")),
+    ):
         with pytest.raises(DataError, match=r"NaN or infinity at step 2 \(t = 600 of 1000\)"):
             sampler(denoise, start(2, 5), COSINE, 5)
 
@@ -671,7 +696,7 @@ def test_nan_in_the_learned_variance_is_named_where_it_came() -> None:
 
 def test_nan_is_named_at_the_end_where_no_step_may_wait() -> None:
     """On an accelerator the sums of all steps are read at once."""
-    calls = _Network(network, COSINE)
+    calls = _CheckedDenoise(network, COSINE)
     calls.sums = [
         (0, 1000, torch.tensor(1.0)),
         (1, 750, torch.tensor(math.inf)),
@@ -691,7 +716,7 @@ def test_samples_on_an_accelerator_are_those_of_the_cpu() -> None:
                 noise((3, 8), own := generators(range(3)), device),
                 COSINE,
                 20,
-                generator=own,
+                options=SamplerOptions(generator=own),
                 **options,
             ).cpu()
             for device in ("cpu", "cuda")
@@ -709,35 +734,43 @@ def test_samples_on_an_accelerator_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: ddim(network, x, COSINE, 0), "take 1 to 1000 steps"),
-        (lambda x: ddim(network, x, COSINE, 1001), "take 1 to 1000 steps"),
+        (lambda x: ddim(network, x, COSINE, 0), "choose 1 to 1000 steps"),
+        (lambda x: ddim(network, x, COSINE, 1001), "choose 1 to 1000 steps"),
         (
-            lambda x: ddim(network, x, COSINE, 10, start=1001),
+            lambda x: ddim(network, x, COSINE, 10, options=SamplerOptions(start=1001)),
             r"start = 1001: it must lie in 1\.\.1000",
         ),
-        (lambda x: ddim(network, x, COSINE, 10, spacing="karras"), "choose uniform or log_snr"),
+        (
+            lambda x: ddim(network, x, COSINE, 10, options=SamplerOptions(spacing="karras")),
+            "choose 'uniform' or 'log_snr'",
+        ),
         (lambda x: ddim(network, x, COSINE, 10, eta=1.5), "eta = 1.5"),
         (lambda x: ddim(network, x, COSINE, 10, eta=-0.5), "eta = -0.5"),
         (
             lambda x: ddim(lambda x_t, t: x_t[:, :2], x, COSINE, 10),
-            r"gave \(2, 2\) for \(2, 5\) at step 0 \(t = 1000\)",
+            r"returned \(2, 2\) for \(2, 5\) at step 0 \(t = 1000\)",
         ),
         (lambda x: ddim(network, x[0], COSINE, 10), r"x is torch.float64 \(5,\)"),
         (lambda x: ddim(network, x.long(), COSINE, 10), "floating-point batch"),
-        (lambda x: ancestral(network, x, COSINE, 0), "take 1 to 1000 steps"),
-        (lambda x: ancestral(network, x, COSINE, start=0), r"start = 0: it must lie in 1\.\.1000"),
+        (lambda x: ancestral(network, x, COSINE, 0), "choose 1 to 1000 steps"),
+        (
+            lambda x: ancestral(network, x, COSINE, options=SamplerOptions(start=0)),
+            r"start = 0: it must lie in 1\.\.1000",
+        ),
         (
             lambda x: ancestral(network, x, COSINE, 10, "learned"),
             r"no fraction at step 0 \(t = 1000\)",
         ),
         (lambda x: ancestral(network, x, COSINE, 10, "analytic"), "take it from measure_x_0_error"),
         (
-            lambda x: ancestral(network, x, COSINE, 10, generator=generators([1])),
+            lambda x: ancestral(
+                network, x, COSINE, 10, options=SamplerOptions(generator=generators([1]))
+            ),
             "1 generators for a batch of 2",
         ),
         (
             lambda x: ddim(guided(lambda x_t, t: x_t[:2], 2.0), x, COSINE, 10),
-            "gave 2 samples for 4",
+            "returned 2 samples for 4",
         ),
         (lambda x: guided(network, 2.0, dynamic_threshold=99.5), "dynamic_threshold = 99.5"),
     ],

@@ -100,8 +100,7 @@ def test_interpolation_in_x_t_begins_and_ends_at_the_images() -> None:
     first, second = images(2, seed=1)
     out = interpolate_in_x_t(
         two_images(first, second),
-        first[None],
-        second[None],
+        (first[None], second[None]),
         SCHEDULE,
         [100, 300],
         columns=5,
@@ -119,12 +118,12 @@ def test_interpolation_in_x_t_begins_and_ends_at_the_images() -> None:
 def test_interpolation_changes_the_weight_alone_along_a_row() -> None:
     """With an affine denoiser and shared noise a sample is affine in w."""
     first, second = images(2, seed=1).unsqueeze(1)
-    out = interpolate_in_x_t(gaussian, first, second, SCHEDULE, [500], columns=3, steps=100)[0, 0]
+    out = interpolate_in_x_t(gaussian, (first, second), SCHEDULE, [500], columns=3, steps=100)[0, 0]
     torch.testing.assert_close(out[1], (out[0] + out[2]) / 2, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(out[0], out[2], atol=0.1)
     assert torch.equal(
         out,
-        interpolate_in_x_t(gaussian, first, second, SCHEDULE, [500], columns=3, steps=100)[0, 0],
+        interpolate_in_x_t(gaussian, (first, second), SCHEDULE, [500], columns=3, steps=100)[0, 0],
     )
 
 
@@ -158,7 +157,7 @@ def test_slerp_of_equal_vectors_is_that_vector() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="columns = 60 of 50 steps"):
         across_time(gaussian, images(1), SCHEDULE, columns=60)
-    with pytest.raises(ValueError, match="both ends must have one shape"):
-        interpolate_in_x_t(gaussian, images(1), images(2), SCHEDULE, [500])
+    with pytest.raises(ValueError, match="the shapes must be equal"):
+        interpolate_in_x_t(gaussian, (images(1), images(2)), SCHEDULE, [500])
     with pytest.raises(ValueError, match=r"t spans 2000..2000: it must lie in 0..1000"):
         sharing_x_t(gaussian, images(1), SCHEDULE, [2000])

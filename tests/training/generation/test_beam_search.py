@@ -13,8 +13,8 @@ from torch import Tensor
 from tests.helpers.small_systems import write_system
 from training.diffusion.noise import generators, noise
 from training.diffusion.process import Schedule
-from training.diffusion.samplers import ddim
-from training.generation.beam_search import beam, search, survivors
+from training.diffusion.samplers import SamplerOptions, ddim
+from training.generation.beam_search import Beam, beam, search, survivors
 from training.generation.unclip import Unclip
 
 SCHEDULE = Schedule.cosine(1000)
@@ -35,17 +35,29 @@ def two_modes(rows: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 def run(members: int, keep: int, checks: tuple[float, ...], prompts: int = 40) -> Tensor:
     x_T = noise((prompts * members, 4), generators(range(prompts * members)))
     own = generators(range(10_000, 10_000 + prompts * members))
-    x_0, _ = beam(two_modes, x_T, members, SCHEDULE, 40, lambda x_0: x_0.sum(1), keep, checks, own)
+    options = Beam(members, keep, checks)
+    x_0, _ = beam(two_modes, x_T, SCHEDULE, 40, options, lambda x_0: x_0.sum(1), own)
     return x_0.view(prompts, members, 4)
 
 
 def test_without_a_choice_it_is_the_sampler() -> None:
     x_T = noise((6, 4), generators(range(6)))
     x_0, origin = beam(
-        two_modes, x_T, 1, SCHEDULE, 20, lambda x_0: x_0.sum(1), 1, (0.5,), generators(range(6))
+        two_modes,
+        x_T,
+        SCHEDULE,
+        20,
+        Beam(1, 1, (0.5,)),
+        lambda x_0: x_0.sum(1),
+        generators(range(6)),
     )
     plain = ddim(
-        two_modes(torch.arange(6)), x_T, SCHEDULE, 20, eta=1.0, generator=generators(range(6))
+        two_modes(torch.arange(6)),
+        x_T,
+        SCHEDULE,
+        20,
+        eta=1.0,
+        options=SamplerOptions(generator=generators(range(6))),
     )
     assert torch.allclose(x_0, plain, atol=1e-5) and origin.tolist() == list(range(6))
 
@@ -63,17 +75,7 @@ def test_the_best_take_the_places_of_the_others_within_their_prompt() -> None:
     assert survivors(scores, 4, 2).tolist() == [1, 1, 3, 3, 6, 6, 4, 4]
     assert survivors(scores, 4, 1).tolist() == [1] * 4 + [6] * 4
     with pytest.raises(ValueError, match="keep = 3 of 4"):
-        beam(
-            two_modes,
-            torch.zeros(4, 4),
-            4,
-            SCHEDULE,
-            4,
-            lambda x_0: x_0.sum(1),
-            3,
-            (),
-            generators(range(4)),
-        )
+        Beam(members=4, keep=3)
 
 
 def test_conditions_follow_their_survivors() -> None:
@@ -85,7 +87,13 @@ def test_conditions_follow_their_survivors() -> None:
 
     x_T = noise((4, 4), generators(range(4)))
     x_0, origin = beam(
-        denoise_of, x_T, 4, SCHEDULE, 10, lambda x_0: x_0[:, 0], 2, (0.5, 0.8), generators(range(4))
+        denoise_of,
+        x_T,
+        SCHEDULE,
+        10,
+        Beam(4, 2, (0.5, 0.8)),
+        lambda x_0: x_0[:, 0],
+        generators(range(4)),
     )
     assert seen == [[0, 1, 2, 3], [3, 3, 2, 2], [3, 3, 3, 3]] and origin.tolist() == [3, 3, 3, 3]
     assert x_0[:, 0].tolist() == [3, 3, 3, 3]
@@ -98,20 +106,18 @@ def test_a_systems_pictures_follow_the_score_and_repeat(tmp_path: Path) -> None:
         assert len(pictures) == len(prompt) and set(prompt) <= {0, 1}
         return np.asarray(pictures.astype(np.float32).mean((1, 2, 3)))
 
-    plain = search(model, prompts, 4, 0, steps=6)
+    plain = search(model, prompts, Beam(4), 0, steps=6)
     assert plain.shape[:2] == (2, 4) and plain.dtype == np.uint8
-    assert np.array_equal(plain, search(model, prompts, 4, 0, steps=6))
-    assert not np.array_equal(plain, search(model, prompts, 4, 1, steps=6))
-    checks = (0.5, 0.7, 0.9)
-    lit = search(model, prompts, 16, 0, steps=10, score=bright, keep=2, checks=checks)
+    assert np.array_equal(plain, search(model, prompts, Beam(4), 0, steps=6))
+    assert not np.array_equal(plain, search(model, prompts, Beam(4), 1, steps=6))
+    options = Beam(16, 2, (0.5, 0.7, 0.9))
+    lit = search(model, prompts, options, 0, steps=10, score=bright)
     dim = search(
         model,
         prompts,
-        16,
+        options,
         0,
         steps=10,
         score=lambda pictures, prompt: -bright(pictures, prompt),
-        keep=2,
-        checks=checks,
     )
     assert lit.mean() > dim.mean() + 3

@@ -95,14 +95,17 @@ def test_samples_share_their_x_t_and_are_told_nothing_else(
         SIDE,
         3,
     )
-    assert found.apart[0] < found.apart[1] and found.from_picture[0] < found.from_picture[1]
+    assert (
+        found.between_samples_rms[0] < found.between_samples_rms[1]
+        and found.to_image_rms[0] < found.to_image_rms[1]
+    )
     by_hand = found.samples[:, 1].astype(float)
     squares = [(by_hand[:, i] - by_hand[:, j]) ** 2 for i in range(4) for j in range(i)]
-    assert found.apart[1] == pytest.approx(
+    assert found.between_samples_rms[1] == pytest.approx(
         np.mean(squares) ** 0.5, rel=0.02
     )  # pixels are rounded there
     own = (by_hand - to_images(x_0)[:, None].astype(float)) ** 2
-    assert found.from_picture[1] == pytest.approx(own.mean() ** 0.5, rel=0.02)
+    assert found.to_image_rms[1] == pytest.approx(own.mean() ** 0.5, rel=0.02)
     assert [w for _, w in told] == [0.0]
     sharing(system.decoder, x_0, [5], samples=2, steps=50, seed=0, z_i=embeddings(system, 3))
     assert told[-1][1] == 1.0 and torch.equal(
@@ -130,11 +133,11 @@ def test_a_row_of_blends_is_told_the_great_circle(
     system: Unclip, told: list[tuple[torch.Tensor, float]]
 ) -> None:
     a, b = pictures(2), pictures(2, seed=1)
-    rows = interpolation(system.decoder, a, b, [10, 40], columns=3, steps=20, seed=0)
+    rows = interpolation(system.decoder, (a, b), [10, 40], columns=3, steps=20, seed=0)
     assert rows.shape == (2, 2, 3, SIDE, SIDE, 3) and told[-1][1] == 0.0
     z_i = embeddings(system, 4)
     informed = interpolation(
-        system.decoder, a, b, [10, 40], columns=3, steps=20, seed=0, z_i=(z_i[:2], z_i[2:])
+        system.decoder, (a, b), [10, 40], columns=3, steps=20, seed=0, z_i=(z_i[:2], z_i[2:])
     )
     assert told[-1][1] == 1.0 and not near(rows, informed)
     expected = torch.stack([z_i[:2], slerp(z_i[:2], z_i[2:], 0.5), z_i[2:]], 1).flatten(0, 1)
@@ -160,7 +163,7 @@ def test_blends_go_from_each_picture_to_its_partner(
         return denoise
 
     monkeypatch.setattr(Decoder, "guided_denoise", one_of_them)
-    rows = interpolation(system.decoder, a, b, [5, 20], columns=5, steps=50, seed=0)
+    rows = interpolation(system.decoder, (a, b), [5, 20], columns=5, steps=50, seed=0)
     for place in (0, 1):
         assert near(rows[:, place, 0], to_images(a)) and near(rows[:, place, -1], to_images(b))
         assert near(rows[:, place, 1], to_images(a)) and near(rows[:, place, -2], to_images(b)), (
@@ -174,7 +177,7 @@ def test_the_work_is_split_without_a_trace(system: Unclip, monkeypatch: pytest.M
     def both() -> tuple[latents.Shared, np.ndarray]:
         return (
             sharing(system.decoder, x_0, [25, 40], samples=2, steps=20, seed=7),
-            interpolation(system.decoder, x_0, x_0.flip(0), [25], columns=3, steps=20, seed=7),
+            interpolation(system.decoder, (x_0, x_0.flip(0)), [25], columns=3, steps=20, seed=7),
         )
 
     whole, row = both()
@@ -185,7 +188,7 @@ def test_the_work_is_split_without_a_trace(system: Unclip, monkeypatch: pytest.M
         and near(parts.x_t, whole.x_t)
         and near(row_of_parts, row)
     )
-    assert parts.apart == pytest.approx(whole.apart, rel=1e-3)
+    assert parts.between_samples_rms == pytest.approx(whole.between_samples_rms, rel=1e-3)
 
 
 def test_times_are_shares_of_the_whole_way(system: Unclip) -> None:

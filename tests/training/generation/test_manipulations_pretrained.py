@@ -107,7 +107,7 @@ def test_a_text_diff_goes_where_its_own_text_tower_points(
             1
         ],
     )
-    row = manipulations.text_diff(model, latents, "a photo", "a red heart", 0.5, 4, STEPS)
+    row = manipulations.text_diff(model, latents, ("a photo", "a red heart"), 0.5, 4, STEPS)
     whole, walked = (
         (a @ b).clamp(-1, 1).acos()
         for a, b in ((latents.z_i[0], z_d), (latents.z_i[0], asked[0][-1]))

@@ -357,5 +357,5 @@ def test_a_training_that_lost_a_worker_says_so_in_one_line_without_tracebacks() 
     )
     assert train._one_line("clip", error) == (
         "training clip failed: Training failed due to worker errors: [Rank 1 Error Snippet]: "
-        "RuntimeError: Connection closed by peer [10.77.0.3]:36789; the whole of it is in the log"
+        "RuntimeError: Connection closed by peer [10.77.0.3]:36789; the log has the full message"
     )

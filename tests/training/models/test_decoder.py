@@ -385,7 +385,8 @@ def test_more_sampling_steps_than_diffusion_steps_are_refused() -> None:
 
 def test_a_floor_above_the_ceiling_is_refused() -> None:
     with pytest.raises(
-        ValidationError, match="snr_floor = 6 but snr_ceiling = 5: the floor must not lie above it"
+        ValidationError,
+        match="snr_floor = 6 but snr_ceiling = 5: the floor must not be above the ceiling",
     ):
         DecoderConfig(snr_floor=6.0)
     assert DecoderConfig(snr_floor=5.0).snr_ceiling == 5

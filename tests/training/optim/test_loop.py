@@ -194,7 +194,7 @@ def test_a_state_that_does_not_fit_is_named_and_stays(
     spoil(tmp_path / "state.pt")
     before = (tmp_path / "state.pt").read_bytes()
     with pytest.raises(
-        DataError, match=r"state\.pt is damaged or of another version of this code .*: remove it"
+        DataError, match=r"state\.pt is damaged or from another version of this code .*: delete it"
     ) as caught:
         train(tmp_path)
     assert "\n" not in str(caught.value) and (tmp_path / "state.pt").read_bytes() == before
