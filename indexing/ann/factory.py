@@ -105,8 +105,8 @@ def choose_factory(count: int, dim: int, memory_bytes: int) -> str:
     - IVF,Flat: exact within the probed cells.
     - IVF,SQ8: a quarter of that memory.
     - RR,IVF,PQx4fs,Refine(SQ8): one bit for each dimension in memory, in codes of four dimensions;
-      eight-bit codes on disk re-rank. The vectors are rotated at random first, which spreads the few
-      directions that carry most of an embedding over all codes.
+      eight-bit codes on disk re-rank. The vectors are rotated at random first, which spreads the
+      few directions that carry most of an embedding over all codes.
     - RR,IVF,RaBitQfs,Refine(SQ8) in its place where DIMS_PER_CODE does not divide the dimensions.
 
     From CODED_FROM vectors on only the last two remain, whatever the memory, because they are the
