@@ -1,4 +1,7 @@
-"""Parts of a FAISS index of one of our kinds: rotation, re-ranking codes, cells and their codes."""
+"""The parts of a FAISS index of one of our kinds: rotation, re-ranking codes, cells and codes.
+
+Legend: B vectors of a call, D dimensions, C cells.
+"""
 
 import weakref
 from collections.abc import Iterator
@@ -11,48 +14,49 @@ from numpy.typing import NDArray
 from indexing.data.embedding_store import Floats, Rows
 
 BLOCK_BYTES = 1 << 24
-"""Maximum bytes of float64 values that an exact product reads or makes at once."""
+"""Maximum bytes of float64 values that an exact product reads or writes at once."""
 VECTOR_BITS, MATRIX_BITS = 22, 25
-"""Bits after the point of a vector and of a matrix in products that are exact: with the 5 bits that
-a sum over 1,024 dimensions can add they fit into the 53 of a float64."""
+"""Bits after the binary point of a vector and of a matrix in exact products. With the 5 bits that a
+sum over 1,024 dimensions can add, they fit into the 53 bits of a float64."""
 
 
-class _Inside(NamedTuple):
+class _Parts(NamedTuple):
     layers: list[Any]
     rotation: Any
     finer: Any
 
 
-_cache: weakref.WeakKeyDictionary[Any, _Inside] = weakref.WeakKeyDictionary()
-"""To look for every query would take as long as looking into some cells."""
+_cache: weakref.WeakKeyDictionary[Any, _Parts] = weakref.WeakKeyDictionary()
+"""Finding the parts again for every query would take as long as probing some cells."""
 
 
 def layers(index: Any) -> list[Any]:
-    """Return an index and what it holds, outermost first, each as what it is; the last one has the
+    """Return the nested indexes, outermost first, each with its own type; the last one has the
     cells, or is Flat.
     """
-    return _inside(index).layers
+    return _parts(index).layers
 
 
 def finer(index: Any) -> Any:
-    """Return what holds the codes to re-rank from, or None."""
-    return _inside(index).finer
+    """Return the index that holds the re-ranking codes, or None."""
+    return _parts(index).finer
 
 
 def rotation(index: Any) -> Any:
-    """Return what rotates vectors before they go to cells, or None."""
-    return _inside(index).rotation
+    """Return the transform that rotates vectors before they go to the cells, or None."""
+    return _parts(index).rotation
 
 
 def rotate(index: Any, vectors: Floats) -> Floats:
-    """Return vectors (n, D) as the cells have them."""
+    """Return vectors (B, D), rotated where the index rotates, with FAISS's float32 products."""
     rotates = rotation(index)
     return vectors if rotates is None else rotates.apply(vectors)
 
 
 def rotate_exactly(index: Any, vectors: Floats) -> Floats:
-    """Return vectors (n, D) as the cells store them: equal vectors give equal results, on any
-    machine and beside any others.
+    """Return vectors (B, D), rotated where the index rotates, with exact products.
+
+    Equal vectors give equal results on any machine and in any batch.
     """
     rotates = rotation(index)
     if rotates is None:
@@ -64,14 +68,14 @@ def rotate_exactly(index: Any, vectors: Floats) -> Floats:
 
 
 def nearest_cells(index: Any, rotated: Floats) -> Rows:
-    """Return the cell of each rotated vector (n,): equal vectors give equal cells, on any machine
-    and beside any others.
+    """Return the cell (B,) of each rotated vector (B, D).
+
+    Equal vectors give equal cells on any machine and in any batch.
     """
     quantizer: Any = faiss.downcast_index(layers(index)[-1].quantizer)
     if not isinstance(quantizer, faiss.IndexFlat):
-        return np.asarray(
-            quantizer.search(rotated, 1)[1][:, 0]
-        )  # by tables of a few dimensions each, not by BLAS
+        # Coded centroids: FAISS adds table entries and does not use BLAS.
+        return np.asarray(quantizer.search(rotated, 1)[1][:, 0])
     centroids = quantizer.reconstruct_n(0, quantizer.ntotal)
     return np.concatenate(
         [exact_products(block, centroids).argmax(axis=1) for block in _blocks(rotated, centroids)]
@@ -79,12 +83,12 @@ def nearest_cells(index: Any, rotated: Floats) -> Rows:
 
 
 def exact_products(vectors: Floats, matrix: Floats) -> NDArray[np.float64]:
-    """Return the dot products (n, m) of vectors (n, D) with the rows of a matrix (m, D).
+    """Return the dot products (B, C) of vectors (B, D) with the rows of a matrix (C, D).
 
-    Float32 products depend on the order of additions, and BLAS chooses that by its kernel, the
-    number of threads, and a row's place among the others. Here both sides are rounded to fixed
-    point (VECTOR_BITS below the largest number of a vector, MATRIX_BITS below the largest of the
-    matrix), so that float64 holds every sum exactly, in whatever order it is made.
+    Float32 products depend on the order of additions, which BLAS chooses by its kernel, the number
+    of threads and a row's place in the batch. Here both sides are rounded to fixed point
+    (VECTOR_BITS below the largest number of a vector, MATRIX_BITS below the largest of the matrix),
+    so that float64 holds every sum exactly, in any order of additions.
     """
     scales = np.ldexp(1.0, np.frexp(np.abs(vectors).max(axis=1, keepdims=True))[1])
     scale = np.ldexp(1.0, np.frexp(np.abs(matrix).max())[1])
@@ -100,22 +104,23 @@ def _blocks(vectors: Floats, matrix: Floats) -> Iterator[Floats]:
         yield vectors[start : start + step]
 
 
-def _inside(index: Any) -> _Inside:
+def _parts(index: Any) -> _Parts:
     if index not in _cache:
-        _cache[index] = _look(index)
+        _cache[index] = _find_parts(index)
     return _cache[index]
 
 
-def _look(index: Any) -> _Inside:
-    chain_layers: list[Any] = [faiss.downcast_index(index)]
+def _find_parts(index: Any) -> _Parts:
+    nested: list[Any] = [faiss.downcast_index(index)]
     rotates = fine = None
     while True:
-        if isinstance(chain_layers[-1], faiss.IndexPreTransform):
-            chain: Any = chain_layers[-1].chain
+        outer = nested[-1]
+        if isinstance(outer, faiss.IndexPreTransform):
+            chain: Any = outer.chain
             rotates = faiss.downcast_VectorTransform(chain.at(0))
-            chain_layers.append(faiss.downcast_index(chain_layers[-1].index))
-        elif isinstance(chain_layers[-1], faiss.IndexRefine):
-            fine = faiss.downcast_index(chain_layers[-1].refine_index)
-            chain_layers.append(faiss.downcast_index(chain_layers[-1].base_index))
+            nested.append(faiss.downcast_index(outer.index))
+        elif isinstance(outer, faiss.IndexRefine):
+            fine = faiss.downcast_index(outer.refine_index)
+            nested.append(faiss.downcast_index(outer.base_index))
         else:
-            return _Inside(chain_layers, rotates, fine)
+            return _Parts(nested, rotates, fine)

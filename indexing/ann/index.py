@@ -1,9 +1,9 @@
-"""The FAISS index: choose its kind by one rule, build it from the embeddings, tune it to a recall,
-open it and search it.
+"""The FAISS index of a run: builds it from the embeddings, tunes it to a recall, opens it and
+searches it.
 
 Reads the embed stage's folder (`img_emb/*.npy`, `text_emb/*.npy`, `metadata/*.parquet`,
-`facts.json`); writes image.index, text.index, metadata.arrow (row i belongs to vector i) and
-index.json. Knows vectors only: what a text or a picture is, the training floor knows.
+`facts.json`). Writes image.index, text.index, metadata.arrow (row i belongs to vector i) and
+index.json. Works on vectors only; the training floor embeds texts and pictures.
 
 Legend: B queries, N vectors, D dimensions, k results.
 """
@@ -14,7 +14,9 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -57,12 +59,12 @@ MODALITIES: tuple[Modality, ...] = get_args(Modality)
 GROWTH = 0.25
 """Share by which an index may grow before its cells are trained again."""
 SPREAD_FROM = 300_000
-"""Fewer vectors are encoded sooner than other processes start."""
+"""Fewer vectors are encoded in less time than other processes take to start."""
 FOLDERS: dict[Modality, str] = {"image": "img_emb", "text": "text_emb"}
 
 
 class IndexConfig(Section):
-    """[index]: the kind of index, the memory that it may take and the recall that it must have."""
+    """[index]: the kind of index, the memory that it may take and the recall that it must reach."""
 
     outside_key: ClassVar[frozenset[str]] = frozenset({"threads", "build_memory_bytes"})
 
@@ -71,30 +73,56 @@ class IndexConfig(Section):
         pattern=r"^(auto|Flat|IVF[1-9]\d*,(Flat|SQ8)"
         r"|(RR[1-9]\d*,)?IVF[1-9]\d*(,RaBitQfs|(\(PQ[1-9]\d*x4fs\))?,PQ[1-9]\d*x4fs),Refine\(SQ8\))$",
     )
-    """auto (chosen by count, dimensions and memory), Flat, or IVF<cells> with Flat, SQ8,
-    RaBitQfs,Refine(SQ8) or PQ<codes>x4fs,Refine(SQ8), the last two after RR<dimensions> if wished,
-    the last with coded centroids if wished, as in IVF<cells>(PQ<codes>x4fs), in FAISS's own
-    writing."""
+    """Kind of index: auto (chosen by count, dimensions and memory) or a factory string of FAISS:
+    Flat, IVF<cells>,Flat, IVF<cells>,SQ8, IVF<cells>,RaBitQfs,Refine(SQ8) or
+    IVF<cells>,PQ<codes>x4fs,Refine(SQ8). The last two may begin with RR<dimensions>, and the last
+    may have coded centroids: IVF<cells>(PQ<codes>x4fs)."""
     memory_bytes: int = Field(default=2 * 1024**3, ge=1)
-    """What a searching process may hold in memory for both indexes; heeded by factory = auto."""
+    """Bytes that a searching process may hold in memory for both indexes; only factory = auto uses
+    it."""
     build_memory_bytes: int = Field(default=8 * 1024**3, ge=1)
-    """What a process may hold in memory while it builds, mapped files aside; more is refused before
-    anything is built."""
+    """Bytes that a building process may hold in memory, without memory-mapped files; an index that
+    needs more is refused before anything is built."""
     recall_target: float = Field(default=0.95, gt=0, le=1)
-    """Recall@10 against brute force that a query is to reach, and recall@100 where it asks for more
-    than ten: it probes and re-ranks as much as that takes, no more."""
+    """Recall against brute force that queries should reach: recall@10, and recall@100 for queries
+    with more than ten results. A query probes and re-ranks only as much as that takes."""
     queries: int = Field(default=1024, ge=2)
-    """How many vectors of each modality are sampled as queries: half of them to choose the effort
-    with, half to measure the recall with."""
+    """Number of vectors of each modality that are sampled as queries: one half chooses the effort,
+    the other measures the recall."""
     threads: int = Field(default=0, ge=0)
-    """Threads while building; 0 leaves it to FAISS."""
+    """Threads of a build; 0 lets FAISS choose."""
     seed: int = Field(default=0, ge=0)
     """Seed of the clustering and of the sampled queries."""
 
 
+@dataclass(frozen=True)
+class Embeddings:
+    """An embed folder, opened for building: the parts ((n, D) each) of each modality are
+    memory-mapped.
+    """
+
+    folder: Path
+    clip_key: str
+    count: int
+    dim: int
+    parts: dict[Modality, list[NDArray[Any]]]
+
+    def files(self, modality: Modality) -> list[Path]:
+        """Return the files of vectors in the order of their rows."""
+        return part_files(self.folder / FOLDERS[modality])
+
+
+@dataclass(frozen=True)
+class Base:
+    """A former index to which vectors are added: its folder, and what its index.json says."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+
 def is_spread(embed: Path) -> bool:
-    """Say whether the embeddings of an embed folder are so many that several processes should
-    encode them.
+    """Return whether an embed folder has so many embeddings that several processes should encode
+    them.
     """
     return read_facts(embed)[1] >= SPREAD_FROM and len(part_files(embed / FOLDERS["image"])) > 1
 
@@ -109,87 +137,123 @@ def build(
     """Build both indexes and the metadata table from an embed folder; return the counts, the
     factory, and the figures of the worse index.
 
-    index.json holds the figures of each index under "image" and "text" and the worse of both at the
-    top, and the most memory that this process and one that `spread` calls held for it. A recall
-    target that the kind of index cannot reach even with every cell probed is no error: "target_met"
-    is false. `spread` changes nothing that is written (see lists.fill). Raises DataError for
-    embeddings that are empty, not finite or do not match their facts or metadata, CallerError for a
-    factory that does not suit them or the memory.
+    index.json holds the figures of each index under "image" and "text", and at its top the worse of
+    the two and the peak memory of this process and of one that `spread` calls. It is no error that
+    an index cannot reach the recall target even with every cell probed: "target_met" is then false.
+    `spread` does not change what is written (see inverted_lists.fill). Raises DataError for
+    embeddings that are empty, not finite, or do not match their facts or metadata; CallerError for
+    a factory that does not suit them or needs too much memory.
 
-    `grown_from` is an index of the same section and the embed folder it was built from: where those
-    vectors are the first of these, it gets the others added, its cells as they are; recall is
-    measured and probes are chosen anew. Once it has grown by more than GROWTH since its cells were
-    found, or where adding takes more than the memory, all is built again.
+    `grown_from` is an index with the same section and the embed folder that it was built from.
+    Where the vectors of that folder are the first of these, the other vectors are added to that
+    index: its cells stay, and effort and recall are measured again. Once it has grown by more than
+    GROWTH since its cells were trained, or where adding takes too much memory, everything is built
+    again.
     """
+    embeddings = _open_embeddings(embed)
+    count, dim = embeddings.count, embeddings.dim
+    base = _base(grown_from, embeddings.parts, config) if grown_from else None
+    factory = base.facts["factory"] if base else _factory(config, count, dim)
+    _check_memory(config, factory, embeddings.parts["image"], base is not None)
+    _write_metadata(embed / "metadata", out / "metadata.arrow", count)
+    queries = _sample_queries(config, embeddings)
+    figures: dict[str, dict[str, Any]] = {}
+    task_peak = 0
+    with _threads(config.threads), PeakMemory() as memory:
+        for modality in MODALITIES:
+            file = out / f"{modality}.index"
+            if base:
+                _add_to(base, embeddings.parts[modality], file)
+            else:
+                peak = _build_one(factory, embeddings, modality, config.seed, file, spread)
+                task_peak = max(task_peak, peak)
+            samples = [
+                sample if kind == modality else sample._replace(rows=None)
+                for kind, sample in queries.items()
+            ]
+            parts, target = embeddings.parts[modality], config.recall_target
+            figures[modality] = _tuned(file, parts, samples, target)
+    peaks = {"build_peak_bytes": memory.bytes, "task_peak_bytes": task_peak}
+    worse = _worse(list(figures.values())) | peaks
+    _write_facts(out / "index.json", embeddings, factory, base, worse, figures)
+    counts = {"in": count, "out": count, "dropped": {}, "factory": factory}
+    return {**counts, **worse, "added_to": base.facts["count"] if base else 0}
+
+
+def _open_embeddings(embed: Path) -> Embeddings:
     clip_key, count, dim = read_facts(embed)
     if count == 0:
         raise DataError(f"{embed}: no embeddings, so there is nothing to index")
     parts: dict[Modality, list[NDArray[Any]]] = {
-        modality_name: open_parts(embed / FOLDERS[modality_name], count, dim)
-        for modality_name in MODALITIES
+        modality: open_parts(embed / FOLDERS[modality], count, dim) for modality in MODALITIES
     }
-    base = _base(grown_from, parts, config) if grown_from else None
-    factory = base["factory"] if base else _factory(config, count, dim)
-    _check_memory(config, factory, parts["image"], base is not None)
-    _write_metadata(embed / "metadata", out / "metadata.arrow", count)
-    rng = np.random.default_rng(config.seed)
-    sampled = np.sort(rng.choice(count, min(config.queries, count), replace=False))
-    queries = {modality: check_finite(take(parts[modality], sampled)) for modality in MODALITIES}
-    figures: dict[str, dict[str, Any]] = {}
-    threads_before, task_peak = faiss.omp_get_max_threads(), 0
-    if config.threads:
-        faiss.omp_set_num_threads(config.threads)
+    return Embeddings(embed, clip_key, count, dim, parts)
+
+
+def _sample_queries(config: IndexConfig, embeddings: Embeddings) -> dict[Modality, Sample]:
+    """Return the vectors of the same sampled rows of each modality.
+
+    Raises DataError where they hold NaN or infinity.
+    """
+    rng, count = np.random.default_rng(config.seed), embeddings.count
+    rows = np.sort(rng.choice(count, min(config.queries, count), replace=False))
+    return {
+        modality: Sample(check_finite(take(parts, rows)), rows)
+        for modality, parts in embeddings.parts.items()
+    }
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Set FAISS's number of threads, and reset it at the end; 0 changes nothing."""
+    before = faiss.omp_get_max_threads()
+    if count:
+        faiss.omp_set_num_threads(count)
     try:
-        with PeakMemory() as memory:
-            for modality in MODALITIES:
-                file = out / f"{modality}.index"
-                if base and grown_from:
-                    _add_to(grown_from[0] / file.name, parts[modality], base["count"], file)
-                else:
-                    of_tasks = _build_one(
-                        factory,
-                        parts[modality],
-                        part_files(embed / FOLDERS[modality]),
-                        config.seed,
-                        file,
-                        spread,
-                    )
-                    task_peak = max(task_peak, of_tasks)
-                opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
-                samples = [
-                    Sample(vectors, sampled if kind == modality else None)
-                    for kind, vectors in queries.items()
-                ]
-                figures[modality] = {
-                    **tuning.tune(opened, parts[modality], samples, config.recall_target),
-                    "bytes": file.stat().st_size,
-                }
+        yield
     finally:
-        faiss.omp_set_num_threads(threads_before)
-    worse = _worse(list(figures.values())) | {
-        "build_peak_bytes": memory.bytes,
-        "task_peak_bytes": task_peak,
-    }
-    facts = {"dim": dim, "count": count, "factory": factory, "clip_key": clip_key, **worse}
-    facts |= {
+        faiss.omp_set_num_threads(before)
+
+
+def _tuned(
+    file: Path, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], target: float
+) -> dict[str, Any]:
+    """Open a written index and return its effort, recalls, latencies and bytes."""
+    opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+    return {**tuning.tune(opened, parts, samples, target), "bytes": file.stat().st_size}
+
+
+def _write_facts(
+    file: Path,
+    embeddings: Embeddings,
+    factory: str,
+    base: Base | None,
+    worse: dict[str, Any],
+    figures: dict[str, dict[str, Any]],
+) -> None:
+    """Write index.json: what the index is, the worse figures, and those of each modality."""
+    count = embeddings.count
+    highest = {
         name: max(figure[name] for figure in figures.values()) for name in ("nprobe", "k_factor")
     }
-    facts["built_count"] = base.get("built_count", base["count"]) if base else count
-    facts |= {"target_met": all(figure["target_met"] for figure in figures.values()), **figures}
-    (out / "index.json").write_text(json.dumps(facts, indent=1) + "\n")
-    return {
-        "in": count,
-        "out": count,
-        "dropped": {},
+    facts = {
+        "dim": embeddings.dim,
+        "count": count,
         "factory": factory,
+        "clip_key": embeddings.clip_key,
         **worse,
-        "added_to": base["count"] if base else 0,
+        **highest,
+        "built_count": base.facts.get("built_count", base.facts["count"]) if base else count,
+        "target_met": all(figure["target_met"] for figure in figures.values()),
+        **figures,
     }
+    file.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _factory(config: IndexConfig, count: int, dim: int) -> str:
-    """Return the kind of index that the section names or that the rule chooses. Raises CallerError
-    where it does not suit the vectors.
+    """Return the factory string that the section names or the rule chooses.
+
+    Raises CallerError where it does not suit the vectors.
     """
     factory = (
         choose_factory(count, dim, config.memory_bytes)
@@ -198,14 +262,14 @@ def _factory(config: IndexConfig, count: int, dim: int) -> str:
     )
     if cells_of(factory) > count:
         raise CallerError(
-            f"[index] factory = {factory} has more cells than there are vectors ({count}): name "
-            "fewer, or auto"
+            f"[index] factory = {factory} has more cells than there are vectors ({count}): use "
+            "fewer cells, or auto"
         )
     rotated, codes = (re.findall(f"{kind}([0-9]+)", factory) for kind in ("RR", "PQ"))
     if any(int(number) != dim for number in rotated) or any(dim % int(number) for number in codes):
         raise CallerError(
-            f"[index] factory = {factory} does not suit vectors of {dim} dimensions: RR takes "
-            "exactly these, the codes of PQ divide them"
+            f"[index] factory = {factory} does not suit vectors of {dim} dimensions: the number "
+            "after RR must equal them, and each number after PQ must divide them"
         )
     return factory
 
@@ -213,22 +277,21 @@ def _factory(config: IndexConfig, count: int, dim: int) -> str:
 def _check_memory(
     config: IndexConfig, factory: str, parts: Sequence[NDArray[Any]], is_grown: bool
 ) -> None:
-    """Raise CallerError where building an index of that kind over the vectors ((n, D) parts) takes
-    more than the section allows.
+    """Raise CallerError where building the index over the vectors ((n, D) parts) takes more memory
+    than the section allows.
     """
     needed = _needed(config, factory, parts, is_grown)
     if needed > config.build_memory_bytes:
         count, dim = sum(len(part) for part in parts), parts[0].shape[1]
         raise CallerError(
             f"[index] build_memory_bytes = {config.build_memory_bytes} but building {factory} "
-            f"over {count} vectors of {dim} dimensions "
-            f"takes about {needed}: raise it to that, or name a factory with fewer cells or "
-            "smaller codes"
+            f"over {count} vectors of {dim} dimensions takes about {needed}: raise it to that, or "
+            "name a factory with fewer cells or smaller codes"
         )
 
 
 def _worse(both: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the lower recalls and the longer times of two indexes, and their bytes together."""
+    """Return the lower recalls and the longer times of two indexes, and the sum of their bytes."""
     worse: dict[str, Any] = {
         f"recall@{k}": min(figure[f"recall@{k}"] for figure in both) for k in DEPTHS
     }
@@ -240,34 +303,35 @@ def _worse(both: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _build_one(
     factory: str,
-    parts: Sequence[NDArray[Any]],
-    files: Sequence[Path],
+    embeddings: Embeddings,
+    modality: Modality,
     seed: int,
     file: Path,
     spread: Spread | None,
 ) -> int:
-    """Write an index of all the vectors; return the most memory that a process called by `spread`
-    held.
+    """Write an index of all vectors; return the peak memory in bytes of a process that `spread`
+    calls, 0 without.
     """
+    parts = embeddings.parts[modality]
     index = train(factory, parts, seed)
     if cells_of(factory):
-        return inverted_lists.fill(index, files, file, spread)
+        return inverted_lists.fill(index, embeddings.files(modality), file, spread)
     add(index, chunks(parts))
     faiss.write_index(index, str(file))
     return 0
 
 
-def _add_to(before: Path, parts: Sequence[NDArray[Any]], first: int, file: Path) -> None:
-    """Write the index `before` with the vectors from `first` on added."""
-    index = faiss.read_index(str(before))
-    add(index, chunks(parts, first))
+def _add_to(base: Base, parts: Sequence[NDArray[Any]], file: Path) -> None:
+    """Write the former index with the vectors added that it does not hold yet."""
+    index = faiss.read_index(str(base.folder / file.name))
+    add(index, chunks(parts, base.facts["count"]))
     faiss.write_index(index, str(file))
 
 
 def _needed(
     config: IndexConfig, factory: str, parts: Sequence[NDArray[Any]], is_grown: bool
 ) -> int:
-    """Return about how many bytes a process will hold at most."""
+    """Return about how many bytes a building process holds at most."""
     lengths = [len(part) for part in parts]
     at_once = max(sum(lengths[first:last]) for first, last, _ in inverted_lists.shares(lengths))
     queries_at_once = -(-min(config.queries, sum(lengths)) // 2)  # half of them at a time
@@ -278,12 +342,13 @@ def _needed(
 
 def _base(
     grown_from: tuple[Path, Path], parts: dict[Modality, list[NDArray[Any]]], config: IndexConfig
-) -> dict[str, Any] | None:
-    """Return the facts of the former index if it may be added to: its vectors are the first of
-    these, and not too few of them.
+) -> Base | None:
+    """Return the former index, or None where these vectors cannot be added to it (see build).
+
+    `grown_from` is its folder and the embed folder that it was built from.
     """
-    index, embed = grown_from
-    facts: dict[str, Any] = json.loads((index / "index.json").read_text())
+    folder, embed = grown_from
+    facts: dict[str, Any] = json.loads((folder / "index.json").read_text())
     count, dim, total = facts["count"], facts["dim"], sum(len(part) for part in parts["image"])
     built = facts.get("built_count", count)
     if dim != parts["image"][0].shape[1] or not count <= total <= built * (1 + GROWTH):
@@ -301,29 +366,29 @@ def _base(
             rows = np.arange(start, min(start + CHUNK_ROWS, count))
             if not np.array_equal(take(before, rows), take(parts[modality], rows)):
                 return None
-    return facts
+    return Base(folder, facts)
 
 
 class Allowed:
-    """The rows that a search may return, made once for many searches."""
+    """The rows that a search may return, packed once for many searches."""
 
     def __init__(self, mask: NDArray[np.bool_]) -> None:
         """`mask` (N,) is true where a row may be returned."""
         self.count = int(np.count_nonzero(mask))
         self.bits = np.packbits(mask, bitorder="little") if self.count < len(mask) else None
-        """One bit a row, as FAISS reads them; None where all rows are allowed."""
+        """One bit a row, in FAISS's order; None where all rows are allowed."""
 
 
 class Index:
-    """An index folder, opened for search: memory-mapped, read-only, safe to use from several
+    """An index folder, opened for search: memory-mapped, read-only, safe for use from several
     threads.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Use `Index.open`."""
+        """Open the files of a folder; use `Index.open`, which checks them."""
         self.facts = facts
         self.clip_key: str = facts["clip_key"]
-        """The clip stage's key: only vectors of that model may be searched for."""
+        """Key of the clip stage that made the vectors; queries must come from the same model."""
         self.dim: int = facts["dim"]
         self.count: int = facts["count"]
         self._indexes = {
@@ -342,26 +407,22 @@ class Index:
         rows = {self._ends[-1], *(index.ntotal for index in self._indexes.values())}
         if rows != {self.count}:
             raise DataError(
-                f"{folder}: index.json says {self.count} vectors but its files hold "
+                f"{folder}: index.json says {self.count} vectors but the files hold "
                 f"{sorted(rows)}: build the index again"
             )
 
     @classmethod
     def open(cls, folder: Path) -> "Index":
-        """Open what `build` wrote. Raises DataError where files are missing, unreadable or
-        disagree.
+        """Open a folder that `build` wrote.
+
+        Raises DataError where files are missing, cannot be read or disagree.
         """
         try:
             return cls(folder, json.loads((folder / "index.json").read_text()))
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            KeyError,
-            pa.ArrowException,
-        ) as error:  # FAISS raises RuntimeError
+        # FAISS raises RuntimeError.
+        except (OSError, RuntimeError, ValueError, KeyError, pa.ArrowException) as error:
             raise DataError(
-                f"{folder} holds no index that can be opened "
+                f"{folder}: the index cannot be opened "
                 f"({' '.join(str(error).split())[-150:]}): build it again"
             ) from error
 
@@ -376,10 +437,26 @@ class Index:
         best first.
 
         `vectors` is (B, D), L2-normalised; scores are approximate where the factory compresses.
-        With `allowed` only those rows are looked at; k' is the lesser of k and the rows looked at.
-        Raises ValueError for a query that is not finite or not (B, D), for k below 1 and for an
-        unknown modality.
+        With `allowed` only those rows are returned; k' is the smaller of k and their number. Raises
+        ValueError for a query that is not finite or not (B, D), for k below 1 and for an unknown
+        modality.
         """
+        queries = self._checked_queries(vectors)
+        if k < 1:
+            raise ValueError(f"k = {k}: it must be 1 or more")
+        if modality not in MODALITIES:
+            raise ValueError(f"modality = {modality!r}: it must be image or text")
+        index, effort = self._indexes[modality], tuning.effort_for(k, *self._efforts[modality])
+        if allowed is None or allowed.bits is None:
+            return tuning.search(index, queries, min(k, self.count), effort)
+        if allowed.count == 0:
+            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        # FAISS's type stub has the C++ signature only. The selector keeps a pointer to the bits.
+        selector_class: Any = faiss.IDSelectorBitmap
+        selection = Selection(selector_class(allowed.bits), allowed.count / self.count)
+        return tuning.search(index, queries, min(k, allowed.count), effort, selection)
+
+    def _checked_queries(self, vectors: ArrayLike) -> Floats:
         try:
             queries = np.ascontiguousarray(vectors, dtype=np.float32)
         except (TypeError, ValueError) as error:
@@ -392,20 +469,7 @@ class Index:
             )
         if not np.isfinite(queries).all():
             raise ValueError("the query holds NaN or infinity")
-        if k < 1:
-            raise ValueError(f"k = {k}: it must be 1 or more")
-        if modality not in MODALITIES:
-            raise ValueError(f"modality = {modality!r}: it must be image or text")
-        index, effort = self._indexes[modality], tuning.effort_for(k, *self._efforts[modality])
-        if allowed is None or allowed.bits is None:
-            return tuning.search(index, queries, min(k, self.count), effort)
-        if allowed.count == 0:
-            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        selector_class: Any = (
-            faiss.IDSelectorBitmap
-        )  # its type stub knows the C++ signature only; it keeps a pointer to the bits
-        selection = Selection(selector_class(allowed.bits), allowed.count / self.count)
-        return tuning.search(index, queries, min(k, allowed.count), effort, selection)
+        return queries
 
     def metadata(
         self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names
@@ -413,11 +477,13 @@ class Index:
         """Return the metadata (schema infra.schemas.EMBEDDED) of the rows, in their order. Raises
         IndexError outside 0..count-1.
         """
-        return [self.facts_of(int(row), columns) for row in self._inside(rows)]
+        return [self.facts_of(int(row), columns) for row in self._checked_rows(rows)]
 
     def facts_of(self, row: int, columns: Sequence[str]) -> dict[str, Any]:
-        """Return the metadata of a row that is there, value by value: taking few rows of each of
-        many batches costs ten times as much.
+        """Return the metadata of one row, which must exist.
+
+        Values are read one by one: Arrow's `take` of a few rows from each of many batches takes ten
+        times as long.
         """
         batch = bisect.bisect_right(self._ends, row)
         offset = row - (self._ends[batch - 1] if batch else 0)
@@ -430,7 +496,7 @@ class Index:
         )
 
     def row_of(self, key: str) -> int:
-        """Return the first row of the sample with that key. Raises KeyError where there is none."""
+        """Return the first row with that key. Raises KeyError where there is none."""
         start = 0
         for batch in self._batches:
             offset = pc.index(batch["key"], key).as_py()
@@ -440,31 +506,29 @@ class Index:
         raise KeyError(key)
 
     def vectors(self, rows: Sequence[int] | Rows, modality: Modality = "image") -> Floats:
-        """Return the vectors of the rows (B, D) as the index holds them: exact, or as its codes can
-        tell. Raises IndexError.
+        """Return the vectors of the rows (B, D) as the index holds them: exact, or decoded from its
+        codes. Raises IndexError outside 0..count-1.
         """
         index = self._indexes[modality]
-        wanted = self._inside(rows)
+        checked = self._checked_rows(rows)
         with self._direct_map:
             if isinstance(index, faiss.IndexIVF) and index.direct_map.no():
-                index.make_direct_map()  # eight bytes a row, only for those who ask
-            return (
-                np.stack([index.reconstruct(int(row)) for row in wanted])
-                if len(wanted)
-                else np.empty((0, self.dim), np.float32)
-            )
+                index.make_direct_map()  # eight bytes a row, so not before it is needed
+            if not len(checked):
+                return np.empty((0, self.dim), np.float32)
+            return np.stack([index.reconstruct(int(row)) for row in checked])
 
-    def _inside(self, rows: Sequence[int] | Rows) -> Rows:
-        wanted = np.asarray(rows, np.int64).reshape(-1)
-        outside = (wanted < 0) | (wanted >= self.count)
+    def _checked_rows(self, rows: Sequence[int] | Rows) -> Rows:
+        checked = np.asarray(rows, np.int64).reshape(-1)
+        outside = (checked < 0) | (checked >= self.count)
         if outside.any():
-            raise IndexError(f"row {wanted[outside][0]} is not in 0..{self.count - 1}")
-        return wanted
+            raise IndexError(f"row {checked[outside][0]} is not in 0..{self.count - 1}")
+        return checked
 
 
 def _efforts(facts: Mapping[str, Any]) -> tuple[Effort, Effort]:
-    """Return what a query for up to ten results may spend, and one for more, as tuning told; an
-    index of before has one for both.
+    """Return the tuned efforts for ten results and for a hundred; an index.json without "deep" has
+    the same effort for both.
     """
     few, many = (
         Effort(part["nprobe"], part["k_factor"], part.get("margin"))
@@ -474,8 +538,9 @@ def _efforts(facts: Mapping[str, Any]) -> tuple[Effort, Effort]:
 
 
 def _reader(column: pa.Array) -> Callable[[int], Any]:
-    """Return what reads one value of a column: from Arrow's own bytes, where it can, in half of the
-    time that Arrow's scalars take.
+    """Return a function that reads one value of a column.
+
+    It reads Arrow's buffers where it can, in half of the time that Arrow's scalars take.
     """
     if not (column.null_count or column.offset):
         if pa.types.is_int32(column.type):

@@ -1,12 +1,13 @@
-"""Fills a trained index of cells from embedding files, part by part and in any process, and writes
-it.
+"""Fills a trained index of cells from embedding files, piece by piece and in any process, and
+writes it.
 
-A part becomes plain files: how many of its vectors go to each cell, their rows and codes arranged
-by cell, and the codes that are re-ranked from, which never are in memory together. What is written
-is byte for byte what FAISS writes of an index to which the same rotated vectors were added in
-order. Legend: N vectors, D dimensions, C cells.
+A piece of the vectors becomes plain files: the number of its vectors in each cell, their rows and
+codes by cell, and the re-ranking codes, which are never all in memory. The written index equals,
+byte for byte, what FAISS writes after the same rotated vectors were added in order. Legend: N
+vectors, n vectors of a piece, D dimensions, C cells.
 """
 
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -23,17 +24,22 @@ from indexing.data.embedding_store import Rows, chunks, open_rows
 from infra.compute.memory import PeakMemory
 
 SHARES = 64
-"""Maximum number of tasks that encode the files; each has a copy of the trained index on disk."""
+"""Maximum number of tasks that encode the files."""
 COPIED_BYTES = 1 << 24
+"""Bytes that are copied at a time."""
 
 Task = tuple[Path, list[Path], Path]
-Spread = Callable[[Callable[..., int], Sequence[Task]], Iterable[list[int]]]
-"""Calls a function with each of the arguments, wherever; yields what it returned, in any order."""
+"""Arguments of `encode`."""
+Spread = Callable[
+    [Callable[[Path, Sequence[Path], Path], int], Sequence[Task]], Iterable[list[int]]
+]
+"""Calls a function with the arguments of each task, in any process; yields lists of its results, in
+any order."""
 
 
 def shares(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Put files of so many rows into at most SHARES pieces of work: (first file, last file + 1,
-    first row) of each, in order.
+    """Divide files of so many rows into at most SHARES pieces of work, in order; return (first
+    file, last file + 1, first row) of each.
     """
     least = -(-sum(lengths) // SHARES)
     pieces, first, start, end = [], 0, 0, 0
@@ -46,12 +52,12 @@ def shares(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def fill(index: Any, files: Sequence[Path], out: Path, spread: Spread | None = None) -> int:
-    """Fill a trained index of cells, still empty, with the vectors of the files ((n, D) each) and
-    write it as `out`.
+    """Fill a trained, empty index of cells with the vectors of the files ((n, D) each) and write it
+    as `out`.
 
-    With `spread` pieces of the work are done by other processes, which must see the files and the
-    folder of `out`. Returns the most memory in bytes that one of them held, 0 without. Raises
-    DataError where the vectors hold NaN or infinity. The index is used up.
+    With `spread`, other processes do pieces of the work; they must see the files and the folder of
+    `out`. Returns the highest peak memory of these processes in bytes, 0 without. Raises DataError
+    where the vectors hold NaN or infinity. Do not use the index afterwards.
     """
     lengths = [len(open_rows(file)) for file in files]
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".lists-") as staging:
@@ -75,40 +81,19 @@ def fill(index: Any, files: Sequence[Path], out: Path, spread: Spread | None = N
 
 
 def encode(trained: Path, files: Sequence[Path], out: Path) -> int:
-    """Write what a trained index makes of the vectors of some files: `out`.sizes (C,), .rows (n,),
-    .codes (n, bytes), and .finer.
+    """Encode the vectors of some files with a trained index; return the peak memory of this process
+    in bytes.
 
-    Returns the most memory in bytes that this process held for it. A repetition, after a lost one,
-    writes the same.
+    Writes `out`.sizes.npy (C,): vectors of each cell; .rows.npy (n,) and .codes.npy (n, bytes): row
+    numbers and codes, by cell; and .finer: the re-ranking codes, by row. A repetition after a lost
+    process writes the same.
     """
     with PeakMemory() as memory:
         index = faiss.read_index(str(trained))
-        ivf, fine = layers(index)[-1], finer(index)
-        vectors = [open_rows(file) for file in files]
-        cells = np.empty(sum(len(part) for part in vectors), np.int64)
-        codes = np.empty((len(cells), ivf.code_size), np.uint8)
-        start = 0
-        with out.with_suffix(".finer").open("wb") as file:
-            for chunk in chunks(vectors):
-                inside = rotate_exactly(index, check_finite(chunk))
-                end = start + len(chunk)
-                cells[start:end] = nearest_cells(index, inside)
-                ivf.encode_vectors(
-                    len(chunk),
-                    *(
-                        faiss.swig_ptr(array)
-                        for array in (inside, cells[start:end], codes[start:end])
-                    ),
-                )
-                if fine:
-                    file.write(
-                        fine.sa_encode(
-                            inside if isinstance(index, faiss.IndexPreTransform) else chunk
-                        ).data
-                    )
-                start = end
+        cells, codes = _encode_rows(index, files, out.with_suffix(".finer"))
         rows = np.argsort(cells, kind="stable")
-        np.save(out.with_suffix(".sizes.npy"), np.bincount(cells, minlength=ivf.nlist))
+        cell_count = layers(index)[-1].nlist
+        np.save(out.with_suffix(".sizes.npy"), np.bincount(cells, minlength=cell_count))
         np.save(out.with_suffix(".rows.npy"), rows)
         arranged = np.lib.format.open_memmap(
             out.with_suffix(".codes.npy"), "w+", np.uint8, codes.shape
@@ -119,8 +104,35 @@ def encode(trained: Path, files: Sequence[Path], out: Path) -> int:
     return memory.bytes
 
 
+def _encode_rows(
+    index: Any, files: Sequence[Path], finer_file: Path
+) -> tuple[Rows, NDArray[np.uint8]]:
+    """Return the cell (n,) and the code (n, bytes) of each vector, and write the re-ranking codes;
+    the file is empty where the index has none.
+    """
+    ivf, fine = layers(index)[-1], finer(index)
+    vectors = [open_rows(file) for file in files]
+    cells = np.empty(sum(len(part) for part in vectors), np.int64)
+    codes = np.empty((len(cells), ivf.code_size), np.uint8)
+    start = 0
+    with finer_file.open("wb") as file:
+        for chunk in chunks(vectors):
+            rotated = rotate_exactly(index, check_finite(chunk))
+            end = start + len(chunk)
+            cells[start:end] = nearest_cells(index, rotated)
+            arrays = (rotated, cells[start:end], codes[start:end])
+            ivf.encode_vectors(len(chunk), *(faiss.swig_ptr(array) for array in arrays))
+            if fine:
+                refined = rotated if isinstance(index, faiss.IndexPreTransform) else chunk
+                file.write(fine.sa_encode(refined).data)
+            start = end
+    return cells, codes
+
+
 def _gather(index: Any, encoded: Sequence[Path], firsts: Sequence[int], count: int) -> None:
-    """Put what was encoded into the cells, in the order of rows."""
+    """Put the codes of all pieces into the cells, in the order of rows; `firsts` are the pieces'
+    first rows.
+    """
     ivf = layers(index)[-1]
     lists: Any = faiss.downcast_InvertedLists(ivf.invlists)
     ends = [
@@ -133,31 +145,25 @@ def _gather(index: Any, encoded: Sequence[Path], firsts: Sequence[int], count: i
     )
     for cell in range(ivf.nlist):
         slices = [slice(piece_ends[cell], piece_ends[cell + 1]) for piece_ends in ends]
-        inside: Rows = np.concatenate(
-            [
-                piece_rows[cell_slice] + first
-                for piece_rows, cell_slice, first in zip(rows, slices, firsts, strict=True)
-            ]
+        cell_rows: Rows = np.concatenate(
+            [part[at] + first for part, at, first in zip(rows, slices, firsts, strict=True)]
         )
-        if len(inside):
-            coded = np.concatenate(
-                [
-                    piece_codes[cell_slice]
-                    for piece_codes, cell_slice in zip(codes, slices, strict=True)
-                ]
-            )
-            coded = _packed(lists, coded) if hasattr(lists, "packer") else coded
-            lists.add_entries(cell, len(inside), faiss.swig_ptr(inside), faiss.swig_ptr(coded))
+        if len(cell_rows):
+            coded = np.concatenate([part[at] for part, at in zip(codes, slices, strict=True)])
+            if hasattr(lists, "packer"):
+                coded = _packed(lists, coded)
+            pointers = faiss.swig_ptr(cell_rows), faiss.swig_ptr(coded)
+            lists.add_entries(cell, len(cell_rows), *pointers)
     for layer in (*layers(index), finer(index) or ivf):
         layer.ntotal = count
 
 
 def _packed(lists: Any, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the codes of a cell (n, bytes) as fast scan wants them: blocks of 32 vectors, the last
-    one filled up with zeros.
+    """Return the codes of a cell (n, bytes) in fast scan's layout: blocks of 32 vectors, the last
+    one padded with zeros.
 
-    FAISS would do so itself where it merges, but reads and writes beyond the end of a cell that is
-    full (1.15, add_entries).
+    FAISS packs codes itself in add_entries, but reads and writes beyond the end of a full cell
+    (version 1.15).
     """
     blocks = -(-len(codes) // lists.n_per_block)
     padded = np.zeros((blocks, lists.n_per_block, codes.shape[1]), np.uint8)
@@ -169,10 +175,10 @@ def _packed(lists: Any, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _write(index: Any, encoded: Sequence[Path], count: int, out: Path) -> None:
-    """Write the index; the codes that it re-ranks from go from file to file.
+    """Write the index and copy its re-ranking codes from the pieces' files.
 
-    In FAISS's format they are the last but one thing of an index with Refine: their number, the
-    bytes, then k_factor (a float).
+    FAISS's format of an index with Refine ends with the number of bytes of these codes, the codes,
+    and k_factor (a float).
     """
     faiss.write_index(index, str(out))
     fine = finer(index)
@@ -181,11 +187,10 @@ def _write(index: Any, encoded: Sequence[Path], count: int, out: Path) -> None:
     with out.open("r+b") as file:
         file.seek(-12, 2)
         tail = file.read()
-        assert tail[:8] == bytes(8), "the index that is written holds no finer codes"
+        assert tail[:8] == bytes(8), "the written index must not hold re-ranking codes yet"
         file.seek(-12, 2)
         file.write(struct.pack("<Q", count * fine.code_size))
-        for one_part in encoded:
-            with one_part.with_suffix(".finer").open("rb") as source:
-                while piece := source.read(COPIED_BYTES):
-                    file.write(piece)
+        for piece in encoded:
+            with piece.with_suffix(".finer").open("rb") as source:
+                shutil.copyfileobj(source, file, COPIED_BYTES)
         file.write(tail[8:])

@@ -1,4 +1,7 @@
-"""Numbers of 53 bits for pair keys, hashed from Arrow's bytes."""
+"""Hashes of texts, computed from Arrow's buffers, and the 53-bit numbers of pair keys.
+
+Legend: N texts.
+"""
 
 import numpy as np
 import pyarrow as pa
@@ -7,11 +10,11 @@ from numpy.typing import NDArray
 from indexing.data.embedding_store import CHUNK_ROWS, Rows
 
 NUMBER_BITS = 53
-"""The numbers survive a client that keeps them as doubles (JavaScript)."""
+"""Clients that store numbers as doubles (JavaScript) keep so many bits exactly."""
 
 
 def number_of(key: str) -> int:
-    """Return the number of a key, 0 to 2**53 - 1: the same in every version and every index."""
+    """Return the number of a key, 0 to 2**53 - 1; it depends on the key alone."""
     return int(numbers_of(pa.chunked_array([[key]], pa.string()))[0])
 
 
@@ -21,8 +24,9 @@ def numbers_of(keys: pa.ChunkedArray) -> Rows:
 
 
 def hashes_of(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
-    """Return 64 bits of each text (N,): its bytes, eight at a time, through the finaliser of
-    splitmix64 (Steele et al. 2014).
+    """Return a 64-bit hash of each text (N,).
+
+    The bytes go through the finaliser of splitmix64 (Steele et al. 2014), eight at a time.
     """
     hashes = [np.zeros(0, np.uint64)]
     for chunk in texts.chunks:
@@ -33,7 +37,7 @@ def hashes_of(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
 
 
 def _hashes(texts: pa.Array) -> NDArray[np.uint64]:
-    """Return the hashes of one chunk, those of one length together, from Arrow's own bytes."""
+    """Return the hashes of one chunk; texts of one length are hashed together."""
     _, offsets, data = texts.buffers()
     ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(
         np.int64
@@ -47,9 +51,8 @@ def _hashes(texts: pa.Array) -> NDArray[np.uint64]:
         padded[:, :size] = encoded[ends[of_size, None] + np.arange(size)]
         value = np.zeros(len(of_size), np.uint64)
         for word in padded.view(np.uint64).T:
-            value = np.where(
-                word != 0, _mix(value ^ word), value
-            )  # as bytes of zero are no part of a text, padding is none
+            # Words of zeros, such as padding, do not change the hash.
+            value = np.where(word != 0, _mix(value ^ word), value)
         mixed[of_size] = value
     return mixed
 

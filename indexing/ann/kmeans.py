@@ -1,5 +1,6 @@
-"""K-means on the sphere in groups, which takes a third of the time of k-means at once. Legend: N
-vectors, D dimensions, C centroids.
+"""Spherical k-means in two levels, which takes a third of the time of plain k-means.
+
+Legend: N vectors, D dimensions, C centroids.
 """
 
 import math
@@ -12,16 +13,16 @@ from numpy.typing import NDArray
 from indexing.data.embedding_store import Floats
 
 ROUGH_ROUNDS, LAST_ROUNDS = 10, 2
-"""Rounds of k-means within groups of vectors, and then over all vectors."""
+"""Rounds of k-means within groups of vectors, and of the last k-means over all vectors."""
 
 
 def centroids(vectors: Floats, count: int, parameters: Any) -> Floats:
-    """Return centroids (count, D) of vectors (n, D) by k-means on the sphere, in a third of the
-    time that it takes at once.
+    """Return `count` centroids (C, D) of vectors (N, D); `parameters` is a
+    faiss.ClusteringParameters.
 
-    About sqrt(count) groups are found first, then centroids in each of them, as many as its share
-    of the vectors, and at last two rounds over all vectors, which repair what is wrong at the
-    borders of groups.
+    The first k-means finds about sqrt(count) groups. A k-means within each group finds a number of
+    centroids in proportion to the group's share of the vectors. Two last rounds over all vectors
+    correct the centroids at the borders of groups.
     """
     rough = _clustered(vectors, round(math.sqrt(count)), parameters, ROUGH_ROUNDS)
     group = _nearest(rough, vectors)
@@ -38,22 +39,22 @@ def centroids(vectors: Floats, count: int, parameters: Any) -> Floats:
 
 
 def _clustered(
-    vectors: Floats, count: int, parameters: Any, rounds: int, begun: Floats | None = None
+    vectors: Floats, count: int, parameters: Any, rounds: int, initial: Floats | None = None
 ) -> Floats:
-    """Return centroids (count, D) after so many rounds of k-means, from those begun with where
-    there are.
+    """Return `count` centroids (C, D) after so many rounds of k-means, which starts from `initial`
+    (C, D) where it is not None.
     """
     clustering = faiss.Clustering(vectors.shape[1], count, parameters)
     clustering.niter = rounds
-    if begun is not None:
-        faiss.copy_array_to_vector(begun.ravel(), clustering.centroids)
+    if initial is not None:
+        faiss.copy_array_to_vector(initial.ravel(), clustering.centroids)
     clustering.train(vectors, faiss.IndexFlatIP(vectors.shape[1]))
     trained_centroids: Floats = faiss.vector_to_array(clustering.centroids).reshape(count, -1)
     return trained_centroids
 
 
 def _nearest(centres: Floats, vectors: Floats) -> NDArray[np.int64]:
-    """Return which of the centroids scores best for each vector (n,)."""
+    """Return the number of the centroid (N,) that scores best for each vector."""
     index = faiss.IndexFlatIP(centres.shape[1])
     index.add(centres)
     return np.asarray(index.search(vectors, 1)[1][:, 0])

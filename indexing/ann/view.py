@@ -1,10 +1,9 @@
-"""One version of a living index: the segments that hold its vectors, and which of their rows are
-gone.
+"""One version of a live index: the segments that hold its vectors, and which of their rows were
+taken down.
 
-A view never changes: a take-down, an addition or another index makes a new one, and a query that
-has begun ends on the view that it began with. Samples are known by key, and by a number made from
-the key for clients that want numbers; rows are nobody's business outside. Legend: N rows of a
-segment.
+A view never changes. A take-down, an addition or another index makes a new view, and a running
+query finishes on the view that it started with. Callers name a pair by its key, or by a number that
+is computed from the key; row numbers are internal. Legend: N rows of a segment, D dimensions.
 """
 
 import hashlib
@@ -28,26 +27,25 @@ from infra.storage.removal_log import Removals
 
 Mask = NDArray[np.bool_]
 Position = tuple[int, int, float]
-"""Number of a segment, row in it, and score."""
+"""Segment number, row in the segment, and score."""
 
 NEAR = 0.94
-"""Results with a picture cosine of at least this count as copies where near ones are asked to go;
-clip-retrieval's figure."""
+"""Minimum cosine of two pictures that count as near copies; clip-retrieval's default."""
 MAX_MASKS = 64
+"""Maximum number of filters whose masks are cached."""
 FIRST, FETCH, DEEPER = 10, 64, 4
-"""Candidates of the first look and of the second, at least, and by how much each further one is
-deeper."""
+"""Minimum numbers of candidates of the first and the second fetch, and the growth of every fetch
+after that."""
 FETCHED, FETCHED_APART = 1 << 14, 1 << 12
-"""So many candidates are looked at for one answer, the second with near copies left out: among
-results that are nearly all copies there may be fewer than asked for, and no question costs more
-than this."""
+"""Maximum numbers of candidates of one search, the second where near copies are left out. They
+bound its cost: where nearly all candidates are copies, it may return fewer hits than requested."""
 CHOICES = ("licence", "style", "category", "subcategory", "split")
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Which samples a query may find: `any_of` holds pairs of a column and the values allowed
-    there; sides are of the stored picture.
+    """Which pairs a query may find: `any_of` holds columns with their allowed values; the sides are
+    those of the stored picture.
     """
 
     any_of: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -56,7 +54,7 @@ class Filter:
 
 
 class Hit(NamedTuple):
-    """One result: where it is, how near, and its metadata (schema infra.schemas.EMBEDDED)."""
+    """One result: its segment and row, its score, and its metadata (infra.schemas.EMBEDDED)."""
 
     segment: int
     row: int
@@ -65,34 +63,34 @@ class Hit(NamedTuple):
 
 
 class Segment:
-    """An index folder and the shards that hold its pictures; `name` tells what is in it apart from
-    what stood there before.
+    """An index folder and the shards that hold its pictures; another content of the folder has
+    another `name`.
     """
 
     def __init__(self, index: Index, shards: Path, name: str = "") -> None:
         self.index, self.shards, self.name = index, shards, name
-        self.pictures = hashes_of(index.column("sha256"))  # (N,) what tells pictures apart
+        self.pictures = hashes_of(index.column("sha256"))  # (N,) equal for equal pictures
         self._lock = Lock()
         self._numbers: tuple[Rows, Rows] | None = None
 
     def removed_mask(self, removals: Removals) -> Mask:
-        """Return which rows were taken down (N,)."""
+        """Return a mask (N,) of the rows that were taken down."""
         if not removals:
             return np.zeros(self.index.count, bool)
         columns = {name: self.index.column(name) for name in ("key", "origin", "sha256")}
         return np.asarray(removals.mask(columns).to_numpy(), bool)
 
     def rows_of(self, number: int) -> Rows:
-        """Return the rows whose keys have this number."""
+        """Return the rows whose keys have this number (see indexing.ann.keys)."""
         with self._lock:
             if self._numbers is None:
                 numbers = numbers_of(self.index.column("key"))
                 order = np.argsort(numbers, kind="stable")
                 self._numbers = numbers[order], order
         ascending, order = self._numbers
-        return order[
-            np.searchsorted(ascending, number) : np.searchsorted(ascending, number, side="right")
-        ]
+        start = np.searchsorted(ascending, number)
+        end = np.searchsorted(ascending, number, side="right")
+        return order[start:end]
 
 
 class View:
@@ -105,10 +103,10 @@ class View:
         clip: str,
         removed: Sequence[Mask] | None = None,
     ) -> None:
-        """Hold segments of one CLIP, whose fingerprint is `clip`; `removed` is what the removals
-        name, where that is known.
+        """Hold segments of one CLIP, whose fingerprint is `clip`.
 
-        Raises ValueError where their dimensions differ.
+        `removed` are the masks (N,) of the rows that the removals name; by default they are
+        computed. Raises ValueError where the segments' dimensions differ.
         """
         if len({segment.index.dim for segment in segments}) != 1:
             raise ValueError(
@@ -124,16 +122,17 @@ class View:
         )
         self.count = sum(int((~mask).sum()) for mask in self.removed)
         self.version = _fingerprint(clip, [segment.name for segment in segments], self.removed)
-        """Tells this view from others: the same segments without the same rows have the same, in
-        every process."""
+        """Fingerprint of the view: equal in every process for the same segments without the same
+        rows."""
         self._masks: OrderedDict[Filter, list[Allowed]] = OrderedDict()
         self._facets: dict[str, dict[str, int]] | None = None
         self._counting = Lock()
         self._lock = Lock()
 
     def after(self, removals: Removals) -> "View":
-        """Return this view without what the removals name; the segments stay open, and only what is
-        new in the log is looked for.
+        """Return this view without the rows that the removals name.
+
+        The segments stay open, and only new entries of the removal log are searched for.
         """
         if removals == self.removals:
             return self
@@ -141,8 +140,8 @@ class View:
             return View(self.segments, removals, self.clip)  # an entry was taken back
         new = removals - self.removals
         removed = [
-            was | segment.removed_mask(new)
-            for was, segment in zip(self.removed, self.segments, strict=True)
+            mask | segment.removed_mask(new)
+            for mask, segment in zip(self.removed, self.segments, strict=True)
         ]
         return View(self.segments, removals, self.clip, removed)
 
@@ -157,57 +156,52 @@ class View:
         without: frozenset[str] = frozenset(),
         columns: Sequence[str] = EMBEDDED.names,
     ) -> list[Hit]:
-        """Return the hits offset to offset + k of all distinct pictures, best first, with these
-        columns of their metadata.
+        """Return the hits from `offset` to `offset + k` of all distinct pictures, best first, with
+        these columns of their metadata.
 
-        `query` is one unit vector (D,). Pictures of equal bytes count once, and with `near` those
-        whose cosine with a better hit is at least that; pictures with a SHA-256 in `without` do not
-        count. Among many copies there may be fewer hits than there are pictures (FETCHED). Raises
-        ValueError as Index.search does.
+        `query` is one unit vector (D,). Of pictures with equal bytes only the best hit counts; with
+        `near`, so do pictures whose cosine with a better hit is at least `near`. Pictures whose
+        SHA-256 is in `without` are left out. Among many copies there may be fewer hits than
+        pictures (FETCHED). Raises ValueError as Index.search does.
 
-        Pages of one size neither repeat nor skip a picture, whatever the index: a deeper look into
-        an approximate one ranks otherwise, so what it finds goes behind what the look before had
-        found, and a page is in order of score by itself. The first look is as deep as a page.
+        Pages of one size neither repeat nor skip a picture, even for an approximate index, which
+        may rank differently in a deeper fetch: new pictures of a deeper fetch follow those of the
+        fetch before, and each page is sorted by score. The first fetch is as deep as a page.
         """
         wanted, fetch = offset + k, max(FIRST, k)
         masks = self._allowed(chosen)
         max_fetched = FETCHED if near is None else FETCHED_APART
         enough = min(sum(mask.count for mask in masks), max(wanted, max_fetched))
-        seen = (
-            set(hashes_of(pa.chunked_array([sorted(without)], pa.string())).tolist())
-            if without
-            else set()
-        )
+        seen = set(hashes_of(pa.chunked_array([sorted(without)], pa.string())).tolist())
         unique: list[Position] = []
         vectors = np.empty((wanted if near is not None else 0, self.dim), np.float32)
         while True:
             positions, pictures = self._nearest(query, fetch, modality, masks)
-            distinct = []
-            for position, picture in zip(positions, pictures, strict=True):
-                if picture not in seen:
-                    seen.add(picture)
-                    distinct.append(position)
-            unique += (
-                distinct if near is None else self._apart(distinct, near, vectors, len(unique))
-            )
+            new = _unseen(positions, pictures, seen)
+            if near is not None:
+                new = self._apart(new, near, vectors, len(unique))
+            unique += new
             if len(unique) >= wanted or fetch >= enough:
-                page = sorted(unique[offset:wanted], key=lambda position: -position[2])
-                return [
-                    Hit(segment, row, score, self.segments[segment].index.facts_of(row, columns))
-                    for segment, row, score in page
-                ]
+                return self._hits(unique[offset:wanted], columns)
             deeper = max(FETCH, fetch * DEEPER)
             fetch = max_fetched if fetch < max_fetched < deeper else deeper
 
+    def _hits(self, page: Sequence[Position], columns: Sequence[str]) -> list[Hit]:
+        """Return the hits of a page, best first."""
+        ranked = sorted(page, key=lambda position: -position[2])
+        return [
+            Hit(number, row, score, self.segments[number].index.facts_of(row, columns))
+            for number, row, score in ranked
+        ]
+
     def find_key(self, key: str) -> Hit | None:
-        """Return the sample with that key, or None where there is none or it is gone."""
-        return next(
-            (hit for hit in self.find_number(number_of(key)) if hit.facts["key"] == key), None
-        )
+        """Return the pair with that key, or None where there is none or it was taken down."""
+        hits = [hit for hit in self.find_number(number_of(key)) if hit.facts["key"] == key]
+        return hits[0] if hits else None
 
     def find_number(self, number: int) -> list[Hit]:
-        """Return the samples whose keys have that number: one, or none where there is none or it is
-        gone.
+        """Return the pairs whose keys have that number and were not taken down; almost always one
+        or none.
         """
         hits = []
         for segment_number, segment in enumerate(self.segments):
@@ -223,22 +217,18 @@ class View:
         return hits
 
     def numbers(self, hits: Sequence[Hit]) -> list[int]:
-        """Return the numbers of the samples' keys."""
-        return [
-            int(number)
-            for number in numbers_of(
-                pa.chunked_array([[hit.facts["key"] for hit in hits]], pa.string())
-            )
-        ]
+        """Return the numbers of the hits' keys."""
+        keys = pa.chunked_array([[hit.facts["key"] for hit in hits]], pa.string())
+        return [int(number) for number in numbers_of(keys)]
 
     def vector(self, hit: Hit, modality: Modality = "image") -> Floats:
-        """Return the vector of a sample (D,), as the index holds it."""
+        """Return the vector of a hit (D,), as the index holds it."""
         row_vectors: Floats = self.segments[hit.segment].index.vectors([hit.row], modality)[0]
         return row_vectors
 
     def facets(self) -> dict[str, dict[str, int]]:
-        """Count, for every column that can be chosen by, the samples of each value that is not
-        empty; the commonest first. Counts once.
+        """Return, for every column of CHOICES, the number of pairs of each value that is not empty,
+        the most frequent first. The first call counts; later calls return the same.
         """
         with self._counting:
             if self._facets is None:
@@ -250,12 +240,10 @@ class View:
         for name in CHOICES:
             totals: dict[str, int] = {}
             for segment, mask in zip(self.segments, self.removed, strict=True):
-                for value_count in pc.value_counts(
-                    segment.index.column(name).filter(pa.array(~mask))
-                ).to_pylist():
-                    totals[value_count["values"]] = (
-                        totals.get(value_count["values"], 0) + value_count["counts"]
-                    )
+                remaining = segment.index.column(name).filter(pa.array(~mask))
+                for entry in pc.value_counts(remaining).to_pylist():
+                    value = entry["values"]
+                    totals[value] = totals.get(value, 0) + entry["counts"]
             totals.pop("", None)
             counted[name] = dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
         return counted
@@ -263,7 +251,7 @@ class View:
     def _nearest(
         self, query: ArrayLike, k: int, modality: Modality, masks: Sequence[Allowed]
     ) -> tuple[list[Position], list[int]]:
-        """Return the k nearest rows, best first, and what tells their pictures apart (k)."""
+        """Return the k nearest rows of all segments, best first, and their pictures' hashes."""
         positions: list[Position] = []
         pictures: list[int] = []
         for number, (segment, mask) in enumerate(zip(self.segments, masks, strict=True)):
@@ -283,8 +271,10 @@ class View:
     def _apart(
         self, positions: Sequence[Position], near: float, vectors: Floats, count: int
     ) -> list[Position]:
-        """Return the places without those near to a better one; `vectors` (wanted, D) holds `count`
-        better ones' and takes more.
+        """Return the positions that are not near to a better one.
+
+        The first `count` rows of `vectors` (wanted, D) are those of the better positions; the
+        vectors of new ones are added until it is full.
         """
         distinct: list[Position] = []
         for position, vector in zip(positions, self._vectors(positions), strict=True):
@@ -297,7 +287,7 @@ class View:
         return distinct
 
     def _vectors(self, positions: Sequence[Position]) -> Floats:
-        """Return the unit vectors of the places (n, D)."""
+        """Return the unit vectors of the positions (n, D)."""
         vectors = np.empty((len(positions), self.dim), np.float32)
         segments = np.array([segment for segment, *_ in positions], np.int64)
         rows = np.array([row for _, row, _ in positions], np.int64)
@@ -308,6 +298,7 @@ class View:
         return unit(vectors)
 
     def _allowed(self, chosen: Filter) -> list[Allowed]:
+        """Return the rows of each segment that the filter allows, from the cache where they are."""
         with self._lock:
             if chosen in self._masks:
                 self._masks.move_to_end(chosen)
@@ -323,12 +314,24 @@ class View:
         return masks
 
 
+def _unseen(
+    positions: Sequence[Position], pictures: Sequence[int], seen: set[int]
+) -> list[Position]:
+    """Return the first position of each picture that is not in `seen`, and add those to it."""
+    new = []
+    for position, picture in zip(positions, pictures, strict=True):
+        if picture not in seen:
+            seen.add(picture)
+            new.append(position)
+    return new
+
+
 def _matching(index: Index, chosen: Filter) -> Mask:
+    """Return a mask (N,) of the rows that the filter allows."""
     mask = np.ones(index.count, bool)
     for name, values in chosen.any_of:
-        mask &= np.asarray(
-            pc.is_in(index.column(name), pa.array(values, pa.string())).to_numpy(), bool
-        )
+        is_match = pc.is_in(index.column(name), pa.array(values, pa.string()))
+        mask &= np.asarray(is_match.to_numpy(), bool)
     if chosen.min_side_px or chosen.max_side_px is not None:
         sides = np.minimum(
             index.column("width_px").to_numpy(), index.column("height_px").to_numpy()
@@ -342,12 +345,13 @@ def _matching(index: Index, chosen: Filter) -> Mask:
 def make_filter(
     any_of: Mapping[str, Iterable[str]], min_side_px: int = 0, max_side_px: int | None = None
 ) -> Filter:
-    """Return a filter in its one spelling, so that equal filters share their masks. Raises
-    ValueError for a column that is no choice.
+    """Return a filter with sorted columns and values, so that equal filters share their masks.
+
+    Raises ValueError for a column that is not in CHOICES.
     """
     unknown = sorted(any_of.keys() - set(CHOICES))
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is nothing to choose by: use {', '.join(CHOICES)}")
+        raise ValueError(f"cannot filter by {unknown[0]!r}: use {', '.join(CHOICES)}")
     return Filter(
         tuple((name, tuple(sorted(set(values)))) for name, values in sorted(any_of.items())),
         min_side_px,
@@ -356,7 +360,7 @@ def make_filter(
 
 
 def _fingerprint(clip: str, names: Sequence[str], removed: Sequence[Mask]) -> str:
-    """Return 16 hex digits of a CLIP, the names of segments, and which of their rows are gone."""
+    """Return 16 hex digits that depend on the CLIP, the segments' names and their removed rows."""
     digest = hashlib.sha256(repr((clip, list(names))).encode())
     for mask in removed:
         digest.update(np.packbits(mask).tobytes())

@@ -1,7 +1,8 @@
-"""Reads the embed stage's folder: vectors memory-mapped from its `.npy` parts, their metadata from
-parquet, in one row order.
+"""Reads the embed stage's folder: vectors, memory-mapped from `.npy` parts, and their metadata from
+parquet files.
 
-What a vector stands for is in the metadata only. Legend: N rows, D dimensions.
+Row i of the metadata belongs to vector i, over all files in the order of their names. Legend: N
+rows, D dimensions, B rows of a call.
 """
 
 import json
@@ -21,43 +22,43 @@ Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
 CHUNK_ROWS = 65_536
+"""Rows that are read at a time."""
 
 
 def read_facts(embed: Path) -> tuple[str, int, int]:
-    """Return (clip_key, count, dim) of an embed folder."""
+    """Return (clip_key, count, dim) of an embed folder, from its facts.json."""
     facts = json.loads((embed / "facts.json").read_text())
     return facts["clip_key"], int(facts["count"]), int(facts["dim"])
 
 
 def part_files(folder: Path) -> list[Path]:
-    """Return the files of vectors of a folder in the order of their rows."""
+    """Return the `.npy` files of a folder in the order of their rows."""
     return sorted(folder.glob("*.npy"))
 
 
 def open_rows(file: Path) -> NDArray[Any]:
-    """Memory-map one of them."""
+    """Memory-map one file of vectors (n, D)."""
     rows: NDArray[Any] = np.load(file, mmap_mode="r")
     return rows
 
 
 def open_parts(folder: Path, count: int, dim: int) -> list[NDArray[Any]]:
-    """Memory-map the .npy files of a folder in order of name. Raises DataError unless they hold
-    (count, dim) together.
+    """Memory-map the `.npy` files of a folder in the order of their rows.
+
+    Raises DataError unless together they hold `count` vectors of `dim` dimensions.
     """
     parts = [open_rows(file) for file in part_files(folder)]
-    if (
-        any(part.ndim != 2 or part.shape[1] != dim for part in parts)
-        or sum(len(part) for part in parts) != count
-    ):
+    is_wrong_dim = any(part.ndim != 2 or part.shape[1] != dim for part in parts)
+    if is_wrong_dim or sum(len(part) for part in parts) != count:
         raise DataError(
-            f"{folder}: arrays of shapes {[part.shape for part in parts]}, where facts.json says "
-            f"{count} vectors of {dim}"
+            f"{folder}: the arrays have the shapes {[part.shape for part in parts]}, but "
+            f"facts.json says {count} vectors of {dim}"
         )
     return parts
 
 
 def chunks(parts: Sequence[NDArray[Any]], first: int = 0) -> Iterator[Floats]:
-    """Yield all rows from `first` on in order, (at most CHUNK_ROWS, D) float32 at a time."""
+    """Yield all rows from `first` on in order, at most CHUNK_ROWS at a time, as float32 (n, D)."""
     for part in parts:
         skipped = min(first, len(part))
         first -= skipped
@@ -66,7 +67,7 @@ def chunks(parts: Sequence[NDArray[Any]], first: int = 0) -> Iterator[Floats]:
 
 
 def take(parts: Sequence[NDArray[Any]], rows: Rows) -> Floats:
-    """Return the vectors of the rows (any shape), one more axis: (..., D)."""
+    """Return the vectors (..., D) of rows of any shape (...), as float32."""
     ends = np.cumsum([len(part) for part in parts])
     taken = np.empty((*rows.shape, parts[0].shape[1]), np.float32)
     for part, end in zip(parts, ends, strict=True):
@@ -76,14 +77,15 @@ def take(parts: Sequence[NDArray[Any]], rows: Rows) -> Floats:
 
 
 def unit(vectors: Floats) -> Floats:
-    """Return the rows at length one; a row of zeros stays."""
+    """Return the vectors (..., D) scaled to length 1; zeros stay zeros."""
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
 
 
 def read_metadata(folder: Path, columns: Sequence[str], count: int) -> pa.Table:
-    """Read these columns of the metadata, one row for each vector. Raises DataError for another
-    number of rows.
+    """Read columns of the metadata, one row for each vector.
+
+    Raises DataError unless there are `count` rows.
     """
     table = pa.concat_tables(
         [pq.read_table(file, columns=list(columns)) for file in sorted(folder.glob("*.parquet"))]
@@ -94,20 +96,20 @@ def read_metadata(folder: Path, columns: Sequence[str], count: int) -> pa.Table:
 
 
 def metadata_batches(folder: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield these columns of the metadata in the order of rows, a piece at a time."""
+    """Yield columns of the metadata in the order of rows, at most CHUNK_ROWS rows at a time."""
     for file in sorted(folder.glob("*.parquet")):
         with open_parquet(file) as opened:
             yield from opened.iter_batches(CHUNK_ROWS, columns=list(columns))
 
 
 def metadata_of(folder: Path, rows: Rows, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Return these columns of some rows (B,), in their order, reading the metadata a piece at a
-    time.
+    """Return columns of the rows (B,), in their order; only one batch of the metadata is in memory
+    at a time.
     """
     records: dict[int, dict[str, Any]] = {}
-    wanted, start = np.unique(rows), 0
+    distinct, start = np.unique(rows), 0
     for batch in metadata_batches(folder, columns):
-        inside = wanted[(wanted >= start) & (wanted < start + batch.num_rows)]
+        inside = distinct[(distinct >= start) & (distinct < start + batch.num_rows)]
         records |= zip(
             inside.tolist(), batch.take(pa.array(inside - start)).to_pylist(), strict=True
         )

@@ -1,5 +1,5 @@
-"""The pairs that a run is judged by: one split's embeddings and metadata, and what of it training
-has seen.
+"""The pairs of a split for the evaluation: their embeddings and metadata, and how many of them are
+also in the training split.
 
 Reads an embed folder. Legend: N pairs, D dimensions.
 """
@@ -17,26 +17,29 @@ from numpy.typing import NDArray
 from indexing.data.embedding_store import Floats, Rows, open_parts, read_facts, read_metadata, take
 
 COLUMNS = (
-    *(
-        "key",
-        "origin",
-        "caption",
-        "captions",
-        "licence",
-        "concept",
-        "style",
-        "category",
-        "subcategory",
-        "split",
-    ),
-    *("shard", "member", "offset", "size_bytes", "sha256"),
+    "key",
+    "origin",
+    "caption",
+    "captions",
+    "licence",
+    "concept",
+    "style",
+    "category",
+    "subcategory",
+    "split",
+    "shard",
+    "member",
+    "offset",
+    "size_bytes",
+    "sha256",
 )
+"""Columns of the metadata that the evaluation reads."""
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """An embed folder, opened: `table` has a row for each vector; vectors stay in their
-    memory-mapped files.
+    """An embed folder, opened: `table` has a row for each vector; the vectors are in memory-mapped
+    parts ((n, D) each).
     """
 
     table: pa.Table
@@ -44,7 +47,7 @@ class Embedded:
     text_parts: list[NDArray[Any]]
 
     def rows(self, split: str) -> Rows:
-        """Return where the pairs of a split stand."""
+        """Return the rows of a split's pairs, ascending."""
         return np.flatnonzero(
             pc.equal(self.table["split"], split).to_numpy(zero_copy_only=False)
         ).astype(np.int64)
@@ -52,8 +55,8 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Some pairs, in memory: the metadata, the unit vectors of pictures and of first captions (N,
-    D).
+    """Pairs in memory: their metadata, and the unit vectors (N, D) of their pictures and of their
+    first captions.
     """
 
     rows: list[dict[str, Any]]
@@ -62,7 +65,9 @@ class Pairs:
 
     @cached_property
     def groups(self) -> list[str]:
-        """What each pair's figures hang together with: its concept, where it has one."""
+        """Return the label of each pair that bootstrap intervals resample by: its concept, or its
+        key where it has none.
+        """
         return [row["concept"] or row["key"] for row in self.rows]
 
 
@@ -74,8 +79,8 @@ def open_embedded(embed: Path) -> Embedded:
 
 
 def read_pairs(embedded: Embedded, split: str, max_pairs: int, seed: int) -> Pairs:
-    """Read the pairs of a split into memory; when there are more than `at_most`, that many drawn by
-    the seed, in their order.
+    """Read the pairs of a split into memory, or a random sample of `max_pairs` where there are
+    more, in the order of rows.
     """
     rows = embedded.rows(split)
     if len(rows) > max_pairs:
@@ -85,19 +90,18 @@ def read_pairs(embedded: Embedded, split: str, max_pairs: int, seed: int) -> Pai
 
 
 def seen_in_training(embedded: Embedded, splits: tuple[str, ...]) -> dict[str, dict[str, int]]:
-    """Count each split's pairs, and those whose picture (by its bytes) or concept stands in the
-    training split too.
+    """Count the pairs of each split, and those whose picture (by its SHA-256) or concept is also in
+    the training split.
     """
     train = embedded.table.take(embedded.rows("train"))
     counts = {"train": {"pairs": train.num_rows}}
     for split in splits:
-        held = embedded.table.take(embedded.rows(split))
-        same_picture = pc.is_in(held["sha256"], train["sha256"])
-        same_concept = pc.and_(
-            pc.is_in(held["concept"], train["concept"]), pc.not_equal(held["concept"], "")
-        )
+        held_out = embedded.table.take(embedded.rows(split))
+        concepts = held_out["concept"]
+        same_picture = pc.is_in(held_out["sha256"], train["sha256"])
+        same_concept = pc.and_(pc.is_in(concepts, train["concept"]), pc.not_equal(concepts, ""))
         counts[split] = {
-            "pairs": held.num_rows,
+            "pairs": held_out.num_rows,
             "picture_in_training": pc.sum(same_picture).as_py() or 0,
             "concept_in_training": pc.sum(same_concept).as_py() or 0,
         }
@@ -105,21 +109,17 @@ def seen_in_training(embedded: Embedded, splits: tuple[str, ...]) -> dict[str, d
 
 
 def licences(embedded: Embedded) -> dict[str, int]:
-    """Count the pairs of each licence, the commonest first."""
+    """Count the pairs of each licence, the most frequent first."""
     counts = {
-        value_count["values"] or "not stated": value_count["counts"]
-        for value_count in pc.value_counts(embedded.table["licence"]).to_pylist()
+        entry["values"] or "not stated": entry["counts"]
+        for entry in pc.value_counts(embedded.table["licence"]).to_pylist()
     }
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def trained_captions(embedded: Embedded, texts: list[str]) -> list[bool]:
-    """Say of each text whether it stands, but for case, among the training captions."""
+    """Return for each text whether it is a training caption; case is ignored."""
     train = embedded.table.take(embedded.rows("train"))
     captions = pc.utf8_lower(pc.list_flatten(train["captions"]))
-    return [
-        bool(flag)
-        for flag in pc.is_in(
-            pa.array([text.lower() for text in texts], pa.string()), captions.combine_chunks()
-        ).to_pylist()
-    ]
+    lowered = pa.array([text.lower() for text in texts], pa.string())
+    return [bool(flag) for flag in pc.is_in(lowered, captions.combine_chunks()).to_pylist()]

@@ -1,7 +1,6 @@
-"""Pictures of the evaluation: read by the keep list from ingest's shards, shown side by side,
-written as PNG.
+"""Reads pictures from ingest's shards as squares, arranges them on sheets, and writes PNG files.
 
-Knows nothing of models. A picture is uint8 (S, S, 3) RGB.
+A picture is uint8 (S, S, 3) RGB.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,21 +16,21 @@ from infra.errors import DataError
 
 Pixels = NDArray[np.uint8]
 Square = Callable[[NDArray[Any], int], Pixels]
-"""Turns a decoded picture (grey, BGR or BGRA) into an RGB square of that side."""
+"""Turns a decoded picture (grey, BGR or BGRA) into an RGB square with a side in pixels."""
 
 GAP_PX = 4
 LINE_PX = 16
 BAND_ROWS = 256
-"""Rows that are laid on white at a time: in floating point a picture takes several times its
-memory."""
+"""Rows of a transparent picture that are put on white at a time: floats take several times the
+memory of the picture."""
 INK, PAPER = (34, 37, 43), (255, 255, 255)
 
 
 def read_picture(row: Mapping[str, Any], shards: Path, side_px: int) -> Pixels:
-    """Read the picture of a row (schema infra.schemas.KEEP) as a square of that side: on white
-    where it is transparent or not square.
+    """Read the picture of a row (schema infra.schemas.KEEP) as a square with that side; transparent
+    and missing parts are white.
 
-    Raises DataError where the shard does not hold it.
+    Raises DataError where the shard cannot be read or holds no picture there.
     """
     name = f"{row['shard']}/{row['member']}"
     try:
@@ -50,8 +49,8 @@ def read_picture(row: Mapping[str, Any], shards: Path, side_px: int) -> Pixels:
 
 
 def square(picture: NDArray[Any], side_px: int) -> Pixels:
-    """Turn a decoded picture (grey, BGR or BGRA) into an RGB square, white around it, resized by
-    area.
+    """Turn a decoded picture (grey, BGR or BGRA) into an RGB square: centred on white, and resized
+    by area.
     """
     if picture.ndim == 2:
         picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
@@ -65,9 +64,8 @@ def square(picture: NDArray[Any], side_px: int) -> Pixels:
     top, left = (side - height) // 2, (side - width) // 2
     canvas[top : top + height, left : left + width] = picture
     if side != side_px:
-        canvas = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA).astype(
-            np.uint8
-        )
+        resized = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA)
+        canvas = resized.astype(np.uint8)
     return np.ascontiguousarray(canvas[..., ::-1])
 
 
@@ -77,8 +75,8 @@ def _on_white(band: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def sheet(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], scale: int = 2) -> Pixels:
-    """Return rows of equal squares on white as one picture (H, W, 3), each row below its title;
-    pixels enlarged `scale` times.
+    """Return rows of squares of one size as one picture (H, W, 3) on white: each row is below its
+    title, and pixels are enlarged `scale` times.
     """
     side_px = scale * rows[0][0].shape[0]
     width = max(len(row) for row in rows) * (side_px + GAP_PX) + GAP_PX
@@ -102,5 +100,5 @@ def _fitting(text: str, font: Any, width_px: int) -> str:
 
 
 def write_png(picture: Pixels, file: Path) -> None:
-    """Write a picture; equal pictures give equal files."""
+    """Write a picture as PNG; equal pictures give equal files."""
     Image.fromarray(picture).save(file, optimize=True)

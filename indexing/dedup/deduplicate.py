@@ -1,17 +1,18 @@
-"""The stage `dedup`: which training pictures are copies of each other or of an evaluation picture,
-and the embeddings without them.
+"""The stage `dedup`: find training pictures that copy each other or an evaluation picture, and
+write the embeddings without them.
 
-Three passes, each judging what the one before has kept: equal bytes, equal looks, near embeddings.
-Evaluation pictures stay whatever happens; of training pictures the larger one stays, then the lower
-key. Reads an embed folder and the shards; writes the same embed layout (which prior and decoder
-then train on), keep.parquet (which up-samplers train on), groups.parquet, groups.png and
-threshold.json. Memory: some 200 bytes a pair, and what indexing.dedup.near_pairs says; tables and
-small copies are read a piece at a time.
+Three passes look for equal bytes, for equal looks and for near embeddings; each pass judges the
+rows that the pass before left. Evaluation pictures always stay. Of several training pictures the
+largest stays, then the one with the lowest key. Reads an embed folder and the shards. Writes the
+same embed layout (prior and decoder train on it), keep.parquet (up-samplers train on it),
+groups.parquet, groups.png and threshold.json. Memory: about 200 bytes a pair, and what
+indexing.dedup.near_pairs takes; tables and small copies are read in pieces.
 """
 
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,9 +47,11 @@ from infra.schemas import EMBEDDED, open_parquet
 from infra.settings import Section
 
 REASONS = ("", "equal", "alike", "near", "evaluation_equal", "evaluation_alike", "evaluation_near")
-"""Why a pair goes; the last three for an evaluation picture."""
+"""Why a pair is dropped; the last three are copies of an evaluation picture. "" is a pair that
+stays."""
 MAX_LISTED_GROUPS, MAX_LISTED_COPIES = 12, 6
 STEPS = np.concatenate([np.arange(0.5, 0.99, 0.0025), np.arange(0.99, 0.99995, 0.0001)])
+"""Thresholds to choose from: cosines, ascending."""
 GROUPS = pa.schema(
     [
         ("key", pa.string()),
@@ -65,34 +68,103 @@ class DedupConfig(Section):
     """
 
     max_hash_bits: int = Field(default=6, ge=0, le=15)
-    """Most of pHash's 64 bits in which pictures that look alike may differ; `max_rms` must hold as
-    well."""
+    """Maximum number of pHash's 64 bits that may differ between pictures that look alike; `max_rms`
+    must hold as well."""
     max_rms: float = Field(default=12, ge=0, le=255)
-    """Most that their 8 px colour copies may differ, root mean square of 255: pHash knows no
-    colours."""
+    """Maximum root mean square difference (0 to 255) of the 8 px colour copies of pictures that
+    look alike: pHash does not see colours."""
     semantic: bool = True
     """Whether near embeddings count as copies, too."""
     threshold: float | None = Field(default=None, gt=0, le=1)
-    """Least cosine of near embeddings; by default the lowest that has the precision on the labelled
-    sample."""
+    """Minimum cosine of near embeddings; by default the lowest that has the precision on the
+    labelled sample."""
     precision: float = Field(default=0.995, gt=0.5, le=1)
     """Share of the labelled pairs at or above the threshold that must be copies."""
     sample: int = Field(default=256, ge=16)
-    """Pictures of the labelled sample, each with every known transformation."""
+    """Number of pictures in the labelled sample; every known transformation is applied to each."""
     seed: int = Field(default=0, ge=0)
-    """Draws the sample and the cells."""
+    """Seed of the sample and of the cells."""
 
 
 class Pairs(NamedTuple):
-    """What is judged of every pair, besides its picture (N,)."""
+    """What the passes know of every pair besides its picture (N,)."""
 
     keys: NDArray[np.bytes_]
     digests: NDArray[np.bytes_]
     """SHA-256 of the pictures' bytes, in hexadecimal."""
     concepts: NDArray[np.uint64]
-    """Equal for pairs of one concept; a pair without one is alone."""
+    """Hash of the pair's concept, or of its key where it has no concept."""
     pixels: NDArray[np.int64]
     is_train: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads: all pairs, their image vectors ((n, D) parts), their looks, and where
+    metadata and shards are.
+    """
+
+    pairs: Pairs
+    parts: list[NDArray[Any]]
+    looks: Looks
+    metadata: Path
+    shards: Path
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A cosine threshold and what it does on the labelled sample; threshold.json holds these
+    fields.
+    """
+
+    threshold: float | None
+    """None where no threshold has the precision: the other fields then describe the best one."""
+    precision: float
+    recall: float
+    copies: int
+    """Pairs of the judging half that are copies."""
+    others: int
+    """Pairs of the judging half that are not copies."""
+    recall_of: dict[str, float]
+    """Recall of each transformation."""
+    curve: list[list[float]]
+    """[threshold, precision, recall] for every threshold."""
+
+
+class Verdicts:
+    """Which row stays for each row, and why the others are dropped, pass after pass."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        """Start with all rows; the best rows come first in `order`: evaluation pictures, then large
+        ones, then low keys.
+        """
+        self.is_train = pairs.is_train
+        self.keeper = np.arange(len(pairs.keys))
+        self.reason = np.zeros(len(pairs.keys), np.int8)  # index into REASONS
+        self.order = np.lexsort((pairs.keys, -pairs.pixels, pairs.is_train)).astype(np.int64)
+
+    def drop(self, keeper_of: Rows, why: str) -> None:
+        """Drop the training rows for which `keeper_of` (N,) names another row, for the reason
+        `why`.
+        """
+        is_copy = keeper_of != np.arange(len(keeper_of))
+        dropped_rows = np.flatnonzero(is_copy & self.is_train & (self.reason == 0))
+        self.keeper[dropped_rows] = keeper_of[dropped_rows]
+        self.reason[dropped_rows] = np.where(
+            self.is_train[keeper_of[dropped_rows]],
+            REASONS.index(why),
+            REASONS.index(f"evaluation_{why}"),
+        )
+        self.order = self.order[self.reason[self.order] == 0]
+
+    def final_keeper(self) -> Rows:
+        """Return the row that stays for each row (N,): one that stayed in a pass may be dropped in
+        the next, for another one.
+        """
+        keeper = self.keeper
+        while (keeper[keeper] != keeper).any():
+            keeper = keeper[keeper]
+        return keeper
 
 
 def run(
@@ -103,126 +175,116 @@ def run(
     side_px: int,
     out: Path,
 ) -> dict[str, Any]:
-    """Write the embeddings without copies and return the counts. `encode_images` is the CLIP that
-    made them, for squares of `side_px`.
+    """Write the embeddings without copies and return the counts.
 
-    Raises DataError where a picture cannot be read or no training picture is left.
+    `encode_images` is the CLIP that made the embeddings, for squares of `side_px`. Raises DataError
+    where a picture cannot be read or no training picture is left.
     """
     with PeakMemory() as memory, tempfile.TemporaryDirectory(dir=out, prefix=".looks-") as staging:
-        counts = _run(config, shards, embed, encode_images, side_px, out, Path(staging) / "thumbs")
+        inputs = _read_inputs(embed, shards, Path(staging) / "thumbs")
+        counts = _run(config, inputs, embed, encode_images, side_px, out)
     return {**counts, "peak_bytes": memory.bytes}
+
+
+def _read_inputs(embed: Path, shards: Path, thumbs: Path) -> Inputs:
+    """Read the pairs and look at all pictures once; their small copies go to the file `thumbs`."""
+    _, count, dim = read_facts(embed)
+    metadata = embed / "metadata"
+    return Inputs(
+        read_pairs(metadata, count),
+        open_parts(embed / "img_emb", count, dim),
+        look_at(metadata_batches(metadata, LOCATION), shards, thumbs),
+        metadata,
+        shards,
+    )
 
 
 def _run(
     config: DedupConfig,
-    shards: Path,
+    inputs: Inputs,
     embed: Path,
     encode_images: EncodeImages,
     side_px: int,
     out: Path,
-    thumbs: Path,
 ) -> dict[str, Any]:
-    _, count, dim = read_facts(embed)
-    metadata = embed / "metadata"
-    pairs = read_pairs(metadata, count)
-    parts = open_parts(embed / "img_emb", count, dim)
-    looks = look_at(metadata_batches(metadata, LOCATION), shards, thumbs)
-    order = np.lexsort((pairs.keys, -pairs.pixels, pairs.is_train)).astype(
-        np.int64
-    )  # the best first
-    keeper = np.arange(count)
-    reason = np.zeros(count, np.int8)  # of REASONS
-
-    def settle(keeper_of: Rows, why: str) -> None:
-        nonlocal order
-        dropped_rows = np.flatnonzero(
-            (keeper_of != np.arange(count)) & pairs.is_train & (reason == 0)
-        )
-        keeper[dropped_rows] = keeper_of[dropped_rows]
-        reason[dropped_rows] = np.where(
-            pairs.is_train[keeper_of[dropped_rows]],
-            REASONS.index(why),
-            REASONS.index(f"evaluation_{why}"),
-        )
-        order = order[reason[order] == 0]
-
-    settle(exact(pairs.digests, order), "equal")
-    settle(perceptual(*looks, order, config.max_hash_bits, config.max_rms), "alike")
-    chosen: dict[str, Any] = {}
-    if config.semantic:
-        chosen = choose_threshold(
-            config, pairs, parts, looks, metadata, shards, encode_images, side_px
-        )
-        if chosen["threshold"] is not None:
-            settle(semantic(parts, chosen["threshold"], order, config.seed), "near")
-    while (keeper[keeper] != keeper).any():  # what stayed in one pass may have gone in the next
-        keeper = keeper[keeper]
-    is_keeper = reason == 0
-    if not (is_keeper & pairs.is_train).any():
+    verdicts = Verdicts(inputs.pairs)
+    verdicts.drop(exact(inputs.pairs.digests, verdicts.order), "equal")
+    alike = perceptual(*inputs.looks, verdicts.order, config.max_hash_bits, config.max_rms)
+    verdicts.drop(alike, "alike")
+    chosen = choose_threshold(config, inputs, encode_images, side_px) if config.semantic else None
+    if chosen and chosen.threshold is not None:
+        near = semantic(inputs.parts, chosen.threshold, verdicts.order, config.seed)
+        verdicts.drop(near, "near")
+    is_keeper = verdicts.reason == 0
+    if not (is_keeper & inputs.pairs.is_train).any():
         raise DataError(
             "no training picture is left after [dedup]: raise [dedup] threshold, or leave the "
             "section out"
         )
+    keeper = verdicts.final_keeper()
     write_keepers(embed, out, is_keeper)
-    write_groups(pairs, parts, keeper, reason, out / "groups.parquet")
-    (out / "threshold.json").write_text(json.dumps(chosen, indent=1))
+    write_groups(inputs.pairs, inputs.parts, keeper, verdicts.reason, out / "groups.parquet")
+    (out / "threshold.json").write_text(json.dumps(asdict(chosen) if chosen else {}, indent=1))
     copy_groups = groups(keeper)
-    listed = np.array(
-        [
-            row
-            for stays, copies_of in copy_groups[:MAX_LISTED_GROUPS]
-            for row in (stays, *copies_of)
-        ],
-        np.int64,
-    )
-    locations = dict(zip(listed.tolist(), metadata_of(metadata, listed, LOCATION), strict=True))
-    show(
-        copy_groups,
-        locations,
-        shards,
-        [f"{1 + len(copies_of)} of a kind" for _, copies_of in copy_groups],
-        out / "groups.png",
-    )
+    _draw_largest(copy_groups, inputs, out / "groups.png")
+    return _counts(verdicts.reason, len(copy_groups), chosen)
+
+
+def _draw_largest(copy_groups: Sequence[tuple[int, list[int]]], inputs: Inputs, file: Path) -> None:
+    """Draw the largest groups, titled with their sizes."""
+    largest = copy_groups[:MAX_LISTED_GROUPS]
+    listed = np.array([row for keeper, copies in largest for row in (keeper, *copies)], np.int64)
+    locations = metadata_of(inputs.metadata, listed, LOCATION)
+    titles = [f"{1 + len(copies)} of a kind" for _, copies in largest]
+    show(largest, dict(zip(listed.tolist(), locations, strict=True)), inputs.shards, titles, file)
+
+
+def _counts(reason: NDArray[np.int8], group_count: int, chosen: Threshold | None) -> dict[str, Any]:
+    """Return what the stage's manifest says: pairs in and out, dropped for each reason, and the
+    threshold.
+    """
     numbers = np.bincount(reason, minlength=len(REASONS)).tolist()
     dropped = {
         why: number for why, number in sorted(zip(REASONS[1:], numbers[1:], strict=True)) if number
     }
-    summary: dict[str, Any] = {
-        name: chosen[name] for name in ("threshold", "precision", "recall") if name in chosen
-    }
-    return {
-        "in": count,
-        "out": numbers[0],
-        "dropped": dropped,
-        "groups": len(copy_groups),
-        **summary,
+    counts = {"in": len(reason), "out": numbers[0], "dropped": dropped, "groups": group_count}
+    if chosen is None:
+        return counts
+    return counts | {
+        "threshold": chosen.threshold,
+        "precision": chosen.precision,
+        "recall": chosen.recall,
     }
 
 
 def read_pairs(metadata: Path, count: int) -> Pairs:
-    """Read what is judged of every pair. Raises DataError unless there are `count`."""
-    columns: list[list[NDArray[Any]]] = [[] for _ in Pairs._fields]
-    for batch in metadata_batches(
-        metadata, ["key", "sha256", "concept", "width_px", "height_px", "split"]
-    ):
-        concepts = pc.fill_null(batch["concept"], "")
-        alone = pc.if_else(pc.equal(concepts, ""), batch["key"], concepts)
-        columns[0].append(np.array([key.encode() for key in batch["key"].to_pylist()], "S"))
-        columns[1].append(np.array(batch["sha256"].to_pylist(), "S64"))
-        columns[2].append(hashes_of(pa.chunked_array([alone])))
-        columns[3].append(
-            batch["width_px"].to_numpy().astype(np.int64) * batch["height_px"].to_numpy()
-        )
-        columns[4].append(pc.equal(batch["split"], "train").to_numpy(zero_copy_only=False))
-    pairs = Pairs(*(np.concatenate(column) for column in columns))
+    """Read what the passes need to know of every pair.
+
+    Raises DataError unless there are `count` pairs.
+    """
+    columns = ["key", "sha256", "concept", "width_px", "height_px", "split"]
+    pieces = [_pairs_of(batch) for batch in metadata_batches(metadata, columns)]
+    pairs = Pairs(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
     if len(pairs.keys) != count:
         raise DataError(f"{metadata}: {len(pairs.keys)} rows of metadata for {count} vectors")
     return pairs
 
 
+def _pairs_of(batch: pa.RecordBatch) -> Pairs:
+    concepts = pc.fill_null(batch["concept"], "")
+    concept_or_key = pc.if_else(pc.equal(concepts, ""), batch["key"], concepts)
+    return Pairs(
+        keys=np.array([key.encode() for key in batch["key"].to_pylist()], "S"),
+        digests=np.array(batch["sha256"].to_pylist(), "S64"),
+        concepts=hashes_of(pa.chunked_array([concept_or_key])),
+        pixels=batch["width_px"].to_numpy().astype(np.int64) * batch["height_px"].to_numpy(),
+        is_train=pc.equal(batch["split"], "train").to_numpy(zero_copy_only=False),
+    )
+
+
 def transformations(rng: np.random.Generator) -> list[tuple[str, Callable[[Pixels], Pixels]]]:
-    """Return what makes a copy of a picture that a person takes for the same: RGB uint8 (S, S, 3)
-    in and out.
+    """Return named functions that make a copy of a picture, RGB uint8 (S, S, 3), which a person
+    takes for the same picture; `rng` draws the noise.
     """
 
     def resized(picture: Pixels) -> Pixels:
@@ -270,112 +332,94 @@ def transformations(rng: np.random.Generator) -> list[tuple[str, Callable[[Pixel
 
 
 def choose_threshold(
-    config: DedupConfig,
-    pairs: Pairs,
-    parts: Sequence[NDArray[Any]],
-    looks: Looks,
-    metadata: Path,
-    shards: Path,
-    encode_images: EncodeImages,
-    side_px: int,
-) -> dict[str, Any]:
-    """Return the threshold with its precision and recall on pairs whose truth is known, and the
-    recall of each transformation.
+    config: DedupConfig, inputs: Inputs, encode_images: EncodeImages, side_px: int
+) -> Threshold:
+    """Return the threshold with its precision and recall on pairs whose truth is known.
 
-    Copies are sampled pictures against their own transformations. Of what is no copy, the hardest:
-    the nearest other picture with another concept that does not look alike. Every other sampled
-    picture chooses the lowest threshold with the precision; the figures are those of the others,
-    which had no say. A threshold in the recipe is measured the same. Where no threshold has the
-    precision, it is None: this CLIP cannot tell copies from the rest, and nothing goes on its word;
-    the figures are those at the one that was nearest to it.
+    The positive pairs are sampled pictures with their own transformations. The negative pairs are
+    the hardest: each sampled picture with the nearest picture of another concept that does not look
+    alike. One half of the sampled pictures chooses the lowest threshold that has the precision; the
+    figures are those of the other half. A threshold in the recipe is measured in the same way.
+    Where no threshold has the precision, it is None and no pair is dropped for a near embedding;
+    the figures are those of the threshold with the highest precision.
     """
     rng = np.random.default_rng(config.seed)
-    rows = np.sort(rng.choice(len(pairs.keys), min(config.sample, len(pairs.keys)), replace=False))
-    pictures = np.stack(
-        [
-            read_picture(location, shards, side_px)
-            for location in metadata_of(metadata, rows, LOCATION)
-        ]
-    )
-    originals = unit(np.asarray(encode_images(pictures), np.float32))
-    copies = {
-        name: np.einsum(
-            "nd,nd->n",
-            originals,
-            unit(
-                np.asarray(
-                    encode_images(np.stack([change(image) for image in pictures])), np.float32
-                )
-            ),
-        )
-        for name, change in transformations(rng)
-    }
-    others = hardest_others(config, pairs, parts, looks, rows, originals)
+    count = len(inputs.pairs.keys)
+    rows = np.sort(rng.choice(count, min(config.sample, count), replace=False))
+    locations = metadata_of(inputs.metadata, rows, LOCATION)
+    pictures = np.stack([read_picture(location, inputs.shards, side_px) for location in locations])
+    originals = _unit_vectors(encode_images, pictures)
+    copies: dict[str, Floats] = {}  # cosines (S,) of each transformation
+    for name, change in transformations(rng):
+        changed = np.stack([change(picture) for picture in pictures])
+        copies[name] = np.einsum("nd,nd->n", originals, _unit_vectors(encode_images, changed))
+    return _pick(config, copies, hardest_others(config, inputs, rows, originals))
+
+
+def _unit_vectors(encode_images: EncodeImages, pictures: Pixels) -> Floats:
+    return unit(np.asarray(encode_images(pictures), np.float32))
+
+
+def _pick(config: DedupConfig, copies: Mapping[str, Floats], others: Floats) -> Threshold:
+    """Choose the threshold on the even sampled pictures and measure it on the odd ones.
+
+    `copies` holds the cosines (S,) of each transformation, `others` those of the negative pairs.
+    """
     thresholds = STEPS if config.threshold is None else np.array([config.threshold])
-    positives, negatives = (
-        [np.concatenate([changed[half::2] for changed in copies.values()]) for half in (0, 1)],
-        [others[0::2], others[1::2]],
-    )
+    positives = [
+        np.concatenate([cosines[half::2] for cosines in copies.values()]) for half in (0, 1)
+    ]
+    negatives = [others[0::2], others[1::2]]
     right, wrong = (
         np.array([(cosines[None] >= thresholds[:, None]).sum(1) for cosines in kind])
         for kind in (positives, negatives)
     )
     precision = right / np.maximum(right + wrong, 1)  # (2 halves, T thresholds)
+    recall = right[1] / len(positives[1])
     good = np.flatnonzero((precision[0] >= config.precision) & (right[0] > 0))
     is_met = len(good) > 0 or config.threshold is not None
     at = int(good[0]) if len(good) else int(precision[0].argmax())
     threshold = float(thresholds[at])
-    recall = right[1] / len(positives[1])
-    return {
-        "threshold": round(threshold, 4) if is_met else None,
-        "precision": float(precision[1][at]),
-        "recall": float(recall[at]),
-        "copies": len(positives[1]),
-        "others": int((negatives[1] > -1).sum()),
-        "recall_of": {
+    return Threshold(
+        threshold=round(threshold, 4) if is_met else None,
+        precision=float(precision[1][at]),
+        recall=float(recall[at]),
+        copies=len(positives[1]),
+        others=int((negatives[1] > -1).sum()),
+        recall_of={
             name: float((cosines[1::2] >= threshold).mean()) for name, cosines in copies.items()
         },
-        "curve": [
+        curve=[
             [round(float(t), 4), float(p), float(r)]
             for t, p, r in zip(thresholds, precision[1], recall, strict=True)
         ],
-    }
+    )
 
 
-def hardest_others(
-    config: DedupConfig,
-    pairs: Pairs,
-    parts: Sequence[NDArray[Any]],
-    looks: Looks,
-    rows: Rows,
-    originals: Floats,
-) -> Floats:
-    """Return for each sampled row (S,) its best cosine with a picture of another concept that does
-    not look alike; -1 without any.
+def hardest_others(config: DedupConfig, inputs: Inputs, rows: Rows, originals: Floats) -> Floats:
+    """Return each sampled row's best cosine (S,) with a picture of another concept that does not
+    look alike; -1 where there is none. `originals` (S, D) are the unit vectors of the rows.
     """
+    pairs, looks = inputs.pairs, inputs.looks
     best = np.full(len(rows), -1, np.float32)
     for start in range(0, len(pairs.keys), CHUNK_ROWS):
         piece = np.arange(start, min(start + CHUNK_ROWS, len(pairs.keys)))
-        scores = originals @ unit(take(parts, piece)).T
+        scores = originals @ unit(take(inputs.parts, piece)).T
         for number, row in enumerate(rows):
             is_other = pairs.concepts[piece] != pairs.concepts[row]
-            near = piece[
-                is_other
-                & (
-                    np.bitwise_count(looks.hashes[piece] ^ looks.hashes[row])
-                    <= config.max_hash_bits
-                )
-            ]
+            bits = np.bitwise_count(looks.hashes[piece] ^ looks.hashes[row])
+            near = piece[is_other & (bits <= config.max_hash_bits)]
             apart = looks.thumbs[near].astype(np.float32) - looks.thumbs[row]
-            is_other[near[np.sqrt((apart * apart).mean((1, 2, 3))) <= config.max_rms] - start] = (
-                False
-            )
+            is_alike = np.sqrt((apart * apart).mean((1, 2, 3))) <= config.max_rms
+            is_other[near[is_alike] - start] = False
             best[number] = max(best[number], scores[number][is_other].max(initial=-1))
     return best
 
 
 def write_keepers(embed: Path, out: Path, is_keeper: NDArray[np.bool_]) -> None:
-    """Write the embed layout of the rows that stay (N,), in as many files, and keep.parquet."""
+    """Write the rows that stay (N,) in the embed layout, one file for each input file, and to
+    keep.parquet.
+    """
     for name in ("img_emb", "text_emb"):
         (out / name).mkdir()
         start = 0
@@ -396,8 +440,8 @@ def write_keepers(embed: Path, out: Path, is_keeper: NDArray[np.bool_]) -> None:
                         pa.array(is_keeper[start : start + batch.num_rows])
                     )
                     start += batch.num_rows
-                    for resource in (keep, writer):
-                        resource.write_table(keepers.select(EMBEDDED.names).cast(EMBEDDED))
+                    for parquet in (keep, writer):
+                        parquet.write_table(keepers.select(EMBEDDED.names).cast(EMBEDDED))
     facts = json.loads((embed / "facts.json").read_text())
     (out / "facts.json").write_text(json.dumps(facts | {"count": int(is_keeper.sum())}, indent=1))
 
@@ -405,8 +449,8 @@ def write_keepers(embed: Path, out: Path, is_keeper: NDArray[np.bool_]) -> None:
 def write_groups(
     pairs: Pairs, parts: Sequence[NDArray[Any]], keeper: Rows, reason: NDArray[np.int8], file: Path
 ) -> None:
-    """Write a row for each pair that goes: its key, the key that stays for it, why, and their
-    cosine.
+    """Write a row for each dropped pair: its key, the key that stays for it, the reason, and the
+    cosine of the two.
     """
     dropped_rows = np.flatnonzero(reason)
     with pq.ParquetWriter(file, GROUPS) as writer:
@@ -432,8 +476,9 @@ def show(
     titles: Sequence[str],
     file: Path,
 ) -> None:
-    """Draw the largest groups, each below its title: the picture that stays, then those that go for
-    it. `places` says where a row's is.
+    """Draw the largest groups, each below its title: the picture that stays, then its copies.
+
+    `locations` says for each row which shard holds its picture, and where.
     """
     if not copy_groups:
         return

@@ -1,10 +1,11 @@
-"""Deduplication: which pictures are copies of others, by their bytes, by their look and by what
-CLIP sees, and which copy stays.
+"""Deduplication: which pictures are copies of others, by their bytes, their look or their
+embedding, and which copy stays.
 
-Pure functions. Each returns `keeper` (N,): the row that stays for each row, its own number where it
-stays itself. A row goes only if it is near to a row that stays, never over a chain of likenesses.
-Rows are judged in a given `order`, the best first: what must stay (evaluation pictures, say), then
-what is worth more. Rows outside the order are left alone. Legend: N rows.
+Pure functions. Each returns `keeper` (N,): for each row the row that stays, its own number where it
+stays itself. A row is dropped only for a near row that stays; likeness is never followed over a
+chain of rows. Rows are judged in the order `order`, the best first: rows that must stay (for
+example evaluation pictures), then the more valuable ones. Rows outside the order do not change.
+Legend: N rows.
 """
 
 import itertools
@@ -20,13 +21,13 @@ from indexing.dedup.near_pairs import Mask, NearPairs, NearPictures, NearVectors
 
 BLOCK_ROWS = 8192
 MAX_BITS, MAX_RMS = 6, 12.0
-"""Pictures look alike when their hashes differ in at most so many of 64 bits and their small copies
-by at most so much of 255."""
+"""Pictures look alike when at most so many of their hashes' 64 bits differ and the root mean square
+difference of their small copies is at most so much (of 255)."""
 HASHED_PX, HASH_SIDE, THUMB_PX = 32, 8, 8
 
 
 def exact(contents: NDArray[Any], order: Rows) -> Rows:
-    """Group rows with equal contents (SHA-256 digests)."""
+    """Group rows with equal contents (SHA-256 digests, (N,))."""
     keeper = np.arange(len(contents))
     _, first, same = np.unique(contents[order], return_index=True, return_inverse=True)
     keeper[order] = order[first[same]]
@@ -40,8 +41,10 @@ def perceptual(
     max_bits: int = MAX_BITS,
     max_rms: float = MAX_RMS,
 ) -> Rows:
-    """Group pictures that look alike: pHash at most `max_bits` of 64 apart, 8 px copies at most
-    `max_rms` of 255 (see look_of).
+    """Group pictures that look alike (see look_of).
+
+    Their pHashes (N,) differ in at most `max_bits` of 64 bits, and the root mean square difference
+    of their 8 px copies (N, 8, 8, 3) is at most `max_rms`, of 255.
     """
     return _first_in_order(
         len(hashes), order, NearPictures(hashes, thumbs, max_bits, max_rms, order).earlier
@@ -49,9 +52,7 @@ def perceptual(
 
 
 def semantic(parts: Sequence[NDArray[Any]], threshold: float, order: Rows, seed: int = 0) -> Rows:
-    """Group embeddings ((n, D) parts, memory-mapped or not) with a cosine of at least the
-    threshold.
-    """
+    """Group embeddings, (n, D) parts, whose cosine is at least the threshold."""
     return _first_in_order(
         sum(len(part) for part in parts), order, NearVectors(parts, threshold, order, seed).earlier
     )
@@ -63,8 +64,8 @@ def keeper_rows(keeper: Rows) -> Rows:
 
 
 def groups(keeper: Rows) -> list[tuple[int, list[int]]]:
-    """Return (the row that stays, the rows that go for it) of every group with copies, the largest
-    groups first.
+    """Return (the row that stays, its copies) of every group with copies, the largest groups
+    first.
     """
     copies = np.flatnonzero(keeper != np.arange(len(keeper)))
     copies_of: dict[int, list[int]] = {}
@@ -76,8 +77,8 @@ def groups(keeper: Rows) -> list[tuple[int, list[int]]]:
 def look_of(picture: NDArray[np.uint8]) -> tuple[np.uint64, NDArray[np.uint8]]:
     """Return the 64-bit perceptual hash and the 8 px colour copy of an RGB picture (H, W, 3).
 
-    The hash is pHash: of the grey 32 px picture's cosine transform the 8 x 8 lowest frequencies,
-    each above their median or not.
+    The hash is pHash: a bit for each of the 8 x 8 lowest frequencies of the cosine transform of the
+    grey 32 px picture, set where the frequency is above their median.
     """
     small = cv2.resize(picture, (HASHED_PX, HASHED_PX), interpolation=cv2.INTER_AREA)
     grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
@@ -89,7 +90,7 @@ def look_of(picture: NDArray[np.uint8]) -> tuple[np.uint64, NDArray[np.uint8]]:
 def is_alike(
     left: tuple[np.uint64, NDArray[np.uint8]], right: tuple[np.uint64, NDArray[np.uint8]]
 ) -> bool:
-    """Say whether two pictures, as `look_of` sees them, look alike."""
+    """Return whether two pictures look alike, for two results of `look_of`."""
     apart = left[1].astype(np.float32) - right[1].astype(np.float32)
     return bool(
         np.bitwise_count(left[0] ^ right[0]) <= MAX_BITS
@@ -100,7 +101,7 @@ def is_alike(
 def _first_in_order(
     count: int, order: Rows, earlier: Callable[[int, int, Mask], NearPairs]
 ) -> Rows:
-    """Go through the rows in order; one that is near to a row kept so far goes, for the nearest of
+    """Go through the rows in order; drop a row that is near to one that stays, for the nearest of
     those.
     """
     keeper = np.arange(count)

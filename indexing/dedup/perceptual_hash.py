@@ -1,8 +1,8 @@
-"""What pictures look like to the eye, read from the shards once: a hash of each in memory, a small
-copy of each in a mapped file.
+"""Perceptual hashes and small copies of all pictures, and the training pictures that look like an
+evaluation picture.
 
-Decides which training pictures look like one that models are judged on. Reads tables with PLACE and
-ingest's shards. Memory: 8 bytes a picture; 192 more in the file. Legend: N pictures.
+Reads tables with the columns LOCATION, and ingest's shards once. Hashes are in memory, 8 bytes a
+picture; small copies are in a memory-mapped file, 192 bytes a picture. Legend: N pictures.
 """
 
 from collections.abc import Iterable
@@ -33,37 +33,38 @@ class Looks(NamedTuple):
 
 
 def look_at(batches: Iterable[pa.RecordBatch], shards: Path, file: Path) -> Looks:
-    """Look at the pictures of all rows; the small copies go to `file`. Raises DataError where one
-    cannot be read.
+    """Read the pictures of all rows and return their looks; the small copies go to `file`.
+
+    Raises DataError where a picture cannot be read or there is none.
     """
     hashes = [np.zeros(0, np.uint64)]
 
-    def seen(location: dict[str, Any]) -> tuple[np.uint64, NDArray[np.uint8]]:
+    def read_look(location: dict[str, Any]) -> tuple[np.uint64, NDArray[np.uint8]]:
         return look_of(read_picture(location, shards, LOOK_PX))
 
     with file.open("wb") as thumbs, ThreadPoolExecutor(READERS) as pool:
         for batch in batches:
-            looks = list(pool.map(seen, batch.select(LOCATION).to_pylist()))
+            looks = list(pool.map(read_look, batch.select(LOCATION).to_pylist()))
             hashes.append(np.array([hash_value for hash_value, _ in looks], np.uint64))
             thumbs.write(np.array([thumb for _, thumb in looks], np.uint8).tobytes())
     hashes_read = np.concatenate(hashes)
     if not len(hashes_read):
-        raise DataError(f"there is no picture to look at in {shards}")
+        raise DataError(f"{shards}: there is no picture to deduplicate")
     return Looks(
         hashes_read, np.memmap(file, np.uint8, "r", shape=(len(hashes_read), THUMB_PX, THUMB_PX, 3))
     )
 
 
 def like_evaluation(looks: Looks, is_train: NDArray[np.bool_]) -> Rows:
-    """Return for each training picture (N,) the evaluation picture that it looks most like, -1
-    where it looks like none.
+    """Return for each training picture (N,) the row of the evaluation picture that it looks most
+    like, -1 where it looks like none.
     """
     order = np.argsort(is_train, kind="stable")
-    judges = int(np.count_nonzero(~is_train))
+    evaluation_count = int(np.count_nonzero(~is_train))
     near = NearPictures(*looks, MAX_BITS, MAX_RMS, order)
-    stays = np.arange(len(order)) < judges
+    stays = np.arange(len(order)) < evaluation_count
     first_rows = np.full(len(order), -1, np.int64)
-    for start in range(judges, len(order), BLOCK_ROWS):
+    for start in range(evaluation_count, len(order), BLOCK_ROWS):
         pairs = near.earlier(start, min(start + BLOCK_ROWS, len(order)), stays)
         by_nearness = np.argsort(pairs.nearness, kind="stable")  # the nearest is written last
         first_rows[order[pairs.query[by_nearness]]] = order[pairs.member[by_nearness]]

@@ -1,8 +1,7 @@
-"""Figures with their 95 % intervals: a mean over samples that hang together in groups, and how sure
-one can be of it.
+"""Figures with 95 % bootstrap intervals: means and distances of samples that belong to groups.
 
-A figure is {"value", "low", "high", "n", "groups", ...}: n samples in so many independent groups.
-Drawings of one concept by several hands are no independent samples, so whole groups are resampled.
+A figure is {"value", "low", "high", "n", "groups", ...}: n samples in a number of independent
+groups. Several drawings of one concept are not independent samples, so whole groups are resampled.
 Legend: N samples, G groups, R resamples.
 """
 
@@ -13,14 +12,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Z_95 = 1.959964
+"""The 97.5th percentile of the standard normal distribution."""
 RESAMPLES_AT_ONCE = 256
 
 Figure = dict[str, Any]
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of n independent trials (Wilson 1927); it has a width at
-    0 and at 1 as well.
+    """Return the 95 % interval of a share of n independent trials (Wilson 1927); its width is
+    positive even for shares of 0 and 1.
     """
     middle = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
     half = Z_95 / (1 + Z_95**2 / n) * np.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
@@ -30,12 +30,12 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def mean_figure(
     values: ArrayLike, groups: ArrayLike, resamples: int, seed: int, **more: Any
 ) -> Figure:
-    """Return the mean of `values` (N,) with the bootstrap's 95 % interval over whole groups (N
-    labels); `more` joins the figure.
+    """Return the mean of `values` (N,) with its 95 % bootstrap interval over whole groups (N
+    labels); `more` is added to the figure.
 
-    Where all groups agree on 0 or 1, resampling them would give no width: then it is Wilson's
-    interval of as many trials as there are groups. No samples give a value of None; one group that
-    is not at 0 or 1 gives no interval.
+    Where all values are 0 or all are 1, resampling gives no width: the interval is then Wilson's,
+    with a trial for each group. Without samples the value is None. A single group has no interval
+    unless its values are all 0 or all 1.
     """
     numbers = np.asarray(values, np.float64)
     if not len(numbers):
@@ -58,19 +58,18 @@ def mean_figure(
 def class_mean_figure(
     hits: ArrayLike, classes: ArrayLike, groups: ArrayLike, resamples: int, seed: int, **more: Any
 ) -> Figure:
-    """Return the mean over classes of each class's share of `hits` (N,), so that a rare class
-    counts as much as a common one.
+    """Return the mean over classes of each class's share of `hits` (N,): a rare class counts as
+    much as a common one.
 
-    Interval as in mean_figure; a class that a resample misses is left out of that resample.
+    The interval is that of mean_figure; a resample without a class leaves that class out.
     """
     numbers = np.asarray(hits, np.float64)
     if not len(numbers):
         return {"value": None, "low": None, "high": None, "n": 0, "groups": 0, **more}
     _, label = np.unique(np.asarray(classes), return_inverse=True)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
-    pairs, pair = np.unique(
-        np.stack([group, label]), axis=1, return_inverse=True
-    )  # which groups hold which classes
+    # The (group, class) pairs that occur, and the pair of each sample.
+    pairs, pair = np.unique(np.stack([group, label]), axis=1, return_inverse=True)
     right, sizes = np.bincount(pair, numbers), np.bincount(pair).astype(np.float64)
 
     def mean_over_classes(times: NDArray[Any]) -> float:
@@ -96,47 +95,41 @@ def set_figure(
     seed: int,
     **more: Any,
 ) -> Figure:
-    """Return a distance between two sets with the bootstrap's 95 % interval; `distance(u, v)` takes
-    how often each sample counts.
+    """Return a distance between two sets with its 95 % bootstrap interval; `distance(u, v)` takes
+    the number of times that each sample counts (N,) and (M,).
 
-    Whole groups of the one set, N labels, are drawn, and of the other one its own, M labels; None
-    says that the sets belong together sample by sample (a caption's real picture and its drawing),
-    and are drawn together. Samples that stand in a set twice bring most distances nearer or further
-    by themselves, so the bounds are moved by as much as the resamples' mean lies off the value.
+    Whole groups are resampled: of the first set by N labels, of the other set by its own M labels.
+    `other_groups` = None means that the sets are paired sample by sample (a caption's real and
+    generated picture): both are then resampled together. Repeated samples bias most distances, so
+    the bounds are shifted by the difference of the value and the resamples' mean.
     """
-    sums_of, at = (
-        np.unique(np.asarray(group_list), return_inverse=True)[1]
-        if group_list is not None
-        else None
-        for group_list in (groups, other_groups)
-    )
-    assert sums_of is not None
-    count, n = int(sums_of.max()) + 1, len(sums_of)
-    value = distance(np.ones(n), np.ones(n if at is None else len(at)))
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    other_group = group
+    if other_groups is not None:
+        _, other_group = np.unique(np.asarray(other_groups), return_inverse=True)
+    n, count, other_count = len(group), int(group.max()) + 1, int(other_group.max()) + 1
+    value = distance(np.ones(n), np.ones(len(other_group)))
     low: float | None = None
     high: float | None = None
-    if min(count, int(at.max()) + 1 if at is not None else count) > 2:
-        drawn = np.concatenate(_resampled(count, resamples, seed)).astype(np.float64)
-        others = (
-            drawn
-            if at is None
-            else np.concatenate(_resampled(int(at.max()) + 1, resamples, seed + 1)).astype(
-                np.float64
-            )
-        )
-        means = np.array(
+    if min(count, other_count) > 2:
+        draws = np.concatenate(_resampled(count, resamples, seed)).astype(np.float64)
+        other_draws = draws
+        if other_groups is not None:
+            resampled = _resampled(other_count, resamples, seed + 1)
+            other_draws = np.concatenate(resampled).astype(np.float64)
+        distances = np.array(
             [
-                distance(u[sums_of], v[sums_of if at is None else at])
-                for u, v in zip(drawn, others, strict=True)
+                distance(u[group], v[other_group])
+                for u, v in zip(draws, other_draws, strict=True)
                 if min(np.count_nonzero(u), np.count_nonzero(v)) > 1
             ]
         )
-        low, high = _middle_95(means + (value - means.mean()))
+        low, high = _middle_95(distances + (value - distances.mean()))
     return {"value": value, "low": low, "high": high, "n": n, "groups": count, **more}
 
 
 def _resampled(count: int, resamples: int, seed: int) -> list[NDArray[np.float32]]:
-    """Return how often each group is drawn, (R, G) in several pieces."""
+    """Return how often each resample draws each group: (R, G) in pieces of RESAMPLES_AT_ONCE."""
     rng = np.random.default_rng(seed)
     even = np.full(count, 1 / count)
     pieces = [

@@ -1,8 +1,7 @@
-"""What can be said of generated pictures by numbers: whether they follow their prompts, and whether
-they copy training pictures.
+"""CLIP scores of generated pictures, and the training pictures that are nearest to them.
 
-Pure functions on arrays. Legend: P prompts, K pictures of each, N training pictures, M queries, D
-dimensions.
+Pure functions on arrays. Legend: P prompts, K pictures of each, N pictures, M queries, D
+dimensions, S side.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +15,9 @@ from indexing.metrics.bootstrap import Figure, mean_figure
 from indexing.metrics.zero_shot import ranks
 
 EncodeImages = Callable[[NDArray[np.uint8]], NDArray[Any]]
+"""Pictures (N, S, S, 3) RGB -> vectors (N, D)."""
 Generate = Callable[[list[str], int, int], NDArray[np.uint8]]
+"""(P prompts, K, seed) -> pictures (P, K, S, S, 3) RGB."""
 
 SCALE = 100
 AT_ONCE = 256
@@ -24,8 +25,9 @@ AT_ONCE = 256
 
 
 def encoded(encode: EncodeImages, pictures: NDArray[np.uint8], is_unit: bool = True) -> Floats:
-    """Return vectors (N, D) of pictures (N, S, S, 3), encoded AT_ONCE at a time and made unit
-    vectors unless told otherwise.
+    """Return vectors (N, D) of pictures (N, S, S, 3), encoded AT_ONCE at a time.
+
+    They are unit vectors unless `is_unit` is false.
     """
     pieces = [
         np.asarray(encode(pictures[start : start + AT_ONCE]), np.float32)
@@ -36,13 +38,12 @@ def encoded(encode: EncodeImages, pictures: NDArray[np.uint8], is_unit: bool = T
 
 
 def clip_scores(images: Floats, texts: Floats, resamples: int, seed: int) -> dict[str, Figure]:
-    """Return how well pictures (P, K, D) follow the prompts (P, D) that they were drawn from; all
-    unit vectors.
+    """Return how well pictures (P, K, D) follow their prompts (P, D); all are unit vectors.
 
-    `clip_score`: the mean of 100 max(cos, 0) with the own prompt (Hessel et al. 2021, without its
-    factor of 2.5). `mismatched`: the same with all other prompts, what an unrelated picture scores.
-    `own_prompt_first`: how often the own prompt scores highest of the P. Intervals resample
-    prompts. A single prompt has no other ones, so those two have no value then.
+    `clip_score`: the mean of 100 max(cos, 0) with the picture's prompt (Hessel et al. 2021, without
+    the factor of 2.5). `mismatched`: the same with all other prompts, as a baseline.
+    `own_prompt_first`: the share of pictures whose prompt scores highest of the P. Intervals
+    resample prompts. With a single prompt, the last two have no value.
     """
     prompts, count = images.shape[:2]
     cosines = np.einsum("pkd,qd->pkq", images, texts)  # (P, K, P)
@@ -67,8 +68,8 @@ def clip_scores(images: Floats, texts: Floats, resamples: int, seed: int) -> dic
 def pair_clip_score(
     images: Floats, texts: Floats, groups: Sequence[Any], resamples: int, seed: int
 ) -> Figure:
-    """Return the mean of 100 max(cos, 0) of real pictures (N, D) with their captions (N, D): what a
-    faithful sample would score.
+    """Return the mean of 100 max(cos, 0) of real pictures (N, D) with their captions (N, D), to
+    compare generated pictures with.
     """
     return mean_figure(
         SCALE * np.maximum(np.einsum("nd,nd->n", images, texts), 0),
@@ -80,8 +81,9 @@ def pair_clip_score(
 
 
 def nearest_by_embedding(queries: Floats, gallery: Iterable[Floats]) -> tuple[Floats, Rows]:
-    """Return the cosine and the row of the nearest of all gallery vectors, given in pieces (·, D),
-    for each query (M, D).
+    """Return the cosine (M,) and the row (M,) of the nearest gallery vector of each query (M, D).
+
+    The gallery comes in pieces (n, D). The row is -1 where it is empty.
     """
     best = np.full(len(queries), -np.inf, np.float32)
     row = np.full(len(queries), -1, np.int64)
@@ -100,8 +102,10 @@ def nearest_by_embedding(queries: Floats, gallery: Iterable[Floats]) -> tuple[Fl
 def nearest_by_pixels(
     queries: NDArray[np.uint8], gallery: Iterable[NDArray[np.uint8]]
 ) -> tuple[Floats, Rows]:
-    """Return the root mean square difference (0 to 255) and the row of the nearest gallery picture
-    for each query, all (·, S, S, 3).
+    """Return the root mean square difference (M,), 0 to 255, and the row (M,) of the nearest
+    gallery picture of each query (M, S, S, 3).
+
+    The gallery comes in pieces (n, S, S, 3). The row is -1 where it is empty.
     """
     flat = queries.reshape(len(queries), -1).astype(np.float32)
     squares = (flat * flat).sum(1)
@@ -111,12 +115,12 @@ def nearest_by_pixels(
     for piece in gallery:
         if len(piece):
             other = piece.reshape(len(piece), -1).astype(np.float32)
-            distance = (
-                squares[:, None] + (other * other).sum(1) - 2 * flat @ other.T
-            )  # (M, piece), squared
+            # Squared distances (M, n).
+            distance = squares[:, None] + (other * other).sum(1) - 2 * flat @ other.T
             nearest = distance.argmin(1)
-            value = distance[np.arange(len(queries)), nearest]
-            is_better = value < best
-            best[is_better], row[is_better] = value[is_better], start + nearest[is_better]
+            nearest_distance = distance[np.arange(len(queries)), nearest]
+            is_better = nearest_distance < best
+            best[is_better] = nearest_distance[is_better]
+            row[is_better] = start + nearest[is_better]
         start += len(piece)
     return np.sqrt(np.maximum(best, 0) / flat.shape[1], dtype=np.float32), row

@@ -1,5 +1,5 @@
-"""A linear probe on frozen features: multinomial logistic regression, its regularisation swept, and
-few-shot curves (CLIP, section 3.2).
+"""Linear probes on frozen features: multinomial logistic regression, a sweep of its regularisation,
+and few-shot subsets (CLIP, section 3.2).
 
 Pure functions on arrays. Legend: N samples, D dimensions, C classes.
 """
@@ -13,16 +13,18 @@ from scipy.optimize import minimize
 from indexing.data.embedding_store import Floats
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Strengths of L2 regularisation to choose from."""
 ITERATIONS = 100
+"""Maximum number of L-BFGS iterations."""
 
 
 def standardised(train: Floats, *others: Floats) -> list[Floats]:
-    """Return features with the training ones' mean 0 and, in all dimensions together, variance 1,
-    rotated into the span of those.
+    """Return training features (N, D) and other features, shifted and scaled so that the training
+    ones have mean 0 and, over all dimensions together, variance 1.
 
-    The rotation changes no probe: an L2-penalised one has no weight outside the span of what it
-    saw. With fewer pictures than dimensions, as in few-shot probes, it makes a fit many times
-    cheaper.
+    With fewer samples than dimensions, as in few-shot probes, the features are also projected onto
+    the span of the training ones. That makes a fit many times cheaper and changes no probe, because
+    an L2-penalised probe has no weight outside that span.
     """
     mean = train.mean(0)
     scale = float(np.sqrt(((train - mean) ** 2).mean())) or 1.0
@@ -37,12 +39,12 @@ def standardised(train: Floats, *others: Floats) -> list[Floats]:
 def fit(
     features: Floats, labels: NDArray[np.int64], classes: int, penalty: float
 ) -> NDArray[np.float64]:
-    """Return weights (D + 1, C), the last row the bias: mean cross-entropy + penalty / 2 |W|^2,
-    minimised by L-BFGS; the bias is free.
+    """Return the weights (D + 1, C), whose last row is the bias.
+
+    L-BFGS minimises the mean cross-entropy + penalty / 2 |W|^2; the bias is not penalised.
     """
-    x = np.concatenate([features, np.ones((len(features), 1), np.float32)], 1).astype(
-        np.float64
-    )  # (N, D + 1)
+    ones = np.ones((len(features), 1), np.float32)
+    x = np.concatenate([features, ones], 1).astype(np.float64)  # (N, D + 1)
     target = np.eye(classes)[labels]
 
     def loss(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
@@ -51,9 +53,8 @@ def fit(
         logits -= logits.max(1, keepdims=True)
         exp = np.exp(logits)
         total = exp.sum(1, keepdims=True)
-        value = float(
-            (np.log(total[:, 0]) - (logits * target).sum(1)).mean()
-        ) + penalty / 2 * float((weights[:-1] ** 2).sum())
+        cross_entropy = float((np.log(total[:, 0]) - (logits * target).sum(1)).mean())
+        value = cross_entropy + penalty / 2 * float((weights[:-1] ** 2).sum())
         gradient = x.T @ (exp / total - target) / len(x)
         gradient[:-1] += penalty * weights[:-1]
         return value, gradient.ravel()
@@ -69,30 +70,25 @@ def fit(
 
 
 def predict(features: Floats, weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the likeliest class of each row (N,)."""
+    """Return the most likely class (N,) of each row."""
     return np.asarray((features @ weights[:-1] + weights[-1]).argmax(1), np.int64)
 
 
 def sweep(features: Floats, labels: NDArray[np.int64], classes: int, seed: int) -> float:
-    """Return the penalty that does best on a fifth held back, of equals the strongest."""
+    """Return the penalty with the best accuracy on a held-out fifth; of equals the strongest."""
     order = np.random.default_rng(seed).permutation(len(labels))
-    held = max(1, len(order) // 5)
-    train, judged = order[held:], order[:held]
-    accuracy = [
-        float(
-            (
-                predict(features[judged], fit(features[train], labels[train], classes, p))
-                == labels[judged]
-            ).mean()
-        )
-        for p in PENALTIES
-    ]
+    held_out = max(1, len(order) // 5)
+    train, judged = order[held_out:], order[:held_out]
+    accuracy = []
+    for penalty in PENALTIES:
+        weights = fit(features[train], labels[train], classes, penalty)
+        accuracy.append(float((predict(features[judged], weights) == labels[judged]).mean()))
     return max(zip(accuracy, PENALTIES, strict=True))[1]
 
 
 def halves(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the rows to train on and those to judge, half of each class to either; a class of one
-    is judged only.
+    """Return the rows to train on and the rows to judge, half of each class each; the only row of a
+    class is judged.
     """
     rng = np.random.default_rng(seed)
     train: list[int] = []
@@ -105,16 +101,12 @@ def halves(labels: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDA
 
 
 def few(labels: NDArray[np.int64], shots: int, seed: int) -> NDArray[np.int64]:
-    """Return rows with at most so many of each class, drawn by the seed."""
+    """Return at most `shots` random rows of each class."""
     rng = np.random.default_rng(seed)
-    return np.sort(
-        np.concatenate(
-            [
-                rng.permutation(np.flatnonzero(labels == label))[:shots]
-                for label in np.unique(labels)
-            ]
-        )
-    )
+    class_rows = [
+        rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels)
+    ]
+    return np.sort(np.concatenate(class_rows))
 
 
 def right(
@@ -125,7 +117,7 @@ def right(
     classes: int,
     penalty: float,
 ) -> NDArray[np.bool_]:
-    """Return which of the judged rows a probe trained on the others names rightly."""
+    """Return which judged rows a probe classifies correctly that is trained on the rows `train`."""
     train_features, others = standardised(features[train], features[judged])
     return np.asarray(
         predict(others, fit(train_features, labels[train], classes, penalty)) == labels[judged]

@@ -1,14 +1,14 @@
-"""Retrieval both ways: how often the right caption is among a picture's k nearest, and the right
-picture among a caption's.
+"""Retrieval in both directions: how often the right caption is among a picture's k nearest, and
+the right picture among a caption's.
 
-Pictures and captions are told apart by what they are: a caption that stands on several pictures is
-one caption with several right answers, and equal pictures are one picture. Pure functions on unit
-vectors; texts are embedded by a callable. Legend: N pairs, P pictures, Q captions, R right answers
-(picture and caption), D dimensions.
+Equal captions of several pictures are one caption with several right answers, and equal pictures
+are one picture. Pure functions on unit vectors; a callable embeds the texts. Legend: N pairs of a
+picture and a caption, B distinct queries, D dimensions.
 """
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,19 @@ from indexing.metrics.zero_shot import EncodeTexts
 
 DEPTHS = (1, 5, 10)
 SAME_SCORE = 1e-6
-"""A wrong answer that scores within this of the best right one stands before it."""
+"""A wrong answer ranks before the best right one unless it scores lower by more than this."""
 QUERIES_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Distinct pictures or captions: their vectors (B, D), the number of each one in every pair
+    (N,), and the group of each (B).
+    """
+
+    vectors: Floats
+    number_of: NDArray[np.int64]
+    groups: Sequence[Hashable]
 
 
 def retrieval(
@@ -29,7 +40,7 @@ def retrieval(
     texts: Floats,
     pictures: Sequence[Hashable],
     captions: Sequence[str],
-    groups: Sequence[Any],
+    groups: Sequence[Hashable],
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -37,22 +48,14 @@ def retrieval(
     N pairs.
 
     Pair i is the picture `pictures[i]` (an id; equal ids are one picture) with embedding images[i]
-    (N, D), and the caption captions[i] with texts[i] (N, D). A picture with many captions stands in
-    many pairs. `groups[i]` names what hangs together (the concept).
+    (N, D), and the caption captions[i] with texts[i] (N, D). A picture with many captions is in
+    many pairs. `groups[i]` is the label that intervals resample by (the concept).
     """
     picture_of, first_picture = _distinct(pictures)
     caption_of, first_caption = _distinct(captions)
-    named = ([groups[i] for i in first_picture], [groups[i] for i in first_caption])
-    return _both_ways(
-        images[first_picture],
-        texts[first_caption],
-        picture_of,
-        caption_of,
-        named,
-        len(captions),
-        resamples,
-        seed,
-    )
+    picture_side = _Side(images[first_picture], picture_of, [groups[i] for i in first_picture])
+    caption_side = _Side(texts[first_caption], caption_of, [groups[i] for i in first_caption])
+    return _both_ways(picture_side, caption_side, resamples, seed)
 
 
 def retrieval_of_all(
@@ -60,62 +63,43 @@ def retrieval_of_all(
     pictures: Sequence[Hashable],
     captions: Sequence[Sequence[str]],
     encode_texts: EncodeTexts,
-    groups: Sequence[Any],
+    groups: Sequence[Hashable],
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Return the same with all captions of each of N pictures, as COCO's figures are counted (5
-    captions a picture there).
+    """Return the same for all captions of each of N pictures, as COCO's figures are computed (with
+    5 captions for each picture).
 
-    A picture is found right where any of its captions is among the k nearest; every caption asks
-    for its picture.
+    A picture counts as a hit where any of its captions is among the k nearest; every caption is a
+    query for its picture.
     """
-    of = [number for number, captions_of in enumerate(captions) for _ in captions_of]
-    all_captions = [caption for captions_of in captions for caption in captions_of]
-    picture_of, first_picture = _distinct([pictures[number] for number in of])
+    row_of = [row for row, own_captions in enumerate(captions) for _ in own_captions]
+    all_captions = [caption for own_captions in captions for caption in own_captions]
+    picture_of, first_picture = _distinct([pictures[row] for row in row_of])
     caption_of, first_caption = _distinct(all_captions)
     texts = unit(np.asarray(encode_texts([all_captions[i] for i in first_caption]), np.float32))
-    named = ([groups[of[i]] for i in first_picture], [groups[of[i]] for i in first_caption])
-    return _both_ways(
-        images[[of[i] for i in first_picture]],
-        texts,
-        picture_of,
-        caption_of,
-        named,
-        len(all_captions),
-        resamples,
-        seed,
-    )
+    picture_rows = [row_of[i] for i in first_picture]
+    picture_side = _Side(images[picture_rows], picture_of, [groups[row] for row in picture_rows])
+    caption_side = _Side(texts, caption_of, [groups[row_of[i]] for i in first_caption])
+    return _both_ways(picture_side, caption_side, resamples, seed)
 
 
-def _both_ways(
-    images: Floats,
-    texts: Floats,
-    picture_of: NDArray[np.int64],
-    caption_of: NDArray[np.int64],
-    groups: tuple[Sequence[Any], Sequence[Any]],
-    n: int,
-    resamples: int,
-    seed: int,
-) -> dict[str, Any]:
+def _both_ways(pictures: _Side, captions: _Side, resamples: int, seed: int) -> dict[str, Any]:
     return {
-        "n": n,
-        "pictures": len(images),
-        "captions": len(texts),
-        "image_to_text": _one_way(
-            images, texts, picture_of, caption_of, groups[0], resamples, seed
-        ),
-        "text_to_image": _one_way(
-            texts, images, caption_of, picture_of, groups[1], resamples, seed
-        ),
+        "n": len(pictures.number_of),
+        "pictures": len(pictures.vectors),
+        "captions": len(captions.vectors),
+        "image_to_text": _one_way(pictures, captions, resamples, seed),
+        "text_to_image": _one_way(captions, pictures, resamples, seed),
     }
 
 
 def right_ranks(
     queries: Floats, gallery: Floats, query_of: NDArray[np.int64], answer_of: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return how many wrong answers stand before the best right one for each query, (B,); right is
-    answer_of[r] for query_of[r], (R,).
+    """Return how many wrong answers rank before the best right one, for each query (B,).
+
+    Pair i says that gallery row answer_of[i] is right for query query_of[i]; both are (N,).
     """
     rank_parts = []
     order = np.argsort(query_of, kind="stable")
@@ -131,44 +115,37 @@ def right_ranks(
 
 
 def chance_of_hit(right: int, size: int, k: int) -> float:
-    """Return how likely k different answers drawn out of `size` hold one of the `right` ones
-    (hypergeometric).
+    """Return the probability that k distinct random answers of `size` contain one of the `right`
+    ones (hypergeometric).
     """
     return 1 - math.comb(size - right, k) / math.comb(size, k) if k < size else 1.0
 
 
-def _distinct(things: Sequence[Hashable]) -> tuple[NDArray[np.int64], list[int]]:
-    """Number equal things alike in order of appearance; return the numbers and where each stands
-    first.
+def _distinct(values: Sequence[Hashable]) -> tuple[NDArray[np.int64], list[int]]:
+    """Number distinct values in order of appearance; return the number of each value (N,), and the
+    position of the first of each.
     """
     numbers: dict[Hashable, int] = {}
     first: list[int] = []
-    for number, thing in enumerate(things):
-        if thing not in numbers:
-            numbers[thing] = len(first)
-            first.append(number)
-    return np.array([numbers[thing] for thing in things], np.int64), first
+    for position, value in enumerate(values):
+        if value not in numbers:
+            numbers[value] = len(first)
+            first.append(position)
+    return np.array([numbers[value] for value in values], np.int64), first
 
 
-def _one_way(
-    queries: Floats,
-    gallery: Floats,
-    query_of: NDArray[np.int64],
-    answer_of: NDArray[np.int64],
-    groups: Sequence[Any],
-    resamples: int,
-    seed: int,
-) -> dict[str, Any]:
-    ranks_right = right_ranks(queries, gallery, query_of, answer_of)
-    answers = np.bincount(
-        np.unique(np.stack([query_of, answer_of]), axis=1)[0], minlength=len(queries)
-    )  # a pair may stand there twice
-    rights, times = np.unique(answers, return_counts=True)
+def _one_way(queries: _Side, gallery: _Side, resamples: int, seed: int) -> dict[str, Any]:
+    """Return recall@k for every depth, with `queries` as queries into `gallery`."""
+    ranks = right_ranks(queries.vectors, gallery.vectors, queries.number_of, gallery.number_of)
+    # A pair may occur twice.
+    distinct_pairs = np.unique(np.stack([queries.number_of, gallery.number_of]), axis=1)
+    answers = np.bincount(distinct_pairs[0], minlength=len(queries.vectors))
+    answer_counts, times = np.unique(answers, return_counts=True)
     figures = {}
     for k in DEPTHS:
-        chances = [chance_of_hit(int(right), len(gallery), k) for right in rights]
+        chances = [chance_of_hit(int(right), len(gallery.vectors), k) for right in answer_counts]
         chance = float(np.average(chances, weights=times)) if chances else None
         figures[f"recall@{k}"] = mean_figure(
-            ranks_right < k, groups, resamples, seed, chance=chance
+            ranks < k, queries.groups, resamples, seed, chance=chance
         )
     return figures

@@ -1,9 +1,9 @@
-"""Zero-shot classification: the class whose words lie nearest to the picture's embedding (Radford
+"""Zero-shot classification: a picture's class is the one whose text embedding is nearest (Radford
 et al. 2021, section 3.1).
 
-A class is asked for by its own name in several templates, or by the names of what belongs to it.
-Pure functions on unit vectors; texts are embedded by a callable. Legend: N pictures, C classes, T
-templates, M members of classes, D dimensions.
+A class is described by its name in several templates, or by the names of its members. Pure
+functions on unit vectors; a callable embeds the texts. Legend: N pictures, C classes, T templates,
+M members of classes, D dimensions.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,21 +16,22 @@ from indexing.data.embedding_store import Floats, unit
 from indexing.metrics.bootstrap import class_mean_figure, mean_figure
 
 EncodeTexts = Callable[[list[str]], NDArray[Any]]
+"""N texts -> vectors (N, D)."""
 
 DEPTHS = (1, 5)
 SAME_SCORE = 1e-6
-"""A class that scores within this of the right one stands before it: an embedding that tells
-nothing apart gets nothing right."""
+"""A wrong class ranks before the right one unless it scores lower by more than this, so that an
+embedding that is equal for all classes is never right."""
 PICTURES_AT_ONCE = 1024
 LISTED_CLASSES = 128
-"""Up to as many classes are listed one by one."""
+"""Maximum number of classes that are listed one by one."""
 
 
 def class_embeddings(
     encode_texts: EncodeTexts, names: Sequence[str], templates: Sequence[str]
 ) -> Floats:
-    """Embed every name in every template (with one `{}`), normalise, average over templates,
-    normalise: (C, D).
+    """Return the class embeddings (C, D): every name in every template (each with one `{}`) is
+    embedded and normalised; the mean over templates is normalised again.
     """
     prompts = [template.replace("{}", name) for name in names for template in templates]
     vectors = unit(np.asarray(encode_texts(prompts), np.float32))  # (C * T, D)
@@ -40,11 +41,11 @@ def class_embeddings(
 def member_scores(
     images: Floats, members: Floats, class_of: NDArray[np.int64], count: int
 ) -> Floats:
-    """Return each class's score (N, C) as that of its best member: texts (M, D) of the classes
-    `class_of` (M,), C = `count`.
+    """Return each class's score (N, C), that of its best member; `members` (M, D) belong to the
+    classes `class_of` (M,), and C is `count`.
 
-    Words such as "objects" say little about a picture, the names of objects do (Novack et al. 2023,
-    CHiLS). A class without members scores -1.
+    The names of objects describe a picture better than a word such as "objects" (Novack et al.
+    2023, CHiLS). A class without members scores -1.
     """
     order = np.argsort(class_of, kind="stable")
     present, starts = np.unique(class_of[order], return_index=True)
@@ -58,11 +59,11 @@ def member_scores(
 
 
 def ranks(scores: Floats, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return how many classes stand before the right one, (N,), for scores (N, C); a tie stands
-    before it.
+    """Return how many classes rank before the right one (N,), for scores (N, C); ties rank before
+    it.
     """
     label_score = np.take_along_axis(scores, labels[:, None], axis=1)
-    return (scores >= label_score - SAME_SCORE).sum(1) - 1  # the right one itself is among them
+    return (scores >= label_score - SAME_SCORE).sum(1) - 1  # less the right class itself
 
 
 def score(
@@ -76,9 +77,10 @@ def score(
     """Return top-1, top-5 and the mean per class for class scores (N, C) and right classes `labels`
     (N,), with 95 % intervals.
 
-    `groups` (N) names what hangs together, as in indexing.metrics.bootstrap. `chance` is a uniform
-    guess among all classes, `majority` always saying the class that is most frequent in these very
-    pictures. `per_class` lists classes with pictures, when there are not too many.
+    `groups` (N) are the labels that indexing.metrics.bootstrap resamples. `chance` is the accuracy
+    of a uniform guess among all classes, `majority` that of always answering the most frequent
+    class of these pictures. `per_class` lists the classes that have pictures, where there are at
+    most LISTED_CLASSES classes.
     """
     right = np.asarray(labels, np.int64)
     count = len(names)
@@ -86,9 +88,9 @@ def score(
     rank = ranks(scores, right)
     figures: dict[str, Any] = {"n": len(right), "classes": count}
     for depth in DEPTHS:
-        more = {"chance": min(depth, count) / count} | (
-            {"majority": majority} if depth == 1 else {}
-        )
+        more = {"chance": min(depth, count) / count}
+        if depth == 1:
+            more["majority"] = majority
         figures[f"top_{depth}"] = mean_figure(rank < depth, groups, resamples, seed, **more)
     figures["mean_per_class"] = class_mean_figure(
         rank < 1, right, groups, resamples, seed, chance=1 / count

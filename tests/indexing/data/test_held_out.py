@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from indexing.data.held_out import (
     licences,
@@ -12,8 +11,7 @@ from indexing.data.held_out import (
     seen_in_training,
     trained_captions,
 )
-from infra.errors import DataError
-from tests.helpers.evaluation_run import DIM, direction, row, usual_rows, write_run
+from tests.helpers.evaluation_run import direction, row, usual_rows, write_run
 
 HELD_OUT = ("held_out_concept", "held_out_style")
 
@@ -118,10 +116,3 @@ def test_licences_are_counted(tmp_path: Path) -> None:
         ],
     )
     assert licences(open_embedded(tmp_path / "embed")) == {"B": 2, "not stated": 1}
-
-
-def test_vectors_without_their_metadata_are_refused(tmp_path: Path) -> None:
-    write_run(tmp_path, usual_rows())
-    np.save(tmp_path / "embed" / "img_emb" / "img_emb_0000.npy", np.ones((3, DIM), np.float16))
-    with pytest.raises(DataError, match=r"facts\.json"):
-        open_embedded(tmp_path / "embed")
