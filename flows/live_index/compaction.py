@@ -92,7 +92,7 @@ def _replace(root: Root, committed: Committed, removals: Removals) -> int:
     if committed.stage == "curate":
         record_lineage(root, committed, removals)
     with writing_folder(root.scratch, f"{committed.stage}-{committed.key}-compact") as out:
-        count = WAYS[committed.stage](committed.local(), out, removals, committed)
+        count = COMPACTORS[committed.stage](committed.local(), out, removals, committed)
         manifest = committed.manifest
         fields = {name: value for name, value in manifest.items() if name not in COMMIT_FIELDS}
         facts = cast(StageFacts, fields)
@@ -117,7 +117,7 @@ def _agree(root: Root) -> None:
         digests = dict(committed.manifest.get("input_digests", {}))
         for stage, key in committed.manifest["inputs"].items():
             now = manifests.find(root, stage, key)
-            is_same = committed.stage in WAYS or stage == "ingest"
+            is_same = committed.stage in COMPACTORS or stage == "ingest"
             if (
                 now is not None
                 and is_same
@@ -254,7 +254,7 @@ def _addition(folder: Path, out: Path, removals: Removals, committed: Committed)
     return count
 
 
-WAYS: dict[str, Callable[[Path, Path, Removals, Committed], int]] = {
+COMPACTORS: dict[str, Callable[[Path, Path, Removals, Committed], int]] = {
     "ingest": _ingest,
     "curate": _curate,
     "embed": _embed,

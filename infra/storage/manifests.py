@@ -1,10 +1,10 @@
 """Committed stage folders: content keys, manifests, and the commit that makes a folder exist.
 
-`ROOT/<stage>/<key>/` exists once its `manifest.json` does. In a local ROOT the whole folder is made
-aside, synced and renamed into place; in an object store the files go below an attempt's own prefix,
-which the manifest names, and the manifest is put last and only if there is none. One that replaces
-another is exchanged for it in one step, there too. Readers go through `Committed.local()` and never
-join paths by hand. Knows nothing of what the stages do.
+`ROOT/<stage>/<key>/` exists once its `manifest.json` does. In a local ROOT the whole folder is
+written to a temporary folder, synced and renamed into place. In an object store the files go below
+an attempt's own prefix, which the manifest names, and the manifest is put last and only if there is
+none. A replacement takes effect in one step in both. Readers use `Committed.local()` and never join
+paths by hand. Knows nothing of what the stages do.
 """
 
 import ctypes
@@ -119,7 +119,7 @@ class Manifest(StageFacts):
 
 @dataclass(frozen=True)
 class Committed:
-    """One committed folder of a stage; reading it never waits for a writer."""
+    """A committed folder of a stage; reading it never waits for a writer."""
 
     root: Root
     stage: str
@@ -128,12 +128,12 @@ class Committed:
 
     @property
     def uri(self) -> str:
-        """Where the folder is, for people and outside tools."""
+        """The folder's location for people and outside tools."""
         return store.uri_of(self.root, self.path)
 
     @property
     def path(self) -> str:
-        """Where the folder is below ROOT."""
+        """The location of the files, relative to ROOT."""
         return f"{self.stage}/{self.key}/{self.manifest['prefix']}".rstrip("/")
 
     @property
@@ -142,23 +142,22 @@ class Committed:
         return str(self.manifest["digest"])
 
     def local(self) -> Path:
-        """Return a local folder with the files: the folder itself, or a download that is checked
-        and kept in the scratch folder.
+        """Return a local folder with the files: the folder itself, or a checked download.
 
-        Raises DataError where a download does not match the manifest.
+        The download stays in the scratch folder. Raises DataError if it does not match the
+        manifest.
         """
         if self.root.folder:
             return self.root.folder / self.stage / self.key
         cache_folder = downloads(self.root, self.stage) / f"{self.key}-{self.digest[:8]}"
         if not cache_folder.is_dir():
-            self._keep(cache_folder, self.manifest["files"])
+            self._cache(cache_folder, self.manifest["files"])
         return cache_folder
 
     def files(self, pattern: str) -> list[Path]:
-        """Return local copies of the files whose path matches a glob, sorted; of a store, no other
-        file is downloaded for them.
+        """Return local copies of the files whose path matches a glob, sorted.
 
-        Raises DataError as `local` does.
+        From a store only these files are downloaded. Raises DataError as `local` does.
         """
         whole = downloads(self.root, self.stage) / f"{self.key}-{self.digest[:8]}"
         if self.root.folder or whole.is_dir():
@@ -172,11 +171,11 @@ class Committed:
             f"{whole.name}-{hashlib.sha256(pattern.encode()).hexdigest()[:8]}"
         )
         if not part_folder.is_dir():
-            self._keep(part_folder, chosen)
+            self._cache(part_folder, chosen)
         return [part_folder / path for path in sorted(file["path"] for file in chosen)]
 
-    def _keep(self, cache_folder: Path, files: list[ManifestFile]) -> None:
-        """Download files of this folder into `kept`, which appears when it is whole."""
+    def _cache(self, cache_folder: Path, files: list[ManifestFile]) -> None:
+        """Download files of this folder into `cache_folder`, which appears when it is complete."""
         with (
             store.one_line_errors(cache_folder),
             writing_folder(
@@ -212,8 +211,9 @@ class Committed:
         (folder / MANIFEST).write_bytes(store.json_bytes(self.manifest))
 
     def _download_one(self, file: ManifestFile, folder: Path, tell: Callable[[int], None]) -> str:
-        """Download a file, again where it arrives otherwise than the manifest says; return what is
-        wrong with it at last, or "".
+        """Download a file, up to DOWNLOAD_TRIES times while it does not match the manifest.
+
+        Returns what is wrong with the last download, or "".
         """
         wrong: list[str] = []
         for _ in range(DOWNLOAD_TRIES):
@@ -226,15 +226,14 @@ class Committed:
 
 
 def downloads(root: Root, stage: str) -> Path:
-    """Return where downloads of a stage's folders lie on this machine, for a ROOT that is not
-    local.
-    """
+    """Return the folder of this machine's downloads of a stage, for a ROOT that is not local."""
     return root.scratch / "cache" / stage
 
 
 def forget_downloads(root: Root) -> None:
-    """Remove this machine's downloads of folders that are no longer committed, or not as they were;
-    those that are being read stay.
+    """Remove this machine's downloads of folders that were removed or changed.
+
+    Downloads that are being read stay.
     """
     stages = downloads(root, "")
     if root.folder or not stages.is_dir():
@@ -251,23 +250,22 @@ def forget_downloads(root: Root) -> None:
 def content_key(
     stage: str, version: int, sections: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> str:
-    """Return 16 hex digits that name what a stage makes: a hash of its name, code version, config
-    sections and the keys of its inputs.
+    """Return the content key of a stage's output, 16 hex digits.
+
+    It is a hash of the stage's name, code version, config sections and the keys of its inputs.
     """
     what = {"stage": stage, "version": version, "sections": dict(sections), "inputs": dict(inputs)}
     return hashlib.sha256(store.json_bytes(what)).hexdigest()[:16]
 
 
 def find(root: Root, stage: str, key: str) -> Committed | None:
-    """Return the committed folder of that key, or None; a folder without a manifest does not
-    exist.
-    """
+    """Return the committed folder of a key, or None if there is no manifest."""
     manifest = store.read_json(root, f"{stage}/{key}/{MANIFEST}")
     return Committed(root, stage, key, manifest) if manifest is not None else None
 
 
 def newest(root: Root, stage: str) -> Committed | None:
-    """Return the folder of a stage that was committed last, under whatever key, or None."""
+    """Return the folder of a stage that was committed last, under any key, or None."""
     committed = (find(root, stage, key) for key in store.list_names(root, stage))
     return max(
         (entry for entry in committed if entry),
@@ -277,8 +275,9 @@ def newest(root: Root, stage: str) -> Committed | None:
 
 
 def damage(committed: Committed) -> str:
-    """Return the first file that is missing or has another size than the manifest says, or "";
-    reads no contents.
+    """Return what is wrong with the first file that is missing or has the wrong size, or "".
+
+    Reads no contents.
     """
     sizes = store.file_sizes(committed.root, committed.path)
     for file in committed.manifest["files"]:
@@ -290,8 +289,9 @@ def damage(committed: Committed) -> str:
 
 
 def verify(committed: Committed) -> list[str]:
-    """Read every file of a folder and return what differs from the manifest's sizes and checksums;
-    an empty list is good.
+    """Read every file of a folder; return the differences from the manifest's sizes and checksums.
+
+    The list is empty if there are none.
     """
     folder = committed.root.folder
     if folder:
@@ -304,8 +304,9 @@ def verify(committed: Committed) -> list[str]:
 
 
 def _is_stored(committed: Committed, file: ManifestFile) -> bool:
-    """Read a file from a store and say whether it is what the manifest says; a byte that only the
-    network turned gets another try.
+    """Read a file from a store and return whether its checksum is the manifest's.
+
+    A difference is read again, because the network may have flipped a byte.
     """
     name = f"{committed.path}/{file['path']}"
     return any(
@@ -327,7 +328,7 @@ def _differences(folder: Path, files: list[ManifestFile]) -> list[str]:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a local file, in hexadecimal, read piece by piece."""
+    """Return the SHA-256 of a local file in hexadecimal; reads it in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -344,7 +345,7 @@ def package_versions() -> dict[str, str]:
 
 
 def now() -> str:
-    """Return the time in UTC, sortable as text, to the microsecond."""
+    """Return the time in UTC to the microsecond, sortable as text."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
@@ -356,11 +357,10 @@ def commit(
     facts: StageFacts,
     replaces: str | None = None,
 ) -> Committed:
-    """Make the files in `out` the committed folder of `stage` and `key`, and return it.
+    """Commit the files in `out` as the folder of `stage` and `key`, and return it.
 
-    `facts` are the manifest's own part (config, input keys, counts, times). Where a folder of that
-    key is committed already it stays and is returned, unless its attempt is the one in `replaces`
-    (a damaged folder). `out` is gone afterwards. Raises StorageError.
+    A folder that is already committed under that key stays and is returned, unless its attempt is
+    `replaces` (a damaged folder). Removes `out`. Raises StorageError.
     """
     with store.one_line_errors(out):
         files: list[ManifestFile] = [
@@ -412,10 +412,8 @@ def _commit_by_rename(
                 return existing
             if _exchange(out, target):
                 before = _attempt_in(out)
-                if before not in (
-                    None,
-                    replaces,
-                ):  # another machine's repair was first, and what it made stays
+                # Another machine's repair was first: its folder stays.
+                if before not in (None, replaces):
                     _exchange(out, target)
                 sync(target.parent)
                 return Committed(root, stage, key, _manifest_in(target))
@@ -433,8 +431,9 @@ def _commit_by_rename(
 
 
 def _exchange(left: Path, right: Path) -> bool:
-    """Let two folders change places at once (Linux: renameat2); False where the system or the file
-    system cannot.
+    """Exchange two folders in one step (Linux: renameat2).
+
+    Returns False if the system or the file system cannot do that.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
@@ -448,8 +447,9 @@ def _exchange(left: Path, right: Path) -> bool:
 
 
 def interrupted(root: Root) -> list[tuple[str, str]]:
-    """Return stage and key of folders that a killed writer had moved away, on a system that cannot
-    exchange, before it put the new one.
+    """Return stage and key of the folders that a killed writer moved away without replacing them.
+
+    That happens only on systems that cannot exchange folders.
     """
     left = [
         _manifest_in(folder)
@@ -460,8 +460,9 @@ def interrupted(root: Root) -> list[tuple[str, str]]:
 
 
 def recover(root: Root, stage: str, key: str) -> None:
-    """Put a folder back that a killed writer had moved away; where another is in its place by now,
-    remove it. Call it under its lock.
+    """Restore a folder that a killed writer moved away, or remove it if it has been replaced.
+
+    The caller holds the folder's lock.
     """
     for left in sorted((root.scratch / FOLDER).glob(f"{stage}-{key}*{REPLACED}")):
         with store.one_line_errors(left):
@@ -471,7 +472,7 @@ def recover(root: Root, stage: str, key: str) -> None:
                 and not (root.folder / stage / key).exists()
             ):
                 left.rename(root.folder / stage / key)
-            elif is_dead(left):  # not of another machine, which is about to remove it itself
+            elif is_dead(left):  # a live writer on another machine removes it itself
                 shutil.rmtree(left)
 
 
