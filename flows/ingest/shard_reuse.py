@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.schemas import URLS, open_parquet
-from infra.storage.atomic_files import link_or_copy, put
+from infra.storage.atomic_files import atomic_file, link_or_copy, put
 
 SAME = (
     "image_size_px",
@@ -74,11 +74,9 @@ def unknown_rows(table: Path, shards: Path, count: int, out: Path) -> Path:
         if file.exists()
     ]
     sorted_hashes = np.sort(np.concatenate(hashes or [np.empty(0, np.uint64)]))
-    part = out.with_suffix(".part")
-    with pq.ParquetWriter(part, URLS) as writer:
+    with atomic_file(out) as part, pq.ParquetWriter(part, URLS) as writer:
         for batch in open_parquet(table).iter_batches(BATCH_ROWS):
             writer.write_batch(batch.filter(pa.array(~np.isin(marks(batch), sorted_hashes))))
-    part.replace(out)
     return out
 
 
