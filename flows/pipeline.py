@@ -22,8 +22,8 @@ from prefect.logging import get_run_logger
 from prefect.tasks import Task
 
 from flows.orchestration.ray_submit import submit_stage
-from flows.orchestration.recipe_run import RecipeRun, begin, finish
 from flows.orchestration.run_stage import run_stage
+from flows.recipe_run import RecipeRun, begin, finish
 from flows.runs.records import RunSummary
 from flows.runs.stage import Stage, StageResult
 from infra.compute.cluster import Cluster

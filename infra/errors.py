@@ -1,18 +1,18 @@
 """The exceptions that cross a floor, as one tree.
 
-    UnclipError            a failure: one line, exit code 1
-    ├── CallerError        a caller's mistake (recipe, argument, path): one line, exit code 2
+    UnclipError            a failure: exit code 1
+    ├── CallerError        a caller's mistake (recipe, argument, path): exit code 2
     ├── StorageError       a ROOT that cannot be read or written, a full disk
-    │   └── StorageAwayError   a store that does not answer for longer than we wait: try again
-    └── DataError          input that is broken (a damaged shard, no sample left)
+    │   └── StorageAwayError   a store that was unavailable for longer than we wait: try again
+    └── DataError          broken input (a damaged shard, no sample left)
 
-Every message names the culprit and the mend in one line; the command line prints it without a
+Every message is one line that names the cause and the fix; the command line prints it without a
 traceback.
 """
 
 
 class UnclipError(Exception):
-    """A failure that a person can act on; the message is one line."""
+    """A failure that the user can act on; the message is one line."""
 
     exit_code = 1
 
@@ -28,13 +28,11 @@ class StorageError(UnclipError, OSError):
 
 
 class StorageAwayError(StorageError):
-    """A store that has failed for a reason that may pass, for longer than `infra/storage/retry.py`
-    waits.
-    """
+    """A store with a temporary failure that lasted longer than `infra/storage/retry.py` waits."""
 
 
 class DataError(UnclipError):
-    """Input data that is broken where it must not be."""
+    """Broken input data."""
 
 
 PERMANENT = (

@@ -14,8 +14,8 @@ class Section(BaseModel):
     """One section of a recipe."""
 
     outside_key: ClassVar[frozenset[str]] = frozenset()
-    """Fields that change how a stage works but not what it makes (threads, time limits): changing
-    one makes nothing stale."""
+    """Fields that change how a stage runs but not its output (threads, time limits): changing one
+    makes no stage stale."""
 
     model_config = ConfigDict(
         frozen=True,

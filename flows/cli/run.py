@@ -182,7 +182,7 @@ def make(request: RunRequest, address: str | None, as_json: bool, jobs: str | No
     `address` is the Ray cluster to join, by default a small local one. If `jobs` is the address of
     a Ray job server, the stages run there as jobs.
     """
-    from flows.orchestration.recipe_run import begin, current_results, finish
+    from flows.recipe_run import begin, current_results, finish
 
     name = request.run_name
     config, overrides = load_config(request.recipe, request.overrides, address)

@@ -27,7 +27,7 @@ from flows.sources.static_server import StaticServer
 from flows.sources.url_table import SERVED, DataConfig, Mounts, write_url_table
 from infra.errors import DataError
 from infra.schemas import DROPPED, SHARD_COLUMNS, URLS, open_parquet
-from infra.storage.atomic_files import link_or_copy, put_folder
+from infra.storage.atomic_files import atomic_file, link_or_copy, put_folder
 from infra.storage.removal_log import Removals
 
 FILTERED_ROWS = 65_536
@@ -101,8 +101,8 @@ def renewed(previous: Path | None, table: Path, work: Path) -> tuple[Path, int]:
         assert previous, "without one there is nothing to go on with"
         count = take_over(previous, table / "urls.parquet", work / "shards")
         unknown_rows(table / "urls.parquet", work / "shards", count, work / "new.parquet")
-        done.with_suffix(".part").write_text(json.dumps({"shards": count}))
-        done.with_suffix(".part").replace(done)
+        with atomic_file(done) as part:
+            part.write_text(json.dumps({"shards": count}))
     return work / "new.parquet", int(json.loads(done.read_text())["shards"])
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from flows.ingest.http_fetch import PASSING
 from infra.schemas import DROPPED, URLS, open_parquet, shard_rows
+from infra.storage.atomic_files import atomic_file
 
 GROUP_ROWS = 65_536
 
@@ -72,13 +73,11 @@ def rows_to_ask_again(shards: Path, count: int, file: Path) -> Path:
     """Write the rows of shards 0..count-1 that failed last time for a reason that may pass as
     `file` (schema URLS); return it.
     """
-    part = file.with_suffix(".part")
-    with pq.ParquetWriter(part, URLS) as writer:
+    with atomic_file(file) as part, pq.ParquetWriter(part, URLS) as writer:
         for rows in read_outcomes(shards, count).failures():
             passes = [split_problem(*problem)[0] in PASSING for problem in _problems(rows)]
             chosen = rows.filter(pa.array(passes, pa.bool_()))
             writer.write_table(shard_rows(chosen).select(URLS.names).cast(URLS))
-    part.replace(file)
     return file
 
 

@@ -5,7 +5,6 @@ local folder may have changed under its name and is read over loopback anyway. R
 longer has are removed from the shards. Memory: 8 bytes per row.
 """
 
-import hashlib
 import json
 import shutil
 import tarfile
@@ -17,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.row_hash import row_hashes
 from infra.schemas import URLS, open_parquet
-from infra.storage.atomic_files import link_or_copy, put
+from infra.storage.atomic_files import atomic_file, link_or_copy, put
 
 SAME = (
     "image_size_px",
@@ -74,22 +74,16 @@ def unknown_rows(table: Path, shards: Path, count: int, out: Path) -> Path:
         if file.exists()
     ]
     sorted_hashes = np.sort(np.concatenate(hashes or [np.empty(0, np.uint64)]))
-    part = out.with_suffix(".part")
-    with pq.ParquetWriter(part, URLS) as writer:
+    with atomic_file(out) as part, pq.ParquetWriter(part, URLS) as writer:
         for batch in open_parquet(table).iter_batches(BATCH_ROWS):
             writer.write_batch(batch.filter(pa.array(~np.isin(marks(batch), sorted_hashes))))
-    part.replace(out)
     return out
 
 
 def marks(rows: pa.RecordBatch | pa.Table) -> np.ndarray:
     """Return a 64-bit hash of what the list says of each row."""
     columns = [rows.column(name).to_pylist() for name in COMPARED]
-    matches = (
-        hashlib.blake2b(json.dumps(values).encode(), digest_size=8).digest()
-        for values in zip(*columns, strict=True)
-    )
-    return np.frombuffer(b"".join(matches), np.uint64)
+    return row_hashes(json.dumps(values).encode() for values in zip(*columns, strict=True))
 
 
 def is_url(rows: pa.Table) -> np.ndarray:

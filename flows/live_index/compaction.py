@@ -93,7 +93,7 @@ def _replace(root: Root, committed: Committed, removals: Removals) -> int:
         record_lineage(root, committed, removals)
     with writing_folder(root.scratch, f"{committed.stage}-{committed.key}-compact") as out:
         with committed.files.local_copy() as folder:
-            count = WAYS[committed.stage](folder, out, removals, committed)
+            count = COMPACTORS[committed.stage](folder, out, removals, committed)
         manifest = committed.manifest
         fields = {name: value for name, value in manifest.items() if name not in COMMIT_FIELDS}
         facts = cast(StageFacts, fields)
@@ -118,7 +118,7 @@ def _agree(root: Root) -> None:
         digests = dict(committed.manifest.get("input_digests", {}))
         for stage, key in committed.manifest["inputs"].items():
             now = manifests.find(root, stage, key)
-            is_same = committed.stage in WAYS or stage == "ingest"
+            is_same = committed.stage in COMPACTORS or stage == "ingest"
             if (
                 now is not None
                 and is_same
@@ -256,7 +256,7 @@ def _addition(folder: Path, out: Path, removals: Removals, committed: Committed)
     return count
 
 
-WAYS: dict[str, Callable[[Path, Path, Removals, Committed], int]] = {
+COMPACTORS: dict[str, Callable[[Path, Path, Removals, Committed], int]] = {
     "ingest": _ingest,
     "curate": _curate,
     "embed": _embed,

@@ -56,7 +56,7 @@ class LoggedRemoval(TypedDict):
     held: NotRequired[HeldList]
 
 
-class Found(TypedDict):
+class Verification(TypedDict):
     """Where samples still are; see `verify`."""
 
     found_in: dict[str, list[str]]
@@ -235,7 +235,7 @@ def ancestors(root: Root, committed: Committed, stage: str) -> set[str]:
     return keys
 
 
-def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> Found:
+def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> Verification:
     """Find where in ROOT samples still are and which models were trained on them.
 
     Returns the object that `unclip index verify --json` prints:

@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.runs.records import RunRecord, committed_of
 from infra.errors import CallerError, StorageError
 from infra.storage.manifests import Committed
 from infra.storage.stage_files import FileEntry, StageFiles, file_sha256
 from infra.storage.store import Root, one_line_errors
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # pyarrow, which `unclip --help` does not need
     import pyarrow as pa
+
+    from flows.runs.records import RunRecord
 
 NEEDED = ("clip", "prior", "decoder")
 
@@ -31,12 +32,14 @@ FILES = ("config.json", "weights.safetensors", "tokenizer.json")
 FORMAT = 1
 
 
-def write_export(root: Root, record: RunRecord, folder: Path) -> list[FileEntry]:
+def write_export(root: Root, record: "RunRecord", folder: Path) -> list[FileEntry]:
     """Write a run's models, card and lineage to a folder; return its files.
 
     Returns path, size in bytes and SHA-256 of each file. Raises CallerError if the folder is not
     empty or the run lacks a model, and StorageError if a file does not match its manifest.
     """
+    from flows.runs.records import committed_of
+
     stages = {
         stage: committed_of(root, record, stage)
         for stage in dict.fromkeys([*NEEDED, *record["stages"]])
@@ -65,7 +68,7 @@ def write_staged(folder: Path, fill: Callable[[Path], object]) -> list[FileEntry
     return written
 
 
-def _fill(staging: Path, record: RunRecord, stages: dict[str, Committed]) -> None:
+def _fill(staging: Path, record: "RunRecord", stages: dict[str, Committed]) -> None:
     from flows.runs.model_card import card
 
     for stage in MODELS:

@@ -29,6 +29,7 @@ from flows.sources.static_server import url_path
 from flows.sources.url_lists import UrlsSource, read_lists
 from infra.console.progress import Progress
 from infra.errors import CallerError
+from infra.row_hash import row_hashes
 from infra.schemas import DROPPED, URLS, sample_key
 from infra.settings import Section
 
@@ -394,13 +395,8 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERV
 def new_urls(urls: list[str], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return which URLs of a block stand for the first time, and the sorted 64-bit hashes seen so
     far, this block's included.
-
-    At 10 million URLs the chance that two different ones share a hash is 3 in a million.
     """
-    hashes = np.array(
-        [int.from_bytes(hashlib.blake2b(url.encode(), digest_size=8).digest()) for url in urls],
-        np.uint64,
-    )
+    hashes = row_hashes(url.encode() for url in urls)
     first, position = np.unique(hashes, return_index=True)
     positions = np.searchsorted(seen, first)
     is_seen = np.zeros(len(first), bool)

@@ -20,8 +20,8 @@ from infra.settings import Section
 KNOCK_LIMIT_S = 10
 SPIN_COUNT = "300000"
 """GOMP_SPINCOUNT, read when torch loads OpenMP: threads wait for each other by spinning for about a
-millisecond, then sleep. Sleeping at once (OMP_WAIT_POLICY=passive) made training a third slower,
-and spinning for ever (active) five times where another process wanted the core too."""
+millisecond, then sleep. Sleeping at once (OMP_WAIT_POLICY=passive) made training a third slower;
+spinning for ever (active) made it five times slower if another process used the core too."""
 
 
 START_ATTEMPTS = 4
@@ -29,24 +29,21 @@ TOO_SLOW = "timed out during startup"
 """Part of Ray's message when its node was not up in 30 s, as on a busy machine."""
 LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Read when Ray is imported and when its processes start: with 0 a Ray of one machine listens on
-loopback and not on every interface. Who reaches it needs Ray's token besides, which a Ray that
-`ray.init` starts asks for unless RAY_AUTH_MODE says otherwise."""
+loopback only. Clients also need Ray's token, unless RAY_AUTH_MODE turns it off."""
 
 
 class StageResources(Section):
-    """What a stage's own process asks of a cluster that it is submitted to; its workers ask for
-    themselves.
-    """
+    """Resources that a submitted stage's driver process requests; its workers request their own."""
 
     cpus: float = Field(default=1, ge=0)
     """CPU cores."""
     gpus: float = Field(default=0, ge=0)
     """GPUs."""
     memory_bytes: int = Field(default=0, ge=0)
-    """Memory; 0 asks for none."""
+    """Memory in bytes; 0 requests none."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels that the node must have, in Ray's form: `{"market-type" = "!spot"}` keeps a stage off
-    nodes that may vanish."""
+    nodes that may be taken away."""
 
 
 class ClusterConfig(Section):
@@ -56,7 +53,7 @@ class ClusterConfig(Section):
     """Ray address (`auto`, `ray://host:10001` or `host:6379`); empty starts a small Ray on this
     machine for the run."""
     num_cpus: int | None = Field(default=None, ge=1)
-    """CPU cores for the local Ray; by default all that this process may use."""
+    """CPU cores for the local Ray; by default all cores that this process may use."""
     ingest_workers: int = Field(default=0, ge=0, le=1024)
     """Download processes, one CPU core each, that Ray spreads over the nodes; 0 downloads on one
     machine with `[data] processes`."""
@@ -71,29 +68,28 @@ class ClusterConfig(Section):
     upsampler_workers: int = Field(default=1, ge=1)
     """Processes that train an up-sampler."""
     cpus_per_worker: float = Field(default=1, gt=0)
-    """CPU cores that Ray keeps free for each worker; a worker uses as many torch threads, rounded
-    down but at least one."""
+    """CPU cores that Ray reserves for each worker; a worker uses as many torch threads, rounded
+    down, but at least one."""
     use_gpu: bool = False
     """Give each worker one GPU."""
     object_store_memory_bytes: int = Field(default=200 << 20, ge=80 << 20)
     """Shared memory of the local Ray's object store; the stages pass files, so little is needed."""
     max_failures: int = Field(default=2, ge=0)
-    """How often a training group is restarted from its last checkpoint before the stage fails
-    (Ray's own default is 0)."""
+    """Restarts of a training group from its last checkpoint before the stage fails (Ray's default
+    is 0)."""
     collective_timeout_s: int = Field(default=1800, ge=1)
-    """How long a worker waits for the others of its group, in seconds: for the slowest to read its
-    data, for the first to write the state. A worker that ended is noticed at once, whatever this
-    is."""
+    """Seconds that a worker waits for the others of its group: for the slowest to read its data,
+    for the first to write the state. A worker that ended is noticed at once."""
     stages: dict[str, StageResources] = Field(default_factory=dict)
-    """Under `unclip submit`: what the process of a stage asks for, such as `{ curate = { cpus = 4 }
-    }`: cpus, gpus, memory_bytes, labels. By default a download asks for its processes, training for
-    none."""
+    """Under `unclip submit`: resources of a stage's driver process, such as `{ curate = { cpus = 4
+    } }`: cpus, gpus, memory_bytes, labels. By default a download requests one CPU core for each of
+    its processes, and training requests none."""
     attempts: int = Field(default=3, ge=1, le=100)
-    """Under `unclip submit`: how often the job of a stage is tried; raise it on nodes that may
-    vanish."""
+    """Under `unclip submit`: attempts of a stage's job; raise it on nodes that may be taken
+    away."""
     upload_code: bool = True
-    """Under `unclip submit`: send this checkout with each job; false where the cluster's image has
-    it. Packages are the image's."""
+    """Under `unclip submit`: send this checkout with each job; set it to false if the cluster's
+    image has the code. Packages come from the image."""
     python: str = "python"
     """Under `unclip submit`: the interpreter on the cluster."""
 
@@ -122,8 +118,9 @@ class ClusterConfig(Section):
 
 
 class Cluster:
-    """Ray for one run. `start()` is cheap when Ray runs already; leaving the block stops only a Ray
-    that it started.
+    """Ray for one run.
+
+    `start()` does nothing if Ray runs already. Leaving the block stops only a Ray that it started.
     """
 
     def __init__(self, config: ClusterConfig) -> None:
@@ -142,25 +139,26 @@ class Cluster:
         self.stop()
 
     def start(self) -> None:
-        """Start Ray on this machine, or join the cluster at `[cluster] address`. Raises UnclipError
-        where neither works.
+        """Start Ray on this machine, or join the cluster at `[cluster] address`.
+
+        Raises UnclipError if that fails.
         """
-        # Read by Ray, gRPC and OpenMP when they are loaded, so before the import below; a local
-        # Ray's workers inherit them.
+        # Ray, gRPC and OpenMP read these when they are loaded, so they are set before the import of
+        # ray; a local Ray's workers inherit them.
         for name, value in {
             "RAY_USAGE_STATS_ENABLED": "0",
             "GRPC_VERBOSITY": "NONE",
             "RAY_BACKEND_LOG_LEVEL": "error",
             "GOMP_SPINCOUNT": SPIN_COUNT,
-            # Ray Train looks at its workers this often, and so finds out that long after they have
-            # ended that they have (its default: 2).
+            # Ray Train checks its workers at this interval and notices their end this late (its
+            # default: 2).
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_TRAIN_METRICS_ENABLED": "0",
-            # A process that asks whether a node will be taken away; a group that lost one goes on
-            # from our own state anyway.
+            # A process that watches for nodes to be taken away: not needed, because a group that
+            # lost a node resumes from our own state.
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-            # Serve kills a proxy that is not up in so many seconds (its default: 5) and starts
-            # another: on a busy machine, for ever.
+            # Serve kills a proxy that is not up in this time (its default: 5) and starts another;
+            # on a busy machine that never ends.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         }.items():
             os.environ.setdefault(name, value)
@@ -171,9 +169,8 @@ class Cluster:
         try:
             self._join(is_local)
         finally:
-            if (
-                before is None
-            ):  # a cluster that this process starts or joins later is none of loopback
+            # Restored, because this process may later start or join a cluster of several machines.
+            if before is None:
                 os.environ.pop(LOOPBACK_ALONE, None)
             else:
                 os.environ[LOOPBACK_ALONE] = before
@@ -197,7 +194,7 @@ class Cluster:
         self.is_ours = True
 
     def _init(self, is_local: bool) -> None:
-        """Call `ray.init`, again where a local Ray was not up in the 30 s that it allows itself."""
+        """Call `ray.init`; retry if a local Ray was not up in the 30 s that it allows itself."""
         import ray
 
         for attempt in range(1, START_ATTEMPTS + 1):
@@ -219,9 +216,7 @@ class Cluster:
                 ray.shutdown()
 
     def stop(self) -> None:
-        """Leave the cluster; a Ray that `start()` started on this machine ends with all its
-        processes.
-        """
+        """Leave the cluster and stop a Ray that `start()` started, with all its processes."""
         if self.is_ours:
             import ray
 
@@ -239,12 +234,12 @@ def spread(
     gpus: int = 0,
     at_once: int | None = None,
 ) -> Iterator[list[Result]]:
-    """Call `function` with each of the arguments as a task on the running Ray; yield what has ended
-    every second, none twice.
+    """Call `function` with each tuple of arguments as a task on the running Ray.
 
-    At most `at_once` tasks run at the same time, by default as many as the cluster has room for. A
-    task that is lost with its process or node is done again, three times at most, so it must write
-    aside and rename. An error of ours is raised as it was in the task.
+    Yields the results of finished tasks once a second, in the order in which they finish. At most
+    `at_once` tasks run at the same time, by default as many as the cluster has room for. A task
+    that is lost with its process or node is repeated up to three times, so it must write to a
+    temporary path and rename. Raises an UnclipError of a task as that error.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -267,7 +262,7 @@ def spread(
 
 
 def _knock(address: str) -> None:
-    """Raise OSError where nothing listens at `host:port`: Ray itself would try for minutes."""
+    """Raise OSError if nothing listens at `host:port`; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=KNOCK_LIMIT_S).close()

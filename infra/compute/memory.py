@@ -13,7 +13,7 @@ LOOK_S = 0.02
 
 
 def held_bytes() -> int:
-    """Return how much memory this process holds itself now, in bytes."""
+    """Return the bytes of memory that this process holds itself now."""
     if not STATUS.exists():
         return 0
     return next(
@@ -27,11 +27,11 @@ def held_bytes() -> int:
 
 
 class PeakMemory:
-    """Looks at the memory of this process fifty times a second inside the block."""
+    """Measures the memory of this process fifty times a second inside the block."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        """The most that was held, beyond what was held as the block began."""
+        """Maximum of the bytes held, minus the bytes held at the start of the block."""
 
     def __enter__(self) -> Self:
         self._before, self._over = held_bytes(), threading.Event()

@@ -50,7 +50,7 @@ class JobServer:
     """Ray's job server at an address such as `http://head:8265`."""
 
     def __init__(self, address: str, silence_limit_s: float = 300) -> None:
-        """Keep asking for `silence_limit_s` where the server does not answer."""
+        """Set the address, and for how many seconds to retry while the server does not answer."""
         if not address.startswith(("http://", "https://")):
             raise CallerError(
                 f"--address {address}: must be the address of Ray's job server, such as "
@@ -72,14 +72,14 @@ class JobServer:
         is_done: Callable[[], bool],
         show: Callable[[str], None],
     ) -> None:
-        """Have the job done: join the attempt `claimed` (0 for none) if it runs, else claim and
-        submit attempts until one succeeds.
+        """Run the job: join the attempt `claimed` (0 for none) if it runs, else submit attempts
+        until one succeeds.
 
-        `claim(n)` must keep n where a returning driver finds it, unless a later attempt is kept
-        there, and return the one that is kept then; `is_done()` tells whether the result is there.
-        Attempts follow each other after pauses that double. An interruption stops the job. Raises
-        UnclipError when the attempts are used up, when someone else stopped it, or when the server
-        is silent, and StorageAwayError where an attempt ended because its store was away.
+        `claim(n)` records attempt n where a returning driver finds it, unless a later attempt is
+        recorded, and returns the recorded one. `is_done()` returns whether the result exists. The
+        pause between attempts doubles each time. An interruption stops the job. Raises UnclipError
+        if no attempt is left, if someone else stopped the job, or if the server does not answer,
+        and StorageAwayError if an attempt ended because its store was unavailable.
         """
         number, tries = claimed, 0
         if not number or self.status(job, number) not in RUNNING:
@@ -87,15 +87,15 @@ class JobServer:
         else:
             show(f"{job_id(job, number)} runs already: joined")
         while True:
-            state, said = self._follow(job, number, show)
-            if is_done():  # by this attempt, or by another driver's
+            state, last_word = self._follow(job, number, show)
+            if is_done():  # in this attempt or in another driver's
                 return
             if state == "STOPPED":
                 raise UnclipError(
-                    f"{job_id(job, number)} was stopped by someone else; the same command goes on "
-                    "from here"
+                    f"{job_id(job, number)} was stopped by someone else; "
+                    "run the same command again to continue"
                 )
-            why = said or f"it ended as {state or 'unknown to a new cluster'}"
+            why = last_word or f"it ended as {state or 'unknown to a new cluster'}"
             code = self._exit_code(job, number)
             if code == AWAY_EXIT:
                 raise StorageAwayError(f"{job_id(job, number)}: {why}")
@@ -124,21 +124,21 @@ class JobServer:
                 if "already exists" not in str(error):
                     raise
 
-        self._patiently(submit)
+        self._ask(submit)
         return number
 
     def _follow(self, job: Job, number: int, show: Callable[[str], None]) -> tuple[str, str]:
-        """Show an attempt's log until it ends; returns its state ("" where the cluster does not
-        know it) and its last own word.
+        """Show an attempt's log until it ends; return its state and the last line it said.
+
+        The state is "" if the cluster does not know the attempt.
         """
         tail = _Tail(show)
         reader: threading.Thread | None = None
         waits_since_s: float | None = time.monotonic()
         try:
             while True:
-                if (
-                    reader is None or not reader.is_alive()
-                ):  # none yet, or cut: it reads again and shows only what is new
+                # A reader whose connection was cut starts again and shows only new lines.
+                if reader is None or not reader.is_alive():
                     reader = threading.Thread(
                         target=tail.read, args=(self._client(), job_id(job, number)), daemon=True
                     )
@@ -155,14 +155,15 @@ class JobServer:
                 time.sleep(POLL_S)
         except Exception:
             raise
-        except BaseException:  # interrupted or cancelled: nobody waits for the result any more
+        except BaseException:  # interrupted or cancelled: the result is no longer needed
             self._client().stop_job(job_id(job, number))
             show(f"{job_id(job, number)} is stopped")
             raise
 
     def status(self, job: Job, number: int) -> str:
-        """Return the state of an attempt, "" where the cluster has never heard of it (it was made
-        anew since).
+        """Return the state of an attempt, or "" if the cluster does not know it.
+
+        That is the case after the cluster was created again.
         """
 
         def ask() -> str:
@@ -173,13 +174,11 @@ class JobServer:
                     return ""
                 raise
 
-        return self._patiently(ask)
+        return self._ask(ask)
 
     def _message(self, job: Job, number: int) -> str:
-        """Return what the server says of an attempt that has not begun: which resources it waits
-        for, say.
-        """
-        message = self._patiently(lambda: self._client().get_job_info(job_id(job, number)).message)
+        """Return the server's message about a pending attempt and the resources that it needs."""
+        message = self._ask(lambda: self._client().get_job_info(job_id(job, number)).message)
         required = {"CPU": job.cpus, "GPU": job.gpus, "memory": job.memory_bytes, **job.labels}
         return (
             f"{' '.join(str(message).split())} It asks one node for "
@@ -188,7 +187,7 @@ class JobServer:
 
     def _exit_code(self, job: Job, number: int) -> int | None:
         try:
-            code: int | None = self._patiently(
+            code: int | None = self._ask(
                 lambda: self._client().get_job_info(job_id(job, number)).driver_exit_code
             )
             return code
@@ -200,21 +199,23 @@ class JobServer:
             from ray.job_submission import JobSubmissionClient
 
             class Client(JobSubmissionClient):
-                """Ray's own would wait for ever for the answer of a head that lost power or network
-                in the middle of it.
+                """Ray's client with a time limit for answers.
+
+                Without one it waits for ever if the head loses power or network in mid-answer.
                 """
 
-                def _do_request(self, *arguments: Any, **named: Any) -> Any:
-                    return super()._do_request(*arguments, timeout=ANSWER_LIMIT_S, **named)
+                def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+                    return super()._do_request(method, endpoint, timeout=ANSWER_LIMIT_S, **options)
 
             self.client = Client(self.address)
         return self.client
 
-    def _patiently(self, ask: Callable[[], Any]) -> Any:
+    def _ask(self, request: Callable[[], Any]) -> Any:
+        """Send a request to the server, again while it does not answer."""
         limit = time.monotonic() + self.silence_limit_s
         while True:
             try:
-                return ask()
+                return request()
             except (ConnectionError, OSError, TimeoutError) as error:
                 if time.monotonic() >= limit:
                     line = " ".join(str(error).split())[:200]
@@ -235,8 +236,9 @@ class JobServer:
 
 
 class _Tail:
-    """Shows a job's log line by line; after a cut the server sends it from the beginning, and only
-    what is new is shown.
+    """Shows a job's log line by line.
+
+    After a lost connection the server sends the log from the beginning; only new lines are shown.
     """
 
     def __init__(self, show: Callable[[str], None]) -> None:
@@ -256,7 +258,7 @@ class _Tail:
                         self.shown = line_number
                         self._take(line)
         except (RuntimeError, OSError):
-            return  # cut; the caller reads on as long as the job runs
+            return  # the connection was cut; the caller starts a new reader while the job runs
         if rest and line_number >= self.shown:
             self._take(rest)
 

@@ -2,7 +2,7 @@
 
 While `quiet_terminal` is open, file descriptors 1 and 2 (and so every child process and C++
 library) write to the log, as does `print`; only what our code writes to `sys.stderr` reaches the
-terminal, and the log has a copy. `terminated` lets SIGTERM end a block as Ctrl-C does;
+terminal, with a copy in the log. In `terminated`, SIGTERM ends the block as Ctrl-C does;
 `noting_interrupts` remembers a Ctrl-C that a library turned into another error.
 """
 
@@ -23,14 +23,11 @@ from infra.console.progress import LOG_EVERY_S
 
 CLEAR_LINE = "\x1b[2K"
 INTERRUPTED = threading.Event()
-"""Set by a Ctrl-C within `noting_interrupts`: whatever is raised after it, nothing is to be tried
-again."""
+"""Set by a Ctrl-C within `noting_interrupts`; after it nothing is retried, whatever is raised."""
 
 
 class _Log(TextIOBase):
-    """The log as a stream that takes everything and never fails: a disk that is full must not keep
-    us from saying so.
-    """
+    """The log file as a stream whose writes never fail, so that a full disk can be reported."""
 
     def __init__(self, path: Path) -> None:
         self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -50,8 +47,9 @@ class _Log(TextIOBase):
 
 
 class _Tee(TextIOBase):
-    """Writes to the terminal and, by whole lines, to the log; of a line that a terminal rewrites
-    the log gets one now and then.
+    """Writes to the terminal, and whole lines to the log.
+
+    A line that is rewritten on the terminal is written to the log every LOG_EVERY_S seconds.
     """
 
     def __init__(self, terminal: TextIO, log: TextIOBase) -> None:
@@ -87,9 +85,7 @@ def _as_last_written(line: str) -> str:
 
 @contextmanager
 def quiet_terminal(log_path: Path) -> Iterator[Path]:
-    """Send everything but our own `sys.stderr` lines to `log_path` (appended) while the block
-    runs.
-    """
+    """Append everything but our own `sys.stderr` lines to `log_path` while the block runs."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -118,7 +114,7 @@ def quiet_terminal(log_path: Path) -> Iterator[Path]:
 
 @contextmanager
 def terminated() -> Iterator[None]:
-    """Let SIGTERM, which service managers send, end the block as Ctrl-C does."""
+    """End the block on SIGTERM, which service managers send, as on Ctrl-C."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -143,9 +139,8 @@ def noting_interrupts() -> Iterator[None]:
         signal.default_int_handler(number, frame)
 
     INTERRUPTED.clear()
-    if (
-        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):  # a shell's background job has it ignored
+    # A shell's background job ignores SIGINT.
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     signal.signal(signal.SIGINT, note)

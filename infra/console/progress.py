@@ -1,5 +1,4 @@
-"""Progress of a long step: one line that is rewritten on a terminal, a line now and then in a log
-file.
+"""Progress of a long step: a line that is rewritten on a terminal, or regular lines in a log file.
 
 Writes to stderr only, so that `--json` output on stdout stays clean. Knows nothing of stages, Ray
 or Prefect.
@@ -16,12 +15,12 @@ from typing import Self, TextIO
 TERMINAL_EVERY_S = 0.2
 MB = 10**6
 MIN_PROGRESS_BYTES = 100 * MB
-"""Less than this is moved before anybody wonders."""
+"""Smaller transfers show no progress."""
 LOG_EVERY_S = 10.0
 
 
 def duration(seconds: float) -> str:
-    """Write seconds for people: `8 s`, `2 min 6 s`, `3 h 20 min`."""
+    """Format seconds for people: `8 s`, `2 min 6 s`, `3 h 20 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -31,11 +30,11 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows how far a step is, at which rate it goes and how long it still takes.
+    """Shows the count, rate and remaining time of a step.
 
-    `update(done)` takes the absolute count; the rate counts from the first update of this process,
-    so that a resumed step does not claim the speed of work done before. `note` is a short text
-    behind the figures (a loss, say).
+    `update(done)` takes the absolute count. The rate counts from the first update of this process,
+    so that a resumed step does not include earlier work. `note` is a short text after the figures,
+    such as a loss.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Progress:
             self.stream.write("\n")
 
     def update(self, done: int, note: str = "") -> None:
-        """Say that `done` units are finished by now."""
+        """Set the number of finished units; print it if the last line is old enough."""
         if self.first is None:
             self.first = done
         self.done = done
@@ -103,8 +102,9 @@ class Progress:
 def transfer(
     label: str, total_bytes: int, stream: TextIO | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Show how far a large transfer is while the block runs; yields what is told of every few bytes
-    that have moved_total, from any thread.
+    """Show the progress of a large transfer while the block runs.
+
+    Yields a function that takes the number of bytes moved since its last call, from any thread.
     """
     if total_bytes < MIN_PROGRESS_BYTES:
         yield lambda _: None

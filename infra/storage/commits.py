@@ -151,10 +151,8 @@ def _commit_by_rename(
                 return existing
             if _exchange(out, target):
                 before = _attempt_in(out)
-                if before not in (
-                    None,
-                    replaces,
-                ):  # another machine's repair was first, and what it made stays
+                # Another machine's repair was first: its folder stays.
+                if before not in (None, replaces):
                     _exchange(out, target)
                 sync(target.parent)
                 return Committed(root, stage, key, _manifest_in(target))
@@ -172,8 +170,9 @@ def _commit_by_rename(
 
 
 def _exchange(left: Path, right: Path) -> bool:
-    """Let two folders change places at once (Linux: renameat2); False where the system or the file
-    system cannot.
+    """Exchange two folders in one step (Linux: renameat2).
+
+    Returns False if the system or the file system cannot do that.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
@@ -187,8 +186,9 @@ def _exchange(left: Path, right: Path) -> bool:
 
 
 def interrupted(root: Root) -> list[tuple[str, str]]:
-    """Return stage and key of folders that a killed writer had moved away, on a system that cannot
-    exchange, before it put the new one.
+    """Return stage and key of the folders that a killed writer moved away without replacing them.
+
+    That happens only on systems that cannot exchange folders.
     """
     left = [
         _manifest_in(folder)
@@ -199,8 +199,9 @@ def interrupted(root: Root) -> list[tuple[str, str]]:
 
 
 def recover(root: Root, stage: str, key: str) -> None:
-    """Put a folder back that a killed writer had moved away; where another is in its place by now,
-    remove it. Call it under its lock.
+    """Restore a folder that a killed writer moved away, or remove it if it has been replaced.
+
+    The caller holds the folder's lock.
     """
     for left in sorted((root.scratch / FOLDER).glob(f"{stage}-{key}*{REPLACED}")):
         with store.one_line_errors(left):
@@ -210,7 +211,7 @@ def recover(root: Root, stage: str, key: str) -> None:
                 and not (root.folder / stage / key).exists()
             ):
                 left.rename(root.folder / stage / key)
-            elif is_dead(left):  # not of another machine, which is about to remove it itself
+            elif is_dead(left):  # a live writer on another machine removes it itself
                 shutil.rmtree(left)
 
 

@@ -24,19 +24,20 @@ _threads: dict[Path, threading.Lock] = {}  # record locks do not exclude threads
 
 
 def lock_file(scratch: Path, stage: str, key: str) -> Path:
-    """Return the lock file of whoever makes a stage's folder."""
+    """Return the lock file of the writer of a stage's folder."""
     return scratch / "locks" / f"{stage}-{key}.lock"
 
 
 def reading_file(scratch: Path, stage: str, key: str) -> Path:
-    """Return the lock file that whoever reads a stage's folder shares."""
+    """Return the lock file that the readers of a stage's folder share."""
     return scratch / "locks" / f"{stage}-{key}.reading"
 
 
 @contextmanager
 def reader_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Share the lock file `path` with other readers while the block runs; while a writer has it,
-    wait and `say` so once.
+    """Share the lock file `path` with other readers while the block runs.
+
+    Waits, and reports it once through `say`, while a writer holds it.
     """
     with _flock(path, fcntl.LOCK_SH, f"{what} is being changed by", say):
         yield
@@ -44,15 +45,16 @@ def reader_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[N
 
 @contextmanager
 def unread_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep readers away from what the lock file `path` stands for while the block runs; while some
-    read it, wait and `say` so once.
+    """Exclude the readers that share the lock file `path` while the block runs.
+
+    Waits, and reports it once through `say`, while there are readers.
     """
     with _flock(path, fcntl.LOCK_EX, f"{what} is being read by", say):
         yield
 
 
 def is_being_read(path: Path) -> bool:
-    """Say whether a reader shares the lock file `path` now."""
+    """Return whether a reader shares the lock file `path` now."""
     if not path.exists():
         return False
     with path.open("a+") as file:
@@ -64,31 +66,32 @@ def is_being_read(path: Path) -> bool:
 
 
 @contextmanager
-def _flock(path: Path, kind: int, held: str, say: Callable[[str], None]) -> Iterator[None]:
+def _flock(path: Path, kind: int, use: str, say: Callable[[str], None]) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:  # closing it gives the lock back
-        _take(lambda: fcntl.flock(file, kind | fcntl.LOCK_NB), path, held, say)
+    with path.open("a+") as file:  # closing it releases the lock
+        _take(lambda: fcntl.flock(file, kind | fcntl.LOCK_NB), path, use, say)
         write_holder(file)
         yield
 
 
-def _take(attempt: Callable[[], None], path: Path, held: str, say: Callable[[str], None]) -> None:
-    """Try to take a lock until it is had; while another has it, say once that it is `held` and by
-    whom.
+def _take(attempt: Callable[[], None], path: Path, use: str, say: Callable[[str], None]) -> None:
+    """Try to take a lock until it succeeds; report the holder once.
+
+    `use` is the message up to the holder, such as `curate 0123 is being made by`.
     """
     is_reported = False
     while True:
         try:
             return attempt()
-        except (BlockingIOError, PermissionError):  # POSIX lets lockf answer with either
+        except (BlockingIOError, PermissionError):  # POSIX allows either for lockf
             if not is_reported:
                 is_reported = True
-                say(f"{held} {_holder(path)}: waiting until it has finished")
+                say(f"{use} {_holder(path)}: waiting until it has finished")
             time.sleep(POLL_S)
 
 
 def write_holder(file: TextIO) -> None:
-    """Write into a lock file which process of which host holds it, and since when."""
+    """Write the process, the host and the time into a lock file."""
     file.seek(0)
     file.truncate()
     json.dump(
@@ -104,8 +107,9 @@ def write_holder(file: TextIO) -> None:
 
 @contextmanager
 def writer_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs; while another run holds it, wait and `say` so
-    once.
+    """Hold the lock file `path` while the block runs.
+
+    Waits, and reports it once through `say`, while another run holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _threads_guard:

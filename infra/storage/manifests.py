@@ -104,7 +104,7 @@ class Manifest(StageFacts):
 
 @dataclass(frozen=True)
 class Committed:
-    """One committed folder of a stage; reading it never waits for a writer."""
+    """A committed folder of a stage; reading it never waits for a writer."""
 
     root: Root
     stage: str
@@ -113,12 +113,12 @@ class Committed:
 
     @property
     def uri(self) -> str:
-        """Where the folder is, for people and outside tools."""
+        """The folder's location for people and outside tools."""
         return store.uri_of(self.root, self.path)
 
     @property
     def path(self) -> str:
-        """Where the folder is below ROOT."""
+        """The location of the files, relative to ROOT."""
         return f"{self.stage}/{self.key}/{self.manifest['prefix']}".rstrip("/")
 
     @property
@@ -141,8 +141,9 @@ class Committed:
 
 
 def forget_downloads(root: Root) -> None:
-    """Remove this machine's downloads of folders that are no longer committed, or not as they were;
-    those that are being read stay.
+    """Remove this machine's downloads of folders that were removed or changed.
+
+    Downloads that are being read stay.
     """
     stages = root.scratch / CACHE
     if root.folder or not stages.is_dir():
@@ -159,23 +160,22 @@ def forget_downloads(root: Root) -> None:
 def content_key(
     stage: str, version: int, sections: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> str:
-    """Return 16 hex digits that name what a stage makes: a hash of its name, code version, config
-    sections and the keys of its inputs.
+    """Return the content key of a stage's output, 16 hex digits.
+
+    It is a hash of the stage's name, code version, config sections and the keys of its inputs.
     """
     what = {"stage": stage, "version": version, "sections": dict(sections), "inputs": dict(inputs)}
     return hashlib.sha256(store.json_bytes(what)).hexdigest()[:16]
 
 
 def find(root: Root, stage: str, key: str) -> Committed | None:
-    """Return the committed folder of that key, or None; a folder without a manifest does not
-    exist.
-    """
+    """Return the committed folder of a key, or None if there is no manifest."""
     manifest = store.read_json(root, f"{stage}/{key}/{MANIFEST}")
     return Committed(root, stage, key, manifest) if manifest is not None else None
 
 
 def newest(root: Root, stage: str) -> Committed | None:
-    """Return the folder of a stage that was committed last, under whatever key, or None."""
+    """Return the folder of a stage that was committed last, under any key, or None."""
     committed = (find(root, stage, key) for key in store.list_names(root, stage))
     return max(
         (entry for entry in committed if entry),
@@ -185,8 +185,9 @@ def newest(root: Root, stage: str) -> Committed | None:
 
 
 def damage(committed: Committed) -> str:
-    """Return the first file that is missing or has another size than the manifest says, or "";
-    reads no contents.
+    """Return what is wrong with the first file that is missing or has the wrong size, or "".
+
+    Reads no contents.
     """
     sizes = store.file_sizes(committed.root, committed.path)
     for file in committed.manifest["files"]:
@@ -198,8 +199,9 @@ def damage(committed: Committed) -> str:
 
 
 def verify(committed: Committed) -> list[str]:
-    """Read every file of a folder and return what differs from the manifest's sizes and checksums;
-    an empty list is good.
+    """Read every file of a folder; return the differences from the manifest's sizes and checksums.
+
+    The list is empty if there are none.
     """
     folder = committed.root.folder
     if folder:
@@ -246,5 +248,5 @@ def package_versions() -> dict[str, str]:
 
 
 def now() -> str:
-    """Return the time in UTC, sortable as text, to the microsecond."""
+    """Return the time in UTC to the microsecond, sortable as text."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -42,8 +42,9 @@ Answer = TypeVar("Answer")
 
 
 def retry(action: Callable[[], Answer]) -> Answer:
-    """Do what may be done twice, and again after doubling pauses (8 s in all) while it fails for a
-    reason that may pass.
+    """Call an action that may be repeated; retry while it fails for a temporary reason.
+
+    The pauses double and take 8 s together. Raises the last error.
     """
     for number in range(TRIES):
         try:
@@ -56,8 +57,10 @@ def retry(action: Callable[[], Answer]) -> Answer:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Say whether a failure may pass: one of the network, the store's load or a flipped byte, not
-    of rights, names or space.
+    """Return whether a failure is temporary.
+
+    Temporary are failures of the network, an overloaded store and a flipped byte; lasting are those
+    of rights, names and space.
     """
     if isinstance(error, FINAL):
         return False

@@ -49,13 +49,13 @@ FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
 
 @dataclass(frozen=True)
 class Root:
-    """A store and the place in it that holds everything of one ROOT."""
+    """A store and the path of one ROOT in it."""
 
     uri: str
     fs: fsspec.AbstractFileSystem
     path: str
     folder: Path | None
-    """The folder itself where ROOT is local, else None."""
+    """The folder itself if ROOT is local, else None."""
     scratch: Path
     """A local folder for what is not committed; inside ROOT where ROOT is local."""
     scratch_bytes: int = DEFAULT_BYTES
@@ -80,8 +80,8 @@ def open_root(uri: str, scratch: Path | None = None, for_writing: bool = True) -
     """Open a ROOT: a folder, `file://…` or any fsspec URL such as `s3://bucket/prefix`.
 
     `scratch` is the local folder for unfinished work; a store that is not local needs one.
-    Credentials come from the environment only. Raises CallerError for an URL that cannot be a ROOT,
-    StorageError for one that cannot be read or (`for_writing`) written.
+    Credentials come from the environment only. Raises CallerError for a URL that cannot be a ROOT,
+    and StorageError for one that cannot be read or, with `for_writing`, written.
     """
     try:
         fs, path = (
@@ -113,9 +113,7 @@ def open_root(uri: str, scratch: Path | None = None, for_writing: bool = True) -
 
 
 def _probe(root: Root) -> None:
-    """Write and remove one small file, so that a ROOT that cannot be written is known before any
-    work.
-    """
+    """Write and remove a small file, so that an unwritable ROOT fails before any work."""
     name = f"work/.probe-{secrets.token_hex(4)}"
     try:
         with one_line_errors(root.uri):
@@ -131,11 +129,10 @@ def _probe(root: Root) -> None:
 
 @contextmanager
 def one_line_errors(where: str | Path) -> Iterator[None]:
-    """Turn a full disk, a refused write and a store that fails into a StorageError that names the
-    place and the mend.
+    """Turn errors of disks and stores into a StorageError of one line with the location and fix.
 
-    It is a StorageAwayError where the reason may pass: patience was at its end, and a later try may
-    help. A missing file stays FileNotFoundError: its absence is an answer.
+    It is a StorageAwayError if the failure is temporary, so that a later try may succeed. A missing
+    file stays a FileNotFoundError, because callers handle it.
     """
     try:
         yield
@@ -157,9 +154,9 @@ def _may_pass(error: BaseException | None) -> bool:
 
 
 def complaint(error: BaseException, where: str | Path) -> str | None:
-    """Return the line for an error that has to do with storage, or None for any other.
+    """Return the message for a storage error, or None for any other error.
 
-    Looks through causes, because a full disk reaches us wrapped by Arrow, safetensors or Ray.
+    Searches the causes, because Arrow, safetensors and Ray wrap the error of a full disk.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -193,17 +190,17 @@ def complaint(error: BaseException, where: str | Path) -> str | None:
 
 
 def join(root: Root, name: str) -> str:
-    """Return the store's own path of `name`."""
+    """Return the path of `name` in the store."""
     return f"{root.path}/{name}" if name else root.path
 
 
 def uri_of(root: Root, name: str) -> str:
-    """Return what people and other tools open."""
+    """Return the URI of `name`, for people and other tools."""
     return f"{root.uri}/{name}"
 
 
 def exists(root: Root, name: str) -> bool:
-    """Say whether a file or folder of that name is there."""
+    """Return whether a file or folder of that name exists."""
     if root.folder:
         return (root.folder / name).exists()
     with one_line_errors(uri_of(root, name)):
@@ -211,7 +208,7 @@ def exists(root: Root, name: str) -> bool:
 
 
 def read_bytes(root: Root, name: str) -> bytes:
-    """Read one whole file; raises FileNotFoundError where there is none."""
+    """Read a whole file. Raises FileNotFoundError."""
     if root.folder:
         return (root.folder / name).read_bytes()
     with one_line_errors(uri_of(root, name)):
@@ -229,7 +226,7 @@ def read_range(root: Root, name: str, offset: int, size_bytes: int) -> bytes:
 
 
 def read_json(root: Root, name: str) -> Any | None:
-    """Read a JSON file; None where there is none. Raises StorageError for one that is not JSON."""
+    """Read a JSON file; return None if there is none. Raises StorageError if it is not JSON."""
     try:
         return json.loads(read_bytes(root, name))
     except (FileNotFoundError, NotADirectoryError):
@@ -241,7 +238,7 @@ def read_json(root: Root, name: str) -> Any | None:
 
 
 def sha256_of(root: Root, name: str) -> str:
-    """Read a file piece by piece and return its SHA-256."""
+    """Return the SHA-256 of a file in hexadecimal; reads it in pieces."""
 
     def read() -> str:
         file: Any = (
@@ -258,7 +255,7 @@ def sha256_of(root: Root, name: str) -> str:
 
 
 def write_bytes(root: Root, name: str, data: bytes) -> None:
-    """Write a file so that readers see the old one or the new one, never a part."""
+    """Write a file; readers see the old file or the new one, never a part."""
     if root.folder is None:
         with one_line_errors(uri_of(root, name)):
             retry(lambda: root.fs.pipe_file(join(root, name), data))
@@ -281,11 +278,10 @@ def json_bytes(value: Any) -> bytes:
 
 
 def create_bytes(root: Root, name: str, data: bytes) -> None:
-    """Write an object only where none is (If-None-Match on S3); raises FileExistsError where one
-    is. Not for local folders.
+    """Write an object if there is none (If-None-Match on S3). Raises FileExistsError otherwise.
 
-    Where the answer to the write was lost, the object that refuses the second try may be the
-    caller's own: the caller must look.
+    Not for local folders. If the answer to the write was lost, the existing object may be the
+    caller's own: the caller must compare.
     """
     assert root.folder is None, "a local folder commits by rename"
     path = join(root, name)
@@ -297,8 +293,7 @@ def create_bytes(root: Root, name: str, data: bytes) -> None:
         except FileExistsError:
             return False
         except OSError:
-            # Some servers answer 412 without saying which condition failed: then the object itself
-            # is the answer.
+            # Some servers answer 412 without saying which condition failed: look for the object.
             if root.fs.exists(path):
                 return False
             raise
@@ -312,13 +307,12 @@ def create_bytes(root: Root, name: str, data: bytes) -> None:
 def change_bytes(
     root: Root, name: str, change: Callable[[bytes | None], bytes | None]
 ) -> bytes | None:
-    """Replace a file by what `change` makes of it and return what is there then; what another
-    writer puts meanwhile is never overwritten.
+    """Replace a file's content by `change(content)` and return the content after that.
 
-    `change` gets None where there is no file, answers None to leave everything as it is, and may be
-    asked again with what is there by then: its own bytes where the answer to the write was lost. A
-    local folder takes a lock, S3 a condition on the write (If-Match, If-None-Match). Raises
-    StorageError where others never cease to write.
+    Never overwrites what another writer puts meanwhile. `change` gets None if there is no file, and
+    returns None to leave the file as it is. It may be called again with newer content, which is its
+    own if the answer to the write was lost. Uses a lock in a local folder and a conditional write
+    (If-Match, If-None-Match) in S3. Raises StorageError if others keep changing the file.
     """
     if root.folder is not None:
         lock = root.scratch / "locks" / f"{name.replace('/', '-')}.lock"
@@ -337,13 +331,14 @@ def change_bytes(
             if _put_over(root, name, new, version):
                 return new
     raise StorageError(
-        f"{uri_of(root, name)} is written by others all the time: run the same command again"
+        f"{uri_of(root, name)} is changed by others all the time: run the same command again"
     )
 
 
 def _read_version(root: Root, name: str) -> tuple[str | None, bytes | None]:
-    """Return an object's ETag ("" where the store has none) and its content, or twice None; the tag
-    is never newer than the content.
+    """Return an object's ETag and content, or (None, None) if there is no object.
+
+    The ETag is "" if the store has none, and is never newer than the content.
     """
     path = join(root, name)
     try:
@@ -354,8 +349,9 @@ def _read_version(root: Root, name: str) -> tuple[str | None, bytes | None]:
 
 
 def _put_over(root: Root, name: str, data: bytes, version: str | None) -> bool:
-    """Write an object if it is still the one of that ETag, or if there is still none (None); say
-    whether it was.
+    """Write an object if it still has the ETag `version`, or for None if there is still none.
+
+    Returns whether it was written.
     """
     path = join(root, name)
     if version is None:
@@ -381,8 +377,9 @@ def _put_over(root: Root, name: str, data: bytes, version: str | None) -> bool:
 
 
 def list_names(root: Root, name: str) -> list[str]:
-    """Return the names directly below `name`, sorted, those that start with a dot left out; empty
-    where there is nothing.
+    """Return the names directly below `name`, sorted, without those that start with a dot.
+
+    The list is empty if `name` does not exist.
     """
     if root.folder:
         folder = root.folder / name
@@ -393,7 +390,7 @@ def list_names(root: Root, name: str) -> list[str]:
         )
     with one_line_errors(uri_of(root, name)):
         try:
-            # Another writer may have changed the listing since this process last looked.
+            # Another writer may have changed the listing since this process last read it.
             paths = retry(lambda: root.fs.ls(join(root, name), detail=False, refresh=True))
         except FileNotFoundError:
             return []
@@ -402,9 +399,7 @@ def list_names(root: Root, name: str) -> list[str]:
 
 
 def file_sizes(root: Root, name: str) -> dict[str, int]:
-    """Return the sizes in bytes of all files at any depth below `name`, by their names relative to
-    it.
-    """
+    """Return the sizes in bytes of all files at any depth below `name`, by relative path."""
     if root.folder:
         base = root.folder / name
         return {
@@ -441,10 +436,11 @@ def etags(root: Root, name: str) -> dict[str, str]:
 
 
 def last_put(root: Root, name: str) -> float:
-    """Return when something was put last below `name` in a store, in seconds since 1970; now where
-    the store does not say.
+    """Return the time of the last upload below `name` in a store, in seconds since 1970.
+
+    Returns the current time if the store does not tell.
     """
-    assert root.folder is None, "a local folder has times of its own"
+    assert root.folder is None, "a local folder has modification times"
     with one_line_errors(uri_of(root, name)):
         root.fs.invalidate_cache()
         entries = retry(lambda: root.fs.find(join(root, name), detail=True)).values()
@@ -461,7 +457,7 @@ def _seconds(moment: Any) -> float:
 
 
 class _Sent(Callback):
-    """Tells of the bytes of one file as they go, and takes them back where the transfer fails."""
+    """Reports the transferred bytes of one file, and subtracts them if the transfer fails."""
 
     def __init__(self, tell: Callable[[int], None]) -> None:
         super().__init__()
@@ -478,8 +474,9 @@ class _Sent(Callback):
 def upload(
     root: Root, source: Path, name: str, tell: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Copy one local file into a store that is not local; `tell` hears of bytes as they go
-    (negative where they go again).
+    """Copy a local file into a store that is not local.
+
+    `tell` gets the number of bytes moved since its last call, negative if the transfer is repeated.
     """
 
     def put() -> None:
@@ -498,7 +495,7 @@ def upload(
 def download(
     root: Root, name: str, target: Path, tell: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Copy one file of a store that is not local into a local file; `tell` as in `upload`."""
+    """Copy a file of a store that is not local to a local file; `tell` as in `upload`."""
 
     def get() -> None:
         sent = _Sent(tell)
@@ -515,7 +512,7 @@ def download(
 
 
 def remove(root: Root, name: str) -> None:
-    """Remove a file or a folder with all that is in it; nothing happens where there is none."""
+    """Remove a file, or a folder with its content; do nothing if there is none."""
     if root.folder:
         target = root.folder / name
         if target.is_dir() and not target.is_symlink():
@@ -531,8 +528,9 @@ def remove(root: Root, name: str) -> None:
 
 
 def abort_uploads(root: Root, name: str) -> int:
-    """End the multipart uploads below `name` that nobody will finish, and return how many; they are
-    invisible, and a store bills them.
+    """Abort all multipart uploads below `name` and return how many there were.
+
+    Unfinished uploads are invisible, but the store bills them.
     """
     if "s3" not in root.fs.protocol:
         return 0
@@ -544,10 +542,8 @@ def abort_uploads(root: Root, name: str) -> int:
                 for upload in retry(lambda: root.fs.list_multipart_uploads(bucket))
                 if upload["Key"].startswith(f"{prefix}/")
             ]
-        except (
-            PermissionError
-        ):  # a right of its own on S3; without it the bucket's lifecycle rule has to clear them
-            return 0
+        except PermissionError:  # listing them needs a right of its own on S3
+            return 0  # then the bucket's lifecycle rule must abort them
         for upload_entry in left:
             root.fs.call_s3(
                 "abort_multipart_upload",

@@ -1,10 +1,10 @@
 """Temporary folders of writers, `SCRATCH/aside/<name>`, each with a lock that its writer holds.
 
 The lock, `SCRATCH/locks/writing-<name>.lock`, is a flock: it vanishes with its process, SIGKILL
-included, and names process and host. The rule by which a folder is a dead writer's: nobody holds
-its lock, and the lock names this host. A folder without a lock file, or whose lock names another
-host (a file system may not pass locks on), is dead once nothing in it has changed for a day. Every
-new writer removes what dead ones left. Knows nothing of what the folders hold.
+included, and names process and host. A folder's writer is dead if nobody holds its lock and the
+lock names this host. Without a lock file, or with a lock of another host (whose locks the file
+system may not show), the writer is dead once nothing in the folder has changed for a day. Every new
+writer removes the folders of dead ones. Knows nothing of what the folders hold.
 """
 
 import fcntl
@@ -24,18 +24,18 @@ from infra.storage.locks import write_holder
 FOLDER = "aside"
 PREFIX, SUFFIX = "writing-", ".lock"
 REPLACED = ".replaced"
-"""Ends the name of a committed folder that its writer moved away to put another in its place:
-`commits.recover` knows what to do."""
+"""Suffix of a committed folder that a writer moved away to replace it; `commits.recover` restores
+or removes it."""
 UNTOUCHED_S = 86_400
-"""Time without a change after which a folder is dead whose lock says nothing here."""
+"""Seconds without a change after which a folder is dead, if its lock does not tell."""
 
 
 @contextmanager
 def writing_folder(scratch: Path, name: str) -> Iterator[Path]:
-    """Make an empty temporary folder whose name begins with `name`; it goes when the block ends,
-    unless it was committed by then.
+    """Create an empty temporary folder whose name begins with `name`.
 
-    Removes what dead writers left first. Raises OSError.
+    Removes the folders of dead writers first, and this one at the end of the block unless it was
+    committed. Raises OSError.
     """
     remove_dead(scratch)
     folder = scratch / FOLDER / f"{name}-{secrets.token_hex(4)}"
@@ -46,15 +46,13 @@ def writing_folder(scratch: Path, name: str) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if not any(_parts(folder)):  # else the next writer has to know that this one is gone
+        if not any(_parts(folder)):  # else the lock tells the next writer that this one is dead
             lock.unlink(missing_ok=True)
         os.close(handle)
 
 
 def dead_folders(scratch: Path) -> list[Path]:
-    """Return the folders that dead writers left, sorted; those that `recover` may have to put back
-    included.
-    """
+    """Return the folders that dead writers left, sorted, including those for `recover`."""
     parent = scratch / FOLDER
     return (
         [folder for folder in sorted(parent.iterdir()) if folder.is_dir() and is_dead(folder)]
@@ -64,9 +62,7 @@ def dead_folders(scratch: Path) -> list[Path]:
 
 
 def remove_dead(scratch: Path) -> None:
-    """Remove the folders and locks of dead writers; those that `recover` may have to put back
-    stay.
-    """
+    """Remove the folders and locks of dead writers, except those for `recover`."""
     for folder in dead_folders(scratch):
         if not folder.name.endswith(REPLACED):
             shutil.rmtree(folder, ignore_errors=True)
@@ -78,7 +74,7 @@ def remove_dead(scratch: Path) -> None:
 
 
 def is_dead(folder: Path) -> bool:
-    """Say whether the writer of a temporary folder is dead, by the rule above."""
+    """Return whether the writer of a temporary folder is dead, by the rule above."""
     with _unheld(_lock_of(folder)) as is_unheld:
         if not is_unheld:
             return False
@@ -87,15 +83,16 @@ def is_dead(folder: Path) -> bool:
 
 
 def last_change(folder: Path) -> float:
-    """Return when a folder or anything below it changed last, in seconds since 1970; 0 where it is
-    no longer there.
+    """Return when a folder or anything below it changed last, in seconds since 1970.
+
+    Returns 0 if the folder does not exist.
     """
     changes = [0.0]
     for path in (folder, *folder.rglob("*")):
         try:
             changes.append(path.lstat().st_mtime)
         except FileNotFoundError:
-            continue  # its writer, or another that clears, has removed it meanwhile
+            continue  # removed meanwhile
     return max(changes)
 
 
@@ -112,14 +109,14 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _hold(lock: Path) -> int:
-    """Make a lock file, hold it and name the holder in it; return its open handle."""
+    """Create and hold a lock file, and write the holder into it; return its open handle."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_EX)  # nobody shares it longer than it takes to look
+        fcntl.flock(handle, fcntl.LOCK_EX)  # others share it only for a moment, to test it
         if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
             break
-        os.close(handle)  # who looked took it for a dead writer's, and has removed it
+        os.close(handle)  # another process took it for a dead writer's and removed it
     with os.fdopen(os.dup(handle), "r+") as file:
         write_holder(file)
     return handle
@@ -127,7 +124,7 @@ def _hold(lock: Path) -> int:
 
 @contextmanager
 def _unheld(lock: Path) -> Iterator[bool]:
-    """Say whether nobody holds a lock file, and keep it so while the block runs."""
+    """Yield whether nobody holds a lock file; nobody can take it while the block runs."""
     try:
         handle = os.open(lock, os.O_RDONLY)
     except FileNotFoundError:
@@ -147,6 +144,6 @@ def _unheld(lock: Path) -> Iterator[bool]:
 def _host_in(lock: Path) -> str | None:
     try:
         holder: Any = json.loads(lock.read_text())
-    except (FileNotFoundError, ValueError):  # no lock, or its writer died before it wrote its name
+    except (FileNotFoundError, ValueError):  # no lock, or its writer died before it wrote to it
         return None
     return holder.get("host") if isinstance(holder, dict) else None

@@ -221,7 +221,7 @@ recipe = Path(sys.argv[1])
 fake_cli.install()
 with prefect_server(recipe.parent / "prefect"):
     from flows import pipeline
-    from flows.orchestration import recipe_run
+    from flows import recipe_run
     pipeline.step = pipeline.step.with_options(retry_delay_seconds=0)
     called = []
 

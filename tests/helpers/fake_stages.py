@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import Field
 
-from flows.orchestration.recipe_run import RecipeRun
 from flows.orchestration.run_stage import run_stage
+from flows.recipe_run import RecipeRun
 from flows.runs.stage import Counts, Stage, StageJob
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageAwayError

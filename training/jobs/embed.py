@@ -7,7 +7,6 @@ place, so a killed run keeps its finished parts. Pairs that the same CLIP has em
 (`know`) are not embedded again.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from pydantic import Field
 from infra.compute.cluster import ClusterConfig, spread
 from infra.console.progress import Progress
 from infra.errors import CallerError
+from infra.row_hash import row_hashes
 from infra.schemas import open_parquet
 from infra.settings import Section
 from training.data import shard_check
@@ -158,13 +158,8 @@ def marks(rows: pa.Table) -> np.ndarray:
 
     The key identifies the origin and the first caption.
     """
-    texts = [
-        f"{key}{sha256}".encode()
-        for key, sha256 in zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True)
-    ]
-    return np.frombuffer(
-        b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts), np.uint64
-    )
+    pairs = zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True)
+    return row_hashes(f"{key}{sha256}".encode() for key, sha256 in pairs)
 
 
 def _reused_rows(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
