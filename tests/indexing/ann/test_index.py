@@ -59,8 +59,8 @@ def test_every_kind_finds_what_brute_force_finds(folder: Path, embed: Path, moda
     truth = queries @ exact(embed, modality).T
     best = np.argsort(-truth, axis=1)[:, :10]
     shared = [
-        len(set(found) & set(right)) / 10
-        for found, right in zip(rows.tolist(), best.tolist(), strict=True)
+        len(set(result) & set(right)) / 10
+        for result, right in zip(rows.tolist(), best.tolist(), strict=True)
     ]
     assert np.mean(shared) >= 0.9
     assert (np.diff(scores, axis=1) <= 1e-6).all()
@@ -75,15 +75,17 @@ def test_flat_is_exact(embed: Path, tmp_path: Path) -> None:
         scores, -np.sort(-(queries @ exact(embed, "image").T), axis=1)[:, :10], atol=1e-5
     )
     facts = json.loads((tmp_path / "index.json").read_text())
-    told = {
+    figures = {
         name: facts[name]
         for name in (*RECALLS, "latency_p50_ms", "latency_p99_ms", "bytes", "build_peak_bytes")
     }
-    assert counts.items() >= told.items(), "the manifest holds the figures"
-    assert [told[name] for name in RECALLS] == [1, 1, 1] and 0 < told["latency_p50_ms"] <= told[
-        "latency_p99_ms"
-    ]
-    assert told["bytes"] == facts["image"]["bytes"] + facts["text"]["bytes"] > 2 * COUNT * DIM * 4
+    assert counts.items() >= figures.items(), "the manifest holds the figures"
+    assert [figures[name] for name in RECALLS] == [1, 1, 1] and 0 < figures[
+        "latency_p50_ms"
+    ] <= figures["latency_p99_ms"]
+    assert (
+        figures["bytes"] == facts["image"]["bytes"] + facts["text"]["bytes"] > 2 * COUNT * DIM * 4
+    )
     assert (
         counts.items()
         >= {"in": COUNT, "out": COUNT, "dropped": {}, "factory": "Flat", "added_to": 0}.items()
@@ -94,19 +96,21 @@ def test_the_reported_recall_is_that_of_the_opened_index(folder: Path, embed: Pa
     facts = json.loads((folder / "index.json").read_text())
     judges = np.sort(np.random.default_rng(0).choice(COUNT, 64, replace=False))[
         1::2
-    ]  # the other half has chosen the effort
+    ]  # the other half chose the effort
     truth = exact(embed, "image")
     recalls = []
     for modality in MODALITIES:  # queries of both kinds on the image index
         queries = exact(embed, modality)[judges]
         is_own = (judges[:, None] == np.arange(COUNT)) & (
             modality == "image"
-        )  # that a query finds itself is no merit
+        )  # a query that finds itself does not count
         best = np.argsort(-np.where(is_own, -np.inf, queries @ truth.T), axis=1)[:, :10]
         _, rows = Index.open(folder).search(queries, 11)
         shares = []
-        for own, found, right in zip(judges.tolist(), rows.tolist(), best.tolist(), strict=True):
-            others = [row for row in found if row != own or modality == "text"][:10]
+        for query_row, result, right in zip(
+            judges.tolist(), rows.tolist(), best.tolist(), strict=True
+        ):
+            others = [row for row in result if row != query_row or modality == "text"][:10]
             shares.append(len(set(others) & set(right)) / 10)
         recalls.append(np.mean(shares))
     assert facts["image"]["recall@10"] == pytest.approx(min(recalls), abs=0.015)
@@ -127,14 +131,14 @@ def test_a_higher_target_probes_more_cells(embed: Path, tmp_path: Path) -> None:
     assert nprobes[0] < nprobes[1] <= 38
 
 
-def test_every_row_stands_beside_its_metadata(folder: Path, embed: Path) -> None:
+def test_every_row_has_its_own_metadata(folder: Path, embed: Path) -> None:
     index = Index.open(folder)
     rows = np.array(
         [COUNT - 1, 0, COUNT // 2 - 1, COUNT // 2, 3]
     )  # out of order and across both files
-    _, found = index.search(exact(embed, "image")[rows], 1)
-    assert found[:, 0].tolist() == rows.tolist()
-    assert [row["key"] for row in index.metadata(found[:, 0])] == [f"k{row:06d}" for row in rows]
+    _, result = index.search(exact(embed, "image")[rows], 1)
+    assert result[:, 0].tolist() == rows.tolist()
+    assert [row["key"] for row in index.metadata(result[:, 0])] == [f"k{row:06d}" for row in rows]
     assert index.clip_key == "abc"
 
 
@@ -152,8 +156,8 @@ def test_a_sample_is_found_by_its_key_with_its_vector(
     for wrong in (-1, COUNT):
         with pytest.raises(IndexError, match=str(wrong)):
             index.vectors([0, wrong])
-    _, found = index.search(index.vectors(rows), 1)
-    assert found[:, 0].tolist() == rows
+    _, result = index.search(index.vectors(rows), 1)
+    assert result[:, 0].tolist() == rows
 
 
 @pytest.mark.parametrize("row", [-1, COUNT])
@@ -168,7 +172,7 @@ def test_a_large_k_gives_every_row_at_most_once(folder: Path, k: int) -> None:
     wanted = min(k, COUNT)
     assert scores.shape == rows.shape == (3, wanted)
     assert rows.min() >= 0
-    assert all(len(set(each)) == wanted for each in rows.tolist())
+    assert all(len(set(query_rows)) == wanted for query_rows in rows.tolist())
 
 
 @pytest.mark.parametrize(
@@ -185,9 +189,9 @@ def test_a_large_k_gives_every_row_at_most_once(folder: Path, k: int) -> None:
     ],
 )
 def test_a_bad_query_is_refused_in_one_line(folder: Path, query: object, says: str) -> None:
-    with pytest.raises(ValueError, match=says) as refused:
+    with pytest.raises(ValueError, match=says) as error:
         Index.open(folder).search(query, 5)  # type: ignore[arg-type]
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_bad_k_or_modality_is_refused(folder: Path) -> None:
@@ -209,7 +213,7 @@ def test_threads_share_an_index(folder: Path) -> None:
     alone = [index.search(query[None], k)[1].tolist() for query in queries for k in (3, 800)]
     with ThreadPoolExecutor(4) as pool:
         together = pool.map(
-            lambda asked: index.search(asked[0][None], asked[1])[1].tolist(),
+            lambda query_k: index.search(query_k[0][None], query_k[1])[1].tolist(),
             [(q, k) for q in queries for k in (3, 800)],
         )
         assert list(together) == alone
@@ -274,7 +278,7 @@ def test_embeddings_that_do_not_fit_together_are_refused(tmp_path: Path) -> None
         build(IndexConfig(), tmp_path, tmp_path)
 
 
-def test_who_asks_for_more_than_ten_gets_the_more_cells_up_to_what_a_hundred_need(
+def test_more_than_ten_results_probe_more_cells_up_to_those_for_a_hundred(
     tmp_path: Path,
 ) -> None:
     write_embed(tmp_path / "embed", COUNT, DIM)
@@ -289,9 +293,9 @@ def test_who_asks_for_more_than_ten_gets_the_more_cells_up_to_what_a_hundred_nee
     queries, truth = vectors(50, DIM, seed=7).astype(np.float32), exact(tmp_path / "embed", "image")
     few, many = Effort(facts["nprobe"], facts["k_factor"], facts["margin"]), Effort(**facts["deep"])
     efforts = [effort_for(k, few, many) for k in (1, 10, 11, 24, 40, 99, 100, 1000)]
-    assert [each.nprobe for each in efforts] == sorted(each.nprobe for each in efforts) and efforts[
-        0
-    ].k_factor == 10 * few.k_factor
+    assert [effort.nprobe for effort in efforts] == sorted(
+        effort.nprobe for effort in efforts
+    ) and efforts[0].k_factor == 10 * few.k_factor
     assert (
         efforts[1] == few
         and efforts[-2] == efforts[-1]._replace(k_factor=efforts[-2].k_factor) == many
@@ -302,8 +306,8 @@ def test_who_asks_for_more_than_ten_gets_the_more_cells_up_to_what_a_hundred_nee
         rows = opened.search(queries, k)[1]
         assert np.array_equal(rows, search(whole, queries, k, effort_for(k, few, many))[1])
         assert recalls([truth], queries, rows, brute_force([truth], queries, 100)).mean() >= 0.93, k
-    for each in MODALITIES:  # as an index of before told it
-        del opened.facts[each]["deep"], opened.facts[each]["margin"]
+    for modality in MODALITIES:  # an index.json of an older version
+        del opened.facts[modality]["deep"], opened.facts[modality]["margin"]
     (tmp_path / "index" / "index.json").write_text(json.dumps(opened.facts))
     assert Index.open(tmp_path / "index").search(queries, 10)[1].shape == (50, 10)
 
@@ -321,7 +325,7 @@ def test_a_damaged_folder_is_not_opened(embed: Path, tmp_path: Path, file: str) 
 
 
 @pytest.mark.parametrize("factory", KINDS)
-def test_an_index_grows_by_what_was_appended_and_is_built_again_where_that_is_not_all(
+def test_an_index_grows_by_appended_vectors_and_is_built_again_for_other_changes(
     factory: str, embed: Path, tmp_path: Path
 ) -> None:
     section = IndexConfig(factory=factory, queries=32)
@@ -382,28 +386,29 @@ def test_two_workers_of_ray_build_what_one_process_builds(embed: Path, tmp_path:
 
 
 @pytest.mark.parametrize("factory", KINDS)
-def test_what_building_takes_is_known_before(
+def test_the_memory_of_a_build_is_estimated_before_it_starts(
     factory: str, embed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
         CallerError,
         match=rf"\[index\] build_memory_bytes = 1000 but building {re.escape(factory)} .* raise it",
-    ) as refused:
+    ) as error:
         build(
             IndexConfig(factory=factory, build_memory_bytes=1000), embed, made(tmp_path / "refused")
         )
-    assert not list((tmp_path / "refused").iterdir()) and "\n" not in str(refused.value)
-    named = int(str(refused.value).split("takes about ")[1].split(":")[0])
+    assert not list((tmp_path / "refused").iterdir()) and "\n" not in str(error.value)
+    needed = int(str(error.value).split("takes about ")[1].split(":")[0])
     counts = build(
-        IndexConfig(factory=factory, build_memory_bytes=named), embed, made(tmp_path / "built")
+        IndexConfig(factory=factory, build_memory_bytes=needed), embed, made(tmp_path / "built")
     )
-    assert 0 < counts["build_peak_bytes"] <= named
+    assert 0 < counts["build_peak_bytes"] <= needed
 
 
 def test_an_index_does_not_grow_beyond_the_memory(embed: Path, tmp_path: Path) -> None:
     cut(embed, tmp_path / "before", COUNT - 100)
     sections = [
-        IndexConfig(factory=KINDS[-1], queries=32, build_memory_bytes=each) for each in (1 << 33, 1)
+        IndexConfig(factory=KINDS[-1], queries=32, build_memory_bytes=limit)
+        for limit in (1 << 33, 1)
     ]
     build(sections[0], tmp_path / "before", made(tmp_path / "index"))
     before = (tmp_path / "index", tmp_path / "before")
@@ -413,13 +418,13 @@ def test_an_index_does_not_grow_beyond_the_memory(embed: Path, tmp_path: Path) -
     grown = building_bytes(
         "RR512,IVF632,PQ128x4fs,Refine(SQ8)", 10**7, 512, 10**5, 32, is_grown=True
     )
-    assert grown - once > 10**7 * 512, "who grows it reads the codes behind Refine"
+    assert grown - once > 10**7 * 512, "a growing index reads the codes of Refine"
 
 
 def test_an_index_is_compacted_within_the_memory_of_its_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section, given = IndexConfig(build_memory_bytes=12_345, queries=99), []
+    section, configs = IndexConfig(build_memory_bytes=12_345, queries=99), []
     manifest = {
         "config": {"index": section.model_dump()},
         "sections": {"index": section.keyed()},
@@ -427,11 +432,11 @@ def test_an_index_is_compacted_within_the_memory_of_its_recipe(
     }
     (tmp_path / "index.json").write_text('{"count": 3}')
     monkeypatch.setattr(manifests, "find", lambda *_: SimpleNamespace(local=lambda: tmp_path))
-    monkeypatch.setattr(index, "build", lambda config, *_: given.append(config) or {"out": 2})
+    monkeypatch.setattr(index, "build", lambda config, *_: configs.append(config) or {"out": 2})
     assert (
         compaction._index(
             tmp_path, tmp_path, Removals(), SimpleNamespace(root=None, manifest=manifest)
         )
         == 1
     )  # type: ignore[arg-type]
-    assert given == [section]
+    assert configs == [section]

@@ -31,47 +31,51 @@ def test_other_queries_meet_the_target_as_well() -> None:
     """Tuned to the least effort that a sample allows, every other index would miss it; unclustered
     vectors make recall vary most.
     """
-    given, *others = spread_out([6000, *[128] * 8, 2000], 48, -0.5)
-    index = filled("IVF96,Flat", [given], 0)
-    truth = brute_force([given], others[-1], 10)
+    indexed, *others = spread_out([6000, *[128] * 8, 2000], 48, -0.5)
+    index = filled("IVF96,Flat", [indexed], 0)
+    truth = brute_force([indexed], others[-1], 10)
     reached = []
     for sampled in others[:-1]:
-        facts = tune(index, [given], [Sample(sampled, None)], 0.9)
+        facts = tune(index, [indexed], [Sample(sampled, None)], 0.9)
         assert facts["target_met"] and facts["recall@10"] >= 0.9
         effort = Effort(facts["nprobe"], 0, facts["margin"])
         chosen = recalls(
-            [given],
+            [indexed],
             sampled[::2],
             search(index, sampled[::2], 10, effort)[1],
-            brute_force([given], sampled[::2], 10),
+            brute_force([indexed], sampled[::2], 10),
         )
-        assert chosen.mean() - 1.645 * chosen.std() / 8 >= 0.9, "one half has chosen with a margin"
+        assert chosen.mean() - 1.645 * chosen.std() / 8 >= 0.9, (
+            "one half chose with errors to spare"
+        )
         judged = recalls(
-            [given],
+            [indexed],
             sampled[1::2],
             search(index, sampled[1::2], 10, effort)[1],
-            brute_force([given], sampled[1::2], 10),
+            brute_force([indexed], sampled[1::2], 10),
         )
-        assert judged.mean() == pytest.approx(facts["recall@10"], abs=1e-6), "the other has judged"
+        assert judged.mean() == pytest.approx(facts["recall@10"], abs=1e-6), (
+            "the other half measured"
+        )
         reached.append(
-            recalls([given], others[-1], search(index, others[-1], 10, effort)[1], truth).mean()
+            recalls([indexed], others[-1], search(index, others[-1], 10, effort)[1], truth).mean()
         )
     assert np.mean(np.array(reached) >= 0.9) > 0.8 and np.mean(reached) < 0.95
 
 
-def test_a_query_is_not_paid_for_finding_itself() -> None:
-    given = vectors(300, DIM, seed=1).astype(np.float32)
+def test_a_query_that_finds_itself_does_not_count() -> None:
+    indexed = vectors(300, DIM, seed=1).astype(np.float32)
     rows = np.arange(0, 300, 10)
     others = np.setdiff1d(np.arange(300), rows)
-    held = given.copy()
-    held[others] = given[
+    shuffled = indexed.copy()
+    shuffled[others] = indexed[
         np.roll(others, 1)
     ]  # every query is where it should be, its neighbours are not
     index = faiss.index_factory(DIM, "Flat", faiss.METRIC_INNER_PRODUCT)
-    index.add(held)
-    facts = tune(index, [given], [Sample(given[rows], rows)], 0.9)
+    index.add(shuffled)
+    facts = tune(index, [indexed], [Sample(indexed[rows], rows)], 0.9)
     assert facts["recall@1"] < 0.5 and not facts["target_met"]
-    assert tune(index, [given], [Sample(given[rows], None)], 0.9)["recall@1"] == 1
+    assert tune(index, [indexed], [Sample(indexed[rows], None)], 0.9)["recall@1"] == 1
 
 
 @pytest.mark.parametrize("needed", [1, 5, 64, 100])
@@ -82,30 +86,30 @@ def test_the_fewest_cells_are_found_to_an_eighth(needed: int) -> None:
 
 
 def test_no_fewer_cells_are_tried_than_named() -> None:
-    asked: list[int] = []
-    assert fewest_cells(12, 24, 0.9, lambda cells: asked.append(cells) or 0.95) == (
+    tried: list[int] = []
+    assert fewest_cells(12, 24, 0.9, lambda cells: tried.append(cells) or 0.95) == (
         12,
         0.95,
-    ) and asked == [12]
+    ) and tried == [12]
     assert (
-        fewest_cells(12, 24, 0.9, lambda cells: asked.append(cells) or cells / 100) == (24, 0.24)
-        and min(asked) == 12
+        fewest_cells(12, 24, 0.9, lambda cells: tried.append(cells) or cells / 100) == (24, 0.24)
+        and min(tried) == 12
     )
 
 
 def test_cells_are_not_added_where_the_codes_lose_the_rest() -> None:
-    asked: list[int] = []
-    best = fewest_cells(1, 1 << 20, 0.9, lambda cells: asked.append(cells) or min(0.6, 0.2 * cells))
-    assert best == (4, 0.6) and max(asked) <= 16
+    tried: list[int] = []
+    best = fewest_cells(1, 1 << 20, 0.9, lambda cells: tried.append(cells) or min(0.6, 0.2 * cells))
+    assert best == (4, 0.6) and max(tried) <= 16
 
 
 @pytest.mark.parametrize("factory", KINDS[1:])
 def test_a_margin_gives_each_query_the_cells_that_are_near_it(factory: str) -> None:
-    given, queries = (
+    indexed, queries = (
         vectors(1500, DIM).astype(np.float32),
         vectors(60, DIM, seed=7).astype(np.float32),
     )
-    index = filled(factory, [given], 0)
+    index = filled(factory, [indexed], 0)
     wide = search(index, queries, 10, Effort(20, 8, 0.3))
     alone = [search(index, query[None], 10, Effort(20, 8, 0.3)) for query in queries]
     assert np.array_equal(wide[1], np.concatenate([rows for _, rows in alone])), (
@@ -113,30 +117,33 @@ def test_a_margin_gives_each_query_the_cells_that_are_near_it(factory: str) -> N
     )
     assert np.allclose(wide[0], np.concatenate([scores for scores, _ in alone]), atol=1e-6)
     fixed = {
-        int(each): search(index, queries, 10, Effort(int(each), 8)) for each in STEPS[STEPS <= 20]
+        int(nprobe): search(index, queries, 10, Effort(int(nprobe), 8))
+        for nprobe in STEPS[STEPS <= 20]
     }
     matching = [
-        [each for each, (_, rows) in fixed.items() if (rows[at] == wide[1][at]).all()]
+        [nprobe for nprobe, (_, rows) in fixed.items() if (rows[at] == wide[1][at]).all()]
         for at in range(len(queries))
     ]
-    assert all(matching), "each is as with a number of cells for all"
+    assert all(matching), "every query gets what a fixed number of cells gives"
     assert np.array_equal(
         search(index, queries, 10, Effort(20, 8, 3.0))[1],
         search(index, queries, 10, Effort(20, 8))[1],
     )
     none = search(index, queries, 10, Effort(20, 8, 0.0))[1]
-    few = np.mean([(rows == found).all() for rows, found in zip(none, fixed[1][1], strict=True)])
+    few = np.mean(
+        [(rows == expected).all() for rows, expected in zip(none, fixed[1][1], strict=True)]
+    )
     assert few > 0.9, (
         "without a margin nearly all look into one cell, and further only for want of ten"
     )
 
 
-def test_of_a_selection_as_many_rows_are_looked_at() -> None:
-    given, queries = spread_out([3000, 60], DIM, -0.3)
-    index = filled("IVF50,Flat", [given], 0)
+def test_a_selection_looks_at_as_many_of_its_rows() -> None:
+    indexed, queries = spread_out([3000, 60], DIM, -0.3)
+    index = filled("IVF50,Flat", [indexed], 0)
     mask = np.arange(3000) % 10 == 0
     selector = faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
-    truth = brute_force([given[mask]], queries, 10)
+    truth = brute_force([indexed[mask]], queries, 10)
     reached = {}
     for share in (0.1, 1.0):
         scores, rows = search(index, queries, 10, Effort(8, 0, 0.15), Selection(selector, share))
@@ -153,15 +160,15 @@ def test_a_margin_is_chosen_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) 
     centres = rng.normal(size=(400, DIM))
     tight = centres[rng.integers(0, 400, 40_000)] + 0.05 * rng.normal(size=(40_000, DIM))
     loose = rng.normal(size=(20_000, DIM))
-    given = np.concatenate([tight, loose]).astype(np.float32)
-    given /= np.linalg.norm(given, axis=1, keepdims=True)
-    rows = np.sort(rng.choice(len(given), 512, replace=False))
-    index = filled("IVF400,Flat", [given], 0)
+    indexed = np.concatenate([tight, loose]).astype(np.float32)
+    indexed /= np.linalg.norm(indexed, axis=1, keepdims=True)
+    rows = np.sort(rng.choice(len(indexed), 512, replace=False))
+    index = filled("IVF400,Flat", [indexed], 0)
     # Cells stand for seconds here, which other processes change.
     monkeypatch.setattr(
         Measured,
         "seconds",
-        lambda self, k, effort: _probed(self.index, given[rows], effort).astype(float).tolist(),
+        lambda self, k, effort: _probed(self.index, indexed[rows], effort).astype(float).tolist(),
     )
-    facts = tune(index, [given], [Sample(given[rows], rows)], 0.95)
+    facts = tune(index, [indexed], [Sample(indexed[rows], rows)], 0.95)
     assert facts["target_met"] and facts["margin"] is not None

@@ -1,6 +1,4 @@
-"""A view finds the best distinct samples that may be found, across segments, and nothing that was
-taken down.
-"""
+"""A view returns the best distinct pictures of all segments, without pairs that were taken down."""
 
 from pathlib import Path
 
@@ -39,7 +37,7 @@ def pictures(hits: list) -> list[int]:
     return [int(hit.facts["key"][1:]) // COPIES for hit in hits]
 
 
-def test_a_picture_that_stands_twelve_times_is_found_once(view: View) -> None:
+def test_a_picture_with_twelve_rows_is_returned_once(view: View) -> None:
     found = view.search(QUERY, 20)
     assert len(set(pictures(found))) == len(found) == 20
     assert [hit.score for hit in found] == sorted((hit.score for hit in found), reverse=True)
@@ -61,7 +59,7 @@ def test_a_hit_carries_its_own_metadata(view: View) -> None:
 
 
 def test_pages_follow_each_other_without_gap_or_repeat(view: View) -> None:
-    whole = pictures(view.search(QUERY, 30))  # of copies any may be shown
+    whole = pictures(view.search(QUERY, 30))  # of copies any may be returned
     paged = [
         picture
         for offset in range(0, 30, 7)
@@ -80,7 +78,7 @@ def test_deep_pages_of_an_approximate_index_neither_repeat_nor_skip(
 ) -> None:
     faiss.omp_set_num_threads(1)
     write_embed(tmp_path / "embed", 3000, DIM, copies=2)
-    build(IndexConfig(factory=factory, queries=64), tmp_path / "embed", _made(tmp_path / "index"))
+    build(IndexConfig(factory=factory, queries=64), tmp_path / "embed", _folder(tmp_path / "index"))
     view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
     for query in vectors(4, DIM, seed=8).astype(np.float32):
         whole = {hit.facts["sha256"] for hit in view.search(query, 312, near=near)}
@@ -96,32 +94,32 @@ def test_deep_pages_of_an_approximate_index_neither_repeat_nor_skip(
         )
 
 
-def test_a_question_among_copies_costs_no_more_than_a_bound(
+def test_a_search_among_copies_has_a_maximum_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faiss.omp_set_num_threads(1)
     write_embed(tmp_path / "embed", 3000, DIM, copies=3000)
-    build(IndexConfig(factory="Flat", queries=2), tmp_path / "embed", _made(tmp_path / "index"))
+    build(IndexConfig(factory="Flat", queries=2), tmp_path / "embed", _folder(tmp_path / "index"))
     view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
     monkeypatch.setattr("indexing.ann.view.FETCHED", 1024)
     monkeypatch.setattr("indexing.ann.view.FETCHED_APART", 256)
-    asked: list[int] = []
+    fetched: list[int] = []
     search = Index.search
     monkeypatch.setattr(
         Index,
         "search",
-        lambda self, vector, k, *more: asked.append(k) or search(self, vector, k, *more),
+        lambda self, vector, k, *more: fetched.append(k) or search(self, vector, k, *more),
     )
-    assert len(view.search(QUERY, 5)) == 1 and asked == [10, 64, 256, 1024]
-    asked.clear()
-    assert len(view.search(QUERY, 5, near=0.9)) == 1 and asked == [10, 64, 256]
-    asked.clear()
-    assert len(view.search(QUERY, 24, offset=24)) == 0 and asked == [24, 96, 384, 1024], (
-        "the first look is as deep as a page"
+    assert len(view.search(QUERY, 5)) == 1 and fetched == [10, 64, 256, 1024]
+    fetched.clear()
+    assert len(view.search(QUERY, 5, near=0.9)) == 1 and fetched == [10, 64, 256]
+    fetched.clear()
+    assert len(view.search(QUERY, 24, offset=24)) == 0 and fetched == [24, 96, 384, 1024], (
+        "the first fetch is as deep as a page"
     )
 
 
-def test_facets_are_counted_once_a_version(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facets_are_counted_once_for_a_version(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh, counted = View(view.segments, Removals(), "clip"), []
     column = Index.column
     monkeypatch.setattr(
@@ -130,7 +128,7 @@ def test_facets_are_counted_once_a_version(view: View, monkeypatch: pytest.Monke
     assert fresh.facets() == fresh.facets() and len(counted) == len(set(counted))
 
 
-def test_a_version_is_named_by_what_it_holds(view: View) -> None:
+def test_a_version_depends_on_the_content_alone(view: View) -> None:
     segment = view.segments[0]
     one, same = View([segment], Removals(), "clip"), View([segment], Removals(), "clip")
     removed = one.after(Removals(frozenset({"k000001"})))
@@ -148,13 +146,13 @@ def test_a_version_is_named_by_what_it_holds(view: View) -> None:
         == 4
     )
     assert more.version == one.after(Removals(frozenset({"k000001", "k000002"}))).version, (
-        "by whatever way"
+        "in one step or two"
     )
     assert more.after(Removals()).version == one.version, "an entry may be taken back"
     assert one.after(Removals()) is one
 
 
-def test_more_than_there_are_gives_all_distinct_ones(view: View) -> None:
+def test_a_large_k_returns_all_distinct_pictures(view: View) -> None:
     assert len(view.search(QUERY, 1000)) == COUNT // COPIES
 
 
@@ -163,18 +161,18 @@ def test_the_captions_can_be_searched(view: View) -> None:
     assert view.search(QUERY, 1, "text")[0].score == pytest.approx(float(scores[0, 0]))
 
 
-def test_more_like_a_sample_leaves_that_picture_out(view: View, image: np.ndarray) -> None:
-    own = view.find_key(f"k{7 * COPIES + 5:06d}")  # not the first copy of its picture
-    assert own is not None
-    right = np.argsort(-(image[::COPIES] @ image[own.row]))[1:5]
+def test_a_search_leaves_out_the_picture_it_came_from(view: View, image: np.ndarray) -> None:
+    sample = view.find_key(f"k{7 * COPIES + 5:06d}")  # not the first copy of its picture
+    assert sample is not None
+    right = np.argsort(-(image[::COPIES] @ image[sample.row]))[1:5]
     assert (
-        pictures(view.search(view.vector(own), 4, without=frozenset({own.facts["sha256"]})))
+        pictures(view.search(view.vector(sample), 4, without=frozenset({sample.facts["sha256"]})))
         == right.tolist()
     )
 
 
 @pytest.mark.parametrize("field", ["keys", "origins", "stored_sha256"])
-def test_what_was_taken_down_is_gone_and_the_next_best_moves_up(view: View, field: str) -> None:
+def test_rows_taken_down_are_left_out_and_the_next_best_moves_up(view: View, field: str) -> None:
     before = view.search(QUERY, 6)
     first = before[0].facts
     rows = range(before[0].row // COPIES * COPIES, before[0].row // COPIES * COPIES + COPIES)
@@ -187,16 +185,16 @@ def test_what_was_taken_down_is_gone_and_the_next_best_moves_up(view: View, fiel
     assert pictures(after.search(QUERY, 5)) == pictures(before)[1:]
     assert after.count == view.count - COPIES
     assert after.find_key(first["key"]) is None and after.find_number(number_of(first["key"])) == []
-    assert view.search(QUERY, 6) == before, (
-        "a query that has begun ends on the version that it began with"
-    )
+    assert view.search(QUERY, 6) == before, "a running query finishes on its version"
 
 
-def test_a_filter_gives_what_brute_force_over_the_chosen_gives(tmp_path: Path) -> None:
+def test_a_filter_returns_what_brute_force_returns(tmp_path: Path) -> None:
     faiss.omp_set_num_threads(1)
     vectors_of = write_embed(tmp_path / "embed", COUNT, DIM).astype(np.float32)
     build(
-        IndexConfig(factory="IVF15,Flat", queries=32), tmp_path / "embed", _made(tmp_path / "index")
+        IndexConfig(factory="IVF15,Flat", queries=32),
+        tmp_path / "embed",
+        _folder(tmp_path / "index"),
     )
     view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
     styles = np.array(["plain" if row % 40 else "rare" for row in range(COUNT)])
@@ -215,7 +213,7 @@ def test_a_filter_gives_what_brute_force_over_the_chosen_gives(tmp_path: Path) -
         make_filter({"shard": ["x"]})
 
 
-def test_near_copies_go_and_the_best_of_them_stays(view: View) -> None:
+def test_of_near_copies_only_the_best_is_returned(view: View) -> None:
     found = view.search(QUERY, 50, near=0.6)
     vectors_of = np.stack([view.vector(hit) for hit in found])
     cosines = vectors_of @ vectors_of.T
@@ -227,14 +225,14 @@ def test_near_copies_go_and_the_best_of_them_stays(view: View) -> None:
 def test_two_segments_answer_as_one(tmp_path: Path) -> None:
     whole = write_embed(tmp_path / "embed", 400, DIM, parts=1)
     for part, rows in (("a", slice(0, 250)), ("b", slice(250, 400))):
-        folder = _made(tmp_path / part)
+        folder = _folder(tmp_path / part)
         write_embed(folder, 400, DIM, parts=1)
-        _keep(folder, rows)
+        _cut(folder, rows)
     for name in ("embed", "a", "b"):
         build(
             IndexConfig(factory="Flat", queries=8),
             tmp_path / name,
-            _made(tmp_path / f"{name}-index"),
+            _folder(tmp_path / f"{name}-index"),
         )
     segments = {
         name: Segment(Index.open(tmp_path / f"{name}-index"), tmp_path)
@@ -248,8 +246,8 @@ def test_two_segments_answer_as_one(tmp_path: Path) -> None:
         hit.facts["key"] for hit in one.search(QUERY, 50)
     ]
     assert two.count == one.count == len(whole)
-    found = two.find_key("k000300")
-    assert found is not None and (found.segment, found.row) == (1, 50)
+    hit = two.find_key("k000300")
+    assert hit is not None and (hit.segment, hit.row) == (1, 50)
 
 
 def test_a_keys_number_depends_on_the_key_alone(view: View) -> None:
@@ -262,7 +260,7 @@ def test_a_keys_number_depends_on_the_key_alone(view: View) -> None:
     assert view.find_key("nobody") is None and view.find_number(5) == []
 
 
-def _made(folder: Path) -> Path:
+def _folder(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -271,7 +269,7 @@ def _column(values: np.ndarray):  # type: ignore[no-untyped-def]
     return pa.chunked_array([values.tolist()], pa.string())
 
 
-def _keep(folder: Path, rows: slice) -> None:
+def _cut(folder: Path, rows: slice) -> None:
     import json
 
     import pyarrow.parquet as pq

@@ -19,7 +19,7 @@ HELD_OUT = ("held_out_concept", "held_out_style")
 def test_pairs_come_with_their_own_vectors(tmp_path: Path) -> None:
     write_run(tmp_path, usual_rows())
     pairs = read_pairs(open_embedded(tmp_path / "embed"), "held_out_concept", 100, 0)
-    assert [each["caption"] for each in pairs.rows] == [
+    assert [pair["caption"] for pair in pairs.rows] == [
         f"colour {number}" for number in (12, 12, 13, 13, 14, 14, 15, 15)
     ]
     assert np.allclose(
@@ -32,7 +32,7 @@ def test_a_large_split_is_sampled_by_the_seed(tmp_path: Path) -> None:
     write_run(tmp_path, usual_rows())
     embedded = open_embedded(tmp_path / "embed")
     drawn = [
-        [each["key"] for each in read_pairs(embedded, "held_out_style", 5, seed).rows]
+        [pair["key"] for pair in read_pairs(embedded, "held_out_style", 5, seed).rows]
         for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -51,7 +51,7 @@ def test_a_pair_without_a_concept_stands_for_itself(tmp_path: Path) -> None:
     assert len(set(pairs.groups)) == 2
 
 
-def test_what_training_saw_is_counted(tmp_path: Path) -> None:
+def test_pictures_and_concepts_of_the_training_split_are_counted(tmp_path: Path) -> None:
     write_run(
         tmp_path,
         [

@@ -15,26 +15,26 @@ from tests.helpers.evaluation_run import draw, usual_rows, write_run
 from training.data.image_reader import decode
 
 
-def test_every_picture_of_a_shard_is_found_in_its_place(tmp_path: Path) -> None:
+def test_pictures_are_read_from_their_place_in_a_shard(tmp_path: Path) -> None:
     from indexing.data.held_out import open_embedded
 
     rows = usual_rows()
     write_run(tmp_path, rows)
-    for given, row in zip(rows, open_embedded(tmp_path / "embed").table.to_pylist(), strict=True):
+    for drawn, row in zip(rows, open_embedded(tmp_path / "embed").table.to_pylist(), strict=True):
         picture = read_picture(row, tmp_path / "shards", 20)
-        assert np.array_equal(picture[3:-3], draw(given["number"], given["style"])[3:-3])
+        assert np.array_equal(picture[3:-3], draw(drawn["number"], drawn["style"])[3:-3])
 
 
 @pytest.mark.parametrize(
     "shape", [(40, 40, 3), (24, 40, 3), (40, 25, 4), (33, 33, 4), (40, 40), (10, 10, 3)]
 )
 def test_a_picture_is_what_training_saw(shape: tuple[int, ...]) -> None:
-    made = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    theirs = decode(cv2.imencode(".png", made)[1].tobytes(), 16, "made")
-    assert np.array_equal(square(made, 16), theirs)
+    picture = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    trained_on = decode(cv2.imencode(".png", picture)[1].tobytes(), 16, "made")
+    assert np.array_equal(square(picture, 16), trained_on)
 
 
-def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_no_picture_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"no picture here" * 10)
     row = {"shard": "a.tar", "member": "x.png", "offset": 0, "size_bytes": 100}
     with pytest.raises(DataError, match=r"a\.tar/x\.png is not"):
@@ -42,21 +42,21 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.tar/x\.png is not"):
         read_picture(row | {"offset": 10**6}, tmp_path, 16)
     with pytest.raises(DataError, match="cannot read"):
-        read_picture(row | {"shard": "gone.tar"}, tmp_path, 16)
+        read_picture(row | {"shard": "missing.tar"}, tmp_path, 16)
     assert not tarfile.is_tarfile(tmp_path / "a.tar")
 
 
 def test_a_sheet_shows_every_picture_below_its_title(tmp_path: Path) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
-    made = sheet(list(pictures), ["a red heart", "ein Herz " * 30], scale=2)
-    assert made.shape == (2 * (16 + 16 + 4) + 4, 3 * 20 + 4, 3)
+    page = sheet(list(pictures), ["a red heart", "ein Herz " * 30], scale=2)
+    assert page.shape == (2 * (16 + 16 + 4) + 4, 3 * 20 + 4, 3)
     for row in range(2):
         for column in range(3):
             top, left = 4 + row * 36 + 16, 4 + column * 20
             assert np.array_equal(
-                made[top : top + 16, left : left + 16],
+                page[top : top + 16, left : left + 16],
                 pictures[row, column].repeat(2, 0).repeat(2, 1),
             )
-    assert (made[4:20] != 255).any()  # the title
-    write_png(made, tmp_path / "sheet.png")
-    assert np.array_equal(cv2.imread(str(tmp_path / "sheet.png"))[..., ::-1], made)
+    assert (page[4:20] != 255).any()  # the title
+    write_png(page, tmp_path / "sheet.png")
+    assert np.array_equal(cv2.imread(str(tmp_path / "sheet.png"))[..., ::-1], page)

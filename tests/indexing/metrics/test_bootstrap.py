@@ -1,6 +1,4 @@
-"""Intervals are those of independent formulas, and samples that hang together count as the groups
-that they are.
-"""
+"""Intervals are those of independent formulas, and samples of one group count as one."""
 
 import numpy as np
 import pytest
@@ -26,7 +24,7 @@ def test_the_bootstrap_of_independent_samples_has_the_normal_width() -> None:
     assert (figure["n"], figure["groups"]) == (2000, 2000)
 
 
-def test_copies_of_a_sample_make_nothing_surer() -> None:
+def test_copies_of_a_sample_do_not_narrow_the_interval() -> None:
     values = np.random.default_rng(0).random(100) < 0.4
     once = mean_figure(values, range(100), 2000, seed=1)
     often = mean_figure(np.repeat(values, 20), np.repeat(np.arange(100), 20), 2000, seed=1)
@@ -64,7 +62,7 @@ def test_unanimous_groups_still_have_a_width(value: float) -> None:
     assert figure["high"] - figure["low"] > 0.2
 
 
-def test_what_cannot_be_known_is_none() -> None:
+def test_no_samples_and_a_single_group_have_no_interval() -> None:
     assert mean_figure([], [], 500, 0, chance=0.1) == {
         "value": None,
         "low": None,
@@ -78,7 +76,7 @@ def test_what_cannot_be_known_is_none() -> None:
     assert class_mean_figure([], [], [], 500, 0)["value"] is None
 
 
-def test_the_class_mean_weighs_classes_alike() -> None:
+def test_the_class_mean_gives_classes_equal_weights() -> None:
     hits, classes = [1] * 90 + [0] * 10, ["common"] * 90 + ["rare"] * 10
     figure = class_mean_figure(hits, classes, range(100), 1000, seed=0)
     assert figure["value"] == 0.5

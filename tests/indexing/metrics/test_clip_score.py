@@ -15,28 +15,30 @@ from tests.helpers.embed_folders import vectors
 def test_clip_scores_by_hand() -> None:
     texts = np.array([[1, 0], [0, 1]], np.float32)
     images = np.array([[[1, 0], [0.6, 0.8]], [[-0.6, 0.8], [0, 1]]], np.float32)  # (P, K, D)
-    found = clip_scores(images, texts, 500, 0)
-    assert found["clip_score"]["value"] == pytest.approx(100 * (1 + 0.6 + 0.8 + 1) / 4)
-    assert found["mismatched"]["value"] == pytest.approx(
+    figures = clip_scores(images, texts, 500, 0)
+    assert figures["clip_score"]["value"] == pytest.approx(100 * (1 + 0.6 + 0.8 + 1) / 4)
+    assert figures["mismatched"]["value"] == pytest.approx(
         100 * (0 + 0.8 + 0 + 0) / 4
     )  # a negative cosine counts as 0
-    assert found["own_prompt_first"]["value"] == 0.75
-    assert found["own_prompt_first"]["chance"] == 0.5
-    assert {each["n"] for each in found.values()} == {4}
-    assert {each["groups"] for each in found.values()} == {2}
+    assert figures["own_prompt_first"]["value"] == 0.75
+    assert figures["own_prompt_first"]["chance"] == 0.5
+    assert {figure["n"] for figure in figures.values()} == {4}
+    assert {figure["groups"] for figure in figures.values()} == {2}
 
 
-def test_one_prompt_has_nothing_to_be_held_against() -> None:
-    found = clip_scores(np.ones((1, 3, 4), np.float32) / 2, np.ones((1, 4), np.float32) / 2, 500, 0)
-    assert found["clip_score"]["value"] == pytest.approx(100)
-    assert found["mismatched"]["value"] is None
-    assert found["own_prompt_first"]["value"] is None
+def test_a_single_prompt_has_no_mismatched_score() -> None:
+    figures = clip_scores(
+        np.ones((1, 3, 4), np.float32) / 2, np.ones((1, 4), np.float32) / 2, 500, 0
+    )
+    assert figures["clip_score"]["value"] == pytest.approx(100)
+    assert figures["mismatched"]["value"] is None
+    assert figures["own_prompt_first"]["value"] is None
 
 
 def test_real_pairs_score_their_cosine() -> None:
     images, texts = vectors(50, 8).astype(np.float32), vectors(50, 8, seed=1).astype(np.float32)
-    found = pair_clip_score(images, texts, range(50), 500, 0)
-    assert found["value"] == pytest.approx(
+    figures = pair_clip_score(images, texts, range(50), 500, 0)
+    assert figures["value"] == pytest.approx(
         100 * np.mean([max(0, a @ b) for a, b in zip(images, texts, strict=True)]), rel=1e-5
     )
 

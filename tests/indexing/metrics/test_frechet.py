@@ -51,8 +51,8 @@ def test_the_kernel_distance_is_its_double_sum_and_unbiased() -> None:
 def test_cmmd_is_its_double_sum() -> None:
     rng = np.random.default_rng(0)
     x, y = (
-        each / np.linalg.norm(each, axis=1, keepdims=True)
-        for each in (rng.normal(size=(6, 4)), rng.normal(size=(5, 4)))
+        features / np.linalg.norm(features, axis=1, keepdims=True)
+        for features in (rng.normal(size=(6, 4)), rng.normal(size=(5, 4)))
     )
     k = lambda a, b: np.exp(-((a - b) ** 2).sum() / 200)  # noqa: E731
     mean = lambda a, b: np.mean([[k(p, q) for q in b] for p in a])  # noqa: E731
@@ -72,7 +72,7 @@ def test_precision_and_recall_tell_quality_from_diversity() -> None:
     assert not inside.any() and not covered.any()
     line = np.arange(6.0)[
         :, None
-    ]  # each ball reaches to the third nearest: 2 in the middle, 3 at the ends
+    ]  # every ball reaches to the third nearest: 2 in the middle, 3 at the ends
     inside, covered = frechet.precision_recall(line, np.array([[-3.0], [-3.1], [2.5], [50.0]]))
     assert inside.tolist() == [True, False, True, False]
     with pytest.raises(ValueError, match="more than k = 3"):
@@ -101,8 +101,8 @@ def test_the_section_prefers_the_guidance_that_draws_the_real_pictures(tmp_path:
         return pictures.mean((1, 2))
 
     config = FidelityConfig(pictures=16, guidance=(1.0, 2.0))
-    found = fidelity(config, subject(tmp_path), 16, drawn, {"mean colour": colours})
-    table = found["tables"][0]
+    section = fidelity(config, subject(tmp_path), 16, drawn, {"mean colour": colours})
+    table = section["tables"][0]
     assert table["head"][5:] == ["Fréchet on mean colour", "kernel × 1000 on mean colour"]
     one, two, trained = table["rows"]
     assert (
@@ -113,35 +113,37 @@ def test_the_section_prefers_the_guidance_that_draws_the_real_pictures(tmp_path:
     for column in (2, 5, 6):
         assert two[column]["value"] < one[column]["value"]
         assert all(
-            each[column]["low"] <= each[column]["value"] <= each[column]["high"]
-            for each in (one, trained)
+            line[column]["low"] <= line[column]["value"] <= line[column]["high"]
+            for line in (one, trained)
         )
     assert two[4]["value"] > one[4]["value"] and two[3]["value"] == 1.0
     assert (
-        tmp_path / "out" / found["pictures"][0]["picture"]
-    ).is_file() and "16 captions" in found["text"][0]
+        tmp_path / "out" / section["pictures"][0]["picture"]
+    ).is_file() and "16 captions" in section["text"][0]
     assert (
         "16 captions" in table["caption"]
         and "seed 0" in table["caption"]
         and "16 px" in table["caption"]
     )
     # The trained pictures that are drawn show more concepts than the held-out ones.
-    own = [read_pairs(embedded, split, 16, 0).groups for split in ("held_out_concept", "train")]
+    groups_of = [
+        read_pairs(embedded, split, 16, 0).groups for split in ("held_out_concept", "train")
+    ]
     assert (
         trained[3]["groups"]
-        == len(set(own[1]))
-        != len(set(own[0]))
+        == len(set(groups_of[1]))
+        != len(set(groups_of[0]))
         == trained[4]["groups"]
         == one[3]["groups"]
     )
     assert np.isclose(np.linalg.norm(direction(1)), 1)
 
 
-def test_too_few_pairs_are_said(tmp_path: Path) -> None:
+def test_too_few_pairs_are_reported(tmp_path: Path) -> None:
     write_run(tmp_path, [row(1, "plain", "train"), row(2, "plain", "held_out_concept")])
     nothing: Any = None
-    found = fidelity(FidelityConfig(), subject(tmp_path), 16, nothing, {})
-    assert "Not measured" in found["text"][0] and not found["tables"]
+    section = fidelity(FidelityConfig(), subject(tmp_path), 16, nothing, {})
+    assert "Not measured" in section["text"][0] and not section["tables"]
 
 
 DISTANCES = {
@@ -152,7 +154,7 @@ DISTANCES = {
 
 
 @pytest.mark.parametrize("name", DISTANCES)
-def test_a_picture_that_counts_twice_is_as_one_that_stands_there_twice(name: str) -> None:
+def test_a_picture_that_counts_twice_equals_two_copies_of_it(name: str) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(9, 4)), rng.normal(size=(7, 4)) + 1
     u, v = np.array([2, 1, 1, 0, 1, 1, 3, 1, 1]), np.array([1, 0, 2, 1, 1, 1, 1])
@@ -200,7 +202,7 @@ def test_the_interval_of_a_distance_is_as_wide_as_fresh_samples_differ(
     )  # wide where there are fewer pictures than dimensions
 
 
-def test_sets_that_belong_together_are_drawn_together() -> None:
+def test_paired_sets_are_resampled_together() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, 3)) * 5
     y = x + 0.01 * rng.normal(size=(40, 3)) + 1

@@ -20,7 +20,7 @@ def blobs(
 
 
 @pytest.mark.parametrize("penalty", [1e-3, 1e-1])
-def test_it_is_scikit_learns_logistic_regression(penalty: float) -> None:
+def test_the_probe_equals_scikit_learns_logistic_regression(penalty: float) -> None:
     x, y = blobs()
     weights = linear_probe.fit(x, y, 3, penalty)
     theirs = LogisticRegression(C=1 / (penalty * len(x)), tol=1e-8, max_iter=5000).fit(x, y)
@@ -29,7 +29,7 @@ def test_it_is_scikit_learns_logistic_regression(penalty: float) -> None:
     assert (linear_probe.predict(x, weights) == theirs.predict(x)).mean() > 0.99
 
 
-def test_it_learns_and_a_penalty_shrinks_it() -> None:
+def test_a_probe_learns_and_a_penalty_shrinks_it() -> None:
     x, y = blobs(400)
     train, judged = linear_probe.halves(y, 0)
     assert linear_probe.right(x, y, train, judged, 3, 1e-3).mean() > 0.8
@@ -64,14 +64,14 @@ def test_halves_and_draws() -> None:
 def test_the_rotation_changes_no_probe() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 90)).astype(np.float32), rng.integers(0, 3, 40)
-    own, other = linear_probe.standardised(x[:30], x[30:])
-    assert own.shape[1] <= 30 and other.shape[1] == own.shape[1]
+    train, other = linear_probe.standardised(x[:30], x[30:])
+    assert train.shape[1] <= 30 and other.shape[1] == train.shape[1]
     mean, scale = x[:30].mean(0), np.sqrt(((x[:30] - x[:30].mean(0)) ** 2).mean())
     plain, plain_other = (x[:30] - mean) / scale, (x[30:] - mean) / scale
     logits = [
         a @ w[:-1] + w[-1]
         for a, w in (
-            (other, linear_probe.fit(own, y[:30], 3, 0.1)),
+            (other, linear_probe.fit(train, y[:30], 3, 0.1)),
             (plain_other, linear_probe.fit(plain, y[:30], 3, 0.1)),
         )
     ]
