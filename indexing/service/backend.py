@@ -7,16 +7,19 @@ Whatever is wrong with a question becomes an HTTPException here, with words for 
 import asyncio
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from anyio import CapacityLimiter, to_thread
 from fastapi import HTTPException
 
-from indexing.ann.view import Hit, View
+from indexing.ann.index import Modality
+from indexing.ann.view import Filter, Hit, View
 from indexing.data.embedding_store import Floats, unit
 from indexing.service import image_upload
 from indexing.service.freshness import Freshness
@@ -29,6 +32,7 @@ DECODED_AT_ONCE = 2
 is made smaller."""
 FETCHED_AT_ONCE = 8
 DRAWN_AT_ONCE = 4
+EVERYTHING = Filter()
 
 
 class Threads:
@@ -54,6 +58,19 @@ class Query(NamedTuple):
     image_url: str | None
     embedding: Sequence[float] | None
     key: str | None = None
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Which hits of a query are wanted; see `View.search`."""
+
+    k: int
+    columns: Sequence[str]
+    modality: Modality = "image"
+    chosen: Filter = EVERYTHING
+    offset: int = 0
+    near: float | None = None
+    without: frozenset[str] = frozenset()
 
 
 class Backend:
@@ -87,56 +104,57 @@ class Backend:
             )
 
     async def vector(self, version: Version, query: Query) -> tuple[Floats | Hit, frozenset[str]]:
-        """Return the query's unit vector (D,), or the sample whose it is, and the pictures
-        (SHA-256) that are no answer to it.
+        """Return the query's unit vector (D,), or the sample that has it, and the pictures
+        (SHA-256) that must not be among the results.
         """
-        view, encoders, threads = version.view, version.encoders, self.threads
+        view, encoders = version.view, version.encoders
         if query.text is not None:
-            if not query.text.strip():
+            text = query.text.strip()
+            if not text:
                 raise HTTPException(422, "text: it is empty")
-            return await self.texts.vector(
-                encoders.texts, encoders.clip, query.text.strip()
-            ), frozenset()
-        if query.embedding is not None:
-            return refused(_as_vector, query.embedding, view.dim), frozenset()
+            return await self.texts.vector(encoders.texts, encoders.clip, text), frozenset()
         if query.key is not None:
             hit = find_hit(view, query.key)
             return hit, frozenset({hit.facts["sha256"]})
-        try:
-            if query.image is not None:
-                data = image_upload.from_base64(query.image)
-            elif self.service.parts.fetch is None:
-                raise HTTPException(
-                    403, "image_url: this service fetches no pictures; send the picture itself"
-                )
-            else:
-                data = await to_thread.run_sync(
-                    self.service.parts.fetch, query.image_url or "", limiter=threads.fetching
-                )
-            return await to_thread.run_sync(
-                self.service.encode_picture, encoders, data, limiter=threads.decoding
-            ), frozenset()
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from None
+        with value_errors_as_422():
+            if query.embedding is not None:
+                return _as_vector(query.embedding, view.dim), frozenset()
+            vector = await to_thread.run_sync(
+                self.service.encode_picture,
+                encoders,
+                await self._picture(query),
+                limiter=self.threads.decoding,
+            )
+            return vector, frozenset()
 
-    async def hits(
-        self, view: View, query: Floats | Hit, *arguments: Any, **more: Any
-    ) -> list[Hit]:
-        """Search as `View.search` does, in a thread, so that requests are read and answered
-        meanwhile.
-        """
-        search = partial(refused, _search, view, query, *arguments, **more)
-        return await asyncio.get_running_loop().run_in_executor(self.threads.searching, search)
+    async def _picture(self, query: Query) -> bytes:
+        """Return the file of a query picture. Raises ValueError if there is none."""
+        if query.image is not None:
+            return image_upload.from_base64(query.image)
+        if self.service.parts.fetch is None:
+            raise HTTPException(
+                403, "image_url: this service fetches no pictures; send the picture itself"
+            )
+        return await to_thread.run_sync(
+            self.service.parts.fetch, query.image_url or "", limiter=self.threads.fetching
+        )
+
+    async def hits(self, view: View, query: Floats | Hit, options: SearchOptions) -> list[Hit]:
+        """Return the hits of `View.search`, which runs in a thread."""
+        search = partial(_search, view, query, options)
+        with value_errors_as_422():
+            return await asyncio.get_running_loop().run_in_executor(self.threads.searching, search)
 
     def close(self) -> None:
         """End the threads that search."""
         self.threads.searching.shutdown()
 
 
-def refused(ask: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
-    """Call, and answer 422 with its words where the question was wrong."""
+@contextmanager
+def value_errors_as_422() -> Iterator[None]:
+    """Turn a ValueError into HTTP 422 with its message."""
     try:
-        return ask(*arguments, **more)
+        yield
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
 
@@ -149,9 +167,17 @@ def find_hit(view: View, key: str) -> Hit:
     return hit
 
 
-def _search(view: View, query: Floats | Hit, *arguments: Any, **more: Any) -> list[Hit]:
-    vector = unit(view.vector(query)[None])[0] if isinstance(query, Hit) else query
-    return view.search(vector, *arguments, **more)
+def _search(view: View, query: Floats | Hit, options: SearchOptions) -> list[Hit]:
+    return view.search(
+        unit(view.vector(query)[None])[0] if isinstance(query, Hit) else query,
+        options.k,
+        options.modality,
+        options.chosen,
+        options.offset,
+        options.near,
+        options.without,
+        options.columns,
+    )
 
 
 def _as_vector(embedding: Sequence[float], dim: int) -> Floats:
