@@ -1,13 +1,12 @@
-"""The HTTP service: the search page, our own routes and clip-retrieval's protocol over one
-`Service`.
+"""The HTTP service: the search page, our own routes and clip-retrieval's protocol.
 
-Reads nothing but what the service holds: no path of a request reaches the file system. `make_app`
-returns the ASGI application, `run` serves it with uvicorn. What clients may send is in
-indexing.service.requests, who may send it in indexing.service.middleware, clip-retrieval's routes
-are in indexing.service.clip_retrieval, and what all routes share in indexing.service.backend.
+`make_app` returns the ASGI application of a `Service`; `run` serves it with uvicorn. No path of a
+request reaches the file system. The bodies of requests are in `requests`, tokens and limits in
+`middleware`, clip-retrieval's routes in `clip_retrieval`, what all routes share in `backend`.
 """
 
 import gc
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -40,7 +39,7 @@ from indexing.service.clip_retrieval import add_protocol
 from indexing.service.http_protocol import ConnectionLimits, bounded_protocol
 from indexing.service.json_route import QuickRoute
 from indexing.service.middleware import COOKIE, Guard, GuardOptions, is_token
-from indexing.service.requests import Question, Token, speakable
+from indexing.service.requests import Question, Token, without_surrogates
 from indexing.service.state import ServeConfig, Service
 from indexing.service.text_batcher import Texts
 from infra.errors import DataError
@@ -50,7 +49,7 @@ LIMITS = ConnectionLimits()
 IDLE_S = 30
 """Seconds that a connection may stay open between two requests."""
 SHUTDOWN_S = 10
-"""Maximum seconds from a signal to the end; answers under way are finished until then."""
+"""Maximum seconds from a signal to the end; requests in progress may finish until then."""
 PAGE = {
     "/": ("search.html", "text/html; charset=utf-8"),
     "/search.js": ("search.js", "text/javascript; charset=utf-8"),
@@ -75,7 +74,7 @@ Key = Annotated[str, InPath(max_length=200)]
 
 
 def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) -> FastAPI:
-    """Return the application; it closes the service when it ends."""
+    """Return the ASGI application, which closes the service when it ends."""
     registry = CollectorRegistry()
     texts = Texts(_batch_sizes(registry).observe)
     backend = Backend(service, config, texts)
@@ -102,7 +101,7 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
         registry=registry,
         log=log,
     )
-    app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
+    app.add_exception_handler(RequestValidationError, _validation_error)
     _add_search(app, backend)  # first, because routes are tried in this order
     _add_samples(app, backend)
     _add_page(app)
@@ -129,8 +128,12 @@ def _add_gauges(registry: CollectorRegistry, service: Service, texts: Texts) -> 
             "Index folders that are searched.",
             lambda: len(service.version.view.segments),
         ),
-        ("unclip_index_swaps", "How often another version took over.", lambda: service.swaps),
-        ("unclip_text_cache_hits", "Texts whose vector was remembered.", lambda: texts.hits),
+        (
+            "unclip_index_swaps",
+            "Times that a new version replaced the served one.",
+            lambda: service.swaps,
+        ),
+        ("unclip_text_cache_hits", "Texts whose vector was cached.", lambda: texts.hits),
         ("unclip_text_cache_misses", "Texts that had to be encoded.", lambda: texts.misses),
     )
     for name, description, value in gauges:
@@ -140,11 +143,11 @@ def _add_gauges(registry: CollectorRegistry, service: Service, texts: Texts) -> 
 def _add_about(
     app: FastAPI, service: Service, config: ServeConfig, registry: CollectorRegistry
 ) -> None:
-    """Add what is told of the service itself, and the session of its page."""
+    """Add the routes about the service itself, and the session of its page."""
 
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
-        """Say that the service answers, and from what; waits for nothing."""
+        """Return the service's status, and what it serves; never waits."""
         name, view = service.version.name, service.version.view
         about = {
             "samples": view.count,
@@ -156,16 +159,16 @@ def _add_about(
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Return counters and times in Prometheus's text form."""
+        """Return the metrics in Prometheus's text format."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/session", status_code=204)
     async def session(token: Token, request: Request) -> Response:
-        """Keep the token in a cookie that no script can read, for the page and its pictures."""
+        """Store the token in a cookie that scripts cannot read, for the page and its pictures."""
         if config.token is None:
             return Response(status_code=204)
         if not is_token(token.token, config.token):
-            raise HTTPException(401, "that is not the token")
+            raise HTTPException(401, "the token is wrong")
         answer = Response(status_code=204)
         is_https = request.url.scheme == "https"
         answer.set_cookie(
@@ -184,8 +187,8 @@ def _add_search(app: FastAPI, backend: Backend) -> None:
 
     @app.get("/facets")
     async def facets() -> dict[str, dict[str, int]]:
-        """Count the samples of each licence, style, category and split: what a query can be
-        filtered by. Counted once a version.
+        """Count the samples of each licence, style, category and split, the values that a query
+        can filter by.
         """
         counts = await to_thread.run_sync(
             (await backend.version()).view.facets, limiter=backend.threads.counting
@@ -247,13 +250,13 @@ def _add_samples(app: FastAPI, backend: Backend) -> None:
 
     @app.get("/sample/{key}")
     async def sample(key: Key) -> dict[str, Any]:
-        """Return what is known of one sample."""
+        """Return the metadata of one sample."""
         facts = find_hit((await backend.version()).view, key).facts
         return {name: value for name, value in facts.items() if name not in STORAGE_COLUMNS}
 
     @app.get("/thumbnail/{key}", response_class=Response)
     async def thumbnail(key: Key) -> Response:
-        """Return a sample's picture, as it is stored, at most 256 pixels wide."""
+        """Return the stored picture of a sample as a PNG of at most 256 x 256 pixels."""
         view = (await backend.version()).view
         hit = find_hit(view, key)
         try:
@@ -262,7 +265,7 @@ def _add_samples(app: FastAPI, backend: Backend) -> None:
             )
         except DataError as error:
             backend.service.parts.report(str(error))
-            raise HTTPException(404, "its picture cannot be read") from None
+            raise HTTPException(404, "the picture of that sample cannot be read") from None
         return Response(
             png, media_type="image/png", headers={"cache-control": "private, max-age=60"}
         )
@@ -271,14 +274,14 @@ def _add_samples(app: FastAPI, backend: Backend) -> None:
 def run(
     service: Service, config: ServeConfig, ready: Callable[[str], None], log: TextIO = sys.stderr
 ) -> None:
-    """Serve until interrupted; `ready` is told the address once it answers."""
+    """Serve until interrupted; call `ready` with the URL once the service answers."""
 
     class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             gc.collect()
-            # what is there by now stays: to go through it again and again would be the longest
-            # pauses
+            # The index and the models stay until the end: scanning them again and again would
+            # cause the longest pauses.
             gc.freeze()
             if self.started:
                 port = self.servers[0].sockets[0].getsockname()[1]
@@ -321,13 +324,15 @@ def _result(hit: Hit) -> dict[str, Any]:
     return result
 
 
-async def _say_what_is_wrong(_: Request, error: Exception) -> JSONResponse:
-    """Answer 422 with places and reasons, without the input: it may hold what JSON cannot."""
+async def _validation_error(_: Request, error: Exception) -> JSONResponse:
+    """Return 422 with the fields and reasons, without the input, which JSON may not be able to
+    hold.
+    """
     assert isinstance(error, RequestValidationError)
     detail = [
         {
-            "loc": [speakable(str(part)[:100]) for part in fault["loc"]],
-            "msg": speakable(str(fault["msg"])[:300]),
+            "loc": [without_surrogates(str(part)[:100]) for part in fault["loc"]],
+            "msg": without_surrogates(str(fault["msg"])[:300]),
             "type": fault["type"],
         }
         for fault in error.errors()[:20]

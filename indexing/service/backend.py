@@ -1,7 +1,7 @@
-"""What the routes of the service have in common: the current version, a query's vector and the
-hits, and on which threads.
+"""What all routes of the service share: the current version, a query's vector, the search, and the
+threads that they run on.
 
-Whatever is wrong with a question becomes an HTTPException here, with words for whoever asked.
+A wrong request becomes an HTTPException here, with a message for the client.
 """
 
 import asyncio
@@ -28,21 +28,19 @@ from indexing.service.text_batcher import Texts
 from infra.errors import UnclipError
 
 DECODED_AT_ONCE = 2
-"""Query pictures in work at a time: one of 32 million pixels takes a third of a gigabyte while it
-is made smaller."""
+"""Maximum query pictures that are decoded at once: one of 32 million pixels takes a third of a
+gigabyte meanwhile."""
 FETCHED_AT_ONCE = 8
 DRAWN_AT_ONCE = 4
 EVERYTHING = Filter()
 
 
 class Threads:
-    """How many threads each kind of work may take, so that none keeps another, or a look at the
-    service's health, waiting.
-    """
+    """Threads for each kind of work, so that no kind delays another or a health check."""
 
     def __init__(self) -> None:
         self.searching = ThreadPoolExecutor(os.cpu_count() or 1, "search")
-        """Every search goes through these, and a pool hands over quicker than a limiter."""
+        """For searches; an executor starts them faster than a limiter does."""
         self.counting = CapacityLimiter(1)
         self.decoding = CapacityLimiter(DECODED_AT_ONCE)
         self.fetching = CapacityLimiter(FETCHED_AT_ONCE)
@@ -54,7 +52,7 @@ class Query(NamedTuple):
 
     text: str | None
     image: str | None
-    """A picture's file in base64."""
+    """A picture file in base64."""
     image_url: str | None
     embedding: Sequence[float] | None
     key: str | None = None
@@ -82,7 +80,7 @@ class Backend:
         self.threads = Threads()
 
     async def version(self) -> Version:
-        """Return what is served now, without what the removal log names; HTTP 503 where that cannot
+        """Return the served version, without removed samples; HTTP 503 if the removal log cannot
         be read.
         """
         try:
@@ -91,15 +89,15 @@ class Backend:
             self.service.parts.report(str(error))
             raise HTTPException(
                 503,
-                "the removal log cannot be read, so nothing is shown; the service's log says why",
+                "the removal log cannot be read, so no results are shown; see the service's log",
             ) from None
 
     def check_clip(self, version: Version, clip: str | None) -> None:
-        """Refuse a question that names another CLIP than the index's."""
+        """Raise HTTP 409 if `clip` is not the CLIP that made the index."""
         if clip is not None and clip != version.view.clip:
             raise HTTPException(
                 409,
-                f"the index was made by CLIP {version.view.clip}, the query by {clip}: embed it "
+                f"CLIP {version.view.clip} made the index, but CLIP {clip} the query: embed it "
                 "with the index's own",
             )
 
@@ -146,7 +144,7 @@ class Backend:
             return await asyncio.get_running_loop().run_in_executor(self.threads.searching, search)
 
     def close(self) -> None:
-        """End the threads that search."""
+        """Stop the search threads."""
         self.threads.searching.shutdown()
 
 
@@ -160,7 +158,7 @@ def value_errors_as_422() -> Iterator[None]:
 
 
 def find_hit(view: View, key: str) -> Hit:
-    """Return the sample with that key; HTTP 404 where there is none."""
+    """Return the sample with that key; HTTP 404 if there is none."""
     hit = view.find_key(key)
     if hit is None:
         raise HTTPException(404, "there is no sample with that key")
@@ -181,14 +179,14 @@ def _search(view: View, query: Floats | Hit, options: SearchOptions) -> list[Hit
 
 
 def _as_vector(embedding: Sequence[float], dim: int) -> Floats:
-    """Return numbers as a unit vector (D,). Raises ValueError where they are too many or too few,
-    or have no direction.
+    """Return an embedding as a unit vector (D,). Raises ValueError for a wrong length, or if all
+    numbers are 0.
     """
     if len(embedding) != dim:
         raise ValueError(
             f"embedding: it has {len(embedding)} numbers but the index has {dim} dimensions"
         )
-    length = math.hypot(*embedding)  # of a list in a tenth of the time that numpy takes to begin
+    length = math.hypot(*embedding)  # ten times faster for a list than numpy
     if length == 0:
-        raise ValueError("embedding: it has no direction")
+        raise ValueError("embedding: all its numbers are 0")
     return (np.array(embedding) / length).astype(np.float32)

@@ -1,5 +1,5 @@
-"""clip-retrieval's protocol: the routes that its clients and its front end ask, over our
-service.
+"""clip-retrieval's protocol over our service: /indices-list, /knn-service and /metadata, as its
+clients and its front end use them.
 """
 
 from typing import Any
@@ -34,19 +34,16 @@ def add_protocol(app: FastAPI, backend: Backend) -> None:
 
     @app.post("/knn-service")
     async def knn_service(question: KnnQuestion) -> list[dict[str, Any]]:
-        """clip-retrieval's protocol: the nearest samples; the first `num_images` with their
-        metadata, all with their number.
+        """clip-retrieval's protocol: the nearest samples with their numbers, the first `num_images`
+        of them with metadata.
 
-        An embedding says nothing of the CLIP that made it, so that only its dimensions are checked,
-        unless `clip` names it.
+        An embedding does not say which CLIP made it: without `clip`, only its length is checked.
         """
         return await _nearest(backend, question)
 
     @app.post("/metadata")
     async def metadata(question: MetadataQuestion) -> list[dict[str, Any]]:
-        """clip-retrieval's protocol: the metadata of samples by number; those that are gone are
-        left out.
-        """
+        """clip-retrieval's protocol: the metadata of samples by number, without removed samples."""
         view = (await backend.version()).view
         _check_name(backend.service, question.indice_name)
         return [
@@ -100,9 +97,7 @@ def _query_of(question: KnnQuestion) -> Query:
 def _check_name(service: Service, name: str | None) -> None:
     """Refuse an index name that the served run never had."""
     if name and name not in service.names:
-        raise HTTPException(
-            404, f"there is no index of that name: {service.version.name} is served"
-        )
+        raise HTTPException(404, f"there is no index of that name: use {service.version.name}")
 
 
 def _metadata(hit: Hit) -> dict[str, Any]:

@@ -271,7 +271,7 @@ def test_texts_are_encoded_once_and_remembered(client: TestClient, fake: Fake) -
         ({"text": "a", "k": 1, "offset": 2000}, 422, "at most 2000"),
         ({"text": "a", "surprise": 1}, 422, "Extra inputs"),
         ({"embedding": [1.0]}, 422, f"1 numbers but the index has {DIM}"),
-        ({"embedding": [0.0] * DIM}, 422, "no direction"),
+        ({"embedding": [0.0] * DIM}, 422, "all its numbers are 0"),
         ({"embedding": [1e300] * DIM}, 422, "less than or equal"),
         ({"image": "%%%"}, 422, "not in base64"),
         ({"image": b64(b"GIF89a")}, 422, "cannot be read"),
