@@ -25,6 +25,7 @@ from indexing.service import image_upload
 from indexing.service.freshness import Freshness
 from indexing.service.state import ServeConfig, Service, Version
 from indexing.service.text_batcher import Texts
+from infra.captions import clean_caption
 from infra.errors import UnclipError
 
 DECODED_AT_ONCE = 2
@@ -107,7 +108,7 @@ class Backend:
         """
         view, encoders = version.view, version.encoders
         if query.text is not None:
-            text = query.text.strip()
+            text = clean_caption(query.text)
             if not text:
                 raise HTTPException(422, "text: it is empty")
             return await self.texts.vector(encoders.texts, encoders.clip, text), frozenset()
