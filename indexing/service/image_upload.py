@@ -40,7 +40,8 @@ def from_base64(text: str) -> bytes:
     """Return the bytes of a picture in base64, with or without a `data:` prefix. Raises ValueError
     if it is not base64 or has more than MAX_BYTES.
     """
-    body = text.partition(",")[2] if text.startswith("data:") else text
+    body = text.partition(",")[2] if text.lstrip().startswith("data:") else text
+    body = "".join(body.split())  # many encoders break lines
     if len(body) > MAX_BYTES * 4 // 3 + 4:
         raise ValueError(f"the picture is larger than {MAX_BYTES >> 20} MiB")
     try:
@@ -72,13 +73,30 @@ def decode(data: bytes, side_px: int, square: Square = square) -> Pixels:
                     )
                 max_side_px = max(LEAST_PX, SIDES * side_px)
                 upright = np.asarray(
-                    ImageOps.exif_transpose(_smaller(opened, max_side_px)).convert("RGBA")
+                    ImageOps.exif_transpose(_smaller(_eight_bit(opened), max_side_px)).convert(
+                        "RGBA"
+                    )
                 )
     except PictureTooLargeError:
         raise
     except (*HOSTILE, Image.DecompressionBombError):
         raise ValueError("the picture cannot be read: give a PNG, JPEG or WebP file") from None
     return square(cv2.cvtColor(upright, cv2.COLOR_RGBA2BGRA), side_px)
+
+
+def _eight_bit(opened: Image.Image) -> Image.Image:
+    """Return a picture with 8 bits per channel; Pillow itself clips 16-bit grey at 255."""
+    if not opened.mode.startswith("I"):
+        return opened
+    values = np.asarray(opened)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    transparent = opened.info.get("transparency")
+    if isinstance(transparent, int):
+        alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
+        grey = Image.merge("LA", (grey, Image.fromarray(alpha)))
+    if "exif" in opened.info:
+        grey.info["exif"] = opened.info["exif"]
+    return grey
 
 
 def _smaller(opened: Image.Image, max_side_px: int) -> Image.Image:

@@ -116,6 +116,7 @@ class Guard:
         if scope["method"] == "POST" and scope["path"] in PROTOCOL_PATHS:
             _declare_json(scope)
         exchange = Exchange(self, scope, receive, send)
+        scope = exchange.scope
         try:
             refusal = self._refusal(scope, exchange.headers, exchange.client)
             if refusal:
@@ -167,7 +168,7 @@ class Guard:
         self.lines.add(
             event="request",
             request=exchange.request_id,
-            method=exchange.scope["method"],
+            method=exchange.method,
             path=exchange.scope["path"],
             status=exchange.status,
             ms=round(duration_s * 1000, 2),
@@ -225,7 +226,9 @@ class Exchange:
     """One request and its answer, while they pass the guard."""
 
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
-        self.guard, self.scope = guard, scope
+        self.guard, self.method = guard, scope["method"]
+        # FastAPI's routes know no HEAD: it is answered as GET, without the body.
+        self.scope = {**scope, "method": "GET"} if self.method == "HEAD" else scope
         self._receive, self._send = receive, send
         self.request_id = f"{random.getrandbits(48):012x}"
         self.started_s = time.perf_counter()
@@ -259,6 +262,8 @@ class Exchange:
             self.status, self.has_started = message["status"], True
             extra_headers = [*self._cors_headers(), (b"x-request-id", self.request_id.encode())]
             message["headers"] = [*message.get("headers", []), *ENCODED, *extra_headers]
+        elif self.method == "HEAD":
+            message = {**message, "body": b""}
         await self._send(message)
 
     def _cors_headers(self) -> EncodedHeaders:

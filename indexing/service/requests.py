@@ -12,7 +12,8 @@ from indexing.service.image_upload import MAX_BYTES
 
 MAX_TEXT = 2000
 MAX_DIM = 8192
-IMAGE_CHARS = MAX_BYTES * 4 // 3 + 64
+IMAGE_CHARS = MAX_BYTES * 4 // 3 * 78 // 76 + 64
+"""Maximum characters of a picture in base64, with a line break after every 76."""
 
 
 def without_surrogates(text: str) -> str:
