@@ -11,6 +11,7 @@ import typer
 
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json
 from flows.config.roots import open_for
+from infra.captions import clean_caption
 from infra.errors import CallerError
 from infra.storage.manifests import Committed
 from infra.storage.stage_files import pinned_copy
@@ -68,10 +69,13 @@ def guidance_of(model: "Unclip", requested: float | None) -> float:
 
 
 def spoken(command: str, text: str) -> str:
-    """Return a command line text as valid UTF-8. Raises CallerError for a blank text."""
-    if not text.strip():
-        raise CallerError(f"{command}: a caption or prompt is empty")
-    return text.encode("utf-8", "replace").decode()
+    """Return a command line text, cleaned as captions are. Raises CallerError for a text that is
+    blank then.
+    """
+    cleaned = clean_caption(text)
+    if not cleaned:
+        raise CallerError(f"{command}: the text is empty")
+    return cleaned
 
 
 def check_files(files: Iterable[Path], option: str = "") -> None:

@@ -45,8 +45,8 @@ def search(
             "search needs a text, --image FILE or --key KEY, one of them: "
             'unclip search "a red heart"'
         )
-    if text is not None and not text.strip():
-        raise CallerError("search: the text is empty")
+    if text is not None:
+        text = spoken("search", text)
     check_files([image] if image else [], "--image")
     from flows.live_index.lineage import open_view
 
@@ -87,4 +87,4 @@ def _embed(clip: Path, text: str | None, image: Path | None) -> "np.ndarray":
 
     if image is not None:
         return embed.embed_images(clip, [image])[0]
-    return embed.embed_texts(clip, [spoken("search", text or "")])[0]
+    return embed.embed_texts(clip, [text or ""])[0]

@@ -8,9 +8,7 @@ INGEST/shards, writes OUT/keep.parquet and OUT/dropped.parquet.
 """
 
 import hashlib
-import re
 import tarfile
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from infra.captions import clean_caption
 from infra.console.progress import Progress
 from infra.errors import DataError
 from infra.schemas import (
@@ -40,7 +39,6 @@ BATCH_ROWS = 10_000
 # What decides who stays of equal images: held-out ones, so that a duplicate across splits leaves
 # the training split; then the lowest key.
 RANK = np.dtype([("image", "S16"), ("is_train", "?"), ("key", "S16")])
-JOINERS = "\u200c\u200d"
 
 Counts = dict[str, Any]
 Row = dict[str, Any]
@@ -219,7 +217,7 @@ def judge(
     captions = [
         text
         for text in dict.fromkeys(
-            clean(caption, config.max_caption_chars) for caption in item["captions"]
+            clean_caption(caption, config.max_caption_chars) for caption in item["captions"]
         )
         if text
     ]
@@ -251,29 +249,6 @@ def judge(
     if len(row["caption"]) < config.min_caption_chars:
         return row, "caption_too_short"
     return row, ""
-
-
-def clean(caption: str, max_chars: int) -> str:
-    """Return a caption in Unicode's NFC, single-spaced, without control and invisible format
-    characters, cut at a word when too long.
-
-    The joiners of Persian, of Indic scripts and of emoji sequences stay.
-    """
-    text = "".join(printable(character) for character in unicodedata.normalize("NFC", caption))
-    text = " ".join(text.split())
-    if len(text) > max_chars:
-        text = re.sub(r"\s+\S*$", "", text[: max_chars + 1])[:max_chars]
-    return text
-
-
-def printable(character: str) -> str:
-    """Return a character as captions keep it: a space for white space and controls, nothing for
-    what is invisible.
-    """
-    kind = unicodedata.category(character)
-    if kind in ("Cc", "Zl", "Zp", "Zs"):
-        return " "
-    return "" if kind in ("Cf", "Cs") and character not in JOINERS else character
 
 
 def split_of(concept: str, style: str, config: CurateConfig) -> str:

@@ -9,25 +9,24 @@ LOG_S = 0.1
 
 
 class Lines:
-    """A log of JSON lines, written together LOG_S after the first of them at most: the event loop
-    waits for every write.
-    """
+    """A log of JSON lines, which are written together at most LOG_S after the first of them."""
 
     def __init__(self, log: TextIO) -> None:
         self._log = log
         self._waiting: list[str] = []
 
-    def add(self, **facts: Any) -> None:
+    def add(self, **fields: Any) -> None:
         """Add a line."""
         if not self._waiting:
             asyncio.get_running_loop().call_later(LOG_S, self.write)
         line = json.dumps(
-            {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}, ensure_ascii=True
+            {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fields},
+            ensure_ascii=True,
         )
         self._waiting.append(line + "\n")
 
     def write(self) -> None:
-        """Write what has been added."""
+        """Write the lines that were added."""
         if not self._waiting:
             return
         lines, self._waiting = "".join(self._waiting), []

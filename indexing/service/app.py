@@ -1,13 +1,12 @@
-"""The HTTP service: the search page, our own routes and clip-retrieval's protocol over one
-`Service`.
+"""The HTTP service: the search page, our own routes and clip-retrieval's protocol.
 
-Reads nothing but what the service holds: no path of a request reaches the file system. `make_app`
-returns the ASGI application, `run` serves it with uvicorn. What clients may send is in
-indexing.service.requests, who may send it in indexing.service.middleware, clip-retrieval's routes
-are in indexing.service.clip_retrieval, and what all routes share in indexing.service.backend.
+`make_app` returns the ASGI application of a `Service`; `run` serves it with uvicorn. No path of a
+request reaches the file system. The bodies of requests are in `requests`, tokens and limits in
+`middleware`, clip-retrieval's routes in `clip_retrieval`, what all routes share in `backend`.
 """
 
 import gc
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -29,12 +28,18 @@ from prometheus_client import (
 )
 
 from indexing.ann.view import CHOICES, NEAR, Hit, make_filter
-from indexing.service.backend import Backend, Query, find_hit, refused
+from indexing.service.backend import (
+    Backend,
+    Query,
+    SearchOptions,
+    find_hit,
+    value_errors_as_422,
+)
 from indexing.service.clip_retrieval import add_protocol
 from indexing.service.http_protocol import ConnectionLimits, bounded_protocol
 from indexing.service.json_route import QuickRoute
-from indexing.service.middleware import COOKIE, Guard, is_token
-from indexing.service.requests import Question, Token, speakable
+from indexing.service.middleware import COOKIE, Guard, GuardOptions, is_token
+from indexing.service.requests import Question, Token, without_surrogates
 from indexing.service.state import ServeConfig, Service
 from indexing.service.text_batcher import Texts
 from infra.errors import DataError
@@ -44,7 +49,7 @@ LIMITS = ConnectionLimits()
 IDLE_S = 30
 """Seconds that a connection may stay open between two requests."""
 SHUTDOWN_S = 10
-"""Maximum seconds from a signal to the end; answers under way are finished until then."""
+"""Maximum seconds from a signal to the end; requests in progress may finish until then."""
 PAGE = {
     "/": ("search.html", "text/html; charset=utf-8"),
     "/search.js": ("search.js", "text/javascript; charset=utf-8"),
@@ -61,34 +66,19 @@ RESULT_COLUMNS = (
     "width_px",
     "height_px",
 )
+STORAGE_COLUMNS = ("shard", "member", "offset")
+"""Columns that say where a picture is stored; clients do not see them."""
 FACET_VALUES = 200
 
 Key = Annotated[str, InPath(max_length=200)]
 
 
 def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) -> FastAPI:
-    """Return the application; it closes the service when it ends."""
+    """Return the ASGI application, which closes the service when it ends."""
     registry = CollectorRegistry()
-    batches = Histogram(
-        "unclip_text_batch",
-        "Texts encoded at once.",
-        registry=registry,
-        buckets=(1, 2, 4, 8, 16, 32),
-    )
-    texts = Texts(batches.observe)
+    texts = Texts(_batch_sizes(registry).observe)
     backend = Backend(service, config, texts)
-    for name, what, value in (
-        ("unclip_index_samples", "Samples that can be found.", lambda: service.version.view.count),
-        (
-            "unclip_index_segments",
-            "Index folders that are searched.",
-            lambda: len(service.version.view.segments),
-        ),
-        ("unclip_index_swaps", "How often another version took over.", lambda: service.swaps),
-        ("unclip_text_cache_hits", "Texts whose vector was remembered.", lambda: texts.hits),
-        ("unclip_text_cache_misses", "Texts that had to be encoded.", lambda: texts.misses),
-    ):
-        Gauge(name, what, registry=registry).set_function(value)
+    _add_gauges(registry, service, texts)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -101,30 +91,63 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
     app.router.route_class = QuickRoute
     app.add_middleware(
         Guard,
-        token=config.token,
-        rate=config.rate,
-        burst=config.burst,
-        body_bytes=config.body_bytes,
-        origins=config.allow_origins,
+        options=GuardOptions(
+            config.token,
+            config.rate,
+            config.burst,
+            config.body_bytes,
+            frozenset(config.allow_origins),
+        ),
         registry=registry,
         log=log,
     )
-    app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
-    _add_search(app, backend)  # first, as routes are tried in turn
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    _add_search(app, backend)  # first, because routes are tried in this order
+    _add_samples(app, backend)
     _add_page(app)
     _add_about(app, service, config, registry)
     add_protocol(app, backend)
     return app
 
 
+def _batch_sizes(registry: CollectorRegistry) -> Histogram:
+    return Histogram(
+        "unclip_text_batch",
+        "Texts encoded at once.",
+        registry=registry,
+        buckets=(1, 2, 4, 8, 16, 32),
+    )
+
+
+def _add_gauges(registry: CollectorRegistry, service: Service, texts: Texts) -> None:
+    """Add the metrics that are read from the service when they are asked for."""
+    gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
+        ("unclip_index_samples", "Samples that can be found.", lambda: service.version.view.count),
+        (
+            "unclip_index_segments",
+            "Index folders that are searched.",
+            lambda: len(service.version.view.segments),
+        ),
+        (
+            "unclip_index_swaps",
+            "Times that a new version replaced the served one.",
+            lambda: service.swaps,
+        ),
+        ("unclip_text_cache_hits", "Texts whose vector was cached.", lambda: texts.hits),
+        ("unclip_text_cache_misses", "Texts that had to be encoded.", lambda: texts.misses),
+    )
+    for name, description, value in gauges:
+        Gauge(name, description, registry=registry).set_function(value)
+
+
 def _add_about(
     app: FastAPI, service: Service, config: ServeConfig, registry: CollectorRegistry
 ) -> None:
-    """Add what is told of the service itself, and the session of its page."""
+    """Add the routes about the service itself, and the session of its page."""
 
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
-        """Say that the service answers, and from what; waits for nothing."""
+        """Return the service's status, and what it serves; never waits."""
         name, view = service.version.name, service.version.view
         about = {
             "samples": view.count,
@@ -136,16 +159,16 @@ def _add_about(
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Return counters and times in Prometheus's text form."""
+        """Return the metrics in Prometheus's text format."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/session", status_code=204)
     async def session(token: Token, request: Request) -> Response:
-        """Keep the token in a cookie that no script can read, for the page and its pictures."""
+        """Store the token in a cookie that scripts cannot read, for the page and its pictures."""
         if config.token is None:
             return Response(status_code=204)
         if not is_token(token.token, config.token):
-            raise HTTPException(401, "that is not the token")
+            raise HTTPException(401, "the token is wrong")
         answer = Response(status_code=204)
         is_https = request.url.scheme == "https"
         answer.set_cookie(
@@ -160,95 +183,105 @@ def _add_about(
 
 
 def _add_search(app: FastAPI, backend: Backend) -> None:
-    """Add our own questions: what to filter by, the search, a sample and its picture."""
-    config, threads = backend.config, backend.threads
+    """Add the search, and the values that it can filter by."""
 
     @app.get("/facets")
     async def facets() -> dict[str, dict[str, int]]:
-        """Count the samples of each licence, style, category and split: what a query can be
-        filtered by. Counted once a version.
+        """Count the samples of each licence, style, category and split, the values that a query
+        can filter by.
         """
-        counted = await to_thread.run_sync(
-            (await backend.version()).view.facets, limiter=threads.counting
+        counts = await to_thread.run_sync(
+            (await backend.version()).view.facets, limiter=backend.threads.counting
         )
-        return {name: dict(list(values.items())[:FACET_VALUES]) for name, values in counted.items()}
+        return {name: dict(list(values.items())[:FACET_VALUES]) for name, values in counts.items()}
 
     @app.post("/search")
     async def search(question: Question) -> dict[str, Any]:
         """Find the samples nearest to a text, a picture, an embedding or another sample."""
-        if question.k > config.max_results:
-            raise HTTPException(422, f"k: at most {config.max_results}")
-        if question.offset + question.k > config.max_depth:
-            raise HTTPException(422, f"offset + k: at most {config.max_depth}")
+        _check_page(question, backend.config)
         version = await backend.version()
-        view = version.view
         backend.check_clip(version, question.clip)
-        query = Query(
-            question.text, question.image, question.image_url, question.embedding, question.key
-        )
-        if sum(query_part is not None for query_part in query) != 1:
-            raise HTTPException(422, "give one of text, image, image_url, embedding and key")
-        vector, without = await backend.vector(version, query)
-        wanted = {name: getattr(question, name) for name in CHOICES if getattr(question, name)}
-        chosen = refused(make_filter, wanted, question.min_side_px, question.max_side_px)
-        near, columns = None if question.near_copies else NEAR, ("origin", *RESULT_COLUMNS)
-        hits = await backend.hits(
-            view,
-            vector,
-            question.k,
-            question.modality,
-            chosen,
-            question.offset,
-            near,
-            without,
-            columns,
-        )
+        vector, without = await backend.vector(version, _query_of(question))
+        hits = await backend.hits(version.view, vector, _options_of(question, without))
         about = {
-            "clip": view.clip,
-            "version": view.version,
-            "samples": view.count,
+            "clip": version.view.clip,
+            "version": version.view.version,
+            "samples": version.view.count,
             "offset": question.offset,
         }
         return {**about, "results": [_result(hit) for hit in hits]}
 
+
+def _check_page(question: Question, config: ServeConfig) -> None:
+    """Refuse a page that is too long or begins too far down."""
+    if question.k > config.max_results:
+        raise HTTPException(422, f"k: at most {config.max_results}")
+    if question.offset + question.k > config.max_depth:
+        raise HTTPException(422, f"offset + k: at most {config.max_depth}")
+
+
+def _query_of(question: Question) -> Query:
+    """Return the query of a question; refuse a question that has none or several."""
+    query = Query(
+        question.text, question.image, question.image_url, question.embedding, question.key
+    )
+    if sum(query_part is not None for query_part in query) != 1:
+        raise HTTPException(422, "give one of text, image, image_url, embedding and key")
+    return query
+
+
+def _options_of(question: Question, without: frozenset[str]) -> SearchOptions:
+    any_of = {name: getattr(question, name) for name in CHOICES if getattr(question, name)}
+    with value_errors_as_422():
+        chosen = make_filter(any_of, question.min_side_px, question.max_side_px)
+    return SearchOptions(
+        k=question.k,
+        modality=question.modality,
+        chosen=chosen,
+        offset=question.offset,
+        near=None if question.near_copies else NEAR,
+        without=without,
+        columns=("origin", *RESULT_COLUMNS),
+    )
+
+
+def _add_samples(app: FastAPI, backend: Backend) -> None:
+    """Add the routes of one sample: its metadata and its picture."""
+
     @app.get("/sample/{key}")
     async def sample(key: Key) -> dict[str, Any]:
-        """Return what is known of one sample."""
+        """Return the metadata of one sample."""
         facts = find_hit((await backend.version()).view, key).facts
-        return {
-            name: value
-            for name, value in facts.items()
-            if name not in ("shard", "member", "offset")
-        }
+        return {name: value for name, value in facts.items() if name not in STORAGE_COLUMNS}
 
     @app.get("/thumbnail/{key}", response_class=Response)
     async def thumbnail(key: Key) -> Response:
-        """Return a sample's picture, as it is stored, at most 256 pixels wide."""
+        """Return the stored picture of a sample as a PNG of at most 256 x 256 pixels."""
         view = (await backend.version()).view
         hit = find_hit(view, key)
         try:
-            drawn = await to_thread.run_sync(
-                backend.service.thumbnail, view, hit, limiter=threads.drawing
+            png = await to_thread.run_sync(
+                backend.service.thumbnail, view, hit, limiter=backend.threads.drawing
             )
         except DataError as error:
             backend.service.parts.report(str(error))
-            raise HTTPException(404, "its picture cannot be read") from None
+            raise HTTPException(404, "the picture of that sample cannot be read") from None
         return Response(
-            drawn, media_type="image/png", headers={"cache-control": "private, max-age=60"}
+            png, media_type="image/png", headers={"cache-control": "private, max-age=60"}
         )
 
 
 def run(
     service: Service, config: ServeConfig, ready: Callable[[str], None], log: TextIO = sys.stderr
 ) -> None:
-    """Serve until interrupted; `ready` is told the address once it answers."""
+    """Serve until interrupted; call `ready` with the URL once the service answers."""
 
     class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             gc.collect()
-            # what is there by now stays: to go through it again and again would be the longest
-            # pauses
+            # The index and the models stay until the end: scanning them again and again would
+            # cause the longest pauses.
             gc.freeze()
             if self.started:
                 port = self.servers[0].sockets[0].getsockname()[1]
@@ -291,13 +324,15 @@ def _result(hit: Hit) -> dict[str, Any]:
     return result
 
 
-async def _say_what_is_wrong(_: Request, error: Exception) -> JSONResponse:
-    """Answer 422 with places and reasons, without the input: it may hold what JSON cannot."""
+async def _validation_error(_: Request, error: Exception) -> JSONResponse:
+    """Return 422 with the fields and reasons, without the input, which JSON may not be able to
+    hold.
+    """
     assert isinstance(error, RequestValidationError)
     detail = [
         {
-            "loc": [speakable(str(part)[:100]) for part in fault["loc"]],
-            "msg": speakable(str(fault["msg"])[:300]),
+            "loc": [without_surrogates(str(part)[:100]) for part in fault["loc"]],
+            "msg": without_surrogates(str(fault["msg"])[:300]),
             "type": fault["type"],
         }
         for fault in error.errors()[:20]

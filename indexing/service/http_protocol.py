@@ -1,9 +1,9 @@
-"""HTTP/1.1 connections of the service: bounded heads, deadlines, and a share of places per address.
+"""HTTP/1.1 connections of the service: bounded heads, deadlines, and a maximum of connections per
+address.
 
-uvicorn's protocol on httptools reads headers without bound and waits for a slow client for ever.
-This subclass refuses heads that are too large (431, 414), closes connections that are late with a
-head, a body or reading an answer, and gives no address more than its share of the places. It knows
-nothing of routes; who may ask is decided in `indexing.service.middleware`.
+uvicorn's protocol on httptools has no bound on headers and waits for slow clients for ever. This
+subclass refuses heads that are too large (431, 414) and closes connections that are late with a
+head, a body or reading an answer. It knows nothing of routes and tokens.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 SWEEP_S = 1.0
-"""Seconds between looks at the deadlines of all connections."""
+"""Seconds between checks of the deadlines of all connections."""
 REASONS = {414: b"URI Too Long", 431: b"Request Header Fields Too Large"}
 
 
@@ -24,9 +24,9 @@ class ConnectionLimits:
     """Bounds on what a client may send and how long it may take."""
 
     max_connections: int = 512
-    """Maximum open connections; the longest silent one makes room for a new one."""
+    """Maximum open connections; a new one beyond it closes the longest silent one."""
     address_share: float = 0.25
-    """Maximum share of the places for one client address; more connections are closed at once."""
+    """Maximum share of the connections for one client address; more are closed at once."""
     url_bytes: int = 8 << 10
     head_bytes: int = 32 << 10
     """Maximum bytes of the request line and all headers together."""
@@ -36,7 +36,7 @@ class ConnectionLimits:
     body_s: float = 60.0
     """Maximum seconds from the end of a head to the end of its body."""
     read_s: float = 30.0
-    """Maximum seconds in which a client reads nothing of an answer that waits for it."""
+    """Maximum seconds in which a client reads nothing of its answer."""
 
     @property
     def max_per_address(self) -> int:
@@ -45,7 +45,7 @@ class ConnectionLimits:
 
 
 class Phase(Enum):
-    """What a connection waits for."""
+    """What a connection waits for: the end of a head, of a body, of an answer, or a new request."""
 
     HEAD = "head"
     BODY = "body"
@@ -54,7 +54,7 @@ class Phase(Enum):
 
 
 class OpenConnections:
-    """All open connections of one server: who holds them, and which are late."""
+    """All open connections of one server, counted by client address."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
         self.limits = limits
@@ -63,7 +63,7 @@ class OpenConnections:
         self.timer: asyncio.TimerHandle | None = None
 
     def add(self, connection: "BoundedProtocol") -> bool:
-        """Count a new connection; return False where its address has its share already."""
+        """Count a new connection; return False if its address has too many already."""
         if self.by_address[connection.address] >= self.limits.max_per_address:
             return False
         if len(self.connections) >= self.limits.max_connections - 1:
@@ -75,7 +75,7 @@ class OpenConnections:
         return True
 
     def remove(self, connection: "BoundedProtocol") -> None:
-        """Forget a connection that has been closed."""
+        """Stop counting a connection that has been closed."""
         if connection in self.connections:
             self.connections.remove(connection)
             self.by_address[connection.address] -= 1
@@ -91,9 +91,13 @@ class OpenConnections:
         self.timer = loop.call_later(SWEEP_S, self.sweep, loop) if self.connections else None
 
     def _close_longest_silent(self) -> None:
-        silent = [one for one in self.connections if one.phase in (Phase.HEAD, Phase.IDLE)]
+        silent = [
+            connection
+            for connection in self.connections
+            if connection.phase in (Phase.HEAD, Phase.IDLE)
+        ]
         if silent:
-            min(silent, key=lambda one: one.phase_started_s).close_now()
+            min(silent, key=lambda connection: connection.phase_started_s).close_now()
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -107,11 +111,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self.address = ""
         self.phase, self.phase_started_s = Phase.HEAD, self.loop.time()
         self.head_bytes = 0
-        """Bytes that arrived while a head was not complete."""
+        """Bytes received since the head began, while it is not complete."""
         self.refusal = 0
-        """Status of the refusal, 0 for none; what still arrives is not read."""
+        """Status of the refusal, 0 for none; further bytes are not read."""
         self.unread_bytes, self.unread_since_s = 0, 0.0
-        """What the client has not read of an answer, and since when that has not changed."""
+        """Bytes of an answer that the client has not read, and since when it reads no more."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -139,7 +143,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        if self.phase is not Phase.HEAD:  # a request behind another in one piece of data
+        if self.phase is not Phase.HEAD:  # another request in the same piece of data
             self.head_bytes = 0
             self._enter(Phase.HEAD)
 
@@ -173,13 +177,13 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     def close_now(self) -> None:
-        """Close the connection without an answer and give its place back."""
+        """Close the connection without an answer and stop counting it."""
         self.open_connections.remove(self)
         self.connections.discard(self)  # uvicorn would count it until the event loop's next turn
         self.transport.abort()
 
     def is_late(self, now_s: float) -> bool:
-        """Say whether the client is late; uvicorn's own timer ends idle connections."""
+        """Return whether the client is late; uvicorn's own timer closes idle connections."""
         if self._has_stopped_reading(now_s):
             return True
         limit_s = {Phase.HEAD: self.limits.head_s, Phase.BODY: self.limits.body_s}.get(self.phase)

@@ -1,8 +1,8 @@
-"""Routes whose questions pydantic reads and whose answers it writes, in one step each.
+"""Routes that parse and write JSON with pydantic directly.
 
-FastAPI's own way through a request (dependencies, contexts to close, the body as Python's objects,
-the answer held against a model) takes about as long as a search among a million vectors. Clients
-are told the same, and so is whoever reads the OpenAPI document.
+FastAPI's own handling of a request (dependencies, the body as Python objects, validation of the
+answer) takes about as long as a search among a million vectors. Answers and the OpenAPI document
+are the same.
 """
 
 import inspect
@@ -19,34 +19,28 @@ from indexing.service.middleware import Receive, Scope, Send
 
 
 class QuickRoute(APIRoute):
-    """A route that goes the short way where its coroutine takes nothing but the model in the body,
-    and FastAPI's own way elsewhere.
+    """A route that skips FastAPI's own handling if its coroutine takes only the model of the
+    body.
     """
 
     @cached_property
     def model(self) -> type[BaseModel] | None:
-        """The model, where that is all that is taken."""
-        taken = [
-            parameter.annotation
-            for parameter in inspect.signature(self.endpoint).parameters.values()
-        ]
-        return (
-            taken[0]
-            if len(taken) == 1 and inspect.isclass(taken[0]) and issubclass(taken[0], BaseModel)
-            else None
-        )
+        """The model of the body, if it is the only parameter."""
+        parameters = list(inspect.signature(self.endpoint).parameters.values())
+        if len(parameters) != 1:
+            return None
+        model = parameters[0].annotation
+        return model if inspect.isclass(model) and issubclass(model, BaseModel) else None
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request. What is wrong with it is raised, for the application's handlers, as by
-        any route.
-        """
+        """Answer a request. Raises RequestValidationError for a wrong body, as any route does."""
         if self.model is None or scope["method"] not in (self.methods or ()):
             await super().handle(scope, receive, send)
             return
         request = Request(scope, receive)
         body = await request.body()
         if not is_json(request.headers.get("content-type", "")):
-            # Anything else a browser would send for the page of another site without asking us.
+            # A browser sends any other type for a page of another site without a preflight.
             raise RequestValidationError(
                 [
                     {
@@ -72,7 +66,7 @@ class QuickRoute(APIRoute):
 
 
 def is_json(content_type: str) -> bool:
-    """Say whether a body of that content type is JSON, by FastAPI's rule."""
+    """Return whether a body of that content type is JSON, by FastAPI's rule."""
     if content_type == "application/json":
         return True
     message = Message()

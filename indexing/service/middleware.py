@@ -1,8 +1,8 @@
-"""What stands before every route: who may ask, how often, how much; and what is counted and logged
-of it.
+"""ASGI layer in front of every route: tokens, allowed origins, rate limits, bounds on bodies,
+metrics and the request log.
 
-One plain ASGI layer, so that nothing is read, parsed or answered before it has judged. Queries are
-private: neither their text nor the query string of an URL is logged. Knows nothing of the index.
+It judges a request before anything is read or parsed. Queries are private: neither their text nor
+the query string of a URL is logged. Knows nothing of the index.
 """
 
 import hmac
@@ -10,7 +10,8 @@ import ipaddress
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from functools import lru_cache
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, TextIO
@@ -20,19 +21,23 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from indexing.service.access_log import Lines
 from indexing.service.rate_limit import Buckets
 
+Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+EncodedHeaders = list[tuple[bytes, bytes]]
+Refusal = tuple[int, str, dict[str, str]]
+"""Status, reason and headers of an answer that the guard gives itself."""
 
 OPEN_PATHS = frozenset({"/", "/search.js", "/search.css", "/icon.svg", "/healthz", "/session"})
-"""Paths that show nothing of the index; the page itself asks for the token."""
+"""Paths that need no token: they show nothing of the index, and the page asks for the token."""
 PROTOCOL_PATHS = frozenset({"/knn-service", "/metadata"})
-"""clip-retrieval's clients send JSON there under other names, or under none."""
+"""Paths where clip-retrieval's clients send JSON with another content type, or with none."""
 COOKIE = "unclip_token"
 THUMBNAIL_COST = 0.1
 HELD_BYTES = 128 << 20
-"""Maximum bytes that the bodies of all unanswered requests hold together."""
+"""Maximum bytes of the bodies of all unanswered requests together."""
 PREFLIGHT = {
     "access-control-allow-methods": "GET, POST",
     "access-control-allow-headers": "authorization, content-type",
@@ -48,35 +53,40 @@ HEADERS = {
 }
 
 
-def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+def _encoded(headers: Mapping[str, str]) -> EncodedHeaders:
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 ENCODED = _encoded(HEADERS)
 
 
-class Guard:
-    """The layer. `token` None lets everybody in who names this machine by a loopback name.
+@dataclass(frozen=True)
+class GuardOptions:
+    """Who may send requests, and how many."""
 
-    Pages of other `origins` may ask from a browser (CORS), with the token in a header where there
-    is one, never with the cookie.
-    """
+    token: str | None
+    """Token that clients must present; None lets in every client that names this machine by a
+    loopback name."""
+    rate: float
+    """Requests per second of one address in the long run; 0 sets no limit."""
+    burst: float
+    """Requests that one address may send at once."""
+    body_bytes: int
+    """Maximum bytes of a request body."""
+    origins: frozenset[str] = frozenset()
+    """Origins whose web pages may send requests (CORS): with the token in a header if there is one,
+    never with the cookie."""
+
+
+class Guard:
+    """ASGI layer that refuses, bounds, counts and logs requests."""
 
     def __init__(
-        self,
-        app: App,
-        token: str | None,
-        rate: float,
-        burst: float,
-        body_bytes: int,
-        registry: CollectorRegistry,
-        log: TextIO,
-        origins: Sequence[str] = (),
+        self, app: App, options: GuardOptions, registry: CollectorRegistry, log: TextIO
     ) -> None:
-        self.app, self.token, self.body_bytes, self.lines = app, token, body_bytes, Lines(log)
-        self.origins = frozenset(origins)
+        self.app, self.options, self.lines = app, options, Lines(log)
         self.held_bytes = 0
-        self.buckets = Buckets(rate, burst)
+        self.buckets = Buckets(options.rate, options.burst)
         self.requests = Counter(
             "unclip_requests",
             "Requests by route and status.",
@@ -92,132 +102,88 @@ class Guard:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "websocket":  # there is none
-                await send({"type": "websocket.close", "code": 1008})
-                return
+        if scope["type"] == "http":
+            await self._handle(scope, receive, send)
+        elif scope["type"] == "websocket":  # there are no WebSocket routes
+            await send({"type": "websocket.close", "code": 1008})
+        else:
             try:
                 await self.app(scope, receive, send)
             finally:
-                self.lines.write()  # the application's end
-            return
+                self.lines.write()  # the application has ended
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] == "POST" and scope["path"] in PROTOCOL_PATHS:
-            others = [
-                (name, value) for name, value in scope["headers"] if name.lower() != b"content-type"
-            ]
-            scope["headers"] = [*others, (b"content-type", b"application/json")]
-        started, status, sent, is_too_large = time.perf_counter(), 500, False, False
-        request_id = f"{random.getrandbits(48):012x}"
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1")
-            for name, value in scope["headers"]
-        }
-        client = scope["client"][0] if scope.get("client") else "local"
-        origin = headers.get("origin", "")
-        shared = (
-            {"access-control-allow-origin": origin, "vary": "origin"}
-            if origin in self.origins
-            else {}
+            _declare_json(scope)
+        exchange = Exchange(self, scope, receive, send)
+        scope = exchange.scope
+        try:
+            refusal = self._refusal(scope, exchange.headers, exchange.client)
+            if refusal:
+                await _answer(exchange.send, *refusal)
+            elif self._is_preflight(scope, exchange.headers):
+                await _answer(exchange.send, 204, "", _preflight_headers(exchange.headers))
+            else:
+                await self._call_app(exchange)
+        finally:
+            self._record(exchange)
+
+    async def _call_app(self, exchange: "Exchange") -> None:
+        """Run the application; answer a body that is too large, and an error that it raises."""
+        try:
+            await self.app(exchange.scope, exchange.receive, exchange.send)
+        except BodyTooLarge:
+            pass
+        except Exception as error:
+            self.lines.add(
+                event="error",
+                request=exchange.request_id,
+                path=exchange.scope["path"],
+                error=f"{type(error).__name__}: {error}",
+            )
+            if not exchange.has_started and not exchange.is_too_large:
+                detail = "something went wrong; the log has it under this request's id"
+                await _answer(exchange.send, 500, detail, {})
+        if exchange.is_too_large and not exchange.has_started:
+            exchange.is_too_large = False
+            await _answer(exchange.send, *self._body_refusal(exchange.body_bytes))
+
+    def _body_refusal(self, body_bytes: int) -> Refusal:
+        """Return the refusal of a body, or of all bodies together, that is too large."""
+        if body_bytes > self.options.body_bytes:
+            return 413, self._too_large(), {"connection": "close"}
+        headers = {"connection": "close", "retry-after": "1"}
+        return 503, "too many large requests at once", headers
+
+    def _too_large(self) -> str:
+        return f"the body has more than {self.options.body_bytes} bytes"
+
+    def _record(self, exchange: "Exchange") -> None:
+        """Count and log a request that has ended; release the memory that its body held."""
+        self.held_bytes -= exchange.body_bytes
+        duration_s = time.perf_counter() - exchange.started_s
+        route = getattr(exchange.scope.get("route"), "path", "none")
+        self.requests.labels(route, str(exchange.status)).inc()
+        self.seconds.labels(route).observe(duration_s)
+        self.lines.add(
+            event="request",
+            request=exchange.request_id,
+            method=exchange.method,
+            path=exchange.scope["path"],
+            status=exchange.status,
+            ms=round(duration_s * 1000, 2),
+            client=exchange.client,
         )
 
-        async def answer(message: MutableMapping[str, Any]) -> None:
-            nonlocal status, sent
-            if is_too_large and not sent:
-                return  # the framework's own answer to a body that it could not read
-            if message["type"] == "http.response.start":
-                status, sent = message["status"], True
-                extra_headers = [*_encoded(shared), (b"x-request-id", request_id.encode())]
-                message["headers"] = [*message.get("headers", []), *ENCODED, *extra_headers]
-            await send(message)
-
-        total = 0
-
-        async def bounded() -> MutableMapping[str, Any]:
-            nonlocal total, is_too_large
-            message = await receive()
-            size = len(message.get("body", b""))
-            total += size
-            self.held_bytes += size
-            if (
-                total > self.body_bytes or self.held_bytes > HELD_BYTES
-            ):  # whatever length it declared
-                is_too_large = True
-                raise BodyTooLarge
-            return message
-
-        try:
-            refusal = self._refusal(scope, headers, client)
-            if refusal:
-                await _answer(answer, *refusal)
-                return
-            if self._is_preflight(scope, headers):
-                is_private = headers.get("access-control-request-private-network") == "true"
-                private_network = (
-                    {"access-control-allow-private-network": "true"} if is_private else {}
-                )
-                await _answer(answer, 204, "", {**PREFLIGHT, **private_network})
-                return
-            try:
-                await self.app(scope, bounded, answer)
-            except BodyTooLarge:
-                pass
-            except Exception as error:
-                self.lines.add(
-                    event="error",
-                    request=request_id,
-                    path=scope["path"],
-                    error=f"{type(error).__name__}: {error}",
-                )
-                if not sent and not is_too_large:
-                    await _answer(
-                        answer,
-                        500,
-                        "something went wrong; the log has it under this request's id",
-                        {},
-                    )
-            if is_too_large and not sent:
-                is_too_large = False
-                if total > self.body_bytes:
-                    await _answer(
-                        answer,
-                        413,
-                        f"the body has more than {self.body_bytes} bytes",
-                        {"connection": "close"},
-                    )
-                else:
-                    await _answer(
-                        answer,
-                        503,
-                        "too many large requests at once",
-                        {"connection": "close", "retry-after": "1"},
-                    )
-        finally:
-            self.held_bytes -= total
-            took = time.perf_counter() - started
-            route = getattr(scope.get("route"), "path", "none")
-            self.requests.labels(route, str(status)).inc()
-            self.seconds.labels(route).observe(took)
-            self.lines.add(
-                event="request",
-                request=request_id,
-                method=scope["method"],
-                path=scope["path"],
-                status=status,
-                ms=round(took * 1000, 2),
-                client=client,
-            )
-
-    def _refusal(
-        self, scope: Scope, headers: dict[str, str], client: str
-    ) -> tuple[int, str, dict[str, str]] | None:
-        """Return status, reason and headers of a refusal, or None."""
+    def _refusal(self, scope: Scope, headers: dict[str, str], client: str) -> Refusal | None:
+        """Return the refusal of a request, judged by its head alone, or None."""
         cost = THUMBNAIL_COST if scope["path"].startswith("/thumbnail/") else 1.0
         wait = self.buckets.take(client, cost, time.monotonic())
         if wait:
             return 429, "too many requests", {"retry-after": str(max(1, round(wait)))}
-        if self.token is None:
-            # Without a token a page of another site could ask through a name that it points at this
-            # machine (DNS rebinding).
+        if self.options.token is None:
+            # Without a token, a page of another site could send requests through a host name that
+            # resolves to this machine (DNS rebinding).
             if not is_loopback_name(headers.get("host", "")):
                 return 421, "this service answers to loopback names only", {}
         elif (
@@ -225,30 +191,27 @@ class Guard:
             and not self._has_token(headers)
             and not self._is_preflight(scope, headers)
         ):
-            return (
-                401,
-                "a token is needed: Authorization: Bearer TOKEN",
-                {"www-authenticate": "Bearer"},
-            )
+            detail = "a token is needed: Authorization: Bearer TOKEN"
+            return 401, detail, {"www-authenticate": "Bearer"}
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
             return 400, "content-length is no number", {}
-        if len(length) > 15 or int(length) > self.body_bytes:
-            return 413, f"the body has more than {self.body_bytes} bytes", {"connection": "close"}
+        if len(length) > 15 or int(length) > self.options.body_bytes:
+            return 413, self._too_large(), {"connection": "close"}
         return None
 
     def _is_preflight(self, scope: Scope, headers: dict[str, str]) -> bool:
-        """Say whether a browser asks if a page of an allowed origin may ask: it presents no token
-        then, and is told nothing else.
+        """Return whether this is the CORS preflight of a page of an allowed origin: browsers send
+        it without a token, and the answer reveals nothing else.
         """
         return (
             scope["method"] == "OPTIONS"
-            and headers.get("origin") in self.origins
+            and headers.get("origin") in self.options.origins
             and "access-control-request-method" in headers
         )
 
     def _has_token(self, headers: dict[str, str]) -> bool:
-        assert self.token is not None
+        assert self.options.token is not None
         scheme, _, presented = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             try:
@@ -256,7 +219,58 @@ class Guard:
             except CookieError:
                 morsel = None
             presented = morsel.value if morsel else ""
-        return is_token(presented, self.token)
+        return is_token(presented, self.options.token)
+
+
+class Exchange:
+    """One request and its answer, while they pass the guard."""
+
+    def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
+        self.guard, self.method = guard, scope["method"]
+        # FastAPI's routes know no HEAD: it is answered as GET, without the body.
+        self.scope = {**scope, "method": "GET"} if self.method == "HEAD" else scope
+        self._receive, self._send = receive, send
+        self.request_id = f"{random.getrandbits(48):012x}"
+        self.started_s = time.perf_counter()
+        self.headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
+        self.client: str = scope["client"][0] if scope.get("client") else "local"
+        self.status, self.has_started = 500, False
+        self.body_bytes, self.is_too_large = 0, False
+
+    async def receive(self) -> Message:
+        """Return the next message of the request. Raises BodyTooLarge beyond a bound, whatever
+        length the client declared.
+        """
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        self.body_bytes += size
+        self.guard.held_bytes += size
+        is_too_large = self.body_bytes > self.guard.options.body_bytes
+        if is_too_large or self.guard.held_bytes > HELD_BYTES:
+            self.is_too_large = True
+            raise BodyTooLarge
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a message of the answer, with the headers that every answer has."""
+        if self.is_too_large and not self.has_started:
+            return  # the framework's own answer to a body that it could not read
+        if message["type"] == "http.response.start":
+            self.status, self.has_started = message["status"], True
+            extra_headers = [*self._cors_headers(), (b"x-request-id", self.request_id.encode())]
+            message["headers"] = [*message.get("headers", []), *ENCODED, *extra_headers]
+        elif self.method == "HEAD":
+            message = {**message, "body": b""}
+        await self._send(message)
+
+    def _cors_headers(self) -> EncodedHeaders:
+        origin = self.headers.get("origin", "")
+        if origin not in self.guard.options.origins:
+            return []
+        return _encoded({"access-control-allow-origin": origin, "vary": "origin"})
 
 
 class BodyTooLarge(Exception):  # noqa: N818 (an answer rather than an error)
@@ -264,13 +278,13 @@ class BodyTooLarge(Exception):  # noqa: N818 (an answer rather than an error)
 
 
 def is_token(presented: str, token: str) -> bool:
-    """Compare without telling by the time it takes how much was right."""
+    """Return whether the tokens are equal, in a time that does not depend on where they differ."""
     return hmac.compare_digest(presented.strip().encode("utf-8", "replace"), token.encode())
 
 
 @lru_cache(32)
 def is_loopback_name(host: str) -> bool:
-    """Say whether a Host header names this machine's loopback."""
+    """Return whether a Host header names this machine's loopback."""
     name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
     name = name.strip("[]").lower()
     if name == "localhost":
@@ -281,9 +295,24 @@ def is_loopback_name(host: str) -> bool:
         return False
 
 
+def _declare_json(scope: Scope) -> None:
+    """Replace the content type by JSON's."""
+    others = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-type"]
+    scope["headers"] = [*others, (b"content-type", b"application/json")]
+
+
+def _preflight_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    is_private = headers.get("access-control-request-private-network") == "true"
+    return {**PREFLIGHT, **({"access-control-allow-private-network": "true"} if is_private else {})}
+
+
 async def _answer(send: Send, status: int, detail: str, headers: dict[str, str]) -> None:
     body = json.dumps({"detail": detail}).encode() if status != 204 else b""
-    more = {"content-type": "application/json", "content-length": str(len(body))} if body else {}
-    more = {**more, **headers}
-    await send({"type": "http.response.start", "status": status, "headers": _encoded(more)})
+    if body:
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            **headers,
+        }
+    await send({"type": "http.response.start", "status": status, "headers": _encoded(headers)})
     await send({"type": "http.response.body", "body": body})

@@ -7,16 +7,14 @@ MAX_CLIENTS = 10_000
 
 
 class Buckets:
-    """Token buckets by client address, the least recent forgotten beyond CLIENTS_KEPT."""
+    """Token buckets by client network; beyond MAX_CLIENTS, the least recently used are dropped."""
 
     def __init__(self, rate: float, burst: float) -> None:
         self.rate, self.burst = rate, burst
         self._level: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, address: str, cost: float, now: float) -> float:
-        """Take `cost` of the client's tokens; return 0, or the seconds to wait where there are too
-        few.
-        """
+        """Take `cost` tokens of the client; return 0, or the seconds to wait if it has too few."""
         if self.rate == 0:
             return 0.0
         client = network_of(address)
@@ -30,8 +28,8 @@ class Buckets:
 
 
 def network_of(address: str) -> str:
-    """Return whose an address is: of IPv6 everybody has a network of 64 bits and all the addresses
-    in it.
+    """Return the network that counts as one client: an IPv4 address, or an IPv6 /64, all of whose
+    addresses one client usually has.
     """
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])

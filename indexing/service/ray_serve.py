@@ -1,9 +1,8 @@
-"""The service on Ray Serve: replicas of the same application behind Serve's proxies, for more than
-one process or machine.
+"""The service on Ray Serve: several replicas of the application, on one or more machines.
 
-Every replica opens the index for itself and answers whole requests; what is shared is ROOT, and the
-token in the nodes' environment. Rates are per replica, so whoever opens a replica divides them.
-`application` is what Serve deploys, `run` deploys it from here.
+Every replica opens the index itself and answers whole requests. Replicas share ROOT, and the token
+in the nodes' environment. Rate limits are per replica, so the caller divides them. `application`
+returns what Serve deploys; `run` deploys it.
 """
 
 import logging
@@ -23,18 +22,18 @@ from infra.errors import UnclipError
 NAME = "unclip"
 DEPLOYMENT = "search"
 ONGOING = 64
-"""Requests that a replica answers at a time: its texts are encoded together, so that few would
-waste it."""
+"""Maximum requests that a replica answers at once; many, because their texts are encoded
+together."""
 QUEUED = 512
-"""Requests that wait at a proxy; more are answered 503."""
+"""Maximum requests that wait at a proxy; it answers 503 to more."""
 LOOK_S = 2.0
 
 OpenReplica = Callable[[], tuple[Service, ServeConfig]]
 
 
 def application(open_replica: OpenReplica, replicas: int, cpus: float) -> Application:
-    """Return the application for Serve; `open_replica` is called in each replica, on whatever node,
-    and must be importable there.
+    """Return the application for Serve. Each replica calls `open_replica`, which must be importable
+    on its node.
     """
 
     def build() -> FastAPI:
@@ -48,24 +47,23 @@ def application(open_replica: OpenReplica, replicas: int, cpus: float) -> Applic
         ray_actor_options={"num_cpus": cpus},
         max_ongoing_requests=ONGOING,
         max_queued_requests=QUEUED,
-        max_constructor_retry_count=1,  # an index that cannot be opened is no passing fault
+        max_constructor_retry_count=1,  # an index that cannot be opened fails again
         graceful_shutdown_timeout_s=10,
         logging_config={
             "enable_access_log": False,
             "log_level": "WARNING",
-        },  # the guard logs requests, without what they ask
+        },  # the guard logs requests, without their queries
     )(wrapped)
     return deployed.bind()
 
 
 def run(application: Application, host: str, port: int, ready: Callable[[], None]) -> None:
-    """Deploy on the Ray that this process has joined, and look after it until interrupted; take it
-    down then.
+    """Deploy on the Ray cluster that this process has joined, and remove it when interrupted.
 
-    A Serve that runs on that Ray already keeps its own host and port. Raises UnclipError where the
-    replicas do not come up, or go.
+    A Serve that already runs there keeps its host and port. Raises UnclipError if the replicas do
+    not start, or fail later.
     """
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it tells the terminal of every replica
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it logs every replica to the terminal
     try:
         serve.start(
             proxy_location="EveryNode",
@@ -80,23 +78,21 @@ def run(application: Application, host: str, port: int, ready: Callable[[], None
         try:
             serve.run(application, name=NAME, route_prefix="/")
         except (RuntimeError, RayServeException) as error:
-            raise UnclipError(f"the replicas do not come up: {failure_line(error)}") from error
+            raise UnclipError(f"the replicas do not start: {failure_line(error)}") from error
         ready()
         while True:
             time.sleep(LOOK_S)
             state = serve.status().applications[NAME]
             if state.status in ("DEPLOY_FAILED", "DELETING"):
                 raise UnclipError(
-                    f"the replicas are gone: {' '.join(state.message.split())[-300:]}"
+                    f"the replicas have failed: {' '.join(state.message.split())[-300:]}"
                 )
     finally:
         serve.delete(NAME)
 
 
 def failure_line(error: BaseException) -> str:
-    """Return what the last replica said as it failed, in one line: Serve's own message holds all of
-    their tracebacks.
-    """
+    """Return the last replica's error as one line; Serve's own message has all tracebacks."""
     application_status = serve.status().applications.get(NAME)
     messages = (
         [deployment.message for deployment in application_status.deployments.values()]

@@ -1,11 +1,10 @@
-"""What a client may ask, as it arrives in JSON: bounded, typed and free of what could not be sent
-back.
+"""The JSON bodies that clients send, as pydantic models with bounds.
 
-`Question` is our own; `KnnQuestion` and `MetadataQuestion` are clip-retrieval's, whose fields that
-mean nothing here are taken and left alone, so that its clients work unchanged.
+`Question` is our own; `KnnQuestion` and `MetadataQuestion` are clip-retrieval's. Their other fields
+are ignored, so that its clients work unchanged.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -13,17 +12,18 @@ from indexing.service.image_upload import MAX_BYTES
 
 MAX_TEXT = 2000
 MAX_DIM = 8192
-IMAGE_CHARS = MAX_BYTES * 4 // 3 + 64
+IMAGE_CHARS = MAX_BYTES * 4 // 3 * 78 // 76 + 64
+"""Maximum characters of a picture in base64, with a line break after every 76."""
 
 
-def speakable(text: str) -> str:
-    """Return a text without the halves of characters that JSON may hold and UTF-8 may not."""
+def without_surrogates(text: str) -> str:
+    """Return a text without lone surrogates, which JSON allows and UTF-8 does not."""
     return text.encode("utf-8", "replace").decode()
 
 
-Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(speakable)]
+Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(without_surrogates)]
 Choice = Annotated[
-    tuple[Annotated[str, Field(max_length=200), AfterValidator(speakable)], ...],
+    tuple[Annotated[str, Field(max_length=200), AfterValidator(without_surrogates)], ...],
     Field(max_length=100),
 ]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
@@ -38,19 +38,20 @@ class Question(BaseModel):
     text: Text | None = None
     image: Annotated[str, Field(max_length=IMAGE_CHARS)] | None = None
     """A PNG, JPEG or WebP file in base64."""
-    image_url: Annotated[str, Field(max_length=4000), AfterValidator(speakable)] | None = None
+    image_url: Annotated[str, Field(max_length=4000), AfterValidator(without_surrogates)] | None = (
+        None
+    )
     embedding: Embedding | None = None
     key: Text | None = None
-    """More like this: the sample with this key."""
+    """Find samples similar to the one with this key."""
     clip: Text | None = None
-    """The fingerprint of the CLIP that made `embedding`; refused where the index was made by
-    another."""
+    """Fingerprint of the CLIP that made `embedding`; refused if another one made the index."""
     modality: Literal["image", "text"] = "image"
-    """Search the pictures, or their captions."""
+    """Whether to search the pictures or their captions."""
     k: int = Field(default=24, ge=1)
     offset: int = Field(default=0, ge=0)
     near_copies: bool = True
-    """Whether results that are nearly the same picture as a better one are shown."""
+    """Whether to return results that are nearly the same picture as a better one."""
     licence: Choice = ()
     style: Choice = ()
     category: Choice = ()
@@ -60,7 +61,7 @@ class Question(BaseModel):
     max_side_px: int | None = Field(default=None, ge=0, le=1 << 20)
 
 
-def _lenient_number(value: Any) -> Any:
+def _lenient_number(value: object) -> object:
     return 0 if value is None else value
 
 
@@ -71,10 +72,12 @@ class KnnQuestion(BaseModel):
 
     text: Text | None = None
     image: Annotated[str, Field(max_length=IMAGE_CHARS)] | None = None
-    image_url: Annotated[str, Field(max_length=4000), AfterValidator(speakable)] | None = None
+    image_url: Annotated[str, Field(max_length=4000), AfterValidator(without_surrogates)] | None = (
+        None
+    )
     embedding_input: Embedding | None = None
     clip: Text | None = None
-    """The fingerprint of the CLIP that made `embedding_input`; clip-retrieval's clients do not send
+    """Fingerprint of the CLIP that made `embedding_input`; clip-retrieval's clients do not send
     it."""
     modality: Literal["image", "text"] = "image"
     num_images: Annotated[int, BeforeValidator(_lenient_number)] = Field(default=100, ge=0)
@@ -97,4 +100,4 @@ class Token(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    token: Annotated[str, Field(max_length=1000), AfterValidator(speakable)]
+    token: Annotated[str, Field(max_length=1000), AfterValidator(without_surrogates)]

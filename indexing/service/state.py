@@ -1,8 +1,8 @@
-"""What the service holds between requests: the current version of index and CLIP, the thumbnails;
-and how a view is replaced.
+"""The state of the service between requests: the current version of index and CLIP, and cached
+thumbnails.
 
-Handed over by the flows as plain callables; knows nothing of ROOT, of models and of HTTP. A request
-takes `current()` once and answers from it alone, so that every answer comes from one version.
+The flows pass the index and the models as plain callables. A request takes one version and answers
+from it alone. Knows nothing of ROOT, models and HTTP.
 """
 
 import threading
@@ -29,39 +29,38 @@ THUMBNAIL_PX = 256
 
 
 class ServeConfig(Section):
-    """How the service is reached and what it allows; no part of a recipe, since it makes
-    nothing.
-    """
+    """Address and limits of the service; no part of a recipe."""
 
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(default=8080, ge=0, le=65_535)
-    """0 takes a free one."""
+    """TCP port; 0 selects a free one."""
     token: str | None = Field(default=None, min_length=16)
-    """What a client must present; None only on loopback."""
+    """Token that clients must send; None only on loopback."""
     rate: float = Field(default=50, ge=0)
-    """Requests a second that one address may make in the long run (a thumbnail counts a tenth); 0
-    sets no limit. All addresses of an IPv6 network of 64 bits are one. Behind a proxy everybody has
-    the proxy's address: limit the rate there, and set 0 here."""
+    """Maximum requests per second of one address in the long run; 0 sets no limit.
+
+    A thumbnail counts as a tenth, and an IPv6 /64 as one address. Behind a proxy all clients have
+    the proxy's address: limit the rate there, and set 0 here.
+    """
     burst: float = Field(default=200, ge=1)
-    """Requests that it may make at once."""
+    """Maximum requests that one address may send at once."""
     body_bytes: int = Field(default=12 << 20, ge=1024)
-    """Largest request body: a picture of 8 MiB in base64 fits."""
+    """Maximum bytes of a request body; a picture of 8 MiB in base64 fits."""
     max_results: int = Field(default=200, ge=1, le=10_000)
-    """Most results of one answer."""
+    """Maximum results of one answer."""
     max_depth: int = Field(default=2000, ge=1, le=100_000)
-    """Maximum offset of a page."""
+    """Maximum of offset + k."""
     allow_origins: tuple[str, ...] = ()
-    """Origins (`https://host:port`) whose pages may ask from a browser, such as clip-retrieval's
-    front end; by default ours alone."""
+    """Origins (`https://host:port`) whose web pages may send requests, such as clip-retrieval's
+    front end, in addition to our own page."""
     removal_lag_s: float = Field(default=0, ge=0)
-    """How old what is known of the removal log may be when a query comes, where a look at it is a
-    round trip (a ROOT in a store)."""
+    """Maximum age in seconds of the last check of the removal log, with a ROOT in a store."""
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The CLIP that belongs to an index, as plain callables."""
+    """The CLIP that made an index, as plain callables."""
 
     clip: str
     """Its fingerprint."""
@@ -70,12 +69,12 @@ class Encoders:
     image_px: int
     """Side of the squares that `images` takes."""
     square: Square = square
-    """How a picture becomes one."""
+    """Turns a picture into such a square."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A run's index, open, and the CLIP that made it."""
+    """The open index of a run, and the CLIP that made it."""
 
     name: str
     """The run's name."""
@@ -85,7 +84,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Version:
-    """The index and the CLIP that one request is answered from."""
+    """The index and the CLIP that answer one request."""
 
     name: str
     view: View
@@ -97,38 +96,38 @@ class Parts:
     """Callables that the flows pass to the service."""
 
     removals_stamp: Callable[[], Hashable]
-    """Changes whenever the removal log, as far as it has been looked at, does; asked before every
-    query, so it must be cheap."""
+    """Returns a value that changes with the removal log, as of its last check. Called before every
+    query, so it must be fast."""
     read_removals: Callable[[], Removals]
+    """Returns everything that the removal log names."""
     segments_stamp: Callable[[], Hashable]
-    """Changes whenever another run or other segments are to be served; asked every second."""
+    """Returns a value that changes with the run or the segments to serve; called every second."""
     open_segments: Callable[[], Opened]
-    """Open them; those that have not changed should stay open."""
+    """Opens the segments; those that have not changed should stay open."""
     fetch: Callable[[str], bytes] | None
-    """Returns the bytes behind an URL or raises ValueError; None where query URLs are not
-    allowed."""
+    """Returns the bytes of a URL or raises ValueError; None if query URLs are not allowed."""
     report: Callable[[str], None]
-    """Is told, in a line, what goes wrong between requests."""
+    """Receives a line about each fault outside of requests."""
     look_at_removals: Callable[[], None] | None = None
-    """Looks at the log, for the stamp, where that takes a round trip; None where the stamp itself
-    looks."""
+    """Checks a removal log in a store, which takes a round trip; None if `removals_stamp` checks
+    it."""
 
 
 class Service:
     """The state behind the HTTP routes."""
 
     def __init__(self, parts: Parts) -> None:
-        """Open the index. Raises DataError or CallerError where there is none to open."""
+        """Open the index. Raises DataError or CallerError if that fails."""
         self.parts = parts
         self._changing = threading.Lock()
         self._encoding = threading.Lock()
         self._segments_stamp: Hashable = None
         self._removals_stamp: Hashable = None
         self.version: Version
-        """The version that was made last; `current` makes another where the log has changed."""
+        """The newest version; `current` makes another if the removal log has changed."""
         self.names: set[str] = set()
-        """What the served run was called since the service started: a client may go on asking by an
-        older name."""
+        """Names of the served runs since the service started: clients may still use an older
+        one."""
         self._open()
         self.swaps = 0
         self._thumbnails: OrderedDict[tuple[str, int], bytes] = OrderedDict()
@@ -140,14 +139,14 @@ class Service:
         self._watcher.start()
 
     def is_current(self) -> bool:
-        """Say whether the removal log is as `version` knows it."""
+        """Return whether `version` has everything that the removal log names."""
         return self.parts.removals_stamp() == self._removals_stamp
 
     def current(self) -> Version:
-        """Return the version to answer from: nothing that was taken down before this call is in it.
-        Takes its time where there is news.
+        """Return a version without anything that was removed before this call; slow if the log has
+        changed.
 
-        Raises DataError where the log cannot be read: what it names must not be shown.
+        Raises DataError if the log cannot be read, because removed samples must not be shown.
         """
         if self.is_current():
             return self.version
@@ -162,8 +161,8 @@ class Service:
             return self.version
 
     def refresh(self) -> None:
-        """Serve another run or other segments where there are others; queries go on meanwhile, on
-        the old ones.
+        """Switch to another run or other segments if there are any; queries use the old ones
+        meanwhile.
         """
         if self.parts.segments_stamp() != self._segments_stamp:
             self._open()
@@ -174,7 +173,7 @@ class Service:
         stamp = self.parts.segments_stamp()
         opened = self.parts.open_segments()
         for segment in opened.segments:
-            segment.rows_of(0)  # sorts the keys' numbers before a request has to
+            segment.rows_of(0)  # sorts the keys' numbers now, not in a request
         view = View(opened.segments, self.parts.read_removals(), opened.encoders.clip)
         with self._changing:
             removals_stamp = self.parts.removals_stamp()
@@ -185,8 +184,8 @@ class Service:
             self.names.add(opened.name)
 
     def encode_picture(self, encoders: Encoders, data: bytes) -> Floats:
-        """Return the unit vector (D,) of a picture file's bytes. Raises ValueError for what is no
-        picture.
+        """Return the unit vector (D,) of a picture file. Raises ValueError if it cannot be
+        decoded.
         """
         pixels = decode(data, encoders.image_px, encoders.square)
         with self._encoding:
@@ -194,8 +193,8 @@ class Service:
         return np.asarray(unit(vectors)[0], np.float32)
 
     def thumbnail(self, view: View, hit: Hit) -> bytes:
-        """Return a sample's picture as a PNG of at most THUMBNAIL_PX. Raises DataError where its
-        shard does not hold it.
+        """Return a sample's picture as a PNG of at most THUMBNAIL_PX. Raises DataError if it cannot
+        be read from its shard.
         """
         name = (hit.facts["sha256"], hit.facts["offset"])
         with self._drawing:
@@ -213,7 +212,7 @@ class Service:
         return drawn
 
     def close(self) -> None:
-        """End the watcher."""
+        """Stop the watcher."""
         self._stop.set()
         self._watcher.join()
 
@@ -224,9 +223,7 @@ class Service:
                 if self.parts.look_at_removals:
                     self.parts.look_at_removals()
                 self.refresh()
-            except (
-                Exception
-            ) as error:  # the old version goes on being served; the next second tries again
+            except Exception as error:  # the old version stays; the next round tries again
                 complaint = f"the index could not be opened again: {type(error).__name__}: {error}"
             if complaint and complaint != self._complaint:
                 self.parts.report(complaint)

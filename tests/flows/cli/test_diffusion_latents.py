@@ -170,7 +170,7 @@ def test_interpolation_of_held_out_pairs_and_of_given_pictures(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("across-time", " "), "a caption or prompt is empty"),
+        (("across-time", " "), "the text is empty"),
         (("across-time", "blue", "--steps", "51"), "--steps 51: this decoder has 50"),
         (
             ("across-time", "blue", "--steps", "5", "--columns", "9"),

@@ -355,7 +355,7 @@ def test_a_store_that_fails_does_not_stop_the_search(tmp_path: Path) -> None:
             [
                 line
                 for line in fake.reported
-                if "answers go by what is known" in line and "it is down" in line
+                if "answers use its last known entries" in line and "it is down" in line
             ]
         )
         == 1

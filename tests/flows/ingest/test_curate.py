@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.ingest import curate
-from flows.ingest.curate import RANK, CurateConfig, clean, keepers, split_of
+from flows.ingest.curate import RANK, CurateConfig, keepers, split_of
 from infra.errors import DataError
 from infra.schemas import DROPPED, KEEP
 from tests.helpers.hostile_server import encoded, picture
@@ -192,24 +192,6 @@ def test_the_list_does_not_depend_on_the_order_of_download(tmp_path: Path) -> No
         write_shard(tmp_path / name / "ingest", 0, order)
     a, b = (list(curated(tmp_path / name)[0]) for name in ("a", "b"))
     assert a == b == sorted(a)
-
-
-@pytest.mark.parametrize(
-    ("caption", "max_chars", "cleaned"),
-    [
-        ("  a  red\theart \n", 20, "a red heart"),
-        ("a red heart", 11, "a red heart"),
-        ("cafe\u0301", 20, "café"),
-        ("a\x00b\x1b[31mc", 20, "a b [31mc"),
-        ("left\u202eright\u200bjoined\ufeff", 20, "leftrightjoined"),
-        ("می\u200cخواهم", 20, "می\u200cخواهم"),
-        ("one two three four", 10, "one two"),
-        ("abcdefghijklmnop", 10, "abcdefghij"),
-        ("\u2028 \u00a0", 20, ""),
-    ],
-)
-def test_captions_are_cleaned_and_cut_at_a_word(caption: str, max_chars: int, cleaned: str) -> None:
-    assert clean(caption, max_chars) == cleaned
 
 
 def test_equal_phrasings_are_kept_once_and_in_order(tmp_path: Path) -> None:

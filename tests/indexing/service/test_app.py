@@ -67,6 +67,17 @@ def test_every_kind_of_query_finds_its_colour(client: TestClient, fake: Fake) ->
     assert key not in {each["key"] for each in asked(client, key=key, k=50)}
 
 
+@pytest.mark.parametrize("invisible", ["\u200b", "\u00ad", "\u200e", "\ufeff"])
+def test_invisible_characters_of_a_text_change_no_answer(
+    client: TestClient, fake: Fake, invisible: str
+) -> None:
+    text = f"{invisible}col{invisible}our 5\u00a0"
+    assert asked(client, text=text, k=5) == asked(client, text="colour 5", k=5)
+    assert not [each for texts in fake.encoded for each in texts if invisible in each]
+    answer = client.post("/search", json={"text": f" {invisible}"})
+    assert (answer.status_code, "it is empty" in answer.text) == (422, True)
+
+
 def test_filters_and_pages(client: TestClient) -> None:
     whole = asked(client, text="colour 2", k=20, style=["framed", "other"], split=["train"])
     assert {(each["style"], each["split"]) for each in whole} == {("framed", "train")} and len(
@@ -271,7 +282,7 @@ def test_texts_are_encoded_once_and_remembered(client: TestClient, fake: Fake) -
         ({"text": "a", "k": 1, "offset": 2000}, 422, "at most 2000"),
         ({"text": "a", "surprise": 1}, 422, "Extra inputs"),
         ({"embedding": [1.0]}, 422, f"1 numbers but the index has {DIM}"),
-        ({"embedding": [0.0] * DIM}, 422, "no direction"),
+        ({"embedding": [0.0] * DIM}, 422, "all its numbers are 0"),
         ({"embedding": [1e300] * DIM}, 422, "less than or equal"),
         ({"image": "%%%"}, 422, "not in base64"),
         ({"image": b64(b"GIF89a")}, 422, "cannot be read"),

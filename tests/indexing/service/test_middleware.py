@@ -79,6 +79,20 @@ def test_without_a_token_only_loopback_names_are_answered(client: TestClient) ->
         assert client.get("/indices-list", headers={"host": host}).status_code == status, host
 
 
+def test_head_is_answered_as_get_without_the_body(fake: Fake) -> None:
+    log = io.StringIO()
+    with TestClient(
+        make_app(fake.service(), ServeConfig(rate=0), log), base_url="http://localhost"
+    ) as client:
+        for path in ("/", "/search.js", "/healthz", "/metrics", "/facets", "/nowhere"):
+            answer, usual = client.head(path), client.get(path)
+            assert answer.status_code == usual.status_code and answer.content == b"", path
+            if path != "/metrics":
+                assert answer.headers["content-length"] == usual.headers["content-length"], path
+        assert client.head("/search").status_code == 405
+    assert '"method": "HEAD", "path": "/healthz", "status": 200' in log.getvalue()
+
+
 def test_the_rate_is_limited_and_recovers(fake: Fake) -> None:
     with TestClient(
         make_app(fake.service(), ServeConfig(rate=0.001, burst=3), io.StringIO()),

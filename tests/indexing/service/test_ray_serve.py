@@ -134,7 +134,7 @@ def test_two_replicas_answer_as_the_application_alone(
                 ray_serve.application(partial(open_drawn, asked), 2, 1), "127.0.0.1", port, look
             )
         lost = Replicated(root=str(tmp_path / "nothing"), replicas=1)
-        with pytest.raises(UnclipError, match=r"replicas do not come up: .*nothing has no run"):
+        with pytest.raises(UnclipError, match=r"replicas do not start: .*nothing has no run"):
             ray_serve.run(
                 ray_serve.application(partial(open_drawn, lost), 1, 1),
                 "127.0.0.1",

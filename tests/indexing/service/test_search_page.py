@@ -228,9 +228,7 @@ def test_the_page_asks_for_the_token_and_goes_on(tmp_path: Path) -> None:
             "document.getElementById('token').value = 'wrong'; document.querySelector('#login "
             ".main').click()"
         )
-        browser.until(
-            "document.getElementById('login-error').textContent == 'that is not the token'"
-        )
+        browser.until("document.getElementById('login-error').textContent == 'the token is wrong'")
         browser.run(
             f"document.getElementById('token').value = '{TOKEN}'; document.querySelector('#login "
             f".main').click()"
