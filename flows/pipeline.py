@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from uuid import UUID
 
 from prefect import Flow, flow, runtime, task
@@ -67,8 +67,7 @@ def step(action: Callable[[], Any]) -> Any:
 
 def do(name: str, action: Callable[[], Result]) -> Result:
     """Do a step of a run as a named task, with retries as `is_worth_retrying` decides."""
-    result: Result = step.with_options(name=name, task_run_name=name)(action)
-    return result
+    return cast(Result, step.with_options(name=name, task_run_name=name)(action))
 
 
 def notify_block(deployment: UUID) -> str:
@@ -142,7 +141,9 @@ def run_stages(run: RecipeRun, jobs: str | None = None) -> RunSummary:
             results.append(result)
     finished = finish(run, results, _say, do)
     description = f"{run.name} in {run.root.uri}"
-    create_table_artifact(table=finished["stages"], key="stages", description=description)
+    create_table_artifact(
+        table=cast(list[dict[str, Any]], finished["stages"]), key="stages", description=description
+    )
     if finished["report"]:
         create_link_artifact(
             link=finished["report"], link_text="report", key="report", description=description

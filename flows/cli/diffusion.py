@@ -4,13 +4,23 @@
 held-out images of the run. All write only to the folder --out.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.generate import Guidance, Out, Seed, guidance_of, load_system, spoken, tell_pictures
-from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json
+from flows.cli.generate import (
+    DrawingOptions,
+    Guidance,
+    Seed,
+    guidance_of,
+    load_system,
+    spoken,
+    tell_pictures,
+)
+from flows.cli.option_groups import option_groups
+from flows.cli.options import Json, print_json
 from flows.config.roots import open_for
 from infra.errors import CallerError
 from infra.storage.stage_files import pinned_copy
@@ -58,6 +68,14 @@ SHARES = (0.25, 0.5, 0.75)
 STEPS = 100
 
 
+@dataclass(frozen=True)
+class LatentOptions:
+    """Options of sampling from an x_t."""
+
+    seed: Seed = 0
+    steps: Steps = None
+
+
 def swiss_roll(
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Where the picture goes.")
@@ -97,6 +115,7 @@ def swiss_roll(
     print(f"picture          {result['picture']}")
 
 
+@option_groups
 def across_time(
     prompts: Annotated[
         list[str], typer.Argument(metavar="PROMPT...", help="What to draw; two rows each.")
@@ -104,23 +123,20 @@ def across_time(
     columns: Annotated[
         int, typer.Option("--columns", min=2, max=64, help="Times shown, both ends included.")
     ] = 9,
-    seed: Seed = 0,
-    steps: Steps = None,
+    sampling: LatentOptions = LatentOptions(),
     guidance: Guidance = None,
-    out: Out = Path("out"),
-    root: RootUri = DEFAULT_ROOT,
-    run: RunName = None,
-    as_json: Json = False,
+    drawing: DrawingOptions = DrawingOptions(),
 ) -> None:
     """Show generation over time: x_t and the decoder's prediction of x_0 (DDPM, figure 6)."""
     prompts = [spoken("across-time", prompt) for prompt in prompts]
-    model, steps, settings, _ = _open(root, run, steps)
+    model, steps, settings, _ = _open(drawing, sampling)
     guidance = guidance_of(model, guidance)
     if columns > steps + 1:
         raise CallerError(f"--columns {columns}: {steps} steps have {steps + 1} times at most")
     from flows.images import latent_grids
     from training.generation import latents
 
+    seed = sampling.seed
     frames = latents.across_time(model, prompts, columns, steps, seed, guidance)
     settings = {
         "prompts": prompts,
@@ -135,11 +151,11 @@ def across_time(
         seed,
         settings,
         {},
-        out,
-        as_json,
+        drawing,
     )
 
 
+@option_groups
 def shared_latents(
     images: Images = None,
     count: Annotated[
@@ -151,19 +167,16 @@ def shared_latents(
         int, typer.Option("--samples", min=1, max=64, help="Samples from each x_t.")
     ] = 3,
     is_conditioned: Conditioned = False,
-    seed: Seed = 0,
-    steps: Steps = None,
-    out: Out = Path("out"),
-    root: RootUri = DEFAULT_ROOT,
-    run: RunName = None,
-    as_json: Json = False,
+    sampling: LatentOptions = LatentOptions(),
+    drawing: DrawingOptions = DrawingOptions(),
 ) -> None:
     """Draw several samples from one x_t of a picture (DDPM, figure 7).
 
     The smaller t is, the more the samples share.
     """
-    model, steps, settings, stages = _open(root, run, steps, not images)
-    chosen, pictures = _times(model, times), _pictures(model, images or [], stages, count, seed)
+    model, steps, settings, stages = _open(drawing, sampling, not images)
+    seed, chosen = sampling.seed, _times(model, times)
+    pictures = _pictures(model, images or [], stages, count, seed)
     from flows.images import latent_grids
     from training.generation import latents
 
@@ -185,9 +198,10 @@ def shared_latents(
         **settings,
     }
     grid = latent_grids.shared(shared, pictures, chosen)
-    _finish(grid, f"shared latents {pictures.captions[0]}", seed, settings, figures, out, as_json)
+    _finish(grid, f"shared latents {pictures.captions[0]}", seed, settings, figures, drawing)
 
 
+@option_groups
 def interpolate(
     images: TwoImages = None,
     count: Annotated[
@@ -197,12 +211,8 @@ def interpolate(
     times: Times = None,
     columns: Columns = 9,
     is_conditioned: Conditioned = False,
-    seed: Seed = 0,
-    steps: Steps = None,
-    out: Out = Path("out"),
-    root: RootUri = DEFAULT_ROOT,
-    run: RunName = None,
-    as_json: Json = False,
+    sampling: LatentOptions = LatentOptions(),
+    drawing: DrawingOptions = DrawingOptions(),
 ) -> None:
     """Blend two pictures in x_t space and denoise the blends (DDPM, figure 8).
 
@@ -213,8 +223,9 @@ def interpolate(
             f"interpolate: {len(images)} picture{'s' if len(images) > 1 else ''} given: "
             "give two, or none for held-out ones"
         )
-    model, steps, settings, stages = _open(root, run, steps, not images)
-    chosen, pictures = _times(model, times), _pictures(model, images or [], stages, 2 * count, seed)
+    model, steps, settings, stages = _open(drawing, sampling, not images)
+    seed, chosen = sampling.seed, _times(model, times)
+    pictures = _pictures(model, images or [], stages, 2 * count, seed)
     if len(pictures) < 2:
         raise CallerError("interpolate: this run holds out one concept only: give A and B")
     from flows.images import latent_grids
@@ -235,16 +246,18 @@ def interpolate(
     }
     grid = latent_grids.interpolation(blends, first, second, chosen)
     name = f"x_t {first.captions[0]} to {second.captions[0]}"
-    _finish(grid, name, seed, settings, {}, out, as_json)
+    _finish(grid, name, seed, settings, {}, drawing)
 
 
 def _open(
-    root: str, run: str | None, steps: int | None, wants_held_out: bool = False
+    drawing: DrawingOptions, sampling: LatentOptions, wants_held_out: bool = False
 ) -> "tuple[Unclip, int, dict[str, Any], dict[str, Committed]]":
     """Load a run's models; return them, the steps, the PNG's settings and the stage folders."""
     more = ("ingest", "embed") if wants_held_out else ()
-    model, record, stages = load_system(open_for(root, for_writing=False), run, more)
+    opened = open_for(drawing.root, for_writing=False)
+    model, record, stages = load_system(opened, drawing.run, more)
     T = model.decoder.schedule.T
+    steps = sampling.steps
     if steps and steps > T:
         raise CallerError(f"--steps {steps}: this decoder has {T}")
     settings = {
@@ -294,15 +307,14 @@ def _finish(
     seed: int,
     settings: dict[str, Any],
     figures: dict[str, Any],
-    out: Path,
-    as_json: bool,
+    drawing: DrawingOptions,
 ) -> None:
     from flows.images.png import write_grid
 
-    written = write_grid(grid.images, grid.rows, grid.columns, name, seed, settings, out)
-    for row in figures.get("rms", []) if not as_json else ():
+    written = write_grid(grid.images, grid.rows, grid.columns, name, seed, settings, drawing.out)
+    for row in figures.get("rms", []) if not drawing.as_json else ():
         print(
             f"t = {row['t']:<6} samples {row['between_samples']:6.1f} apart, "
             f"{row['to_picture']:6.1f} from the picture (RMS, 0 to 255)"
         )
-    tell_pictures(*written, seed, settings, as_json, figures)
+    tell_pictures(*written, seed, settings, drawing.as_json, figures)

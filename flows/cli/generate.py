@@ -4,11 +4,13 @@ Reads a run's models; writes images to the folder --out.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.cli.option_groups import option_groups
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json
 from flows.config.roots import open_for
 from infra.captions import clean_caption
@@ -26,7 +28,6 @@ Seed = Annotated[
     int, typer.Option("--seed", min=0, max=2**31, help="The same seed gives the same pictures.")
 ]
 
-
 Guidance = Annotated[
     float | None,
     typer.Option(
@@ -34,10 +35,31 @@ Guidance = Annotated[
     ),
 ]
 
-
 Out = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="Where the grid and the pictures go.")
 ]
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """Options of every command that draws with a run's models."""
+
+    out: Out = Path("out")
+    root: RootUri = DEFAULT_ROOT
+    run: RunName = None
+    as_json: Json = False
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Options of the decoder's sampling; None means the recipe's value."""
+
+    seed: Seed = 0
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, max=1000, help="Denoising steps; by default the recipe's."),
+    ] = None
+    guidance: Guidance = None
 
 
 def load_system(
@@ -127,6 +149,7 @@ def upsampler_stages(opened: Root, record: "RunRecord") -> dict[str, Committed]:
     }
 
 
+@option_groups
 def generate(
     prompts: Annotated[
         list[str],
@@ -137,29 +160,22 @@ def generate(
     count: Annotated[
         int, typer.Option("--count", min=1, max=256, help="Pictures of each prompt.")
     ] = 4,
-    seed: Seed = 0,
-    steps: Annotated[
-        int | None,
-        typer.Option("--steps", min=1, max=1000, help="Denoising steps; by default the recipe's."),
-    ] = None,
-    guidance: Guidance = None,
+    sampling: SamplingOptions = SamplingOptions(),
     upsample: Annotated[
         bool, typer.Option("--upsample", help="Enlarge the pictures with the run's up-samplers.")
     ] = False,
-    out: Out = Path("out"),
-    root: RootUri = DEFAULT_ROOT,
-    run: RunName = None,
-    as_json: Json = False,
+    drawing: DrawingOptions = DrawingOptions(),
 ) -> None:
     """Draw pictures from text: a grid, and every picture as a PNG with its prompt and settings."""
     prompts = [spoken("generate", prompt) for prompt in prompts]
-    opened = open_for(root, for_writing=False)
-    model, record, stages = load_system(opened, run)
+    opened = open_for(drawing.root, for_writing=False)
+    model, record, stages = load_system(opened, drawing.run)
     if upsample:
         behind = upsampler_stages(opened, record)
         stages |= behind
         model.upsamplers = tuple(pinned_copy(committed.files) for committed in behind.values())
-    steps, guidance = steps or model.decoder.config.sampling_steps, guidance_of(model, guidance)
+    seed, steps = sampling.seed, sampling.steps or model.decoder.config.sampling_steps
+    guidance = guidance_of(model, sampling.guidance)
     images = model.generate(prompts, count, seed, steps, guidance, upsample)
     settings = {
         "run": record["name"],
@@ -170,4 +186,5 @@ def generate(
     }
     from flows.images.png import write_pictures
 
-    tell_pictures(*write_pictures(images, prompts, seed, settings, out), seed, settings, as_json)
+    written = write_pictures(images, prompts, seed, settings, drawing.out)
+    tell_pictures(*written, seed, settings, drawing.as_json)

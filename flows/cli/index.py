@@ -3,6 +3,7 @@
 Each command reads and writes ROOT through one function of `flows.live_index`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from typer.core import TyperGroup
 
 from flows.cli import run as run_command
 from flows.cli.generate import check_files
+from flows.cli.option_groups import option_groups
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json, say
 from flows.config.roots import open_for
 from infra.errors import CallerError
@@ -45,6 +47,16 @@ TextFile = Annotated[
         "--text-file", metavar="FILE", help="A list with one URL, key or whole caption per line."
     ),
 ]
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Options that select samples; a sample needs to match one of them."""
+
+    urls: Urls = None
+    keys: Keys = None
+    images: Images = None
+    text_file: TextFile = None
 
 
 class WithBuild(TyperGroup):
@@ -128,11 +140,9 @@ def merge(root: RootUri = DEFAULT_ROOT, run: RunName = None, as_json: Json = Fal
 
 
 @app.command()
+@option_groups
 def remove(
-    url: Urls = None,
-    key: Keys = None,
-    image: Images = None,
-    text_file: TextFile = None,
+    selection: SampleOptions = SampleOptions(),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")
     ] = False,
@@ -144,12 +154,12 @@ def remove(
     opened = open_for(root, for_writing=not dry_run)
     from flows.live_index import takedown
 
-    rows, urls = _meant(opened, run, url, key, image, text_file)
+    rows, urls = _meant(opened, run, selection)
     request = {
-        "urls": url or [],
-        "keys": key or [],
-        "images": [file.name for file in image or []],
-        "list": text_file.name if text_file else "",
+        "urls": selection.urls or [],
+        "keys": selection.keys or [],
+        "images": [file.name for file in selection.images or []],
+        "list": selection.text_file.name if selection.text_file else "",
     }
     if not rows and not urls:
         raise CallerError("no sample in ROOT matches: look it up with `unclip search --json`")
@@ -192,11 +202,9 @@ def compact(root: RootUri = DEFAULT_ROOT, as_json: Json = False) -> None:
 
 
 @app.command()
+@option_groups
 def verify(
-    url: Urls = None,
-    key: Keys = None,
-    image: Images = None,
-    text_file: TextFile = None,
+    selection: SampleOptions = SampleOptions(),
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
     as_json: Json = False,
@@ -205,10 +213,10 @@ def verify(
     opened = open_for(root, for_writing=False)
     from flows.live_index import takedown
 
-    rows, urls = _meant(opened, run, url, key, image, text_file)
+    rows, urls = _meant(opened, run, selection)
     named_rows = [
         *rows,
-        *({"key": named_key, "origin": "", "sha256": ""} for named_key in key or []),
+        *({"key": named_key, "origin": "", "sha256": ""} for named_key in selection.keys or []),
     ]
     result = takedown.verify(opened, named_rows, urls)
     if as_json:
@@ -224,18 +232,14 @@ def verify(
 
 
 def _meant(
-    root: Root,
-    run: str | None,
-    urls: list[str] | None,
-    keys: list[str] | None,
-    images: list[Path] | None,
-    text_file: Path | None,
+    root: Root, run: str | None, selection: SampleOptions
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the samples in ROOT that the options select, and all selected URLs.
 
     The URLs include those without a sample in ROOT. Raises CallerError if no option is set.
     """
-    if not (urls or keys or images or text_file):
+    keys, images, text_file = selection.keys, selection.images, selection.text_file
+    if not (selection.urls or keys or images or text_file):
         raise CallerError("name the samples: --url, --key, --image or --text-file")
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -243,7 +247,7 @@ def _meant(
     from flows.live_index.takedown import by_values, find
 
     lines = _lines(text_file) if text_file else []
-    all_urls = [*(urls or []), *(line for line in lines if "://" in line)]
+    all_urls = [*(selection.urls or []), *(line for line in lines if "://" in line)]
     rows = find(root, by_values("origin", [*all_urls, *lines])) if all_urls or lines else []
     all_keys = [*(keys or []), *lines]
     if all_keys:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.generate import (
+    DrawingOptions,
     Guidance,
-    Out,
     Seed,
     check_files,
     guidance_of,
@@ -22,7 +22,7 @@ from flows.cli.generate import (
     spoken,
     tell_pictures,
 )
-from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName
+from flows.cli.option_groups import option_groups
 from flows.config.roots import open_for
 from infra.errors import CallerError
 from infra.storage.stage_files import pinned_copy
@@ -75,12 +75,21 @@ PcaDims = Annotated[
         help="Numbers of principal components of z_i; those above its dimension are ignored.",
     ),
 ]
-Steps = Annotated[
-    int,
-    typer.Option("--steps", min=1, max=1000, help="DDIM steps, both down to noise and back up."),
-]
-STEPS = 25
 FIGURE_7 = "2,5,10,20,30,40,80,120,160,200,320"
+
+
+@dataclass(frozen=True)
+class InversionOptions:
+    """Options of drawing an image again from its own latents; guidance None is the recipe's."""
+
+    seed: Seed = 0
+    steps: Annotated[
+        int,
+        typer.Option(
+            "--steps", min=1, max=1000, help="DDIM steps, both down to noise and back up."
+        ),
+    ] = 25
+    guidance: Guidance = None
 
 
 @dataclass(frozen=True)
@@ -96,17 +105,13 @@ class Opened:
     drawn_pictures: "np.ndarray"  # uint8 (B, S, S, 3), at the decoder's side
 
 
+@option_groups
 def vary(
     image: Image,
     count: Annotated[int, typer.Option("--count", min=1, max=256, help="Variations in a row.")] = 6,
     eta: Etas = None,
-    seed: Seed = 0,
-    steps: Steps = STEPS,
-    guidance: Guidance = None,
-    out: Out = Path("out"),
-    root: RootUri = DEFAULT_ROOT,
-    run: RunName = None,
-    as_json: Json = False,
+    sampling: InversionOptions = InversionOptions(),
+    drawing: DrawingOptions = DrawingOptions(),
 ) -> None:
     """Draw variations of a picture: same meaning, other details (unCLIP, figure 3)."""
     import numpy as np
@@ -114,8 +119,9 @@ def vary(
     from flows.images.latent_grids import Grid
     from training.generation import manipulations
 
-    opened = _open(root, run, [image], steps, guidance)
+    opened = _open([image], drawing, sampling)
     model, guidance = opened.model, opened.guidance
+    seed, steps = sampling.seed, sampling.steps
     latents = manipulations.invert(model, opened.pictures, steps, guidance)
     etas = eta or [1.0]
     rows = []
@@ -127,22 +133,18 @@ def vary(
     settings = {"image": image.name, "eta": etas, "count": count, **opened.settings}
     figures = {"rebuilt_psnr_db": latents.psnr_db}
     grid = Grid(np.stack(rows), labels, columns)
-    _finish(grid, f"vary {image.stem}", seed, settings, figures, out, as_json)
+    _finish(grid, f"vary {image.stem}", seed, settings, figures, drawing)
 
 
+@option_groups
 def interpolate(
     first: Annotated[Path, typer.Argument(metavar="A", help="The picture at the left end.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="The picture at the right end.")],
     columns: Columns = 9,
     count: NoiseRows = 3,
     slerp_noise: SlerpNoise = False,
-    seed: Seed = 0,
-    steps: Steps = STEPS,
-    guidance: Guidance = None,
-    out: Out = Path("out"),
-    root: RootUri = DEFAULT_ROOT,
-    run: RunName = None,
-    as_json: Json = False,
+    sampling: InversionOptions = InversionOptions(),
+    drawing: DrawingOptions = DrawingOptions(),
 ) -> None:
     """Blend the meaning of two pictures (unCLIP, figure 4).
 
@@ -153,8 +155,9 @@ def interpolate(
     from flows.images.latent_grids import Grid
     from training.generation import manipulations
 
-    opened = _open(root, run, [first, second], steps, guidance)
+    opened = _open([first, second], drawing, sampling)
     model, guidance, figures = opened.model, opened.guidance, {}
+    seed, steps = sampling.seed, sampling.steps
     if slerp_noise:
         latents = manipulations.invert(model, opened.pictures, steps, guidance)
         figures = {"rebuilt_psnr_db": latents.psnr_db}
@@ -175,9 +178,10 @@ def interpolate(
     files = [first.name, second.name]
     settings = {"images": files, "columns": columns, "slerp_noise": slerp_noise, **opened.settings}
     name = f"interpolate {first.stem} {second.stem}{' noise' if slerp_noise else ''}"
-    _finish(grid, name, seed, settings, figures, out, as_json)
+    _finish(grid, name, seed, settings, figures, drawing)
 
 
+@option_groups
 def textdiff(
     image: Image,
     before: Annotated[str, typer.Argument(metavar="FROM", help='What it shows, or "a photo".')],
@@ -187,13 +191,8 @@ def textdiff(
         int,
         typer.Option("--columns", min=2, max=64, help="Pictures from the rebuilt one to theta."),
     ] = 8,
-    seed: Seed = 0,
-    steps: Steps = STEPS,
-    guidance: Guidance = None,
-    out: Out = Path("out"),
-    root: RootUri = DEFAULT_ROOT,
-    run: RunName = None,
-    as_json: Json = False,
+    sampling: InversionOptions = InversionOptions(),
+    drawing: DrawingOptions = DrawingOptions(),
 ) -> None:
     """Change a picture from one caption towards another (unCLIP, figure 5).
 
@@ -209,8 +208,9 @@ def textdiff(
     from flows.images.latent_grids import Grid
     from training.generation import manipulations
 
-    opened = _open(root, run, [image], steps, guidance)
+    opened = _open([image], drawing, sampling)
     model, guidance = opened.model, opened.guidance
+    seed, steps = sampling.seed, sampling.steps
     latents = manipulations.invert(model, opened.pictures, steps, guidance)
     try:
         row = manipulations.text_diff(
@@ -224,22 +224,18 @@ def textdiff(
     request = {"image": image.name, "from": before, "to": after, "theta": theta, "columns": columns}
     settings = request | opened.settings
     figures = {"rebuilt_psnr_db": latents.psnr_db}
-    _finish(grid, f"textdiff {image.stem} {after}", seed, settings, figures, out, as_json)
+    _finish(grid, f"textdiff {image.stem} {after}", seed, settings, figures, drawing)
 
 
+@option_groups
 def reconstruct(
     images: Annotated[
         list[Path],
         typer.Argument(metavar="IMAGE...", help="PNG, JPEG or WebP files; each is one row."),
     ],
     pca_dims: PcaDims = FIGURE_7,
-    seed: Seed = 0,
-    steps: Steps = STEPS,
-    guidance: Guidance = None,
-    out: Out = Path("out"),
-    root: RootUri = DEFAULT_ROOT,
-    run: RunName = None,
-    as_json: Json = False,
+    sampling: InversionOptions = InversionOptions(),
+    drawing: DrawingOptions = DrawingOptions(),
 ) -> None:
     """Draw pictures from the first principal components of their z_i (unCLIP, figure 7)."""
     wanted = _dims(pca_dims)
@@ -250,7 +246,7 @@ def reconstruct(
     from training.generation import manipulations
     from training.models.pca import Pca
 
-    opened = _open(root, run, images, steps, guidance, ("embed",))
+    opened = _open(images, drawing, sampling, ("embed",))
     _, z_train = embedding_dataset.read(pinned_copy(opened.stages["embed"].files), "train")
     dims = [count for count in wanted if count <= z_train.dim]
     if not dims:
@@ -259,9 +255,9 @@ def reconstruct(
             "ask for that many at most"
         )
     model, pca = opened.model, Pca.fit(z_train[z_train.sampled()])
-    z_i = manipulations.embed(model, opened.pictures)
+    z_i, seed = manipulations.embed(model, opened.pictures), sampling.seed
     drawn = manipulations.reconstruct(
-        model, z_i, pca.to(model.device), dims, seed, steps, opened.guidance
+        model, z_i, pca.to(model.device), dims, seed, sampling.steps, opened.guidance
     )
     held = (pca.eigenvalues.cumsum(0) / pca.eigenvalues.sum()).tolist()
     files = [file.name for file in images]
@@ -271,7 +267,7 @@ def reconstruct(
     settings = {"images": files, "pca_dims": dims, **opened.settings}
     figures = {"variance_held": {str(count): round(held[count - 1], 4) for count in dims}}
     name = f"reconstruct {several(images[0].stem, len(images))}"
-    _finish(grid, name, seed, settings, figures, out, as_json)
+    _finish(grid, name, seed, settings, figures, drawing)
 
 
 def _dims(text: str) -> list[int]:
@@ -284,11 +280,9 @@ def _dims(text: str) -> list[int]:
 
 
 def _open(
-    root: str,
-    run: str | None,
     images: list[Path],
-    steps: int,
-    guidance: float | None,
+    drawing: DrawingOptions,
+    sampling: InversionOptions,
     more: tuple[str, ...] = (),
 ) -> Opened:
     """Load the run's models and read the images, at the larger of the sides of CLIP and decoder.
@@ -298,12 +292,12 @@ def _open(
     check_files(images)
     from training.generation import manipulations
 
-    opened = open_for(root, for_writing=False)
-    model, record, stages = load_system(opened, run, more)
+    opened = open_for(drawing.root, for_writing=False)
+    model, record, stages = load_system(opened, drawing.run, more)
+    steps, guidance = sampling.steps, guidance_of(model, sampling.guidance)
     if steps > model.decoder.schedule.T:
         raise CallerError(f"--steps {steps}: this decoder has {model.decoder.schedule.T}")
     pictures = manipulations.read(model, images)
-    guidance = guidance_of(model, guidance)
     settings = {
         "steps": steps,
         "guidance": guidance,
@@ -320,13 +314,12 @@ def _finish(
     seed: int,
     settings: dict[str, Any],
     figures: dict[str, Any],
-    out: Path,
-    as_json: bool,
+    drawing: DrawingOptions,
 ) -> None:
-    """Write the grid and its images to `out`, and print what was written."""
+    """Write the grid and its images to --out, and print what was written."""
     from flows.images.png import write_grid
 
-    written = write_grid(grid.images, grid.rows, grid.columns, name, seed, settings, out)
+    written = write_grid(grid.images, grid.rows, grid.columns, name, seed, settings, drawing.out)
     rebuilt = figures.get("rebuilt_psnr_db")
     note = f"; rebuilt at {', '.join(f'{value:.1f}' for value in rebuilt)} dB" if rebuilt else ""
-    tell_pictures(*written, seed, settings, as_json, figures, note)
+    tell_pictures(*written, seed, settings, drawing.as_json, figures, note)

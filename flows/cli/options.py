@@ -63,6 +63,16 @@ DEFAULT_ROOT = "unclip-data"
 
 
 @dataclass(frozen=True)
+class RunOptions:
+    """Options of every command that runs stages of a recipe."""
+
+    root: RootUri = DEFAULT_ROOT
+    name: Name = None
+    overrides: Overrides = None
+    address: Address = None
+
+
+@dataclass(frozen=True)
 class RunRequest:
     """Which recipe to run, into which ROOT and under which name, as given on the command line."""
 

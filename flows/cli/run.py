@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.cli.option_groups import option_groups
 from flows.cli.options import (
     DEFAULT_ROOT,
-    Address,
     Json,
     Name,
     Overrides,
     Recipe,
     RootUri,
+    RunOptions,
     RunRequest,
     load_config,
     print_json,
@@ -35,12 +36,10 @@ if TYPE_CHECKING:
 DRY_RUN_HELP = "Show what would run, with the models' parameters, memory and FLOPs; run nothing."
 
 
+@option_groups
 def run(
     recipe: Recipe,
-    root: RootUri = DEFAULT_ROOT,
-    name: Name = None,
-    overrides: Overrides = None,
-    address: Address = None,
+    options: RunOptions = RunOptions(),
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
     throughput: Annotated[
         float | None,
@@ -66,30 +65,28 @@ def run(
     for option, value in (("--throughput", throughput), ("--pairs", pairs)):
         if value and not dry_run:
             raise CallerError(f"{option} is for planning: give --dry-run as well")
-    request = RunRequest(recipe, root, name, overrides, [])
+    request = RunRequest(recipe, options.root, options.name, options.overrides, [])
     if dry_run:
         print_plan(request, as_json, throughput, pairs)
     else:
-        make(request, address, as_json)
+        make(request, options.address, as_json)
 
 
 def verb(stage: str) -> Callable[..., None]:
     """Return the command that runs one stage and the stages that it needs."""
 
+    @option_groups
     def command(
         recipe: Recipe,
-        root: RootUri = DEFAULT_ROOT,
-        name: Name = None,
-        overrides: Overrides = None,
-        address: Address = None,
+        options: RunOptions = RunOptions(),
         dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
         as_json: Json = False,
     ) -> None:
-        request = RunRequest(recipe, root, name, overrides, [stage])
+        request = RunRequest(recipe, options.root, options.name, options.overrides, [stage])
         if dry_run:
             print_plan(request, as_json)
         else:
-            make(request, address, as_json)
+            make(request, options.address, as_json)
 
     return command
 

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.cli.option_groups import option_groups
 from flows.cli.options import (
     DEFAULT_ROOT,
-    Address,
     Json,
     Name,
     Overrides,
     Recipe,
     RootUri,
+    RunOptions,
     RunRequest,
     load_config,
     print_json,
@@ -82,13 +83,24 @@ Port = Annotated[
 
 
 @dataclass(frozen=True)
-class Timing:
+class TimingOptions:
     """When a deployment runs: either `cron` in `timezone`, or every `every_s` seconds."""
 
-    cron: str
-    every_s: int
-    timezone: str
-    is_paused: bool = False
+    cron: Cron = ""
+    every_s: Every = 0
+    timezone: Timezone = "UTC"
+
+
+@dataclass(frozen=True)
+class ScheduledRunOptions(RunOptions):
+    """Options of a scheduled run."""
+
+    stages: Stages = None
+    jobs: Jobs = None
+
+    def request(self, recipe: str) -> RunRequest:
+        """Return the request for a recipe's run."""
+        return RunRequest(recipe, self.root, self.name, self.overrides, self.stages or [])
 
 
 def submit(
@@ -117,17 +129,11 @@ def submit(
     make(request, None, as_json, jobs=address)
 
 
+@option_groups
 def schedule(
     recipe: Recipe,
-    cron: Cron = "",
-    every: Every = 0,
-    timezone: Timezone = "UTC",
-    root: RootUri = DEFAULT_ROOT,
-    name: Name = None,
-    overrides: Overrides = None,
-    address: Address = None,
-    stages: Stages = None,
-    jobs: Jobs = None,
+    timing: TimingOptions = TimingOptions(),
+    options: ScheduledRunOptions = ScheduledRunOptions(),
     paused: Annotated[
         bool, typer.Option("--paused", help="Create it paused; nothing runs until it is resumed.")
     ] = False,
@@ -142,11 +148,11 @@ def schedule(
     """
     from flows.scheduling import deployments
 
-    request = RunRequest(recipe, root, name, overrides, stages or [])
+    request = options.request(recipe)
     if remove:
         result = deployments.remove(request.run_name)
     else:
-        plan, _ = _plan(request, address, jobs, Timing(cron, every, timezone, paused))
+        plan, _ = _plan(request, options, timing, paused)
         result = deployments.deploy(plan, os.environ.get(NOTIFY, ""))
     if as_json:
         print_json(result)
@@ -154,25 +160,18 @@ def schedule(
         _print(result)
 
 
+@option_groups
 def up(
     recipe: Recipe,
-    cron: Cron = "",
-    every: Every = 0,
-    timezone: Timezone = "UTC",
-    root: RootUri = DEFAULT_ROOT,
-    name: Name = None,
-    overrides: Overrides = None,
-    address: Address = None,
-    stages: Stages = None,
-    jobs: Jobs = None,
+    timing: TimingOptions = TimingOptions(),
+    options: ScheduledRunOptions = ScheduledRunOptions(),
     port: Port = 4200,
     as_json: Json = False,
 ) -> None:
     """Start a Prefect server and a worker here, schedule the recipe, and run until interrupted."""
     from infra.console.log_redirect import quiet_terminal
 
-    request = RunRequest(recipe, root, name, overrides, stages or [])
-    plan, opened = _plan(request, address, jobs, Timing(cron, every, timezone))
+    plan, opened = _plan(options.request(recipe), options, timing)
     home = (opened.folder or opened.scratch) / "prefect"
     with quiet_terminal(home / f"up-{time.strftime('%Y%m%d-%H%M%S')}.log") as log:
         from flows.scheduling.prefect_server import TOKEN_FILE, lasting_server
@@ -207,7 +206,10 @@ def _wait(worker: "subprocess.Popen[bytes]", log: Path) -> None:
 
 
 def _plan(
-    request: RunRequest, address: str | None, jobs: str | None, timing: Timing
+    request: RunRequest,
+    options: ScheduledRunOptions,
+    timing: TimingOptions,
+    is_paused: bool = False,
 ) -> "tuple[Plan, Root]":
     """Check the request and return its deployment plan and its ROOT."""
     from flows.config.recipe_file import BUILT_IN, find_recipe
@@ -216,7 +218,7 @@ def _plan(
     from flows.scheduling.deployments import Plan
 
     # Loading reports a mistake in the recipe now rather than at the first scheduled run.
-    config, overrides = load_config(request.recipe, request.overrides, address)
+    config, overrides = load_config(request.recipe, request.overrides, options.address)
     opened = open_for(request.root, for_writing=True)
     stages_of(config, request.targets, STAGES)
     path = find_recipe(request.recipe)
@@ -227,7 +229,7 @@ def _plan(
         "overrides": overrides,
         "targets": request.targets,
         "scratch": None if opened.folder else str(opened.scratch),
-        "jobs": jobs,
+        "jobs": options.jobs,
     }
     if not timing.cron and not timing.every_s:
         raise CallerError('a schedule needs --cron "0 3 * * *" or --every SECONDS, one of them')
@@ -238,7 +240,7 @@ def _plan(
         timing.cron,
         timing.timezone,
         timing.every_s,
-        timing.is_paused,
+        is_paused,
     )
     return plan, opened
 

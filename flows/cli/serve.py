@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 import typer
 from pydantic import Field
 
+from flows.cli.option_groups import option_groups
 from flows.cli.options import DEFAULT_ROOT, RootUri, RunName
 from flows.config.roots import open_for
 from flows.ingest.http_fetch import FetchError, Rules, fetch_image
@@ -137,16 +139,38 @@ ReplicaAddress = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class ListenOptions:
+    """Where the server listens, and the token that clients must send."""
+
+    host: Host = "127.0.0.1"
+    port: Port = 8080
+    token: Token = None
+
+
+@dataclass(frozen=True)
+class QueryOptions:
+    """What clients may ask, and how fresh an answer is."""
+
+    rate: Rate = 50
+    allow_urls: AllowUrls = False
+    allow_origins: AllowOrigins = None
+    removal_lag_s: RemovalLag = 0
+
+
+@dataclass(frozen=True)
+class ReplicaOptions:
+    """How many processes serve, and the Ray cluster that they run on."""
+
+    replicas: Replicas = None
+    address: ReplicaAddress = None
+
+
+@option_groups
 def serve(
-    host: Host = "127.0.0.1",
-    port: Port = 8080,
-    token: Token = None,
-    rate: Rate = 50,
-    allow_urls: AllowUrls = False,
-    allow_origin: AllowOrigins = None,
-    removal_lag: RemovalLag = 0,
-    replicas: Replicas = None,
-    address: ReplicaAddress = None,
+    listen: ListenOptions = ListenOptions(),
+    queries: QueryOptions = QueryOptions(),
+    deployment: ReplicaOptions = ReplicaOptions(),
     root: RootUri = DEFAULT_ROOT,
     run: RunName = None,
 ) -> None:
@@ -155,31 +179,31 @@ def serve(
     Without --run it serves the promoted run, or the last one if there is no gate. Removed samples
     are no longer returned from the next query on.
     """
-    if token is None and not is_loopback(host):
+    if listen.token is None and not is_loopback(listen.host):
         raise CallerError(
-            f"--host {host} can be reached from elsewhere: "
+            f"--host {listen.host} can be reached from elsewhere: "
             f"set {TOKEN} to a secret of at least 16 characters"
         )
-    check_token(token)
-    origins = tuple(as_origin(origin) for origin in allow_origin or ())
+    check_token(listen.token)
+    origins = tuple(as_origin(origin) for origin in queries.allow_origins or ())
     opened = open_for(root, for_writing=False)
     settings = Replicated(
         root=opened.uri,
         run=run,
-        replicas=replicas or 2,
-        rate=rate,
-        allow_urls=allow_urls,
-        is_open=token is None,
+        replicas=deployment.replicas or 2,
+        rate=queries.rate,
+        allow_urls=queries.allow_urls,
+        is_open=listen.token is None,
         allow_origins=origins,
-        removal_lag_s=removal_lag,
+        removal_lag_s=queries.removal_lag_s,
     )
-    if replicas or address:
-        serve_replicas(opened, settings, host, port, token, address)
+    if deployment.replicas or deployment.address:
+        serve_replicas(opened, settings, listen, deployment.address)
     else:
-        serve_here(opened, settings, host, port, token)
+        serve_here(opened, settings, listen)
 
 
-def serve_here(opened: Root, settings: Replicated, host: str, port: int, token: str | None) -> None:
+def serve_here(opened: Root, settings: Replicated, listen: ListenOptions) -> None:
     """Serve from this process until interrupted."""
     from indexing.service.app import run as run_service
     from indexing.service.state import ServeConfig, Service
@@ -187,9 +211,9 @@ def serve_here(opened: Root, settings: Replicated, host: str, port: int, token: 
     service = Service(parts_of(opened, settings.run, settings.allow_urls, say))
     version = service.current()
     config = ServeConfig(
-        host=host,
-        port=port,
-        token=token,
+        host=listen.host,
+        port=listen.port,
+        token=listen.token,
         rate=settings.rate,
         burst=max(1, 4 * settings.rate),
         allow_origins=settings.allow_origins,
@@ -203,7 +227,7 @@ def serve_here(opened: Root, settings: Replicated, host: str, port: int, token: 
 
 
 def serve_replicas(
-    opened: Root, settings: Replicated, host: str, port: int, token: str | None, address: str | None
+    opened: Root, settings: Replicated, listen: ListenOptions, address: str | None
 ) -> None:
     """Deploy the replicas on Ray and serve until interrupted.
 
@@ -212,8 +236,8 @@ def serve_replicas(
     from flows.live_index.lineage import lineage
 
     name = lineage(opened, settings.run).record["name"]  # reports a missing run before Ray starts
-    if token is not None and not address:
-        os.environ[TOKEN] = token
+    if listen.token is not None and not address:
+        os.environ[TOKEN] = listen.token
     # With fewer cores than replicas Ray would wait forever to start the last ones.
     cores = max(len(os.sched_getaffinity(0)), settings.replicas)
     cluster = Cluster(ClusterConfig(address=address or "", num_cpus=None if address else cores))
@@ -224,7 +248,7 @@ def serve_replicas(
         cluster.start()
         from indexing.service.ray_serve import run as run_replicas
 
-        port = port or free_port(host)
+        host, port = listen.host, listen.port or free_port(listen.host)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         message = f"{settings.replicas} replicas serve run {name} at {url}; Ray's log is {log}"
         with suppress(KeyboardInterrupt), terminated():  # after Ray, which sets its own handler

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.generate import Out, Seed, check_files, several, tell_pictures, upsampler_stages
-from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName
+from flows.cli.generate import (
+    DrawingOptions,
+    Seed,
+    check_files,
+    several,
+    tell_pictures,
+    upsampler_stages,
+)
+from flows.cli.option_groups import option_groups
 from flows.config.roots import open_for
 from infra.errors import CallerError
 from infra.storage.stage_files import pinned_copy
@@ -31,6 +38,7 @@ Side = Annotated[
 ]
 
 
+@option_groups
 def upsample(
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", help="Small PNG, JPEG or WebP files.")
@@ -41,10 +49,7 @@ def upsample(
         int | None,
         typer.Option("--steps", min=1, max=1000, help="Denoising steps; by default the recipe's."),
     ] = None,
-    out: Out = Path("out"),
-    root: RootUri = DEFAULT_ROOT,
-    run: RunName = None,
-    as_json: Json = False,
+    drawing: DrawingOptions = DrawingOptions(),
 ) -> None:
     """Enlarge pictures with the run's up-samplers, and compare with bicubic and Lanczos."""
     check_files(images)
@@ -52,8 +57,8 @@ def upsample(
 
     from flows.runs.records import find_run
 
-    opened = open_for(root, for_writing=False)
-    record = find_run(opened, run)
+    opened = open_for(drawing.root, for_writing=False)
+    record = find_run(opened, drawing.run)
     stages = upsampler_stages(opened, record)
     from flows.images.png import write_grid
     from training.data.image_reader import read_file
@@ -75,8 +80,8 @@ def upsample(
     settings |= {"side_px": start, "factor": factor}
     settings |= {stage: committed.key for stage, committed in stages.items()}
     name = f"upsample {several(images[0].stem, len(images))}"
-    written = write_grid(grid, files, [*COLUMNS], name, seed, settings, out)
-    tell_pictures(*written, seed, settings, as_json)
+    written = write_grid(grid, files, [*COLUMNS], name, seed, settings, drawing.out)
+    tell_pictures(*written, seed, settings, drawing.as_json)
 
 
 def _interpolations(small: "np.ndarray", factor: int) -> "list[np.ndarray]":

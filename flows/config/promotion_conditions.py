@@ -1,12 +1,11 @@
-"""Parses the conditions of `[evaluate] promote_if`, such as `generation.own_prompt_first >= current
-- 0.05`.
+"""Parser of the conditions in `[evaluate] promote_if`.
+
+A condition looks like `generation.own_prompt_first >= current - 0.05`.
 """
 
 import re
 
 NUMBER = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
-
-
 CONDITION = re.compile(
     rf"\s*(\S+)\s*(>=|<=|>|<)\s*(?:({NUMBER})|current\s*(?:([-+*])\s*({NUMBER}))?)\s*"
 )

@@ -1,7 +1,7 @@
-"""Reads a TOML recipe into a tree, applies `--set` overrides, and says in one line what a section's
-model refuses.
+"""Recipe files: reads TOML, resolves `extends`, applies `--set` overrides and reports mistakes.
 
-Knows no section: `flows/config/run_config.py` brings the model. Reads recipe files only.
+A mistake is one line that names the section and the key. The model of the sections is an argument
+(`flows/config/run_config.py` has the real one). Reads only recipe files.
 """
 
 import difflib
@@ -13,21 +13,24 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from infra.errors import CallerError
 
 Model = TypeVar("Model", bound=BaseModel)
 SECRET = re.compile(
-    r"://[^/?#\s]*@|[?&](x-(amz|goog)-(signature|credential|security-token)|awsaccesskeyid|signature|sig|(access_)?token|api_?key|password)=",
+    r"://[^/?#\s]*@|[?&](x-(amz|goog)-(signature|credential|security-token)|awsaccesskeyid"
+    r"|signature|sig|(access_)?token|api_?key|password)=",
     re.IGNORECASE,
 )
-"""An URL with a name and a password in it, or a signed one."""
+"""A URL that holds a user and a password, or a signature."""
 BUILT_IN = Path(__file__).parents[1] / "recipes"
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file of a recipe: a path, or the name of one that comes with us (`quickstart`).
-    Raises CallerError.
+    """Return the file of a recipe, by its path or by the name of a built-in one (`quickstart`).
+
+    Raises CallerError if there is none.
     """
     file = Path(name)
     if file.is_file():
@@ -40,11 +43,11 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the recipe's sections as a tree, its `extends` resolved and the overrides
-    (`clip.width=256`) applied.
+    """Return the sections of a recipe as nested dicts.
 
-    Raises CallerError, also for an URL that carries credentials: a recipe is kept in every
-    manifest, in jobs and in Prefect's parameters.
+    Resolves `extends` and applies the overrides, such as `clip.width=256`. Raises CallerError for
+    a mistake and for a URL with credentials, because recipes are stored in manifests, jobs and
+    Prefect's parameters.
     """
     tree = _read(path, ())
     for override in overrides:
@@ -54,15 +57,16 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if secret_key is not None:
             raise CallerError(
                 f"{path.name}: [{section}] {secret_key.lstrip('.')} holds credentials (a user, a "
-                "password or a signature in an URL): "
-                "a recipe is recorded, give them in the environment"
+                "password or a signature in a URL): "
+                "recipes are recorded, so give credentials in the environment"
             )
     return tree
 
 
 def _secret_in(value: Any, key_path: str) -> str | None:
-    """Return where in a value the first URL with credentials is, or None; the URL itself is not to
-    be shown.
+    """Return the key path of the first URL with credentials in a value, or None.
+
+    The URL itself must not be printed.
     """
     if isinstance(value, str):
         return key_path if SECRET.search(value) else None
@@ -91,7 +95,7 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if extends is None:
         return tree
     if not isinstance(extends, str):
-        raise CallerError(f"{path.name}: extends = {extends!r}: must be the name of a recipe")
+        raise CallerError(f"{path.name}: extends = {extends!r}: it must be the name of a recipe")
     beside = path.parent / extends
     return _merged(
         _read(beside if beside.is_file() else find_recipe(extends), (*below, path.resolve())), tree
@@ -126,16 +130,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def validated(tree: Mapping[str, Any], model: type[Model], source: str) -> Model:
-    """Return the tree as `model`, types strict as in TOML.
+    """Return the tree as an instance of `model`, with strict types as in TOML.
 
-    Raises CallerError: one line that names `source`, section, key, value and what is allowed.
+    Raises CallerError with one line that names `source`, section, key, value and what is allowed.
     """
     try:
-        # As JSON, because there the strict mode lets an array stand for a tuple but no text for a
-        # number.
+        # In JSON the strict mode accepts an array for a tuple, and still no text for a number.
         return model.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
-        # A key that does not exist is often why another one is missing: name it first.
+        # Report an unknown key first: it is often the misspelled name of a missing one.
         faults = sorted(
             error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden"
         )
@@ -143,7 +146,7 @@ def validated(tree: Mapping[str, Any], model: type[Model], source: str) -> Model
     raise CallerError(f"{source}: {_complaint(faults[0], tree, model)}{more}")
 
 
-def _complaint(error: Any, tree: Mapping[str, Any], model: type[BaseModel]) -> str:
+def _complaint(error: ErrorDetails, tree: Mapping[str, Any], model: type[BaseModel]) -> str:
     section, *keys = _written(error["loc"], tree) or [""]
     dotted = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
     kind, message = (
@@ -171,21 +174,19 @@ def _complaint(error: Any, tree: Mapping[str, Any], model: type[BaseModel]) -> s
 
 
 def _written(location: Sequence[str | int], tree: Any) -> list[str | int]:
-    """Return the location as the recipe has it, without the tags that pydantic puts in for the
-    alternatives of a union.
+    """Return an error's location as written in the recipe.
+
+    Drops the tags that pydantic adds for the alternatives of a union.
     """
-    written, here = [], tree
+    written, node = [], tree
     for part in location:
-        if isinstance(here, dict) and part not in here and part != location[-1]:
+        if isinstance(node, dict) and part not in node and part != location[-1]:
             continue
         written.append(part)
-        here = (
-            here[part]
-            if isinstance(here, list) and isinstance(part, int)
-            else here.get(part)
-            if isinstance(here, dict)
-            else None
-        )
+        if isinstance(node, list) and isinstance(part, int):
+            node = node[part]
+        else:
+            node = node.get(part) if isinstance(node, dict) else None
     return written
 
 
@@ -200,7 +201,7 @@ def _nearest(name: str, candidates: Iterable[str], form: str) -> str:
 
 
 def _fields(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    """Return the field names of the sections that may stand at `path`."""
+    """Return the field names of all sections that are possible at `path`."""
     models = [model]
     for name in path:
         if isinstance(name, str):
@@ -210,7 +211,7 @@ def _fields(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Return the sections named anywhere in a type: through `X | None`, tuples and unions."""
+    """Return the sections in a type, also inside `X | None`, tuples and unions."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [nested for argument in get_args(annotation) for nested in _models(argument)]

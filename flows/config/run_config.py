@@ -1,8 +1,7 @@
-"""A run's whole config: the sections, each from beside the code it configures, and what must agree
-between them.
+"""The complete config of a run, and the checks across its sections.
 
-The only place that checks agreement across sections. Reads recipe files; knows nothing of ROOT and
-stages.
+Each section's class is in the module that it configures; only this module compares sections. Reads
+recipe files.
 """
 
 import math
@@ -26,12 +25,13 @@ from training.models.tokenizer import TokenizerConfig
 from training.models.upsampler import UpsamplerConfig
 
 CONV_FOLD = 8
-"""The convolutional image tower halves a picture's side three times."""
+"""The convolutional image tower halves an image's side three times."""
 
 
 class RunConfig(Section):
-    """One recipe, resolved. A section that the recipe leaves out has its defaults, or is None where
-    it may be missing.
+    """One resolved recipe.
+
+    A section that the recipe leaves out has its defaults, or is None if it is optional.
     """
 
     data: DataConfig
@@ -40,24 +40,23 @@ class RunConfig(Section):
     clip: ClipConfig
     embed: EmbedConfig
     dedup: DedupConfig | None = None
-    """Left out, the models train on everything that curate kept."""
+    """Without this section the models train on all pairs that curate keeps."""
     index: IndexConfig
     prior: PriorConfig
     decoder: DecoderConfig
     upsampler: UpsamplerConfig | None = None
-    """Enlarges what the decoder draws; without the section there is no such stage."""
+    """Enlarges the decoder's pictures; without this section there is no such stage."""
     upsampler_2: UpsamplerConfig | None = None
-    """Enlarges what the first up-sampler draws."""
+    """Enlarges the first up-sampler's pictures."""
     evaluate: EvaluateConfig
     cluster: ClusterConfig
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe (a path, or the name of a built-in one), apply `section.key=value` overrides
-    and check it whole.
+    """Read a recipe, apply overrides of the form `section.key=value`, and check the result.
 
-    Raises CallerError: one line that names the recipe, the section, the key, the value and what is
-    allowed.
+    `recipe` is a path or the name of a built-in recipe. Raises CallerError with one line that names
+    the recipe, the section, the key, the value and what is allowed.
     """
     path = find_recipe(recipe)
     tree = {
@@ -71,7 +70,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def find_disagreement(config: RunConfig) -> str:
-    """Return what two keys contradict each other in, naming both and the mend, or ""."""
+    """Return a message on two keys that contradict each other and how to mend it, or ""."""
     return (
         _size_disagreement(config)
         or _upsampler_disagreement(config)

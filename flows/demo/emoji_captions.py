@@ -1,15 +1,16 @@
-"""Captions for pictures that come with a name: several phrasings that a person would type, the
-clean name first.
+"""Captions for emoji and icons: several phrasings of a name, as a person would type them.
 
-Phrasings say only what is true of the picture by its name, its group or its measured colour. Knows
-nothing of files and packages; the same input always gives the same captions.
+A caption says only what the name, the group or the measured colour of the image says. The same
+input always gives the same captions. Reads and writes no files.
 """
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 MAX_PHRASINGS = 10
 MIN_PHRASINGS = 6
+FILLERS = ("a small picture of", "a drawing of", "an image of")
 
 STYLE_PHRASES = {
     "google": "a Google style {name}",
@@ -26,7 +27,7 @@ STYLE_PHRASES = {
     "flags": "a flat {name}",
 }
 
-# Unicode's labels that name an idea, and what all vendors draw for it.
+# Unicode labels that name an idea, and what all vendors draw for them.
 DEPICTED = {
     "badminton": "badminton racket and shuttlecock",
     "bowling": "bowling ball and pins",
@@ -56,15 +57,14 @@ DEPICTED = {
     "wedding": "wedding chapel",
 }
 
-# Words that make a sign or a symbol of a name, by subcategory, unless the name already ends in one
-# of ENDINGS.
+# Word to append to a name, by subcategory, unless the name already ends in one of ENDINGS.
 SUFFIXES = {"warning": "sign", "transport-sign": "sign", "math": "sign", "religion": "symbol"}
 ENDINGS = ("sign", "symbol", "worship", "menorah", "cross", "bicycles", "room")
 SYMBOLS = frozenset(
     ("copyright", "information", "registered", "wireless", "high voltage", "trade mark")
 )
 
-# What the members of a subcategory are, where that can be said of all of them.
+# What all emoji of a subcategory show, for subcategories where one phrase fits all.
 KINDS = {
     "animal-bird": "a bird",
     "animal-bug": "a small creature",
@@ -102,7 +102,8 @@ KINDS = {
     "zodiac": "a zodiac sign",
 }
 
-# Vendors agree that the faces of these subcategories are yellow, these words apart.
+# All vendors draw the faces of these subcategories yellow, except names with a word of
+# NOT_YELLOW.
 YELLOW_FACES = frozenset(
     (
         "face-smiling", "face-affection", "face-tongue", "face-hand", "face-neutral-skeptical",
@@ -186,8 +187,9 @@ NO_KEYWORDS = frozenset(
 
 
 def clean_name(label: str, subcategory: str = "") -> str:
-    """Turn a CLDR label into what a person would say: `flag: France` to `flag of France`, `man:
-    beard` to `man with a beard`.
+    """Turn a CLDR label into a name that a person would say.
+
+    For example `flag: France` to `flag of France`, and `man: beard` to `man with a beard`.
     """
     text = re.sub(r"[“”!]", "", label.replace("’", "'"))
     text = re.sub(r"\s*\(.*?\)", "", text).replace(" & ", " and ")
@@ -217,7 +219,7 @@ def clean_name(label: str, subcategory: str = "") -> str:
 
 
 def counted(members: list[str]) -> str:
-    """Write `man, girl, girl` as `a man and two girls`."""
+    """Join people and count repeated ones: `man, girl, girl` to `a man and two girls`."""
     words = [
         with_article(who) if n == 1 else f"{NUMBERS[n]} {PLURALS[who]}"
         for who, n in Counter(members).items()
@@ -226,7 +228,7 @@ def counted(members: list[str]) -> str:
 
 
 def with_article(name: str) -> str:
-    """Put `a`, `an`, `the` or nothing before a name, whichever English asks for."""
+    """Return a name with its English article: `a`, `an`, `the` or none."""
     if name.startswith("flag of ") or name in ("Statue of Liberty", "milky way"):
         return f"the {name}"
     head = re.split(
@@ -254,8 +256,9 @@ def with_article(name: str) -> str:
 
 
 def sounds_like_vowel(word: str) -> bool:
-    """Whether `an` goes before a word: by sound, so `an hourglass`, `a unicorn`, `an NG button`,
-    `an x-ray`.
+    """Return whether a word starts with a vowel sound and takes `an`.
+
+    For example `an hourglass`, `a unicorn`, `an NG button`, `an x-ray`.
     """
     if word.isupper() and (len(word) == 1 or not set(word) & set("AEIOU") or word == "SOS"):
         return word[0] in "AEFHILMNORSX"
@@ -273,37 +276,23 @@ def build_phrasings(
     subcategory: str = "",
     colour: str = "",
 ) -> list[str]:
-    """Return 6 to 10 captions, the clean name first.
+    """Return 6 to 10 different captions, the clean name first.
 
-    `colour` is the picture's measured main colour, or ""; `tags` are keywords, the best first.
+    `colour` is the measured main colour of the image, or ""; `tags` are keywords, best first.
     """
     article = with_article(name)
     if name.startswith("flag of "):
-        phrasings = flag_phrasings(
-            name.removeprefix("flag of "), is_country=subcategory != "subdivision-flag"
-        )
-        noun = f"the {name.removeprefix('flag of ')} flag"
+        region = name.removeprefix("flag of ")
+        phrasings = flag_phrasings(region, is_country=subcategory != "subdivision-flag")
+        noun = f"the {region} flag"
     else:
         phrasings = [name, article, *special_phrasings(name, subcategory)]
+        phrasings += colour_phrasings(name, category, subcategory, colour)
         noun = article
-        if is_yellow_face(name, subcategory):
-            colour = "yellow"
-        if (
-            colour
-            and category not in ("People & Body", "Flags")
-            and not COLOUR_WORDS & set(re.split(r"[ -]", name.lower()))
-        ):
-            phrasings.append(with_article(f"{colour} {name}"))
     phrasings += [f"{noun} {'emoji' if category else 'icon'}", f"an icon of {article}"]
     if style in STYLE_PHRASES:
         phrasings.append(STYLE_PHRASES[style].format(name=name, article=article))
-    words = [
-        tag
-        for tag in tags
-        if is_word(tag)
-        and tag.lower() not in name.lower()
-        and not name.lower().startswith("flag of ")
-    ]
+    words = keywords(name, tags)
     if words:
         phrasings.append(f"{name}, {', '.join(words[:2])}")
     phrasings.append(f"a picture of {article}")
@@ -313,20 +302,34 @@ def build_phrasings(
     if len(words) > 3:
         phrasings.append(f"{name}, {', '.join(words[2:4])}")
     phrasings = list(dict.fromkeys(phrasings))
-    for filler in (
-        f"a small picture of {article}",
-        f"a drawing of {article}",
-        f"an image of {article}",
-    ):
-        if len(phrasings) < MIN_PHRASINGS:
-            phrasings.append(filler)
+    fillers = [f"{filler} {article}" for filler in FILLERS]
+    phrasings += fillers[: max(0, MIN_PHRASINGS - len(phrasings))]
     if category:
         phrasings[MAX_PHRASINGS - 1 :] = [f"{name}, {category.lower().replace('&', 'and')}"]
     return phrasings[:MAX_PHRASINGS]
 
 
+def colour_phrasings(name: str, category: str, subcategory: str, colour: str) -> list[str]:
+    """Return the name with its colour; nothing for people, flags and names that hold a colour."""
+    if is_yellow_face(name, subcategory):
+        colour = "yellow"
+    if not colour or category in ("People & Body", "Flags"):
+        return []
+    if COLOUR_WORDS & set(re.split(r"[ -]", name.lower())):
+        return []
+    return [with_article(f"{colour} {name}")]
+
+
+def keywords(name: str, tags: Iterable[str]) -> list[str]:
+    """Return the tags that are words and not part of the name; none for a flag."""
+    lower = name.lower()
+    if lower.startswith("flag of "):
+        return []
+    return [tag for tag in tags if is_word(tag) and tag.lower() not in lower]
+
+
 def flag_phrasings(region: str, is_country: bool) -> list[str]:
-    """Return how people ask for a place's flag."""
+    """Return phrasings for the flag of a region."""
     national = [f"the national flag of {region}"] if is_country else []
     return [
         f"flag of {region}",
@@ -340,7 +343,7 @@ def flag_phrasings(region: str, is_country: bool) -> list[str]:
 
 
 def special_phrasings(name: str, subcategory: str) -> list[str]:
-    """Return what else people say for some groups of names."""
+    """Return further phrasings for digits, clocks, zodiac signs, smileys and flags."""
     if digit := re.fullmatch(r"keycap (\d+)", name):
         return [f"the number {digit[1]}", f"the digit {digit[1]} on a key"]
     if subcategory == "time" and (hour := re.fullmatch(r"(\w+)(?: o'clock|-thirty)", name)):
@@ -358,7 +361,7 @@ def special_phrasings(name: str, subcategory: str) -> list[str]:
 
 
 def is_yellow_face(name: str, subcategory: str) -> bool:
-    """Whether an emoji is one of the plain yellow faces."""
+    """Return whether an emoji is one of the plain yellow faces."""
     return (
         subcategory in YELLOW_FACES
         and "face" in name
@@ -367,5 +370,5 @@ def is_yellow_face(name: str, subcategory: str) -> bool:
 
 
 def is_word(tag: str) -> bool:
-    """Whether a keyword reads as a word and not as a code (`CN`, `:D`, `4`)."""
+    """Return whether a keyword is a usable word rather than a code such as `CN`, `:D` or `4`."""
     return bool(re.fullmatch(r"[a-z][a-z' -]{2,24}", tag)) and tag not in NO_KEYWORDS

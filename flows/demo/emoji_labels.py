@@ -1,8 +1,8 @@
-"""Unicode's names and keywords of emoji, keyed by concept.
+"""Unicode names and keywords of emoji, keyed by concept.
 
-A *concept* is an emoji's code points in lower-case hex without the variation selector, so that
-every vendor's drawing of one emoji shares one concept, one name and one side of a split. Reads an
-unpacked emojibase-data package (CLDR's labels).
+A *concept* is an emoji's code points in lower-case hex without the variation selector. All vendors'
+drawings of one emoji have one concept, and so one name and one split. Reads an unpacked
+emojibase-data package, which holds the labels of CLDR.
 """
 
 import json
@@ -26,7 +26,7 @@ CATEGORIES = {
 
 @dataclass(frozen=True)
 class Label:
-    """What Unicode says about one emoji."""
+    """Name, keywords and groups of one emoji."""
 
     text: str
     tags: tuple[str, ...]
@@ -35,16 +35,18 @@ class Label:
 
 
 def concept_of(code_points: str) -> str:
-    """Return the concept of code points joined by `-` or `_`: lower case, no leading zeros, no
-    variation selector.
+    """Return the concept of code points joined by `-` or `_`.
+
+    It is in lower case, without leading zeros and without the variation selector.
     """
     parts = code_points.lower().replace("_", "-").split("-")
     return "-".join(part for part in (part.lstrip("0") for part in parts) if part != "fe0f")
 
 
 def flag_concept(iso_code: str) -> str:
-    """Return the concept of a country's flag: its regional-indicator pair; a subdivision's
-    (`gb-eng`) is the black flag with tags.
+    """Return the concept of the flag of a country (`fr`) or a subdivision (`gb-eng`).
+
+    A country's flag is a pair of regional indicators; a subdivision's is the black flag with tags.
     """
     letters = iso_code.lower().replace("-", "")
     if len(letters) == 2:
@@ -53,9 +55,7 @@ def flag_concept(iso_code: str) -> str:
 
 
 def slug(text: str) -> str:
-    """Return `text` as words joined by hyphens, ASCII and lower case: the form that icon sets use
-    for file names.
-    """
+    """Return the words of `text` in lower-case ASCII with hyphens, as icon sets name files."""
     ascii_text = (
         unicodedata.normalize("NFKD", text)
         .encode("ascii", "ignore")
@@ -67,7 +67,7 @@ def slug(text: str) -> str:
 
 
 class Labels:
-    """Labels by concept, and concepts by slug for sets that name their files in words."""
+    """Labels by concept, and concepts by slug for icon sets that name their files in words."""
 
     def __init__(self, folder: Path) -> None:
         """Read an unpacked emojibase-data package."""
@@ -84,9 +84,7 @@ class Labels:
                 subcategory=groups["subgroups"].get(str(entry.get("subgroup")), ""),
             )
             if not label.category:
-                # skin tones, hair pieces and single regional indicators are no pictures of
-                # something
-                continue
+                continue  # skin tones, hair pieces and single regional indicators
             self.by_concept[concept] = label
             self.by_slug.setdefault(slug(label.text.replace("’", "")), concept)
         for file in sorted((english / "shortcodes").glob("*.json")):

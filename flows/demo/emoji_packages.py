@@ -1,8 +1,8 @@
-"""Readers of the picture packages: an unpacked npm package in, one `Picture` per drawing out.
+"""Readers of the npm packages of emoji and icons: one `Picture` for every drawing of a package.
 
-Each reader knows the layout of one family of packages. SVG is rendered to PNG once, into the cache.
-Skin-tone variants are left out: they are near-duplicates of their concept. Knows nothing of URLs,
-shards or splits.
+Each reader knows the layout of one family of packages. Skin-tone variants are left out, because
+they are near-duplicates of their concept. Reads unpacked packages; renders every SVG once to a PNG
+in the cache.
 """
 
 import json
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import resvg_py
 
@@ -26,8 +27,9 @@ SKIN_TONE = re.compile(r"1f3f[b-f]")
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawing: `file` is where its pixels lie, `origin` its path in the package, `captions` all
-    phrasings.
+    """One drawing with its captions.
+
+    `file` is the image file; `origin` is the path in the package.
     """
 
     file: Path
@@ -42,11 +44,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a reader finds before words are put to it: an image file, or SVG text to render."""
+    """A drawing before it has captions: an image file, or SVG text to render."""
 
     origin: str
     concept: str
-    name: str = ""  # used where Unicode has no label for the concept
+    name: str = ""  # used if Unicode has no label for the concept
     tags: tuple[str, ...] = ()
     file: Path | None = None
     svg: str = ""
@@ -55,7 +57,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Family:
-    """Style and licence of a package's pictures, and the function that reads it."""
+    """Style and licence of a package's images, and the function that reads the package."""
 
     style: str
     licence: str
@@ -63,7 +65,7 @@ class Family:
 
 
 def read_datasource(folder: Path, labels: Labels) -> Iterator[Drawing]:
-    """emoji-datasource-<vendor>: `emoji.json` beside `img/<vendor>/64/*.png`."""
+    """Read emoji-datasource-<vendor>: `emoji.json` and `img/<vendor>/64/*.png`."""
     vendor = next((folder / "img").iterdir()).name
     for entry in json.loads((folder / "emoji.json").read_text()):
         path = f"img/{vendor}/64/{entry['image']}"
@@ -74,16 +76,17 @@ def read_datasource(folder: Path, labels: Labels) -> Iterator[Drawing]:
 
 
 def read_code_point_files(folder: Path, labels: Labels) -> Iterator[Drawing]:
-    """Pictures named by their code points below `assets/` (@lobehub/fluent-emoji-3d)."""
+    """Read images in `assets/` that are named by their code points (@lobehub/fluent-emoji-3d)."""
     for file in sorted((folder / "assets").iterdir()):
         concept = concept_of(file.stem)
-        if concept in labels.by_concept:  # else nothing says what it shows
+        if concept in labels.by_concept:  # without a label there is no caption
             yield Drawing(f"assets/{file.name}", concept, file=file)
 
 
 def read_iconify(folder: Path, labels: Labels) -> Iterator[Drawing]:
-    """An @iconify-json set of emoji: SVG bodies in `icons.json`, code points in `chars.json` or
-    names that are Unicode's labels.
+    """Read an @iconify-json set of emoji: SVG bodies in `icons.json`.
+
+    The code points are in `chars.json`, or the names are Unicode's labels.
     """
     icons = json.loads((folder / "icons.json").read_text())
     chars = json.loads((folder / "chars.json").read_text())
@@ -97,7 +100,7 @@ def read_iconify(folder: Path, labels: Labels) -> Iterator[Drawing]:
 
 
 def read_iconify_words(folder: Path, labels: Labels) -> Iterator[Drawing]:
-    """An @iconify-json set of other icons: the name is the caption."""
+    """Read an @iconify-json set of other icons, whose names are captions."""
     icons = json.loads((folder / "icons.json").read_text())
     metadata = folder / "metadata.json"
     listed = json.loads(metadata.read_text()).get("categories", {}) if metadata.is_file() else {}
@@ -118,8 +121,8 @@ def read_iconify_words(folder: Path, labels: Labels) -> Iterator[Drawing]:
         )
 
 
-def iconify_svg(icons: dict, name: str) -> str:
-    """Wrap an icon's body as a whole SVG document."""
+def iconify_svg(icons: dict[str, Any], name: str) -> str:
+    """Return an icon's body as a complete SVG document."""
     icon = icons["icons"][name]
     box = [
         icon.get(k, icons.get(k, d))
@@ -132,8 +135,9 @@ def iconify_svg(icons: dict, name: str) -> str:
 
 
 def read_openmoji(folder: Path, labels: Labels) -> Iterator[Drawing]:
-    """openmoji: `data/openmoji.json` beside `color/svg/*.svg`; its own extras carry their own
-    annotation and tags.
+    """Read openmoji: `data/openmoji.json` and `color/svg/*.svg`.
+
+    Its additional icons, which Unicode does not have, bring their own annotation and tags.
     """
     for entry in json.loads((folder / "data" / "openmoji.json").read_text()):
         if entry["group"] == "component" or entry["skintone"] or "brand" in entry["subgroups"]:
@@ -155,7 +159,7 @@ def read_openmoji(folder: Path, labels: Labels) -> Iterator[Drawing]:
 
 
 def read_country_flags(folder: Path, labels: Labels) -> Iterator[Drawing]:
-    """svg-country-flags: PNG files named by ISO code, names in `countries.json`."""
+    """Read svg-country-flags: PNG files named by ISO code, names in `countries.json`."""
     countries = json.loads((folder / "countries.json").read_text())
     for file in sorted((folder / "png250px").glob("*.png")):
         country = countries.get(file.stem.upper(), "")
@@ -170,7 +174,7 @@ def read_country_flags(folder: Path, labels: Labels) -> Iterator[Drawing]:
 
 
 def read_lucide(folder: Path, labels: Labels) -> Iterator[Drawing]:
-    """lucide-static: `icons/*.svg` and `tags.json`."""
+    """Read lucide-static: `icons/*.svg` and `tags.json`."""
     tags = json.loads((folder / "tags.json").read_text())
     for file in sorted((folder / "icons").glob("*.svg")):
         concept = labels.by_slug.get(file.stem, file.stem)
@@ -205,15 +209,15 @@ FAMILIES = {
 def read_package(
     spec: str, folder: Path, labels: Labels, rendered: Path, svg_px: int
 ) -> list[Picture]:
-    """Return the pictures of one unpacked package; SVGs are rendered into `rendered` at `svg_px` on
-    the longer side.
+    """Return the pictures of an unpacked package.
 
-    Raises CallerError for a package that no reader knows.
+    SVGs are rendered into the folder `rendered`, with `svg_px` pixels on the longer side. Raises
+    CallerError for a package without a reader.
     """
     name, _ = split_spec(spec)
     if name not in FAMILIES:
         raise CallerError(
-            f"[data] no reader knows the package {name!r}: the known ones are {', '.join(FAMILIES)}"
+            f"[data] there is no reader for the package {name!r}: use one of {', '.join(FAMILIES)}"
         )
     family = FAMILIES[name]
     drawings: dict[str, Drawing] = {}
@@ -221,18 +225,15 @@ def read_package(
         if not SKIN_TONE.search(drawing.concept):
             drawings.setdefault(drawing.origin, drawing)
     render([d for d in drawings.values() if d.svg], rendered, svg_px)
-    with ThreadPoolExecutor(
-        os.cpu_count()
-    ) as pool:  # decoding and rendering leave the interpreter free
+    # Threads help, because decoding releases the interpreter lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(
             pool.map(lambda drawing: describe(drawing, family, labels, rendered), drawings.values())
         )
 
 
 def describe(drawing: Drawing, family: Family, labels: Labels, rendered: Path) -> Picture:
-    """Put words to a drawing: Unicode's label where the concept has one, else the package's own
-    name.
-    """
+    """Return a drawing with its captions, from Unicode's label or, without one, its own name."""
     label = labels.by_concept.get(drawing.concept)
     subcategory = label.subcategory if label else ""
     name = clean_name(label.text if label else drawing.name or drawing.concept, subcategory)
@@ -259,13 +260,14 @@ def describe(drawing: Drawing, family: Family, labels: Labels, rendered: Path) -
 
 
 def rendered_name(drawing: Drawing) -> str:
-    """Return the name of the file that a drawing's SVG is rendered to."""
+    """Return the file name of a drawing's rendered SVG."""
     return slug(drawing.origin.removesuffix(".svg")) + ".png"
 
 
 def render(drawings: list[Drawing], rendered: Path, svg_px: int) -> None:
-    """Render what is not in the cache yet; an SVG that does not render is left out of the folder (a
-    404 later, and counted there).
+    """Render the SVGs that are not in the folder `rendered` yet.
+
+    An SVG that cannot be rendered has no file there: its URL answers 404, which ingest counts.
     """
     rendered.mkdir(parents=True, exist_ok=True)
     present = {file.name for file in rendered.iterdir()}

@@ -1,8 +1,7 @@
-"""The main colour of a drawing, measured on its pixels, so that a caption may say `a red apple` and
-be true.
+"""The main colour of a drawing, measured on its pixels, for captions such as `a red apple`.
 
-Knows nothing of captions. A colour is named only when it fills most of what is drawn; outlines and
-small parts do not count.
+A colour is named only if it fills at least `MIN_SHARE` of the drawn pixels, so outlines and small
+parts do not count. Reads image files.
 """
 
 from pathlib import Path
@@ -25,8 +24,7 @@ NAMES = (
     "grey",
     "white",
 )
-# Bands of OpenCV's hue (0..179) that everybody would call so; what lies between two bands gets no
-# name.
+# Bands of OpenCV's hue (0 to 179) whose name is clear; a hue between two bands has no name.
 HUES = (
     (0, 5, "red"), (10, 18, "orange"), (20, 32, "yellow"), (38, 85, "green"), (92, 125, "blue"),
     (128, 150, "purple"), (152, 164, "pink")
@@ -34,7 +32,10 @@ HUES = (
 
 
 def main_colour(file: Path) -> str:
-    """Return the name of the colour that fills at least `MIN_SHARE` of the drawn pixels, or ""."""
+    """Return the name of the colour that fills at least `MIN_SHARE` of the drawn pixels, or "".
+
+    A file that is no 8-bit colour image has no main colour.
+    """
     image = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
     if image is None or image.ndim != 3 or image.dtype != np.uint8:
         return ""
@@ -49,12 +50,10 @@ def main_colour(file: Path) -> str:
 
 
 def colour_numbers(bgr: np.ndarray) -> np.ndarray:
-    """Return for each pixel of (N, 3) uint8 the index of its colour in NAMES, 0 where it is
-    arguable.
-    """
+    """Return the index in NAMES of every pixel's colour, 0 if unclear: (N, 3) uint8 to (N,)."""
     hsv = cv2.cvtColor(bgr[None], cv2.COLOR_BGR2HSV)[0].astype(np.int32)
     hue, saturation, value = hsv[:, 0], hsv[:, 1], hsv[:, 2]
-    hue = np.where(hue >= 171, 0, hue)  # red lies on both sides of 0
+    hue = np.where(hue >= 171, 0, hue)  # red is on both sides of 0
     is_vivid = (saturation >= 110) & (value >= 120)
     numbers = np.zeros(len(bgr), np.int64)
     for low, high, name in HUES:

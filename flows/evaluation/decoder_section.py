@@ -1,8 +1,8 @@
-"""The report's section on the trained decoder: its likelihood and reconstructions on held-out
-pictures, and what its latents hold.
+"""The report's section on the trained decoder.
 
-What is drawn and measured comes from training (`latents`, `fidelity`); the shape of a section from
-indexing. Writes PNG files.
+Holds the likelihood and the reconstruction of held-out images, and pictures of the latents x_t.
+`training.generation` measures and draws; `indexing.report.sections` gives a section its form.
+Reads the embed folder and ingest's shards; writes PNG files.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ SPLIT = "held_out_concept"
 def section(
     config: EvaluateConfig, model: Unclip, embed: Path, shards: Path, out: Path
 ) -> sections.ReportSection:
-    """Measure and draw the report's section on the decoder; writes into `out`/pictures."""
+    """Return the report's section on the decoder; write its PNG files into `out`/pictures."""
     side_px, seed = model.decoder.config.image_size_px, config.seed
     wanted = max(config.likelihood_pictures, config.inversion_pictures, config.latent_pictures)
     held_out = reconstruction.read(embed, shards, SPLIT, model.tokenizer, side_px, wanted, seed)
@@ -39,28 +39,18 @@ def section(
     ]
     tables, pictures = [], []
     if len(held_out) and config.likelihood_pictures:
-        trained = reconstruction.read(
-            embed,
-            shards,
-            "train",
-            model.tokenizer,
-            side_px,
-            config.likelihood_pictures // 2 or 1,
-            seed,
-        )
-        judged = held_out.first(config.likelihood_pictures)
-        if not len(trained):
+        count = config.likelihood_pictures // 2 or 1
+        trained = reconstruction.read(embed, shards, "train", model.tokenizer, side_px, count, seed)
+        if len(trained):
+            judged = held_out.first(config.likelihood_pictures)
+            bounds = reconstruction.likelihood(
+                model.decoder, judged, trained, config.likelihood_draws, seed
+            )
+            tables.append(_likelihood_table(bounds))
+        else:
             text.append(
                 "Its likelihood is not measured: there are no training pictures to find the best "
                 "variance on."
-            )
-        else:
-            tables.append(
-                _likelihood_table(
-                    reconstruction.likelihood(
-                        model.decoder, judged, trained, config.likelihood_draws, seed
-                    )
-                )
             )
     if len(held_out) and config.inversion_pictures:
         rows = reconstruction.inversion(
@@ -80,6 +70,7 @@ def section(
 
 
 def _likelihood_table(bounds: dict[str, Any]) -> dict[str, Any]:
+    """Return the table of the likelihood bounds, with intervals from the standard errors."""
     how = "learned variance" if bounds["variance"] == "learned" else "best variance for its errors"
     caption = (
         "Likelihood: the variational bound on -log2 p(x_0) in bits per dimension over T = "
@@ -131,6 +122,7 @@ def _likelihood_table(bounds: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inversion_table(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
+    """Return the table of the PSNR of DDIM inversion by step count."""
     by_steps: dict[int, list[Any]] = {}
     for row in rows:
         figure = mean_figure(
@@ -154,6 +146,7 @@ def _inversion_table(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict
 
 
 def _across_time(config: EvaluateConfig, model: Unclip, out: Path) -> dict[str, Any]:
+    """Write the picture of x_t and the predicted x_0 over time; return its entry."""
     prompts = config.prompts[: config.latent_prompts]
     steps = min(config.latent_steps, model.decoder.schedule.T)
     columns = min(COLUMNS, steps + 1)
@@ -177,6 +170,7 @@ def _across_time(config: EvaluateConfig, model: Unclip, out: Path) -> dict[str, 
 def _shared(
     config: EvaluateConfig, model: Unclip, described: Described, out: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the picture of samples that share an x_t; return their distances and its entry."""
     times = latents.times_at(model.decoder.schedule, config.latent_times)
     latents_shared = latents.sharing(
         model.decoder, described.x_0, times, SAMPLES, config.latent_steps, config.seed
@@ -219,6 +213,7 @@ def _shared(
 def _interpolation(
     config: EvaluateConfig, model: Unclip, described: Described, out: Path
 ) -> dict[str, Any]:
+    """Write the picture of blends in x_t space; return its entry."""
     times = latents.times_at(model.decoder.schedule, config.latent_times)
     first, second = described.halves()
     blends = latents.interpolation(
@@ -252,6 +247,5 @@ def _sheet(
     grid: Grid, name: str, alt: str, caption: str, facts: dict[str, Any], out: Path
 ) -> dict[str, Any]:
     write_sheet(grid.images, grid.rows, grid.columns, out / "pictures" / f"{name}.png", facts)
-    return sections.picture(
-        f"pictures/{name}.png", alt, caption
-    )  # enlarged already, and its labels want smooth edges
+    # The sheet is enlarged already; pixelated scaling would only spoil its labels.
+    return sections.picture(f"pictures/{name}.png", alt, caption)

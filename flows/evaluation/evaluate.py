@@ -1,12 +1,11 @@
-"""Hands the evaluation what it needs from both sisters: manifests and metrics, the trained system's
-callables, embeddings and shards.
+"""The stage evaluate: gives `indexing.evaluation` the trained models and the data of a run.
 
-No figure is computed here: `indexing.evaluation.evaluate` does that, and knows the models only as
-plain callables.
+`indexing.evaluation.evaluate` computes all figures; it gets the models as plain callables, because
+indexing does not import training. Reads the folders of the input stages; writes the report.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,8 @@ from flows.runs.stage import Counts, StageJob
 from infra.console.progress import Progress
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from indexing.evaluation.context import Subject
     from indexing.report.sections import MakeSection
     from training.generation.unclip import Unclip
@@ -23,9 +24,7 @@ TRAINED = ("clip", "prior", "decoder")
 
 
 def run(job: StageJob) -> Counts:
-    """Evaluate the run's models on the held-out pairs and write `report.html`, `report.json` and
-    the pictures.
-    """
+    """Evaluate the models on held-out pairs; write `report.html`, `report.json` and pictures."""
     from indexing.data.held_out import open_embedded
     from indexing.evaluation.context import Subject
     from indexing.evaluation.evaluate import evaluate
@@ -42,7 +41,7 @@ def run(job: StageJob) -> Counts:
     with Progress("evaluate", None, "pictures drawn") as progress:
         drawn = 0
 
-        def generate(prompts: list[str], count: int, seed: int) -> Any:
+        def generate(prompts: list[str], count: int, seed: int) -> "np.ndarray":
             nonlocal drawn
             pictures = model.generate(prompts, count, seed, config.steps, config.guidance)
             drawn += len(prompts) * count
@@ -69,15 +68,9 @@ def run(job: StageJob) -> Counts:
 def sections_of(
     job: StageJob, model: "Unclip", subject: "Subject", folders: Mapping[str, Path]
 ) -> list["MakeSection"]:
-    """Return what the report measures besides, in the order of the page; each is run when its turn
-    comes.
-    """
+    """Return functions that measure the report's further sections, in the order of the page."""
     import flows.evaluation.decoder_section as decoder_section
-    import flows.evaluation.fidelity_section as fidelity_section
-    import flows.evaluation.relations_section as relations_section
-    import flows.evaluation.suite_section as suite_section
     import flows.evaluation.swiss_roll_section as swiss_roll_section
-    import flows.evaluation.typographic_section as typographic_section
     import flows.evaluation.upsampler_section as upsampler_section
     from indexing.evaluation.dedup_section import copies_section
     from indexing.evaluation.prior import prior_section
@@ -85,9 +78,8 @@ def sections_of(
     config, embed, shards = job.config.evaluate, folders["embed"], folders["ingest"] / "shards"
     prior = model.prior.config
 
-    def predict(
-        captions: list[str], seed: int, best_of: int | None
-    ) -> Any:  # noise of its own for every pair: captions repeat
+    def predict(captions: list[str], seed: int, best_of: int | None) -> "np.ndarray":
+        # Every pair has its own noise, because captions repeat.
         return model.predict(captions, range(seed, seed + len(captions)), best_of)
 
     section_makers: list[MakeSection] = [
@@ -98,36 +90,34 @@ def sections_of(
         section_makers.append(partial(swiss_roll_section.section, config, job.out))
     section_makers.append(partial(upsampler_section.sections, folders, job.out))
     if "dedup" in folders:
+        counts = job.inputs["dedup"].manifest["counts"]
         section_makers.append(
-            partial(
-                copies_section,
-                folders["dedup"],
-                embed,
-                shards,
-                job.inputs["dedup"].manifest["counts"],
-                job.out,
-            )
+            partial(copies_section, folders["dedup"], embed, shards, counts, job.out)
         )
+    return [*section_makers, *_optional_sections(job, model, subject)]
+
+
+def _optional_sections(
+    job: StageJob, model: "Unclip", subject: "Subject"
+) -> Iterator["MakeSection"]:
+    """Yield the functions of the sections that have a section of their own in `[evaluate]`."""
+    import flows.evaluation.fidelity_section as fidelity_section
+    import flows.evaluation.relations_section as relations_section
+    import flows.evaluation.suite_section as suite_section
+    import flows.evaluation.typographic_section as typographic_section
+
+    config = job.config.evaluate
     if config.fidelity is not None:
-        section_makers.append(
-            partial(fidelity_section.section, config.fidelity, config, model, subject)
-        )
+        yield partial(fidelity_section.section, config.fidelity, config, model, subject)
     if config.suite.sets:
         cache = Path(job.config.data.cache).expanduser()
-        section_makers.append(
-            partial(suite_section.sections, config.suite, config, model, subject, cache)
-        )
+        yield partial(suite_section.sections, config.suite, config, model, subject, cache)
     if config.typographic is not None:
-        section_makers.append(
-            partial(typographic_section.section, config.typographic, config, model, subject)
-        )
+        yield partial(typographic_section.section, config.typographic, config, model, subject)
     if config.relations is not None:
-        section_makers.append(
-            partial(relations_section.section, config.relations, config, model, subject)
-        )
-    return section_makers
+        yield partial(relations_section.section, config.relations, config, model, subject)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a `metrics.jsonl` whole."""
+    """Return the rows of a `metrics.jsonl`."""
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,8 +1,9 @@
-"""Hands the distances between generated and real pictures what they need: drawings at any guidance,
-CLIP, the packaged network.
+"""The report's section on the distance between generated and real images.
+
+Gives `indexing.evaluation.fidelity` the trained models and the ImageNet network, if installed.
 """
 
-from typing import Any
+import numpy as np
 
 from indexing.evaluation.context import Subject
 from indexing.evaluation.evaluate import EvaluateConfig
@@ -15,14 +16,12 @@ from training.models import imagenet_features
 def section(
     config: FidelityConfig, whole: EvaluateConfig, model: Unclip, subject: Subject
 ) -> ReportSection:
-    """Compare drawings of held-out captions with their real pictures."""
+    """Compare images drawn from held-out captions with their real images."""
 
-    def draw(
-        prompts: list[str], seed: int, guidance: float
-    ) -> Any:  # captions repeat: with one seed for all, so would pictures
-        return model.generate(prompts, 1, range(seed, seed + len(prompts)), whole.steps, guidance)[
-            :, 0
-        ]
+    def draw(prompts: list[str], seed: int, guidance: float) -> np.ndarray:
+        # Every prompt has its own seed: captions repeat, and equal images would repeat with them.
+        seeds = range(seed, seed + len(prompts))
+        return model.generate(prompts, 1, seeds, whole.steps, guidance)[:, 0]
 
     network = imagenet_features.efficientnet_lite0()
     networks = {imagenet_features.LITE_NAME: network} if network else {}

@@ -1,8 +1,9 @@
-"""Hands the harness of relations what it needs: the run's scenes, CLIP, search at inference, and a
-reader of text where there is one.
+"""The report's section on relations, counting and writing.
+
+Gives `indexing.evaluation.relations` the trained models, beam search and the OCR, if installed.
 """
 
-from typing import Any
+import numpy as np
 
 from indexing.data.ocr import text_reader
 from indexing.evaluation.context import Subject
@@ -16,7 +17,7 @@ from training.generation.unclip import Unclip
 def section(
     config: RelationsConfig, whole: EvaluateConfig, model: Unclip, subject: Subject
 ) -> ReportSection:
-    """Judge scenes, sampled plainly and by search."""
+    """Judge scenes that are sampled with and without beam search."""
 
     def draw(
         prompts: list[str],
@@ -26,7 +27,7 @@ def section(
         score: Score | None,
         keep: int,
         checks: tuple[float, ...],
-    ) -> Any:
+    ) -> np.ndarray:
         beam = Beam(members, keep, checks)
         return search(model, prompts, beam, seed, steps, whole.guidance, score)
 

@@ -1,4 +1,8 @@
-"""Hands the zero-shot suite its sets, CLIP and the frozen networks of the probes."""
+"""The report's sections on zero-shot classification of labelled sets.
+
+Gives `indexing.evaluation.zero_shot_suite` the sets, CLIP and the networks that probes are trained
+on. Writes packaged sets into the cache folder.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -17,37 +21,34 @@ from training.models import imagenet_features
 
 
 def networks(config: SuiteConfig) -> dict[str, imagenet_features.Features]:
-    """Return the networks whose features are probed, by name: the packaged one where it is
-    installed, a ResNet-50 where a path is given.
+    """Return the networks whose features are probed, by name.
+
+    These are the packaged EfficientNet, if installed, and a ResNet-50, if the config has its path.
     """
-    probes = {imagenet_features.LITE_NAME: imagenet_features.efficientnet_lite0()}
-    named = {name: network for name, network in probes.items() if network is not None}
-    return named | (
-        {
-            imagenet_features.RESNET_NAME: imagenet_features.resnet_50(
-                Path(config.features).expanduser()
-            )
-        }
-        if config.features
-        else {}
-    )
+    by_name = {}
+    lite = imagenet_features.efficientnet_lite0()
+    if lite is not None:
+        by_name[imagenet_features.LITE_NAME] = lite
+    if config.features:
+        path = Path(config.features).expanduser()
+        by_name[imagenet_features.RESNET_NAME] = imagenet_features.resnet_50(path)
+    return by_name
 
 
 def sections(
     config: SuiteConfig, whole: EvaluateConfig, model: Unclip, subject: Subject, folder: Path
 ) -> list[ReportSection]:
-    """Judge the sets; packaged ones are unpacked into the cache folder, and one that cannot be had
-    is told of: the others still count.
+    """Judge CLIP on the sets; packaged sets are unpacked into the cache folder.
+
+    A packaged set that is not available is named in the report, and the others are still judged.
+    Raises CallerError for a set that is no path and not packaged.
     """
     loaded, missing = [], []
     for name in config.sets:
         try:
-            loaded.append(
-                replace(
-                    open_set(packaged_sets.set_path(name, folder)),
-                    square=partial(as_square, look=model.clip.config.look),
-                )
-            )
+            labelled = open_set(packaged_sets.set_path(name, folder))
+            square = partial(as_square, look=model.clip.config.look)
+            loaded.append(replace(labelled, square=square))
         except CallerError as error:
             if name not in packaged_sets.SETS:
                 raise

@@ -1,8 +1,7 @@
-"""The report's section on the diffusion process itself: the two-dimensional Swiss roll, where it
-can be seen whole.
+"""The report's section on the diffusion process, shown on the two-dimensional Swiss roll.
 
-Trained anew in seconds by the same schedules, losses and samplers as the models above it. Writes
-one PNG file.
+Trains a small network in seconds, with the same schedules, losses and samplers as the run's models.
+Writes one PNG file.
 """
 
 from pathlib import Path
@@ -15,8 +14,9 @@ TITLE = "The diffusion process: the Swiss roll"
 
 
 def section(config: EvaluateConfig, out: Path) -> sections.ReportSection:
-    """Learn the roll, sample it by diffusion rate, sampler and step count; writes
-    `out`/pictures/swiss_roll.png.
+    """Train on the roll and sample it with several diffusion rates, samplers and step counts.
+
+    Writes `out`/pictures/swiss_roll.png.
     """
     figures = roll.swiss_roll(out / "pictures", config.swiss_roll_steps, seed=config.seed)
     chance = f"data to other data, by chance alone: {figures['data_to_data']:.4f}"

@@ -1,8 +1,10 @@
-"""Hands the typographic attack what it needs: held-out pairs, CLIP, the decoder's variations, and
-who judges these besides CLIP.
+"""The report's section on typographic attacks.
+
+Gives `indexing.evaluation.typographic_attack` held-out pairs, CLIP, the decoder's variations, and
+the further judges of these: an ImageNet network and the OCR, if installed.
 """
 
-from typing import Any
+import numpy as np
 
 from indexing.data.held_out import read_pairs
 from indexing.data.ocr import text_reader
@@ -19,13 +21,15 @@ from training.models import imagenet_features
 def section(
     config: TypographicConfig, whole: EvaluateConfig, model: Unclip, subject: Subject
 ) -> ReportSection:
-    """Attack pictures of the held-out style, whose things CLIP knows and can be led astray about;
-    without one, held-out concepts.
+    """Attack held-out images and return the section.
+
+    The images are of the held-out style, whose concepts CLIP has learnt; if there are none, they
+    are of held-out concepts.
     """
     split = "held_out_style" if len(subject.embedded.rows("held_out_style")) else "held_out_concept"
     pairs = read_pairs(subject.embedded, split, whole.pairs_at_most, whole.seed)
 
-    def vary(pictures: Any, count: int, seed: int) -> Any:
+    def vary(pictures: np.ndarray, count: int, seed: int) -> np.ndarray:
         return variations(model, pictures, count, seed, guidance=whole.guidance)
 
     witnesses = Witnesses(

@@ -1,5 +1,7 @@
-"""Compares a trained up-sampler with interpolation on held-out images: figures and an image sheet
-beside the weights.
+"""Comparison of a trained up-sampler with interpolation, on held-out images.
+
+Reads ingest's shards and the keep list; writes `comparison.json` and `comparison.png` beside the
+weights.
 """
 
 import json
@@ -10,8 +12,9 @@ MAX_COMPARED, MAX_IMAGE_ROWS = 64, 6
 
 
 def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]:
-    """Write `comparison.json` and `comparison.png` beside the weights in `out` and return the
-    figures by split.
+    """Compare the up-sampler in `out` with interpolation; return the figures by split.
+
+    Writes `comparison.json` and, if there are held-out images, `comparison.png` into `out`.
     """
     import numpy as np
 
@@ -27,17 +30,10 @@ def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]
         table = read_table(curate / "keep.parquet", split)
         if not table.num_rows:
             continue
-        picks = np.unique(
-            np.linspace(0, table.num_rows - 1, min(MAX_COMPARED, table.num_rows))
-            .round()
-            .astype(int)
-        )
-        figures, enlarged = upsampling_eval.compare(
-            model,
-            Pictures(table.take(picks), ingest / "shards", model.config.image_size_px)[
-                range(len(picks))
-            ].numpy(),
-        )
+        spread = np.linspace(0, table.num_rows - 1, min(MAX_COMPARED, table.num_rows))
+        picks = np.unique(spread.round().astype(int))
+        reader = Pictures(table.take(picks), ingest / "shards", model.config.image_size_px)
+        figures, enlarged = upsampling_eval.compare(model, reader[range(len(picks))].numpy())
         comparison[split] = figures
         for index in range(min(MAX_IMAGE_ROWS, len(picks))):
             small = np.kron(

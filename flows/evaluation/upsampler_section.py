@@ -1,8 +1,7 @@
-"""What the up-samplers of a run add to a picture, as a section of its report: PSNR beside
-interpolation, pictures, memory in tiles.
+"""The report's sections on a run's up-samplers: PSNR compared with interpolation, pictures, memory.
 
-Figures and pictures are those that the stage left beside its weights; only the memory of sampling
-is measured here.
+Reads the figures and the picture that the up-sampler's stage wrote beside its weights; measures
+only the memory of sampling. Copies the picture into the report's folder.
 """
 
 import json
@@ -15,20 +14,21 @@ from flows.runs.stage import UPSAMPLERS
 
 if TYPE_CHECKING:
     from indexing.report.sections import ReportSection
+    from training.models.upsampler import Upsampler
 
 WAYS = {"bicubic": "bicubic", "lanczos": "Lanczos", "up-sampler": "up-sampler"}
 
 
 def sections(folders: Mapping[str, Path], out: Path) -> "list[ReportSection]":
-    """Return a section for each up-sampler among the stages' folders; copies their pictures into
-    `out` / pictures.
+    """Return one section for every up-sampler; copy their pictures into `out`/pictures.
+
+    `folders` are the stage folders by name.
     """
     return [_section(name, folders[name], out) for name in UPSAMPLERS if name in folders]
 
 
 def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
-    from indexing.report.sections import picture, section, table
-    from training.generation import upsampling_eval
+    from indexing.report.sections import section, table
     from training.models import upsampler_cascade
     from training.models.upsampler import TILES_AT_ONCE
 
@@ -54,44 +54,48 @@ def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
     ]
     if not comparison:
         text.append("There is no held-out picture to compare on.")
-    rows: list[list[Any]] = []
-    for side in (side_px, 2 * side_px):
-        peaks = [
-            upsampling_eval.peak_bytes(model, side, tile_px) / 1e6
-            for tile_px in (config.crop_px, side)
-        ]
-        rows.append([f"{side} px", *peaks])
-    tables.append(
-        table(
-            "Most memory held by a sampling step beside the weights",
-            ["Side drawn", "In tiles, MB", "In one piece, MB"],
-            rows,
-        )
-    )
+    tables.append(_memory_table(model))
     text.append(
         f"It is drawn in tiles of {config.crop_px} px, at most {TILES_AT_ONCE} at a time, so that "
         "memory grows with the picture's "
         "own pixels alone; the table's figures are measured, as the largest sum of tensors alive "
         "during one step."
     )
-    pictures = []
-    if (folder / "comparison.png").exists():
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / "comparison.png", out / "pictures" / f"{stage}.png")
-        pictures.append(
-            picture(
-                f"pictures/{stage}.png",
-                "Held-out pictures in rows: small, enlarged by bicubic and Lanczos interpolation "
-                "and by the up-sampler, and real",
-                "Held-out pictures that the up-sampler has not seen.",
-            )
-        )
-    return section(
-        f"Up-sampler to {side_px} px" + (" (second)" if stage != UPSAMPLERS[0] else ""),
-        text,
-        tables,
-        pictures,
+    title = f"Up-sampler to {side_px} px" + (" (second)" if stage != UPSAMPLERS[0] else "")
+    return section(title, text, tables, _copy_picture(stage, folder, out))
+
+
+def _memory_table(model: "Upsampler") -> dict[str, Any]:
+    """Measure the memory of a sampling step at the trained side and at twice that side."""
+    from indexing.report.sections import table
+    from training.generation.upsampling_eval import peak_bytes
+
+    side_px, crop_px = model.config.image_size_px, model.config.crop_px
+    rows: list[list[Any]] = []
+    for side in (side_px, 2 * side_px):
+        peaks = [peak_bytes(model, side, tile_px) / 1e6 for tile_px in (crop_px, side)]
+        rows.append([f"{side} px", *peaks])
+    return table(
+        "Most memory held by a sampling step beside the weights",
+        ["Side drawn", "In tiles, MB", "In one piece, MB"],
+        rows,
     )
+
+
+def _copy_picture(stage: str, folder: Path, out: Path) -> list[dict[str, Any]]:
+    """Copy the stage's comparison picture into the report; return its entry, or [] if none."""
+    from indexing.report.sections import picture
+
+    if not (folder / "comparison.png").exists():
+        return []
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "comparison.png", out / "pictures" / f"{stage}.png")
+    alt = (
+        "Held-out pictures in rows: small, enlarged by bicubic and Lanczos interpolation "
+        "and by the up-sampler, and real"
+    )
+    caption = "Held-out pictures that the up-sampler has not seen."
+    return [picture(f"pictures/{stage}.png", alt, caption)]
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> list[Any]:

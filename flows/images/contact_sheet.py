@@ -1,6 +1,6 @@
-"""A labelled grid of pictures: what stands in every column and row is written beside it.
+"""Contact sheet: images in a grid, with labels for rows and columns.
 
-Pictures are uint8 (H, W, 3) RGB of one size. Knows nothing of models and files.
+Images are uint8 (H, W, 3) RGB of one size. Reads and writes no files.
 """
 
 from collections.abc import Sequence
@@ -12,22 +12,23 @@ from PIL import Image, ImageDraw, ImageFont
 
 GAP_PX, LINE_PX, FONT_PX = 4, 18, 13
 CELL_PX = 96
-"""Smaller pictures are enlarged by whole pixels to about this side, so that labels fit and pixels
-stay to be seen."""
+"""Smaller images are enlarged by a whole factor to about this width.
+
+Labels then fit, and single pixels stay visible."""
 INK, PAPER = (34, 37, 43), (255, 255, 255)
 
 
 def labelled(
     images: NDArray[np.uint8], columns: Sequence[str], rows: Sequence[str]
 ) -> NDArray[np.uint8]:
-    """Return pictures (R, C, H, W, 3) as one picture, `rows` written above each row and `columns`
-    below the last one.
+    """Return images (R, C, H, W, 3) as one sheet (H', W', 3).
 
-    A label that does not fit is cut; an empty sequence writes nothing.
+    Row labels are above the rows, and column labels below the last row. A label that is too long is
+    cut; an empty sequence means no labels.
     """
     R, C, height, width, _ = images.shape
     assert len(rows) in (0, R) and len(columns) in (0, C), (
-        "a label for every row and column, or none"
+        "give a label for every row and column, or none"
     )
     scale = max(1, round(CELL_PX / width))
     cell = (width * scale, height * scale)
@@ -48,7 +49,7 @@ def labelled(
 
 
 def _write(draw: ImageDraw.ImageDraw, text: str, left: int, top: int, width_px: int) -> None:
-    """Write one line, cut to the width."""
+    """Write one line of text, cut to the width."""
     text = " ".join(text.split())[:400]  # measuring a prompt of megabytes would take minutes
     while text and _font().getlength(text) > width_px:
         text = text[:-1]

@@ -1,8 +1,7 @@
-"""The lecture's pictures of a decoder's latents laid out as labelled grids, for the commands and
-the report.
+"""Layout of the pictures of a decoder's latents x_t, for the commands and the report.
 
-What is drawn comes from training/generation/latents.py. Legend: R rows, C columns, S the decoder's
-side; pictures are uint8 (S, S, 3).
+`training.generation.latents` draws the images. Reads and writes no files. Legend: B images,
+R rows, C columns, S the decoder's side; images are uint8 (S, S, 3).
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from training.models.pixels import to_images
 
 @dataclass(frozen=True)
 class Grid:
-    """Pictures (R, C, S, S, 3) with a label for every row and column."""
+    """Images (R, C, S, S, 3) with a label for every row and column."""
 
     images: np.ndarray
     rows: list[str]
@@ -25,16 +24,14 @@ class Grid:
 
 
 def across_time(frames: AcrossTime, prompts: Sequence[str]) -> Grid:
-    """Lay out two rows for each prompt: x_t, and the x_0 predicted from it."""
+    """Return a grid of two rows for every prompt: x_t, and the x_0 predicted from it."""
     images = np.stack([frames.x_t, frames.x_0], 1).reshape(-1, *frames.x_t.shape[1:])
     rows = [f"{prompt}: {what}" for prompt in prompts for what in ("x_t", "x_0 predicted from it")]
     return Grid(images, rows, [f"t = {t}" for t in frames.times])
 
 
 def shared(latents: Shared, pictures: Described, times: Sequence[int]) -> Grid:
-    """Lay out one row for each picture: itself, then for each t its x_t and the samples drawn from
-    that.
-    """
+    """Return a grid of one row for every image: the image, then for every t its x_t and samples."""
     originals = to_images(pictures.x_0)[:, None]  # (B, 1, S, S, 3)
     parts = [
         np.concatenate([latents.x_t[:, k, None], latents.samples[:, k]], 1)
@@ -55,7 +52,7 @@ def shared(latents: Shared, pictures: Described, times: Sequence[int]) -> Grid:
 def interpolation(
     images: np.ndarray, first: Described, second: Described, times: Sequence[int]
 ) -> Grid:
-    """Lay out a row for each pair and t: the one picture, the blends, the other."""
+    """Return a grid of one row for every pair and t: the first image, the blends, the second."""
     a, b = to_images(first.x_0), to_images(second.x_0)
     rows = [
         np.concatenate([a[pair, None], images[pair, k], b[pair, None]])

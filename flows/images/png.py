@@ -1,5 +1,6 @@
-"""Writes generated pictures: the single ones and a labelled grid, each a PNG that carries its
-words, seed and settings as text.
+"""Writes generated images and their contact sheet as PNG files.
+
+Every file holds its prompt or labels, its seed and its settings as PNG text.
 """
 
 import json
@@ -19,11 +20,10 @@ from infra.storage.store import one_line_errors
 def write_pictures(
     images: np.ndarray, prompts: Sequence[str], seed: int, settings: Mapping[str, Any], out: Path
 ) -> tuple[list[Path], Path]:
-    """Write `images`, uint8 (P prompts, C count, H, W, 3), into `out` and return the single files
-    and the grid (a row per prompt).
+    """Write `images`, uint8 (P prompts, C count, H, W, 3); return the single files and the sheet.
 
-    File names come from prompt and seed, so the same command writes the same files. Raises
-    StorageError.
+    The sheet has one row for every prompt. File names depend only on prompt and seed, so the same
+    command writes the same files. Raises StorageError if `out` cannot be written.
     """
     files = []
     with one_line_errors(out):
@@ -54,11 +54,10 @@ def write_grid(
     settings: Mapping[str, Any],
     out: Path,
 ) -> tuple[list[Path], Path]:
-    """Write `images`, uint8 (R, C, H, W, 3), into `out` and return the single files, row by row,
-    and the grid with its labels.
+    """Write `images`, uint8 (R, C, H, W, 3); return the single files, row by row, and the sheet.
 
-    File names come from `name` and seed, so the same command writes the same files. Raises
-    StorageError.
+    File names depend only on `name` and seed, so the same command writes the same files. Raises
+    StorageError if `out` cannot be written.
     """
     files = []
     with one_line_errors(out):
@@ -84,9 +83,7 @@ def write_sheet(
     file: Path,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write `images`, uint8 (R, C, H, W, 3), as one picture with its labels, which knows them and
-    `facts`.
-    """
+    """Write `images`, uint8 (R, C, H, W, 3), as a sheet with `facts` and labels as PNG text."""
     _write(
         file,
         labelled(images, columns, rows),
@@ -95,7 +92,7 @@ def write_sheet(
 
 
 def slug(text: str) -> str:
-    """Return a text as a part of a file name: only a to z, digits and dashes of it."""
+    """Return a text as part of a file name: a to z, digits and dashes, at most 60 of them."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].strip("-") or "picture"
 
 
