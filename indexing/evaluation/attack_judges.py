@@ -1,10 +1,9 @@
-"""What the decoder makes of attacked pictures, and who says so: the attacked CLIP, a network it
-never met, and a reader of text.
+"""Judges of attacked pictures and their variations: the attacked CLIP, a second network and OCR.
 
-CLIP alone cannot tell what a variation looks like: it is what was attacked, and what the decoder
-draws for. So an ImageNet network finds the labelled picture that looks most like it, and an OCR
-reads whether the word itself was drawn. Models are callables.
-Legend: N pictures, K labels, G labelled pictures.
+CLIP alone cannot judge what a variation shows: it is the model under attack, and the decoder draws
+from its embeddings. So an ImageNet network finds the labelled picture that looks most similar, and
+OCR reads whether the word itself was drawn. Models are callables. Writes nothing.
+Legend: N pictures, K labels, G labelled pictures, S side.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,17 +23,17 @@ from indexing.metrics.bootstrap import Figure, mean_figure
 from indexing.scenes.judges import ReadText, character_accuracy
 
 MAX_LABELLED = 8
-"""Pictures of each label that a variation is held against."""
+"""Maximum number of pictures of a label that a variation is compared with."""
 
 Looks = Callable[[Sequence[Pixels]], NDArray[np.int64]]
-"""Pictures (N, S, S, 3) of any sides -> the label of the labelled picture that each looks most
-like, (N,)."""
+"""Pictures (N, S, S, 3) of any side -> the label (N,) of the most similar labelled picture."""
 
 
 @dataclass(frozen=True)
 class Witnesses:
-    """Who judges besides the attacked CLIP: a network by name, features of uint8 (B, S, S, 3), and
-    a reader; each may be missing.
+    """The judges besides the attacked CLIP; each of them may be missing.
+
+    `network` maps pictures uint8 (B, S, S, 3) to features (B, D); `name` is its name in the report.
     """
 
     name: str = ""
@@ -44,8 +43,10 @@ class Witnesses:
 
 @dataclass(frozen=True)
 class Judged:
-    """Pictures under all eyes: CLIP's label, the look-alike's or None, and the share of the word's
-    characters that is read or None.
+    """Results of all judges for N pictures; None where a judge is missing.
+
+    `said` are CLIP's labels, `looks` the labels of the most similar pictures, `read` the share of
+    the word's characters that OCR reads.
     """
 
     said: NDArray[np.int64]
@@ -62,11 +63,11 @@ def look_alikes(
     side_px: int,
     seed: int,
 ) -> tuple[Looks | None, int]:
-    """Return what finds a picture's look-alike among G pictures of these names, and G; None without
-    a network or for less than two names.
+    """Return a function that labels pictures by similarity to G pictures of these names, and G.
 
-    The pictures are of any split, drawn by the seed, but for those of the keys `without`, which are
-    under attack, and their equals.
+    The function is None without a network or with fewer than two names. The G pictures are of any
+    split and drawn by the seed, at most MAX_LABELLED of a name. Attacked pictures (the keys
+    `without`) and byte-equal copies of them are left out.
     """
     if witnesses.network is None:
         return None, 0
@@ -75,11 +76,12 @@ def look_alikes(
     attacked = {row["sha256"] for row in named if row["key"] in without}
     rows = [row for row in named if row["sha256"] not in attacked]
     chosen: list[dict[str, Any]] = []
-    left = dict.fromkeys(names, MAX_LABELLED)
-    for picked_row in np.random.default_rng(seed).permutation(len(rows)).tolist():
-        if left[rows[picked_row]["caption"]]:
-            left[rows[picked_row]["caption"]] -= 1
-            chosen.append(rows[picked_row])
+    remaining = dict.fromkeys(names, MAX_LABELLED)
+    for number in np.random.default_rng(seed).permutation(len(rows)).tolist():
+        row = rows[number]
+        if remaining[row["caption"]]:
+            remaining[row["caption"]] -= 1
+            chosen.append(row)
     if len({row["caption"] for row in chosen}) < 2:
         return None, len(chosen)
     labels = np.array([names.index(row["caption"]) for row in chosen], np.int64)
@@ -87,11 +89,11 @@ def look_alikes(
     features = np.asarray(
         network(np.stack([read_picture(row, shards, side_px) for row in chosen])), np.float32
     )
-    middle = features.mean(0)
-    gallery = unit(features - middle)
+    mean = features.mean(0)
+    gallery = unit(features - mean)
 
     def looks(pictures: Sequence[Pixels]) -> NDArray[np.int64]:
-        features = unit(np.asarray(network(np.stack(pictures)), np.float32) - middle)
+        features = unit(np.asarray(network(np.stack(pictures)), np.float32) - mean)
         return np.asarray(labels[(features @ gallery.T).argmax(1)], np.int64)
 
     return looks, len(chosen)
@@ -104,8 +106,9 @@ def judge(
     looks: Looks | None,
     read_text: ReadText | None,
 ) -> Judged:
-    """Judge pictures (N, S, S, 3), on which the words (N) were written or might have been; `said`
-    are CLIP's labels (N,).
+    """Judge pictures (N, S, S, 3); `said` are CLIP's labels (N,).
+
+    `words` (N) are the words that OCR looks for, whether or not they were written.
     """
     read = None
     if read_text is not None:
@@ -127,25 +130,23 @@ def figures(
     resamples: int,
     seed: int,
 ) -> list[Figure | None]:
-    """Return how often CLIP's label is the object and the word, the same of the look-alike, and the
-    share of characters read.
+    """Return five figures; None where a judge is missing.
+
+    The shares in which CLIP's label is the object (label (N,)) and the written word (`others`), the
+    same two of the look-alike, and the share of characters that OCR reads.
     """
-    shares = [judged.said == objects, judged.said == others]
-    rights: list[NDArray[Any] | None] = [
-        *shares,
-        *(
-            (judged.looks == truth if judged.looks is not None else None)
-            for truth in (objects, others)
-        ),
-    ]
-    rights.append(judged.read)
+    columns: list[NDArray[Any] | None] = [judged.said == objects, judged.said == others]
+    for labels in (objects, others):
+        columns.append(None if judged.looks is None else judged.looks == labels)
+    columns.append(judged.read)
     return [
-        None if share is None else mean_figure(share, groups, resamples, seed) for share in rights
+        None if values is None else mean_figure(values, groups, resamples, seed)
+        for values in columns
     ]
 
 
 def probabilities(cosines: Floats, logit_scale: float) -> Floats:
-    """Return CLIP's probabilities (N, K) of the labels at its own temperature."""
+    """Return the softmax over labels (N, K) of cosines at CLIP's own temperature."""
     scores = logit_scale * cosines
     exponentials = np.exp(scores - scores.max(1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(1, keepdims=True), np.float32)

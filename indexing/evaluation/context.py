@@ -1,6 +1,4 @@
-"""What the sections of a report have in common: whose pictures and captions are measured, by which
-CLIP, and how figures are drawn.
-"""
+"""The input that all sections of a report share: a run's pairs, its CLIP, seed and folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +10,16 @@ from indexing.metrics.zero_shot import EncodeTexts
 
 @dataclass(frozen=True)
 class Subject:
-    """A run's embedded pairs and the CLIP that embedded them, as callables that return unit vectors
-    (N, D).
-    """
+    """A run's embedded pairs and the CLIP that embedded them, as callables for vectors (N, D)."""
 
     embedded: Embedded
     shards: Path
-    """Where the pairs' pictures are."""
+    """Ingest's folder with the pictures of the pairs."""
     encode_texts: EncodeTexts
     encode_images: EncodeImages
     resamples: int
-    """Bootstrap resamples behind each 95 % interval."""
+    """Number of bootstrap resamples for a 95 % interval."""
     seed: int
-    """Of what is sampled, drawn and resampled."""
+    """Seed of sampling, drawing and resampling."""
     out: Path
-    """The report's folder, in whose `pictures/` PNG files may be written."""
+    """The report's folder; sections write PNG files into its `pictures/`."""

@@ -1,8 +1,7 @@
-"""The report's section on deduplication: what went and why, how the threshold was chosen, and the
-largest groups with their pictures.
+"""The report's section on deduplication: removed pairs by reason, threshold, largest groups.
 
-Reads what the stage `dedup` wrote (indexing.dedup.deduplicate) beside the embeddings that it
-judged; computes no likeness of its own.
+Reads the output of the stage `dedup` (indexing.dedup.deduplicate), the embed folder and the shards;
+writes a PNG of the groups. Computes no similarities.
 """
 
 import json
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 from indexing.data.embedding_store import read_facts, read_metadata
 from indexing.dedup.deduplicate import MAX_LISTED_COPIES, MAX_LISTED_GROUPS, show
 from indexing.metrics.bootstrap import Figure, wilson
-from indexing.report.sections import ReportSection, picture, section, table
+from indexing.report.sections import Picture, ReportSection, Table, picture, section, table
 from infra.schemas import EMBEDDED
 
 REASONS = {
@@ -32,22 +31,23 @@ CAPTION_CHARS = 60
 def copies_section(
     folder: Path, embed: Path, shards: Path, counts: Mapping[str, Any], out: Path
 ) -> ReportSection:
-    """Return the section of a dedup folder; `counts` are its manifest's. Draws the groups into
-    `out`/pictures.
+    """Return the section for a dedup folder and write `out`/pictures/copies.png.
+
+    `counts` are those of the stage's manifest.
     """
     chosen = json.loads((folder / "threshold.json").read_text())
     dropped = pq.read_table(folder / "groups.parquet").to_pylist()
     text = [
         f"{counts['in'] - counts['out']:,} of {counts['in']:,} pairs are left out of training: "
-        "copies of another training picture (the "
-        "larger one stays, then the lower key), and whatever comes near to an evaluation picture. "
-        "A pair goes only for one that stays."
+        "copies of another training picture (the larger one stays; of equal sizes, the one with "
+        "the lower key), and near copies of evaluation pictures. A pair is only left out for a "
+        "copy that stays."
     ]
     rows: list[list[Any]] = [
         [REASONS[why], int(count), f"{100 * count / counts['in']:.2f} %"]
         for why, count in counts["dropped"].items()
     ]
-    tables = [table("Left out", ["Because of", "Pairs", "Of all"], rows)] if rows else []
+    tables = [table("Left out", ["Reason", "Pairs", "Share of all"], rows)] if rows else []
     if chosen:
         text.append(_threshold_words(chosen))
         copies_per_change = chosen["copies"] // len(chosen["recall_of"])
@@ -57,7 +57,7 @@ def copies_section(
         tables.append(
             table(
                 "The labelled sample: copies found by their embeddings",
-                ["Made by", "Found"],
+                ["Transformation", "Found"],
                 recall_rows,
             )
         )
@@ -66,28 +66,28 @@ def copies_section(
 
 
 def _threshold_words(chosen: Mapping[str, Any]) -> str:
-    counted = (
-        f"A sample of pictures and {chosen['copies']:,} copies of them by known transformations "
-        f"was set against the {chosen['others']:,} "
-        "nearest pictures of other concepts; as many others had chosen the threshold before"
+    sample = (
+        f"The threshold was tested on {chosen['copies']:,} copies of sampled pictures, made by "
+        f"known transformations, and the {chosen['others']:,} nearest pictures of other concepts. "
+        "It was chosen before on as many others"
     )
     if chosen["threshold"] is None:
         return (
-            f"{counted}. At no threshold do enough of the near pairs turn out to be copies (at "
-            f"best {100 * chosen['precision']:.1f} %): "
-            "this CLIP cannot tell them from the rest, and nothing goes on its word."
+            f"{sample}. At no threshold are enough of the near pairs copies (at best "
+            f"{100 * chosen['precision']:.1f} %): this CLIP cannot tell them from the rest, so no "
+            "pair is left out because of its embedding."
         )
     return (
-        f"{counted}. From a cosine of {chosen['threshold']:.4f} on, "
-        f"{100 * chosen['precision']:.1f} % of the sample's near pairs are copies, "
-        f"and {100 * chosen['recall']:.1f} % of its copies are found by their embeddings alone."
+        f"{sample}. At a cosine of {chosen['threshold']:.4f} or more, "
+        f"{100 * chosen['precision']:.1f} % of the sample's near pairs are copies, and "
+        f"{100 * chosen['recall']:.1f} % of its copies are found by their embeddings alone."
     )
 
 
 def _groups(
     dropped: list[dict[str, Any]], embed: Path, shards: Path, out: Path
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the table of the largest groups and their pictures."""
+) -> tuple[list[Table], list[Picture]]:
+    """Return a table of the largest groups and their picture; two empty lists without groups."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for dropped_row in dropped:
         groups.setdefault(dropped_row["keeper"], []).append(dropped_row)
@@ -108,7 +108,7 @@ def _groups(
     ]
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     titles = [
-        f"{number}. {1 + len(copies)} of a kind" for number, (_, copies) in enumerate(drawn, 1)
+        f"{number}. group of {1 + len(copies)}" for number, (_, copies) in enumerate(drawn, 1)
     ]
     show(drawn, locations, shards, titles, out / "pictures" / "copies.png")
     rows: list[list[Any]] = []
@@ -125,12 +125,12 @@ def _groups(
                 round(min(dropped_row["score"] for dropped_row in copies), 3),
             ]
         )
-    head = ["What stays", "Key", "Copies", "By", "Least cosine"]
+    head = ["Kept picture", "Key", "Copies", "Reason", "Lowest cosine"]
     name = f"The largest groups of {len(groups):,}" if len(groups) > len(largest) else "All groups"
-    alt = "Groups of copies in rows: the picture that stays, then those that go for it"
+    alt = "Groups of copies in rows: the picture that stays, then its copies"
     words = (
-        "Numbered as in the table. The first picture of a row stays; of those that go, at most "
-        f"{MAX_LISTED_COPIES - 1} are shown."
+        "Numbers as in the table. The first picture of a row stays; at most "
+        f"{MAX_LISTED_COPIES - 1} of its copies are shown."
     )
     return [table(name, head, rows)], [picture("pictures/copies.png", alt, words)]
 

@@ -1,17 +1,20 @@
-"""How near generated pictures come to real ones as sets, at several strengths of guidance, beside
-what other real pictures reach.
+"""Distances between generated and real pictures as sets, at several strengths of guidance.
 
-Counts, seed, resize and feature network are written beside the figures; every figure has its
-interval. Models are callables.
+Returns a section of the report and writes a contact sheet. Real training pictures are measured
+too, as a reference. Counts, seed, picture size and feature networks stand in the section; every
+figure has an interval. Models are callables. Legend: N pictures, S side, D dimensions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
-from indexing.data.embedding_store import unit
-from indexing.data.held_out import read_pairs
+from indexing.data.embedding_store import Floats, unit
+from indexing.data.held_out import Pairs, read_pairs
 from indexing.data.images import Pixels, read_picture, sheet, write_png
 from indexing.evaluation.context import Subject
 from indexing.metrics import frechet
@@ -21,20 +24,42 @@ from indexing.report import sections
 from infra.settings import Section
 
 Draw = Callable[[list[str], int, float], Pixels]
-"""(prompts, seed, guidance) -> uint8 (P, S, S, 3), one picture each."""
-LEAST = 8
+"""(prompts, seed, guidance) -> uint8 (N, S, S, 3), one picture for each prompt."""
+TITLE = "How near to real pictures, by guidance"
+MIN_PAIRS = 8
 MAX_SHEET_COLUMNS = 8
 MAX_RESAMPLES = 200
-"""Of a distance between sets, which costs a decomposition each."""
+"""Limit for distances between sets: every resample costs a matrix decomposition."""
 
 
 class FidelityConfig(Section):
-    """[evaluate.fidelity]: how many pictures, and which guidance."""
+    """[evaluate.fidelity]: number of pictures and strengths of guidance."""
 
-    pictures: int = Field(default=64, ge=LEAST, le=100_000)
-    """Held-out captions that are drawn, and as many real pictures they are compared with."""
+    pictures: int = Field(default=64, ge=MIN_PAIRS, le=100_000)
+    """Number of held-out captions that are drawn, and of real pictures to compare with."""
     guidance: tuple[float, ...] = Field(default=(1.0, 2.0, 4.0), min_length=1, max_length=16)
     """Strengths of the decoder's guidance."""
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The real pictures of the held-out pairs, as features to measure other pictures against."""
+
+    pairs: Pairs
+    clip_features: Floats
+    """Unit vectors (N, D) of the run's own CLIP."""
+    network_features: dict[str, NDArray[np.float64]]
+    """Features (N, D) of each network."""
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Pictures (N, S, S, 3) that are measured, and the group of each."""
+
+    pictures: Pixels
+    groups: list[str]
+    is_generated: bool
+    """Drawn from the captions of the reference's pairs, in their order."""
 
 
 def fidelity(
@@ -44,109 +69,122 @@ def fidelity(
     draw: Draw,
     networks: Mapping[str, EncodeImages],
 ) -> sections.ReportSection:
-    """Draw the captions of held-out pairs and return the report's section; writes its picture into
-    the report's folder.
+    """Draw the captions of held-out pairs, compare them with real pictures, return the section.
+
+    Writes `pictures/guidance.png` into the report's folder.
     """
-    embedded, shards, encode, resamples, seed = (
-        subject.embedded,
-        subject.shards,
-        subject.encode_images,
-        subject.resamples,
-        subject.seed,
-    )
-    title = "How near to real pictures, by guidance"
-    pairs = read_pairs(embedded, "held_out_concept", config.pictures, seed)
-    others = read_pairs(embedded, "train", len(pairs.rows), seed)
-    if min(len(pairs.rows), len(others.rows)) < LEAST:
+    pairs = read_pairs(subject.embedded, "held_out_concept", config.pictures, subject.seed)
+    others = read_pairs(subject.embedded, "train", len(pairs.rows), subject.seed)
+    if min(len(pairs.rows), len(others.rows)) < MIN_PAIRS:
         return sections.section(
-            title, [f"Not measured: fewer than {LEAST} held-out or training pairs."]
+            TITLE, [f"Not measured: fewer than {MIN_PAIRS} held-out or training pairs."]
         )
-    real = np.stack([read_picture(row, shards, side_px) for row in pairs.rows])
-    trained = np.stack([read_picture(row, shards, side_px) for row in others.rows])
+    real = _read_pictures(pairs, subject, side_px)
+    trained = _read_pictures(others, subject, side_px)
     prompts = [row["caption"] for row in pairs.rows]
-    drawn = {f"guidance {w:g}": draw(prompts, seed, w) for w in config.guidance}
+    drawn = {f"guidance {w:g}": draw(prompts, subject.seed, w) for w in config.guidance}
+    reference = _Reference(
+        pairs,
+        unit(np.asarray(subject.encode_images(real), np.float32)),
+        {name: np.asarray(network(real), np.float64) for name, network in networks.items()},
+    )
+    candidates = {
+        name: _Candidates(pictures, pairs.groups, is_generated=True)
+        for name, pictures in drawn.items()
+    }
+    candidates["training pictures"] = _Candidates(trained, others.groups, is_generated=False)
+    rows: list[list[sections.Cell]] = [
+        [name, *_figures(reference, candidate, networks, subject)]
+        for name, candidate in candidates.items()
+    ]
     head = ["Pictures", "CLIP score", "CMMD on our CLIP", "Precision", "Recall"]
     head += [f"{what} on {name}" for name in networks for what in ("Fréchet", "kernel × 1000")]
-    features = {name: np.asarray(network(real), np.float64) for name, network in networks.items()}
-    of_real = unit(np.asarray(encode(real), np.float32))
-    rows: list[list[sections.Cell]] = []
-    for name, pictures in {**drawn, "training pictures": trained}.items():
-        drawn_features = unit(np.asarray(encode(pictures), np.float32))
-        inside, covered = frechet.precision_recall(of_real, drawn_features)
-        score = SCALE * np.maximum(np.einsum("nd,nd->n", drawn_features, pairs.texts), 0)
-        drawn_groups = pairs.groups if name in drawn else others.groups
-
-        def apart(
-            distance: frechet.Counted,
-            unit_name: str,
-            scale: float = 1,
-            is_drawn: bool = name in drawn,
-        ) -> Figure:
-            other = (
-                None if is_drawn else others.groups
-            )  # a caption's drawing hangs together with its real picture
-            times = min(resamples, MAX_RESAMPLES)
-            return set_figure(
-                lambda u, v: scale * distance(u, v),
-                pairs.groups,
-                other,
-                times,
-                seed,
-                unit=unit_name,
-            )
-
-        row: list[sections.Cell] = [
-            name,
-            mean_figure(score, pairs.groups, resamples, seed, unit="score")
-            if name in drawn
-            else None,
-            apart(frechet.cmmd_of(of_real, drawn_features), "CMMD"),
-            mean_figure(inside, drawn_groups, resamples, seed),
-            mean_figure(covered, pairs.groups, resamples, seed),
-        ]
-        for network, of_network in features.items():
-            other = np.asarray(networks[network](pictures), np.float64)
-            row.append(apart(frechet.frechet_of(of_network, other), "Fréchet distance"))
-            row.append(
-                apart(frechet.kernel_distance_of(of_network, other), "kernel distance × 1000", 1000)
-            )
-        rows.append(row)
-    folder = subject.out / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_png(
-        sheet([list(images[:MAX_SHEET_COLUMNS]) for images in drawn.values()], list(drawn)),
-        folder / "guidance.png",
-    )
-    first_prompts = ", ".join(prompts[:MAX_SHEET_COLUMNS])
-    conditions = (  # in the table's name too, so that only runs measured alike are compared
-        f"{len(prompts)} captions of held-out pairs, one picture each, seed {seed}, against the "
-        f"{len(real)} real pictures of these "
-        f"pairs at {side_px} px, resized by area"
+    # Stands in the table's caption too, so that only runs with equal conditions are compared.
+    conditions = (
+        f"{len(prompts)} captions of held-out pairs, one picture each, seed {subject.seed}, "
+        f"against the {len(real)} real pictures of these pairs at {side_px} px, resized by area"
     )
     return sections.section(
-        title,
-        [
-            f"{conditions}. The Fréchet distance is not FID: its network is another, and with so "
-            "few pictures it "
-            "compares rows of this table only; the kernel distance is unbiased. Precision: "
-            "generated pictures that lie among the real "
-            "ones; recall: real ones that the generated cover, which is diversity; both by 3 "
-            "neighbours in our CLIP's space. The last row "
-            "is what as many real training pictures, of other things, reach.",
-            "Intervals resample whole concepts, a caption's real picture and its drawing "
-            f"together, {min(resamples, MAX_RESAMPLES)} "
-            "times for distances, whose bounds are moved by what drawing pictures twice adds. For "
-            "precision and recall the counted "
-            "pictures are resampled and the neighbourhoods stay. CLIP score and CMMD are by this "
-            "run's own CLIP.",
-        ],
+        TITLE,
+        _explanation(conditions, min(subject.resamples, MAX_RESAMPLES)),
         [sections.table(f"Generated against real: {conditions}", head, rows)],
-        [
-            sections.picture(
-                "pictures/guidance.png",
-                f"Rows of rising guidance: {', '.join(drawn)}; columns: {first_prompts}",
-                f"Columns: {first_prompts}",
-                True,
-            )
-        ],
+        [_guidance_sheet(drawn, prompts, subject.out)],
+    )
+
+
+def _read_pictures(pairs: Pairs, subject: Subject, side_px: int) -> Pixels:
+    return np.stack([read_picture(row, subject.shards, side_px) for row in pairs.rows])
+
+
+def _figures(
+    reference: _Reference,
+    candidates: _Candidates,
+    networks: Mapping[str, EncodeImages],
+    subject: Subject,
+) -> list[Figure | None]:
+    """Return the figures of one row of the table, in the order of its head."""
+    pairs, resamples, seed = reference.pairs, subject.resamples, subject.seed
+    features = unit(np.asarray(subject.encode_images(candidates.pictures), np.float32))
+    inside, covered = frechet.precision_recall(reference.clip_features, features)
+    clip_score = None
+    if candidates.is_generated:
+        score = SCALE * np.maximum(np.einsum("nd,nd->n", features, pairs.texts), 0)
+        clip_score = mean_figure(score, pairs.groups, resamples, seed, unit="score")
+    # A drawing is resampled together with the real picture of its caption.
+    other_groups = None if candidates.is_generated else candidates.groups
+
+    def distance_figure(distance: frechet.Counted, unit_name: str, scale: float = 1) -> Figure:
+        return set_figure(
+            lambda u, v: scale * distance(u, v),
+            pairs.groups,
+            other_groups,
+            min(resamples, MAX_RESAMPLES),
+            seed,
+            unit=unit_name,
+        )
+
+    figures = [
+        clip_score,
+        distance_figure(frechet.cmmd_of(reference.clip_features, features), "CMMD"),
+        mean_figure(inside, candidates.groups, resamples, seed),
+        mean_figure(covered, pairs.groups, resamples, seed),
+    ]
+    for name, real in reference.network_features.items():
+        other = np.asarray(networks[name](candidates.pictures), np.float64)
+        kernel = frechet.kernel_distance_of(real, other)
+        figures.append(distance_figure(frechet.frechet_of(real, other), "Fréchet distance"))
+        figures.append(distance_figure(kernel, "kernel distance × 1000", 1000))
+    return figures
+
+
+def _explanation(conditions: str, distance_resamples: int) -> list[str]:
+    """Return the paragraphs before the table."""
+    return [
+        f"{conditions}. The Fréchet distance is not FID: it uses another network, and with so few "
+        "pictures it compares only the rows of this table. The kernel distance is unbiased. "
+        "Precision is the share of generated pictures that lie among the real ones. Recall is the "
+        "share of real pictures that the generated ones cover, which measures diversity. Both use "
+        "3 neighbours in the space of our CLIP. The last row is what the same number of real "
+        "training pictures, of other concepts, reaches.",
+        "Intervals resample whole concepts, a caption's real picture and its drawing together, "
+        f"{distance_resamples} times for distances. The bounds of distances are shifted by the "
+        "bias that drawing a picture twice adds. For precision and recall the counted pictures "
+        "are resampled and the neighbourhoods stay. CLIP score and CMMD use this run's own CLIP.",
+    ]
+
+
+def _guidance_sheet(
+    drawn: Mapping[str, Pixels], prompts: Sequence[str], out: Path
+) -> sections.Picture:
+    """Write the first pictures of each strength of guidance, one row each."""
+    folder = out / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [list(pictures[:MAX_SHEET_COLUMNS]) for pictures in drawn.values()]
+    write_png(sheet(rows, list(drawn)), folder / "guidance.png")
+    first_prompts = ", ".join(prompts[:MAX_SHEET_COLUMNS])
+    return sections.picture(
+        "pictures/guidance.png",
+        f"Rows of rising guidance: {', '.join(drawn)}; columns: {first_prompts}",
+        f"Columns: {first_prompts}",
+        is_pixelated=True,
     )

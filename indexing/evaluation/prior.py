@@ -1,9 +1,8 @@
-"""How near the prior comes to the true z_i of unseen pictures, beside what knows less: the report's
-section on it.
+"""The report's section on the prior: cosines of predicted z_i to the z_i of unseen pictures.
 
-As DALLE2-pytorch's guide to its prior does: cosines of the predicted z_i to the picture's own, held
-against z_t itself, the mean of the training pictures and the prediction for another pair's caption.
-The prior is a callable. Legend: N pairs, D dimensions.
+As in DALLE2-pytorch's guide to its prior, the baselines are z_t itself, the mean of the training
+pictures, and the prediction for another pair's caption. The prior is a callable. Writes nothing.
+Legend: N pairs, D dimensions.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +17,17 @@ from indexing.metrics.clip_score import SCALE
 from indexing.report.sections import Cell, ReportSection, section, table
 
 Predict = Callable[[list[str], int, int | None], Floats]
-"""`predict(captions, seed, best_of) -> unit vectors (N, D)`; best_of None is the prior's own number
-of candidates."""
+"""(captions, seed, best_of) -> unit vectors (N, D); with best_of None the prior's default number of
+candidates."""
 
 MAX_PAIRS = 96
 ROWS_AT_ONCE = 8192
 
 
 def prior_section(subject: Subject, predict: Predict, kind: str, best_of: int) -> ReportSection:
-    """Return the section for a prior of some kind, on unseen concepts and, to tell learning by
-    heart, on training pairs.
+    """Return the section for a prior on unseen concepts, and on training pairs to show overfitting.
+
+    `kind` names the prior in the text; `best_of` is its default number of candidates.
     """
     embedded, resamples, seed = subject.embedded, subject.resamples, subject.seed
     mean = mean_image(embedded)
@@ -57,18 +57,19 @@ def prior_section(subject: Subject, predict: Predict, kind: str, best_of: int) -
             )
         )
     text = [
-        f"The {kind} prior draws z_i from caption and z_t. It is worth its place where its z_i is "
-        "nearer to the picture's own than z_t is, "
-        "and than what it draws for another pair's caption. The best of several candidates is "
-        "chosen by its cosine to z_t alone."
+        f"The {kind} prior draws z_i from the caption and z_t. It is useful where its z_i is "
+        "nearer to the picture's own z_i than z_t is, and than the z_i that it draws for another "
+        "pair's caption. The best of several candidates is chosen by its cosine to z_t alone."
     ]
-    return section("Prior", text if tables else ["No pair to judge the prior by."], tables)
+    return section(
+        "Prior", text if tables else ["Not measured: no held-out or training pairs."], tables
+    )
 
 
 def prior_cosines(
     pairs: Pairs, mean: Floats, predict: Predict, best_of: int, seed: int
 ) -> dict[str, tuple[Floats, Floats]]:
-    """Return for each source of z_i its cosines to the pictures' own z_i and to z_t, both (N,)."""
+    """Return, by source of z_i, its cosines to the pictures' own z_i and to z_t, both (N,)."""
     captions = [row["caption"] for row in pairs.rows]
     drawn = {f"the prior, best of {best_of}": predict(captions, seed, None)}
     if best_of > 1:
@@ -83,30 +84,24 @@ def prior_cosines(
 
 
 def another(captions: Sequence[str]) -> list[int]:
-    """Return for every pair the next pair, around the end, that has another caption; its own where
-    there is none.
+    """Return for every pair the position of the next pair, cyclically, with another caption.
+
+    Return its own position where all captions are equal.
     """
     count = len(captions)
-    return [
-        next(
-            (
-                n
-                for n in ((number + step) % count for step in range(1, count))
-                if captions[n] != captions[number]
-            ),
-            number,
-        )
-        for number in range(count)
-    ]
+    result = []
+    for start in range(count):
+        following = ((start + step) % count for step in range(1, count))
+        result.append(next((n for n in following if captions[n] != captions[start]), start))
+    return result
 
 
 def mean_image(embedded: Embedded) -> Floats:
-    """Return the unit vector (D,) towards the mean of the training pictures' embeddings."""
+    """Return the normalised mean (D,) of the training pictures' embeddings."""
     rows, total = embedded.rows("train"), np.zeros(embedded.image_parts[0].shape[1])
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        total += take(embedded.image_parts, rows[start : start + ROWS_AT_ONCE]).sum(
-            0, dtype=np.float64
-        )
+        vectors = take(embedded.image_parts, rows[start : start + ROWS_AT_ONCE])
+        total += vectors.sum(0, dtype=np.float64)
     return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
 
 

@@ -1,12 +1,11 @@
-"""Two or more runs' reports side by side: every figure that they share, and how far each run lies
-from the first, with an interval.
+"""Comparison of two or more runs' reports: all figures, and differences from the first run.
 
-Reads what report.json holds; writes one self-contained page. Legend: a figure's name is its place
-in the report.
+Reads the content of report.json files and returns one self-contained HTML page. A figure is
+identified by its path in the report; every difference has an interval.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,16 @@ import jinja2
 
 from indexing.metrics.bootstrap import Figure
 from indexing.report import page
+from indexing.report.sections import ReportSection
 
 TEMPLATES = Path(__file__).parent / "templates"
 SKIPPED = ("per_class", "examples", "prompts", "charts", "run", "stages")
 
 
 def figures(facts: Mapping[str, Any]) -> dict[tuple[str, ...], Figure]:
-    """Return every figure of a report with a value, by its place: keys, and in a section its title,
-    table, row and column.
+    """Return the figures of a report that have a value, by their path.
+
+    A path is the keys in report.json; in a section it is title, table caption, row name and column.
     """
     return dict(_walk(facts, ()))
 
@@ -33,12 +34,12 @@ def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
     elif isinstance(value, Mapping):
         for name, child in value.items():
             if name == "sections":
-                yield from _of_sections(child)
+                yield from _walk_sections(child)
             elif name not in SKIPPED:
                 yield from _walk(child, (*path, str(name).replace("_", " ")))
 
 
-def _of_sections(sections: Any) -> Iterator[tuple[tuple[str, ...], Figure]]:
+def _walk_sections(sections: Sequence[ReportSection]) -> Iterator[tuple[tuple[str, ...], Figure]]:
     for section in sections:
         for table in section["tables"]:
             for row in table["rows"]:
@@ -47,11 +48,11 @@ def _of_sections(sections: Any) -> Iterator[tuple[tuple[str, ...], Figure]]:
 
 
 def difference(figure: Figure, first: Figure) -> Figure:
-    """Return figure minus first with the 95 % interval of two independent figures, each's own
-    bounds added in squares (Zou & Donner 2008).
+    """Return figure - first with its 95 % interval (MOVER, Zou & Donner 2008).
 
-    Runs judged on the same pictures vary together, so for them the interval is too wide rather than
-    too narrow.
+    The interval takes both figures as independent: distances of the bounds from the values are
+    added in squares. Runs that are judged on the same pictures vary together; their interval is too
+    wide rather than too narrow.
     """
     delta = figure["value"] - first["value"]
     low = high = None
@@ -70,8 +71,10 @@ def difference(figure: Figure, first: Figure) -> Figure:
 
 
 def compare(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each figure of any report: its place, each run's figure or None, each later
-    run's difference from the first.
+    """Return one row for each figure of any report; `reports` are by run name.
+
+    A row holds its path (`place`), every run's figure or None (`runs`), the difference of every
+    later run from the first or None (`differences`), and whether one is significant (`differs`).
     """
     figures_of = {run: figures(facts) for run, facts in reports.items()}
     paths = list(dict.fromkeys(path for run_figures in figures_of.values() for path in run_figures))
@@ -96,16 +99,14 @@ def compare(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def is_significant(delta: Figure | None) -> bool:
-    """Whether a difference's interval leaves out zero."""
+    """Return whether a difference has an interval and zero lies outside it."""
     return (
         delta is not None and delta["low"] is not None and (delta["low"] > 0 or delta["high"] < 0)
     )
 
 
 def render(reports: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]]) -> str:
-    """Return the page: what differs in the recipes, then the figures, those that are told apart
-    marked.
-    """
+    """Return the HTML page: changed recipe keys, then all figures and differences."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -134,13 +135,13 @@ def render(reports: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]])
 
 
 def signed(figure: Figure) -> str:
-    """Write a difference with its sign, a share in percentage points."""
+    """Format a difference with its sign; a share in percentage points."""
     text = page.figure_text(figure).replace(" %", " points")
     return text if text.startswith(("-", "–")) else f"+{text}"
 
 
 def changed(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Return the keys of the recipes whose values are not all equal, with each run's value."""
+    """Return the recipe keys whose values differ between runs, with the value of every run."""
     flat = [dict(_flat(config, "")) for config in configs.values()]
     names = list(dict.fromkeys(name for flat_config in flat for name in flat_config))
     return [

@@ -1,8 +1,8 @@
-"""The report as a page: report.html from what report.json holds and the pictures beside it.
+"""The HTML page of the report: renders report.html from the content of report.json.
 
-The page stands alone: pictures are data URIs, charts inline SVG, no script and no network.
-Everything that comes from data (captions, prompts, URLs) is hostile until jinja has escaped it.
-Legend: figures are as in indexing.metrics.bootstrap.
+The page is self-contained: pictures are data URIs, charts are inline SVG, and there is no script
+and no network access. Text from data (captions, prompts, URLs) is untrusted, so jinja escapes all
+of it. Figures are dicts as in indexing.metrics.bootstrap.
 """
 
 import base64
@@ -26,9 +26,7 @@ STANDARD_COUNTS = ("in", "out", "dropped")
 
 
 def run_facts(facts: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the report's `run` from the caller's facts and the stages' manifests: times, seconds
-    spent, package versions.
-    """
+    """Return the report's `run`: the caller's facts, times and package versions."""
     packages = [manifest.get("packages", {}) for manifest in manifests]
     names = sorted({name for versions in packages for name in versions})
     return {
@@ -46,8 +44,10 @@ def run_facts(facts: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) 
 def stage_facts(
     manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return one of the report's `stages` from its manifest and, for a trained stage, the rows of
-    its metrics.jsonl.
+    """Return one entry of the report's `stages` from a manifest.
+
+    `metrics` are the rows of metrics.jsonl of a trained stage. Losses that are not finite are
+    skipped; `loss` is the mean of the last 5 % of the others.
     """
     counts = manifest["counts"]
     points = [
@@ -57,7 +57,7 @@ def stage_facts(
         and math.isfinite(row["loss"])
         and "images_seen" in row
     ]
-    context: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "stage": manifest["stage"],
         "key": manifest["key"],
         "inputs": dict(manifest.get("inputs", {})),
@@ -70,24 +70,24 @@ def stage_facts(
     }
     if points:
         last = points[-max(1, len(points) // 20) :]
-        context["loss"] = {
+        entry["loss"] = {
             "value": sum(loss for _, loss in last) / len(last),
             "n": len(last),
             "images_seen": points[-1][0],
         }
-        context["curve"] = thinned(points, CURVE_POINTS)
-    return context
+        entry["curve"] = thinned(points, CURVE_POINTS)
+    return entry
 
 
 def thinned(points: Sequence[tuple[float, float]], max_points: int) -> list[tuple[float, float]]:
-    """Return at most so many points: the means of neighbours in equal runs."""
+    """Return at most `max_points` points: the mean y of neighbours, at the last x of each group."""
     size = math.ceil(len(points) / max_points)
     runs = [points[start : start + size] for start in range(0, len(points), size)]
     return [(run[-1][0], round(sum(y for _, y in run) / len(run), 6)) for run in runs]
 
 
 def render(facts: Mapping[str, Any], folder: Path) -> str:
-    """Return report.html for what report.json holds; the pictures that it names lie in `folder`."""
+    """Return the HTML of the page for the content of report.json; its pictures lie in `folder`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -123,25 +123,25 @@ def render(facts: Mapping[str, Any], folder: Path) -> str:
 
 
 def plot(chart: Mapping[str, Any]) -> Markup:
-    """Return a section's chart as markup of our own."""
+    """Return the SVG of a section's chart, marked as safe."""
     return Markup(interval_svg.plot(chart))
 
 
 def picture_uri(folder: Path, name: str) -> str:
-    """Return a PNG of the report's folder as a data URI."""
+    """Return a PNG file of the report's folder as a data URI."""
     return "data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode()
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """Write a share: "41.2 %", with more digits where it would be rounded to nothing."""
+    """Format a share as "41.2 %"; with two digits where it would round to zero, "–" for None."""
     if share is None:
         return "–"
-    small = 0 < 100 * share < 10.0**-digits
-    return f"{100 * share:.{2 if small else digits}f} %"
+    rounds_to_zero = 0 < 100 * share < 10.0**-digits
+    return f"{100 * share:.{2 if rounds_to_zero else digits}f} %"
 
 
 def interval(figure: Mapping[str, Any], as_percent: bool = True) -> str:
-    """Write the bounds of a figure: "35.6 to 47.0", or "–" where it has none."""
+    """Format the interval of a figure: "35.6 to 47.0", or "–" where it has none."""
     if figure["low"] is None:
         return "–"
     scale = 100 if as_percent else 1
@@ -149,22 +149,17 @@ def interval(figure: Mapping[str, Any], as_percent: bool = True) -> str:
 
 
 def figure_text(figure: Mapping[str, Any]) -> str:
-    """Write a figure's value: a share (the usual unit) in percent, anything else as a number of
-    three or four digits.
-    """
+    """Format a figure's value: a share (the default unit) in percent, others to 3 or 4 digits."""
+    value = figure["value"]
     if figure.get("unit", "share") == "share":
-        return percent(figure["value"])
-    return (
-        "–"
-        if figure["value"] is None
-        else f"{figure['value']:,.1f}"
-        if abs(figure["value"]) >= 99.95
-        else f"{figure['value']:.3g}"
-    )
+        return percent(value)
+    if value is None:
+        return "–"
+    return f"{value:,.1f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
 def figure_bounds(figure: Mapping[str, Any]) -> str:
-    """Write a figure's 95 % interval in its unit."""
+    """Format the 95 % interval of a figure in its unit."""
     return " to ".join(
         figure_text({**figure, "value": figure[bound]}).removesuffix(" %")
         for bound in ("low", "high")
@@ -172,44 +167,41 @@ def figure_bounds(figure: Mapping[str, Any]) -> str:
 
 
 def number(value: float | None, digits: int | None = None) -> str:
-    """Write a count with separators, or a number with so many digits."""
+    """Format a count with thousands separators, or a number with `digits` decimals."""
     if value is None:
         return "–"
     return f"{value:,}" if digits is None else f"{value:,.{digits}f}"
 
 
 def fact(value: Any) -> str:
-    """Write what a stage counted: whole numbers with separators, others to four digits."""
-    return (
-        f"{value:,}"
-        if type(value) is int
-        else f"{value:.4g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    """Format a stage's count: integers with separators, floats to four digits, others as text."""
+    if type(value) is int:  # not a bool
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def megabytes(size: int) -> str:
-    """Write a size in bytes for people."""
+    """Format a size in bytes as kB or MB."""
     return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 def verdict(figure: Mapping[str, Any]) -> str:
-    """Say whether the interval of a figure lies above what chance, or the commonest class, would
-    reach.
+    """Compare a figure's interval with chance and with always naming the most frequent class.
+
+    Return a few words, or "" where the figure has no interval or no chance level.
     """
-    bar = figure.get("chance")
-    if figure["low"] is None or bar is None:
+    chance = figure.get("chance")
+    if figure["low"] is None or chance is None:
         return ""
-    if figure["low"] > max(bar, figure.get("majority") or 0):
+    if figure["low"] > max(chance, figure.get("majority") or 0):
         return "above chance and majority" if figure.get("majority") else "above chance"
-    if figure["low"] > bar:
+    if figure["low"] > chance:
         return "above chance, not majority"
-    return "below chance" if figure["high"] < bar else "not told from chance"
+    return "below chance" if figure["high"] < chance else "not different from chance"
 
 
 def toml_text(config: Mapping[str, Any]) -> str:
-    """Return a resolved config as TOML; a key without a value (None) is a comment."""
+    """Return a resolved config as TOML; a key whose value is None becomes a comment."""
     return "\n\n".join(
         "\n".join(_section(name, section))
         for name, section in config.items()
@@ -249,7 +241,7 @@ def _value(value: Any) -> str:
         )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_value, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)  # TOML's strings, numbers and truths are JSON's
+    return json.dumps(value, ensure_ascii=False)  # TOML writes scalars as JSON does
 
 
 def _seconds(manifest: Mapping[str, Any]) -> float:

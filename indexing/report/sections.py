@@ -1,9 +1,8 @@
-"""Further sections of the report as plain data: words, tables, pictures and charts, one shape for
-all of them.
+"""Sections of the report as plain data: text, tables, pictures and charts. Writes nothing.
 
-Whoever measures something new returns `section(...)` and hands it to `evaluate` in a callable;
-page, JSON schema and the comparison of runs then know it. A table's cell is a text, a number, None
-or a figure of indexing.metrics.bootstrap; figures are written with their intervals. Writes nothing.
+A new measurement returns `section(...)` from a callable that `evaluate` receives. The page, the
+JSON schema (report.schema.json) and the comparison of runs then handle it. A cell of a table is a
+text, a number, None or a figure of indexing.metrics.bootstrap, which is written with its interval.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,22 +11,26 @@ from typing import Any
 from indexing.metrics.bootstrap import Figure
 
 ReportSection = dict[str, Any]
+"""A section as `section` returns it and report.schema.json defines it."""
+Table = dict[str, Any]
+"""A table as `table` returns it."""
+Picture = dict[str, Any]
+"""A picture as `picture` returns it."""
+Chart = Mapping[str, Any]
+"""A chart as `lines` or `bars` returns it."""
 Cell = str | int | float | None | Figure
 MakeSection = Callable[[], ReportSection | list[ReportSection]]
-"""Measures and returns a section, or several; may write PNG files into the `pictures/` of the
-report's folder."""
+"""Measures and returns one or more sections; may write PNG files into the report's `pictures/`."""
 
 
 def section(
     title: str,
     text: Sequence[str] = (),
-    tables: Sequence[Mapping[str, Any]] = (),
-    pictures: Sequence[Mapping[str, Any]] = (),
-    charts: Sequence[Mapping[str, Any]] = (),
+    tables: Sequence[Table] = (),
+    pictures: Sequence[Picture] = (),
+    charts: Sequence[Chart] = (),
 ) -> ReportSection:
-    """Return a section of the report: paragraphs, then tables, charts and pictures; `title` must
-    differ from other sections'.
-    """
+    """Return a section: paragraphs, then tables, charts and pictures. Titles must be unique."""
     return {
         "title": title,
         "text": list(text),
@@ -37,23 +40,22 @@ def section(
     }
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> dict[str, Any]:
-    """Return a table; a row's first cell is its name. Raises ValueError where a row is not as long
-    as the head.
+def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Table:
+    """Return a table; the first cell of a row is its name.
+
+    Raises ValueError where a row and the head differ in length.
     """
     for row in rows:
         if len(row) != len(head):
             raise ValueError(
                 f"table {caption!r}: the row {row[0]!r} has {len(row)} cells and the head "
-                f"{len(head)}"
+                f"{len(head)}: give every row one cell for each column"
             )
     return {"caption": caption, "head": list(head), "rows": [list(row) for row in rows]}
 
 
-def picture(name: str, alt: str, caption: str = "", is_pixelated: bool = False) -> dict[str, Any]:
-    """Return a picture: its file's name in the report's folder, what it shows in words, what stands
-    below it.
-    """
+def picture(name: str, alt: str, caption: str = "", is_pixelated: bool = False) -> Picture:
+    """Return a picture: its file name in the report's folder, its alt text, the text below it."""
     return {"picture": name, "alt": alt, "caption": caption, "is_pixelated": is_pixelated}
 
 
@@ -63,8 +65,8 @@ def lines(
     y_label: str,
     series: Mapping[str, Sequence[tuple[float, Figure]]],
     is_log_x: bool = False,
-) -> dict[str, Any]:
-    """Return a chart of figures over x, one line for each of the series, with their intervals."""
+) -> Chart:
+    """Return a chart of figures over x: one line with intervals for each series."""
     points = {
         name: [{"x": x, **figure} for x, figure in figures] for name, figures in series.items()
     }
@@ -78,10 +80,8 @@ def lines(
     }
 
 
-def bars(title: str, x_label: str, rows: Sequence[tuple[str, Figure]]) -> dict[str, Any]:
-    """Return a chart of one bar a row, to the left of zero or to the right of it, with its
-    interval.
-    """
+def bars(title: str, x_label: str, rows: Sequence[tuple[str, Figure]]) -> Chart:
+    """Return a bar chart: one bar with its interval a row, from zero to the left or right."""
     return {
         "kind": "bars",
         "title": title,

@@ -1,9 +1,9 @@
-"""An exact checker of scenes: finds coloured shapes in the pixels of a picture and says whether
-they are what a caption asked for.
+"""An exact checker of scenes: finds coloured shapes in a picture and compares them with a scene.
 
-It sees pixels only. Hue tells colours apart, connected pieces are objects, overlap with the ideal
-shape in the same box names them. A scene is shown when every claim of it holds: each thing there
-with its colour and number, nothing else, and the relation between them.
+Input is pixels alone. Hue separates colours, connected areas of one colour are objects, and overlap
+with an ideal shape in the same box names an object. A picture shows a scene if all claims hold:
+every thing is there with its colour and number, there is nothing else, and the relation holds.
+All lengths are shares of the picture's side.
 """
 
 from dataclasses import dataclass
@@ -15,29 +15,30 @@ from numpy.typing import NDArray
 
 from indexing.scenes.scenes import COLOURS, SHAPES, Scene, Thing, corners
 
-LEAST_SATURATION = 0.5
-"""Share of a colour's own span between its channels: what is paler, such as an edge that covers
-less than half a pixel, is background."""
+MIN_SATURATION = 0.5
+"""Minimum range between channels, as a share of the colour's own. Paler pixels are background, such
+as an edge that covers less than half a pixel."""
 HUE_TOLERANCE = 32
-"""Degrees from a colour's own hue; what lies between two colours is neither."""
+"""Maximum distance from a colour's hue in degrees; hues between two colours belong to neither."""
 JUDGED_PX = 128
-"""Side to which a picture is enlarged, so that outlines lie between its pixels; all lengths below
-are shares of the side."""
+"""Side to which pictures are enlarged, so that outlines are finer than the original pixels."""
 BLUR = 0.02
-LEAST_THICKNESS = 0.042
-"""From the middle of an object to its edge; a blended seam between two colours is thinner."""
-LEAST_OVERLAP = 0.78
+MIN_THICKNESS = 0.042
+"""Minimum distance from an object's middle to its edge; a seam between two colours is thinner."""
+MIN_OVERLAP = 0.78
 CUTS = (3, 6)
+"""Rows of a triangle's apex that may be too thin to be seen, in pixels of JUDGED_PX."""
 SIZE_LIMIT = 0.205
-"""Half the larger side: what is large lies above."""
+"""Half the larger side of the box, above which an object is large."""
 SLACK = 0.1
-"""How far what touches may stand apart."""
+"""Maximum gap between objects that touch."""
 
 
 @dataclass(frozen=True)
 class Object:
-    """A piece of one colour: its box in shares of the side, its outline filled (JUDGED_PX,
-    JUDGED_PX), its shape or "" where none fits.
+    """A connected area of one colour; `shape` is "" where no shape fits.
+
+    The box is in shares of the side; `mask` is the filled outline (JUDGED_PX, JUDGED_PX).
     """
 
     shape: str
@@ -50,31 +51,29 @@ class Object:
 
     @property
     def x(self) -> float:
-        """The middle of its box, from the left, in shares of the side."""
+        """Centre of the box, from the left."""
         return (self.left + self.right) / 2
 
     @property
     def y(self) -> float:
-        """The middle of its box, from the top."""
+        """Centre of the box, from the top."""
         return (self.top + self.bottom) / 2
 
 
 def objects(picture: NDArray[np.uint8]) -> list[Object]:
-    """Find the objects of a picture, uint8 (S, S, 3) RGB, left to right."""
+    """Return the objects in a picture, uint8 (S, S, 3) RGB, from left to right."""
     large = cv2.resize(picture, (JUDGED_PX, JUDGED_PX), interpolation=cv2.INTER_CUBIC)
     large = np.asarray(cv2.GaussianBlur(large, (0, 0), BLUR * JUDGED_PX), np.uint8)
     span, hue = large.max(2) - large.min(2), _hues(large)
     detected = []
     for colour, rgb in COLOURS.items():
         away = np.abs((hue - _hues(np.array([[rgb]], np.uint8))[0, 0] + 180) % 360 - 180)
-        mask = ((span >= LEAST_SATURATION * np.ptp(rgb)) & (away <= HUE_TOLERANCE)).astype(np.uint8)
+        mask = ((span >= MIN_SATURATION * np.ptp(rgb)) & (away <= HUE_TOLERANCE)).astype(np.uint8)
         count, pieces = cv2.connectedComponents(mask, connectivity=4)
         for piece in range(1, count):
             piece_mask = (pieces == piece).astype(np.uint8)
-            if (
-                cv2.distanceTransform(np.pad(piece_mask, 1), cv2.DIST_L2, 5).max()
-                < LEAST_THICKNESS * JUDGED_PX
-            ):
+            depth = cv2.distanceTransform(np.pad(piece_mask, 1), cv2.DIST_L2, 5).max()
+            if depth < MIN_THICKNESS * JUDGED_PX:
                 continue
             outlines, _ = cv2.findContours(piece_mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
             filled = cv2.drawContours(
@@ -93,8 +92,9 @@ def _hues(picture: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def shape_of(mask: NDArray[np.bool_]) -> str:
-    """Name the shape whose ideal form overlaps best with a mask cut to its box (H, W), or "" where
-    none fits or the box is no square.
+    """Return the shape that overlaps best with a mask (H, W) cut to its box.
+
+    Return "" where the overlap is too small or the box is far from a square.
     """
     height, width = mask.shape
     if not 0.65 < height / width < 1.5:
@@ -105,13 +105,11 @@ def shape_of(mask: NDArray[np.bool_]) -> str:
             _overlap(mask, shape, cut) for cut in ((0, *CUTS) if shape == "triangle" else (0,))
         )
     best = max(overlaps, key=lambda shape: overlaps[shape])
-    return best if overlaps[best] >= LEAST_OVERLAP else ""
+    return best if overlaps[best] >= MIN_OVERLAP else ""
 
 
 def _overlap(mask: NDArray[np.bool_], shape: str, cut: int) -> float:
-    """Return intersection over union with an ideal shape whose `cut` topmost rows, an apex too thin
-    to be seen, are missing.
-    """
+    """Return intersection over union with an ideal shape without its `cut` topmost rows."""
     height, width = mask.shape
     ideal = _ideal(shape, width, height + cut)[cut:]
     return float((mask & ideal).sum() / (mask | ideal).sum())
@@ -126,33 +124,28 @@ def _ideal(shape: str, width: int, height: int) -> NDArray[np.bool_]:
 
 
 def claims(picture: NDArray[np.uint8], scene: Scene) -> list[bool]:
-    """Return what holds of a scene's claims, always as many: each thing is there in its number,
-    nothing else is, the relation holds.
+    """Return for each claim of a scene whether it holds in a picture.
 
-    Raises ValueError for a sign, whose word a reader of text must judge.
+    The claims are: each thing is there in its number, there is nothing else, and the relation holds
+    (where there is one). Raises ValueError for a sign, which a reader of text must judge.
     """
     if scene.word:
-        raise ValueError(f"{scene.caption}: the checker knows shapes, not writing")
+        raise ValueError(f"{scene.caption}: the checker knows shapes, not writing: use OCR")
     seen = objects(picture)
     taken: set[int] = set()
-    groups: list[list[Object]] = []
-    for thing in sorted(
-        scene.things, key=lambda thing: not thing.colour
-    ):  # the ones that ask for most choose first
+    of_thing: dict[int, list[Object]] = {}
+    # Things with a colour choose first: they accept fewer objects.
+    for position in sorted(
+        range(len(scene.things)), key=lambda number: not scene.things[number].colour
+    ):
+        thing = scene.things[position]
         matching = [
             number
             for number, candidate in enumerate(seen)
             if number not in taken and is_a(candidate, thing)
         ]
         taken.update(matching[: thing.count])
-        groups.append([seen[number] for number in matching[: thing.count]])
-    of_thing = dict(
-        zip(
-            sorted(range(len(scene.things)), key=lambda number: not scene.things[number].colour),
-            groups,
-            strict=True,
-        )
-    )
+        of_thing[position] = [seen[number] for number in matching[: thing.count]]
     counts_right = [
         len(of_thing[number]) == thing.count for number, thing in enumerate(scene.things)
     ]
@@ -163,14 +156,17 @@ def claims(picture: NDArray[np.uint8], scene: Scene) -> list[bool]:
 
 
 def is_a(candidate: Object, thing: Thing) -> bool:
-    """Whether an object is such a thing."""
+    """Return whether an object has the shape, colour and size of a thing."""
     half = max(candidate.right - candidate.left, candidate.bottom - candidate.top) / 2
     has_size = not thing.size or (half > SIZE_LIMIT) == (thing.size == "large")
     return candidate.shape == thing.shape and thing.colour in ("", candidate.colour) and has_size
 
 
 def stands(first: Object, second: Object, relation: str) -> bool:
-    """Whether the first object stands in a relation to the second."""
+    """Return whether the first object is in this relation to the second.
+
+    Raises ValueError for a relation that is not in indexing.scenes.scenes.RELATIONS.
+    """
     if relation == "inside":
         return bool(
             (first.mask & second.mask).sum() >= 0.95 * first.mask.sum()
@@ -187,11 +183,11 @@ def stands(first: Object, second: Object, relation: str) -> bool:
     if relation == "to the left of":
         level = min(first.bottom, second.bottom) - max(first.top, second.top)
         return first.right <= second.left + SLACK / 4 and level > 0
-    raise ValueError(f"no such relation: {relation}")
+    raise ValueError(f"unknown relation {relation!r}: use one of RELATIONS")
 
 
 def shows(picture: NDArray[np.uint8], scene: Scene) -> bool:
-    """Whether a picture shows a scene exactly."""
+    """Return whether a picture shows a scene exactly."""
     return all(claims(picture, scene))
 
 

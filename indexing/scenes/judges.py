@@ -1,8 +1,7 @@
-"""What says whether a picture shows its prompt: the checker for scenes, a reader of text for signs,
-and exact expectations of best of n.
+"""Judges of pictures against their prompts, and the exact expectation of best of n.
 
-A judge maps a picture to a share of what was asked for; 1 is exactly right. Knows pixels and
-captions, no model.
+The checker judges scenes, a reader of text judges signs. A judge maps a picture uint8 (S, S, 3) to
+the share of the request that holds; 1 is exactly right. No model is involved.
 """
 
 from collections.abc import Callable
@@ -18,8 +17,9 @@ ReadText = Callable[[NDArray[np.uint8]], str]
 
 
 def judge_of(caption: str, read_text: ReadText | None) -> Judge | None:
-    """Return what judges pictures of a caption, or None where nothing can: no scene and no puzzle,
-    or a sign and no reader of text.
+    """Return the judge of pictures of a caption.
+
+    Return None where the caption is no scene and no puzzle, or a sign without a reader of text.
     """
     if puzzle := puzzles.parse(caption):
         wanted_puzzle = puzzle
@@ -35,15 +35,16 @@ def judge_of(caption: str, read_text: ReadText | None) -> Judge | None:
 
 
 def character_accuracy(read: str, word: str) -> float:
-    """Return 1 minus the edit distance as a share of the longer word, of letters and digits in
-    lower case; 1 is the word itself.
+    """Return 1 minus the edit distance over the length of the longer text, between 0 and 1.
+
+    `read` is reduced to letters and digits in lower case; `word` must already be.
     """
     text = "".join(letter for letter in read.lower() if letter.isalnum())
     return 1 - edit_distance(text, word) / max(len(text), len(word), 1)
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Return how many letters must be put in, taken out or replaced (Levenshtein 1966)."""
+    """Return the number of letters to insert, delete or replace (Levenshtein 1966)."""
     row = list(range(len(b) + 1))
     for position, letter in enumerate(a, 1):
         before, row[0] = row[0], position
@@ -56,14 +57,14 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def best_of(scores: NDArray[np.float64], values: NDArray[np.float64], n: int) -> float:
-    """Return the mean value of the best-scored one of n, over all subsets of n of the M drawn (M,):
-    exact, no subset is sampled.
+    """Return the expected value of the best-scored of n samples, over all subsets of all M (M,).
 
-    Among equal scores each is as likely. Raises ValueError where n > M.
+    The result is exact; no subsets are sampled. Equal scores are equally likely to be the best.
+    Raises ValueError unless 1 <= n <= M.
     """
     total = len(scores)
     if not 1 <= n <= total:
-        raise ValueError(f"best of {n} needs as many samples, there are {total}")
+        raise ValueError(f"best of {n} needs n between 1 and the {total} samples")
     expectation, below = 0.0, 0
     for level in np.unique(scores):
         equal = scores == level

@@ -1,9 +1,8 @@
-"""The lecture's puzzles: a 24-puzzle whose rows sum to even numbers, and the faces of a cube after
-given turns; drawn and judged exactly.
+"""Two puzzles, drawn and judged exactly: a 24-puzzle with even row sums, and a cube after turns.
 
-A puzzle's caption is all that is known of it: many grids answer the first, one picture the second.
-Pictures are laid out on 40 pixels, at which every number and sticker is a few pixels wide. Knows no
-model. Legend: cells row by row, stickers (6, 3, 3) in the order of FACES.
+A caption describes a puzzle completely: many grids fit the first kind, exactly one picture fits
+the second. Pictures are laid out on 40 x 40 pixels, where a number or sticker is a few pixels wide.
+Legend: grid (5, 5) of numbers, 0 is the gap; stickers (6, 3, 3) in the order of FACES.
 """
 
 import re
@@ -29,7 +28,7 @@ COLOURS = {
     "D": (245, 205, 20),
 }
 FACE_CORNERS = {"U": (0, 3), "L": (3, 0), "F": (3, 3), "R": (3, 6), "B": (3, 9), "D": (6, 3)}
-"""Row and column of each face in the unfolded cube."""
+"""Row and column of a face's first sticker in the unfolded cube."""
 NORMALS = {
     "U": (0, 1, 0),
     "D": (0, -1, 0),
@@ -41,8 +40,8 @@ NORMALS = {
 TURNS = tuple(face + way for face in FACES for way in ("", "'"))
 TURNED = re.compile(rf"a cube after the turns? ((?:[{FACES.lower()}]'? ?)+)")
 INK, PAPER, GAP = (25, 25, 30), (250, 240, 200), (90, 90, 95)
-LEAST_READABLE = 0.85
-"""Correlation of a cell with the number that it is read as."""
+MIN_READABLE = 0.85
+"""Minimum similarity of a cell to a number: 1 minus the squared error over the variance."""
 GLYPHS = {
     "0": "111101101101111", "1": "010110010010111", "2": "111001111100111", "3": "111001111001111",
     "4": "101101111001001",
@@ -53,14 +52,14 @@ GLYPHS = {
 
 @dataclass(frozen=True)
 class Puzzle:
-    """What a picture should show: a grid, its rows even or not, or, with turns, a cube."""
+    """The content of a picture: a cube after turns, or, without turns, a grid."""
 
     turns: tuple[str, ...] = ()
     is_even: bool = False
 
     @property
     def caption(self) -> str:
-        """The description that `parse` reads."""
+        """The caption, which `parse` reads back."""
         if self.turns:
             return (
                 f"a cube after the turn{'s' if len(self.turns) > 1 else ''} "
@@ -70,17 +69,17 @@ class Puzzle:
 
     @property
     def concept(self) -> str:
-        """What splits go by: the caption says all that is known of it."""
+        """The key by which splits are made: the caption."""
         return self.caption
 
     @property
     def row(self) -> str:
-        """Which row of the harness it belongs to."""
+        """Row of the relations section (indexing.evaluation.relations)."""
         return "cube" if self.turns else "24-puzzle"
 
 
 def parse(caption: str) -> Puzzle | None:
-    """Read a caption, or return None where it describes no puzzle."""
+    """Return the puzzle of a caption, or None where it describes no puzzle."""
     text = " ".join(caption.lower().split())
     if text in (EVEN, ANY):
         return Puzzle(is_even=text == EVEN)
@@ -90,8 +89,9 @@ def parse(caption: str) -> Puzzle | None:
 
 
 def every_puzzle() -> Iterator[Puzzle]:
-    """Yield what is drawn for training: both grids, and cubes after one turn or two that do not
-    undo each other.
+    """Yield all puzzles for training: both grids, and cubes after one turn or two.
+
+    Two turns that undo each other are left out.
     """
     yield from (Puzzle(is_even=is_even) for is_even in (True, False))
     for turn in TURNS:
@@ -104,25 +104,23 @@ def every_puzzle() -> Iterator[Puzzle]:
 
 
 def phrasings(puzzle: Puzzle, rng: np.random.Generator) -> list[str]:
-    """Return captions that are true of a picture of the puzzle, its own first."""
+    """Return captions that are true for a picture of the puzzle, its own first."""
     return [puzzle.caption, f"a picture of {puzzle.caption}"]
 
 
 def draw(puzzle: Puzzle, side_px: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Draw a puzzle, uint8 (S, S, 3) RGB: a grid drawn by `rng`, or the one cube."""
+    """Draw a puzzle, uint8 (S, S, 3) RGB; `rng` draws the numbers of a grid."""
     page = _cube(turned(puzzle.turns)) if puzzle.turns else _grid(numbers(puzzle.is_even, rng))
-    return (
-        page
-        if side_px == LAID_OUT_PX
-        else np.asarray(
-            cv2.resize(page, (side_px, side_px), interpolation=cv2.INTER_AREA), np.uint8
-        )
-    )
+    if side_px == LAID_OUT_PX:
+        return page
+    resized = cv2.resize(page, (side_px, side_px), interpolation=cv2.INTER_AREA)
+    return np.asarray(resized, np.uint8)
 
 
 def numbers(is_even: bool, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw a grid (5, 5) of 0 (the gap) to 24, if asked one whose rows all have even sums; about
-    one in 16 has.
+    """Draw a grid (5, 5) of the numbers 0 (the gap) to 24, with `is_even` one with even row sums.
+
+    About one grid in 16 has them, so drawing repeats until one does.
     """
     while True:
         grid = rng.permutation(SIDE * SIDE).reshape(SIDE, SIDE)
@@ -131,30 +129,27 @@ def numbers(is_even: bool, rng: np.random.Generator) -> NDArray[np.int64]:
 
 
 def claims(picture: NDArray[np.uint8], puzzle: Puzzle) -> list[bool]:
-    """Return what holds: of a grid, for each number that it is there, and each row's even sum; of a
-    cube, that each sticker is right.
+    """Return for each claim of a puzzle whether it holds in a picture.
+
+    The claims of a grid are that each number is there and, with `is_even`, that each row sum is
+    even; those of a cube are that each sticker is right.
     """
-    side = LAID_OUT_PX
-    page = (
-        picture
-        if len(picture) == side
-        else np.asarray(cv2.resize(picture, (side, side), interpolation=cv2.INTER_CUBIC), np.uint8)
-    )
+    page, size = picture, (LAID_OUT_PX, LAID_OUT_PX)
+    if len(picture) != LAID_OUT_PX:
+        page = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC), np.uint8)
     if puzzle.turns:
         right: list[bool] = (read_cube(page) == turned(puzzle.turns)).ravel().tolist()
         return right
     grid = read_grid(page)
-    held = [number in grid for number in range(SIDE * SIDE)]  # all are, where each is there once
-    return (
-        held + [bool((row >= 0).all() and row.sum() % 2 == 0) for row in grid]
-        if puzzle.is_even
-        else held
-    )
+    held = [number in grid for number in range(SIDE * SIDE)]
+    if puzzle.is_even:
+        held += [bool((row >= 0).all() and row.sum() % 2 == 0) for row in grid]
+    return held
 
 
 def read_grid(page: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Read a picture of 40 pixels as a grid (5, 5); -1 for a cell that is like no number."""
-    face_answers = (
+    """Read a picture (40, 40, 3) as a grid (5, 5); -1 where a cell looks like no number."""
+    templates = (
         np.stack([_cell(number) for number in range(SIDE * SIDE)])
         .reshape(SIDE * SIDE, -1)
         .astype(np.float64)
@@ -165,16 +160,14 @@ def read_grid(page: NDArray[np.uint8]) -> NDArray[np.int64]:
         .reshape(SIDE * SIDE, -1)
         .astype(np.float64)
     )
-    away = ((cells[:, None] - face_answers) ** 2).mean(2)  # (25, 25)
+    away = ((cells[:, None] - templates) ** 2).mean(2)  # (25, 25)
     best = away.argmin(1)
-    level = face_answers.std(1).mean() ** 2
-    return np.where(away.min(1) <= (1 - LEAST_READABLE) * level, best, -1).reshape(SIDE, SIDE)
+    level = templates.std(1).mean() ** 2
+    return np.where(away.min(1) <= (1 - MIN_READABLE) * level, best, -1).reshape(SIDE, SIDE)
 
 
 def read_cube(page: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Read a picture of 40 pixels as stickers (6, 3, 3): each the colour nearest to the mean of its
-    place.
-    """
+    """Read a picture (40, 40, 3) as stickers (6, 3, 3), by the colour nearest to their mean."""
     palette = np.array([COLOURS[face] for face in FACES], np.float64)
     faces = np.zeros((6, 3, 3), np.int64)
     for face, name in enumerate(FACES):
@@ -187,8 +180,9 @@ def read_cube(page: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 @cache
 def _moves() -> dict[str, NDArray[np.int64]]:
-    """Return for each turn which sticker comes to each place, by turning the layer's stickers about
-    its axis.
+    """Return, by turn, which sticker (54,) moves to each position.
+
+    Computed by rotating the stickers of the layer about its axis.
     """
     sticker_cells = {}
     for face, name in enumerate(FACES):
@@ -217,14 +211,15 @@ def _moves() -> dict[str, NDArray[np.int64]]:
 
 
 def _quarter(vector: NDArray[np.int64], axis: NDArray[np.int64], way: int) -> tuple[int, ...]:
-    """Turn a vector by 90 degrees about an axis, by the right hand for way = 1 (Rodrigues)."""
+    """Rotate a vector by 90 degrees about an axis (Rodrigues); way = 1 is right-handed."""
     along = axis * int(vector @ axis)
     return tuple(int(coordinate) for coordinate in along + way * np.cross(axis, vector))
 
 
 def _position(name: str, row: int, column: int) -> NDArray[np.int64]:
-    """Return the cubie of a sticker, coordinates -1 to 1, x right, y up, z to the viewer, faces
-    unfolded around the front.
+    """Return the position (3,) of a sticker's small cube, coordinates -1 to 1.
+
+    x points right, y up, z to the viewer. Faces are unfolded around the front.
     """
     a, b = column - 1, row - 1
     return np.array(
@@ -241,9 +236,7 @@ def _position(name: str, row: int, column: int) -> NDArray[np.int64]:
 
 
 def turned(turns: tuple[str, ...]) -> NDArray[np.int64]:
-    """Return the stickers (6, 3, 3) of a solved cube after the turns, each the number of its
-    colour's face.
-    """
+    """Return the stickers (6, 3, 3) of a solved cube after the turns, as numbers of faces."""
     stickers = np.repeat(np.arange(6), 9)
     for turn in turns:
         stickers = stickers[_moves()[turn]]
@@ -273,7 +266,7 @@ def _grid(grid: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def _cell(number: int) -> NDArray[np.uint8]:
-    """Draw a cell (8, 8, 3): the number in glyphs of 3 by 5 pixels on paper; 0 is the gap."""
+    """Draw a cell (8, 8, 3): a number in glyphs of 3 x 5 pixels; 0 is the gap."""
     cell = np.full((CELL_PX, CELL_PX, 3), PAPER if number else GAP, np.uint8)
     cell[-1], cell[:, -1] = GAP, GAP
     text = str(number) if number else ""

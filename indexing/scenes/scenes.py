@@ -1,9 +1,8 @@
-"""Scenes of a few shapes and signs with words: what a caption asks for, and pictures of it drawn
-from a seed (unCLIP, fig. 14 to 16).
+"""Scenes of a few shapes, and signs with a word: captions and drawing (unCLIP, fig. 14 to 16).
 
-A caption is the scene's whole description: `parse` reads what `Scene.caption` writes. Rows are
-GenEval's (Ghosh et al. 2023), with sizes and writing besides. Coordinates are shares of the side, y
-downwards. Knows nothing of models; `indexing.scenes.checker` judges pictures.
+A caption describes a scene completely: `parse` reads what `Scene.caption` writes. Rows are those of
+GenEval (Ghosh et al. 2023), plus sizes and writing. Coordinates are shares of the side, y points
+down. Pictures depend only on scene, side and generator; `indexing.scenes.checker` judges them.
 """
 
 import re
@@ -40,98 +39,19 @@ BOARD = (250, 240, 200)
 SUPERSAMPLED = 8
 TRIES, TRIES_PER_THING = 500, 20
 
-WORDS = (
-    *(
-        "ant",
-        "arm",
-        "art",
-        "bag",
-        "bat",
-        "bed",
-        "bee",
-        "big",
-        "box",
-        "boy",
-        "bus",
-        "cab",
-        "cap",
-        "car",
-        "cat",
-        "cow",
-        "cup",
-        "day",
-        "dog",
-    ),
-    *(
-        "ear",
-        "egg",
-        "eye",
-        "fan",
-        "fig",
-        "fly",
-        "fox",
-        "fun",
-        "gas",
-        "gum",
-        "hat",
-        "hen",
-        "hot",
-        "ice",
-        "ink",
-        "jam",
-        "jar",
-        "jet",
-        "job",
-    ),
-    *(
-        "key",
-        "kid",
-        "leg",
-        "lip",
-        "log",
-        "man",
-        "map",
-        "mud",
-        "net",
-        "nut",
-        "oak",
-        "oil",
-        "one",
-        "owl",
-        "pan",
-        "pen",
-        "pet",
-        "pie",
-        "pig",
-    ),
-    *(
-        "pin",
-        "pot",
-        "red",
-        "rib",
-        "rug",
-        "run",
-        "sea",
-        "sky",
-        "sun",
-        "tea",
-        "ten",
-        "tie",
-        "toy",
-        "two",
-        "van",
-        "wax",
-        "wet",
-        "win",
-        "zoo",
-    ),
-    *("deep", "open"),
-)
+_WORD_LIST = """
+    ant arm art bag bat bed bee big box boy bus cab cap car cat cow cup day dog ear egg eye fan
+    fig fly fox fun gas gum hat hen hot ice ink jam jar jet job key kid leg lip log man map mud
+    net nut oak oil one owl pan pen pet pie pig pin pot red rib rug run sea sky sun tea ten tie
+    toy two van wax wet win zoo deep open
+"""
+WORDS = tuple(_WORD_LIST.split())
+"""Words of signs."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Some equal shapes; an empty colour or size leaves it open."""
+    """One or more equal shapes; an empty colour or size means any."""
 
     shape: str
     colour: str = ""
@@ -150,9 +70,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture should show: one thing, two side by side or in a relation, or a sign with a
-    word.
-    """
+    """The content of a picture: one thing, two things with or without a relation, or a sign."""
 
     things: tuple[Thing, ...] = ()
     relation: str = ""
@@ -160,23 +78,21 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The description that `parse` reads."""
+        """The caption, which `parse` reads back."""
         if self.word:
             return f"a sign that says {self.word}"
         return f" {self.relation or 'and'} ".join(map(str, self.things))
 
     @property
     def concept(self) -> str:
-        """The same for the same content: two things side by side have no order."""
-        return (
-            replace(self, things=tuple(sorted(self.things, key=str))).caption
-            if not self.relation
-            else self.caption
-        )
+        """The caption with things in sorted order, unless a relation makes the order matter."""
+        if self.relation:
+            return self.caption
+        return replace(self, things=tuple(sorted(self.things, key=str))).caption
 
     @property
     def row(self) -> str:
-        """Which of ROWS it belongs to."""
+        """The row of ROWS that the scene belongs to."""
         if self.word:
             return "writing"
         if self.relation:
@@ -186,12 +102,14 @@ class Scene:
             return "attribution" if first.colour else "two objects"
         if first.count > 1:
             return "counting"
-        return "sizes" if first.size else "colours" if first.colour else "single object"
+        if first.size:
+            return "sizes"
+        return "colours" if first.colour else "single object"
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One shape in the picture: centre and radius as shares of the side."""
+    """A shape in the picture; centre and radius are shares of the side."""
 
     shape: str
     colour: str
@@ -209,7 +127,7 @@ SIGN = re.compile(r"a sign that says ([a-z]{1,12})")
 
 
 def parse(caption: str) -> Scene | None:
-    """Read a caption, or return None where it describes no scene."""
+    """Return the scene of a caption, or None where it describes no scene."""
     text = " ".join(caption.lower().split())
     if sign := SIGN.fullmatch(text):
         return Scene(word=sign[1])
@@ -221,12 +139,13 @@ def parse(caption: str) -> Scene | None:
     if joint:
         things.append(Thing(second[3], second[2] or "", second[1] or "", NUMBERS.index(second[0])))
     scene = Scene(tuple(things), "" if joint in (None, "and") else joint)
-    return scene if scene.caption == text else None  # "a circles"
+    return scene if scene.caption == text else None  # refuses "a circles"
 
 
 def every_scene() -> Iterator[Scene]:
-    """Yield each scene that is drawn for training once, by concept; things that touch or are bound
-    to their colours differ in colour.
+    """Yield every scene for training once, by concept.
+
+    Two things in a scene always differ in colour.
     """
     coloured = [Thing(shape, colour) for shape in SHAPES for colour in COLOURS]
     for thing in coloured:
@@ -242,8 +161,10 @@ def every_scene() -> Iterator[Scene]:
 
 
 def phrasings(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Return captions that are true of a picture of the scene, its own first: things in either
-    order, and without their colours.
+    """Return captions that are true for a picture of the scene.
+
+    The scene's own caption comes first, in either order of its things. Then come the same without
+    colours for some rows, and longer wordings.
     """
     if scene.word:
         return [scene.caption, f"a board with the word {scene.word}"]
@@ -260,9 +181,7 @@ def phrasings(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 
 def arrange(scene: Scene, rng: np.random.Generator) -> list[Placed]:
-    """Return where the shapes of a scene go, drawn by `rng`; what is drawn later lies in front.
-    Open colours are drawn too.
-    """
+    """Draw the positions of a scene's shapes, from back to front, and colours that are not set."""
     things = [
         replace(thing, colour=thing.colour or str(rng.choice(list(COLOURS))))
         for thing in scene.things
@@ -290,11 +209,11 @@ def arrange(scene: Scene, rng: np.random.Generator) -> list[Placed]:
                     break
         if len(placed) == len(wanted):
             return placed
-    raise AssertionError(f"no room for {scene.caption}")
+    raise AssertionError(f"no room for {scene.caption} in {TRIES} tries")
 
 
 def _inside(inner: Thing, outer: Thing, rng: np.random.Generator) -> list[Placed]:
-    is_narrow = outer.shape == "triangle"  # its widest place lies below its middle
+    is_narrow = outer.shape == "triangle"  # it is widest below its middle
     radius = rng.uniform(0.4, 0.44) if is_narrow else rng.uniform(0.36, 0.42)
     x, y = rng.uniform(radius + 0.04, 0.96 - radius, 2)
     size_radius = rng.uniform(0.11, 0.125) if is_narrow else rng.uniform(0.13, 0.155)
@@ -326,7 +245,7 @@ def _beside(first: Thing, second: Thing, relation: str, rng: np.random.Generator
 
 
 def corners(shape: str) -> NDArray[np.float64]:
-    """Return a shape's outline (P, 2) around the origin for a radius of 1."""
+    """Return the outline (P, 2) of a shape of radius 1 around the origin."""
     if shape == "circle":
         turns = np.linspace(0, 2 * np.pi, 48, endpoint=False)
         return np.stack([np.cos(turns), np.sin(turns)], 1)
@@ -336,23 +255,21 @@ def corners(shape: str) -> NDArray[np.float64]:
 
 
 def extent(shape: str) -> tuple[float, float]:
-    """Return how far a shape of radius 1 reaches above and below its centre."""
+    """Return how far a shape of radius 1 extends above and below its centre."""
     ys = corners(shape)[:, 1]
     return -float(ys.min()), float(ys.max())
 
 
 def draw(scene: Scene, side_px: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Draw a scene on white, uint8 (S, S, 3) RGB; equal generators give equal pictures."""
+    """Draw a scene on white, uint8 (S, S, 3) RGB; equal generator states give equal pictures."""
     big = side_px * SUPERSAMPLED
     if scene.word:
         return _shrunk(_sign(scene.word, big, rng), side_px)
     canvas = np.full((big, big, 3), 255, np.uint8)
-    for placed_thing in arrange(scene, rng):
-        points = (
-            np.array([placed_thing.x, placed_thing.y])
-            + placed_thing.radius * corners(placed_thing.shape)
-        ) * big
-        cv2.fillPoly(canvas, [points.round().astype(np.int32)], COLOURS[placed_thing.colour])
+    for shape in arrange(scene, rng):
+        centre = np.array([shape.x, shape.y])
+        points = (centre + shape.radius * corners(shape.shape)) * big
+        cv2.fillPoly(canvas, [points.round().astype(np.int32)], COLOURS[shape.colour])
     return _shrunk(canvas, side_px)
 
 
@@ -369,12 +286,12 @@ def _sign(word: str, big: int, rng: np.random.Generator) -> NDArray[np.uint8]:
         width=round(0.03 * big),
     )
     size = 0.46 * big
-    while (box := pen.textbbox((0, 0), word, ImageFont.load_default(size)))[2] - box[
-        0
-    ] > 0.84 * big:
+    letters = ImageFont.load_default(size)
+    while (box := pen.textbbox((0, 0), word, letters))[2] - box[0] > 0.84 * big:
         size *= 0.96
-    at = (middle - (box[0] + box[2]) / 2, top + height / 2 - (box[1] + box[3]) / 2)
-    pen.text(at, word, fill=INK, font=ImageFont.load_default(size), stroke_width=big // 160)
+        letters = ImageFont.load_default(size)
+    corner = (middle - (box[0] + box[2]) / 2, top + height / 2 - (box[1] + box[3]) / 2)
+    pen.text(corner, word, fill=INK, font=letters, stroke_width=big // 160)
     return np.asarray(page)
 
 

@@ -91,4 +91,6 @@ def test_another_caption_is_another_one_where_there_is_one() -> None:
 def test_no_pairs_are_no_error(tmp_path: Path) -> None:
     write_run(tmp_path, [row for row in usual_rows() if row["split"] == "held_out_style"])
     section = prior_section(subject(tmp_path), perfect, "diffusion", 2)
-    assert section["tables"] == [] and section["text"] == ["No pair to judge the prior by."]
+    assert section["tables"] == [] and section["text"] == [
+        "Not measured: no held-out or training pairs."
+    ]

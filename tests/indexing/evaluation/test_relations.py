@@ -179,7 +179,9 @@ def test_search_by_the_checker_beats_one_sample_and_a_blind_clip_does_not_help(
         for name, gain in zip(against["head"][3:], gains[3:], strict=True)
         if gain["low"] <= 0 <= gain["high"]
     ]
-    (said,) = [each for each in found["text"] if each.startswith("Not told from plain sampling")]
+    (said,) = [
+        each for each in found["text"] if each.startswith("Not significantly different from plain")
+    ]
     assert (
         untold
         and all(f"{name} for position" in said for name in untold)

@@ -83,7 +83,7 @@ def test_a_clip_that_knows_the_classes_is_right_and_a_blind_one_is_at_nothing(
     blind = measure(tmp_path / "b", [colours_set()], lambda pictures: np.ones((len(pictures), 16)))
     assert (
         blind[0]["tables"][0]["rows"][0][3]["value"] == 0.25
-        and blind[0]["tables"][0]["rows"][0][8] == "not told from chance"
+        and blind[0]["tables"][0]["rows"][0][8] == "not different from chance"
     )
 
 
@@ -158,7 +158,7 @@ def test_no_picture_that_training_saw_is_judged_and_others_take_their_places(
     assert (
         len(scores) == 1 and scores[0][1] == 3 and scores[0][3]["value"] == 1.0
     )  # the plain colours, which training has not
-    drawn = draw_unseen(leaky, 2, 0, encode_images, 24, embedded, tmp_path / "shards")
+    drawn = draw_unseen(leaky, 2, 24, subject(tmp_path))
     assert (
         drawn.images.labels.tolist() == [1, 1]
         and drawn.same_file + drawn.same_picture == drawn.looked_at - 2
@@ -187,7 +187,7 @@ def test_a_seen_picture_is_found_behind_siblings_that_lie_nearer(tmp_path: Path)
     def encode(pictures: Any) -> np.ndarray:
         return np.tile(toward / np.linalg.norm(toward), (len(pictures), 1)).astype(np.float32)
 
-    drawn = draw_unseen(some, 3, 0, encode, 24, embedded, tmp_path / "shards")
+    drawn = draw_unseen(some, 3, 24, subject(tmp_path, images=encode))
     assert (drawn.same_picture, drawn.images.labels.tolist()) == (2, [1])
 
 

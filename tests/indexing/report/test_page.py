@@ -257,7 +257,7 @@ def test_a_page_without_a_recipe_stages_and_losses(tmp_path: Path) -> None:
         "stages": [],
     }
     page = Page(report_page.render(json.loads(json.dumps(facts)), tmp_path / "out"))
-    assert "No stage left a loss." in page.text
+    assert "No stage recorded a loss." in page.text
     assert "recipe" not in page.text
 
 
@@ -304,7 +304,7 @@ def test_package_versions_that_differ_are_all_named() -> None:
     [
         ({"low": 0.3, "high": 0.4, "chance": 0.1, "majority": 0.2}, "above chance and majority"),
         ({"low": 0.15, "high": 0.4, "chance": 0.1, "majority": 0.2}, "above chance, not majority"),
-        ({"low": 0.05, "high": 0.4, "chance": 0.1, "majority": 0.2}, "not told from chance"),
+        ({"low": 0.05, "high": 0.4, "chance": 0.1, "majority": 0.2}, "not different from chance"),
         ({"low": 0.01, "high": 0.05, "chance": 0.1}, "below chance"),
         ({"low": 0.2, "high": 0.4, "chance": 0.1}, "above chance"),
         ({"low": None, "high": None, "chance": 0.1}, ""),
