@@ -15,7 +15,7 @@ from indexing.evaluation.evaluate import EvaluateConfig
 from indexing.metrics.bootstrap import Z_95, mean_figure
 from indexing.report import sections
 from training.generation import latents, reconstruction
-from training.generation.reconstruction import Described
+from training.generation.reconstruction import Described, InversionRow
 from training.generation.unclip import Unclip
 
 COLUMNS = 9
@@ -130,7 +130,7 @@ def _likelihood_table(bounds: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _inversion_table(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
+def _inversion_table(rows: list[InversionRow], config: EvaluateConfig) -> dict[str, Any]:
     by_steps: dict[int, list[Any]] = {}
     for row in rows:
         figure = mean_figure(
