@@ -15,7 +15,7 @@ from indexing.evaluation.evaluate import EvaluateConfig
 from indexing.metrics.bootstrap import Z_95, mean_figure
 from indexing.report import sections
 from training.generation import latents, reconstruction
-from training.generation.reconstruction import Described
+from training.generation.reconstruction import Described, InversionRow
 from training.generation.unclip import Unclip
 
 COLUMNS = 9

@@ -39,6 +39,10 @@ class FileEntry(TypedDict):
 class StageFiles(Protocol):
     """The files of one stage folder, under names relative to it."""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether reading a part of a file costs no more than its bytes."""
+
     def names(self, pattern: str = "**/*") -> list[str]:
         """Return the names that match a glob such as `shards/*.tar`, sorted."""
 
@@ -66,6 +70,11 @@ class FolderFiles:
     """The files of a local folder."""
 
     folder: Path
+
+    @property
+    def is_local(self) -> bool:
+        """See StageFiles."""
+        return True
 
     def names(self, pattern: str = "**/*") -> list[str]:
         """See StageFiles."""
@@ -104,6 +113,11 @@ class StoreFiles:
     key: str
     prefix: str
     digest: str
+
+    @property
+    def is_local(self) -> bool:
+        """See StageFiles."""
+        return False
 
     def names(self, pattern: str = "**/*") -> list[str]:
         """See StageFiles."""

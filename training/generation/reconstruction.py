@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -167,9 +167,20 @@ def likelihood(
     return figures
 
 
+class InversionRow(TypedDict):
+    """Result of DDIM inversion with one number of steps and refinements."""
+
+    steps: int
+    refinements: int
+    calls: int
+    """Network calls for one image, there and back."""
+    psnr_db: list[float]
+    """One for each image."""
+
+
 def inversion(
     decoder: Decoder, pictures: Described, step_counts: Sequence[int]
-) -> list[dict[str, Any]]:
+) -> list[InversionRow]:
     """Map images to noise by DDIM inversion and back by DDIM; return each image's PSNR by step
     count.
 
@@ -182,7 +193,7 @@ def inversion(
     denoise = calibrate(
         denoise, x_0, decoder.schedule, POINTS, generators(range(len(x_0)), Stream.DATA)
     )(denoise)
-    rows = []
+    rows: list[InversionRow] = []
     for steps in (step_count for step_count in step_counts if step_count <= decoder.schedule.T):
         for refinements in REFINEMENTS:
             x_T = ddim_invert(denoise, x_0, decoder.schedule, steps, refinements)

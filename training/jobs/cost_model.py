@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from training.diffusion.process import split
 from training.models.autoregressive_prior import AutoregressivePrior
 from training.models.clip import CLIP, ClipConfig
 from training.models.decoder import Decoder, DecoderConfig
@@ -57,10 +58,8 @@ def clip_cost(config: ClipConfig, vocab_size: int, context: int) -> Cost:
     """Count CLIP for one image and one caption of full length."""
     with torch.device("meta"):
         model = CLIP(config, vocab_size, context)
-        pixels, ids = (
-            torch.zeros(1, 3, config.image_size_px, config.image_size_px),
-            torch.zeros(1, context, dtype=torch.long),
-        )
+        pixels = torch.zeros(1, 3, config.image_size_px, config.image_size_px)
+        ids = torch.zeros(1, context, dtype=torch.long)
     return _count(model, lambda: model.encode_image(pixels).sum() + model.encode_text(ids).sum())
 
 
@@ -68,11 +67,8 @@ def prior_cost(config: PriorConfig, embed_dim: int, vocab_size: int, context: in
     """Count a prior of either kind for a caption of full length."""
     with torch.device("meta"):
         model = make(config, embed_dim, vocab_size, context)
-        z, ids, t = (
-            torch.zeros(1, embed_dim),
-            torch.zeros(1, context, dtype=torch.long),
-            torch.ones(1, dtype=torch.long),
-        )
+        z, ids = torch.zeros(1, embed_dim), torch.zeros(1, context, dtype=torch.long)
+        t = torch.ones(1, dtype=torch.long)
         buckets = torch.zeros(1, config.pca_dims + 1, dtype=torch.long)
     if isinstance(model, AutoregressivePrior):
         return _count(model, lambda: model(buckets, z, ids).sum())
@@ -83,19 +79,13 @@ def decoder_cost(config: DecoderConfig, embed_dim: int, vocab_size: int, context
     """Count the decoder with its caption encoder."""
     with torch.device("meta"):
         model = Decoder(config, embed_dim, vocab_size, context)
-        x_t, t = (
-            torch.zeros(1, 3, config.image_size_px, config.image_size_px),
-            torch.ones(1, dtype=torch.long),
-        )
+        x_t = torch.zeros(1, 3, config.image_size_px, config.image_size_px)
+        t = torch.ones(1, dtype=torch.long)
         z, ids = torch.zeros(1, embed_dim), torch.ones(1, context, dtype=torch.long)
 
     def forward() -> Tensor:
-        prediction: Any = model(x_t, t, model.condition(z, ids))
-        return (
-            sum(part.sum() for part in prediction)
-            if isinstance(prediction, tuple)
-            else prediction.sum()
-        )
+        prediction, fraction = split(model(x_t, t, model.condition(z, ids)))
+        return prediction.sum() if fraction is None else prediction.sum() + fraction.sum()
 
     return _count(model, forward)
 
@@ -116,13 +106,17 @@ class _SavedTensors(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.own = {id(p) for p in model.parameters()}
+        self.parameter_ids = {id(p) for p in model.parameters()}
         self.tensors: dict[int, Tensor] = {}
         self.is_in_attention = False
 
     def keep(self, x: Tensor) -> Tensor:
         base = x if x._base is None else x._base
-        if not self.is_in_attention and id(base) not in self.own and x.is_floating_point():
+        if (
+            not self.is_in_attention
+            and id(base) not in self.parameter_ids
+            and x.is_floating_point()
+        ):
             self.tensors[id(base)] = base
         return x
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -328,6 +328,20 @@ def _adopt(config: ClipConfig, tokens: TokenizerConfig, out: Path, work: Path) -
     return {"parameters": sum(p.numel() for p in model.parameters()), **source}
 
 
+class Job(TypedDict):
+    """A training as its workers get it from Ray Train."""
+
+    fit: str
+    """Name of the `fit_*` function."""
+    section: str
+    """The model's config section as JSON."""
+    paths: dict[str, str]
+    """Folders of the stages that it reads, by stage."""
+    work: str
+    threads: int
+    use_gpu: bool
+
+
 Fit = Callable[[Any, dict[str, Path], Path, str], tuple[nn.Module, dict[str, Tensor]]]
 
 
@@ -364,7 +378,7 @@ def _train(
     UnclipError of a worker, or one that says why the training failed.
     """
     work = folders.work
-    job = {
+    job: Job = {
         "fit": fit.__name__,
         "section": config.model_dump_json(),
         "paths": folders.inputs,
@@ -405,7 +419,7 @@ def _hand_over(work: Path, out: Path) -> None:
         shutil.copyfile(work / "tokenizer.json", out / "tokenizer.json")
 
 
-def _run_group(job: dict[str, Any], name: str, cluster: ClusterConfig, workers: int) -> None:
+def _run_group(job: Job, name: str, cluster: ClusterConfig, workers: int) -> None:
     """Train data-parallel with Ray Train."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -413,7 +427,7 @@ def _run_group(job: dict[str, Any], name: str, cluster: ClusterConfig, workers: 
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     TorchTrainer(
         _worker,
-        train_loop_config=job,
+        train_loop_config=dict(job),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
@@ -430,14 +444,14 @@ def _run_group(job: dict[str, Any], name: str, cluster: ClusterConfig, workers: 
     ).fit()
 
 
-def _worker(job: dict[str, Any]) -> None:
+def _worker(job: Job) -> None:
     """Run on every Ray Train worker."""
     import ray.train
 
     ray.train.report({"images_seen": _fit(job)})
 
 
-def _fit(job: dict[str, Any]) -> int:
+def _fit(job: Job) -> int:
     """What every worker does: train as the job says and write the model. Returns the images
     seen.
     """

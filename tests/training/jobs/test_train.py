@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -123,7 +123,8 @@ def test_a_worker_waits_for_the_others_as_long_as_the_cluster_section_says(
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     for cluster in (ClusterConfig(), ClusterConfig(collective_timeout_s=7)):
-        train._run_group({"work": str(tmp_path)}, "clip", cluster, 2)
+        job = cast(train.Job, {"work": str(tmp_path)})
+        train._run_group(job, "clip", cluster, 2)
     assert [each.timeout_s for each in asked] == [1800, 7]
 
 
