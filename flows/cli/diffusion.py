@@ -23,6 +23,7 @@ from flows.cli.option_groups import option_groups
 from flows.cli.options import Json, print_json
 from flows.config.roots import open_for
 from infra.errors import CallerError
+from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import pinned_copy
 
 if TYPE_CHECKING:
@@ -285,7 +286,7 @@ def _pictures(
 
     if files:
         return reconstruction.read_files(model, files)
-    shards = pinned_copy(stages["ingest"].files, "shards/*") / "shards"
+    shards = ShardReader(stages["ingest"].files)
     side_px = model.decoder.config.image_size_px
     figures_read = reconstruction.read(
         pinned_copy(stages["embed"].files),

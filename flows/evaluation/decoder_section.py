@@ -14,6 +14,7 @@ from flows.images.png import write_sheet
 from indexing.evaluation.evaluate import EvaluateConfig
 from indexing.metrics.bootstrap import Z_95, mean_figure
 from indexing.report import sections
+from infra.storage.shard_reader import ShardReader
 from training.generation import latents, reconstruction
 from training.generation.reconstruction import Described, InversionRow
 from training.generation.unclip import Unclip
@@ -25,7 +26,7 @@ SPLIT = "held_out_concept"
 
 
 def section(
-    config: EvaluateConfig, model: Unclip, embed: Path, shards: Path, out: Path
+    config: EvaluateConfig, model: Unclip, embed: Path, shards: ShardReader, out: Path
 ) -> sections.ReportSection:
     """Return the report's section on the decoder; write its PNG files into `out`/pictures."""
     side_px, seed = model.decoder.config.image_size_px, config.seed
@@ -121,7 +122,7 @@ def _likelihood_table(bounds: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _inversion_table(rows: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
+def _inversion_table(rows: list[InversionRow], config: EvaluateConfig) -> dict[str, Any]:
     """Return the table of the PSNR of DDIM inversion by step count."""
     by_steps: dict[int, list[Any]] = {}
     for row in rows:

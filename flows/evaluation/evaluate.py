@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.runs.stage import Counts, StageJob
 from infra.console.progress import Progress
+from infra.storage.shard_reader import ShardReader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,12 +31,17 @@ def run(job: StageJob) -> Counts:
     from indexing.evaluation.evaluate import evaluate
     from training.generation.unclip import Unclip
 
-    folders = {name: job.local_copy(committed) for name, committed in job.inputs.items()}
+    folders = {
+        name: job.local_copy(committed)
+        for name, committed in job.inputs.items()
+        if name != "ingest"
+    }
+    shards = ShardReader(job.inputs["ingest"].files)
     model = Unclip.load(folders["clip"], folders["prior"], folders["decoder"])
     config = job.config.evaluate
     metrics = {name: read_metrics(folders[name] / "metrics.jsonl") for name in TRAINED}
     clip = (model.encode_texts, model.encode_images)
-    embedded, shards = open_embedded(folders["embed"]), folders["ingest"] / "shards"
+    embedded = open_embedded(folders["embed"])
     subject = Subject(embedded, shards, *clip, config.resamples, config.seed, job.out)
     stages = [committed.manifest for committed in job.inputs.values()]
     with Progress("evaluate", None, "pictures drawn") as progress:
@@ -75,7 +81,7 @@ def sections_of(
     from indexing.evaluation.dedup_section import copies_section
     from indexing.evaluation.prior import prior_section
 
-    config, embed, shards = job.config.evaluate, folders["embed"], folders["ingest"] / "shards"
+    config, embed, shards = job.config.evaluate, folders["embed"], subject.shards
     prior = model.prior.config
 
     def predict(captions: list[str], seed: int, best_of: int | None) -> "np.ndarray":

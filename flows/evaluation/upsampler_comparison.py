@@ -8,31 +8,38 @@ import json
 from pathlib import Path
 from typing import Any
 
+from infra.storage.shard_reader import ShardReader
+from infra.storage.stage_files import StageFiles
+from infra.storage.stage_output import StageOutput
+
 MAX_COMPARED, MAX_IMAGE_ROWS = 64, 6
 
 
-def compare(stage: str, out: Path, ingest: Path, curate: Path) -> dict[str, Any]:
-    """Compare the up-sampler in `out` with interpolation; return the figures by split.
+def compare(
+    stage: str, output: StageOutput, out: Path, shards: ShardReader, keep_list: StageFiles
+) -> dict[str, Any]:
+    """Compare the up-sampler in `output` with interpolation; return the figures by split.
 
     Writes `comparison.json` and, if there are held-out images, `comparison.png` into `out`.
     """
     import numpy as np
 
     from flows.images.png import write_sheet
-    from training.data.image_reader import Pictures, read_table
+    from training.data.image_reader import Pictures, read_rows
     from training.generation import upsampling_eval
     from training.models import upsampler_cascade
 
-    model = upsampler_cascade.load(out)
+    with output.local_copy("config.json", "weights.safetensors") as folder:
+        model = upsampler_cascade.load(folder)
     comparison: dict[str, Any] = {}
     rows, image_rows = [], []
     for split in ("held_out_style", "held_out_concept"):
-        table = read_table(curate / "keep.parquet", split)
+        table = read_rows(keep_list, "keep.parquet", split)
         if not table.num_rows:
             continue
         spread = np.linspace(0, table.num_rows - 1, min(MAX_COMPARED, table.num_rows))
         picks = np.unique(spread.round().astype(int))
-        reader = Pictures(table.take(picks), ingest / "shards", model.config.image_size_px)
+        reader = Pictures(table.take(picks), shards, model.config.image_size_px)
         figures, enlarged = upsampling_eval.compare(model, reader[range(len(picks))].numpy())
         comparison[split] = figures
         for index in range(min(MAX_IMAGE_ROWS, len(picks))):

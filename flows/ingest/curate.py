@@ -33,6 +33,8 @@ from infra.schemas import (
 )
 from infra.settings import Section
 from infra.storage.removal_log import Removals
+from infra.storage.shard_reader import ShardReader
+from infra.storage.stage_files import StageFiles
 
 MAX_PHRASINGS = 16
 BATCH_ROWS = 10_000
@@ -77,7 +79,13 @@ class CurateConfig(Section):
         }
 
 
-def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Removals()) -> Counts:
+def run(
+    config: CurateConfig,
+    ingest: StageFiles,
+    out: Path,
+    removals: Removals = Removals(),
+    images: int | None = None,
+) -> Counts:
     """Write the keep list of an ingest folder and return the counts; `in` = `out` + all that was
     dropped.
 
@@ -86,15 +94,17 @@ def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Remo
     not read, or when nothing is left to train on.
     """
     out.mkdir(parents=True, exist_ok=True)
-    shards = sorted((ingest / "shards").glob("*.tar"), key=lambda shard: int(shard.stem))
+    shards = sorted(ingest.names("shards/*.tar"), key=lambda name: int(Path(name).stem))
     if not shards:
-        raise DataError(f"{ingest / 'shards'} holds no shard: run the ingest stage first")
+        raise DataError(f"{ingest.address()} holds no shard: run the ingest stage first")
     candidates = out / "candidates.parquet"
     with pq.ParquetWriter(out / "dropped.parquet", DROPPED) as dropped:
-        seen, ranks, reasons = write_candidates(config, shards, candidates, dropped, removals)
+        seen, ranks, reasons = write_candidates(
+            config, ingest, shards, candidates, dropped, removals, images
+        )
         is_keeper = keepers(ranks) if config.drop_duplicates else np.ones(len(ranks), bool)
         evaluation_images = (
-            leaks(candidates, ranks["is_train"], ingest / "shards")
+            leaks(candidates, ranks["is_train"], ShardReader(ingest, is_sequential=True))
             if config.decontaminate
             else np.full(len(ranks), -1)
         )
@@ -129,10 +139,12 @@ def run(config: CurateConfig, ingest: Path, out: Path, removals: Removals = Remo
 
 def write_candidates(
     config: CurateConfig,
-    shards: list[Path],
+    ingest: StageFiles,
+    shards: list[str],
     path: Path,
     dropped: pq.ParquetWriter,
     removals: Removals,
+    images: int | None,
 ) -> tuple[int, np.ndarray, Counter[str]]:
     """Judge every image of the shards; returns how many there were, the ranks of those that passed,
     the others' reasons.
@@ -140,13 +152,12 @@ def write_candidates(
     ranks: list[np.ndarray] = []
     reasons: Counter[str] = Counter()
     seen = 0
-    total = sum(pq.ParquetFile(shard.with_suffix(".parquet")).metadata.num_rows for shard in shards)
-    with pq.ParquetWriter(path, KEEP) as writer, Progress("curate", total) as progress:
+    with pq.ParquetWriter(path, KEEP) as writer, Progress("curate", images) as progress:
         for shard in shards:
             judgements = sorted(
                 (
                     (row, "removed" if removals.has(row) else reason)
-                    for row, reason in judged(shard, config)
+                    for row, reason in judged(ingest, shard, config)
                 ),
                 key=lambda judgement: str(judgement[0]["key"]),
             )
@@ -178,16 +189,17 @@ def write_candidates(
     return seen, np.concatenate(ranks), reasons
 
 
-def judged(shard: Path, config: CurateConfig) -> Iterator[tuple[Row, str]]:
+def judged(ingest: StageFiles, shard: str, config: CurateConfig) -> Iterator[tuple[Row, str]]:
     """Yield (row of KEEP, reason to drop it or "") for every image of a shard, reading the tar once
     from front to back.
 
     Raises DataError when tar and parquet disagree or the tar does not read whole.
     """
-    table = pq.read_table(shard.with_suffix(".parquet"))
+    with ingest.open(shard.replace(".tar", ".parquet")) as file:
+        table = pq.read_table(file)
     by_key = {item["key"]: item for item in table.to_pylist() if item["status"] == "success"}
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with ingest.open(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
                 if suffix in ("txt", "json"):
@@ -198,7 +210,7 @@ def judged(shard: Path, config: CurateConfig) -> Iterator[tuple[Row, str]]:
                         f"shard {shard} holds {member.name}, of which its parquet knows nothing: "
                         "run the ingest stage again"
                     )
-                yield judge(stream.read(), by_key.pop(key), shard.name, member, config)
+                yield judge(stream.read(), by_key.pop(key), Path(shard).name, member, config)
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
             f"shard {shard} does not read ({error}): run the ingest stage again"
@@ -289,7 +301,7 @@ def duplicates(batch: pa.RecordBatch) -> pa.Table:
     return pa.Table.from_pylist(rows, DROPPED)
 
 
-def leaks(candidates: Path, is_train: np.ndarray, shards: Path) -> np.ndarray:
+def leaks(candidates: Path, is_train: np.ndarray, shards: ShardReader) -> np.ndarray:
     """Return for each training image the row of the held-out one that it looks like, else -1.
     Memory: some 50 bytes an image.
     """

@@ -29,6 +29,7 @@ from infra.storage.removal_log import (
     read_entry,
     read_removals,
 )
+from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
 from infra.storage.store import Root
 
@@ -153,8 +154,7 @@ def _open_segment(vectors: StageFiles, pictures: StageFiles, name: str) -> "Segm
 
     copies = ExitStack()
     index = Index.open(copies.enter_context(vectors.local_copy()))
-    shards = copies.enter_context(pictures.local_copy("shards/*.tar")) / "shards"
-    segment = Segment(index, shards, name)
+    segment = Segment(index, ShardReader(pictures), name)
     weakref.finalize(segment, copies.close)
     return segment
 

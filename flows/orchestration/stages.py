@@ -13,6 +13,8 @@ from flows.runs.stage import UPSAMPLERS, Counts, Stage, StageJob
 from infra.compute import cluster
 from infra.storage import manifests
 from infra.storage.manifests import Committed
+from infra.storage.shard_reader import ShardReader
+from infra.storage.stage_files import StageFiles
 
 if TYPE_CHECKING:  # the sections import torch and faiss, which planning does not need
     from flows.config.run_config import RunConfig
@@ -48,34 +50,35 @@ def run_ingest(job: StageJob) -> Counts:
 def run_curate(job: StageJob) -> Counts:
     import flows.ingest.curate as curate
 
-    return curate.run(
-        job.config.curate, job.local_copy(job.inputs["ingest"]), job.out, job.removals
-    )
+    ingest = job.inputs["ingest"]
+    images = ingest.manifest["counts"]["out"]
+    return curate.run(job.config.curate, ingest.files, job.out, job.removals, images)
 
 
 def run_clip(job: StageJob) -> Counts:
     from training.jobs import train
 
     job.cluster.start()
-    ingest, curate = job.local_copy(job.inputs["ingest"]), job.local_copy(job.inputs["curate"])
-    return train.train_clip(
-        job.config.tokenizer, job.config.clip, job.config.cluster, ingest, curate, job.out, job.work
-    )
+    folders = train.TrainingFolders(job.input_files("ingest", "curate"), job.output, job.state)
+    return train.train_clip(job.config.tokenizer, job.config.clip, job.config.cluster, folders)
 
 
 def run_embed(job: StageJob) -> Counts:
     from training.jobs import embed
 
     job.cluster.start()
-    ingest, curate, clip = (
-        job.local_copy(job.inputs[name]) for name in ("ingest", "curate", "clip")
-    )
-    before = job.previous
+    files, before = job.input_files("ingest", "curate", "clip"), job.previous
     is_same = before and before.manifest["stage_version"] == EMBED_VERSION
-    if before and is_same and before.manifest["input_digests"]["clip"] == job.inputs["clip"].digest:
-        embed.know(job.local_copy(before), job.work)
-    folders = embed.EmbedFolders(ingest, curate, clip, job.out, job.work)
-    return embed.run(job.config.embed, job.config.cluster, folders, job.inputs["clip"].key)
+    if is_same and before:
+        is_same = before.manifest["input_digests"]["clip"] == job.inputs["clip"].digest
+    folders = embed.EmbedFolders(
+        **files,
+        output=job.output,
+        work=job.state,
+        previous=before.files if before and is_same else None,
+    )
+    clip_key = job.inputs["clip"].key
+    return embed.run(job.config.embed, job.config.cluster, folders, clip_key, job.out)
 
 
 def run_index(job: StageJob) -> Counts:
@@ -115,10 +118,9 @@ def run_dedup(job: StageJob) -> Counts:
 
     assert job.config.dedup, "a stage without its section is not planned"
     _, encode_images, side_px = embed.encoders(job.local_copy(job.inputs["clip"]))
-    shards = job.local_copy(job.inputs["ingest"]) / "shards"
     return deduplicate.run(
         job.config.dedup,
-        shards,
+        ShardReader(job.inputs["ingest"].files),
         job.local_copy(job.inputs["embed"]),
         encode_images,
         side_px,
@@ -126,31 +128,27 @@ def run_dedup(job: StageJob) -> Counts:
     )
 
 
-def trained_embeddings(job: StageJob) -> Path:
-    """Return the folder of the training embeddings: dedup's if the recipe has it, else embed's."""
-    return job.local_copy(job.inputs["dedup" if "dedup" in job.inputs else "embed"])
+def trained_embeddings(job: StageJob) -> StageFiles:
+    """Return the files of the training embeddings: dedup's if the recipe has it, else embed's."""
+    return job.inputs["dedup" if "dedup" in job.inputs else "embed"].files
 
 
 def run_prior(job: StageJob) -> Counts:
     from training.jobs import train
 
     job.cluster.start()
-    clip, embed = job.local_copy(job.inputs["clip"]), trained_embeddings(job)
-    return train.train_prior(job.config.prior, job.config.cluster, clip, embed, job.out, job.work)
+    files = {**job.input_files("clip"), "embed": trained_embeddings(job)}
+    folders = train.TrainingFolders(files, job.output, job.state)
+    return train.train_prior(job.config.prior, job.config.cluster, folders)
 
 
 def run_decoder(job: StageJob) -> Counts:
     from training.jobs import train
 
     job.cluster.start()
-    ingest, clip, embed = (
-        job.local_copy(job.inputs["ingest"]),
-        job.local_copy(job.inputs["clip"]),
-        trained_embeddings(job),
-    )
-    return train.train_decoder(
-        job.config.decoder, job.config.cluster, ingest, clip, embed, job.out, job.work
-    )
+    files = {**job.input_files("ingest", "clip"), "embed": trained_embeddings(job)}
+    folders = train.TrainingFolders(files, job.output, job.state)
+    return train.train_decoder(job.config.decoder, job.config.cluster, folders)
 
 
 def run_upsampler(job: StageJob) -> Counts:
@@ -158,16 +156,14 @@ def run_upsampler(job: StageJob) -> Counts:
     from training.jobs import train
 
     job.cluster.start()
-    ingest, keep_list = (
-        job.local_copy(job.inputs["ingest"]),
-        job.local_copy(job.inputs["dedup" if "dedup" in job.inputs else "curate"]),
+    keep_list = job.inputs["dedup" if "dedup" in job.inputs else "curate"].files
+    files = {**job.input_files("ingest"), "curate": keep_list}
+    folders = train.TrainingFolders(files, job.output, job.state)
+    counts = train.train_upsampler(getattr(job.config, job.stage), job.config.cluster, folders)
+    comparison = upsampler_comparison.compare(
+        job.stage, job.output, job.out, folders.shards, keep_list
     )
-    counts = train.train_upsampler(
-        getattr(job.config, job.stage), job.config.cluster, ingest, keep_list, job.out, job.work
-    )
-    return counts | {
-        "comparison": upsampler_comparison.compare(job.stage, job.out, ingest, keep_list)
-    }
+    return counts | {"comparison": comparison}
 
 
 def run_evaluate(job: StageJob) -> Counts:

@@ -13,6 +13,9 @@ from infra.compute.cluster import Cluster
 from infra.storage import manifests
 from infra.storage.manifests import Committed
 from infra.storage.removal_log import Removals
+from infra.storage.stage_files import StageFiles
+from infra.storage.stage_output import StageOutput
+from infra.storage.work_folder import WorkFolder
 
 if TYPE_CHECKING:  # the sections import torch and faiss, which planning does not need
     from flows.config.run_config import RunConfig
@@ -27,7 +30,11 @@ State = Literal["current", "stale", "missing"]
 
 @dataclass(frozen=True)
 class StageJob:
-    """The arguments of a stage's adapter; after it returns, the caller commits `out`."""
+    """The arguments of a stage's adapter.
+
+    After it returns, the caller commits the files in `out` and those of the parts that were
+    recorded in `output`.
+    """
 
     stage: str
     key: str
@@ -35,6 +42,8 @@ class StageJob:
     inputs: Mapping[str, Committed]
     out: Path
     """An empty local folder."""
+    output: StageOutput
+    """Where tasks on any node put finished files and record parts; killed attempts keep theirs."""
     work: Path
     """A local folder for state to resume from; it survives killed attempts of the same key."""
     cluster: Cluster
@@ -44,6 +53,15 @@ class StageJob:
     """The stage's last commit, under another key; results for the same inputs may be reused."""
     copies: ExitStack = field(default_factory=ExitStack)
     """Local copies of committed folders, which the caller releases when the adapter returns."""
+
+    @property
+    def state(self) -> WorkFolder:
+        """State to resume from, on whatever node."""
+        return WorkFolder(self.output.root, f"{self.stage}/{self.key}")
+
+    def input_files(self, *names: str) -> dict[str, StageFiles]:
+        """Return the files of these inputs, by stage."""
+        return {name: self.inputs[name].files for name in names}
 
     def local_copy(self, committed: Committed, *patterns: str) -> Path:
         """Return a local folder with the files that match, or all; it stays for this job."""

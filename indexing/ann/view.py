@@ -10,7 +10,6 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from indexing.ann.keys import hashes_of, number_of, numbers_of
 from indexing.data.embedding_store import Floats, Rows, unit
 from infra.schemas import EMBEDDED
 from infra.storage.removal_log import Removals
+from infra.storage.shard_reader import ShardReader
 
 Mask = NDArray[np.bool_]
 Position = tuple[int, int, float]
@@ -67,7 +67,7 @@ class Segment:
     another `name`.
     """
 
-    def __init__(self, index: Index, shards: Path, name: str = "") -> None:
+    def __init__(self, index: Index, shards: ShardReader, name: str = "") -> None:
         self.index, self.shards, self.name = index, shards, name
         self.pictures = hashes_of(index.column("sha256"))  # (N,) equal for equal pictures
         self._lock = Lock()

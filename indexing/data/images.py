@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from infra.errors import DataError
+from infra.storage.shard_reader import ShardReader
 
 Pixels = NDArray[np.uint8]
 Square = Callable[[NDArray[Any], int], Pixels]
@@ -26,7 +27,7 @@ memory of the picture."""
 INK, PAPER = (34, 37, 43), (255, 255, 255)
 
 
-def read_picture(row: Mapping[str, Any], shards: Path, side_px: int) -> Pixels:
+def read_picture(row: Mapping[str, Any], shards: ShardReader, side_px: int) -> Pixels:
     """Read the picture of a row (schema infra.schemas.KEEP) as a square with that side; transparent
     and missing parts are white.
 
@@ -34,9 +35,7 @@ def read_picture(row: Mapping[str, Any], shards: Path, side_px: int) -> Pixels:
     """
     name = f"{row['shard']}/{row['member']}"
     try:
-        with (shards / row["shard"]).open("rb") as file:
-            file.seek(row["offset"])
-            data = file.read(row["size_bytes"])
+        data = shards.read(row["shard"], row["offset"], row["size_bytes"])
     except OSError as error:
         raise DataError(
             f"cannot read {name} in {shards} ({error.strerror}): delete that ingest folder and "

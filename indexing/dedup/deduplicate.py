@@ -45,6 +45,7 @@ from infra.compute.memory import PeakMemory
 from infra.errors import DataError
 from infra.schemas import EMBEDDED, open_parquet
 from infra.settings import Section
+from infra.storage.shard_reader import ShardReader
 
 REASONS = ("", "equal", "alike", "near", "evaluation_equal", "evaluation_alike", "evaluation_near")
 """Why a pair is dropped; the last three are copies of an evaluation picture. "" is a pair that
@@ -108,7 +109,7 @@ class Inputs:
     parts: list[NDArray[Any]]
     looks: Looks
     metadata: Path
-    shards: Path
+    shards: ShardReader
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Verdicts:
 
 def run(
     config: DedupConfig,
-    shards: Path,
+    shards: ShardReader,
     embed: Path,
     encode_images: EncodeImages,
     side_px: int,
@@ -186,14 +187,14 @@ def run(
     return {**counts, "peak_bytes": memory.bytes}
 
 
-def _read_inputs(embed: Path, shards: Path, thumbs: Path) -> Inputs:
+def _read_inputs(embed: Path, shards: ShardReader, thumbs: Path) -> Inputs:
     """Read the pairs and look at all pictures once; their small copies go to the file `thumbs`."""
     _, count, dim = read_facts(embed)
     metadata = embed / "metadata"
     return Inputs(
         read_pairs(metadata, count),
         open_parts(embed / "img_emb", count, dim),
-        look_at(metadata_batches(metadata, LOCATION), shards, thumbs),
+        look_at(metadata_batches(metadata, LOCATION), shards.sequential(), thumbs),
         metadata,
         shards,
     )
@@ -472,7 +473,7 @@ def write_groups(
 def show(
     copy_groups: Sequence[tuple[int, list[int]]],
     locations: Sequence[dict[str, Any]] | Mapping[int, dict[str, Any]],
-    shards: Path,
+    shards: ShardReader,
     titles: Sequence[str],
     file: Path,
 ) -> None:

@@ -19,6 +19,7 @@ from indexing.data.images import read_picture
 from indexing.dedup.grouping import BLOCK_ROWS, MAX_BITS, MAX_RMS, THUMB_PX, look_of
 from indexing.dedup.near_pairs import NearPictures
 from infra.errors import DataError
+from infra.storage.shard_reader import ShardReader
 
 READERS = 4
 LOOK_PX = 64
@@ -32,7 +33,7 @@ class Looks(NamedTuple):
     thumbs: NDArray[np.uint8]
 
 
-def look_at(batches: Iterable[pa.RecordBatch], shards: Path, file: Path) -> Looks:
+def look_at(batches: Iterable[pa.RecordBatch], shards: ShardReader, file: Path) -> Looks:
     """Read the pictures of all rows and return their looks; the small copies go to `file`.
 
     Raises DataError where a picture cannot be read or there is none.

@@ -8,7 +8,6 @@ Legend: N pictures, K labels, G labelled pictures, S side.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from indexing.data.held_out import Embedded
 from indexing.data.images import Pixels, read_picture
 from indexing.metrics.bootstrap import Figure, mean_figure
 from indexing.scenes.judges import ReadText, character_accuracy
+from infra.storage.shard_reader import ShardReader
 
 MAX_LABELLED = 8
 """Maximum number of pictures of a label that a variation is compared with."""
@@ -59,7 +59,7 @@ def look_alikes(
     embedded: Embedded,
     names: Sequence[str],
     without: set[str],
-    shards: Path,
+    shards: ShardReader,
     side_px: int,
     seed: int,
 ) -> tuple[Looks | None, int]:

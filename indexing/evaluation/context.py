@@ -6,6 +6,7 @@ from pathlib import Path
 from indexing.data.held_out import Embedded
 from indexing.metrics.clip_score import EncodeImages
 from indexing.metrics.zero_shot import EncodeTexts
+from infra.storage.shard_reader import ShardReader
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class Subject:
     """A run's embedded pairs and the CLIP that embedded them, as callables for vectors (N, D)."""
 
     embedded: Embedded
-    shards: Path
+    shards: ShardReader
     """Ingest's folder with the pictures of the pairs."""
     encode_texts: EncodeTexts
     encode_images: EncodeImages

@@ -16,6 +16,7 @@ from indexing.dedup.deduplicate import MAX_LISTED_COPIES, MAX_LISTED_GROUPS, sho
 from indexing.metrics.bootstrap import Figure, wilson
 from indexing.report.sections import Picture, ReportSection, Table, picture, section, table
 from infra.schemas import EMBEDDED
+from infra.storage.shard_reader import ShardReader
 
 REASONS = {
     "equal": "equal bytes",
@@ -29,7 +30,7 @@ CAPTION_CHARS = 60
 
 
 def copies_section(
-    folder: Path, embed: Path, shards: Path, counts: Mapping[str, Any], out: Path
+    folder: Path, embed: Path, shards: ShardReader, counts: Mapping[str, Any], out: Path
 ) -> ReportSection:
     """Return the section for a dedup folder and write `out`/pictures/copies.png.
 
@@ -85,7 +86,7 @@ def _threshold_words(chosen: Mapping[str, Any]) -> str:
 
 
 def _groups(
-    dropped: list[dict[str, Any]], embed: Path, shards: Path, out: Path
+    dropped: list[dict[str, Any]], embed: Path, shards: ShardReader, out: Path
 ) -> tuple[list[Table], list[Picture]]:
     """Return a table of the largest groups and their picture; two empty lists without groups."""
     groups: dict[str, list[dict[str, Any]]] = {}

@@ -28,6 +28,7 @@ from indexing.metrics.clip_score import (
     nearest_by_pixels,
     pair_clip_score,
 )
+from infra.storage.shard_reader import ShardReader
 
 THUMBNAIL_PX = 64
 READERS = 4
@@ -197,7 +198,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "prompt"
 
 
-def write_training_picture(row: dict[str, Any], shards: Path, folder: Path) -> str:
+def write_training_picture(row: dict[str, Any], shards: ShardReader, folder: Path) -> str:
     """Write the thumbnail of a row's picture unless it exists; return its name in the report."""
     file = folder / f"key-{slug(row['key'])}.png"
     if not file.exists():
@@ -216,7 +217,7 @@ def _vectors(embedded: Embedded, rows: Rows) -> Iterator[Floats]:
 
 
 def _training_pictures(
-    embedded: Embedded, rows: Rows, shards: Path, side_px: int
+    embedded: Embedded, rows: Rows, shards: ShardReader, side_px: int
 ) -> Iterator[NDArray[np.uint8]]:
     def read(row: dict[str, Any]) -> Pixels:
         return read_picture(row, shards, side_px)

@@ -27,6 +27,7 @@ from indexing.metrics.zero_shot import EncodeTexts, class_embeddings, score
 from indexing.report import sections
 from indexing.report.page import verdict
 from infra.settings import Section
+from infra.storage.shard_reader import ShardReader
 
 SIDE_PX = 96
 SHOTS = (1, 2, 4, 8, 16)
@@ -263,7 +264,11 @@ def _is_new_file(
 
 
 def _is_seen(
-    pixels: Pixels, vectors: Floats, train: NDArray[np.int64], embedded: Embedded, shards: Path
+    pixels: Pixels,
+    vectors: Floats,
+    train: NDArray[np.int64],
+    embedded: Embedded,
+    shards: ShardReader,
 ) -> NDArray[np.bool_]:
     """Return which pictures (N,) look equal to one of their LOOKED_AT nearest training pictures.
 

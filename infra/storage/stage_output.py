@@ -86,6 +86,17 @@ class StageOutput:
         file.unlink()
         return {**entry, "etag": etag} if etag else entry
 
+    @contextmanager
+    def local_copy(self, *names: str) -> Iterator[Path]:
+        """Provide a local folder with files that were put, while the block runs."""
+        if self.root.folder:
+            yield self.folder
+            return
+        with self.temporary_folder() as folder:
+            for name in names:
+                store.download(self.root, f"{self.path}/{name}", folder / name)
+            yield folder
+
     def put_tree(self, folder: Path) -> list[PutEntry]:
         """Put all files of a local folder under their relative names; it is empty afterwards."""
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -106,7 +117,10 @@ class StageOutput:
         return finished
 
     def finished_parts(self) -> dict[str, Part]:
-        """Return the records of all finished parts, by part."""
+        """Return the records of all finished parts, by part.
+
+        A part whose files are no longer there with their size counts as not finished.
+        """
         names = [
             name for name in store.list_names(self.root, self._parts) if name.endswith(".json")
         ]
@@ -114,15 +128,25 @@ class StageOutput:
             records = pool.map(
                 lambda name: store.read_json(self.root, f"{self._parts}/{name}"), names
             )
-            return {
+            finished = {
                 name.removesuffix(".json"): record
                 for name, record in zip(names, records, strict=True)
                 if record is not None
             }
+        sizes = store.file_sizes(self.root, self._files) if finished else {}
+        return {
+            part: record
+            for part, record in finished.items()
+            if all(sizes.get(file["path"]) == file["bytes"] for file in record["files"])
+        }
 
     def forget(self, part: str) -> None:
         """Remove the record of a part, so that it is made again."""
         store.remove(self.root, f"{self._parts}/{part}.json")
+
+    @property
+    def _files(self) -> str:
+        return f"{_work(self.stage, self.key)}/{OUTPUT}" if self.root.folder else self.path
 
     @property
     def _parts(self) -> str:

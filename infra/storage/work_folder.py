@@ -5,6 +5,7 @@ both are the same folder, and publishing does nothing. In a store the published 
 `work/<stage>/<key>/state/` until the stage is committed. Knows nothing of what the files hold.
 """
 
+import secrets
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class WorkFolder:
         path = self.path(name)
         if self.root.folder:
             return path if path.exists() else None
-        part = path.with_name(f".{path.name}.{threading.get_ident():x}.fetched")
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.fetched")
         try:
             store.download(self.root, self._published(name), part)
             part.replace(path)

@@ -21,6 +21,8 @@ from training.data.image_reader import read_table
 from training.models.clip import CLIP, embed_texts
 from training.models.tokenizer import PAD, Tokenizer
 
+FILES = ("metadata/*.parquet", "img_emb/*.npy")
+"""The files of an embed folder that are read here."""
 TOKENISED = 1 << 16
 """Texts tokenised at once."""
 SAMPLED = 1 << 17

@@ -8,13 +8,12 @@ files.
 
 import hashlib
 import struct
-import threading
 import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -26,6 +25,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from infra.errors import CallerError, DataError
+from infra.storage.shard_reader import ShardReader
+from infra.storage.stage_files import StageFiles
 from training.models.preprocessing import WHOLE, Interpolation, Look
 
 READERS = 4
@@ -60,6 +61,18 @@ def read_table(
     return pa.concat_tables(
         [pq.read_table(file, columns=columns, filters=filters) for file in files]
     )
+
+
+def read_rows(
+    files: StageFiles, pattern: str, split: str | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Read a stage's parquet files that match a glob, as `read_table` does."""
+    filters = None if split is None else [("split", "=", split)]
+    tables = []
+    for name in files.names(pattern):
+        with files.open(name) as file:
+            tables.append(pq.read_table(file, columns=columns, filters=filters))
+    return pa.concat_tables(tables)
 
 
 def decode(data: bytes, side_px: int, name: str, look: Look = WHOLE) -> np.ndarray:
@@ -199,7 +212,7 @@ class Pictures:
     def __init__(
         self,
         table: pa.Table,
-        shards: Path,
+        shards: ShardReader,
         side_px: int,
         look: Look = WHOLE,
         readers: int = READERS,
@@ -213,7 +226,6 @@ class Pictures:
         self.rank = np.empty(len(in_order), np.int64)
         self.rank[in_order] = np.arange(len(in_order))
         self.readers = ThreadPoolExecutor(readers)
-        self.opened = threading.local()
         self.waited_s = 0.0
         """Seconds spent waiting for images that were not read yet."""
         self.cache: Tensor | None = None
@@ -221,12 +233,17 @@ class Pictures:
         if len(self) * side_px * side_px * 3 <= (
             CACHE_BYTES if cache_bytes is None else cache_bytes
         ):
-            cache = torch.empty(len(self), side_px, side_px, 3, dtype=torch.uint8)
-            for row, picture in zip(
-                in_order.tolist(), self.readers.map(self._read, in_order.tolist()), strict=True
-            ):
-                cache[row] = torch.from_numpy(picture)
-            self.cache = cache
+            self.cache = self._read_all(in_order.tolist())
+
+    def _read_all(self, in_order: list[int]) -> Tensor:
+        """Read all images shard by shard; return them as uint8 (len(self), S, S, 3)."""
+        cache = torch.empty(len(self), self.side_px, self.side_px, 3, dtype=torch.uint8)
+        shards = self.shards.sequential()
+        read = partial(self._read, shards=shards)
+        for row, picture in zip(in_order, self.readers.map(read, in_order), strict=True):
+            cache[row] = torch.from_numpy(picture)
+        shards.close()
+        return cache
 
     def __len__(self) -> int:
         return int(self.places.num_rows)
@@ -245,30 +262,16 @@ class Pictures:
         """Start to read and decode rows that are needed soon, in the order of the shards."""
         if self.cache is None:
             new = sorted({*rows.tolist()} - self.ahead.keys(), key=self.rank.__getitem__)
-            self.ahead |= {row: self.readers.submit(self._read, row) for row in new}
+            self.ahead |= {row: self.readers.submit(self._read, row, self.shards) for row in new}
 
-    def _open(self, shard: str) -> BinaryIO:
-        """Return an open shard; each thread holds its last one, since the next row is mostly in it
-        too.
-        """
-        if getattr(self.opened, "shard", None) != shard:
-            if hasattr(self.opened, "file"):
-                self.opened.file.close()
-            self.opened.shard, self.opened.file = None, (self.shards / shard).open("rb")
-            self.opened.shard = shard
-        file: BinaryIO = self.opened.file
-        return file
-
-    def _read(self, row: int) -> np.ndarray:
+    def _read(self, row: int, shards: ShardReader) -> np.ndarray:
         location = {
             name: column[row].as_py()
             for name, column in zip(LOCATION, self.places.columns, strict=True)
         }
         name = f"{location['shard']}/{location['member']}"
         try:
-            file = self._open(location["shard"])
-            file.seek(location["offset"])
-            data = file.read(location["size_bytes"])
+            data = shards.read(location["shard"], location["offset"], location["size_bytes"])
         except FileNotFoundError:
             raise DataError(
                 f"shard {location['shard']} is missing from {self.shards}: {MEND}"

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from infra.errors import DataError
+from infra.storage.shard_reader import ShardReader
 from training.data import embedding_dataset
 from training.data.image_reader import LOCATION, Pictures
 from training.diffusion.calibration import calibrate
@@ -68,7 +69,7 @@ class Described:
 
 def read(
     embed: Path,
-    shards: Path,
+    shards: ShardReader,
     split: str,
     tokenizer: Tokenizer,
     side_px: int,

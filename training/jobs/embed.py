@@ -2,13 +2,12 @@
 layout.
 
 Reads curate's keep list, ingest's shards and a `clip` folder; writes `img_emb/`, `text_emb/`
-(float16, unit rows), `metadata/` and `facts.json`. Ray tasks embed the parts and rename them into
-place, so a killed run keeps its finished parts. Pairs that the same CLIP has embedded before
-(`know`) are not embedded again.
+(float16, unit rows), `metadata/` and `facts.json`. Ray tasks, on any nodes, embed the parts and put
+them into the output, so a killed run keeps its finished parts. Pairs that the same CLIP has
+embedded before (`know`) are not embedded again.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,21 @@ from infra.errors import CallerError
 from infra.row_hash import row_hashes
 from infra.schemas import open_parquet
 from infra.settings import Section
+from infra.storage.atomic_files import atomic_file
+from infra.storage.shard_reader import ShardReader
+from infra.storage.stage_files import StageFiles
+from infra.storage.stage_output import StageOutput
+from infra.storage.work_folder import WorkFolder
 from training.data import shard_check
-from training.data.image_reader import Pictures, read_file, read_table
+from training.data.image_reader import Pictures, read_file, read_rows
 from training.models import clip as clip_model
 from training.models.clip import ClipConfig
 from training.models.preprocessing import Look
 from training.optim.step import OnBroken
 
+KEEP_LIST = "keep.parquet"
+KNOWN = ("known_marks.npy", "known_rows.npy")
+"""Hashes of the pairs that were embedded before, sorted, and the rows of their vectors."""
 MARKED = ["key", "sha256"]
 READ_ROWS = 1 << 16
 PARTS = 10_000
@@ -56,24 +63,26 @@ class EmbedConfig(Section):
 
 @dataclass(frozen=True)
 class EmbedFolders:
-    """Folders of the stages that are read, of the result, and of the unfinished parts."""
+    """What embedding reads and writes, on whatever node; travels to the tasks."""
 
-    ingest: Path
-    curate: Path
-    clip: Path
-    out: Path
-    work: Path
+    ingest: StageFiles
+    curate: StageFiles
+    clip: StageFiles
+    output: StageOutput
+    work: WorkFolder
+    previous: StageFiles | None = None
+    """Embeddings that the same CLIP has made before, some of which may be used again."""
 
 
 def run(
-    config: EmbedConfig, cluster: ClusterConfig, folders: EmbedFolders, clip_key: str
+    config: EmbedConfig, cluster: ClusterConfig, folders: EmbedFolders, clip_key: str, out: Path
 ) -> dict[str, Any]:
     """Embed the keep list on the running Ray; return the counts.
 
-    Raises CallerError if the list is empty or has too many parts.
+    The tasks put their parts into the output; `facts.json` goes to `out`. Raises CallerError if the
+    list is empty or has too many parts.
     """
-    curate, out, work = folders.curate, folders.out, folders.work
-    table = read_table(curate / "keep.parquet", columns=shard_check.READ)
+    table = read_rows(folders.curate, KEEP_LIST, columns=shard_check.READ)
     row_count = table.num_rows
     if not row_count:
         raise CallerError("curate kept no pair: loosen [curate] or give [data] more sources")
@@ -82,50 +91,57 @@ def run(
             f"[embed] rows_per_part = {config.rows_per_part} makes over {PARTS:,} parts: set "
             f"{-(-row_count // PARTS)} or more"
         )
-    dropped = shard_check.settle(table, folders.ingest / "shards", config.broken_pictures, work)
+    shards = ShardReader(folders.ingest, is_sequential=True)
+    dropped = shard_check.settle(table, shards, config.broken_pictures, folders.work)
     del table
-    parts, count = cut(config, curate / "keep.parquet", work)
-    for folder in ("img_emb", "text_emb", "metadata"):
-        (out / folder).mkdir(parents=True)
+    parts, count = cut(config, folders.curate, folders.work)
+    if folders.previous and folders.work.fetch(KNOWN[0]) is None:
+        know(folders.previous, folders.work)
     threads = max(1, int(cluster.cpus_per_worker))
-    arguments = [(config, number, threads, cluster.use_gpu, folders) for number in range(parts)]
-    done = 0
+    finished = folders.output.finished_parts()
+    done = sum(part["facts"]["rows"] for part in finished.values())
+    arguments = [
+        (config, number, threads, cluster.use_gpu, folders)
+        for number in range(parts)
+        if f"{number:04}" not in finished
+    ]
     with Progress("embed", count, "pairs") as progress:
+        progress.update(done)
         for rows in spread(
             cluster, _embed_part, arguments, int(cluster.use_gpu), cluster.embed_workers
         ):
             done += sum(rows)
             progress.update(done)
-    taken_over = sum(
-        int((work / f"known_{number:04}.count").read_text()) for number in range(parts)
-    )
-    dim = int(np.load(out / "img_emb" / "img_emb_0000.npy", mmap_mode="r").shape[1])
+    facts = [part["facts"] for part in folders.output.finished_parts().values()]
+    dim = facts[0]["dim"]
     (out / "facts.json").write_text(
         json.dumps({"clip_key": clip_key, "dim": dim, "count": count}, indent=1)
     )
-    return {"in": row_count, "out": count, "dropped": dropped, "dim": dim, "taken_over": taken_over}
+    reused = sum(part["reused"] for part in facts)
+    return {"in": row_count, "out": count, "dropped": dropped, "dim": dim, "taken_over": reused}
 
 
-def cut(config: EmbedConfig, keep_list: Path, work: Path) -> tuple[int, int]:
-    """Write the readable pairs as `work`/rows_NNNN.parquet, one for each part; return parts and
-    pairs.
+def cut(config: EmbedConfig, curate: StageFiles, work: WorkFolder) -> tuple[int, int]:
+    """Publish the readable pairs as rows_NNNN.parquet, one for each part; return parts and pairs.
 
     The list is read in pieces, so that neither this process nor a part holds all of it.
     """
     parts = count = 0
     waiting: list[pa.Table] = []
+    left_out = shard_check.left_out_keys(work)
 
     def write(rows: int) -> None:
         nonlocal parts, waiting
         pairs = pa.concat_tables(waiting)
-        pq.write_table(pairs.slice(0, rows), work / "rows.tmp")
-        (work / "rows.tmp").replace(work / f"rows_{parts:04}.parquet")
+        with atomic_file(work.path(_rows_name(parts))) as part:
+            pq.write_table(pairs.slice(0, rows), part)
+        work.publish(_rows_name(parts))
         parts, waiting = parts + 1, [pairs.slice(rows)]
 
-    with open_parquet(keep_list) as file:
+    with curate.open(KEEP_LIST) as keep_list, open_parquet(keep_list) as file:
         for batch in file.iter_batches(READ_ROWS):
             piece = pa.Table.from_batches([batch])
-            waiting.append(piece.filter(pa.array(shard_check.is_readable(piece, work))))
+            waiting.append(piece.filter(pa.array(shard_check.is_left_in(piece, left_out))))
             count += waiting[-1].num_rows
             while count - parts * config.rows_per_part >= config.rows_per_part:
                 write(config.rows_per_part)
@@ -134,23 +150,24 @@ def cut(config: EmbedConfig, keep_list: Path, work: Path) -> tuple[int, int]:
     return parts, count
 
 
-def know(previous: Path, work: Path) -> None:
-    """Record in `work` which pairs the embeddings in `previous`, made by the same CLIP, belong to.
+def _rows_name(number: int) -> str:
+    return f"rows_{number:04}.parquet"
+
+
+def know(previous: StageFiles, work: WorkFolder) -> None:
+    """Publish which pairs the embeddings in `previous` belong to.
 
     Takes 24 bytes for each pair.
     """
-    if not (work / "known.json").exists():
-        marked = np.concatenate(
-            [
-                marks(pq.read_table(file, columns=MARKED))
-                for file in sorted((previous / "metadata").glob("*.parquet"))
-            ]
-        )
-        order = np.argsort(marked, kind="stable")
-        np.save(work / "known_marks.npy", marked[order])
-        np.save(work / "known_rows.npy", order)
-        (work / "known.tmp").write_text(json.dumps(str(previous.absolute())))
-        (work / "known.tmp").replace(work / "known.json")
+    tables = [
+        read_rows(previous, name, columns=MARKED) for name in previous.names("metadata/*.parquet")
+    ]
+    marked = np.concatenate([marks(table) for table in tables])
+    order = np.argsort(marked, kind="stable")
+    for name, array in zip(reversed(KNOWN), (order, marked[order]), strict=True):
+        with atomic_file(work.path(name)) as part, part.open("wb") as file:
+            np.save(file, array)
+        work.publish(name)
 
 
 def marks(rows: pa.Table) -> np.ndarray:
@@ -162,78 +179,80 @@ def marks(rows: pa.Table) -> np.ndarray:
     return row_hashes(f"{key}{sha256}".encode() for key, sha256 in pairs)
 
 
-def _reused_rows(table: pa.Table, work: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _reused_rows(
+    table: pa.Table, folders: EmbedFolders
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return which rows were embedded before, bool (rows,), and their vectors, float16 (n, D)."""
-    if not (work / "known.json").exists():
+    if folders.previous is None:
         return np.zeros(table.num_rows, bool), {}
-    previous = Path(json.loads((work / "known.json").read_text()))
-    marked, rows = (
-        np.load(work / f"known_{name}.npy", mmap_mode="r") for name in ("marks", "rows")
-    )
+    marked, rows = (np.load(folders.work.fetched(name), mmap_mode="r") for name in KNOWN)
     wanted = marks(table)
     positions = np.minimum(np.searchsorted(marked, wanted), len(marked) - 1)
     is_reused = marked[positions] == wanted
     source_rows = np.asarray(rows[positions[is_reused]])
-    vectors = {}
-    for kind in ("img_emb", "text_emb"):
-        parts = [np.load(file, mmap_mode="r") for file in sorted((previous / kind).glob("*.npy"))]
-        starts = np.cumsum([0, *(len(part) for part in parts)])
-        taken = np.empty((len(source_rows), parts[0].shape[1]), np.float16)
-        for start, part in zip(starts, parts, strict=False):
-            inside = (source_rows >= start) & (source_rows < start + len(part))
-            taken[inside] = part[source_rows[inside] - start]
-        vectors[kind] = taken
-    return is_reused, vectors
+    kinds = ("img_emb", "text_emb")
+    return is_reused, {kind: _take(folders.previous, kind, source_rows) for kind in kinds}
+
+
+def _take(previous: StageFiles, kind: str, rows: np.ndarray) -> np.ndarray:
+    """Return vectors of former embeddings by their rows over all parts, float16 (rows, D)."""
+    names = previous.names(f"{kind}/*.npy")
+    start, taken = 0, np.empty((0, 0), np.float16)
+    for name in names:
+        with previous.local_copy(name) as folder:
+            part = np.load(folder / name, mmap_mode="r")
+            if not taken.size:
+                taken = np.empty((len(rows), part.shape[1]), np.float16)
+            inside = (rows >= start) & (rows < start + len(part))
+            taken[inside] = part[rows[inside] - start]
+            start += len(part)
+    return taken
 
 
 def _embed_part(
     config: EmbedConfig, number: int, threads: int, use_gpu: bool, folders: EmbedFolders
 ) -> int:
-    """Embed one part, unless a killed attempt finished it in `work`; return its rows."""
+    """Embed one part and put it into the output; return its rows."""
     torch.set_num_threads(threads)
-    work = folders.work
-    table = pq.read_table(work / f"rows_{number:04}.parquet")
-    names = [
-        f"img_emb/img_emb_{number:04}.npy",
-        f"text_emb/text_emb_{number:04}.npy",
-        f"metadata/metadata_{number:04}.parquet",
-    ]
-    if not all((work / Path(name).name).exists() for name in names):
-        is_reused, reused = _reused_rows(table, work)
-        is_new = ~is_reused
-        new: dict[str, np.ndarray] = {}
-        if is_new.any():
-            new_rows = table.filter(pa.array(is_new))
-            new = _embed_rows(config, new_rows, use_gpu, folders.ingest, folders.clip)
-        for name, kind in zip(names, ("img_emb", "text_emb"), strict=False):
+    table = pq.read_table(folders.work.fetched(_rows_name(number)))
+    is_reused, reused = _reused_rows(table, folders)
+    is_new = ~is_reused
+    new: dict[str, np.ndarray] = {}
+    if is_new.any():
+        new = _embed_rows(config, table.filter(pa.array(is_new)), use_gpu, folders)
+    output, files = folders.output, []
+    with output.temporary_folder() as folder:
+        for kind in ("img_emb", "text_emb"):
             vectors = np.empty((table.num_rows, (new or reused)[kind].shape[1]), np.float16)
             for rows, rows_vectors in ((is_reused, reused), (is_new, new)):
                 if rows.any():
                     vectors[rows] = rows_vectors[kind]
-            with (work / f"part_{number:04}.tmp").open("wb") as file:
-                np.save(file, vectors)
-            (work / f"part_{number:04}.tmp").replace(work / Path(name).name)
-        (work / f"known_{number:04}.count").write_text(str(int(is_reused.sum())))
-        pq.write_table(table, work / f"table_{number:04}.tmp")
-        (work / f"table_{number:04}.tmp").replace(work / Path(names[2]).name)
-    for name in names:
-        shutil.copyfile(work / Path(name).name, folders.out / name)
+            np.save(folder / "part.npy", vectors)
+            files.append(output.put(folder / "part.npy", f"{kind}/{kind}_{number:04}.npy"))
+        pq.write_table(table, folder / "part.parquet")
+        name = f"metadata/metadata_{number:04}.parquet"
+        files.append(output.put(folder / "part.parquet", name))
+    facts = {"rows": table.num_rows, "reused": int(is_reused.sum()), "dim": vectors.shape[1]}
+    output.record(f"{number:04}", files, facts)
     return table.num_rows
 
 
 def _embed_rows(
-    config: EmbedConfig, table: pa.Table, use_gpu: bool, ingest: Path, clip: Path
+    config: EmbedConfig, table: pa.Table, use_gpu: bool, folders: EmbedFolders
 ) -> dict[str, np.ndarray]:
     """Return the vectors of every row by kind, float16 (rows, D)."""
-    model, tokenizer = clip_model.load(clip)
+    with folders.clip.local_copy() as clip:
+        model, tokenizer = clip_model.load(clip)
     model.to("cuda" if use_gpu else "cpu")
-    pictures = Pictures(table, ingest / "shards", model.config.image_size_px, model.config.look)
+    shards = ShardReader(folders.ingest, is_sequential=True)
+    pictures = Pictures(table, shards, model.config.image_size_px, model.config.look)
     rows = torch.arange(len(pictures)).split(config.batch_size)
     vectors = []
     for part, after in zip(rows, [*rows[1:], rows[-1][:0]], strict=True):
         squares = pictures[part]
         pictures.read_ahead(after)
         vectors.append(clip_model.embed_images(model, squares, config.batch_size))
+    shards.close()
     images = torch.cat(vectors)
     texts = clip_model.embed_texts(
         model, tokenizer, table["caption"].to_pylist(), config.batch_size

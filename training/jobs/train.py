@@ -3,33 +3,39 @@
 
 Each `train_*` uses the Ray that the caller started, shows progress, and writes `config.json`,
 `weights.safetensors` (averaged), `raw.safetensors`, `metrics.jsonl` and, if captions are read,
-`tokenizer.json` into `out`. The state for resuming is in `work`, which all workers must see. The
-`fit_*` functions are the workers' side; they do not use Ray.
+`tokenizer.json` into the stage's output. The state for resuming is published to ROOT, so that
+workers may be on any nodes. The `fit_*` functions are the workers' side; they do not use Ray.
 """
 
 import json
 import logging
 import math
-import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infra.compute.cluster import ClusterConfig
 from infra.console.progress import Progress
-from infra.errors import DataError, UnclipError
+from infra.errors import DataError, StorageError, UnclipError
+from infra.storage import store
+from infra.storage.atomic_files import atomic_file
+from infra.storage.shard_reader import ShardReader
+from infra.storage.stage_files import StageFiles, pinned_copy
+from infra.storage.stage_output import StageOutput
+from infra.storage.work_folder import WorkFolder
 from training.data import embedding_dataset, shard_check
-from training.data.image_reader import LOCATION, Pictures, read_table
+from training.data.image_reader import LOCATION, Pictures, read_rows
 from training.models import clip as clip_model
 from training.models import open_clip_format, priors
 from training.models.clip import CLIP, ClipConfig
@@ -43,137 +49,120 @@ from training.optim import fsdp, loop
 from training.optim.collectives import world
 from training.optim.step import LoopConfig, Step
 
+TOKENIZER, KEEP_LIST, MODEL = "tokenizer.json", "keep.parquet", "model"
 PHRASING, SHIFT = 11, 12  # streams of randomness in a step
 SHIFT_PX = 2
-LINE_BYTES = 4096
-"""More bytes than a line of metrics.jsonl has."""
+
+
+@dataclass(frozen=True)
+class TrainingFolders:
+    """What a training reads and writes, on whatever node; travels to the workers."""
+
+    inputs: Mapping[str, StageFiles]
+    """Files of the stages that it reads, by stage."""
+    output: StageOutput
+    work: WorkFolder
+
+    @property
+    def shards(self) -> ShardReader:
+        """The images of the run."""
+        return ShardReader(self.inputs["ingest"])
+
+    def folder(self, stage: str, *patterns: str) -> Path:
+        """Return a local folder with an input's files that match; they stay with this process."""
+        return pinned_copy(self.inputs[stage], *patterns)
 
 
 def train_clip(
     tokenizer: TokenizerConfig,
     config: ClipConfig,
     cluster: ClusterConfig,
-    ingest: Path,
-    curate: Path,
-    out: Path,
-    work: Path,
+    folders: TrainingFolders,
 ) -> dict[str, Any]:
     """Train CLIP on the keep list's training pairs, or take a pretrained one.
 
-    The tokenizer is fitted to their captions first.
+    The tokenizer is fitted to their captions first. Reads the stages ingest and curate.
     """
-    table = read_table(curate / "keep.parquet", "train", ["captions", *shard_check.READ])
+    work = folders.work
+    columns = ["captions", *shard_check.READ]
+    table = read_rows(folders.inputs["curate"], KEEP_LIST, "train", columns)
     if not table.num_rows:
         raise DataError(
             "curate kept no pair for training: loosen [curate] or give [data] more sources"
         )
     if config.pretrained:
-        return {
-            "in": table.num_rows,
-            "out": table.num_rows,
-            "dropped": {},
-            **_adopt(config, tokenizer, out, work),
-        }
-    dropped = shard_check.settle(table, ingest / "shards", config.broken_pictures, work)
-    if not (work / "tokenizer.json").exists():
-        fitted = Tokenizer.fit(
-            (
-                caption.as_py()
-                for captions in table["captions"].chunks
-                for caption in captions.flatten()
-            ),
-            tokenizer,
+        counts = {"in": table.num_rows, "out": table.num_rows, "dropped": {}}
+        return counts | _adopt(config, tokenizer, folders)
+    dropped = shard_check.settle(table, folders.shards, config.broken_pictures, work)
+    if work.fetch(TOKENIZER) is None:
+        captions = (
+            caption.as_py()
+            for captions in table["captions"].chunks
+            for caption in captions.flatten()
         )
-        fitted.save(work / "tokenizer.tmp")
-        (work / "tokenizer.tmp").replace(work / "tokenizer.json")
-    paths = {"ingest": str(ingest), "curate": str(curate)}
-    _train("clip", fit_clip, config, cluster, cluster.clip_workers, _Folders(paths, out, work))
-    return {
-        "in": table.num_rows,
-        "out": table.num_rows - sum(dropped.values()),
-        "dropped": dropped,
-        **_outcome(out),
-    }
+        _publish_tokenizer(Tokenizer.fit(captions, tokenizer), work)
+    facts = _train("clip", fit_clip, config, cluster, cluster.clip_workers, folders)
+    return _counts(table.num_rows, dropped) | facts
 
 
 def train_prior(
-    config: PriorConfig, cluster: ClusterConfig, clip: Path, embed: Path, out: Path, work: Path
+    config: PriorConfig, cluster: ClusterConfig, folders: TrainingFolders
 ) -> dict[str, Any]:
-    """Train the prior on the embeddings; CLIP is frozen."""
-    count = _start_from_clip(clip, embed, work)
-    _train(
-        "prior",
-        fit_prior,
-        config,
-        cluster,
-        cluster.prior_workers,
-        _Folders({"clip": str(clip), "embed": str(embed)}, out, work),
-    )
-    return {"in": count, "out": count, "dropped": {}, **_outcome(out)}
+    """Train the prior on the embeddings; CLIP is frozen. Reads the stages clip and embed."""
+    table = _start_from_clip(folders, ["key"])
+    facts = _train("prior", fit_prior, config, cluster, cluster.prior_workers, folders)
+    return _counts(table.num_rows, {}) | facts
 
 
 def train_decoder(
-    config: DecoderConfig,
-    cluster: ClusterConfig,
-    ingest: Path,
-    clip: Path,
-    embed: Path,
-    out: Path,
-    work: Path,
+    config: DecoderConfig, cluster: ClusterConfig, folders: TrainingFolders
 ) -> dict[str, Any]:
-    """Train the decoder on images and their embeddings; CLIP is frozen."""
-    count = _start_from_clip(clip, embed, work)
-    dropped = shard_check.settle(
-        read_table(embed / "metadata", "train", shard_check.READ),
-        ingest / "shards",
-        config.broken_pictures,
-        work,
-    )
-    paths = {"ingest": str(ingest), "clip": str(clip), "embed": str(embed)}
-    _train(
-        "decoder", fit_decoder, config, cluster, cluster.decoder_workers, _Folders(paths, out, work)
-    )
-    return {"in": count, "out": count - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
+    """Train the decoder on images and their embeddings; CLIP is frozen.
+
+    Reads the stages ingest, clip and embed.
+    """
+    table = _start_from_clip(folders, shard_check.READ)
+    dropped = shard_check.settle(table, folders.shards, config.broken_pictures, folders.work)
+    facts = _train("decoder", fit_decoder, config, cluster, cluster.decoder_workers, folders)
+    return _counts(table.num_rows, dropped) | facts
 
 
 def train_upsampler(
-    config: UpsamplerConfig,
-    cluster: ClusterConfig,
-    ingest: Path,
-    curate: Path,
-    out: Path,
-    work: Path,
+    config: UpsamplerConfig, cluster: ClusterConfig, folders: TrainingFolders
 ) -> dict[str, Any]:
-    """Train an up-sampler on crops of the keep list's training images."""
-    table = read_table(curate / "keep.parquet", "train", shard_check.READ)
-    count = table.num_rows
-    if not count:
+    """Train an up-sampler on crops of the keep list's training images.
+
+    Reads the stages ingest and curate, or another keep list under curate's name.
+    """
+    table = read_rows(folders.inputs["curate"], KEEP_LIST, "train", shard_check.READ)
+    if not table.num_rows:
         raise DataError(
             "curate kept no picture for training: loosen [curate] or give [data] more sources"
         )
-    dropped = shard_check.settle(table, ingest / "shards", config.broken_pictures, work)
-    paths = {"ingest": str(ingest), "curate": str(curate)}
-    _train(
-        "upsampler",
-        fit_upsampler,
-        config,
-        cluster,
-        cluster.upsampler_workers,
-        _Folders(paths, out, work),
-    )
-    return {"in": count, "out": count - sum(dropped.values()), "dropped": dropped, **_outcome(out)}
+    dropped = shard_check.settle(table, folders.shards, config.broken_pictures, folders.work)
+    facts = _train("upsampler", fit_upsampler, config, cluster, cluster.upsampler_workers, folders)
+    return _counts(table.num_rows, dropped) | facts
+
+
+def _counts(rows: int, dropped: dict[str, int]) -> dict[str, Any]:
+    return {"in": rows, "out": rows - sum(dropped.values()), "dropped": dropped}
+
+
+def _publish_tokenizer(tokenizer: Tokenizer, work: WorkFolder) -> None:
+    with atomic_file(work.path(TOKENIZER)) as part:
+        tokenizer.save(part)
+    work.publish(TOKENIZER)
 
 
 def fit_clip(
-    config: ClipConfig, paths: dict[str, Path], work: Path, device: str
+    config: ClipConfig, folders: TrainingFolders, device: str
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Train CLIP on one worker; return the model and its averaged weights."""
-    table = read_table(
-        paths["curate"] / "keep.parquet", "train", ["caption", "captions", "key", *LOCATION]
-    )
+    work, columns = folders.work, ["caption", "captions", "key", *LOCATION]
+    table = read_rows(folders.inputs["curate"], KEEP_LIST, "train", columns)
     table = table.filter(pa.array(shard_check.is_readable(table, work)))
-    tokenizer = Tokenizer.load(work / "tokenizer.json")
-    pictures = _pictures(table, paths, config, config.image_size_px, config.look)
+    tokenizer = Tokenizer.load(work.fetched(TOKENIZER))
+    pictures = _pictures(table, folders, config, config.image_size_px, config.look)
     texts = embedding_dataset.Captions(
         table["captions"] if config.style_captions else alone(table["caption"]), tokenizer
     )
@@ -200,11 +189,12 @@ def fit_clip(
 
 
 def fit_prior(
-    config: PriorConfig, paths: dict[str, Path], work: Path, device: str
+    config: PriorConfig, folders: TrainingFolders, device: str
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Train the prior on one worker; return the model and its averaged weights."""
-    clip, tokenizer = clip_model.load(paths["clip"])
-    table, z_i = embedding_dataset.read(paths["embed"], "train", ["captions"])
+    clip, tokenizer = clip_model.load(folders.folder("clip"))
+    embed = folders.folder("embed", *embedding_dataset.FILES)
+    table, z_i = embedding_dataset.read(embed, "train", ["captions"])
     texts = embedding_dataset.Captions(table["captions"], tokenizer)
     z_t = texts.embedded(clip.to(device))
     del clip, table  # frees their memory, on the device too
@@ -218,7 +208,7 @@ def fit_prior(
         ids, phrasing = texts.draw(rows, step.uniform(PHRASING))
         return model.loss(step, z_i[rows].to(device), z_t(phrasing).to(device), ids.to(device))
 
-    averaged = loop.run(model, config, loss_of, work)
+    averaged = loop.run(model, config, loss_of, folders.work)
     if config.kind == "diffusion" and config.sampler == "analytic" and world()[0] == 0:
         sample = sample[:: math.ceil(len(sample) / MAX_MEASURED)]
         trained = Prior(config, z_i.dim, tokenizer.vocab_size, tokenizer.context).to(device)
@@ -232,14 +222,16 @@ def fit_prior(
 
 
 def fit_decoder(
-    config: DecoderConfig, paths: dict[str, Path], work: Path, device: str
+    config: DecoderConfig, folders: TrainingFolders, device: str
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Train the decoder on one worker; return the model and its averaged weights."""
-    tokenizer = Tokenizer.load(paths["clip"] / "tokenizer.json")
-    table, z_i = embedding_dataset.read(paths["embed"], "train", ["captions", "key", *LOCATION])
+    work = folders.work
+    tokenizer = Tokenizer.load(work.fetched(TOKENIZER))
+    embed = folders.folder("embed", *embedding_dataset.FILES)
+    table, z_i = embedding_dataset.read(embed, "train", ["captions", "key", *LOCATION])
     readable = shard_check.is_readable(table, work)
     table, z_i = table.filter(pa.array(readable)), z_i.where(readable)
-    pictures = _pictures(table, paths, config, config.image_size_px)
+    pictures = _pictures(table, folders, config, config.image_size_px)
     texts = embedding_dataset.Captions(table["captions"], tokenizer)
     del table
     torch.manual_seed(config.seed)
@@ -256,16 +248,13 @@ def fit_decoder(
 
 
 def fit_upsampler(
-    config: UpsamplerConfig, paths: dict[str, Path], work: Path, device: str
+    config: UpsamplerConfig, folders: TrainingFolders, device: str
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Train an up-sampler on one worker; return the model and its averaged weights."""
-    table = read_table(paths["curate"] / "keep.parquet", "train", ["key", *LOCATION])
-    pictures = _pictures(
-        table.filter(pa.array(shard_check.is_readable(table, work))),
-        paths,
-        config,
-        config.image_size_px,
-    )
+    work = folders.work
+    table = read_rows(folders.inputs["curate"], KEEP_LIST, "train", ["key", *LOCATION])
+    table = table.filter(pa.array(shard_check.is_readable(table, work)))
+    pictures = _pictures(table, folders, config, config.image_size_px)
     torch.manual_seed(config.seed)
     model = Upsampler(config).to(device)
 
@@ -278,11 +267,9 @@ def fit_upsampler(
 
 
 def _pictures(
-    table: pa.Table, paths: dict[str, Path], config: LoopConfig, side_px: int, look: Look = WHOLE
+    table: pa.Table, folders: TrainingFolders, config: LoopConfig, side_px: int, look: Look = WHOLE
 ) -> Pictures:
-    return Pictures(
-        table, paths["ingest"] / "shards", side_px, look, config.readers, config.cache_bytes
-    )
+    return Pictures(table, folders.shards, side_px, look, config.readers, config.cache_bytes)
 
 
 def _read_ahead(pictures: Pictures, step: Step, steps: int) -> None:
@@ -318,13 +305,12 @@ def shifted(pixels: Tensor, draw: Tensor) -> Tensor:
     ].permute(0, 3, 1, 2)
 
 
-def _adopt(config: ClipConfig, tokens: TokenizerConfig, out: Path, work: Path) -> dict[str, Any]:
+def _adopt(config: ClipConfig, tokens: TokenizerConfig, folders: TrainingFolders) -> dict[str, Any]:
     """Write the pretrained CLIP as if it had been trained here."""
     model, tokenizer, source = open_clip_format.read(config, tokens)
-    tokenizer.save(work / "tokenizer.json")
-    write_model("clip", model, model.state_dict(), model.config, work)
-    (work / "metrics.jsonl").write_text("")
-    _hand_over(work, out)
+    _publish_tokenizer(tokenizer, folders.work)
+    folders.work.path(loop.METRICS).write_text("")
+    write_model("clip", model, model.state_dict(), model.config, folders)
     return {"parameters": sum(p.numel() for p in model.parameters()), **source}
 
 
@@ -335,33 +321,26 @@ class Job(TypedDict):
     """Name of the `fit_*` function."""
     section: str
     """The model's config section as JSON."""
-    paths: dict[str, str]
-    """Folders of the stages that it reads, by stage."""
-    work: str
+    folders: TrainingFolders
     threads: int
     use_gpu: bool
 
 
-Fit = Callable[[Any, dict[str, Path], Path, str], tuple[nn.Module, dict[str, Tensor]]]
+Fit = Callable[[Any, TrainingFolders, str], tuple[nn.Module, dict[str, Tensor]]]
 
 
-def _start_from_clip(clip: Path, embed: Path, work: Path) -> int:
-    shutil.copyfile(clip / "tokenizer.json", work / "tokenizer.json")
-    count = read_table(embed / "metadata", "train", ["key"]).num_rows
-    if not count:
+def _start_from_clip(folders: TrainingFolders, columns: Sequence[str]) -> pa.Table:
+    """Publish CLIP's tokenizer for the workers; return these columns of the training pairs."""
+    target = folders.work.path(TOKENIZER)
+    with folders.inputs["clip"].open(TOKENIZER) as file, atomic_file(target) as part:
+        part.write_bytes(file.read())
+    folders.work.publish(TOKENIZER)
+    table = read_rows(folders.inputs["embed"], "metadata/*.parquet", "train", columns)
+    if not table.num_rows:
         raise DataError(
             "no embedded pair is in the training split: loosen [curate] or give [data] more sources"
         )
-    return count
-
-
-@dataclass(frozen=True)
-class _Folders:
-    """Folders of the stages that a job reads by name, of its result, and of its state."""
-
-    inputs: dict[str, str]
-    out: Path
-    work: Path
+    return table
 
 
 def _train(
@@ -370,26 +349,28 @@ def _train(
     config: LoopConfig,
     cluster: ClusterConfig,
     workers: int,
-    folders: _Folders,
-) -> None:
-    """Run `fit` on `workers` Ray Train workers, then copy the results to the result's folder.
+    folders: TrainingFolders,
+) -> dict[str, Any]:
+    """Run `fit` on `workers` Ray Train workers; return what they say of the model.
 
-    When a worker is lost, it restarts from the last state, up to `max_failures` times. Raises the
-    UnclipError of a worker, or one that says why the training failed.
+    When a worker is lost, it restarts from the last state, up to `max_failures` times. A model that
+    a killed driver's workers finished is taken as it is. Raises the UnclipError of a worker, or one
+    that says why the training failed.
     """
-    work = folders.work
+    finished = folders.output.finished_parts().get(MODEL)
+    if finished:
+        return finished["facts"]
     job: Job = {
         "fit": fit.__name__,
         "section": config.model_dump_json(),
-        "paths": folders.inputs,
-        "work": str(work),
+        "folders": folders,
         "threads": max(1, int(cluster.cpus_per_worker)),
         "use_gpu": cluster.use_gpu,
     }
     with Progress(name, config.images, "images") as progress:
         is_over = threading.Event()
         watcher = threading.Thread(
-            target=_watch, args=(work / "metrics.jsonl", progress, is_over), daemon=True
+            target=_watch, args=(folders.work, progress, is_over), daemon=True
         )
         watcher.start()
         try:
@@ -409,14 +390,7 @@ def _train(
         finally:
             is_over.set()
             watcher.join()
-    _hand_over(work, folders.out)
-
-
-def _hand_over(work: Path, out: Path) -> None:
-    for file in ("config.json", "weights.safetensors", "raw.safetensors", "metrics.jsonl"):
-        shutil.copyfile(work / file, out / file)
-    if (work / "tokenizer.json").exists():  # up-samplers have none
-        shutil.copyfile(work / "tokenizer.json", out / "tokenizer.json")
+    return folders.output.finished_parts()[MODEL]["facts"]
 
 
 def _run_group(job: Job, name: str, cluster: ClusterConfig, workers: int) -> None:
@@ -425,16 +399,18 @@ def _run_group(job: Job, name: str, cluster: ClusterConfig, workers: int) -> Non
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+    file_system, path = _ray_storage(job["folders"].work)
     TorchTrainer(
-        _worker,
-        train_loop_config=dict(job),
+        cast(Callable[[dict[Any, Any]], None], _worker),
+        train_loop_config=cast(dict[str, Any], job),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
             # a new name each time: training resumes from our state in `work`, not from Ray's
             name=f"{name}-{time.time_ns():x}",
-            storage_path=str((Path(job["work"]) / "ray").absolute()),
+            storage_path=path,
+            storage_filesystem=file_system,
             # no retries by Ray, which would also repeat errors that are ours
             failure_config=FailureConfig(max_failures=0),
         ),
@@ -442,6 +418,13 @@ def _run_group(job: Job, name: str, cluster: ClusterConfig, workers: int) -> Non
             backend="nccl" if cluster.use_gpu else "gloo", timeout_s=cluster.collective_timeout_s
         ),
     ).fit()
+
+
+def _ray_storage(work: WorkFolder) -> tuple[FileSystem | None, str]:
+    """Return where Ray Train may write what it wants to: a place that all nodes see."""
+    if work.root.folder:
+        return None, str(work.path("ray").absolute())
+    return PyFileSystem(FSSpecHandler(work.root.fs)), store.join(work.root, f"work/{work.name}/ray")
 
 
 def _worker(job: Job) -> None:
@@ -463,75 +446,82 @@ def _fit(job: Job) -> int:
         "fit_upsampler": (fit_upsampler, UpsamplerConfig),
     }
     fit, section = fits[job["fit"]]
-    config, work = section.model_validate_json(job["section"]), Path(job["work"])
-    model, averaged = fit(
-        config,
-        {name: Path(path) for name, path in job["paths"].items()},
-        work,
-        "cuda" if job["use_gpu"] else "cpu",
-    )
-    write_model(job["fit"].removeprefix("fit_"), model, averaged, config, work)
+    config = section.model_validate_json(job["section"])
+    model, averaged = fit(config, job["folders"], "cuda" if job["use_gpu"] else "cpu")
+    write_model(job["fit"].removeprefix("fit_"), model, averaged, config, job["folders"])
     return config.images
 
 
 def write_model(
-    name: str, model: nn.Module, averaged: dict[str, Tensor], config: LoopConfig, work: Path
+    name: str,
+    model: nn.Module,
+    averaged: dict[str, Tensor],
+    config: LoopConfig,
+    folders: TrainingFolders,
 ) -> None:
-    """Write `config.json` and the weights, averaged and raw, each by renaming.
+    """Put `config.json`, the weights, averaged and raw, and the metrics into the output.
 
-    Every worker calls it; the first one writes.
+    Every worker calls it; the first one writes, and records the finished part.
     """
     is_first = world()[0] == 0
     raw = fsdp.whole(model.state_dict(), is_first)
     if not is_first:
         return
-    facts: dict[str, Any] = {
-        name: config.model_dump(mode="json"),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    if (work / "tokenizer.json").exists():
-        tokenizer = Tokenizer.load(work / "tokenizer.json")
-        null = getattr(model, "null_z", getattr(model, "null_text", None))
-        embed_dim = len(null) if null is not None else facts[name]["embed_dim"]
-        facts |= {
-            "vocab_size": tokenizer.vocab_size,
-            "context": tokenizer.context,
-            "embed_dim": embed_dim,
+    work, output = folders.work, folders.output
+    with output.temporary_folder() as folder:
+        for file, state in (("weights.safetensors", averaged), ("raw.safetensors", raw)):
+            tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            save_file(tensors, folder / file)
+        shutil.copyfile(work.path(loop.METRICS), folder / loop.METRICS)
+        tokenizer_file = work.fetch(TOKENIZER)  # up-samplers have none
+        facts: dict[str, Any] = {
+            name: config.model_dump(mode="json"),
+            "parameters": sum(p.numel() for p in model.parameters()),
         }
-    for file, state in (("weights.safetensors", averaged), ("raw.safetensors", raw)):
-        part = work / f"{file}.{os.getpid()}.tmp"
-        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, part)
-        part.replace(work / file)
-    (work / "config.json").write_text(json.dumps(facts, indent=1))
+        if tokenizer_file:
+            shutil.copyfile(tokenizer_file, folder / TOKENIZER)
+            facts |= _text_sizes(Tokenizer.load(tokenizer_file), model, facts[name])
+        (folder / "config.json").write_text(json.dumps(facts, indent=1))
+        outcome = _outcome(folder / loop.METRICS) | {"parameters": facts["parameters"]}
+        output.record(MODEL, output.put_tree(folder), outcome)
 
 
-def _watch(metrics: Path, progress: Progress, is_over: threading.Event) -> None:
-    """Show the newest row of the metrics file until `is_over` is set."""
-    while True:
-        ended = is_over.wait(0.5)
-        last = _last_line(metrics) if metrics.exists() else ""
-        if last.endswith("}"):
-            row = json.loads(last)
-            progress.update(row["images_seen"], f"loss {row['loss']:.3f}")
-        if ended:
-            return
-
-
-def _last_line(file: Path) -> str:
-    """Return the last line of a file with short lines; only its end is read, since it grows."""
-    with file.open("rb") as opened:
-        opened.seek(max(0, opened.seek(0, os.SEEK_END) - LINE_BYTES))
-        return (opened.read().decode(errors="replace").splitlines() or [""])[-1]
-
-
-def _outcome(out: Path) -> dict[str, Any]:
-    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+def _text_sizes(tokenizer: Tokenizer, model: nn.Module, section: dict[str, Any]) -> dict[str, int]:
+    """Return the sizes that a model with captions is rebuilt from."""
+    null = getattr(model, "null_z", getattr(model, "null_text", None))
     return {
-        "parameters": json.loads((out / "config.json").read_text())["parameters"],
+        "vocab_size": tokenizer.vocab_size,
+        "context": tokenizer.context,
+        "embed_dim": len(null) if null is not None else section["embed_dim"],
+    }
+
+
+def _outcome(metrics: Path) -> dict[str, Any]:
+    """Return the last row of the metrics as figures of the manifest; {} if there is none."""
+    rows = metrics.read_text().splitlines()
+    if not rows:
+        return {}
+    last = json.loads(rows[-1])
+    return {
         "images_seen": last["images_seen"],
         "loss": last["loss"],
         "train_seconds": last["seconds"],
     }
+
+
+def _watch(work: WorkFolder, progress: Progress, is_over: threading.Event) -> None:
+    """Show the newest published row of the metrics until `is_over` is set."""
+    while True:
+        ended = is_over.wait(0.5 if work.root.folder else 2)
+        try:
+            newest = work.fetch(loop.PROGRESS)
+        except StorageError:  # the store is away: there is nothing to show
+            newest = None
+        if newest:
+            row = json.loads(newest.read_text())
+            progress.update(row["images_seen"], f"loss {row['loss']:.3f}")
+        if ended:
+            return
 
 
 def _worker_error(error: BaseException) -> UnclipError | None:

@@ -22,10 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import DataError
+from infra.storage.atomic_files import atomic_file
+from infra.storage.work_folder import Publisher, WorkFolder
 from training.optim import fsdp
 from training.optim.collectives import agree, average, average_gradients, local_part, world
 from training.optim.muon import Muon
 from training.optim.step import LoopConfig, Step, learning_rate
+
+STATE, METRICS, PROGRESS = "state.pt", "metrics.jsonl", "progress.json"
+PROGRESS_S = 1.0
+"""Seconds between two publications of the newest row of the metrics."""
 
 
 def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
@@ -69,15 +75,16 @@ def run(
     model: nn.Module,
     config: LoopConfig,
     loss_of: Callable[[Step], Tensor],
-    work: Path,
+    work: WorkFolder,
     after_step: Callable[[], None] | None = None,
     waited_s: Callable[[], float] | None = None,
 ) -> dict[str, Tensor]:
     """Train the model in place and return its averaged (EMA) weights.
 
-    Resumes from `work/state.pt` if it exists. `loss_of(step)` returns the mean loss over this
-    worker's b samples. `waited_s()` returns the seconds that it has waited for data so far, which
-    are logged as a share of the time (`waiting`). All workers must call it with equal arguments.
+    Resumes from the published `state.pt` of `work`, if there is one. `loss_of(step)` returns the
+    mean loss over this worker's b samples. `waited_s()` returns the seconds that it has waited for
+    data so far, which are logged as a share of the time (`waiting`). All workers must call it with
+    equal arguments.
     A sharded model stays sharded, and only the first worker gets its averaged weights. Raises
     DataError if the loss is not finite.
     """
@@ -91,8 +98,10 @@ def run(
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
     seen, spent_s = _resume(work, model, optimizers, ema, is_sharded)
     steps = math.ceil(config.images / config.batch_size)
-    with _metrics(work, seen) if rank == 0 else contextlib.nullcontext() as file:
-        log = _Log(file, spent_s, waited_s)
+    with contextlib.ExitStack() as stack:
+        publisher = stack.enter_context(Publisher(work))
+        file = stack.enter_context(_metrics(work, seen)) if rank == 0 else None
+        log = _Log(file, spent_s, waited_s, publisher)
         saved_s = log.started_s
         for number in range(seen // config.batch_size, steps):
             first = number * config.batch_size
@@ -113,6 +122,9 @@ def run(
                 is_due = is_loss_read and fsdp.first_says(is_due, device_type)
             if is_due:
                 _save(work, model, optimizers, ema, seen, log.seconds(now_s), rank)
+                if rank == 0:
+                    publisher.publish(METRICS)
+                    publisher.publish(STATE)
                 saved_s = time.monotonic()
     return fsdp.whole(ema, rank == 0) if is_sharded else ema
 
@@ -127,13 +139,21 @@ def _check_batch_size(config: LoopConfig, workers: int) -> None:
 
 
 class _Log:
-    """Writes rows of `metrics.jsonl` on the first worker, at most two in a second."""
+    """Writes rows of `metrics.jsonl` on the first worker, at most two in a second.
+
+    The newest row is published as `progress.json`, for whoever shows it.
+    """
 
     def __init__(
-        self, file: TextIO | None, spent_s: float, waited_s: Callable[[], float] | None
+        self,
+        file: TextIO | None,
+        spent_s: float,
+        waited_s: Callable[[], float] | None,
+        publisher: Publisher,
     ) -> None:
         self.file, self.spent_s, self.waited_s = file, spent_s, waited_s
-        self.started_s = self.logged_s = time.monotonic()
+        self.publisher = publisher
+        self.started_s = self.logged_s = self.published_s = time.monotonic()
 
     def seconds(self, now_s: float) -> float:
         """Return the seconds of training until `now_s`, including those before a restart."""
@@ -154,6 +174,11 @@ class _Log:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         self.logged_s = now_s
+        if is_last or now_s - self.published_s >= PROGRESS_S:
+            with atomic_file(self.publisher.work.path(PROGRESS)) as part:
+                part.write_text(json.dumps(row))
+            self.publisher.publish(PROGRESS)
+            self.published_s = now_s
 
 
 def _finite_mean(loss: Tensor, seen: int, config: LoopConfig) -> float:
@@ -211,7 +236,7 @@ def _average_weights(ema: dict[str, Tensor], model: nn.Module, decay: float) -> 
 
 
 def _save(
-    work: Path,
+    work: WorkFolder,
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     ema: dict[str, Tensor],
@@ -233,13 +258,13 @@ def _save(
     }
     state = fsdp.whole(state, rank == 0)
     if rank == 0:
-        part = work / f"state.{os.getpid()}.tmp"
+        part = work.path(f"state.{os.getpid()}.tmp")
         torch.save(state, part)
-        part.replace(work / "state.pt")
+        part.replace(work.path(STATE))
 
 
 def _resume(
-    work: Path,
+    work: WorkFolder,
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     ema: dict[str, Tensor],
@@ -247,17 +272,18 @@ def _resume(
 ) -> tuple[int, float]:
     """Load the last state, if there is one; return the images seen and the seconds until then.
 
-    Raises DataError if the state is damaged, or if the workers found different ones.
+    Raises DataError if the state is damaged, or if the workers found different ones in a local
+    folder; RuntimeError if they did in a store, where an earlier worker may still have written.
     """
-    path = work / "state.pt"
+    path = work.fetch(STATE)
     seen, spent_s = 0, 0.0
-    if path.exists():
+    if path:
         seen, spent_s = _load(path, model, optimizers, ema, is_sharded)
     if not agree(seen):
-        raise DataError(
-            f"the workers found different states in {work}: it must be one folder that all "
-            "workers share"
-        )
+        line = f"the workers found different states in {work.folder}"
+        if work.root.folder:
+            raise DataError(f"{line}: it must be one folder that all workers share")
+        raise RuntimeError(line)
     return seen, spent_s
 
 
@@ -285,18 +311,17 @@ def _load(
 
 
 @contextlib.contextmanager
-def _metrics(work: Path, seen: int) -> Iterator[TextIO]:
+def _metrics(work: WorkFolder, seen: int) -> Iterator[TextIO]:
     """Open `metrics.jsonl` for appending, without rows that are newer than the last state."""
-    path = work / "metrics.jsonl"
+    before, path = work.fetch(METRICS), work.path(METRICS)
     rows_before = []
-    if path.exists():
-        for line in path.read_text().splitlines():
+    if before:
+        for line in before.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # a line that a kill left incomplete
                 row = json.loads(line)
                 if row["images_seen"] <= seen:
                     rows_before.append(json.dumps(row) + "\n")
-    part = work / f"metrics.{os.getpid()}.tmp"
-    part.write_text("".join(rows_before))
-    part.replace(path)
+    with atomic_file(path) as part:
+        part.write_text("".join(rows_before))
     with path.open("a") as file:
         yield file
