@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +26,7 @@ from infra.errors import DataError
 from infra.schemas import DROPPED, KEEP, open_parquet
 from infra.settings import Section
 from infra.storage.removal_log import Removals
+from training.data.stored_image import pixels_of
 
 MAX_PHRASINGS = 16
 BATCH_ROWS = 10_000
@@ -233,7 +233,7 @@ def judge(
         "download": item.get("sha256")
         or "",  # no column of KEEP: the removal log is held against it
     }
-    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) if image else None
+    pixels = pixels_of(image)
     if pixels is None:
         return row, "decode_error"
     row["height_px"], row["width_px"] = pixels.shape[:2]

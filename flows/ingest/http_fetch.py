@@ -8,7 +8,6 @@ one of the reasons below. Knows nothing of shards. Uses no proxy.
 
 import contextlib
 import http.client
-import io
 import ipaddress
 import socket
 import ssl
@@ -28,6 +27,8 @@ from flows.ingest.host_limits import (
     Origin,
     RecentFailureError,
 )
+from flows.ingest.image_ends import is_whole
+from flows.ingest.plain_image import TIFF_STARTS, read_header
 from flows.ingest.robots import AGENT
 from flows.sources.opt_out import NOBODY, OptOut
 
@@ -35,7 +36,6 @@ USER_AGENT = "unclip/0.1 (image-text dataset builder; honours robots.txt and X-R
 QUERY_SAFE = "/%:@!$&'()*+,;=?~"
 MAX_REDIRECTS = 5
 CHUNK_BYTES = 1 << 16
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORBIDDING = frozenset(("noai", "noimageai", "noindex", "noimageindex", "none"))
 
 VALUED = frozenset(("max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"))
@@ -372,23 +372,22 @@ def is_public(address: str) -> bool:
 
 
 def look_at(body: bytes, rules: Rules) -> None:
-    """Judge an image by its header and its end, without decoding it; raises FetchError.
+    """Judge an image by its header and its end; raises FetchError.
 
-    OpenCV decodes half a picture without complaint, so that the end has to be checked: PNG's last
-    chunk, JPEG's end marker behind its last scan, WebP's declared length.
+    It is decoded only where it lacks its end: OpenCV decodes half an image without complaint.
     """
     try:
-        with Image.open(io.BytesIO(body), formats=FORMATS) as image:
-            kind, (width, height) = image.format, image.size
+        header = read_header(body)
     except Image.DecompressionBombError as error:
         raise FetchError("too_large", str(error)) from error
     except Exception as error:  # Pillow's parsers raise many types on hostile bytes
-        if body.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM")):
+        if body.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", *TIFF_STARTS)):
             raise FetchError("decode_error", "the image's header is broken") from error
         start = body[:40].decode("latin-1").strip()
         raise FetchError(
             "not_an_image", f"{len(body):,} bytes that start with {start!r}"
         ) from error
+    width, height = header.width_px, header.height_px
     if width * height > rules.max_pixels:
         raise FetchError(
             "too_large", f"{width} x {height} pixels declared, {rules.max_pixels:,} allowed"
@@ -401,13 +400,8 @@ def look_at(body: bytes, rules: Rules) -> None:
             f"{width} x {height} pixels would be over {rules.max_pixels:,} at {rules.grown_px} on "
             "the shorter side",
         )
-    is_whole = {
-        "PNG": lambda: b"IEND" in body[-64:],
-        "JPEG": lambda: body.rfind(b"\xff\xd9") > body.rfind(b"\xff\xda"),
-        "WEBP": lambda: int.from_bytes(body[4:8], "little") + 8 <= len(body),
-    }.get(kind or "")
-    if is_whole and not is_whole():
-        raise FetchError("decode_error", f"truncated {kind} of {len(body):,} bytes")
+    if not is_whole(header.kind, body):
+        raise FetchError("decode_error", f"truncated {header.kind} of {len(body):,} bytes")
 
 
 hosts = Hosts()

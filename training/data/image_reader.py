@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from infra.errors import CallerError, DataError
+from training.data.stored_image import pixels_of
 from training.models.preprocessing import WHOLE, Interpolation, Look
 
 READERS = 4
@@ -61,10 +62,8 @@ def read_table(
 
 def decode(data: bytes, side_px: int, name: str, look: Look = WHOLE) -> np.ndarray:
     """Decode a picture to an RGB square, uint8 (S, S, 3), as `as_square` says. Raises DataError."""
-    picture = (
-        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-    )  # OpenCV raises on nothing
-    if picture is None or picture.dtype != np.uint8:
+    picture = pixels_of(data)
+    if picture is None:
         raise DataError(
             f"{name} is not an 8-bit picture that can be read: give a PNG, JPEG or WebP file"
         )
