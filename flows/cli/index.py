@@ -96,7 +96,7 @@ def add(
     view, run_lineage = open_view(opened, run)
     for line in warnings(run_lineage):
         say(f"unclip: {line}")
-    committed, reasons = add_folder(opened, run_lineage, view, folder, licence)
+    committed, reasons = add_folder(opened, run_lineage, view, folder, licence, say)
     result = {**reasons, "addition": committed.uri if committed else None}
     if as_json:
         print_json(result)

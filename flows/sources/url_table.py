@@ -22,14 +22,9 @@ from pydantic import Field
 from flows.demo.emoji_labels import Labels
 from flows.demo.emoji_packages import read_package
 from flows.demo.npm_packages import package_folder, split_spec
-from flows.sources.caption_text import (
-    NotTextError,
-    decode_text,
-    phrasings_of,
-    printable,
-    word_of,
-)
+from flows.sources.caption_text import phrasings_of, printable, word_of
 from flows.sources.drawn_scenes import DRAWING, ScenesSource, draw_all
+from flows.sources.image_folder import Problem, captions_beside, image_files
 from flows.sources.opt_out import OptOut, content_of_lists, read_opt_out, save
 from flows.sources.static_server import url_path
 from flows.sources.url_lists import Malformed, UrlsSource, list_files, read_lists
@@ -42,13 +37,6 @@ BLOCK_ROWS = 100_000
 SERVED = "http://127.0.0.1:80"
 """Stands in the table for our own server, whose port and secret no one knows yet; a list's row that
 says the same loses its `:80`."""
-IMAGE_SUFFIXES = frozenset(
-    [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"]
-)
-UNREAD_SUFFIXES = frozenset(
-    [".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".exr", ".hdr", ".ico", ".tga"]
-)
-"""Images that no decoder here reads: counted as `unknown_format`."""
 NOT_TEXT = "caption_not_text"
 
 
@@ -207,8 +195,6 @@ class Mounts:
 
 
 Row = dict[str, Any]
-Problem = tuple[str, str]
-"""Why a source's row cannot be used: the counted reason, and details for people."""
 
 
 def row(url: str, origin: str, captions: list[str], **columns: str) -> Row:
@@ -291,35 +277,18 @@ def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row
     while mount in mounts.folders:
         mount += "-again"
     mounts.folders[mount] = root
-    for file in sorted(root.rglob("*")):
-        suffix = file.suffix.lower()
-        if suffix not in IMAGE_SUFFIXES | UNREAD_SUFFIXES or not file.is_file():
-            continue
-        relative = file.relative_to(root)
-        captions, problem = captions_beside(file)
-        if any(part.startswith(".") for part in relative.parts):
-            problem = ("hidden_file", "its name or its folder's name starts with a dot")
-        elif suffix in UNREAD_SUFFIXES:
-            problem = ("unknown_format", f"{suffix} is not read")
+    for file, problem in image_files(root):
+        captions, no_text = captions_beside(file)
+        relative = file.relative_to(root).as_posix()
         item = row(
-            base + url_path(mount, relative.as_posix()),
-            f"folder:{printable(mount)}/{printable(relative.as_posix())}",
+            base + url_path(mount, relative),
+            f"folder:{printable(mount)}/{printable(relative)}",
             captions,
             licence=source.licence,
             style=source.style,
         )
+        problem = problem or no_text
         yield item | ({"problem": problem} if problem else {})
-
-
-def captions_beside(file: Path) -> tuple[list[str], Problem | None]:
-    """Return the phrasings in the `.txt` beside an image, and why it has none if it is no text."""
-    text = file.with_suffix(".txt")
-    if not text.is_file():
-        return [], None
-    try:
-        return decode_text(text.read_bytes()).splitlines(), None
-    except NotTextError as error:
-        return [], (NOT_TEXT, f"{printable(text.name)}: {error}")
 
 
 def scene_rows(
