@@ -13,9 +13,10 @@ import socket
 import ssl
 import threading
 import time
+import zlib
 from dataclasses import dataclass, replace
 from functools import partial
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from PIL import Image
 
@@ -31,10 +32,12 @@ from flows.ingest.image_ends import is_whole
 from flows.ingest.plain_image import TIFF_STARTS, read_header
 from flows.ingest.robots import AGENT
 from flows.sources.opt_out import NOBODY, OptOut
+from flows.sources.url_spelling import request_target
 
 USER_AGENT = "unclip/0.1 (image-text dataset builder; honours robots.txt and X-Robots-Tag)"
-QUERY_SAFE = "/%:@!$&'()*+,;=?~"
-MAX_REDIRECTS = 5
+MAX_REDIRECTS, MAX_INFORMATIONAL, MAX_ENCODINGS = 5, 20, 3
+ZLIB_WINDOWS = {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}
+"""zlib's window bits by Content-Encoding; `deflate` comes with a zlib header or without one."""
 CHUNK_BYTES = 1 << 16
 FORBIDDING = frozenset(("noai", "noimageai", "noindex", "noimageindex", "none"))
 
@@ -160,9 +163,7 @@ def split_origin(url: str) -> tuple[Origin, str]:
             )
         if not parts.hostname:
             raise FetchError("bad_url", "it names no host")
-        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (
-            f"?{quote(parts.query, safe=QUERY_SAFE)}" if parts.query else ""
-        )
+        target = request_target(parts.path, parts.query)
         return (
             parts.scheme,
             parts.hostname,
@@ -237,7 +238,7 @@ def read(
     """Read a response within the limits; returns its body, or its redirect target."""
     if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
         swallow(response)
-        return response.headers["Location"]
+        return header_text(response.headers["Location"])
     if response.status != 200:
         swallow(response)
         is_passing = response.status in TRY_LATER or response.status >= 500
@@ -266,7 +267,51 @@ def read(
     if response.length:
         raise FetchError("cut_short", f"{response.length:,} of {declared:,} bytes never came")
     response.close()
-    return b"".join(chunks)
+    return unpacked(b"".join(chunks), response.headers.get("Content-Encoding", ""), rules)
+
+
+def header_text(value: str) -> str:
+    """Return a header's value as UTF-8 where it is; http.client takes its bytes for Latin-1."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
+
+
+def unpacked(body: bytes, encodings: str, rules: Rules) -> bytes:
+    """Undo gzip and deflate, which some hosts send unasked; a body that is neither stays as it is.
+
+    Raises FetchError for more than `max_bytes` and for packed data that is cut.
+    """
+    names = [name.strip().lower() for name in encodings.split(",")]
+    for name in reversed(names[:MAX_ENCODINGS]):
+        if name not in ZLIB_WINDOWS:
+            continue
+        for window in ZLIB_WINDOWS[name]:
+            packed = zlib.decompressobj(window)
+            try:
+                plain = packed.decompress(body, rules.max_bytes + 1)
+            except zlib.error:
+                continue
+            if len(plain) > rules.max_bytes:
+                raise FetchError("too_large", f"unpacks to over {rules.max_bytes:,} bytes")
+            if not packed.eof:
+                raise FetchError("cut_short", f"its {name} data ends early")
+            body = plain
+            break
+    return body
+
+
+class Response(http.client.HTTPResponse):
+    """A response behind any number of informational ones, such as 103 Early Hints (RFC 8297)."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        for _ in range(MAX_INFORMATIONAL):
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if not 100 < status < 200 or status == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+        raise http.client.HTTPException(f"more than {MAX_INFORMATIONAL} informational responses")
 
 
 def swallow(response: http.client.HTTPResponse) -> None:
@@ -326,6 +371,7 @@ def connect(origin: Origin, rules: Rules, deadline: float) -> http.client.HTTPCo
         with reaped_at(deadline, sock):
             sock = tls().wrap_socket(sock, server_hostname=host)
     connection = http.client.HTTPConnection(host, port)
+    connection.response_class = Response
     connection.sock = sock
     connection.auto_open = 0  # never reconnect behind the check's back
     return connection

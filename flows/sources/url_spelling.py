@@ -56,7 +56,7 @@ def spellings(url: str) -> frozenset[str]:
     if parts.scheme not in PORTS or not parts.hostname:
         raise ValueError(f"{url!r} is no http or https URL with a host")
     port = "" if parts.port in (None, PORTS[parts.scheme]) else f":{parts.port}"
-    target = request_target(parts.path, parts.query)
+    target = ESCAPE.sub(lambda escape: escape[0].upper(), request_target(parts.path, parts.query))
     return frozenset(
         f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}{target}"
         for host in ascii_hosts(parts.hostname)
@@ -64,7 +64,6 @@ def spellings(url: str) -> frozenset[str]:
 
 
 def request_target(path: str, query: str) -> str:
-    """Return path and query of a URL as a request names them: ASCII, escapes in upper case."""
+    """Return path and query of a URL as a request names them, in ASCII."""
     target = quote(path or "/", safe=PATH_SAFE)
-    target += f"?{quote(query, safe=QUERY_SAFE)}" if query else ""
-    return ESCAPE.sub(lambda escape: escape[0].upper(), target)
+    return f"{target}?{quote(query, safe=QUERY_SAFE)}" if query else target
