@@ -15,6 +15,7 @@ from flows.cli.generate import check_files
 from flows.cli.option_groups import option_groups
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, RunName, print_json, say
 from flows.config.roots import open_for
+from flows.sources.caption_text import NotTextError, decode_text
 from infra.errors import CallerError
 from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root
@@ -108,7 +109,7 @@ def add(
     view, run_lineage = open_view(opened, run)
     for line in warnings(run_lineage):
         say(f"unclip: {line}")
-    committed, reasons = add_folder(opened, run_lineage, view, folder, licence)
+    committed, reasons = add_folder(opened, run_lineage, view, folder, licence, say)
     result = {**reasons, "addition": committed.uri if committed else None}
     if as_json:
         print_json(result)
@@ -143,6 +144,14 @@ def merge(root: RootUri = DEFAULT_ROOT, run: RunName = None, as_json: Json = Fal
 @option_groups
 def remove(
     selection: SampleOptions = SampleOptions(),
+    missing_ok: Annotated[
+        bool,
+        typer.Option(
+            "--missing-ok",
+            help="Remove the rest where a URL, key, image or line matches no sample; "
+            "URLs are logged, so that later runs do not use them.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")
     ] = False,
@@ -150,19 +159,26 @@ def remove(
     run: RunName = None,
     as_json: Json = False,
 ) -> None:
-    """Take samples down: log them, and exclude them from all later queries and runs."""
+    """Take samples down: log them, and exclude them from all later queries and runs.
+
+    Ends with 2 and removes nothing where an entry matches no sample, unless --missing-ok is given.
+    """
     opened = open_for(root, for_writing=not dry_run)
     from flows.live_index import takedown
 
-    rows, urls = _meant(opened, run, selection)
+    rows, urls, unmatched = _meant(opened, run, selection)
+    if unmatched and not missing_ok:
+        others = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
+        raise CallerError(
+            f"no sample in ROOT matches {', '.join(map(repr, unmatched[:3]))}{others}: nothing was "
+            "removed; look it up with `unclip search --json`, or give --missing-ok"
+        )
     request = {
         "urls": selection.urls or [],
         "keys": selection.keys or [],
         "images": [file.name for file in selection.images or []],
         "list": selection.text_file.name if selection.text_file else "",
     }
-    if not rows and not urls:
-        raise CallerError("no sample in ROOT matches: look it up with `unclip search --json`")
     trained = []
     if not dry_run:
         entry = takedown.take_down(opened, rows, request, urls)
@@ -213,7 +229,7 @@ def verify(
     opened = open_for(root, for_writing=False)
     from flows.live_index import takedown
 
-    rows, urls = _meant(opened, run, selection)
+    rows, urls, _ = _meant(opened, run, selection)
     named_rows = [
         *rows,
         *({"key": named_key, "origin": "", "sha256": ""} for named_key in selection.keys or []),
@@ -233,10 +249,12 @@ def verify(
 
 def _meant(
     root: Root, run: str | None, selection: SampleOptions
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the samples in ROOT that the options select, and all selected URLs.
+) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """Return the samples that the options select, all selected URLs in every spelling, and the
+    entries that select nothing.
 
-    The URLs include those without a sample in ROOT. Raises CallerError if no option is set.
+    The URLs include those without a sample in ROOT. An entry that is in the removal log is not
+    reported again. Raises CallerError if no option is set.
     """
     keys, images, text_file = selection.keys, selection.images, selection.text_file
     if not (selection.urls or keys or images or text_file):
@@ -244,29 +262,53 @@ def _meant(
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from flows.live_index.takedown import by_values, find
+    from flows.live_index.takedown import by_values, find, url_spellings
+    from infra.storage.removal_log import read_removals
 
     lines = _lines(text_file) if text_file else []
-    all_urls = [*(selection.urls or []), *(line for line in lines if "://" in line)]
-    rows = find(root, by_values("origin", [*all_urls, *lines])) if all_urls or lines else []
+    written = {
+        entry: url_spellings(entry) if "://" in entry else frozenset((entry,))
+        for entry in (*(selection.urls or []), *lines)
+    }
+    all_urls = sorted(
+        frozenset().union(*(texts for entry, texts in written.items() if "://" in entry))
+    )
+    matched: set[str] = set()
+    origins = frozenset().union(*written.values())
+    rows = find(root, by_values("origin", origins, matched)) if origins else []
     all_keys = [*(keys or []), *lines]
     if all_keys:
-        rows += find(root, by_values("key", all_keys))
+        rows += find(root, by_values("key", all_keys, matched))
+    unmatched = []
     for file in images or []:
-        rows += _alike(root, run, file)
+        alike = _alike(root, run, file)
+        rows += alike
+        unmatched += [] if alike else [str(file)]
     if lines:
         from flows.live_index.lineage import open_view
 
         view, _ = open_view(root, run)
         for segment in view.segments:
-            is_meant = pc.is_in(segment.index.column("caption"), pa.array(lines, pa.string()))
+            captions = segment.index.column("caption")
+            is_meant = pc.is_in(captions, pa.array(lines, pa.string()))
+            matched.update(pc.unique(captions.filter(is_meant)).to_pylist())
             rows += segment.index.metadata(pc.indices_nonzero(is_meant).to_numpy())
-    return rows, all_urls
+    removals = read_removals(root)
+    matched |= removals.keys | removals.origins
+    entries = {**{key: frozenset((key,)) for key in keys or []}, **written}
+    unmatched += [entry for entry, texts in entries.items() if not texts & matched]
+    return rows, all_urls, unmatched
 
 
 def _lines(file: Path) -> list[str]:
     check_files([file], "--text-file")
-    lines = [line.strip() for line in file.read_text(errors="replace").splitlines()[:MAX_LINES]]
+    try:
+        text = decode_text(file.read_bytes())
+    except NotTextError as error:
+        raise CallerError(f"--text-file {file}: {error}: save it as UTF-8") from None
+    lines = [line.strip() for line in text.splitlines()]
+    if len(lines) > MAX_LINES:
+        raise CallerError(f"--text-file {file} has more than {MAX_LINES:,} lines: divide it")
     return [line for line in lines if line and not line.startswith("#")]
 
 

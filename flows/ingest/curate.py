@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +34,7 @@ from infra.settings import Section
 from infra.storage.removal_log import Removals
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
+from training.data.stored_image import pixels_of
 
 MAX_PHRASINGS = 16
 BATCH_ROWS = 10_000
@@ -250,7 +250,7 @@ def judge(
         # Not a column of KEEP: the removal log is compared with it.
         DOWNLOAD_SHA256: item.get(SHARD_COLUMNS[DOWNLOAD_SHA256]) or "",
     }
-    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) if image else None
+    pixels = pixels_of(image)
     if pixels is None:
         return row, "decode_error"
     row["height_px"], row["width_px"] = pixels.shape[:2]

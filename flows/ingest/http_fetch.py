@@ -8,15 +8,15 @@ one of the reasons below. Knows nothing of shards. Uses no proxy.
 
 import contextlib
 import http.client
-import io
 import ipaddress
 import socket
 import ssl
 import threading
 import time
+import zlib
 from dataclasses import dataclass, replace
 from functools import partial
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from PIL import Image
 
@@ -28,14 +28,17 @@ from flows.ingest.host_limits import (
     Origin,
     RecentFailureError,
 )
+from flows.ingest.image_ends import is_whole
+from flows.ingest.plain_image import TIFF_STARTS, read_header
 from flows.ingest.robots import AGENT
 from flows.sources.opt_out import NOBODY, OptOut
+from flows.sources.url_spelling import request_target
 
 USER_AGENT = "unclip/0.1 (image-text dataset builder; honours robots.txt and X-Robots-Tag)"
-QUERY_SAFE = "/%:@!$&'()*+,;=?~"
-MAX_REDIRECTS = 5
+MAX_REDIRECTS, MAX_INFORMATIONAL, MAX_ENCODINGS = 5, 20, 3
+ZLIB_WINDOWS = {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}
+"""zlib's window bits by Content-Encoding; `deflate` comes with a zlib header or without one."""
 CHUNK_BYTES = 1 << 16
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORBIDDING = frozenset(("noai", "noimageai", "noindex", "noimageindex", "none"))
 
 VALUED = frozenset(("max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"))
@@ -160,9 +163,7 @@ def split_origin(url: str) -> tuple[Origin, str]:
             )
         if not parts.hostname:
             raise FetchError("bad_url", "it names no host")
-        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (
-            f"?{quote(parts.query, safe=QUERY_SAFE)}" if parts.query else ""
-        )
+        target = request_target(parts.path, parts.query)
         return (
             parts.scheme,
             parts.hostname,
@@ -237,7 +238,7 @@ def read(
     """Read a response within the limits; returns its body, or its redirect target."""
     if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
         swallow(response)
-        return response.headers["Location"]
+        return header_text(response.headers["Location"])
     if response.status != 200:
         swallow(response)
         is_passing = response.status in TRY_LATER or response.status >= 500
@@ -266,7 +267,51 @@ def read(
     if response.length:
         raise FetchError("cut_short", f"{response.length:,} of {declared:,} bytes never came")
     response.close()
-    return b"".join(chunks)
+    return unpacked(b"".join(chunks), response.headers.get("Content-Encoding", ""), rules)
+
+
+def header_text(value: str) -> str:
+    """Return a header's value as UTF-8 where it is; http.client takes its bytes for Latin-1."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
+
+
+def unpacked(body: bytes, encodings: str, rules: Rules) -> bytes:
+    """Undo gzip and deflate, which some hosts send unasked; a body that is neither stays as it is.
+
+    Raises FetchError for more than `max_bytes` and for packed data that is cut.
+    """
+    names = [name.strip().lower() for name in encodings.split(",")]
+    for name in reversed(names[:MAX_ENCODINGS]):
+        if name not in ZLIB_WINDOWS:
+            continue
+        for window in ZLIB_WINDOWS[name]:
+            packed = zlib.decompressobj(window)
+            try:
+                plain = packed.decompress(body, rules.max_bytes + 1)
+            except zlib.error:
+                continue
+            if len(plain) > rules.max_bytes:
+                raise FetchError("too_large", f"unpacks to over {rules.max_bytes:,} bytes")
+            if not packed.eof:
+                raise FetchError("cut_short", f"its {name} data ends early")
+            body = plain
+            break
+    return body
+
+
+class Response(http.client.HTTPResponse):
+    """A response behind any number of informational ones, such as 103 Early Hints (RFC 8297)."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        for _ in range(MAX_INFORMATIONAL):
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if not 100 < status < 200 or status == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+        raise http.client.HTTPException(f"more than {MAX_INFORMATIONAL} informational responses")
 
 
 def swallow(response: http.client.HTTPResponse) -> None:
@@ -326,6 +371,7 @@ def connect(origin: Origin, rules: Rules, deadline: float) -> http.client.HTTPCo
         with reaped_at(deadline, sock):
             sock = tls().wrap_socket(sock, server_hostname=host)
     connection = http.client.HTTPConnection(host, port)
+    connection.response_class = Response
     connection.sock = sock
     connection.auto_open = 0  # never reconnect behind the check's back
     return connection
@@ -372,23 +418,22 @@ def is_public(address: str) -> bool:
 
 
 def look_at(body: bytes, rules: Rules) -> None:
-    """Judge an image by its header and its end, without decoding it; raises FetchError.
+    """Judge an image by its header and its end; raises FetchError.
 
-    OpenCV decodes half a picture without complaint, so that the end has to be checked: PNG's last
-    chunk, JPEG's end marker behind its last scan, WebP's declared length.
+    It is decoded only where it lacks its end: OpenCV decodes half an image without complaint.
     """
     try:
-        with Image.open(io.BytesIO(body), formats=FORMATS) as image:
-            kind, (width, height) = image.format, image.size
+        header = read_header(body)
     except Image.DecompressionBombError as error:
         raise FetchError("too_large", str(error)) from error
     except Exception as error:  # Pillow's parsers raise many types on hostile bytes
-        if body.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM")):
+        if body.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", *TIFF_STARTS)):
             raise FetchError("decode_error", "the image's header is broken") from error
         start = body[:40].decode("latin-1").strip()
         raise FetchError(
             "not_an_image", f"{len(body):,} bytes that start with {start!r}"
         ) from error
+    width, height = header.width_px, header.height_px
     if width * height > rules.max_pixels:
         raise FetchError(
             "too_large", f"{width} x {height} pixels declared, {rules.max_pixels:,} allowed"
@@ -401,13 +446,8 @@ def look_at(body: bytes, rules: Rules) -> None:
             f"{width} x {height} pixels would be over {rules.max_pixels:,} at {rules.grown_px} on "
             "the shorter side",
         )
-    is_whole = {
-        "PNG": lambda: b"IEND" in body[-64:],
-        "JPEG": lambda: body.rfind(b"\xff\xd9") > body.rfind(b"\xff\xda"),
-        "WEBP": lambda: int.from_bytes(body[4:8], "little") + 8 <= len(body),
-    }.get(kind or "")
-    if is_whole and not is_whole():
-        raise FetchError("decode_error", f"truncated {kind} of {len(body):,} bytes")
+    if not is_whole(header.kind, body):
+        raise FetchError("decode_error", f"truncated {header.kind} of {len(body):,} bytes")
 
 
 hosts = Hosts()

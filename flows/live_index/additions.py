@@ -11,6 +11,8 @@ import hashlib
 import io
 import json
 import tarfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
@@ -19,10 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
+from flows.ingest.http_fetch import FetchError, Rules, look_at
+from flows.ingest.plain_image import plain
 from flows.live_index.leftovers import remove_leftovers
 from flows.live_index.lineage import ADDITIONS, Lineage
+from flows.sources.caption_text import printable
+from flows.sources.image_folder import Problem, captions_beside, image_files
 from infra.errors import CallerError, DataError
 from infra.schemas import EMBEDDED, STORED_SHA256, sample_key
 from infra.storage import commits, manifests, stage_files
@@ -30,19 +35,29 @@ from infra.storage.manifests import Committed, StageCounts, StageFacts
 from infra.storage.removal_log import Removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
+from training.data.stored_image import pixels_of
 
 if TYPE_CHECKING:
     from indexing.ann.view import View
     from training.models.preprocessing import Look
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS = ("PNG", "JPEG", "WEBP")
 STORED_PX = 256
-ORIENTATION = 0x0112
-"""The EXIF tag Orientation."""
 BATCH = 256
 LEAST_BYTES = 64 << 20
 """Minimum memory budget of an addition's index."""
+MAX_NAMED = 20
+"""Maximum files that are named when they are left out."""
+
+Embedded = tuple[pa.Table, np.ndarray, np.ndarray]
+"""Metadata of N samples, their image vectors (N, D) and their text vectors (N, D)."""
+
+
+class UnreadError(Exception):
+    """An image file that is left out, and why."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(": ".join(problem))
+        self.problem = problem
 
 
 class AdditionFacts(TypedDict, total=False):
@@ -53,23 +68,31 @@ class AdditionFacts(TypedDict, total=False):
 
 
 def add(
-    root: Root, run_lineage: Lineage, view: "View", source: Path, licence: str
+    root: Root,
+    run_lineage: Lineage,
+    view: "View",
+    source: Path,
+    licence: str,
+    say: Callable[[str], None] = print,
 ) -> tuple[Committed | None, dict[str, int]]:
     """Add a folder to a run's index; return the committed addition and the row counts by reason.
 
     The addition is None if no row is new. Samples whose key is in the index and samples that were
-    taken down are left out. Raises CallerError for a folder without images and embeddings, or with
-    embeddings of another CLIP, and DataError for embeddings that do not match their metadata.
+    taken down are left out, and files that do not read, whose names `say` is told. Raises
+    CallerError for a folder without images and embeddings, or with embeddings of another CLIP, and
+    DataError for embeddings that do not match their metadata.
     """
     remove_leftovers(root)
     with writing_folder(root.scratch, ADDITIONS) as out:
         if (source / "facts.json").is_file():
             rows, images, texts = read_embeddings(source, run_lineage)
             what: AdditionFacts = {"embeddings": True}
+            unread = {}
         else:
-            rows, images, texts = embed_pictures(source, run_lineage, licence, out)
+            (rows, images, texts), unread = embed_pictures(source, run_lineage, licence, out, say)
             what = {"embeddings": False}
         is_new, reasons = new_rows(rows, view)
+        reasons |= unread
         if not any(is_new):
             return None, reasons
         rows = rows.filter(pa.array(is_new))
@@ -129,7 +152,7 @@ def share_of(memory_bytes: int, count: int, view: "View") -> int:
     return min(memory_bytes, max(LEAST_BYTES, memory_bytes * count // (before + count)))
 
 
-def read_embeddings(source: Path, run_lineage: Lineage) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+def read_embeddings(source: Path, run_lineage: Lineage) -> Embedded:
     """Read an embed folder made by the run's CLIP.
 
     Returns the metadata, the image vectors (N, D) and the text vectors (N, D). Raises CallerError
@@ -162,22 +185,19 @@ def read_embeddings(source: Path, run_lineage: Lineage) -> tuple[pa.Table, np.nd
 
 
 def embed_pictures(
-    source: Path, run_lineage: Lineage, licence: str, out: Path
-) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    source: Path, run_lineage: Lineage, licence: str, out: Path, say: Callable[[str], None]
+) -> tuple[Embedded, dict[str, int]]:
     """Embed the images below a folder with the captions beside them; write them as a shard.
 
-    The shard is `out`/shards/00000.tar. Returns the metadata, the image vectors (N, D) and the text
-    vectors (N, D), float16. Raises CallerError if there is no image.
+    The shard is `out`/shards/00000.tar. Returns the metadata with the image vectors (N, D) and the
+    text vectors (N, D), float16, and the counts of files that are left out by reason; `say` is told
+    their names. Raises CallerError if no image is left.
     """
-    files = (
-        sorted(path for path in source.rglob("*") if path.suffix.lower() in PICTURES)
-        if source.is_dir()
-        else []
-    )
+    files = list(image_files(source)) if source.is_dir() else []
     if not files:
         raise CallerError(
             f"{source} holds neither embeddings (facts.json, img_emb/, text_emb/, metadata/) "
-            "nor PNG, JPEG or WebP pictures"
+            "nor images (PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF)"
         )
     from training.jobs import embed
 
@@ -187,21 +207,36 @@ def embed_pictures(
     (out / "shards").mkdir()
     rows: list[dict[str, Any]] = []
     images, texts = [], []
+    problems: list[tuple[Path, Problem]] = []
     with tarfile.open(out / "shards" / "00000.tar", "w") as tar:
         for batch in (files[start : start + BATCH] for start in range(0, len(files), BATCH)):
             squares = []
-            for file in batch:
-                square, row = read_one(file, side_px, look, licence, source)
+            for file, problem in batch:
+                try:
+                    if problem:
+                        raise UnreadError(problem)
+                    square, row = read_one(file, side_px, look, licence, source)
+                except UnreadError as error:
+                    problems.append((file, error.problem))
+                    continue
                 rows.append(row | store(tar, f"{len(rows):08d}.png", row.pop("picture")))
                 squares.append(square)
-            images.append(images_of(np.stack(squares)))
-            texts.append(texts_of([row["caption"] or "a picture" for row in rows[-len(batch) :]]))
-    table = pa.Table.from_pylist(rows, EMBEDDED)
+            if squares:
+                images.append(images_of(np.stack(squares)))
+                captions = [row["caption"] or "a picture" for row in rows[-len(squares) :]]
+                texts.append(texts_of(captions))
+    lines = [f"{printable(file)}: {': '.join(problem)}" for file, problem in problems]
+    if not rows:
+        raise CallerError(f"none of {len(files)} images in {source} can be added: {lines[0]}")
+    for line in lines[:MAX_NAMED]:
+        say(f"left out {line}")
+    if len(lines) > MAX_NAMED:
+        say(f"left out {len(lines) - MAX_NAMED:,} more")
     return (
-        table,
+        pa.Table.from_pylist(rows, EMBEDDED),
         np.concatenate(images).astype(np.float16),
         np.concatenate(texts).astype(np.float16),
-    )
+    ), dict(Counter(reason for _, (reason, _) in problems))
 
 
 def read_one(
@@ -210,18 +245,24 @@ def read_one(
     """Return an image preprocessed for the encoder, and its row.
 
     The row's field "picture" holds the image to store, uint8 RGB, at most STORED_PX on a side.
+    Raises UnreadError.
     """
-    from training.data.image_reader import read_file
+    from training.data.image_reader import FILE_SIDE_PX, as_square
 
-    width_px, height_px = size_of(file)
-    pixels = read_file(file, min(STORED_PX, max(width_px, height_px)))
-    beside = file.with_suffix(".txt")
-    caption = (
-        " ".join(beside.read_text(errors="replace").split())[:2000]
-        if beside.is_file()
-        else file.stem.replace("_", " ").replace("-", " ")
-    )
-    origin = f"file:{file.relative_to(source)}#{stage_files.file_sha256(file)[:16]}"
+    pixels = read_pixels(file)
+    height_px, width_px = pixels.shape[:2]
+    longer_px = max(height_px, width_px)
+    if longer_px > FILE_SIDE_PX:  # a thin one made square would need its side squared
+        size = (max(1, side * FILE_SIDE_PX // longer_px) for side in (width_px, height_px))
+        pixels = cv2.resize(pixels, tuple(size), interpolation=cv2.INTER_AREA)
+    captions, problem = captions_beside(file)
+    if problem:
+        raise UnreadError(problem)
+    caption = " ".join(" ".join(captions).split())[:2000]
+    if not file.with_suffix(".txt").is_file():
+        caption = printable(file.stem).replace("_", " ").replace("-", " ")
+    name = printable(file.relative_to(source))
+    origin = f"file:{name}#{stage_files.file_sha256(file)[:16]}"
     row = dict.fromkeys(EMBEDDED.names, "") | {
         "key": sample_key(origin, caption),
         "origin": origin,
@@ -231,24 +272,36 @@ def read_one(
         "split": "added",
         "width_px": width_px,
         "height_px": height_px,
-        "picture": pixels,
+        "picture": as_square(pixels, min(STORED_PX, longer_px)),
     }
-    return read_file(file, side_px, look), row
+    return as_square(pixels, side_px, look), row
 
 
-def size_of(file: Path) -> tuple[int, int]:
-    """Return width and height of an image file as displayed, read from its header.
+def read_pixels(file: Path) -> np.ndarray:
+    """Decode an image file as ingest does: uint8, upright, grey, BGR or BGRA.
 
-    Raises CallerError for a file that is not a readable image.
+    Raises UnreadError for what ingest would drop, with the same reason.
     """
+    from training.data.image_reader import FILE_BYTES, FILE_PIXELS
+
+    rules = Rules(
+        timeout_s=0, retries=0, max_bytes=FILE_BYTES, max_pixels=FILE_PIXELS, allow_private=False
+    )
     try:
-        with Image.open(file, formats=FORMATS) as opened:
-            lies = opened.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-            return (opened.height, opened.width) if lies else (opened.width, opened.height)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CallerError(
-            f"{file} is not a readable picture ({error}): give a PNG, JPEG or WebP file"
-        ) from None
+        if file.stat().st_size > FILE_BYTES:
+            raise UnreadError(("too_large", f"more than {FILE_BYTES >> 20} MiB"))
+        body = file.read_bytes()
+        look_at(body, rules)
+        pixels = pixels_of(plain(io.BytesIO(body)).getvalue())
+    except FetchError as error:
+        raise UnreadError((error.reason, error.detail)) from error
+    except OSError as error:
+        raise UnreadError(("unreadable", error.strerror or type(error).__name__)) from error
+    except (ValueError, cv2.error) as error:
+        raise UnreadError(("decode_error", str(error))) from error
+    if pixels is None:
+        raise UnreadError(("decode_error", "it does not decode"))
+    return pixels
 
 
 def store(tar: tarfile.TarFile, name: str, picture: np.ndarray) -> dict[str, Any]:

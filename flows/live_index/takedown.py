@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.live_index.removal_trace import trace
+from flows.sources.url_spelling import spellings
 from infra.schemas import DOWNLOAD_SHA256, SHARD_COLUMNS, STORED_SHA256, shard_rows
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed
@@ -139,22 +141,43 @@ def with_copies(root: Root, meant: Removals) -> Removals:
         meant = grown
 
 
-def by_values(column: str, values: Sequence[str]) -> Callable[[pa.Table], pa.ChunkedArray]:
+def by_values(
+    column: str, values: Iterable[str], matched: set[str] | None = None
+) -> Callable[[pa.Table], pa.ChunkedArray]:
     """Return a predicate that selects rows by the values of a column.
 
-    An origin also matches the URL that the image was downloaded from.
+    An origin also matches the URL that the image was downloaded from. The values that match a row
+    are added to `matched`.
     """
-    wanted = pa.array(list(values), pa.string())
+    wanted = pa.array(sorted(set(values)), pa.string())
+    columns = (column, "url") if column == "origin" else (column,)
 
     def is_meant(table: pa.Table) -> pa.ChunkedArray:
-        mask = pc.is_in(table[column], wanted)
-        return (
-            pc.or_(mask, pc.is_in(table["url"], wanted))
-            if column == "origin" and "url" in table.column_names
-            else mask
-        )
+        masks = {
+            name: pc.is_in(table[name], wanted) for name in columns if name in table.schema.names
+        }
+        if matched is not None:
+            for name, mask in masks.items():
+                matched.update(pc.unique(table[name].filter(mask)).to_pylist())
+        whole, *others = masks.values()
+        for mask in others:
+            whole = pc.or_(whole, mask)
+        return whole
 
     return is_meant
+
+
+def url_spellings(url: str) -> frozenset[str]:
+    """Return the spellings of a URL under which a sample may be recorded: as it is written, with an
+    international host name as text and in ASCII.
+    """
+    try:
+        normal = spellings(url)
+        host = urlsplit(url).netloc
+        texts = {host, host.encode("ascii").decode("idna") if "xn--" in host else host}
+    except ValueError:  # no URL: it is compared as it is
+        return frozenset((url,))
+    return normal | {url.replace(host, text, 1) for text in texts}
 
 
 def take_down(

@@ -19,8 +19,7 @@ from infra.storage.stage_files import StageFiles
 if TYPE_CHECKING:  # the sections import torch and faiss, which planning does not need
     from flows.config.run_config import RunConfig
 
-INGEST_VERSION = EMBED_VERSION = 1
-INDEX_VERSION = 5
+INGEST_VERSION, EMBED_VERSION, INDEX_VERSION = 2, 1, 5
 
 
 def run_ingest(job: StageJob) -> Counts:

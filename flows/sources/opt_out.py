@@ -1,11 +1,13 @@
 """Opt-out lists: hosts and URLs that are never requested.
 
 Text files on any fsspec path, one entry per line, `#` starts a comment. `example.org` matches the
-host and everything below it; an entry with `://` matches that URL and, if it ends in `/`,
-everything below it.
+host and everything below it, `example.org:8080` that port of them. An entry with a path matches
+that URL and, if it ends in `/`, everything below it; without a scheme it stands for http and https.
+International names hold in every spelling. Any other entry is an error.
 """
 
 import hashlib
+import ipaddress
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +17,17 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from flows.sources.caption_text import decode_text
+from flows.sources.url_spelling import PORTS, ascii_hosts, is_host_name, spellings
 from infra.errors import CallerError
 
 
 @dataclass(frozen=True)
 class OptOut:
-    """The entries of all lists."""
+    """The entries of all lists, in the spelling of `flows.sources.url_spelling`."""
 
     hosts: frozenset[str] = frozenset()
+    """`example.org` or `example.org:8080`."""
     urls: frozenset[str] = frozenset()
 
     @cached_property
@@ -35,31 +40,75 @@ class OptOut:
         if not self.hosts and not self.urls:
             return False
         try:
-            host = (urlsplit(url).hostname or "").rstrip(".")
-        except ValueError:
+            parts = urlsplit(url)
+            port = parts.port or PORTS[parts.scheme]
+            names, urls = ascii_hosts(parts.hostname or ""), spellings(url)
+        except (ValueError, KeyError):
             return False  # no URL at all: the download says so
-        labels = host.split(".")
-        above = (".".join(labels[start:]) for start in range(len(labels)))
-        return (
-            any(domain in self.hosts for domain in above)
-            or url in self.urls
-            or url.startswith(self.prefixes)
-        )
+        return any(
+            domain in self.hosts or f"{domain}:{port}" in self.hosts
+            for name in names
+            for domain in _domains(name)
+        ) or any(one in self.urls or one.startswith(self.prefixes) for one in urls)
+
+
+def _domains(host: str) -> list[str]:
+    """Return a host and every domain that it is in."""
+    labels = host.split(".")
+    return [".".join(labels[start:]) for start in range(len(labels))]
 
 
 NOBODY = OptOut()
 
 
 def read_opt_out(paths: Sequence[str]) -> OptOut:
-    """Read the lists. Raises CallerError for one that cannot be read: to go on without it would be
-    to ignore it.
+    """Read the lists. Raises CallerError for one that cannot be read and for an entry that cannot
+    be understood: to go on without it would be to ignore it.
     """
-    entries = [
-        line.partition("#")[0].strip() for path in paths for line in _text(path).splitlines()
-    ]
-    urls = frozenset(entry for entry in entries if "://" in entry)
-    hosts = frozenset(entry.lower().strip(".") for entry in entries if entry and "://" not in entry)
-    return OptOut(hosts, urls)
+    hosts: set[str] = set()
+    urls: set[str] = set()
+    for path in paths:
+        for number, line in enumerate(_text(path).splitlines(), 1):
+            entry = line.partition("#")[0].strip()
+            if not entry:
+                continue
+            try:
+                more_hosts, more_urls = parse_entry(entry)
+            except ValueError:
+                raise CallerError(
+                    f"[data] opt_out {path!r} line {number}: {entry[:80]!r} is no host and no URL: "
+                    "write example.org or https://example.org/path/"
+                ) from None
+            hosts |= more_hosts
+            urls |= more_urls
+    return OptOut(frozenset(hosts), frozenset(urls))
+
+
+def parse_entry(entry: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the hosts and the URLs that an entry stands for. Raises ValueError."""
+    if any(character.isspace() for character in entry):
+        raise ValueError("an entry has no spaces")
+    bare = entry if "://" in entry else "//" + entry.removeprefix("*.").lstrip(".")
+    parts = urlsplit(bare)
+    names = ascii_hosts(parts.hostname or "")
+    if not all(is_host_name(name) for name in names) or "@" in parts.netloc:
+        raise ValueError("it names no host, or it is a mail address")
+    if parts.scheme:
+        return frozenset(), spellings(entry)
+    if parts.path in ("", "/") and not parts.query:
+        port = f":{parts.port}" if parts.port else ""
+        return frozenset(name + port for name in names), frozenset()
+    if any(_is_address(name) or "." not in name for name in names):
+        raise ValueError("a network or a word is no URL")
+    return frozenset(), frozenset().union(*(spellings(f"{scheme}:{bare}") for scheme in PORTS))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def save(lists: OptOut, file: Path) -> None:
@@ -81,7 +130,7 @@ def content_of_lists(paths: Sequence[str]) -> str:
 
 def _text(path: str) -> str:
     try:
-        with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
-            return str(file.read())
+        with fsspec.open(path, "rb", compression="infer") as file:
+            return decode_text(file.read())
     except (OSError, ValueError, ImportError) as error:
         raise CallerError(f"[data] opt_out {path!r} cannot be read: {error}") from error

@@ -5,6 +5,7 @@ Binds to 127.0.0.1, and a new secret for each start keeps a URL list from naming
 """
 
 import mimetypes
+import os
 import secrets
 import threading
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -77,7 +78,7 @@ class Mounts(ThreadingHTTPServer):
         reached, links included.
         """
         try:
-            path = unquote(urlsplit(target).path)
+            path = os.fsdecode(unquote_to_bytes(urlsplit(target).path))
             for name, root in self.roots.items():
                 if path.startswith(f"/{name}/"):
                     file = (root / path[len(name) + 2 :].lstrip("/")).resolve()
@@ -120,5 +121,5 @@ class StaticServer:
 
 
 def url_path(mount: str, path: str) -> str:
-    """Return the path part of the URL of `path` below `mount`, quoted."""
-    return quote(f"/{mount}/{path}", safe="/@")
+    """Return the path part of the URL of `path` below `mount`, quoted byte by byte."""
+    return quote(os.fsencode(f"/{mount}/{path}"), safe="/@")

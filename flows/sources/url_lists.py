@@ -3,27 +3,48 @@
 Maps the recipe's column names to ours. `flows/sources/url_table.py` decides which rows are valid.
 """
 
+import codecs
 import csv
+import io
 import json
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
 import pyarrow as pa
-import pyarrow.csv
+from fsspec.core import has_magic
+from fsspec.implementations.http import HTTPFileSystem
 from pydantic import Field
 
+from flows.sources.caption_text import encoding_of
 from infra.errors import CallerError, DataError
 from infra.schemas import open_parquet
 from infra.settings import Section
 
 BATCH_ROWS = 10_000
 PIECE_BYTES = 1 << 20
+MAX_DETAIL = 200
+"""Characters of a malformed row that are recorded."""
+QUOTES = {"csv": "double"}
 FORMATS = {"parquet": "parquet", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl"}
 
-Columns = dict[str, Sequence[Any]]
+HIDDEN = ("_", ".")
+"""First characters of the names of files that are no part of a list: `_SUCCESS`, `.part-0.crc`."""
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A row that does not have the columns of its file."""
+
+    origin: str
+    detail: str
+
+
+Values = dict[str, Any]
 
 
 class UrlsSource(Section):
@@ -31,13 +52,17 @@ class UrlsSource(Section):
 
     kind: Literal["urls"]
     path: str = Field(min_length=1)
-    """File or glob on any fsspec path: `list.parquet`, `s3://bucket/lists/*.jsonl`."""
+    """File, folder or glob on any fsspec path: `list.parquet`, `s3://bucket/lists/*.jsonl`; of a
+    folder all files but those whose names start with `_` or `.`."""
     format: Literal["auto", "parquet", "csv", "tsv", "jsonl"] = "auto"
     """File format; `auto` goes by the suffix, `.gz` allowed on the text formats."""
+    quotes: Literal["auto", "none", "double"] = "auto"
+    """Whether `"` encloses values of csv and tsv files: `double` (RFC 4180) or `none`; `auto` is
+    double for csv and none for tsv."""
     url_column: str = "url"
     """Column with the pictures' URLs."""
     caption_column: str = "caption"
-    """Column with the captions."""
+    """Column with the captions; a list of texts is a list of phrasings."""
     captions_column: str = ""
     """Column with a list of further phrasings; "" for none, as for the columns below."""
     licence_column: str = ""
@@ -54,19 +79,35 @@ class UrlsSource(Section):
     """Licence of all rows that name none."""
 
 
-def read_lists(source: UrlsSource) -> Iterator[dict[str, Any]]:
+def list_files(source: UrlsSource) -> list[Any]:
+    """Return the files of a list as fsspec's OpenFile, in name order.
+
+    Raises CallerError for a path that cannot be opened or matches no file.
+    """
+    try:
+        fs, root = fsspec.core.url_to_fs(source.path)
+        is_web = isinstance(fs, HTTPFileSystem)  # it would download a list to look for links in it
+        if not is_web and not has_magic(source.path) and fs.isdir(root):
+            paths = [fs.unstrip_protocol(path) for path in sorted(fs.find(root))]
+            files = fsspec.open_files(paths, "rb", compression="infer") if paths else []
+        else:
+            files = fsspec.open_files(source.path, "rb", compression="infer")
+    except (OSError, ValueError, ImportError) as error:
+        raise CallerError(f"[data] URL list {source.path!r} cannot be opened: {error}") from error
+    if len(files) > 1 and not Path(source.path).name.startswith(HIDDEN):
+        files = [file for file in files if not Path(file.path).name.startswith(HIDDEN)]
+    if not files:
+        raise CallerError(f"[data] URL list {source.path!r} matches no file")
+    return list(files)
+
+
+def read_lists(source: UrlsSource) -> Iterator[Values | Malformed]:
     """Yield the rows of all files of a list, file after file: url, caption and those of the other
-    columns that the recipe names.
+    columns that the recipe names. A row without its columns is Malformed.
 
     Raises CallerError for a path, a format or a column that is not there, DataError for a file that
     does not parse.
     """
-    try:
-        files = fsspec.open_files(source.path, "rb", compression="infer")
-    except (OSError, ValueError, ImportError) as error:
-        raise CallerError(f"[data] URL list {source.path!r} cannot be opened: {error}") from error
-    if not files:
-        raise CallerError(f"[data] URL list {source.path!r} matches no file")
     wanted = {
         "url": source.url_column, "caption": source.caption_column,
         "captions": source.captions_column, "licence": source.licence_column,
@@ -75,15 +116,15 @@ def read_lists(source: UrlsSource) -> Iterator[dict[str, Any]]:
         "subcategory": source.subcategory_column,
     }  # fmt: skip
     wanted = {ours: theirs for ours, theirs in wanted.items() if theirs}
-    for file in files:
+    for file in list_files(source):
         kind = file_format(source, file.path)
+        quotes = source.quotes if source.quotes != "auto" else QUOTES.get(kind, "none")
         try:
             with file as stream:
-                for columns in read_columns(stream, kind, list(wanted.values()), file.path):
-                    for values in zip(
-                        *(columns[theirs] for theirs in wanted.values()), strict=True
-                    ):
-                        yield dict(zip(wanted, values, strict=True))
+                for row in read_rows(stream, kind, quotes, list(wanted.values()), file.path):
+                    yield (
+                        row if isinstance(row, Malformed) else dict(zip(wanted, row, strict=True))
+                    )
         except FileNotFoundError as error:
             raise CallerError(f"[data] URL list {file.path} is not there") from error
         except (
@@ -121,41 +162,127 @@ def check_columns(wanted: Sequence[str], names: Sequence[str], path: str) -> Non
         )
 
 
-def read_columns(stream: Any, kind: str, wanted: Sequence[str], path: str) -> Iterator[Columns]:
-    """Yield a file's wanted columns, `BATCH_ROWS` or fewer rows at a time."""
+def read_rows(
+    stream: Any, kind: str, quotes: str, wanted: Sequence[str], path: str
+) -> Iterator[Sequence[Any] | Malformed]:
+    """Yield the values of a file's wanted columns, row by row."""
     if kind == "parquet":
         file = open_parquet(
             stream, buffer_size=PIECE_BYTES
         )  # else whole column chunks of a row group, however large, are read at once
         check_columns(wanted, file.schema_arrow.names, path)
         for batch in file.iter_batches(BATCH_ROWS, columns=list(wanted)):
-            yield batch.to_pydict()
-    elif kind == "jsonl":
-        yield from read_json_lines(stream, wanted, path)
+            columns = batch.to_pydict()
+            yield from zip(*(columns[name] for name in wanted), strict=True)
+        return
+    lines = read_lines(stream)
+    if kind == "jsonl":
+        yield from read_json_lines(lines, wanted, path)
     else:
-        # Text throughout: a caption "007" must not become the number 7, nor "null" nothing.
-        delimiter = "\t" if kind == "tsv" else ","
-        names = next(csv.reader([stream.readline().decode("utf-8-sig")], delimiter=delimiter), [])
-        stream.seek(0)
-        check_columns(wanted if names else (), names, path)
-        convert = pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()),
-            strings_can_be_null=True,
-            null_values=[""],
-            include_columns=list(wanted),
-        )
-        parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-        for batch in pyarrow.csv.open_csv(stream, parse_options=parse, convert_options=convert):
-            yield batch.to_pydict()
+        yield from read_separated(lines, "\t" if kind == "tsv" else ",", quotes, wanted, path)
 
 
-def read_json_lines(stream: Any, wanted: Sequence[str], path: str) -> Iterator[Columns]:
-    """Yield the wanted columns of JSON objects, one a line; the first line must have them all,
-    later ones may leave some out.
+def read_lines(stream: Any) -> Iterator[bytes]:
+    """Yield a file's lines as UTF-8, ends included; its byte order mark names its encoding."""
+    encoding = encoding_of(stream.read(4))
+    stream.seek(0)
+    if encoding not in ("utf-8", "utf-8-sig"):
+        decoded = pa.transcoding_input_stream(pa.PythonFile(stream, "r"), encoding, "utf-8")
+        stream = io.BufferedReader(decoded, PIECE_BYTES)
+    for number, line in enumerate(stream):
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+
+
+def read_separated(
+    lines: Iterator[bytes], separator: str, quotes: str, wanted: Sequence[str], path: str
+) -> Iterator[Sequence[Any] | Malformed]:
+    """Yield the wanted values of a csv or tsv file's rows, None where they are empty.
+
+    A value is text, or bytes where it is not UTF-8. A row with another number of columns than the
+    header, or with quotes that do not close, is Malformed: its first line alone is left out.
     """
-    lines: list[dict[str, Any]] = []
+    records = separated_records(lines, separator, quotes)
+    header = next(records, None)
+    if header is None or isinstance(header.values, str):
+        raise pa.ArrowInvalid("it has no line with the columns' names")
+    check_columns(wanted, header.values, path)
+    positions = [header.values.index(name) for name in wanted]
+    for record in records:
+        where = f"{Path(path).name} line {record.line}"
+        if isinstance(record.values, str):
+            yield Malformed(where, record.values[:MAX_DETAIL])
+        elif len(record.values) != len(header.values):
+            text = separator.join(record.values).encode("utf-8", "replace").decode()
+            counts = f"{len(record.values)} columns for {len(header.values)}"
+            yield Malformed(where, f"{counts}: {text[:MAX_DETAIL]}")
+        else:
+            yield [_cell(record.values[position]) for position in positions]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a text file: its values, or why it has none; invalid bytes are surrogates."""
+
+    line: int
+    values: list[str] | str
+
+
+def separated_records(lines: Iterator[bytes], separator: str, quotes: str) -> Iterator[Record]:
+    """Yield the rows of a csv or tsv file that are not empty."""
+    texts = (line.decode("utf-8", "surrogateescape") for line in lines)
+    if quotes == "none":
+        for number, text in enumerate(texts, 1):
+            if text.rstrip("\r\n"):
+                yield Record(number, text.rstrip("\r\n").split(separator))
+        return
+    waiting: deque[str] = deque()
+    taken: list[str] = []
+    number = 1
+
+    def next_lines() -> Iterator[str]:
+        while waiting or (text := next(texts, None)) is not None:
+            taken.append(waiting.popleft() if waiting else text)
+            yield taken[-1]
+
+    is_over = False
+    while not is_over:
+        # A new reader for every fault: one that has failed goes on inside the quotes.
+        reader = csv.reader(next_lines(), delimiter=separator, strict=True)
+        while True:
+            taken.clear()
+            try:
+                values = next(reader)
+            except StopIteration:
+                is_over = True
+                break
+            except csv.Error as error:
+                yield Record(number, f"{error}: {taken[0].encode('utf-8', 'replace').decode()}")
+                waiting.extendleft(reversed(taken[1:]))
+                number += 1
+                break
+            if values:
+                yield Record(number, values)
+            number += len(taken)
+
+
+def _cell(text: str) -> str | bytes | None:
+    if not text or text.isascii():
+        return text or None
+    data = text.encode("utf-8", "surrogateescape")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def read_json_lines(
+    lines: Iterator[bytes], wanted: Sequence[str], path: str
+) -> Iterator[Sequence[Any]]:
+    """Yield the wanted values of JSON objects, one a line; the first line must have them all, later
+    ones may leave some out.
+    """
     is_first = True
-    for line in stream:
+    for line in lines:
         if not line.strip():
             continue
         item = json.loads(line)
@@ -164,9 +291,4 @@ def read_json_lines(stream: Any, wanted: Sequence[str], path: str) -> Iterator[C
         if is_first:
             check_columns(wanted, list(item), path)
             is_first = False
-        lines.append(item)
-        if len(lines) == BATCH_ROWS:
-            yield {name: [item.get(name) for item in lines] for name in wanted}
-            lines = []
-    if lines:
-        yield {name: [item.get(name) for item in lines] for name in wanted}
+        yield [item.get(name) for name in wanted]

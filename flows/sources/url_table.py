@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,10 +22,12 @@ from pydantic import Field
 from flows.demo.emoji_labels import Labels
 from flows.demo.emoji_packages import read_package
 from flows.demo.npm_packages import package_folder, split_spec
+from flows.sources.caption_text import phrasings_of, printable, word_of
 from flows.sources.drawn_scenes import DRAWING, ScenesSource, draw_all
-from flows.sources.opt_out import content_of_lists, read_opt_out, save
+from flows.sources.image_folder import Problem, captions_beside, image_files
+from flows.sources.opt_out import OptOut, content_of_lists, read_opt_out, save
 from flows.sources.static_server import url_path
-from flows.sources.url_lists import UrlsSource, read_lists
+from flows.sources.url_lists import Malformed, UrlsSource, list_files, read_lists
 from infra.console.progress import Progress
 from infra.errors import CallerError
 from infra.row_hash import row_hashes
@@ -37,7 +38,7 @@ BLOCK_ROWS = 100_000
 SERVED = "http://127.0.0.1:80"
 """Stands in the table for our own server, whose port and secret no one knows yet; a list's row that
 says the same loses its `:80`."""
-IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+NOT_TEXT = "caption_not_text"
 
 
 class PackagesSource(Section):
@@ -78,8 +79,7 @@ def content_of(source: PackagesSource | UrlsSource | FolderSource | ScenesSource
     digest = hashlib.sha256()
     try:
         if isinstance(source, UrlsSource):
-            files = fsspec.open_files(source.path, "rb")
-            marks = [f"{file.path} {file.fs.ukey(file.path)}" for file in files]
+            marks = [f"{file.path} {file.fs.ukey(file.path)}" for file in list_files(source)]
         else:
             root = Path(source.path).expanduser()
             stats = ((file, file.stat()) for file in sorted(root.rglob("*")) if file.is_file())
@@ -87,10 +87,10 @@ def content_of(source: PackagesSource | UrlsSource | FolderSource | ScenesSource
                 f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}"
                 for file, stat in stats
             ]
-    except (OSError, ValueError, ImportError):
+    except (OSError, ValueError, ImportError, CallerError):
         return "unreadable"  # reading it says why
     for mark in marks:
-        digest.update(mark.encode() + b"\n")
+        digest.update(mark.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()[:16]
 
 
@@ -278,18 +278,18 @@ def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row
     while mount in mounts.folders:
         mount += "-again"
     mounts.folders[mount] = root
-    for file in sorted(root.rglob("*")):
-        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
-            text = file.with_suffix(".txt")
-            lines = text.read_text(errors="replace").splitlines() if text.is_file() else []
-            relative = file.relative_to(root).as_posix()
-            yield row(
-                base + url_path(mount, relative),
-                f"folder:{mount}/{relative}",
-                lines,
-                licence=source.licence,
-                style=source.style,
-            )
+    for file, problem in image_files(root):
+        captions, no_text = captions_beside(file)
+        relative = file.relative_to(root).as_posix()
+        item = row(
+            base + url_path(mount, relative),
+            f"folder:{printable(mount)}/{printable(relative)}",
+            captions,
+            licence=source.licence,
+            style=source.style,
+        )
+        problem = problem or no_text
+        yield item | ({"problem": problem} if problem else {})
 
 
 def scene_rows(
@@ -317,21 +317,20 @@ def listed_rows(source: UrlsSource, base: str) -> Iterator[Row]:
     serve, is written so that it does not.
     """
     for values in read_lists(source):
-        url = str(values.pop("url") or "").strip()
-        further = values.pop("captions", None) or []
-        captions = [values.pop("caption"), *([further] if isinstance(further, str) else further)]
-        texts = {name: str(value) for name, value in values.items() if value is not None}
+        if isinstance(values, Malformed):
+            yield row("", values.origin, []) | {"problem": ("malformed_row", values.detail)}
+            continue
+        url = next(iter(phrasings_of(values.pop("url"))[0]), "").strip()
+        captions, refused = phrasings_of(values.pop("caption"), values.pop("captions", None))
+        words = {name: word for name, value in values.items() if (word := word_of(value))}
         requested = (
             url.replace(f"{base}/", f"{base.removesuffix(':80')}/", 1)
             if url.startswith(f"{base}/")
             else url
         )
-        yield row(
-            requested,
-            url,
-            [str(caption) for caption in captions if caption is not None],
-            **{"licence": source.licence, **texts},
-        )
+        item = row(requested, url, captions, **{"licence": source.licence, **words})
+        has_none = refused and not item["caption"]
+        yield item | ({"problem": (NOT_TEXT, refused)} if has_none else {})
 
 
 def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERVED) -> int:
@@ -358,27 +357,14 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERV
             good: list[Row] = []
             bad: list[Row] = []
             for item, new in zip(block, is_new, strict=True):
-                reason = (
-                    "empty_url"
-                    if not item["url"]
-                    else "empty_caption"
-                    if not item["caption"]
-                    else ""
-                    if new
-                    else "duplicate_url"
-                )
-                reason = reason or (
-                    "opted_out"
-                    if opt_out.covers(item["origin"]) or opt_out.covers(item["url"])
-                    else ""
-                )
+                reason, detail = refusal(item, new, opt_out)
                 if reason:
                     bad.append(
                         {
                             "key": item["key"],
                             "origin": item["origin"],
                             "reason": reason,
-                            "detail": item["url"],
+                            "detail": detail,
                         }
                     )
                 else:
@@ -390,6 +376,22 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERV
     mounts.save(out / "mounts.json")
     save(opt_out, out / "opt_out.json")
     return row_count
+
+
+def refusal(item: Row, is_new: bool, opt_out: OptOut) -> Problem:
+    """Return why a row is dropped before it is downloaded, ("", "") if it is not, with details."""
+    problem: Problem | None = item.get("problem")
+    if problem:
+        return problem
+    if not item["url"]:
+        return "empty_url", ""
+    if not item["caption"]:
+        return "empty_caption", item["url"]
+    if not is_new:
+        return "duplicate_url", item["url"]
+    if opt_out.covers(item["origin"]) or opt_out.covers(item["url"]):
+        return "opted_out", item["url"]
+    return "", ""
 
 
 def new_urls(urls: list[str], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 falsely and not at all.
 """
 
+import gzip
 import struct
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
+from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -125,6 +127,31 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, good, robots="somebot: noindex")
         elif kind == "redirect":
             self.answer(302, b"", location=f"/good/{rest}")
+        elif kind == "raw_redirect":  # its bytes are UTF-8
+            self.answer(302, b"", location=f"/größe/{rest}".encode().decode("latin-1"))
+        elif kind == quote("größe"):
+            self.answer(200, good)
+        elif kind == "early_hints":
+            for link in ("a", "b"):
+                head = f"HTTP/1.1 103 Early Hints\r\nLink: </{link}.css>; rel=preload\r\n\r\n"
+                self.wfile.write(head.encode())
+            self.answer(200, good)
+        elif kind == "endless_hints":
+            self.drip(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n", 0)
+        elif kind in ("gzip", "x-gzip"):
+            self.answer(200, gzip.compress(good), encoding=kind)
+        elif kind == "deflate":
+            self.answer(200, zlib.compress(good), encoding=kind)
+        elif kind == "raw_deflate":
+            self.answer(200, zlib.compress(good, wbits=-15), encoding="deflate")
+        elif kind == "gzip_twice":
+            self.answer(200, gzip.compress(gzip.compress(good)), encoding="gzip, gzip")
+        elif kind == "gzip_in_name_only":
+            self.answer(200, good, encoding="gzip")
+        elif kind == "gzip_bomb":
+            self.answer(200, gzip.compress(bytes(10**6)), encoding="gzip")
+        elif kind == "gzip_cut":
+            self.answer(200, gzip.compress(good)[:-9], encoding="gzip")
         elif kind == "away":
             self.answer(
                 302, b"", location=f"http://localhost:{self.server.server_address[1]}/good/{rest}"
@@ -162,6 +189,7 @@ class Handler(BaseHTTPRequestHandler):
         kind: str = "image/png",
         robots: str = "",
         location: str = "",
+        encoding: str = "",
     ) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -170,6 +198,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("X-Robots-Tag", robots)
         if location:
             self.send_header("Location", location)
+        if encoding:
+            self.send_header("Content-Encoding", encoding)
         self.end_headers()
         self.wfile.write(body)
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from infra.errors import CallerError, DataError
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
+from training.data.stored_image import pixels_of
 from training.models.preprocessing import WHOLE, Interpolation, Look
 
 READERS = 4
@@ -76,11 +77,12 @@ def read_rows(
 
 
 def decode(data: bytes, side_px: int, name: str, look: Look = WHOLE) -> np.ndarray:
-    """Decode an image to an RGB square, uint8 (S, S, 3), as `as_square` does. Raises DataError."""
-    # OpenCV raises its own error for empty data
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-    if picture is None or picture.dtype != np.uint8:
-        raise DataError(f"{name} cannot be read as an 8-bit picture: use a PNG, JPEG or WebP file")
+    """Decode a picture to an RGB square, uint8 (S, S, 3), as `as_square` says. Raises DataError."""
+    picture = pixels_of(data)
+    if picture is None:
+        raise DataError(
+            f"{name} is not an 8-bit picture that can be read: give a PNG, JPEG or WebP file"
+        )
     return as_square(picture, side_px, look)
 
 

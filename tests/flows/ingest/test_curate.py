@@ -2,6 +2,7 @@
 read.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from flows.ingest.curate import RANK, CurateConfig, keepers, split_of
 from infra.errors import DataError
 from infra.schemas import DROPPED, KEEP
 from tests.helpers.hostile_server import encoded, picture
+from training.data.image_reader import decode
 
 Row = dict[str, Any]
 NO_HELD_OUT = CurateConfig(held_out_concept_fraction=0)
@@ -126,6 +128,18 @@ def test_every_bad_image_is_dropped_for_its_reason(tmp_path: Path) -> None:
     rows, reasons, _ = curated(tmp_path)
     assert set(rows) == {item(0)["sample"]}
     assert reasons == dict.fromkeys(bad, 1)
+
+
+def test_what_training_would_refuse_does_not_pass(tmp_path: Path) -> None:
+    deep = encoded(np.full((48, 48, 3), (1, 2, 30000), np.uint16))
+    refused = [item(1, image=deep), item(2, image=encoded(picture(2))[:-20])]
+    write_shard(tmp_path / "ingest", 0, [item(0), *refused])
+    rows, reasons, _ = curated(tmp_path)
+    assert set(rows) == {item(0)["sample"]} and reasons == {"decode_error": 2}
+    for each in (item(0), *refused):
+        is_kept = each["sample"] in rows
+        with contextlib.nullcontext() if is_kept else pytest.raises(DataError, match="8-bit"):
+            decode(each["image"], 32, "a.png")
 
 
 def test_of_equal_images_the_lowest_key_stays(tmp_path: Path) -> None:

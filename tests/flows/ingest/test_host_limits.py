@@ -266,6 +266,49 @@ def test_an_entry_means_what_it_says(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("entry", "urls", "others"),
+    [
+        ("a.test/", ["http://a.test/x", "https://b.a.test:8080/"], ["http://ba.test/"]),
+        ("a.test:8080", ["http://a.test:8080/x", "http://b.a.test:8080"], ["http://a.test/x"]),
+        ("a.test:443", ["https://a.test/x"], ["http://a.test/x"]),
+        ("*.a.test", ["http://b.a.test/x"], []),
+        ("a.test/one/", ["http://a.test/one/x", "https://a.test/one/"], ["http://a.test/two"]),
+        ("https://a.test", ["https://a.test/x"], ["http://b.test/x"]),
+        ("http://A.test:80/%c3%a4.png", ["http://a.test/ä.png"], ["http://a.test/a.png"]),
+        ("bücher.test", ["http://xn--bcher-kva.test/x", "http://BÜCHER.test/x"], []),
+        ("xn--bcher-kva.test", ["http://bücher.test/x", "http://www.bücher.test/"], []),
+        ("http://bücher.test/ä/", ["http://xn--bcher-kva.test/%C3%A4/1.png"], []),
+        ("-a-.test", ["http://-a-.test/x"], []),
+        ("test", ["http://a$b.test/x"], []),
+        ("straße.test", ["http://xn--strae-oqa.test/", "http://strasse.test/x"], []),
+        ("192.0.2.1", ["http://192.0.2.1/x"], ["http://192.0.2.10/x"]),
+        ("[2001:db8::1]:80", ["http://[2001:DB8:0::1]/x"], ["http://[2001:db8::1]:81/x"]),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8", "utf-16"])
+def test_an_entry_holds_in_every_spelling(
+    tmp_path: Path, entry: str, urls: list[str], others: list[str], encoding: str
+) -> None:
+    (tmp_path / "no.txt").write_text(f"{entry}\nlast.test\n", encoding=encoding)
+    lists = read_opt_out([str(tmp_path / "no.txt")])
+    assert [url for url in (*urls, "http://last.test/") if not lists.covers(url)] == []
+    assert [url for url in others if lists.covers(url)] == []
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["someone@a.test", "a b.test", "10.0.0.0/8", "N/A", "ftp://a.test/", "http:///x", "a..test",
+     "a$.test", "User-agent: *", "a.test:99999", "*", "\ufeffhttps://a.test"],
+)  # fmt: skip
+def test_an_entry_that_cannot_be_understood_is_an_error_that_names_it(
+    tmp_path: Path, entry: str
+) -> None:
+    (tmp_path / "no.txt").write_text(f"# first\n{entry}\n")
+    with pytest.raises(CallerError, match=r"no.txt' line 2: .* is no host and no URL"):
+        read_opt_out([str(tmp_path / "no.txt")])
+
+
 def test_a_list_that_cannot_be_read_stops_the_run(tmp_path: Path) -> None:
     config: DataConfig = config_for(
         write_list(tmp_path / "l.jsonl", [{"url": "http://h/a.png", "caption": "x"}]),

@@ -31,7 +31,22 @@ def reason(url: str, rules: Rules = RULES) -> str:
 
 
 @pytest.mark.parametrize(
-    "path", ["good/1.png", "jpeg/1.jpg", "redirect/1.png", "other_agent/1.png", "flaky/1.png"]
+    "path",
+    [
+        "good/1.png",
+        "jpeg/1.jpg",
+        "redirect/1.png",
+        "raw_redirect/1.png",
+        "early_hints/1.png",
+        "gzip/1.png",
+        "x-gzip/1.png",
+        "deflate/1.png",
+        "raw_deflate/1.png",
+        "gzip_twice/1.png",
+        "gzip_in_name_only/1.png",
+        "other_agent/1.png",
+        "flaky/1.png",
+    ],
 )
 def test_a_good_image_arrives_byte_for_byte(server: Server, path: str) -> None:
     suffix = ".jpg" if "jpeg" in path else ".png"
@@ -53,6 +68,9 @@ def test_a_good_image_arrives_byte_for_byte(server: Server, path: str) -> None:
         ("bomb/1.png", "too_large"),
         ("declared_large/1.png", "too_large"),
         ("endless/1.png", "too_large"),
+        ("gzip_bomb/1.png", "too_large"),
+        ("gzip_cut/1.png", "cut_short"),
+        ("endless_hints/1.png", "unreachable"),
         ("slow_body/1.png", "timeout"),
         ("slow_headers/1.png", "timeout"),
         ("silent/1.png", "timeout"),

@@ -1,5 +1,6 @@
 """A shard is made whole or not at all, and its pictures look as the originals do on white."""
 
+import hashlib
 import io
 import json
 import os
@@ -16,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from img2dataset.resizer import Resizer
+from PIL import Image
 
 from flows.ingest import ingest, shard_worker
-from flows.ingest.shard_worker import COLUMNS, eight_bit, make_shard
+from flows.ingest.plain_image import MATTED_PIXELS, plain
+from flows.ingest.shard_worker import COLUMNS, make_shard
 from flows.sources import opt_out
 from flows.sources.opt_out import OptOut
 from flows.sources.static_server import StaticServer
@@ -129,6 +132,39 @@ def test_transparency_becomes_white_at_eight_and_sixteen_bits(tmp_path: Path) ->
         assert red > 245 and blue < 10 and green < 10
 
 
+def test_one_deep_or_turned_picture_among_others_is_stored_as_it_is_to_be_seen(
+    tmp_path: Path,
+) -> None:
+    half = np.full((48, 96, 3), 255, np.uint8)
+    half[:, :48] = (0, 0, 255)
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(half[..., ::-1].copy()).save(buffer, "JPEG", exif=exif)
+    pictures = made(
+        tmp_path,
+        {
+            "16.tif": np.full((64, 64, 3), 30000, np.uint16),
+            "float.tif": np.full((64, 64, 3), 30000 / 65535, np.float32),
+            "sideways.jpg": buffer.getvalue(),
+            "8.png": disc(64),
+            "wide.tif": np.full((64, 64), 30000, np.int32),
+        },
+        image_size_px=96,
+    )
+    assert (pictures["16.tif"] == 117).all() and (pictures["float.tif"] == 117).all()
+    turned = pictures["sideways.jpg"].astype(int)
+    assert np.abs(turned[10, 48] - (0, 0, 255)).max() < 20 < 200 < turned[80, 48].min()
+    told = {
+        row["caption"]: row
+        for row in pq.read_table(tmp_path / "shards" / "00007.parquet").to_pylist()
+    }
+    sideways = told["sideways.jpg"]
+    assert (sideways["original_width"], sideways["original_height"]) == (48, 96)
+    assert sideways["sha256"] == hashlib.sha256(buffer.getvalue()).hexdigest()
+    assert told["wide.tif"]["status"] == "failed_to_resize"
+    assert "int32" in told["wide.tif"]["error_message"]
+
+
 def test_a_flag_keeps_its_proportions_on_white(tmp_path: Path) -> None:
     picture = made(tmp_path, {"flag.png": np.full((100, 200, 3), (200, 30, 30), np.uint8)})[
         "flag.png"
@@ -140,8 +176,6 @@ def test_a_flag_keeps_its_proportions_on_white(tmp_path: Path) -> None:
 
 
 def test_grey_and_palette_pictures_come_through(tmp_path: Path) -> None:
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(disc(64)[..., [2, 1, 0, 3]]).quantize(4).save(buffer, "PNG")
     pictures = made(
@@ -162,9 +196,9 @@ def gradient(height: int, width: int) -> np.ndarray:
 
 def test_a_large_picture_is_put_on_white_as_img2dataset_does_it(tmp_path: Path) -> None:
     image = gradient(1100, 1000)
-    assert image.shape[0] * image.shape[1] > shard_worker.MATTED_PIXELS
+    assert image.shape[0] * image.shape[1] > MATTED_PIXELS
     body = cv2.imencode(".png", image)[1].tobytes()
-    mine = shard_worker.on_white(io.BytesIO(body))
+    mine = plain(io.BytesIO(body))
     assert cv2.imdecode(np.frombuffer(mine.getbuffer(), np.uint8), cv2.IMREAD_UNCHANGED).shape == (
         1100,
         1000,
@@ -178,12 +212,12 @@ def test_a_large_picture_is_put_on_white_as_img2dataset_does_it(tmp_path: Path) 
         encode_quality=1,
     )
     assert resizer(mine) == resizer(io.BytesIO(body))
-    for plain in (
+    for body in (
         cv2.imencode(".jpg", image)[1].tobytes(),
         cv2.imencode(".png", image[..., :3])[1].tobytes(),
     ):
-        stream = io.BytesIO(plain)
-        assert shard_worker.on_white(stream) is stream
+        stream = io.BytesIO(body)
+        assert plain(stream) is stream
 
 
 ONE = """
@@ -285,21 +319,6 @@ def test_a_full_disk_is_told_as_such_where_img2dataset_swallows_it(
     assert (
         shard_worker.check_shard(stem, tmp_path / "feed.arrow") == 0
     )  # a whole shard is one, however full the disk is
-
-
-def test_only_sixteen_bit_pngs_are_touched() -> None:
-    eight = cv2.imencode(".png", disc(16))[1].tobytes()
-    assert eight_bit(eight) is eight
-    assert eight_bit(b"\xff\xd8\xff and so on") == b"\xff\xd8\xff and so on"
-    assert np.array_equal(
-        cv2.imdecode(
-            np.frombuffer(
-                eight_bit(cv2.imencode(".png", disc(16, np.uint16))[1].tobytes()), np.uint8
-            ),
-            -1,
-        ),
-        disc(16),
-    )
 
 
 @pytest.mark.parametrize("encode", ["jpg", "webp"])

@@ -24,7 +24,7 @@ from flows.ingest import curate, ingest
 from flows.ingest.curate import CurateConfig
 from flows.live_index import additions, compaction, lineage
 from flows.live_index.compaction import compact
-from flows.live_index.takedown import blank, by_values, find, take_down, verify
+from flows.live_index.takedown import blank, by_values, find, take_down, url_spellings, verify
 from flows.runs.planning import fault
 from indexing.dedup import deduplicate
 from infra.errors import CallerError, DataError
@@ -563,6 +563,71 @@ def test_added_pictures_are_found_once_with_thumbnail_and_can_be_taken_down(
     }, "it stays down"
 
 
+def test_files_that_do_not_read_are_counted_and_the_rest_is_added(
+    root: Root, tmp_path: Path, drawn_clip: None
+) -> None:
+    source = pictures(tmp_path / "pictures")
+    whole = (source / "2.png").read_bytes()
+    name = os.fsdecode(b"b\xe4r")
+    cv2.imwrite(str(source / "deep.tif"), np.full((40, 30, 3), 30000, np.uint16))
+    (source / "deep.txt").write_text("größer", encoding="utf-16")
+    (source / f"{name}.png").write_bytes(whole)
+    (source / "._2.png").write_bytes(b"\0\5\x16\7")
+    (source / "cut.png").write_bytes(whole[:-40])
+    (source / "page.jpg").write_bytes(b"<html>")
+    (source / "new.heic").write_bytes(b"heic")
+    (source / "latin.png").write_bytes(whole)
+    (source / "latin.txt").write_bytes("größer".encode("latin-1"))
+    view, known = lineage.open_view(root, None)
+    said: list[str] = []
+    addition, reasons = additions.add(root, known, view, source, "CC0", said.append)
+    assert reasons == {
+        "added": 4,
+        "removed": 0,
+        "already_there": 0,
+        "hidden_file": 1,
+        "decode_error": 1,
+        "not_an_image": 1,
+        "unknown_format": 1,
+        "caption_not_text": 1,
+    }
+    assert addition and sum(addition.manifest["counts"]["dropped"].values()) == 5
+    assert len(said) == 5 and any("page.jpg: not_an_image" in line for line in said)
+    view, _ = lineage.open_view(root, None)
+    added = [hit.facts for hit in view.search(direction(2), 99) if hit.segment == 1]
+    assert {facts["caption"] for facts in added} >= {"größer", "b\\xe4r"}
+    for path in source.glob("*.png"):
+        path.write_bytes(b"<html>")
+    (source / "deep.tif").unlink()
+    (source / "new.heic").unlink()
+    with pytest.raises(CallerError, match=r"none of 7 images .* can be added: .*\._2\.png"):
+        additions.add(root, known, view, source, "CC0", said.append)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_the_first_entry_of_a_list_with_a_byte_order_mark_is_removed(
+    root: Root, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
+) -> None:
+    (tmp_path / "list.txt").write_text("https://example.org/4-plain\n", encoding=encoding)
+    with pytest.raises(SystemExit) as left:
+        main(["index", "remove", "--text-file", str(tmp_path / "list.txt"), "--root", root.uri])
+    assert left.value.code == 0 and "removed 1:" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:  # a second time is no mistake
+        main(["index", "remove", "--text-file", str(tmp_path / "list.txt"), "--root", root.uri])
+    assert left.value.code == 0
+    (tmp_path / "list.txt").write_bytes("größer".encode("latin-1"))
+    with pytest.raises(SystemExit) as left:
+        main(["index", "remove", "--text-file", str(tmp_path / "list.txt"), "--root", root.uri])
+    assert left.value.code == 2 and "list.txt" in capsys.readouterr().err
+
+
+def test_a_url_is_taken_down_in_every_spelling_of_its_host() -> None:
+    both = {"http://bücher.test/a.png", "http://xn--bcher-kva.test/a.png"}
+    for url in both:
+        assert url_spellings(url) == both
+    assert url_spellings("not://a url") == {"not://a url"}
+
+
 def test_embeddings_of_another_clip_are_not_added(root: Root, tmp_path: Path) -> None:
     view, known = lineage.open_view(root, None)
     (tmp_path / "foreign").mkdir()
@@ -603,7 +668,17 @@ def test_the_command_line_removes_by_url_and_proves_it(
     captions.write_text(
         "# to go\ncolour 6\nhttps://cdn.example.org/0\nhttps://nowhere.example.org/x\n"
     )
-    removed = unclip("index", "remove", "--text-file", str(captions))
+    before = len(read_entries(root))
+    for missing in (
+        ["--text-file", str(captions)],
+        ["--key", "0" * 16],
+        ["--url", "http://x.test/"],
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["index", "remove", *missing, "--root", root.uri])
+        assert left.value.code == 2 and "no sample in ROOT matches" in capsys.readouterr().err
+    assert len(read_entries(root)) == before
+    removed = unclip("index", "remove", "--text-file", str(captions), "--missing-ok")
     assert len(removed["removed"]) == 3 + 1, (
         "three drawings of colour 6, and the one that was downloaded from there"
     )

@@ -5,6 +5,8 @@ dropped and counted.
 import csv
 import gzip
 import json
+import os
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 from pydantic import ValidationError
 
 from flows.sources import url_table
+from flows.sources.static_server import StaticServer
 from flows.sources.url_table import DataConfig, new_urls, write_url_table
 from infra.errors import CallerError, DataError, UnclipError
 from infra.schemas import DROPPED, URLS, sample_key
@@ -70,7 +73,8 @@ def test_a_list_of_any_format_becomes_the_same_rows(tmp_path: Path, name: str) -
         {"url": "http://h/8.png", "caption": "null"},
     ]
     write_list(tmp_path / name, rows)
-    urls, dropped = table(tmp_path, {"kind": "urls", "path": str(tmp_path / name)})
+    source = {"kind": "urls", "path": str(tmp_path / name)}
+    urls, dropped = table(tmp_path, source | ({"quotes": "double"} if ".tsv" in name else {}))
     assert {row["url"]: row["caption"] for row in urls} == {
         row["url"]: row["caption"] for row in rows
     }
@@ -199,8 +203,6 @@ def test_any_fsspec_path_and_glob_is_read(tmp_path: Path) -> None:
         ("a.csv", b"link,caption\nx,y\n", CallerError, "no column 'url': it has link, caption"),
         ("a.jsonl", b'{"url": "x", \n', DataError, "does not parse"),
         ("a.jsonl", b"[1]\n", DataError, "does not parse"),
-        ("a.csv", b"url,caption\nx\n", DataError, "does not parse"),
-        ("a.csv", b"url,caption\n\xff\xfe,y\n", DataError, "does not parse"),
         ("a.csv", b"", DataError, "does not parse"),
         ("a.parquet", b"PAR1 not", DataError, "does not parse"),
         (
@@ -228,6 +230,180 @@ def test_text_that_no_file_can_hold_does_no_harm(tmp_path: Path) -> None:
     )
     [row], _ = table(tmp_path, {"kind": "urls", "path": str(tmp_path / "a.jsonl")})
     assert row["caption"] == "half ? a pair"
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
+@pytest.mark.parametrize("start", [0, 3, 4])
+def test_a_caption_that_begins_with_a_quote_takes_no_other_row_along(
+    tmp_path: Path, name: str, start: int
+) -> None:
+    separator = "\t" if name == "a.tsv" else ","
+    captions = ['"big" cat', 'say "hi', "c", '"open', 'closed" x', "f", '""', '"last'][start:]
+    lines = [f"http://h/{n}.png{separator}{caption}" for n, caption in enumerate(captions)]
+    text = "\n".join([separator.join(("url", "caption")), *lines])
+    (tmp_path / name).write_text(text)
+    urls, dropped = table(tmp_path, {"kind": "urls", "path": str(tmp_path / name)})
+    assert len(urls) + len(dropped) == len(captions)
+    by_url = {row["url"]: row["caption"] for row in urls}
+    if name == "a.tsv":
+        assert dropped == []
+        assert by_url == {f"http://h/{n}.png": caption for n, caption in enumerate(captions)}
+    else:
+        assert {"c", "f"} & set(captions) <= set(by_url.values())
+        reasons = {row["reason"] for row in dropped}
+        assert reasons == {"malformed_row", "empty_caption"}
+        assert all(row["detail"] for row in dropped)
+
+
+def test_quotes_are_what_the_recipe_says(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('url\tcaption\nhttp://h/1.png\t"a ""b""\nc"\n')
+    source = {"kind": "urls", "path": str(tmp_path / "a.tsv"), "quotes": "double"}
+    [row], dropped = table(tmp_path, source)
+    assert row["caption"] == 'a "b"\nc' and dropped == []
+    (tmp_path / "a.csv").write_text('url,caption\nhttp://h/1.png,"a\nhttp://h/2.png,b"\n')
+    source = {"kind": "urls", "path": str(tmp_path / "a.csv"), "quotes": "none"}
+    urls, dropped = table(tmp_path, source)
+    assert {row["caption"] for row in urls} == {'"a', 'b"'} and dropped == []
+
+
+def test_rows_with_other_columns_than_the_header_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_bytes(b"url\tcaption\r\nu\r\nv\tw\tx\r\n\r\nhttp://h/1.png\tok\r\n")
+    [row], dropped = table(tmp_path, {"kind": "urls", "path": str(tmp_path / "a.tsv")})
+    assert row["caption"] == "ok"
+    assert [(row["origin"], row["reason"]) for row in dropped] == [
+        ("a.tsv line 2", "malformed_row"),
+        ("a.tsv line 3", "malformed_row"),
+    ]
+
+
+def test_a_caption_is_text_or_a_list_of_texts_or_missing_and_counted(tmp_path: Path) -> None:
+    nan, junk = float("nan"), b"\xff"
+    values: list[Any] = [
+        ["a", "b"], b"bytes", "text", nan, None, True, {"a": 1}, junk, 7, [], [None, "c"]
+    ]  # fmt: skip
+    for number, value in enumerate(values):
+        columns = {
+            "url": [f"http://h/{number}.png"],
+            "caption": [value],
+            "id": [float("nan") if number < 3 else number],
+        }
+        pq.write_table(pa.table(columns), tmp_path / f"{number:02d}.parquet")
+    (tmp_path / "99.jsonl").write_text(
+        '{"url": "http://h/99.png", "caption": NaN, "id": true}\n'
+        '{"url": "http://h/98.png", "caption": ["x", 1], "id": {"a": 1}}\n'
+    )
+    source = {"kind": "urls", "path": str(tmp_path / "[0-9]*"), "concept_column": "id"}
+    urls, dropped = table(tmp_path, source)
+    rows = {row["url"]: row for row in urls}
+    assert {url: row["captions"] for url, row in rows.items()} == {
+        "http://h/0.png": ["a", "b"],
+        "http://h/1.png": ["bytes"],
+        "http://h/2.png": ["text"],
+        "http://h/10.png": ["c"],
+        "http://h/98.png": ["x"],
+    }
+    assert Counter(row["reason"] for row in dropped) == {
+        "caption_not_text": 4,
+        "empty_caption": 4,
+    }
+    assert len({row["concept"] for row in urls}) == len(urls)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_a_byte_order_mark_decides_how_a_list_is_read(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    write_list(tmp_path / name, [*ROWS, {"url": "http://h/ü.png", "caption": "größer"}])
+    text = (tmp_path / name).read_text()
+    if name == "a.jsonl":
+        text = "".join(
+            json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in text.splitlines()
+        )
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    urls, dropped = table(tmp_path, {"kind": "urls", "path": str(tmp_path / name)})
+    assert len(urls) == 6 and dropped == []
+    assert "größer" in {row["caption"] for row in urls}
+
+
+def test_latin_1_in_a_list_is_counted_row_by_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(
+        "url,caption\nhttp://h/1.png,größer\nhttp://h/2.png,ok\n".encode("latin-1")
+    )
+    [row], [lost] = table(tmp_path, {"kind": "urls", "path": str(tmp_path / "a.csv")})
+    assert (row["caption"], lost["reason"]) == ("ok", "caption_not_text")
+
+
+def test_a_folder_that_a_spark_job_wrote_is_a_list(tmp_path: Path) -> None:
+    root = tmp_path / "job"
+    (root / "lang=en").mkdir(parents=True)
+    for number, name in enumerate(("part-0000.parquet", "lang=en/part-0001.parquet")):
+        write_list(root / name, ROWS[2 * number : 2 * number + 2])
+    for name in ("_SUCCESS", ".part-0000.parquet.crc", "_committed_1"):
+        (root / name).write_bytes(b"")
+    source = {"kind": "urls", "path": str(root)}
+    before = DataConfig(sources=(source,)).keyed()
+    assert len(table(tmp_path, source)[0]) == 4
+    write_list(root / "part-0002.parquet", ROWS[4:])
+    assert DataConfig(sources=(source,)).keyed() != before
+    assert len(table(tmp_path, {"kind": "urls", "path": f"{root}/*"})[0]) == 3
+
+
+def test_every_image_file_of_a_folder_becomes_a_row_or_is_counted(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    (root / ".thumbnails").mkdir(parents=True)
+    for name in ("a.png", "b.AVIF", "c.heic", "._a.png", ".thumbnails/a.png", "d.jfif"):
+        (root / name).write_bytes(b"image")
+        (root / name).with_suffix(".txt").write_bytes("ä".encode())
+    for name, text in (
+        ("latin.png", "größer".encode("latin-1")),
+        ("wide.png", "größer\nhöher".encode("utf-16")),
+        ("marked.png", "größer".encode("utf-8-sig")),
+    ):
+        (root / name).write_bytes(b"image")
+        (root / name).with_suffix(".txt").write_bytes(text)
+    urls, dropped = table(tmp_path, {"kind": "folder", "path": str(root)})
+    assert {row["origin"].rpartition("/")[2]: row["captions"] for row in urls} == {
+        "a.png": ["ä"],
+        "b.AVIF": ["ä"],
+        "d.jfif": ["ä"],
+        "wide.png": ["größer", "höher"],
+        "marked.png": ["größer"],
+    }
+    assert {row["origin"].removeprefix("folder:p/"): row["reason"] for row in dropped} == {
+        "._a.png": "hidden_file",
+        ".thumbnails/a.png": "hidden_file",
+        "c.heic": "unknown_format",
+        "latin.png": "caption_not_text",
+    }
+
+
+def test_file_names_that_are_not_utf_8_are_served_and_told_apart(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"b\xe4r")
+    root.mkdir()
+    for byte in (0xE4, 0xF6):
+        file = root / os.fsdecode(bytes([byte]) + b".png")
+        file.write_bytes(bytes([byte]))
+        file.with_suffix(".txt").write_text("one caption")
+    source = url_table.FolderSource(kind="folder", path="x").model_copy(update={"path": str(root)})
+    assert url_table.content_of(source) != "unreadable"
+    config = DataConfig(sources=(source.model_copy(update={"path": "x"}),))
+    config = config.model_copy(update={"sources": (source,)})
+    (tmp_path / "out").mkdir()
+    assert write_url_table(config, tmp_path / "out", tmp_path / "cache") == 2
+    rows = pq.read_table(tmp_path / "out" / "urls.parquet").to_pylist()
+    assert {row["origin"] for row in rows} == {
+        "folder:b\\xe4r/\\xe4.png",
+        "folder:b\\xe4r/\\xf6.png",
+    }
+    assert len({row["key"] for row in rows}) == 2
+    with StaticServer(url_table.Mounts.load(tmp_path / "out" / "mounts.json").folders) as server:
+        bodies = set()
+        for row in rows:
+            url = row["url"].replace(url_table.SERVED, server.base)
+            with urllib.request.urlopen(url) as response:
+                bodies.add(response.read())
+    assert bodies == {b"\xe4", b"\xf6"}
 
 
 def test_a_folder_of_images_beside_captions(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""Where the data of a PNG or JPEG file ends, and whether a file that lacks its end is whole.
+
+Works on bytes in memory. What follows the end (padding, an appended clip) is ignored. A file
+without its end is whole when a decoder reads every row of it.
+"""
+
+import hashlib
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+
+import cv2
+import numpy as np
+
+SIGNATURE_BYTES = 8
+IEND = b"IEND"
+SOS, EOI = 0xDA, b"\xff\xd9"
+WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD9)))
+"""JPEG markers that have no segment: TEM, RST0 to RST7 and SOI."""
+MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+"""The next JPEG marker behind coded data; stuffed bytes and restart markers belong to the data."""
+FILLINGS = tuple(
+    np.random.default_rng(seed).integers(0, 255, 4096, np.uint8).tobytes() for seed in (1, 2)
+)
+"""Bytes that a JPEG decoder takes for coded data where it still wants some."""
+
+
+def closed(kind: str, body: bytes) -> bytes:
+    """Return `body` itself if it holds its format's end, else a copy with the end appended.
+
+    `kind` is Pillow's name of the format; only "PNG" and "JPEG" are examined.
+    """
+    closers: dict[str, Callable[[bytes], bytes]] = {"PNG": closed_png, "JPEG": closed_jpeg}
+    return closers[kind](body) if kind in closers else body
+
+
+def png_chunks(body: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield kind and data of a PNG's chunks up to IEND; the last one may be cut."""
+    position = SIGNATURE_BYTES
+    while position + 8 <= len(body):
+        length, kind = struct.unpack_from(">I4s", body, position)
+        yield kind, body[position + 8 : position + 8 + length]
+        position += 12 + length
+        if kind == IEND:
+            return
+
+
+def closed_png(body: bytes) -> bytes:
+    """Return a PNG with its IEND chunk; a chunk that is cut keeps the data that it has."""
+    position = SIGNATURE_BYTES
+    for kind, data in png_chunks(body):
+        length = int.from_bytes(body[position : position + 4])
+        end = position + 12 + length
+        if kind == IEND and end <= len(body):
+            return body
+        if end > len(body):
+            last = b"" if kind == IEND else _chunk(kind, data)
+            return body[:position] + last + _chunk(IEND, b"")
+        position = end
+    return body[:position] + _chunk(IEND, b"")
+
+
+def closed_jpeg(body: bytes) -> bytes:
+    """Return a JPEG with its EOI marker; zeros at the end of a file without one are padding."""
+    position = 2
+    while (marker := MARKER.search(body, position)) is not None:
+        code, position = marker[1][0], marker.end()
+        if code == EOI[1]:
+            return body
+        if code not in WITHOUT_LENGTH:
+            if position + 2 > len(body):
+                break
+            position += int.from_bytes(body[position : position + 2])
+    return body.rstrip(b"\0") + EOI
+
+
+def is_whole(kind: str, body: bytes) -> bool:
+    """Say whether a decoder reads every row of an image.
+
+    Decodes only a PNG or JPEG that lacks its end. `kind` is Pillow's name of the format.
+    """
+    if kind == "WEBP":
+        return int.from_bytes(body[4:8], "little") + 8 <= len(body)
+    complete = closed(kind, body)
+    if complete is body:
+        return True
+    return _has_all_rows(complete, (b"", *FILLINGS) if kind == "JPEG" else (b"",))
+
+
+def _has_all_rows(complete: bytes, fillings: tuple[bytes, ...]) -> bool:
+    """Say whether an image decodes to the same pixels whichever bytes stand before its end.
+
+    A PNG without all its rows does not decode. A JPEG does: OpenCV invents what it lacks, from
+    these bytes, which it skips behind the last row.
+    """
+    digests = set()
+    for filling in fillings:
+        data = complete.removesuffix(EOI) + filling + EOI if filling else complete
+        try:
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        except cv2.error:
+            return False
+        if pixels is None:
+            return False
+        digests.add(hashlib.sha256(np.ascontiguousarray(pixels)).digest())
+        del pixels
+    return len(digests) == 1
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
