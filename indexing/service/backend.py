@@ -129,7 +129,9 @@ class Backend:
     async def _picture(self, query: Query) -> bytes:
         """Return the file of a query picture. Raises ValueError if there is none."""
         if query.image is not None:
-            return image_upload.from_base64(query.image)
+            return await to_thread.run_sync(
+                image_upload.from_base64, query.image, limiter=self.threads.decoding
+            )
         if self.service.parts.fetch is None:
             raise HTTPException(
                 403, "image_url: this service fetches no pictures; send the picture itself"

@@ -1,39 +1,32 @@
-"""Query pictures that clients send: checks their size, decodes them and returns RGB squares.
+"""Query pictures that clients send: checks their size, has them decoded in other processes and
+returns RGB squares.
 
-The bytes may be hostile, so they are bounded before they are decoded. Knows nothing of models and
-HTTP.
+Knows nothing of models and HTTP.
 """
 
 import base64
 import binascii
-import io
+import os
+import signal
 import struct
-import warnings
+import subprocess
+import sys
+import threading
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
 
 from indexing.data.images import Pixels, Square, square
+from indexing.service import picture_decoder
+from indexing.service.picture_decoder import ANSWER, HEAD
 
 MAX_BYTES = 8 << 20
-MAX_PIXELS = 32 << 20
 SIDES, LEAST_PX = 8, 512
 """A picture is first reduced to SIDES times the encoder's side, but not below LEAST_PX."""
-FORMATS = ("PNG", "JPEG", "WEBP")
-HOSTILE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    KeyError,
-    IndexError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    MemoryError,
-)
-"""Exceptions that Pillow raises for broken files."""
+DECODE_S = 5.0
+"""Maximum seconds for one picture."""
+
+Process = subprocess.Popen[bytes]
 
 
 def from_base64(text: str) -> bytes:
@@ -50,68 +43,91 @@ def from_base64(text: str) -> bytes:
         raise ValueError("the picture is not in base64") from None
 
 
-def decode(data: bytes, side_px: int, square: Square = square) -> Pixels:
-    """Decode a PNG, JPEG or WebP file to an upright RGB square (S, S, 3), on white unless `square`
-    crops. Raises ValueError with the reason.
+class PictureDecoders:
+    """Decodes pictures in processes of their own, one for each thread that decodes at that time."""
 
-    Takes at most about 12 bytes per pixel of the file, of which there are at most MAX_PIXELS; a
-    large JPEG takes less, because it is reduced while it is decoded.
+    def __init__(self, limit_s: float = DECODE_S) -> None:
+        self.limit_s = limit_s
+        self._lock = threading.Lock()
+        self._idle: list[Process] = []
+        self._busy: set[Process] = set()
+        self._is_closed = False
+
+    def decode(self, data: bytes, side_px: int, square: Square = square) -> Pixels:
+        """Decode a PNG, JPEG or WebP file to an upright RGB square (S, S, 3), on white unless
+        `square` crops. Raises ValueError with the reason.
+        """
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"the picture is larger than {MAX_BYTES >> 20} MiB")
+        process = self._take()
+        try:
+            width, height, payload = _exchange(
+                process, data, max(LEAST_PX, SIDES * side_px), self.limit_s
+            )
+        except (OSError, struct.error):  # the process has ended
+            raise ValueError(self._reason(process)) from None
+        finally:
+            self._put_back(process)
+        if not width:
+            raise ValueError(payload.decode())
+        upright = np.frombuffer(payload, np.uint8).reshape(height, width, 4)
+        return square(cv2.cvtColor(upright, cv2.COLOR_RGBA2BGRA), side_px)
+
+    def close(self) -> None:
+        """End all processes; pictures that are being decoded are refused."""
+        with self._lock:
+            self._is_closed = True
+            processes = [*self._idle, *self._busy]
+            self._idle.clear()
+        for process in processes:
+            process.kill()
+
+    def _take(self) -> Process:
+        with self._lock:
+            if self._is_closed:
+                raise ValueError("the service is ending")
+            process = self._idle.pop() if self._idle else _start()
+            self._busy.add(process)
+            return process
+
+    def _put_back(self, process: Process) -> None:
+        with self._lock:
+            self._busy.discard(process)
+            if process.poll() is None and not self._is_closed:
+                self._idle.append(process)
+                return
+        process.kill()
+        process.communicate()
+
+    def _reason(self, process: Process) -> str:
+        process.kill()
+        if process.wait() == -signal.SIGALRM:
+            return f"the picture takes more than {self.limit_s:g} s to decode"
+        return "the picture cannot be read: give a PNG, JPEG or WebP file"
+
+
+def _start() -> Process:
+    """Start a process that decodes; its threads are one, for several run side by side."""
+    return subprocess.Popen(
+        [sys.executable, "-P", picture_decoder.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )
+
+
+def _exchange(
+    process: Process, data: bytes, max_side_px: int, limit_s: float
+) -> tuple[int, int, bytes]:
+    """Return width, height and RGBA pixels of a picture, or 0, 0 and why it was refused. Raises
+    OSError or struct.error if the process ends.
     """
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"the picture is larger than {MAX_BYTES >> 20} MiB")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound follows
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                max_pixels = (
-                    MAX_PIXELS // 2 if opened.format == "WEBP" else MAX_PIXELS
-                )  # Pillow holds a WebP file's pixels twice
-                if opened.width * opened.height > max_pixels:
-                    raise PictureTooLargeError(
-                        f"the picture has {opened.width} x {opened.height} pixels: at most "
-                        f"{max_pixels >> 20} million are allowed"
-                    )
-                max_side_px = max(LEAST_PX, SIDES * side_px)
-                upright = np.asarray(
-                    ImageOps.exif_transpose(_smaller(_eight_bit(opened), max_side_px)).convert(
-                        "RGBA"
-                    )
-                )
-    except PictureTooLargeError:
-        raise
-    except (*HOSTILE, Image.DecompressionBombError):
-        raise ValueError("the picture cannot be read: give a PNG, JPEG or WebP file") from None
-    return square(cv2.cvtColor(upright, cv2.COLOR_RGBA2BGRA), side_px)
-
-
-def _eight_bit(opened: Image.Image) -> Image.Image:
-    """Return a picture with 8 bits per channel; Pillow itself clips 16-bit grey at 255."""
-    if not opened.mode.startswith("I"):
-        return opened
-    values = np.asarray(opened)
-    grey = Image.fromarray((values >> 8).astype(np.uint8))
-    transparent = opened.info.get("transparency")
-    if isinstance(transparent, int):
-        alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
-        grey = Image.merge("LA", (grey, Image.fromarray(alpha)))
-    if "exif" in opened.info:
-        grey.info["exif"] = opened.info["exif"]
-    return grey
-
-
-def _smaller(opened: Image.Image, max_side_px: int) -> Image.Image:
-    """Return a picture with sides of at most `max_side_px`, reduced by the mean of pixels."""
-    if max(opened.size) <= max_side_px:
-        return opened
-    opened.draft(
-        None, (max_side_px, max_side_px)
-    )  # a JPEG can be decoded at a half, a quarter or an eighth
-    if opened.mode in ("1", "P", "PA"):  # palette indexes have no mean
-        opened = opened.convert("RGBA")
-    scale = max_side_px / max(opened.size)
-    size = max(1, round(opened.width * scale)), max(1, round(opened.height * scale))
-    return opened.resize(size, Image.Resampling.BOX) if scale < 1 else opened
-
-
-class PictureTooLargeError(ValueError):
-    """A picture that is too large to decode."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(HEAD.pack(len(data), max_side_px, limit_s) + data)
+    process.stdin.flush()
+    width, height, size_bytes = ANSWER.unpack(process.stdout.read(ANSWER.size))
+    payload = process.stdout.read(size_bytes)
+    if len(payload) != size_bytes:
+        raise OSError("the process ended while it answered")
+    return width, height, payload

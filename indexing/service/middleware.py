@@ -34,6 +34,10 @@ OPEN_PATHS = frozenset({"/", "/search.js", "/search.css", "/icon.svg", "/healthz
 """Paths that need no token: they show nothing of the index, and the page asks for the token."""
 PROTOCOL_PATHS = frozenset({"/knn-service", "/metadata"})
 """Paths where clip-retrieval's clients send JSON with another content type, or with none."""
+PICTURE_PATHS = frozenset({"/search", "/knn-service"})
+"""Paths whose bodies may hold a picture."""
+JSON_BYTES = 64 << 10
+"""Maximum bytes of JSON in a body, without a picture and an embedding."""
 COOKIE = "unclip_token"
 THUMBNAIL_COST = 0.1
 HELD_BYTES = 128 << 20
@@ -72,7 +76,7 @@ class GuardOptions:
     burst: float
     """Requests that one address may send at once."""
     body_bytes: int
-    """Maximum bytes of a request body."""
+    """Maximum bytes of a request body with a picture; others have at most JSON_BYTES."""
     origins: frozenset[str] = frozenset()
     """Origins whose web pages may send requests (CORS): with the token in a header if there is one,
     never with the cookie."""
@@ -146,17 +150,19 @@ class Guard:
                 await _answer(exchange.send, 500, detail, {})
         if exchange.is_too_large and not exchange.has_started:
             exchange.is_too_large = False
-            await _answer(exchange.send, *self._body_refusal(exchange.body_bytes))
+            await _answer(exchange.send, *self._body_refusal(exchange))
 
-    def _body_refusal(self, body_bytes: int) -> Refusal:
+    def _body_refusal(self, exchange: "Exchange") -> Refusal:
         """Return the refusal of a body, or of all bodies together, that is too large."""
-        if body_bytes > self.options.body_bytes:
-            return 413, self._too_large(), {"connection": "close"}
+        if exchange.body_bytes > exchange.max_body_bytes:
+            return _too_large(exchange.max_body_bytes)
         headers = {"connection": "close", "retry-after": "1"}
         return 503, "too many large requests at once", headers
 
-    def _too_large(self) -> str:
-        return f"the body has more than {self.options.body_bytes} bytes"
+    def max_body_bytes(self, path: str) -> int:
+        """Return the maximum bytes of a body that is sent to a path."""
+        limit = self.options.body_bytes
+        return limit if path in PICTURE_PATHS else min(limit, JSON_BYTES)
 
     def _record(self, exchange: "Exchange") -> None:
         """Count and log a request that has ended; release the memory that its body held."""
@@ -196,8 +202,9 @@ class Guard:
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
             return 400, "content-length is no number", {}
-        if len(length) > 15 or int(length) > self.options.body_bytes:
-            return 413, self._too_large(), {"connection": "close"}
+        max_body_bytes = self.max_body_bytes(scope["path"])
+        if len(length) > 15 or int(length) > max_body_bytes:
+            return _too_large(max_body_bytes)
         return None
 
     def _is_preflight(self, scope: Scope, headers: dict[str, str]) -> bool:
@@ -239,6 +246,7 @@ class Exchange:
         self.client: str = scope["client"][0] if scope.get("client") else "local"
         self.status, self.has_started = 500, False
         self.body_bytes, self.is_too_large = 0, False
+        self.max_body_bytes = guard.max_body_bytes(scope["path"])
 
     async def receive(self) -> Message:
         """Return the next message of the request. Raises BodyTooLarge beyond a bound, whatever
@@ -248,7 +256,7 @@ class Exchange:
         size = len(message.get("body", b""))
         self.body_bytes += size
         self.guard.held_bytes += size
-        is_too_large = self.body_bytes > self.guard.options.body_bytes
+        is_too_large = self.body_bytes > self.max_body_bytes
         if is_too_large or self.guard.held_bytes > HELD_BYTES:
             self.is_too_large = True
             raise BodyTooLarge
@@ -299,6 +307,10 @@ def _declare_json(scope: Scope) -> None:
     """Replace the content type by JSON's."""
     others = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-type"]
     scope["headers"] = [*others, (b"content-type", b"application/json")]
+
+
+def _too_large(max_body_bytes: int) -> Refusal:
+    return 413, f"the body has more than {max_body_bytes} bytes", {"connection": "close"}
 
 
 def _preflight_headers(headers: Mapping[str, str]) -> dict[str, str]:

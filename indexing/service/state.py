@@ -19,7 +19,7 @@ from indexing.data.embedding_store import Floats, unit
 from indexing.data.images import Square, read_picture, square
 from indexing.metrics.clip_score import EncodeImages
 from indexing.metrics.zero_shot import EncodeTexts
-from indexing.service.image_upload import decode
+from indexing.service.image_upload import PictureDecoders
 from infra.settings import Section
 from infra.storage.removal_log import Removals
 
@@ -121,6 +121,7 @@ class Service:
         self.parts = parts
         self._changing = threading.Lock()
         self._encoding = threading.Lock()
+        self._decoders = PictureDecoders()
         self._segments_stamp: Hashable = None
         self._removals_stamp: Hashable = None
         self.version: Version
@@ -187,7 +188,7 @@ class Service:
         """Return the unit vector (D,) of a picture file. Raises ValueError if it cannot be
         decoded.
         """
-        pixels = decode(data, encoders.image_px, encoders.square)
+        pixels = self._decoders.decode(data, encoders.image_px, encoders.square)
         with self._encoding:
             vectors = np.asarray(encoders.images(pixels[None]), np.float32)
         return np.asarray(unit(vectors)[0], np.float32)
@@ -212,7 +213,8 @@ class Service:
         return drawn
 
     def close(self) -> None:
-        """Stop the watcher."""
+        """Stop the watcher and the decoding of pictures."""
+        self._decoders.close()
         self._stop.set()
         self._watcher.join()
 

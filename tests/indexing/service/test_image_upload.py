@@ -4,8 +4,11 @@ size and mode.
 
 import base64
 import io
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,17 @@ import pytest
 from PIL import Image
 
 from indexing.data.images import BAND_ROWS, square
-from indexing.service.image_upload import decode, from_base64
+from indexing.service.image_upload import PictureDecoders, from_base64
+from indexing.service.picture_decoder import (
+    MAX_SCANS,
+    PictureRefusedError,
+    count_scans,
+    decode_upright,
+)
 
 SIDE_PX = 32
+DECODERS = PictureDecoders(limit_s=60)
+decode = DECODERS.decode
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **more: object) -> bytes:
@@ -103,14 +114,14 @@ def test_bands_of_a_transparent_picture_are_laid_on_white_as_the_whole_is() -> N
 MEASURE = """
 import sys
 from pathlib import Path
-from indexing.service.image_upload import decode
+from indexing.service.picture_decoder import decode_upright
 def told(name):
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)) // 1024
 large, small = (Path(each).read_bytes() for each in sys.argv[1:])
-decode(small, 224)
+decode_upright(small, 1792)
 Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
 before = told("VmRSS")
-decode(large, 224)
+decode_upright(large, 1792)
 print(told("VmHWM") - before)
 """  # noqa: E501
 
@@ -129,12 +140,73 @@ def test_the_largest_picture_takes_a_bounded_memory(
 
 
 def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("indexing.service.image_upload.MAX_PIXELS", 10_000)
+    monkeypatch.setattr("indexing.service.picture_decoder.MAX_PIXELS", 10_000)
     for kind, side in (("PNG", 100), ("WEBP", 70)):
-        assert decode(encoded(Image.new("RGB", (side, side)), kind), SIDE_PX).shape == (
-            SIDE_PX,
-            SIDE_PX,
-            3,
-        )
-        with pytest.raises(ValueError, match="million are allowed"):
-            decode(encoded(Image.new("RGB", (side + 1, side + 1)), kind), SIDE_PX)
+        assert decode_upright(encoded(Image.new("RGB", (side, side)), kind), 99).width <= side
+        with pytest.raises(PictureRefusedError, match="million are allowed"):
+            decode_upright(encoded(Image.new("RGB", (side + 1, side + 1)), kind), 99)
+
+
+def many_scans(scans: int, side: int = 64) -> bytes:
+    """Return a progressive JPEG with further scans, each a copy of its last one."""
+    data = encoded(Image.fromarray(gradient(side, side)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * (scans - count_scans(data)) + data[-2:]
+
+
+def test_scans_are_counted_as_a_decoder_sees_them() -> None:
+    plain = encoded(Image.fromarray(gradient(64, 64)), "JPEG")
+    comment = b"\xff\xfe" + (2 + 8).to_bytes(2) + b"\xff\xda\x00\x04" * 2
+    assert count_scans(plain) == 1
+    assert count_scans(plain[:2] + comment + plain[2:] + b"\xff\xda" * 100) == 1
+    assert count_scans(many_scans(300)) == 300
+    assert count_scans(b"") == count_scans(b"\xff\xd8\xff") == 0
+
+
+def test_a_jpeg_of_many_scans_is_not_decoded() -> None:
+    assert decode(many_scans(MAX_SCANS), SIDE_PX).shape == (SIDE_PX, SIDE_PX, 3)
+    with pytest.raises(ValueError, match=f"400 progressive scans: at most {MAX_SCANS}"):
+        decode(many_scans(400), SIDE_PX)
+
+
+def test_a_picture_that_takes_too_long_is_ended_and_the_next_one_is_decoded() -> None:
+    decoders = PictureDecoders(limit_s=0.001)
+    large = encoded(Image.fromarray(gradient(3000, 3000)), "JPEG", progressive=True)
+    with pytest.raises(ValueError, match="s to decode"):
+        decoders.decode(large, SIDE_PX)
+    decoders.limit_s = 60
+    assert decoders.decode(large, SIDE_PX).shape == (SIDE_PX, SIDE_PX, 3)
+    decoders.close()
+
+
+def test_a_decoder_that_dies_refuses_its_picture_only() -> None:
+    decoders = PictureDecoders(limit_s=60)
+    picture = encoded(Image.new("RGB", (20, 20)))
+    decoders.decode(picture, SIDE_PX)
+    decoders._idle[0].kill()
+    with pytest.raises(ValueError, match="cannot be read"):
+        decoders.decode(picture, SIDE_PX)
+    assert decoders.decode(picture, SIDE_PX).shape == (SIDE_PX, SIDE_PX, 3)
+    decoders.close()
+
+
+def test_closing_ends_pictures_that_are_being_decoded() -> None:
+    decoders = PictureDecoders(limit_s=600)
+    process = decoders._take()  # one that will never answer
+    refusals: list[str] = []
+
+    def decode_one() -> None:
+        try:
+            decoders.decode(many_scans(MAX_SCANS, 4000), SIDE_PX)
+        except ValueError as error:
+            refusals.append(str(error))
+
+    thread = threading.Thread(target=decode_one)
+    thread.start()
+    while len(decoders._busy) < 2:
+        time.sleep(0.01)
+    decoders.close()
+    thread.join()
+    assert len(refusals) == 1 and process.wait() == -signal.SIGKILL
+    with pytest.raises(ValueError, match="the service is ending"):
+        decoders.decode(b"", SIDE_PX)

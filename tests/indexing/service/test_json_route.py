@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from typing import Any
 
+import pydantic_core
 import pytest
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.testclient import TestClient
 
-from indexing.service.json_route import QuickRoute
+from indexing.service.json_route import QuickRoute, _faults
+from indexing.service.middleware import JSON_BYTES
 
 
 class Asked(BaseModel):
@@ -35,6 +37,12 @@ def application(route: type[APIRoute]) -> FastAPI:
     async def with_name(asked: Asked, name: str, request: Request) -> dict[str, Any]:
         return {"name": name, "word": asked.word, "method": request.method}
 
+    @app.post("/answer", status_code=204)
+    async def answer(asked: Asked, request: Request) -> Response:
+        return Response(
+            status_code=204, headers={"x-word": str(len(asked.word)), "x-url": str(request.url)}
+        )
+
     return app
 
 
@@ -47,7 +55,7 @@ def both() -> Iterator[tuple[TestClient, TestClient]]:
 GOOD = b'{"numbers": [1, 2.5, "3"], "word": "h\xc3\xbcgel \\u2028"}'
 
 
-@pytest.mark.parametrize("path", ["/sum", "/made", "/with/x"])
+@pytest.mark.parametrize("path", ["/sum", "/made", "/with/x", "/answer"])
 @pytest.mark.parametrize("method", ["POST", "GET", "PUT"])
 @pytest.mark.parametrize(
     "kind", ["application/json", "application/json; charset=utf-8", "application/ld+json"]
@@ -58,13 +66,13 @@ def test_what_is_right_is_answered_alike(
     quick, usual = (
         each.request(method, path, content=GOOD, headers={"content-type": kind}) for each in both
     )
-    assert (quick.status_code, quick.headers, quick.json()) == (
+    assert (quick.status_code, quick.headers, quick.content and quick.json()) == (
         usual.status_code,
         usual.headers,
-        usual.json(),
+        usual.content and usual.json(),
     )
     assert quick.status_code == {"GET": 405, "PUT": 405}.get(
-        method, 201 if path == "/made" else 200
+        method, {"/made": 201, "/answer": 204}.get(path, 200)
     )
 
 
@@ -100,7 +108,7 @@ def test_what_is_wrong_is_refused_alike(
     "body",
     [
         b'{"numbers": [1], "word": "\\ud800"}',
-        b"[" * 100_000,
+        b"[" * 60_000,
         b"\xff\xfe",
         b'{"numbers": [1e999' + b"0" * 9999,
     ],
@@ -112,6 +120,47 @@ def test_what_python_itself_stumbles_over_is_refused_as_well(
         both[0].post("/sum", content=body, headers={"content-type": "application/json"}).status_code
         == 422
     )
+
+
+def test_a_body_with_too_many_faults_is_refused_without_a_list(
+    both: tuple[TestClient, TestClient],
+) -> None:
+    answer = both[0].post("/sum", json={"numbers": [], "word": {}, "numbers2": 1})
+    assert [each["type"] for each in answer.json()["detail"]] == ["string_type"]
+    errors = pydantic_core.ValidationError.from_exception_data(
+        "Asked", [{"type": "missing", "loc": (str(number),)} for number in range(1001)]
+    )
+    assert [each["type"] for each in _faults(errors)] == ["too_many_faults"]
+
+
+LONG = b"1, " * 60_000
+
+
+@pytest.mark.parametrize(
+    ("body", "is_refused"),
+    [
+        (b'{"word": "%s"}' % (b"x" * JSON_BYTES), True),
+        (b'{"numbers": [%s1]}' % LONG, True),
+        (b'{"image": "%s", "word": 3}' % (b"QUJD\\n\\/" * 200_000), False),
+        (b'{"image": "%s", "image": "%s"}' % (b"A" * 70_000, b"A" * 70_000), True),
+        (b'{"image": {"x": "%s"}}' % (b"A" * 70_000), True),
+        (b'{"image": "%s' % (b"A" * 70_000), True),
+        (b'{"embedding": [%s1], "word": 3}' % LONG, False),
+        (b'{"embedding_input" : [%s1], "word": 3}' % LONG, False),
+        (b'{"embedding": [%s1], "word": 3}' % (LONG * 2), True),
+        (b'{"embedding": [%s{}]}' % LONG, True),
+        (b'{%s"word": 3}' % (b'"image": "", ' * 10_000), True),
+    ],
+)
+def test_json_is_bounded_outside_of_a_picture_and_an_embedding_before_it_is_parsed(
+    both: tuple[TestClient, TestClient],
+    monkeypatch: pytest.MonkeyPatch,
+    body: bytes,
+    is_refused: bool,
+) -> None:
+    monkeypatch.setattr(Asked, "model_validate_json", lambda _: Asked(numbers=[]))
+    answer = both[0].post("/sum", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == (413 if is_refused else 200)
 
 
 def test_the_place_of_a_fault_is_told(both: tuple[TestClient, TestClient]) -> None:

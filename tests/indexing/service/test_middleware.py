@@ -123,6 +123,23 @@ def test_a_body_is_bounded_whatever_length_it_declares(fake: Fake) -> None:
         assert client.post("/search", json={"text": "colour 5"}).status_code == 200
 
 
+def test_a_body_without_a_picture_is_at_most_64_kib(client: TestClient) -> None:
+    keys = ", ".join(f'"{number}": 1' for number in range(10_000))
+    for path in ("/session", "/metadata", "/healthz", "/nowhere"):
+        contents = [f"{{{keys}}}", iter([f"{{{keys}".encode(), b"}"])]
+        for content in contents if path in ("/session", "/metadata") else contents[:1]:
+            answer = client.request("POST", path, content=content)
+            assert (answer.status_code, answer.json()) == (
+                413,
+                {"detail": "the body has more than 65536 bytes"},
+            )
+    for path in ("/search", "/knn-service"):
+        answer = client.post(
+            path, content=f"{{{keys}}}", headers={"content-type": "application/json"}
+        )
+        assert (answer.status_code, "outside of image" in answer.text) == (413, True)
+
+
 def test_addresses_of_one_ipv6_network_are_one_client() -> None:
     buckets = Buckets(rate=1, burst=2)
     first, second, other = "2001:db8:0:1::1", "2001:db8:0:1:ffff::2", "2001:db8:0:2::1"
