@@ -176,7 +176,7 @@ def build(
     peaks = {"build_peak_bytes": memory.bytes, "task_peak_bytes": task_peak}
     worse = _worse(list(figures.values())) | peaks
     _write_facts(out / "index.json", embeddings, factory, base, worse, figures)
-    counts = {"in": count, "out": count, "dropped": {}, "factory": factory}
+    counts: dict[str, Any] = {"in": count, "out": count, "dropped": {}, "factory": factory}
     return {**counts, **worse, "added_to": base.facts["count"] if base else 0}
 
 

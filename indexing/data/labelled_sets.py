@@ -103,7 +103,9 @@ def _decode(data: bytes) -> NDArray[np.uint8] | None:
     decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if decoded is None or decoded.dtype != np.uint8:
         return None
-    return decoded if decoded.shape[0] * decoded.shape[1] <= LARGEST_PIXELS else None
+    if decoded.shape[0] * decoded.shape[1] > LARGEST_PIXELS:
+        return None
+    return np.asarray(decoded, np.uint8)
 
 
 def _build(

@@ -32,7 +32,7 @@ class _Side:
 
     vectors: Floats
     number_of: NDArray[np.int64]
-    groups: Sequence[Hashable]
+    groups: Sequence[Any]
 
 
 def retrieval(
@@ -40,7 +40,7 @@ def retrieval(
     texts: Floats,
     pictures: Sequence[Hashable],
     captions: Sequence[str],
-    groups: Sequence[Hashable],
+    groups: Sequence[Any],
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def retrieval_of_all(
     pictures: Sequence[Hashable],
     captions: Sequence[Sequence[str]],
     encode_texts: EncodeTexts,
-    groups: Sequence[Hashable],
+    groups: Sequence[Any],
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def score(
     rank = ranks(scores, right)
     figures: dict[str, Any] = {"n": len(right), "classes": count}
     for depth in DEPTHS:
-        more = {"chance": min(depth, count) / count}
+        more: dict[str, float | None] = {"chance": min(depth, count) / count}
         if depth == 1:
             more["majority"] = majority
         figures[f"top_{depth}"] = mean_figure(rank < depth, groups, resamples, seed, **more)
