@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
@@ -444,11 +444,11 @@ def _run_group(job: Job, name: str, cluster: ClusterConfig, workers: int) -> Non
     ).fit()
 
 
-def _worker(job: Job) -> None:
+def _worker(job: dict[str, Any]) -> None:
     """Run on every Ray Train worker."""
     import ray.train
 
-    ray.train.report({"images_seen": _fit(job)})
+    ray.train.report({"images_seen": _fit(cast(Job, job))})
 
 
 def _fit(job: Job) -> int:
