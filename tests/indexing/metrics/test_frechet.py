@@ -2,18 +2,12 @@
 changed.
 """
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from indexing.data.held_out import open_embedded, read_pairs
-from indexing.evaluation.fidelity import FidelityConfig, fidelity
 from indexing.metrics import frechet
 from indexing.metrics.bootstrap import set_figure
-from tests.helpers.evaluation_run import direction, draw, row, subject, write_run
 
 
 def test_frechet_is_the_closed_form_and_that_of_the_matrix_root() -> None:
@@ -77,71 +71,6 @@ def test_precision_and_recall_tell_quality_from_diversity() -> None:
     assert inside.tolist() == [True, False, True, False]
     with pytest.raises(ValueError, match="3-th neighbour"):
         frechet.precision_recall(line[:3], line)
-
-
-def test_the_section_prefers_the_guidance_that_draws_the_real_pictures(tmp_path: Path) -> None:
-    rows = [
-        row(number % 16, style, split)
-        for number in range(10)
-        for style in ("plain", "framed")
-        for split in ("train", "held_out_concept")
-    ]
-    rows += [
-        row(number, "plain", "train", key=f"more {number}", concept=f"more {number}")
-        for number in range(10, 16)
-    ]
-    write_run(tmp_path, rows)
-    embedded = open_embedded(tmp_path / "embed")
-
-    def drawn(prompts: list[str], seed: int, guidance: float) -> np.ndarray:
-        numbers = [int(prompt.split()[-1]) if guidance > 1 else 3 for prompt in prompts]
-        return np.stack([draw(number, "plain", 16) for number in numbers])
-
-    def colours(pictures: np.ndarray) -> Any:
-        return pictures.mean((1, 2))
-
-    config = FidelityConfig(pictures=16, guidance=(1.0, 2.0))
-    found = fidelity(config, subject(tmp_path), 16, drawn, {"mean colour": colours})
-    table = found["tables"][0]
-    assert table["head"][5:] == ["Fréchet on mean colour", "kernel × 1000 on mean colour"]
-    one, two, trained = table["rows"]
-    assert (
-        two[1]["value"] == pytest.approx(100, abs=0.2)
-        and one[1]["value"] < 70
-        and trained[1] is None
-    )
-    for column in (2, 5, 6):
-        assert two[column]["value"] < one[column]["value"]
-        assert all(
-            each[column]["low"] <= each[column]["value"] <= each[column]["high"]
-            for each in (one, trained)
-        )
-    assert two[4]["value"] > one[4]["value"] and two[3]["value"] == 1.0
-    assert (
-        tmp_path / "out" / found["pictures"][0]["picture"]
-    ).is_file() and "16 captions" in found["text"][0]
-    assert (
-        "16 captions" in table["caption"]
-        and "seed 0" in table["caption"]
-        and "16 px" in table["caption"]
-    )
-    # The trained pictures that are drawn show more concepts than the held-out ones.
-    own = [read_pairs(embedded, split, 16, 0).groups for split in ("held_out_concept", "train")]
-    assert (
-        trained[3]["groups"]
-        == len(set(own[1]))
-        != len(set(own[0]))
-        == trained[4]["groups"]
-        == one[3]["groups"]
-    )
-    assert np.isclose(np.linalg.norm(direction(1)), 1)
-
-
-def test_too_few_pairs_are_said(tmp_path: Path) -> None:
-    write_run(tmp_path, [row(1, "plain", "train"), row(2, "plain", "held_out_concept")])
-    nothing: Any = None
-    found = fidelity(FidelityConfig(), subject(tmp_path), 16, nothing, {})
-    assert "Not measured" in found["text"][0] and not found["tables"]
 
 
 DISTANCES = {
