@@ -1,9 +1,6 @@
-"""A section of any content reaches page and JSON whole, escaped, and charts put figures where they
-belong.
-"""
+"""A section of any content reaches the page and report.json, whole and escaped."""
 
 import json
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,6 @@ import indexing
 from indexing.data.images import write_png
 from indexing.evaluation.evaluate import EvaluateConfig, evaluate
 from indexing.metrics.bootstrap import mean_figure
-from indexing.report.interval_svg import bars as draw_bars
-from indexing.report.interval_svg import lines as draw_lines
 from indexing.report.page import figure_bounds, figure_text
 from indexing.report.sections import bars, lines, picture, section, table
 from tests.helpers.evaluation_run import HOSTILE, generate, manifest, subject, usual_rows, write_run
@@ -83,63 +78,6 @@ def test_a_section_is_on_the_page_escaped_and_keeps_to_the_schema(tmp_path: Path
 def test_a_row_of_the_wrong_length_is_refused() -> None:
     with pytest.raises(ValueError, match="'b' has 1 cells and the head 2"):
         table("t", ["Row", "Value"], [["a", 1], ["b"]])
-
-
-def test_lines_rise_with_their_values_and_log_x_is_even() -> None:
-    rising = [
-        (x, {"value": y, "low": y - 0.05, "high": y + 0.05})
-        for x, y in ((1, 0.1), (4, 0.4), (16, 0.7))
-    ]
-    root = ElementTree.fromstring(draw_lines(lines("t", "x", "y", {"a": rising}, is_log_x=True)))
-    places = np.array(
-        [
-            [float(each) for each in pair.split(",")]
-            for pair in next(root.iter("polyline")).get("points", "").split()
-        ]
-    )
-    assert (
-        np.allclose(np.diff(places, 2, axis=0), 0, atol=0.2)
-        and (np.diff(places, axis=0) * [1, -1] > 0).all()
-    )
-    whiskers = [each for each in root.iter("line") if each.get("class") == "whisker"]
-    assert len(whiskers) == 3 and all(
-        float(each.get("y1", 0)) > float(each.get("y2", 0)) for each in whiskers
-    )
-
-
-def test_names_of_lines_that_end_together_do_not_cover_each_other() -> None:
-    same = [(1, HALF), (2, HALF)]
-    root = ElementTree.fromstring(draw_lines(lines("t", "x", "y", dict.fromkeys("abc", same))))
-    heights = sorted(
-        float(each.get("y", 0)) for each in root.iter("text") if each.text in set("abc")
-    )
-    assert np.diff(heights).min() >= 12.9
-
-
-def test_bars_stand_on_their_side_of_zero() -> None:
-    rows = [
-        ("up", {"value": 0.2, "low": 0.1, "high": 0.3}),
-        ("down", {"value": -0.4, "low": None, "high": None}),
-    ]
-    root = ElementTree.fromstring(draw_bars(bars("t", "points", rows)))
-    zero = float(
-        next(each for each in root.iter("line") if each.get("class") == "axis").get("x1", 0)
-    )
-    found = {
-        each.get("class"): (float(each.get("x", 0)), float(each.get("width", 0)))
-        for each in root.iter("rect")
-    }
-    assert found["gain"][0] == pytest.approx(zero, abs=0.1) and sum(found["loss"]) == pytest.approx(
-        zero, abs=0.2
-    )
-    assert found["loss"][1] == pytest.approx(2 * found["gain"][1], rel=0.02)
-    assert "-40.0" in [each.text for each in root.iter("text")]
-
-
-def test_nothing_measured_is_said() -> None:
-    none: dict[str, Any] = {"value": None, "low": None, "high": None}
-    assert "nothing was measured" in draw_lines(lines("t", "x", "y", {"a": [(1, none)]}))
-    assert "nothing was measured" in draw_bars(bars("t", "x", [("a", none)]))
 
 
 def test_figures_are_written_in_their_unit() -> None:

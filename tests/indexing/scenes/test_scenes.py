@@ -1,18 +1,10 @@
-"""Scenes say what they show: captions read back, drawings and checker agree on every row, and
-anything else is refused.
-"""
+"""Captions of scenes read back, and pictures depend on the seed alone."""
 
-from dataclasses import replace
-
-import cv2
 import numpy as np
 import pytest
 
-from indexing.scenes.checker import claims, objects, share_held, shows
+from indexing.scenes.checker import shows
 from indexing.scenes.scenes import (
-    COLOURS,
-    RELATIONS,
-    SHAPES,
     Scene,
     Thing,
     draw,
@@ -75,91 +67,3 @@ def test_every_phrasing_that_is_a_scene_is_true_of_the_picture() -> None:
 def test_equal_seeds_draw_equal_pictures_and_others_do_not() -> None:
     assert np.array_equal(drawn(RED_ON_BLUE, 1), drawn(RED_ON_BLUE, 1))
     assert not np.array_equal(drawn(RED_ON_BLUE, 1), drawn(RED_ON_BLUE, 2))
-
-
-@pytest.mark.parametrize("noise", [0, 12])
-def test_the_checker_sees_what_was_drawn(noise: float) -> None:
-    seen = [shows(drawn(scene, number, noise), scene) for number, scene in enumerate(SHAPED[::2])]
-    assert np.mean(seen) > (0.995 if noise == 0 else 0.97)
-
-
-def test_the_checker_refuses_every_other_scene_of_the_same_row() -> None:
-    rng = np.random.default_rng(3)
-    wrong = 0
-    for number, scene in enumerate(SHAPED[::5]):
-        others = [other for other in SHAPED if other.row == scene.row and other != scene]
-        other = others[int(rng.integers(len(others)))]
-        wrong += shows(drawn(scene, number), other)
-    assert wrong == 0
-
-
-@pytest.mark.parametrize("relation", RELATIONS)
-def test_a_relation_the_other_way_round_is_refused(relation: str) -> None:
-    scene = replace(RED_ON_BLUE, relation=relation)
-    turned = replace(scene, things=scene.things[::-1])
-    for seed in range(8):
-        assert claims(drawn(scene, seed), scene) == [True, True, True, True]
-        assert claims(drawn(scene, seed), turned) == [True, True, True, False]
-        assert share_held(drawn(scene, seed), turned) == 0.75
-
-
-def test_relations_are_told_from_each_other() -> None:
-    for relation in RELATIONS:
-        picture = drawn(replace(RED_ON_BLUE, relation=relation))
-        assert [
-            other for other in RELATIONS if shows(picture, replace(RED_ON_BLUE, relation=other))
-        ] == [relation]
-
-
-def test_colours_bound_to_the_wrong_shapes_are_refused() -> None:
-    scene = Scene((Thing("circle", "red"), Thing("square", "blue")))
-    swapped = Scene((Thing("circle", "blue"), Thing("square", "red")))
-    assert shows(drawn(scene), scene) and claims(drawn(scene), swapped) == [False, False, True]
-
-
-def test_counts_are_exact() -> None:
-    for count in (1, 2, 3, 4):
-        picture = drawn(Scene((Thing("circle", "green", count=count),)), count)
-        held = [shows(picture, Scene((Thing("circle", count=other),))) for other in (1, 2, 3, 4)]
-        assert held == [other == count for other in (1, 2, 3, 4)]
-
-
-def test_an_open_thing_does_not_take_what_a_named_one_needs() -> None:
-    scene = Scene((Thing("circle"), Thing("circle", "red")))
-    two = drawn(Scene((Thing("circle", "red"), Thing("circle", "blue")), "to the left of"))
-    assert shows(two, scene)
-
-
-def test_noise_white_and_a_blob_show_nothing() -> None:
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    star = np.full((64, 64, 3), 255, np.uint8)
-    arms = np.array(
-        [
-            [32 + r * np.cos(turn), 32 + r * np.sin(turn)]
-            for turn, r in zip(np.arange(10) * np.pi / 5, [28, 9] * 5, strict=True)
-        ]
-    )
-    cv2.fillPoly(star, [arms.astype(np.int32)], COLOURS["red"])
-    for picture in (noise, np.full((32, 32, 3), 255, np.uint8), star):
-        assert not any(shows(picture, Scene((Thing(shape),))) for shape in SHAPES)
-    assert [each.shape for each in objects(star)] == [""] and objects(
-        np.full((32, 32, 3), 255, np.uint8)
-    ) == []
-
-
-def test_boxes_are_where_the_shapes_are() -> None:
-    picture = np.full((32, 32, 3), 255, np.uint8)
-    picture[8:24, 4:20] = COLOURS["blue"]
-    (found,) = objects(picture)
-    assert (found.shape, found.colour) == ("square", "blue")
-    assert np.allclose(
-        [found.left * 32, found.top * 32, found.right * 32, found.bottom * 32],
-        [4, 8, 20, 24],
-        atol=0.6,
-    )
-
-
-def test_writing_is_not_for_the_checker() -> None:
-    with pytest.raises(ValueError, match="not writing"):
-        claims(drawn(Scene(word="cat")), Scene(word="cat"))
