@@ -3,11 +3,9 @@ hostile is named.
 """
 
 import io
-import pickle
 import tarfile
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -121,8 +119,6 @@ def test_what_is_no_set_is_a_callers_mistake(tmp_path: Path) -> None:
     ):
         with pytest.raises(CallerError, match=said):
             open_set(tmp_path / path)
-    with pytest.raises(CallerError, match="neither a path nor a packaged set"):
-        packaged_sets.set_path("imaginary", tmp_path)
 
 
 def test_a_sample_without_its_class_and_a_broken_picture_are_named(tmp_path: Path) -> None:
@@ -137,31 +133,3 @@ def test_a_sample_without_its_class_and_a_broken_picture_are_named(tmp_path: Pat
     (folders / "cat" / "0.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="picture 0 is no 8-bit picture"):
         open_set(folders).pictures(8)
-
-
-def test_a_packaged_set_is_made_once_and_agrees_with_its_package(tmp_path: Path) -> None:
-    from sklearn.datasets import load_digits
-
-    path = packaged_sets.set_path("digits", tmp_path)
-    found, theirs = open_set(path), load_digits()
-    assert (
-        len(found) == 1797
-        and (found.labels == theirs.target).all()
-        and found.names[3] == "three"
-        and len(found.templates) == 3
-    )
-    first = cv2.imdecode(np.frombuffer(found.encoded[0], np.uint8), cv2.IMREAD_GRAYSCALE)
-    assert np.allclose(255 - first, theirs.images[0] * 255 / 16, atol=1)
-    stamp = path.stat().st_mtime_ns
-    assert packaged_sets.set_path("digits", tmp_path).stat().st_mtime_ns == stamp
-
-
-def test_a_pickle_that_would_run_code_is_refused() -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (print, ("ran",))
-
-    arrays = packaged_sets._ArraysOnly(io.BytesIO(pickle.dumps(np.arange(3)))).load()
-    assert arrays.tolist() == [0, 1, 2]
-    with pytest.raises(DataError, match="only numpy arrays are read"):
-        packaged_sets._ArraysOnly(io.BytesIO(pickle.dumps(Evil()))).load()
