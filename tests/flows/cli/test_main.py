@@ -8,16 +8,11 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import flows.orchestration.stages
 from flows.cli.main import main
-from flows.images.contact_sheet import GAP_PX
-from flows.images.png import write_pictures
 from flows.runs.records import find_run, write_run
 from infra.errors import CallerError
 from infra.storage import store
@@ -260,29 +255,3 @@ def test_the_latest_run_is_the_one_that_finished_last(tmp_path: Path) -> None:
         write_run(root, name, "r.toml", "", {})
     assert find_run(root)["name"] == "a"
     assert find_run(root, "c")["name"] == "c"
-
-
-def test_pictures_carry_their_prompt_seed_and_settings_and_stand_in_the_grid(
-    tmp_path: Path,
-) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 10, 3), np.uint8)
-    settings: dict[str, Any] = {"steps": 5, "guidance": None, "clip": "abc"}
-    files, grid = write_pictures(
-        images, ["a red heart", "Ünïcode / ../ path"], 7, settings, tmp_path / "out"
-    )
-    assert len(set(files)) == 6 and all(file.parent == tmp_path / "out" for file in files)
-    with Image.open(files[4]) as picture:
-        assert np.array_equal(np.asarray(picture), images[1, 1])
-        assert (
-            picture.info["prompt"] == "Ünïcode / ../ path"
-            and picture.info["seed"] == "7"
-            and picture.info["guidance"] == "null"
-        )
-    with Image.open(grid) as picture:
-        last = np.asarray(picture)[
-            -(8 * 10 + GAP_PX) : -GAP_PX, -(10 * 10 + GAP_PX) : -GAP_PX
-        ]  # enlarged ten times
-        assert np.array_equal(last[::10, ::10], images[1, 2]) and np.array_equal(
-            last[9::10, 9::10], images[1, 2]
-        )
-        assert json.loads(str(picture.info["prompts"])) == ["a red heart", "Ünïcode / ../ path"]

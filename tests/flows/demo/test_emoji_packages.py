@@ -3,12 +3,10 @@
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 
-from flows.demo.emoji_labels import Labels, concept_of, flag_concept, slug
+from flows.demo.emoji_labels import Labels
 from flows.demo.emoji_packages import FAMILIES, Picture, read_package
-from flows.demo.main_colour import main_colour
 from infra.errors import CallerError
 from tests.helpers.npm_packages import PACKAGES, WORDS
 
@@ -22,18 +20,6 @@ def read(spec: str, tmp_path: Path) -> dict[str, Picture]:
     )
     assert len({picture.origin for picture in pictures}) == len(pictures)
     return {picture.origin: picture for picture in pictures}
-
-
-def test_concepts_are_code_points_without_variation_selector() -> None:
-    assert concept_of("2764-FE0F") == "2764"
-    assert concept_of("0023-FE0F-20E3") == concept_of("23-20e3") == "23-20e3"
-    assert concept_of("1f3f4-e0067_e0062_e0065_e006e_e0067_e007f") == flag_concept("gb-eng")
-    assert flag_concept("fr") == concept_of("1F1EB-1F1F7")
-    assert flag_concept("gb-eng") == concept_of("1F3F4-E0067-E0062-E0065-E006E-E0067-E007F")
-
-
-def test_slugs_are_how_icon_sets_write_names() -> None:
-    assert (slug("Côte d'Ivoire"), slug("woman’s hat")) == ("cote-divoire", "womans-hat")
 
 
 def test_google(tmp_path: Path) -> None:
@@ -127,36 +113,3 @@ def test_a_package_without_a_reader_is_named_with_the_known_ones(tmp_path: Path)
 def test_every_family_names_a_licence() -> None:
     assert all(family.licence and family.style for family in FAMILIES.values())
     assert len({family.style for family in FAMILIES.values()}) == len(FAMILIES)
-
-
-@pytest.mark.parametrize(
-    ("bgr", "name"),
-    [
-        ((30, 30, 220), "red"),
-        ((0, 120, 255), "orange"),
-        ((40, 210, 250), "yellow"),
-        ((60, 170, 60), "green"),
-        ((220, 120, 30), "blue"),
-        ((200, 60, 140), "purple"),
-        ((180, 80, 250), "pink"),
-        ((40, 70, 120), "brown"),
-        ((20, 20, 20), "black"),
-        ((140, 140, 140), "grey"),
-        ((250, 250, 250), "white"),
-    ],
-)
-def test_a_colour_is_named_where_it_fills_the_drawing(
-    tmp_path: Path, bgr: tuple[int, int, int], name: str
-) -> None:
-    image = np.zeros((64, 64, 4), np.uint8)
-    image[8:56, 8:56] = (*bgr, 255)
-    cv2.imwrite(str(tmp_path / "a.png"), image)
-    assert main_colour(tmp_path / "a.png") == name
-
-
-def test_no_colour_is_named_where_two_share_the_drawing(tmp_path: Path) -> None:
-    image = np.zeros((64, 64, 4), np.uint8)
-    image[8:32, 8:56], image[32:56, 8:56] = (30, 30, 220, 255), (220, 120, 30, 255)
-    cv2.imwrite(str(tmp_path / "a.png"), image)
-    assert main_colour(tmp_path / "a.png") == ""
-    assert main_colour(tmp_path / "missing.png") == ""

@@ -3,12 +3,9 @@ hostile is named.
 """
 
 import io
-import pickle
-import re
 import tarfile
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,10 +57,9 @@ def write_shards(folder: Path) -> Path:
     return folder
 
 
-def content(image_set: ImageSet) -> set[tuple[str, bytes]]:
+def content(found: ImageSet) -> set[tuple[str, bytes]]:
     return {
-        (image_set.names[label], data)
-        for label, data in zip(image_set.labels, image_set.encoded, strict=True)
+        (found.names[label], data) for label, data in zip(found.labels, found.encoded, strict=True)
     }
 
 
@@ -74,54 +70,55 @@ def test_all_layouts_hold_the_same(tmp_path: Path) -> None:
         write_parquet(tmp_path / "c", False),
         write_shards(tmp_path / "d"),
     ]
-    image_sets = [open_set(path) for path in paths]
+    read = [open_set(path) for path in paths]
     expected = {(name, png(name, place)) for name in COLOURS for place in range(2)}
-    for image_set in image_sets:
-        assert content(image_set) == expected and image_set.names == ["cat", "dog", "eel"]
-    from_folders, *_, from_shards = image_sets
-    assert from_shards.templates == ("a photo of a {}", "a {}") and from_folders.templates == ()
-    pixels = from_folders.pictures(16)
-    colours = [COLOURS[from_folders.names[label]] for label in from_folders.labels]
-    assert pixels.shape == (6, 16, 16, 3) and (pixels[:, 8, 8] == colours).all()
-    assert (pixels[:, 8, 0] == 255).all()  # white beside a picture that is not square
+    assert all(content(each) == expected and each.names == ["cat", "dog", "eel"] for each in read)
+    assert read[3].templates == ("a photo of a {}", "a {}") and read[0].templates == ()
+    pixels = read[0].pictures(16)
+    assert (
+        pixels.shape == (6, 16, 16, 3)
+        and (pixels[:, 8, 8] == [COLOURS[read[0].names[label]] for label in read[0].labels]).all()
+    )
+    assert (pixels[:, 8, 0] == 255).all()  # white beside what is not square
 
 
 def test_a_part_keeps_its_labels(tmp_path: Path) -> None:
     whole = open_set(write_folders(tmp_path / "a"))
-    subset = whole.only(np.array([4, 1]))
-    assert len(subset) == 2 and content(subset) < content(whole)
-    assert subset.labels.tolist() == whole.labels[[4, 1]].tolist()
+    some = whole.only(np.array([4, 1]))
+    assert (
+        len(some) == 2
+        and content(some) < content(whole)
+        and some.labels.tolist() == whole.labels[[4, 1]].tolist()
+    )
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("names", "said"),
     [
-        ("cat\ndog\n", "labels are 0 to 2, but there are 2 class names"),
-        ("cat\ndog\neel\n", "must contain {} or {c} exactly once"),
+        ("cat\ndog\n", "labels run from 0 to 2 and there are 2 class names"),
+        ("cat\ndog\neel\n", "must hold {} or {c} once"),
     ],
 )
-def test_wrong_class_names_and_templates_are_named(
-    tmp_path: Path, names: str, message: str
+def test_names_and_templates_that_do_not_fit_are_named(
+    tmp_path: Path, names: str, said: str
 ) -> None:
     write_shards(tmp_path / "d")
     (tmp_path / "d" / "classnames.txt").write_text(names)
     (tmp_path / "d" / "zeroshot_classification_templates.txt").write_text("a photo\n")
-    with pytest.raises(DataError, match=re.escape(message)):
+    with pytest.raises(DataError, match=said.replace("{", r"\{").replace("}", r"\}")):
         open_set(tmp_path / "d")
 
 
-def test_a_path_without_a_set_is_a_caller_error(tmp_path: Path) -> None:
+def test_what_is_no_set_is_a_callers_mistake(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "odd.parquet")
-    for path, message in (
-        ("none", "does not exist"),
+    for path, said in (
+        ("none", "is not there"),
         ("empty", "holds no pictures"),
         ("odd.parquet", "no column 'image'"),
     ):
-        with pytest.raises(CallerError, match=message):
+        with pytest.raises(CallerError, match=said):
             open_set(tmp_path / path)
-    with pytest.raises(CallerError, match="neither a path nor a packaged set"):
-        packaged_sets.set_path("imaginary", tmp_path)
 
 
 def test_a_sample_without_its_class_and_a_broken_picture_are_named(tmp_path: Path) -> None:
@@ -130,33 +127,9 @@ def test_a_sample_without_its_class_and_a_broken_picture_are_named(tmp_path: Pat
         member = tarfile.TarInfo("lonely.png")
         member.size = 3
         tar.addfile(member, io.BytesIO(b"abc"))
-    with pytest.raises(DataError, match="lonely has only image"):
+    with pytest.raises(DataError, match="lonely has image only"):
         open_set(tmp_path / "d")
     folders = write_folders(tmp_path / "a")
     (folders / "cat" / "0.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="picture 0 cannot be read as an 8-bit picture"):
+    with pytest.raises(DataError, match="picture 0 is no 8-bit picture"):
         open_set(folders).pictures(8)
-
-
-def test_a_packaged_set_is_made_once_and_agrees_with_its_package(tmp_path: Path) -> None:
-    from sklearn.datasets import load_digits
-
-    path = packaged_sets.set_path("digits", tmp_path)
-    digits, sklearn_digits = open_set(path), load_digits()
-    assert len(digits) == 1797 and (digits.labels == sklearn_digits.target).all()
-    assert digits.names[3] == "three" and len(digits.templates) == 3
-    first = cv2.imdecode(np.frombuffer(digits.encoded[0], np.uint8), cv2.IMREAD_GRAYSCALE)
-    assert np.allclose(255 - first, sklearn_digits.images[0] * 255 / 16, atol=1)
-    stamp = path.stat().st_mtime_ns
-    assert packaged_sets.set_path("digits", tmp_path).stat().st_mtime_ns == stamp
-
-
-def test_a_pickle_that_would_run_code_is_refused() -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (print, ("ran",))
-
-    arrays = packaged_sets._ArraysOnly(io.BytesIO(pickle.dumps(np.arange(3)))).load()
-    assert arrays.tolist() == [0, 1, 2]
-    with pytest.raises(DataError, match="only numpy arrays are read"):
-        packaged_sets._ArraysOnly(io.BytesIO(pickle.dumps(Evil()))).load()
