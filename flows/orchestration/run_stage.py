@@ -19,6 +19,7 @@ from infra.storage import commits, manifests, store
 from infra.storage.locks import lock_file, reader_lock, reading_file, writer_lock
 from infra.storage.manifests import Committed, StageCounts, StageFacts
 from infra.storage.removal_log import read_removals
+from infra.storage.stage_output import open_output
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
 
@@ -86,13 +87,21 @@ def run_stage(
             with store.one_line_errors(out), _reading(root, [previous] if previous else [], say):
                 removals = read_removals(root)
                 job = StageJob(
-                    stage.name, key, config, stage_inputs, out, work, cluster, removals, previous
+                    stage=stage.name,
+                    key=key,
+                    config=config,
+                    inputs=stage_inputs,
+                    out=out,
+                    output=open_output(root, stage.name, key),
+                    work=work,
+                    cluster=cluster,
+                    removals=removals,
+                    previous=previous,
                 )
                 counts = _run_adapter(stage, job)
             facts = _facts(stage, job, counts, started)
             guard()
-            attempt = damaged.manifest["attempt"] if damaged else None
-            committed = commits.commit(root, stage.name, key, out, facts, attempt)
+            committed = _commit(job, facts, damaged)
         shutil.rmtree(work, ignore_errors=True)
         return StageResult(stage.name, key, "ran", time.monotonic() - clock, committed)
 
@@ -104,6 +113,18 @@ def _run_adapter(stage: Stage, job: StageJob) -> StageCounts:
         f"{stage.name} must count what came in, went out and was dropped"
     )
     return cast(StageCounts, counts)
+
+
+def _commit(job: StageJob, facts: StageFacts, damaged: Committed | None) -> Committed:
+    """Commit the files in `job.out` and those of the recorded parts, in place of a damaged folder.
+
+    Where the commit fails the parts stay, for the next attempt.
+    """
+    parts = job.output.finished_parts()
+    files = [*job.output.put_tree(job.out), *(f for part in parts.values() for f in part["files"])]
+    return commits.commit_output(
+        job.output, files, facts, damaged.manifest["attempt"] if damaged else None
+    )
 
 
 def _facts(stage: Stage, job: StageJob, counts: StageCounts, started: str) -> StageFacts:

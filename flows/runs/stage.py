@@ -13,6 +13,7 @@ from infra.compute.cluster import Cluster
 from infra.storage import manifests
 from infra.storage.manifests import Committed
 from infra.storage.removal_log import Removals
+from infra.storage.stage_output import StageOutput
 
 if TYPE_CHECKING:  # the sections import torch and faiss, which planning does not need
     from flows.config.run_config import RunConfig
@@ -27,7 +28,11 @@ State = Literal["current", "stale", "missing"]
 
 @dataclass(frozen=True)
 class StageJob:
-    """The arguments of a stage's adapter; after it returns, the caller commits `out`."""
+    """The arguments of a stage's adapter.
+
+    After it returns, the caller commits the files in `out` and those of the parts that were
+    recorded in `output`.
+    """
 
     stage: str
     key: str
@@ -35,6 +40,8 @@ class StageJob:
     inputs: Mapping[str, Committed]
     out: Path
     """An empty local folder."""
+    output: StageOutput
+    """Where tasks on any node put finished files and record parts; killed attempts keep theirs."""
     work: Path
     """A local folder for state to resume from; it survives killed attempts of the same key."""
     cluster: Cluster

@@ -106,7 +106,10 @@ class StageOutput:
         return finished
 
     def finished_parts(self) -> dict[str, Part]:
-        """Return the records of all finished parts, by part."""
+        """Return the records of all finished parts, by part.
+
+        A part whose files are no longer there with their size counts as not finished.
+        """
         names = [
             name for name in store.list_names(self.root, self._parts) if name.endswith(".json")
         ]
@@ -114,15 +117,25 @@ class StageOutput:
             records = pool.map(
                 lambda name: store.read_json(self.root, f"{self._parts}/{name}"), names
             )
-            return {
+            finished = {
                 name.removesuffix(".json"): record
                 for name, record in zip(names, records, strict=True)
                 if record is not None
             }
+        sizes = store.file_sizes(self.root, self._files) if finished else {}
+        return {
+            part: record
+            for part, record in finished.items()
+            if all(sizes.get(file["path"]) == file["bytes"] for file in record["files"])
+        }
 
     def forget(self, part: str) -> None:
         """Remove the record of a part, so that it is made again."""
         store.remove(self.root, f"{self._parts}/{part}.json")
+
+    @property
+    def _files(self) -> str:
+        return f"{_work(self.stage, self.key)}/{OUTPUT}" if self.root.folder else self.path
 
     @property
     def _parts(self) -> str:
