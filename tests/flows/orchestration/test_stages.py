@@ -4,6 +4,7 @@ loses nothing committed.
 
 import hashlib
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -206,6 +207,52 @@ def test_a_stage_that_fails_commits_nothing_and_goes_on_from_its_work_folder(roo
         not (root.scratch / "data" / result.key).exists()
         and list((root.scratch / "aside").iterdir()) == []
     )
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_parts_that_a_killed_attempt_recorded_are_committed_with_what_the_next_one_makes(
+    tmp_path: Path, is_local: bool
+) -> None:
+    uri = str(tmp_path / "root") if is_local else f"memory://parts-{tmp_path.name}"
+    root = store.open_root(uri, None if is_local else tmp_path / "scratch")
+    made: list[str] = []
+
+    def in_parts(job: StageJob) -> dict[str, object]:
+        output = pickle.loads(pickle.dumps(job.output))  # as a task on another node gets it
+        for part in sorted({"0", "1", "2"} - output.finished_parts().keys()):
+            with output.temporary_folder() as folder:
+                (folder / "file").write_text(f"part {part}")
+                entry = output.put(folder / "file", f"shards/{part}")
+                output.put(written(folder / "log", "of no part"), f"logs/{part}")
+            output.record(part, [entry], {"rows": 1})
+            made.append(part)
+            if made == ["0", "1"]:
+                raise ConnectionResetError("the node is gone")
+        (job.out / "urls").write_text("all")
+        return {"in": 3, "out": 3, "dropped": {}}
+
+    stage = Stage("parts", (), (), 1, in_parts)
+    with pytest.raises(ConnectionResetError):
+        run_all(root, FakeConfig(), (stage,))
+    assert states(root, FakeConfig(), (stage,))["parts"] == ("missing", "")
+    committed = run_all(root, FakeConfig(), (stage,))["parts"].committed
+    assert made == ["0", "1", "2"]
+    assert committed.files.names() == ["shards/0", "shards/1", "shards/2", "urls"] or is_local
+    assert {file["path"] for file in committed.manifest["files"]} == {
+        "shards/0",
+        "shards/1",
+        "shards/2",
+        "urls",
+    }
+    assert manifests.verify(committed) == []
+    with committed.files.open("shards/1") as file:
+        assert file.read() == b"part 1"
+    assert store.list_names(root, "work/parts") == []
+
+
+def written(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
 
 
 def test_a_manifest_holds_what_lineage_needs(root: Root) -> None:

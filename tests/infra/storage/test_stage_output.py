@@ -54,6 +54,16 @@ def test_another_process_finds_what_was_recorded_and_only_that(output: StageOutp
     assert again.finished_parts() == {}
 
 
+def test_a_part_whose_file_is_gone_or_cut_is_made_again(output: StageOutput) -> None:
+    for part in ("0", "1"):
+        output.record(part, [output.put(written(output, "long"), f"{part}.npy")], {})
+    assert output.finished_parts().keys() == {"0", "1"}
+    (output.folder / "0.npy").write_text("cut")
+    assert output.finished_parts().keys() == {"1"}
+    (output.folder / "1.npy").unlink()
+    assert output.finished_parts() == {}
+
+
 def test_an_output_travels_between_processes_as_an_address(output: StageOutput) -> None:
     data = pickle.dumps(output)
     assert len(data) < 1000
