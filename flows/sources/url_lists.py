@@ -240,9 +240,12 @@ def separated_records(lines: Iterator[bytes], separator: str, quotes: str) -> It
     number = 1
 
     def next_lines() -> Iterator[str]:
-        while waiting or (text := next(texts, None)) is not None:
-            taken.append(waiting.popleft() if waiting else text)
-            yield taken[-1]
+        while True:
+            text = waiting.popleft() if waiting else next(texts, None)
+            if text is None:
+                return
+            taken.append(text)
+            yield text
 
     is_over = False
     while not is_over:
