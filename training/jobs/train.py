@@ -310,7 +310,7 @@ def _adopt(config: ClipConfig, tokens: TokenizerConfig, folders: TrainingFolders
     model, tokenizer, source = open_clip_format.read(config, tokens)
     _publish_tokenizer(tokenizer, folders.work)
     folders.work.path(loop.METRICS).write_text("")
-    write_model("clip", model, model.state_dict(), model.config, folders)
+    put_model("clip", model, model.state_dict(), model.config, folders)
     return {"parameters": sum(p.numel() for p in model.parameters()), **source}
 
 
@@ -448,20 +448,20 @@ def _fit(job: Job) -> int:
     fit, section = fits[job["fit"]]
     config = section.model_validate_json(job["section"])
     model, averaged = fit(config, job["folders"], "cuda" if job["use_gpu"] else "cpu")
-    write_model(job["fit"].removeprefix("fit_"), model, averaged, config, job["folders"])
+    put_model(job["fit"].removeprefix("fit_"), model, averaged, config, job["folders"])
     return config.images
 
 
-def write_model(
+def put_model(
     name: str,
     model: nn.Module,
     averaged: dict[str, Tensor],
     config: LoopConfig,
     folders: TrainingFolders,
 ) -> None:
-    """Put `config.json`, the weights, averaged and raw, and the metrics into the output.
+    """Put the model and its metrics into the output, and record the finished part.
 
-    Every worker calls it; the first one writes, and records the finished part.
+    Every worker calls it; the first one writes.
     """
     is_first = world()[0] == 0
     raw = fsdp.whole(model.state_dict(), is_first)
@@ -469,21 +469,40 @@ def write_model(
         return
     work, output = folders.work, folders.output
     with output.temporary_folder() as folder:
-        for file, state in (("weights.safetensors", averaged), ("raw.safetensors", raw)):
-            tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            save_file(tensors, folder / file)
-        shutil.copyfile(work.path(loop.METRICS), folder / loop.METRICS)
         tokenizer_file = work.fetch(TOKENIZER)  # up-samplers have none
-        facts: dict[str, Any] = {
-            name: config.model_dump(mode="json"),
-            "parameters": sum(p.numel() for p in model.parameters()),
-        }
         if tokenizer_file:
             shutil.copyfile(tokenizer_file, folder / TOKENIZER)
-            facts |= _text_sizes(Tokenizer.load(tokenizer_file), model, facts[name])
-        (folder / "config.json").write_text(json.dumps(facts, indent=1))
-        outcome = _outcome(folder / loop.METRICS) | {"parameters": facts["parameters"]}
+        shutil.copyfile(work.path(loop.METRICS), folder / loop.METRICS)
+        parameters = write_model(name, model, averaged, config, folder, raw)
+        outcome = _outcome(folder / loop.METRICS) | {"parameters": parameters}
         output.record(MODEL, output.put_tree(folder), outcome)
+
+
+def write_model(
+    name: str,
+    model: nn.Module,
+    averaged: dict[str, Tensor],
+    config: LoopConfig,
+    folder: Path,
+    raw: dict[str, Tensor] | None = None,
+) -> int:
+    """Write `config.json` and the weights, averaged and raw, into a folder; return their number.
+
+    The sizes of the text side come from the folder's `tokenizer.json`, if it has one. `raw` is for
+    sharded models, whose own weights are not whole.
+    """
+    facts: dict[str, Any] = {
+        name: config.model_dump(mode="json"),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    if (folder / TOKENIZER).exists():
+        facts |= _text_sizes(Tokenizer.load(folder / TOKENIZER), model, facts[name])
+    files = {"weights.safetensors": averaged, "raw.safetensors": raw or model.state_dict()}
+    for file, state in files.items():
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_file(tensors, folder / file)
+    (folder / "config.json").write_text(json.dumps(facts, indent=1))
+    return int(facts["parameters"])
 
 
 def _text_sizes(tokenizer: Tokenizer, model: nn.Module, section: dict[str, Any]) -> dict[str, int]:
