@@ -16,6 +16,7 @@ from PIL import Image
 
 import flows.orchestration.stages
 from flows.cli.main import main
+from flows.cli.options import run_name
 from flows.images.contact_sheet import GAP_PX
 from flows.images.png import write_pictures
 from flows.runs.records import find_run, write_run
@@ -286,3 +287,13 @@ def test_pictures_carry_their_prompt_seed_and_settings_and_stand_in_the_grid(
             last[9::10, 9::10], images[1, 2]
         )
         assert json.loads(str(picture.info["prompts"])) == ["a red heart", "Ünïcode / ../ path"]
+
+
+def test_a_recipe_of_any_name_names_a_run() -> None:
+    assert run_name("my-recipe_2.toml", None) == "my-recipe_2"
+    names = [
+        run_name(f"{name}.toml", None) for name in ("mein größer", "mein grösser", "写真", "-")
+    ]
+    assert len(set(names)) == 4 and names[0].startswith("mein-grosser-")
+    with pytest.raises(CallerError, match="--name a b"):
+        run_name("my.toml", "a b")
