@@ -240,7 +240,7 @@ def separated_records(lines: Iterator[bytes], separator: str, quotes: str) -> It
     number = 1
 
     def next_lines() -> Iterator[str]:
-        while waiting or (text := next(texts, None)) is not None:
+        while waiting or (text := next(texts, "")):
             taken.append(waiting.popleft() if waiting else text)
             yield taken[-1]
 

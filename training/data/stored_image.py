@@ -17,5 +17,6 @@ def pixels_of(data: bytes) -> np.ndarray | None:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
     except cv2.error:
         return None
-    is_read = pixels is not None and pixels.dtype == np.uint8
-    return pixels if is_read and pixels.shape[2:] in ((), (3,), (4,)) else None
+    if pixels is None or pixels.dtype != np.uint8:
+        return None
+    return pixels if pixels.shape[2:] in ((), (3,), (4,)) else None
