@@ -80,7 +80,7 @@ def add(
         if (source / "facts.json").is_file():
             rows, images, texts = read_embeddings(source, run_lineage)
             what: dict[str, Any] = {"embeddings": True}
-            unread = {}
+            unread: dict[str, int] = {}
         else:
             (rows, images, texts), unread = embed_pictures(source, run_lineage, licence, out, say)
             what = {"embeddings": False}
