@@ -168,6 +168,7 @@ def shard_settings(config: DataConfig, table: Path, actual: str, workers: int) -
             "max_pixels": config.max_image_pixels,
             "allow_private": config.allow_private,
             "robots": config.robots,
+            "proxy": config.proxy,
             "per_host": max(1, config.per_host // workers) if config.per_host else 0,
             "loopback": actual,
             "grown_px": config.image_size_px if config.resize in GROWING else 0,

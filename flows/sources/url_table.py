@@ -113,6 +113,7 @@ class DataConfig(Section):
             "max_passing",
             "min_success",
             "per_host",
+            "proxy",
         )
     )
 
@@ -154,6 +155,10 @@ class DataConfig(Section):
     allow_private: bool = False
     """Whether URLs may lead to private, loopback and link-local addresses; the sources served on
     loopback need it not."""
+    proxy: str = Field("", pattern=r"^(http://[^/@\s]+:\d+)?$")
+    """`http://host:port` of a proxy that all downloads go through; the environment's proxy is never
+    used. A proxy resolves names itself and must refuse private addresses itself: here only those
+    that stand in a URL, and `localhost`, are refused."""
     robots: bool = True
     """Honour each host's robots.txt (RFC 9309, as `unclip`); what it forbids is counted as
     `robots`, as is what X-Robots-Tag forbids."""

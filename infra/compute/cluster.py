@@ -7,6 +7,7 @@ stages; callers submit their work through `ray` after `Cluster.start()`.
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from types import TracebackType
@@ -27,6 +28,11 @@ spinning for ever (active) made it five times slower if another process used the
 START_ATTEMPTS = 4
 TOO_SLOW = "timed out during startup"
 """Part of Ray's message when its node was not up in 30 s, as on a busy machine."""
+SOCKET_BYTES, SESSION_BYTES = 107, 70
+"""Longest path of a Unix socket (unix(7)), and what Ray appends to the temporary folder for one."""
+SOCKET_TOO_LONG = "AF_UNIX path length"
+SHORT_FOLDER = "/tmp/ray"
+"""Ray's own place where no TMPDIR is set."""
 LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Read when Ray is imported and when its processes start: with 0 a Ray of one machine listens on
 loopback only. Clients also need Ray's token, unless RAY_AUTH_MODE turns it off."""
@@ -188,9 +194,10 @@ class Cluster:
                 "start Ray on this machine" if is_local else f"reach Ray at {self.config.address}"
             )
             detail = " ".join(str(error).split())[:300]
-            raise UnclipError(
-                f"cannot {where}: {detail}; check the section [cluster] and RAY_AUTH_MODE"
-            ) from error
+            mend = "check the section [cluster] and RAY_AUTH_MODE"
+            if SOCKET_TOO_LONG in detail:
+                mend = "set RAY_TMPDIR to a folder with a shorter path"
+            raise UnclipError(f"cannot {where}: {detail}; {mend}") from error
         self.is_ours = True
 
     def _init(self, is_local: bool) -> None:
@@ -208,6 +215,7 @@ class Cluster:
                     include_dashboard=False if is_local else None,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
+                    _temp_dir=short_folder() if is_local else None,
                 )
                 return
             except Exception as error:
@@ -222,6 +230,14 @@ class Cluster:
 
             ray.shutdown()
             self.is_ours = False
+
+
+def short_folder() -> str | None:
+    """Return the folder for a local Ray's sockets where the environment's own has too long a path
+    for them, else None.
+    """
+    own = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return SHORT_FOLDER if len(os.fsencode(own)) > SOCKET_BYTES - SESSION_BYTES else None
 
 
 Result = TypeVar("Result")
