@@ -6,6 +6,7 @@ any store. An entry names samples by key, by origin, by the SHA-256 of the store
 is known, by that of the download. Knows nothing of shards, embeddings and indexes.
 """
 
+import os
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -92,8 +93,15 @@ def read_entries(root: Root) -> list[dict[str, Any]]:
 
 
 def entry_names(root: Root) -> list[str]:
-    """Return the names of the log's files, the oldest first."""
-    return [name for name in store.list_names(root, FOLDER) if name.endswith(".json")]
+    """Return the names of the log's files, the oldest first. Other things below FOLDER, such as
+    FIFOs, are no entries.
+    """
+    names = [name for name in store.list_names(root, FOLDER) if name.endswith(".json")]
+    if root.folder is None or not names:
+        return names
+    with os.scandir(root.folder / FOLDER) as entries:
+        files = {entry.name for entry in entries if entry.is_file()}
+    return [name for name in names if name in files]
 
 
 def read_entry(root: Root, name: str) -> dict[str, Any]:
@@ -122,6 +130,14 @@ def gather(entries: Iterable[Mapping[str, Any]]) -> Removals:
             frozenset(text for entry in entry_names for text in entry.get(name, ()))
             for name in NAMES
         )
+    )
+
+
+def union(removals: Iterable[Removals]) -> Removals:
+    """Return everything that any of the removals names; linear in their number, unlike `|`."""
+    parts = list(removals)
+    return Removals(
+        *(frozenset().union(*(getattr(part, name) for part in parts)) for name in NAMES)
     )
 
 
