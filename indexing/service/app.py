@@ -51,8 +51,9 @@ STATIC = Path(__file__).parent / "static"
 LIMITS = ConnectionLimits()
 IDLE_S = 30
 """Seconds that a connection may stay open between two requests."""
-SHUTDOWN_S = 10
-"""Maximum seconds from a signal to the end; requests in progress may finish until then."""
+SHUTDOWN_S = 7
+"""Maximum seconds that requests in progress may take after a signal; the process ends within 10 s,
+because closing the service takes at most 3 s more."""
 PAGE = {
     "/": ("search.html", "text/html; charset=utf-8"),
     "/search.js": ("search.js", "text/javascript; charset=utf-8"),

@@ -25,7 +25,7 @@ from infra.settings import Section
 from infra.storage.removal_log import Removals
 
 POLL_S = 1.0
-JOIN_S = 2.0
+JOIN_S = 1.0
 """Maximum seconds that the end of the service waits for a view that is being renewed."""
 THUMBNAILS_BYTES = 64 << 20
 THUMBNAIL_PX = 256

@@ -15,7 +15,7 @@ BATCH_S = 0.1
 """Seconds that lines are collected before they are written together."""
 MAX_WAITING_CHARS = 1 << 20
 """Maximum characters in the queue."""
-CLOSE_S = 2.0
+CLOSE_S = 1.0
 """Maximum seconds that `close` waits for the reader."""
 
 
