@@ -27,7 +27,7 @@ class Freshness:
         """`lag_s` is the maximum age in seconds of the last check of a log in a store."""
         self.service, self.lag_s = service, lag_s
         self._look: asyncio.Task[None] | None = None
-        self._known_at = float("-inf")
+        self._checked_at_s = float("-inf")
         self._complaint = ""
         self._renewal: asyncio.Task[None] | None = None
         self._renewal_began_s = 0.0
@@ -39,15 +39,18 @@ class Freshness:
         """Return the version to answer from. Raises DataError if the log cannot be read, because
         removed samples must not be shown.
         """
-        if self.service.parts.look_at_removals and time.monotonic() - self._known_at > self.lag_s:
+        if (
+            self.service.parts.look_at_removals
+            and time.monotonic() - self._checked_at_s > self.lag_s
+        ):
             await self._have_looked()
         if not self.service.is_current():
             await self._have_renewed()
         return self.service.version
 
     async def _have_renewed(self) -> None:
-        """Wait, at most WAIT_S, for a renewal that begins from now on; later ones are not waited
-        for again.
+        """Wait at most WAIT_S for a renewal that begins from now on; do not wait if the one in
+        progress is late already.
         """
         before = self._renewal
         if before is not None and not before.done() and self._is_late():
@@ -95,7 +98,7 @@ class Freshness:
         assert self.service.parts.look_at_removals is not None
         try:
             await self._in_thread(self.service.parts.look_at_removals)
-            self._known_at, self._complaint = began, ""
+            self._checked_at_s, self._complaint = began, ""
         except Exception as error:  # an error of the store does not stop the search either
             self._complain(
                 "the removal log could not be checked, answers use its last known entries: "
