@@ -2,9 +2,9 @@
 can be pulled and plugged in again.
 
 The file system is shared, as a network's would be, except for disks of their own that machines may
-get (a tmpfs in a mount namespace, which the others do not see). A namespace lives as long as its holder, a
-process that ends with the test's, so
-nothing is left behind on the real machine and nothing there is touched. Needs the right to make
+get (a tmpfs in a mount namespace, which the others do not see). A namespace lives as long as its
+holder, a process that ends with the test's, so nothing is left behind on the real machine and
+nothing there is touched. Needs the right to make
 namespaces; skips where it lacks.
 """
 

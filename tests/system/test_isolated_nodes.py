@@ -1,5 +1,5 @@
-"""A cluster whose nodes share nothing but a bucket: every stage runs, in a small scratch folder, and
-makes what one process makes in a local folder.
+"""A cluster whose nodes share nothing but a bucket: every stage runs in a small scratch folder,
+and makes what one process makes in a local folder.
 
 Each of three nodes has a disk of its own of 96 MiB for scratch and another for /tmp, which the
 others do not see. The shards take more than 400 MiB.
