@@ -162,7 +162,7 @@ def union(removals: Iterable[Removals]) -> Removals:
     """Return everything that any of the removals names; linear in their number, unlike `|`."""
     parts = list(removals)
     return Removals(
-        *(frozenset().union(*(getattr(part, name) for part in parts)) for name in NAMES)
+        *(frozenset().union(*(getattr(part, name) for part in parts)) for name in LISTS)
     )
 
 
