@@ -41,8 +41,9 @@ LEFT_OUT = [
     "*.parquet",
     "*.safetensors",
 ]
-CARRIED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "UNCLIP_SCRATCH", "OMP_NUM_THREADS")
-"""Environment variables passed to a job. No secrets: Ray stores and shows them."""
+CARRIED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "OMP_NUM_THREADS")
+"""Environment variables passed to a job. No secrets, which Ray stores and shows; no scratch folder,
+which is that of the node."""
 
 
 def submit_stage(

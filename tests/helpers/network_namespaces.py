@@ -178,7 +178,9 @@ def _start(number: int, disks: tuple[tuple[str, int], ...] = ()) -> Machine:
     if not shutil.which("unshare") or not shutil.which("ip"):
         raise OSError("unshare or ip is missing")
     # `cat` ends when this process, which holds its input, does
-    mounts = [f"mount -t tmpfs -o size={size} tmpfs {disk}" for disk, size in disks]
+    mounts = [
+        f"mkdir -p {disk} && mount -t tmpfs -o size={size} tmpfs {disk}" for disk, size in disks
+    ]
     keep = " && ".join([*mounts, "ip link set lo up && echo up && exec cat"])
     for disk, _ in disks:
         Path(disk).mkdir(parents=True, exist_ok=True)

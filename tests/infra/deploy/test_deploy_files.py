@@ -75,7 +75,6 @@ def test_there_is_what_the_runbook_speaks_of() -> None:
     kinds = [resource["kind"] for _, resource in ALL]
     assert sorted(kinds) == sorted(
         [
-            "PersistentVolumeClaim",
             "RayCluster",
             "CronJob",
             "Deployment",
