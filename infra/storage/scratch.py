@@ -31,7 +31,8 @@ def scratch_for(uri: str) -> Path | None:
 def scratch_bytes() -> int:
     """Return how many bytes the scratch folder of one ROOT may take on this node.
 
-    Accepts bytes, or a number with K, M, G or T (powers of 1,024), such as 20G, 20Gi or 20GiB. Raises CallerError.
+    Accepts bytes, or a number with K, M, G or T (powers of 1,024), such as 20G, 20Gi or 20GiB.
+    Raises CallerError.
     """
     text = os.environ.get(BYTES_VARIABLE, "").strip()
     if not text:
