@@ -22,8 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from flows.ingest import curate, download_pass, ingest
-from flows.ingest import local_workers as workers
+from flows.ingest import curate, ingest
 from flows.ingest.curate import CurateConfig
 from flows.sources import url_table as sources
 from flows.sources.url_table import DataConfig
