@@ -112,9 +112,6 @@ class Downloads:
         return is_started
 
     def _start(self, feed: Feed) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         trouble = self.troubles.setdefault(feed.number, Trouble())
         may_wait = trouble.outages < len(PAUSES_S) and self.pauses < MAX_PAUSES
         attempt = Attempt(
@@ -126,14 +123,20 @@ class Downloads:
         )
         if attempt.is_single:
             store.remove(self.output.root, shard_task.row_note(self.output, feed.number))
+        self.tasks.append(Task(feed, attempt, self._submit(feed, attempt)))
+
+    def _submit(self, feed: Feed, attempt: Attempt) -> Any:
+        """Give a task to Ray; return the stream of its beats."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         # A job that serves images has reserved the cores of their tasks for itself (`ray_submit`).
         options: dict[str, Any] = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
         if feed.is_served:
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), False)
             options = {"num_cpus": 0, "scheduling_strategy": here}
         task = ray.remote(**options, max_retries=0)(shard_task.download_shard)
-        settings = self.settings[feed.is_served]
-        self.tasks.append(Task(feed, attempt, task.remote(self.output, feed, settings, attempt)))
+        return task.remote(self.output, feed, self.settings[feed.is_served], attempt)
 
     def _listen(self) -> None:
         """Handle what tasks have said, and wait up to a second for the first word."""

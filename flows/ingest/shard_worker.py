@@ -6,6 +6,7 @@ its caller's. Images are decoded one at a time, so that a process needs the memo
 """
 
 import contextlib
+import errno
 import faulthandler
 import io
 import shutil
@@ -289,7 +290,7 @@ def check_shard(stem: Path, feed: Path) -> Counter[str]:
             members += member.name.endswith(".txt")
     if rows.num_rows != requested or members != outcomes["success"]:
         if shutil.disk_usage(stem.parent).free < 2**20:
-            raise OSError("no space left on the device")
+            raise OSError(errno.ENOSPC, "no space left on the device", str(stem.parent))
         raise RuntimeError(
             f"{requested} rows asked, {rows.num_rows} recorded, {outcomes['success']} "
             f"succeeded, {members} stored"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from infra.storage import stage_output, store
+from infra.storage.stage_files import FileEntry
 from infra.storage.stage_output import StageOutput, open_output
 
 
@@ -70,6 +71,28 @@ def test_an_output_travels_between_processes_as_an_address(output: StageOutput) 
     arrived = pickle.loads(data)
     arrived.put(written(output, "x"), "0.npy")
     assert (output.folder / "0.npy").exists()
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_committed_file_is_copied_without_its_bytes_passing_through_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local: bool
+) -> None:
+    uri = str(tmp_path / "root") if is_local else f"memory://copied-{tmp_path.name}"
+    root = store.open_root(uri, None if is_local else tmp_path / "scratch")
+    store.write_bytes(root, "embed/old/a/0.npy", b"old")
+    file: FileEntry = {"path": "0.npy", "bytes": 3, "sha256": "of the old manifest"}
+    output = open_output(root, "embed", "k")
+    with monkeypatch.context() as patch:
+        for name in ("upload", "download", "read_bytes"):
+            patch.setattr(store, name, None)
+        entry = output.copy("embed/old/a/0.npy", file)
+    assert {name: entry[name] for name in file} == file  # type: ignore[literal-required]
+    with output.open("0.npy") as opened:
+        assert opened.read() == b"old"
+    if is_local:
+        assert (output.folder / "0.npy").samefile(tmp_path / "root" / "embed/old/a/0.npy")
+    with pytest.raises(FileNotFoundError):
+        output.open("1.npy")
 
 
 def test_a_closed_output_leaves_nothing(output: StageOutput) -> None:
