@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -143,5 +144,10 @@ def kill(beat: Beat) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
-    end = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(os.kill)
-    end.remote(beat.pid, signal.SIGKILL)
+    end = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_end_process)
+    end.remote(beat.pid)
+
+
+def _end_process(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

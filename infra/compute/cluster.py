@@ -58,8 +58,8 @@ class ClusterConfig(Section):
     num_cpus: int | None = Field(default=None, ge=1)
     """CPU cores for the local Ray; by default all that this process may use."""
     ingest_workers: int = Field(default=0, ge=0, le=1024)
-    """Download processes, one CPU core each, that Ray spreads over the nodes; 0 downloads on one
-    machine with `[data] processes`."""
+    """Shards that are downloaded at the same time, each by a Ray task with one CPU core on any
+    node; 0 takes `[data] processes`."""
     clip_workers: int = Field(default=1, ge=1)
     """Processes that train CLIP data-parallel."""
     embed_workers: int | None = Field(default=None, ge=1)
@@ -86,8 +86,8 @@ class ClusterConfig(Section):
     is."""
     stages: dict[str, StageResources] = Field(default_factory=dict)
     """Under `unclip submit`: what the process of a stage asks for, such as `{ curate = { cpus = 4 }
-    }`: cpus, gpus, memory_bytes, labels. By default a download asks for its processes, training for
-    none."""
+    }`: cpus, gpus, memory_bytes, labels. By default downloads and training ask for none, and an
+    ingest that serves local images for the cores of its download tasks."""
     attempts: int = Field(default=3, ge=1, le=100)
     """Under `unclip submit`: how often the job of a stage is tried; raise it on nodes that may
     vanish."""

@@ -20,8 +20,9 @@ from flows.sources.opt_out import OptOut, read_opt_out
 from flows.sources.url_table import DataConfig
 from infra.errors import CallerError
 from tests.flows.ingest.test_http_fetch import RULES
-from tests.flows.ingest.test_ingest import config_for, ingested, write_list
+from tests.flows.ingest.test_ingest import config_for, write_list
 from tests.helpers.hostile_server import Server
+from tests.helpers.local_ingest import local_ingest
 
 POLITE = replace(RULES, robots=True, timeout_s=5)
 
@@ -174,7 +175,7 @@ def test_a_redirect_to_an_opted_out_host_is_not_followed(server: Server, tmp_pat
         [{"url": f"{server.base}/{kind}/1.png", "caption": kind} for kind in ("away", "jpeg")],
     )
     (tmp_path / "no.txt").write_text("localhost\n")
-    counts = ingested(config_for(source, opt_out=[str(tmp_path / "no.txt")]), tmp_path)
+    counts = local_ingest(config_for(source, opt_out=[str(tmp_path / "no.txt")]), tmp_path)
     assert (
         counts["dropped"] == {"opted_out": 1}
         and server.asked["/away/1.png"] == 1
@@ -223,7 +224,7 @@ def test_opted_out_hosts_and_urls_are_never_asked_and_counted(
         f"# by request\nNoThanks.test\n{server.base}/good/3.png\n{server.base}/jpeg/\n"
     )
     config = config_for(source, opt_out=[str(tmp_path / "no.txt")])
-    counts = ingested(config, tmp_path)
+    counts = local_ingest(config, tmp_path)
     assert (
         counts["dropped"] == {"opted_out": 2, "unreachable": 1}
         and counts["out"] == 5
@@ -272,4 +273,4 @@ def test_a_list_that_cannot_be_read_stops_the_run(tmp_path: Path) -> None:
         opt_out=["gone.txt"],
     )
     with pytest.raises(CallerError, match=r"\[data\] opt_out 'gone.txt' cannot be read"):
-        ingested(config, tmp_path)
+        local_ingest(config, tmp_path)

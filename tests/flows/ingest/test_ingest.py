@@ -28,12 +28,12 @@ from flows.ingest.curate import CurateConfig
 from flows.ingest.shard_task import Attempt, Beat, Feed, download_shard
 from flows.sources import url_table as sources
 from flows.sources.url_table import DataConfig
-from infra.compute.cluster import Cluster, ClusterConfig
+from infra.compute.cluster import Cluster
 from infra.errors import CallerError, DataError, StorageError, UnclipError
 from infra.schemas import DROPPED, URLS
-from infra.storage import store
-from infra.storage.stage_output import StageOutput, open_output
+from infra.storage.stage_output import StageOutput
 from tests.helpers.hostile_server import Server, picture
+from tests.helpers.local_ingest import local_ingest, output_in
 from tests.helpers.npm_packages import use_fake_npm
 from tests.infra.storage.test_store import full_disk  # noqa: F401
 
@@ -80,26 +80,6 @@ def config_for(*sources: dict[str, Any], **changes: Any) -> DataConfig:
         **changes,
     }
     return DataConfig.model_validate({"sources": sources, **settings})
-
-
-def output_in(folder: Path) -> StageOutput:
-    """Return the output of the ingest in the local ROOT `folder`."""
-    return open_output(store.open_root(str(folder)), "ingest", "key")
-
-
-def ingested(config: DataConfig, folder: Path, **cluster: Any) -> dict[str, Any]:
-    """Run an ingest in the ROOT `folder`, up to its commit; return the counts.
-
-    All its files are in `output_in(folder).folder` then. A second call goes on as a second attempt.
-    """
-    output = output_in(folder)
-    out, work = folder / "out", folder / output.work
-    for path in (out, work):
-        path.mkdir(parents=True, exist_ok=True)
-    with Cluster(ClusterConfig(**cluster)) as ray:
-        counts = ingest.run(config, ray, output, out, work)
-    output.put_tree(out)
-    return counts
 
 
 def stored(out: Path) -> dict[str, np.ndarray]:
@@ -192,7 +172,7 @@ def hostile(
             {"url": "http://127.0.0.1:1/x.png", "caption": "nobody there"},
         ]
         source = write_list(folder / "list.jsonl", rows)
-        counts = ingested(config_for(source), folder)
+        counts = local_ingest(config_for(source), folder)
         logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
         printed = [file.read_text() for file in logs.glob("worker-*")]
         assert printed
@@ -295,7 +275,7 @@ def test_packages_and_folders_travel_over_loopback_without_leave_for_private_add
             allow_private=False,
             cache=str(tmp_path / "cache"),
         )
-        counts = ingested(config, tmp_path)
+        counts = local_ingest(config, tmp_path)
         assert not server.asked
     assert counts["dropped"] == {
         "host_refused": 1,
@@ -332,10 +312,10 @@ def test_too_few_images_are_one_line_with_the_commonest_reason_and_an_example(
             match=r"only 1 of 10 URLs became images.*min_success.*mostly http_404 \(8\), such as "
             r"http://",
         ) as caught:
-            ingested(config_for(source, min_success=0.5), tmp_path)
+            local_ingest(config_for(source, min_success=0.5), tmp_path)
         assert "\n" not in str(caught.value)
         asked = server.asked.total()
-        counts = ingested(config_for(source, min_success=0.1), tmp_path)
+        counts = local_ingest(config_for(source, min_success=0.1), tmp_path)
         assert (counts["out"], server.asked.total()) == (
             1,
             asked,
@@ -345,7 +325,7 @@ def test_too_few_images_are_one_line_with_the_commonest_reason_and_an_example(
 def test_sources_without_a_single_pair_are_one_line(tmp_path: Path) -> None:
     source = write_list(tmp_path / "list.jsonl", [{"url": "http://h/a.png", "caption": ""}] * 2)
     with pytest.raises(DataError, match=r"name no URL with a caption \(empty_caption 2\)"):
-        ingested(config_for(source), tmp_path)
+        local_ingest(config_for(source), tmp_path)
 
 
 def test_a_source_that_is_not_there_starts_nothing(tmp_path: Path) -> None:
@@ -395,7 +375,7 @@ def test_a_killed_or_frozen_process_is_replaced(
     with Server(delay_s=0.05) as server:
         config = long_list(tmp_path, server)
         results: list[dict[str, Any]] = []
-        thread = threading.Thread(target=lambda: results.append(ingested(config, tmp_path)))
+        thread = threading.Thread(target=lambda: results.append(local_ingest(config, tmp_path)))
         thread.start()
         wait_until(lambda: server.asked.total() >= 30)
         os.kill(workers_of(os.getpid())[0], blow)
@@ -452,7 +432,7 @@ def test_a_shard_that_kills_every_process_ends_the_run_with_its_name(
         match=r"shard 00000 failed 3 times, at last so: the process of its task died \(details in "
         r".*logs.*\)",
     ):
-        ingested(config_for(source), tmp_path)
+        local_ingest(config_for(source), tmp_path)
 
 
 def test_a_full_disk_that_img2dataset_swallows_is_one_line(
@@ -463,7 +443,7 @@ def test_a_full_disk_that_img2dataset_swallows_is_one_line(
     )
     monkeypatch.setattr(shard_task, "download_shard", full)
     with pytest.raises(StorageError, match=r"no space left to write .*: free some space"):
-        ingested(config_for(source), tmp_path)
+        local_ingest(config_for(source), tmp_path)
 
 
 def test_a_disk_that_is_full_is_one_line(full_disk: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -473,7 +453,7 @@ def test_a_disk_that_is_full_is_one_line(full_disk: Path, tmp_path: Path) -> Non
             write_list(tmp_path / "list.jsonl", rows), image_size_px=512, images_per_shard=50
         )
         with pytest.raises(StorageError, match=r"no space left to write .*: free some space"):
-            ingested(config, full_disk)
+            local_ingest(config, full_disk)
 
 
 def test_a_cluster_that_has_no_room_is_one_line(
@@ -489,7 +469,7 @@ def test_a_cluster_that_has_no_room_is_one_line(
     )
     try:
         with pytest.raises(UnclipError, match="no node has started a download task in 2 s: each"):
-            ingested(config_for(source), tmp_path)
+            local_ingest(config_for(source), tmp_path)
     finally:
         ray.cancel(holds, force=True)
 
@@ -507,7 +487,7 @@ def test_a_row_that_kills_or_blocks_its_process_is_found_and_left_out(
             tmp_path / "list.jsonl",
             [{"url": f"{server.base}/{path}", "caption": path} for path in paths],
         )
-        counts = ingested(config_for(source, processes=1), tmp_path)
+        counts = local_ingest(config_for(source, processes=1), tmp_path)
     assert counts["out"] == 12 and counts["dropped"] == {"worker_crash": 2}
     dropped = pq.read_table(output_in(tmp_path).folder / "dropped.parquet").to_pylist()
     assert {row["origin"].split("/", 3)[-1] for row in dropped} == {"poison/1.png", "hang/2.png"}
@@ -529,7 +509,7 @@ def test_a_host_whose_robots_txt_never_comes_costs_one_wait(
             max_passing=1,
         )
         clock = time.monotonic()
-        counts = ingested(config, tmp_path)
+        counts = local_ingest(config, tmp_path)
         took_s = time.monotonic() - clock
     assert counts["out"] == 60 and counts["dropped"] == {"timeout": 60}
     assert silent.asked["/robots.txt"] <= 2 * 2 * 2  # of two processes, two tries, in two passes
@@ -543,7 +523,7 @@ def test_a_slow_host_is_no_stuck_process(tmp_path: Path, monkeypatch: pytest.Mon
         rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(8)]
         source = write_list(tmp_path / "list.jsonl", rows)
         config = config_for(source, per_host=1, processes=1, timeout_s=60.0, retries=0)
-        assert ingested(config, tmp_path)["out"] == 8
+        assert local_ingest(config, tmp_path)["out"] == 8
         assert set(server.asked.values()) == {1}
 
 
@@ -556,7 +536,7 @@ def test_a_shard_made_while_the_network_is_away_is_made_again(
         config = config_for(write_list(tmp_path / "list.jsonl", rows), retries=0, retry_passes=0)
         server.is_away = True
         results: list[dict[str, Any]] = []
-        thread = threading.Thread(target=lambda: results.append(ingested(config, tmp_path)))
+        thread = threading.Thread(target=lambda: results.append(local_ingest(config, tmp_path)))
         thread.start()
         wait_until(lambda: server.asked.total() >= 2)
         time.sleep(0.7)
@@ -578,7 +558,7 @@ def test_hosts_that_stay_away_are_waited_for_a_few_times(
             [{"url": f"{server.base}/{path}", "caption": path} for path in paths],
         )
         config = config_for(source, retries=0, retry_passes=1, images_per_shard=30, max_passing=0.1)
-        counts = ingested(config, tmp_path)
+        counts = local_ingest(config, tmp_path)
     assert counts["out"] == 50 and counts["dropped"] == {"http_unavailable": 70}
     assert (
         max(server.asked[f"/dead/{n}.png"] for n in range(70)) == 2 + 2
@@ -597,7 +577,7 @@ def test_a_list_cannot_name_what_is_served_for_other_sources(tmp_path: Path) -> 
     ]
     folder = {"kind": "folder", "path": str(tmp_path / "mine")}
     config = config_for(folder, write_list(tmp_path / "list.jsonl", rows), allow_private=False)
-    counts = ingested(config, tmp_path)
+    counts = local_ingest(config, tmp_path)
     assert set(stored(output_in(tmp_path).folder)) == {"a disc"}
     assert counts["dropped"]["host_refused"] + counts["dropped"].get("duplicate_url", 0) == 3
 
@@ -606,8 +586,8 @@ RUN = """
 import sys
 from pathlib import Path
 from flows.sources.url_table import DataConfig
-from tests.flows.ingest.test_ingest import ingested
-ingested(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), num_cpus=2)
+from tests.helpers.local_ingest import local_ingest
+local_ingest(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), num_cpus=2)
 """
 HERE = Path(__file__).parents[3]
 

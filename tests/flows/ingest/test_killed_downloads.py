@@ -18,9 +18,7 @@ import pytest
 from flows.sources.url_table import DataConfig
 from tests.flows.ingest.test_ingest import (
     config_for,
-    ingested,
     is_downloading,
-    output_in,
     started,
     stored,
     wait_until,
@@ -28,6 +26,7 @@ from tests.flows.ingest.test_ingest import (
     write_list,
 )
 from tests.helpers.hostile_server import Server
+from tests.helpers.local_ingest import local_ingest, output_in
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
 KILLS, SHARD = 10, 20
@@ -128,7 +127,7 @@ def test_a_download_process_killed_at_ten_moments_loses_and_doubles_nothing(tmp_
             def download(
                 config: DataConfig = config, folder: Path = folder, results: list[int] = results
             ) -> None:
-                results.append(ingested(config, folder)["out"])
+                results.append(local_ingest(config, folder)["out"])
 
             run = threading.Thread(target=download)
             run.start()

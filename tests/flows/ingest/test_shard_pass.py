@@ -13,8 +13,9 @@ from infra.compute.cluster import ClusterConfig
 from infra.console.progress import Progress
 from infra.errors import DataError
 from infra.storage import store
-from tests.flows.ingest.test_ingest import config_for, output_in
+from tests.flows.ingest.test_ingest import config_for
 from tests.flows.ingest.test_shard_reuse import INGEST, OnlyData
+from tests.helpers.local_ingest import output_in
 
 
 class Scene(Downloads):

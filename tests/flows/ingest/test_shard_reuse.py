@@ -22,8 +22,9 @@ from infra.settings import Section
 from infra.storage import store
 from infra.storage.manifests import Committed
 from infra.storage.stage_output import StageOutput
-from tests.flows.ingest.test_ingest import config_for, ingested, output_in, stored, write_list
+from tests.flows.ingest.test_ingest import config_for, stored, write_list
 from tests.helpers.hostile_server import Server
+from tests.helpers.local_ingest import local_ingest, output_in
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 INGEST = Stage("ingest", (), ("data",), INGEST_VERSION, run_ingest)
@@ -83,7 +84,7 @@ def test_a_night_asks_only_for_what_is_new_and_ends_as_if_it_had_asked_for_all(
     assert set(pictures) == set(second) - {"missing/90.png"} and after.manifest["counts"][
         "out"
     ] == len(pictures)
-    fresh = ingested(
+    fresh = local_ingest(
         config_for(write_list(tmp_path / "all.jsonl", rows(server, second)), images_per_shard=10),
         tmp_path / "fresh",
     )
