@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 from flows.ingest.row_outcomes import ShardFacts
+from infra.errors import UnclipError
 from infra.storage import store
 from infra.storage.stage_output import StageOutput
 
@@ -76,14 +78,9 @@ def download_shard(
     worker = _load_worker(settings["rules"]["max_pixels"])
     where = ray.get_runtime_context().get_node_id(), os.getpid()
     yield Beat(0, *where)
-    note = row_note(output, feed.number)
-    on_row = (
-        (lambda row: store.write_bytes(output.root, note, b"%d" % row))
-        if (attempt.is_single)
-        else None
-    )
+    note_row = partial(_note_row, output, feed.number) if attempt.is_single else None
     worker.new_turn(attempt.turn)
-    pulse = worker.Pulse(settings["limit_s"], on_row)
+    pulse = worker.Pulse(settings["limit_s"], note_row)
     with ThreadPoolExecutor(1) as pool:
         making = pool.submit(_make, worker, output, feed, settings, attempt, pulse)
         while not wait([making], BEAT_S).done:
@@ -125,6 +122,8 @@ def _make(
         file = folder / "feed.arrow"
         file.write_bytes(feed.data)
         outcomes = worker.make_shard(file, feed.number, folder, {**settings, **limits}, pulse)
+        if output.is_committed():  # this task was taken for lost, and another has made the shard
+            raise UnclipError(f"{output.stage} {output.key} is committed: {name} is not put again")
         entries = [
             output.put(folder / f"{name}{suffix}", f"shards/{name}{suffix}") for suffix in SUFFIXES
         ]
@@ -136,6 +135,10 @@ def _make(
 def row_note(output: StageOutput, number: int) -> str:
     """Return the name in ROOT of the row that a process works on alone."""
     return f"{output.work}/rows/{number:05d}"
+
+
+def _note_row(output: StageOutput, number: int, row: int) -> None:
+    store.write_bytes(output.root, row_note(output, number), str(row).encode())
 
 
 def kill(beat: Beat) -> None:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NotRequired, TypedDict
 from infra.console.progress import transfer
 from infra.storage import store
 from infra.storage.atomic_files import atomic_file, link_or_copy, sync
-from infra.storage.stage_files import FileEntry, file_sha256
+from infra.storage.stage_files import MANIFEST, FileEntry, file_sha256
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
 
@@ -137,7 +137,7 @@ class StageOutput:
     def finished_parts(self) -> dict[str, Part]:
         """Return the records of all finished parts, by part.
 
-        A part whose files are no longer there with their size counts as not finished.
+        A part whose files are no longer there as they were put counts as not finished.
         """
         names = [
             name for name in store.list_names(self.root, self._parts) if name.endswith(".json")
@@ -151,12 +151,27 @@ class StageOutput:
                 for name, record in zip(names, records, strict=True)
                 if record is not None
             }
-        sizes = store.file_sizes(self.root, self._files) if finished else {}
+        if not finished:
+            return {}
+        sizes = store.file_sizes(self.root, self._files)
+        versions = {} if self.root.folder else store.etags(self.root, self.path)
+
+        def is_there(file: PutEntry) -> bool:
+            is_same = file.get("etag", "") in ("", versions.get(file["path"]))
+            return is_same and sizes.get(file["path"]) == file["bytes"]
+
         return {
             part: record
             for part, record in finished.items()
-            if all(sizes.get(file["path"]) == file["bytes"] for file in record["files"])
+            if all(is_there(file) for file in record["files"])
         }
+
+    def is_committed(self) -> bool:
+        """Say whether this attempt is committed in a store: then no file of it may change."""
+        if self.root.folder:  # the folder that was committed is no longer this one
+            return False
+        manifest = store.read_json(self.root, f"{self.stage}/{self.key}/{MANIFEST}")
+        return manifest is not None and manifest["attempt"] == self.attempt
 
     def forget(self, part: str) -> None:
         """Remove the record of a part, so that it is made again."""

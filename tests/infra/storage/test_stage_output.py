@@ -105,3 +105,13 @@ def test_a_temporary_folder_goes_with_its_block(output: StageOutput) -> None:
     with output.temporary_folder() as folder:
         (folder / "half").write_text("half")
     assert not folder.exists()
+
+
+def test_an_attempt_in_a_store_knows_when_it_is_committed(tmp_path: Path) -> None:
+    root = store.open_root(f"memory://committed-{tmp_path.name}", tmp_path / "scratch")
+    output = open_output(root, "embed", "k")
+    assert not output.is_committed()
+    store.write_json(root, "embed/k/manifest.json", {"attempt": "another"})
+    assert not output.is_committed()
+    store.write_json(root, "embed/k/manifest.json", {"attempt": output.attempt})
+    assert output.is_committed()
