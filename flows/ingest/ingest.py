@@ -93,11 +93,16 @@ def run(
                 feeds, output, config, settings, cluster, number, (finished_rows, all_rows)
             )
             free_number = end
-    for superfluous in [n for n in shards if n >= free_number]:  # of more retry passes than now
-        output.forget(f"{superfluous:05d}")
-        del shards[superfluous]
+    _forget_from(free_number, output, shards)
     counts = finish(config, table, output, shards, out)
     return counts | ({"shards_taken_over": taken_over} if taken_over else {})
+
+
+def _forget_from(free_number: int, output: StageOutput, shards: dict[int, ShardFacts]) -> None:
+    """Forget shards of an earlier attempt that had more retry passes."""
+    for number in [number for number in shards if number >= free_number]:
+        output.forget(f"{number:05d}")
+        del shards[number]
 
 
 def _finished_shards(

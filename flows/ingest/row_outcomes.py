@@ -87,8 +87,8 @@ def read_outcomes(output: StageOutput, shards: Mapping[int, ShardFacts]) -> Outc
     is_last = np.append(samples[1:] != samples[:-1], True) if len(samples) else np.empty(0, bool)
     samples, last = samples[is_last], last[is_last]
     is_mended = np.zeros(len(samples), bool)
-    asked_again = sorted(number for number, facts in shards.items() if not facts["is_first"])
-    for _, rows in _tables(output, asked_again, ["sample", "status"]):
+    retried = sorted(number for number, facts in shards.items() if not facts["is_first"])
+    for _, rows in _tables(output, retried, ["sample", "status"]):
         requested, is_good = _statuses(rows)
         matches, positions = _find(requested[is_good], samples)
         is_mended[positions[matches]] = True

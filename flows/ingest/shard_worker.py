@@ -134,12 +134,12 @@ def make_shard(
     rows, NetworkAwayError when more than `max_passing` failed for what may pass.
     """
     name = shard_name(number)
-    asked = folder / f"{name}.copy.arrow"
-    shutil.copyfile(feed, asked)  # img2dataset deletes its input
+    feed_copy = folder / f"{name}.copy.arrow"
+    shutil.copyfile(feed, feed_copy)  # img2dataset deletes its input
     with pulse, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
         img2dataset_parts.downloader.download_image_with_retry = fetcher(settings, pulse)
-        maker(folder, settings, pulse).download_shard((number, str(asked)))
+        maker(folder, settings, pulse).download_shard((number, str(feed_copy)))
     outcomes = check_shard(folder / name, feed)
     passing = passing_share(outcomes)
     if passing > settings["max_passing"]:
@@ -203,9 +203,7 @@ def fetcher(
         is_whole = False
         try:
             if key in crashed:
-                raise FetchError(
-                    "worker_crash", "each download process that took it died or fell silent"
-                )
+                raise FetchError("worker_crash", "each process that downloaded it died or hung")
             with pulse.on(key, is_last=False):
                 body = Body(
                     eight_bit(

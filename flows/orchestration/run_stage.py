@@ -85,21 +85,10 @@ def run_stage(
         previous = _previous(root, stage, key)
         with writing_folder(root.scratch, f"{stage.name}-{key}") as out:
             with store.one_line_errors(out), _reading(root, [previous] if previous else [], say):
-                removals = read_removals(root)
-                job = StageJob(
-                    stage=stage.name,
-                    key=key,
-                    config=config,
-                    inputs=stage_inputs,
-                    out=out,
-                    output=open_output(root, stage.name, key),
-                    work=work,
-                    cluster=cluster,
-                    removals=removals,
-                    previous=previous,
-                )
-                counts = _run_adapter(stage, job)
-            facts = _facts(stage, job, counts, started)
+                output, removals = open_output(root, stage.name, key), read_removals(root)
+                folders = (stage_inputs, out, output, work, cluster, removals, previous)
+                job = StageJob(stage.name, key, config, *folders)
+                facts = _facts(stage, job, _run_adapter(stage, job), started)
             guard()
             committed = _commit(job, facts, damaged)
         shutil.rmtree(work, ignore_errors=True)

@@ -63,7 +63,7 @@ def read_opt_out(paths: Sequence[str]) -> OptOut:
 
 
 def save(lists: OptOut, file: Path) -> None:
-    """Write the entries for the download processes."""
+    """Write the entries for the download tasks."""
     file.write_text(json.dumps({"hosts": sorted(lists.hosts), "urls": sorted(lists.urls)}))
 
 
