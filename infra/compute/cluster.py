@@ -61,8 +61,8 @@ class ClusterConfig(Section):
     num_cpus: int | None = Field(default=None, ge=1)
     """CPU cores for the local Ray; by default all cores that this process may use."""
     ingest_workers: int = Field(default=0, ge=0, le=1024)
-    """Download processes, one CPU core each, that Ray spreads over the nodes; 0 downloads on one
-    machine with `[data] processes`."""
+    """Shards that are downloaded at the same time, each by a Ray task with one CPU core on any
+    node; 0 takes `[data] processes`."""
     clip_workers: int = Field(default=1, ge=1)
     """Processes that train CLIP data-parallel."""
     embed_workers: int | None = Field(default=None, ge=1)
@@ -88,8 +88,8 @@ class ClusterConfig(Section):
     for the first to write the state. A worker that ended is noticed at once."""
     stages: dict[str, StageResources] = Field(default_factory=dict)
     """Under `unclip submit`: resources of a stage's driver process, such as `{ curate = { cpus = 4
-    } }`: cpus, gpus, memory_bytes, labels. By default a download requests one CPU core for each of
-    its processes, and training requests none."""
+    } }`: cpus, gpus, memory_bytes, labels. By default downloads and training request none, and an
+    ingest that serves local images requests the cores of its download tasks."""
     attempts: int = Field(default=3, ge=1, le=100)
     """Under `unclip submit`: attempts of a stage's job; raise it on nodes that may be taken
     away."""

@@ -62,11 +62,12 @@ def drawn(folder: Path, count: int) -> None:
 
 
 def ingest(folder: Path, count: int) -> int:
-    from flows.ingest import ingest as stage
     from flows.sources.url_table import DataConfig
+    from tests.helpers.local_ingest import local_ingest, output_in
 
     source = {"kind": "folder", "path": str(folder.parent / f"pictures-{count}")}
-    stage.run(DataConfig.model_validate({"sources": [source]}), folder / "ingest", folder / "work")
+    local_ingest(DataConfig.model_validate({"sources": [source]}), folder / "root")
+    output_in(folder / "root").folder.rename(folder / "ingest")
     return size_of(folder / "ingest")
 
 

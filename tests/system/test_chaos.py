@@ -26,7 +26,7 @@ from infra.storage import commits, manifests
 from infra.storage import store as storage
 from infra.storage.manifests import MANIFEST, Committed
 from infra.storage.store import Root
-from tests.flows.ingest.test_ingest import parent_of, stored, write_list
+from tests.flows.ingest.test_ingest import is_downloading, stored, write_list
 from tests.helpers.hostile_server import Server
 from tests.helpers.network_namespaces import Machine, Machines
 from tests.helpers.ray_cluster import HERE, RayCluster
@@ -365,8 +365,8 @@ def test_downloading_into_a_bucket_a_process_is_killed_and_a_node_loses_power(pl
         return [
             (machine, pid)
             for machine in place.network.all[:3]
-            for pid in machine.processes("flows.ingest.shard_worker")
-            if parent_of(pid)
+            for pid in machine.processes("ray::download_shard")
+            if is_downloading(pid)
         ]
 
     with place.outside.entered():
