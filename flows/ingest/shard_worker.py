@@ -61,7 +61,7 @@ class Pulse:
 
     def _postpone(self) -> None:
         if self.limit_s:
-            faulthandler.dump_traceback_later(self.limit_s, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self.limit_s, exit=True, file=sys.stderr)
 
     def _watch(self) -> None:
         last = (0, hosts.finished)
