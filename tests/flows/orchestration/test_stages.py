@@ -436,7 +436,7 @@ def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(
     monkeypatch.setattr(
         train,
         "train_upsampler",
-        lambda section, cluster, folders: seen.append(folders.files["curate"]) or {},
+        lambda section, cluster, folders: seen.append(folders.inputs["curate"]) or {},
     )
     monkeypatch.setattr(
         upsampler_comparison,
