@@ -220,15 +220,16 @@ def ours(pid: int) -> bool:
     return False
 
 
-def once_mid_epoch(work: Path, act: Callable[[], bool], until_s: float = 150) -> int:
+def once_mid_epoch(work: WorkFolder, act: Callable[[], bool], until_s: float = 150) -> int:
     """Do `act` as soon as a state lies in the middle of an epoch; return the images seen by that
     state, 0 if the time is over.
     """
     until = time.monotonic() + until_s
     while time.monotonic() < until:
         time.sleep(0.02)
-        if (work / "state.pt").exists():
-            seen: int = torch.load(work / "state.pt")["images_seen"]
+        state = work.fetch("state.pt")
+        if state:
+            seen: int = torch.load(state)["images_seen"]
             if seen % COUNT and act():
                 return seen
     return 0
@@ -285,7 +286,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
     cluster: ClusterConfig, root: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     stage = folders(root, tmp_path)
-    out, work = stage.output.folder, stage.work.folder
+    out = stage.output.folder
     killed: list[int] = []
 
     def kill() -> bool:
@@ -294,7 +295,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
             os.kill(found[0], signal.SIGKILL)
         return bool(found)
 
-    killer = threading.Thread(target=lambda: killed.append(once_mid_epoch(work, kill)))
+    killer = threading.Thread(target=lambda: killed.append(once_mid_epoch(stage.work, kill)))
     killer.start()
     counts = train.train_clip(TOKENIZER, LONG, cluster, stage)
     killer.join()
@@ -308,7 +309,7 @@ def test_a_killed_driver_is_started_again_and_the_weights_are_the_same(
     cluster: ClusterConfig, root: Path, by_itself: Path, tmp_path: Path
 ) -> None:
     stage = folders(root, tmp_path)
-    out, work = stage.output.folder, stage.work.folder
+    out = stage.output.folder
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(root), str(tmp_path)],
@@ -321,7 +322,7 @@ def test_a_killed_driver_is_started_again_and_the_weights_are_the_same(
         return True
 
     try:
-        seen = once_mid_epoch(work, kill)
+        seen = once_mid_epoch(stage.work, kill)
     finally:
         driver.kill()
         driver.wait()
