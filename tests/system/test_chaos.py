@@ -325,7 +325,7 @@ def test_a_node_that_trains_loses_power(place: Place, undisturbed: Root) -> None
     assert "it goes on from its last state" in shown and "attempt 2" not in shown
 
 
-def test_training_into_a_bucket_a_node_loses_power_and_the_store_is_away_when_it_wants_to_commit(
+def test_training_into_a_bucket_a_node_loses_power_and_then_the_store_is_away_for_a_while(
     place: Place, undisturbed: Root
 ) -> None:
     def disturb(root: Root) -> None:
