@@ -106,9 +106,9 @@ def test_a_killed_worker_is_replaced_on_nodes_that_share_a_bucket_alone(
 
     def kill() -> bool:
         workers = processes_of(b"RayTrainWorker")
-        if len(workers) == 2:
+        if workers:
             os.kill(workers[0], signal.SIGKILL)
-        return len(workers) == 2
+        return bool(workers)
 
     killer = threading.Thread(target=lambda: killed.append(once_mid_epoch(stage.work, kill)))
     killer.start()
