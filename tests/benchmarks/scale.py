@@ -207,7 +207,7 @@ def trained(name: str) -> Callable[[Path, int], int]:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         work = folder / f"{name}-work"
         stages = {"ingest": "ingest", "curate": "long", "clip": "clip", "embed": "long"}
-        paths = {stage: folder / where for stage, where in stages.items()}
+        paths = {stage: folder / source for stage, source in stages.items()}
         folders = folders_of(paths, folder / "store", work)
         shutil.copyfile(folder / "clip" / "tokenizer.json", work / "tokenizer.json")
         section = getattr(quickstart(), name).model_copy(update={"images": IMAGES[name]})

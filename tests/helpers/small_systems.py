@@ -3,7 +3,6 @@ matters, in a ROOT where asked.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,7 @@ import torch
 from flows.runs.records import write_run
 from infra.schemas import EMBEDDED
 from infra.storage import commits, manifests, store
-from infra.storage.manifests import Committed
+from infra.storage.manifests import Committed, StageFacts
 from infra.storage.store import Root
 from training.jobs.train import write_model
 from training.models.clip import CLIP, ClipConfig
@@ -101,7 +100,9 @@ def write_root(folder: Path) -> Root:
     write_embeddings(made / "embed")
     committed: dict[str, Committed] = {}
     for stage in ("clip", "embed", "prior", "decoder"):
-        facts: dict[str, Any] = {
+        facts: StageFacts = {
+            "stage_version": 1,
+            "sections": {},
             "inputs": {},
             "input_digests": {},
             "config": {},

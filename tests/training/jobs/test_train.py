@@ -41,10 +41,10 @@ from pathlib import Path
 from infra.compute.cluster import Cluster
 from tests.training.jobs.test_train import ALONE, LONG, TOKENIZER, folders
 from training.jobs import train
-root, place = map(Path, sys.argv[1:])
+root, tmp_path = map(Path, sys.argv[1:])
 with Cluster(ALONE) as cluster:
     cluster.start()
-    train.train_clip(TOKENIZER, LONG, ALONE, folders(root, place))
+    train.train_clip(TOKENIZER, LONG, ALONE, folders(root, tmp_path))
 """
 
 
@@ -89,17 +89,17 @@ def by_itself(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-def folders(root: Path, place: Path) -> train.TrainingFolders:
+def folders(root: Path, tmp_path: Path) -> train.TrainingFolders:
     """Return the folders of CLIP's training on `root`; its ROOT and its work folder are in
-    `place`.
+    `tmp_path`.
     """
     stages = {name: root / name for name in ("ingest", "curate")}
-    return folders_of(stages, place / "store", place / "work")
+    return folders_of(stages, tmp_path / "store", tmp_path / "work")
 
 
-def prepared(root: Path, place: Path) -> train.TrainingFolders:
+def prepared(root: Path, tmp_path: Path) -> train.TrainingFolders:
     """Return the folders with what a job's driver leaves in the work folder."""
-    stage = folders(root, place)
+    stage = folders(root, tmp_path)
     write_tokenizer(root, stage.work.folder)
     table = read_table(root / "curate" / "keep.parquet", "train")
     shard_check.settle(table, stage.shards, "stop", stage.work)

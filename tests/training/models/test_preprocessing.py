@@ -13,7 +13,7 @@ from PIL import Image
 
 from flows.ingest import curate
 from indexing.data.labelled_sets import ImageSet
-from indexing.service import image_upload
+from indexing.service.image_upload import PictureDecoders
 from infra.storage.stage_files import FolderFiles
 from tests.flows.ingest.test_curate import NO_HELD_OUT, item, write_shard
 from tests.helpers.stage_folders import embed_folders
@@ -150,8 +150,11 @@ def test_every_way_to_a_clips_embedding_takes_its_look(tmp_path: Path) -> None:
         return as_square(given, side_px, CROPPED)
 
     judged = ImageSet("one", [png], np.zeros(1, np.int64), ["thing"], (), square)
+    decoders = PictureDecoders(limit_s=60)
+    uploaded = decoders.decode(png, SIDE, square)
+    decoders.close()
     for found in (
-        image_upload.decode(png, SIDE, square),
+        uploaded,
         judged.only(np.array([0])).pictures(SIDE)[0],
         read_file(tmp_path / "one.png", SIDE, CROPPED),
     ):
