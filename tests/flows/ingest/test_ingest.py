@@ -456,13 +456,17 @@ def test_a_disk_that_is_full_is_one_line(full_disk: Path, tmp_path: Path) -> Non
             local_ingest(config, full_disk)
 
 
+def wait_long() -> None:
+    time.sleep(600)
+
+
 def test_a_cluster_that_has_no_room_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
     monkeypatch.setattr(shard_pass, "START_LIMIT_S", 2)
-    holds = ray.remote(num_cpus=2)(time.sleep).remote(600)
+    holds = ray.remote(num_cpus=2)(wait_long).remote()
     time.sleep(1)
     source = write_list(
         tmp_path / "list.jsonl", [{"url": "http://127.0.0.1:1/a.png", "caption": "x"}]

@@ -32,10 +32,9 @@ def node(tmp_path: Path) -> Iterator[Path]:
             yield tmp_path / "node"
 
 
-def ingest_on(machine: Path, listed: list[dict[str, Any]], **changes: Any) -> Committed:
+def ingest_on(machine: Path, source: dict[str, Any], **changes: Any) -> Committed:
     """Run the ingest stage on a machine with this scratch folder."""
     machine.mkdir(exist_ok=True)
-    source = write_list(machine.parent / "list.jsonl", listed) | {"licence_column": "licence"}
     config = OnlyData(data=config_for(source, retries=0, images_per_shard=10, **changes))
     root = store.open_root(f"s3://{BUCKET}/root", machine)
     with Cluster(config.cluster) as cluster:
@@ -54,16 +53,18 @@ def test_another_machine_goes_on_and_a_later_ingest_copies_inside_the_bucket(
 ) -> None:
     first = [f"good/{n}.png" for n in range(30)] + [f"missing/{n}.png" for n in range(90, 100)]
     with Server() as server:
+        source = write_list(tmp_path / "list.jsonl", rows(server, first))
         with pytest.raises(DataError, match="only 30 of 40 URLs became images"):
-            ingest_on(tmp_path / "one", rows(server, first), min_success=0.9)
+            ingest_on(tmp_path / "one", source, min_success=0.9)
         assert not list((tmp_path / "one").rglob("*.tar"))
         asked = server.asked.copy()
-        before = ingest_on(tmp_path / "another", rows(server, first), min_success=0.5)
+        before = ingest_on(tmp_path / "another", source, min_success=0.5)
         assert server.asked == asked and before.manifest["counts"]["out"] == 30
         assert pictures(before) == set(first[:30])
         assert not list(node.rglob("*.tar"))  # what the tasks have put is no longer there
         server.asked.clear()
         second = [*first[1:], "good/40.png"]
+        source = write_list(tmp_path / "list.jsonl", rows(server, second))
         downloaded: list[str] = []
         download = store.download
         monkeypatch.setattr(
@@ -71,7 +72,7 @@ def test_another_machine_goes_on_and_a_later_ingest_copies_inside_the_bucket(
             "download",
             lambda root, name, *more: downloaded.append(name) or download(root, name, *more),
         )
-        after = ingest_on(tmp_path / "another", rows(server, second))
+        after = ingest_on(tmp_path / "another", source)
         monkeypatch.undo()
         assert {path for path in server.asked if path != "/robots.txt"} == {"/good/40.png"}
     assert after.manifest["counts"]["shards_taken_over"] == 4
