@@ -1,10 +1,10 @@
 """The curate stage: reads every shard once and writes the keep list, one row for each pair that the
 models may see.
 
-The section [curate] says what is kept and how it is split: by *style* (a drawing style never
-trained on), by *concept* (a hash, so that the same thing drawn by another vendor never leaks), the
-rest is for training. Shards are not rewritten: a row points at the image's bytes in its tar. Reads
-INGEST/shards, writes OUT/keep.parquet and OUT/dropped.parquet.
+The section [curate] says what is kept and how it is split. Pairs of the styles in
+`held_out_styles` are held out. So are pairs whose concept a hash chooses, whoever drew them. All
+others are for training. Shards are not rewritten: a row points at the image's bytes in its tar.
+Reads INGEST/shards, writes OUT/keep.parquet and OUT/dropped.parquet.
 """
 
 import hashlib
@@ -112,20 +112,23 @@ def run(
         start = 0
         with pq.ParquetWriter(out / "keep.parquet", KEEP) as keep:
             for batch in open_parquet(candidates).iter_batches(BATCH_ROWS):
-                first, leaked_by = (
+                is_kept, leaked_by = (
                     is_keeper[start : start + batch.num_rows],
                     evaluation_images[start : start + batch.num_rows],
                 )
                 start += batch.num_rows
-                is_leaked = first & (leaked_by >= 0)
-                train_rows, doubled, leaked = (
-                    batch.filter(pa.array(mask)) for mask in (first & ~is_leaked, ~first, is_leaked)
+                is_leaked = is_kept & (leaked_by >= 0)
+                kept_rows, duplicate_rows, leaked_rows = (
+                    batch.filter(pa.array(mask))
+                    for mask in (is_kept & ~is_leaked, ~is_kept, is_leaked)
                 )
-                splits.update(train_rows.column("split").to_pylist())
-                keep.write_batch(train_rows)
-                dropped.write_table(duplicates(doubled))
-                dropped.write_table(alike(leaked, ranks["key"][leaked_by[is_leaked]]))
-                reasons.update(duplicate=doubled.num_rows, evaluation_alike=leaked.num_rows)
+                splits.update(kept_rows.column("split").to_pylist())
+                keep.write_batch(kept_rows)
+                dropped.write_table(duplicates(duplicate_rows))
+                dropped.write_table(alike(leaked_rows, ranks["key"][leaked_by[is_leaked]]))
+                reasons.update(
+                    duplicate=duplicate_rows.num_rows, evaluation_alike=leaked_rows.num_rows
+                )
     candidates.unlink()
     assert seen == splits.total() + reasons.total()
     counts = {"dropped": dict(sorted((+reasons).items())), "splits": dict(sorted(splits.items()))}
@@ -305,12 +308,12 @@ def leaks(candidates: Path, is_train: np.ndarray, shards: ShardReader) -> np.nda
     """Return for each training image the row of the held-out one that it looks like, else -1.
     Memory: some 50 bytes an image.
     """
-    from indexing.dedup.perceptual_hash import LOCATION, like_evaluation, look_at
+    from indexing.dedup.perceptual_hash import LOCATION, hash_pictures, like_evaluation
 
-    thumbs = candidates.with_suffix(".looks")
+    thumbs = candidates.with_suffix(".thumbs")
     with open_parquet(candidates) as opened:
-        looks = look_at(opened.iter_batches(BATCH_ROWS, columns=LOCATION), shards, thumbs)
-    lookalikes = like_evaluation(looks, is_train)
+        hashes = hash_pictures(opened.iter_batches(BATCH_ROWS, columns=LOCATION), shards, thumbs)
+    lookalikes = like_evaluation(hashes, is_train)
     thumbs.unlink()
     return lookalikes
 
