@@ -121,6 +121,21 @@ def test_the_architecture_names_the_files_that_are_not_python() -> None:
                 assert f"`{path.name}`" in page, path
 
 
+def test_every_environment_variable_of_the_code_is_on_the_operations_page() -> None:
+    page = (HERE / "docs" / "operations.md").read_text()
+    variable = re.compile(
+        r'"((?:UNCLIP|AWS|RAY|PREFECT|GRPC|GOMP|OMP|OPENBLAS|OPENCV|NO)_[A-Z_]+|DO_NOT_TRACK)"'
+    )
+    names = {
+        name
+        for floor in FLOORS
+        for path in (HERE / floor).rglob("*.py")
+        for name in variable.findall(path.read_text())
+    }
+    assert len(names) > 20
+    assert [name for name in sorted(names) if f"`{name}" not in page] == []
+
+
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     command = [
         sys.executable,
