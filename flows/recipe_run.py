@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import flows.orchestration.stages as stages
 from flows.live_index.compaction import compact
 from flows.runs.planning import plan, stages_of
-from flows.runs.promotion import described, settle
+from flows.runs.promotion import described, promote_if_passed
 from flows.runs.records import RunSummary, summary, write_run
 from flows.runs.stage import Stage, StageResult
 from infra.storage import manifests
@@ -81,7 +81,7 @@ def finish(
         "record",
         lambda: write_run(run.root, run.name, run.recipe, run.started, committed, bool(conditions)),
     )
-    judgement = step("promote", lambda: settle(run.root, conditions, record, committed))
+    judgement = step("promote", lambda: promote_if_passed(run.root, conditions, record, committed))
     if judgement:
         say(described(judgement))
     return summary(run.root, run.name, results, record["report"], judgement)

@@ -13,6 +13,8 @@ import typer
 
 from flows.cli.main import app
 from tests.helpers.committed_root import write_root
+from tests.helpers.module_list import FLOORS, with_module_list
+from tests.helpers.module_list import PAGE as ARCHITECTURE
 from tests.helpers.reference_pages import BUILDERS, PAGES
 
 HERE = Path(__file__).parents[1]
@@ -101,15 +103,37 @@ def test_a_generated_page_is_that_of_the_code(name: str) -> None:
     assert (PAGES / name).read_text() == BUILDERS[name](), "run `make docs`"
 
 
-def test_every_room_stands_in_the_architecture() -> None:
-    text = (HERE / "docs" / "architecture.md").read_text()
-    for floor in ("flows", "training", "indexing", "infra"):
+def test_the_list_of_modules_is_that_of_the_docstrings() -> None:
+    page = ARCHITECTURE.read_text()
+    assert page == with_module_list(page), "run `make docs`"
+    for floor in FLOORS:
         for path in (HERE / floor).rglob("*.py"):
             if path.name != "__init__.py":
-                assert (
-                    f"### `{path.parent.relative_to(HERE)}/`" in text
-                    and f"- `{path.name}`:" in text
-                ), path
+                room = page.partition(f"### `{path.parent.relative_to(HERE)}/`\n")[2]
+                assert f"- `{path.name}`: " in room.partition("\n### ")[0], path
+
+
+def test_the_architecture_names_the_files_that_are_not_python() -> None:
+    page = ARCHITECTURE.read_text()
+    for floor in FLOORS:
+        for path in (HERE / floor).rglob("*"):
+            if path.is_file() and path.suffix not in (".py", ".pyc", ".typed"):
+                assert f"`{path.name}`" in page, path
+
+
+def test_every_environment_variable_of_the_code_is_on_the_operations_page() -> None:
+    page = (HERE / "docs" / "operations.md").read_text()
+    variable = re.compile(
+        r'"((?:UNCLIP|AWS|RAY|PREFECT|GRPC|GOMP|OMP|OPENBLAS|OPENCV|NO)_[A-Z_]+|DO_NOT_TRACK)"'
+    )
+    names = {
+        name
+        for floor in FLOORS
+        for path in (HERE / floor).rglob("*.py")
+        for name in variable.findall(path.read_text())
+    }
+    assert len(names) > 20
+    assert [name for name in sorted(names) if f"`{name}" not in page] == []
 
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:

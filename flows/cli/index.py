@@ -337,13 +337,13 @@ def _alike(root: Root, run: str | None, file: Path) -> list[dict[str, Any]]:
     check_files([file], "--image")
     from flows.live_index.lineage import open_view
     from indexing.data.images import read_picture
-    from indexing.dedup.grouping import is_alike, look_of
+    from indexing.dedup.grouping import hash_picture, is_alike
     from training.data.image_reader import read_file
     from training.jobs import embed
 
     view, run_lineage = open_view(root, run)
     side_px = 64
-    look = look_of(read_file(file, side_px))
+    picture_hash = hash_picture(read_file(file, side_px))
     hits = view.search(
         embed.embed_images(pinned_copy(run_lineage.clip.files), [file])[0], ALIKE_CANDIDATES
     )
@@ -352,6 +352,7 @@ def _alike(root: Root, run: str | None, file: Path) -> list[dict[str, Any]]:
         hit.facts
         for hit in pictured
         if is_alike(
-            look, look_of(read_picture(hit.facts, view.segments[hit.segment].shards, side_px))
+            picture_hash,
+            hash_picture(read_picture(hit.facts, view.segments[hit.segment].shards, side_px)),
         )
     ]

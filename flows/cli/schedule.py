@@ -33,7 +33,7 @@ from flows.cli.options import (
 )
 from flows.config.roots import open_for
 from infra.console.log_redirect import terminated
-from infra.errors import CallerError, UnclipError
+from infra.errors import UnclipError
 from infra.storage.store import Root
 
 if TYPE_CHECKING:  # it imports packages that other commands do not need
@@ -215,7 +215,7 @@ def _plan(
     from flows.config.recipe_file import BUILT_IN, find_recipe
     from flows.orchestration.stages import STAGES
     from flows.runs.planning import stages_of
-    from flows.scheduling.deployments import Plan
+    from flows.scheduling.deployments import Plan, check_timing
 
     # Loading reports a mistake in the recipe now rather than at the first scheduled run.
     config, overrides = load_config(request.recipe, request.overrides, options.address)
@@ -231,8 +231,7 @@ def _plan(
         "scratch": None if opened.folder else str(opened.scratch),
         "jobs": options.jobs,
     }
-    if not timing.cron and not timing.every_s:
-        raise CallerError('a schedule needs --cron "0 3 * * *" or --every SECONDS, one of them')
+    check_timing(timing.cron, timing.every_s)
     plan = Plan(
         request.run_name,
         parameters,

@@ -355,7 +355,7 @@ def parts_of(
         open_segments=Opener(root, run, report),
         fetch=fetch_query if allow_urls else None,
         report=report,
-        look_at_removals=log.look if root.folder is None else None,
+        check_removals=log.check if root.folder is None else None,
     )
 
 
@@ -402,7 +402,7 @@ def load_encoders(run_lineage: "Lineage") -> "Encoders":
         texts,
         images,
         image_px,
-        partial(as_square, look=embed.look_of(clip)),
+        partial(as_square, look=embed.read_look(clip)),
     )
 
 

@@ -1,0 +1,1 @@
+"""Recipe files and the config that they resolve to."""

@@ -1,0 +1,1 @@
+"""What only the bundled recipes need: emoji, their names and their captions."""

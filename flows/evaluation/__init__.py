@@ -1,0 +1,1 @@
+"""Sections of the report that need trained models and indexing together."""

@@ -1,0 +1,1 @@
+"""Layout and files of the images that commands and reports draw."""

@@ -1,0 +1,1 @@
+"""Download, shards and the keep list."""

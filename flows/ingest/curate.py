@@ -1,10 +1,10 @@
 """The curate stage: reads every shard once and writes the keep list, one row for each pair that the
 models may see.
 
-The section [curate] says what is kept and how it is split: by *style* (a drawing style never
-trained on), by *concept* (a hash, so that the same thing drawn by another vendor never leaks), the
-rest is for training. Shards are not rewritten: a row points at the image's bytes in its tar. Reads
-INGEST/shards, writes OUT/keep.parquet and OUT/dropped.parquet.
+The section [curate] says what is kept and how it is split. Pairs of the styles in
+`held_out_styles` are held out. So are pairs whose concept a hash chooses, whoever drew them. All
+others are for training. Shards are not rewritten: a row points at the image's bytes in its tar.
+Reads INGEST/shards, writes OUT/keep.parquet and OUT/dropped.parquet.
 """
 
 import hashlib
@@ -321,12 +321,12 @@ def leaks(candidates: Path, is_train: np.ndarray, shards: ShardReader) -> np.nda
     """Return for each training image the row of the held-out one that it looks like, else -1.
     Memory: some 50 bytes an image.
     """
-    from indexing.dedup.perceptual_hash import LOCATION, like_evaluation, look_at
+    from indexing.dedup.perceptual_hash import LOCATION, hash_pictures, like_evaluation
 
-    thumbs = candidates.with_suffix(".looks")
+    thumbs = candidates.with_suffix(".thumbs")
     with open_parquet(candidates) as opened:
-        looks = look_at(opened.iter_batches(BATCH_ROWS, columns=LOCATION), shards, thumbs)
-    lookalikes = like_evaluation(looks, is_train)
+        hashes = hash_pictures(opened.iter_batches(BATCH_ROWS, columns=LOCATION), shards, thumbs)
+    lookalikes = like_evaluation(hashes, is_train)
     thumbs.unlink()
     return lookalikes
 

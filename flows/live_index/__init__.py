@@ -1,0 +1,1 @@
+"""What changes an index after it is built: additions, merges, take-downs."""

@@ -203,7 +203,7 @@ def embed_pictures(
 
     with run_lineage.clip.files.local_copy() as clip:
         texts_of, images_of, side_px = embed.encoders(clip)
-        look = embed.look_of(clip)
+        look = embed.read_look(clip)
     (out / "shards").mkdir()
     rows: list[dict[str, Any]] = []
     images, texts = [], []

@@ -231,7 +231,7 @@ class RemovalLog:
     """The removal log. Each entry is read only once, because entries are never rewritten.
 
     `stamp` changes whenever the log does. A local log is checked on every call; a log in a store
-    only by `look`, which is slow.
+    only by `check`, which is slow.
     """
 
     def __init__(self, root: Root) -> None:
@@ -242,9 +242,9 @@ class RemovalLog:
         self._all = Removals()
         self._listed: tuple[str, ...] = ()
         self._folder = None if root.folder is None else root.folder / FOLDER
-        self.look()
+        self.check()
 
-    def look(self) -> None:
+    def check(self) -> None:
         """List the entries of a log in a store; do nothing for a local log."""
         if self.root.folder is None:
             self._listed = tuple(entry_names(self.root))

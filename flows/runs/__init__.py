@@ -1,0 +1,1 @@
+"""Plans and records of runs, promotion and export."""

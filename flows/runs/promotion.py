@@ -47,13 +47,13 @@ class Judgement(TypedDict):
     conditions: list[Verdict]
 
 
-def settle(
+def promote_if_passed(
     root: Root,
     conditions: Sequence[str],
     record: Mapping[str, object],
     committed: Mapping[str, Committed],
 ) -> Judgement | None:
-    """Judge a run and promote it if it passes; return the judgement.
+    """Judge a run against the conditions and promote it if all hold; return the judgement.
 
     Returns None if there are no conditions or no report. Raises CallerError for a condition on a
     figure that the report does not have.

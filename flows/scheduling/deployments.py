@@ -194,12 +194,17 @@ def _prepare_pool(client: "SyncPrefectClient") -> None:
     )
 
 
+def check_timing(cron: str, every_s: int) -> None:
+    """Raise CallerError unless exactly one of a cron line and an interval is given."""
+    if bool(cron) == bool(every_s):
+        raise CallerError('a schedule needs --cron "0 3 * * *" or --every SECONDS, one of them')
+
+
 def _schedule(plan: Plan) -> Any:
     from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
     from prefect.deployments.schedules import create_deployment_schedule_create
 
-    if bool(plan.cron) == bool(plan.every_s):
-        raise CallerError('a schedule needs --cron "0 3 * * *" or --every SECONDS, one of them')
+    check_timing(plan.cron, plan.every_s)
     try:
         chosen: CronSchedule | IntervalSchedule
         if plan.cron:

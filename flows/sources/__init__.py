@@ -1,0 +1,1 @@
+"""Where pairs come from: lists, folders, drawn scenes; and which are opted out."""

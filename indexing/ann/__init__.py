@@ -1,0 +1,1 @@
+"""FAISS: choosing, building, tuning and searching an index."""

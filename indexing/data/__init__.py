@@ -1,0 +1,1 @@
+"""Reads embeddings, images and labelled sets."""

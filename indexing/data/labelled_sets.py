@@ -1,4 +1,6 @@
-"""Labelled picture sets for zero-shot classification and linear probes, in three layouts:
+"""Labelled picture sets for zero-shot classification and linear probes.
+
+Reads three layouts:
 
 - a folder with a folder of pictures for each class;
 - a parquet file with the columns `image` (encoded bytes, or Hugging Face's {"bytes", "path"})

@@ -1,0 +1,1 @@
+"""Finds copies by bytes, by look and by embedding."""

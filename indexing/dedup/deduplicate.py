@@ -38,8 +38,8 @@ from indexing.data.embedding_store import (
     unit,
 )
 from indexing.data.images import Pixels, read_picture, sheet, write_png
-from indexing.dedup.grouping import exact, groups, perceptual, semantic
-from indexing.dedup.perceptual_hash import LOCATION, LOOK_PX, Looks, look_at
+from indexing.dedup.grouping import MAX_BITS, MAX_RMS, exact, groups, perceptual, semantic
+from indexing.dedup.perceptual_hash import LOCATION, READ_PX, PictureHashes, hash_pictures
 from indexing.metrics.clip_score import EncodeImages
 from infra.compute.memory import PeakMemory
 from infra.errors import DataError
@@ -68,10 +68,10 @@ class DedupConfig(Section):
     and are left out of training.
     """
 
-    max_hash_bits: int = Field(default=6, ge=0, le=15)
+    max_hash_bits: int = Field(default=MAX_BITS, ge=0, le=15)
     """Maximum number of pHash's 64 bits that may differ between pictures that look alike; `max_rms`
     must hold as well."""
-    max_rms: float = Field(default=12, ge=0, le=255)
+    max_rms: float = Field(default=MAX_RMS, ge=0, le=255)
     """Maximum root mean square difference (0 to 255) of the 8 px colour copies of pictures that
     look alike: pHash does not see colours."""
     semantic: bool = True
@@ -101,13 +101,13 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads: all pairs, their image vectors ((n, D) parts), their looks, and where
+    """What the stage reads: all pairs, their image vectors ((n, D) parts), their hashes, and where
     metadata and shards are.
     """
 
     pairs: Pairs
     parts: list[NDArray[Any]]
-    looks: Looks
+    picture_hashes: PictureHashes
     metadata: Path
     shards: ShardReader
 
@@ -181,7 +181,7 @@ def run(
     `encode_images` is the CLIP that made the embeddings, for squares of `side_px`. Raises DataError
     where a picture cannot be read or no training picture is left.
     """
-    with PeakMemory() as memory, tempfile.TemporaryDirectory(dir=out, prefix=".looks-") as staging:
+    with PeakMemory() as memory, tempfile.TemporaryDirectory(dir=out, prefix=".hashes-") as staging:
         inputs = _read_inputs(embed, shards, Path(staging) / "thumbs")
         counts = _run(config, inputs, embed, encode_images, side_px, out)
     return {**counts, "peak_bytes": memory.bytes}
@@ -194,7 +194,7 @@ def _read_inputs(embed: Path, shards: ShardReader, thumbs: Path) -> Inputs:
     return Inputs(
         read_pairs(metadata, count),
         open_parts(embed / "img_emb", count, dim),
-        look_at(metadata_batches(metadata, LOCATION), shards.sequential(), thumbs),
+        hash_pictures(metadata_batches(metadata, LOCATION), shards.sequential(), thumbs),
         metadata,
         shards,
     )
@@ -210,7 +210,7 @@ def _run(
 ) -> dict[str, Any]:
     verdicts = Verdicts(inputs.pairs)
     verdicts.drop(exact(inputs.pairs.digests, verdicts.order), "equal")
-    alike = perceptual(*inputs.looks, verdicts.order, config.max_hash_bits, config.max_rms)
+    alike = perceptual(*inputs.picture_hashes, verdicts.order, config.max_hash_bits, config.max_rms)
     verdicts.drop(alike, "alike")
     chosen = choose_threshold(config, inputs, encode_images, side_px) if config.semantic else None
     if chosen and chosen.threshold is not None:
@@ -401,16 +401,16 @@ def hardest_others(config: DedupConfig, inputs: Inputs, rows: Rows, originals: F
     """Return each sampled row's best cosine (S,) with a picture of another concept that does not
     look alike; -1 where there is none. `originals` (S, D) are the unit vectors of the rows.
     """
-    pairs, looks = inputs.pairs, inputs.looks
+    pairs, picture_hashes = inputs.pairs, inputs.picture_hashes
     best = np.full(len(rows), -1, np.float32)
     for start in range(0, len(pairs.keys), CHUNK_ROWS):
         piece = np.arange(start, min(start + CHUNK_ROWS, len(pairs.keys)))
         scores = originals @ unit(take(inputs.parts, piece)).T
         for number, row in enumerate(rows):
             is_other = pairs.concepts[piece] != pairs.concepts[row]
-            bits = np.bitwise_count(looks.hashes[piece] ^ looks.hashes[row])
+            bits = np.bitwise_count(picture_hashes.hashes[piece] ^ picture_hashes.hashes[row])
             near = piece[is_other & (bits <= config.max_hash_bits)]
-            apart = looks.thumbs[near].astype(np.float32) - looks.thumbs[row]
+            apart = picture_hashes.thumbs[near].astype(np.float32) - picture_hashes.thumbs[row]
             is_alike = np.sqrt((apart * apart).mean((1, 2, 3))) <= config.max_rms
             is_other[near[is_alike] - start] = False
             best[number] = max(best[number], scores[number][is_other].max(initial=-1))
@@ -483,11 +483,11 @@ def show(
     """
     if not copy_groups:
         return
-    white = np.full((LOOK_PX, LOOK_PX, 3), 255, np.uint8)
+    white = np.full((READ_PX, READ_PX, 3), 255, np.uint8)
     rows = []
     for keeper, copies_of in copy_groups[:MAX_LISTED_GROUPS]:
         drawn = [
-            read_picture(locations[row], shards, LOOK_PX)
+            read_picture(locations[row], shards, READ_PX)
             for row in [keeper, *copies_of[: MAX_LISTED_COPIES - 1]]
         ]
         rows.append(drawn + [white] * (MAX_LISTED_COPIES - len(drawn)))

@@ -20,7 +20,7 @@ from indexing.data.embedding_store import Rows
 from indexing.dedup.near_pairs import Mask, NearPairs, NearPictures, NearVectors
 
 BLOCK_ROWS = 8192
-MAX_BITS, MAX_RMS = 6, 12.0
+MAX_BITS, MAX_RMS = 6, 12
 """Pictures look alike when at most so many of their hashes' 64 bits differ and the root mean square
 difference of their small copies is at most so much (of 255)."""
 HASHED_PX, HASH_SIDE, THUMB_PX = 32, 8, 8
@@ -41,7 +41,7 @@ def perceptual(
     max_bits: int = MAX_BITS,
     max_rms: float = MAX_RMS,
 ) -> Rows:
-    """Group pictures that look alike (see look_of).
+    """Group pictures that look alike (see hash_picture).
 
     Their pHashes (N,) differ in at most `max_bits` of 64 bits, and the root mean square difference
     of their 8 px copies (N, 8, 8, 3) is at most `max_rms`, of 255.
@@ -74,7 +74,7 @@ def groups(keeper: Rows) -> list[tuple[int, list[int]]]:
     return sorted(copies_of.items(), key=lambda item: (-len(item[1]), item[0]))
 
 
-def look_of(picture: NDArray[np.uint8]) -> tuple[np.uint64, NDArray[np.uint8]]:
+def hash_picture(picture: NDArray[np.uint8]) -> tuple[np.uint64, NDArray[np.uint8]]:
     """Return the 64-bit perceptual hash and the 8 px colour copy of an RGB picture (H, W, 3).
 
     The hash is pHash: a bit for each of the 8 x 8 lowest frequencies of the cosine transform of the
@@ -90,7 +90,7 @@ def look_of(picture: NDArray[np.uint8]) -> tuple[np.uint64, NDArray[np.uint8]]:
 def is_alike(
     left: tuple[np.uint64, NDArray[np.uint8]], right: tuple[np.uint64, NDArray[np.uint8]]
 ) -> bool:
-    """Return whether two pictures look alike, for two results of `look_of`."""
+    """Return whether two pictures look alike, for two results of `hash_picture`."""
     apart = left[1].astype(np.float32) - right[1].astype(np.float32)
     return bool(
         np.bitwise_count(left[0] ^ right[0]) <= MAX_BITS

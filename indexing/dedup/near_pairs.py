@@ -238,7 +238,7 @@ class NearPictures:
         max_rms: float,
         order: Rows,
     ) -> None:
-        """Take hashes (N,) and small copies (N, ...) that indexing.dedup.grouping.look_of made."""
+        """Take hashes (N,) and small copies (N, ...) that grouping.hash_picture made."""
         self.hashes, self.thumbs, self.order = hashes, thumbs.reshape(len(thumbs), -1), order
         self.max_bits, self.max_rms = max_bits, max_rms
         flips = itertools.chain.from_iterable(

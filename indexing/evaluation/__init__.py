@@ -1,0 +1,1 @@
+"""Measures a run, one file for each section of the report."""

@@ -1,0 +1,1 @@
+"""Pure functions that compute the figures of the report."""

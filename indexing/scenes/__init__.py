@@ -1,0 +1,1 @@
+"""Drawn tasks and the exact checkers that judge them."""

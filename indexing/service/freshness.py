@@ -26,7 +26,7 @@ class Freshness:
     def __init__(self, service: Service, lag_s: float) -> None:
         """`lag_s` is the maximum age in seconds of the last check of a log in a store."""
         self.service, self.lag_s = service, lag_s
-        self._look: asyncio.Task[None] | None = None
+        self._check: asyncio.Task[None] | None = None
         self._checked_at_s = float("-inf")
         self._complaint = ""
         self._renewal: asyncio.Task[None] | None = None
@@ -39,11 +39,9 @@ class Freshness:
         """Return the version to answer from. Raises DataError if the log cannot be read, because
         removed samples must not be shown.
         """
-        if (
-            self.service.parts.look_at_removals
-            and time.monotonic() - self._checked_at_s > self.lag_s
-        ):
-            await self._have_looked()
+        age_s = time.monotonic() - self._checked_at_s
+        if self.service.parts.check_removals and age_s > self.lag_s:
+            await self._await_check()
         if not self.service.is_current():
             await self._have_renewed()
         return self.service.version
@@ -76,28 +74,28 @@ class Freshness:
     def _is_late(self) -> bool:
         return time.monotonic() - self._renewal_began_s > WAIT_S
 
-    async def _have_looked(self) -> None:
+    async def _await_check(self) -> None:
         """Wait for a check that begins from now on."""
-        before = self._look
+        before = self._check
         try:
             async with asyncio.timeout(WAIT_S):
                 if before is not None and not before.done():
                     await asyncio.wait({before})
-                if self._look is before:
-                    self._look = asyncio.create_task(self._do_look())
-                assert self._look is not None
-                await asyncio.shield(self._look)
+                if self._check is before:
+                    self._check = asyncio.create_task(self._check_log())
+                assert self._check is not None
+                await asyncio.shield(self._check)
         except TimeoutError:
             self._complain(
                 f"the store has not returned the removal log for {WAIT_S:.0f} s: answers use its "
                 "last known entries"
             )
 
-    async def _do_look(self) -> None:
+    async def _check_log(self) -> None:
         began = time.monotonic()
-        assert self.service.parts.look_at_removals is not None
+        assert self.service.parts.check_removals is not None
         try:
-            await self._in_thread(self.service.parts.look_at_removals)
+            await self._in_thread(self.service.parts.check_removals)
             self._checked_at_s, self._complaint = began, ""
         except Exception as error:  # an error of the store does not stop the search either
             self._complain(

@@ -111,7 +111,7 @@ class Parts:
     """Returns the bytes of a URL or raises ValueError; None if query URLs are not allowed."""
     report: Callable[[str], None]
     """Receives a line about each fault outside of requests."""
-    look_at_removals: Callable[[], None] | None = None
+    check_removals: Callable[[], None] | None = None
     """Checks a removal log in a store, which takes a round trip; None if `removals_stamp` checks
     it."""
 
@@ -235,8 +235,8 @@ class Service:
         while not self._stop.wait(POLL_S):
             complaint = ""
             try:
-                if self.parts.look_at_removals:
-                    self.parts.look_at_removals()
+                if self.parts.check_removals:
+                    self.parts.check_removals()
                 self.refresh()
             except Exception as error:  # the old version stays; the next round tries again
                 complaint = f"the index could not be opened again: {type(error).__name__}: {error}"

@@ -1,0 +1,1 @@
+"""Ray, and the memory of this process."""

@@ -1,0 +1,1 @@
+"""Files on any store, and the commits that make them exist."""

@@ -1,10 +1,11 @@
-"""The cache of one node: local copies of files of a store, in a scratch folder of bounded size.
+"""The cache of one ROOT on a node: local copies of files of a store, bounded in size.
 
-Copies lie in `SCRATCH/cache/`, one file per cached file. A process that uses a copy holds a shared
-flock on it, which vanishes with the process; a copy that nobody uses may be removed at any time,
-the least recently used first. The bound covers everything in the scratch folder, unfinished outputs
-included, and what is being downloaded counts with its final size. All processes of a node that use
-one scratch folder share one cache. Knows nothing of stores: the caller downloads.
+Copies lie in `cache/` of the ROOT's scratch folder, one file per cached file. A process that uses a
+copy holds a shared flock on it, which vanishes with the process; a copy that nobody uses may be
+removed at any time, the least recently used first. The bound covers everything in the scratch
+folder, unfinished outputs included, and what is being downloaded counts with its final size. All
+processes of a node that read one ROOT share one cache; two ROOTs on a node have a cache and a bound
+each. Knows nothing of stores: the caller downloads.
 """
 
 import errno

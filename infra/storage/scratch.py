@@ -1,7 +1,9 @@
-"""The scratch folder of this node: where it is and how much it may take, from the environment.
+"""The scratch folder of one ROOT on this node: where it is and how much it may take.
 
-UNCLIP_SCRATCH names the folder (default ~/.cache/unclip/scratch), UNCLIP_SCRATCH_BYTES its bound
-(default 20 GiB). Every node reads its own environment, so nodes need no folder in common.
+UNCLIP_SCRATCH names the parent folder (default ~/.cache/unclip/scratch), in which every ROOT that
+is not local has a folder of its own. UNCLIP_SCRATCH_BYTES bounds each of those folders (default
+20 GiB), so two ROOTs on one node may take twice as much. Every node reads its own environment, so
+nodes need no folder in common.
 """
 
 import hashlib

@@ -244,7 +244,7 @@ with prefect_server(recipe.parent / "prefect"):
 def test_a_store_that_is_away_at_the_beginning_or_the_end_of_a_run_is_waited_for(
     recipe: Path, shared: None
 ) -> None:
-    parts = ["open_root", "compact", "write_run", "settle"]
+    parts = ["open_root", "compact", "write_run", "promote_if_passed"]
     done = subprocess.run(
         [sys.executable, "-c", AWAY, str(recipe), *parts], cwd=HERE, capture_output=True, text=True
     )

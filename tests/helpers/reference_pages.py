@@ -2,7 +2,7 @@
 tests.helpers.reference_pages`.
 
 `docs/reference/recipe.md` comes from the sections' docstrings, `docs/reference/http.md` from the
-service's OpenAPI document.
+service's OpenAPI document. The list of modules in `docs/architecture.md` is brought up to date too.
 """
 
 import io
@@ -15,6 +15,8 @@ from typing import Any
 
 from indexing.service.app import make_app
 from indexing.service.state import ServeConfig
+from tests.helpers.module_list import PAGE as ARCHITECTURE
+from tests.helpers.module_list import with_module_list
 from tests.helpers.search_service import Fake
 
 PAGES = Path(__file__).parents[2] / "docs" / "reference"
@@ -120,3 +122,4 @@ if __name__ == "__main__":
     PAGES.mkdir(exist_ok=True)
     for name, build in BUILDERS.items():
         (PAGES / name).write_text(build())
+    ARCHITECTURE.write_text(with_module_list(ARCHITECTURE.read_text()))

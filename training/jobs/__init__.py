@@ -1,0 +1,1 @@
+"""Ray jobs that train and embed."""

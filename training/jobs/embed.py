@@ -282,7 +282,7 @@ def embed_images(clip: Path, files: Sequence[Path]) -> np.ndarray:
     return clip_model.embed_images(model, torch.stack(pictures)).numpy()
 
 
-def look_of(clip: Path) -> Look:
+def read_look(clip: Path) -> Look:
     """Return how the CLIP of a `clip` folder wants its images made square."""
     return ClipConfig.model_validate(json.loads((clip / "config.json").read_text())["clip"]).look
 

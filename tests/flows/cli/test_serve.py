@@ -21,7 +21,7 @@ from flows.cli.serve import as_origin, parts_of
 from flows.live_index import additions, lineage
 from flows.live_index.compaction import compact
 from flows.orchestration.stages import STAGES
-from flows.runs.promotion import settle
+from flows.runs.promotion import promote_if_passed
 from flows.runs.records import find_run, write_run
 from flows.runs.stage import StagePlan
 from indexing.ann.index import Index, IndexConfig, build
@@ -87,7 +87,7 @@ def finish(root: Root, folder: Path, name: str, numbers: range, own: float | Non
         (report / "report.json").write_text(storage_report)
         commit("evaluate", report, ("index",), {})
     record = write_run(root, name, "drawn", manifests.now(), made, own is not None)
-    settle(root, GATE, record, made)
+    promote_if_passed(root, GATE, record, made)
 
 
 @contextmanager
@@ -290,10 +290,8 @@ def test_on_a_store_what_another_machine_took_down_is_gone_from_the_next_query_o
                 each["key"] for each in answer["results"]
             }
         monkeypatch.setattr("indexing.service.freshness.WAIT_S", 0.2)
-        really, released = service.parts.look_at_removals, threading.Event()
-        object.__setattr__(
-            service.parts, "look_at_removals", lambda: released.wait(10) and really()
-        )
+        really, released = service.parts.check_removals, threading.Event()
+        object.__setattr__(service.parts, "check_removals", lambda: released.wait(10) and really())
         started = time.monotonic()
         assert (
             client.post("/search", json={"text": "colour 5"}).status_code == 200
@@ -316,11 +314,11 @@ def test_no_query_is_content_with_a_look_that_began_before_it(tmp_path: Path) ->
     service = fake.service()
     began, going = [], threading.Semaphore(0)
 
-    def look() -> None:
+    def check() -> None:
         began.append(time.monotonic())
         going.acquire(timeout=10)
 
-    object.__setattr__(service.parts, "look_at_removals", look)
+    object.__setattr__(service.parts, "check_removals", check)
 
     async def ask() -> None:
         freshness = Freshness(service, 0)
@@ -336,7 +334,7 @@ def test_no_query_is_content_with_a_look_that_began_before_it(tmp_path: Path) ->
         await asyncio.gather(*others)
 
     asyncio.run(ask())
-    assert len(began) == 2, "those who wait share one look"
+    assert len(began) == 2, "those who wait share one check"
     going.release(10)
     service.close()
 
@@ -344,11 +342,11 @@ def test_no_query_is_content_with_a_look_that_began_before_it(tmp_path: Path) ->
 def test_a_store_that_fails_does_not_stop_the_search(tmp_path: Path) -> None:
     fake = Fake(tmp_path)
 
-    def look() -> None:
+    def check() -> None:
         raise StorageError("cannot use s3://bucket: it is down")
 
     service = fake.service()
-    object.__setattr__(service.parts, "look_at_removals", look)
+    object.__setattr__(service.parts, "check_removals", check)
     with TestClient(
         make_app(service, ServeConfig(rate=0), io.StringIO()), base_url="http://localhost"
     ) as client:
@@ -450,7 +448,7 @@ def test_an_added_picture_is_found_by_its_own_size_and_kept_no_larger(
     from training.jobs import embed
 
     monkeypatch.setattr(embed, "encoders", lambda _: (encode_texts, encode_images, 20))
-    monkeypatch.setattr(embed, "look_of", lambda _: WHOLE)
+    monkeypatch.setattr(embed, "read_look", lambda _: WHOLE)
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name, size in (("small", (30, 40)), ("large", (900, 600))):

@@ -33,7 +33,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Root:
     from training.jobs import embed
 
     monkeypatch.setattr(embed, "encoders", lambda _: (encode_texts, encode_images, 20))
-    monkeypatch.setattr(embed, "look_of", lambda _: WHOLE)
+    monkeypatch.setattr(embed, "read_look", lambda _: WHOLE)
     root = write_root(tmp_path)
     for numbers in ((2, 3), (4,)):
         add_pictures(root, tmp_path / f"pictures-{len(numbers)}", numbers)

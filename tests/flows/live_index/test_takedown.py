@@ -514,7 +514,7 @@ def drawn_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     from training.jobs import embed
 
     monkeypatch.setattr(embed, "encoders", lambda _: (encode_texts, encode_images, 20))
-    monkeypatch.setattr(embed, "look_of", lambda _: WHOLE)
+    monkeypatch.setattr(embed, "read_look", lambda _: WHOLE)
 
 
 def pictures(folder: Path) -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 from flows.config.promotion_conditions import parsed
 from flows.config.run_config import load_recipe
-from flows.runs.promotion import judge, settle
+from flows.runs.promotion import judge, promote_if_passed
 from flows.runs.records import find_run, list_runs, write_run
 from infra.errors import CallerError
 from infra.storage import commits, manifests, store
@@ -52,7 +52,7 @@ def test_a_better_run_becomes_the_current_one_and_a_worse_one_does_not(root: Roo
         ("nearly", 0.6, 0.26),
         ("blind", 0.4, 0.9),
     ):
-        judgement = settle(root, GATE, *finished(root, name, own, recall))
+        judgement = promote_if_passed(root, GATE, *finished(root, name, own, recall))
         assert judgement
         verdicts[name] = judgement["promoted"]
         assert find_run(root)["name"] == {"worse": "first", "blind": "nearly"}.get(name, name)
@@ -65,26 +65,29 @@ def test_a_better_run_becomes_the_current_one_and_a_worse_one_does_not(root: Roo
 
 def test_without_a_gate_the_last_run_is_the_one(root: Root) -> None:
     record, committed = finished(root, "first", 0, 0)
-    assert settle(root, (), record, committed) is None and settle(root, GATE, record, {}) is None
+    assert (
+        promote_if_passed(root, (), record, committed) is None
+        and promote_if_passed(root, GATE, record, {}) is None
+    )
     assert not store.exists(root, "current.json") and find_run(root)["name"] == "first"
 
 
 def test_the_pointer_keeps_its_keys_when_the_run_of_that_name_goes_on(root: Root) -> None:
-    settle(root, GATE, *finished(root, "nightly", 0.6, 0.3))
+    promote_if_passed(root, GATE, *finished(root, "nightly", 0.6, 0.3))
     write_run(root, "nightly", "tiny", manifests.now(), {})
     assert find_run(root)["stages"] == {"evaluate": "key-nightly"}
 
 
 def test_all_runs_are_listed_and_the_one_that_is_followed_is_marked(root: Root) -> None:
     assert list_runs(root) == []
-    settle(root, (), *finished(root, "plain", 0, 0))
+    promote_if_passed(root, (), *finished(root, "plain", 0, 0))
     finished(root, "later", 0, 0)
     assert [(each["name"], each["followed"]) for each in list_runs(root)] == [
         ("later", True),
         ("plain", False),
     ]
     for name, own in (("first", 0.6), ("blind", 0.4)):
-        settle(root, GATE, *finished(root, name, own, 0.3))
+        promote_if_passed(root, GATE, *finished(root, name, own, 0.3))
     listed = list_runs(root)
     assert [each["name"] for each in listed] == ["blind", "first", "later", "plain"]
     assert [each["followed"] for each in listed] == [

@@ -8,9 +8,9 @@ import pytest
 from indexing.dedup.grouping import (
     exact,
     groups,
+    hash_picture,
     is_alike,
     keeper_rows,
-    look_of,
     semantic,
 )
 
@@ -68,11 +68,11 @@ def test_looks_survive_resizing_and_compression_and_tell_colours() -> None:
         coded = cv2.imdecode(
             cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR
         )
-        assert is_alike(look_of(picture), look_of(small)) and is_alike(
-            look_of(picture), look_of(coded)
+        assert is_alike(hash_picture(picture), hash_picture(small)) and is_alike(
+            hash_picture(picture), hash_picture(coded)
         )
-        assert not is_alike(look_of(picture), look_of(photo(seed + 100)))
+        assert not is_alike(hash_picture(picture), hash_picture(photo(seed + 100)))
         other = np.ascontiguousarray(picture[..., ::-1])
-        assert not is_alike(look_of(picture), look_of(other)), (
+        assert not is_alike(hash_picture(picture), hash_picture(other)), (
             "the same drawing in another colour is another picture"
         )

@@ -20,7 +20,7 @@ def test_training_pictures_go_for_the_evaluation_picture_they_look_most_like(
             sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 9), replace=False))
         )
         thumbs[row] = np.clip(thumbs[other] + rng.normal(0, 9, (8, 8, 3)), 0, 255)
-    nearest = like_evaluation(perceptual_hash.Looks(hashes, thumbs), is_train)
+    nearest = like_evaluation(perceptual_hash.PictureHashes(hashes, thumbs), is_train)
     flat = thumbs.reshape(500, -1).astype(np.float32)
     rms = np.sqrt(((flat[:, None] - flat[None]) ** 2).mean(2))
     is_alike = (

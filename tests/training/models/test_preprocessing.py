@@ -124,7 +124,7 @@ def test_every_way_to_a_clips_embedding_takes_its_look(tmp_path: Path) -> None:
         json.loads((tmp_path / "clip" / "config.json").read_text())["clip"]["resize_mode"]
         == "shortest"
     )
-    assert embed.look_of(tmp_path / "clip") == model.config.look == CROPPED
+    assert embed.read_look(tmp_path / "clip") == model.config.look == CROPPED
     picture = drawn(30, 48)
     png = cv2.imencode(".png", picture)[1].tobytes()
     (tmp_path / "one.png").write_bytes(png)
