@@ -1,5 +1,5 @@
-"""A training whose ROOT is an S3 bucket: two nodes that share nothing else, with a killed worker,
-end with the weights of a training in a local folder.
+"""A training whose ROOT is an S3 bucket, which is all that workers and driver share, ends with the
+weights of a training in a local folder, though a worker is killed.
 """
 
 import os
@@ -7,9 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,6 +19,7 @@ from infra.storage.work_folder import WorkFolder
 from tests.helpers.s3_server import BUCKET, S3Server
 from tests.helpers.training_folders import COUNT, write_kept
 from tests.training.jobs.test_train import (
+    CLUSTER,
     LONG,
     TOKENIZER,
     folders,
@@ -34,38 +33,17 @@ SCRATCH = "UNCLIP_SCRATCH"
 MODEL = ("weights.safetensors", "raw.safetensors", "metrics.jsonl", "config.json", "tokenizer.json")
 
 
-@dataclass(frozen=True)
-class Nodes:
-    """A Ray of two nodes with one core each, its section, and each node's own scratch folder."""
-
-    config: ClusterConfig
-    scratch: tuple[Path, Path]
-
-
 @pytest.fixture
-def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
-    from ray.cluster_utils import Cluster as RayNodes
-
-    scratch = (tmp_path / "scratch-0", tmp_path / "scratch-1")
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClusterConfig]:
+    """A Ray whose workers find the bucket and keep their files in a scratch folder of theirs."""
     with S3Server(tmp_path / "s3") as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setenv(SCRATCH, str(tmp_path / "scratch-driver"))
-        settings: list[dict[str, Any]] = [
-            {"num_cpus": 1, "object_store_memory": 100 << 20, "env_vars": {SCRATCH: str(folder)}}
-            for folder in scratch
-        ]
-        started = RayNodes(
-            initialize_head=True, head_node_args={**settings[0], "include_dashboard": False}
-        )
-        try:
-            started.add_node(**settings[1])
-            config = ClusterConfig(address=started.address, clip_workers=2)
-            with Cluster(config) as joined:
-                joined.start()
-                yield Nodes(config, scratch)
-        finally:
-            started.shutdown()
+        monkeypatch.setenv(SCRATCH, str(tmp_path / "scratch"))
+        with Cluster(CLUSTER) as cluster:
+            cluster.start()
+            monkeypatch.setenv(SCRATCH, str(tmp_path / "scratch-of-the-driver"))
+            yield CLUSTER
 
 
 def in_store(kept: Path, copy: Path) -> train.TrainingFolders:
@@ -93,13 +71,12 @@ def in_store(kept: Path, copy: Path) -> train.TrainingFolders:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_worker_is_replaced_on_nodes_that_share_a_bucket_alone(
-    nodes: Nodes, tmp_path: Path
+def test_a_killed_worker_is_replaced_where_only_a_bucket_is_shared_with_the_driver(
+    cluster: ClusterConfig, tmp_path: Path
 ) -> None:
     kept = write_kept(tmp_path / "kept")
     local = folders(kept, tmp_path / "local")
-    train.train_clip(TOKENIZER, LONG, nodes.config, local)
-    assert not any(folder.exists() for folder in nodes.scratch), "nothing was in the store yet"
+    train.train_clip(TOKENIZER, LONG, cluster, local)
 
     stage = in_store(kept, tmp_path / "copy")
     killed: list[int] = []
@@ -112,13 +89,13 @@ def test_a_killed_worker_is_replaced_on_nodes_that_share_a_bucket_alone(
 
     killer = threading.Thread(target=lambda: killed.append(once_mid_epoch(stage.work, kill)))
     killer.start()
-    counts = train.train_clip(TOKENIZER, LONG, nodes.config, stage)
+    counts = train.train_clip(TOKENIZER, LONG, cluster, stage)
     killer.join()
     assert 0 < killed[0] < LONG.images, "the kill came too late to prove anything"
     assert counts["images_seen"] == LONG.images
-    assert all(list(folder.rglob("state.pt")) for folder in nodes.scratch), "a worker on each node"
+    assert list((tmp_path / "scratch").rglob("state.pt")), "workers have a scratch of their own"
     again = open_output(stage.output.root, "clip", "k")
     assert again == stage.output, "who starts again finds the same output"
     with again.local_copy(*MODEL) as model:
         assert is_same(model, local.output.folder)
-    assert train.train_clip(TOKENIZER, LONG, nodes.config, stage) == counts
+    assert train.train_clip(TOKENIZER, LONG, cluster, stage) == counts
