@@ -10,7 +10,6 @@ import errno
 import faulthandler
 import io
 import shutil
-import sys
 import tarfile
 import threading
 import warnings
@@ -35,6 +34,8 @@ CARRIED = ["sample", "origin", "captions", "licence", "concept", "style", "categ
 COLUMNS = [*CARRIED, "caption", "url"]
 DIGITS = 5
 BEAT_S = 0.5
+STDERR = 2
+"""The number of the file that a process complains to."""
 MATTED_PIXELS = 1 << 20
 """Larger pictures with transparency are put on white here: img2dataset takes 80 bytes a pixel for
 it."""
@@ -65,7 +66,7 @@ class Pulse:
 
     def _postpone(self) -> None:
         if self.limit_s:
-            faulthandler.dump_traceback_later(self.limit_s, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self.limit_s, exit=True, file=STDERR)
 
     def _watch(self) -> None:
         last = (0, hosts.finished)
