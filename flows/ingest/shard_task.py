@@ -146,9 +146,9 @@ def kill(beat: Beat) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there: Any = NodeAffinitySchedulingStrategy(beat.node, soft=False)
-    end = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_end_process)
-    end.remote(beat.pid)
+    there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
+    ray.remote(**options)(_end_process).remote(beat.pid)
 
 
 def _end_process(pid: int) -> None:
