@@ -25,7 +25,7 @@ LONGEST = (
         "test_fsdp",
         "test_resume",
         "test_vanished_runs",
-        "test_ray_workers",
+        "test_shard_task",
         "test_ray_serve",
         "test_cluster",
     ),

@@ -168,11 +168,7 @@ def remove(
 
     rows, urls, unmatched = _meant(opened, run, selection)
     if unmatched and not missing_ok:
-        others = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
-        raise CallerError(
-            f"no sample in ROOT matches {', '.join(map(repr, unmatched[:3]))}{others}: nothing was "
-            "removed; look it up with `unclip search --json`, or give --missing-ok"
-        )
+        raise _unmatched_error(unmatched)
     request = {
         "urls": selection.urls or [],
         "keys": selection.keys or [],
@@ -190,12 +186,24 @@ def remove(
     }
     if as_json:
         print_json(result)
-        return
+    else:
+        _print_removed(result, dry_run)
+
+
+def _unmatched_error(unmatched: list[str]) -> CallerError:
+    others = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
+    return CallerError(
+        f"no sample in ROOT matches {', '.join(map(repr, unmatched[:3]))}{others}: nothing was "
+        "removed; look it up with `unclip search --json`, or give --missing-ok"
+    )
+
+
+def _print_removed(result: dict[str, list[str]], dry_run: bool) -> None:
     print(
         f"{'would remove' if dry_run else 'removed'} {len(result['removed']):,}: "
         f"{', '.join(result['removed'][:10])}"
     )
-    if trained:
+    if trained := result["trained_into"]:
         print(
             f"trained into {', '.join(trained)}: the next `unclip run` trains them again without it"
         )
@@ -259,9 +267,6 @@ def _meant(
     keys, images, text_file = selection.keys, selection.images, selection.text_file
     if not (selection.urls or keys or images or text_file):
         raise CallerError("name the samples: --url, --key, --image or --text-file")
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     from flows.live_index.takedown import by_values, find, url_spellings
     from infra.storage.removal_log import read_removals
 
@@ -285,19 +290,31 @@ def _meant(
         rows += alike
         unmatched += [] if alike else [str(file)]
     if lines:
-        from flows.live_index.lineage import open_view
-
-        view, _ = open_view(root, run)
-        for segment in view.segments:
-            captions = segment.index.column("caption")
-            is_meant = pc.is_in(captions, pa.array(lines, pa.string()))
-            matched.update(pc.unique(captions.filter(is_meant)).to_pylist())
-            rows += segment.index.metadata(pc.indices_nonzero(is_meant).to_numpy())
+        rows += _with_captions(root, run, lines, matched)
     removals = read_removals(root)
     matched |= removals.keys | removals.origins
     entries = {**{key: frozenset((key,)) for key in keys or []}, **written}
     unmatched += [entry for entry, texts in entries.items() if not texts & matched]
     return rows, all_urls, unmatched
+
+
+def _with_captions(
+    root: Root, run: str | None, captions: list[str], matched: set[str]
+) -> list[dict[str, Any]]:
+    """Return the samples of a run's index with one of these captions; add those to `matched`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from flows.live_index.lineage import open_view
+
+    view, _ = open_view(root, run)
+    rows: list[dict[str, Any]] = []
+    for segment in view.segments:
+        column = segment.index.column("caption")
+        is_meant = pc.is_in(column, pa.array(captions, pa.string()))
+        matched.update(pc.unique(column.filter(is_meant)).to_pylist())
+        rows += segment.index.metadata(pc.indices_nonzero(is_meant).to_numpy())
+    return rows
 
 
 def _lines(file: Path) -> list[str]:

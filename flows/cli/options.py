@@ -3,9 +3,12 @@
 The option --root reads `UNCLIP_ROOT` from the environment. Reads recipes and writes no files.
 """
 
+import hashlib
 import json
+import os
 import re
 import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,10 +105,22 @@ def load_config(
     return load_recipe(recipe, assignments), assignments
 
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
 def run_name(recipe: str, name: str | None) -> str:
-    """Return the run's name, by default the recipe's. Raises CallerError for an invalid name."""
+    """Return the run's name, by default the recipe's. Raises CallerError for an invalid name.
+
+    A recipe's name with other characters is written in ASCII, with a hash of it at the end, so that
+    no two recipes share one.
+    """
     chosen = name or Path(recipe).stem
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", chosen):
+    if not name and not NAME.fullmatch(chosen):
+        letters = unicodedata.normalize("NFKD", chosen.replace("ß", "ss"))
+        ascii_name = re.sub(r"[^A-Za-z0-9._]+", "-", letters.encode("ascii", "ignore").decode())
+        digest = hashlib.sha256(os.fsencode(chosen)).hexdigest()[:6]
+        chosen = "-".join(filter(None, (ascii_name.strip("-._")[:80], digest)))
+    if not NAME.fullmatch(chosen):
         raise CallerError(f"--name {chosen}: use letters, digits, dots, dashes and underscores")
     return chosen
 

@@ -27,6 +27,7 @@ from flows.cli.options import DEFAULT_ROOT, RootUri, RunName
 from flows.config.roots import open_for
 from flows.ingest.http_fetch import FetchError, Rules, fetch_image
 from infra.compute.cluster import Cluster, ClusterConfig
+from infra.console.line_log import write_lines
 from infra.console.log_redirect import quiet_terminal, terminated
 from infra.errors import CallerError
 from infra.settings import Section
@@ -426,4 +427,4 @@ def is_loopback(host: str) -> bool:
 
 def say(line: str) -> None:
     """Print a message to stderr."""
-    print(f"unclip: {line}", file=sys.stderr, flush=True)
+    write_lines(sys.stderr, [f"unclip: {line}"])

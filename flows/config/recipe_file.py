@@ -1,7 +1,8 @@
 """Recipe files: reads TOML, resolves `extends`, applies `--set` overrides and reports mistakes.
 
 A mistake is one line that names the section and the key. The model of the sections is an argument
-(`flows/config/run_config.py` has the real one). Reads only recipe files.
+(`flows/config/run_config.py` has the real one). A relative path of a source or an opt-out list is
+relative to the recipe that names it, in `--set` to the working directory. Reads only recipe files.
 """
 
 import difflib
@@ -15,6 +16,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from flows.sources.caption_text import NotTextError, decode_text
 from infra.errors import CallerError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -86,11 +88,13 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in below:
         raise CallerError(f"{path.name} extends itself")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tree = tomllib.loads(decode_text(path.read_bytes()))
+    except (tomllib.TOMLDecodeError, NotTextError) as error:
         raise CallerError(f"{path} is not TOML: {error}") from None
     except OSError as error:
         raise CallerError(f"cannot read {path}: {error.strerror}") from None
+    if path.resolve().parent != BUILT_IN.resolve():
+        _anchor(tree.get("data"), path.parent.resolve())
     extends = tree.pop("extends", None)
     if extends is None:
         return tree
@@ -100,6 +104,24 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     return _merged(
         _read(beside if beside.is_file() else find_recipe(extends), (*below, path.resolve())), tree
     )
+
+
+def _anchor(data: Any, folder: Path) -> None:
+    """Make the relative paths of the sources and opt-out lists in [data] relative to a folder."""
+    if not isinstance(data, dict):
+        return
+    sources = data.get("sources")
+    for source in sources if isinstance(sources, list) else ():
+        if isinstance(source, dict) and "path" in source:
+            source["path"] = _anchored(source["path"], folder)
+    lists = data.get("opt_out")
+    if isinstance(lists, list):
+        data["opt_out"] = [_anchored(path, folder) for path in lists]
+
+
+def _anchored(path: Any, folder: Path) -> Any:
+    is_relative = isinstance(path, str) and path and not path.startswith(("/", "~"))
+    return str(folder / path) if is_relative and "://" not in path and "::" not in path else path
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

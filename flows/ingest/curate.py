@@ -102,33 +102,14 @@ def run(
         seen, ranks, reasons = write_candidates(
             config, ingest, shards, candidates, dropped, removals, images
         )
+        evaluation_images = np.full(len(ranks), -1)
+        if config.decontaminate:
+            reader = ShardReader(ingest, is_sequential=True)
+            evaluation_images = leaks(candidates, ranks["is_train"], reader)
         is_keeper = keepers(ranks) if config.drop_duplicates else np.ones(len(ranks), bool)
-        evaluation_images = (
-            leaks(candidates, ranks["is_train"], ShardReader(ingest, is_sequential=True))
-            if config.decontaminate
-            else np.full(len(ranks), -1)
+        splits = write_keep_list(
+            candidates, out / "keep.parquet", dropped, ranks, is_keeper, evaluation_images, reasons
         )
-        splits: Counter[str] = Counter()
-        start = 0
-        with pq.ParquetWriter(out / "keep.parquet", KEEP) as keep:
-            for batch in open_parquet(candidates).iter_batches(BATCH_ROWS):
-                is_kept, leaked_by = (
-                    is_keeper[start : start + batch.num_rows],
-                    evaluation_images[start : start + batch.num_rows],
-                )
-                start += batch.num_rows
-                is_leaked = is_kept & (leaked_by >= 0)
-                kept_rows, duplicate_rows, leaked_rows = (
-                    batch.filter(pa.array(mask))
-                    for mask in (is_kept & ~is_leaked, ~is_kept, is_leaked)
-                )
-                splits.update(kept_rows.column("split").to_pylist())
-                keep.write_batch(kept_rows)
-                dropped.write_table(duplicates(duplicate_rows))
-                dropped.write_table(alike(leaked_rows, ranks["key"][leaked_by[is_leaked]]))
-                reasons.update(
-                    duplicate=duplicate_rows.num_rows, evaluation_alike=leaked_rows.num_rows
-                )
     candidates.unlink()
     assert seen == splits.total() + reasons.total()
     counts = {"dropped": dict(sorted((+reasons).items())), "splits": dict(sorted(splits.items()))}
@@ -138,6 +119,40 @@ def run(
             f"{counts['splits']}): loosen [curate]"
         )
     return {"in": seen, "out": splits.total(), **counts}
+
+
+def write_keep_list(
+    candidates: Path,
+    keep_list: Path,
+    dropped: pq.ParquetWriter,
+    ranks: np.ndarray,
+    is_keeper: np.ndarray,
+    evaluation_images: np.ndarray,
+    reasons: Counter[str],
+) -> Counter[str]:
+    """Write the candidates that stay, and the others as dropped; return the pairs by split.
+
+    is_keeper: no other image is equal; evaluation_images: the row of the held-out image that a
+    training image looks like, else -1; `reasons` gets the counts of what is dropped.
+    """
+    splits: Counter[str] = Counter()
+    start = 0
+    with pq.ParquetWriter(keep_list, KEEP) as keep:
+        for batch in open_parquet(candidates).iter_batches(BATCH_ROWS):
+            rows = slice(start, start + batch.num_rows)
+            start += batch.num_rows
+            is_kept, leaked_by = is_keeper[rows], evaluation_images[rows]
+            is_leaked = is_kept & (leaked_by >= 0)
+            masks = (is_kept & ~is_leaked, ~is_kept, is_leaked)
+            kept_rows, duplicate_rows, leaked_rows = (
+                batch.filter(pa.array(mask)) for mask in masks
+            )
+            splits.update(kept_rows.column("split").to_pylist())
+            keep.write_batch(kept_rows)
+            dropped.write_table(duplicates(duplicate_rows))
+            dropped.write_table(alike(leaked_rows, ranks["key"][leaked_by[is_leaked]]))
+            reasons.update(duplicate=duplicate_rows.num_rows, evaluation_alike=leaked_rows.num_rows)
+    return splits
 
 
 def write_candidates(

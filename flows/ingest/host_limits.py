@@ -1,7 +1,7 @@
 """Limits per host: robots.txt (RFC 9309) and the number of simultaneous connections.
 
-Each download process remembers the rules and failures of the hosts that it asked most recently.
-Knows nothing of HTTP: the caller passes the function that reads robots.txt.
+Each process remembers the rules and failures of the hosts that it asked most recently. Knows
+nothing of HTTP: the caller passes the function that reads robots.txt.
 """
 
 import threading

@@ -3,7 +3,9 @@
 Time, bytes and declared pixels are bounded; connections are reused per thread. Every address is
 checked when a connection is made, redirect targets included, and the connection goes to the checked
 address, so a name that later resolves differently gains nothing. Failures raise `FetchError` with
-one of the reasons below. Knows nothing of shards. Uses no proxy.
+one of the reasons below. Knows nothing of shards. Uses a proxy only where `Rules.proxy` names one,
+never by the environment; a proxy resolves names itself, so that only addresses that stand in a URL
+and `localhost` can be checked here.
 """
 
 import contextlib
@@ -80,6 +82,8 @@ class Rules:
     grown_px: int = 0
     """Pixels to which the shorter side of a picture will be scaled; 0 where nothing can grow by
     it."""
+    proxy: str = ""
+    """`http://host:port` through which all but our own server is asked."""
     opt_out: OptOut = NOBODY
     """What is not asked even where a redirect leads there."""
 
@@ -125,7 +129,8 @@ def fetch(url: str, rules: Rules) -> bytes:
                 ) from still
         with hosts.slot(origin, 0 if is_ours else rules.per_host):
             deadline += time.monotonic() - started_s
-            answer = get(url, replace(rules, allow_private=True) if is_ours else rules, deadline)
+            ours = replace(rules, allow_private=True, proxy="")
+            answer = get(url, ours if is_ours else rules, deadline)
         if isinstance(answer, bytes):
             return answer
         url = urljoin(url, answer)
@@ -136,8 +141,7 @@ def robots_txt(origin: Origin, rules: Rules) -> str:
     """Return a host's robots.txt; "" where it has none (a 4xx, RFC 9309, 2.3.1.3). Where it cannot
     be had now, nor can the picture.
     """
-    scheme, host, port = origin
-    where = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/robots.txt"
+    where = f"{base_of(origin)}/robots.txt"
     try:
         body = retry(
             where,
@@ -148,6 +152,12 @@ def robots_txt(origin: Origin, rules: Rules) -> str:
         if error.reason in ("http_404", "http_error"):
             return ""
         raise FetchError(error.reason, f"robots.txt: {error.detail}", is_hopeless=True) from error
+
+
+def base_of(origin: Origin) -> str:
+    """Return the start of all URLs of an origin."""
+    scheme, host, port = origin
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def split_origin(url: str) -> tuple[Origin, str]:
@@ -200,7 +210,10 @@ def exchange(origin: Origin, target: str, rules: Rules, deadline: float) -> byte
     pool_key = (
         origin,
         rules.allow_private,
+        rules.proxy,
     )  # one that was let through the check of addresses serves nobody else
+    if rules.proxy and origin[0] == "http":
+        target = f"{base_of(origin)}{target}"
     while True:
         pooled = connections().pop(pool_key, None)
         connection = pooled or connect(origin, rules, deadline)
@@ -347,25 +360,17 @@ def connect(origin: Origin, rules: Rules, deadline: float) -> http.client.HTTPCo
             f"{FAILURE_S} s",
             True,
         )
+    addresses = proxy_addresses(origin, rules) if rules.proxy else checked_addresses(origin, rules)
+    way_port = urlsplit(rules.proxy).port or 80 if rules.proxy else port
     try:
-        address_infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        hosts.connected(origin, False)
-        raise FetchError("unreachable", f"{host}: {error.strerror}") from error
-    addresses = list(dict.fromkeys(entry[4][0] for entry in address_infos))
-    if not rules.allow_private:
-        for address in addresses:
-            if not is_public(str(address)):
-                raise FetchError(
-                    "host_refused",
-                    f"{host} is at {address}, a private, loopback or otherwise reserved address",
-                )
-    try:
-        sock = dial([str(address) for address in addresses], port, deadline)
+        sock = dial(addresses, way_port, deadline)
     except OSError:
         hosts.connected(origin, False)
         raise
     hosts.connected(origin, True)
+    if rules.proxy and scheme == "https":
+        with reaped_at(deadline, sock):
+            open_tunnel(sock, origin)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if scheme == "https":
         with reaped_at(deadline, sock):
@@ -375,6 +380,58 @@ def connect(origin: Origin, rules: Rules, deadline: float) -> http.client.HTTPCo
     connection.sock = sock
     connection.auto_open = 0  # never reconnect behind the check's back
     return connection
+
+
+def checked_addresses(origin: Origin, rules: Rules) -> list[str]:
+    """Return a host's addresses; raises FetchError where one of them may not be asked."""
+    _, host, port = origin
+    try:
+        address_infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        hosts.connected(origin, False)
+        raise FetchError("unreachable", f"{host}: {error.strerror}") from error
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in address_infos))
+    if not rules.allow_private:
+        for address in addresses:
+            if not is_public(address):
+                raise FetchError(
+                    "host_refused",
+                    f"{host} is at {address}, a private, loopback or otherwise reserved address",
+                )
+    return addresses
+
+
+def proxy_addresses(origin: Origin, rules: Rules) -> list[str]:
+    """Return the proxy's addresses; raises FetchError for a host that is a reserved address in any
+    notation, or `localhost`.
+    """
+    _, host, port = origin
+    try:  # no name is resolved by this
+        literal = socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        literal = []
+    name = host.lower().rstrip(".")
+    is_private = name == "localhost" or name.endswith(".localhost")
+    is_private = is_private or any(not is_public(str(entry[4][0])) for entry in literal)
+    if is_private and not rules.allow_private:
+        raise FetchError("host_refused", f"{host} is a private, loopback or reserved address")
+    way = urlsplit(rules.proxy)
+    try:
+        address_infos = socket.getaddrinfo(way.hostname, way.port or 80, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise FetchError("unreachable", f"proxy {rules.proxy}: {error.strerror}") from error
+    return list(dict.fromkeys(str(entry[4][0]) for entry in address_infos))
+
+
+def open_tunnel(sock: socket.socket, origin: Origin) -> None:
+    """Ask the proxy at the other end for a connection to a host (RFC 9110, 9.3.6)."""
+    authority = base_of(origin).partition("://")[2]
+    sock.sendall(f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode())
+    answer = Response(sock, method="CONNECT")
+    answer.begin()
+    if answer.status != 200:
+        sock.close()
+        raise FetchError("unreachable", f"the proxy answered CONNECT with HTTP {answer.status}")
 
 
 def dial(addresses: list[str], port: int, deadline: float) -> socket.socket:
@@ -456,11 +513,11 @@ _open_sockets: dict[int, tuple[float, socket.socket]] = {}
 _reaper_lock = threading.Lock()
 
 
-def connections() -> dict[tuple[Origin, bool], http.client.HTTPConnection]:
+def connections() -> dict[tuple[Origin, bool, str], http.client.HTTPConnection]:
     """This thread's idle connections."""
     if not hasattr(_local, "connections"):
         _local.connections = {}
-    pool: dict[tuple[Origin, bool], http.client.HTTPConnection] = _local.connections
+    pool: dict[tuple[Origin, bool, str], http.client.HTTPConnection] = _local.connections
     while len(pool) > 4:
         pool.pop(next(iter(pool))).close()
     return pool

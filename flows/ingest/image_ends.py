@@ -103,7 +103,7 @@ def _has_all_rows(complete: bytes, fillings: tuple[bytes, ...]) -> bool:
             return False
         if pixels is None:
             return False
-        digests.add(hashlib.sha256(np.ascontiguousarray(pixels).data).digest())
+        digests.add(hashlib.sha256(pixels.tobytes()).digest())
         del pixels
     return len(digests) == 1
 

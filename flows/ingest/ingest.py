@@ -1,34 +1,39 @@
 """The ingest stage: from sources to a URL table to verified WebDataset shards.
 
-Splits the table into feeds, has each feed made into a shard (`flows/ingest/download_pass.py`) and
+Splits the table into feeds, has each feed made into a shard (`flows/ingest/shard_pass.py`) and
 counts the outcome of every row. Rows that failed for a temporary reason are tried in further
-passes; a killed run continues where it stopped. Writes OUT/urls.parquet, OUT/shards/00000.tar and
-.parquet, OUT/dropped.parquet; the state of a run is in WORK.
+passes; a killed run continues from the parts that are recorded in ROOT. Puts urls.parquet and
+shards/00000.tar and .parquet into the stage's output, and writes OUT/dropped.parquet.
 """
 
-import json
+import math
 import shutil
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from flows.ingest.download_pass import make_shards
-from flows.ingest.local_workers import Feed, Workers
-from flows.ingest.ray_workers import start_on_nodes
-from flows.ingest.row_outcomes import read_outcomes, rows_to_ask_again, write_dropped
+import flows.ingest.shard_pass as shard_pass
+import flows.sources.opt_out as opt_out
+from flows.ingest.row_outcomes import ShardFacts, read_outcomes, rows_to_ask_again, write_dropped
+from flows.ingest.shard_pass import make_shards, tasks_at_once
 from flows.ingest.shard_reuse import take_over, unknown_rows
+from flows.ingest.shard_task import Feed
 from flows.sources.static_server import StaticServer
 from flows.sources.url_table import SERVED, DataConfig, Mounts, write_url_table
+from infra.compute.cluster import Cluster
 from infra.errors import DataError
 from infra.schemas import DROPPED, SHARD_COLUMNS, URLS, open_parquet
-from infra.storage.atomic_files import atomic_file, link_or_copy, put_folder
+from infra.storage.atomic_files import link_or_copy, put_folder
+from infra.storage.manifests import Committed
 from infra.storage.removal_log import Removals
+from infra.storage.stage_files import file_sha256
+from infra.storage.stage_output import StageOutput
 
 FILTERED_ROWS = 65_536
 FEED = pa.schema([field.with_name(SHARD_COLUMNS.get(field.name, field.name)) for field in URLS])
@@ -38,72 +43,100 @@ GROWING = ("center_crop", "keep_ratio")
 Counts = dict[str, Any]
 
 
+TABLE, TAKEN_OVER = "table", "taken_over"
+"""Parts beside the shards: the URL table, and the end of taking over a former ingest."""
+
+
 def run(
     config: DataConfig,
+    cluster: Cluster,
+    output: StageOutput,
     out: Path,
     work: Path,
     removals: Removals = Removals(),
-    previous: Path | None = None,
-    remote: int = 0,
+    previous: Committed | None = None,
 ) -> Counts:
-    """Download everything that the sources name into OUT and return the counts; WORK carries the
-    state between killed attempts.
+    """Download everything that the sources name and return the counts.
 
     What a `previous` ingest of the same settings has of the same URLs is taken over; only its
-    passing failures are asked again. With `remote`, so many download processes run on the nodes of
-    the Ray cluster that is joined; feeds with rows that are served on loopback stay with this
-    machine's `processes`.
+    passing failures are asked again. Shards are made by tasks on the nodes of `cluster`, those with
+    rows that are served on loopback on this node.
 
     Raises CallerError for a source that is not there, DataError when less than `min_success` of the
-    URLs became images, StorageError when the disk is full.
+    URLs became images, StorageError when a disk is full.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    is_served = any(source.kind != "urls" for source in config.sources)
-    with ExitStack() as stack:
-        workers = stack.enter_context(Workers(work / "img2dataset.log"))
-        if is_served or not remote:
-            workers.start_here(config.processes, config.max_image_pixels)
-        table = url_table(config, work, removals)
-        server = stack.enter_context(StaticServer(Mounts.load(table / "mounts.json").folders))
-        if remote:
-            start_on_nodes(workers, remote, config.max_image_pixels, table / "opt_out.json")
-        settings = shard_settings(config, table, actual=server.base, workers=len(workers.all))
-        urls, first_number = table / "urls.parquet", 0
-        if previous or (work / "taken_over.json").exists():
-            urls, first_number = renewed(previous, table, work)
-        taken_over = first_number
+    table = url_table(config, work, removals)
+    urls = table / "urls.parquet"
+    taken_over, shards = _finished_shards(output, urls, previous, cluster)
+    free_number = taken_over
+    with StaticServer(Mounts.load(table / "mounts.json").folders) as server:
+        at_once = tasks_at_once(config, cluster.config)
+        settings = {
+            is_served: shard_settings(config, table, server.base if is_served else "", at_once)
+            for is_served in (True, False)
+        }
         for number in range(config.retry_passes + 1):
+            before = {n: facts for n, facts in shards.items() if n < free_number}
             rows = (
-                urls
-                if number == 0
-                else rows_to_ask_again(
-                    work / "shards", first_number, work / f"again-{number}.parquet"
-                )
+                rows_to_ask_again(output, before, work / f"again-{number}.parquet")
+                if number
+                else _rows_of_first_pass(urls, output, before, work)
             )
-            feeds = write_feeds(
-                rows, work / f"pass-{number}", first_number, config.images_per_shard
-            )
-            if not feeds and number:
+            all_rows = pq.read_metadata(rows).num_rows
+            if number and not all_rows:
                 break
-            make_shards(feeds, work / "shards", settings, workers, config, number)
-            first_number += len(feeds)
-    counts = finish(config, table, work / "shards", first_number, out)
+            end = free_number + math.ceil(all_rows / config.images_per_shard)
+            done = {n: shards[n] for n in range(free_number, end) if n in shards}
+            finished_rows = sum(sum(facts["outcomes"].values()) for facts in done.values())
+            feeds = read_feeds(rows, free_number, config.images_per_shard, done)
+            shards |= make_shards(
+                feeds, output, config, settings, cluster, number, (finished_rows, all_rows)
+            )
+            free_number = end
+    _forget_from(free_number, output, shards)
+    counts = finish(config, table, output, shards, out)
     return counts | ({"shards_taken_over": taken_over} if taken_over else {})
 
 
-def renewed(previous: Path | None, table: Path, work: Path) -> tuple[Path, int]:
-    """Take over what the previous ingest has, once; return the table of the rows that are left and
-    the number of the first new shard.
+def _forget_from(free_number: int, output: StageOutput, shards: dict[int, ShardFacts]) -> None:
+    """Forget shards of an earlier attempt that had more retry passes."""
+    for number in [number for number in shards if number >= free_number]:
+        output.forget(f"{number:05d}")
+        del shards[number]
+
+
+def _finished_shards(
+    output: StageOutput, urls: Path, previous: Committed | None, cluster: Cluster
+) -> tuple[int, dict[int, ShardFacts]]:
+    """Return the number of the first shard that is not taken over, and all finished shards.
+
+    They are of an earlier attempt with the same URL table, or of the previous ingest, from which
+    they are taken over once. Puts the table into the output; forgets parts of another table.
     """
-    done = work / "taken_over.json"
-    if not done.exists():
-        assert previous, "without one there is nothing to go on with"
-        count = take_over(previous, table / "urls.parquet", work / "shards")
-        unknown_rows(table / "urls.parquet", work / "shards", count, work / "new.parquet")
-        with atomic_file(done) as part:
-            part.write_text(json.dumps({"shards": count}))
-    return work / "new.parquet", int(json.loads(done.read_text())["shards"])
+    parts, digest = output.finished_parts(), file_sha256(urls)
+    if TABLE not in parts or parts[TABLE]["facts"]["sha256"] != digest:
+        for part in parts:
+            output.forget(part)
+        parts = {}
+        with output.temporary_folder() as folder:
+            link_or_copy(urls, folder / urls.name)
+            output.record(TABLE, [output.put(folder / urls.name, urls.name)], {"sha256": digest})
+    if TAKEN_OVER not in parts:
+        count = take_over(previous, urls, output, cluster) if previous else 0
+        output.record(TAKEN_OVER, [], {"shards": count})
+        parts = output.finished_parts()
+    shards = {
+        int(name): cast(ShardFacts, part["facts"]) for name, part in parts.items() if name.isdigit()
+    }
+    return int(parts[TAKEN_OVER]["facts"]["shards"]), shards
+
+
+def _rows_of_first_pass(
+    urls: Path, output: StageOutput, taken_over: Mapping[int, ShardFacts], work: Path
+) -> Path:
+    if not taken_over:
+        return urls
+    return unknown_rows(urls, output, sorted(taken_over), work / "new.parquet")
 
 
 def url_table(config: DataConfig, work: Path, removals: Removals = Removals()) -> Path:
@@ -156,9 +189,10 @@ def leave_out(folder: Path, removals: Removals) -> None:
     longer.replace(dropped)
 
 
-def shard_settings(config: DataConfig, table: Path, actual: str, workers: int) -> dict[str, Any]:
-    """Return what one of so many download processes has to know. `actual` stands in place of what
-    is recorded of served pictures.
+def shard_settings(config: DataConfig, table: Path, served_at: str, at_once: int) -> dict[str, Any]:
+    """Return what one of so many tasks at once has to know.
+
+    `served_at` is the base URL of the images that this node serves, "" in tasks on other nodes.
     """
     return {
         "rules": {
@@ -168,52 +202,51 @@ def shard_settings(config: DataConfig, table: Path, actual: str, workers: int) -
             "max_pixels": config.max_image_pixels,
             "allow_private": config.allow_private,
             "robots": config.robots,
-            "per_host": max(1, config.per_host // workers) if config.per_host else 0,
-            "loopback": actual,
+            "proxy": config.proxy,
+            "per_host": max(1, config.per_host // at_once) if config.per_host else 0,
+            "loopback": served_at,
             "grown_px": config.image_size_px if config.resize in GROWING else 0,
         },
         "recorded": SERVED,
-        "actual": actual,
-        "opt_out": str((table / "opt_out.json").resolve()),
+        "actual": served_at or SERVED,
+        "opt_out": opt_out.load(table / "opt_out.json"),
         "threads": config.threads,
         "image_size_px": config.image_size_px,
         "resize": config.resize,
         "encode": config.encode,
         "images_per_shard": config.images_per_shard,
+        "limit_s": shard_pass.SILENCE_LIMIT_S + 4 * (config.timeout_s + 1) * (config.retries + 1),
     }
 
 
-def write_feeds(rows: Path, folder: Path, first_number: int, images_per_shard: int) -> list[Feed]:
-    """Cut a table into one Arrow file a shard, equal counts. A folder under its final name is
-    whole.
-    """
-    if not folder.is_dir():
-        part = folder.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        for offset, batch in enumerate(open_parquet(rows).iter_batches(images_per_shard)):
-            feed = pa.Table.from_batches([batch]).rename_columns(FEED.names).cast(FEED)
-            with pa.ipc.new_file(part / f"{first_number + offset:05d}.arrow", FEED) as writer:
-                writer.write_table(feed)
-        put_folder(part, folder)
-    feeds = []
-    for file in sorted(folder.glob("*.arrow"), key=lambda file: int(file.stem)):
-        with pa.ipc.open_file(file) as reader:
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        is_served = any(
-            pc.any(pc.starts_with(batch["url"], f"{SERVED}/")).as_py() for batch in batches
-        )
-        feeds.append(
-            Feed(int(file.stem), file, sum(batch.num_rows for batch in batches), is_served)
-        )
-    return feeds
+def read_feeds(
+    rows: Path, first_number: int, images_per_shard: int, finished: Container[int] = ()
+) -> Iterator[Feed]:
+    """Cut a table (schema URLS) into feeds of equal counts, without those of finished shards."""
+    for number, batch in enumerate(
+        open_parquet(rows).iter_batches(images_per_shard), start=first_number
+    ):
+        if number in finished:
+            continue
+        feed = pa.Table.from_batches([batch]).rename_columns(FEED.names).cast(FEED)
+        buffer = pa.BufferOutputStream()
+        with pa.ipc.new_file(buffer, FEED) as writer:
+            writer.write_table(feed)
+        is_served = pc.any(pc.starts_with(feed["url"], f"{SERVED}/")).as_py()
+        yield Feed(number, feed.num_rows, buffer.getvalue().to_pybytes(), bool(is_served))
 
 
-def finish(config: DataConfig, table: Path, shards: Path, count: int, out: Path) -> Counts:
-    """Put the results under OUT and count them; a row that failed and succeeded in a later pass has
+def finish(
+    config: DataConfig,
+    table: Path,
+    output: StageOutput,
+    shards: Mapping[int, ShardFacts],
+    out: Path,
+) -> Counts:
+    """Write OUT/dropped.parquet and count; a row that failed and succeeded in a later pass has
     succeeded.
     """
-    outcomes = read_outcomes(shards, count)
+    outcomes = read_outcomes(output, shards)
     early, reasons, examples = write_dropped(
         table / "dropped.parquet", outcomes, out / "dropped.parquet"
     )
@@ -225,16 +258,11 @@ def finish(config: DataConfig, table: Path, shards: Path, count: int, out: Path)
             f"{config.min_success:.0%}: mostly {reason} "
             f"({reasons[reason]:,}), such as {examples[reason]}"
         )
-    link_or_copy(table / "urls.parquet", out / "urls.parquet")
-    (out / "shards").mkdir()
-    for number in range(count):
-        for suffix in (".tar", ".parquet"):
-            link_or_copy(shards / f"{number:05d}{suffix}", out / "shards" / f"{number:05d}{suffix}")
     return {
         "in": requested + early.total(),
         "out": succeeded,
         "dropped": dict(sorted((reasons + early).items())),
-        "shards": count,
+        "shards": len(shards),
     }
 
 

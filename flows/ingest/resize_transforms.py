@@ -1,7 +1,8 @@
 """The four albumentations transforms that img2dataset's Resizer applies, by OpenCV alone.
 
-A download process puts this module in albumentations' place: importing that (with SciPy, pydantic
-and more) is most of such a process's start. Same arithmetic, hence the same pixels.
+A download task uses this module in albumentations' place (`flows/ingest/img2dataset_parts.py`):
+importing that (with SciPy, pydantic and more) is most of the time that a task needs to start. The
+arithmetic is the same, hence the pixels.
 Legend: images are uint8 (H, W) or (H, W, C).
 """
 

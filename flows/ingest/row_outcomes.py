@@ -1,13 +1,16 @@
 """Outcomes of an ingest's rows, read from the tables of its shards one by one.
 
 Says which rows to try again, and which were dropped and why. A row may appear in several shards;
-the last one counts. Memory: 12 bytes per failure and the table of one shard.
+the last one counts. Shards without a failure are not read; the records of the others' parts say
+how many they have. Memory: 12 bytes per failure and the tables of a few shards.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -17,16 +20,41 @@ import pyarrow.parquet as pq
 from flows.ingest.http_fetch import PASSING
 from infra.schemas import DROPPED, URLS, open_parquet, shard_rows
 from infra.storage.atomic_files import atomic_file
+from infra.storage.stage_output import StageOutput
 
 GROUP_ROWS = 65_536
+READ_THREADS = 8
+SUCCESS = "success"
+
+
+class ShardFacts(TypedDict):
+    """What the record of a finished shard says of its rows."""
+
+    outcomes: dict[str, int]
+    """Number of rows by outcome: "success" or the reason of their failure."""
+    is_first: bool
+    """Whether each of its rows was asked here for the first time."""
+
+
+def count_outcomes(rows: pa.Table) -> Counter[str]:
+    """Count the rows of a shard's table by outcome; it needs columns status and error_message."""
+    failed = rows.filter(pc.not_equal(rows["status"], SUCCESS))
+    outcomes = Counter(split_problem(*problem)[0] for problem in _problems(failed))
+    outcomes[SUCCESS] = rows.num_rows - failed.num_rows
+    return outcomes
+
+
+def passing_share(outcomes: Mapping[str, int]) -> float:
+    """Return the share of rows that failed for a reason that may pass."""
+    return sum(outcomes.get(reason, 0) for reason in PASSING) / max(1, sum(outcomes.values()))
 
 
 @dataclass
 class Outcomes:
-    """Return the final state of the rows of the first `count` shards."""
+    """The final state of the rows of finished shards."""
 
-    shards: Path
-    count: int
+    output: StageOutput
+    shards: Mapping[int, ShardFacts]
     succeeded: int = 0
     samples: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     """Those whose last word is a failure, sorted."""
@@ -35,24 +63,23 @@ class Outcomes:
 
     def failures(self) -> Iterator[pa.Table]:
         """Yield the rows that have failed for good so far, a shard's at a time."""
-        for number in range(self.count):
-            rows = pq.read_table(self.shards / f"{number:05d}.parquet")
-            rows = rows.filter(pc.not_equal(rows["status"], "success"))
+        for number, rows in _tables(self.output, _with_failures(self.shards)):
+            rows = rows.filter(pc.not_equal(rows["status"], SUCCESS))
             matches, positions = _find(_numbers(rows["sample"]), self.samples)
             matches[matches] = self.last[positions[matches]] == number
             if matches.any():
                 yield rows.filter(pa.array(matches))
 
 
-def read_outcomes(shards: Path, count: int) -> Outcomes:
-    """Read which rows of shards 0..count-1 succeeded and which failed last time they were asked."""
-    outcomes = Outcomes(shards, count)
+def read_outcomes(output: StageOutput, shards: Mapping[int, ShardFacts]) -> Outcomes:
+    """Read which rows of the shards succeeded and which failed last time they were asked."""
+    outcomes = Outcomes(output, shards)
+    outcomes.succeeded = sum(facts["outcomes"].get(SUCCESS, 0) for facts in shards.values())
     failed, last_shards = [outcomes.samples], [outcomes.last]
-    for number in range(count):
-        samples, is_good = _statuses(shards, number)
+    for number, rows in _tables(output, _with_failures(shards), ["sample", "status"]):
+        samples, is_good = _statuses(rows)
         failed.append(samples[~is_good])
         last_shards.append(np.full(len(failed[-1]), number, np.int32))
-        outcomes.succeeded += int(is_good.sum())
     samples, last = np.concatenate(failed), np.concatenate(last_shards)
     order = np.argsort(
         samples, kind="stable"
@@ -61,20 +88,21 @@ def read_outcomes(shards: Path, count: int) -> Outcomes:
     is_last = np.append(samples[1:] != samples[:-1], True) if len(samples) else np.empty(0, bool)
     samples, last = samples[is_last], last[is_last]
     is_mended = np.zeros(len(samples), bool)
-    for number in range(count):
-        requested, is_good = _statuses(shards, number)
+    retried = sorted(number for number, facts in shards.items() if not facts["is_first"])
+    for _, rows in _tables(output, retried, ["sample", "status"]):
+        requested, is_good = _statuses(rows)
         matches, positions = _find(requested[is_good], samples)
         is_mended[positions[matches]] = True
     outcomes.samples, outcomes.last = samples[~is_mended], last[~is_mended]
     return outcomes
 
 
-def rows_to_ask_again(shards: Path, count: int, file: Path) -> Path:
-    """Write the rows of shards 0..count-1 that failed last time for a reason that may pass as
-    `file` (schema URLS); return it.
+def rows_to_ask_again(output: StageOutput, shards: Mapping[int, ShardFacts], file: Path) -> Path:
+    """Write the rows of the shards that failed last time for a reason that may pass as `file`
+    (schema URLS); return it.
     """
     with atomic_file(file) as part, pq.ParquetWriter(part, URLS) as writer:
-        for rows in read_outcomes(shards, count).failures():
+        for rows in read_outcomes(output, shards).failures():
             passes = [split_problem(*problem)[0] in PASSING for problem in _problems(rows)]
             chosen = rows.filter(pa.array(passes, pa.bool_()))
             writer.write_table(shard_rows(chosen).select(URLS.names).cast(URLS))
@@ -131,9 +159,31 @@ def _problems(rows: pa.Table) -> Iterator[tuple[str, str | None]]:
     return zip(rows["status"].to_pylist(), rows["error_message"].to_pylist(), strict=True)
 
 
-def _statuses(shards: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
-    rows = pq.read_table(shards / f"{number:05d}.parquet", columns=["sample", "status"])
-    return _numbers(rows["sample"]), pc.equal(rows["status"], "success").to_numpy().astype(bool)
+def _with_failures(shards: Mapping[int, ShardFacts]) -> list[int]:
+    return sorted(
+        number
+        for number, facts in shards.items()
+        if any(count for outcome, count in facts["outcomes"].items() if outcome != SUCCESS)
+    )
+
+
+def _tables(
+    output: StageOutput, numbers: Sequence[int], columns: list[str] | None = None
+) -> Iterator[tuple[int, pa.Table]]:
+    """Yield shards' numbers and tables in this order, a few read ahead."""
+
+    def read(number: int) -> pa.Table:
+        with output.open(f"shards/{number:05d}.parquet") as file:
+            return pq.read_table(file, columns=columns)
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for start in range(0, len(numbers), READ_THREADS):
+            group = numbers[start : start + READ_THREADS]
+            yield from zip(group, pool.map(read, group), strict=True)
+
+
+def _statuses(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    return _numbers(rows["sample"]), pc.equal(rows["status"], SUCCESS).to_numpy().astype(bool)
 
 
 def _numbers(keys: pa.ChunkedArray) -> np.ndarray:

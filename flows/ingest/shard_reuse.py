@@ -2,23 +2,29 @@
 
 A row is unchanged if everything that the list says of it is. Only URLs are reused: a file in a
 local folder may have changed under its name and is read over loopback anyway. Rows that the list no
-longer has are removed from the shards. Memory: 8 bytes per row.
+longer has are removed from the shards. A shard that stays whole is linked or copied by the store;
+one that loses rows is written anew by a Ray task. Memory: 8 bytes per row.
 """
 
 import json
-import shutil
 import tarfile
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flows.ingest.row_outcomes import ShardFacts, count_outcomes
+from infra.compute.cluster import Cluster, spread
 from infra.row_hash import row_hashes
 from infra.schemas import URLS, open_parquet
-from infra.storage.atomic_files import atomic_file, link_or_copy, put
+from infra.storage.atomic_files import atomic_file
+from infra.storage.manifests import Committed
+from infra.storage.stage_files import StageFiles
+from infra.storage.stage_output import StageOutput
 
 SAME = (
     "image_size_px",
@@ -42,42 +48,107 @@ def is_renewable(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return all(name in before and before[name] == now[name] for name in SAME)
 
 
-def take_over(previous: Path, table: Path, shards: Path) -> int:
-    """Put the shards of a former ingest into `shards`, without the rows that `table` (urls.parquet)
-    lacks; return their number.
+class CopiedFacts(ShardFacts):
+    """What the record of a shard that was taken over says."""
 
-    They keep their numbers, so that new ones follow. What stands there under a final name is whole,
-    so a killed call is repeated.
+    copied_from: str
+    """Digest of the ingest that had it."""
+
+
+def take_over(previous: Committed, table: Path, output: StageOutput, cluster: Cluster) -> int:
+    """Put the shards of a former ingest into `output`, without the rows that `table` (urls.parquet)
+    lacks; return the number of the first shard that is free.
+
+    They keep their numbers, so that new ones follow, and are recorded as parts. Those that a killed
+    call has finished stay, if it took them from the same ingest.
     """
-    shards.mkdir(parents=True, exist_ok=True)
+    finished = output.finished_parts()
+    for part in list(finished):
+        if finished[part]["facts"].get("copied_from", previous.digest) != previous.digest:
+            output.forget(part)
+            del finished[part]
     listed = np.sort(
         np.concatenate(
             [marks(batch) for batch in open_parquet(table).iter_batches(BATCH_ROWS)]
             or [np.empty(0, np.uint64)]
         )
     )
-    files = sorted((previous / "shards").glob("*.parquet"), key=lambda file: int(file.stem))
-    for file in files:
-        if not (shards / f"{file.stem}.tar").exists():
-            rows = pq.read_table(file)
-            _copy(file, rows, np.isin(marks(rows), listed) & is_url(rows), shards)
-    return int(files[-1].stem) + 1 if files else 0
+    numbers = [int(PurePosixPath(name).stem) for name in previous.files.names("shards/*.parquet")]
+    changed = _copy_unchanged(
+        previous, [n for n in sorted(numbers) if f"{n:05d}" not in finished], listed, output
+    )
+    first = next(changed, None)
+    if first:
+        cluster.start()
+        for _ in spread(cluster.config, _rewrite, chain([first], changed)):
+            pass
+    return max(numbers, default=-1) + 1
 
 
-def unknown_rows(table: Path, shards: Path, count: int, out: Path) -> Path:
-    """Write the rows of `table` that none of the first `count` shards holds, as `out`; return
+Rewriting = tuple[StageOutput, StageFiles, int, np.ndarray, str]
+
+
+def _copy_unchanged(
+    previous: Committed, numbers: list[int], listed: np.ndarray, output: StageOutput
+) -> Iterator[Rewriting]:
+    """Copy and record the shards that lose no row; yield `_rewrite`'s arguments for the others."""
+    files = {file["path"]: file for file in previous.manifest["files"]}
+    for number in numbers:
+        rows = _read_rows(previous.files, number)
+        is_reused = np.isin(marks(rows), listed) & is_url(rows)
+        if not is_reused.all():
+            yield output, previous.files, number, is_reused, previous.digest
+            continue
+        names = [f"shards/{number:05d}{suffix}" for suffix in (".parquet", ".tar")]
+        entries = [output.copy(f"{previous.path}/{name}", files[name]) for name in names]
+        output.record(f"{number:05d}", entries, dict(_facts(rows, previous.digest)))
+
+
+def _rewrite(
+    output: StageOutput, files: StageFiles, number: int, is_reused: np.ndarray, digest: str
+) -> None:
+    """Write a shard without the rows that are not reused, and record it. Runs as a Ray task."""
+    name = f"{number:05d}"
+    rows = _read_rows(files, number).filter(pa.array(is_reused))
+    keys = set(rows.column("key").to_pylist())
+    with output.temporary_folder() as folder:
+        parquet, tar = folder / f"{name}.parquet", folder / f"{name}.tar"
+        pq.write_table(rows, parquet)
+        with (
+            files.open(f"shards/{name}.tar") as source,
+            tarfile.open(fileobj=source, mode="r:") as old,
+            tarfile.open(tar, "w:", format=tarfile.USTAR_FORMAT) as new,
+        ):
+            for member in old:
+                if member.name.partition(".")[0] in keys:
+                    new.addfile(member, old.extractfile(member))
+        entries = [output.put(file, f"shards/{file.name}") for file in (parquet, tar)]
+    output.record(name, entries, dict(_facts(rows, digest)))
+
+
+def _read_rows(files: StageFiles, number: int) -> pa.Table:
+    with files.open(f"shards/{number:05d}.parquet") as file:
+        return pq.read_table(file)
+
+
+def _facts(rows: pa.Table, digest: str) -> CopiedFacts:
+    # The former ingest may have asked some of its rows in several shards.
+    return {"outcomes": dict(count_outcomes(rows)), "is_first": False, "copied_from": digest}
+
+
+def unknown_rows(table: Path, output: StageOutput, numbers: list[int], file: Path) -> Path:
+    """Write the rows of `table` that none of these shards of `output` holds, as `file`; return
     it.
     """
-    hashes = [
-        marks(pq.read_table(file))
-        for file in (shards / f"{number:05d}.parquet" for number in range(count))
-        if file.exists()
-    ]
+    hashes = []
+    for number in numbers:
+        with output.open(f"shards/{number:05d}.parquet") as opened:
+            hashes.append(marks(pq.read_table(opened)))
     sorted_hashes = np.sort(np.concatenate(hashes or [np.empty(0, np.uint64)]))
-    with atomic_file(out) as part, pq.ParquetWriter(part, URLS) as writer:
+    with atomic_file(file) as part, pq.ParquetWriter(part, URLS) as writer:
         for batch in open_parquet(table).iter_batches(BATCH_ROWS):
             writer.write_batch(batch.filter(pa.array(~np.isin(marks(batch), sorted_hashes))))
-    return out
+    return file
 
 
 def marks(rows: pa.RecordBatch | pa.Table) -> np.ndarray:
@@ -95,28 +166,3 @@ def is_url(rows: pa.Table) -> np.ndarray:
         ],
         bool,
     )
-
-
-def _copy(file: Path, rows: pa.Table, is_reused: np.ndarray, shards: Path) -> None:
-    """Put one shard under its name, its tar last: linked where all of it is kept, else written anew
-    without the rest.
-    """
-    target = shards / file.name
-    if is_reused.all():
-        link_or_copy(file, target)
-        link_or_copy(file.with_suffix(".tar"), target.with_suffix(".tar"))
-        return
-    keys = set(rows.filter(pa.array(is_reused)).column("key").to_pylist())
-    part = shards / f".{file.stem}.renewed"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    pq.write_table(rows.filter(pa.array(is_reused)), part / file.name)
-    with (
-        tarfile.open(file.with_suffix(".tar"), "r:") as old,
-        tarfile.open(part / f"{file.stem}.tar", "w:", format=tarfile.USTAR_FORMAT) as new,
-    ):
-        for member in old:
-            if member.name.partition(".")[0] in keys:
-                new.addfile(member, old.extractfile(member))
-    put(part, [file.name, f"{file.stem}.tar"], shards)
-    part.rmdir()

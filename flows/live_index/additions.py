@@ -225,18 +225,26 @@ def embed_pictures(
                 images.append(images_of(np.stack(squares)))
                 captions = [row["caption"] or "a picture" for row in rows[-len(squares) :]]
                 texts.append(texts_of(captions))
-    lines = [f"{printable(file)}: {': '.join(problem)}" for file, problem in problems]
     if not rows:
-        raise CallerError(f"none of {len(files)} images in {source} can be added: {lines[0]}")
-    for line in lines[:MAX_NAMED]:
-        say(f"left out {line}")
-    if len(lines) > MAX_NAMED:
-        say(f"left out {len(lines) - MAX_NAMED:,} more")
+        first = _line_of(*problems[0])
+        raise CallerError(f"none of {len(files)} images in {source} can be added: {first}")
+    _report_left_out(problems, say)
     return (
         pa.Table.from_pylist(rows, EMBEDDED),
         np.concatenate(images).astype(np.float16),
         np.concatenate(texts).astype(np.float16),
     ), dict(Counter(reason for _, (reason, _) in problems))
+
+
+def _line_of(file: Path, problem: Problem) -> str:
+    return f"{printable(file)}: {': '.join(problem)}"
+
+
+def _report_left_out(problems: list[tuple[Path, Problem]], say: Callable[[str], None]) -> None:
+    for file, problem in problems[:MAX_NAMED]:
+        say(f"left out {_line_of(file, problem)}")
+    if len(problems) > MAX_NAMED:
+        say(f"left out {len(problems) - MAX_NAMED:,} more")
 
 
 def read_one(

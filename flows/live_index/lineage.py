@@ -10,9 +10,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import reduce
 from itertools import compress
-from operator import not_, or_
+from operator import not_
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from infra.storage.removal_log import (
     gather,
     read_entry,
     read_removals,
+    union,
 )
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
@@ -273,7 +273,7 @@ class RemovalLog:
                 self._known, self._all = {}, Removals()
             self._known |= removals
             if removals:
-                self._all = reduce(or_, removals.values(), self._all)
+                self._all = union([self._all, *removals.values()])
             return self._all
 
 

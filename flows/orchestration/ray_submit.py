@@ -41,8 +41,9 @@ LEFT_OUT = [
     "*.parquet",
     "*.safetensors",
 ]
-CARRIED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "UNCLIP_SCRATCH", "OMP_NUM_THREADS")
-"""Environment variables passed to a job. No secrets: Ray stores and shows them."""
+CARRIED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "OMP_NUM_THREADS")
+"""Environment variables passed to a job. No secrets, which Ray stores and shows; no scratch folder,
+which is that of the node."""
 
 
 def submit_stage(
@@ -117,15 +118,14 @@ def _job(stage: Stage, root: Root, config: "RunConfig", key: str) -> Job:
 def default_resources(stage: Stage, config: "RunConfig") -> StageResources:
     """Return the resources of a stage's driver process.
 
-    Training, embedding and distributed downloads request their workers' resources themselves. A
-    download on one node requests its processes, and so does a distributed one if some of its
-    sources are served on that node's loopback.
+    Downloads, training and embedding request what their tasks and workers need themselves. Only
+    tasks that download what is served on the driver's loopback run on its node, where it reserves
+    their cores.
     """
     if stage.name == "ingest":
-        is_here = not config.cluster.ingest_workers or any(
-            source.kind != "urls" for source in config.data.sources
-        )
-        return StageResources(cpus=config.data.processes if is_here else 0)
+        is_serving = any(source.kind != "urls" for source in config.data.sources)
+        at_once = config.cluster.ingest_workers or config.data.processes
+        return StageResources(cpus=at_once if is_serving else 0)
     return StageResources(cpus=0 if stage.parameters or stage.name == "embed" else 1)
 
 

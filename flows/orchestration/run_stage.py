@@ -82,23 +82,20 @@ def run_stage(
         stage_inputs = dict(zip(target.inputs, inputs_now, strict=True))
         work = root.scratch / stage.name / key
         work.mkdir(parents=True, exist_ok=True)
-        previous = _previous(root, stage, key)
         with writing_folder(root.scratch, f"{stage.name}-{key}") as out:
-            with store.one_line_errors(out), _reading(root, [previous] if previous else [], say):
-                removals = read_removals(root)
-                job = StageJob(
-                    stage=stage.name,
-                    key=key,
-                    config=config,
-                    inputs=stage_inputs,
-                    out=out,
-                    output=open_output(root, stage.name, key),
-                    work=work,
-                    cluster=cluster,
-                    removals=removals,
-                    previous=previous,
-                )
-                counts = _run_adapter(stage, job)
+            job = StageJob(
+                stage=stage.name,
+                key=key,
+                config=config,
+                inputs=stage_inputs,
+                out=out,
+                output=open_output(root, stage.name, key),
+                work=work,
+                cluster=cluster,
+                removals=read_removals(root),
+                previous=_previous(root, stage, key),
+            )
+            counts = _run_adapter(stage, job, say)
             facts = _facts(stage, job, counts, started)
             guard()
             committed = _commit(job, facts, damaged)
@@ -106,8 +103,11 @@ def run_stage(
         return StageResult(stage.name, key, "ran", time.monotonic() - clock, committed)
 
 
-def _run_adapter(stage: Stage, job: StageJob) -> StageCounts:
-    with job.copies:
+def _run_adapter(stage: Stage, job: StageJob, say: Callable[[str], None]) -> StageCounts:
+    """Run the stage's adapter while nobody compacts the previous commit."""
+    previous = [job.previous] if job.previous else []
+    root = job.output.root
+    with store.one_line_errors(job.out), _reading(root, previous, say), job.copies:
         counts = stage.run(job)
     assert counts.keys() >= {"in", "out", "dropped"}, (
         f"{stage.name} must count what came in, went out and was dropped"

@@ -26,9 +26,6 @@ def run_ingest(job: StageJob) -> Counts:
     import flows.ingest.ingest as ingest
     from flows.ingest.shard_reuse import is_renewable
 
-    remote = job.config.cluster.ingest_workers
-    if remote:
-        job.cluster.start()
     before = job.previous
     is_same = before and before.manifest["stage_version"] == INGEST_VERSION
     is_taken_over = (
@@ -38,11 +35,12 @@ def run_ingest(job: StageJob) -> Counts:
     )
     return ingest.run(
         job.config.data,
+        job.cluster,
+        job.output,
         job.out,
         job.work,
         job.removals,
-        job.local_copy(before) if before and is_taken_over else None,
-        remote,
+        before if is_taken_over else None,
     )
 
 

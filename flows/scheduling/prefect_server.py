@@ -108,6 +108,8 @@ def _server(home: Path, port: int, token: str, more: dict[str, str]) -> Iterator
     ours = {
         "PREFECT_SERVER_API_AUTH_STRING": token,
         "PREFECT_UI_API_URL": url,
+        # Relative to `home`, the server's working directory, whose name may hold a `?`.
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{DATABASE}",
         HOSTS: f"127.0.0.1:{port},localhost:{port}",
     }
     server = _start_uvicorn(home, port, inherited | shared | ours | more)

@@ -112,7 +112,7 @@ def _is_address(host: str) -> bool:
 
 
 def save(lists: OptOut, file: Path) -> None:
-    """Write the entries for the download processes."""
+    """Write the entries for the download tasks."""
     file.write_text(json.dumps({"hosts": sorted(lists.hosts), "urls": sorted(lists.urls)}))
 
 

@@ -113,6 +113,7 @@ class DataConfig(Section):
             "max_passing",
             "min_success",
             "per_host",
+            "proxy",
         )
     )
 
@@ -131,7 +132,8 @@ class DataConfig(Section):
     images_per_shard: int = Field(1000, ge=1, le=100_000)
     """Rows of the URL table per shard."""
     processes: int = Field(2, ge=1, le=256)
-    """Download processes."""
+    """Shards that are downloaded at the same time, as far as Ray has a CPU core for each; a
+    cluster's `ingest_workers` goes before it."""
     threads: int = Field(16, ge=1, le=1024)
     """Simultaneous requests of each process."""
     timeout_s: float = Field(10, gt=0, le=600)
@@ -154,11 +156,16 @@ class DataConfig(Section):
     allow_private: bool = False
     """Whether URLs may lead to private, loopback and link-local addresses; the sources served on
     loopback need it not."""
+    proxy: str = Field("", pattern=r"^(http://[^/@\s]+:\d+)?$")
+    """`http://host:port` of a proxy that all downloads go through; the environment's proxy is never
+    used. A proxy resolves names itself and must refuse private addresses itself: here only those
+    that stand in a URL, and `localhost`, are refused."""
     robots: bool = True
     """Honour each host's robots.txt (RFC 9309, as `unclip`); what it forbids is counted as
     `robots`, as is what X-Robots-Tag forbids."""
     per_host: int = Field(16, ge=0, le=1024)
-    """Simultaneous requests to one host, divided among the processes (at least one each); 0 sets no
+    """Simultaneous requests to one host, divided among the shards that are downloaded at the same
+    time (at least one each); 0 sets no
     limit. Loopback sources have none."""
     opt_out: tuple[str, ...] = ()
     """Lists of hosts and URLs that do not want to be used, one a line, on any fsspec path; they are

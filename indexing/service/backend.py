@@ -87,7 +87,7 @@ class Backend:
         try:
             return await self.freshness.version()
         except UnclipError as error:
-            self.service.parts.report(str(error))
+            self.service.report(str(error))
             raise HTTPException(
                 503,
                 "the removal log cannot be read, so no results are shown; see the service's log",

@@ -2,8 +2,9 @@
 request came.
 
 Checking a removal log in a store takes a round trip. It runs in a thread, once for all requests
-that wait for it. A request accepts no check that began before it came, except within `lag_s`.
-Belongs to one event loop.
+that wait for it. A request accepts no check that began before it came, except within `lag_s`. New
+versions are made in a thread too. Neither delays a request by more than WAIT_S: then the last
+version answers. Belongs to one event loop.
 """
 
 import asyncio
@@ -15,8 +16,8 @@ from anyio import CapacityLimiter, to_thread
 from indexing.service.state import Service, Version
 
 WAIT_S = 2.0
-"""Maximum seconds that a request waits for the store. After that the last known log counts, and the
-check goes on."""
+"""Maximum seconds that a request waits for the store, or for a new version. After that the last
+version answers, while the check or the new version goes on."""
 
 
 class Freshness:
@@ -26,21 +27,51 @@ class Freshness:
         """`lag_s` is the maximum age in seconds of the last check of a log in a store."""
         self.service, self.lag_s = service, lag_s
         self._check: asyncio.Task[None] | None = None
-        self._known_at = float("-inf")
+        self._checked_at_s = float("-inf")
         self._complaint = ""
-        self._applying = asyncio.Lock()
+        self._renewal: asyncio.Task[None] | None = None
+        self._renewal_began_s = 0.0
+        self._late_renewal: asyncio.Task[None] | None = None
+        """The last renewal that was reported as late."""
         self._threads = CapacityLimiter(2)  # a check that hangs, and a renewal
 
     async def version(self) -> Version:
         """Return the version to answer from. Raises DataError if the log cannot be read, because
         removed samples must not be shown.
         """
-        if self.service.parts.check_removals and time.monotonic() - self._known_at > self.lag_s:
+        if self.service.parts.check_removals and time.monotonic() - self._checked_at_s > self.lag_s:
             await self._await_check()
         if not self.service.is_current():
-            async with self._applying:
-                await self._in_thread(self.service.current)
+            await self._await_renewal()
         return self.service.version
+
+    async def _await_renewal(self) -> None:
+        """Wait at most WAIT_S for a renewal that begins from now on; do not wait if the one in
+        progress is late already.
+        """
+        before = self._renewal
+        if before is not None and not before.done() and self._is_late():
+            return
+        try:
+            async with asyncio.timeout(WAIT_S):
+                if before is not None and not before.done():
+                    await asyncio.wait({before})
+                if self._renewal is before:
+                    self._renewal_began_s = time.monotonic()
+                    self._renewal = asyncio.create_task(self._in_thread(self.service.current))
+                    self._renewal.add_done_callback(_retrieve)
+                assert self._renewal is not None
+                await asyncio.shield(self._renewal)
+        except TimeoutError:
+            if self._late_renewal is not self._renewal:
+                self._late_renewal = self._renewal
+                self.service.report(
+                    f"the removals took more than {WAIT_S:.0f} s to apply: answers use the last "
+                    "version until then"
+                )
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._renewal_began_s > WAIT_S
 
     async def _await_check(self) -> None:
         """Wait for a check that begins from now on."""
@@ -64,7 +95,7 @@ class Freshness:
         assert self.service.parts.check_removals is not None
         try:
             await self._in_thread(self.service.parts.check_removals)
-            self._known_at, self._complaint = began, ""
+            self._checked_at_s, self._complaint = began, ""
         except Exception as error:  # an error of the store does not stop the search either
             self._complain(
                 "the removal log could not be checked, answers use its last known entries: "
@@ -74,8 +105,14 @@ class Freshness:
     def _complain(self, line: str) -> None:
         """Report a fault once, until a check succeeds or fails for another reason."""
         if line != self._complaint:
-            self.service.parts.report(line)
+            self.service.report(line)
         self._complaint = line
 
     async def _in_thread(self, do: Callable[[], object]) -> None:
         await to_thread.run_sync(do, limiter=self._threads)
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Take the error of a task that nobody may wait for any more."""
+    if not task.cancelled():
+        task.exception()

@@ -16,7 +16,7 @@ from functools import lru_cache
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, TextIO
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from indexing.service.access_log import Lines
 from indexing.service.rate_limit import Buckets
@@ -97,6 +97,11 @@ class Guard:
             ["route", "status"],
             registry=registry,
         )
+        Gauge(
+            "unclip_log_lines_dropped",
+            "Lines of the request log that nobody read in time.",
+            registry=registry,
+        ).set_function(lambda: self.lines.writer.dropped)
         self.seconds = Histogram(
             "unclip_request_seconds",
             "Time to answer, by route.",
@@ -114,7 +119,7 @@ class Guard:
             try:
                 await self.app(scope, receive, send)
             finally:
-                self.lines.write()  # the application has ended
+                self.lines.close()  # the application has ended
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] == "POST" and scope["path"] in PROTOCOL_PATHS:

@@ -7,7 +7,7 @@ from it alone. Knows nothing of ROOT, models and HTTP.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -20,10 +20,13 @@ from indexing.data.images import Square, read_picture, square
 from indexing.metrics.clip_score import EncodeImages
 from indexing.metrics.zero_shot import EncodeTexts
 from indexing.service.image_upload import PictureDecoders
+from infra.console.line_log import LineWriter
 from infra.settings import Section
 from infra.storage.removal_log import Removals
 
 POLL_S = 1.0
+JOIN_S = 1.0
+"""Maximum seconds that the end of the service waits for a view that is being renewed."""
 THUMBNAILS_BYTES = 64 << 20
 THUMBNAIL_PX = 256
 
@@ -119,6 +122,7 @@ class Service:
     def __init__(self, parts: Parts) -> None:
         """Open the index. Raises DataError or CallerError if that fails."""
         self.parts = parts
+        self._reports = LineWriter(self._write_reports, lambda count: f"{count} lines were dropped")
         self._changing = threading.Lock()
         self._encoding = threading.Lock()
         self._decoders = PictureDecoders()
@@ -216,7 +220,16 @@ class Service:
         """Stop the watcher and the decoding of pictures."""
         self._decoders.close()
         self._stop.set()
-        self._watcher.join()
+        self._watcher.join(JOIN_S)
+        self._reports.close()
+
+    def report(self, line: str) -> None:
+        """Pass a line about a fault to `parts.report`, without waiting for it."""
+        self._reports.put(line)
+
+    def _write_reports(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.parts.report(line)
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_S):
@@ -228,5 +241,5 @@ class Service:
             except Exception as error:  # the old version stays; the next round tries again
                 complaint = f"the index could not be opened again: {type(error).__name__}: {error}"
             if complaint and complaint != self._complaint:
-                self.parts.report(complaint)
+                self.report(complaint)
             self._complaint = complaint

@@ -7,6 +7,7 @@ stages; callers submit their work through `ray` after `Cluster.start()`.
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from types import TracebackType
@@ -27,6 +28,11 @@ spinning for ever (active) made it five times slower if another process used the
 START_ATTEMPTS = 4
 TOO_SLOW = "timed out during startup"
 """Part of Ray's message when its node was not up in 30 s, as on a busy machine."""
+SOCKET_BYTES, SESSION_BYTES = 107, 70
+"""Longest path of a Unix socket (unix(7)), and what Ray appends to the temporary folder for one."""
+SOCKET_TOO_LONG = "AF_UNIX path length"
+SHORT_FOLDER = "/tmp/ray"
+"""Ray's own place where no TMPDIR is set."""
 LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Read when Ray is imported and when its processes start: with 0 a Ray of one machine listens on
 loopback only. Clients also need Ray's token, unless RAY_AUTH_MODE turns it off."""
@@ -55,8 +61,8 @@ class ClusterConfig(Section):
     num_cpus: int | None = Field(default=None, ge=1)
     """CPU cores for the local Ray; by default all cores that this process may use."""
     ingest_workers: int = Field(default=0, ge=0, le=1024)
-    """Download processes, one CPU core each, that Ray spreads over the nodes; 0 downloads on one
-    machine with `[data] processes`."""
+    """Shards that are downloaded at the same time, each by a Ray task with one CPU core on any
+    node; 0 takes `[data] processes`."""
     clip_workers: int = Field(default=1, ge=1)
     """Processes that train CLIP data-parallel."""
     embed_workers: int | None = Field(default=None, ge=1)
@@ -82,8 +88,8 @@ class ClusterConfig(Section):
     for the first to write the state. A worker that ended is noticed at once."""
     stages: dict[str, StageResources] = Field(default_factory=dict)
     """Under `unclip submit`: resources of a stage's driver process, such as `{ curate = { cpus = 4
-    } }`: cpus, gpus, memory_bytes, labels. By default a download requests one CPU core for each of
-    its processes, and training requests none."""
+    } }`: cpus, gpus, memory_bytes, labels. By default downloads and training request none, and an
+    ingest that serves local images requests the cores of its download tasks."""
     attempts: int = Field(default=3, ge=1, le=100)
     """Under `unclip submit`: attempts of a stage's job; raise it on nodes that may be taken
     away."""
@@ -188,9 +194,10 @@ class Cluster:
                 "start Ray on this machine" if is_local else f"reach Ray at {self.config.address}"
             )
             detail = " ".join(str(error).split())[:300]
-            raise UnclipError(
-                f"cannot {where}: {detail}; check the section [cluster] and RAY_AUTH_MODE"
-            ) from error
+            mend = "check the section [cluster] and RAY_AUTH_MODE"
+            if SOCKET_TOO_LONG in detail:
+                mend = "set RAY_TMPDIR to a folder with a shorter path"
+            raise UnclipError(f"cannot {where}: {detail}; {mend}") from error
         self.is_ours = True
 
     def _init(self, is_local: bool) -> None:
@@ -208,6 +215,7 @@ class Cluster:
                     include_dashboard=False if is_local else None,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
+                    _temp_dir=short_folder() if is_local else None,
                 )
                 return
             except Exception as error:
@@ -222,6 +230,14 @@ class Cluster:
 
             ray.shutdown()
             self.is_ours = False
+
+
+def short_folder() -> str | None:
+    """Return the folder for a local Ray's sockets where the environment's own has too long a path
+    for them, else None.
+    """
+    own = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return SHORT_FOLDER if len(os.fsencode(own)) > SOCKET_BYTES - SESSION_BYTES else None
 
 
 Result = TypeVar("Result")

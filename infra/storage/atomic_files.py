@@ -3,7 +3,7 @@
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,21 +22,6 @@ def atomic_file(target: Path) -> Iterator[Path]:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
-
-
-def put(staging: Path, names: Sequence[str], folder: Path) -> None:
-    """Move files from `staging` into `folder` in this order.
-
-    The last name is on the disk only after all contents and all other names.
-    """
-    for name in names:
-        sync(staging / name)
-    *others, last = names
-    for name in others:
-        (staging / name).replace(folder / name)
-    sync(folder)
-    (staging / last).replace(folder / last)
-    sync(folder)
 
 
 def put_folder(staged: Path, folder: Path) -> None:
@@ -66,12 +51,6 @@ def make_independent(file: Path) -> None:
     """Replace a file that may be hard-linked to another one by a copy that can be changed."""
     with atomic_file(file) as part:
         shutil.copyfile(file, part)
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove the temporary folders that killed processes left in a folder."""
-    for leftover in folder.glob(".[0-9]*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

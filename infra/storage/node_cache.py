@@ -24,6 +24,9 @@ FOLDER = "cache"
 PART = ".part-"
 """Ends the name of a copy that is being downloaded, followed by its final size in bytes."""
 GUARD = "cache.lock"
+STATES = "work"
+"""The node's copies of the states of stages that are under way (`work_folder.py`)."""
+FORGOTTEN_S = 86_400.0
 WAIT_S = 60.0
 """Maximum time to wait for copies in use to be released before the node counts as too small."""
 POLL_S = 0.1
@@ -100,7 +103,7 @@ class NodeCache:
                 continue
             final_bytes = _final_bytes(path, stat.st_size)
             used_bytes += final_bytes
-            if self.folder in path.parents:
+            if self.folder in path.parents or self._is_forgotten(path, stat):
                 copies.append((stat.st_mtime_ns, path, final_bytes))
         missing_bytes = used_bytes + size_bytes - self.limit_bytes
         for _, path, copy_bytes in sorted(copies):
@@ -109,6 +112,10 @@ class NodeCache:
             if _remove_unused(path):
                 missing_bytes -= copy_bytes
         return missing_bytes
+
+    def _is_forgotten(self, path: Path, stat: os.stat_result) -> bool:
+        """Say whether a file is the state of a stage that nobody has worked on here for a day."""
+        return self.scratch / STATES in path.parents and time.time() - stat.st_mtime > FORGOTTEN_S
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ any store. An entry names samples by key, by origin, by the SHA-256 of the store
 embeddings and indexes.
 """
 
+import os
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -117,8 +118,15 @@ def read_entries(root: Root) -> list[dict[str, Any]]:
 
 
 def entry_names(root: Root) -> list[str]:
-    """Return the names of the log's files, the oldest first."""
-    return [name for name in store.list_names(root, FOLDER) if name.endswith(".json")]
+    """Return the names of the log's files, the oldest first. Other things below FOLDER, such as
+    FIFOs, are no entries.
+    """
+    names = [name for name in store.list_names(root, FOLDER) if name.endswith(".json")]
+    if root.folder is None or not names:
+        return names
+    with os.scandir(root.folder / FOLDER) as entries:
+        files = {entry.name for entry in entries if entry.is_file()}
+    return [name for name in names if name in files]
 
 
 def read_entry(root: Root, name: str) -> dict[str, Any]:
@@ -147,6 +155,14 @@ def gather(entries: Iterable[Mapping[str, Any]]) -> Removals:
             frozenset(text for entry in listed for text in entry.get(in_file, ()))
             for in_file in LISTS.values()
         )
+    )
+
+
+def union(removals: Iterable[Removals]) -> Removals:
+    """Return everything that any of the removals names; linear in their number, unlike `|`."""
+    parts = list(removals)
+    return Removals(
+        *(frozenset().union(*(getattr(part, name) for part in parts)) for name in LISTS)
     )
 
 

@@ -15,7 +15,7 @@ from infra.errors import CallerError
 
 FOLDER_VARIABLE, BYTES_VARIABLE = "UNCLIP_SCRATCH", "UNCLIP_SCRATCH_BYTES"
 DEFAULT_BYTES = 20 << 30
-SIZE = re.compile(r"(?P<number>[0-9]+)(?P<unit>[KMGT]?)(i?B)?", re.IGNORECASE)
+SIZE = re.compile(r"(?P<number>[0-9]+)(?P<unit>[KMGT]?)(iB|B|i)?", re.IGNORECASE)
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -33,7 +33,8 @@ def scratch_for(uri: str) -> Path | None:
 def scratch_bytes() -> int:
     """Return how many bytes the scratch folder of one ROOT may take on this node.
 
-    Accepts plain bytes or K, M, G, T (powers of 1,024), with or without `iB`. Raises CallerError.
+    Accepts bytes, or a number with K, M, G or T (powers of 1,024), such as 20G, 20Gi or 20GiB.
+    Raises CallerError.
     """
     text = os.environ.get(BYTES_VARIABLE, "").strip()
     if not text:

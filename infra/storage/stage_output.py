@@ -6,6 +6,7 @@ them (`infra/storage/manifests.py`). A stage that is made in parts records every
 `work/<stage>/<key>/parts/`, so that another process, on any node, goes on where one ended.
 """
 
+import io
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, BinaryIO, NotRequired, TypedDict
 
 from infra.console.progress import transfer
 from infra.storage import store
-from infra.storage.atomic_files import atomic_file
-from infra.storage.stage_files import FileEntry, file_sha256
+from infra.storage.atomic_files import atomic_file, link_or_copy, sync
+from infra.storage.stage_files import MANIFEST, FileEntry, file_sha256
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
 
@@ -52,12 +53,17 @@ class StageOutput:
     def folder(self) -> Path:
         """The local folder that becomes the committed one; only in a local ROOT."""
         assert self.root.folder, "a store has no folder"
-        return self.root.folder / _work(self.stage, self.key) / OUTPUT
+        return self.root.folder / self.work / OUTPUT
 
     @property
     def path(self) -> str:
         """Where the files go in a store, relative to ROOT."""
         return f"{self.stage}/{self.key}/{self.attempt}"
+
+    @property
+    def work(self) -> str:
+        """Where ROOT keeps this attempt's state, relative to ROOT."""
+        return _work(self.stage, self.key)
 
     @contextmanager
     def temporary_folder(self) -> Iterator[Path]:
@@ -97,6 +103,29 @@ class StageOutput:
                 store.download(self.root, f"{self.path}/{name}", folder / name)
             yield folder
 
+    def copy(self, source: str, file: FileEntry) -> PutEntry:
+        """Make a committed file the output's file of the entry's name, without moving its bytes.
+
+        `source` is its name relative to ROOT. A local ROOT links it, a store copies it itself.
+        Raises StorageError.
+        """
+        entry: PutEntry = {"path": file["path"], "bytes": file["bytes"], "sha256": file["sha256"]}
+        if self.root.folder:
+            target = self.folder / file["path"]
+            with store.one_line_errors(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(self.root.folder / source, target)
+            return entry
+        store.copy(self.root, source, f"{self.path}/{file['path']}")
+        etag = store.etag_of(self.root, f"{self.path}/{file['path']}")
+        return {**entry, "etag": etag} if etag else entry
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a small file that was put; a store's is read whole. Raises FileNotFoundError."""
+        if self.root.folder:
+            return (self.folder / name).open("rb")
+        return io.BytesIO(store.read_bytes(self.root, f"{self.path}/{name}"))
+
     def put_tree(self, folder: Path) -> list[PutEntry]:
         """Put all files of a local folder under their relative names; it is empty afterwards."""
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -119,7 +148,7 @@ class StageOutput:
     def finished_parts(self) -> dict[str, Part]:
         """Return the records of all finished parts, by part.
 
-        A part whose files are no longer there with their size counts as not finished.
+        A part whose files are no longer there as they were put counts as not finished.
         """
         names = [
             name for name in store.list_names(self.root, self._parts) if name.endswith(".json")
@@ -133,12 +162,27 @@ class StageOutput:
                 for name, record in zip(names, records, strict=True)
                 if record is not None
             }
-        sizes = store.file_sizes(self.root, self._files) if finished else {}
+        if not finished:
+            return {}
+        sizes = store.file_sizes(self.root, self._files)
+        versions = {} if self.root.folder else store.etags(self.root, self.path)
+
+        def is_there(file: PutEntry) -> bool:
+            is_same = file.get("etag", "") in ("", versions.get(file["path"]))
+            return is_same and sizes.get(file["path"]) == file["bytes"]
+
         return {
             part: record
             for part, record in finished.items()
-            if all(sizes.get(file["path"]) == file["bytes"] for file in record["files"])
+            if all(is_there(file) for file in record["files"])
         }
+
+    def is_committed(self) -> bool:
+        """Say whether this attempt is committed in a store: then no file of it may change."""
+        if self.root.folder:  # the folder that was committed is no longer this one
+            return False
+        manifest = store.read_json(self.root, f"{self.stage}/{self.key}/{MANIFEST}")
+        return manifest is not None and manifest["attempt"] == self.attempt
 
     def forget(self, part: str) -> None:
         """Remove the record of a part, so that it is made again."""
@@ -146,11 +190,11 @@ class StageOutput:
 
     @property
     def _files(self) -> str:
-        return f"{_work(self.stage, self.key)}/{OUTPUT}" if self.root.folder else self.path
+        return f"{self.work}/{OUTPUT}" if self.root.folder else self.path
 
     @property
     def _parts(self) -> str:
-        return f"{_work(self.stage, self.key)}/{PARTS}"
+        return f"{self.work}/{PARTS}"
 
 
 def open_output(root: Root, stage: str, key: str) -> StageOutput:
@@ -174,9 +218,14 @@ def _work(stage: str, key: str) -> str:
 
 
 def _move(file: Path, target: Path) -> None:
-    """Rename a file, or copy it aside and rename the copy where it lies on another disk."""
+    """Rename a file, or copy it aside and rename the copy where it lies on another disk.
+
+    The content is on the disk before the file gets its name, and its name when this returns.
+    """
+    sync(file)
     try:
         file.replace(target)
+        sync(target.parent)
     except OSError:
         with atomic_file(target) as part:
             shutil.copyfile(file, part)

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from infra.storage import store
+from infra.storage.node_cache import STATES
 from infra.storage.store import Root
 
 STATE = "state"
@@ -29,7 +30,7 @@ class WorkFolder:
     @property
     def folder(self) -> Path:
         """This node's folder of the files. In a local ROOT every process has the same."""
-        base = self.root.scratch if self.root.folder else self.root.scratch / "work"
+        base = self.root.scratch if self.root.folder else self.root.scratch / STATES
         return base / self.name
 
     def path(self, name: str) -> Path:

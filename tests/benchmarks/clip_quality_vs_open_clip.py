@@ -37,8 +37,10 @@ from flows.config.run_config import RunConfig, load_recipe
 from indexing.metrics.bootstrap import mean_figure
 from indexing.metrics.retrieval import right_ranks
 from indexing.metrics.zero_shot import ranks
+from infra.storage.work_folder import local_work
 from tests.benchmarks.clip_vs_open_clip import PYTHON
 from tests.helpers.peer_environment import SCRIPTS
+from tests.helpers.stage_folders import shards_in
 from training.data import embedding_dataset
 from training.data.image_reader import Pictures, read_table
 from training.jobs import train
@@ -136,7 +138,8 @@ def train_ours(
             update={"images": images, "state_every_s": 1e9, "seed": seed}
         )
         with tempfile.TemporaryDirectory() as folder:
-            averaged = loop.run(model, section, loss_of, Path(folder), model.clamp_logit_scale)
+            work = local_work(Path(folder))
+            averaged = loop.run(model, section, loss_of, work, model.clamp_logit_scale)
         seen, taken_s = images, time.monotonic() - started_s
         spent_s += taken_s
         images = (
@@ -230,7 +233,8 @@ def main() -> int:
     table = read_table(curate / "keep.parquet")
     side_px = config.clip.image_size_px
     parts = {split: table.filter(np.array(table["split"]) == split) for split in ("train", *SPLITS)}
-    pictures = {split: Pictures(part, ingest / "shards", side_px) for split, part in parts.items()}
+    shards = shards_in(ingest)
+    pictures = {split: Pictures(part, shards, side_px) for split, part in parts.items()}
     phrasings = parts["train"]["captions"].to_pylist()
     images = [pictures[split][range(len(pictures[split]))] for split in SPLITS]
     held = [

@@ -37,7 +37,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from infra.storage.work_folder import local_work
 from tests.helpers.peer_environment import PEERS, Peer
+from tests.helpers.stage_folders import shards_in
 from training.data.image_reader import Pictures
 from training.models import clip as clip_model
 from training.models import open_clip_format
@@ -153,7 +155,7 @@ def train(
             model,
             config.model_copy(update={"images": BATCH * steps * (rounds + 2)}),
             loss_of,
-            Path(folder),
+            local_work(Path(folder)),
             model.clamp_logit_scale,
         )
     taken["ours"] = taken["ours"][2:]  # the first is none, the second warms up
@@ -195,9 +197,11 @@ def from_shards(
     """
     with tempfile.TemporaryDirectory() as name:
         count = BATCH * (steps * (rounds + 2) + config.ahead_steps)
+        shards = Path(name) / "shards"
+        shards.mkdir()
         pictures = Pictures(
-            write_shards(Path(name), count),
-            Path(name),
+            write_shards(shards, count),
+            shards_in(Path(name)),
             config.image_size_px,
             readers=config.readers,
             cache_bytes=0,

@@ -35,6 +35,7 @@ from indexing.dedup.deduplicate import DedupConfig, run
 from indexing.dedup.grouping import semantic
 from infra.compute.memory import PeakMemory
 from infra.schemas import EMBEDDED
+from tests.helpers.stage_folders import shards_in
 
 THRESHOLD = 0.94
 BLOCK = 8192
@@ -146,7 +147,7 @@ def whole_stage(vectors: Floats, folder: Path) -> tuple[float, int, int]:
     started = time.perf_counter()
     counts = run(
         DedupConfig(threshold=THRESHOLD),
-        folder / "shards",
+        shards_in(folder),
         folder / "embed",
         encode,
         8,

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infra.storage.work_folder import local_work
 from tests.benchmarks.clip_vs_open_clip import captions
 from tests.helpers.peer_environment import PEERS, Peer
 from tests.helpers.shortfalls import told
@@ -132,7 +133,7 @@ def in_turns(
             model,
             config.model_copy(update={"images": images, "state_every_s": 1e9}),
             turns,
-            Path(folder),
+            local_work(Path(folder)),
         )
     return {
         name: config.batch_size * steps / statistics.median(each[-rounds:])

@@ -24,6 +24,7 @@ from indexing.data.images import Pixels, read_picture
 from indexing.dedup.perceptual_hash import LOCATION
 from infra.console.progress import Progress
 from infra.errors import CallerError
+from infra.storage.shard_reader import ShardReader
 from infra.storage.store import open_root
 from training.jobs import embed
 
@@ -62,7 +63,7 @@ def main() -> int:
         return 0
     _, images_of, side_px = embed.encoders(known.clip.local_folder)
     metadata = committed_of(root, known.record, "embed").local_folder / "metadata"
-    shards = known.ingest.local_folder / "shards"
+    shards = ShardReader(known.ingest.files)
     places = [
         place for batch in metadata_batches(metadata, LOCATION) for place in batch.to_pylist()
     ]

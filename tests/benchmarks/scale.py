@@ -62,18 +62,21 @@ def drawn(folder: Path, count: int) -> None:
 
 
 def ingest(folder: Path, count: int) -> int:
-    from flows.ingest import ingest as stage
     from flows.sources.url_table import DataConfig
+    from tests.helpers.local_ingest import local_ingest, output_in
 
     source = {"kind": "folder", "path": str(folder.parent / f"pictures-{count}")}
-    stage.run(DataConfig.model_validate({"sources": [source]}), folder / "ingest", folder / "work")
+    local_ingest(DataConfig.model_validate({"sources": [source]}), folder / "root")
+    output_in(folder / "root").folder.rename(folder / "ingest")
     return size_of(folder / "ingest")
 
 
 def curate(folder: Path, count: int) -> int:
     from flows.ingest import curate as stage
+    from infra.storage.stage_files import FolderFiles
 
-    stage.run(stage.CurateConfig(held_out_concept_fraction=0), folder / "ingest", folder / "curate")
+    config = stage.CurateConfig(held_out_concept_fraction=0)
+    stage.run(config, FolderFiles(folder / "ingest"), folder / "curate")
     return size_of(folder / "curate")
 
 
@@ -98,34 +101,33 @@ def write_clip(folder: Path) -> None:
 
 def embed(folder: Path, count: int) -> int:
     """Embed in this process, part by part, as Ray's tasks do it."""
+    from tests.helpers.stage_folders import embed_folders, shards_in
     from training.data import shard_check
     from training.data.image_reader import read_table
     from training.jobs import embed as stage
 
-    config, work, out = stage.EmbedConfig(), folder / "embed-work", folder / "embed"
-    work.mkdir()
-    for name in ("img_emb", "text_emb", "metadata"):
-        (out / name).mkdir(parents=True)
+    config, out = stage.EmbedConfig(), folder / "embed"
+    folders = embed_folders(folder, folder / "embed-work")
     table = read_table(folder / "curate" / "keep.parquet", columns=shard_check.READ)
-    shard_check.settle(table, folder / "ingest" / "shards", "stop", work)
-    folders = stage.EmbedFolders(folder / "ingest", folder / "curate", folder / "clip", out, work)
-    parts, pairs = stage.cut(config, folder / "curate" / "keep.parquet", work)
+    shard_check.settle(table, shards_in(folder / "ingest"), "stop", folders.work)
+    parts, pairs = stage.cut(config, folders.curate, folders.work)
     for number in range(parts):
         stage._embed_part(config, number, len(os.sched_getaffinity(0)), False, folders)
+    folders.output.folder.rename(out)
     (out / "facts.json").write_text(json.dumps({"clip_key": "key", "dim": DIM, "count": pairs}))
     return size_of(out)
 
 
 def dedup(folder: Path, count: int) -> int:
     from indexing.dedup import deduplicate
+    from tests.helpers.stage_folders import shards_in
     from training.jobs import embed as embedding
 
     _, encode_images, side_px = embedding.encoders(folder / "clip")
-    shards = folder / "ingest" / "shards"
     (folder / "dedup").mkdir()
     deduplicate.run(
         deduplicate.DedupConfig(),
-        shards,
+        shards_in(folder / "ingest"),
         folder / "embed",
         encode_images,
         side_px,
@@ -197,28 +199,21 @@ def trained(name: str) -> Callable[[Path, int], int]:
 
         import torch
 
+        from tests.helpers.stage_folders import folders_of
         from training.data import shard_check
         from training.data.image_reader import read_table
         from training.jobs import train
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         work = folder / f"{name}-work"
-        work.mkdir()
+        stages = {"ingest": "ingest", "curate": "long", "clip": "clip", "embed": "long"}
+        paths = {stage: folder / where for stage, where in stages.items()}
+        folders = folders_of(paths, folder / "store", work)
         shutil.copyfile(folder / "clip" / "tokenizer.json", work / "tokenizer.json")
         section = getattr(quickstart(), name).model_copy(update={"images": IMAGES[name]})
-        shard_check.settle(
-            read_table(folder / "long" / "keep.parquet", "train"),
-            folder / "ingest" / "shards",
-            "stop",
-            work,
-        )
-        paths = {
-            "ingest": folder / "ingest",
-            "curate": folder / "long",
-            "clip": folder / "clip",
-            "embed": folder / "long",
-        }
-        model, averaged = getattr(train, f"fit_{name}")(section, paths, work, "cpu")
+        table = read_table(folder / "long" / "keep.parquet", "train")
+        shard_check.settle(table, folders.shards, "stop", folders.work)
+        model, averaged = getattr(train, f"fit_{name}")(section, folders, "cpu")
         train.write_model(name, model, averaged, section, work)
         row = json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])
         print(json.dumps({"training_s": row["seconds"]}), flush=True)
@@ -233,6 +228,7 @@ def lists(folder: Path, count: int) -> int:
     """
     import torch
 
+    from tests.helpers.stage_folders import shards_in
     from training.data import embedding_dataset, image_reader
     from training.models.tokenizer import Tokenizer
 
@@ -240,7 +236,7 @@ def lists(folder: Path, count: int) -> int:
     table, z_i = embedding_dataset.read(
         folder / "long", "train", ["captions", "key", *image_reader.LOCATION]
     )
-    held = image_reader.Pictures(table, folder / "ingest" / "shards", 32)
+    held = image_reader.Pictures(table, shards_in(folder / "ingest"), 32)
     texts = embedding_dataset.Captions(
         table["captions"], Tokenizer.load(folder / "clip" / "tokenizer.json")
     )

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from indexing.metrics.frechet import kernel_distance
 from tests.benchmarks.clip_quality_vs_open_clip import newest
 from tests.helpers.shortfalls import told
+from tests.helpers.stage_folders import shards_in
 from training.data.image_reader import Pictures, read_table
 from training.generation.unclip import Unclip
 from training.models import imagenet_features
@@ -114,7 +115,7 @@ def main() -> int:
     if len(prompts) < 2 * BLOCKS:
         print(f"skipped: {len(prompts)} held-out captions, {2 * BLOCKS} are needed")
         return 0
-    real = Pictures(held, paths["ingest"] / "shards", model.decoder.config.image_size_px)[
+    real = Pictures(held, shards_in(paths["ingest"]), model.decoder.config.image_size_px)[
         range(len(prompts))
     ].numpy()
     (few, few_s), (many, many_s) = drawn(model, prompts, None), drawn(model, prompts, chosen.steps)

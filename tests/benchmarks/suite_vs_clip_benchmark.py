@@ -44,6 +44,7 @@ from indexing.data import labelled_sets
 from indexing.data.labelled_sets import ImageSet
 from indexing.evaluation import zero_shot_suite
 from indexing.metrics import zero_shot
+from infra.storage.work_folder import local_work
 from tests.helpers.peer_environment import PEERS, Peer
 from training.data.image_reader import as_square
 from training.models import clip as clip_model
@@ -165,7 +166,7 @@ def teach(sets: list[ImageSet], tokenizer: Tokenizer, steps: int, folder: Path) 
         )
 
     (folder / "work").mkdir()
-    loop.run(model, config, loss_of, folder / "work", model.clamp_logit_scale)
+    loop.run(model, config, loss_of, local_work(folder / "work"), model.clamp_logit_scale)
     save_file(
         {name: value.contiguous() for name, value in model.state_dict().items()},
         folder / "weights.safetensors",

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flows.ingest import ingest, row_outcomes
-from flows.ingest.local_workers import Feed
+from flows.ingest.row_outcomes import ShardFacts, count_outcomes
+from flows.ingest.shard_task import Feed
 from flows.sources import url_table
 from flows.sources.url_table import DataConfig
+from infra.storage import store
+from infra.storage.stage_output import StageOutput, open_output
 
 SIZES = (1_000_000, 3_000_000, 10_000_000)
 BLOCK, GROUP_ROWS, SHARD_ROWS = 250_000, 1_000_000, 10_000
@@ -48,19 +52,24 @@ def write_list(file: Path, rows: int) -> None:
             writer.write_table(pa.table([urls, captions], schema=schema), row_group_size=GROUP_ROWS)
 
 
-def pretend(feeds: list[Feed], shards: Path, problem: np.ndarray) -> None:
-    """Write what a download of the feeds leaves, without the pictures: `problem` is dealt out by
+def pretend(
+    feeds: Iterator[Feed], output: StageOutput, problem: np.ndarray, is_first: bool
+) -> dict[int, ShardFacts]:
+    """Put what a download of the feeds leaves, without the images: `problem` is dealt out by
     row.
     """
-    shards.mkdir(exist_ok=True)
+    shards: dict[int, ShardFacts] = {}
     for feed in feeds:
-        with pa.ipc.open_file(feed.file) as reader:
+        with pa.ipc.open_file(feed.data) as reader:
             table = reader.read_all()
         words = problem[np.arange(feed.rows) * 7919 // 97 % len(problem)]
         status = pa.array(np.where(words == "", "success", "failed_to_download"))
         told = table.append_column("status", status).append_column("error_message", pa.array(words))
-        pq.write_table(told, shards / f"{feed.number:05d}.parquet")
-        (shards / f"{feed.number:05d}.tar").touch()
+        with output.temporary_folder() as folder:
+            pq.write_table(told, folder / "rows")
+            output.put(folder / "rows", f"shards/{feed.number:05d}.parquet")
+        shards[feed.number] = {"outcomes": dict(count_outcomes(told)), "is_first": is_first}
+    return shards
 
 
 def step(name: str, clock: float, rows: int) -> float:
@@ -99,19 +108,18 @@ def run(folder: Path, rows: int) -> None:
     kept = url_table.write_url_table(config, table, folder)
     assert kept == rows - rows // 10, (kept, rows)
     clock = step("list to URL table", clock, rows)
-    feeds = ingest.write_feeds(table / "urls.parquet", folder / "pass-0", 0, SHARD_ROWS)
-    clock = step("feeds of the shards", clock, rows)
-    pretend(feeds, folder / "shards", np.array([*[""] * 6, "http_404: gone", "timeout: 10 s"]))
+    output = open_output(store.open_root(str(folder / "root")), "ingest", "key")
+    feeds = ingest.read_feeds(table / "urls.parquet", 0, SHARD_ROWS)
+    problem = np.array([*[""] * 6, "http_404: gone", "timeout: 10 s"])
+    shards = pretend(feeds, output, problem, is_first=True)
     clock = step("(pretended download)", clock, rows)
-    again = row_outcomes.rows_to_ask_again(folder / "shards", len(feeds), folder / "again.parquet")
-    retried = ingest.write_feeds(again, folder / "pass-1", len(feeds), SHARD_ROWS)
-    assert abs(sum(feed.rows for feed in retried) / kept - 1 / 8) < 0.01
+    again = row_outcomes.rows_to_ask_again(output, shards, folder / "again.parquet")
+    assert abs(pq.read_metadata(again).num_rows / kept - 1 / 8) < 0.01
     clock = step("rows to ask again", clock, rows)
-    pretend(retried, folder / "shards", np.array(["", "timeout: 10 s"]))
+    retried = ingest.read_feeds(again, len(shards), SHARD_ROWS)
+    shards |= pretend(retried, output, np.array(["", "timeout: 10 s"]), is_first=False)
     (folder / "out").mkdir()
-    counts = ingest.finish(
-        config, table, folder / "shards", len(feeds) + len(retried), folder / "out"
-    )
+    counts = ingest.finish(config, table, output, shards, folder / "out")
     assert counts["in"] == rows and counts["dropped"]["duplicate_url"] == rows // 10
     assert abs(counts["dropped"]["timeout"] / kept - 1 / 16) < 0.01
     step("counts and dropped rows", clock, rows)

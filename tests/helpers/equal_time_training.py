@@ -6,6 +6,7 @@ draw captions of held-out concepts.
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from flows.config.run_config import RunConfig
 from indexing.metrics import frechet
 from tests.benchmarks.clip_quality_vs_open_clip import newest
 from tests.benchmarks.models_vs_dalle2 import without_tables
+from tests.helpers.stage_folders import folders_of, shards_in
 from training.data import embedding_dataset, shard_check
 from training.data.image_reader import Pictures, read_table
 from training.generation.unclip import Unclip
@@ -70,7 +72,7 @@ class Trained:
             "z_i": z_i[torch.arange(len(z_i))],
             "z_t": clip_model.embed_texts(clip, tokenizer, captions),
             "encodings": encodings(clip, tokenizer, captions),
-            "images": Pictures(table, self.paths["ingest"] / "shards", self.side_px)[
+            "images": Pictures(table, shards_in(self.paths["ingest"]), self.side_px)[
                 range(len(captions))
             ],
             "asked_z_t": clip_model.embed_texts(clip, tokenizer, self.prompts),
@@ -88,7 +90,7 @@ def trained(config: RunConfig, root: Path, seconds: float, pictures: int) -> Tra
     system = Unclip(*clip_model.load(paths["clip"]), prior, decoder)  # type: ignore[arg-type]
     held = read_table(paths["embed"] / "metadata", "held_out_concept")
     held = held.take(np.random.default_rng(0).permutation(held.num_rows)[:pictures])
-    real = Pictures(held, paths["ingest"] / "shards", config.decoder.image_size_px)[
+    real = Pictures(held, shards_in(paths["ingest"]), config.decoder.image_size_px)[
         range(held.num_rows)
     ].numpy()
     return Trained(
@@ -109,21 +111,17 @@ def train_ours(
     """
     images, taken_s, seen = CALIBRATION_STEPS * config.batch_size, 0.0, 0
     for left in (1, 0):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            folders = folders_of(paths, folder / "store", folder)
+            shutil.copyfile(paths["clip"] / train.TOKENIZER, folder / train.TOKENIZER)
             if isinstance(config, DecoderConfig):
-                shard_check.settle(
-                    read_table(paths["embed"] / "metadata", "train"),
-                    paths["ingest"] / "shards",
-                    "stop",
-                    Path(folder),
-                )
+                table = read_table(paths["embed"] / "metadata", "train")
+                shard_check.settle(table, folders.shards, "stop", folders.work)
             model, averaged = fit(
-                config.model_copy(update={"images": images, "state_every_s": 1e9}),
-                paths,
-                Path(folder),
-                "cpu",
+                config.model_copy(update={"images": images, "state_every_s": 1e9}), folders, "cpu"
             )
-            last = json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])
+            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         taken_s, seen = taken_s + last["seconds"], last["images_seen"]
         if left:
             images = max(images, int(images * (seconds - taken_s) / taken_s))

@@ -22,6 +22,8 @@ import pyarrow.parquet as pq
 from indexing.data.held_out import open_embedded
 from indexing.evaluation.context import Subject
 from infra.schemas import EMBEDDED
+from infra.storage.shard_reader import ShardReader
+from infra.storage.stage_files import FolderFiles
 
 DIM = 16
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)> & {{ 7 * 7 }}'
@@ -182,5 +184,11 @@ def subject(folder: Path, texts: Any = encode_texts, images: Any = encode_images
     beside it.
     """
     return Subject(
-        open_embedded(folder / "embed"), folder / "shards", texts, images, 200, 0, folder / "out"
+        open_embedded(folder / "embed"),
+        ShardReader(FolderFiles(folder)),
+        texts,
+        images,
+        200,
+        0,
+        folder / "out",
     )

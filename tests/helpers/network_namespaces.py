@@ -1,9 +1,10 @@
 """Machines for a test: network namespaces with addresses of their own on one switch, whose cables
 can be pulled and plugged in again.
 
-The file system is shared, as a network's would be. A namespace lives as long as its holder, a
-process that ends with the test's, so
-nothing is left behind on the real machine and nothing there is touched. Needs the right to make
+The file system is shared, as a network's would be, except for disks of their own that machines may
+get (a tmpfs in a mount namespace, which the others do not see). A namespace lives as long as its
+holder, a process that ends with the test's, so nothing is left behind on the real machine and
+nothing there is touched. Needs the right to make
 namespaces; skips where it lacks.
 """
 
@@ -31,6 +32,8 @@ class Machine:
 
     number: int
     holder: "subprocess.Popen[bytes]"
+    disks: tuple[tuple[str, int], ...] = ()
+    """Folders that are the machine's own, and how many bytes they may take."""
 
     @property
     def address(self) -> str:
@@ -39,7 +42,15 @@ class Machine:
     @property
     def within(self) -> list[str]:
         """What stands before a command that is to run there."""
-        return ["nsenter", f"--net=/proc/{self.holder.pid}/ns/net"]
+        spaces = [f"--net=/proc/{self.holder.pid}/ns/net"]
+        if self.disks:
+            spaces += [f"--mount=/proc/{self.holder.pid}/ns/mnt", "--wdns=/"]
+        return ["nsenter", *spaces]
+
+    def used_bytes(self, disk: str) -> int:
+        """Return how much a disk of its own holds now."""
+        stat = os.statvfs(f"/proc/{self.holder.pid}/root{disk}")
+        return (stat.f_blocks - stat.f_bfree) * stat.f_frsize
 
     def do(self, *command: str) -> None:
         subprocess.run([*self.within, *command], check=True, capture_output=True)
@@ -98,8 +109,11 @@ class Machines:
     see each other and nothing else.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(
+        self, count: int, isolated: int = 0, disks: tuple[tuple[str, int], ...] = ()
+    ) -> None:
+        """Machines with numbers up to `isolated` get these disks of their own."""
+        self.count, self.isolated, self.disks = count, isolated, disks
         self.switch: Machine
         self.all: list[Machine] = []
 
@@ -109,7 +123,7 @@ class Machines:
             self.switch.do("ip", "link", "add", "name", "bridge", "type", "bridge")
             self.switch.do("ip", "link", "set", "bridge", "up")
             for number in range(1, self.count + 1):
-                machine = _start(number)
+                machine = _start(number, self.disks if number <= self.isolated else ())
                 self.all.append(machine)
                 pid = str(machine.holder.pid)
                 self.switch.do(
@@ -160,13 +174,18 @@ def _move(namespace: int) -> None:
         raise OSError(ctypes.get_errno(), "setns")
 
 
-def _start(number: int) -> Machine:
+def _start(number: int, disks: tuple[tuple[str, int], ...] = ()) -> Machine:
     if not shutil.which("unshare") or not shutil.which("ip"):
         raise OSError("unshare or ip is missing")
     # `cat` ends when this process, which holds its input, does
-    keep = "ip link set lo up && echo up && exec cat"
+    mounts = [
+        f"mkdir -p {disk} && mount -t tmpfs -o size={size} tmpfs {disk}" for disk, size in disks
+    ]
+    keep = " && ".join([*mounts, "ip link set lo up && echo up && exec cat"])
+    for disk, _ in disks:
+        Path(disk).mkdir(parents=True, exist_ok=True)
     holder = subprocess.Popen(
-        ["unshare", "--net", "sh", "-c", keep],
+        ["unshare", "--net", *(["--mount"] if disks else []), "sh", "-c", keep],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -175,4 +194,4 @@ def _start(number: int) -> Machine:
     if holder.stdout.readline() != b"up\n":
         holder.wait()
         raise OSError("unshare --net is refused")
-    return Machine(number, holder)
+    return Machine(number, holder, disks)

@@ -19,6 +19,8 @@ from indexing.ann.view import Segment
 from indexing.service.app import make_app
 from indexing.service.state import Encoders, Opened, Parts, ServeConfig, Service
 from infra.storage.removal_log import Removals
+from infra.storage.shard_reader import ShardReader
+from infra.storage.stage_files import FolderFiles
 from tests.helpers import evaluation_run
 
 CLIP = hashlib.sha256(b"the drawn CLIP").hexdigest()
@@ -50,7 +52,9 @@ class Fake:
             self.folder / name / "index",
         )
         return Segment(
-            Index.open(self.folder / name / "index"), self.folder / name / "shards", name
+            Index.open(self.folder / name / "index"),
+            ShardReader(FolderFiles(self.folder / name)),
+            name,
         )
 
     def service(self, with_fetch: bool = False) -> Service:

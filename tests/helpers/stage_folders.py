@@ -1,5 +1,6 @@
 """Local folders as stages see them: their files by name, their shards, a training's folders."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from infra.storage import store
@@ -21,9 +22,16 @@ def training_folders(root: Path, work: Path, *stages: str, key: str = "k") -> Tr
 
     The model is in `.output.folder`, the state in `work`.
     """
+    return folders_of({stage: root / stage for stage in stages}, root / "store", work, key)
+
+
+def folders_of(
+    stages: Mapping[str, Path], into: Path, work: Path, key: str = "k"
+) -> TrainingFolders:
+    """Return the folders of a training that reads these stage folders; its ROOT is `into`."""
     work.mkdir(parents=True, exist_ok=True)
-    output = open_output(store.open_root(str(root / "store"), for_writing=False), "model", key)
-    inputs = {stage: FolderFiles(root / stage) for stage in stages}
+    output = open_output(store.open_root(str(into), for_writing=False), "model", key)
+    inputs = {stage: FolderFiles(folder) for stage, folder in stages.items()}
     return TrainingFolders(inputs, output, local_work(work))
 
 

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import torch
 
 from flows.ingest import curate
+from infra.storage.stage_files import FolderFiles
 from tests.flows.ingest.test_curate import NO_HELD_OUT, item, write_shard
+from tests.helpers.stage_folders import shards_in
 from training.data.image_reader import Pictures, read_table
 from training.jobs import train
 from training.models import clip as clip_model
@@ -38,7 +40,7 @@ def write_kept(root: Path) -> Path:
     for number, count in enumerate(SHARDS):
         write_shard(root / "ingest", number, [item(first + place) for place in range(count)])
         first += count
-    curate.run(NO_HELD_OUT, root / "ingest", root / "curate")
+    curate.run(NO_HELD_OUT, FolderFiles(root / "ingest"), root / "curate")
     return root
 
 
@@ -59,7 +61,7 @@ def write_embedded(root: Path) -> None:
     train.write_model("clip", model, model.state_dict(), TINY, root / "clip")
     table = read_table(root / "curate" / "keep.parquet")
     images = clip_model.embed_images(
-        model, Pictures(table, root / "ingest" / "shards", 16)[range(table.num_rows)]
+        model, Pictures(table, shards_in(root / "ingest"), 16)[range(table.num_rows)]
     )
     for name in ("img_emb", "metadata"):
         (root / "embed" / name).mkdir(parents=True)

@@ -26,7 +26,8 @@ from infra.storage import commits, manifests
 from infra.storage import store as storage
 from infra.storage.manifests import MANIFEST, Committed
 from infra.storage.store import Root
-from tests.flows.ingest.test_ingest import parent_of, stored, write_list
+from infra.storage.work_folder import WorkFolder
+from tests.flows.ingest.test_ingest import is_downloading, stored, write_list
 from tests.helpers.hostile_server import Server
 from tests.helpers.network_namespaces import Machine, Machines
 from tests.helpers.ray_cluster import HERE, RayCluster
@@ -163,7 +164,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         ).items():
             patch.setenv(name, value)
         keys = store.environment(proxy.endpoint)
-        with proxy, RayCluster((1, 1, 1), network.all[:3], SETTINGS | keys) as cluster:
+        with (
+            proxy,
+            RayCluster(
+                (1, 1, 1),
+                network.all[:3],
+                SETTINGS | keys | {"UNCLIP_SCRATCH": str(folder / "scratch")},
+            ) as cluster,
+        ):
             yield Place(folder, network, cluster, keys)
 
 
@@ -251,9 +259,17 @@ def images_seen(root: Root) -> int:
     """Return the images seen by the state that a training would resume from, 0 where there is
     none.
     """
-    for state in root.scratch.glob("clip/*/state.pt"):
-        return int(torch.load(state, weights_only=True)["images_seen"])
+    for key in storage.list_names(root, "work/clip"):
+        state = WorkFolder(root, f"clip/{key}").fetch("state.pt")
+        if state:
+            return int(torch.load(state, weights_only=True)["images_seen"])
     return 0
+
+
+def finished_parts(root: Root, stage: str) -> int:
+    """Return how many parts of a stage that is under way are finished."""
+    keys = storage.list_names(root, f"work/{stage}")
+    return sum(len(storage.list_names(root, f"work/{stage}/{key}/parts")) for key in keys)
 
 
 def until(condition: Callable[[], Any], limit_s: float = 240) -> Any:
@@ -309,13 +325,14 @@ def test_a_node_that_trains_loses_power(place: Place, undisturbed: Root) -> None
     assert "it goes on from its last state" in shown and "attempt 2" not in shown
 
 
-def test_training_into_a_bucket_a_node_loses_power_and_the_store_is_away_when_it_wants_to_commit(
+def test_training_into_a_bucket_a_node_loses_power_and_then_the_store_is_away_for_a_while(
     place: Place, undisturbed: Root
 ) -> None:
     def disturb(root: Root) -> None:
-        place.network.pull(place.outside)
+        before = images_seen(root)
         place.lose(place.trainers()[-1])
-        until(lambda: list(root.scratch.glob("clip/*/weights.safetensors")))
+        until(lambda: images_seen(root) > before)
+        place.network.pull(place.outside)
         time.sleep(CUT_S / 2)
         assert place.head.processes("-m flows.orchestration.ray_job"), "it still wants to commit"
         place.network.plug(place.outside)
@@ -344,8 +361,7 @@ def test_embedding_into_a_bucket_a_process_is_killed_and_a_node_loses_power(
 
     def disturb(root: Root) -> None:
         assert (
-            len(list(root.scratch.glob("embed/*/metadata_*.parquet")))
-            < made(undisturbed, "embed").manifest["counts"]["out"] - 3
+            finished_parts(root, "embed") < made(undisturbed, "embed").manifest["counts"]["out"] - 3
         )
         one, another, lost = place.network.all[:3]
         os.kill(stopped[another.number], signal.SIGKILL)
@@ -365,8 +381,8 @@ def test_downloading_into_a_bucket_a_process_is_killed_and_a_node_loses_power(pl
         return [
             (machine, pid)
             for machine in place.network.all[:3]
-            for pid in machine.processes("flows.ingest.shard_worker")
-            if parent_of(pid)
+            for pid in machine.processes("ray::download_shard")
+            if is_downloading(pid)
         ]
 
     with place.outside.entered():

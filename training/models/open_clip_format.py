@@ -265,7 +265,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         or not all(isinstance(value, Tensor) for value in loaded.values())
     ):
         raise DataError(f"{path} has no state dict: use safetensors or a plain state dict")
-    state = {name.removeprefix("module."): value for name, value in loaded.items()}
+    # DistributedDataParallel and torch.compile put their own names before the model's.
+    state = {
+        name.replace("_orig_mod.", "").removeprefix("module."): value
+        for name, value in loaded.items()
+    }
     nested = {
         name.removeprefix("text."): value
         for name, value in state.items()

@@ -84,13 +84,11 @@ def run(
     Resumes from the published `state.pt` of `work`, if there is one. `loss_of(step)` returns the
     mean loss over this worker's b samples. `waited_s()` returns the seconds that it has waited for
     data so far, which are logged as a share of the time (`waiting`). All workers must call it with
-    equal arguments.
-    A sharded model stays sharded, and only the first worker gets its averaged weights. Raises
-    DataError if the loss is not finite.
+    equal arguments. A sharded model stays sharded, and only the first worker gets its averaged
+    weights. Raises DataError if the loss is not finite.
     """
     rank, workers = world()
     _check_batch_size(config, workers)
-    device_type = next(model.parameters()).device.type
     is_sharded = config.shard and workers > 1
     if is_sharded:
         loss_of = fsdp.shard(model, loss_of, config.precision == "bf16")
@@ -116,17 +114,21 @@ def run(
             is_loss_read = is_last or number % 10 == 0
             if is_loss_read:
                 log.write(seen, _finite_mean(loss, seen, config), now_s, is_last)
-            is_due = rank == 0 and (is_last or now_s - saved_s >= config.state_every_s)
-            is_due = is_due and math.isfinite(float(loss))
-            if is_sharded:  # all workers must take part in saving
-                is_due = is_loss_read and fsdp.first_says(is_due, device_type)
-            if is_due:
-                _save(work, model, optimizers, ema, seen, log.seconds(now_s), rank)
-                if rank == 0:
-                    publisher.publish(METRICS)
-                    publisher.publish(STATE)
+            is_due = is_last or now_s - saved_s >= config.state_every_s
+            if _must_save(model, loss, is_due, is_loss_read, is_sharded):
+                _save(publisher, model, optimizers, ema, seen, log.seconds(now_s))
                 saved_s = time.monotonic()
     return fsdp.whole(ema, rank == 0) if is_sharded else ema
+
+
+def _must_save(
+    model: nn.Module, loss: Tensor, is_due: bool, is_loss_read: bool, is_sharded: bool
+) -> bool:
+    """Return whether this worker saves a state now: the first, or all of a sharded model."""
+    must_save = world()[0] == 0 and is_due and math.isfinite(float(loss))
+    if is_sharded:
+        return is_loss_read and fsdp.first_says(must_save, next(model.parameters()).device.type)
+    return must_save
 
 
 def _check_batch_size(config: LoopConfig, workers: int) -> None:
@@ -236,13 +238,12 @@ def _average_weights(ema: dict[str, Tensor], model: nn.Module, decay: float) -> 
 
 
 def _save(
-    work: WorkFolder,
+    publisher: Publisher,
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     ema: dict[str, Tensor],
     seen: int,
     seconds: float,
-    rank: int,
 ) -> None:
     """Write the state to a temporary file and rename it, so that a kill leaves a complete state.
 
@@ -256,11 +257,14 @@ def _save(
         "images_seen": seen,
         "seconds": seconds,
     }
-    state = fsdp.whole(state, rank == 0)
-    if rank == 0:
+    is_first, work = world()[0] == 0, publisher.work
+    state = fsdp.whole(state, is_first)
+    if is_first:
         part = work.path(f"state.{os.getpid()}.tmp")
         torch.save(state, part)
         part.replace(work.path(STATE))
+        publisher.publish(METRICS)
+        publisher.publish(STATE)
 
 
 def _resume(

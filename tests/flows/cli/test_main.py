@@ -13,6 +13,7 @@ import pytest
 
 import flows.orchestration.stages
 from flows.cli.main import main
+from flows.cli.options import run_name
 from flows.runs.records import find_run, write_run
 from infra.errors import CallerError
 from infra.storage import store
@@ -255,3 +256,13 @@ def test_the_latest_run_is_the_one_that_finished_last(tmp_path: Path) -> None:
         write_run(root, name, "r.toml", "", {})
     assert find_run(root)["name"] == "a"
     assert find_run(root, "c")["name"] == "c"
+
+
+def test_a_recipe_of_any_name_names_a_run() -> None:
+    assert run_name("my-recipe_2.toml", None) == "my-recipe_2"
+    names = [
+        run_name(f"{name}.toml", None) for name in ("mein größer", "mein grösser", "写真", "-")
+    ]
+    assert len(set(names)) == 4 and names[0].startswith("mein-grosser-")
+    with pytest.raises(CallerError, match="--name a b"):
+        run_name("my.toml", "a b")

@@ -190,3 +190,32 @@ def test_an_url_without_credentials_is_none(tmp_path: Path) -> None:
     ):
         (tmp_path / "my.toml").write_text(f'[[clip.sources]]\nkind = "far"\nurl = "{url}"\n')
         assert read_recipe(tmp_path / "my.toml")["clip"]["sources"][0]["url"] == url
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "my.toml").write_text('[clip]\nloss = "ä"\n', encoding=encoding)
+    assert read_recipe(tmp_path / "my.toml") == {"clip": {"loss": "ä"}}
+    (tmp_path / "latin.toml").write_text('loss = "ä"\n', encoding="latin-1")
+    with pytest.raises(CallerError, match=r"latin\.toml is not TOML: the text is not utf-8"):
+        read_recipe(tmp_path / "latin.toml")
+
+
+def test_a_relative_source_is_relative_to_the_recipe_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    paths = ["pairs.parquet", "../x/*.csv", "/abs", "~/home", "s3://bucket/l", "zip://a::b.zip"]
+    sources = "".join(f'[[data.sources]]\npath = "{path}"\n' for path in paths)
+    (tmp_path / "a" / "base.toml").write_text(f'[data]\nopt_out = ["no.txt"]\n{sources}')
+    (tmp_path / "a" / "b" / "my.toml").write_text('extends = "../base.toml"\n')
+    data = read_recipe(Path("a/b/my.toml"))["data"]
+    assert [source["path"] for source in data["sources"]] == [
+        f"{tmp_path}/a/pairs.parquet",
+        f"{tmp_path}/a/../x/*.csv",
+        *paths[2:],
+    ]
+    assert data["opt_out"] == [f"{tmp_path}/a/no.txt"]
+    given = read_recipe(Path("a/base.toml"), ['data.opt_out=["mine.txt"]'])["data"]
+    assert given["opt_out"] == ["mine.txt"]

@@ -17,6 +17,7 @@ from indexing.evaluation.evaluate import EvaluateConfig
 from indexing.report import page as report_page
 from tests.helpers.evaluation_run import HOSTILE, row, usual_rows, write_run
 from tests.helpers.small_systems import write_system
+from tests.helpers.stage_folders import shards_in
 from tests.indexing.report.test_page import Page, assert_stands_alone
 from training.generation import latents, reconstruction
 from training.generation.unclip import Unclip
@@ -46,7 +47,7 @@ def made(
     """Return the section, which must keep to the report's schema."""
     write_run(folder, rows)
     found = decoder_section.section(
-        config, model, folder / "embed", folder / "shards", folder / "out"
+        config, model, folder / "embed", shards_in(folder), folder / "out"
     )
     written = json.loads(json.dumps(found, allow_nan=False))
     jsonschema.Draft202012Validator(
@@ -96,7 +97,7 @@ def test_the_figures_are_those_of_the_measurements(tmp_path: Path, model: Unclip
 
     def read(split: str, count: int) -> reconstruction.Described:
         return reconstruction.read(
-            tmp_path / "embed", tmp_path / "shards", split, model.tokenizer, 8, count, 0
+            tmp_path / "embed", shards_in(tmp_path), split, model.tokenizer, 8, count, 0
         )
 
     bits = reconstruction.likelihood(

@@ -21,6 +21,7 @@ from flows.ingest import curate
 from flows.ingest.curate import RANK, CurateConfig, keepers, split_of
 from infra.errors import DataError
 from infra.schemas import DROPPED, KEEP
+from infra.storage.stage_files import FolderFiles
 from tests.helpers.hostile_server import encoded, picture
 from training.data.image_reader import decode
 
@@ -79,7 +80,7 @@ def curated(
 ) -> tuple[dict[str, Row], Counter[str], Row]:
     """Return the keep list by key, the drop reasons and the counts."""
     out = tmp_path / "out"
-    counts = curate.run(config, tmp_path / "ingest", out)
+    counts = curate.run(config, FolderFiles(tmp_path / "ingest"), out)
     keep, dropped = pq.read_table(out / "keep.parquet"), pq.read_table(out / "dropped.parquet")
     assert keep.schema.equals(KEEP) and dropped.schema.equals(DROPPED)
     assert {path.name for path in out.iterdir()} == {"keep.parquet", "dropped.parquet"}
@@ -227,7 +228,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "ingest", 0, [item(n) for n in range(9)])
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(DataError, match=r"00000\.tar .*run the ingest stage again"):
-        curate.run(NO_HELD_OUT, tmp_path / "ingest", tmp_path / "out")
+        curate.run(NO_HELD_OUT, FolderFiles(tmp_path / "ingest"), tmp_path / "out")
 
 
 def test_a_tar_and_a_parquet_that_disagree_are_named(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_a_tar_and_a_parquet_that_disagree_are_named(tmp_path: Path) -> None:
     rows = pq.read_table(path.with_suffix(".parquet"))
     pq.write_table(rows.slice(1), path.with_suffix(".parquet"))
     with pytest.raises(DataError, match="knows nothing"):
-        curate.run(NO_HELD_OUT, tmp_path / "ingest", tmp_path / "out")
+        curate.run(NO_HELD_OUT, FolderFiles(tmp_path / "ingest"), tmp_path / "out")
     pq.write_table(
         pa.concat_tables(
             [
@@ -248,16 +249,16 @@ def test_a_tar_and_a_parquet_that_disagree_are_named(tmp_path: Path) -> None:
         path.with_suffix(".parquet"),
     )
     with pytest.raises(DataError, match="lacks 1 images"):
-        curate.run(NO_HELD_OUT, tmp_path / "ingest", tmp_path / "out")
+        curate.run(NO_HELD_OUT, FolderFiles(tmp_path / "ingest"), tmp_path / "out")
 
 
 def test_nothing_to_train_on_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "ingest").mkdir()
     with pytest.raises(DataError, match="holds no shard"):
-        curate.run(NO_HELD_OUT, tmp_path / "ingest", tmp_path / "out")
+        curate.run(NO_HELD_OUT, FolderFiles(tmp_path / "ingest"), tmp_path / "out")
     write_shard(tmp_path / "ingest", 0, [item(1), item(2)])
     with pytest.raises(DataError, match=r"no pair is left to train on of 2 .*too_small.: 2"):
-        curate.run(CurateConfig(min_side_px=64), tmp_path / "ingest", tmp_path / "out")
+        curate.run(CurateConfig(min_side_px=64), FolderFiles(tmp_path / "ingest"), tmp_path / "out")
 
 
 def test_training_images_that_look_like_a_held_out_one_leave_where_asked(tmp_path: Path) -> None:

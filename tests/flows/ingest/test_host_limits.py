@@ -15,12 +15,14 @@ from flows.ingest import host_limits, http_fetch, ingest
 from flows.ingest.host_limits import FAILURE_S, Hosts
 from flows.ingest.http_fetch import FetchError, fetch_image
 from flows.ingest.robots import parse
-from flows.sources.opt_out import read_opt_out
+from flows.sources import opt_out
+from flows.sources.opt_out import OptOut, read_opt_out
 from flows.sources.url_table import DataConfig
 from infra.errors import CallerError
 from tests.flows.ingest.test_http_fetch import RULES
 from tests.flows.ingest.test_ingest import config_for, write_list
 from tests.helpers.hostile_server import Server
+from tests.helpers.local_ingest import local_ingest
 
 POLITE = replace(RULES, robots=True, timeout_s=5)
 
@@ -156,9 +158,10 @@ def test_hosts_that_were_not_asked_for_longest_are_forgotten_unless_in_use() -> 
     assert len(hosts.known) == 2 and hosts.rules_bytes <= 1000
 
 
-def test_the_places_at_a_host_are_divided_among_the_processes(tmp_path: Path) -> None:
+def test_the_places_at_a_host_are_divided_among_the_tasks(tmp_path: Path) -> None:
     def places(per_host: int, workers: int) -> int:
         config = config_for({"kind": "urls", "path": "l.jsonl"}, per_host=per_host)
+        opt_out.save(OptOut(), tmp_path / "opt_out.json")
         return int(
             ingest.shard_settings(config, tmp_path, "http://x", workers)["rules"]["per_host"]
         )
@@ -172,9 +175,7 @@ def test_a_redirect_to_an_opted_out_host_is_not_followed(server: Server, tmp_pat
         [{"url": f"{server.base}/{kind}/1.png", "caption": kind} for kind in ("away", "jpeg")],
     )
     (tmp_path / "no.txt").write_text("localhost\n")
-    counts = ingest.run(
-        config_for(source, opt_out=[str(tmp_path / "no.txt")]), tmp_path / "out", tmp_path / "work"
-    )
+    counts = local_ingest(config_for(source, opt_out=[str(tmp_path / "no.txt")]), tmp_path)
     assert (
         counts["dropped"] == {"opted_out": 1}
         and server.asked["/away/1.png"] == 1
@@ -223,7 +224,7 @@ def test_opted_out_hosts_and_urls_are_never_asked_and_counted(
         f"# by request\nNoThanks.test\n{server.base}/good/3.png\n{server.base}/jpeg/\n"
     )
     config = config_for(source, opt_out=[str(tmp_path / "no.txt")])
-    counts = ingest.run(config, tmp_path / "out", tmp_path / "work")
+    counts = local_ingest(config, tmp_path)
     assert (
         counts["dropped"] == {"opted_out": 2, "unreachable": 1}
         and counts["out"] == 5
@@ -315,4 +316,4 @@ def test_a_list_that_cannot_be_read_stops_the_run(tmp_path: Path) -> None:
         opt_out=["gone.txt"],
     )
     with pytest.raises(CallerError, match=r"\[data\] opt_out 'gone.txt' cannot be read"):
-        ingest.run(config, tmp_path / "out", tmp_path / "work")
+        local_ingest(config, tmp_path)

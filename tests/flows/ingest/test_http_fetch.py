@@ -3,10 +3,13 @@ bytes, pixels and addresses.
 """
 
 import socket
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
 
 import pytest
 
@@ -299,3 +302,50 @@ def test_an_address_that_does_not_answer_gives_way_to_the_next(server: Server) -
     )
     assert sock.getpeername()[0] == "127.0.0.1"
     sock.close()
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """A proxy that knows one name and forwards what is asked of it to `target`."""
+
+    asked: ClassVar[list[str]] = []
+    target = ""
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        with urllib.request.urlopen(
+            self.path.replace("http://pictures.test:80", self.target)
+        ) as got:
+            body = got.read()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_CONNECT(self) -> None:
+        self.asked.append(self.path)
+        self.send_error(403)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_proxy_is_used_where_the_recipe_names_one_and_never_else(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Proxy.target = server.base
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{proxy.server_address[1]}"
+        through = replace(RULES, proxy=address, allow_private=False, loopback=f"{server.base}/good")
+        assert fetch_image("http://pictures.test/good/1.png", through) == encoded(picture(1))
+        assert Proxy.asked == ["http://pictures.test:80/good/1.png"]
+        assert reason("https://pictures.test/good/1.png", through) == "unreachable"
+        assert Proxy.asked.pop() == "pictures.test:443"
+        for host in ("127.0.0.1", "2130706433", "[::1]", "localhost", "a.localhost", "10.0.0.1"):
+            assert reason(f"http://{host}/good/1.png", through) == "host_refused"
+        assert fetch_image(f"{server.base}/good/1.png", through)  # our own server needs none
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, address)
+        assert reason("http://no-such-host.invalid/good/1.png") == "unreachable"
+        assert len(Proxy.asked) == 1
+        proxy.shutdown()

@@ -2,6 +2,7 @@
 doubles an image.
 """
 
+import ctypes
 import json
 import os
 import random
@@ -14,23 +15,29 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from flows.ingest import curate, download_pass, ingest
-from flows.ingest import local_workers as workers
+from flows.ingest import curate, ingest, shard_pass, shard_task
 from flows.ingest.curate import CurateConfig
+from flows.ingest.shard_task import Attempt, Beat, Feed, download_shard
 from flows.sources import url_table as sources
 from flows.sources.url_table import DataConfig
-from infra.errors import CallerError, DataError, StorageError
+from infra.compute.cluster import Cluster
+from infra.errors import CallerError, DataError, StorageError, UnclipError
 from infra.schemas import DROPPED, URLS
+from infra.storage.stage_output import StageOutput
 from tests.helpers.hostile_server import Server, picture
+from tests.helpers.local_ingest import local_ingest, output_in
 from tests.helpers.npm_packages import use_fake_npm
+from tests.infra.storage.test_store import full_disk  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 GOOD = (
     [f"good/{n}.png" for n in range(40)]
@@ -106,25 +113,36 @@ def stored(out: Path) -> dict[str, np.ndarray]:
     return pictures
 
 
-def workers_of(pid: int) -> list[int]:
-    """Return the download processes that are children of a process."""
-    return [
-        child
-        for child in map(
-            int, (entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit())
-        )
-        if parent_of(child) == pid
-    ]
+def tree(pid: int) -> set[int]:
+    """Return a process and all below it."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                )
+            except OSError:
+                continue  # it has just ended
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
 
 
-def parent_of(pid: int) -> int:
-    """Return the parent of a living download process, 0 for any other."""
+def is_downloading(pid: int) -> bool:
+    """Say whether a living process is making a shard."""
     try:
-        is_worker = b"flows.ingest.shard_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        is_task = b"ray::download_shard" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return 0
-    return int(parent) if is_worker and state != "Z" else 0
+        return False
+    return is_task and state != "Z"
+
+
+def workers_of(pid: int) -> list[int]:
+    """Return the processes below a process that are making shards."""
+    return [child for child in tree(pid) if is_downloading(child)]
 
 
 def wait_until(holds: Any, limit_s: float = 60) -> None:
@@ -136,9 +154,11 @@ def wait_until(holds: Any, limit_s: float = 60) -> None:
 
 @pytest.fixture(scope="module")
 def hostile(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path_factory: pytest.TempPathFactory, local_ray: Cluster
 ) -> Iterator[tuple[Path, dict[str, Any], Server, str]]:
-    """One run over everything that can go wrong: (out folder, counts, server, what was printed)."""
+    """One run over everything that can go wrong: (output, counts, server, what tasks printed)."""
+    import ray
+
     folder = tmp_path_factory.mktemp("hostile")
     with Server() as server:
         rows = [{"url": f"{server.base}/{path}", "caption": path} for path in [*GOOD, *BAD]]
@@ -152,8 +172,11 @@ def hostile(
             {"url": "http://127.0.0.1:1/x.png", "caption": "nobody there"},
         ]
         source = write_list(folder / "list.jsonl", rows)
-        counts = ingest.run(config_for(source), folder / "out", folder / "work")
-        yield folder / "out", counts, server, (folder / "work" / "img2dataset.log").read_text()
+        counts = local_ingest(config_for(source), folder)
+        logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+        printed = [file.read_text() for file in logs.glob("worker-*")]
+        assert printed
+        yield output_in(folder).folder, counts, server, "".join(printed)
 
 
 def test_all_good_images_are_stored_and_look_right(
@@ -215,7 +238,7 @@ def test_the_url_table_holds_what_was_asked(
     assert table.num_rows == len(GOOD) + len(BAD) + 2
 
 
-def test_the_terminal_sees_progress_and_the_log_no_error(
+def test_no_task_prints_a_traceback(
     hostile: tuple[Path, dict[str, Any], Server, str],
 ) -> None:
     assert "Traceback" not in hostile[3]
@@ -252,13 +275,15 @@ def test_packages_and_folders_travel_over_loopback_without_leave_for_private_add
             allow_private=False,
             cache=str(tmp_path / "cache"),
         )
-        counts = ingest.run(config, tmp_path / "out", tmp_path / "work")
+        counts = local_ingest(config, tmp_path)
         assert not server.asked
     assert counts["dropped"] == {
         "host_refused": 1,
         "http_404": 1,
     }  # the second is an SVG that does not render
-    assert Counter(Counter(row["caption"] for row in read_shards(tmp_path / "out")).values()) == {
+    assert Counter(
+        Counter(row["caption"] for row in read_shards(output_in(tmp_path).folder)).values()
+    ) == {
         2: 3,
         1: 3,
     }
@@ -287,12 +312,10 @@ def test_too_few_images_are_one_line_with_the_commonest_reason_and_an_example(
             match=r"only 1 of 10 URLs became images.*min_success.*mostly http_404 \(8\), such as "
             r"http://",
         ) as caught:
-            ingest.run(config_for(source, min_success=0.5), tmp_path / "out", tmp_path / "work")
+            local_ingest(config_for(source, min_success=0.5), tmp_path)
         assert "\n" not in str(caught.value)
         asked = server.asked.total()
-        counts = ingest.run(
-            config_for(source, min_success=0.1), tmp_path / "out", tmp_path / "work"
-        )
+        counts = local_ingest(config_for(source, min_success=0.1), tmp_path)
         assert (counts["out"], server.asked.total()) == (
             1,
             asked,
@@ -302,17 +325,16 @@ def test_too_few_images_are_one_line_with_the_commonest_reason_and_an_example(
 def test_sources_without_a_single_pair_are_one_line(tmp_path: Path) -> None:
     source = write_list(tmp_path / "list.jsonl", [{"url": "http://h/a.png", "caption": ""}] * 2)
     with pytest.raises(DataError, match=r"name no URL with a caption \(empty_caption 2\)"):
-        ingest.run(config_for(source), tmp_path / "out", tmp_path / "work")
+        local_ingest(config_for(source), tmp_path)
 
 
-def test_a_source_that_is_not_there_leaves_no_process_behind(tmp_path: Path) -> None:
+def test_a_source_that_is_not_there_starts_nothing(tmp_path: Path) -> None:
+    config = config_for({"kind": "folder", "path": str(tmp_path / "nowhere")})
+    cluster, output = MagicMock(), output_in(tmp_path)
+    (tmp_path / output.work).mkdir(parents=True)
     with pytest.raises(CallerError):
-        ingest.run(
-            config_for({"kind": "folder", "path": str(tmp_path / "nowhere")}),
-            tmp_path / "out",
-            tmp_path / "work",
-        )
-    assert workers_of(os.getpid()) == []
+        ingest.run(config, cluster, output, tmp_path, tmp_path / output.work)
+    assert not cluster.start.called
 
 
 def test_shards_have_equal_counts_whatever_the_blocks_and_files(
@@ -327,7 +349,7 @@ def test_shards_have_equal_counts_whatever_the_blocks_and_files(
         for name, count in (("a", 9), ("b", 1), ("c", 13))
     ]
     assert sources.write_url_table(config_for(*lists), tmp_path, tmp_path) == 23
-    feeds = ingest.write_feeds(tmp_path / "urls.parquet", tmp_path / "pass-0", 10, 5)
+    feeds = list(ingest.read_feeds(tmp_path / "urls.parquet", 10, 5))
     assert [(feed.number, feed.rows) for feed in feeds] == [
         (10, 5),
         (11, 5),
@@ -335,8 +357,8 @@ def test_shards_have_equal_counts_whatever_the_blocks_and_files(
         (13, 5),
         (14, 3),
     ]
-    again = ingest.write_feeds(tmp_path / "urls.parquet", tmp_path / "pass-0", 10, 5)
-    assert again == feeds
+    some = list(ingest.read_feeds(tmp_path / "urls.parquet", 10, 5, finished={11, 14}))
+    assert some == [feeds[0], feeds[2], feeds[3]]
 
 
 def long_list(tmp_path: Path, server: Server, count: int = 120) -> DataConfig:
@@ -346,91 +368,135 @@ def long_list(tmp_path: Path, server: Server, count: int = 120) -> DataConfig:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_killed_or_stuck_worker_is_replaced(
+def test_a_killed_or_frozen_process_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blow: signal.Signals
 ) -> None:
-    monkeypatch.setattr(download_pass, "SILENCE_LIMIT_S", -12)  # 4 s with the settings below
-    monkeypatch.setattr(
-        download_pass, "START_LIMIT_S", 20
-    )  # one of the two may be hit while it starts
+    monkeypatch.setattr(shard_pass, "FROZEN_S", 6)
     with Server(delay_s=0.05) as server:
         config = long_list(tmp_path, server)
         results: list[dict[str, Any]] = []
-        thread = threading.Thread(
-            target=lambda: results.append(ingest.run(config, tmp_path / "out", tmp_path / "work"))
-        )
+        thread = threading.Thread(target=lambda: results.append(local_ingest(config, tmp_path)))
         thread.start()
         wait_until(lambda: server.asked.total() >= 30)
         os.kill(workers_of(os.getpid())[0], blow)
         thread.join(timeout=90)
         assert not thread.is_alive()
     assert results[0]["out"] == 120 and results[0]["dropped"] == {}
-    assert len(stored(tmp_path / "out")) == 120
-    assert workers_of(os.getpid()) == []
+    assert len(stored(output_in(tmp_path).folder)) == 120
+    wait_until(lambda: workers_of(os.getpid()) == [])
 
 
-def test_a_shard_that_kills_every_worker_ends_the_run_with_its_name(
+Made = Iterator[Beat]
+
+
+def dies(output: StageOutput, feed: Feed, settings: dict[str, Any], attempt: Attempt) -> Made:
+    os._exit(9)
+    yield
+
+
+def full(output: StageOutput, feed: Feed, settings: dict[str, Any], attempt: Attempt) -> Made:
+    """Have the check after img2dataset, which swallows the error, find a full disk."""
+    shard_worker = shard_task._load_worker(1)
+    lost = MagicMock(side_effect=OSError(28, os.strerror(28), "00000.tar"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_worker, "check_shard", lost)
+        yield from download_shard(output, feed, settings, attempt)
+
+
+def poisoned(output: StageOutput, feed: Feed, settings: dict[str, Any], attempt: Attempt) -> Made:
+    """Die of a URL with `/poison/`, and hang in C, holding Python's lock, of one with `/hang/`."""
+    shard_worker = shard_task._load_worker(10**8)
+    fetch_image = shard_worker.fetch_image
+
+    def fetch(url: str, rules: Any) -> bytes:
+        if "/poison/" in url:
+            os._exit(9)
+        if "/hang/" in url:
+            ctypes.PyDLL(None).sleep(1000)
+        return fetch_image(url, rules)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_worker, "fetch_image", fetch)
+        yield from download_shard(output, feed, settings, attempt)
+
+
+def test_a_shard_that_kills_every_process_ends_the_run_with_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_list(
         tmp_path / "list.jsonl", [{"url": "http://127.0.0.1:1/a.png", "caption": "x"}]
     )
-    monkeypatch.setattr(
-        workers, "WORKER", [sys.executable, "-c", "import sys; sys.stdin.readline()"]
-    )
+    monkeypatch.setattr(shard_task, "download_shard", dies)
     with pytest.raises(
         DataError,
-        match=r"shard 00000 failed 3 times, at last so: the download process died \(details in "
-        r".*log\)",
+        match=r"shard 00000 failed 3 times, at last so: the process of its task died \(details in "
+        r".*logs.*\)",
     ):
-        ingest.run(config_for(source), tmp_path / "out", tmp_path / "work")
+        local_ingest(config_for(source), tmp_path)
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_that_img2dataset_swallows_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_list(
         tmp_path / "list.jsonl", [{"url": "http://127.0.0.1:1/a.png", "caption": "x"}]
     )
-    says = "import sys; sys.stdin.readline(); print('failed 0 OSError: [Errno 28] No space left on device', flush=True); sys.stdin.readline()"  # noqa: E501
-    monkeypatch.setattr(workers, "WORKER", [sys.executable, "-c", says])
-    with pytest.raises(StorageError, match="no space left"):
-        ingest.run(config_for(source), tmp_path / "out", tmp_path / "work")
+    monkeypatch.setattr(shard_task, "download_shard", full)
+    with pytest.raises(StorageError, match=r"no space left to write .*: free some space"):
+        local_ingest(config_for(source), tmp_path)
 
 
-POISONED = """
-import os
-from flows.ingest import shard_worker
-fetch_image = shard_worker.fetch_image
-def fetch(url, rules):
-    if "/poison/" in url:
-        os._exit(9)
-    return fetch_image(url, rules)
-shard_worker.fetch_image = fetch
-shard_worker.main()
-"""
+def test_a_disk_that_is_full_is_one_line(full_disk: Path, tmp_path: Path) -> None:  # noqa: F811
+    with Server() as server:
+        rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(100)]
+        config = config_for(
+            write_list(tmp_path / "list.jsonl", rows), image_size_px=512, images_per_shard=50
+        )
+        with pytest.raises(StorageError, match=r"no space left to write .*: free some space"):
+            local_ingest(config, full_disk)
+
+
+def test_a_cluster_that_has_no_room_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(shard_pass, "START_LIMIT_S", 2)
+    holds = ray.remote(num_cpus=2)(time.sleep).remote(600)
+    time.sleep(1)
+    source = write_list(
+        tmp_path / "list.jsonl", [{"url": "http://127.0.0.1:1/a.png", "caption": "x"}]
+    )
+    try:
+        with pytest.raises(UnclipError, match="no node has started a download task in 2 s: each"):
+            local_ingest(config_for(source), tmp_path)
+    finally:
+        ray.cancel(holds, force=True)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_a_row_that_kills_its_process_is_found_and_left_out(
+def test_a_row_that_kills_or_blocks_its_process_is_found_and_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "WORKER", [sys.executable, "-c", POISONED])
+    monkeypatch.setattr(shard_task, "download_shard", poisoned)
+    monkeypatch.setattr(shard_pass, "SILENCE_LIMIT_S", 5 - 4 * 2 * 2)  # 5 s with the timeouts
     with Server() as server:
-        paths = [f"good/{n}.png" for n in range(12)] + ["poison/1.png", "poison/2.png"]
+        paths = [f"good/{n}.png" for n in range(12)] + ["poison/1.png", "hang/2.png"]
         source = write_list(
             tmp_path / "list.jsonl",
             [{"url": f"{server.base}/{path}", "caption": path} for path in paths],
         )
-        counts = ingest.run(config_for(source, processes=1), tmp_path / "out", tmp_path / "work")
+        counts = local_ingest(config_for(source, processes=1), tmp_path)
     assert counts["out"] == 12 and counts["dropped"] == {"worker_crash": 2}
-    dropped = pq.read_table(tmp_path / "out" / "dropped.parquet").to_pylist()
-    assert {row["origin"].split("/", 3)[-1] for row in dropped} == {"poison/1.png", "poison/2.png"}
+    dropped = pq.read_table(output_in(tmp_path).folder / "dropped.parquet").to_pylist()
+    assert {row["origin"].split("/", 3)[-1] for row in dropped} == {"poison/1.png", "hang/2.png"}
 
 
 def test_a_host_whose_robots_txt_never_comes_costs_one_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download_pass, "SILENCE_LIMIT_S", -8)  # 4 s with the settings below
+    monkeypatch.setattr(shard_pass, "SILENCE_LIMIT_S", -8)  # 4 s with the settings below
     with Server() as server, Server() as silent:
         silent.is_robots_silent = True
         rows = [{"url": f"{silent.base}/good/{n}.png", "caption": str(n)} for n in range(60)]
@@ -443,7 +509,7 @@ def test_a_host_whose_robots_txt_never_comes_costs_one_wait(
             max_passing=1,
         )
         clock = time.monotonic()
-        counts = ingest.run(config, tmp_path / "out", tmp_path / "work")
+        counts = local_ingest(config, tmp_path)
         took_s = time.monotonic() - clock
     assert counts["out"] == 60 and counts["dropped"] == {"timeout": 60}
     assert silent.asked["/robots.txt"] <= 2 * 2 * 2  # of two processes, two tries, in two passes
@@ -451,61 +517,30 @@ def test_a_host_whose_robots_txt_never_comes_costs_one_wait(
 
 
 def test_a_slow_host_is_no_stuck_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten rows of a host that answers every 40 s take longer than a process may be silent; the
-    clock is the server's.
-    """
-    clock_s, reported = [time.monotonic()], threading.Semaphore(1)
-
-    def answer_after_report(path: str) -> None:
-        """Let 40 s pass, but only after the process has reported the row before."""
-        if path.startswith("/good/"):
-            reported.acquire(timeout=60)
-            clock_s[0] += 40
-
-    def hear(self: download_pass.Downloads, worker: workers.Worker, line: str) -> None:
-        hear_line(self, worker, line)
-        if line.startswith("rows "):
-            reported.release(int(line.split()[1]))
-
-    hear_line = download_pass.Downloads.handle_message
-    monkeypatch.setattr(download_pass.Downloads, "handle_message", hear)
-    for module in (download_pass, workers):
-        monkeypatch.setattr(
-            module, "time", SimpleNamespace(monotonic=lambda: clock_s[0], sleep=time.sleep)
-        )
-    with Server() as server:
-        server.before_answer = answer_after_report
-        rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(10)]
-        config = config_for(
-            write_list(tmp_path / "list.jsonl", rows),
-            per_host=1,
-            processes=1,
-            timeout_s=60.0,
-            retries=0,
-        )
-        monkeypatch.setattr(
-            download_pass, "SILENCE_LIMIT_S", 60 - 4 * 61
-        )  # 60 s with what the timeout adds
-        assert ingest.run(config, tmp_path / "out", tmp_path / "work")["out"] == 10
+    """Eight rows of a host that answers one in a second take longer than a task may be silent."""
+    monkeypatch.setattr(shard_pass, "SILENCE_LIMIT_S", 5 - 4 * 61)  # 5 s with the timeout
+    with Server(delay_s=1) as server:
+        rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(8)]
+        source = write_list(tmp_path / "list.jsonl", rows)
+        config = config_for(source, per_host=1, processes=1, timeout_s=60.0, retries=0)
+        assert local_ingest(config, tmp_path)["out"] == 8
         assert set(server.asked.values()) == {1}
 
 
 def test_a_shard_made_while_the_network_is_away_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download_pass, "PAUSES_S", (2.0, 2.0, 2.0))
+    monkeypatch.setattr(shard_pass, "PAUSES_S", (2.0, 2.0, 2.0))
     with Server() as server:
         rows = [{"url": f"{server.base}/good/{n}.png", "caption": str(n)} for n in range(60)]
         config = config_for(write_list(tmp_path / "list.jsonl", rows), retries=0, retry_passes=0)
         server.is_away = True
         results: list[dict[str, Any]] = []
-        thread = threading.Thread(
-            target=lambda: results.append(ingest.run(config, tmp_path / "out", tmp_path / "work"))
-        )
+        thread = threading.Thread(target=lambda: results.append(local_ingest(config, tmp_path)))
         thread.start()
         wait_until(lambda: server.asked.total() >= 2)
         time.sleep(0.7)
-        assert not list((tmp_path / "work" / "shards").glob("[0-9]*"))
+        assert not list(output_in(tmp_path).folder.glob("shards/*"))
         server.is_away = False
         thread.join(timeout=60)
     assert results and results[0]["out"] == 60 and results[0]["dropped"] == {}
@@ -514,8 +549,8 @@ def test_a_shard_made_while_the_network_is_away_is_made_again(
 def test_hosts_that_stay_away_are_waited_for_a_few_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download_pass, "PAUSES_S", (0.1, 0.1))
-    monkeypatch.setattr(download_pass, "MAX_PAUSES", 4)
+    monkeypatch.setattr(shard_pass, "PAUSES_S", (0.1, 0.1))
+    monkeypatch.setattr(shard_pass, "MAX_PAUSES", 4)
     with Server() as server:
         paths = [f"dead/{n}.png" for n in range(70)] + [f"good/{n}.png" for n in range(50)]
         source = write_list(
@@ -523,7 +558,7 @@ def test_hosts_that_stay_away_are_waited_for_a_few_times(
             [{"url": f"{server.base}/{path}", "caption": path} for path in paths],
         )
         config = config_for(source, retries=0, retry_passes=1, images_per_shard=30, max_passing=0.1)
-        counts = ingest.run(config, tmp_path / "out", tmp_path / "work")
+        counts = local_ingest(config, tmp_path)
     assert counts["out"] == 50 and counts["dropped"] == {"http_unavailable": 70}
     assert (
         max(server.asked[f"/dead/{n}.png"] for n in range(70)) == 2 + 2
@@ -542,67 +577,59 @@ def test_a_list_cannot_name_what_is_served_for_other_sources(tmp_path: Path) -> 
     ]
     folder = {"kind": "folder", "path": str(tmp_path / "mine")}
     config = config_for(folder, write_list(tmp_path / "list.jsonl", rows), allow_private=False)
-    counts = ingest.run(config, tmp_path / "out", tmp_path / "work")
-    assert set(stored(tmp_path / "out")) == {"a disc"}
+    counts = local_ingest(config, tmp_path)
+    assert set(stored(output_in(tmp_path).folder)) == {"a disc"}
     assert counts["dropped"]["host_refused"] + counts["dropped"].get("duplicate_url", 0) == 3
 
 
 RUN = """
 import sys
 from pathlib import Path
-from flows.ingest import ingest
 from flows.sources.url_table import DataConfig
-ingest.run(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+from tests.helpers.local_ingest import local_ingest
+local_ingest(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), num_cpus=2)
 """
+HERE = Path(__file__).parents[3]
+
+
+def started(config: DataConfig, folder: Path) -> subprocess.Popen[bytes]:
+    """Start an ingest in a process of its own, with a Ray of its own."""
+    command = [sys.executable, "-c", RUN, config.model_dump_json(), str(folder)]
+    return subprocess.Popen(command, cwd=HERE)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_run_killed_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
-    """The run gets SIGKILL, its download processes do not: they must end by themselves and leave
-    nothing half-made under a final name.
+    """The driver gets SIGKILL, its tasks do not: they must end by themselves and leave nothing
+    half-made under a final name.
     """
     moments = random.Random(0)
     with Server(delay_s=0.03) as server:
         config = long_list(tmp_path, server)
-        shards = tmp_path / "work" / "shards"
+        shards = output_in(tmp_path).folder / "shards"
         kills = 0
-        for attempt in range(12):
-            out = tmp_path / f"out-{attempt}"
-            run = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    RUN,
-                    config.model_dump_json(),
-                    str(out),
-                    str(tmp_path / "work"),
-                ]
-            )
-            before = server.asked.total()
-            goal = moments.choice([0, 0, 5, 15, 30, 50])
-            start, limit_s = time.monotonic(), moments.uniform(0.2, 2.0) if goal == 0 else 60
-            while (
-                run.poll() is None
-                and server.asked.total() - before < max(goal, 1)
-                and time.monotonic() - start < limit_s
-            ):
-                time.sleep(0.01)
-            if run.poll() is not None or kills == 6:
+        while True:
+            run = started(config, tmp_path)
+            if kills == 3:
                 break
+            before, goal = server.asked.total(), moments.choice([1, 5, 15, 30])
+            wait_until(
+                lambda run=run, before=before, goal=goal: (
+                    run.poll() is not None or server.asked.total() - before >= goal
+                ),
+                200,
+            )
+            assert run.poll() is None
             workers = workers_of(run.pid)
             run.kill()
             run.wait()
             kills += 1
-            for tar in shards.glob(
-                "*.tar"
-            ):  # what stands under a final name is whole at any moment
+            for tar in shards.glob("*.tar"):  # whole at any moment
                 with tarfile.open(tar) as opened:
                     assert sum(member.name.endswith(".png") for member in opened) == 20
-            wait_until(lambda workers=workers: not any(map(parent_of, workers)), 20)
-        assert run.wait(timeout=120) == 0
-        assert kills >= 3
-        assert set(stored(out)) == {str(n) for n in range(120)}
-        finished_once = (
-            120 + kills * 2 * 20
-        )  # each kill may cost the two shards in the making, no more
-        assert server.asked.total() <= finished_once
+            wait_until(lambda workers=workers: not any(map(is_downloading, workers)), 60)
+        assert run.wait(timeout=200) == 0
+        assert set(stored(output_in(tmp_path).folder)) == {str(n) for n in range(120)}
+        # Each kill may cost the two shards in the making, no more.
+        assert server.asked.total() <= 120 + kills * 2 * 20

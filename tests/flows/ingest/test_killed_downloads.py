@@ -6,8 +6,6 @@ import io
 import os
 import random
 import signal
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -17,18 +15,18 @@ from typing import Self
 
 import pytest
 
-from flows.ingest import ingest
 from flows.sources.url_table import DataConfig
 from tests.flows.ingest.test_ingest import (
-    RUN,
     config_for,
-    parent_of,
+    is_downloading,
+    started,
     stored,
     wait_until,
     workers_of,
     write_list,
 )
 from tests.helpers.hostile_server import Server
+from tests.helpers.local_ingest import local_ingest, output_in
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
 KILLS, SHARD = 10, 20
@@ -83,16 +81,7 @@ def test_an_ingest_killed_ten_times_loses_and_doubles_nothing(tmp_path: Path) ->
     with Server(delay_s=0.05) as server, Reader(tmp_path) as reader:
         config = listed(tmp_path, server, count)
         while True:
-            run = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    RUN,
-                    config.model_dump_json(),
-                    str(tmp_path / "out"),
-                    str(tmp_path / "work"),
-                ]
-            )
+            run = started(config, tmp_path)
             if len(moments) == KILLS:
                 break
             before, goal = server.asked.total(), chance.choice([0, 1, 5, 15, 25, 35])
@@ -109,7 +98,7 @@ def test_an_ingest_killed_ten_times_loses_and_doubles_nothing(tmp_path: Path) ->
             workers = workers_of(run.pid)
             run.kill()
             run.wait()
-            wait_until(lambda workers=workers: not any(map(parent_of, workers)), 60)
+            wait_until(lambda workers=workers: not any(map(is_downloading, workers)), 60)
         assert run.wait(timeout=200) == 0, moments
         asked = server.asked.total()
     print(
@@ -117,13 +106,14 @@ def test_an_ingest_killed_ten_times_loses_and_doubles_nothing(tmp_path: Path) ->
         moments,
         f"; {asked} requests for {count} pictures, {reader.read} readings",
     )
-    assert set(stored(tmp_path / "out")) == {str(n) for n in range(count)}
+    assert set(stored(output_in(tmp_path).folder)) == {str(n) for n in range(count)}
     assert reader.broken == [] and reader.read > count / SHARD
     assert (
         asked <= count + KILLS * 2 * SHARD
     )  # a kill may cost the two shards in the making, no more
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_a_download_process_killed_at_ten_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
     chance, count, moments = random.Random(), 80, []
     with Server(delay_s=0.05) as server, Reader(tmp_path) as reader:
@@ -137,7 +127,7 @@ def test_a_download_process_killed_at_ten_moments_loses_and_doubles_nothing(tmp_
             def download(
                 config: DataConfig = config, folder: Path = folder, results: list[int] = results
             ) -> None:
-                results.append(ingest.run(config, folder / "out", folder / "work")["out"])
+                results.append(local_ingest(config, folder)["out"])
 
             run = threading.Thread(target=download)
             run.start()
@@ -152,6 +142,6 @@ def test_a_download_process_killed_at_ten_moments_loses_and_doubles_nothing(tmp_
             moments.append(server.asked.total() - before)
             run.join(timeout=120)
             assert results == [count], f"killed after {moments} requests"
-            assert set(stored(folder / "out")) == {str(n) for n in range(count)}
+            assert set(stored(output_in(folder).folder)) == {str(n) for n in range(count)}
     print("killed after requests", moments, f"; {reader.read} readings")
     assert reader.broken == [] and workers_of(os.getpid()) == []

@@ -13,22 +13,53 @@ import pytest
 
 from flows.ingest import row_outcomes
 from flows.ingest.http_fetch import PASSING
-from flows.ingest.row_outcomes import read_outcomes, rows_to_ask_again, split_problem, write_dropped
+from flows.ingest.row_outcomes import (
+    ShardFacts,
+    count_outcomes,
+    passing_share,
+    read_outcomes,
+    rows_to_ask_again,
+    split_problem,
+    write_dropped,
+)
 from infra.schemas import DROPPED, URLS
+from infra.storage import store
+from infra.storage.stage_output import StageOutput, open_output
 
 WORDS = ("http_404: gone", "timeout: 10 s", "http_unavailable: 503", "not_an_image: text/html", "")
 
 
-def write_shards(folder: Path, seed: int) -> tuple[int, dict[str, dict[str, Any]], int]:
+@pytest.fixture(params=["folder", "memory"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> StageOutput:
+    """The output of an ingest in a local ROOT and in a store."""
+    if request.param == "folder":
+        return open_output(store.open_root(str(tmp_path / "root")), "ingest", "key")
+    root = store.open_root(f"memory://outcomes-{tmp_path.name}", tmp_path / "scratch")
+    return open_output(root, "ingest", "key")
+
+
+def put_shard(output: StageOutput, number: int, rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Put a shard's table; return its counted outcomes."""
+    table = pa.Table.from_pylist(rows)
+    with output.temporary_folder() as folder:
+        pq.write_table(table, folder / "rows")
+        output.put(folder / "rows", f"shards/{number:05d}.parquet")
+    return dict(count_outcomes(table))
+
+
+def write_shards(
+    output: StageOutput, seed: int
+) -> tuple[dict[int, ShardFacts], dict[str, dict[str, Any]], int]:
     """Write passes over 400 rows, each over those that still fail for a passing reason; return
     shards, last words and successes.
     """
+    shards: dict[int, ShardFacts] = {}
     chance = random.Random(seed)
     names = [f"{chance.getrandbits(64):016x}" for _ in range(400)]
     latest: dict[str, dict[str, Any]] = {}
     number, succeeded = 0, 0
     asked = names
-    for _ in range(3):
+    for turn in range(3):
         chance.shuffle(asked)
         for start in range(0, len(asked), 37):
             rows = []
@@ -61,10 +92,13 @@ def write_shards(folder: Path, seed: int) -> tuple[int, dict[str, dict[str, Any]
                 )
                 latest[name] = rows[-1]
                 succeeded += not word
-            pq.write_table(pa.Table.from_pylist(rows), folder / f"{number:05d}.parquet")
+            shards[number] = {
+                "outcomes": put_shard(output, number, rows),
+                "is_first": turn == 0,
+            }
             number += 1
         asked = [name for name in asked if reason_of(latest[name]) in PASSING]
-    return number, latest, succeeded
+    return shards, latest, succeeded
 
 
 def reason_of(row: dict[str, Any]) -> str:
@@ -75,13 +109,13 @@ def reason_of(row: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_last_word_on_every_row_counts(
-    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, output: StageOutput, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_outcomes, "GROUP_ROWS", 50)
-    count, latest, succeeded = write_shards(tmp_path, seed)
+    shards, latest, succeeded = write_shards(output, seed)
     expected = {name: reason_of(row) for name, row in latest.items() if reason_of(row)}
     assert {"http_404", "timeout", "decode_error"} <= set(expected.values()) and succeeded > 50
-    again = pq.read_table(rows_to_ask_again(tmp_path, count, tmp_path / "again.parquet"))
+    again = pq.read_table(rows_to_ask_again(output, shards, tmp_path / "again.parquet"))
     assert again.schema.equals(URLS)
     assert sorted(again["key"].to_pylist()) == sorted(
         name for name, reason in expected.items() if reason in PASSING
@@ -94,7 +128,7 @@ def test_the_last_word_on_every_row_counts(
         {"key": "1" * 16, "origin": "https://h/twice.jpg", "reason": "duplicate_url", "detail": ""}
     ] * 120
     pq.write_table(pa.Table.from_pylist(early, DROPPED), tmp_path / "early.parquet")
-    found = read_outcomes(tmp_path, count)
+    found = read_outcomes(output, shards)
     before, reasons, examples = write_dropped(
         tmp_path / "early.parquet", found, tmp_path / "dropped.parquet"
     )
@@ -112,13 +146,19 @@ def test_the_last_word_on_every_row_counts(
     )
 
 
-def test_without_a_failure_nothing_is_asked_again(tmp_path: Path) -> None:
+def test_without_a_failure_nothing_is_asked_again(tmp_path: Path, output: StageOutput) -> None:
     row = dict.fromkeys(URLS.names, "") | {
         "captions": [""],
         "sample": "0" * 16,
         "status": "success",
         "error_message": None,
     }
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "00000.parquet")
-    assert pq.read_table(rows_to_ask_again(tmp_path, 1, tmp_path / "again.parquet")).num_rows == 0
-    assert pq.read_table(rows_to_ask_again(tmp_path, 0, tmp_path / "again.parquet")).num_rows == 0
+    shards: dict[int, ShardFacts] = {0: {"outcomes": put_shard(output, 0, [row]), "is_first": True}}
+    file = tmp_path / "again.parquet"
+    assert pq.read_table(rows_to_ask_again(output, shards, file)).num_rows == 0
+    assert pq.read_table(rows_to_ask_again(output, {}, file)).num_rows == 0
+
+
+def test_the_share_of_rows_that_may_pass_is_of_all_rows() -> None:
+    assert passing_share({"success": 5, "timeout": 2, "cut_short": 1, "http_404": 2}) == 0.3
+    assert passing_share({}) == 0

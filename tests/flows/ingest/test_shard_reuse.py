@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from flows.ingest import ingest, shard_reuse
 from flows.orchestration.run_stage import run_stage
 from flows.orchestration.stages import INGEST_VERSION, run_ingest
 from flows.runs.stage import Stage
@@ -22,9 +21,12 @@ from infra.compute.cluster import Cluster, ClusterConfig
 from infra.settings import Section
 from infra.storage import store
 from infra.storage.manifests import Committed
+from infra.storage.stage_output import StageOutput
 from tests.flows.ingest.test_ingest import config_for, stored, write_list
 from tests.helpers.hostile_server import Server
+from tests.helpers.local_ingest import local_ingest, output_in
 
+pytestmark = pytest.mark.usefixtures("local_ray")
 INGEST = Stage("ingest", (), ("data",), INGEST_VERSION, run_ingest)
 
 
@@ -82,14 +84,15 @@ def test_a_night_asks_only_for_what_is_new_and_ends_as_if_it_had_asked_for_all(
     assert set(pictures) == set(second) - {"missing/90.png"} and after.manifest["counts"][
         "out"
     ] == len(pictures)
-    fresh = ingest.run(
+    fresh = local_ingest(
         config_for(write_list(tmp_path / "all.jsonl", rows(server, second)), images_per_shard=10),
-        tmp_path / "o",
-        tmp_path / "w",
+        tmp_path / "fresh",
     )
-    assert fresh["out"] == len(pictures) and {
-        k: v.tobytes() for k, v in stored(tmp_path / "o").items()
-    } == {k: v.tobytes() for k, v in pictures.items()}
+    assert fresh["out"] == len(pictures)
+    found = stored(output_in(tmp_path / "fresh").folder)
+    assert {k: v.tobytes() for k, v in found.items()} == {
+        k: v.tobytes() for k, v in pictures.items()
+    }
 
 
 def test_what_the_list_has_lost_is_in_no_shard_and_untouched_shards_are_the_same_files(
@@ -159,15 +162,15 @@ def test_a_killed_take_over_is_repeated_and_ends_the_same(
     root = store.open_root(str(tmp_path / "root"))
     first = [f"good/{n}.png" for n in range(30)]
     night(root, rows(server, first), tmp_path)
-    original, calls = shard_reuse._copy, []
+    original, calls = StageOutput.copy, []
 
-    def killed(*arguments: Any) -> None:
+    def killed(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        original(*arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(shard_reuse, "_copy", killed)
+    monkeypatch.setattr(StageOutput, "copy", killed)
     with pytest.raises(KeyboardInterrupt):
         night(root, rows(server, first[1:]), tmp_path)
     after = night(root, rows(server, first[1:]), tmp_path)

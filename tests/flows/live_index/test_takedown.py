@@ -132,7 +132,7 @@ def test_other_pictures_keep_their_places_and_readers_skip_the_blank(root: Root)
     assert names == [row["member"] for row in table if row["key"] != table[3]["key"]]
     judged = curate.run(
         CurateConfig(held_out_concept_fraction=0.3, min_side_px=1),
-        committed(root, "ingest").local_folder,
+        committed(root, "ingest").files,
         tar.parent.parent.parent / "out",
     )
     assert judged["in"] == 47
@@ -185,9 +185,7 @@ def second_night(
         "started": manifests.now(),
     }
     ingest_made = commits.commit(root, "ingest", key, out, facts)
-    counts = curate.run(
-        CurateConfig(min_side_px=1), ingest_made.local_folder, out, read_removals(root)
-    )
+    counts = curate.run(CurateConfig(min_side_px=1), ingest_made.files, out, read_removals(root))
     inputs = {"inputs": {"ingest": key}, "input_digests": {"ingest": ingest_made.digest}}
     commits.commit(root, "curate", key, out, facts | inputs | {"counts": counts})
     return str(ingest_made.local_folder / "shards" / "00000.tar"), content
@@ -444,7 +442,7 @@ def test_ingest_does_not_download_and_curate_does_not_keep_what_was_taken_down(
     )
     counts = curate.run(
         CurateConfig(min_side_px=1),
-        committed(root, "ingest").local_folder,
+        committed(root, "ingest").files,
         tmp_path / "curated",
         removals,
     )

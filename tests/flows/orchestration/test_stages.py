@@ -24,7 +24,7 @@ from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageError
 from infra.storage import commits, manifests, store
 from infra.storage.locks import is_being_read, reading_file
-from infra.storage.stage_files import FolderFiles, pinned_copy
+from infra.storage.stage_files import FolderFiles, StageFiles, pinned_copy
 from infra.storage.store import Root
 from tests.helpers import fake_stages, forked_processes
 from tests.helpers.fake_stages import FAKES, FakeConfig, FakeSection, run_all, write_chunks
@@ -432,16 +432,16 @@ def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(
     from flows.orchestration.stages import STAGES, UPSAMPLERS
     from training.jobs import train
 
-    seen: list[Path] = []
+    seen: list[StageFiles] = []
     monkeypatch.setattr(
         train,
         "train_upsampler",
-        lambda section, cluster, ingest, kept, out, work: seen.append(kept) or {},
+        lambda section, cluster, folders: seen.append(folders.inputs["curate"]) or {},
     )
     monkeypatch.setattr(
         upsampler_comparison,
         "compare",
-        lambda stage, out, ingest, kept, *more: seen.append(kept) or {},
+        lambda stage, output, out, shards, kept: seen.append(kept) or {},
     )
     inputs = {name: SimpleNamespace(files=FolderFiles(Path(name))) for name in stages}
     for stage in (each for each in STAGES if each.name in UPSAMPLERS):
@@ -454,11 +454,12 @@ def test_up_samplers_train_on_what_dedup_kept_where_it_is_there(
                 inputs=inputs,
                 cluster=MagicMock(),
                 out=Path(),
-                work=Path(),
-                local_copy=lambda committed: committed.files.folder,
+                output=None,
+                state=None,
+                input_files=lambda name: {name: inputs[name].files},
             )
         )  # type: ignore[arg-type]
-    assert seen == [Path(stages[-1])] * 4
+    assert seen == [FolderFiles(Path(stages[-1]))] * 4
 
 
 def test_many_vectors_in_several_files_are_indexed_on_ray_and_few_without(

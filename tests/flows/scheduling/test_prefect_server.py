@@ -278,7 +278,8 @@ def test_a_private_server_takes_nothing_of_prefects_from_the_environment_and_nee
     (tmp_path / ".env").write_text(
         f"PREFECT_SERVER_API_BASE_PATH=/theirs\nPREFECT_HOME={tmp_path / 'theirs'}\n"
     )
-    command = [sys.executable, "-c", PRIVATE, str(tmp_path / "home")]
+    home = tmp_path / "home?timeout=0#1"  # a URL with this in it would name another file
+    command = [sys.executable, "-c", PRIVATE, str(home)]
     done = subprocess.run(
         command,
         cwd=tmp_path,
@@ -294,7 +295,7 @@ def test_a_private_server_takes_nothing_of_prefects_from_the_environment_and_nee
         "is_hidden": True,
         "is_restored": True,
     }
-    assert (tmp_path / "home" / "prefect.db").exists()
+    assert (home / "prefect.db").exists() and not (tmp_path / "home").exists()
     assert not (tmp_path / "theirs.db").exists() and not (tmp_path / "theirs").exists()
 
 

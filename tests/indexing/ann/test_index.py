@@ -24,6 +24,7 @@ from infra.compute.cluster import Cluster, ClusterConfig, spread
 from infra.errors import CallerError, DataError
 from infra.storage import manifests
 from infra.storage.removal_log import Removals
+from infra.storage.stage_files import FolderFiles
 from tests.helpers.embed_folders import KINDS, cut, exact, made, uneven, vectors, write_embed
 
 COUNT, DIM = 1500, 32
@@ -431,7 +432,7 @@ def test_an_index_is_compacted_within_the_memory_of_its_recipe(
         "inputs": {"embed": "e"},
     }
     (tmp_path / "index.json").write_text('{"count": 3}')
-    monkeypatch.setattr(manifests, "find", lambda *_: SimpleNamespace(local=lambda: tmp_path))
+    monkeypatch.setattr(manifests, "find", lambda *_: SimpleNamespace(files=FolderFiles(tmp_path)))
     monkeypatch.setattr(index, "build", lambda config, *_: configs.append(config) or {"out": 2})
     assert (
         compaction._index(

@@ -12,6 +12,7 @@ from indexing.ann.keys import NUMBER_BITS, number_of
 from indexing.ann.view import Filter, Segment, View, make_filter
 from infra.storage.removal_log import Removals
 from tests.helpers.embed_folders import vectors, write_embed
+from tests.helpers.stage_folders import shards_in
 
 COUNT, DIM, COPIES = 600, 32, 12
 QUERY = vectors(1, DIM, seed=8)[0].astype(np.float32)
@@ -23,7 +24,7 @@ def view(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     embed, out = tmp_path_factory.mktemp("embed"), tmp_path_factory.mktemp("index")
     write_embed(embed, COUNT, DIM, copies=COPIES)
     build(IndexConfig(factory=request.param, queries=32), embed, out)
-    return View([Segment(Index.open(out), embed)], Removals(), "clip")
+    return View([Segment(Index.open(out), shards_in(embed))], Removals(), "clip")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_deep_pages_of_an_approximate_index_neither_repeat_nor_skip(
     faiss.omp_set_num_threads(1)
     write_embed(tmp_path / "embed", 3000, DIM, copies=2)
     build(IndexConfig(factory=factory, queries=64), tmp_path / "embed", _folder(tmp_path / "index"))
-    view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
+    view = View([Segment(Index.open(tmp_path / "index"), shards_in(tmp_path))], Removals(), "clip")
     for query in vectors(4, DIM, seed=8).astype(np.float32):
         whole = {hit.facts["sha256"] for hit in view.search(query, 312, near=near)}
         pages = [view.search(query, 24, offset=offset, near=near) for offset in range(0, 312, 24)]
@@ -100,7 +101,7 @@ def test_a_search_among_copies_has_a_maximum_cost(
     faiss.omp_set_num_threads(1)
     write_embed(tmp_path / "embed", 3000, DIM, copies=3000)
     build(IndexConfig(factory="Flat", queries=2), tmp_path / "embed", _folder(tmp_path / "index"))
-    view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
+    view = View([Segment(Index.open(tmp_path / "index"), shards_in(tmp_path))], Removals(), "clip")
     monkeypatch.setattr("indexing.ann.view.FETCHED", 1024)
     monkeypatch.setattr("indexing.ann.view.FETCHED_APART", 256)
     fetched: list[int] = []
@@ -196,7 +197,7 @@ def test_a_filter_returns_what_brute_force_returns(tmp_path: Path) -> None:
         tmp_path / "embed",
         _folder(tmp_path / "index"),
     )
-    view = View([Segment(Index.open(tmp_path / "index"), tmp_path)], Removals(), "clip")
+    view = View([Segment(Index.open(tmp_path / "index"), shards_in(tmp_path))], Removals(), "clip")
     styles = np.array(["plain" if row % 40 else "rare" for row in range(COUNT)])
     view.segments[0].index.column = lambda name: (
         _column(styles) if name == "style" else Index.column(view.segments[0].index, name)
@@ -235,7 +236,7 @@ def test_two_segments_answer_as_one(tmp_path: Path) -> None:
             _folder(tmp_path / f"{name}-index"),
         )
     segments = {
-        name: Segment(Index.open(tmp_path / f"{name}-index"), tmp_path)
+        name: Segment(Index.open(tmp_path / f"{name}-index"), shards_in(tmp_path))
         for name in ("embed", "a", "b")
     }
     one, two = (

@@ -12,6 +12,7 @@ import pytest
 from indexing.data.images import read_picture, sheet, square, write_png
 from infra.errors import DataError
 from tests.helpers.evaluation_run import draw, usual_rows, write_run
+from tests.helpers.stage_folders import shards_in
 from training.data.image_reader import decode
 
 
@@ -21,7 +22,7 @@ def test_pictures_are_read_from_their_place_in_a_shard(tmp_path: Path) -> None:
     rows = usual_rows()
     write_run(tmp_path, rows)
     for drawn, row in zip(rows, open_embedded(tmp_path / "embed").table.to_pylist(), strict=True):
-        picture = read_picture(row, tmp_path / "shards", 20)
+        picture = read_picture(row, shards_in(tmp_path), 20)
         assert np.array_equal(picture[3:-3], draw(drawn["number"], drawn["style"])[3:-3])
 
 
@@ -35,15 +36,17 @@ def test_a_picture_is_what_training_saw(shape: tuple[int, ...]) -> None:
 
 
 def test_bytes_that_are_no_picture_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(b"no picture here" * 10)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a.tar").write_bytes(b"no picture here" * 10)
+    shards = shards_in(tmp_path)
     row = {"shard": "a.tar", "member": "x.png", "offset": 0, "size_bytes": 100}
     with pytest.raises(DataError, match=r"a\.tar/x\.png is not"):
-        read_picture(row, tmp_path, 16)
+        read_picture(row, shards, 16)
     with pytest.raises(DataError, match=r"a\.tar/x\.png is not"):
-        read_picture(row | {"offset": 10**6}, tmp_path, 16)
+        read_picture(row | {"offset": 10**6}, shards, 16)
     with pytest.raises(DataError, match="cannot read"):
-        read_picture(row | {"shard": "missing.tar"}, tmp_path, 16)
-    assert not tarfile.is_tarfile(tmp_path / "a.tar")
+        read_picture(row | {"shard": "missing.tar"}, shards, 16)
+    assert not tarfile.is_tarfile(tmp_path / "shards" / "a.tar")
 
 
 def test_a_sheet_shows_every_picture_below_its_title(tmp_path: Path) -> None:

@@ -95,8 +95,8 @@ def test_a_part_keeps_its_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ("cat\ndog\n", "labels run from 0 to 2 and there are 2 class names"),
-        ("cat\ndog\neel\n", "must hold {} or {c} once"),
+        ("cat\ndog\n", "labels are 0 to 2, but there are 2 class names"),
+        ("cat\ndog\neel\n", "must contain {} or {c} exactly once"),
     ],
 )
 def test_names_and_templates_that_do_not_fit_are_named(
@@ -113,7 +113,7 @@ def test_what_is_no_set_is_a_callers_mistake(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "odd.parquet")
     for path, said in (
-        ("none", "is not there"),
+        ("none", "does not exist"),
         ("empty", "holds no pictures"),
         ("odd.parquet", "no column 'image'"),
     ):
@@ -127,9 +127,9 @@ def test_a_sample_without_its_class_and_a_broken_picture_are_named(tmp_path: Pat
         member = tarfile.TarInfo("lonely.png")
         member.size = 3
         tar.addfile(member, io.BytesIO(b"abc"))
-    with pytest.raises(DataError, match="lonely has image only"):
+    with pytest.raises(DataError, match="lonely has only image"):
         open_set(tmp_path / "d")
     folders = write_folders(tmp_path / "a")
     (folders / "cat" / "0.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="picture 0 is no 8-bit picture"):
+    with pytest.raises(DataError, match="picture 0 cannot be read as an 8-bit picture"):
         open_set(folders).pictures(8)

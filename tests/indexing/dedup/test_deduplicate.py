@@ -15,6 +15,7 @@ from indexing.dedup import deduplicate
 from indexing.dedup.deduplicate import DedupConfig, run
 from infra.errors import DataError
 from tests.helpers.evaluation_run import DIM, direction, encode_images, row, usual_rows, write_run
+from tests.helpers.stage_folders import shards_in
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def stage(
     write_run(folder, rows, vectors)
     out = folder / "out"
     out.mkdir()
-    return run(config, folder / "shards", folder / "embed", encode_images, 20, out), out
+    return run(config, shards_in(folder), folder / "embed", encode_images, 20, out), out
 
 
 def test_evaluation_pictures_stay_and_their_copies_leave_training(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_the_threshold_has_the_precision_or_near_embeddings_are_ignored(tmp_path
     same = np.tile(direction(0), (len(rows), 1))  # a CLIP with equal embeddings for all pictures
     write_run(tmp_path / "blind", rows, same)
     (tmp_path / "blind" / "out").mkdir()
-    folders = (tmp_path / "blind" / "shards", tmp_path / "blind" / "embed")
+    folders = (shards_in(tmp_path / "blind"), tmp_path / "blind" / "embed")
     blind = run(
         DedupConfig(sample=16),
         *folders,
@@ -117,7 +118,7 @@ def test_pictures_that_choose_the_threshold_do_not_judge_it(tmp_path: Path) -> N
     (tmp_path / "out").mkdir()
     counts = run(
         DedupConfig(sample=32),
-        tmp_path / "shards",
+        shards_in(tmp_path),
         tmp_path / "embed",
         half_blind,
         20,
@@ -153,7 +154,7 @@ def test_pieces_and_parts_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     out_of_parts.mkdir()
     counts = run(
         DedupConfig(sample=16),
-        tmp_path / "parts" / "shards",
+        shards_in(tmp_path / "parts"),
         embed,
         encode_images,
         20,

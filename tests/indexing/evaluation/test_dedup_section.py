@@ -25,6 +25,7 @@ from tests.helpers.evaluation_run import (
     usual_rows,
     write_run,
 )
+from tests.helpers.stage_folders import shards_in
 
 SCHEMA = json.loads((Path(indexing.__file__).parent / "report" / "report.schema.json").read_text())
 
@@ -42,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportSection, dict[
     (folder / "dedup").mkdir()
     counts = run(
         DedupConfig(sample=16),
-        folder / "shards",
+        shards_in(folder),
         folder / "embed",
         encode_images,
         20,
@@ -50,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportSection, dict[
     )
     return (
         copies_section(
-            folder / "dedup", folder / "embed", folder / "shards", counts, folder / "report"
+            folder / "dedup", folder / "embed", shards_in(folder), counts, folder / "report"
         ),
         counts,
         folder,
@@ -106,10 +107,10 @@ def test_a_clip_that_cannot_tell_is_said_and_nothing_left_out_is_no_fault(tmp_pa
     same = np.tile(direction(0), (12, 1))  # a CLIP that tells nothing apart
     write_run(tmp_path, usual_rows()[:24:2], same)
     (tmp_path / "dedup").mkdir()
-    config, folders = DedupConfig(sample=16, max_rms=0), (tmp_path / "shards", tmp_path / "embed")
+    config, folders = DedupConfig(sample=16, max_rms=0), (shards_in(tmp_path), tmp_path / "embed")
     blind = run(config, *folders, lambda pictures: same[: len(pictures)], 20, tmp_path / "dedup")
     section = copies_section(
-        tmp_path / "dedup", tmp_path / "embed", tmp_path / "shards", blind, tmp_path / "report"
+        tmp_path / "dedup", tmp_path / "embed", shards_in(tmp_path), blind, tmp_path / "report"
     )
     assert "0 of 12 pairs" in section["text"][0] and section["pictures"] == []
     assert "cannot tell them from the rest" in section["text"][1]

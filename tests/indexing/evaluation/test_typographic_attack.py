@@ -34,6 +34,7 @@ from tests.helpers.evaluation_run import (
     usual_rows,
     write_run,
 )
+from tests.helpers.stage_folders import shards_in
 
 CONFIG = TypographicConfig(labels=4, pictures=8, varied=6, shown=2, variations=3)
 NOBODY = Witnesses()
@@ -230,7 +231,7 @@ def test_variations_are_judged_by_others_than_the_clip_that_was_attacked(tmp_pat
     embedded = open_embedded(tmp_path / "embed")
     names = [f"colour {number}" for number in range(12, 16)]
     looks, count = look_alikes(
-        Witnesses("", mean_colour), embedded, names, set(), tmp_path / "shards", 20, 0
+        Witnesses("", mean_colour), embedded, names, set(), shards_in(tmp_path), 20, 0
     )
     pictures = [np.full((20, 20, 3), colour(number), np.uint8) for number in (13, 15, 12)]
     assert looks is not None and looks(pictures).tolist() == [1, 3, 0]
@@ -259,7 +260,7 @@ def test_an_attacked_picture_is_not_its_own_look_alike(tmp_path: Path) -> None:
         embedded,
         ["colour 12", "colour 13"],
         attacked,
-        tmp_path / "shards",
+        shards_in(tmp_path),
         20,
         0,
     )
@@ -272,7 +273,7 @@ def test_an_attacked_picture_is_not_its_own_look_alike(tmp_path: Path) -> None:
         embedded,
         ["colour 12", "none"],
         attacked,
-        tmp_path / "shards",
+        shards_in(tmp_path),
         20,
         0,
     ) == (None, 1)

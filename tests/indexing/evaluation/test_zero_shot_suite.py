@@ -26,6 +26,7 @@ from tests.helpers.evaluation_run import (
     usual_rows,
     write_run,
 )
+from tests.helpers.stage_folders import shards_in
 from training.models import imagenet_features
 
 
@@ -137,7 +138,7 @@ def test_no_picture_that_training_saw_is_judged_and_others_take_their_places(
         rows[0]["offset"] : rows[0]["offset"] + rows[0]["size_bytes"]
     ]
     assert hashlib.sha256(exact).hexdigest() == rows[0]["sha256"]
-    again = [png(read_picture(row, tmp_path / "shards", 40)) for row in rows[1:]]
+    again = [png(read_picture(row, shards_in(tmp_path), 40)) for row in rows[1:]]
     names = ["colour 0", "colour 12"]
     leaky = ImageSet(
         "leaky",
@@ -176,7 +177,7 @@ def test_a_seen_picture_is_found_behind_siblings_that_lie_nearer(tmp_path: Path)
     write_run(tmp_path, rows, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     embedded = open_embedded(tmp_path / "embed")
     shown = [
-        png(read_picture(embedded.table.slice(place, 1).to_pylist()[0], tmp_path / "shards", 40))
+        png(read_picture(embedded.table.slice(place, 1).to_pylist()[0], shards_in(tmp_path), 40))
         for place in (5, 2)
     ]
     some = ImageSet(
@@ -258,8 +259,8 @@ def test_the_resnet_is_torchvisions_by_names_size_and_what_it_computes(tmp_path:
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-3 * float(expected.abs().max()))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "odd.pth")
     for path, said in (
-        ("odd.pth", "no torchvision ResNet-50: conv1.weight"),
-        ("none.pth", "is not there"),
+        ("odd.pth", "is not a torchvision ResNet-50: conv1.weight"),
+        ("none.pth", "does not exist"),
     ):
         with pytest.raises(CallerError, match=said):
             imagenet_features.resnet_50(tmp_path / path)

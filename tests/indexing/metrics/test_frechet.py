@@ -69,7 +69,7 @@ def test_precision_and_recall_tell_quality_from_diversity() -> None:
     ]  # each ball reaches to the third nearest: 2 in the middle, 3 at the ends
     inside, covered = frechet.precision_recall(line, np.array([[-3.0], [-3.1], [2.5], [50.0]]))
     assert inside.tolist() == [True, False, True, False]
-    with pytest.raises(ValueError, match="3-th neighbour"):
+    with pytest.raises(ValueError, match="each set must have more than k = 3"):
         frechet.precision_recall(line[:3], line)
 
 

@@ -4,9 +4,11 @@ it without telling what it was.
 
 import io
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from starlette.testclient import TestClient
@@ -292,6 +294,34 @@ def test_log_lines_do_not_wait_for_the_end(fake: Fake) -> None:
         while "/healthz" not in log.getvalue():
             assert time.monotonic() < limit
             time.sleep(0.02)
+
+
+def test_a_log_that_nobody_reads_stops_no_request(fake: Fake) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 4096)
+    os.set_blocking(writing, True)
+    statuses: list[int] = []
+
+    def ask(client: TestClient) -> None:
+        for _ in range(3):
+            statuses.append(client.get("/healthz").status_code)
+            time.sleep(0.2)  # longer than lines are collected
+
+    with (
+        os.fdopen(writing, "w") as log,
+        TestClient(
+            make_app(fake.service(), ServeConfig(rate=0), log), base_url="http://localhost"
+        ) as client,
+    ):
+        thread = threading.Thread(target=ask, args=(client,), daemon=True)
+        thread.start()
+        thread.join(60)
+        has_answered = not thread.is_alive()
+        os.close(reading)  # what waits for a reader fails now
+    assert has_answered and statuses == [200] * 3
 
 
 def test_every_answer_carries_the_policy_that_keeps_foreign_scripts_out(client: TestClient) -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from infra.compute import cluster
 from infra.compute.cluster import Cluster, ClusterConfig, spread
 from infra.errors import UnclipError
 
@@ -189,3 +191,22 @@ def test_a_ray_that_was_too_slow_to_start_is_started_again(monkeypatch: pytest.M
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     Cluster(ClusterConfig(num_cpus=1)).start()
     assert calls == ["init", "shutdown", "init", "shutdown", "init"]
+
+
+def test_a_temporary_folder_with_a_long_path_is_not_used_for_sockets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    session = "/ray/session_2026-11-29_12-34-02_154548_4194304/sockets/plasma_store"
+    for length, expected in ((36, None), (80, cluster.SHORT_FOLDER)):
+        monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * (length - 1))
+        assert cluster.short_folder() == expected
+        assert (
+            len(
+                (expected or tempfile.gettempdir())
+                + session.removeprefix("/ray" if expected else "")
+            )
+            <= 107
+        )
+    monkeypatch.setenv("RAY_TMPDIR", "/short")
+    assert cluster.short_folder() is None

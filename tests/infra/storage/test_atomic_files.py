@@ -1,22 +1,19 @@
-"""A file gets its name behind its content, and a shard its tar's name last: what a power cut leaves
-is whole or not there.
-"""
+"""A file gets its name behind its content: what a power cut leaves is whole or not there."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from flows.ingest import shard_worker
 from infra.storage import atomic_files
 from infra.storage.atomic_files import (
     atomic_file,
     link_or_copy,
     make_independent,
-    put,
     put_folder,
 )
-from tests.flows.ingest.test_shard_worker import disc, made
+from infra.storage.stage_output import open_output
+from infra.storage.store import open_root
 
 
 @pytest.fixture
@@ -38,34 +35,17 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return told
 
 
-def test_contents_are_on_the_disk_before_names_and_the_last_name_behind_the_others(
-    tmp_path: Path, events: list[str]
-) -> None:
-    for folder in ("aside", "final"):
-        (tmp_path / folder).mkdir()
-    for name in "abc":
-        (tmp_path / "aside" / name).write_text(name)
-    put(tmp_path / "aside", ["a", "b", "c"], tmp_path / "final")
+def test_a_file_is_put_into_an_output_so(tmp_path: Path, events: list[str]) -> None:
+    output = open_output(open_root(str(tmp_path / "root")), "ingest", "key")
+    events.clear()
+    for suffix in (".parquet", ".tar"):
+        (tmp_path / f"00007{suffix}").write_text("x")
+        output.put(tmp_path / f"00007{suffix}", f"shards/00007{suffix}")
     assert events == [
-        "sync a",
-        "sync b",
-        "sync c",
-        "name a",
-        "name b",
-        "sync final",
-        "name c",
-        "sync final",
+        event
+        for suffix in (".parquet", ".tar")
+        for event in (f"sync 00007{suffix}", f"name 00007{suffix}", "sync shards")
     ]
-    assert [file.name for file in sorted((tmp_path / "final").iterdir())] == ["a", "b", "c"]
-
-
-def test_a_shard_is_put_so(tmp_path: Path, events: list[str]) -> None:
-    made(tmp_path, {"a.png": disc(64)})
-    named = [event for event in events if "00007" in event]
-    assert named == [
-        f"{what} 00007{suffix}" for what in ("sync", "name") for suffix in shard_worker.SUFFIXES
-    ]
-    assert shard_worker.SUFFIXES[-1] == ".tar"
 
 
 def test_a_folder_is_whole_when_it_has_its_name(tmp_path: Path, events: list[str]) -> None:

@@ -143,3 +143,14 @@ def test_what_a_killed_download_left_goes_when_room_is_needed(tmp_path: Path) ->
     (tmp_path / "cache" / "old.part-900").write_bytes(bytes(10))
     assert source.read(cache, "a") == source.contents["a"]
     assert not (tmp_path / "cache" / "old.part-900").exists()
+
+
+def test_states_that_nobody_works_on_go_after_a_day(tmp_path: Path) -> None:
+    cache, source = NodeCache(tmp_path, 1000), Source({"a": 600})
+    for name, age_s in (("old", 90_000), ("new", 3_000)):
+        state = tmp_path / "work" / "clip" / name / "state.pt"
+        state.parent.mkdir(parents=True)
+        state.write_bytes(bytes(300))
+        os.utime(state, (time.time() - age_s,) * 2)
+    assert source.read(cache, "a") == source.contents["a"]
+    assert [path.parent.name for path in tmp_path.rglob("state.pt")] == ["new"]

@@ -25,6 +25,7 @@ def test_a_store_gets_one_folder_of_its_own_and_a_local_root_none(
         ("1000", 1000),
         ("20G", 20 << 30),
         ("96MiB", 96 << 20),
+        ("20Gi", 20 << 30),
         ("2tb", 2 << 40),
     ],
 )

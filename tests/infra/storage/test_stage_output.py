@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from infra.storage import stage_output, store
+from infra.storage.stage_files import FileEntry
 from infra.storage.stage_output import StageOutput, open_output
 
 
@@ -72,6 +73,28 @@ def test_an_output_travels_between_processes_as_an_address(output: StageOutput) 
     assert (output.folder / "0.npy").exists()
 
 
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_committed_file_is_copied_without_its_bytes_passing_through_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local: bool
+) -> None:
+    uri = str(tmp_path / "root") if is_local else f"memory://copied-{tmp_path.name}"
+    root = store.open_root(uri, None if is_local else tmp_path / "scratch")
+    store.write_bytes(root, "embed/old/a/0.npy", b"old")
+    file: FileEntry = {"path": "0.npy", "bytes": 3, "sha256": "of the old manifest"}
+    output = open_output(root, "embed", "k")
+    with monkeypatch.context() as patch:
+        for name in ("upload", "download", "read_bytes"):
+            patch.setattr(store, name, None)
+        entry = output.copy("embed/old/a/0.npy", file)
+    assert {name: entry[name] for name in file} == file  # type: ignore[literal-required]
+    with output.open("0.npy") as opened:
+        assert opened.read() == b"old"
+    if is_local:
+        assert (output.folder / "0.npy").samefile(tmp_path / "root" / "embed/old/a/0.npy")
+    with pytest.raises(FileNotFoundError):
+        output.open("1.npy")
+
+
 def test_a_closed_output_leaves_nothing(output: StageOutput) -> None:
     output.record("0", [output.put(written(output, "x"), "0")], {})
     stage_output.close_output(output)
@@ -82,3 +105,13 @@ def test_a_temporary_folder_goes_with_its_block(output: StageOutput) -> None:
     with output.temporary_folder() as folder:
         (folder / "half").write_text("half")
     assert not folder.exists()
+
+
+def test_an_attempt_in_a_store_knows_when_it_is_committed(tmp_path: Path) -> None:
+    root = store.open_root(f"memory://committed-{tmp_path.name}", tmp_path / "scratch")
+    output = open_output(root, "embed", "k")
+    assert not output.is_committed()
+    store.write_json(root, "embed/k/manifest.json", {"attempt": "another"})
+    assert not output.is_committed()
+    store.write_json(root, "embed/k/manifest.json", {"attempt": output.attempt})
+    assert output.is_committed()

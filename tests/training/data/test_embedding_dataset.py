@@ -13,6 +13,9 @@ import torch
 from infra.compute.cluster import ClusterConfig
 from infra.errors import CallerError
 from infra.schemas import KEEP
+from infra.storage.stage_files import FolderFiles
+from infra.storage.work_folder import local_work
+from tests.helpers.stage_folders import embed_folders
 from tests.helpers.training_folders import TINY
 from training.data import embedding_dataset, shard_check
 from training.data.embedding_dataset import Captions, Vectors
@@ -123,10 +126,8 @@ def test_the_keep_list_is_cut_into_parts_without_what_is_broken(
     }
     pq.write_table(pa.table(columns, KEEP), tmp_path / "keep.parquet")
     (tmp_path / shard_check.LEFT_OUT).write_text('{"01": "checksum", "09": "shard_missing"}')
-    assert embed.cut(embed.EmbedConfig(rows_per_part=4), tmp_path / "keep.parquet", tmp_path) == (
-        3,
-        9,
-    )
+    config = embed.EmbedConfig(rows_per_part=4)
+    assert embed.cut(config, FolderFiles(tmp_path), local_work(tmp_path)) == (3, 9)
     parts = [read_table(tmp_path / f"rows_{number:04}.parquet") for number in range(3)]
     assert [part["key"].to_pylist() for part in parts] == [
         ["00", "02", "03", "04"],
@@ -150,10 +151,9 @@ def test_more_parts_than_four_digits_name_are_refused_before_anything_is_embedde
         embed.run(
             embed.EmbedConfig(rows_per_part=2),
             ClusterConfig(),
-            embed.EmbedFolders(
-                tmp_path / "none", tmp_path / "curate", tmp_path / "none", tmp_path, tmp_path
-            ),
+            embed_folders(tmp_path, tmp_path / "work"),
             "",
+            tmp_path,
         )
 
 

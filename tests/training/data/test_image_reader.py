@@ -12,7 +12,9 @@ import torch
 
 from flows.ingest import curate
 from infra.errors import DataError
+from infra.storage.stage_files import FolderFiles
 from tests.flows.ingest.test_curate import NO_HELD_OUT, item, write_shard
+from tests.helpers.stage_folders import shards_in
 from training.data import image_reader
 from training.data.image_reader import Pictures, decode, read_table
 
@@ -24,7 +26,7 @@ def run(tmp_path: Path) -> Path:
     items = [item(number) for number in range(COUNT)]
     write_shard(tmp_path, 0, items[:4])
     write_shard(tmp_path, 1, items[4:])
-    curate.run(NO_HELD_OUT, tmp_path, tmp_path / "curate")
+    curate.run(NO_HELD_OUT, FolderFiles(tmp_path), tmp_path / "curate")
     return tmp_path
 
 
@@ -38,7 +40,7 @@ def test_any_row_is_its_own_picture(
 ) -> None:
     monkeypatch.setattr(image_reader, "CACHE_BYTES", cache_bytes)
     table = read_table(run / "curate" / "keep.parquet")
-    found = Pictures(table, run / "shards", SIDE)
+    found = Pictures(table, shards_in(run), SIDE)
     assert (found.cache is None) == (cache_bytes == 0) and len(found) == COUNT
     by_key = {item(number)["sample"]: item(number)["image"] for number in range(COUNT)}
     rows = [7, 0, 3, 3, 8]
@@ -62,20 +64,20 @@ def test_a_flipped_bit_is_an_error_that_names_shard_and_member(run: Path) -> Non
     data[place["offset"] + place["size_bytes"] // 2] ^= 1
     shard.write_bytes(data)
     with pytest.raises(DataError, match=f"{place['shard']}/{place['member']}.*SHA-256"):
-        Pictures(table, run / "shards", SIDE)
+        Pictures(table, shards_in(run), SIDE)
 
 
 def test_a_cut_shard_is_an_error(run: Path) -> None:
     shard = run / "shards" / "00001.tar"
     shard.write_bytes(shard.read_bytes()[:600])
     with pytest.raises(DataError, match=r"00001\.tar"):
-        Pictures(read_table(run / "curate" / "keep.parquet"), run / "shards", SIDE)
+        Pictures(read_table(run / "curate" / "keep.parquet"), shards_in(run), SIDE)
 
 
 def test_a_missing_shard_is_an_error_that_names_it(run: Path) -> None:
     (run / "shards" / "00001.tar").unlink()
     with pytest.raises(DataError, match=r"00001\.tar is missing"):
-        Pictures(read_table(run / "curate" / "keep.parquet"), run / "shards", SIDE)
+        Pictures(read_table(run / "curate" / "keep.parquet"), shards_in(run), SIDE)
 
 
 def test_tables_of_a_folder_come_in_name_order_and_by_split(tmp_path: Path, run: Path) -> None:

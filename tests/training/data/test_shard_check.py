@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from infra.errors import DataError
+from infra.storage.shard_reader import ShardReader
+from infra.storage.work_folder import local_work
+from tests.helpers.stage_folders import shards_in
 from tests.helpers.training_folders import COUNT, SHARDS, write_kept
 from training.data import shard_check
 from training.data.image_reader import Pictures, read_table
@@ -46,9 +49,9 @@ def flip_a_bit(root: Path, row: int) -> str:
 def settle(root: Path, on_broken: OnBroken) -> dict[str, int]:
     return shard_check.settle(
         read_table(root / "curate" / "keep.parquet"),
-        root / "ingest" / "shards",
+        shards_in(root / "ingest"),
         on_broken,
-        root / "work",
+        local_work(root / "work"),
     )
 
 
@@ -61,7 +64,7 @@ def test_a_sound_keep_list_is_kept_whole(root: Path) -> None:
     for on_broken in ("stop", "skip"):
         assert settle(root, on_broken) == {}  # type: ignore[arg-type]
         assert shard_check.is_readable(
-            read_table(root / "curate" / "keep.parquet"), root / "work"
+            read_table(root / "curate" / "keep.parquet"), local_work(root / "work")
         ).all()
         (root / "work" / LEFT_OUT).unlink()
 
@@ -93,7 +96,7 @@ def test_a_flipped_bit_stops_the_job_when_it_is_read(
     with pytest.raises(
         DataError, match=r"^00000\.tar/.*\.png has changed since curate \(SHA-256 differs\)"
     ):
-        Pictures(read_table(root / "curate" / "keep.parquet"), root / "ingest" / "shards", 16)[
+        Pictures(read_table(root / "curate" / "keep.parquet"), shards_in(root / "ingest"), 16)[
             range(COUNT)
         ]
 
@@ -115,11 +118,11 @@ def test_all_that_is_broken_is_left_out_and_counted(root: Path) -> None:
         "shard_missing": SHARDS[2],
         "shard_truncated": lost,
     }
-    kept = shard_check.is_readable(table, root / "work")
+    kept = shard_check.is_readable(table, local_work(root / "work"))
     assert kept.sum() == COUNT - 1 - SHARDS[2] - lost
     assert altered in json.loads((root / "work" / LEFT_OUT).read_text())
     assert (
-        len(Pictures(table.filter(kept), root / "ingest" / "shards", 16)) == kept.sum()
+        len(Pictures(table.filter(kept), shards_in(root / "ingest"), 16)) == kept.sum()
     )  # reads and checks every one
 
 
@@ -140,7 +143,7 @@ def test_nothing_left_is_an_error(root: Path) -> None:
 
 
 def test_pictures_read_ahead_are_the_pictures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, shards = read_table(root / "curate" / "keep.parquet"), root / "ingest" / "shards"
+    table, shards = read_table(root / "curate" / "keep.parquet"), shards_in(root / "ingest")
     cached = Pictures(table, shards, 16)
     monkeypatch.setattr("training.data.image_reader.CACHE_BYTES", 0)
     read = Pictures(table, shards, 16)
@@ -160,10 +163,10 @@ def test_pictures_are_read_as_they_lie_and_waiting_for_them_is_counted(
     opened: list[str] = []
     usual, usually = Pictures._read, Path.open
 
-    def note(self: Pictures, row: int) -> np.ndarray:
+    def note(self: Pictures, row: int, shards: ShardReader) -> np.ndarray:
         read.append(row)
         time.sleep(0.005)
-        return usual(self, row)
+        return usual(self, row, shards)
 
     def opening(self: Path, *arguments: Any) -> Any:
         opened.append(self.name)
@@ -171,7 +174,7 @@ def test_pictures_are_read_as_they_lie_and_waiting_for_them_is_counted(
 
     monkeypatch.setattr(Pictures, "_read", note)
     monkeypatch.setattr(Path, "open", opening)
-    pictures = Pictures(table, root / "ingest" / "shards", 16, readers=1, cache_bytes=0)
+    pictures = Pictures(table, shards_in(root / "ingest"), 16, readers=1, cache_bytes=0)
     rows = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
     assert pictures.cache is None and pictures.waited_s == 0
     assert pictures[rows].shape == (COUNT, 16, 16, 3)

@@ -13,6 +13,7 @@ import torch
 from infra.errors import DataError
 from tests.helpers.evaluation_run import direction, draw, row, usual_rows, write_run
 from tests.helpers.short_training import learn
+from tests.helpers.stage_folders import shards_in
 from training.diffusion.calibration import calibrate
 from training.diffusion.likelihood import bits_per_dim
 from training.diffusion.variance import measure_x_0_error
@@ -49,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def judged(
     run: Path, split: str = "held_out_concept", at_most: int = 100, seed: int = 0
 ) -> Described:
-    return read(run / "embed", run / "shards", split, TOKENIZER, SIDE, at_most, seed)
+    return read(run / "embed", shards_in(run), split, TOKENIZER, SIDE, at_most, seed)
 
 
 @pytest.fixture(scope="module")

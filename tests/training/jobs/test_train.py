@@ -22,7 +22,9 @@ from safetensors.torch import load_file
 
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.console.progress import Progress
-from infra.errors import DataError
+from infra.errors import DataError, StorageError
+from infra.storage.work_folder import WorkFolder, local_work
+from tests.helpers.stage_folders import folders_of
 from tests.helpers.training_folders import COUNT, TINY, write_kept, write_tokenizer
 from training.data import shard_check
 from training.data.image_reader import read_table
@@ -37,12 +39,12 @@ DRIVER = """
 import sys
 from pathlib import Path
 from infra.compute.cluster import Cluster
-from tests.training.jobs.test_train import ALONE, LONG, TOKENIZER
+from tests.training.jobs.test_train import ALONE, LONG, TOKENIZER, folders
 from training.jobs import train
-root, out, work = map(Path, sys.argv[1:])
+root, place = map(Path, sys.argv[1:])
 with Cluster(ALONE) as cluster:
     cluster.start()
-    train.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
+    train.train_clip(TOKENIZER, LONG, ALONE, folders(root, place))
 """
 
 
@@ -63,36 +65,51 @@ def undisturbed(
     cluster: ClusterConfig, root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Train CLIP with two workers and nothing in the way; return its folder."""
-    out, work = folders(tmp_path_factory.mktemp("undisturbed"), "clip")
-    train.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
-    return out
+    stage = folders(root, tmp_path_factory.mktemp("undisturbed"))
+    train.train_clip(TOKENIZER, LONG, cluster, stage)
+    return stage.output.folder
 
 
 @pytest.fixture(scope="module")
 def by_itself(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train CLIP in this very process, without Ray; return its folder."""
-    _, work = folders(tmp_path_factory.mktemp("by_itself"), "clip")
+    """Train CLIP in this very process, without Ray; return its work folder, with the model."""
+    stage = folders(root, tmp_path_factory.mktemp("by_itself"))
+    work = stage.work.folder
     table = read_table(root / "curate" / "keep.parquet", "train")
     captions = table["captions"].to_pylist()
-    shard_check.settle(table, root / "ingest" / "shards", LONG.broken_pictures, work)
+    shard_check.settle(table, stage.shards, LONG.broken_pictures, stage.work)
     Tokenizer.fit((caption for each in captions for caption in each), TOKENIZER).save(
         work / "tokenizer.json"
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model, averaged = train.fit_clip(
-        LONG, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu"
-    )
+    model, averaged = train.fit_clip(LONG, stage, "cpu")
     torch.set_num_threads(threads)
     train.write_model("clip", model, averaged, LONG, work)
     return work
 
 
-def folders(root: Path, name: str) -> tuple[Path, Path]:
-    """Make a stage's out and work folders."""
-    for kind in ("out", "work"):
-        (root / kind / name).mkdir(parents=True)
-    return root / "out" / name, root / "work" / name
+def folders(root: Path, place: Path) -> train.TrainingFolders:
+    """Return the folders of CLIP's training on `root`; its ROOT and its work folder are in
+    `place`.
+    """
+    stages = {name: root / name for name in ("ingest", "curate")}
+    return folders_of(stages, place / "store", place / "work")
+
+
+def prepared(root: Path, place: Path) -> train.TrainingFolders:
+    """Return the folders with what a job's driver leaves in the work folder."""
+    stage = folders(root, place)
+    write_tokenizer(root, stage.work.folder)
+    table = read_table(root / "curate" / "keep.parquet", "train")
+    shard_check.settle(table, stage.shards, "stop", stage.work)
+    return stage
+
+
+def last_row(stage: train.TrainingFolders) -> dict[str, float]:
+    """Return the last row of the metrics."""
+    rows = stage.work.path("metrics.jsonl").read_text().splitlines()
+    return cast(dict[str, float], json.loads(rows[-1]))
 
 
 def is_same(out: Path, other: Path) -> bool:
@@ -123,7 +140,7 @@ def test_a_worker_waits_for_the_others_as_long_as_the_cluster_section_says(
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     for cluster in (ClusterConfig(), ClusterConfig(collective_timeout_s=7)):
-        job = cast(train.Job, {"work": str(tmp_path)})
+        job = cast(train.Job, {"folders": folders(tmp_path, tmp_path)})
         train._run_group(job, "clip", cluster, 2)
     assert [each.timeout_s for each in asked] == [1800, 7]
 
@@ -137,44 +154,36 @@ def test_pictures_read_ahead_of_the_steps_train_as_held_ones_do_and_waiting_is_l
         ("read", {"cache_bytes": 0, "ahead_steps": 3, "readers": 2}),
         ("late", {"cache_bytes": 0, "ahead_steps": 0}),
     ):
-        _, work = folders(tmp_path / name, "clip")
-        write_tokenizer(root, work)
-        shard_check.settle(
-            read_table(root / "curate" / "keep.parquet", "train"),
-            root / "ingest" / "shards",
-            "stop",
-            work,
-        )
-        model, _ = train.fit_clip(
-            TINY.model_copy(update=how),
-            {"ingest": root / "ingest", "curate": root / "curate"},
-            work,
-            "cpu",
-        )
+        stage = prepared(root, tmp_path / name)
+        model, _ = train.fit_clip(TINY.model_copy(update=how), stage, "cpu")
         weights.append(model.state_dict())
-        waiting.append(json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["waiting"])
+        waiting.append(last_row(stage)["waiting"])
     assert all(value.equal(each[key]) for each in weights[1:] for key, value in weights[0].items())
     assert waiting[0] == 0 < waiting[2] < 1 and 0 <= waiting[1] < 1
 
 
-def test_progress_is_that_of_the_last_whole_row_of_a_long_file(tmp_path: Path) -> None:
-    metrics, over = tmp_path / "metrics.jsonl", threading.Event()
+def test_progress_is_that_of_the_row_that_was_published_last(tmp_path: Path) -> None:
+    work, over = local_work(tmp_path), threading.Event()
     over.set()
-    for rows, cut, seen in (
-        (0, "", 0),
-        (1, "", 1),
-        (3000, "", 3000),
-        (3000, '{"images_seen": 3001, "lo', 0),
-    ):
-        metrics.write_text(
-            "".join(
-                json.dumps({"images_seen": row, "loss": 1.5}) + "\n" for row in range(1, rows + 1)
-            )
-            + cut
-        )
+    for seen in (0, 1, 3000):
+        if seen:
+            work.path("progress.json").write_text(json.dumps({"images_seen": seen, "loss": 1.5}))
         progress = Progress("clip", 3000)
-        train._watch(metrics, progress, over)
+        train._watch(work, progress, over)
         assert progress.done == seen
+
+
+def test_progress_is_silent_while_the_store_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_away(*_: object) -> None:
+        raise StorageError("the store does not answer")
+
+    monkeypatch.setattr(WorkFolder, "fetch", is_away)
+    progress, over = Progress("clip", 3000), threading.Event()
+    over.set()
+    train._watch(local_work(tmp_path), progress, over)
+    assert progress.done == 0
 
 
 def test_moved_pictures_keep_their_content_and_let_white_in() -> None:
@@ -211,15 +220,16 @@ def ours(pid: int) -> bool:
     return False
 
 
-def once_mid_epoch(work: Path, act: Callable[[], bool], until_s: float = 150) -> int:
+def once_mid_epoch(work: WorkFolder, act: Callable[[], bool], until_s: float = 150) -> int:
     """Do `act` as soon as a state lies in the middle of an epoch; return the images seen by that
     state, 0 if the time is over.
     """
     until = time.monotonic() + until_s
     while time.monotonic() < until:
         time.sleep(0.02)
-        if (work / "state.pt").exists():
-            seen: int = torch.load(work / "state.pt")["images_seen"]
+        state = work.fetch("state.pt")
+        if state:
+            seen: int = torch.load(state)["images_seen"]
             if seen % COUNT and act():
                 return seen
     return 0
@@ -261,22 +271,13 @@ def test_compiled_towers_train_as_plain_ones_do(
     )
     losses = []
     for is_compiled in (False, True):
-        _, work = folders(tmp_path / str(is_compiled), "clip")
-        write_tokenizer(root, work)
-        shard_check.settle(
-            read_table(root / "curate" / "keep.parquet", "train"),
-            root / "ingest" / "shards",
-            "stop",
-            work,
-        )
+        stage = prepared(root, tmp_path / str(is_compiled))
         section = config.model_copy(update={"compile": is_compiled})
         before = counters["stats"]["unique_graphs"]
         with threads:
-            train.fit_clip(
-                section, {"ingest": root / "ingest", "curate": root / "curate"}, work, "cpu"
-            )
+            train.fit_clip(section, stage, "cpu")
         assert (counters["stats"]["unique_graphs"] > before) == is_compiled
-        losses.append(json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["loss"])
+        losses.append(last_row(stage)["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
@@ -284,7 +285,8 @@ def test_compiled_towers_train_as_plain_ones_do(
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
     cluster: ClusterConfig, root: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    out, work = folders(tmp_path, "clip")
+    stage = folders(root, tmp_path)
+    out = stage.output.folder
     killed: list[int] = []
 
     def kill() -> bool:
@@ -293,9 +295,9 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
             os.kill(found[0], signal.SIGKILL)
         return bool(found)
 
-    killer = threading.Thread(target=lambda: killed.append(once_mid_epoch(work, kill)))
+    killer = threading.Thread(target=lambda: killed.append(once_mid_epoch(stage.work, kill)))
     killer.start()
-    counts = train.train_clip(TOKENIZER, LONG, cluster, root / "ingest", root / "curate", out, work)
+    counts = train.train_clip(TOKENIZER, LONG, cluster, stage)
     killer.join()
     assert 0 < killed[0] < LONG.images, "the kill came too late to prove anything"
     assert counts["images_seen"] == LONG.images
@@ -306,10 +308,11 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
 def test_a_killed_driver_is_started_again_and_the_weights_are_the_same(
     cluster: ClusterConfig, root: Path, by_itself: Path, tmp_path: Path
 ) -> None:
-    out, work = folders(tmp_path, "clip")
+    stage = folders(root, tmp_path)
+    out = stage.output.folder
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(root), str(out), str(work)],
+        [sys.executable, "-c", DRIVER, str(root), str(tmp_path)],
         env=environment,
         start_new_session=True,
     )
@@ -319,12 +322,12 @@ def test_a_killed_driver_is_started_again_and_the_weights_are_the_same(
         return True
 
     try:
-        seen = once_mid_epoch(work, kill)
+        seen = once_mid_epoch(stage.work, kill)
     finally:
         driver.kill()
         driver.wait()
     assert 0 < seen < LONG.images and not (out / "weights.safetensors").exists()
-    train.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
+    train.train_clip(TOKENIZER, LONG, ALONE, folders(root, tmp_path))
     assert is_same(out, by_itself)
 
 
@@ -332,10 +335,11 @@ def test_a_killed_driver_is_started_again_and_the_weights_are_the_same(
 def test_a_workers_own_error_reaches_the_caller_at_once(
     cluster: ClusterConfig, root: Path, by_itself: Path, tmp_path: Path
 ) -> None:
-    out, work = folders(tmp_path, "clip")
-    with pytest.raises(DataError, match="batch_size 9 cannot be shared by 2 workers"):
+    stage = folders(root, tmp_path)
+    work = stage.work.folder
+    with pytest.raises(DataError, match="batch_size = 9 cannot be divided by 2 workers"):
         odd = TINY.model_copy(update={"batch_size": 9})
-        train.train_clip(TOKENIZER, odd, cluster, root / "ingest", root / "curate", out, work)
+        train.train_clip(TOKENIZER, odd, cluster, stage)
     assert len(list((work / "ray").iterdir())) == 1, "a restart would only have met the same error"
     state = torch.load(by_itself / "state.pt")
     state["model"]["logit_scale"].fill_(torch.nan)
@@ -343,7 +347,7 @@ def test_a_workers_own_error_reaches_the_caller_at_once(
     with pytest.raises(
         DataError, match=f"^the loss is nan after {LONG.images - 72:,} images: lower learning_rate"
     ):
-        train.train_clip(TOKENIZER, LONG, ALONE, root / "ingest", root / "curate", out, work)
+        train.train_clip(TOKENIZER, LONG, ALONE, stage)
 
 
 def test_a_training_that_lost_a_worker_says_so_in_one_line_without_tracebacks() -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers.small_systems import write_embeddings, write_system
+from tests.helpers.stage_folders import training_folders
 from training.jobs.train import fit_prior, write_model
 from training.models.clip import ClipConfig
 from training.models.diffusion_prior import DROP, Prior, PriorConfig
@@ -188,10 +189,10 @@ def test_a_trained_prior_has_measured_its_errors_and_is_read_with_them(tmp_path:
         precision="float32",
         sampler="analytic",
     )
-    paths = {name: folder / name for name in ("clip", "embed")}
     (tmp_path / "work").mkdir()
     shutil.copy(folder / "clip" / "tokenizer.json", tmp_path / "work")
-    model, averaged = fit_prior(config, paths, tmp_path / "work", "cpu")
+    folders = training_folders(folder, tmp_path / "work", "clip", "embed")
+    model, averaged = fit_prior(config, folders, "cpu")
     assert averaged["x_0_error"][0] == 0 and bool((averaged["x_0_error"][1:] > 0).all())
     write_model("prior", model, averaged, config, tmp_path / "work")
     read = load(tmp_path / "work")

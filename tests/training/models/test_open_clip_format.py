@@ -377,19 +377,23 @@ def test_a_convolutional_tower_cannot_be_exported(tmp_path: Path) -> None:
         open_clip_format.write(tmp_path / "clip", tmp_path / "out")
 
 
-@pytest.mark.parametrize("form", ["folder", "file", "trainer", "hub", "ours"])
+@pytest.mark.parametrize("form", ["folder", "file", "trainer", "compiled", "both", "hub", "ours"])
 def test_a_pretrained_clip_is_read_from_wherever_it_is(
     form: str, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = their_model(tmp_path / "theirs", stand_in)
     pretrained, own = str(tmp_path / "theirs"), small(image_heads=1, text_heads=1)
-    if form in ("file", "trainer"):
+    prefix = {"trainer": "module.", "compiled": "_orig_mod.", "both": "module._orig_mod."}.get(form)
+    if form == "file" or prefix:
         state = load_file(tmp_path / "theirs" / "open_clip_model.safetensors")
         (tmp_path / "theirs" / "open_clip_model.safetensors").unlink()
         pretrained = str(tmp_path / "theirs" / "epoch_9.pt")
         torch.save(
-            {"epoch": 9, "state_dict": {f"module.{name}": value for name, value in state.items()}}
-            if form == "trainer"
+            {
+                "epoch": 9,
+                "state_dict": {f"{prefix}{name}": value for name, value in state.items()},
+            }
+            if prefix
             else state,
             pretrained,
         )

@@ -14,7 +14,9 @@ from PIL import Image
 from flows.ingest import curate
 from indexing.data.labelled_sets import ImageSet
 from indexing.service import image_upload
+from infra.storage.stage_files import FolderFiles
 from tests.flows.ingest.test_curate import NO_HELD_OUT, item, write_shard
+from tests.helpers.stage_folders import embed_folders
 from tests.training.models.test_open_clip_format import small, written
 from training.data.image_reader import as_square, read_file, read_table
 from training.jobs import embed
@@ -132,11 +134,11 @@ def test_every_way_to_a_clips_embedding_takes_its_look(tmp_path: Path) -> None:
     whole = clip_model.embed_images(model, torch.from_numpy(as_square(picture, SIDE)[None]))
     assert float((vector - whole).norm()) > 0.01, "a look that changes nothing proves nothing"
     write_shard(tmp_path / "ingest", 0, [item(0, image=png), item(1)])
-    curate.run(NO_HELD_OUT, tmp_path / "ingest", tmp_path / "curate")
+    curate.run(NO_HELD_OUT, FolderFiles(tmp_path / "ingest"), tmp_path / "curate")
     table = read_table(tmp_path / "curate" / "keep.parquet")
     row = table["key"].to_pylist().index(item(0)["sample"])
     rows = embed._embed_rows(
-        embed.EmbedConfig(), table, False, tmp_path / "ingest", tmp_path / "clip"
+        embed.EmbedConfig(), table, False, embed_folders(tmp_path, tmp_path / "work")
     )["img_emb"]
     by_file = embed.embed_images(tmp_path / "clip", [tmp_path / "one.png"])
     torch.testing.assert_close(

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from infra.storage.work_folder import local_work
 from tests.helpers import forked_processes
 from tests.helpers.gloo_group import meeting
+from tests.helpers.stage_folders import shards_in, training_folders
 from tests.helpers.training_folders import TINY, write_embedded, write_kept, write_tokenizer
 from training.data import shard_check
 from training.data.image_reader import read_table
@@ -78,7 +80,7 @@ RESUMED = "decoder, by muon"
 def train(
     name: str, root: Path, work: Path, is_sharded: bool, copy_to: Path | None = None
 ) -> nn.Module:
-    """Train as this worker and write the model as a job does.
+    """Train as this worker and put the model into ROOT under the work folder's name, as a job does.
 
     `copy_to` becomes what a kill at the start of step STOPPED_AT would leave of the work folder.
     """
@@ -93,6 +95,7 @@ def train(
         "shard": is_sharded,
     }
     config = TRAINED[name].model_copy(update=settings)
+    folders = training_folders(root, work, *FOLDERS, key=work.name)
     samples = Step.samples
 
     def seen(step: Step, count: int) -> Tensor:
@@ -102,12 +105,10 @@ def train(
 
     Step.samples = seen  # type: ignore[method-assign]
     try:
-        model, averaged = getattr(jobs, f"fit_{kind}")(
-            config, {each: root / each for each in FOLDERS}, work, "cpu"
-        )
+        model, averaged = getattr(jobs, f"fit_{kind}")(config, folders, "cpu")
     finally:
         Step.samples = samples  # type: ignore[method-assign]
-    jobs.write_model(kind, model, averaged, config, work)
+    jobs.put_model(kind, model, averaged, config, folders)
     return model  # type: ignore[no-any-return]
 
 
@@ -118,9 +119,9 @@ def prepare(root: Path, work: Path) -> None:
         write_tokenizer(root, work)
     shard_check.settle(
         read_table(root / "curate" / "keep.parquet", "train"),
-        root / "ingest" / "shards",
+        shards_in(root / "ingest"),
         "stop",
-        work,
+        local_work(work),
     )
 
 
@@ -166,8 +167,13 @@ def rows_of(work: Path) -> list[tuple[int, float]]:
     return [(row["images_seen"], row["loss"]) for row in rows]
 
 
-def weights_of(work: Path) -> dict[str, Tensor]:
-    states = {kind: load_file(work / f"{kind}.safetensors") for kind in ("weights", "raw")}
+def model_of(root: Path, work: str) -> Path:
+    """Return the folder of the model that was trained in that work folder."""
+    return training_folders(root, root / "work", key=work).output.folder
+
+
+def weights_of(model: Path) -> dict[str, Tensor]:
+    states = {kind: load_file(model / f"{kind}.safetensors") for kind in ("weights", "raw")}
     return {
         f"{kind}.{key}": value for kind, state in states.items() for key, value in state.items()
     }
@@ -188,31 +194,37 @@ def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_two_workers_have_the_losses_and_weights_of_whole_copies(name: str, runs: Path) -> None:
+def test_two_workers_have_the_losses_and_weights_of_whole_copies(
+    name: str, root: Path, runs: Path
+) -> None:
     copies, parts = runs / f"{name} False", runs / f"{name} True"
     assert [seen for seen, _ in rows_of(copies)] == [seen for seen, _ in rows_of(parts)] == [4, 20]
     is_bf16 = TRAINED[name].precision == "bf16"
     assert [loss for _, loss in rows_of(parts)] == pytest.approx(
         [loss for _, loss in rows_of(copies)], rel=2e-3 if is_bf16 else 5e-4
     )
-    assert apart(weights_of(parts), weights_of(copies)) < (3e-3 if is_bf16 else 1e-4)
+    weights = (weights_of(model_of(root, work.name)) for work in (parts, copies))
+    assert apart(*weights) < (3e-3 if is_bf16 else 1e-4)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_each_worker_holds_its_half(name: str, runs: Path) -> None:
+def test_each_worker_holds_its_half(name: str, root: Path, runs: Path) -> None:
     held = [json.loads((runs / f"held-{rank}.json").read_text()) for rank in range(2)]
     whole = held[0][f"{name} False"]
     halves = [each[f"{name} True"] for each in held]
-    assert whole == json.loads((runs / f"{name} True" / "config.json").read_text())["parameters"]
+    facts = json.loads((model_of(root, f"{name} True") / "config.json").read_text())
+    assert whole == facts["parameters"]
     assert whole <= sum(halves) < 1.05 * whole and max(halves) < 0.6 * whole
 
 
-def test_a_stopped_sharded_training_goes_on_with_parts_or_whole_copies(runs: Path) -> None:
+def test_a_stopped_sharded_training_goes_on_with_parts_or_whole_copies(
+    root: Path, runs: Path
+) -> None:
     assert torch.load(runs / "cut" / "state.pt")["images_seen"] == BATCH, (
         "stopped before it could prove anything"
     )
     uninterrupted, sharded, unsharded = (
-        weights_of(runs / work) for work in (f"{RESUMED} True", "sharded", "unsharded")
+        weights_of(model_of(root, work)) for work in (f"{RESUMED} True", "sharded", "unsharded")
     )
     assert all(value.equal(sharded[key]) for key, value in uninterrupted.items())
     assert apart(unsharded, uninterrupted) < 5e-4

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import DataError
+from infra.storage.work_folder import local_work
 from tests.helpers import forked_processes
 from tests.helpers.gloo_group import meeting
 from training.optim import loop
@@ -53,7 +54,7 @@ def train(
         rows = step.samples(len(X))
         return (model(X[rows] + 0.1 * step.normal(1, 6)) - Y[rows]).square().mean()
 
-    return model, loop.run(model, config, loss_of, work)
+    return model, loop.run(model, config, loss_of, local_work(work))
 
 
 def rows_of(work: Path) -> list[tuple[int, float]]:
@@ -144,7 +145,7 @@ def test_a_resumed_run_under_muon_is_the_uninterrupted_one(tmp_path: Path) -> No
             rows = step.samples(len(X))
             return (model(pictures[rows]) - Y[rows]).square().mean()
 
-        return loop.run(model, config, loss_of, work)
+        return loop.run(model, config, loss_of, local_work(work))
 
     whole = fitted(tmp_path / "whole")
     with pytest.raises(StoppedError):
@@ -200,6 +201,17 @@ def test_a_state_that_does_not_fit_is_named_and_stays(
     assert "\n" not in str(caught.value) and (tmp_path / "state.pt").read_bytes() == before
 
 
+@pytest.mark.usefixtures("a_row_every_ten_steps")
+def test_progress_is_the_newest_row(tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        train(tmp_path, 25)
+    for images_seen in (168, 400):
+        row = json.loads((tmp_path / "progress.json").read_text())
+        assert (row["images_seen"], row["loss"]) == rows_of(tmp_path)[-1]
+        assert row["images_seen"] == images_seen
+        train(tmp_path)
+
+
 def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
     _, ema = train(tmp_path)
     _, again = train(tmp_path, 0)
@@ -248,14 +260,19 @@ def test_learning_rate_rises_linearly_then_falls_as_a_cosine() -> None:
 def test_a_loss_that_is_not_finite_is_an_error_with_a_mend(tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
     with pytest.raises(DataError, match="lower learning_rate"):
-        loop.run(model, CONFIG, lambda step: model(torch.ones(1, 2)).sum() * float("nan"), tmp_path)
+        loop.run(
+            model,
+            CONFIG,
+            lambda step: model(torch.ones(1, 2)).sum() * float("nan"),
+            local_work(tmp_path),
+        )
 
 
 def test_a_batch_that_workers_cannot_share_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "world", lambda: (0, 3))
-    with pytest.raises(DataError, match="batch_size 8"):
+    with pytest.raises(DataError, match="batch_size = 8 cannot be divided by 3 workers"):
         train(tmp_path)
 
 

@@ -20,8 +20,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from infra.storage.work_folder import local_work
 from tests.helpers import forked_processes
 from tests.helpers.gloo_group import meeting
+from tests.helpers.stage_folders import shards_in, training_folders
 from tests.helpers.training_folders import COUNT, TINY, write_embedded, write_kept, write_tokenizer
 from training.data import shard_check
 from training.data.image_reader import read_table
@@ -101,7 +103,7 @@ def attempt(
     Step.samples = samples  # type: ignore[method-assign]
     with meeting(rank, workers, work / f"meet-{number}"):
         model, averaged = getattr(jobs, f"fit_{name.partition(',')[0]}")(
-            config, {each: root / each for each in FOLDERS}, work, "cpu"
+            config, training_folders(root, work, *FOLDERS), "cpu"
         )
         states = {"raw": model.state_dict(), "averaged": averaged}
         weights = {
@@ -127,9 +129,9 @@ def train(
         write_tokenizer(root, work)
         shard_check.settle(
             read_table(root / "curate" / "keep.parquet", "train"),
-            root / "ingest" / "shards",
+            shards_in(root / "ingest"),
             "stop",
-            work,
+            local_work(work),
         )
     forked_processes.together(attempt, (workers, name, root, work, number, killed_rank), workers)
     return load_file(work / "0.safetensors")

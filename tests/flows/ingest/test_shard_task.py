@@ -1,10 +1,5 @@
-"""An ingest spread over a real Ray cluster of two nodes: both download, what comes back equals a
-local ingest, and a node may die.
-"""
+"""An ingest on two Ray nodes: both download, the result is that of one, and a node may die."""
 
-import fcntl
-import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +7,18 @@ from typing import Any
 
 import pytest
 
-from flows.ingest import ray_workers
 from flows.orchestration.run_stage import run_stage
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.storage import store
 from infra.storage.manifests import Committed
-from tests.flows.ingest.test_ingest import config_for, parent_of, stored, wait_until, write_list
+from tests.flows.ingest.test_ingest import (
+    config_for,
+    is_downloading,
+    stored,
+    tree,
+    wait_until,
+    write_list,
+)
 from tests.flows.ingest.test_shard_reuse import INGEST, OnlyData
 from tests.helpers.hostile_server import Server
 
@@ -38,51 +39,15 @@ def nodes() -> Iterator[Any]:
     started.shutdown()
 
 
-def test_folders_of_processes_that_were_killed_are_swept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    claims = [
-        tmp_path / f"{ray_workers.PREFIX}{name}" / ray_workers.CLAIM
-        for name in ("held", "left", "new")
-    ]
-    for claim in claims:
-        claim.parent.mkdir()
-        claim.write_text("")
-    for claim in claims[:2]:
-        os.utime(claim, (0, 0))
-    with claims[0].open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        ray_workers.sweep()
-    assert [claim.exists() for claim in claims] == [True, False, True]
-
-
-def tree(pid: int) -> set[int]:
-    """Return a process and all below it."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int(
-                    (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                )
-            except OSError:
-                continue  # it has just ended
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
-
-
 def downloading(node: Any) -> set[int]:
-    """Return the download processes of a node: below the workers of its raylet."""
-    return {pid for pid in tree(node.all_processes["raylet"][0].process.pid) if parent_of(pid)}
+    """Return the processes of a node that make shards: below the workers of its raylet."""
+    return set(filter(is_downloading, tree(node.all_processes["raylet"][0].process.pid)))
 
 
 def ingested(
     folder: Path, paths: list[str], server: Server, workers: int, address: str
 ) -> Committed:
-    """Run the ingest stage in a ROOT below `folder`; 0 workers download here."""
+    """Run the ingest stage in a ROOT below `folder`; without an address on a Ray of its own."""
     rows = [{"url": f"{server.base}/{path}", "caption": path} for path in paths]
     data = config_for(
         write_list(folder / "list.jsonl", rows), threads=2, images_per_shard=20, timeout_s=5.0
@@ -107,9 +72,7 @@ def test_two_nodes_download_what_one_machine_would_and_a_dying_node_loses_and_do
         thread.start()
         wait_until(lambda: all(map(downloading, nodes.two)) and server.asked.total() >= 50, 120)
         both = downloading(nodes.two[0]) | downloading(nodes.two[1])
-        assert len(both) == 2 and not any(
-            parent_of(pid) == os.getpid() for pid in both
-        )  # one on each, none of them ours
+        assert len(both) == 2  # one on each
         nodes.remove_node(nodes.two[1], allow_graceful=False)
         thread.join(timeout=200)
         assert results
@@ -128,5 +91,5 @@ def test_two_nodes_download_what_one_machine_would_and_a_dying_node_loses_and_do
         sum(number for path, number in asked.items() if path != "/robots.txt") <= len(paths) + 20
     )  # a shard was begun again
     wait_until(
-        lambda: not any(map(parent_of, both)), 30
+        lambda: not any(map(is_downloading, both)), 30
     )  # and no download process is left on the node that died

@@ -1,0 +1,156 @@
+"""One shard as a Ray task: download its rows, put its files into ROOT, record it as a part.
+
+It is the same task on one machine and on a cluster. It works in its own node's scratch folder, and
+yields how far it is. `flows/ingest/shard_pass.py` decides which tasks run.
+"""
+
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from flows.ingest.row_outcomes import ShardFacts
+from infra.errors import UnclipError
+from infra.storage import store
+from infra.storage.stage_output import StageOutput
+
+BEAT_S = 1.0
+PIXELS_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
+SUFFIXES = (".parquet", ".tar")
+"""The files of a shard, in the order in which they are put."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The rows of one shard to be made, as an Arrow file in memory."""
+
+    number: int
+    rows: int
+    data: bytes
+    is_served: bool
+    """Whether some of its images are served on loopback, so that only this node can make it."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What changes between two attempts at a shard."""
+
+    turn: int
+    """Changes with a pass or a wait; then what a process remembers of failed hosts is void."""
+    is_first: bool
+    """Whether the rows of the shard are asked for the first time."""
+    max_passing: float
+    """Share of the rows that may fail for a reason that may pass."""
+    is_single: bool
+    """Whether rows are tried one by one, each noted in ROOT before."""
+    crashed: tuple[int, ...]
+    """Rows that ended a process; they are left out."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a task says about once a second, and at its end."""
+
+    rows: int
+    node: str
+    pid: int
+    facts: ShardFacts | None = None
+    """Of the finished shard."""
+    outage: str = ""
+    """Why the shard was given up."""
+
+
+def download_shard(
+    output: StageOutput, feed: Feed, settings: Mapping[str, Any], attempt: Attempt
+) -> Iterator[Beat]:
+    """Make one shard and record it; yield beats. This is the Ray task.
+
+    `settings`: as in `shard_worker.make_shard`, and limit_s, the maximum time in which no row and
+    no request ends; then this process ends itself.
+    """
+    import ray
+
+    worker = _load_worker(settings["rules"]["max_pixels"])
+    where = ray.get_runtime_context().get_node_id(), os.getpid()
+    yield Beat(0, *where)
+    note_row = partial(_note_row, output, feed.number) if attempt.is_single else None
+    worker.new_turn(attempt.turn)
+    pulse = worker.Pulse(settings["limit_s"], note_row)
+    with ThreadPoolExecutor(1) as pool:
+        making = pool.submit(_make, worker, output, feed, settings, attempt, pulse)
+        while not wait([making], BEAT_S).done:
+            yield Beat(pulse.rows, *where)
+        try:
+            yield Beat(feed.rows, *where, facts=making.result())
+        except worker.NetworkAwayError as error:
+            yield Beat(feed.rows, *where, outage=str(error))
+
+
+def _load_worker(max_pixels: int) -> ModuleType:
+    """Import what makes shards; OpenCV reads its limit of pixels when it is loaded.
+
+    The limit is for a file whose header says other things to Pillow than to OpenCV.
+    """
+    before = os.environ.get(PIXELS_VARIABLE)
+    os.environ[PIXELS_VARIABLE] = str(max_pixels)
+    try:
+        import flows.ingest.shard_worker as shard_worker
+    finally:
+        if before is None:
+            del os.environ[PIXELS_VARIABLE]
+        else:
+            os.environ[PIXELS_VARIABLE] = before
+    return shard_worker
+
+
+def _make(
+    worker: ModuleType,
+    output: StageOutput,
+    feed: Feed,
+    settings: Mapping[str, Any],
+    attempt: Attempt,
+    pulse: Any,
+) -> ShardFacts:
+    name = worker.shard_name(feed.number)
+    limits = {"max_passing": attempt.max_passing, "crashed": attempt.crashed}
+    with output.temporary_folder() as folder, store.one_line_errors(folder):
+        file = folder / "feed.arrow"
+        file.write_bytes(feed.data)
+        outcomes = worker.make_shard(file, feed.number, folder, {**settings, **limits}, pulse)
+        if output.is_committed():  # this task was taken for lost, and another has made the shard
+            raise UnclipError(f"{output.stage} {output.key} is committed: {name} is not put again")
+        entries = [
+            output.put(folder / f"{name}{suffix}", f"shards/{name}{suffix}") for suffix in SUFFIXES
+        ]
+    facts = ShardFacts(outcomes=dict(outcomes), is_first=attempt.is_first)
+    output.record(name, entries, dict(facts))
+    return facts
+
+
+def row_note(output: StageOutput, number: int) -> str:
+    """Return the name in ROOT of the row that a process works on alone."""
+    return f"{output.work}/rows/{number:05d}"
+
+
+def _note_row(output: StageOutput, number: int, row: int) -> None:
+    store.write_bytes(output.root, row_note(output, number), str(row).encode())
+
+
+def kill(beat: Beat) -> None:
+    """End a process on its node, at once."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there: Any = NodeAffinitySchedulingStrategy(beat.node, soft=False)
+    end = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_end_process)
+    end.remote(beat.pid)
+
+
+def _end_process(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
