@@ -141,15 +141,17 @@ def write_keep_list(
         for batch in open_parquet(candidates).iter_batches(BATCH_ROWS):
             rows = slice(start, start + batch.num_rows)
             start += batch.num_rows
-            is_first, leaked_by = is_keeper[rows], evaluation_images[rows]
-            is_leaked = is_first & (leaked_by >= 0)
-            masks = (is_first & ~is_leaked, ~is_first, is_leaked)
-            kept_rows, doubled, leaked = (batch.filter(pa.array(mask)) for mask in masks)
+            is_kept, leaked_by = is_keeper[rows], evaluation_images[rows]
+            is_leaked = is_kept & (leaked_by >= 0)
+            masks = (is_kept & ~is_leaked, ~is_kept, is_leaked)
+            kept_rows, duplicate_rows, leaked_rows = (
+                batch.filter(pa.array(mask)) for mask in masks
+            )
             splits.update(kept_rows.column("split").to_pylist())
             keep.write_batch(kept_rows)
-            dropped.write_table(duplicates(doubled))
-            dropped.write_table(alike(leaked, ranks["key"][leaked_by[is_leaked]]))
-            reasons.update(duplicate=doubled.num_rows, evaluation_alike=leaked.num_rows)
+            dropped.write_table(duplicates(duplicate_rows))
+            dropped.write_table(alike(leaked_rows, ranks["key"][leaked_by[is_leaked]]))
+            reasons.update(duplicate=duplicate_rows.num_rows, evaluation_alike=leaked_rows.num_rows)
     return splits
 
 

@@ -19,8 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import cv2
-import numpy as np
 import pyarrow.ipc
 import pyarrow.parquet as pq
 from PIL import Image
@@ -28,17 +26,15 @@ from PIL import Image
 import flows.ingest.img2dataset_parts as img2dataset_parts
 from flows.ingest.http_fetch import FetchError, Rules, fetch_image, hosts
 from flows.ingest.img2dataset_parts import Resizer, WebDatasetSampleWriter
+from flows.ingest.plain_image import plain
 from flows.ingest.row_outcomes import count_outcomes, passing_share
 
 CARRIED = ["sample", "origin", "captions", "licence", "concept", "style", "category", "subcategory"]
 COLUMNS = [*CARRIED, "caption", "url"]
 DIGITS = 5
-BEAT_S = 0.5
 STDERR = 2
-"""The number of the file that a process complains to."""
-MATTED_PIXELS = 1 << 20
-"""Larger pictures with transparency are put on white here: img2dataset takes 80 bytes a pixel for
-it."""
+"""The file number of the stream that a process writes errors to."""
+BEAT_S = 0.5
 
 
 class NetworkAwayError(Exception):
@@ -163,9 +159,9 @@ def maker(folder: Path, settings: Mapping[str, Any], pulse: Pulse) -> Any:
     def resize(body: Body, _: object = None) -> Any:
         with pulse.on(body.row, is_last=True):
             try:
-                return resizer(on_white(body))
-            except cv2.error as error:
-                return None, None, None, None, None, str(error)
+                return resizer(plain(body))
+            except Exception as error:  # decoders raise many types on hostile bytes
+                return None, None, None, None, None, str(error) or type(error).__name__
 
     return img2dataset_parts.downloader.Downloader(
         sample_writer_class=WebDatasetSampleWriter,
@@ -207,70 +203,23 @@ def fetcher(
                 raise FetchError("worker_crash", "each process that downloaded it died or hung")
             with pulse.on(key, is_last=False):
                 body = Body(
-                    eight_bit(
-                        fetch_image(
-                            actual + url.removeprefix(recorded)
-                            if url.startswith(recorded + "/")
-                            else url,
-                            rules,
-                        )
+                    fetch_image(
+                        actual + url.removeprefix(recorded)
+                        if url.startswith(recorded + "/")
+                        else url,
+                        rules,
                     )
                 )
             body.row, is_whole = key, True
             return key, body, None
         except FetchError as error:
             return key, None, str(error)
-        except cv2.error as error:
-            return key, None, f"decode_error: {error}"
         finally:
             if not is_whole:
                 with pulse.guard:
                     pulse.rows += 1
 
     return download_image_with_retry
-
-
-decoding = threading.Lock()
-
-
-def eight_bit(body: bytes) -> bytes:
-    """Return a 16-bit PNG as an 8-bit one: img2dataset's alpha matting takes 255 for white."""
-    if not body.startswith(b"\x89PNG") or body[24] != 16:
-        return body
-    with decoding:
-        image = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_UNCHANGED)
-        if image is None:
-            return body
-        np.floor_divide(image, 257, out=image)
-        return cv2.imencode(".png", image.astype(np.uint8))[1].tobytes()
-
-
-def on_white(stream: io.BytesIO) -> io.BytesIO:
-    """Return a large picture that has transparency put on white as img2dataset does it, a piece at
-    a time; any other as it is.
-    """
-    with Image.open(stream) as header:
-        is_plain = (
-            header.mode in ("RGB", "L", "CMYK", "YCbCr", "1") and "transparency" not in header.info
-        )
-        pixels = header.width * header.height
-    if is_plain or pixels <= MATTED_PIXELS:
-        return stream
-    with decoding:
-        image = cv2.imdecode(np.frombuffer(stream.getbuffer(), np.uint8), cv2.IMREAD_UNCHANGED)
-        if image is None or image.ndim != 3 or image.shape[2] != 4:
-            return stream
-        flat = image.reshape(-1, 4)
-        matted = np.empty((len(flat), 3), np.uint8)
-        for start in range(0, len(flat), MATTED_PIXELS):
-            piece = flat[start : start + MATTED_PIXELS]
-            alpha = piece[:, 3, np.newaxis]
-            matted[start : start + MATTED_PIXELS] = np.rint(
-                (alpha / 255 * piece[:, :3] + 255 - alpha).clip(min=0, max=255)
-            )
-        shape = (*image.shape[:2], 3)
-        del image, flat
-        return io.BytesIO(cv2.imencode(".bmp", matted.reshape(shape))[1].tobytes())
 
 
 def check_shard(stem: Path, feed: Path) -> Counter[str]:
