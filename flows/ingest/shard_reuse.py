@@ -42,7 +42,7 @@ BATCH_ROWS = 10_000
 
 
 def is_reusable(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether the [data] sections `before` and `now` give the same shards for the same URLs."""
+    """Return whether two [data] sections give the same shards for the same URLs."""
     return all(name in before and before[name] == now[name] for name in IMAGE_FIELDS)
 
 

@@ -68,7 +68,7 @@ class UrlsSource(Section):
     licence_column: str = ""
     """Column with each picture's licence."""
     concept_column: str = ""
-    """Column with the concept, by which splits are made; without it, each row is its own concept."""
+    """Column with the concept, by which splits are made; without it, each row is a concept."""
     style_column: str = ""
     """Column with the drawing style, for `[curate] held_out_styles`."""
     category_column: str = ""
