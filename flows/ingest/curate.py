@@ -1,10 +1,10 @@
-"""The curate stage: reads every shard once and writes the keep list, one row for each pair that the
-models may see.
+"""The curate stage: read every shard once and write the keep list, one row per pair for the models.
 
-The section [curate] says what is kept and how it is split. Pairs of the styles in
-`held_out_styles` are held out. So are pairs whose concept a hash chooses, whoever drew them. All
-others are for training. Shards are not rewritten: a row points at the image's bytes in its tar.
-Reads INGEST/shards, writes OUT/keep.parquet and OUT/dropped.parquet.
+The section [curate] decides which pairs are kept and how they are split: held out by *style* (a
+drawing style that is never trained on), held out by *concept* (chosen by a hash, so that another
+vendor's drawing of the same concept does not leak), and all others for training. Shards are not
+rewritten: a row points at the image's bytes in its tar. Reads INGEST/shards, writes
+OUT/keep.parquet and OUT/dropped.parquet.
 """
 
 import hashlib
@@ -38,8 +38,8 @@ from training.data.stored_image import pixels_of
 
 MAX_PHRASINGS = 16
 BATCH_ROWS = 10_000
-# What decides who stays of equal images: held-out ones, so that a duplicate across splits leaves
-# the training split; then the lowest key.
+# Sort order among equal images, of which the first is kept: held-out ones first, so that a
+# duplicate across splits is removed from the training split; then the lowest key.
 RANK = np.dtype([("image", "S16"), ("is_train", "?"), ("key", "S16")])
 
 Counts = dict[str, Any]
@@ -47,30 +47,32 @@ Row = dict[str, Any]
 
 
 class CurateConfig(Section):
-    """Section [curate]: what is kept, and who may train on it."""
+    """Section [curate]: which pairs are kept, and which of them are held out of training."""
 
     held_out_styles: tuple[str, ...] = ()
     """Styles (vendors) that are never trained on."""
     held_out_concept_fraction: float = Field(0.05, ge=0, lt=1)
-    """Share of the concepts that are never trained on, whoever drew them; chosen by hash."""
+    """Share of the concepts that are never trained on, in any style; chosen by hash."""
     seed: int = 0
-    """Seed of the choice of these concepts."""
+    """Seed that chooses the held-out concepts."""
     min_side_px: int = Field(16, ge=1)
-    """Shorter side of the picture as it was downloaded, in pixels; below it, too_small."""
+    """Minimum shorter side of a picture as downloaded, in pixels; smaller ones are dropped as
+    too_small."""
     min_caption_chars: int = Field(2, ge=1)
-    """Shorter captions are dropped as caption_too_short."""
+    """Minimum characters of a caption; shorter ones are dropped as caption_too_short."""
     max_caption_chars: int = Field(200, ge=8)
-    """Longer captions are cut at a word."""
+    """Maximum characters of a caption; longer ones are cut at a word boundary."""
     drop_duplicates: bool = True
-    """Whether of images that are equal byte for byte only one is kept: a held-out one if there is
-    one, else the lowest key."""
+    """Whether only one of several byte-identical images is kept: a held-out one if there is one,
+    else the one with the lowest key."""
     decontaminate: bool = False
-    """Whether training images that look like a held-out one (pHash and colours) are dropped as
-    evaluation_alike: no model sees them."""
+    """Whether training images that look like a held-out one (by pHash and colours) are dropped as
+    evaluation_alike, so that no model sees them."""
 
     def keyed(self) -> dict[str, Any]:
-        """Leave out `decontaminate` where it is off: lists made before it was there are the
-        same.
+        """Return the fields that the stage's key depends on.
+
+        `decontaminate` is left out if it is off, so that older keep lists keep their key.
         """
         return {
             name: value
@@ -86,12 +88,11 @@ def run(
     removals: Removals = Removals(),
     images: int | None = None,
 ) -> Counts:
-    """Write the keep list of an ingest folder and return the counts; `in` = `out` + all that was
-    dropped.
+    """Write the keep list of an ingest folder; return the counts, with `in` = `out` + all dropped.
 
-    Rows are in the order of shards, within a shard of keys: the same images give the same list.
-    Memory: a shard's rows, and some 50 bytes for each pair. Raises DataError for a shard that does
-    not read, or when nothing is left to train on.
+    Rows are sorted by shard, then by key, so that the same images give the same list. Memory: the
+    rows of one shard and about 50 bytes per pair. Raises DataError if a shard cannot be read, or if
+    no pair is left for training.
     """
     out.mkdir(parents=True, exist_ok=True)
     shards = sorted(ingest.names("shards/*.tar"), key=lambda name: int(Path(name).stem))
@@ -105,8 +106,8 @@ def run(
         evaluation_images = np.full(len(ranks), -1)
         if config.decontaminate:
             reader = ShardReader(ingest, is_sequential=True)
-            evaluation_images = leaks(candidates, ranks["is_train"], reader)
-        is_keeper = keepers(ranks) if config.drop_duplicates else np.ones(len(ranks), bool)
+            evaluation_images = evaluation_lookalikes(candidates, ranks["is_train"], reader)
+        is_keeper = first_of_equals(ranks) if config.drop_duplicates else np.ones(len(ranks), bool)
         splits = write_keep_list(
             candidates, out / "keep.parquet", dropped, ranks, is_keeper, evaluation_images, reasons
         )
@@ -130,10 +131,10 @@ def write_keep_list(
     evaluation_images: np.ndarray,
     reasons: Counter[str],
 ) -> Counter[str]:
-    """Write the candidates that stay, and the others as dropped; return the pairs by split.
+    """Write the kept candidates to `keep_list` and the others to `dropped`; count pairs by split.
 
-    is_keeper: no other image is equal; evaluation_images: the row of the held-out image that a
-    training image looks like, else -1; `reasons` gets the counts of what is dropped.
+    is_keeper (one per candidate): first of its byte-identical images. evaluation_images: row of the
+    held-out image that a training image looks like, else -1. Adds the dropped rows to `reasons`.
     """
     splits: Counter[str] = Counter()
     start = 0
@@ -141,17 +142,15 @@ def write_keep_list(
         for batch in open_parquet(candidates).iter_batches(BATCH_ROWS):
             rows = slice(start, start + batch.num_rows)
             start += batch.num_rows
-            is_kept, leaked_by = is_keeper[rows], evaluation_images[rows]
-            is_leaked = is_kept & (leaked_by >= 0)
-            masks = (is_kept & ~is_leaked, ~is_kept, is_leaked)
-            kept_rows, duplicate_rows, leaked_rows = (
-                batch.filter(pa.array(mask)) for mask in masks
-            )
-            splits.update(kept_rows.column("split").to_pylist())
-            keep.write_batch(kept_rows)
-            dropped.write_table(duplicates(duplicate_rows))
-            dropped.write_table(alike(leaked_rows, ranks["key"][leaked_by[is_leaked]]))
-            reasons.update(duplicate=duplicate_rows.num_rows, evaluation_alike=leaked_rows.num_rows)
+            is_first, leaked_by = is_keeper[rows], evaluation_images[rows]
+            is_leaked = is_first & (leaked_by >= 0)
+            masks = (is_first & ~is_leaked, ~is_first, is_leaked)
+            remaining, duplicates, leaked = (batch.filter(pa.array(mask)) for mask in masks)
+            splits.update(remaining.column("split").to_pylist())
+            keep.write_batch(remaining)
+            dropped.write_table(duplicate_rows(duplicates))
+            dropped.write_table(lookalike_rows(leaked, ranks["key"][leaked_by[is_leaked]]))
+            reasons.update(duplicate=duplicates.num_rows, evaluation_alike=leaked.num_rows)
     return splits
 
 
@@ -164,8 +163,9 @@ def write_candidates(
     removals: Removals,
     images: int | None,
 ) -> tuple[int, np.ndarray, Counter[str]]:
-    """Judge every image of the shards; returns how many there were, the ranks of those that passed,
-    the others' reasons.
+    """Check every image of the shards; write the good rows to `path`, the others to `dropped`.
+
+    Returns the number of images, the RANK array of the good rows, and the drop reasons' counts.
     """
     ranks: list[np.ndarray] = []
     reasons: Counter[str] = Counter()
@@ -175,7 +175,7 @@ def write_candidates(
             judgements = sorted(
                 (
                     (row, "removed" if removals.has(row) else reason)
-                    for row, reason in judged(ingest, shard, config)
+                    for row, reason in judge_shard(ingest, shard, config)
                 ),
                 key=lambda judgement: str(judgement[0]["key"]),
             )
@@ -207,11 +207,10 @@ def write_candidates(
     return seen, np.concatenate(ranks), reasons
 
 
-def judged(ingest: StageFiles, shard: str, config: CurateConfig) -> Iterator[tuple[Row, str]]:
-    """Yield (row of KEEP, reason to drop it or "") for every image of a shard, reading the tar once
-    from front to back.
+def judge_shard(ingest: StageFiles, shard: str, config: CurateConfig) -> Iterator[tuple[Row, str]]:
+    """Yield (row of KEEP, reason to drop it or "") for every image of a shard, in tar order.
 
-    Raises DataError when tar and parquet disagree or the tar does not read whole.
+    Raises DataError if tar and parquet differ, or if the tar cannot be read completely.
     """
     with ingest.open(shard.replace(".tar", ".parquet")) as file:
         table = pq.read_table(file)
@@ -225,17 +224,17 @@ def judged(ingest: StageFiles, shard: str, config: CurateConfig) -> Iterator[tup
                 stream = tar.extractfile(member)
                 if stream is None or key not in by_key:
                     raise DataError(
-                        f"shard {shard} holds {member.name}, of which its parquet knows nothing: "
-                        "run the ingest stage again"
+                        f"shard {shard} holds {member.name}, which is not in its parquet file: run "
+                        "the ingest stage again"
                     )
                 yield judge(stream.read(), by_key.pop(key), Path(shard).name, member, config)
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
-            f"shard {shard} does not read ({error}): run the ingest stage again"
+            f"shard {shard} cannot be read ({error}): run the ingest stage again"
         ) from error
     if by_key:
         raise DataError(
-            f"shard {shard} lacks {len(by_key)} images that its parquet names, such as "
+            f"shard {shard} lacks {len(by_key)} images of its parquet file, such as "
             f"{min(by_key)}: run the ingest stage again"
         )
 
@@ -243,7 +242,7 @@ def judged(ingest: StageFiles, shard: str, config: CurateConfig) -> Iterator[tup
 def judge(
     image: bytes, item: Row, shard: str, member: tarfile.TarInfo, config: CurateConfig
 ) -> tuple[Row, str]:
-    """Make the KEEP row of one image and say why it must go, or ""."""
+    """Return the KEEP row of one image and the reason to drop it, or ""."""
     captions = [
         text
         for text in dict.fromkeys(
@@ -265,7 +264,7 @@ def judge(
         "offset": member.offset_data,
         "size_bytes": len(image),
         STORED_SHA256: hashlib.sha256(image).hexdigest(),
-        # Not a column of KEEP: the removal log is compared with it.
+        # Not a column of KEEP: only compared with the removal log.
         DOWNLOAD_SHA256: item.get(SHARD_COLUMNS[DOWNLOAD_SHA256]) or "",
     }
     pixels = pixels_of(image)
@@ -282,15 +281,15 @@ def judge(
 
 
 def split_of(concept: str, style: str, config: CurateConfig) -> str:
-    """Return the split of a pair."""
+    """Return the split of a pair: "train", "held_out_style" or "held_out_concept"."""
     if style in config.held_out_styles:
         return "held_out_style"
     hashed = int.from_bytes(hashlib.sha256(f"{config.seed} {concept}".encode()).digest()[:8])
     return "held_out_concept" if hashed < config.held_out_concept_fraction * 2**64 else "train"
 
 
-def keepers(ranks: np.ndarray) -> np.ndarray:
-    """Return which of the images (RANK) stay: the first of each group of equal ones, in RANK's
+def first_of_equals(ranks: np.ndarray) -> np.ndarray:
+    """Return a mask of the images (RANK) that are first of their group of equal ones, in RANK's
     order.
     """
     order = np.argsort(ranks, order=("image", "is_train", "key"))
@@ -301,13 +300,14 @@ def keepers(ranks: np.ndarray) -> np.ndarray:
 
 
 def detail_of(row: Row, reason: str) -> str:
-    """Return the last column of dropped.parquet; the digest of what was taken down, so that
-    compaction finds its bytes in the shard.
+    """Return the `detail` of a row of dropped.parquet.
+
+    For a removed image it is the image's digest, by which compaction finds its bytes in the shard.
     """
     return f"sha256 {row['sha256']}" if reason == "removed" else f"{row['shard']}/{row['member']}"
 
 
-def duplicates(batch: pa.RecordBatch) -> pa.Table:
+def duplicate_rows(batch: pa.RecordBatch) -> pa.Table:
     """Return the rows of dropped.parquet for exact duplicates."""
     columns = zip(
         *(batch.column(name).to_pylist() for name in ("key", "origin", "sha256")), strict=True
@@ -319,9 +319,12 @@ def duplicates(batch: pa.RecordBatch) -> pa.Table:
     return pa.Table.from_pylist(rows, DROPPED)
 
 
-def leaks(candidates: Path, is_train: np.ndarray, shards: ShardReader) -> np.ndarray:
-    """Return for each training image the row of the held-out one that it looks like, else -1.
-    Memory: some 50 bytes an image.
+def evaluation_lookalikes(
+    candidates: Path, is_train: np.ndarray, shards: ShardReader
+) -> np.ndarray:
+    """Return for each image the row of the held-out one that it looks like, or -1.
+
+    Only training images are compared with held-out ones. Memory: about 50 bytes per image.
     """
     from indexing.dedup.perceptual_hash import LOCATION, hash_pictures, like_evaluation
 
@@ -333,9 +336,10 @@ def leaks(candidates: Path, is_train: np.ndarray, shards: ShardReader) -> np.nda
     return lookalikes
 
 
-def alike(batch: pa.RecordBatch, evaluation_images: np.ndarray) -> pa.Table:
-    """Return the rows of dropped.parquet for images that look like a held-out one, whose keys are
-    given.
+def lookalike_rows(batch: pa.RecordBatch, evaluation_images: np.ndarray) -> pa.Table:
+    """Return the rows of dropped.parquet for training images that look like held-out ones.
+
+    evaluation_images: the keys of those held-out images, as bytes.
     """
     columns = [
         *(batch.column(name) for name in ("key", "origin")),

@@ -1,7 +1,7 @@
 """Limits per host: robots.txt (RFC 9309) and the number of simultaneous connections.
 
-Each process remembers the rules and failures of the hosts that it asked most recently. Knows
-nothing of HTTP: the caller passes the function that reads robots.txt.
+Each process remembers the rules and failures of the hosts that it used most recently. Contains no
+HTTP code: the caller passes the function that reads robots.txt.
 """
 
 import threading
@@ -18,9 +18,9 @@ ROBOTS_BYTES = 512 << 10
 ROBOTS_S = 86_400
 """RFC 9309, 2.4: a copy older than a day should not be used."""
 FAILURE_S = 60
-"""Seconds during which a host that did not answer is not asked again."""
+"""Seconds before a host that did not answer gets another request."""
 MAX_FAILED_CONNECTIONS = 6
-"""Maximum failed connections in a row before a host is left alone."""
+"""Failed connections in a row after which a host gets no requests for FAILURE_S."""
 MAX_HOSTS, MAX_BYTES = 10_000, 64 << 20
 """Maximum hosts and bytes of robots.txt rules that one process remembers."""
 
@@ -28,61 +28,63 @@ Origin = tuple[str, str, int]
 
 
 class RecentFailureError(Exception):
-    """What a host failed with a short while ago; it is not asked again yet."""
+    """A host failed less than FAILURE_S ago; `original` is the error of that failure."""
 
-    def __init__(self, first: Exception) -> None:
-        super().__init__(str(first))
-        self.first = first
+    def __init__(self, original: Exception) -> None:
+        super().__init__(str(original))
+        self.original = original
 
 
 @dataclass
 class Host:
     """State of one host: its rules, recent failure and connection slots."""
 
-    reading: threading.Lock = field(default_factory=threading.Lock)
+    robots_lock: threading.Lock = field(default_factory=threading.Lock)
     robots: Robots | None = None
     robots_until_s: float = 0.0
     failure: Exception | None = None
     """Why its robots.txt could not be read."""
-    vain_connections: int = 0
-    """That failed in a row."""
-    silent_until_s: float = 0.0
-    """Neither its robots.txt nor a connection is tried before."""
+    failed_connections: int = 0
+    """Number of connections that failed in a row."""
+    paused_until_s: float = 0.0
+    """Until then (time.monotonic) neither robots.txt nor a connection is tried."""
     slots: dict[int, threading.BoundedSemaphore] = field(default_factory=dict)
     users: int = 0
 
 
 class Hosts:
-    """What one process knows of the hosts it asks; threads share it. Bounded: hosts that were not
-    asked for longest are forgotten.
+    """State of all hosts that one process uses; safe to share between threads.
+
+    At most `max_hosts` hosts and `max_bytes` of robots.txt rules are kept; the least recently used
+    hosts are removed first.
     """
 
     def __init__(self, max_hosts: int = MAX_HOSTS, max_bytes: int = MAX_BYTES) -> None:
-        self.most_hosts, self.most_bytes = max_hosts, max_bytes
+        self.max_hosts, self.max_bytes = max_hosts, max_bytes
         self.guard = threading.Lock()
-        self.known: OrderedDict[Origin, Host] = OrderedDict()
+        self.hosts_by_origin: OrderedDict[Origin, Host] = OrderedDict()
         self.rules_bytes = 0
         self.finished = 0
-        """Requests that came to an end, well or not: while any are made, this moves at least once
-        in the time limit of one."""
+        """Number of requests that ended, successful or not. While requests are made, it grows at
+        least once per time limit of one request."""
 
     def allows(self, origin: Origin, target: str, read: Callable[[], str]) -> bool:
-        """Say whether the host lets us ask for `target`; `read` fetches its robots.txt, once for
-        all, and raises where it cannot.
+        """Return whether the host's robots.txt allows a request for `target`.
 
-        What it raises is remembered for `FAILURE_S`, and raised as RecentFailureError meanwhile: a
-        host that does not answer costs one wait.
+        `read` fetches robots.txt, or raises; it is called once per host and ROBOTS_S. Its error is
+        remembered: for FAILURE_S, later calls raise RecentFailureError without calling `read`, so
+        that a host that does not answer delays only one request.
         """
         with self._requesting(origin) as host:
-            with host.reading:
+            with host.robots_lock:
                 now = time.monotonic()
-                if host.failure and now < host.silent_until_s:
+                if host.failure and now < host.paused_until_s:
                     raise RecentFailureError(host.failure)
                 if host.robots is None or now >= host.robots_until_s:
                     try:
                         robots = parse(read())
                     except Exception as error:
-                        host.failure, host.silent_until_s = error, time.monotonic() + FAILURE_S
+                        host.failure, host.paused_until_s = error, time.monotonic() + FAILURE_S
                         raise
                     with self.guard:
                         self.rules_bytes += robots.size_bytes - (
@@ -98,7 +100,7 @@ class Hosts:
 
     @contextmanager
     def slot(self, origin: Origin, at_once: int) -> Iterator[None]:
-        """Hold one of the host's `at_once` places while the block runs; 0 sets no limit."""
+        """Hold one of the host's `at_once` request slots while the block runs; 0 sets no limit."""
         with self._requesting(origin) as host:
             with self.guard:
                 slots = (
@@ -113,55 +115,56 @@ class Hosts:
                     with self.guard:
                         self.finished += 1
 
-    def is_silent(self, origin: Origin) -> bool:
-        """Say whether so many connections to a host failed in a row that it is left alone for a
-        while.
+    def is_paused(self, origin: Origin) -> bool:
+        """Return whether the host gets no requests now, because MAX_FAILED_CONNECTIONS in a row
+        failed.
         """
         with self.guard:
-            host = self.known.get(origin)
+            host = self.hosts_by_origin.get(origin)
             return (
                 host is not None
-                and host.vain_connections >= MAX_FAILED_CONNECTIONS
-                and time.monotonic() < host.silent_until_s
+                and host.failed_connections >= MAX_FAILED_CONNECTIONS
+                and time.monotonic() < host.paused_until_s
             )
 
-    def connected(self, origin: Origin, is_good: bool) -> None:
-        """Take note that a connection to a host came about, or did not."""
+    def record_connection(self, origin: Origin, is_connected: bool) -> None:
+        """Record whether a connection to a host succeeded."""
         with self.guard:
-            host = self.known.get(origin)
+            host = self.hosts_by_origin.get(origin)
             if host is not None:
-                host.vain_connections = 0 if is_good else host.vain_connections + 1
-                if host.vain_connections >= MAX_FAILED_CONNECTIONS:
-                    host.silent_until_s = time.monotonic() + FAILURE_S
+                host.failed_connections = 0 if is_connected else host.failed_connections + 1
+                if host.failed_connections >= MAX_FAILED_CONNECTIONS:
+                    host.paused_until_s = time.monotonic() + FAILURE_S
 
-    def forgive(self) -> None:
-        """Forget what failed: another pass asks everybody again."""
+    def forget_failures(self) -> None:
+        """Forget all failures, so that the next pass tries every host again."""
         with self.guard:
-            for host in self.known.values():
-                host.failure, host.vain_connections, host.silent_until_s = None, 0, 0.0
+            for host in self.hosts_by_origin.values():
+                host.failure, host.failed_connections, host.paused_until_s = None, 0, 0.0
 
     @contextmanager
     def _requesting(self, origin: Origin) -> Iterator[Host]:
         with self.guard:
-            host = self.known.setdefault(origin, Host())
-            self.known.move_to_end(origin)
+            host = self.hosts_by_origin.setdefault(origin, Host())
+            self.hosts_by_origin.move_to_end(origin)
             host.users += 1
         try:
             yield host
         finally:
             with self.guard:
                 host.users -= 1
-                self._forget()
+                self._evict()
 
-    def _forget(self) -> None:
-        """Let go of the hosts that were not asked for longest, as far as the bounds ask it; one in
-        use stays. Called under the guard.
+    def _evict(self) -> None:
+        """Remove the least recently used hosts until the bounds hold; hosts in use stay.
+
+        The caller holds the guard.
         """
-        if len(self.known) <= self.most_hosts and self.rules_bytes <= self.most_bytes:
+        if len(self.hosts_by_origin) <= self.max_hosts and self.rules_bytes <= self.max_bytes:
             return
-        for origin, host in list(self.known.items()):
-            if len(self.known) <= self.most_hosts and self.rules_bytes <= self.most_bytes:
+        for origin, host in list(self.hosts_by_origin.items()):
+            if len(self.hosts_by_origin) <= self.max_hosts and self.rules_bytes <= self.max_bytes:
                 break
             if not host.users:
-                del self.known[origin]
+                del self.hosts_by_origin[origin]
                 self.rules_bytes -= host.robots.size_bytes if host.robots else 0

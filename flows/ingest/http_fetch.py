@@ -1,11 +1,10 @@
-"""Fetch one image over HTTP: polite to hosts and suspicious of their answers.
+"""Fetch one image over HTTP from a host that is not trusted.
 
-Time, bytes and declared pixels are bounded; connections are reused per thread. Every address is
-checked when a connection is made, redirect targets included, and the connection goes to the checked
-address, so a name that later resolves differently gains nothing. Failures raise `FetchError` with
-one of the reasons below. Knows nothing of shards. Uses a proxy only where `Rules.proxy` names one,
-never by the environment; a proxy resolves names itself, so that only addresses that stand in a URL
-and `localhost` can be checked here.
+Time, bytes and declared pixels are bounded; connections are reused per thread. Every address,
+redirect targets included, is checked when a connection is made, and the connection goes to the
+checked address, so DNS rebinding does not bypass the check. Failures raise `FetchError` with a
+counted reason. Only `Rules.proxy` sets a proxy, never the environment. A proxy resolves names
+itself, so only IP addresses in URLs and `localhost` can be checked here.
 """
 
 import contextlib
@@ -33,33 +32,35 @@ from flows.ingest.host_limits import (
 from flows.ingest.image_ends import is_whole
 from flows.ingest.plain_image import TIFF_STARTS, read_header
 from flows.ingest.robots import AGENT
-from flows.sources.opt_out import NOBODY, OptOut
+from flows.sources.opt_out import NO_OPT_OUT, OptOut
 from flows.sources.url_spelling import request_target
 
 USER_AGENT = "unclip/0.1 (image-text dataset builder; honours robots.txt and X-Robots-Tag)"
 MAX_REDIRECTS, MAX_INFORMATIONAL, MAX_ENCODINGS = 5, 20, 3
 ZLIB_WINDOWS = {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}
-"""zlib's window bits by Content-Encoding; `deflate` comes with a zlib header or without one."""
+"""zlib's window bits by Content-Encoding; `deflate` may come with or without a zlib header."""
 CHUNK_BYTES = 1 << 16
-FORBIDDING = frozenset(("noai", "noimageai", "noindex", "noimageindex", "none"))
+FORBIDDING_DIRECTIVES = frozenset(("noai", "noimageai", "noindex", "noimageindex", "none"))
 
-VALUED = frozenset(("max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"))
-"""Directives of X-Robots-Tag that are written `name:value` and so look like a user agent."""
+VALUE_DIRECTIVES = frozenset(
+    ("max-snippet", "max-image-preview", "max-video-preview", "unavailable_after")
+)
+"""Directives of X-Robots-Tag with the form `name:value`, which is also that of a user agent."""
 
-TRY_LATER = (408, 425, 429)
+TEMPORARY_STATUSES = (408, 425, 429)
 
-# Reasons that another try may mend.
-PASSING = frozenset(("timeout", "unreachable", "http_unavailable", "cut_short"))
+TEMPORARY_REASONS = frozenset(("timeout", "unreachable", "http_unavailable", "cut_short"))
+"""Reasons for which a later request may succeed."""
 
 
 class FetchError(Exception):
-    """A picture that cannot be had: `reason` is counted, `detail` is for people."""
+    """An image could not be fetched: `reason` is counted, `detail` is for people."""
 
-    def __init__(self, reason: str, detail: str, is_hopeless: bool = False) -> None:
+    def __init__(self, reason: str, detail: str, is_permanent: bool = False) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
-        self.is_hopeless = is_hopeless or reason not in PASSING
-        """Whether trying again at once is in vain."""
+        self.is_permanent = is_permanent or reason not in TEMPORARY_REASONS
+        """Whether an immediate retry cannot succeed."""
 
 
 @dataclass(frozen=True)
@@ -72,65 +73,76 @@ class Rules:
     max_pixels: int
     allow_private: bool
     loopback: str = ""
-    """URL below which our own static server answers, with a secret in it that no list can name: the
-    one private place always allowed."""
+    """Base URL of our own static server, the only private address that is always allowed. It
+    contains a secret, so that no URL list can name it."""
     robots: bool = False
-    """Ask a host's robots.txt first; X-Robots-Tag is heeded in any case."""
+    """Whether robots.txt is checked before a request; X-Robots-Tag is always obeyed."""
     per_host: int = 0
     """Simultaneous requests of this process to one host; 0 sets no limit."""
     is_robots_txt: bool = False
-    grown_px: int = 0
-    """Pixels to which the shorter side of a picture will be scaled; 0 where nothing can grow by
-    it."""
+    """Whether robots.txt itself is fetched; its X-Robots-Tag is ignored."""
+    upscaled_side_px: int = 0
+    """Pixels to which the shorter side of an image will be scaled while the longer side is not
+    limited; 0 for resize modes that limit the longer side."""
     proxy: str = ""
-    """`http://host:port` through which all but our own server is asked."""
-    opt_out: OptOut = NOBODY
-    """What is not asked even where a redirect leads there."""
+    """`http://host:port` of the proxy for all requests except those to our own server."""
+    opt_out: OptOut = NO_OPT_OUT
+    """Hosts and URLs that are never requested, not even after a redirect."""
 
 
 def fetch_image(url: str, rules: Rules) -> bytes:
-    """Return the bytes of the image at `url`, looked at but not decoded; raises FetchError."""
-    body = retry(url, rules)
-    look_at(body, rules)
+    """Return the bytes of the image at `url`; check its header without decoding it.
+
+    Raises FetchError.
+    """
+    body = fetch_with_retries(url, rules)
+    check_image(body, rules)
     return body
 
 
-def retry(url: str, rules: Rules) -> bytes:
-    """GET `url`, again after growing pauses for what may pass."""
+def fetch_with_retries(url: str, rules: Rules) -> bytes:
+    """GET `url`; retry temporary failures up to `rules.retries` times.
+
+    The pauses are 0.2 s, 0.4 s, 0.8 s and so on. Raises FetchError.
+    """
     for attempt in range(rules.retries):
         try:
             return fetch(url, rules)
         except FetchError as error:
-            if error.is_hopeless:
+            if error.is_permanent:
                 raise
             time.sleep(0.2 * 2**attempt)
     return fetch(url, rules)
 
 
 def fetch(url: str, rules: Rules) -> bytes:
-    """GET `url`, following redirects, within the rules; time spent waiting for a host's turn or its
-    robots.txt does not count.
+    """GET `url` within the rules, following redirects; return the body.
+
+    The time that is spent waiting for a slot of the host or for robots.txt does not count towards
+    `timeout_s`. Raises FetchError.
     """
     deadline = time.monotonic() + rules.timeout_s
     for _ in range(MAX_REDIRECTS + 1):
         started_s = time.monotonic()
         origin, target = split_origin(url)
         if rules.opt_out.covers(url):
-            raise FetchError("opted_out", f"{origin[1]} does not want to be used")
+            raise FetchError(
+                "opted_out", f"{origin[1]} or this URL is on an opt-out list ([data] opt_out)"
+            )
         is_ours = bool(rules.loopback) and url.startswith(rules.loopback + "/")
         if rules.robots and not is_ours:
             try:
                 if not hosts.allows(origin, target, partial(robots_txt, origin, rules)):
                     raise FetchError("robots", f"robots.txt of {origin[1]} forbids it")
-            except RecentFailureError as still:
-                assert isinstance(still.first, FetchError)
+            except RecentFailureError as failure:
+                assert isinstance(failure.original, FetchError)
                 raise FetchError(
-                    still.first.reason, still.first.detail, is_hopeless=True
-                ) from still
+                    failure.original.reason, failure.original.detail, is_permanent=True
+                ) from failure
         with hosts.slot(origin, 0 if is_ours else rules.per_host):
             deadline += time.monotonic() - started_s
-            ours = replace(rules, allow_private=True, proxy="")
-            answer = get(url, ours if is_ours else rules, deadline)
+            own_rules = replace(rules, allow_private=True, proxy="")
+            answer = get(url, own_rules if is_ours else rules, deadline)
         if isinstance(answer, bytes):
             return answer
         url = urljoin(url, answer)
@@ -138,12 +150,13 @@ def fetch(url: str, rules: Rules) -> bytes:
 
 
 def robots_txt(origin: Origin, rules: Rules) -> str:
-    """Return a host's robots.txt; "" where it has none (a 4xx, RFC 9309, 2.3.1.3). Where it cannot
-    be had now, nor can the picture.
+    """Return a host's robots.txt; "" if it has none (a 4xx status, RFC 9309, 2.3.1.3).
+
+    Raises FetchError if it cannot be read now; then the image must not be requested either.
     """
     where = f"{base_of(origin)}/robots.txt"
     try:
-        body = retry(
+        body = fetch_with_retries(
             where,
             replace(rules, robots=False, per_host=0, is_robots_txt=True, max_bytes=ROBOTS_BYTES),
         )
@@ -151,18 +164,19 @@ def robots_txt(origin: Origin, rules: Rules) -> str:
     except FetchError as error:
         if error.reason in ("http_404", "http_error"):
             return ""
-        raise FetchError(error.reason, f"robots.txt: {error.detail}", is_hopeless=True) from error
+        raise FetchError(error.reason, f"robots.txt: {error.detail}", is_permanent=True) from error
 
 
 def base_of(origin: Origin) -> str:
-    """Return the start of all URLs of an origin."""
+    """Return the base URL of an origin, such as `https://example.org:443`."""
     scheme, host, port = origin
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def split_origin(url: str) -> tuple[Origin, str]:
-    """Return scheme, host and port of a URL, and what is asked of them; raises FetchError for what
-    is no such URL.
+    """Return the origin of a URL (scheme, host, port) and its request target (path and query).
+
+    Raises FetchError if it is not an http or https URL with a host.
     """
     try:
         parts = urlsplit(url)
@@ -172,7 +186,7 @@ def split_origin(url: str) -> tuple[Origin, str]:
                 f"scheme {parts.scheme or 'none'!r}: only http and https are fetched",
             )
         if not parts.hostname:
-            raise FetchError("bad_url", "it names no host")
+            raise FetchError("bad_url", "the URL has no host")
         target = request_target(parts.path, parts.query)
         return (
             parts.scheme,
@@ -184,7 +198,10 @@ def split_origin(url: str) -> tuple[Origin, str]:
 
 
 def get(url: str, rules: Rules, deadline: float) -> bytes | str:
-    """Make one request; returns the body, or the target of a redirect."""
+    """Make one request; return the body (bytes) or the target of a redirect (str).
+
+    Raises FetchError.
+    """
     try:
         return exchange(*split_origin(url), rules, deadline)
     except FetchError:
@@ -193,25 +210,24 @@ def get(url: str, rules: Rules, deadline: float) -> bytes | str:
         raise FetchError("bad_certificate", error.verify_message) from error
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
-            raise FetchError("timeout", f"no whole answer in {rules.timeout_s:g} s") from error
+            raise FetchError("timeout", f"no complete response in {rules.timeout_s:g} s") from error
         if isinstance(error, http.client.IncompleteRead):
             raise FetchError(
-                "cut_short", "the connection closed before the body was whole"
+                "cut_short", "the connection was closed before the body was complete"
             ) from error
         raise FetchError("unreachable", str(error) or type(error).__name__) from error
-    except ValueError as error:  # UnicodeError too: a host name or port that is none
+    except ValueError as error:  # also UnicodeError: an invalid host name or port
         raise FetchError("bad_url", str(error)) from error
 
 
 def exchange(origin: Origin, target: str, rules: Rules, deadline: float) -> bytes | str:
-    """Send one request on this thread's connection to the host, and once more on a fresh one if the
-    kept one has died meanwhile.
+    """Send one request over this thread's connection to the host; return the body or redirect.
+
+    If a reused connection was closed by the host in the meantime, retry on a new one.
     """
-    pool_key = (
-        origin,
-        rules.allow_private,
-        rules.proxy,
-    )  # one that was let through the check of addresses serves nobody else
+    # The key holds the rules of the address check: a connection that was allowed under one rule
+    # must not serve a request under another.
+    pool_key = (origin, rules.allow_private, rules.proxy)
     if rules.proxy and origin[0] == "http":
         target = f"{base_of(origin)}{target}"
     while True:
@@ -220,8 +236,8 @@ def exchange(origin: Origin, target: str, rules: Rules, deadline: float) -> byte
         sock = connection.sock
         assert sock is not None
         try:
-            with reaped_at(deadline, sock):
-                sock.settimeout(left(deadline))
+            with closed_at(deadline, sock):
+                sock.settimeout(seconds_left(deadline))
                 connection.request(
                     "GET", target, headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*;q=0.1"}
                 )
@@ -248,23 +264,26 @@ def exchange(origin: Origin, target: str, rules: Rules, deadline: float) -> byte
 def read(
     response: http.client.HTTPResponse, sock: socket.socket, rules: Rules, deadline: float
 ) -> bytes | str:
-    """Read a response within the limits; returns its body, or its redirect target."""
+    """Read a response within the limits; return its body or its redirect target.
+
+    Raises FetchError, TimeoutError.
+    """
     if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
-        swallow(response)
-        return header_text(response.headers["Location"])
+        discard_body(response)
+        return decode_header(response.headers["Location"])
     if response.status != 200:
-        swallow(response)
-        is_passing = response.status in TRY_LATER or response.status >= 500
+        discard_body(response)
+        is_temporary = response.status in TEMPORARY_STATUSES or response.status >= 500
         reason = (
             "http_404"
             if response.status in (404, 410)
             else "http_unavailable"
-            if is_passing
+            if is_temporary
             else "http_error"
         )
         raise FetchError(reason, f"HTTP {response.status} {response.reason}")
     if not rules.is_robots_txt and is_forbidden(response.headers.get_all("X-Robots-Tag", [])):
-        raise FetchError("robots", "X-Robots-Tag forbids it")
+        raise FetchError("robots", "the response's X-Robots-Tag forbids it")
     declared = response.length
     if declared is not None and declared > rules.max_bytes:
         raise FetchError("too_large", f"{declared:,} bytes declared, {rules.max_bytes:,} allowed")
@@ -275,26 +294,27 @@ def read(
         total += len(chunk)
         if total > rules.max_bytes:
             raise FetchError("too_large", f"more than the {rules.max_bytes:,} bytes allowed")
-        sock.settimeout(left(deadline))
-    left(deadline)  # an end that the reaper made is none
+        sock.settimeout(seconds_left(deadline))
+    seconds_left(deadline)  # raises if the reaper closed the socket: then the body is not complete
     if response.length:
-        raise FetchError("cut_short", f"{response.length:,} of {declared:,} bytes never came")
+        raise FetchError("cut_short", f"{response.length:,} of {declared:,} bytes are missing")
     response.close()
-    return unpacked(b"".join(chunks), response.headers.get("Content-Encoding", ""), rules)
+    return decompress(b"".join(chunks), response.headers.get("Content-Encoding", ""), rules)
 
 
-def header_text(value: str) -> str:
-    """Return a header's value as UTF-8 where it is; http.client takes its bytes for Latin-1."""
+def decode_header(value: str) -> str:
+    """Return a header's value decoded as UTF-8 if valid; http.client decodes it as Latin-1."""
     try:
         return value.encode("latin-1").decode()
     except UnicodeError:
         return value
 
 
-def unpacked(body: bytes, encodings: str, rules: Rules) -> bytes:
-    """Undo gzip and deflate, which some hosts send unasked; a body that is neither stays as it is.
+def decompress(body: bytes, encodings: str, rules: Rules) -> bytes:
+    """Decompress gzip and deflate, which some hosts send without being asked.
 
-    Raises FetchError for more than `max_bytes` and for packed data that is cut.
+    A body with another encoding is returned unchanged. Raises FetchError if the result has more
+    than `max_bytes`, or if the compressed data is truncated.
     """
     names = [name.strip().lower() for name in encodings.split(",")]
     for name in reversed(names[:MAX_ENCODINGS]):
@@ -307,16 +327,16 @@ def unpacked(body: bytes, encodings: str, rules: Rules) -> bytes:
             except zlib.error:
                 continue
             if len(plain) > rules.max_bytes:
-                raise FetchError("too_large", f"unpacks to over {rules.max_bytes:,} bytes")
+                raise FetchError("too_large", f"decompresses to over {rules.max_bytes:,} bytes")
             if not packed.eof:
-                raise FetchError("cut_short", f"its {name} data ends early")
+                raise FetchError("cut_short", f"the {name} data is truncated")
             body = plain
             break
     return body
 
 
 class Response(http.client.HTTPResponse):
-    """A response behind any number of informational ones, such as 103 Early Hints (RFC 8297)."""
+    """A response that skips informational ones, such as 103 Early Hints (RFC 8297)."""
 
     def _read_status(self) -> tuple[str, int, str]:
         for _ in range(MAX_INFORMATIONAL):
@@ -327,68 +347,72 @@ class Response(http.client.HTTPResponse):
         raise http.client.HTTPException(f"more than {MAX_INFORMATIONAL} informational responses")
 
 
-def swallow(response: http.client.HTTPResponse) -> None:
-    """Read a short body that nobody wants, so that the connection can be used again."""
+def discard_body(response: http.client.HTTPResponse) -> None:
+    """Read and discard a short body, so that the connection can be reused."""
     if response.length is not None and response.length <= CHUNK_BYTES:
         response.read()
 
 
 def is_forbidden(values: list[str]) -> bool:
-    """Whether an X-Robots-Tag without a user agent, for all or for us forbids this use; an agent
-    holds until the next of its line.
+    """Return whether an X-Robots-Tag header forbids this use.
+
+    A directive counts if its line names no user agent, `*` or ours before it; an agent applies
+    until the next one in the line.
     """
     for value in values:
-        is_meant = True
+        applies_to_us = True
         for piece in value.lower().split(","):
             name, colon, rest = (part.strip() for part in piece.partition(":"))
-            if (
-                colon and name not in VALUED and " " not in name
-            ):  # a date behind a comma is no agent
-                is_meant, name = name in ("*", AGENT), rest
-            if is_meant and name in FORBIDDING:
+            # A name with a space is part of a date after a comma, not a user agent.
+            if colon and name not in VALUE_DIRECTIVES and " " not in name:
+                applies_to_us, name = name in ("*", AGENT), rest
+            if applies_to_us and name in FORBIDDING_DIRECTIVES:
                 return True
     return False
 
 
 def connect(origin: Origin, rules: Rules, deadline: float) -> http.client.HTTPConnection:
-    """Resolve, check every address, and connect to one that was checked."""
+    """Resolve a host, check all its addresses, and connect to one of them.
+
+    Raises FetchError, OSError.
+    """
     scheme, host, port = origin
-    if hosts.is_silent(origin):
+    if hosts.is_paused(origin):
         raise FetchError(
             "unreachable",
-            f"{MAX_FAILED_CONNECTIONS} connections to {host} failed in a row: left alone for "
+            f"{MAX_FAILED_CONNECTIONS} connections to {host} failed in a row: no request for "
             f"{FAILURE_S} s",
             True,
         )
     addresses = proxy_addresses(origin, rules) if rules.proxy else checked_addresses(origin, rules)
-    way_port = urlsplit(rules.proxy).port or 80 if rules.proxy else port
+    connect_port = urlsplit(rules.proxy).port or 80 if rules.proxy else port
     try:
-        sock = dial(addresses, way_port, deadline)
+        sock = dial(addresses, connect_port, deadline)
     except OSError:
-        hosts.connected(origin, False)
+        hosts.record_connection(origin, False)
         raise
-    hosts.connected(origin, True)
+    hosts.record_connection(origin, True)
     if rules.proxy and scheme == "https":
-        with reaped_at(deadline, sock):
+        with closed_at(deadline, sock):
             open_tunnel(sock, origin)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if scheme == "https":
-        with reaped_at(deadline, sock):
+        with closed_at(deadline, sock):
             sock = tls().wrap_socket(sock, server_hostname=host)
     connection = http.client.HTTPConnection(host, port)
     connection.response_class = Response
     connection.sock = sock
-    connection.auto_open = 0  # never reconnect behind the check's back
+    connection.auto_open = 0  # http.client must not reconnect without the check of addresses
     return connection
 
 
 def checked_addresses(origin: Origin, rules: Rules) -> list[str]:
-    """Return a host's addresses; raises FetchError where one of them may not be asked."""
+    """Return a host's addresses; raise FetchError if one of them is not allowed."""
     _, host, port = origin
     try:
         address_infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
-        hosts.connected(origin, False)
+        hosts.record_connection(origin, False)
         raise FetchError("unreachable", f"{host}: {error.strerror}") from error
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in address_infos))
     if not rules.allow_private:
@@ -402,11 +426,12 @@ def checked_addresses(origin: Origin, rules: Rules) -> list[str]:
 
 
 def proxy_addresses(origin: Origin, rules: Rules) -> list[str]:
-    """Return the proxy's addresses; raises FetchError for a host that is a reserved address in any
-    notation, or `localhost`.
+    """Return the proxy's addresses.
+
+    Raises FetchError if the host of the URL is a reserved address in any notation, or `localhost`.
     """
     _, host, port = origin
-    try:  # no name is resolved by this
+    try:  # AI_NUMERICHOST: this resolves no names
         literal = socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST)
     except socket.gaierror:
         literal = []
@@ -415,16 +440,18 @@ def proxy_addresses(origin: Origin, rules: Rules) -> list[str]:
     is_private = is_private or any(not is_public(str(entry[4][0])) for entry in literal)
     if is_private and not rules.allow_private:
         raise FetchError("host_refused", f"{host} is a private, loopback or reserved address")
-    way = urlsplit(rules.proxy)
+    proxy = urlsplit(rules.proxy)
     try:
-        address_infos = socket.getaddrinfo(way.hostname, way.port or 80, type=socket.SOCK_STREAM)
+        address_infos = socket.getaddrinfo(
+            proxy.hostname, proxy.port or 80, type=socket.SOCK_STREAM
+        )
     except socket.gaierror as error:
         raise FetchError("unreachable", f"proxy {rules.proxy}: {error.strerror}") from error
     return list(dict.fromkeys(str(entry[4][0]) for entry in address_infos))
 
 
 def open_tunnel(sock: socket.socket, origin: Origin) -> None:
-    """Ask the proxy at the other end for a connection to a host (RFC 9110, 9.3.6)."""
+    """Open a tunnel to a host through the connected proxy (CONNECT, RFC 9110, 9.3.6)."""
     authority = base_of(origin).partition("://")[2]
     sock.sendall(f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode())
     answer = Response(sock, method="CONNECT")
@@ -435,9 +462,13 @@ def open_tunnel(sock: socket.socket, origin: Origin) -> None:
 
 
 def dial(addresses: list[str], port: int, deadline: float) -> socket.socket:
-    """Connect to the first address that answers; one that is silent leaves time for the others."""
+    """Connect to the first address that answers.
+
+    The time until the deadline is divided among the addresses, so that one without an answer leaves
+    time for the others. Raises OSError, FetchError.
+    """
     for position, address in enumerate(addresses):
-        remaining = left(deadline)
+        remaining = seconds_left(deadline)
         try:
             return socket.create_connection(
                 (address, port), timeout=remaining / (len(addresses) - position)
@@ -445,12 +476,14 @@ def dial(addresses: list[str], port: int, deadline: float) -> socket.socket:
         except OSError:
             if position == len(addresses) - 1:
                 raise
-    raise FetchError("unreachable", "the name has no address")
+    raise FetchError("unreachable", "the host name has no address")
 
 
 def is_public(address: str) -> bool:
-    """Whether an address lies in the open internet; an IPv4 address wrapped in IPv6 (mapped, 6to4,
-    NAT64, Teredo) is judged itself.
+    """Return whether an address is on the public internet.
+
+    For an IPv6 address that contains an IPv4 address (mapped, 6to4, NAT64, Teredo), the IPv4
+    address must be public too.
     """
     address_value = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(address_value, ipaddress.IPv6Address):
@@ -459,9 +492,8 @@ def is_public(address: str) -> bool:
             address_value.sixtofour,
             *(address_value.teredo or ()),
         ]
-        if address_value.is_site_local or address_value in ipaddress.ip_network(
-            "64:ff9b:1::/48"
-        ):  # fec0::/10; NAT64 for local use (RFC 8215)
+        local_nat64 = ipaddress.ip_network("64:ff9b:1::/48")  # RFC 8215
+        if address_value.is_site_local or address_value in local_nat64:  # fec0::/10
             return False
         if address_value in ipaddress.ip_network(
             "64:ff9b::/96"
@@ -474,10 +506,11 @@ def is_public(address: str) -> bool:
     return address_value.is_global and not address_value.is_multicast
 
 
-def look_at(body: bytes, rules: Rules) -> None:
-    """Judge an image by its header and its end; raises FetchError.
+def check_image(body: bytes, rules: Rules) -> None:
+    """Check the format, size and completeness of an image; raise FetchError if one is wrong.
 
-    It is decoded only where it lacks its end: OpenCV decodes half an image without complaint.
+    Only an image without an end marker is decoded, because OpenCV decodes a truncated image without
+    an error.
     """
     try:
         header = read_header(body)
@@ -495,13 +528,13 @@ def look_at(body: bytes, rules: Rules) -> None:
         raise FetchError(
             "too_large", f"{width} x {height} pixels declared, {rules.max_pixels:,} allowed"
         )
-    if min(width, height) and rules.grown_px**2 * max(width, height) > rules.max_pixels * min(
+    if min(width, height) and rules.upscaled_side_px**2 * max(
         width, height
-    ):
+    ) > rules.max_pixels * min(width, height):
         raise FetchError(
             "too_large",
-            f"{width} x {height} pixels would be over {rules.max_pixels:,} at {rules.grown_px} on "
-            "the shorter side",
+            f"{width} x {height} pixels would be over {rules.max_pixels:,} at "
+            f"{rules.upscaled_side_px} on the shorter side",
         )
     if not is_whole(header.kind, body):
         raise FetchError("decode_error", f"truncated {header.kind} of {len(body):,} bytes")
@@ -514,7 +547,7 @@ _reaper_lock = threading.Lock()
 
 
 def connections() -> dict[tuple[Origin, bool, str], http.client.HTTPConnection]:
-    """This thread's idle connections."""
+    """Return this thread's idle connections, at most 4."""
     if not hasattr(_local, "connections"):
         _local.connections = {}
     pool: dict[tuple[Origin, bool, str], http.client.HTTPConnection] = _local.connections
@@ -524,24 +557,26 @@ def connections() -> dict[tuple[Origin, bool, str], http.client.HTTPConnection]:
 
 
 def tls() -> ssl.SSLContext:
-    """This thread's TLS settings: the system's certificates, checked."""
+    """Return this thread's TLS context, which verifies against the system's certificates."""
     if not hasattr(_local, "tls"):
         _local.tls = ssl.create_default_context()
     context: ssl.SSLContext = _local.tls
     return context
 
 
-def left(deadline: float) -> float:
-    """Return the seconds until the deadline; raises TimeoutError behind it."""
+def seconds_left(deadline: float) -> float:
+    """Return the seconds until the deadline; raise TimeoutError after it."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise TimeoutError
     return seconds
 
 
-class reaped_at:  # noqa: N801 (reads as a statement: with reaped_at(deadline, sock))
-    """Context manager: shuts the socket down at the deadline, whatever its peer drips until then
-    (headers and TLS included).
+class closed_at:  # noqa: N801 (reads as a statement: with closed_at(deadline, sock))
+    """Context manager: shut the socket down at the deadline.
+
+    A timeout on the socket alone would not end a peer that sends a byte now and then, in headers or
+    in the TLS handshake.
     """
 
     def __init__(self, deadline: float, sock: socket.socket) -> None:
@@ -556,14 +591,14 @@ class reaped_at:  # noqa: N801 (reads as a statement: with reaped_at(deadline, s
 
 
 def start_reaper() -> None:
-    """Start the one thread that shuts overdue sockets, if it does not run yet."""
+    """Start the thread that shuts down overdue sockets, unless it runs already."""
     with _reaper_lock:
         if not any(thread.name == "reaper" for thread in threading.enumerate()):
             threading.Thread(target=reap, name="reaper", daemon=True).start()
 
 
 def reap() -> None:
-    """Shut overdue sockets for as long as the process lives."""
+    """Shut down overdue sockets until the process ends."""
     while True:
         time.sleep(0.25)
         now = time.monotonic()

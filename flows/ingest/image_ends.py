@@ -1,7 +1,7 @@
-"""Where the data of a PNG or JPEG file ends, and whether a file that lacks its end is whole.
+"""Find the end of a PNG or JPEG file, and check whether a file without an end marker is complete.
 
-Works on bytes in memory. What follows the end (padding, an appended clip) is ignored. A file
-without its end is whole when a decoder reads every row of it.
+Works on bytes in memory. Data after the end (padding, an appended video clip) is ignored. A file
+without an end marker is complete if a decoder reads all its rows.
 """
 
 import hashlib
@@ -16,27 +16,27 @@ import numpy as np
 SIGNATURE_BYTES = 8
 IEND = b"IEND"
 SOS, EOI = 0xDA, b"\xff\xd9"
-WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD9)))
-"""JPEG markers that have no segment: TEM, RST0 to RST7 and SOI."""
+MARKERS_WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD9)))
+"""JPEG markers without a segment and its length: TEM, RST0 to RST7 and SOI."""
 MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
-"""The next JPEG marker behind coded data; stuffed bytes and restart markers belong to the data."""
+"""The next JPEG marker after coded data; stuffed bytes and restart markers belong to the data."""
 FILLINGS = tuple(
     np.random.default_rng(seed).integers(0, 255, 4096, np.uint8).tobytes() for seed in (1, 2)
 )
-"""Bytes that a JPEG decoder takes for coded data where it still wants some."""
+"""Bytes that a JPEG decoder reads as coded data if the image still needs some."""
 
 
-def closed(kind: str, body: bytes) -> bytes:
-    """Return `body` itself if it holds its format's end, else a copy with the end appended.
+def with_end(kind: str, body: bytes) -> bytes:
+    """Return `body` itself if it has its format's end marker, else a copy with one appended.
 
     `kind` is Pillow's name of the format; only "PNG" and "JPEG" are examined.
     """
-    closers: dict[str, Callable[[bytes], bytes]] = {"PNG": closed_png, "JPEG": closed_jpeg}
-    return closers[kind](body) if kind in closers else body
+    by_kind: dict[str, Callable[[bytes], bytes]] = {"PNG": with_png_end, "JPEG": with_jpeg_end}
+    return by_kind[kind](body) if kind in by_kind else body
 
 
 def png_chunks(body: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield kind and data of a PNG's chunks up to IEND; the last one may be cut."""
+    """Yield kind and data of a PNG's chunks up to IEND; the last one may be truncated."""
     position = SIGNATURE_BYTES
     while position + 8 <= len(body):
         length, kind = struct.unpack_from(">I4s", body, position)
@@ -46,8 +46,8 @@ def png_chunks(body: bytes) -> Iterator[tuple[bytes, bytes]]:
             return
 
 
-def closed_png(body: bytes) -> bytes:
-    """Return a PNG with its IEND chunk; a chunk that is cut keeps the data that it has."""
+def with_png_end(body: bytes) -> bytes:
+    """Return a PNG with an IEND chunk; a truncated chunk keeps the data that it has."""
     position = SIGNATURE_BYTES
     for kind, data in png_chunks(body):
         length = int.from_bytes(body[position : position + 4])
@@ -61,14 +61,14 @@ def closed_png(body: bytes) -> bytes:
     return body[:position] + _chunk(IEND, b"")
 
 
-def closed_jpeg(body: bytes) -> bytes:
-    """Return a JPEG with its EOI marker; zeros at the end of a file without one are padding."""
+def with_jpeg_end(body: bytes) -> bytes:
+    """Return a JPEG with an EOI marker; trailing zeros of a file without one are padding."""
     position = 2
     while (marker := MARKER.search(body, position)) is not None:
         code, position = marker[1][0], marker.end()
         if code == EOI[1]:
             return body
-        if code not in WITHOUT_LENGTH:
+        if code not in MARKERS_WITHOUT_LENGTH:
             if position + 2 > len(body):
                 break
             position += int.from_bytes(body[position : position + 2])
@@ -76,23 +76,23 @@ def closed_jpeg(body: bytes) -> bytes:
 
 
 def is_whole(kind: str, body: bytes) -> bool:
-    """Say whether a decoder reads every row of an image.
+    """Return whether an image is complete: a decoder can read all its rows.
 
-    Decodes only a PNG or JPEG that lacks its end. `kind` is Pillow's name of the format.
+    Only a PNG or JPEG without an end marker is decoded. `kind` is Pillow's name of the format.
     """
     if kind == "WEBP":
         return int.from_bytes(body[4:8], "little") + 8 <= len(body)
-    complete = closed(kind, body)
+    complete = with_end(kind, body)
     if complete is body:
         return True
     return _has_all_rows(complete, (b"", *FILLINGS) if kind == "JPEG" else (b"",))
 
 
 def _has_all_rows(complete: bytes, fillings: tuple[bytes, ...]) -> bool:
-    """Say whether an image decodes to the same pixels whichever bytes stand before its end.
+    """Return whether an image decodes to the same pixels with any of `fillings` before its end.
 
-    A PNG without all its rows does not decode. A JPEG does: OpenCV invents what it lacks, from
-    these bytes, which it skips behind the last row.
+    A PNG without all its rows does not decode. A JPEG does: OpenCV decodes the missing rows from
+    the filling. If all rows are there, OpenCV skips the filling.
     """
     digests = set()
     for filling in fillings:

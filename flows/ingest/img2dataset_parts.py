@@ -1,9 +1,9 @@
-"""The parts of img2dataset that make shards, imported without what only its command line needs.
+"""The parts of img2dataset that write shards, imported without its slow dependencies.
 
-That is Ray and pandas (img2dataset.main), wandb, webdataset's use of torch, and albumentations,
-of which four transforms are used (`flows/ingest/resize_transforms.py`): five sixths of the time
-that the import takes. The stand-ins are in place only while this module is imported, and what was
-imported against them is forgotten, so that the same process can import all of it normally later.
+Stand-ins replace Ray and pandas (img2dataset.main), wandb, torch (in webdataset) and albumentations
+(only four transforms are used: `flows/ingest/resize_transforms.py`), which take five sixths of the
+import time. The stand-ins exist only while this module is imported. Modules that were imported with
+them are removed from `sys.modules`, so that the process can import the real ones later.
 """
 
 import sys
@@ -28,9 +28,9 @@ IMPORTED_WITH_THEM = ("img2dataset", "webdataset")
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Put stand-ins in the place of modules that this process has not imported, while a block runs.
+    """Replace modules that this process has not imported by stand-ins while the block runs.
 
-    A package that is imported inside is no longer in `sys.modules` afterwards.
+    Packages that the block imports with stand-ins are removed from `sys.modules` afterwards.
     """
     before = set(sys.modules)
     absent = {name: module for name, module in STAND_INS.items() if name not in sys.modules}

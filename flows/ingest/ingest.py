@@ -1,8 +1,8 @@
 """The ingest stage: from sources to a URL table to verified WebDataset shards.
 
-Splits the table into feeds, has each feed made into a shard (`flows/ingest/shard_pass.py`) and
-counts the outcome of every row. Rows that failed for a temporary reason are tried in further
-passes; a killed run continues from the parts that are recorded in ROOT. Puts urls.parquet and
+Splits the table into feeds, makes one shard of each feed (`flows/ingest/shard_pass.py`) and counts
+the outcome of every row. Rows that failed for a temporary reason are tried again in further passes.
+A killed run continues from the parts that are recorded in ROOT. Puts urls.parquet and
 shards/00000.tar and .parquet into the stage's output, and writes OUT/dropped.parquet.
 """
 
@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 
 import flows.ingest.shard_pass as shard_pass
 import flows.sources.opt_out as opt_out
-from flows.ingest.row_outcomes import ShardFacts, read_outcomes, rows_to_ask_again, write_dropped
+from flows.ingest.row_outcomes import ShardFacts, read_outcomes, rows_to_retry, write_dropped
 from flows.ingest.shard_pass import make_shards, tasks_at_once
-from flows.ingest.shard_reuse import take_over, unknown_rows
+from flows.ingest.shard_reuse import new_rows, take_over
 from flows.ingest.shard_task import Feed
 from flows.sources.static_server import StaticServer
 from flows.sources.url_table import SERVED, DataConfig, Mounts, write_url_table
@@ -37,14 +37,14 @@ from infra.storage.stage_output import StageOutput
 
 FILTERED_ROWS = 65_536
 FEED = pa.schema([field.with_name(SHARD_COLUMNS.get(field.name, field.name)) for field in URLS])
-GROWING = ("center_crop", "keep_ratio")
-"""Resize modes that scale the shorter side to image_size_px, whatever becomes of the longer one."""
+UPSCALING_MODES = ("center_crop", "keep_ratio")
+"""Resize modes that scale the shorter side to image_size_px, with no limit for the longer one."""
 
 Counts = dict[str, Any]
 
 
 TABLE, TAKEN_OVER = "table", "taken_over"
-"""Parts beside the shards: the URL table, and the end of taking over a former ingest."""
+"""Recorded parts beside the shards: the URL table, and that the previous ingest is taken over."""
 
 
 def run(
@@ -56,14 +56,14 @@ def run(
     removals: Removals = Removals(),
     previous: Committed | None = None,
 ) -> Counts:
-    """Download everything that the sources name and return the counts.
+    """Download all images of the sources and return the counts.
 
-    What a `previous` ingest of the same settings has of the same URLs is taken over; only its
-    passing failures are asked again. Shards are made by tasks on the nodes of `cluster`, those with
-    rows that are served on loopback on this node.
+    Images of a `previous` ingest with the same settings are reused for the same URLs; of its failed
+    rows, only those with a temporary reason are requested again. Ray tasks on the nodes of
+    `cluster` make the shards; shards with images that are served on loopback are made on this node.
 
-    Raises CallerError for a source that is not there, DataError when less than `min_success` of the
-    URLs became images, StorageError when a disk is full.
+    Raises CallerError if a source does not exist, DataError if less than `min_success` of the URLs
+    became images, StorageError if a disk is full.
     """
     table = url_table(config, work, removals)
     urls = table / "urls.parquet"
@@ -78,7 +78,7 @@ def run(
         for number in range(config.retry_passes + 1):
             before = {n: facts for n, facts in shards.items() if n < free_number}
             rows = (
-                rows_to_ask_again(output, before, work / f"again-{number}.parquet")
+                rows_to_retry(output, before, work / f"again-{number}.parquet")
                 if number
                 else _rows_of_first_pass(urls, output, before, work)
             )
@@ -99,7 +99,7 @@ def run(
 
 
 def _forget_from(free_number: int, output: StageOutput, shards: dict[int, ShardFacts]) -> None:
-    """Forget shards of an earlier attempt that had more retry passes."""
+    """Forget shards from `free_number` on: an earlier attempt had more retry passes."""
     for number in [number for number in shards if number >= free_number]:
         output.forget(f"{number:05d}")
         del shards[number]
@@ -108,10 +108,11 @@ def _forget_from(free_number: int, output: StageOutput, shards: dict[int, ShardF
 def _finished_shards(
     output: StageOutput, urls: Path, previous: Committed | None, cluster: Cluster
 ) -> tuple[int, dict[int, ShardFacts]]:
-    """Return the number of the first shard that is not taken over, and all finished shards.
+    """Return the first shard number after those of the previous ingest, and all finished shards.
 
-    They are of an earlier attempt with the same URL table, or of the previous ingest, from which
-    they are taken over once. Puts the table into the output; forgets parts of another table.
+    Finished shards come from an earlier attempt with the same URL table, or from the previous
+    ingest, which is taken over once. Puts the table into the output. Forgets parts that were made
+    from another table.
     """
     parts, digest = output.finished_parts(), file_sha256(urls)
     if TABLE not in parts or parts[TABLE]["facts"]["sha256"] != digest:
@@ -136,12 +137,14 @@ def _rows_of_first_pass(
 ) -> Path:
     if not taken_over:
         return urls
-    return unknown_rows(urls, output, sorted(taken_over), work / "new.parquet")
+    return new_rows(urls, output, sorted(taken_over), work / "new.parquet")
 
 
 def url_table(config: DataConfig, work: Path, removals: Removals = Removals()) -> Path:
-    """Write the URL table once, without what was taken down; a folder under its final name is
-    whole.
+    """Return the folder of the URL table; write it if it does not exist.
+
+    Rows of the removal log are left out. A folder with its final name is complete. Raises DataError
+    if the sources have no URL with a caption.
     """
     table = work / "table"
     if not table.is_dir():
@@ -162,8 +165,8 @@ def url_table(config: DataConfig, work: Path, removals: Removals = Removals()) -
 
 
 def leave_out(folder: Path, removals: Removals) -> None:
-    """Move the rows of urls.parquet that were taken down to dropped.parquet, so that they are not
-    even downloaded.
+    """Move the rows of the removal log from urls.parquet to dropped.parquet, so that they are not
+    downloaded.
     """
     source, remaining = folder / "urls.parquet", folder / "kept.parquet"
     dropped, longer = folder / "dropped.parquet", folder / "longer.parquet"
@@ -190,9 +193,10 @@ def leave_out(folder: Path, removals: Removals) -> None:
 
 
 def shard_settings(config: DataConfig, table: Path, served_at: str, at_once: int) -> dict[str, Any]:
-    """Return what one of so many tasks at once has to know.
+    """Return the settings of a download task (see `shard_worker.make_shard`).
 
-    `served_at` is the base URL of the images that this node serves, "" in tasks on other nodes.
+    `served_at`: base URL of the images that this node serves, or "" for tasks on other nodes.
+    `at_once`: maximum number of tasks at the same time, which share `per_host`.
     """
     return {
         "rules": {
@@ -205,7 +209,7 @@ def shard_settings(config: DataConfig, table: Path, served_at: str, at_once: int
             "proxy": config.proxy,
             "per_host": max(1, config.per_host // at_once) if config.per_host else 0,
             "loopback": served_at,
-            "grown_px": config.image_size_px if config.resize in GROWING else 0,
+            "upscaled_side_px": config.image_size_px if config.resize in UPSCALING_MODES else 0,
         },
         "recorded": SERVED,
         "actual": served_at or SERVED,
@@ -222,7 +226,7 @@ def shard_settings(config: DataConfig, table: Path, served_at: str, at_once: int
 def read_feeds(
     rows: Path, first_number: int, images_per_shard: int, finished: Container[int] = ()
 ) -> Iterator[Feed]:
-    """Cut a table (schema URLS) into feeds of equal counts, without those of finished shards."""
+    """Yield a table (schema URLS) as feeds of `images_per_shard` rows; skip finished shards."""
     for number, batch in enumerate(
         open_parquet(rows).iter_batches(images_per_shard), start=first_number
     ):
@@ -243,8 +247,10 @@ def finish(
     shards: Mapping[int, ShardFacts],
     out: Path,
 ) -> Counts:
-    """Write OUT/dropped.parquet and count; a row that failed and succeeded in a later pass has
-    succeeded.
+    """Write OUT/dropped.parquet and return the counts.
+
+    A row that failed first and succeeded in a later pass counts as succeeded. Raises DataError if
+    less than `min_success` of the URLs became images.
     """
     outcomes = read_outcomes(output, shards)
     early, reasons, examples = write_dropped(
@@ -254,7 +260,7 @@ def finish(
     if succeeded == 0 or succeeded < config.min_success * requested:
         reason, _ = reasons.most_common(1)[0]
         raise DataError(
-            f"only {succeeded:,} of {requested:,} URLs became images, [data] min_success asks for "
+            f"only {succeeded:,} of {requested:,} URLs became images, but [data] min_success is "
             f"{config.min_success:.0%}: mostly {reason} "
             f"({reasons[reason]:,}), such as {examples[reason]}"
         )
@@ -267,8 +273,8 @@ def finish(
 
 
 def describe(reasons: Counter[str]) -> str:
-    """Write counted reasons for people, the commonest first."""
+    """Return counted reasons as text for people, the most frequent first."""
     return (
         ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
-        or "nothing was found"
+        or "the sources are empty"
     )

@@ -1,7 +1,7 @@
-"""Turn a downloaded image into a plain one, which is what img2dataset resizes correctly.
+"""Convert a downloaded image to a plain one, which img2dataset resizes correctly.
 
-A plain image has 8 bits a channel and stands upright. Reads and returns bytes in memory. An image
-that is plain already is passed on without decoding it.
+A plain image has 8 bits per channel and is upright. Reads and returns bytes in memory. An image
+that is already plain is returned without decoding it.
 """
 
 import io
@@ -12,14 +12,14 @@ import cv2
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
-from flows.ingest.image_ends import closed, png_chunks
+from flows.ingest.image_ends import png_chunks, with_end
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 DEEP_FORMATS = ("TIFF", "AVIF")
-"""Formats whose channels may have more than 8 bits without the header's first bytes saying so."""
+"""Formats that may have more than 8 bits per channel, which the first bytes do not show."""
 OPAQUE_MODES = ("RGB", "L", "CMYK", "YCbCr", "1")
 MATTED_PIXELS = 1 << 20
-"""Larger images with transparency are put on white here: img2dataset takes 80 bytes a pixel."""
+"""Larger images with transparency are blended on white here: img2dataset needs 80 bytes a pixel."""
 ORIENTATION = 0x0112
 """The EXIF tag Orientation."""
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -27,33 +27,36 @@ IMAGE_WIDTH, IMAGE_LENGTH = 256, 257
 BYTES_OF_16_BITS = np.rint(np.arange(1 << 16) / 257).astype(np.uint8)
 
 decoding = threading.Lock()
-"""Held while an image is decoded here, so that a process needs the memory of one."""
+"""Held while an image is decoded here: a process needs memory for only one at a time."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What an image's header says."""
+    """Fields of an image's header."""
 
     kind: str
     """Pillow's name of the format."""
     width_px: int
     height_px: int
     orientation: int = 1
-    """EXIF orientation that the decoder has not applied, 1 to 8; 1 is upright."""
+    """EXIF orientation that the decoder does not apply itself, 1 to 8; 1 is upright."""
     is_opaque: bool = False
     is_deep: bool = False
     """Whether channels may have more than 8 bits."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether img2dataset may resize the image as it is."""
+        """Whether img2dataset can resize the image without conversion."""
         is_large = self.width_px * self.height_px > MATTED_PIXELS
         is_matted_here = is_large and not self.is_opaque
         return self.orientation == 1 and not self.is_deep and not is_matted_here
 
 
 def read_header(body: bytes) -> Header:
-    """Read an image's header; no pixel is decoded. Raises what Pillow raises for hostile bytes."""
+    """Read an image's header without decoding pixels.
+
+    Raises any error of Pillow's parsers for invalid bytes.
+    """
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
             kind = {"MPO": "JPEG"}.get(image.format or "", image.format or "")
@@ -71,8 +74,8 @@ def read_header(body: bytes) -> Header:
 
 
 def _orientation(image: Image.Image, body: bytes) -> int:
-    """Return the orientation by EXIF or XMP; 1 where there is none or it does not parse."""
-    if image.format == "PNG":  # Pillow would decode all rows to find an eXIf chunk behind them
+    """Return the orientation from EXIF or XMP; 1 if there is none or it cannot be parsed."""
+    if image.format == "PNG":  # to find an eXIf chunk after the rows, Pillow would decode them
         image.info.update(("exif", data) for kind, data in png_chunks(body) if kind == b"eXIf")
     try:
         orientation = Image.Image.getexif(image).get(ORIENTATION, 1)
@@ -82,7 +85,7 @@ def _orientation(image: Image.Image, body: bytes) -> int:
 
 
 def _tiff_size_px(body: bytes) -> tuple[int, int]:
-    """Return width and height of a TIFF with pixels of a type that Pillow does not know."""
+    """Return width and height of a TIFF whose pixel type Pillow does not support."""
     stream = io.BytesIO(body)
     tags = TiffImagePlugin.ImageFileDirectory_v2(
         stream.read(16 if body[2:4].strip(b"\0") == b"+" else 8)
@@ -92,31 +95,31 @@ def _tiff_size_px(body: bytes) -> tuple[int, int]:
     return int(tags[IMAGE_WIDTH]), int(tags[IMAGE_LENGTH])
 
 
-def plain(stream: io.BytesIO) -> io.BytesIO:
-    """Return an image that has 8 bits a channel, is upright and ends as its format does.
+def to_plain(stream: io.BytesIO) -> io.BytesIO:
+    """Return an upright image with 8 bits per channel and an end marker.
 
-    Returns `stream` itself where the image is so already. Raises ValueError for pixels that have no
-    agreed 8-bit form, cv2.error or what Pillow raises for an image that does not decode.
+    Returns `stream` itself if nothing has to change. Raises ValueError for pixel values without a
+    defined 8-bit form, and cv2.error or an error of Pillow for an image that cannot be decoded.
     """
     body = stream.getvalue()
     header = read_header(body)
-    complete = closed(header.kind, body)
+    complete = with_end(header.kind, body)
     if header.is_plain:
         return stream if complete is body else io.BytesIO(complete)
     with decoding:
-        pixels = eight_bit(_decoded(header.kind, complete))
+        pixels = to_uint8(_decode(header.kind, complete))
         if pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4):
-            raise ValueError(f"{pixels.shape[2]} channels: grey, RGB and RGBA are read")
+            raise ValueError(f"{pixels.shape[2]} channels: only grey, RGB and RGBA are supported")
         if pixels.ndim == 3 and pixels.shape[2] == 4:
-            pixels = _on_white(pixels)
-        upright = turned(pixels, header.orientation)
+            pixels = _blend_on_white(pixels)
+        upright = apply_orientation(pixels, header.orientation)
         del pixels
         return io.BytesIO(cv2.imencode(".bmp", upright)[1].tobytes())
 
 
-def _decoded(kind: str, body: bytes) -> np.ndarray:
-    """Decode an image: grey (H, W), BGR or BGRA (H, W, C), of the file's own number type."""
-    if kind == "AVIF":  # OpenCV neither scales its 10 and 12 bits nor tells how many they are
+def _decode(kind: str, body: bytes) -> np.ndarray:
+    """Return pixels in the file's number type: grey (H, W), BGR or BGRA (H, W, C)."""
+    if kind == "AVIF":  # OpenCV does not scale its 10 and 12 bits nor report their number
         with Image.open(io.BytesIO(body), formats=(kind,)) as image:
             has_alpha = image.has_transparency_data
             pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
@@ -127,27 +130,31 @@ def _decoded(kind: str, body: bytes) -> np.ndarray:
     return decoded
 
 
-def eight_bit(pixels: np.ndarray) -> np.ndarray:
-    """Return pixels as uint8, scaled by what stands for white in their type.
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels as uint8, scaled by the value of white in their type.
 
-    White is 65535 for uint16; for floats the smallest of 1, 255 and 65535 that no value exceeds.
-    Raises ValueError for any other type, and for floats that are negative, larger or NaN.
+    White is 65535 for uint16; for floats it is the smallest of 1, 255 and 65535 that no value
+    exceeds. Raises ValueError for any other type, and for floats that are negative, larger or NaN.
     """
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == np.uint16:
         return BYTES_OF_16_BITS[pixels]
     if pixels.dtype not in (np.float32, np.float64):
-        raise ValueError(f"pixels of type {pixels.dtype}: 8 or 16 bits unsigned or floats are read")
+        raise ValueError(
+            f"pixels of type {pixels.dtype}: only uint8, uint16 and floats are supported"
+        )
     low, high = float(pixels.min()), float(pixels.max())
     white = next((white for white in (1, 255, 65535) if low >= 0 and high <= white), None)
     if white is None:
-        raise ValueError(f"floats from {low:g} to {high:g}: they must lie in 0 to 1, 255 or 65535")
+        raise ValueError(
+            f"floats from {low:g} to {high:g}: they must be in 0 to 1, 0 to 255 or 0 to 65535"
+        )
     return np.rint(pixels * (255 / white)).astype(np.uint8)
 
 
-def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Return stored pixels (H, W) or (H, W, C) as they are to be seen, by EXIF orientation 1 to 8.
+def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return stored pixels (H, W) or (H, W, C) turned upright, by EXIF orientation 1 to 8.
 
     Source: EXIF 2.32, tag 0x0112; the same result as Pillow's ImageOps.exif_transpose.
     """
@@ -160,8 +167,8 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _on_white(pixels: np.ndarray) -> np.ndarray:
-    """Put BGRA pixels on white with img2dataset's arithmetic, a piece at a time."""
+def _blend_on_white(pixels: np.ndarray) -> np.ndarray:
+    """Blend BGRA pixels on white with img2dataset's arithmetic, in pieces to bound memory."""
     flat = pixels.reshape(-1, 4)
     matted = np.empty((len(flat), 3), np.uint8)
     for start in range(0, len(flat), MATTED_PIXELS):

@@ -1,8 +1,8 @@
-"""The four albumentations transforms that img2dataset's Resizer applies, by OpenCV alone.
+"""The four albumentations transforms that img2dataset's Resizer applies, written with OpenCV only.
 
-A download task uses this module in albumentations' place (`flows/ingest/img2dataset_parts.py`):
-importing that (with SciPy, pydantic and more) is most of the time that a task needs to start. The
-arithmetic is the same, hence the pixels.
+Download tasks use this module instead of albumentations (`flows/ingest/img2dataset_parts.py`),
+whose import (with SciPy, pydantic and more) takes most of the start time of a task. Arithmetic and
+pixels are the same.
 Legend: images are uint8 (H, W) or (H, W, C).
 """
 
@@ -36,7 +36,7 @@ def LongestMaxSize(max_size: int, interpolation: int, p: float) -> Transform:  #
 
 
 def CenterCrop(height: int, width: int) -> Transform:  # noqa: N802
-    """Cut out the middle of an image that is at least as large."""
+    """Crop the middle of an image that has at least this size."""
 
     def crop(image: np.ndarray) -> np.ndarray:
         top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
@@ -48,7 +48,7 @@ def CenterCrop(height: int, width: int) -> Transform:  # noqa: N802
 def PadIfNeeded(  # noqa: N802
     min_height: int, min_width: int, border_mode: int, value: Sequence[float], p: float
 ) -> Transform:
-    """Pad to at least this size, the image in the middle."""
+    """Pad an image on all sides to at least this size."""
 
     def pad(image: np.ndarray) -> np.ndarray:
         down, across = max(0, min_height - image.shape[0]), max(0, min_width - image.shape[1])

@@ -1,4 +1,4 @@
-"""robots.txt (RFC 9309): parsing and matching."""
+"""Parser and matcher for robots.txt (RFC 9309)."""
 
 import string
 from dataclasses import dataclass
@@ -8,23 +8,24 @@ AGENT = "unclip"
 
 
 RULE_BYTES = 150
-"""Bytes of a rule in memory, beside its text."""
+"""Approximate memory of a rule in bytes, without its text."""
 
 
 @dataclass(frozen=True)
 class Robots:
-    """The rules for us in one robots.txt: pattern and whether it allows, as they stand there."""
+    """The rules of one robots.txt that apply to us: (pattern, is allowed), in file order."""
 
     rules: tuple[tuple[str, bool], ...] = ()
 
     @property
     def size_bytes(self) -> int:
-        """Memory, roughly."""
+        """Approximate memory in bytes."""
         return sum(RULE_BYTES + len(pattern) for pattern, _ in self.rules)
 
     def allows(self, target: str) -> bool:
-        """Say whether a path with its query may be asked: the longest pattern that matches decides,
-        a tie allows (RFC 9309, 2.2.2).
+        """Return whether a path with its query may be requested.
+
+        The longest matching pattern decides; if two are equally long, allow wins (RFC 9309, 2.2.2).
         """
         decisions = [
             (len(pattern), allowed) for pattern, allowed in self.rules if matches(pattern, target)
@@ -33,9 +34,9 @@ class Robots:
 
 
 def parse(text: str) -> Robots:
-    """Read a robots.txt: the groups that name us, else those for everybody, merged."""
-    mine: list[tuple[str, bool]] = []
-    everybodys: list[tuple[str, bool]] = []
+    """Parse a robots.txt: merge the groups for AGENT if there are any, else those for `*`."""
+    own_rules: list[tuple[str, bool]] = []
+    common_rules: list[tuple[str, bool]] = []
     is_named, in_agents, agents = False, False, set[str]()
     for line in text.removeprefix("\ufeff").splitlines():
         field, colon, value = line.partition("#")[0].partition(":")
@@ -50,19 +51,18 @@ def parse(text: str) -> Robots:
         elif field in ("allow", "disallow"):
             in_agents = False
             if value:  # an empty Disallow forbids nothing
-                value = quote(
-                    value, safe=string.printable
-                )  # letters beyond ASCII as they stand in a request
+                value = quote(value, safe=string.printable)  # non-ASCII letters as in a request
                 if AGENT in agents:
-                    mine.append((value, field == "allow"))
+                    own_rules.append((value, field == "allow"))
                 if "*" in agents:
-                    everybodys.append((value, field == "allow"))
-    return Robots(tuple(mine if is_named else everybodys))
+                    common_rules.append((value, field == "allow"))
+    return Robots(tuple(own_rules if is_named else common_rules))
 
 
 def matches(pattern: str, target: str) -> bool:
-    """Say whether a pattern with `*` and a final `$` matches the start of a path; the host wrote
-    it, so the time is linear in both.
+    """Return whether a pattern with `*` and an optional final `$` matches the start of a path.
+
+    The time is linear in both, because the pattern comes from an untrusted host.
     """
     ends = pattern.endswith("$")
     first, *others = pattern.removesuffix("$").split("*")

@@ -1,8 +1,8 @@
-"""Outcomes of an ingest's rows, read from the tables of its shards one by one.
+"""Outcomes of an ingest's rows, read from the parquet tables of its shards.
 
-Says which rows to try again, and which were dropped and why. A row may appear in several shards;
-the last one counts. Shards without a failure are not read; the records of the others' parts say
-how many they have. Memory: 12 bytes per failure and the tables of a few shards.
+Finds the rows to retry, and the dropped rows with their reasons. A row may appear in several
+shards; the last one counts. A shard without failures is read only if it may resolve an earlier
+failure; its record has the counts. Memory: 12 bytes per failure and the tables of a few shards.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flows.ingest.http_fetch import PASSING
+from flows.ingest.http_fetch import TEMPORARY_REASONS
 from infra.schemas import DROPPED, URLS, open_parquet, shard_rows
 from infra.storage.atomic_files import atomic_file
 from infra.storage.stage_output import StageOutput
@@ -28,25 +28,27 @@ SUCCESS = "success"
 
 
 class ShardFacts(TypedDict):
-    """What the record of a finished shard says of its rows."""
+    """Facts in the record of a finished shard."""
 
     outcomes: dict[str, int]
-    """Number of rows by outcome: "success" or the reason of their failure."""
+    """Number of rows by outcome: "success" or the reason of the failure."""
     is_first: bool
-    """Whether each of its rows was asked here for the first time."""
+    """Whether all its rows were requested for the first time."""
 
 
 def count_outcomes(rows: pa.Table) -> Counter[str]:
-    """Count the rows of a shard's table by outcome; it needs columns status and error_message."""
+    """Count the rows of a shard's table by outcome; it needs the columns status, error_message."""
     failed = rows.filter(pc.not_equal(rows["status"], SUCCESS))
     outcomes = Counter(split_problem(*problem)[0] for problem in _problems(failed))
     outcomes[SUCCESS] = rows.num_rows - failed.num_rows
     return outcomes
 
 
-def passing_share(outcomes: Mapping[str, int]) -> float:
-    """Return the share of rows that failed for a reason that may pass."""
-    return sum(outcomes.get(reason, 0) for reason in PASSING) / max(1, sum(outcomes.values()))
+def temporary_share(outcomes: Mapping[str, int]) -> float:
+    """Return the share of rows that failed for temporary reasons, 0 to 1."""
+    return sum(outcomes.get(reason, 0) for reason in TEMPORARY_REASONS) / max(
+        1, sum(outcomes.values())
+    )
 
 
 @dataclass
@@ -57,12 +59,12 @@ class Outcomes:
     shards: Mapping[int, ShardFacts]
     succeeded: int = 0
     samples: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    """Those whose last word is a failure, sorted."""
+    """Keys of the rows whose last outcome is a failure, as sorted numbers."""
     last: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    """The shard in which each of them stands last."""
+    """For each of them, the number of the last shard that holds it."""
 
     def failures(self) -> Iterator[pa.Table]:
-        """Yield the rows that have failed for good so far, a shard's at a time."""
+        """Yield the rows whose last outcome is a failure, one table per shard."""
         for number, rows in _tables(self.output, _with_failures(self.shards)):
             rows = rows.filter(pc.not_equal(rows["status"], SUCCESS))
             matches, positions = _find(_numbers(rows["sample"]), self.samples)
@@ -72,7 +74,7 @@ class Outcomes:
 
 
 def read_outcomes(output: StageOutput, shards: Mapping[int, ShardFacts]) -> Outcomes:
-    """Read which rows of the shards succeeded and which failed last time they were asked."""
+    """Read how many rows of the shards succeeded, and which failed in their last shard."""
     outcomes = Outcomes(output, shards)
     outcomes.succeeded = sum(facts["outcomes"].get(SUCCESS, 0) for facts in shards.values())
     failed, last_shards = [outcomes.samples], [outcomes.last]
@@ -81,30 +83,30 @@ def read_outcomes(output: StageOutput, shards: Mapping[int, ShardFacts]) -> Outc
         failed.append(samples[~is_good])
         last_shards.append(np.full(len(failed[-1]), number, np.int32))
     samples, last = np.concatenate(failed), np.concatenate(last_shards)
-    order = np.argsort(
-        samples, kind="stable"
-    )  # those of one sample stay in the order of their shards
+    order = np.argsort(samples, kind="stable")  # rows of one key stay in the order of their shards
     samples, last = samples[order], last[order]
     is_last = np.append(samples[1:] != samples[:-1], True) if len(samples) else np.empty(0, bool)
     samples, last = samples[is_last], last[is_last]
-    is_mended = np.zeros(len(samples), bool)
+    is_resolved = np.zeros(len(samples), bool)
     retried = sorted(number for number, facts in shards.items() if not facts["is_first"])
     for _, rows in _tables(output, retried, ["sample", "status"]):
         requested, is_good = _statuses(rows)
         matches, positions = _find(requested[is_good], samples)
-        is_mended[positions[matches]] = True
-    outcomes.samples, outcomes.last = samples[~is_mended], last[~is_mended]
+        is_resolved[positions[matches]] = True
+    outcomes.samples, outcomes.last = samples[~is_resolved], last[~is_resolved]
     return outcomes
 
 
-def rows_to_ask_again(output: StageOutput, shards: Mapping[int, ShardFacts], file: Path) -> Path:
-    """Write the rows of the shards that failed last time for a reason that may pass as `file`
-    (schema URLS); return it.
+def rows_to_retry(output: StageOutput, shards: Mapping[int, ShardFacts], file: Path) -> Path:
+    """Write the rows whose last outcome is a temporary failure to `file` (schema URLS); return
+    `file`.
     """
     with atomic_file(file) as part, pq.ParquetWriter(part, URLS) as writer:
         for rows in read_outcomes(output, shards).failures():
-            passes = [split_problem(*problem)[0] in PASSING for problem in _problems(rows)]
-            chosen = rows.filter(pa.array(passes, pa.bool_()))
+            is_temporary = [
+                split_problem(*problem)[0] in TEMPORARY_REASONS for problem in _problems(rows)
+            ]
+            chosen = rows.filter(pa.array(is_temporary, pa.bool_()))
             writer.write_table(shard_rows(chosen).select(URLS.names).cast(URLS))
     return file
 
@@ -112,10 +114,10 @@ def rows_to_ask_again(output: StageOutput, shards: Mapping[int, ShardFacts], fil
 def write_dropped(
     early: Path, outcomes: Outcomes, out: Path
 ) -> tuple[Counter[str], Counter[str], dict[str, str]]:
-    """Write `early`'s rows and all that failed as `out` (schema DROPPED).
+    """Write the rows of `early` and all failed rows to `out` (schema DROPPED).
 
-    Returns the reasons of the early ones, those of the failures, and an example of each of the
-    latter.
+    Returns the counts of reasons in `early`, the counts of reasons of the failed rows, and an
+    example for each of the latter.
     """
     before: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -146,8 +148,9 @@ def write_dropped(
 
 
 def split_problem(status: str, message: str | None) -> tuple[str, str]:
-    """Return reason and detail of a failed row; what img2dataset itself could not decode has its
-    own words.
+    """Return reason and detail of a failed row from img2dataset's status and message.
+
+    If img2dataset could not decode an image, the reason is decode_error and the detail its message.
     """
     if status == "failed_to_resize":
         return "decode_error", message or ""
@@ -170,7 +173,7 @@ def _with_failures(shards: Mapping[int, ShardFacts]) -> list[int]:
 def _tables(
     output: StageOutput, numbers: Sequence[int], columns: list[str] | None = None
 ) -> Iterator[tuple[int, pa.Table]]:
-    """Yield shards' numbers and tables in this order, a few read ahead."""
+    """Yield (number, table) of shards in this order; READ_THREADS tables are read ahead."""
 
     def read(number: int) -> pa.Table:
         with output.open(f"shards/{number:05d}.parquet") as file:
@@ -187,16 +190,14 @@ def _statuses(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _numbers(keys: pa.ChunkedArray) -> np.ndarray:
-    """Return sample keys, 16 hex digits each (`infra.schemas.sample_key`), as the numbers that they
-    are.
-    """
+    """Return sample keys (16 hex digits, `infra.schemas.sample_key`) as uint64 numbers."""
     return np.frombuffer(bytes.fromhex("".join(keys.to_pylist())), ">u8").astype(np.uint64)
 
 
-def _find(wanted: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of `wanted` stand in the sorted `among`, and where."""
-    positions = np.searchsorted(among, wanted)
-    matches = np.zeros(len(wanted), bool)
-    inside = positions < len(among)
-    matches[inside] = among[positions[inside]] == wanted[inside]
+def _find(keys: np.ndarray, sorted_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of `keys` stand in the sorted `sorted_keys`, and where."""
+    positions = np.searchsorted(sorted_keys, keys)
+    matches = np.zeros(len(keys), bool)
+    inside = positions < len(sorted_keys)
+    matches[inside] = sorted_keys[positions[inside]] == keys[inside]
     return matches, positions

@@ -1,8 +1,8 @@
-"""One pass of an ingest: run a Ray task for every shard until all of them are made.
+"""One pass of an ingest: run a Ray task for every shard until all shards are made.
 
-A task whose process dies is made again; on the last attempt its rows are tried one by one, so that
-the row that ends the process is found and left out (`worker_crash`). If too many rows of a shard
-fail for reasons that may pass, nothing is started for a while. Does not know what a task does.
+A task whose process dies is run again. In the last attempt its rows are tried one by one, to find
+the row that kills the process and leave it out (`worker_crash`). If too many rows of a shard fail
+for temporary reasons, no task is started for a while. `flows/ingest/shard_task.py` is the task.
 """
 
 import time
@@ -24,30 +24,30 @@ from infra.storage.stage_output import StageOutput
 
 MAX_ATTEMPTS = 3
 MAX_LOSSES = 20
-"""Maximum node losses per shard before it fails."""
+"""Node losses after which a shard fails."""
 MAX_CRASHES = 20
 """Maximum rows of one shard that are left out as `worker_crash`."""
 START_LIMIT_S = 300
-"""Maximum time until a node starts a task while none runs."""
+"""Seconds until some node must start a task while none runs."""
 SILENCE_LIMIT_S = 60
-"""Maximum time without a finished row or request, beside what the timeouts of a row add."""
+"""Maximum seconds without a finished row or request, in addition to the timeouts of a row."""
 FROZEN_S = 120.0
-"""Maximum time without a beat of a task; then its process is killed."""
+"""Seconds without a beat of a task after which its process is killed."""
 PAUSES_S = (15.0, 60.0, 240.0)
 """Seconds to wait before a shard with too many temporary failures is made again."""
 MAX_PAUSES = 12
-"""Maximum number of waits in a pass; after that it continues whatever fails."""
+"""Maximum number of pauses in a pass; after that it continues in spite of failures."""
 
 
 @dataclass
-class Trouble:
+class ShardFailures:
     """Failures of one shard so far."""
 
     attempts: int = 0
     losses: int = 0
     outages: int = 0
     crashed: list[int] = field(default_factory=list)
-    """Rows that ended the process that was alone with them."""
+    """Rows that killed their process when it worked on them alone."""
 
 
 @dataclass(eq=False)
@@ -57,43 +57,43 @@ class Task:
     feed: Feed
     attempt: Attempt
     stream: Any
-    """Of beats: Ray's ObjectRefGenerator."""
+    """Ray's ObjectRefGenerator of beats."""
     beat: Beat | None = None
-    heard_s: float = field(default_factory=time.monotonic)
+    last_beat_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass
 class Downloads:
-    """State of a pass: the tasks that run, the feeds that wait, and failures."""
+    """State of a pass: running tasks, waiting feeds and failures."""
 
     output: StageOutput
     config: DataConfig
     settings: Mapping[bool, Any]
-    """References to the settings of tasks, by whether they read what is served on this node."""
+    """Ray references to the settings of tasks, by `Feed.is_served`."""
     number: int
-    """Of the pass; only in the first a shard is made again because of what may pass."""
+    """Number of the pass; only in the first (0) do temporary failures make a shard run again."""
     at_once: int
     feeds: Iterator[Feed]
     progress: Progress
     finished: dict[int, ShardFacts] = field(default_factory=dict)
     finished_rows: int = 0
-    again: deque[Feed] = field(default_factory=deque)
+    retries: deque[Feed] = field(default_factory=deque)
     tasks: list[Task] = field(default_factory=list)
-    troubles: dict[int, Trouble] = field(default_factory=dict)
+    failures: dict[int, ShardFailures] = field(default_factory=dict)
     pauses: int = 0
     paused_until_s: float = 0.0
-    heard_s: float = field(default_factory=time.monotonic)
+    last_beat_s: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
         """Make a shard of every feed."""
         try:
-            while self._start_tasks() or self.tasks or self.again:
-                self._listen()
+            while self._start_tasks() or self.tasks or self.retries:
+                self._handle_beats()
                 self._check_silence()
                 waits_s = self.paused_until_s - time.monotonic()
-                is_away = f"the network seems to be away, waiting {waits_s:.0f} s"
+                status = f"the network seems to be away, waiting {waits_s:.0f} s"
                 rows = sum(task.beat.rows for task in self.tasks if task.beat)
-                self.progress.update(self.finished_rows + rows, is_away if waits_s > 0 else "")
+                self.progress.update(self.finished_rows + rows, status if waits_s > 0 else "")
         finally:
             import ray
 
@@ -101,10 +101,10 @@ class Downloads:
                 ray.cancel(task.stream, force=True)
 
     def _start_tasks(self) -> bool:
-        """Start tasks while there is room, feeds are left and nothing has to wait."""
+        """Start tasks up to `at_once` unless the pass is paused; return whether one started."""
         is_started = False
         while len(self.tasks) < self.at_once and time.monotonic() >= self.paused_until_s:
-            feed = self.again.popleft() if self.again else next(self.feeds, None)
+            feed = self.retries.popleft() if self.retries else next(self.feeds, None)
             if feed is None:
                 break
             self._start(feed)
@@ -112,25 +112,25 @@ class Downloads:
         return is_started
 
     def _start(self, feed: Feed) -> None:
-        trouble = self.troubles.setdefault(feed.number, Trouble())
-        may_wait = trouble.outages < len(PAUSES_S) and self.pauses < MAX_PAUSES
+        failures = self.failures.setdefault(feed.number, ShardFailures())
+        may_wait = failures.outages < len(PAUSES_S) and self.pauses < MAX_PAUSES
         attempt = Attempt(
             turn=self.number * (MAX_PAUSES + 1) + self.pauses,
             is_first=self.number == 0,
             max_passing=self.config.max_passing if self.number == 0 and may_wait else 1.0,
-            is_single=trouble.attempts == MAX_ATTEMPTS - 1,
-            crashed=tuple(trouble.crashed),
+            is_single=failures.attempts == MAX_ATTEMPTS - 1,
+            crashed=tuple(failures.crashed),
         )
         if attempt.is_single:
             store.remove(self.output.root, shard_task.row_note(self.output, feed.number))
         self.tasks.append(Task(feed, attempt, self._submit(feed, attempt)))
 
     def _submit(self, feed: Feed, attempt: Attempt) -> Any:
-        """Give a task to Ray; return the stream of its beats."""
+        """Submit a task to Ray; return the stream of its beats."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        # A job that serves images has reserved the cores of their tasks for itself (`ray_submit`).
+        # A job that serves images has already reserved the cores for these tasks (`ray_submit`).
         options: dict[str, Any] = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
         if feed.is_served:
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), False)
@@ -138,8 +138,8 @@ class Downloads:
         task = ray.remote(**options, max_retries=0)(shard_task.download_shard)
         return task.remote(self.output, feed, self.settings[feed.is_served], attempt)
 
-    def _listen(self) -> None:
-        """Handle what tasks have said, and wait up to a second for the first word."""
+    def _handle_beats(self) -> None:
+        """Wait up to one second for a beat, then handle all beats that are ready."""
         import ray
 
         if not self.tasks:
@@ -150,12 +150,12 @@ class Downloads:
         if ready:
             ready, _ = ray.wait(list(by_stream), num_returns=len(by_stream), timeout=0)
         for stream in ready:
-            self._hear(by_stream[stream])
+            self._handle_beat(by_stream[stream])
 
-    def _hear(self, task: Task) -> None:
-        """Take a task's next beat, or its end.
+    def _handle_beat(self, task: Task) -> None:
+        """Handle a task's next beat or its failure.
 
-        Raises StorageError and other errors that no repetition mends.
+        Raises StorageError and other errors that a retry cannot fix.
         """
         import ray
         from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
@@ -166,14 +166,14 @@ class Downloads:
             cause = error.cause
             if isinstance(cause, UnclipError) and not isinstance(cause, StorageAwayError):
                 raise type(cause)(str(cause)) from error
-            self._make_again(task, " ".join(str(cause).split()), is_alive=True)
+            self._retry(task, " ".join(str(cause).split()), is_process_alive=True)
         except (WorkerCrashedError, OutOfMemoryError):
-            self._make_again(task, "the process of its task died")
-        except RayError as error:  # the node is gone, or out of reach
+            self._retry(task, "the process of its task died")
+        except RayError as error:  # the node was lost or cannot be reached
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self._make_again(task, (lines or [type(error).__name__])[0][:200], is_lost=True)
+            self._retry(task, (lines or [type(error).__name__])[0][:200], is_node_lost=True)
         else:
-            self.heard_s = task.heard_s = time.monotonic()
+            self.last_beat_s = task.last_beat_s = time.monotonic()
             task.beat = beat
             if beat.facts or beat.outage:
                 self.tasks.remove(task)
@@ -183,26 +183,27 @@ class Downloads:
             elif beat.outage:
                 self._pause(task.feed)
 
-    def _make_again(
-        self, task: Task, why: str, is_lost: bool = False, is_alive: bool = False
+    def _retry(
+        self, task: Task, why: str, is_node_lost: bool = False, is_process_alive: bool = False
     ) -> None:
-        """Put a task's feed back. Raise DataError after its last attempt."""
+        """Put a task's feed back into the queue. Raise DataError after the last attempt."""
         self.tasks.remove(task)
-        trouble = self.troubles[task.feed.number]
-        row = None if is_lost or is_alive or not task.attempt.is_single else self._read_note(task)
-        if is_lost:
-            trouble.losses += 1
-        elif row is not None and len(trouble.crashed) < MAX_CRASHES:
-            trouble.crashed.append(row)
+        failures = self.failures[task.feed.number]
+        is_crash = not is_node_lost and not is_process_alive
+        row = self._read_note(task) if is_crash and task.attempt.is_single else None
+        if is_node_lost:
+            failures.losses += 1
+        elif row is not None and len(failures.crashed) < MAX_CRASHES:
+            failures.crashed.append(row)
         else:
-            trouble.attempts += 1
-        if trouble.attempts >= MAX_ATTEMPTS or trouble.losses >= MAX_LOSSES:
-            count = trouble.losses if is_lost else MAX_ATTEMPTS
+            failures.attempts += 1
+        if failures.attempts >= MAX_ATTEMPTS or failures.losses >= MAX_LOSSES:
+            count = failures.losses if is_node_lost else MAX_ATTEMPTS
             raise DataError(
-                f"shard {task.feed.number:05d} failed {count} times, at last so: {why} (details in "
-                "the logs of Ray's workers)"
+                f"shard {task.feed.number:05d} failed {count} times, the last time with: {why} "
+                "(details in the logs of Ray's workers)"
             )
-        self.again.appendleft(task.feed)
+        self.retries.appendleft(task.feed)
 
     def _read_note(self, task: Task) -> int | None:
         try:
@@ -215,27 +216,27 @@ class Downloads:
             return None
 
     def _pause(self, feed: Feed) -> None:
-        """Start nothing for a while: the failures may be those of our own network."""
-        trouble, now = self.troubles[feed.number], time.monotonic()
-        self.again.appendleft(feed)
+        """Start no task for a while, because our own network may be down."""
+        failures, now = self.failures[feed.number], time.monotonic()
+        self.retries.appendleft(feed)
         if now >= self.paused_until_s:
             self.pauses += 1
-            self.paused_until_s = now + PAUSES_S[trouble.outages]
-        trouble.outages += 1
+            self.paused_until_s = now + PAUSES_S[failures.outages]
+        failures.outages += 1
 
     def _check_silence(self) -> None:
-        """Kill processes that no longer beat; raise UnclipError if no node starts a task."""
+        """Kill processes that send no beats; raise UnclipError if no node starts a task."""
         now = time.monotonic()
         for task in self.tasks:
-            if task.beat and now - task.heard_s >= FROZEN_S:
-                shard_task.kill(task.beat)  # Ray then says that the task has crashed
-                task.heard_s = now
+            if task.beat and now - task.last_beat_s >= FROZEN_S:
+                shard_task.kill(task.beat)  # Ray then reports that the task crashed
+                task.last_beat_s = now
         is_running = any(task.beat for task in self.tasks)
-        last_s = max([self.heard_s, self.paused_until_s])
+        last_s = max([self.last_beat_s, self.paused_until_s])
         if self.tasks and not is_running and now - last_s >= START_LIMIT_S:
             raise UnclipError(
-                f"no node has started a download task in {START_LIMIT_S} s: each needs one CPU "
-                "core that Ray has to give; see `ray status`"
+                f"no node has started a download task in {START_LIMIT_S} s: each needs one free "
+                "CPU core in Ray; see `ray status`"
             )
 
 
@@ -248,12 +249,11 @@ def make_shards(
     number: int,
     rows: tuple[int, int],
 ) -> dict[int, ShardFacts]:
-    """Have every feed made into a shard of `output`; return the facts of those shards.
+    """Make every feed into a shard of `output`; return the facts of these shards by number.
 
-    `settings` by whether a shard's images are served on this node; `number` is the pass's; `rows`
-    are, for the progress, those that are finished and all of the pass. Starts Ray if there is a
-    feed. Raises DataError when a shard fails `MAX_ATTEMPTS` times, StorageError when a disk is
-    full.
+    `settings`: the settings of tasks, by `Feed.is_served`. `number`: number of the pass. `rows`:
+    finished rows and all rows of the pass, for the progress bar. Starts Ray if there is a feed.
+    Raises DataError if a shard fails `MAX_ATTEMPTS` times, StorageError if a disk is full.
     """
     first = next(feeds, None)
     if first is None:

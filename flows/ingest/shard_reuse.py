@@ -1,9 +1,9 @@
-"""Copies the images of URLs that are unchanged in the list from the previous ingest's shards.
+"""Reuse the shards of the previous ingest for rows that are unchanged in the list.
 
-A row is unchanged if everything that the list says of it is. Only URLs are reused: a file in a
-local folder may have changed under its name and is read over loopback anyway. Rows that the list no
-longer has are removed from the shards. A shard that stays whole is linked or copied by the store;
-one that loses rows is written anew by a Ray task. Memory: 8 bytes per row.
+A row is unchanged if all its columns in the list are the same. Only rows with http(s) URLs are
+reused: a local file may have changed under the same name, and reading it over loopback is cheap.
+Rows that are no longer in the list are removed from the shards. A shard that keeps all rows is
+linked or copied inside the store; a Ray task rewrites one that loses rows. Memory: 8 bytes per row.
 """
 
 import json
@@ -26,7 +26,7 @@ from infra.storage.manifests import Committed
 from infra.storage.stage_files import StageFiles
 from infra.storage.stage_output import StageOutput
 
-SAME = (
+IMAGE_FIELDS = (
     "image_size_px",
     "resize",
     "encode",
@@ -36,31 +36,29 @@ SAME = (
     "allow_private",
     "robots",
 )
-"""Fields of [data] that decide what becomes of a URL."""
-COMPARED = tuple(name for name in URLS.names if name not in ("key", "url"))
+"""Fields of [data] that determine the stored image of a URL."""
+LISTED_COLUMNS = tuple(name for name in URLS.names if name not in ("key", "url"))
 BATCH_ROWS = 10_000
 
 
-def is_renewable(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Say whether shards made under the section `before` are what the section `now` would make of
-    the same URLs.
-    """
-    return all(name in before and before[name] == now[name] for name in SAME)
+def is_reusable(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether two [data] sections give the same shards for the same URLs."""
+    return all(name in before and before[name] == now[name] for name in IMAGE_FIELDS)
 
 
 class CopiedFacts(ShardFacts):
-    """What the record of a shard that was taken over says."""
+    """Facts in the record of a shard that was taken over."""
 
     copied_from: str
-    """Digest of the ingest that had it."""
+    """Digest of the ingest that it was copied from."""
 
 
 def take_over(previous: Committed, table: Path, output: StageOutput, cluster: Cluster) -> int:
-    """Put the shards of a former ingest into `output`, without the rows that `table` (urls.parquet)
-    lacks; return the number of the first shard that is free.
+    """Put the shards of `previous` into `output`, without rows that are not in `table`
+    (urls.parquet); return the first free shard number.
 
-    They keep their numbers, so that new ones follow, and are recorded as parts. Those that a killed
-    call has finished stay, if it took them from the same ingest.
+    The shards keep their numbers and are recorded as parts; new shards follow. Shards that an
+    earlier, killed call finished are kept if they come from the same ingest.
     """
     finished = output.finished_parts()
     for part in list(finished):
@@ -69,7 +67,7 @@ def take_over(previous: Committed, table: Path, output: StageOutput, cluster: Cl
             del finished[part]
     listed = np.sort(
         np.concatenate(
-            [marks(batch) for batch in open_parquet(table).iter_batches(BATCH_ROWS)]
+            [listing_hashes(batch) for batch in open_parquet(table).iter_batches(BATCH_ROWS)]
             or [np.empty(0, np.uint64)]
         )
     )
@@ -91,11 +89,11 @@ Rewriting = tuple[StageOutput, StageFiles, int, np.ndarray, str]
 def _copy_unchanged(
     previous: Committed, numbers: list[int], listed: np.ndarray, output: StageOutput
 ) -> Iterator[Rewriting]:
-    """Copy and record the shards that lose no row; yield `_rewrite`'s arguments for the others."""
+    """Copy and record shards that keep all rows; yield `_rewrite`'s arguments for the others."""
     files = {file["path"]: file for file in previous.manifest["files"]}
     for number in numbers:
         rows = _read_rows(previous.files, number)
-        is_reused = np.isin(marks(rows), listed) & is_url(rows)
+        is_reused = np.isin(listing_hashes(rows), listed) & is_url(rows)
         if not is_reused.all():
             yield output, previous.files, number, is_reused, previous.digest
             continue
@@ -107,7 +105,7 @@ def _copy_unchanged(
 def _rewrite(
     output: StageOutput, files: StageFiles, number: int, is_reused: np.ndarray, digest: str
 ) -> None:
-    """Write a shard without the rows that are not reused, and record it. Runs as a Ray task."""
+    """Write a shard with only the reused rows, and record it. Runs as a Ray task."""
     name = f"{number:05d}"
     rows = _read_rows(files, number).filter(pa.array(is_reused))
     keys = set(rows.column("key").to_pylist())
@@ -132,33 +130,35 @@ def _read_rows(files: StageFiles, number: int) -> pa.Table:
 
 
 def _facts(rows: pa.Table, digest: str) -> CopiedFacts:
-    # The former ingest may have asked some of its rows in several shards.
+    # The previous ingest may have requested a row in several shards.
     return {"outcomes": dict(count_outcomes(rows)), "is_first": False, "copied_from": digest}
 
 
-def unknown_rows(table: Path, output: StageOutput, numbers: list[int], file: Path) -> Path:
-    """Write the rows of `table` that none of these shards of `output` holds, as `file`; return
-    it.
+def new_rows(table: Path, output: StageOutput, numbers: list[int], file: Path) -> Path:
+    """Write the rows of `table` that are in none of these shards of `output` to `file`; return
+    `file`.
     """
     hashes = []
     for number in numbers:
         with output.open(f"shards/{number:05d}.parquet") as opened:
-            hashes.append(marks(pq.read_table(opened)))
+            hashes.append(listing_hashes(pq.read_table(opened)))
     sorted_hashes = np.sort(np.concatenate(hashes or [np.empty(0, np.uint64)]))
     with atomic_file(file) as part, pq.ParquetWriter(part, URLS) as writer:
         for batch in open_parquet(table).iter_batches(BATCH_ROWS):
-            writer.write_batch(batch.filter(pa.array(~np.isin(marks(batch), sorted_hashes))))
+            writer.write_batch(
+                batch.filter(pa.array(~np.isin(listing_hashes(batch), sorted_hashes)))
+            )
     return file
 
 
-def marks(rows: pa.RecordBatch | pa.Table) -> np.ndarray:
-    """Return a 64-bit hash of what the list says of each row."""
-    columns = [rows.column(name).to_pylist() for name in COMPARED]
+def listing_hashes(rows: pa.RecordBatch | pa.Table) -> np.ndarray:
+    """Return a 64-bit hash of each row's columns in the list (LISTED_COLUMNS)."""
+    columns = [rows.column(name).to_pylist() for name in LISTED_COLUMNS]
     return row_hashes(json.dumps(values).encode() for values in zip(*columns, strict=True))
 
 
 def is_url(rows: pa.Table) -> np.ndarray:
-    """Say of each row whether its picture came from the network."""
+    """Return a mask of the rows whose origin is an http or https URL."""
     return np.array(
         [
             origin.startswith(("http://", "https://"))

@@ -1,7 +1,7 @@
 """One shard as a Ray task: download its rows, put its files into ROOT, record it as a part.
 
-It is the same task on one machine and on a cluster. It works in its own node's scratch folder, and
-yields how far it is. `flows/ingest/shard_pass.py` decides which tasks run.
+The task is the same on one machine and on a cluster. It works in its node's scratch folder and
+yields its progress. `flows/ingest/shard_pass.py` decides which tasks run.
 """
 
 import os
@@ -22,7 +22,7 @@ from infra.storage.stage_output import StageOutput
 BEAT_S = 1.0
 PIXELS_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
 SUFFIXES = (".parquet", ".tar")
-"""The files of a shard, in the order in which they are put."""
+"""The files of a shard, in the order in which they are put into ROOT."""
 
 
 @dataclass(frozen=True)
@@ -33,36 +33,36 @@ class Feed:
     rows: int
     data: bytes
     is_served: bool
-    """Whether some of its images are served on loopback, so that only this node can make it."""
+    """Whether some of its images are served on loopback; then only this node can make it."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What changes between two attempts at a shard."""
+    """Settings that change between two attempts at a shard."""
 
     turn: int
-    """Changes with a pass or a wait; then what a process remembers of failed hosts is void."""
+    """Number that changes with each pass and each pause; then a process forgets failed hosts."""
     is_first: bool
-    """Whether the rows of the shard are asked for the first time."""
+    """Whether all rows of the shard are requested for the first time."""
     max_passing: float
-    """Share of the rows that may fail for a reason that may pass."""
+    """Maximum share of rows that may fail for temporary reasons, 0 to 1."""
     is_single: bool
-    """Whether rows are tried one by one, each noted in ROOT before."""
+    """Whether rows are tried one by one, each noted in ROOT before it starts."""
     crashed: tuple[int, ...]
-    """Rows that ended a process; they are left out."""
+    """Rows that killed a process; they are left out."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a task says about once a second, and at its end."""
+    """Progress that a task reports about once a second and at its end."""
 
     rows: int
     node: str
     pid: int
     facts: ShardFacts | None = None
-    """Of the finished shard."""
+    """Facts of the finished shard; None before."""
     outage: str = ""
-    """Why the shard was given up."""
+    """Why the attempt was stopped: too many temporary failures; "" if it was not."""
 
 
 def download_shard(
@@ -70,8 +70,8 @@ def download_shard(
 ) -> Iterator[Beat]:
     """Make one shard and record it; yield beats. This is the Ray task.
 
-    `settings`: as in `shard_worker.make_shard`, and limit_s, the maximum time in which no row and
-    no request ends; then this process ends itself.
+    `settings`: as in `shard_worker.make_shard`, and limit_s, the maximum seconds without a finished
+    row or request; after that this process ends itself.
     """
     import ray
 
@@ -79,22 +79,23 @@ def download_shard(
     where = ray.get_runtime_context().get_node_id(), os.getpid()
     yield Beat(0, *where)
     note_row = partial(_note_row, output, feed.number) if attempt.is_single else None
-    worker.new_turn(attempt.turn)
-    pulse = worker.Pulse(settings["limit_s"], note_row)
+    worker.start_turn(attempt.turn)
+    watchdog = worker.Watchdog(settings["limit_s"], note_row)
     with ThreadPoolExecutor(1) as pool:
-        making = pool.submit(_make, worker, output, feed, settings, attempt, pulse)
-        while not wait([making], BEAT_S).done:
-            yield Beat(pulse.rows, *where)
+        future = pool.submit(_make, worker, output, feed, settings, attempt, watchdog)
+        while not wait([future], BEAT_S).done:
+            yield Beat(watchdog.rows, *where)
         try:
-            yield Beat(feed.rows, *where, facts=making.result())
+            yield Beat(feed.rows, *where, facts=future.result())
         except worker.NetworkAwayError as error:
             yield Beat(feed.rows, *where, outage=str(error))
 
 
 def _load_worker(max_pixels: int) -> ModuleType:
-    """Import what makes shards; OpenCV reads its limit of pixels when it is loaded.
+    """Import the shard worker with `max_pixels` as OpenCV's limit, which it reads on import.
 
-    The limit is for a file whose header says other things to Pillow than to OpenCV.
+    Pillow checks the declared size first; this limit protects against a file whose header Pillow
+    and OpenCV read differently.
     """
     before = os.environ.get(PIXELS_VARIABLE)
     os.environ[PIXELS_VARIABLE] = str(max_pixels)
@@ -114,16 +115,19 @@ def _make(
     feed: Feed,
     settings: Mapping[str, Any],
     attempt: Attempt,
-    pulse: Any,
+    watchdog: Any,
 ) -> ShardFacts:
     name = worker.shard_name(feed.number)
     limits = {"max_passing": attempt.max_passing, "crashed": attempt.crashed}
     with output.temporary_folder() as folder, store.one_line_errors(folder):
         file = folder / "feed.arrow"
         file.write_bytes(feed.data)
-        outcomes = worker.make_shard(file, feed.number, folder, {**settings, **limits}, pulse)
-        if output.is_committed():  # this task was taken for lost, and another has made the shard
-            raise UnclipError(f"{output.stage} {output.key} is committed: {name} is not put again")
+        outcomes = worker.make_shard(file, feed.number, folder, {**settings, **limits}, watchdog)
+        if output.is_committed():  # this task was considered lost, and another made the shard
+            raise UnclipError(
+                f"{output.stage} {output.key} is already committed: shard {name} is not written "
+                "again"
+            )
         entries = [
             output.put(folder / f"{name}{suffix}", f"shards/{name}{suffix}") for suffix in SUFFIXES
         ]
@@ -133,7 +137,7 @@ def _make(
 
 
 def row_note(output: StageOutput, number: int) -> str:
-    """Return the name in ROOT of the row that a process works on alone."""
+    """Return the name in ROOT of the note with the row that a process works on alone."""
     return f"{output.work}/rows/{number:05d}"
 
 
@@ -142,7 +146,7 @@ def _note_row(output: StageOutput, number: int, row: int) -> None:
 
 
 def kill(beat: Beat) -> None:
-    """End a process on its node, at once."""
+    """Kill the process of a beat on its node (SIGKILL)."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -1,8 +1,8 @@
 """Make one shard of a URL table into a WebDataset tar with img2dataset.
 
-`make_shard` uses img2dataset's parts (Downloader, Resizer, tar and parquet writers) with
-`flows.ingest.http_fetch` in place of its unbounded download function. It writes into a folder of
-its caller's. Images are decoded one at a time, so that a process needs the memory of one.
+`make_shard` uses img2dataset's Downloader, Resizer and tar and parquet writers, and
+`flows.ingest.http_fetch` instead of its unbounded download function. It writes into the caller's
+folder. Images are decoded one at a time, so that a process needs memory for only one.
 """
 
 import contextlib
@@ -26,11 +26,20 @@ from PIL import Image
 import flows.ingest.img2dataset_parts as img2dataset_parts
 from flows.ingest.http_fetch import FetchError, Rules, fetch_image, hosts
 from flows.ingest.img2dataset_parts import Resizer, WebDatasetSampleWriter
-from flows.ingest.plain_image import plain
-from flows.ingest.row_outcomes import count_outcomes, passing_share
+from flows.ingest.plain_image import to_plain
+from flows.ingest.row_outcomes import count_outcomes, temporary_share
 
-CARRIED = ["sample", "origin", "captions", "licence", "concept", "style", "category", "subcategory"]
-COLUMNS = [*CARRIED, "caption", "url"]
+EXTRA_COLUMNS = [
+    "sample",
+    "origin",
+    "captions",
+    "licence",
+    "concept",
+    "style",
+    "category",
+    "subcategory",
+]
+COLUMNS = [*EXTRA_COLUMNS, "caption", "url"]
 DIGITS = 5
 STDERR = 2
 """The file number of the stream that a process writes errors to."""
@@ -38,21 +47,21 @@ BEAT_S = 0.5
 
 
 class NetworkAwayError(Exception):
-    """More of a shard failed for what may pass than is allowed: it is not done."""
+    """Too many rows of a shard failed for temporary reasons: the shard is not recorded."""
 
 
-class Pulse:
-    """Counts the rows that are finished, and ends this process when nothing moves for `limit_s`.
+class Watchdog:
+    """Counts finished rows, and ends this process if no row or request finishes for `limit_s`.
 
-    What moves is a row or a single request. The end comes from a timer in C, so that it also ends
-    a process that hangs outside of Python; 0 sets no limit. With `on_row`, one row is worked on at
-    a time, and its number is passed to `on_row` before.
+    The timer runs in C, so it also ends a process that hangs outside of Python; 0 sets no limit.
+    With `on_row`, rows are processed one at a time, and `on_row` gets each row's number first.
     """
 
     def __init__(self, limit_s: float = 0, on_row: Callable[[int], None] | None = None) -> None:
         self.limit_s, self.on_row = limit_s, on_row
         self.rows = self.moves = 0
-        self.guard, self.one, self.over = threading.Lock(), threading.Lock(), threading.Event()
+        self.guard, self.row_lock = threading.Lock(), threading.Lock()
+        self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
@@ -66,7 +75,7 @@ class Pulse:
 
     def _watch(self) -> None:
         last = (0, hosts.finished)
-        while not self.over.wait(BEAT_S):
+        while not self.stopped.wait(BEAT_S):
             now = (self.rows, self.moves + hosts.finished)
             if now != last:
                 last = now
@@ -74,8 +83,8 @@ class Pulse:
 
     @contextlib.contextmanager
     def on(self, row: int, is_last: bool) -> Iterator[None]:
-        """Work on a row while the block runs."""
-        with self.one if self.on_row else contextlib.nullcontext():
+        """Mark a row as in progress while the block runs; `is_last`: it is finished afterwards."""
+        with self.row_lock if self.on_row else contextlib.nullcontext():
             if self.on_row:
                 self.on_row(row)
             try:
@@ -91,7 +100,7 @@ class Pulse:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.over.set()
+        self.stopped.set()
         self.thread.join()
         if self.limit_s:
             faulthandler.cancel_dump_traceback_later()
@@ -110,63 +119,65 @@ def shard_name(number: int) -> str:
 _turn = 0
 
 
-def new_turn(turn: int) -> None:
-    """Forget which hosts failed, if the turn is another than before: a pass, or a wait, is over."""
+def start_turn(turn: int) -> None:
+    """Forget which hosts failed if `turn` has changed: a new pass, or the end of a pause."""
     global _turn
     if turn != _turn:
         _turn = turn
-        hosts.forgive()
+        hosts.forget_failures()
 
 
 def make_shard(
-    feed: Path, number: int, folder: Path, settings: Mapping[str, Any], pulse: Pulse
+    feed: Path, number: int, folder: Path, settings: Mapping[str, Any], watchdog: Watchdog
 ) -> Counter[str]:
     """Download the rows of `feed` (an Arrow file with COLUMNS) into FOLDER/<number>.parquet,
     _stats.json and .tar.
 
-    Returns how many rows had which outcome: "success" or the reason of their failure. `settings`:
+    Returns the number of rows by outcome: "success" or the reason of the failure. `settings`:
     rules (of flows.ingest.http_fetch), recorded and actual (bases of loopback URLs), opt_out,
-    threads, image_size_px, resize, encode, images_per_shard, max_passing and crashed (rows that are
-    not to be touched). Raises OSError when the disk is full, RuntimeError when img2dataset lost
-    rows, NetworkAwayError when more than `max_passing` failed for what may pass.
+    threads, image_size_px, resize, encode, images_per_shard, max_passing, crashed (rows to skip).
+    Raises OSError if the disk is full, RuntimeError if img2dataset lost rows, NetworkAwayError if
+    more than the share `max_passing` of the rows failed for temporary reasons.
     """
     name = shard_name(number)
     feed_copy = folder / f"{name}.copy.arrow"
     shutil.copyfile(feed, feed_copy)  # img2dataset deletes its input
-    with pulse, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
-        img2dataset_parts.downloader.download_image_with_retry = fetcher(settings, pulse)
-        maker(folder, settings, pulse).download_shard((number, str(feed_copy)))
+    with watchdog, warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", Image.DecompressionBombWarning
+        )  # http_fetch has its own limit
+        fetch = make_fetch_function(settings, watchdog)
+        img2dataset_parts.downloader.download_image_with_retry = fetch
+        make_downloader(folder, settings, watchdog).download_shard((number, str(feed_copy)))
     outcomes = check_shard(folder / name, feed)
-    passing = passing_share(outcomes)
-    if passing > settings["max_passing"]:
-        raise NetworkAwayError(f"{passing:.0%} of the rows failed for what may pass")
+    share = temporary_share(outcomes)
+    if share > settings["max_passing"]:
+        raise NetworkAwayError(f"{share:.0%} of the rows failed for temporary reasons")
     return outcomes
 
 
-def maker(folder: Path, settings: Mapping[str, Any], pulse: Pulse) -> Any:
-    """Return img2dataset's Downloader, writing into `folder`."""
+def make_downloader(folder: Path, settings: Mapping[str, Any], watchdog: Watchdog) -> Any:
+    """Return an img2dataset Downloader that writes into `folder`."""
     resizer = Resizer(
         image_size=settings["image_size_px"],
         resize_mode=settings["resize"],
         resize_only_if_bigger=False,
         encode_format=settings["encode"],
-        encode_quality=1
-        if settings["encode"] == "png"
-        else 95,  # for png: compression; 9 is ten times slower and saves little
+        # For png this is the compression level; 9 is ten times slower and saves little.
+        encode_quality=1 if settings["encode"] == "png" else 95,
     )
 
     def resize(body: Body, _: object = None) -> Any:
-        with pulse.on(body.row, is_last=True):
+        with watchdog.on(body.row, is_last=True):
             try:
-                return resizer(plain(body))
+                return resizer(to_plain(body))
             except Exception as error:  # decoders raise many types on hostile bytes
                 return None, None, None, None, None, str(error) or type(error).__name__
 
     return img2dataset_parts.downloader.Downloader(
         sample_writer_class=WebDatasetSampleWriter,
         resizer=resize,
-        thread_count=1 if pulse.on_row else settings["threads"],
+        thread_count=1 if watchdog.on_row else settings["threads"],
         save_caption=True,
         extract_exif=False,
         output_folder=str(folder),
@@ -183,12 +194,10 @@ def maker(folder: Path, settings: Mapping[str, Any], pulse: Pulse) -> Any:
     )
 
 
-def fetcher(
-    settings: Mapping[str, Any], pulse: Pulse
+def make_fetch_function(
+    settings: Mapping[str, Any], watchdog: Watchdog
 ) -> Callable[..., tuple[int, io.BytesIO | None, str | None]]:
-    """Return a function of img2dataset's `download_image_with_retry` shape that fetches by our
-    rules.
-    """
+    """Return a replacement for img2dataset's `download_image_with_retry` that obeys our rules."""
     rules = Rules(**settings["rules"], opt_out=settings["opt_out"])
     recorded, actual = settings["recorded"], settings["actual"]
     crashed = frozenset(settings["crashed"])
@@ -200,8 +209,8 @@ def fetcher(
         is_whole = False
         try:
             if key in crashed:
-                raise FetchError("worker_crash", "each process that downloaded it died or hung")
-            with pulse.on(key, is_last=False):
+                raise FetchError("worker_crash", "every process that downloaded it died or hung")
+            with watchdog.on(key, is_last=False):
                 body = Body(
                     fetch_image(
                         actual + url.removeprefix(recorded)
@@ -216,17 +225,17 @@ def fetcher(
             return key, None, str(error)
         finally:
             if not is_whole:
-                with pulse.guard:
-                    pulse.rows += 1
+                with watchdog.guard:
+                    watchdog.rows += 1
 
     return download_image_with_retry
 
 
 def check_shard(stem: Path, feed: Path) -> Counter[str]:
-    """Compare what was written with what was asked: img2dataset swallows a sample's write error, a
-    full disk included.
+    """Check that a shard has all rows of its feed; return the number of rows by outcome.
 
-    Returns how many rows had which outcome. Raises OSError for a full disk, RuntimeError.
+    img2dataset ignores write errors of a sample, even those of a full disk. Raises OSError if the
+    disk is full, RuntimeError if rows are missing for another reason.
     """
     with pyarrow.ipc.open_file(feed) as reader:
         requested = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
@@ -240,7 +249,7 @@ def check_shard(stem: Path, feed: Path) -> Counter[str]:
         if shutil.disk_usage(stem.parent).free < 2**20:
             raise OSError(errno.ENOSPC, "no space left on the device", str(stem.parent))
         raise RuntimeError(
-            f"{requested} rows asked, {rows.num_rows} recorded, {outcomes['success']} "
+            f"{requested} rows requested, {rows.num_rows} recorded, {outcomes['success']} "
             f"succeeded, {members} stored"
         )
     return outcomes

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flows.ingest.http_fetch import FetchError, Rules, look_at
-from flows.ingest.plain_image import plain
+from flows.ingest.http_fetch import FetchError, Rules, check_image
+from flows.ingest.plain_image import to_plain
 from flows.live_index.leftovers import remove_leftovers
 from flows.live_index.lineage import ADDITIONS, Lineage
 from flows.sources.caption_text import printable
@@ -299,8 +299,8 @@ def read_pixels(file: Path) -> np.ndarray:
         if file.stat().st_size > FILE_BYTES:
             raise UnreadError(("too_large", f"more than {FILE_BYTES >> 20} MiB"))
         body = file.read_bytes()
-        look_at(body, rules)
-        pixels = pixels_of(plain(io.BytesIO(body)).getvalue())
+        check_image(body, rules)
+        pixels = pixels_of(to_plain(io.BytesIO(body)).getvalue())
     except FetchError as error:
         raise UnreadError((error.reason, error.detail)) from error
     except OSError as error:

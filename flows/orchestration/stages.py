@@ -24,14 +24,14 @@ INGEST_VERSION, EMBED_VERSION, INDEX_VERSION = 2, 1, 5
 
 def run_ingest(job: StageJob) -> Counts:
     import flows.ingest.ingest as ingest
-    from flows.ingest.shard_reuse import is_renewable
+    from flows.ingest.shard_reuse import is_reusable
 
     before = job.previous
     is_same = before and before.manifest["stage_version"] == INGEST_VERSION
     is_taken_over = (
         before
         and is_same
-        and is_renewable(before.manifest["sections"]["data"], job.config.data.keyed())
+        and is_reusable(before.manifest["sections"]["data"], job.config.data.keyed())
     )
     return ingest.run(
         job.config.data,

@@ -1,6 +1,6 @@
-"""Text from whatever a list or a caption file holds, and file names as text.
+"""Convert values of URL lists, caption files and file names to text.
 
-Says what is text and what is not. Knows neither sources nor rows.
+Raises NotTextError for values that are not text. Works on single values only.
 """
 
 import codecs
@@ -10,7 +10,7 @@ from typing import Any
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it starts with
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is a prefix of this one
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -18,16 +18,16 @@ BYTE_ORDER_MARKS = (
 
 
 class NotTextError(ValueError):
-    """A value or a file that is there, but holds no text."""
+    """A value or a file exists but is not text."""
 
 
 def encoding_of(start: bytes) -> str:
-    """Return the encoding that a byte order mark at the start of a file names, else "utf-8"."""
+    """Return the encoding of the byte order mark at the start of a file; without one, "utf-8"."""
     return next((name for mark, name in BYTE_ORDER_MARKS if start.startswith(mark)), "utf-8")
 
 
 def decode_text(data: bytes) -> str:
-    """Decode a text file by its byte order mark, else as UTF-8. Raises NotTextError."""
+    """Decode a text file by its byte order mark; without one, as UTF-8. Raises NotTextError."""
     encoding = encoding_of(data)
     try:
         return data.decode(encoding)
@@ -36,7 +36,7 @@ def decode_text(data: bytes) -> str:
 
 
 def text_of(value: Any) -> str:
-    """Return a list's value as text; "" where it is missing (None, NaN).
+    """Return a value of a URL list as text; "" if it is missing (None, NaN).
 
     Bytes are text if they are UTF-8. Raises NotTextError for any other value.
     """
@@ -50,7 +50,8 @@ def text_of(value: Any) -> str:
 
 
 def phrasings_of(*values: Any) -> tuple[list[str], str]:
-    """Return all text in a row's caption values, in order, and what was no text, else "".
+    """Return all texts in a row's caption values, in order, and the first value that is not text
+    (as an error message), or "".
 
     A value may be text or a list of texts.
     """
@@ -66,7 +67,7 @@ def phrasings_of(*values: Any) -> tuple[list[str], str]:
 
 
 def word_of(value: Any) -> str:
-    """Return a class, a style or a licence as text; numbers are, "" for all that is none."""
+    """Return a class, a style or a licence as text; numbers are converted, other values give ""."""
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     try:

@@ -1,7 +1,7 @@
-"""The source kind "scenes": images drawn from a seed, with captions that say what they show.
+"""The source kind "scenes": images that are drawn from a seed, with exact captions.
 
-`indexing.scenes.scenes` and `indexing.scenes.puzzles` define what is drawn and how it is worded.
-Writes PNG files into the cache, once per section; they are served and ingested like any source's.
+`indexing.scenes.scenes` and `indexing.scenes.puzzles` define the drawings and the captions. Writes
+PNG files into the cache, once per section; they are served and ingested like those of any source.
 """
 
 import hashlib
@@ -24,17 +24,17 @@ from indexing.scenes.scenes import Scene
 from infra.settings import Section
 
 DRAWING = 1
-"""Raise it when the same seed gives other pictures."""
+"""Version of the drawing code: increase it if the same seed gives other pictures."""
 
 
 class ScenesSource(Section):
-    """Drawn scenes: coloured shapes in numbers and relations, signs with a word."""
+    """Drawn scenes: coloured shapes in different numbers and positions, and signs with a word."""
 
     kind: Literal["scenes"]
     count: int = Field(12_000, ge=1, le=10_000_000)
-    """Pictures."""
+    """Number of pictures."""
     seed: int = Field(0, ge=0)
-    """Seed of what is drawn and where."""
+    """Seed of the random choice of scenes and positions."""
     shares: dict[str, float] = Field(
         default={
             "colours": 1,
@@ -46,15 +46,17 @@ class ScenesSource(Section):
         },
         min_length=1,
     )
-    """How much of each row there is, in proportion: colours, sizes, counting, attribution,
-    position, writing; 24-puzzle, cube."""
+    """Relative number of pictures of each kind of scene: colours, sizes, counting, attribution,
+    position, writing, 24-puzzle, cube."""
 
     @field_validator("shares")
     @classmethod
     def _shares_are_of_drawn_rows(cls, shares: dict[str, float]) -> dict[str, float]:
         for row, share in shares.items():
             if row not in rows():
-                raise ValueError(f"{row!r} is not drawn: choose from {', '.join(sorted(rows()))}")
+                raise ValueError(
+                    f"{row!r} is not a kind of scene: choose from {', '.join(sorted(rows()))}"
+                )
             if share <= 0:
                 raise ValueError(f"the share of {row!r} must be above 0")
         return shares
@@ -62,7 +64,7 @@ class ScenesSource(Section):
 
 @dataclass(frozen=True)
 class Drawn:
-    """One drawn picture: where it lies and what is true of it."""
+    """One drawn picture: its file, captions, concept and kind of scene (`row`)."""
 
     file: Path
     number: int
@@ -73,7 +75,7 @@ class Drawn:
 
 @cache
 def rows() -> dict[str, list[Scene | Puzzle]]:
-    """Return everything that is drawn, by row."""
+    """Return all scenes and puzzles, by kind of scene."""
     by_row: dict[str, list[Scene | Puzzle]] = {}
     every: list[Scene | Puzzle] = [*scenes.every_scene(), *puzzles.every_puzzle()]
     for scene in every:
@@ -82,8 +84,9 @@ def rows() -> dict[str, list[Scene | Puzzle]]:
 
 
 def draw_all(source: ScenesSource, side_px: int, cache_folder: Path) -> Iterator[Drawn]:
-    """Yield the pictures of a source in order; what the cache lacks is drawn first, into a folder
-    that is whole once it has its name.
+    """Yield the pictures of a source in order; draw them first if the cache does not have them.
+
+    They are drawn into a temporary folder, so that a folder with its final name is complete.
     """
     folder = folder_of(source, side_px, cache_folder)
     chosen = list(source.shares)
@@ -115,13 +118,13 @@ def draw_all(source: ScenesSource, side_px: int, cache_folder: Path) -> Iterator
         try:
             staging.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another run was faster, and its pictures are the same
+            if not folder.is_dir():  # otherwise another run has drawn the same pictures
                 raise
             shutil.rmtree(staging)
     yield from drawn
 
 
 def folder_of(source: ScenesSource, side_px: int, cache_folder: Path) -> Path:
-    """Return where a source's pictures lie."""
+    """Return the folder of a source's pictures in the cache."""
     content = json.dumps([DRAWING, side_px, source.keyed()], sort_keys=True)
     return cache_folder / "scenes" / hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Images in a local folder and the captions in `.txt` files beside them."""
+"""List the images of a local folder and read their captions from `.txt` files beside them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +23,14 @@ IMAGE_SUFFIXES = frozenset(
 UNREAD_SUFFIXES = frozenset(
     (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".exr", ".hdr", ".ico", ".tga")
 )
-"""Images that no decoder here reads: counted as `unknown_format`."""
+"""Image formats that no decoder here supports; dropped as `unknown_format`."""
 
 Problem = tuple[str, str]
-"""Why something cannot be used: the counted reason, and details for people."""
+"""Why a row cannot be used: (counted reason, details for people)."""
 
 
 def image_files(root: Path) -> Iterator[tuple[Path, Problem | None]]:
-    """Yield every image file below a folder in name order, and why it is not to be read."""
+    """Yield (image file, problem or None) for every image below a folder, in name order."""
     for file in sorted(root.rglob("*")):
         suffix = file.suffix.lower()
         if suffix not in IMAGE_SUFFIXES | UNREAD_SUFFIXES or not file.is_file():
@@ -38,13 +38,13 @@ def image_files(root: Path) -> Iterator[tuple[Path, Problem | None]]:
         if any(part.startswith(".") for part in file.relative_to(root).parts):
             yield file, ("hidden_file", "its name or its folder's name starts with a dot")
         elif suffix in UNREAD_SUFFIXES:
-            yield file, ("unknown_format", f"{suffix} is not read")
+            yield file, ("unknown_format", f"{suffix} files are not supported")
         else:
             yield file, None
 
 
 def captions_beside(file: Path) -> tuple[list[str], Problem | None]:
-    """Return the lines of the `.txt` beside an image, and why there are none if it is no text."""
+    """Return the lines of the `.txt` file beside an image, and a problem if it is not text."""
     text = file.with_suffix(".txt")
     if not text.is_file():
         return [], None

@@ -1,9 +1,9 @@
 """Opt-out lists: hosts and URLs that are never requested.
 
-Text files on any fsspec path, one entry per line, `#` starts a comment. `example.org` matches the
-host and everything below it, `example.org:8080` that port of them. An entry with a path matches
-that URL and, if it ends in `/`, everything below it; without a scheme it stands for http and https.
-International names hold in every spelling. Any other entry is an error.
+Text files on any fsspec path, one entry per line; `#` starts a comment. `example.org` matches the
+host and its subdomains, `example.org:8080` only that port of them. An entry with a path matches
+that URL and, if it ends in `/`, all URLs below it; without a scheme it matches http and https.
+International names match in every spelling. Any other entry is an error.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ class OptOut:
 
     @cached_property
     def prefixes(self) -> tuple[str, ...]:
-        """Those URLs that stand for all below them too."""
+        """The URLs that end in `/` and match all URLs below them."""
         return tuple(url for url in self.urls if url.endswith("/"))
 
     def covers(self, url: str) -> bool:
-        """Say whether somebody does not want this URL to be used."""
+        """Return whether an entry matches this URL or its host."""
         if not self.hosts and not self.urls:
             return False
         try:
@@ -44,7 +44,7 @@ class OptOut:
             port = parts.port or PORTS[parts.scheme]
             names, urls = ascii_hosts(parts.hostname or ""), spellings(url)
         except (ValueError, KeyError):
-            return False  # no URL at all: the download says so
+            return False  # not a valid URL: the download reports it
         return any(
             domain in self.hosts or f"{domain}:{port}" in self.hosts
             for name in names
@@ -53,17 +53,19 @@ class OptOut:
 
 
 def _domains(host: str) -> list[str]:
-    """Return a host and every domain that it is in."""
+    """Return a host name and all its parent domains."""
     labels = host.split(".")
     return [".".join(labels[start:]) for start in range(len(labels))]
 
 
-NOBODY = OptOut()
+NO_OPT_OUT = OptOut()
 
 
 def read_opt_out(paths: Sequence[str]) -> OptOut:
-    """Read the lists. Raises CallerError for one that cannot be read and for an entry that cannot
-    be understood: to go on without it would be to ignore it.
+    """Read the lists.
+
+    Raises CallerError if a list cannot be read or an entry is invalid, because skipping an entry
+    would ignore somebody's opt-out.
     """
     hosts: set[str] = set()
     urls: set[str] = set()
@@ -76,8 +78,8 @@ def read_opt_out(paths: Sequence[str]) -> OptOut:
                 more_hosts, more_urls = parse_entry(entry)
             except ValueError:
                 raise CallerError(
-                    f"[data] opt_out {path!r} line {number}: {entry[:80]!r} is no host and no URL: "
-                    "write example.org or https://example.org/path/"
+                    f"[data] opt_out {path!r} line {number}: {entry[:80]!r} is neither a host "
+                    "nor a URL: write example.org or https://example.org/path/"
                 ) from None
             hosts |= more_hosts
             urls |= more_urls
@@ -85,21 +87,21 @@ def read_opt_out(paths: Sequence[str]) -> OptOut:
 
 
 def parse_entry(entry: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the hosts and the URLs that an entry stands for. Raises ValueError."""
+    """Return the hosts and the URLs of an entry. Raises ValueError if it is invalid."""
     if any(character.isspace() for character in entry):
         raise ValueError("an entry has no spaces")
     bare = entry if "://" in entry else "//" + entry.removeprefix("*.").lstrip(".")
     parts = urlsplit(bare)
     names = ascii_hosts(parts.hostname or "")
     if not all(is_host_name(name) for name in names) or "@" in parts.netloc:
-        raise ValueError("it names no host, or it is a mail address")
+        raise ValueError("it has no valid host, or it is a mail address")
     if parts.scheme:
         return frozenset(), spellings(entry)
     if parts.path in ("", "/") and not parts.query:
         port = f":{parts.port}" if parts.port else ""
         return frozenset(name + port for name in names), frozenset()
     if any(_is_address(name) or "." not in name for name in names):
-        raise ValueError("a network or a word is no URL")
+        raise ValueError("an IP network or a single word is not a URL")
     return frozenset(), frozenset().union(*(spellings(f"{scheme}:{bare}") for scheme in PORTS))
 
 
@@ -112,19 +114,19 @@ def _is_address(host: str) -> bool:
 
 
 def save(lists: OptOut, file: Path) -> None:
-    """Write the entries for the download tasks."""
+    """Write the entries to a JSON file, for the download tasks."""
     file.write_text(json.dumps({"hosts": sorted(lists.hosts), "urls": sorted(lists.urls)}))
 
 
 @lru_cache(maxsize=1)
 def load(file: Path) -> OptOut:
-    """Return what `save` wrote."""
+    """Read the entries that `save` wrote."""
     entries = json.loads(file.read_text())
     return OptOut(frozenset(entries["hosts"]), frozenset(entries["urls"]))
 
 
-def content_of_lists(paths: Sequence[str]) -> str:
-    """Return a hash of what the lists say."""
+def hash_of_lists(paths: Sequence[str]) -> str:
+    """Return a hash of the lists' contents (16 hex digits)."""
     return hashlib.sha256("\n".join(_text(path) for path in paths).encode()).hexdigest()[:16]
 
 

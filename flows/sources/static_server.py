@@ -1,7 +1,7 @@
-"""Static file server on loopback, so that images in local folders are downloaded over HTTP as well.
+"""Static file server on loopback, so that images in local folders are downloaded over HTTP too.
 
-Serves named mounts (`/<secret>/<mount>/<path>`) read-only; knows nothing of packages or captions.
-Binds to 127.0.0.1, and a new secret for each start keeps a URL list from naming served files.
+Serves named folders (mounts) read-only as `/<secret>/<mount>/<path>`. Listens on 127.0.0.1. Each
+start has a new secret, so that a URL list cannot name served files.
 """
 
 import mimetypes
@@ -20,9 +20,9 @@ from urllib.parse import quote, unquote_to_bytes, urlsplit
 class Handler(BaseHTTPRequestHandler):
     """Answers GET and HEAD below the server's mounts."""
 
-    protocol_version = "HTTP/1.1"  # keep-alive: a connection a picture would halve the rate
+    protocol_version = "HTTP/1.1"  # keep-alive: one connection per image would halve the rate
     disable_nagle_algorithm = True
-    wbufsize = -1  # one write, and so one packet, for headers and body
+    wbufsize = -1  # one write, hence one packet, for headers and body
     timeout = 60
     server: "Mounts"
 
@@ -33,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(with_body=False)
 
     def answer(self, with_body: bool) -> None:
-        """Send the file that the path names, or 404."""
+        """Send the file of the request path, or status 404."""
         path = self.server.locate(self.path)
         try:
             body = path.read_bytes() if path else None
@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Mounts(ThreadingHTTPServer):
-    """The listening socket and the folders that it may serve."""
+    """The server: its listening socket and the folders that it serves."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -71,11 +71,12 @@ class Mounts(ThreadingHTTPServer):
         self.roots = {f"{self.secret}/{name}": folder.resolve() for name, folder in mounts.items()}
 
     def handle_error(self, request: object, client_address: object) -> None:
-        pass  # a client that hangs up is no event
+        pass  # a client that closes its connection is not an error
 
     def locate(self, target: str) -> Path | None:
-        """Return the file behind a request target, or None: nothing outside a mount is ever
-        reached, links included.
+        """Return the file of a request target, or None.
+
+        Files outside the mounts are never returned, not even through symbolic links.
         """
         try:
             path = os.fsdecode(unquote_to_bytes(urlsplit(target).path))
@@ -83,19 +84,13 @@ class Mounts(ThreadingHTTPServer):
                 if path.startswith(f"/{name}/"):
                     file = (root / path[len(name) + 2 :].lstrip("/")).resolve()
                     return file if file.is_relative_to(root) and file.is_file() else None
-        except (
-            ValueError,
-            OSError,
-            RuntimeError,
-        ):  # no URL, a NUL, a name too long, links in a ring
-            pass
+        except (ValueError, OSError, RuntimeError):
+            pass  # an invalid URL, a NUL byte, a name that is too long, a loop of links
         return None
 
 
 class StaticServer:
-    """Context manager: serves `mounts` (name to folder) in a thread; `base` is the URL to
-    prefix.
-    """
+    """Context manager: serve `mounts` (name to folder) in a thread; `base` is the base URL."""
 
     def __init__(self, mounts: Mapping[str, Path]) -> None:
         self.mounts = mounts
@@ -121,5 +116,5 @@ class StaticServer:
 
 
 def url_path(mount: str, path: str) -> str:
-    """Return the path part of the URL of `path` below `mount`, quoted byte by byte."""
+    """Return the path part of the URL of `path` below `mount`, percent-encoded byte by byte."""
     return quote(os.fsencode(f"/{mount}/{path}"), safe="/@")

@@ -1,6 +1,6 @@
 """Read lists of URLs and captions: parquet, csv, tsv or jsonl, on any fsspec path, in batches.
 
-Maps the recipe's column names to ours. `flows/sources/url_table.py` decides which rows are valid.
+Maps the column names of the recipe to ours. `flows/sources/url_table.py` checks the rows.
 """
 
 import codecs
@@ -28,17 +28,17 @@ from infra.settings import Section
 BATCH_ROWS = 10_000
 PIECE_BYTES = 1 << 20
 MAX_DETAIL = 200
-"""Characters of a malformed row that are recorded."""
+"""Maximum characters of a malformed row that are recorded."""
 QUOTES = {"csv": "double"}
 FORMATS = {"parquet": "parquet", "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl"}
 
 HIDDEN = ("_", ".")
-"""First characters of the names of files that are no part of a list: `_SUCCESS`, `.part-0.crc`."""
+"""File names with these first characters are not part of a list: `_SUCCESS`, `.part-0.crc`."""
 
 
 @dataclass(frozen=True)
 class Malformed:
-    """A row that does not have the columns of its file."""
+    """A row without the columns of its file: where it is, and why it is malformed."""
 
     origin: str
     detail: str
@@ -48,45 +48,47 @@ Values = dict[str, Any]
 
 
 class UrlsSource(Section):
-    """A list of URLs and captions; every column but these two may be absent."""
+    """A list of URLs and captions; all other columns are optional."""
 
     kind: Literal["urls"]
     path: str = Field(min_length=1)
-    """File, folder or glob on any fsspec path: `list.parquet`, `s3://bucket/lists/*.jsonl`; of a
-    folder all files but those whose names start with `_` or `.`."""
+    """File, folder or glob on any fsspec path: `list.parquet`, `s3://bucket/lists/*.jsonl`. In a
+    folder, all files are read except those whose names start with `_` or `.`."""
     format: Literal["auto", "parquet", "csv", "tsv", "jsonl"] = "auto"
-    """File format; `auto` goes by the suffix, `.gz` allowed on the text formats."""
+    """File format; `auto` chooses it by the suffix. Text formats may end in `.gz`."""
     quotes: Literal["auto", "none", "double"] = "auto"
-    """Whether `"` encloses values of csv and tsv files: `double` (RFC 4180) or `none`; `auto` is
-    double for csv and none for tsv."""
+    """Whether `"` encloses values in csv and tsv files: `double` (RFC 4180) or `none`. `auto` means
+    `double` for csv and `none` for tsv."""
     url_column: str = "url"
     """Column with the pictures' URLs."""
     caption_column: str = "caption"
-    """Column with the captions; a list of texts is a list of phrasings."""
+    """Column with the captions: a text, or a list of texts with several phrasings."""
     captions_column: str = ""
-    """Column with a list of further phrasings; "" for none, as for the columns below."""
+    """Column with a list of further phrasings; "" for no column, here and below."""
     licence_column: str = ""
     """Column with each picture's licence."""
     concept_column: str = ""
-    """Splits go by the concept; without the column every row is a concept of its own."""
+    """Column with the concept, by which splits are made; without it, each row is a concept."""
     style_column: str = ""
     """Column with the drawing style, for `[curate] held_out_styles`."""
     category_column: str = ""
-    """Column with the class that zero-shot classification is judged by."""
+    """Column with the class for the evaluation of zero-shot classification."""
     subcategory_column: str = ""
     """Column with a finer class."""
     licence: str = ""
-    """Licence of all rows that name none."""
+    """Licence of rows that have none in their column."""
 
 
 def list_files(source: UrlsSource) -> list[Any]:
     """Return the files of a list as fsspec's OpenFile, in name order.
 
-    Raises CallerError for a path that cannot be opened or matches no file.
+    Raises CallerError if the path cannot be opened or matches no file.
     """
     try:
         fs, root = fsspec.core.url_to_fs(source.path)
-        is_web = isinstance(fs, HTTPFileSystem)  # it would download a list to look for links in it
+        is_web = isinstance(
+            fs, HTTPFileSystem
+        )  # its isdir would download the list to search it for links
         if not is_web and not has_magic(source.path) and fs.isdir(root):
             paths = [fs.unstrip_protocol(path) for path in sorted(fs.find(root))]
             files = fsspec.open_files(paths, "rb", compression="infer") if paths else []
@@ -102,11 +104,11 @@ def list_files(source: UrlsSource) -> list[Any]:
 
 
 def read_lists(source: UrlsSource) -> Iterator[Values | Malformed]:
-    """Yield the rows of all files of a list, file after file: url, caption and those of the other
-    columns that the recipe names. A row without its columns is Malformed.
+    """Yield the rows of all files of a list, file by file.
 
-    Raises CallerError for a path, a format or a column that is not there, DataError for a file that
-    does not parse.
+    A row has url, caption and the other columns that the recipe names, under our names; a row
+    without the columns of its file is Malformed. Raises CallerError for a missing path, an unknown
+    format or a missing column, DataError for a file that cannot be parsed.
     """
     wanted = {
         "url": source.url_column, "caption": source.caption_column,
@@ -126,7 +128,7 @@ def read_lists(source: UrlsSource) -> Iterator[Values | Malformed]:
                         row if isinstance(row, Malformed) else dict(zip(wanted, row, strict=True))
                     )
         except FileNotFoundError as error:
-            raise CallerError(f"[data] URL list {file.path} is not there") from error
+            raise CallerError(f"[data] URL list {file.path} does not exist") from error
         except (
             pa.ArrowException,
             OSError,
@@ -136,29 +138,30 @@ def read_lists(source: UrlsSource) -> Iterator[Values | Malformed]:
             json.JSONDecodeError,
         ) as error:
             raise DataError(
-                f"URL list {file.path} does not parse: {str(error).splitlines()[0]}"
+                f"URL list {file.path} cannot be parsed: {str(error).splitlines()[0]}"
             ) from error
 
 
 def file_format(source: UrlsSource, path: str) -> str:
-    """Return the format of one file of a list."""
+    """Return the format of one file of a list. Raises CallerError if the suffix is unknown."""
     if source.format != "auto":
         return source.format
     suffix = Path(path.removesuffix(".gz")).suffix.lower().lstrip(".")
     if suffix not in FORMATS:
         raise CallerError(
-            f"[data] URL list {path}: set format = parquet, csv, tsv or jsonl, the suffix does "
-            "not tell"
+            f"[data] URL list {path}: the suffix is no known format; set format to parquet, csv, "
+            "tsv or jsonl"
         )
     return FORMATS[suffix]
 
 
 def check_columns(wanted: Sequence[str], names: Sequence[str], path: str) -> None:
-    """Raise CallerError when a wanted column is not among a file's."""
+    """Raise CallerError if a file does not have all wanted columns."""
     missing = [name for name in wanted if name not in names]
     if missing:
         raise CallerError(
-            f"[data] URL list {path} has no column {missing[0]!r}: it has {', '.join(names)}"
+            f"[data] URL list {path} has no column {missing[0]!r}: its columns are "
+            f"{', '.join(names)}"
         )
 
 
@@ -167,9 +170,8 @@ def read_rows(
 ) -> Iterator[Sequence[Any] | Malformed]:
     """Yield the values of a file's wanted columns, row by row."""
     if kind == "parquet":
-        file = open_parquet(
-            stream, buffer_size=PIECE_BYTES
-        )  # else whole column chunks of a row group, however large, are read at once
+        # Without buffer_size, whole column chunks of a row group are read at once.
+        file = open_parquet(stream, buffer_size=PIECE_BYTES)
         check_columns(wanted, file.schema_arrow.names, path)
         for batch in file.iter_batches(BATCH_ROWS, columns=list(wanted)):
             columns = batch.to_pydict()
@@ -183,7 +185,7 @@ def read_rows(
 
 
 def read_lines(stream: Any) -> Iterator[bytes]:
-    """Yield a file's lines as UTF-8, ends included; its byte order mark names its encoding."""
+    """Yield a file's lines as UTF-8 with line ends; the encoding is that of its byte order mark."""
     encoding = encoding_of(stream.read(4))
     stream.seek(0)
     if encoding not in ("utf-8", "utf-8-sig"):
@@ -196,15 +198,15 @@ def read_lines(stream: Any) -> Iterator[bytes]:
 def read_separated(
     lines: Iterator[bytes], separator: str, quotes: str, wanted: Sequence[str], path: str
 ) -> Iterator[Sequence[Any] | Malformed]:
-    """Yield the wanted values of a csv or tsv file's rows, None where they are empty.
+    """Yield the wanted values of the rows of a csv or tsv file; None for empty values.
 
-    A value is text, or bytes where it is not UTF-8. A row with another number of columns than the
-    header, or with quotes that do not close, is Malformed: its first line alone is left out.
+    A value is text, or bytes if it is not UTF-8. A row with another number of columns than the
+    header is Malformed. So is one with an unclosed quote, of which only the first line is skipped.
     """
     records = separated_records(lines, separator, quotes)
     header = next(records, None)
     if header is None or isinstance(header.values, str):
-        raise pa.ArrowInvalid("it has no line with the columns' names")
+        raise pa.ArrowInvalid("it has no header line with the columns' names")
     check_columns(wanted, header.values, path)
     positions = [header.values.index(name) for name in wanted]
     for record in records:
@@ -221,14 +223,17 @@ def read_separated(
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a text file: its values, or why it has none; invalid bytes are surrogates."""
+    """One row of a text file: its line number, and its values (list) or why it is malformed (str).
+
+    Invalid UTF-8 bytes are surrogates.
+    """
 
     line: int
     values: list[str] | str
 
 
 def separated_records(lines: Iterator[bytes], separator: str, quotes: str) -> Iterator[Record]:
-    """Yield the rows of a csv or tsv file that are not empty."""
+    """Yield the non-empty rows of a csv or tsv file."""
     texts = (line.decode("utf-8", "surrogateescape") for line in lines)
     if quotes == "none":
         for number, text in enumerate(texts, 1):
@@ -249,7 +254,7 @@ def separated_records(lines: Iterator[bytes], separator: str, quotes: str) -> It
 
     is_over = False
     while not is_over:
-        # A new reader for every fault: one that has failed goes on inside the quotes.
+        # A new reader after every error: the old one would continue inside the quotes.
         reader = csv.reader(next_lines(), delimiter=separator, strict=True)
         while True:
             taken.clear()
@@ -281,8 +286,9 @@ def _cell(text: str) -> str | bytes | None:
 def read_json_lines(
     lines: Iterator[bytes], wanted: Sequence[str], path: str
 ) -> Iterator[Sequence[Any]]:
-    """Yield the wanted values of JSON objects, one a line; the first line must have them all, later
-    ones may leave some out.
+    """Yield the wanted values of JSON objects, one per line.
+
+    The first line must have all wanted values; in later lines, missing ones are None.
     """
     is_first = True
     for line in lines:
@@ -290,7 +296,7 @@ def read_json_lines(
             continue
         item = json.loads(line)
         if not isinstance(item, dict):
-            raise pa.ArrowInvalid(f"a line is no object: {line[:40]!r}")
+            raise pa.ArrowInvalid(f"a line is not a JSON object: {line[:40]!r}")
         if is_first:
             check_columns(wanted, list(item), path)
             is_first = False

@@ -1,7 +1,7 @@
-"""One spelling for a URL that can be written in several: international host names, case, default
-ports, escapes.
+"""Normalise URLs that can be written in several ways: international host names, case, default
+ports, percent escapes.
 
-Works on strings; asks no network.
+Works on strings only, without network access.
 """
 
 import ipaddress
@@ -19,9 +19,9 @@ ESCAPE = re.compile(r"%[0-9a-fA-F]{2}")
 def ascii_hosts(host: str) -> frozenset[str]:
     """Return a host name in lower-case ASCII (`xn--bcher-kva.de`), without a final dot.
 
-    There are two results where the two standards of international names differ (`straße.de`): IDNA
-    2003, by which names are looked up here, and IDNA 2008, by which browsers do. What is no host
-    name is returned as it is.
+    There are two results if the two standards for international names differ (`straße.de`): IDNA
+    2003, which is used for look-ups here, and IDNA 2008, which browsers use. A text that is not a
+    host name is returned unchanged.
     """
     name = unicodedata.normalize("NFKC", host).lower().rstrip(".")
     try:
@@ -41,20 +41,20 @@ def ascii_hosts(host: str) -> frozenset[str]:
 
 
 def is_host_name(name: str) -> bool:
-    """Say whether a name of `ascii_hosts` may be that of a host, or is an address."""
+    """Return whether a result of `ascii_hosts` is a valid host name or an IP address."""
     is_name = ":" in name or all(LABEL.fullmatch(label) for label in name.split("."))
     return is_name and len(name) <= 253
 
 
 def spellings(url: str) -> frozenset[str]:
-    """Return an http or https URL in its normal spelling, one for each of `ascii_hosts`.
+    """Return an http or https URL in normal form, one for each result of `ascii_hosts`.
 
-    Without user, fragment and default port; an empty path is `/`. Raises ValueError for what is no
-    such URL.
+    User, fragment and default port are removed; an empty path becomes `/`. Raises ValueError if it
+    is not an http or https URL with a host.
     """
     parts = urlsplit(url)
     if parts.scheme not in PORTS or not parts.hostname:
-        raise ValueError(f"{url!r} is no http or https URL with a host")
+        raise ValueError(f"{url!r} is not an http or https URL with a host")
     port = "" if parts.port in (None, PORTS[parts.scheme]) else f":{parts.port}"
     target = ESCAPE.sub(lambda escape: escape[0].upper(), request_target(parts.path, parts.query))
     return frozenset(
@@ -64,6 +64,6 @@ def spellings(url: str) -> frozenset[str]:
 
 
 def request_target(path: str, query: str) -> str:
-    """Return path and query of a URL as a request names them, in ASCII."""
+    """Return path and query of a URL as they are sent in a request, in ASCII."""
     target = quote(path or "/", safe=PATH_SAFE)
     return f"{target}?{quote(query, safe=QUERY_SAFE)}" if query else target

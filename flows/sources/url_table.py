@@ -1,9 +1,8 @@
 """The recipe's section [data], and the table of URLs and captions made from its sources.
 
 Four kinds of source yield rows of the schema URLS: npm packages of images, URL lists (parquet, csv,
-tsv, jsonl on any fsspec path), folders of images beside `.txt` captions, and drawn scenes. All but
-the lists are served on loopback, so that every image is downloaded in the same way. Knows nothing
-of downloading or shards.
+tsv, jsonl on any fsspec path), folders of images beside `.txt` captions, and drawn scenes. All
+except the lists are served on loopback, so that every image is downloaded in the same way.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ from flows.demo.npm_packages import package_folder, split_spec
 from flows.sources.caption_text import phrasings_of, printable, word_of
 from flows.sources.drawn_scenes import DRAWING, ScenesSource, draw_all
 from flows.sources.image_folder import Problem, captions_beside, image_files
-from flows.sources.opt_out import OptOut, content_of_lists, read_opt_out, save
+from flows.sources.opt_out import OptOut, hash_of_lists, read_opt_out, save
 from flows.sources.static_server import url_path
 from flows.sources.url_lists import Malformed, UrlsSource, list_files, read_lists
 from infra.console.progress import Progress
@@ -36,41 +35,42 @@ from infra.settings import Section
 
 BLOCK_ROWS = 100_000
 SERVED = "http://127.0.0.1:80"
-"""Stands in the table for our own server, whose port and secret no one knows yet; a list's row that
-says the same loses its `:80`."""
+"""Placeholder in the table for the base URL of our own server, whose port and secret are not known
+yet. `:80` is removed from a list's URL with the same prefix, so that it does not match."""
 NOT_TEXT = "caption_not_text"
 
 
 class PackagesSource(Section):
-    """Pictures that npm packages ship, captioned with Unicode's names."""
+    """Pictures of npm packages, with captions from Unicode's names."""
 
     kind: Literal["packages"]
     packages: tuple[str, ...] = Field(min_length=1)
-    """Packages as name@version; `flows/demo/emoji_packages.py` lists the ones that have a
-    reader."""
+    """Packages as name@version; `flows/demo/emoji_packages.py` lists the supported ones."""
     words: str = "emojibase-data@17.0.0"
-    """The package of names and keywords."""
+    """Package with the names and keywords."""
     svg_px: int = Field(96, ge=16, le=2048)
     """Longer side in pixels at which SVGs are rendered."""
 
 
 class FolderSource(Section):
-    """Images in a local folder, each beside a `.txt` of the same name: its first line is the
-    caption, further lines are phrasings.
+    """Images in a local folder, each beside a `.txt` file of the same name.
+
+    The first line of that file is the caption, further lines are other phrasings.
     """
 
     kind: Literal["folder"]
     path: str = Field(min_length=1)
-    """The folder; pictures in folders below it count."""
+    """The folder; pictures in its subfolders are included."""
     licence: str = ""
-    """Licence of all its pictures."""
+    """Licence of all pictures in the folder."""
     style: str = ""
-    """Drawing style of all its pictures, for `[curate] held_out_styles`."""
+    """Drawing style of all pictures in the folder, for `[curate] held_out_styles`."""
 
 
 def content_of(source: PackagesSource | UrlsSource | FolderSource | ScenesSource) -> str:
-    """Return what tells one state of a source's files from another, without reading them; "" for
-    packages, whose version does.
+    """Return a hash of the names, sizes and times of a source's files, without reading them.
+
+    It is "" for packages, which have a version, and "unreadable" if the files cannot be listed.
     """
     if isinstance(source, PackagesSource):
         return ""
@@ -88,7 +88,7 @@ def content_of(source: PackagesSource | UrlsSource | FolderSource | ScenesSource
                 for file, stat in stats
             ]
     except (OSError, ValueError, ImportError, CallerError):
-        return "unreadable"  # reading it says why
+        return "unreadable"  # the error is raised when the source is read
     for mark in marks:
         digest.update(mark.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()[:16]
@@ -100,7 +100,7 @@ Source = Annotated[
 
 
 class DataConfig(Section):
-    """Section [data]: which pairs, and how they are downloaded."""
+    """Section [data]: the sources of pairs, and how they are downloaded."""
 
     outside_key = frozenset(
         (
@@ -118,77 +118,74 @@ class DataConfig(Section):
     )
 
     sources: tuple[Source, ...] = Field(min_length=1)
-    """The sources, read in this order; a URL that two of them name is taken once, from the
-    first."""
+    """The sources, read in this order; if two of them have the same URL, the first is used."""
     cache: str = "~/.cache/unclip"
-    """Local folder for fetched packages and rendered pictures; safe to delete."""
+    """Local folder for downloaded packages and rendered pictures; safe to delete."""
     image_size_px: int = Field(64, ge=8, le=2048)
     """Side of the stored images in pixels."""
     resize: Literal["border", "center_crop", "keep_ratio", "keep_ratio_largest"] = "border"
-    """img2dataset's resize mode; `border` keeps the whole picture and pads it to a square with
-    white."""
+    """img2dataset's resize mode; `border` keeps the whole picture and pads it with white to a
+    square."""
     encode: Literal["png", "jpg", "webp"] = "png"
-    """Format of the stored images; png is lossless and, at 64 px, no larger."""
+    """Format of the stored images; png is lossless and not larger at 64 px."""
     images_per_shard: int = Field(1000, ge=1, le=100_000)
     """Rows of the URL table per shard."""
     processes: int = Field(2, ge=1, le=256)
-    """Shards that are downloaded at the same time, as far as Ray has a CPU core for each; a
-    cluster's `ingest_workers` goes before it."""
+    """Maximum number of shards that are downloaded at the same time; each needs a CPU core in Ray.
+    `[cluster] ingest_workers` overrides it."""
     threads: int = Field(16, ge=1, le=1024)
     """Simultaneous requests of each process."""
     timeout_s: float = Field(10, gt=0, le=600)
-    """Limit for one request from connecting to the last byte, in seconds."""
+    """Limit for one request, from connecting to the last byte, in seconds."""
     retries: int = Field(2, ge=0, le=10)
-    """Tries after the first for what may pass (time-outs, 429, 5xx, a broken connection), with
-    growing pauses; and for npm."""
+    """Retries of a request that failed for temporary reasons (time-out, 429, 5xx, broken
+    connection), with growing pauses; also for npm packages."""
     retry_passes: int = Field(1, ge=0, le=10)
-    """Further passes over the rows that failed for what may pass, once all others are done."""
+    """Further passes over the rows that failed for temporary reasons, after all other rows."""
     max_passing: float = Field(0.5, ge=0, le=1)
-    """Largest share of a shard's rows that may fail for what may pass; above it the shard is made
-    again up to three times, with pauses."""
+    """Maximum share of a shard's rows that may fail for temporary reasons; above it, the shard is
+    made again up to three times, with pauses."""
     max_image_bytes: int = Field(20 * 2**20, ge=1)
-    """A response above this many bytes is dropped as too_large, unread."""
+    """Maximum bytes of a response; a larger one is dropped as too_large without reading it."""
     max_image_pixels: int = Field(50_000_000, ge=1)
-    """An image that declares more pixels is dropped as too_large, undecoded: a decompression
-    bomb."""
+    """Maximum pixels that an image may declare; a larger one (a decompression bomb) is dropped as
+    too_large without decoding it."""
     min_success: float = Field(0.2, ge=0, le=1)
-    """Smallest share of the URLs that must become images; below it the stage fails."""
+    """Minimum share of the URLs that must become images; below it, the stage fails."""
     allow_private: bool = False
-    """Whether URLs may lead to private, loopback and link-local addresses; the sources served on
-    loopback need it not."""
+    """Whether URLs may lead to private, loopback and link-local addresses. Sources that are served
+    on loopback do not need it."""
     proxy: str = Field("", pattern=r"^(http://[^/@\s]+:\d+)?$")
-    """`http://host:port` of a proxy that all downloads go through; the environment's proxy is never
-    used. A proxy resolves names itself and must refuse private addresses itself: here only those
-    that stand in a URL, and `localhost`, are refused."""
+    """`http://host:port` of a proxy for all downloads; a proxy in the environment is never used. A
+    proxy resolves names itself, so it must refuse private addresses itself: only IP addresses in
+    URLs and `localhost` are refused here."""
     robots: bool = True
-    """Honour each host's robots.txt (RFC 9309, as `unclip`); what it forbids is counted as
-    `robots`, as is what X-Robots-Tag forbids."""
+    """Whether to obey each host's robots.txt (RFC 9309, user agent `unclip`). Rows that robots.txt
+    or X-Robots-Tag forbids are dropped as `robots`."""
     per_host: int = Field(16, ge=0, le=1024)
     """Simultaneous requests to one host, divided among the shards that are downloaded at the same
-    time (at least one each); 0 sets no
-    limit. Loopback sources have none."""
+    time (at least one each). 0 sets no limit. Sources on loopback have no limit."""
     opt_out: tuple[str, ...] = ()
-    """Lists of hosts and URLs that do not want to be used, one a line, on any fsspec path; they are
-    never asked (`opted_out`)."""
+    """Opt-out lists on any fsspec path: hosts and URLs, one per line, that are never requested;
+    their rows are dropped as `opted_out`."""
     seed: int = 0
-    """Order of the rows: shuffled in blocks of 100,000, so that neighbours do not all ask one
-    host."""
+    """Seed of the order of the rows, which are shuffled in blocks of 100,000, so that consecutive
+    requests go to different hosts."""
 
     def keyed(self) -> dict[str, Any]:
-        """Return the fields that the stage's key depends on, and what state the sources' files are
-        in: a longer list is another input.
+        """Return the fields that the stage's key depends on, and hashes of the sources' files.
+
+        A list that has changed is another input, so its hash changes the key.
         """
         content = [content_of(source) for source in self.sources] + (
-            [content_of_lists(self.opt_out)] if self.opt_out else []
+            [hash_of_lists(self.opt_out)] if self.opt_out else []
         )
         return super().keyed() | {"content": content}
 
 
 @dataclass
 class Mounts:
-    """The local folders behind a table's loopback URLs, by mount name; a JSON file keeps them for a
-    resumed run.
-    """
+    """The local folders of a table's loopback URLs, by mount name; saved for a resumed run."""
 
     folders: dict[str, Path] = field(default_factory=dict)
 
@@ -198,7 +195,7 @@ class Mounts:
 
     @classmethod
     def load(cls, path: Path) -> "Mounts":
-        """Return what `save` wrote."""
+        """Read the mounts that `save` wrote."""
         return cls({name: Path(folder) for name, folder in json.loads(path.read_text()).items()})
 
 
@@ -206,11 +203,12 @@ Row = dict[str, Any]
 
 
 def row(url: str, origin: str, captions: list[str], **columns: str) -> Row:
-    """Make a row of the schema URLS; a missing concept is the row's own key. Lone surrogates, which
-    no file can hold, become `?`.
+    """Return a row of the schema URLS; a missing concept is replaced by the row's key.
+
+    Lone surrogates, which cannot be written as UTF-8, become `?`.
     """
     texts = {
-        name: encodable(text)
+        name: replace_surrogates(text)
         for name, text in {
             "licence": "",
             "style": "",
@@ -220,10 +218,12 @@ def row(url: str, origin: str, captions: list[str], **columns: str) -> Row:
         }.items()
     }
     phrasings = [
-        text for text in dict.fromkeys(encodable(caption).strip() for caption in captions) if text
+        text
+        for text in dict.fromkeys(replace_surrogates(caption).strip() for caption in captions)
+        if text
     ]
     caption = phrasings[0] if phrasings else ""
-    url, origin = encodable(url), encodable(origin)
+    url, origin = replace_surrogates(url), replace_surrogates(origin)
     key = sample_key(origin, caption)
     concept = texts.pop("concept", "") or key
     return {
@@ -237,15 +237,15 @@ def row(url: str, origin: str, captions: list[str], **columns: str) -> Row:
     }
 
 
-def encodable(text: str) -> str:
-    """Return a text with `?` for the halves of characters that no file can hold."""
+def replace_surrogates(text: str) -> str:
+    """Return a text with `?` for lone surrogates, which cannot be written as UTF-8."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def package_rows(
     source: PackagesSource, config: DataConfig, cache: Path, base: str, mounts: Mounts
 ) -> Iterator[Row]:
-    """Yield the pictures of all packages of a source; mounts their folders."""
+    """Yield the pictures of all packages of a source; add their folders to `mounts`."""
     labels = Labels(package_folder(source.words, cache / "packages", config.retries))
     for spec in source.packages:
         name, _ = split_spec(spec)
@@ -272,14 +272,15 @@ def package_rows(
 
 
 def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row]:
-    """Yield the images of a folder, sub-folders included; an image without its `.txt` has an empty
-    caption.
+    """Yield the images of a folder and its subfolders; add the folder to `mounts`.
+
+    An image without a `.txt` file has an empty caption. Raises CallerError if there is no folder.
     """
     root = Path(source.path).expanduser()
     if not root.is_dir():
         raise CallerError(
-            f"[data] folder {source.path!r} is not there: give a folder of images beside .txt "
-            "captions"
+            f"[data] folder {source.path!r} does not exist: give a folder of images with .txt "
+            "captions beside them"
         )
     mount = root.resolve().name
     while mount in mounts.folders:
@@ -302,8 +303,9 @@ def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row
 def scene_rows(
     source: ScenesSource, config: DataConfig, cache: Path, base: str, mounts: Mounts
 ) -> Iterator[Row]:
-    """Yield the drawn pictures of a source; its concept, by which splits go, is what the scene
-    shows.
+    """Yield the drawn pictures of a source; add their folder to `mounts`.
+
+    The concept of a picture, by which splits are made, is the scene.
     """
     for drawn in draw_all(source, config.image_size_px, cache):
         mount = f"scenes/{drawn.file.parent.name}"
@@ -320,8 +322,10 @@ def scene_rows(
 
 
 def listed_rows(source: UrlsSource, base: str) -> Iterator[Row]:
-    """Yield the rows of a URL list; one that names `base`, by which the download knows what we
-    serve, is written so that it does not.
+    """Yield the rows of a URL list.
+
+    `base` marks URLs of our own server for the download tasks. A list's URL that starts with it is
+    changed to an equivalent one without `:80`, so that it does not count as ours.
     """
     for values in read_lists(source):
         if isinstance(values, Malformed):
@@ -342,11 +346,11 @@ def listed_rows(source: UrlsSource, base: str) -> Iterator[Row]:
 
 def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERVED) -> int:
     """Write OUT/urls.parquet (schema URLS), dropped.parquet (DROPPED), mounts.json, opt_out.json;
-    return the number of rows in the first.
+    return the number of rows in urls.parquet.
 
     `base` is the prefix of URLs that are served on loopback. Rows without a URL or a caption, and
-    rows whose URL stood before, are dropped and counted. Memory: one block of rows, and 8 bytes for
-    each URL.
+    rows with a repeated URL, are dropped and counted. Memory: one block of rows and 8 bytes per
+    URL.
     """
     mounts = Mounts()
     opt_out = read_opt_out(config.opt_out)
@@ -364,7 +368,7 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERV
             good: list[Row] = []
             bad: list[Row] = []
             for item, new in zip(block, is_new, strict=True):
-                reason, detail = refusal(item, new, opt_out)
+                reason, detail = drop_reason(item, new, opt_out)
                 if reason:
                     bad.append(
                         {
@@ -385,8 +389,8 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERV
     return row_count
 
 
-def refusal(item: Row, is_new: bool, opt_out: OptOut) -> Problem:
-    """Return why a row is dropped before it is downloaded, ("", "") if it is not, with details."""
+def drop_reason(item: Row, is_new: bool, opt_out: OptOut) -> Problem:
+    """Return (reason, detail) if a row is dropped before its download, else ("", "")."""
     problem: Problem | None = item.get("problem")
     if problem:
         return problem
@@ -402,8 +406,8 @@ def refusal(item: Row, is_new: bool, opt_out: OptOut) -> Problem:
 
 
 def new_urls(urls: list[str], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return which URLs of a block stand for the first time, and the sorted 64-bit hashes seen so
-    far, this block's included.
+    """Return a mask of the URLs of a block that appear for the first time, and the sorted 64-bit
+    hashes of all URLs so far, including this block.
     """
     hashes = row_hashes(url.encode() for url in urls)
     first, position = np.unique(hashes, return_index=True)
@@ -414,13 +418,12 @@ def new_urls(urls: list[str], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     )
     is_new = np.zeros(len(urls), bool)
     is_new[position[~is_seen]] = True
-    return is_new, np.insert(
-        seen, positions[~is_seen], first[~is_seen]
-    )  # one copy; sorting all again would grow with every block
+    # insert copies once; sorting all hashes again would take longer with every block
+    return is_new, np.insert(seen, positions[~is_seen], first[~is_seen])
 
 
 def all_rows(config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iterator[Row]:
-    """Yield the rows of all sources in their order."""
+    """Yield the rows of all sources, in the order of the sources."""
     for source in config.sources:
         if isinstance(source, PackagesSource):
             yield from package_rows(source, config, cache, base, mounts)
@@ -433,14 +436,14 @@ def all_rows(config: DataConfig, cache: Path, base: str, mounts: Mounts) -> Iter
 
 
 def with_progress(rows: Iterator[Row], progress: Progress) -> Iterator[Row]:
-    """Pass rows on and show how many there are."""
+    """Yield the rows and show their number as progress."""
     for number, item in enumerate(rows, 1):
         progress.update(number)
         yield item
 
 
 def blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """Yield the rows BLOCK_ROWS at a time."""
+    """Yield the rows in blocks of BLOCK_ROWS."""
     block: list[Row] = []
     for item in rows:
         block.append(item)

@@ -1,9 +1,9 @@
-"""Commits: the step that makes a stage's files exist for readers, all at once.
+"""Commits: make all files of a stage visible to readers in one atomic step.
 
-In a local ROOT the folder is synced and renamed into place; one that replaces another is exchanged
-for it in one step. In a store the files were put below an attempt's own prefix; the manifest names
-it, is put last, and only where there is none. Of several writers one wins; the others get what it
-made.
+In a local ROOT, the folder is synced and renamed to its final name; to replace a damaged folder,
+the two are exchanged atomically. In a store, the files are already below the attempt's prefix; the
+manifest, which names that prefix, is put last, and only if there is none. If several writers commit
+the same key, one wins, and the others return its result.
 """
 
 import ctypes
@@ -47,9 +47,9 @@ def commit(
 ) -> Committed:
     """Make the files in the local folder `out` the committed folder of `stage` and `key`.
 
-    `facts` are the manifest's own part (config, input keys, counts, times). Where a folder of that
-    key is committed already it stays and is returned, unless its attempt is the one in `replaces`
-    (a damaged folder). `out` is gone afterwards. Raises StorageError.
+    `facts`: the stage's fields of the manifest (config, input keys, counts, times). If a folder of
+    that key is already committed, it is kept and returned, unless its attempt is `replaces` (a
+    damaged folder). `out` is removed. Raises StorageError.
     """
     attempt = secrets.token_hex(6)
     if root.folder:
@@ -63,7 +63,7 @@ def commit(
             put_files = output.put_tree(out)
             committed = _commit_by_put(output, put_files, facts, replaces)
         except BaseException:
-            # If the store refuses this as well, the next commit of this key removes what is left.
+            # If this fails too, the next commit of this key removes the files.
             with suppress(StorageError):
                 store.remove(root, output.path)
             raise
@@ -77,10 +77,10 @@ def commit_output(
     facts: StageFacts,
     replaces: str | None = None,
 ) -> Committed:
-    """Make the files that were put into `output` the committed folder, as `commit` does.
+    """Commit the files that were put into `output`, like `commit`.
 
-    Files that were put but are not in `files` are removed. The output's records go. Raises
-    StorageError, and DataError where a file is no longer as it was put; then it stays open.
+    Other files and the records of the output are removed. Raises StorageError, and DataError if a
+    file has changed since it was put; then nothing is committed and the output stays open.
     """
     root, stage, key = output.root, output.stage, output.key
     if root.folder:
@@ -151,7 +151,7 @@ def _commit_by_rename(
                 return existing
             if _exchange(out, target):
                 before = _attempt_in(out)
-                # Another machine's repair was first: its folder stays.
+                # Another machine has already replaced the damaged folder: its folder is kept.
                 if before not in (None, replaces):
                     _exchange(out, target)
                 sync(target.parent)
@@ -163,16 +163,16 @@ def _commit_by_rename(
             existing = find(root, stage, key)
             if existing is None:
                 raise
-            return existing  # a writer without our lock (another machine) was first
+            return existing  # a writer on another machine, without our lock, was first
         sync(target.parent)
     shutil.rmtree(out.with_name(f"{out.name}{REPLACED}"), ignore_errors=True)
     return Committed(root, stage, key, manifest)
 
 
 def _exchange(left: Path, right: Path) -> bool:
-    """Exchange two folders in one step (Linux: renameat2).
+    """Exchange two folders atomically (renameat2 of Linux).
 
-    Returns False if the system or the file system cannot do that.
+    Returns False if the system or the file system does not support it. Raises OSError.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
@@ -186,9 +186,9 @@ def _exchange(left: Path, right: Path) -> bool:
 
 
 def interrupted(root: Root) -> list[tuple[str, str]]:
-    """Return stage and key of the folders that a killed writer moved away without replacing them.
+    """Return (stage, key) of folders that a killed writer moved away but did not replace.
 
-    That happens only on systems that cannot exchange folders.
+    This happens only on systems that cannot exchange folders atomically.
     """
     left = [
         _manifest_in(folder)
@@ -199,7 +199,7 @@ def interrupted(root: Root) -> list[tuple[str, str]]:
 
 
 def recover(root: Root, stage: str, key: str) -> None:
-    """Restore a folder that a killed writer moved away, or remove it if it has been replaced.
+    """Restore a folder that a killed writer moved away; remove it if it was replaced.
 
     The caller holds the folder's lock.
     """
@@ -211,7 +211,7 @@ def recover(root: Root, stage: str, key: str) -> None:
                 and not (root.folder / stage / key).exists()
             ):
                 left.rename(root.folder / stage / key)
-            elif is_dead(left):  # a live writer on another machine removes it itself
+            elif is_dead(left):  # a running writer on another machine removes its own
                 shutil.rmtree(left)
 
 
@@ -231,10 +231,10 @@ def _commit_by_put(
     folder = f"{stage}/{key}"
     sent = Committed(root, stage, key, _manifest(root, stage, key, attempt, files, facts))
     _check_put(sent, files, replaces)
-    # Listed before the manifest is put, so that a later commit is not removed with the attempts
-    # that were killed or can only be refused now.
+    # List the other attempts before the manifest is put. They were killed or will lose against this
+    # commit. A list made later could contain the files of a later commit.
     others = [other for other in store.list_names(root, folder) if other not in (attempt, MANIFEST)]
-    sent.manifest["supersedes"] = others  # whoever cleans up removes them if we are killed first
+    sent.manifest["supersedes"] = others  # if we are killed, the clean-up removes them
     committed = _put_manifest(sent, replaces)
     if committed.manifest["attempt"] != attempt:
         store.remove(root, f"{folder}/{attempt}")
@@ -246,9 +246,10 @@ def _commit_by_put(
 
 
 def _check_put(sent: Committed, files: Sequence[PutEntry], replaces: str | None) -> None:
-    """Raise DataError if a file is missing, truncated or no longer the version that was put.
+    """Raise DataError if a file is missing, truncated or not the version that was put.
 
-    Not if another attempt is committed meanwhile: it may have removed these files as superseded.
+    Does not raise if another attempt was committed in the meantime, which may have removed these
+    files as superseded.
     """
     wrong = damage(sent) or _replaced_file(sent, files)
     existing = find(sent.root, sent.stage, sent.key)
@@ -257,16 +258,16 @@ def _check_put(sent: Committed, files: Sequence[PutEntry], replaces: str | None)
 
 
 def _replaced_file(sent: Committed, files: Sequence[PutEntry]) -> str:
-    """Return the first file that another process has put again, or ""."""
+    """Return a message about the first file that another process has replaced, or ""."""
     versions = store.etags(sent.root, sent.path)
     changed = [f["path"] for f in files if f.get("etag", "") not in ("", versions[f["path"]])]
-    return f"{changed[0]} was put again by another process" if changed else ""
+    return f"{changed[0]} was replaced by another process" if changed else ""
 
 
 def _put_manifest(sent: Committed, replaces: str | None) -> Committed:
-    """Put the manifest if there is none, or that of the attempt `replaces`; return what is there.
+    """Put the manifest if there is none or its attempt is `replaces`; return the committed folder.
 
-    That is `sent` also if the answer to our write was lost.
+    The manifest is read back, so the result is right even if the response to the write was lost.
     """
 
     def put(old: bytes | None) -> bytes | None:
@@ -275,7 +276,7 @@ def _put_manifest(sent: Committed, replaces: str | None) -> Committed:
 
     store.change_bytes(sent.root, f"{sent.stage}/{sent.key}/{MANIFEST}", put)
     committed = find(sent.root, sent.stage, sent.key)
-    assert committed, "a manifest was put, or there is one that refused it"
+    assert committed, "change_bytes put our manifest, or there was one already"
     return committed
 
 

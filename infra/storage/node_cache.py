@@ -1,11 +1,10 @@
-"""The cache of one ROOT on a node: local copies of files of a store, bounded in size.
+"""The cache of one node for one ROOT: local copies of a store's files, of bounded size.
 
-Copies lie in `cache/` of the ROOT's scratch folder, one file per cached file. A process that uses a
-copy holds a shared flock on it, which vanishes with the process; a copy that nobody uses may be
-removed at any time, the least recently used first. The bound covers everything in the scratch
-folder, unfinished outputs included, and what is being downloaded counts with its final size. All
-processes of a node that read one ROOT share one cache; two ROOTs on a node have a cache and a bound
-each. Knows nothing of stores: the caller downloads.
+Copies are in `SCRATCH/cache/`, one file per cached file; each ROOT has its own scratch folder, so
+the bound is per ROOT on a node. A process that uses a copy holds a shared flock on it, which ends
+with the process; unused copies may be removed at any time, the least recently used first. The bound
+covers all files in the scratch folder, including unfinished outputs; a running download counts with
+its final size. All processes of a node share the cache of a ROOT. The caller downloads the files.
 """
 
 import errno
@@ -22,19 +21,23 @@ from infra.errors import StorageError
 
 FOLDER = "cache"
 PART = ".part-"
-"""Ends the name of a copy that is being downloaded, followed by its final size in bytes."""
+"""Suffix of a copy that is being downloaded, followed by its final size in bytes."""
 GUARD = "cache.lock"
 STATES = "work"
-"""The node's copies of the states of stages that are under way (`work_folder.py`)."""
-FORGOTTEN_S = 86_400.0
+"""Folder of the node's copies of the states of running stages (`work_folder.py`)."""
+ABANDONED_S = 86_400.0
+"""Seconds after its last change at which a file of a stage's state may be removed."""
 WAIT_S = 60.0
-"""Maximum time to wait for copies in use to be released before the node counts as too small."""
+"""Maximum seconds to wait for copies in use to be released; then StorageError is raised."""
 POLL_S = 0.1
 
 
 @dataclass(frozen=True)
 class NodeCache:
-    """The cache in `scratch`; all of `scratch` may take at most `limit_bytes`."""
+    """The cache in `scratch`, the scratch folder of one ROOT on this node.
+
+    All files in `scratch` together may take at most `limit_bytes`.
+    """
 
     scratch: Path
     limit_bytes: int
@@ -45,11 +48,11 @@ class NodeCache:
         return self.scratch / FOLDER
 
     def open(self, name: str, size_bytes: int, download: Callable[[Path], None]) -> BinaryIO:
-        """Open the copy of a file for reading; it stays until the file object is closed.
+        """Open the copy of a file for reading; it is kept until the file object is closed.
 
-        `name` is its path below `folder`, and names one content for ever. Where there is no copy,
-        `download` writes it to the path that it gets, or raises. Raises StorageError where there is
-        no room for `size_bytes` beside what is in use.
+        `name` is its path below `folder`; a name always has the same content. If there is no copy,
+        `download` is called with the path to write it to. Raises StorageError if `size_bytes` do
+        not fit beside the files in use, and any error of `download`.
         """
         path = self.folder / name
         while True:
@@ -60,13 +63,13 @@ class NodeCache:
             self._make(path, size_bytes, download)
 
     def _make(self, path: Path, size_bytes: int, download: Callable[[Path], None]) -> None:
-        """Download a copy, or wait for another process that does."""
+        """Download a copy, or wait for another process that is downloading it."""
         part = path.with_name(f"{path.name}{PART}{size_bytes}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, part):
-                return  # another process has just finished it, or removed what a killed one left
+                return  # another process has just finished it, or removed an unfinished one
             try:
                 self.make_room(size_bytes, part)
                 download(part)
@@ -76,10 +79,10 @@ class NodeCache:
                 raise
 
     def make_room(self, size_bytes: int, reserved: Path | None = None) -> None:
-        """Remove copies that nobody uses until `size_bytes` more fit into the scratch folder.
+        """Remove unused copies until `size_bytes` more fit into the scratch folder.
 
-        `reserved` is a file that already stands for these bytes. Waits for up to WAIT_S while too
-        much is in use, then raises StorageError.
+        `reserved` is a file that already reserves these bytes; it is not counted again. Waits up to
+        WAIT_S while too much is in use, then raises StorageError.
         """
         limit_s = time.monotonic() + WAIT_S
         while True:
@@ -89,21 +92,24 @@ class NodeCache:
                 return
             if time.monotonic() >= limit_s:
                 raise StorageError(
-                    f"the scratch folder {self.scratch} may take {self.limit_bytes:,} bytes, but "
-                    f"{self.limit_bytes + missing_bytes:,} are needed at once: set "
+                    f"the scratch folder {self.scratch} is limited to {self.limit_bytes:,} bytes, "
+                    f"but {self.limit_bytes + missing_bytes:,} are needed at once: set "
                     "UNCLIP_SCRATCH_BYTES to at least that, or make shards smaller"
                 )
             time.sleep(POLL_S)
 
     def _free(self, size_bytes: int, reserved: Path | None) -> int:
-        """Remove copies, oldest use first; return how many bytes are still missing (<= 0: none)."""
+        """Remove unused copies, least recently used first.
+
+        Returns the number of bytes that are still missing; 0 or less if none are.
+        """
         used_bytes, copies = 0, []
         for path, stat in _files(self.scratch):
             if path == reserved:
                 continue
             final_bytes = _final_bytes(path, stat.st_size)
             used_bytes += final_bytes
-            if self.folder in path.parents or self._is_forgotten(path, stat):
+            if self.folder in path.parents or self._is_abandoned(path, stat):
                 copies.append((stat.st_mtime_ns, path, final_bytes))
         missing_bytes = used_bytes + size_bytes - self.limit_bytes
         for _, path, copy_bytes in sorted(copies):
@@ -113,13 +119,13 @@ class NodeCache:
                 missing_bytes -= copy_bytes
         return missing_bytes
 
-    def _is_forgotten(self, path: Path, stat: os.stat_result) -> bool:
-        """Say whether a file is the state of a stage that nobody has worked on here for a day."""
-        return self.scratch / STATES in path.parents and time.time() - stat.st_mtime > FORGOTTEN_S
+    def _is_abandoned(self, path: Path, stat: os.stat_result) -> bool:
+        """Return whether a file is the state of a stage that has not changed here for a day."""
+        return self.scratch / STATES in path.parents and time.time() - stat.st_mtime > ABANDONED_S
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Let one process at a time decide what goes."""
+        """Hold a lock, so that one process at a time decides which copies to remove."""
         locks = self.scratch / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         with (locks / GUARD).open("ab") as file:
@@ -133,7 +139,7 @@ def used_bytes(scratch: Path) -> int:
 
 
 def _open_shared(path: Path) -> BinaryIO | None:
-    """Open a copy and keep it from being removed; None where there is none."""
+    """Open a copy with a shared lock, so that it is not removed; None if there is no copy."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -146,7 +152,7 @@ def _open_shared(path: Path) -> BinaryIO | None:
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Say whether `path` still names the open file."""
+    """Return whether `path` is still the path of the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -154,7 +160,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a copy, or what a killed process left of one, unless a process uses it."""
+    """Remove a copy or an unfinished one, unless a process uses it; return whether it is gone."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,7 +181,7 @@ def _final_bytes(path: Path, size_bytes: int) -> int:
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield every file below a folder that is still there when it is looked at."""
+    """Yield (path, stat) of every file below a folder; skip files that others remove."""
     for parent, _, names in os.walk(folder):
         for name in names:
             path = Path(parent) / name

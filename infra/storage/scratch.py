@@ -1,9 +1,9 @@
-"""The scratch folder of one ROOT on this node: where it is and how much it may take.
+"""Path and maximum size of a ROOT's scratch folder on this node, from environment variables.
 
-UNCLIP_SCRATCH names the parent folder (default ~/.cache/unclip/scratch), in which every ROOT that
-is not local has a folder of its own. UNCLIP_SCRATCH_BYTES bounds each of those folders (default
-20 GiB), so two ROOTs on one node may take twice as much. Every node reads its own environment, so
-nodes need no folder in common.
+UNCLIP_SCRATCH is the base folder (default ~/.cache/unclip/scratch); each ROOT in a store has its
+own folder below it. UNCLIP_SCRATCH_BYTES is the bound per ROOT on a node (default 20 GiB): a node
+that uses two ROOTs may need twice as much disk. Every node reads its own environment, so nodes need
+no shared folder.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def scratch_for(uri: str) -> Path | None:
-    """Return this node's folder for copies and unfinished work of a ROOT that is not local.
+    """Return this node's scratch folder for a ROOT in a store: copies and unfinished work.
 
-    None for a local ROOT, which holds its own.
+    Returns None for a local ROOT, which contains its scratch folder.
     """
     if "://" not in uri or uri.startswith("file://"):
         return None
@@ -31,10 +31,10 @@ def scratch_for(uri: str) -> Path | None:
 
 
 def scratch_bytes() -> int:
-    """Return how many bytes the scratch folder of one ROOT may take on this node.
+    """Return the maximum size in bytes of the scratch folder of one ROOT on this node.
 
     Accepts bytes, or a number with K, M, G or T (powers of 1,024), such as 20G, 20Gi or 20GiB.
-    Raises CallerError.
+    Raises CallerError if the variable is not a size.
     """
     text = os.environ.get(BYTES_VARIABLE, "").strip()
     if not text:

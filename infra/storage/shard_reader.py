@@ -1,6 +1,7 @@
-"""Reads images out of the shards of a stage, wherever the stage is.
+"""Read images from the shards of a stage, in a local folder or in a store.
 
-Reads bytes at a place that a keep list names; checks nothing. Safe to use from many threads.
+Reads byte ranges at the offsets of a keep list and does not check them. Safe to use from several
+threads.
 """
 
 import threading
@@ -14,9 +15,9 @@ SHARDS = "shards"
 class ShardReader:
     """Reads ranges of `shards/<name>`, in a folder or in a store.
 
-    `is_sequential` is for readers that go through whole shards: each thread keeps the shard that it
-    read last open, and a store's is fetched whole into the node's cache. Else only the ranges of a
-    store's shards are fetched.
+    `is_sequential` is for reading whole shards in order: each thread keeps its last shard open, and
+    a shard of a store is downloaded completely into the node's cache. Otherwise, only the requested
+    ranges of a store's shards are downloaded.
     """
 
     def __init__(self, files: StageFiles, is_sequential: bool = False) -> None:
@@ -27,11 +28,11 @@ class ShardReader:
         self._guard = threading.Lock()
 
     def sequential(self) -> "ShardReader":
-        """Return a reader of the same shards for whoever goes through them."""
+        """Return a reader of the same shards for reading whole shards in order."""
         return ShardReader(self.files, is_sequential=True)
 
     def read(self, shard: str, offset: int, size_bytes: int) -> bytes:
-        """Return a range; fewer bytes where the shard ends before.
+        """Return a range of a shard as bytes; fewer bytes at its end.
 
         Raises FileNotFoundError, DataError.
         """
@@ -42,15 +43,15 @@ class ShardReader:
         return file.read(size_bytes)
 
     def size_bytes(self, shard: str) -> int:
-        """Return the size of a shard. Raises FileNotFoundError."""
+        """Return the size of a shard in bytes. Raises FileNotFoundError."""
         return self.files.size_bytes(f"{SHARDS}/{shard}")
 
     def __str__(self) -> str:
-        """Return where the shards are, for messages."""
+        """Return the path or URI of the shards, for messages."""
         return f"{self.files.address()}/{SHARDS}"
 
     def close(self) -> None:
-        """Close the open shards, so that the node's cache may remove them."""
+        """Close all open shards, so that the node's cache can remove them."""
         with self._guard:
             for file in self._opened.values():
                 file.close()

@@ -1,8 +1,8 @@
-"""Files of a committed stage as any process on any node reads them: by name, never by path.
+"""Read the files of a committed stage by name, in any process on any node.
 
 `FolderFiles` reads a local folder. `StoreFiles` reads a store: whole files through the node's
-bounded cache, or ranges of them. Both are small and travel between processes; neither holds a file.
-Every whole file that comes from a store is compared with the manifest's SHA-256.
+bounded cache, or ranges of files. Both are small and picklable, and hold no open file. Every whole
+file from a store is checked against the SHA-256 in the manifest.
 """
 
 import atexit
@@ -37,11 +37,11 @@ class FileEntry(TypedDict):
 
 
 class StageFiles(Protocol):
-    """The files of one stage folder, under names relative to it."""
+    """The files of one stage folder, by names relative to the folder."""
 
     @property
     def is_local(self) -> bool:
-        """Whether reading a part of a file costs no more than its bytes."""
+        """Whether the files are on a local disk, so that small reads are cheap."""
 
     def names(self, pattern: str = "**/*") -> list[str]:
         """Return the names that match a glob such as `shards/*.tar`, sorted."""
@@ -50,19 +50,20 @@ class StageFiles(Protocol):
         """Open a whole file for reading and seeking. Raises FileNotFoundError, DataError."""
 
     def read(self, name: str, offset: int, size_bytes: int) -> bytes:
-        """Read a range of a file; fewer bytes where it ends before. Raises FileNotFoundError."""
+        """Read a range of a file; fewer bytes at its end. Raises FileNotFoundError."""
 
     def size_bytes(self, name: str) -> int:
         """Return the size of a file. Raises FileNotFoundError."""
 
     def local_copy(self, *patterns: str) -> AbstractContextManager[Path]:
-        """Provide a local folder with the files that match, and maybe more, while a block runs.
+        """Provide a local folder with the matching files while a block runs.
 
-        Without patterns it holds all files. Raises DataError, StorageError.
+        The folder may contain other files too. Without patterns, all files match. Raises DataError,
+        StorageError.
         """
 
     def address(self) -> str:
-        """Return where the files are, for messages."""
+        """Return the path or URI of the files, for messages."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class StoreFiles:
             )
 
     def _download(self, entry: FileEntry, path: Path, tell: Callable[[int], None]) -> None:
-        """Download a file, again where it arrives otherwise than the manifest says."""
+        """Download a file; retry if it differs from its manifest entry. Raises DataError."""
         for _ in range(DOWNLOAD_TRIES):
             store.download(self.root, self._path(entry["path"]), path, tell)
             size_bytes = path.stat().st_size
@@ -218,7 +219,7 @@ class StoreFiles:
 
 @lru_cache(maxsize=64)
 def _read_entries(root: Root, stage: str, key: str, digest: str) -> Mapping[str, FileEntry]:
-    """Return the files of a manifest by name. Raises DataError where it is no longer the same."""
+    """Return the files of a manifest by name. Raises DataError if its digest has changed."""
     manifest = store.read_json(root, f"{stage}/{key}/{MANIFEST}")
     if manifest is None or manifest["digest"] != digest:
         raise DataError(
@@ -233,11 +234,11 @@ atexit.register(_PINS.close)
 
 
 def pinned_copy(files: StageFiles, *patterns: str) -> Path:
-    """Return a local folder with the files that match; they stay until this process ends."""
+    """Return a local folder with the matching files; they are kept until this process ends."""
     return _PINS.enter_context(files.local_copy(*patterns))
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a local file, in hexadecimal, read piece by piece."""
+    """Return the SHA-256 of a local file in hexadecimal; the file is read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

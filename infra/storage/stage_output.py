@@ -1,9 +1,9 @@
-"""The unfinished output of a stage: any process on any node puts finished files into ROOT.
+"""The unfinished output of a stage: any process on any node can put finished files into ROOT.
 
-In a store the files go below the attempt's own prefix, `<stage>/<key>/<attempt>/`, at once; in a
-local ROOT into `work/<stage>/<key>/output/` by rename. Nobody reads them before the manifest names
-them (`infra/storage/manifests.py`). A stage that is made in parts records every finished part in
-`work/<stage>/<key>/parts/`, so that another process, on any node, goes on where one ended.
+In a store, files are put directly below the attempt's prefix, `<stage>/<key>/<attempt>/`. In a
+local ROOT, they are renamed into `work/<stage>/<key>/output/`. Readers do not see them before they
+are in the manifest (`infra/storage/manifests.py`). A stage that is made in parts records every
+finished part in `work/<stage>/<key>/parts/`, so that a process on any node can continue after them.
 """
 
 import io
@@ -28,13 +28,13 @@ OUTPUT, PARTS, ATTEMPT = "output", "parts", "attempt"
 
 
 class PutEntry(FileEntry):
-    """A file that was put: its manifest entry, and its version in the store."""
+    """A file that was put: its manifest entry, and its etag (version) in the store."""
 
     etag: NotRequired[str]
 
 
 class Part(TypedDict):
-    """The record of a finished part: its files, and what the stage wants to know of it."""
+    """The record of a finished part: its files, and facts that the stage needs later."""
 
     files: list[PutEntry]
     facts: dict[str, Any]
@@ -42,7 +42,7 @@ class Part(TypedDict):
 
 @dataclass(frozen=True)
 class StageOutput:
-    """Where an attempt at a stage puts its files. Small; travels between processes and nodes."""
+    """The output of one attempt at a stage. Small and picklable, for use on other nodes."""
 
     root: Root
     stage: str
@@ -51,30 +51,30 @@ class StageOutput:
 
     @property
     def folder(self) -> Path:
-        """The local folder that becomes the committed one; only in a local ROOT."""
+        """The local folder that will be committed; only for a local ROOT."""
         assert self.root.folder, "a store has no folder"
         return self.root.folder / self.work / OUTPUT
 
     @property
     def path(self) -> str:
-        """Where the files go in a store, relative to ROOT."""
+        """Prefix of the files in a store, relative to ROOT."""
         return f"{self.stage}/{self.key}/{self.attempt}"
 
     @property
     def work(self) -> str:
-        """Where ROOT keeps this attempt's state, relative to ROOT."""
+        """Folder of this attempt's state, relative to ROOT."""
         return _work(self.stage, self.key)
 
     @contextmanager
     def temporary_folder(self) -> Iterator[Path]:
-        """Provide an empty folder in this node's scratch for files that are not finished."""
+        """Provide an empty folder in this node's scratch folder for unfinished files."""
         with writing_folder(self.root.scratch, f"{self.stage}-{self.key}-part") as folder:
             yield folder
 
     def put(self, file: Path, name: str, tell: Callable[[int], None] = lambda _: None) -> PutEntry:
-        """Make a finished local file the output's file of that name, and remove it.
+        """Put a finished local file into the output under `name`, and remove the local file.
 
-        A file that was put before under the name is replaced in one step. Raises StorageError.
+        An earlier file of that name is replaced atomically. Raises StorageError.
         """
         entry: PutEntry = {
             "path": name,
@@ -94,7 +94,7 @@ class StageOutput:
 
     @contextmanager
     def local_copy(self, *names: str) -> Iterator[Path]:
-        """Provide a local folder with files that were put, while the block runs."""
+        """Provide a local folder with files of this output while the block runs."""
         if self.root.folder:
             yield self.folder
             return
@@ -104,10 +104,10 @@ class StageOutput:
             yield folder
 
     def copy(self, source: str, file: FileEntry) -> PutEntry:
-        """Make a committed file the output's file of the entry's name, without moving its bytes.
+        """Put a committed file into the output under its entry's name, without downloading it.
 
-        `source` is its name relative to ROOT. A local ROOT links it, a store copies it itself.
-        Raises StorageError.
+        `source` is its name relative to ROOT. A local ROOT links the file; a store copies it
+        internally. Raises StorageError.
         """
         entry: PutEntry = {"path": file["path"], "bytes": file["bytes"], "sha256": file["sha256"]}
         if self.root.folder:
@@ -121,13 +121,16 @@ class StageOutput:
         return {**entry, "etag": etag} if etag else entry
 
     def open(self, name: str) -> BinaryIO:
-        """Open a small file that was put; a store's is read whole. Raises FileNotFoundError."""
+        """Open a small file of this output; from a store, the whole file is read into memory.
+
+        Raises FileNotFoundError.
+        """
         if self.root.folder:
             return (self.folder / name).open("rb")
         return io.BytesIO(store.read_bytes(self.root, f"{self.path}/{name}"))
 
     def put_tree(self, folder: Path) -> list[PutEntry]:
-        """Put all files of a local folder under their relative names; it is empty afterwards."""
+        """Put all files of a local folder under their relative names, and remove them there."""
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         total_bytes = 0 if self.root.folder else sum(path.stat().st_size for path in files)
         with (
@@ -140,7 +143,7 @@ class StageOutput:
             )
 
     def record(self, part: str, files: Sequence[PutEntry], facts: dict[str, Any]) -> Part:
-        """Record that a part is finished; call it after its files were put."""
+        """Record that a part is finished; call this after its files were put."""
         finished = Part(files=list(files), facts=facts)
         store.write_json(self.root, f"{self._parts}/{part}.json", finished)
         return finished
@@ -148,7 +151,7 @@ class StageOutput:
     def finished_parts(self) -> dict[str, Part]:
         """Return the records of all finished parts, by part.
 
-        A part whose files are no longer there as they were put counts as not finished.
+        A part whose files are missing or have changed since they were put is left out.
         """
         names = [
             name for name in store.list_names(self.root, self._parts) if name.endswith(".json")
@@ -178,8 +181,8 @@ class StageOutput:
         }
 
     def is_committed(self) -> bool:
-        """Say whether this attempt is committed in a store: then no file of it may change."""
-        if self.root.folder:  # the folder that was committed is no longer this one
+        """Return whether this attempt is committed in a store; then its files must not change."""
+        if self.root.folder:  # a commit renames the folder, so this one is never committed
             return False
         manifest = store.read_json(self.root, f"{self.stage}/{self.key}/{MANIFEST}")
         return manifest is not None and manifest["attempt"] == self.attempt
@@ -198,18 +201,18 @@ class StageOutput:
 
 
 def open_output(root: Root, stage: str, key: str) -> StageOutput:
-    """Return the output of the attempt at a stage that is under way, or of a new one."""
+    """Return the output of the running attempt at a stage, or of a new attempt."""
     if root.folder:
         return StageOutput(root, stage, key, OUTPUT)
     name = f"{_work(stage, key)}/{ATTEMPT}"
     fresh = secrets.token_hex(6).encode()
     now = store.change_bytes(root, name, lambda old: fresh if old is None else None)
-    assert now, "where no attempt was, ours is now"
+    assert now, "change_bytes writes our attempt if there is none"
     return StageOutput(root, stage, key, now.decode())
 
 
 def close_output(output: StageOutput) -> None:
-    """Remove the records of an output that was committed, or that another commit has made void."""
+    """Remove the records of an output after its commit, or after another attempt's commit."""
     store.remove(output.root, _work(output.stage, output.key))
 
 
@@ -218,9 +221,9 @@ def _work(stage: str, key: str) -> str:
 
 
 def _move(file: Path, target: Path) -> None:
-    """Rename a file, or copy it aside and rename the copy where it lies on another disk.
+    """Rename a file; if it is on another disk, copy it to a temporary name and rename the copy.
 
-    The content is on the disk before the file gets its name, and its name when this returns.
+    The content is synced to disk before the rename, and the rename before this returns.
     """
     sync(file)
     try:

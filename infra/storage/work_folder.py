@@ -1,8 +1,8 @@
-"""State of a stage that is under way, which a process on any node can go on from.
+"""State files of a running stage, from which a process on any node can continue.
 
-A process writes a file into its node's folder and publishes it; another fetches it. In a local ROOT
-both are the same folder, and publishing does nothing. In a store the published files lie in
-`work/<stage>/<key>/state/` until the stage is committed. Knows nothing of what the files hold.
+A process writes a file into its node's folder and publishes it; another process fetches it. In a
+local ROOT, both use the same folder and publishing does nothing. In a store, published files are in
+`work/<stage>/<key>/state/` until the stage is committed. The files' contents are up to the caller.
 """
 
 import secrets
@@ -21,7 +21,7 @@ STATE = "state"
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """The work folder of one stage and key. Small; travels between processes and nodes."""
+    """The work folder of one stage and key. Small and picklable, for use on other nodes."""
 
     root: Root
     name: str
@@ -29,23 +29,23 @@ class WorkFolder:
 
     @property
     def folder(self) -> Path:
-        """This node's folder of the files. In a local ROOT every process has the same."""
+        """This node's folder of the files. In a local ROOT, all processes share it."""
         base = self.root.scratch if self.root.folder else self.root.scratch / STATES
         return base / self.name
 
     def path(self, name: str) -> Path:
-        """Return where this process writes or reads a file; the folder is made."""
+        """Return the path of a file on this node; create its folder."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def publish(self, name: str) -> None:
-        """Make this node's file the one that all others fetch. Raises StorageError."""
+        """Upload this node's file, so that other nodes can fetch it. Raises StorageError."""
         if not self.root.folder:
             store.upload(self.root, self.folder / name, self._published(name))
 
     def fetch(self, name: str) -> Path | None:
-        """Return the path of the file as it was published last, or None where there is none.
+        """Fetch the file that was published last; return its path, or None if there is none.
 
         Raises StorageError.
         """
@@ -63,7 +63,7 @@ class WorkFolder:
         return path
 
     def fetched(self, name: str) -> Path:
-        """Return the path of a file that was published; raises FileNotFoundError."""
+        """Fetch a published file and return its path; raise FileNotFoundError if there is none."""
         path = self.fetch(name)
         if path is None:
             raise FileNotFoundError(f"{store.uri_of(self.root, self._published(name))} is missing")
@@ -74,16 +74,16 @@ class WorkFolder:
 
 
 def local_work(folder: Path) -> WorkFolder:
-    """Return a work folder on this machine only, for a training without a ROOT."""
+    """Return a work folder on this machine only, for training without a ROOT."""
     root = store.open_root(str(folder), folder, for_writing=False)
     return WorkFolder(root, "")
 
 
 class Publisher:
-    """Publishes files in a thread of its own, so that who writes them does not wait for a store.
+    """Context manager: publish files in a thread, so that the caller does not wait for the store.
 
-    Of a file that is written again before it was published, only the newest content travels. A
-    failure is raised by the next call, or when the block ends; everything is published by then.
+    If a file is written again before it is published, only the newest content is published. When
+    the block ends, all files are published. An error is raised by the next call or at the end.
     """
 
     def __init__(self, work: WorkFolder) -> None:
@@ -95,7 +95,7 @@ class Publisher:
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def publish(self, name: str) -> None:
-        """Have a file published; returns at once. Raises what an earlier file met."""
+        """Queue a file for publishing and return at once. Raises the error of an earlier file."""
         if self.work.root.folder:
             return
         with self.changed:

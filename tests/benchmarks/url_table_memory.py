@@ -113,7 +113,7 @@ def run(folder: Path, rows: int) -> None:
     problem = np.array([*[""] * 6, "http_404: gone", "timeout: 10 s"])
     shards = pretend(feeds, output, problem, is_first=True)
     clock = step("(pretended download)", clock, rows)
-    again = row_outcomes.rows_to_ask_again(output, shards, folder / "again.parquet")
+    again = row_outcomes.rows_to_retry(output, shards, folder / "again.parquet")
     assert abs(pq.read_metadata(again).num_rows / kept - 1 / 8) < 0.01
     clock = step("rows to ask again", clock, rows)
     retried = ingest.read_feeds(again, len(shards), SHARD_ROWS)

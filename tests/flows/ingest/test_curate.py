@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.ingest import curate
-from flows.ingest.curate import RANK, CurateConfig, keepers, split_of
+from flows.ingest.curate import RANK, CurateConfig, first_of_equals, split_of
 from infra.errors import DataError
 from infra.schemas import DROPPED, KEEP
 from infra.storage.stage_files import FolderFiles
@@ -170,7 +170,7 @@ def test_a_duplicate_across_splits_leaves_the_training_split(tmp_path: Path) -> 
     assert counts["splits"] == {"held_out_style": 1, "train": 1}
 
 
-def test_keepers_agrees_with_brute_force() -> None:
+def test_first_of_equals_agrees_with_brute_force() -> None:
     generator = np.random.default_rng(0)
     ranks = np.array(
         [
@@ -182,8 +182,8 @@ def test_keepers_agrees_with_brute_force() -> None:
     best: dict[bytes, Any] = {}
     for rank in ranks.tolist():
         best[rank[0]] = min(rank, best.get(rank[0], rank))
-    assert keepers(ranks).tolist() == [best[rank[0]] == rank for rank in ranks.tolist()]
-    assert keepers(ranks[:0]).tolist() == []
+    assert first_of_equals(ranks).tolist() == [best[rank[0]] == rank for rank in ranks.tolist()]
+    assert first_of_equals(ranks[:0]).tolist() == []
 
 
 def test_one_concept_never_stands_in_two_splits_and_the_fraction_holds() -> None:
@@ -235,7 +235,7 @@ def test_a_tar_and_a_parquet_that_disagree_are_named(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "ingest", 0, [item(n) for n in range(3)])
     rows = pq.read_table(path.with_suffix(".parquet"))
     pq.write_table(rows.slice(1), path.with_suffix(".parquet"))
-    with pytest.raises(DataError, match="knows nothing"):
+    with pytest.raises(DataError, match="not in its parquet file"):
         curate.run(NO_HELD_OUT, FolderFiles(tmp_path / "ingest"), tmp_path / "out")
     pq.write_table(
         pa.concat_tables(

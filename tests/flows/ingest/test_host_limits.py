@@ -129,7 +129,7 @@ def test_a_host_without_robots_txt_allows_and_one_that_fails_is_tried_later(
     server.robots = None
     with pytest.raises(FetchError, match=r"http_unavailable: robots\.txt: HTTP 503") as caught:
         fetch_image(f"{server.base}/good/2.png", POLITE)
-    assert caught.value.reason in http_fetch.PASSING and server.asked["/good/2.png"] == 0
+    assert caught.value.reason in http_fetch.TEMPORARY_REASONS and server.asked["/good/2.png"] == 0
     asked = server.asked["/robots.txt"]
     for number in range(3, 6):
         with pytest.raises(FetchError, match=r"http_unavailable: robots\.txt: HTTP 503"):
@@ -148,14 +148,14 @@ def test_hosts_that_were_not_asked_for_longest_are_forgotten_unless_in_use() -> 
             assert hosts.allows(
                 ("http", str(number), 80), "/", lambda: "User-agent: *\nDisallow: /a"
             )
-        assert [host for _, host, _ in hosts.known] == ["used", "8", "9"]
+        assert [host for _, host, _ in hosts.hosts_by_origin] == ["used", "8", "9"]
     for number in range(3):
         assert not hosts.allows(
             ("http", str(number), 80),
             "/a",
             lambda: "User-agent: *\nDisallow: /a\nDisallow: /b\nDisallow: /c",
         )
-    assert len(hosts.known) == 2 and hosts.rules_bytes <= 1000
+    assert len(hosts.hosts_by_origin) == 2 and hosts.rules_bytes <= 1000
 
 
 def test_the_places_at_a_host_are_divided_among_the_tasks(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_an_entry_that_cannot_be_understood_is_an_error_that_names_it(
     tmp_path: Path, entry: str
 ) -> None:
     (tmp_path / "no.txt").write_text(f"# first\n{entry}\n")
-    with pytest.raises(CallerError, match=r"no.txt' line 2: .* is no host and no URL"):
+    with pytest.raises(CallerError, match=r"no.txt' line 2: .* is neither a host nor a URL"):
         read_opt_out([str(tmp_path / "no.txt")])
 
 

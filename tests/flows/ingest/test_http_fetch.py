@@ -126,8 +126,8 @@ def test_a_picture_that_grows_out_of_bounds_on_its_way_to_its_size_is_too_large(
     server: Server,
 ) -> None:
     url = f"{server.base}/thread/1.png"  # 1 x 1,000,000
-    assert reason(url, replace(RULES, grown_px=64)) == "too_large"  # 64 x 64,000,000
-    assert fetch_image(url, replace(RULES, grown_px=3)) and fetch_image(url, RULES)
+    assert reason(url, replace(RULES, upscaled_side_px=64)) == "too_large"  # 64 x 64,000,000
+    assert fetch_image(url, replace(RULES, upscaled_side_px=3)) and fetch_image(url, RULES)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_a_host_to_which_no_connection_comes_about_is_left_alone_for_a_while(
         assert reason("http://gone.test/a.png", replace(RULES, retries=1)) == "unreachable"
     assert reason("http://other.test/a.png") == "unreachable"
     assert asked == ["gone.test"] * MAX_FAILED_CONNECTIONS + ["other.test"]
-    http_fetch.hosts.forgive()
+    http_fetch.hosts.forget_failures()
     assert reason("http://gone.test/a.png") == "unreachable" and asked[-1] == "gone.test"
 
 

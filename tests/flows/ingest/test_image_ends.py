@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from flows.ingest.http_fetch import FetchError, Rules, look_at
-from flows.ingest.image_ends import closed, is_whole
-from flows.ingest.plain_image import plain
+from flows.ingest.http_fetch import FetchError, Rules, check_image
+from flows.ingest.image_ends import is_whole, with_end
+from flows.ingest.plain_image import to_plain
 from tests.helpers.hostile_server import encoded, picture
 
 RULES = Rules(timeout_s=1, retries=0, max_bytes=10**7, max_pixels=10**7, allow_private=True)
@@ -23,9 +23,10 @@ IMAGES = {"PNG": PNG, "JPEG": JPEG, "progressive JPEG": PROGRESSIVE}
 @pytest.mark.parametrize("behind", [b"", bytes(500), CLIP, b"<!-- served in 3 ms -->"])
 def test_bytes_behind_the_end_take_nothing_away(name: str, behind: bytes) -> None:
     whole = IMAGES[name]
-    look_at(whole + behind, RULES)
+    check_image(whole + behind, RULES)
     pixels = cv2.imdecode(
-        np.frombuffer(plain(io.BytesIO(whole + behind)).getvalue(), np.uint8), cv2.IMREAD_UNCHANGED
+        np.frombuffer(to_plain(io.BytesIO(whole + behind)).getvalue(), np.uint8),
+        cv2.IMREAD_UNCHANGED,
     )
     assert np.array_equal(pixels, cv2.imdecode(np.frombuffer(whole, np.uint8), -1))
 
@@ -40,9 +41,9 @@ def test_an_image_that_lacks_its_end_alone_is_kept_and_closed(
 ) -> None:
     whole = IMAGES[name]
     body = whole[:-cut] + (padding if "JPEG" in name and cut == 2 else b"")
-    look_at(body, RULES)
+    check_image(body, RULES)
     pixels = cv2.imdecode(
-        np.frombuffer(plain(io.BytesIO(body)).getvalue(), np.uint8), cv2.IMREAD_UNCHANGED
+        np.frombuffer(to_plain(io.BytesIO(body)).getvalue(), np.uint8), cv2.IMREAD_UNCHANGED
     )
     assert np.array_equal(pixels, cv2.imdecode(np.frombuffer(whole, np.uint8), -1))
 
@@ -54,13 +55,13 @@ def test_an_image_that_lacks_rows_is_truncated(name: str, share: float, behind: 
     whole = IMAGES[name]
     body = whole[: int(len(whole) * share)] + behind
     with pytest.raises(FetchError, match="decode_error"):
-        look_at(body, RULES)
+        check_image(body, RULES)
 
 
 def test_a_whole_image_is_not_decoded_or_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cv2, "imdecode", None)
     for kind, body in (("PNG", PNG), ("JPEG", JPEG), ("GIF", b"GIF89a")):
-        assert closed(kind, body) is body and is_whole(kind, body)
+        assert with_end(kind, body) is body and is_whole(kind, body)
 
 
 def test_a_flat_grey_jpeg_that_was_cut_is_truncated() -> None:

@@ -429,8 +429,8 @@ def test_a_shard_that_kills_every_process_ends_the_run_with_its_name(
     monkeypatch.setattr(shard_task, "download_shard", dies)
     with pytest.raises(
         DataError,
-        match=r"shard 00000 failed 3 times, at last so: the process of its task died \(details in "
-        r".*logs.*\)",
+        match=r"shard 00000 failed 3 times, the last time with: the process of its task died "
+        r"\(details in .*logs.*\)",
     ):
         local_ingest(config_for(source), tmp_path)
 

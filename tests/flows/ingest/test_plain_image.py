@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from flows.ingest import plain_image
-from flows.ingest.plain_image import eight_bit, plain, read_header
+from flows.ingest.plain_image import read_header, to_plain, to_uint8
 from tests.helpers.hostile_server import encoded, picture
 
 
@@ -32,7 +32,7 @@ def test_a_picture_stands_upright_as_pillow_shows_it(kind: str, orientation: int
     lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
     Image.fromarray(corners()).save(stream, kind, exif=exif, **lossless.get(kind, {}))
     shown = ImageOps.exif_transpose(Image.open(stream)).convert("RGB")
-    pixels = decoded(plain(io.BytesIO(stream.getvalue())))
+    pixels = decoded(to_plain(io.BytesIO(stream.getvalue())))
     assert pixels.shape == (80, 40, 3) if orientation >= 5 else (40, 80, 3)
     difference = np.asarray(shown).astype(int) - pixels[..., ::-1]
     assert np.abs(difference).max() <= (20 if kind in ("JPEG", "AVIF") else 0)
@@ -85,7 +85,7 @@ def test_every_depth_becomes_eight_bits_by_its_white(
     deep = (image * white).round(0 if white > 1 else 9).astype(white.dtype)
     body = cv2.imencode(name[1:], deep, list(parameters))[1].tobytes()
     assert (read_header(body).width_px, read_header(body).height_px) == (64, 48)
-    pixels = decoded(plain(io.BytesIO(body)))
+    pixels = decoded(to_plain(io.BytesIO(body)))
     assert pixels.dtype == np.uint8
     difference = pixels.reshape(48, 64, -1)[..., 0] - (shares * 255)
     assert np.abs(difference).max() <= (4 if ".avif" in name else 0.51)
@@ -102,7 +102,7 @@ def test_ten_bits_in_a_tiff_are_scaled_by_ten_bits() -> None:
     )
     start = b"II*\0" + np.uint32(8 + len(data)).tobytes() + data
     body = start + np.uint16(len(tags)).tobytes() + entries + bytes(4)
-    assert (decoded(plain(io.BytesIO(body))) == 255).all()
+    assert (decoded(to_plain(io.BytesIO(body))) == 255).all()
 
 
 def test_pixels_without_an_agreed_form_are_refused_by_name() -> None:
@@ -114,15 +114,15 @@ def test_pixels_without_an_agreed_form_are_refused_by_name() -> None:
     ):
         body = cv2.imencode(".tif", pixels)[1].tobytes()
         with pytest.raises(ValueError, match=words):
-            plain(io.BytesIO(body))
+            to_plain(io.BytesIO(body))
 
 
 def test_sixteen_bits_are_rounded() -> None:
     every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    assert np.array_equal(eight_bit(every), np.rint(every / 257).astype(np.uint8))
+    assert np.array_equal(to_uint8(every), np.rint(every / 257).astype(np.uint8))
 
 
 def test_a_plain_picture_is_passed_on_as_it_is() -> None:
     for suffix in (".png", ".jpg", ".webp"):
         stream = io.BytesIO(encoded(picture(1), suffix))
-        assert plain(stream) is stream
+        assert to_plain(stream) is stream

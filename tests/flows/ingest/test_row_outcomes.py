@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.ingest import row_outcomes
-from flows.ingest.http_fetch import PASSING
+from flows.ingest.http_fetch import TEMPORARY_REASONS
 from flows.ingest.row_outcomes import (
     ShardFacts,
     count_outcomes,
-    passing_share,
     read_outcomes,
-    rows_to_ask_again,
+    rows_to_retry,
     split_problem,
+    temporary_share,
     write_dropped,
 )
 from infra.schemas import DROPPED, URLS
@@ -97,7 +97,7 @@ def write_shards(
                 "is_first": turn == 0,
             }
             number += 1
-        asked = [name for name in asked if reason_of(latest[name]) in PASSING]
+        asked = [name for name in asked if reason_of(latest[name]) in TEMPORARY_REASONS]
     return shards, latest, succeeded
 
 
@@ -115,10 +115,10 @@ def test_the_last_word_on_every_row_counts(
     shards, latest, succeeded = write_shards(output, seed)
     expected = {name: reason_of(row) for name, row in latest.items() if reason_of(row)}
     assert {"http_404", "timeout", "decode_error"} <= set(expected.values()) and succeeded > 50
-    again = pq.read_table(rows_to_ask_again(output, shards, tmp_path / "again.parquet"))
+    again = pq.read_table(rows_to_retry(output, shards, tmp_path / "again.parquet"))
     assert again.schema.equals(URLS)
     assert sorted(again["key"].to_pylist()) == sorted(
-        name for name, reason in expected.items() if reason in PASSING
+        name for name, reason in expected.items() if reason in TEMPORARY_REASONS
     )
     for row in again.to_pylist():
         assert row == {name: latest[row["key"]][name] for name in URLS.names if name != "key"} | {
@@ -155,10 +155,10 @@ def test_without_a_failure_nothing_is_asked_again(tmp_path: Path, output: StageO
     }
     shards: dict[int, ShardFacts] = {0: {"outcomes": put_shard(output, 0, [row]), "is_first": True}}
     file = tmp_path / "again.parquet"
-    assert pq.read_table(rows_to_ask_again(output, shards, file)).num_rows == 0
-    assert pq.read_table(rows_to_ask_again(output, {}, file)).num_rows == 0
+    assert pq.read_table(rows_to_retry(output, shards, file)).num_rows == 0
+    assert pq.read_table(rows_to_retry(output, {}, file)).num_rows == 0
 
 
 def test_the_share_of_rows_that_may_pass_is_of_all_rows() -> None:
-    assert passing_share({"success": 5, "timeout": 2, "cut_short": 1, "http_404": 2}) == 0.3
-    assert passing_share({}) == 0
+    assert temporary_share({"success": 5, "timeout": 2, "cut_short": 1, "http_404": 2}) == 0.3
+    assert temporary_share({}) == 0

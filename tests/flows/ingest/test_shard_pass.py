@@ -48,11 +48,12 @@ def test_a_lost_node_is_no_fault_of_the_shard_but_has_an_end(tmp_path: Path) -> 
     for _ in range(MAX_LOSSES - 1):
         task = downloads.next_task()
         assert not task.attempt.is_single
-        downloads._make_again(task, "the node is gone", is_lost=True)
+        downloads._retry(task, "the node is gone", is_node_lost=True)
     with pytest.raises(
-        DataError, match=f"shard 00000 failed {MAX_LOSSES} times, at last so: the node is gone"
+        DataError,
+        match=f"shard 00000 failed {MAX_LOSSES} times, the last time with: the node is gone",
     ):
-        downloads._make_again(downloads.next_task(), "the node is gone", is_lost=True)
+        downloads._retry(downloads.next_task(), "the node is gone", is_node_lost=True)
 
 
 def test_the_last_attempt_goes_row_by_row_and_leaves_out_what_kills(tmp_path: Path) -> None:
@@ -62,30 +63,32 @@ def test_the_last_attempt_goes_row_by_row_and_leaves_out_what_kills(tmp_path: Pa
     for _ in range(2):
         task = downloads.next_task()
         assert not task.attempt.is_single
-        downloads._make_again(task, "the process of its task died")
+        downloads._retry(task, "the process of its task died")
     for row in (7, 8):
         task = downloads.next_task()
         assert task.attempt.is_single
         store.write_bytes(root, row_note(downloads.output, 0), b"%d" % row)
-        downloads._make_again(task, "the process of its task died")
+        downloads._retry(task, "the process of its task died")
     task = downloads.next_task()
     assert task.attempt.is_single and task.attempt.crashed == (7, 8)
-    with pytest.raises(DataError, match="failed 3 times, at last so: the process of its task died"):
-        downloads._make_again(task, "the process of its task died")  # of nothing that is a row's
+    with pytest.raises(
+        DataError, match="failed 3 times, the last time with: the process of its task died"
+    ):
+        downloads._retry(task, "the process of its task died")  # of nothing that is a row's
 
 
 def test_rows_that_are_left_out_have_an_end(tmp_path: Path) -> None:
     downloads = scene(tmp_path)
     for _ in range(2):
-        downloads._make_again(downloads.next_task(), "died")
+        downloads._retry(downloads.next_task(), "died")
     for row in range(MAX_CRASHES):
         task = downloads.next_task()
         store.write_bytes(downloads.output.root, row_note(downloads.output, 0), b"%d" % row)
-        downloads._make_again(task, "died")
+        downloads._retry(task, "died")
     task = downloads.next_task()
     store.write_bytes(downloads.output.root, row_note(downloads.output, 0), b"99")
     with pytest.raises(DataError, match="failed 3 times"):
-        downloads._make_again(task, "died")
+        downloads._retry(task, "died")
 
 
 def test_nothing_starts_while_the_network_is_away_and_the_waiting_has_an_end(
@@ -126,7 +129,7 @@ def test_only_a_process_that_has_not_beaten_for_long_is_killed(
     waiting, running, frozen = downloads.tasks
     running.beat, frozen.beat = Beat(1, "node", 11), Beat(1, "node", 12)
     for task in (waiting, frozen):
-        task.heard_s -= shard_pass.FROZEN_S
+        task.last_beat_s -= shard_pass.FROZEN_S
     for _ in range(2):
         downloads._check_silence()
     assert killed == [frozen.beat]

@@ -19,8 +19,8 @@ from img2dataset.resizer import Resizer
 from PIL import Image
 
 from flows.ingest import ingest, shard_worker
-from flows.ingest.plain_image import MATTED_PIXELS, plain
-from flows.ingest.shard_worker import COLUMNS, Pulse, make_shard
+from flows.ingest.plain_image import MATTED_PIXELS, to_plain
+from flows.ingest.shard_worker import COLUMNS, Watchdog, make_shard
 from flows.sources.opt_out import OptOut
 from flows.sources.static_server import StaticServer
 from tests.helpers.hostile_server import thread
@@ -84,7 +84,7 @@ def made(
     feed = write_feed(tmp_path / "feed.arrow", list(images))
     (tmp_path / "shards").mkdir()
     with StaticServer({"m": tmp_path / "pictures"}) as server:
-        make_shard(feed, 7, tmp_path / "shards", settings(server.base, **changes), Pulse())
+        make_shard(feed, 7, tmp_path / "shards", settings(server.base, **changes), Watchdog())
     assert feed.is_file()
     found: dict[str, dict[str, bytes]] = {}
     with tarfile.open(tmp_path / "shards" / "00007.tar") as tar:
@@ -194,7 +194,7 @@ def test_a_large_picture_is_put_on_white_as_img2dataset_does_it(tmp_path: Path) 
     image = gradient(1100, 1000)
     assert image.shape[0] * image.shape[1] > MATTED_PIXELS
     body = cv2.imencode(".png", image)[1].tobytes()
-    mine = plain(io.BytesIO(body))
+    mine = to_plain(io.BytesIO(body))
     assert cv2.imdecode(np.frombuffer(mine.getbuffer(), np.uint8), cv2.IMREAD_UNCHANGED).shape == (
         1100,
         1000,
@@ -213,7 +213,7 @@ def test_a_large_picture_is_put_on_white_as_img2dataset_does_it(tmp_path: Path) 
         cv2.imencode(".png", image[..., :3])[1].tobytes(),
     ):
         stream = io.BytesIO(body)
-        assert plain(stream) is stream
+        assert to_plain(stream) is stream
 
 
 ONE = """
@@ -222,7 +222,7 @@ from pathlib import Path
 from flows.ingest import shard_worker
 from flows.sources.opt_out import OptOut
 settings = json.loads(sys.argv[3]) | {"opt_out": OptOut()}
-shard_worker.make_shard(Path(sys.argv[1]), 7, Path(sys.argv[2]), settings, shard_worker.Pulse())
+shard_worker.make_shard(Path(sys.argv[1]), 7, Path(sys.argv[2]), settings, shard_worker.Watchdog())
 status = Path("/proc/self/status").read_text().splitlines()
 print(next(line for line in status if line.startswith("VmHWM")).split()[1])
 """
@@ -279,7 +279,7 @@ def test_a_shard_that_lost_rows_is_refused(tmp_path: Path) -> None:
     stem = tmp_path / "shards" / "00007"
     shard_worker.check_shard(stem, tmp_path / "feed.arrow")
     longer = write_feed(tmp_path / "longer.arrow", ["a.png", "b.png", "c.png"])
-    with pytest.raises(RuntimeError, match="3 rows asked, 2 recorded"):
+    with pytest.raises(RuntimeError, match="3 rows requested, 2 recorded"):
         shard_worker.check_shard(stem, longer)
     shutil.copy(stem.with_suffix(".tar"), tmp_path / "whole.tar")
     with tarfile.open(stem.with_suffix(".tar"), "w"):
@@ -313,12 +313,12 @@ def test_other_formats_are_stored_too(tmp_path: Path, encode: str) -> None:
 
 SILENT = """
 import time
-from flows.ingest.shard_worker import Pulse
-with Pulse(limit_s=4) as pulse:
+from flows.ingest.shard_worker import Watchdog
+with Watchdog(limit_s=4) as watchdog:
     for row in range(12):  # longer than the limit in all
-        with pulse.on(row, is_last=True):
+        with watchdog.on(row, is_last=True):
             time.sleep(0.5)
-    print(pulse.rows, flush=True)
+    print(watchdog.rows, flush=True)
     time.sleep(60)
 """
 

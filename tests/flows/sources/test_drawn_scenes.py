@@ -60,7 +60,7 @@ def test_shares_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shares", "said"),
     [
-        ({"colour": 1}, "'colour' is not drawn"),
+        ({"colour": 1}, "'colour' is not a kind of scene"),
         ({"colours": 0}, "above 0"),
         ({}, "at least 1 item"),
     ],

@@ -192,26 +192,31 @@ def test_any_fsspec_path_and_glob_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "error", "words"),
     [
-        ("a.jsonl", None, CallerError, "a.jsonl is not there|matches no file"),
+        ("a.jsonl", None, CallerError, "a.jsonl does not exist|matches no file"),
         ("a.xls", b"", CallerError, "set format"),
         (
             "a.jsonl",
             b'{"link": "x", "caption": "y"}\n',
             CallerError,
-            "no column 'url': it has link, caption",
+            "no column 'url': its columns are link, caption",
         ),
-        ("a.csv", b"link,caption\nx,y\n", CallerError, "no column 'url': it has link, caption"),
-        ("a.jsonl", b'{"url": "x", \n', DataError, "does not parse"),
-        ("a.jsonl", b"[1]\n", DataError, "does not parse"),
-        ("a.csv", b"", DataError, "does not parse"),
-        ("a.parquet", b"PAR1 not", DataError, "does not parse"),
+        (
+            "a.csv",
+            b"link,caption\nx,y\n",
+            CallerError,
+            "no column 'url': its columns are link, caption",
+        ),
+        ("a.jsonl", b'{"url": "x", \n', DataError, "cannot be parsed"),
+        ("a.jsonl", b"[1]\n", DataError, "cannot be parsed"),
+        ("a.csv", b"", DataError, "cannot be parsed"),
+        ("a.parquet", b"PAR1 not", DataError, "cannot be parsed"),
         (
             "a.jsonl.gz",
             gzip.compress(b'{"url": "x", "caption": "y"}\n' * 9999)[:-20],
             DataError,
-            "does not parse",
+            "cannot be parsed",
         ),
-        ("a.jsonl.gz", b"not gzip", DataError, "does not parse"),
+        ("a.jsonl.gz", b"not gzip", DataError, "cannot be parsed"),
     ],
 )
 def test_a_bad_list_is_one_line_that_names_it(
