@@ -38,7 +38,7 @@ from tests.helpers.local_ingest import local_ingest, output_in
 from tests.helpers.npm_packages import use_fake_npm
 from tests.infra.storage.test_store import full_disk  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 GOOD = (
     [f"good/{n}.png" for n in range(40)]

@@ -26,7 +26,7 @@ from tests.flows.ingest.test_ingest import config_for, stored, write_list
 from tests.helpers.hostile_server import Server
 from tests.helpers.local_ingest import local_ingest, output_in
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 INGEST = Stage("ingest", (), ("data",), INGEST_VERSION, run_ingest)
 
 
