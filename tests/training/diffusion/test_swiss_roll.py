@@ -149,5 +149,5 @@ def test_the_command_passes_on_the_diffusion_rates(
 def test_bad_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(CallerError, match="steps = 0"):
         swiss_roll(tmp_path, steps=0)
-    with pytest.raises(ValueError, match="at least one budget"):
+    with pytest.raises(ValueError, match="neither steps nor seconds is set"):
         train(velocity_loss(Schedule.cosine()))
