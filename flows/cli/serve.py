@@ -25,7 +25,6 @@ from pydantic import Field
 from flows.cli.option_groups import option_groups
 from flows.cli.options import DEFAULT_ROOT, RootUri, RunName
 from flows.config.roots import open_for
-from flows.ingest.http_fetch import FetchError, Rules, fetch_image
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.console.line_log import write_lines
 from infra.console.log_redirect import quiet_terminal, terminated
@@ -39,9 +38,14 @@ if TYPE_CHECKING:
     from indexing.ann.view import Segment
     from indexing.service.state import Encoders, Opened, Parts, ServeConfig, Service
 
-QUERY_RULES = Rules(
-    timeout_s=10, retries=0, max_bytes=8 << 20, max_pixels=32 << 20, allow_private=False
-)
+QUERY_RULES: dict[str, Any] = {
+    "timeout_s": 10,
+    "retries": 0,
+    "max_bytes": 8 << 20,
+    "max_pixels": 32 << 20,
+    "allow_private": False,
+}
+"""Rules for images that a query names by URL (flows.ingest.http_fetch.Rules)."""
 TOKEN = "UNCLIP_TOKEN"
 
 
@@ -411,8 +415,10 @@ def fetch_query(url: str) -> bytes:
 
     Raises ValueError, whose message reveals nothing of a private address's response.
     """
+    from flows.ingest.http_fetch import FetchError, Rules, fetch_image
+
     try:
-        return fetch_image(url, QUERY_RULES)
+        return fetch_image(url, Rules(**QUERY_RULES))
     except FetchError as error:
         raise ValueError(f"image_url: it could not be fetched ({error.reason})") from None
 

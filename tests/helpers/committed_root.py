@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from infra.schemas import DROPPED, KEEP, URLS
 from infra.storage import commits, manifests, store
 from infra.storage.manifests import Committed
+from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root, open_root
 from tests.helpers.evaluation_run import usual_rows, write_run
 
@@ -88,7 +89,7 @@ def write_root(folder: Path, rows: list[dict[str, Any]] | None = None, uri: str 
     commit("embed", drawn / "embed", ("ingest", "curate", "clip"), {})
     section = IndexConfig(factory="Flat", queries=4)
     index = _made(folder / "out")
-    build(section, made["embed"].local_folder, index)
+    build(section, pinned_copy(made["embed"].files), index)
     commit("index", index, ("embed",), {"index": section.model_dump(mode="json")})
     record = {
         "name": "drawn",
@@ -113,7 +114,9 @@ def committed(root: Root, stage: str) -> Committed:
 
 def index_facts(root: Root) -> dict[str, Any]:
     """Return index.json."""
-    return dict(json.loads((committed(root, "index").local_folder / "index.json").read_text()))
+    return dict(
+        json.loads((pinned_copy(committed(root, "index").files) / "index.json").read_text())
+    )
 
 
 def _made(folder: Path) -> Path:

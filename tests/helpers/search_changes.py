@@ -30,6 +30,7 @@ from infra.schemas import EMBEDDED
 from infra.storage import commits, manifests, store
 from infra.storage.manifests import Committed
 from infra.storage.removal_log import write_removal
+from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root, open_root
 
 KEYS = 200
@@ -167,16 +168,17 @@ def second_run(root: Root, first: dict[str, Any]) -> tuple[dict[str, Any], froze
     known = lineage.lineage(root, first["name"])
     embed = manifests.find(root, "embed", first["stages"]["embed"])
     assert embed
-    facts = json.loads((embed.local_folder / "facts.json").read_text())
+    facts = json.loads((pinned_copy(embed.files) / "facts.json").read_text())
     count = facts["count"] // 2
     out = root.scratch / "aside" / f"{RUN}-{time.time_ns()}"
+    folder = pinned_copy(embed.files)
     for name in ("img_emb", "text_emb"):
-        parts = np.concatenate(open_parts(embed.local_folder / name, facts["count"], facts["dim"]))
+        parts = np.concatenate(open_parts(folder / name, facts["count"], facts["dim"]))
         (out / name).mkdir(parents=True)
         np.save(out / name / f"{name}_0000.npy", parts[:count])
-    table = read_metadata(embed.local_folder / "metadata", EMBEDDED.names, facts["count"]).slice(
-        0, count
-    )
+    table = read_metadata(
+        pinned_copy(embed.files) / "metadata", EMBEDDED.names, facts["count"]
+    ).slice(0, count)
     (out / "metadata").mkdir()
     pq.write_table(table, out / "metadata" / "metadata_0000.parquet")
     (out / "facts.json").write_text(json.dumps(facts | {"count": count}))
@@ -199,7 +201,7 @@ def commit_index(root: Root, key: str, embed: Committed, section: IndexConfig) -
     """Build and commit the index of an embed folder."""
     out = root.scratch / "aside" / f"index-{time.time_ns()}"
     out.mkdir(parents=True)
-    build(section, embed.local_folder, out)
+    build(section, pinned_copy(embed.files), out)
     made_from = {"inputs": {"embed": embed.key}, "input_digests": {"embed": embed.digest}}
     counts = facts_of(embed.manifest["counts"]["out"], {"index": section.model_dump(mode="json")})
     return commits.commit(root, "index", key, out, counts | made_from)

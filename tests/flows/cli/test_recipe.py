@@ -29,8 +29,10 @@ def test_what_is_shown_is_the_recipe_again(
     (tmp_path / "again.toml").write_text(
         shown(capsys, name, "--set", 'curate.held_out_styles=["a \\"quoted\\" one"]')
     )
-    again = load_recipe(str(tmp_path / "again.toml"))
-    assert again == load_recipe(name, ['curate.held_out_styles=["a \\"quoted\\" one"]'])
+    again = load_recipe(str(tmp_path / "again.toml")).model_dump_json()
+    first = load_recipe(name, ['curate.held_out_styles=["a \\"quoted\\" one"]'])
+    # Paths are relative to the recipe's folder; those of our own recipes to the working directory.
+    assert again.replace(f"{tmp_path}/", "") == first.model_dump_json()
 
 
 def sections(model: type[Section]) -> set[type[Section]]:

@@ -31,6 +31,7 @@ from indexing.service.state import Encoders, ServeConfig, Service
 from infra.errors import CallerError, StorageError
 from infra.storage import commits, manifests, store
 from infra.storage.removal_log import read_entry, write_removal
+from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root
 from tests.helpers import evaluation_run
 from tests.helpers.committed_root import committed, write_root
@@ -78,7 +79,7 @@ def finish(root: Root, folder: Path, name: str, numbers: range, own: float | Non
     section = IndexConfig(factory="Flat", queries=4)
     index = folder / name / "index"
     index.mkdir()
-    build(section, made["embed"].local_folder, index)
+    build(section, pinned_copy(made["embed"].files), index)
     commit("index", index, ("embed",), {"index": section.model_dump(mode="json")})
     if own is not None:
         report = folder / name / "report"
@@ -265,7 +266,8 @@ def test_a_log_that_does_not_read_shows_nothing_rather_than_what_it_names(root: 
         while not told:
             time.sleep(0.01)
         assert (
-            "removals/2.json is no entry" in told[0] and client.get("/healthz").status_code == 200
+            "removals/2.json is not an entry" in told[0]
+            and client.get("/healthz").status_code == 200
         )
         store.remove(root, "removals/2.json")
         assert client.post("/search", json={"text": "colour 5"}).status_code == 200

@@ -73,7 +73,7 @@ def test_a_resolved_config_comes_back_from_json() -> None:
         ("data.sources=[]", "quickstart.toml: [data] sources = []: "),
         (
             "evaluate.relations.checks=[0.5, 1.5]",
-            "quickstart.toml: [evaluate] relations.checks = [0.5, 1.5]: a check is a share",
+            "quickstart.toml: [evaluate] relations.checks = [0.5, 1.5]: checks = (0.5, 1.5): each",
         ),
         (
             "evaluate.relations.keep=3",
