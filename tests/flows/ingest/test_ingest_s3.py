@@ -72,7 +72,7 @@ def test_another_machine_goes_on_and_a_later_ingest_copies_inside_the_bucket(
             "download",
             lambda root, name, *more: downloaded.append(name) or download(root, name, *more),
         )
-        after = ingest_on(tmp_path / "another", source)
+        after = ingest_on(tmp_path / "third", source)  # nothing is in its cache yet
         monkeypatch.undo()
         assert {path for path in server.asked if path != "/robots.txt"} == {"/good/40.png"}
     assert after.manifest["counts"]["shards_taken_over"] == 4
