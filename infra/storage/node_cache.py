@@ -10,6 +10,7 @@ its final size. All processes of a node share the cache of a ROOT. The caller do
 import errno
 import fcntl
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ from infra.errors import StorageError
 FOLDER = "cache"
 PART = ".part-"
 """Suffix of a copy that is being downloaded, followed by its final size in bytes."""
+GRANTED = 0o700
+"""Mode of such a file once there is room for it. Before that it counts with what it holds, so that
+two that wait for room do not wait for each other."""
 GUARD = "cache.lock"
 STATES = "work"
 """Folder of the node's copies of the states of running stages (`work_folder.py`)."""
@@ -81,15 +85,17 @@ class NodeCache:
     def make_room(self, size_bytes: int, reserved: Path | None = None) -> None:
         """Remove unused copies until `size_bytes` more fit into the scratch folder.
 
-        `reserved` is a file that already reserves these bytes; it is not counted again. Waits up to
-        WAIT_S while too much is in use, then raises StorageError.
+        `reserved` is the file that will take these bytes, named with PART; from now on it counts
+        with them. Waits up to WAIT_S while too much is in use, then raises StorageError.
         """
         limit_s = time.monotonic() + WAIT_S
         while True:
             with self._guarded():
                 missing_bytes = self._free(size_bytes, reserved)
-            if missing_bytes <= 0:
-                return
+                if missing_bytes <= 0:
+                    if reserved:
+                        reserved.chmod(GRANTED)
+                    return
             if time.monotonic() >= limit_s:
                 raise StorageError(
                     f"the scratch folder {self.scratch} is limited to {self.limit_bytes:,} bytes, "
@@ -107,7 +113,7 @@ class NodeCache:
         for path, stat in _files(self.scratch):
             if path == reserved:
                 continue
-            final_bytes = _final_bytes(path, stat.st_size)
+            final_bytes = _final_bytes(path, stat)
             used_bytes += final_bytes
             if self.folder in path.parents or self._is_abandoned(path, stat):
                 copies.append((stat.st_mtime_ns, path, final_bytes))
@@ -122,6 +128,19 @@ class NodeCache:
     def _is_abandoned(self, path: Path, stat: os.stat_result) -> bool:
         """Return whether a file is the state of a stage that has not changed here for a day."""
         return self.scratch / STATES in path.parents and time.time() - stat.st_mtime > ABANDONED_S
+
+    @contextmanager
+    def reserve(self, size_bytes: int) -> Iterator[None]:
+        """Keep `size_bytes` of the scratch folder free for other files while the block runs."""
+        held = self.folder / "reserved" / f"{secrets.token_hex(8)}{PART}{size_bytes}"
+        held.parent.mkdir(parents=True, exist_ok=True)
+        with held.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # without it the file is removed as a killed process's
+            try:
+                self.make_room(size_bytes, held)
+                yield
+            finally:
+                held.unlink(missing_ok=True)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -175,9 +194,13 @@ def _remove_unused(path: Path) -> bool:
     return True
 
 
-def _final_bytes(path: Path, size_bytes: int) -> int:
+def _final_bytes(path: Path, stat: os.stat_result) -> int:
+    """Return the size that a file has now, or will have if room was made for it."""
     _, mark, final = path.name.rpartition(PART)
-    return max(size_bytes, int(final)) if mark and final.isdigit() else size_bytes
+    is_granted = stat.st_mode & 0o777 == GRANTED
+    return (
+        max(stat.st_size, int(final)) if mark and final.isdigit() and is_granted else stat.st_size
+    )
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NotRequired, TypedDict
@@ -19,11 +19,13 @@ from typing import Any, BinaryIO, NotRequired, TypedDict
 from infra.console.progress import transfer
 from infra.storage import store
 from infra.storage.atomic_files import atomic_file, link_or_copy, sync
+from infra.storage.node_cache import NodeCache
 from infra.storage.stage_files import MANIFEST, FileEntry, file_sha256
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
 
 UPLOAD_THREADS = 8
+UNFINISHED_SHARE = 8
 OUTPUT, PARTS, ATTEMPT = "output", "parts", "attempt"
 
 
@@ -67,9 +69,16 @@ class StageOutput:
 
     @contextmanager
     def temporary_folder(self) -> Iterator[Path]:
-        """Provide an empty folder in this node's scratch folder for unfinished files."""
-        with writing_folder(self.root.scratch, f"{self.stage}-{self.key}-part") as folder:
-            yield folder
+        """Provide an empty folder in this node's scratch folder for unfinished files.
+
+        In a store, copies of other files make room for 1/UNFINISHED_SHARE of the scratch folder.
+        """
+        with ExitStack() as stack:
+            if not self.root.folder:
+                cache = NodeCache(self.root.scratch, self.root.scratch_bytes)
+                stack.enter_context(cache.reserve(self.root.scratch_bytes // UNFINISHED_SHARE))
+            name = f"{self.stage}-{self.key}-part"
+            yield stack.enter_context(writing_folder(self.root.scratch, name))
 
     def put(self, file: Path, name: str, tell: Callable[[int], None] = lambda _: None) -> PutEntry:
         """Put a finished local file into the output under `name`, and remove the local file.

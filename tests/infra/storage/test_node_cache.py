@@ -141,6 +141,7 @@ def test_what_a_killed_download_left_goes_when_room_is_needed(tmp_path: Path) ->
     cache, source = NodeCache(tmp_path, 1000), Source({"a": 600})
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "old.part-900").write_bytes(bytes(10))
+    (tmp_path / "cache" / "old.part-900").chmod(node_cache.GRANTED)
     assert source.read(cache, "a") == source.contents["a"]
     assert not (tmp_path / "cache" / "old.part-900").exists()
 
@@ -154,3 +155,31 @@ def test_states_that_nobody_works_on_go_after_a_day(tmp_path: Path) -> None:
         os.utime(state, (time.time() - age_s,) * 2)
     assert source.read(cache, "a") == source.contents["a"]
     assert [path.parent.name for path in tmp_path.rglob("state.pt")] == ["new"]
+
+
+def test_a_reservation_makes_room_and_ends_with_its_block(tmp_path: Path) -> None:
+    cache, source = NodeCache(tmp_path, 1000), Source(dict.fromkeys("abc", 300))
+    for name in "abc":
+        source.read(cache, name)
+    with cache.reserve(500):
+        assert len([path for path in tmp_path.rglob("?") if path.is_file()]) == 1
+        source.read(cache, "b")
+        source.read(cache, "c")
+        assert used_bytes(tmp_path) <= 500
+    assert not list(tmp_path.rglob("*.part-*"))
+
+
+def test_two_that_need_room_at_the_same_time_get_it_one_after_the_other(tmp_path: Path) -> None:
+    cache, held = NodeCache(tmp_path, 1000), threading.Barrier(2)
+
+    def hold() -> None:
+        held.wait()
+        with cache.reserve(700):
+            time.sleep(0.2)
+
+    threads = [threading.Thread(target=hold) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
