@@ -274,8 +274,10 @@ def guided(
         )
 
     def denoise_guided(x_t: Tensor, t: Tensor) -> Prediction:
-        twice = x_t.repeat(2, *[1] * (x_t.ndim - 1))
-        x_0, fraction = split(denoise(twice, t.repeat(2)))  # (2 B, ...)
+        # The doubled x_t has no name, so that its memory is free before the threshold.
+        x_0, fraction = split(
+            denoise(x_t.repeat(2, *[1] * (x_t.ndim - 1)), t.repeat(2))
+        )  # (2 B, ...)
         if len(x_0) != 2 * len(x_t):
             raise ValueError(
                 f"the network returned {len(x_0)} samples for {2 * len(x_t)}: with guidance it "

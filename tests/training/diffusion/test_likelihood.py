@@ -207,7 +207,7 @@ def test_nan_and_unscaled_images_are_named() -> None:
             [(torch.zeros(3, 4), lambda x, t: x * torch.tensor([[1.0], [1.0], [math.nan]]))],
             SCHEDULE,
         )
-    with pytest.raises(ValueError, match=r"scaled to \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"scale 8-bit images to \[-1, 1\]"):
         bits_per_dim([(torch.full((3, 4), 255.0), lambda x, t: x)], SCHEDULE)
     with pytest.raises(ValueError, match="gave no fraction"):
         bits_per_dim([(torch.zeros(3, 4), lambda x, t: x)], SCHEDULE, "learned")

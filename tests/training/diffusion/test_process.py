@@ -265,7 +265,7 @@ def test_a_schedule_that_does_not_fall_is_refused_by_place() -> None:
         Schedule.from_betas(torch.tensor([0.5, 1.0], dtype=torch.float64))
     with pytest.raises(ValueError, match=r"alpha_bar\[1\] = nan"):
         Schedule(torch.tensor([1.0, math.nan], dtype=torch.float64))
-    with pytest.raises(ValueError, match="put an exact 1 in front"):
+    with pytest.raises(ValueError, match="it must be exactly 1"):
         Schedule(torch.tensor([0.99, 0.5], dtype=torch.float64))
     with pytest.raises(ValueError, match="float64 vector"):
         Schedule(torch.tensor([1.0, 0.5]))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from tests.helpers.short_training import learn
 from tests.helpers.small_systems import DECODER_CONFIG, PRIOR_CONFIG
+from tests.helpers.stage_folders import training_folders
 from tests.training.generation.test_manipulations import STEPS, near, pictures
 from tests.training.models.test_open_clip_format import small, stand_in, their_model
 from training.generation import manipulations
@@ -35,10 +36,11 @@ def theirs(stand_in: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CL
     """
     folder = tmp_path_factory.mktemp("theirs")
     expected = their_model(folder / "open_clip", stand_in)
-    for name in ("system", "system/clip", "work"):
-        (folder / name).mkdir()
+    (folder / "system").mkdir()
     config = small(pretrained=str(folder / "open_clip"), image_heads=1, text_heads=1)
-    train._adopt(config, TokenizerConfig(), folder / "system" / "clip", folder / "work")
+    adopted = training_folders(folder, folder / "work")
+    train._adopt(config, TokenizerConfig(), adopted)
+    adopted.output.folder.rename(folder / "system" / "clip")
     clip, tokenizer = clip_model.load(folder / "system" / "clip")
     torch.manual_seed(0)
     sizes = (clip.config.embed_dim, tokenizer.vocab_size, tokenizer.context)
