@@ -42,8 +42,10 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220)}
 SHAPES = ("disc", "square", "cross", "ring")
 LIST_SERVER = """
 import functools, http.server, sys
-handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=sys.argv[2])
-handler.log_message = lambda *_: None
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+handler = functools.partial(Quiet, directory=sys.argv[2])
 http.server.ThreadingHTTPServer((sys.argv[1], 8000), handler).serve_forever()
 """
 

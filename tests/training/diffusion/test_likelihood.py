@@ -209,7 +209,7 @@ def test_nan_and_unscaled_images_are_named() -> None:
         )
     with pytest.raises(ValueError, match=r"scale 8-bit images to \[-1, 1\]"):
         bits_per_dim([(torch.full((3, 4), 255.0), lambda x, t: x)], SCHEDULE)
-    with pytest.raises(ValueError, match="gave no fraction"):
+    with pytest.raises(ValueError, match="returned no fraction"):
         bits_per_dim([(torch.zeros(3, 4), lambda x, t: x)], SCHEDULE, "learned")
     with pytest.raises(DataError, match="no held-out sample"):
         bits_per_dim([], SCHEDULE)

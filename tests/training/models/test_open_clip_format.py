@@ -484,7 +484,7 @@ def resnet(folder: Path) -> Path:
     [
         (pickled, DataError, "cannot be read as weights"),
         (half, DataError, "cannot be read as weights"),
-        (resnet, DataError, "not a CLIP ViT"),
+        (resnet, DataError, "not the state dict of a CLIP ViT"),
         (lambda folder: folder, CallerError, "the folder has none of"),
         (lambda folder: "ViT-Z-1/none", CallerError, "neither a file nor a folder"),
     ],
