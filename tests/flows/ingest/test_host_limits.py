@@ -169,6 +169,7 @@ def test_the_places_at_a_host_are_divided_among_the_tasks(tmp_path: Path) -> Non
     assert (places(16, 4), places(16, 3), places(2, 8), places(0, 4)) == (4, 5, 1, 0)
 
 
+@pytest.mark.slow
 def test_a_redirect_to_an_opted_out_host_is_not_followed(server: Server, tmp_path: Path) -> None:
     source = write_list(
         tmp_path / "list.jsonl",
@@ -209,6 +210,7 @@ def test_one_host_gets_no_more_requests_at_once_than_agreed() -> None:
         assert time.monotonic() - clock >= 24 / 2 * 0.05
 
 
+@pytest.mark.slow
 def test_opted_out_hosts_and_urls_are_never_asked_and_counted(
     server: Server, tmp_path: Path
 ) -> None:

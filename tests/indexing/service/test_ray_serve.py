@@ -73,6 +73,7 @@ def ask(
     return answer.status_code, answer.content, answer.headers["content-type"]
 
 
+@pytest.mark.slow
 def test_two_replicas_answer_as_the_application_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
