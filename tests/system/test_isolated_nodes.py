@@ -74,10 +74,11 @@ def caption(number: int) -> str:
 class Place:
     """Three isolated nodes, one machine that submits, one outside with images and a store."""
 
-    def __init__(self, folder: Path, network: Machines, keys: dict[str, str]) -> None:
-        self.folder, self.network, self.keys = folder, network, keys
+    def __init__(
+        self, folder: Path, network: Machines, keys: dict[str, str], settings: dict[str, str]
+    ) -> None:
+        self.folder, self.network, self.keys, self.settings = folder, network, keys, settings
         *self.nodes, self.submitter, self.outside = network.all
-        self.cluster: RayCluster
         self.peaks = [0] * len(self.nodes)
         self.is_over = threading.Event()
         threading.Thread(target=self._measure, daemon=True).start()
@@ -126,10 +127,11 @@ class Place:
             text=True,
         )
 
-    def submit(self, root: str) -> "subprocess.Popen[str]":
-        """Start a submission to the cluster."""
-        self.keys |= self.cluster.environment
-        return self.unclip(self.submitter, "submit", root, "--address", self.cluster.address)
+    def submitted(self, root: str) -> list[dict[str, Any]]:
+        """Submit a run to a cluster of the nodes; return its stages once it has ended well."""
+        with RayCluster((1, 1, 1), self.nodes, self.settings) as cluster:
+            self.keys |= cluster.environment
+            return ended(self.unclip(self.submitter, "submit", root, "--address", cluster.address))
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +173,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         }
         try:
             with forward:
-                place = Place(folder, network, keys)
-                with RayCluster((1, 1, 1), network.all[:3], settings) as place.cluster:
-                    yield place
-                    place.is_over.set()
+                place = Place(folder, network, keys, settings)
+                yield place
+                place.is_over.set()
         finally:
             server.kill()
             server.wait()
@@ -206,7 +207,7 @@ def test_every_stage_runs_on_nodes_that_share_only_a_bucket(place: Place) -> Non
     started = time.monotonic()
     local = ended(place.unclip(place.outside, "run", str(place.folder / "local")))
     after_local = time.monotonic()
-    remote = ended(place.submit(f"s3://{BUCKET}/isolated"))
+    remote = place.submitted(f"s3://{BUCKET}/isolated")
     print(
         f"local {after_local - started:.0f} s, cluster {time.monotonic() - after_local:.0f} s, "
         f"peaks of scratch {[round(peak / MIB, 1) for peak in place.peaks]} MiB"
