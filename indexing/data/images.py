@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from infra.errors import DataError
+from infra.schemas import STORED_SHA256
 from infra.storage.shard_reader import ShardReader
 
 Pixels = NDArray[np.uint8]
@@ -35,7 +36,8 @@ def read_picture(row: Mapping[str, Any], shards: ShardReader, side_px: int) -> P
     """
     name = f"{row['shard']}/{row['member']}"
     try:
-        data = shards.read(row["shard"], row["offset"], row["size_bytes"])
+        sha256 = row.get(STORED_SHA256, "")
+        data = shards.read(row["shard"], row["offset"], row["size_bytes"], sha256)
     except OSError as error:
         raise DataError(
             f"cannot read {name} in {shards} ({error.strerror}): delete that ingest folder and "

@@ -19,12 +19,13 @@ from indexing.data.images import read_picture
 from indexing.dedup.grouping import BLOCK_ROWS, MAX_BITS, MAX_RMS, THUMB_PX, hash_picture
 from indexing.dedup.near_pairs import NearPictures
 from infra.errors import DataError
+from infra.schemas import STORED_SHA256
 from infra.storage.shard_reader import ShardReader
 
 READERS = 4
 READ_PX = 64
 """Side of the squares that pictures are read as."""
-LOCATION = ["shard", "member", "offset", "size_bytes"]
+LOCATION = ["shard", "member", "offset", "size_bytes", STORED_SHA256]
 
 
 class PictureHashes(NamedTuple):

@@ -4,10 +4,11 @@ Reads byte ranges at the offsets of a keep list and does not check them. Safe to
 threads.
 """
 
+import hashlib
 import threading
 from typing import BinaryIO
 
-from infra.storage.stage_files import StageFiles
+from infra.storage.stage_files import DOWNLOAD_TRIES, StageFiles
 
 SHARDS = "shards"
 
@@ -31,13 +32,19 @@ class ShardReader:
         """Return a reader of the same shards for reading whole shards in order."""
         return ShardReader(self.files, is_sequential=True)
 
-    def read(self, shard: str, offset: int, size_bytes: int) -> bytes:
+    def read(self, shard: str, offset: int, size_bytes: int, sha256: str = "") -> bytes:
         """Return a range of a shard as bytes; fewer bytes at its end.
 
-        Raises FileNotFoundError, DataError.
+        sha256: of the range. A range of a store that differs from it is fetched again, since the
+        network may have changed it; the caller compares what comes last. Raises FileNotFoundError,
+        DataError.
         """
         if not self.is_sequential:
-            return self.files.read(f"{SHARDS}/{shard}", offset, size_bytes)
+            for _ in range(DOWNLOAD_TRIES):
+                data = self.files.read(f"{SHARDS}/{shard}", offset, size_bytes)
+                if not sha256 or hashlib.sha256(data).hexdigest() == sha256:
+                    break
+            return data
         file = self._open(shard)
         file.seek(offset)
         return file.read(size_bytes)

@@ -273,7 +273,9 @@ class Pictures:
         }
         name = f"{location['shard']}/{location['member']}"
         try:
-            data = shards.read(location["shard"], location["offset"], location["size_bytes"])
+            data = shards.read(
+                location["shard"], location["offset"], location["size_bytes"], location["sha256"]
+            )
         except FileNotFoundError:
             raise DataError(
                 f"shard {location['shard']} is missing from {self.shards}: {MEND}"

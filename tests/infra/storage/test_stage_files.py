@@ -1,5 +1,6 @@
 """Files of a stage by name: in a folder, and in a store through the node's bounded cache."""
 
+import hashlib
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from infra.errors import DataError
 from infra.storage import stage_files, store
 from infra.storage.node_cache import used_bytes
+from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import FolderFiles, StageFiles, StoreFiles
 from infra.storage.stage_output import StageOutput
 from tests.helpers.s3_server import BUCKET, S3Server
@@ -110,6 +112,26 @@ def test_a_file_that_is_not_what_the_manifest_says_is_never_read(
     with pytest.raises(DataError), files.local_copy("keep.parquet"):
         pass
     assert not list((tmp_path / "scratch").rglob("keep.parquet*"))
+
+
+class FlippedFiles(FolderFiles):
+    """Files of which the first read of a range arrives otherwise, as from a bad network."""
+
+    reads = 0
+    is_local = False  # type: ignore[assignment]
+
+    def read(self, name: str, offset: int, size_bytes: int) -> bytes:
+        FlippedFiles.reads += 1
+        data = super().read(name, offset, size_bytes)
+        return data if FlippedFiles.reads > 1 else data[:-1] + b"?"
+
+
+def test_a_range_that_arrives_otherwise_is_read_again(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.tar").write_bytes(b"0123456789")
+    reader = ShardReader(FlippedFiles(tmp_path))
+    sha256 = hashlib.sha256(b"2345").hexdigest()
+    assert reader.read("0.tar", 2, 4, sha256) == b"2345" and FlippedFiles.reads == 2
 
 
 @pytest.mark.slow
