@@ -28,7 +28,7 @@ from tests.helpers.ray_cluster import HERE, RayCluster
 from tests.helpers.s3_server import free_ports
 from tests.helpers.tiny_run import LIMIT_S, prepare, ran, start
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 EVERY_S = 15
 """Only until the first scheduled run has completed: each run costs a process that imports
 Prefect.
@@ -120,7 +120,7 @@ class Up:
             "PREFECT_HOME": str(self.folder / "home"),
         }
 
-    def until(self, condition: Callable[[], Any], limit_s: float = 240) -> Any:
+    def until(self, condition: Callable[[], Any], limit_s: float = 480) -> Any:
         limit = time.monotonic() + limit_s
         while not (found := condition()):
             assert self.process.poll() is None, self.process.communicate()
