@@ -43,7 +43,7 @@ SHAPES = {
 }
 SIZES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 RECIPE = Path(__file__).parent / "tiny.toml"
-LIMIT_S = 480
+LIMIT_S = 900
 """Against a hang. It takes one or two minutes, longer where others work as well."""
 PERSONS: dict[str, Any] = {
     "start_new_session": True,
