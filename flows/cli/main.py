@@ -40,7 +40,6 @@ app = typer.Typer(
     name="unclip",
     help=HELP,
     epilog="Any command takes --debug, which shows the traceback of an error.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
