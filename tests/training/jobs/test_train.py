@@ -220,7 +220,7 @@ def ours(pid: int) -> bool:
     return False
 
 
-def once_mid_epoch(work: WorkFolder, act: Callable[[], bool], until_s: float = 150) -> int:
+def once_mid_epoch(work: WorkFolder, act: Callable[[], bool], until_s: float = 400) -> int:
     """Do `act` as soon as a state lies in the middle of an epoch; return the images seen by that
     state, 0 if the time is over.
     """
