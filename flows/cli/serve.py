@@ -30,7 +30,6 @@ from infra.console.line_log import write_lines
 from infra.console.log_redirect import quiet_terminal, terminated
 from infra.errors import CallerError
 from infra.settings import Section
-from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root
 
 if TYPE_CHECKING:
@@ -399,14 +398,15 @@ def load_encoders(run_lineage: "Lineage") -> "Encoders":
     from training.data.image_reader import as_square
     from training.jobs import embed
 
-    clip = pinned_copy(run_lineage.clip.files)
-    texts, images, image_px = embed.encoders(clip)
+    with run_lineage.clip.files.local_copy() as clip:
+        texts, images, image_px = embed.encoders(clip)
+        look = embed.read_look(clip)
     return Encoders(
         run_lineage.fingerprint,
         texts,
         images,
         image_px,
-        partial(as_square, look=embed.read_look(clip)),
+        partial(as_square, look=look),
     )
 
 

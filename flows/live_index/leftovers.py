@@ -78,7 +78,8 @@ def leftovers(root: Root) -> list[Leftover]:
 def unfinished(
     root: Root, before: datetime, claimed: Collection[tuple[str, str]]
 ) -> list[Leftover]:
-    """Return the work folders of killed stages that have not changed since `before`.
+    """Return the work folders of killed stages that have not changed since `before`: on this
+    machine, and in a store the records and states that any node may go on from.
 
     Folders of the (stage, key) pairs in `claimed` are left out.
     """
@@ -90,10 +91,23 @@ def unfinished(
         and (stage, folder.name) not in claimed
         and last_change(folder) < before.timestamp()
     ]
-    return [
+    here = [
         Leftover(path_of(root, folder), size_of(folder), partial(_remove_work, root, stage, folder))
         for stage, folder in folders
     ]
+    return here if root.folder else [*here, *_unfinished_in_store(root, before, claimed)]
+
+
+def _unfinished_in_store(
+    root: Root, before: datetime, claimed: Collection[tuple[str, str]]
+) -> Iterator[Leftover]:
+    for stage in _stages():
+        for key in store.list_names(root, f"work/{stage}"):
+            path = f"work/{stage}/{key}"
+            is_old = store.last_put(root, path) < before.timestamp()
+            if KEY.fullmatch(key) and is_old and (stage, key) not in claimed:
+                size = sum(store.file_sizes(root, path).values())
+                yield Leftover(path, size, partial(_remove_attempt, root, path))
 
 
 def path_of(root: Root, path: Path) -> str:

@@ -22,7 +22,7 @@ from indexing.ann.index import Modality
 from indexing.ann.view import Filter, Hit, View
 from indexing.data.embedding_store import Floats, unit
 from indexing.service import image_upload
-from indexing.service.freshness import Freshness
+from indexing.service.freshness import Freshness, LateRenewalError
 from indexing.service.state import ServeConfig, Service, Version
 from indexing.service.text_batcher import Texts
 from infra.captions import clean_caption
@@ -86,6 +86,8 @@ class Backend:
         """
         try:
             return await self.freshness.version()
+        except LateRenewalError as error:
+            raise HTTPException(503, str(error), {"retry-after": "2"}) from None
         except UnclipError as error:
             self.service.report(str(error))
             raise HTTPException(

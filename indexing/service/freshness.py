@@ -3,8 +3,9 @@ request came.
 
 Checking a removal log in a store takes a round trip. It runs in a thread, once for all requests
 that wait for it. A request accepts no check that began before it came, except within `lag_s`. New
-versions are made in a thread too. Neither delays a request by more than WAIT_S: then the last
-version answers. Belongs to one event loop.
+versions are made in a thread too. Neither delays a request by more than WAIT_S: a log that does not
+answer is taken as it was last read, and removals that are not yet applied refuse the request.
+Belongs to one event loop.
 """
 
 import asyncio
@@ -14,10 +15,14 @@ from collections.abc import Callable
 from anyio import CapacityLimiter, to_thread
 
 from indexing.service.state import Service, Version
+from infra.errors import UnclipError
 
 WAIT_S = 2.0
-"""Maximum seconds that a request waits for the store, or for a new version. After that the last
-version answers, while the check or the new version goes on."""
+"""Maximum seconds that a request waits for the store, or for a new version; both go on after it."""
+
+
+class LateRenewalError(UnclipError):
+    """Removals are known but not applied yet: no version may answer."""
 
 
 class Freshness:
@@ -36,8 +41,10 @@ class Freshness:
         self._threads = CapacityLimiter(2)  # a check that hangs, and a renewal
 
     async def version(self) -> Version:
-        """Return the version to answer from. Raises DataError if the log cannot be read, because
-        removed samples must not be shown.
+        """Return the version to answer from.
+
+        Raises DataError if the log cannot be read and LateRenewalError if it is not applied in
+        time, because removed samples must not be shown.
         """
         age_s = time.monotonic() - self._checked_at_s
         if self.service.parts.check_removals and age_s > self.lag_s:
@@ -48,11 +55,12 @@ class Freshness:
 
     async def _have_renewed(self) -> None:
         """Wait at most WAIT_S for a renewal that begins from now on; do not wait if the one in
-        progress is late already.
+        progress is late already. Raises LateRenewalError.
         """
+        late = LateRenewalError("take-downs are being applied: try again in a few seconds")
         before = self._renewal
         if before is not None and not before.done() and self._is_late():
-            return
+            raise late
         try:
             async with asyncio.timeout(WAIT_S):
                 if before is not None and not before.done():
@@ -67,9 +75,10 @@ class Freshness:
             if self._late_renewal is not self._renewal:
                 self._late_renewal = self._renewal
                 self.service.report(
-                    f"the removals took more than {WAIT_S:.0f} s to apply: answers use the last "
-                    "version until then"
+                    f"the removals took more than {WAIT_S:.0f} s to apply: requests are refused "
+                    "until then"
                 )
+            raise late from None
 
     def _is_late(self) -> bool:
         return time.monotonic() - self._renewal_began_s > WAIT_S

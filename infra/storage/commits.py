@@ -83,8 +83,8 @@ def commit_output(
     file has changed since it was put; then nothing is committed and the output stays open.
     """
     root, stage, key = output.root, output.stage, output.key
+    names = {entry["path"] for entry in files}
     if root.folder:
-        names = {entry["path"] for entry in files}
         for path in [path for path in output.folder.rglob("*") if path.is_file()]:
             if str(path.relative_to(output.folder)) not in names:
                 path.unlink()
@@ -93,6 +93,8 @@ def commit_output(
             root, root.folder, stage, key, output.folder, manifest, replaces
         )
     else:
+        for name in store.file_sizes(root, output.path).keys() - names:
+            store.remove(root, f"{output.path}/{name}")
         committed = _commit_by_put(output, files, facts, replaces)
     close_output(output)
     return committed
@@ -260,7 +262,7 @@ def _check_put(sent: Committed, files: Sequence[PutEntry], replaces: str | None)
 def _replaced_file(sent: Committed, files: Sequence[PutEntry]) -> str:
     """Return a message about the first file that another process has replaced, or ""."""
     versions = store.etags(sent.root, sent.path)
-    changed = [f["path"] for f in files if f.get("etag", "") not in ("", versions[f["path"]])]
+    changed = [f["path"] for f in files if f.get("etag", "") not in ("", versions.get(f["path"]))]
     return f"{changed[0]} was replaced by another process" if changed else ""
 
 

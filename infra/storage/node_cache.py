@@ -13,7 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -134,8 +134,9 @@ class NodeCache:
         """Keep `size_bytes` of the scratch folder free for other files while the block runs."""
         held = self.folder / "reserved" / f"{secrets.token_hex(8)}{PART}{size_bytes}"
         held.parent.mkdir(parents=True, exist_ok=True)
-        with held.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # without it the file is removed as a killed process's
+        with ExitStack() as stack:
+            with self._guarded():  # unlocked, the file would be removed as a killed process's
+                fcntl.flock(stack.enter_context(held.open("ab")), fcntl.LOCK_EX)
             try:
                 self.make_room(size_bytes, held)
                 yield

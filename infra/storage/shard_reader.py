@@ -1,7 +1,7 @@
 """Read images from the shards of a stage, in a local folder or in a store.
 
-Reads byte ranges at the offsets of a keep list and does not check them. Safe to use from several
-threads.
+Reads byte ranges at the offsets of a keep list. Refuses nothing: what a range must hold is checked
+by the caller. Safe to use from several threads.
 """
 
 import hashlib

@@ -210,14 +210,22 @@ class StageOutput:
 
 
 def open_output(root: Root, stage: str, key: str) -> StageOutput:
-    """Return the output of the running attempt at a stage, or of a new attempt."""
+    """Return the output of the running attempt at a stage, or of a new attempt.
+
+    An attempt that is committed already, by a writer that was killed before it removed its records,
+    is not continued: its files must not change.
+    """
     if root.folder:
         return StageOutput(root, stage, key, OUTPUT)
     name = f"{_work(stage, key)}/{ATTEMPT}"
     fresh = secrets.token_hex(6).encode()
     now = store.change_bytes(root, name, lambda old: fresh if old is None else None)
     assert now, "change_bytes writes our attempt if there is none"
-    return StageOutput(root, stage, key, now.decode())
+    output = StageOutput(root, stage, key, now.decode())
+    if output.is_committed():
+        close_output(output)
+        return open_output(root, stage, key)
+    return output
 
 
 def close_output(output: StageOutput) -> None:

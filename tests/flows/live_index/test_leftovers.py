@@ -24,6 +24,7 @@ from flows.live_index.leftovers import leftovers, remove_leftovers, unfinished
 from flows.live_index.takedown import by_values, find, take_down, verify
 from infra.storage import commits, manifests, store
 from infra.storage.locks import lock_file
+from infra.storage.stage_output import open_output
 from infra.storage.store import Root, open_root
 from infra.storage.temporary_folders import writing_folder
 from tests.helpers.committed_root import committed, write_root
@@ -364,3 +365,16 @@ def own_clip(folder: Path) -> None:
 def add(root: Root, folder: Path) -> dict[str, int]:
     view, opened = lineage.open_view(root, None)
     return additions.add(root, opened, view, folder, "CC0")[1]
+
+
+def test_what_a_killed_stage_left_in_a_store_is_unfinished_by_age_unless_a_job_claims_it(
+    tmp_path: Path,
+) -> None:
+    root = store.open_root(f"memory://unfinished-{tmp_path.name}", tmp_path / "scratch")
+    key, now = "0123456789abcdef", datetime.now(UTC)
+    open_output(root, "embed", key).record("0000", [], {})
+    assert unfinished(root, now - timedelta(hours=1), set()) == []
+    assert unfinished(root, now + timedelta(hours=1), {("embed", key)}) == []
+    (left,) = unfinished(root, now + timedelta(hours=1), set())
+    assert left.path == f"work/embed/{key}" and left.size_bytes > 0
+    assert left.remove() == "" and store.file_sizes(root, "work") == {}

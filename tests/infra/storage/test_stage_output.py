@@ -5,9 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from infra.storage import stage_output, store
+from infra.storage import commits, stage_output, store
+from infra.storage.manifests import StageFacts
 from infra.storage.stage_files import FileEntry
 from infra.storage.stage_output import StageOutput, open_output
+
+FACTS: StageFacts = {
+    "stage_version": 1,
+    "sections": {},
+    "inputs": {},
+    "input_digests": {},
+    "counts": {"in": 1, "out": 1, "dropped": {}},
+    "started": "",
+}
 
 
 @pytest.fixture
@@ -115,3 +125,29 @@ def test_an_attempt_in_a_store_knows_when_it_is_committed(tmp_path: Path) -> Non
     assert not output.is_committed()
     store.write_json(root, "embed/k/manifest.json", {"attempt": output.attempt})
     assert output.is_committed()
+
+
+@pytest.fixture
+def store_output(tmp_path: Path) -> StageOutput:
+    root = store.open_root(f"memory://output-{tmp_path.name}", tmp_path / "scratch")
+    return open_output(root, "embed", "k")
+
+
+def test_a_commit_to_a_store_holds_its_files_and_no_others(store_output: StageOutput) -> None:
+    files = [store_output.put(written(store_output, "x"), "0.npy")]
+    store_output.put(written(store_output, "a picture"), "forgotten.npy")
+    commits.commit_output(store_output, files, FACTS)
+    names = set(store.file_sizes(store_output.root, ""))
+    assert names == {"embed/k/manifest.json", f"{store_output.path}/0.npy"}
+
+
+def test_an_attempt_that_is_committed_is_not_continued(
+    store_output: StageOutput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [store_output.put(written(store_output, "x"), "0.npy")]
+    store_output.record("0", files, {})
+    monkeypatch.setattr(commits, "close_output", lambda output: None)  # killed before it
+    commits.commit_output(store_output, files, FACTS)
+    again = open_output(store_output.root, "embed", "k")
+    assert again.attempt != store_output.attempt and again.finished_parts() == {}
+    assert open_output(again.root, "embed", "k").attempt == again.attempt
