@@ -74,6 +74,9 @@ class NodeCache:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, part):
                 return  # another process has just finished it, or removed an unfinished one
+            if path.exists():  # finished after we looked, before we made the file of the part
+                part.unlink()
+                return
             try:
                 self.make_room(size_bytes, part)
                 download(part)

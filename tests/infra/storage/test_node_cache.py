@@ -183,3 +183,11 @@ def test_two_that_need_room_at_the_same_time_get_it_one_after_the_other(tmp_path
     for thread in threads:
         thread.join(timeout=30)
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_copy_that_was_finished_after_one_looked_is_not_downloaded_again(tmp_path: Path) -> None:
+    cache, source = NodeCache(tmp_path, 1000), Source({"a": 300})
+    source.read(cache, "a")
+    cache._make(tmp_path / "cache" / "a", 300, lambda path: pytest.fail("downloaded again"))
+    assert source.read(cache, "a") == source.contents["a"] and source.downloads == ["a"]
+    assert not list(tmp_path.rglob("*.part-*"))
