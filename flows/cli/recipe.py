@@ -3,7 +3,6 @@
 The output is TOML and again a valid recipe. Descriptions and bounds come from the section classes.
 """
 
-import json
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -14,6 +13,7 @@ from pydantic.fields import FieldInfo
 from flows.cli.options import Json, Overrides, Recipe, load_config, print_json
 from infra.errors import CallerError
 from infra.settings import Section
+from infra.toml_text import toml_value
 
 WIDTH = 120
 
@@ -51,7 +51,7 @@ def _lines(
     for name, field in fields.items():
         if name not in below:
             yield from _sentences(" ".join(filter(None, (field.description, _allowed(field)))))
-            yield f"# {name} =" if values[name] is None else f"{name} = {_toml(values[name])}"
+            yield f"# {name} =" if values[name] is None else f"{name} = {toml_value(values[name])}"
     for name, field in fields.items():
         if name in below and only in (None, name):
             yield from _section(f"{path}{name}", field, values[name])
@@ -113,7 +113,7 @@ def _allowed(field: FieldInfo) -> str:
     """Describe a field's choices or bounds; "" if it has none."""
     choices = _choices(field)
     if len(choices) > 1:
-        return f"One of {', '.join(_toml(choice) for choice in choices)}."
+        return f"One of {', '.join(toml_value(choice) for choice in choices)}."
     low, above, high, below = (_bound(field, name) for name in ("ge", "gt", "le", "lt"))
     if low and high:
         return f"({low} to {high})"
@@ -143,30 +143,3 @@ def _first_line(section: type[Section]) -> str:
 
 def _sentences(text: str) -> list[str]:
     return textwrap.wrap(" ".join(text.split()), WIDTH, initial_indent="# ", subsequent_indent="# ")
-
-
-def _toml(value: Any) -> str:
-    """Format a value as TOML."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, Section):
-        return _toml(
-            {
-                name: field_value
-                for name, field_value in value.model_dump(mode="json").items()
-                if field_value is not None
-            }
-        )
-    if isinstance(value, Mapping):
-        return (
-            "{ "
-            + ", ".join(
-                f"{json.dumps(name)} = {_toml(field_value)}" for name, field_value in value.items()
-            )
-            + " }"
-            if value
-            else "{}"
-        )
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(_toml(element) for element in value)}]"
-    return json.dumps(value, ensure_ascii=False)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flows.images.contact_sheet import labelled
+from indexing.data.contact_sheet import contact_sheet
 from infra.storage.store import one_line_errors
 
 
@@ -39,7 +39,7 @@ def write_pictures(
         grid = out / f"{slug(prompts[0])}{others}-seed{seed}-grid.png"
         _write(
             grid,
-            labelled(images, (), prompts),
+            contact_sheet(images, prompts),
             {"prompts": list(prompts), "seed": seed, **settings},
         )
     return files, grid
@@ -86,7 +86,7 @@ def write_sheet(
     """Write `images`, uint8 (R, C, H, W, 3), as a sheet with `facts` and labels as PNG text."""
     _write(
         file,
-        labelled(images, columns, rows),
+        contact_sheet(images, rows, columns),
         {"row_labels": list(rows), "column_labels": list(columns), **facts},
     )
 

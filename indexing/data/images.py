@@ -1,16 +1,16 @@
-"""Reads pictures from ingest's shards as squares, arranges them on sheets, and writes PNG files.
+"""Reads pictures from ingest's shards as squares, and writes PNG files.
 
 A picture is uint8 (S, S, 3) RGB.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from infra.errors import DataError
 from infra.schemas import STORED_SHA256
@@ -20,12 +20,9 @@ Pixels = NDArray[np.uint8]
 Square = Callable[[NDArray[Any], int], Pixels]
 """Turns a decoded picture (grey, BGR or BGRA) into an RGB square with a side in pixels."""
 
-GAP_PX = 4
-LINE_PX = 16
 BAND_ROWS = 256
 """Rows of a transparent picture that are put on white at a time: floats take several times the
 memory of the picture."""
-INK, PAPER = (34, 37, 43), (255, 255, 255)
 
 
 def read_picture(row: Mapping[str, Any], shards: ShardReader, side_px: int) -> Pixels:
@@ -73,31 +70,6 @@ def square(picture: NDArray[Any], side_px: int) -> Pixels:
 def _on_white(band: NDArray[Any]) -> NDArray[np.uint8]:
     alpha = band[..., 3:].astype(np.float32) / 255
     return np.asarray((band[..., :3] * alpha + 255 * (1 - alpha)).round(), np.uint8)
-
-
-def sheet(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], scale: int = 2) -> Pixels:
-    """Return rows of squares of one size as one picture (H, W, 3) on white: each row is below its
-    title, and pixels are enlarged `scale` times.
-    """
-    side_px = scale * rows[0][0].shape[0]
-    width = max(len(row) for row in rows) * (side_px + GAP_PX) + GAP_PX
-    height = len(rows) * (LINE_PX + side_px + GAP_PX) + GAP_PX
-    page = Image.new("RGB", (width, height), PAPER)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(LINE_PX - 4)
-    for line, (row, title) in enumerate(zip(rows, titles, strict=True)):
-        top = GAP_PX + line * (LINE_PX + side_px + GAP_PX)
-        draw.text((GAP_PX, top), _fitting(title, font, width - 2 * GAP_PX), fill=INK, font=font)
-        for column, picture in enumerate(row):
-            scaled = Image.fromarray(picture).resize((side_px, side_px), Image.Resampling.NEAREST)
-            page.paste(scaled, (GAP_PX + column * (side_px + GAP_PX), top + LINE_PX))
-    return np.asarray(page)
-
-
-def _fitting(text: str, font: Any, width_px: int) -> str:
-    text = " ".join(text.split())
-    while text and font.getlength(text) > width_px:
-        text = text[:-1]
-    return text
 
 
 def write_png(picture: Pixels, file: Path) -> None:

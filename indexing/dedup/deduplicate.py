@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from indexing.ann.keys import hashes_of
+from indexing.data.contact_sheet import SHEET_SCALE, contact_sheet
 from indexing.data.embedding_store import (
     CHUNK_ROWS,
     Floats,
@@ -37,7 +38,7 @@ from indexing.data.embedding_store import (
     take,
     unit,
 )
-from indexing.data.images import Pixels, read_picture, sheet, write_png
+from indexing.data.images import Pixels, read_picture, write_png
 from indexing.dedup.grouping import MAX_BITS, MAX_RMS, exact, groups, perceptual, semantic
 from indexing.dedup.perceptual_hash import LOCATION, READ_PX, PictureHashes, hash_pictures
 from indexing.metrics.clip_score import EncodeImages
@@ -491,4 +492,4 @@ def show(
             for row in [keeper, *copies_of[: MAX_LISTED_COPIES - 1]]
         ]
         rows.append(drawn + [white] * (MAX_LISTED_COPIES - len(drawn)))
-    write_png(sheet(rows, titles[:MAX_LISTED_GROUPS]), file)
+    write_png(contact_sheet(rows, titles[:MAX_LISTED_GROUPS], scale=SHEET_SCALE), file)

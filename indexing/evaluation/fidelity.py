@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from indexing.data.contact_sheet import SHEET_SCALE, contact_sheet
 from indexing.data.embedding_store import Floats, unit
 from indexing.data.held_out import Pairs, read_pairs
-from indexing.data.images import Pixels, read_picture, sheet, write_png
+from indexing.data.images import Pixels, read_picture, write_png
 from indexing.evaluation.context import Subject
 from indexing.metrics import frechet
 from indexing.metrics.bootstrap import Figure, mean_figure, set_figure
@@ -180,7 +181,7 @@ def _guidance_sheet(
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     rows = [list(pictures[:MAX_SHEET_COLUMNS]) for pictures in drawn.values()]
-    write_png(sheet(rows, list(drawn)), folder / "guidance.png")
+    write_png(contact_sheet(rows, list(drawn), scale=SHEET_SCALE), folder / "guidance.png")
     first_prompts = ", ".join(prompts[:MAX_SHEET_COLUMNS])
     return sections.picture(
         "pictures/guidance.png",

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, field_validator, model_validator
 
+from indexing.data.contact_sheet import SHEET_SCALE, contact_sheet
 from indexing.data.embedding_store import unit
 from indexing.data.held_out import Embedded
-from indexing.data.images import sheet, write_png
+from indexing.data.images import write_png
 from indexing.evaluation.context import Subject
 from indexing.metrics.bootstrap import Figure, mean_figure
 from indexing.report import sections
@@ -479,7 +480,7 @@ def _sample_sheet(
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     name = f"relations-{row.replace(' ', '-')}.png"
-    write_png(sheet(framed, titles), folder / name)
+    write_png(contact_sheet(framed, titles, scale=SHEET_SCALE), folder / name)
     return sections.picture(
         f"pictures/{name}",
         f"Samples for {row}: {'; '.join(titles)}",

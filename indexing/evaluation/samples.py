@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from indexing.data.contact_sheet import SHEET_SCALE, contact_sheet
 from indexing.data.embedding_store import Floats, Rows, take, unit
 from indexing.data.held_out import Embedded, Pairs, trained_captions
-from indexing.data.images import Pixels, read_picture, sheet, write_png
+from indexing.data.images import Pixels, read_picture, write_png
 from indexing.evaluation.context import Subject
 from indexing.metrics.bootstrap import Figure, mean_figure
 from indexing.metrics.clip_score import (
@@ -86,7 +87,8 @@ def generation(
         subject, flat, images, np.repeat(list(prompts), count), unseen, pixel_pool
     )
     sample_rows = _write_samples(subject, prompts, pictures, cosines, nearest)
-    write_png(sheet(list(pictures), list(prompts)), subject.out / "pictures" / "samples.png")
+    page = contact_sheet(pictures, prompts, scale=SHEET_SCALE)
+    write_png(page, subject.out / "pictures" / "samples.png")
     return {
         "n": len(flat),
         "seed": seed,

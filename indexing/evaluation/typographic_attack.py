@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 
+from indexing.data.contact_sheet import INK, PAPER
 from indexing.data.embedding_store import Floats
 from indexing.data.held_out import Pairs
-from indexing.data.images import INK, PAPER, Pixels, read_picture, write_png
+from indexing.data.images import Pixels, read_picture, write_png
 from indexing.evaluation.attack_judges import (
     Looks,
     Witnesses,

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 
+from indexing.data.contact_sheet import INK, PAPER
 from indexing.data.embedding_store import Floats, take
 from indexing.data.held_out import Embedded
-from indexing.data.images import INK, PAPER, Pixels, read_picture, write_png
+from indexing.data.images import Pixels, read_picture, write_png
 from indexing.data.labelled_sets import ImageSet
 from indexing.evaluation.context import Subject
 from indexing.evaluation.samples import slug

@@ -6,7 +6,6 @@ of it. Figures are dicts as in indexing.metrics.bootstrap.
 """
 
 import base64
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -19,6 +18,7 @@ from markupsafe import Markup
 
 from indexing.report import curve_svg, interval_svg
 from infra.console.progress import duration
+from infra.toml_text import toml_value
 
 TEMPLATES = Path(__file__).parent / "templates"
 CURVE_POINTS = 240
@@ -214,14 +214,13 @@ def _section(name: str, section: Mapping[str, Any]) -> Iterator[str]:
     tables = {key: value for key, value in section.items() if _is_tables(value)}
     for key, value in section.items():
         if key not in tables:
-            yield f"# {key} is not set" if value is None else f"{key} = {_value(value)}"
+            yield f"# {key} is not set" if value is None else f"{key} = {toml_value(value)}"
     for key, rows in tables.items():
         for row in rows:
             yield ""
             yield f"[[{name}.{key}]]"
-            yield from (
-                f"{inner} = {_value(value)}" for inner, value in row.items() if value is not None
-            )
+            filled = {inner: value for inner, value in row.items() if value is not None}
+            yield from (f"{inner} = {toml_value(value)}" for inner, value in filled.items())
 
 
 def _is_tables(value: Any) -> bool:
@@ -230,18 +229,6 @@ def _is_tables(value: Any) -> bool:
         and bool(value)
         and all(isinstance(element, Mapping) for element in value)
     )
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return (
-            "{ "
-            + ", ".join(f"{json.dumps(key)} = {_value(element)}" for key, element in value.items())
-            + " }"
-        )
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)  # TOML writes scalars as JSON does
 
 
 def _seconds(manifest: Mapping[str, Any]) -> float:

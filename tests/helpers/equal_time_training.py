@@ -155,7 +155,9 @@ def distances_of(real: NDArray[Any], made: NDArray[Any]) -> tuple[float, float]:
 
 def write_sheet(rows: dict[str, NDArray[np.uint8]], path: Path) -> None:
     """Write the first twelve pictures of every row."""
-    from indexing.data.images import sheet, write_png
+    from indexing.data.contact_sheet import SHEET_SCALE, contact_sheet
+    from indexing.data.images import write_png
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(sheet([list(each[:12]) for each in rows.values()], list(rows)), path)
+    pictures = [list(row[:12]) for row in rows.values()]
+    write_png(contact_sheet(pictures, list(rows), scale=SHEET_SCALE), path)

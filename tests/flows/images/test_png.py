@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flows.images.contact_sheet import GAP_PX
 from flows.images.png import write_pictures
+from indexing.data.contact_sheet import GAP_PX
 
 
 def test_pictures_carry_their_prompt_seed_and_settings_and_stand_in_the_grid(

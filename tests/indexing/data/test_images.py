@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from indexing.data.images import read_picture, sheet, square, write_png
+from indexing.data.images import read_picture, square, write_png
 from infra.errors import DataError
 from tests.helpers.evaluation_run import draw, usual_rows, write_run
 from tests.helpers.stage_folders import shards_in
@@ -49,17 +49,7 @@ def test_bytes_that_are_no_picture_are_refused(tmp_path: Path) -> None:
     assert not tarfile.is_tarfile(tmp_path / "shards" / "a.tar")
 
 
-def test_a_sheet_shows_every_picture_below_its_title(tmp_path: Path) -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
-    page = sheet(list(pictures), ["a red heart", "ein Herz " * 30], scale=2)
-    assert page.shape == (2 * (16 + 16 + 4) + 4, 3 * 20 + 4, 3)
-    for row in range(2):
-        for column in range(3):
-            top, left = 4 + row * 36 + 16, 4 + column * 20
-            assert np.array_equal(
-                page[top : top + 16, left : left + 16],
-                pictures[row, column].repeat(2, 0).repeat(2, 1),
-            )
-    assert (page[4:20] != 255).any()  # the title
-    write_png(page, tmp_path / "sheet.png")
-    assert np.array_equal(cv2.imread(str(tmp_path / "sheet.png"))[..., ::-1], page)
+def test_a_picture_is_written_as_png(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    write_png(picture, tmp_path / "picture.png")
+    assert np.array_equal(cv2.imread(str(tmp_path / "picture.png"))[..., ::-1], picture)
