@@ -21,7 +21,7 @@ from infra.storage.manifests import Committed, StageCounts, StageFacts
 from infra.storage.removal_log import read_removals
 from infra.storage.stage_output import open_output
 from infra.storage.store import Root
-from infra.storage.temporary_folders import writing_folder
+from infra.storage.temporary_folders import remove_dead, writing_folder
 
 if TYPE_CHECKING:  # its sections import torch and faiss
     from flows.config.run_config import RunConfig
@@ -77,10 +77,12 @@ def run_stage(
         commits.recover(root, stage.name, key)
         damaged = manifests.find(root, stage.name, key)
         current = find_current(root, stage.name, key, inputs_now)
-        if current:
+        work = root.scratch / stage.name / key
+        if current:  # its writer may have been killed just after the commit
+            remove_dead(root.scratch)
+            shutil.rmtree(work, ignore_errors=True)
             return StageResult(stage.name, key, "current", time.monotonic() - clock, current)
         stage_inputs = dict(zip(target.inputs, inputs_now, strict=True))
-        work = root.scratch / stage.name / key
         work.mkdir(parents=True, exist_ok=True)
         with writing_folder(root.scratch, f"{stage.name}-{key}") as out:
             job = StageJob(

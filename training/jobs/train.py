@@ -353,9 +353,10 @@ def _train(
 ) -> dict[str, Any]:
     """Run `fit` on `workers` Ray Train workers; return what they say of the model.
 
-    When a worker is lost, it restarts from the last state, up to `max_failures` times. A model that
-    a killed driver's workers finished is taken as it is. Raises the UnclipError of a worker, or one
-    that says why the training failed.
+    One worker on this machine runs as a plain Ray task, without the processes that only a group
+    needs: they take longer to start than a small training takes. A model that a killed driver's
+    workers finished is taken as it is. Raises the UnclipError of a worker, or one that says why the
+    training failed.
     """
     finished = folders.output.finished_parts().get(MODEL)
     if finished:
@@ -374,23 +375,50 @@ def _train(
         )
         watcher.start()
         try:
-            for left in reversed(range(cluster.max_failures + 1)):
-                try:
-                    _run_group(job, name, cluster, workers)
-                    break
-                except Exception as error:
-                    worker_error = _worker_error(error)
-                    if worker_error or not left:
-                        raise worker_error or UnclipError(_one_line(name, error)) from error
-                    logging.getLogger("unclip").warning(
-                        "%s; restarting it from its last state, %d restarts left",
-                        _one_line(name, error),
-                        left,
-                    )
+            _run_with_restarts(job, name, cluster, workers)
         finally:
             is_over.set()
             watcher.join()
     return folders.output.finished_parts()[MODEL]["facts"]
+
+
+def _run_with_restarts(job: Job, name: str, cluster: ClusterConfig, workers: int) -> None:
+    """Train; after the loss of a worker, restart from the last state, up to `max_failures` times.
+
+    Raises the UnclipError of a worker, or one that says why the last restart failed.
+    """
+    for left in reversed(range(cluster.max_failures + 1)):
+        try:
+            if workers == 1 and not cluster.address:
+                _run_alone(job, cluster)
+            else:
+                _run_group(job, name, cluster, workers)
+            return
+        except Exception as error:
+            worker_error = _worker_error(error)
+            if worker_error or not left:
+                raise worker_error or UnclipError(_one_line(name, error)) from error
+            logging.getLogger("unclip").warning(
+                "%s; restarting it from its last state, %d restarts left",
+                _one_line(name, error),
+                left,
+            )
+
+
+def _run_alone(job: Job, cluster: ClusterConfig) -> None:
+    """Train in one Ray task; Ray may run it in a process that has imported torch already.
+
+    Raises what the worker raises, and RayError if it was lost.
+    """
+    import ray
+
+    task = ray.remote(
+        num_cpus=cluster.cpus_per_worker, num_gpus=int(cluster.use_gpu), max_retries=0
+    )(_fit).remote(job)
+    try:
+        ray.get(task)
+    finally:
+        ray.cancel(task, force=True)  # does nothing if it has ended
 
 
 def _run_group(job: Job, name: str, cluster: ClusterConfig, workers: int) -> None:

@@ -357,6 +357,8 @@ def test_a_run_killed_at_any_file_operation_loses_nothing_and_mixes_nothing(tmp_
             ours, theirs = manifests.newest(root, stage.name), manifests.newest(whole, stage.name)
             assert ours and theirs and (ours.key, ours.digest) == (theirs.key, theirs.digest)
         assert list((folder / "work" / "aside").iterdir()) == []
+        for stage in FAKES:
+            assert list((folder / "work" / stage.name).iterdir()) == []
     assert committed_at_kill == {0, 1, 2, 3, 4} or committed_at_kill == {
         0,
         1,

@@ -361,7 +361,7 @@ def test_a_failed_run_is_told_to_the_webhook_and_the_next_goes_on(up: Up) -> Non
     told = json.loads(
         up.until(lambda: [each for each in up.webhook.posted if "Failed" in each], 60)[0]
     )
-    assert "unclip tiny: run tiny Failed" in told["text"] and "is not there" in told["text"]
+    assert "unclip tiny: run tiny Failed" in told["text"] and "does not exist" in told["text"]
     shutil.move(up.folder / "away", up.folder / "pictures")
     following = up.begin()
     up.until(lambda: up.state(following) == "COMPLETED")
