@@ -71,7 +71,11 @@ class NodeCache:
         part = path.with_name(f"{path.name}{PART}{size_bytes}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not _try_lock(file):
+                time.sleep(POLL_S)
+                # A finished download is renamed, and its readers may hold the same file for long.
+                if not _is_at(file, part):
+                    return
             if not _is_at(file, part):
                 return  # another process has just finished it, or removed an unfinished one
             if path.exists():  # finished after we looked, before we made the file of the part
@@ -186,11 +190,22 @@ def _remove_unused(path: Path) -> bool:
     """Remove a copy or an unfinished one, unless a process uses it; return whether it is gone."""
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _try_lock(file):
+                return False
             if _is_at(file, path):
                 path.unlink()
     except FileNotFoundError:
-        return True
+        pass
+    return True
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    """Take an exclusive lock on an open file unless another holds one; return whether it is ours.
+
+    Raises OSError.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False

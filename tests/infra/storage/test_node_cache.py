@@ -191,3 +191,26 @@ def test_a_copy_that_was_finished_after_one_looked_is_not_downloaded_again(tmp_p
     cache._make(tmp_path / "cache" / "a", 300, lambda path: pytest.fail("downloaded again"))
     assert source.read(cache, "a") == source.contents["a"] and source.downloads == ["a"]
     assert not list(tmp_path.rglob("*.part-*"))
+
+
+def test_who_waits_for_a_download_gets_it_though_its_first_reader_keeps_it_open(
+    tmp_path: Path,
+) -> None:
+    cache, content, results = NodeCache(tmp_path, 1000), b"a" * 300, []
+
+    def read_second() -> None:
+        with cache.open("a", 300, lambda _: pytest.fail("downloaded twice")) as file:
+            results.append(file.read())
+
+    second = threading.Thread(target=read_second, daemon=True)
+
+    def download(part: Path) -> None:
+        second.start()
+        while sum(os.path.realpath(fd) == str(part) for fd in Path("/proc/self/fd").iterdir()) < 2:
+            time.sleep(0.01)
+        time.sleep(0.05)  # until it waits for the lock
+        part.write_bytes(content)
+
+    with cache.open("a", 300, download) as file:
+        second.join(timeout=30)
+        assert results == [content] == [file.read()]
