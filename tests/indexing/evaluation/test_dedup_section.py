@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import indexing
-from indexing.data.images import LINE_PX
+from indexing.data.contact_sheet import LINE_PX
 from indexing.dedup.deduplicate import DedupConfig, run
 from indexing.evaluation.dedup_section import copies_section
 from indexing.report.sections import ReportSection
