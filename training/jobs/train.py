@@ -417,8 +417,10 @@ def _run_alone(job: Job, cluster: ClusterConfig) -> None:
     )(_fit).remote(job)
     try:
         ray.get(task)
-    finally:
-        ray.cancel(task, force=True)  # does nothing if it has ended
+    except BaseException as error:
+        if not isinstance(error, Exception):  # the run is interrupted
+            ray.cancel(task, force=True)  # only if it still runs: on an ended one Ray may abort
+        raise
 
 
 def _run_group(job: Job, name: str, cluster: ClusterConfig, workers: int) -> None:
