@@ -16,6 +16,9 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
+# Images of containers often set it. Without compiled files, every process would compile Ray, Prefect and torch again: Ray took 14 s
+# to start instead of 5.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup run up test test-quick test-busy chaos lint format docs bench peers clean constraints
 
