@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flows.runs.stage import Counts, StageJob
 from infra.console.progress import Progress
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from indexing.evaluation.context import Subject
+    from indexing.report.report_types import MetricsRow
     from indexing.report.sections import MakeSection
     from training.generation.unclip import Unclip
 
@@ -124,6 +125,6 @@ def _optional_sections(
         yield partial(relations_section.section, config.relations, config, model, subject)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> "list[MetricsRow]":
     """Return the rows of a `metrics.jsonl`."""
     return [json.loads(line) for line in path.read_text().splitlines()]
