@@ -10,22 +10,31 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.runs.stage import Counts, StageJob
+from flows.runs.stage import StageJob
 from infra.console.progress import Progress
+from infra.storage.manifests import StageCounts
 from infra.storage.shard_reader import ShardReader
 
 if TYPE_CHECKING:
     import numpy as np
 
     from indexing.evaluation.context import Subject
-    from indexing.report.report_types import MetricsRow
+    from indexing.metrics.zero_shot import Classification
+    from indexing.report.report_types import MetricsRow, Unmeasured
     from indexing.report.sections import MakeSection
     from training.generation.unclip import Unclip
 
 TRAINED = ("clip", "prior", "decoder")
 
 
-def run(job: StageJob) -> Counts:
+class EvaluateCounts(StageCounts):
+    """The counts of the stage's manifest."""
+
+    figures: "dict[str, dict[str, Classification | Unmeasured]]"
+    """The report's `zero_shot`."""
+
+
+def run(job: StageJob) -> EvaluateCounts:
     """Evaluate the models on held-out pairs; write `report.html`, `report.json` and pictures."""
     from indexing.data.held_out import open_embedded
     from indexing.evaluation.context import Subject

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infra.storage.manifests import StageCounts
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
 from infra.storage.stage_output import StageOutput
@@ -16,6 +17,13 @@ if TYPE_CHECKING:  # torch, which planning does not need
     from training.generation.upsampling_eval import PsnrFigures
 
 MAX_COMPARED, MAX_IMAGE_ROWS = 64, 6
+
+
+class UpsamplerCounts(StageCounts):
+    """The counts of an up-sampler's manifest."""
+
+    comparison: "dict[str, PsnrFigures]"
+    """By split."""
 
 
 def compare(

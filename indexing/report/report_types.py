@@ -11,6 +11,7 @@ from indexing.metrics.clip_score import ClipScores
 from indexing.metrics.retrieval import BothWays
 from indexing.metrics.zero_shot import Classification
 from indexing.report.sections import ReportSection
+from infra.storage.manifests import SampleCounts
 
 
 class RunDescription(TypedDict):
@@ -55,9 +56,6 @@ class LastLoss(TypedDict):
     value: float
     n: int
     images_seen: int
-
-
-SampleCounts = TypedDict("SampleCounts", {"in": int, "out": int, "dropped": dict[str, int]})
 
 
 class StageEntry(SampleCounts):
