@@ -101,9 +101,7 @@ def run(
             free_number = end
     _forget_from(free_number, output, shards)
     counts = finish(config, table, output, shards, out)
-    if taken_over:
-        counts["shards_taken_over"] = taken_over
-    return counts
+    return {**counts, "shards_taken_over": taken_over} if taken_over else counts
 
 
 def _forget_from(free_number: int, output: StageOutput, shards: dict[int, ShardFacts]) -> None:

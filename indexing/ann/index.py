@@ -218,14 +218,8 @@ def build(
             figures[modality] = _tuned(file, parts, samples, target)
     worse = _worse(list(figures.values()), memory.bytes, task_peak)
     _write_facts(out / "index.json", embeddings, factory, base, worse, figures)
-    return {
-        "in": count,
-        "out": count,
-        "dropped": {},
-        "factory": factory,
-        **worse,
-        "added_to": base.facts["count"] if base else 0,
-    }
+    old = base.facts["count"] if base else 0
+    return {"in": count, "out": count, "dropped": {}, "factory": factory, **worse, "added_to": old}
 
 
 def _open_embeddings(embed: Path) -> Embeddings:

@@ -27,6 +27,7 @@ from indexing.report import page
 from indexing.report.report_types import (
     Example,
     ExampleResult,
+    Generation,
     MetricsRow,
     Report,
     Retrieval,
@@ -193,18 +194,7 @@ def evaluate(
             split: zero_shot(config.templates, pairs[split], subject) for split in HELD_OUT
         },
         "retrieval": {split: retrieve(pairs[split], subject) for split in HELD_OUT},
-        "generation": {
-            **generation(
-                subject,
-                config.prompts,
-                config.count,
-                config.pixel_pool,
-                pairs["held_out_concept"],
-                generate,
-            ),
-            "steps": config.steps,
-            "guidance": config.guidance,
-        },
+        "generation": _generation(config, pairs["held_out_concept"], subject, generate),
         "sections": [section for measure in sections for section in _as_list(measure())],
     }
     (out / "report.json").write_text(
@@ -212,6 +202,15 @@ def evaluate(
     )
     (out / "report.html").write_text(page.render(facts, out))
     return facts
+
+
+def _generation(
+    config: EvaluateConfig, unseen: Pairs, subject: Subject, generate: Generate
+) -> Generation:
+    pictures = generation(
+        subject, config.prompts, config.count, config.pixel_pool, unseen, generate
+    )
+    return {**pictures, "steps": config.steps, "guidance": config.guidance}
 
 
 def _as_list(result: ReportSection | list[ReportSection]) -> list[ReportSection]:
