@@ -5,7 +5,7 @@ Reads report.json of every run; writes one HTML page, or prints JSON.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from flows.cli.options import DEFAULT_ROOT, Json, RootUri, print_json
 from flows.config.roots import open_for
 from infra.errors import CallerError
 from infra.storage.stage_files import pinned_copy
+
+if TYPE_CHECKING:  # numpy, which `unclip --help` does not need
+    from indexing.report.report_types import Report
 
 
 def compare(
@@ -51,7 +54,7 @@ def compare(
                 print(f"{comparison.signed(delta):>14}  {' · '.join(row['place'])}  ({run})")
 
 
-def read_report(run: str, root: str) -> dict[str, Any]:
+def read_report(run: str, root: str) -> "Report":
     """Read the report of a run in ROOT, or at a path. Raises CallerError if it is not a report."""
     path = Path(run)
     if path.is_dir():
@@ -63,9 +66,9 @@ def read_report(run: str, root: str) -> dict[str, Any]:
         evaluated = committed_of(opened, find_run(opened, run), "evaluate")
         path = pinned_copy(evaluated.files, "report.json") / "report.json"
     try:
-        report_json = json.loads(path.read_text())
-        if not {"run", "stages", "zero_shot"} <= report_json.keys():
+        report: Report = json.loads(path.read_text())
+        if not {"run", "stages", "zero_shot"} <= report.keys():
             raise ValueError("it holds no run")
     except (ValueError, AttributeError) as error:
         raise CallerError(f"{path} is no report.json of a run ({error})") from error
-    return dict(report_json)
+    return report

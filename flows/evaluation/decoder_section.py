@@ -5,18 +5,19 @@ Holds the likelihood and the reconstruction of held-out images, and pictures of 
 Reads the embed folder and ingest's shards; writes PNG files.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import flows.images.latent_grids as latent_grids
 from flows.images.latent_grids import Grid
 from flows.images.png import write_sheet
 from indexing.evaluation.evaluate import EvaluateConfig
-from indexing.metrics.bootstrap import Z_95, mean_figure
+from indexing.metrics.bootstrap import Z_95, Figure, mean_figure
 from indexing.report import sections
 from infra.storage.shard_reader import ShardReader
+from training.diffusion.likelihood import BitsPerDim
 from training.generation import latents, reconstruction
-from training.generation.reconstruction import Described, InversionRow
+from training.generation.reconstruction import Described, InversionRow, Likelihood
 from training.generation.unclip import Unclip
 
 COLUMNS = 9
@@ -70,7 +71,7 @@ def section(
     return sections.section(TITLE, text, tables, pictures)
 
 
-def _likelihood_table(bounds: dict[str, Any]) -> dict[str, Any]:
+def _likelihood_table(bounds: Likelihood) -> sections.Table:
     """Return the table of the likelihood bounds, with intervals from the standard errors."""
     how = "learned variance" if bounds["variance"] == "learned" else "best variance for its errors"
     caption = (
@@ -81,25 +82,16 @@ def _likelihood_table(bounds: dict[str, Any]) -> dict[str, Any]:
         f"{bounds['draws'] + 1} network calls a picture, 95 % interval from the standard error. "
         "z_i is made from the picture itself, so only the second row may be held against PNG"
     )
-    rows: list[list[Any]] = []
-    for name, field in (("told z_i and caption", "told_all"), ("told nothing", "told_nothing")):
-        bits = bounds[field]
-        error = bits["standard_error"]
-        figure = {
-            "value": bits["bits_per_dim"],
-            "n": bits["samples"],
-            "groups": bits["samples"],
-            "unit": "bits/dim",
-        }
-        figure |= {
-            side: None if error is None else bits["bits_per_dim"] + sign * Z_95 * error
-            for side, sign in (("low", -1), ("high", 1))
-        }
+    rows: list[list[sections.Cell]] = []
+    for name, bits in (
+        ("told z_i and caption", bounds["told_all"]),
+        ("told nothing", bounds["told_nothing"]),
+    ):
         rows.append(
             [
                 name,
-                figure,
-                error,
+                _bits_figure(bits),
+                bits["standard_error"],
                 bits["prior"],
                 bits["diffusion"],
                 bits["decoder"],
@@ -122,9 +114,21 @@ def _likelihood_table(bounds: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _inversion_table(rows: list[InversionRow], config: EvaluateConfig) -> dict[str, Any]:
+def _bits_figure(bits: BitsPerDim) -> Figure:
+    value, error = bits["bits_per_dim"], bits["standard_error"]
+    return {
+        "value": value,
+        "n": bits["samples"],
+        "groups": bits["samples"],
+        "unit": "bits/dim",
+        "low": None if error is None else value - Z_95 * error,
+        "high": None if error is None else value + Z_95 * error,
+    }
+
+
+def _inversion_table(rows: list[InversionRow], config: EvaluateConfig) -> sections.Table:
     """Return the table of the PSNR of DDIM inversion by step count."""
-    by_steps: dict[int, list[Any]] = {}
+    by_steps: dict[int, list[Figure]] = {}
     for row in rows:
         figure = mean_figure(
             row["psnr_db"], range(len(row["psnr_db"])), config.resamples, config.seed, unit="dB"
@@ -146,7 +150,7 @@ def _inversion_table(rows: list[InversionRow], config: EvaluateConfig) -> dict[s
     )
 
 
-def _across_time(config: EvaluateConfig, model: Unclip, out: Path) -> dict[str, Any]:
+def _across_time(config: EvaluateConfig, model: Unclip, out: Path) -> sections.Picture:
     """Write the picture of x_t and the predicted x_0 over time; return its entry."""
     prompts = config.prompts[: config.latent_prompts]
     steps = min(config.latent_steps, model.decoder.schedule.T)
@@ -170,7 +174,7 @@ def _across_time(config: EvaluateConfig, model: Unclip, out: Path) -> dict[str, 
 
 def _shared(
     config: EvaluateConfig, model: Unclip, described: Described, out: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[sections.Table, sections.Picture]:
     """Write the picture of samples that share an x_t; return their distances and its entry."""
     times = latents.times_at(model.decoder.schedule, config.latent_times)
     latents_shared = latents.sharing(
@@ -213,7 +217,7 @@ def _shared(
 
 def _interpolation(
     config: EvaluateConfig, model: Unclip, described: Described, out: Path
-) -> dict[str, Any]:
+) -> sections.Picture:
     """Write the picture of blends in x_t space; return its entry."""
     times = latents.times_at(model.decoder.schedule, config.latent_times)
     first, second = described.halves()
@@ -245,8 +249,8 @@ def _interpolation(
 
 
 def _sheet(
-    grid: Grid, name: str, alt: str, caption: str, facts: dict[str, Any], out: Path
-) -> dict[str, Any]:
+    grid: Grid, name: str, alt: str, caption: str, facts: Mapping[str, object], out: Path
+) -> sections.Picture:
     write_sheet(grid.images, grid.rows, grid.columns, out / "pictures" / f"{name}.png", facts)
     # The sheet is enlarged already; pixelated scaling would only spoil its labels.
     return sections.picture(f"pictures/{name}.png", alt, caption)

@@ -8,23 +8,33 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flows.runs.stage import Counts, StageJob
+from flows.runs.stage import StageJob
 from infra.console.progress import Progress
+from infra.storage.manifests import StageCounts
 from infra.storage.shard_reader import ShardReader
 
 if TYPE_CHECKING:
     import numpy as np
 
     from indexing.evaluation.context import Subject
+    from indexing.metrics.zero_shot import Classification
+    from indexing.report.report_types import MetricsRow, Unmeasured
     from indexing.report.sections import MakeSection
     from training.generation.unclip import Unclip
 
 TRAINED = ("clip", "prior", "decoder")
 
 
-def run(job: StageJob) -> Counts:
+class EvaluateCounts(StageCounts):
+    """The counts of the stage's manifest."""
+
+    figures: "dict[str, dict[str, Classification | Unmeasured]]"
+    """The report's `zero_shot`."""
+
+
+def run(job: StageJob) -> EvaluateCounts:
     """Evaluate the models on held-out pairs; write `report.html`, `report.json` and pictures."""
     from indexing.data.held_out import open_embedded
     from indexing.evaluation.context import Subject
@@ -124,6 +134,6 @@ def _optional_sections(
         yield partial(relations_section.section, config.relations, config, model, subject)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> "list[MetricsRow]":
     """Return the rows of a `metrics.jsonl`."""
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -6,18 +6,29 @@ weights.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from infra.storage.manifests import StageCounts
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
 from infra.storage.stage_output import StageOutput
 
+if TYPE_CHECKING:  # torch, which planning does not need
+    from training.generation.upsampling_eval import PsnrFigures
+
 MAX_COMPARED, MAX_IMAGE_ROWS = 64, 6
+
+
+class UpsamplerCounts(StageCounts):
+    """The counts of an up-sampler's manifest."""
+
+    comparison: "dict[str, PsnrFigures]"
+    """By split."""
 
 
 def compare(
     stage: str, output: StageOutput, out: Path, shards: ShardReader, keep_list: StageFiles
-) -> dict[str, Any]:
+) -> "dict[str, PsnrFigures]":
     """Compare the up-sampler in `output` with interpolation; return the figures by split.
 
     Writes `comparison.json` and, if there are held-out images, `comparison.png` into `out`.
@@ -31,7 +42,7 @@ def compare(
 
     with output.local_copy("config.json", "weights.safetensors") as folder:
         model = upsampler_cascade.load(folder)
-    comparison: dict[str, Any] = {}
+    comparison: dict[str, PsnrFigures] = {}
     rows, image_rows = [], []
     for split in ("held_out_style", "held_out_concept"):
         table = read_rows(keep_list, "keep.parquet", split)

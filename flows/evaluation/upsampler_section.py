@@ -8,12 +8,13 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flows.runs.stage import UPSAMPLERS
 
 if TYPE_CHECKING:
-    from indexing.report.sections import ReportSection
+    from indexing.report.sections import Cell, Picture, ReportSection, Table
+    from training.generation.upsampling_eval import PsnrFigures
     from training.models.upsampler import Upsampler
 
 WAYS = {"bicubic": "bicubic", "lanczos": "Lanczos", "up-sampler": "up-sampler"}
@@ -34,7 +35,7 @@ def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
 
     model = upsampler_cascade.load(folder)
     config = model.config
-    comparison = json.loads((folder / "comparison.json").read_text())
+    comparison: dict[str, PsnrFigures] = json.loads((folder / "comparison.json").read_text())
     side_px = config.image_size_px
     text = [
         f"A convolutional diffusion model of {sum(p.numel() for p in model.parameters()):,} "
@@ -65,13 +66,13 @@ def _section(stage: str, folder: Path, out: Path) -> "ReportSection":
     return section(title, text, tables, _copy_picture(stage, folder, out))
 
 
-def _memory_table(model: "Upsampler") -> dict[str, Any]:
+def _memory_table(model: "Upsampler") -> "Table":
     """Measure the memory of a sampling step at the trained side and at twice that side."""
     from indexing.report.sections import table
     from training.generation.upsampling_eval import peak_bytes
 
     side_px, crop_px = model.config.image_size_px, model.config.crop_px
-    rows: list[list[Any]] = []
+    rows: list[list[Cell]] = []
     for side in (side_px, 2 * side_px):
         peaks = [peak_bytes(model, side, tile_px) / 1e6 for tile_px in (crop_px, side)]
         rows.append([f"{side} px", *peaks])
@@ -82,7 +83,7 @@ def _memory_table(model: "Upsampler") -> dict[str, Any]:
     )
 
 
-def _copy_picture(stage: str, folder: Path, out: Path) -> list[dict[str, Any]]:
+def _copy_picture(stage: str, folder: Path, out: Path) -> "list[Picture]":
     """Copy the stage's comparison picture into the report; return its entry, or [] if none."""
     from indexing.report.sections import picture
 
@@ -98,7 +99,7 @@ def _copy_picture(stage: str, folder: Path, out: Path) -> list[dict[str, Any]]:
     return [picture(f"pictures/{stage}.png", alt, caption)]
 
 
-def _row(name: str, figures: Mapping[str, Any]) -> list[Any]:
+def _row(name: str, figures: "PsnrFigures") -> "list[Cell]":
     error, better = figures["standard_error_db"].get(name), figures["better_than"].get(name)
     return [
         WAYS[name],

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +17,7 @@ from infra.storage.store import one_line_errors
 
 
 def write_pictures(
-    images: np.ndarray, prompts: Sequence[str], seed: int, settings: Mapping[str, Any], out: Path
+    images: np.ndarray, prompts: Sequence[str], seed: int, settings: Mapping[str, object], out: Path
 ) -> tuple[list[Path], Path]:
     """Write `images`, uint8 (P prompts, C count, H, W, 3); return the single files and the sheet.
 
@@ -51,7 +50,7 @@ def write_grid(
     columns: Sequence[str],
     name: str,
     seed: int,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     out: Path,
 ) -> tuple[list[Path], Path]:
     """Write `images`, uint8 (R, C, H, W, 3); return the single files, row by row, and the sheet.
@@ -81,7 +80,7 @@ def write_sheet(
     rows: Sequence[str],
     columns: Sequence[str],
     file: Path,
-    facts: Mapping[str, Any],
+    facts: Mapping[str, object],
 ) -> None:
     """Write `images`, uint8 (R, C, H, W, 3), as a sheet with `facts` and labels as PNG text."""
     _write(
@@ -96,7 +95,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].strip("-") or "picture"
 
 
-def _write(file: Path, picture: np.ndarray, facts: Mapping[str, Any]) -> None:
+def _write(file: Path, picture: np.ndarray, facts: Mapping[str, object]) -> None:
     about = PngInfo()
     for name, value in facts.items():
         about.add_itxt(name, value if isinstance(value, str) else json.dumps(value))

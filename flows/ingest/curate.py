@@ -31,6 +31,7 @@ from infra.schemas import (
     open_parquet,
 )
 from infra.settings import Section
+from infra.storage.manifests import StageCounts
 from infra.storage.removal_log import Removals
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
@@ -42,8 +43,13 @@ BATCH_ROWS = 10_000
 # duplicate across splits is removed from the training split; then the lowest key.
 RANK = np.dtype([("image", "S16"), ("is_train", "?"), ("key", "S16")])
 
-Counts = dict[str, Any]
 Row = dict[str, Any]
+
+
+class CurateCounts(StageCounts):
+    """The counts of the stage's manifest."""
+
+    splits: dict[str, int]
 
 
 class CurateConfig(Section):
@@ -87,7 +93,7 @@ def run(
     out: Path,
     removals: Removals = Removals(),
     images: int | None = None,
-) -> Counts:
+) -> CurateCounts:
     """Write the keep list of an ingest folder; return the counts, with `in` = `out` + all dropped.
 
     Rows are sorted by shard, then by key, so that the same images give the same list. Memory: the
@@ -113,13 +119,18 @@ def run(
         )
     candidates.unlink()
     assert seen == splits.total() + reasons.total()
-    counts = {"dropped": dict(sorted((+reasons).items())), "splits": dict(sorted(splits.items()))}
+    counts: CurateCounts = {
+        "in": seen,
+        "out": splits.total(),
+        "dropped": dict(sorted((+reasons).items())),
+        "splits": dict(sorted(splits.items())),
+    }
     if not splits["train"]:
         raise DataError(
             f"no pair is left to train on of {seen:,} (dropped: {counts['dropped']}, splits: "
             f"{counts['splits']}): loosen [curate]"
         )
-    return {"in": seen, "out": splits.total(), **counts}
+    return counts
 
 
 def write_keep_list(

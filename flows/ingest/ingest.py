@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,7 +30,7 @@ from infra.compute.cluster import Cluster
 from infra.errors import DataError
 from infra.schemas import DROPPED, SHARD_COLUMNS, URLS, open_parquet
 from infra.storage.atomic_files import link_or_copy, put_folder
-from infra.storage.manifests import Committed
+from infra.storage.manifests import Committed, StageCounts
 from infra.storage.removal_log import Removals
 from infra.storage.stage_files import file_sha256
 from infra.storage.stage_output import StageOutput
@@ -40,7 +40,13 @@ FEED = pa.schema([field.with_name(SHARD_COLUMNS.get(field.name, field.name)) for
 UPSCALING_MODES = ("center_crop", "keep_ratio")
 """Resize modes that scale the shorter side to image_size_px, with no limit for the longer one."""
 
-Counts = dict[str, Any]
+
+class IngestCounts(StageCounts):
+    """The counts of the stage's manifest."""
+
+    shards: int
+    shards_taken_over: NotRequired[int]
+    """Of the previous ingest."""
 
 
 TABLE, TAKEN_OVER = "table", "taken_over"
@@ -55,7 +61,7 @@ def run(
     work: Path,
     removals: Removals = Removals(),
     previous: Committed | None = None,
-) -> Counts:
+) -> IngestCounts:
     """Download all images of the sources and return the counts.
 
     Images of a `previous` ingest with the same settings are reused for the same URLs; of its failed
@@ -95,7 +101,7 @@ def run(
             free_number = end
     _forget_from(free_number, output, shards)
     counts = finish(config, table, output, shards, out)
-    return counts | ({"shards_taken_over": taken_over} if taken_over else {})
+    return {**counts, "shards_taken_over": taken_over} if taken_over else counts
 
 
 def _forget_from(free_number: int, output: StageOutput, shards: dict[int, ShardFacts]) -> None:
@@ -126,8 +132,8 @@ def _finished_shards(
         count = take_over(previous, urls, output, cluster) if previous else 0
         output.record(TAKEN_OVER, [], {"shards": count})
         parts = output.finished_parts()
-    shards = {
-        int(name): cast(ShardFacts, part["facts"]) for name, part in parts.items() if name.isdigit()
+    shards: dict[int, ShardFacts] = {
+        int(name): part["facts"] for name, part in parts.items() if name.isdigit()
     }
     return int(parts[TAKEN_OVER]["facts"]["shards"]), shards
 
@@ -246,7 +252,7 @@ def finish(
     output: StageOutput,
     shards: Mapping[int, ShardFacts],
     out: Path,
-) -> Counts:
+) -> IngestCounts:
     """Write OUT/dropped.parquet and return the counts.
 
     A row that failed first and succeeded in a later pass counts as succeeded. Raises DataError if

@@ -14,7 +14,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import cv2
 import numpy as np
@@ -31,7 +31,7 @@ from flows.sources.image_folder import Problem, captions_beside, image_files
 from infra.errors import CallerError, DataError
 from infra.schemas import EMBEDDED, STORED_SHA256, sample_key
 from infra.storage import commits, manifests, stage_files
-from infra.storage.manifests import Committed, StageCounts, StageFacts
+from infra.storage.manifests import Committed, StageFacts
 from infra.storage.removal_log import Removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
@@ -127,6 +127,7 @@ def commit(
     whole = IndexConfig.model_validate(run_lineage.index.manifest["sections"]["index"])
     section = whole.model_copy(update={"factory": "auto", "memory_bytes": memory_bytes})
     counts = build(section, out, out)
+    counts["dropped"] = dropped
     key = hashlib.sha256("\n".join([run_lineage.fingerprint, *sorted(keys)]).encode()).hexdigest()[
         :16
     ]
@@ -136,7 +137,7 @@ def commit(
         "sections": {"index": section.model_dump(mode="json")},
         "inputs": {},
         "input_digests": {},
-        "counts": cast(StageCounts, {**counts, "dropped": dropped}),
+        "counts": counts,
         "started": started,
         **what,
     }

@@ -4,13 +4,13 @@ Counts come from the recipe and from models on the meta device; throughput and t
 are passed in. Reads no data.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, final
 
 from flows.config.recipe_file import find_recipe
 
 if TYPE_CHECKING:
     from flows.config.run_config import RunConfig
-    from training.jobs.cost_model import Cost
+    from training.jobs.cost_model import Cost, TrainingNeed
     from training.optim.step import LoopConfig
 
 STORED_BYTES_PER_PIXEL = 0.4
@@ -27,6 +27,13 @@ PUBLISHED = {
 PAPERS = ("paper", "paper_autoregressive")
 
 
+@final
+class StorageNeed(TypedDict):
+    """The needs of a stage that trains nothing."""
+
+    storage_bytes: int
+
+
 def published(recipe: str) -> dict[str, int]:
     """Return the paper's parameter counts by stage if the recipe transcribes the paper, else {}."""
     return PUBLISHED if find_recipe(recipe).stem in PAPERS else {}
@@ -34,7 +41,7 @@ def published(recipe: str) -> dict[str, int]:
 
 def capacity(
     config: "RunConfig", tflops: float | None, pairs: int | None
-) -> dict[str, dict[str, Any]]:
+) -> "dict[str, TrainingNeed | StorageNeed]":
     """Return the plan by stage.
 
     `tflops` is the throughput of one worker in training, in TFLOP/s, and `pairs` the number of
@@ -44,7 +51,7 @@ def capacity(
     from training.jobs import cost_model as costs
 
     rate = tflops * 1e12 if tflops else None
-    needs = {
+    needs: dict[str, TrainingNeed | StorageNeed] = {
         name: costs.need(cost, section, workers, rate)
         for name, (section, cost, workers) in _trained(config).items()
     }
@@ -79,7 +86,7 @@ def _trained(config: "RunConfig") -> "dict[str, tuple[LoopConfig, Cost, int]]":
     return trained
 
 
-def described(need: dict[str, Any]) -> str:
+def described(need: "TrainingNeed | StorageNeed") -> str:
     """Format one stage's plan as one line."""
     if "parameters" not in need:
         return f"storage {size(need['storage_bytes'])}"

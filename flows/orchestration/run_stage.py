@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from flows.orchestration.stages import trained_of
 from flows.runs.planning import find_current, frozen_model
@@ -114,7 +114,7 @@ def _run_adapter(stage: Stage, job: StageJob, say: Callable[[str], None]) -> Sta
     assert counts.keys() >= {"in", "out", "dropped"}, (
         f"{stage.name} must count what came in, went out and was dropped"
     )
-    return cast(StageCounts, counts)
+    return counts
 
 
 def _commit(job: StageJob, facts: StageFacts, damaged: Committed | None) -> Committed:

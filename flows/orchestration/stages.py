@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.runs.stage import UPSAMPLERS, Counts, Stage, StageJob
+from flows.runs.stage import UPSAMPLERS, Stage, StageJob
 from infra.compute import cluster
 from infra.storage import manifests
-from infra.storage.manifests import Committed
+from infra.storage.manifests import Committed, StageCounts
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the sections import torch and faiss, which planning does no
 INGEST_VERSION, EMBED_VERSION, INDEX_VERSION = 2, 1, 5
 
 
-def run_ingest(job: StageJob) -> Counts:
+def run_ingest(job: StageJob) -> StageCounts:
     import flows.ingest.ingest as ingest
     from flows.ingest.shard_reuse import is_reusable
 
@@ -44,7 +44,7 @@ def run_ingest(job: StageJob) -> Counts:
     )
 
 
-def run_curate(job: StageJob) -> Counts:
+def run_curate(job: StageJob) -> StageCounts:
     import flows.ingest.curate as curate
 
     ingest = job.inputs["ingest"]
@@ -52,7 +52,7 @@ def run_curate(job: StageJob) -> Counts:
     return curate.run(job.config.curate, ingest.files, job.out, job.removals, images)
 
 
-def run_clip(job: StageJob) -> Counts:
+def run_clip(job: StageJob) -> StageCounts:
     from training.jobs import train
 
     job.cluster.start()
@@ -60,7 +60,7 @@ def run_clip(job: StageJob) -> Counts:
     return train.train_clip(job.config.tokenizer, job.config.clip, job.config.cluster, folders)
 
 
-def run_embed(job: StageJob) -> Counts:
+def run_embed(job: StageJob) -> StageCounts:
     from training.jobs import embed
 
     job.cluster.start()
@@ -78,7 +78,7 @@ def run_embed(job: StageJob) -> Counts:
     return embed.run(job.config.embed, job.config.cluster, folders, clip_key, job.out)
 
 
-def run_index(job: StageJob) -> Counts:
+def run_index(job: StageJob) -> StageCounts:
     from indexing.ann import index
 
     embed, spread = job.local_copy(job.inputs["embed"]), None
@@ -109,7 +109,7 @@ def _grown_from(job: StageJob) -> tuple[Path, Path] | None:
     return (job.local_copy(before), job.local_copy(embed)) if embed and is_whole else None
 
 
-def run_dedup(job: StageJob) -> Counts:
+def run_dedup(job: StageJob) -> StageCounts:
     from indexing.dedup import deduplicate
     from training.jobs import embed
 
@@ -130,7 +130,7 @@ def trained_embeddings(job: StageJob) -> StageFiles:
     return job.inputs["dedup" if "dedup" in job.inputs else "embed"].files
 
 
-def run_prior(job: StageJob) -> Counts:
+def run_prior(job: StageJob) -> StageCounts:
     from training.jobs import train
 
     job.cluster.start()
@@ -139,7 +139,7 @@ def run_prior(job: StageJob) -> Counts:
     return train.train_prior(job.config.prior, job.config.cluster, folders)
 
 
-def run_decoder(job: StageJob) -> Counts:
+def run_decoder(job: StageJob) -> StageCounts:
     from training.jobs import train
 
     job.cluster.start()
@@ -148,7 +148,7 @@ def run_decoder(job: StageJob) -> Counts:
     return train.train_decoder(job.config.decoder, job.config.cluster, folders)
 
 
-def run_upsampler(job: StageJob) -> Counts:
+def run_upsampler(job: StageJob) -> StageCounts:
     import flows.evaluation.upsampler_comparison as upsampler_comparison
     from training.jobs import train
 
@@ -160,10 +160,11 @@ def run_upsampler(job: StageJob) -> Counts:
     comparison = upsampler_comparison.compare(
         job.stage, job.output, job.out, folders.shards, keep_list
     )
-    return counts | {"comparison": comparison}
+    compared: upsampler_comparison.UpsamplerCounts = {**counts, "comparison": comparison}
+    return compared
 
 
-def run_evaluate(job: StageJob) -> Counts:
+def run_evaluate(job: StageJob) -> StageCounts:
     import flows.evaluation.evaluate as evaluate
 
     return evaluate.run(job)

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from infra.errors import CallerError, StorageError
 from infra.storage.manifests import Committed
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # pyarrow, which `unclip --help` does not need
     import pyarrow as pa
 
     from flows.runs.records import RunRecord
+    from indexing.report.report_types import Report
 
 NEEDED = ("clip", "prior", "decoder")
 
@@ -69,7 +70,7 @@ def write_staged(folder: Path, fill: Callable[[Path], object]) -> list[FileEntry
 
 
 def _fill(staging: Path, record: "RunRecord", stages: dict[str, Committed]) -> None:
-    from flows.runs.model_card import card
+    from flows.runs.model_card import ModelConfig, card
 
     for stage in MODELS:
         if stage in stages:
@@ -77,26 +78,28 @@ def _fill(staging: Path, record: "RunRecord", stages: dict[str, Committed]) -> N
             for name in FILES:
                 if name != "tokenizer.json" or stage == "clip":
                     _copy(stages[stage], name, staging / stage / name)
-    report: dict[str, Any] = {}
+    report: Report | None = None
     if "evaluate" in stages:
         evaluated = stages["evaluate"].files
         with evaluated.open("report.json") as file:
             report = json.load(file)
-        with evaluated.local_copy(report["generation"]["sheet"]) as folder:
-            shutil.copyfile(folder / report["generation"]["sheet"], staging / "samples.png")
-    manifests = {
-        stage: {name: value for name, value in committed.manifest.items() if name != "prefix"}
-        for stage, committed in stages.items()
+            sheet = report["generation"]["sheet"]
+        with evaluated.local_copy(sheet) as folder:
+            shutil.copyfile(folder / sheet, staging / "samples.png")
+    manifests = {stage: committed.manifest for stage, committed in stages.items()}
+    stage_facts = {
+        stage: {name: value for name, value in manifest.items() if name != "prefix"}
+        for stage, manifest in manifests.items()
     }
-    lineage = {"format": FORMAT, "run": record, "stages": manifests}
+    lineage = {"format": FORMAT, "run": record, "stages": stage_facts}
     (staging / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False) + "\n")
-    facts = {
+    facts: dict[str, ModelConfig] = {
         stage: json.loads((staging / stage / "config.json").read_text())
         for stage in MODELS
         if stage in stages
     }
     pictures = _pictures(stages["embed"]) if "embed" in stages else {}
-    (staging / "README.md").write_text(card(record, manifests, facts, pictures, report or None))
+    (staging / "README.md").write_text(card(record, manifests, facts, pictures, report))
 
 
 def _copy(committed: Committed, name: str, to: Path) -> None:

@@ -6,7 +6,13 @@ writes no files.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+if TYPE_CHECKING:  # its figures import numpy, which the card does not need
+    from flows.runs.records import RunRecord
+    from indexing.metrics.bootstrap import Figure
+    from indexing.report.report_types import Report
+    from infra.storage.manifests import Manifest
 
 USE = """```python
 from training.generation.unclip import Unclip
@@ -27,12 +33,29 @@ LIMITS = """- It knows only what its training pictures show and the words in the
   pictures."""
 
 
+class PixelSection(TypedDict):
+    """The section of a model that draws pixels."""
+
+    image_size_px: int
+
+
+class ModelConfig(TypedDict, total=False):
+    """A model's config.json, as far as the card reads it."""
+
+    parameters: int
+    embed_dim: int
+    context: int
+    vocab_size: int
+    decoder: PixelSection
+    upsampler: PixelSection
+
+
 def card(
-    record: Mapping[str, Any],
-    manifests: Mapping[str, Mapping[str, Any]],
-    facts: Mapping[str, Mapping[str, Any]],
+    record: "RunRecord",
+    manifests: "Mapping[str, Manifest]",
+    facts: Mapping[str, ModelConfig],
     pictures: Mapping[str, Mapping[str, int]],
-    report: Mapping[str, Any] | None,
+    report: "Report | None",
 ) -> str:
     """Return the card as Markdown.
 
@@ -63,7 +86,7 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def plain(text: Any) -> str:
+def plain(text: object) -> str:
     """Return a text as one line, with the characters special to Markdown and HTML escaped."""
     line = " ".join(str(text).split())[:200]
     return "".join(
@@ -71,7 +94,7 @@ def plain(text: Any) -> str:
     )
 
 
-def _enlarged(facts: Mapping[str, Mapping[str, Any]]) -> str:
+def _enlarged(facts: Mapping[str, ModelConfig]) -> str:
     sides = [
         fact["upsampler"]["image_size_px"]
         for name, fact in facts.items()
@@ -84,7 +107,7 @@ def _enlarged(facts: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _models(manifests: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def _models(manifests: "Mapping[str, Manifest]", facts: Mapping[str, ModelConfig]) -> str:
     rows = [
         (
             stage,
@@ -107,9 +130,13 @@ def _models(manifests: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 
 Row = tuple[str, str, str, str]
 """Figure, value, n and chance level of one line of the table of measurements."""
+DIRECTIONS: tuple[Literal["text_to_image", "image_to_text"], ...] = (
+    "text_to_image",
+    "image_to_text",
+)
 
 
-def _measured(report: Mapping[str, Any] | None) -> str:
+def _measured(report: "Report | None") -> str:
     if report is None:
         return "This run was not evaluated, so its quality is unknown (`unclip evaluate`)."
     table = _table(
@@ -122,7 +149,7 @@ def _measured(report: Mapping[str, Any] | None) -> str:
     )
 
 
-def _zero_shot_rows(report: Mapping[str, Any]) -> list[Row]:
+def _zero_shot_rows(report: "Report") -> list[Row]:
     return [
         (
             f"zero-shot {_words(label)}, {_words(split)}: top-1 of {figures['classes']:,}",
@@ -136,10 +163,10 @@ def _zero_shot_rows(report: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def _retrieval_rows(report: Mapping[str, Any]) -> list[Row]:
+def _retrieval_rows(report: "Report") -> list[Row]:
     rows = []
     for split, figures in report["retrieval"].items():
-        for direction in ("text_to_image", "image_to_text"):
+        for direction in DIRECTIONS:
             if direction in figures:
                 figure = figures[direction]["recall@10"]
                 name = f"retrieval {_words(direction)}, {_words(split)}: recall@10"
@@ -147,17 +174,14 @@ def _retrieval_rows(report: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _generation_rows(report: Mapping[str, Any]) -> list[Row]:
+def _generation_rows(report: "Report") -> list[Row]:
     generation = report["generation"]
-    names = {
-        "clip_score": "CLIP score of samples (its own CLIP)",
-        "mismatched": "the same with other prompts",
-        "real_pairs": "the same of real held-out pairs",
+    scores = {
+        "CLIP score of samples (its own CLIP)": generation["clip_score"],
+        "the same with other prompts": generation["mismatched"],
+        "the same of real held-out pairs": generation["real_pairs"],
     }
-    rows = [
-        (name, _number(generation[key]), f"{generation[key]['n']:,}", "")
-        for key, name in names.items()
-    ]
+    rows = [(name, _number(score), f"{score['n']:,}", "") for name, score in scores.items()]
     first = generation["own_prompt_first"]
     rows.append(("own prompt scores highest", _share(first), f"{first['n']:,}", _chance(first)))
     return rows
@@ -167,8 +191,9 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _chance(figure: Mapping[str, Any]) -> str:
-    return _share({"value": figure.get("chance")})
+def _chance(figure: "Figure") -> str:
+    chance = figure.get("chance")
+    return "" if chance is None else _percent(chance)
 
 
 def _data(pictures: Mapping[str, Mapping[str, int]]) -> str:
@@ -186,27 +211,27 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _share(figure: Mapping[str, Any]) -> str:
-    if figure["value"] is None:
+def _share(figure: "Figure") -> str:
+    value, low, high = figure["value"], figure["low"], figure["high"]
+    if value is None:
         return ""
-    low, high = figure.get("low"), figure.get("high")
-    interval = (
-        f" ({100 * low:.1f} to {100 * high:.1f})" if low is not None and high is not None else ""
-    )
-    return (
-        f"{100 * figure['value']:.1f} %{interval}"
-        if figure["value"] >= 0.001
-        else f"{100 * figure['value']:.2f} %{interval}"
-    )
+    if low is None or high is None:
+        return _percent(value)
+    return f"{_percent(value)} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _number(figure: Mapping[str, Any]) -> str:
-    if figure["value"] is None:
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.2f} %"
+
+
+def _number(figure: "Figure") -> str:
+    value, low, high = figure["value"], figure["low"], figure["high"]
+    if value is None:
         return ""
-    return f"{figure['value']:.1f}" + (
-        f" ({figure['low']:.1f} to {figure['high']:.1f})" if figure["low"] is not None else ""
-    )
+    if low is None or high is None:
+        return f"{value:.1f}"
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
-def _day(manifest: Mapping[str, Any]) -> str:
+def _day(manifest: "Manifest") -> str:
     return str(manifest["finished"])[:10]

@@ -8,13 +8,16 @@ the run that `current.json` names.
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from flows.config.promotion_conditions import parsed
 from infra.errors import CallerError, StorageError
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed
 from infra.storage.store import Root
+
+if TYPE_CHECKING:  # its figures import numpy, which `unclip --help` does not need
+    from indexing.report.report_types import Report
 
 CURRENT = "current.json"
 TESTS: dict[str, Callable[[float, float], bool]] = {
@@ -72,9 +75,7 @@ def promote_if_passed(
     return result
 
 
-def judge(
-    report: Mapping[str, Any], conditions: Sequence[str], current: Mapping[str, Any] | None
-) -> list[Verdict]:
+def judge(report: "Report", conditions: Sequence[str], current: "Report | None") -> list[Verdict]:
     """Return for each condition its text, the report's value, the limit and whether it holds.
 
     A condition that refers to the current run holds if there is none or its report lacks the
@@ -101,12 +102,12 @@ def judge(
     return verdicts
 
 
-def figure(report: Mapping[str, Any], path: str) -> float | None:
+def figure(report: "Report", path: str) -> float | None:
     """Return the number at a dotted path of a report, or None.
 
     For a figure with an interval this is its `value`.
     """
-    node: Any = report
+    node: object = report
     for part in path.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     if isinstance(node, Mapping):
@@ -114,13 +115,14 @@ def figure(report: Mapping[str, Any], path: str) -> float | None:
     return float(node) if isinstance(node, int | float) and not isinstance(node, bool) else None
 
 
-def near(report: Mapping[str, Any], path: str) -> list[str]:
+def near(report: "Report", path: str) -> list[str]:
     """Return the names below the longest existing prefix of a dotted path."""
-    node: Any = report
+    node: Mapping[str, object] = report
     for part in path.split("."):
-        if not isinstance(node, Mapping) or not isinstance(node.get(part), Mapping):
+        child = node.get(part)
+        if not isinstance(child, Mapping):
             break
-        node = node[part]
+        node = child
     return sorted(node) or ["nothing there"]
 
 
@@ -134,8 +136,8 @@ def described(judgement: Judgement) -> str:
     return f"not promoted: {'; '.join(failed)}" if failed else "promoted: current.json points here"
 
 
-def _report(committed: Committed) -> dict[str, Any]:
-    report: dict[str, Any] | None = store.read_json(committed.root, f"{committed.path}/report.json")
+def _report(committed: Committed) -> "Report":
+    report: Report | None = store.read_json(committed.root, f"{committed.path}/report.json")
     if report is None:
         raise StorageError(f"{committed.uri} has no report.json: remove that folder and run again")
     return report

@@ -5,7 +5,7 @@ the facts. Knows nothing of how a run is executed.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from flows.runs.promotion import CURRENT, Judgement, Verdict
 from flows.runs.stage import StagePlan, StageResult
@@ -13,6 +13,10 @@ from infra.errors import CallerError
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed
 from infra.storage.store import Root
+
+if TYPE_CHECKING:  # torch, which the list of runs does not need
+    from flows.orchestration.capacity_plan import StorageNeed
+    from training.jobs.cost_model import TrainingNeed
 
 REPORT = "report.html"
 
@@ -56,7 +60,7 @@ class StageRow(TypedDict):
     parameters: NotRequired[int]
     """This and the next two: of `--dry-run`."""
     paper_parameters: NotRequired[int]
-    need: NotRequired[dict[str, Any]]
+    need: NotRequired["TrainingNeed | StorageNeed"]
     """The stage's row of `capacity_plan.capacity`."""
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from infra.compute.cluster import Cluster
 from infra.storage import manifests
-from infra.storage.manifests import Committed
+from infra.storage.manifests import Committed, StageCounts
 from infra.storage.removal_log import Removals
 from infra.storage.stage_files import StageFiles
 from infra.storage.stage_output import StageOutput
@@ -23,8 +23,6 @@ if TYPE_CHECKING:  # the sections import torch and faiss, which planning does no
 UPSAMPLERS = ("upsampler", "upsampler_2")
 """The up-sampling stages, in the order in which they are applied to the decoder's images."""
 
-Counts = dict[str, Any]
-"""What an adapter returns: the fields of `StageCounts`, and figures of its own."""
 State = Literal["current", "stale", "missing"]
 
 
@@ -79,7 +77,7 @@ class Stage:
     needs: tuple[str, ...]
     sections: tuple[str, ...]
     version: int
-    run: Callable[[StageJob], Counts]
+    run: Callable[[StageJob], StageCounts]
     wants: tuple[str, ...] = ()
     """Optional inputs: stages whose folders it uses if the recipe has them."""
     parameters: "Callable[[RunConfig], int | None] | None" = None

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NotRequired, get_args
 
 import faiss
 import numpy as np
@@ -38,7 +38,7 @@ from indexing.ann.factory import (
     train,
 )
 from indexing.ann.inverted_lists import Spread
-from indexing.ann.tuning import DEPTHS, Effort, Sample, Selection
+from indexing.ann.tuning import Effort, Latencies, Recalls, Sample, Selection, Tuned
 from indexing.data.embedding_store import (
     CHUNK_ROWS,
     Floats,
@@ -53,6 +53,7 @@ from infra.compute.memory import PeakMemory
 from infra.errors import CallerError, DataError
 from infra.schemas import EMBEDDED, open_parquet
 from infra.settings import Section
+from infra.storage.manifests import StageCounts
 
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
@@ -112,12 +113,54 @@ class Embeddings:
         return part_files(self.folder / FOLDERS[modality])
 
 
+class ModalityFigures(Tuned):
+    """The figures of one of the two indexes."""
+
+    bytes: int
+
+
+class WorseFigures(Recalls, Latencies):
+    """The lower recalls and the longer times of the two indexes, the sum of their bytes, and the
+    peak memory of building them.
+    """
+
+    bytes: int
+    build_peak_bytes: int
+    task_peak_bytes: int
+    """Of a process that `spread` calls; 0 without."""
+
+
+class IndexFacts(WorseFigures):
+    """The content of index.json."""
+
+    dim: int
+    count: int
+    factory: str
+    clip_key: str
+    nprobe: int
+    """This and `k_factor`: the higher of the two indexes."""
+    k_factor: float
+    built_count: NotRequired[int]
+    """Number of vectors when the cells were trained; by default `count`."""
+    target_met: bool
+    image: ModalityFigures
+    text: ModalityFigures
+
+
+class IndexCounts(StageCounts, WorseFigures):
+    """The counts of the stage's manifest."""
+
+    factory: str
+    added_to: int
+    """Number of vectors of the former index that these were added to; 0 if it was built anew."""
+
+
 @dataclass(frozen=True)
 class Base:
     """A former index to which vectors are added: its folder, and what its index.json says."""
 
     folder: Path
-    facts: dict[str, Any]
+    facts: IndexFacts
 
 
 def is_spread(embed: Path) -> bool:
@@ -133,7 +176,7 @@ def build(
     out: Path,
     grown_from: tuple[Path, Path] | None = None,
     spread: Spread | None = None,
-) -> dict[str, Any]:
+) -> IndexCounts:
     """Build both indexes and the metadata table from an embed folder; return the counts, the
     factory, and the figures of the worse index.
 
@@ -157,7 +200,7 @@ def build(
     _check_memory(config, factory, embeddings.parts["image"], base is not None)
     _write_metadata(embed / "metadata", out / "metadata.arrow", count)
     queries = _sample_queries(config, embeddings)
-    figures: dict[str, dict[str, Any]] = {}
+    figures: dict[Modality, ModalityFigures] = {}
     task_peak = 0
     with _threads(config.threads), PeakMemory() as memory:
         for modality in MODALITIES:
@@ -173,11 +216,10 @@ def build(
             ]
             parts, target = embeddings.parts[modality], config.recall_target
             figures[modality] = _tuned(file, parts, samples, target)
-    peaks = {"build_peak_bytes": memory.bytes, "task_peak_bytes": task_peak}
-    worse = _worse(list(figures.values())) | peaks
+    worse = _worse(list(figures.values()), memory.bytes, task_peak)
     _write_facts(out / "index.json", embeddings, factory, base, worse, figures)
-    counts: dict[str, Any] = {"in": count, "out": count, "dropped": {}, "factory": factory}
-    return {**counts, **worse, "added_to": base.facts["count"] if base else 0}
+    old = base.facts["count"] if base else 0
+    return {"in": count, "out": count, "dropped": {}, "factory": factory, **worse, "added_to": old}
 
 
 def _open_embeddings(embed: Path) -> Embeddings:
@@ -217,7 +259,7 @@ def _threads(count: int) -> Iterator[None]:
 
 def _tuned(
     file: Path, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], target: float
-) -> dict[str, Any]:
+) -> ModalityFigures:
     """Open a written index and return its effort, recalls, latencies and bytes."""
     opened = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
     return {**tuning.tune(opened, parts, samples, target), "bytes": file.stat().st_size}
@@ -228,24 +270,23 @@ def _write_facts(
     embeddings: Embeddings,
     factory: str,
     base: Base | None,
-    worse: dict[str, Any],
-    figures: dict[str, dict[str, Any]],
+    worse: WorseFigures,
+    figures: Mapping[Modality, ModalityFigures],
 ) -> None:
     """Write index.json: what the index is, the worse figures, and those of each modality."""
     count = embeddings.count
-    highest = {
-        name: max(figure[name] for figure in figures.values()) for name in ("nprobe", "k_factor")
-    }
-    facts = {
+    facts: IndexFacts = {
         "dim": embeddings.dim,
         "count": count,
         "factory": factory,
         "clip_key": embeddings.clip_key,
         **worse,
-        **highest,
+        "nprobe": max(figure["nprobe"] for figure in figures.values()),
+        "k_factor": max(figure["k_factor"] for figure in figures.values()),
         "built_count": base.facts.get("built_count", base.facts["count"]) if base else count,
         "target_met": all(figure["target_met"] for figure in figures.values()),
-        **figures,
+        "image": figures["image"],
+        "text": figures["text"],
     }
     file.write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -290,15 +331,19 @@ def _check_memory(
         )
 
 
-def _worse(both: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the lower recalls and the longer times of two indexes, and the sum of their bytes."""
-    worse: dict[str, Any] = {
-        f"recall@{k}": min(figure[f"recall@{k}"] for figure in both) for k in DEPTHS
+def _worse(
+    both: Sequence[ModalityFigures], build_peak_bytes: int, task_peak_bytes: int
+) -> WorseFigures:
+    return {
+        "recall@1": min(figure["recall@1"] for figure in both),
+        "recall@10": min(figure["recall@10"] for figure in both),
+        "recall@100": min(figure["recall@100"] for figure in both),
+        "latency_p50_ms": max(figure["latency_p50_ms"] for figure in both),
+        "latency_p99_ms": max(figure["latency_p99_ms"] for figure in both),
+        "bytes": sum(figure["bytes"] for figure in both),
+        "build_peak_bytes": build_peak_bytes,
+        "task_peak_bytes": task_peak_bytes,
     }
-    worse |= {
-        name: max(figure[name] for figure in both) for name in ("latency_p50_ms", "latency_p99_ms")
-    }
-    return worse | {"bytes": sum(figure["bytes"] for figure in both)}
 
 
 def _build_one(
@@ -348,7 +393,7 @@ def _base(
     `grown_from` is its folder and the embed folder that it was built from.
     """
     folder, embed = grown_from
-    facts: dict[str, Any] = json.loads((folder / "index.json").read_text())
+    facts: IndexFacts = json.loads((folder / "index.json").read_text())
     count, dim, total = facts["count"], facts["dim"], sum(len(part) for part in parts["image"])
     built = facts.get("built_count", count)
     if dim != parts["image"][0].shape[1] or not count <= total <= built * (1 + GROWTH):
@@ -384,7 +429,7 @@ class Index:
     threads.
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, facts: IndexFacts) -> None:
         """Open the files of a folder; use `Index.open`, which checks them."""
         self.facts = facts
         self.clip_key: str = facts["clip_key"]
@@ -526,7 +571,7 @@ class Index:
         return checked
 
 
-def _efforts(facts: Mapping[str, Any]) -> tuple[Effort, Effort]:
+def _efforts(facts: ModalityFigures) -> tuple[Effort, Effort]:
     """Return the tuned efforts for ten results and for a hundred; an index.json without "deep" has
     the same effort for both.
     """

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import faiss
 import numpy as np
@@ -46,6 +46,33 @@ STEPS = np.unique(np.ceil(1.08 ** np.arange(320)).astype(np.int64))
 """Numbers of cells that a query with a margin may probe."""
 
 
+class EffortFacts(TypedDict):
+    """An `Effort` in index.json."""
+
+    nprobe: int
+    k_factor: float
+    margin: NotRequired[float | None]
+
+
+Recalls = TypedDict("Recalls", {"recall@1": float, "recall@10": float, "recall@100": float})
+"""Recall against brute force, by number of results (DEPTHS)."""
+
+
+class Latencies(TypedDict):
+    """Milliseconds that a query takes."""
+
+    latency_p50_ms: float
+    latency_p99_ms: float
+
+
+class Tuned(EffortFacts, Recalls, Latencies):
+    """A tuned index: its effort for ten results, recalls and latencies."""
+
+    deep: EffortFacts
+    """The effort for a hundred results."""
+    target_met: bool
+
+
 class Effort(NamedTuple):
     """Effort of a query: probed cells, re-ranked candidates, margin of scores."""
 
@@ -56,6 +83,11 @@ class Effort(NamedTuple):
     margin: float | None = None
     """A cell is skipped where its centroid scores lower than the best one by more than this; None
     skips none."""
+
+    @property
+    def facts(self) -> EffortFacts:
+        """The fields as index.json holds them."""
+        return {"nprobe": self.nprobe, "k_factor": self.k_factor, "margin": self.margin}
 
 
 class Selection(NamedTuple):
@@ -286,7 +318,7 @@ class Measured:
 
 def tune(
     index: Any, parts: Sequence[NDArray[Any]], samples: Sequence[Sample], target: float
-) -> dict[str, Any]:
+) -> Tuned:
     """Find the effort that reaches the target recall@10 in the least time on all samples; return it
     with its recalls and latencies.
 
@@ -301,12 +333,14 @@ def tune(
     best = least_effort(tuning, judging, DEPTHS[1], target)
     deep = least_effort(tuning.thinned(), judging.thinned(), DEPTHS[2], target)
     taken_ms = np.array(tuning.seconds(DEPTHS[1], best)) * 1000
-    figures = {f"recall@{k}": judging.recall(k, effort_for(k, best, deep)) for k in DEPTHS}
+    at_1, at_10, at_100 = (judging.recall(k, effort_for(k, best, deep)) for k in DEPTHS)
     return {
-        **best._asdict(),
-        "deep": deep._asdict(),
-        "target_met": figures[f"recall@{DEPTHS[1]}"] >= target,
-        **figures,
+        **best.facts,
+        "deep": deep.facts,
+        "target_met": at_10 >= target,
+        "recall@1": at_1,
+        "recall@10": at_10,
+        "recall@100": at_100,
         "latency_p50_ms": round(float(np.percentile(taken_ms, 50)), 4),
         "latency_p99_ms": round(float(np.percentile(taken_ms, 99)), 4),
     }

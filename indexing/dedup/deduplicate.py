@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import cv2
 import numpy as np
@@ -46,6 +46,7 @@ from infra.compute.memory import PeakMemory
 from infra.errors import DataError
 from infra.schemas import EMBEDDED, open_parquet
 from infra.settings import Section
+from infra.storage.manifests import StageCounts
 from infra.storage.shard_reader import ShardReader
 
 REASONS = ("", "equal", "alike", "near", "evaluation_equal", "evaluation_alike", "evaluation_near")
@@ -62,6 +63,27 @@ GROUPS = pa.schema(
         ("score", pa.float32()),
     ]
 )
+
+
+class Copy(TypedDict):
+    """A row of GROUPS: a pair that is dropped."""
+
+    key: str
+    keeper: str
+    """Key of the pair that stays."""
+    reason: str
+    score: float
+    """Cosine of the two pictures."""
+
+
+class DedupCounts(StageCounts):
+    """The counts of the stage's manifest; the last three where near embeddings count as copies."""
+
+    groups: int
+    peak_bytes: NotRequired[int]
+    threshold: NotRequired[float | None]
+    precision: NotRequired[float]
+    recall: NotRequired[float]
 
 
 class DedupConfig(Section):
@@ -176,7 +198,7 @@ def run(
     encode_images: EncodeImages,
     side_px: int,
     out: Path,
-) -> dict[str, Any]:
+) -> DedupCounts:
     """Write the embeddings without copies and return the counts.
 
     `encode_images` is the CLIP that made the embeddings, for squares of `side_px`. Raises DataError
@@ -208,7 +230,7 @@ def _run(
     encode_images: EncodeImages,
     side_px: int,
     out: Path,
-) -> dict[str, Any]:
+) -> DedupCounts:
     verdicts = Verdicts(inputs.pairs)
     verdicts.drop(exact(inputs.pairs.digests, verdicts.order), "equal")
     alike = perceptual(*inputs.picture_hashes, verdicts.order, config.max_hash_bits, config.max_rms)
@@ -241,7 +263,7 @@ def _draw_largest(copy_groups: Sequence[tuple[int, list[int]]], inputs: Inputs, 
     show(largest, dict(zip(listed.tolist(), locations, strict=True)), inputs.shards, titles, file)
 
 
-def _counts(reason: NDArray[np.int8], group_count: int, chosen: Threshold | None) -> dict[str, Any]:
+def _counts(reason: NDArray[np.int8], group_count: int, chosen: Threshold | None) -> DedupCounts:
     """Return what the stage's manifest says: pairs in and out, dropped for each reason, and the
     threshold.
     """
@@ -249,14 +271,17 @@ def _counts(reason: NDArray[np.int8], group_count: int, chosen: Threshold | None
     dropped = {
         why: number for why, number in sorted(zip(REASONS[1:], numbers[1:], strict=True)) if number
     }
-    counts = {"in": len(reason), "out": numbers[0], "dropped": dropped, "groups": group_count}
-    if chosen is None:
-        return counts
-    return counts | {
-        "threshold": chosen.threshold,
-        "precision": chosen.precision,
-        "recall": chosen.recall,
+    counts: DedupCounts = {
+        "in": len(reason),
+        "out": numbers[0],
+        "dropped": dropped,
+        "groups": group_count,
     }
+    if chosen is not None:
+        counts["threshold"] = chosen.threshold
+        counts["precision"] = chosen.precision
+        counts["recall"] = chosen.recall
+    return counts
 
 
 def read_pairs(metadata: Path, count: int) -> Pairs:

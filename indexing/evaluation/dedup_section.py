@@ -5,17 +5,17 @@ writes a PNG of the groups. Computes no similarities.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
 from indexing.data.embedding_store import read_facts, read_metadata
-from indexing.dedup.deduplicate import MAX_LISTED_COPIES, MAX_LISTED_GROUPS, show
+from indexing.dedup.deduplicate import MAX_LISTED_COPIES, MAX_LISTED_GROUPS, Copy, Threshold, show
 from indexing.metrics.bootstrap import Figure, wilson
-from indexing.report.sections import Picture, ReportSection, Table, picture, section, table
+from indexing.report.sections import Cell, Picture, ReportSection, Table, picture, section, table
 from infra.schemas import EMBEDDED
+from infra.storage.manifests import StageCounts
 from infra.storage.shard_reader import ShardReader
 
 REASONS = {
@@ -30,13 +30,13 @@ CAPTION_CHARS = 60
 
 
 def copies_section(
-    folder: Path, embed: Path, shards: ShardReader, counts: Mapping[str, Any], out: Path
+    folder: Path, embed: Path, shards: ShardReader, counts: StageCounts, out: Path
 ) -> ReportSection:
     """Return the section for a dedup folder and write `out`/pictures/copies.png.
 
     `counts` are those of the stage's manifest.
     """
-    chosen = json.loads((folder / "threshold.json").read_text())
+    measured = json.loads((folder / "threshold.json").read_text())
     dropped = pq.read_table(folder / "groups.parquet").to_pylist()
     text = [
         f"{counts['in'] - counts['out']:,} of {counts['in']:,} pairs are left out of training: "
@@ -44,16 +44,17 @@ def copies_section(
         "the lower key), and near copies of evaluation pictures. A pair is only left out for a "
         "copy that stays."
     ]
-    rows: list[list[Any]] = [
+    rows: list[list[Cell]] = [
         [REASONS[why], int(count), f"{100 * count / counts['in']:.2f} %"]
         for why, count in counts["dropped"].items()
     ]
     tables = [table("Left out", ["Reason", "Pairs", "Share of all"], rows)] if rows else []
-    if chosen:
+    if measured:
+        chosen = Threshold(**measured)
         text.append(_threshold_words(chosen))
-        copies_per_change = chosen["copies"] // len(chosen["recall_of"])
-        recall_rows = [
-            [name, _share(share, copies_per_change)] for name, share in chosen["recall_of"].items()
+        copies_per_change = chosen.copies // len(chosen.recall_of)
+        recall_rows: list[list[Cell]] = [
+            [name, _share(share, copies_per_change)] for name, share in chosen.recall_of.items()
         ]
         tables.append(
             table(
@@ -66,30 +67,30 @@ def copies_section(
     return section("Copies left out of training", text, tables + listed, pictures)
 
 
-def _threshold_words(chosen: Mapping[str, Any]) -> str:
+def _threshold_words(chosen: Threshold) -> str:
     sample = (
-        f"The threshold was tested on {chosen['copies']:,} copies of sampled pictures, made by "
-        f"known transformations, and the {chosen['others']:,} nearest pictures of other concepts. "
+        f"The threshold was tested on {chosen.copies:,} copies of sampled pictures, made by "
+        f"known transformations, and the {chosen.others:,} nearest pictures of other concepts. "
         "It was chosen before on as many others"
     )
-    if chosen["threshold"] is None:
+    if chosen.threshold is None:
         return (
             f"{sample}. At no threshold are enough of the near pairs copies (at best "
-            f"{100 * chosen['precision']:.1f} %): this CLIP cannot tell them from the rest, so no "
+            f"{100 * chosen.precision:.1f} %): this CLIP cannot tell them from the rest, so no "
             "pair is left out because of its embedding."
         )
     return (
-        f"{sample}. At a cosine of {chosen['threshold']:.4f} or more, "
-        f"{100 * chosen['precision']:.1f} % of the sample's near pairs are copies, and "
-        f"{100 * chosen['recall']:.1f} % of its copies are found by their embeddings alone."
+        f"{sample}. At a cosine of {chosen.threshold:.4f} or more, "
+        f"{100 * chosen.precision:.1f} % of the sample's near pairs are copies, and "
+        f"{100 * chosen.recall:.1f} % of its copies are found by their embeddings alone."
     )
 
 
 def _groups(
-    dropped: list[dict[str, Any]], embed: Path, shards: ShardReader, out: Path
+    dropped: Sequence[Copy], embed: Path, shards: ShardReader, out: Path
 ) -> tuple[list[Table], list[Picture]]:
     """Return a table of the largest groups and their picture; two empty lists without groups."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Copy]] = {}
     for dropped_row in dropped:
         groups.setdefault(dropped_row["keeper"], []).append(dropped_row)
     largest = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))[:MAX_LISTED_GROUPS]
@@ -112,7 +113,7 @@ def _groups(
         f"{number}. group of {1 + len(copies)}" for number, (_, copies) in enumerate(drawn, 1)
     ]
     show(drawn, locations, shards, titles, out / "pictures" / "copies.png")
-    rows: list[list[Any]] = []
+    rows: list[list[Cell]] = []
     for number, (keeper, copies) in enumerate(largest, 1):
         caption = locations[row_of[keeper]]["caption"]
         shortened = caption if len(caption) <= CAPTION_CHARS else f"{caption[: CAPTION_CHARS - 1]}…"

@@ -6,7 +6,7 @@ Models are callables. Reads manifests, metrics, embeddings and shards of the run
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,22 @@ from indexing.evaluation.typographic_attack import TypographicConfig
 from indexing.evaluation.zero_shot_suite import SuiteConfig
 from indexing.metrics.clip_score import Generate
 from indexing.metrics.retrieval import retrieval, retrieval_of_all
-from indexing.metrics.zero_shot import class_embeddings, member_scores, score
+from indexing.metrics.zero_shot import Classification, class_embeddings, member_scores, score
 from indexing.report import page
+from indexing.report.report_types import (
+    Example,
+    ExampleResult,
+    Generation,
+    MetricsRow,
+    Report,
+    Retrieval,
+    RunDescription,
+    Unmeasured,
+)
 from indexing.report.sections import MakeSection, ReportSection
 from infra.schemas import SPLITS
 from infra.settings import Section
+from infra.storage.manifests import Manifest
 
 HELD_OUT = tuple(split for split in SPLITS if split != "train")
 EXAMPLES, EXAMPLE_RESULTS = 6, 5
@@ -152,27 +163,29 @@ class EvaluateConfig(Section):
 
 def evaluate(
     config: EvaluateConfig,
-    run_facts: Mapping[str, Any],
-    stage_manifests: Sequence[Mapping[str, Any]],
-    metrics: Mapping[str, Sequence[Mapping[str, Any]]],
+    description: RunDescription,
+    stage_manifests: Sequence[Manifest],
+    metrics: Mapping[str, Sequence[MetricsRow]],
     subject: Subject,
     generate: Generate,
     sections: Sequence[MakeSection] = (),
-) -> dict[str, Any]:
+) -> Report:
     """Evaluate a run, write the report into the subject's folder, return report.json's content.
 
-    `run_facts` holds the run's resolved `config` and other facts for the page; `metrics` are the
-    rows of metrics.jsonl by trained stage; `generate(prompts, count, seed)` returns uint8 (P,
-    count, H, W, 3). A split without pairs is no error: its figures carry a note. `sections` return
-    further sections, in the order of the page (indexing.report.sections).
+    `metrics` are the rows of metrics.jsonl by trained stage; `generate(prompts, count, seed)`
+    returns uint8 (P, count, H, W, 3). A split without pairs is no error: its figures carry a note.
+    `sections` return further sections, in the order of the page (indexing.report.sections).
     """
     embedded, out = subject.embedded, subject.out
     pairs = {
         split: read_pairs(embedded, split, config.pairs_at_most, subject.seed) for split in HELD_OUT
     }
-    facts = {
-        "run": page.run_facts(run_facts, stage_manifests)
-        | {"data": seen_in_training(embedded, HELD_OUT), "licences": licences(embedded)},
+    facts: Report = {
+        "run": {
+            **page.run_facts(description, stage_manifests),
+            "data": seen_in_training(embedded, HELD_OUT),
+            "licences": licences(embedded),
+        },
         "stages": [
             page.stage_facts(manifest, metrics.get(manifest["stage"], ()))
             for manifest in stage_manifests
@@ -181,15 +194,7 @@ def evaluate(
             split: zero_shot(config.templates, pairs[split], subject) for split in HELD_OUT
         },
         "retrieval": {split: retrieve(pairs[split], subject) for split in HELD_OUT},
-        "generation": generation(
-            subject,
-            config.prompts,
-            config.count,
-            config.pixel_pool,
-            pairs["held_out_concept"],
-            generate,
-        )
-        | {"steps": config.steps, "guidance": config.guidance},
+        "generation": _generation(config, pairs["held_out_concept"], subject, generate),
         "sections": [section for measure in sections for section in _as_list(measure())],
     }
     (out / "report.json").write_text(
@@ -199,18 +204,29 @@ def evaluate(
     return facts
 
 
+def _generation(
+    config: EvaluateConfig, unseen: Pairs, subject: Subject, generate: Generate
+) -> Generation:
+    pictures = generation(
+        subject, config.prompts, config.count, config.pixel_pool, unseen, generate
+    )
+    return {**pictures, "steps": config.steps, "guidance": config.guidance}
+
+
 def _as_list(result: ReportSection | list[ReportSection]) -> list[ReportSection]:
     return result if isinstance(result, list) else [result]
 
 
-def zero_shot(templates: Sequence[str], pairs: Pairs, subject: Subject) -> dict[str, Any]:
+def zero_shot(
+    templates: Sequence[str], pairs: Pairs, subject: Subject
+) -> dict[str, Classification | Unmeasured]:
     """Return the scores of a split's pictures, by kind of class.
 
     Kinds are category and subcategory, both by their own words and by their members, and name. The
     classes of the first two are those of any split; their members are first captions of training
     pairs. The classes of a name are the split's own first captions.
     """
-    scores: dict[str, Any] = {}
+    scores: dict[str, Classification | Unmeasured] = {}
     for kind in ("category", "subcategory", "name"):
         phrases, classes = _classes(kind, pairs, subject.embedded)
         labelled = [number for number, phrase in enumerate(phrases) if phrase]
@@ -236,7 +252,7 @@ def zero_shot(templates: Sequence[str], pairs: Pairs, subject: Subject) -> dict[
         if len(rows):
             members = take(subject.embedded.text_parts, rows)
             by_members = member_scores(images, members, class_of, len(classes))
-            scores[f"{kind}_by_members"] = score(by_members, *judged_by) | {"members": len(rows)}
+            scores[f"{kind}_by_members"] = {**score(by_members, *judged_by), "members": len(rows)}
     return scores
 
 
@@ -276,7 +292,7 @@ def class_phrase(label: str) -> str:
     return " ".join(label.lower().replace("&", " and ").replace("-", " ").replace("_", " ").split())
 
 
-def retrieve(pairs: Pairs, subject: Subject) -> dict[str, Any]:
+def retrieve(pairs: Pairs, subject: Subject) -> Retrieval | Unmeasured:
     """Return a split's recall both ways, by first captions and by all captions, and examples."""
     if not pairs.rows:
         return {"n": 0, "note": "no pairs"}
@@ -298,7 +314,7 @@ def retrieve(pairs: Pairs, subject: Subject) -> dict[str, Any]:
 
 def _examples(
     pairs: Pairs, pictures: Sequence[str], captions: Sequence[str], subject: Subject
-) -> list[dict[str, Any]]:
+) -> list[Example]:
     """Return the nearest pictures of some captions, drawn by the seed; write their thumbnails.
 
     `pictures` are the SHA-256 of each pair's picture; equal ones are listed once.
@@ -307,7 +323,7 @@ def _examples(
     _, first_queries = np.unique(captions, return_index=True)
     folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    examples = []
+    examples: list[Example] = []
     for query in np.random.default_rng(subject.seed).permutation(first_queries)[:EXAMPLES]:
         right = {
             picture
@@ -316,7 +332,7 @@ def _examples(
         }
         cosines = pairs.images[first] @ pairs.texts[query]
         best = first[np.argsort(-cosines, kind="stable")[:EXAMPLE_RESULTS]]
-        results = [
+        results: list[ExampleResult] = [
             {
                 "picture": write_training_picture(pairs.rows[number], subject.shards, folder),
                 "caption": captions[number],

@@ -347,10 +347,9 @@ def _table_of_gains(config: RelationsConfig, searched: Mapping[str, Searched]) -
 
 def _holds_zero(gain: Figure) -> bool:
     """Return whether a gain in points has an interval that holds zero."""
+    low, high = gain["low"], gain["high"]
     return (
-        gain.get("unit") == "points"
-        and gain["low"] is not None
-        and gain["low"] <= 0 <= gain["high"]
+        gain.get("unit") == "points" and low is not None and high is not None and low <= 0 <= high
     )
 
 

@@ -19,7 +19,7 @@ from indexing.data.embedding_store import Floats, Rows, take, unit
 from indexing.data.held_out import Embedded, Pairs, trained_captions
 from indexing.data.images import Pixels, read_picture, write_png
 from indexing.evaluation.context import Subject
-from indexing.metrics.bootstrap import Figure, mean_figure
+from indexing.metrics.bootstrap import mean_figure
 from indexing.metrics.clip_score import (
     SCALE,
     Generate,
@@ -28,6 +28,14 @@ from indexing.metrics.clip_score import (
     nearest_by_embedding,
     nearest_by_pixels,
     pair_clip_score,
+)
+from indexing.report.report_types import (
+    BesideUnseen,
+    GeneratedPictures,
+    NearestDistances,
+    Neighbour,
+    PromptSamples,
+    Sample,
 )
 from infra.storage.shard_reader import ShardReader
 
@@ -65,8 +73,8 @@ def generation(
     pixel_pool: int,
     unseen: Pairs,
     generate: Generate,
-) -> dict[str, Any]:
-    """Draw `count` pictures of each prompt, score them, return the report's `generation`.
+) -> GeneratedPictures:
+    """Draw `count` pictures of each prompt and score them; return the report's `generation`.
 
     Writes PNG files into the report's folder. `unseen` are real held-out pairs: their CLIP score
     and their distance from the training pictures are the reference for the samples. At most
@@ -141,22 +149,23 @@ def _nearest_training(
 
 def _nearest_figures(
     nearest: _Nearest, samples: int, resamples: int, seed: int
-) -> dict[str, dict[str, Figure]]:
+) -> NearestDistances:
     """Return the mean distance of samples and of unseen pictures to their nearest neighbours."""
     if not nearest.train_size:
         return {}
-    parts = {"samples": slice(samples), "unseen": slice(samples, None)}
-    return {
-        name: {
-            part: mean_figure(
+
+    def beside_unseen(neighbours: _Neighbours, unit_name: str) -> BesideUnseen:
+        of_samples, of_unseen = (
+            mean_figure(
                 neighbours.values[rows], nearest.groups[rows], resamples, seed, unit=unit_name
             )
-            for part, rows in parts.items()
-        }
-        for name, neighbours, unit_name in (
-            ("cosine", nearest.cosine, "cosine"),
-            ("rms", nearest.rms, "of 255"),
+            for rows in (slice(samples), slice(samples, None))
         )
+        return {"samples": of_samples, "unseen": of_unseen}
+
+    return {
+        "cosine": beside_unseen(nearest.cosine, "cosine"),
+        "rms": beside_unseen(nearest.rms, "of 255"),
     }
 
 
@@ -166,19 +175,19 @@ def _write_samples(
     pictures: NDArray[np.uint8],
     cosines: Floats,
     nearest: _Nearest,
-) -> list[dict[str, Any]]:
+) -> list[PromptSamples]:
     """Write samples (P, K, S, S, 3) and their neighbours; return the report's `prompts`."""
     folder = subject.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     count = pictures.shape[1]
     is_trained = trained_captions(subject.embedded, list(prompts))
-    prompt_rows = []
+    prompt_rows: list[PromptSamples] = []
     for number, prompt in enumerate(prompts):
-        samples = []
+        samples: list[Sample] = []
         for draw in range(count):
             file = folder / f"{number:02d}-{slug(prompt)}-{draw}.png"
             write_png(pictures[number, draw], file)
-            sample: dict[str, Any] = {
+            sample: Sample = {
                 "picture": f"pictures/{file.name}",
                 "clip_score": round(SCALE * max(0.0, float(cosines[number, draw])), 2),
             }
@@ -230,14 +239,15 @@ def _training_pictures(
             yield np.stack(list(readers.map(read, batch)))
 
 
-def _neighbour(
-    subject: Subject, neighbours: _Neighbours, query: int, folder: Path
-) -> dict[str, Any]:
+def _neighbour(subject: Subject, neighbours: _Neighbours, query: int, folder: Path) -> Neighbour:
     """Write a query's nearest training picture and return the report's entry for it."""
     row = subject.embedded.table.slice(int(neighbours.rows[query]), 1).to_pylist()[0]
     return {
         "value": round(float(neighbours.values[query]), 4),
-        **{name: row[name] for name in ("key", "caption", "style", "licence")},
+        "key": row["key"],
+        "caption": row["caption"],
+        "style": row["style"],
+        "licence": row["licence"],
         "url": row["origin"],
         "picture": write_training_picture(row, subject.shards, folder),
     }

@@ -175,10 +175,9 @@ def _zero_shot_row(
 
 def _baselines(top_1: Figure) -> list[Figure]:
     """Return chance and majority of a top-1 figure as figures without an interval."""
-    counts = {"n": top_1["n"], "groups": top_1["groups"]}
     return [
-        {"value": top_1[name], "low": None, "high": None, **counts}
-        for name in ("chance", "majority")
+        {"value": value, "low": None, "high": None, "n": top_1["n"], "groups": top_1["groups"]}
+        for value in (top_1["chance"], top_1["majority"])
     ]
 
 
@@ -438,9 +437,14 @@ def _shot_chart(
     set_name: str, zero_shot: Figure, results: Mapping[str, _ProbeResult], all_x: int
 ) -> sections.Chart:
     """Return top-1 over pictures of each class, "all" at `all_x`."""
-    series = {"zero-shot CLIP": [(SHOTS[0], zero_shot), (all_x, {**zero_shot, "name": "all"})]}
-    for name, result in results.items():
-        series[name] = [*result.few_shot, (all_x, {**result.whole, "name": "all"})]
+
+    def at_all(figure: Figure) -> tuple[int, sections.NamedFigure]:
+        return all_x, {**figure, "name": "all"}
+
+    series: dict[str, list[tuple[int, Figure]]] = {
+        "zero-shot CLIP": [(SHOTS[0], zero_shot), at_all(zero_shot)],
+        **{name: [*result.few_shot, at_all(result.whole)] for name, result in results.items()},
+    }
     return sections.lines(
         f"Few-shot probes: {set_name}", "pictures of each class", "top-1", series, is_log_x=True
     )

@@ -1,12 +1,12 @@
 """Figures with 95 % bootstrap intervals: means and distances of samples that belong to groups.
 
-A figure is {"value", "low", "high", "n", "groups", ...}: n samples in a number of independent
-groups. Several drawings of one concept are not independent samples, so whole groups are resampled.
+A figure counts n samples in a number of independent groups. Several drawings of one concept are not
+independent samples, so whole groups are resampled.
 Legend: N samples, G groups, R resamples.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +15,27 @@ Z_95 = 1.959964
 """The 97.5th percentile of the standard normal distribution."""
 RESAMPLES_AT_ONCE = 256
 
-Figure = dict[str, Any]
+
+class FigureNotes(TypedDict, total=False):
+    """What may be added to a figure."""
+
+    unit: str
+    """Default: share, where 0.5 is 50 %; another name is a scale of its own."""
+    chance: float | None
+    """Accuracy of a uniform guess."""
+    majority: float | None
+    """Accuracy of always naming the most frequent class."""
+
+
+class Figure(FigureNotes):
+    """A mean or distance over n samples in `groups` independent groups, with its 95 % interval."""
+
+    value: float | None
+    low: float | None
+    """This and `high` are both None where there is no interval."""
+    high: float | None
+    n: int
+    groups: int
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -28,7 +48,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def mean_figure(
-    values: ArrayLike, groups: ArrayLike, resamples: int, seed: int, **more: Any
+    values: ArrayLike, groups: ArrayLike, resamples: int, seed: int, **more: Unpack[FigureNotes]
 ) -> Figure:
     """Return the mean of `values` (N,) with its 95 % bootstrap interval over whole groups (N
     labels); `more` is added to the figure.
@@ -56,7 +76,12 @@ def mean_figure(
 
 
 def class_mean_figure(
-    hits: ArrayLike, classes: ArrayLike, groups: ArrayLike, resamples: int, seed: int, **more: Any
+    hits: ArrayLike,
+    classes: ArrayLike,
+    groups: ArrayLike,
+    resamples: int,
+    seed: int,
+    **more: Unpack[FigureNotes],
 ) -> Figure:
     """Return the mean over classes of each class's share of `hits` (N,): a rare class counts as
     much as a common one.
@@ -93,7 +118,7 @@ def set_figure(
     other_groups: ArrayLike | None,
     resamples: int,
     seed: int,
-    **more: Any,
+    **more: Unpack[FigureNotes],
 ) -> Figure:
     """Return a distance between two sets with its 95 % bootstrap interval; `distance(u, v)` takes
     the number of times that each sample counts (N,) and (M,).

@@ -5,7 +5,7 @@ dimensions, S side.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,14 @@ AT_ONCE = 256
 """Pictures that are encoded at a time."""
 
 
+class ClipScores(TypedDict):
+    """How well pictures follow their prompts, see `clip_scores`."""
+
+    clip_score: Figure
+    mismatched: Figure
+    own_prompt_first: Figure
+
+
 def encoded(encode: EncodeImages, pictures: NDArray[np.uint8], is_unit: bool = True) -> Floats:
     """Return vectors (N, D) of pictures (N, S, S, 3), encoded AT_ONCE at a time.
 
@@ -37,7 +45,7 @@ def encoded(encode: EncodeImages, pictures: NDArray[np.uint8], is_unit: bool = T
     return unit(vectors) if is_unit else vectors
 
 
-def clip_scores(images: Floats, texts: Floats, resamples: int, seed: int) -> dict[str, Figure]:
+def clip_scores(images: Floats, texts: Floats, resamples: int, seed: int) -> ClipScores:
     """Return how well pictures (P, K, D) follow their prompts (P, D); all are unit vectors.
 
     `clip_score`: the mean of 100 max(cos, 0) with the picture's prompt (Hessel et al. 2021, without

@@ -9,19 +9,31 @@ picture and a caption, B distinct queries, D dimensions.
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from indexing.data.embedding_store import Floats, unit
-from indexing.metrics.bootstrap import mean_figure
+from indexing.metrics.bootstrap import Figure, mean_figure
 from indexing.metrics.zero_shot import EncodeTexts
 
-DEPTHS = (1, 5, 10)
 SAME_SCORE = 1e-6
 """A wrong answer ranks before the best right one unless it scores lower by more than this."""
 QUERIES_AT_ONCE = 1024
+
+Recalls = TypedDict("Recalls", {"recall@1": Figure, "recall@5": Figure, "recall@10": Figure})
+"""The shares of queries with a right answer among the k nearest."""
+
+
+class BothWays(TypedDict):
+    """Recall from pictures to captions and back, over n pairs."""
+
+    n: int
+    pictures: int
+    captions: int
+    image_to_text: Recalls
+    text_to_image: Recalls
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ def retrieval(
     groups: Sequence[Any],
     resamples: int,
     seed: int,
-) -> dict[str, Any]:
+) -> BothWays:
     """Return recall@1/5/10 from pictures to captions and back, with 95 % intervals and chance, for
     N pairs.
 
@@ -66,7 +78,7 @@ def retrieval_of_all(
     groups: Sequence[Any],
     resamples: int,
     seed: int,
-) -> dict[str, Any]:
+) -> BothWays:
     """Return the same for all captions of each of N pictures, as COCO's figures are computed (with
     5 captions for each picture).
 
@@ -84,7 +96,7 @@ def retrieval_of_all(
     return _both_ways(picture_side, caption_side, resamples, seed)
 
 
-def _both_ways(pictures: _Side, captions: _Side, resamples: int, seed: int) -> dict[str, Any]:
+def _both_ways(pictures: _Side, captions: _Side, resamples: int, seed: int) -> BothWays:
     return {
         "n": len(pictures.number_of),
         "pictures": len(pictures.vectors),
@@ -134,18 +146,17 @@ def _distinct(values: Sequence[Hashable]) -> tuple[NDArray[np.int64], list[int]]
     return np.array([numbers[value] for value in values], np.int64), first
 
 
-def _one_way(queries: _Side, gallery: _Side, resamples: int, seed: int) -> dict[str, Any]:
+def _one_way(queries: _Side, gallery: _Side, resamples: int, seed: int) -> Recalls:
     """Return recall@k for every depth, with `queries` as queries into `gallery`."""
     ranks = right_ranks(queries.vectors, gallery.vectors, queries.number_of, gallery.number_of)
     # A pair may occur twice.
     distinct_pairs = np.unique(np.stack([queries.number_of, gallery.number_of]), axis=1)
     answers = np.bincount(distinct_pairs[0], minlength=len(queries.vectors))
     answer_counts, times = np.unique(answers, return_counts=True)
-    figures = {}
-    for k in DEPTHS:
+
+    def recall_at(k: int) -> Figure:
         chances = [chance_of_hit(int(right), len(gallery.vectors), k) for right in answer_counts]
         chance = float(np.average(chances, weights=times)) if chances else None
-        figures[f"recall@{k}"] = mean_figure(
-            ranks < k, queries.groups, resamples, seed, chance=chance
-        )
-    return figures
+        return mean_figure(ranks < k, queries.groups, resamples, seed, chance=chance)
+
+    return {"recall@1": recall_at(1), "recall@5": recall_at(5), "recall@10": recall_at(10)}

@@ -7,24 +7,39 @@ M members of classes, D dimensions.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from indexing.data.embedding_store import Floats, unit
-from indexing.metrics.bootstrap import class_mean_figure, mean_figure
+from indexing.metrics.bootstrap import Figure, class_mean_figure, mean_figure
 
 EncodeTexts = Callable[[list[str]], NDArray[Any]]
 """N texts -> vectors (N, D)."""
 
-DEPTHS = (1, 5)
 SAME_SCORE = 1e-6
 """A wrong class ranks before the right one unless it scores lower by more than this, so that an
 embedding that is equal for all classes is never right."""
 PICTURES_AT_ONCE = 1024
 LISTED_CLASSES = 128
 """Maximum number of classes that are listed one by one."""
+
+ClassShare = TypedDict("ClassShare", {"class": str, "n": int, "value": float})
+"""The share of a class's n pictures that are classified correctly."""
+
+
+class Classification(TypedDict):
+    """The figures of n pictures that are classified into a number of classes, see `score`."""
+
+    n: int
+    classes: int
+    top_1: Figure
+    top_5: Figure
+    mean_per_class: Figure
+    per_class: NotRequired[list[ClassShare]]
+    members: NotRequired[int]
+    """Member names that represent the classes, where members do."""
 
 
 def class_embeddings(
@@ -73,7 +88,7 @@ def score(
     groups: Sequence[Any],
     resamples: int,
     seed: int,
-) -> dict[str, Any]:
+) -> Classification:
     """Return top-1, top-5 and the mean per class for class scores (N, C) and right classes `labels`
     (N,), with 95 % intervals.
 
@@ -86,15 +101,16 @@ def score(
     count = len(names)
     majority = float(np.bincount(right).max() / len(right)) if len(right) else None
     rank = ranks(scores, right)
-    figures: dict[str, Any] = {"n": len(right), "classes": count}
-    for depth in DEPTHS:
-        more: dict[str, float | None] = {"chance": min(depth, count) / count}
-        if depth == 1:
-            more["majority"] = majority
-        figures[f"top_{depth}"] = mean_figure(rank < depth, groups, resamples, seed, **more)
-    figures["mean_per_class"] = class_mean_figure(
-        rank < 1, right, groups, resamples, seed, chance=1 / count
-    )
+    chance = 1 / count
+    figures: Classification = {
+        "n": len(right),
+        "classes": count,
+        "top_1": mean_figure(rank < 1, groups, resamples, seed, chance=chance, majority=majority),
+        "top_5": mean_figure(rank < 5, groups, resamples, seed, chance=min(5, count) / count),
+        "mean_per_class": class_mean_figure(
+            rank < 1, right, groups, resamples, seed, chance=chance
+        ),
+    }
     if count <= LISTED_CLASSES:
         figures["per_class"] = [
             {

@@ -7,19 +7,39 @@ identified by its path in the report; every difference has an interval.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeGuard
 
 import jinja2
 
 from indexing.metrics.bootstrap import Figure
 from indexing.report import page
+from indexing.report.report_types import Report
 from indexing.report.sections import ReportSection
 
 TEMPLATES = Path(__file__).parent / "templates"
 SKIPPED = ("per_class", "examples", "prompts", "charts", "run", "stages")
 
 
-def figures(facts: Mapping[str, Any]) -> dict[tuple[str, ...], Figure]:
+class ComparedFigure(TypedDict):
+    """A figure of several runs."""
+
+    place: list[str]
+    """Its path in the report."""
+    runs: dict[str, Figure | None]
+    """By run; None where a report lacks it."""
+    differences: dict[str, Figure | None]
+    """From the first run, by later run; None where one of the two lacks it."""
+    differs: bool
+    """Whether a difference is significant."""
+
+
+class NamedRow(ComparedFigure):
+    """A row of the page; its table names the first parts of its path."""
+
+    name: str
+
+
+def figures(facts: Report) -> dict[tuple[str, ...], Figure]:
     """Return the figures of a report that have a value, by their path.
 
     A path is the keys in report.json; in a section it is title, table caption, row name and column.
@@ -28,15 +48,19 @@ def figures(facts: Mapping[str, Any]) -> dict[tuple[str, ...], Figure]:
 
 
 def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Figure]]:
-    if isinstance(value, Mapping) and {"value", "low", "high", "n"} <= value.keys():
+    if _is_figure(value):
         if value["value"] is not None:
-            yield path, dict(value)
+            yield path, value.copy()
     elif isinstance(value, Mapping):
         for name, child in value.items():
             if name == "sections":
                 yield from _walk_sections(child)
             elif name not in SKIPPED:
                 yield from _walk(child, (*path, str(name).replace("_", " ")))
+
+
+def _is_figure(value: Any) -> TypeGuard[Figure]:
+    return isinstance(value, dict) and {"value", "low", "high", "n"} <= value.keys()
 
 
 def _walk_sections(sections: Sequence[ReportSection]) -> Iterator[tuple[tuple[str, ...], Figure]]:
@@ -54,32 +78,37 @@ def difference(figure: Figure, first: Figure) -> Figure:
     added in squares. Runs that are judged on the same pictures vary together; their interval is too
     wide rather than too narrow.
     """
-    delta = figure["value"] - first["value"]
-    low = high = None
-    if None not in (figure["low"], first["low"], figure["high"], first["high"]):
-        low = delta - math.hypot(figure["value"] - figure["low"], first["high"] - first["value"])
-        high = delta + math.hypot(figure["high"] - figure["value"], first["value"] - first["low"])
-    unit = {"unit": figure["unit"]} if "unit" in figure else {}
-    return {
-        "value": delta,
-        "low": low,
-        "high": high,
+    value, first_value = figure["value"], first["value"]
+    assert value is not None and first_value is not None, "`figures` returns those with a value"
+    delta: Figure = {
+        "value": value - first_value,
+        "low": None,
+        "high": None,
         "n": figure["n"],
         "groups": figure["groups"],
-        **unit,
     }
+    if (bounds := _bounds(figure)) and (first_bounds := _bounds(first)):
+        (low, high), (first_low, first_high) = bounds, first_bounds
+        below = math.hypot(value - low, first_high - first_value)
+        above = math.hypot(high - value, first_value - first_low)
+        delta["low"] = value - first_value - below
+        delta["high"] = value - first_value + above
+    if "unit" in figure:
+        delta["unit"] = figure["unit"]
+    return delta
 
 
-def compare(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row for each figure of any report; `reports` are by run name.
+def _bounds(figure: Figure) -> tuple[float, float] | None:
+    low, high = figure["low"], figure["high"]
+    return None if low is None or high is None else (low, high)
 
-    A row holds its path (`place`), every run's figure or None (`runs`), the difference of every
-    later run from the first or None (`differences`), and whether one is significant (`differs`).
-    """
+
+def compare(reports: Mapping[str, Report]) -> list[ComparedFigure]:
+    """Return one row for each figure of any report; `reports` are by run name."""
     figures_of = {run: figures(facts) for run, facts in reports.items()}
     paths = list(dict.fromkeys(path for run_figures in figures_of.values() for path in run_figures))
     first, *others = figures_of
-    rows = []
+    rows: list[ComparedFigure] = []
     for figure_path in paths:
         by_run = {run: run_figures.get(figure_path) for run, run_figures in figures_of.items()}
         base = by_run[first]
@@ -98,14 +127,13 @@ def compare(reports: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def is_significant(delta: Figure | None) -> bool:
+def is_significant(delta: Figure | None) -> TypeGuard[Figure]:
     """Return whether a difference has an interval and zero lies outside it."""
-    return (
-        delta is not None and delta["low"] is not None and (delta["low"] > 0 or delta["high"] < 0)
-    )
+    bounds = _bounds(delta) if delta else None
+    return bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
 
 
-def render(reports: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]]) -> str:
+def render(reports: Mapping[str, Report], rows: Sequence[ComparedFigure]) -> str:
     """Return the HTML page: changed recipe keys, then all figures and differences."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -119,10 +147,10 @@ def render(reports: Mapping[str, Mapping[str, Any]], rows: list[dict[str, Any]])
         "figure_bounds": page.figure_bounds,
         "signed": signed,
     }
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[NamedRow]] = {}
     for row in rows:
         groups.setdefault(" · ".join(row["place"][:2]), []).append(
-            row | {"name": " · ".join(row["place"][2:]) or row["place"][-1]}
+            {**row, "name": " · ".join(row["place"][2:]) or row["place"][-1]}
         )
     return environment.get_template("comparison.html").render(
         runs=list(reports), groups=groups,

@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import NamedTuple
 
 from indexing.report.curve_svg import round_step, short, ticks
-from indexing.report.sections import Chart
+from indexing.report.sections import BarChart, Chart, LineChart, LinePoint
 
 WIDTH, HEIGHT = 420, 270
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 40
@@ -22,8 +22,15 @@ NAME_PX = 17
 BAR_PX, LETTER_PX, MAX_NAMES_PX = 24, 6.2, 200
 MIN_LABEL_GAP_PX = 30
 
-Point = Mapping[str, Any]
-"""A figure with its `x` (lines) or its `name` (bars)."""
+
+class _Mark(NamedTuple):
+    """A figure that has a value, as a dot at x (lines) or as the bar of a name."""
+
+    value: float
+    low: float | None
+    high: float | None
+    name: str | None
+    x: float = 0.0
 
 
 def plot(chart: Chart) -> str:
@@ -55,28 +62,25 @@ class _LineAxes:
         )
 
 
-def lines(chart: Chart) -> str:
+def lines(chart: LineChart) -> str:
     """Return an SVG of figures over x: a line and dots for each series, intervals as whiskers.
 
     x is linear or logarithmic (`is_log_x`). A point's `name` is written below the axis in place of
     its x.
     """
-    series = {
-        name: [point for point in points if point["value"] is not None]
-        for name, points in chart["series"].items()
-    }
-    series = {name: points for name, points in series.items() if points}
+    marks = {name: _line_marks(points) for name, points in chart["series"].items()}
+    series = {name: points for name, points in marks.items() if points}
     if not series:
         return _nothing_measured(chart)
     all_points = [point for points in series.values() for point in points]
     axes = _fit_line_axes(all_points, chart["is_log_x"])
-    x_names = {point["x"]: point["name"] for point in all_points if "name" in point}
+    x_names = {point.x: point.name for point in all_points if point.name is not None}
     return "".join(
         [
             _opening(chart, HEIGHT + NAME_PX * len(series) + 4),
             *_line_axis_parts(axes, x_names, chart),
             *(
-                _series_part(axes, number, name, sorted(points, key=lambda point: point["x"]))
+                _series_part(axes, number, name, sorted(points, key=lambda point: point.x))
                 for number, (name, points) in enumerate(series.items())
             ),
             "</svg>",
@@ -84,9 +88,17 @@ def lines(chart: Chart) -> str:
     )
 
 
-def _fit_line_axes(points: Sequence[Point], is_log_x: bool) -> _LineAxes:
+def _line_marks(points: Iterable[LinePoint]) -> list[_Mark]:
+    return [
+        _Mark(value, point["low"], point["high"], point.get("name"), point["x"])
+        for point in points
+        if (value := point["value"]) is not None
+    ]
+
+
+def _fit_line_axes(points: Sequence[_Mark], is_log_x: bool) -> _LineAxes:
     """Choose the ranges: y holds 0 and every bound; shares above 70 % get a scale up to 100 %."""
-    xs = sorted({point["x"] for point in points})
+    xs = sorted({point.x for point in points})
     bounds = _bounds(points)
     is_share = all(0 <= bound <= 1 for bound in bounds)
     low, high = min(0.0, *bounds), max(bounds)
@@ -96,7 +108,7 @@ def _fit_line_axes(points: Sequence[Point], is_log_x: bool) -> _LineAxes:
     return _LineAxes(xs, bottom, top, step, is_log_x and xs[0] > 0 and xs[-1] > xs[0], is_share)
 
 
-def _line_axis_parts(axes: _LineAxes, x_names: Mapping[float, str], chart: Chart) -> list[str]:
+def _line_axis_parts(axes: _LineAxes, x_names: Mapping[float, str], chart: LineChart) -> list[str]:
     """Return the horizontal rules with their numbers, the numbers below the x axis, both labels."""
     parts = []
     for tick in ticks(axes.bottom, axes.top, axes.step):
@@ -119,20 +131,20 @@ def _line_axis_parts(axes: _LineAxes, x_names: Mapping[float, str], chart: Chart
     return parts
 
 
-def _series_part(axes: _LineAxes, number: int, name: str, points: Sequence[Point]) -> str:
+def _series_part(axes: _LineAxes, number: int, name: str, points: Sequence[_Mark]) -> str:
     """Return one series, points sorted by x: its line, whiskers and dots, and its legend entry."""
     coordinates = " ".join(
-        f"{axes.x_px(point['x']):.1f},{axes.y_px(point['value']):.1f}" for point in points
+        f"{axes.x_px(point.x):.1f},{axes.y_px(point.value):.1f}" for point in points
     )
     parts = [f'<g class="series s{number % SERIES_COLOURS}"><polyline points="{coordinates}"/>']
     for point in points:
-        x = axes.x_px(point["x"])
-        if point["low"] is not None:
+        x = axes.x_px(point.x)
+        if point.low is not None and point.high is not None:
             parts.append(
                 f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" '
-                f'y1="{axes.y_px(point["low"]):.1f}" y2="{axes.y_px(point["high"]):.1f}"/>'
+                f'y1="{axes.y_px(point.low):.1f}" y2="{axes.y_px(point.high):.1f}"/>'
             )
-        parts.append(f'<circle cx="{x:.1f}" cy="{axes.y_px(point["value"]):.1f}" r="3"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{axes.y_px(point.value):.1f}" r="3"/>')
     y = HEIGHT + NAME_PX * (number + 0.5)
     parts.append(
         f'<polyline class="key" points="{LEFT},{y:.1f} {LEFT + 34},{y:.1f}"/><circle '
@@ -159,16 +171,20 @@ class _BarAxes:
         return self.names_px + (value - self.low) / self.span * (WIDTH - self.names_px - 60)
 
 
-def bars(chart: Chart) -> str:
+def bars(chart: BarChart) -> str:
     """Return an SVG with one bar a row from zero to its value, its interval and its value as text.
 
     Values are shares and are written in percent. Positive bars are green, negative ones red.
     """
-    rows = [row for row in chart["rows"] if row["value"] is not None]
+    rows = [
+        _Mark(value, row["low"], row["high"], row["name"])
+        for row in chart["rows"]
+        if (value := row["value"]) is not None
+    ]
     if not rows:
         return _nothing_measured(chart)
     bounds = _bounds(rows)
-    longest_name = max(len(row["name"]) for row in rows)
+    longest_name = max(len(row.name or "") for row in rows)
     axes = _BarAxes(
         min(0.0, *bounds),
         max(0.0, *bounds),
@@ -203,9 +219,9 @@ def _bar_rules(axes: _BarAxes) -> list[str]:
     return parts
 
 
-def _bar_part(axes: _BarAxes, number: int, row: Point) -> str:
+def _bar_part(axes: _BarAxes, number: int, row: _Mark) -> str:
     """Return one row: its bar, its whisker, its name to the left and its value to the right."""
-    value = row["value"]
+    value = row.value
     middle = TOP + BAR_PX * (number + 0.5)
     left, right = sorted((axes.x_px(0), axes.x_px(value)))
     side = "gain" if value >= 0 else "loss"
@@ -213,15 +229,15 @@ def _bar_part(axes: _BarAxes, number: int, row: Point) -> str:
         f'<rect class="{side}" x="{left:.1f}" y="{middle - 7:.1f}" width="{right - left:.1f}" '
         'height="14"/>'
     ]
-    if row["low"] is not None:
+    if row.low is not None and row.high is not None:
         parts.append(
-            f'<line class="whisker" x1="{axes.x_px(row["low"]):.1f}" '
-            f'x2="{axes.x_px(row["high"]):.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/>'
+            f'<line class="whisker" x1="{axes.x_px(row.low):.1f}" '
+            f'x2="{axes.x_px(row.high):.1f}" y1="{middle:.1f}" y2="{middle:.1f}"/>'
         )
-    value_left = axes.x_px(max(0.0, value, row["high"] or 0.0)) + 6
+    value_left = axes.x_px(max(0.0, value, row.high or 0.0)) + 6
     parts.append(
         f'<text x="{axes.names_px - 8}" y="{middle + 4:.1f}" '
-        f'text-anchor="end">{escape(row["name"])}</text>'
+        f'text-anchor="end">{escape(row.name or "")}</text>'
         f'<text x="{value_left:.1f}" y="{middle + 4:.1f}">{100 * value:+.1f}</text>'
     )
     return "".join(parts)
@@ -239,12 +255,12 @@ def _nothing_measured(chart: Chart) -> str:
     return f"<p>{escape(chart['title'])}: nothing was measured.</p>"
 
 
-def _bounds(points: Iterable[Point]) -> list[float]:
+def _bounds(points: Iterable[_Mark]) -> list[float]:
     """Return all values and interval bounds of the points."""
     return [
         bound
         for point in points
-        for bound in (point["low"], point["high"], point["value"])
+        for bound in (point.low, point.high, point.value)
         if bound is not None
     ]
 

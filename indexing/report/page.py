@@ -2,7 +2,7 @@
 
 The page is self-contained: pictures are data URIs, charts are inline SVG, and there is no script
 and no network access. Text from data (captions, prompts, URLs) is untrusted, so jinja escapes all
-of it. Figures are dicts as in indexing.metrics.bootstrap.
+of it.
 """
 
 import base64
@@ -16,8 +16,18 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from indexing.metrics.bootstrap import Figure
 from indexing.report import curve_svg, interval_svg
+from indexing.report.report_types import (
+    MetricsRow,
+    Report,
+    RunDescription,
+    RunHistory,
+    StageEntry,
+)
+from indexing.report.sections import Chart
 from infra.console.progress import duration
+from infra.storage.manifests import Manifest
 from infra.toml_text import toml_value
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -25,8 +35,8 @@ CURVE_POINTS = 240
 STANDARD_COUNTS = ("in", "out", "dropped")
 
 
-def run_facts(facts: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the report's `run`: the caller's facts, times and package versions."""
+def run_facts(facts: RunDescription, manifests: Sequence[Manifest]) -> RunHistory:
+    """Return what the report's `run` says of the stages: times and package versions."""
     packages = [manifest.get("packages", {}) for manifest in manifests]
     names = sorted({name for versions in packages for name in versions})
     return {
@@ -41,9 +51,7 @@ def run_facts(facts: Mapping[str, Any], manifests: Sequence[Mapping[str, Any]]) 
     }
 
 
-def stage_facts(
-    manifest: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def stage_facts(manifest: Manifest, metrics: Sequence[MetricsRow]) -> StageEntry:
     """Return one entry of the report's `stages` from a manifest.
 
     `metrics` are the rows of metrics.jsonl of a trained stage. Losses that are not finite are
@@ -51,13 +59,13 @@ def stage_facts(
     """
     counts = manifest["counts"]
     points = [
-        (row["images_seen"], row["loss"])
+        (row["images_seen"], loss)
         for row in metrics
-        if isinstance(row.get("loss"), int | float)
-        and math.isfinite(row["loss"])
+        if isinstance(loss := row.get("loss"), int | float)
+        and math.isfinite(loss)
         and "images_seen" in row
     ]
-    entry: dict[str, Any] = {
+    entry: StageEntry = {
         "stage": manifest["stage"],
         "key": manifest["key"],
         "inputs": dict(manifest.get("inputs", {})),
@@ -65,7 +73,9 @@ def stage_facts(
         "finished": manifest["finished"],
         "seconds": round(_seconds(manifest), 1),
         "bytes": sum(file["bytes"] for file in manifest.get("files", ())),
-        **{name: counts[name] for name in STANDARD_COUNTS},
+        "in": counts["in"],
+        "out": counts["out"],
+        "dropped": counts["dropped"],
         "more": {name: value for name, value in counts.items() if name not in STANDARD_COUNTS},
     }
     if points:
@@ -86,7 +96,7 @@ def thinned(points: Sequence[tuple[float, float]], max_points: int) -> list[tupl
     return [(run[-1][0], round(sum(y for _, y in run) / len(run), 6)) for run in runs]
 
 
-def render(facts: Mapping[str, Any], folder: Path) -> str:
+def render(facts: Report, folder: Path) -> str:
     """Return the HTML of the page for the content of report.json; its pictures lie in `folder`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -122,7 +132,7 @@ def render(facts: Mapping[str, Any], folder: Path) -> str:
     )
 
 
-def plot(chart: Mapping[str, Any]) -> Markup:
+def plot(chart: Chart) -> Markup:
     """Return the SVG of a section's chart, marked as safe."""
     return Markup(interval_svg.plot(chart))
 
@@ -140,15 +150,16 @@ def percent(share: float | None, digits: int = 1) -> str:
     return f"{100 * share:.{2 if rounds_to_zero else digits}f} %"
 
 
-def interval(figure: Mapping[str, Any], as_percent: bool = True) -> str:
+def interval(figure: Figure, as_percent: bool = True) -> str:
     """Format the interval of a figure: "35.6 to 47.0", or "–" where it has none."""
-    if figure["low"] is None:
+    low, high = figure["low"], figure["high"]
+    if low is None or high is None:
         return "–"
     scale = 100 if as_percent else 1
-    return f"{scale * figure['low']:.1f} to {scale * figure['high']:.1f}"
+    return f"{scale * low:.1f} to {scale * high:.1f}"
 
 
-def figure_text(figure: Mapping[str, Any]) -> str:
+def figure_text(figure: Figure) -> str:
     """Format a figure's value: a share (the default unit) in percent, others to 3 or 4 digits."""
     value = figure["value"]
     if figure.get("unit", "share") == "share":
@@ -158,11 +169,11 @@ def figure_text(figure: Mapping[str, Any]) -> str:
     return f"{value:,.1f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
-def figure_bounds(figure: Mapping[str, Any]) -> str:
+def figure_bounds(figure: Figure) -> str:
     """Format the 95 % interval of a figure in its unit."""
     return " to ".join(
-        figure_text({**figure, "value": figure[bound]}).removesuffix(" %")
-        for bound in ("low", "high")
+        figure_text({**figure, "value": bound}).removesuffix(" %")
+        for bound in (figure["low"], figure["high"])
     )
 
 
@@ -185,19 +196,19 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
-def verdict(figure: Mapping[str, Any]) -> str:
+def verdict(figure: Figure) -> str:
     """Compare a figure's interval with chance and with always naming the most frequent class.
 
     Return a few words, or "" where the figure has no interval or no chance level.
     """
-    chance = figure.get("chance")
-    if figure["low"] is None or chance is None:
+    low, high, chance = figure["low"], figure["high"], figure.get("chance")
+    if low is None or high is None or chance is None:
         return ""
-    if figure["low"] > max(chance, figure.get("majority") or 0):
+    if low > max(chance, figure.get("majority") or 0):
         return "above chance and majority" if figure.get("majority") else "above chance"
-    if figure["low"] > chance:
+    if low > chance:
         return "above chance, not majority"
-    return "below chance" if figure["high"] < chance else "not different from chance"
+    return "below chance" if high < chance else "not different from chance"
 
 
 def toml_text(config: Mapping[str, Any]) -> str:
@@ -231,7 +242,7 @@ def _is_tables(value: Any) -> bool:
     )
 
 
-def _seconds(manifest: Mapping[str, Any]) -> float:
+def _seconds(manifest: Manifest) -> float:
     return (
         datetime.fromisoformat(manifest["finished"]) - datetime.fromisoformat(manifest["started"])
     ).total_seconds()

@@ -6,19 +6,77 @@ text, a number, None or a figure of indexing.metrics.bootstrap, which is written
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Literal, NotRequired, TypedDict
 
 from indexing.metrics.bootstrap import Figure
 
-ReportSection = dict[str, Any]
-"""A section as `section` returns it and report.schema.json defines it."""
-Table = dict[str, Any]
-"""A table as `table` returns it."""
-Picture = dict[str, Any]
-"""A picture as `picture` returns it."""
-Chart = Mapping[str, Any]
-"""A chart as `lines` or `bars` returns it."""
 Cell = str | int | float | None | Figure
+
+
+class Table(TypedDict):
+    """A table as `table` returns it."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[Cell]]
+
+
+class Picture(TypedDict):
+    """A picture as `picture` returns it."""
+
+    picture: str
+    """File name in the report's folder."""
+    alt: str
+    caption: str
+    is_pixelated: bool
+
+
+class NamedFigure(Figure):
+    """The figure of the bar `name`, or of a point on a line whose name replaces its x."""
+
+    name: str
+
+
+class LinePoint(Figure):
+    """A figure at x on a line."""
+
+    x: float
+    name: NotRequired[str]
+
+
+class LineChart(TypedDict):
+    """A chart as `lines` returns it."""
+
+    kind: Literal["lines"]
+    title: str
+    x_label: str
+    y_label: str
+    series: dict[str, list[LinePoint]]
+    is_log_x: bool
+
+
+class BarChart(TypedDict):
+    """A chart as `bars` returns it."""
+
+    kind: Literal["bars"]
+    title: str
+    x_label: str
+    rows: list[NamedFigure]
+
+
+Chart = LineChart | BarChart
+
+
+class ReportSection(TypedDict):
+    """A section as `section` returns it and report.schema.json defines it."""
+
+    title: str
+    text: list[str]
+    tables: list[Table]
+    charts: list[Chart]
+    pictures: list[Picture]
+
+
 MakeSection = Callable[[], ReportSection | list[ReportSection]]
 """Measures and returns one or more sections; may write PNG files into the report's `pictures/`."""
 
@@ -65,9 +123,9 @@ def lines(
     y_label: str,
     series: Mapping[str, Sequence[tuple[float, Figure]]],
     is_log_x: bool = False,
-) -> Chart:
+) -> LineChart:
     """Return a chart of figures over x: one line with intervals for each series."""
-    points = {
+    points: dict[str, list[LinePoint]] = {
         name: [{"x": x, **figure} for x, figure in figures] for name, figures in series.items()
     }
     return {
@@ -80,7 +138,7 @@ def lines(
     }
 
 
-def bars(title: str, x_label: str, rows: Sequence[tuple[str, Figure]]) -> Chart:
+def bars(title: str, x_label: str, rows: Sequence[tuple[str, Figure]]) -> BarChart:
     """Return a bar chart: one bar with its interval a row, from zero to the left or right."""
     return {
         "kind": "bars",

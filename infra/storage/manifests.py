@@ -44,20 +44,21 @@ PACKAGES = (
 )
 
 
-StageCounts = TypedDict(
-    "StageCounts",
-    {
-        "in": int,
-        "out": int,
-        "dropped": dict[str, int],
-        "images_seen": NotRequired[int],
-        "loss": NotRequired[float],
-    },
-)
-"""How many samples a stage read, wrote and dropped by reason; stages may add figures of their own.
+SampleCounts = TypedDict("SampleCounts", {"in": int, "out": int, "dropped": dict[str, int]})
+"""How many samples a stage read, wrote and dropped by reason."""
 
-`images_seen` and `loss` (the last one) are those of training.
-"""
+
+class TrainingFigures(TypedDict, total=False):
+    """Figures of a stage that trains a model; the first three are those of its last metrics row."""
+
+    images_seen: int
+    loss: float
+    train_seconds: float
+    parameters: int
+
+
+class StageCounts(SampleCounts, TrainingFigures):
+    """The counts in a stage's manifest; stages may add figures of their own."""
 
 
 class StageFacts(TypedDict):

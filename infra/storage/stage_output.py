@@ -9,7 +9,7 @@ finished part in `work/<stage>/<key>/parts/`, so that a process on any node can 
 import io
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,7 +39,8 @@ class Part(TypedDict):
     """The record of a finished part: its files, and facts that the stage needs later."""
 
     files: list[PutEntry]
-    facts: dict[str, Any]
+    facts: Any
+    """JSON; every stage has a type of its own for it."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class StageOutput:
                 pool.map(lambda path: self.put(path, str(path.relative_to(folder)), tell), files)
             )
 
-    def record(self, part: str, files: Sequence[PutEntry], facts: dict[str, Any]) -> Part:
+    def record(self, part: str, files: Sequence[PutEntry], facts: Mapping[str, object]) -> Part:
         """Record that a part is finished; call this after its files were put."""
         finished = Part(files=list(files), facts=facts)
         store.write_json(self.root, f"{self._parts}/{part}.json", finished)

@@ -18,11 +18,12 @@ from pydantic import Field
 
 from flows.orchestration.run_stage import run_stage
 from flows.recipe_run import RecipeRun
-from flows.runs.stage import Counts, Stage, StageJob
+from flows.runs.stage import Stage, StageJob
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageAwayError
 from infra.settings import Section
 from infra.storage import manifests
+from infra.storage.manifests import StageCounts
 from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root, open_root
 
@@ -55,7 +56,7 @@ class FakeConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
 
 
-def write_chunks(job: StageJob) -> Counts:
+def write_chunks(job: StageJob) -> StageCounts:
     """Write CHUNKS files that depend on the config and on every input file; some words make it
     fail.
     """

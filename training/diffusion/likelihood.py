@@ -9,6 +9,7 @@ Legend: B batch; x_0 and x_t (B, ...), t (B,).
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -188,6 +189,18 @@ class _Bound:
         return bits
 
 
+class BitsPerDim(TypedDict):
+    """A bound in bits per dimension, the mean of some samples, and its parts."""
+
+    bits_per_dim: float
+    standard_error: float | None
+    """NaN or None for a single sample."""
+    prior: float
+    diffusion: float
+    decoder: float
+    samples: int
+
+
 @torch.no_grad()
 def bits_per_dim(
     batches: Iterable[tuple[Tensor, Denoise]],
@@ -197,16 +210,15 @@ def bits_per_dim(
     draws: int | None = None,
     levels: int | None = 256,
     seed: int = 0,
-) -> dict[str, float]:
+) -> BitsPerDim:
     """Estimate an upper bound on -log2 p(x_0) per dimension over a held-out set.
 
     batches: pairs of x_0 and a `denoise` that knows its condition. draws: network calls for each
     sample for the terms of t = 2..T (None: all T - 1), one from each of as many ranges of t that
     are equal in log t, since most of the bits are near the data; t = 1 takes one more call. Noise
-    and times depend only on `seed` and the sample's number in the set. Returns bits_per_dim, its
-    standard_error, its parts (prior, diffusion, decoder) and the number of samples. Raises
-    ValueError for x_0 outside [-1, 1] unless `levels` is None, and DataError for an empty set or a
-    bound that is not finite.
+    and times depend only on `seed` and the sample's number in the set. Raises ValueError for x_0
+    outside [-1, 1] unless `levels` is None, and DataError for an empty set or a bound that is not
+    finite.
     """
     start, length = _stretches(schedule.T, schedule.T - 1 if draws is None else draws)
     bound = _Bound(schedule, variance, x_0_error, levels)

@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from infra.storage.shard_reader import ShardReader
 from training.data import embedding_dataset
 from training.data.image_reader import LOCATION, Pictures
 from training.diffusion.calibration import calibrate
-from training.diffusion.likelihood import bits_per_dim
+from training.diffusion.likelihood import BitsPerDim, bits_per_dim
 from training.diffusion.noise import Stream, generators
 from training.diffusion.process import Denoise
 from training.diffusion.samplers import ddim, ddim_invert
@@ -121,9 +121,22 @@ def _one_a_concept(table: pa.Table, seed: int) -> list[int]:
     return list(first.values())
 
 
+class Likelihood(TypedDict):
+    """Bounds in bits per dimension, with what they were measured by."""
+
+    T: int
+    draws: int
+    variance: Variance
+    calibrated_on: int
+    """Number of training images."""
+    png_bits_per_dim: float
+    told_all: BitsPerDim
+    told_nothing: BitsPerDim
+
+
 def likelihood(
     decoder: Decoder, judged: Described, trained: Described, draws: int, seed: int
-) -> dict[str, Any]:
+) -> Likelihood:
     """Return upper bounds on -log2 p(x_0) in bits per dimension of `judged`, with and without
     conditions.
 
@@ -140,16 +153,8 @@ def likelihood(
             "needs at least one of each"
         )
     variance: Variance = "learned" if decoder.config.learned_variance else "analytic"
-    figures: dict[str, Any] = {
-        "T": decoder.schedule.T,
-        "draws": draws,
-        "variance": variance,
-        "calibrated_on": len(trained),
-        "png_bits_per_dim": float(
-            np.mean([_png_bits(picture) for picture in to_images(judged.x_0)])
-        ),
-    }
-    for condition, w in (("told_all", 1.0), ("told_nothing", 0.0)):
+    bounds: list[BitsPerDim] = []
+    for w in (1.0, 0.0):
         data_generators = generators(range(seed, seed + len(trained)), Stream.DATA)
         trained_x_0 = trained.x_0.to(decoder.device)
         denoise = _denoise(decoder, trained, w)
@@ -160,12 +165,22 @@ def likelihood(
                 calibration(denoise), trained_x_0, decoder.schedule, POINTS, data_generators
             )
         batches = ((x_0, calibration(denoise)) for x_0, denoise in _batches(decoder, judged, w))
-        figures[condition] = bits_per_dim(
-            batches, decoder.schedule, variance, x_0_error, draws, seed=seed
-        )
+        bound = bits_per_dim(batches, decoder.schedule, variance, x_0_error, draws, seed=seed)
         if len(judged) == 1:
-            figures[condition]["standard_error"] = None
-    return figures
+            bound["standard_error"] = None
+        bounds.append(bound)
+    told_all, told_nothing = bounds
+    return {
+        "T": decoder.schedule.T,
+        "draws": draws,
+        "variance": variance,
+        "calibrated_on": len(trained),
+        "png_bits_per_dim": float(
+            np.mean([_png_bits(picture) for picture in to_images(judged.x_0)])
+        ),
+        "told_all": told_all,
+        "told_nothing": told_nothing,
+    }
 
 
 class InversionRow(TypedDict):

@@ -4,7 +4,7 @@ memory.
 Images are uint8 (B, H, W, 3). Reads and writes no files.
 """
 
-from typing import Any
+from typing import Any, TypedDict
 
 import cv2
 import numpy as np
@@ -23,6 +23,17 @@ from training.models.upsampler_cascade import enlarge
 INTERPOLATIONS = {"bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 
 
+class PsnrFigures(TypedDict):
+    """How near enlarged images come to n real ones, by way of enlarging."""
+
+    n: int
+    psnr_db: dict[str, float]
+    standard_error_db: dict[str, float]
+    """Empty for a single image."""
+    better_than: dict[str, float]
+    """Share of images on which the up-sampler beats an interpolation."""
+
+
 def interpolate(pictures: np.ndarray, factor: int, name: str) -> np.ndarray:
     """Return images at `factor` times their sides by one of INTERPOLATIONS."""
     size = (pictures.shape[2] * factor, pictures.shape[1] * factor)
@@ -33,12 +44,10 @@ def interpolate(pictures: np.ndarray, factor: int, name: str) -> np.ndarray:
 
 def compare(
     model: Upsampler, pictures: np.ndarray, seed: int = 0
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[PsnrFigures, dict[str, np.ndarray]]:
     """Shrink images, enlarge them again in every way, and return figures and images.
 
-    Figures: mean PSNR in dB with its standard error over n images, and the share of images on which
-    the up-sampler beats each interpolation. Images (B, S, S, 3) by name; "small" are the shrunken
-    ones.
+    Images are (B, S, S, 3) by name; "small" are the shrunken ones.
     """
     factor = model.config.factor
     small = to_images(shrink(to_float(torch.from_numpy(pictures)), factor))
@@ -53,7 +62,7 @@ def compare(
         for name in results
         if name not in ("small", "real")
     }
-    figures = {
+    figures: PsnrFigures = {
         "n": len(pictures),
         "psnr_db": {name: round(float(values.mean()), 3) for name, values in psnr.items()},
         "standard_error_db": {

@@ -9,7 +9,7 @@ its N x N weights. Knows no hardware: the caller gives the throughput.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +157,25 @@ def _count(model: nn.Module, forward: Callable[[], Tensor]) -> Cost:
     )
 
 
-def need(cost: Cost, config: LoopConfig, workers: int, flops_per_s: float | None) -> dict[str, Any]:
+class TrainingNeed(TypedDict):
+    """The needs of a training."""
+
+    parameters: int
+    flops_per_image: float
+    activation_bytes_per_image: int
+    images: int
+    batch_per_worker: int
+    workers: int
+    sharded: bool
+    state_bytes_per_worker: int
+    memory_bytes_per_worker: int
+    checkpoint_bytes: int
+    images_per_s: NotRequired[float]
+    """This and `days`: where the throughput is known."""
+    days: NotRequired[float]
+
+
+def need(cost: Cost, config: LoopConfig, workers: int, flops_per_s: float | None) -> TrainingNeed:
     """Return the needs of a training on this many workers: memory of each, total FLOPs, and days.
 
     flops_per_s: throughput reached by each worker; None leaves days out. If the section shards,
@@ -174,7 +192,7 @@ def need(cost: Cost, config: LoopConfig, workers: int, flops_per_s: float | None
             + PASSING_BYTES[config.precision] * cost.largest
         )
     batch = config.batch_size // workers
-    costs: dict[str, Any] = {
+    costs: TrainingNeed = {
         "parameters": cost.parameters,
         "flops_per_image": cost.flops,
         "activation_bytes_per_image": cost.activation_bytes,

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from infra.row_hash import row_hashes
 from infra.schemas import open_parquet
 from infra.settings import Section
 from infra.storage.atomic_files import atomic_file
+from infra.storage.manifests import StageCounts
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
 from infra.storage.stage_output import StageOutput
@@ -61,6 +62,23 @@ class EmbedConfig(Section):
     outside_key: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
 
+class PartFacts(TypedDict):
+    """Facts in the record of an embedded part."""
+
+    rows: int
+    reused: int
+    """Rows whose embeddings were taken from earlier ones."""
+    dim: int
+
+
+class EmbedCounts(StageCounts):
+    """The counts of the stage's manifest."""
+
+    dim: int
+    taken_over: int
+    """Embeddings that were taken from earlier ones."""
+
+
 @dataclass(frozen=True)
 class EmbedFolders:
     """What embedding reads and writes, on whatever node; travels to the tasks."""
@@ -76,7 +94,7 @@ class EmbedFolders:
 
 def run(
     config: EmbedConfig, cluster: ClusterConfig, folders: EmbedFolders, clip_key: str, out: Path
-) -> dict[str, Any]:
+) -> EmbedCounts:
     """Embed the keep list on the running Ray; return the counts.
 
     The tasks put their parts into the output; `facts.json` goes to `out`. Raises CallerError if the
@@ -112,7 +130,7 @@ def run(
         ):
             done += sum(rows)
             progress.update(done)
-    facts = [part["facts"] for part in folders.output.finished_parts().values()]
+    facts: list[PartFacts] = [part["facts"] for part in folders.output.finished_parts().values()]
     dim = facts[0]["dim"]
     (out / "facts.json").write_text(
         json.dumps({"clip_key": clip_key, "dim": dim, "count": count}, indent=1)
@@ -232,7 +250,11 @@ def _embed_part(
         pq.write_table(table, folder / "part.parquet")
         name = f"metadata/metadata_{number:04}.parquet"
         files.append(output.put(folder / "part.parquet", name))
-    facts = {"rows": table.num_rows, "reused": int(is_reused.sum()), "dim": vectors.shape[1]}
+    facts: PartFacts = {
+        "rows": table.num_rows,
+        "reused": int(is_reused.sum()),
+        "dim": vectors.shape[1],
+    }
     output.record(f"{number:04}", files, facts)
     return table.num_rows
 

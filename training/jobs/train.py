@@ -30,6 +30,7 @@ from infra.console.progress import Progress
 from infra.errors import DataError, StorageError, UnclipError
 from infra.storage import store
 from infra.storage.atomic_files import atomic_file
+from infra.storage.manifests import SampleCounts, StageCounts, TrainingFigures
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles, pinned_copy
 from infra.storage.stage_output import StageOutput
@@ -78,7 +79,7 @@ def train_clip(
     config: ClipConfig,
     cluster: ClusterConfig,
     folders: TrainingFolders,
-) -> dict[str, Any]:
+) -> StageCounts:
     """Train CLIP on the keep list's training pairs, or take a pretrained one.
 
     The tokenizer is fitted to their captions first. Reads the stages ingest and curate.
@@ -91,8 +92,7 @@ def train_clip(
             "curate kept no pair for training: loosen [curate] or give [data] more sources"
         )
     if config.pretrained:
-        counts = {"in": table.num_rows, "out": table.num_rows, "dropped": {}}
-        return counts | _adopt(config, tokenizer, folders)
+        return _adopt(config, tokenizer, folders, table.num_rows)
     dropped = shard_check.settle(table, folders.shards, config.broken_pictures, work)
     if work.fetch(TOKENIZER) is None:
         captions = (
@@ -102,21 +102,21 @@ def train_clip(
         )
         _publish_tokenizer(Tokenizer.fit(captions, tokenizer), work)
     facts = _train("clip", fit_clip, config, cluster, cluster.clip_workers, folders)
-    return _counts(table.num_rows, dropped) | facts
+    return {**_counts(table.num_rows, dropped), **facts}
 
 
 def train_prior(
     config: PriorConfig, cluster: ClusterConfig, folders: TrainingFolders
-) -> dict[str, Any]:
+) -> StageCounts:
     """Train the prior on the embeddings; CLIP is frozen. Reads the stages clip and embed."""
     table = _start_from_clip(folders, ["key"])
     facts = _train("prior", fit_prior, config, cluster, cluster.prior_workers, folders)
-    return _counts(table.num_rows, {}) | facts
+    return {**_counts(table.num_rows, {}), **facts}
 
 
 def train_decoder(
     config: DecoderConfig, cluster: ClusterConfig, folders: TrainingFolders
-) -> dict[str, Any]:
+) -> StageCounts:
     """Train the decoder on images and their embeddings; CLIP is frozen.
 
     Reads the stages ingest, clip and embed.
@@ -124,12 +124,12 @@ def train_decoder(
     table = _start_from_clip(folders, shard_check.READ)
     dropped = shard_check.settle(table, folders.shards, config.broken_pictures, folders.work)
     facts = _train("decoder", fit_decoder, config, cluster, cluster.decoder_workers, folders)
-    return _counts(table.num_rows, dropped) | facts
+    return {**_counts(table.num_rows, dropped), **facts}
 
 
 def train_upsampler(
     config: UpsamplerConfig, cluster: ClusterConfig, folders: TrainingFolders
-) -> dict[str, Any]:
+) -> StageCounts:
     """Train an up-sampler on crops of the keep list's training images.
 
     Reads the stages ingest and curate, or another keep list under curate's name.
@@ -141,10 +141,10 @@ def train_upsampler(
         )
     dropped = shard_check.settle(table, folders.shards, config.broken_pictures, folders.work)
     facts = _train("upsampler", fit_upsampler, config, cluster, cluster.upsampler_workers, folders)
-    return _counts(table.num_rows, dropped) | facts
+    return {**_counts(table.num_rows, dropped), **facts}
 
 
-def _counts(rows: int, dropped: dict[str, int]) -> dict[str, Any]:
+def _counts(rows: int, dropped: dict[str, int]) -> SampleCounts:
     return {"in": rows, "out": rows - sum(dropped.values()), "dropped": dropped}
 
 
@@ -305,13 +305,23 @@ def shifted(pixels: Tensor, draw: Tensor) -> Tensor:
     ].permute(0, 3, 1, 2)
 
 
-def _adopt(config: ClipConfig, tokens: TokenizerConfig, folders: TrainingFolders) -> dict[str, Any]:
-    """Write the pretrained CLIP as if it had been trained here."""
+class AdoptedCounts(StageCounts, open_clip_format.Source):
+    """The counts of a pretrained CLIP's manifest."""
+
+
+def _adopt(
+    config: ClipConfig, tokens: TokenizerConfig, folders: TrainingFolders, rows: int
+) -> AdoptedCounts:
+    """Write the pretrained CLIP as if it had been trained here, on that number of rows."""
     model, tokenizer, source = open_clip_format.read(config, tokens)
     _publish_tokenizer(tokenizer, folders.work)
     folders.work.path(loop.METRICS).write_text("")
     put_model("clip", model, model.state_dict(), model.config, folders)
-    return {"parameters": sum(p.numel() for p in model.parameters()), **source}
+    return {
+        **_counts(rows, {}),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **source,
+    }
 
 
 class Job(TypedDict):
@@ -350,7 +360,7 @@ def _train(
     cluster: ClusterConfig,
     workers: int,
     folders: TrainingFolders,
-) -> dict[str, Any]:
+) -> TrainingFigures:
     """Run `fit` on `workers` Ray Train workers; return what they say of the model.
 
     One worker on this machine runs as a plain Ray task, without the processes that only a group
@@ -504,7 +514,10 @@ def put_model(
             shutil.copyfile(tokenizer_file, folder / TOKENIZER)
         shutil.copyfile(work.path(loop.METRICS), folder / loop.METRICS)
         parameters = write_model(name, model, averaged, config, folder, raw)
-        outcome = _outcome(folder / loop.METRICS) | {"parameters": parameters}
+        outcome: TrainingFigures = {
+            **_outcome(folder / loop.METRICS),
+            "parameters": parameters,
+        }
         output.record(MODEL, output.put_tree(folder), outcome)
 
 
@@ -545,7 +558,7 @@ def _text_sizes(tokenizer: Tokenizer, model: nn.Module, section: dict[str, Any])
     }
 
 
-def _outcome(metrics: Path) -> dict[str, Any]:
+def _outcome(metrics: Path) -> TrainingFigures:
     """Return the last row of the metrics as figures of the manifest; {} if there is none."""
     rows = metrics.read_text().splitlines()
     if not rows:

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -119,10 +119,20 @@ OUTSIDE = {
 TRANSPOSED = {"image.project.weight", "text_project.weight"}
 
 
-def read(config: ClipConfig, tokens: TokenizerConfig) -> tuple[CLIP, Tokenizer, dict[str, str]]:
+class Source(TypedDict):
+    """Where a pretrained CLIP comes from."""
+
+    pretrained: str
+    """Its name in the recipe."""
+    weights: str
+    """Name of the file."""
+    weights_sha256: str
+
+
+def read(config: ClipConfig, tokens: TokenizerConfig) -> tuple[CLIP, Tokenizer, Source]:
     """Return the CLIP that `config.pretrained` names, its tokenizer, and its source.
 
-    The source has the SHA-256 of the weights. The folder of another run's `clip` stage is accepted
+    The folder of another run's `clip` stage is accepted
     too, with either tower and its own vocabulary. Raises CallerError if the model is missing or is
     not of a kind that our towers support, DataError if the weights are broken.
     """
@@ -148,7 +158,7 @@ def read(config: ClipConfig, tokens: TokenizerConfig) -> tuple[CLIP, Tokenizer, 
     return model.eval(), tokenizer, _source(config, weights)
 
 
-def _source(config: ClipConfig, weights: Path) -> dict[str, str]:
+def _source(config: ClipConfig, weights: Path) -> Source:
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"pretrained": config.pretrained, "weights": weights.name, "weights_sha256": digest}
