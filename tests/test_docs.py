@@ -179,6 +179,7 @@ def test_the_examples_read_and_search_a_root(tmp_path: Path) -> None:
     assert len(lines) == 5 and any(line.startswith(f"1.000  {key}") for line in lines)
 
 
+@pytest.mark.slow
 def test_the_example_trains_a_diffusion_model(tmp_path: Path) -> None:
     printed = run_example("train_diffusion.py", str(tmp_path), "60")
     assert "energy distance" in printed and list(tmp_path.rglob("*.png"))

@@ -39,7 +39,7 @@ def theirs(stand_in: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CL
     (folder / "system").mkdir()
     config = small(pretrained=str(folder / "open_clip"), image_heads=1, text_heads=1)
     adopted = training_folders(folder, folder / "work")
-    train._adopt(config, TokenizerConfig(), adopted)
+    train._adopt(config, TokenizerConfig(), adopted, rows=0)
     adopted.output.folder.rename(folder / "system" / "clip")
     clip, tokenizer = clip_model.load(folder / "system" / "clip")
     torch.manual_seed(0)

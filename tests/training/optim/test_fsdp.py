@@ -30,6 +30,7 @@ from training.models.upsampler import UpsamplerConfig
 from training.optim.collectives import local_part
 from training.optim.step import LoopConfig, Step
 
+pytestmark = pytest.mark.slow
 STEPS, BATCH, STOPPED_AT = 5, 4, 3
 FOLDERS = ("ingest", "curate", "clip", "embed")
 DECODER: dict[str, Any] = {
