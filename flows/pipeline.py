@@ -75,6 +75,23 @@ def notify_block(deployment: UUID) -> str:
     return f"unclip-{deployment}"
 
 
+def check_resumption(vanished: UUID) -> None:
+    """Raise UnclipError if a run that vanished had itself been started for one that vanished.
+
+    What takes a machine down twice would do so again; a person must look.
+    """
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(vanished)
+    earlier = run.parameters.get("resumes")
+    if earlier:
+        message = run.state.message if run.state else ""
+        raise UnclipError(
+            f"run {run.name} ({vanished}) vanished as {earlier} had before it ({message}): it is "
+            "not taken up a third time; see what ends its machine, such as too little memory, and "
+            "start the deployment again"
+        )
+
+
 async def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """POST one line to the deployment's webhook.
 
@@ -116,12 +133,16 @@ def run_pipeline(
     targets: list[str] | None = None,
     scratch: str | None = None,
     jobs: str | None = None,
+    resumes: str | None = None,
 ) -> RunSummary:
     """Run a recipe into a ROOT and return the object that `unclip run --json` prints.
 
     `targets` are the stages to run, by default all. `jobs` is the address of a Ray job server that
-    runs each stage as a job; by default they run here.
+    runs each stage as a job; by default they run here. `resumes` is the id of a run that vanished
+    with its machine, if Prefect's server started this one in its place.
     """
+    if resumes:
+        check_resumption(UUID(resumes))
     # Imports torch and faiss, which tests of the flow do not need.
     from flows.config.run_config import load_recipe
 

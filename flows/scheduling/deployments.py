@@ -2,10 +2,10 @@
 
 A deployment runs `flows/pipeline.py:run_pipeline` from this installation in a process work pool.
 Runs into one ROOT share a work queue with a concurrency limit of 1; a run whose heartbeats stop is
-marked as crashed, so that it does not block the queue. The pool accepts no job variables, so a run
-created through Prefect's API cannot change its command, environment or working directory. Secrets
-stay in the worker's environment; the webhook's URL, often a secret itself, is stored in a secret
-block of the deployment.
+marked as crashed, so that it does not block the queue, and is taken up again once. The pool accepts
+no job variables, so a run created through Prefect's API cannot change its command, environment or
+working directory. Secrets stay in the worker's environment; the webhook's URL, often a secret
+itself, is stored in a secret block of the deployment.
 `python -m flows.scheduling.deployments ROOT` only creates the queue and prints its name, for
 deployments from `infra/deploy/prefect.yaml`.
 """
@@ -231,9 +231,14 @@ def _one_at_a_time(client: "SyncPrefectClient", queue: str) -> None:
 
 
 def _watch_vanished(client: "SyncPrefectClient") -> None:
-    """Make the server mark a run as crashed if its heartbeats stop before it has ended."""
+    """Make the server mark a run as crashed if its heartbeats stop before it has ended, and start
+    another run of its deployment, which goes on from the last commit.
+
+    The new run gets the old one's id as `resumes`; it ends at once if the old one was such a run
+    itself (`flows.pipeline.check_resumption`). The last heartbeat names the deployment.
+    """
     from prefect.client.schemas.objects import StateType
-    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.actions import ChangeFlowRunState, RunDeployment
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
     heartbeat = "prefect.flow-run.heartbeat"
@@ -254,7 +259,13 @@ def _watch_vanished(client: "SyncPrefectClient") -> None:
                 state=StateType.CRASHED,
                 message=f"{VANISHED} for {VANISHED_AFTER_S} s: its process has gone",
                 force=False,
-            )
+            ),
+            RunDeployment(
+                source="inferred",
+                parameters={
+                    "resumes": {"__prefect_kind": "jinja", "template": "{{ flow_run.id }}"}
+                },
+            ),
         ],
     )
     existing = client.read_automations_by_name(watch.name)

@@ -1,5 +1,5 @@
-"""A run whose process or machine has vanished is marked crashed by Prefect's server, and the
-webhook hears of it.
+"""A run whose process or machine has vanished is marked crashed by Prefect's server, reported to
+the webhook, and taken up again once.
 """
 
 import json
@@ -34,47 +34,89 @@ with Webhook() as webhook, lasting_server(home, free_ports(1)[0]) as url:
     def post(path, content):
         return httpx.post(f"{url}/{path}", json=content, timeout=60, auth=login).raise_for_status()
 
-    def begin():
-        run = post(f"deployments/{made['id']}/create_flow_run", {}).json()["id"]
+    def get(path):
+        return httpx.get(f"{url}/{path}", timeout=60, auth=login).json()
+
+    def run_now(run):
+        # As the process of a run begins, and sends a heartbeat.
         post(f"flow_runs/{run}/set_state", {"state": {"type": "RUNNING", "name": "Running"}, "force": True})
-        heartbeat = {"event": "prefect.flow-run.heartbeat", "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"}}
+        deployment = {"prefect.resource.id": f"prefect.deployment.{made['id']}", "prefect.resource.role": "deployment"}
+        heartbeat = {"event": "prefect.flow-run.heartbeat", "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"}, "related": [deployment]}
         post("events", [heartbeat | {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid.uuid4())}])
         return run
 
-    def state(run):
-        return httpx.get(f"{url}/flow_runs/{run}", timeout=60, auth=login).json()["state"]
+    def begin():
+        return run_now(post(f"deployments/{made['id']}/create_flow_run", {}).json()["id"])
+
+    def successor(run):
+        limit = time.monotonic() + 240
+        while time.monotonic() < limit:
+            for candidate in post("flow_runs/filter", {}).json():
+                if candidate["parameters"].get("resumes") == run:
+                    return candidate
+            time.sleep(0.5)
+        raise TimeoutError(run)
 
     ended = begin()
     post(f"flow_runs/{ended}/set_state", {"state": {"type": "COMPLETED", "name": "Completed"}, "force": True})
     time.sleep(3)
     vanished = begin()
+    second = successor(vanished)
+    run_now(second["id"])
+    third = successor(second["id"])
     limit = time.monotonic() + 240
-    while time.monotonic() < limit and not webhook.posted:
+    while time.monotonic() < limit and len(webhook.posted) < 2:
         time.sleep(0.5)
-    time.sleep(2)  # the other run, were it meant, would have been marked before: its heartbeat is older by three seconds
-    told = {"vanished": state(vanished), "ended": state(ended), "posted": webhook.posted}
-    print(json.dumps(told | {"name": httpx.get(f"{url}/flow_runs/{vanished}", timeout=60, auth=login).json()["name"]}))
+    from flows.pipeline import check_resumption
+    from infra.errors import UnclipError
+    check_resumption(uuid.UUID(vanished))
+    try:
+        check_resumption(uuid.UUID(second["id"]))
+        refusal = None
+    except UnclipError as error:
+        refusal = str(error)
+    runs = post("flow_runs/filter", {}).json()
+    print(json.dumps({
+        "ids": {"vanished": vanished, "second": second["id"]},
+        "names": {"vanished": get(f"flow_runs/{vanished}")["name"], "second": second["name"]},
+        "vanished": get(f"flow_runs/{vanished}")["state"],
+        "ended": get(f"flow_runs/{ended}")["state"],
+        "second": second,
+        "third": third,
+        "runs": len(runs),
+        "parameters": parameters,
+        "refusal": refusal,
+        "posted": webhook.posted,
+    }))
 """  # noqa: E501
 
 
-def test_a_run_without_heartbeat_is_marked_crashed_and_told_and_one_that_has_ended_is_not(
-    tmp_path: Path,
-) -> None:
+def test_a_run_without_heartbeat_is_marked_crashed_and_taken_up_once(tmp_path: Path) -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")
     }
     environment |= {"PYTHONPATH": str(HERE), "PREFECT_HOME": str(tmp_path)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", SERVER, str(tmp_path)],
         cwd=HERE,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert (told["vanished"]["type"], told["ended"]["type"]) == ("CRASHED", "COMPLETED")
-    assert told["vanished"]["message"] == "no heartbeat for 10 s: its process has gone"
-    assert [json.loads(each)["text"] for each in told["posted"]] == [
-        f"unclip nightly: run {told['name']} Crashed: no heartbeat for 10 s: its process has gone"
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads(process.stdout.splitlines()[-1])
+    message = "no heartbeat for 10 s: its process has gone"
+    assert (result["vanished"]["type"], result["ended"]["type"]) == ("CRASHED", "COMPLETED")
+    assert result["vanished"]["message"] == message
+    names, ids = result["names"], result["ids"]
+    assert [json.loads(text)["text"] for text in result["posted"]] == [
+        f"unclip nightly: run {names[name]} Crashed: {message}" for name in ("vanished", "second")
     ]
+    # The run that ended is not taken up: there are it, the vanished one and two successors.
+    assert result["runs"] == 4
+    assert result["second"]["parameters"] == result["parameters"] | {"resumes": ids["vanished"]}
+    assert result["third"]["parameters"] == result["parameters"] | {"resumes": ids["second"]}
+    assert result["refusal"].startswith(
+        f"run {names['second']} ({ids['second']}) vanished as {ids['vanished']} had before it "
+        f"({message}): it is not taken up a third time"
+    )
