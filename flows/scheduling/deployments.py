@@ -262,6 +262,8 @@ def _watch_vanished(client: "SyncPrefectClient") -> None:
             ),
             RunDeployment(
                 source="inferred",
+                deployment_id=None,
+                job_variables=None,
                 parameters={
                     "resumes": {"__prefect_kind": "jinja", "template": "{{ flow_run.id }}"}
                 },
