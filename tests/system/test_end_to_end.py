@@ -25,7 +25,7 @@ from tests.helpers.tiny_run import LIMIT_S, RECIPE, prepare, ran, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S * 2)]
 STAGE_NAMES = [stage.name for stage in stages_of(load_recipe(str(RECIPE)), (), STAGES)]
-KILLS = (("run", 15), ("curate", 12), ("index", 8))
+KILLS = (("run", 10), ("curate", 8), ("index", 6))
 """After which line on the terminal, and at most how many seconds later: in start-up or ingest,
 in CLIP, in what follows the index.
 """

@@ -616,7 +616,7 @@ def test_a_run_killed_at_random_moments_loses_and_doubles_nothing(tmp_path: Path
         kills = 0
         while True:
             run = started(config, tmp_path)
-            if kills == 3:
+            if kills == 2:
                 break
             before, goal = server.asked.total(), moments.choice([1, 5, 15, 30])
             wait_until(

@@ -31,6 +31,7 @@ QUICK = [
         "clip.images=128",
         "prior.images=64",
         "decoder.images=64",
+        "upsampler.images=64",
         "cluster.clip_workers=1",
     )
     for part in ("--set", each)
