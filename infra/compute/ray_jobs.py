@@ -146,6 +146,8 @@ class JobServer:
                 state = self.status(job, number)
                 if state not in RUNNING:
                     reader.join(timeout=10)
+                    if not tail.is_complete:
+                        tail.finish(self._log(job, number))
                     return state, tail.last_word
                 if state != "PENDING":
                     waits_since_s = None
@@ -175,6 +177,15 @@ class JobServer:
                 raise
 
         return self._ask(ask)
+
+    def _log(self, job: Job, number: int) -> str:
+        """Return an attempt's whole log, or "" if the cluster does not know the attempt."""
+        try:
+            return str(self._ask(lambda: self._client().get_job_logs(job_id(job, number))))
+        except RuntimeError as error:
+            if "does not exist" in str(error):
+                return ""
+            raise
 
     def _message(self, job: Job, number: int) -> str:
         """Return the server's message about a pending attempt and the resources that it needs."""
@@ -239,10 +250,13 @@ class _Tail:
     """Shows a job's log line by line.
 
     After a lost connection the server sends the log from the beginning; only new lines are shown.
+    `is_complete` tells whether the log was read to its end.
     """
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self.show, self.shown, self.last_word = show, 0, ""
+        self.is_complete = False
+        self.guard = threading.Lock()
 
     def read(self, client: Any, submission_id: str) -> None:
         asyncio.run(self._read(client, submission_id))
@@ -254,13 +268,24 @@ class _Tail:
                 *lines, rest = (rest + piece).split("\n")
                 for line in lines:
                     line_number += 1
-                    if line_number > self.shown:
-                        self.shown = line_number
-                        self._take(line)
+                    self._take_new(line, line_number)
         except (RuntimeError, OSError):
             return  # the connection was cut; the caller starts a new reader while the job runs
-        if rest and line_number >= self.shown:
-            self._take(rest)
+        if rest:
+            self._take_new(rest, line_number + 1)
+        self.is_complete = True
+
+    def finish(self, log: str) -> None:
+        """Show the lines of the whole log that no reader has shown; later ones show nothing."""
+        for line_number, line in enumerate(log.splitlines(), 1):
+            self._take_new(line, line_number)
+        self.is_complete = True
+
+    def _take_new(self, line: str, line_number: int) -> None:
+        with self.guard:
+            if line_number > self.shown and not self.is_complete:
+                self.shown = line_number
+                self._take(line)
 
     def _take(self, line: str) -> None:
         if line.startswith("unclip: "):

@@ -73,13 +73,16 @@ class StageOutput:
         """Provide an empty folder in this node's scratch folder for unfinished files.
 
         In a store, copies of other files make room for 1/UNFINISHED_SHARE of the scratch folder.
+        Raises StorageError if the folder cannot be created.
         """
         with ExitStack() as stack:
             if not self.root.folder:
                 cache = NodeCache(self.root.scratch, self.root.scratch_bytes)
                 stack.enter_context(cache.reserve(self.root.scratch_bytes // UNFINISHED_SHARE))
             name = f"{self.stage}-{self.key}-part"
-            yield stack.enter_context(writing_folder(self.root.scratch, name))
+            with store.one_line_errors(self.root.scratch):
+                folder = stack.enter_context(writing_folder(self.root.scratch, name))
+            yield folder
 
     def put(self, file: Path, name: str, tell: Callable[[int], None] = lambda _: None) -> PutEntry:
         """Put a finished local file into the output under `name`, and remove the local file.
