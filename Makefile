@@ -20,7 +20,7 @@ export DO_NOT_TRACK := 1
 # to start instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup run up test test-quick test-busy chaos lint format docs bench peers clean constraints
+.PHONY: setup run up test test-quick test-busy chaos compiled lint format docs bench peers clean constraints
 
 setup: $(READY)
 
@@ -48,15 +48,14 @@ run: setup
 up: setup
 	$(BIN)/unclip up $(RECIPE) --root $(ROOT) --cron "$(CRON)"
 
-# Two processes, one thread each, share the quick tests, file by file in the order of tests/conftest.py, and then those that start Ray,
-# Prefect or npm. The parity tests with open_clip skip themselves where it cannot be had, which the last line then says; where it was
-# built they must run.
+# Two processes, one thread each, share the tests, file by file in the order of tests/conftest.py: first the files that start Ray,
+# Prefect or npm, then the quick ones beside the last of them. The parity tests with open_clip skip themselves where it cannot be had,
+# which the last line then says; where it was built they must run.
 test: setup
 	-$(MAKE) $(PEERS)/open_clip/ready
 	export OMP_NUM_THREADS=1; failed=0; \
 	if test -e $(PEERS)/open_clip/ready; then export PEERS_REQUIRED=open_clip; fi; \
-	$(BIN)/python -m pytest -m "not slow" $(SHARED) || failed=1; \
-	$(BIN)/python -m pytest -m "slow and not chaos" $(SHARED) || failed=1; \
+	$(BIN)/python -m pytest $(SHARED) || failed=1; \
 	test -e $(PEERS)/open_clip/ready || echo "NOT COMPARED with open_clip: it could not be installed, see above; its parity tests were skipped"; \
 	exit $$failed
 
@@ -71,6 +70,10 @@ test-busy: setup
 # What takes minutes: nodes lost and networks cut on a cluster of network namespaces (as root), runs and downloads killed at ten moments.
 chaos: setup
 	$(BIN)/python -m pytest -m chaos
+
+# Imports what the tests import, so that Python keeps it compiled; `.ci/run` does it beside mypy, which needs one core.
+compiled: setup
+	$(BIN)/python -m pytest --collect-only --quiet > /dev/null
 
 lint: setup
 	$(BIN)/ruff format --check .
