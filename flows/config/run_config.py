@@ -17,12 +17,12 @@ from indexing.evaluation.evaluate import EvaluateConfig
 from infra.compute.cluster import ClusterConfig
 from infra.errors import CallerError
 from infra.settings import Section
-from training.jobs.embed import EmbedConfig
-from training.models.clip import ClipConfig
-from training.models.decoder import DecoderConfig
-from training.models.diffusion_prior import PriorConfig
-from training.models.tokenizer import TokenizerConfig
-from training.models.upsampler import UpsamplerConfig
+from training.sections.clip_section import ClipConfig
+from training.sections.decoder_section import DecoderConfig
+from training.sections.embed_section import EmbedConfig
+from training.sections.prior_section import PriorConfig
+from training.sections.tokenizer_section import TokenizerConfig
+from training.sections.upsampler_section import UpsamplerConfig
 
 CONV_FOLD = 8
 """The convolutional image tower halves an image's side three times."""

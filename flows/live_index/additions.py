@@ -39,7 +39,7 @@ from training.data.stored_image import pixels_of
 
 if TYPE_CHECKING:
     from indexing.ann.view import View
-    from training.models.preprocessing import Look
+    from training.sections.preprocessing import Look
 
 STORED_PX = 256
 BATCH = 256

@@ -11,7 +11,7 @@ from flows.config.recipe_file import find_recipe
 if TYPE_CHECKING:
     from flows.config.run_config import RunConfig
     from training.jobs.cost_model import Cost, TrainingNeed
-    from training.optim.step import LoopConfig
+    from training.sections.loop_section import LoopConfig
 
 STORED_BYTES_PER_PIXEL = 0.4
 """Approximate size of a photograph stored as JPEG of quality 95; PNG drawings take less."""

@@ -43,10 +43,11 @@ from tests.helpers.stage_folders import shards_in
 from training.data.image_reader import Pictures
 from training.models import clip as clip_model
 from training.models import open_clip_format
-from training.models.clip import CLIP, ClipConfig
+from training.models.clip import CLIP
 from training.models.tokenizer import Tokenizer
 from training.optim import loop
 from training.optim.step import Step
+from training.sections.clip_section import ClipConfig
 
 PYTHON = PEERS / "open_clip" / "bin" / "python"
 SHAPE = {

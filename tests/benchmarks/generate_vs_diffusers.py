@@ -43,9 +43,11 @@ from tests.helpers import diffusers_models
 from tests.helpers.shortfalls import told
 from training.generation.unclip import Unclip
 from training.models import priors
-from training.models.clip import CLIP, ClipConfig
+from training.models.clip import CLIP
 from training.models.decoder import Decoder
-from training.models.tokenizer import Tokenizer, TokenizerConfig
+from training.models.tokenizer import Tokenizer
+from training.sections.clip_section import ClipConfig
+from training.sections.tokenizer_section import TokenizerConfig
 
 TOKENS = 77
 HEADS, DEPTH, WIDTHS, BLOCKS = 4, 7, (64, 128, 256), 2

@@ -37,12 +37,15 @@ from tests.helpers.peer_environment import PEERS, Peer
 from tests.helpers.shortfalls import told
 from training.models import decoder as decoders
 from training.models import priors
-from training.models.clip import ClipConfig
-from training.models.decoder import Decoder, DecoderConfig
-from training.models.diffusion_prior import PriorConfig
-from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
+from training.models.decoder import Decoder
+from training.models.tokenizer import PAD, Tokenizer
 from training.optim import loop
-from training.optim.step import LoopConfig, Step
+from training.optim.step import Step
+from training.sections.clip_section import ClipConfig
+from training.sections.decoder_section import DecoderConfig
+from training.sections.loop_section import LoopConfig
+from training.sections.prior_section import PriorConfig
+from training.sections.tokenizer_section import TokenizerConfig
 
 PYTHON = PEERS / "dalle2" / "bin" / "python"
 EMBED_DIM, SIDE_PX, SAMPLES = 256, 64, 512

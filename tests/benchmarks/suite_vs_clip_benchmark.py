@@ -49,11 +49,12 @@ from tests.helpers.peer_environment import PEERS, Peer
 from training.data.image_reader import as_square
 from training.models import clip as clip_model
 from training.models import open_clip_format
-from training.models.clip import CLIP, ClipConfig
-from training.models.preprocessing import Look
+from training.models.clip import CLIP
 from training.models.tokenizer import Tokenizer
 from training.optim import loop
 from training.optim.step import Step
+from training.sections.clip_section import ClipConfig
+from training.sections.preprocessing import Look
 
 PYTHON = PEERS / "clip_benchmark" / "bin" / "python"
 SIDE_PX = 64

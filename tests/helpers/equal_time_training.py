@@ -29,10 +29,10 @@ from training.generation.unclip import Unclip
 from training.jobs import train
 from training.models import clip as clip_model
 from training.models.clip import CLIP
-from training.models.decoder import DecoderConfig
-from training.models.diffusion_prior import PriorConfig
 from training.models.tokenizer import PAD, Tokenizer
-from training.optim.step import LoopConfig
+from training.sections.decoder_section import DecoderConfig
+from training.sections.loop_section import LoopConfig
+from training.sections.prior_section import PriorConfig
 
 PRIOR_SHARE = 0.2
 CALIBRATION_STEPS = 6

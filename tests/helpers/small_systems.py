@@ -15,10 +15,14 @@ from infra.storage import commits, manifests, store
 from infra.storage.manifests import Committed, StageFacts
 from infra.storage.store import Root
 from training.jobs.train import write_model
-from training.models.clip import CLIP, ClipConfig
-from training.models.decoder import Decoder, DecoderConfig
-from training.models.diffusion_prior import Prior, PriorConfig
-from training.models.tokenizer import Tokenizer, TokenizerConfig
+from training.models.clip import CLIP
+from training.models.decoder import Decoder
+from training.models.diffusion_prior import Prior
+from training.models.tokenizer import Tokenizer
+from training.sections.clip_section import ClipConfig
+from training.sections.decoder_section import DecoderConfig
+from training.sections.prior_section import PriorConfig
+from training.sections.tokenizer_section import TokenizerConfig
 
 E = 16
 PROMPTS = ["a red heart", "blue", "two green apples on a white table"]

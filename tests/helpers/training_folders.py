@@ -16,8 +16,10 @@ from tests.helpers.stage_folders import shards_in
 from training.data.image_reader import Pictures, read_table
 from training.jobs import train
 from training.models import clip as clip_model
-from training.models.clip import CLIP, ClipConfig
-from training.models.tokenizer import Tokenizer, TokenizerConfig
+from training.models.clip import CLIP
+from training.models.tokenizer import Tokenizer
+from training.sections.clip_section import ClipConfig
+from training.sections.tokenizer_section import TokenizerConfig
 
 COUNT = 44
 SHARDS = (30, 11, 3)

@@ -28,7 +28,7 @@ from infra.errors import CallerError, DataError
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
 from training.data.stored_image import pixels_of
-from training.models.preprocessing import WHOLE, Interpolation, Look
+from training.sections.preprocessing import WHOLE, Interpolation, Look
 
 READERS = 4
 CACHE_BYTES = 4 << 30

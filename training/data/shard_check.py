@@ -20,7 +20,7 @@ from infra.storage.atomic_files import atomic_file
 from infra.storage.shard_reader import ShardReader
 from infra.storage.work_folder import WorkFolder
 from training.data.image_reader import MEND, READERS
-from training.optim.step import OnBroken
+from training.sections.loop_section import OnBroken
 
 LEFT_OUT = "left_out.json"
 READ = ["key", "shard", "offset", "size_bytes", "sha256"]

@@ -19,7 +19,6 @@ from infra.errors import DataError
 from training.diffusion.noise import Stream, generators, noise_like
 from training.diffusion.process import (
     Denoise,
-    Parametrisation,
     Schedule,
     at,
     posterior,
@@ -29,6 +28,7 @@ from training.diffusion.process import (
     training_target,
 )
 from training.diffusion.variance import Variance, log_variance_bounds
+from training.sections.decoder_section import Parametrisation
 
 LAMBDA_VLB = 0.001  # Nichol & Dhariwal 2021, eq. 16
 

@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
-Parametrisation = Literal["x_0", "eps", "v"]
+from training.sections.decoder_section import Parametrisation
+
 PARAMETRISATIONS: tuple[Parametrisation, ...] = ("x_0", "eps", "v")
 
 Prediction = Tensor | tuple[Tensor, Tensor]

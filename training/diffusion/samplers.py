@@ -87,12 +87,6 @@ def timesteps(
     return [*times, 0]
 
 
-def check_steps(sampling_steps: int, T: int) -> None:
-    """Raise ValueError if a config asks for more sampling steps than its diffusion has."""
-    if sampling_steps > T:
-        raise ValueError(f"sampling_steps = {sampling_steps} but T = {T}: use at most T steps")
-
-
 @torch.no_grad()
 def ancestral(
     denoise: Denoise,

@@ -19,10 +19,11 @@ from infra.errors import CallerError
 from training.models import clip as clip_model
 from training.models import priors
 from training.models.clip import CLIP
-from training.models.decoder import Decoder, DecoderConfig
+from training.models.decoder import Decoder
 from training.models.pixels import to_images
 from training.models.priors import AnyPrior
 from training.models.tokenizer import Tokenizer
+from training.sections.decoder_section import DecoderConfig
 
 if TYPE_CHECKING:
     from training.models.upsampler import Upsampler

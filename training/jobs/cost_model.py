@@ -19,13 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from training.diffusion.process import split
 from training.models.autoregressive_prior import AutoregressivePrior
-from training.models.clip import CLIP, ClipConfig
-from training.models.decoder import Decoder, DecoderConfig
-from training.models.diffusion_prior import PriorConfig
+from training.models.clip import CLIP
+from training.models.decoder import Decoder
 from training.models.priors import make
-from training.models.upsampler import Upsampler, UpsamplerConfig
+from training.models.upsampler import Upsampler
 from training.optim import fsdp
-from training.optim.step import LoopConfig
+from training.sections.clip_section import ClipConfig
+from training.sections.decoder_section import DecoderConfig
+from training.sections.loop_section import LoopConfig
+from training.sections.prior_section import PriorConfig
+from training.sections.upsampler_section import UpsamplerConfig
 
 STATE_BYTES = 4 * 5
 """Bytes for each parameter: weight, gradient, both moments of Adam and the average, all float32."""

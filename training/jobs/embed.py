@@ -11,20 +11,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field
 
 from infra.compute.cluster import ClusterConfig, spread
 from infra.console.progress import Progress
 from infra.errors import CallerError
 from infra.row_hash import row_hashes
 from infra.schemas import open_parquet
-from infra.settings import Section
 from infra.storage.atomic_files import atomic_file
 from infra.storage.manifests import StageCounts
 from infra.storage.shard_reader import ShardReader
@@ -34,9 +32,9 @@ from infra.storage.work_folder import WorkFolder
 from training.data import shard_check
 from training.data.image_reader import Pictures, read_file, read_rows
 from training.models import clip as clip_model
-from training.models.clip import ClipConfig
-from training.models.preprocessing import Look
-from training.optim.step import OnBroken
+from training.sections.clip_section import ClipConfig
+from training.sections.embed_section import EmbedConfig
+from training.sections.preprocessing import Look
 
 KEEP_LIST = "keep.parquet"
 KNOWN = ("known_marks.npy", "known_rows.npy")
@@ -46,20 +44,6 @@ READ_ROWS = 1 << 16
 PARTS = 10_000
 """Maximum number of parts: four digits keep them in order when files are sorted by name, as
 clip-retrieval does."""
-
-
-class EmbedConfig(Section):
-    """How embeddings are made."""
-
-    rows_per_part: int = Field(default=100_000, ge=1)
-    """Rows in one file of embeddings."""
-    batch_size: int = Field(default=256, ge=1)
-    """Images or captions that CLIP encodes at once."""
-    broken_pictures: OnBroken = "stop"
-    """What to do about images whose shard is missing, truncated or altered: `stop` with an error,
-    or `skip` them and count them in the manifest."""
-
-    outside_key: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
 
 class PartFacts(TypedDict):

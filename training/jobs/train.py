@@ -39,16 +39,22 @@ from training.data import embedding_dataset, shard_check
 from training.data.image_reader import LOCATION, Pictures, read_rows
 from training.models import clip as clip_model
 from training.models import open_clip_format, priors
-from training.models.clip import CLIP, ClipConfig
-from training.models.decoder import Decoder, DecoderConfig
-from training.models.diffusion_prior import MAX_MEASURED, Prior, PriorConfig
+from training.models.clip import CLIP
+from training.models.decoder import Decoder
+from training.models.diffusion_prior import MAX_MEASURED, Prior
 from training.models.pixels import to_pixels
-from training.models.preprocessing import WHOLE, Look
-from training.models.tokenizer import Tokenizer, TokenizerConfig
-from training.models.upsampler import Upsampler, UpsamplerConfig
+from training.models.tokenizer import Tokenizer
+from training.models.upsampler import Upsampler
 from training.optim import fsdp, loop
 from training.optim.collectives import world
-from training.optim.step import LoopConfig, Step
+from training.optim.step import Step
+from training.sections.clip_section import ClipConfig
+from training.sections.decoder_section import DecoderConfig
+from training.sections.loop_section import LoopConfig
+from training.sections.preprocessing import WHOLE, Look
+from training.sections.prior_section import PriorConfig
+from training.sections.tokenizer_section import TokenizerConfig
+from training.sections.upsampler_section import UpsamplerConfig
 
 TOKENIZER, KEEP_LIST, MODEL = "tokenizer.json", "keep.parquet", "model"
 PHRASING, SHIFT = 11, 12  # streams of randomness in a step

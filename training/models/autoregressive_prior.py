@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.diffusion.noise import Stream, generators
-from training.models.diffusion_prior import DROP, PriorConfig, without_captions
+from training.models.diffusion_prior import DROP, without_captions
 from training.models.pca import Pca
 from training.models.tokenizer import PAD
 from training.models.transformer import Block, KeyValues
 from training.optim.step import Step
+from training.sections.prior_section import PriorConfig
 
 MARGIN = 1e-3
 """Share of the training data's range by which the buckets extend beyond it."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:  # the up-sampler imports this module
-    from training.models.upsampler import Degradation
+    from training.sections.upsampler_section import Degradation
 
 BLUR_WIDTH, BLUR_SIGMA = 3, 0.6  # unCLIP, appendix C
 MAX_NOISE = 25 / 255  # standard deviation for values in 0..1

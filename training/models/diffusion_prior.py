@@ -7,11 +7,8 @@ that the recipe sets. Knows nothing of images or files.
 Legend: B batch, N tokens, D width, E embedding dimensions.
 """
 
-from typing import Literal, Self
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from infra.errors import DataError
@@ -21,7 +18,8 @@ from training.diffusion.process import Schedule, as_denoise
 from training.diffusion.variance import measure_x_0_error
 from training.models.tokenizer import PAD
 from training.models.transformer import Block, time_features
-from training.optim.step import LoopConfig, Step
+from training.optim.step import Step
+from training.sections.prior_section import PriorConfig
 
 NULL_TEXT = torch.tensor([1, 2])  # start, end: the ids of a dropped caption
 MAX_MEASURED = 256
@@ -34,47 +32,6 @@ def without_captions(ids: Tensor, dropped: Tensor) -> Tensor:
     null = torch.full_like(ids, PAD)
     null[:, :2] = NULL_TEXT.to(ids.device)
     return torch.where(dropped[:, None], null, ids)
-
-
-class PriorConfig(LoopConfig):
-    """The prior and its training (unCLIP, table 3: width 2048, depth 24, 1B parameters)."""
-
-    kind: Literal["diffusion", "autoregressive"] = "diffusion"
-    """How z_i is sampled: by diffusion, or coordinate by coordinate (unCLIP, section 2.2, has both
-    and prefers the first)."""
-    width: int = Field(default=256, ge=32, le=8192)
-    """Width of the transformer."""
-    depth: int = Field(default=4, ge=1, le=64)
-    """Blocks of the transformer."""
-    T: int = Field(default=1000, ge=2, le=100_000)
-    """Diffusion steps of the cosine schedule."""
-    text_drop: float = Field(default=0.1, ge=0, le=1)
-    """Share of samples that are trained without caption and z_t."""
-    sampling_steps: int = Field(default=24, ge=1, le=1000)
-    """Steps at sampling; unCLIP: 64."""
-    sampler: Literal["ddim", "analytic"] = "ddim"
-    """Sampler of the diffusion prior: DDIM with eta = 1, whose variance is the posterior's, or
-    ancestral steps with the analytic variance (Bao et al. 2022), from errors that are measured
-    on training pairs after training. unCLIP: analytic."""
-    best_of: int = Field(default=2, ge=1, le=64)
-    """Candidates that are sampled for each z_i; the one with the largest dot product with z_t is
-    used. unCLIP: 2."""
-    variance: float | None = Field(default=None, gt=0, le=100)
-    """Variance about their mean to which embeddings are scaled, by a factor from the data; unCLIP:
-    that of an image, about 0.29 (a factor of 17.2 for 1,024 dimensions). Unset: unit vectors
-    times the square root of their dimension. Diffusion only."""
-    pca_dims: int = Field(default=32, ge=1, le=4096)
-    """Principal components of z_i that are sampled, the largest first; unCLIP: 319 of 1,024.
-    Autoregressive only, like all fields below."""
-    buckets: int = Field(default=256, ge=2, le=65_536)
-    """Number of values that a coordinate is rounded to; unCLIP: 1,024."""
-    temperature: float = Field(default=1.0, gt=0, le=10)
-    """Divisor of the logits at sampling; below 1 favours likely values."""
-
-    @model_validator(mode="after")
-    def _steps_fit_into_the_schedule(self) -> Self:
-        samplers.check_steps(self.sampling_steps, self.T)
-        return self
 
 
 class Prior(nn.Module):

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from infra.errors import CallerError, DataError
 from training.models import clip as clip_model
-from training.models.clip import CLIP, ClipConfig
-from training.models.tokenizer import END, SPECIAL, START, Tokenizer, TokenizerConfig
+from training.models.clip import CLIP
+from training.models.tokenizer import END, SPECIAL, START, Tokenizer
 from training.models.transformer import HEAD_WIDTH, heads_of
+from training.sections.clip_section import ClipConfig
+from training.sections.tokenizer_section import TokenizerConfig
 
 PIXEL_MEAN, PIXEL_STD = (
     (0.48145466, 0.4578275, 0.40821073),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.models.preprocessing import Interpolation
+from training.sections.preprocessing import Interpolation
 
 
 def to_float(pictures: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from training.models.autoregressive_prior import AutoregressivePrior
-from training.models.clip import ClipConfig
-from training.models.diffusion_prior import Prior, PriorConfig
+from training.models.diffusion_prior import Prior
+from training.sections.clip_section import ClipConfig
+from training.sections.prior_section import PriorConfig
 
 AnyPrior = Prior | AutoregressivePrior
 

@@ -16,13 +16,12 @@ from pathlib import Path
 import ftfy
 import numpy as np
 import torch
-from pydantic import Field
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Engine
 from torch import Tensor
 
 from infra.errors import CallerError
-from infra.settings import Section
+from training.sections.tokenizer_section import TokenizerConfig
 
 PAD, START, END = 0, 1, 2
 SPECIAL = ("<|pad|>", "<|startoftext|>", "<|endoftext|>")
@@ -31,19 +30,6 @@ CLIP_MERGES = 49_152 - 256 - 2
 CLIP_WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 WORD_END = "</w>"
 REMEMBERED_WORDS, LONG_WORD_CHARS = 1 << 18, 64
-
-
-class TokenizerConfig(Section):
-    """How captions become tokens."""
-
-    vocab_size: int = Field(default=2048, ge=259, le=1 << 20)
-    """Number of ids, with the 256 bytes and 3 special ones; CLIP's own vocabulary has 49,408."""
-    context: int = Field(default=24, ge=4, le=1024)
-    """Maximum tokens of a text, including start and end; longer texts are cut and still end with
-    the end token. CLIP: 77."""
-    merges: str = ""
-    """CLIP's file of merges (`bpe_simple_vocab_16e6.txt.gz` or `merges.txt`), for a pretrained CLIP
-    without one."""
 
 
 class Tokenizer:

@@ -5,17 +5,16 @@ Legend: B batch, N tokens, D width, H heads.
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.sections.clip_section import Activation
+
 HEAD_WIDTH = 64
 SHORT = 128 * 128
 """Maximum of queries times keys for which attention on a CPU is two products and a softmax."""
-
-Activation = Literal["gelu", "quick_gelu"]
 
 
 def heads_of(width: int) -> int:

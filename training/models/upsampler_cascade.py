@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from training.diffusion.noise import Stream
 from training.models.pixels import to_float, to_images
-from training.models.upsampler import Upsampler, UpsamplerConfig
+from training.models.upsampler import Upsampler
+from training.sections.upsampler_section import UpsamplerConfig
 
 STREAMS = (Stream.UPSAMPLER, Stream.UPSAMPLER_2)
 

@@ -27,7 +27,8 @@ from infra.storage.work_folder import Publisher, WorkFolder
 from training.optim import fsdp
 from training.optim.collectives import agree, average, average_gradients, local_part, world
 from training.optim.muon import Muon
-from training.optim.step import LoopConfig, Step, learning_rate
+from training.optim.step import Step, learning_rate
+from training.sections.loop_section import LoopConfig
 
 STATE, METRICS, PROGRESS = "state.pt", "metrics.jsonl", "progress.json"
 PROGRESS_S = 1.0

@@ -22,7 +22,8 @@ from infra.storage.store import Root
 from tests.helpers.small_systems import write_root
 from training.generation.unclip import Unclip
 from training.jobs.train import write_model
-from training.models.upsampler import Upsampler, UpsamplerConfig
+from training.models.upsampler import Upsampler
+from training.sections.upsampler_section import UpsamplerConfig
 
 HERE = Path(__file__).parents[3]
 BLOCKED = (

@@ -38,7 +38,7 @@ from tests.helpers.committed_root import committed, write_root
 from tests.helpers.evaluation_run import encode_images, encode_texts, row, usual_rows
 from tests.helpers.search_service import Fake
 from tests.helpers.tiny_run import RECIPE
-from training.models.preprocessing import WHOLE
+from training.sections.preprocessing import WHOLE
 
 GATE = ("generation.own >= 0.5",)
 

@@ -24,7 +24,7 @@ from infra.storage.store import Root
 from tests.helpers import evaluation_run
 from tests.helpers.committed_root import write_root
 from tests.helpers.evaluation_run import direction, encode_images, encode_texts, row
-from training.models.preprocessing import WHOLE
+from training.sections.preprocessing import WHOLE
 
 
 @pytest.fixture

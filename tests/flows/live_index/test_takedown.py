@@ -42,7 +42,7 @@ from tests.helpers.evaluation_run import (
     usual_rows,
     write_run,
 )
-from training.models.preprocessing import WHOLE
+from training.sections.preprocessing import WHOLE
 
 TWICE = 2  # of usual_rows(); the first is all black, which curate leaves out
 

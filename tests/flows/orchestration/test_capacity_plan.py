@@ -13,11 +13,12 @@ from flows.config.run_config import load_recipe
 from flows.orchestration.capacity_plan import capacity, described, published, size
 from training.jobs import cost_model as costs
 from training.jobs.cost_model import Cost, need
-from training.models.clip import ClipConfig
-from training.models.decoder import Decoder, DecoderConfig
-from training.models.diffusion_prior import PriorConfig
+from training.models.decoder import Decoder
 from training.models.transformer import heads_of
-from training.models.upsampler import UpsamplerConfig
+from training.sections.clip_section import ClipConfig
+from training.sections.decoder_section import DecoderConfig
+from training.sections.prior_section import PriorConfig
+from training.sections.upsampler_section import UpsamplerConfig
 
 PAPER_M = {"prior": 1000, "decoder": 3500, "upsampler": 700, "upsampler_2": 300}
 

@@ -22,7 +22,8 @@ from training.data.embedding_dataset import Captions, Vectors
 from training.data.image_reader import read_table
 from training.jobs import embed
 from training.models.clip import CLIP
-from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
+from training.models.tokenizer import PAD, Tokenizer
+from training.sections.tokenizer_section import TokenizerConfig
 
 PHRASINGS = [
     ["a red heart", "a heart that is red, drawn by somebody who had a lot of time"],

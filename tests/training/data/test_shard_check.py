@@ -20,7 +20,7 @@ from tests.helpers.training_folders import COUNT, SHARDS, write_kept
 from training.data import shard_check
 from training.data.image_reader import Pictures, read_table
 from training.data.shard_check import LEFT_OUT
-from training.optim.step import OnBroken
+from training.sections.loop_section import OnBroken
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from training.diffusion.noise import Stream, generators, noise, noise_like
 from training.generation import manipulations
 from training.generation.beam_search import Beam, search
 from training.generation.unclip import Unclip
-from training.models.upsampler import Upsampler, UpsamplerConfig
+from training.models.upsampler import Upsampler
 from training.models.upsampler_cascade import enlarge
+from training.sections.upsampler_section import UpsamplerConfig
 
 
 def test_a_samples_noise_does_not_depend_on_its_batch() -> None:

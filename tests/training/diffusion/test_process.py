@@ -10,7 +10,6 @@ from torch import Tensor
 
 from training.diffusion.process import (
     PARAMETRISATIONS,
-    Parametrisation,
     Schedule,
     as_denoise,
     at,
@@ -21,6 +20,7 @@ from training.diffusion.process import (
     to_x_0,
     training_target,
 )
+from training.sections.decoder_section import Parametrisation
 
 SCHEDULES = {
     "linear": Schedule.linear(),

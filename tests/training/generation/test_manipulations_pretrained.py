@@ -23,8 +23,9 @@ from training.models.clip import CLIP
 from training.models.decoder import Decoder
 from training.models.diffusion_prior import Prior
 from training.models.pixels import to_pixels
-from training.models.tokenizer import Tokenizer, TokenizerConfig
+from training.models.tokenizer import Tokenizer
 from training.optim.step import Step
+from training.sections.tokenizer_section import TokenizerConfig
 
 __all__ = ["stand_in"]
 

@@ -19,9 +19,11 @@ from training.diffusion.likelihood import bits_per_dim
 from training.diffusion.variance import measure_x_0_error
 from training.generation import reconstruction
 from training.generation.reconstruction import Described, inversion, likelihood, read
-from training.models.decoder import Decoder, DecoderConfig
-from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
+from training.models.decoder import Decoder
+from training.models.tokenizer import PAD, Tokenizer
 from training.optim.step import Step
+from training.sections.decoder_section import DecoderConfig
+from training.sections.tokenizer_section import TokenizerConfig
 
 E, SIDE = 16, 8
 CONFIG = DecoderConfig(

@@ -29,7 +29,8 @@ from tests.helpers.training_folders import COUNT, TINY, write_kept, write_tokeni
 from training.data import shard_check
 from training.data.image_reader import read_table
 from training.jobs import train
-from training.models.tokenizer import Tokenizer, TokenizerConfig
+from training.models.tokenizer import Tokenizer
+from training.sections.tokenizer_section import TokenizerConfig
 
 CLUSTER = ClusterConfig(num_cpus=2, clip_workers=2)
 TOKENIZER = TokenizerConfig(vocab_size=280)

@@ -14,9 +14,11 @@ from tests.training.models.test_diffusion_prior import CONTEXT, VOCABULARY, E, b
 from training.jobs.train import write_model
 from training.models import priors
 from training.models.autoregressive_prior import AutoregressivePrior
-from training.models.diffusion_prior import Prior, PriorConfig
-from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
+from training.models.diffusion_prior import Prior
+from training.models.tokenizer import PAD, Tokenizer
 from training.optim.step import Step
+from training.sections.prior_section import PriorConfig
+from training.sections.tokenizer_section import TokenizerConfig
 
 K, V = 6, 32
 CONFIG = PriorConfig(

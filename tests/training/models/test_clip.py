@@ -13,9 +13,11 @@ from torch import Tensor
 
 from training.jobs.train import write_model
 from training.models import clip
-from training.models.clip import CLIP, LOGIT_SCALE_MAX, ClipConfig, contrastive_loss, sigmoid_loss
+from training.models.clip import CLIP, LOGIT_SCALE_MAX, contrastive_loss, sigmoid_loss
 from training.models.pixels import to_pixels
-from training.models.tokenizer import PAD, Tokenizer, TokenizerConfig
+from training.models.tokenizer import PAD, Tokenizer
+from training.sections.clip_section import ClipConfig
+from training.sections.tokenizer_section import TokenizerConfig
 
 TEXTS = [
     "red",

@@ -13,12 +13,13 @@ from tests.helpers.short_training import learn
 from training.diffusion import samplers
 from training.diffusion.likelihood import bits_per_dim
 from training.diffusion.process import simple_loss, snr_weight, split
-from training.models.clip import ClipConfig
-from training.models.decoder import Decoder, DecoderConfig, augmented, count_parameters
-from training.models.diffusion_prior import PriorConfig
+from training.models.decoder import Decoder, augmented, count_parameters
 from training.models.tokenizer import END, PAD, START
-from training.models.upsampler import UpsamplerConfig
 from training.optim.step import Step
+from training.sections.clip_section import ClipConfig
+from training.sections.decoder_section import DecoderConfig
+from training.sections.prior_section import PriorConfig
+from training.sections.upsampler_section import UpsamplerConfig
 
 E, VOCABULARY, CONTEXT, SIDE = 16, 40, 10, 8
 CONFIG = DecoderConfig(

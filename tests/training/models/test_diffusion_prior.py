@@ -11,11 +11,12 @@ from torch import Tensor
 from tests.helpers.small_systems import write_embeddings, write_system
 from tests.helpers.stage_folders import training_folders
 from training.jobs.train import fit_prior, write_model
-from training.models.clip import ClipConfig
-from training.models.diffusion_prior import DROP, Prior, PriorConfig
+from training.models.diffusion_prior import DROP, Prior
 from training.models.priors import count_parameters, load
 from training.models.tokenizer import END, PAD, START
 from training.optim.step import Step
+from training.sections.clip_section import ClipConfig
+from training.sections.prior_section import PriorConfig
 
 E, VOCABULARY, CONTEXT = 16, 40, 10
 CONFIG = PriorConfig(width=32, depth=1, T=100, text_drop=0.1, sampling_steps=8, best_of=2)

@@ -24,8 +24,10 @@ from training.data.image_reader import read_file
 from training.jobs import train
 from training.models import clip as clip_model
 from training.models import open_clip_format
-from training.models.clip import CLIP, ClipConfig
-from training.models.tokenizer import Tokenizer, TokenizerConfig, byte_symbols
+from training.models.clip import CLIP
+from training.models.tokenizer import Tokenizer, byte_symbols
+from training.sections.clip_section import ClipConfig
+from training.sections.tokenizer_section import TokenizerConfig
 
 TEXTS = [
     "a photo of a cat",

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from training.models.tokenizer import END, PAD, SPECIAL, START, Tokenizer, TokenizerConfig
+from training.models.tokenizer import END, PAD, SPECIAL, START, Tokenizer
+from training.sections.tokenizer_section import TokenizerConfig
 
 CAPTIONS = [
     "a red heart",

@@ -27,16 +27,10 @@ from training.generation import upsampling_eval
 from training.jobs.train import write_model
 from training.models import degradation, upsampler_cascade
 from training.models.pixels import to_float
-from training.models.upsampler import (
-    Upsampler,
-    UpsamplerConfig,
-    count_parameters,
-    crops,
-    shrink,
-    tiles,
-)
+from training.models.upsampler import Upsampler, count_parameters, crops, shrink, tiles
 from training.models.upsampler import enlarge as bicubic
 from training.optim.step import Step
+from training.sections.upsampler_section import UpsamplerConfig
 
 CONFIG = UpsamplerConfig(
     image_size_px=32,

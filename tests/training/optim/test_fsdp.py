@@ -23,12 +23,13 @@ from tests.helpers.training_folders import TINY, write_embedded, write_kept, wri
 from training.data import shard_check
 from training.data.image_reader import read_table
 from training.jobs import train as jobs
-from training.models.clip import ClipConfig
-from training.models.decoder import DecoderConfig
-from training.models.diffusion_prior import PriorConfig
-from training.models.upsampler import UpsamplerConfig
 from training.optim.collectives import local_part
-from training.optim.step import LoopConfig, Step
+from training.optim.step import Step
+from training.sections.clip_section import ClipConfig
+from training.sections.decoder_section import DecoderConfig
+from training.sections.loop_section import LoopConfig
+from training.sections.prior_section import PriorConfig
+from training.sections.upsampler_section import UpsamplerConfig
 
 pytestmark = pytest.mark.slow
 STEPS, BATCH, STOPPED_AT = 5, 4, 3

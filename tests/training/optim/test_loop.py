@@ -19,7 +19,8 @@ from tests.helpers import forked_processes
 from tests.helpers.gloo_group import meeting
 from training.optim import loop
 from training.optim.loop import make_optimizers
-from training.optim.step import LoopConfig, Step, learning_rate, order
+from training.optim.step import Step, learning_rate, order
+from training.sections.loop_section import LoopConfig
 
 CONFIG = LoopConfig(
     images=400,

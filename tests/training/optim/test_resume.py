@@ -28,10 +28,11 @@ from tests.helpers.training_folders import COUNT, TINY, write_embedded, write_ke
 from training.data import shard_check
 from training.data.image_reader import read_table
 from training.jobs import train as jobs
-from training.models.decoder import DecoderConfig
-from training.models.diffusion_prior import PriorConfig
-from training.models.upsampler import UpsamplerConfig
-from training.optim.step import LoopConfig, Step
+from training.optim.step import Step
+from training.sections.decoder_section import DecoderConfig
+from training.sections.loop_section import LoopConfig
+from training.sections.prior_section import PriorConfig
+from training.sections.upsampler_section import UpsamplerConfig
 
 EPOCHS, BATCH, KILLED_AT = 2, 4, 17
 IMAGES = EPOCHS * COUNT

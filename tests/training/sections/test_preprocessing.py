@@ -22,7 +22,7 @@ from training.data.image_reader import as_square, read_file, read_table
 from training.jobs import embed
 from training.models import clip as clip_model
 from training.models.pixels import to_pixels
-from training.models.preprocessing import WHOLE, Interpolation, Look
+from training.sections.preprocessing import WHOLE, Interpolation, Look
 
 SHAPES = [(40, 60), (61, 33), (16, 50), (9, 13), (24, 24), (100, 101), (100, 7)]
 SIDE = 16
