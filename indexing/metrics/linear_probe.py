@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 from indexing.data.embedding_store import Floats
 
@@ -43,6 +42,8 @@ def fit(
 
     L-BFGS minimises the mean cross-entropy + penalty / 2 |W|^2; the bias is not penalised.
     """
+    from scipy.optimize import minimize  # takes half a second
+
     ones = np.ones((len(features), 1), np.float32)
     x = np.concatenate([features, ones], 1).astype(np.float64)  # (N, D + 1)
     target = np.eye(classes)[labels]
