@@ -14,15 +14,12 @@ from PIL import Image
 
 from infra.errors import DataError
 from infra.schemas import STORED_SHA256
+from infra.square_image import square
 from infra.storage.shard_reader import ShardReader
 
 Pixels = NDArray[np.uint8]
 Square = Callable[[NDArray[Any], int], Pixels]
 """Turns a decoded picture (grey, BGR or BGRA) into an RGB square with a side in pixels."""
-
-BAND_ROWS = 256
-"""Rows of a transparent picture that are put on white at a time: floats take several times the
-memory of the picture."""
 
 
 def read_picture(row: Mapping[str, Any], shards: ShardReader, side_px: int) -> Pixels:
@@ -44,32 +41,6 @@ def read_picture(row: Mapping[str, Any], shards: ShardReader, side_px: int) -> P
     if picture is None or picture.dtype != np.uint8:
         raise DataError(f"{name} is not an 8-bit picture: delete that ingest folder and run again")
     return square(picture, side_px)
-
-
-def square(picture: NDArray[Any], side_px: int) -> Pixels:
-    """Turn a decoded picture (grey, BGR or BGRA) into an RGB square: centred on white, and resized
-    by area.
-    """
-    if picture.ndim == 2:
-        picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
-    if picture.shape[2] == 4:
-        picture = np.concatenate(
-            [_on_white(picture[top : top + BAND_ROWS]) for top in range(0, len(picture), BAND_ROWS)]
-        )
-    height, width = picture.shape[:2]
-    side = max(height, width)
-    canvas = np.full((side, side, 3), 255, np.uint8)
-    top, left = (side - height) // 2, (side - width) // 2
-    canvas[top : top + height, left : left + width] = picture
-    if side != side_px:
-        resized = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA)
-        canvas = resized.astype(np.uint8)
-    return np.ascontiguousarray(canvas[..., ::-1])
-
-
-def _on_white(band: NDArray[Any]) -> NDArray[np.uint8]:
-    alpha = band[..., 3:].astype(np.float32) / 255
-    return np.asarray((band[..., :3] * alpha + 255 * (1 - alpha)).round(), np.uint8)
 
 
 def write_png(picture: Pixels, file: Path) -> None:

@@ -23,9 +23,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from indexing.data.images import Pixels, Square, square
+from indexing.data.images import Pixels, Square
 from infra.errors import CallerError, DataError
 from infra.schemas import open_parquet
+from infra.square_image import square
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 LARGEST_BYTES = 20 * 2**20

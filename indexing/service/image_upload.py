@@ -16,9 +16,10 @@ import threading
 import cv2
 import numpy as np
 
-from indexing.data.images import Pixels, Square, square
+from indexing.data.images import Pixels, Square
 from indexing.service import picture_decoder
 from indexing.service.picture_decoder import ANSWER, HEAD
+from infra.square_image import square
 
 MAX_BYTES = 8 << 20
 SIDES, LEAST_PX = 8, 512

@@ -16,12 +16,13 @@ from pydantic import Field
 
 from indexing.ann.view import Hit, Segment, View
 from indexing.data.embedding_store import Floats, unit
-from indexing.data.images import Square, read_picture, square
+from indexing.data.images import Square, read_picture
 from indexing.metrics.clip_score import EncodeImages
 from indexing.metrics.zero_shot import EncodeTexts
 from indexing.service.image_upload import PictureDecoders
 from infra.console.line_log import LineWriter
 from infra.settings import Section
+from infra.square_image import square
 from infra.storage.removal_log import Removals
 
 POLL_S = 1.0

@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from infra.errors import CallerError, DataError
+from infra.square_image import on_white, square
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
 from training.data.stored_image import pixels_of
@@ -91,23 +91,9 @@ def as_square(picture: np.ndarray, side_px: int, look: Look = WHOLE) -> np.ndarr
 
     Transparent areas become white.
     """
-    if picture.ndim == 2:
-        picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
-    if picture.shape[2] == 4:
-        alpha = picture[..., 3:].astype(np.float32) / 255
-        picture = (picture[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
-    if look != WHOLE:
-        return _as_open_clip(picture[..., ::-1], side_px, look)
-    height, width = picture.shape[:2]
-    if height != width:
-        top, left = max(width - height, 0) // 2, max(height - width, 0) // 2
-        bottom, right = max(width - height, 0) - top, max(height - width, 0) - left
-        picture = cv2.copyMakeBorder(
-            picture, top, bottom, left, right, cv2.BORDER_CONSTANT, value=(255, 255, 255)
-        )
-    if picture.shape[0] != side_px:
-        picture = cv2.resize(picture, (side_px, side_px), interpolation=cv2.INTER_AREA)
-    return np.ascontiguousarray(picture[..., ::-1])
+    if look == WHOLE:
+        return square(picture, side_px)
+    return _as_open_clip(on_white(picture)[..., ::-1], side_px, look)
 
 
 def _as_open_clip(picture: np.ndarray, side_px: int, look: Look) -> np.ndarray:
@@ -127,9 +113,9 @@ def _as_open_clip(picture: np.ndarray, side_px: int, look: Look) -> np.ndarray:
     if look.resize == "shortest":
         left, top = round((width - side_px) / 2), round((height - side_px) / 2)
         return np.array(resized.crop((left, top, left + side_px, top + side_px)))
-    square = Image.new("RGB", (side_px, side_px), (look.fill,) * 3)
-    square.paste(resized, ((side_px - width) // 2, (side_px - height) // 2))
-    return np.array(square)
+    canvas = Image.new("RGB", (side_px, side_px), (look.fill,) * 3)
+    canvas.paste(resized, ((side_px - width) // 2, (side_px - height) // 2))
+    return np.array(canvas)
 
 
 UNREADABLE = (

@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
-from indexing.data.images import read_picture, square, write_png
+from indexing.data.images import read_picture, write_png
 from infra.errors import DataError
+from infra.square_image import square
 from tests.helpers.evaluation_run import draw, usual_rows, write_run
 from tests.helpers.stage_folders import shards_in
 from training.data.image_reader import decode

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from indexing.data.images import BAND_ROWS, square
 from indexing.service.image_upload import PictureDecoders, from_base64
 from indexing.service.picture_decoder import (
     MAX_SCANS,
@@ -23,6 +22,7 @@ from indexing.service.picture_decoder import (
     count_scans,
     decode_upright,
 )
+from infra.square_image import BAND_ROWS, square
 
 SIDE_PX = 32
 DECODERS = PictureDecoders(limit_s=60)
