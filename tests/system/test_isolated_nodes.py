@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import fsspec
 import numpy as np
 import pytest
 
@@ -38,6 +39,7 @@ STAGES = (
     *("ingest", "curate", "clip", "embed", "index", "dedup"),
     *("prior", "decoder", "upsampler", "evaluate"),
 )
+LIST = f"s3://{BUCKET}/list.jsonl"
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220)}
 SHAPES = ("disc", "square", "cross", "ring")
 LIST_SERVER = """
@@ -51,7 +53,7 @@ http.server.ThreadingHTTPServer((sys.argv[1], 8000), handler).serve_forever()
 
 
 def draw(folder: Path, count: int) -> None:
-    """Draw coloured shapes on noise, and write list.jsonl beside them without their host."""
+    """Draw coloured shapes on noise."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(count):
@@ -92,7 +94,7 @@ class Place:
         self, machine: Machine, command: str, root: str, *more: str
     ) -> "subprocess.Popen[str]":
         """Start a command of unclip on a machine."""
-        source = {"kind": "urls", "path": str(self.folder / "list.jsonl"), "style_column": "style"}
+        source = {"kind": "urls", "path": LIST, "style_column": "style"}
         settings = [
             f"data.sources={json.dumps([source]).replace(': ', ' = ')}",
             f"data.image_size_px={SIDE_PX}",
@@ -153,7 +155,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             }
             for number in range(IMAGES)
         ]
-        (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         server = subprocess.Popen(
             [
                 *outside.within,
@@ -165,6 +166,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         for name, value in store.environment().items():
             patch.setenv(name, value)
         patch.setenv("UNCLIP_SCRATCH", str(folder / "test-scratch"))
+        with fsspec.open(LIST, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
         keys = store.environment(forward.endpoint)
         settings = SETTINGS | keys
         settings |= {
