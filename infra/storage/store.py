@@ -417,6 +417,12 @@ def file_sizes(root: Root, name: str) -> dict[str, int]:
     }
 
 
+def size_of(root: Root, name: str) -> int:
+    """Return the bytes of a file. Raises FileNotFoundError."""
+    with one_line_errors(uri_of(root, name)):
+        return int(retry(lambda: root.fs.info(join(root, name)))["size"])
+
+
 def etag_of(root: Root, name: str) -> str:
     """Return the version tag that a store gives a file, "" where it gives none."""
     with one_line_errors(uri_of(root, name)):

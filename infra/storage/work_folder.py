@@ -7,13 +7,15 @@ local ROOT, both use the same folder and publishing does nothing. In a store, pu
 
 import secrets
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from infra.storage import store
-from infra.storage.node_cache import STATES
+from infra.storage.node_cache import STATES, NodeCache
 from infra.storage.store import Root
 
 STATE = "state"
@@ -39,6 +41,19 @@ class WorkFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    @contextmanager
+    def room(self, size_bytes: int) -> Iterator[None]:
+        """Keep `size_bytes` of this node's scratch folder free for a file that the block writes.
+
+        Copies of other files are removed for it. In a local ROOT, this does nothing. Raises
+        StorageError if the files in use leave too little.
+        """
+        if self.root.folder:
+            yield
+            return
+        with NodeCache(self.root.scratch, self.root.scratch_bytes).reserve(size_bytes):
+            yield
+
     def publish(self, name: str) -> None:
         """Upload this node's file, so that other nodes can fetch it. Raises StorageError."""
         if not self.root.folder:
@@ -54,8 +69,9 @@ class WorkFolder:
             return path if path.exists() else None
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.fetched")
         try:
-            store.download(self.root, self._published(name), part)
-            part.replace(path)
+            with self.room(store.size_of(self.root, self._published(name))):
+                store.download(self.root, self._published(name), part)
+                part.replace(path)
         except FileNotFoundError:
             return None
         finally:

@@ -262,10 +262,20 @@ def _save(
     state = fsdp.whole(state, is_first)
     if is_first:
         part = work.path(f"state.{os.getpid()}.tmp")
-        torch.save(state, part)
-        part.replace(work.path(STATE))
+        with work.room(_tensor_bytes(state)):
+            torch.save(state, part)
+            part.replace(work.path(STATE))
         publisher.publish(METRICS)
         publisher.publish(STATE)
+
+
+def _tensor_bytes(value: object) -> int:
+    """Return the bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(_tensor_bytes, value.values()))
+    return sum(map(_tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _resume(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import StorageError
-from infra.storage import store
+from infra.storage import node_cache, store
+from infra.storage.node_cache import used_bytes
 from infra.storage.work_folder import Publisher, WorkFolder, local_work
 
 
@@ -75,3 +76,28 @@ def test_what_a_publisher_meets_is_raised_to_who_uses_it(
     nodes[0].path("a").write_text("x")
     with pytest.raises(StorageError, match="full"), Publisher(nodes[0]) as publisher:
         publisher.publish("a")
+
+
+def test_room_for_a_state_is_made_among_copies_of_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNCLIP_SCRATCH_BYTES", "1000")
+    work = WorkFolder(store.open_root(f"memory://room-{tmp_path.name}", tmp_path), "clip/k")
+    copies = tmp_path / "cache" / "ingest"
+    copies.mkdir(parents=True)
+    for number in range(9):
+        (copies / f"{number}.tar").write_bytes(b"x" * 100)
+    with work.room(500):
+        assert used_bytes(tmp_path) <= 500
+        work.path("state.pt").write_bytes(b"y" * 500)
+    for number in range(4):
+        (copies / f"{number}.tar").write_bytes(b"x" * 100)
+    work.publish("state.pt")
+    work.path("state.pt").unlink()
+    for number in range(9):
+        (copies / f"{number}.tar").write_bytes(b"x" * 100)
+    fetched = work.fetch("state.pt")
+    assert fetched and used_bytes(tmp_path) <= 1000
+    monkeypatch.setattr(node_cache, "WAIT_S", 0)
+    with pytest.raises(StorageError, match="UNCLIP_SCRATCH_BYTES"), work.room(600):
+        pass
