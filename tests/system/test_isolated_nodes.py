@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(3600)]
 MIB = 1 << 20
 SCRATCH, SCRATCH_BYTES = "/tmp/unclip-node-scratch", 96 * MIB
 DISKS = (("/tmp", 1 << 30), (SCRATCH, SCRATCH_BYTES))
-IMAGES, SIDE_PX, SHARD = 2_200, 256, 20
+IMAGES, SIDE_PX, SHARD = 2_700, 256, 20
 """A drawing of noise takes 190 kB as PNG, a shard 3.8 MB."""
 STAGES = (
     *("ingest", "curate", "clip", "embed", "index", "dedup"),
