@@ -72,7 +72,19 @@ SPLITS = ("train", "held_out_concept", "held_out_style")
 def sample_key(origin: str, caption: str) -> str:
     """Return the stable id of a pair: the first 16 hex digits of SHA-256 over its origin and first
     caption.
+
+    No two pairs are hashed as the same bytes: the first line is the origin; an origin with a line
+    break, which no URL in canonical form has, is preceded by a byte that no text has, and its
+    length.
     """
+    if "\n" not in origin:
+        return former_sample_key(origin, caption)
+    text = f"{len(origin)}\n{origin}\n{caption}"
+    return hashlib.sha256(b"\xff" + text.encode()).hexdigest()[:16]
+
+
+def former_sample_key(origin: str, caption: str) -> str:
+    """Return the key that releases until 0.2.0 made of an origin as its list wrote it."""
     return hashlib.sha256(f"{origin}\n{caption}".encode()).hexdigest()[:16]
 
 

@@ -165,12 +165,13 @@ def remove(
     """
     opened = open_for(root, for_writing=not dry_run)
     from flows.live_index import takedown
+    from infra.canonical_url import canonical_origin
 
     rows, urls, unmatched = _meant(opened, run, selection)
     if unmatched and not missing_ok:
         raise _unmatched_error(unmatched)
     request = {
-        "urls": selection.urls or [],
+        "urls": [canonical_origin(url) for url in selection.urls or []],
         "keys": selection.keys or [],
         "images": [file.name for file in selection.images or []],
         "list": selection.text_file.name if selection.text_file else "",
@@ -191,9 +192,12 @@ def remove(
 
 
 def _unmatched_error(unmatched: list[str]) -> CallerError:
+    from infra.canonical_url import without_user
+
     others = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
+    names = ", ".join(repr(without_user(entry)) for entry in unmatched[:3])
     return CallerError(
-        f"no sample in ROOT matches {', '.join(map(repr, unmatched[:3]))}{others}: nothing was "
+        f"no sample in ROOT matches {names}{others}: nothing was "
         "removed; look it up with `unclip search --json`, or give --missing-ok"
     )
 
@@ -258,7 +262,7 @@ def verify(
 def _meant(
     root: Root, run: str | None, selection: SampleOptions
 ) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Return the samples that the options select, all selected URLs in every spelling, and the
+    """Return the samples that the options select, all selected URLs in canonical form, and the
     entries that select nothing.
 
     The URLs include those without a sample in ROOT. An entry that is in the removal log is not
@@ -267,20 +271,15 @@ def _meant(
     keys, images, text_file = selection.keys, selection.images, selection.text_file
     if not (selection.urls or keys or images or text_file):
         raise CallerError("name the samples: --url, --key, --image or --text-file")
-    from flows.live_index.takedown import by_values, find, url_spellings
+    from flows.live_index.takedown import by_values, find
+    from infra.canonical_url import canonical_origin
     from infra.storage.removal_log import read_removals
 
     lines = _lines(text_file) if text_file else []
-    written = {
-        entry: url_spellings(entry) if "://" in entry else frozenset((entry,))
-        for entry in (*(selection.urls or []), *lines)
-    }
-    all_urls = sorted(
-        frozenset().union(*(texts for entry, texts in written.items() if "://" in entry))
-    )
+    origins = {entry: canonical_origin(entry) for entry in (*(selection.urls or []), *lines)}
+    all_urls = sorted({origin for origin in origins.values() if "://" in origin})
     matched: set[str] = set()
-    origins = frozenset().union(*written.values())
-    rows = find(root, by_values("origin", origins, matched)) if origins else []
+    rows = find(root, by_values("origin", origins.values(), matched)) if origins else []
     all_keys = [*(keys or []), *lines]
     if all_keys:
         rows += find(root, by_values("key", all_keys, matched))
@@ -293,8 +292,8 @@ def _meant(
         rows += _with_captions(root, run, lines, matched)
     removals = read_removals(root)
     matched |= removals.keys | removals.origins
-    entries = {**{key: frozenset((key,)) for key in keys or []}, **written}
-    unmatched += [entry for entry, texts in entries.items() if not texts & matched]
+    entries = {key: key for key in keys or []} | origins
+    unmatched += [entry for entry, origin in entries.items() if not {entry, origin} & matched]
     return rows, all_urls, unmatched
 
 

@@ -17,7 +17,7 @@ import time
 import zlib
 from dataclasses import dataclass, replace
 from functools import partial
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -33,7 +33,7 @@ from flows.ingest.image_ends import is_whole
 from flows.ingest.plain_image import TIFF_STARTS, read_header
 from flows.ingest.robots import AGENT
 from flows.sources.opt_out import NO_OPT_OUT, OptOut
-from flows.sources.url_spelling import request_target
+from infra.canonical_url import SchemeError, Url, parse_url, redirect_target
 
 USER_AGENT = "unclip/0.1 (image-text dataset builder; honours robots.txt and X-Robots-Tag)"
 MAX_REDIRECTS, MAX_INFORMATIONAL, MAX_ENCODINGS = 5, 20, 3
@@ -124,7 +124,8 @@ def fetch(url: str, rules: Rules) -> bytes:
     deadline = time.monotonic() + rules.timeout_s
     for _ in range(MAX_REDIRECTS + 1):
         started_s = time.monotonic()
-        origin, target = split_origin(url)
+        parsed = parsed_url(url)
+        url, origin, target = str(parsed), origin_of(parsed), parsed.target
         if rules.opt_out.covers(url):
             raise FetchError(
                 "opted_out", f"{origin[1]} or this URL is on an opt-out list ([data] opt_out)"
@@ -142,10 +143,10 @@ def fetch(url: str, rules: Rules) -> bytes:
         with hosts.slot(origin, 0 if is_ours else rules.per_host):
             deadline += time.monotonic() - started_s
             own_rules = replace(rules, allow_private=True, proxy="")
-            answer = get(url, own_rules if is_ours else rules, deadline)
+            answer = get(parsed, own_rules if is_ours else rules, deadline)
         if isinstance(answer, bytes):
             return answer
-        url = urljoin(url, answer)
+        url = redirected_url(url, answer)
     raise FetchError("http_error", f"more than {MAX_REDIRECTS} redirects")
 
 
@@ -173,37 +174,36 @@ def base_of(origin: Origin) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def split_origin(url: str) -> tuple[Origin, str]:
-    """Return the origin of a URL (scheme, host, port) and its request target (path and query).
-
-    Raises FetchError if it is not an http or https URL with a host.
-    """
+def parsed_url(url: str) -> Url:
+    """Parse a URL. Raises FetchError if it is not an http or https URL with a host."""
     try:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https"):
-            raise FetchError(
-                "host_refused",
-                f"scheme {parts.scheme or 'none'!r}: only http and https are fetched",
-            )
-        if not parts.hostname:
-            raise FetchError("bad_url", "the URL has no host")
-        target = request_target(parts.path, parts.query)
-        return (
-            parts.scheme,
-            parts.hostname,
-            parts.port or (443 if parts.scheme == "https" else 80),
-        ), target
+        return parse_url(url)
+    except SchemeError as error:
+        raise FetchError("host_refused", str(error)) from error
     except ValueError as error:
         raise FetchError("bad_url", str(error)) from error
 
 
-def get(url: str, rules: Rules, deadline: float) -> bytes | str:
+def origin_of(url: Url) -> Origin:
+    """Return scheme, host and port of a URL."""
+    return url.scheme, url.host, url.port
+
+
+def redirected_url(url: str, location: str) -> str:
+    """Return the URL of a redirect from `url`. Raises FetchError if it is not valid."""
+    try:
+        return redirect_target(url, location)
+    except ValueError as error:
+        raise FetchError("bad_url", "the response redirects to an invalid URL") from error
+
+
+def get(url: Url, rules: Rules, deadline: float) -> bytes | str:
     """Make one request; return the body (bytes) or the target of a redirect (str).
 
     Raises FetchError.
     """
     try:
-        return exchange(*split_origin(url), rules, deadline)
+        return exchange(origin_of(url), url.target, rules, deadline)
     except FetchError:
         raise
     except ssl.SSLCertVerificationError as error:

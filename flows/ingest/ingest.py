@@ -157,7 +157,8 @@ def url_table(config: DataConfig, work: Path, removals: Removals = Removals()) -
         table_part = work / "table.part"
         shutil.rmtree(table_part, ignore_errors=True)
         table_part.mkdir()
-        rows = write_url_table(config, table_part, Path(config.cache).expanduser())
+        cache = Path(config.cache).expanduser()
+        rows = write_url_table(config, table_part, cache, removed_keys=removals.keys)
         if rows == 0:
             dropped = pq.read_table(table_part / "dropped.parquet")
             raise DataError(

@@ -1,11 +1,13 @@
 """Parser and matcher for robots.txt (RFC 9309)."""
 
-import string
+import re
 from dataclasses import dataclass
-from urllib.parse import quote
+
+from infra.canonical_url import PATH_SAFE, QUERY_SAFE, escaped
 
 AGENT = "unclip"
-
+PRODUCT_TOKEN = re.compile(r"[a-z_-]+|\*(?!\S)")
+"""What a User-agent line begins with; a version or comment after it is ignored (2.2.1)."""
 
 RULE_BYTES = 150
 """Approximate memory of a rule in bytes, without its text."""
@@ -23,7 +25,7 @@ class Robots:
         return sum(RULE_BYTES + len(pattern) for pattern, _ in self.rules)
 
     def allows(self, target: str) -> bool:
-        """Return whether a path with its query may be requested.
+        """Return whether the path with its query of a canonical URL may be requested.
 
         The longest matching pattern decides; if two are equally long, allow wins (RFC 9309, 2.2.2).
         """
@@ -45,18 +47,25 @@ def parse(text: str) -> Robots:
             continue
         if field == "user-agent":
             agents = agents if in_agents else set()
-            agents.add(value.lower())
+            token = PRODUCT_TOKEN.match(value.lower())
+            agents |= {token[0]} if token else set()
             in_agents = True
-            is_named = is_named or value.lower() == AGENT
+            is_named = is_named or AGENT in agents
         elif field in ("allow", "disallow"):
             in_agents = False
             if value:  # an empty Disallow forbids nothing
-                value = quote(value, safe=string.printable)  # non-ASCII letters as in a request
+                value = canonical_pattern(value)
                 if AGENT in agents:
                     own_rules.append((value, field == "allow"))
                 if "*" in agents:
                     common_rules.append((value, field == "allow"))
     return Robots(tuple(own_rules if is_named else common_rules))
+
+
+def canonical_pattern(pattern: str) -> str:
+    """Return a pattern with escapes as in a canonical URL, with which it is compared (2.2.2)."""
+    path, question, query = pattern.partition("?")
+    return escaped(path, PATH_SAFE) + question + escaped(query, QUERY_SAFE)
 
 
 def matches(pattern: str, target: str) -> bool:

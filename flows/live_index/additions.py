@@ -28,6 +28,7 @@ from flows.live_index.leftovers import remove_leftovers
 from flows.live_index.lineage import ADDITIONS, Lineage
 from flows.sources.caption_text import printable
 from flows.sources.image_folder import Problem, captions_beside, image_files
+from infra.canonical_url import canonical_column
 from infra.errors import CallerError, DataError
 from infra.schemas import EMBEDDED, STORED_SHA256, sample_key
 from infra.storage import commits, manifests, stage_files
@@ -329,7 +330,8 @@ def new_rows(rows: pa.Table, view: "View") -> tuple[np.ndarray, dict[str, int]]:
 
     A row is new if it is not taken down, not in the index and not a repeat of an earlier row.
     """
-    columns = {name: rows[name] for name in ("key", "origin", STORED_SHA256)}
+    columns = {name: rows[name] for name in ("key", STORED_SHA256)}
+    columns["origin"] = canonical_column(rows["origin"])  # of embeddings from an older release
     is_removed = np.asarray((view.removals or Removals()).mask(columns).to_numpy(), bool)
     keys = rows["key"].combine_chunks()
     is_present = np.zeros(len(rows), bool)

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.live_index.leftovers import path_of
+from infra.canonical_url import canonical_column, canonical_origin
 from infra.storage import store
 from infra.storage.removal_log import FOLDER, Removals
 from infra.storage.retry import retry
@@ -90,7 +91,7 @@ def holds(file: Any, sought: Removals) -> bool:
 
 
 def _shard_holds(file: Any, sought: Removals) -> bool:
-    names = sought.texts()
+    names = frozenset(map(canonical_origin, sought.texts()))
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if member.type == b"R" or not member.isfile():  # R: blanked by a take-down
@@ -111,7 +112,7 @@ def _texts_in(data: bytes) -> set[str]:
     except (ValueError, RecursionError):  # not a description that we wrote
         return set()
     return (
-        {value for value in described.values() if isinstance(value, str)}
+        {canonical_origin(value) for value in described.values() if isinstance(value, str)}
         if isinstance(described, dict)
         else set()
     )
@@ -122,8 +123,12 @@ def _table_holds(table: pa.Table, sought: Removals) -> bool:
         return False
     if "status" in table.column_names:  # a shard's table, in which failed rows have no image
         table = table.filter(pc.equal(table["status"], "success"))
-    values = pa.array(sorted(sought.texts()), pa.string())
-    columns = (table[field.name] for field in table.schema if pa.types.is_string(field.type))
+    values = pa.array(sorted(map(canonical_origin, sought.texts())), pa.string())
+    columns = (
+        canonical_column(table[field.name])
+        for field in table.schema
+        if pa.types.is_string(field.type)
+    )
     return any(pc.any(pc.is_in(column, values)).as_py() for column in columns)
 
 

@@ -9,17 +9,16 @@ them again because their inputs have changed.
 
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.live_index.removal_trace import trace
-from flows.sources.url_spelling import spellings
+from infra.canonical_url import canonical_column, canonical_origin
 from infra.schemas import DOWNLOAD_SHA256, SHARD_COLUMNS, STORED_SHA256, shard_rows
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed
@@ -146,38 +145,32 @@ def by_values(
 ) -> Callable[[pa.Table], pa.ChunkedArray]:
     """Return a predicate that selects rows by the values of a column.
 
-    An origin also matches the URL that the image was downloaded from. The values that match a row
-    are added to `matched`.
+    An origin also matches the URL that the image was downloaded from; both are compared in
+    canonical form, whatever release wrote the table. The values that match a row are added to
+    `matched`.
     """
-    wanted = pa.array(sorted(set(values)), pa.string())
-    columns = (column, "url") if column == "origin" else (column,)
+    is_origin = column == "origin"
+    wanted = pa.array(
+        sorted({canonical_origin(value) if is_origin else value for value in values}), pa.string()
+    )
 
     def is_meant(table: pa.Table) -> pa.ChunkedArray:
-        masks = {
-            name: pc.is_in(table[name], wanted) for name in columns if name in table.schema.names
-        }
+        compared = (
+            [
+                canonical_column(table[name])
+                for name in ("origin", "url")
+                if name in table.schema.names
+            ]
+            if is_origin
+            else [table[column]]
+        )
+        masks = [pc.is_in(values, wanted) for values in compared]
         if matched is not None:
-            for name, mask in masks.items():
-                matched.update(pc.unique(table[name].filter(mask)).to_pylist())
-        whole, *others = masks.values()
-        for mask in others:
-            whole = pc.or_(whole, mask)
-        return whole
+            for values, mask in zip(compared, masks, strict=True):
+                matched.update(pc.unique(values.filter(mask)).to_pylist())
+        return reduce(pc.or_, masks)
 
     return is_meant
-
-
-def url_spellings(url: str) -> frozenset[str]:
-    """Return the spellings of a URL under which a sample may be recorded: as it is written, with an
-    international host name as text and in ASCII.
-    """
-    try:
-        normal = spellings(url)
-        host = urlsplit(url).netloc
-        texts = {host, host.encode("ascii").decode("idna") if "xn--" in host else host}
-    except ValueError:  # no URL: it is compared as it is
-        return frozenset((url,))
-    return normal | {url.replace(host, text, 1) for text in texts}
 
 
 def take_down(

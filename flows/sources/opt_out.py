@@ -3,28 +3,32 @@
 Text files on any fsspec path, one entry per line; `#` starts a comment. `example.org` matches the
 host and its subdomains, `example.org:8080` only that port of them. An entry with a path matches
 that URL and, if it ends in `/`, all URLs below it; without a scheme it matches http and https.
-International names match in every spelling. Any other entry is an error.
+Entries and URLs are compared in canonical form. Any other entry is an error.
 """
 
 import hashlib
 import ipaddress
 import json
+import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import fsspec
 
 from flows.sources.caption_text import decode_text
-from flows.sources.url_spelling import PORTS, ascii_hosts, is_host_name, spellings
+from infra.canonical_url import PORTS, Url, parse_url, without_user
 from infra.errors import CallerError
+
+MAX_LIST_BYTES = 256 << 20
+LABEL = re.compile(r"[a-z0-9_-]{1,63}")
 
 
 @dataclass(frozen=True)
 class OptOut:
-    """The entries of all lists, in the spelling of `flows.sources.url_spelling`."""
+    """The entries of all lists, in canonical form."""
 
     hosts: frozenset[str] = frozenset()
     """`example.org` or `example.org:8080`."""
@@ -40,16 +44,18 @@ class OptOut:
         if not self.hosts and not self.urls:
             return False
         try:
-            parts = urlsplit(url)
-            port = parts.port or PORTS[parts.scheme]
-            names, urls = ascii_hosts(parts.hostname or ""), spellings(url)
-        except (ValueError, KeyError):
-            return False  # not a valid URL: the download reports it
-        return any(
-            domain in self.hosts or f"{domain}:{port}" in self.hosts
-            for name in names
-            for domain in _domains(name)
-        ) or any(one in self.urls or one.startswith(self.prefixes) for one in urls)
+            parsed = parse_url(url)
+        except ValueError:
+            return False  # it is never requested: the download reports it
+        text = str(parsed)
+        return (
+            any(
+                domain in self.hosts or f"{domain}:{parsed.port}" in self.hosts
+                for domain in _domains(parsed.host)
+            )
+            or text in self.urls
+            or text.startswith(self.prefixes)
+        )
 
 
 def _domains(host: str) -> list[str]:
@@ -78,7 +84,8 @@ def read_opt_out(paths: Sequence[str]) -> OptOut:
                 more_hosts, more_urls = parse_entry(entry)
             except ValueError:
                 raise CallerError(
-                    f"[data] opt_out {path!r} line {number}: {entry[:80]!r} is neither a host "
+                    f"[data] opt_out {without_user(path)!r} line {number}: "
+                    f"{without_user(entry)[:80]!r} is neither a host "
                     "nor a URL: write example.org or https://example.org/path/"
                 ) from None
             hosts |= more_hosts
@@ -90,19 +97,47 @@ def parse_entry(entry: str) -> tuple[frozenset[str], frozenset[str]]:
     """Return the hosts and the URLs of an entry. Raises ValueError if it is invalid."""
     if any(character.isspace() for character in entry):
         raise ValueError("an entry has no spaces")
-    bare = entry if "://" in entry else "//" + entry.removeprefix("*.").lstrip(".")
-    parts = urlsplit(bare)
-    names = ascii_hosts(parts.hostname or "")
-    if not all(is_host_name(name) for name in names) or "@" in parts.netloc:
+    has_scheme = "://" in entry
+    bare = entry.partition("://")[2] if has_scheme else entry.removeprefix("*.").lstrip(".")
+    parsed = [
+        parse_url(url) for url in ([entry] if has_scheme else [f"{s}://{bare}" for s in PORTS])
+    ]
+    host, target = parsed[0].host, parsed[0].target
+    if (
+        "@" in re.split(r"[/\\?]", bare)[0]
+        or bare.startswith(("/", "\\"))
+        or not _is_host_name(host)
+    ):
         raise ValueError("it has no valid host, or it is a mail address")
-    if parts.scheme:
-        return frozenset(), spellings(entry)
-    if parts.path in ("", "/") and not parts.query:
-        port = f":{parts.port}" if parts.port else ""
-        return frozenset(name + port for name in names), frozenset()
-    if any(_is_address(name) or "." not in name for name in names):
+    hosts = {host, _by_idna_2003(host)}
+    if not has_scheme and target == "/":
+        is_port_given = len({url.port for url in parsed}) == 1  # else they are http's and https's
+        port = f":{parsed[0].port}" if is_port_given else ""
+        return frozenset(name + port for name in hosts), frozenset()
+    if not has_scheme and (_is_address(host) or "." not in host):
         raise ValueError("an IP network or a single word is not a URL")
-    return frozenset(), frozenset().union(*(spellings(f"{scheme}:{bare}") for scheme in PORTS))
+    return frozenset(), frozenset(
+        str(Url(url.scheme, name, url.port, url.target)) for url in parsed for name in hosts
+    )
+
+
+def _is_host_name(host: str) -> bool:
+    is_name = ":" in host or all(LABEL.fullmatch(label) for label in host.split("."))
+    return is_name and len(host) <= 253
+
+
+def _by_idna_2003(host: str) -> str:
+    """Return a canonical host as older software looks it up: `strasse.de` for `straße.de`."""
+    if "xn--" not in host:
+        return host
+    try:
+        labels = [
+            label[4:].encode().decode("punycode") if label.startswith("xn--") else label
+            for label in host.split(".")
+        ]
+        return ".".join(labels).encode("idna").decode().lower()
+    except UnicodeError:
+        return host
 
 
 def _is_address(host: str) -> bool:
@@ -133,6 +168,11 @@ def hash_of_lists(paths: Sequence[str]) -> str:
 def _text(path: str) -> str:
     try:
         with fsspec.open(path, "rb", compression="infer") as file:
-            return decode_text(file.read())
-    except (OSError, ValueError, ImportError) as error:
-        raise CallerError(f"[data] opt_out {path!r} cannot be read: {error}") from error
+            data = file.read(MAX_LIST_BYTES + 1)
+        if len(data) > MAX_LIST_BYTES:
+            raise ValueError(f"it has more than {MAX_LIST_BYTES >> 20} MiB: divide it")
+        return decode_text(data)
+    except (OSError, ValueError, EOFError, zlib.error, ImportError) as error:
+        raise CallerError(
+            f"[data] opt_out {without_user(path)!r} cannot be read: {without_user(str(error))}"
+        ) from error

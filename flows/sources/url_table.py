@@ -8,7 +8,7 @@ except the lists are served on loopback, so that every image is downloaded in th
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,17 +26,20 @@ from flows.sources.drawn_scenes import DRAWING, ScenesSource, draw_all
 from flows.sources.image_folder import Problem, captions_beside, image_files
 from flows.sources.opt_out import OptOut, hash_of_lists, read_opt_out, save
 from flows.sources.static_server import url_path
-from flows.sources.url_lists import Malformed, UrlsSource, list_files, read_lists
+from flows.sources.url_lists import Refused, UrlsSource, list_files, read_lists
+from infra.canonical_url import canonical_origin
 from infra.console.progress import Progress
 from infra.errors import CallerError
 from infra.row_hash import row_hashes
-from infra.schemas import DROPPED, URLS, sample_key
+from infra.schemas import DROPPED, URLS, former_sample_key, sample_key
 from infra.settings import Section
 
 BLOCK_ROWS = 100_000
+BLOCK_BYTES = 256 << 20
+"""Maximum bytes of texts of a block; usual lists reach BLOCK_ROWS first."""
 SERVED = "http://127.0.0.1:80"
 """Placeholder in the table for the base URL of our own server, whose port and secret are not known
-yet. `:80` is removed from a list's URL with the same prefix, so that it does not match."""
+yet. No URL of a list begins so, because the canonical form of a URL has no `:80`."""
 NOT_TEXT = "caption_not_text"
 
 
@@ -322,35 +325,38 @@ def scene_rows(
 
 
 def listed_rows(source: UrlsSource, base: str) -> Iterator[Row]:
-    """Yield the rows of a URL list.
+    """Yield the rows of a URL list, with URLs in canonical form.
 
-    `base` marks URLs of our own server for the download tasks. A list's URL that starts with it is
-    changed to an equivalent one without `:80`, so that it does not count as ours.
+    `base` marks URLs of our own server for the download tasks.
     """
     for values in read_lists(source):
-        if isinstance(values, Malformed):
-            yield row("", values.origin, []) | {"problem": ("malformed_row", values.detail)}
+        if isinstance(values, Refused):
+            yield row("", values.origin, []) | {"problem": (values.reason, values.detail)}
             continue
-        url = next(iter(phrasings_of(values.pop("url"))[0]), "").strip()
+        written = next(iter(phrasings_of(values.pop("url"))[0]), "").strip()
+        url = canonical_origin(written)
         captions, refused = phrasings_of(values.pop("caption"), values.pop("captions", None))
         words = {name: word for name, value in values.items() if (word := word_of(value))}
-        requested = (
-            url.replace(f"{base}/", f"{base.removesuffix(':80')}/", 1)
-            if url.startswith(f"{base}/")
-            else url
-        )
-        item = row(requested, url, captions, **{"licence": source.licence, **words})
+        assert not url.startswith(f"{base}/"), "only our own rows name our own server"
+        item = row(url, url, captions, **{"licence": source.licence, **words})
+        item["written"] = replace_surrogates(written)
         has_none = refused and not item["caption"]
         yield item | ({"problem": (NOT_TEXT, refused)} if has_none else {})
 
 
-def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERVED) -> int:
+def write_url_table(
+    config: DataConfig,
+    out: Path,
+    cache: Path,
+    base: str = SERVED,
+    removed_keys: Set[str] = frozenset(),
+) -> int:
     """Write OUT/urls.parquet (schema URLS), dropped.parquet (DROPPED), mounts.json, opt_out.json;
     return the number of rows in urls.parquet.
 
-    `base` is the prefix of URLs that are served on loopback. Rows without a URL or a caption, and
-    rows with a repeated URL, are dropped and counted. Memory: one block of rows and 8 bytes per
-    URL.
+    `base` is the prefix of URLs that are served on loopback, `removed_keys` are those of the
+    removal log. Rows without a URL or a caption, and rows with a repeated URL, are dropped and
+    counted. Memory: one block of rows and 8 bytes per URL.
     """
     mounts = Mounts()
     opt_out = read_opt_out(config.opt_out)
@@ -368,7 +374,7 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERV
             good: list[Row] = []
             bad: list[Row] = []
             for item, new in zip(block, is_new, strict=True):
-                reason, detail = drop_reason(item, new, opt_out)
+                reason, detail = drop_reason(item, new, opt_out, removed_keys)
                 if reason:
                     bad.append(
                         {
@@ -389,8 +395,13 @@ def write_url_table(config: DataConfig, out: Path, cache: Path, base: str = SERV
     return row_count
 
 
-def drop_reason(item: Row, is_new: bool, opt_out: OptOut) -> Problem:
-    """Return (reason, detail) if a row is dropped before its download, else ("", "")."""
+def drop_reason(
+    item: Row, is_new: bool, opt_out: OptOut, removed_keys: Set[str] = frozenset()
+) -> Problem:
+    """Return (reason, detail) if a row is dropped before its download, else ("", "").
+
+    The removal log may name the key that an earlier release made of the row.
+    """
     problem: Problem | None = item.get("problem")
     if problem:
         return problem
@@ -402,6 +413,9 @@ def drop_reason(item: Row, is_new: bool, opt_out: OptOut) -> Problem:
         return "duplicate_url", item["url"]
     if opt_out.covers(item["origin"]) or opt_out.covers(item["url"]):
         return "opted_out", item["url"]
+    written = str(item.get("written", item["origin"]))
+    if removed_keys and former_sample_key(written, item["caption"]) in removed_keys:
+        return "removed", "the removal log"
     return "", ""
 
 
@@ -443,12 +457,14 @@ def with_progress(rows: Iterator[Row], progress: Progress) -> Iterator[Row]:
 
 
 def blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """Yield the rows in blocks of BLOCK_ROWS."""
+    """Yield the rows in blocks of at most BLOCK_ROWS and about BLOCK_BYTES."""
     block: list[Row] = []
+    size_bytes = 0
     for item in rows:
         block.append(item)
-        if len(block) == BLOCK_ROWS:
+        size_bytes += len(item["url"]) + sum(map(len, item["captions"]))
+        if len(block) == BLOCK_ROWS or size_bytes >= BLOCK_BYTES:
             yield block
-            block = []
+            block, size_bytes = [], 0
     if block:
         yield block

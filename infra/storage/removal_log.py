@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.canonical_url import canonical_origin
 from infra.errors import DataError
 from infra.schemas import DOWNLOAD_SHA256, STORED_SHA256
 from infra.storage import store
@@ -148,14 +149,15 @@ def read_removals(root: Root) -> Removals:
 
 
 def gather(entries: Iterable[Mapping[str, Any]]) -> Removals:
-    """Return everything that some entries name."""
+    """Return everything that some entries name; origins also in canonical form, in which new
+    tables hold them.
+    """
     listed = list(entries)
-    return Removals(
-        *(
-            frozenset(text for entry in listed for text in entry.get(in_file, ()))
-            for in_file in LISTS.values()
-        )
+    keys, origins, stored, downloads = (
+        frozenset(text for entry in listed for text in entry.get(in_file, ()))
+        for in_file in LISTS.values()
     )
+    return Removals(keys, origins | set(map(canonical_origin, origins)), stored, downloads)
 
 
 def union(removals: Iterable[Removals]) -> Removals:

@@ -67,7 +67,7 @@ def server() -> Iterator[Server]:
         ("Disallow: /\n", "/a", True),  # a rule of no group
         (
             "User-agent: *\nDisallow: /(.*+[",
-            "/(.*+[",
+            "/(.*+%5B",
             False,
         ),  # no regular expression of theirs is ours
         ("User-agent: *\nDisallow: /*a*b$", "/xaxbxb", False),
@@ -76,6 +76,13 @@ def server() -> Iterator[Server]:
         ("User-agent: *\nDisallow: *", "/a", False),
         ("User-agent: *\nDisallow: /*/b", "/a", True),
         ("User-agent: *\nDisallow: /b\u00fccher/", "/b%C3%BCcher/a.png", False),
+        ("User-agent: *\nDisallow: /%7euser/%2f%c3%a4 b?x='", "/~user/%2F%C3%A4%20b?x='", False),
+        ("User-agent: unclip/0.1\nDisallow: /", "/a", False),  # a version or comment follows
+        ("User-Agent: UnCLIP bot\nDisallow: /\n\nUser-agent: *\nAllow: /", "/a", False),
+        ("User-agent: * # all\nUser-agent: x\nDisallow: /", "/a", False),
+        ("User-agent: unclip-news\nDisallow: /", "/a", True),  # another product
+        ("User-agent: unclipper/1\nDisallow: /", "/a", True),
+        ("User-agent: *bot\nDisallow: /", "/a", True),
     ],
 )
 def test_robots_txt_is_read_as_the_rfc_says(text: str, target: str, allowed: bool) -> None:
@@ -284,8 +291,19 @@ def test_an_entry_means_what_it_says(tmp_path: Path) -> None:
         ("http://bücher.test/ä/", ["http://xn--bcher-kva.test/%C3%A4/1.png"], []),
         ("-a-.test", ["http://-a-.test/x"], []),
         ("test", ["http://a$b.test/x"], []),
-        ("straße.test", ["http://xn--strae-oqa.test/", "http://strasse.test/x"], []),
-        ("192.0.2.1", ["http://192.0.2.1/x"], ["http://192.0.2.10/x"]),
+        ("straße.test", ["http://straße.test", "http://strasse.test/x"], []),
+        ("192.0.2.1", ["http://192.0.2.1/x", "http://0xC0000201"], ["http://192.0.2.10/x"]),
+        ("pics.test", ["http://pics.test./x", "http://u@pics.test/", "HTTP:\\\\pics%2etest"], []),
+        (
+            "pics.test/private/",
+            [
+                "http://PICS.test/private/x",
+                "http://pics.test/a/../private/x",
+                "https://u:p@pics.test./%70rivate/%2e/x",
+                "http://pics.test\\pri\tvate\\x",
+            ],
+            ["http://pics.test/privates/x", "http://pics.test/private"],
+        ),
         ("[2001:db8::1]:80", ["http://[2001:DB8:0::1]/x"], ["http://[2001:db8::1]:81/x"]),
     ],
 )

@@ -95,7 +95,8 @@ def test_every_fault_has_its_reason(server: Server, path: str, expected: str) ->
         ("file:///etc/hostname", "host_refused"),
         ("ftp://127.0.0.1/a.png", "host_refused"),
         ("not a url", "host_refused"),
-        ("http:///a.png", "bad_url"),
+        ("http:///no-such-host.invalid/a.png", "unreachable"),
+        ("http:///", "bad_url"),
         ("http://[::1/a.png", "bad_url"),
         ("http://127.0.0.1:99999/a.png", "bad_url"),
         (f"http://{'a' * 300}.test/a.png", "bad_url"),
@@ -229,7 +230,7 @@ def test_private_addresses_are_refused_by_name_number_and_redirect(server: Serve
         f"{server.base}/good",
         f"{server.base}/goods/1.png",
         f"http://localhost:{port}/good/1.png",
-        f"http://2130706433:{port}/good/1.png",
+        f"http://2130706433:{port}/jpeg/1.jpg",
         f"http://[::1]:{port}/good/1.png",
     ):
         assert reason(url, rules) == "host_refused"

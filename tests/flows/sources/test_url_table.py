@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from flows.sources import url_table
+from flows.sources import parquet_process, url_lists, url_table
 from flows.sources.static_server import StaticServer
 from flows.sources.url_table import DataConfig, new_urls, write_url_table
 from infra.errors import CallerError, DataError, UnclipError
-from infra.schemas import DROPPED, URLS, sample_key
+from infra.schemas import DROPPED, URLS, former_sample_key, sample_key
 from tests.helpers.npm_packages import use_fake_npm
 
 ROWS = [{"url": f"http://h/{n}.png", "caption": f"thing {n}"} for n in range(5)]
@@ -532,3 +532,136 @@ def test_how_fast_one_downloads_is_no_part_of_the_key() -> None:
 def test_an_unknown_or_incomplete_source_is_refused(source: Row) -> None:
     with pytest.raises(ValidationError):
         DataConfig(sources=(source,))
+
+
+def test_one_url_in_many_spellings_is_one_row_without_a_password(tmp_path: Path) -> None:
+    urls = ["HTTP://u:secret@PICS.test.:80/x/../a.png", "http://pics.test/%61.png", "http://b@[d/"]
+    write_list(tmp_path / "a.jsonl", [{"url": url, "caption": "x"} for url in urls])
+    (tmp_path / "b.csv").write_text("url,caption\nhttp://u:secret@h/1\n")
+    rows, dropped = table(
+        tmp_path, *({"kind": "urls", "path": str(tmp_path / name)} for name in ("a.jsonl", "b.csv"))
+    )
+    assert {(row["url"], row["origin"]) for row in rows} == {
+        ("http://pics.test/a.png",) * 2, ("http://[...][d/",) * 2
+    }  # fmt: skip
+    assert Counter(row["reason"] for row in dropped) == {"duplicate_url": 1, "malformed_row": 1}
+    assert "secret" not in json.dumps(rows + dropped)
+
+
+def test_no_list_names_our_own_server(tmp_path: Path) -> None:
+    urls = ["http://127.0.0.1:80/a/1.png", "HTTP://u@127.1:80/a/2.png", "http://0x7f.1:080/a/3.png"]
+    write_list(tmp_path / "a.jsonl", [{"url": url, "caption": "x"} for url in urls])
+    rows, _ = table(tmp_path, {"kind": "urls", "path": str(tmp_path / "a.jsonl")})
+    assert {row["url"] for row in rows} == {f"http://127.0.0.1/a/{n}.png" for n in (1, 2, 3)}
+
+
+def test_two_different_pairs_never_share_a_key() -> None:
+    pairs = [("h", "x\ny"), ("h\nx", "y"), ("h\nx\ny", ""), ("", "h\nx\ny"), ("h", "x")]
+    pairs += [(f"{len('h')}", "h\nx"), ("3\nh\nx", "y"), ("", "3\nh\nx\ny")]
+    assert len({sample_key(*pair) for pair in pairs}) == len(pairs)
+    assert sample_key("http://h/1", "x\ny") == former_sample_key("http://h/1", "x\ny")
+
+
+def test_a_removed_key_of_an_older_release_is_not_downloaded_again(tmp_path: Path) -> None:
+    urls = ["HTTP://PICS.test/1.png", "http://pics.test/2.png"]
+    write_list(tmp_path / "a.jsonl", [{"url": url, "caption": "x"} for url in urls])
+    config = DataConfig(sources=({"kind": "urls", "path": str(tmp_path / "a.jsonl")},))
+    removed = {former_sample_key(urls[0], "x")}
+    assert write_url_table(config, tmp_path, tmp_path / "cache", removed_keys=removed) == 1
+    [dropped] = pq.read_table(tmp_path / "dropped.parquet").to_pylist()
+    assert (dropped["origin"], dropped["reason"]) == ("http://pics.test/1.png", "removed")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.csv", "a.tsv"])
+def test_a_row_that_is_too_large_is_counted_and_the_others_are_read(
+    tmp_path: Path, name: str
+) -> None:
+    rows: list[Row] = [
+        {"url": "http://h/1", "caption": "a", "other": "x" * 300_000},
+        {"url": "http://h/2", "caption": "b" * (url_lists.MAX_ROW_BYTES + 1), "other": ""},
+        {"url": "http://h/3", "caption": "c" * 3 * url_lists.MAX_LINE_BYTES, "other": ""},
+        {"url": "http://h/4", "caption": "d", "other": ""},
+    ]
+    if name == "a.csv":  # the maximum of Python's csv module
+        rows[0]["other"] = "x" * 100_000
+    write_list(tmp_path / name, rows)
+    urls, dropped = table(tmp_path, {"kind": "urls", "path": str(tmp_path / name)})
+    assert sorted(row["caption"] for row in urls) == ["a", "d"]
+    assert [row["reason"] for row in dropped] == ["row_too_large"] * 2
+    assert all(row["origin"].startswith(name) and len(row["detail"]) < 300 for row in dropped)
+
+
+def test_a_row_of_endless_quoted_lines_is_one_that_is_too_large(tmp_path: Path) -> None:
+    start = 'url,caption\nhttp://h/1,a\nhttp://h/2,"b'
+    (tmp_path / "a.csv").write_text(start + 'x","y\n' * 300_000 + '"\nhttp://h/3,c\n')
+    urls, dropped = table(tmp_path, {"kind": "urls", "path": str(tmp_path / "a.csv")})
+    assert "http://h/1" in {row["url"] for row in urls}
+    assert {"row_too_large"} <= {row["reason"] for row in dropped}
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "list"])
+def test_a_small_parquet_file_with_gigabytes_of_text_takes_little_memory(
+    tmp_path: Path, kind: str
+) -> None:
+    large = pa.array(["x" * (1 << 20), "a"])
+    places = pa.array([1, *[0] * 2998, 1], pa.int32())
+    captions: pa.Array = pa.DictionaryArray.from_arrays(places, large)
+    if kind == "list":
+        captions = pa.ListArray.from_arrays(pa.array(range(3001), pa.int32()), captions)
+    columns = {"url": [f"http://h/{number}" for number in range(3000)], "caption": captions}
+    pq.write_table(
+        pa.table(columns), tmp_path / "a.parquet", compression="zstd", store_schema=False
+    )
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    urls, dropped = table(tmp_path, {"kind": "urls", "path": str(tmp_path / "a.parquet")})
+    assert {row["url"] for row in urls} == {"http://h/0", "http://h/2999"}
+    assert Counter(row["reason"] for row in dropped) == {"row_too_large": 2998}
+
+
+def test_a_row_group_that_does_not_fit_is_one_line_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_process, "MEMORY_BYTES", 448 << 20)
+    count = 10_000_000
+    empty = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), pa.nulls(count, pa.string()))
+    pq.write_table(
+        pa.table({"url": ["http://h/1"], "caption": empty}),
+        tmp_path / "a.parquet",
+        compression="zstd",
+    )
+    with pytest.raises(DataError, match=r"a\.parquet: row group 0 cannot be read within 448 MiB"):
+        table(tmp_path, {"kind": "urls", "path": str(tmp_path / "a.parquet")})
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        pa.array(["a", "x" * 70_000, None], pa.large_string()),
+        pa.array([["a"], ["x" * 70_000], None], pa.large_list(pa.string())),
+        pa.array([["a", "b"], ["x" * 70_000, "c"], None], pa.list_(pa.string(), 2)),
+        pa.array([{"a": "a"}, {"a": "x" * 70_000}, None]),
+    ],
+)
+def test_a_value_of_any_type_is_bounded(tmp_path: Path, captions: pa.Array) -> None:
+    pq.write_table(
+        pa.table({"an.url": ["u", "v", "w"], "caption": captions}), tmp_path / "a.parquet"
+    )
+    source = {"kind": "urls", "path": str(tmp_path / "a.parquet"), "url_column": "an.url"}
+    first, large, missing = url_lists.read_lists(url_lists.UrlsSource.model_validate(source))
+    assert isinstance(large, url_lists.Refused) and large.reason == "row_too_large"
+    assert isinstance(first, dict) and first["caption"] == captions[0].as_py()
+    assert missing == {"url": "w", "caption": None}
+
+
+def test_a_block_of_the_table_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(url_table, "BLOCK_BYTES", 100)
+    rows = [url_table.row(f"http://h/{number}", "", ["x" * 40]) for number in range(5)]
+    assert [len(block) for block in url_table.blocks(iter(rows))] == [2, 2, 1]
+
+
+def test_hostile_json_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    start = '{"url": "http://h/1", "caption": "a"}\n{"url": "http://h/2", "caption": '
+    for value in ("[" * 200_000, "9" * 5000):
+        (tmp_path / "a.jsonl").write_text(start + value + "}\n")
+        with pytest.raises(DataError, match=r"a\.jsonl cannot be parsed"):
+            table(tmp_path, {"kind": "urls", "path": str(tmp_path / "a.jsonl")})
