@@ -53,6 +53,16 @@ def unread_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[N
         yield
 
 
+@contextmanager
+def turn_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Let one process at a time start something while the block runs.
+
+    Waits, and reports it once through `say`, while another process holds the lock file `path`.
+    """
+    with _flock(path, fcntl.LOCK_EX, f"{what} is being started by", say):
+        yield
+
+
 def is_being_read(path: Path) -> bool:
     """Return whether a reader shares the lock file `path` now."""
     if not path.exists():
