@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -44,7 +45,10 @@ S3_OPTIONS = {
 }
 IDENTITY = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "UNCLIP_SCRATCH_BYTES")
 """Variables of the environment that make a ROOT of the same URI another one."""
-FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
+FULL_DISK_TEXT = re.compile(
+    r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written"
+)
+"""In messages without an error number; the last is numpy's."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ def complaint(error: BaseException, where: str | Path) -> str | None:
         number = seen.errno if isinstance(seen, OSError) else None
         named = getattr(seen, "filename", None)
         location = str(named) if isinstance(named, str | Path) else str(where)
-        if number in FULL_DISK or any(words in str(seen) for words in FULL_DISK_WORDS):
+        if number in FULL_DISK or FULL_DISK_TEXT.search(str(seen)):
             return (
                 f"no space left to write {location}: free some space and run the same command "
                 "again (what is committed is kept)"

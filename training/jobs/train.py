@@ -476,7 +476,7 @@ def _worker(job: Job) -> None:
 
 def _fit(job: Job) -> int:
     """What every worker does: train as the job says and write the model. Returns the images
-    seen.
+    seen. Raises StorageError for a full disk, which no restart would free.
     """
     torch.set_num_threads(job["threads"])
     fits: dict[str, tuple[Fit, type[LoopConfig]]] = {
@@ -487,8 +487,9 @@ def _fit(job: Job) -> int:
     }
     fit, section = fits[job["fit"]]
     config = section.model_validate_json(job["section"])
-    model, averaged = fit(config, job["folders"], "cuda" if job["use_gpu"] else "cpu")
-    put_model(job["fit"].removeprefix("fit_"), model, averaged, config, job["folders"])
+    with store.one_line_errors(job["folders"].work.folder):
+        model, averaged = fit(config, job["folders"], "cuda" if job["use_gpu"] else "cpu")
+        put_model(job["fit"].removeprefix("fit_"), model, averaged, config, job["folders"])
     return config.images
 
 
