@@ -30,7 +30,7 @@ from infra.console.progress import Progress
 from infra.errors import DataError, StorageError, UnclipError
 from infra.storage import store
 from infra.storage.atomic_files import atomic_file
-from infra.storage.manifests import SampleCounts, StageCounts, TrainingFigures
+from infra.storage.manifest_schema import SampleCounts, StageCounts, TrainingFigures
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles, pinned_copy
 from infra.storage.stage_output import StageOutput
