@@ -20,7 +20,7 @@ from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root
 
 if TYPE_CHECKING:
-    from flows.runs.records import RunRecord
+    from flows.runs.record_schema import RunRecord
     from training.generation.unclip import Unclip
 
 

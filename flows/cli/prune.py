@@ -15,8 +15,9 @@ import typer
 
 from flows.cli.options import DEFAULT_ROOT, Json, RootUri, print_json
 from flows.config.roots import open_for
-from flows.runs.promotion import CURRENT
-from infra.storage import manifests, stage_files, store
+from flows.runs.record_schema import read_current
+from infra.storage import manifests, store
+from infra.storage.manifest_schema import MANIFEST
 from infra.storage.manifests import Committed
 from infra.storage.store import Root
 
@@ -124,7 +125,7 @@ def discard(root: Root, committed: Committed) -> str:
         with locked(root, committed.stage, committed.key):
             if (committed.stage, committed.key) in _named(root):
                 return "a run names it now"
-            store.remove(root, f"{committed.stage}/{committed.key}/{stage_files.MANIFEST}")
+            store.remove(root, f"{committed.stage}/{committed.key}/{MANIFEST}")
             store.remove(root, f"{committed.stage}/{committed.key}")
             return ""
     except BusyError as busy:
@@ -133,16 +134,14 @@ def discard(root: Root, committed: Committed) -> str:
 
 def _named(root: Root) -> set[Folder]:
     """Return the folders that runs, the promoted run and submitted jobs name."""
-    records = [store.read_json(root, f"runs/{name}") for name in store.list_names(root, "runs")]
-    named = {
-        item
-        for record in (*records, store.read_json(root, CURRENT))
-        if record
-        for item in record["stages"].items()
-    }
+    from flows.orchestration.ray_job import CLAIMS
+    from flows.runs.records import all_records
+
+    records = (*all_records(root), read_current(root))
+    named = {item for record in records if record for item in record["stages"].items()}
     for name in store.list_names(root, "jobs"):
-        claim = store.read_json(root, f"jobs/{name}")
-        named |= set((claim or {"inputs": {}})["inputs"].items())
+        claim = CLAIMS.read(root, f"jobs/{name}")
+        named |= set(claim["inputs"].items()) if claim else set()
     return named | _claimed(root)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from flows.runs.stage import StageJob
 from infra.console.progress import Progress
-from infra.storage.manifests import StageCounts
+from infra.storage.manifest_schema import StageCounts
 from infra.storage.shard_reader import ShardReader
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra.storage.manifests import StageCounts
+from infra.storage.manifest_schema import StageCounts
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
 from infra.storage.stage_output import StageOutput

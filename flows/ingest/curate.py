@@ -31,7 +31,7 @@ from infra.schemas import (
     open_parquet,
 )
 from infra.settings import Section
-from infra.storage.manifests import StageCounts
+from infra.storage.manifest_schema import StageCounts
 from infra.storage.removal_log import Removals
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles

@@ -30,7 +30,8 @@ from infra.compute.cluster import Cluster
 from infra.errors import DataError
 from infra.schemas import DROPPED, SHARD_COLUMNS, URLS, open_parquet
 from infra.storage.atomic_files import link_or_copy, put_folder
-from infra.storage.manifests import Committed, StageCounts
+from infra.storage.manifest_schema import StageCounts
+from infra.storage.manifests import Committed
 from infra.storage.removal_log import Removals
 from infra.storage.stage_files import file_sha256
 from infra.storage.stage_output import StageOutput

@@ -25,14 +25,15 @@ import pyarrow.parquet as pq
 from flows.ingest.http_fetch import FetchError, Rules, check_image
 from flows.ingest.plain_image import to_plain
 from flows.live_index.leftovers import remove_leftovers
-from flows.live_index.lineage import ADDITIONS, Lineage
+from flows.live_index.lineage import ADDITIONS, Lineage, index_config
 from flows.sources.caption_text import printable
 from flows.sources.image_folder import Problem, captions_beside, image_files
 from infra.canonical_url import canonical_column
 from infra.errors import CallerError, DataError
 from infra.schemas import EMBEDDED, STORED_SHA256, sample_key
 from infra.storage import commits, manifests, stage_files
-from infra.storage.manifests import Committed, StageFacts
+from infra.storage.manifest_schema import StageFacts
+from infra.storage.manifests import Committed
 from infra.storage.removal_log import Removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
@@ -98,9 +99,7 @@ def add(
             return None, reasons
         rows = rows.filter(pa.array(is_new))
         write_embed(out, rows, images[is_new], texts[is_new], run_lineage)
-        from indexing.ann.index import IndexConfig
-
-        whole = IndexConfig.model_validate(run_lineage.index.manifest["sections"]["index"])
+        whole = index_config(run_lineage.index)
         memory_bytes = share_of(whole.memory_bytes, len(rows), view)
         dropped = {name: count for name, count in reasons.items() if name != "added"}
         return commit(
@@ -123,9 +122,9 @@ def commit(
     additional manifest fields.
     """
     started = manifests.now()
-    from indexing.ann.index import IndexConfig, build
+    from indexing.ann.index import build
 
-    whole = IndexConfig.model_validate(run_lineage.index.manifest["sections"]["index"])
+    whole = index_config(run_lineage.index)
     section = whole.model_copy(update={"factory": "auto", "memory_bytes": memory_bytes})
     counts = build(section, out, out)
     counts["dropped"] = dropped

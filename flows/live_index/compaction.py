@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.live_index.leftovers import remove_leftovers
+from flows.live_index.lineage import index_config
 from flows.live_index.takedown import (
     NO_STAGES,
     blank,
@@ -29,11 +30,13 @@ from flows.live_index.takedown import (
     record_lineage,
     with_copies,
 )
+from infra.errors import StorageError
 from infra.schemas import DOWNLOAD_SHA256, DROPPED, MEMBER_KEY, STORED_SHA256, shard_rows
 from infra.storage import commits, manifests, store
 from infra.storage.atomic_files import link_or_copy, make_independent
 from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
-from infra.storage.manifests import MANIFEST, Committed, Manifest, StageFacts
+from infra.storage.manifest_schema import MANIFEST, MANIFESTS, Manifest, StageFacts
+from infra.storage.manifests import Committed
 from infra.storage.removal_log import Removals, read_removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
@@ -122,7 +125,7 @@ def _agree(root: Root) -> None:
             if (
                 now is not None
                 and is_same
-                and digests[stage] in now.manifest.get("compacted_from", ())
+                and digests.get(stage) in now.manifest.get("compacted_from", ())
             ):
                 digests[stage] = now.digest
         if digests != committed.manifest.get("input_digests", {}):
@@ -130,13 +133,14 @@ def _agree(root: Root) -> None:
             store.change_bytes(
                 root,
                 f"{committed.stage}/{committed.key}/{MANIFEST}",
-                partial(_instead, committed.manifest, changed),
+                partial(_instead, committed, changed),
             )
 
 
-def _instead(before: Manifest, changed: Manifest, old: bytes | None) -> bytes | None:
+def _instead(before: Committed, changed: Manifest, old: bytes | None) -> bytes | None:
     """Return the changed manifest, or None if the stored one has been changed meanwhile."""
-    return store.json_bytes(changed) if old is not None and json.loads(old) == before else None
+    is_same = old is not None and MANIFESTS.parse(old, before.uri) == before.manifest
+    return store.json_bytes(changed) if is_same else None
 
 
 def _ingest(folder: Path, out: Path, removals: Removals, _: Committed) -> int:
@@ -218,22 +222,24 @@ def _dedup(folder: Path, out: Path, removals: Removals, committed: Committed) ->
 
 
 def _index(folder: Path, out: Path, removals: Removals, committed: Committed) -> int:
-    from indexing.ann.index import IndexConfig, build
+    from indexing.ann.index import build
 
-    embed = manifests.find(committed.root, "embed", committed.manifest["inputs"]["embed"])
-    assert embed is not None, "an index's embeddings are committed before it"
+    key = committed.manifest["inputs"].get("embed", "")
+    embed = manifests.find(committed.root, "embed", key)
+    if embed is None:
+        raise StorageError(
+            f"{committed.uri} was made from embed/{key}, which is not in ROOT: run the recipe again"
+        )
     before = json.loads((folder / "index.json").read_text())["count"]
-    # "config" also holds the fields that are not part of the key.
-    section = (
-        committed.manifest["config"].get("index", {}) | committed.manifest["sections"]["index"]
-    )
+    # The recipe also holds the fields that are not part of the key.
+    config = index_config(committed, committed.manifest.get("config", {}).get("index") or {})
     with embed.files.local_copy() as embeddings:
-        counts = build(IndexConfig.model_validate(section), embeddings, out)
+        counts = build(config, embeddings, out)
     return int(before - counts["out"])
 
 
 def _addition(folder: Path, out: Path, removals: Removals, committed: Committed) -> int:
-    from indexing.ann.index import IndexConfig, build
+    from indexing.ann.index import build
 
     tables = {file: pq.read_table(file) for file in sorted((folder / "metadata").glob("*.parquet"))}
     for file in (file for file in _files(folder) if file.parts[0] == "shards"):
@@ -249,7 +255,7 @@ def _addition(folder: Path, out: Path, removals: Removals, committed: Committed)
             )
     count = _embed(folder, out, removals, committed)
     if json.loads((out / "facts.json").read_text())["count"]:
-        build(IndexConfig.model_validate(committed.manifest["sections"]["index"]), out, out)
+        build(index_config(committed), out, out)
     else:  # every sample was removed
         shutil.rmtree(out)
         out.mkdir()

@@ -7,7 +7,6 @@ uploads, because any machine may be writing it. The `work` folder of a killed st
 leftover: the next run resumes from it, and `unclip prune` removes it by age.
 """
 
-import json
 import re
 import shutil
 import time
@@ -22,7 +21,7 @@ from flows.live_index.lineage import ADDITIONS
 from infra.errors import UnclipError
 from infra.storage import manifests, store
 from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
-from infra.storage.manifests import MANIFEST
+from infra.storage.manifest_schema import MANIFEST, MANIFESTS
 from infra.storage.store import Root
 from infra.storage.temporary_folders import (
     REPLACED,
@@ -165,7 +164,8 @@ def _is_recoverable(root: Root, folder: Path) -> bool:
         return False
     if not (folder / MANIFEST).is_file():
         return False
-    manifest = json.loads((folder / MANIFEST).read_bytes())
+    file = folder / MANIFEST
+    manifest = MANIFESTS.parse(file.read_bytes(), str(file))
     return not (root.folder / manifest["stage"] / manifest["key"]).exists()
 
 

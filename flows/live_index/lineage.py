@@ -14,11 +14,16 @@ from itertools import compress
 from operator import not_
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from flows.runs.records import RunRecord, committed_of, find_run
-from infra.errors import CallerError
+from pydantic import ValidationError
+
+from flows.runs.record_schema import RunRecord
+from flows.runs.records import committed_of, find_run
+from infra.errors import CallerError, StorageError
 from infra.storage import manifests, store
+from infra.storage.manifest_schema import MANIFEST, MANIFESTS
 from infra.storage.manifests import Committed
 from infra.storage.removal_log import (
     FOLDER,
@@ -34,6 +39,7 @@ from infra.storage.stage_files import StageFiles
 from infra.storage.store import Root
 
 if TYPE_CHECKING:
+    from indexing.ann.index import IndexConfig
     from indexing.ann.view import Segment, View
 
 ADDITIONS = "additions"
@@ -70,12 +76,12 @@ def lineage(root: Root, run: str | None) -> Lineage:
     ingest, clip, embed, index = (
         committed_of(root, record, stage) for stage in ("ingest", "clip", "embed", "index")
     )
-    source = index.manifest["inputs"]["embed"], index.manifest["input_digests"]["embed"]
+    source = index.manifest["inputs"].get("embed"), index.manifest["input_digests"].get("embed")
     # Accept earlier digests as well: compaction may be under way.
     stood = {
         (embed.key, digest) for digest in (embed.digest, *embed.manifest.get("compacted_from", ()))
     }
-    if source not in stood or embed.manifest["input_digests"]["clip"] != clip.digest:
+    if source not in stood or embed.manifest["input_digests"].get("clip") != clip.digest:
         raise CallerError(
             f"the index of run {record['name']} was made by another CLIP than the run's: "
             f"run `unclip run {record['recipe']} --root {root.uri}`"
@@ -90,6 +96,27 @@ def lineage(root: Root, run: str | None) -> Lineage:
         tuple(compress(added, is_same_clip)),
         tuple(compress(added, map(not_, is_same_clip))),
     )
+
+
+def index_config(
+    committed: Committed, unkeyed: Mapping[str, object] = MappingProxyType({})
+) -> "IndexConfig":
+    """Return the settings of a committed index or addition.
+
+    `unkeyed` holds settings that are not part of its key. Raises StorageError if its manifest lacks
+    the settings.
+    """
+    from indexing.ann.index import IndexConfig
+
+    section = committed.manifest["sections"].get("index") or {}
+    try:
+        return IndexConfig.model_validate({**unkeyed, **section})
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise StorageError(
+            f"{committed.uri}/{MANIFEST}: sections.index.{'.'.join(map(str, fault['loc']))}: "
+            f"{fault['msg']}: {MANIFESTS.mend}"
+        ) from None
 
 
 def warnings(run_lineage: Lineage) -> list[str]:
@@ -124,6 +151,12 @@ def _with_merged(root: Root) -> list[tuple[Committed, bool]]:
         for key in store.list_names(root, ADDITIONS)
         if (addition := manifests.find(root, ADDITIONS, key))
     ]
+    for addition in committed:
+        if "clip_digest" not in addition.manifest:
+            raise StorageError(
+                f"{addition.uri}/{MANIFEST} is not that of an addition (clip_digest: Field "
+                f"required): {MANIFESTS.mend}"
+            )
     # Compare digests from before compaction, too, and times: the same images may be added again.
     since = {
         digest: str(addition.manifest["started"])

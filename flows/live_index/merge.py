@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 
 import flows.live_index.additions as additions
 from flows.live_index.leftovers import remove_leftovers
-from flows.live_index.lineage import ADDITIONS, lineage, merged_away
+from flows.live_index.lineage import ADDITIONS, index_config, lineage, merged_away
 from infra.storage import manifests, store
 from infra.storage.atomic_files import link_or_copy
 from infra.storage.locks import lock_file, reading_file, unread_lock, writer_lock
-from infra.storage.manifests import MANIFEST, Committed
+from infra.storage.manifest_schema import MANIFEST
+from infra.storage.manifests import Committed
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
 
@@ -54,10 +55,9 @@ def merge(root: Root, run: str | None, say: Callable[[str], None]) -> tuple[Comm
                 run_lineage.fingerprint,
                 run_lineage.clip.key,
             )
-            whole = run_lineage.index.manifest["sections"]["index"]["memory_bytes"]
             memory_bytes = min(
-                whole,
-                sum(addition.manifest["sections"]["index"]["memory_bytes"] for addition in old),
+                index_config(run_lineage.index).memory_bytes,
+                sum(index_config(addition).memory_bytes for addition in old),
             )
             merged = additions.commit(
                 root,

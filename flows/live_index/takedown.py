@@ -241,14 +241,15 @@ def record_lineage(root: Root, curate: Committed, removals: Removals) -> None:
 
 def ancestors(root: Root, committed: Committed, stage: str) -> set[str]:
     """Return the keys of a stage's folders that a folder depends on, directly or indirectly."""
-    keys: set[str] = set()
-    for name, key in committed.manifest["inputs"].items():
-        if name == stage:
-            keys.add(key)
-        before = manifests.find(root, name, key)
-        if before:
-            keys |= ancestors(root, before, stage)
-    return keys
+    named: set[tuple[str, str]] = set()
+    left = list(committed.manifest["inputs"].items())
+    while left:
+        folder = left.pop()
+        if folder not in named:
+            named.add(folder)
+            before = manifests.find(root, *folder)
+            left += before.manifest["inputs"].items() if before else ()
+    return {key for name, key in named if name == stage}
 
 
 def verify(root: Root, rows: Sequence[Row], urls: Sequence[str] = ()) -> Verification:

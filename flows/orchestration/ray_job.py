@@ -8,7 +8,10 @@ unavailable.
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
+
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 import flows.orchestration.stages as stages
 from flows.config.roots import scratch_for
@@ -19,11 +22,13 @@ from infra.compute.ray_jobs import AWAY_EXIT, PERMANENT_EXIT
 from infra.errors import PERMANENT, CallerError, StorageAwayError, UnclipError
 from infra.storage import manifests, store
 from infra.storage.store import Root, open_root
+from infra.storage.typed_json import OPEN, JsonKind, Texts
 
 if TYPE_CHECKING:  # its sections import torch and faiss
     from flows.config.run_config import RunConfig
 
 
+@with_config(OPEN)
 class Claim(TypedDict):
     """The content of a stage's claim."""
 
@@ -31,8 +36,11 @@ class Claim(TypedDict):
     """The attempt that may commit."""
     config: dict[str, Any]
     """The whole resolved recipe."""
-    inputs: dict[str, str]
+    inputs: Texts
     """Keys of the input folders by stage."""
+
+
+CLAIMS = JsonKind(Claim, "the claim of a job", store.REMOVE, max_bytes=16 << 20)
 
 
 def claim_name(stage: str, key: str) -> str:
@@ -83,7 +91,7 @@ def check_claim(root: Root, stage: str, key: str, attempt: int) -> Claim:
 
     Raises UnclipError if a later attempt has claimed the stage, or if the stage is already done.
     """
-    claim: Claim | None = store.read_json(root, claim_name(stage, key))
+    claim = CLAIMS.read(root, claim_name(stage, key))
     if claim is None or claim["attempt"] != attempt:
         later = f"attempt {claim['attempt']} has taken over" if claim else "its claim has gone"
         raise UnclipError(

@@ -6,7 +6,6 @@ restarted, also on another machine. The claim below `ROOT/jobs/` names the attem
 """
 
 import hashlib
-import json
 import os
 import shlex
 import time
@@ -58,7 +57,7 @@ def submit_stage(
 
     The counterpart of `run_stage.run_stage`; returns the same result.
     """
-    from flows.orchestration.ray_job import claim_name
+    from flows.orchestration.ray_job import CLAIMS, claim_name
 
     clock = time.monotonic()
     target = target_of(root, config, stage, inputs)
@@ -68,7 +67,7 @@ def submit_stage(
     if committed:
         return StageResult(stage.name, key, "current", time.monotonic() - clock, committed)
     name = claim_name(stage.name, key)
-    before = store.read_json(root, name)
+    before = CLAIMS.read(root, name)
     input_keys = {name: committed_input.key for name, committed_input in target.inputs.items()}
     content = {"config": config.model_dump(mode="json"), "inputs": input_keys}
     JobServer(address).run(
@@ -89,12 +88,18 @@ def _claim(root: Root, name: str, content: Mapping[str, Any], attempt: int) -> i
     claim = {"attempt": attempt, **content}
 
     def change(old: bytes | None) -> bytes | None:
-        is_earlier = old is None or json.loads(old)["attempt"] < attempt
+        is_earlier = old is None or _attempt(root, name, old) < attempt
         return store.json_bytes(claim) if is_earlier else None
 
     claim_now = store.change_bytes(root, name, change)
     assert claim_now is not None, "where no claim was, ours is now"
-    return int(json.loads(claim_now)["attempt"])
+    return _attempt(root, name, claim_now)
+
+
+def _attempt(root: Root, name: str, data: bytes) -> int:
+    from flows.orchestration.ray_job import CLAIMS
+
+    return CLAIMS.parse(data, store.uri_of(root, name))["attempt"]
 
 
 def _job(stage: Stage, root: Root, config: "RunConfig", key: str) -> Job:

@@ -17,7 +17,8 @@ from flows.runs.stage import Stage, StageJob, StageResult, inputs_of, key_of, se
 from infra.compute.cluster import Cluster
 from infra.storage import commits, manifests, store
 from infra.storage.locks import lock_file, reader_lock, reading_file, writer_lock
-from infra.storage.manifests import Committed, StageCounts, StageFacts
+from infra.storage.manifest_schema import StageCounts, StageFacts
+from infra.storage.manifests import Committed
 from infra.storage.removal_log import read_removals
 from infra.storage.stage_output import open_output
 from infra.storage.store import Root

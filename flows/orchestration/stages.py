@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from flows.runs.stage import UPSAMPLERS, Stage, StageJob
 from infra.compute import cluster
 from infra.storage import manifests
-from infra.storage.manifests import Committed, StageCounts
+from infra.storage.manifest_schema import StageCounts
+from infra.storage.manifests import Committed
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
 
@@ -31,7 +32,7 @@ def run_ingest(job: StageJob) -> StageCounts:
     is_taken_over = (
         before
         and is_same
-        and is_reusable(before.manifest["sections"]["data"], job.config.data.keyed())
+        and is_reusable(before.manifest["sections"].get("data") or {}, job.config.data.keyed())
     )
     return ingest.run(
         job.config.data,
@@ -67,7 +68,7 @@ def run_embed(job: StageJob) -> StageCounts:
     files, before = job.input_files("ingest", "curate", "clip"), job.previous
     is_same = before and before.manifest["stage_version"] == EMBED_VERSION
     if is_same and before:
-        is_same = before.manifest["input_digests"]["clip"] == job.inputs["clip"].digest
+        is_same = before.manifest["input_digests"].get("clip") == job.inputs["clip"].digest
     folders = embed.EmbedFolders(
         **files,
         output=job.output,
@@ -100,10 +101,10 @@ def _grown_from(job: StageJob) -> tuple[Path, Path] | None:
         or before.manifest["sections"] != {"index": job.config.index.keyed()}
     ):
         return None
-    embed = manifests.find(before.root, "embed", before.manifest["inputs"]["embed"])
+    embed = manifests.find(before.root, "embed", before.manifest["inputs"].get("embed", ""))
     is_whole = (
         embed
-        and embed.digest == before.manifest["input_digests"]["embed"]
+        and embed.digest == before.manifest["input_digests"].get("embed")
         and not manifests.damage(embed)
     )
     return (job.local_copy(before), job.local_copy(embed)) if embed and is_whole else None

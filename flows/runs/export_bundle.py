@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.errors import CallerError, StorageError
+from infra.storage.manifest_schema import FileEntry
 from infra.storage.manifests import Committed
-from infra.storage.stage_files import FileEntry, StageFiles, file_sha256
+from infra.storage.stage_files import StageFiles, file_sha256
 from infra.storage.store import Root, one_line_errors
 
 if TYPE_CHECKING:  # pyarrow, which `unclip --help` does not need
     import pyarrow as pa
 
-    from flows.runs.records import RunRecord
+    from flows.runs.record_schema import RunRecord
     from indexing.report.report_types import Report
 
 NEEDED = ("clip", "prior", "decoder")

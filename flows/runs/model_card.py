@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 if TYPE_CHECKING:  # its figures import numpy, which the card does not need
-    from flows.runs.records import RunRecord
+    from flows.runs.record_schema import RunRecord
     from indexing.metrics.bootstrap import Figure
     from indexing.report.report_types import Report
-    from infra.storage.manifests import Manifest
+    from infra.storage.manifest_schema import Manifest
 
 USE = """```python
 from training.generation.unclip import Unclip

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from flows.runs.stage import Stage, StagePlan, inputs_of, key_of, sections_of
 from infra.errors import CallerError
 from infra.storage import manifests, store
-from infra.storage.manifests import Committed, Manifest
+from infra.storage.manifest_schema import Manifest
+from infra.storage.manifests import Committed
 from infra.storage.store import Root
 
 if TYPE_CHECKING:  # its sections import torch and faiss
@@ -152,7 +153,8 @@ def fault(committed: Committed, inputs: Sequence[Committed]) -> str:
     key with another result (a training run that was deleted and repeated).
     """
     for committed_input in inputs:
-        if committed.manifest["input_digests"][committed_input.stage] != committed_input.digest:
+        made_from = committed.manifest["input_digests"].get(committed_input.stage)
+        if made_from != committed_input.digest:
             return f"{committed_input.stage} was made again with another result"
     return manifests.damage(committed)
 

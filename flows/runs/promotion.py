@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from flows.config.promotion_conditions import parsed
+from flows.runs.record_schema import CURRENT, Verdict, read_current
 from infra.errors import CallerError, StorageError
 from infra.storage import manifests, store
 from infra.storage.manifests import Committed
@@ -19,7 +20,6 @@ from infra.storage.store import Root
 if TYPE_CHECKING:  # its figures import numpy, which `unclip --help` does not need
     from indexing.report.report_types import Report
 
-CURRENT = "current.json"
 TESTS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -31,16 +31,6 @@ SHIFTS: dict[str, Callable[[float, float], float]] = {
     "-": operator.sub,
     "*": operator.mul,
 }
-
-
-class Verdict(TypedDict):
-    """Whether a report meets one condition."""
-
-    condition: str
-    value: float
-    limit: float | None
-    """None if the condition refers to a current run that does not exist or lacks the figure."""
-    holds: bool
 
 
 class Judgement(TypedDict):
@@ -63,8 +53,9 @@ def promote_if_passed(
     """
     if not conditions or "evaluate" not in committed:
         return None
-    pointer = store.read_json(root, CURRENT)
-    before = manifests.find(root, "evaluate", pointer["stages"]["evaluate"]) if pointer else None
+    current = read_current(root)
+    key = current["stages"].get("evaluate") if current else None
+    before = manifests.find(root, "evaluate", key) if key else None
     verdicts = judge(
         _report(committed["evaluate"]), conditions, _report(before) if before else None
     )
@@ -138,6 +129,6 @@ def described(judgement: Judgement) -> str:
 
 def _report(committed: Committed) -> "Report":
     report: Report | None = store.read_json(committed.root, f"{committed.path}/report.json")
-    if report is None:
+    if not isinstance(report, dict):
         raise StorageError(f"{committed.uri} has no report.json: remove that folder and run again")
     return report

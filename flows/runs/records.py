@@ -7,7 +7,8 @@ the facts. Knows nothing of how a run is executed.
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
-from flows.runs.promotion import CURRENT, Judgement, Verdict
+from flows.runs.promotion import Judgement
+from flows.runs.record_schema import RunRecord, Verdict, read_current, read_record
 from flows.runs.stage import StagePlan, StageResult
 from infra.errors import CallerError
 from infra.storage import manifests, store
@@ -19,25 +20,6 @@ if TYPE_CHECKING:  # torch, which the list of runs does not need
     from training.jobs.cost_model import TrainingNeed
 
 REPORT = "report.html"
-
-
-class RunRecord(TypedDict):
-    """The content of `runs/<name>.json`."""
-
-    name: str
-    recipe: str
-    started: str
-    finished: str
-    stages: dict[str, str]
-    """Keys by stage."""
-    report: str | None
-    """URI of the report."""
-    gated: bool
-    """Whether the run is used by default only after its promotion."""
-    promoted: NotRequired[bool]
-    """This and the next two: in `current.json` only."""
-    conditions: NotRequired[list[Verdict]]
-    promoted_at: NotRequired[str]
 
 
 class ListedRun(RunRecord):
@@ -109,12 +91,13 @@ def report_of(committed: Mapping[str, Committed]) -> str | None:
 def find_run(root: Root, name: str | None = None) -> RunRecord:
     """Return the record of a run: the named one, else the promoted one, else the last ungated one.
 
-    Raises CallerError if there is none. A gated run that was not promoted must be named.
+    A gated run that was not promoted must be named. Raises CallerError if there is none, and
+    StorageError if the file that is read is not the record of a run.
     """
-    record: RunRecord | None = store.read_json(root, f"runs/{name}.json" if name else CURRENT)
+    record = read_record(root, name) if name else read_current(root)
     if record:
         return record
-    records = [] if name else _records(root)
+    records = [] if name else all_records(root)
     if latest := _latest(records):
         return latest
     if records:
@@ -139,8 +122,8 @@ def list_runs(root: Root) -> list[ListedRun]:
     `followed` is true for the run that `find_run` returns by default. A promoted run is listed as
     it was promoted, even if a later run has taken its name.
     """
-    records = _records(root)
-    followed = store.read_json(root, CURRENT) or _latest(records)
+    records = all_records(root)
+    followed = read_current(root) or _latest(records)
     listed: list[ListedRun] = [
         {**record, "followed": followed is not None and _sort_key(record) == _sort_key(followed)}
         for record in records
@@ -150,11 +133,11 @@ def list_runs(root: Root) -> list[ListedRun]:
     return sorted(listed, key=lambda record: record["finished"], reverse=True)
 
 
-def _records(root: Root) -> list[RunRecord]:
+def all_records(root: Root) -> list[RunRecord]:
+    """Return the records of all runs, by name. Raises StorageError if a file is not one."""
     files = [file for file in store.list_names(root, "runs") if file.endswith(".json")]
-    return [
-        record for record in (store.read_json(root, f"runs/{file}") for file in files) if record
-    ]
+    records = (read_record(root, file.removesuffix(".json")) for file in files)
+    return [record for record in records if record]
 
 
 def _latest(records: Sequence[RunRecord]) -> RunRecord | None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from infra.compute.cluster import Cluster
 from infra.storage import manifests
-from infra.storage.manifests import Committed, StageCounts
+from infra.storage.manifest_schema import StageCounts
+from infra.storage.manifests import Committed
 from infra.storage.removal_log import Removals
 from infra.storage.stage_files import StageFiles
 from infra.storage.stage_output import StageOutput

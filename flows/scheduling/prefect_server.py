@@ -3,11 +3,13 @@
 If `PREFECT_API_URL` is set, a run uses that server with the user's settings, and none is started.
 Otherwise no `PREFECT_*` variable of the user reaches our server or its clients. Prefect's own
 ephemeral server outlives a killed run and writes to the user's home; ours keeps its state under
-ROOT and is killed by the kernel when its parent dies. Clients need the server's token, which is
+ROOT and is killed by the kernel when its parent dies. That state is only for display: where it
+cannot be read, a run begins a new one. Clients need the server's token, which is
 passed in environments and, for a lasting server, stored in a file that only its user can read.
 """
 
 import ctypes
+import fcntl
 import os
 import secrets
 import shutil
@@ -20,17 +22,22 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote
 
 from flows.scheduling.prefect_app import HOSTS
 from infra.errors import CallerError, UnclipError
+from infra.storage.locks import is_being_read, unread_lock
+from infra.storage.store import one_line_errors
 
 START_LIMIT_S = 120
 CODE = Path(__file__).parents[2]
 DATABASE = "prefect.db"
+IN_USE = "prefect.db.reading"
+"""Lock file that all servers of runs share that use a database."""
 TOKEN_FILE = "password"
 """File with a lasting server's token, `user:password`.
 
@@ -51,12 +58,21 @@ QUIET = {
 }
 
 
+class ServerStartError(UnclipError):
+    """A server that ended while it started; its database may be of another version of Prefect."""
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def prefect_server(home: Path) -> Iterator[str]:
+def prefect_server(home: Path, say: Callable[[str], None] = _say) -> Iterator[str]:
     """Provide a Prefect API while the block runs; yield its URL. `home` holds Prefect's database.
 
     Sets environment variables that Prefect reads at import, so enter it before `import prefect`.
-    Raises UnclipError if the server does not start.
+    Moves a database that cannot be used aside, and reports it through `say`. Raises UnclipError if
+    the server does not start.
     """
     os.environ.update(QUIET)
     url = os.environ.get("PREFECT_API_URL")
@@ -64,13 +80,37 @@ def prefect_server(home: Path) -> Iterator[str]:
         with _environment(loopback_without_proxy(os.environ)):
             yield url
         return
+    home = home.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if _database_fault(home / DATABASE):
+            with one_line_errors(home), unread_lock(home / IN_USE, str(home / DATABASE), say):
+                fault = _database_fault(home / DATABASE)  # another run may have mended it
+                if fault:
+                    _move_aside(home, fault, say)
+        is_old = (home / DATABASE).exists()
+        try:
+            url = stack.enter_context(_private_server(home))
+        except ServerStartError:
+            if not is_old or is_being_read(home / IN_USE):
+                raise
+            _move_aside(home, "Prefect's server does not start with it", say)
+            url = stack.enter_context(_private_server(home))
+        yield url
+
+
+@contextmanager
+def _private_server(home: Path) -> Iterator[str]:
+    """Run a server for one run, and note for others that its database is in use."""
     short_lived = {
         "PREFECT_UI_ENABLED": "0",
         "PREFECT__SERVER_EPHEMERAL": "1",
         "PREFECT__SERVER_FINAL": "1",
     }
-    with _server(home, _free_port(), _new_token(), short_lived) as url:
-        yield url
+    with (home / IN_USE).open("a") as in_use:
+        fcntl.flock(in_use, fcntl.LOCK_SH)  # writes nothing, so that a full disk does not matter
+        with _server(home, _free_port(), _new_token(), short_lived) as url:
+            yield url
 
 
 @contextmanager
@@ -79,7 +119,7 @@ def lasting_server(home: Path, port: int) -> Iterator[str]:
 
     Yields the URL of its API, on `port` of loopback. Its token is in `home`/TOKEN_FILE and stays
     the same as long as that file exists. Raises CallerError if the port is in use, and UnclipError
-    if the server does not start.
+    if the server does not start or its database, which holds the schedules, is damaged.
     """
     os.environ.update(QUIET)
     with socket.socket() as probe:
@@ -89,6 +129,12 @@ def lasting_server(home: Path, port: int) -> Iterator[str]:
         except OSError:
             raise CallerError(f"--port {port} is taken on this machine: choose another") from None
     home.mkdir(parents=True, exist_ok=True)
+    fault = _database_fault(home / DATABASE)
+    if fault:
+        raise UnclipError(
+            f"{home / DATABASE}, which holds the schedules, cannot be read ({fault}): restore it, "
+            "or move it away and schedule the recipes again"
+        )
     with _server(home, port, _lasting_token(home / TOKEN_FILE), {}) as url:
         yield url
 
@@ -214,12 +260,41 @@ def _copy_database(home: Path) -> bool:
     template = Path(EMPTY_DATABASE.format(version("prefect"))).expanduser()
     if (home / DATABASE).exists():
         return False
-    if template.is_file():
+    if template.is_file() and not _database_fault(template):
         part = home / f"{DATABASE}.part"
         shutil.copyfile(template, part)
         part.replace(home / DATABASE)
         return False
     return True
+
+
+def _database_fault(database: Path) -> str:
+    """Return in one line what is wrong with a SQLite database, or "".
+
+    A missing file is in order. So is one that cannot be opened or is locked: the server will say.
+    """
+    if not database.is_file():
+        return ""
+    address = f"file:{quote(str(database))}?mode=rw"
+    try:
+        with closing(sqlite3.connect(address, timeout=0, uri=True)) as opened:
+            faults = [str(row[0]) for row in opened.execute("PRAGMA quick_check(1)")]
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        return str(error) if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else ""
+    return "" if faults == ["ok"] else " ".join(" ".join(faults).split())[:100]
+
+
+def _move_aside(home: Path, fault: str, say: Callable[[str], None]) -> None:
+    """Rename a home's database, with the files that belong to it, and report it."""
+    name = f"{DATABASE}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        with suppress(FileNotFoundError):
+            (home / f"{DATABASE}{suffix}").rename(home / f"{name}{suffix}")
+    say(
+        f"unclip: Prefect's database {home / DATABASE} cannot be used ({fault}): it is now {name}, "
+        "and a new one begins; no run needs its history"
+    )
 
 
 def _keep_database(home: Path) -> None:
@@ -253,7 +328,7 @@ def _wait_until_healthy(server: "subprocess.Popen[bytes]", url: str) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < limit:
         if server.poll() is not None:
-            raise UnclipError(
+            raise ServerStartError(
                 f"Prefect's server stopped with exit code {server.returncode} while starting: "
                 "see the run's log under ROOT/logs"
             )

@@ -53,7 +53,7 @@ from infra.compute.memory import PeakMemory
 from infra.errors import CallerError, DataError
 from infra.schemas import EMBEDDED, open_parquet
 from infra.settings import Section
-from infra.storage.manifests import StageCounts
+from infra.storage.manifest_schema import StageCounts
 
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)

@@ -7,6 +7,7 @@ byte for byte, what FAISS writes after the same rotated vectors were added in or
 vectors, n vectors of a piece, D dimensions, C cells.
 """
 
+import os
 import shutil
 import struct
 import tempfile
@@ -95,13 +96,21 @@ def encode(trained: Path, files: Sequence[Path], out: Path) -> int:
         cell_count = layers(index)[-1].nlist
         np.save(out.with_suffix(".sizes.npy"), np.bincount(cells, minlength=cell_count))
         np.save(out.with_suffix(".rows.npy"), rows)
-        arranged = np.lib.format.open_memmap(
-            out.with_suffix(".codes.npy"), "w+", np.uint8, codes.shape
-        )
+        arranged = _create_codes(out.with_suffix(".codes.npy"), codes.shape)
         step = max(1, COPIED_BYTES // codes.shape[1])
         for start in range(0, len(rows), step):
             arranged[start : start + step] = codes[rows[start : start + step]]
     return memory.bytes
+
+
+def _create_codes(file: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Create a file of zeros as a mapped array. Raises OSError if the disk has no room for all of
+    it: a later write through the map would end the process instead (SIGBUS).
+    """
+    mapped: NDArray[np.uint8] = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+    with file.open("r+b") as opened:
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return mapped
 
 
 def _encode_rows(

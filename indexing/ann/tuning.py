@@ -11,11 +11,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, NotRequired, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, cast
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
 from indexing.ann.faiss_layers import finer, layers, rotate
 from indexing.data.embedding_store import Floats, Rows, chunks, take

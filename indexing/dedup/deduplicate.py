@@ -46,7 +46,7 @@ from infra.compute.memory import PeakMemory
 from infra.errors import DataError
 from infra.schemas import EMBEDDED, open_parquet
 from infra.settings import Section
-from infra.storage.manifests import StageCounts
+from infra.storage.manifest_schema import StageCounts
 from infra.storage.shard_reader import ShardReader
 
 REASONS = ("", "equal", "alike", "near", "evaluation_equal", "evaluation_alike", "evaluation_near")

@@ -15,7 +15,7 @@ from indexing.dedup.deduplicate import MAX_LISTED_COPIES, MAX_LISTED_GROUPS, Cop
 from indexing.metrics.bootstrap import Figure, wilson
 from indexing.report.sections import Cell, Picture, ReportSection, Table, picture, section, table
 from infra.schemas import EMBEDDED
-from infra.storage.manifests import StageCounts
+from infra.storage.manifest_schema import StageCounts
 from infra.storage.shard_reader import ShardReader
 
 REASONS = {

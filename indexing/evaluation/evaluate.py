@@ -37,7 +37,7 @@ from indexing.report.report_types import (
 from indexing.report.sections import MakeSection, ReportSection
 from infra.schemas import SPLITS
 from infra.settings import Section
-from infra.storage.manifests import Manifest
+from infra.storage.manifest_schema import Manifest
 
 HELD_OUT = tuple(split for split in SPLITS if split != "train")
 EXAMPLES, EXAMPLE_RESULTS = 6, 5

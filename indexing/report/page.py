@@ -27,7 +27,7 @@ from indexing.report.report_types import (
 )
 from indexing.report.sections import Chart
 from infra.console.progress import duration
-from infra.storage.manifests import Manifest
+from infra.storage.manifest_schema import Manifest
 from infra.toml_text import toml_value
 
 TEMPLATES = Path(__file__).parent / "templates"

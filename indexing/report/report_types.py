@@ -11,7 +11,7 @@ from indexing.metrics.clip_score import ClipScores
 from indexing.metrics.retrieval import BothWays
 from indexing.metrics.zero_shot import Classification
 from indexing.report.sections import ReportSection
-from infra.storage.manifests import SampleCounts
+from infra.storage.manifest_schema import SampleCounts
 
 
 class RunDescription(TypedDict):

@@ -6,17 +6,24 @@ stages; callers submit their work through `ray` after `Cluster.start()`.
 
 import logging
 import os
+import secrets
 import socket
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import islice
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import Field
 
+from infra.compute import orphan_reaper
 from infra.errors import UnclipError
 from infra.settings import Section
+from infra.storage.locks import turn_lock
 
 KNOCK_LIMIT_S = 10
 SPIN_COUNT = "300000"
@@ -36,6 +43,11 @@ SHORT_FOLDER = "/tmp/ray"
 LOOPBACK_ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Read when Ray is imported and when its processes start: with 0 a Ray of one machine listens on
 loopback only. Clients also need Ray's token, unless RAY_AUTH_MODE turns it off."""
+
+
+MARK = "UNCLIP_RAY"
+"""Environment variable of a local Ray's processes, by which `orphan_reaper` finds them. With
+SPT_NOENV, Ray's workers do not write their titles over their environment."""
 
 
 class StageResources(Section):
@@ -123,15 +135,20 @@ class ClusterConfig(Section):
     )
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 class Cluster:
     """Ray for one run.
 
     `start()` does nothing if Ray runs already. Leaving the block stops only a Ray that it started.
     """
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self.config = config
+    def __init__(self, config: ClusterConfig, say: Callable[[str], None] = _say) -> None:
+        self.config, self.say = config, say
         self.is_ours = False
+        self._reaper: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -147,7 +164,8 @@ class Cluster:
     def start(self) -> None:
         """Start Ray on this machine, or join the cluster at `[cluster] address`.
 
-        Raises UnclipError if that fails.
+        Waits, and reports it, while another run of this user starts its Ray here: two that start at
+        the same time disturb each other. Raises UnclipError if it fails.
         """
         # Ray, gRPC and OpenMP read these when they are loaded, so they are set before the import of
         # ray; a local Ray's workers inherit them.
@@ -169,26 +187,24 @@ class Cluster:
         }.items():
             os.environ.setdefault(name, value)
         is_local = not self.config.address
-        before = os.environ.get(LOOPBACK_ALONE)
-        if is_local:
-            os.environ[LOOPBACK_ALONE] = "0"
-        try:
-            self._join(is_local)
-        finally:
-            # Restored, because this process may later start or join a cluster of several machines.
-            if before is None:
-                os.environ.pop(LOOPBACK_ALONE, None)
-            else:
-                os.environ[LOOPBACK_ALONE] = before
+        mark = secrets.token_hex(16)
+        # Only while Ray's processes start: this process may later join a cluster of several
+        # machines.
+        with _environment({LOOPBACK_ALONE: "0", MARK: mark, "SPT_NOENV": "1"} if is_local else {}):
+            self._join(is_local, mark)
 
-    def _join(self, is_local: bool) -> None:
+    def _join(self, is_local: bool, mark: str) -> None:
         import ray
 
         if ray.is_initialized():
             return
         try:
             _knock(self.config.address)
-            self._init(is_local)
+            turns = turn_file() if is_local else None
+            with turn_lock(turns, "Ray", self.say) if turns else nullcontext():
+                if is_local:
+                    self._reaper = _start_reaper(mark)
+                self._init(is_local)
         except Exception as error:
             where = (
                 "start Ray on this machine" if is_local else f"reach Ray at {self.config.address}"
@@ -230,6 +246,53 @@ class Cluster:
 
             ray.shutdown()
             self.is_ours = False
+        if self._reaper:
+            self._reaper.kill()
+            self._reaper.wait()
+            self._reaper = None
+
+
+def _start_reaper(mark: str) -> "subprocess.Popen[bytes]":
+    """Start the process that kills the local Ray's processes if this process is killed.
+
+    It has a session of its own, so that Ctrl-C and a closed terminal do not end it.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", orphan_reaper.__file__, str(os.getpid()), f"{MARK}={mark}"],
+        env={name: value for name, value in os.environ.items() if name != MARK},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables while the block runs."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def turn_file() -> Path | None:
+    """Return the lock file of a user's runs that start Ray on this machine.
+
+    Returns None where the user's home cannot be written, as in a container: nothing shares it.
+    """
+    folder = Path(os.path.expanduser("~"), ".cache", "unclip")  # noqa: PTH111
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder / f"ray-{socket.gethostname()}.lock" if os.access(folder, os.W_OK) else None
 
 
 def short_folder() -> str | None:

@@ -9,7 +9,6 @@ the same key, one wins, and the others return its result.
 import ctypes
 import errno
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -20,16 +19,9 @@ from pathlib import Path
 from infra.errors import DataError, StorageError
 from infra.storage import store
 from infra.storage.atomic_files import sync
-from infra.storage.manifests import (
-    Committed,
-    Manifest,
-    StageFacts,
-    damage,
-    find,
-    now,
-    package_versions,
-)
-from infra.storage.stage_files import MANIFEST, FileEntry, file_sha256
+from infra.storage.manifest_schema import MANIFEST, MANIFESTS, FileEntry, Manifest, StageFacts
+from infra.storage.manifests import Committed, damage, find, now, package_versions
+from infra.storage.stage_files import file_sha256
 from infra.storage.stage_output import PutEntry, StageOutput, close_output
 from infra.storage.store import Root
 from infra.storage.temporary_folders import FOLDER, REPLACED, is_dead
@@ -218,8 +210,8 @@ def recover(root: Root, stage: str, key: str) -> None:
 
 
 def _manifest_in(folder: Path) -> Manifest:
-    manifest: Manifest = json.loads((folder / MANIFEST).read_bytes())
-    return manifest
+    file = folder / MANIFEST
+    return MANIFESTS.parse(file.read_bytes(), str(file))
 
 
 def _attempt_in(folder: Path) -> str | None:
@@ -272,11 +264,16 @@ def _put_manifest(sent: Committed, replaces: str | None) -> Committed:
     The manifest is read back, so the result is right even if the response to the write was lost.
     """
 
+    name = f"{sent.stage}/{sent.key}/{MANIFEST}"
+
     def put(old: bytes | None) -> bytes | None:
-        is_free = old is None or json.loads(old)["attempt"] == replaces
+        is_free = (
+            old is None
+            or MANIFESTS.parse(old, store.uri_of(sent.root, name))["attempt"] == replaces
+        )
         return store.json_bytes(sent.manifest) if is_free else None
 
-    store.change_bytes(sent.root, f"{sent.stage}/{sent.key}/{MANIFEST}", put)
+    store.change_bytes(sent.root, name, put)
     committed = find(sent.root, sent.stage, sent.key)
     assert committed, "change_bytes put our manifest, or there was one already"
     return committed

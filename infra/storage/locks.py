@@ -17,7 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from pydantic_core import from_json
+
 POLL_S = 0.2
+HOLDER_BYTES = 1 << 12
 
 _threads_guard = threading.Lock()
 _threads: dict[Path, threading.Lock] = {}  # record locks do not exclude threads of one process
@@ -50,6 +53,16 @@ def unread_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[N
     Waits, and reports it once through `say`, while there are readers.
     """
     with _flock(path, fcntl.LOCK_EX, f"{what} is being read by", say):
+        yield
+
+
+@contextmanager
+def turn_lock(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Let one process at a time start something while the block runs.
+
+    Waits, and reports it once through `say`, while another process holds the lock file `path`.
+    """
+    with _flock(path, fcntl.LOCK_EX, f"{what} is being started by", say):
         yield
 
 
@@ -132,7 +145,7 @@ def _holder(path: Path) -> str:
     # Opening the file again and closing it would drop this process's own record locks on it; it
     # holds none here.
     try:
-        holder = json.loads(path.read_text())
+        holder = from_json(path.read_bytes()[:HOLDER_BYTES])
         return f"another run (process {holder['pid']} on {holder['host']}, since {holder['since']})"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):  # a cut file, or another JSON value
         return "another run"

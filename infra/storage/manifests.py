@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from infra.storage import store
 from infra.storage.locks import is_being_read, reading_file
+from infra.storage.manifest_schema import FileEntry, Manifest, read_manifest
 from infra.storage.node_cache import FOLDER as CACHE
 from infra.storage.stage_files import (
     DOWNLOAD_TRIES,
-    MANIFEST,
-    FileEntry,
     FolderFiles,
     StageFiles,
     StoreFiles,
@@ -42,65 +41,6 @@ PACKAGES = (
     "safetensors",
     "pydantic",
 )
-
-
-SampleCounts = TypedDict("SampleCounts", {"in": int, "out": int, "dropped": dict[str, int]})
-"""How many samples a stage read, wrote and dropped by reason."""
-
-
-class TrainingFigures(TypedDict, total=False):
-    """Figures of a stage that trains a model; the first three are those of its last metrics row."""
-
-    images_seen: int
-    loss: float
-    train_seconds: float
-    parameters: int
-
-
-class StageCounts(SampleCounts, TrainingFigures):
-    """The counts in a stage's manifest; stages may add figures of their own."""
-
-
-class StageFacts(TypedDict):
-    """The fields of a manifest that the stage's caller gives."""
-
-    stage_version: int
-    sections: dict[str, Any]
-    """The config fields that the key depends on, by section; None for a section that is absent."""
-    inputs: dict[str, str]
-    """Keys of the input folders by stage."""
-    input_digests: dict[str, str]
-    counts: StageCounts
-    started: str
-    config: NotRequired[dict[str, Any]]
-    """The whole resolved recipe."""
-    compacted_from: NotRequired[list[str]]
-    """Digests of this folder before each compaction."""
-    compacted: NotRequired[str]
-    clip_digest: NotRequired[str]
-    """Of an addition: digest of the CLIP that embedded it."""
-    embeddings: NotRequired[bool]
-    """Of an addition: whether it was added as embeddings, without images."""
-    merged_from: NotRequired[list[str]]
-    """Of a merged addition: digests of those that it replaces."""
-
-
-class Manifest(StageFacts):
-    """The content of `manifest.json`."""
-
-    stage: str
-    key: str
-    files: list[FileEntry]
-    digest: str
-    """SHA-256 over the list of files."""
-    packages: dict[str, str]
-    attempt: str
-    """Random name of the commit."""
-    prefix: str
-    """Folder of the files below the manifest's in a store; "" if ROOT is local."""
-    finished: str
-    supersedes: NotRequired[list[str]]
-    """Attempts in the store that this commit replaces, until they are removed."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +110,11 @@ def content_key(
 
 
 def find(root: Root, stage: str, key: str) -> Committed | None:
-    """Return the committed folder of a key, or None if there is no manifest."""
-    manifest = store.read_json(root, f"{stage}/{key}/{MANIFEST}")
+    """Return the committed folder of a key, or None if there is no manifest.
+
+    Raises StorageError for a manifest that is not one.
+    """
+    manifest = read_manifest(root, stage, key)
     return Committed(root, stage, key, manifest) if manifest is not None else None
 
 

@@ -40,6 +40,9 @@ COLUMNS = {
 COMPARED = (*COLUMNS.items(), ("origins", "url"))
 """In a table of URLs to download, an origin may also be the URL."""
 REQUIRED = ("keys", "origins", "sha256")
+MEND = "repair it, or take the samples down again and delete it"
+ENTRY_BYTES = 1 << 30
+"""Largest entry that is read: four million samples."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +135,11 @@ def entry_names(root: Root) -> list[str]:
 
 def read_entry(root: Root, name: str) -> dict[str, Any]:
     """Return the entry in a file of the log. Raises DataError as `read_entries` does."""
-    entry = store.read_json(root, f"{FOLDER}/{name}")
+    entry = store.read_json(root, f"{FOLDER}/{name}", ENTRY_BYTES, MEND)
     if not isinstance(entry, dict) or any(
         not _is_texts(entry.get(name, None if name in REQUIRED else [])) for name in LISTS.values()
     ):
-        raise DataError(
-            f"{root.uri}/{FOLDER}/{name} is not an entry of the removal log: repair it, or take "
-            "the samples down again and delete it"
-        )
+        raise DataError(f"{root.uri}/{FOLDER}/{name} is not an entry of the removal log: {MEND}")
     return entry
 
 

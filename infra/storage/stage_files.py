@@ -15,25 +15,17 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol, TypedDict
+from typing import BinaryIO, Protocol
 
 from infra.console.progress import transfer
 from infra.errors import DataError
 from infra.storage import store
+from infra.storage.manifest_schema import FileEntry, read_manifest
 from infra.storage.node_cache import NodeCache
 from infra.storage.store import Root
 
-MANIFEST = "manifest.json"
 DOWNLOAD_TRIES = 3
 DOWNLOAD_THREADS = 8
-
-
-class FileEntry(TypedDict):
-    """One file of a manifest."""
-
-    path: str
-    bytes: int
-    sha256: str
 
 
 class StageFiles(Protocol):
@@ -220,7 +212,7 @@ class StoreFiles:
 @lru_cache(maxsize=64)
 def _read_entries(root: Root, stage: str, key: str, digest: str) -> Mapping[str, FileEntry]:
     """Return the files of a manifest by name. Raises DataError if its digest has changed."""
-    manifest = store.read_json(root, f"{stage}/{key}/{MANIFEST}")
+    manifest = read_manifest(root, stage, key)
     if manifest is None or manifest["digest"] != digest:
         raise DataError(
             f"{store.uri_of(root, f'{stage}/{key}')} was removed or replaced while it was being "

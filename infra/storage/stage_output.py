@@ -14,33 +14,43 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NotRequired, TypedDict
+from typing import Any, BinaryIO, NotRequired
+
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from infra.console.progress import transfer
 from infra.storage import store
 from infra.storage.atomic_files import atomic_file, link_or_copy, sync
+from infra.storage.manifest_schema import FileEntry, read_manifest
 from infra.storage.node_cache import NodeCache
-from infra.storage.stage_files import MANIFEST, FileEntry, file_sha256
+from infra.storage.stage_files import file_sha256
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
+from infra.storage.typed_json import OPEN, JsonKind, Listed
 
 UPLOAD_THREADS = 8
 UNFINISHED_SHARE = 8
 OUTPUT, PARTS, ATTEMPT = "output", "parts", "attempt"
 
 
+@with_config(OPEN)
 class PutEntry(FileEntry):
     """A file that was put: its manifest entry, and its etag (version) in the store."""
 
     etag: NotRequired[str]
 
 
+@with_config(OPEN)
 class Part(TypedDict):
     """The record of a finished part: its files, and facts that the stage needs later."""
 
-    files: list[PutEntry]
+    files: Listed[PutEntry]
     facts: Any
     """JSON; every stage has a type of its own for it."""
+
+
+PART_RECORDS = JsonKind(Part, "the record of a finished part", store.REMOVE, max_bytes=64 << 20)
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,7 @@ class StageOutput:
         ]
         with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
             records = pool.map(
-                lambda name: store.read_json(self.root, f"{self._parts}/{name}"), names
+                lambda name: PART_RECORDS.read(self.root, f"{self._parts}/{name}"), names
             )
             finished = {
                 name.removesuffix(".json"): record
@@ -197,7 +207,7 @@ class StageOutput:
         """Return whether this attempt is committed in a store; then its files must not change."""
         if self.root.folder:  # a commit renames the folder, so this one is never committed
             return False
-        manifest = store.read_json(self.root, f"{self.stage}/{self.key}/{MANIFEST}")
+        manifest = read_manifest(self.root, self.stage, self.key)
         return manifest is not None and manifest["attempt"] == self.attempt
 
     def forget(self, part: str) -> None:

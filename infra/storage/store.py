@@ -10,8 +10,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ import fsspec
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from pydantic_core import from_json
 
 from infra.errors import CallerError, StorageAwayError, StorageError, UnclipError
 from infra.storage.atomic_files import atomic_file
@@ -36,6 +39,9 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 PIECE_BYTES = 8 << 20
 CHANGE_TRIES = 50
+MAX_JSON_BYTES = 64 << 20
+"""Largest JSON file that is read: the manifest of a stage with 100,000 shards has half of it."""
+REMOVE = "remove it and run again"
 S3_OPTIONS = {
     "use_listings_cache": False,  # other processes write the same bucket
     # fsspec would hand out a client with the credentials of an earlier environment
@@ -44,7 +50,10 @@ S3_OPTIONS = {
 }
 IDENTITY = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "UNCLIP_SCRATCH_BYTES")
 """Variables of the environment that make a ROOT of the same URI another one."""
-FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
+FULL_DISK_TEXT = re.compile(
+    r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written"
+)
+"""In messages without an error number; the last is numpy's."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,7 @@ def complaint(error: BaseException, where: str | Path) -> str | None:
         number = seen.errno if isinstance(seen, OSError) else None
         named = getattr(seen, "filename", None)
         location = str(named) if isinstance(named, str | Path) else str(where)
-        if number in FULL_DISK or any(words in str(seen) for words in FULL_DISK_WORDS):
+        if number in FULL_DISK or FULL_DISK_TEXT.search(str(seen)):
             return (
                 f"no space left to write {location}: free some space and run the same command "
                 "again (what is committed is kept)"
@@ -225,16 +234,55 @@ def read_range(root: Root, name: str, offset: int, size_bytes: int) -> bytes:
         return bytes(retry(lambda: root.fs.cat_file(path, start=offset, end=offset + size_bytes)))
 
 
-def read_json(root: Root, name: str) -> Any | None:
-    """Read a JSON file; return None if there is none. Raises StorageError if it is not JSON."""
+def read_bounded(root: Root, name: str, max_bytes: int, mend: str = REMOVE) -> bytes:
+    """Read a whole file of at most `max_bytes`.
+
+    Raises FileNotFoundError, and StorageError with `mend` for a larger file or a FIFO.
+    """
+    where = uri_of(root, name)
+    if root.folder is None:
+        data = read_bytes(root, name)
+    else:
+        # Does not wait for the writer of a FIFO.
+        handle = os.open(root.folder / name, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            about = os.fstat(handle)
+            if not stat.S_ISREG(about.st_mode):
+                raise StorageError(f"{where} is not a regular file: {mend}")
+            if about.st_size > max_bytes:
+                raise StorageError(too_large(where, max_bytes, mend))
+            data = os.pread(handle, about.st_size, 0)
+        finally:
+            os.close(handle)
+    if len(data) > max_bytes:
+        raise StorageError(too_large(where, max_bytes, mend))
+    return data
+
+
+def too_large(where: str, max_bytes: int, mend: str) -> str:
+    """Return the message about a file that is too large to be ours."""
+    return f"{where} has more than {max_bytes:,} bytes: {mend}"
+
+
+def not_json(where: str, reason: object, mend: str = REMOVE) -> str:
+    """Return the message about a file that is not JSON."""
+    return f"{where} is not JSON ({reason}): {mend}"
+
+
+def read_json(
+    root: Root, name: str, max_bytes: int = MAX_JSON_BYTES, mend: str = REMOVE
+) -> Any | None:
+    """Read a JSON file; return None if there is none.
+
+    Raises StorageError with `mend` if it is larger than `max_bytes`, not JSON, or nested too
+    deeply.
+    """
     try:
-        return json.loads(read_bytes(root, name))
+        return from_json(read_bounded(root, name, max_bytes, mend))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StorageError(
-            f"{uri_of(root, name)} is not JSON ({error}): remove it and run again"
-        ) from None
+    except ValueError as error:
+        raise StorageError(not_json(uri_of(root, name), error, mend)) from None
 
 
 def sha256_of(root: Root, name: str) -> str:

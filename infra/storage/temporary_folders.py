@@ -8,7 +8,6 @@ writer removes the folders of dead ones. Knows nothing of what the folders hold.
 """
 
 import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -18,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 from infra.storage.locks import write_holder
 
@@ -143,7 +144,7 @@ def _unheld(lock: Path) -> Iterator[bool]:
 
 def _host_in(lock: Path) -> str | None:
     try:
-        holder: Any = json.loads(lock.read_text())
+        holder: Any = from_json(lock.read_bytes())
     except (FileNotFoundError, ValueError):  # no lock, or its writer died before it wrote to it
         return None
     return holder.get("host") if isinstance(holder, dict) else None

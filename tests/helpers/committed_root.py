@@ -96,6 +96,7 @@ def write_root(folder: Path, rows: list[dict[str, Any]] | None = None, uri: str 
         "recipe": "drawn",
         "started": manifests.now(),
         "finished": manifests.now(),
+        "gated": False,
     }
     store.write_json(
         root,

@@ -23,7 +23,7 @@ from infra.compute.cluster import Cluster, ClusterConfig
 from infra.errors import CallerError, StorageAwayError
 from infra.settings import Section
 from infra.storage import manifests
-from infra.storage.manifests import StageCounts
+from infra.storage.manifest_schema import StageCounts
 from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root, open_root
 

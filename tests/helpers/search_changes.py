@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from flows.live_index import additions, lineage, merge
 from flows.live_index.compaction import compact
-from flows.runs.promotion import CURRENT
+from flows.runs.record_schema import CURRENT
 from flows.runs.records import find_run
 from indexing.ann.index import IndexConfig, build
 from indexing.data.embedding_store import open_parts, read_metadata

@@ -12,7 +12,8 @@ import torch
 from flows.runs.records import write_run
 from infra.schemas import EMBEDDED
 from infra.storage import commits, manifests, store
-from infra.storage.manifests import Committed, StageFacts
+from infra.storage.manifest_schema import StageFacts
+from infra.storage.manifests import Committed
 from infra.storage.store import Root
 from training.jobs.train import write_model
 from training.models.clip import CLIP

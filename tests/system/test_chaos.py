@@ -24,7 +24,8 @@ import torch
 from flows.config.roots import scratch_for
 from infra.storage import commits, manifests
 from infra.storage import store as storage
-from infra.storage.manifests import MANIFEST, Committed
+from infra.storage.manifest_schema import MANIFEST
+from infra.storage.manifests import Committed
 from infra.storage.store import Root
 from infra.storage.work_folder import WorkFolder
 from tests.flows.ingest.test_ingest import is_downloading, stored, write_list

@@ -24,7 +24,7 @@ from infra.errors import CallerError
 from infra.row_hash import row_hashes
 from infra.schemas import open_parquet
 from infra.storage.atomic_files import atomic_file
-from infra.storage.manifests import StageCounts
+from infra.storage.manifest_schema import StageCounts
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles
 from infra.storage.stage_output import StageOutput

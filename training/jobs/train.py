@@ -30,7 +30,7 @@ from infra.console.progress import Progress
 from infra.errors import DataError, StorageError, UnclipError
 from infra.storage import store
 from infra.storage.atomic_files import atomic_file
-from infra.storage.manifests import SampleCounts, StageCounts, TrainingFigures
+from infra.storage.manifest_schema import SampleCounts, StageCounts, TrainingFigures
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import StageFiles, pinned_copy
 from infra.storage.stage_output import StageOutput
@@ -482,7 +482,7 @@ def _worker(job: Job) -> None:
 
 def _fit(job: Job) -> int:
     """What every worker does: train as the job says and write the model. Returns the images
-    seen.
+    seen. Raises StorageError for a full disk, which no restart would free.
     """
     torch.set_num_threads(job["threads"])
     fits: dict[str, tuple[Fit, type[LoopConfig]]] = {
@@ -493,8 +493,9 @@ def _fit(job: Job) -> int:
     }
     fit, section = fits[job["fit"]]
     config = section.model_validate_json(job["section"])
-    model, averaged = fit(config, job["folders"], "cuda" if job["use_gpu"] else "cpu")
-    put_model(job["fit"].removeprefix("fit_"), model, averaged, config, job["folders"])
+    with store.one_line_errors(job["folders"].work.folder):
+        model, averaged = fit(config, job["folders"], "cuda" if job["use_gpu"] else "cpu")
+        put_model(job["fit"].removeprefix("fit_"), model, averaged, config, job["folders"])
     return config.images
 
 

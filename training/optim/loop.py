@@ -11,7 +11,6 @@ Legend: B global batch, b this worker's part of it.
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -246,7 +245,7 @@ def _save(
     seen: int,
     seconds: float,
 ) -> None:
-    """Write the state to a temporary file and rename it, so that a kill leaves a complete state.
+    """Write the state so that a kill or a full disk leaves the state before it.
 
     All workers take part in gathering; the first one writes.
     """
@@ -261,10 +260,14 @@ def _save(
     is_first, work = world()[0] == 0, publisher.work
     state = fsdp.whole(state, is_first)
     if is_first:
-        part = work.path(f"state.{os.getpid()}.tmp")
-        with work.room(_tensor_bytes(state)):
-            torch.save(state, part)
-            part.replace(work.path(STATE))
+        # Into a file of Python's, whose errors say why: torch's own writer calls a full disk an
+        # "iostream error".
+        with (
+            work.room(_tensor_bytes(state)),
+            atomic_file(work.path(STATE)) as part,
+            part.open("wb") as file,
+        ):
+            torch.save(state, file)
         publisher.publish(METRICS)
         publisher.publish(STATE)
 

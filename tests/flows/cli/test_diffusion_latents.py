@@ -14,6 +14,7 @@ from flows.runs.records import write_run as write_record
 from infra.storage import commits, manifests, store
 from tests.flows.cli.test_main import ran
 from tests.helpers import evaluation_run
+from tests.helpers.manifest_facts import FACTS
 from tests.helpers.small_systems import write_system
 
 
@@ -24,13 +25,7 @@ def write_root(folder: Path, rows: list[dict[str, Any]]) -> str:
     (made / "ingest").mkdir()
     (made / "run" / "shards").rename(made / "ingest" / "shards")
     (made / "run" / "embed").rename(made / "embed")
-    facts = {
-        "inputs": {},
-        "input_digests": {},
-        "config": {},
-        "counts": {"in": 1, "out": 1, "dropped": {}},
-        "started": manifests.now(),
-    }
+    facts = FACTS | {"started": manifests.now()}
     stages = ("ingest", "clip", "embed", "prior", "decoder")
     committed = {
         stage: commits.commit(root, stage, f"{stage}-key", made / stage, facts) for stage in stages

@@ -12,10 +12,11 @@ import pytest
 from flows.cli.main import main
 from flows.cli.prune import discard, unused
 from flows.orchestration.ray_job import claim_name
-from flows.runs.promotion import CURRENT
+from flows.runs.record_schema import CURRENT
 from infra.storage import commits, manifests, store
 from infra.storage.locks import reader_lock, reading_file
 from infra.storage.store import Root
+from tests.helpers.manifest_facts import FACTS, RECORD
 
 LATER = datetime.now(UTC) + timedelta(days=1)
 INPUTS = {
@@ -34,8 +35,8 @@ def root(tmp_path: Path) -> Root:
     for night in (1, 2, 3, 4):
         for stage, inputs in INPUTS.items():
             commit(root, stage, night, inputs)
-    store.write_json(root, "runs/nightly.json", {"stages": {"index": "night4"}})
-    store.write_json(root, CURRENT, {"stages": {"clip": "night2"}})
+    store.write_json(root, "runs/nightly.json", RECORD | {"stages": {"index": "night4"}})
+    store.write_json(root, CURRENT, RECORD | {"stages": {"clip": "night2"}})
     return root
 
 
@@ -44,7 +45,11 @@ def commit(root: Root, stage: str, night: int, inputs: tuple[str, ...]) -> None:
     out.mkdir(parents=True)
     (out / "a.bin").write_bytes(bytes(1000 * night))
     commits.commit(
-        root, stage, f"night{night}", out, {"inputs": dict.fromkeys(inputs, f"night{night}")}
+        root,
+        stage,
+        f"night{night}",
+        out,
+        FACTS | {"inputs": dict.fromkeys(inputs, f"night{night}")},
     )
 
 
@@ -75,7 +80,9 @@ def test_the_newest_of_a_stage_stays_though_no_run_names_it_along_with_what_it_w
 
 def test_what_a_job_has_claimed_or_reads_and_what_is_young_stays(root: Root) -> None:
     store.write_json(
-        root, claim_name("embed", "night9"), {"attempt": 1, "inputs": {"clip": "night1"}}
+        root,
+        claim_name("embed", "night9"),
+        {"attempt": 1, "config": {}, "inputs": {"clip": "night1"}},
     )
     assert not {"clip/night1", "curate/night1", "ingest/night1"} & names(
         root
@@ -89,7 +96,7 @@ def test_what_is_being_read_or_named_meanwhile_is_not_removed(root: Root) -> Non
     ]
     with reader_lock(reading_file(root.scratch, "curate", "night1"), "curate", print):
         assert discard(root, folder).startswith("is being read by another run (process ")
-    store.write_json(root, "runs/again.json", {"stages": {"curate": "night1"}})
+    store.write_json(root, "runs/again.json", RECORD | {"stages": {"curate": "night1"}})
     assert discard(root, folder) == "a run names it now" and manifests.find(
         root, "curate", "night1"
     )

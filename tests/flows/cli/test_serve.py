@@ -36,6 +36,7 @@ from infra.storage.store import Root
 from tests.helpers import evaluation_run
 from tests.helpers.committed_root import committed, write_root
 from tests.helpers.evaluation_run import encode_images, encode_texts, row, usual_rows
+from tests.helpers.manifest_facts import FACTS
 from tests.helpers.search_service import Fake
 from tests.helpers.tiny_run import RECIPE
 from training.sections.preprocessing import WHOLE
@@ -72,7 +73,7 @@ def finish(root: Root, folder: Path, name: str, numbers: range, own: float | Non
             stage,
             f"{stage}-{name}",
             out,
-            {"stage_version": 1, "sections": sections, "counts": counts, **about},
+            FACTS | {"sections": sections, "counts": counts, **about},
         )
 
     commit("embed", folder / name / "embed", ("ingest", "curate", "clip"), {})

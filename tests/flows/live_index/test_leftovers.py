@@ -29,6 +29,7 @@ from infra.storage.store import Root, open_root
 from infra.storage.temporary_folders import writing_folder
 from tests.helpers.committed_root import committed, write_root
 from tests.helpers.evaluation_run import row, write_run
+from tests.helpers.manifest_facts import FACTS
 
 HERE = Path(__file__).parents[3]
 NOWHERE: dict[str, list[str]] = {"shards": [], "embeddings": [], "index": []}
@@ -322,13 +323,12 @@ def test_on_a_store_what_was_replaced_goes_at_once_and_what_nobody_named_after_a
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = open_root(f"memory://bucket-{tmp_path.name}", tmp_path / "scratch")
-    facts = {"counts": {"in": 1, "out": 1, "dropped": {}}, "inputs": {}}
     key = "0123456789abcdef"
 
     def commit(word: str, replaces: str | None = None) -> manifests.Committed:
         with writing_folder(root.scratch, "out") as out:
             (out / "a.txt").write_text(word)
-            return commits.commit(root, "ingest", key, out, facts, replaces)
+            return commits.commit(root, "ingest", key, out, FACTS, replaces)
 
     first = commit("picture")
     remove = store.remove

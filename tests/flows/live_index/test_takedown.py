@@ -48,6 +48,7 @@ from tests.helpers.evaluation_run import (
     usual_rows,
     write_run,
 )
+from tests.helpers.manifest_facts import FACTS
 from training.sections.preprocessing import WHOLE
 
 TWICE = 2  # of usual_rows(); the first is all black, which curate leaves out
@@ -183,13 +184,7 @@ def second_night(
         member = tarfile.TarInfo("900000000.png")
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
-    facts = {
-        "sections": {},
-        "inputs": {},
-        "input_digests": {},
-        "counts": {},
-        "started": manifests.now(),
-    }
+    facts = FACTS | {"started": manifests.now()}
     ingest_made = commits.commit(root, "ingest", key, out, facts)
     counts = curate.run(CurateConfig(min_side_px=1), ingest_made.files, out, read_removals(root))
     inputs = {"inputs": {"ingest": key}, "input_digests": {"ingest": ingest_made.digest}}
@@ -272,13 +267,7 @@ def commit_dedup(root: Root) -> tuple[str, str]:
         {name: each.key for name, each in inputs.items()},
         {name: each.digest for name, each in inputs.items()},
     )
-    facts = {
-        "inputs": told[0],
-        "input_digests": told[1],
-        "sections": {},
-        "counts": {},
-        "started": manifests.now(),
-    }
+    facts = FACTS | {"inputs": told[0], "input_digests": told[1], "started": manifests.now()}
     commits.commit(root, "dedup", "dedup0123456789", out, facts)
     return keys[5], keys[4]
 
@@ -337,13 +326,7 @@ def test_a_model_that_is_committed_between_take_down_and_compaction_or_after_bot
         out = root.scratch / "aside" / stage
         out.mkdir(parents=True)
         (out / "weights.safetensors").write_bytes(stage.encode())
-        facts = {
-            "inputs": {"curate": "curate0123456789"},
-            "input_digests": {},
-            "sections": {},
-            "counts": {},
-            "started": started,
-        }
+        facts = FACTS | {"inputs": {"curate": "curate0123456789"}, "started": started}
         commits.commit(root, stage, f"{stage}0123456789", out, facts)
 
     take(root, key)

@@ -28,6 +28,7 @@ from infra.storage.stage_files import FolderFiles, StageFiles, pinned_copy
 from infra.storage.store import Root
 from tests.helpers import fake_stages, forked_processes
 from tests.helpers.fake_stages import FAKES, FakeConfig, FakeSection, run_all, write_chunks
+from tests.helpers.manifest_facts import FACTS
 from tests.infra.storage.test_store import full_disk  # noqa: F401
 
 HERE = Path(__file__).parents[3]
@@ -393,7 +394,7 @@ def test_a_committed_stage_is_left_when_another_writer_commits_first(root: Root)
         other = root.scratch / "aside" / "other-machine"
         other.mkdir(parents=True)
         (other / "a").write_text("first")
-        commits.commit(root, job.stage, job.key, other, {"input_digests": {}, "counts": counts})
+        commits.commit(root, job.stage, job.key, other, FACTS | {"counts": counts})
         return counts
 
     with Cluster(ClusterConfig()) as cluster:

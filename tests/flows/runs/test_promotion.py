@@ -15,6 +15,7 @@ from flows.runs.records import find_run, list_runs, write_run
 from infra.errors import CallerError
 from infra.storage import commits, manifests, store
 from infra.storage.store import Root
+from tests.helpers.manifest_facts import FACTS
 from tests.helpers.tiny_run import RECIPE
 
 GATE = ("generation.own >= 0.5", "retrieval.recall@1 >= current - 0.05")
@@ -38,7 +39,7 @@ def finished(
         "retrieval": {"recall@1": {"value": recall, "low": 0.0, "n": 9}},
     }
     (out / "report.json").write_text(json.dumps(report))
-    committed = commits.commit(root, "evaluate", f"key-{name}", out, {"counts": {}, "inputs": {}})
+    committed = commits.commit(root, "evaluate", f"key-{name}", out, FACTS)
     return write_run(root, name, "tiny", manifests.now(), {"evaluate": committed}), {
         "evaluate": committed
     }

@@ -16,6 +16,7 @@ from indexing.ann import inverted_lists
 from indexing.ann.factory import train
 from indexing.data.embedding_store import part_files
 from tests.helpers.embed_folders import KINDS, exact, filled, uneven, write_embed
+from tests.infra.storage.test_store import full_disk  # noqa: F401
 
 HERE = Path(__file__).parents[3]
 
@@ -53,6 +54,14 @@ def test_parts_encoded_elsewhere_make_what_faiss_makes_of_all_in_order(
     assert {path.name for path in tmp_path.iterdir()} == {"embed", "whole", "here", "elsewhere"}, (
         "nothing is left of the parts"
     )
+
+
+def test_codes_for_which_the_disk_has_no_room_are_an_error_not_a_signal(
+    full_disk: Path,  # noqa: F811
+) -> None:
+    inverted_lists._create_codes(full_disk / "a.npy", (500_000, 1))[:] = 1
+    with pytest.raises(OSError, match="No space left on device"):
+        inverted_lists._create_codes(full_disk / "b.npy", (500_000, 8))
 
 
 FILL_TWICE = """

@@ -4,6 +4,7 @@ SIGKILL.
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,9 @@ import pytest
 
 from infra.compute import cluster
 from infra.compute.cluster import Cluster, ClusterConfig, spread
+from infra.compute.orphan_reaper import marked
 from infra.errors import UnclipError
+from infra.storage.locks import _holder, turn_lock
 
 HERE = Path(__file__).parents[3]
 SMALL = ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20)
@@ -25,52 +28,70 @@ with Cluster(ClusterConfig(num_cpus=2, object_store_memory_bytes=100 << 20)) as 
     assert "ray" not in sys.modules
     cluster.start()
     cluster.start()
+    if sys.argv[1:]:  # while Ray's agents and workers still look for each other
+        os.kill(os.getpid(), signal.SIGKILL)
     import ray
     @ray.remote
     def work():
         print("from a worker")
         return 41
     assert ray.get(work.remote()) == 41 and ray.cluster_resources()["CPU"] == 2
-    session = ray._private.worker.global_worker.node.get_session_dir_path()
-    os.write(1, session.encode())
-    if len(sys.argv) > 1:
-        os.kill(os.getpid(), signal.SIGKILL)
 assert not ray.is_initialized()
 """
 
 
-def raylets(session: str) -> list[str]:
-    """Return the command lines that name the session: its raylet, GCS and workers."""
-    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    return [line for line in shown.splitlines() if session in line]
-
-
-def gone(session: str, within_s: float) -> bool:
-    """Wait for the processes of a session to end."""
-    limit = time.monotonic() + within_s
-    while raylets(session) and time.monotonic() < limit:
+def end_within(mark: bytes, limit_s: float) -> bool:
+    """Wait for the processes with a mark in their environment; return whether all have ended."""
+    limit = time.monotonic() + limit_s
+    while marked(mark) and time.monotonic() < limit:
         time.sleep(0.2)
-    return not raylets(session)
+    return not marked(mark)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_ray_is_quiet_and_leaves_with_its_run(killed: bool) -> None:
+    mark = f"OUR_RAY={secrets.token_hex(8)}"
     done = subprocess.run(
         [sys.executable, "-c", USE, *["kill"] * killed],
         cwd=HERE,
+        env=os.environ | dict([mark.split("=")]),
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == (-9 if killed else 0), done.stderr
-    session = done.stdout
-    assert (
-        session.startswith("/")
-        and "\n" not in session
-        and "from a worker" not in done.stdout + done.stderr
-    )
-    assert gone(session, 10)
+    assert done.stdout == "" and "from a worker" not in done.stderr
+    assert end_within(mark.encode(), 20)  # Ray's agents alone would stay for a minute
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_runs_that_start_together_start_ray_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = cluster.turn_file()
+    assert file and file.parent == tmp_path / ".cache" / "unclip"
+    with turn_lock(file, "Ray", print):
+        second = subprocess.Popen(
+            [sys.executable, "-c", USE], cwd=HERE, stderr=subprocess.PIPE, text=True
+        )
+        assert second.stderr
+        assert second.stderr.readline() == (
+            f"Ray is being started by {_holder(file)}: waiting until it has finished\n"
+        )
+        assert second.poll() is None
+    assert second.wait(timeout=120) == 0, second.stderr.read()
+    second.stderr.close()
+
+
+def test_a_home_that_cannot_be_written_has_no_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert cluster.turn_file() is None
 
 
 def test_a_cluster_that_is_never_needed_never_imports_ray() -> None:
@@ -189,8 +210,9 @@ def test_a_ray_that_was_too_slow_to_start_is_started_again(monkeypatch: pytest.M
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    Cluster(ClusterConfig(num_cpus=1)).start()
-    assert calls == ["init", "shutdown", "init", "shutdown", "init"]
+    with Cluster(ClusterConfig(num_cpus=1)) as starting:
+        starting.start()
+        assert calls == ["init", "shutdown", "init", "shutdown", "init"]
 
 
 def test_a_temporary_folder_with_a_long_path_is_not_used_for_sockets(

@@ -12,6 +12,7 @@ from infra.console import progress
 from infra.console.progress import Progress, duration, transfer
 from infra.storage import commits, store
 from infra.storage.stage_files import pinned_copy
+from tests.helpers.manifest_facts import FACTS
 
 
 class Clock:
@@ -143,7 +144,7 @@ def test_a_store_tells_of_every_byte_once_however_often_it_is_tried(
     out.mkdir()
     (out / "a.bin").write_bytes(bytes(3000))
     (out / "b.bin").write_bytes(bytes(500))
-    committed = commits.commit(root, "clip", "k", out, {"counts": {}, "inputs": {}})
+    committed = commits.commit(root, "clip", "k", out, FACTS)
     assert sum(path.stat().st_size for path in pinned_copy(committed.files).glob("*.bin")) == 3500
     assert told == {"clip up": 3500, "clip down": 3500}
     fsspec.filesystem("memory").store.clear()

@@ -17,8 +17,7 @@ from infra.errors import DataError, StorageError
 from infra.storage import commits, manifests, store
 from infra.storage.stage_files import pinned_copy
 from infra.storage.store import Root
-
-FACTS = {"counts": {"in": 1, "out": 1, "dropped": {}}, "inputs": {}}
+from tests.helpers.manifest_facts import FACTS
 
 
 @pytest.fixture(params=["folder", "memory"])

@@ -21,10 +21,10 @@ from infra.storage import commits, manifests, retry, store
 from infra.storage.stage_files import pinned_copy
 from tests.helpers.committed_root import committed, write_root
 from tests.helpers.evaluation_run import direction, usual_rows, write_run
+from tests.helpers.manifest_facts import FACTS
 from tests.helpers.s3_server import BUCKET, SECRET_KEY, Faults, FaultyProxy, S3Server
 from tests.helpers.tiny_run import LIMIT_S, prepare, ran
 
-FACTS = {"counts": {"in": 1, "out": 1, "dropped": {}}, "inputs": {}}
 QUICK = [
     part
     for each in (

@@ -6,18 +6,9 @@ from pathlib import Path
 import pytest
 
 from infra.storage import commits, stage_output, store
-from infra.storage.manifests import StageFacts
-from infra.storage.stage_files import FileEntry
+from infra.storage.manifest_schema import FileEntry
 from infra.storage.stage_output import StageOutput, open_output
-
-FACTS: StageFacts = {
-    "stage_version": 1,
-    "sections": {},
-    "inputs": {},
-    "input_digests": {},
-    "counts": {"in": 1, "out": 1, "dropped": {}},
-    "started": "",
-}
+from tests.helpers.manifest_facts import FACTS
 
 
 @pytest.fixture
@@ -121,9 +112,11 @@ def test_an_attempt_in_a_store_knows_when_it_is_committed(tmp_path: Path) -> Non
     root = store.open_root(f"memory://committed-{tmp_path.name}", tmp_path / "scratch")
     output = open_output(root, "embed", "k")
     assert not output.is_committed()
-    store.write_json(root, "embed/k/manifest.json", {"attempt": "another"})
+    (tmp_path / "out").mkdir()
+    other = commits.commit(root, "embed", "k", tmp_path / "out", FACTS)
     assert not output.is_committed()
-    store.write_json(root, "embed/k/manifest.json", {"attempt": output.attempt})
+    ours = {**other.manifest, "attempt": output.attempt}
+    store.write_json(root, "embed/k/manifest.json", ours)
     assert output.is_committed()
 
 

@@ -163,6 +163,8 @@ def test_a_full_disk_is_recognised_through_the_errors_that_wrap_it() -> None:
         )
         or ""
     )
+    numpys = OSError("100000 requested and 12160 written")
+    assert "no space left to write /data" in (store.complaint(numpys, "/data") or "")
     assert store.complaint(RuntimeError("shapes differ"), "/data") is None
     assert store.complaint(FileNotFoundError(errno.ENOENT, "gone", "/data/x"), "/data") is None
 

@@ -2,6 +2,7 @@
 own error is told at once.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -349,6 +350,28 @@ def test_a_workers_own_error_reaches_the_caller_at_once(
         DataError, match=f"^the loss is nan after {LONG.images - 72:,} images: lower learning_rate"
     ):
         train.train_clip(TOKENIZER, LONG, ALONE, stage)
+
+
+def test_a_full_disk_is_no_reason_to_restart_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit_clip(*_: object) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")  # as torch does, closing its file
+
+    def run_alone(job: train.Job, _: ClusterConfig) -> None:
+        starts.append(job["fit"])
+        train._fit(job)
+
+    starts: list[str] = []
+    monkeypatch.setattr(train, "fit_clip", fit_clip)
+    monkeypatch.setattr(train, "_run_alone", run_alone)
+    stages = folders_of({}, tmp_path / "store", tmp_path / "work")
+    with pytest.raises(StorageError, match=f"^no space left to write {stages.work.folder}: free"):
+        train._train("clip", train.fit_clip, TINY, ALONE, 1, stages)
+    assert starts == ["fit_clip"]
 
 
 def test_a_training_that_lost_a_worker_says_so_in_one_line_without_tracebacks() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from infra.compute.cluster import Cluster, ClusterConfig
 from infra.storage import commits, manifests, store
-from infra.storage.manifests import StageFacts
+from infra.storage.manifest_schema import StageFacts
 from infra.storage.stage_output import open_output
 from infra.storage.work_folder import WorkFolder
 from tests.helpers.s3_server import BUCKET, S3Server

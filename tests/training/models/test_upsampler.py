@@ -21,6 +21,7 @@ from flows.runs.records import committed_of, find_run, write_run
 from flows.runs.stage import inputs_of
 from infra.errors import CallerError
 from infra.storage import commits
+from tests.helpers.manifest_facts import FACTS
 from tests.helpers.short_training import learn
 from tests.helpers.small_systems import write_root
 from training.generation import upsampling_eval
@@ -321,13 +322,7 @@ def test_the_commands_enlarge_what_was_drawn_and_what_is_given(
     write_model("upsampler", learnt, learnt.state_dict(), CONFIG, tmp_path / "up")
     record = find_run(root)
     committed = {stage: committed_of(root, record, stage) for stage in record["stages"]}
-    facts = {
-        "inputs": {},
-        "input_digests": {},
-        "config": {},
-        "counts": {"in": 1, "out": 1, "dropped": {}},
-        "started": record["started"],
-    }
+    facts = FACTS | {"started": record["started"]}
     committed["upsampler"] = commits.commit(root, "upsampler", "up-key", tmp_path / "up", facts)
     write_run(root, "small", "small.toml", record["started"], committed)
     for arguments, count in (

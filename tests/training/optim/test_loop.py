@@ -4,6 +4,7 @@ the number of workers.
 
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from infra.errors import DataError
+from infra.errors import DataError, StorageError
+from infra.storage import store
 from infra.storage.work_folder import local_work
 from tests.helpers import forked_processes
 from tests.helpers.gloo_group import meeting
+from tests.infra.storage.test_store import full_disk  # noqa: F401
 from training.optim import loop
 from training.optim.loop import make_optimizers
 from training.optim.step import Step, learning_rate, order
@@ -203,6 +206,28 @@ def test_a_state_that_does_not_fit_is_named_and_stays(
 
 
 @pytest.mark.usefixtures("a_row_every_ten_steps")
+def test_a_full_disk_is_named_and_leaves_the_state_before_it(full_disk: Path) -> None:  # noqa: F811
+    model, work = nn.Linear(6, 2000), full_disk / "work"  # a state of 230 kB
+    work.mkdir()
+
+    def loss_of(step: Step) -> Tensor:
+        if step.number == 10 and not (full_disk / "fill").exists():
+            free_bytes = shutil.disk_usage(full_disk).free
+            (full_disk / "fill").write_bytes(bytes(free_bytes - 100_000))
+        return model(X[step.samples(len(X))]).square().mean()
+
+    with (
+        pytest.raises(StorageError, match=rf"^no space left to write {work}: free some space"),
+        store.one_line_errors(work),
+    ):
+        loop.run(model, CONFIG, loss_of, local_work(work))
+    assert torch.load(work / "state.pt")["images_seen"] == 80
+    assert {path.name for path in work.iterdir()} == {"state.pt", "metrics.jsonl", "progress.json"}
+    (full_disk / "fill").write_bytes(b"")
+    loop.run(model, CONFIG, loss_of, local_work(work))
+    assert torch.load(work / "state.pt")["images_seen"] == 400
+
+
 def test_progress_is_the_newest_row(tmp_path: Path) -> None:
     with pytest.raises(StoppedError):
         train(tmp_path, 25)
