@@ -245,9 +245,10 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
+        reason = str(error.strerror or error).partition(" (")[0]
         raise UnclipError(
-            f"--host {host} --port {port}: {error.strerror or error}: give another address or "
-            "port, or end the process that has it"
+            f"--host {host} --port {port}: {reason}: give another address or port, or end the "
+            "process that has it"
         ) from error
 
 
