@@ -5,6 +5,7 @@
     ├── StorageError       a ROOT that cannot be read or written, a full disk
     │   └── StorageAwayError   a store that was unavailable for longer than we wait: try again
     └── DataError          broken input (a damaged shard, no sample left)
+        └── CutFileError       a file that became shorter while it was open
 
 Every message is one line that names the cause and the fix; the command line prints it without a
 traceback.
@@ -33,6 +34,10 @@ class StorageAwayError(StorageError):
 
 class DataError(UnclipError):
     """Broken input data."""
+
+
+class CutFileError(DataError):
+    """A file that became shorter while it was open."""
 
 
 PERMANENT = (

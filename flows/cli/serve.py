@@ -9,6 +9,7 @@ writes nothing to it.
 import ipaddress
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,10 +26,12 @@ from pydantic import Field
 from flows.cli.option_groups import option_groups
 from flows.cli.options import DEFAULT_ROOT, RootUri, RunName
 from flows.config.roots import open_for
+from infra.compute.bounded_processes import PACKAGES
 from infra.compute.cluster import Cluster, ClusterConfig
+from infra.compute.supervisor import Supervisor, end_with
 from infra.console.line_log import write_lines
 from infra.console.log_redirect import quiet_terminal, terminated
-from infra.errors import CallerError
+from infra.errors import CallerError, UnclipError
 from infra.settings import Section
 from infra.storage.store import Root
 
@@ -46,6 +49,11 @@ QUERY_RULES: dict[str, Any] = {
 }
 """Rules for images that a query names by URL (flows.ingest.http_fetch.Rules)."""
 TOKEN = "UNCLIP_TOKEN"
+BACKLOG = 2048
+"""Connections that wait while the service starts again."""
+START_WORKER = (
+    "import sys; sys.path.append(sys.argv.pop(1)); from flows.cli.main import main; main()"
+)
 
 
 class Replicated(Section):
@@ -72,6 +80,19 @@ class Replicated(Section):
     """Origins whose web pages may send requests, in addition to our own page."""
     removal_lag_s: float = Field(default=0, ge=0)
     """Maximum age of the cached removal log of a ROOT in a store; 0 checks it on every query."""
+
+
+class Work(Section):
+    """What `serve_worker` reads from its stdin; the token is in no argument, which others see."""
+
+    settings: Replicated
+    """Which run to serve, and how."""
+    host: str
+    """Address that the socket listens on."""
+    token: str | None
+    """Token that clients must send."""
+    fd: int
+    """File descriptor of the listening socket."""
 
 
 Host = Annotated[
@@ -204,20 +225,63 @@ def serve(
     if deployment.replicas or deployment.address:
         serve_replicas(opened, settings, listen, deployment.address)
     else:
-        serve_here(opened, settings, listen)
+        raise typer.Exit(serve_here(settings, listen))
 
 
-def serve_here(opened: Root, settings: Replicated, listen: ListenOptions) -> None:
-    """Serve from this process until interrupted."""
+def serve_here(settings: Replicated, listen: ListenOptions) -> int:
+    """Serve from a process of this machine until interrupted; return its exit code.
+
+    The process is started again after a crash. Meanwhile clients wait, because the address stays
+    open here.
+    """
+    with _bound(listen.host, listen.port) as listener:
+        work = Work(settings=settings, host=listen.host, token=listen.token, fd=listener.fileno())
+        return Supervisor(partial(_start_worker, work), say).run()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises UnclipError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = str(error.strerror or error).partition(" (")[0]
+        raise UnclipError(
+            f"--host {host} --port {port}: {reason}: give another address or port, or end the "
+            "process that has it"
+        ) from error
+
+
+def _start_worker(work: "Work") -> "subprocess.Popen[bytes]":
+    """Start `serve_worker` in a process group of its own: the supervisor passes Ctrl-C on."""
+    debug = ["--debug"] if "--debug" in sys.argv else []
+    worker = subprocess.Popen(
+        [sys.executable, "-P", "-c", START_WORKER, str(PACKAGES), "serve-worker", *debug],
+        stdin=subprocess.PIPE,
+        pass_fds=(work.fd,),
+        process_group=0,
+    )
+    assert worker.stdin is not None
+    with suppress(BrokenPipeError):  # it has crashed already
+        worker.stdin.write(work.model_dump_json().encode() + b"\n")
+        worker.stdin.flush()
+    return worker
+
+
+def serve_worker() -> None:
+    """Serve from this process; `unclip serve` starts it, and sends a line of Work to its stdin."""
     from indexing.service.app import run as run_service
     from indexing.service.state import ServeConfig, Service
 
+    work = Work.model_validate_json(sys.stdin.buffer.readline())
+    end_with(sys.stdin.fileno())
+    settings = work.settings
+    opened = open_for(settings.root, for_writing=False)
     service = Service(parts_of(opened, settings.run, settings.allow_urls, say))
     version = service.current()
     config = ServeConfig(
-        host=listen.host,
-        port=listen.port,
-        token=listen.token,
+        host=work.host,
+        token=work.token,
         rate=settings.rate,
         burst=max(1, 4 * settings.rate),
         allow_origins=settings.allow_origins,
@@ -227,6 +291,7 @@ def serve_here(opened: Root, settings: Replicated, listen: ListenOptions) -> Non
         service,
         config,
         lambda address: say(f"{version.view.count:,} pictures of run {version.name} at {address}"),
+        listener=socket.socket(fileno=work.fd),
     )
 
 

@@ -2,7 +2,7 @@
 
 Each reader knows the layout of one family of packages. Skin-tone variants are left out, because
 they are near-duplicates of their concept. Reads unpacked packages; renders every SVG once to a PNG
-in the cache.
+in the cache, in processes with bounds (`svg_renderer.py`).
 """
 
 import json
@@ -14,22 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import resvg_py
-
+from flows.demo import svg_renderer
 from flows.demo.emoji_captions import build_phrasings, clean_name
 from flows.demo.emoji_labels import Labels, concept_of, flag_concept, slug
 from flows.demo.main_colour import main_colour
 from flows.demo.npm_packages import split_spec
+from flows.demo.svg_renderer import SIDE
+from infra.compute.bounded_processes import BoundedProcesses, ProcessEndedError, RefusedError
 from infra.errors import CallerError
 
 SKIN_TONE = re.compile(r"1f3f[b-f]")
+RENDER_S = 10.0
+"""Maximum seconds for one SVG; a usual one takes a few milliseconds."""
+MAX_COSTLY = 50
+"""Maximum SVGs of a package that may end their process; the others are then not rendered."""
 
 
 @dataclass(frozen=True)
 class Picture:
     """One drawing with its captions.
 
-    `file` is the image file; `origin` is the path in the package.
+    `file` is the image file; `origin` is the path in the package; `problem` is the counted reason
+    and details where the drawing cannot be used, and then `file` may not exist.
     """
 
     file: Path
@@ -40,6 +46,7 @@ class Picture:
     category: str
     subcategory: str
     captions: tuple[str, ...]
+    problem: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -224,15 +231,26 @@ def read_package(
     for drawing in family.read(folder, labels):
         if not SKIN_TONE.search(drawing.concept):
             drawings.setdefault(drawing.origin, drawing)
-    render([d for d in drawings.values() if d.svg], rendered, svg_px)
+    refused = render([d for d in drawings.values() if d.svg], rendered, svg_px)
     # Threads help, because decoding releases the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(
-            pool.map(lambda drawing: describe(drawing, family, labels, rendered), drawings.values())
+            pool.map(
+                lambda drawing: describe(
+                    drawing, family, labels, rendered, refused.get(drawing.origin)
+                ),
+                drawings.values(),
+            )
         )
 
 
-def describe(drawing: Drawing, family: Family, labels: Labels, rendered: Path) -> Picture:
+def describe(
+    drawing: Drawing,
+    family: Family,
+    labels: Labels,
+    rendered: Path,
+    problem: tuple[str, str] | None = None,
+) -> Picture:
     """Return a drawing with its captions, from Unicode's label or, without one, its own name."""
     label = labels.by_concept.get(drawing.concept)
     subcategory = label.subcategory if label else ""
@@ -245,7 +263,7 @@ def describe(drawing: Drawing, family: Family, labels: Labels, rendered: Path) -
         label.tags if label else drawing.tags,
         category,
         subcategory,
-        main_colour(file),
+        "" if problem else main_colour(file),
     )
     return Picture(
         file,
@@ -256,6 +274,7 @@ def describe(drawing: Drawing, family: Family, labels: Labels, rendered: Path) -
         category,
         subcategory,
         tuple(captions),
+        problem,
     )
 
 
@@ -264,27 +283,42 @@ def rendered_name(drawing: Drawing) -> str:
     return slug(drawing.origin.removesuffix(".svg")) + ".png"
 
 
-def render(drawings: list[Drawing], rendered: Path, svg_px: int) -> None:
+def render(drawings: list[Drawing], rendered: Path, svg_px: int) -> dict[str, tuple[str, str]]:
     """Render the SVGs that are not in the folder `rendered` yet.
 
-    An SVG that cannot be rendered has no file there: its URL answers 404, which ingest counts.
+    Returns reason and details for the origins of those that are refused, which have no file there:
+    `svg_invalid`, `svg_external_reference` for files and URLs that they name, or `svg_too_costly`.
     """
     rendered.mkdir(parents=True, exist_ok=True)
     present = {file.name for file in rendered.iterdir()}
+    processes = BoundedProcesses(svg_renderer.__name__, RENDER_S)
+    refused: dict[str, tuple[str, str]] = {}
+    costly: list[str] = []
 
     def draw(drawing: Drawing) -> None:
         name = rendered_name(drawing)
         if name in present:
             return
+        if len(costly) >= MAX_COSTLY:
+            refused[drawing.origin] = "svg_too_costly", f"not tried after {MAX_COSTLY} such SVGs"
+            return
         try:
-            png = resvg_py.svg_to_bytes(
-                svg_string=drawing.svg, width=svg_px, height=svg_px, skip_system_fonts=True
-            )
-        except ValueError:
+            png = processes.call(SIDE.pack(svg_px) + drawing.svg.encode("utf-8", "replace"))
+        except RefusedError as error:
+            reason, _, detail = str(error).partition(": ")
+            refused[drawing.origin] = reason, detail
+            return
+        except ProcessEndedError as error:
+            costly.append(drawing.origin)
+            refused[drawing.origin] = "svg_too_costly", str(error)
             return
         partial = rendered / f".{name}.{os.getpid()}"
-        partial.write_bytes(bytes(png))
+        partial.write_bytes(png)
         partial.rename(rendered / name)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(draw, drawings))
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(draw, drawings))
+    finally:
+        processes.close()
+    return refused

@@ -4,12 +4,15 @@ A colour is named only if it fills at least `MIN_SHARE` of the drawn pixels, so 
 parts do not count. Reads image files.
 """
 
+import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 MIN_SHARE = 0.55
+MAX_PIXELS = 16 << 20
 NAMES = (
     "",
     "red",
@@ -34,8 +37,10 @@ HUES = (
 def main_colour(file: Path) -> str:
     """Return the name of the colour that fills at least `MIN_SHARE` of the drawn pixels, or "".
 
-    A file that is no 8-bit colour image has no main colour.
+    A file that is no 8-bit colour image, or has more than MAX_PIXELS, has no main colour.
     """
+    if not 0 < _count_pixels(file) <= MAX_PIXELS:
+        return ""
     image = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
     if image is None or image.ndim != 3 or image.dtype != np.uint8:
         return ""
@@ -47,6 +52,17 @@ def main_colour(file: Path) -> str:
     counts = np.bincount(colour_numbers(drawn), minlength=len(NAMES))
     best = int(counts.argmax())
     return NAMES[best] if counts[best] >= MIN_SHARE * len(drawn) else ""
+
+
+def _count_pixels(file: Path) -> int:
+    """Return the pixels that a file's head declares, 0 for no image that can be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our bound is lower
+            with Image.open(file) as image:
+                return image.width * image.height
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0
 
 
 def colour_numbers(bgr: np.ndarray) -> np.ndarray:

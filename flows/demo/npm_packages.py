@@ -4,18 +4,25 @@ A package is named `name@version`. It is fetched with `npm pack`, which installs
 scripts, and unpacked once. Writes only CACHE/<name>@<version>/; such a folder is always complete.
 """
 
+import gzip
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
-from infra.errors import CallerError, DataError, UnclipError
+from infra.errors import CallerError, DataError
+from infra.storage.bounded_tar import read_members
 
 MAX_FILES = 100_000
 MAX_UNPACKED_BYTES = 2 * 2**30
+MAX_FILE_BYTES = 2**28
+"""Maximum bytes of one file; readers hold a file of icons in memory."""
+MAX_DEPTH = 32
+"""Maximum folders that a file lies in."""
 PACK_TIMEOUT_S = 300
 SPEC = re.compile(r"((?:@[a-z0-9._~-]+/)?[a-z0-9._~-]+)@(\d[0-9A-Za-z.+-]*)")
 
@@ -122,35 +129,38 @@ def unpack(
     root = into.resolve()
     files = total_bytes = 0
     try:
-        with tarfile.open(archive, "r|gz") as tar:
-            for member in tar:
-                files += 1
-                if not member.isfile():
+        with gzip.open(archive) as stream:
+            for member, source in read_members(stream):
+                files, total_bytes = files + 1, total_bytes + member.size
+                if files > max_files or total_bytes > max_bytes or member.size > MAX_FILE_BYTES:
+                    raise DataError(
+                        f"package archive {archive.name} unpacks to more than {max_files} files, "
+                        f"{max_bytes} bytes or {MAX_FILE_BYTES} bytes of one file: nothing of it "
+                        "is used"
+                    )
+                if source is None:
                     continue
-                parts = Path(member.name).parts[1:]
-                path = root.joinpath(*parts)
-                if (
-                    not parts
-                    or ".." in parts
-                    or member.name.startswith("/")
-                    or not path.resolve().is_relative_to(root)
-                ):
-                    raise DataError(
-                        f"package archive {archive.name} holds the unsafe path {member.name!r}: "
-                        "nothing of it is used"
-                    )
-                total_bytes += member.size
-                if files > max_files or total_bytes > max_bytes:
-                    raise DataError(
-                        f"package archive {archive.name} unpacks to more than {max_files} files "
-                        f"or {max_bytes} bytes: nothing of it is used"
-                    )
+                path = _path_of(member, root, archive.name)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                source = tar.extractfile(member)
-                assert source is not None
                 with path.open("wb") as sink:
                     shutil.copyfileobj(source, sink)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        if isinstance(error, UnclipError):
-            raise
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"package archive {archive.name} cannot be read: {error}") from error
+
+
+def _path_of(member: tarfile.TarInfo, root: Path, archive: str) -> Path:
+    """Return where a member is unpacked. Raises DataError for a path that leaves the folder."""
+    parts = Path(member.name).parts[1:]
+    path = root.joinpath(*parts)
+    if (
+        not parts
+        or len(parts) > MAX_DEPTH
+        or ".." in parts
+        or member.name.startswith("/")
+        or not path.resolve().is_relative_to(root)
+    ):
+        raise DataError(
+            f"package archive {archive} holds the unsafe path {member.name!r}: "
+            "nothing of it is used"
+        )
+    return path

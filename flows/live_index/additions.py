@@ -34,6 +34,7 @@ from infra.schemas import EMBEDDED, STORED_SHA256, sample_key
 from infra.storage import commits, manifests, stage_files
 from infra.storage.manifest_schema import StageFacts
 from infra.storage.manifests import Committed
+from infra.storage.regular_files import read_regular, why_unsafe
 from infra.storage.removal_log import Removals
 from infra.storage.store import Root
 from infra.storage.temporary_folders import writing_folder
@@ -159,6 +160,9 @@ def read_embeddings(source: Path, run_lineage: Lineage) -> Embedded:
     Returns the metadata, the image vectors (N, D) and the text vectors (N, D). Raises CallerError
     if another CLIP made it.
     """
+    for file in source.rglob("*"):
+        if (file.is_symlink() or not file.is_dir()) and (fault := why_unsafe(file, source)):
+            raise CallerError(f"{file} is {fault}: the folder must hold the files themselves")
     facts = json.loads((source / "facts.json").read_text())
     if facts.get("clip_digest", facts.get("clip_key")) not in (
         run_lineage.fingerprint,
@@ -264,7 +268,7 @@ def read_one(
     if longer_px > FILE_SIDE_PX:  # a thin one made square would need its side squared
         size = (max(1, side * FILE_SIDE_PX // longer_px) for side in (width_px, height_px))
         pixels = cv2.resize(pixels, tuple(size), interpolation=cv2.INTER_AREA)
-    captions, problem = captions_beside(file)
+    captions, problem = captions_beside(file, source)
     if problem:
         raise UnreadError(problem)
     caption = " ".join(" ".join(captions).split())[:2000]
@@ -297,9 +301,9 @@ def read_pixels(file: Path) -> np.ndarray:
         timeout_s=0, retries=0, max_bytes=FILE_BYTES, max_pixels=FILE_PIXELS, allow_private=False
     )
     try:
-        if file.stat().st_size > FILE_BYTES:
+        body = read_regular(file, FILE_BYTES)
+        if body is None:
             raise UnreadError(("too_large", f"more than {FILE_BYTES >> 20} MiB"))
-        body = file.read_bytes()
         check_image(body, rules)
         pixels = pixels_of(to_plain(io.BytesIO(body)).getvalue())
     except FetchError as error:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from flows.runs.record_schema import RunRecord
 from flows.runs.records import committed_of, find_run
-from infra.errors import CallerError, StorageError
+from infra.errors import CallerError, CutFileError, DataError, StorageError
 from infra.storage import manifests, store
 from infra.storage.manifest_schema import MANIFEST, MANIFESTS
 from infra.storage.manifests import Committed
@@ -180,13 +180,27 @@ def _digests(committed: Committed) -> list[str]:
     return [committed.digest, *committed.manifest.get("compacted_from", ())]
 
 
-def _open_segment(vectors: StageFiles, pictures: StageFiles, name: str) -> "Segment":
-    """Open a segment; the local copies of its files go when nobody uses it any more."""
-    from indexing.ann.index import Index
+def _open_segment(vectors: Committed, pictures: StageFiles, name: str) -> "Segment":
+    """Open a segment; the local copies of its files go when nobody uses it any more.
+
+    Raises DataError for a file that does not have the manifest's size.
+    """
+    from indexing.ann.index import INDEX_FILES, Index
     from indexing.ann.view import Segment
 
+    for entry in vectors.manifest["files"]:
+        name_in_folder = entry["path"]
+        if name_in_folder not in INDEX_FILES:
+            continue
+        size_bytes = vectors.files.size_bytes(name_in_folder)
+        if size_bytes != entry["bytes"]:
+            mend = "`unclip index add`" if vectors.stage == ADDITIONS else "`unclip run RECIPE`"
+            raise DataError(
+                f"{vectors.uri}/{name_in_folder} has {size_bytes:,} bytes, not "
+                f"{entry['bytes']:,}: restore the file, or make the folder again with {mend}"
+            )
     copies = ExitStack()
-    index = Index.open(copies.enter_context(vectors.local_copy()))
+    index = Index.open(copies.enter_context(vectors.files.local_copy()))
     segment = Segment(index, ShardReader(pictures), name)
     weakref.finalize(segment, copies.close)
     return segment
@@ -195,7 +209,9 @@ def _open_segment(vectors: StageFiles, pictures: StageFiles, name: str) -> "Segm
 def open_segments(
     run_lineage: Lineage, opened: "Mapping[str, Segment] | None" = None
 ) -> "list[Segment]":
-    """Open the run's index and its additions; segments in `opened`, by name, are reused."""
+    """Open the run's index and its additions; segments in `opened`, by name, are reused unless a
+    file of theirs was cut.
+    """
     segments = []
     for vectors, pictures in (
         (run_lineage.index, run_lineage.ingest),
@@ -206,8 +222,18 @@ def open_segments(
             for folder in (vectors, pictures)
         )
         before = opened.get(name) if opened else None
-        segments.append(before or _open_segment(vectors.files, pictures.files, name))
+        if before is None or _is_cut(before):
+            before = _open_segment(vectors, pictures.files, name)
+        segments.append(before)
     return segments
+
+
+def _is_cut(segment: "Segment") -> bool:
+    try:
+        segment.index.check_whole()
+    except CutFileError:
+        return True
+    return False
 
 
 def open_view(root: Root, run: str | None) -> "tuple[View, Lineage]":

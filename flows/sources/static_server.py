@@ -16,6 +16,10 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
+from infra.storage.regular_files import open_regular
+
+PART_BYTES = 1 << 20
+
 
 class Handler(BaseHTTPRequestHandler):
     """Answers GET and HEAD below the server's mounts."""
@@ -36,20 +40,25 @@ class Handler(BaseHTTPRequestHandler):
         """Send the file of the request path, or status 404."""
         path = self.server.locate(self.path)
         try:
-            body = path.read_bytes() if path else None
+            file = open_regular(path) if path else None
         except OSError:
-            body = None
-        if path is None or body is None:
+            file = None
+        if path is None or file is None:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
-        self.send_response(HTTPStatus.OK)
-        self.send_header(
-            "Content-Type", mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        )
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
+        with file:
+            left_bytes = os.fstat(file.fileno()).st_size
+            self.send_response(HTTPStatus.OK)
+            self.send_header(
+                "Content-Type", mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+            )
+            self.send_header("Content-Length", str(left_bytes))
+            self.end_headers()
+            while with_body and left_bytes and (part := file.read(min(PART_BYTES, left_bytes))):
+                self.wfile.write(part)
+                left_bytes -= len(part)
+            if with_body and left_bytes:  # the file was cut while it was read
+                self.close_connection = True
         self.wfile.flush()
 
     def log_message(self, format: str, *args: object) -> None:

@@ -262,7 +262,7 @@ def package_rows(
                 if picture.file.is_relative_to(folder)
                 else (f"rendered/{name}", rendered)
             )
-            yield row(
+            item = row(
                 base + url_path(mount, picture.file.relative_to(root).as_posix()),
                 f"npm:{spec}/{picture.origin}",
                 list(picture.captions),
@@ -272,6 +272,7 @@ def package_rows(
                 category=picture.category,
                 subcategory=picture.subcategory,
             )
+            yield item | ({"problem": picture.problem} if picture.problem else {})
 
 
 def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row]:
@@ -290,7 +291,7 @@ def folder_rows(source: FolderSource, base: str, mounts: Mounts) -> Iterator[Row
         mount += "-again"
     mounts.folders[mount] = root
     for file, problem in image_files(root):
-        captions, no_text = captions_beside(file)
+        captions, no_text = captions_beside(file, root)
         relative = file.relative_to(root).as_posix()
         item = row(
             base + url_path(mount, relative),

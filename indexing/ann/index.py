@@ -50,7 +50,7 @@ from indexing.data.embedding_store import (
     take,
 )
 from infra.compute.memory import PeakMemory
-from infra.errors import CallerError, DataError
+from infra.errors import CallerError, CutFileError, DataError
 from infra.schemas import EMBEDDED, open_parquet
 from infra.settings import Section
 from infra.storage.manifest_schema import StageCounts
@@ -62,6 +62,8 @@ GROWTH = 0.25
 SPREAD_FROM = 300_000
 """Fewer vectors are encoded in less time than other processes take to start."""
 FOLDERS: dict[Modality, str] = {"image": "img_emb", "text": "text_emb"}
+INDEX_FILES = ("image.index", "text.index", "metadata.arrow")
+"""Files of an index folder that are memory-mapped."""
 
 
 class IndexConfig(Section):
@@ -427,6 +429,9 @@ class Allowed:
 class Index:
     """An index folder, opened for search: memory-mapped, read-only, safe for use from several
     threads.
+
+    A file that becomes shorter while it is open is an error of every call that would read it. If it
+    does so within a call, the system ends the process (SIGBUS).
     """
 
     def __init__(self, folder: Path, facts: IndexFacts) -> None:
@@ -436,6 +441,7 @@ class Index:
         """Key of the clip stage that made the vectors; queries must come from the same model."""
         self.dim: int = facts["dim"]
         self.count: int = facts["count"]
+        self._files = [_Opened(folder / name) for name in INDEX_FILES]
         self._indexes = {
             modality: faiss.read_index(str(folder / f"{modality}.index"), faiss.IO_FLAG_MMAP_IFC)
             for modality in MODALITIES
@@ -471,6 +477,11 @@ class Index:
                 f"({' '.join(str(error).split())[-150:]}): build it again"
             ) from error
 
+    def check_whole(self) -> None:
+        """Raise CutFileError where a file has become shorter since it was opened."""
+        for file in self._files:
+            file.check_whole()
+
     def search(
         self,
         vectors: ArrayLike,
@@ -484,8 +495,9 @@ class Index:
         `vectors` is (B, D), L2-normalised; scores are approximate where the factory compresses.
         With `allowed` only those rows are returned; k' is the smaller of k and their number. Raises
         ValueError for a query that is not finite or not (B, D), for k below 1 and for an unknown
-        modality.
+        modality, and CutFileError as `check_whole` does.
         """
+        self.check_whole()
         queries = self._checked_queries(vectors)
         if k < 1:
             raise ValueError(f"k = {k}: it must be 1 or more")
@@ -520,8 +532,9 @@ class Index:
         self, rows: Sequence[int] | Rows, columns: Sequence[str] = EMBEDDED.names
     ) -> list[dict[str, Any]]:
         """Return the metadata (schema infra.schemas.EMBEDDED) of the rows, in their order. Raises
-        IndexError outside 0..count-1.
+        IndexError outside 0..count-1, and CutFileError as `check_whole` does.
         """
+        self.check_whole()
         return [self.facts_of(int(row), columns) for row in self._checked_rows(rows)]
 
     def facts_of(self, row: int, columns: Sequence[str]) -> dict[str, Any]:
@@ -535,7 +548,8 @@ class Index:
         return {name: self._values[name][batch](offset) for name in columns}
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Return one column of the metadata (count,)."""
+        """Return one column of the metadata (count,). Raises CutFileError as `check_whole` does."""
+        self.check_whole()
         return pa.chunked_array(
             [batch.column(name) for batch in self._batches], EMBEDDED.field(name).type
         )
@@ -552,8 +566,9 @@ class Index:
 
     def vectors(self, rows: Sequence[int] | Rows, modality: Modality = "image") -> Floats:
         """Return the vectors of the rows (B, D) as the index holds them: exact, or decoded from its
-        codes. Raises IndexError outside 0..count-1.
+        codes. Raises IndexError outside 0..count-1, and CutFileError as `check_whole` does.
         """
+        self.check_whole()
         index = self._indexes[modality]
         checked = self._checked_rows(rows)
         with self._direct_map:
@@ -569,6 +584,23 @@ class Index:
         if outside.any():
             raise IndexError(f"row {checked[outside][0]} is not in 0..{self.count - 1}")
         return checked
+
+
+class _Opened:
+    """A file that is mapped: the size it had, and the file itself, whatever has its name later."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, path.open("rb", buffering=0)
+        self.size_bytes = os.fstat(self.file.fileno()).st_size
+
+    def check_whole(self) -> None:
+        """Raise CutFileError where the file has become shorter."""
+        now_bytes = os.fstat(self.file.fileno()).st_size
+        if now_bytes < self.size_bytes:
+            raise CutFileError(
+                f"{self.path} was cut from {self.size_bytes:,} to {now_bytes:,} bytes while it was "
+                "open: restore the file, or build the index again"
+            )
 
 
 def _efforts(facts: ModalityFigures) -> tuple[Effort, Effort]:

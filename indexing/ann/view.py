@@ -129,6 +129,11 @@ class View:
         self._counting = Lock()
         self._lock = Lock()
 
+    def check_whole(self) -> None:
+        """Raise CutFileError where a file of a segment has become shorter since it was opened."""
+        for segment in self.segments:
+            segment.index.check_whole()
+
     def after(self, removals: Removals) -> "View":
         """Return this view without the rows that the removals name.
 

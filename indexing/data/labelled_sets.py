@@ -27,6 +27,8 @@ from indexing.data.images import Pixels, Square
 from infra.errors import CallerError, DataError
 from infra.schemas import open_parquet
 from infra.square_image import square
+from infra.storage.bounded_tar import read_members
+from infra.storage.regular_files import open_regular, read_regular, why_unsafe
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 LARGEST_BYTES = 20 * 2**20
@@ -170,9 +172,11 @@ def _lines(folder: Path, files: tuple[str, ...]) -> list[str]:
 def _from_folders(path: Path) -> Iterator[tuple[bytes, str]]:
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
         for file in sorted(folder.rglob("*")):
-            if file.suffix.lower() in SUFFIXES and file.is_file():
-                data = file.read_bytes() if file.stat().st_size <= LARGEST_BYTES else b""
-                yield _bounded(data, str(file)), folder.name
+            if file.suffix.lower() in SUFFIXES and not file.is_dir():
+                if fault := why_unsafe(file, path):
+                    raise DataError(f"{file} is {fault}: remove it from the set")
+                data = read_regular(file, LARGEST_BYTES)
+                yield _bounded(data or b"", str(file)), folder.name
 
 
 def _from_parquet(path: Path) -> Iterator[tuple[bytes, int | str]]:
@@ -193,10 +197,9 @@ def _from_parquet(path: Path) -> Iterator[tuple[bytes, int | str]]:
 def _from_shard(shard: Path) -> Iterator[tuple[bytes, int | str]]:
     samples: dict[str, dict[str, bytes]] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
+        with open_regular(shard) as file:
+            for member, stream in read_members(file):
                 key, dot, suffix = member.name.rpartition(".")
-                stream = tar.extractfile(member)
                 if not dot or stream is None or (f".{suffix}" not in SUFFIXES and suffix != "cls"):
                     continue
                 if member.size > LARGEST_BYTES:
@@ -204,7 +207,7 @@ def _from_shard(shard: Path) -> Iterator[tuple[bytes, int | str]]:
                         f"{shard.name}: {member.name} is larger than {LARGEST_BYTES:,} bytes"
                     )
                 samples.setdefault(key, {})["cls" if suffix == "cls" else "image"] = stream.read()
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError) as error:
         raise DataError(f"{shard} cannot be read ({error}): download it again") from error
     for key, parts in samples.items():
         if parts.keys() != {"cls", "image"}:

@@ -45,7 +45,7 @@ from indexing.service.requests import Question, Token, without_surrogates
 from indexing.service.state import ServeConfig, Service
 from indexing.service.text_batcher import Texts
 from infra.console.line_log import LineHandler, LineWriter, write_lines
-from infra.errors import DataError
+from infra.errors import CutFileError, DataError
 
 STATIC = Path(__file__).parent / "static"
 LIMITS = ConnectionLimits()
@@ -106,6 +106,7 @@ def make_app(service: Service, config: ServeConfig, log: TextIO = sys.stderr) ->
         log=log,
     )
     app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(CutFileError, _cut_file)
     _add_search(app, backend)  # first, because routes are tried in this order
     _add_samples(app, backend)
     _add_page(app)
@@ -151,8 +152,11 @@ def _add_about(
 
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
-        """Return the service's status, and what it serves; never waits."""
+        """Return the service's status, and what it serves; never waits. 503 while a file of the
+        index is cut.
+        """
         name, view = service.version.name, service.version.view
+        view.check_whole()
         about = {
             "samples": view.count,
             "segments": len(view.segments),
@@ -276,9 +280,16 @@ def _add_samples(app: FastAPI, backend: Backend) -> None:
 
 
 def run(
-    service: Service, config: ServeConfig, ready: Callable[[str], None], log: TextIO = sys.stderr
+    service: Service,
+    config: ServeConfig,
+    ready: Callable[[str], None],
+    log: TextIO = sys.stderr,
+    listener: socket.socket | None = None,
 ) -> None:
-    """Serve until interrupted; call `ready` with the URL once the service answers."""
+    """Serve until interrupted; call `ready` with the URL once the service answers.
+
+    Serves on `listener`, by default on a socket of the config's address.
+    """
 
     lines = LineWriter(partial(write_lines, log), lambda count: f"{count} lines were dropped")
     logging.getLogger().addHandler(LineHandler(lines))  # else logging writes, and waits, itself
@@ -310,7 +321,7 @@ def run(
             timeout_graceful_shutdown=SHUTDOWN_S,
             limit_concurrency=LIMITS.max_connections,
         )
-    ).run()
+    ).run([listener] if listener else None)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -329,6 +340,12 @@ def _result(hit: Hit) -> dict[str, Any]:
     result = {**hit.facts, "url": hit.facts["origin"], "score": round(hit.score, 4)}
     del result["origin"]
     return result
+
+
+async def _cut_file(_: Request, __: Exception) -> JSONResponse:
+    """Return 503; the service's watcher reports the file, and opens it again once it is whole."""
+    detail = "a file of the index was cut, so no results are shown; see the service's log"
+    return JSONResponse({"detail": detail}, 503, {"retry-after": "5"})
 
 
 async def _validation_error(_: Request, error: Exception) -> JSONResponse:

@@ -1,26 +1,23 @@
 """Decodes query pictures in a process of its own, which `indexing.service.image_upload` starts.
 
-Hostile files cost at most this process: its memory is limited, and a timer ends it if a picture
-takes too long. Run as a script, it reads requests from stdin (HEAD and the file) and writes answers
-to stdout (ANSWER and RGBA pixels, or the reason why there are none). Knows nothing of the service.
+Hostile files cost at most this process (`infra.compute.bounded_processes`). A request is MAX_SIDE
+and a file, an answer SIZE and RGBA pixels. Knows nothing of the service.
 """
 
 import io
 import re
-import resource
-import signal
 import struct
-import sys
 import warnings
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
-HEAD = struct.Struct("<IId")
-"""Bytes of the file, maximum side of the answer in pixels, seconds that decoding may take."""
-ANSWER = struct.Struct("<III")
-"""Width and height of the picture, 0 if it was refused; bytes that follow."""
+from infra.compute.bounded_processes import RefusedError, serve
+
+MAX_SIDE = struct.Struct("<I")
+"""Maximum side of the answer in pixels."""
+SIZE = struct.Struct("<II")
+"""Width and height of the picture."""
 MAX_PIXELS = 32 << 20
 MAX_SCANS = 32
 """Maximum scans of a progressive JPEG; encoders write about 10, and each takes as long as a whole
@@ -46,13 +43,9 @@ MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)
 SOS, SOI, EOI, TEM = 0xDA, 0xD8, 0xD9, 0x01
 
 
-class PictureRefusedError(ValueError):
-    """A picture that would take too much to decode, or that cannot be read."""
-
-
 def decode_upright(data: bytes, max_side_px: int) -> Image.Image:
     """Decode a PNG, JPEG or WebP file to an upright RGBA picture with sides of at most
-    `max_side_px`. Raises PictureRefusedError with the reason.
+    `max_side_px`. Raises RefusedError with the reason.
 
     Takes at most about 12 bytes per pixel of the file, of which there are at most MAX_PIXELS; a
     large JPEG takes less, because it is reduced while it is decoded.
@@ -64,12 +57,10 @@ def decode_upright(data: bytes, max_side_px: int) -> Image.Image:
                 _check_cost(opened, data)
                 smaller = _smaller(_eight_bit(opened), max_side_px)
                 return ImageOps.exif_transpose(smaller).convert("RGBA")
-    except PictureRefusedError:
+    except RefusedError:
         raise
     except HOSTILE:
-        raise PictureRefusedError(
-            "the picture cannot be read: give a PNG, JPEG or WebP file"
-        ) from None
+        raise RefusedError("the picture cannot be read: give a PNG, JPEG or WebP file") from None
 
 
 def count_scans(data: bytes) -> int:
@@ -84,18 +75,18 @@ def count_scans(data: bytes) -> int:
 
 
 def _check_cost(opened: Image.Image, data: bytes) -> None:
-    """Raise PictureRefusedError for too many pixels or scans."""
+    """Raise RefusedError for too many pixels or scans."""
     max_pixels = MAX_PIXELS
     if opened.format == "WEBP":
         max_pixels //= 2  # Pillow holds its pixels twice
     if opened.width * opened.height > max_pixels:
-        raise PictureRefusedError(
+        raise RefusedError(
             f"the picture has {opened.width} x {opened.height} pixels: at most "
             f"{max_pixels >> 20} million are allowed"
         )
     scans = count_scans(data) if opened.format == "JPEG" else 1
     if scans > MAX_SCANS:
-        raise PictureRefusedError(
+        raise RefusedError(
             f"the picture has {scans} progressive scans: at most {MAX_SCANS} are allowed"
         )
 
@@ -129,23 +120,12 @@ def _smaller(opened: Image.Image, max_side_px: int) -> Image.Image:
     return opened.resize(size, Image.Resampling.BOX) if scale < 1 else opened
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer requests until there are no more."""
-    while head := requests.read(HEAD.size):
-        size_bytes, max_side_px, limit_s = HEAD.unpack(head)
-        data = requests.read(size_bytes)
-        signal.setitimer(signal.ITIMER_REAL, limit_s)  # SIGALRM ends the process
-        try:
-            picture = decode_upright(data, max_side_px)
-            size, payload = picture.size, picture.tobytes()
-        except PictureRefusedError as error:
-            size, payload = (0, 0), str(error).encode()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        answers.write(ANSWER.pack(*size, len(payload)) + payload)
-        answers.flush()
+def answer(request: bytes) -> bytes:
+    """Return SIZE and the RGBA pixels of a picture, for MAX_SIDE and its file."""
+    (max_side_px,) = MAX_SIDE.unpack_from(request)
+    picture = decode_upright(request[MAX_SIDE.size :], max_side_px)
+    return SIZE.pack(*picture.size) + picture.tobytes()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the service ends this process
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    serve(sys.stdin.buffer, sys.stdout.buffer)
+    serve(answer, MEMORY_BYTES)

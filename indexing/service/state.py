@@ -21,6 +21,7 @@ from indexing.metrics.clip_score import EncodeImages
 from indexing.metrics.zero_shot import EncodeTexts
 from indexing.service.image_upload import PictureDecoders
 from infra.console.line_log import LineWriter
+from infra.errors import CutFileError
 from infra.settings import Section
 from infra.square_image import square
 from infra.storage.removal_log import Removals
@@ -167,13 +168,20 @@ class Service:
             return self.version
 
     def refresh(self) -> None:
-        """Switch to another run or other segments if there are any; queries use the old ones
-        meanwhile.
+        """Switch to another run or other segments if there are any, or open segments again whose
+        files were cut; queries use the old ones meanwhile.
         """
-        if self.parts.segments_stamp() != self._segments_stamp:
+        if self.parts.segments_stamp() != self._segments_stamp or self._is_cut():
             self._open()
             self.swaps += 1
         self.current()
+
+    def _is_cut(self) -> bool:
+        try:
+            self.version.view.check_whole()
+        except CutFileError:
+            return True
+        return False
 
     def _open(self) -> None:
         stamp = self.parts.segments_stamp()

@@ -61,9 +61,13 @@ class NodeCache:
         path = self.folder / name
         while True:
             file = _open_shared(path)
-            if file:
+            if file and os.fstat(file.fileno()).st_size == size_bytes:
                 os.utime(path)  # the time of the last use
                 return file
+            if file:  # something has cut it; who reads it keeps what is left
+                with file:
+                    if _is_at(file, path):
+                        path.unlink()
             self._make(path, size_bytes, download)
 
     def _make(self, path: Path, size_bytes: int, download: Callable[[Path], None]) -> None:

@@ -48,7 +48,8 @@ def test_fluent_flat_is_rendered_and_what_does_not_render_stays_missing(tmp_path
     }
     apple = found["icons.json#red-apple"]
     assert cv2.imread(str(apple.file), cv2.IMREAD_UNCHANGED).shape == (96, 96, 4)
-    assert not found["icons.json#broken"].file.exists()
+    broken = found["icons.json#broken"]
+    assert not broken.file.exists() and broken.problem and broken.problem[0] == "svg_invalid"
 
 
 def test_sets_without_code_points_are_found_by_name_and_unknown_ones_left_out(
@@ -99,7 +100,7 @@ def test_a_second_reading_renders_nothing_and_says_the_same(
 ) -> None:
     spec = "openmoji@17.0.0"
     first = read(spec, tmp_path)
-    monkeypatch.setattr("resvg_py.svg_to_bytes", None)
+    monkeypatch.setattr("flows.demo.emoji_packages.BoundedProcesses.call", None)
     again = read_package(spec, tmp_path / spec, Labels(tmp_path / WORDS), tmp_path / "rendered", 96)
     assert again == list(first.values())
 

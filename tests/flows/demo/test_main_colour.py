@@ -5,6 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from flows.demo.main_colour import main_colour
 
@@ -32,6 +33,15 @@ def test_a_colour_is_named_where_it_fills_the_drawing(
     image[8:56, 8:56] = (*bgr, 255)
     cv2.imwrite(str(tmp_path / "a.png"), image)
     assert main_colour(tmp_path / "a.png") == name
+
+
+def test_a_file_of_too_many_pixels_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (80, 80)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr("flows.demo.main_colour.MAX_PIXELS", 80 * 79)
+    monkeypatch.setattr(cv2, "imread", None)
+    assert main_colour(tmp_path / "bomb.png") == main_colour(tmp_path / "none.png") == ""
 
 
 def test_no_colour_is_named_where_two_share_the_drawing(tmp_path: Path) -> None:

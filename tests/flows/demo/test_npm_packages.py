@@ -2,6 +2,7 @@
 elsewhere or grow without bound.
 """
 
+import gzip
 import io
 import os
 import shutil
@@ -143,6 +144,7 @@ def test_only_a_name_with_an_exact_version_is_a_package(spec: str) -> None:
         "/abs/evil",
         "package",
         "package/sub/../evil",
+        f"package/{'a/' * 100}evil",
     ],
 )
 def test_a_path_that_leaves_the_folder_refuses_the_whole_archive(tmp_path: Path, name: str) -> None:
@@ -189,6 +191,15 @@ def test_an_archive_over_the_limits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1000 bytes"):
         unpack(large, tmp_path / "b", max_bytes=1000)
     unpack(large, tmp_path / "c", max_bytes=1200)
+
+
+def test_an_archive_with_a_long_name_is_refused_before_the_name_is_read(tmp_path: Path) -> None:
+    long = tarfile.TarInfo("x")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 1 << 30
+    with gzip.open(tmp_path / "long.tgz", "wb") as file:
+        file.write(long.tobuf(tarfile.GNU_FORMAT) + b"a" * (1 << 20))
+    with pytest.raises(DataError, match="headers of a member have more than"):
+        unpack(tmp_path / "long.tgz", tmp_path / "into")
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive at all", b"\x1f\x8b\x08\x00garbage"])

@@ -6,6 +6,7 @@ import http.client
 import socket
 import threading
 import time
+import tracemalloc
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -91,6 +92,17 @@ def test_who_does_not_know_the_secret_of_this_start_gets_nothing(
 
 def test_head_gives_the_length_alone(server: StaticServer) -> None:
     assert raw(server, f"/{server.server.secret}/@scope/pictures/a.png", "HEAD") == (200, b"")
+
+
+def test_a_large_file_is_sent_in_parts(server: StaticServer, tmp_path: Path) -> None:
+    (tmp_path / "served" / "large.png").write_bytes(bytes(3 << 20) + b"end")
+    tracemalloc.start()
+    url = server.base + url_path("@scope/pictures", "large.png")
+    with urllib.request.urlopen(url) as response:
+        total = sum(len(part) for part in iter(lambda: response.read(1 << 16), b""))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total == (3 << 20) + 3 and peak_bytes < 5 << 19
 
 
 def test_it_listens_on_loopback_only(server: StaticServer) -> None:

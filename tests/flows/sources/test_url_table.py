@@ -383,6 +383,32 @@ def test_every_image_file_of_a_folder_becomes_a_row_or_is_counted(tmp_path: Path
     }
 
 
+def test_only_regular_files_inside_a_folder_are_read(tmp_path: Path) -> None:
+    root = tmp_path / "p"
+    root.mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    for name in ("a", "inside", "outside", "long", "fifo"):
+        (root / f"{name}.png").write_bytes(b"image")
+    for name in ("a", "zero", "pipe", "gone"):
+        (root / f"{name}.txt").write_text(name)
+    (root / "inside.txt").symlink_to("a.txt")
+    (root / "outside.txt").symlink_to(tmp_path / "secret.txt")
+    with (root / "long.txt").open("wb") as file:
+        file.truncate(1 << 40)  # bytes
+    os.mkfifo(root / "fifo.txt")
+    (root / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(root / "pipe.png")
+    (root / "gone.png").symlink_to("gone")
+    urls, dropped = table(tmp_path, {"kind": "folder", "path": str(root)})
+    assert {row["origin"].rpartition("/")[2]: row["caption"] for row in urls} == {
+        "a.png": "a",
+        "inside.png": "a",
+    }
+    reasons = {row["origin"].removeprefix("folder:p/"): row["reason"] for row in dropped}
+    unsafe = ("outside.png", "fifo.png", "zero.png", "pipe.png", "gone.png")
+    assert reasons == {**dict.fromkeys(unsafe, "unsafe_file"), "long.png": "row_too_large"}
+
+
 def test_file_names_that_are_not_utf_8_are_served_and_told_apart(tmp_path: Path) -> None:
     root = tmp_path / os.fsdecode(b"b\xe4r")
     root.mkdir()

@@ -3,6 +3,7 @@ queries are refused.
 """
 
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,11 +18,11 @@ from pydantic import ValidationError
 from flows.live_index import compaction
 from indexing.ann import index, inverted_lists
 from indexing.ann.factory import building_bytes, hot_bytes, train
-from indexing.ann.index import MODALITIES, Index, IndexConfig, build
+from indexing.ann.index import INDEX_FILES, MODALITIES, Index, IndexConfig, build
 from indexing.ann.tuning import Effort, brute_force, effort_for, recalls, search
 from indexing.data.embedding_store import part_files
 from infra.compute.cluster import Cluster, ClusterConfig, spread
-from infra.errors import CallerError, DataError
+from infra.errors import CallerError, CutFileError, DataError
 from infra.storage import manifests
 from infra.storage.removal_log import Removals
 from infra.storage.stage_files import FolderFiles
@@ -218,6 +219,23 @@ def test_threads_share_an_index(folder: Path) -> None:
             [(q, k) for q in queries for k in (3, 800)],
         )
         assert list(together) == alone
+
+
+@pytest.mark.parametrize("name", INDEX_FILES)
+def test_a_file_that_is_cut_while_it_is_open_is_an_error(
+    embed: Path, tmp_path: Path, name: str
+) -> None:
+    build(IndexConfig(), embed, tmp_path)
+    opened = Index.open(tmp_path)
+    os.truncate(tmp_path / name, 0)  # to read a lost page would end this process
+    for call in (
+        lambda: opened.search(vectors(1, DIM, seed=7), 10),
+        lambda: opened.vectors([0]),
+        lambda: opened.metadata([0]),
+        lambda: opened.column("key"),
+    ):
+        with pytest.raises(CutFileError, match=rf"{name} was cut from .* to 0 bytes.*restore"):
+            call()
 
 
 @pytest.mark.parametrize("count", [1, 2, 38, 39, 100])

@@ -3,6 +3,7 @@ hostile is named.
 """
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -133,3 +134,18 @@ def test_a_sample_without_its_class_and_a_broken_picture_are_named(tmp_path: Pat
     (folders / "cat" / "0.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="picture 0 cannot be read as an 8-bit picture"):
         open_set(folders).pictures(8)
+
+
+def test_fifos_and_links_out_of_a_set_are_refused_at_once(tmp_path: Path) -> None:
+    folders = write_folders(tmp_path / "pets")
+    shards = write_shards(tmp_path / "shards")
+    os.mkfifo(shards / "test" / "2.tar")
+    with pytest.raises(DataError, match=r"2\.tar cannot be read .*no regular file"):
+        open_set(shards)
+    os.mkfifo(folders / "cat" / "9.png")
+    with pytest.raises(DataError, match=r"cat/9\.png is no regular file"):
+        open_set(folders)
+    (folders / "cat" / "9.png").unlink()
+    (folders / "cat" / "9.png").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"a link that leaves the folder: remove it"):
+        open_set(folders)

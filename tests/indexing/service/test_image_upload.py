@@ -16,12 +16,8 @@ import pytest
 from PIL import Image
 
 from indexing.service.image_upload import PictureDecoders, from_base64
-from indexing.service.picture_decoder import (
-    MAX_SCANS,
-    PictureRefusedError,
-    count_scans,
-    decode_upright,
-)
+from indexing.service.picture_decoder import MAX_SCANS, count_scans, decode_upright
+from infra.compute.bounded_processes import RefusedError
 from infra.square_image import BAND_ROWS, square
 
 SIDE_PX = 32
@@ -143,7 +139,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("indexing.service.picture_decoder.MAX_PIXELS", 10_000)
     for kind, side in (("PNG", 100), ("WEBP", 70)):
         assert decode_upright(encoded(Image.new("RGB", (side, side)), kind), 99).width <= side
-        with pytest.raises(PictureRefusedError, match="million are allowed"):
+        with pytest.raises(RefusedError, match="million are allowed"):
             decode_upright(encoded(Image.new("RGB", (side + 1, side + 1)), kind), 99)
 
 
@@ -174,7 +170,7 @@ def test_a_picture_that_takes_too_long_is_ended_and_the_next_one_is_decoded() ->
     large = encoded(Image.fromarray(gradient(3000, 3000)), "JPEG", progressive=True)
     with pytest.raises(ValueError, match="s to decode"):
         decoders.decode(large, SIDE_PX)
-    decoders.limit_s = 60
+    decoders.processes.limit_s = 60
     assert decoders.decode(large, SIDE_PX).shape == (SIDE_PX, SIDE_PX, 3)
     decoders.close()
 
@@ -183,7 +179,7 @@ def test_a_decoder_that_dies_refuses_its_picture_only() -> None:
     decoders = PictureDecoders(limit_s=60)
     picture = encoded(Image.new("RGB", (20, 20)))
     decoders.decode(picture, SIDE_PX)
-    decoders._idle[0].kill()
+    decoders.processes._idle[0].kill()
     with pytest.raises(ValueError, match="cannot be read"):
         decoders.decode(picture, SIDE_PX)
     assert decoders.decode(picture, SIDE_PX).shape == (SIDE_PX, SIDE_PX, 3)
@@ -192,7 +188,7 @@ def test_a_decoder_that_dies_refuses_its_picture_only() -> None:
 
 def test_closing_ends_pictures_that_are_being_decoded() -> None:
     decoders = PictureDecoders(limit_s=600)
-    process = decoders._take()  # one that will never answer
+    process = decoders.processes._take()  # one that will never answer
     refusals: list[str] = []
 
     def decode_one() -> None:
@@ -203,7 +199,7 @@ def test_closing_ends_pictures_that_are_being_decoded() -> None:
 
     thread = threading.Thread(target=decode_one)
     thread.start()
-    while len(decoders._busy) < 2:
+    while len(decoders.processes._busy) < 2:
         time.sleep(0.01)
     decoders.close()
     thread.join()

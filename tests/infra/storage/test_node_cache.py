@@ -39,6 +39,15 @@ def test_a_copy_is_downloaded_once_and_has_the_bytes_of_its_file(tmp_path: Path)
     assert source.downloads == ["a/1.tar", "b/2.tar"]
 
 
+def test_a_copy_that_was_cut_is_downloaded_again(tmp_path: Path) -> None:
+    cache, source = NodeCache(tmp_path, 1000), Source({"a": 300})
+    source.read(cache, "a")
+    with cache.open("a", 300, lambda path: None):  # a reader has it open
+        os.truncate(tmp_path / "cache" / "a", 100)
+        assert source.read(cache, "a") == source.contents["a"]
+    assert source.downloads == ["a", "a"]
+
+
 def test_the_least_recently_used_copy_goes_first(tmp_path: Path) -> None:
     cache, source = NodeCache(tmp_path, 1000), Source(dict.fromkeys("abcd", 300))
     for name in ("a", "b", "c", "a", "d"):
