@@ -58,3 +58,14 @@ def test_the_command_writes_the_same_file_twice(
         monkeypatch.setattr("sys.argv", ["sbom", str(file)])
         assert sbom.main() == 0
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_every_pinned_package_has_hashes() -> None:
+    text = (sbom.HERE / "constraints.hashes.txt").read_text().replace("\\\n", " ")
+    rows = [line.split() for line in text.splitlines()]
+    pinned = [f"{name}=={version}" for name, (_, version) in sbom.pins().items()]
+    assert sorted(row[0] for row in rows) == sorted(pinned), "run `make hashes`"
+    assert all(
+        len(row) > 1 and all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", part) for part in row[1:])
+        for row in rows
+    )
