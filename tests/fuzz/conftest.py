@@ -15,5 +15,5 @@ USUAL = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
 settings.register_profile("gate", max_examples=100, **USUAL)
-settings.register_profile("long", max_examples=5000, **USUAL)
+settings.register_profile("long", max_examples=1000, **USUAL)
 settings.load_profile("gate")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -84,10 +84,14 @@ def test_an_svg_is_drawn_from_itself_alone_or_refused(
     try:
         png = renderers.call(request)
     except RefusedError as error:
-        assert str(error).partition(":")[0] in REASONS
+        reason = str(error).partition(":")[0]
+        assert reason in REASONS
+        event(reason)
         return
     except ProcessEndedError:
+        event("process ended")
         return  # counted as svg_too_costly
+    event("drawn")
     with Image.open(io.BytesIO(png)) as picture:
         assert picture.format == "PNG" and max(picture.size) <= SIDE_PX
         levels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
