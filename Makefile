@@ -20,7 +20,7 @@ export DO_NOT_TRACK := 1
 # to start instead of 5.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup run up test test-quick test-busy chaos compiled lint format docs bench peers clean constraints
+.PHONY: setup run up test test-quick test-busy chaos compiled fuzz soak lint format docs bench peers sbom hashes clean constraints
 
 setup: $(READY)
 
@@ -75,6 +75,14 @@ chaos: setup
 compiled: setup
 	$(BIN)/python -m pytest --collect-only --quiet > /dev/null
 
+# The properties of tests/fuzz with other random examples, for as long as you like; `make test` gives them half a minute.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz $(or $(MINUTES),10)
+
+# A living index under mixed load, kills and a full disk (as root), by hand; a line a minute.
+soak: setup
+	$(BIN)/python -m tests.system.soak --minutes $(or $(MINUTES),60)
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -104,6 +112,10 @@ $(PEERS)/%/ready: tests/peers/%.txt tests/peers/%_itself.txt | setup
 	$(UV) --python $(@D)/bin/python --no-deps -r tests/peers/$*_itself.txt
 	touch $@
 
+# What we are made of: a CycloneDX document of the pinned packages.
+sbom: setup
+	$(BIN)/python -m tests.helpers.sbom out/sbom.json
+
 # Only what can be made again; ROOT with its data and models stays.
 clean:
 	rm -rf .pytest_cache .ruff_cache .mypy_cache build out
@@ -113,4 +125,10 @@ constraints: setup
 	{ echo "# Exact versions that were tested together (Python 3.11). Regenerate: make constraints"; \
 	  $(BIN)/pip freeze --exclude-editable --exclude dataclasses | sed 's/+cpu$$//' | grep -v ' @ '; } > constraints.new
 	mv constraints.new constraints.txt
+	$(MAKE) hashes
 	touch $(READY)
+
+# The digests of all files of the pinned versions, for `pip install --require-hashes`.
+hashes:
+	$(BIN)/uv pip compile --quiet --no-deps --generate-hashes --no-annotate --no-header --python $(BIN)/python constraints.txt \
+		--output-file constraints.hashes.txt

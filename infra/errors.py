@@ -13,9 +13,21 @@ traceback.
 
 
 class UnclipError(Exception):
-    """A failure that the user can act on; the message is one line."""
+    """A failure that the user can act on; the message is one line.
+
+    Texts of strangers in it (names of columns, files, keys) cannot break the line or control a
+    terminal: what is not printable is escaped.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return "".join(
+            character
+            if character.isprintable()
+            else character.encode("unicode_escape").decode("ascii")
+            for character in super().__str__()
+        )
 
 
 class CallerError(UnclipError, ValueError):

@@ -29,7 +29,8 @@ class ConnectionLimits:
     """Maximum share of the connections for one client address; more are closed at once."""
     url_bytes: int = 8 << 10
     head_bytes: int = 32 << 10
-    """Maximum bytes of the request line and all headers together."""
+    """Maximum bytes of the request line and all headers together, and of what a body has besides
+    its data in one place: chunk extensions, trailers."""
     headers: int = 100
     head_s: float = 10.0
     """Maximum seconds from a connection, or from a request's first byte, to the end of its head."""
@@ -112,6 +113,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self.phase, self.phase_started_s = Phase.HEAD, self.loop.time()
         self.head_bytes = 0
         """Bytes received since the head began, while it is not complete."""
+        self.framing_bytes = 0
+        """Bytes received since the request began or since the last data of its body: the head,
+        sizes of chunks, extensions, trailers."""
         self.refusal = 0
         """Status of the refusal, 0 for none; further bytes are not read."""
         self.unread_bytes, self.unread_since_s = 0, 0.0
@@ -132,11 +136,14 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.refusal:
             return
         if self.phase is Phase.IDLE:
+            self.framing_bytes = 0
             self._enter(Phase.HEAD)
         if self.phase is Phase.HEAD:
             self.head_bytes += len(data)
+        self.framing_bytes += len(data)
         super().data_received(data)
-        if self.phase is Phase.HEAD and self.head_bytes > self.limits.head_bytes:
+        waiting_bytes = {Phase.HEAD: self.head_bytes, Phase.BODY: self.framing_bytes}
+        if waiting_bytes.get(self.phase, 0) > self.limits.head_bytes:
             self.refusal = self.refusal or 431
         if self.refusal and not self.transport.is_closing():
             self._refuse()
@@ -144,13 +151,17 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         if self.phase is not Phase.HEAD:  # another request in the same piece of data
-            self.head_bytes = 0
+            self.head_bytes = self.framing_bytes = 0
             self._enter(Phase.HEAD)
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
         if len(self.url) > self.limits.url_bytes:
             self.refusal = 414
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.phase is Phase.HEAD:  # trailers of a chunked body have no reader
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
@@ -163,6 +174,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self.framing_bytes = 0
         if not self.refusal:
             super().on_body(body)
 
@@ -199,6 +211,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self.phase, self.phase_started_s = phase, self.loop.time()
 
     def _refuse(self) -> None:
+        if self.phase is Phase.BODY and self.cycle.response_started:
+            self.transport.close()  # a second status line would be read as part of the answer
+            return
         status = str(self.refusal).encode()
         self.transport.write(
             b"HTTP/1.1 " + status + b" " + REASONS[self.refusal] + b"\r\n"

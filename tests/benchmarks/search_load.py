@@ -236,7 +236,7 @@ def drawn_service(root: Path) -> Iterator[tuple[str, int]]:
         process.wait()
 
 
-def serve(folder: Path) -> None:
+def serve(folder: Path, log_file: Path) -> None:
     """Serve a drawn ROOT as `unclip serve` does, its CLIP a function, until killed."""
     from flows.cli import serve as serve_command
     from indexing.service.app import run
@@ -265,7 +265,7 @@ def serve(folder: Path) -> None:
             lambda line: print(line, file=sys.stderr),
         )
     )
-    with (folder / "requests.log").open("w") as log:
+    with log_file.open("w") as log:
         run(service, ServeConfig(port=0, rate=0), lambda address: print(address, flush=True), log)
 
 
@@ -366,7 +366,7 @@ def main() -> int:
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
-        serve(given.serve)
+        serve(given.serve, given.serve / "requests.log")
         return 0
     if given.base:
         result = load(given.base, given.pid, given.root, given)

@@ -17,6 +17,7 @@ LIMIT_S = 60
 """Against a hang."""
 PATIENT = ConnectionLimits(head_s=600, body_s=600, read_s=600)
 LARGE_BYTES = 64 << 20
+CHUNKED = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 async def echo_app(
@@ -106,6 +107,9 @@ def test_whole_requests_are_answered_one_after_the_other_and_pipelined() -> None
         (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101, b"\r\n", b"431"),
         (b"GET /", b"a" * 4096, b"414"),
         (b"", b"G" * 4096, b"400"),
+        (CHUNKED + b"0\r\n", b"a: b\r\n" * 500, b"431"),
+        (CHUNKED + b"0\r\na: ", b"a" * 4096, b"431"),
+        (CHUNKED + b"1;", b"a" * 4096, b"431"),
     ],
     ids=[
         "one long header",
@@ -113,6 +117,9 @@ def test_whole_requests_are_answered_one_after_the_other_and_pipelined() -> None
         "a header too many",
         "a long line",
         "no request",
+        "trailers without end",
+        "one long trailer",
+        "a long chunk extension",
     ],
 )
 def test_a_head_without_end_is_refused_and_its_connection_closed(
