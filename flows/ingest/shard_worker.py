@@ -28,6 +28,7 @@ from flows.ingest.http_fetch import FetchError, Rules, fetch_image, hosts
 from flows.ingest.img2dataset_parts import Resizer, WebDatasetSampleWriter
 from flows.ingest.plain_image import to_plain
 from flows.ingest.row_outcomes import count_outcomes, temporary_share
+from flows.ingest.shard_order import sort_shard
 
 EXTRA_COLUMNS = [
     "sample",
@@ -153,6 +154,7 @@ def make_shard(
     share = temporary_share(outcomes)
     if share > settings["max_passing"]:
         raise NetworkAwayError(f"{share:.0%} of the rows failed for temporary reasons")
+    sort_shard(folder / name)
     return outcomes
 
 
