@@ -216,6 +216,7 @@ def facts_of(count: int, sections: dict[str, Any]) -> dict[str, Any]:
         "counts": counts,
         "inputs": {},
         "input_digests": {},
+        "config": {},
         "started": manifests.now(),
     }
 
