@@ -89,18 +89,20 @@ def prefect_server(home: Path, say: Callable[[str], None] = _say) -> Iterator[st
                 if fault:
                     _move_aside(home, fault, say)
         is_old = (home / DATABASE).exists()
+        # The same for a second try: Prefect reads them when it is imported, in the first.
+        port, token = _free_port(), _new_token()
         try:
-            url = stack.enter_context(_private_server(home))
+            url = stack.enter_context(_private_server(home, port, token))
         except ServerStartError:
             if not is_old or is_being_read(home / IN_USE):
                 raise
             _move_aside(home, "Prefect's server does not start with it", say)
-            url = stack.enter_context(_private_server(home))
+            url = stack.enter_context(_private_server(home, port, token))
         yield url
 
 
 @contextmanager
-def _private_server(home: Path) -> Iterator[str]:
+def _private_server(home: Path, port: int, token: str) -> Iterator[str]:
     """Run a server for one run, and note for others that its database is in use."""
     short_lived = {
         "PREFECT_UI_ENABLED": "0",
@@ -109,7 +111,7 @@ def _private_server(home: Path) -> Iterator[str]:
     }
     with (home / IN_USE).open("a") as in_use:
         fcntl.flock(in_use, fcntl.LOCK_SH)  # writes nothing, so that a full disk does not matter
-        with _server(home, _free_port(), _new_token(), short_lived) as url:
+        with _server(home, port, token, short_lived) as url:
             yield url
 
 
