@@ -282,8 +282,8 @@ def test_packages_and_folders_travel_over_loopback_without_leave_for_private_add
         assert not server.asked
     assert counts["dropped"] == {
         "host_refused": 1,
-        "http_404": 1,
-    }  # the second is an SVG that does not render
+        "svg_invalid": 1,
+    }
     assert Counter(
         Counter(row["caption"] for row in read_shards(output_in(tmp_path).folder)).values()
     ) == {
