@@ -251,5 +251,5 @@ def _ipv4(labels: list[str]) -> str:
     is_valid = len(numbers) == len(labels) <= 4 and all(number < 256 for number in numbers[:-1])
     if not is_valid or numbers[-1] >= 256 ** (5 - len(numbers)):
         raise ValueError("the host is not a valid IPv4 address")
-    upper = sum(number << 8 * (3 - place) for place, number in enumerate(numbers[:-1]))
+    upper = sum(number << 8 * (3 - position) for position, number in enumerate(numbers[:-1]))
     return str(ipaddress.IPv4Address(upper + numbers[-1]))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.demo import svg_renderer
+import flows.demo.svg_renderer as svg_renderer
 from flows.demo.emoji_captions import build_phrasings, clean_name
 from flows.demo.emoji_labels import Labels, concept_of, flag_concept, slug
 from flows.demo.main_colour import main_colour

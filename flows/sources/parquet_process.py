@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from flows.sources import parquet_reader
+import flows.sources.parquet_reader as parquet_reader
 from flows.sources.parquet_reader import BATCH, END, ERROR, GROUP, HEAD, MEMORY, MISSING, NAMES
 from infra.canonical_url import without_user
 from infra.errors import DataError

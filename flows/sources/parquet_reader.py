@@ -57,9 +57,9 @@ def read_group(opened: pq.ParquetFile, wanted: list[str], number: int) -> Iterat
     """Yield the wanted columns of a row group, and the size of each row in bytes."""
     group = opened.metadata.row_group(number)
     declared = sum(
-        max(0, group.column(place).total_uncompressed_size)
-        for place in range(group.num_columns)
-        if _is_part(group.column(place).path_in_schema, wanted)
+        max(0, group.column(column).total_uncompressed_size)
+        for column in range(group.num_columns)
+        if _is_part(group.column(column).path_in_schema, wanted)
     )
     rows = BATCH_BYTES * max(1, group.num_rows) // max(1, declared)
     for batch in opened.iter_batches(
@@ -70,7 +70,7 @@ def read_group(opened: pq.ParquetFile, wanted: list[str], number: int) -> Iterat
 
 def _text_leaves(schema: pq.ParquetSchema, wanted: Sequence[str]) -> list[str]:
     """Return the paths of the wanted columns' leaves that hold texts or bytes."""
-    leaves = (schema.column(place) for place in range(len(schema)))
+    leaves = (schema.column(number) for number in range(len(schema)))
     return [
         leaf.path
         for leaf in leaves
@@ -90,14 +90,14 @@ def _bounded(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     for column in batch.columns:
         sizes += row_sizes(column)
     is_small = sizes <= MAX_ROW_BYTES
-    places = pa.array(np.arange(batch.num_rows), mask=~is_small)
+    row_numbers = pa.array(np.arange(batch.num_rows), mask=~is_small)
     ends = np.cumsum(np.where(is_small, sizes, 0) + 1)
     start = 0
     while start < batch.num_rows:
         before = int(ends[start - 1]) if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, before + MESSAGE_BYTES, side="right")))
-        kept = places.slice(start, stop - start)
-        columns = [plain(column.take(kept)) for column in batch.columns]
+        rows = row_numbers.slice(start, stop - start)
+        columns = [plain(column.take(rows)) for column in batch.columns]
         yield pa.RecordBatch.from_arrays(
             [*columns, pa.array(sizes[start:stop])], [*batch.schema.names, "row_bytes"]
         )
@@ -111,10 +111,10 @@ def row_sizes(column: pa.Array) -> np.ndarray:
     kind = column.type
     if pa.types.is_dictionary(kind):
         sizes = row_sizes(column.dictionary)
-        places = pc.fill_null(column.indices, 0).to_numpy(zero_copy_only=False)
+        indices = pc.fill_null(column.indices, 0).to_numpy(zero_copy_only=False)
         is_valid = column.is_valid().to_numpy(zero_copy_only=False)
         return (
-            np.where(is_valid, sizes[places], 0) if len(sizes) else np.zeros(len(column), np.int64)
+            np.where(is_valid, sizes[indices], 0) if len(sizes) else np.zeros(len(column), np.int64)
         )
     if any(is_text(kind) for is_text in TEXTS):
         return _numbers(pc.binary_length(column))

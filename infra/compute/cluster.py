@@ -299,8 +299,8 @@ def short_folder() -> str | None:
     """Return the folder for a local Ray's sockets where the environment's own has too long a path
     for them, else None.
     """
-    own = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    return SHORT_FOLDER if len(os.fsencode(own)) > SOCKET_BYTES - SESSION_BYTES else None
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return SHORT_FOLDER if len(os.fsencode(folder)) > SOCKET_BYTES - SESSION_BYTES else None
 
 
 Result = TypeVar("Result")

@@ -91,5 +91,5 @@ class JsonKind(Generic[Content]):
         reason = str(fault["msg"]).removeprefix("Value error, ")[:200]
         if fault["type"] == "json_invalid":
             return store.not_json(where, reason, self.mend)
-        place = ".".join(str(part)[:40] for part in fault["loc"])
-        return f"{where} is not {self.name} ({place + ': ' if place else ''}{reason}): {self.mend}"
+        field = ".".join(str(part)[:40] for part in fault["loc"])
+        return f"{where} is not {self.name} ({field + ': ' if field else ''}{reason}): {self.mend}"
