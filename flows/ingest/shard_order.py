@@ -22,9 +22,9 @@ def sort_shard(stem: Path) -> None:
 def _sort_tar(path: Path) -> None:
     """Copy the blocks of each member, header included, in the order of their keys."""
     with tarfile.open(path, "r:") as tar:
-        members = [(member.name.partition(".")[0], member.offset, member.size) for member in tar]
-        ends = [offset for _, offset, _ in members[1:]] + [tar.offset]
-    blocks = [(key, start, end) for (key, start, _), end in zip(members, ends, strict=True)]
+        starts = [(member.name.partition(".")[0], member.offset) for member in tar]
+        ends = [*(start for _, start in starts), tar.offset][1:]
+    blocks = [(key, start, end) for (key, start), end in zip(starts, ends, strict=True)]
     ordered = sorted(blocks, key=lambda block: block[0])
     if ordered == blocks:
         return

@@ -244,6 +244,7 @@ def make_root(folder: Path, rows: int, dim: int) -> None:
         "started": manifests.now(),
         "finished": manifests.now(),
         "report": None,
+        "gated": False,
     }
     store.write_json(root, "runs/drawn.json", record | {"stages": stages})
 

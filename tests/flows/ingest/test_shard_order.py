@@ -40,3 +40,10 @@ def test_the_order_of_downloads_leaves_no_trace(tmp_path: Path) -> None:
             assert file and file.read() == bytes([int(member.name[:9])]) * member.size
     assert pq.read_table(tmp_path / "1.parquet")["key"].to_pylist() == KEYS
     assert {path.suffix for path in tmp_path.iterdir()} == {".tar", ".parquet"}
+
+
+def test_a_shard_without_images_stays_as_it_is(tmp_path: Path) -> None:
+    write_shard(tmp_path / "empty", [])
+    before = (tmp_path / "empty.tar").read_bytes()
+    sort_shard(tmp_path / "empty")
+    assert (tmp_path / "empty.tar").read_bytes() == before

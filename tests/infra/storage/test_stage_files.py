@@ -2,17 +2,20 @@
 
 import hashlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from infra.errors import DataError
 from infra.storage import stage_files, store
+from infra.storage.manifest_schema import FileEntry
 from infra.storage.node_cache import used_bytes
 from infra.storage.shard_reader import ShardReader
 from infra.storage.stage_files import FolderFiles, StageFiles, StoreFiles
 from infra.storage.stage_output import StageOutput
+from infra.storage.store import Root
+from tests.helpers.manifest_facts import FACTS
 from tests.helpers.s3_server import BUCKET, S3Server
 
 CONTENTS = {f"shards/{number:05}.tar": bytes([number]) * 400 for number in range(5)} | {
@@ -39,8 +42,22 @@ def in_store(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         file.write_bytes(content)
         files.append(output.put(file, name))
     digest = tmp_path.name
-    store.write_json(root, "curate/k/manifest.json", {"files": files, "digest": digest})
+    write_manifest(root, files, digest)
     return StoreFiles(root, "curate", "k", "attempt", digest)
+
+
+def write_manifest(root: Root, files: Sequence[FileEntry], digest: str) -> None:
+    manifest = FACTS | {
+        "stage": "curate",
+        "key": "k",
+        "files": files,
+        "digest": digest,
+        "packages": {},
+        "attempt": "attempt",
+        "prefix": "attempt",
+        "finished": FACTS["started"],
+    }
+    store.write_json(root, "curate/k/manifest.json", manifest)
 
 
 @pytest.fixture(params=["folder", pytest.param("store", marks=pytest.mark.slow)])
@@ -139,7 +156,7 @@ def test_a_folder_that_was_replaced_meanwhile_is_not_mixed_with_the_old_one(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = in_store(server, tmp_path, monkeypatch)
-    store.write_json(files.root, "curate/k/manifest.json", {"files": [], "digest": "other"})
+    write_manifest(files.root, [], "other")
     stage_files._read_entries.cache_clear()
     with pytest.raises(DataError, match="was removed or replaced while it was being read"):
         files.names()
