@@ -32,7 +32,11 @@ def bounded(memory_bytes: int = 1 << 30, processor_s: float = 20) -> Iterator[No
     """
     limits = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGVTALRM, _too_long)
-    (SELF / "clear_refs").write_text(RESET_PEAK)
+    is_measured = True
+    try:
+        (SELF / "clear_refs").write_text(RESET_PEAK)
+    except OSError:  # not in every container; the address space is bounded all the same
+        is_measured = False
     before_bytes = _status_bytes("VmRSS")
     reserved_bytes = _status_bytes("VmSize") + RESERVED * memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (reserved_bytes, limits[1]))
@@ -50,7 +54,7 @@ def bounded(memory_bytes: int = 1 << 30, processor_s: float = 20) -> Iterator[No
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.signal(signal.SIGVTALRM, handler)
     taken_bytes = _status_bytes("VmHWM") - before_bytes
-    assert taken_bytes <= memory_bytes, f"it took {taken_bytes >> 20} MiB"
+    assert not is_measured or taken_bytes <= memory_bytes, f"it took {taken_bytes >> 20} MiB"
 
 
 def _status_bytes(field: str) -> int:
