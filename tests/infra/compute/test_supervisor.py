@@ -28,11 +28,13 @@ time.sleep(600)
 
 
 def supervise(worker: str) -> "subprocess.Popen[str]":
+    """Start a supervisor with a Ctrl-C that a shell's background jobs have ignored."""
     return subprocess.Popen(
         [sys.executable, "-c", SUPERVISOR, worker],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
