@@ -28,7 +28,7 @@ from infra.errors import CallerError, UnclipError
 if TYPE_CHECKING:  # Prefect reads its settings when it is imported, and takes seconds
     from prefect.client.orchestration import SyncPrefectClient
 
-POOL = "unclip"
+POOL = TAG = "unclip"
 ENTRYPOINT = "flows.pipeline.run_pipeline"
 WORKER_SETTINGS = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
 """Environment of a worker: its runs send the heartbeats that `_watch_vanished` watches."""
@@ -121,7 +121,7 @@ def _create_deployment(client: "SyncPrefectClient", plan: Plan, schedule: Any, q
             schedules=[schedule],
             parameters=plan.parameters,
             parameter_openapi_schema=parameter_schema(run_pipeline).model_dump(),
-            tags=["unclip", f"recipe:{Path(recipe).stem}", queue],
+            tags=[TAG, f"recipe:{Path(recipe).stem}", queue],
             description=f"{recipe} into {root_uri}",
             work_pool_name=POOL,
             work_queue_name=queue,
@@ -248,6 +248,8 @@ def _watch_vanished(client: "SyncPrefectClient") -> None:
             after={heartbeat},
             expect={heartbeat, *ENDED},
             match={"prefect.resource.id": "prefect.flow-run.*"},
+            # A server of several teams runs other flows too.
+            match_related={"prefect.resource.id": f"prefect.tag.{TAG}"},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,

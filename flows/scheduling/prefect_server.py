@@ -29,6 +29,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from flows.scheduling.prefect_app import HOSTS
+from infra.environment import changed_environment
 from infra.errors import CallerError, UnclipError
 from infra.storage.locks import is_being_read, unread_lock
 from infra.storage.store import one_line_errors
@@ -77,7 +78,7 @@ def prefect_server(home: Path, say: Callable[[str], None] = _say) -> Iterator[st
     os.environ.update(QUIET)
     url = os.environ.get("PREFECT_API_URL")
     if url:
-        with _environment(loopback_without_proxy(os.environ)):
+        with changed_environment(loopback_without_proxy(os.environ)):
             yield url
         return
     home = home.resolve()
@@ -162,7 +163,7 @@ def _server(home: Path, port: int, token: str, more: dict[str, str]) -> Iterator
     }
     server = _start_uvicorn(home, port, inherited | shared | ours | more)
     try:
-        with _environment(
+        with changed_environment(
             shared | {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": token}, without="PREFECT_"
         ):
             # Imported while the server starts, because both take seconds.
@@ -199,26 +200,6 @@ def _start_uvicorn(
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str], without: str | None = None) -> Iterator[None]:
-    """Set environment variables while the block runs; unset others with the prefix `without`."""
-    hidden = {
-        name for name in os.environ if without and name.startswith(without)
-    } - variables.keys()
-    before = {name: os.environ.get(name) for name in hidden | variables.keys()}
-    try:
-        for name in hidden:
-            del os.environ[name]
-        os.environ.update(variables)
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def loopback_without_proxy(environment: Mapping[str, str]) -> dict[str, str]:

@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from pydantic import Field
 
 from infra.compute import orphan_reaper
+from infra.environment import changed_environment
 from infra.errors import UnclipError
 from infra.settings import Section
 from infra.storage.locks import turn_lock
@@ -190,7 +191,9 @@ class Cluster:
         mark = secrets.token_hex(16)
         # Only while Ray's processes start: this process may later join a cluster of several
         # machines.
-        with _environment({LOOPBACK_ALONE: "0", MARK: mark, "SPT_NOENV": "1"} if is_local else {}):
+        with changed_environment(
+            {LOOPBACK_ALONE: "0", MARK: mark, "SPT_NOENV": "1"} if is_local else {}
+        ):
             self._join(is_local, mark)
 
     def _join(self, is_local: bool, mark: str) -> None:
@@ -265,21 +268,6 @@ def _start_reaper(mark: str) -> "subprocess.Popen[bytes]":
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables while the block runs."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def turn_file() -> Path | None:

@@ -331,7 +331,7 @@ def _adopt(
 
 
 class Job(TypedDict):
-    """A training as its workers get it from Ray Train."""
+    """A training as its workers get it."""
 
     fit: str
     """Name of the `fit_*` function."""

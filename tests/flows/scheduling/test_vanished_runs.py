@@ -37,11 +37,13 @@ with Webhook() as webhook, lasting_server(home, free_ports(1)[0]) as url:
     def get(path):
         return httpx.get(f"{url}/{path}", timeout=60, auth=login).json()
 
-    def run_now(run):
+    def run_now(run, is_ours=True):
         # As the process of a run begins, and sends a heartbeat.
         post(f"flow_runs/{run}/set_state", {"state": {"type": "RUNNING", "name": "Running"}, "force": True})
         deployment = {"prefect.resource.id": f"prefect.deployment.{made['id']}", "prefect.resource.role": "deployment"}
-        heartbeat = {"event": "prefect.flow-run.heartbeat", "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"}, "related": [deployment]}
+        tag = {"prefect.resource.id": "prefect.tag.unclip", "prefect.resource.role": "tag"}
+        related = [deployment, tag] if is_ours else [deployment]
+        heartbeat = {"event": "prefect.flow-run.heartbeat", "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"}, "related": related}
         post("events", [heartbeat | {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid.uuid4())}])
         return run
 
@@ -59,6 +61,7 @@ with Webhook() as webhook, lasting_server(home, free_ports(1)[0]) as url:
 
     ended = begin()
     post(f"flow_runs/{ended}/set_state", {"state": {"type": "COMPLETED", "name": "Completed"}, "force": True})
+    foreign = run_now(post(f"deployments/{made['id']}/create_flow_run", {}).json()["id"], is_ours=False)
     time.sleep(3)
     vanished = begin()
     second = successor(vanished)
@@ -81,6 +84,7 @@ with Webhook() as webhook, lasting_server(home, free_ports(1)[0]) as url:
         "names": {"vanished": get(f"flow_runs/{vanished}")["name"], "second": second["name"]},
         "vanished": get(f"flow_runs/{vanished}")["state"],
         "ended": get(f"flow_runs/{ended}")["state"],
+        "foreign": get(f"flow_runs/{foreign}")["state"],
         "second": second,
         "third": third,
         "runs": len(runs),
@@ -112,8 +116,9 @@ def test_a_run_without_heartbeat_is_marked_crashed_and_taken_up_once(tmp_path: P
     assert [json.loads(text)["text"] for text in result["posted"]] == [
         f"unclip nightly: run {names[name]} Crashed: {message}" for name in ("vanished", "second")
     ]
-    # The run that ended is not taken up: there are it, the vanished one and two successors.
-    assert result["runs"] == 4
+    # Neither the run that ended nor one of other flows is taken up: there are these two, the
+    # vanished one and two successors.
+    assert result["runs"] == 5 and result["foreign"]["type"] == "RUNNING"
     assert result["second"]["parameters"] == result["parameters"] | {"resumes": ids["vanished"]}
     assert result["third"]["parameters"] == result["parameters"] | {"resumes": ids["second"]}
     assert result["refusal"].startswith(

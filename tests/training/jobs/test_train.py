@@ -284,22 +284,33 @@ def test_compiled_towers_train_as_plain_ones_do(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "title", "whole"),
+    [(CLUSTER, b"RayTrainWorker", "undisturbed"), (ALONE, b"ray::_fit", "by_itself")],
+)
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
-    cluster: ClusterConfig, root: Path, undisturbed: Path, tmp_path: Path
+    config: ClusterConfig,
+    title: bytes,
+    whole: str,
+    cluster: ClusterConfig,
+    root: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    undisturbed: Path = request.getfixturevalue(whole)
     stage = folders(root, tmp_path)
     out = stage.output.folder
     killed: list[int] = []
 
     def kill() -> bool:
-        found = processes_of(b"RayTrainWorker")
+        found = processes_of(title)
         if found:
             os.kill(found[0], signal.SIGKILL)
         return bool(found)
 
     killer = threading.Thread(target=lambda: killed.append(once_mid_epoch(stage.work, kill)))
     killer.start()
-    counts = train.train_clip(TOKENIZER, LONG, cluster, stage)
+    counts = train.train_clip(TOKENIZER, LONG, config, stage)
     killer.join()
     assert 0 < killed[0] < LONG.images, "the kill came too late to prove anything"
     assert counts["images_seen"] == LONG.images
